@@ -1,0 +1,126 @@
+"""Guidance: from denoisers to one denoiser that a sampler calls as ``denoise(x, sigma)``."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+
+from diffusion.precond import Precond
+from dnnlib.config import Config, option
+
+Denoise = Callable[[torch.Tensor, float], torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GuidanceConfig(Config):
+    """Strength of guidance as a function of the noise level; none by default."""
+
+    title: ClassVar[str] = "Guidance"
+
+    cfg_scale: float = option(
+        1.0, min=0, help="Guidance scale: 1 is none, above 1 extrapolates, 0 ignores the condition."
+    )
+    cfg_schedule: str = option(
+        "constant",
+        choices=("constant", "power-cosine"),
+        help="Course of the scale; power-cosine rises from 1 at the highest noise to the scale.",
+    )
+    cfg_power: float = option(
+        4.0,
+        min=0,
+        requires={"cfg_schedule": ("power-cosine",)},
+        help="Exponent of power-cosine; larger keeps guidance for lower noise.",
+    )
+    cfg_interval: tuple[float, float] | None = option(
+        None, min=0, help="Guide only above the first and up to the second noise level sigma."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cfg_interval is not None and self.cfg_interval[0] >= self.cfg_interval[1]:
+            low, high = self.cfg_interval
+            raise ValueError(
+                f"--cfg-interval: got {low:g},{high:g}; accepted: two noise levels, the lower "
+                "one first."
+            )
+
+
+def guidance_scale(config: GuidanceConfig, sigma: float, precond: Precond) -> float:
+    """Return the guidance scale at a noise level: 1 where guidance is off.
+
+    The interval is that of Kynkäänniemi et al. (arXiv 2404.07724). ``power-cosine`` is 1 + (scale
+    - 1) (1 - cos(pi (1 - f)^power)) / 2 with f = ``precond.noise_fraction(sigma)``, the schedule of
+    DiffiT's latent model (Hatamizadeh et al., arXiv 2312.02139).
+    """
+    if config.cfg_interval is not None:
+        low, high = config.cfg_interval
+        if not low < sigma <= high:
+            return 1.0
+    if config.cfg_schedule == "constant":
+        return config.cfg_scale
+    progress = (1 - precond.noise_fraction(sigma)) ** config.cfg_power
+    return 1 + (config.cfg_scale - 1) * 0.5 * (1 - math.cos(math.pi * progress))
+
+
+def classifier_free(
+    denoise: Callable[[torch.Tensor, float, Any], torch.Tensor],
+    context: Any,
+    null_context: Any,
+    config: GuidanceConfig,
+    precond: Precond,
+) -> Denoise:
+    """Return the denoiser null + scale (conditional - null) (Ho & Salimans, arXiv 2207.12598).
+
+    Both estimates come from one evaluation of a doubled batch. Where the scale is 1 only the
+    conditional one is evaluated.
+
+    Args:
+        denoise: ``(x, sigma, context) -> x0 estimate``.
+        context, null_context: With the condition and without it, for the same images;
+            ``context.concat(null_context)`` joins them along the batch.
+        config: Scale, schedule and interval.
+        precond: Preconditioner of ``denoise``, whose noise levels the schedule follows.
+    """
+    both = None if config.cfg_scale == 1 else context.concat(null_context)
+
+    def guided(x: torch.Tensor, sigma: float) -> torch.Tensor:
+        scale = guidance_scale(config, sigma, precond)
+        if scale == 1:
+            return denoise(x, sigma, context)
+        conditional, null = denoise(torch.cat([x, x]), sigma, both).chunk(2)
+        return _extrapolate(null, conditional, scale)
+
+    return guided
+
+
+def autoguidance(
+    main: Denoise, guide: Denoise, config: GuidanceConfig, precond: Precond | None = None
+) -> Denoise:
+    """Return the denoiser guide + scale (main - guide) (Karras et al., arXiv 2406.02507).
+
+    Args:
+        main: Denoiser of the network whose samples are wanted, closed over its context.
+        guide: Denoiser of a smaller or less trained network, with the same condition. It is not
+            evaluated where the scale is 1.
+        config: Scale, schedule and interval, used as for :func:`classifier_free`.
+        precond: Preconditioner of ``main``; needed by the power-cosine schedule alone.
+
+    Raises ValueError for a power-cosine schedule without ``precond``.
+    """
+    if config.cfg_schedule == "power-cosine" and precond is None:
+        raise ValueError("The power-cosine schedule of autoguidance needs the preconditioner.")
+
+    def guided(x: torch.Tensor, sigma: float) -> torch.Tensor:
+        scale = guidance_scale(config, sigma, precond)
+        if scale == 1:
+            return main(x, sigma)
+        return _extrapolate(guide(x, sigma), main(x, sigma), scale)
+
+    return guided
+
+
+def _extrapolate(base: torch.Tensor, target: torch.Tensor, scale: float) -> torch.Tensor:
+    # The one place that combines two estimates.
+    return base + scale * (target - base)

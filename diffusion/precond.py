@@ -1,0 +1,281 @@
+"""Preconditioners: from a raw network F to a denoiser D(x; sigma), and how to train it.
+
+D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) with x = x0 + sigma n (EDM, arXiv 2206.00364,
+Eq. 7). The rows of EDM's Table 1 are one class each; another parametrization is another class.
+"""
+
+import abc
+import bisect
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from diffusion.schedules import cosine_sigmas
+from dnnlib.config import Config, option
+
+Scalings = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrecondConfig(Config):
+    """Parametrization of the denoiser and its training noise; defaults are EDM's."""
+
+    title: ClassVar[str] = "Preconditioning"
+
+    precond: str = option(
+        "edm",
+        choices=("edm", "vp", "ve", "iddpm"),
+        help="Parametrization of the denoiser, with its noise density and loss weight.",
+    )
+    sigma_data: float = option(
+        0.5, min=1e-3, requires={"precond": ("edm",)}, help="Standard deviation of the data."
+    )
+    P_mean: float = option(
+        -1.2,
+        name="p-mean",
+        requires={"precond": ("edm",)},
+        help="Mean of ln(sigma) in training.",
+    )
+    P_std: float = option(
+        1.2,
+        min=0,
+        name="p-std",
+        requires={"precond": ("edm",)},
+        help="Standard deviation of ln(sigma) in training.",
+    )
+
+
+class Precond(abc.ABC):
+    """The scalings of a denoiser, its training distribution and its range of noise levels.
+
+    Attributes:
+        sigma_min, sigma_max: Noise levels between which the network may be asked.
+        noise_range: Range over whose logarithm :meth:`noise_fraction` is measured by default.
+    """
+
+    sigma_min: float
+    sigma_max: float
+    noise_range: tuple[float, float]
+
+    @abc.abstractmethod
+    def scalings(self, sigma: torch.Tensor) -> Scalings:
+        """Return ``(c_skip, c_out, c_in, c_noise)``, each with the shape of ``sigma``."""
+
+    @abc.abstractmethod
+    def draw_sigma(
+        self, num: int, generator: torch.Generator, device: torch.device | str
+    ) -> torch.Tensor:
+        """Return training noise levels [num], float32 on ``device``.
+
+        They are drawn on the generator's device.
+        """
+
+    def weight(self, sigma: torch.Tensor) -> torch.Tensor:
+        """Return the loss weight of the squared error of D, with the shape of ``sigma``."""
+        return 1 / sigma**2
+
+    def round_sigma(self, sigma: float) -> float:
+        """Return the nearest noise level that the network was trained for."""
+        return sigma
+
+    def noise_fraction(self, sigma: float) -> float:
+        """Return how far along its noise levels ``sigma`` is: 0 for the lowest, 1 for the highest.
+
+        Here the position of ln(sigma) within ``noise_range``.
+        """
+        low, high = self.noise_range
+        position = math.log(max(sigma, low) / low) / math.log(high / low)
+        return min(position, 1.0)
+
+
+class EDMPrecond(Precond):
+    """Unit variance at input and target for data of standard deviation ``sigma_data``."""
+
+    sigma_min, sigma_max = 0.0, math.inf
+    noise_range = (0.002, 80.0)
+
+    def __init__(self, sigma_data: float = 0.5, P_mean: float = -1.2, P_std: float = 1.2) -> None:
+        self.sigma_data, self.P_mean, self.P_std = sigma_data, P_mean, P_std
+
+    def scalings(self, sigma: torch.Tensor) -> Scalings:
+        variance = sigma**2 + self.sigma_data**2
+        c_skip = self.sigma_data**2 / variance
+        c_out = sigma * self.sigma_data / variance.sqrt()
+        return c_skip, c_out, 1 / variance.sqrt(), sigma.log() / 4
+
+    def draw_sigma(
+        self, num: int, generator: torch.Generator, device: torch.device | str
+    ) -> torch.Tensor:
+        normal = torch.randn(num, generator=generator, device=generator.device)
+        return _moved((normal * self.P_std + self.P_mean).exp(), device)
+
+    def weight(self, sigma: torch.Tensor) -> torch.Tensor:
+        return (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
+
+
+class VPPrecond(Precond):
+    """Variance-preserving SDE (Song et al., arXiv 2011.13456) with t uniform in training."""
+
+    beta_d, beta_min = 19.9, 0.1
+    num_timesteps = 1000
+    t_min = 1e-5
+
+    def __init__(self) -> None:
+        bounds = torch.tensor([self.t_min, 1.0], dtype=torch.float64)
+        self.sigma_min, self.sigma_max = self.sigma(bounds).tolist()
+        self.noise_range = (self.sigma_min, self.sigma_max)
+
+    def sigma(self, t: torch.Tensor) -> torch.Tensor:
+        """Return the noise level at time ``t`` in (0, 1]."""
+        return (0.5 * self.beta_d * t**2 + self.beta_min * t).expm1().sqrt()
+
+    def sigma_inv(self, sigma: torch.Tensor) -> torch.Tensor:
+        """Return the time at which the noise level is ``sigma``."""
+        root = (self.beta_min**2 + 2 * self.beta_d * (sigma**2).log1p()).sqrt()
+        return (root - self.beta_min) / self.beta_d
+
+    def scalings(self, sigma: torch.Tensor) -> Scalings:
+        c_noise = (self.num_timesteps - 1) * self.sigma_inv(sigma)
+        return torch.ones_like(sigma), -sigma, (sigma**2 + 1).rsqrt(), c_noise
+
+    def draw_sigma(
+        self, num: int, generator: torch.Generator, device: torch.device | str
+    ) -> torch.Tensor:
+        uniform = torch.rand(num, generator=generator, device=generator.device)
+        return _moved(self.sigma(self.t_min + uniform * (1 - self.t_min)), device)
+
+    def noise_fraction(self, sigma: float) -> float:
+        t = float(self.sigma_inv(torch.tensor(sigma, dtype=torch.float64)))
+        return min(max(t, 0.0), 1.0)
+
+
+class VEPrecond(Precond):
+    """Variance-exploding SDE (Song et al., arXiv 2011.13456), log-uniform noise in training."""
+
+    sigma_min, sigma_max = 0.02, 100.0
+    noise_range = (0.02, 100.0)
+
+    def scalings(self, sigma: torch.Tensor) -> Scalings:
+        ones = torch.ones_like(sigma)
+        return ones, sigma, ones, (sigma / 2).log()
+
+    def draw_sigma(
+        self, num: int, generator: torch.Generator, device: torch.device | str
+    ) -> torch.Tensor:
+        uniform = torch.rand(num, generator=generator, device=generator.device)
+        return _moved(self.sigma_min * (self.sigma_max / self.sigma_min) ** uniform, device)
+
+
+class IDDPMPrecond(Precond):
+    """Noise prediction at the levels of a table (iDDPM, arXiv 2102.09672), indexed by timestep.
+
+    Trained with sigma = u_j, j uniform over the positive levels. Between the levels the network is
+    given the timestep M - 1 - j of the nearest one.
+
+    Args:
+        table: Descending noise levels u_0 > ... > u_{M-1} > u_M = 0; by default iDDPM's cosine
+            schedule with M = 1000.
+    """
+
+    def __init__(self, table: np.ndarray | None = None) -> None:
+        table = cosine_sigmas() if table is None else table
+        assert table[-1] == 0
+        assert (np.diff(table) < 0).all()
+        self._ascending = table[-2::-1].tolist()  # index = timestep
+        self._on_device: dict[torch.device, torch.Tensor] = {}
+        self.sigma_min, self.sigma_max = self._ascending[0], self._ascending[-1]
+        self.noise_range = (self.sigma_min, self.sigma_max)
+
+    def _levels(self, device: torch.device) -> torch.Tensor:
+        # Moved once per device: a copy in every step would wait for the device.
+        if device not in self._on_device:
+            self._on_device[device] = torch.tensor(
+                self._ascending, dtype=torch.float32, device=device
+            )
+        return self._on_device[device]
+
+    def _timestep(self, sigma: float) -> int:
+        after = bisect.bisect_left(self._ascending, sigma)
+        candidates = range(max(after - 1, 0), min(after + 1, len(self._ascending)))
+        return min(candidates, key=lambda index: abs(self._ascending[index] - sigma))
+
+    def scalings(self, sigma: torch.Tensor) -> Scalings:
+        distance = (self._levels(sigma.device) - sigma.unsqueeze(-1)).abs()
+        c_noise = distance.argmin(-1).to(sigma.dtype)
+        return torch.ones_like(sigma), -sigma, (sigma**2 + 1).rsqrt(), c_noise
+
+    def draw_sigma(
+        self, num: int, generator: torch.Generator, device: torch.device | str
+    ) -> torch.Tensor:
+        levels = self._levels(generator.device)
+        timestep = torch.randint(len(levels), [num], generator=generator, device=generator.device)
+        return _moved(levels[timestep], device)
+
+    def round_sigma(self, sigma: float) -> float:
+        return self._ascending[self._timestep(sigma)] if sigma > 0 else 0.0
+
+    def noise_fraction(self, sigma: float) -> float:
+        # Timestep over M, as published guidance schedules count: 0 at the lowest level.
+        return self._timestep(sigma) / len(self._ascending)
+
+
+def make_precond(config: PrecondConfig) -> Precond:
+    """Return the preconditioner that ``config`` describes."""
+    if config.precond == "edm":
+        return EDMPrecond(config.sigma_data, config.P_mean, config.P_std)
+    return dict(vp=VPPrecond, ve=VEPrecond, iddpm=IDDPMPrecond)[config.precond]()
+
+
+class Denoiser:
+    """The x0 estimate of a raw network under a preconditioner.
+
+    Scalings and the result are float32; only the network itself runs in ``autocast_dtype``.
+
+    Args:
+        network: ``F(x [N, C, H, W], c_noise [N], context) -> [N, C, H, W]``.
+        precond: Its preconditioner.
+        autocast_dtype: Arithmetic of the network (bfloat16, float16), or None for its own.
+    """
+
+    def __init__(
+        self,
+        network: Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor],
+        precond: Precond,
+        autocast_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.network, self.precond, self.autocast_dtype = network, precond, autocast_dtype
+
+    def __call__(
+        self, x: torch.Tensor, sigma: float | torch.Tensor, context: Any = None
+    ) -> torch.Tensor:
+        """Return the denoised images [N, C, H, W], float32, without waiting for the device.
+
+        Args:
+            x: Noisy images [N, C, H, W] of any floating type.
+            sigma: Noise level: one number, or a tensor [N] or [N, 1, 1, 1].
+            context: Conditioning, handed on to the network.
+        """
+        x = x.to(torch.float32)
+        if isinstance(sigma, torch.Tensor):
+            sigma = sigma.to(torch.float32).reshape(-1, 1, 1, 1).expand(len(x), 1, 1, 1)
+        else:
+            sigma = torch.full([len(x), 1, 1, 1], sigma, dtype=torch.float32, device=x.device)
+        c_skip, c_out, c_in, c_noise = self.precond.scalings(sigma)
+        with self._autocast(x.device):
+            raw = self.network(c_in * x, c_noise.flatten(), context)
+        assert raw.shape == x.shape, f"network returned {tuple(raw.shape)} for {tuple(x.shape)}"
+        return c_skip * x + c_out * raw.to(torch.float32)
+
+    def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, self.autocast_dtype)
+
+
+def _moved(values: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    return values.to(device, non_blocking=True)

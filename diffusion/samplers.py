@@ -1,0 +1,289 @@
+"""Samplers: from noise to images with a denoiser D(x; sigma).
+
+Each is a function ``sampler(denoise, x, sigmas, noise, **options) -> x0`` in which
+``denoise(x, sigma)`` returns the x0 estimate at a noise level given as a python number, ``x`` is
+the state [N, C, H, W] at ``sigmas[0]`` (float64 from :func:`sample`), ``sigmas`` descends to 0,
+and ``noise.randn_like(x)`` draws for a stochastic sampler. ``callback()`` follows every step.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar, Protocol
+
+import torch
+
+from diffusion.precond import Precond
+from diffusion.schedules import sigma_grid
+from dnnlib.config import Config, option
+
+Denoise = Callable[[torch.Tensor, float], torch.Tensor]
+Callback = Callable[[], None]
+
+
+class NoiseSource(Protocol):
+    """What a stochastic sampler draws from."""
+
+    def randn_like(self, x: torch.Tensor) -> torch.Tensor:
+        """Return standard normal numbers with the shape and type of ``x``."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingConfig(Config):
+    """Sampler and noise levels; defaults are EDM's for 32x32 images."""
+
+    title: ClassVar[str] = "Sampling"
+
+    sampler: str = option(
+        "heun", choices=("heun", "euler", "ddim", "dpmpp_2m", "ddpm"), help="Sampler."
+    )
+    steps: int = option(18, min=1, help="Number of sampling steps.")
+    grid: str = option(
+        "karras",
+        choices=("karras", "linear", "vp", "ve", "iddpm"),
+        help="Spacing of the noise levels.",
+    )
+    sigma_min: float = option(
+        0.002, min=1e-8, help="Lowest noise level before 0; the network's own limit still holds."
+    )
+    sigma_max: float = option(
+        80.0, min=1e-8, help="Highest noise level; the network's own limit still holds."
+    )
+    rho: float = option(
+        7.0, min=1, requires={"grid": ("karras",)}, help="Exponent of the noise levels."
+    )
+    s_churn: float = option(
+        0.0,
+        min=0,
+        requires={"sampler": ("heun",)},
+        help="Stochasticity, spread over the steps; 0 is deterministic.",
+    )
+    s_min: float = option(
+        0.0, min=0, requires={"sampler": ("heun",)}, help="Lowest noise level that is churned."
+    )
+    s_max: float | None = option(
+        None,
+        min=0,
+        requires={"sampler": ("heun",)},
+        help="Highest noise level that is churned; none: no limit.",
+    )
+    s_noise: float = option(
+        1.0, min=0, requires={"sampler": ("heun",)}, help="Standard deviation of churned noise."
+    )
+    eta: float = option(
+        0.0,
+        min=0,
+        max=1,
+        requires={"sampler": ("ddim",)},
+        help="Stochasticity: 0 is deterministic, 1 is ancestral.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(
+                f"--sigma-min: got {self.sigma_min:g}; accepted: a number below --sigma-max, "
+                f"which is {self.sigma_max:g}."
+            )
+
+
+def heun(
+    denoise: Denoise,
+    x: torch.Tensor,
+    sigmas: Sequence[float],
+    noise: NoiseSource | None = None,
+    *,
+    s_churn: float = 0.0,
+    s_min: float = 0.0,
+    s_max: float = math.inf,
+    s_noise: float = 1.0,
+    round_sigma: Callable[[float], float] = float,
+    callback: Callback | None = None,
+) -> torch.Tensor:
+    """Return x0 by Heun's second-order method with optional churn (EDM, Algorithm 2).
+
+    2 N - 1 evaluations in N steps. ``round_sigma`` maps a churned noise level to one that the
+    network knows.
+    """
+    gamma = min(s_churn / (len(sigmas) - 1), math.sqrt(2) - 1)
+    for sigma, sigma_next in _steps(sigmas, callback):
+        if gamma > 0 and s_min <= sigma <= s_max:
+            sigma_hat = max(round_sigma(sigma * (1 + gamma)), sigma)
+            added = math.sqrt(sigma_hat**2 - sigma**2)
+            x = x + (s_noise * added) * noise.randn_like(x)
+            sigma = sigma_hat
+        slope = (x - denoise(x, sigma)) / sigma
+        predicted = x + (sigma_next - sigma) * slope
+        if sigma_next > 0:
+            slope_next = (predicted - denoise(predicted, sigma_next)) / sigma_next
+            predicted = x + (sigma_next - sigma) * (slope + slope_next) / 2
+        x = predicted
+    return x
+
+
+def euler(
+    denoise: Denoise,
+    x: torch.Tensor,
+    sigmas: Sequence[float],
+    noise: NoiseSource | None = None,
+    *,
+    callback: Callback | None = None,
+) -> torch.Tensor:
+    """Return x0 by Euler steps of dx/dsigma = (x - D(x; sigma)) / sigma (EDM, Eq. 3)."""
+    for sigma, sigma_next in _steps(sigmas, callback):
+        x = x + (sigma_next - sigma) * (x - denoise(x, sigma)) / sigma
+    return x
+
+
+def ddim(
+    denoise: Denoise,
+    x: torch.Tensor,
+    sigmas: Sequence[float],
+    noise: NoiseSource | None = None,
+    *,
+    eta: float = 0.0,
+    callback: Callback | None = None,
+) -> torch.Tensor:
+    """Return x0 by DDIM (Song et al., arXiv 2010.02502, Eq. 12 and 16).
+
+    Written for x / sqrt(abar) with sigma^2 = (1 - abar) / abar. At ``eta`` 0 it is deterministic
+    and equals :func:`euler`, at 1 it equals :func:`ddpm`.
+    """
+    for sigma, sigma_next in _steps(sigmas, callback):
+        denoised = denoise(x, sigma)
+        added = eta * _posterior_std(sigma, sigma_next)
+        kept = math.sqrt(sigma_next**2 - added**2)
+        x = denoised + kept / sigma * (x - denoised)
+        if added > 0:
+            x = x + added * noise.randn_like(x)
+    return x
+
+
+def ddpm(
+    denoise: Denoise,
+    x: torch.Tensor,
+    sigmas: Sequence[float],
+    noise: NoiseSource | None = None,
+    *,
+    callback: Callback | None = None,
+) -> torch.Tensor:
+    """Return x0 by ancestral sampling (Ho et al., arXiv 2006.11239, Eq. 6-7).
+
+    Each step draws from the exact posterior q(x_next | x, x0) of the forward chain with x0 =
+    D(x; sigma), which is the smaller of DDPM's two variances. The last step adds no noise.
+    """
+    for sigma, sigma_next in _steps(sigmas, callback):
+        x = torch.lerp(denoise(x, sigma).to(x.dtype), x, (sigma_next / sigma) ** 2)
+        if sigma_next > 0:
+            x = x + _posterior_std(sigma, sigma_next) * noise.randn_like(x)
+    return x
+
+
+def dpmpp_2m(
+    denoise: Denoise,
+    x: torch.Tensor,
+    sigmas: Sequence[float],
+    noise: NoiseSource | None = None,
+    *,
+    callback: Callback | None = None,
+) -> torch.Tensor:
+    """Return x0 by the multistep DPM-Solver++(2M) (Lu et al., arXiv 2211.01095, Algorithm 2).
+
+    The first step and the last one, to 0, are of first order.
+    """
+    previous = h_previous = None
+    for sigma, sigma_next in _steps(sigmas, callback):
+        denoised = denoise(x, sigma).to(x.dtype)
+        target = denoised
+        if sigma_next > 0:
+            h = math.log(sigma / sigma_next)
+            if previous is not None:
+                target = denoised + (denoised - previous) * (h / (2 * h_previous))
+            previous, h_previous = denoised, h
+        x = torch.lerp(target, x, sigma_next / sigma)
+    return x
+
+
+def _steps(sigmas: Sequence[float], callback: Callback | None) -> Iterator[tuple[float, float]]:
+    for sigma, sigma_next in itertools.pairwise(sigmas):
+        yield sigma, sigma_next
+        if callback is not None:
+            callback()
+
+
+def _posterior_std(sigma: float, sigma_next: float) -> float:
+    # Standard deviation of q(x_next | x, x0) for x = x0 + sigma n.
+    return sigma_next * math.sqrt(1 - (sigma_next / sigma) ** 2)
+
+
+SAMPLERS: dict[str, Callable[..., torch.Tensor]] = dict(
+    heun=heun, euler=euler, ddim=ddim, dpmpp_2m=dpmpp_2m, ddpm=ddpm
+)
+
+
+def sampling_sigmas(config: SamplingConfig, precond: Precond) -> list[float]:
+    """Return the noise levels that :func:`sample` visits, descending to 0.
+
+    The range is limited to the network's, the levels are rounded to those it knows, and levels
+    that rounding makes equal are visited once, so there can be fewer than ``config.steps`` + 1.
+
+    Raises ValueError if the network knows no range of noise levels inside the configured one.
+    """
+    sigma_min = max(config.sigma_min, precond.sigma_min)
+    sigma_max = min(config.sigma_max, precond.sigma_max)
+    if sigma_min >= sigma_max:
+        raise ValueError(
+            f"--sigma-min {config.sigma_min:g} and --sigma-max {config.sigma_max:g} miss the "
+            f"noise levels of this network, {precond.sigma_min:.4g} to {precond.sigma_max:.4g}; "
+            "choose a range that overlaps."
+        )
+    sigmas = sigma_grid(config.grid, config.steps, sigma_min, sigma_max, config.rho)
+    return [sigma for sigma, _ in itertools.groupby(map(precond.round_sigma, sigmas))]
+
+
+def num_evaluations(config: SamplingConfig, precond: Precond | None = None) -> int:
+    """Return how often one image's denoiser is evaluated.
+
+    With ``precond`` the count is exact for a network of discrete noise levels too, where steps
+    merge; without it, all ``config.steps`` are counted.
+    """
+    steps = config.steps if precond is None else len(sampling_sigmas(config, precond)) - 1
+    return 2 * steps - 1 if config.sampler == "heun" else steps
+
+
+@torch.no_grad()
+def sample(
+    denoise: Denoise,
+    latents: torch.Tensor,
+    config: SamplingConfig,
+    precond: Precond,
+    noise: NoiseSource | None = None,
+    callback: Callback | None = None,
+) -> torch.Tensor:
+    """Return samples x0 [N, C, H, W], float64.
+
+    Args:
+        denoise: ``(x, sigma) -> x0 estimate``, closed over context and guidance.
+        latents: Standard normal [N, C, H, W].
+        config: Sampler, noise levels and their options.
+        precond: Preconditioner of the network, for its range and rounding of noise levels.
+        noise: Source of a stochastic sampler's noise; not used by the deterministic ones.
+        callback: Called without arguments after every step.
+
+    Raises ValueError if config and preconditioner share no range of noise levels.
+    """
+    sigmas = sampling_sigmas(config, precond)
+    options = {}
+    if config.sampler == "heun":
+        options = dict(
+            s_churn=config.s_churn,
+            s_min=config.s_min,
+            s_max=math.inf if config.s_max is None else config.s_max,
+            s_noise=config.s_noise,
+            round_sigma=precond.round_sigma,
+        )
+    elif config.sampler == "ddim":
+        options = dict(eta=config.eta)
+    x = latents.to(torch.float64) * sigmas[0]
+    return SAMPLERS[config.sampler](denoise, x, sigmas, noise, callback=callback, **options)

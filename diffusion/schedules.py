@@ -1,0 +1,98 @@
+"""Noise levels that a sampler visits: descending grids of sigma in float64.
+
+Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models" (EDM,
+arXiv 2206.00364), Table 1. A grid is a function of (num_steps, sigma_min, sigma_max, rho).
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+
+def sigma_grid(
+    name: str, num_steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0
+) -> list[float]:
+    """Return the num_steps + 1 noise levels of a grid: descending, the last one 0.
+
+    All grids but ``iddpm`` begin at ``sigma_max`` and reach ``sigma_min`` just before 0; a grid of
+    one step is ``[sigma_max, 0]``. ``iddpm`` takes the levels of its own table inside the range.
+
+    Args:
+        name: One of :data:`GRIDS`.
+        num_steps: Number of steps, at least 1.
+        sigma_min, sigma_max: Range, 0 < sigma_min < sigma_max.
+        rho: Exponent of ``karras``; larger means shorter steps near ``sigma_min``.
+
+    Raises ValueError for an unknown name, an empty range, or a range without ``iddpm`` levels.
+    """
+    if name not in GRIDS:
+        raise ValueError(f"--grid: got {name!r}; accepted: one of {', '.join(GRIDS)}.")
+    if num_steps < 1:
+        raise ValueError(f"--steps: got {num_steps}; accepted: an integer of at least 1.")
+    if not 0 < sigma_min < sigma_max < math.inf:
+        raise ValueError(
+            f"--sigma-min {sigma_min:g} and --sigma-max {sigma_max:g} span no noise levels; the "
+            "first must be positive and below the second, which must be finite."
+        )
+    sigmas = GRIDS[name](num_steps, sigma_min, sigma_max, rho)
+    return [*(float(sigma) for sigma in sigmas), 0.0]
+
+
+def _karras(num_steps: int, sigma_min: float, sigma_max: float, rho: float) -> np.ndarray:
+    # EDM Eq. 5.
+    ramp = np.linspace(0, 1, num_steps)
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return (high + ramp * (low - high)) ** rho
+
+
+def _linear(num_steps: int, sigma_min: float, sigma_max: float, rho: float) -> np.ndarray:
+    # Equal steps in sigma.
+    return np.linspace(sigma_max, sigma_min, num_steps)
+
+
+def _vp(num_steps: int, sigma_min: float, sigma_max: float, rho: float) -> np.ndarray:
+    # Equal steps in the time of the VP process from 1 to eps_s, whose beta_d and beta_min are
+    # fitted so that sigma(eps_s) = sigma_min and sigma(1) = sigma_max.
+    eps_s = 1e-3
+    low, high = math.log1p(sigma_min**2), math.log1p(sigma_max**2)
+    beta_d = 2 * (low / eps_s - high) / (eps_s - 1)
+    beta_min = high - 0.5 * beta_d
+    t = np.linspace(1, eps_s, num_steps)
+    return np.sqrt(np.expm1(0.5 * beta_d * t**2 + beta_min * t))
+
+
+def _ve(num_steps: int, sigma_min: float, sigma_max: float, rho: float) -> np.ndarray:
+    # Geometric in sigma.
+    return np.geomspace(sigma_max, sigma_min, num_steps)
+
+
+def _iddpm(num_steps: int, sigma_min: float, sigma_max: float, rho: float) -> np.ndarray:
+    # Entries of the table from the first at or below sigma_max on; 81 gives the paper's j0 = 8.
+    table = cosine_sigmas()
+    inside = np.flatnonzero((table >= sigma_min) & (table <= sigma_max))
+    if inside.size == 0:
+        raise ValueError(
+            f"--grid=iddpm has no noise level from {sigma_min:g} to {sigma_max:g}; its levels lie "
+            f"from {table[-2]:.4g} to {table[0]:.4g}: widen --sigma-min and --sigma-max."
+        )
+    positions = np.linspace(inside[0], inside[-1], num_steps)
+    return table[np.floor(positions + 0.5).astype(int)]
+
+
+GRIDS: dict[str, Callable[[int, float, float, float], np.ndarray]] = dict(
+    karras=_karras, linear=_linear, vp=_vp, ve=_ve, iddpm=_iddpm
+)
+
+
+def cosine_sigmas(num_levels: int = 1000, c1: float = 0.001, c2: float = 0.008) -> np.ndarray:
+    """Return the noise levels u_0 > ... > u_M = 0 of iDDPM's cosine schedule [num_levels + 1].
+
+    EDM Table 1: u_{j-1} = sqrt((u_j^2 + 1) / max(abar_{j-1} / abar_j, C_1) - 1) with abar_j =
+    sin^2(pi j / (2 M (C_2 + 1))).
+    """
+    abar = np.sin(0.5 * np.pi * np.arange(num_levels + 1) / (num_levels * (c2 + 1))) ** 2
+    u = np.zeros(num_levels + 1)
+    for j in range(num_levels, 0, -1):
+        u[j - 1] = np.sqrt((u[j] ** 2 + 1) / max(abar[j - 1] / abar[j], c1) - 1)
+    return u

@@ -1,0 +1,278 @@
+"""Command-line options generated from configuration dataclasses.
+
+A script gives :class:`ConfigCommand` a function that picks the base configuration from the raw
+arguments (by ``--preset``, by a snapshot). The command then offers one option per field, grouped
+by dataclass, with that configuration's values as defaults, and returns the configuration with the
+given options replaced.
+"""
+
+import dataclasses
+import os
+import sys
+import time
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from dnnlib.config import Config, accepted_values, option_name, split_optional
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One field of a nested configuration, as the command line sees it."""
+
+    path: tuple[str, ...]  # Field names from the outer configuration inwards.
+    field: dataclasses.Field
+    hint: Any
+    value: Any
+    title: str
+
+    @property
+    def name(self) -> str:
+        return option_name(self.field)
+
+    @property
+    def is_bool(self) -> bool:
+        return split_optional(self.hint)[0] is bool
+
+
+def settings(config: Config, path: tuple[str, ...] = ()) -> Iterator[Setting]:
+    """Yield every exposed field of ``config`` and of the configurations nested in it."""
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, Config):
+            yield from settings(value, (*path, field.name))
+        elif field.metadata.get("exposed", False):
+            yield Setting((*path, field.name), field, hints[field.name], value, config.title)
+
+
+def show_value(value: Any) -> str:
+    """Return a field's value as it would be typed on the command line."""
+    if value is None:
+        return "none"
+    if isinstance(value, tuple):
+        return ",".join(map(show_value, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+class FieldType(click.ParamType):
+    """Parses the text of an option into the type of its field; the field checks the range."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        base, self.optional = split_optional(setting.hint)
+        self.is_tuple = typing.get_origin(base) is tuple
+        self.element = typing.get_args(base)[0] if self.is_tuple else base
+        choices = setting.field.metadata.get("choices")
+        if choices and not self.is_tuple:
+            self.name = "|".join(choices)
+        else:
+            names = {int: "int", float: "float", bool: "bool", str: "text"}
+            self.name = names.get(self.element, "text") + (",..." if self.is_tuple else "")
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return f"[{self.name}]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        text = value.strip()
+        if text.lower() == "none" and (self.optional or self.is_tuple):
+            return None if self.optional else ()
+        try:
+            if self.is_tuple:
+                parts = [part for part in text.split(",") if part.strip()]
+                return tuple(self._parse(part.strip()) for part in parts)
+            return self._parse(text)
+        except ValueError:
+            accepted = accepted_values(self.setting.field, self.setting.hint)
+            return self.fail(f"got {value!r}; accepted: {accepted}.", param, ctx)
+
+    def _parse(self, text: str) -> Any:
+        if self.element is bool:
+            lowered = text.lower()
+            if lowered in ("1", "true", "yes", "on"):
+                return True
+            if lowered in ("0", "false", "no", "off"):
+                return False
+            raise ValueError(text)
+        if self.element is int:
+            number = float(text)  # 1e3 and 64.0 are integers too.
+            if number != int(number):
+                raise ValueError(text)
+            return int(number)
+        return self.element(text)
+
+
+class ConfigOption(click.Option):
+    """A click option for one :class:`Setting`."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        names = [setting.name, *setting.field.metadata["aliases"]]
+        # A flag may stand bare or with a value: --cond, --cond=True, --no-cond.
+        bare = dict(is_flag=False, flag_value="True") if setting.is_bool else {}
+        super().__init__(
+            [f"--{name}" for name in names] + ["_".join(setting.path)],
+            type=FieldType(setting),
+            help=f"{setting.field.metadata['help']} [default: {show_value(setting.value)}]",
+            default=None,
+            **bare,
+        )
+
+
+class ConfigCommand(click.Command):
+    """A command whose options follow from a configuration that depends on the arguments.
+
+    Args:
+        base: Maps the raw arguments to the base configuration, or None to offer only the fixed
+            options. Called once per invocation, before parsing.
+        elsewhere: Maps an unknown option name (without dashes) to a sentence that says where it
+            exists, or None.
+        examples: Runnable commands shown at the end of ``--help``.
+
+    The callback receives ``config`` beside its own parameters.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        base: Callable[[Sequence[str]], Config | None],
+        elsewhere: Callable[[str, Config | None], str | None] = lambda name, config: None,
+        examples: str = "",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._fixed = list(self.params)
+        self._base = base
+        self._elsewhere = elsewhere
+        self._examples = examples
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        args = [_normalise(arg) for arg in args]
+        try:
+            config = self._base(args)
+        except ValueError as error:
+            raise click.UsageError(str(error), ctx) from error
+        options = [] if config is None else [ConfigOption(setting) for setting in settings(config)]
+        bools = {f"--no-{name[2:]}": name for o in options if o.setting.is_bool for name in o.opts}
+        args = [f"{bools[arg]}=False" if arg in bools else arg for arg in args]
+        self.params = self._fixed + options
+        try:
+            rest = super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            where = self._elsewhere(error.option_name.lstrip("-"), config)
+            if where is not None:
+                raise click.UsageError(where, ctx) from error
+            raise
+        given = {}
+        for param in options:
+            value = ctx.params.pop(param.name, None)
+            if ctx.get_parameter_source(param.name) is ParameterSource.COMMANDLINE:
+                given[param.setting.path] = value
+        try:
+            ctx.params["config"] = None if config is None else replace_settings(config, given)
+        except ValueError as error:
+            raise click.UsageError(str(error), ctx) from error
+        ctx.meta["given"] = {path[-1] for path in given}
+        return rest
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                title = param.setting.title if isinstance(param, ConfigOption) else "Main options"
+                groups.setdefault(title, []).append(record)
+        for title, records in groups.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_epilog(ctx, formatter)
+        if self._examples:
+            formatter.write(f"\nExamples:\n{self._examples}")
+
+
+def _normalise(arg: str) -> str:
+    """Spell option names with hyphens: ``--batch_gpu=4`` means ``--batch-gpu=4``."""
+    if not arg.startswith("--"):
+        return arg
+    name, equals, value = arg.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def raw_value(args: Sequence[str], name: str) -> str | None:
+    """Return the last value of ``--name`` in unparsed arguments, or None."""
+    value = None
+    for position, arg in enumerate(args):
+        if arg == f"--{name}" and position + 1 < len(args):
+            value = args[position + 1]
+        elif arg.startswith(f"--{name}="):
+            value = arg.partition("=")[2]
+    return value
+
+
+def replace_settings(config: Config, given: dict[tuple[str, ...], Any]) -> Any:
+    """Return ``config`` with the fields at ``given``'s paths replaced.
+
+    Raises ValueError if a value is out of range, or if a given field has no effect beside the
+    values of the other fields.
+    """
+    changes: dict[str, Any] = {}
+    nested: dict[str, dict[tuple[str, ...], Any]] = {}
+    for path, value in given.items():
+        if len(path) == 1:
+            changes[path[0]] = value
+        else:
+            nested.setdefault(path[0], {})[path[1:]] = value
+    for name, inner in nested.items():
+        changes[name] = replace_settings(getattr(config, name), inner)
+    result = dataclasses.replace(config, **changes)
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    for name in changes:
+        for other, values in fields[name].metadata.get("requires", {}).items():
+            if getattr(result, other) not in values:
+                accepted = " or ".join(f"--{option_name(fields[other])}={v}" for v in values)
+                raise ValueError(
+                    f"--{option_name(fields[name])} has an effect only with {accepted}; "
+                    f"this run has {show_value(getattr(result, other))}."
+                )
+    return result
+
+
+def parse_int_ranges(text: str) -> list[int]:
+    """Return the integers of a list such as ``0-3,7,10-11``; raises ValueError otherwise."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        low, dash, high = part.strip().partition("-")
+        if not low.isdigit() or (dash and not high.isdigit()):
+            raise ValueError(f"--seeds: got {text!r}; accepted: integers and ranges, as 0-63,100.")
+        numbers.extend(range(int(low), int(high or low) + 1))
+    return numbers
+
+
+def run(command: click.Command) -> None:
+    """Run a script's command and exit with its result as the exit code.
+
+    A ValueError is a user's error and becomes one sentence, printed once a node under torchrun.
+    """
+    quiet = int(os.environ.get("LOCAL_RANK", 0)) != 0
+    try:
+        sys.exit(command.main(standalone_mode=False) or 0)
+    except (click.ClickException, ValueError) as error:
+        if quiet:
+            # The launcher ends all ranks once one has failed: let the first one speak before.
+            time.sleep(2)
+        elif isinstance(error, click.ClickException):
+            error.show()
+        else:
+            click.echo(f"Error: {error}", err=True)
+        sys.exit(getattr(error, "exit_code", 1))
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Interrupted.", err=True)
+        sys.exit(130)

@@ -1,0 +1,207 @@
+"""Frozen configuration dataclasses whose fields carry type, default, help and range.
+
+One definition of a field serves the command line (:mod:`dnnlib.cli`), ``training_options.json``
+and the metadata of a snapshot.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    *,
+    help: str,
+    min: float | None = None,
+    max: float | None = None,
+    choices: tuple[str, ...] | None = None,
+    name: str | None = None,
+    aliases: tuple[str, ...] = (),
+    requires: Mapping[str, tuple[Any, ...]] | None = None,
+    exposed: bool = True,
+) -> Any:
+    """Return a dataclass field that describes itself.
+
+    Args:
+        default: Default value; without it the field is required.
+        help: One line for ``--help``.
+        min, max: Inclusive range of a number, or of every element of a tuple.
+        choices: Accepted strings.
+        name: Option name without the dashes; by default the field name with hyphens.
+        aliases: Further option names without the dashes.
+        requires: Sibling fields and the values under which this field has an effect. Giving the
+            option on the command line while it has none is an error.
+        exposed: False for a field that is derived (from the dataset, say) and is no option.
+    """
+    return dataclasses.field(
+        default=default,
+        metadata=dict(
+            help=help,
+            min=min,
+            max=max,
+            choices=choices,
+            name=name,
+            aliases=aliases,
+            requires=dict(requires or {}),
+            exposed=exposed,
+        ),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Base of every configuration: frozen, keyword-only, checked when it is made.
+
+    A subclass that sets ``family`` can be restored by that name through :func:`from_dict` on any
+    of its base classes, which is how a snapshot names its kind of model without naming code.
+    """
+
+    family: ClassVar[str | None] = None
+    title: ClassVar[str] = "Options"
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            _check_value(self, field, hints[field.name])
+
+
+def option_name(field: dataclasses.Field) -> str:
+    """Return the command-line name of a field, without the dashes."""
+    return field.metadata.get("name") or field.name.replace("_", "-")
+
+
+def accepted_values(field: dataclasses.Field, hint: Any) -> str:
+    """Return a phrase that says which values a field accepts, for messages."""
+    meta = field.metadata
+    base, optional = split_optional(hint)
+    if meta.get("choices"):
+        text = "one of " + ", ".join(meta["choices"])
+    else:
+        is_tuple = typing.get_origin(base) is tuple
+        element = typing.get_args(base)[0] if is_tuple else base
+        text = {int: "an integer", float: "a number", bool: "True or False", str: "text"}.get(
+            element, getattr(element, "__name__", str(element))
+        )
+        if is_tuple:
+            text = {"an integer": "integers", "a number": "numbers"}.get(text, text)
+            text += " separated by commas"
+        low, high = meta.get("min"), meta.get("max")
+        if low is not None and high is not None:
+            text += f" from {low:g} to {high:g}"
+        elif low is not None:
+            text += f" of at least {low:g}"
+        elif high is not None:
+            text += f" of at most {high:g}"
+    return text + (", or none" if optional else "")
+
+
+def split_optional(hint: Any) -> tuple[Any, bool]:
+    """Return ``(T, True)`` for ``T | None`` and ``(hint, False)`` for anything else."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        args = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+        if len(args) == 1:
+            return args[0], True
+    return hint, False
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if origin is tuple:
+        args = typing.get_args(hint)
+        if not isinstance(value, tuple):
+            return False
+        if len(args) == 2 and args[1] is Ellipsis:
+            return all(_has_type(element, args[0]) for element in value)
+        return len(value) == len(args) and all(map(_has_type, value, args))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _check_value(config: Config, field: dataclasses.Field, hint: Any) -> None:
+    value = getattr(config, field.name)
+    base, optional = split_optional(hint)
+    if value is None and optional:
+        return
+    meta = field.metadata
+    valid = _has_type(value, base)
+    if valid and meta.get("choices"):
+        values = value if isinstance(value, tuple) else (value,)
+        valid = all(element in meta["choices"] for element in values)
+    if valid and (meta.get("min") is not None or meta.get("max") is not None):
+        for number in value if isinstance(value, tuple) else (value,):
+            # Written so that NaN fails.
+            valid = valid and (meta["min"] is None or number >= meta["min"])
+            valid = valid and (meta["max"] is None or number <= meta["max"])
+    if not valid:
+        hint_text = ""
+        if meta.get("choices") and isinstance(value, str):
+            hint_text = did_you_mean(value, meta["choices"])
+        raise ValueError(
+            f"--{option_name(field)}: got {value!r}; accepted: "
+            f"{accepted_values(field, hint)}.{hint_text}"
+        )
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """Return `` Did you mean 'x'?`` for the nearest of ``choices``, or an empty string."""
+    near = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    return f" Did you mean '{near[0]}'?" if near else ""
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Return a configuration as plain containers, fit for JSON and for a snapshot."""
+    result: dict[str, Any] = {} if config.family is None else {"family": config.family}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, Config):
+            value = to_dict(value)
+        result[field.name] = list(value) if isinstance(value, tuple) else value
+    return result
+
+
+def from_dict(config_type: type[Config], values: Mapping[str, Any]) -> Any:
+    """Restore a configuration from :func:`to_dict`'s result.
+
+    Missing fields take their defaults, so that older files load. Raises ValueError for an unknown
+    field or family, or for a value out of range.
+    """
+    values = dict(values)
+    family = values.pop("family", None)
+    if family is not None:
+        families = _families(config_type)
+        if family not in families:
+            known = ", ".join(sorted(families))
+            raise ValueError(f"Unknown family {family!r}; this version knows {known}.")
+        config_type = families[family]
+    hints = typing.get_type_hints(config_type)
+    names = [field.name for field in dataclasses.fields(config_type)]
+    for name, value in values.items():
+        if name not in names:
+            raise ValueError(
+                f"Unknown setting {name!r} in a {config_type.__name__}; "
+                f"the file may come from a newer version.{did_you_mean(name, names)}"
+            )
+        base, _ = split_optional(hints[name])
+        if isinstance(value, Mapping):
+            values[name] = from_dict(base, value)
+        elif isinstance(value, list):
+            values[name] = tuple(value)
+    return config_type(**values)
+
+
+def _families(config_type: type[Config]) -> dict[str, type[Config]]:
+    found = {}
+    pending = [config_type]
+    while pending:
+        current = pending.pop()
+        pending.extend(current.__subclasses__())
+        if current.family is not None:
+            found[current.family] = current
+    return found

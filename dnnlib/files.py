@@ -1,0 +1,125 @@
+"""Atomic writes and cached, verified downloads."""
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import urlparse
+
+from dnnlib.progress import progress
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike, mode: str = "wb", **kwargs: Any) -> Iterator[IO]:
+    """Open a file that appears under ``path`` whole or not at all.
+
+    The data goes to a temporary file in the same folder, is fsynced and renamed when the block
+    ends without an exception; otherwise the temporary file is removed and ``path`` is untouched.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(
+        prefix=f".{path.name}.", suffix=".tmp", dir=path.parent
+    )
+    try:
+        with os.fdopen(descriptor, mode, **kwargs) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp creates the file for its owner alone; give it the usual permissions instead.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    _fsync_folder(path.parent)
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def cache_dir() -> Path:
+    """Return the folder for downloads and derived data: $SETDIFFIT_CACHE or ~/.cache/setdiffit."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "setdiffit"
+    return Path(os.environ.get("SETDIFFIT_CACHE", default))
+
+
+def sha256_of_file(path: str | os.PathLike) -> str:
+    """Return the SHA-256 of a file as hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_url(location: str) -> bool:
+    """Tell whether ``location`` is an http(s) address rather than a path."""
+    return urlparse(str(location)).scheme in ("http", "https")
+
+
+def fetch(location: str, sha256: str | None = None) -> Path:
+    """Return a local path for a file named by a path or an http(s) URL.
+
+    A URL is downloaded once into :func:`cache_dir`; ``sha256`` (all or the first digits) is
+    verified before the file takes its place there. Raises ValueError for a missing file, a failed
+    download or a wrong checksum.
+    """
+    if not is_url(location):
+        path = Path(location)
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file.")
+        if sha256 is not None:
+            _verify(path, sha256, str(path))
+        return path
+    name = Path(urlparse(location).path).name
+    key = hashlib.sha256(location.encode()).hexdigest()[:16]
+    target = cache_dir() / "downloads" / f"{key}-{name}"
+    if not target.is_file():
+        _download(location, target, sha256)
+    elif sha256 is not None:
+        _verify(target, sha256, f"{target} (cached copy of {location}; delete it to try again)")
+    return target
+
+
+def _verify(path: Path, sha256: str, label: str) -> None:
+    _compare(sha256_of_file(path), sha256, label)
+
+
+def _compare(found: str, sha256: str, label: str) -> None:
+    if not found.startswith(sha256.lower()):
+        raise ValueError(f"{label}: SHA-256 is {found[:16]}..., expected {sha256[:16]}...")
+
+
+def _download(url: str, target: Path, sha256: str | None) -> None:
+    import requests
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with requests.get(url, stream=True, timeout=30) as response:
+            response.raise_for_status()
+            total = int(response.headers.get("Content-Length", 0)) or None
+            with (
+                atomic_write(target) as file,
+                progress(total=total, label=f"Downloading {target.name}", unit="B") as bar,
+            ):
+                digest = hashlib.sha256()
+                for chunk in response.iter_content(1 << 20):
+                    file.write(chunk)
+                    digest.update(chunk)
+                    bar.update(len(chunk))
+                if sha256 is not None:
+                    _compare(digest.hexdigest(), sha256, url)
+    except requests.RequestException as error:
+        raise ValueError(
+            f"Could not download {url} ({type(error).__name__}). Download it elsewhere and give "
+            f"its local path, or place it at {target}."
+        ) from error

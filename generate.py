@@ -1,0 +1,136 @@
+"""Generate images from a snapshot: one seed an image, on one process or under torchrun."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+import torch
+
+from diffusion.guidance import GuidanceConfig
+from diffusion.samplers import SamplingConfig
+from dnnlib.cli import ConfigCommand, parse_int_ranges, raw_value, run
+from dnnlib.config import Config
+from dnnlib.progress import progress
+from torch_utils import distributed
+from training.checkpoint import Snapshot, load_snapshot
+from training.generation import (
+    AUTOCAST_DTYPES,
+    claim_outdir,
+    image_path,
+    labels_of_seeds,
+    make_generator,
+    parse_classes,
+)
+from training.pictures import image_grid, read_image, save_image, to_pil
+
+EXAMPLES = """
+  # 64 images, one per seed, and one picture of them all:
+  python generate.py --network=runs/00000-x/network-snapshot-000154.pkl --outdir=out \\
+      --seeds=0-63 --grid=out/grid.png
+
+  # Ten images of each of ten classes, more alike to their class:
+  python generate.py --network=network.pkl --outdir=out --seeds=0-99 --class=0-9 --cfg-scale=1.5
+
+  # 50,000 images on eight GPUs, a thousand to a folder; start again to continue:
+  torchrun --standalone --nproc_per_node=8 generate.py --network=network.pkl --outdir=out \\
+      --seeds=0-49999 --subdirs --batch=256
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateConfig(Config):
+    """The sampling protocol; the snapshot brings its own."""
+
+    sampling: SamplingConfig
+    guidance: GuidanceConfig
+
+
+cached_snapshot = functools.lru_cache(maxsize=2)(load_snapshot)
+
+
+def base_config(args: Sequence[str]) -> GenerateConfig | None:
+    """Return the protocol of the snapshot named in the raw arguments."""
+    network = raw_value(args, "network")
+    if network is None or "--help" in args:
+        return GenerateConfig(sampling=SamplingConfig(), guidance=GuidanceConfig())
+    config = cached_snapshot(network).config
+    return GenerateConfig(sampling=config.sampling, guidance=config.guidance)
+
+
+def option_elsewhere(name: str, config: Config | None) -> str | None:
+    """Return a sentence for an option of training given to sampling."""
+    if name in ("preset", "data", "precond", "resolution"):
+        return f"--{name}: the snapshot decides this; generate.py has no such option."
+    return None
+
+
+@click.command(cls=ConfigCommand, base=base_config, elsewhere=option_elsewhere, examples=EXAMPLES)
+@click.option("--network", required=True, help="Snapshot written by train.py.")
+@click.option("--outdir", required=True, type=click.Path(path_type=Path), help="Image folder.")
+@click.option("--seeds", default="0-63", show_default=True, help="Seeds, such as 0-63,100.")
+@click.option("--class", "classes", help="Classes that seeds take in turn: cat or 7 or 0-9.")
+@click.option("--batch", default=64, show_default=True, type=click.IntRange(1), help="Per rank.")
+@click.option("--subdirs", is_flag=True, help="Make a subfolder for every 1,000 seeds.")
+@click.option("--grid", type=click.Path(path_type=Path), help="Also write one picture of all.")
+@click.option("--columns", default=10, show_default=True, type=click.IntRange(1), help="Of --grid.")
+@click.option("--guide", help="Second snapshot, to guide away from with weight --cfg-scale.")
+@click.option("--precision", type=click.Choice(list(AUTOCAST_DTYPES)), help="As in training.")
+def main(
+    config: GenerateConfig,
+    network: str,
+    outdir: Path,
+    seeds: str,
+    classes: str | None,
+    batch: int,
+    subdirs: bool,
+    grid: Path | None,
+    columns: int,
+    guide: str | None,
+    precision: str | None,
+) -> None:
+    """Generate one image per seed. An image depends on its seed, its class and the options below,
+    not on the batch size or the number of processes. Images that exist are kept, so that an
+    interrupted job goes on when it is started again.
+    """
+    snapshot: Snapshot = cached_snapshot(network)
+    seed_list = parse_int_ranges(seeds)
+    chosen = parse_classes(classes, snapshot.data.class_names)
+    labels = labels_of_seeds(seed_list, chosen)
+    device = distributed.init()
+    generator = make_generator(
+        snapshot,
+        device,
+        sampling=config.sampling,
+        guidance=config.guidance,
+        precision=precision,
+        guide=None if guide is None else cached_snapshot(guide),
+    )
+
+    # Images of another protocol in the same folder would pass for this one's.
+    protocol = dict(snapshot=snapshot.sha256, classes=chosen, **generator.protocol())
+    distributed.on_main(lambda: claim_outdir(outdir, protocol))
+    paths = [image_path(outdir, seed, subdirs) for seed in seed_list]
+    todo = distributed.broadcast_object([row for row, p in enumerate(paths) if not p.is_file()])
+    if len(todo) < len(paths):
+        distributed.print0(f"{len(paths) - len(todo)} of {len(paths)} images exist already.")
+    mine = todo[distributed.rank() :: distributed.world_size()]
+    with progress(total=len(todo), label="Generating", disable=not distributed.is_main()) as bar:
+        for start in range(0, len(mine), batch):
+            rows = mine[start : start + batch]
+            own = None if labels is None else [labels[row] for row in rows]
+            images = generator.generate([seed_list[row] for row in rows], own).cpu()
+            for row, image in zip(rows, images, strict=True):
+                save_image(to_pil(image), paths[row])
+            bar.update(min(len(rows) * distributed.world_size(), len(todo)))
+    distributed.barrier()
+    if grid is not None and distributed.is_main():
+        images = torch.stack([read_image(path) for path in paths])
+        save_image(image_grid(images, columns), grid)
+    distributed.print0(f"{len(paths)} images in {outdir}" + (f", all in {grid}" if grid else ""))
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    run(main)

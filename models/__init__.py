@@ -1,0 +1,84 @@
+"""Networks: a backbone and the conditioner that prepares its context."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from models.conditioners import ClassConditioner
+from models.config import ModelConfig
+from models.context import Context
+from models.diffit import DiffiT, DiffiTConfig
+from models.layers import choose_attention
+
+__all__ = ["Context", "ModelConfig", "Network", "attention_backend", "build_network"]
+
+
+def class_conditioner(config: ModelConfig, dim: int) -> ClassConditioner:
+    return ClassConditioner(config.num_classes, config.augment_dim, dim)
+
+
+class Family(NamedTuple):
+    """How a kind of network is built.
+
+    ``backbone`` takes the configuration and has the width of its context as ``context_dim``;
+    ``conditioner`` takes the configuration and that width.
+    """
+
+    backbone: Callable[[ModelConfig], nn.Module]
+    conditioner: Callable[[ModelConfig, int], nn.Module]
+
+
+FAMILIES: dict[type[ModelConfig], Family] = {
+    DiffiTConfig: Family(DiffiT, class_conditioner),
+}
+
+
+class Network(nn.Module):
+    """The raw network F(x, c_noise, context) of a configuration, with its conditioner."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        family = FAMILIES[type(config)]
+        self.config = config
+        self.backbone = family.backbone(config)
+        self.conditioner = family.conditioner(config, self.backbone.context_dim)
+
+    def check(self, cond: dict[str, Tensor]) -> None:
+        """Raise ValueError if conditions are missing or out of range; reads them, so on the CPU."""
+        self.conditioner.check(cond)
+
+    def context(
+        self, cond: dict[str, Tensor], drop: Tensor | None = None, num: int | None = None
+    ) -> Context:
+        """Return the context of a batch of N images.
+
+        Args:
+            cond: Named conditions: ``label`` [N] int64 class indices, ``augment`` [N, 9] labels of
+                the augmentation (zeros if absent).
+            drop: [N] bool, true where the condition is replaced by the learned null condition;
+                none by default.
+            num: N, needed where ``cond`` is empty.
+        """
+        return self.conditioner(cond, drop, num)
+
+    def forward(self, x: Tensor, c_noise: Tensor, context: Context) -> Tensor:
+        """Return F [N, C_out, H, W] of inputs x [N, C, H, W], noise levels c_noise [N], context."""
+        return self.backbone(x, c_noise, context)
+
+
+def build_network(config: ModelConfig) -> Network:
+    """Return the network of a configuration, with initial weights from torch's global generator.
+
+    Constants are not part of its state: a network made on the meta device has no values for them.
+    """
+    return Network(config)
+
+
+def attention_backend(config: ModelConfig, device: torch.device | str) -> str:
+    """Return the attention kernels, ``sdpa`` or ``flex``, that training on ``device`` uses.
+
+    Raises ValueError if the configured ones cannot be trained there.
+    """
+    return choose_attention(config.attention, torch.device(device), needs_grad=True)

@@ -1,0 +1,85 @@
+"""Conditioners: from a batch's named conditions to a :class:`~models.context.Context`."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from models.context import Context
+
+
+class ClassConditioner(nn.Module):
+    """Sums an embedding of the class label and one of the augmentation labels into one vector.
+
+    The vector of class i is sqrt(num_classes) times row i of a weight: EDM's Linear(sqrt(L) onehot)
+    (Karras et al. 2022, arXiv 2206.00364), with its scale and its learning rate. Dropped labels
+    take a learned null vector, which is in the graph of every batch.
+
+    Args:
+        num_classes: Number of classes; 0 for an unconditional model.
+        augment_dim: Number of augmentation labels; 0 for none.
+        dim: Width of the vector.
+    """
+
+    def __init__(self, num_classes: int, augment_dim: int, dim: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.augment_dim = augment_dim
+        if num_classes > 0:
+            self.label_weight = nn.Parameter(torch.empty(num_classes, dim))
+            self.null = nn.Parameter(torch.zeros(dim))
+            nn.init.xavier_uniform_(self.label_weight)
+        if augment_dim > 0:
+            self.augment = nn.Linear(augment_dim, dim, bias=False)
+            nn.init.xavier_uniform_(self.augment.weight)
+
+    def check(self, cond: dict[str, Tensor]) -> None:
+        """Raise ValueError if a condition is missing or out of range.
+
+        It reads the labels, so call it where they are still on the CPU; the forward pass never
+        waits for the device.
+        """
+        if self.num_classes == 0:
+            return
+        if "label" not in cond:
+            raise ValueError(
+                f"This model is conditioned on {self.num_classes} classes, but no labels are given."
+            )
+        for label in cond["label"].flatten().tolist():
+            if not 0 <= label < self.num_classes:
+                raise ValueError(
+                    f"Class index {label} is out of range; this model has the classes 0 to "
+                    f"{self.num_classes - 1}."
+                )
+
+    def forward(
+        self, cond: dict[str, Tensor], drop: Tensor | None = None, num: int | None = None
+    ) -> Context:
+        """Return the context of N images: a vector [N, dim], or none without any condition.
+
+        Args:
+            cond: ``label``: [N] int64 class indices, which a class-conditional model needs.
+                ``augment``: [N, augment_dim] float; zeros if absent.
+            drop: [N] bool, true where the label is replaced by the null vector; none by default.
+            num: N, needed if ``cond`` has neither.
+
+        Raises ValueError if a class-conditional model gets no label.
+        """
+        parts = []
+        if self.num_classes > 0:
+            if "label" not in cond:
+                self.check(cond)
+            label = cond["label"]
+            vector = nn.functional.embedding(label, self.label_weight) * math.sqrt(self.num_classes)
+            if drop is None:
+                drop = torch.zeros_like(label, dtype=torch.bool)
+            parts.append(torch.where(drop[:, None], self.null, vector))
+        if self.augment_dim > 0:
+            augment = cond.get("augment")
+            if augment is None:
+                num = len(parts[0]) if parts else num
+                if num is None:
+                    raise ValueError("The number of images is needed where no condition tells it.")
+                augment = self.augment.weight.new_zeros(num, self.augment_dim)
+            parts.append(self.augment(augment))
+        return Context(vector=sum(parts[1:], parts[0]) if parts else None)

@@ -1,0 +1,285 @@
+"""DiffiT in image space: a U-Net of residual blocks with time-dependent windowed attention.
+
+Hatamizadeh et al., DiffiT: Diffusion Vision Transformers for Image Generation (arXiv 2312.02139).
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dnnlib.config import option
+from models.config import ModelConfig
+from models.context import Context
+from models.layers import MLP, TMSA, PositionalEmbedding, UpsampleConv, group_norm
+
+# Width of the noise level's sinusoids and of the class and augmentation vectors added to them, as
+# in EDM's DDPM++ (arXiv 2206.00364).
+EMBEDDING_DIM = 128
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DiffiTConfig(ModelConfig):
+    """Architecture of :class:`DiffiT`. Stages go from full resolution down, each half the last."""
+
+    family: ClassVar[str] = "diffit"
+    title: ClassVar[str] = "Model options (DiffiT)"
+
+    num_stages: int = option(3, min=1, help="Resolutions of the U-Net, each half the one before.")
+    num_blocks: tuple[int, ...] = option(
+        (2,), min=1, help="Residual blocks per stage: one number for all stages, or one for each."
+    )
+    base_dim: int = option(128, min=1, help="Width of the first stage.")
+    hidden_dim: int = option(256, min=1, help="Width of the other stages.")
+    num_heads: int = option(4, min=1, help="Attention heads; divides the widths.")
+    window: int = option(4, min=1, help="Edge of an attention window, cut to the stage's grid.")
+    time_dim: int = option(512, min=1, help="Width of the time token.")
+    mlp_ratio: float = option(4.0, min=0.01, help="Hidden width of an MLP over its width.")
+    dropout: float = option(0.0, min=0, max=0.99, help="Dropout before each block's convolution.")
+    skip: str = option(
+        "stage",
+        choices=("stage", "block"),
+        help="Encoder outputs that the decoder gets: each stage's last, or every block's.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.num_blocks) not in (1, self.num_stages):
+            given = ",".join(map(str, self.num_blocks))
+            raise ValueError(
+                f"--num-blocks: got {given}, but there are {self.num_stages} stages; give one "
+                f"number for all of them, or {self.num_stages}."
+            )
+        reduction = 2 ** (self.num_stages - 1)
+        if self.resolution % reduction:
+            raise ValueError(
+                f"--resolution: got {self.resolution}, which {self.num_stages} stages cannot "
+                f"halve {self.num_stages - 1} times; use a multiple of {reduction}, or another "
+                "--num-stages."
+            )
+        for grid, window in zip(self.grids, self.windows, strict=True):
+            if grid % window:
+                raise ValueError(
+                    f"--window: got {self.window}, which does not divide the {grid}x{grid} grid of "
+                    "a stage; use a number that divides every stage's grid "
+                    f"({', '.join(map(str, self.grids))}) or is at least as large."
+                )
+        for width in self.widths:
+            if width % self.num_heads:
+                option_name = "--base-dim" if width == self.base_dim else "--hidden-dim"
+                raise ValueError(
+                    f"--num-heads: got {self.num_heads}, which does not divide {option_name} "
+                    f"{width}; use a divisor of the widths, or change them."
+                )
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Width of each stage."""
+        return (self.base_dim,) + (self.hidden_dim,) * (self.num_stages - 1)
+
+    @property
+    def grids(self) -> tuple[int, ...]:
+        """Height and width of each stage's grid of tokens."""
+        return tuple(self.resolution >> stage for stage in range(self.num_stages))
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Edge of each stage's attention windows; one as large as the grid is global attention."""
+        return tuple(min(self.window, grid) for grid in self.grids)
+
+    @property
+    def blocks_per_stage(self) -> tuple[int, ...]:
+        """Number of residual blocks of each stage, the same in encoder and decoder."""
+        if len(self.num_blocks) == 1:
+            return self.num_blocks * self.num_stages
+        return self.num_blocks
+
+
+class TransformerBlock(nn.Module):
+    """Attention and MLP, each normalised before and added after (arXiv 2312.02139, Eq. 7-8)."""
+
+    def __init__(
+        self,
+        dim: int,
+        time_dim: int,
+        num_heads: int,
+        window: int,
+        mlp_ratio: float = 4.0,
+        attention: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.attn = TMSA(dim, time_dim, num_heads, window, attention)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.mlp = MLP(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Return tokens [B, H, W, C] of tokens x [B, H, W, C] and time tokens t [B, T]."""
+        x = x + self.attn(self.norm1(x), t)
+        return x + self.mlp(self.norm2(x))
+
+
+class ResBlock(nn.Module):
+    """x + Block(Conv3x3(Swish(GN x)), t) (arXiv 2312.02139, Eq. 9-10).
+
+    Where the width changes, the shortcut is a 1x1 convolution; the paper does not say. Dropout acts
+    before the 3x3 convolution, where EDM's blocks have it.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, dropout: float, block: TransformerBlock
+    ) -> None:
+        super().__init__()
+        self.norm = group_norm(in_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+        self.block = block
+        self.shortcut: nn.Module = nn.Identity()
+        if in_channels != out_channels:
+            self.shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Return [B, C_out, H, W] of x [B, C_in, H, W], channels last in memory, and t [B, T]."""
+        y = self.conv(self.dropout(F.silu(self.norm(x))))
+        y = self.block(y.permute(0, 2, 3, 1), t).permute(0, 3, 1, 2)
+        return self.shortcut(x) + y
+
+
+class DiffiT(nn.Module):
+    """The raw network F of an image-space DiffiT.
+
+    Encoder stages of residual blocks with stride-2 convolutions between them; the last stage is the
+    bottleneck. Decoder stages begin with nearest-neighbour upsampling and a 3x3 convolution, and
+    take the encoder's outputs of their resolution by concatenation. Every position is a token; there
+    is no position embedding beside the attention's relative bias.
+    """
+
+    # Width of the context's vector, which is added to the embedding of the noise level.
+    context_dim = EMBEDDING_DIM
+
+    def __init__(self, config: DiffiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths, depths = config.widths, config.blocks_per_stage
+
+        def make_block(stage: int, in_channels: int) -> ResBlock:
+            block = TransformerBlock(
+                widths[stage],
+                config.time_dim,
+                config.num_heads,
+                config.windows[stage],
+                config.mlp_ratio,
+                config.attention,
+            )
+            return ResBlock(in_channels, widths[stage], config.dropout, block)
+
+        self.noise_embedding = PositionalEmbedding(EMBEDDING_DIM)
+        self.time_token = nn.Sequential(
+            nn.Linear(EMBEDDING_DIM, config.time_dim),
+            nn.SiLU(),
+            nn.Linear(config.time_dim, config.time_dim),
+            nn.SiLU(),
+        )
+        self.tokenizer = nn.Conv2d(config.img_channels, widths[0], kernel_size=3, padding=1)
+
+        self.encoder, self.downsamplers = nn.ModuleList(), nn.ModuleList()
+        for stage, width in enumerate(widths):
+            before = widths[max(stage - 1, 0)]
+            if stage > 0:
+                conv = nn.Conv2d(before, before, kernel_size=3, stride=2, padding=1)
+                self.downsamplers.append(conv)
+            blocks = [make_block(stage, before if i == 0 else width) for i in range(depths[stage])]
+            self.encoder.append(nn.ModuleList(blocks))
+
+        self.decoder, self.upsamplers = nn.ModuleList(), nn.ModuleList()
+        for stage in reversed(range(config.num_stages - 1)):
+            below, width = widths[stage + 1], widths[stage]
+            self.upsamplers.append(UpsampleConv(below))
+            blocks = []
+            for i in range(depths[stage]):
+                skipped = width if i == 0 or config.skip == "block" else 0
+                blocks.append(make_block(stage, (below if i == 0 else width) + skipped))
+            self.decoder.append(nn.ModuleList(blocks))
+
+        self.head_norm = group_norm(widths[0])
+        self.head = nn.Conv2d(widths[0], config.out_channels, kernel_size=3, padding=1)
+        self.initialize()
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Draw the initial weights from torch's global generator.
+
+        The sources give none for image space; we take those of EDM's DDPM++.
+        """
+        # Linear and convolutional weights: uniform by Glorot & Bengio (2010), biases zero.
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+        # Every transformer block starts close to the identity: the last layers of its two branches
+        # are almost zero. So is the network's output, which leaves c_skip x as the first estimate.
+        small = [self.head]
+        for module in self.modules():
+            if isinstance(module, TransformerBlock):
+                small += [module.attn.proj, module.mlp.fc2]
+        for layer in small:
+            layer.weight.mul_(1e-5)
+
+        # Attention starts without a preference for distances, up to little noise.
+        for module in self.modules():
+            if isinstance(module, TMSA):
+                nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
+
+    def forward(self, x: Tensor, c_noise: Tensor, context: Context) -> Tensor:
+        """Return F [N, out_channels, H, W].
+
+        Args:
+            x: [N, img_channels, H, W], scaled to about unit variance. H and W may differ from the
+                configured resolution where windows divide every stage's grid.
+            c_noise: [N], the noise level as the preconditioner encodes it.
+            context: Its vector [N, 128], if any, is added to the embedding of the noise level.
+
+        Raises ValueError if the stages or windows do not divide H and W.
+        """
+        reduction = 2 ** len(self.downsamplers)
+        if x.shape[2] % reduction or x.shape[3] % reduction:
+            raise ValueError(
+                f"A model of {len(self.encoder)} stages needs images with height and width "
+                f"divisible by {reduction}, not {x.shape[2]}x{x.shape[3]}."
+            )
+        embedding = self.noise_embedding(c_noise)  #                    [N, 128]
+        if context.vector is not None:
+            embedding = embedding + context.vector
+        t = self.time_token(embedding)  #                               [N, T]
+
+        # Channels last in memory, so that images turn into tokens and back without a copy.
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = self.tokenizer(x)  #                                        [N, base_dim, H, W]
+        skips: list[list[Tensor]] = []
+        for stage, blocks in enumerate(self.encoder):
+            if stage > 0:
+                x = self.downsamplers[stage - 1](x)  #                  [N, C, H / 2, W / 2]
+            outputs = []
+            for block in blocks:
+                x = self._run(block, x, t)
+                outputs.append(x)
+            skips.append(outputs if self.config.skip == "block" else outputs[-1:])
+
+        skips.pop()
+        for upsampler, blocks in zip(self.upsamplers, self.decoder, strict=True):
+            x = upsampler(x)  #                                         [N, C, 2 H, 2 W]
+            outputs = skips.pop()
+            for block in blocks:
+                if outputs:
+                    x = torch.cat([x, outputs.pop()], dim=1)
+                x = self._run(block, x, t)
+        return self.head(F.silu(self.head_norm(x)))  #                  [N, out_channels, H, W]
+
+    def _run(self, block: ResBlock, x: Tensor, t: Tensor) -> Tensor:
+        if self.config.checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(block, x, t, use_reentrant=False)
+        return block(x, t)

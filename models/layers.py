@@ -1,0 +1,216 @@
+"""Layers that the networks share: attention inside windows, normalisation, embeddings.
+
+Images inside transformer blocks are channels-last, [B, H, W, C]: every position is a token.
+"""
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
+
+# What "auto" means, by device type; SDPA where nothing is listed. Flex attention has no backward
+# pass on CPUs, and without compilation it computes unfused.
+AUTO_ATTENTION: dict[str, str] = {"cpu": "sdpa", "cuda": "sdpa"}
+
+
+def choose_attention(attention: str, device: torch.device, needs_grad: bool) -> str:
+    """Return the attention kernels, ``sdpa`` or ``flex``, that a device gets.
+
+    Args:
+        attention: ``auto``, ``sdpa`` or ``flex``.
+        device: Where the attention runs.
+        needs_grad: Whether its gradient is wanted.
+
+    Raises ValueError for flex attention with gradients on a CPU.
+    """
+    if attention == "auto":
+        return AUTO_ATTENTION.get(device.type, "sdpa")
+    if attention == "flex" and device.type == "cpu" and needs_grad:
+        raise ValueError(
+            "--attention: got flex, which cannot be trained on a CPU; use --attention=sdpa, or a "
+            "GPU."
+        )
+    return attention
+
+
+def window_partition(x: Tensor, window: int) -> Tensor:
+    """Cut a grid of tokens into square windows, and put heads before tokens.
+
+    Args:
+        x: [B, H, W, heads, d], with H and W divisible by ``window``.
+        window: Edge of a window in tokens.
+
+    Returns [B * H/window * W/window, heads, window**2, d]: images in order, then their windows
+    row by row, then the tokens of a window row by row. Raises ValueError if a window is left over.
+    """
+    B, H, W, heads, d = x.shape
+    if H % window or W % window:
+        raise ValueError(
+            f"A grid of {H}x{W} tokens cannot be cut into windows of {window}x{window}; height and "
+            f"width must be multiples of {window}."
+        )
+    x = x.reshape(B, H // window, window, W // window, window, heads, d)
+    return x.permute(0, 1, 3, 5, 2, 4, 6).reshape(-1, heads, window**2, d)
+
+
+def window_unpartition(windows: Tensor, window: int, height: int, width: int) -> Tensor:
+    """Undo :func:`window_partition`.
+
+    Args:
+        windows: [B * height/window * width/window, heads, window**2, d].
+        window: Edge of a window in tokens.
+        height, width: Size of the grid.
+
+    Returns [B, height, width, heads, d].
+    """
+    heads, d = windows.shape[1], windows.shape[3]
+    x = windows.reshape(-1, height // window, width // window, heads, window, window, d)
+    return x.permute(0, 1, 4, 2, 5, 3, 6).reshape(-1, height, width, heads, d)
+
+
+def relative_position_index(window: int) -> Tensor:
+    """Return [window**2, window**2] rows of the bias table, for each query and key.
+
+    The row is (dy + w - 1) (2w - 1) + (dx + w - 1) with (dy, dx) = query - key and w = ``window``.
+    """
+    position = torch.arange(window)
+    y, x = position.repeat_interleave(window), position.repeat(window)
+    dy, dx = y[:, None] - y, x[:, None] - x
+    return (dy + window - 1) * (2 * window - 1) + dx + window - 1
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, attention: str = "auto") -> Tensor:
+    """Return softmax(q k^T / sqrt(d) + bias) v (DiffiT, arXiv 2312.02139, Eq. 6).
+
+    Args:
+        q, k, v: [N, heads, L, d].
+        bias: [heads, L, L], added after the scaling; the same for all N.
+        attention: ``auto``, ``sdpa`` or ``flex``; see :func:`choose_attention`.
+
+    Returns [N, heads, L, d].
+    """
+    backend = choose_attention(attention, q.device, q.requires_grad)
+    bias = bias.to(q.dtype)
+    if backend == "sdpa":
+        # Four dimensions: the fused CPU kernel takes no others.
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
+
+    def add_bias(score: Tensor, _: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return score + bias[head, query, key]
+
+    fused = q.device.type != "cpu" and not torch.compiler.is_compiling()
+    return (_compiled_flex_attention() if fused else flex_attention)(q, k, v, score_mod=add_bias)
+
+
+@functools.cache
+def _compiled_flex_attention():
+    return torch.compile(flex_attention)
+
+
+class TMSA(nn.Module):
+    """Time-dependent multi-head self-attention inside windows (DiffiT, arXiv 2312.02139, Eq. 3-6).
+
+    Queries, keys and values are linear in the token and in the time token together; a relative
+    position bias, shared by all windows, is added to the scores. A window that covers the grid is
+    global attention. Windows are not shifted: the U-Net mixes them.
+
+    Args:
+        dim: Width of the tokens.
+        time_dim: Width of the time token.
+        num_heads: Number of heads; divides ``dim``.
+        window: Edge of a window in tokens.
+        attention: See :func:`attend`.
+    """
+
+    def __init__(
+        self, dim: int, time_dim: int, num_heads: int, window: int, attention: str = "auto"
+    ) -> None:
+        super().__init__()
+        self.head_dim = dim // num_heads
+        self.window = window
+        self.attention = attention
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv_temb = nn.Linear(time_dim, 3 * dim)
+        self.relative_position_bias_table = nn.Parameter(
+            torch.zeros((2 * window - 1) ** 2, num_heads)
+        )
+        self.register_buffer(
+            "relative_position_index", relative_position_index(window), persistent=False
+        )
+        self.proj = nn.Linear(dim, dim)
+
+    def bias(self) -> Tensor:
+        """Return the relative position bias [heads, window**2, window**2]."""
+        bias = self.relative_position_bias_table[self.relative_position_index]
+        return bias.permute(2, 0, 1).contiguous()
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Return attended tokens [B, H, W, C] of tokens x [B, H, W, C] and time tokens t [B, T]."""
+        _, H, W, _ = x.shape
+        # Once per image and before the partition, so that each window gets its own image's time.
+        qkv = self.qkv(x) + self.qkv_temb(t)[:, None, None]  #          [B, H, W, 3 C]
+        qkv = qkv.unflatten(-1, (-1, self.head_dim))  #                 [B, H, W, 3 heads, d]
+        qkv = window_partition(qkv, self.window)  #                     [B windows, 3 heads, w w, d]
+        q, k, v = qkv.chunk(3, dim=1)  #                                [B windows, heads, w w, d]
+        y = attend(q, k, v, self.bias(), self.attention)
+        y = window_unpartition(y, self.window, H, W)  #                 [B, H, W, heads, d]
+        return self.proj(y.flatten(3))  #                               [B, H, W, C]
+
+
+class MLP(nn.Module):
+    """Linear, GELU (tanh form), Linear, on the last dimension."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Return a group norm of min(32, channels / 4) groups, or the next number that divides."""
+    groups = max(1, min(32, channels // 4))
+    while channels % groups:
+        groups -= 1
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+class PositionalEmbedding(nn.Module):
+    """Sinusoids of a scalar: [N] becomes [N, dim], sines first.
+
+    Frequencies fall geometrically from 1 to 1 / max_period, both included, as EDM's do
+    (Karras et al. 2022, arXiv 2206.00364). The result is float32 also under autocast.
+    """
+
+    def __init__(self, dim: int, max_period: float = 10_000) -> None:
+        super().__init__()
+        half = dim // 2
+        exponents = torch.arange(half, dtype=torch.float32) / (half - 1)
+        frequencies = torch.exp(-math.log(max_period) * exponents)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        angles = x.to(torch.float32)[:, None] * self.frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class UpsampleConv(nn.Conv2d):
+    """Nearest-neighbour upsampling by two and then a 3x3 convolution, computed as one operation.
+
+    Four output pixels see the same few input pixels, so the pair equals a transposed convolution of
+    stride 2 whose 4x4 kernel is the 3x3 kernel summed over 2x2 boxes, at 4/9 of the multiplications.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = F.pad(self.weight.transpose(0, 1).flip(2, 3), (1, 1, 1, 1))
+        kernel = kernel[:, :, 1:] + kernel[:, :, :-1]
+        kernel = kernel[:, :, :, 1:] + kernel[:, :, :, :-1]
+        return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)

@@ -1,0 +1,164 @@
+"""Configuration dataclasses and the command lines that are generated from them."""
+
+import dataclasses
+import json
+from typing import ClassVar
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from dnnlib.cli import ConfigCommand, parse_int_ranges, raw_value, replace_settings
+from dnnlib.config import Config, from_dict, option, to_dict
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inner(Config):
+    title: ClassVar[str] = "Inner options"
+    num_heads: int = option(4, min=1, max=64, help="Heads.")
+    cond: bool = option(False, help="Conditional.")
+    blocks: tuple[int, ...] = option((2,), min=1, help="Blocks.")
+    interval: tuple[float, float] | None = option(None, help="Interval.")
+    mode: str = option("plain", choices=("plain", "fancy"), help="Mode.")
+    strength: float = option(1.0, help="Strength.", requires={"mode": ("fancy",)}, aliases=("st",))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Animal(Config):
+    legs: int = option(4, help="Legs.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bird(Animal):
+    family: ClassVar[str] = "bird"
+    legs: int = option(2, help="Legs.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outer(Config):
+    inner: Inner = Inner()
+    animal: Animal = Bird()
+
+
+def invoke(*args):
+    seen = []
+
+    @click.command(
+        cls=ConfigCommand,
+        base=lambda raw: Outer(),
+        elsewhere=lambda name, config: "--wings: preset b has." if name == "wings" else None,
+        examples="  tool --num-heads=2\n",
+    )
+    @click.option("--outdir")
+    def main(config, outdir):
+        seen.append((config, outdir))
+
+    result = CliRunner().invoke(main, list(args), terminal_width=100)
+    return result, (seen[0][0] if seen else None)
+
+
+@pytest.mark.parametrize(
+    ("args", "field", "value"),
+    [
+        (["--num-heads=8"], "num_heads", 8),
+        (["--num_heads", "8"], "num_heads", 8),
+        (["--num-heads=1e1"], "num_heads", 10),
+        (["--cond"], "cond", True),
+        (["--cond=True"], "cond", True),
+        (["--cond", "False"], "cond", False),
+        (["--cond", "--no-cond"], "cond", False),
+        (["--blocks=1,2,3"], "blocks", (1, 2, 3)),
+        (["--interval=0.5,2"], "interval", (0.5, 2.0)),
+        (["--interval=none"], "interval", None),
+        (["--mode=fancy", "--st=2"], "strength", 2.0),
+    ],
+)
+def test_an_option_reaches_its_field(args, field, value):
+    result, config = invoke(*args)
+    assert result.exit_code == 0, result.output
+    assert getattr(config.inner, field) == value
+
+
+def test_a_bare_flag_does_not_swallow_the_next_option():
+    _, config = invoke("--cond", "--num-heads=3")
+    assert config.inner.cond
+    assert config.inner.num_heads == 3
+
+
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [
+        (["--num-heads=0"], ["--num-heads", "0", "an integer from 1 to 64"]),
+        (["--num-heads=x"], ["--num-heads", "'x'", "an integer"]),
+        (["--num-heads=1.5"], ["--num-heads", "'1.5'"]),
+        (["--blocks=2,0"], ["--blocks", "(2, 0)", "of at least 1"]),
+        (["--mode=fanci"], ["--mode", "'fanci'", "plain, fancy", "Did you mean 'fancy'?"]),
+        (["--cond=maybe"], ["--cond", "'maybe'", "True or False"]),
+        (["--num-head=2"], ["--num-head", "--num-heads"]),
+        (["--strength=2"], ["--strength has an effect only with --mode=fancy", "plain"]),
+        (["--wings=2"], ["preset b has"]),
+    ],
+)
+def test_a_wrong_option_gets_one_clear_sentence(args, parts):
+    result, config = invoke(*args)
+    assert result.exit_code == 2
+    assert config is None
+    for part in parts:
+        assert part in result.output
+
+
+def test_help_groups_options_and_shows_defaults_and_examples():
+    result, _ = invoke("--help")
+    assert result.output.index("Main options") < result.output.index("Inner options")
+    assert "[default: 4]" in result.output
+    assert "[default: none]" in result.output
+    assert "tool --num-heads=2" in result.output
+
+
+def test_a_config_survives_json():
+    config = Outer(inner=Inner(interval=(0.1, 3.0), blocks=(1, 2)))
+    text = json.dumps(to_dict(config))
+    assert from_dict(Outer, json.loads(text)) == config
+
+
+def test_a_family_is_restored_by_name_and_not_by_code():
+    plain = to_dict(Outer())
+    assert plain["animal"] == {"family": "bird", "legs": 2}
+    assert isinstance(from_dict(Outer, plain).animal, Bird)
+    plain["animal"]["family"] = "os.system"
+    with pytest.raises(ValueError, match=r"Unknown family 'os\.system'"):
+        from_dict(Outer, plain)
+
+
+def test_an_unknown_setting_is_refused_and_a_missing_one_takes_its_default():
+    with pytest.raises(ValueError, match="Unknown setting 'head'"):
+        from_dict(Inner, {"head": 1})
+    assert from_dict(Inner, {"num_heads": 8}) == Inner(num_heads=8)
+
+
+def test_a_config_checks_types_when_it_is_made():
+    with pytest.raises(ValueError, match="--num-heads"):
+        Inner(num_heads=2.5)
+    with pytest.raises(ValueError, match="--strength"):
+        Inner(strength="a")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Inner().num_heads = 3
+
+
+def test_replacing_settings_leaves_the_original_alone():
+    config = Outer()
+    changed = replace_settings(config, {("inner", "num_heads"): 9})
+    assert (config.inner.num_heads, changed.inner.num_heads) == (4, 9)
+
+
+def test_raw_values_are_found_in_both_spellings():
+    assert raw_value(["--preset", "a", "--x"], "preset") == "a"
+    assert raw_value(["--preset=a", "--preset=b"], "preset") == "b"
+    assert raw_value(["--x=1"], "preset") is None
+
+
+def test_seed_lists_accept_ranges_and_refuse_anything_else():
+    assert parse_int_ranges("0-3,7, 10-11") == [0, 1, 2, 3, 7, 10, 11]
+    for text in ("", "a", "3-", "-3", "1-2-3"):
+        with pytest.raises(ValueError, match="--seeds"):
+            parse_int_ranges(text)

@@ -1,0 +1,91 @@
+"""Atomic writes, verified downloads, and text for people."""
+
+import http.server
+import threading
+
+import pytest
+
+from dnnlib.files import atomic_write, fetch, sha256_of_file
+from dnnlib.text import format_count, format_time, join_names
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic_write(path, "w") as file:
+        file.write("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_finished_write_replaces_the_file(tmp_path):
+    path = tmp_path / "new" / "a.bin"
+    with atomic_write(path) as file:
+        file.write(b"abc")
+        assert not path.exists()
+    assert path.read_bytes() == b"abc"
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A web server on the loopback address that counts its requests."""
+    root = tmp_path / "www"
+    root.mkdir()
+    (root / "weights.pth").write_bytes(b"weights")
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(root))
+
+        def do_GET(self):
+            httpd.requests += 1
+            super().do_GET()
+
+        def log_message(self, *args):
+            pass
+
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    httpd.requests = 0
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield httpd
+    httpd.shutdown()
+
+
+def test_a_download_happens_once_and_is_verified(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("SETDIFFIT_CACHE", str(tmp_path / "cache"))
+    url = f"http://127.0.0.1:{server.server_port}/weights.pth"
+    digest = sha256_of_file(tmp_path / "www" / "weights.pth")
+    first = fetch(url, sha256=digest[:8])
+    assert first.read_bytes() == b"weights"
+    assert fetch(url, sha256=digest) == first
+    assert server.requests == 1
+
+
+def test_a_download_with_a_wrong_checksum_is_not_kept(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("SETDIFFIT_CACHE", str(tmp_path / "cache"))
+    url = f"http://127.0.0.1:{server.server_port}/weights.pth"
+    with pytest.raises(ValueError, match="SHA-256"):
+        fetch(url, sha256="00000000")
+    assert not any(path.is_file() for path in (tmp_path / "cache").rglob("*"))
+
+
+def test_a_failed_download_says_where_to_place_the_file(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("SETDIFFIT_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match="place it at"):
+        fetch(f"http://127.0.0.1:{server.server_port}/absent.pth")
+
+
+def test_a_missing_local_file_is_named():
+    with pytest.raises(ValueError, match=r"absent\.pth: no such file"):
+        fetch("absent.pth")
+
+
+def test_durations_counts_and_lists_read_well():
+    assert [format_time(s) for s in (5, 125, 7620, 100_000)] == ["5s", "2m 05s", "2h 07m", "1d 03h"]
+    assert [format_count(n) for n in (12, 4200, 15_930_000)] == ["12", "4.20k", "15.93M"]
+    assert [join_names(n) for n in (["a"], ["a", "b"], ["a", "b", "c"])] == [
+        "a",
+        "a and b",
+        "a, b and c",
+    ]

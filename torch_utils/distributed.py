@@ -1,0 +1,240 @@
+"""Processes started by torchrun, or a single one: the only importer of torch.distributed."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
+_cpu_group: dist.ProcessGroup | None = None
+
+
+def init() -> torch.device:
+    """Join the process group that torchrun describes, and return this rank's device.
+
+    Uses NCCL and ``cuda:LOCAL_RANK`` if there are GPUs, gloo and the CPU otherwise. A plain
+    ``python`` run forms no group. Raises ValueError if a node starts more ranks than it has GPUs.
+    """
+    global _cpu_group
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"Local rank {local_rank} has no GPU: this node has {torch.cuda.device_count()}. "
+                "Start at most that many processes with --nproc_per_node."
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        if device.type == "cuda":
+            dist.init_process_group("nccl", timeout=timedelta(hours=1), device_id=device)
+            # Signals and Python objects travel over gloo, off the device's path.
+            _cpu_group = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
+        else:
+            dist.init_process_group("gloo", timeout=timedelta(hours=1))
+            _cpu_group = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
+    return device
+
+
+def shutdown() -> None:
+    """Leave the process group, if there is one."""
+    global _cpu_group
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    _cpu_group = None
+
+
+def rank() -> int:
+    """Return this process's rank among all processes of the run, 0 without torchrun."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Return the number of processes of the run, 1 without torchrun."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Tell whether this process is the one that prints and writes files."""
+    return rank() == 0
+
+
+def print0(*args: Any, **kwargs: Any) -> None:
+    """Print on rank 0 only."""
+    if is_main():
+        print(*args, **kwargs, flush=True)
+
+
+def barrier() -> None:
+    """Wait until every rank has arrived."""
+    if world_size() > 1:
+        dist.barrier(group=_cpu_group)
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Return ``tensor`` summed in place over ranks. CPU tensors go over gloo."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, group=_cpu_group if tensor.device.type == "cpu" else None)
+    return tensor
+
+
+def broadcast_object(value: Any) -> Any:
+    """Return rank 0's ``value`` (a small plain object) on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=_cpu_group)
+    return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Return every rank's (small) ``value`` in rank order, on every rank. Collective."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value, group=_cpu_group)
+    return values
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """Run ``function`` on rank 0 and return its (small) result on every rank.
+
+    An exception is raised on every rank, so that no rank waits for a failed one.
+    """
+    return _on_main(function, broadcast_object)
+
+
+def on_main_tree(function: Callable[[], T]) -> T:
+    """Like :func:`on_main` for nested dicts, lists and tuples of tensors, of any size."""
+    return _on_main(function, broadcast_tree)
+
+
+def _on_main(function: Callable[[], T], broadcast: Callable[[Any], Any]) -> T:
+    result, error = None, None
+    if is_main():
+        try:
+            result = function()
+        except Exception as caught:
+            error = caught
+    error = broadcast_object(error)
+    if error is not None:
+        raise error
+    return broadcast(result)
+
+
+def broadcast_tree(tree: Any) -> Any:
+    """Return rank 0's nested dicts and lists of tensors and plain values on every rank.
+
+    Ranks other than 0 pass anything; tensors arrive on the CPU. Only rank 0 needs to see the file
+    that the tree came from.
+    """
+    if world_size() == 1:
+        return tree
+    tensors: list[torch.Tensor] = []
+
+    def describe(node: Any) -> Any:
+        if isinstance(node, torch.Tensor):
+            tensors.append(node.detach().cpu().contiguous())
+            return _TensorSlot(len(tensors) - 1, tuple(node.shape), node.dtype)
+        if isinstance(node, dict):
+            return {key: describe(child) for key, child in node.items()}
+        if isinstance(node, list | tuple):
+            return type(node)(describe(child) for child in node)
+        return node
+
+    def restore(node: Any) -> Any:
+        if isinstance(node, _TensorSlot):
+            if not is_main():
+                tensor = torch.empty(node.shape, dtype=node.dtype)
+            else:
+                tensor = tensors[node.index]
+            dist.broadcast(tensor, src=0, group=_cpu_group)
+            return tensor
+        if isinstance(node, dict):
+            return {key: restore(child) for key, child in node.items()}
+        if isinstance(node, list | tuple):
+            return type(node)(restore(child) for child in node)
+        return node
+
+    return restore(broadcast_object(describe(tree) if is_main() else None))
+
+
+class _TensorSlot:
+    def __init__(self, index: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.index, self.shape, self.dtype = index, shape, dtype
+
+
+def wrap(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """Return ``module`` under DistributedDataParallel, or as it is in a single process.
+
+    Parameters are broadcast from rank 0; buffers are constants and are not synchronised again.
+    """
+    if world_size() == 1:
+        return module
+    return DistributedDataParallel(
+        module,
+        device_ids=[device] if device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
+
+
+def no_sync(module: torch.nn.Module, skip: bool) -> contextlib.AbstractContextManager:
+    """Return a context in which backward passes leave gradients unreduced if ``skip``."""
+    if skip and isinstance(module, DistributedDataParallel):
+        return module.no_sync()
+    return contextlib.nullcontext()
+
+
+class StopSignal:
+    """Turns SIGTERM and SIGUSR1 into a step at which all ranks agree to stop.
+
+    Each step starts an asynchronous sum of the ranks' flags on the CPU group and reads the sum
+    that the previous step started. Every rank sees the same sums, so every rank stops at the same
+    step, and neither the device nor the step waits for the network.
+    """
+
+    signals = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._work: dist.Work | None = None
+        self._sum = torch.zeros([], dtype=torch.int32)
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        for number in self.signals:
+            self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        if self._work is not None and exc[0] is None:
+            self._work.wait()
+
+    def _receive(self, number: int, frame: object) -> None:
+        self.received = number
+
+    def name_received(self) -> str:
+        """Return the name of the signal, or of the fact that another rank got one."""
+        return signal.Signals(self.received).name if self.received else "a signal to another rank"
+
+    def agreed(self) -> bool:
+        """Return True on every rank at the same call once any rank got a signal. Collective."""
+        if world_size() == 1:
+            return self.received is not None
+        stop = False
+        if self._work is not None:
+            self._work.wait()
+            stop = bool(self._sum)
+        self._sum = torch.tensor(int(self.received is not None), dtype=torch.int32)
+        self._work = dist.all_reduce(self._sum, group=_cpu_group, async_op=True)
+        return stop

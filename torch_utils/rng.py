@@ -1,0 +1,61 @@
+"""Random numbers as functions of (seed, position), never of rank, batch size or device."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+# Streams of a training step: each kind of randomness has a generator of its own, so that adding
+# a draw to one leaves the others as they were.
+STREAM_DATA, STREAM_NOISE, STREAM_AUGMENT, STREAM_CONDITION, STREAM_MODEL, STREAM_INIT = range(6)
+
+
+def mix(*values: int) -> int:
+    """Return a well-mixed 63-bit integer that depends on every one of ``values``."""
+    words = [value % 2**64 for value in values]
+    state = np.random.SeedSequence(words).generate_state(1, np.uint64)
+    return int(state[0] >> np.uint64(1))
+
+
+def step_generator(
+    seed: int, cur_nimg: int, stream: int, device: torch.device | str = "cpu"
+) -> torch.Generator:
+    """Return the generator of one kind of randomness for the global batch at ``cur_nimg``.
+
+    Draw for the whole batch of all ranks and keep your rows.
+    """
+    return torch.Generator(device).manual_seed(mix(seed, cur_nimg, stream))
+
+
+def epoch_permutation(seed: int, epoch: int, length: int) -> np.ndarray:
+    """Return a permutation of ``range(length)`` that depends on (seed, epoch) alone."""
+    return np.random.default_rng([seed % 2**64, STREAM_DATA, epoch]).permutation(length)
+
+
+class SeededNoise:
+    """One generator per image, so that an image depends on its own seed alone.
+
+    Numbers are drawn on the CPU, which makes them equal on every device. Each call continues every
+    image's stream: latent first, then class, then the noise of a stochastic sampler.
+    """
+
+    def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self._generators = [torch.Generator().manual_seed(int(seed) % 2**32) for seed in seeds]
+
+    def __len__(self) -> int:
+        return len(self._generators)
+
+    def randn(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Return standard normal numbers [N, *shape], drawn in float32 on the CPU."""
+        draws = torch.stack([torch.randn(*shape, generator=g) for g in self._generators])
+        return draws.to(self.device, dtype)
+
+    def randn_like(self, x: torch.Tensor) -> torch.Tensor:
+        """Return standard normal numbers with the shape [N, ...] and type of ``x``."""
+        return self.randn(x.shape[1:], x.dtype)
+
+    def randint(self, high: int) -> torch.Tensor:
+        """Return integers [N] in [0, high)."""
+        draws = [torch.randint(high, [], generator=g) for g in self._generators]
+        return torch.stack(draws).to(self.device)

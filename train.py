@@ -1,0 +1,242 @@
+"""Train a diffusion transformer, on one process or under torchrun on many."""
+
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from configs.presets import PRESET_OF_RESOLUTION, PRESETS, get_preset
+from dnnlib.cli import ConfigCommand, raw_value, run, settings
+from dnnlib.config import Config
+from dnnlib.text import join_names
+from metrics.features import get_detector
+from metrics.metric import get_metrics, score
+from metrics.reference import Reference, reference_for
+from torch_utils import distributed
+from training import runs
+from training.checkpoint import load_snapshot, package_versions
+from training.config import RunConfig, accumulation_rounds
+from training.dataset import ImageDataset, open_dataset
+from training.loop import EvaluateFn, GenerateFn, training_loop
+from training.report import describe_config, describe_run
+from training.sampler import iterate_images
+from training.telemetry import import_wandb
+
+EXAMPLES = """
+  # Try it on a CPU with the digits that `make demo` prepares:
+  python train.py --outdir=runs --data=demo/digits.zip --preset=digits
+
+  # CIFAR-10 on four GPUs, with FID on the way:
+  torchrun --standalone --nproc_per_node=4 train.py --outdir=runs \\
+      --data=datasets/cifar10.zip --preset=cifar10 --precision=bf16 --compile \\
+      --metrics=fid10k_full
+
+  # What would run, without data:
+  python train.py --preset=ffhq64 --dry-run
+
+  # Continue after a stop:
+  python train.py --resume=runs/00000-cifar10-uncond-cifar10-ranks4-batch512-bf16
+"""
+
+
+def base_config(args: Sequence[str]) -> RunConfig | None:
+    """Return the configuration that the raw arguments start from: a preset's or a run's."""
+    preset, resume = raw_value(args, "preset"), raw_value(args, "resume")
+    resolution = raw_value(args, "resolution")
+    if preset is None and resume not in (None, "auto"):
+        return runs.read_options(resume_paths(resume)[0])
+    if preset is None and resolution is not None:
+        if not resolution.isdigit() or int(resolution) not in PRESET_OF_RESOLUTION:
+            known = join_names(f"{r} ({p})" for r, p in PRESET_OF_RESOLUTION.items())
+            raise ValueError(
+                f"--resolution: no preset for {resolution}; there is one for {known}. Choose with "
+                f"--preset: {', '.join(PRESETS)}."
+            )
+        preset = PRESET_OF_RESOLUTION[int(resolution)]
+    if preset is None:
+        if "--help" in args:
+            preset = "cifar10"
+        else:
+            raise ValueError(f"Choose what to train with --preset: {', '.join(PRESETS)}.")
+    return get_preset(preset).run
+
+
+def option_elsewhere(name: str, config: Config | None) -> str | None:
+    """Return a sentence saying which presets have an option that this one lacks."""
+    owners = [
+        preset_name
+        for preset_name, preset in PRESETS.items()
+        if any(
+            name in (setting.name, *setting.field.metadata["aliases"])
+            for setting in settings(preset.run)
+        )
+    ]
+    if not owners or not isinstance(config, RunConfig):
+        return None
+    return f"--{name}: preset {config.preset} has no such option; {join_names(owners)} has."
+
+
+def resume_paths(resume: str) -> tuple[Path, Path | None]:
+    """Return ``(run folder, state file or None)`` for ``--resume=RUN_DIR|FILE``."""
+    path = Path(resume)
+    if path.is_dir():
+        return path, None
+    if path.is_file():
+        return path.parent, path
+    raise ValueError(f"--resume: {path} does not exist; give a run folder, a state file, or auto.")
+
+
+@click.command(cls=ConfigCommand, base=base_config, elsewhere=option_elsewhere, examples=EXAMPLES)
+@click.option("--outdir", type=click.Path(path_type=Path), help="Where run folders are made.")
+@click.option("--preset", help=f"What to train: {', '.join(PRESETS)}.")
+@click.option("--desc", help="Text to add to the name of the run folder.")
+@click.option("--resume", help="Run folder or state file to continue, or auto.")
+@click.option("--transfer", type=click.Path(path_type=Path), help="Snapshot to start from.")
+@click.option("-n", "--dry-run", is_flag=True, help="Print what would run, and stop.")
+def main(
+    config: RunConfig,
+    outdir: Path | None,
+    preset: str | None,
+    desc: str | None,
+    resume: str | None,
+    transfer: Path | None,
+    dry_run: bool,
+) -> int:
+    """Train the diffusion transformer of a preset on a dataset made by dataset_tool.py.
+
+    Options below show the values of the chosen preset: try --preset=ffhq64 --help.
+    """
+    # Cheap checks first: nothing is opened or started before they pass.
+    given = click.get_current_context().meta["given"]
+    if {"kimg", "iters"} <= given:
+        raise click.UsageError("Give --kimg or --iters, not both.")
+    if resume is not None and transfer is not None:
+        raise click.UsageError("Give --resume or --transfer, not both.")
+    if "kimg" in given and config.training.iters is not None:
+        training = dataclasses.replace(config.training, iters=None)
+        config = dataclasses.replace(config, training=training)
+    get_metrics(config.logging.metrics)
+    if config.logging.wandb:
+        import_wandb()
+    if dry_run:
+        print_dry_run(config)
+        return 0
+    if transfer is not None:
+        # The weights are good from the start: the average need not forget its first steps.
+        training = dataclasses.replace(config.training, ema_rampup=None)
+        config = dataclasses.replace(config, training=training)
+    if not config.data.data:
+        raise click.UsageError("Give the training data with --data (see dataset_tool.py).")
+    explicit_resume = resume not in (None, "auto")
+    if outdir is None and not explicit_resume:
+        raise click.UsageError("Give the folder for runs with --outdir.")
+
+    # Start processes, open the data, fit the model to it.
+    device = distributed.init()
+    accumulation_rounds(config.training, distributed.world_size())
+    dataset = open_dataset(config.data, seed=config.training.seed)
+    config = runs.fit_to_data(config, dataset)
+    snapshot = None if transfer is None else load_snapshot(transfer)
+
+    # Find or make the run folder.
+    exact, run_dir = None, None
+    if explicit_resume:
+        run_dir, exact = resume_paths(resume)
+    elif resume == "auto":
+        run_dir = distributed.on_main(lambda: runs.find_same_run(outdir, config))
+    state = None
+    if run_dir is not None:
+        state = runs.load_resume_state(run_dir, exact, config, distributed.print0)
+    else:
+        run_dir = runs.make_run_dir(outdir, run_description(config, dataset, desc))
+    if distributed.is_main():
+        (run_dir / runs.REQUEUE_FILE).unlink(missing_ok=True)
+        facts = dict(command=sys.argv, world_size=distributed.world_size(), device=str(device))
+        runs.write_options(run_dir, config, {**facts, "packages": package_versions()})
+        print(f"Training on {dataset.name}: {len(dataset)} images. Writing to {run_dir}")
+        print(describe_run(config, distributed.world_size(), device), flush=True)
+
+    finished = training_loop(
+        config,
+        run_dir,
+        dataset,
+        device,
+        resume_state=state,
+        transfer=snapshot,
+        evaluate=make_evaluate(config, dataset, device) if config.logging.metrics else None,
+    )
+    if not finished and distributed.is_main():
+        (run_dir / runs.REQUEUE_FILE).write_text(f"{time.time():.0f}\n", encoding="utf-8")
+    distributed.shutdown()
+    return 0 if finished else runs.REQUEUE_EXIT_CODE
+
+
+def print_dry_run(config: RunConfig) -> None:
+    """Print the resolved configuration and the size of the run, from the preset's usual data."""
+    if config.data.data and Path(config.data.data).exists():
+        config = runs.fit_to_data(config, open_dataset(config.data, seed=config.training.seed))
+    else:
+        num_classes = get_preset(config.preset).num_classes if config.data.cond else 0
+        config = runs.with_data_facts(config, config.model.img_channels, num_classes)
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(describe_config(config))
+        print(describe_run(config, world_size, torch.device("cpu")))
+
+
+def run_description(config: RunConfig, dataset: ImageDataset, desc: str | None) -> str:
+    """Return the readable part of a run folder's name."""
+    training = config.training
+    parts = [
+        dataset.name,
+        "cond" if dataset.num_classes else "uncond",
+        config.preset,
+        f"ranks{distributed.world_size()}",
+        f"batch{training.batch}",
+        training.precision,
+    ]
+    return "-".join(parts + ([desc] if desc else []))
+
+
+def make_evaluate(config: RunConfig, dataset: ImageDataset, device: torch.device) -> EvaluateFn:
+    """Return the function that scores generated images against the whole training dataset.
+
+    Detectors and reference statistics are made now, so that a missing one stops the run before it
+    starts and not hours later. Collective.
+    """
+    shape = (dataset.img_channels, dataset.resolution, dataset.resolution)
+    names = {spec.detector for spec in get_metrics(config.logging.metrics)}
+    weights = {"inception": config.logging.inception}
+    detectors = {
+        name: get_detector(name, device, image_shape=shape, weights=weights.get(name))
+        for name in sorted(names)
+    }
+
+    def reference(name: str) -> Reference:
+        return reference_for(
+            lambda: iterate_images(
+                dataset, rank=distributed.rank(), world_size=distributed.world_size()
+            ),
+            dataset.content_hash,
+            detectors[name],
+            device,
+            num_images=len(dataset),
+            source=dataset.name,
+        )
+
+    references = {name: reference(name) for name in detectors}
+
+    def evaluate(metrics: tuple[str, ...], generate: GenerateFn) -> list[dict[str, Any]]:
+        return score(get_metrics(metrics), generate, references, detectors, device)
+
+    return evaluate
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,270 @@
+"""EDM's augmentation pipeline: random flips and affine maps, reported to the network as labels.
+
+Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models" (EDM,
+arXiv 2206.00364), Appendix F.2. The network is told what was done to each image and, by zero
+labels, asked for plain images at sampling.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from dnnlib.config import Config, option
+
+NUM_LABELS = 9
+
+# Reconstruction low-pass filter of the sym6 wavelet, as PyWavelets has it; its sum is sqrt(2).
+SYM6 = (
+    -0.007800708325034148,
+    0.0017677118642428036,
+    0.04472490177066578,
+    -0.021060292512300564,
+    -0.07263752278646252,
+    0.3379294217276218,
+    0.787641141030194,
+    0.4910559419267466,
+    -0.048311742585633,
+    -0.11799011114819057,
+    0.0034907120842174702,
+    0.015404109327027373,
+)
+# Position of the filter among its own taps, and so of an upsampled pixel among fine samples.
+_CENTROID = float(np.dot(np.arange(len(SYM6)), SYM6) / np.sum(SYM6))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AugmentConfig(Config):
+    """How often training images are augmented."""
+
+    title: ClassVar[str] = "Augmentation"
+
+    augment: float = option(
+        0.12,
+        min=0,
+        max=1,
+        help="Probability of each augmentation; horizontal flips always occur. 0: none, no flips.",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentParams:
+    """What is done to each image, one row an image; a transformation that is absent is zero.
+
+    Columns of ``values`` [N, 8], float32: horizontal flip and vertical flip (0 or 1), log2 of the
+    scale / 0.2, rotation angle, log2 of the stretch / 0.2, direction of the stretch, shift right
+    and shift down in units of 0.125 image sizes. Angles are in radians and counter-clockwise as
+    the image is seen.
+    """
+
+    values: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, rows: slice | torch.Tensor) -> "AugmentParams":
+        return AugmentParams(self.values[rows])
+
+    def to(self, device: torch.device | str) -> "AugmentParams":
+        """Return the parameters on another device."""
+        return AugmentParams(self.values.to(device, non_blocking=True))
+
+    def labels(self) -> torch.Tensor:
+        """Return the labels of the network [N, 9], float32, in EDM's order.
+
+        Flip x, flip y, scale, cos(rotation) - 1, sin(rotation), stretch times cos and sin of its
+        direction, shift x, shift y.
+        """
+        flip_x, flip_y, scale, angle, stretch, direction, shift_x, shift_y = self.values.unbind(1)
+        return torch.stack(
+            [
+                flip_x,
+                flip_y,
+                scale,
+                angle.cos() - 1,
+                angle.sin(),
+                stretch * direction.cos(),
+                stretch * direction.sin(),
+                shift_x,
+                shift_y,
+            ],
+            dim=1,
+        )
+
+
+class AugmentPipe:
+    """Augmentation whose transformations occur independently of one another.
+
+    Each occurs with probability ``p`` times its multiplier, at most 1. A flip that occurs then
+    mirrors half of the images, so that ``flip_x`` mirrors 50% for any positive ``p``.
+
+    Deviation from EDM: positions are measured from the filter's centroid instead of its middle tap,
+    0.2 pixels away, so that rotations are about the exact centre; and reflection goes on beyond
+    one image size, where EDM has black.
+
+    Args:
+        p: Probability, in (0, 1].
+        flip_x, flip_y, scale, rotate, stretch, shift: Multipliers of ``p``.
+    """
+
+    label_dim = NUM_LABELS
+
+    def __init__(
+        self,
+        p: float,
+        *,
+        flip_x: float = 1e8,
+        flip_y: float = 1.0,
+        scale: float = 1.0,
+        rotate: float = 1.0,
+        stretch: float = 1.0,
+        shift: float = 1.0,
+    ) -> None:
+        assert 0 < p <= 1
+        self.p = p
+        self._multipliers = (flip_x, flip_y, scale, rotate, stretch, shift)
+
+    def draw(
+        self, num: int, generator: torch.Generator, device: torch.device | str
+    ) -> AugmentParams:
+        """Return random parameters of ``num`` images, drawn on the generator's device."""
+        kwargs = dict(generator=generator, device=generator.device)
+        occurs = torch.rand(len(self._multipliers) + 1, num, **kwargs)
+        uniform = torch.rand(4, num, **kwargs)
+        normal = torch.randn(4, num, **kwargs)
+
+        def gate(index: int, value: torch.Tensor) -> torch.Tensor:
+            return torch.where(occurs[index] < self._multipliers[index] * self.p, value, 0.0)
+
+        flips = (uniform[:2] < 0.5).float()
+        angles = (uniform[2:] * 2 - 1) * math.pi
+        turned = torch.where(occurs[-1] < 0.5, angles[1], 0.0)  # else along x
+        values = [
+            gate(0, flips[0]),
+            gate(1, flips[1]),
+            gate(2, normal[0]),
+            gate(3, angles[0]),
+            gate(4, normal[1]),
+            gate(4, turned),
+            gate(5, normal[2]),
+            gate(5, normal[3]),
+        ]
+        return AugmentParams(torch.stack(values, dim=1)).to(device)
+
+    def apply(
+        self, images: torch.Tensor, params: AugmentParams
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return augmented images [N, C, H, W] and their labels [N, 9].
+
+        Images are mirrored, then scaled, rotated, stretched and shifted about their centre. An
+        image without any of the last four is not resampled and keeps its exact values.
+
+        Args:
+            images: [N, C, H, W], float32 in [-1, 1]; H and W of at least 8. Resampling can
+                overshoot the range slightly at edges.
+            params: The parameters of these N images.
+        """
+        values = params.to(images.device).values
+        flip_x, flip_y = values[:, :2].bool().reshape(-1, 2, 1, 1, 1).unbind(1)
+        images = torch.where(flip_x, images.flip(3), images)
+        images = torch.where(flip_y, images.flip(2), images)
+        moved = (values[:, 2:] != 0).any(1).reshape(-1, 1, 1, 1)
+        warped = warp(images, *_inverse_affine(values, *images.shape[2:]))
+        return torch.where(moved, warped, images), params.to(images.device).labels()
+
+
+def make_augment_pipe(config: AugmentConfig) -> AugmentPipe | None:
+    """Return the pipeline that ``config`` describes, or None if there is no augmentation."""
+    return AugmentPipe(config.augment) if config.augment > 0 else None
+
+
+def warp(images: torch.Tensor, matrix: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """Return images resampled under an affine map of positions, at twice the resolution.
+
+    Output position p (x, y in pixels from the image centre) shows the input at ``matrix p +
+    offset``. The image is continued by reflection about its outermost pixel centres, upsampled by
+    the sym6 filter, interpolated linearly and brought back by the adjoint of the upsampling, which
+    makes the identity map exact: even shifts of the filter are orthonormal.
+
+    Args:
+        images: [N, C, H, W], float32, H and W of at least 2.
+        matrix: [N, 2, 2].
+        offset: [N, 2], in pixels.
+    """
+    height, width = images.shape[2:]
+    up_y, down_y, sites_y = _resampling(height, images.device)
+    up_x, down_x, sites_x = _resampling(width, images.device)
+
+    # Source of each fine output sample. Sums of products instead of a matrix product, whose
+    # reduced precision on some GPUs (TF32) would move the image.
+    x, y = sites_x, sites_y[:, None]
+    matrix, offset = matrix[..., None, None], offset[..., None, None]
+    source_x = matrix[:, 0, 0] * x + matrix[:, 0, 1] * y + offset[:, 0]
+    source_y = matrix[:, 1, 0] * x + matrix[:, 1, 1] * y + offset[:, 1]
+    grid = torch.stack([_grid_position(source_x, width), _grid_position(source_y, height)], -1)
+
+    fine = up_y @ images @ up_x.T  # [N, C, 4H-3, 4W-3]
+    fine = torch.nn.functional.grid_sample(
+        fine, grid, mode="bilinear", padding_mode="border", align_corners=True
+    )
+    return down_y @ fine @ down_x.T  # [N, C, H, W]
+
+
+def _inverse_affine(
+    values: torch.Tensor, height: int, width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return matrix [N, 2, 2] and offset [N, 2] from output to input positions in pixels.
+
+    The forward map is p -> stretch(direction) rotate(angle) scale p + shift.
+    """
+    _, _, scale, angle, stretch, direction, shift_x, shift_y = values.unbind(1)
+    scale, stretch = (0.2 * scale).exp2(), (0.2 * stretch).exp2()
+    columns = torch.stack([1 / (scale * stretch), stretch / scale], dim=-1)
+    left = _rotation(direction - angle) * columns[:, None, :]
+    matrix = _product(left, _rotation(-direction))
+    shift = 0.125 * torch.stack([shift_x * width, shift_y * height], dim=-1)
+    return matrix, -_product(matrix, shift[:, :, None])[:, :, 0]
+
+
+def _rotation(angle: torch.Tensor) -> torch.Tensor:
+    # Counter-clockwise as seen, with y pointing down: [N, 2, 2].
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack([cos, sin, -sin, cos], dim=-1).reshape(-1, 2, 2)
+
+
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    # Matrix product [N, I, K] x [N, K, J] -> [N, I, J] in full precision.
+    return (left[:, :, :, None] * right[:, None, :, :]).sum(2)
+
+
+def _grid_position(position: torch.Tensor, size: int) -> torch.Tensor:
+    # Pixels from the centre -> [-1, 1] over one period of the reflected fine image.
+    index = 2 * (position + (size - 1) / 2) + _CENTROID
+    return (index / (4 * (size - 1))).remainder(1) * 2 - 1
+
+
+@functools.lru_cache(maxsize=16)
+def _resampling(size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the resampling of one axis: up [4 size - 3, size], down [size, 2 size + 10], sites.
+
+    ``up`` reflects and upsamples to one period, 4 (size - 1) samples, and repeats the first one
+    at the end. ``down`` filters and decimates the fine output samples, whose positions in pixels
+    from the image centre are ``sites`` [2 size + 10].
+    """
+    period = 2 * (size - 1)
+    up = np.zeros([2 * period + 1, size])
+    for row in range(2 * period + 1):
+        for tap in range(row % 2, len(SYM6), 2):
+            pixel = ((row - tap) // 2) % period
+            up[row, min(pixel, period - pixel)] += SYM6[tap] * math.sqrt(2)
+    down = np.zeros([size, 2 * size + len(SYM6) - 2])
+    for row in range(size):
+        down[row, 2 * row : 2 * row + len(SYM6)] = np.divide(SYM6, math.sqrt(2))
+    sites = (np.arange(down.shape[1]) - _CENTROID) / 2 - (size - 1) / 2
+    up, down, sites = (
+        torch.tensor(array, dtype=torch.float32, device=device) for array in (up, down, sites)
+    )
+    return up, down, sites

@@ -1,0 +1,246 @@
+"""Snapshots to sample from and training states to resume from: data only, written atomically.
+
+Both are ``torch.save`` archives of plain containers and tensors and are read with
+``torch.load(weights_only=True)``, so that nothing in a file is ever executed. The layout of both is
+described in docs/formats.md.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import os
+import pickle
+import platform
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dnnlib.config import Config, from_dict, to_dict
+from dnnlib.files import atomic_write
+from models import Network, build_network
+from training.config import RunConfig
+from training.dataset import ImageDataset
+
+FORMAT_VERSION = 1
+_SNAPSHOT_FORMAT = "setdiffit-snapshot"
+_STATE_FORMAT = "setdiffit-training-state"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataSummary:
+    """What sampling and scoring need to know of the training data."""
+
+    name: str
+    resolution: int
+    img_channels: int
+    num_images: int
+    content_hash: str
+    class_names: tuple[str, ...] = ()
+    class_counts: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """A trained network with all that is needed to sample from it and to score it."""
+
+    path: Path
+    sha256: str
+    config: RunConfig
+    data: DataSummary
+    progress: dict[str, Any]
+    packages: dict[str, str]
+    state_dict: dict[str, torch.Tensor]
+
+    def build(self, device: torch.device | str = "cpu") -> Network:
+        """Return the network with the averaged weights, in evaluation mode, on ``device``."""
+        network = build_network(self.config.model)
+        network.load_state_dict(self.state_dict)
+        return network.eval().requires_grad_(False).to(device)
+
+
+def snapshot_path(run_dir: Path, cur_nimg: int) -> Path:
+    """Return the path of the snapshot after ``cur_nimg`` training images."""
+    return run_dir / f"network-snapshot-{cur_nimg // 1000:06d}.pkl"
+
+
+def state_path(run_dir: Path, cur_nimg: int) -> Path:
+    """Return the path of the training state after ``cur_nimg`` training images."""
+    return run_dir / f"training-state-{cur_nimg // 1000:06d}.pt"
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide what is computed."""
+    names = ("torch", "numpy", "pillow")
+    versions = {name: importlib.metadata.version(name) for name in names}
+    return dict(python=platform.python_version(), **versions)
+
+
+def save_snapshot(
+    path: Path,
+    network: Network,
+    config: RunConfig,
+    data: DataSummary,
+    progress: dict[str, Any],
+) -> None:
+    """Write ``network`` (the averaged weights) and its description to ``path``, atomically."""
+    _save(
+        path,
+        dict(
+            format=_SNAPSHOT_FORMAT,
+            version=FORMAT_VERSION,
+            config=to_dict(config),
+            data=dataclasses.asdict(data),
+            progress=progress,
+            packages=package_versions(),
+            ema={name: tensor.detach().cpu() for name, tensor in network.state_dict().items()},
+        ),
+    )
+
+
+def load_snapshot(path: str | os.PathLike) -> Snapshot:
+    """Read a snapshot; raises ValueError with a sentence for a file that is none, or is damaged."""
+    path = Path(path)
+    payload = _load(path, _SNAPSHOT_FORMAT, "a snapshot")
+    try:
+        config = from_dict(RunConfig, payload["config"])
+        data = {k: tuple(v) if isinstance(v, list) else v for k, v in payload["data"].items()}
+        return Snapshot(
+            path=path,
+            sha256=_content_hash(payload["ema"]),
+            config=config,
+            data=DataSummary(**data),
+            progress=payload["progress"],
+            packages=payload["packages"],
+            state_dict=payload["ema"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a snapshot that this version can read: {error}") from error
+
+
+def save_state(path: Path, payload: dict[str, Any], config: Config) -> None:
+    """Write a training state: ``payload`` holds net, ema, optimizer and progress."""
+    header = dict(format=_STATE_FORMAT, version=FORMAT_VERSION, config=to_dict(config))
+    _save(path, {**header, **payload})
+
+
+def load_state(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a training state; raises ValueError with a sentence for anything else."""
+    return _load(Path(path), _STATE_FORMAT, "a training state")
+
+
+def find_states(run_dir: Path) -> list[Path]:
+    """Return the training states of a run folder, newest first."""
+    found = []
+    for path in run_dir.glob("training-state-*.pt"):
+        match = re.fullmatch(r"training-state-(\d+)\.pt", path.name)
+        if match:
+            found.append((int(match.group(1)), path))
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def prune_states(run_dir: Path, keep: int) -> None:
+    """Delete all but the newest ``keep`` training states of a run folder."""
+    for path in find_states(run_dir)[keep:]:
+        path.unlink()
+
+
+def summarise(dataset: ImageDataset) -> DataSummary:
+    """Return what a snapshot keeps of its training data."""
+    counts: tuple[int, ...] = ()
+    if dataset.num_classes:
+        labels = torch.as_tensor(dataset.labels)
+        counts = tuple(torch.bincount(labels, minlength=dataset.num_classes).tolist())
+    return DataSummary(
+        name=dataset.name,
+        resolution=dataset.resolution,
+        img_channels=dataset.img_channels,
+        num_images=len(dataset),
+        content_hash=dataset.content_hash,
+        class_names=tuple(dataset.class_names) if dataset.num_classes else (),
+        class_counts=counts,
+    )
+
+
+def transfer_weights(network: torch.nn.Module, snapshot: Snapshot) -> str:
+    """Copy every parameter whose name and shape agree, and return a report of the rest.
+
+    Raises ValueError if nothing agrees.
+    """
+    own = network.state_dict()
+    given = snapshot.state_dict
+    loaded = [name for name in own if name in given and given[name].shape == own[name].shape]
+    missing = [name for name in own if name not in given]
+    mismatched = [name for name in own if name in given and name not in loaded]
+    unexpected = [name for name in given if name not in own]
+    if not loaded:
+        raise ValueError(f"--transfer: {snapshot.path} shares no weights with this model.")
+    network.load_state_dict({name: given[name] for name in loaded}, strict=False)
+    lines = [f"Transfer from {snapshot.path}: {len(loaded)} of {len(own)} tensors loaded."]
+    for title, names in (
+        ("Missing (kept as initialised)", missing),
+        ("Mismatched shape (kept as initialised)", mismatched),
+        ("Unexpected (not used)", unexpected),
+    ):
+        if names:
+            lines.append(f"  {title}: {', '.join(names)}")
+    return "\n".join(lines)
+
+
+def _content_hash(state_dict: dict[str, torch.Tensor]) -> str:
+    """Return a hash of names, shapes and weights, which stays equal when a file is rewritten."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state_dict.items()):
+        digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}\n".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _save(path: Path, payload: dict[str, Any]) -> None:
+    with atomic_write(path) as file:
+        torch.save(payload, file)
+
+
+def _load(path: Path, expected_format: str, what: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file.")
+    try:
+        # PyTorch does not verify the archive's checksums by itself.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"{path}: damaged (checksum of {damaged} does not match).")
+        payload = torch.load(path, map_location="cpu", weights_only=True)
+    except zipfile.BadZipFile as error:
+        if _is_bare_pickle(path):
+            raise ValueError(
+                f"{path}: refused, because it is a pickle that could execute code when read. Only "
+                "files written by this project's train.py or import tools are loaded."
+            ) from error
+        raise ValueError(f"{path}: not {what}, or cut off ({error}).") from error
+    except pickle.UnpicklingError as error:
+        reason = re.search(r"GLOBAL (\S+)|class (\S+)|function (\S+)", str(error))
+        name = next((group for group in reason.groups() if group), "") if reason else ""
+        raise ValueError(
+            f"{path}: refused, because reading it would execute code"
+            + (f" ({name})" if name else "")
+            + ". Snapshots hold tensors and plain values only."
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{path}: not {what}, or damaged ({error}).") from error
+    if not isinstance(payload, dict) or payload.get("format") != expected_format:
+        raise ValueError(f"{path}: not {what} of this project.")
+    if payload["version"] > FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: has format version {payload['version']}, but this version of the software "
+            f"reads up to {FORMAT_VERSION}; update the software."
+        )
+    return payload
+
+
+def _is_bare_pickle(path: Path) -> bool:
+    with open(path, "rb") as file:
+        start = file.read(2)
+    return len(start) == 2 and start[0] == 0x80 and start[1] <= pickle.HIGHEST_PROTOCOL

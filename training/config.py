@@ -1,0 +1,140 @@
+"""The configuration of a run: everything that decides what is computed."""
+
+import dataclasses
+from typing import ClassVar
+
+from diffusion.guidance import GuidanceConfig
+from diffusion.precond import PrecondConfig
+from diffusion.samplers import SamplingConfig
+from dnnlib.config import Config, option
+from models.config import ModelConfig
+from training.augment import AugmentConfig
+from training.dataset import DatasetConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig(Config):
+    """Optimization: what happens between two images counts of the loop.
+
+    Defaults are EDM's (Karras et al. 2022, arXiv 2206.00364, Appendix F and its training code).
+    Intervals and durations count images: 1 kimg is 1,000 training images.
+    """
+
+    title: ClassVar[str] = "Training options"
+
+    kimg: float = option(200_000.0, min=0, help="Training duration in kimg.")
+    iters: int | None = option(
+        None, min=1, aliases=("max-steps",), help="Duration in optimizer steps, instead of --kimg."
+    )
+    batch: int = option(512, min=1, help="Images per optimizer step, over all ranks.")
+    batch_gpu: int | None = option(
+        None, min=1, help="Images per rank and pass; --batch is reached by accumulation."
+    )
+    lr: float = option(1e-3, min=0, help="Learning rate.")
+    lr_rampup: float = option(10_000.0, min=0, help="Linear learning-rate warm-up in kimg.")
+    clip_grad: float | None = option(None, min=0, help="Largest gradient norm; larger is scaled.")
+    label_drop: float = option(
+        0.0, min=0, max=1, help="Probability of training without the label, for guidance."
+    )
+    ema_kimg: float = option(500.0, min=0, help="Half-life of the weight average in kimg.")
+    ema_rampup: float | None = option(
+        0.05, min=0, help="Limit the half-life to this share of the images so far; none: no limit."
+    )
+    loss_scaling: float = option(1.0, min=0, help="Constant factor of the loss.")
+    skip_limit: int = option(100, min=1, help="Stop after this many non-finite gradients in a row.")
+    seed: int = option(0, help="Seed of the initial weights, data order, noise and augmentation.")
+    precision: str = option(
+        "fp32", choices=("fp32", "bf16", "fp16"), help="Arithmetic of the network."
+    )
+    compile: bool = option(False, help="Compile the network with torch.compile.")
+    tf32: bool = option(False, help="Allow TF32 matrix products on NVIDIA GPUs.")
+    cudnn_benchmark: bool = option(True, name="bench", help="Let cuDNN time its algorithms.")
+    augment: AugmentConfig = AugmentConfig()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoggingConfig(Config):
+    """What a run writes, how often, and what it measures on the way."""
+
+    title: ClassVar[str] = "Progress, snapshots and metrics"
+
+    tick: float = option(50.0, min=0, help="Kimg between two console lines.")
+    snap: int = option(50, min=1, help="Ticks between two snapshots and image grids.")
+    dump: int | None = option(
+        None, min=1, help="Ticks between two training states; none: one with every snapshot."
+    )
+    keep_states: int = option(2, min=1, help="Number of training states kept, newest last.")
+    metrics: tuple[str, ...] = option(
+        (), help="Metrics computed with the averaged weights, such as fid10k_full,fid50k_full."
+    )
+    metrics_ticks: int | None = option(
+        None, min=1, help="Ticks between two evaluations of --metrics; none: with every snapshot."
+    )
+    inception: str | None = option(
+        None, help="Path or URL of the Inception weights, instead of the published address."
+    )
+    sample_batch: int = option(64, min=1, help="Images per rank and pass when sampling.")
+    workers: int = option(1, min=0, help="Data loader processes per rank.")
+    wandb: bool = option(False, aliases=("use-wandb",), help="Log to Weights & Biases as well.")
+    wandb_project: str = option("setdiffit", help="Weights & Biases project.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig(Config):
+    """A preset with its overrides: the whole of a training run."""
+
+    preset: str
+    model: ModelConfig
+    precond: PrecondConfig = PrecondConfig()
+    training: TrainingConfig = TrainingConfig()
+    data: DatasetConfig = DatasetConfig()
+    logging: LoggingConfig = LoggingConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    guidance: GuidanceConfig = GuidanceConfig()
+
+    @property
+    def total_nimg(self) -> int:
+        """Number of training images after which the run ends."""
+        if self.training.iters is not None:
+            return self.training.iters * self.training.batch
+        return round(self.training.kimg * 1000)
+
+
+def accumulation_rounds(training: TrainingConfig, world_size: int) -> tuple[int, int]:
+    """Return ``(batch_gpu, rounds)`` with batch = batch_gpu x rounds x world_size.
+
+    Raises ValueError if there is no such division.
+    """
+    if training.batch % world_size:
+        raise ValueError(
+            f"--batch: got {training.batch}, which {world_size} ranks cannot share evenly; use a "
+            f"multiple of {world_size}."
+        )
+    per_rank = training.batch // world_size
+    batch_gpu = training.batch_gpu or per_rank
+    if per_rank % batch_gpu:
+        divisors = [n for n in range(1, per_rank + 1) if per_rank % n == 0]
+        nearest = min(divisors, key=lambda n: abs(n - batch_gpu))
+        raise ValueError(
+            f"--batch-gpu: got {batch_gpu}, but --batch {training.batch} over {world_size} "
+            f"rank(s) leaves {per_rank} images a rank; use a divisor of {per_rank}, such as "
+            f"{nearest}, or a --batch that is a multiple of {batch_gpu * world_size}."
+        )
+    return batch_gpu, per_rank // batch_gpu
+
+
+def check_guidance(config: RunConfig, num_classes: int) -> None:
+    """Raise ValueError if classifier-free guidance is asked of a model that cannot give it."""
+    if config.guidance.cfg_scale == 1.0:
+        return
+    if not num_classes:
+        raise ValueError(
+            f"--cfg-scale: got {config.guidance.cfg_scale}, but the model is unconditional; train "
+            "with --cond and --label-drop=0.1, or leave --cfg-scale out."
+        )
+    if config.training.label_drop == 0:
+        raise ValueError(
+            f"--cfg-scale: got {config.guidance.cfg_scale}, but the model was trained without "
+            "label dropout and has learned no unconditional half; train with --label-drop=0.1, or "
+            "leave --cfg-scale out."
+        )

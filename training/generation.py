@@ -1,0 +1,268 @@
+"""Images from a network: one seed an image, whatever the batch size or the number of ranks."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from diffusion.guidance import GuidanceConfig, autoguidance, classifier_free
+from diffusion.precond import Denoiser, Precond, make_precond
+from diffusion.samplers import SamplingConfig, num_evaluations, sample
+from dnnlib.config import did_you_mean, to_dict
+from dnnlib.files import atomic_write
+from dnnlib.text import join_names
+from models import Network
+from torch_utils import distributed
+from torch_utils.rng import SeededNoise
+from training.checkpoint import Snapshot
+from training.config import check_guidance
+from training.pictures import image_grid, save_image
+
+GRID_SEEDS = 64
+
+
+AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageGenerator:
+    """A network with its whole sampling protocol.
+
+    ``guide`` is a second network whose errors are extrapolated away from (autoguidance). Guidance
+    by the dropped condition needs a network that was trained with ``label_drop``.
+    """
+
+    network: Network
+    precond: Precond
+    image_shape: tuple[int, int, int]  # C, H, W
+    num_classes: int
+    sampling: SamplingConfig
+    guidance: GuidanceConfig
+    device: torch.device
+    autocast_dtype: torch.dtype | None = None
+    guide: Network | None = None
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        seeds: Sequence[int],
+        labels: Sequence[int] | None = None,
+        on_evaluation: Callable[[], None] | None = None,
+    ) -> torch.Tensor:
+        """Return uint8 images [N, C, H, W], one per seed, on the device.
+
+        Args:
+            seeds: One integer per image, taken modulo 2**32.
+            labels: One class index per image; by default each image's seed draws its class.
+            on_evaluation: Called after every sampling step.
+        """
+        noise = SeededNoise(seeds, self.device)
+        latents = noise.randn(self.image_shape)
+        cond: dict[str, torch.Tensor] = {}
+        if self.num_classes:
+            drawn = noise.randint(self.num_classes)
+            cond["label"] = drawn if labels is None else torch.as_tensor(labels).to(self.device)
+        denoise = self._guided(self.network, cond, len(seeds))
+        if self.guide is not None:
+            guide = self._conditional(self.guide, cond, len(seeds))
+            denoise = autoguidance(denoise, guide, self.guidance, self.precond)
+        images = sample(
+            denoise, latents, self.sampling, self.precond, noise, callback=on_evaluation
+        )
+        return to_uint8(images)
+
+    def _conditional(
+        self, network: Network, cond: dict[str, torch.Tensor], num: int
+    ) -> Callable[[torch.Tensor, float], torch.Tensor]:
+        denoiser = Denoiser(network, self.precond, self.autocast_dtype)
+        context = network.context(cond, num=num)
+        return lambda x, sigma: denoiser(x, sigma, context)
+
+    def _guided(
+        self, network: Network, cond: dict[str, torch.Tensor], num: int
+    ) -> Callable[[torch.Tensor, float], torch.Tensor]:
+        if self.guide is not None or self.guidance.cfg_scale == 1.0 or not cond:
+            return self._conditional(network, cond, num)
+        denoiser = Denoiser(network, self.precond, self.autocast_dtype)
+        drop = torch.ones(num, dtype=torch.bool, device=self.device)
+        return classifier_free(
+            denoiser,
+            network.context(cond, num=num),
+            network.context(cond, drop, num=num),
+            self.guidance,
+            self.precond,
+        )
+
+    def protocol(self) -> dict[str, Any]:
+        """Return what a score row says of the sampling: sampler, evaluations, guidance."""
+        return dict(
+            sampling=to_dict(self.sampling),
+            nfe=num_evaluations(self.sampling, self.precond),
+            guidance=to_dict(self.guidance),
+            autoguidance=self.guide is not None,
+            precision=str(self.autocast_dtype or torch.float32).removeprefix("torch."),
+        )
+
+
+def make_generator(
+    snapshot: Snapshot,
+    device: torch.device,
+    *,
+    sampling: SamplingConfig | None = None,
+    guidance: GuidanceConfig | None = None,
+    precision: str | None = None,
+    guide: Snapshot | None = None,
+) -> ImageGenerator:
+    """Return the generator of a snapshot, with its own protocol where none is given.
+
+    Raises ValueError for guidance that the snapshot cannot give, for a ``guide`` of other images
+    or without a weight, and for an unknown precision.
+    """
+    config = snapshot.config
+    sampling, guidance = sampling or config.sampling, guidance or config.guidance
+    if guide is None:
+        check_guidance(dataclasses.replace(config, guidance=guidance), config.model.num_classes)
+    elif guidance.cfg_scale == 1.0:
+        raise ValueError("--guide has no effect with --cfg-scale=1; give the weight, such as 1.7.")
+    elif _interface(guide) != _interface(snapshot):
+        raise ValueError(
+            f"--guide: {guide.path} makes images of another size, class count or parametrization "
+            f"than {snapshot.path}."
+        )
+    return ImageGenerator(
+        network=snapshot.build(device),
+        precond=make_precond(config.precond),
+        image_shape=(config.model.img_channels, config.model.resolution, config.model.resolution),
+        num_classes=config.model.num_classes,
+        sampling=sampling,
+        guidance=guidance,
+        device=device,
+        autocast_dtype=AUTOCAST_DTYPES[precision or config.training.precision],
+        guide=None if guide is None else guide.build(device),
+    )
+
+
+def _interface(snapshot: Snapshot) -> tuple[Any, ...]:
+    model = snapshot.config.model
+    return model.resolution, model.img_channels, model.num_classes, snapshot.config.precond
+
+
+def parse_classes(text: str | None, class_names: Sequence[str]) -> tuple[int, ...]:
+    """Return class indices for names, indices and ranges such as ``cat,3,5-7``.
+
+    Returns an empty tuple for None: each seed draws its class. Raises ValueError for a class that
+    the model does not have.
+    """
+    if text is None:
+        return ()
+    if not class_names:
+        raise ValueError(f"--class: got {text!r}, but the model is unconditional.")
+    chosen: list[int] = []
+    for part in map(str.strip, text.split(",")):
+        if part in class_names:
+            chosen.append(class_names.index(part))
+            continue
+        low, dash, high = part.partition("-")
+        if not low.isdigit() or (dash and not high.isdigit()):
+            raise ValueError(f"--class: no class {part!r}.{did_you_mean(part, class_names)}")
+        chosen.extend(range(int(low), int(high or low) + 1))
+        if not chosen or chosen[-1] >= len(class_names):
+            raise ValueError(
+                f"--class: got {part}, but the model has classes 0 to {len(class_names) - 1}."
+            )
+    return tuple(chosen)
+
+
+def labels_of_seeds(seeds: Sequence[int], classes: Sequence[int]) -> list[int] | None:
+    """Return the class of each seed, ``classes[seed % len(classes)]``, or None without classes."""
+    return [classes[seed % len(classes)] for seed in seeds] if classes else None
+
+
+def image_path(outdir: Path, seed: int, subdirs: bool) -> Path:
+    """Return the file of one seed: ``000123.png``, under ``000000`` with subfolders."""
+    folder = outdir / f"{seed - seed % 1000:06d}" if subdirs else outdir
+    return folder / f"{seed:06d}.png"
+
+
+def claim_outdir(outdir: Path, protocol: dict[str, Any]) -> None:
+    """Note in ``outdir`` how its images are made; raises ValueError if it holds others."""
+    path = outdir / "generation.json"
+    protocol = json.loads(json.dumps(protocol))
+    if path.is_file():
+        there = json.loads(path.read_text(encoding="utf-8"))
+        names = [name for name in protocol if there.get(name) != protocol[name]]
+        if names:
+            raise ValueError(
+                f"--outdir: {outdir} holds images made with another {join_names(names)}; choose "
+                "another folder, or delete that one to start anew."
+            )
+    with atomic_write(path, "w", encoding="utf-8") as file:
+        json.dump(protocol, file, indent=2)
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Return images in [-1, 1] as uint8: clip(127.5 x + 128), as EDM rounds."""
+    return (images * 127.5 + 128).clip(0, 255).to(torch.uint8)
+
+
+def labels_like_data(class_counts: Sequence[int]) -> np.ndarray:
+    """Return class indices, one per training image, of which any first part is in proportion.
+
+    All of them hold every class exactly as often as the data; the first n hold class c about
+    n * share(c) times. Deterministic.
+    """
+    labels = np.repeat(np.arange(len(class_counts)), class_counts)
+    places = np.concatenate([(np.arange(count) + 0.5) / max(count, 1) for count in class_counts])
+    return labels[np.argsort(places, kind="stable")]
+
+
+def generate_for_rank(
+    generator: ImageGenerator,
+    indices: range,
+    *,
+    batch: int,
+    first_seed: int = 0,
+    class_counts: Sequence[int] = (),
+    on_batch: Callable[[int], None] | None = None,
+) -> Iterator[torch.Tensor]:
+    """Yield this rank's share of the images of ``indices`` as uint8 batches [N, C, H, W].
+
+    Image i has seed first_seed + i and, for a conditional model, the i-th class of the data's
+    proportions. ``on_batch`` receives the number of images that all ranks made meanwhile, if they
+    are equally fast.
+    """
+    labels = None
+    if generator.num_classes and sum(class_counts):
+        labels = labels_like_data(class_counts)
+    mine = indices[distributed.rank() :: distributed.world_size()]
+    for start in range(0, len(mine), batch):
+        rows = mine[start : start + batch]
+        own = None if labels is None else [int(labels[row % len(labels)]) for row in rows]
+        yield generator.generate([first_seed + row for row in rows], own)
+        if on_batch is not None:
+            on_batch(len(rows) * distributed.world_size())
+
+
+def save_fakes(
+    generator: ImageGenerator, class_counts: Sequence[int], path: Path, batch: int
+) -> None:
+    """Write a grid of samples with fixed seeds, made by all ranks together. Collective."""
+    labels = None
+    if class_counts:
+        order = labels_like_data(class_counts)
+        labels = sorted(int(order[seed % len(order)]) for seed in range(GRID_SEEDS))
+    mine = range(distributed.rank(), GRID_SEEDS, distributed.world_size())
+    made = []
+    for start in range(0, len(mine), batch):
+        seeds = list(mine[start : start + batch])
+        own = None if labels is None else [labels[seed] for seed in seeds]
+        made.extend(zip(seeds, generator.generate(seeds, own).cpu(), strict=True))
+    gathered = distributed.gather_objects(made)
+    if distributed.is_main():
+        images = dict(pair for part in gathered for pair in part)
+        grid = torch.stack([images[seed] for seed in range(GRID_SEEDS)])
+        save_image(image_grid(grid, columns=8), path)

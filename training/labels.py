@@ -1,0 +1,86 @@
+"""Class labels of an image archive, as ``dataset.json`` holds them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from training.archive import Archive
+
+UNLABELLED = -1
+
+
+def read_labels(archive: Archive, folder: str = "") -> tuple[np.ndarray, list[str]] | None:
+    """Return ``(labels, class_names)`` of an archive's images, or None if it is unlabelled.
+
+    ``labels`` holds the class index of every image in order, int64 [N]. Without stored class
+    names, the classes are "0", "1", ... up to the largest label. ``folder`` (ending in ``/``) is
+    where in the archive ``dataset.json`` lies; its file names are relative to it.
+
+    Raises ValueError for a malformed file, an image without a label, or a label that is no class.
+    """
+    metadata = archive.metadata(folder)
+    if metadata is None or metadata.get("labels") is None:
+        return None
+    where = f"{archive.path}/{folder}dataset.json"
+    labels_by_name = parse_labels(metadata["labels"], where)
+    class_names = parse_class_names(metadata.get("class_names"), where)
+    labels = np.array(
+        [labels_by_name.get(name.removeprefix(folder), UNLABELLED) for name in archive.names],
+        np.int64,
+    )
+    missing = np.flatnonzero(labels == UNLABELLED)
+    if len(missing):
+        raise ValueError(
+            f"{archive.label(missing[0])}: has no label in {where}"
+            f"{more(len(missing), 'image')}; add it there, or remove the image."
+        )
+    if class_names is None:
+        class_names = [str(index) for index in range(max(labels_by_name.values()) + 1)]
+    bad = np.flatnonzero(labels >= len(class_names))
+    if len(bad):
+        raise ValueError(
+            f"{archive.label(bad[0])}: has label {labels[bad[0]]} in {where}, which names "
+            f"{len(class_names)} classes (0 to {len(class_names) - 1}); correct the label or "
+            f'"class_names".'
+        )
+    return labels, class_names
+
+
+def parse_labels(pairs: object, where: str) -> dict[str, int]:
+    """Return the label of each file name in the ``labels`` entry of a ``dataset.json``.
+
+    Raises ValueError unless it is a list of [name, non-negative integer] pairs.
+    """
+    if isinstance(pairs, dict):
+        pairs = list(pairs.items())
+    if not isinstance(pairs, list):
+        raise ValueError(f'{where}: "labels" must be a list of [file name, class index] pairs.')
+    result = {}
+    for pair in pairs:
+        if not (isinstance(pair, Sequence) and len(pair) == 2 and isinstance(pair[0], str)):
+            raise ValueError(
+                f'{where}: "labels" holds {pair!r}, which is no [file name, class index] pair.'
+            )
+        name, label = pair
+        if type(label) is not int or label < 0:
+            raise ValueError(
+                f"{where}: {name} has label {label!r}; a label is a class index, 0 or larger."
+            )
+        result[name.replace("\\", "/")] = label
+    return result
+
+
+def parse_class_names(names: object, where: str) -> list[str] | None:
+    """Return the ``class_names`` entry of a ``dataset.json``; raises ValueError if it is none."""
+    if names is None:
+        return None
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError(f'{where}: "class_names" must be a list of names, one per class.')
+    return names
+
+
+def more(count: int, noun: str) -> str:
+    """Return `` (and 3 more images)`` for messages that show one of ``count`` cases."""
+    if count <= 1:
+        return ""
+    return f" (and {count - 1} more {noun}{'s' if count > 2 else ''})"

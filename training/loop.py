@@ -1,0 +1,331 @@
+"""The training loop: one function in visible stages."""
+
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusion.precond import make_precond
+from dnnlib.progress import progress
+from models import build_network
+from torch_utils import distributed, rng
+from torch_utils.stats import StatsCollector
+from training.augment import AugmentPipe
+from training.checkpoint import (
+    Snapshot,
+    prune_states,
+    save_snapshot,
+    save_state,
+    snapshot_path,
+    state_path,
+    summarise,
+    transfer_weights,
+)
+from training.config import RunConfig, accumulation_rounds
+from training.dataset import ImageDataset, save_reals
+from training.ema import EMA, ema_beta
+from training.generation import AUTOCAST_DTYPES, ImageGenerator, generate_for_rank, save_fakes
+from training.objective import Objective, draw_step
+from training.optimizer import GuardedAdam
+from training.sampler import PositionSampler, make_loader
+from training.telemetry import (
+    Telemetry,
+    memory_stats,
+    metric_is_recorded,
+    scalar,
+    tick_line,
+    trim_rows,
+)
+
+GenerateFn = Callable[[range], Iterable[torch.Tensor]]
+EvaluateFn = Callable[[tuple[str, ...], GenerateFn], list[dict[str, Any]]]
+
+
+def training_loop(
+    config: RunConfig,
+    run_dir: Path,
+    dataset: ImageDataset,
+    device: torch.device,
+    *,
+    resume_state: dict[str, Any] | None = None,
+    transfer: Snapshot | None = None,
+    evaluate: EvaluateFn | None = None,
+) -> bool:
+    """Train until the end, and return True; return False after a signal asked to stop.
+
+    Args:
+        config: The whole run; ``config.model`` describes the data's resolution and classes.
+        run_dir: An existing folder for everything the run writes (rank 0 writes).
+        dataset: Training images, opened by every rank.
+        device: This rank's device.
+        resume_state: A training state to continue from, bit for bit on the CPU.
+        transfer: A snapshot whose weights start a new run, as far as names and shapes agree.
+        evaluate: Called by all ranks as ``evaluate(metric_names, generate)``, where
+            ``generate(indices)`` yields this rank's uint8 image batches; returns score rows.
+
+    Raises RuntimeError if too many gradients in a row are not finite.
+    """
+    start_sec = time.time()
+    training, logging = config.training, config.logging
+    world_size, rank = distributed.world_size(), distributed.rank()
+    batch_gpu, num_rounds = accumulation_rounds(training, world_size)
+    per_rank = batch_gpu * num_rounds
+    torch.backends.cudnn.benchmark = training.cudnn_benchmark
+    torch.backends.cudnn.allow_tf32 = training.tf32
+    torch.backends.cuda.matmul.allow_tf32 = training.tf32
+    autocast_dtype = AUTOCAST_DTYPES[training.precision]
+
+    # Build network, loss, weight average and optimizer.
+    torch.manual_seed(rng.mix(training.seed, rng.STREAM_INIT))
+    network = build_network(config.model).train().requires_grad_(True).to(device)
+    network.to(memory_format=torch.channels_last)
+    precond = make_precond(config.precond)
+    augment_pipe = None
+    if training.augment.augment > 0:
+        augment_pipe = AugmentPipe(training.augment.augment)
+    ema = EMA(network)
+    optimizer = GuardedAdam(
+        network.parameters(),
+        clip_grad=training.clip_grad,
+        dynamic_scale=training.precision == "fp16",
+    )
+
+    # Restore a state, or start from another run's weights.
+    cur_nimg = cur_tick = tick_start_nimg = 0
+    elapsed_before_sec = 0.0
+    if transfer is not None:
+        report = transfer_weights(network, transfer)
+        ema.network.load_state_dict(network.state_dict())
+        distributed.print0(report)
+    if resume_state is not None:
+        network.load_state_dict(resume_state["net"])
+        ema.network.load_state_dict(resume_state["ema"])
+        optimizer.load_state_dict(resume_state["optimizer"])
+        cur_nimg = resume_state["progress"]["cur_nimg"]
+        cur_tick = resume_state["progress"]["cur_tick"]
+        tick_start_nimg = resume_state["progress"]["tick_start_nimg"]
+        elapsed_before_sec = resume_state["progress"]["elapsed_sec"]
+    if training.compile:
+        network.backbone.compile()
+    objective = distributed.wrap(Objective(network, precond, autocast_dtype), device)
+
+    # Prepare data and outputs.
+    sampler = PositionSampler(
+        len(dataset),
+        seed=training.seed,
+        start_nimg=cur_nimg,
+        batch_size=training.batch,
+        batch_gpu=batch_gpu,
+        rank=rank,
+        world_size=world_size,
+    )
+    loader = make_loader(dataset, sampler, num_workers=logging.workers, device=device)
+    batches = iter(loader)
+    image_shape = (dataset.img_channels, dataset.resolution, dataset.resolution)
+    data = summarise(dataset)
+    generator = ImageGenerator(
+        network=ema.network,
+        precond=precond,
+        image_shape=image_shape,
+        num_classes=dataset.num_classes,
+        sampling=config.sampling,
+        guidance=config.guidance,
+        device=device,
+        autocast_dtype=autocast_dtype,
+    )
+    telemetry = None
+    if rank == 0:
+        trim_rows(run_dir, cur_nimg)
+        telemetry = Telemetry(run_dir, logging, config)
+        if cur_nimg == 0:
+            save_reals(dataset, run_dir / "reals.png")
+    stats = StatsCollector()
+
+    def run_state(progress_info: dict[str, Any]) -> dict[str, Any]:
+        return dict(
+            net=network.state_dict(),
+            ema=ema.network.state_dict(),
+            optimizer=optimizer.state_dict(),
+            progress=progress_info,
+        )
+
+    def run_metrics() -> None:
+        names = logging.metrics
+        missing = distributed.broadcast_object(
+            tuple(name for name in names if not metric_is_recorded(run_dir, name, cur_nimg))
+        )
+        if not missing or evaluate is None:
+            return
+
+        def generate(indices: range) -> Iterable[torch.Tensor]:
+            with progress(
+                total=len(indices), label="Metrics", disable=rank != 0, transient=True
+            ) as bar:
+                yield from generate_for_rank(
+                    generator,
+                    indices,
+                    batch=logging.sample_batch,
+                    class_counts=data.class_counts,
+                    on_batch=bar.update,
+                )
+
+        rows = evaluate(missing, generate)
+        if telemetry is not None:
+            for row in rows:
+                row = dict(
+                    row, kimg=cur_nimg / 1000, snapshot=snapshot_path(run_dir, cur_nimg).name
+                )
+                telemetry.record_metric({**row, **generator.protocol()}, cur_nimg)
+                telemetry.message(f"{row['metric']} {row['value']:.4f} at kimg {row['kimg']:.1f}")
+
+    def metrics_due(tick: int, finished: bool) -> bool:
+        every = logging.metrics_ticks or logging.snap
+        return bool(logging.metrics) and (finished or tick % every == 0)
+
+    # Train.
+    total_nimg = config.total_nimg
+    done = cur_nimg >= total_nimg
+    if resume_state is not None and resume_state["progress"]["metrics_due"]:
+        run_metrics()
+    tick_start_sec, maintenance_sec = time.time(), time.time() - start_sec
+    timed_nimg = cur_nimg
+    bar = _tick_bar(cur_tick, cur_nimg, tick_start_nimg, logging.tick, rank)
+    stop = False
+    with distributed.StopSignal() as signal:
+        while not (done or stop):
+            # Draw this step's randomness for the global batch, and keep this rank's rows.
+            draws = draw_step(
+                precond,
+                augment_pipe,
+                seed=training.seed,
+                cur_nimg=cur_nimg,
+                batch=training.batch,
+                image_shape=image_shape,
+                label_drop=training.label_drop if dataset.num_classes else 0.0,
+                device=device,
+            ).rows(rank * per_rank, (rank + 1) * per_rank)
+            torch.manual_seed(rng.mix(training.seed, cur_nimg, rng.STREAM_MODEL, rank))
+
+            # Accumulate gradients.
+            optimizer.zero_grad()
+            for round_idx in range(num_rounds):
+                images, cond = next(batches)
+                images = images.to(device, non_blocking=True).to(torch.float32) / 127.5 - 1
+                cond = {k: v.to(device, non_blocking=True) for k, v in cond.items()}
+                rows = draws.rows(round_idx * batch_gpu, (round_idx + 1) * batch_gpu)
+                if augment_pipe is not None:
+                    images, cond["augment"] = augment_pipe.apply(images, rows.augment)
+                with distributed.no_sync(objective, skip=round_idx < num_rounds - 1):
+                    loss = objective(images, cond, rows.sigma, rows.noise, rows.drop)
+                    # Summed over pixels, averaged over the global batch (DDP averages over ranks).
+                    total = loss.sum() * (training.loss_scaling / per_rank)
+                    if optimizer.loss_scale is not None:
+                        total = total * optimizer.loss_scale
+                    total.backward()
+                stats.report("Loss/loss", loss)
+
+            # Update weights and their average.
+            lr = training.lr
+            if training.lr_rampup > 0:
+                lr *= min(cur_nimg / (training.lr_rampup * 1000), 1.0)
+            grad_norm = optimizer.step(lr)
+            beta = ema_beta(cur_nimg, training.batch, training.ema_kimg, training.ema_rampup)
+            ema.update(beta, optimizer.skipped)
+            stats.report("Loss/grad_norm", grad_norm)
+            stats.report("Loss/learning_rate", lr)
+
+            # Count, and go on unless a tick ends here.
+            cur_nimg += training.batch
+            bar.update(training.batch)
+            done = cur_nimg >= total_nimg
+            stop = signal.agreed() and not done
+            tick_ends = cur_tick == 0 or cur_nimg >= tick_start_nimg + logging.tick * 1000
+            if not (done or stop or tick_ends):
+                continue
+
+            # Check for non-finite gradients; this is where the host waits for the device.
+            bar.__exit__()
+            tick_end_sec = time.time()
+            num_skipped, skipped_in_a_row = optimizer.read_counters()
+            if skipped_in_a_row >= training.skip_limit:
+                raise RuntimeError(
+                    f"{skipped_in_a_row} gradients in a row were not finite (at kimg "
+                    f"{cur_nimg / 1000:.1f}). Resume from the last state with a lower --lr, "
+                    f"--clip-grad=1 or --precision=bf16; --skip-limit={training.skip_limit} set "
+                    "this limit."
+                )
+
+            # Record statistics.
+            elapsed_sec = elapsed_before_sec + tick_end_sec - start_sec
+            tick_kimg = (cur_nimg - timed_nimg) / 1000
+            sec_per_tick = tick_end_sec - tick_start_sec
+            fields = stats.collect()
+            fields.update(
+                {
+                    "Progress/tick": scalar(cur_tick),
+                    "Progress/kimg": scalar(cur_nimg / 1000),
+                    "Loss/skipped_steps": scalar(num_skipped),
+                    "Timing/total_sec": scalar(elapsed_sec),
+                    "Timing/sec_per_tick": scalar(sec_per_tick),
+                    "Timing/sec_per_kimg": scalar(sec_per_tick / tick_kimg),
+                    "Timing/images_per_sec": scalar(tick_kimg * 1000 / max(sec_per_tick, 1e-9)),
+                    "Timing/maintenance_sec": scalar(maintenance_sec),
+                    **memory_stats(device),
+                }
+            )
+            if telemetry is not None:
+                telemetry.record(fields, cur_nimg)
+                telemetry.message(tick_line(fields, total_nimg, num_skipped))
+
+            # Save pictures, the snapshot, then the state: a state implies its snapshot.
+            finished_tick, cur_tick = cur_tick, cur_tick if stop else cur_tick + 1
+            tick_start_nimg = tick_start_nimg if stop else cur_nimg
+            snap_due = done or (not stop and finished_tick % logging.snap == 0)
+            dump_due = snap_due if logging.dump is None else finished_tick % logging.dump == 0
+            progress_info = dict(
+                cur_nimg=cur_nimg,
+                cur_tick=cur_tick,
+                tick_start_nimg=tick_start_nimg,
+                elapsed_sec=elapsed_sec,
+                num_skipped=num_skipped,
+                metrics_due=not stop and metrics_due(finished_tick, done),
+            )
+            if snap_due:
+                fakes_path = run_dir / f"fakes-{cur_nimg // 1000:06d}.png"
+                save_fakes(generator, data.class_counts, fakes_path, logging.sample_batch)
+                if rank == 0:
+                    path = snapshot_path(run_dir, cur_nimg)
+                    save_snapshot(path, ema.network, config, data, progress_info)
+            if rank == 0 and (dump_due or done or stop):
+                save_state(state_path(run_dir, cur_nimg), run_state(progress_info), config)
+                prune_states(run_dir, logging.keep_states)
+            if progress_info["metrics_due"]:
+                run_metrics()
+            maintenance_sec = time.time() - tick_end_sec
+            tick_start_sec, timed_nimg = time.time(), cur_nimg
+            bar = _tick_bar(cur_tick, cur_nimg, tick_start_nimg, logging.tick, rank)
+    distributed.barrier()
+    if telemetry is not None:
+        if stop:
+            telemetry.message(
+                f"Stopped by {signal.name_received()} at kimg {cur_nimg / 1000:.1f}; continue with "
+                f"--resume={run_dir}"
+            )
+        telemetry.close()
+    return not stop
+
+
+def _tick_bar(tick: int, cur_nimg: int, tick_start_nimg: int, tick_kimg: float, rank: int) -> Any:
+    """Return a started progress bar for the images of one tick."""
+    bar = progress(
+        total=max(round(tick_kimg * 1000), 1),
+        label=f"tick {tick}",
+        disable=rank != 0,
+        transient=True,
+    )
+    bar.__enter__()
+    if cur_nimg > tick_start_nimg:
+        bar.update(cur_nimg - tick_start_nimg)
+    return bar

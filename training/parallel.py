@@ -1,0 +1,92 @@
+"""An ordered map over processes that keeps only a bounded number of items in flight."""
+
+import collections
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_CHUNKS_PER_WORKER = 3
+
+
+def num_usable_cores() -> int:
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def process_map(
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    *,
+    num_workers: int | None = None,
+    chunk_size: int = 16,
+) -> Iterator[Result]:
+    """Yield ``function(item)`` for every item in order, computed by all cores.
+
+    ``function`` must be picklable. ``items`` is consumed only a few chunks ahead of the results,
+    so that neither accumulates in memory. The processes end with the iterator, also when this
+    process is killed.
+    """
+    num_workers = num_workers or num_usable_cores()
+    chunks = _chunks(items, chunk_size)
+    if num_workers == 1:
+        for chunk in chunks:
+            yield from _apply(function, chunk)
+        return
+    executor = ProcessPoolExecutor(
+        num_workers,
+        # A fresh interpreter: forking a process that has threads can deadlock.
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_prepare_worker,
+    )
+    pending: collections.deque = collections.deque()
+    try:
+        for chunk in chunks:
+            pending.append(executor.submit(_apply, function, chunk))
+            if len(pending) >= num_workers * _CHUNKS_PER_WORKER:
+                yield from pending.popleft().result()
+        while pending:
+            yield from pending.popleft().result()
+    except BrokenProcessPool:
+        raise ValueError(
+            "A process that decodes images was killed, perhaps for want of memory; try fewer "
+            "with --workers=1."
+        ) from None
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    chunk = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _apply(function: Callable[[Item], Result], chunk: list[Item]) -> list[Result]:
+    return [function(item) for item in chunk]
+
+
+def _prepare_worker() -> None:
+    # Ctrl-C reaches every process of the terminal; the main one decides what happens.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)

@@ -1,0 +1,53 @@
+"""Grids of images as people look at them: enlarged, with gaps, written atomically."""
+
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+
+from dnnlib.files import atomic_write
+
+_GAP = 2
+_BACKGROUND = 40
+_MIN_TILE = 48
+
+
+def image_grid(images: torch.Tensor, columns: int) -> PIL.Image.Image:
+    """Return uint8 images [N, C, H, W] (C 1 or 3) as one picture, ``columns`` to a row.
+
+    Small images are enlarged by a whole factor without smoothing, to at least 48 pixels a side.
+    """
+    num, channels, height, width = images.shape
+    rows = -(-num // columns)
+    factor = max(1, -(-_MIN_TILE // max(height, width)))
+    tiles = images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    tile_h, tile_w = height * factor + _GAP, width * factor + _GAP
+    canvas = np.full(
+        (rows * tile_h + _GAP, columns * tile_w + _GAP, channels), _BACKGROUND, dtype=np.uint8
+    )
+    for index, tile in enumerate(tiles.permute(0, 2, 3, 1).cpu().numpy()):
+        y, x = index // columns * tile_h + _GAP, index % columns * tile_w + _GAP
+        canvas[y : y + tile.shape[0], x : x + tile.shape[1]] = tile
+    return PIL.Image.fromarray(canvas[:, :, 0] if channels == 1 else canvas)
+
+
+def save_image(image: PIL.Image.Image, path: str | Path) -> None:
+    """Write ``image`` as a PNG file, whole or not at all."""
+    with atomic_write(path) as file:
+        image.save(file, format="PNG")
+
+
+def to_pil(image: torch.Tensor) -> PIL.Image.Image:
+    """Return one uint8 image [C, H, W] (C 1 or 3) as a picture."""
+    array = image.permute(1, 2, 0).cpu().numpy()
+    return PIL.Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+
+
+def read_image(path: str | Path) -> torch.Tensor:
+    """Return the picture in a file as a uint8 image [C, H, W]; raises ValueError if it has none."""
+    try:
+        array = np.asarray(PIL.Image.open(path))
+    except OSError as error:
+        raise ValueError(f"{path}: not a readable image ({error}).") from error
+    return torch.as_tensor(array.copy()).reshape(*array.shape[:2], -1).permute(2, 0, 1)

@@ -1,0 +1,54 @@
+"""What a run is, in words: the text of --dry-run and the first lines of a run."""
+
+import json
+
+import torch
+
+from dnnlib.config import to_dict
+from dnnlib.text import format_count
+from models import attention_backend, build_network
+from torch_utils.misc import count_flops, count_parameters
+from training.config import RunConfig, accumulation_rounds
+
+
+def forward_flops(config: RunConfig) -> int:
+    """Return the floating-point operations of one network evaluation on one image."""
+    with torch.device("meta"):
+        network = build_network(config.model).eval()
+        size = config.model.resolution
+        x = torch.empty(1, config.model.img_channels, size, size)
+        cond = {"label": torch.zeros(1, dtype=torch.int64)} if config.model.num_classes else {}
+        return count_flops(lambda: network(x, torch.zeros(1), network.context(cond, num=1)))
+
+
+def num_parameters(config: RunConfig) -> int:
+    """Return the parameter count of the run's network, without allocating it."""
+    with torch.device("meta"):
+        return count_parameters(build_network(config.model))
+
+
+def describe_run(config: RunConfig, world_size: int, device: torch.device) -> str:
+    """Return the size of a run in a few lines: model, cost, batch, steps, backends."""
+    model, training = config.model, config.training
+    batch_gpu, rounds = accumulation_rounds(training, world_size)
+    steps = -(-config.total_nimg // training.batch)
+    classes = f"{model.num_classes} classes" if model.num_classes else "unconditional"
+    kind = f"{model.family}, {model.resolution}x{model.resolution}x{model.img_channels}"
+    rows = {
+        "preset": config.preset,
+        "model": f"{kind}, {classes}",
+        "parameters": f"{num_parameters(config):,}",
+        "forward cost": f"{format_count(forward_flops(config))}FLOP per image",
+        "batch": f"{training.batch} images per optimizer step = {batch_gpu} per pass x "
+        f"{rounds} pass(es) x {world_size} rank(s)",
+        "duration": f"{config.total_nimg / 1000:,.1f} kimg = {steps:,} optimizer steps",
+        "precision": training.precision + (", compiled" if training.compile else ""),
+        "attention": attention_backend(model, device),
+        "device": str(device),
+    }
+    return "\n".join(f"  {name:<13} {value}" for name, value in rows.items())
+
+
+def describe_config(config: RunConfig) -> str:
+    """Return the resolved configuration as indented JSON."""
+    return json.dumps(to_dict(config), indent=2)

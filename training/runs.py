@@ -1,0 +1,154 @@
+"""Run folders: making, finding and resuming them."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dnnlib.config import Config, from_dict, to_dict
+from dnnlib.files import atomic_write
+from torch_utils import distributed
+from training.checkpoint import find_states, load_state
+from training.config import RunConfig, check_guidance
+from training.dataset import ImageDataset
+
+REQUEUE_FILE = "requeue"
+REQUEUE_EXIT_CODE = 85
+
+
+def fit_to_data(config: RunConfig, dataset: ImageDataset) -> RunConfig:
+    """Return ``config`` with the model's channels and classes taken from the data.
+
+    Raises ValueError if the resolution differs, or if the run asks for what the data cannot give.
+    """
+    if dataset.resolution != config.model.resolution:
+        raise ValueError(
+            f"--resolution: this run expects {config.model.resolution}x{config.model.resolution} "
+            f"images, but {config.data.data} holds {dataset.resolution}x{dataset.resolution}. "
+            f"Give --resolution={dataset.resolution} or another preset, or convert the data with "
+            f"dataset_tool.py convert --resolution={config.model.resolution}."
+        )
+    return with_data_facts(config, dataset.img_channels, dataset.num_classes)
+
+
+def with_data_facts(config: RunConfig, img_channels: int, num_classes: int) -> RunConfig:
+    """Return ``config`` with the fields of the model that follow from the data and augmentation.
+
+    Raises ValueError for guidance or label dropout without classes.
+    """
+    if not num_classes and config.training.label_drop > 0:
+        raise ValueError(
+            f"--label-drop: got {config.training.label_drop}, but the model is unconditional; "
+            "add --cond, or leave --label-drop out."
+        )
+    check_guidance(config, num_classes)
+    model = dataclasses.replace(
+        config.model,
+        img_channels=img_channels,
+        num_classes=num_classes,
+        augment_dim=9 if config.training.augment.augment > 0 else 0,
+    )
+    return dataclasses.replace(config, model=model)
+
+
+def make_run_dir(outdir: Path, desc: str) -> Path:
+    """Return a new folder ``outdir/00000-desc``, one number above the highest there. Collective."""
+
+    def make() -> Path:
+        outdir.mkdir(parents=True, exist_ok=True)
+        numbers = [int(match.group()) for path in outdir.iterdir() if (match := _number(path))]
+        run_dir = outdir / f"{max(numbers, default=-1) + 1:05d}-{desc}"
+        run_dir.mkdir()
+        return run_dir
+
+    return distributed.on_main(make)
+
+
+def _number(path: Path) -> re.Match | None:
+    return re.match(r"\d+", path.name) if path.is_dir() else None
+
+
+def write_options(run_dir: Path, config: RunConfig, facts: dict[str, Any]) -> None:
+    """Write ``training_options.json``: the whole configuration and the facts of this start."""
+    with atomic_write(run_dir / "training_options.json", "w", encoding="utf-8") as file:
+        json.dump({"config": to_dict(config), **facts}, file, indent=2)
+
+
+def read_options(run_dir: Path) -> RunConfig:
+    """Return the configuration of a run folder; raises ValueError if it has none."""
+    path = run_dir / "training_options.json"
+    try:
+        return from_dict(RunConfig, json.loads(path.read_text(encoding="utf-8"))["config"])
+    except FileNotFoundError as error:
+        raise ValueError(f"{run_dir}: not a run folder (no training_options.json).") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}).") from error
+
+
+def find_same_run(outdir: Path, config: RunConfig) -> Path | None:
+    """Return the newest run folder in ``outdir`` that computes the same as ``config``.
+
+    Duration, logging and sampling may differ; they do not change the weights on the way.
+    """
+    if not outdir.is_dir():
+        return None
+    for path in sorted(outdir.iterdir(), reverse=True):
+        if _number(path) and (path / "training_options.json").is_file():
+            try:
+                other = read_options(path)
+            except ValueError:
+                continue
+            if _identity(other) == _identity(config):
+                return path
+    return None
+
+
+def _identity(config: RunConfig) -> dict[str, Any]:
+    identity = to_dict(config)
+    for section in ("logging", "sampling", "guidance"):
+        del identity[section]
+    for name in ("kimg", "iters", "skip_limit", "compile", "batch_gpu"):
+        del identity["training"][name]
+    return identity
+
+
+def load_resume_state(
+    run_dir: Path, exact: Path | None, config: RunConfig, report: Callable[[str], None]
+) -> dict[str, Any] | None:
+    """Return the newest readable training state of a run folder on every rank. Collective.
+
+    A damaged file is named through ``report`` and the one before it is used. ``exact`` asks for
+    one particular file, which must be readable. Returns None if the folder has no state yet, which
+    means to start from the beginning. Raises ValueError if the state is of another model.
+    """
+
+    def load() -> tuple[dict[str, Any] | None]:
+        if exact is not None:
+            return (load_state(exact),)
+        for path in find_states(run_dir):
+            try:
+                state = load_state(path)
+            except ValueError as error:
+                report(f"Skipped: {error} Trying the state before it.")
+                continue
+            report(f"Resuming from {path}")
+            return (state,)
+        report(f"{run_dir} holds no readable training state: starting from the beginning.")
+        return (None,)
+
+    loaded = distributed.on_main_tree(load)[0]
+    if loaded is not None:
+        check_same_model(config.model, loaded["config"]["model"])
+    return loaded
+
+
+def check_same_model(model: Config, saved: dict[str, Any]) -> None:
+    """Raise ValueError naming the options in which a saved state's model differs."""
+    own = to_dict(model)
+    ignored = ("dropout", "checkpointing", "attention")
+    names = [n for n in own if n not in ignored and own[n] != saved.get(n)]
+    if names:
+        listed = ", ".join(f"{n} {saved.get(n)} there, {own[n]} here" for n in names)
+        raise ValueError(f"--resume: the state is of another model ({listed}).")

@@ -1,0 +1,176 @@
+"""Where the numbers of a run go: console, log.txt, stats.jsonl, TensorBoard, Weights & Biases."""
+
+import hashlib
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dnnlib.config import Config, to_dict
+from dnnlib.files import atomic_write
+from dnnlib.text import format_time
+from training.config import LoggingConfig
+
+Stats = dict[str, dict[str, float]]
+
+
+class Telemetry:
+    """Writes the outputs of one run; only rank 0 makes one."""
+
+    def __init__(self, run_dir: Path, logging: LoggingConfig, config: Config) -> None:
+        self._run_dir = run_dir
+        self._log = open(run_dir / "log.txt", "a", encoding="utf-8")
+        self._stats = open(run_dir / "stats.jsonl", "a", encoding="utf-8")
+        self._tensorboard = _tensorboard_writer(run_dir)
+        self._wandb = _wandb_run(run_dir, logging, config) if logging.wandb else None
+        if self._tensorboard is None:
+            self.message("TensorBoard is not installed: no event files (pip install tensorboard).")
+
+    def message(self, text: str) -> None:
+        """Print a line and append it to log.txt."""
+        print(text, flush=True)
+        self._log.write(text + "\n")
+        self._log.flush()
+
+    def record(self, stats: Stats, cur_nimg: int) -> None:
+        """Append the statistics of one tick to every sink."""
+        row: dict[str, Any] = {name: _finite(value) for name, value in stats.items()}
+        row["timestamp"] = time.time()
+        self._stats.write(json.dumps(row) + "\n")
+        self._stats.flush()
+        self._scalars({name: value["mean"] for name, value in stats.items()}, cur_nimg)
+
+    def record_metric(self, row: dict[str, Any], cur_nimg: int) -> None:
+        """Append one score to ``metric-<name>.jsonl`` and to the other sinks."""
+        with open(self._run_dir / f"metric-{row['metric']}.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        self._scalars({f"Metrics/{row['metric']}": row["value"]}, cur_nimg)
+
+    def _scalars(self, values: dict[str, float], cur_nimg: int) -> None:
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, global_step=cur_nimg // 1000)
+            self._tensorboard.flush()
+        if self._wandb is not None:
+            self._wandb.log({**values, "kimg": cur_nimg / 1000})
+
+    def close(self) -> None:
+        """Flush and close every sink."""
+        self._log.close()
+        self._stats.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def scalar(value: float) -> dict[str, float]:
+    """Return one number in the form of a statistic."""
+    return dict(num=1, mean=float(value), std=0.0)
+
+
+def tick_line(fields: dict[str, dict[str, float]], total_nimg: int, num_skipped: int) -> str:
+    """Return the console line of one tick."""
+    mean = {name: value["mean"] for name, value in fields.items()}
+    left_kimg = max(total_nimg / 1000 - mean["Progress/kimg"], 0)
+    parts = [
+        f"tick {mean['Progress/tick']:<5.0f}",
+        f"kimg {mean['Progress/kimg']:<9.1f}",
+        f"loss {mean['Loss/loss']:<9.5f}",
+        f"sec/kimg {mean['Timing/sec_per_kimg']:<8.2f}",
+        f"time {format_time(mean['Timing/total_sec']):<8}",
+        f"left {format_time(left_kimg * mean['Timing/sec_per_kimg']):<8}",
+        f"maintenance {mean['Timing/maintenance_sec']:<6.1f}",
+        f"cpumem {mean['Resources/cpu_mem_gb']:<6.2f}",
+    ]
+    if "Resources/peak_gpu_mem_gb" in mean:
+        parts.append(f"gpumem {mean['Resources/peak_gpu_mem_gb']:<6.2f}")
+    if num_skipped:
+        parts.append(f"skipped {num_skipped} non-finite")
+    return " ".join(parts).rstrip()
+
+
+def trim_rows(run_dir: Path, cur_nimg: int) -> None:
+    """Drop the rows that a killed run wrote after its last state; they will be written again."""
+    limit = cur_nimg / 1000 + 1e-9
+    for path in [run_dir / "stats.jsonl", *run_dir.glob("metric-*.jsonl")]:
+        if not path.is_file():
+            continue
+        lines = path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if _row_kimg(line) <= limit]
+        if len(kept) != len(lines):
+            with atomic_write(path, "w", encoding="utf-8") as file:
+                file.writelines(line + "\n" for line in kept)
+
+
+def metric_is_recorded(run_dir: Path, metric: str, cur_nimg: int) -> bool:
+    """Tell whether the score of this metric after ``cur_nimg`` images is already in its file."""
+    path = run_dir / f"metric-{metric}.jsonl"
+    if not path.is_file():
+        return False
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return any(abs(_row_kimg(line) - cur_nimg / 1000) < 1e-9 for line in lines)
+
+
+def _row_kimg(line: str) -> float:
+    """Return a row's kimg; infinity for a line that a kill cut off."""
+    try:
+        row = json.loads(line)
+        return float(row["Progress/kimg"]["mean"] if "Progress/kimg" in row else row["kimg"])
+    except (ValueError, KeyError):
+        return math.inf
+
+
+def _finite(stat: dict[str, float]) -> dict[str, float | None]:
+    """JSON has no NaN: write null instead."""
+    return {key: value if math.isfinite(value) else None for key, value in stat.items()}
+
+
+def _tensorboard_writer(run_dir: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(run_dir)
+
+
+def _wandb_run(run_dir: Path, logging: LoggingConfig, config: Config) -> Any:
+    wandb = import_wandb()
+    # The folder identifies the run, so that a resumed run continues its own record.
+    path_hash = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]
+    return wandb.init(
+        project=logging.wandb_project,
+        id=f"{run_dir.name[:5]}-{path_hash}",
+        name=run_dir.name,
+        dir=run_dir,
+        config=to_dict(config),
+        resume="allow",
+    )
+
+
+def import_wandb() -> Any:
+    """Return the wandb module; raises ValueError with the install command if it is missing."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError(
+            "--wandb needs the package wandb: pip install wandb (or leave --wandb out)."
+        ) from error
+    return wandb
+
+
+def memory_stats(device: torch.device) -> Stats:
+    """Return resident memory of this process and peak GPU memory since the last call, in GiB."""
+    import psutil
+
+    stats = {"Resources/cpu_mem_gb": scalar(psutil.Process().memory_info().rss / 2**30)}
+    if device.type == "cuda":
+        stats["Resources/peak_gpu_mem_gb"] = scalar(torch.cuda.max_memory_allocated(device) / 2**30)
+        stats["Resources/peak_gpu_mem_reserved_gb"] = scalar(
+            torch.cuda.max_memory_reserved(device) / 2**30
+        )
+        torch.cuda.reset_peak_memory_stats(device)
+    return stats

@@ -1,0 +1,93 @@
+"""Brings images of any size to the square of a training dataset."""
+
+import re
+from collections.abc import Callable
+
+from PIL import Image
+
+Size = tuple[int, int]  # Width, height.
+
+
+def center_crop(image: Image.Image, size: Size) -> Image.Image:
+    """Return the largest central part with the proportions of ``size``, resized to it (Lanczos)."""
+    width, height = image.size
+    crop_w = min(width, max(round(height * size[0] / size[1]), 1))
+    crop_h = min(height, max(round(width * size[1] / size[0]), 1))
+    x, y = (width - crop_w) // 2, (height - crop_h) // 2
+    return image.crop((x, y, x + crop_w, y + crop_h)).resize(size, Image.Resampling.LANCZOS)
+
+
+def center_crop_wide(image: Image.Image, size: Size) -> Image.Image:
+    """Return :func:`center_crop` between black bars, as a square as wide as ``size``."""
+    width, height = size
+    canvas = Image.new(image.mode, (width, width))
+    canvas.paste(center_crop(image, size), (0, (width - height) // 2))
+    return canvas
+
+
+def center_crop_dhariwal(image: Image.Image, size: Size) -> Image.Image:
+    """Return the central square as ADM prepares ImageNet (Dhariwal & Nichol 2021, 2105.05233).
+
+    The image is halved by averaging while its short side is at least twice the target, then
+    resized by a bicubic filter, then cropped.
+    """
+    target = size[0]
+    while min(image.size) >= 2 * target:
+        halved = (image.width // 2, image.height // 2)
+        image = image.resize(halved, Image.Resampling.BOX)
+    scale = target / min(image.size)
+    scaled = (round(image.width * scale), round(image.height * scale))
+    image = image.resize(scaled, Image.Resampling.BICUBIC)
+    x, y = (image.width - target) // 2, (image.height - target) // 2
+    return image.crop((x, y, x + target, y + target))
+
+
+_TRANSFORMS: dict[str, Callable[[Image.Image, Size], Image.Image]] = {
+    "center-crop": center_crop,
+    "center-crop-wide": center_crop_wide,
+    "center-crop-dhariwal": center_crop_dhariwal,
+}
+
+
+TRANSFORMS = tuple(_TRANSFORMS)
+
+
+def apply_transform(image: Image.Image, size: Size, transform: str | None) -> Image.Image:
+    """Return an image brought to ``size`` by one of TRANSFORMS, or resized (Lanczos) without."""
+    if transform is not None:
+        return _TRANSFORMS[transform](image, size)
+    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
+
+
+def parse_resolution(text: str | None, transform: str | None) -> Size | None:
+    """Return (width, height) from ``--resolution``: N, or WxH for center-crop-wide.
+
+    A single N means 4:3 for center-crop-wide, as for LSUN Cars. Raises ValueError for anything
+    else, and for a transform without a resolution.
+    """
+    if text is None:
+        if transform is not None:
+            raise ValueError(f"--transform={transform} needs a size; give --resolution=N too.")
+        return None
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip().lower())
+    width, height = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if min(width, height) < 1:
+        raise ValueError(
+            f"--resolution: got {text!r}; accepted: a number of pixels such as 64, or "
+            "WIDTHxHEIGHT such as 512x384 for --transform=center-crop-wide."
+        )
+    if transform == "center-crop-wide":
+        if match[2] is None:
+            height = max(round(width * 3 / 4), 1)
+        if height > width:
+            raise ValueError(
+                f"--resolution: got {text}, which is higher than wide; --transform="
+                "center-crop-wide puts black bars above and below, so give WIDTHxHEIGHT with "
+                "HEIGHT at most WIDTH."
+            )
+    elif width != height:
+        raise ValueError(
+            f"--resolution: got {text}; accepted: one number, because training images are square "
+            "(WIDTHxHEIGHT is for --transform=center-crop-wide)."
+        )
+    return width, height
