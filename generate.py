@@ -1,22 +1,19 @@
 """Generate images from a snapshot: one seed an image, on one process or under torchrun."""
 
-import dataclasses
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
 import torch
 
-from diffusion.guidance import GuidanceConfig
-from diffusion.samplers import SamplingConfig
 from dnnlib.cli import ConfigCommand, parse_int_ranges, raw_value, run
 from dnnlib.config import Config
 from dnnlib.progress import progress
 from torch_utils import distributed
-from training.checkpoint import Snapshot, load_snapshot
 from training.generation import (
     AUTOCAST_DTYPES,
+    GenerateConfig,
+    cached_snapshot,
     claim_outdir,
     image_path,
     labels_of_seeds,
@@ -39,24 +36,9 @@ EXAMPLES = """
 """
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateConfig(Config):
-    """The sampling protocol; the snapshot brings its own."""
-
-    sampling: SamplingConfig
-    guidance: GuidanceConfig
-
-
-cached_snapshot = functools.lru_cache(maxsize=2)(load_snapshot)
-
-
-def base_config(args: Sequence[str]) -> GenerateConfig | None:
+def base_config(args: Sequence[str]) -> GenerateConfig:
     """Return the protocol of the snapshot named in the raw arguments."""
-    network = raw_value(args, "network")
-    if network is None or "--help" in args:
-        return GenerateConfig(sampling=SamplingConfig(), guidance=GuidanceConfig())
-    config = cached_snapshot(network).config
-    return GenerateConfig(sampling=config.sampling, guidance=config.guidance)
+    return GenerateConfig.of_snapshot(None if "--help" in args else raw_value(args, "network"))
 
 
 def option_elsewhere(name: str, config: Config | None) -> str | None:
@@ -94,7 +76,7 @@ def main(
     not on the batch size or the number of processes. Images that exist are kept, so that an
     interrupted job goes on when it is started again.
     """
-    snapshot: Snapshot = cached_snapshot(network)
+    snapshot = cached_snapshot(network)
     seed_list = parse_int_ranges(seeds)
     chosen = parse_classes(classes, snapshot.data.class_names)
     labels = labels_of_seeds(seed_list, chosen)

@@ -3,7 +3,6 @@
 import dataclasses
 
 from configs.diffit import MODELS
-
 from diffusion.samplers import SamplingConfig
 from dnnlib.config import did_you_mean
 from training.augment import AugmentConfig

@@ -42,6 +42,7 @@ class SamplingConfig(Config):
     grid: str = option(
         "karras",
         choices=("karras", "linear", "vp", "ve", "iddpm"),
+        name="sigma-grid",
         help="Spacing of the noise levels.",
     )
     sigma_min: float = option(

@@ -27,7 +27,7 @@ def sigma_grid(
     Raises ValueError for an unknown name, an empty range, or a range without ``iddpm`` levels.
     """
     if name not in GRIDS:
-        raise ValueError(f"--grid: got {name!r}; accepted: one of {', '.join(GRIDS)}.")
+        raise ValueError(f"--sigma-grid: got {name!r}; accepted: one of {', '.join(GRIDS)}.")
     if num_steps < 1:
         raise ValueError(f"--steps: got {num_steps}; accepted: an integer of at least 1.")
     if not 0 < sigma_min < sigma_max < math.inf:
@@ -73,7 +73,7 @@ def _iddpm(num_steps: int, sigma_min: float, sigma_max: float, rho: float) -> np
     inside = np.flatnonzero((table >= sigma_min) & (table <= sigma_max))
     if inside.size == 0:
         raise ValueError(
-            f"--grid=iddpm has no noise level from {sigma_min:g} to {sigma_max:g}; its levels lie "
+            f"--sigma-grid=iddpm has no noise level from {sigma_min:g} to {sigma_max:g}; its levels lie "
             f"from {table[-2]:.4g} to {table[0]:.4g}: widen --sigma-min and --sigma-max."
         )
     positions = np.linspace(inside[0], inside[-1], num_steps)

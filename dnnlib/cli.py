@@ -161,6 +161,8 @@ class ConfigCommand(click.Command):
         options = [] if config is None else [ConfigOption(setting) for setting in settings(config)]
         bools = {f"--no-{name[2:]}": name for o in options if o.setting.is_bool for name in o.opts}
         args = [f"{bools[arg]}=False" if arg in bools else arg for arg in args]
+        names = [name for param in self._fixed + options for name in param.opts]
+        assert len(names) == len(set(names)), f"option names clash: {sorted(names)}"
         self.params = self._fixed + options
         try:
             rest = super().parse_args(ctx, args)
@@ -195,7 +197,7 @@ class ConfigCommand(click.Command):
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         super().format_epilog(ctx, formatter)
         if self._examples:
-            formatter.write(f"\nExamples:\n{self._examples}")
+            formatter.write(f"\nExamples:\n{self._examples.rstrip()}\n")
 
 
 def _normalise(arg: str) -> str:

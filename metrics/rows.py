@@ -15,15 +15,16 @@ _FIRST_COLUMNS = ("source", "snapshot", "network", "images", "kimg", "value")
 
 
 def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Return the rows of a ``.jsonl`` file, each with its ``source`` (file and line).
+    """Return the rows of a file, each with its ``source`` (file and line).
 
-    Raises ValueError that names the line which is no score row.
+    The file holds one JSON row a line, or one JSON object with a list ``rows``. Raises ValueError that names the line which is no score row.
     """
     path = Path(path)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as a file of score rows: {error}.") from error
+    lines = _one_row_a_line(lines)
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -38,6 +39,16 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
             )
         rows.append({**row, "source": f"{path}:{number}"})
     return rows
+
+
+def _one_row_a_line(lines: list[str]) -> list[str]:
+    try:
+        whole = json.loads("\n".join(lines))
+    except ValueError:
+        return lines
+    if isinstance(whole, dict) and isinstance(whole.get("rows"), list):
+        return [json.dumps(row) for row in whole["rows"]]
+    return lines
 
 
 def compare_rows(rows: Sequence[Mapping[str, Any]]) -> str:

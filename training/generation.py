@@ -1,6 +1,7 @@
 """Images from a network: one seed an image, whatever the batch size or the number of ranks."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,13 +13,13 @@ import torch
 from diffusion.guidance import GuidanceConfig, autoguidance, classifier_free
 from diffusion.precond import Denoiser, Precond, make_precond
 from diffusion.samplers import SamplingConfig, num_evaluations, sample
-from dnnlib.config import did_you_mean, to_dict
+from dnnlib.config import Config, did_you_mean, to_dict
 from dnnlib.files import atomic_write
 from dnnlib.text import join_names
 from models import Network
 from torch_utils import distributed
 from torch_utils.rng import SeededNoise
-from training.checkpoint import Snapshot
+from training.checkpoint import Snapshot, load_snapshot
 from training.config import check_guidance
 from training.pictures import image_grid, save_image
 
@@ -26,6 +27,25 @@ GRID_SEEDS = 64
 
 
 AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+cached_snapshot = functools.lru_cache(maxsize=2)(load_snapshot)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateConfig(Config):
+    """A sampling protocol, as the options of generate.py and fid.py."""
+
+    sampling: SamplingConfig = SamplingConfig()
+    guidance: GuidanceConfig = GuidanceConfig()
+
+    @classmethod
+    def of_snapshot(cls, path: str | None) -> "GenerateConfig":
+        """Return the protocol that a snapshot brings along; the defaults without one."""
+        if path is None:
+            return cls()
+        config = cached_snapshot(path).config
+        return cls(sampling=config.sampling, guidance=config.guidance)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from dnnlib.progress import progress
 from models import build_network
 from torch_utils import distributed, rng
 from torch_utils.stats import StatsCollector
-from training.augment import AugmentPipe
+from training.augment import make_augment_pipe
 from training.checkpoint import (
     Snapshot,
     prune_states,
@@ -82,9 +82,7 @@ def training_loop(
     network = build_network(config.model).train().requires_grad_(True).to(device)
     network.to(memory_format=torch.channels_last)
     precond = make_precond(config.precond)
-    augment_pipe = None
-    if training.augment.augment > 0:
-        augment_pipe = AugmentPipe(training.augment.augment)
+    augment_pipe = make_augment_pipe(training.augment)
     ema = EMA(network)
     optimizer = GuardedAdam(
         network.parameters(),

@@ -1,6 +1,7 @@
 """An ordered map over processes that keeps only a bounded number of items in flight."""
 
 import collections
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -47,12 +48,13 @@ def process_map(
         num_workers,
         # A fresh interpreter: forking a process that has threads can deadlock.
         mp_context=multiprocessing.get_context("spawn"),
-        initializer=_prepare_worker,
+        initializer=_exit_with_parent,
     )
     pending: collections.deque = collections.deque()
     try:
         for chunk in chunks:
-            pending.append(executor.submit(_apply, function, chunk))
+            with _sigint_blocked():
+                pending.append(executor.submit(_apply, function, chunk))
             if len(pending) >= num_workers * _CHUNKS_PER_WORKER:
                 yield from pending.popleft().result()
         while pending:
@@ -81,12 +83,22 @@ def _apply(function: Callable[[Item], Result], chunk: list[Item]) -> list[Result
     return [function(item) for item in chunk]
 
 
-def _prepare_worker() -> None:
-    # Ctrl-C reaches every process of the terminal; the main one decides what happens.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+@contextlib.contextmanager
+def _sigint_blocked() -> Iterator[None]:
+    """Start processes that never see Ctrl-C, which reaches every process of a terminal.
+
+    This process gets it when the block ends, and decides what happens.
+    """
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 def _exit_with_parent() -> None:
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
+    def wait() -> None:
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

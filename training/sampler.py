@@ -113,22 +113,25 @@ def iterate_images(
     world_size: int = 1,
     batch_size: int = 64,
     num_workers: int = 2,
+    indices: range | None = None,
 ) -> Iterator[torch.Tensor]:
     """Yield this rank's share of all images in order, uint8 [N, C, H, W], the last batch partial.
 
-    Shares are contiguous, differ by at most one image and may be empty.
+    Shares are contiguous, differ by at most one image and may be empty. ``indices`` limits the
+    whole to a part of the dataset.
     """
-    start = len(dataset) * rank // world_size
-    stop = len(dataset) * (rank + 1) // world_size
-    batches = [
-        list(range(first, min(first + batch_size, stop)))
-        for first in range(start, stop, batch_size)
-    ]
+    wanted = (
+        range(len(dataset))
+        if indices is None
+        else range(indices.start, min(indices.stop, len(dataset)))
+    )
+    mine = wanted[len(wanted) * rank // world_size : len(wanted) * (rank + 1) // world_size]
+    batches = [list(mine[first : first + batch_size]) for first in range(0, len(mine), batch_size)]
     loader = DataLoader(
         dataset,
         batch_sampler=batches,
         # Processes pay off only for more work than starting them costs.
-        num_workers=num_workers if stop - start >= _MIN_IMAGES_FOR_WORKERS else 0,
+        num_workers=num_workers if len(mine) >= _MIN_IMAGES_FOR_WORKERS else 0,
         collate_fn=collate,
         worker_init_fn=init_worker,
         generator=torch.Generator(),

@@ -1,0 +1,329 @@
+"""What dataset_tool.py convert reads: folders, zips, CIFAR, MNIST, digits and none of these."""
+
+import gzip
+import io
+import json
+import pickle
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+from image_files import convert, make_folder, make_zip, random_image, read_target
+
+# Folders and zips.
+
+
+def test_labels_come_from_the_first_folder_level(tmp_path):
+    source = make_folder(tmp_path / "in", ["dog/x/1.png", "cat/2.png", "dog/0.png"])
+    code, output = convert(source, tmp_path / "out.zip")
+    assert code == 0, output
+    _, images, metadata = read_target(tmp_path / "out.zip")
+    assert metadata["class_names"] == ["cat", "dog"]
+    assert [label for _, label in metadata["labels"]] == [0, 1, 1]
+    np.testing.assert_array_equal(images[0], np.asarray(random_image(1)))
+
+
+def test_a_zip_gives_the_same_dataset_as_its_folder(tmp_path):
+    source = make_folder(tmp_path / "in", ["dog/1.png", "cat/2.png"])
+    convert(source, tmp_path / "folder.zip")
+    convert(make_zip(tmp_path / "in.zip", source), tmp_path / "zip.zip")
+    assert (tmp_path / "folder.zip").read_bytes() == (tmp_path / "zip.zip").read_bytes()
+
+
+def test_a_single_folder_around_everything_is_no_class(tmp_path):
+    make_folder(tmp_path / "in", ["all/dog/1.png", "all/cat/2.png", "__MACOSX/x.png", ".h/y.png"])
+    convert(make_zip(tmp_path / "in.zip", tmp_path / "in"), tmp_path / "out.zip")
+    names, _, metadata = read_target(tmp_path / "out.zip")
+    assert len(names) == 2
+    assert metadata["class_names"] == ["cat", "dog"]
+
+
+def test_images_without_folders_are_unlabelled_and_the_tool_says_so(tmp_path):
+    code, output = convert(make_folder(tmp_path / "in", ["1.png", "2.png"]), tmp_path / "out.zip")
+    assert code == 0
+    assert "No labels" in output
+    assert read_target(tmp_path / "out.zip")[2] == {"labels": None, "class_names": None}
+
+
+def test_an_image_beside_class_folders_is_named(tmp_path):
+    source = make_folder(tmp_path / "in", ["dog/1.png", "cat/2.png", "stray.png"])
+    code, output = convert(source, tmp_path / "out.zip")
+    assert code == 1
+    assert "stray.png: lies outside the class folders" in output
+
+
+def test_dataset_json_has_precedence_over_folders(tmp_path):
+    source = make_folder(tmp_path / "in", ["a/1.png", "b/2.png"])
+    metadata = {"labels": [["a/1.png", 2], ["b\\2.png", 0]], "class_names": ["x", "y", "z"]}
+    (source / "dataset.json").write_text(json.dumps(metadata))
+    code, output = convert(source, tmp_path / "out.zip")
+    assert code == 0
+    assert "1 of 3 classes have no image" in output
+    result = read_target(tmp_path / "out.zip")[2]
+    assert [label for _, label in result["labels"]] == [2, 0]
+    assert result["class_names"] == ["x", "y", "z"]
+
+
+def test_a_converted_dataset_converts_to_itself(tmp_path):
+    source = make_folder(tmp_path / "in", ["a/1.png", "b/2.png"])
+    convert(source, tmp_path / "1.zip")
+    convert(tmp_path / "1.zip", tmp_path / "2.zip")
+    assert (tmp_path / "1.zip").read_bytes() == (tmp_path / "2.zip").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"labels": [["a/1.png", 0]]}, "b/2.png: has no label in"),
+        ({"labels": [["a/1.png", 0], ["b/2.png", 1]], "class_names": ["x"]}, "has label 1"),
+        ({"labels": [["a/1.png", [0.5]], ["b/2.png", 1]]}, "a label is a class index"),
+        ({"labels": [["a/1.png", -1], ["b/2.png", 1]]}, "a label is a class index"),
+        ({"labels": [[0]]}, "is no [file name, class index] pair"),
+        ({"labels": 3}, '"labels" must be a list'),
+        ({"labels": [["a/1.png", 0], ["b/2.png", 1]], "class_names": [1, 2]}, "list of names"),
+        ([], "expected an object"),
+        ("{", "not valid JSON"),
+    ],
+)
+def test_a_bad_dataset_json_is_explained(tmp_path, metadata, message):
+    source = make_folder(tmp_path / "in", ["a/1.png", "b/2.png"])
+    text = metadata if isinstance(metadata, str) else json.dumps(metadata)
+    (source / "dataset.json").write_text(text)
+    code, output = convert(source, tmp_path / "out.zip")
+    assert code == 1
+    assert message in output
+    assert "dataset.json" in output
+
+
+# CIFAR.
+
+
+def python2_style(batch):
+    """Return a protocol-2 pickle with the names that the official files use."""
+    return pickle.dumps(batch, protocol=2).replace(b"numpy._core", b"numpy.core")
+
+
+def make_cifar(path, kind, replace=None, per_file=3):
+    """Write an archive in the official layout; returns images [N, 32, 32, 3] and labels by file."""
+    rng = np.random.default_rng(0)
+    folder, files, meta = {
+        10: (
+            "cifar-10-batches-py",
+            [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"],
+            ("batches.meta", b"label_names"),
+        ),
+        100: ("cifar-100-python", ["train", "test"], ("meta", b"fine_label_names")),
+    }[kind]
+    contents, truth = {}, {}
+    for name in files:
+        images = rng.integers(0, 256, (per_file, 32, 32, 3), dtype=np.uint8)
+        labels = rng.integers(0, kind, per_file).tolist()
+        batch = {
+            b"data": np.ascontiguousarray(images.transpose(0, 3, 1, 2)).reshape(per_file, 3072),
+            b"filenames": [b"x.png"] * per_file,
+            b"batch_label": b"batch",
+        }
+        if kind == 10:
+            batch[b"labels"] = labels
+        else:
+            batch[b"fine_labels"] = labels
+            batch[b"coarse_labels"] = [label // 5 for label in labels]
+        contents[name] = python2_style(batch)
+        truth[name] = images, labels
+    names = [f"class{index}".encode() for index in range(kind)]
+    contents[meta[0]] = python2_style({meta[1]: names, b"num_vis": 3072})
+    contents["readme.html"] = b"<html>"
+    contents.update(replace or {})
+    with tarfile.open(path, "w:gz") as archive:
+        for name, data in contents.items():
+            if data is not None:
+                info = tarfile.TarInfo(f"{folder}/{name}")
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    return truth
+
+
+@pytest.mark.parametrize("kind", [10, 100])
+@pytest.mark.parametrize("split", [None, "test", "all"])
+def test_cifar_archives_are_read_in_their_official_layout(tmp_path, kind, split):
+    truth = make_cifar(tmp_path / "cifar.tar.gz", kind)
+    args = [] if split is None else [f"--split={split}"]
+    code, output = convert(tmp_path / "cifar.tar.gz", tmp_path / "out.zip", *args)
+    assert code == 0, output
+    _, images, metadata = read_target(tmp_path / "out.zip")
+    chosen = {
+        None: [pair for name, pair in truth.items() if not name.startswith("test")],
+        "test": [pair for name, pair in truth.items() if name.startswith("test")],
+        "all": list(truth.values()),
+    }[split]
+    np.testing.assert_array_equal(images, np.concatenate([images for images, _ in chosen]))
+    labels = [label for _, labels in chosen for label in labels]
+    assert [label for _, label in metadata["labels"]] == labels
+    assert metadata["class_names"] == [f"class{index}" for index in range(kind)]
+
+
+class Exploit:
+    """Unpickling it creates the file ``path``."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("where", ["data_batch_3", "batches.meta"])
+def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path, where):
+    attack = pickle.dumps({b"data": Exploit(tmp_path / "owned")}, protocol=2)
+    make_cifar(tmp_path / "cifar.tar.gz", 10, {where: attack})
+    code, output = convert(tmp_path / "cifar.tar.gz", tmp_path / "out.zip")
+    assert code == 1
+    assert f"{where} is refused: it would run" in output
+    assert "open" in output
+    assert not (tmp_path / "owned").exists()
+    assert not (tmp_path / "out.zip").exists()
+
+
+def test_a_codec_cannot_be_smuggled_into_a_pickle(tmp_path):
+    attack = b"c_codecs\nencode\n(X\x03\x00\x00\x00abcX\x05\x00\x00\x00rot13tR."
+    make_cifar(tmp_path / "cifar.tar.gz", 10, {"data_batch_1": attack})
+    code, output = convert(tmp_path / "cifar.tar.gz", tmp_path / "out.zip")
+    assert code == 1
+    assert "would run _codecs.encode with codec 'rot13'" in output
+
+
+@pytest.mark.parametrize(
+    ("replace", "message"),
+    [
+        ({"data_batch_2": None}, "has no file data_batch_2"),
+        ({"batches.meta": None}, "is no CIFAR-10 or CIFAR-100 python archive"),
+        ({"data_batch_1": b"\x80\x02}"}, "not a readable pickle"),
+        ({"data_batch_1": pickle.dumps([1])}, "holds no dictionary"),
+        ({"data_batch_1": pickle.dumps({b"data": [1]})}, "holds no uint8 image data"),
+        ({"data_batch_1": python2_style({b"data": np.zeros((2, 5), np.uint8)})}, "5 values"),
+        ({"data_batch_1": python2_style({b"data": np.zeros((2, 3072), np.uint8)})}, "no labels"),
+        ({"batches.meta": pickle.dumps({})}, "names no classes"),
+        (
+            {"batches.meta": python2_style({b"label_names": [b"one"]})},
+            "beyond the 1 classes",
+        ),
+    ],
+)
+def test_an_unfit_cifar_archive_is_explained(tmp_path, replace, message):
+    make_cifar(tmp_path / "cifar.tar.gz", 10, replace)
+    code, output = convert(tmp_path / "cifar.tar.gz", tmp_path / "out.zip")
+    assert code == 1
+    assert message in output
+    assert "cifar.tar.gz" in output
+
+
+def test_a_truncated_cifar_archive_is_explained(tmp_path):
+    make_cifar(tmp_path / "cifar.tar.gz", 10)
+    data = (tmp_path / "cifar.tar.gz").read_bytes()
+    (tmp_path / "cifar.tar.gz").write_bytes(data[: len(data) // 2])
+    code, output = convert(tmp_path / "cifar.tar.gz", tmp_path / "out.zip")
+    assert code == 1
+    assert "only part of one" in output
+
+
+# MNIST.
+
+
+def idx_bytes(array):
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+    return header + array.tobytes()
+
+
+def make_mnist(folder, compress, separator="-"):
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    truth = {}
+    for prefix, num in (("train", 5), ("t10k", 3)):
+        images = rng.integers(0, 256, (num, 28, 28), dtype=np.uint8)
+        labels = rng.integers(0, 10, num, dtype=np.uint8)
+        truth[prefix] = images, labels
+        for kind, array in (("images", images), ("labels", labels)):
+            name = f"{prefix}-{kind}{separator}idx{array.ndim}-ubyte"
+            if compress:
+                (folder / f"{name}.gz").write_bytes(gzip.compress(idx_bytes(array)))
+            else:
+                (folder / name).write_bytes(idx_bytes(array))
+    return truth
+
+
+@pytest.mark.parametrize(("compress", "separator"), [(True, "-"), (False, "-"), (False, ".")])
+def test_mnist_is_read_from_its_folder_or_file(tmp_path, compress, separator):
+    truth = make_mnist(tmp_path / "mnist", compress, separator)
+    ending = ".gz" if compress else ""
+    file = tmp_path / f"mnist/t10k-images{separator}idx3-ubyte{ending}"
+    cases = [
+        (tmp_path / "mnist", [], ["train"]),
+        (tmp_path / "mnist", ["--split=all"], ["train", "t10k"]),
+        (file, [], ["t10k"]),
+    ]
+    for number, (source, args, parts) in enumerate(cases):
+        dest = tmp_path / f"{number}.zip"
+        code, output = convert(source, dest, *args)
+        assert code == 0, output
+        _, images, metadata = read_target(dest)
+        np.testing.assert_array_equal(images, np.concatenate([truth[part][0] for part in parts]))
+        labels = np.concatenate([truth[part][1] for part in parts]).tolist()
+        assert [label for _, label in metadata["labels"]] == labels
+        assert metadata["class_names"] == [str(digit) for digit in range(10)]
+
+
+def test_unfit_mnist_files_are_explained(tmp_path):
+    make_mnist(tmp_path / "mnist", compress=False)
+    folder = tmp_path / "mnist"
+    images, labels = folder / "train-images-idx3-ubyte", folder / "train-labels-idx1-ubyte"
+    whole = images.read_bytes()
+
+    def message():
+        code, output = convert(folder, tmp_path / "out.zip")
+        assert code == 1
+        return output
+
+    images.write_bytes(whole[:-1])
+    assert "should hold 3920 values" in message()
+    images.write_bytes(b"PK" + whole)
+    assert "is no idx file" in message()
+    images.write_bytes(b"\x1f\x8b" + whole)
+    assert "cannot be read" in message()
+    images.write_bytes(whole)
+    labels.write_bytes(idx_bytes(np.zeros(4, np.uint8)))
+    assert "holds 4 labels for the 5 images" in message()
+    labels.unlink()
+    assert "has no labels beside it" in message()
+    images.unlink()
+    assert "has no train-images-idx3-ubyte" in message()
+    assert "is no file of images" in convert(folder / "t10k-labels-idx1-ubyte", "x.zip")[1]
+
+
+# Sources and targets that are none.
+
+
+def test_digits_without_scikit_learn_names_the_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    code, output = convert("digits", tmp_path / "out.zip")
+    assert code == 1
+    assert "pip install scikit-learn" in output
+
+
+def test_a_source_that_is_none_is_explained(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "fake.zip").write_text("x")
+    make_folder(tmp_path / "in", ["a.png"])
+    for source, message in (
+        (tmp_path / "absent", "does not exist; accepted"),
+        (tmp_path / "empty", "empty: holds no images"),
+        (tmp_path / "notes.txt", "of no known kind; accepted"),
+        (tmp_path / "fake.zip", "fake.zip: not a zip archive"),
+    ):
+        code, output = convert(source, tmp_path / "out.zip")
+        assert code == 1
+        assert message in output
+    code, output = convert(tmp_path / "in", tmp_path / "out.tar.gz")
+    assert code == 1
+    assert "accepted: a name ending in .zip, or a folder" in output
