@@ -64,7 +64,8 @@ def main(outdir: Path, kimg: float | None) -> int:
         "about 4 minutes on two CPU cores (less on a GPU)."
     )
     data = outdir / "digits.zip"
-    execute("Convert", "dataset_tool.py", "convert", "--source=digits", f"--dest={data}")
+    if not data.exists():
+        execute("Convert", "dataset_tool.py", "convert", "--source=digits", f"--dest={data}")
     trained = execute(
         "Train",
         "train.py",

@@ -139,12 +139,18 @@ def calc(
     }
 
     def generate(indices: range) -> Iterable[torch.Tensor]:
-        with progress(
-            total=len(indices), label="Scoring", disable=not distributed.is_main()
-        ) as bar:
-            if scored is not None:
-                yield from scored_images(scored, indices, batch, bar)
-                return
+        rank, world_size = distributed.rank(), distributed.world_size()
+        if scored is not None:
+            yield from iterate_images(
+                scored,
+                rank=rank,
+                world_size=world_size,
+                batch_size=batch,
+                indices=indices,
+                label="Scoring",
+            )
+            return
+        with progress(total=len(indices), label="Generating", disable=rank != 0) as bar:
             yield from generate_for_rank(
                 generator,
                 indices,
@@ -189,28 +195,15 @@ def data_reference(
     """Return the statistics of all images of a dataset, from the cache if possible. Collective."""
     rank, world_size = distributed.rank(), distributed.world_size()
     return reference_for(
-        lambda: iterate_images(dataset, rank=rank, world_size=world_size, batch_size=batch),
+        lambda: iterate_images(
+            dataset, rank=rank, world_size=world_size, batch_size=batch, label="Reference"
+        ),
         dataset.content_hash,
         detector,
         device,
         num_images=len(dataset),
         source=dataset.name,
     )
-
-
-def scored_images(
-    dataset: ImageDataset, indices: range, batch: int, bar: progress
-) -> Iterable[torch.Tensor]:
-    """Yield this rank's share of a dataset's images with these indices."""
-    for images in iterate_images(
-        dataset,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-        batch_size=batch,
-        indices=indices,
-    ):
-        yield images
-        bar.update(len(images) * distributed.world_size())
 
 
 if __name__ == "__main__":

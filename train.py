@@ -50,7 +50,7 @@ def base_config(args: Sequence[str]) -> RunConfig | None:
     preset, resume = raw_value(args, "preset"), raw_value(args, "resume")
     resolution = raw_value(args, "resolution")
     if preset is None and resume not in (None, "auto"):
-        return runs.read_options(resume_paths(resume)[0])
+        return runs.read_options(runs.resume_paths(resume)[0])
     if preset is None and resolution is not None:
         if not resolution.isdigit() or int(resolution) not in PRESET_OF_RESOLUTION:
             known = join_names(f"{r} ({p})" for r, p in PRESET_OF_RESOLUTION.items())
@@ -80,16 +80,6 @@ def option_elsewhere(name: str, config: Config | None) -> str | None:
     if not owners or not isinstance(config, RunConfig):
         return None
     return f"--{name}: preset {config.preset} has no such option; {join_names(owners)} has."
-
-
-def resume_paths(resume: str) -> tuple[Path, Path | None]:
-    """Return ``(run folder, state file or None)`` for ``--resume=RUN_DIR|FILE``."""
-    path = Path(resume)
-    if path.is_dir():
-        return path, None
-    if path.is_file():
-        return path.parent, path
-    raise ValueError(f"--resume: {path} does not exist; give a run folder, a state file, or auto.")
 
 
 @click.command(cls=ConfigCommand, base=base_config, elsewhere=option_elsewhere, examples=EXAMPLES)
@@ -125,7 +115,14 @@ def main(
     if config.logging.wandb:
         import_wandb()
     if dry_run:
-        print_dry_run(config)
+        if config.data.data and Path(config.data.data).exists():
+            dataset = open_dataset(config.data, seed=config.training.seed)
+            config = runs.fit_to_data(config, dataset)
+        else:
+            num_classes = get_preset(config.preset).num_classes if config.data.cond else 0
+            config = runs.with_data_facts(config, config.model.img_channels, num_classes)
+        print(describe_config(config))
+        print(describe_run(config, int(os.environ.get("WORLD_SIZE", 1)), torch.device("cpu")))
         return 0
     if transfer is not None:
         # The weights are good from the start: the average need not forget its first steps.
@@ -143,18 +140,19 @@ def main(
     dataset = open_dataset(config.data, seed=config.training.seed)
     config = runs.fit_to_data(config, dataset)
     snapshot = None if transfer is None else load_snapshot(transfer)
+    evaluate = make_evaluate(config, dataset, device) if config.logging.metrics else None
 
     # Find or make the run folder.
     exact, run_dir = None, None
     if explicit_resume:
-        run_dir, exact = resume_paths(resume)
+        run_dir, exact = runs.resume_paths(resume)
     elif resume == "auto":
         run_dir = distributed.on_main(lambda: runs.find_same_run(outdir, config))
     state = None
     if run_dir is not None:
         state = runs.load_resume_state(run_dir, exact, config, distributed.print0)
     else:
-        run_dir = runs.make_run_dir(outdir, run_description(config, dataset, desc))
+        run_dir = runs.make_run_dir(outdir, runs.describe(config, dataset, desc))
     if distributed.is_main():
         (run_dir / runs.REQUEUE_FILE).unlink(missing_ok=True)
         facts = dict(command=sys.argv, world_size=distributed.world_size(), device=str(device))
@@ -169,39 +167,12 @@ def main(
         device,
         resume_state=state,
         transfer=snapshot,
-        evaluate=make_evaluate(config, dataset, device) if config.logging.metrics else None,
+        evaluate=evaluate,
     )
     if not finished and distributed.is_main():
         (run_dir / runs.REQUEUE_FILE).write_text(f"{time.time():.0f}\n", encoding="utf-8")
     distributed.shutdown()
     return 0 if finished else runs.REQUEUE_EXIT_CODE
-
-
-def print_dry_run(config: RunConfig) -> None:
-    """Print the resolved configuration and the size of the run, from the preset's usual data."""
-    if config.data.data and Path(config.data.data).exists():
-        config = runs.fit_to_data(config, open_dataset(config.data, seed=config.training.seed))
-    else:
-        num_classes = get_preset(config.preset).num_classes if config.data.cond else 0
-        config = runs.with_data_facts(config, config.model.img_channels, num_classes)
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(describe_config(config))
-        print(describe_run(config, world_size, torch.device("cpu")))
-
-
-def run_description(config: RunConfig, dataset: ImageDataset, desc: str | None) -> str:
-    """Return the readable part of a run folder's name."""
-    training = config.training
-    parts = [
-        dataset.name,
-        "cond" if dataset.num_classes else "uncond",
-        config.preset,
-        f"ranks{distributed.world_size()}",
-        f"batch{training.batch}",
-        training.precision,
-    ]
-    return "-".join(parts + ([desc] if desc else []))
 
 
 def make_evaluate(config: RunConfig, dataset: ImageDataset, device: torch.device) -> EvaluateFn:
@@ -218,11 +189,11 @@ def make_evaluate(config: RunConfig, dataset: ImageDataset, device: torch.device
         for name in sorted(names)
     }
 
+    rank, world_size = distributed.rank(), distributed.world_size()
+
     def reference(name: str) -> Reference:
         return reference_for(
-            lambda: iterate_images(
-                dataset, rank=distributed.rank(), world_size=distributed.world_size()
-            ),
+            lambda: iterate_images(dataset, rank=rank, world_size=world_size, label="Reference"),
             dataset.content_hash,
             detectors[name],
             device,

@@ -3,9 +3,9 @@
 from dnnlib.config import did_you_mean
 from models.diffit import DiffiTConfig
 
-# Widths, stages, window, mlp: arXiv 2312.02139, Appendix H.1, Table S.2 and Appendix I.1; time token
-# of width 512: section 5.1. The paper prints no number of heads; 4 throughout. Dropout: EDM's
-# (arXiv 2206.00364, Table 7).
+# Widths and stages: DiffiT (arXiv 2312.02139), Appendix H.1 and Table S.2; windows: Appendix I.1;
+# time token of width 512: section 5.1. The paper prints no number of heads for image space; we take
+# 4. Dropout: EDM (arXiv 2206.00364), Table 7.
 MODELS: dict[str, DiffiTConfig] = {
     # Appendix I.1's reading of CIFAR-10: two residual blocks a stage.
     "cifar10": DiffiTConfig(resolution=32, num_stages=3, num_blocks=(2,), window=4, dropout=0.13),

@@ -10,8 +10,10 @@ import dataclasses
 import os
 import sys
 import time
+import traceback
 import typing
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -261,12 +263,15 @@ def parse_int_ranges(text: str) -> list[int]:
 def run(command: click.Command) -> None:
     """Run a script's command and exit with its result as the exit code.
 
-    A ValueError is a user's error and becomes one sentence, printed once a node under torchrun.
+    A ValueError raised by this project is a user's error and becomes one sentence, printed once a
+    node under torchrun. An error raised by a library keeps its traceback.
     """
     quiet = int(os.environ.get("LOCAL_RANK", 0)) != 0
     try:
         sys.exit(command.main(standalone_mode=False) or 0)
-    except (click.ClickException, ValueError) as error:
+    except (click.ClickException, ValueError, FloatingPointError) as error:
+        if not (isinstance(error, click.ClickException) or _is_ours(error)):
+            raise
         if quiet:
             # The launcher ends all ranks once one has failed: let the first one speak before.
             time.sleep(2)
@@ -278,3 +283,15 @@ def run(command: click.Command) -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted.", err=True)
         sys.exit(130)
+
+
+def _is_ours(error: Exception) -> bool:
+    """Tell whether the project raised an error, here or in a data loader process."""
+    project = Path(__file__).resolve().parent.parent
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    source = sys.modules.get(type(error).__module__)
+    files = [frame.filename, getattr(source, "__file__", None) or "-"]
+    return any(
+        Path(file).resolve().is_relative_to(project) and "site-packages" not in file
+        for file in files
+    )

@@ -7,8 +7,8 @@ import dataclasses
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from dnnlib.config import option
@@ -143,7 +143,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Return [B, C_out, H, W] of x [B, C_in, H, W], channels last in memory, and t [B, T]."""
-        y = self.conv(self.dropout(F.silu(self.norm(x))))
+        y = self.conv(self.dropout(functional.silu(self.norm(x))))
         y = self.block(y.permute(0, 2, 3, 1), t).permute(0, 3, 1, 2)
         return self.shortcut(x) + y
 
@@ -151,10 +151,10 @@ class ResBlock(nn.Module):
 class DiffiT(nn.Module):
     """The raw network F of an image-space DiffiT.
 
-    Encoder stages of residual blocks with stride-2 convolutions between them; the last stage is the
-    bottleneck. Decoder stages begin with nearest-neighbour upsampling and a 3x3 convolution, and
-    take the encoder's outputs of their resolution by concatenation. Every position is a token; there
-    is no position embedding beside the attention's relative bias.
+    Encoder stages of residual blocks with stride-2 convolutions between them; the last stage is
+    the bottleneck. Decoder stages begin with nearest-neighbour upsampling and a 3x3 convolution,
+    and take the encoder's outputs of their resolution by concatenation. Every position is a token;
+    there is no position embedding beside the attention's relative bias.
     """
 
     # Width of the context's vector, which is added to the embedding of the noise level.
@@ -277,7 +277,8 @@ class DiffiT(nn.Module):
                 if outputs:
                     x = torch.cat([x, outputs.pop()], dim=1)
                 x = self._run(block, x, t)
-        return self.head(F.silu(self.head_norm(x)))  #                  [N, out_channels, H, W]
+        x = functional.silu(self.head_norm(x))
+        return self.head(x)  #                                          [N, out_channels, H, W]
 
     def _run(self, block: ResBlock, x: Tensor, t: Tensor) -> Tensor:
         if self.config.checkpointing and self.training and torch.is_grad_enabled():

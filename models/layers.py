@@ -7,8 +7,8 @@ import functools
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.attention.flex_attention import flex_attention
 
 # What "auto" means, by device type; SDPA where nothing is listed. Flex attention has no backward
@@ -96,7 +96,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, attention: str = "auto
     bias = bias.to(q.dtype)
     if backend == "sdpa":
         # Four dimensions: the fused CPU kernel takes no others.
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
 
     def add_bias(score: Tensor, _: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return score + bias[head, query, key]
@@ -169,7 +169,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(functional.gelu(self.fc1(x), approximate="tanh"))
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -202,15 +202,15 @@ class PositionalEmbedding(nn.Module):
 class UpsampleConv(nn.Conv2d):
     """Nearest-neighbour upsampling by two and then a 3x3 convolution, computed as one operation.
 
-    Four output pixels see the same few input pixels, so the pair equals a transposed convolution of
-    stride 2 whose 4x4 kernel is the 3x3 kernel summed over 2x2 boxes, at 4/9 of the multiplications.
+    Neighbouring outputs see the same few inputs, so the pair equals a transposed convolution of
+    stride 2, whose 4x4 kernel is the 3x3 kernel summed over 2x2 boxes: 4/9 of the arithmetic.
     """
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        kernel = F.pad(self.weight.transpose(0, 1).flip(2, 3), (1, 1, 1, 1))
+        kernel = functional.pad(self.weight.transpose(0, 1).flip(2, 3), (1, 1, 1, 1))
         kernel = kernel[:, :, 1:] + kernel[:, :, :-1]
         kernel = kernel[:, :, :, 1:] + kernel[:, :, :, :-1]
-        return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
+        return functional.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)

@@ -50,5 +50,5 @@ def test_digits_are_small_grey_classed_and_not_augmented():
 
 
 def test_a_misspelled_preset_gets_the_nearest_name():
-    with pytest.raises(ValueError, match="'cifar-10'; accepted: cifar10, .* mean 'cifar10'"):
+    with pytest.raises(ValueError, match=r"'cifar-10'; accepted: cifar10, .* mean 'cifar10'"):
         get_diffit_config("cifar-10")

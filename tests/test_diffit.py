@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch.nn import functional
 
 from dnnlib.config import from_dict, to_dict
 from models import Context, ModelConfig, attention_backend, build_network
@@ -67,6 +68,92 @@ FFHQ64 = dict(resolution=64, num_stages=4, window=8)
 def test_parameter_counts_are_those_of_the_spec(kwargs, exact, millions):
     assert count(**kwargs) == exact
     assert round(exact / 1e6, 1) == millions
+
+
+def plain_forward(state, config, x, c_noise, vector):
+    """The network from its weights by name, with the plainest operations (arXiv 2312.02139)."""
+
+    def linear(name, value):
+        return functional.linear(value, state[f"{name}.weight"], state[f"{name}.bias"])
+
+    def conv(name, value, **kwargs):
+        return functional.conv2d(value, state[f"{name}.weight"], state[f"{name}.bias"], **kwargs)
+
+    def swish_norm(name, value):
+        groups = max(1, min(32, value.shape[1] // 4))
+        value = functional.group_norm(
+            value, groups, state[f"{name}.weight"], state[f"{name}.bias"], 1e-6
+        )
+        return value * value.sigmoid()
+
+    def layer_norm(value):
+        mean, var = value.mean(-1, keepdim=True), value.var(-1, keepdim=True, correction=0)
+        return (value - mean) / (var + 1e-6).sqrt()
+
+    def attention(name, tokens, t, w):  # Tokens [B, H, W, C]; Eq. 3-6.
+        out = torch.zeros_like(tokens)
+        heads, index = config.num_heads, torch.arange(w * w)
+        dy = index[:, None] // w - index // w + w - 1
+        dx = index[:, None] % w - index % w + w - 1
+        table = state[f"{name}.relative_position_bias_table"]
+        bias = table[dy * (2 * w - 1) + dx].permute(2, 0, 1)
+        for top in range(0, tokens.shape[1], w):
+            for left in range(0, tokens.shape[2], w):
+                window = tokens[:, top : top + w, left : left + w].flatten(1, 2)
+                qkv = linear(f"{name}.qkv", window) + linear(f"{name}.qkv_temb", t)[:, None]
+                q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+                scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5 + bias
+                merged = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+                merged = linear(f"{name}.proj", merged).unflatten(1, (w, w))
+                out[:, top : top + w, left : left + w] = merged
+        return out
+
+    def res_block(name, value, t, w):  # Eq. 7-10.
+        y = conv(f"{name}.conv", swish_norm(f"{name}.norm", value), padding=1).permute(0, 2, 3, 1)
+        y = y + attention(f"{name}.block.attn", layer_norm(y), t, w)
+        hidden = linear(f"{name}.block.mlp.fc1", layer_norm(y))
+        y = y + linear(f"{name}.block.mlp.fc2", functional.gelu(hidden, approximate="tanh"))
+        if f"{name}.shortcut.weight" in state:
+            value = conv(f"{name}.shortcut", value)
+        return value + y.permute(0, 3, 1, 2)
+
+    angles = c_noise[:, None] * 1e-4 ** (torch.arange(64) / 63).to(c_noise)
+    t = torch.cat([angles.sin(), angles.cos()], dim=1) + vector
+    for layer in ("time_token.0", "time_token.2"):
+        t = functional.silu(linear(layer, t))
+    x = conv("tokenizer", x, padding=1)
+    skips = []
+    for stage, depth in enumerate(config.blocks_per_stage):
+        if stage > 0:
+            x = conv(f"downsamplers.{stage - 1}", x, stride=2, padding=1)
+        for i in range(depth):
+            x = res_block(f"encoder.{stage}.{i}", x, t, config.windows[stage])
+            if config.skip == "block" or i == depth - 1:
+                skips.append((stage, x))
+    while skips[-1][0] == config.num_stages - 1:
+        skips.pop()
+    for up, stage in enumerate(reversed(range(config.num_stages - 1))):
+        x = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+        x = conv(f"upsamplers.{up}", x, padding=1)
+        for i in range(config.blocks_per_stage[stage]):
+            if config.skip == "block" or i == 0:
+                x = torch.cat([x, skips.pop()[1]], dim=1)
+            x = res_block(f"decoder.{up}.{i}", x, t, config.windows[stage])
+    return conv("head", swish_norm("head_norm", x), padding=1)
+
+
+@pytest.mark.parametrize("skip", ["stage", "block"])
+def test_the_network_computes_what_the_paper_s_equations_say(skip):
+    network = make(num_stages=3, num_blocks=(2, 1, 2), window=4, skip=skip).double()
+    x, c_noise, cond = make_inputs(network)
+    x, c_noise = x.double(), c_noise.double()
+    context = network.context(cond | {"augment": cond["augment"].double()})
+    expected = plain_forward(
+        network.backbone.state_dict(), network.config, x, c_noise, context.vector
+    )
+    torch.testing.assert_close(
+        network(x, c_noise, context), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item()
+    )
 
 
 @pytest.mark.parametrize("skip", ["stage", "block"])
@@ -336,7 +423,10 @@ def test_a_model_is_restored_from_plain_containers():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(num_stages=3, resolution=30), "--resolution: got 30, which 3 stages .* multiple of 4"),
+        (
+            dict(num_stages=3, resolution=30),
+            "--resolution: got 30, which 3 stages .* multiple of 4",
+        ),
         (dict(num_stages=5), "--resolution: got 8, which 5 stages"),
         (dict(resolution=12, window=4), r"--window: got 4, which does not divide the 6x6 .*12, 6"),
         (dict(num_heads=3), "--num-heads: got 3, which does not divide --base-dim 8"),

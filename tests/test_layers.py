@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 from models.layers import (
     TMSA,
@@ -205,8 +205,8 @@ def test_upsampling_and_convolution_at_once_equal_the_two_in_turn(size):
     torch.manual_seed(2)
     layer = UpsampleConv(4).double()
     x = torch.randn(2, 4, *size, dtype=torch.float64, requires_grad=True)
-    big = F.interpolate(x, scale_factor=2, mode="nearest")
-    expected = F.conv2d(big, layer.weight, layer.bias, padding=1)
+    big = functional.interpolate(x, scale_factor=2, mode="nearest")
+    expected = functional.conv2d(big, layer.weight, layer.bias, padding=1)
     out = layer(x)
     torch.testing.assert_close(out, expected)
     cotangent = torch.randn_like(out)

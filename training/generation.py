@@ -65,6 +65,7 @@ class ImageGenerator:
     device: torch.device
     autocast_dtype: torch.dtype | None = None
     guide: Network | None = None
+    guide_hash: str | None = None
 
     @torch.inference_mode()
     def generate(
@@ -123,7 +124,7 @@ class ImageGenerator:
             sampling=to_dict(self.sampling),
             nfe=num_evaluations(self.sampling, self.precond),
             guidance=to_dict(self.guidance),
-            autoguidance=self.guide is not None,
+            guide_hash=self.guide_hash,
             precision=str(self.autocast_dtype or torch.float32).removeprefix("torch."),
         )
 
@@ -163,6 +164,7 @@ def make_generator(
         device=device,
         autocast_dtype=AUTOCAST_DTYPES[precision or config.training.precision],
         guide=None if guide is None else guide.build(device),
+        guide_hash=None if guide is None else guide.sha256,
     )
 
 

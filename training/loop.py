@@ -65,7 +65,7 @@ def training_loop(
         evaluate: Called by all ranks as ``evaluate(metric_names, generate)``, where
             ``generate(indices)`` yields this rank's uint8 image batches; returns score rows.
 
-    Raises RuntimeError if too many gradients in a row are not finite.
+    Raises FloatingPointError if too many gradients in a row are not finite.
     """
     start_sec = time.time()
     training, logging = config.training, config.logging
@@ -248,7 +248,7 @@ def training_loop(
             tick_end_sec = time.time()
             num_skipped, skipped_in_a_row = optimizer.read_counters()
             if skipped_in_a_row >= training.skip_limit:
-                raise RuntimeError(
+                raise FloatingPointError(
                     f"{skipped_in_a_row} gradients in a row were not finite (at kimg "
                     f"{cur_nimg / 1000:.1f}). Resume from the last state with a lower --lr, "
                     f"--clip-grad=1 or --precision=bf16; --skip-limit={training.skip_limit} set "

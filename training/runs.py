@@ -53,6 +53,30 @@ def with_data_facts(config: RunConfig, img_channels: int, num_classes: int) -> R
     return dataclasses.replace(config, model=model)
 
 
+def describe(config: RunConfig, dataset: ImageDataset, desc: str | None) -> str:
+    """Return the readable part of a run folder's name."""
+    training = config.training
+    parts = [
+        dataset.name,
+        "cond" if dataset.num_classes else "uncond",
+        config.preset,
+        f"ranks{distributed.world_size()}",
+        f"batch{training.batch}",
+        training.precision,
+    ]
+    return "-".join(parts + ([desc] if desc else []))
+
+
+def resume_paths(resume: str) -> tuple[Path, Path | None]:
+    """Return ``(run folder, state file or None)`` for ``--resume=RUN_DIR|FILE``."""
+    path = Path(resume)
+    if path.is_dir():
+        return path, None
+    if path.is_file():
+        return path.parent, path
+    raise ValueError(f"--resume: {path} does not exist; give a run folder, a state file, or auto.")
+
+
 def make_run_dir(outdir: Path, desc: str) -> Path:
     """Return a new folder ``outdir/00000-desc``, one number above the highest there. Collective."""
 

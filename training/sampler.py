@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from dnnlib.progress import progress
 from torch_utils.rng import epoch_permutation
 from training.dataset import ImageDataset, collate
 
@@ -114,11 +115,12 @@ def iterate_images(
     batch_size: int = 64,
     num_workers: int = 2,
     indices: range | None = None,
+    label: str = "Reading images",
 ) -> Iterator[torch.Tensor]:
     """Yield this rank's share of all images in order, uint8 [N, C, H, W], the last batch partial.
 
     Shares are contiguous, differ by at most one image and may be empty. ``indices`` limits the
-    whole to a part of the dataset.
+    whole to a part of the dataset; ``label`` names the progress bar that rank 0 shows.
     """
     wanted = (
         range(len(dataset))
@@ -136,8 +138,10 @@ def iterate_images(
         worker_init_fn=init_worker,
         generator=torch.Generator(),
     )
-    for images, _ in loader:
-        yield images
+    with progress(total=len(wanted), label=label, disable=rank != 0, transient=True) as bar:
+        for images, _ in loader:
+            yield images
+            bar.update(len(images) * world_size)
 
 
 def init_worker(worker_id: int) -> None:
