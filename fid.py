@@ -8,7 +8,7 @@ from typing import Any
 import click
 import torch
 
-from dnnlib.cli import ConfigCommand, raw_value, run
+from dnnlib.cli import ConfigCommand, is_given, raw_value, run
 from dnnlib.files import atomic_write
 from dnnlib.progress import progress
 from metrics.features import Detector, get_detector
@@ -111,6 +111,12 @@ def calc(
     specs = get_metrics(name.strip() for name in metrics.split(","))
     if (network is None) == (images is None):
         raise click.UsageError("Give either --network or --images.")
+    for name in ("seed", "precision"):
+        if images is not None and is_given(name):
+            raise click.UsageError(option_elsewhere(name, None))
+    names = dict.fromkeys(spec.detector for spec in specs)
+    if weights is not None and "inception" not in names:
+        raise click.UsageError(f"--weights has no effect with --metrics={metrics}; leave it out.")
     device = distributed.init()
     scored = None if images is None else ImageDataset(images)
     real = None if ref.endswith(".npz") else ImageDataset(ref)
@@ -131,8 +137,10 @@ def calc(
         )
     elif num is None:
         num = len(scored)
-    names = dict.fromkeys(spec.detector for spec in specs)
-    detectors = {name: load_detector(name, weights, shape_of, device) for name in names}
+    detectors = {
+        name: load_detector(name, weights if name == "inception" else None, shape_of, device)
+        for name in names
+    }
     references = {
         name: load_reference(ref) if real is None else data_reference(real, detector, batch, device)
         for name, detector in detectors.items()

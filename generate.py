@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 import torch
 
-from dnnlib.cli import ConfigCommand, parse_int_ranges, raw_value, run
+from dnnlib.cli import ConfigCommand, is_given, parse_int_ranges, raw_value, run
 from dnnlib.config import Config
 from dnnlib.progress import progress
 from torch_utils import distributed
@@ -76,7 +76,10 @@ def main(
     not on the batch size or the number of processes. Images that exist are kept, so that an
     interrupted job goes on when it is started again.
     """
+    if grid is None and is_given("columns"):
+        raise click.UsageError("--columns arranges the picture of --grid; give that too.")
     snapshot = cached_snapshot(network)
+    guide_snapshot = None if guide is None else cached_snapshot(guide)
     seed_list = parse_int_ranges(seeds)
     chosen = parse_classes(classes, snapshot.data.class_names)
     labels = labels_of_seeds(seed_list, chosen)
@@ -87,11 +90,14 @@ def main(
         sampling=config.sampling,
         guidance=config.guidance,
         precision=precision,
-        guide=None if guide is None else cached_snapshot(guide),
+        guide=guide_snapshot,
     )
 
     # Images of another protocol in the same folder would pass for this one's.
-    protocol = dict(snapshot=snapshot.sha256, classes=chosen, **generator.protocol())
+    guide_hash = None if guide_snapshot is None else guide_snapshot.sha256
+    protocol = dict(
+        snapshot=snapshot.sha256, guide=guide_hash, classes=chosen, **generator.protocol()
+    )
     distributed.on_main(lambda: claim_outdir(outdir, protocol))
     paths = [image_path(outdir, seed, subdirs) for seed in seed_list]
     todo = distributed.broadcast_object([row for row, p in enumerate(paths) if not p.is_file()])

@@ -106,12 +106,16 @@ def main(
     given = click.get_current_context().meta["given"]
     if {"kimg", "iters"} <= given:
         raise click.UsageError("Give --kimg or --iters, not both.")
-    if resume is not None and transfer is not None:
+    explicit_resume = resume not in (None, "auto")
+    if explicit_resume and transfer is not None:
         raise click.UsageError("Give --resume or --transfer, not both.")
     if "kimg" in given and config.training.iters is not None:
         training = dataclasses.replace(config.training, iters=None)
         config = dataclasses.replace(config, training=training)
-    get_metrics(config.logging.metrics)
+    specs = get_metrics(config.logging.metrics)
+    if "inception" in given and all(spec.detector != "inception" for spec in specs):
+        names = ",".join(config.logging.metrics)
+        raise click.UsageError(f"--inception has no effect with --metrics={names}; leave it out.")
     if config.logging.wandb:
         import_wandb()
     if dry_run:
@@ -124,15 +128,23 @@ def main(
         print(describe_config(config))
         print(describe_run(config, int(os.environ.get("WORLD_SIZE", 1)), torch.device("cpu")))
         return 0
-    if transfer is not None:
+    if transfer is not None and "ema_rampup" not in given:
         # The weights are good from the start: the average need not forget its first steps.
         training = dataclasses.replace(config.training, ema_rampup=None)
         config = dataclasses.replace(config, training=training)
     if not config.data.data:
         raise click.UsageError("Give the training data with --data (see dataset_tool.py).")
-    explicit_resume = resume not in (None, "auto")
+    run_dir, exact_state = None, None
     if outdir is None and not explicit_resume:
         raise click.UsageError("Give the folder for runs with --outdir.")
+    if explicit_resume:
+        run_dir, exact_state = runs.resume_paths(resume)
+        if desc is not None:
+            raise click.UsageError("--desc names a new run folder; --resume continues one.")
+        if outdir is not None and outdir.resolve() != run_dir.resolve().parent:
+            raise click.UsageError(
+                f"--outdir: got {outdir}, but --resume continues in {run_dir}; leave --outdir out."
+            )
 
     # Start processes, open the data, fit the model to it.
     device = distributed.init()
@@ -143,18 +155,15 @@ def main(
     evaluate = make_evaluate(config, dataset, device) if config.logging.metrics else None
 
     # Find or make the run folder.
-    exact, run_dir = None, None
-    if explicit_resume:
-        run_dir, exact = runs.resume_paths(resume)
-    elif resume == "auto":
-        run_dir = distributed.on_main(lambda: runs.find_same_run(outdir, config))
+    if resume == "auto":
+        run_dir = distributed.on_main(lambda: runs.find_same_run(outdir, config, print))
     state = None
     if run_dir is not None:
-        state = runs.load_resume_state(run_dir, exact, config, distributed.print0)
+        distributed.on_main(lambda: runs.clear_leftovers(run_dir))
+        state = runs.load_resume_state(run_dir, exact_state, config, distributed.print0)
     else:
         run_dir = runs.make_run_dir(outdir, runs.describe(config, dataset, desc))
     if distributed.is_main():
-        (run_dir / runs.REQUEUE_FILE).unlink(missing_ok=True)
         facts = dict(command=sys.argv, world_size=distributed.world_size(), device=str(device))
         runs.write_options(run_dir, config, {**facts, "packages": package_versions()})
         print(f"Training on {dataset.name}: {len(dataset)} images. Writing to {run_dir}")
@@ -166,7 +175,7 @@ def main(
         dataset,
         device,
         resume_state=state,
-        transfer=snapshot,
+        transfer=snapshot if state is None else None,
         evaluate=evaluate,
     )
     if not finished and distributed.is_main():

@@ -25,6 +25,7 @@ class GuidanceConfig(Config):
     cfg_schedule: str = option(
         "constant",
         choices=("constant", "power-cosine"),
+        unless={"cfg_scale": (1.0,)},
         help="Course of the scale; power-cosine rises from 1 at the highest noise to the scale.",
     )
     cfg_power: float = option(
@@ -34,7 +35,10 @@ class GuidanceConfig(Config):
         help="Exponent of power-cosine; larger keeps guidance for lower noise.",
     )
     cfg_interval: tuple[float, float] | None = option(
-        None, min=0, help="Guide only above the first and up to the second noise level sigma."
+        None,
+        min=0,
+        unless={"cfg_scale": (1.0,)},
+        help="Guide only above the first and up to the second noise level sigma.",
     )
 
     def __post_init__(self) -> None:

@@ -61,16 +61,25 @@ class SamplingConfig(Config):
         help="Stochasticity, spread over the steps; 0 is deterministic.",
     )
     s_min: float = option(
-        0.0, min=0, requires={"sampler": ("heun",)}, help="Lowest noise level that is churned."
+        0.0,
+        min=0,
+        requires={"sampler": ("heun",)},
+        unless={"s_churn": (0.0,)},
+        help="Lowest noise level that is churned.",
     )
     s_max: float | None = option(
         None,
         min=0,
         requires={"sampler": ("heun",)},
+        unless={"s_churn": (0.0,)},
         help="Highest noise level that is churned; none: no limit.",
     )
     s_noise: float = option(
-        1.0, min=0, requires={"sampler": ("heun",)}, help="Standard deviation of churned noise."
+        1.0,
+        min=0,
+        requires={"sampler": ("heun",)},
+        unless={"s_churn": (0.0,)},
+        help="Standard deviation of churned noise.",
     )
     eta: float = option(
         0.0,

@@ -73,8 +73,8 @@ def _iddpm(num_steps: int, sigma_min: float, sigma_max: float, rho: float) -> np
     inside = np.flatnonzero((table >= sigma_min) & (table <= sigma_max))
     if inside.size == 0:
         raise ValueError(
-            f"--sigma-grid=iddpm has no noise level from {sigma_min:g} to {sigma_max:g}; its levels lie "
-            f"from {table[-2]:.4g} to {table[0]:.4g}: widen --sigma-min and --sigma-max."
+            f"--sigma-grid=iddpm has no noise level from {sigma_min:g} to {sigma_max:g}; its "
+            f"levels lie from {table[-2]:.4g} to {table[0]:.4g}: widen --sigma-min and --sigma-max."
         )
     positions = np.linspace(inside[0], inside[-1], num_steps)
     return table[np.floor(positions + 0.5).astype(int)]

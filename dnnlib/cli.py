@@ -90,7 +90,7 @@ class FieldType(click.ParamType):
                 parts = [part for part in text.split(",") if part.strip()]
                 return tuple(self._parse(part.strip()) for part in parts)
             return self._parse(text)
-        except ValueError:
+        except (ValueError, OverflowError):
             accepted = accepted_values(self.setting.field, self.setting.hint)
             return self.fail(f"got {value!r}; accepted: {accepted}.", param, ctx)
 
@@ -246,7 +246,20 @@ def replace_settings(config: Config, given: dict[tuple[str, ...], Any]) -> Any:
                     f"--{option_name(fields[name])} has an effect only with {accepted}; "
                     f"this run has {show_value(getattr(result, other))}."
                 )
+        for other, values in fields[name].metadata.get("unless", {}).items():
+            if getattr(result, other) in values:
+                raise ValueError(
+                    f"--{option_name(fields[name])} has no effect with "
+                    f"--{option_name(fields[other])}={show_value(getattr(result, other))}; give "
+                    "another value of that, or leave it out."
+                )
     return result
+
+
+def is_given(name: str) -> bool:
+    """Tell whether a parameter of the running command was typed rather than left at its default."""
+    source = click.get_current_context().get_parameter_source(name)
+    return source is ParameterSource.COMMANDLINE
 
 
 def parse_int_ranges(text: str) -> list[int]:
@@ -256,6 +269,8 @@ def parse_int_ranges(text: str) -> list[int]:
         low, dash, high = part.strip().partition("-")
         if not low.isdigit() or (dash and not high.isdigit()):
             raise ValueError(f"--seeds: got {text!r}; accepted: integers and ranges, as 0-63,100.")
+        if int(high or low) < int(low):
+            raise ValueError(f"--seeds: got {part.strip()}, which ends before it starts.")
         numbers.extend(range(int(low), int(high or low) + 1))
     return numbers
 

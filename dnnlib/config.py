@@ -6,6 +6,7 @@ and the metadata of a snapshot.
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -22,6 +23,7 @@ def option(
     name: str | None = None,
     aliases: tuple[str, ...] = (),
     requires: Mapping[str, tuple[Any, ...]] | None = None,
+    unless: Mapping[str, tuple[Any, ...]] | None = None,
     exposed: bool = True,
 ) -> Any:
     """Return a dataclass field that describes itself.
@@ -35,6 +37,7 @@ def option(
         aliases: Further option names without the dashes.
         requires: Sibling fields and the values under which this field has an effect. Giving the
             option on the command line while it has none is an error.
+        unless: The reverse: sibling fields and the values under which this field has no effect.
         exposed: False for a field that is derived (from the dataset, say) and is no option.
     """
     return dataclasses.field(
@@ -47,6 +50,7 @@ def option(
             name=name,
             aliases=aliases,
             requires=dict(requires or {}),
+            unless=dict(unless or {}),
             exposed=exposed,
         ),
     )
@@ -118,7 +122,8 @@ def _has_type(value: Any, hint: Any) -> bool:
             return all(_has_type(element, args[0]) for element in value)
         return len(value) == len(args) and all(map(_has_type, value, args))
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number and math.isfinite(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)

@@ -26,7 +26,7 @@ class ModelConfig(Config):
     attention: str = option(
         "auto",
         choices=("auto", "sdpa", "flex"),
-        help="Attention kernels; auto takes the faster of the two on the device at hand.",
+        help="Attention kernels; auto chooses by device.",
     )
     checkpointing: bool = option(
         False, help="Recompute activations in the backward pass: less memory, more time."

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from dnnlib.config import option
 from models.config import ModelConfig
 from models.context import Context
-from models.layers import MLP, TMSA, PositionalEmbedding, UpsampleConv, group_norm
+from models.layers import TMSA, PositionalEmbedding, TransformerBlock, UpsampleConv, group_norm
 
 # Width of the noise level's sinusoids and of the class and augmentation vectors added to them, as
 # in EDM's DDPM++ (arXiv 2206.00364).
@@ -96,30 +96,6 @@ class DiffiTConfig(ModelConfig):
         if len(self.num_blocks) == 1:
             return self.num_blocks * self.num_stages
         return self.num_blocks
-
-
-class TransformerBlock(nn.Module):
-    """Attention and MLP, each normalised before and added after (arXiv 2312.02139, Eq. 7-8)."""
-
-    def __init__(
-        self,
-        dim: int,
-        time_dim: int,
-        num_heads: int,
-        window: int,
-        mlp_ratio: float = 4.0,
-        attention: str = "auto",
-    ) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.attn = TMSA(dim, time_dim, num_heads, window, attention)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.mlp = MLP(dim, int(dim * mlp_ratio))
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Return tokens [B, H, W, C] of tokens x [B, H, W, C] and time tokens t [B, T]."""
-        x = x + self.attn(self.norm1(x), t)
-        return x + self.mlp(self.norm2(x))
 
 
 class ResBlock(nn.Module):

@@ -30,7 +30,9 @@ def read_target(path):
         files = {name: (path / name).read_bytes() for name in [*names, "dataset.json"]}
     else:
         with zipfile.ZipFile(path) as archive:
-            assert all(info.compress_type == zipfile.ZIP_STORED for info in archive.infolist())
+            for info in archive.infolist():
+                assert info.compress_type == zipfile.ZIP_STORED
+                assert info.date_time == (1980, 1, 1, 0, 0, 0)
             files = {name: archive.read(name) for name in archive.namelist()}
         names = sorted(name for name in files if name.endswith(".png"))
     images = [np.asarray(Image.open(io.BytesIO(files[name]))) for name in names]

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from image_files import convert, make_folder, make_zip, random_image, read_target, run_tool
 from PIL import Image
@@ -311,8 +312,11 @@ def test_a_damaged_member_of_a_zip_is_listed(tmp_path):
 # Interruption.
 
 
-def start_long_conversion(tmp_path, dest):
-    """Start a conversion in a process group of its own; return when it is half-way."""
+def start_long_conversion(tmp_path, dest, early=False):
+    """Start a conversion in a process group of its own; return it half-way.
+
+    With ``early`` that is when its first decoding process has been started and is importing.
+    """
     source = tmp_path / "in"
     source.mkdir()
     random_image(0, 96, 96).save(tmp_path / "one.png")
@@ -327,13 +331,27 @@ def start_long_conversion(tmp_path, dest):
     )
     deadline = time.time() + 60
     while time.time() < deadline:
-        for path in tmp_path.glob(".out*"):
+        if early:
+            for child in psutil.Process(process.pid).children():
+                if "--multiprocessing-fork" in child.cmdline():
+                    assert blocks_sigint(child.pid)
+                    return process
+        for path in () if early else tmp_path.glob(".out*"):
             written = path.stat().st_size if path.is_file() else len(list(path.rglob("*.png")))
             if written > (50_000 if path.is_file() else 10):
                 assert process.poll() is None
                 return process
         time.sleep(0.01)
     raise AssertionError("the conversion did not start")
+
+
+def blocks_sigint(pid):
+    """Tell whether a process blocks SIGINT, where the system says so."""
+    status = Path(f"/proc/{pid}/status")
+    if not status.exists():
+        return True
+    mask = next(line for line in status.read_text().splitlines() if line.startswith("SigBlk"))
+    return bool(int(mask.split()[1], 16) >> (signal.SIGINT - 1) & 1)
 
 
 def wait_until_group_is_gone(process):
@@ -344,22 +362,30 @@ def wait_until_group_is_gone(process):
         except ProcessLookupError:
             return
         time.sleep(0.05)
-    raise AssertionError("processes of the conversion are left")
+    os.killpg(process.pid, signal.SIGKILL)
+    raise AssertionError("processes of the conversion were left")
 
 
 @pytest.mark.parametrize("name", ["out.zip", "out"])
 def test_a_killed_conversion_leaves_no_target_and_no_processes(tmp_path, name):
     process = start_long_conversion(tmp_path, tmp_path / name)
     process.kill()
-    process.communicate()
+    process.wait()
     assert not (tmp_path / name).exists()
     wait_until_group_is_gone(process)
     assert convert("digits", tmp_path / name, "--max-images=3")[0] == 0
 
 
-@pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "out"), (signal.SIGTERM, "out.zip")])
-def test_an_interrupted_conversion_leaves_nothing(tmp_path, number, name):
-    process = start_long_conversion(tmp_path, tmp_path / name)
+@pytest.mark.parametrize(
+    ("number", "name", "early"),
+    [
+        (signal.SIGINT, "out", False),
+        (signal.SIGINT, "out.zip", True),
+        (signal.SIGTERM, "out.zip", False),
+    ],
+)
+def test_an_interrupted_conversion_leaves_nothing(tmp_path, number, name, early):
+    process = start_long_conversion(tmp_path, tmp_path / name, early)
     if number == signal.SIGINT:
         os.killpg(process.pid, number)  # Ctrl-C reaches the whole group.
     else:

@@ -1,8 +1,11 @@
 """Processes started by torchrun, or a single one: the only importer of torch.distributed."""
 
 import contextlib
+import ctypes
+import inspect
 import os
 import signal
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -33,6 +36,7 @@ def init() -> torch.device:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        _end_with_launcher()
         if device.type == "cuda":
             dist.init_process_group("nccl", timeout=timedelta(hours=1), device_id=device)
             # Signals and Python objects travel over gloo, off the device's path.
@@ -41,6 +45,16 @@ def init() -> torch.device:
             dist.init_process_group("gloo", timeout=timedelta(hours=1))
             _cpu_group = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
     return device
+
+
+def _end_with_launcher() -> None:
+    """Have this rank killed when torchrun is, so that it does not train beside its successor.
+
+    torchrun starts every rank in a session of its own, which a kill of its group does not reach.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def shutdown() -> None:
@@ -178,11 +192,14 @@ def wrap(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     """
     if world_size() == 1:
         return module
+    # Recent versions of PyTorch have another name for it and warn of the old one.
+    parameters = inspect.signature(DistributedDataParallel).parameters
+    renamed = "forward_sync_buffers" in parameters
     return DistributedDataParallel(
         module,
         device_ids=[device] if device.type == "cuda" else None,
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
+        **{"forward_sync_buffers" if renamed else "broadcast_buffers": False},
     )
 
 
@@ -199,12 +216,16 @@ class StopSignal:
     Each step starts an asynchronous sum of the ranks' flags on the CPU group and reads the sum
     that the previous step started. Every rank sees the same sums, so every rank stops at the same
     step, and neither the device nor the step waits for the network.
+
+    Once a signal came, further ones are ignored until the process ends: launcher and scheduler
+    often send one each.
     """
 
     signals = (signal.SIGTERM, signal.SIGUSR1)
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._stop = False
         self._work: dist.Work | None = None
         self._sum = torch.zeros([], dtype=torch.int32)
         self._previous: dict[int, Any] = {}
@@ -215,8 +236,9 @@ class StopSignal:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        ending = self._stop or self.received is not None
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if ending else handler)
         if self._work is not None and exc[0] is None:
             self._work.wait()
 
@@ -231,10 +253,9 @@ class StopSignal:
         """Return True on every rank at the same call once any rank got a signal. Collective."""
         if world_size() == 1:
             return self.received is not None
-        stop = False
         if self._work is not None:
             self._work.wait()
-            stop = bool(self._sum)
+            self._stop = bool(self._sum)
         self._sum = torch.tensor(int(self.received is not None), dtype=torch.int32)
         self._work = dist.all_reduce(self._sum, group=_cpu_group, async_op=True)
-        return stop
+        return self._stop

@@ -27,22 +27,30 @@ class StatsCollector:
             ]
         ).to(torch.float64)
         if name in self._moments:
-            self._moments[name] += moments
-        else:
-            self._moments[name] = moments
+            moments += self._moments[name].to(moments.device)
+        self._moments[name] = moments
 
     def collect(self) -> dict[str, dict[str, float]]:
         """Return the statistics of all ranks since the last call. Collective; synchronises."""
+        sums = self.state_dict()
+        self._moments = {}
+        result = {}
+        for name, moments in sums.items():
+            count, total, squares = moments.tolist()
+            mean = total / count
+            variance = max(squares / count - mean**2, 0.0)
+            result[name] = dict(num=int(count), mean=mean, std=variance**0.5)
+        return result
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return the sums of all ranks since the last :meth:`collect`. Collective; synchronises."""
         names = sorted(self._moments)
         if not names:
             return {}
         device = self._moments[names[0]].device
         stacked = torch.stack([self._moments[name].to(device) for name in names])
-        distributed.all_reduce_sum(stacked)
-        self._moments = {}
-        result = {}
-        for name, (count, total, squares) in zip(names, stacked.tolist(), strict=True):
-            mean = total / count
-            variance = max(squares / count - mean**2, 0.0)
-            result[name] = dict(num=int(count), mean=mean, std=variance**0.5)
-        return result
+        return dict(zip(names, distributed.all_reduce_sum(stacked).cpu(), strict=True))
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from the sums of all ranks, which rank 0 keeps from here on."""
+        self._moments = dict(state) if distributed.is_main() else {}

@@ -121,7 +121,7 @@ def load_snapshot(path: str | os.PathLike) -> Snapshot:
 
 
 def save_state(path: Path, payload: dict[str, Any], config: Config) -> None:
-    """Write a training state: ``payload`` holds net, ema, optimizer and progress."""
+    """Write a training state: ``payload`` holds net, ema, optimizer, stats and progress."""
     header = dict(format=_STATE_FORMAT, version=FORMAT_VERSION, config=to_dict(config))
     _save(path, {**header, **payload})
 
@@ -141,9 +141,14 @@ def find_states(run_dir: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def prune_states(run_dir: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` training states of a run folder."""
-    for path in find_states(run_dir)[keep:]:
+def prune_states(run_dir: Path, latest: Path, keep: int) -> None:
+    """Delete all training states of a run folder but ``latest`` and the ``keep - 1`` before it.
+
+    Those after it are damaged, or were left behind when the run went back to an earlier one.
+    """
+    states = find_states(run_dir)
+    position = states.index(latest)
+    for path in states[:position] + states[position + keep :]:
         path.unlink()
 
 
@@ -228,7 +233,7 @@ def _load(path: Path, expected_format: str, what: str) -> dict[str, Any]:
             + (f" ({name})" if name else "")
             + ". Snapshots hold tensors and plain values only."
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
+    except (RuntimeError, EOFError, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not {what}, or damaged ({error}).") from error
     if not isinstance(payload, dict) or payload.get("format") != expected_format:
         raise ValueError(f"{path}: not {what} of this project.")

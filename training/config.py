@@ -68,15 +68,22 @@ class LoggingConfig(Config):
         (), help="Metrics computed with the averaged weights, such as fid10k_full,fid50k_full."
     )
     metrics_ticks: int | None = option(
-        None, min=1, help="Ticks between two evaluations of --metrics; none: with every snapshot."
+        None,
+        min=1,
+        unless={"metrics": ((),)},
+        help="Ticks between two evaluations of --metrics; none: with every snapshot.",
     )
     inception: str | None = option(
-        None, help="Path or URL of the Inception weights, instead of the published address."
+        None,
+        unless={"metrics": ((),)},
+        help="Path or URL of the Inception weights, instead of the published address.",
     )
     sample_batch: int = option(64, min=1, help="Images per rank and pass when sampling.")
     workers: int = option(1, min=0, help="Data loader processes per rank.")
     wandb: bool = option(False, aliases=("use-wandb",), help="Log to Weights & Biases as well.")
-    wandb_project: str = option("setdiffit", help="Weights & Biases project.")
+    wandb_project: str = option(
+        "setdiffit", requires={"wandb": (True,)}, help="Weights & Biases project."
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,11 +137,11 @@ def check_guidance(config: RunConfig, num_classes: int) -> None:
     if not num_classes:
         raise ValueError(
             f"--cfg-scale: got {config.guidance.cfg_scale}, but the model is unconditional; train "
-            "with --cond and --label-drop=0.1, or leave --cfg-scale out."
+            "with --cond and --label-drop=0.1, or set --cfg-scale=1."
         )
     if config.training.label_drop == 0:
         raise ValueError(
             f"--cfg-scale: got {config.guidance.cfg_scale}, but the model was trained without "
             "label dropout and has learned no unconditional half; train with --label-drop=0.1, or "
-            "leave --cfg-scale out."
+            "set --cfg-scale=1."
         )

@@ -191,8 +191,10 @@ def parse_classes(text: str | None, class_names: Sequence[str]) -> tuple[int, ..
         low, dash, high = part.partition("-")
         if not low.isdigit() or (dash and not high.isdigit()):
             raise ValueError(f"--class: no class {part!r}.{did_you_mean(part, class_names)}")
+        if int(high or low) < int(low):
+            raise ValueError(f"--class: got {part}, which ends before it starts.")
         chosen.extend(range(int(low), int(high or low) + 1))
-        if not chosen or chosen[-1] >= len(class_names):
+        if chosen[-1] >= len(class_names):
             raise ValueError(
                 f"--class: got {part}, but the model has classes 0 to {len(class_names) - 1}."
             )

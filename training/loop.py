@@ -1,5 +1,6 @@
 """The training loop: one function in visible stages."""
 
+import itertools
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -93,6 +94,7 @@ def training_loop(
     # Restore a state, or start from another run's weights.
     cur_nimg = cur_tick = tick_start_nimg = 0
     elapsed_before_sec = 0.0
+    stats = StatsCollector()
     if transfer is not None:
         report = transfer_weights(network, transfer)
         ema.network.load_state_dict(network.state_dict())
@@ -105,6 +107,7 @@ def training_loop(
         cur_tick = resume_state["progress"]["cur_tick"]
         tick_start_nimg = resume_state["progress"]["tick_start_nimg"]
         elapsed_before_sec = resume_state["progress"]["elapsed_sec"]
+        stats.load_state_dict(resume_state["stats"])
     if training.compile:
         network.backbone.compile()
     objective = distributed.wrap(Objective(network, precond, autocast_dtype), device)
@@ -136,40 +139,55 @@ def training_loop(
     telemetry = None
     if rank == 0:
         trim_rows(run_dir, cur_nimg)
-        telemetry = Telemetry(run_dir, logging, config)
+        telemetry = Telemetry(run_dir, logging, config, cur_nimg)
         if cur_nimg == 0:
             save_reals(dataset, run_dir / "reals.png")
-    stats = StatsCollector()
 
-    def run_state(progress_info: dict[str, Any]) -> dict[str, Any]:
-        return dict(
+    def write_state(progress_info: dict[str, Any]) -> None:
+        payload = dict(
             net=network.state_dict(),
             ema=ema.network.state_dict(),
             optimizer=optimizer.state_dict(),
+            stats=stats.state_dict(),
             progress=progress_info,
         )
+        if rank == 0:
+            path = state_path(run_dir, cur_nimg)
+            save_state(path, payload, config)
+            prune_states(run_dir, path, logging.keep_states)
 
-    def run_metrics() -> None:
+    def run_metrics() -> bool:
+        """Score the average as it is now; return False if a signal cut that short."""
         names = logging.metrics
         missing = distributed.broadcast_object(
             tuple(name for name in names if not metric_is_recorded(run_dir, name, cur_nimg))
         )
         if not missing or evaluate is None:
-            return
+            return True
 
         def generate(indices: range) -> Iterable[torch.Tensor]:
             with progress(
                 total=len(indices), label="Metrics", disable=rank != 0, transient=True
             ) as bar:
-                yield from generate_for_rank(
+                images = generate_for_rank(
                     generator,
                     indices,
                     batch=logging.sample_batch,
                     class_counts=data.class_counts,
                     on_batch=bar.update,
                 )
+                # Ranks differ by up to one batch, but must ask for signals equally often.
+                num_batches = -(-len(indices) // (world_size * logging.sample_batch))
+                for _, batch in itertools.zip_longest(range(num_batches), images):
+                    if signal.agreed():
+                        raise _InterruptedError
+                    if batch is not None:
+                        yield batch
 
-        rows = evaluate(missing, generate)
+        try:
+            rows = evaluate(missing, generate)
+        except _InterruptedError:
+            return False
         if telemetry is not None:
             for row in rows:
                 row = dict(
@@ -177,21 +195,19 @@ def training_loop(
                 )
                 telemetry.record_metric({**row, **generator.protocol()}, cur_nimg)
                 telemetry.message(f"{row['metric']} {row['value']:.4f} at kimg {row['kimg']:.1f}")
-
-    def metrics_due(tick: int, finished: bool) -> bool:
-        every = logging.metrics_ticks or logging.snap
-        return bool(logging.metrics) and (finished or tick % every == 0)
+        return True
 
     # Train.
     total_nimg = config.total_nimg
-    done = cur_nimg >= total_nimg
-    if resume_state is not None and resume_state["progress"]["metrics_due"]:
-        run_metrics()
-    tick_start_sec, maintenance_sec = time.time(), time.time() - start_sec
-    timed_nimg = cur_nimg
-    bar = _tick_bar(cur_tick, cur_nimg, tick_start_nimg, logging.tick, rank)
-    stop = False
+    done, stop = cur_nimg >= total_nimg, False
+    if done and telemetry is not None:
+        telemetry.message(f"Complete at kimg {cur_nimg / 1000:.1f}; a larger --kimg would go on.")
     with distributed.StopSignal() as signal:
+        if resume_state is not None and resume_state["progress"]["metrics_due"]:
+            stop = not run_metrics()
+        tick_start_sec, maintenance_sec = time.time(), time.time() - start_sec
+        timed_nimg = cur_nimg
+        bar = _tick_bar(cur_tick, cur_nimg, tick_start_nimg, logging.tick, rank)
         while not (done or stop):
             # Draw this step's randomness for the global batch, and keep this rank's rows.
             draws = draw_step(
@@ -239,14 +255,37 @@ def training_loop(
             bar.update(training.batch)
             done = cur_nimg >= total_nimg
             stop = signal.agreed() and not done
-            tick_ends = cur_tick == 0 or cur_nimg >= tick_start_nimg + logging.tick * 1000
-            if not (done or stop or tick_ends):
+            tick_ends = done or cur_tick == 0 or cur_nimg >= tick_start_nimg + logging.tick * 1000
+            if not (tick_ends or stop):
                 continue
 
-            # Check for non-finite gradients; this is where the host waits for the device.
+            # Read the counters; this is where the host waits for the device.
             bar.__exit__()
-            tick_end_sec = time.time()
             num_skipped, skipped_in_a_row = optimizer.read_counters()
+            tick_end_sec = time.time()
+            elapsed_sec = elapsed_before_sec + tick_end_sec - start_sec
+
+            # Record statistics. Those of a tick that a signal cuts short go into the state.
+            if tick_ends:
+                tick_kimg = (cur_nimg - timed_nimg) / 1000
+                sec_per_tick = tick_end_sec - tick_start_sec
+                fields = stats.collect()
+                fields.update(
+                    {
+                        "Progress/tick": scalar(cur_tick),
+                        "Progress/kimg": scalar(cur_nimg / 1000),
+                        "Loss/skipped_steps": scalar(num_skipped),
+                        "Timing/total_sec": scalar(elapsed_sec),
+                        "Timing/sec_per_tick": scalar(sec_per_tick),
+                        "Timing/sec_per_kimg": scalar(sec_per_tick / tick_kimg),
+                        "Timing/images_per_sec": scalar(tick_kimg * 1000 / max(sec_per_tick, 1e-9)),
+                        "Timing/maintenance_sec": scalar(maintenance_sec),
+                        **memory_stats(device),
+                    }
+                )
+                if telemetry is not None:
+                    telemetry.record(fields, cur_nimg)
+                    telemetry.message(tick_line(fields, total_nimg, num_skipped))
             if skipped_in_a_row >= training.skip_limit:
                 raise FloatingPointError(
                     f"{skipped_in_a_row} gradients in a row were not finite (at kimg "
@@ -255,40 +294,20 @@ def training_loop(
                     "this limit."
                 )
 
-            # Record statistics.
-            elapsed_sec = elapsed_before_sec + tick_end_sec - start_sec
-            tick_kimg = (cur_nimg - timed_nimg) / 1000
-            sec_per_tick = tick_end_sec - tick_start_sec
-            fields = stats.collect()
-            fields.update(
-                {
-                    "Progress/tick": scalar(cur_tick),
-                    "Progress/kimg": scalar(cur_nimg / 1000),
-                    "Loss/skipped_steps": scalar(num_skipped),
-                    "Timing/total_sec": scalar(elapsed_sec),
-                    "Timing/sec_per_tick": scalar(sec_per_tick),
-                    "Timing/sec_per_kimg": scalar(sec_per_tick / tick_kimg),
-                    "Timing/images_per_sec": scalar(tick_kimg * 1000 / max(sec_per_tick, 1e-9)),
-                    "Timing/maintenance_sec": scalar(maintenance_sec),
-                    **memory_stats(device),
-                }
-            )
-            if telemetry is not None:
-                telemetry.record(fields, cur_nimg)
-                telemetry.message(tick_line(fields, total_nimg, num_skipped))
-
             # Save pictures, the snapshot, then the state: a state implies its snapshot.
-            finished_tick, cur_tick = cur_tick, cur_tick if stop else cur_tick + 1
-            tick_start_nimg = tick_start_nimg if stop else cur_nimg
-            snap_due = done or (not stop and finished_tick % logging.snap == 0)
-            dump_due = snap_due if logging.dump is None else finished_tick % logging.dump == 0
+            snap_due = done or (tick_ends and cur_tick % logging.snap == 0)
+            dump_due = tick_ends and cur_tick % (logging.dump or logging.snap) == 0
+            metrics_every = logging.metrics_ticks or logging.snap
+            metrics_due = done or (tick_ends and cur_tick % metrics_every == 0)
+            if tick_ends:
+                cur_tick, tick_start_nimg = cur_tick + 1, cur_nimg
             progress_info = dict(
                 cur_nimg=cur_nimg,
                 cur_tick=cur_tick,
                 tick_start_nimg=tick_start_nimg,
                 elapsed_sec=elapsed_sec,
                 num_skipped=num_skipped,
-                metrics_due=not stop and metrics_due(finished_tick, done),
+                metrics_due=metrics_due,
             )
             if snap_due:
                 fakes_path = run_dir / f"fakes-{cur_nimg // 1000:06d}.png"
@@ -296,11 +315,11 @@ def training_loop(
                 if rank == 0:
                     path = snapshot_path(run_dir, cur_nimg)
                     save_snapshot(path, ema.network, config, data, progress_info)
-            if rank == 0 and (dump_due or done or stop):
-                save_state(state_path(run_dir, cur_nimg), run_state(progress_info), config)
-                prune_states(run_dir, logging.keep_states)
-            if progress_info["metrics_due"]:
-                run_metrics()
+            if dump_due or done or stop:
+                write_state(progress_info)
+            if metrics_due and not stop and not run_metrics():
+                stop = True
+                write_state(progress_info)
             maintenance_sec = time.time() - tick_end_sec
             tick_start_sec, timed_nimg = time.time(), cur_nimg
             bar = _tick_bar(cur_tick, cur_nimg, tick_start_nimg, logging.tick, rank)
@@ -313,6 +332,10 @@ def training_loop(
             )
         telemetry.close()
     return not stop
+
+
+class _InterruptedError(Exception):
+    """A signal came while images were generated for a metric."""
 
 
 def _tick_bar(tick: int, cur_nimg: int, tick_start_nimg: int, tick_kimg: float, rank: int) -> Any:

@@ -82,6 +82,10 @@ class GuardedAdam:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._adam.load_state_dict(state["adam"])
+        # The fused kernel walks raw memory: the averages must lie as their weights do.
+        for param, averages in self._adam.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                averages[name] = torch.empty_like(param).copy_(averages[name])
         self._counters.copy_(state["counters"])
         if self.loss_scale is not None and "loss_scale" in state:
             self.loss_scale.copy_(state["loss_scale"])

@@ -41,7 +41,7 @@ def with_data_facts(config: RunConfig, img_channels: int, num_classes: int) -> R
     if not num_classes and config.training.label_drop > 0:
         raise ValueError(
             f"--label-drop: got {config.training.label_drop}, but the model is unconditional; "
-            "add --cond, or leave --label-drop out."
+            "add --cond, or set --label-drop=0."
         )
     check_guidance(config, num_classes)
     model = dataclasses.replace(
@@ -111,10 +111,19 @@ def read_options(run_dir: Path) -> RunConfig:
         raise ValueError(f"{path}: cannot be read ({error}).") from error
 
 
-def find_same_run(outdir: Path, config: RunConfig) -> Path | None:
+def clear_leftovers(run_dir: Path) -> None:
+    """Remove what an earlier process left: its request to be requeued, half-written files."""
+    (run_dir / REQUEUE_FILE).unlink(missing_ok=True)
+    for pattern in (".training-state-*.tmp", ".network-snapshot-*.tmp"):
+        for path in run_dir.glob(pattern):
+            path.unlink()
+
+
+def find_same_run(outdir: Path, config: RunConfig, report: Callable[[str], None]) -> Path | None:
     """Return the newest run folder in ``outdir`` that computes the same as ``config``.
 
-    Duration, logging and sampling may differ; they do not change the weights on the way.
+    Duration, logging and sampling may differ; they do not change the weights on the way. Folders
+    that cannot be compared are named through ``report``.
     """
     if not outdir.is_dir():
         return None
@@ -122,7 +131,8 @@ def find_same_run(outdir: Path, config: RunConfig) -> Path | None:
         if _number(path) and (path / "training_options.json").is_file():
             try:
                 other = read_options(path)
-            except ValueError:
+            except ValueError as error:
+                report(f"Skipped: {error}")
                 continue
             if _identity(other) == _identity(config):
                 return path

@@ -18,13 +18,15 @@ Stats = dict[str, dict[str, float]]
 
 
 class Telemetry:
-    """Writes the outputs of one run; only rank 0 makes one."""
+    """Writes the outputs of one run from ``cur_nimg`` on; only rank 0 makes one."""
 
-    def __init__(self, run_dir: Path, logging: LoggingConfig, config: Config) -> None:
+    def __init__(
+        self, run_dir: Path, logging: LoggingConfig, config: Config, cur_nimg: int
+    ) -> None:
         self._run_dir = run_dir
         self._log = open(run_dir / "log.txt", "a", encoding="utf-8")
         self._stats = open(run_dir / "stats.jsonl", "a", encoding="utf-8")
-        self._tensorboard = _tensorboard_writer(run_dir)
+        self._tensorboard = _tensorboard_writer(run_dir, cur_nimg // 1000 + 1)
         self._wandb = _wandb_run(run_dir, logging, config) if logging.wandb else None
         if self._tensorboard is None:
             self.message("TensorBoard is not installed: no event files (pip install tensorboard).")
@@ -99,11 +101,11 @@ def trim_rows(run_dir: Path, cur_nimg: int) -> None:
     for path in [run_dir / "stats.jsonl", *run_dir.glob("metric-*.jsonl")]:
         if not path.is_file():
             continue
-        lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if _row_kimg(line) <= limit]
-        if len(kept) != len(lines):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        kept = "".join(line + "\n" for line in text.splitlines() if _row_kimg(line) <= limit)
+        if kept != text:
             with atomic_write(path, "w", encoding="utf-8") as file:
-                file.writelines(line + "\n" for line in kept)
+                file.write(kept)
 
 
 def metric_is_recorded(run_dir: Path, metric: str, cur_nimg: int) -> bool:
@@ -111,7 +113,7 @@ def metric_is_recorded(run_dir: Path, metric: str, cur_nimg: int) -> bool:
     path = run_dir / f"metric-{metric}.jsonl"
     if not path.is_file():
         return False
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     return any(abs(_row_kimg(line) - cur_nimg / 1000) < 1e-9 for line in lines)
 
 
@@ -120,7 +122,7 @@ def _row_kimg(line: str) -> float:
     try:
         row = json.loads(line)
         return float(row["Progress/kimg"]["mean"] if "Progress/kimg" in row else row["kimg"])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return math.inf
 
 
@@ -129,12 +131,13 @@ def _finite(stat: dict[str, float]) -> dict[str, float | None]:
     return {key: value if math.isfinite(value) else None for key, value in stat.items()}
 
 
-def _tensorboard_writer(run_dir: Path) -> Any:
+def _tensorboard_writer(run_dir: Path, first_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(run_dir)
+    # TensorBoard hides what a killed run wrote from that step on.
+    return SummaryWriter(run_dir, purge_step=first_step)
 
 
 def _wandb_run(run_dir: Path, logging: LoggingConfig, config: Config) -> Any:

@@ -1,0 +1,101 @@
+"""Fixtures shared by tests that start training processes."""
+
+import contextlib
+import fcntl
+import itertools
+import os
+
+import pytest
+from training_runs import TINY, TrainProcess, environment, only_run
+
+from training.conversion import convert
+from training.sources import open_source
+
+# Everything random in a step is on. Ten ticks of 0.25 kimg, of which every fourth has a snapshot
+# and a score; a state a tick. The 200 images are passed through twelve times.
+FULL = (
+    *TINY,
+    "--kimg=2.4",
+    "--tick=0.25",
+    "--snap=4",
+    "--dump=1",
+    "--dropout=0.1",
+    "--augment=0.3",
+    "--metrics=fd_pixels",
+)
+
+
+@pytest.fixture(scope="session")
+def shared_dir(tmp_path_factory):
+    """A folder that all processes of this test session share."""
+    base = tmp_path_factory.getbasetemp()
+    path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    path.mkdir(exist_ok=True)
+    return path
+
+
+@contextlib.contextmanager
+def made_once(path):
+    """Yield whether ``path`` must still be made; test processes wait here for one another."""
+    done = path.with_name(f"{path.name}.done")
+    with open(f"{path}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield not done.exists()
+        done.touch()
+
+
+@pytest.fixture(scope="session")
+def digits_zip(shared_dir):
+    """200 handwritten digits, 8x8, in the layout that training reads."""
+    path = shared_dir / "digits.zip"
+    with made_once(path) as missing:
+        if missing:
+            convert(open_source("digits"), path, max_images=200, num_workers=1)
+    return path
+
+
+@pytest.fixture(scope="session")
+def start_process(digits_zip, shared_dir, tmp_path_factory):
+    """Start ``train.py`` with options; whatever still runs at the end is killed."""
+    logs = tmp_path_factory.mktemp("logs")
+    counter = itertools.count()
+    started = []
+
+    def start(*args, **kwargs):
+        log = logs / f"{next(counter)}.txt"
+        env = environment(shared_dir / "cache")
+        process = TrainProcess((f"--data={digits_zip}", *args), env, log, **kwargs)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+@pytest.fixture
+def train(start_process):
+    """``train(*options, ranks=None, torchrun=...)`` starts a process, ended with the test."""
+    started = []
+
+    def start(*args, **kwargs):
+        started.append(start_process(*args, **kwargs))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(start_process, shared_dir):
+    """``uninterrupted(ranks)`` returns the folder of a run with the options FULL."""
+
+    def make(ranks):
+        outdir = shared_dir / f"uninterrupted-{ranks}"
+        with made_once(outdir) as missing:
+            if missing:
+                start_process(f"--outdir={outdir}", *FULL, ranks=ranks).finish()
+        return only_run(outdir)
+
+    return make

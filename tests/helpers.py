@@ -1,0 +1,150 @@
+"""Scripts run in this process, toy images, and one tiny trained snapshot for command-line tests."""
+
+import contextlib
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+from image_files import convert
+from PIL import Image
+
+import dnnlib.cli
+
+ROOT = Path(__file__).resolve().parent.parent
+CLASS_NAMES = ["bar", "dot", "ring"]
+
+# The CIFAR-10 preset made small enough for one optimizer step to take milliseconds.
+TINY_MODEL = [
+    "--preset=cifar10",
+    "--resolution=8",
+    "--num-stages=2",
+    "--num-blocks=1",
+    "--base-dim=16",
+    "--hidden-dim=16",
+    "--num-heads=2",
+    "--time-dim=32",
+    "--dropout=0",
+]
+TINY = [
+    *TINY_MODEL,
+    *[
+        "--augment=0",
+        "--batch=8",
+        "--iters=2",
+        "--lr=0.01",
+        "--lr-rampup=0",
+        "--workers=0",
+        "--steps=2",
+    ],
+]
+
+
+def call(script, *args):
+    """Run a script's ``main`` as ``python script.py ARGS`` would; return code, output, error."""
+    out, err = io.StringIO(), io.StringIO()
+    argv = [script.__file__, *map(str, args)]
+    code = None
+    with (
+        mock.patch.object(sys, "argv", argv),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            dnnlib.cli.run(script.main)
+        except SystemExit as stop:
+            code = stop.code
+    return SimpleNamespace(code=code, output=out.getvalue(), error=err.getvalue())
+
+
+def succeed(script, *args):
+    """Like :func:`call`, for arguments that must work."""
+    result = call(script, *args)
+    assert result.code == 0, result.output + result.error
+    return result
+
+
+def fail(script, *args):
+    """Run a script that must refuse its arguments; return its message on one line."""
+    result = call(script, *args)
+    assert result.code in (1, 2), result.output + result.error
+    assert "Traceback" not in result.error
+    return " ".join(result.error.split())
+
+
+def train_tiny(outdir, data, *args):
+    """Train in this process; return the run folder as ``run_dir`` beside code and output."""
+    import train
+
+    before = set(outdir.iterdir()) if outdir.is_dir() else set()
+    result = succeed(train, f"--outdir={outdir}", f"--data={data}", *TINY, *args)
+    (result.run_dir,) = set(outdir.iterdir()) - before
+    return result
+
+
+def torchrun(num_ranks, script, *args):
+    """Run a script under torchrun on several ranks; return what it printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={num_ranks}", str(ROOT / script), *map(str, args)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def toy_images(folder, per_class=14, size=8):
+    """Write RGB images of three classes, one folder a class: a bar, a dot, a ring."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:size, :size] - (size - 1) / 2
+    shapes = dict(bar=abs(x) < 1.5, dot=x**2 + y**2 < 6, ring=abs(np.hypot(x, y) - 3) < 0.8)
+    for name in CLASS_NAMES:
+        (folder / name).mkdir(parents=True)
+        for index in range(per_class):
+            colour = rng.integers(120, 256, 3)
+            pixels = np.where(shapes[name][..., None], colour, rng.integers(0, 60))
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{index:02d}.png")
+    return folder
+
+
+def toy_data(base, size=8):
+    """Return a labelled zip of 42 RGB images in three classes, made once per folder and size."""
+    name = "toy" if size == 8 else f"toy{size}"
+    path = base / f"{name}.zip"
+    if not path.is_file():
+        code, output = convert(toy_images(base / name, size=size), path)
+        assert code == 0, output
+    return path
+
+
+def trained_run(base):
+    """Return the folder of a short class-conditional run with label dropout, made once per folder.
+
+    It has a snapshot of its first step and one of its end.
+    """
+    runs = base / "trained"
+    if not runs.is_dir():
+        options = "--cond --label-drop=0.2 --iters=70 --batch=32 --tick=100 --ema-kimg=0.2"
+        train_tiny(runs, toy_data(base), *options.split(), "--steps=4")
+    (run_dir,) = runs.iterdir()
+    return run_dir
+
+
+def trained_snapshot(base):
+    """Return the last snapshot of :func:`trained_run`."""
+    return max(trained_run(base).glob("network-snapshot-*.pkl"))
+
+
+def first_snapshot(base):
+    """Return the first snapshot of :func:`trained_run`: a worse network."""
+    return min(trained_run(base).glob("network-snapshot-*.pkl"))
+
+
+def read_pixels(path):
+    """Return a picture's pixels as int16, so that differences do not wrap."""
+    return np.asarray(Image.open(path)).astype(np.int16)

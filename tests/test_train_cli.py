@@ -1,0 +1,606 @@
+"""train.py as it is typed: the seed's commands, every option, every refusal, help."""
+
+import dataclasses
+import functools
+import json
+import re
+import shlex
+import sys
+import types
+from contextlib import ExitStack
+from typing import ClassVar
+from unittest import mock
+
+import helpers
+import pytest
+import torch
+
+import train
+import training.dataset
+import training.generation
+import training.loop
+from configs import PRESETS
+from dnnlib.cli import settings
+from dnnlib.config import option, to_dict
+from models.config import ModelConfig
+from training.checkpoint import load_snapshot, load_state
+from training.config import RunConfig
+from training.objective import Objective
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SETDIFFIT_CACHE", str(tmp_path / "cache"))
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    return tmp_path_factory.getbasetemp()
+
+
+def dry_run(*args):
+    """Return the resolved configuration and the description that --dry-run prints."""
+    output = helpers.succeed(train, *args, "--dry-run").output
+    end = output.index("\n}\n") + 2
+    return json.loads(output[:end]), output[end:]
+
+
+# The first users' commands, word for word.
+CIFAR10_COMMAND = r"""
+torchrun --nproc_per_node=4 train.py \
+    --outdir=./runs/cifar10 \
+    --data=./datasets/cifar10.zip \
+    --batch-gpu=128 \
+    --resolution=32 \
+    --base-dim=128 \
+    --hidden-dim=256 \
+    --num-heads=4 \
+    --num-blocks=2 \
+    --lr=1e-3 \
+    --kimg=200000 \
+    --metrics=fid10k_full \
+    --metrics-ticks=50
+"""
+FFHQ64_COMMAND = r"""
+torchrun --nproc_per_node=4 train.py \
+    --outdir=./runs/ffhq64 \
+    --data=./datasets/ffhq64.zip \
+    --batch-gpu=64 \
+    --resolution=64 \
+    --base-dim=128 \
+    --hidden-dim=256 \
+    --num-heads=4 \
+    --num-blocks=4 \
+    --lr=2e-4 \
+    --kimg=200000 \
+    --metrics=fid10k_full
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "preset", "batch", "lr", "steps"),
+    [
+        (CIFAR10_COMMAND, "cifar10", 512, 1e-3, "390,625"),
+        (FFHQ64_COMMAND, "ffhq64", 256, 2e-4, "781,250"),
+    ],
+)
+def test_the_seed_commands_work_as_typed(command, preset, batch, lr, steps, monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(command.replace("\\\n", " "))  # As a shell joins the lines.
+    config, description = dry_run(*words[words.index("train.py") + 1 :])
+    expected = to_dict(PRESETS[preset].run)
+    expected["data"]["data"] = f"./datasets/{preset}.zip"
+    expected["training"]["batch_gpu"] = batch // 4
+    expected["logging"]["metrics"] = ["fid10k_full"]
+    expected["logging"]["metrics_ticks"] = 50 if preset == "cifar10" else None
+    expected["model"]["augment_dim"] = 9
+    assert config == expected
+    assert config["training"]["lr"] == lr
+    assert f"{batch} images per optimizer step = {batch // 4} per pass x 1" in description
+    assert f"200,000.0 kimg = {steps} optimizer steps" in description
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("preset", "millions"),
+    [("cifar10", 15.9), ("cifar10-l4", 28.7), ("ffhq64", 44.8), ("digits", 0.5)],
+)
+def test_a_dry_run_of_every_preset_needs_no_data_and_states_size_and_cost(preset, millions):
+    config, description = dry_run(f"--preset={preset}")
+    count = int(re.search(r"parameters +([\d,]+)", description).group(1).replace(",", ""))
+    assert count == pytest.approx(millions * 1e6, rel=0.03)
+    assert re.search(r"forward cost +[\d.]+[MG]FLOP per image", description)
+    assert config["preset"] == preset
+    assert re.search(r"duration +[\d,.]+ kimg = [\d,]+ optimizer steps", description)
+    assert f"{config['training']['batch']} images per optimizer step" in description
+
+
+def test_a_dry_run_counts_steps_from_kimg_and_kimg_from_steps():
+    _, by_kimg = dry_run("--preset=cifar10", "--kimg=10", "--batch=512")
+    assert "10.0 kimg = 20 optimizer steps" in by_kimg  # The last step is not cut short.
+    for name in ("--iters", "--max-steps"):
+        _, by_steps = dry_run("--preset=cifar10", f"{name}=3", "--batch=500")
+        assert "1.5 kimg = 3 optimizer steps" in by_steps
+
+
+def test_a_dry_run_under_torchrun_is_printed_once(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert helpers.succeed(train, "--preset=digits", "--dry-run").output == ""
+
+
+def test_a_dry_run_looks_at_data_that_exist(base):
+    data = helpers.toy_data(base)
+    config, description = dry_run(
+        "--preset=digits", f"--data={data}", "--no-cond", "--label-drop=0"
+    )
+    assert config["model"]["img_channels"] == 3
+    assert "8x8x3, unconditional" in description
+    message = helpers.fail(train, "--preset=cifar10", f"--data={data}", "--dry-run")
+    assert "--resolution: this run expects 32x32" in message
+
+
+def test_cond_works_bare_and_with_a_value():
+    for text, classes in (("--cond", 10), ("--cond=True", 10), ("--cond=False", 0)):
+        config, _ = dry_run("--preset=cifar10", text, "--lr=2e-3")
+        assert config["model"]["num_classes"] == classes
+        assert config["training"]["lr"] == 2e-3
+
+
+# Every option, with what it must change in a training run.
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One value of an option.
+
+    ``changes`` and ``keeps`` name the parts of a run's fingerprint that must differ from those of
+    the same run without the option, and that must not. ``beside`` is given to both.
+    """
+
+    value: str
+    changes: str
+    keeps: str = ""
+    beside: str = ""
+    data_size: int = 8
+
+
+# Runs that continue a trained network hardly, for options of which random weights show little.
+SAMPLED = "TRANSFER --cond --label-drop=0.2 --lr=1e-5 --iters=1 --steps=4 "
+
+
+def sampled(value, beside=""):
+    return Case(value, "fakes", keeps="net ema", beside=SAMPLED + beside)
+
+
+def unseen(value, changes, beside=""):
+    """A case that must not change what is computed."""
+    return Case(value, changes, keeps="net ema losses", beside=beside)
+
+
+CASES = {
+    "resolution": [Case("16", "net fakes", data_size=16)],
+    "attention": [unseen("sdpa", "options")],
+    "checkpointing": [unseen("True", "checkpoints")],
+    "num-stages": [Case("1", "net")],
+    "num-blocks": [Case("1,2", "net")],
+    "base-dim": [Case("8", "net")],
+    "hidden-dim": [Case("24", "net")],
+    "num-heads": [Case("4", "net")],
+    "window": [Case("2", "net")],
+    "time-dim": [Case("16", "net")],
+    "mlp-ratio": [Case("2", "net")],
+    "dropout": [Case("0.5", "net")],
+    "skip": [Case("block", "net", beside="--num-blocks=2")],
+    "precond": [Case(name, "net fakes") for name in ("vp", "ve", "iddpm")],
+    "sigma-data": [Case("0.4", "net")],
+    "p-mean": [Case("-1", "net")],
+    "p-std": [Case("1", "net")],
+    "kimg": [Case("0.03", "net num_images")],
+    "iters": [Case("3", "net num_images")],
+    "batch": [Case("16", "net num_images")],
+    "batch-gpu": [Case("4", "passes")],
+    "lr": [Case("0.02", "net")],
+    "lr-rampup": [Case("0.1", "net")],
+    "clip-grad": [Case("0.01", "net")],
+    "label-drop": [Case("0.5", "net", beside="--cond")],
+    "ema-kimg": [Case("0.0001", "ema", keeps="net losses")],
+    "ema-rampup": [
+        Case("0.5", "ema", keeps="net losses"),
+        Case("none", "ema", keeps="net losses"),
+    ],
+    "loss-scaling": [Case("100", "net gradients")],
+    "seed": [Case("1", "net")],
+    "precision": [Case(name, "net losses") for name in ("bf16", "fp16")],
+    "compile": [Case("True", "compiled")],
+    "tf32": [unseen("True", "backends")],
+    "bench": [unseen("False", "backends")],
+    "augment": [Case("0.5", "net")],
+    "data": [Case("RING", "net")],
+    "cond": [Case("True", "net")],
+    "max-size": [Case("20", "net")],
+    "cache": [unseen("True", "caches")],
+    "tick": [unseen("100", "ticks", beside="--tick=0 --iters=3")],
+    "snap": [unseen("1", "saved", beside="--tick=0 --iters=4")],
+    "dump": [unseen("1", "saved", beside="--tick=0 --iters=4")],
+    "metrics": [unseen("fd_pixels", "files")],
+    "metrics-ticks": [unseen("1", "scores", beside="--metrics=fd_pixels --tick=0 --iters=3")],
+    "sample-batch": [unseen("3", "batches")],
+    "workers": [unseen("1", "workers")],
+    "wandb": [unseen("True", "wandb")],
+    "wandb-project": [unseen("mine", "wandb", beside="--wandb")],
+    "sampler": [sampled(name) for name in ("euler", "ddim", "dpmpp_2m", "ddpm")],
+    "steps": [sampled("3")],
+    "sigma-grid": [sampled(name) for name in ("linear", "vp", "ve", "iddpm")],
+    "sigma-min": [sampled("0.2")],
+    "sigma-max": [sampled("10")],
+    "rho": [sampled("3")],
+    "s-churn": [sampled("8")],
+    "s-min": [sampled("20", "--s-churn=8")],
+    "s-max": [sampled("20", "--s-churn=8")],
+    "s-noise": [sampled("1.2", "--s-churn=8")],
+    "eta": [sampled("1", "--sampler=ddim")],
+    "cfg-scale": [sampled("3")],
+    "cfg-schedule": [sampled("power-cosine", "--cfg-scale=3")],
+    "cfg-power": [sampled("1", "--cfg-scale=3 --cfg-schedule=power-cosine")],
+    "cfg-interval": [sampled("0.1,10", "--cfg-scale=3")],
+}
+# Options whose effect is another, with the test that shows it.
+SHOWN_BY = {
+    "keep-states": "test_keep_states_is_the_number_of_states_that_stay",
+    "skip-limit": "test_skip_limit_stops_a_run_whose_gradients_stay_non_finite",
+    "inception": "test_inception_is_where_the_weights_come_from",
+}
+# The values that runs of the table have anyway, and those that another test is about.
+DEFAULTS = {
+    "attention": {"auto", "flex"},
+    "skip": {"stage"},
+    "precond": {"edm"},
+    "precision": {"fp32"},
+    "sampler": {"heun"},
+    "sigma-grid": {"karras"},
+    "cfg-schedule": {"constant"},
+}
+
+
+def all_settings():
+    return {s.name: s for preset in PRESETS.values() for s in settings(preset.run)}
+
+
+def test_every_option_and_every_choice_of_it_has_a_test():
+    found = all_settings()
+    assert set(found) == set(CASES) | set(SHOWN_BY)
+    assert all(callable(globals()[name]) for name in SHOWN_BY.values())
+    for name, setting in found.items():
+        choices = set(setting.field.metadata["choices"] or ())
+        tried = {case.value for case in CASES.get(name, [])} | DEFAULTS.get(name, set())
+        assert choices <= tried, f"--{name}"
+
+
+class Spies:
+    """What a run does besides computing, noted while it runs."""
+
+    def __init__(self, stack):
+        self.seen = {
+            name: [] for name in ["passes", "compiled", "saved", "caches", "batches", "workers"]
+        }
+        self.seen["checkpoints"] = []
+        wandb = types.ModuleType("wandb")
+        self.wandb = wandb.init = mock.MagicMock()
+        stack.enter_context(mock.patch.dict(sys.modules, wandb=wandb))
+        patch = functools.partial(self._wrap, stack)
+        patch(Objective, "forward", "passes", lambda self, images, *rest: len(images))
+        patch(torch.nn.Module, "compile", "compiled", lambda module: type(module).__name__)
+        patch(training.loop, "save_snapshot", "saved", lambda path, *rest: "snapshot")
+        patch(training.loop, "save_state", "saved", lambda path, *rest: "state")
+        patch(training.dataset, "_SharedCache", "caches", lambda shape, path: shape)
+        patch(
+            training.generation.ImageGenerator,
+            "generate",
+            "batches",
+            lambda self, seeds, *rest: len(seeds),
+        )
+        patch(
+            training.loop, "make_loader", "workers", lambda *args, num_workers, device: num_workers
+        )
+        import models.diffit
+
+        patch(models.diffit, "checkpoint", "checkpoints", lambda *args, use_reentrant: 1)
+        # A few pictures tell as much as 64, and event files tell nothing here.
+        stack.enter_context(mock.patch.object(training.generation, "GRID_SEEDS", 6))
+        stack.enter_context(mock.patch("training.telemetry._tensorboard_writer", lambda path: None))
+        stack.enter_context(mock.patch.object(train, "describe_run", lambda *args: ""))
+
+    def _wrap(self, stack, owner, name, key, note):
+        original = getattr(owner, name)
+        seen = self.seen[key]
+
+        @functools.wraps(original)
+        def spy(*args, **kwargs):
+            seen.append(note(*args, **kwargs))
+            if key == "compiled":
+                kwargs["backend"] = "eager"  # Inductor takes minutes.
+            return original(*args, **kwargs)
+
+        stack.enter_context(mock.patch.object(owner, name, spy))
+
+
+def hash_tensors(tree):
+    return hash(tuple((name, tensor.numpy().tobytes()) for name, tensor in tree.items()))
+
+
+@functools.cache
+def fingerprint(base, args, data_size=8):
+    """Return what can be observed of a training run, part by part."""
+    data = helpers.toy_data(base, data_size)
+    words = args.split()
+    if "TRANSFER" in words:
+        words[words.index("TRANSFER")] = f"--transfer={helpers.trained_snapshot(base)}"
+    words = [word.replace("RING", str(base / "toy" / "ring")) for word in words]
+    outdir = base / "options" / str(len(list((base / "options").glob("*"))))
+    flags = (torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32)
+    with ExitStack() as stack:
+        spies = Spies(stack)
+        run_dir = helpers.train_tiny(outdir, data, *words).run_dir
+    backends = (torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32)
+    torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32 = flags
+    torch.backends.cudnn.allow_tf32 = True
+    state = load_state(max(run_dir.glob("training-state-*.pt")))
+    rows = [json.loads(line) for line in (run_dir / "stats.jsonl").read_text().splitlines()]
+    scores = run_dir / "metric-fd_pixels.jsonl"
+    files = {path.name for path in run_dir.iterdir()}
+    return dict(
+        net=hash_tensors(state["net"]),
+        ema=load_snapshot(max(run_dir.glob("network-snapshot-*.pkl"))).sha256,
+        fakes=max(run_dir.glob("fakes-*.png")).read_bytes(),
+        losses=rows[0]["Loss/loss"]["mean"],
+        gradients=rows[0]["Loss/grad_norm"]["mean"],
+        num_images=state["progress"]["cur_nimg"],
+        ticks=len(rows),
+        scores=len(scores.read_text().splitlines()) if scores.is_file() else 0,
+        files=files,
+        options=json.loads((run_dir / "training_options.json").read_text())["config"],
+        backends=backends,
+        wandb=[
+            (call.kwargs["project"], call.kwargs["name"]) for call in spies.wandb.mock_calls[:1]
+        ],
+        **spies.seen,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [(name, case) for name, cases in CASES.items() for case in cases],
+    ids=lambda x: x.value if isinstance(x, Case) else x,
+)
+def test_every_option_has_the_effect_that_it_is_for(name, case, base):
+    (base / "options").mkdir(exist_ok=True)
+    plain = fingerprint(base, case.beside)
+    other = fingerprint(base, f"{case.beside} --{name}={case.value}", case.data_size)
+    assert plain["options"] != other["options"]
+    for part in case.changes.split():
+        assert plain[part] != other[part], part
+    for part in case.keeps.split():
+        assert plain[part] == other[part], part
+
+
+def test_accumulation_passes_and_the_compiled_network_compute_the_same(base):
+    (base / "options").mkdir(exist_ok=True)
+    plain = fingerprint(base, "")
+    for args in ("--batch-gpu=4", "--compile=True"):
+        assert fingerprint(base, args)["losses"] == pytest.approx(plain["losses"], rel=1e-5)
+    assert fingerprint(base, "--batch-gpu=4")["passes"] == [4] * 4
+    assert fingerprint(base, "--compile=True")["compiled"] == ["DiffiT"]
+
+
+def test_keep_states_is_the_number_of_states_that_stay(base, tmp_path):
+    options = [
+        "--batch=1000",
+        "--iters=3",
+        "--tick=0",
+        "--snap=1",
+        "--num-stages=1",
+        "--base-dim=4",
+    ]
+    for keep in (1, 2):
+        run_dir = helpers.train_tiny(
+            tmp_path / str(keep), helpers.toy_data(base), *options, f"--keep-states={keep}"
+        ).run_dir
+        names = sorted(path.name for path in run_dir.glob("training-state-*.pt"))
+        assert names == [f"training-state-{3 - keep + k + 1:06d}.pt" for k in range(keep)]
+        assert len(list(run_dir.glob("network-snapshot-*.pkl"))) == 3
+
+
+def test_skip_limit_stops_a_run_whose_gradients_stay_non_finite(base, tmp_path, monkeypatch):
+    original = Objective.forward
+    monkeypatch.setattr(
+        Objective, "forward", lambda self, *args: original(self, *args) * float("nan")
+    )
+    args = [f"--outdir={tmp_path}", f"--data={helpers.toy_data(base)}", *helpers.TINY]
+    args += ["--tick=0", "--iters=20"]
+    message = helpers.fail(train, *args, "--skip-limit=3")
+    assert "3 gradients in a row were not finite" in message
+    assert "--skip-limit=3" in message
+    assert helpers.fail(train, *args, "--skip-limit=5").startswith("Error: 5 gradients")
+
+
+def test_inception_is_where_the_weights_come_from(base, tmp_path):
+    message = helpers.fail(
+        train,
+        f"--outdir={tmp_path}",
+        f"--data={helpers.toy_data(base)}",
+        *helpers.TINY,
+        "--metrics=fid10k_full",
+        f"--inception={tmp_path / 'absent.pth'}",
+    )
+    assert "absent.pth: no such file" in message
+    assert not list(tmp_path.glob("0*"))
+
+
+def test_a_run_starts_from_another_and_reports_which_weights_it_took(base, tmp_path):
+    snapshot = helpers.trained_snapshot(base)
+    result = helpers.train_tiny(
+        tmp_path, helpers.toy_data(base), f"--transfer={snapshot}", "--lr=0", "--iters=1"
+    )
+    assert "Unexpected (not used): conditioner" in result.output
+    there = load_snapshot(snapshot).state_dict
+    here = load_snapshot(max(result.run_dir.glob("*.pkl"))).state_dict
+    shared = set(here) & set(there)
+    assert len(shared) > 50
+    assert all(torch.equal(here[name], there[name]) for name in shared)
+    message = helpers.fail(
+        train,
+        f"--outdir={tmp_path}",
+        f"--data={helpers.toy_data(base)}",
+        *helpers.TINY,
+        f"--transfer={tmp_path / 'absent.pkl'}",
+    )
+    assert "absent.pkl: no such file" in message
+
+
+def test_an_ema_rampup_typed_beside_transfer_is_used(base, tmp_path):
+    for given, used in (([], None), (["--ema-rampup=0.1"], 0.1)):
+        result = helpers.train_tiny(
+            tmp_path,
+            helpers.toy_data(base),
+            f"--transfer={helpers.trained_snapshot(base)}",
+            "--iters=1",
+            *given,
+        )
+        options = json.loads((result.run_dir / "training_options.json").read_text())
+        assert options["config"]["training"]["ema_rampup"] == used
+
+
+def test_the_description_is_part_of_the_folder_s_name(base, tmp_path):
+    first = helpers.train_tiny(tmp_path, helpers.toy_data(base), "--iters=1", "--desc=try")
+    assert first.run_dir.name == "00000-toy-uncond-cifar10-ranks1-batch8-fp32-try"
+    second = helpers.train_tiny(tmp_path, helpers.toy_data(base), "--iters=1", "--cond")
+    assert second.run_dir.name == "00001-toy-cond-cifar10-ranks1-batch8-fp32"
+
+
+# What is refused, and in which words.
+
+DATA = "--outdir=OUT --data=TOY"
+
+
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [
+        ("--preset=cifer10", ["'cifer10'", "accepted: cifar10, ", "Did you mean 'cifar10'?"]),
+        ("", ["--preset", "cifar10-l4", "ffhq64"]),
+        ("--preset=digits --num-head=2", ["No such option '--num-head'", "'--num-heads'"]),
+        ("--preset=digits --drop-out=2", ["No such option '--drop-out'", "--dropout"]),
+        ("--preset=digits --metrics=fid10k", ["'fid10k'", "Did you mean 'fid10k_full'?"]),
+        ("--preset=digits --precond=ed", ["'ed'", "one of edm, vp", "Did you mean 'edm'?"]),
+        ("--preset=digits --outdir=x", ["--data", "dataset_tool.py"]),
+        ("--preset=digits --data=TOY", ["--outdir"]),
+        ("--preset=digits --outdir=OUT --data=absent.zip", ["absent.zip"]),
+        ("--resolution=48", ["no preset for 48", "32 (cifar10) and 64 (ffhq64)", "--preset"]),
+        ("--resolution=large", ["no preset for large"]),
+        (
+            f"--preset=cifar10 {DATA}",
+            ["expects 32x32", "toy.zip holds 8x8", "--resolution=8", "convert --resolution=32"],
+        ),
+        (f"TINY {DATA}/../toy/ring --cond", ["has no class labels", "--cond"]),
+        (f"TINY {DATA} --label-drop=0.1", ["--label-drop: got 0.1", "unconditional", "--cond"]),
+        (f"TINY {DATA} --cfg-scale=2", ["--cfg-scale: got 2", "unconditional", "--cond"]),
+        (f"TINY {DATA} --cond --cfg-scale=2", ["without label dropout", "--label-drop=0.1"]),
+        (f"TINY {DATA} --kimg=1", ["--kimg or --iters, not both"]),
+        ("--preset=digits --resume=auto --transfer=x", ["--resume or --transfer, not both"]),
+        (f"--preset=digits {DATA} --resume=absent", ["--resume: absent does not exist"]),
+        (f"--preset=digits {DATA} --resume=TOY", ["not a run folder", "training_options.json"]),
+        (
+            f"TINY {DATA} --batch=10 --batch-gpu=4",
+            ["--batch-gpu: got 4", "--batch 10", "a divisor of 10", "such as 5"],
+        ),
+        (f"TINY {DATA} --wandb", ["--wandb", "pip install wandb"]),
+        (f"TINY {DATA} --attention=flex", ["flex", "cannot be trained on a CPU"]),
+        (f"TINY {DATA} --precond=vp --p-mean=0", ["--p-mean", "only with --precond=edm", "vp"]),
+        (f"TINY {DATA} --eta=1", ["--eta", "only with --sampler=ddim", "heun"]),
+        (f"TINY {DATA} --s-noise=1.1", ["--s-noise has no effect with --s-churn=0"]),
+        (f"TINY {DATA} --cfg-interval=0,1", ["--cfg-interval has no effect with --cfg-scale=1"]),
+        (f"TINY {DATA} --metrics-ticks=2", ["--metrics-ticks", "--metrics=none"]),
+        (f"TINY {DATA} --wandb-project=a", ["--wandb-project", "only with --wandb=True"]),
+        (
+            f"TINY {DATA} --metrics=fd_pixels --inception=a.pth",
+            ["--inception has no effect with --metrics=fd_pixels"],
+        ),
+        ("--preset=digits --batch=0", ["--batch: got 0", "an integer of at least 1"]),
+        ("--preset=digits --batch=inf", ["--batch", "'inf'", "an integer"]),
+        ("--preset=digits --kimg=inf", ["--kimg: got inf", "a number"]),
+        ("--preset=digits --lr=nan", ["--lr: got nan", "a number"]),
+        ("--preset=digits --lr=fast", ["--lr", "'fast'", "a number"]),
+        ("--preset=digits --num-heads=5", ["--num-heads: got 5", "--base-dim"]),
+        ("--preset=digits --window=3", ["--window: got 3", "8x8"]),
+        ("--preset=digits --sigma-min=90", ["--sigma-min: got 90", "below --sigma-max"]),
+        ("--preset=digits extra", ["unexpected extra argument", "extra"]),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_sentence(args, parts, base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    text = args.replace("TOY/../", f"{base}/").replace("TOY", str(helpers.toy_data(base)))
+    text = text.replace("OUT", str(tmp_path / "runs")).replace("TINY", " ".join(helpers.TINY))
+    message = helpers.fail(train, *text.split())
+    for part in parts:
+        assert part in message
+    assert not (tmp_path / "runs").exists()
+
+
+def test_ranks_that_cannot_share_the_batch_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    message = helpers.fail(train, "--preset=digits", "--dry-run")
+    assert "--batch: got 128, which 3 ranks cannot share evenly; use a multiple of 3." in message
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PatchConfig(ModelConfig):
+    title: ClassVar[str] = "Model options (patches)"
+    patch: int = option(2, min=1, aliases=("p",), help="Edge of a patch.")
+
+
+def test_an_option_of_another_family_is_refused_with_the_preset_that_has_it(monkeypatch):
+    run = RunConfig(preset="patchy", model=PatchConfig())
+    fake = dataclasses.replace(PRESETS["cifar10"], run=run)
+    monkeypatch.setitem(PRESETS, "patchy", fake)
+    for option_text in ("--patch=4", "--p=4"):
+        message = helpers.fail(train, "--preset=cifar10", option_text)
+        assert "preset cifar10 has no such option; patchy has." in message
+    message = helpers.fail(train, "--preset=patchy", "--window=4")
+    assert "--window: preset patchy has no such option; cifar10, " in message
+
+
+def test_a_continued_run_keeps_its_folder_and_name(base, tmp_path):
+    run_dir = helpers.train_tiny(tmp_path, helpers.toy_data(base), "--iters=1").run_dir
+    message = helpers.fail(train, f"--resume={run_dir}", "--desc=new")
+    assert "--desc names a new run folder" in message
+    message = helpers.fail(train, f"--resume={run_dir}", f"--outdir={base}")
+    assert f"--resume continues in {run_dir}" in " ".join(message.split())
+    helpers.succeed(train, f"--resume={run_dir}", f"--outdir={tmp_path}", "--iters=2")
+    assert [path.name for path in tmp_path.glob("0*")] == [run_dir.name]
+
+
+def test_help_shows_the_preset_s_values_in_groups_with_examples():
+    output = helpers.succeed(train, "--preset=ffhq64", "--help").output
+    text = " ".join(output.split())
+    for part in (
+        "Learning rate. [default: 0.0002]",
+        "Images per optimizer step, over all ranks. [default: 256]",
+        "[default: 0.05]",
+        "--sampler [heun|euler|ddim|dpmpp_2m|ddpm]",
+        "python train.py --preset=ffhq64 --dry-run",
+    ):
+        assert part in text
+    titles = ["Main options", "Model options (DiffiT)", "Preconditioning", "Training options"]
+    titles += ["Augmentation", "Data", "Progress, snapshots and metrics", "Sampling", "Guidance"]
+    places = [output.index(f"\n{title}:\n") for title in titles]
+    assert places == sorted(places)
+    for name, setting in all_settings().items():
+        assert f"--{name}" in text
+        assert setting.field.metadata["help"].split()[0] in text
+    assert "Learning rate. [default: 0.001]" in " ".join(
+        helpers.succeed(train, "--help").output.split()
+    )

@@ -1,0 +1,176 @@
+"""Training runs of a tiny model in processes of their own, for tests, and what they leave behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import torch
+
+from training.checkpoint import find_states, load_state
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMEOUT_SEC = 240  # Of anything that takes seconds on an idle machine.
+
+# A model small enough for 20 ms a step, samples that cost two evaluations.
+TINY = (
+    "--preset=digits",
+    "--num-stages=2",
+    "--base-dim=16",
+    "--hidden-dim=16",
+    "--time-dim=32",
+    "--batch=32",
+    "--sampler=euler",
+    "--steps=2",
+)
+
+
+def environment(cache):
+    """Return this process's environment for a training process: no launcher, one thread, CPU."""
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in launcher and not name.startswith(("TORCHELASTIC_", "SLURM_"))
+    }
+    return {
+        **kept,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "SETDIFFIT_CACHE": str(cache),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+class TrainProcess:
+    """``train.py`` started by python (``ranks`` is None) or by torchrun."""
+
+    def __init__(self, args, env, log, ranks=None, torchrun=("--standalone",)):
+        command = [sys.executable]
+        if ranks is not None:
+            command += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", *torchrun]
+        command += [str(ROOT / "train.py"), *map(str, args)]
+        self._log = log
+        with open(log, "w") as file:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=env,
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self):
+        return self._process.pid
+
+    @property
+    def output(self):
+        return self._log.read_text(errors="replace")
+
+    def processes(self):
+        """Return this process and all that descend from it."""
+        try:
+            top = psutil.Process(self.pid)
+            return [top, *top.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def finish(self, code=0):
+        """Wait for the end, require an exit code (or any failure for None), return the output."""
+        found = self._process.wait(TIMEOUT_SEC)
+        assert found == code if code is not None else found != 0, (found, self.output)
+        return self.output
+
+    def wait_until(self, condition):
+        """Wait until ``condition()`` is true while the process runs; return its value."""
+        deadline = time.monotonic() + TIMEOUT_SEC
+        while not (value := condition()):
+            assert self._process.poll() is None, f"ended early:\n{self.output}"
+            assert time.monotonic() < deadline, f"waited too long:\n{self.output}"
+            time.sleep(0.005)
+        return value
+
+    def send(self, number):
+        self._process.send_signal(number)
+
+    def kill(self):
+        """End everything that is left of it."""
+        for process in reversed(self.processes()):
+            process.send_signal(signal.SIGKILL)
+        self._process.wait(TIMEOUT_SEC)
+
+
+def only_run(outdir):
+    """Return the one run folder in ``outdir``."""
+    (run_dir,) = [path for path in outdir.iterdir() if path.is_dir()]
+    return run_dir
+
+
+def read_rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def num_rows(outdir):
+    """Return the number of ticks that the newest run in ``outdir`` has recorded so far."""
+    paths = sorted(outdir.glob("*/stats.jsonl"))
+    return len(paths[-1].read_text().splitlines()) if paths else 0
+
+
+def per_tick(run_dir, name):
+    return [row[name]["mean"] for row in read_rows(run_dir / "stats.jsonl")]
+
+
+def leaves(tree, prefix=""):
+    """Return ``{path: tensor or plain value}`` of nested dicts and lists."""
+    if isinstance(tree, dict | list | tuple):
+        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        return {k: v for key, child in items for k, v in leaves(child, f"{prefix}/{key}").items()}
+    return {prefix: tree}
+
+
+def differences(first, second):
+    """Return the paths at which two trees are not equal bit for bit."""
+    first, second = leaves(first), leaves(second)
+    assert first.keys() == second.keys()
+    return [
+        path
+        for path, value in first.items()
+        if not (
+            torch.equal(value, second[path])
+            if isinstance(value, torch.Tensor)
+            else value == second[path]
+        )
+    ]
+
+
+def final_state(run_dir):
+    return load_state(find_states(run_dir)[0])
+
+
+def assert_same_run(run_dir, reference):
+    """Require that two finished runs left the same weights, averages, optimizer and records."""
+    states = [final_state(path) for path in (run_dir, reference)]
+    for state in states:
+        del state["progress"]["elapsed_sec"], state["config"]["logging"]
+    assert differences(*states) == []
+    name = max(path.name for path in reference.glob("network-snapshot-*.pkl"))
+    snapshots = [
+        torch.load(path / name, weights_only=True)["ema"] for path in (run_dir, reference)
+    ]
+    assert differences(*snapshots) == []
+    assert differences(snapshots[0], {**states[0]["ema"]}) == []
+    for name in ("Progress/tick", "Progress/kimg", "Loss/loss", "Loss/grad_norm"):
+        found, expected = per_tick(run_dir, name), per_tick(reference, name)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0, msg=f"{name}: {found}")
+    for path in reference.glob("metric-*.jsonl"):
+        found, expected = read_rows(run_dir / path.name), read_rows(path)
+        assert [row["kimg"] for row in found] == [row["kimg"] for row in expected]
+        torch.testing.assert_close(
+            [row["value"] for row in found], [row["value"] for row in expected]
+        )

@@ -1,0 +1,325 @@
+"""What training, sampling, loading and attention cost on a device: the text of benchmark.py.
+
+Whatever is compared runs in one process and in turn, round by round, and medians count.
+"""
+
+import dataclasses
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from diffusion.guidance import GuidanceConfig
+from diffusion.precond import make_precond
+from diffusion.samplers import SamplingConfig
+from models import Network, build_network
+from models.layers import attend, choose_attention
+from torch_utils import rng
+from torch_utils.stats import StatsCollector
+from training.augment import make_augment_pipe
+from training.baseline import build_plain_network, plain_attention
+from training.config import RunConfig
+from training.dataset import ImageDataset
+from training.ema import EMA, ema_beta
+from training.generation import AUTOCAST_DTYPES, ImageGenerator
+from training.measure import (
+    Clock,
+    bare_decode,
+    device_name,
+    interleave,
+    median_ratio,
+    peak_allocation,
+    peak_flops,
+    seconds_of,
+    table,
+    tensor_bytes,
+)
+from training.objective import Objective, draw_step
+from training.optimizer import GuardedAdam
+from training.report import forward_flops
+from training.sampler import PositionSampler, make_loader
+
+PARTS = ("data", "forward", "backward", "optimizer", "EMA")
+MIB = 2**20
+# As far into a run as that the average has its full half-life.
+_FIRST_NIMG = 50_000_000
+
+
+class TrainingSteps:
+    """Optimizer steps made of what the training loop is made of, with marks between their parts.
+
+    A batch is ``config.training.batch`` images; there is no accumulation and one rank.
+    """
+
+    def __init__(self, config: RunConfig, dataset: ImageDataset, device: torch.device) -> None:
+        training = config.training
+        self.config, self.device = config, device
+        self._image_shape = (dataset.img_channels, dataset.resolution, dataset.resolution)
+        self._label_drop = training.label_drop if dataset.num_classes else 0.0
+        self._precond = make_precond(config.precond)
+        self._augment_pipe = make_augment_pipe(training.augment)
+        self._cur_nimg = _FIRST_NIMG
+        sampler = PositionSampler(
+            len(dataset),
+            seed=training.seed,
+            start_nimg=self._cur_nimg,
+            batch_size=training.batch,
+            batch_gpu=training.batch,
+            rank=0,
+            world_size=1,
+        )
+        workers = config.logging.workers
+        self._batches = iter(make_loader(dataset, sampler, num_workers=workers, device=device))
+        torch.manual_seed(training.seed)
+        self.network = self._build_network().train().requires_grad_(True).to(device)
+        self._make_optimizer()
+        autocast_dtype = AUTOCAST_DTYPES[training.precision]
+        self._objective = Objective(self.network, self._precond, autocast_dtype)
+
+    def _build_network(self) -> Network:
+        network = build_network(self.config.model)
+        return network.to(memory_format=torch.channels_last)
+
+    def _make_optimizer(self) -> None:
+        clip_grad = self.config.training.clip_grad
+        self._optimizer = GuardedAdam(self.network.parameters(), clip_grad=clip_grad)
+        self._ema = EMA(self.network)
+        self._stats = StatsCollector()
+        if self.config.training.compile:
+            self.network.backbone.compile()
+
+    def step(self, clock: Clock) -> None:
+        """Make one optimizer step, calling ``clock.mark`` at the end of each of PARTS."""
+        training = self.config.training
+        draws = draw_step(
+            self._precond,
+            self._augment_pipe,
+            seed=training.seed,
+            cur_nimg=self._cur_nimg,
+            batch=training.batch,
+            image_shape=self._image_shape,
+            label_drop=self._label_drop,
+            device=self.device,
+        )
+        torch.manual_seed(rng.mix(training.seed, self._cur_nimg, rng.STREAM_MODEL))
+        images, cond = next(self._batches)
+        images = images.to(self.device, non_blocking=True).to(torch.float32) / 127.5 - 1
+        cond = {name: value.to(self.device, non_blocking=True) for name, value in cond.items()}
+        if self._augment_pipe is not None:
+            images, cond["augment"] = self._augment_pipe.apply(images, draws.augment)
+        clock.mark("data")
+        loss = self._objective(images, cond, draws.sigma, draws.noise, draws.drop)
+        clock.mark("forward")
+        (loss.sum() * (training.loss_scaling / training.batch)).backward()
+        clock.mark("backward")
+        self._update_weights(loss)
+        clock.mark("optimizer")
+        self._update_average(
+            ema_beta(self._cur_nimg, training.batch, training.ema_kimg, training.ema_rampup)
+        )
+        clock.mark("EMA")
+        self._cur_nimg += training.batch
+
+    def _update_weights(self, loss: torch.Tensor) -> None:
+        self._stats.report("Loss/loss", loss)
+        self._stats.report("Loss/grad_norm", self._optimizer.step(self.config.training.lr))
+        self._optimizer.zero_grad()
+
+    def _update_average(self, beta: float) -> None:
+        self._ema.update(beta, self._optimizer.skipped)
+
+    def state_bytes(self) -> int:
+        """Return the bytes kept between two steps: weights, average, optimizer."""
+        tensors = [*self.network.parameters(), *self._ema_parameters()]
+        return tensor_bytes(tensors) + tensor_bytes(self._optimizer.state_dict())
+
+    def _ema_parameters(self) -> list[torch.Tensor]:
+        return list(self._ema.network.parameters())
+
+
+class PlainTrainingSteps(TrainingSteps):
+    """The same steps, plainly: other network code, Adam and average one parameter at a time."""
+
+    def _build_network(self) -> Network:
+        return build_plain_network(self.config.model)
+
+    def _make_optimizer(self) -> None:
+        self._optimizer = torch.optim.Adam(
+            self.network.parameters(), betas=(0.9, 0.999), eps=1e-8, foreach=False, fused=False
+        )
+        self._average = [param.detach().clone() for param in self.network.parameters()]
+
+    def _update_weights(self, loss: torch.Tensor) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.config.training.lr
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def _update_average(self, beta: float) -> None:
+        for average, param in zip(self._average, self.network.parameters(), strict=True):
+            average.lerp_(param, 1 - beta)
+
+    def _ema_parameters(self) -> list[torch.Tensor]:
+        return self._average
+
+
+def benchmark_train(
+    config: RunConfig,
+    dataset: ImageDataset,
+    device: torch.device,
+    *,
+    precisions: tuple[str, ...],
+    num_rounds: int,
+    num_steps: int,
+    num_warmup: int,
+) -> str:
+    """Return what a training step costs, for this code in each precision and for the baseline.
+
+    Args:
+        config: A run fitted to the data; its batch is that of one pass.
+        dataset: Images to train on.
+        device: Where to train.
+        precisions: ``fp32``, ``bf16`` or both. The baseline is always eager fp32.
+        num_rounds: Rounds, in each of which every side has one turn.
+        num_steps: Timed steps a turn.
+        num_warmup: Steps of each side before all that.
+    """
+    training = config.training
+    torch.backends.cudnn.benchmark = training.cudnn_benchmark
+    torch.backends.cudnn.allow_tf32 = training.tf32
+    torch.backends.cuda.matmul.allow_tf32 = training.tf32
+
+    def with_training(**changes: Any) -> RunConfig:
+        return dataclasses.replace(config, training=dataclasses.replace(training, **changes))
+
+    plain = with_training(precision="fp32", compile=False)
+    sides = {"baseline fp32": PlainTrainingSteps(plain, dataset, device)}
+    for precision in precisions:
+        own = with_training(precision=precision)
+        sides[f"this code {precision}"] = TrainingSteps(own, dataset, device)
+
+    # Warm up, and measure memory once.
+    peaks = {}
+    for name, side in sides.items():
+        for _ in range(num_warmup):
+            side.step(Clock(device))
+        peaks[name] = side.state_bytes() + peak_allocation(lambda s=side: s.step(Clock(device)), device)
+
+    def make_turn(side: TrainingSteps) -> Callable[[], dict[str, float]]:
+        def turn() -> dict[str, float]:
+            clock = Clock(device)
+            clock.start()
+            for _ in range(num_steps):
+                side.step(clock)
+            return {part: seconds / num_steps for part, seconds in clock.seconds().items()}
+
+        return turn
+
+    times = interleave({name: make_turn(side) for name, side in sides.items()}, num_rounds)
+    totals = {name: [sum(turn.values()) for turn in turns] for name, turns in times.items()}
+    flops = 3 * forward_flops(config) * training.batch
+    rows = [["", *sides]]
+    for part in PARTS:
+        medians = [statistics.median(turn[part] for turn in turns) for turns in times.values()]
+        rows.append([f"{part}, ms", *(f"{1000 * median:.1f}" for median in medians)])
+    seconds = {name: statistics.median(total) for name, total in totals.items()}
+    rows.append(["step, ms", *(f"{1000 * s:.1f}" for s in seconds.values())])
+    rows.append(["images/s", *(f"{training.batch / s:.1f}" for s in seconds.values())])
+    rows.append(["peak memory, MiB", *(f"{peak / MIB:.0f}" for peak in peaks.values())])
+    rows.append(["TFLOP/s of the model", *(f"{flops / s / 1e12:.3f}" for s in seconds.values())])
+    utilisation = []
+    for name, s in seconds.items():
+        arithmetic = "tf32" if name.endswith("fp32") and training.tf32 else name[-4:]
+        peak = peak_flops(device_name(device), arithmetic)
+        utilisation.append("unknown" if peak is None else f"{100 * flops / s / peak:.1f}%")
+    rows.append(["model-FLOPs utilisation", *utilisation])
+    base = totals["baseline fp32"]
+    ratios = [f"{median_ratio(base, total):.2f}" for total in totals.values()]
+    rows.append(["speed, baseline = 1", *ratios])
+    return table(rows)
+
+
+def benchmark_sample(
+    config: RunConfig,
+    device: torch.device,
+    *,
+    precision: str,
+    batch: int,
+    sampling: SamplingConfig,
+    num_rounds: int,
+) -> str:
+    """Return the rate of sampling without and with guidance, and what guidance costs.
+
+    ``config`` is of a class-conditional model. Guidance evaluates the network on a doubled batch;
+    it is compared with sampling twice as many images without it.
+    """
+    assert config.model.num_classes > 0
+    torch.manual_seed(config.training.seed)
+    network = build_network(config.model).eval().requires_grad_(False).to(device)
+
+    def make_turn(num: int, cfg_scale: float) -> Callable[[], float]:
+        generator = ImageGenerator(
+            network=network,
+            precond=make_precond(config.precond),
+            image_shape=(config.model.img_channels, *[config.model.resolution] * 2),
+            num_classes=config.model.num_classes,
+            sampling=sampling,
+            guidance=GuidanceConfig(cfg_scale=cfg_scale),
+            device=device,
+            autocast_dtype=AUTOCAST_DTYPES[precision],
+        )
+        return lambda: seconds_of(lambda: generator.generate(range(num)), device)
+
+    names = [f"batch {batch}", f"batch {batch}, guided", f"batch {2 * batch}"]
+    turns = [make_turn(batch, 1.0), make_turn(batch, 1.5), make_turn(2 * batch, 1.0)]
+    for turn in turns:
+        turn()
+    times = interleave(dict(zip(names, turns, strict=True)), num_rounds)
+    rows = [["", "s a batch", "images/s"]]
+    for name, num in zip(names, (batch, batch, 2 * batch), strict=True):
+        seconds = statistics.median(times[name])
+        rows.append([name, f"{seconds:.3f}", f"{num / seconds:.2f}"])
+    ratio = median_ratio(times[names[1]], times[names[2]])
+    return f"{table(rows)}\nGuidance costs {ratio:.3f} times one doubled batch."
+
+
+def benchmark_data(
+    dataset: ImageDataset, *, batch: int, workers: tuple[int, ...], num_images: int, num_rounds: int
+) -> str:
+    """Return the rates of loading and of decoding the files, already in memory, with Pillow."""
+    num_images -= num_images % batch
+    files = [dataset.archive.read(index % len(dataset)) for index in range(num_images)]
+
+    def make_turn(num_workers: int) -> Callable[[], float]:
+        sampler = PositionSampler(
+            len(dataset),
+            seed=0,
+            start_nimg=0,
+            batch_size=batch,
+            batch_gpu=batch,
+            rank=0,
+            world_size=1,
+        )
+        cpu = torch.device("cpu")
+        batches = iter(make_loader(dataset, sampler, num_workers=num_workers, device=cpu))
+
+        def load() -> None:
+            for _ in range(num_images // batch):
+                next(batches)
+
+        return lambda: seconds_of(load, cpu)
+
+    turns = {"Pillow alone": lambda: seconds_of(lambda: bare_decode(files), torch.device("cpu"))}
+    for num in workers:
+        turns[f"loader, {num or 'no'} worker{'s' if num != 1 else ''}"] = make_turn(num)
+    for turn in turns.values():
+        turn()
+    times = interleave(turns, num_rounds)
+    rows = [["", "images/s", "of Pillow alone"]]
+    for name, seconds in times.items():
+        share = median_ratio(times["Pillow alone"], seconds)
+        rate = num_images / statistics.median(seconds)
+        rows.append([name, f"{rate:.0f}", f"{100 * share:.0f}%"])
+    return table(rows)

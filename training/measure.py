@@ -1,0 +1,217 @@
+"""Measuring: clocks, memory, device facts, synthetic data, tables."""
+
+import io
+import json
+import os
+import platform
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+
+from training.conversion import convert
+from training.parallel import num_usable_cores
+from training.sources import Source
+
+Value = TypeVar("Value")
+
+# Dense peaks in TFLOP/s: float32 outside tensor cores, TF32, bfloat16 with float32 sums. Published
+# by NVIDIA in the data sheets of A100, H100, H200, L4 and L40S, which give twice as much where they
+# assume sparsity, and in the white papers of GA102 (RTX 3090) and Ada (RTX 4090). The first pattern
+# found in the device's name counts.
+PEAK_TFLOPS: tuple[tuple[str, dict[str, float]], ...] = (
+    (r"A100", dict(fp32=19.5, tf32=156.0, bf16=312.0)),
+    (r"H100 PCIe", dict(fp32=51.0, tf32=378.0, bf16=756.0)),
+    (r"H[12]00 NVL", dict(fp32=60.0, tf32=417.5, bf16=835.5)),
+    (r"H100|H200", dict(fp32=67.0, tf32=494.5, bf16=989.0)),
+    (r"L40S", dict(fp32=91.6, tf32=183.0, bf16=362.0)),
+    (r"L4\b", dict(fp32=30.3, tf32=60.0, bf16=121.0)),
+    (r"RTX 4090\b(?! D)", dict(fp32=82.6, tf32=82.6, bf16=165.2)),
+    (r"RTX 3090\b(?! Ti)", dict(fp32=35.6, tf32=35.6, bf16=71.2)),
+)
+
+
+def peak_flops(device_name: str, arithmetic: str) -> float | None:
+    """Return the peak of a GPU in FLOP/s for ``fp32``, ``tf32`` or ``bf16``; None if unknown."""
+    for pattern, peaks in PEAK_TFLOPS:
+        if re.search(pattern, device_name):
+            return peaks[arithmetic] * 1e12
+    return None
+
+
+def device_name(device: torch.device) -> str:
+    """Return the model name of a GPU or of this machine's CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return _cpu_fields().get("model name") or platform.processor() or platform.machine()
+
+
+def describe_device(device: torch.device) -> str:
+    """Return the hardware and the PyTorch version in one line."""
+    if device.type == "cuda":
+        return f"{device_name(device)}; torch {torch.__version__}, CUDA {torch.version.cuda}"
+    flags = _cpu_fields().get("flags", "").split()
+    has = [f"{name}: {'yes' if flag in flags else 'no'}" for name, flag in _BF16_FLAGS.items()]
+    return (
+        f"{device_name(device)}, {num_usable_cores()} cores ({', '.join(has)}); torch "
+        f"{torch.__version__}, {torch.get_num_threads()} threads"
+    )
+
+
+_BF16_FLAGS = {"AVX512-BF16": "avx512_bf16", "AMX": "amx_bf16"}
+
+
+def _cpu_fields() -> dict[str, str]:
+    # Of the first core; empty where there is no such file.
+    path = Path("/proc/cpuinfo")
+    text = path.read_text(encoding="utf-8").partition("\n\n")[0] if path.is_file() else ""
+    pairs = [line.partition(":") for line in text.splitlines()]
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+class Clock:
+    """Splits time into parts that follow each other: ``start()``, then ``mark(part)`` at each end.
+
+    On a GPU the marks are events in its queue, so that the host runs ahead as it does in training.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._marks: list[tuple[str, Any]] = []
+
+    def start(self) -> None:
+        self._marks = []
+        if self._cuda:
+            torch.cuda.synchronize()
+        self.mark("")
+
+    def mark(self, part: str) -> None:
+        """End a part that began with the mark before."""
+        if self._cuda:
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
+        else:
+            now = time.perf_counter()
+        self._marks.append((part, now))
+
+    def seconds(self) -> dict[str, float]:
+        """Return the time of each part since :meth:`start`, in order; waits for the device."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        result: dict[str, float] = {}
+        for (_, before), (part, now) in zip(self._marks, self._marks[1:], strict=False):
+            passed = before.elapsed_time(now) / 1000 if self._cuda else now - before
+            result[part] = result.get(part, 0.0) + passed
+        return result
+
+
+def seconds_of(function: Callable[[], Any], device: torch.device) -> float:
+    """Return how long a call takes until the device has finished it."""
+    clock = Clock(device)
+    clock.start()
+    function()
+    clock.mark("call")
+    return clock.seconds()["call"]
+
+
+def interleave(turns: dict[str, Callable[[], Value]], num_rounds: int) -> dict[str, list[Value]]:
+    """Return the results of calling each function ``num_rounds`` times, in turn.
+
+    Every other round goes backwards, so that drift and noise of the machine affect all alike.
+    """
+    results: dict[str, list[Value]] = {name: [] for name in turns}
+    for round_idx in range(num_rounds):
+        for name in list(turns)[:: -1 if round_idx % 2 else 1]:
+            results[name].append(turns[name]())
+    return results
+
+
+def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
+    """Return the median of the ratios within each round."""
+    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
+
+
+def tensor_bytes(value: Any) -> int:
+    """Return the bytes of all tensors in a container of containers."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    if isinstance(value, dict):
+        return sum(map(tensor_bytes, value.values()))
+    return sum(map(tensor_bytes, value)) if isinstance(value, list | tuple) else 0
+
+
+def peak_allocation(function: Callable[[], Any], device: torch.device) -> int:
+    """Return how many bytes PyTorch's allocator holds at most during a call beyond those before.
+
+    On a CPU the call is recorded by the profiler and must not be timed.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # The profiler announces itself otherwise.
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
+        function()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    changes = [event["args"] for event in events if event.get("name") == "[memory]"]
+    changes.sort(key=lambda change: change["Ev Idx"])
+    return int(np.cumsum([change["Bytes"] for change in changes]).max(initial=0))
+
+
+def make_archive(
+    path: Path, *, num_images: int, resolution: int, channels: int, num_classes: int
+) -> None:
+    """Write a zip of synthetic pictures, about as large as photographs of that size are as PNG."""
+
+    def picture(index: int) -> np.ndarray:
+        rng = np.random.default_rng(index)
+        coarse = rng.normal(0, 50, [channels, resolution // 8 + 2, resolution // 8 + 2])
+        size = (resolution, resolution)
+        smooth = [
+            Image.fromarray(plane.astype(np.float32)).resize(size, Image.Resampling.BICUBIC)
+            for plane in coarse
+        ]
+        pixels = np.stack([np.asarray(plane) for plane in smooth], axis=2) + 128
+        pixels = (pixels + rng.normal(0, 8, pixels.shape)).clip(0, 255).astype(np.uint8)
+        return pixels[:, :, 0] if channels == 1 else pixels
+
+    source = Source(
+        name="synthetic pictures",
+        num_images=num_images,
+        item=picture,
+        image_name=str,
+        labels=[index % num_classes for index in range(num_images)] if num_classes else None,
+        class_names=[f"class {index}" for index in range(num_classes)] if num_classes else None,
+    )
+    convert(source, path, num_workers=1)
+
+
+def bare_decode(files: Iterable[bytes]) -> None:
+    """Decode image files that are in memory with Pillow and nothing else."""
+    for data in files:
+        np.asarray(Image.open(io.BytesIO(data)))
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of cells as aligned columns, the first to the left and the others right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *cells in rows:
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *padded]).rstrip())
+    return "\n".join(lines)
