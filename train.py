@@ -18,6 +18,7 @@ from dnnlib.text import join_names
 from metrics.features import get_detector
 from metrics.metric import get_metrics, score
 from metrics.reference import Reference, reference_for
+from models import attention_backend
 from torch_utils import distributed
 from training import runs
 from training.checkpoint import load_snapshot, package_versions
@@ -125,8 +126,10 @@ def main(
         else:
             num_classes = get_preset(config.preset).num_classes if config.data.cond else 0
             config = runs.with_data_facts(config, config.model.img_channels, num_classes)
-        print(describe_config(config))
-        print(describe_run(config, int(os.environ.get("WORLD_SIZE", 1)), torch.device("cpu")))
+        world_size = int(os.environ.get("WORLD_SIZE", 1))
+        description = describe_run(config, world_size, torch.device("cpu"))
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{describe_config(config)}\n{description}")
         return 0
     if transfer is not None and "ema_rampup" not in given:
         # The weights are good from the start: the average need not forget its first steps.
@@ -149,6 +152,7 @@ def main(
     # Start processes, open the data, fit the model to it.
     device = distributed.init()
     accumulation_rounds(config.training, distributed.world_size())
+    attention_backend(config.model, device)
     dataset = open_dataset(config.data, seed=config.training.seed)
     config = runs.fit_to_data(config, dataset)
     snapshot = None if transfer is None else load_snapshot(transfer)

@@ -4,6 +4,7 @@ Whatever is compared runs in one process and in turn, round by round, and median
 """
 
 import dataclasses
+import functools
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -40,10 +41,13 @@ from training.optimizer import GuardedAdam
 from training.report import forward_flops
 from training.sampler import PositionSampler, make_loader
 
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 PARTS = ("data", "forward", "backward", "optimizer", "EMA")
 MIB = 2**20
-# As far into a run as that the average has its full half-life.
+# Far enough into a run for the average to have its full half-life.
 _FIRST_NIMG = 50_000_000
+# At least what a loader process decodes ahead, in batches.
+_NUM_AHEAD = 8
 
 
 class TrainingSteps:
@@ -203,9 +207,10 @@ def benchmark_train(
     # Warm up, and measure memory once.
     peaks = {}
     for name, side in sides.items():
+        step = functools.partial(side.step, Clock(device))
         for _ in range(num_warmup):
-            side.step(Clock(device))
-        peaks[name] = side.state_bytes() + peak_allocation(lambda s=side: s.step(Clock(device)), device)
+            step()
+        peaks[name] = side.state_bytes() + peak_allocation(step, device)
 
     def make_turn(side: TrainingSteps) -> Callable[[], dict[str, float]]:
         def turn() -> dict[str, float]:
@@ -230,10 +235,13 @@ def benchmark_train(
     rows.append(["peak memory, MiB", *(f"{peak / MIB:.0f}" for peak in peaks.values())])
     rows.append(["TFLOP/s of the model", *(f"{flops / s / 1e12:.3f}" for s in seconds.values())])
     utilisation = []
-    for name, s in seconds.items():
-        arithmetic = "tf32" if name.endswith("fp32") and training.tf32 else name[-4:]
-        peak = peak_flops(device_name(device), arithmetic)
-        utilisation.append("unknown" if peak is None else f"{100 * flops / s / peak:.1f}%")
+    for name, side in sides.items():
+        precision = side.config.training.precision
+        peak = peak_flops(
+            device_name(device), "tf32" if precision == "fp32" and training.tf32 else precision
+        )
+        achieved = flops / seconds[name]
+        utilisation.append("unknown" if peak is None else f"{100 * achieved / peak:.1f}%")
     rows.append(["model-FLOPs utilisation", *utilisation])
     base = totals["baseline fp32"]
     ratios = [f"{median_ratio(base, total):.2f}" for total in totals.values()]
@@ -305,11 +313,15 @@ def benchmark_data(
         cpu = torch.device("cpu")
         batches = iter(make_loader(dataset, sampler, num_workers=num_workers, device=cpu))
 
-        def load() -> None:
-            for _ in range(num_images // batch):
+        def load(num_batches: int) -> None:
+            for _ in range(num_batches):
                 next(batches)
 
-        return lambda: seconds_of(load, cpu)
+        def turn() -> float:
+            load(_NUM_AHEAD * num_workers)  # Made ahead during the other turns.
+            return seconds_of(lambda: load(num_images // batch), cpu)
+
+        return turn
 
     turns = {"Pillow alone": lambda: seconds_of(lambda: bare_decode(files), torch.device("cpu"))}
     for num in workers:
@@ -323,3 +335,81 @@ def benchmark_data(
         rate = num_images / statistics.median(seconds)
         rows.append([name, f"{rate:.0f}", f"{100 * share:.0f}%"])
     return table(rows)
+
+
+def benchmark_attention(
+    config: RunConfig,
+    device: torch.device,
+    *,
+    precision: str,
+    batch: int,
+    num_rounds: int,
+    num_calls: int,
+) -> str:
+    """Return the time of attention, forward and backward, by each way of computing it.
+
+    Rows are the stages of the model with their windows; the last row is all blocks of the network.
+    """
+    model = config.model
+    attentions: dict[str, Attention] = {
+        name: functools.partial(attend, attention=name) for name in ("sdpa", "flex")
+    }
+    attentions["plain"] = plain_attention
+    notes = []
+    try:
+        choose_attention("flex", device, needs_grad=True)
+    except ValueError:
+        del attentions["flex"]
+        notes.append(f"Flex attention has no backward pass on a {device.type.upper()}.")
+    dtype = AUTOCAST_DTYPES[precision] or torch.float32
+
+    rows = [["stage", "windows", "tokens", "blocks", *(f"{n}, ms" for n in attentions), "fastest"]]
+    totals = dict.fromkeys(attentions, 0.0)
+    for stage, (grid, window, width) in enumerate(
+        zip(model.grids, model.windows, model.widths, strict=True)
+    ):
+        num_windows, length = batch * (grid // window) ** 2, window**2
+        is_bottom = stage == model.num_stages - 1
+        num_blocks = model.blocks_per_stage[stage] * (1 if is_bottom else 2)
+        shape = (num_windows, model.num_heads, length, width // model.num_heads)
+        turns = {
+            name: _attention_turn(attention, shape, dtype, device, num_calls)
+            for name, attention in attentions.items()
+        }
+        for turn in turns.values():
+            turn()
+        times = interleave(turns, num_rounds)
+        seconds = {name: statistics.median(values) for name, values in times.items()}
+        for name in totals:
+            totals[name] += num_blocks * seconds[name]
+        sizes = [f"{stage}: {grid}x{grid}x{width}", str(num_windows), str(length), str(num_blocks)]
+        rows.append([*sizes, *_fastest(seconds)])
+    rows.append(["all", "", "", "", *_fastest(totals)])
+    chosen = choose_attention("auto", device, needs_grad=True)
+    notes.append(f"--attention=auto means {chosen} on this device.")
+    return "\n".join([table(rows), *notes])
+
+
+def _attention_turn(
+    attention: Attention,
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    num_calls: int,
+) -> Callable[[], float]:
+    num_windows, heads, length, head_dim = shape
+    # Three parts of one tensor, as the network has them.
+    qkv = torch.randn(num_windows, 3 * heads, length, head_dim, dtype=dtype, device=device)
+    inputs = [part.requires_grad_() for part in qkv.chunk(3, dim=1)]
+    inputs.append(torch.randn(heads, length, length, device=device, requires_grad=True))
+    grad = torch.randn(num_windows, heads, length, head_dim, dtype=dtype, device=device)
+
+    def calls() -> None:
+        for _ in range(num_calls):
+            torch.autograd.grad(attention(*inputs).to(dtype), inputs, grad)
+
+    return lambda: seconds_of(calls, device) / num_calls
+
+
+def _fastest(seconds: dict[str, float]) -> list[str]:
+    return [*(f"{1000 * s:.2f}" for s in seconds.values()), min(seconds, key=seconds.get)]

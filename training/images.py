@@ -78,9 +78,12 @@ def to_array(image: Image.Image) -> np.ndarray:
 
 
 def encode_png(image: Image.Image) -> bytes:
-    """Return a PNG file of an image in mode ``L`` or ``RGB`` without any metadata."""
+    """Return a PNG file of an image in mode ``L`` or ``RGB`` without any metadata.
+
+    It is stored uncompressed, as EDM's are: about a third larger, and decoded in half the time.
+    """
     buffer = io.BytesIO()
     clean = Image.new(image.mode, image.size)
     clean.paste(image)
-    clean.save(buffer, format="png")
+    clean.save(buffer, format="png", compress_level=0)
     return buffer.getvalue()

@@ -1,5 +1,6 @@
 """What a run is, in words: the text of --dry-run and the first lines of a run."""
 
+import dataclasses
 import json
 
 import torch
@@ -13,8 +14,10 @@ from training.config import RunConfig, accumulation_rounds
 
 def forward_flops(config: RunConfig) -> int:
     """Return the floating-point operations of one network evaluation on one image."""
+    # Flex attention knows no meta device; it does the same arithmetic.
+    model = dataclasses.replace(config.model, attention="sdpa")
     with torch.device("meta"):
-        network = build_network(config.model).eval()
+        network = build_network(model).eval()
         size = config.model.resolution
         x = torch.empty(1, config.model.img_channels, size, size)
         cond = {"label": torch.zeros(1, dtype=torch.int64)} if config.model.num_classes else {}
