@@ -105,7 +105,7 @@ def main(
     """
     # Cheap checks first: nothing is opened or started before they pass.
     given = click.get_current_context().meta["given"]
-    if {"kimg", "iters"} <= given:
+    if {"kimg", "iters"} <= given and config.training.iters is not None:
         raise click.UsageError("Give --kimg or --iters, not both.")
     explicit_resume = resume not in (None, "auto")
     if explicit_resume and transfer is not None:

@@ -49,7 +49,7 @@ _DIGITS = RunConfig(
         augment=AugmentConfig(augment=0.0),
     ),
     logging=LoggingConfig(tick=8, snap=10, workers=0, sample_batch=256),
-    sampling=SamplingConfig(steps=18),
+    sampling=SamplingConfig(sampler="dpmpp_2m", steps=16),
 )
 
 PRESETS: dict[str, Preset] = {

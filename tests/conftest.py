@@ -12,7 +12,7 @@ from training.conversion import convert
 from training.sources import open_source
 
 # Everything random in a step is on. Ten ticks of 0.25 kimg, of which every fourth has a snapshot
-# and a score; a state a tick. The 200 images are passed through twelve times.
+# and a score; a state a tick. The 200 images are passed through ten times or more.
 FULL = (
     *TINY,
     "--kimg=2.4",

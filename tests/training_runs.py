@@ -1,4 +1,4 @@
-"""Training runs of a tiny model in processes of their own, for tests, and what they leave behind."""
+"""For tests: training runs of a tiny model in processes of their own, and what they leave."""
 
 import json
 import os
@@ -16,14 +16,14 @@ from training.checkpoint import find_states, load_state
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT_SEC = 240  # Of anything that takes seconds on an idle machine.
 
-# A model small enough for 20 ms a step, samples that cost two evaluations.
+# A model small enough for 10 ms a step, samples that cost two evaluations.
 TINY = (
     "--preset=digits",
-    "--num-stages=2",
+    "--num-stages=1",
     "--base-dim=16",
     "--hidden-dim=16",
     "--time-dim=32",
-    "--batch=32",
+    "--batch=64",
     "--sampler=euler",
     "--steps=2",
 )
@@ -49,11 +49,13 @@ def environment(cache):
 class TrainProcess:
     """``train.py`` started by python (``ranks`` is None) or by torchrun."""
 
-    def __init__(self, args, env, log, ranks=None, torchrun=("--standalone",)):
+    def __init__(
+        self, args, env, log, ranks=None, torchrun=("--standalone",), script=ROOT / "train.py"
+    ):
         command = [sys.executable]
         if ranks is not None:
             command += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", *torchrun]
-        command += [str(ROOT / "train.py"), *map(str, args)]
+        command += [str(script), *map(str, args)]
         self._log = log
         with open(log, "w") as file:
             self._process = subprocess.Popen(
@@ -160,9 +162,7 @@ def assert_same_run(run_dir, reference):
         del state["progress"]["elapsed_sec"], state["config"]["logging"]
     assert differences(*states) == []
     name = max(path.name for path in reference.glob("network-snapshot-*.pkl"))
-    snapshots = [
-        torch.load(path / name, weights_only=True)["ema"] for path in (run_dir, reference)
-    ]
+    snapshots = [torch.load(path / name, weights_only=True)["ema"] for path in (run_dir, reference)]
     assert differences(*snapshots) == []
     assert differences(snapshots[0], {**states[0]["ema"]}) == []
     for name in ("Progress/tick", "Progress/kimg", "Loss/loss", "Loss/grad_norm"):

@@ -9,8 +9,8 @@ computes the same function.
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from models import Context, Network, build_network
 from models.diffit import EMBEDDING_DIM, DiffiTConfig
@@ -58,7 +58,7 @@ class PlainMLP(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(functional.gelu(self.fc1(x), approximate="tanh"))
 
 
 class PlainTransformerBlock(nn.Module):
@@ -98,12 +98,12 @@ class PlainResBlock(nn.Module):
             self.shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        y = self.conv(self.dropout(F.silu(self.norm(x))))
+        y = self.conv(self.dropout(functional.silu(self.norm(x))))
         return self.shortcut(x) + self.block(y, t)
 
 
 class PlainDiffiT(nn.Module):
-    """The U-Net; takes what :class:`models.diffit.DiffiT` takes, and never recomputes activations."""
+    """The U-Net, with the interface of :class:`models.diffit.DiffiT`; no checkpointing."""
 
     context_dim = EMBEDDING_DIM
 
@@ -171,13 +171,13 @@ class PlainDiffiT(nn.Module):
             skips.append(outputs if self.config.skip == "block" else outputs[-1:])
         skips.pop()
         for upsampler, blocks in zip(self.upsamplers, self.decoder, strict=True):
-            x = upsampler(F.interpolate(x, scale_factor=2, mode="nearest"))
+            x = upsampler(functional.interpolate(x, scale_factor=2, mode="nearest"))
             outputs = skips.pop()
             for block in blocks:
                 if outputs:
                     x = torch.cat([x, outputs.pop()], dim=1)
                 x = block(x, t)
-        return self.head(F.silu(self.head_norm(x)))
+        return self.head(functional.silu(self.head_norm(x)))
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:

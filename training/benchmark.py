@@ -30,7 +30,7 @@ from training.measure import (
     device_name,
     interleave,
     median_ratio,
-    peak_allocation,
+    peak_growth,
     peak_flops,
     seconds_of,
     table,
@@ -210,7 +210,8 @@ def benchmark_train(
         step = functools.partial(side.step, Clock(device))
         for _ in range(num_warmup):
             step()
-        peaks[name] = side.state_bytes() + peak_allocation(step, device)
+        growth = peak_growth(step, device)
+        peaks[name] = "unknown" if growth is None else f"{(side.state_bytes() + growth) / MIB:.0f}"
 
     def make_turn(side: TrainingSteps) -> Callable[[], dict[str, float]]:
         def turn() -> dict[str, float]:
@@ -232,7 +233,7 @@ def benchmark_train(
     seconds = {name: statistics.median(total) for name, total in totals.items()}
     rows.append(["step, ms", *(f"{1000 * s:.1f}" for s in seconds.values())])
     rows.append(["images/s", *(f"{training.batch / s:.1f}" for s in seconds.values())])
-    rows.append(["peak memory, MiB", *(f"{peak / MIB:.0f}" for peak in peaks.values())])
+    rows.append(["peak memory, MiB", *peaks.values()])
     rows.append(["TFLOP/s of the model", *(f"{flops / s / 1e12:.3f}" for s in seconds.values())])
     utilisation = []
     for name, side in sides.items():

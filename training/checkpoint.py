@@ -55,9 +55,15 @@ class Snapshot:
     state_dict: dict[str, torch.Tensor]
 
     def build(self, device: torch.device | str = "cpu") -> Network:
-        """Return the network with the averaged weights, in evaluation mode, on ``device``."""
+        """Return the network with the averaged weights, in evaluation mode, on ``device``.
+
+        Raises ValueError if they do not fit the network of the configuration.
+        """
         network = build_network(self.config.model)
-        network.load_state_dict(self.state_dict)
+        try:
+            network.load_state_dict(self.state_dict)
+        except RuntimeError as error:
+            raise ValueError(f"{self.path}: weights and configuration disagree: {error}") from error
         return network.eval().requires_grad_(False).to(device)
 
 
@@ -116,7 +122,7 @@ def load_snapshot(path: str | os.PathLike) -> Snapshot:
             packages=payload["packages"],
             state_dict=payload["ema"],
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: not a snapshot that this version can read: {error}") from error
 
 
@@ -209,6 +215,8 @@ def _save(path: Path, payload: dict[str, Any]) -> None:
 
 
 def _load(path: Path, expected_format: str, what: str) -> dict[str, Any]:
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder, not {what}; give a file in it.")
     if not path.is_file():
         raise ValueError(f"{path}: no such file.")
     try:
@@ -226,21 +234,22 @@ def _load(path: Path, expected_format: str, what: str) -> dict[str, Any]:
             ) from error
         raise ValueError(f"{path}: not {what}, or cut off ({error}).") from error
     except pickle.UnpicklingError as error:
-        reason = re.search(r"GLOBAL (\S+)|class (\S+)|function (\S+)", str(error))
-        name = next((group for group in reason.groups() if group), "") if reason else ""
+        name = re.search(r"(?:GLOBAL|class|function) (\S+\.\S+)", str(error))
+        reason = f"execute code ({name.group(1)})" if name else "need more than plain data"
         raise ValueError(
-            f"{path}: refused, because reading it would execute code"
-            + (f" ({name})" if name else "")
-            + ". Snapshots hold tensors and plain values only."
+            f"{path}: refused, because reading it would {reason}. Only tensors and plain values "
+            "are loaded."
         ) from error
     except (RuntimeError, EOFError, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not {what}, or damaged ({error}).") from error
+        reason = str(error).partition("\n")[0].partition(" (Could this")[0]
+        raise ValueError(f"{path}: not {what}, or damaged ({reason}).") from error
     if not isinstance(payload, dict) or payload.get("format") != expected_format:
         raise ValueError(f"{path}: not {what} of this project.")
-    if payload["version"] > FORMAT_VERSION:
+    version = payload.get("version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
         raise ValueError(
-            f"{path}: has format version {payload['version']}, but this version of the software "
-            f"reads up to {FORMAT_VERSION}; update the software."
+            f"{path}: has format version {version}, but this version of the software reads up to "
+            f"{FORMAT_VERSION}; update the software."
         )
     return payload
 

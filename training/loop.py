@@ -16,6 +16,7 @@ from torch_utils.stats import StatsCollector
 from training.augment import make_augment_pipe
 from training.checkpoint import (
     Snapshot,
+    load_snapshot,
     prune_states,
     save_snapshot,
     save_state,
@@ -142,6 +143,14 @@ def training_loop(
         telemetry = Telemetry(run_dir, logging, config, cur_nimg)
         if cur_nimg == 0:
             save_reals(dataset, run_dir / "reals.png")
+        elif resume_state["progress"]["snapshot"] is not None:
+            # A state implies its snapshot.
+            path = run_dir / resume_state["progress"]["snapshot"]
+            try:
+                load_snapshot(path)
+            except ValueError as error:
+                telemetry.message(f"{error} Written again from the training state.")
+                save_snapshot(path, ema.network, config, data, resume_state["progress"])
 
     def write_state(progress_info: dict[str, Any]) -> None:
         payload = dict(
@@ -308,6 +317,7 @@ def training_loop(
                 elapsed_sec=elapsed_sec,
                 num_skipped=num_skipped,
                 metrics_due=metrics_due,
+                snapshot=snapshot_path(run_dir, cur_nimg).name if snap_due else None,
             )
             if snap_due:
                 fakes_path = run_dir / f"fakes-{cur_nimg // 1000:06d}.png"

@@ -1,12 +1,10 @@
 """Measuring: clocks, memory, device facts, synthetic data, tables."""
 
+import ctypes
 import io
-import json
-import os
 import platform
 import re
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -147,10 +145,11 @@ def tensor_bytes(value: Any) -> int:
     return sum(map(tensor_bytes, value)) if isinstance(value, list | tuple) else 0
 
 
-def peak_allocation(function: Callable[[], Any], device: torch.device) -> int:
-    """Return how many bytes PyTorch's allocator holds at most during a call beyond those before.
+def peak_growth(function: Callable[[], Any], device: torch.device) -> int | None:
+    """Return how many bytes a call needs at most beyond those in use before it.
 
-    On a CPU the call is recorded by the profiler and must not be timed.
+    On a GPU it is what PyTorch's allocator hands out, on a CPU resident memory; None where the
+    system does not tell (other than Linux).
     """
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -159,18 +158,21 @@ def peak_allocation(function: Callable[[], Any], device: torch.device) -> int:
         function()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # The profiler announces itself otherwise.
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profiler:
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)  # What was freed before would otherwise be used again, unseen.
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # Forget the last peak.
+        before = _process_status("VmRSS")
         function()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    changes = [event["args"] for event in events if event.get("name") == "[memory]"]
-    changes.sort(key=lambda change: change["Ev Idx"])
-    return int(np.cumsum([change["Bytes"] for change in changes]).max(initial=0))
+        return max(_process_status("VmHWM") - before, 0)
+    except OSError:
+        return None
+
+
+def _process_status(name: str) -> int:
+    text = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(re.search(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE).group(1)) * 1024
 
 
 def make_archive(
