@@ -55,9 +55,12 @@ def class_agreement(folder: Path, num_images: int) -> float:
 
 @click.command()
 @click.option("--outdir", default="demo-out", show_default=True, type=click.Path(path_type=Path))
-@click.option("--kimg", type=float, help="Train for less or more than the preset says.")
-def main(outdir: Path, kimg: float | None) -> int:
-    """Train, sample and score a small class-conditional DiffiT on 1,797 real handwritten digits."""
+@click.argument("train_args", nargs=-1, type=click.UNPROCESSED)
+def main(outdir: Path, train_args: tuple[str, ...]) -> int:
+    """Train, sample and score a small class-conditional DiffiT on 1,797 real handwritten digits.
+
+    TRAIN_ARGS go to train.py after those of the demo: demo.py -- --kimg=1 --steps=4
+    """
     start = time.time()
     click.echo(
         "This converts the digits, trains on them, generates images and scores them. It takes "
@@ -73,7 +76,7 @@ def main(outdir: Path, kimg: float | None) -> int:
         f"--data={data}",
         "--preset=digits",
         "--metrics=fd_pixels",
-        *([] if kimg is None else [f"--kimg={kimg}"]),
+        *train_args,
     )
     run_dir = Path(re.search(r"Writing to (.+)", trained).group(1).strip())
     network = max(run_dir.glob("network-snapshot-*.pkl"))

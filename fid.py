@@ -42,7 +42,7 @@ def base_config(args: Sequence[str]) -> GenerateConfig | None:
     network = raw_value(args, "network")
     if network is None and "--help" not in args:
         return None
-    return GenerateConfig.of_snapshot(None if "--help" in args else network)
+    return GenerateConfig.of_snapshot(network)
 
 
 def option_elsewhere(name: str, config: GenerateConfig | None) -> str | None:
@@ -85,7 +85,7 @@ def ref(data: str, dest: Path, detector: str, weights: str | None, batch: int) -
 @click.option("--images", help="Folder or zip of generated images, instead of --network.")
 @click.option("--ref", required=True, help="Real images (folder or zip), or statistics (.npz).")
 @click.option("--metrics", required=True, help=f"Comma-separated: {', '.join(METRICS)}.")
-@click.option("--num", type=click.IntRange(2), help="Number of images, instead of the metric's.")
+@click.option("--num-images", type=click.IntRange(2), help="Instead of the metric's number.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the first image.")
 @click.option("--batch", default=64, show_default=True, type=click.IntRange(1), help="Per rank.")
 @click.option("--precision", type=click.Choice(list(AUTOCAST_DTYPES)), help="As in training.")
@@ -97,7 +97,7 @@ def calc(
     images: str | None,
     ref: str,
     metrics: str,
-    num: int | None,
+    num_images: int | None,
     seed: int,
     batch: int,
     precision: str | None,
@@ -135,8 +135,8 @@ def calc(
         origin = dict(
             network=network, snapshot_hash=snapshot.sha256, first_seed=seed, **generator.protocol()
         )
-    elif num is None:
-        num = len(scored)
+    elif num_images is None:
+        num_images = len(scored)
     detectors = {
         name: load_detector(name, weights if name == "inception" else None, shape_of, device)
         for name in names
@@ -168,7 +168,7 @@ def calc(
                 on_batch=bar.update,
             )
 
-    rows = score(specs, generate, references, detectors, device, num_images=num)
+    rows = score(specs, generate, references, detectors, device, num_images=num_images)
     rows = [{**row, **origin, "packages": package_versions()} for row in rows]
     if distributed.is_main():
         for row in rows:

@@ -38,7 +38,7 @@ EXAMPLES = """
 
 def base_config(args: Sequence[str]) -> GenerateConfig:
     """Return the protocol of the snapshot named in the raw arguments."""
-    return GenerateConfig.of_snapshot(None if "--help" in args else raw_value(args, "network"))
+    return GenerateConfig.of_snapshot(raw_value(args, "network"))
 
 
 def option_elsewhere(name: str, config: Config | None) -> str | None:

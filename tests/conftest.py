@@ -11,14 +11,15 @@ from training_runs import TINY, TrainProcess, environment, only_run
 from training.conversion import convert
 from training.sources import open_source
 
-# Everything random in a step is on. Ten ticks of 0.25 kimg, of which every fourth has a snapshot
-# and a score; a state a tick. The 200 images are passed through ten times or more.
+# Everything random in a step is on. 63 steps in ten ticks, of which every fourth has a snapshot and
+# a score; a state a tick. The 200 images are passed through twenty times.
 FULL = (
     *TINY,
-    "--kimg=2.4",
-    "--tick=0.25",
+    "--kimg=4",
+    "--tick=0.4",
     "--snap=4",
     "--dump=1",
+    "--sample-batch=16",
     "--dropout=0.1",
     "--augment=0.3",
     "--metrics=fd_pixels",

@@ -82,13 +82,18 @@ def train_tiny(outdir, data, *args):
     return result
 
 
+def quiet_environment(**changes):
+    """Return this process's environment for another one: one thread, no GPU, no launcher."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    return {**environment, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **changes}
+
+
 def torchrun(num_ranks, script, *args):
     """Run a script under torchrun on several ranks; return what it printed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc_per_node={num_ranks}", str(ROOT / script), *map(str, args)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+        command, cwd=ROOT, env=quiet_environment(), capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -139,6 +144,14 @@ def trained_snapshot(base):
 def first_snapshot(base):
     """Return the first snapshot of :func:`trained_run`: a worse network."""
     return min(trained_run(base).glob("network-snapshot-*.pkl"))
+
+
+def unconditional_snapshot(base):
+    """Return a snapshot of an unconditional network, made once per folder."""
+    runs = base / "unconditional"
+    if not runs.is_dir():
+        train_tiny(runs, toy_data(base), "--iters=1")
+    return next(runs.glob("*/network-snapshot-*.pkl"))
 
 
 def read_pixels(path):

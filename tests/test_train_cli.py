@@ -15,6 +15,8 @@ import helpers
 import pytest
 import torch
 
+import fid
+import generate
 import models.diffit
 import train
 import training.dataset
@@ -607,3 +609,18 @@ def test_help_shows_the_preset_s_values_in_groups_with_examples():
     assert "Learning rate. [default: 0.001]" in " ".join(
         helpers.succeed(train, "--help").output.split()
     )
+
+
+def test_no_option_is_mistaken_by_torchrun_for_an_abbreviation_of_its_own():
+    # It looks at all arguments, and stops at one that begins several of its own names.
+    from torch.distributed.run import get_args_parser
+
+    names = {
+        opt for s in [*all_settings().values()] for opt in (s.name, *s.field.metadata["aliases"])
+    }
+    commands = [train.main, generate.main, *fid.main.commands.values()]
+    names |= {opt.lstrip("-") for c in commands for p in c.params for opt in p.opts if "--" in opt}
+    assert {"metrics", "seeds", "num-images", "max-steps"} <= names
+    for name in sorted(names):
+        words = ["--standalone", "script.py", f"--{name}=1"]
+        assert get_args_parser().parse_args(words).training_script_args == [f"--{name}=1"]

@@ -243,7 +243,7 @@ class StopSignal:
             self._work.wait()
 
     def _receive(self, number: int, frame: object) -> None:
-        self.received = number
+        self.received = self.received or number
 
     def name_received(self) -> str:
         """Return the name of the signal, or of the fact that another rank got one."""

@@ -30,8 +30,8 @@ from training.measure import (
     device_name,
     interleave,
     median_ratio,
-    peak_growth,
     peak_flops,
+    peak_growth,
     seconds_of,
     table,
     tensor_bytes,
@@ -89,6 +89,7 @@ class TrainingSteps:
         clip_grad = self.config.training.clip_grad
         self._optimizer = GuardedAdam(self.network.parameters(), clip_grad=clip_grad)
         self._ema = EMA(self.network)
+        self.average = list(self._ema.network.parameters())
         self._stats = StatsCollector()
         if self.config.training.compile:
             self.network.backbone.compile()
@@ -135,11 +136,8 @@ class TrainingSteps:
 
     def state_bytes(self) -> int:
         """Return the bytes kept between two steps: weights, average, optimizer."""
-        tensors = [*self.network.parameters(), *self._ema_parameters()]
+        tensors = [*self.network.parameters(), *self.average]
         return tensor_bytes(tensors) + tensor_bytes(self._optimizer.state_dict())
-
-    def _ema_parameters(self) -> list[torch.Tensor]:
-        return list(self._ema.network.parameters())
 
 
 class PlainTrainingSteps(TrainingSteps):
@@ -152,7 +150,7 @@ class PlainTrainingSteps(TrainingSteps):
         self._optimizer = torch.optim.Adam(
             self.network.parameters(), betas=(0.9, 0.999), eps=1e-8, foreach=False, fused=False
         )
-        self._average = [param.detach().clone() for param in self.network.parameters()]
+        self.average = [param.detach().clone() for param in self.network.parameters()]
 
     def _update_weights(self, loss: torch.Tensor) -> None:
         for group in self._optimizer.param_groups:
@@ -162,11 +160,8 @@ class PlainTrainingSteps(TrainingSteps):
 
     @torch.no_grad()
     def _update_average(self, beta: float) -> None:
-        for average, param in zip(self._average, self.network.parameters(), strict=True):
+        for average, param in zip(self.average, self.network.parameters(), strict=True):
             average.lerp_(param, 1 - beta)
-
-    def _ema_parameters(self) -> list[torch.Tensor]:
-        return self._average
 
 
 def benchmark_train(

@@ -220,9 +220,12 @@ def _load(path: Path, expected_format: str, what: str) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file.")
     try:
-        # PyTorch does not verify the archive's checksums by itself.
+        # PyTorch does not verify the archive's checksums by itself, and takes a part with a stray
+        # attribute for a folder without content. It never compresses.
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+            parts = archive.infolist()
+            strange = [part.filename for part in parts if part.external_attr or part.compress_type]
+            damaged = strange[0] if strange else archive.testzip()
         if damaged is not None:
             raise ValueError(f"{path}: damaged (checksum of {damaged} does not match).")
         payload = torch.load(path, map_location="cpu", weights_only=True)

@@ -36,6 +36,11 @@ class EMA:
         if beta == 0.0:
             torch._foreach_copy_(self._average, self._source)
             return
+        weight = (1.0 - skip) * (1.0 - beta)
+        if weight.device.type == "cpu":
+            # One pass over the memory instead of three; a GPU would launch a kernel a parameter.
+            torch._foreach_lerp_(self._average, self._source, [weight] * len(self._average))
+            return
         step = torch._foreach_sub(self._source, self._average)
-        torch._foreach_mul_(step, (1.0 - skip) * (1.0 - beta))
+        torch._foreach_mul_(step, weight)
         torch._foreach_add_(self._average, step)

@@ -217,7 +217,13 @@ def claim_outdir(outdir: Path, protocol: dict[str, Any]) -> None:
     path = outdir / "generation.json"
     protocol = json.loads(json.dumps(protocol))
     if path.is_file():
-        there = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            there = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{path}: cannot be read ({error}), so that the images beside it may be of any "
+                "making; choose another folder, or delete that one."
+            ) from error
         names = [name for name in protocol if there.get(name) != protocol[name]]
         if names:
             raise ValueError(

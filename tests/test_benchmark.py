@@ -1,0 +1,418 @@
+"""What benchmark.py compares, how it measures, and memory that does not grow."""
+
+import copy
+import dataclasses
+import gc
+import io
+import re
+import sys
+import tracemalloc
+import zipfile
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+from helpers import call, fail, succeed
+from PIL import Image
+
+import benchmark as script
+import train
+from configs import get_preset
+from models import build_network
+from models.diffit import DiffiTConfig
+from torch_utils.misc import count_parameters
+from training import benchmark, measure
+from training.baseline import build_plain_network, plain_attention
+from training.benchmark import PARTS, PlainTrainingSteps, TrainingSteps
+from training.dataset import ImageDataset
+from training.loop import training_loop
+from training.measure import Clock, interleave, make_archive, median_ratio, peak_flops, peak_growth
+from training.runs import fit_to_data
+
+CPU = torch.device("cpu")
+MIB = 2**20
+
+
+def small_model(**changes):
+    config = dict(
+        resolution=16,
+        num_classes=3,
+        augment_dim=9,
+        num_stages=3,
+        num_blocks=(2, 1, 1),
+        base_dim=8,
+        hidden_dim=12,
+        num_heads=2,
+        window=4,
+        time_dim=16,
+    )
+    return DiffiTConfig(**{**config, **changes})
+
+
+def jolt(network):
+    """Move all weights far from their initial values, at which half of the network does nothing."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for param in network.parameters():
+            param.add_(torch.randn(param.shape, generator=generator) * 0.2)
+    return network
+
+
+@pytest.fixture(scope="module")
+def synthetic(tmp_path_factory):
+    """48 labelled grey 8x8 pictures in 10 classes."""
+    path = tmp_path_factory.mktemp("data") / "synthetic.zip"
+    make_archive(path, num_images=48, resolution=8, channels=1, num_classes=10)
+    return path
+
+
+def tiny_run(dataset, **training):
+    """Return the digits preset with a tiny model, fitted to a dataset."""
+    run = get_preset("digits").run
+    small = dict(num_stages=1, num_blocks=(1,), base_dim=16, num_heads=2, time_dim=16, dropout=0.0)
+    return fit_to_data(
+        dataclasses.replace(
+            run,
+            model=dataclasses.replace(run.model, **small),
+            training=dataclasses.replace(run.training, **training),
+            logging=dataclasses.replace(run.logging, workers=0),
+        ),
+        dataset,
+    )
+
+
+# The baseline.
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(), dict(window=8), dict(skip="block"), dict(num_classes=0, augment_dim=0)]
+)
+def test_the_plain_network_computes_the_same_function_and_gradients(changes):
+    config = small_model(**changes)
+    network = jolt(build_network(config)).eval()
+    plain = build_plain_network(config).eval()
+    plain.load_state_dict(network.state_dict())
+    x, c_noise = torch.randn(2, 3, 16, 16), torch.randn(2)
+    cond = {}
+    if config.num_classes:
+        cond = dict(label=torch.tensor([2, 0]), augment=torch.randn(2, 9))
+    weight = torch.randn(2, 3, 16, 16)
+    outputs = []
+    for net in (network, plain):
+        output = net(x, c_noise, net.context(cond, num=2))
+        (output * weight).sum().backward()
+        outputs.append(output)
+    assert outputs[0].std() > 0.1
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)
+    for (name, a), (other, b) in zip(
+        network.named_parameters(), plain.named_parameters(), strict=True
+    ):
+        assert name == other
+        # Relative to the largest: gradients of key biases are zero up to rounding.
+        scale = max(a.grad.abs().max().item(), 1e-2 * outputs[0].numel())
+        torch.testing.assert_close(b.grad, a.grad, rtol=0, atol=1e-4 * scale, msg=name)
+
+
+def test_the_plain_network_starts_with_the_same_weights_and_shares_no_backbone_code():
+    config = small_model()
+    torch.manual_seed(0)
+    network = build_network(config)
+    torch.manual_seed(0)
+    plain = build_plain_network(config)
+    assert plain.state_dict().keys() == network.state_dict().keys()
+    for name, value in network.state_dict().items():
+        assert torch.equal(plain.state_dict()[name], value), name
+    modules = {type(module).__module__ for module in plain.backbone.modules()}
+    assert not any(module.startswith("models") for module in modules), modules
+
+
+def test_the_plain_network_has_the_presets_parameter_counts():
+    for name in ("cifar10", "ffhq64"):
+        config = get_preset(name).run.model
+        with torch.device("meta"):
+            assert count_parameters(build_plain_network(config)) == count_parameters(
+                build_network(config)
+            )
+
+
+def test_steps_of_both_sides_are_the_same_training(synthetic):
+    dataset = ImageDataset(synthetic, use_labels=True)
+    run = tiny_run(dataset, batch=8, lr=1e-3, label_drop=0.2, ema_kimg=0.02)
+    sides = [kind(run, dataset, CPU) for kind in (TrainingSteps, PlainTrainingSteps)]
+    before = copy.deepcopy(sides[0].network.state_dict())
+    clock = Clock(CPU)
+    for _ in range(5):
+        for side in sides:
+            side.step(clock)
+    x, c_noise = torch.randn(4, 1, 8, 8), torch.randn(4)
+    cond = {"label": torch.arange(4)}
+
+    def outputs(network, weights):
+        network.load_state_dict(weights)
+        with torch.no_grad():
+            return network(x, c_noise, network.context(cond))
+
+    averages = []
+    for side in sides:
+        weights = side.network.state_dict()
+        names = dict(side.network.named_parameters())
+        averages.append({**weights, **dict(zip(names, side.average, strict=True))})
+    for states in ([side.network.state_dict() for side in sides], averages):
+        a, b = (outputs(build_network(run.model), state) for state in states)
+        moved = (a - outputs(build_network(run.model), before)).abs().max()
+        assert moved > 1e-3
+        assert (a - b).abs().max() < 0.02 * moved
+
+
+def test_a_step_marks_its_parts_in_order(synthetic):
+    dataset = ImageDataset(synthetic, use_labels=True)
+    for kind in (TrainingSteps, PlainTrainingSteps):
+        clock = Clock(CPU)
+        side = kind(tiny_run(dataset, batch=4), dataset, CPU)
+        clock.start()
+        side.step(clock)
+        seconds = clock.seconds()
+        assert tuple(seconds) == PARTS
+        assert all(value > 0 for value in seconds.values())
+
+
+def test_plain_attention_is_a_softmax_over_keys():
+    q, k, v = torch.randn(3, 2, 4, 5, 6).unbind(0)
+    bias = torch.randn(4, 5, 5)
+    expected = torch.empty_like(v)
+    for n in range(2):
+        for head in range(4):
+            scores = q[n, head] @ k[n, head].T / 6**0.5 + bias[head]
+            expected[n, head] = scores.exp() / scores.exp().sum(1, keepdim=True) @ v[n, head]
+    torch.testing.assert_close(plain_attention(q, k, v, bias), expected)
+
+
+# Measuring.
+
+
+def test_turns_interleave_forwards_and_backwards():
+    order = []
+    turns = {name: (lambda name=name: order.append(name) or len(order)) for name in "abc"}
+    results = interleave(turns, 3)
+    assert "".join(order) == "abccbaabc"
+    assert results == dict(a=[1, 6, 7], b=[2, 5, 8], c=[3, 4, 9])
+
+
+def test_the_ratio_is_taken_within_rounds():
+    # One round in which the machine was ten times as slow changes nothing.
+    assert median_ratio([3.0, 30.0, 3.0], [2.0, 20.0, 2.0]) == 1.5
+
+
+def test_a_clock_adds_up_parts_with_the_same_name(monkeypatch):
+    times = iter([1.0, 2.0, 5.0, 6.5, 6.75])
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(times))
+    clock = Clock(CPU)
+    clock.start()
+    for part in ("a", "b", "a", "b"):
+        clock.mark(part)
+    assert clock.seconds() == dict(a=2.5, b=3.25)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_growth_sees_memory_that_is_freed_again():
+    def use(mebibytes):
+        torch.ones(mebibytes * MIB // 4).sum()
+
+    use(1)
+    assert 60 * MIB < peak_growth(lambda: use(64), CPU) < 80 * MIB
+    assert peak_growth(lambda: use(1), CPU) < 16 * MIB
+
+
+@pytest.mark.parametrize(
+    ("name", "arithmetic", "tflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "bf16", 312),
+        ("NVIDIA A100-PCIE-40GB", "tf32", 156),
+        ("NVIDIA H100 80GB HBM3", "bf16", 989),
+        ("NVIDIA H100 PCIe", "bf16", 756),
+        ("NVIDIA H200", "fp32", 67),
+        ("NVIDIA H200 NVL", "bf16", 835.5),
+        ("NVIDIA L40S", "tf32", 183),
+        ("NVIDIA L4", "bf16", 121),
+        ("NVIDIA GeForce RTX 4090", "bf16", 165.2),
+        ("NVIDIA GeForce RTX 4090 D", "bf16", None),
+        ("NVIDIA L40", "bf16", None),
+        ("Tesla T4", "fp32", None),
+    ],
+)
+def test_peaks_are_of_the_named_gpu_without_sparsity(name, arithmetic, tflops):
+    assert peak_flops(name, arithmetic) == (None if tflops is None else tflops * 1e12)
+
+
+def test_synthetic_pictures_are_labelled_png_files_of_the_size_asked_for(synthetic):
+    with zipfile.ZipFile(synthetic) as archive:
+        names = [name for name in archive.namelist() if name.endswith(".png")]
+        assert Image.open(io.BytesIO(archive.read(names[0]))).size == (8, 8)
+    dataset = ImageDataset(synthetic, use_labels=True)
+    assert len(names) == len(dataset) == 48
+    assert (dataset.img_channels, dataset.num_classes) == (1, 10)
+    images, _ = dataset.__getitems__(range(48))
+    assert len(images.unique(dim=0)) == 48
+
+
+# The script.
+
+
+@pytest.fixture
+def small_presets(monkeypatch, synthetic):
+    """Make every preset a tiny one."""
+    dataset = ImageDataset(synthetic, use_labels=True)
+
+    def preset(name):
+        return SimpleNamespace(run=tiny_run(dataset), num_classes=10)
+
+    monkeypatch.setattr(script, "get_preset", preset)
+    monkeypatch.setattr(script, "_NUM_SYNTHETIC_IMAGES", 64)
+
+
+def cells(output, row):
+    """Return the cells of a table's row."""
+    (line,) = [line for line in output.splitlines() if line.startswith(row)]
+    return re.split(r"  +", line.strip())[1:]
+
+
+def test_training_is_compared_in_fp32_and_bf16_and_never_compiled_unasked(
+    small_presets, monkeypatch
+):
+    def refuse(*args, **kwargs):
+        raise AssertionError("compiled")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    monkeypatch.setattr(torch.nn.Module, "compile", refuse)
+    output = succeed(script, "train", "--batch-gpu=4", "--rounds=1").output
+    for part in PARTS:
+        assert all(float(cell) >= 0 for cell in cells(output, f"{part}, ms"))
+    step = [float(cell) for cell in cells(output, "step, ms")]
+    rates = [float(cell) for cell in cells(output, "images/s")]
+    assert len(step) == 3
+    assert rates == pytest.approx([4000 / ms for ms in step], rel=0.05)
+    assert cells(output, "model-FLOPs utilisation") == ["unknown"] * 3
+    ratios = [float(cell) for cell in cells(output, "speed")]
+    assert ratios == pytest.approx([step[0] / ms for ms in step], abs=0.1)
+    assert ratios[0] == 1
+
+
+def test_utilisation_is_the_share_of_the_peak_of_a_known_device(small_presets, monkeypatch):
+    # One GFLOP an image and pass makes three per training step and image.
+    monkeypatch.setattr(benchmark, "device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    monkeypatch.setattr(benchmark, "forward_flops", lambda config: 1e12)
+    output = succeed(script, "train", "--batch-gpu=4", "--rounds=1").output
+    step = [float(cell) / 1000 for cell in cells(output, "step, ms")]
+    found = [float(cell.rstrip("%")) for cell in cells(output, "model-FLOPs utilisation")]
+    peaks = [19.5, 19.5, 312]
+    expected = [100 * 12 / s / peak for s, peak in zip(step, peaks, strict=True)]
+    assert found == pytest.approx(expected, rel=0.05)
+
+
+def test_training_takes_the_users_data(small_presets, synthetic):
+    output = succeed(
+        script, "train", f"--data={synthetic}", "--batch-gpu=4", "--rounds=1", "--precision=fp32"
+    ).output
+    assert "this code fp32" in output
+    assert "bf16 " not in output
+    message = fail(script, "train", "--data=nowhere.zip")
+    assert "nowhere.zip: no such file" in message
+
+
+def test_sampling_tells_what_guidance_costs(small_presets):
+    output = succeed(script, "sample", "--batch=2", "--steps=2", "--rounds=1").output
+    assert float(cells(output, "batch 2, guided")[1]) > 0
+    assert re.search(r"Guidance costs \d\.\d+ times one doubled batch", output)
+
+
+def test_loading_is_compared_with_bare_decoding(small_presets):
+    output = succeed(script, "data", "--images=64", "--batch=16", "--rounds=1").output
+    assert cells(output, "Pillow alone")[1] == "100%"
+    for row in ("loader, no workers", "loader, 1 worker ", "loader, 2 workers"):
+        assert cells(output, row)[1].endswith("%")
+
+
+def test_attention_is_timed_per_stage_and_backend(small_presets):
+    output = succeed(script, "attention", "--batch=2", "--rounds=1", "--calls=1").output
+    assert "sdpa, ms  plain, ms" in output
+    assert "0: 8x8x16" in output
+    assert "Flex attention has no backward pass on a CPU." in output
+    assert "--attention=auto means sdpa on this device." in output
+
+
+def test_an_unknown_preset_is_answered_with_the_nearest():
+    result = call(script, "train", "--preset=cifar")
+    assert result.code == 1
+    assert "cifar10" in result.error
+
+
+@pytest.mark.compiled
+def test_training_can_be_compiled(small_presets):
+    output = succeed(
+        script, "train", "--batch-gpu=4", "--rounds=1", "--precision=fp32", "--compile"
+    ).output
+    assert "batch 4, compiled" in output
+
+
+# Memory.
+
+
+class MemoryProbe:
+    """Everything that can pile up: Python objects, tensors, traced memory, resident memory."""
+
+    def __init__(self):
+        self.rows = []
+
+    def __enter__(self):
+        gc.collect()
+        gc.freeze()  # Leaves what exists already out of the counts.
+        tracemalloc.start()
+        return self
+
+    def __exit__(self, *exc):
+        tracemalloc.stop()
+        gc.unfreeze()
+
+    def note(self):
+        gc.collect()
+        objects = gc.get_objects()
+        num_bytes = sum(o.nbytes for o in objects if type(o) is torch.Tensor)
+        row = dict(
+            objects=len(objects),
+            tensor_bytes=num_bytes,
+            traced=tracemalloc.get_traced_memory()[0],
+            resident=psutil.Process().memory_info().rss,
+        )
+        del objects
+        self.rows.append(row)
+
+    def assert_flat(self):
+        """Require that the last third of the notes shows what the middle one does."""
+        early, late = self.rows[len(self.rows) // 3], self.rows[-1]
+        growth = {name: late[name] - early[name] for name in late}
+        assert growth["objects"] < 100, growth
+        assert growth["tensor_bytes"] < 1000, growth
+        assert growth["traced"] < 40_000, growth
+        assert growth["resident"] < 3 * MIB, growth
+
+
+def test_memory_does_not_grow_with_ticks(synthetic, tmp_path):
+    dataset = ImageDataset(synthetic, use_labels=True)
+    run = tiny_run(dataset, batch=32, kimg=30 * 0.064, label_drop=0.1)
+    logging = dataclasses.replace(
+        run.logging, tick=0.064, snap=5, metrics=("fd_pixels",), metrics_ticks=1, sample_batch=16
+    )
+    sampling = dataclasses.replace(run.sampling, steps=1)
+    run = dataclasses.replace(run, logging=logging, sampling=sampling)
+    with MemoryProbe() as probe:
+        evaluate = train.make_evaluate(run, dataset, CPU)
+
+        def evaluate_and_note(names, generate):
+            rows = evaluate(names, generate)
+            probe.note()
+            return rows
+
+        training_loop(run, tmp_path, dataset, CPU, evaluate=evaluate_and_note)
+    assert len(probe.rows) == 31
+    probe.assert_flat()

@@ -1,0 +1,66 @@
+"""The demo: the whole chain in miniature, and how it judges the result."""
+
+import json
+import subprocess
+import sys
+
+import helpers
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import demo
+
+
+def test_the_chain_runs_from_files_to_a_score_and_says_when_the_result_is_poor(tmp_path):
+    outdir = tmp_path / "out"
+    smaller = "--kimg=0.5 --base-dim=16 --hidden-dim=16 --time-dim=32 --sampler=euler --steps=2"
+    done = subprocess.run(
+        [sys.executable, "demo.py", f"--outdir={outdir}", "--", *smaller.split()],
+        cwd=helpers.ROOT,
+        env=helpers.quiet_environment(SETDIFFIT_CACHE=str(tmp_path / "cache")),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "NOT as expected" in done.stdout
+    for title in ("Convert", "Train", "Generate 10 images of each class", "Score", "Result"):
+        assert f"\n== {title}" in done.stdout
+    # It says beforehand how long it takes, and afterwards what was measured and where to look.
+    assert "minutes" in done.stdout[: done.stdout.index("\n== Convert")]
+    score = json.loads((outdir / "score.json").read_text())["rows"][0]
+    assert f"(b) fd_pixels: {score['value']:.4f} over 1797 images" in done.stdout
+    assert "(a) class agreement: " in done.stdout
+    grid = outdir / "samples.png"
+    assert f"Pictures: {grid}" in done.stdout
+    assert Image.open(grid).size == (10 * 50 + 2, 10 * 50 + 2)
+    (run_dir,) = (outdir / "runs").iterdir()
+    assert (run_dir / "reals.png").is_file()
+    assert list(run_dir.glob("fakes-*.png"))
+    assert len(list(outdir.glob("checked-*/*.png"))) == 500
+    assert len((run_dir / "metric-fd_pixels.jsonl").read_text().splitlines()) >= 1
+
+
+def write_digits(folder, shift):
+    """Write 200 real digits; image ``seed`` is of class (seed + shift) % 10."""
+    digits = load_digits()
+    folder.mkdir()
+    for seed in range(200):
+        row = np.flatnonzero(digits.target == (seed + shift) % 10)[seed // 10]
+        pixels = (digits.images[row] * 255 / 16).round().astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{seed:06d}.png")
+
+
+def test_class_agreement_is_high_for_real_digits_and_low_for_wrong_ones(tmp_path):
+    write_digits(tmp_path / "right", 0)
+    write_digits(tmp_path / "wrong", 1)
+    assert demo.class_agreement(tmp_path / "right", 200) > 0.97
+    assert demo.class_agreement(tmp_path / "wrong", 200) < 0.03
+
+
+def test_a_step_that_fails_stops_the_demo(monkeypatch):
+    monkeypatch.chdir(helpers.ROOT)
+    with pytest.raises(ValueError, match=r"dataset_tool\.py failed with exit code 2"):
+        demo.execute("Convert", "dataset_tool.py", "convert", "--sauce=digits")

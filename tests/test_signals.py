@@ -1,0 +1,135 @@
+"""Runs that a signal stops: what they leave, and that they continue as if nothing had happened."""
+
+import os
+import re
+import signal
+
+import pytest
+from conftest import FULL
+from helpers import call, succeed
+from training_runs import (
+    ROOT,
+    TINY,
+    assert_same_run,
+    final_state,
+    num_rows,
+    only_run,
+    per_tick,
+    read_rows,
+)
+
+import train as train_script
+from torch_utils.distributed import StopSignal
+from training import loop
+
+
+@pytest.mark.parametrize("ranks", [None, 2], ids=["python", "torchrun"])
+def test_a_signalled_run_stops_with_a_state_and_equals_the_uninterrupted_one(
+    train, uninterrupted, tmp_path, ranks
+):
+    command = (f"--outdir={tmp_path}", *FULL, "--workers=1", "--resume=auto")
+    torchrun = ("--standalone", "--signals-to-handle=SIGTERM,SIGUSR1")
+
+    def start():
+        return train(*command, ranks=ranks, torchrun=torchrun)
+
+    def expect_stop(process, number):
+        run_dir = only_run(tmp_path)
+        assert not (run_dir / "requeue").exists()
+        # Twice, and to the process of the loader as well, as schedulers do.
+        for _ in range(2):
+            if ranks is None:
+                os.killpg(process.pid, number)
+            else:
+                process.send(number)
+        output = process.finish(85 if ranks is None else None)
+        assert "Error" not in output.split("torch/distributed")[0]
+        assert (run_dir / "requeue").is_file()
+        stopped = final_state(run_dir)["progress"]["cur_nimg"] / 1000
+        assert per_tick(run_dir, "Progress/kimg")[-1] <= stopped < 4
+        who = f"({signal.Signals(number).name}|a signal to another rank)"
+        message = f"Stopped by {who} at kimg {stopped:.1f}; continue with --resume={run_dir}"
+        assert re.search(message, output)
+        assert re.search(message, (run_dir / "log.txt").read_text())
+        return run_dir
+
+    first = start()
+    # The first state is followed by the first score, which the signal cuts short.
+    first.wait_until(lambda: list(tmp_path.glob("*/training-state-*.pt")))
+    run_dir = expect_stop(first, signal.SIGTERM)
+    second = start()
+    second.wait_until(lambda: num_rows(tmp_path) >= 4)
+    assert expect_stop(second, signal.SIGUSR1) == run_dir
+    assert "tick 0 " not in second.output
+
+    start().finish()
+    assert not (run_dir / "requeue").exists()
+    assert_same_run(run_dir, uninterrupted(ranks))
+
+
+@pytest.fixture
+def restored_handlers():
+    """Signals are left ignored by a run that one has stopped."""
+    handlers = {number: signal.getsignal(number) for number in StopSignal.signals}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_a_signal_cuts_a_score_short_which_is_made_up_for(
+    restored_handlers, digits_zip, tmp_path, monkeypatch
+):
+    args = (f"--outdir={tmp_path}", f"--data={digits_zip}", *TINY, "--iters=2", "--tick=0")
+    args += ("--snap=1", "--workers=0", "--metrics=fd_pixels", "--sample-batch=50")
+    num_batches = 0
+
+    def signalled(*args, **kwargs):
+        nonlocal num_batches
+        for batch in generate_for_rank(*args, **kwargs):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            num_batches += 1
+            yield batch
+
+    generate_for_rank = loop.generate_for_rank
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "generate_for_rank", signalled)
+        assert call(train_script, *args).code == 85
+    assert num_batches == 1
+    # Launcher and scheduler may both have sent it: the second must not hurt what is being written.
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
+    run_dir = only_run(tmp_path)
+    assert (run_dir / "requeue").is_file()
+    assert final_state(run_dir)["progress"]["cur_nimg"] == 64
+    scores = run_dir / "metric-fd_pixels.jsonl"
+    assert not scores.exists()
+
+    output = succeed(train_script, *args, "--resume=auto").output
+    assert "tick 0 " not in output
+    assert [row["kimg"] for row in read_rows(scores)] == [0.064, 0.128]
+    assert not (run_dir / "requeue").exists()
+
+
+AGREEMENT = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+from torch_utils import distributed
+
+distributed.init()
+with distributed.StopSignal() as stop:
+    for step in range(1000):
+        if step == 10 and distributed.rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if stop.agreed():
+            break
+text = f"<rank {{distributed.rank()}} at {{step}}: {{stop.name_received()}}>"
+print("".join(distributed.gather_objects(text)), flush=True)
+distributed.shutdown()
+"""
+
+
+def test_ranks_agree_on_the_step_at_which_a_signal_to_one_of_them_stops_all(train, tmp_path):
+    script = tmp_path / "agreement.py"
+    script.write_text(AGREEMENT.format(root=str(ROOT)))
+    output = train(ranks=2, script=script).finish()
+    expected = "<rank 0 at 11: a signal to another rank><rank 1 at 11: SIGTERM>"
+    assert set(re.findall("<rank.*>", output)) == {expected}

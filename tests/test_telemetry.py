@@ -1,0 +1,258 @@
+"""What a run writes and says: stats.jsonl, log.txt, event files, Weights & Biases, tick lines."""
+
+import json
+import math
+import sys
+import types
+from unittest import mock
+
+import helpers
+import pytest
+import torch
+
+import training.telemetry
+from configs import get_preset
+from training.config import LoggingConfig
+from training.telemetry import (
+    Telemetry,
+    import_wandb,
+    memory_stats,
+    metric_is_recorded,
+    scalar,
+    tick_line,
+    trim_rows,
+)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    return tmp_path_factory.getbasetemp()
+
+
+@pytest.fixture(scope="session")
+def run(base, tmp_path_factory):
+    """A run of three ticks of one step, eight images each."""
+    outdir = tmp_path_factory.mktemp("telemetry")
+    return helpers.train_tiny(outdir, helpers.toy_data(base), "--tick=0", "--iters=3")
+
+
+def strict_rows(path):
+    """Parse JSON lines as the standard has them, without NaN."""
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    lines = path.read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+def test_every_tick_has_a_row_of_nested_statistics(run):
+    rows = strict_rows(run.run_dir / "stats.jsonl")
+    assert [row["Progress/tick"]["mean"] for row in rows] == [0, 1, 2]
+    assert [row["Progress/kimg"]["mean"] for row in rows] == pytest.approx([0.008, 0.016, 0.024])
+    names = {
+        "Loss/loss",
+        "Loss/grad_norm",
+        "Loss/learning_rate",
+        "Loss/skipped_steps",
+        "Progress/tick",
+        "Progress/kimg",
+        "Timing/total_sec",
+        "Timing/sec_per_tick",
+        "Timing/sec_per_kimg",
+        "Timing/images_per_sec",
+        "Timing/maintenance_sec",
+        "Resources/cpu_mem_gb",
+    }
+    for row in rows:
+        assert names | {"timestamp"} == set(row)
+        assert all(set(row[name]) == {"num", "mean", "std"} for name in names)
+        assert row["Loss/loss"]["num"] == 8 * 3 * 8 * 8
+        assert row["Loss/loss"]["std"] > 0
+        assert row["Loss/learning_rate"]["mean"] == pytest.approx(0.01)
+        assert row["Loss/skipped_steps"]["mean"] == 0
+        seconds = row["Timing/sec_per_tick"]["mean"]
+        assert row["Timing/sec_per_kimg"]["mean"] == pytest.approx(seconds / 0.008)
+        assert row["Timing/images_per_sec"]["mean"] == pytest.approx(8 / seconds)
+        assert 0.05 < row["Resources/cpu_mem_gb"]["mean"] < 100
+    totals = [row["Timing/total_sec"]["mean"] for row in rows]
+    assert totals == sorted(totals)
+
+
+def test_the_console_shows_a_line_a_tick_and_the_log_keeps_it(run):
+    lines = [line for line in run.output.splitlines() if line.startswith("tick ")]
+    assert len(lines) == 3
+    for tick, line in enumerate(lines):
+        words = line.split()
+        assert words[:4] == ["tick", str(tick), "kimg", "0.0"]
+        for name in ("loss", "sec/kimg", "time", "left", "maintenance", "cpumem"):
+            assert name in words
+    log = (run.run_dir / "log.txt").read_text()
+    assert all(line in log for line in lines)
+
+
+def test_a_run_leaves_pictures_options_and_event_files(run):
+    names = {path.name for path in run.run_dir.iterdir()}
+    assert {"reals.png", "fakes-000000.png", "training_options.json", "log.txt"} <= names
+    options = json.loads((run.run_dir / "training_options.json").read_text())
+    assert set(options) >= {"config", "command", "world_size", "device", "packages"}
+    assert options["world_size"] == 1
+    assert any(name.startswith("events.out.tfevents") for name in names)
+
+
+def test_event_files_hold_the_scalars_by_kimg(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = get_preset("digits").run
+    telemetry = Telemetry(tmp_path, LoggingConfig(), config, 0)
+    telemetry.record({"Loss/loss": dict(num=2, mean=0.5, std=0.1)}, 3000)
+    telemetry.record_metric(dict(metric="fd_pixels", value=0.25, kimg=3.0), 3000)
+    telemetry.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    for tag, value in (("Loss/loss", 0.5), ("Metrics/fd_pixels", 0.25)):
+        (event,) = events.Scalars(tag)
+        assert (event.step, event.value) == (3, value)
+
+
+def test_without_tensorboard_a_run_says_so_and_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    telemetry = Telemetry(tmp_path, LoggingConfig(), get_preset("digits").run, 0)
+    telemetry.record({"Loss/loss": scalar(1)}, 0)
+    telemetry.close()
+    assert "pip install tensorboard" in capsys.readouterr().out
+    assert not list(tmp_path.glob("events*"))
+
+
+@pytest.fixture
+def telemetry(tmp_path, monkeypatch):
+    monkeypatch.setattr(training.telemetry, "_tensorboard_writer", lambda *args: mock.MagicMock())
+    made = Telemetry(tmp_path, LoggingConfig(), get_preset("digits").run, 0)
+    yield made
+    made.close()
+
+
+def test_numbers_that_are_not_finite_are_written_as_null(telemetry, tmp_path):
+    telemetry.record({"Loss/loss": dict(num=3, mean=math.nan, std=math.inf)}, 0)
+    (row,) = strict_rows(tmp_path / "stats.jsonl")
+    assert row["Loss/loss"] == dict(num=3, mean=None, std=None)
+
+
+def test_a_run_with_a_loss_of_nan_writes_valid_rows(base, tmp_path, monkeypatch):
+    from training.objective import Objective
+
+    original = Objective.forward
+    monkeypatch.setattr(
+        Objective, "forward", lambda self, *args: original(self, *args) * float("nan")
+    )
+    result = helpers.train_tiny(tmp_path, helpers.toy_data(base), "--tick=0", "--iters=2")
+    rows = strict_rows(result.run_dir / "stats.jsonl")
+    assert [row["Loss/skipped_steps"]["mean"] for row in rows] == [1, 2]
+    assert rows[0]["Loss/loss"]["mean"] is None
+    assert "loss nan" in result.output
+    assert "skipped 2 non-finite" in result.output
+
+
+def test_scores_go_to_a_file_a_metric_of_their_own(telemetry, tmp_path):
+    telemetry.record_metric(dict(metric="fd_pixels", value=0.5, kimg=1.0), 1000)
+    telemetry.record_metric(dict(metric="fd_pixels", value=0.4, kimg=2.5), 2500)
+    rows = strict_rows(tmp_path / "metric-fd_pixels.jsonl")
+    assert [row["value"] for row in rows] == [0.5, 0.4]
+    assert metric_is_recorded(tmp_path, "fd_pixels", 1000)
+    assert metric_is_recorded(tmp_path, "fd_pixels", 2500)
+    assert not metric_is_recorded(tmp_path, "fd_pixels", 2000)
+    assert not metric_is_recorded(tmp_path, "fid10k_full", 1000)
+
+
+def test_rows_after_the_last_state_are_dropped_before_they_are_written_again(tmp_path):
+    stats, scores = tmp_path / "stats.jsonl", tmp_path / "metric-fd_pixels.jsonl"
+    rows = [json.dumps({"Progress/kimg": scalar(kimg)}) for kimg in (0.5, 1.0, 1.5)]
+    # The last line was cut off by the kill.
+    stats.write_text("\n".join(rows) + '\n{"Progress/kimg": {"num": 1, "me')
+    scores.write_text('{"kimg": 1.0, "value": 3}\n{"kimg": 1.5, "value": 2}\n')
+    trim_rows(tmp_path, 1000)
+    assert stats.read_text() == "".join(f"{row}\n" for row in rows[:2])
+    assert scores.read_text() == '{"kimg": 1.0, "value": 3}\n'
+    before = stats.stat().st_mtime_ns
+    trim_rows(tmp_path, 1000)
+    assert stats.stat().st_mtime_ns == before
+    trim_rows(tmp_path, 0)
+    assert stats.read_text() == ""
+
+
+def test_a_cut_off_line_is_dropped_even_if_it_reads_as_a_number(tmp_path):
+    stats = tmp_path / "stats.jsonl"
+    row = json.dumps({"Progress/kimg": scalar(0.5)})
+    stats.write_text(f"{row}\n3")
+    trim_rows(tmp_path, 1000)
+    assert stats.read_text() == f"{row}\n"
+
+
+def test_the_tick_line_names_what_a_person_waits_for():
+    fields = {
+        "Progress/tick": scalar(7),
+        "Progress/kimg": scalar(350),
+        "Loss/loss": dict(num=9, mean=0.123456, std=0.1),
+        "Timing/sec_per_kimg": scalar(2),
+        "Timing/total_sec": scalar(700),
+        "Timing/maintenance_sec": scalar(3.21),
+        "Resources/cpu_mem_gb": scalar(1.5),
+    }
+    line = tick_line(fields, total_nimg=400_000, num_skipped=0)
+    expected = "tick 7 kimg 350.0 loss 0.12346 sec/kimg 2.00 time 11m 40s left 1m 40s"
+    assert " ".join(line.split()) == f"{expected} maintenance 3.2 cpumem 1.50"
+    fields["Resources/peak_gpu_mem_gb"] = scalar(4)
+    assert tick_line(fields, 400_000, 5).endswith("gpumem 4.00   skipped 5 non-finite")
+    # Past its end a run has no time left; a run of one line says 0 seconds.
+    assert "left 0s" in tick_line(fields, 100_000, 0)
+
+
+def test_memory_is_that_of_this_process(monkeypatch):
+    stats = memory_stats(torch.device("cpu"))
+    assert list(stats) == ["Resources/cpu_mem_gb"]
+    assert 0.05 < stats["Resources/cpu_mem_gb"]["mean"] < 100
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    module = types.ModuleType("wandb")
+    module.init = mock.MagicMock()
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setattr(training.telemetry, "_tensorboard_writer", lambda *args: mock.MagicMock())
+    return module.init
+
+
+def test_weights_and_biases_get_the_configuration_and_every_number(wandb, tmp_path):
+    run_dir = tmp_path / "00003-toy"
+    run_dir.mkdir()
+    config = get_preset("digits").run
+    logging = LoggingConfig(wandb=True, wandb_project="mine")
+    ids = []
+    for _ in range(2):
+        telemetry = Telemetry(run_dir, logging, config, 0)
+        telemetry.record({"Loss/loss": scalar(0.5)}, 2500)
+        telemetry.record_metric(dict(metric="fd_pixels", value=0.25, kimg=2.5), 2500)
+        telemetry.close()
+        options = wandb.call_args.kwargs
+        ids.append(options["id"])
+        assert (options["project"], options["name"]) == ("mine", "00003-toy")
+        assert options["config"]["training"]["batch"] == config.training.batch
+        assert options["resume"] == "allow"
+        made = wandb.return_value
+        assert made.log.call_args_list == [
+            mock.call({"Loss/loss": 0.5, "kimg": 2.5}),
+            mock.call({"Metrics/fd_pixels": 0.25, "kimg": 2.5}),
+        ]
+        made.finish.assert_called_once()
+        made.reset_mock()
+    # A continued run goes on with its own record; another folder has another.
+    assert ids[0] == ids[1]
+    other = tmp_path / "other" / "00003-toy"
+    other.mkdir(parents=True)
+    Telemetry(other, logging, config, 0).close()
+    assert wandb.call_args.kwargs["id"] != ids[0]
+
+
+def test_without_the_package_wandb_names_the_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"--wandb needs the package wandb: pip install wandb"):
+        import_wandb()
