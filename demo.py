@@ -53,13 +53,16 @@ def class_agreement(folder: Path, num_images: int) -> float:
     return float(np.mean(classifier.predict(features) == np.arange(num_images) % 10))
 
 
-@click.command()
+@click.command(context_settings=dict(help_option_names=["-h", "--help"]))
 @click.option("--outdir", default="demo-out", show_default=True, type=click.Path(path_type=Path))
 @click.argument("train_args", nargs=-1, type=click.UNPROCESSED)
 def main(outdir: Path, train_args: tuple[str, ...]) -> int:
     """Train, sample and score a small class-conditional DiffiT on 1,797 real handwritten digits.
 
-    TRAIN_ARGS go to train.py after those of the demo: demo.py -- --kimg=1 --steps=4
+    TRAIN_ARGS go to train.py after those of the demo, as in
+
+    \b
+      python demo.py -- --kimg=300
     """
     start = time.time()
     click.echo(

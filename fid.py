@@ -52,7 +52,7 @@ def option_elsewhere(name: str, config: GenerateConfig | None) -> str | None:
     return None
 
 
-@click.group()
+@click.group(context_settings=dict(help_option_names=["-h", "--help"]))
 def main() -> None:
     """Score images: `ref` keeps the statistics of real images, `calc` scores images or a snapshot
     against them, `compare` prints scores side by side.

@@ -79,7 +79,6 @@ def main(
     if grid is None and is_given("columns"):
         raise click.UsageError("--columns arranges the picture of --grid; give that too.")
     snapshot = cached_snapshot(network)
-    guide_snapshot = None if guide is None else cached_snapshot(guide)
     seed_list = parse_int_ranges(seeds)
     chosen = parse_classes(classes, snapshot.data.class_names)
     labels = labels_of_seeds(seed_list, chosen)
@@ -90,14 +89,11 @@ def main(
         sampling=config.sampling,
         guidance=config.guidance,
         precision=precision,
-        guide=guide_snapshot,
+        guide=None if guide is None else cached_snapshot(guide),
     )
 
     # Images of another protocol in the same folder would pass for this one's.
-    guide_hash = None if guide_snapshot is None else guide_snapshot.sha256
-    protocol = dict(
-        snapshot=snapshot.sha256, guide=guide_hash, classes=chosen, **generator.protocol()
-    )
+    protocol = dict(snapshot=snapshot.sha256, classes=chosen, **generator.protocol())
     distributed.on_main(lambda: claim_outdir(outdir, protocol))
     paths = [image_path(outdir, seed, subdirs) for seed in seed_list]
     todo = distributed.broadcast_object([row for row, p in enumerate(paths) if not p.is_file()])

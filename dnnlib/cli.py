@@ -148,6 +148,7 @@ class ConfigCommand(click.Command):
         examples: str = "",
         **kwargs: Any,
     ) -> None:
+        kwargs.setdefault("context_settings", dict(help_option_names=["-h", "--help"]))
         super().__init__(*args, **kwargs)
         self._fixed = list(self.params)
         self._base = base
@@ -155,7 +156,7 @@ class ConfigCommand(click.Command):
         self._examples = examples
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        args = [_normalise(arg) for arg in args]
+        args = ["--help" if arg == "-h" else _normalise(arg) for arg in args]
         try:
             config = self._base(args)
         except ValueError as error:

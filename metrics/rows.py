@@ -17,7 +17,8 @@ _FIRST_COLUMNS = ("source", "snapshot", "network", "images", "kimg", "value")
 def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
     """Return the rows of a file, each with its ``source`` (file and line).
 
-    The file holds one JSON row a line, or one JSON object with a list ``rows``. Raises ValueError that names the line which is no score row.
+    The file holds one JSON row a line, or one JSON object with a list ``rows``. Raises ValueError
+    that names the line which is no score row.
     """
     path = Path(path)
     try:

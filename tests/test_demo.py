@@ -1,5 +1,6 @@
 """The demo: the whole chain in miniature, and how it judges the result."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -64,3 +65,19 @@ def test_a_step_that_fails_stops_the_demo(monkeypatch):
     monkeypatch.chdir(helpers.ROOT)
     with pytest.raises(ValueError, match=r"dataset_tool\.py failed with exit code 2"):
         demo.execute("Convert", "dataset_tool.py", "convert", "--sauce=digits")
+
+
+SCRIPTS = [path.stem for path in helpers.ROOT.glob("*.py")]
+
+
+@pytest.mark.parametrize("name", sorted(SCRIPTS))
+def test_every_script_and_subcommand_explains_itself_by_an_example(name):
+    script = importlib.import_module(name)
+    commands = list(getattr(script.main, "commands", {}))
+    overview = helpers.succeed(script, "--help").output
+    for words in [[], *([command] for command in commands)]:
+        output = helpers.succeed(script, *words, "--help").output
+        assert output == helpers.succeed(script, *words, "-h").output
+        assert "Usage: " in output
+        if words or not commands:
+            assert f"python {' '.join([f'{name}.py', *words])} " in overview + output

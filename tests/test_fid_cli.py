@@ -7,7 +7,6 @@ import zipfile
 import helpers
 import numpy as np
 import pytest
-from PIL import Image
 
 import fid
 import generate
@@ -237,17 +236,18 @@ def test_images_of_another_size_or_kind_are_refused(base, data, generated, tmp_p
     assert "000007.png" in message
 
 
-def test_statistics_of_another_detector_are_refused(data, generated, tmp_path):
+def test_statistics_of_another_detector_are_refused(base, data, generated, tmp_path):
     path = tmp_path / "ref.npz"
     np.savez(path, mu=np.zeros(2048), sigma=np.eye(2048))
     args = ["calc", f"--images={generated}", "--metrics=fd_pixels", f"--ref={path}"]
     message = helpers.fail(fid, *args)
     assert "2048 features" in message
     assert "192" in message
-    Image.new("L", (8, 8)).save(tmp_path / "a.png")
-    helpers.succeed(fid, "ref", f"--data={data}", f"--dest={path}", "--detector=pixels")
-    message = helpers.fail(fid, *args, "--metrics=fid10k_full", "--weights=absent.pth")
-    assert "absent.pth" in message
+    larger = helpers.toy_data(base, 16)
+    helpers.succeed(fid, "ref", f"--data={larger}", f"--dest={path}", "--detector=pixels")
+    message = helpers.fail(fid, *args)
+    assert "were made by the detector 'pixels'" in message
+    assert "compute them anew with `fid.py ref`" in message
     message = helpers.fail(fid, "ref", f"--data={data}", f"--dest={path}", "--detector=pixel")
     assert "Did you mean 'pixels'?" in message
     message = helpers.fail(

@@ -263,7 +263,7 @@ def test_the_folder_says_how_its_images_were_made(network, tmp_path):
     assert note["classes"] == [1]
     assert (note["sampling"]["sampler"], note["sampling"]["steps"], note["nfe"]) == ("ddpm", 3, 3)
     assert note["guidance"]["cfg_scale"] == 1.0
-    assert (note["precision"], note["guide"]) == ("float32", None)
+    assert (note["precision"], note["guide_hash"]) == ("float32", None)
 
 
 def test_help_shows_the_groups_and_runnable_examples():

@@ -107,13 +107,17 @@ def test_iddpm_grid_takes_the_published_entries_of_the_table():
 
 
 def test_bad_grids_say_what_is_accepted():
-    with pytest.raises(ValueError, match=r"--sigma-grid: got 'cosine'.*karras, linear, vp, ve, iddpm"):
+    with pytest.raises(
+        ValueError, match=r"--sigma-grid: got 'cosine'.*karras, linear, vp, ve, iddpm"
+    ):
         sigma_grid("cosine", 5, 0.1, 1)
     with pytest.raises(ValueError, match="--steps: got 0"):
         sigma_grid("karras", 0, 0.1, 1)
     with pytest.raises(ValueError, match="--sigma-min 2 and --sigma-max 1"):
         sigma_grid("karras", 5, 2, 1)
-    with pytest.raises(ValueError, match=r"--sigma-grid=iddpm has no noise level from 1e-05 to 0\.0001"):
+    with pytest.raises(
+        ValueError, match=r"--sigma-grid=iddpm has no noise level from 1e-05 to 0\.0001"
+    ):
         sigma_grid("iddpm", 5, 1e-5, 1e-4)
     with pytest.raises(ValueError, match="--sigma-min: got 3; accepted: a number below"):
         SamplingConfig(sigma_min=3, sigma_max=2)
