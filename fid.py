@@ -24,6 +24,7 @@ from training.generation import (
     cached_snapshot,
     generate_for_rank,
     make_generator,
+    passport,
 )
 from training.sampler import iterate_images
 
@@ -85,6 +86,7 @@ def ref(data: str, dest: Path, detector: str, weights: str | None, batch: int) -
 @click.option("--images", help="Folder or zip of generated images, instead of --network.")
 @click.option("--ref", required=True, help="Real images (folder or zip), or statistics (.npz).")
 @click.option("--metrics", required=True, help=f"Comma-separated: {', '.join(METRICS)}.")
+@click.option("--guide", help="Second snapshot, to guide away from with weight --cfg-scale.")
 @click.option("--num-images", type=click.IntRange(2), help="Instead of the metric's number.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the first image.")
 @click.option("--batch", default=64, show_default=True, type=click.IntRange(1), help="Per rank.")
@@ -97,6 +99,7 @@ def calc(
     images: str | None,
     ref: str,
     metrics: str,
+    guide: str | None,
     num_images: int | None,
     seed: int,
     batch: int,
@@ -111,7 +114,7 @@ def calc(
     specs = get_metrics(name.strip() for name in metrics.split(","))
     if (network is None) == (images is None):
         raise click.UsageError("Give either --network or --images.")
-    for name in ("seed", "precision"):
+    for name in ("seed", "precision", "guide"):
         if images is not None and is_given(name):
             raise click.UsageError(option_elsewhere(name, None))
     names = dict.fromkeys(spec.detector for spec in specs)
@@ -121,7 +124,7 @@ def calc(
     scored = None if images is None else ImageDataset(images)
     real = None if ref.endswith(".npz") else ImageDataset(ref)
     shape_of = real or scored
-    origin: dict[str, Any] = dict(images=images)
+    origin: dict[str, Any] = dict(images=images, packages=package_versions())
     if network is not None:
         snapshot = cached_snapshot(network)
         shape_of = shape_of or snapshot.config.model
@@ -131,9 +134,10 @@ def calc(
             sampling=config.sampling,
             guidance=config.guidance,
             precision=precision,
+            guide=None if guide is None else cached_snapshot(guide),
         )
         origin = dict(
-            network=network, snapshot_hash=snapshot.sha256, first_seed=seed, **generator.protocol()
+            network=network, **passport(generator, snapshot.data.class_counts, first_seed=seed)
         )
     elif num_images is None:
         num_images = len(scored)
@@ -169,7 +173,7 @@ def calc(
             )
 
     rows = score(specs, generate, references, detectors, device, num_images=num_images)
-    rows = [{**row, **origin, "packages": package_versions()} for row in rows]
+    rows = [{**row, **origin} for row in rows]
     if distributed.is_main():
         for row in rows:
             print(f"{row['metric']} {row['value']:.6g} ({row['num_images']} images)")

@@ -31,7 +31,7 @@ from training.telemetry import import_wandb
 
 EXAMPLES = """
   # Try it on a CPU with the digits that `make demo` prepares:
-  python train.py --outdir=runs --data=demo/digits.zip --preset=digits
+  python train.py --outdir=runs --data=demo-out/digits.zip --preset=digits
 
   # CIFAR-10 on four GPUs, with FID on the way:
   torchrun --standalone --nproc_per_node=4 train.py --outdir=runs \\
@@ -119,6 +119,10 @@ def main(
         raise click.UsageError(f"--inception has no effect with --metrics={names}; leave it out.")
     if config.logging.wandb:
         import_wandb()
+    if transfer is not None and "ema_rampup" not in given:
+        # The weights are good from the start: the average need not forget its first steps.
+        training = dataclasses.replace(config.training, ema_rampup=None)
+        config = dataclasses.replace(config, training=training)
     if dry_run:
         if config.data.data and Path(config.data.data).exists():
             dataset = open_dataset(config.data, seed=config.training.seed)
@@ -126,15 +130,13 @@ def main(
         else:
             num_classes = get_preset(config.preset).num_classes if config.data.cond else 0
             config = runs.with_data_facts(config, config.model.img_channels, num_classes)
+            if config.data.data:
+                print(f"{config.data.data} is not there: assuming the preset's usual data.")
         world_size = int(os.environ.get("WORLD_SIZE", 1))
         description = describe_run(config, world_size, torch.device("cpu"))
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"{describe_config(config)}\n{description}")
         return 0
-    if transfer is not None and "ema_rampup" not in given:
-        # The weights are good from the start: the average need not forget its first steps.
-        training = dataclasses.replace(config.training, ema_rampup=None)
-        config = dataclasses.replace(config, training=training)
     if not config.data.data:
         raise click.UsageError("Give the training data with --data (see dataset_tool.py).")
     run_dir, exact_state = None, None
@@ -151,6 +153,7 @@ def main(
 
     # Start processes, open the data, fit the model to it.
     device = distributed.init()
+    stop_signal = click.get_current_context().with_resource(distributed.StopSignal())
     accumulation_rounds(config.training, distributed.world_size())
     attention_backend(config.model, device)
     dataset = open_dataset(config.data, seed=config.training.seed)
@@ -181,6 +184,7 @@ def main(
         resume_state=state,
         transfer=snapshot if state is None else None,
         evaluate=evaluate,
+        stop_signal=stop_signal,
     )
     if not finished and distributed.is_main():
         (run_dir / runs.REQUEUE_FILE).write_text(f"{time.time():.0f}\n", encoding="utf-8")

@@ -45,7 +45,6 @@ _DIGITS = RunConfig(
         lr=2e-3,
         lr_rampup=5,
         ema_kimg=10,
-        label_drop=0.1,
         augment=AugmentConfig(augment=0.0),
     ),
     logging=LoggingConfig(tick=8, snap=10, workers=0, sample_batch=256),

@@ -6,6 +6,7 @@ by dataclass, with that configuration's values as defaults, and returns the conf
 given options replaced.
 """
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -103,6 +104,8 @@ class FieldType(click.ParamType):
                 return False
             raise ValueError(text)
         if self.element is int:
+            with contextlib.suppress(ValueError):
+                return int(text)
             number = float(text)  # 1e3 and 64.0 are integers too.
             if number != int(number):
                 raise ValueError(text)
@@ -289,9 +292,11 @@ def run(command: click.Command) -> None:
         if not (isinstance(error, click.ClickException) or _is_ours(error)):
             raise
         if quiet:
-            # The launcher ends all ranks once one has failed: let the first one speak before.
+            # An error of all ranks is told by the first, and the launcher then ends the others
+            # within this time. What is still here has an error of its own.
             time.sleep(2)
-        elif isinstance(error, click.ClickException):
+            click.echo(f"On local rank {os.environ['LOCAL_RANK']}:", err=True)
+        if isinstance(error, click.ClickException):
             error.show()
         else:
             click.echo(f"Error: {error}", err=True)

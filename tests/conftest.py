@@ -6,24 +6,21 @@ import itertools
 import os
 
 import pytest
-from training_runs import TINY, TrainProcess, environment, only_run
+import torch
+from training_runs import FULL, TrainProcess, environment, only_run
 
 from training.conversion import convert
 from training.sources import open_source
 
-# Everything random in a step is on. 63 steps in ten ticks, of which every fourth has a snapshot and
-# a score; a state a tick. The 200 images are passed through twenty times.
-FULL = (
-    *TINY,
-    "--kimg=4",
-    "--tick=0.4",
-    "--snap=4",
-    "--dump=1",
-    "--sample-batch=16",
-    "--dropout=0.1",
-    "--augment=0.3",
-    "--metrics=fd_pixels",
-)
+
+@pytest.fixture
+def one_cpu_thread(monkeypatch):
+    """Let a run in this process compute what a process of its own computes, to the last bit."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="session")

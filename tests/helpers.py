@@ -10,12 +10,15 @@ from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
+import torch
 from image_files import convert
 from PIL import Image
 
 import dnnlib.cli
 
 ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(1)  # Test processes run side by side, and the networks are tiny.
+
 CLASS_NAMES = ["bar", "dot", "ring"]
 
 # The CIFAR-10 preset made small enough for one optimizer step to take milliseconds.

@@ -1,10 +1,14 @@
 """Atomic writes, verified downloads, and text for people."""
 
 import http.server
+import io
+import pickle
 import threading
 
+import numpy as np
 import pytest
 
+from dnnlib import safe_pickle
 from dnnlib.files import atomic_write, fetch, sha256_of_file
 from dnnlib.text import format_count, format_time, join_names
 
@@ -88,3 +92,36 @@ def test_durations_counts_and_lists_read_well():
         "a and b",
         "a, b and c",
     ]
+
+
+class ForgedArray:
+    """Asks NumPy for an array of Python objects over chosen addresses."""
+
+    def __reduce__(self):
+        return np.ndarray, ((1,), np.dtype("O"), b"\x10\x00\x00\x00\x00\x00\x00\x00")
+
+
+class ForgedState:
+    """Asks for an array of objects by way of an array's own restoring function."""
+
+    def __reduce__(self):
+        reconstruct, args, _ = np.empty(0).__reduce__()
+        return reconstruct, args, (1, (1,), np.dtype("O"), False, [1])
+
+
+@pytest.mark.parametrize("forged", [ForgedArray(), ForgedState()])
+def test_a_pickle_cannot_forge_arrays_of_objects(forged):
+    with pytest.raises(ValueError, match=r"not a readable pickle|would run an array of"):
+        safe_pickle.load(io.BytesIO(pickle.dumps([forged], protocol=2)))
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+@pytest.mark.parametrize("dtype", ["u1", "<i8", ">f4", "?"])
+def test_arrays_and_containers_are_read_as_they_were_written(protocol, dtype):
+    array = np.arange(6).reshape(2, 3).astype(dtype)
+    content = {"a": [array, (1.5, None)], "b": np.asfortranarray(array)}
+    read = safe_pickle.load(io.BytesIO(pickle.dumps(content, protocol=protocol)))
+    np.testing.assert_array_equal(read["a"][0], array)
+    np.testing.assert_array_equal(read["b"], array)
+    assert read["a"][0].dtype == array.dtype
+    assert read["a"][1] == (1.5, None)

@@ -2,6 +2,7 @@
 
 import socket
 
+import pytest
 import torch
 from helpers import fail, succeed
 from training_runs import (
@@ -18,6 +19,8 @@ from dnnlib.config import from_dict
 from models import build_network
 from training import loop
 from training.config import RunConfig
+
+pytestmark = pytest.mark.usefixtures("one_cpu_thread")
 
 # Ten steps of 32 images, a record of each.
 TEN_STEPS = (

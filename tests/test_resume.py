@@ -1,20 +1,23 @@
 """Runs that were killed, continued, damaged or transferred, in processes of their own."""
 
 import random
+import re
 import shutil
 import signal
+import sys
 import time
 
 import psutil
 import pytest
 import torch
-from conftest import FULL
 from helpers import fail, succeed
 from training_runs import (
+    FULL,
     TINY,
     assert_same_run,
     differences,
     final_state,
+    kill_all,
     num_rows,
     only_run,
     per_tick,
@@ -47,6 +50,7 @@ def test_a_run_killed_twice_equals_the_uninterrupted_one(train, uninterrupted, t
     assert_same_run(run_dir, uninterrupted(ranks=None))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="ranks end with torchrun on Linux only")
 def test_two_ranks_killed_with_their_launcher_equal_the_uninterrupted_run(
     train, uninterrupted, tmp_path
 ):
@@ -59,6 +63,7 @@ def test_two_ranks_killed_with_their_launcher_equal_the_uninterrupted_run(
     # Nothing but torchrun itself is killed: ranks that went on would disturb the next process.
     first.send(signal.SIGKILL)
     _, alive = psutil.wait_procs(processes, timeout=30)
+    kill_all(alive)
     assert not alive
     run_dir = only_run(tmp_path)
     assert 0 < final_state(run_dir)["progress"]["cur_nimg"] < 4000
@@ -69,13 +74,10 @@ def test_two_ranks_killed_with_their_launcher_equal_the_uninterrupted_run(
 
 
 @pytest.fixture
-def finished(uninterrupted, tmp_path):
+def finished(one_cpu_thread, uninterrupted, tmp_path):
     """A copy of a finished run, to be spoilt and continued in this process."""
     source = uninterrupted(ranks=None)
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # As in the process that made it: sums are split over threads.
-    yield shutil.copytree(source, tmp_path / "runs" / source.name)
-    torch.set_num_threads(num_threads)
+    return shutil.copytree(source, tmp_path / "runs" / source.name)
 
 
 def options(run_dir, digits_zip):
@@ -209,11 +211,38 @@ def test_a_state_with_any_damage_is_named_or_loads_as_it_was(finished, tmp_path)
     assert len(named) > 60
 
 
+def test_auto_starts_a_run_of_its_own_for_another_command(finished, digits_zip):
+    args = (*options(finished, digits_zip), "--resume=auto", "--seed=1", "--kimg=0.064")
+    assert "Resuming" not in succeed(train_script, *args).output
+    assert sorted(path.name[:5] for path in finished.parent.iterdir()) == ["00000", "00001"]
+
+
 def test_transfer_reports_what_it_loaded_and_what_not(finished, digits_zip, tmp_path):
     snapshot = max(finished.glob("network-snapshot-*.pkl"))
-    base = (f"--outdir={tmp_path / 'new'}", f"--data={digits_zip}", *TINY, "--label-drop=0.1")
-    short = ("--iters=1", "--workers=0", "--lr-rampup=1", f"--transfer={snapshot}")
-    output = succeed(train_script, *base, *short, "--num-blocks=2", "--hidden-dim=16").output
-    assert f"Transfer from {snapshot}: " in output
-    assert "Missing (kept as initialised): " in output
-    assert "Unexpected (not used): " in output
+    outdir = tmp_path / "new"
+    # Two blocks instead of one, no augmentation labels, another attention window.
+    args = (f"--outdir={outdir}", f"--data={digits_zip}", *TINY, "--num-blocks=2", "--window=8")
+    args += ("--workers=0", "--lr-rampup=1", f"--transfer={snapshot}", "--resume=auto")
+    output = succeed(train_script, *args, "--iters=1").output
+    report = re.search(
+        r"Transfer from (.*): (\d+) of (\d+) tensors loaded.\n"
+        r"  Missing \(kept as initialised\): (.*)\n"
+        r"  Mismatched shape \(kept as initialised\): (.*)\n"
+        r"  Unexpected \(not used\): (.*)\n",
+        output,
+    )
+    assert report[1] == str(snapshot)
+    missing, mismatched, unexpected = (set(report[n].split(", ")) for n in (4, 5, 6))
+
+    # The first step of a ramp has learning rate 0: the weights are those that were loaded.
+    given, net = load_snapshot(snapshot).state_dict, final_state(only_run(outdir))["net"]
+    assert missing == net.keys() - given.keys() != set()
+    assert unexpected == given.keys() - net.keys() != set()
+    shared = net.keys() & given.keys()
+    assert mismatched == {name for name in shared if net[name].shape != given[name].shape} != set()
+    assert (int(report[2]), int(report[3])) == (len(shared - mismatched), len(net))
+    assert all(torch.equal(net[name], given[name]) for name in shared - mismatched)
+
+    output = succeed(train_script, *args, "--iters=2").output
+    assert "Resuming from" in output
+    assert "Transfer" not in output

@@ -5,9 +5,9 @@ import re
 import signal
 
 import pytest
-from conftest import FULL
 from helpers import call, succeed
 from training_runs import (
+    FULL,
     ROOT,
     TINY,
     assert_same_run,
@@ -77,7 +77,7 @@ def restored_handlers():
 
 
 def test_a_signal_cuts_a_score_short_which_is_made_up_for(
-    restored_handlers, digits_zip, tmp_path, monkeypatch
+    one_cpu_thread, restored_handlers, digits_zip, tmp_path, monkeypatch
 ):
     args = (f"--outdir={tmp_path}", f"--data={digits_zip}", *TINY, "--iters=2", "--tick=0")
     args += ("--snap=1", "--workers=0", "--metrics=fd_pixels", "--sample-batch=50")

@@ -1,8 +1,8 @@
 """For tests: training runs of a tiny model in processes of their own, and what they leave."""
 
+import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -26,6 +26,20 @@ TINY = (
     "--batch=64",
     "--sampler=euler",
     "--steps=2",
+)
+
+# Everything random in a step is on. 63 steps in ten ticks, of which every fourth has a snapshot and
+# a score; a state a tick. The 200 images are passed through twenty times.
+FULL = (
+    *TINY,
+    "--kimg=4",
+    "--tick=0.4",
+    "--snap=4",
+    "--dump=1",
+    "--sample-batch=16",
+    "--dropout=0.1",
+    "--augment=0.3",
+    "--metrics=fd_pixels",
 )
 
 
@@ -76,12 +90,11 @@ class TrainProcess:
         return self._log.read_text(errors="replace")
 
     def processes(self):
-        """Return this process and all that descend from it."""
-        try:
-            top = psutil.Process(self.pid)
-            return [top, *top.children(recursive=True)]
-        except psutil.NoSuchProcess:
+        """Return this process and all that descend from it, while it runs."""
+        if self._process.poll() is not None:
             return []
+        top = psutil.Process(self.pid)
+        return [top, *top.children(recursive=True)]
 
     def finish(self, code=0):
         """Wait for the end, require an exit code (or any failure for None), return the output."""
@@ -103,9 +116,15 @@ class TrainProcess:
 
     def kill(self):
         """End everything that is left of it."""
-        for process in reversed(self.processes()):
-            process.send_signal(signal.SIGKILL)
+        kill_all(self.processes())
         self._process.wait(TIMEOUT_SEC)
+
+
+def kill_all(processes):
+    """End the descendants first, so that none is lost sight of."""
+    for process in reversed(processes):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def only_run(outdir):

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import inspect
 import os
+import pickle
 import signal
 import sys
 from collections.abc import Callable
@@ -25,6 +26,9 @@ def init() -> torch.device:
     ``python`` run forms no group. Raises ValueError if a node starts more ranks than it has GPUs.
     """
     global _cpu_group
+    # Full float32 products everywhere, unless a run asks for less.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
     device = torch.device("cpu")
     if torch.cuda.is_available():
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -136,11 +140,20 @@ def _on_main(function: Callable[[], T], broadcast: Callable[[Any], Any]) -> T:
         try:
             result = function()
         except Exception as caught:
-            error = caught
+            error = _transportable(caught)
     error = broadcast_object(error)
     if error is not None:
         raise error
     return broadcast(result)
+
+
+def _transportable(error: Exception) -> Exception:
+    """Return ``error``, or its text as a ValueError if it cannot be sent to other ranks."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # Whatever keeps it from travelling, its text can.
+        return ValueError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def broadcast_tree(tree: Any) -> Any:

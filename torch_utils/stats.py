@@ -1,5 +1,7 @@
 """Training statistics: accumulated on the device, summed over ranks once a tick."""
 
+import math
+
 import torch
 
 from torch_utils import distributed
@@ -17,15 +19,11 @@ class StatsCollector:
         self._moments: dict[str, torch.Tensor] = {}
 
     def report(self, name: str, value: torch.Tensor | float) -> None:
-        """Add every element of ``value`` (any shape) to the statistics of ``name``."""
+        """Add every finite element of ``value`` (any shape) to the statistics of ``name``."""
         value = torch.as_tensor(value).detach().flatten().to(torch.float32)
-        moments = torch.stack(
-            [
-                torch.full([], float(value.numel()), device=value.device),
-                value.sum(),
-                (value**2).sum(),
-            ]
-        ).to(torch.float64)
+        finite = value.isfinite()
+        value = torch.where(finite, value, 0.0)
+        moments = torch.stack([finite.sum(), value.sum(), value.square().sum()]).to(torch.float64)
         if name in self._moments:
             moments += self._moments[name].to(moments.device)
         self._moments[name] = moments
@@ -37,7 +35,7 @@ class StatsCollector:
         result = {}
         for name, moments in sums.items():
             count, total, squares = moments.tolist()
-            mean = total / count
+            mean = total / count if count else math.nan
             variance = max(squares / count - mean**2, 0.0)
             result[name] = dict(num=int(count), mean=mean, std=variance**0.5)
         return result

@@ -36,7 +36,7 @@ from training.measure import (
     table,
     tensor_bytes,
 )
-from training.objective import Objective, draw_step
+from training.objective import Objective
 from training.optimizer import GuardedAdam
 from training.report import forward_flops
 from training.sampler import PositionSampler, make_loader
@@ -60,9 +60,6 @@ class TrainingSteps:
         training = config.training
         self.config, self.device = config, device
         self._image_shape = (dataset.img_channels, dataset.resolution, dataset.resolution)
-        self._label_drop = training.label_drop if dataset.num_classes else 0.0
-        self._precond = make_precond(config.precond)
-        self._augment_pipe = make_augment_pipe(training.augment)
         self._cur_nimg = _FIRST_NIMG
         sampler = PositionSampler(
             len(dataset),
@@ -78,8 +75,13 @@ class TrainingSteps:
         torch.manual_seed(training.seed)
         self.network = self._build_network().train().requires_grad_(True).to(device)
         self._make_optimizer()
-        autocast_dtype = AUTOCAST_DTYPES[training.precision]
-        self._objective = Objective(self.network, self._precond, autocast_dtype)
+        self._objective = Objective(
+            self.network,
+            make_precond(config.precond),
+            augment_pipe=make_augment_pipe(training.augment),
+            label_drop=training.label_drop or 0.0,
+            autocast_dtype=AUTOCAST_DTYPES[training.precision],
+        )
 
     def _build_network(self) -> Network:
         network = build_network(self.config.model)
@@ -97,24 +99,17 @@ class TrainingSteps:
     def step(self, clock: Clock) -> None:
         """Make one optimizer step, calling ``clock.mark`` at the end of each of PARTS."""
         training = self.config.training
-        draws = draw_step(
-            self._precond,
-            self._augment_pipe,
+        draws = self._objective.draw(
             seed=training.seed,
             cur_nimg=self._cur_nimg,
             batch=training.batch,
             image_shape=self._image_shape,
-            label_drop=self._label_drop,
             device=self.device,
         )
         torch.manual_seed(rng.mix(training.seed, self._cur_nimg, rng.STREAM_MODEL))
-        images, cond = next(self._batches)
-        images = images.to(self.device, non_blocking=True).to(torch.float32) / 127.5 - 1
-        cond = {name: value.to(self.device, non_blocking=True) for name, value in cond.items()}
-        if self._augment_pipe is not None:
-            images, cond["augment"] = self._augment_pipe.apply(images, draws.augment)
+        images, cond = self._objective.prepare(*next(self._batches), draws, self.device)
         clock.mark("data")
-        loss = self._objective(images, cond, draws.sigma, draws.noise, draws.drop)
+        loss = self._objective(images, cond, draws)
         clock.mark("forward")
         (loss.sum() * (training.loss_scaling / training.batch)).backward()
         clock.mark("backward")

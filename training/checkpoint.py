@@ -115,7 +115,7 @@ def load_snapshot(path: str | os.PathLike) -> Snapshot:
         data = {k: tuple(v) if isinstance(v, list) else v for k, v in payload["data"].items()}
         return Snapshot(
             path=path,
-            sha256=_content_hash(payload["ema"]),
+            sha256=weights_hash(payload["ema"]),
             config=config,
             data=DataSummary(**data),
             progress=payload["progress"],
@@ -200,12 +200,12 @@ def transfer_weights(network: torch.nn.Module, snapshot: Snapshot) -> str:
     return "\n".join(lines)
 
 
-def _content_hash(state_dict: dict[str, torch.Tensor]) -> str:
+def weights_hash(state_dict: dict[str, torch.Tensor]) -> str:
     """Return a hash of names, shapes and weights, which stays equal when a file is rewritten."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state_dict.items()):
         digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}\n".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -225,7 +225,9 @@ def _load(path: Path, expected_format: str, what: str) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()
             strange = [part.filename for part in parts if part.external_attr or part.compress_type]
-            damaged = strange[0] if strange else archive.testzip()
+            damaged = None if strange else archive.testzip()
+        if strange:
+            raise ValueError(f"{path}: not {what}, or damaged ({strange[0]} is stored otherwise).")
         if damaged is not None:
             raise ValueError(f"{path}: damaged (checksum of {damaged} does not match).")
         payload = torch.load(path, map_location="cpu", weights_only=True)

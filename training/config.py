@@ -32,9 +32,14 @@ class TrainingConfig(Config):
     )
     lr: float = option(1e-3, min=0, help="Learning rate.")
     lr_rampup: float = option(10_000.0, min=0, help="Linear learning-rate warm-up in kimg.")
-    clip_grad: float | None = option(None, min=0, help="Largest gradient norm; larger is scaled.")
-    label_drop: float = option(
-        0.0, min=0, max=1, help="Probability of training without the label, for guidance."
+    clip_grad: float | None = option(
+        None, min=1e-6, help="Largest gradient norm; larger is scaled."
+    )
+    label_drop: float | None = option(
+        None,
+        min=0,
+        max=1,
+        help="Probability of training without the label, for guidance; none: 0.1 with labels.",
     )
     ema_kimg: float = option(500.0, min=0, help="Half-life of the weight average in kimg.")
     ema_rampup: float | None = option(
@@ -139,7 +144,7 @@ def check_guidance(config: RunConfig, num_classes: int) -> None:
             f"--cfg-scale: got {config.guidance.cfg_scale}, but the model is unconditional; train "
             "with --cond and --label-drop=0.1, or set --cfg-scale=1."
         )
-    if config.training.label_drop == 0:
+    if not config.training.label_drop:
         raise ValueError(
             f"--cfg-scale: got {config.guidance.cfg_scale}, but the model was trained without "
             "label dropout and has learned no unconditional half; train with --label-drop=0.1, or "

@@ -19,7 +19,7 @@ from dnnlib.text import join_names
 from models import Network
 from torch_utils import distributed
 from torch_utils.rng import SeededNoise
-from training.checkpoint import Snapshot, load_snapshot
+from training.checkpoint import Snapshot, load_snapshot, package_versions, weights_hash
 from training.config import check_guidance
 from training.pictures import image_grid, save_image
 
@@ -125,6 +125,8 @@ class ImageGenerator:
             nfe=num_evaluations(self.sampling, self.precond),
             guidance=to_dict(self.guidance),
             guide_hash=self.guide_hash,
+            rounding="uint8, clip(127.5 x + 128)",
+            tf32=torch.backends.cuda.matmul.allow_tf32,
             precision=str(self.autocast_dtype or torch.float32).removeprefix("torch."),
         )
 
@@ -165,6 +167,19 @@ def make_generator(
         autocast_dtype=AUTOCAST_DTYPES[precision or config.training.precision],
         guide=None if guide is None else guide.build(device),
         guide_hash=None if guide is None else guide.sha256,
+    )
+
+
+def passport(
+    generator: ImageGenerator, class_counts: Sequence[int], first_seed: int = 0
+) -> dict[str, Any]:
+    """Return how the images of :func:`generate_for_rank` are made, for a score row."""
+    return dict(
+        snapshot_hash=weights_hash(generator.network.state_dict()),
+        first_seed=first_seed,
+        labels="as in the training data" if generator.num_classes and class_counts else "none",
+        **generator.protocol(),
+        packages=package_versions(),
     )
 
 

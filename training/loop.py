@@ -28,8 +28,14 @@ from training.checkpoint import (
 from training.config import RunConfig, accumulation_rounds
 from training.dataset import ImageDataset, save_reals
 from training.ema import EMA, ema_beta
-from training.generation import AUTOCAST_DTYPES, ImageGenerator, generate_for_rank, save_fakes
-from training.objective import Objective, draw_step
+from training.generation import (
+    AUTOCAST_DTYPES,
+    ImageGenerator,
+    generate_for_rank,
+    passport,
+    save_fakes,
+)
+from training.objective import Objective
 from training.optimizer import GuardedAdam
 from training.sampler import PositionSampler, make_loader
 from training.telemetry import (
@@ -54,6 +60,7 @@ def training_loop(
     resume_state: dict[str, Any] | None = None,
     transfer: Snapshot | None = None,
     evaluate: EvaluateFn | None = None,
+    stop_signal: distributed.StopSignal,
 ) -> bool:
     """Train until the end, and return True; return False after a signal asked to stop.
 
@@ -66,6 +73,7 @@ def training_loop(
         transfer: A snapshot whose weights start a new run, as far as names and shapes agree.
         evaluate: Called by all ranks as ``evaluate(metric_names, generate)``, where
             ``generate(indices)`` yields this rank's uint8 image batches; returns score rows.
+        stop_signal: An active handler of signals, on every rank.
 
     Raises FloatingPointError if too many gradients in a row are not finite.
     """
@@ -84,7 +92,6 @@ def training_loop(
     network = build_network(config.model).train().requires_grad_(True).to(device)
     network.to(memory_format=torch.channels_last)
     precond = make_precond(config.precond)
-    augment_pipe = make_augment_pipe(training.augment)
     ema = EMA(network)
     optimizer = GuardedAdam(
         network.parameters(),
@@ -111,7 +118,14 @@ def training_loop(
         stats.load_state_dict(resume_state["stats"])
     if training.compile:
         network.backbone.compile()
-    objective = distributed.wrap(Objective(network, precond, autocast_dtype), device)
+    objective = Objective(
+        network,
+        precond,
+        augment_pipe=make_augment_pipe(training.augment),
+        label_drop=training.label_drop or 0.0,
+        autocast_dtype=autocast_dtype,
+    )
+    loss_function = distributed.wrap(objective, device)
 
     # Prepare data and outputs.
     sampler = PositionSampler(
@@ -188,7 +202,7 @@ def training_loop(
                 # Ranks differ by up to one batch, but must ask for signals equally often.
                 num_batches = -(-len(indices) // (world_size * logging.sample_batch))
                 for _, batch in itertools.zip_longest(range(num_batches), images):
-                    if signal.agreed():
+                    if stop_signal.agreed():
                         raise _InterruptedError
                     if batch is not None:
                         yield batch
@@ -202,7 +216,8 @@ def training_loop(
                 row = dict(
                     row, kimg=cur_nimg / 1000, snapshot=snapshot_path(run_dir, cur_nimg).name
                 )
-                telemetry.record_metric({**row, **generator.protocol()}, cur_nimg)
+                row.update(passport(generator, data.class_counts))
+                telemetry.record_metric(row, cur_nimg)
                 telemetry.message(f"{row['metric']} {row['value']:.4f} at kimg {row['kimg']:.1f}")
         return True
 
@@ -211,134 +226,126 @@ def training_loop(
     done, stop = cur_nimg >= total_nimg, False
     if done and telemetry is not None:
         telemetry.message(f"Complete at kimg {cur_nimg / 1000:.1f}; a larger --kimg would go on.")
-    with distributed.StopSignal() as signal:
-        if resume_state is not None and resume_state["progress"]["metrics_due"]:
-            stop = not run_metrics()
-        tick_start_sec, maintenance_sec = time.time(), time.time() - start_sec
-        timed_nimg = cur_nimg
-        bar = _tick_bar(cur_tick, cur_nimg, tick_start_nimg, logging.tick, rank)
-        while not (done or stop):
-            # Draw this step's randomness for the global batch, and keep this rank's rows.
-            draws = draw_step(
-                precond,
-                augment_pipe,
-                seed=training.seed,
-                cur_nimg=cur_nimg,
-                batch=training.batch,
-                image_shape=image_shape,
-                label_drop=training.label_drop if dataset.num_classes else 0.0,
-                device=device,
-            ).rows(rank * per_rank, (rank + 1) * per_rank)
-            torch.manual_seed(rng.mix(training.seed, cur_nimg, rng.STREAM_MODEL, rank))
+    if resume_state is not None and resume_state["progress"]["metrics_due"]:
+        stop = not run_metrics()
+    tick_start_sec, maintenance_sec = time.time(), time.time() - start_sec
+    timed_nimg = cur_nimg
+    bar = _tick_bar(cur_tick, cur_nimg, tick_start_nimg, logging.tick, rank)
+    while not (done or stop):
+        # Draw this step's randomness for the global batch, and keep this rank's rows.
+        draws = objective.draw(
+            seed=training.seed,
+            cur_nimg=cur_nimg,
+            batch=training.batch,
+            image_shape=image_shape,
+            device=device,
+        ).rows(rank * per_rank, (rank + 1) * per_rank)
+        torch.manual_seed(rng.mix(training.seed, cur_nimg, rng.STREAM_MODEL, rank))
 
-            # Accumulate gradients.
-            optimizer.zero_grad()
-            for round_idx in range(num_rounds):
-                images, cond = next(batches)
-                images = images.to(device, non_blocking=True).to(torch.float32) / 127.5 - 1
-                cond = {k: v.to(device, non_blocking=True) for k, v in cond.items()}
-                rows = draws.rows(round_idx * batch_gpu, (round_idx + 1) * batch_gpu)
-                if augment_pipe is not None:
-                    images, cond["augment"] = augment_pipe.apply(images, rows.augment)
-                with distributed.no_sync(objective, skip=round_idx < num_rounds - 1):
-                    loss = objective(images, cond, rows.sigma, rows.noise, rows.drop)
-                    # Summed over pixels, averaged over the global batch (DDP averages over ranks).
-                    total = loss.sum() * (training.loss_scaling / per_rank)
-                    if optimizer.loss_scale is not None:
-                        total = total * optimizer.loss_scale
-                    total.backward()
-                stats.report("Loss/loss", loss)
+        # Accumulate gradients.
+        optimizer.zero_grad()
+        for round_idx in range(num_rounds):
+            rows = draws.rows(round_idx * batch_gpu, (round_idx + 1) * batch_gpu)
+            images, cond = objective.prepare(*next(batches), rows, device)
+            with distributed.no_sync(loss_function, skip=round_idx < num_rounds - 1):
+                loss = loss_function(images, cond, rows)
+                # Summed over pixels, averaged over the global batch (DDP averages over ranks).
+                total = loss.sum() * (training.loss_scaling / per_rank)
+                if optimizer.loss_scale is not None:
+                    total = total * optimizer.loss_scale
+                total.backward()
+            stats.report("Loss/loss", loss)
 
-            # Update weights and their average.
-            lr = training.lr
-            if training.lr_rampup > 0:
-                lr *= min(cur_nimg / (training.lr_rampup * 1000), 1.0)
-            grad_norm = optimizer.step(lr)
-            beta = ema_beta(cur_nimg, training.batch, training.ema_kimg, training.ema_rampup)
-            ema.update(beta, optimizer.skipped)
-            stats.report("Loss/grad_norm", grad_norm)
-            stats.report("Loss/learning_rate", lr)
+        # Update weights and their average.
+        lr = training.lr
+        if training.lr_rampup > 0:
+            lr *= min(cur_nimg / (training.lr_rampup * 1000), 1.0)
+        grad_norm = optimizer.step(lr)
+        beta = ema_beta(cur_nimg, training.batch, training.ema_kimg, training.ema_rampup)
+        ema.update(beta, optimizer.skipped)
+        stats.report("Loss/grad_norm", grad_norm)
+        stats.report("Loss/learning_rate", lr)
 
-            # Count, and go on unless a tick ends here.
-            cur_nimg += training.batch
-            bar.update(training.batch)
-            done = cur_nimg >= total_nimg
-            stop = signal.agreed() and not done
-            tick_ends = done or cur_tick == 0 or cur_nimg >= tick_start_nimg + logging.tick * 1000
-            if not (tick_ends or stop):
-                continue
+        # Count, and go on unless a tick ends here.
+        cur_nimg += training.batch
+        bar.update(training.batch)
+        done = cur_nimg >= total_nimg
+        stop = stop_signal.agreed() and not done
+        tick_ends = done or cur_tick == 0 or cur_nimg >= tick_start_nimg + logging.tick * 1000
+        if not (tick_ends or stop):
+            continue
 
-            # Read the counters; this is where the host waits for the device.
-            bar.__exit__()
-            num_skipped, skipped_in_a_row = optimizer.read_counters()
-            tick_end_sec = time.time()
-            elapsed_sec = elapsed_before_sec + tick_end_sec - start_sec
+        # Read the counters; this is where the host waits for the device.
+        bar.__exit__()
+        num_skipped, skipped_in_a_row = optimizer.read_counters()
+        tick_end_sec = time.time()
+        elapsed_sec = elapsed_before_sec + tick_end_sec - start_sec
 
-            # Record statistics. Those of a tick that a signal cuts short go into the state.
-            if tick_ends:
-                tick_kimg = (cur_nimg - timed_nimg) / 1000
-                sec_per_tick = tick_end_sec - tick_start_sec
-                fields = stats.collect()
-                fields.update(
-                    {
-                        "Progress/tick": scalar(cur_tick),
-                        "Progress/kimg": scalar(cur_nimg / 1000),
-                        "Loss/skipped_steps": scalar(num_skipped),
-                        "Timing/total_sec": scalar(elapsed_sec),
-                        "Timing/sec_per_tick": scalar(sec_per_tick),
-                        "Timing/sec_per_kimg": scalar(sec_per_tick / tick_kimg),
-                        "Timing/images_per_sec": scalar(tick_kimg * 1000 / max(sec_per_tick, 1e-9)),
-                        "Timing/maintenance_sec": scalar(maintenance_sec),
-                        **memory_stats(device),
-                    }
-                )
-                if telemetry is not None:
-                    telemetry.record(fields, cur_nimg)
-                    telemetry.message(tick_line(fields, total_nimg, num_skipped))
-            if skipped_in_a_row >= training.skip_limit:
-                raise FloatingPointError(
-                    f"{skipped_in_a_row} gradients in a row were not finite (at kimg "
-                    f"{cur_nimg / 1000:.1f}). Resume from the last state with a lower --lr, "
-                    f"--clip-grad=1 or --precision=bf16; --skip-limit={training.skip_limit} set "
-                    "this limit."
-                )
-
-            # Save pictures, the snapshot, then the state: a state implies its snapshot.
-            snap_due = done or (tick_ends and cur_tick % logging.snap == 0)
-            dump_due = tick_ends and cur_tick % (logging.dump or logging.snap) == 0
-            metrics_every = logging.metrics_ticks or logging.snap
-            metrics_due = done or (tick_ends and cur_tick % metrics_every == 0)
-            if tick_ends:
-                cur_tick, tick_start_nimg = cur_tick + 1, cur_nimg
-            progress_info = dict(
-                cur_nimg=cur_nimg,
-                cur_tick=cur_tick,
-                tick_start_nimg=tick_start_nimg,
-                elapsed_sec=elapsed_sec,
-                num_skipped=num_skipped,
-                metrics_due=metrics_due,
-                snapshot=snapshot_path(run_dir, cur_nimg).name if snap_due else None,
+        # Record statistics. Those of a tick that a signal cuts short go into the state.
+        if tick_ends:
+            tick_kimg = (cur_nimg - timed_nimg) / 1000
+            sec_per_tick = tick_end_sec - tick_start_sec
+            fields = stats.collect()
+            fields.update(
+                {
+                    "Progress/tick": scalar(cur_tick),
+                    "Progress/kimg": scalar(cur_nimg / 1000),
+                    "Loss/skipped_steps": scalar(num_skipped),
+                    "Timing/total_sec": scalar(elapsed_sec),
+                    "Timing/sec_per_tick": scalar(sec_per_tick),
+                    "Timing/sec_per_kimg": scalar(sec_per_tick / tick_kimg),
+                    "Timing/images_per_sec": scalar(tick_kimg * 1000 / max(sec_per_tick, 1e-9)),
+                    "Timing/maintenance_sec": scalar(maintenance_sec),
+                    **memory_stats(device),
+                }
             )
-            if snap_due:
-                fakes_path = run_dir / f"fakes-{cur_nimg // 1000:06d}.png"
-                save_fakes(generator, data.class_counts, fakes_path, logging.sample_batch)
-                if rank == 0:
-                    path = snapshot_path(run_dir, cur_nimg)
-                    save_snapshot(path, ema.network, config, data, progress_info)
-            if dump_due or done or stop:
-                write_state(progress_info)
-            if metrics_due and not stop and not run_metrics():
-                stop = True
-                write_state(progress_info)
-            maintenance_sec = time.time() - tick_end_sec
-            tick_start_sec, timed_nimg = time.time(), cur_nimg
-            bar = _tick_bar(cur_tick, cur_nimg, tick_start_nimg, logging.tick, rank)
+            if telemetry is not None:
+                telemetry.record(fields, cur_nimg)
+                telemetry.message(tick_line(fields, total_nimg, num_skipped))
+        if skipped_in_a_row >= training.skip_limit:
+            raise FloatingPointError(
+                f"{skipped_in_a_row} gradients in a row were not finite (at kimg "
+                f"{cur_nimg / 1000:.1f}). Resume from the last state with a lower --lr, "
+                f"--clip-grad=1 or --precision=bf16; --skip-limit={training.skip_limit} set "
+                "this limit."
+            )
+
+        # Save pictures, the snapshot, then the state: a state implies its snapshot.
+        snap_due = done or (tick_ends and cur_tick % logging.snap == 0)
+        dump_due = tick_ends and cur_tick % (logging.dump or logging.snap) == 0
+        metrics_every = logging.metrics_ticks or logging.snap
+        metrics_due = done or (tick_ends and cur_tick % metrics_every == 0)
+        if tick_ends:
+            cur_tick, tick_start_nimg = cur_tick + 1, cur_nimg
+        progress_info = dict(
+            cur_nimg=cur_nimg,
+            cur_tick=cur_tick,
+            tick_start_nimg=tick_start_nimg,
+            elapsed_sec=elapsed_sec,
+            num_skipped=num_skipped,
+            metrics_due=metrics_due,
+            snapshot=snapshot_path(run_dir, cur_nimg).name if snap_due else None,
+        )
+        if snap_due:
+            fakes_path = run_dir / f"fakes-{cur_nimg // 1000:06d}.png"
+            save_fakes(generator, data.class_counts, fakes_path, logging.sample_batch)
+            if rank == 0:
+                path = snapshot_path(run_dir, cur_nimg)
+                save_snapshot(path, ema.network, config, data, progress_info)
+        if dump_due or done or stop:
+            write_state(progress_info)
+        if metrics_due and not stop and not run_metrics():
+            stop = True
+            write_state(progress_info)
+        maintenance_sec = time.time() - tick_end_sec
+        tick_start_sec, timed_nimg = time.time(), cur_nimg
+        bar = _tick_bar(cur_tick, cur_nimg, tick_start_nimg, logging.tick, rank)
     distributed.barrier()
     if telemetry is not None:
         if stop:
             telemetry.message(
-                f"Stopped by {signal.name_received()} at kimg {cur_nimg / 1000:.1f}; continue with "
-                f"--resume={run_dir}"
+                f"Stopped by {stop_signal.name_received()} at kimg {cur_nimg / 1000:.1f}; continue "
+                f"with --resume={run_dir}"
             )
         telemetry.close()
     return not stop

@@ -1,4 +1,4 @@
-"""From a batch and its random draws to the loss: the module that DDP wraps."""
+"""From a batch to the loss: the module that DDP wraps."""
 
 import dataclasses
 
@@ -9,6 +9,7 @@ from diffusion.precond import Denoiser, Precond
 from models import Network
 from torch_utils import rng
 from training.augment import AugmentParams, AugmentPipe
+from training.dataset import Cond
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,54 +31,80 @@ class Draws:
         )
 
 
-def draw_step(
-    precond: Precond,
-    augment_pipe: AugmentPipe | None,
-    *,
-    seed: int,
-    cur_nimg: int,
-    batch: int,
-    image_shape: tuple[int, ...],
-    label_drop: float,
-    device: torch.device,
-) -> Draws:
-    """Return the draws of the global batch [N = batch] that starts at image ``cur_nimg``.
-
-    They are a function of (seed, cur_nimg) alone: every rank draws the whole batch and keeps its
-    rows, so that the number of ranks and the accumulation change nothing.
-    """
-    noise_generator = rng.step_generator(seed, cur_nimg, rng.STREAM_NOISE, device)
-    sigma = precond.draw_sigma(batch, noise_generator, device)
-    noise = torch.randn(batch, *image_shape, generator=noise_generator, device=device)
-    drop = augment = None
-    if label_drop > 0:
-        generator = rng.step_generator(seed, cur_nimg, rng.STREAM_CONDITION, device)
-        drop = torch.rand(batch, generator=generator, device=device) < label_drop
-    if augment_pipe is not None:
-        generator = rng.step_generator(seed, cur_nimg, rng.STREAM_AUGMENT, device)
-        augment = augment_pipe.draw(batch, generator, device)
-    return Draws(sigma=sigma, noise=noise, drop=drop, augment=augment)
-
-
 class Objective(torch.nn.Module):
-    """The denoising loss of a network under a preconditioner, as one differentiable module."""
+    """The denoising loss of a network under a preconditioner.
+
+    The loop knows an objective by three calls: :meth:`draw` the randomness of a step,
+    :meth:`prepare` a batch on the device, and the differentiable loss. Another kind of training
+    (other noise, other draws, other data) is another class with these.
+
+    Args:
+        network: What is trained.
+        precond: Its parametrization, noise density and loss weight.
+        augment_pipe: Geometric augmentation, if any.
+        label_drop: Probability of training without the condition.
+        autocast_dtype: Arithmetic of the network; None is float32.
+    """
 
     def __init__(
-        self, network: Network, precond: Precond, autocast_dtype: torch.dtype | None = None
+        self,
+        network: Network,
+        precond: Precond,
+        *,
+        augment_pipe: AugmentPipe | None = None,
+        label_drop: float = 0.0,
+        autocast_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self._precond = precond
+        self._augment_pipe = augment_pipe
+        self._label_drop = label_drop
         self._denoise = Denoiser(network, precond, autocast_dtype)
 
-    def forward(
+    def draw(
         self,
-        images: torch.Tensor,
-        cond: dict[str, torch.Tensor],
-        sigma: torch.Tensor,
-        noise: torch.Tensor,
-        drop: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Return the weighted squared error [N, C, H, W] of images [N, C, H, W] in [-1, 1]."""
-        context = self.network.context(cond, drop, num=len(images))
-        return denoising_loss(self._denoise, images, sigma, noise, context, self._precond.weight)
+        *,
+        seed: int,
+        cur_nimg: int,
+        batch: int,
+        image_shape: tuple[int, ...],
+        device: torch.device,
+    ) -> Draws:
+        """Return the draws of the global batch [N = batch] that starts at image ``cur_nimg``.
+
+        They are a function of (seed, cur_nimg) alone: every rank draws the whole batch and keeps
+        its rows, so that the number of ranks and the accumulation change nothing.
+        """
+        generator = rng.step_generator(seed, cur_nimg, rng.STREAM_NOISE, device)
+        sigma = self._precond.draw_sigma(batch, generator, device)
+        noise = torch.randn(batch, *image_shape, generator=generator, device=device)
+        drop = augment = None
+        if self._label_drop > 0:
+            generator = rng.step_generator(seed, cur_nimg, rng.STREAM_CONDITION, device)
+            drop = torch.rand(batch, generator=generator, device=device) < self._label_drop
+        if self._augment_pipe is not None:
+            generator = rng.step_generator(seed, cur_nimg, rng.STREAM_AUGMENT, device)
+            augment = self._augment_pipe.draw(batch, generator, device)
+        return Draws(sigma=sigma, noise=noise, drop=drop, augment=augment)
+
+    def prepare(
+        self, images: torch.Tensor, cond: Cond, draws: Draws, device: torch.device
+    ) -> tuple[torch.Tensor, Cond]:
+        """Return what :meth:`forward` takes, on ``device``, of a loader's batch.
+
+        Images uint8 [N, C, H, W] become float32 in [-1, 1], augmented; ``cond`` gains the
+        augmentation's labels [N, 9].
+        """
+        images = images.to(device, non_blocking=True).to(torch.float32) / 127.5 - 1
+        cond = {name: value.to(device, non_blocking=True) for name, value in cond.items()}
+        if self._augment_pipe is not None:
+            images, cond["augment"] = self._augment_pipe.apply(images, draws.augment)
+        return images, cond
+
+    def forward(self, images: torch.Tensor, cond: Cond, draws: Draws) -> torch.Tensor:
+        """Return the weighted squared error [N, C, H, W] of prepared images and conditions."""
+        context = self.network.context(cond, draws.drop, num=len(images))
+        return denoising_loss(
+            self._denoise, images, draws.sigma, draws.noise, context, self._precond.weight
+        )

@@ -7,15 +7,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dnnlib.config import Config, from_dict, to_dict
+from dnnlib.config import from_dict, to_dict
 from dnnlib.files import atomic_write
 from torch_utils import distributed
+from training.augment import NUM_LABELS
 from training.checkpoint import find_states, load_state
 from training.config import RunConfig, check_guidance
 from training.dataset import ImageDataset
 
 REQUEUE_FILE = "requeue"
 REQUEUE_EXIT_CODE = 85
+_DEFAULT_LABEL_DROP = 0.1  # As in classifier-free guidance's experiments (arXiv 2207.12598).
+# Settings that change how fast or how long a run computes, but not what.
+_SPEED_SECTIONS = ("logging", "sampling", "guidance")
+_SPEED_SETTINGS = {
+    "model": ("checkpointing", "attention"),
+    "data": ("cache",),
+    "training": ("kimg", "iters", "skip_limit", "compile", "batch_gpu", "tf32", "cudnn_benchmark"),
+}
 
 
 def fit_to_data(config: RunConfig, dataset: ImageDataset) -> RunConfig:
@@ -38,17 +47,22 @@ def with_data_facts(config: RunConfig, img_channels: int, num_classes: int) -> R
 
     Raises ValueError for guidance or label dropout without classes.
     """
-    if not num_classes and config.training.label_drop > 0:
+    label_drop = config.training.label_drop
+    if label_drop is None:
+        label_drop = _DEFAULT_LABEL_DROP if num_classes else 0.0
+    if not num_classes and label_drop > 0:
         raise ValueError(
-            f"--label-drop: got {config.training.label_drop}, but the model is unconditional; "
+            f"--label-drop: got {label_drop}, but the model is unconditional; "
             "add --cond, or set --label-drop=0."
         )
+    training = dataclasses.replace(config.training, label_drop=label_drop)
+    config = dataclasses.replace(config, training=training)
     check_guidance(config, num_classes)
     model = dataclasses.replace(
         config.model,
         img_channels=img_channels,
         num_classes=num_classes,
-        augment_dim=9 if config.training.augment.augment > 0 else 0,
+        augment_dim=NUM_LABELS if config.training.augment.augment > 0 else 0,
     )
     return dataclasses.replace(config, model=model)
 
@@ -114,9 +128,8 @@ def read_options(run_dir: Path) -> RunConfig:
 def clear_leftovers(run_dir: Path) -> None:
     """Remove what an earlier process left: its request to be requeued, half-written files."""
     (run_dir / REQUEUE_FILE).unlink(missing_ok=True)
-    for pattern in (".training-state-*.tmp", ".network-snapshot-*.tmp"):
-        for path in run_dir.glob(pattern):
-            path.unlink()
+    for path in run_dir.glob(".*.tmp"):
+        path.unlink()
 
 
 def find_same_run(outdir: Path, config: RunConfig, report: Callable[[str], None]) -> Path | None:
@@ -134,18 +147,20 @@ def find_same_run(outdir: Path, config: RunConfig, report: Callable[[str], None]
             except ValueError as error:
                 report(f"Skipped: {error}")
                 continue
-            if _identity(other) == _identity(config):
+            if _identity(to_dict(other)) == _identity(to_dict(config)):
                 return path
     return None
 
 
-def _identity(config: RunConfig) -> dict[str, Any]:
-    identity = to_dict(config)
-    for section in ("logging", "sampling", "guidance"):
-        del identity[section]
-    for name in ("kimg", "iters", "skip_limit", "compile", "batch_gpu"):
-        del identity["training"][name]
-    return identity
+def _identity(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that decide the weights on the way, by dotted name."""
+    return {
+        f"{section}.{name}": value
+        for section, values in config.items()
+        if isinstance(values, dict) and section not in _SPEED_SECTIONS
+        for name, value in values.items()
+        if name not in _SPEED_SETTINGS.get(section, ())
+    }
 
 
 def load_resume_state(
@@ -174,15 +189,20 @@ def load_resume_state(
 
     loaded = distributed.on_main_tree(load)[0]
     if loaded is not None:
-        check_same_model(config.model, loaded["config"]["model"])
+        check_same_model(to_dict(config), loaded["config"], report)
     return loaded
 
 
-def check_same_model(model: Config, saved: dict[str, Any]) -> None:
-    """Raise ValueError naming the options in which a saved state's model differs."""
-    own = to_dict(model)
-    ignored = ("dropout", "checkpointing", "attention")
-    names = [n for n in own if n not in ignored and own[n] != saved.get(n)]
-    if names:
-        listed = ", ".join(f"{n} {saved.get(n)} there, {own[n]} here" for n in names)
-        raise ValueError(f"--resume: the state is of another model ({listed}).")
+def check_same_model(
+    config: dict[str, Any], saved: dict[str, Any], report: Callable[[str], None]
+) -> None:
+    """Raise ValueError if a saved state is of another model; report other settings that differ."""
+    own, there = _identity(config), _identity(saved)
+    changed = [name for name in own if own[name] != there.get(name)]
+    listed = {name: f"{name} {there.get(name)} there, {own[name]} here" for name in changed}
+    fixed = [n for n in changed if n.startswith(("model.", "precond.")) and n != "model.dropout"]
+    if fixed:
+        details = "; ".join(listed[name] for name in fixed)
+        raise ValueError(f"--resume: the state is of another model ({details}).")
+    if changed:
+        report(f"This continues a run with other settings: {'; '.join(listed.values())}.")
