@@ -124,6 +124,7 @@ def main(
         training = dataclasses.replace(config.training, ema_rampup=None)
         config = dataclasses.replace(config, training=training)
     if dry_run:
+        note = ""
         if config.data.data and Path(config.data.data).exists():
             dataset = open_dataset(config.data, seed=config.training.seed)
             config = runs.fit_to_data(config, dataset)
@@ -131,11 +132,11 @@ def main(
             num_classes = get_preset(config.preset).num_classes if config.data.cond else 0
             config = runs.with_data_facts(config, config.model.img_channels, num_classes)
             if config.data.data:
-                print(f"{config.data.data} is not there: assuming the preset's usual data.")
+                note = f"\n{config.data.data} is not there: assuming the preset's usual data."
         world_size = int(os.environ.get("WORLD_SIZE", 1))
         description = describe_run(config, world_size, torch.device("cpu"))
         if int(os.environ.get("RANK", 0)) == 0:
-            print(f"{describe_config(config)}\n{description}")
+            print(f"{describe_config(config)}\n{description}{note}")
         return 0
     if not config.data.data:
         raise click.UsageError("Give the training data with --data (see dataset_tool.py).")

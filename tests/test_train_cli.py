@@ -100,6 +100,7 @@ def test_the_seed_commands_work_as_typed(command, preset, batch, lr, steps, monk
     expected = to_dict(PRESETS[preset].run)
     expected["data"]["data"] = f"./datasets/{preset}.zip"
     expected["training"]["batch_gpu"] = batch // 4
+    expected["training"]["label_drop"] = 0.0  # Without labels.
     expected["logging"]["metrics"] = ["fid10k_full"]
     expected["logging"]["metrics_ticks"] = 50 if preset == "cifar10" else None
     expected["model"]["augment_dim"] = 9
@@ -107,6 +108,7 @@ def test_the_seed_commands_work_as_typed(command, preset, batch, lr, steps, monk
     assert config["training"]["lr"] == lr
     assert f"{batch} images per optimizer step = {batch // 4} per pass x 1" in description
     assert f"200,000.0 kimg = {steps} optimizer steps" in description
+    assert f"./datasets/{preset}.zip is not there" in description
     assert list(tmp_path.iterdir()) == []
 
 
@@ -154,10 +156,11 @@ def test_a_dry_run_looks_at_data_that_exist(base):
     assert "--resolution: this run expects 32x32" in message
 
 
-def test_cond_works_bare_and_with_a_value():
+def test_cond_works_bare_and_with_a_value_and_brings_label_dropout():
     for text, classes in (("--cond", 10), ("--cond=True", 10), ("--cond=False", 0)):
         config, _ = dry_run("--preset=cifar10", text, "--lr=2e-3")
         assert config["model"]["num_classes"] == classes
+        assert config["training"]["label_drop"] == (0.1 if classes else 0)
         assert config["training"]["lr"] == 2e-3
 
 
@@ -511,7 +514,10 @@ DATA = "--outdir=OUT --data=TOY"
         (f"TINY {DATA}/../toy/ring --cond", ["has no class labels", "--cond"]),
         (f"TINY {DATA} --label-drop=0.1", ["--label-drop: got 0.1", "unconditional", "--cond"]),
         (f"TINY {DATA} --cfg-scale=2", ["--cfg-scale: got 2", "unconditional", "--cond"]),
-        (f"TINY {DATA} --cond --cfg-scale=2", ["without label dropout", "--label-drop=0.1"]),
+        (
+            f"TINY {DATA} --cond --label-drop=0 --cfg-scale=2",
+            ["without label dropout", "--label-drop=0.1"],
+        ),
         (f"TINY {DATA} --kimg=1", ["--kimg or --iters, not both"]),
         ("--preset=digits --resume=x --transfer=x", ["--resume or --transfer, not both"]),
         (f"--preset=digits {DATA} --resume=absent", ["--resume: absent does not exist"]),

@@ -36,7 +36,7 @@ class StatsCollector:
         for name, moments in sums.items():
             count, total, squares = moments.tolist()
             mean = total / count if count else math.nan
-            variance = max(squares / count - mean**2, 0.0)
+            variance = max(squares / count - mean**2, 0.0) if count else math.nan
             result[name] = dict(num=int(count), mean=mean, std=variance**0.5)
         return result
 

@@ -1,0 +1,89 @@
+"""What only a GPU, or a compiler, can show. Skipped without; run with ``pytest -m "gpu"``."""
+
+import copy
+
+import pytest
+import torch
+
+from configs import get_preset
+from diffusion.precond import make_precond
+from models import build_network
+from torch_utils.stats import StatsCollector
+from training import runs
+from training.augment import make_augment_pipe
+from training.ema import EMA, ema_beta
+from training.objective import Objective
+from training.optimizer import GuardedAdam
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def make_step(device, dtype):
+    """Return a training step on random images, as the loop makes it, and its network."""
+    config = runs.with_data_facts(get_preset("cifar10").run, img_channels=3, num_classes=10)
+    torch.manual_seed(0)
+    network = build_network(config.model).train().to(device, memory_format=torch.channels_last)
+    objective = Objective(
+        network,
+        make_precond(config.precond),
+        augment_pipe=make_augment_pipe(config.training.augment),
+        label_drop=0.1,
+        autocast_dtype=dtype,
+    )
+    optimizer = GuardedAdam(network.parameters(), dynamic_scale=dtype == torch.float16)
+    ema, stats = EMA(network), StatsCollector()
+    images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8).pin_memory()
+    labels = torch.randint(0, 10, (8,)).pin_memory()
+
+    def step(cur_nimg, factor=1.0):
+        optimizer.zero_grad()
+        draws = objective.draw(
+            seed=0, cur_nimg=cur_nimg, batch=8, image_shape=(3, 32, 32), device=device
+        )
+        x, cond = objective.prepare(images, {"label": labels}, draws, device)
+        loss = objective(x, cond, draws)
+        total = loss.sum() * (factor / 8)
+        if optimizer.loss_scale is not None:
+            total = total * optimizer.loss_scale
+        total.backward()
+        stats.report("Loss/grad_norm", optimizer.step(1e-4))
+        ema.update(ema_beta(cur_nimg, 8, 500, 0.05), optimizer.skipped)
+        stats.report("Loss/loss", loss)
+
+    return step, network, optimizer
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_a_step_never_waits_for_the_device(dtype):
+    step, _, _ = make_step(torch.device("cuda"), dtype)
+    step(0)
+    step(8)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(16)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_bad_gradient_on_a_gpu_changes_no_weight():
+    step, network, optimizer = make_step(torch.device("cuda"), None)
+    step(0)
+    before = copy.deepcopy(network.state_dict())
+    step(8, factor=float("nan"))
+    torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
+    assert optimizer.read_counters() == (1, 1)
+
+
+@pytest.mark.compiled
+def test_a_compiled_network_computes_the_same():
+    config = get_preset("digits").run.model
+    network = build_network(config).eval()
+    context = network.context({"label": torch.tensor([1, 2])})
+    x, c_noise = torch.randn(2, 1, 8, 8), torch.zeros(2)
+    expected = network(x, c_noise, context)
+    network.backbone.compile()
+    torch.testing.assert_close(network(x, c_noise, context), expected, rtol=1e-4, atol=1e-5)
