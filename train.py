@@ -14,6 +14,7 @@ import torch
 from configs.presets import PRESET_OF_RESOLUTION, PRESETS, get_preset
 from dnnlib.cli import ConfigCommand, raw_value, run, settings
 from dnnlib.config import Config
+from dnnlib.files import atomic_write
 from dnnlib.text import join_names
 from metrics.features import get_detector
 from metrics.metric import get_metrics, score
@@ -159,7 +160,6 @@ def main(
     attention_backend(config.model, device)
     dataset = open_dataset(config.data, seed=config.training.seed)
     config = runs.fit_to_data(config, dataset)
-    snapshot = None if transfer is None else load_snapshot(transfer)
     evaluate = make_evaluate(config, dataset, device) if config.logging.metrics else None
 
     # Find or make the run folder.
@@ -169,7 +169,8 @@ def main(
     if run_dir is not None:
         distributed.on_main(lambda: runs.clear_leftovers(run_dir))
         state = runs.load_resume_state(run_dir, exact_state, config, distributed.print0)
-    else:
+    snapshot = load_snapshot(transfer) if transfer is not None and state is None else None
+    if run_dir is None:
         run_dir = runs.make_run_dir(outdir, runs.describe(config, dataset, desc))
     if distributed.is_main():
         facts = dict(command=sys.argv, world_size=distributed.world_size(), device=str(device))
@@ -183,12 +184,13 @@ def main(
         dataset,
         device,
         resume_state=state,
-        transfer=snapshot if state is None else None,
+        transfer=snapshot,
         evaluate=evaluate,
         stop_signal=stop_signal,
     )
     if not finished and distributed.is_main():
-        (run_dir / runs.REQUEUE_FILE).write_text(f"{time.time():.0f}\n", encoding="utf-8")
+        with atomic_write(run_dir / runs.REQUEUE_FILE, "w") as file:
+            file.write(f"{time.time():.0f}\n")
     distributed.shutdown()
     return 0 if finished else runs.REQUEUE_EXIT_CODE
 

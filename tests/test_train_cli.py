@@ -228,7 +228,7 @@ CASES = {
     ],
     "loss-scaling": [Case("100", "net gradients")],
     "seed": [Case("1", "net")],
-    "precision": [Case(name, "net") for name in ("bf16", "fp16")],
+    "precision": [Case("bf16", "net"), Case("fp16", "net", beside="--iters=8")],
     "compile": [Case("True", "compiled")],
     "tf32": [unseen("True", "backends")],
     "bench": [unseen("False", "backends")],
@@ -401,6 +401,17 @@ def test_accumulation_passes_and_the_compiled_network_compute_the_same(base):
         assert fingerprint(base, args)["losses"] == pytest.approx(plain["losses"], rel=1e-5)
     assert fingerprint(base, "--batch-gpu=4")["passes"] == [4] * 4
     assert fingerprint(base, "--compile=True")["compiled"] == [DiffiT]
+
+
+def test_fp16_finds_a_loss_scale_and_trains(base, tmp_path):
+    result = helpers.train_tiny(
+        tmp_path, helpers.toy_data(base), "--precision=fp16", "--tick=0", "--iters=12"
+    )
+    rows = [json.loads(line) for line in (result.run_dir / "stats.jsonl").read_text().splitlines()]
+    skipped = [row["Loss/skipped_steps"]["mean"] for row in rows]
+    assert skipped[-1] == skipped[-2] < 11
+    assert rows[-1]["Loss/grad_norm"]["mean"] > 0
+    assert rows[-1]["Loss/loss"]["mean"] < rows[0]["Loss/loss"]["mean"]
 
 
 def test_keep_states_is_the_number_of_states_that_stay(base, tmp_path):
