@@ -12,7 +12,7 @@ demo: $(STAMP)
 	$(BIN)/python demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal $(TESTS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
