@@ -17,6 +17,10 @@ from training.dataset import ImageDataset
 
 REQUEUE_FILE = "requeue"
 REQUEUE_EXIT_CODE = 85
+_RUN_FILES = (
+    *("training-state-*.pt", "network-snapshot-*.pkl", "fakes-*.png", "reals.png"),
+    *("stats.jsonl", "metric-*.jsonl", "training_options.json", REQUEUE_FILE),
+)
 _DEFAULT_LABEL_DROP = 0.1  # As in classifier-free guidance's experiments (arXiv 2207.12598).
 # Settings that change how fast or how long a run computes, but not what.
 _SPEED_SECTIONS = ("logging", "sampling", "guidance")
@@ -128,8 +132,9 @@ def read_options(run_dir: Path) -> RunConfig:
 def clear_leftovers(run_dir: Path) -> None:
     """Remove what an earlier process left: its request to be requeued, half-written files."""
     (run_dir / REQUEUE_FILE).unlink(missing_ok=True)
-    for path in run_dir.glob(".*.tmp"):
-        path.unlink()
+    for name in _RUN_FILES:
+        for path in run_dir.glob(f".{name}.*.tmp"):
+            path.unlink()
 
 
 def find_same_run(outdir: Path, config: RunConfig, report: Callable[[str], None]) -> Path | None:
