@@ -4,6 +4,7 @@ Runs the same commands as a user would, shows them, and checks the result in two
 """
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -28,7 +29,9 @@ def execute(title: str, script: str, *args: str) -> str:
     click.secho(f"\n== {title}", bold=True)
     click.echo(f"$ python {script} {shlex.join(args)}")
     command = [sys.executable, "-u", script, *args]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    # Threads that wait without spinning: ten times faster where something else runs beside it.
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         lines = []
         for line in process.stdout:
             click.echo(line, nl=False)
