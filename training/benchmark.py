@@ -6,6 +6,7 @@ Whatever is compared runs in one process and in turn, round by round, and median
 import dataclasses
 import functools
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -309,8 +310,12 @@ def benchmark_data(
                 next(batches)
 
         def turn() -> float:
-            load(_NUM_AHEAD * num_workers)  # Made ahead during the other turns.
-            return seconds_of(lambda: load(num_images // batch), cpu)
+            load(_NUM_AHEAD * num_workers)  # Made ahead before this turn.
+            seconds = seconds_of(lambda: load(num_images // batch), cpu)
+            if num_workers:
+                # Let the workers come to rest before the others have their turns.
+                time.sleep(_NUM_AHEAD * batch / num_images * seconds)
+            return seconds
 
         return turn
 
