@@ -21,6 +21,7 @@ import train
 from configs import get_preset
 from models import build_network
 from models.diffit import DiffiTConfig
+from torch_utils.distributed import StopSignal
 from torch_utils.misc import count_parameters
 from training import benchmark, measure
 from training.baseline import build_plain_network, plain_attention
@@ -413,6 +414,9 @@ def test_memory_does_not_grow_with_ticks(synthetic, tmp_path):
             probe.note()
             return rows
 
-        training_loop(run, tmp_path, dataset, CPU, evaluate=evaluate_and_note)
+        with StopSignal() as stop_signal:
+        training_loop(
+            run, tmp_path, dataset, CPU, evaluate=evaluate_and_note, stop_signal=stop_signal
+        )
     assert len(probe.rows) == 31
     probe.assert_flat()

@@ -328,6 +328,8 @@ def start_long_conversion(tmp_path, dest, early=False):
         stderr=subprocess.PIPE,
         start_new_session=True,
         text=True,
+        # A background job of a shell is born deaf to Ctrl-C, and would pass that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.time() + 60
     while time.time() < deadline:
