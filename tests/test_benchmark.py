@@ -415,8 +415,8 @@ def test_memory_does_not_grow_with_ticks(synthetic, tmp_path):
             return rows
 
         with StopSignal() as stop_signal:
-        training_loop(
-            run, tmp_path, dataset, CPU, evaluate=evaluate_and_note, stop_signal=stop_signal
-        )
+            training_loop(
+                run, tmp_path, dataset, CPU, evaluate=evaluate_and_note, stop_signal=stop_signal
+            )
     assert len(probe.rows) == 31
     probe.assert_flat()
