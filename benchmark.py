@@ -142,18 +142,19 @@ def sample(preset: str, rounds: int, precision: str, batch: int, steps: int | No
 @main.command()
 @common_options
 @data_option
-@click.option("--batch", default=64, show_default=True, type=click.IntRange(min=1))
-@click.option("--images", default=2048, show_default=True, type=click.IntRange(min=64))
-def data(preset: str, rounds: int, data: str | None, batch: int, images: int) -> None:
+@click.option("--batch", type=click.IntRange(min=1), help="Images.  [default: the preset's]")
+@click.option("--batches", default=8, show_default=True, type=click.IntRange(min=1))
+def data(preset: str, rounds: int, data: str | None, batch: int | None, batches: int) -> None:
     """Time the loader against decoding the same files with Pillow in one process."""
     config = get_preset(preset).run
+    batch = batch or config.training.batch
     with dataset_of(config, data) as dataset:
         mean = dataset.archive.num_bytes / len(dataset)
         size = f"{dataset.resolution}x{dataset.resolution}x{dataset.img_channels}"
         click.echo(describe_device(torch.device("cpu")))
         click.echo(f"{size} images, {mean:.0f} bytes each, batch {batch}")
         text = benchmark.benchmark_data(
-            dataset, batch=batch, workers=(0, 1, 2), num_images=images, num_rounds=rounds
+            dataset, batch=batch, workers=(0, 1, 2), num_batches=batches, num_rounds=rounds
         )
     click.echo(text)
 

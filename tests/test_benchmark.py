@@ -328,7 +328,7 @@ def test_sampling_tells_what_guidance_costs(small_presets):
 
 
 def test_loading_is_compared_with_bare_decoding(small_presets):
-    output = succeed(script, "data", "--images=64", "--batch=16", "--rounds=1").output
+    output = succeed(script, "data", "--batch=16", "--batches=2", "--rounds=1").output
     assert cells(output, "Pillow alone")[1] == "100%"
     for row in ("loader, no workers", "loader, 1 worker ", "loader, 2 workers"):
         assert cells(output, row)[1].endswith("%")

@@ -47,8 +47,8 @@ PARTS = ("data", "forward", "backward", "optimizer", "EMA")
 MIB = 2**20
 # Far enough into a run for the average to have its full half-life.
 _FIRST_NIMG = 50_000_000
-# At least what a loader process decodes ahead, in batches.
-_NUM_AHEAD = 8
+# Batches that a loader process makes ahead, and more.
+_NUM_AHEAD = 5
 
 
 class TrainingSteps:
@@ -286,10 +286,15 @@ def benchmark_sample(
 
 
 def benchmark_data(
-    dataset: ImageDataset, *, batch: int, workers: tuple[int, ...], num_images: int, num_rounds: int
+    dataset: ImageDataset,
+    *,
+    batch: int,
+    workers: tuple[int, ...],
+    num_batches: int,
+    num_rounds: int,
 ) -> str:
     """Return the rates of loading and of decoding the files, already in memory, with Pillow."""
-    num_images -= num_images % batch
+    num_images = batch * num_batches
     files = [dataset.archive.read(index % len(dataset)) for index in range(num_images)]
 
     def make_turn(num_workers: int) -> Callable[[], float]:
@@ -311,10 +316,10 @@ def benchmark_data(
 
         def turn() -> float:
             load(_NUM_AHEAD * num_workers)  # Made ahead before this turn.
-            seconds = seconds_of(lambda: load(num_images // batch), cpu)
+            seconds = seconds_of(lambda: load(num_batches), cpu)
             if num_workers:
                 # Let the workers come to rest before the others have their turns.
-                time.sleep(_NUM_AHEAD * batch / num_images * seconds)
+                time.sleep(_NUM_AHEAD / num_batches * seconds)
             return seconds
 
         return turn
