@@ -9,14 +9,17 @@ from pathlib import Path
 import click
 import torch
 
+from benchmarks.attention import benchmark_attention
+from benchmarks.loading import benchmark_data
+from benchmarks.measure import describe_device, make_archive
+from benchmarks.sampling import benchmark_sample
+from benchmarks.training import benchmark_train
 from configs.presets import PRESETS, get_preset
 from dnnlib.cli import run
 from dnnlib.text import format_count
 from torch_utils import distributed
-from training import benchmark
 from training.config import RunConfig
 from training.dataset import DatasetConfig, ImageDataset, open_dataset
-from training.measure import describe_device, make_archive
 from training.report import forward_flops, num_parameters
 from training.runs import fit_to_data, with_data_facts
 
@@ -104,7 +107,7 @@ def train(
         config = fit_to_data(config, dataset)
         print_header(config, device)
         on_gpu = device.type == "cuda"
-        text = benchmark.benchmark_train(
+        text = benchmark_train(
             config,
             dataset,
             device,
@@ -132,7 +135,7 @@ def sample(preset: str, rounds: int, precision: str, batch: int, steps: int | No
     num_classes = get_preset(preset).num_classes or 10  # Guidance needs some.
     config = with_data_facts(config, config.model.img_channels, num_classes)
     print_header(config, device)
-    text = benchmark.benchmark_sample(
+    text = benchmark_sample(
         config, device, precision=precision, batch=batch, sampling=sampling, num_rounds=rounds
     )
     click.echo(f"{sampling.sampler}, {sampling.steps} steps, {precision}")
@@ -153,7 +156,7 @@ def data(preset: str, rounds: int, data: str | None, batch: int | None, batches:
         size = f"{dataset.resolution}x{dataset.resolution}x{dataset.img_channels}"
         click.echo(describe_device(torch.device("cpu")))
         click.echo(f"{size} images, {mean:.0f} bytes each, batch {batch}")
-        text = benchmark.benchmark_data(
+        text = benchmark_data(
             dataset, batch=batch, workers=(0, 1, 2), num_batches=batches, num_rounds=rounds
         )
     click.echo(text)
@@ -171,7 +174,7 @@ def attention(preset: str, rounds: int, precision: str, batch: int, calls: int) 
     print_header(config, device)
     click.echo(f"batch {batch}, {precision}")
     click.echo(
-        benchmark.benchmark_attention(
+        benchmark_attention(
             config, device, precision=precision, batch=batch, num_rounds=rounds, num_calls=calls
         )
     )

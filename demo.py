@@ -70,7 +70,7 @@ def main(outdir: Path, train_args: tuple[str, ...]) -> int:
     start = time.time()
     click.echo(
         "This converts the digits, trains on them, generates images and scores them. It takes "
-        "about 5 minutes on two CPU cores (less on a GPU)."
+        "2 to 5 minutes on two CPU cores (less on a GPU)."
     )
     data = outdir / "digits.zip"
     if not data.exists():

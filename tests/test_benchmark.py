@@ -18,17 +18,25 @@ from PIL import Image
 
 import benchmark as script
 import train
+from benchmarks import measure
+from benchmarks import training as training_benchmark
+from benchmarks.measure import (
+    Clock,
+    interleave,
+    make_archive,
+    median_ratio,
+    peak_flops,
+    peak_growth,
+)
+from benchmarks.plain_diffit import build_plain_network, plain_attention
+from benchmarks.training import PARTS, PlainTrainingSteps, TrainingSteps
 from configs import get_preset
 from models import build_network
 from models.diffit import DiffiTConfig
 from torch_utils.distributed import StopSignal
 from torch_utils.misc import count_parameters
-from training import benchmark, measure
-from training.baseline import build_plain_network, plain_attention
-from training.benchmark import PARTS, PlainTrainingSteps, TrainingSteps
 from training.dataset import ImageDataset
 from training.loop import training_loop
-from training.measure import Clock, interleave, make_archive, median_ratio, peak_flops, peak_growth
 from training.runs import fit_to_data
 
 CPU = torch.device("cpu")
@@ -301,8 +309,8 @@ def test_training_is_compared_in_fp32_and_bf16_and_never_compiled_unasked(
 
 def test_utilisation_is_the_share_of_the_peak_of_a_known_device(small_presets, monkeypatch):
     # One GFLOP an image and pass makes three per training step and image.
-    monkeypatch.setattr(benchmark, "device_name", lambda device: "NVIDIA A100-SXM4-80GB")
-    monkeypatch.setattr(benchmark, "forward_flops", lambda config: 1e12)
+    monkeypatch.setattr(training_benchmark, "device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    monkeypatch.setattr(training_benchmark, "forward_flops", lambda config: 1e12)
     output = succeed(script, "train", "--batch-gpu=4", "--rounds=1").output
     step = [float(cell) / 1000 for cell in cells(output, "step, ms")]
     found = [float(cell.rstrip("%")) for cell in cells(output, "model-FLOPs utilisation")]

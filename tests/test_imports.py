@@ -15,6 +15,7 @@ ALLOWED = {
     "models": {"torch_utils", "dnnlib"},
     "training": {"diffusion", "models", "torch_utils", "dnnlib"},
     "metrics": {"diffusion", "models", "torch_utils", "dnnlib"},
+    "benchmarks": {"training", "metrics", "diffusion", "models", "torch_utils", "dnnlib"},
     "configs": {"training", "metrics", "diffusion", "models", "torch_utils", "dnnlib"},
 }
 FILES = sorted(p for p in ROOT.glob("*/*.py") if p.parent.name in ALLOWED)

@@ -29,12 +29,17 @@ class Member:
     method: int = zipfile.ZIP_STORED
     crc: int | None = None
 
-    def read(self) -> bytes:
-        """Return the content; raises ValueError with the reason (without the name)."""
+    def read(self, descriptor: int | None = None) -> bytes:
+        """Return the content, from an open file of the zip if one is given.
+
+        Raises ValueError with the reason (without the name).
+        """
         try:
             if self.offset < 0:
                 return Path(self.path).read_bytes()
-            return _read_from_zip(_cached_descriptor(self.path), self)
+            if descriptor is None:
+                descriptor = _cached_descriptor(self.path)
+            return _read_from_zip(descriptor, self.offset, self.compressed_size, self.method)
         except OSError as error:
             raise ValueError(error.strerror or str(error)) from None
 
@@ -44,22 +49,22 @@ def _cached_descriptor(path: str) -> int:
     return os.open(path, os.O_RDONLY)
 
 
-def _read_from_zip(descriptor: int, member: Member) -> bytes:
+def _read_from_zip(descriptor: int, offset: int, compressed_size: int, method: int) -> bytes:
     # The local header repeats the name and may have an extra field of its own, so its length is
     # known only after reading it. One read that is a little too long usually suffices.
-    wanted = _LOCAL_HEADER.size + _LOCAL_SLACK + 64 + member.compressed_size
-    data = os.pread(descriptor, wanted, member.offset)
+    wanted = _LOCAL_HEADER.size + _LOCAL_SLACK + 64 + compressed_size
+    data = os.pread(descriptor, wanted, offset)
     if len(data) < _LOCAL_HEADER.size or data[:4] != b"PK\x03\x04":
         raise ValueError("the zip archive is damaged here")
     _, name_length, extra_length = _LOCAL_HEADER.unpack_from(data)
     start = _LOCAL_HEADER.size + name_length + extra_length
-    end = start + member.compressed_size
+    end = start + compressed_size
     if len(data) < end:
-        data += os.pread(descriptor, end - len(data), member.offset + len(data))
+        data += os.pread(descriptor, end - len(data), offset + len(data))
         if len(data) < end:
             raise ValueError("the zip archive ends in the middle of this file")
     content = data[start:end]
-    if member.method == zipfile.ZIP_DEFLATED:
+    if method == zipfile.ZIP_DEFLATED:
         try:
             content = zlib.decompress(content, -15)
         except zlib.error as error:
@@ -177,11 +182,12 @@ class ZipArchive(Archive):
         )
 
     def read(self, index: int) -> bytes:
-        return _read_from_zip(self._file.fileno(), self.member(index))
+        offset, size = int(self._offsets[index]), int(self._sizes[index])
+        return _read_from_zip(self._file.fileno(), offset, size, int(self._methods[index]))
 
     def read_file(self, name: str) -> bytes | None:
         member = self._others.get(name)
-        return None if member is None else _read_from_zip(self._file.fileno(), member)
+        return None if member is None else member.read(self._file.fileno())
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256("\n".join(self.names).encode())

@@ -188,8 +188,8 @@ class ImageDataset(Dataset):
 
     def _read(self, indices: np.ndarray) -> torch.Tensor:
         channels, res = self.img_channels, self.resolution
-        images = np.empty((len(indices), channels, res, res), np.uint8)
-        for row, index in zip(images, indices, strict=True):
+        images = np.empty((len(indices), *self._pixels_shape), np.uint8)
+        for row, index in enumerate(indices.tolist()):
             pixels = self._decode(index)
             if pixels.shape != self._pixels_shape:
                 height, width = pixels.shape[:2]
@@ -198,8 +198,9 @@ class ImageDataset(Dataset):
                     f"{1 if pixels.ndim == 2 else 3} channel(s), but {self.file_label(0)} is "
                     f"{res}x{res} with {channels}; {_CONVERT} --resolution=N."
                 )
-            row[:] = pixels if channels == 1 else pixels.transpose(2, 0, 1)
-        return torch.from_numpy(images)
+            images[row] = pixels
+        batch = torch.from_numpy(images).view(len(indices), res, res, channels)
+        return batch.permute(0, 3, 1, 2).contiguous()
 
     def _decode(self, index: int) -> np.ndarray:
         try:

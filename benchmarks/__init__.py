@@ -1,0 +1,1 @@
+"""What this code costs beside plain ways of doing the same: the texts of benchmark.py."""
