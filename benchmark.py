@@ -12,6 +12,7 @@ import torch
 from benchmarks.attention import benchmark_attention
 from benchmarks.loading import benchmark_data
 from benchmarks.measure import describe_device, make_archive
+from benchmarks.metrics import benchmark_extraction, benchmark_frechet
 from benchmarks.sampling import benchmark_sample
 from benchmarks.training import benchmark_train
 from configs.presets import PRESETS, get_preset
@@ -63,6 +64,7 @@ def main() -> None:
       python benchmark.py sample --preset=cifar10 --batch=16 --steps=6
       python benchmark.py data --preset=cifar10
       python benchmark.py attention --preset=cifar10
+      python benchmark.py metrics --preset=cifar10
     """
 
 
@@ -176,6 +178,48 @@ def attention(preset: str, rounds: int, precision: str, batch: int, calls: int) 
     click.echo(
         benchmark_attention(
             config, device, precision=precision, batch=batch, num_rounds=rounds, num_calls=calls
+        )
+    )
+
+
+@main.command()
+@common_options
+@data_option
+@click.option("--precision", default="fp32,bf16", show_default=True, help="Comma-separated.")
+@click.option("--batch", default=64, show_default=True, type=click.IntRange(min=1))
+@click.option("--images", default=512, show_default=True, type=click.IntRange(min=1))
+@click.option("--features", default=2048, show_default=True, type=click.IntRange(min=2))
+def metrics(
+    preset: str,
+    rounds: int,
+    data: str | None,
+    precision: str,
+    batch: int,
+    images: int,
+    features: int,
+) -> None:
+    """Time the extraction of Inception features, and the Fréchet distance against sqrtm."""
+    names = {"fp32": "float32", "bf16": "bfloat16"}
+    unknown = [name for name in precision.split(",") if name not in names]
+    if unknown:
+        raise click.UsageError(f"--precision: got {unknown[0]!r}; accepted: fp32, bf16.")
+    device = distributed.init()
+    click.echo(describe_device(device))
+    with dataset_of(get_preset(preset).run, data) as dataset:
+        size = f"{dataset.resolution}x{dataset.resolution}x{dataset.img_channels}"
+        click.echo(f"{images} images of {size}, batch {batch}")
+        text = benchmark_extraction(
+            dataset,
+            device,
+            precisions=tuple(names[name] for name in precision.split(",")),
+            batch=batch,
+            num_images=images,
+            num_rounds=rounds,
+        )
+    click.echo(text)
+    click.echo(
+        benchmark_frechet(
+            num_features=features, num_samples=2 * features, num_rounds=min(rounds, 3)
         )
     )
 

@@ -1,4 +1,4 @@
-"""Turns images into a training dataset, describes one and checks one."""
+"""Turns images into a dataset for training or scoring, describes one and checks one."""
 
 import signal
 import sys
@@ -25,7 +25,7 @@ def _user_errors() -> Iterator[None]:
 
 @click.group(context_settings=dict(help_option_names=["-h", "--help"]))
 def main() -> None:
-    """Turn images into a training dataset, describe one and check one.
+    """Turn images into a dataset for training or scoring, describe one and check one.
 
     \b
     Examples:
@@ -41,10 +41,15 @@ def main() -> None:
     "--source",
     required=True,
     metavar="PATH|digits",
-    help="Folder or zip of images, CIFAR-10/100 python archive, MNIST idx file or folder; or "
-    "digits: the handwritten digits of scikit-learn.",
+    help="Folder or zip of images, .npz of samples in ADM's layout, CIFAR-10/100 python archive, "
+    "MNIST idx file or folder; or digits: the handwritten digits of scikit-learn.",
 )
-@click.option("--dest", required=True, metavar="ZIP|DIR", help="New .zip file or folder.")
+@click.option(
+    "--dest",
+    required=True,
+    metavar="ZIP|DIR|NPZ",
+    help="New .zip file or folder, or .npz of samples for ADM's evaluator (always RGB).",
+)
 @click.option(
     "--resolution",
     metavar="N|WxH",
@@ -78,11 +83,12 @@ def convert(
     split: str | None,
     workers: int | None,
 ) -> None:
-    """Write a training dataset from a source of images.
+    """Write a dataset for training or scoring from a source of images.
 
     Labels come from the source's dataset.json or, for folders and zips, from the first folder
     level. Grayscale stays one channel; if any image is RGB, all become RGB; transparency is put on
-    white. The target is complete or absent, whatever happens on the way.
+    white. In an .npz all images are RGB: grayscale is repeated to three equal channels. The target
+    is complete or absent, whatever happens on the way.
 
     \b
     Examples:
@@ -95,6 +101,9 @@ def convert(
           --resolution=256 --transform=center-crop-dhariwal
       # MNIST; its labels are found beside it
       python dataset_tool.py convert --source=train-images-idx3-ubyte.gz --dest=data/mnist.zip
+      # Generated images as a sample archive for ADM's evaluator, and one made into a zip
+      python dataset_tool.py convert --source=out/ --dest=samples.npz
+      python dataset_tool.py convert --source=samples.npz --dest=samples.zip
     """
     # A request to stop cleans up; what SIGKILL leaves is a hidden .NAME.*.tmp beside --dest.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -119,7 +128,7 @@ def convert(
 
 
 @main.command(no_args_is_help=True)
-@click.argument("data", metavar="ZIP|DIR")
+@click.argument("data", metavar="ZIP|DIR|NPZ")
 def info(data: str) -> None:
     """Print size, classes and content hash of a dataset."""
     from training.dataset import ImageDataset  # Needs PyTorch, which starts slowly.
@@ -141,10 +150,10 @@ def info(data: str) -> None:
 
 
 @main.command(no_args_is_help=True)
-@click.argument("data", metavar="ZIP|DIR")
+@click.argument("data", metavar="ZIP|DIR|NPZ")
 @click.option("--workers", type=click.IntRange(min=1), help="Number of processes that decode.")
 def verify(data: str, workers: int | None) -> None:
-    """Decode every image of a dataset, check sizes and labels, and list all problems."""
+    """Decode every image of a dataset, check sizes, labels and checksums, and list all problems."""
     with _user_errors():
         problems = verification.verify(data, num_workers=workers)
     for problem in problems:

@@ -1,100 +1,153 @@
 """Score images against real ones: reference statistics, metrics, and comparisons of scores."""
 
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 import click
-import torch
 
 from dnnlib.cli import ConfigCommand, is_given, raw_value, run
-from dnnlib.files import atomic_write
-from dnnlib.progress import progress
-from metrics.features import Detector, get_detector
-from metrics.metric import METRICS, get_metrics, score
-from metrics.reference import Reference, load_reference, reference_for
+from dnnlib.files import write_json
+from evaluation.images import ScoreConfig, open_source, shape_of
+from evaluation.neighbours import check_neighbours, find_neighbours, write_report
+from evaluation.scoring import (
+    RealImages,
+    check_images,
+    dataset_references,
+    describe_row,
+    make_detectors,
+    score_images,
+)
+from metrics.features import DETECTORS
+from metrics.metric import METRICS, MetricSpec, get_metrics, needed_features
+from metrics.reference import save_references
 from metrics.rows import compare_rows, read_rows
 from torch_utils import distributed
-from training.checkpoint import package_versions
-from training.dataset import ImageDataset
-from training.generation import (
-    AUTOCAST_DTYPES,
-    GenerateConfig,
-    cached_snapshot,
-    generate_for_rank,
-    make_generator,
-    passport,
-)
-from training.sampler import iterate_images
+from training.config import DetectorConfig
+from training.generation import AUTOCAST_DTYPES
+from training.samples import open_images
 
 EXAMPLES = """
   # Score a snapshot, generating on the fly, against the data that it was trained on:
   torchrun --standalone --nproc_per_node=8 fid.py calc --network=network.pkl \\
-      --ref=datasets/cifar10.zip --metrics=fid50k_full --json=score.json
+      --ref=datasets/cifar10.zip --metrics=fid50k_full,kid50k_full,pr50k3_full --json=score.json
 
   # Score a folder of images against published statistics:
   python fid.py calc --images=out --ref=cifar10-32x32.npz --metrics=fid50k_full
+
+  # How much the score of a snapshot depends on the seeds:
+  python fid.py calc --network=network.pkl --ref=cifar10.npz --metrics=fid50k_full --noise-band=3
 """
 
 
-def base_config(args: Sequence[str]) -> GenerateConfig | None:
-    """Return the sampling protocol of the snapshot named in the raw arguments, if one is."""
+def base_config(args: Sequence[str]) -> ScoreConfig | DetectorConfig:
+    """Return the detectors, and the sampling protocol of the snapshot if one is named."""
     network = raw_value(args, "network")
     if network is None and "--help" not in args:
-        return None
-    return GenerateConfig.of_snapshot(network)
+        return DetectorConfig()
+    return ScoreConfig.of_snapshot(network)
 
 
-def option_elsewhere(name: str, config: GenerateConfig | None) -> str | None:
+def option_elsewhere(name: str, config: ScoreConfig | DetectorConfig | None) -> str | None:
     """Return a sentence for a sampling option without a snapshot to sample from."""
-    if config is None:
+    if isinstance(config, DetectorConfig):
         return f"--{name} describes sampling and needs --network; images are scored as they are."
     return None
 
 
+def parse_metrics(text: str) -> list[MetricSpec]:
+    """Return the metrics of a comma-separated list."""
+    return get_metrics(name.strip() for name in text.split(","))
+
+
+def used_detectors(
+    config: ScoreConfig | DetectorConfig, names: Collection[str], choice: str
+) -> DetectorConfig:
+    """Return the options of the detectors; raises ValueError for one that none of them has."""
+    detectors = config if isinstance(config, DetectorConfig) else config.detectors
+    detectors.check_used(click.get_current_context().meta["given"], names, choice)
+    return detectors
+
+
+def check_source(
+    config: ScoreConfig | DetectorConfig, network: str | None, images: str | None
+) -> None:
+    """Raise UsageError unless one source of images is given, with options that it has."""
+    if (network is None) == (images is None):
+        raise click.UsageError("Give either --network or --images.")
+    for name in ("seed", "precision", "guide"):
+        if images is not None and is_given(name):
+            raise click.UsageError(option_elsewhere(name, config))
+
+
+batch_option = click.option(
+    "--batch", default=64, show_default=True, type=click.IntRange(1), help="Images per rank."
+)
+
+
 @click.group(context_settings=dict(help_option_names=["-h", "--help"]))
 def main() -> None:
-    """Score images: `ref` keeps the statistics of real images, `calc` scores images or a snapshot
-    against them, `compare` prints scores side by side.
+    """Score images: `ref` keeps what metrics need of real images, `calc` scores images or a
+    snapshot against them, `compare` prints scores side by side, `neighbours` looks for copies of
+    training images.
     """
 
 
-@main.command()
-@click.option("--data", required=True, help="Folder or zip of real images.")
+@main.command(cls=ConfigCommand, base=lambda args: DetectorConfig())
+@click.option("--data", required=True, help="Folder, zip or .npz of real images.")
 @click.option("--dest", required=True, type=click.Path(path_type=Path), help="The .npz to write.")
-@click.option("--detector", default="inception", show_default=True, help="inception or pixels.")
-@click.option("--weights", help="Path or URL of the detector's weights.")
-@click.option("--batch", default=64, show_default=True, type=click.IntRange(1), help="Per rank.")
-def ref(data: str, dest: Path, detector: str, weights: str | None, batch: int) -> None:
-    """Write the statistics of real images: mean and covariance of a detector's features.
+@click.option(
+    "--metrics",
+    default="fid50k_full",
+    show_default=True,
+    help="Comma-separated; what these need is kept.",
+)
+@batch_option
+def ref(config: DetectorConfig, data: str, dest: Path, metrics: str, batch: int) -> None:
+    """Write what metrics need to know of real images: statistics or vectors of features.
 
     Example: python fid.py ref --data=datasets/cifar10.zip --dest=cifar10.npz
     """
+    specs = parse_metrics(metrics)
+    needs = needed_features(specs, of_reference=True)
+    if not needs:
+        raise click.UsageError(f"--metrics: {metrics} compares with no real images.")
+    names = {feature.detector for feature in needs}
+    used_detectors(config, names, f"--metrics={metrics}")
     device = distributed.init()
-    dataset = ImageDataset(data)
-    network = load_detector(detector, weights, dataset, device)
-    reference = data_reference(dataset, network, batch, device)
+    dataset = open_images(data)
+    detectors = make_detectors(names, config, shape_of(dataset), device)
+    references = dataset_references(dataset, needs, detectors, device, batch)
     if distributed.is_main():
-        reference.save(dest)
-        print(f"Statistics of {reference.count} images ({detector}) written to {dest}")
+        save_references(dest, references)
+        print(f"{len(dataset):,} images: {', '.join(map(str, references))} written to {dest}")
     distributed.shutdown()
 
 
 @main.command(cls=ConfigCommand, base=base_config, elsewhere=option_elsewhere, examples=EXAMPLES)
 @click.option("--network", help="Snapshot to generate images from.")
-@click.option("--images", help="Folder or zip of generated images, instead of --network.")
-@click.option("--ref", required=True, help="Real images (folder or zip), or statistics (.npz).")
+@click.option("--images", help="Folder, zip or .npz of generated images, instead of --network.")
+@click.option("--ref", required=True, help="Real images, or statistics (.npz, EDM2's .pkl; URL).")
 @click.option("--metrics", required=True, help=f"Comma-separated: {', '.join(METRICS)}.")
 @click.option("--guide", help="Second snapshot, to guide away from with weight --cfg-scale.")
 @click.option("--num-images", type=click.IntRange(2), help="Instead of the metric's number.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the first image.")
-@click.option("--batch", default=64, show_default=True, type=click.IntRange(1), help="Per rank.")
+@batch_option
 @click.option("--precision", type=click.Choice(list(AUTOCAST_DTYPES)), help="As in training.")
-@click.option("--weights", help="Path or URL of the detector's weights.")
+@click.option(
+    "--per-class/--no-per-class",
+    default=True,
+    show_default=True,
+    help="Numbers of each class too, where labels are known.",
+)
+@click.option(
+    "--noise-band",
+    type=click.IntRange(2),
+    metavar="BLOCKS",
+    help="Score this many disjoint blocks of seeds, and give the spread.",
+)
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the rows.")
 def calc(
-    config: GenerateConfig | None,
+    config: ScoreConfig | DetectorConfig,
     network: str | None,
     images: str | None,
     ref: str,
@@ -104,118 +157,136 @@ def calc(
     seed: int,
     batch: int,
     precision: str | None,
-    weights: str | None,
+    per_class: bool,
+    noise_band: int | None,
     json_path: Path | None,
 ) -> None:
-    """Score the images of a snapshot, folder or zip against real ones.
+    """Score the images of a snapshot, folder, zip or .npz against real ones.
 
     Nothing is written but the rows asked for; a snapshot's images never touch the disk.
     """
-    specs = get_metrics(name.strip() for name in metrics.split(","))
-    if (network is None) == (images is None):
-        raise click.UsageError("Give either --network or --images.")
-    for name in ("seed", "precision", "guide"):
-        if images is not None and is_given(name):
-            raise click.UsageError(option_elsewhere(name, None))
-    names = dict.fromkeys(spec.detector for spec in specs)
-    if weights is not None and "inception" not in names:
-        raise click.UsageError(f"--weights has no effect with --metrics={metrics}; leave it out.")
+    specs = parse_metrics(metrics)
+    names = sorted({spec.feature.detector for spec in specs})
+    detector_config = used_detectors(config, names, f"--metrics={metrics}")
+    num_blocks = noise_band or 1
+    check_source(config, network, images)
     device = distributed.init()
-    scored = None if images is None else ImageDataset(images)
-    real = None if ref.endswith(".npz") else ImageDataset(ref)
-    shape_of = real or scored
-    origin: dict[str, Any] = dict(images=images, packages=package_versions())
-    if network is not None:
-        snapshot = cached_snapshot(network)
-        shape_of = shape_of or snapshot.config.model
-        generator = make_generator(
-            snapshot,
-            device,
-            sampling=config.sampling,
-            guidance=config.guidance,
-            precision=precision,
-            guide=None if guide is None else cached_snapshot(guide),
-        )
-        origin = dict(
-            network=network, **passport(generator, snapshot.data.class_counts, first_seed=seed)
-        )
-    elif num_images is None:
-        num_images = len(scored)
-    detectors = {
-        name: load_detector(name, weights if name == "inception" else None, shape_of, device)
-        for name in names
-    }
-    references = {
-        name: load_reference(ref) if real is None else data_reference(real, detector, batch, device)
-        for name, detector in detectors.items()
-    }
+    source = open_source(
+        images or network,
+        config if network else None,
+        device,
+        first_seed=seed,
+        batch=batch,
+        precision=precision,
+        guide=guide,
+    )
+    real = RealImages(ref)
+    warnings = check_images(specs, source, real.image_shape, num_images, num_blocks)
+    per_class = per_class and real.knows_classes() and source.labels(range(1)) is not None
 
-    def generate(indices: range) -> Iterable[torch.Tensor]:
-        rank, world_size = distributed.rank(), distributed.world_size()
-        if scored is not None:
-            yield from iterate_images(
-                scored,
-                rank=rank,
-                world_size=world_size,
-                batch_size=batch,
-                indices=indices,
-                label="Scoring",
-            )
-            return
-        with progress(total=len(indices), label="Generating", disable=rank != 0) as bar:
-            yield from generate_for_rank(
-                generator,
-                indices,
-                batch=batch,
-                first_seed=seed,
-                class_counts=snapshot.data.class_counts,
-                on_batch=bar.update,
-            )
-
-    rows = score(specs, generate, references, detectors, device, num_images=num_images)
-    rows = [{**row, **origin} for row in rows]
+    detectors = make_detectors(names, detector_config, source.image_shape, device)
+    needs = needed_features(specs, of_reference=True, per_class=per_class)
+    references = real.references(needs, detectors, device, batch)
+    rows = score_images(
+        specs,
+        source,
+        references,
+        detectors,
+        device,
+        num_images=num_images,
+        per_class=per_class,
+        num_blocks=num_blocks,
+    )
+    rows = [{**row, "warnings": warnings + row["warnings"]} for row in rows]
     if distributed.is_main():
         for row in rows:
-            print(f"{row['metric']} {row['value']:.6g} ({row['num_images']} images)")
-            for warning in row["warnings"]:
-                print(f"  warning: {warning}")
+            print(describe_row(row))
         if json_path is not None:
-            with atomic_write(json_path, "w", encoding="utf-8") as file:
-                json.dump({"rows": rows}, file, indent=2)
+            write_json(json_path, {"rows": rows})
+    distributed.shutdown()
+
+
+@main.command(cls=ConfigCommand, base=base_config, elsewhere=option_elsewhere)
+@click.option("--network", help="Snapshot to generate images from.")
+@click.option("--images", help="Folder, zip or .npz of generated images, instead of --network.")
+@click.option("--data", required=True, help="The training images: folder, zip or .npz.")
+@click.option(
+    "--held-out", help="Real images not trained on  [default: training images, each left out]"
+)
+@click.option("--detector", default="inception", show_default=True, type=click.Choice(DETECTORS))
+@click.option("--num-images", type=click.IntRange(1), help="[default: 1000, or all of --images]")
+@click.option("--neighbours", "k", default=4, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--rows", default=16, show_default=True, type=click.IntRange(1), help="Of the picture."
+)
+@click.option("--seed", default=0, show_default=True, help="Seed of the first image.")
+@batch_option
+@click.option("--precision", type=click.Choice(list(AUTOCAST_DTYPES)), help="As in training.")
+@click.option("--outdir", required=True, type=click.Path(path_type=Path), help="For the report.")
+def neighbours(
+    config: ScoreConfig | DetectorConfig,
+    network: str | None,
+    images: str | None,
+    data: str,
+    held_out: str | None,
+    detector: str,
+    num_images: int | None,
+    k: int,
+    rows: int,
+    seed: int,
+    batch: int,
+    precision: str | None,
+    outdir: Path,
+) -> None:
+    """Look for copies: the nearest training images of generated ones, beside held-out reals.
+
+    Writes neighbours.png (the images nearest to the training data, each with its neighbours and
+    their distances), distances.png (how near, against held-out reals) and neighbours.json.
+
+    Example: python fid.py neighbours --network=network.pkl --data=cifar10.zip --outdir=report
+    """
+    detector_config = used_detectors(config, [detector], f"--detector={detector}")
+    check_source(config, network, images)
+    device = distributed.init()
+    source = open_source(
+        images or network,
+        config if network else None,
+        device,
+        first_seed=seed,
+        batch=batch,
+        precision=precision,
+    )
+    dataset = open_images(data)
+    unseen = None if held_out is None else open_images(held_out)
+    if num_images is None:
+        num_images = source.num_images or 1000
+    check_neighbours(source, num_images, dataset, k)
+    detectors = make_detectors([detector], detector_config, source.image_shape, device)
+    found = find_neighbours(
+        source,
+        dataset,
+        detectors[detector],
+        device,
+        num_images=num_images,
+        num_neighbours=k,
+        batch=batch,
+        held_out=unseen,
+    )
+    write_report(found, outdir, source, dataset, num_images=num_images, num_rows=rows)
     distributed.shutdown()
 
 
 @main.command()
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
-def compare(files: tuple[Path, ...]) -> None:
-    """Print score rows (.jsonl of a run, .json of calc) side by side, and where protocols differ.
+@click.option("--anyway", is_flag=True, help="Print rows of different protocols side by side.")
+def compare(files: tuple[Path, ...], anyway: bool) -> None:
+    """Print score rows (.jsonl of a run, .json of calc) side by side.
+
+    Rows of a metric whose protocols differ are refused, with the fields in which they do.
 
     Example: python fid.py compare runs/00000-a/metric-fid50k_full.jsonl score.json
     """
-    print(compare_rows([row for path in files for row in read_rows(path)]))
-
-
-def load_detector(name: str, weights: str | None, shape_of: Any, device: torch.device) -> Detector:
-    """Return a detector for the images of a dataset or model configuration."""
-    shape = (shape_of.img_channels, shape_of.resolution, shape_of.resolution)
-    return get_detector(name, device, image_shape=shape, weights=weights)
-
-
-def data_reference(
-    dataset: ImageDataset, detector: Detector, batch: int, device: torch.device
-) -> Reference:
-    """Return the statistics of all images of a dataset, from the cache if possible. Collective."""
-    rank, world_size = distributed.rank(), distributed.world_size()
-    return reference_for(
-        lambda: iterate_images(
-            dataset, rank=rank, world_size=world_size, batch_size=batch, label="Reference"
-        ),
-        dataset.content_hash,
-        detector,
-        device,
-        num_images=len(dataset),
-        source=dataset.name,
-    )
+    print(compare_rows([row for path in files for row in read_rows(path)], anyway=anyway))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
@@ -16,18 +15,16 @@ from dnnlib.cli import ConfigCommand, raw_value, run, settings
 from dnnlib.config import Config
 from dnnlib.files import atomic_write
 from dnnlib.text import join_names
-from metrics.features import get_detector
-from metrics.metric import get_metrics, score
-from metrics.reference import Reference, reference_for
+from evaluation.scoring import make_evaluate
+from metrics.metric import get_metrics
 from models import attention_backend
 from torch_utils import distributed
 from training import runs
 from training.checkpoint import load_snapshot, package_versions
 from training.config import RunConfig, accumulation_rounds
-from training.dataset import ImageDataset, open_dataset
-from training.loop import EvaluateFn, GenerateFn, training_loop
+from training.dataset import open_dataset
+from training.loop import training_loop
 from training.report import describe_config, describe_run
-from training.sampler import iterate_images
 from training.telemetry import import_wandb
 
 EXAMPLES = """
@@ -115,9 +112,11 @@ def main(
         training = dataclasses.replace(config.training, iters=None)
         config = dataclasses.replace(config, training=training)
     specs = get_metrics(config.logging.metrics)
-    if "inception" in given and all(spec.detector != "inception" for spec in specs):
-        names = ",".join(config.logging.metrics)
-        raise click.UsageError(f"--inception has no effect with --metrics={names}; leave it out.")
+    config.detectors.check_used(
+        given,
+        {spec.feature.detector for spec in specs},
+        f"--metrics={','.join(config.logging.metrics) or 'none'}",
+    )
     if config.logging.wandb:
         import_wandb()
     if transfer is not None and "ema_rampup" not in given:
@@ -160,7 +159,7 @@ def main(
     attention_backend(config.model, device)
     dataset = open_dataset(config.data, seed=config.training.seed)
     config = runs.fit_to_data(config, dataset)
-    evaluate = make_evaluate(config, dataset, device) if config.logging.metrics else None
+    evaluate = make_evaluate(specs, config.detectors, dataset, device) if specs else None
 
     # Find or make the run folder.
     if resume == "auto":
@@ -193,40 +192,6 @@ def main(
             file.write(f"{time.time():.0f}\n")
     distributed.shutdown()
     return 0 if finished else runs.REQUEUE_EXIT_CODE
-
-
-def make_evaluate(config: RunConfig, dataset: ImageDataset, device: torch.device) -> EvaluateFn:
-    """Return the function that scores generated images against the whole training dataset.
-
-    Detectors and reference statistics are made now, so that a missing one stops the run before it
-    starts and not hours later. Collective.
-    """
-    shape = (dataset.img_channels, dataset.resolution, dataset.resolution)
-    names = {spec.detector for spec in get_metrics(config.logging.metrics)}
-    weights = {"inception": config.logging.inception}
-    detectors = {
-        name: get_detector(name, device, image_shape=shape, weights=weights.get(name))
-        for name in sorted(names)
-    }
-
-    rank, world_size = distributed.rank(), distributed.world_size()
-
-    def reference(name: str) -> Reference:
-        return reference_for(
-            lambda: iterate_images(dataset, rank=rank, world_size=world_size, label="Reference"),
-            dataset.content_hash,
-            detectors[name],
-            device,
-            num_images=len(dataset),
-            source=dataset.name,
-        )
-
-    references = {name: reference(name) for name in detectors}
-
-    def evaluate(metrics: tuple[str, ...], generate: GenerateFn) -> list[dict[str, Any]]:
-        return score(get_metrics(metrics), generate, references, detectors, device)
-
-    return evaluate
 
 
 if __name__ == "__main__":

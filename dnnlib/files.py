@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -123,3 +124,9 @@ def _download(url: str, target: Path, sha256: str | None) -> None:
             f"Could not download {url} ({type(error).__name__}). Download it elsewhere and give "
             f"its local path, or place it at {target}."
         ) from error
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Write plain values as indented JSON, atomically."""
+    with atomic_write(path, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2)

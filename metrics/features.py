@@ -1,15 +1,26 @@
 """Detectors: what turns images into the feature vectors that distributions are compared by."""
 
 import hashlib
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Collection, Mapping
+from typing import NamedTuple, Protocol
 
 import torch
 
 from dnnlib.config import did_you_mean
 from metrics.inception import InceptionDetector
+from metrics.vit import ClipDetector, DinoV2Detector
 
 ImageShape = tuple[int, int, int]  # C, H, W
+
+
+class Feature(NamedTuple):
+    """One output of one detector: what a metric looks at."""
+
+    detector: str
+    output: str = "features"
+
+    def __str__(self) -> str:
+        return f"{self.detector}/{self.output}"
 
 
 class Detector(Protocol):
@@ -17,18 +28,25 @@ class Detector(Protocol):
 
     Attributes:
         name: Name in the registry.
-        num_features: Length of a feature vector.
-        hash: Hexadecimal digest of weights and preprocessing; equal hashes mean equal features.
+        outputs: Length of each output's vectors, by the name of the output.
+        hash: Hexadecimal digest of weights, preprocessing and arithmetic; equal hashes mean equal
+            features.
+        preprocessing: How images become the network's input, in one line for people.
+        precision: Arithmetic of the network, ``float32`` or ``bfloat16``.
     """
 
     name: str
-    num_features: int
+    outputs: Mapping[str, int]
     hash: str
+    preprocessing: str
+    precision: str
 
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Return float32 features [N, num_features] of uint8 images [N, C, H, W].
+    def __call__(
+        self, images: torch.Tensor, outputs: Collection[str] = ("features",)
+    ) -> dict[str, torch.Tensor]:
+        """Return float32 [N, D] for each of ``outputs``, of uint8 images [N, C, H, W].
 
-        Each image's features depend on that image alone.
+        Each image's values depend on that image alone.
         """
         ...
 
@@ -37,41 +55,29 @@ class PixelDetector:
     """The pixels themselves, as values in [0, 1]: needs no network, suits small images."""
 
     name = "pixels"
+    preprocessing = "x / 255, flattened"
+    precision = "float32"
 
     def __init__(self, image_shape: ImageShape) -> None:
         self.image_shape = tuple(image_shape)
-        self.num_features = image_shape[0] * image_shape[1] * image_shape[2]
+        self.outputs = {"features": image_shape[0] * image_shape[1] * image_shape[2]}
         identity = f"pixels: uint8/255, flattened from CHW {list(image_shape)}"
         self.hash = hashlib.sha256(identity.encode()).hexdigest()
 
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, images: torch.Tensor, outputs: Collection[str] = ("features",)
+    ) -> dict[str, torch.Tensor]:
         """Return the pixels of uint8 images [N, C, H, W] as float32 [N, C * H * W] in [0, 1]."""
+        assert set(outputs) <= set(self.outputs)
         if images.dtype != torch.uint8 or images.shape[1:] != self.image_shape:
             raise ValueError(
                 f"The pixel detector got {images.dtype} images of shape {list(images.shape[1:])}; "
                 f"expected uint8 of shape {list(self.image_shape)}, as the reference has."
             )
-        return images.flatten(1).to(torch.float32) / 255
+        return {"features": images.flatten(1).to(torch.float32) / 255}
 
 
-def _make_pixels(
-    device: torch.device | str, image_shape: ImageShape | None, weights: str | None
-) -> Detector:
-    if weights is not None:
-        raise ValueError(f"The pixel detector has no weights; got {weights!r}. Leave it out.")
-    assert image_shape is not None, "the pixel detector needs the image shape"
-    return PixelDetector(image_shape)
-
-
-def _make_inception(
-    device: torch.device | str, image_shape: ImageShape | None, weights: str | None
-) -> Detector:
-    return InceptionDetector.load(weights, device)
-
-
-Factory = Callable[[torch.device | str, ImageShape | None, str | None], Detector]
-
-DETECTORS: dict[str, Factory] = {"inception": _make_inception, "pixels": _make_pixels}
+DETECTORS = ("inception", "dinov2", "clip", "pixels")
 
 
 def get_detector(
@@ -79,21 +85,35 @@ def get_detector(
     device: torch.device | str,
     *,
     image_shape: ImageShape | None = None,
-    weights: str | None = None,
+    location: str | None = None,
+    convention: str = "tensorflow",
+    precision: str = "float32",
 ) -> Detector:
     """Return the detector of that name on ``device``. Collective: rank 0 reads the weights.
 
     Args:
-        name: A key of :data:`DETECTORS`.
+        name: One of :data:`DETECTORS`.
         device: Where images will be.
         image_shape: C, H, W of the images; the pixel detector needs it.
-        weights: Path or URL of the weights instead of the published ones.
+        location: Weights instead of the published ones: a path or URL for ``inception``, a local
+            folder or Hugging Face id for ``dinov2`` and ``clip``.
+        convention: Input convention of ``inception``, ``tensorflow`` or ``pytorch-fid``.
+        precision: Arithmetic of a network, ``float32`` or ``bfloat16``.
 
     Raises ValueError for an unknown name and for weights that cannot be used.
     """
-    if name not in DETECTORS:
-        raise ValueError(
-            f"Unknown detector {name!r}; accepted: {', '.join(DETECTORS)}."
-            f"{did_you_mean(name, DETECTORS)}"
-        )
-    return DETECTORS[name](device, image_shape, weights)
+    if name == "pixels":
+        if location is not None:
+            raise ValueError(f"The pixel detector has no weights; got {location!r}. Leave it out.")
+        assert image_shape is not None, "the pixel detector needs the image shape"
+        return PixelDetector(image_shape)
+    if name == "inception":
+        return InceptionDetector.load(location, device, convention, precision)
+    if name == "dinov2":
+        return DinoV2Detector.load(location, device, precision)
+    if name == "clip":
+        return ClipDetector.load(location, device, precision)
+    raise ValueError(
+        f"Unknown detector {name!r}; accepted: {', '.join(DETECTORS)}."
+        f"{did_you_mean(name, DETECTORS)}"
+    )

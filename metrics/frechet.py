@@ -37,6 +37,31 @@ def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: 
     return max(float(value - 2 * _trace_of_root(sigma1, sigma2)), 0.0)
 
 
+def frechet_distance_of_samples(x: ArrayLike, y: ArrayLike) -> float:
+    """Return :func:`frechet_distance` of the Gaussians fitted to the rows of x [N, D], y [M, D].
+
+    Covariances have the divisors N - 1 and M - 1. With fewer rows than dimensions no covariance is
+    formed: with centred rows X, Y and R = X^T / sqrt(N - 1), the overlap is the sum of the singular
+    values of X Y^T / sqrt((N - 1) (M - 1)), which is exact where covariances are singular.
+
+    Raises ValueError for fewer than two rows and for widths that differ.
+    """
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
+        raise ValueError(
+            f"Got samples of shapes {list(x.shape)} and {list(y.shape)}; expected [N, D] and "
+            "[M, D] with at least two rows each."
+        )
+    if len(x) * len(y) > x.shape[1] ** 2:
+        sigma1, sigma2 = (np.atleast_2d(np.cov(rows, rowvar=False)) for rows in (x, y))
+        return frechet_distance(x.mean(0), sigma1, y.mean(0), sigma2)
+    mu1, mu2 = x.mean(0), y.mean(0)
+    root1, root2 = (x - mu1) / np.sqrt(len(x) - 1), (y - mu2) / np.sqrt(len(y) - 1)
+    overlap = np.linalg.svd(root1 @ root2.T, compute_uv=False).sum()
+    value = np.sum((mu1 - mu2) ** 2) + np.sum(root1**2) + np.sum(root2**2) - 2 * overlap
+    return max(float(value), 0.0)
+
+
 def _checked(mu: ArrayLike, sigma: ArrayLike, label: str) -> tuple[np.ndarray, np.ndarray]:
     mu, sigma = np.asarray(mu, np.float64), np.asarray(sigma, np.float64)
     if mu.ndim != 1 or sigma.shape != (mu.size, mu.size):

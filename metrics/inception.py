@@ -5,18 +5,19 @@ with 1008 outputs and the deviations of that graph, which are named where they o
 the names of the published checkpoint (those of torchvision's Inception3).
 """
 
-import contextlib
-import hashlib
 import os
 import pickle
 import re
-from collections.abc import Iterator
+import types
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from dnnlib.config import did_you_mean
 from dnnlib.files import fetch
+from metrics.network import NetworkDetector
 from torch_utils import distributed
 
 WEIGHTS_URL = (
@@ -26,6 +27,7 @@ WEIGHTS_URL = (
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 WEIGHTS_VARIABLE = "SETDIFFIT_INCEPTION"
 IMAGE_SIZE = 299
+_NUM_SPATIAL = 7
 _EXPECTED_LAYOUT = f"Expected a state dict in the layout of {WEIGHTS_URL.rpartition('/')[2]}."
 
 
@@ -214,18 +216,37 @@ class Inception(nn.Module):
         self.Mixed_7c = BlockE(2048, max_pool=True)
         self.fc = nn.Linear(2048, 1008)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return features [N, 2048] of preprocessed images [N, 3, H, W] (H, W of at least 75)."""
+    def forward(
+        self, x: torch.Tensor, outputs: Collection[str] = ("features",)
+    ) -> dict[str, torch.Tensor]:
+        """Return ``outputs`` of preprocessed images [N, 3, H, W] (H, W of at least 75) in one pass.
+
+        ``features`` [N, 2048] are the global average pool. ``spatial`` [N, H' W' 7] (2,023 at
+        299x299), for sFID, are the first 7 channels of Mixed_6d's 1x1 branch in the order [H', W',
+        7], as ADM takes them from the tensor ``mixed_6/conv:0`` (Nash et al., arXiv:2103.03841).
+        ``logits`` [N, 1008], for the Inception Score, leave out the bias, as ADM and StyleGAN3 do.
+        """
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # [N, 64, 147, 147]
         x = nn.functional.max_pool2d(x, 3, stride=2)  # [N, 64, 73, 73]
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))  # [N, 192, 71, 71]
         x = nn.functional.max_pool2d(x, 3, stride=2)  # [N, 192, 35, 35]
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))  # [N, 288, 35, 35]
         x = self.Mixed_6a(x)  # [N, 768, 17, 17]
-        x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(x))))
-        x = self.Mixed_7a(x)  # [N, 1280, 8, 8]
+        x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(x)))  # [N, 768, 17, 17]
+        found = {}
+        if "spatial" in outputs:
+            # The 1x1 branch comes first among the concatenated ones.
+            found["spatial"] = x[:, :_NUM_SPATIAL].permute(0, 2, 3, 1).flatten(1)
+        if set(outputs) <= set(found):
+            return found
+        x = self.Mixed_7a(self.Mixed_6e(x))  # [N, 1280, 8, 8]
         x = self.Mixed_7c(self.Mixed_7b(x))  # [N, 2048, 8, 8]
-        return x.mean(dim=(2, 3))  # [N, 2048]
+        features = x.float().mean(dim=(2, 3))  # [N, 2048]
+        if "features" in outputs:
+            found["features"] = features
+        if "logits" in outputs:
+            found["logits"] = nn.functional.linear(features, self.fc.weight)
+        return found
 
 
 def resize_tensorflow(images: torch.Tensor, size: int) -> torch.Tensor:
@@ -257,72 +278,74 @@ def preprocess_tensorflow(images: torch.Tensor) -> torch.Tensor:
     return (resize_tensorflow(images, IMAGE_SIZE) - 128) / 128
 
 
-class InceptionDetector:
-    """The 2048 pooled features of :class:`Inception`."""
+def preprocess_pytorch_fid(images: torch.Tensor) -> torch.Tensor:
+    """Return uint8 images [N, C, H, W] as float32 [N, C, 299, 299] in [-1, 1].
+
+    The convention of pytorch-fid: pixel centres are aligned in the bilinear resize, without
+    averaging in reduction, then 2 x / 255 - 1.
+    """
+    x = nn.functional.interpolate(
+        images.to(torch.float32) / 255, (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear"
+    )
+    return 2 * x - 1
+
+
+CONVENTIONS = {
+    "tensorflow": (preprocess_tensorflow, "TensorFlow-style bilinear to 299, (x - 128) / 128"),
+    "pytorch-fid": (preprocess_pytorch_fid, "half-pixel bilinear to 299, 2 x / 255 - 1"),
+}
+
+
+class InceptionDetector(NetworkDetector):
+    """The outputs of :class:`Inception`, under one of the two published input conventions."""
 
     name = "inception"
-    num_features = 2048
-    _max_batch = 64  # Bounds the memory of the activations, whatever batches the caller has.
+    outputs = types.MappingProxyType(dict(features=2048, spatial=17 * 17 * 7, logits=1008))
 
-    def __init__(self, network: Inception, device: torch.device | str) -> None:
-        self.hash = _identity(network, "resize_bilinear of TensorFlow 1 to 299, (x - 128) / 128")
-        self._network = network.eval().requires_grad_(False)
-        self._network.to(device, memory_format=torch.channels_last)
+    def __init__(
+        self,
+        network: Inception,
+        device: torch.device | str,
+        *,
+        convention: str = "tensorflow",
+        precision: str = "float32",
+    ) -> None:
+        """``convention`` is a key of :data:`CONVENTIONS`; ValueError for any other."""
+        if convention not in CONVENTIONS:
+            raise ValueError(
+                f"Unknown input convention {convention!r} of Inception; accepted: "
+                f"{', '.join(CONVENTIONS)}.{did_you_mean(convention, CONVENTIONS)}"
+            )
+        self._convert, self.preprocessing = CONVENTIONS[convention]
+        identity = f"inception-2015-12-05, {self.preprocessing}"
+        super().__init__(network, device, identity=identity, precision=precision)
+        self._network.to(memory_format=torch.channels_last)
 
     @classmethod
-    def load(cls, weights: str | None, device: torch.device | str) -> "InceptionDetector":
+    def load(
+        cls,
+        weights: str | None,
+        device: torch.device | str,
+        convention: str = "tensorflow",
+        precision: str = "float32",
+    ) -> "InceptionDetector":
         """Return the detector with weights from a path or URL. Collective: rank 0 reads them.
 
         Without ``weights``, $SETDIFFIT_INCEPTION names them; without that, the published file is
         downloaded once and its checksum verified.
         """
         weights = weights or os.environ.get(WEIGHTS_VARIABLE)
-        box = {}
-
-        def read() -> None:
-            box.update(read_weights(weights))
-
-        distributed.on_main(read)
+        state = distributed.on_main_tree(lambda: read_weights(weights))
         with torch.device("meta"):
             network = Inception()
-        network.load_state_dict(distributed.broadcast_tree(box), strict=False, assign=True)
-        return cls(network, device)
+        network.load_state_dict(state, strict=False, assign=True)
+        return cls(network, device, convention=convention, precision=precision)
 
-    @torch.inference_mode()
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Return float32 features [N, 2048] of uint8 images [N, C, H, W] with 1 or 3 channels."""
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
-            raise ValueError(
-                f"The inception detector got {images.dtype} images of shape "
-                f"{list(images.shape)}; expected uint8 [N, C, H, W] with 1 or 3 channels."
-            )
-        parts = [images.new_empty((0, self.num_features), dtype=torch.float32)]
-        with _full_precision(images.device):
-            for part in images.split(self._max_batch):
-                if len(part):
-                    x = preprocess_tensorflow(part).expand(-1, 3, -1, -1)
-                    parts.append(self._network(x.contiguous(memory_format=torch.channels_last)))
-        return torch.cat(parts)
+    def _preprocess(self, images: torch.Tensor) -> torch.Tensor:
+        return self._convert(images)
 
-
-@contextlib.contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """Compute in float32 proper, whatever the training run allows: a score is no place for TF32."""
-    allowed = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = allowed
-
-
-def _identity(network: Inception, preprocessing: str) -> str:
-    digest = hashlib.sha256(f"inception-2015-12-05, {preprocessing}".encode())
-    for name, value in sorted(network.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy())
-    return digest.hexdigest()
+    def _extract(self, x: torch.Tensor, outputs: Collection[str]) -> dict[str, torch.Tensor]:
+        return self._network(x, outputs)
 
 
 def read_weights(weights: str | None = None) -> dict[str, torch.Tensor]:

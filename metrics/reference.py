@@ -1,245 +1,465 @@
-"""Reference statistics of real images: computed once, kept in ``.npz`` files, checked when read."""
+"""What is known of real images: computed once, kept in files, checked when read."""
 
 import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from dnnlib import safe_pickle
 from dnnlib.files import atomic_write, cache_dir, fetch
-from metrics.features import Detector
-from metrics.statistics import collect_statistics
+from metrics.features import Detector, Feature
+from metrics.statistics import FeatureSet, collect_features
 from torch_utils import distributed
+
+MAX_VECTORS = 200_000
+_SUBSET_SEED = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reference:
-    """Mean and covariance of a detector's features over a set of real images.
+    """One feature of a set of real images: mean and covariance, vectors, or both.
 
     Attributes:
-        mu: [D], float64.
-        sigma: [D, D], float64, with divisor count - 1.
-        count: Number of images; None if the file does not tell, as with EDM's.
-        detector, detector_hash: What made the features; None if the file does not tell.
+        feature: Detector and output.
+        mu: [D], float64; None if unknown.
+        sigma: [D, D], float64, with divisor count - 1; None if unknown.
+        vectors: [M, D], float32, of all images or of at most :data:`MAX_VECTORS` of them; on rank
+            0 only, None elsewhere and if unknown.
+        num_vectors: M on every rank; 0 if unknown.
+        labels: Class index of each vector, int64 [M]; None if unknown.
+        count: Number of images behind ``mu`` and ``sigma``, or behind the choice of the vectors;
+            None if the file does not tell, as with EDM's.
+        detector_hash: Identity of what made the features; None if the file does not tell.
         dataset_hash: Content hash of the images; None if unknown.
-        source: Where the statistics come from, for people.
-        metadata: Further plain values that the file carries.
+        source: Where this comes from, for people.
+        class_names: Names of the classes that ``labels`` counts; may be empty.
     """
 
-    mu: np.ndarray
-    sigma: np.ndarray
+    feature: Feature
+    mu: np.ndarray | None = None
+    sigma: np.ndarray | None = None
+    vectors: np.ndarray | None = None
+    num_vectors: int = 0
+    labels: np.ndarray | None = None
     count: int | None = None
-    detector: str | None = None
     detector_hash: str | None = None
     dataset_hash: str | None = None
     source: str = ""
-    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    class_names: tuple[str, ...] = ()
+
+    @property
+    def knows(self) -> frozenset[str]:
+        """What a metric may ask of this reference: ``moments``, ``vectors``."""
+        moments = () if self.mu is None else ("moments",)
+        return frozenset((*moments, *(("vectors",) if self.num_vectors else ())))
 
     @property
     def hash(self) -> str:
         """Hexadecimal identity: of images and detector where known, else of the numbers.
 
-        The numbers' last bits depend on batch size and ranks; images and detector do not.
+        The numbers' last bits depend on batch size and ranks; images and detector do not. Only
+        rank 0 has all numbers, so that this is to be asked there.
         """
         digest = hashlib.sha256()
         if self.dataset_hash and self.detector_hash:
-            digest.update(f"{self.dataset_hash} {self.detector_hash} {self.count}".encode())
+            output = self.feature.output
+            text = f"{self.dataset_hash} {self.detector_hash} {output} {self.count}"
+            digest.update(text.encode())
         else:
-            digest.update(np.ascontiguousarray(self.mu))
-            digest.update(np.ascontiguousarray(self.sigma))
+            for array in (self.mu, self.sigma, self.vectors):
+                if array is not None:
+                    digest.update(np.ascontiguousarray(array))
         return digest.hexdigest()
 
     def check_detector(self, detector: Detector) -> list[str]:
         """Return warnings about the use with ``detector``; raise ValueError if it is another."""
+        width = detector.outputs[self.feature.output]
+        found = [len(self.mu)] if self.mu is not None else []
+        found += [self.vectors.shape[1]] if self.vectors is not None else []
         if self.detector_hash is not None and self.detector_hash != detector.hash:
             raise ValueError(
-                f"{self.source}: these reference statistics were made by the detector "
-                f"'{self.detector}' ({self.detector_hash[:12]}), but '{detector.name}' "
-                f"({detector.hash[:12]}) is in use; compute them anew with `fid.py ref`."
+                f"{self.source}: these reference statistics were made by another detector "
+                f"'{self.feature.detector}' ({self.detector_hash[:12]}) than the one in use "
+                f"({detector.hash[:12]}: {detector.preprocessing}, {detector.precision}); compute "
+                "them anew with `fid.py ref`."
             )
-        if self.mu.size != detector.num_features:
+        if any(number != width for number in found):
             raise ValueError(
-                f"{self.source}: these reference statistics have {self.mu.size} features, but the "
-                f"detector '{detector.name}' has {detector.num_features}; compute them anew with "
+                f"{self.source}: these reference statistics have {found[0]} values for "
+                f"{self.feature}, but the detector in use has {width}; compute them anew with "
                 "`fid.py ref`."
             )
         if self.detector_hash is None:
             return [f"{self.source} does not tell which detector made it"]
         return []
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Write an ``.npz`` file that :func:`read_reference` reads, atomically."""
-        description = {name: getattr(self, name) for name in _DESCRIPTION}
-        with atomic_write(path) as file:
-            np.savez(
-                file,
-                mu=self.mu,
-                sigma=self.sigma,
-                description=np.array(json.dumps(dict(description, metadata=dict(self.metadata)))),
-            )
+
+References = dict[Feature, Reference]
+
+# Arrays of a file by feature. The names for Inception are those of EDM and ADM, so that their
+# programs read these files too.
+_PREFIXES = {Feature("inception"): ("", ""), Feature("inception", "spatial"): ("", "_s")}
+_SHARED = ("count", "dataset_hash", "class_names")
 
 
-_DESCRIPTION = ("count", "detector", "detector_hash", "dataset_hash")
+def _array_name(feature: Feature, kind: str) -> str:
+    prefix, suffix = _PREFIXES.get(feature, (f"{feature.detector}.{feature.output}.", ""))
+    return f"{prefix}{kind}{suffix}"
 
 
-def read_reference(path: str | os.PathLike) -> Reference:
-    """Return the statistics in an ``.npz`` file; nothing in it is executed.
+def save_references(path: str | os.PathLike, references: References) -> None:
+    """Write references of the same images into one ``.npz`` file, atomically."""
+    arrays: dict[str, np.ndarray] = {}
+    for feature, reference in references.items():
+        for kind in ("mu", "sigma", "vectors"):
+            if getattr(reference, kind) is not None:
+                arrays[_array_name(feature, kind)] = getattr(reference, kind)
+        if reference.labels is not None:
+            arrays["labels"] = reference.labels
+    shared = {name: getattr(next(iter(references.values())), name) for name in _SHARED}
+    hashes = {str(feature): reference.detector_hash for feature, reference in references.items()}
+    description = dict(shared, detector_hashes=hashes)
+    with atomic_write(path) as file:
+        np.savez(file, **arrays, description=np.array(json.dumps(description)))
 
-    Reads this project's files and any others with ``mu`` and ``sigma``, such as EDM's; those have
-    no count and no detector. Raises ValueError for a file that is damaged or lacks them.
+
+def read_references(path: str | os.PathLike) -> References:
+    """Return what a file knows of real images; nothing in it is executed.
+
+    Reads this project's ``.npz`` files; EDM's, with ``mu`` and ``sigma``; ADM's
+    ``VIRTUAL_*.npz``, with ``mu_s`` and ``sigma_s`` besides (the sample images in it are read by
+    :func:`training.samples.open_images`); and EDM2's ``.pkl``, with ``fid`` and ``fd_dinov2``.
+    Raises ValueError for a file that is damaged or has none of these.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file.")
+    read = _read_pickle if path.suffix == ".pkl" else _read_npz
     try:
-        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
-            mu, sigma = file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
-            text = str(file["description"]) if "description" in file.files else "{}"
-        fields = json.loads(text)
-        metadata = dict(fields.pop("metadata", {}))
-        fields = {name: fields.get(name) for name in _DESCRIPTION}
-        if not isinstance(fields["count"], int | None):
-            raise ValueError(f"its count is {fields['count']!r}")
+        arrays, description = read(path)
+        hashes = {_parse_feature(name): h for name, h in description["detector_hashes"].items()}
+        count, names = description["count"], tuple(description["class_names"])
+        if not isinstance(count, int | None):
+            raise ValueError(f"its count is {count!r}")
     # What a damaged or foreign file makes NumPy and zipfile raise has no common base.
     except Exception as error:
         raise ValueError(
-            f"{path}: damaged, or no .npz file with the arrays 'mu' and 'sigma' "
-            f"({type(error).__name__}: {error})."
+            f"{path}: damaged, or no file of reference statistics: {error or type(error).__name__}."
         ) from error
-    if mu.ndim != 1 or sigma.shape != (mu.size, mu.size):
-        raise ValueError(
-            f"{path}: mu has shape {list(mu.shape)} and sigma {list(sigma.shape)}; expected [D] "
-            "and [D, D]."
+    references = {}
+    for feature, kinds in arrays.items():
+        mu, sigma, vectors = (kinds.get(kind) for kind in ("mu", "sigma", "vectors"))
+        _check_arrays(path, feature, mu, sigma, vectors)
+        references[feature] = Reference(
+            feature=feature,
+            mu=mu,
+            sigma=sigma,
+            vectors=vectors,
+            num_vectors=0 if vectors is None else len(vectors),
+            labels=None if vectors is None else description.get("labels"),
+            count=count,
+            detector_hash=hashes.get(feature),
+            dataset_hash=description["dataset_hash"],
+            source=str(path),
+            class_names=names,
         )
-    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise ValueError(f"{path}: the reference statistics are not finite.")
-    return Reference(mu=mu, sigma=sigma, source=str(path), metadata=metadata, **fields)
+    return references
 
 
-def load_reference(location: str) -> Reference:
-    """Return the statistics in a file named by path or URL, on every rank.
+def _parse_feature(text: str) -> Feature:
+    detector, _, output = text.partition("/")
+    return Feature(detector, output)
 
-    Collective: rank 0 reads; errors, as of :func:`read_reference`, are raised on every rank.
-    """
-    return _from_main(
-        lambda: dataclasses.replace(read_reference(fetch(location)), source=str(location))
+
+Arrays = dict[Feature, dict[str, np.ndarray]]
+
+
+def _read_npz(path: Path) -> tuple[Arrays, dict[str, Any]]:
+    description: dict[str, Any] = dict(
+        detector_hashes={}, count=None, dataset_hash=None, class_names=()
+    )
+    with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
+        if "description" in file.files:
+            description.update(json.loads(str(file["description"])))
+        features = [_parse_feature(name) for name in description["detector_hashes"]]
+        arrays: Arrays = {}
+        for feature in features or list(_PREFIXES):
+            kinds = ("mu", "sigma", "vectors")
+            found = {k: n for k in kinds if (n := _array_name(feature, k)) in file.files}
+            if found:
+                arrays[feature] = {kind: file[name] for kind, name in found.items()}
+        if "labels" in file.files:
+            description["labels"] = file["labels"].astype(np.int64)
+    if not arrays:
+        raise ValueError("it has no arrays 'mu' and 'sigma'")
+    return arrays, description
+
+
+def _read_pickle(path: Path) -> tuple[Arrays, dict[str, Any]]:
+    with open(path, "rb") as file:
+        content = safe_pickle.load(file)
+    if not isinstance(content, dict):
+        raise ValueError("it holds no names with statistics")
+    names = {"fid": Feature("inception"), "fd_dinov2": Feature("dinov2")}
+    arrays = {
+        feature: {kind: np.asarray(content[name][kind]) for kind in ("mu", "sigma")}
+        for name, feature in names.items()
+        if name in content
+    }
+    if not arrays:
+        raise ValueError("it has neither 'fid' nor 'fd_dinov2'")
+    count = content.get("num_images")
+    return arrays, dict(
+        detector_hashes={},
+        count=None if count is None else int(count),
+        dataset_hash=None,
+        class_names=(),
     )
 
 
-def compute_reference(
-    batches: Iterable[torch.Tensor],
-    detector: Detector,
+def _check_arrays(
+    path: Path,
+    feature: Feature,
+    mu: np.ndarray | None,
+    sigma: np.ndarray | None,
+    vectors: np.ndarray | None,
+) -> None:
+    shapes = {k: None if a is None else a.shape for k, a in (("mu", mu), ("sigma", sigma))}
+    is_gaussian = mu is not None and mu.ndim == 1 and shapes["sigma"] == (mu.size, mu.size)
+    if not is_gaussian and not (mu is None and sigma is None):
+        raise ValueError(
+            f"{path}: {feature} has a mean of shape {shapes['mu']} and a covariance of shape "
+            f"{shapes['sigma']}; expected [D] and [D, D]."
+        )
+    if vectors is not None and vectors.ndim != 2:
+        raise ValueError(
+            f"{path}: {feature} has vectors of shape {vectors.shape}; expected [N, D]."
+        )
+    for array in (mu, sigma, vectors):
+        if array is not None and not (array.dtype.kind == "f" and np.isfinite(array).all()):
+            raise ValueError(f"{path}: the reference statistics of {feature} are not finite.")
+
+
+def load_references(location: str) -> References:
+    """Return what a file named by path or URL knows, on every rank; vectors on rank 0 only.
+
+    Collective: rank 0 reads; errors, as of :func:`read_references`, are raised on every rank.
+    """
+    references = _from_main(lambda: read_references(fetch(location)))
+    return {
+        feature: dataclasses.replace(reference, source=str(location))
+        for feature, reference in references.items()
+    }
+
+
+def vector_subset(count: int) -> np.ndarray:
+    """Return, by image index, whether an image's vectors are kept, bool [count].
+
+    All are, up to :data:`MAX_VECTORS`; of more images, a fixed random choice of as many.
+    """
+    keep = np.ones(count, bool)
+    if count > MAX_VECTORS:
+        keep[np.random.default_rng(_SUBSET_SEED).permutation(count)[MAX_VECTORS:]] = False
+    return keep
+
+
+def compute_references(
+    needs: Mapping[Feature, Collection[str]],
+    detectors: Mapping[str, Detector],
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
     device: torch.device | str,
     *,
-    num_images: int | None = None,
+    num_images: int,
     dataset_hash: str | None = None,
     source: str = "",
-    metadata: Mapping[str, Any] | None = None,
-) -> Reference:
-    """Return the statistics of the images of all ranks. Collective.
+) -> References:
+    """Return features of the images of all ranks, each computed once. Collective.
 
     Args:
-        batches: This rank's images, uint8 [N, C, H, W]; may be empty.
-        detector: On ``device``.
+        needs: What to know of each feature: ``moments``, ``vectors`` or both.
+        detectors: On ``device``, by name.
+        batches: This rank's images with their indices, as for
+            :func:`metrics.statistics.collect_features`; may be empty.
         num_images: How many images all ranks have together; another number is an error.
-        dataset_hash, source, metadata: See :class:`Reference`.
+        dataset_hash, source: See :class:`Reference`.
 
     Raises ValueError if the number of images is wrong or below 2.
     """
-    (statistics,) = collect_statistics([detector], batches, device)
-    if num_images is not None and statistics.count != num_images:
-        raise ValueError(
-            f"{source or 'The dataset'}: gave {statistics.count} images for the reference "
-            f"statistics; expected {num_images}."
+    keep = vector_subset(num_images)
+    sets = collect_features(detectors, needs, batches, device, keep)
+
+    def reference(feature: Feature, found: FeatureSet) -> Reference:
+        vectors = None if found.vectors is None else found.vectors.array
+        counts = [] if found.moments is None else [(found.moments.count, num_images)]
+        if vectors is not None:
+            counts.append((len(vectors), int(keep.sum())))
+        for count, expected in counts:
+            if count != expected:
+                raise ValueError(
+                    f"{source or 'The dataset'}: gave {count} images for the reference "
+                    f"statistics; expected {expected}."
+                )
+        return Reference(
+            feature=feature,
+            mu=None if found.moments is None else found.moments.mean(),
+            sigma=None if found.moments is None else found.moments.covariance(),
+            vectors=vectors,
+            num_vectors=0 if found.vectors is None else int(keep.sum()),
+            count=num_images,
+            detector_hash=detectors[feature.detector].hash,
+            dataset_hash=dataset_hash,
+            source=source,
         )
-    return Reference(
-        mu=statistics.mean(),
-        sigma=statistics.covariance(),
-        count=statistics.count,
-        detector=detector.name,
-        detector_hash=detector.hash,
-        dataset_hash=dataset_hash,
-        source=source,
-        metadata=dict(metadata or {}),
-    )
+
+    references: References = {}
+
+    def build() -> None:
+        references.update({feature: reference(feature, found) for feature, found in sets.items()})
+
+    # Only rank 0 has the vectors, and every rank must hear if their number is wrong.
+    distributed.on_main(build)
+    if not distributed.is_main():
+        build()
+    return references
 
 
-def cache_path(content_hash: str, detector: Detector) -> Path:
-    """Return where the statistics of a dataset under a detector are cached."""
-    key = hashlib.sha256(f"{content_hash} {detector.hash}".encode()).hexdigest()[:32]
-    return cache_dir() / "references" / f"{detector.name}-{key}.npz"
+def cache_path(content_hash: str, feature: Feature, detector_hash: str, kind: str) -> Path:
+    """Return where one feature of a dataset is cached; ``kind`` is ``moments`` or ``vectors``."""
+    key = hashlib.sha256(f"{content_hash} {detector_hash}".encode()).hexdigest()[:32]
+    return cache_dir() / "references" / f"{feature.detector}-{feature.output}-{key}-{kind}.npz"
 
 
-def reference_for(
-    batches: Callable[[], Iterable[torch.Tensor]],
+def references_for(
+    needs: Mapping[Feature, Collection[str]],
+    detectors: Mapping[str, Detector],
+    batches: Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor]]],
     content_hash: str,
-    detector: Detector,
     device: torch.device | str,
     *,
-    num_images: int | None = None,
+    num_images: int,
     source: str = "",
-) -> Reference:
-    """Return the statistics of a dataset, from the cache if they were ever computed. Collective.
+) -> References:
+    """Return features of a dataset, from the cache if they were ever computed. Collective.
 
     Args:
-        batches: Called only if nothing usable is cached; returns this rank's share of all images
-            as uint8 batches [N, C, H, W]. It and its arguments as for :func:`compute_reference`.
+        needs, detectors, num_images, source: As for :func:`compute_references`.
+        batches: Called at most once, for all that is not cached; returns this rank's share of all
+            images with their indices.
         content_hash: Identity of the images, equal on every rank.
-        detector: Its hash and ``content_hash`` name the cache file.
 
     A cache file that cannot be used is named on the console and replaced.
     """
-    path = cache_path(content_hash, detector)
-    cached = _from_main(lambda: _read_cache(path, content_hash, detector))
-    if cached is not None:
-        return dataclasses.replace(cached, source=source or cached.source)
-    reference = compute_reference(
-        batches(),
-        detector,
-        device,
-        num_images=num_images,
-        dataset_hash=content_hash,
-        source=source,
-    )
-    distributed.on_main(lambda: _write_cache(path, reference))
-    return reference
+    found: dict[tuple[Feature, str], Reference] = {}
+    missing: dict[Feature, list[str]] = {}
+    for feature, wanted in needs.items():
+        for kind in wanted:
+            detector = detectors[feature.detector]
+            path = cache_path(content_hash, feature, detector.hash, kind)
+
+            def read(path: Path = path, feature: Feature = feature, kind: str = kind) -> References:
+                return _read_cache(path, content_hash, feature, detectors[feature.detector], kind)
+
+            cached = _from_main(read)
+            if cached:
+                found[feature, kind] = cached[feature]
+            else:
+                missing.setdefault(feature, []).append(kind)
+    if missing:
+        made = compute_references(
+            missing,
+            detectors,
+            batches(),
+            device,
+            num_images=num_images,
+            dataset_hash=content_hash,
+            source=source,
+        )
+        for feature, kinds in missing.items():
+            for kind in kinds:
+                path = cache_path(content_hash, feature, made[feature].detector_hash, kind)
+                part = _only(made[feature], kind)
+                found[feature, kind] = part
+                distributed.on_main(lambda path=path, part=part: _write_cache(path, part))
+    result: References = {}
+    for (feature, kind), part in found.items():
+        if feature not in result:
+            result[feature] = dataclasses.replace(part, source=source or part.source)
+            continue
+        names = ("mu", "sigma") if kind == "moments" else ("vectors", "num_vectors")
+        changes = {name: getattr(part, name) for name in names}
+        result[feature] = dataclasses.replace(result[feature], **changes)
+    return result
 
 
-def _read_cache(path: Path, content_hash: str, detector: Detector) -> Reference | None:
+def _only(reference: Reference, kind: str) -> Reference:
+    if kind == "moments":
+        return dataclasses.replace(reference, vectors=None, num_vectors=0, labels=None)
+    return dataclasses.replace(reference, mu=None, sigma=None)
+
+
+def _read_cache(
+    path: Path, content_hash: str, feature: Feature, detector: Detector, kind: str
+) -> References:
     if not path.is_file():
-        return None
+        return {}
     try:
-        reference = read_reference(path)
-        reference.check_detector(detector)
-        if reference.dataset_hash != content_hash:
+        references = read_references(path)
+        if feature not in references or kind not in references[feature].knows:
+            raise ValueError(f"{path}: holds no {kind} of {feature}.")
+        references[feature].check_detector(detector)
+        if references[feature].dataset_hash != content_hash:
             raise ValueError(f"{path}: made from other images.")
     except ValueError as error:
         print(f"Cached reference statistics cannot be used and are made anew. {error}", flush=True)
-        return None
-    return reference
+        return {}
+    return references
 
 
 def _write_cache(path: Path, reference: Reference) -> None:
     try:
-        reference.save(path)
+        save_references(path, {reference.feature: reference})
     except OSError as error:
         print(f"Reference statistics could not be cached in {path}: {error}.", flush=True)
 
 
-def _from_main(function: Callable[[], Reference | None]) -> Reference | None:
-    """Return rank 0's statistics on every rank, or None if it has none."""
-    box: list[Reference | None] = []
-    distributed.on_main(lambda: box.append(function()))
-    tree = None
-    if box and box[0] is not None:
-        tree = {field.name: getattr(box[0], field.name) for field in dataclasses.fields(Reference)}
-        tree.update(mu=torch.from_numpy(tree["mu"]), sigma=torch.from_numpy(tree["sigma"]))
-    tree = distributed.broadcast_tree(tree)
-    if tree is None:
-        return None
-    return Reference(**{**tree, "mu": tree["mu"].numpy(), "sigma": tree["sigma"].numpy()})
+def _from_main(function: Callable[[], References]) -> References:
+    """Return rank 0's references on every rank, but their vectors there alone."""
+    here: References = {}
+
+    def describe() -> list[dict[str, Any]]:
+        here.update(function())
+        return [
+            {
+                field.name: _as_tensor(getattr(reference, field.name))
+                for field in dataclasses.fields(Reference)
+                if field.name != "vectors"
+            }
+            for reference in here.values()
+        ]
+
+    trees = distributed.on_main_tree(describe)
+    if distributed.is_main():
+        return here
+    references: References = {}
+    for tree in trees:
+        # Of a named tuple, only the text travels well.
+        feature = _parse_feature(tree.pop("feature"))
+        fields = {name: _as_array(value) for name, value in tree.items()}
+        references[feature] = Reference(feature=feature, **fields)
+    return references
+
+
+def _as_tensor(value: Any) -> Any:
+    if isinstance(value, Feature):
+        return str(value)
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+
+
+def _as_array(value: Any) -> Any:
+    return value.numpy() if isinstance(value, torch.Tensor) else value

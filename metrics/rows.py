@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# What a comparison is about, as opposed to the protocol that ought to agree.
+# What a comparison is about, as opposed to the protocol that ought to agree. Software versions are
+# on record, but two of them are no two protocols.
 SUBJECT_FIELDS = frozenset(
-    {"source", "metric", "value", "seconds", "timestamp", "kimg", "warnings"}
-    | {"snapshot", "snapshot_hash", "network", "images", "reference"}
+    {"source", "metric", "value", "values", "per_class", "noise_band", "seconds", "timestamp"}
+    | {"snapshot", "snapshot_hash", "network", "kimg", "images", "images_hash", "reference"}
+    | {"warnings", "packages"}
 )
-_FIRST_COLUMNS = ("source", "snapshot", "network", "images", "kimg", "value")
+_FIRST_COLUMNS = ("source", "snapshot", "network", "images", "kimg")
 
 
 def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -52,17 +54,41 @@ def _one_row_a_line(lines: list[str]) -> list[str]:
     return lines
 
 
-def compare_rows(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return a table for each metric in ``rows``, with the protocol fields that differ marked.
+def compare_rows(rows: Sequence[Mapping[str, Any]], *, anyway: bool = False) -> str:
+    """Return a table for each metric in ``rows``.
 
-    A field that is equal in all rows of a metric is printed once below its table; one that is not
-    becomes a column whose heading starts with ``*``.
+    A protocol field that is equal in all rows of a metric is printed once below its table.
+
+    Args:
+        rows: Score rows, as :func:`read_rows` returns them.
+        anyway: Also compare rows whose protocols differ; each field in which they do becomes a
+            column whose heading starts with ``*``.
+
+    Raises ValueError, naming those fields and their values, for rows of one metric whose protocols
+    differ, unless ``anyway``.
     """
-    metrics = dict.fromkeys(str(row["metric"]) for row in rows)
+    by_metric = {
+        str(row["metric"]): [r for r in rows if r["metric"] == row["metric"]] for row in rows
+    }
+    if not anyway:
+        for metric, own in by_metric.items():
+            _refuse_differences(metric, own)
     return "\n\n".join(
-        _table(metric, [_flat(row) for row in rows if row["metric"] == metric])
-        for metric in metrics
+        _table(metric, [_flat(row) for row in own]) for metric, own in by_metric.items()
     )
+
+
+def _refuse_differences(metric: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    flat = [_flat(row) for row in rows]
+    differences = []
+    for name in differing_fields(rows):
+        values = dict.fromkeys(_short(name, row.get(name, "unknown")) for row in flat)
+        differences.append(f"{name} ({' | '.join(values)})")
+    if differences:
+        raise ValueError(
+            f"{metric}: the rows cannot be compared, because their protocols differ in "
+            f"{', '.join(differences)}; score them alike, or print them side by side with --anyway."
+        )
 
 
 def differing_fields(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -87,7 +113,7 @@ def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
             result.update(_flat(value, f"{prefix}{name}."))
         elif isinstance(value, str):
             result[prefix + name] = value
-        elif name == "value" and isinstance(value, float):
+        elif isinstance(value, float) and (prefix + name).startswith(("value", "noise_band.")):
             result[prefix + name] = f"{value:.6g}"
         else:
             result[prefix + name] = json.dumps(value)
@@ -97,7 +123,10 @@ def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def _table(metric: str, rows: list[dict[str, str]]) -> str:
     differing = differing_fields(rows)
     names = dict.fromkeys(name for row in rows for name in row)
-    columns = [name for name in _FIRST_COLUMNS if name in names] + differing
+    values = [name for name in names if name.startswith("values.")]
+    values = values if len(values) > 1 else ["value"]
+    values += [name for name in ("noise_band.mean", "noise_band.std") if name in names]
+    columns = [name for name in _FIRST_COLUMNS if name in names] + values + differing
     heading = [f"*{name}" if name in differing else name for name in columns]
     cells = [[_short(name, row.get(name, "-")) for name in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(heading, *cells, strict=True)]

@@ -1,11 +1,12 @@
-"""Mean and covariance of features, accumulated batch by batch and over ranks."""
+"""Features of many images, accumulated batch by batch and over ranks."""
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 import torch
 
-from metrics.features import Detector
+from metrics.features import Detector, Feature
 from torch_utils import distributed
 
 
@@ -111,23 +112,128 @@ def _finite(values: torch.Tensor) -> np.ndarray:
     return values
 
 
-def collect_statistics(
-    detectors: Sequence[Detector], batches: Iterable[torch.Tensor], device: torch.device | str
-) -> list[FeatureStatistics]:
-    """Return the statistics of the images of all ranks, one per detector. Collective.
+class FeatureVectors:
+    """The feature vectors of images, kept by image index; complete on rank 0 after gathering.
+
+    Only images for which ``keep`` is true are kept; None keeps all.
+    """
+
+    def __init__(self, num_features: int, keep: np.ndarray | None = None) -> None:
+        self.num_features = num_features
+        self._keep = keep
+        self._indices: list[torch.Tensor] = []
+        self._vectors: list[torch.Tensor] = []
+        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.indices: np.ndarray | None = None
+        self.array: np.ndarray | None = None
+
+    def append(self, indices: torch.Tensor, vectors: torch.Tensor) -> None:
+        """Add the vectors [N, num_features], on any device, of the images ``indices`` [N]."""
+        # A batch is fetched from the device once the next one is under way.
+        self._fetch()
+        self._last = indices, vectors
+
+    def _fetch(self) -> None:
+        if self._last is None:
+            return
+        indices, vectors = self._last
+        self._last = None
+        vectors = vectors.to("cpu", torch.float32)
+        if self._keep is not None:
+            kept = torch.from_numpy(self._keep[indices.numpy()])
+            indices, vectors = indices[kept], vectors[kept]
+        self._indices.append(indices)
+        self._vectors.append(vectors)
+
+    def gather(self) -> None:
+        """Have rank 0 know the vectors of all ranks, in the order of the images. Collective.
+
+        Sets ``indices`` [N] and ``array`` [N, num_features], float32, on rank 0. Raises ValueError
+        for vectors that are not finite.
+        """
+        self._fetch()
+        indices = torch.cat([torch.empty(0, dtype=torch.int64), *self._indices])
+        vectors = torch.cat([torch.empty(0, self.num_features), *self._vectors])
+        self._indices, self._vectors = [], []
+        indices, vectors = distributed.gather_rows(indices), distributed.gather_rows(vectors)
+
+        def order() -> None:
+            order = torch.argsort(indices, stable=True)
+            self.indices = indices[order].numpy()
+            self.array = _finite(vectors[order])
+            assert (np.diff(self.indices) > 0).all(), "an image came twice"
+
+        distributed.on_main(order)
+
+    def merged(self, other: "FeatureVectors") -> "FeatureVectors":
+        """Return the vectors of both, those of ``other`` after these. Both must be gathered."""
+        result = FeatureVectors(self.num_features)
+        if self.array is not None:
+            result.indices = np.concatenate([self.indices, other.indices])
+            result.array = np.concatenate([self.array, other.array])
+        return result
+
+
+@dataclasses.dataclass
+class FeatureSet:
+    """What is known of one feature of a set of images: moments, vectors, or both."""
+
+    moments: FeatureStatistics | None = None
+    vectors: FeatureVectors | None = None
+
+    def merged(self, other: "FeatureSet") -> "FeatureSet":
+        """Return what both know, of the images of both; they must not overlap."""
+        moments = self.moments is not None and other.moments is not None
+        vectors = self.vectors is not None and other.vectors is not None
+        return FeatureSet(
+            self.moments.merged(other.moments) if moments else None,
+            self.vectors.merged(other.vectors) if vectors else None,
+        )
+
+
+def collect_features(
+    detectors: Mapping[str, Detector],
+    needs: Mapping[Feature, Collection[str]],
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    device: torch.device | str,
+    keep: np.ndarray | None = None,
+) -> dict[Feature, FeatureSet]:
+    """Return the features of the images of all ranks, each computed once. Collective.
 
     Args:
-        detectors: Networks on ``device``; each sees every image once.
-        batches: This rank's images, uint8 [N, C, H, W] on any device; may be empty.
-        device: Where features and sums are computed.
+        detectors: Networks on ``device``, by name; each sees every image once.
+        needs: What to keep of each feature: ``moments``, ``vectors`` or both.
+        batches: This rank's images as ``(indices int64 [N] on the CPU, uint8 [N, C, H, W] on any
+            device)``; may be empty.
+        device: Where features and their sums are computed.
+        keep: Which images' vectors are kept, bool by index; None keeps all.
     """
-    statistics = [FeatureStatistics(detector.num_features, device) for detector in detectors]
-    for images in batches:
+    sets = {
+        feature: FeatureSet(
+            FeatureStatistics(width, device) if "moments" in wanted else None,
+            FeatureVectors(width, keep) if "vectors" in wanted else None,
+        )
+        for feature, wanted in needs.items()
+        for width in [detectors[feature.detector].outputs[feature.output]]
+    }
+    outputs = {
+        name: tuple(feature.output for feature in needs if feature.detector == name)
+        for name in dict.fromkeys(feature.detector for feature in needs)
+    }
+    for indices, images in batches:
         images = images.to(device, non_blocking=True)
         # The generator behind `batches` runs outside of this mode, as it would without metrics.
         with torch.inference_mode():
-            for detector, accumulated in zip(detectors, statistics, strict=True):
-                accumulated.append(detector(images))
-    for accumulated in statistics:
-        accumulated.all_reduce()
-    return statistics
+            for name, wanted in outputs.items():
+                for output, vectors in detectors[name](images, wanted).items():
+                    found = sets[Feature(name, output)]
+                    if found.moments is not None:
+                        found.moments.append(vectors)
+                    if found.vectors is not None:
+                        found.vectors.append(indices, vectors)
+    for found in sets.values():
+        if found.moments is not None:
+            found.moments.all_reduce()
+        if found.vectors is not None:
+            found.vectors.gather()
+    return sets

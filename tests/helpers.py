@@ -160,3 +160,26 @@ def unconditional_snapshot(base):
 def read_pixels(path):
     """Return a picture's pixels as int16, so that differences do not wrap."""
     return np.asarray(Image.open(path)).astype(np.int16)
+
+
+def random_inception(base):
+    """Return a file in the layout of the published Inception weights, with random ones."""
+    from metrics.inception import Inception
+
+    path = base / "inception.pth"
+    if not path.is_file():
+        generator = torch.Generator().manual_seed(0)
+        with torch.device("meta"):
+            layout = Inception().state_dict()
+        state = {}
+        for name, value in layout.items():
+            if name.endswith(".weight") and value.ndim == 4:
+                scale = (2 / value[0].numel()) ** 0.5  # Keeps activations alive.
+                state[name] = scale * torch.randn(value.shape, generator=generator)
+            elif name.endswith(("bn.weight", "running_var")):
+                state[name] = 0.5 + torch.rand(value.shape, generator=generator)
+            else:
+                state[name] = 0.1 * torch.randn(value.shape, generator=generator)
+        # The published file has PyTorch's older format.
+        torch.save(state, path, _use_new_zipfile_serialization=False)
+    return path

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -15,7 +16,9 @@ import pytest
 from image_files import convert, make_folder, make_zip, random_image, read_target, run_tool
 from PIL import Image
 
+from training import conversion
 from training.parallel import process_map
+from training.sources import Source
 
 ROOT = Path(__file__).parent.parent
 
@@ -70,6 +73,96 @@ def test_pngs_carry_no_metadata(tmp_path):
     assert not any(chunk in data for chunk in (b"iCCP", b"pHYs", b"tEXt", b"tIME", b"eXIf"))
 
 
+# Sample archives.
+
+
+def test_a_sample_archive_holds_rgb_images_labels_and_class_names(tmp_path):
+    source = make_folder(tmp_path / "in", ["a/1.png", "b/2.png", "b/3.png"])
+    code, output = convert(source, tmp_path / "out.npz")
+    assert code == 0, output
+    assert "out.npz: 3 images of 8x8x3, 2 classes" in output
+    with np.load(tmp_path / "out.npz", allow_pickle=False) as file:
+        assert file["arr_0"].dtype == np.uint8
+        np.testing.assert_array_equal(file["arr_0"], [random_image(seed) for seed in range(3)])
+        assert file["arr_1"].dtype == np.int64
+        assert file["arr_1"].tolist() == [0, 1, 1]
+        assert file["class_names"].tolist() == ["a", "b"]
+    with zipfile.ZipFile(tmp_path / "out.npz") as archive:
+        assert {info.compress_type for info in archive.infolist()} == {zipfile.ZIP_STORED}
+        assert archive.testzip() is None
+
+
+def test_an_unlabelled_sample_archive_holds_images_alone(tmp_path):
+    source = make_folder(tmp_path / "in", ["1.png", "2.png"], width=16, height=16)
+    code, output = convert(source, tmp_path / "out.npz", "--resolution=8", "--max-images=1")
+    assert code == 0, output
+    with np.load(tmp_path / "out.npz") as file:
+        assert file.files == ["arr_0"]
+        expected = random_image(0, 16, 16).resize((8, 8), Image.Resampling.LANCZOS)
+        np.testing.assert_array_equal(file["arr_0"], [np.asarray(expected)])
+
+
+def test_grayscale_is_repeated_in_a_sample_archive_and_the_tool_says_so(tmp_path):
+    code, output = convert("digits", tmp_path / "out.npz", "--max-images=20")
+    assert code == 0
+    assert "Grayscale became RGB" in output
+    convert("digits", tmp_path / "out.zip", "--max-images=20")
+    gray = np.stack(read_target(tmp_path / "out.zip")[1])
+    with np.load(tmp_path / "out.npz") as file:
+        np.testing.assert_array_equal(file["arr_0"], np.repeat(gray[..., None], 3, axis=3))
+    random_image(0).save(make_folder(tmp_path / "in", ["a.png"], mode="L") / "b.png")
+    assert "mixes grayscale and RGB" in convert(tmp_path / "in", tmp_path / "mixed.npz")[1]
+
+
+def test_a_zip_becomes_a_sample_archive_and_the_same_zip_again(tmp_path):
+    source = make_folder(tmp_path / "in", ["b/1.png", "a/2.png", "b/3.png"])
+    convert(source, tmp_path / "1.zip")
+    with zipfile.ZipFile(tmp_path / "1.zip") as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    metadata = json.loads(files["dataset.json"])
+    metadata["class_names"].append("a class without images")
+    make_zip_of(tmp_path / "1.zip", files | {"dataset.json": json.dumps(metadata).encode()})
+    convert(tmp_path / "1.zip", tmp_path / "2.zip")
+    convert(tmp_path / "2.zip", tmp_path / "samples.npz")
+    code, output = run_tool(
+        "convert", f"--source={tmp_path / 'samples.npz'}", f"--dest={tmp_path / '3.zip'}"
+    )
+    assert code == 0, output
+    assert (tmp_path / "3.zip").read_bytes() == (tmp_path / "2.zip").read_bytes()
+    assert convert(tmp_path / "3.zip", tmp_path / "again.npz")[0] == 0
+    assert (tmp_path / "again.npz").read_bytes() == (tmp_path / "samples.npz").read_bytes()
+
+
+def make_zip_of(path, files):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+
+
+def test_a_sample_archive_is_written_image_by_image(tmp_path):
+    num_images = 300
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    source = Source("noise", num_images, lambda index: pixels + np.uint8(index % 256), str)
+    tracemalloc.start()
+    conversion.convert(source, tmp_path / "out.npz", num_workers=1)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < num_images * pixels.nbytes / 2
+    with np.load(tmp_path / "out.npz") as file:
+        assert file["arr_0"].shape == (num_images, 64, 64, 3)
+        assert (file["arr_0"] == np.arange(num_images).reshape(-1, 1, 1, 1) % 256).all()
+
+
+@pytest.mark.parametrize("name", ["out.zip", "out.npz"])
+def test_a_target_that_exists_is_left_alone(tmp_path, name):
+    source = make_folder(tmp_path / "in", ["a.png"])
+    (tmp_path / name).write_text("mine")
+    code, output = convert(source, tmp_path / name)
+    assert code == 1
+    assert "exists already" in output
+    assert (tmp_path / name).read_text() == "mine"
+
+
 # Pixels.
 
 
@@ -106,7 +199,7 @@ def test_sixteen_bit_grayscale_is_refused(tmp_path):
     Image.fromarray(np.full((8, 8), 3000, np.uint16)).save(tmp_path / "in/deep.png")
     code, output = convert(tmp_path / "in", tmp_path / "out.zip")
     assert code == 1
-    assert "deep.png: more than 8 bits per channel" in output
+    assert "deep.png: has more than 8 bits per channel" in output
 
 
 def test_the_exif_orientation_is_applied(tmp_path):
@@ -267,8 +360,9 @@ def make_broken_folder(tmp_path):
     return source
 
 
-def test_broken_images_are_all_listed_and_nothing_is_written(tmp_path):
-    code, output = convert(make_broken_folder(tmp_path), tmp_path / "out.zip")
+@pytest.mark.parametrize("name", ["out.zip", "out.npz"])
+def test_broken_images_are_all_listed_and_nothing_is_written(tmp_path, name):
+    code, output = convert(make_broken_folder(tmp_path), tmp_path / name)
     assert code == 1
     assert "2 of 4 images cannot be used" in output
     assert "a/2.png: " in output
@@ -286,13 +380,24 @@ def test_skip_broken_leaves_them_out_and_counts_them(tmp_path):
     np.testing.assert_array_equal(images[1], np.asarray(random_image(3)))
 
 
-def test_skip_broken_with_nothing_left_is_an_error(tmp_path):
+def test_skip_broken_counts_before_it_writes_a_sample_archive(tmp_path):
+    code, output = convert(make_broken_folder(tmp_path), tmp_path / "out.npz", "--skip-broken")
+    assert code == 0
+    assert "Skipped 2 broken image(s)" in output
+    with np.load(tmp_path / "out.npz") as file:
+        np.testing.assert_array_equal(file["arr_0"], [random_image(0), random_image(3)])
+        assert file["arr_1"].tolist() == [0, 1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out.npz"]
+
+
+@pytest.mark.parametrize("name", ["out.zip", "out.npz"])
+def test_skip_broken_with_nothing_left_is_an_error(tmp_path, name):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.png").write_bytes(b"")
-    code, output = convert(tmp_path / "in", tmp_path / "out.zip", "--skip-broken")
+    code, output = convert(tmp_path / "in", tmp_path / name, "--skip-broken")
     assert code == 1
     assert "no image is left" in output
-    assert not (tmp_path / "out.zip").exists()
+    assert not (tmp_path / name).exists()
 
 
 def test_a_damaged_member_of_a_zip_is_listed(tmp_path):
@@ -384,6 +489,7 @@ def test_a_killed_conversion_leaves_no_target_and_no_processes(tmp_path, name):
         (signal.SIGINT, "out", False),
         (signal.SIGINT, "out.zip", True),
         (signal.SIGTERM, "out.zip", False),
+        (signal.SIGTERM, "out.npz", False),
     ],
 )
 def test_an_interrupted_conversion_leaves_nothing(tmp_path, number, name, early):
@@ -513,10 +619,43 @@ def test_verify_reports_images_that_are_not_square(tmp_path):
     assert "images are 9x8, not square" in output
 
 
+def test_info_and_verify_describe_a_sample_archive(tmp_path):
+    convert("digits", tmp_path / "out.npz", "--max-images=100")
+    code, output = run_tool("info", tmp_path / "out.npz")
+    assert code == 0, output
+    lines = [line.split() for line in output.splitlines() if line]
+    for line in (["images", "100"], ["resolution", "8x8"], ["channels", "3"], ["classes", "10"]):
+        assert line in lines
+    code, output = run_tool("verify", tmp_path / "out.npz")
+    assert code == 0, output
+    assert "no problems found" in output
+
+
+def test_verify_lists_the_problems_of_a_sample_archive(tmp_path):
+    path = tmp_path / "out.npz"
+    np.savez(path, np.zeros((2, 64, 65, 3), np.uint8), np.array([0, -1]))
+    data = bytearray(path.read_bytes())
+    data[20_000] = 1
+    path.write_bytes(data)
+    code, output = run_tool("verify", path)
+    assert code == 1
+    for problem in (
+        "arr_0 cannot be read (Bad CRC-32",
+        "images are 65x64, not square",
+        "image 1: has label -1",
+        "3 problem(s) found",
+    ):
+        assert problem in output, problem
+    np.savez(path, mu=np.zeros(2))
+    assert "has no array arr_0" in run_tool("verify", path)[1]
+    assert "has no array arr_0" in run_tool("info", path)[1]
+
+
 def test_help_shows_runnable_examples():
     for args, line in (
         ([], "python dataset_tool.py info data/cifar10-32x32.zip"),
         (["convert"], "--source=cifar-10-python.tar.gz --dest=data/cifar10-32x32.zip"),
+        (["convert"], "python dataset_tool.py convert --source=out/ --dest=samples.npz"),
     ):
         code, output = run_tool(*args, "--help")
         assert code == 0

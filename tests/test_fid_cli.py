@@ -1,17 +1,20 @@
 """fid.py: reference statistics, scores and comparisons at the command line."""
 
 import json
+import pickle
 import shutil
 import zipfile
 
 import helpers
 import numpy as np
 import pytest
+from PIL import Image
 
 import fid
 import generate
+from metrics.features import Feature
 from metrics.frechet import frechet_distance
-from metrics.reference import read_reference
+from metrics.reference import read_references
 from training.checkpoint import load_snapshot
 
 
@@ -36,6 +39,11 @@ def network(base):
 
 
 @pytest.fixture(scope="session")
+def inception(base):
+    return helpers.random_inception(base)
+
+
+@pytest.fixture(scope="session")
 def generated(base, network):
     """42 images of the snapshot, seeds 0 to 41, in a folder."""
     folder = base / "generated"
@@ -52,6 +60,13 @@ def score(tmp_path, *args, metrics="fd_pixels"):
     (row,) = json.loads(path.read_text())["rows"]
     assert f"{row['metric']} {row['value']:.6g} ({row['num_images']} images)" in result.output
     return row
+
+
+def rows_of(tmp_path, *args):
+    """Return the rows that ``fid.py calc`` writes, and what it prints."""
+    path = tmp_path / "score.json"
+    output = helpers.succeed(fid, "calc", *args, f"--json={path}").output
+    return json.loads(path.read_text())["rows"], output
 
 
 def pixels_of(paths):
@@ -79,10 +94,10 @@ def test_a_folder_a_zip_and_written_statistics_give_the_distance_of_its_definiti
             file.write(path, path.name)
     statistics = tmp_path / "ref.npz"
     output = helpers.succeed(
-        fid, "ref", f"--data={data}", f"--dest={statistics}", "--detector=pixels"
+        fid, "ref", f"--data={data}", f"--dest={statistics}", "--metrics=fd_pixels"
     ).output
-    assert f"Statistics of 42 images (pixels) written to {statistics}" in output
-    assert read_reference(statistics).count == 42
+    assert f"42 images: pixels/features written to {statistics}" in output
+    assert read_references(statistics)[Feature("pixels")].count == 42
     for images in (generated, archive):
         for real in (data, statistics):
             row = score(tmp_path, f"--images={images}", f"--ref={real}")
@@ -113,7 +128,7 @@ def test_two_ranks_give_the_same_score_as_one(data, network, tmp_path, monkeypat
     args = [f"--network={network}", f"--ref={data}", "--num-images=24", "--batch=1"]
     path = tmp_path / "two.json"
     output = helpers.torchrun(2, "fid.py", "calc", *args, "--metrics=fd_pixels", f"--json={path}")
-    assert output.count("fd_pixels") == 1
+    assert output.count("(24 images)") == 1
     (two,) = json.loads(path.read_text())["rows"]
     monkeypatch.setenv("SETDIFFIT_CACHE", str(tmp_path / "another"))  # The reference made anew.
     one = score(tmp_path, *args)
@@ -148,11 +163,16 @@ def test_a_row_tells_the_whole_protocol(network, data, tmp_path):
             "--precision=bf16",
         ],
     )
-    assert (row["metric"], row["num_images"], row["first_seed"]) == ("fd_pixels", 12, 5)
+    assert (row["metric"], row["num_images"], row["seeds"]) == ("fd_pixels", 12, "5-16")
     assert (row["sampling"]["sampler"], row["sampling"]["steps"], row["nfe"]) == ("ddpm", 3, 3)
     assert row["guidance"]["cfg_scale"] == 2
     assert row["precision"] == "bfloat16"
-    assert row["detector"] == "pixels"
+    assert row["detector"] == "pixels/features"
+    assert row["preprocessing"] == "x / 255, flattened"
+    assert row["detector_precision"] == "float32"
+    assert row["ema"] == {"halflife_kimg": 0.2, "rampup": 0.05}
+    assert "clip(127.5 x + 128)" in row["rounding"]
+    assert row["labels"] == "as in the training data"
     assert len(row["detector_hash"]) == len(row["reference_hash"]) == 64
     assert row["snapshot_hash"] == load_snapshot(network).sha256
     assert row["network"] == str(network)
@@ -175,15 +195,175 @@ def test_fewer_images_than_there_are_can_be_scored(data, generated, base, tmp_pa
     assert row["value"] == pytest.approx(distance(first, real), rel=1e-6)
 
 
-def test_published_statistics_are_read_with_a_warning(data, generated, expected, tmp_path):
-    own = tmp_path / "own.npz"
-    helpers.succeed(fid, "ref", f"--data={data}", f"--dest={own}", "--detector=pixels")
-    published = tmp_path / "cifar10-32x32.npz"
-    np.savez(published, mu=read_reference(own).mu, sigma=read_reference(own).sigma)
-    row = score(tmp_path, f"--images={generated}", f"--ref={published}")
+def test_published_statistics_are_read_with_a_warning(inception, data, generated, tmp_path):
+    own, published = tmp_path / "own.npz", tmp_path / "cifar10-32x32.npz"
+    options = [f"--inception={inception}"]
+    metrics = "--metrics=fid10k_full,sfid10k_full"
+    helpers.succeed(fid, "ref", f"--data={data}", f"--dest={own}", metrics, *options)
+    with np.load(own) as file:
+        arrays = {name: file[name] for name in ("mu", "sigma", "mu_s", "sigma_s")}
+        np.savez(published, **arrays)
+    args = [f"--images={generated}", "--num-images=12", metrics, *options]
+    with_own, _ = rows_of(tmp_path, f"--ref={own}", *args)
+    with_published, _ = rows_of(tmp_path, f"--ref={published}", *args)
+    for mine, theirs in zip(with_own, with_published, strict=True):
+        assert theirs["value"] == pytest.approx(mine["value"], rel=1e-9)
+        assert theirs["value"] > 0
+        assert (mine["reference_count"], theirs["reference_count"]) == (42, None)
+        assert any("does not tell which detector" in text for text in theirs["warnings"])
+        assert not any("does not tell" in text for text in mine["warnings"])
+    # EDM2's files hold the same numbers in a pickle.
+    pickled = tmp_path / "edm2.pkl"
+    moments = dict(mu=arrays["mu"], sigma=arrays["sigma"])
+    pickled.write_bytes(pickle.dumps(dict(num_images=42, fid=moments)))
+    args[2] = "--metrics=fid10k_full"
+    (row,), _ = rows_of(tmp_path, f"--ref={pickled}", *args)
+    assert row["value"] == pytest.approx(with_own[0]["value"], rel=1e-9)
+    assert row["reference_count"] == 42
+
+
+def test_an_adm_reference_serves_metrics_of_moments_and_of_vectors(
+    inception, data, generated, base, tmp_path
+):
+    """Its moments are of all images, its sample images are what neighbours are sought among."""
+    own, virtual = tmp_path / "own.npz", tmp_path / "VIRTUAL_toy.npz"
+    options = [f"--inception={inception}", "--num-images=12"]
+    helpers.succeed(fid, "ref", f"--data={data}", f"--dest={own}", f"--inception={inception}")
+    paths = sorted((base / "toy").rglob("*.png"))[:20]
+    samples = np.stack([helpers.read_pixels(path) for path in paths]).astype(np.uint8)
+    with np.load(own) as file:
+        np.savez(virtual, arr_0=samples, mu=file["mu"], sigma=file["sigma"])
+    args = [f"--images={generated}", f"--ref={virtual}", *options]
+    (fid_row, pr_row), _ = rows_of(tmp_path, *args, "--metrics=fid10k_full,pr10k3_full")
+    (expected,), _ = rows_of(
+        tmp_path, f"--images={generated}", f"--ref={own}", *options, "--metrics=fid10k_full"
+    )
+    assert fid_row["value"] == pytest.approx(expected["value"], rel=1e-9)
+    assert pr_row["reference_vectors"] == 20
+    folder = tmp_path / "samples"
+    folder.mkdir()
+    for path in paths:
+        shutil.copy(path, folder / f"{path.parent.name}-{path.name}")
+    (expected,), _ = rows_of(
+        tmp_path, f"--images={generated}", f"--ref={folder}", *options, "--metrics=pr10k3_full"
+    )
+    assert pr_row["values"] == pytest.approx(expected["values"])
+
+
+def test_every_inception_metric_comes_from_one_pass(inception, data, generated, tmp_path):
+    names = "fid10k_full,sfid10k_full,kid10k_full,is10k,pr10k3_full,dc10k5_full"
+    args = [f"--images={generated}", f"--ref={data}", "--num-images=12"]
+    args += [f"--inception={inception}", f"--metrics={names}"]
+    rows, output = rows_of(tmp_path, *args)
+    assert [row["metric"] for row in rows] == names.split(",")
+    assert len({row["detector_hash"] for row in rows}) == 1
+    assert all(np.isfinite(list(row["values"].values())).all() for row in rows)
+    assert "kid" in output
+    assert "precision" in output
+    assert "TensorFlow-style" in rows[0]["preprocessing"]
+    changed, _ = rows_of(tmp_path, *args, "--inception-input=pytorch-fid")
+    assert changed[0]["detector_hash"] != rows[0]["detector_hash"]
+    assert changed[0]["value"] != rows[0]["value"]
+    lower, _ = rows_of(tmp_path, *args, "--detector-precision=bf16")
+    assert lower[0]["detector_precision"] == "bfloat16"
+    assert lower[0]["detector_hash"] != rows[0]["detector_hash"]
+    assert lower[0]["value"] != rows[0]["value"]
+
+
+def test_numbers_of_each_class_are_given_where_labels_are_known(data, network, tmp_path):
+    args = [f"--network={network}", f"--ref={data}", "--metrics=fd_pixels,pr_pixels"]
+    rows, output = rows_of(tmp_path, *args, "--num-images=30")
+    for row in rows:
+        assert list(row["per_class"]) == helpers.CLASS_NAMES
+        for values in row["per_class"].values():
+            assert (values["num_images"], values["reference_count"]) == (10, 14)
+    assert "class ring: fd_pixels" in output
+    (row, _), output = rows_of(tmp_path, *args, "--no-per-class")
+    assert "per_class" not in row
+    assert "class ring" not in output
+
+
+def test_the_noise_band_spans_disjoint_blocks_of_seeds(data, network, tmp_path):
+    args = [f"--network={network}", f"--ref={data}", "--num-images=12"]
+    alone = [score(tmp_path, *args, f"--seed={seed}")["value"] for seed in (3, 15, 27)]
+    (row,), output = rows_of(tmp_path, *args, "--metrics=fd_pixels", "--seed=3", "--noise-band=3")
+    band = row["noise_band"]
+    assert band["values"] == pytest.approx(alone, rel=1e-9)
+    assert row["value"] == band["values"][0]
+    assert band["seeds"] == ["3-14", "15-26", "27-38"]
+    assert band["std"] == pytest.approx(np.std(alone, ddof=1))
+    assert (band["min"], band["max"]) == (min(band["values"]), max(band["values"]))
+    assert "noise band over 3 disjoint blocks" in output
+
+
+def test_an_npz_sample_archive_scores_as_the_folder_it_was_made_of(
+    data, generated, expected, tmp_path
+):
+    path = tmp_path / "samples.npz"
+    files = sorted(generated.glob("*.png"))
+    np.savez(path, arr_0=np.stack([helpers.read_pixels(file) for file in files]).astype(np.uint8))
+    row = score(tmp_path, f"--images={path}", f"--ref={data}")
     assert row["value"] == pytest.approx(expected, rel=1e-6)
-    assert row["reference_count"] is None
-    assert any("does not tell which detector" in text for text in row["warnings"])
+
+
+def test_neighbours_finds_copies_of_training_images(base, data, generated, tmp_path):
+    folder, report = tmp_path / "mixed", tmp_path / "report"
+    shutil.copytree(generated, folder)
+    copied = sorted((base / "toy").rglob("*.png"))[5]
+    shutil.copy(copied, folder / "000003.png")
+    args = ["neighbours", f"--images={folder}", f"--data={data}", "--detector=pixels"]
+    args += [f"--outdir={report}", "--neighbours=2", "--rows=4"]
+    output = helpers.succeed(fid, *args).output
+    assert "1 are exact copies" in output
+    found = json.loads((report / "neighbours.json").read_text())
+    real = pixels_of(sorted((base / "toy").rglob("*.png")))
+    fake = pixels_of(sorted(folder.glob("*.png")))
+    expected = np.sort(np.linalg.norm(fake[:, None] - real[None], axis=2), axis=1)[:, :2]
+    np.testing.assert_allclose(found["distances"], expected, atol=1e-6)
+    assert found["num_exact"] == 1
+    assert found["distances"][3][0] == 0
+    # Training images, each against the others, stand for held-out ones.
+    among = np.linalg.norm(real[:, None] - real[None], axis=2)
+    np.fill_diagonal(among, np.inf)
+    quantiles = np.quantile(among.min(1), found["quantiles"])
+    np.testing.assert_allclose(found["held_out"], quantiles, atol=1e-6)
+    with Image.open(report / "neighbours.png") as picture:
+        pixels = np.asarray(picture)
+    # The copy comes first, beside the image it copies.
+    assert (pixels[4:92, 4:92] == pixels[4:92, 104:192]).all()
+    assert pixels[4:92, 4:92].std() > 1
+    assert Image.open(report / "distances.png").size == (640, 320)
+
+
+def test_neighbours_takes_snapshots_and_held_out_images(data, network, generated, tmp_path):
+    args = [f"--network={network}", f"--data={data}", "--detector=pixels", "--num-images=5"]
+    helpers.succeed(
+        fid, "neighbours", *args, f"--held-out={generated}", f"--outdir={tmp_path}", "--rows=2"
+    )
+    found = json.loads((tmp_path / "neighbours.json").read_text())
+    assert (found["num_images"], found["num_held_out"], found["seeds"]) == (5, 42, "0-4")
+    assert found["held_out_source"].startswith("generated: 42 images")
+    assert found["snapshot_hash"] == load_snapshot(network).sha256
+
+
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [
+        ("--images=GEN --num-images=43", ["--num-images: got 43", "42 images"]),
+        ("--images=GEN --neighbours=42", ["toy has 42 images, too few for 42 neighbours"]),
+        ("--images=LARGE", ["[3, 8, 8]", "[3, 16, 16]"]),
+        ("--images=GEN --steps=2", ["--steps describes sampling"]),
+        ("--images=GEN --clip=a", ["--clip has no effect with --detector=pixels"]),
+        ("--detector=pixels", ["either --network or --images"]),
+    ],
+)
+def test_what_neighbours_cannot_do_is_refused(args, parts, base, data, generated, tmp_path):
+    text = args.replace("GEN", str(generated)).replace("LARGE", str(helpers.toy_data(base, 16)))
+    options = [f"--data={data}", "--detector=pixels", f"--outdir={tmp_path / 'report'}"]
+    message = helpers.fail(fid, "neighbours", *text.split(), *options)
+    for part in parts:
+        assert part in message
+    assert not (tmp_path / "report").exists()
 
 
 @pytest.mark.parametrize(
@@ -197,14 +377,29 @@ def test_published_statistics_are_read_with_a_warning(data, generated, expected,
         ("--images=GEN --metrics=fd_pixels --steps=3", ["--steps describes sampling", "--network"]),
         ("--images=GEN --metrics=fd_pixels --seed=3", ["--seed describes sampling", "--network"]),
         ("--images=GEN --metrics=fd_pixels --precision=bf16", ["--precision describes sampling"]),
-        ("--images=GEN --metrics=fd_pixels --num-images=100", ["needs 100 images, but got 42"]),
+        (
+            "--images=GEN --metrics=fd_pixels --num-images=100",
+            ["needs 100 images, but there are 42", "--num-images=42"],
+        ),
+        ("--images=GEN --metrics=fid10k_full", ["needs 10,000 images, but there are 42"]),
+        (
+            "--images=GEN --metrics=fd_pixels --num-images=20 --noise-band=3",
+            ["needs 20 images in each of 3 blocks", "--num-images=14"],
+        ),
+        ("--images=GEN --metrics=fd_pixels --noise-band=1", ["--noise-band", "1"]),
+        ("--images=GEN --metrics=fd_pixels --dinov2=a", ["--dinov2 has no effect with"]),
         ("--images=GEN --metrics=fd_pixels --num-images=1", ["--num-images", "1"]),
         ("--images=absent --metrics=fd_pixels", ["absent"]),
         ("--network=absent.pkl --metrics=fd_pixels", ["absent.pkl: no such file"]),
         ("--network=NET --metrics=fd_pixels --stepz=3", ["No such option '--stepz'", "--steps"]),
         ("--network=NET --metrics=fd_pixels --eta=1", ["--eta", "only with --sampler=ddim"]),
-        ("--network=NET --metrics=fd_pixels --weights=a", ["--weights has no effect"]),
-        ("--network=NET --metrics=fid10k_full --weights=absent.pth", ["absent.pth: no such file"]),
+        ("--network=NET --metrics=fd_pixels --inception=a", ["--inception has no effect"]),
+        (
+            "--network=NET --metrics=fid10k_full --inception=absent.pth",
+            ["absent.pth: no such file"],
+        ),
+        ("--network=NET --metrics=fd_dinov2_10k_full --dinov2=absent", ["absent", "--dinov2"]),
+        ("--network=NET --metrics=cmmd10k_full --clip=absent", ["absent", "--clip"]),
     ],
 )
 def test_what_calc_cannot_do_is_refused(args, parts, network, data, generated, tmp_path):
@@ -218,42 +413,50 @@ def test_what_calc_cannot_do_is_refused(args, parts, network, data, generated, t
 
 def test_images_of_another_size_or_kind_are_refused(base, data, generated, tmp_path):
     larger = helpers.toy_data(base, 16)
-    message = helpers.fail(
-        fid, "calc", f"--images={larger}", f"--ref={data}", "--metrics=fd_pixels"
-    )
+    args = ["--metrics=fd_pixels", "--num-images=12"]
+    message = helpers.fail(fid, "calc", f"--images={larger}", f"--ref={data}", *args)
     assert "[3, 16, 16]" in message
     assert "[3, 8, 8]" in message
-    message = helpers.fail(
-        fid, "ref", f"--data={tmp_path}", f"--dest={tmp_path / 'a.npz'}", "--detector=pixels"
-    )
+    message = helpers.fail(fid, "ref", f"--data={tmp_path}", f"--dest={tmp_path / 'a.npz'}")
     assert str(tmp_path) in message
     broken = tmp_path / "broken"
     shutil.copytree(generated, broken)
     (broken / "000007.png").write_bytes(b"no picture")
-    message = helpers.fail(
-        fid, "calc", f"--images={broken}", f"--ref={data}", "--metrics=fd_pixels"
-    )
+    message = helpers.fail(fid, "calc", f"--images={broken}", f"--ref={data}", *args)
     assert "000007.png" in message
+    gray = tmp_path / "gray"
+    gray.mkdir()
+    for path in generated.glob("*.png"):
+        Image.open(path).convert("L").save(gray / path.name)
+    message = helpers.fail(fid, "calc", f"--images={gray}", f"--ref={data}", *args)
+    assert "1 channel(s) and the reference has 3" in message
+
+
+def test_images_of_another_size_are_scored_by_a_network_with_a_warning(
+    inception, base, data, tmp_path
+):
+    args = [f"--ref={data}", f"--inception={inception}", "--num-images=4"]
+    larger = helpers.toy_data(base, 16)
+    (row,), _ = rows_of(tmp_path, f"--images={larger}", *args, "--metrics=fid10k_full")
+    assert "the images are 16x16 and the reference is 8x8" in row["warnings"]
 
 
 def test_statistics_of_another_detector_are_refused(base, data, generated, tmp_path):
     path = tmp_path / "ref.npz"
     np.savez(path, mu=np.zeros(2048), sigma=np.eye(2048))
     args = ["calc", f"--images={generated}", "--metrics=fd_pixels", f"--ref={path}"]
-    message = helpers.fail(fid, *args)
-    assert "2048 features" in message
-    assert "192" in message
+    message = helpers.fail(fid, *args, "--num-images=12")
+    assert "holds no moments of pixels/features" in message
     larger = helpers.toy_data(base, 16)
-    helpers.succeed(fid, "ref", f"--data={larger}", f"--dest={path}", "--detector=pixels")
+    helpers.succeed(fid, "ref", f"--data={larger}", f"--dest={path}", "--metrics=fd_pixels")
     message = helpers.fail(fid, *args)
-    assert "were made by the detector 'pixels'" in message
+    assert "were made by another detector 'pixels'" in message
     assert "compute them anew with `fid.py ref`" in message
-    message = helpers.fail(fid, "ref", f"--data={data}", f"--dest={path}", "--detector=pixel")
-    assert "Did you mean 'pixels'?" in message
-    message = helpers.fail(
-        fid, "ref", f"--data={data}", f"--dest={path}", "--detector=pixels", "--weights=a"
-    )
-    assert "no weights" in message
+    ref = ["ref", f"--data={data}", f"--dest={path}"]
+    assert "Did you mean 'fd_pixels'?" in helpers.fail(fid, *ref, "--metrics=fd_pixel")
+    assert "compares with no real images" in helpers.fail(fid, *ref, "--metrics=is50k")
+    message = helpers.fail(fid, *ref, "--metrics=fd_pixels", "--inception=a")
+    assert "--inception has no effect with --metrics=fd_pixels" in message
 
 
 def test_compare_prints_scores_side_by_side_and_marks_what_differs(network, data, tmp_path):
@@ -271,12 +474,16 @@ def test_compare_prints_scores_side_by_side_and_marks_what_differs(network, data
             f"--json={paths[-1]}",
         )
     values = [json.loads(path.read_text())["rows"][0]["value"] for path in paths]
-    output = helpers.succeed(fid, "compare", *paths).output
+    message = helpers.fail(fid, "compare", *paths)
+    assert "differ in" in message
+    assert "sampling.steps (2 | 3)" in message
+    assert "seeds (0-11 | 50-61)" in message
+    output = helpers.succeed(fid, "compare", *paths, "--anyway").output
     for value in values:
         assert f"{value:.6g}" in output
     heading = output.splitlines()[1]
     assert "*sampling.steps" in heading
-    assert "*first_seed" in heading
+    assert "*seeds" in heading
     assert "*num_images" not in heading
     assert "num_images=12" in output
     assert "not comparable: the rows differ in" in output
@@ -300,7 +507,8 @@ def test_help_of_every_subcommand_shows_what_to_type(network):
     assert all(name in output for name in ("ref", "calc", "compare"))
     assert "Usage" in output
     for name, parts in {
-        "ref": ["--detector", "Example", "fid.py ref --data="],
+        "neighbours": ["--held-out", "--detector", "Example", "fid.py neighbours --network="],
+        "ref": ["--metrics", "--inception", "Example", "fid.py ref --data="],
         "calc": [
             "Main options:",
             "Sampling:",
@@ -308,7 +516,7 @@ def test_help_of_every_subcommand_shows_what_to_type(network):
             "[default: 18]",
             "fid.py calc --images=",
         ],
-        "compare": ["FILES", "fid.py compare "],
+        "compare": ["FILES", "--anyway", "fid.py compare "],
     }.items():
         text = " ".join(helpers.succeed(fid, name, "--help").output.split())
         for part in parts:

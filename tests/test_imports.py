@@ -15,6 +15,7 @@ ALLOWED = {
     "models": {"torch_utils", "dnnlib"},
     "training": {"diffusion", "models", "torch_utils", "dnnlib"},
     "metrics": {"diffusion", "models", "torch_utils", "dnnlib"},
+    "evaluation": {"training", "metrics", "diffusion", "models", "torch_utils", "dnnlib"},
     "benchmarks": {"training", "metrics", "diffusion", "models", "torch_utils", "dnnlib"},
     "configs": {"training", "metrics", "diffusion", "models", "torch_utils", "dnnlib"},
 }

@@ -3,6 +3,7 @@
 import pickle
 from pathlib import Path
 
+import helpers
 import numpy as np
 import pytest
 import torch
@@ -12,6 +13,7 @@ from metrics.features import get_detector
 from metrics.inception import (
     Inception,
     InceptionDetector,
+    preprocess_pytorch_fid,
     preprocess_tensorflow,
     read_weights,
     resize_tensorflow,
@@ -20,28 +22,12 @@ from metrics.inception import (
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A file in the published layout, with random weights that keep activations alive."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.device("meta"):
-        layout = Inception().state_dict()
-    state = {}
-    for name, value in layout.items():
-        if name.endswith(".weight") and value.ndim == 4:
-            scale = (2 / value[0].numel()) ** 0.5
-            state[name] = scale * torch.randn(value.shape, generator=generator)
-        elif name.endswith(("bn.weight", "running_var")):
-            state[name] = 0.5 + torch.rand(value.shape, generator=generator)
-        else:
-            state[name] = 0.1 * torch.randn(value.shape, generator=generator)
-    path = tmp_path_factory.mktemp("weights") / "inception.pth"
-    # The published file has PyTorch's older format.
-    torch.save(state, path, _use_new_zipfile_serialization=False)
-    return path
+    return helpers.random_inception(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="module")
 def detector(checkpoint):
-    return get_detector("inception", "cpu", weights=str(checkpoint))
+    return get_detector("inception", "cpu", location=str(checkpoint))
 
 
 def random_images(num, channels, height, width):
@@ -80,6 +66,22 @@ class TestResize:
             images, grid, mode="bilinear", padding_mode="border", align_corners=False
         )
         torch.testing.assert_close(resize_tensorflow(images, 299), expected, atol=0.02, rtol=0)
+
+    @pytest.mark.parametrize("shape", [(8, 8), (40, 30), (300, 310)])
+    def test_of_pytorch_fid_aligns_pixel_centres(self, shape):
+        images = random_images(1, 1, *shape)
+        found = preprocess_pytorch_fid(images)[0, 0]
+        pixels = images[0, 0].double().numpy() / 255
+        height, width = shape
+        for i, j in [(0, 0), (1, 298), (17, 140), (150, 3), (298, 298)]:
+            y = np.clip((i + 0.5) * height / 299 - 0.5, 0, height - 1)
+            x = np.clip((j + 0.5) * width / 299 - 0.5, 0, width - 1)
+            y0, x0 = int(y), int(x)
+            y1, x1 = min(y0 + 1, height - 1), min(x0 + 1, width - 1)
+            top = pixels[y0, x0] * (1 - (x - x0)) + pixels[y0, x1] * (x - x0)
+            bottom = pixels[y1, x0] * (1 - (x - x0)) + pixels[y1, x1] * (x - x0)
+            expected = 2 * (top * (1 - (y - y0)) + bottom * (y - y0)) - 1
+            assert found[i, j].item() == pytest.approx(expected, abs=1e-5)
 
     def test_leaves_images_of_the_right_size_alone_and_scales_to_minus_1_to_1(self):
         images = random_images(1, 3, 299, 299)
@@ -136,33 +138,34 @@ class TestLayout:
 
     def test_takes_images_from_75_pixels_on(self, detector):
         with torch.inference_mode():
-            assert detector._network(torch.zeros(1, 3, 75, 75)).shape == (1, 2048)
+            assert detector._network(torch.zeros(1, 3, 75, 75))["features"].shape == (1, 2048)
 
 
 class TestDetector:
     def test_gives_2048_features_of_images_of_any_size(self, detector):
-        features = detector(random_images(2, 3, 32, 32))
+        features = detector(random_images(2, 3, 32, 32))["features"]
         assert features.shape == (2, 2048)
         assert features.dtype == torch.float32
         assert torch.isfinite(features).all()
         assert features.std(dim=0).mean() > 1e-3
-        assert detector(random_images(0, 3, 32, 32)).shape == (0, 2048)
+        assert detector(random_images(0, 3, 32, 32))["features"].shape == (0, 2048)
 
     def test_features_do_not_depend_on_the_other_images(self, detector, monkeypatch):
         images = random_images(3, 3, 32, 32)
-        whole = detector(images)
+        whole = detector(images)["features"]
         monkeypatch.setattr(InceptionDetector, "_max_batch", 2)
-        torch.testing.assert_close(detector(images), whole, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(detector(images)["features"], whole, rtol=1e-4, atol=1e-5)
 
     def test_repeats_a_gray_channel(self, detector):
         gray = random_images(1, 1, 16, 16)
-        torch.testing.assert_close(detector(gray), detector(gray.expand(-1, 3, -1, -1)))
+        rgb = gray.expand(-1, 3, -1, -1)
+        torch.testing.assert_close(detector(gray)["features"], detector(rgb)["features"])
 
     def test_computes_in_float32_whatever_the_caller_allows(self, detector):
         images = random_images(1, 3, 16, 16)
-        expected = detector(images)
+        expected = detector(images)["features"]
         with torch.autocast("cpu", torch.bfloat16):
-            found = detector(images)
+            found = detector(images)["features"]
         assert torch.equal(found, expected)
 
     def test_refuses_other_types_and_channel_counts(self, detector):
@@ -179,6 +182,62 @@ class TestDetector:
         state["fc.bias"][0] += 1
         torch.save(state, path)
         assert InceptionDetector.load(str(path), "cpu").hash != detector.hash
+
+    def test_gives_any_outputs_in_one_pass(self, detector):
+        images = random_images(2, 3, 32, 32)
+        captured = {}
+        branch = detector._network.Mixed_6d.branch1x1
+        hook = branch.register_forward_hook(lambda module, args, out: captured.update(out=out))
+        together = detector(images, ("features", "spatial", "logits"))
+        hook.remove()
+        assert {name: values.shape[1] for name, values in together.items()} == detector.outputs
+        for name, values in together.items():
+            torch.testing.assert_close(detector(images, (name,))[name], values)
+        # 17x17 positions of 7 channels, channels last.
+        expected = captured["out"][:, :7].permute(0, 2, 3, 1).reshape(2, 2023)
+        torch.testing.assert_close(together["spatial"], expected)
+        assert expected.std() > 0
+        # The Inception Score takes no bias.
+        logits = together["features"] @ detector._network.fc.weight.T
+        torch.testing.assert_close(together["logits"], logits)
+        assert detector._network.fc.bias.abs().max() > 0.01
+
+    def test_computes_no_more_than_the_spatial_features_if_they_are_all(self, detector):
+        def refuse(*args):
+            raise AssertionError("a later layer was computed")
+
+        hook = detector._network.Mixed_7a.register_forward_hook(refuse)
+        try:
+            assert detector(random_images(1, 3, 32, 32), ("spatial",))["spatial"].shape == (1, 2023)
+            with pytest.raises(AssertionError, match="later layer"):
+                detector(random_images(1, 3, 32, 32))
+        finally:
+            hook.remove()
+
+    def test_has_two_input_conventions_with_hashes_of_their_own(self, detector, checkpoint):
+        other = get_detector("inception", "cpu", location=str(checkpoint), convention="pytorch-fid")
+        assert other.hash != detector.hash
+        assert "TensorFlow-style" in detector.preprocessing
+        assert "half-pixel" in other.preprocessing
+        images = random_images(2, 3, 32, 32)
+        found = other(images)["features"]
+        assert (found - detector(images)["features"]).abs().max() > 1e-3
+        expected = other._network(preprocess_pytorch_fid(images))["features"]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        with pytest.raises(ValueError, match=r"'pytorchfid' of Inception.*mean 'pytorch-fid'"):
+            get_detector("inception", "cpu", location=str(checkpoint), convention="pytorchfid")
+
+    def test_computes_in_bfloat16_where_asked_and_says_so(self, detector, checkpoint):
+        lower = get_detector("inception", "cpu", location=str(checkpoint), precision="bfloat16")
+        assert (detector.precision, lower.precision) == ("float32", "bfloat16")
+        assert lower.hash != detector.hash
+        images = random_images(2, 3, 32, 32)
+        found, expected = lower(images)["features"], detector(images)["features"]
+        assert found.dtype == torch.float32
+        difference = (found - expected).norm() / expected.norm()
+        assert 1e-4 < difference < 0.1
+        with pytest.raises(ValueError, match="'half' of a detector; accepted: float32, bfloat16"):
+            get_detector("inception", "cpu", location=str(checkpoint), precision="half")
 
 
 class TestWeights:

@@ -1,7 +1,9 @@
 """The Fréchet distance, feature statistics, references, metrics and score rows."""
 
+import dataclasses
 import json
 import os
+import pickle
 import subprocess
 import sys
 import types
@@ -11,22 +13,37 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from metrics.inception_score import inception_score
+from metrics.manifold import density_coverage, precision_recall
+from metrics.mmd import kernel_distance, rbf_mmd
 
-from metrics.features import DETECTORS, PixelDetector, get_detector
-from metrics.frechet import frechet_distance
-from metrics.metric import METRICS, MetricSpec, get_metric, get_metrics, score
+from metrics import reference as reference_module
+from metrics.features import DETECTORS, Feature, PixelDetector, get_detector
+from metrics.frechet import frechet_distance, frechet_distance_of_samples
+from metrics.metric import METRICS, get_metric, get_metrics, needed_features, score
 from metrics.reference import (
     Reference,
     cache_path,
-    compute_reference,
-    load_reference,
-    read_reference,
-    reference_for,
+    compute_references,
+    load_references,
+    read_references,
+    references_for,
+    save_references,
+    vector_subset,
 )
 from metrics.rows import compare_rows, differing_fields, read_rows
-from metrics.statistics import FeatureStatistics
+from metrics.statistics import FeatureStatistics, FeatureVectors
 
 SHAPE = (1, 3, 3)
+PIXELS = Feature("pixels")
+INCEPTION = Feature("inception")
+BOTH = ("moments", "vectors")
+
+
+def numbered(images, size, start=0):
+    """Batches of images with their indices."""
+    indices = torch.arange(start, start + len(images))
+    return list(zip(indices.split(size), images.split(size), strict=True))
 
 
 def random_covariance(rng, dim, scale=1.0):
@@ -93,6 +110,16 @@ class TestFrechetDistance:
         assert frechet_distance(mu, sigma1, mu, sigma2) == pytest.approx(13)
         assert frechet_distance(mu, zero, mu + 1, sigma2) == pytest.approx(11)
         assert frechet_distance(mu, sigma1, mu + 1, zero) == pytest.approx(6)
+
+    @pytest.mark.parametrize(("num1", "num2"), [(9, 13), (13, 300), (200, 300), (2, 2)])
+    def test_of_samples_is_that_of_their_moments(self, num1, num2):
+        rng = np.random.default_rng(5)
+        x, y = rng.standard_normal((num1, 40)), 2 * rng.standard_normal((num2, 40)) + 0.1
+        expected = frechet_distance(x.mean(0), np.cov(x.T), y.mean(0), np.cov(y.T))
+        assert frechet_distance_of_samples(x, y) == pytest.approx(expected, rel=1e-9)
+        assert frechet_distance_of_samples(x, x) == pytest.approx(0, abs=1e-10)
+        with pytest.raises(ValueError, match=r"\[1, 40\] and .* at least two rows"):
+            frechet_distance_of_samples(x[:1], y)
 
     def test_refuses_mismatched_shapes_values_that_are_not_finite_and_non_covariances(self):
         mu, sigma = np.zeros(3), np.eye(3)
@@ -174,8 +201,8 @@ class TestDetectors:
     def test_pixels_are_values_from_0_to_1_in_order(self):
         images = torch.tensor([0, 51, 255, 102], dtype=torch.uint8).reshape(1, 1, 2, 2)
         detector = get_detector("pixels", "cpu", image_shape=(1, 2, 2))
-        assert detector.num_features == 4
-        features = detector(images)
+        assert detector.outputs == {"features": 4}
+        features = detector(images)["features"]
         assert features.dtype == torch.float32
         np.testing.assert_allclose(features, [[0, 0.2, 1, 0.4]], rtol=1e-6)
 
@@ -192,82 +219,164 @@ class TestDetectors:
         with pytest.raises(ValueError, match="Did you mean 'inception'"):
             get_detector("inceptoin", "cpu")
         with pytest.raises(ValueError, match="no weights"):
-            get_detector("pixels", "cpu", image_shape=SHAPE, weights="file.pth")
+            get_detector("pixels", "cpu", image_shape=SHAPE, location="file.pth")
+
+
+class TestFeatureVectors:
+    def test_come_in_the_order_of_the_images_whatever_the_order_of_the_batches(self):
+        vectors = torch.randn(20, 3)
+        order = torch.randperm(20)
+        found = FeatureVectors(3)
+        for part in order.split(6):
+            found.append(part, vectors[part])
+        found.gather()
+        np.testing.assert_array_equal(found.array, vectors)
+        np.testing.assert_array_equal(found.indices, np.arange(20))
+
+    def test_are_kept_only_where_asked(self):
+        keep = np.arange(20) % 3 == 0
+        found = FeatureVectors(1, keep)
+        for indices in torch.arange(20).split(6):
+            found.append(indices, indices[:, None].float())
+        found.gather()
+        np.testing.assert_array_equal(found.array[:, 0], np.flatnonzero(keep))
+
+    def test_must_be_finite_and_unique(self):
+        found = FeatureVectors(1)
+        found.append(torch.tensor([0]), torch.tensor([[torch.nan]]))
+        with pytest.raises(ValueError, match="not finite"):
+            found.gather()
+        found = FeatureVectors(1)
+        found.append(torch.tensor([0, 0]), torch.ones(2, 1))
+        with pytest.raises(AssertionError, match="twice"):
+            found.gather()
 
 
 class TestReferences:
-    def make(self, **kwargs):
+    def make(self, feature=PIXELS, **kwargs):
         rng = np.random.default_rng(0)
         fields = dict(
+            feature=feature,
             mu=rng.standard_normal(9),
             sigma=random_covariance(rng, 9),
             count=100,
-            detector="pixels",
             detector_hash=PixelDetector(SHAPE).hash,
             dataset_hash="d" * 64,
-            metadata={"resolution": 3, "name": "tiny"},
         )
         return Reference(**{**fields, **kwargs})
 
+    def compute(self, images, needs, size=8, **kwargs):
+        detectors = {"pixels": PixelDetector(SHAPE)}
+        kwargs = {"num_images": len(images), **kwargs}
+        return compute_references(needs, detectors, numbered(images, size), "cpu", **kwargs)
+
     def test_survive_a_round_trip_through_a_file(self, tmp_path):
         path = tmp_path / "folder" / "reference.npz"
-        written = self.make()
-        written.save(path)
-        found = read_reference(path)
-        np.testing.assert_array_equal(found.mu, written.mu)
-        np.testing.assert_array_equal(found.sigma, written.sigma)
-        for name in ("count", "detector", "detector_hash", "dataset_hash", "metadata", "hash"):
-            assert getattr(found, name) == getattr(written, name)
-        assert found.source == str(path)
+        vectors = np.random.default_rng(1).standard_normal((100, 9)).astype(np.float32)
+        labels = np.arange(100) % 3
+        known = dict(class_names=("a", "b", "c"))
+        written = {
+            PIXELS: self.make(vectors=vectors, num_vectors=100, labels=labels, **known),
+            INCEPTION: self.make(INCEPTION, **known),
+            Feature("inception", "spatial"): self.make(Feature("inception", "spatial"), **known),
+        }
+        save_references(path, written)
+        found = read_references(path)
+        assert found.keys() == written.keys()
+        for feature, reference in written.items():
+            for name in ("mu", "sigma", "vectors", "labels"):
+                value, expected = getattr(found[feature], name), getattr(reference, name)
+                assert (value is None) == (expected is None)
+                if expected is not None:
+                    np.testing.assert_array_equal(value, expected)
+            for name in ("count", "detector_hash", "dataset_hash", "hash", "class_names"):
+                assert getattr(found[feature], name) == getattr(reference, name)
+            assert found[feature].source == str(path)
+        assert found[PIXELS].knows == {"moments", "vectors"}
         assert os.listdir(path.parent) == ["reference.npz"]
-        assert found.check_detector(PixelDetector(SHAPE)) == []
+        assert found[PIXELS].check_detector(PixelDetector(SHAPE)) == []
+        # Programs of EDM and ADM find their arrays.
+        with np.load(path) as file:
+            assert {"mu", "sigma", "mu_s", "sigma_s"} <= set(file.files)
 
-    def test_of_edm_load_without_count_and_detector(self, tmp_path):
+    def test_of_edm_and_adm_load_without_count_and_detector(self, tmp_path):
         path = tmp_path / "cifar10-32x32.npz"
         written = self.make()
         np.savez(path, mu=written.mu, sigma=written.sigma)
-        found = load_reference(str(path))
-        np.testing.assert_array_equal(found.sigma, written.sigma)
-        assert found.count is None
-        assert found.detector is None
-        (warning,) = found.check_detector(PixelDetector(SHAPE))
+        found = load_references(str(path))
+        assert found.keys() == {INCEPTION}
+        np.testing.assert_array_equal(found[INCEPTION].sigma, written.sigma)
+        assert found[INCEPTION].count is None
+        assert found[INCEPTION].detector_hash is None
+        detector = types.SimpleNamespace(outputs={"features": 9})
+        (warning,) = found[INCEPTION].check_detector(detector)
         assert "does not tell which detector" in warning
+
+        path = tmp_path / "VIRTUAL_imagenet64_labeled.npz"
+        images = np.zeros((4, 8, 8, 3), np.uint8)
+        arrays = dict(mu_s=written.mu[:5], sigma_s=written.sigma[:5, :5], arr_0=images)
+        np.savez(path, mu=written.mu, sigma=written.sigma, **arrays)
+        found = read_references(path)
+        assert found.keys() == {INCEPTION, Feature("inception", "spatial")}
+        np.testing.assert_array_equal(found[Feature("inception", "spatial")].mu, written.mu[:5])
+
+    def test_of_edm2_load_from_a_pickle_as_data(self, tmp_path):
+        path = tmp_path / "img512.pkl"
+        written = self.make()
+        moments = dict(mu=written.mu, sigma=written.sigma)
+        content = dict(num_images=1281167, fid=moments, fd_dinov2=dict(moments, mu=-written.mu))
+        path.write_bytes(pickle.dumps(content))
+        found = read_references(path)
+        assert found.keys() == {INCEPTION, Feature("dinov2")}
+        np.testing.assert_array_equal(found[INCEPTION].sigma, written.sigma)
+        np.testing.assert_array_equal(found[Feature("dinov2")].mu, -written.mu)
+        assert found[INCEPTION].count == 1281167
+        path.write_bytes(pickle.dumps(dict(other=moments)))
+        with pytest.raises(ValueError, match=r"img512\.pkl: .*neither 'fid' nor 'fd_dinov2'"):
+            read_references(path)
+        mark = tmp_path / "executed"
+        path.write_bytes(pickle.dumps(dict(content, extra=Executes(mark))))
+        with pytest.raises(ValueError, match=r"img512\.pkl: .*would run"):
+            read_references(path)
+        assert not mark.exists()
 
     def test_are_identified_by_images_and_detector_or_else_by_their_numbers(self):
         reference = self.make()
         assert reference.hash == self.make(mu=reference.mu + 1e-15).hash
         assert reference.hash != self.make(dataset_hash="e" * 64).hash
         assert reference.hash != self.make(detector_hash="e" * 64).hash
+        assert reference.hash != self.make(Feature("pixels", "other")).hash
         foreign = self.make(dataset_hash=None)
         assert foreign.hash != self.make(dataset_hash=None, mu=reference.mu + 1).hash
 
     def test_of_another_detector_are_refused(self):
-        with pytest.raises(ValueError, match=r"detector 'inception' \(ffffffffffff\)"):
-            self.make(detector="inception", detector_hash="f" * 64).check_detector(
-                PixelDetector(SHAPE)
-            )
-        with pytest.raises(ValueError, match="have 9 features, but the detector 'pixels' has 16"):
+        with pytest.raises(ValueError, match=r"another detector 'pixels' \(ffffffffffff\)"):
+            self.make(detector_hash="f" * 64).check_detector(PixelDetector(SHAPE))
+        with pytest.raises(ValueError, match=r"have 9 values for pixels/features, .* has 16"):
             self.make(detector_hash=None).check_detector(PixelDetector((1, 4, 4)))
 
     def test_in_unusable_files_are_refused_by_name(self, tmp_path):
         path = tmp_path / "reference.npz"
         with pytest.raises(ValueError, match=r"reference\.npz: no such file"):
-            read_reference(path)
+            read_references(path)
         good = self.make()
-        good.save(path)
+        save_references(path, {PIXELS: good})
         whole = path.read_bytes()
         path.write_bytes(whole[: len(whole) // 2])
         with pytest.raises(ValueError, match=r"reference\.npz: damaged"):
-            read_reference(path)
+            read_references(path)
         np.savez(path, mu=good.mu)
-        with pytest.raises(ValueError, match="sigma"):
-            read_reference(path)
+        with pytest.raises(ValueError, match=r"covariance of shape None"):
+            read_references(path)
+        np.savez(path, mean=good.mu)
+        with pytest.raises(ValueError, match="no arrays 'mu' and 'sigma'"):
+            read_references(path)
         np.savez(path, mu=good.mu, sigma=good.sigma[:4])
-        with pytest.raises(ValueError, match=r"sigma \[4, 9\]"):
-            read_reference(path)
+        with pytest.raises(ValueError, match=r"covariance of shape \(4, 9\)"):
+            read_references(path)
         np.savez(path, mu=good.mu * np.nan, sigma=good.sigma)
         with pytest.raises(ValueError, match="not finite"):
-            read_reference(path)
+            read_references(path)
 
     def test_in_files_that_hold_objects_are_refused_unexecuted(self, tmp_path):
         path, mark = tmp_path / "reference.npz", tmp_path / "executed"
@@ -276,51 +385,82 @@ class TestReferences:
         assert mark.exists()
         mark.unlink()
         with pytest.raises(ValueError, match="damaged, or no"):
-            read_reference(path)
+            read_references(path)
         assert not mark.exists()
 
     def test_are_computed_from_batches_and_count_the_images(self):
         images = random_images(0, 50)
-        detector = PixelDetector(SHAPE)
-        found = compute_reference(images.split(8), detector, "cpu", num_images=50)
-        np.testing.assert_allclose(
-            found.sigma, np.cov(images.flatten(1).double().numpy().T / 255), rtol=1e-5
-        )
-        assert (found.count, found.detector) == (50, "pixels")
-        with pytest.raises(ValueError, match=r"gave 50 images .* expected 51"):
-            compute_reference(images.split(8), detector, "cpu", num_images=51)
+        found = self.compute(images, {PIXELS: BOTH})[PIXELS]
+        values = images.flatten(1).double().numpy() / 255
+        np.testing.assert_allclose(found.sigma, np.cov(values.T), rtol=1e-5)
+        np.testing.assert_allclose(found.vectors, values, rtol=1e-6)
+        assert (found.count, found.num_vectors) == (50, 50)
+        for need in BOTH:
+            with pytest.raises(ValueError, match=r"gave 50 images .* expected 51"):
+                self.compute(images, {PIXELS: (need,)}, num_images=51)
+
+    def test_keep_the_vectors_of_a_fixed_choice_of_many_images(self, monkeypatch):
+        monkeypatch.setattr(reference_module, "MAX_VECTORS", 20)
+        images = random_images(0, 50)
+        found = self.compute(images, {PIXELS: BOTH})[PIXELS]
+        keep = vector_subset(50)
+        assert keep.sum() == 20
+        assert not keep[:20].all()
+        expected = images.flatten(1).numpy()[keep] / np.float32(255)
+        np.testing.assert_allclose(found.vectors, expected, rtol=1e-6)
+        assert (found.count, found.num_vectors) == (50, 20)
+        assert vector_subset(20).all()
+
+    def cached(self, batches, name="a", needs=None, detector=None, **kwargs):
+        detectors = {"pixels": detector or PixelDetector(SHAPE)}
+        needs = needs or {PIXELS: BOTH}
+        return references_for(
+            needs, detectors, batches, name * 64, "cpu", **{"num_images": 20, **kwargs}
+        )[PIXELS]
 
     def test_are_cached_by_content_and_detector(self):
-        images, detector = random_images(0, 20), PixelDetector(SHAPE)
-        first = reference_for(lambda: images.split(8), "a" * 64, detector, "cpu", source="data")
+        images = random_images(0, 20)
+        first = self.cached(lambda: numbered(images, 8), source="data")
 
         def untouchable():
             raise AssertionError("the images were read again")
 
-        second = reference_for(untouchable, "a" * 64, detector, "cpu", source="data")
+        second = self.cached(untouchable, source="data")
         np.testing.assert_array_equal(second.sigma, first.sigma)
+        np.testing.assert_array_equal(second.vectors, first.vectors)
         assert second.hash == first.hash
         assert second.source == "data"
+        assert self.cached(untouchable, needs={PIXELS: ("moments",)}).vectors is None
         with pytest.raises(AssertionError, match="read again"):
-            reference_for(untouchable, "b" * 64, detector, "cpu")
+            self.cached(untouchable, "b")
         with pytest.raises(AssertionError, match="read again"):
-            reference_for(untouchable, "a" * 64, PixelDetector((3, 1, 3)), "cpu")
+            self.cached(untouchable, detector=PixelDetector((3, 1, 3)))
 
-    def test_in_a_corrupt_cache_are_reported_and_made_anew(self, capsys):
+    def test_are_completed_when_more_is_asked_for(self):
+        images = random_images(0, 20)
+        only = self.cached(lambda: numbered(images, 8), needs={PIXELS: ("moments",)})
+        assert only.knows == {"moments"}
+        found = self.cached(lambda: numbered(images, 8))
+        assert found.knows == {"moments", "vectors"}
+        np.testing.assert_array_equal(found.sigma, only.sigma)
+
+    @pytest.mark.parametrize("kind", BOTH)
+    def test_in_a_corrupt_cache_are_reported_and_made_anew(self, kind, capsys):
         images, detector = random_images(0, 20), PixelDetector(SHAPE)
-        first = reference_for(lambda: [images], "a" * 64, detector, "cpu")
-        path = cache_path("a" * 64, detector)
+        first = self.cached(lambda: numbered(images, 8))
+        path = cache_path("a" * 64, PIXELS, detector.hash, kind)
         path.write_bytes(b"not a zip file")
-        second = reference_for(lambda: [images], "a" * 64, detector, "cpu")
+        second = self.cached(lambda: numbered(images, 8))
         np.testing.assert_array_equal(second.sigma, first.sigma)
+        np.testing.assert_array_equal(second.vectors, first.vectors)
         assert str(path) in capsys.readouterr().out
-        assert read_reference(path).count == 20
+        assert read_references(path)[PIXELS].count == 20
 
     def test_of_other_images_under_the_same_cache_name_are_made_anew(self, capsys):
         images, detector = random_images(0, 20), PixelDetector(SHAPE)
-        path = cache_path("a" * 64, detector)
-        self.make(count=7).save(path)
-        assert reference_for(lambda: [images], "a" * 64, detector, "cpu").count == 20
+        path = cache_path("a" * 64, PIXELS, detector.hash, "moments")
+        save_references(path, {PIXELS: self.make(count=7)})
+        assert self.cached(lambda: numbered(images, 8)).count == 20
         assert "made from other images" in capsys.readouterr().out
 
 
@@ -343,27 +483,39 @@ class CountingDetector(PixelDetector):
         super().__init__(SHAPE)
         self.num_seen = 0
 
-    def __call__(self, images):
+    def __call__(self, images, outputs=("features",)):
         self.num_seen += len(images)
-        return super().__call__(images)
+        return super().__call__(images, outputs)
 
 
-def spec(name, num_images, detector="pixels", **kwargs):
-    return MetricSpec(name=name, detector=detector, num_images=num_images, description="", **kwargs)
+def spec(name, num_images, detector="pixels", like="fd_pixels", **kwargs):
+    fields = dict(feature=Feature(detector), num_images=num_images, at_most_dataset=False)
+    return dataclasses.replace(METRICS[like], name=name, **{**fields, **kwargs})
 
 
 class TestScore:
     detector = PixelDetector(SHAPE)
+    reals = random_images(0, 80)
+    fakes = random_images(1, 60, 20, 200)
+
+    def reference(self, **kwargs):
+        made = compute_references(
+            {PIXELS: BOTH},
+            {"pixels": self.detector},
+            numbered(self.reals, 80),
+            "cpu",
+            num_images=80,
+            source="data",
+            dataset_hash="a",
+        )[PIXELS]
+        return dataclasses.replace(made, **kwargs)
 
     def score(self, metrics, *, batch=7, images=None, reference=None, **kwargs):
-        images = random_images(1, 60, 20, 200) if images is None else images
-        reference = reference or compute_reference(
-            [random_images(0, 80)], self.detector, "cpu", source="data", dataset_hash="a"
-        )
+        images = self.fakes if images is None else images
         return score(
             metrics,
-            lambda indices: images[indices.start : indices.stop].split(batch),
-            {"pixels": reference},
+            lambda i: numbered(images[i.start : i.stop], batch, i.start),
+            {PIXELS: reference or self.reference()},
             {"pixels": self.detector},
             "cpu",
             **kwargs,
@@ -371,12 +523,39 @@ class TestScore:
 
     def test_equals_an_independent_computation(self):
         (row,) = self.score([spec("fd", 60)])
-        x = random_images(1, 60, 20, 200).flatten(1).double().numpy() / 255
-        y = random_images(0, 80).flatten(1).double().numpy() / 255
+        x = self.fakes.flatten(1).double().numpy() / 255
+        y = self.reals.flatten(1).double().numpy() / 255
         root = scipy.linalg.sqrtm(np.cov(x.T) @ np.cov(y.T)).real
         expected = np.sum((x.mean(0) - y.mean(0)) ** 2)
         expected += np.trace(np.cov(x.T) + np.cov(y.T) - 2 * root)
         assert row["value"] == pytest.approx(expected, rel=1e-6)
+
+    def test_gives_every_metric_its_features(self):
+        metrics = [spec(name, 60, like=name) for name in ("kid_pixels", "pr_pixels", "dc_pixels")]
+        metrics.append(spec("is", 60, like="is50k"))
+        metrics.append(spec("cmmd", 60, like="cmmd50k_full"))
+        x = self.fakes.flatten(1).float() / 255
+        y = self.reals.flatten(1).float() / 255
+        rows = self.score(metrics)
+        expected = [
+            kernel_distance(y, x),
+            precision_recall(y, x),
+            density_coverage(y, x),
+            inception_score(x),
+            (rbf_mmd(y, x),),
+        ]
+        for row, values in zip(rows, expected, strict=True):
+            assert list(row["values"].values()) == pytest.approx(list(values), rel=1e-9)
+            assert row["value"] == next(iter(row["values"].values()))
+        assert [list(row["values"]) for row in rows] == [
+            ["kid", "kid_std"],
+            ["precision", "recall"],
+            ["density", "coverage"],
+            ["is", "is_std"],
+            ["cmmd"],
+        ]
+        assert "reference_hash" not in rows[3]
+        assert rows[0]["reference_vectors"] == 80
 
     def test_rows_say_what_was_measured_against_what(self):
         (row,) = self.score([spec("fd", 60)])
@@ -385,44 +564,64 @@ class TestScore:
         assert row["num_images"] == 60
         assert row["reference_count"] == 80
         assert row["reference"] == "data"
-        assert row["detector"] == "pixels"
+        assert row["detector"] == "pixels/features"
         assert row["detector_hash"] == self.detector.hash
+        assert row["preprocessing"] == self.detector.preprocessing
+        assert row["detector_precision"] == "float32"
         assert len(row["reference_hash"]) == 64
         assert row["seconds"] >= 0
         assert row["warnings"] == []
 
     @pytest.mark.parametrize("batch", [1, 13, 60])
-    def test_does_not_depend_on_the_batch_size(self, batch):
-        (expected,), (found,) = (
-            self.score([spec("fd", 60)]),
-            self.score([spec("fd", 60)], batch=batch),
+    @pytest.mark.parametrize("like", ["fd_pixels", "kid_pixels", "pr_pixels", "dc_pixels"])
+    def test_does_not_depend_on_the_batch_size(self, batch, like):
+        metric = spec("any", 60, like=like)
+        (expected,), (found,) = self.score([metric]), self.score([metric], batch=batch)
+        assert found["values"] == pytest.approx(expected["values"], rel=1e-10)
+
+    @pytest.mark.parametrize("like", ["fd_pixels", "kid_pixels", "is50k"])
+    def test_does_not_depend_on_the_order_in_which_images_come(self, like):
+        metric = spec("any", 60, like=like, feature=PIXELS)
+        order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+        (expected,) = self.score([metric])
+        (found,) = score(
+            [metric],
+            lambda indices: [(part, self.fakes[part]) for part in order.split(7)],
+            {PIXELS: self.reference()},
+            {"pixels": self.detector},
+            "cpu",
         )
-        assert found["value"] == pytest.approx(expected["value"], rel=1e-10)
+        assert found["values"] == pytest.approx(expected["values"], rel=1e-10)
 
     def test_of_several_metrics_sees_each_image_once_and_equals_each_alone(self):
-        images, counting = random_images(1, 60, 20, 200), CountingDetector()
-        reference = compute_reference([random_images(0, 80)], self.detector, "cpu")
+        counting = CountingDetector()
+        reference = self.reference()
         asked = []
 
         def generate(indices):
             asked.extend(indices)
-            return images[indices.start : indices.stop].split(7)
+            return numbered(self.fakes[indices.start : indices.stop], 7, indices.start)
 
-        metrics = [spec("b", 60), spec("a", 25), spec("c", 40, "counting")]
+        metrics = [
+            spec("b", 60),
+            spec("a", 25),
+            spec("c", 40, "counting"),
+            spec("d", 50, "counting", like="kid_pixels"),
+        ]
         rows = score(
             metrics,
             generate,
-            dict(pixels=reference, counting=reference),
+            {PIXELS: reference, Feature("counting"): reference},
             dict(pixels=self.detector, counting=counting),
             "cpu",
         )
         assert asked == list(range(60))
-        assert counting.num_seen == 40
-        assert [row["metric"] for row in rows] == ["b", "a", "c"]
-        assert [row["num_images"] for row in rows] == [60, 25, 40]
-        for row in rows:
-            (alone,) = self.score([spec(row["metric"], row["num_images"])], reference=reference)
-            assert row["value"] == pytest.approx(alone["value"], rel=1e-10)
+        assert counting.num_seen == 50
+        assert [row["metric"] for row in rows] == ["b", "a", "c", "d"]
+        assert [row["num_images"] for row in rows] == [60, 25, 40, 50]
+        for metric, row in zip(metrics, rows, strict=True):
+            (alone,) = self.score([dataclasses.replace(metric, feature=PIXELS)])
+            assert row["values"] == pytest.approx(alone["values"], rel=1e-10)
 
     def test_with_few_images_is_finite_and_warns_of_the_low_count(self):
         (row,) = self.score([spec("fd", 9)])
@@ -432,8 +631,7 @@ class TestScore:
         assert row["warnings"] == []
 
     def test_of_the_data_itself_is_zero(self):
-        images = random_images(0, 80)
-        (row,) = self.score([spec("fd", 80)], images=images)
+        (row,) = self.score([spec("fd", 80)], images=self.reals)
         assert row["value"] < 1e-12
 
     def test_counts_at_most_the_dataset_where_the_metric_says_so(self):
@@ -441,42 +639,111 @@ class TestScore:
         assert rows[0]["num_images"] == 80
         assert self.score([spec("fd", 100)], num_images=33)[0]["num_images"] == 33
 
+    def test_gives_the_numbers_of_each_class(self):
+        reals, fakes = np.arange(80) % 4, np.arange(60) % 3
+        metrics = [spec("fd", 60), spec("pr", 60, like="pr_pixels")]
+        rows = self.score(
+            metrics,
+            reference=self.reference(labels=reals),
+            labels=lambda count: fakes[:count],
+            class_names=["ant", "bee", "cat", "dog"],
+        )
+        x = self.fakes.flatten(1).double() / 255
+        y = self.reals.flatten(1).double() / 255
+        for label, name in enumerate(["ant", "bee", "cat"]):
+            mine, theirs = x[fakes == label].numpy(), y[reals == label].numpy()
+            expected = frechet_distance(
+                mine.mean(0), np.cov(mine.T), theirs.mean(0), np.cov(theirs.T)
+            )
+            found = rows[0]["per_class"][name]
+            assert found["fd_pixels"] == pytest.approx(expected, rel=1e-5)
+            assert (found["num_images"], found["reference_count"]) == (20, 20)
+            pair = precision_recall(
+                torch.from_numpy(theirs).float(), torch.from_numpy(mine).float()
+            )
+            found = rows[1]["per_class"][name]
+            assert (found["precision"], found["recall"]) == pytest.approx(pair)
+        assert "dog" not in rows[0]["per_class"]
+        (row,) = self.score([spec("fd", 60)], labels=lambda count: fakes[:count])
+        assert "per_class" not in row
+
+    def test_leaves_out_classes_with_too_few_images(self):
+        labels = np.r_[np.zeros(57, int), np.ones(3, int)]
+        (row,) = self.score(
+            [spec("pr", 60, like="pr_pixels")],
+            reference=self.reference(labels=np.arange(80) % 2),
+            labels=lambda count: labels[:count],
+        )
+        assert list(row["per_class"]) == ["0"]
+
     def test_refuses_too_few_images_and_a_reference_of_another_detector(self):
         with pytest.raises(ValueError, match="fd: needs 100 images, but got 60"):
             self.score([spec("fd", 100)])
-        with pytest.raises(ValueError, match="at least 2 images; got 1"):
+        with pytest.raises(ValueError, match="pr: needs 100 images, but got 60"):
+            self.score([spec("pr", 100, like="pr_pixels")])
+        with pytest.raises(ValueError, match="fd: needs at least 2 images; got 1"):
             self.score([spec("fd", 60)], num_images=1)
-        other = Reference(mu=np.zeros(9), sigma=np.eye(9), detector="x", detector_hash="f" * 64)
-        with pytest.raises(ValueError, match="made by the detector 'x'"):
+        with pytest.raises(ValueError, match="is: needs at least 10 images; got 9"):
+            self.score([spec("is", 60, like="is50k")], num_images=9)
+        with pytest.raises(ValueError, match="at least 4 real images; data has 3"):
+            self.score([spec("pr", 60, like="pr_pixels")], reference=self.reference(num_vectors=3))
+        other = self.reference(detector_hash="f" * 64)
+        with pytest.raises(ValueError, match="made by another detector 'pixels'"):
             self.score([spec("fd", 60)], reference=other)
+
+    def test_refuses_a_reference_that_lacks_what_the_metric_needs(self):
+        moments_only = self.reference(vectors=None, num_vectors=0)
+        with pytest.raises(ValueError, match=r"kid: data holds no vectors of pixels/features"):
+            self.score([spec("kid", 60, like="kid_pixels")], reference=moments_only)
+        vectors_only = self.reference(mu=None, sigma=None)
+        with pytest.raises(ValueError, match=r"fid\.py ref --metrics=fd`"):
+            self.score([spec("fd", 60)], reference=vectors_only)
 
     def test_does_not_run_the_generator_in_inference_mode(self):
         def generate(indices):
             assert not torch.is_inference_mode_enabled()
-            yield random_images(1, len(indices))
+            yield from numbered(random_images(1, len(indices)), 9)
 
-        reference = compute_reference([random_images(0, 80)], self.detector, "cpu")
-        score([spec("fd", 9)], generate, {"pixels": reference}, {"pixels": self.detector}, "cpu")
+        references = {PIXELS: self.reference()}
+        score([spec("fd", 9)], generate, references, {"pixels": self.detector}, "cpu")
 
 
 class TestMetricNames:
     def test_stand_for_the_documented_protocols(self):
-        reference = Reference(mu=np.zeros(9), sigma=np.eye(9), count=1797)
-        for name, detector, count in [
-            ("fid10k_full", "inception", 10_000),
-            ("fid50k_full", "inception", 50_000),
-            ("fd_pixels", "pixels", 1797),
+        reference = Reference(feature=PIXELS, count=1797)
+        for name, feature, count in [
+            ("fid10k_full", "inception/features", 10_000),
+            ("fid50k_full", "inception/features", 50_000),
+            ("sfid50k_full", "inception/spatial", 50_000),
+            ("kid50k_full", "inception/features", 50_000),
+            ("is50k", "inception/logits", 50_000),
+            ("pr50k3_full", "inception/features", 50_000),
+            ("dc50k5_full", "inception/features", 50_000),
+            ("fd_dinov2_50k_full", "dinov2/features", 50_000),
+            ("cmmd30k_full", "clip/features", 30_000),
+            ("fd_pixels", "pixels/features", 1797),
         ]:
             metric = get_metric(name)
-            assert (metric.detector, metric.image_count(reference)) == (detector, count)
-        big = Reference(mu=np.zeros(9), sigma=np.eye(9), count=50_000)
-        assert get_metric("fd_pixels").image_count(big) == 2_000
-        assert get_metric("fd_pixels").image_count(Reference(mu=big.mu, sigma=big.sigma)) == 2_000
+            assert (str(metric.feature), metric.image_count(reference)) == (feature, count)
+        assert get_metric("fd_pixels").image_count(Reference(feature=PIXELS, count=50_000)) == 2_000
+        assert get_metric("fd_pixels").image_count(Reference(feature=PIXELS)) == 2_000
+        assert not get_metric("is50k").has_reference
 
     def test_refer_to_registered_detectors_and_name_themselves(self):
         for name, metric in METRICS.items():
             assert metric.name == name
-            assert metric.detector in DETECTORS
+            assert metric.feature.detector in DETECTORS
+
+    def test_say_what_is_to_be_kept_of_each_feature_once(self):
+        metrics = get_metrics(["fid10k_full", "kid50k_full", "fid50k_full", "is50k"])
+        assert needed_features(metrics) == {
+            INCEPTION: ("moments", "vectors"),
+            Feature("inception", "logits"): ("vectors",),
+        }
+        assert needed_features(metrics, of_reference=True) == {INCEPTION: ("moments", "vectors")}
+        fid = get_metrics(["fid50k_full"])
+        assert needed_features(fid) == {INCEPTION: ("moments",)}
+        assert needed_features(fid, per_class=True) == {INCEPTION: ("moments", "vectors")}
 
     def test_misspelled_suggest_the_nearest(self):
         with pytest.raises(ValueError, match="Did you mean 'fid50k_full'"):
@@ -503,7 +770,7 @@ class TestRows:
     def test_with_the_same_protocol_differ_in_no_field(self):
         other = dict(self.row, value=3.0, seconds=2.0, kimg=7.0)
         assert differing_fields([self.row, other]) == []
-        table = compare_rows([self.row, other])
+        table = compare_rows([self.row, dict(other, packages={"torch": "9"})])
         assert "2.25" in table
         assert "sampling.steps=18" in table
         assert "not comparable" not in table
@@ -511,7 +778,14 @@ class TestRows:
     def test_with_another_protocol_are_marked(self):
         other = dict(self.row, sampling=dict(sampler="heun", steps=32), num_images=10_000)
         del other["detector_hash"]
-        table = compare_rows([self.row, other])
+        with pytest.raises(
+            ValueError, match=r"fid50k_full: .*num_images \(50000 \| 10000\)"
+        ) as caught:
+            compare_rows([self.row, other])
+        assert "sampling.steps (18 | 32)" in str(caught.value)
+        assert "detector_hash (aaaaaaaaaaaa | unknown)" in str(caught.value)
+        assert "sampling.sampler" not in str(caught.value)
+        table = compare_rows([self.row, other], anyway=True)
         expected = ["num_images", "detector_hash", "sampling.steps"]
         assert differing_fields([self.row, other]) == expected
         assert all(f"*{name}" in table for name in expected)
@@ -524,6 +798,18 @@ class TestRows:
         assert "not comparable" not in table
         assert "fd_pixels\n" in table
         assert "low count: few" in table
+
+    def test_with_several_values_show_them_all(self):
+        band = dict(noise_band=dict(mean=2.5, std=0.25, values=[2.25, 2.75]))
+        row = dict(self.row, values=dict(precision=0.5, recall=0.25), **band)
+        heading, line = compare_rows([row]).splitlines()[1:3]
+        assert heading.split() == [
+            "values.precision",
+            "values.recall",
+            "noise_band.mean",
+            "noise_band.std",
+        ]
+        assert line.split() == ["0.5", "0.25", "2.5", "0.25"]
 
     def test_are_read_with_file_and_line(self, tmp_path):
         path = tmp_path / "metric-fid50k_full.jsonl"
@@ -540,13 +826,13 @@ class TestRows:
 
 
 TWO_PROCESSES = """
-import json, sys
+import dataclasses, json, sys
 from pathlib import Path
 import numpy as np
 import torch
-from metrics.features import PixelDetector
-from metrics.metric import MetricSpec, score
-from metrics.reference import compute_reference, load_reference, reference_for
+from metrics.features import Feature, PixelDetector
+from metrics.metric import METRICS, score
+from metrics.reference import load_references, references_for
 from torch_utils import distributed
 
 folder = Path(sys.argv[1])
@@ -554,11 +840,14 @@ device = distributed.init()
 rank = distributed.rank()
 reals, fakes = (torch.from_numpy(array) for array in np.load(folder / "images.npz").values())
 detector = PixelDetector(tuple(reals.shape[1:]))
+detectors = {"pixels": detector}
 
 
-def share(images, num_first):
-    mine = images[:num_first] if rank == 0 else images[num_first:]
-    return mine.split(6) if len(mine) else []
+def share(images, num_first, start=0):
+    indices = torch.arange(start, start + len(images))
+    part = slice(num_first) if rank == 0 else slice(num_first, None)
+    mine = images[part]
+    return zip(indices[part].split(6), mine.split(6)) if len(mine) else []
 
 
 def batches():
@@ -568,26 +857,30 @@ def batches():
 
 
 for _ in range(2):
-    reference = reference_for(batches, "a" * 64, detector, device, num_images=len(reals))
+    needs = {Feature("pixels"): ("moments", "vectors")}
+    references = references_for(
+        needs, detectors, batches, "a" * 64, device, num_images=len(reals)
+    )
 metrics = [
-    MetricSpec(name=f"fd{num}", detector="pixels", num_images=num, description="")
-    for num in (40, 90)
+    dataclasses.replace(METRICS[name], name=f"{name}{num}", num_images=num, at_most_dataset=False)
+    for name, num in (("fd_pixels", 40), ("fd_pixels", 90), ("kid_pixels", 60), ("pr_pixels", 90))
 ]
 
 
 def generate(indices):
     images = fakes[indices.start : indices.stop]
-    return share(images, len(images) - 5)
+    return share(images, len(images) - 5, indices.start)
 
 
-rows = score(metrics, generate, {"pixels": reference}, {"pixels": detector}, device)
+rows = score(metrics, generate, references, detectors, device)
 try:
-    load_reference(str(folder / "absent.npz"))
+    load_references(str(folder / "absent.npz"))
     error = ""
 except ValueError as caught:
     error = str(caught)
-loaded = load_reference(str(folder / "images-reference.npz"))
-results = dict(rows=rows, sigma=reference.sigma.tolist(), error=error, loaded=loaded.mu.tolist())
+loaded = load_references(str(folder / "images-reference.npz"))[Feature("inception")]
+sigma = references[Feature("pixels")].sigma
+results = dict(rows=rows, sigma=sigma.tolist(), error=error, loaded=loaded.mu.tolist())
 (folder / f"result-{rank}.json").write_text(json.dumps(results))
 distributed.shutdown()
 """
@@ -618,16 +911,20 @@ def test_two_processes_one_of_them_without_images_agree_with_one(tmp_path):
     # The second call found the statistics in the cache.
     assert [(tmp_path / f"read-{rank}").read_text() for rank in (0, 1)] == ["x", "x"]
 
-    detector = PixelDetector(SHAPE)
-    reference = compute_reference([reals], detector, "cpu")
-    np.testing.assert_allclose(first["sigma"], reference.sigma, rtol=1e-10)
+    detectors = {"pixels": PixelDetector(SHAPE)}
+    references = compute_references(
+        {PIXELS: BOTH}, detectors, numbered(reals, 70), "cpu", num_images=70
+    )
+    np.testing.assert_allclose(first["sigma"], references[PIXELS].sigma, rtol=1e-10)
+    likes = [("fd_pixels", 40), ("fd_pixels", 90), ("kid_pixels", 60), ("pr_pixels", 90)]
     rows = score(
-        [spec("fd40", 40), spec("fd90", 90)],
-        lambda indices: fakes[indices.start : indices.stop].split(90),
-        {"pixels": reference},
-        {"pixels": detector},
+        [spec(f"{like}{num}", num, like=like) for like, num in likes],
+        lambda i: numbered(fakes[i.start : i.stop], 90, i.start),
+        references,
+        detectors,
         "cpu",
     )
     for found, expected in zip(first["rows"], rows, strict=True):
+        assert found["metric"] == expected["metric"]
         assert found["num_images"] == expected["num_images"]
-        assert found["value"] == pytest.approx(expected["value"], rel=1e-10)
+        assert found["values"] == pytest.approx(expected["values"], rel=1e-10)

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from image_files import convert, make_folder, make_zip, random_image, read_target
 
+from training.sources import open_source
+
 # Folders and zips.
 
 
@@ -94,6 +96,60 @@ def test_a_bad_dataset_json_is_explained(tmp_path, metadata, message):
     assert code == 1
     assert message in output
     assert "dataset.json" in output
+
+
+# Sample archives.
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("shape", [(5, 8, 8, 3), (5, 8, 8, 1), (5, 8, 8)])
+def test_sample_archives_are_read_with_their_labels(tmp_path, save, shape):
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    save(tmp_path / "in.npz", pixels, np.array([2, 0, 0, 1, 2]))
+    code, output = convert(tmp_path / "in.npz", tmp_path / "out.zip")
+    assert code == 0, output
+    _, images, metadata = read_target(tmp_path / "out.zip")
+    np.testing.assert_array_equal(images, pixels.squeeze(3) if shape[3:] == (1,) else pixels)
+    assert [label for _, label in metadata["labels"]] == [2, 0, 0, 1, 2]
+    assert metadata["class_names"] == ["0", "1", "2"]
+
+
+def test_a_sample_archive_without_labels_is_unlabelled_and_the_tool_says_so(tmp_path):
+    pixels = np.zeros((2, 9, 8, 3), np.uint8)
+    np.savez(tmp_path / "in.npz", arr_0=pixels, mu=np.zeros(3), sigma=np.eye(3))
+    args = ["--resolution=4", "--transform=center-crop"]
+    code, output = convert(tmp_path / "in.npz", tmp_path / "out.zip", *args)
+    assert code == 0, output
+    assert "No labels" in output
+    assert read_target(tmp_path / "out.zip")[2] == {"labels": None, "class_names": None}
+
+
+def test_unfit_sample_archives_are_explained(tmp_path):
+    path = tmp_path / "in.npz"
+
+    def message(*arrays, args=(), **named):
+        np.savez(path, *arrays, **named)
+        code, output = convert(path, tmp_path / "out.zip", *args)
+        assert code == 1
+        assert "in.npz" in output
+        assert not (tmp_path / "out.zip").exists()
+        return output
+
+    images = np.zeros((2, 8, 8, 3), np.uint8)
+    assert "expected uint8" in message(images / 255)
+    assert "has no array arr_0" in message(mu=np.zeros(2))
+    assert "arr_1 holds int64 of shape [3]" in message(images, np.arange(3))
+    assert "image 0: is 8x7, not square" in message(images[:, 1:])
+    assert "has no splits" in message(images, args=["--split=all"])
+
+
+def test_a_sample_archive_cut_short_while_it_is_read_is_explained(tmp_path):
+    np.savez(tmp_path / "in.npz", np.zeros((4, 8, 8, 3), np.uint8))
+    source = open_source(str(tmp_path / "in.npz"))
+    with open(tmp_path / "in.npz", "r+b") as file:
+        file.truncate(600)
+    with pytest.raises(ValueError, match=r"in\.npz, image 3: cannot be read \(the file ends"):
+        source.item(3)
 
 
 # CIFAR.
@@ -326,4 +382,4 @@ def test_a_source_that_is_none_is_explained(tmp_path):
         assert message in output
     code, output = convert(tmp_path / "in", tmp_path / "out.tar.gz")
     assert code == 1
-    assert "accepted: a name ending in .zip, or a folder" in output
+    assert "accepted: a name ending in .zip or .npz, or a folder" in output

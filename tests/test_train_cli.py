@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import re
 import shlex
 import sys
@@ -26,6 +27,7 @@ import training.telemetry
 from configs import PRESETS
 from dnnlib.cli import settings
 from dnnlib.config import option, to_dict
+from metrics.metric import get_metrics
 from models.config import ModelConfig
 from models.diffit import DiffiT
 from training.checkpoint import load_snapshot, load_state
@@ -266,7 +268,11 @@ CASES = {
 SHOWN_BY = {
     "keep-states": "test_keep_states_is_the_number_of_states_that_stay",
     "skip-limit": "test_skip_limit_stops_a_run_whose_gradients_stay_non_finite",
-    "inception": "test_inception_is_where_the_weights_come_from",
+    "inception": "test_detectors_of_the_metrics_come_from_where_the_options_say",
+    "dinov2": "test_detectors_of_the_metrics_come_from_where_the_options_say",
+    "clip": "test_detectors_of_the_metrics_come_from_where_the_options_say",
+    "inception-input": "test_detectors_of_the_metrics_compute_as_the_options_say",
+    "detector-precision": "test_detectors_of_the_metrics_compute_as_the_options_say",
 }
 # The values that runs of the table have anyway, and those that another test is about.
 DEFAULTS = {
@@ -445,17 +451,50 @@ def test_skip_limit_stops_a_run_whose_gradients_stay_non_finite(base, tmp_path, 
     assert helpers.fail(train, *args, "--skip-limit=5").startswith("Error: 5 gradients")
 
 
-def test_inception_is_where_the_weights_come_from(base, tmp_path):
+@pytest.mark.parametrize(
+    ("metric", "option"),
+    [("fid10k_full", "inception"), ("fd_dinov2_10k_full", "dinov2"), ("cmmd10k_full", "clip")],
+)
+def test_detectors_of_the_metrics_come_from_where_the_options_say(base, tmp_path, metric, option):
     message = helpers.fail(
         train,
         f"--outdir={tmp_path}",
         f"--data={helpers.toy_data(base)}",
         *helpers.TINY,
-        "--metrics=fid10k_full",
-        f"--inception={tmp_path / 'absent.pth'}",
+        f"--metrics={metric}",
+        f"--{option}=absent.pth",
     )
-    assert "absent.pth: no such file" in message
+    assert "absent.pth" in message
+    assert "no such file" in message or f"--{option}=FOLDER" in message
     assert not list(tmp_path.glob("0*"))
+
+
+def test_detectors_of_the_metrics_compute_as_the_options_say(base, tmp_path, monkeypatch):
+    """In-loop scores of any kind come with the detector's convention and arithmetic."""
+    monkeypatch.setattr(
+        "train.get_metrics",
+        lambda names: [dataclasses.replace(metric, num_images=12) for metric in get_metrics(names)],
+    )
+    run_dir = helpers.train_tiny(
+        tmp_path / "runs",
+        helpers.toy_data(base),
+        "--metrics=fid10k_full,pr10k3_full,is10k,fd_pixels",
+        f"--inception={helpers.random_inception(base)}",
+        "--inception-input=pytorch-fid",
+        "--detector-precision=bf16",
+        "--snap=100",
+        "--tick=100",
+    ).run_dir
+    for name in ("fid10k_full", "pr10k3_full", "is10k"):
+        row = json.loads((run_dir / f"metric-{name}.jsonl").read_text().splitlines()[-1])
+        assert "half-pixel" in row["preprocessing"]
+        assert row["detector_precision"] == "bfloat16"
+        assert row["seeds"] == "0-11"
+        assert all(math.isfinite(value) for value in row["values"].values())
+    row = json.loads((run_dir / "metric-fd_pixels.jsonl").read_text().splitlines()[-1])
+    assert row["detector_precision"] == "float32"
+    events = "".join(path.read_text() for path in run_dir.glob("log.txt"))
+    assert "pr10k3_full: precision" in events
 
 
 def test_a_run_starts_from_another_and_reports_which_weights_it_took(base, tmp_path):
@@ -550,6 +589,7 @@ DATA = "--outdir=OUT --data=TOY"
             f"TINY {DATA} --metrics=fd_pixels --inception=a.pth",
             ["--inception has no effect with --metrics=fd_pixels"],
         ),
+        (f"TINY {DATA} --clip=a", ["--clip has no effect with --metrics=none"]),
         ("--preset=digits --batch=0", ["--batch: got 0", "an integer of at least 1"]),
         ("--preset=digits --batch=inf", ["--batch", "'inf'", "an integer"]),
         ("--preset=digits --kimg=inf", ["--kimg: got inf", "a number"]),

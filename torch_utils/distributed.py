@@ -121,6 +121,28 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
+def gather_rows(tensor: torch.Tensor) -> torch.Tensor | None:
+    """Return the rows of every rank's ``tensor`` [N, ...] in rank order, on rank 0 and its CPU.
+
+    Other ranks get None. The ranks' numbers of rows may differ. Collective.
+    """
+    if world_size() == 1:
+        return tensor.cpu()
+    tensor = tensor.detach().cpu().contiguous()
+    sizes = gather_objects(len(tensor))
+    if not is_main():
+        if len(tensor):
+            dist.send(tensor, dst=0, group=_cpu_group)
+        return None
+    rows = tensor.new_empty(sum(sizes), *tensor.shape[1:])
+    for source, part in enumerate(rows.split(sizes)):
+        if source == 0:
+            part.copy_(tensor)
+        elif len(part):
+            dist.recv(part, src=source, group=_cpu_group)
+    return rows
+
+
 def on_main(function: Callable[[], T]) -> T:
     """Run ``function`` on rank 0 and return its (small) result on every rank.
 

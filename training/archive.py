@@ -1,22 +1,25 @@
-"""Image files inside a zip or a folder, addressed by index, for many processes at once."""
+"""Images of a zip, a folder or a sample archive, by index, for many processes at once."""
 
 import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
-from training.images import is_image_name
+from training.images import decode_image, is_image_name, to_array
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # Signature, ..., length of name, length of extra field.
 _LOCAL_SLACK = 64  # Bytes read beyond the expected header, for extra fields.
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +57,7 @@ def _read_from_zip(descriptor: int, offset: int, compressed_size: int, method: i
     # known only after reading it. One read that is a little too long usually suffices.
     wanted = _LOCAL_HEADER.size + _LOCAL_SLACK + 64 + compressed_size
     data = os.pread(descriptor, wanted, offset)
-    if len(data) < _LOCAL_HEADER.size or data[:4] != b"PK\x03\x04":
-        raise ValueError("the zip archive is damaged here")
-    _, name_length, extra_length = _LOCAL_HEADER.unpack_from(data)
-    start = _LOCAL_HEADER.size + name_length + extra_length
+    start = _local_header_length(data)
     end = start + compressed_size
     if len(data) < end:
         data += os.pread(descriptor, end - len(data), offset + len(data))
@@ -70,6 +70,13 @@ def _read_from_zip(descriptor: int, offset: int, compressed_size: int, method: i
         except zlib.error as error:
             raise ValueError(f"its compressed data are damaged ({error})") from None
     return content
+
+
+def _local_header_length(data: bytes) -> int:
+    if len(data) < _LOCAL_HEADER.size or data[:4] != b"PK\x03\x04":
+        raise ValueError("the zip archive is damaged here")
+    _, name_length, extra_length = _LOCAL_HEADER.unpack_from(data)
+    return _LOCAL_HEADER.size + name_length + extra_length
 
 
 class Archive:
@@ -98,6 +105,13 @@ class Archive:
         Raises ValueError with the reason (without the file's name, see :meth:`label`).
         """
         raise NotImplementedError
+
+    def pixels(self, index: int, *, exact: bool = False) -> np.ndarray:
+        """Return the image ``index``, uint8 [H, W] or [H, W, 3], decoded by :func:`decode_image`.
+
+        Raises ValueError with the reason (without the image's name, see :meth:`label`).
+        """
+        return to_array(decode_image(self.read(index), exact=exact))
 
     def read_file(self, name: str) -> bytes | None:
         """Return the bytes of any file by its name, or None if there is none."""
@@ -138,8 +152,8 @@ class ZipArchive(Archive):
                 infos = {info.filename: info for info in file.infolist() if not info.is_dir()}
         except zipfile.BadZipFile:
             raise ValueError(
-                f"{path}: not a zip archive, or only part of one. Give a folder of images or a "
-                "zip, or copy the file again."
+                f"{path}: not a zip archive, or only part of one. Give a folder of images, a zip "
+                "or an .npz of samples, or copy the file again."
             ) from None
         self.names = sorted(name for name in infos if is_image_name(name) and not is_hidden(name))
         others = [name for name in infos if name.rpartition("/")[2] == "dataset.json"]
@@ -148,7 +162,7 @@ class ZipArchive(Archive):
                 raise ValueError(
                     f"{path}/{name}: is encrypted; extract the zip and give the folder."
                 )
-            if infos[name].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            if infos[name].compress_type not in _METHODS:
                 raise ValueError(
                     f"{path}/{name}: is compressed by a method other than deflate; extract the "
                     "zip and give the folder."
@@ -237,21 +251,191 @@ class FolderArchive(Archive):
         return digest.hexdigest()
 
 
+class SampleArchive(Archive):
+    """The images of an ``.npz`` as ADM writes samples and reference batches (docs/formats.md).
+
+    ``arr_0`` holds them, uint8 [N, H, W, 3], [N, H, W, 1] or [N, H, W]; ``arr_1``, if there is
+    one, their class indices [N], and ``class_names`` the names of the classes. Each image is read
+    by itself at its place in the file, unless ``arr_0`` is compressed or in Fortran order: it is
+    then read whole by every process. Nothing is ever unpickled.
+
+    Attributes:
+        image_size: Height and width of every image.
+        num_array_bytes: Sum of the sizes of the arrays, before compression.
+
+    Raises ValueError if the file is damaged or holds anything else.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.names = []
+        try:
+            with zipfile.ZipFile(path) as file:
+                names = {info.filename.removesuffix(".npy"): info for info in file.infolist()}
+        except zipfile.BadZipFile:
+            raise ValueError(
+                f"{path}: not an .npz, or only part of one; copy the file again."
+            ) from None
+        if "arr_0" not in names:
+            hint = " (statistics such as mu and sigma are no images)" if "mu" in names else ""
+            raise ValueError(
+                f"{path}: has no array arr_0{hint}; save the images with np.savez(path, images), "
+                "uint8 [N, H, W, 3]."
+            )
+        self._members = {n: names[n] for n in ("arr_0", "arr_1", "class_names") if n in names}
+        self.num_bytes = sum(info.compress_size for info in self._members.values())
+        self.num_array_bytes = sum(info.file_size for info in self._members.values())
+        self._file = open(path, "rb", buffering=0)
+        shape, fortran_order, dtype, header_length = self._read_member("arr_0", _array_header)
+        self._check_images(shape, dtype)
+        info = self._members["arr_0"]
+        self._num_images = shape[0]
+        self.image_size = shape[1:3]
+        self._pixels_shape = shape[1:3] if shape[3:] in ((), (1,)) else shape[1:]
+        self._image_bytes = math.prod(shape[1:])
+        if info.file_size != header_length + math.prod(shape):
+            raise ValueError(
+                f"{path}: arr_0 has {info.file_size - header_length} bytes, but its shape "
+                f"{list(shape)} needs {math.prod(shape)}; save or copy the file again."
+            )
+        # Where the first image lies; -1 if the array must be read whole.
+        self._start = -1
+        if info.compress_type == zipfile.ZIP_STORED and not fortran_order:
+            local = os.pread(self._file.fileno(), _LOCAL_HEADER.size, info.header_offset)
+            start = info.header_offset + _local_header_length(local)
+            self._start = start + header_length
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key not in ("_file", "_whole")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._file = open(self.path, "rb", buffering=0)
+
+    def __len__(self) -> int:
+        return self._num_images
+
+    def label(self, index: int) -> str:
+        return f"{self.path}, image {index}"
+
+    def pixels(self, index: int, *, exact: bool = False) -> np.ndarray:
+        if self._start < 0:
+            return self._whole[index]
+        size = self._image_bytes
+        try:
+            data = os.pread(self._file.fileno(), size, self._start + index * size)
+        except OSError as error:
+            raise ValueError(error.strerror or str(error)) from None
+        if len(data) < size:
+            raise ValueError("the file ends in the middle of this image")
+        return np.frombuffer(data, np.uint8).reshape(self._pixels_shape)
+
+    @functools.cached_property
+    def _whole(self) -> np.ndarray:
+        return self.read_array("arr_0").reshape(self._num_images, *self._pixels_shape)
+
+    def read_file(self, name: str) -> bytes | None:
+        return None
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for name, info in self._members.items():
+            digest.update(f"{name}\n{info.file_size} {info.CRC}\n".encode())
+        return digest.hexdigest()
+
+    def read_array(self, name: str) -> np.ndarray | None:
+        """Return the array of a name as it is stored, or None if there is none."""
+        if name not in self._members:
+            return None
+        return self._read_member(
+            name, lambda stream: np.lib.format.read_array(stream, allow_pickle=False)
+        )
+
+    def check(self, on_bytes: Callable[[int], None]) -> Iterator[str]:
+        """Read all arrays and yield a sentence for each whose bytes do not fit its checksum.
+
+        ``on_bytes`` is told how many were read.
+        """
+
+        def read_all(stream: IO[bytes]) -> None:
+            while data := stream.read(1 << 20):
+                on_bytes(len(data))
+
+        for name in self._members:
+            try:
+                self._read_member(name, read_all)
+            except ValueError as error:
+                yield str(error)
+
+    def _check_images(self, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        held = f"{self.path}: arr_0 holds {dtype} of shape {list(shape)}"
+        if dtype.hasobject:
+            raise ValueError(
+                f"{held}, Python objects, which are never unpickled; save one uint8 array."
+            )
+        if shape[3:] in ((2,), (4,)):
+            raise ValueError(
+                f"{held}, with an alpha channel it seems; composite the images on a background or "
+                "drop that channel, and save them as [N, H, W, 3]."
+            )
+        # The last: a single image, not many that are 3 pixels wide.
+        is_shape = len(shape) == 3 or (len(shape) == 4 and shape[3] in (1, 3))
+        if not is_shape or (len(shape) == 3 and shape[2] in (3, 4)) or 0 in shape[1:]:
+            raise ValueError(
+                f"{held}; expected images [N, H, W, 3] or, for grayscale, [N, H, W]; transpose "
+                "or reshape them and save them again with np.savez."
+            )
+        if dtype != np.uint8:
+            raise ValueError(
+                f"{held}; expected uint8; scale the values to 0..255, round them, and save them "
+                "again with .astype(np.uint8)."
+            )
+        if shape[0] == 0:
+            raise ValueError(f"{self.path}: holds no images (arr_0 has shape {list(shape)}).")
+
+    def _read_member(self, name: str, read: Callable[[IO[bytes]], Any]) -> Any:
+        """Return ``read(the stream of an array's file)``; raises ValueError if it is damaged."""
+        info = self._members[name]
+        try:
+            if info.flag_bits & 1 or info.compress_type not in _METHODS:
+                raise ValueError("it is encrypted, or compressed by a method other than deflate")
+            with zipfile.ZipFile(self.path) as file, file.open(info) as stream:
+                return read(stream)
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(
+                f"{self.path}: {name} cannot be read ({error}); save or copy the file again."
+            ) from None
+
+
+def _array_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+    """Return shape, Fortran order, type and the header's length of an array in ``.npy`` format."""
+    version = np.lib.format.read_magic(stream)
+    if version == (1, 0):
+        header = np.lib.format.read_array_header_1_0(stream)
+    elif version == (2, 0):
+        header = np.lib.format.read_array_header_2_0(stream)
+    else:
+        raise ValueError(f"version {version} of the .npy format is not for images")
+    return *header, stream.tell()
+
+
 def is_hidden(name: str) -> bool:
     """Tell whether a path has a part that systems hide or add by themselves."""
     return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
 def open_archive(path: str | os.PathLike) -> Archive:
-    """Return the image files of a folder or zip.
+    """Return the images of a folder, a zip or (by the ending ``.npz``) a sample archive.
 
-    Raises ValueError if there is no such path, if it is a file but no zip, or if it holds no
-    images.
+    Raises ValueError if there is no such path, if it is none of these, or if it holds no images.
     """
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder.")
-    archive = FolderArchive(path) if path.is_dir() else ZipArchive(path)
+    if path.is_dir():
+        archive: Archive = FolderArchive(path)
+    else:
+        archive = (SampleArchive if path.suffix.lower() == ".npz" else ZipArchive)(path)
     if not len(archive):
         raise ValueError(f"{path}: holds no images (.png, .jpg, .webp, ...).")
     return archive

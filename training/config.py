@@ -1,6 +1,7 @@
 """The configuration of a run: everything that decides what is computed."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import ClassVar
 
 from diffusion.guidance import GuidanceConfig
@@ -78,17 +79,62 @@ class LoggingConfig(Config):
         unless={"metrics": ((),)},
         help="Ticks between two evaluations of --metrics; none: with every snapshot.",
     )
-    inception: str | None = option(
-        None,
-        unless={"metrics": ((),)},
-        help="Path or URL of the Inception weights, instead of the published address.",
-    )
     sample_batch: int = option(64, min=1, help="Images per rank and pass when sampling.")
     workers: int = option(1, min=0, help="Data loader processes per rank.")
     wandb: bool = option(False, aliases=("use-wandb",), help="Log to Weights & Biases as well.")
     wandb_project: str = option(
         "setdiffit", requires={"wandb": (True,)}, help="Weights & Biases project."
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DetectorConfig(Config):
+    """The networks that metrics see images with."""
+
+    title: ClassVar[str] = "Detectors of the metrics"
+
+    inception: str | None = option(
+        None, help="Path or URL of the Inception weights, instead of the published address."
+    )
+    inception_input: str = option(
+        "tensorflow",
+        choices=("tensorflow", "pytorch-fid"),
+        help="How images are resized and scaled for Inception; EDM, StyleGAN3 and ADM: tensorflow.",
+    )
+    dinov2: str | None = option(
+        None, help="Hugging Face id or folder of DINOv2, instead of facebook/dinov2-large."
+    )
+    clip: str | None = option(
+        None, help="Hugging Face id or folder of CLIP ViT-L/14 at 336, instead of OpenAI's."
+    )
+    detector_precision: str = option(
+        "fp32", choices=("fp32", "bf16"), help="Arithmetic of the detectors."
+    )
+
+    def check_used(self, given: Collection[str], detectors: Collection[str], metrics: str) -> None:
+        """Raise ValueError for a field of ``given`` that none of the named detectors has."""
+        users = {
+            "inception": ("inception",),
+            "inception_input": ("inception",),
+            "dinov2": ("dinov2",),
+            "clip": ("clip",),
+            "detector_precision": ("inception", "dinov2", "clip"),
+        }
+        for name, names in users.items():
+            if name in given and not set(names) & set(detectors):
+                raise ValueError(
+                    f"--{name.replace('_', '-')} has no effect with {metrics}; leave it out."
+                )
+
+    def arguments(self, detector: str) -> dict[str, str | None]:
+        """Return the arguments of :func:`metrics.features.get_detector` for one detector."""
+        if detector == "pixels":
+            return {}
+        precision = {"fp32": "float32", "bf16": "bfloat16"}[self.detector_precision]
+        found: dict[str, str | None] = dict(location=getattr(self, detector), precision=precision)
+        if detector == "inception":
+            found["convention"] = self.inception_input
+        return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,6 +147,7 @@ class RunConfig(Config):
     training: TrainingConfig = TrainingConfig()
     data: DatasetConfig = DatasetConfig()
     logging: LoggingConfig = LoggingConfig()
+    detectors: DetectorConfig = DetectorConfig()
     sampling: SamplingConfig = SamplingConfig()
     guidance: GuidanceConfig = GuidanceConfig()
 

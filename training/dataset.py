@@ -1,4 +1,4 @@
-"""Images of a zip or folder with their class labels, as training and metrics read them."""
+"""Images of a zip, folder or .npz with their class labels, as training and metrics read them."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from dnnlib.config import Config, option
 from training.archive import open_archive
-from training.images import ImageError, decode_image, to_array
+from training.images import ImageError, UnfitImageError
 from training.labels import read_labels
 from training.pictures import image_grid, save_image
 
@@ -65,10 +65,12 @@ class ImageDataset(Dataset):
     processes and threads may read at once, also from copies made by fork or pickle.
 
     Args:
-        path: Zip or folder; labels come from its ``dataset.json`` (see docs/formats.md).
+        path: Zip or folder, with labels in its ``dataset.json``, or ``.npz`` sample archive (see
+            docs/formats.md).
         resolution: Required height and width; None accepts any.
         channels: Required number of channels, 1 or 3; None accepts either.
-        use_labels: Deliver class labels, which the data must have.
+        use_labels: Deliver class labels, which the data must have; None delivers them if it does.
+        exact: Refuse images whose pixels would have to be changed, as transparent ones.
         max_size: Keep a random subset of this many images, in the order of the whole.
         seed: Seed of that subset.
         cache: Keep decoded images in shared memory, each from its first use.
@@ -76,9 +78,9 @@ class ImageDataset(Dataset):
     Attributes:
         name: Name of the file or folder without its ending, for descriptions.
         resolution, img_channels: Size of every image.
-        labels: Class indices, int64 [N]; None without ``use_labels``.
-        num_classes: Number of classes, also of those without images; 0 without ``use_labels``.
-        class_names: One name per class; empty without ``use_labels``.
+        labels: Class indices, int64 [N]; None if none are delivered.
+        num_classes: Number of classes, also of those without images; 0 without labels.
+        class_names: One name per class; empty without labels.
 
     Raises ValueError, one sentence that names the file, for data that do not fit; ImageError (a
     ValueError) when an image that is damaged or of another size is read.
@@ -90,13 +92,15 @@ class ImageDataset(Dataset):
         *,
         resolution: int | None = None,
         channels: int | None = None,
-        use_labels: bool = False,
+        use_labels: bool | None = False,
+        exact: bool = False,
         max_size: int | None = None,
         seed: int = 0,
         cache: bool = False,
     ) -> None:
         self.path = Path(path)
-        self.name = self.path.name.removesuffix(".zip")
+        self.name = self.path.name.removesuffix(".zip").removesuffix(".npz")
+        self._exact = exact
         self.archive = open_archive(path)
         self._indices = np.arange(len(self.archive))
         if max_size is not None and max_size < len(self._indices):
@@ -112,15 +116,17 @@ class ImageDataset(Dataset):
 
         self.labels: np.ndarray | None = None
         self.class_names: list[str] = []
-        if use_labels:
+        if use_labels is not False:
             found = read_labels(self.archive)
-            if found is None:
+            if found is not None:
+                labels, self.class_names = found
+                self.labels = labels[self._indices]
+            elif use_labels:
                 raise ValueError(
-                    f"{self.path}: has no class labels (in its dataset.json), which --cond needs; "
-                    f"{_CONVERT}, which takes them from folder names, or train without --cond."
+                    f"{self.path}: has no class labels (in dataset.json, or arr_1 of an .npz), "
+                    f"which --cond needs; {_CONVERT}, which takes them from folder names, or train "
+                    "without --cond."
                 )
-            labels, self.class_names = found
-            self.labels = labels[self._indices]
         self.num_classes = len(self.class_names)
         self._cache = None
         if cache:
@@ -133,8 +139,8 @@ class ImageDataset(Dataset):
         first = self.file_label(0)
         if height != width:
             raise ValueError(
-                f"{first}: is {width}x{height}, but training needs square images; {_CONVERT} "
-                "--resolution=N --transform=center-crop."
+                f"{first}: is {width}x{height}, but training and scores need square images; "
+                f"{_CONVERT} --resolution=N --transform=center-crop."
             )
         if resolution is not None and resolution != width:
             raise ValueError(
@@ -159,8 +165,8 @@ class ImageDataset(Dataset):
     def content_hash(self) -> str:
         """Hexadecimal digits that identify the images, their labels and the subset in use.
 
-        For a zip it derives from names, sizes and checksums; for a folder from names, sizes and
-        modification times.
+        For a zip or ``.npz`` it derives from names, sizes and checksums; for a folder from names,
+        sizes and modification times.
         """
         digest = hashlib.sha256(self.archive.fingerprint().encode())
         if len(self) < len(self.archive):
@@ -193,10 +199,12 @@ class ImageDataset(Dataset):
             pixels = self._decode(index)
             if pixels.shape != self._pixels_shape:
                 height, width = pixels.shape[:2]
+                remedy = ", which makes all RGB" if height == width == res else " --resolution=N"
                 raise ImageError(
                     f"{self.file_label(index)}: is {width}x{height} with "
                     f"{1 if pixels.ndim == 2 else 3} channel(s), but {self.file_label(0)} is "
-                    f"{res}x{res} with {channels}; {_CONVERT} --resolution=N."
+                    f"{res}x{res} with {channels}; bring all to one kind with dataset_tool.py "
+                    f"convert{remedy}."
                 )
             images[row] = pixels
         batch = torch.from_numpy(images).view(len(indices), res, res, channels)
@@ -204,7 +212,9 @@ class ImageDataset(Dataset):
 
     def _decode(self, index: int) -> np.ndarray:
         try:
-            return to_array(decode_image(self.archive.read(int(self._indices[index]))))
+            return self.archive.pixels(int(self._indices[index]), exact=self._exact)
+        except UnfitImageError as error:
+            raise ImageError(f"{self.file_label(index)}: {error}.") from None
         except (OSError, ValueError) as error:
             raise ImageError(
                 f"{self.file_label(index)}: cannot be read ({error}); dataset_tool.py verify "

@@ -20,7 +20,7 @@ from models import Network
 from torch_utils import distributed
 from torch_utils.rng import SeededNoise
 from training.checkpoint import Snapshot, load_snapshot, package_versions, weights_hash
-from training.config import check_guidance
+from training.config import TrainingConfig, check_guidance
 from training.pictures import image_grid, save_image
 
 GRID_SEEDS = 64
@@ -171,16 +171,24 @@ def make_generator(
 
 
 def passport(
-    generator: ImageGenerator, class_counts: Sequence[int], first_seed: int = 0
+    generator: ImageGenerator, training: TrainingConfig, class_counts: Sequence[int]
 ) -> dict[str, Any]:
-    """Return how the images of :func:`generate_for_rank` are made, for a score row."""
+    """Return how the images of :func:`generate_for_rank` are made, for a score row.
+
+    ``training`` tells which average the weights are.
+    """
     return dict(
         snapshot_hash=weights_hash(generator.network.state_dict()),
-        first_seed=first_seed,
+        ema=dict(halflife_kimg=training.ema_kimg, rampup=training.ema_rampup),
         labels="as in the training data" if generator.num_classes and class_counts else "none",
         **generator.protocol(),
         packages=package_versions(),
     )
+
+
+def seed_range(first_seed: int, num_images: int) -> str:
+    """Return the seeds of ``num_images`` images as a score row states them, such as ``0-49999``."""
+    return f"{first_seed}-{first_seed + num_images - 1}"
 
 
 def _interface(snapshot: Snapshot) -> tuple[Any, ...]:
@@ -267,14 +275,16 @@ def labels_like_data(class_counts: Sequence[int]) -> np.ndarray:
 
 def generate_for_rank(
     generator: ImageGenerator,
-    indices: range,
+    indices: Sequence[int],
     *,
     batch: int,
     first_seed: int = 0,
     class_counts: Sequence[int] = (),
     on_batch: Callable[[int], None] | None = None,
-) -> Iterator[torch.Tensor]:
-    """Yield this rank's share of the images of ``indices`` as uint8 batches [N, C, H, W].
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield this rank's share of the images of ``indices``, each batch with its indices.
+
+    A batch is ``(int64 [N] on the CPU, uint8 [N, C, H, W] on the device)``.
 
     Image i has seed first_seed + i and, for a conditional model, the i-th class of the data's
     proportions. ``on_batch`` receives the number of images that all ranks made meanwhile, if they
@@ -287,7 +297,7 @@ def generate_for_rank(
     for start in range(0, len(mine), batch):
         rows = mine[start : start + batch]
         own = None if labels is None else [int(labels[row % len(labels)]) for row in rows]
-        yield generator.generate([first_seed + row for row in rows], own)
+        yield torch.tensor(list(rows)), generator.generate([first_seed + row for row in rows], own)
         if on_batch is not None:
             on_batch(len(rows) * distributed.world_size())
 

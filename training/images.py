@@ -3,7 +3,7 @@
 import io
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from PIL.PngImagePlugin import PngImageFile
 
 SUFFIXES = (
@@ -14,6 +14,8 @@ SUFFIXES = (
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _MODES_WITH_ALPHA = ("RGBA", "RGBa", "LA", "La", "PA")
+_TOO_DEEP = "has more than 8 bits per channel ({}); convert it to 8 bits first"
+_JPEG2000_START = b"\xff\x4f\xff\x51"  # Markers SOC and SIZ.
 _DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 
 
@@ -28,29 +30,43 @@ class ImageError(ValueError):
         super().__init__(message.rpartition("ImageError: ")[2].strip())
 
 
+class UnfitImageError(ValueError):
+    """Why an image that is not damaged cannot be used, and what to do."""
+
+
 def is_image_name(name: str) -> bool:
     """Tell whether a file is an image, by the end of its name."""
     return name.lower().endswith(SUFFIXES)
 
 
-def decode_image(data: bytes) -> Image.Image:
+def decode_image(data: bytes, *, exact: bool = False) -> Image.Image:
     """Return the upright image in a file's bytes, in mode ``L`` (grayscale) or ``RGB``.
 
     The EXIF orientation is applied. Transparency is composited on white; palette, CMYK and other
-    colour images become RGB, bilevel ones grayscale; of several frames the first counts. Raises
-    ValueError with the reason for a damaged file, and for 16-bit grayscale and floating-point
-    images, whose range a conversion to 8 bits would have to guess.
+    colour images become RGB, bilevel ones grayscale; of several frames the first counts. With
+    ``exact``, what would change pixels is refused instead: transparency, colours other than
+    grayscale, RGB and palettes, and more than 8 bits.
+
+    Raises ValueError with the reason for a damaged file, and UnfitImageError for an image that is
+    refused: always for 16-bit grayscale and floating-point images, whose range a conversion to 8
+    bits would have to guess.
     """
     try:
         if data.startswith(_PNG_SIGNATURE):
             image = PngImageFile(io.BytesIO(data))
         else:
             image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        if exact and _has_deep_channels(image, data):
+            raise UnfitImageError(_TOO_DEEP.format("16-bit"))
         image.load()
         if image.format != "PNG" or "exif" in image.info:
             image = ImageOps.exif_transpose(image)
         if image.mode not in ("L", "RGB") or "transparency" in image.info:
+            if exact:
+                _check_exact(image)
             image = _to_plain_mode(image)
+    except UnfitImageError:
+        raise
     except Image.UnidentifiedImageError:
         raise ValueError("not an image of a known format") from None
     except Exception as error:  # A damaged file can fail in any way inside a decoder.
@@ -58,12 +74,43 @@ def decode_image(data: bytes) -> Image.Image:
     return image
 
 
+def _has_deep_channels(image: Image.Image, data: bytes) -> bool:
+    """Tell whether an image, not loaded yet, has RGB channels that Pillow would cut to 8 bits."""
+    if image.format == "PNG":
+        return data[24] > 8
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(ExifTags.Base.BitsPerSample, (1,))) > 8
+    if image.format == "JPEG2000":
+        first_channel = data.find(_JPEG2000_START) + 42  # Ssiz in the SIZ marker segment.
+        return data[first_channel] & 0x7F > 7
+    if image.format == "PPM":
+        decoder, _, _, args = image.tile[0]
+        return decoder in ("ppm", "ppm_plain") and image.mode != "1" and args[1] > 255
+    return False
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    return image.mode in _MODES_WITH_ALPHA or "transparency" in image.info
+
+
+def _check_exact(image: Image.Image) -> None:
+    if _is_transparent(image):
+        raise UnfitImageError(
+            f"has transparency (mode {image.mode}), and a background would change its pixels; "
+            "drop the alpha channel or composite it first, for example with dataset_tool.py "
+            "convert, which puts it on white"
+        )
+    if image.mode not in ("1", "L", "P", "RGB", *_DEEP_MODES):
+        raise UnfitImageError(
+            f"is neither grayscale nor RGB (mode {image.mode}); convert it first, for example "
+            "with dataset_tool.py convert"
+        )
+
+
 def _to_plain_mode(image: Image.Image) -> Image.Image:
     if image.mode in _DEEP_MODES:
-        raise ValueError(
-            f"more than 8 bits per channel (mode {image.mode}); convert it to 8 bits first"
-        )
-    if image.mode in _MODES_WITH_ALPHA or "transparency" in image.info:
+        raise UnfitImageError(_TOO_DEEP.format(f"mode {image.mode}"))
+    if _is_transparent(image):
         gray = image.mode in ("L", "LA", "La", "1")
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, "white")

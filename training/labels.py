@@ -1,12 +1,13 @@
-"""Class labels of an image archive, as ``dataset.json`` holds them."""
+"""Class labels of an image archive, as ``dataset.json`` or a sample archive holds them."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from training.archive import Archive
+from training.archive import Archive, SampleArchive
 
 UNLABELLED = -1
+_MAX_CLASSES = 1_000_000  # A larger number is no class index, and names for so many take memory.
 
 
 def read_labels(archive: Archive, folder: str = "") -> tuple[np.ndarray, list[str]] | None:
@@ -14,10 +15,13 @@ def read_labels(archive: Archive, folder: str = "") -> tuple[np.ndarray, list[st
 
     ``labels`` holds the class index of every image in order, int64 [N]. Without stored class
     names, the classes are "0", "1", ... up to the largest label. ``folder`` (ending in ``/``) is
-    where in the archive ``dataset.json`` lies; its file names are relative to it.
+    where in the archive ``dataset.json`` lies; its file names are relative to it. A sample archive
+    has its labels in ``arr_1`` and may have ``class_names``.
 
     Raises ValueError for a malformed file, an image without a label, or a label that is no class.
     """
+    if isinstance(archive, SampleArchive):
+        return _labels_of_samples(archive)
     metadata = archive.metadata(folder)
     if metadata is None or metadata.get("labels") is None:
         return None
@@ -44,6 +48,35 @@ def read_labels(archive: Archive, folder: str = "") -> tuple[np.ndarray, list[st
             f'"class_names".'
         )
     return labels, class_names
+
+
+def _labels_of_samples(archive: SampleArchive) -> tuple[np.ndarray, list[str]] | None:
+    labels, names = archive.read_array("arr_1"), archive.read_array("class_names")
+    if labels is None:
+        return None
+    if labels.dtype.kind not in "iu" or labels.shape != (len(archive),):
+        raise ValueError(
+            f"{archive.path}: arr_1 holds {labels.dtype} of shape {list(labels.shape)}; expected "
+            f"the class index of each image, integers [{len(archive)}]; save it so, or leave it "
+            "out."
+        )
+    if names is not None and (names.dtype.kind != "U" or names.ndim != 1):
+        raise ValueError(
+            f"{archive.path}: class_names holds {names.dtype} of shape {list(names.shape)}; "
+            "expected one name per class; save it so, or leave it out."
+        )
+    num_classes = _MAX_CLASSES if names is None else len(names)
+    bad = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if len(bad):
+        known = "" if names is None else f', and "class_names" has {num_classes} names'
+        raise ValueError(
+            f"{archive.label(int(bad[0]))}: has label {labels[bad[0]]} in arr_1; a label is a "
+            f"class index, 0 or larger{known}."
+        )
+    labels = labels.astype(np.int64)
+    if names is None:
+        return labels, [str(index) for index in range(int(labels.max()) + 1)]
+    return labels, names.tolist()
 
 
 def parse_labels(pairs: object, where: str) -> dict[str, int]:

@@ -34,6 +34,7 @@ from training.generation import (
     generate_for_rank,
     passport,
     save_fakes,
+    seed_range,
 )
 from training.objective import Objective
 from training.optimizer import GuardedAdam
@@ -47,7 +48,7 @@ from training.telemetry import (
     trim_rows,
 )
 
-GenerateFn = Callable[[range], Iterable[torch.Tensor]]
+GenerateFn = Callable[[range], Iterable[tuple[torch.Tensor, torch.Tensor]]]
 EvaluateFn = Callable[[tuple[str, ...], GenerateFn], list[dict[str, Any]]]
 
 
@@ -188,7 +189,7 @@ def training_loop(
         if not missing or evaluate is None:
             return True
 
-        def generate(indices: range) -> Iterable[torch.Tensor]:
+        def generate(indices: range) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
             with progress(
                 total=len(indices), label="Metrics", disable=rank != 0, transient=True
             ) as bar:
@@ -212,13 +213,18 @@ def training_loop(
         except _InterruptedError:
             return False
         if telemetry is not None:
+            protocol = passport(generator, training, data.class_counts)
             for row in rows:
                 row = dict(
-                    row, kimg=cur_nimg / 1000, snapshot=snapshot_path(run_dir, cur_nimg).name
+                    row,
+                    kimg=cur_nimg / 1000,
+                    snapshot=snapshot_path(run_dir, cur_nimg).name,
+                    seeds=seed_range(0, row["num_images"]),
+                    **protocol,
                 )
-                row.update(passport(generator, data.class_counts))
                 telemetry.record_metric(row, cur_nimg)
-                telemetry.message(f"{row['metric']} {row['value']:.4f} at kimg {row['kimg']:.1f}")
+                values = ", ".join(f"{name} {value:.4f}" for name, value in row["values"].items())
+                telemetry.message(f"{row['metric']}: {values} at kimg {row['kimg']:.1f}")
         return True
 
     # Train.

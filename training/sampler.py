@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -14,10 +14,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from dnnlib.progress import progress
 from torch_utils.rng import epoch_permutation
 from training.dataset import ImageDataset, collate
+from training.parallel import num_usable_cores
 
 _PREFETCH_FACTOR = 4
 _NUM_CACHED_EPOCHS = 4
 _MIN_IMAGES_FOR_WORKERS = 4096
+_MAX_READERS = 8
 
 
 class PositionSampler(Sampler[list[int]]):
@@ -113,22 +115,24 @@ def iterate_images(
     rank: int = 0,
     world_size: int = 1,
     batch_size: int = 64,
-    num_workers: int = 2,
-    indices: range | None = None,
+    num_workers: int | None = None,
+    indices: Sequence[int] | None = None,
     label: str = "Reading images",
-) -> Iterator[torch.Tensor]:
-    """Yield this rank's share of all images in order, uint8 [N, C, H, W], the last batch partial.
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield this rank's share of all images in order, each batch with its indices.
 
-    Shares are contiguous, differ by at most one image and may be empty. ``indices`` limits the
-    whole to a part of the dataset; ``label`` names the progress bar that rank 0 shows.
+    A batch is ``(int64 [N], uint8 [N, C, H, W])``, the last one partial. Shares are contiguous,
+    differ by at most one image and may be empty. Processes decode ahead of the use of a batch:
+    ``num_workers``, by default as many as the rank's share of the cores allows, up to 8.
+    ``indices`` chooses a part of the dataset; ``label`` names the progress bar with
+    images/s that rank 0 shows.
     """
-    wanted = (
-        range(len(dataset))
-        if indices is None
-        else range(indices.start, min(indices.stop, len(dataset)))
-    )
+    wanted = range(len(dataset)) if indices is None else indices
     mine = wanted[len(wanted) * rank // world_size : len(wanted) * (rank + 1) // world_size]
     batches = [list(mine[first : first + batch_size]) for first in range(0, len(mine), batch_size)]
+    if num_workers is None:
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        num_workers = min(max(num_usable_cores() // ranks_here, 1), _MAX_READERS)
     loader = DataLoader(
         dataset,
         batch_sampler=batches,
@@ -137,10 +141,11 @@ def iterate_images(
         collate_fn=collate,
         worker_init_fn=init_worker,
         generator=torch.Generator(),
+        pin_memory=torch.cuda.is_available(),
     )
     with progress(total=len(wanted), label=label, disable=rank != 0, transient=True) as bar:
-        for images, _ in loader:
-            yield images
+        for batch, (images, _) in zip(batches, loader, strict=True):
+            yield torch.tensor(batch), images
             bar.update(len(images) * world_size)
 
 

@@ -1,4 +1,4 @@
-"""Opens what ``dataset_tool.py convert`` reads: folders, zips, CIFAR, MNIST and digits."""
+"""Opens what ``dataset_tool.py convert`` reads: folders, zips, samples, CIFAR, MNIST and digits."""
 
 import dataclasses
 import gzip
@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from dnnlib import safe_pickle
-from training.archive import Archive, Member, open_archive
+from training.archive import Archive, Member, SampleArchive, open_archive
 from training.labels import read_labels
 
 SPLITS = ("train", "test", "all")
 _ACCEPTED = (
-    "a folder of images, a zip of one, cifar-10-python.tar.gz, cifar-100-python.tar.gz, "
-    "train-images-idx3-ubyte[.gz] or its folder, or digits"
+    "a folder of images, a zip of one, an .npz of samples in ADM's layout, cifar-10-python.tar.gz, "
+    "cifar-100-python.tar.gz, train-images-idx3-ubyte[.gz] or its folder, or digits"
 )
 _CIFAR_FILES = {
     "cifar-10": {
@@ -82,6 +82,8 @@ def open_source(source: str, split: str | None = None) -> Source:
         return open_cifar(path, split or "train")
     if "-ubyte" in path.name:
         return _without_split(open_mnist, source, split)
+    if path.suffix.lower() == ".npz":
+        return _without_split(open_samples, source, split)
     if path.suffix.lower() != ".zip":
         raise ValueError(
             f"--source: got {source}, which is of no known kind; accepted: {_ACCEPTED}."
@@ -121,6 +123,28 @@ def open_images(source: str) -> Source:
         labels=labels,
         class_names=class_names,
         notes=notes,
+    )
+
+
+def open_samples(source: str) -> Source:
+    """Return the images of an ``.npz`` sample archive, labelled if it has ``arr_1``."""
+    archive = SampleArchive(Path(source))
+
+    def item(index: int) -> np.ndarray:
+        try:
+            return archive.pixels(index)
+        except ValueError as error:
+            raise ValueError(f"{archive.label(index)}: cannot be read ({error}).") from None
+
+    labels, class_names = read_labels(archive) or (None, None)
+    return Source(
+        name=str(source),
+        num_images=len(archive),
+        item=item,
+        image_name=archive.label,
+        labels=labels,
+        class_names=class_names,
+        notes=() if labels is not None else ("No labels: the archive has no arr_1.",),
     )
 
 

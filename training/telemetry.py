@@ -49,7 +49,9 @@ class Telemetry:
         """Append one score to ``metric-<name>.jsonl`` and to the other sinks."""
         with open(self._run_dir / f"metric-{row['metric']}.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        self._scalars({f"Metrics/{row['metric']}": row["value"]}, cur_nimg)
+        name, values = row["metric"], row["values"]
+        several = {f"Metrics/{name}/{key}": value for key, value in values.items()}
+        self._scalars(several if len(values) > 1 else {f"Metrics/{name}": row["value"]}, cur_nimg)
 
     def _scalars(self, values: dict[str, float], cur_nimg: int) -> None:
         if self._tensorboard is not None:

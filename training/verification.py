@@ -1,4 +1,4 @@
-"""Checks every image and label of a training dataset."""
+"""Checks every image and label of a dataset."""
 
 import contextlib
 import dataclasses
@@ -7,9 +7,9 @@ import zlib
 from collections import Counter
 
 from dnnlib.progress import progress
-from training.archive import Archive, Member, open_archive
+from training.archive import Archive, Member, SampleArchive, open_archive
 from training.images import decode_image
-from training.labels import more, parse_class_names, parse_labels
+from training.labels import more, parse_class_names, parse_labels, read_labels
 from training.parallel import process_map
 
 
@@ -24,10 +24,13 @@ def verify(path: str | os.PathLike, *, num_workers: int | None = None) -> list[s
     """Decode every image of a dataset and return one sentence for each problem found.
 
     Checks that images are readable, square, of one size and number of channels, that their
-    checksums are right, and that every image has a label of a class and every label an image.
+    checksums are right, and that every image has a label of a class and every label an image. In
+    a sample archive, which holds pixels, there is nothing to decode.
     Raises ValueError if ``path`` is no archive of images at all.
     """
     archive = open_archive(path)
+    if isinstance(archive, SampleArchive):
+        return _verify_samples(archive)
     problems = _label_problems(archive)
     results = process_map(
         _inspect, map(archive.member, range(len(archive))), num_workers=num_workers
@@ -57,6 +60,20 @@ def verify(path: str | os.PathLike, *, num_workers: int | None = None) -> list[s
             if (own, num) != (size, channels)
         ]
     return problems
+
+
+def _verify_samples(archive: SampleArchive) -> list[str]:
+    label = f"Verifying {archive.path}"
+    with progress(total=archive.num_array_bytes, label=label, unit="B") as bar:
+        problems = list(archive.check(bar.update))
+    height, width = archive.image_size
+    if height != width:
+        problems.append(f"{archive.path}: images are {width}x{height}, not square")
+    try:
+        read_labels(archive)
+    except ValueError as error:
+        problems.append(str(error))
+    return list(dict.fromkeys(problems))  # Damaged labels are noticed twice.
 
 
 def _inspect(member: Member) -> _Inspected:

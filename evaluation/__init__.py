@@ -1,0 +1,1 @@
+"""Scores: images and their references brought together, over training and metrics."""

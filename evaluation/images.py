@@ -1,0 +1,176 @@
+"""Images to be scored: those of files, and those that a snapshot makes on the fly."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from training.samples import open_images
+
+from dnnlib.progress import progress
+from metrics.features import ImageShape
+from torch_utils import distributed
+from training.checkpoint import Snapshot, package_versions
+from training.config import DetectorConfig
+from training.generation import (
+    GenerateConfig,
+    ImageGenerator,
+    cached_snapshot,
+    generate_for_rank,
+    labels_like_data,
+    make_generator,
+    passport,
+    seed_range,
+)
+from training.sampler import iterate_images
+
+Batch = tuple[torch.Tensor, torch.Tensor]  # Image indices int64 [N], uint8 images [N, C, H, W].
+
+
+class ImageSource(Protocol):
+    """Images with indices, each a function of its index alone.
+
+    Attributes:
+        image_shape: C, H, W.
+        num_images: How many there are; None without end.
+        class_names: Names of the classes; empty without any.
+    """
+
+    image_shape: ImageShape
+    num_images: int | None
+    class_names: tuple[str, ...]
+
+    def batches(self, indices: Sequence[int]) -> Iterable[Batch]:
+        """Yield this rank's share of the images with those indices. Collective."""
+        ...
+
+    def labels(self, indices: range) -> np.ndarray | None:
+        """Return the class of each image, int64, or None if there are none."""
+        ...
+
+    def passport(self, indices: range) -> dict[str, Any]:
+        """Return what a score row says of these images."""
+        ...
+
+
+class FileImages:
+    """The images of a folder, a zip or an ``.npz`` sample archive, in order of their names."""
+
+    def __init__(self, path: str, batch: int) -> None:
+        self._path, self._batch = path, batch
+        self.dataset = open_images(path)
+        self.image_shape = shape_of(self.dataset)
+        self.num_images = len(self.dataset)
+        self.class_names = tuple(self.dataset.class_names)
+
+    def batches(self, indices: Sequence[int]) -> Iterable[Batch]:
+        return iterate_images(
+            self.dataset,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            batch_size=self._batch,
+            indices=indices,
+            label="Scoring",
+        )
+
+    def labels(self, indices: range) -> np.ndarray | None:
+        labels = self.dataset.labels
+        return None if labels is None else labels[indices.start : indices.stop]
+
+    def passport(self, indices: range) -> dict[str, Any]:
+        return dict(
+            images=self._path,
+            images_hash=self.dataset.content_hash,
+            first_image=indices.start,
+            packages=package_versions(),
+        )
+
+
+class SnapshotImages:
+    """Images that a snapshot makes: number i with seed ``first_seed + i``, without end.
+
+    Classes are in the proportions of the training data.
+    """
+
+    num_images = None
+
+    def __init__(
+        self, generator: ImageGenerator, snapshot: Snapshot, *, first_seed: int, batch: int
+    ) -> None:
+        self._generator, self._snapshot = generator, snapshot
+        self._first_seed, self._batch = first_seed, batch
+        self.image_shape = generator.image_shape
+        self.class_names = tuple(snapshot.data.class_names)
+
+    def batches(self, indices: Sequence[int]) -> Iterable[Batch]:
+        is_main = distributed.is_main()
+        with progress(total=len(indices), label="Generating", disable=not is_main) as bar:
+            yield from generate_for_rank(
+                self._generator,
+                indices,
+                batch=self._batch,
+                first_seed=self._first_seed,
+                class_counts=self._snapshot.data.class_counts,
+                on_batch=bar.update,
+            )
+
+    def labels(self, indices: range) -> np.ndarray | None:
+        counts = self._snapshot.data.class_counts
+        if not (self._generator.num_classes and sum(counts)):
+            return None
+        labels = labels_like_data(counts)
+        return labels[np.arange(indices.start, indices.stop) % len(labels)]
+
+    def passport(self, indices: range) -> dict[str, Any]:
+        snapshot = self._snapshot
+        return dict(
+            network=str(snapshot.path),
+            seeds=seed_range(self._first_seed + indices.start, len(indices)),
+            **passport(self._generator, snapshot.config.training, snapshot.data.class_counts),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreConfig(GenerateConfig):
+    """How the images of a snapshot are made and seen."""
+
+    detectors: DetectorConfig = DetectorConfig()
+
+
+def open_source(
+    location: str,
+    config: ScoreConfig | None,
+    device: torch.device,
+    *,
+    first_seed: int = 0,
+    batch: int = 64,
+    precision: str | None = None,
+    guide: str | None = None,
+) -> ImageSource:
+    """Return the images of a snapshot under the protocol ``config``, or of a file without one.
+
+    Args:
+        location: Snapshot; without ``config`` a folder, zip or ``.npz`` of images.
+        first_seed: Seed of the snapshot's first image.
+        batch: Images per rank and pass.
+        precision: Arithmetic of the snapshot's network; None: as in training.
+        guide: Second snapshot, to guide away from.
+    """
+    if config is None:
+        return FileImages(location, batch)
+    snapshot = cached_snapshot(location)
+    generator = make_generator(
+        snapshot,
+        device,
+        sampling=config.sampling,
+        guidance=config.guidance,
+        precision=precision,
+        guide=None if guide is None else cached_snapshot(guide),
+    )
+    return SnapshotImages(generator, snapshot, first_seed=first_seed, batch=batch)
+
+
+def shape_of(images: Any) -> ImageShape:
+    """Return C, H, W of a dataset or a model configuration."""
+    return images.img_channels, images.resolution, images.resolution

@@ -1,0 +1,314 @@
+"""Nearest training images of generated ones: a look for copies (memorisation)."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+import torch
+
+from dnnlib.files import write_json
+from evaluation.images import ImageSource, shape_of
+from evaluation.scoring import dataset_references
+from metrics.features import Detector, Feature
+from metrics.manifold import nearest_neighbours
+from metrics.reference import MAX_VECTORS
+from metrics.statistics import collect_features
+from torch_utils import distributed
+from training.dataset import ImageDataset
+from training.pictures import save_image, to_pil
+from training.sampler import iterate_images
+
+QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95)
+_HELD_OUT_SEED = 0
+_MIN_HELD_OUT = 1000
+_MIN_TILE = 88
+_CAPTION_HEIGHT = 14
+_GAP = 4
+_BACKGROUND, _TEXT = (24, 24, 24), (220, 220, 220)
+_FAKE_COLOR, _REAL_COLOR = (235, 120, 60), (110, 170, 235)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Neighbours:
+    """Nearest training images, on rank 0.
+
+    Attributes:
+        distances: [N, k], ascending, of each generated image in the detector's feature space.
+        indices: [N, k], of those training images.
+        held_out: [M], distance of each held-out real image to its nearest training image.
+        held_out_source: What the held-out images are.
+        detector, detector_hash: What the distances are taken by.
+    """
+
+    distances: np.ndarray
+    indices: np.ndarray
+    held_out: np.ndarray
+    held_out_source: str
+    detector: str
+    detector_hash: str
+
+    def summary(self) -> dict[str, Any]:
+        """Return the two distributions of nearest distances by quantiles, and their comparison."""
+        nearest = self.distances[:, 0]
+        closer = {
+            f"{quantile:g}": float((nearest < np.quantile(self.held_out, quantile)).mean())
+            for quantile in QUANTILES
+        }
+        return dict(
+            detector=self.detector,
+            detector_hash=self.detector_hash,
+            num_images=len(nearest),
+            num_held_out=len(self.held_out),
+            held_out_source=self.held_out_source,
+            quantiles=list(QUANTILES),
+            generated=np.quantile(nearest, QUANTILES).tolist(),
+            held_out=np.quantile(self.held_out, QUANTILES).tolist(),
+            share_closer_than_quantile_of_held_out=closer,
+            num_exact=int((nearest == 0).sum()),
+        )
+
+
+def check_neighbours(
+    source: ImageSource, num_images: int, data: ImageDataset, num_neighbours: int
+) -> None:
+    """Raise ValueError if there are fewer images than asked for, or of another shape."""
+    if source.num_images is not None and num_images > source.num_images:
+        raise ValueError(
+            f"--num-images: got {num_images:,}, but there are {source.num_images:,} images."
+        )
+    if len(data) <= num_neighbours:
+        raise ValueError(
+            f"--data: {data.name} has {len(data)} images, too few for {num_neighbours} neighbours "
+            "of each; choose fewer with --neighbours."
+        )
+    if source.image_shape != shape_of(data):
+        raise ValueError(
+            f"--data: {data.name} has images of shape {list(shape_of(data))} [C, H, W], but the "
+            f"generated ones have {list(source.image_shape)}."
+        )
+
+
+def find_neighbours(
+    source: ImageSource,
+    data: ImageDataset,
+    detector: Detector,
+    device: torch.device,
+    *,
+    num_images: int,
+    num_neighbours: int,
+    batch: int,
+    held_out: ImageDataset | None = None,
+) -> Neighbours | None:
+    """Return the nearest training images of the first ``num_images`` images; None but on rank 0.
+
+    All of ``data`` is searched. Collective.
+
+    Args:
+        source: Generated images.
+        data: Training images, at least two.
+        held_out: Real images that were not trained on. Without any, each of at least 1,000
+            training images (or all) is compared with all the others, as if it had been held out.
+    """
+    feature = Feature(detector.name)
+    detectors = {detector.name: detector}
+
+    def vectors(batches: Any) -> np.ndarray | None:
+        found = collect_features(detectors, {feature: ("vectors",)}, batches, device)
+        return found[feature].vectors.array
+
+    def vectors_of(dataset: ImageDataset, label: str) -> np.ndarray | None:
+        if len(dataset) <= MAX_VECTORS:
+            needs = {feature: ("vectors",)}
+            return dataset_references(dataset, needs, detectors, device, batch)[feature].vectors
+        return vectors(
+            iterate_images(
+                dataset,
+                rank=distributed.rank(),
+                world_size=distributed.world_size(),
+                batch_size=batch,
+                label=label,
+            )
+        )
+
+    real = vectors_of(data, "Training images")
+    unseen = None if held_out is None else vectors_of(held_out, "Held-out images")
+    fake = vectors(source.batches(range(num_images)))
+
+    def search() -> None:
+        distances, indices = nearest_neighbours(fake, real, num_neighbours, device=device)
+        if unseen is not None:
+            nearest = nearest_neighbours(unseen, real, 1, device=device)[0][:, 0]
+            held_out_source = f"{held_out.name}: {len(held_out):,} images"
+        else:
+            nearest = _leave_one_out(real, max(num_images, _MIN_HELD_OUT), device)
+            held_out_source = f"{len(nearest):,} training images, each against all the others"
+        box.append(
+            Neighbours(
+                distances=distances,
+                indices=indices,
+                held_out=nearest,
+                held_out_source=held_out_source,
+                detector=detector.name,
+                detector_hash=detector.hash,
+            )
+        )
+
+    box: list[Neighbours] = []
+    distributed.on_main(search)
+    return box[0] if box else None
+
+
+def _leave_one_out(real: np.ndarray, num: int, device: torch.device) -> np.ndarray:
+    """Return the distance of ``num`` of the rows (at most all) to their nearest other row."""
+    order = np.random.default_rng(_HELD_OUT_SEED).permutation(len(real))
+    chosen = np.sort(order[:num])
+    distances, indices = nearest_neighbours(real[chosen], real, 2, device=device)
+    # Among exact duplicates, either may come first.
+    is_self = indices[:, 0] == chosen
+    return np.where(is_self, distances[:, 1], distances[:, 0])
+
+
+def neighbours_picture(
+    neighbours: Neighbours | None, source: ImageSource, data: ImageDataset, num_rows: int
+) -> PIL.Image.Image | None:
+    """Return generated images beside their neighbours with distances; None but on rank 0.
+
+    A row is a generated image and its training images, nearest first; the rows are the generated
+    images nearest to any training image. Collective: the images are made again.
+    """
+    chosen = distributed.broadcast_object(
+        None
+        if neighbours is None
+        else np.argsort(neighbours.distances[:, 0], kind="stable")[:num_rows].tolist()
+    )
+    indices, images = [], []
+    for batch_indices, batch in source.batches(chosen):
+        indices.append(batch_indices)
+        images.append(batch.cpu())
+    shape = (0, *source.image_shape)
+    indices = distributed.gather_rows(torch.cat([torch.empty(0, dtype=torch.int64), *indices]))
+    images = distributed.gather_rows(torch.cat([torch.empty(shape, dtype=torch.uint8), *images]))
+    if neighbours is None:
+        return None
+    made = dict(zip(indices.tolist(), images, strict=True))
+    rows = []
+    for index in chosen:
+        row = [(made[index], f"image {index}")]
+        real, _ = data.__getitems__(neighbours.indices[index].tolist())
+        for image, distance, number in zip(
+            real, neighbours.distances[index], neighbours.indices[index], strict=True
+        ):
+            row.append((image, f"{distance:.3g} (#{number})"))
+        rows.append(row)
+    return _captioned_grid(rows)
+
+
+def _captioned_grid(rows: list[list[tuple[torch.Tensor, str]]]) -> PIL.Image.Image:
+    height, width = rows[0][0][0].shape[1:]
+    factor = max(1, -(-_MIN_TILE // max(height, width)))
+    tile_w, tile_h = width * factor + _GAP, height * factor + _CAPTION_HEIGHT + _GAP
+    size = (tile_w * len(rows[0]) + 3 * _GAP, tile_h * len(rows) + _GAP)
+    canvas = PIL.Image.new("RGB", size, _BACKGROUND)
+    draw = PIL.ImageDraw.Draw(canvas)
+    for y, row in enumerate(rows):
+        for x, (image, caption) in enumerate(row):
+            # The generated image stands apart from its neighbours.
+            left, top = x * tile_w + _GAP + (2 * _GAP if x else 0), y * tile_h + _GAP
+            tile = to_pil(image).convert("RGB")
+            tile = tile.resize((width * factor, height * factor), PIL.Image.Resampling.NEAREST)
+            canvas.paste(tile, (left, top))
+            color = _REAL_COLOR if x else _FAKE_COLOR
+            draw.text((left, top + height * factor), caption, fill=color)
+    return canvas
+
+
+def distances_picture(neighbours: Neighbours) -> PIL.Image.Image:
+    """Return the histograms of the nearest distances of generated and of held-out images."""
+    width, height, margin, num_bins = 640, 320, 40, 50
+    sides = [
+        ("generated", neighbours.distances[:, 0], _FAKE_COLOR),
+        ("held out", neighbours.held_out, _REAL_COLOR),
+    ]
+    high = max(float(values.max()) for _, values, _ in sides) or 1.0
+    edges = np.linspace(0, high, num_bins + 1)
+    shares = [np.histogram(values, edges)[0] / len(values) for _, values, _ in sides]
+    top = max(share.max() for share in shares)
+    canvas = PIL.Image.new("RGB", (width, height), _BACKGROUND)
+    draw = PIL.ImageDraw.Draw(canvas)
+    base, scale = height - margin, (height - 2 * margin) / top
+    step = (width - 2 * margin) / num_bins
+    for row, ((name, values, color), share) in enumerate(zip(sides, shares, strict=True)):
+        points = [(margin, base)]
+        for index, value in enumerate(share):
+            y = base - value * scale
+            points += [(margin + index * step, y), (margin + (index + 1) * step, y)]
+        points.append((width - margin, base))
+        draw.line(points, fill=color, width=2)
+        text = f"{name}: {len(values):,} images, median {np.median(values):.3g}"
+        draw.text((width - margin - 240, 8 + 14 * row), text, fill=color)
+    draw.line([(margin, base), (width - margin, base)], fill=_TEXT)
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        x = margin + share * (width - 2 * margin)
+        draw.line([(x, base), (x, base + 4)], fill=_TEXT)
+        draw.text((x - 12, base + 6), f"{share * high:.3g}", fill=_TEXT)
+    draw.text((margin, height - 16), "distance to the nearest training image", fill=_TEXT)
+    return canvas
+
+
+def describe_neighbours(summary: Mapping[str, Any]) -> str:
+    """Return the summary of :class:`Neighbours` as a small table and one sentence."""
+    rows = [
+        ["quantile", *(f"{100 * q:g}%" for q in summary["quantiles"])],
+        ["generated", *(f"{value:.4g}" for value in summary["generated"])],
+        ["held out", *(f"{value:.4g}" for value in summary["held_out"])],
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["Distance to the nearest training image:"]
+    for row in rows:
+        cells = (cell.rjust(size) for cell, size in zip(row, widths, strict=True))
+        lines.append("  " + "  ".join(cells))
+    share = summary["share_closer_than_quantile_of_held_out"]["0.01"]
+    lines.append(
+        f"{100 * share:.1f}% of {summary['num_images']:,} generated images are closer to a "
+        f"training image than 99% of held-out reals are (1% would be expected); "
+        f"{summary['num_exact']} are exact copies for the detector. "
+        f"Held out: {summary['held_out_source']}."
+    )
+    return "\n".join(lines)
+
+
+def write_report(
+    neighbours: Neighbours | None,
+    outdir: Path,
+    source: ImageSource,
+    data: ImageDataset,
+    *,
+    num_images: int,
+    num_rows: int,
+) -> None:
+    """Write the two pictures and ``neighbours.json`` into ``outdir``, and print the summary.
+
+    Collective; rank 0 writes.
+    """
+    picture = neighbours_picture(neighbours, source, data, num_rows)
+    if neighbours is None:
+        return
+    summary = neighbours.summary()
+    outdir.mkdir(parents=True, exist_ok=True)
+    save_image(picture, outdir / "neighbours.png")
+    save_image(distances_picture(neighbours), outdir / "distances.png")
+    report = dict(
+        **summary,
+        data=str(data.path),
+        data_hash=data.content_hash,
+        **source.passport(range(num_images)),
+        distances=neighbours.distances.tolist(),
+        neighbours=[[data.file_label(index) for index in row] for row in neighbours.indices],
+    )
+    write_json(outdir / "neighbours.json", report)
+    print(describe_neighbours(summary))
+    print(f"Pictures: {outdir / 'neighbours.png'}, {outdir / 'distances.png'}")

@@ -1,0 +1,297 @@
+"""Scores of images against real ones: detectors, references and rows for a list of metrics."""
+
+import dataclasses
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from training.samples import open_images
+
+from dnnlib.files import fetch
+from evaluation.images import ImageSource, shape_of
+from metrics.features import Detector, Feature, ImageShape, get_detector
+from metrics.metric import MetricSpec, needed_features, score
+from metrics.reference import References, load_references, references_for, vector_subset
+from torch_utils import distributed
+from training.config import DetectorConfig
+from training.dataset import ImageDataset
+from training.sampler import iterate_images
+
+Needs = Mapping[Feature, Sequence[str]]
+_STATISTICS_SUFFIXES = (".npz", ".pkl")
+
+
+def make_detectors(
+    names: Iterable[str],
+    config: DetectorConfig,
+    image_shape: ImageShape | None,
+    device: torch.device,
+) -> dict[str, Detector]:
+    """Return detectors by name, each with its settings. Collective."""
+    return {
+        name: get_detector(name, device, image_shape=image_shape, **config.arguments(name))
+        for name in dict.fromkeys(names)
+    }
+
+
+def dataset_references(
+    dataset: ImageDataset,
+    needs: Needs,
+    detectors: Mapping[str, Detector],
+    device: torch.device,
+    batch: int = 64,
+) -> References:
+    """Return what is needed of all images of a dataset, from the cache if possible. Collective.
+
+    Vectors carry their class if the dataset has labels.
+    """
+    references = references_for(
+        needs,
+        detectors,
+        lambda: iterate_images(
+            dataset,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            batch_size=batch,
+            label="Reference",
+        ),
+        dataset.content_hash,
+        device,
+        num_images=len(dataset),
+        source=dataset.name,
+    )
+    if dataset.labels is None:
+        return references
+    known = dict(
+        labels=dataset.labels[vector_subset(len(dataset))], class_names=tuple(dataset.class_names)
+    )
+    return {
+        feature: dataclasses.replace(reference, **known) if reference.num_vectors else reference
+        for feature, reference in references.items()
+    }
+
+
+class RealImages:
+    """The reference of ``fid.py``: a dataset, or a file of statistics, or both in one file.
+
+    Args:
+        location: Folder or zip of images; ``.npz`` of this project, of EDM or of ADM; ``.pkl`` of
+            EDM2. A file of statistics may be a URL.
+
+    Attributes:
+        image_shape: C, H, W; None if only statistics are known.
+    """
+
+    def __init__(self, location: str) -> None:
+        self._location = location
+        self._dataset, self._statistics = None, None
+        path, arrays = distributed.on_main(lambda: _fetch_arrays(location))
+        if arrays is None or "arr_0" in arrays:
+            self._dataset = open_images(path)
+        if arrays is not None and (self._dataset is None or "mu" in arrays):
+            self._statistics = load_references(location)
+        self.image_shape = None if self._dataset is None else shape_of(self._dataset)
+
+    def knows_classes(self) -> bool:
+        """Tell whether numbers per class can be had."""
+        if self._statistics is not None:
+            return any(found.labels is not None for found in self._statistics.values())
+        return self._dataset.labels is not None
+
+    def references(
+        self, needs: Needs, detectors: Mapping[str, Detector], device: torch.device, batch: int
+    ) -> References:
+        """Return what is known, or can be found out, of these images. Collective."""
+        known = dict(self._statistics or {})
+        if self._dataset is None:
+            return known
+        missing = {
+            feature: [
+                kind for kind in kinds if feature not in known or kind not in known[feature].knows
+            ]
+            for feature, kinds in needs.items()
+        }
+        missing = {feature: kinds for feature, kinds in missing.items() if kinds}
+        made = dataset_references(self._dataset, missing, detectors, device, batch)
+        for feature, found in made.items():
+            # ADM's files hold moments of all images and the first 10,000 images themselves.
+            before = known.get(feature)
+            if before is not None and found.mu is None:
+                found = dataclasses.replace(
+                    before,
+                    vectors=found.vectors,
+                    num_vectors=found.num_vectors,
+                    labels=found.labels,
+                    class_names=found.class_names,
+                )
+            known[feature] = found
+        return known
+
+
+def _fetch_arrays(location: str) -> tuple[str, tuple[str, ...] | None]:
+    """Return a local path and the arrays in that file; None if it is a folder or zip of images."""
+    if not location.endswith(_STATISTICS_SUFFIXES):
+        return location, None
+    path = fetch(location)
+    if path.suffix == ".npz" and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            return str(path), tuple(name.removesuffix(".npy") for name in file.namelist())
+    return str(path), ()
+
+
+def check_images(
+    metrics: Sequence[MetricSpec],
+    source: ImageSource,
+    real_shape: ImageShape | None,
+    num_images: int | None,
+    num_blocks: int,
+) -> list[str]:
+    """Return warnings about the use of ``source``; raise ValueError if it cannot be scored."""
+    channels = None if real_shape is None else real_shape[0]
+    if channels is not None and channels != source.image_shape[0]:
+        raise ValueError(
+            f"The images have {source.image_shape[0]} channel(s) and the reference has {channels}; "
+            "compare images of the same kind (grayscale 1, RGB 3)."
+        )
+    for metric in metrics:
+        if num_images is not None or not metric.at_most_dataset:
+            _check_count(metric, num_images or metric.num_images, source, num_blocks)
+    if real_shape is not None and real_shape != source.image_shape:
+        sizes = [f"{shape[2]}x{shape[1]}" for shape in (source.image_shape, real_shape)]
+        return [f"the images are {sizes[0]} and the reference is {sizes[1]}"]
+    return []
+
+
+def _check_count(metric: MetricSpec, wanted: int, source: ImageSource, num_blocks: int) -> None:
+    if source.num_images is not None and wanted * num_blocks > source.num_images:
+        blocks = f" in each of {num_blocks} blocks" if num_blocks > 1 else ""
+        raise ValueError(
+            f"{metric.name}: needs {wanted:,} images{blocks}, but there are "
+            f"{source.num_images:,}; provide as many, or score fewer with "
+            f"--num-images={source.num_images // num_blocks} (the row will say so)."
+        )
+
+
+def score_images(
+    metrics: Sequence[MetricSpec],
+    source: ImageSource,
+    references: References,
+    detectors: Mapping[str, Detector],
+    device: torch.device,
+    *,
+    num_images: int | None = None,
+    per_class: bool = False,
+    num_blocks: int = 1,
+) -> list[dict[str, Any]]:
+    """Return one row per metric with its whole passport. Collective.
+
+    With ``num_blocks`` above 1, as many disjoint blocks of consecutive images (seeds) are scored.
+    A row is then that of the first block, with the spread over all in its ``noise_band``.
+    """
+    counts = [metric.image_count(references.get(metric.feature), num_images) for metric in metrics]
+    for metric, count in zip(metrics, counts, strict=True):
+        _check_count(metric, count, source, num_blocks)
+    stride = max(counts)
+    warnings = []
+    has_labels = per_class and source.labels(range(1)) is not None
+    names = {found.class_names for found in references.values() if found.labels is not None}
+    if has_labels and names - {source.class_names}:
+        has_labels = False
+        warnings.append("the classes have other names than the reference's: no numbers per class")
+
+    def score_block(start: int) -> list[dict[str, Any]]:
+        def generate(indices: range) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+            shifted = range(start + indices.start, start + indices.stop)
+            for batch_indices, images in source.batches(shifted):
+                yield batch_indices - start, images
+
+        def labels(count: int) -> np.ndarray:
+            return source.labels(range(start, start + count))
+
+        rows = score(
+            metrics,
+            generate,
+            references,
+            detectors,
+            device,
+            num_images=num_images,
+            labels=labels if has_labels else None,
+            class_names=source.class_names,
+        )
+        return [
+            {
+                **row,
+                "warnings": warnings + row["warnings"],
+                **source.passport(range(start, start + row["num_images"])),
+            }
+            for row in rows
+        ]
+
+    blocks = [score_block(block * stride) for block in range(num_blocks)]
+    if num_blocks == 1:
+        return blocks[0]
+    return [{**rows[0], "noise_band": _noise_band(rows)} for rows in zip(*blocks, strict=True)]
+
+
+def _noise_band(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the spread of the headline over the blocks; EDM quotes the least of three."""
+    values = np.array([row["value"] for row in rows])
+    return dict(
+        values=values.tolist(),
+        mean=float(values.mean()),
+        std=float(values.std(ddof=1)),
+        min=float(values.min()),
+        max=float(values.max()),
+        seeds=[row.get("seeds", f"images from {row.get('first_image')}") for row in rows],
+    )
+
+
+def describe_row(row: Mapping[str, Any], num_classes_shown: int = 20) -> str:
+    """Return a score row in words: values, spread, warnings, and the numbers of each class."""
+    values = ", ".join(f"{name} {value:.6g}" for name, value in row["values"].items())
+    if len(row["values"]) == 1:
+        values = f"{row['value']:.6g}"
+    lines = [f"{row['metric']} {values} ({row['num_images']:,} images)"]
+    band = row.get("noise_band")
+    if band is not None:
+        lines.append(
+            f"  noise band over {len(band['values'])} disjoint blocks: mean {band['mean']:.6g}, "
+            f"std {band['std']:.3g}, min {band['min']:.6g}, max {band['max']:.6g}"
+        )
+    lines += [f"  warning: {warning}" for warning in row["warnings"]]
+    classes = row.get("per_class", {})
+    for name, found in list(classes.items())[:num_classes_shown]:
+        counts = [f"{found['num_images']:,} images"]
+        if "reference_count" in found:
+            counts.append(f"{found['reference_count']:,} real")
+        shown = ", ".join(f"{key} {found[key]:.6g}" for key in row["values"])
+        lines.append(f"  class {name}: {shown} ({', '.join(counts)})")
+    if len(classes) > num_classes_shown:
+        lines.append(f"  ... and {len(classes) - num_classes_shown} more classes (see --json)")
+    return "\n".join(lines)
+
+
+def make_evaluate(
+    metrics: Sequence[MetricSpec],
+    config: DetectorConfig,
+    dataset: ImageDataset,
+    device: torch.device,
+) -> Callable[[tuple[str, ...], Callable], list[dict[str, Any]]]:
+    """Return the function by which the training loop scores images against its whole dataset.
+
+    Detectors and references are made now, so that a missing one stops the run before it starts
+    and not hours later. Collective.
+    """
+    names = sorted({metric.feature.detector for metric in metrics})
+    detectors = make_detectors(names, config, shape_of(dataset), device)
+    needs = needed_features(metrics, of_reference=True)
+    references = dataset_references(dataset, needs, detectors, device)
+    by_name = {metric.name: metric for metric in metrics}
+
+    def evaluate(wanted: tuple[str, ...], generate: Callable) -> list[dict[str, Any]]:
+        chosen = [by_name[name] for name in wanted]
+        return score(chosen, generate, references, detectors, device)
+
+    return evaluate

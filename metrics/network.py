@@ -1,0 +1,92 @@
+"""What all detectors share that are neural networks: batches, arithmetic, identity."""
+
+import contextlib
+import hashlib
+from collections.abc import Collection, Iterator, Mapping
+
+import torch
+from torch import nn
+
+
+class NetworkDetector:
+    """A detector whose features are outputs of a network (see metrics.features.Detector).
+
+    A subclass says how uint8 images become the network's input and what its outputs are.
+    """
+
+    name: str
+    outputs: Mapping[str, int]
+    preprocessing: str
+    _max_batch = 64  # Bounds the memory of the activations, whatever batches the caller has.
+
+    def __init__(
+        self,
+        network: nn.Module,
+        device: torch.device | str,
+        *,
+        identity: str,
+        precision: str = "float32",
+    ) -> None:
+        """``identity`` names network and preprocessing exactly; weights are hashed besides."""
+        if precision not in ("float32", "bfloat16"):
+            raise ValueError(f"Precision {precision!r} of a detector; accepted: float32, bfloat16.")
+        self.precision = precision
+        self.hash = _hash(network, f"{identity}, {precision}")
+        self._network = network.eval().requires_grad_(False).to(device)
+
+    def _preprocess(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the network's input, float32, of uint8 images [N, C, H, W], C being 1 or 3."""
+        raise NotImplementedError
+
+    def _extract(self, x: torch.Tensor, outputs: Collection[str]) -> dict[str, torch.Tensor]:
+        """Return each of ``outputs`` [N, D] of the network's input."""
+        raise NotImplementedError
+
+    @torch.inference_mode()
+    def __call__(
+        self, images: torch.Tensor, outputs: Collection[str] = ("features",)
+    ) -> dict[str, torch.Tensor]:
+        """Return float32 [N, D] for each of ``outputs``, of uint8 images [N, C, H, W], C 1 or 3.
+
+        One channel counts as three equal ones.
+        """
+        assert set(outputs) <= set(self.outputs), outputs
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+            raise ValueError(
+                f"The {self.name} detector got {images.dtype} images of shape "
+                f"{list(images.shape)}; expected uint8 [N, C, H, W] with 1 or 3 channels."
+            )
+        parts: dict[str, list[torch.Tensor]] = {
+            name: [images.new_empty((0, self.outputs[name]), dtype=torch.float32)]
+            for name in outputs
+        }
+        for part in images.split(self._max_batch):
+            if len(part):
+                with _arithmetic(images.device, "float32"):
+                    x = self._preprocess(part).expand(-1, 3, -1, -1)
+                    x = x.contiguous(memory_format=torch.channels_last)
+                with _arithmetic(images.device, self.precision):
+                    found = self._extract(x, outputs)
+                for name in outputs:
+                    parts[name].append(found[name].to(torch.float32))
+        return {name: torch.cat(values) for name, values in parts.items()}
+
+
+@contextlib.contextmanager
+def _arithmetic(device: torch.device, precision: str) -> Iterator[None]:
+    """Compute in this precision, whatever the training run allows: a score is no place for TF32."""
+    allowed = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+def _hash(network: nn.Module, identity: str) -> str:
+    digest = hashlib.sha256(identity.encode())
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()
