@@ -155,8 +155,13 @@ def _check_value(config: Config, field: dataclasses.Field, hint: Any) -> None:
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """Return `` Did you mean 'x'?`` for the nearest of ``choices``, or an empty string."""
-    near = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    """Return `` Did you mean 'x'?`` for the nearest of ``choices``, or an empty string.
+
+    One that goes on where ``name`` ends is nearest.
+    """
+    choices = list(choices)
+    longer = [choice for choice in choices if name and choice.startswith(name)]
+    near = longer or difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
     return f" Did you mean '{near[0]}'?" if near else ""
 
 

@@ -183,3 +183,36 @@ def random_inception(base):
         # The published file has PyTorch's older format.
         torch.save(state, path, _use_new_zipfile_serialization=False)
     return path
+
+
+def tiny_dinov2(folder):
+    """Write a DINOv2 of two random blocks, made for 70x70 with patches of 14: a grid of 5x5."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.Dinov2Config(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=70, patch_size=14
+    )
+    network = transformers.Dinov2Model(config)
+    with torch.no_grad():
+        network.embeddings.position_embeddings.normal_()
+    network.save_pretrained(folder)
+    return folder
+
+
+def tiny_clip(folder):
+    """Write the image half of a CLIP of two random blocks, made for 42x42 with patches of 14."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.CLIPVisionConfig(
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=42,
+        patch_size=14,
+        projection_dim=10,
+    )
+    transformers.CLIPVisionModelWithProjection(config).save_pretrained(folder)
+    return folder

@@ -28,9 +28,11 @@ from benchmarks.measure import (
     peak_flops,
     peak_growth,
 )
+from benchmarks.metrics import benchmark_frechet
 from benchmarks.plain_diffit import build_plain_network, plain_attention
 from benchmarks.training import PARTS, PlainTrainingSteps, TrainingSteps
 from configs import get_preset
+from metrics.metric import get_metrics
 from models import build_network
 from models.diffit import DiffiTConfig
 from torch_utils.distributed import StopSignal
@@ -415,7 +417,9 @@ def test_memory_does_not_grow_with_ticks(synthetic, tmp_path):
     sampling = dataclasses.replace(run.sampling, steps=1)
     run = dataclasses.replace(run, logging=logging, sampling=sampling)
     with MemoryProbe() as probe:
-        evaluate = train.make_evaluate(run, dataset, CPU)
+        evaluate = train.make_evaluate(
+            get_metrics(run.logging.metrics), run.detectors, dataset, CPU
+        )
 
         def evaluate_and_note(names, generate):
             rows = evaluate(names, generate)
@@ -428,3 +432,22 @@ def test_memory_does_not_grow_with_ticks(synthetic, tmp_path):
             )
     assert len(probe.rows) == 31
     probe.assert_flat()
+
+
+class TestMetrics:
+    def test_both_ways_to_the_frechet_distance_agree(self):
+        text = benchmark_frechet(num_features=40, num_samples=100, num_rounds=1)
+        rows = [line.split() for line in text.splitlines()]
+        own, general = float(rows[1][-1]), float(rows[2][-1])
+        assert own == pytest.approx(general, abs=1e-5)
+        assert own > 0.01
+        assert float(re.search(r"differ by (\S+)\.$", text)[1]) < 1e-6
+
+    def test_every_way_of_extraction_is_timed(self, synthetic):
+        output = succeed(
+            script, "metrics", f"--data={synthetic}", "--images=3", "--rounds=1", "--features=8"
+        ).output
+        for name in ("decoding alone", "detector alone, float32", "from files, bfloat16"):
+            assert re.search(rf"{name} +[\d.]+", output)
+        assert "times as fast as with sqrtm" in " ".join(output.split())
+        assert "accepted: fp32, bf16" in fail(script, "metrics", "--precision=fp8")

@@ -270,6 +270,22 @@ def test_every_inception_metric_comes_from_one_pass(inception, data, generated, 
     assert lower[0]["value"] != rows[0]["value"]
 
 
+def test_dinov2_and_clip_score_from_local_folders(data, generated, tmp_path):
+    dinov2, clip = helpers.tiny_dinov2(tmp_path / "dino"), helpers.tiny_clip(tmp_path / "clip")
+    rows, _ = rows_of(
+        tmp_path,
+        f"--images={generated}",
+        f"--ref={data}",
+        "--num-images=30",
+        "--metrics=fd_dinov2_10k_full,cmmd10k_full",
+        f"--dinov2={dinov2}",
+        f"--clip={clip}",
+    )
+    assert [row["detector"] for row in rows] == ["dinov2/features", "clip/features"]
+    assert all(row["value"] > 0 for row in rows)
+    assert all("antialiased bicubic" in row["preprocessing"] for row in rows)
+
+
 def test_numbers_of_each_class_are_given_where_labels_are_known(data, network, tmp_path):
     args = [f"--network={network}", f"--ref={data}", "--metrics=fd_pixels,pr_pixels"]
     rows, output = rows_of(tmp_path, *args, "--num-images=30")

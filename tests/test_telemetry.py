@@ -36,6 +36,10 @@ def run(base, tmp_path_factory):
     return helpers.train_tiny(outdir, helpers.toy_data(base), "--tick=0", "--iters=3")
 
 
+def metric_row(value, kimg):
+    return dict(metric="fd_pixels", value=value, values=dict(fd_pixels=value), kimg=kimg)
+
+
 def strict_rows(path):
     """Parse JSON lines as the standard has them, without NaN."""
 
@@ -106,7 +110,9 @@ def test_event_files_hold_the_scalars_by_kimg(tmp_path):
     config = get_preset("digits").run
     telemetry = Telemetry(tmp_path, LoggingConfig(), config, 0)
     telemetry.record({"Loss/loss": dict(num=2, mean=0.5, std=0.1)}, 3000)
-    telemetry.record_metric(dict(metric="fd_pixels", value=0.25, kimg=3.0), 3000)
+    telemetry.record_metric(
+        dict(metric="fd_pixels", value=0.25, values=dict(fd=0.25), kimg=3.0), 3000
+    )
     telemetry.close()
     events = EventAccumulator(str(tmp_path)).Reload()
     for tag, value in (("Loss/loss", 0.5), ("Metrics/fd_pixels", 0.25)):
@@ -152,9 +158,24 @@ def test_a_run_with_a_loss_of_nan_writes_valid_rows(base, tmp_path, monkeypatch)
     assert "skipped 2 non-finite" in result.output
 
 
+def test_every_value_of_a_metric_becomes_a_scalar(telemetry, monkeypatch):
+    recorded = {}
+    monkeypatch.setattr(telemetry, "_scalars", lambda values, cur_nimg: recorded.update(values))
+    row = dict(metric="pr50k3_full", value=0.5, values=dict(precision=0.5, recall=0.25), kimg=1.0)
+    telemetry.record_metric(row, 1000)
+    assert recorded == {
+        "Metrics/pr50k3_full/precision": 0.5,
+        "Metrics/pr50k3_full/recall": 0.25,
+    }
+
+
 def test_scores_go_to_a_file_a_metric_of_their_own(telemetry, tmp_path):
-    telemetry.record_metric(dict(metric="fd_pixels", value=0.5, kimg=1.0), 1000)
-    telemetry.record_metric(dict(metric="fd_pixels", value=0.4, kimg=2.5), 2500)
+    telemetry.record_metric(
+        dict(metric="fd_pixels", value=0.5, values=dict(fd=0.5), kimg=1.0), 1000
+    )
+    telemetry.record_metric(
+        dict(metric="fd_pixels", value=0.4, values=dict(fd=0.4), kimg=2.5), 2500
+    )
     rows = strict_rows(tmp_path / "metric-fd_pixels.jsonl")
     assert [row["value"] for row in rows] == [0.5, 0.4]
     assert metric_is_recorded(tmp_path, "fd_pixels", 1000)
@@ -230,7 +251,9 @@ def test_weights_and_biases_get_the_configuration_and_every_number(wandb, tmp_pa
     for _ in range(2):
         telemetry = Telemetry(run_dir, logging, config, 0)
         telemetry.record({"Loss/loss": scalar(0.5)}, 2500)
-        telemetry.record_metric(dict(metric="fd_pixels", value=0.25, kimg=2.5), 2500)
+        telemetry.record_metric(
+            dict(metric="fd_pixels", value=0.25, values=dict(fd=0.25), kimg=2.5), 2500
+        )
         telemetry.close()
         options = wandb.call_args.kwargs
         ids.append(options["id"])

@@ -276,6 +276,8 @@ SHOWN_BY = {
 }
 # The values that runs of the table have anyway, and those that another test is about.
 DEFAULTS = {
+    "inception-input": {"tensorflow", "pytorch-fid"},
+    "detector-precision": {"fp32", "bf16"},
     "attention": {"auto", "flex"},
     "skip": {"stage"},
     "precond": {"edm"},
