@@ -19,8 +19,11 @@ from training.transforms import TRANSFORMS, parse_resolution
 def _user_errors() -> Iterator[None]:
     try:
         yield
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         raise click.ClickException(str(error)) from None
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise click.ClickException(f"{where}{error.strerror or error}.") from None
 
 
 @click.group(context_settings=dict(help_option_names=["-h", "--help"]))

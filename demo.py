@@ -28,7 +28,7 @@ def execute(title: str, script: str, *args: str) -> str:
     """Run one of the project's scripts, show its command and output, and return the output."""
     click.secho(f"\n== {title}", bold=True)
     click.echo(f"$ python {script} {shlex.join(args)}")
-    command = [sys.executable, "-u", script, *args]
+    command = [sys.executable, "-u", str(Path(__file__).resolve().parent / script), *args]
     # Threads that soon stop spinning: several times faster where something else runs beside them.
     environment = {"GOMP_SPINCOUNT": "20000", **os.environ}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:

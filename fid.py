@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from dnnlib.cli import ConfigCommand, is_given, raw_value, run
-from dnnlib.files import write_json
+from dnnlib.files import check_target, write_json
 from evaluation.images import ScoreConfig, open_source, shape_of
 from evaluation.neighbours import check_neighbours, find_neighbours, write_report
 from evaluation.scoring import (
@@ -107,6 +107,9 @@ def ref(config: DetectorConfig, data: str, dest: Path, metrics: str, batch: int)
 
     Example: python fid.py ref --data=datasets/cifar10.zip --dest=cifar10.npz
     """
+    check_target("--dest", dest)
+    if dest.suffix != ".npz":
+        raise click.UsageError(f"--dest: got {dest}; the file's name must end with .npz.")
     specs = parse_metrics(metrics)
     needs = needed_features(specs, of_reference=True)
     if not needs:
@@ -165,6 +168,8 @@ def calc(
 
     Nothing is written but the rows asked for; a snapshot's images never touch the disk.
     """
+    if json_path is not None:
+        check_target("--json", json_path)
     specs = parse_metrics(metrics)
     names = sorted({spec.feature.detector for spec in specs})
     detector_config = used_detectors(config, names, f"--metrics={metrics}")
@@ -247,6 +252,7 @@ def neighbours(
     """
     detector_config = used_detectors(config, [detector], f"--detector={detector}")
     check_source(config, network, images)
+    check_target("--outdir", outdir, is_folder=True)
     device = distributed.init()
     source = open_source(
         images or network,

@@ -8,6 +8,7 @@ import torch
 
 from dnnlib.cli import ConfigCommand, is_given, parse_int_ranges, raw_value, run
 from dnnlib.config import Config
+from dnnlib.files import check_target
 from dnnlib.progress import progress
 from torch_utils import distributed
 from training.generation import (
@@ -25,7 +26,7 @@ from training.pictures import image_grid, read_image, save_image, to_pil
 EXAMPLES = """
   # 64 images, one per seed, and one picture of them all:
   python generate.py --network=runs/00000-x/network-snapshot-000154.pkl --outdir=out \\
-      --seeds=0-63 --grid=out/grid.png
+      --seeds=0-63 --grid=out.png
 
   # Ten images of each of ten classes, more alike to their class:
   python generate.py --network=network.pkl --outdir=out --seeds=0-99 --class=0-9 --cfg-scale=1.5
@@ -82,6 +83,12 @@ def main(
     seed_list = parse_int_ranges(seeds)
     chosen = parse_classes(classes, snapshot.data.class_names)
     labels = labels_of_seeds(seed_list, chosen)
+    paths = [image_path(outdir, seed, subdirs) for seed in seed_list]
+    check_target("--outdir", outdir, is_folder=True)
+    if grid is not None:
+        check_target("--grid", grid)
+        if grid.absolute() in {path.absolute() for path in paths}:
+            raise click.UsageError(f"--grid: {grid} is the file of one of the images.")
     device = distributed.init()
     generator = make_generator(
         snapshot,
@@ -95,7 +102,6 @@ def main(
     # Images of another protocol in the same folder would pass for this one's.
     protocol = dict(snapshot=snapshot.sha256, classes=chosen, **generator.protocol())
     distributed.on_main(lambda: claim_outdir(outdir, protocol))
-    paths = [image_path(outdir, seed, subdirs) for seed in seed_list]
     todo = distributed.broadcast_object([row for row, p in enumerate(paths) if not p.is_file()])
     if len(todo) < len(paths):
         distributed.print0(f"{len(paths) - len(todo)} of {len(paths)} images exist already.")

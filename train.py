@@ -2,10 +2,12 @@
 
 import dataclasses
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -13,7 +15,7 @@ import torch
 from configs.presets import PRESET_OF_RESOLUTION, PRESETS, get_preset
 from dnnlib.cli import ConfigCommand, raw_value, run, settings
 from dnnlib.config import Config
-from dnnlib.files import atomic_write
+from dnnlib.files import atomic_write, check_target
 from dnnlib.text import join_names
 from evaluation.scoring import make_evaluate
 from metrics.metric import get_metrics
@@ -49,7 +51,8 @@ def base_config(args: Sequence[str]) -> RunConfig | None:
     preset, resume = raw_value(args, "preset"), raw_value(args, "resume")
     resolution = raw_value(args, "resolution")
     if preset is None and resume not in (None, "auto"):
-        return runs.read_options(runs.resume_paths(resume)[0])
+        report = print if int(os.environ.get("RANK", 0)) == 0 else lambda text: None
+        return runs.read_options(runs.resume_paths(resume)[0], report)
     if preset is None and resolution is not None:
         if not resolution.isdigit() or int(resolution) not in PRESET_OF_RESOLUTION:
             known = join_names(f"{r} ({p})" for r, p in PRESET_OF_RESOLUTION.items())
@@ -123,6 +126,12 @@ def main(
         # The weights are good from the start: the average need not forget its first steps.
         training = dataclasses.replace(config.training, ema_rampup=None)
         config = dataclasses.replace(config, training=training)
+    if transfer is not None and not transfer.is_file():
+        raise click.UsageError(f"--transfer: {transfer}: no such file.")
+    if desc is not None and not re.fullmatch(r"[\w.,=+-]+", desc):
+        raise click.UsageError(f"--desc: got {desc!r}; accepted: letters, digits and . , = + - _")
+    if outdir is not None:
+        check_target("--outdir", outdir, is_folder=True)
     if dry_run:
         note = ""
         if config.data.data and Path(config.data.data).exists():
@@ -134,7 +143,8 @@ def main(
             if config.data.data:
                 note = f"\n{config.data.data} is not there: assuming the preset's usual data."
         world_size = int(os.environ.get("WORLD_SIZE", 1))
-        description = describe_run(config, world_size, torch.device("cpu"))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        description = describe_run(config, world_size, device)
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"{describe_config(config)}\n{description}{note}")
         return 0
@@ -162,17 +172,24 @@ def main(
     evaluate = make_evaluate(specs, config.detectors, dataset, device) if specs else None
 
     # Find or make the run folder.
+    snapshot = load_snapshot(transfer) if transfer is not None else None
+    origin = runs.origin_of(snapshot, desc)
     if resume == "auto":
-        run_dir = distributed.on_main(lambda: runs.find_same_run(outdir, config, print))
-    state = None
-    if run_dir is not None:
-        distributed.on_main(lambda: runs.clear_leftovers(run_dir))
-        state = runs.load_resume_state(run_dir, exact_state, config, distributed.print0)
-    snapshot = load_snapshot(transfer) if transfer is not None and state is None else None
-    if run_dir is None:
+        run_dir = distributed.on_main(lambda: runs.find_same_run(outdir, config, origin, print))
+    is_new = run_dir is None
+    if is_new:
         run_dir = runs.make_run_dir(outdir, runs.describe(config, dataset, desc))
+    locks: list[Any] = []
+    distributed.on_main(lambda: locks.append(runs.lock(run_dir)))
+    state = None
+    if not is_new:
+        distributed.on_main(lambda: runs.clear_leftovers(run_dir))
+        state = runs.load_resume_state(
+            run_dir, exact_state, config, dataset.content_hash, distributed.print0
+        )
     if distributed.is_main():
         facts = dict(command=sys.argv, world_size=distributed.world_size(), device=str(device))
+        facts["origin"] = runs.stored_origin(run_dir) if explicit_resume else origin
         runs.write_options(run_dir, config, {**facts, "packages": package_versions()})
         print(f"Training on {dataset.name}: {len(dataset)} images. Writing to {run_dir}")
         print(describe_run(config, distributed.world_size(), device), flush=True)
@@ -183,10 +200,12 @@ def main(
         dataset,
         device,
         resume_state=state,
-        transfer=snapshot,
+        transfer=snapshot if state is None else None,
         evaluate=evaluate,
         stop_signal=stop_signal,
     )
+    for held in filter(None, locks):
+        held.close()
     if not finished and distributed.is_main():
         with atomic_write(run_dir / runs.REQUEUE_FILE, "w") as file:
             file.write(f"{time.time():.0f}\n")

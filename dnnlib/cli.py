@@ -8,6 +8,7 @@ given options replaced.
 
 import contextlib
 import dataclasses
+import errno
 import os
 import sys
 import time
@@ -283,7 +284,8 @@ def run(command: click.Command) -> None:
     """Run a script's command and exit with its result as the exit code.
 
     A ValueError raised by this project is a user's error and becomes one sentence, printed once a
-    node under torchrun. An error raised by a library keeps its traceback.
+    node under torchrun; so does an error of a file or disk. Another error raised by a library keeps
+    its traceback.
     """
     quiet = int(os.environ.get("LOCAL_RANK", 0)) != 0
     try:
@@ -301,6 +303,13 @@ def run(command: click.Command) -> None:
         else:
             click.echo(f"Error: {error}", err=True)
         sys.exit(getattr(error, "exit_code", 1))
+    except OSError as error:
+        # Of files and disks; others, such as those of connections, keep their traceback.
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = "" if error.filename is None else f"{error.filename}: "
+        click.echo(f"Error: {where}{error.strerror}.", err=True)
+        sys.exit(1)
     except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted.", err=True)
         sys.exit(130)

@@ -92,6 +92,8 @@ def accepted_values(field: dataclasses.Field, hint: Any) -> str:
         )
         if is_tuple:
             text = {"an integer": "integers", "a number": "numbers"}.get(text, text)
+            length = typing.get_args(base)
+            text = text if Ellipsis in length else f"{len(length)} {text}"
             text += " separated by commas"
         low, high = meta.get("min"), meta.get("max")
         if low is not None and high is not None:

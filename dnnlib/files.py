@@ -42,6 +42,25 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb", **kwargs: Any) -> It
     _fsync_folder(path.parent)
 
 
+def check_target(option: str, path: str | os.PathLike, *, is_folder: bool = False) -> None:
+    """Raise ValueError if nothing could be written to ``path``, before work is done for it.
+
+    Args:
+        option: What the user named the path by.
+        path: The file to be written, or with ``is_folder`` the folder to write into.
+    """
+    path = Path(path)
+    if not is_folder and path.is_dir():
+        raise ValueError(f"{option}: {path} is a folder; give the name of a file.")
+    for folder in [path, *path.parents] if is_folder else path.absolute().parents:
+        if folder.exists():
+            if not folder.is_dir():
+                raise ValueError(f"{option}: {path} cannot be written, because {folder} is a file.")
+            if not os.access(folder, os.W_OK):
+                raise ValueError(f"{option}: {path} cannot be written: no permission in {folder}.")
+            return
+
+
 def _fsync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -55,11 +55,11 @@ class PixelDetector:
     """The pixels themselves, as values in [0, 1]: needs no network, suits small images."""
 
     name = "pixels"
-    preprocessing = "x / 255, flattened"
     precision = "float32"
 
     def __init__(self, image_shape: ImageShape) -> None:
         self.image_shape = tuple(image_shape)
+        self.preprocessing = f"x / 255 of {'x'.join(map(str, image_shape))} [C, H, W], flattened"
         self.outputs = {"features": image_shape[0] * image_shape[1] * image_shape[2]}
         identity = f"pixels: uint8/255, flattened from CHW {list(image_shape)}"
         self.hash = hashlib.sha256(identity.encode()).hexdigest()

@@ -168,7 +168,7 @@ def test_a_row_tells_the_whole_protocol(network, data, tmp_path):
     assert row["guidance"]["cfg_scale"] == 2
     assert row["precision"] == "bfloat16"
     assert row["detector"] == "pixels/features"
-    assert row["preprocessing"] == "x / 255, flattened"
+    assert row["preprocessing"] == "x / 255 of 3x8x8 [C, H, W], flattened"
     assert row["detector_precision"] == "float32"
     assert row["ema"] == {"halflife_kimg": 0.2, "rampup": 0.05}
     assert "clip(127.5 x + 128)" in row["rounding"]
@@ -402,6 +402,7 @@ def test_what_neighbours_cannot_do_is_refused(args, parts, base, data, generated
             "--images=GEN --metrics=fd_pixels --num-images=20 --noise-band=3",
             ["needs 20 images in each of 3 blocks", "--num-images=14"],
         ),
+        ("--images=GEN --metrics=fd_pixels --json=GEN", ["--json", "is a folder"]),
         ("--images=GEN --metrics=fd_pixels --noise-band=1", ["--noise-band", "1"]),
         ("--images=GEN --metrics=fd_pixels --dinov2=a", ["--dinov2 has no effect with"]),
         ("--images=GEN --metrics=fd_pixels --num-images=1", ["--num-images", "1"]),

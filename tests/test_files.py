@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dnnlib import safe_pickle
-from dnnlib.files import atomic_write, fetch, sha256_of_file
+from dnnlib.files import atomic_write, check_target, fetch, sha256_of_file
 from dnnlib.text import format_count, format_time, join_names
 
 
@@ -125,3 +125,22 @@ def test_arrays_and_containers_are_read_as_they_were_written(protocol, dtype):
     np.testing.assert_array_equal(read["b"], array)
     assert read["a"][0].dtype == array.dtype
     assert read["a"][1] == (1.5, None)
+
+
+class TestCheckTarget:
+    def test_takes_new_and_existing_files_and_folders(self, tmp_path):
+        check_target("--json", tmp_path / "a" / "b.json")
+        check_target("--outdir", tmp_path / "a" / "b", is_folder=True)
+        check_target("--outdir", tmp_path, is_folder=True)
+
+    def test_refuses_what_could_not_be_written(self, tmp_path):
+        file = tmp_path / "file"
+        file.touch()
+        check_target("--json", file)
+        with pytest.raises(ValueError, match=r"--json: .* is a folder; give the name of a file"):
+            check_target("--json", tmp_path)
+        for path in (file, file / "deeper"):
+            with pytest.raises(ValueError, match=rf"--outdir: .* because {file} is a file"):
+                check_target("--outdir", path, is_folder=True)
+        with pytest.raises(ValueError, match=rf"--json: .* because {file} is a file"):
+            check_target("--json", file / "a.json")

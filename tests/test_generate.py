@@ -277,3 +277,14 @@ def test_help_shows_the_groups_and_runnable_examples():
 def test_help_with_a_network_shows_its_own_protocol(network):
     output = helpers.succeed(generate, f"--network={network}", "--help").output
     assert "Number of sampling steps. [default: 4]" in " ".join(output.split())
+
+
+def test_the_picture_of_all_cannot_take_the_place_of_an_image(base, tmp_path):
+    network = helpers.trained_snapshot(base)
+    out = tmp_path / "out"
+    args = [f"--network={network}", f"--outdir={out}", "--seeds=0-1"]
+    message = helpers.fail(generate, *args, f"--grid={out / '000001.png'}")
+    assert "000001.png is the file of one of the images" in message
+    assert "is a file" in helpers.fail(generate, *args, f"--grid={network}/grid.png")
+    assert "is a file" in helpers.fail(generate, args[0], f"--outdir={network}")
+    assert not out.exists()

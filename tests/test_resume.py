@@ -1,16 +1,18 @@
 """Runs that were killed, continued, damaged or transferred, in processes of their own."""
 
+import json
 import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 
 import psutil
 import pytest
 import torch
-from helpers import fail, succeed
+from helpers import ROOT, fail, succeed
 from training_runs import (
     FULL,
     TINY,
@@ -26,6 +28,8 @@ from training_runs import (
 
 import train as train_script
 from training.checkpoint import find_states, load_snapshot, load_state
+from training.conversion import convert
+from training.sources import open_source
 
 
 def test_a_run_killed_twice_equals_the_uninterrupted_one(train, uninterrupted, tmp_path):
@@ -181,12 +185,52 @@ def test_unfit_resume_requests_are_refused_with_a_sentence(finished, digits_zip,
     assert "--resume or --transfer" in fail(
         train_script, f"--resume={newest}", f"--transfer={snapshot}"
     )
+
+
+@pytest.mark.parametrize("damage", ["missing", "damaged"])
+def test_without_its_options_a_run_goes_on_by_those_in_its_state(
+    damage, finished, digits_zip, tmp_path
+):
     options_file = finished / "training_options.json"
-    options_file.write_text(options_file.read_text()[:100])
+    whole = options_file.read_text()
+    for resume in ("auto", finished):
+        if damage == "missing":
+            options_file.unlink()
+        else:
+            options_file.write_text(whole[:100])
+        args = options(finished, digits_zip) if resume == "auto" else ()
+        result = succeed(train_script, *args, f"--resume={resume}", "--kimg=0.064")
+        reason = "is missing" if damage == "missing" else "cannot be read"
+        assert f"{options_file}: {reason}" in result.output
+        assert "the configuration in training-state-" in result.output
+        assert "Resuming from" in result.output
+        found, expected = (json.loads(text)["config"] for text in (options_file.read_text(), whole))
+        assert found["model"] == expected["model"]
+        assert found["training"]["seed"] == expected["training"]["seed"]
+    assert len(list(finished.parent.iterdir())) == 1
+    # Without any state there is nothing to go by.
+    for path in find_states(finished):
+        path.unlink()
+    options_file.write_text(whole[:100])
     assert f"{options_file}: cannot be read" in fail(train_script, f"--resume={finished}")
-    result = succeed(train_script, *options(finished, digits_zip), "--resume=auto", "--kimg=0.064")
-    assert f"Skipped: {options_file}: cannot be read" in result.output
-    assert len(list(finished.parent.iterdir())) == 2
+
+
+def test_other_data_are_reported_and_another_process_is_kept_out(finished, digits_zip, tmp_path):
+    other = tmp_path / "other.zip"
+    convert(open_source("digits"), other, max_images=150, num_workers=1)
+    result = succeed(train_script, f"--resume={finished}", f"--data={other}", "--kimg=0.064")
+    assert "The training data are not those that the run began with" in result.output
+    program = f"from training.runs import lock; lock(__import__('pathlib').Path({str(finished)!r}))"
+    hold = f"{program.replace('lock(__', 'held = lock(__')}; print('held', flush=True); input()"
+    command = [sys.executable, "-c", hold]
+    with subprocess.Popen(
+        command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout.readline() == "held\n"
+        message = fail(train_script, f"--resume={finished}")
+        assert "another process is training here" in message
+        process.communicate("")
+    succeed(train_script, f"--resume={finished}")
 
 
 def test_a_state_with_any_damage_is_named_or_loads_as_it_was(finished, tmp_path):
@@ -217,6 +261,28 @@ def test_auto_starts_a_run_of_its_own_for_another_command(finished, digits_zip):
     assert sorted(path.name[:5] for path in finished.parent.iterdir()) == ["00000", "00001"]
 
 
+def test_auto_starts_a_run_of_its_own_for_other_first_weights_and_another_description(
+    finished, digits_zip, tmp_path
+):
+    snapshot = max(finished.glob("network-snapshot-*.pkl"))
+    outdir = tmp_path / "auto"
+    args = (f"--outdir={outdir}", f"--data={digits_zip}", *TINY, "--workers=0", "--iters=1")
+    args += ("--resume=auto", "--augment=0")
+
+    def num_runs(*more):
+        succeed(train_script, *args, *more)
+        return len(list(outdir.iterdir()))
+
+    assert num_runs() == 1
+    assert num_runs("--desc=a") == 2
+    assert num_runs(f"--transfer={snapshot}") == 3
+    assert num_runs(f"--transfer={snapshot}") == 3
+    assert num_runs("--desc=a") == 3
+    succeed(train_script, f"--resume={max(outdir.iterdir())}", "--iters=2")
+    assert num_runs(f"--transfer={snapshot}") == 3
+    assert num_runs("--desc=b") == 4
+
+
 def test_transfer_reports_what_it_loaded_and_what_not(finished, digits_zip, tmp_path):
     snapshot = max(finished.glob("network-snapshot-*.pkl"))
     outdir = tmp_path / "new"
@@ -226,13 +292,15 @@ def test_transfer_reports_what_it_loaded_and_what_not(finished, digits_zip, tmp_
     output = succeed(train_script, *args, "--iters=1").output
     report = re.search(
         r"Transfer from (.*): (\d+) of (\d+) tensors loaded.\n"
+        r"  Loaded: (.*)\n"
         r"  Missing \(kept as initialised\): (.*)\n"
         r"  Mismatched shape \(kept as initialised\): (.*)\n"
         r"  Unexpected \(not used\): (.*)\n",
         output,
     )
     assert report[1] == str(snapshot)
-    missing, mismatched, unexpected = (set(report[n].split(", ")) for n in (4, 5, 6))
+    missing, mismatched, unexpected = (set(report[n].split(", ")) for n in (5, 6, 7))
+    assert "backbone." in report[4]
 
     # The first step of a ramp has learning rate 0: the weights are those that were loaded.
     given, net = load_snapshot(snapshot).state_dict, final_state(only_run(outdir))["net"]

@@ -383,3 +383,17 @@ def test_a_source_that_is_none_is_explained(tmp_path):
     code, output = convert(tmp_path / "in", tmp_path / "out.tar.gz")
     assert code == 1
     assert "accepted: a name ending in .zip or .npz, or a folder" in output
+
+
+def test_a_link_back_to_a_folder_above_is_not_followed_round(tmp_path):
+    folder = make_folder(tmp_path / "images", ["a/0.png", "b/1.png"])
+    (folder / "a" / "again").symlink_to(folder)
+    elsewhere = make_folder(tmp_path / "elsewhere", ["2.png"])
+    (folder / "c").symlink_to(elsewhere)
+    assert open_source(str(folder)).num_images == 3
+
+
+def test_a_single_class_folder_is_named_in_a_note(tmp_path):
+    folder = make_folder(tmp_path / "images", ["cat/0.png", "cat/1.png"])
+    (note,) = open_source(str(folder)).notes
+    assert "No labels: all images are in one folder, cat" in note

@@ -200,6 +200,15 @@ def test_rows_after_the_last_state_are_dropped_before_they_are_written_again(tmp
     assert stats.read_text() == ""
 
 
+def test_a_damaged_line_before_the_last_is_named(tmp_path, capsys):
+    stats = tmp_path / "stats.jsonl"
+    rows = [json.dumps({"Progress/kimg": scalar(kimg)}) for kimg in (0.5, 0.7, 0.9)]
+    stats.write_text("\n".join([rows[0], rows[1][:9], rows[2], rows[2][:5]]))
+    trim_rows(tmp_path, 1000)
+    assert capsys.readouterr().out == f"{stats}: line 2 cannot be read and is left out.\n"
+    assert stats.read_text() == f"{rows[0]}\n{rows[2]}\n"
+
+
 def test_a_cut_off_line_is_dropped_even_if_it_reads_as_a_number(tmp_path):
     stats = tmp_path / "stats.jsonl"
     row = json.dumps({"Progress/kimg": scalar(0.5)})

@@ -600,6 +600,13 @@ DATA = "--outdir=OUT --data=TOY"
         ("--preset=digits --num-heads=5", ["--num-heads: got 5", "--base-dim"]),
         ("--preset=digits --window=3", ["--window: got 3", "8x8"]),
         ("--preset=digits --sigma-min=90", ["--sigma-min: got 90", "below --sigma-max"]),
+        (
+            "--preset=digits --dry-run --transfer=absent.pkl",
+            ["absent.pkl: no such file"],
+        ),
+        ("--preset=digits --dry-run --desc=a/b", ["--desc: got 'a/b'", "letters"]),
+        ("--preset=digits --dry-run --outdir=TOY", ["--outdir", "toy.zip is a file"]),
+        ("--preset=digits --dry-run --cfg-scale=2 --cfg-interval=1", ["2 numbers separated"]),
         ("--preset=digits extra", ["unexpected extra argument", "extra"]),
     ],
 )

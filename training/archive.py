@@ -220,8 +220,15 @@ class FolderArchive(Archive):
     def __init__(self, path: Path) -> None:
         self.path = path
         found = []
+        seen: set[str] = set()
         for folder, folders, files in os.walk(path, followlinks=True):
-            folders[:] = [name for name in folders if not is_hidden(name)]
+            # A link back to a folder above would lead round in circles.
+            real = os.path.realpath(folder)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if not is_hidden(name))
             prefix = Path(folder).relative_to(path).as_posix()
             prefix = "" if prefix == "." else prefix + "/"
             found += [prefix + name for name in files if is_image_name(name)]

@@ -13,6 +13,7 @@ import pickle
 import platform
 import re
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,7 @@ def transfer_weights(network: torch.nn.Module, snapshot: Snapshot) -> str:
     network.load_state_dict({name: given[name] for name in loaded}, strict=False)
     lines = [f"Transfer from {snapshot.path}: {len(loaded)} of {len(own)} tensors loaded."]
     for title, names in (
+        ("Loaded", _by_module(loaded)),
         ("Missing (kept as initialised)", missing),
         ("Mismatched shape (kept as initialised)", mismatched),
         ("Unexpected (not used)", unexpected),
@@ -198,6 +200,17 @@ def transfer_weights(network: torch.nn.Module, snapshot: Snapshot) -> str:
         if names:
             lines.append(f"  {title}: {', '.join(names)}")
     return "\n".join(lines)
+
+
+def _by_module(names: Sequence[str]) -> list[str]:
+    """Return names with those of one block (three levels deep) as one, such as ``a.b.0.* (12)``."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(".".join(name.split(".")[:3]), []).append(name)
+    return [
+        found[0] if len(found) == 1 else f"{group}.* ({len(found)})"
+        for group, found in groups.items()
+    ]
 
 
 def weights_hash(state_dict: dict[str, torch.Tensor]) -> str:
@@ -262,4 +275,6 @@ def _load(path: Path, expected_format: str, what: str) -> dict[str, Any]:
 def _is_bare_pickle(path: Path) -> bool:
     with open(path, "rb") as file:
         start = file.read(2)
-    return len(start) == 2 and start[0] == 0x80 and start[1] <= pickle.HIGHEST_PROTOCOL
+    # Protocols from 2 on begin with their number, older ones with what the first object is.
+    newer = len(start) == 2 and start[0] == 0x80 and start[1] <= pickle.HIGHEST_PROTOCOL
+    return newer or start[:1] in (b"(", b"c", b"]", b"}")

@@ -330,6 +330,7 @@ def training_loop(
             elapsed_sec=elapsed_sec,
             num_skipped=num_skipped,
             metrics_due=metrics_due,
+            data_hash=data.content_hash,
             snapshot=snapshot_path(run_dir, cur_nimg).name if snap_due else None,
         )
         if snap_due:

@@ -37,6 +37,8 @@ def describe_run(config: RunConfig, world_size: int, device: torch.device) -> st
     steps = -(-config.total_nimg // training.batch)
     classes = f"{model.num_classes} classes" if model.num_classes else "unconditional"
     kind = f"{model.family}, {model.resolution}x{model.resolution}x{model.img_channels}"
+    logging = config.logging
+    kimg_per_snapshot = logging.tick * min(logging.snap, logging.dump or logging.snap)
     rows = {
         "preset": config.preset,
         "model": f"{kind}, {classes}",
@@ -49,6 +51,11 @@ def describe_run(config: RunConfig, world_size: int, device: torch.device) -> st
         "attention": attention_backend(model, device),
         "device": str(device),
     }
+    if kimg_per_snapshot < 1:
+        rows["note"] = (
+            f"snapshots and states come every {kimg_per_snapshot:g} kimg, but their names count "
+            "whole ones: of those in the same kimg the last stays (see --tick, --snap, --dump)"
+        )
     return "\n".join(f"  {name:<13} {value}" for name, value in rows.items())
 
 

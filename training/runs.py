@@ -1,17 +1,18 @@
 """Run folders: making, finding and resuming them."""
 
 import dataclasses
+import fcntl
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dnnlib.config import from_dict, to_dict
 from dnnlib.files import atomic_write
 from torch_utils import distributed
 from training.augment import NUM_LABELS
-from training.checkpoint import find_states, load_state
+from training.checkpoint import Snapshot, find_states, load_state
 from training.config import RunConfig, check_guidance
 from training.dataset import ImageDataset
 
@@ -101,9 +102,15 @@ def make_run_dir(outdir: Path, desc: str) -> Path:
     def make() -> Path:
         outdir.mkdir(parents=True, exist_ok=True)
         numbers = [int(match.group()) for path in outdir.iterdir() if (match := _number(path))]
-        run_dir = outdir / f"{max(numbers, default=-1) + 1:05d}-{desc}"
-        run_dir.mkdir()
-        return run_dir
+        number = max(numbers, default=-1) + 1
+        while True:
+            run_dir = outdir / f"{number:05d}-{desc}"
+            try:
+                run_dir.mkdir()
+            except FileExistsError:  # Another run that starts now took the number.
+                number += 1
+                continue
+            return run_dir
 
     return distributed.on_main(make)
 
@@ -118,15 +125,68 @@ def write_options(run_dir: Path, config: RunConfig, facts: dict[str, Any]) -> No
         json.dump({"config": to_dict(config), **facts}, file, indent=2)
 
 
-def read_options(run_dir: Path) -> RunConfig:
-    """Return the configuration of a run folder; raises ValueError if it has none."""
+def read_options(run_dir: Path, report: Callable[[str], None]) -> RunConfig:
+    """Return the configuration of a run folder; raises ValueError if it has none.
+
+    If ``training_options.json`` is missing or damaged, that is named through ``report`` and the
+    configuration in the newest readable training state is used.
+    """
+    return _read_start(run_dir, report)[0]
+
+
+def _read_start(
+    run_dir: Path, report: Callable[[str], None]
+) -> tuple[RunConfig, dict[str, Any] | None]:
+    """Return a run's configuration and its origin (see :func:`origin_of`), None if unknown."""
     path = run_dir / "training_options.json"
     try:
-        return from_dict(RunConfig, json.loads(path.read_text(encoding="utf-8"))["config"])
-    except FileNotFoundError as error:
-        raise ValueError(f"{run_dir}: not a run folder (no training_options.json).") from error
+        options = json.loads(path.read_text(encoding="utf-8"))
+        return from_dict(RunConfig, options["config"]), options.get("origin")
+    except FileNotFoundError:
+        reason = "is missing"
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}).") from error
+        reason = f"cannot be read ({error})"
+    for state_file in find_states(run_dir):
+        try:
+            config = from_dict(RunConfig, load_state(state_file)["config"])
+        except ValueError:
+            continue
+        report(f"{path}: {reason}; the configuration in {state_file.name} is used.")
+        return config, None
+    if reason == "is missing":
+        raise ValueError(f"{run_dir}: not a run folder (no training_options.json).")
+    raise ValueError(f"{path}: {reason}.")
+
+
+def stored_origin(run_dir: Path) -> dict[str, Any] | None:
+    """Return the origin noted in a run folder, None if unknown."""
+    return _read_start(run_dir, lambda text: None)[1]
+
+
+def origin_of(transfer: Snapshot | None, desc: str | None) -> dict[str, Any]:
+    """Return what makes a run another one besides its configuration: first weights, description."""
+    return dict(transfer=None if transfer is None else transfer.sha256, desc=desc)
+
+
+def lock(run_dir: Path) -> IO | None:
+    """Keep other processes from training in a run folder until the returned file is closed.
+
+    The system ends the lock with this process, however that ends. None where it cannot lock.
+    Raises ValueError if another process holds the lock.
+    """
+    file = open(run_dir / ".lock", "w")
+    try:
+        # Unlike flock's, this kind of lock is not shared by forked data loaders.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise ValueError(
+            f"{run_dir}: another process is training here; wait for its end, or stop it."
+        ) from None
+    except OSError:  # Some network file systems have no locks.
+        file.close()
+        return None
+    return file
 
 
 def clear_leftovers(run_dir: Path) -> None:
@@ -137,22 +197,26 @@ def clear_leftovers(run_dir: Path) -> None:
             path.unlink()
 
 
-def find_same_run(outdir: Path, config: RunConfig, report: Callable[[str], None]) -> Path | None:
+def find_same_run(
+    outdir: Path, config: RunConfig, origin: dict[str, Any], report: Callable[[str], None]
+) -> Path | None:
     """Return the newest run folder in ``outdir`` that computes the same as ``config``.
 
-    Duration, logging and sampling may differ; they do not change the weights on the way. Folders
-    that cannot be compared are named through ``report``.
+    Duration, logging and sampling may differ; they do not change the weights on the way. The
+    ``origin`` (see :func:`origin_of`) may not. Folders that cannot be compared are named through
+    ``report``.
     """
     if not outdir.is_dir():
         return None
     for path in sorted(outdir.iterdir(), reverse=True):
-        if _number(path) and (path / "training_options.json").is_file():
+        if _number(path) and (find_states(path) or (path / "training_options.json").is_file()):
             try:
-                other = read_options(path)
+                other, other_origin = _read_start(path, report)
             except ValueError as error:
                 report(f"Skipped: {error}")
                 continue
-            if _identity(to_dict(other)) == _identity(to_dict(config)):
+            same = _identity(to_dict(other)) == _identity(to_dict(config))
+            if same and other_origin in (None, origin):
                 return path
     return None
 
@@ -169,13 +233,18 @@ def _identity(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_resume_state(
-    run_dir: Path, exact: Path | None, config: RunConfig, report: Callable[[str], None]
+    run_dir: Path,
+    exact: Path | None,
+    config: RunConfig,
+    data_hash: str,
+    report: Callable[[str], None],
 ) -> dict[str, Any] | None:
     """Return the newest readable training state of a run folder on every rank. Collective.
 
     A damaged file is named through ``report`` and the one before it is used. ``exact`` asks for
     one particular file, which must be readable. Returns None if the folder has no state yet, which
-    means to start from the beginning. Raises ValueError if the state is of another model.
+    means to start from the beginning. Other settings than those of the state, and other data than
+    those of ``data_hash``, are reported. Raises ValueError if the state is of another model.
     """
 
     def load() -> tuple[dict[str, Any] | None]:
@@ -195,6 +264,12 @@ def load_resume_state(
     loaded = distributed.on_main_tree(load)[0]
     if loaded is not None:
         check_same_model(to_dict(config), loaded["config"], report)
+        if loaded["progress"].get("data_hash", data_hash) != data_hash:
+            report(
+                "The training data are not those that the run began with (or their files were "
+                "copied or touched, if they are a folder): what follows differs from a run that "
+                "was never interrupted."
+            )
     return loaded
 
 

@@ -159,7 +159,8 @@ def _labels_from_folders(
     parts = [name.removeprefix(folder).split("/") for name in archive.names]
     outside = [index for index, part in enumerate(parts) if len(part) == 1]
     if len(outside) == len(parts):
-        return None, ("No labels: the images are not in one folder per class.",)
+        where = f"all images are in one folder, {folder.rstrip('/')}" if folder else "no folders"
+        return None, (f"No labels: {where}; give one folder per class for labels.",)
     if outside:
         raise ValueError(
             f"{archive.label(outside[0])}: lies outside the class folders that other images are "
@@ -168,7 +169,10 @@ def _labels_from_folders(
     class_names = sorted({part[0] for part in parts})
     index = {name: number for number, name in enumerate(class_names)}
     labels = np.array([index[part[0]] for part in parts], np.int64)
-    return (labels, class_names), ()
+    notes = ()
+    if len(class_names) == 1:
+        notes = (f"One class only: the first folder level holds nothing but {class_names[0]!r}.",)
+    return (labels, class_names), notes
 
 
 def _array_source(

@@ -11,7 +11,7 @@ import torch
 
 from dnnlib.config import Config, to_dict
 from dnnlib.files import atomic_write
-from dnnlib.text import format_time
+from dnnlib.text import format_time, join_names
 from training.config import LoggingConfig
 
 Stats = dict[str, dict[str, float]]
@@ -98,12 +98,19 @@ def tick_line(fields: dict[str, dict[str, float]], total_nimg: int, num_skipped:
 
 
 def trim_rows(run_dir: Path, cur_nimg: int) -> None:
-    """Drop the rows that a killed run wrote after its last state; they will be written again."""
+    """Drop the rows that a killed run wrote after its last state; they will be written again.
+
+    A damaged row is left out too; unless it is the last, which a kill may cut off, it is named.
+    """
     limit = cur_nimg / 1000 + 1e-9
     for path in [run_dir / "stats.jsonl", *run_dir.glob("metric-*.jsonl")]:
         if not path.is_file():
             continue
         text = path.read_text(encoding="utf-8", errors="replace")
+        lines = text.splitlines()
+        damaged = [number for number, line in enumerate(lines[:-1], 1) if not _is_row(line)]
+        if damaged:
+            print(f"{path}: line {join_names(map(str, damaged))} cannot be read and is left out.")
         kept = "".join(line + "\n" for line in text.splitlines() if _row_kimg(line) <= limit)
         if kept != text:
             with atomic_write(path, "w", encoding="utf-8") as file:
@@ -117,6 +124,10 @@ def metric_is_recorded(run_dir: Path, metric: str, cur_nimg: int) -> bool:
         return False
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     return any(abs(_row_kimg(line) - cur_nimg / 1000) < 1e-9 for line in lines)
+
+
+def _is_row(line: str) -> bool:
+    return _row_kimg(line) < math.inf
 
 
 def _row_kimg(line: str) -> float:
