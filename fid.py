@@ -2,12 +2,14 @@
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
+import torch
 
 from dnnlib.cli import ConfigCommand, is_given, raw_value, run
 from dnnlib.files import check_target, write_json
-from evaluation.images import ScoreConfig, open_source, shape_of
+from evaluation.images import ImageSource, ScoreConfig, open_source, shape_of
 from evaluation.neighbours import check_neighbours, find_neighbours, write_report
 from evaluation.scoring import (
     RealImages,
@@ -68,20 +70,57 @@ def used_detectors(
     return detectors
 
 
-def check_source(
-    config: ScoreConfig | DetectorConfig, network: str | None, images: str | None
-) -> None:
-    """Raise UsageError unless one source of images is given, with options that it has."""
+def open_given_source(
+    config: ScoreConfig | DetectorConfig,
+    *,
+    network: str | None,
+    images: str | None,
+    guide: str | None,
+    seed: int,
+    batch: int,
+    precision: str | None,
+) -> tuple[ImageSource, torch.device]:
+    """Start the processes, and return the images that the options name and this rank's device.
+
+    Raises UsageError unless one source of images is given, with options that it has.
+    """
     if (network is None) == (images is None):
         raise click.UsageError("Give either --network or --images.")
     for name in ("seed", "precision", "guide"):
         if images is not None and is_given(name):
             raise click.UsageError(option_elsewhere(name, config))
+    device = distributed.init()
+    source = open_source(
+        images or network,
+        config if network else None,
+        device,
+        first_seed=seed,
+        batch=batch,
+        precision=precision,
+        guide=guide,
+    )
+    return source, device
 
 
 batch_option = click.option(
     "--batch", default=64, show_default=True, type=click.IntRange(1), help="Images per rank."
 )
+
+
+def source_options(command: click.Command) -> click.Command:
+    """Add the options that say which images are looked at."""
+    for option in (
+        click.option(
+            "--precision", type=click.Choice(list(AUTOCAST_DTYPES)), help="As in training."
+        ),
+        batch_option,
+        click.option("--seed", default=0, show_default=True, help="Seed of the first image."),
+        click.option("--guide", help="Second snapshot, to guide away from with --cfg-scale."),
+        click.option("--images", help="Folder, zip or .npz of generated images instead."),
+        click.option("--network", help="Snapshot to generate images from."),
+    ):
+        command = option(command)
+    return command
 
 
 @click.group(context_settings=dict(help_option_names=["-h", "--help"]))
@@ -127,15 +166,10 @@ def ref(config: DetectorConfig, data: str, dest: Path, metrics: str, batch: int)
 
 
 @main.command(cls=ConfigCommand, base=base_config, elsewhere=option_elsewhere, examples=EXAMPLES)
-@click.option("--network", help="Snapshot to generate images from.")
-@click.option("--images", help="Folder, zip or .npz of generated images, instead of --network.")
+@source_options
 @click.option("--ref", required=True, help="Real images, or statistics (.npz, EDM2's .pkl; URL).")
 @click.option("--metrics", required=True, help=f"Comma-separated: {', '.join(METRICS)}.")
-@click.option("--guide", help="Second snapshot, to guide away from with weight --cfg-scale.")
 @click.option("--num-images", type=click.IntRange(2), help="Instead of the metric's number.")
-@click.option("--seed", default=0, show_default=True, help="Seed of the first image.")
-@batch_option
-@click.option("--precision", type=click.Choice(list(AUTOCAST_DTYPES)), help="As in training.")
 @click.option(
     "--per-class/--no-per-class",
     default=True,
@@ -151,18 +185,13 @@ def ref(config: DetectorConfig, data: str, dest: Path, metrics: str, batch: int)
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the rows.")
 def calc(
     config: ScoreConfig | DetectorConfig,
-    network: str | None,
-    images: str | None,
     ref: str,
     metrics: str,
-    guide: str | None,
     num_images: int | None,
-    seed: int,
-    batch: int,
-    precision: str | None,
     per_class: bool,
     noise_band: int | None,
     json_path: Path | None,
+    **source_args: Any,
 ) -> None:
     """Score the images of a snapshot, folder, zip or .npz against real ones.
 
@@ -174,24 +203,14 @@ def calc(
     names = sorted({spec.feature.detector for spec in specs})
     detector_config = used_detectors(config, names, f"--metrics={metrics}")
     num_blocks = noise_band or 1
-    check_source(config, network, images)
-    device = distributed.init()
-    source = open_source(
-        images or network,
-        config if network else None,
-        device,
-        first_seed=seed,
-        batch=batch,
-        precision=precision,
-        guide=guide,
-    )
+    source, device = open_given_source(config, **source_args)
     real = RealImages(ref)
     warnings = check_images(specs, source, real.image_shape, num_images, num_blocks)
     per_class = per_class and real.knows_classes() and source.labels(range(1)) is not None
 
     detectors = make_detectors(names, detector_config, source.image_shape, device)
     needs = needed_features(specs, of_reference=True, per_class=per_class)
-    references = real.references(needs, detectors, device, batch)
+    references = real.references(needs, detectors, device, source_args["batch"])
     rows = score_images(
         specs,
         source,
@@ -212,36 +231,26 @@ def calc(
 
 
 @main.command(cls=ConfigCommand, base=base_config, elsewhere=option_elsewhere)
-@click.option("--network", help="Snapshot to generate images from.")
-@click.option("--images", help="Folder, zip or .npz of generated images, instead of --network.")
+@source_options
 @click.option("--data", required=True, help="The training images: folder, zip or .npz.")
-@click.option(
-    "--held-out", help="Real images not trained on  [default: training images, each left out]"
-)
+@click.option("--held-out", help="Real images not trained on, instead of training images left out.")
 @click.option("--detector", default="inception", show_default=True, type=click.Choice(DETECTORS))
 @click.option("--num-images", type=click.IntRange(1), help="[default: 1000, or all of --images]")
 @click.option("--neighbours", "k", default=4, show_default=True, type=click.IntRange(1))
 @click.option(
-    "--rows", default=16, show_default=True, type=click.IntRange(1), help="Of the picture."
+    "--rows", default=16, show_default=True, type=click.IntRange(1), help="In the picture."
 )
-@click.option("--seed", default=0, show_default=True, help="Seed of the first image.")
-@batch_option
-@click.option("--precision", type=click.Choice(list(AUTOCAST_DTYPES)), help="As in training.")
 @click.option("--outdir", required=True, type=click.Path(path_type=Path), help="For the report.")
 def neighbours(
     config: ScoreConfig | DetectorConfig,
-    network: str | None,
-    images: str | None,
     data: str,
     held_out: str | None,
     detector: str,
     num_images: int | None,
     k: int,
     rows: int,
-    seed: int,
-    batch: int,
-    precision: str | None,
     outdir: Path,
+    **source_args: Any,
 ) -> None:
     """Look for copies: the nearest training images of generated ones, beside held-out reals.
 
@@ -251,17 +260,8 @@ def neighbours(
     Example: python fid.py neighbours --network=network.pkl --data=cifar10.zip --outdir=report
     """
     detector_config = used_detectors(config, [detector], f"--detector={detector}")
-    check_source(config, network, images)
     check_target("--outdir", outdir, is_folder=True)
-    device = distributed.init()
-    source = open_source(
-        images or network,
-        config if network else None,
-        device,
-        first_seed=seed,
-        batch=batch,
-        precision=precision,
-    )
+    source, device = open_given_source(config, **source_args)
     dataset = open_images(data)
     unseen = None if held_out is None else open_images(held_out)
     if num_images is None:
@@ -275,7 +275,7 @@ def neighbours(
         device,
         num_images=num_images,
         num_neighbours=k,
-        batch=batch,
+        batch=source_args["batch"],
         held_out=unseen,
     )
     write_report(found, outdir, source, dataset, num_images=num_images, num_rows=rows)

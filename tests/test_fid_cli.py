@@ -402,7 +402,6 @@ def test_what_neighbours_cannot_do_is_refused(args, parts, base, data, generated
             "--images=GEN --metrics=fd_pixels --num-images=20 --noise-band=3",
             ["needs 20 images in each of 3 blocks", "--num-images=14"],
         ),
-        ("--images=GEN --metrics=fd_pixels --json=GEN", ["--json", "is a folder"]),
         ("--images=GEN --metrics=fd_pixels --noise-band=1", ["--noise-band", "1"]),
         ("--images=GEN --metrics=fd_pixels --dinov2=a", ["--dinov2 has no effect with"]),
         ("--images=GEN --metrics=fd_pixels --num-images=1", ["--num-images", "1"]),
@@ -426,6 +425,17 @@ def test_what_calc_cannot_do_is_refused(args, parts, network, data, generated, t
     for part in parts:
         assert part in message
     assert not path.exists()
+
+
+def test_what_could_not_be_written_is_refused_before_the_work(data, generated, tmp_path):
+    calc = ["calc", f"--images={generated}", f"--ref={data}", "--metrics=fd_pixels"]
+    assert "is a folder" in helpers.fail(fid, *calc, f"--json={generated}")
+    assert "toy.zip is a file" in helpers.fail(fid, *calc, f"--json={data}/score.json")
+    ref = ["ref", f"--data={data}", "--metrics=fd_pixels"]
+    assert "must end with .npz" in helpers.fail(fid, *ref, f"--dest={tmp_path / 'reference'}")
+    assert "toy.zip is a file" in helpers.fail(fid, *ref, f"--dest={data}/ref.npz")
+    neighbours = ["neighbours", f"--images={generated}", f"--data={data}", "--detector=pixels"]
+    assert "toy.zip is a file" in helpers.fail(fid, *neighbours, f"--outdir={data}")
 
 
 def test_images_of_another_size_or_kind_are_refused(base, data, generated, tmp_path):
