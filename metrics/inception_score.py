@@ -12,7 +12,7 @@ def inception_score(
     """Return mean and standard deviation over splits of exp(mean KL(p(y|x) || p(y))).
 
     Splits are consecutive: split i of N images holds those from i N // num_splits on. The
-    deviation has the divisor ``num_splits``. Computed in float64.
+    deviation has the divisor ``num_splits``. Computed in float64 on the CPU.
 
     Args:
         logits: [N, classes], in the order of the images.
@@ -35,7 +35,7 @@ def inception_score(
         negentropy = torch.zeros([], dtype=torch.float64)
         marginal = torch.zeros(logits.shape[1], dtype=torch.float64)
         for rows in part.split(_BLOCK):
-            log_probabilities = torch.log_softmax(rows.to(torch.float64), dim=1)
+            log_probabilities = torch.log_softmax(rows.to("cpu", torch.float64), dim=1)
             probabilities = log_probabilities.exp()
             negentropy += (probabilities * log_probabilities).nan_to_num(nan=0.0).sum()
             marginal += probabilities.sum(0)

@@ -19,6 +19,8 @@ CLIP_LOCATION = "openai/clip-vit-large-patch14-336"
 # Channel statistics that the networks were trained with, of values in [0, 1].
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+# What features depend on that the weights do not show.
+_SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads")
 
 
 class _VisionTransformer(NetworkDetector):
@@ -40,7 +42,8 @@ class _VisionTransformer(NetworkDetector):
         self._mean = torch.tensor(mean, device=device)[:, None, None]
         self._std = torch.tensor(std, device=device)[:, None, None]
         self.preprocessing = f"antialiased bicubic to {size}, (x / 255 - mean) / std"
-        identity = f"{self.name}, {self.preprocessing}, {mean}, {std}"
+        settings = {setting: getattr(network.config, setting) for setting in _SETTINGS}
+        identity = f"{self.name}, {self.preprocessing}, {mean}, {std}, {settings}"
         super().__init__(network, device, identity=identity, precision=precision)
 
     def _preprocess(self, images: torch.Tensor) -> torch.Tensor:
@@ -162,9 +165,10 @@ def _load(location: str, class_name: str, kinds: tuple[str, ...], option: str) -
     import transformers
 
     network_class = getattr(transformers, class_name)
-    network = network_class._from_config(
-        network_class.config_class.from_dict(tree["config"]), attn_implementation="sdpa"
-    )
+    config = network_class.config_class.from_dict(tree["config"])
+    # Initial values that are overwritten must not advance this rank's random numbers.
+    with torch.random.fork_rng(devices=[]):
+        network = network_class._from_config(config, attn_implementation="sdpa")
     network.load_state_dict(tree["state"])
     return network
 
@@ -178,21 +182,31 @@ def _read(location: str, class_name: str, kinds: tuple[str, ...], option: str) -
             'install transformers, or pip install "setdiffit[detectors]".'
         ) from None
     hint = f"Give a folder with config.json and model.safetensors by {option}=FOLDER."
-    if not os.path.isdir(location) and (location.count("/") != 1 or location.startswith(".")):
+    is_folder = os.path.isdir(location)
+    if not is_folder and (location.count("/") != 1 or location[0] in "./~"):
         raise ValueError(f"{option}: {location} is no folder and no Hugging Face id. {hint}")
     with _quiet(transformers):
         try:
             kind = transformers.PretrainedConfig.get_config_dict(location)[0].get("model_type")
             if kind not in kinds:
                 raise ValueError(f"it holds a model of type {kind!r}, not {' or '.join(kinds)}")
+            if is_folder and _has_only_pickle(location):
+                raise ValueError(
+                    "its weights are a pickle, which is not read; write them as safetensors by "
+                    f'python -c "from transformers import {class_name} as Network; '
+                    f'Network.from_pretrained({location!r}).save_pretrained({location!r})"'
+                )
             network, info = getattr(transformers, class_name).from_pretrained(
                 location,
                 use_safetensors=True,
                 trust_remote_code=False,
                 attn_implementation="sdpa",
                 dtype=torch.float32,
+                ignore_mismatched_sizes=True,  # They are refused below, by name.
                 output_loading_info=True,
             )
+            for key, found, expected in sorted(info["mismatched_keys"]):
+                raise ValueError(f"{key} has shape {list(found)}, expected {list(expected)}")
             missing = sorted(info["missing_keys"])
             if missing:
                 raise ValueError(f"{len(missing)} weights are missing: {', '.join(missing[:3])}")
@@ -203,16 +217,26 @@ def _read(location: str, class_name: str, kinds: tuple[str, ...], option: str) -
     return network
 
 
+def _has_only_pickle(folder: str) -> bool:
+    suffixes = {os.path.splitext(name)[1] for name in os.listdir(folder)}
+    return ".bin" in suffixes and ".safetensors" not in suffixes
+
+
 @contextlib.contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Keep reports and progress bars of the library off the console."""
+    """Keep reports and progress bars of the library, and of its downloads, off the console."""
+    from huggingface_hub.utils import logging as hub_logging
+
     logging = transformers.utils.logging
     level, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    hub_level = hub_logging.get_verbosity()
     logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        hub_logging.set_verbosity(hub_level)
         if had_bars:
             logging.enable_progress_bar()

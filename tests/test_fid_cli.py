@@ -294,6 +294,10 @@ def test_numbers_of_each_class_are_given_where_labels_are_known(data, network, t
         for values in row["per_class"].values():
             assert (values["num_images"], values["reference_count"]) == (10, 14)
     assert "class ring: fd_pixels" in output
+    # The data against themselves, class by class.
+    (row,), _ = rows_of(tmp_path, f"--images={data}", f"--ref={data}", "--metrics=fd_pixels")
+    for values in row["per_class"].values():
+        assert values["fd_pixels"] == pytest.approx(0, abs=1e-9)
     (row, _), output = rows_of(tmp_path, *args, "--no-per-class")
     assert "per_class" not in row
     assert "class ring" not in output

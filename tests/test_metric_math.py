@@ -101,7 +101,10 @@ class TestRbfMmd:
     def test_keeps_its_digits_where_all_kernels_are_near_one(self):
         """Two points a distance e apart: 2 (1 - exp(-e^2 / (2 sigma^2))), about e^2 / sigma^2."""
         x, y = np.array([[1.0, 0.0]]), np.array([[1.0, 1e-5]])
-        assert rbf_mmd(x, y, scale=1) == pytest.approx(1e-12, rel=1e-5)
+        assert rbf_mmd(x, y, scale=1) == pytest.approx(1e-12, rel=1e-5, abs=0)
+        for distance in (1.0, 2.0, 3.0):  # Exact, so that only the kernel could lose digits.
+            found = rbf_mmd(np.zeros((1, 1)), np.full((1, 1), distance), sigma=1e6, scale=1)
+            assert found == pytest.approx(distance**2 * 1e-12, rel=1e-10, abs=0)
         assert rbf_mmd(x, x) == 0
 
     def test_does_not_depend_on_the_order(self):
@@ -155,13 +158,27 @@ class TestNeighbours:
         own, _ = nearest_neighbours(points, points, 3, exclude_self=True)
         np.testing.assert_allclose(own[:, 2], true_radii(points, 3), rtol=1e-9)
 
-    def test_of_duplicates_are_at_distance_zero_and_not_themselves(self, small_blocks):
-        points = two_sets()[0] + 1000
+    @pytest.mark.parametrize("dim", [6, 513])
+    def test_of_duplicates_are_at_distance_zero_and_not_themselves(self, small_blocks, dim):
+        points = two_sets(dim=dim)[0] + 1000
         points[20] = points[3]
         distances, indices = nearest_neighbours(points, points, 1, exclude_self=True)
         assert (indices[20, 0], indices[3, 0]) == (3, 20)
         assert distances[20, 0] == distances[3, 0] == 0
         assert (distances > 0).sum() == 88
+        twice = np.concatenate([points, points])
+        distances, _ = nearest_neighbours(twice, twice, 1, exclude_self=True)
+        np.testing.assert_array_equal(distances, 0)
+
+    @pytest.mark.parametrize("blocks", [False, True])
+    def test_of_equal_distance_are_the_first_ones(self, blocks, request):
+        if blocks:
+            request.getfixturevalue("small_blocks")
+        points = np.tile([[0.0, 0.0], [3.0, 4.0], [8.0, 1.0]], (30, 1))
+        distances, indices = nearest_neighbours(points[:3], points, 40)
+        expected = np.argsort(cdist(points[:3], points), axis=1, kind="stable")[:, :40]
+        np.testing.assert_array_equal(indices, expected)
+        np.testing.assert_array_equal(distances[:, :30], 0)
 
     def test_far_from_the_origin_keep_their_digits(self):
         points, queries = two_sets()
@@ -174,6 +191,17 @@ class TestNeighbours:
         with pytest.raises(ValueError, match=r"90 nearest neighbours .* more than the 90 vectors"):
             nearest_neighbours(points, points, 90, exclude_self=True)
         assert nearest_neighbours(queries, points, 90)[0].shape == (70, 90)
+
+
+def integer_grids(num_real=150, num_fake=100):
+    """Two sets with many equal distances, and the squared ones [fake, real], exact."""
+    rng = np.random.default_rng(0)
+    real, fake = rng.integers(0, 12, (num_real, 5)), rng.integers(3, 15, (num_fake, 5))
+    return real.astype(float), fake.astype(float), ((fake[:, None] - real) ** 2).sum(-1)
+
+
+def squared_radii_of_integers(x, k):
+    return np.sort(((x[:, None] - x) ** 2).sum(-1), axis=1)[:, k]
 
 
 class TestPrecisionRecall:
@@ -192,6 +220,13 @@ class TestPrecisionRecall:
         real, _ = two_sets()
         real = np.concatenate([real, real[:1], real[:1], real[:1], real[:1]])
         assert precision_recall(real + 100, real + 100) == (1, 1)
+
+    def test_counts_images_on_the_rim_as_within(self, small_blocks):
+        real, fake, squared = integer_grids()
+        precision = (squared <= squared_radii_of_integers(real, 3)).any(1).mean()
+        recall = (squared <= squared_radii_of_integers(fake, 3)[:, None]).any(0).mean()
+        assert 0.1 < min(precision, recall) < 0.9
+        assert precision_recall(real, fake) == (precision, recall)
 
     def test_tells_narrow_from_scattered_sets(self):
         real, _ = two_sets(num_real=500, dim=2)
@@ -217,6 +252,20 @@ class TestDensityCoverage:
         assert 0.1 < coverage < 0.95
         assert density_coverage(real, fake) == (pytest.approx(density), pytest.approx(coverage))
 
+    @pytest.mark.parametrize(("num", "dim"), [(7, 513), (333, 2), (333, 64), (1030, 2048)])
+    def test_of_a_set_with_itself_are_one(self, num, dim):
+        """Each open ball holds its own vector and k - 1 others; the k-th is on its rim."""
+        real = 3 + np.random.default_rng(0).standard_normal((num, dim)).astype(np.float32)
+        assert density_coverage(real, real) == (1, 1)
+        assert precision_recall(real, real) == (1, 1)
+
+    def test_leave_out_images_on_the_rim(self, small_blocks):
+        real, fake, squared = integer_grids()
+        inside = squared < squared_radii_of_integers(real, 5)
+        assert 0.1 < inside.any(0).mean() < 0.95
+        expected = inside.sum() / (5 * len(fake)), inside.any(0).mean()
+        assert density_coverage(real, fake) == expected
+
     def test_of_points_in_a_row_can_be_counted_by_hand(self):
         """Reals at 0, 1, ..., 9, k = 1: balls of radius 1; a fake at 4.5 is in those of 4 and 5."""
         real = np.arange(10.0)[:, None]
@@ -226,12 +275,49 @@ class TestDensityCoverage:
         assert density_coverage(real, np.array([[4.0]]), k=1) == (1.0, 0.1)
 
     def test_does_not_depend_on_the_order(self):
-        real, fake = two_sets()
+        real, _ = two_sets(num_real=200, dim=64)
+        fake = real[50:170]  # Copies: many are on the rim of a ball.
         expected = density_coverage(real, fake)
-        assert density_coverage(real[::-1].copy(), fake[::-1].copy()) == pytest.approx(expected)
+        rng = np.random.default_rng(1)
+        for _ in range(5):
+            assert density_coverage(rng.permutation(real), rng.permutation(fake)) == expected
 
     def test_needs_more_reals_than_neighbours(self):
         real, fake = two_sets()
         with pytest.raises(ValueError, match=r"more than 5 images .*; got 5"):
             density_coverage(real[:5], fake)
         assert density_coverage(real, fake[:1])[0] >= 0
+        with pytest.raises(ValueError, match=r"\[90, 6\] and \[0, 6\]; .* neither empty"):
+            density_coverage(real, fake[:0])
+
+
+ALL = {
+    "kernel_distance": lambda x, y, **where: kernel_distance(x, y, num_subsets=3, **where),
+    "rbf_mmd": rbf_mmd,
+    "inception_score": lambda x, y, **where: inception_score(x),
+    "nearest_neighbours": lambda x, y, **where: nearest_neighbours(x, y, 4, **where),
+    "precision_recall": precision_recall,
+    "density_coverage": density_coverage,
+}
+
+
+@pytest.mark.parametrize("function", ALL.values(), ids=ALL)
+class TestInputs:
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    def test_of_equal_values_give_equal_results(self, function, dtype):
+        """Arrays or tensors, float32 or its values in float64: the computation is in float64."""
+        real, fake = (x.astype(np.float32) for x in two_sets(shift=0.8))
+        expected = function(real.astype(np.float64), fake.astype(np.float64), device="cpu")
+        arrays = real.astype(dtype), fake.astype(dtype)
+        np.testing.assert_array_equal(function(*arrays), expected)
+        np.testing.assert_array_equal(function(*map(torch.from_numpy, arrays)), expected)
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+    @pytest.mark.parametrize("device", ["cpu", "cuda"])
+    def test_may_be_on_either_device(self, function, device):
+        real, fake = map(torch.from_numpy, two_sets(shift=0.8))
+        expected = function(real, fake)
+        np.testing.assert_allclose(function(real, fake, device=device), expected, rtol=1e-9)
+        moved = function(real.cuda(), fake.cuda(), device=device)
+        np.testing.assert_allclose(moved, expected, rtol=1e-9)

@@ -1,7 +1,9 @@
 """DINOv2 and CLIP as detectors: real loading code on tiny random networks in the real layout."""
 
 import json
+import logging
 import math
+import re
 import subprocess
 import sys
 
@@ -16,6 +18,7 @@ from metrics.features import get_detector
 from metrics.vit import resize_positions
 
 transformers = pytest.importorskip("transformers")
+load_file = pytest.importorskip("safetensors.torch").load_file
 
 
 @pytest.fixture(scope="module")
@@ -221,14 +224,31 @@ class TestBoth:
         network.save_pretrained(tmp_path)
         assert get_detector(name, "cpu", location=str(tmp_path)).hash != detector.hash
 
+    @pytest.mark.parametrize(
+        ("setting", "value"),
+        [("hidden_act", "relu"), ("layer_norm_eps", 0.01), ("num_attention_heads", 1)],
+    )
+    def test_hash_follows_settings_that_weights_do_not_show(
+        self, detector, folder, name, setting, value, tmp_path
+    ):
+        config = json.loads((folder / "config.json").read_text())
+        assert config[setting] != value
+        (tmp_path / "config.json").write_text(json.dumps({**config, setting: value}))
+        (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+        other = get_detector(name, "cpu", location=str(tmp_path))
+        images = random_images(2)
+        assert not torch.equal(other(images)["features"], detector(images)["features"])
+        assert other.hash != detector.hash
+
     def test_what_cannot_be_loaded_is_named_with_the_way_to_go_on(
         self, folder, name, tmp_path, dinov2_folder, clip_folder
     ):
         other = {"dinov2": clip_folder, "clip": dinov2_folder}[name]
         with pytest.raises(ValueError, match=rf"--{name}: .* model of type .*--{name}=FOLDER"):
             get_detector(name, "cpu", location=str(other))
-        with pytest.raises(ValueError, match=rf"--{name}: absent is no folder and no Hugging"):
-            get_detector(name, "cpu", location="absent")
+        for absent in ("absent", "/absent", "~/absent", "./absent"):
+            with pytest.raises(ValueError, match=rf"--{name}: {absent} is no folder and no Hugg"):
+                get_detector(name, "cpu", location=absent)
         with pytest.raises(ValueError, match=rf"--{name}: {tmp_path} cannot be used"):
             get_detector(name, "cpu", location=str(tmp_path))
         config = json.loads((folder / "config.json").read_text())
@@ -239,18 +259,48 @@ class TestBoth:
         (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
         with pytest.raises(ValueError, match=rf"--{name}: {tmp_path} cannot be used"):
             get_detector(name, "cpu", location=str(tmp_path))
+        # Other widths than the weights have.
+        (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_size": 48}))
+        (tmp_path / "model.safetensors").write_bytes(weights)
+        with pytest.raises(ValueError, match=r"has shape \[.*24.*\], expected \[.*48.*\]\)"):
+            get_detector(name, "cpu", location=str(tmp_path))
         # More blocks than the weights have: they must not be left at random.
         config["num_hidden_layers"] = 3
         (tmp_path / "config.json").write_text(json.dumps(config))
-        (tmp_path / "model.safetensors").write_bytes(weights)
         with pytest.raises(ValueError, match=r"\d+ weights are missing: "):
             get_detector(name, "cpu", location=str(tmp_path))
 
-    def test_weights_in_a_pickle_are_not_read(self, folder, name, tmp_path):
+    def test_weights_in_a_pickle_are_not_read_but_can_be_converted(
+        self, detector, folder, name, tmp_path
+    ):
         (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-        torch.save({"a": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
-        with pytest.raises(ValueError, match=r"cannot be used .*safetensors"):
+        torch.save(load_file(folder / "model.safetensors"), tmp_path / "pytorch_model.bin")
+        with pytest.raises(ValueError, match=r"cannot be used .*pickle.*safetensors") as caught:
             get_detector(name, "cpu", location=str(tmp_path))
+        (tmp_path / "other.safetensors").touch()
+        with pytest.raises(ValueError, match=r"cannot be used .*no file named model\.safetensors"):
+            get_detector(name, "cpu", location=str(tmp_path))
+        # What the message says to run makes the folder usable.
+        exec(re.search(r'python -c "(.*)"\)', str(caught.value))[1], {})
+        assert get_detector(name, "cpu", location=str(tmp_path)).hash == detector.hash
+
+    def test_a_missing_connection_is_said_in_one_message_alone(self, name, monkeypatch):
+        loggers = [logging.getLogger(library) for library in ("transformers", "huggingface_hub")]
+        before = [logger.level for logger in loggers]
+        during = []
+
+        def get_config_dict(location):
+            during.extend(logger.getEffectiveLevel() for logger in loggers)
+            raise OSError("We could not connect.\nMore lines.")
+
+        monkeypatch.setattr(transformers.PretrainedConfig, "get_config_dict", get_config_dict)
+        expected = rf"some/where cannot be used \(We could not connect\)\..* --{name}=FOLDER\.$"
+        with pytest.raises(ValueError, match=expected):
+            get_detector(name, "cpu", location="some/where")
+        # Warnings of retries stay away, and come back for others.
+        assert min(during) >= logging.ERROR
+        assert [logger.level for logger in loggers] == before
+        assert max(before) < logging.ERROR
 
     def test_a_missing_package_is_named(self, folder, name, monkeypatch):
         monkeypatch.setitem(sys.modules, "transformers", None)
@@ -270,13 +320,15 @@ from metrics.features import get_detector
 from torch_utils import distributed
 
 device = distributed.init()
+torch.manual_seed(0)
 # Only the first process finds the folder.
 for name, location in zip(("dinov2", "clip"), sys.argv[1:3]):
     location = location if distributed.rank() == 0 else "not-here"
     detector = get_detector(name, device, location=location)
     images = torch.arange(3 * 20 * 20, dtype=torch.uint8).reshape(1, 3, 20, 20)
     total = detector(images)["features"].double().sum().item()
-    print(f"{name} {detector.hash} {total!r}\\n", end="", flush=True)
+    drawn = torch.rand(()).item()
+    print(f"{name} {detector.hash} {total!r} {drawn}\\n", end="", flush=True)
 distributed.shutdown()
 """
 
