@@ -19,6 +19,7 @@ CLIP_LOCATION = "openai/clip-vit-large-patch14-336"
 # Channel statistics that the networks were trained with, of values in [0, 1].
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_NO_CONVERSION = "DISABLE_SAFETENSORS_CONVERSION"
 # What features depend on that the weights do not show.
 _SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads")
 
@@ -151,7 +152,7 @@ def resize_positions(positions: torch.Tensor, grid: int) -> torch.Tensor:
 def _load(location: str, class_name: str, kinds: tuple[str, ...], option: str) -> nn.Module:
     """Return a pretrained network of transformers on the CPU. Collective: rank 0 reads.
 
-    Only safetensors files are read, and no code that comes with them.
+    Only tensors are read from its files, and no code that comes with them.
     """
     box: list[nn.Module] = []
 
@@ -181,45 +182,41 @@ def _read(location: str, class_name: str, kinds: tuple[str, ...], option: str) -
             f"{option}: this detector needs the package transformers, which is not installed: pip "
             'install transformers, or pip install "setdiffit[detectors]".'
         ) from None
-    hint = f"Give a folder with config.json and model.safetensors by {option}=FOLDER."
-    is_folder = os.path.isdir(location)
-    if not is_folder and (location.count("/") != 1 or location[0] in "./~"):
+    hint = f"Give a folder with config.json and weights by {option}=FOLDER."
+    if not os.path.isdir(location) and (location.count("/") != 1 or location[0] in "./~"):
         raise ValueError(f"{option}: {location} is no folder and no Hugging Face id. {hint}")
     with _quiet(transformers):
         try:
             kind = transformers.PretrainedConfig.get_config_dict(location)[0].get("model_type")
             if kind not in kinds:
                 raise ValueError(f"it holds a model of type {kind!r}, not {' or '.join(kinds)}")
-            if is_folder and _has_only_pickle(location):
-                raise ValueError(
-                    "its weights are a pickle, which is not read; write them as safetensors by "
-                    f'python -c "from transformers import {class_name} as Network; '
-                    f'Network.from_pretrained({location!r}).save_pretrained({location!r})"'
-                )
             network, info = getattr(transformers, class_name).from_pretrained(
                 location,
-                use_safetensors=True,
+                # Where a folder has safetensors, those; CLIP's published one has a pickle, of which
+                # only tensors are read.
+                weights_only=True,
                 trust_remote_code=False,
                 attn_implementation="sdpa",
                 dtype=torch.float32,
                 ignore_mismatched_sizes=True,  # They are refused below, by name.
                 output_loading_info=True,
             )
-            for key, found, expected in sorted(info["mismatched_keys"]):
-                raise ValueError(f"{key} has shape {list(found)}, expected {list(expected)}")
-            missing = sorted(info["missing_keys"])
-            if missing:
-                raise ValueError(f"{len(missing)} weights are missing: {', '.join(missing[:3])}")
+            # Versions before 5 give names alone, later ones names with both shapes.
+            misfits = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
+            problems = {
+                "have other shapes than config.json says": misfits,
+                "are missing": info["missing_keys"],
+            }
+            for problem, keys in problems.items():
+                if keys:
+                    raise ValueError(
+                        f"{len(keys)} weights {problem}: {', '.join(sorted(keys)[:3])}"
+                    )
         # A missing, damaged or foreign file, or network, makes it raise what has no common base.
         except Exception as error:
             reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
             raise ValueError(f"{option}: {location} cannot be used ({reason}). {hint}") from error
     return network
-
-
-def _has_only_pickle(folder: str) -> bool:
-    suffixes = {os.path.splitext(name)[1] for name in os.listdir(folder)}
-    return ".bin" in suffixes and ".safetensors" not in suffixes
 
 
 @contextlib.contextmanager
@@ -230,12 +227,18 @@ def _quiet(transformers: Any) -> Iterator[None]:
     logging = transformers.utils.logging
     level, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     hub_level = hub_logging.get_verbosity()
+    conversion = os.environ.get(_NO_CONVERSION)
+    os.environ[_NO_CONVERSION] = "1"  # Else the library asks the hub to convert pickles.
     logging.set_verbosity_error()
     hub_logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
+        if conversion is None:
+            del os.environ[_NO_CONVERSION]
+        else:
+            os.environ[_NO_CONVERSION] = conversion
         logging.set_verbosity(level)
         hub_logging.set_verbosity(hub_level)
         if had_bars:
