@@ -79,6 +79,7 @@ def open_given_source(
     seed: int,
     batch: int,
     precision: str | None,
+    shuffled: bool = False,
 ) -> tuple[ImageSource, torch.device]:
     """Start the processes, and return the images that the options name and this rank's device.
 
@@ -98,6 +99,7 @@ def open_given_source(
         batch=batch,
         precision=precision,
         guide=guide,
+        shuffled=shuffled,
     )
     return source, device
 
@@ -167,7 +169,7 @@ def ref(config: DetectorConfig, data: str, dest: Path, metrics: str, batch: int)
 
 @main.command(cls=ConfigCommand, base=base_config, elsewhere=option_elsewhere, examples=EXAMPLES)
 @source_options
-@click.option("--ref", required=True, help="Real images, or statistics (.npz, EDM2's .pkl; URL).")
+@click.option("--ref", help="Real images, or statistics (.npz, EDM2's .pkl; URL).")
 @click.option("--metrics", required=True, help=f"Comma-separated: {', '.join(METRICS)}.")
 @click.option("--num-images", type=click.IntRange(2), help="Instead of the metric's number.")
 @click.option(
@@ -185,7 +187,7 @@ def ref(config: DetectorConfig, data: str, dest: Path, metrics: str, batch: int)
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the rows.")
 def calc(
     config: ScoreConfig | DetectorConfig,
-    ref: str,
+    ref: str | None,
     metrics: str,
     num_images: int | None,
     per_class: bool,
@@ -203,14 +205,25 @@ def calc(
     names = sorted({spec.feature.detector for spec in specs})
     detector_config = used_detectors(config, names, f"--metrics={metrics}")
     num_blocks = noise_band or 1
-    source, device = open_given_source(config, **source_args)
-    real = RealImages(ref)
-    warnings = check_images(specs, source, real.image_shape, num_images, num_blocks)
-    per_class = per_class and real.knows_classes() and source.labels(range(1)) is not None
+    with_reference = [spec.name for spec in specs if spec.has_reference]
+    if with_reference and ref is None:
+        raise click.UsageError(f"--ref: {with_reference[0]} compares with real images; give them.")
+    if ref is not None and not with_reference:
+        raise click.UsageError(f"--ref has no effect with --metrics={metrics}; leave it out.")
+    source, device = open_given_source(config, **source_args, shuffled=True)
+    real = None if ref is None else RealImages(ref)
+    real_shape = None if real is None else real.image_shape
+    warnings = check_images(specs, source, real_shape, num_images, num_blocks)
+    has_classes = source.labels(range(1)) is not None and (real is None or real.knows_classes())
+    if is_given("per_class") and per_class and not has_classes:
+        raise click.UsageError("--per-class: the images or the reference have no class labels.")
+    per_class = per_class and has_classes
 
     detectors = make_detectors(names, detector_config, source.image_shape, device)
     needs = needed_features(specs, of_reference=True, per_class=per_class)
-    references = real.references(needs, detectors, device, source_args["batch"])
+    references = {}
+    if real is not None:
+        references = real.references(needs, detectors, device, source_args["batch"])
     rows = score_images(
         specs,
         source,
@@ -234,9 +247,22 @@ def calc(
 @source_options
 @click.option("--data", required=True, help="The training images: folder, zip or .npz.")
 @click.option("--held-out", help="Real images not trained on, instead of training images left out.")
-@click.option("--detector", default="inception", show_default=True, type=click.Choice(DETECTORS))
+@click.option(
+    "--detector",
+    default="inception",
+    show_default=True,
+    type=click.Choice(DETECTORS),
+    help="What distances are taken by.",
+)
 @click.option("--num-images", type=click.IntRange(1), help="[default: 1000, or all of --images]")
-@click.option("--neighbours", "k", default=4, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--neighbours",
+    "k",
+    default=4,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Training images shown beside each generated one.",
+)
 @click.option(
     "--rows", default=16, show_default=True, type=click.IntRange(1), help="In the picture."
 )
@@ -266,7 +292,7 @@ def neighbours(
     unseen = None if held_out is None else open_images(held_out)
     if num_images is None:
         num_images = source.num_images or 1000
-    check_neighbours(source, num_images, dataset, k)
+    check_neighbours(source, num_images, dataset, k, unseen)
     detectors = make_detectors([detector], detector_config, source.image_shape, device)
     found = find_neighbours(
         source,

@@ -6,7 +6,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from training.samples import open_images
 
 from dnnlib.progress import progress
 from metrics.features import ImageShape
@@ -24,8 +23,12 @@ from training.generation import (
     seed_range,
 )
 from training.sampler import iterate_images
+from training.samples import open_images
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # Image indices int64 [N], uint8 images [N, C, H, W].
+
+
+_ORDER_SEED = 0
 
 
 class ImageSource(Protocol):
@@ -55,34 +58,49 @@ class ImageSource(Protocol):
 
 
 class FileImages:
-    """The images of a folder, a zip or an ``.npz`` sample archive, in order of their names."""
+    """The images of a folder, a zip or an ``.npz`` sample archive.
 
-    def __init__(self, path: str, batch: int) -> None:
+    With ``shuffled``, those of folders and zips are numbered in a fixed random order, as their
+    names may be sorted by class: the first few are then a sample of all, and so is each split of
+    the Inception Score. Sample archives keep the order in which they were sampled.
+    """
+
+    def __init__(self, path: str, batch: int, shuffled: bool) -> None:
         self._path, self._batch = path, batch
+        if path.endswith(".pkl"):
+            raise ValueError(f"--images: {path} is no images; a snapshot is given by --network.")
         self.dataset = open_images(path)
+        self._shuffled = shuffled and not path.endswith(".npz")
+        self._order = np.arange(len(self.dataset))
+        if self._shuffled:
+            self._order = np.random.default_rng(_ORDER_SEED).permutation(self._order)
+        self._number = np.argsort(self._order)
         self.image_shape = shape_of(self.dataset)
         self.num_images = len(self.dataset)
         self.class_names = tuple(self.dataset.class_names)
 
     def batches(self, indices: Sequence[int]) -> Iterable[Batch]:
-        return iterate_images(
+        batches = iterate_images(
             self.dataset,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
             batch_size=self._batch,
-            indices=indices,
+            indices=np.sort(self._order[list(indices)]).tolist(),
             label="Scoring",
         )
+        for places, images in batches:
+            yield torch.from_numpy(self._number[places.numpy()]), images
 
     def labels(self, indices: range) -> np.ndarray | None:
         labels = self.dataset.labels
-        return None if labels is None else labels[indices.start : indices.stop]
+        return None if labels is None else labels[self._order[indices.start : indices.stop]]
 
     def passport(self, indices: range) -> dict[str, Any]:
         return dict(
             images=self._path,
             images_hash=self.dataset.content_hash,
             first_image=indices.start,
+            image_order="shuffled" if self._shuffled else "as stored",
             packages=package_versions(),
         )
 
@@ -147,6 +165,7 @@ def open_source(
     batch: int = 64,
     precision: str | None = None,
     guide: str | None = None,
+    shuffled: bool = False,
 ) -> ImageSource:
     """Return the images of a snapshot under the protocol ``config``, or of a file without one.
 
@@ -156,9 +175,10 @@ def open_source(
         batch: Images per rank and pass.
         precision: Arithmetic of the snapshot's network; None: as in training.
         guide: Second snapshot, to guide away from.
+        shuffled: Number the images of folders and zips in a fixed random order.
     """
     if config is None:
-        return FileImages(location, batch)
+        return FileImages(location, batch, shuffled)
     snapshot = cached_snapshot(location)
     generator = make_generator(
         snapshot,

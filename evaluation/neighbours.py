@@ -24,6 +24,10 @@ from training.sampler import iterate_images
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95)
 _HELD_OUT_SEED = 0
+_FEW_HELD_OUT = 100
+# Share of the median held-out distance below which an image counts as a copy. Features of equal
+# images differ by rounding where their batches differ.
+_COPY = 1e-3
 _MIN_HELD_OUT = 1000
 _MIN_TILE = 88
 _CAPTION_HEIGHT = 14
@@ -68,12 +72,16 @@ class Neighbours:
             generated=np.quantile(nearest, QUANTILES).tolist(),
             held_out=np.quantile(self.held_out, QUANTILES).tolist(),
             share_closer_than_quantile_of_held_out=closer,
-            num_exact=int((nearest == 0).sum()),
+            num_copies=int((nearest <= _COPY * np.median(self.held_out)).sum()),
         )
 
 
 def check_neighbours(
-    source: ImageSource, num_images: int, data: ImageDataset, num_neighbours: int
+    source: ImageSource,
+    num_images: int,
+    data: ImageDataset,
+    num_neighbours: int,
+    held_out: ImageDataset | None,
 ) -> None:
     """Raise ValueError if there are fewer images than asked for, or of another shape."""
     if source.num_images is not None and num_images > source.num_images:
@@ -84,6 +92,11 @@ def check_neighbours(
         raise ValueError(
             f"--data: {data.name} has {len(data)} images, too few for {num_neighbours} neighbours "
             "of each; choose fewer with --neighbours."
+        )
+    if held_out is not None and shape_of(held_out) != shape_of(data):
+        raise ValueError(
+            f"--held-out: {held_out.name} has images of shape {list(shape_of(held_out))} "
+            f"[C, H, W], but --data has {list(shape_of(data))}."
         )
     if source.image_shape != shape_of(data):
         raise ValueError(
@@ -166,10 +179,7 @@ def _leave_one_out(real: np.ndarray, num: int, device: torch.device) -> np.ndarr
     """Return the distance of ``num`` of the rows (at most all) to their nearest other row."""
     order = np.random.default_rng(_HELD_OUT_SEED).permutation(len(real))
     chosen = np.sort(order[:num])
-    distances, indices = nearest_neighbours(real[chosen], real, 2, device=device)
-    # Among exact duplicates, either may come first.
-    is_self = indices[:, 0] == chosen
-    return np.where(is_self, distances[:, 1], distances[:, 0])
+    return nearest_neighbours(real[chosen], real, 1, device=device, own=chosen)[0][:, 0]
 
 
 def neighbours_picture(
@@ -275,9 +285,12 @@ def describe_neighbours(summary: Mapping[str, Any]) -> str:
     lines.append(
         f"{100 * share:.1f}% of {summary['num_images']:,} generated images are closer to a "
         f"training image than 99% of held-out reals are (1% would be expected); "
-        f"{summary['num_exact']} are exact copies for the detector. "
+        f"{summary['num_copies']} are copies (a thousandth of the median held-out distance away, "
+        "or less). "
         f"Held out: {summary['held_out_source']}."
     )
+    if summary["num_held_out"] < _FEW_HELD_OUT:
+        lines.append(f"  warning: {summary['num_held_out']} held-out images are too few to tell.")
     return "\n".join(lines)
 
 

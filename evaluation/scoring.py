@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from training.samples import open_images
 
 from dnnlib.files import fetch
 from evaluation.images import ImageSource, shape_of
@@ -18,6 +17,7 @@ from torch_utils import distributed
 from training.config import DetectorConfig
 from training.dataset import ImageDataset
 from training.sampler import iterate_images
+from training.samples import open_images
 
 Needs = Mapping[Feature, Sequence[str]]
 _STATISTICS_SUFFIXES = (".npz", ".pkl")
@@ -50,11 +50,12 @@ def dataset_references(
     references = references_for(
         needs,
         detectors,
-        lambda: iterate_images(
+        lambda indices: iterate_images(
             dataset,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
             batch_size=batch,
+            indices=indices,
             label="Reference",
         ),
         dataset.content_hash,
@@ -118,15 +119,7 @@ class RealImages:
         for feature, found in made.items():
             # ADM's files hold moments of all images and the first 10,000 images themselves.
             before = known.get(feature)
-            if before is not None and found.mu is None:
-                found = dataclasses.replace(
-                    before,
-                    vectors=found.vectors,
-                    num_vectors=found.num_vectors,
-                    labels=found.labels,
-                    class_names=found.class_names,
-                )
-            known[feature] = found
+            known[feature] = found if before is None else dataclasses.replace(before, sample=found)
         return known
 
 
@@ -149,28 +142,40 @@ def check_images(
     num_blocks: int,
 ) -> list[str]:
     """Return warnings about the use of ``source``; raise ValueError if it cannot be scored."""
+    warnings: list[str] = []
     channels = None if real_shape is None else real_shape[0]
     if channels is not None and channels != source.image_shape[0]:
         raise ValueError(
             f"The images have {source.image_shape[0]} channel(s) and the reference has {channels}; "
             "compare images of the same kind (grayscale 1, RGB 3)."
         )
+    if real_shape is not None and real_shape != source.image_shape:
+        sizes = [f"{shape[2]}x{shape[1]}" for shape in (source.image_shape, real_shape)]
+        for metric in metrics:
+            if metric.feature.detector == "pixels":
+                raise ValueError(
+                    f"{metric.name}: the images are {sizes[0]} and the reference is {sizes[1]}; "
+                    "pixels can be compared at equal sizes only."
+                )
+        warnings.append(f"the images are {sizes[0]} and the reference is {sizes[1]}")
     for metric in metrics:
         if num_images is not None or not metric.at_most_dataset:
             _check_count(metric, num_images or metric.num_images, source, num_blocks)
-    if real_shape is not None and real_shape != source.image_shape:
-        sizes = [f"{shape[2]}x{shape[1]}" for shape in (source.image_shape, real_shape)]
-        return [f"the images are {sizes[0]} and the reference is {sizes[1]}"]
-    return []
+    return warnings
 
 
 def _check_count(metric: MetricSpec, wanted: int, source: ImageSource, num_blocks: int) -> None:
     if source.num_images is not None and wanted * num_blocks > source.num_images:
         blocks = f" in each of {num_blocks} blocks" if num_blocks > 1 else ""
+        remedy = "provide more."
+        if source.num_images // num_blocks >= metric.at_least:
+            remedy = (
+                "provide as many, or score fewer with "
+                f"--num-images={source.num_images // num_blocks} (the row will say so)."
+            )
         raise ValueError(
             f"{metric.name}: needs {wanted:,} images{blocks}, but there are "
-            f"{source.num_images:,}; provide as many, or score fewer with "
-            f"--num-images={source.num_images // num_blocks} (the row will say so)."
+            f"{source.num_images:,}; {remedy}"
         )
 
 
@@ -236,16 +241,19 @@ def score_images(
 
 
 def _noise_band(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the spread of the headline over the blocks; EDM quotes the least of three."""
-    values = np.array([row["value"] for row in rows])
-    return dict(
-        values=values.tolist(),
-        mean=float(values.mean()),
-        std=float(values.std(ddof=1)),
-        min=float(values.min()),
-        max=float(values.max()),
-        seeds=[row.get("seeds", f"images from {row.get('first_image')}") for row in rows],
-    )
+    """Return the spread of each value over the blocks; of FIDs, EDM quotes the least of three."""
+    band: dict[str, Any] = {}
+    for name in rows[0]["values"]:
+        values = np.array([row["values"][name] for row in rows])
+        band[name] = dict(
+            mean=float(values.mean()),
+            std=float(values.std(ddof=1)),
+            min=float(values.min()),
+            max=float(values.max()),
+            values=values.tolist(),
+        )
+    seeds = [row.get("seeds", f"images from {row.get('first_image')}") for row in rows]
+    return dict(band, seeds=seeds)
 
 
 def describe_row(row: Mapping[str, Any], num_classes_shown: int = 20) -> str:
@@ -254,12 +262,13 @@ def describe_row(row: Mapping[str, Any], num_classes_shown: int = 20) -> str:
     if len(row["values"]) == 1:
         values = f"{row['value']:.6g}"
     lines = [f"{row['metric']} {values} ({row['num_images']:,} images)"]
-    band = row.get("noise_band")
-    if band is not None:
-        lines.append(
-            f"  noise band over {len(band['values'])} disjoint blocks: mean {band['mean']:.6g}, "
-            f"std {band['std']:.3g}, min {band['min']:.6g}, max {band['max']:.6g}"
-        )
+    for name, band in row.get("noise_band", {}).items():
+        if name != "seeds":
+            lines.append(
+                f"  noise band of {name} over {len(band['values'])} disjoint blocks: mean "
+                f"{band['mean']:.6g}, std {band['std']:.3g}, min {band['min']:.6g}, max "
+                f"{band['max']:.6g}"
+            )
     lines += [f"  warning: {warning}" for warning in row["warnings"]]
     classes = row.get("per_class", {})
     for name, found in list(classes.items())[:num_classes_shown]:

@@ -72,7 +72,7 @@ class PixelDetector:
         if images.dtype != torch.uint8 or images.shape[1:] != self.image_shape:
             raise ValueError(
                 f"The pixel detector got {images.dtype} images of shape {list(images.shape[1:])}; "
-                f"expected uint8 of shape {list(self.image_shape)}, as the reference has."
+                f"expected uint8 of shape {list(self.image_shape)}."
             )
         return {"features": images.flatten(1).to(torch.float32) / 255}
 

@@ -1,4 +1,4 @@
-"""The Fréchet distance between two Gaussians, from symmetric eigendecompositions."""
+"""The Fréchet distance between two Gaussians, without any general matrix square root."""
 
 import numpy as np
 from numpy.typing import ArrayLike

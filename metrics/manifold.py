@@ -26,7 +26,7 @@ def nearest_neighbours(
     k: int,
     *,
     device: torch.device | str = "cpu",
-    exclude_self: bool = False,
+    own: ArrayLike | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return distances [N, k], ascending, and indices [N, k] of the k nearest points.
 
@@ -37,13 +37,13 @@ def nearest_neighbours(
         points: [M, D].
         k: Number of neighbours, at most M.
         device: Where distances are computed.
-        exclude_self: Queries are the points, and none is its own neighbour. An exact duplicate
-            is, at distance 0.
+        own: Index of each query among the points, [N], if they are points themselves: none is
+            its own neighbour then. An exact duplicate is, at distance 0.
 
     Raises ValueError for widths that differ and for too few points.
     """
     queries, points = _checked(queries, points)
-    available = len(points) - exclude_self
+    available = len(points) - (own is not None)
     if k > available:
         raise ValueError(
             f"{k} nearest neighbours of each vector need more than the {len(points)} vectors that "
@@ -55,10 +55,10 @@ def nearest_neighbours(
     for first, rows in _blocks(queries, _ROWS):
         best: list[tuple[torch.Tensor, torch.Tensor]] = []
         for start, squared, _ in _squared_distances(rows, points, device, center):
-            if exclude_self:
-                own = torch.arange(first, first + len(squared), device=device) - start
-                inside = (own >= 0) & (own < squared.shape[1])
-                squared[inside.nonzero()[:, 0], own[inside]] = torch.inf
+            if own is not None:
+                columns = torch.as_tensor(own)[first : first + len(squared)].to(device) - start
+                inside = (columns >= 0) & (columns < squared.shape[1])
+                squared[inside.nonzero()[:, 0], columns[inside]] = torch.inf
             values, places = _smallest(squared, min(k, squared.shape[1]))
             best.append((values, places + start))
         values = torch.cat([pair[0] for pair in best], dim=1)

@@ -22,6 +22,7 @@ Values = dict[str, float]
 Batch = tuple[torch.Tensor, torch.Tensor]  # Image indices int64 [N], uint8 images [N, C, H, W].
 GenerateFn = Callable[[range], Iterable[Batch]]
 _NUM_SPLITS = 10
+_SUBSET_SIZE = 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,7 @@ def _frechet(name: str) -> Callable[[Comparison], Values]:
 
 
 def _kernel_distance(it: Comparison) -> Values:
-    mean, std = kernel_distance(it.real, it.fake, device=it.device)
+    mean, std = kernel_distance(it.real, it.fake, subset_size=_SUBSET_SIZE, device=it.device)
     return {"kid": mean, "kid_std": std}
 
 
@@ -88,6 +89,7 @@ class MetricSpec:
         compute: Named values of the metric; the first is the headline.
         num_images: Number of generated images.
         at_least: The fewest images with which it means anything.
+        subset_size: Images in each random subset that it draws; None if it draws none.
         has_reference: Whether real images are compared with.
         at_most_dataset: Generate no more images than the reference has.
         description: One line for ``--help``.
@@ -99,6 +101,7 @@ class MetricSpec:
     compute: Callable[[Comparison], Values]
     num_images: int
     at_least: int = 2
+    subset_size: int | None = None
     has_reference: bool = True
     at_most_dataset: bool = False
     description: str
@@ -119,7 +122,7 @@ def _specs() -> Iterable[MetricSpec]:
     pixels = Feature("pixels")
     neighbours = dict(needs="vectors", compute=_precision_recall, at_least=4)
     coverage = dict(needs="vectors", compute=_density_coverage, at_least=6)
-    kid = dict(needs="vectors", compute=_kernel_distance)
+    kid = dict(needs="vectors", compute=_kernel_distance, subset_size=_SUBSET_SIZE)
     rows = {
         "fid{}_full": (inception, dict(needs="moments", compute=_frechet("fid")), "FID"),
         "sfid{}_full": (
@@ -287,6 +290,8 @@ def _reference_of(metric: MetricSpec, references: References) -> Reference | Non
     if not metric.has_reference:
         return None
     reference = references.get(metric.feature)
+    if reference is not None:
+        reference = reference.of(metric.needs)
     if reference is None or metric.needs not in reference.knows:
         source = next((found.source for found in references.values()), "the reference")
         raise ValueError(
@@ -326,15 +331,18 @@ def _row(
                 "give the number of images to score."
             )
         by_moments = metric.needs == "moments"
-        values = metric.compute(
-            Comparison(
-                fake=None if by_moments else found.vectors.array,
-                real=None if by_moments or reference is None else reference.vectors,
-                fake_moments=_moments(found) if by_moments else None,
-                real_moments=(reference.mu, reference.sigma) if by_moments else None,
-                device=device,
-            )
+        comparison = Comparison(
+            fake=None if by_moments else found.vectors.array,
+            real=None if by_moments or reference is None else reference.vectors,
+            fake_moments=_moments(found) if by_moments else None,
+            real_moments=(reference.mu, reference.sigma) if by_moments else None,
+            device=device,
         )
+        try:
+            values = metric.compute(comparison)
+        except ValueError as error:
+            source = "" if reference is None else f" against {reference.source}"
+            raise ValueError(f"{metric.name}{source}: {error}") from error
         row = dict(metric=metric.name, value=next(iter(values.values())), values=values)
         if labels is not None:
             classes = _per_class(metric, found, reference, labels, class_names, device)
@@ -369,6 +377,14 @@ def _moments(found: FeatureSet) -> tuple[np.ndarray, np.ndarray]:
 def _count_warnings(
     metric: MetricSpec, num_images: int, reference: Reference | None, detector: Detector
 ) -> list[str]:
+    if metric.subset_size is not None:
+        size = min(num_images, reference.num_vectors)
+        if size >= metric.subset_size:
+            return []
+        return [
+            f"low count: subsets of {size} images instead of {metric.subset_size:,}; they overlap, "
+            "and their spread is too small"
+        ]
     width = detector.outputs[metric.feature.output]
     sides = [(num_images, "images")]
     if reference is not None:
@@ -392,8 +408,11 @@ def _per_class(
     device: torch.device | str,
 ) -> dict[str, dict[str, float]]:
     """Return the metric's values and counts for each class that both sides have enough of."""
-    if metric.has_reference and (reference.vectors is None or reference.labels is None):
-        return {}
+    if metric.has_reference:
+        reference = reference.of("vectors")
+        if reference.vectors is None or reference.labels is None:
+            return {}
+    names = [str(name) for name in class_names]
     classes: dict[str, dict[str, float]] = {}
     for label in np.unique(labels):
         fake = found.vectors.array[labels == label]
@@ -405,6 +424,8 @@ def _per_class(
         counts = dict(num_images=len(fake))
         if real is not None:
             counts["reference_count"] = len(real)
-        name = str(class_names[label]) if label < len(class_names) else str(label)
+        name = names[label] if label < len(names) else str(label)
+        if names.count(name) > 1:
+            name = f"{name} ({label})"
         classes[name] = {**values, **counts}
     return classes

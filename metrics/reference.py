@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ class Reference:
         dataset_hash: Content hash of the images; None if unknown.
         source: Where this comes from, for people.
         class_names: Names of the classes that ``labels`` counts; may be empty.
+        sample: Vectors of other images than those behind ``mu`` and ``sigma``, as ADM's files have
+            them; None if there are none.
     """
 
     feature: Feature
@@ -52,12 +54,17 @@ class Reference:
     dataset_hash: str | None = None
     source: str = ""
     class_names: tuple[str, ...] = ()
+    sample: "Reference | None" = None
+
+    def of(self, kind: str) -> "Reference":
+        """Return what is to be used for ``moments`` or ``vectors``: this, or its sample."""
+        return self.sample if kind == "vectors" and self.sample is not None else self
 
     @property
     def knows(self) -> frozenset[str]:
         """What a metric may ask of this reference: ``moments``, ``vectors``."""
         moments = () if self.mu is None else ("moments",)
-        return frozenset((*moments, *(("vectors",) if self.num_vectors else ())))
+        return frozenset((*moments, *(("vectors",) if self.of("vectors").num_vectors else ())))
 
     @property
     def hash(self) -> str:
@@ -145,8 +152,10 @@ def read_references(path: str | os.PathLike) -> References:
         arrays, description = read(path)
         hashes = {_parse_feature(name): h for name, h in description["detector_hashes"].items()}
         count, names = description["count"], tuple(description["class_names"])
-        if not isinstance(count, int | None):
+        if not (count is None or (isinstance(count, int) and not isinstance(count, bool))):
             raise ValueError(f"its count is {count!r}")
+        if not isinstance(description["dataset_hash"], str | None):
+            raise ValueError(f"its dataset hash is {description['dataset_hash']!r}")
     # What a damaged or foreign file makes NumPy and zipfile raise has no common base.
     except Exception as error:
         raise ValueError(
@@ -156,13 +165,19 @@ def read_references(path: str | os.PathLike) -> References:
     for feature, kinds in arrays.items():
         mu, sigma, vectors = (kinds.get(kind) for kind in ("mu", "sigma", "vectors"))
         _check_arrays(path, feature, mu, sigma, vectors)
+        labels = None if vectors is None else description.get("labels")
+        if labels is not None and (labels.shape != (len(vectors),) or labels.dtype.kind != "i"):
+            raise ValueError(
+                f"{path}: has labels of shape {list(labels.shape)} for {len(vectors)} vectors of "
+                f"{feature}; expected as many integers."
+            )
         references[feature] = Reference(
             feature=feature,
             mu=mu,
             sigma=sigma,
             vectors=vectors,
             num_vectors=0 if vectors is None else len(vectors),
-            labels=None if vectors is None else description.get("labels"),
+            labels=None if labels is None else labels.astype(np.int64),
             count=count,
             detector_hash=hashes.get(feature),
             dataset_hash=description["dataset_hash"],
@@ -195,7 +210,7 @@ def _read_npz(path: Path) -> tuple[Arrays, dict[str, Any]]:
             if found:
                 arrays[feature] = {kind: file[name] for kind, name in found.items()}
         if "labels" in file.files:
-            description["labels"] = file["labels"].astype(np.int64)
+            description["labels"] = file["labels"]
     if not arrays:
         raise ValueError("it has no arrays 'mu' and 'sigma'")
     return arrays, description
@@ -291,6 +306,10 @@ def compute_references(
 
     Raises ValueError if the number of images is wrong or below 2.
     """
+    if num_images < 2:
+        raise ValueError(
+            f"{source or 'The dataset'}: has {num_images} image; a reference needs at least 2."
+        )
     keep = vector_subset(num_images)
     sets = collect_features(detectors, needs, batches, device, keep)
 
@@ -338,7 +357,7 @@ def cache_path(content_hash: str, feature: Feature, detector_hash: str, kind: st
 def references_for(
     needs: Mapping[Feature, Collection[str]],
     detectors: Mapping[str, Detector],
-    batches: Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor]]],
+    batches: Callable[[Sequence[int]], Iterable[tuple[torch.Tensor, torch.Tensor]]],
     content_hash: str,
     device: torch.device | str,
     *,
@@ -349,8 +368,8 @@ def references_for(
 
     Args:
         needs, detectors, num_images, source: As for :func:`compute_references`.
-        batches: Called at most once, for all that is not cached; returns this rank's share of all
-            images with their indices.
+        batches: Called at most once, for all that is not cached, with the indices of the images
+            that are needed; returns this rank's share of them, with their indices.
         content_hash: Identity of the images, equal on every rank.
 
     A cache file that cannot be used is named on the console and replaced.
@@ -371,10 +390,13 @@ def references_for(
             else:
                 missing.setdefault(feature, []).append(kind)
     if missing:
+        indices: Sequence[int] = range(num_images)
+        if not any("moments" in kinds for kinds in missing.values()):
+            indices = np.flatnonzero(vector_subset(num_images)).tolist()
         made = compute_references(
             missing,
             detectors,
-            batches(),
+            batches(indices),
             device,
             num_images=num_images,
             dataset_hash=content_hash,

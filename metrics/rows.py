@@ -41,6 +41,8 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
                 f"{path}:{number}: not a score row (a JSON object with 'metric' and 'value')."
             )
         rows.append({**row, "source": f"{path}:{number}"})
+    if not rows:
+        raise ValueError(f"{path}: holds no score rows.")
     return rows
 
 
@@ -125,7 +127,8 @@ def _table(metric: str, rows: list[dict[str, str]]) -> str:
     names = dict.fromkeys(name for row in rows for name in row)
     values = [name for name in names if name.startswith("values.")]
     values = values if len(values) > 1 else ["value"]
-    values += [name for name in ("noise_band.mean", "noise_band.std") if name in names]
+    shown = (".mean", ".std", ".min")
+    values += [name for name in names if name.startswith("noise_band.") and name.endswith(shown)]
     columns = [name for name in _FIRST_COLUMNS if name in names] + values + differing
     heading = [f"*{name}" if name in differing else name for name in columns]
     cells = [[_short(name, row.get(name, "-")) for name in columns] for row in rows]
@@ -146,9 +149,18 @@ def _table(metric: str, rows: list[dict[str, str]]) -> str:
     warnings = [
         f"  {row.get('source', metric)}: {text}"
         for row in rows
-        for text in json.loads(row.get("warnings", "[]"))
+        for text in _texts(row.get("warnings", "[]"))
     ]
     return "\n".join(lines + warnings)
+
+
+def _texts(field: str) -> list[str]:
+    """Return the texts of a list in a row, or the one text that another program wrote there."""
+    try:
+        found = json.loads(field)
+    except ValueError:
+        return [field]
+    return [str(text) for text in found] if isinstance(found, list) else [field]
 
 
 def _short(name: str, value: str) -> str:

@@ -9,6 +9,8 @@ import torch
 from metrics.features import Detector, Feature
 from torch_utils import distributed
 
+_MAX_FEATURES = 20_000
+
 
 class FeatureStatistics:
     """Count, mean and covariance of feature vectors, from sums in float64.
@@ -21,6 +23,12 @@ class FeatureStatistics:
 
     def __init__(self, num_features: int, device: torch.device | str = "cpu") -> None:
         """``device`` holds the sums; on GPUs every rank must name its own, even without images."""
+        if num_features > _MAX_FEATURES:
+            raise ValueError(
+                f"The covariance of {num_features:,} values would take "
+                f"{8e-9 * num_features**2:,.0f} GB; at most {_MAX_FEATURES:,} values are taken "
+                "(pixel distances suit small images)."
+            )
         self.num_features = num_features
         self.count = 0
         self._shift = torch.zeros(num_features, dtype=torch.float64, device=device)
@@ -220,17 +228,18 @@ def collect_features(
         name: tuple(feature.output for feature in needs if feature.detector == name)
         for name in dict.fromkeys(feature.detector for feature in needs)
     }
-    for indices, images in batches:
-        images = images.to(device, non_blocking=True)
-        # The generator behind `batches` runs outside of this mode, as it would without metrics.
-        with torch.inference_mode():
-            for name, wanted in outputs.items():
-                for output, vectors in detectors[name](images, wanted).items():
-                    found = sets[Feature(name, output)]
-                    if found.moments is not None:
-                        found.moments.append(vectors)
-                    if found.vectors is not None:
-                        found.vectors.append(indices, vectors)
+    with distributed.together():
+        for indices, images in batches:
+            images = images.to(device, non_blocking=True)
+            # The generator behind `batches` runs outside of this mode, as without metrics.
+            with torch.inference_mode():
+                for name, wanted in outputs.items():
+                    for output, vectors in detectors[name](images, wanted).items():
+                        found = sets[Feature(name, output)]
+                        if found.moments is not None:
+                            found.moments.append(vectors)
+                        if found.vectors is not None:
+                            found.vectors.append(indices, vectors)
     for found in sets.values():
         if found.moments is not None:
             found.moments.all_reduce()

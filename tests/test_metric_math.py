@@ -155,19 +155,19 @@ class TestNeighbours:
         pairs = cdist(queries, points)
         np.testing.assert_array_equal(indices, np.argsort(pairs, axis=1)[:, :4])
         np.testing.assert_allclose(distances, np.sort(pairs, axis=1)[:, :4], rtol=1e-9)
-        own, _ = nearest_neighbours(points, points, 3, exclude_self=True)
+        own, _ = nearest_neighbours(points, points, 3, own=np.arange(len(points)))
         np.testing.assert_allclose(own[:, 2], true_radii(points, 3), rtol=1e-9)
 
     @pytest.mark.parametrize("dim", [6, 513])
     def test_of_duplicates_are_at_distance_zero_and_not_themselves(self, small_blocks, dim):
         points = two_sets(dim=dim)[0] + 1000
         points[20] = points[3]
-        distances, indices = nearest_neighbours(points, points, 1, exclude_self=True)
+        distances, indices = nearest_neighbours(points, points, 1, own=np.arange(len(points)))
         assert (indices[20, 0], indices[3, 0]) == (3, 20)
         assert distances[20, 0] == distances[3, 0] == 0
         assert (distances > 0).sum() == 88
         twice = np.concatenate([points, points])
-        distances, _ = nearest_neighbours(twice, twice, 1, exclude_self=True)
+        distances, _ = nearest_neighbours(twice, twice, 1, own=np.arange(len(twice)))
         np.testing.assert_array_equal(distances, 0)
 
     @pytest.mark.parametrize("blocks", [False, True])
@@ -189,7 +189,7 @@ class TestNeighbours:
     def test_are_too_few(self):
         points, queries = two_sets()
         with pytest.raises(ValueError, match=r"90 nearest neighbours .* more than the 90 vectors"):
-            nearest_neighbours(points, points, 90, exclude_self=True)
+            nearest_neighbours(points, points, 90, own=np.arange(len(points)))
         assert nearest_neighbours(queries, points, 90)[0].shape == (70, 90)
 
 

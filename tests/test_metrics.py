@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from metrics.inception_score import inception_score
-from metrics.manifold import density_coverage, precision_recall
-from metrics.mmd import kernel_distance, rbf_mmd
 
 from metrics import reference as reference_module
 from metrics.features import DETECTORS, Feature, PixelDetector, get_detector
 from metrics.frechet import frechet_distance, frechet_distance_of_samples
+from metrics.inception_score import inception_score
+from metrics.manifold import density_coverage, precision_recall
 from metrics.metric import METRICS, get_metric, get_metrics, needed_features, score
+from metrics.mmd import kernel_distance, rbf_mmd
 from metrics.reference import (
     Reference,
     cache_path,
@@ -378,6 +378,26 @@ class TestReferences:
         with pytest.raises(ValueError, match="not finite"):
             read_references(path)
 
+    def test_with_labels_that_do_not_fit_are_refused(self, tmp_path):
+        path = tmp_path / "reference.npz"
+        vectors = np.zeros((5, 9), np.float32)
+        for labels in (np.zeros(4, int), np.array(list("abcde"))):
+            save_references(
+                path, {PIXELS: self.make(vectors=vectors, num_vectors=5, labels=labels)}
+            )
+            with pytest.raises(ValueError, match=r"has labels of shape .* for 5 vectors"):
+                read_references(path)
+        for wrong in (dict(count=True), dict(dataset_hash=7)):
+            save_references(path, {PIXELS: self.make(**wrong)})
+            with pytest.raises(ValueError, match=r"reference\.npz: damaged.* its "):
+                read_references(path)
+
+    def test_need_two_images_and_features_whose_covariance_fits_in_memory(self):
+        with pytest.raises(ValueError, match="data: has 1 image; a reference needs at least 2"):
+            self.compute(random_images(0, 1), {PIXELS: BOTH}, source="data")
+        with pytest.raises(ValueError, match=r"196,608 values would take 309 GB"):
+            FeatureStatistics(256 * 256 * 3)
+
     def test_in_files_that_hold_objects_are_refused_unexecuted(self, tmp_path):
         path, mark = tmp_path / "reference.npz", tmp_path / "executed"
         np.savez(path, mu=np.array([Executes(mark)], dtype=object), sigma=np.eye(1))
@@ -420,9 +440,9 @@ class TestReferences:
 
     def test_are_cached_by_content_and_detector(self):
         images = random_images(0, 20)
-        first = self.cached(lambda: numbered(images, 8), source="data")
+        first = self.cached(lambda indices: numbered(images, 8), source="data")
 
-        def untouchable():
+        def untouchable(indices):
             raise AssertionError("the images were read again")
 
         second = self.cached(untouchable, source="data")
@@ -436,21 +456,36 @@ class TestReferences:
         with pytest.raises(AssertionError, match="read again"):
             self.cached(untouchable, detector=PixelDetector((3, 1, 3)))
 
+    def test_of_vectors_alone_need_no_other_images(self, monkeypatch):
+        monkeypatch.setattr(reference_module, "MAX_VECTORS", 7)
+        images = random_images(0, 20)
+        asked = []
+
+        def batches(indices):
+            asked.extend(indices)
+            return [(torch.tensor(indices), images[indices])]
+
+        found = self.cached(batches, needs={PIXELS: ("vectors",)})
+        assert asked == np.flatnonzero(vector_subset(20)).tolist()
+        expected = images.flatten(1).numpy()[asked] / np.float32(255)
+        np.testing.assert_allclose(found.vectors, expected, rtol=1e-6)
+        assert (found.count, found.num_vectors) == (20, 7)
+
     def test_are_completed_when_more_is_asked_for(self):
         images = random_images(0, 20)
-        only = self.cached(lambda: numbered(images, 8), needs={PIXELS: ("moments",)})
+        only = self.cached(lambda indices: numbered(images, 8), needs={PIXELS: ("moments",)})
         assert only.knows == {"moments"}
-        found = self.cached(lambda: numbered(images, 8))
+        found = self.cached(lambda indices: numbered(images, 8))
         assert found.knows == {"moments", "vectors"}
         np.testing.assert_array_equal(found.sigma, only.sigma)
 
     @pytest.mark.parametrize("kind", BOTH)
     def test_in_a_corrupt_cache_are_reported_and_made_anew(self, kind, capsys):
         images, detector = random_images(0, 20), PixelDetector(SHAPE)
-        first = self.cached(lambda: numbered(images, 8))
+        first = self.cached(lambda indices: numbered(images, 8))
         path = cache_path("a" * 64, PIXELS, detector.hash, kind)
         path.write_bytes(b"not a zip file")
-        second = self.cached(lambda: numbered(images, 8))
+        second = self.cached(lambda indices: numbered(images, 8))
         np.testing.assert_array_equal(second.sigma, first.sigma)
         np.testing.assert_array_equal(second.vectors, first.vectors)
         assert str(path) in capsys.readouterr().out
@@ -460,7 +495,7 @@ class TestReferences:
         images, detector = random_images(0, 20), PixelDetector(SHAPE)
         path = cache_path("a" * 64, PIXELS, detector.hash, "moments")
         save_references(path, {PIXELS: self.make(count=7)})
-        assert self.cached(lambda: numbered(images, 8)).count == 20
+        assert self.cached(lambda indices: numbered(images, 8)).count == 20
         assert "made from other images" in capsys.readouterr().out
 
 
@@ -630,6 +665,30 @@ class TestScore:
         (row,) = self.score([spec("fd", 10)])
         assert row["warnings"] == []
 
+    def test_of_subsets_larger_than_the_sets_warns_of_the_low_count(self):
+        (row,) = self.score([spec("kid", 60, like="kid_pixels")])
+        assert "low count: subsets of 60 images instead of 1,000" in row["warnings"][0]
+
+    def test_takes_moments_and_vectors_of_other_images_each_from_its_own(self):
+        """As with ADM's files: moments of all images, vectors of a sample."""
+        sample = self.reference(mu=None, sigma=None, count=30, dataset_hash="sample")
+        reference = self.reference(vectors=None, num_vectors=0, detector_hash=None, sample=sample)
+        metrics = [spec("fd", 60), spec("pr", 60, like="pr_pixels")]
+        moments_row, vectors_row = self.score(metrics, reference=reference)
+        (alone,) = self.score(
+            [spec("fd", 60)], reference=dataclasses.replace(reference, sample=None)
+        )
+        assert moments_row["reference_hash"] == alone["reference_hash"]
+        assert vectors_row["reference_hash"] == sample.hash
+        assert (moments_row["reference_count"], vectors_row["reference_count"]) == (80, 30)
+        assert "does not tell which detector" in moments_row["warnings"][0]
+        assert vectors_row["warnings"] == []
+
+    def test_names_metric_and_reference_where_a_computation_fails(self):
+        broken = self.reference(sigma=-np.eye(9))
+        with pytest.raises(ValueError, match=r"fd against data: Not a covariance"):
+            self.score([spec("fd", 60)], reference=broken)
+
     def test_of_the_data_itself_is_zero(self):
         (row,) = self.score([spec("fd", 80)], images=self.reals)
         assert row["value"] < 1e-12
@@ -666,6 +725,15 @@ class TestScore:
         assert "dog" not in rows[0]["per_class"]
         (row,) = self.score([spec("fd", 60)], labels=lambda count: fakes[:count])
         assert "per_class" not in row
+
+    def test_keeps_classes_of_one_name_apart(self):
+        (row,) = self.score(
+            [spec("fd", 60)],
+            reference=self.reference(labels=np.arange(80) % 2),
+            labels=lambda count: np.arange(count) % 2,
+            class_names=["crane", "crane"],
+        )
+        assert list(row["per_class"]) == ["crane (0)", "crane (1)"]
 
     def test_leaves_out_classes_with_too_few_images(self):
         labels = np.r_[np.zeros(57, int), np.ones(3, int)]
@@ -800,16 +868,20 @@ class TestRows:
         assert "low count: few" in table
 
     def test_with_several_values_show_them_all(self):
-        band = dict(noise_band=dict(mean=2.5, std=0.25, values=[2.25, 2.75]))
-        row = dict(self.row, values=dict(precision=0.5, recall=0.25), **band)
+        band = dict(recall=dict(mean=2.5, std=0.25, min=2.25, max=2.75), seeds=["0-1", "2-3"])
+        row = dict(self.row, values=dict(precision=0.5, recall=0.25), noise_band=band)
         heading, line = compare_rows([row]).splitlines()[1:3]
         assert heading.split() == [
             "values.precision",
             "values.recall",
-            "noise_band.mean",
-            "noise_band.std",
+            "noise_band.recall.mean",
+            "noise_band.recall.std",
+            "noise_band.recall.min",
         ]
-        assert line.split() == ["0.5", "0.25", "2.5", "0.25"]
+        assert line.split() == ["0.5", "0.25", "2.5", "0.25", "2.25"]
+
+    def test_with_a_warning_in_words_of_another_program_show_it(self):
+        assert "odd: text" in compare_rows([dict(self.row, warnings="odd: text")])
 
     def test_are_read_with_file_and_line(self, tmp_path):
         path = tmp_path / "metric-fid50k_full.jsonl"
@@ -823,6 +895,9 @@ class TestRows:
             read_rows(path)
         with pytest.raises(ValueError, match="cannot be read"):
             read_rows(tmp_path / "absent.jsonl")
+        path.write_text("\n")
+        with pytest.raises(ValueError, match=r"jsonl: holds no score rows"):
+            read_rows(path)
 
 
 TWO_PROCESSES = """
@@ -850,7 +925,8 @@ def share(images, num_first, start=0):
     return zip(indices[part].split(6), mine.split(6)) if len(mine) else []
 
 
-def batches():
+def batches(indices):
+    assert list(indices) == list(range(len(reals)))
     with open(folder / f"read-{rank}", "a") as file:
         file.write("x")
     return share(reals, len(reals))

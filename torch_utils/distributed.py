@@ -7,7 +7,7 @@ import os
 import pickle
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -149,6 +149,22 @@ def on_main(function: Callable[[], T]) -> T:
     An exception is raised on every rank, so that no rank waits for a failed one.
     """
     return _on_main(function, broadcast_object)
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Raise an error of any rank's block on every rank at its end. Collective.
+
+    So no rank waits in what follows for one that failed.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    for found in gather_objects(None if error is None else _transportable(error)):
+        if found is not None:
+            raise error or found
 
 
 def on_main_tree(function: Callable[[], T]) -> T:

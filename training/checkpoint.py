@@ -12,6 +12,7 @@ import os
 import pickle
 import platform
 import re
+import sys
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,7 +81,9 @@ def state_path(run_dir: Path, cur_nimg: int) -> Path:
 
 def package_versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that decide what is computed."""
-    names = ("torch", "numpy", "pillow")
+    names = ["torch", "numpy", "pillow"]
+    if "transformers" in sys.modules:  # Some detectors are its networks.
+        names.append("transformers")
     versions = {name: importlib.metadata.version(name) for name in names}
     return dict(python=platform.python_version(), **versions)
 
