@@ -15,7 +15,7 @@ from evaluation.images import ImageSource, shape_of
 from evaluation.scoring import dataset_references
 from metrics.features import Detector, Feature
 from metrics.manifold import nearest_neighbours
-from metrics.reference import MAX_VECTORS
+from metrics.reference_cache import MAX_VECTORS
 from metrics.statistics import collect_features
 from torch_utils import distributed
 from training.dataset import ImageDataset

@@ -12,7 +12,8 @@ from dnnlib.files import fetch
 from evaluation.images import ImageSource, shape_of
 from metrics.features import Detector, Feature, ImageShape, get_detector
 from metrics.metric import MetricSpec, needed_features, score
-from metrics.reference import References, load_references, references_for, vector_subset
+from metrics.reference import References, load_references
+from metrics.reference_cache import references_for, vector_subset
 from torch_utils import distributed
 from training.config import DetectorConfig
 from training.dataset import ImageDataset

@@ -1,10 +1,10 @@
-"""What is known of real images: computed once, kept in files, checked when read."""
+"""What is known of real images, and the files that keep it, checked when they are read."""
 
 import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,9 @@ import numpy as np
 import torch
 
 from dnnlib import safe_pickle
-from dnnlib.files import atomic_write, cache_dir, fetch
+from dnnlib.files import atomic_write, fetch
 from metrics.features import Detector, Feature
-from metrics.statistics import FeatureSet, collect_features
 from torch_utils import distributed
-
-MAX_VECTORS = 200_000
-_SUBSET_SEED = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,8 +25,8 @@ class Reference:
         feature: Detector and output.
         mu: [D], float64; None if unknown.
         sigma: [D, D], float64, with divisor count - 1; None if unknown.
-        vectors: [M, D], float32, of all images or of at most :data:`MAX_VECTORS` of them; on rank
-            0 only, None elsewhere and if unknown.
+        vectors: [M, D], float32, of all images or of a fixed choice of them (see
+            metrics.reference_cache); on rank 0 only, None elsewhere and if unknown.
         num_vectors: M on every rank; 0 if unknown.
         labels: Class index of each vector, int64 [M]; None if unknown.
         count: Number of images behind ``mu`` and ``sigma``, or behind the choice of the vectors;
@@ -266,191 +262,14 @@ def load_references(location: str) -> References:
 
     Collective: rank 0 reads; errors, as of :func:`read_references`, are raised on every rank.
     """
-    references = _from_main(lambda: read_references(fetch(location)))
+    references = from_main(lambda: read_references(fetch(location)))
     return {
         feature: dataclasses.replace(reference, source=str(location))
         for feature, reference in references.items()
     }
 
 
-def vector_subset(count: int) -> np.ndarray:
-    """Return, by image index, whether an image's vectors are kept, bool [count].
-
-    All are, up to :data:`MAX_VECTORS`; of more images, a fixed random choice of as many.
-    """
-    keep = np.ones(count, bool)
-    if count > MAX_VECTORS:
-        keep[np.random.default_rng(_SUBSET_SEED).permutation(count)[MAX_VECTORS:]] = False
-    return keep
-
-
-def compute_references(
-    needs: Mapping[Feature, Collection[str]],
-    detectors: Mapping[str, Detector],
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
-    device: torch.device | str,
-    *,
-    num_images: int,
-    dataset_hash: str | None = None,
-    source: str = "",
-) -> References:
-    """Return features of the images of all ranks, each computed once. Collective.
-
-    Args:
-        needs: What to know of each feature: ``moments``, ``vectors`` or both.
-        detectors: On ``device``, by name.
-        batches: This rank's images with their indices, as for
-            :func:`metrics.statistics.collect_features`; may be empty.
-        num_images: How many images all ranks have together; another number is an error.
-        dataset_hash, source: See :class:`Reference`.
-
-    Raises ValueError if the number of images is wrong or below 2.
-    """
-    if num_images < 2:
-        raise ValueError(
-            f"{source or 'The dataset'}: has {num_images} image; a reference needs at least 2."
-        )
-    keep = vector_subset(num_images)
-    sets = collect_features(detectors, needs, batches, device, keep)
-
-    def reference(feature: Feature, found: FeatureSet) -> Reference:
-        vectors = None if found.vectors is None else found.vectors.array
-        counts = [] if found.moments is None else [(found.moments.count, num_images)]
-        if vectors is not None:
-            counts.append((len(vectors), int(keep.sum())))
-        for count, expected in counts:
-            if count != expected:
-                raise ValueError(
-                    f"{source or 'The dataset'}: gave {count} images for the reference "
-                    f"statistics; expected {expected}."
-                )
-        return Reference(
-            feature=feature,
-            mu=None if found.moments is None else found.moments.mean(),
-            sigma=None if found.moments is None else found.moments.covariance(),
-            vectors=vectors,
-            num_vectors=0 if found.vectors is None else int(keep.sum()),
-            count=num_images,
-            detector_hash=detectors[feature.detector].hash,
-            dataset_hash=dataset_hash,
-            source=source,
-        )
-
-    references: References = {}
-
-    def build() -> None:
-        references.update({feature: reference(feature, found) for feature, found in sets.items()})
-
-    # Only rank 0 has the vectors, and every rank must hear if their number is wrong.
-    distributed.on_main(build)
-    if not distributed.is_main():
-        build()
-    return references
-
-
-def cache_path(content_hash: str, feature: Feature, detector_hash: str, kind: str) -> Path:
-    """Return where one feature of a dataset is cached; ``kind`` is ``moments`` or ``vectors``."""
-    key = hashlib.sha256(f"{content_hash} {detector_hash}".encode()).hexdigest()[:32]
-    return cache_dir() / "references" / f"{feature.detector}-{feature.output}-{key}-{kind}.npz"
-
-
-def references_for(
-    needs: Mapping[Feature, Collection[str]],
-    detectors: Mapping[str, Detector],
-    batches: Callable[[Sequence[int]], Iterable[tuple[torch.Tensor, torch.Tensor]]],
-    content_hash: str,
-    device: torch.device | str,
-    *,
-    num_images: int,
-    source: str = "",
-) -> References:
-    """Return features of a dataset, from the cache if they were ever computed. Collective.
-
-    Args:
-        needs, detectors, num_images, source: As for :func:`compute_references`.
-        batches: Called at most once, for all that is not cached, with the indices of the images
-            that are needed; returns this rank's share of them, with their indices.
-        content_hash: Identity of the images, equal on every rank.
-
-    A cache file that cannot be used is named on the console and replaced.
-    """
-    found: dict[tuple[Feature, str], Reference] = {}
-    missing: dict[Feature, list[str]] = {}
-    for feature, wanted in needs.items():
-        for kind in wanted:
-            detector = detectors[feature.detector]
-            path = cache_path(content_hash, feature, detector.hash, kind)
-
-            def read(path: Path = path, feature: Feature = feature, kind: str = kind) -> References:
-                return _read_cache(path, content_hash, feature, detectors[feature.detector], kind)
-
-            cached = _from_main(read)
-            if cached:
-                found[feature, kind] = cached[feature]
-            else:
-                missing.setdefault(feature, []).append(kind)
-    if missing:
-        indices: Sequence[int] = range(num_images)
-        if not any("moments" in kinds for kinds in missing.values()):
-            indices = np.flatnonzero(vector_subset(num_images)).tolist()
-        made = compute_references(
-            missing,
-            detectors,
-            batches(indices),
-            device,
-            num_images=num_images,
-            dataset_hash=content_hash,
-            source=source,
-        )
-        for feature, kinds in missing.items():
-            for kind in kinds:
-                path = cache_path(content_hash, feature, made[feature].detector_hash, kind)
-                part = _only(made[feature], kind)
-                found[feature, kind] = part
-                distributed.on_main(lambda path=path, part=part: _write_cache(path, part))
-    result: References = {}
-    for (feature, kind), part in found.items():
-        if feature not in result:
-            result[feature] = dataclasses.replace(part, source=source or part.source)
-            continue
-        names = ("mu", "sigma") if kind == "moments" else ("vectors", "num_vectors")
-        changes = {name: getattr(part, name) for name in names}
-        result[feature] = dataclasses.replace(result[feature], **changes)
-    return result
-
-
-def _only(reference: Reference, kind: str) -> Reference:
-    if kind == "moments":
-        return dataclasses.replace(reference, vectors=None, num_vectors=0, labels=None)
-    return dataclasses.replace(reference, mu=None, sigma=None)
-
-
-def _read_cache(
-    path: Path, content_hash: str, feature: Feature, detector: Detector, kind: str
-) -> References:
-    if not path.is_file():
-        return {}
-    try:
-        references = read_references(path)
-        if feature not in references or kind not in references[feature].knows:
-            raise ValueError(f"{path}: holds no {kind} of {feature}.")
-        references[feature].check_detector(detector)
-        if references[feature].dataset_hash != content_hash:
-            raise ValueError(f"{path}: made from other images.")
-    except ValueError as error:
-        print(f"Cached reference statistics cannot be used and are made anew. {error}", flush=True)
-        return {}
-    return references
-
-
-def _write_cache(path: Path, reference: Reference) -> None:
-    try:
-        save_references(path, {reference.feature: reference})
-    except OSError as error:
-        print(f"Reference statistics could not be cached in {path}: {error}.", flush=True)
-
-
-def _from_main(function: Callable[[], References]) -> References:
+def from_main(function: Callable[[], References]) -> References:
     """Return rank 0's references on every rank, but their vectors there alone."""
     here: References = {}
 

@@ -14,21 +14,18 @@ import pytest
 import scipy.linalg
 import torch
 
-from metrics import reference as reference_module
+from metrics import reference_cache
 from metrics.features import DETECTORS, Feature, PixelDetector, get_detector
 from metrics.frechet import frechet_distance, frechet_distance_of_samples
 from metrics.inception_score import inception_score
 from metrics.manifold import density_coverage, precision_recall
 from metrics.metric import METRICS, get_metric, get_metrics, needed_features, score
 from metrics.mmd import kernel_distance, rbf_mmd
-from metrics.reference import (
-    Reference,
+from metrics.reference import Reference, load_references, read_references, save_references
+from metrics.reference_cache import (
     cache_path,
     compute_references,
-    load_references,
-    read_references,
     references_for,
-    save_references,
     vector_subset,
 )
 from metrics.rows import compare_rows, differing_fields, read_rows
@@ -420,7 +417,7 @@ class TestReferences:
                 self.compute(images, {PIXELS: (need,)}, num_images=51)
 
     def test_keep_the_vectors_of_a_fixed_choice_of_many_images(self, monkeypatch):
-        monkeypatch.setattr(reference_module, "MAX_VECTORS", 20)
+        monkeypatch.setattr(reference_cache, "MAX_VECTORS", 20)
         images = random_images(0, 50)
         found = self.compute(images, {PIXELS: BOTH})[PIXELS]
         keep = vector_subset(50)
@@ -457,7 +454,7 @@ class TestReferences:
             self.cached(untouchable, detector=PixelDetector((3, 1, 3)))
 
     def test_of_vectors_alone_need_no_other_images(self, monkeypatch):
-        monkeypatch.setattr(reference_module, "MAX_VECTORS", 7)
+        monkeypatch.setattr(reference_cache, "MAX_VECTORS", 7)
         images = random_images(0, 20)
         asked = []
 
@@ -907,7 +904,8 @@ import numpy as np
 import torch
 from metrics.features import Feature, PixelDetector
 from metrics.metric import METRICS, score
-from metrics.reference import load_references, references_for
+from metrics.reference import load_references
+from metrics.reference_cache import references_for
 from torch_utils import distributed
 
 folder = Path(sys.argv[1])
