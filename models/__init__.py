@@ -6,17 +6,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.conditioners import ClassConditioner
-from models.config import ModelConfig
+from models.conditioners import ClassConditioner, ClassTable
+from models.config import LatentModelConfig, ModelConfig
 from models.context import Context
 from models.diffit import DiffiT, DiffiTConfig
+from models.latent_diffit import LatentDiffiT, LatentDiffiTConfig
 from models.layers import choose_attention
 
-__all__ = ["Context", "ModelConfig", "Network", "attention_backend", "build_network"]
+__all__ = [
+    "Context",
+    "LatentModelConfig",
+    "ModelConfig",
+    "Network",
+    "attention_backend",
+    "build_network",
+]
 
 
 def class_conditioner(config: ModelConfig, dim: int) -> ClassConditioner:
     return ClassConditioner(config.num_classes, config.augment_dim, dim)
+
+
+def class_table(config: ModelConfig, dim: int) -> ClassTable:
+    return ClassTable(config.num_classes, dim)
 
 
 class Family(NamedTuple):
@@ -32,6 +44,7 @@ class Family(NamedTuple):
 
 FAMILIES: dict[type[ModelConfig], Family] = {
     DiffiTConfig: Family(DiffiT, class_conditioner),
+    LatentDiffiTConfig: Family(LatentDiffiT, class_table),
 }
 
 

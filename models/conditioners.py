@@ -8,7 +8,32 @@ from torch import Tensor, nn
 from models.context import Context
 
 
-class ClassConditioner(nn.Module):
+class Conditioner(nn.Module):
+    """Base of the conditioners: knows how many classes there are, and checks labels."""
+
+    num_classes: int
+
+    def check(self, cond: dict[str, Tensor]) -> None:
+        """Raise ValueError if a condition is missing or out of range.
+
+        It reads the labels, so call it where they are still on the CPU; the forward pass never
+        waits for the device.
+        """
+        if self.num_classes == 0:
+            return
+        if "label" not in cond:
+            raise ValueError(
+                f"This model is conditioned on {self.num_classes} classes, but no labels are given."
+            )
+        for label in cond["label"].flatten().tolist():
+            if not 0 <= label < self.num_classes:
+                raise ValueError(
+                    f"Class index {label} is out of range; this model has the classes 0 to "
+                    f"{self.num_classes - 1}."
+                )
+
+
+class ClassConditioner(Conditioner):
     """Sums an embedding of the class label and one of the augmentation labels into one vector.
 
     The vector of class i is sqrt(num_classes) times row i of a weight: EDM's Linear(sqrt(L) onehot)
@@ -32,25 +57,6 @@ class ClassConditioner(nn.Module):
         if augment_dim > 0:
             self.augment = nn.Linear(augment_dim, dim, bias=False)
             nn.init.xavier_uniform_(self.augment.weight)
-
-    def check(self, cond: dict[str, Tensor]) -> None:
-        """Raise ValueError if a condition is missing or out of range.
-
-        It reads the labels, so call it where they are still on the CPU; the forward pass never
-        waits for the device.
-        """
-        if self.num_classes == 0:
-            return
-        if "label" not in cond:
-            raise ValueError(
-                f"This model is conditioned on {self.num_classes} classes, but no labels are given."
-            )
-        for label in cond["label"].flatten().tolist():
-            if not 0 <= label < self.num_classes:
-                raise ValueError(
-                    f"Class index {label} is out of range; this model has the classes 0 to "
-                    f"{self.num_classes - 1}."
-                )
 
     def forward(
         self, cond: dict[str, Tensor], drop: Tensor | None = None, num: int | None = None
@@ -83,3 +89,40 @@ class ClassConditioner(nn.Module):
                 augment = self.augment.weight.new_zeros(num, self.augment_dim)
             parts.append(self.augment(augment))
         return Context(vector=sum(parts[1:], parts[0]) if parts else None)
+
+
+class ClassTable(Conditioner):
+    """An embedding of the class label whose last row is the null label (DiT, arXiv 2212.09748).
+
+    Args:
+        num_classes: Number of classes; 0 for an unconditional model.
+        dim: Width of the vector.
+    """
+
+    def __init__(self, num_classes: int, dim: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        if num_classes > 0:
+            self.embedding_table = nn.Embedding(num_classes + 1, dim)
+            nn.init.normal_(self.embedding_table.weight, std=0.02)
+
+    def forward(
+        self, cond: dict[str, Tensor], drop: Tensor | None = None, num: int | None = None
+    ) -> Context:
+        """Return the context of N images: a vector [N, dim], or none without classes.
+
+        Args:
+            cond: ``label``: [N] int64 class indices, which a class-conditional model needs.
+            drop: [N] bool, true where the label is replaced by the null label; none by default.
+            num: Not needed.
+
+        Raises ValueError if a class-conditional model gets no label.
+        """
+        if self.num_classes == 0:
+            return Context()
+        if "label" not in cond:
+            self.check(cond)
+        label = cond["label"]
+        if drop is not None:
+            label = torch.where(drop, self.num_classes, label)
+        return Context(vector=self.embedding_table(label))

@@ -23,6 +23,9 @@ class ModelConfig(Config):
     augment_dim: int = option(
         0, min=0, help="Augmentation labels that the network is given.", exposed=False
     )
+    learned_variance: bool = option(
+        False, help="The output has a second half, the variance of a step.", exposed=False
+    )
     attention: str = option(
         "auto",
         choices=("auto", "sdpa", "flex"),
@@ -33,6 +36,44 @@ class ModelConfig(Config):
     )
 
     @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of what the network denoises."""
+        return self.img_channels, self.resolution, self.resolution
+
+    @property
     def out_channels(self) -> int:
         """Channels of the raw network output F."""
-        return self.img_channels
+        return self.input_shape[0] * (2 if self.learned_variance else 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentModelConfig(ModelConfig):
+    """A network on the latents of an autoencoder, z = (encoded - shift) scale."""
+
+    vae: str = option(
+        "stabilityai/sd-vae-ft-ema", help="Autoencoder: Hugging Face id or folder (AutoencoderKL)."
+    )
+    latent_channels: int = option(4, min=1, help="Channels of the latents.")
+    latent_downsampling: int = option(8, min=1, help="Edge of an image over that of its latents.")
+    latent_scale: float = option(
+        0.18215, min=1e-8, help="Scale of the autoencoder's latents.", exposed=False
+    )
+    latent_shift: float = option(
+        0.0, help="Shift of the autoencoder's latents before scaling.", exposed=False
+    )
+    vae_hash: str | None = option(
+        None, help="Identity of the autoencoder's weights and settings.", exposed=False
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.resolution % self.latent_downsampling:
+            raise ValueError(
+                f"--resolution: got {self.resolution}, which is no multiple of "
+                f"--latent-downsampling {self.latent_downsampling}; choose one that is."
+            )
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        size = self.resolution // self.latent_downsampling
+        return self.latent_channels, size, size

@@ -159,7 +159,7 @@ class DiffiT(nn.Module):
             nn.Linear(config.time_dim, config.time_dim),
             nn.SiLU(),
         )
-        self.tokenizer = nn.Conv2d(config.img_channels, widths[0], kernel_size=3, padding=1)
+        self.tokenizer = nn.Conv2d(config.input_shape[0], widths[0], kernel_size=3, padding=1)
 
         self.encoder, self.downsamplers = nn.ModuleList(), nn.ModuleList()
         for stage, width in enumerate(widths):

@@ -1,0 +1,145 @@
+"""Latent DiffiT: transformer blocks of one width on the latents of an autoencoder.
+
+Hatamizadeh et al., DiffiT: Diffusion Vision Transformers for Image Generation (arXiv 2312.02139),
+section 3.3 and Appendix H.2.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from dnnlib.config import option
+from models.config import LatentModelConfig
+from models.context import Context
+from models.layers import TMSA, PositionalEmbedding, TransformerBlock, position_embedding
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentDiffiTConfig(LatentModelConfig):
+    """Architecture of :class:`LatentDiffiT`; defaults are those of the published 561M model."""
+
+    family: ClassVar[str] = "latent-diffit"
+    title: ClassVar[str] = "Model options (latent DiffiT)"
+
+    resolution: int = option(256, min=1, help="Height and width of the images in pixels.")
+    num_blocks: int = option(28, min=1, help="Transformer blocks.")
+    hidden_dim: int = option(1152, min=4, help="Width of tokens and time token.")
+    num_heads: int = option(16, min=1, help="Attention heads; divides the width.")
+    patch_size: int = option(2, min=1, help="Edge of the square of latents that is a token.")
+    base_dim: int = option(128, min=1, help="Frequencies of the noise level's sinusoids.")
+    mlp_ratio: float = option(4.0, min=0.01, help="Hidden width of an MLP over its width.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        size = self.input_shape[1]
+        if size % self.patch_size:
+            raise ValueError(
+                f"--patch-size: got {self.patch_size}, which does not divide the {size}x{size} "
+                f"latents of {self.resolution}x{self.resolution} images; use a divisor."
+            )
+        if self.hidden_dim % 4:
+            raise ValueError(
+                f"--hidden-dim: got {self.hidden_dim}; accepted: a multiple of 4, for the sines "
+                "and cosines of two axes."
+            )
+        if self.hidden_dim % self.num_heads:
+            raise ValueError(
+                f"--num-heads: got {self.num_heads}, which does not divide --hidden-dim "
+                f"{self.hidden_dim}; use a divisor."
+            )
+
+    @property
+    def grid(self) -> int:
+        """Height and width of the grid of tokens."""
+        return self.input_shape[1] // self.patch_size
+
+
+class LatentDiffiT(nn.Module):
+    """The raw network F of a latent DiffiT.
+
+    Patches become tokens, to which fixed sinusoids of their position are added. Every block attends
+    over the whole grid, a window that covers it, with the sum of noise level and class as its time
+    token.
+    """
+
+    def __init__(self, config: LatentDiffiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim, patch = config.hidden_dim, config.patch_size
+        # Width of the context's vector, which is added to the embedding of the noise level.
+        self.context_dim = dim
+        self.patch_embedding = nn.Conv2d(config.input_shape[0], dim, patch, stride=patch)
+        self.register_buffer(
+            "position_embedding", position_embedding(dim, config.grid), persistent=False
+        )
+        self.noise_embedding = PositionalEmbedding(
+            2 * config.base_dim, endpoint=False, cosines_first=True
+        )
+        self.time_token = nn.Sequential(
+            nn.Linear(2 * config.base_dim, dim), nn.SiLU(), nn.Linear(dim, dim)
+        )
+        self.blocks = nn.ModuleList(
+            TransformerBlock(
+                dim, dim, config.num_heads, config.grid, config.mlp_ratio, config.attention
+            )
+            for _ in range(config.num_blocks)
+        )
+        self.head_norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.head = nn.Linear(dim, patch**2 * config.out_channels)
+        self.initialize()
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Draw the initial weights from torch's global generator, as DiT does (arXiv 2212.09748)."""
+        # Linear weights, the patches' among them: uniform by Glorot & Bengio (2010), biases zero.
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, TMSA):
+                nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
+        for layer in (self.time_token[0], self.time_token[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+
+        # The first estimate is c_skip x.
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, x: Tensor, c_noise: Tensor, context: Context) -> Tensor:
+        """Return F [N, out_channels, H, W].
+
+        Args:
+            x: [N, latent_channels, H, W], scaled to about unit variance.
+            c_noise: [N], the noise level as the preconditioner encodes it, such as a timestep.
+            context: Its vector [N, hidden_dim], if any, is added to that of the noise level.
+
+        Raises ValueError if H and W are not those of the configuration.
+        """
+        if x.shape[1:] != self.config.input_shape:
+            expected = "x".join(map(str, self.config.input_shape))
+            raise ValueError(
+                f"This model denoises latents of {expected}, not "
+                f"{'x'.join(map(str, x.shape[1:]))}."
+            )
+        t = self.time_token(self.noise_embedding(c_noise))  #           [N, D]
+        if context.vector is not None:
+            t = t + context.vector
+
+        x = self.patch_embedding(x).permute(0, 2, 3, 1)  #              [N, g, g, D]
+        x = x + self.position_embedding
+        for block in self.blocks:
+            x = self._run(block, x, t)
+        x = self.head(functional.silu(self.head_norm(x)))  #            [N, g, g, p p C_out]
+
+        patch = self.config.patch_size
+        x = x.unflatten(-1, (patch, patch, -1))  #                      [N, g, g, p, p, C_out]
+        x = x.permute(0, 5, 1, 3, 2, 4)  #                              [N, C_out, g, p, g, p]
+        return x.flatten(4, 5).flatten(2, 3)  #                         [N, C_out, H, W]
+
+    def _run(self, block: TransformerBlock, x: Tensor, t: Tensor) -> Tensor:
+        if self.config.checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(block, x, t, use_reentrant=False)
+        return block(x, t)
