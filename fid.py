@@ -76,6 +76,7 @@ def open_given_source(
     network: str | None,
     images: str | None,
     guide: str | None,
+    vae: str | None,
     seed: int,
     batch: int,
     precision: str | None,
@@ -87,7 +88,7 @@ def open_given_source(
     """
     if (network is None) == (images is None):
         raise click.UsageError("Give either --network or --images.")
-    for name in ("seed", "precision", "guide"):
+    for name in ("seed", "precision", "guide", "vae"):
         if images is not None and is_given(name):
             raise click.UsageError(option_elsewhere(name, config))
     device = distributed.init()
@@ -99,6 +100,7 @@ def open_given_source(
         batch=batch,
         precision=precision,
         guide=guide,
+        vae=vae,
         shuffled=shuffled,
     )
     return source, device
@@ -117,6 +119,7 @@ def source_options(command: click.Command) -> click.Command:
         ),
         batch_option,
         click.option("--seed", default=0, show_default=True, help="Seed of the first image."),
+        click.option("--vae", help="Autoencoder of a latent model, if not where it was."),
         click.option("--guide", help="Second snapshot, to guide away from with --cfg-scale."),
         click.option("--images", help="Folder, zip or .npz of generated images instead."),
         click.option("--network", help="Snapshot to generate images from."),

@@ -59,6 +59,7 @@ def option_elsewhere(name: str, config: Config | None) -> str | None:
 @click.option("--grid", type=click.Path(path_type=Path), help="Also write one picture of all.")
 @click.option("--columns", default=10, show_default=True, type=click.IntRange(1), help="Of --grid.")
 @click.option("--guide", help="Second snapshot, to guide away from with weight --cfg-scale.")
+@click.option("--vae", help="Autoencoder of a latent model, if not where it was in training.")
 @click.option("--precision", type=click.Choice(list(AUTOCAST_DTYPES)), help="As in training.")
 def main(
     config: GenerateConfig,
@@ -71,6 +72,7 @@ def main(
     grid: Path | None,
     columns: int,
     guide: str | None,
+    vae: str | None,
     precision: str | None,
 ) -> None:
     """Generate one image per seed. An image depends on its seed, its class and the options below,
@@ -97,6 +99,7 @@ def main(
         guidance=config.guidance,
         precision=precision,
         guide=None if guide is None else cached_snapshot(guide),
+        vae=vae,
     )
 
     # Images of another protocol in the same folder would pass for this one's.

@@ -17,14 +17,14 @@ from dnnlib.cli import ConfigCommand, raw_value, run, settings
 from dnnlib.config import Config
 from dnnlib.files import atomic_write, check_target
 from dnnlib.text import join_names
-from evaluation.scoring import make_evaluate
+from evaluation.scoring import make_evaluate, real_images
 from metrics.metric import get_metrics
 from models import attention_backend
 from torch_utils import distributed
 from training import runs
 from training.checkpoint import load_snapshot, package_versions
-from training.config import RunConfig, accumulation_rounds
-from training.dataset import open_dataset
+from training.config import RunConfig, accumulation_rounds, fit_to_device
+from training.inputs import open_autoencoder, open_training_data
 from training.loop import training_loop
 from training.report import describe_config, describe_run
 from training.telemetry import import_wandb
@@ -135,8 +135,7 @@ def main(
     if dry_run:
         note = ""
         if config.data.data and Path(config.data.data).exists():
-            dataset = open_dataset(config.data, seed=config.training.seed)
-            config = runs.fit_to_data(config, dataset)
+            config = runs.fit_to_data(config, open_training_data(config))
         else:
             num_classes = get_preset(config.preset).num_classes if config.data.cond else 0
             config = runs.with_data_facts(config, config.model.img_channels, num_classes)
@@ -144,6 +143,7 @@ def main(
                 note = f"\n{config.data.data} is not there: assuming the preset's usual data."
         world_size = int(os.environ.get("WORLD_SIZE", 1))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        config = fit_to_device(config, device.type)
         description = describe_run(config, world_size, device)
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"{describe_config(config)}\n{description}{note}")
@@ -167,9 +167,15 @@ def main(
     stop_signal = click.get_current_context().with_resource(distributed.StopSignal())
     accumulation_rounds(config.training, distributed.world_size())
     attention_backend(config.model, device)
-    dataset = open_dataset(config.data, seed=config.training.seed)
-    config = runs.fit_to_data(config, dataset)
-    evaluate = make_evaluate(specs, config.detectors, dataset, device) if specs else None
+    dataset = open_training_data(config)
+    config = fit_to_device(runs.fit_to_data(config, dataset), device.type)
+    autoencoder = open_autoencoder(config.model, None, device)
+    if autoencoder is not None:
+        config = runs.fit_to_autoencoder(config, autoencoder)
+    evaluate = None
+    if specs:
+        real = real_images(config.logging.metrics_ref, dataset, specs)
+        evaluate = make_evaluate(specs, config.detectors, real, config.model, device)
 
     # Find or make the run folder.
     snapshot = load_snapshot(transfer) if transfer is not None else None
@@ -191,7 +197,7 @@ def main(
         facts = dict(command=sys.argv, world_size=distributed.world_size(), device=str(device))
         facts["origin"] = runs.stored_origin(run_dir) if explicit_resume else origin
         runs.write_options(run_dir, config, {**facts, "packages": package_versions()})
-        print(f"Training on {dataset.name}: {len(dataset)} images. Writing to {run_dir}")
+        print(f"Training on {dataset.name}: {dataset.num_images} images. Writing to {run_dir}")
         print(describe_run(config, distributed.world_size(), device), flush=True)
 
     finished = training_loop(
@@ -199,6 +205,7 @@ def main(
         run_dir,
         dataset,
         device,
+        autoencoder=autoencoder,
         resume_state=state,
         transfer=snapshot if state is None else None,
         evaluate=evaluate,

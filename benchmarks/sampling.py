@@ -41,8 +41,7 @@ def benchmark_sample(
         generator = ImageGenerator(
             network=network,
             precond=make_precond(config.precond),
-            image_shape=(config.model.img_channels, *[config.model.resolution] * 2),
-            num_classes=config.model.num_classes,
+            model=config.model,
             sampling=sampling,
             guidance=GuidanceConfig(cfg_scale=cfg_scale),
             device=device,

@@ -23,11 +23,11 @@ from diffusion.precond import make_precond
 from models import Network, build_network
 from torch_utils import rng
 from torch_utils.stats import StatsCollector
-from training.augment import make_augment_pipe
 from training.config import RunConfig
 from training.dataset import ImageDataset
 from training.ema import EMA, ema_beta
 from training.generation import AUTOCAST_DTYPES
+from training.inputs import make_inputs
 from training.objective import Objective
 from training.optimizer import GuardedAdam
 from training.report import forward_flops
@@ -48,7 +48,6 @@ class TrainingSteps:
     def __init__(self, config: RunConfig, dataset: ImageDataset, device: torch.device) -> None:
         training = config.training
         self.config, self.device = config, device
-        self._image_shape = (dataset.img_channels, dataset.resolution, dataset.resolution)
         self._cur_nimg = _FIRST_NIMG
         sampler = PositionSampler(
             len(dataset),
@@ -67,7 +66,7 @@ class TrainingSteps:
         self._objective = Objective(
             self.network,
             make_precond(config.precond),
-            augment_pipe=make_augment_pipe(training.augment),
+            inputs=make_inputs(config, dataset, None),
             label_drop=training.label_drop or 0.0,
             autocast_dtype=AUTOCAST_DTYPES[training.precision],
         )
@@ -92,7 +91,7 @@ class TrainingSteps:
             seed=training.seed,
             cur_nimg=self._cur_nimg,
             batch=training.batch,
-            image_shape=self._image_shape,
+            input_shape=self.config.model.input_shape,
             device=self.device,
         )
         torch.manual_seed(rng.mix(training.seed, self._cur_nimg, rng.STREAM_MODEL))

@@ -1,6 +1,5 @@
 """Presets by name."""
 
-from configs.diffit import get_diffit_config
-from configs.presets import PRESETS, get_preset, get_training_config
+from configs.presets import PRESETS, get_diffit_config, get_preset, get_training_config
 
 __all__ = ["PRESETS", "get_diffit_config", "get_preset", "get_training_config"]

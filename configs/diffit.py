@@ -1,6 +1,5 @@
 """DiffiT models in image space."""
 
-from dnnlib.config import did_you_mean
 from models.diffit import DiffiTConfig
 
 # Widths and stages: DiffiT (arXiv 2312.02139), Appendix H.1 and Table S.2; windows: Appendix I.1;
@@ -29,16 +28,3 @@ MODELS: dict[str, DiffiTConfig] = {
         time_dim=128,
     ),
 }
-
-
-def get_diffit_config(name: str) -> DiffiTConfig:
-    """Return the model configuration of a preset, such as ``cifar10``.
-
-    Raises ValueError for an unknown name.
-    """
-    if name not in MODELS:
-        raise ValueError(
-            f"Unknown DiffiT preset {name!r}; accepted: {', '.join(MODELS)}."
-            f"{did_you_mean(name, MODELS)}"
-        )
-    return MODELS[name]

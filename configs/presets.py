@@ -1,10 +1,15 @@
 """Presets: whole runs by name, each row citing where its numbers come from."""
 
 import dataclasses
+import math
 
-from configs.diffit import MODELS
+from configs import diffit, latent_diffit
+from diffusion.guidance import GuidanceConfig
+from diffusion.precond import PrecondConfig
 from diffusion.samplers import SamplingConfig
 from dnnlib.config import did_you_mean
+from models.diffit import DiffiTConfig
+from models.latent_diffit import LatentDiffiTConfig
 from training.augment import AugmentConfig
 from training.config import LoggingConfig, RunConfig, TrainingConfig
 from training.dataset import DatasetConfig
@@ -23,13 +28,13 @@ class Preset:
 # which DiffiT adopts (arXiv 2312.02139, Appendix I.1); Heun with 18 and 40 steps (section 5.1).
 _CIFAR10 = RunConfig(
     preset="cifar10",
-    model=MODELS["cifar10"],
+    model=diffit.MODELS["cifar10"],
     training=TrainingConfig(batch=512, lr=1e-3, augment=AugmentConfig(augment=0.12)),
     sampling=SamplingConfig(steps=18),
 )
 _FFHQ64 = RunConfig(
     preset="ffhq64",
-    model=MODELS["ffhq64"],
+    model=diffit.MODELS["ffhq64"],
     training=TrainingConfig(batch=256, lr=2e-4, augment=AugmentConfig(augment=0.15)),
     sampling=SamplingConfig(steps=40),
 )
@@ -37,7 +42,7 @@ _FFHQ64 = RunConfig(
 # augmentation.
 _DIGITS = RunConfig(
     preset="digits",
-    model=MODELS["digits"],
+    model=diffit.MODELS["digits"],
     data=DatasetConfig(cond=True, cache=True),
     training=TrainingConfig(
         batch=128,
@@ -51,12 +56,78 @@ _DIGITS = RunConfig(
     sampling=SamplingConfig(sampler="dpmpp_2m", steps=16),
 )
 
+
+def _imagenet(name: str, *, batch: int, lr: float, guidance: GuidanceConfig) -> RunConfig:
+    """Return a run of latent DiffiT on ImageNet.
+
+    Batch, learning rate and a weight average of 0.9999 a step: DiffiT (arXiv 2312.02139), Appendix
+    I.2. It names no optimizer and no duration; AdamW without decay or warm-up and mirrored images
+    are DiT's (arXiv 2212.09748, section 4). Sampling and guidance are those of the published
+    weights: 250 ancestral steps, guidance on the first three channels.
+    """
+    return RunConfig(
+        preset=name,
+        model=latent_diffit.MODELS[name],
+        precond=PrecondConfig(precond="ddpm", learned_variance=True),
+        data=DatasetConfig(cond=True, hflip=True),
+        training=TrainingConfig(
+            batch=batch,
+            kimg=400_000,
+            lr=lr,
+            lr_rampup=0,
+            ema_kimg=_half_life_kimg(0.9999, batch),
+            ema_rampup=None,
+            ema_stds=(0.05, 0.10),
+            precision="auto",
+            compile=None,
+            augment=AugmentConfig(augment=0.0),
+        ),
+        logging=LoggingConfig(sample_batch=32),
+        sampling=SamplingConfig(sampler="ddpm", grid="timesteps", steps=250),
+        guidance=guidance,
+    )
+
+
+def _half_life_kimg(beta: float, batch: int) -> float:
+    """Return the half-life of a weight average whose decay is ``beta`` a step of ``batch``."""
+    return batch * math.log(0.5) / math.log(beta) / 1000
+
+
+_GUIDANCE_256 = GuidanceConfig(
+    cfg_scale=4.4, cfg_schedule="power-cosine", cfg_power=4.0, cfg_channels=3
+)
+_GUIDANCE_512 = GuidanceConfig(cfg_scale=1.49, cfg_channels=3)
+_IMAGENET = {
+    name: _imagenet(name, batch=256, lr=3e-4, guidance=_GUIDANCE_256)
+    if model.resolution == 256
+    else _imagenet(name, batch=512, lr=1e-4, guidance=_GUIDANCE_512)
+    for name, model in latent_diffit.MODELS.items()
+    if name.startswith("imagenet")
+}
+# Ours: a few CPU minutes on the latents of a small autoencoder of digits.
+_DIGITS_LATENT = RunConfig(
+    preset="digits-latent",
+    model=latent_diffit.MODELS["digits-latent"],
+    precond=PrecondConfig(precond="ddpm", learned_variance=True),
+    data=DatasetConfig(cond=True),
+    training=TrainingConfig(
+        batch=128,
+        kimg=300,
+        lr=1e-3,
+        lr_rampup=5,
+        ema_kimg=10,
+        augment=AugmentConfig(augment=0.0),
+    ),
+    logging=LoggingConfig(tick=10, snap=10, workers=0, sample_batch=256),
+    sampling=SamplingConfig(sampler="ddpm", grid="timesteps", steps=50),
+)
+
 PRESETS: dict[str, Preset] = {
     "cifar10": Preset(
         run=_CIFAR10, num_classes=10, source="DiffiT Appendix I.1; EDM Table 7 (CIFAR-10)"
     ),
     "cifar10-l4": Preset(
-        run=dataclasses.replace(_CIFAR10, preset="cifar10-l4", model=MODELS["cifar10-l4"]),
+        run=dataclasses.replace(_CIFAR10, preset="cifar10-l4", model=diffit.MODELS["cifar10-l4"]),
         num_classes=10,
         source="DiffiT Appendix H.1: four residual blocks a stage",
     ),
@@ -64,10 +135,17 @@ PRESETS: dict[str, Preset] = {
         run=_FFHQ64, num_classes=0, source="DiffiT Appendix H.1 and I.1; EDM Table 7 (FFHQ)"
     ),
     "digits": Preset(run=_DIGITS, num_classes=10, source="ours, for CPUs"),
+    **{
+        name: Preset(
+            run=run, num_classes=1000, source="DiffiT section 5.2, Appendix H.2 and I.2; DiT"
+        )
+        for name, run in _IMAGENET.items()
+    },
+    "digits-latent": Preset(run=_DIGITS_LATENT, num_classes=10, source="ours, for CPUs"),
 }
 
 # What --resolution alone means.
-PRESET_OF_RESOLUTION = {32: "cifar10", 64: "ffhq64"}
+PRESET_OF_RESOLUTION = {32: "cifar10", 64: "ffhq64", 256: "imagenet256", 512: "imagenet512"}
 
 
 def get_preset(name: str) -> Preset:
@@ -77,6 +155,20 @@ def get_preset(name: str) -> Preset:
             f"--preset: got {name!r}; accepted: {', '.join(PRESETS)}.{did_you_mean(name, PRESETS)}"
         )
     return PRESETS[name]
+
+
+def get_diffit_config(name: str) -> DiffiTConfig | LatentDiffiTConfig:
+    """Return the model configuration of a DiffiT preset, such as ``cifar10``.
+
+    Raises ValueError for an unknown name.
+    """
+    models = {**diffit.MODELS, **latent_diffit.MODELS}
+    if name not in models:
+        raise ValueError(
+            f"Unknown DiffiT preset {name!r}; accepted: {', '.join(models)}."
+            f"{did_you_mean(name, models)}"
+        )
+    return models[name]
 
 
 def get_training_config(name: str) -> TrainingConfig:

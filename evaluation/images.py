@@ -165,6 +165,7 @@ def open_source(
     batch: int = 64,
     precision: str | None = None,
     guide: str | None = None,
+    vae: str | None = None,
     shuffled: bool = False,
 ) -> ImageSource:
     """Return the images of a snapshot under the protocol ``config``, or of a file without one.
@@ -175,6 +176,7 @@ def open_source(
         batch: Images per rank and pass.
         precision: Arithmetic of the snapshot's network; None: as in training.
         guide: Second snapshot, to guide away from.
+        vae: Autoencoder of a latent model, if not where it was in training.
         shuffled: Number the images of folders and zips in a fixed random order.
     """
     if config is None:
@@ -187,6 +189,7 @@ def open_source(
         guidance=config.guidance,
         precision=precision,
         guide=None if guide is None else cached_snapshot(guide),
+        vae=vae,
     )
     return SnapshotImages(generator, snapshot, first_seed=first_seed, batch=batch)
 

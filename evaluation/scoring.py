@@ -14,9 +14,12 @@ from metrics.features import Detector, Feature, ImageShape, get_detector
 from metrics.metric import MetricSpec, needed_features, score
 from metrics.reference import References, load_references
 from metrics.reference_cache import references_for, vector_subset
+from models import ModelConfig
 from torch_utils import distributed
 from training.config import DetectorConfig
 from training.dataset import ImageDataset
+from training.inputs import TrainingData
+from training.latents import LatentDataset, MirroredImages
 from training.sampler import iterate_images
 from training.samples import open_images
 
@@ -76,19 +79,22 @@ def dataset_references(
 
 
 class RealImages:
-    """The reference of ``fid.py``: a dataset, or a file of statistics, or both in one file.
+    """What metrics compare with: a dataset, or a file of statistics, or both in one file.
 
     Args:
         location: Folder or zip of images; ``.npz`` of this project, of EDM or of ADM; ``.pkl`` of
-            EDM2. A file of statistics may be a URL.
+            EDM2. A file of statistics may be a URL. Or a dataset that is open.
 
     Attributes:
         image_shape: C, H, W; None if only statistics are known.
     """
 
-    def __init__(self, location: str) -> None:
-        self._location = location
+    def __init__(self, location: str | ImageDataset) -> None:
         self._dataset, self._statistics = None, None
+        if isinstance(location, ImageDataset):
+            self._dataset = location
+            self.image_shape = shape_of(location)
+            return
         path, arrays = distributed.on_main(lambda: _fetch_arrays(location))
         if arrays is None or "arr_0" in arrays:
             self._dataset = open_images(path)
@@ -103,7 +109,11 @@ class RealImages:
         return self._dataset.labels is not None
 
     def references(
-        self, needs: Needs, detectors: Mapping[str, Detector], device: torch.device, batch: int
+        self,
+        needs: Needs,
+        detectors: Mapping[str, Detector],
+        device: torch.device,
+        batch: int = 64,
     ) -> References:
         """Return what is known, or can be found out, of these images. Collective."""
         known = dict(self._statistics or {})
@@ -283,21 +293,43 @@ def describe_row(row: Mapping[str, Any], num_classes_shown: int = 20) -> str:
     return "\n".join(lines)
 
 
+def real_images(
+    location: str | None, dataset: TrainingData, metrics: Sequence[MetricSpec]
+) -> RealImages | None:
+    """Return what a run's metrics compare with; None if they compare with nothing.
+
+    That is ``location``, or by default the images trained on. Raises ValueError if those are known
+    as latents alone.
+    """
+    with_reference = [metric.name for metric in metrics if metric.has_reference]
+    if not with_reference:
+        return None
+    if location is not None:
+        return RealImages(location)
+    if isinstance(dataset, LatentDataset):
+        raise ValueError(
+            f"--metrics: {with_reference[0]} compares images, but {dataset.path} holds latents; "
+            "give the images that they were made of, or their statistics, with --metrics-ref."
+        )
+    return RealImages(dataset.images if isinstance(dataset, MirroredImages) else dataset)
+
+
 def make_evaluate(
     metrics: Sequence[MetricSpec],
     config: DetectorConfig,
-    dataset: ImageDataset,
+    real: RealImages | None,
+    model: ModelConfig,
     device: torch.device,
 ) -> Callable[[tuple[str, ...], Callable], list[dict[str, Any]]]:
-    """Return the function by which the training loop scores images against its whole dataset.
+    """Return the function by which the training loop scores a model's images against real ones.
 
     Detectors and references are made now, so that a missing one stops the run before it starts
     and not hours later. Collective.
     """
     names = sorted({metric.feature.detector for metric in metrics})
-    detectors = make_detectors(names, config, shape_of(dataset), device)
+    detectors = make_detectors(names, config, shape_of(model), device)
     needs = needed_features(metrics, of_reference=True)
-    references = dataset_references(dataset, needs, detectors, device)
+    references = {} if real is None else real.references(needs, detectors, device)
     by_name = {metric.name: metric for metric in metrics}
 
     def evaluate(wanted: tuple[str, ...], generate: Callable) -> list[dict[str, Any]]:

@@ -50,8 +50,10 @@ class ModelConfig(Config):
 class LatentModelConfig(ModelConfig):
     """A network on the latents of an autoencoder, z = (encoded - shift) scale."""
 
-    vae: str = option(
-        "stabilityai/sd-vae-ft-ema", help="Autoencoder: Hugging Face id or folder (AutoencoderKL)."
+    vae: str | None = option(
+        None,
+        help="Autoencoder, a Hugging Face id or folder; none: that of the latents in --data. With "
+        "images in --data: encode them while training.",
     )
     latent_channels: int = option(4, min=1, help="Channels of the latents.")
     latent_downsampling: int = option(8, min=1, help="Edge of an image over that of its latents.")

@@ -12,9 +12,9 @@ def test_every_diffit_preset_builds_a_network_that_runs(name):
     with torch.device("meta"):
         network = build_network(config)
         cond = {"label": torch.zeros(2, dtype=torch.int64)}
-        shape = (2, config.img_channels, config.resolution, config.resolution)
+        shape = (2, *config.input_shape)
         out = network(torch.zeros(shape), torch.zeros(2), network.context(cond, num=2))
-    assert out.shape == shape
+    assert out.shape == (2, config.out_channels, *shape[2:])
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from torch_utils.stats import StatsCollector
 from training import runs
 from training.augment import make_augment_pipe
 from training.ema import EMA, ema_beta
+from training.inputs import PixelInputs
 from training.objective import Objective
 from training.optimizer import GuardedAdam
 
@@ -26,7 +27,7 @@ def make_step(device, dtype):
     objective = Objective(
         network,
         make_precond(config.precond),
-        augment_pipe=make_augment_pipe(config.training.augment),
+        inputs=PixelInputs(make_augment_pipe(config.training.augment)),
         label_drop=0.1,
         autocast_dtype=dtype,
     )
@@ -38,7 +39,7 @@ def make_step(device, dtype):
     def step(cur_nimg, factor=1.0):
         optimizer.zero_grad()
         draws = objective.draw(
-            seed=0, cur_nimg=cur_nimg, batch=8, image_shape=(3, 32, 32), device=device
+            seed=0, cur_nimg=cur_nimg, batch=8, input_shape=(3, 32, 32), device=device
         )
         x, cond = objective.prepare(images, {"label": labels}, draws, device)
         loss = objective(x, cond, draws)

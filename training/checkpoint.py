@@ -24,7 +24,6 @@ from dnnlib.config import Config, from_dict, to_dict
 from dnnlib.files import atomic_write
 from models import Network, build_network
 from training.config import RunConfig
-from training.dataset import ImageDataset
 
 FORMAT_VERSION = 1
 _SNAPSHOT_FORMAT = "setdiffit-snapshot"
@@ -162,7 +161,7 @@ def prune_states(run_dir: Path, latest: Path, keep: int) -> None:
         path.unlink()
 
 
-def summarise(dataset: ImageDataset) -> DataSummary:
+def summarise(dataset: Any) -> DataSummary:
     """Return what a snapshot keeps of its training data."""
     counts: tuple[int, ...] = ()
     if dataset.num_classes:
@@ -172,7 +171,7 @@ def summarise(dataset: ImageDataset) -> DataSummary:
         name=dataset.name,
         resolution=dataset.resolution,
         img_channels=dataset.img_channels,
-        num_images=len(dataset),
+        num_images=dataset.num_images,
         content_hash=dataset.content_hash,
         class_names=tuple(dataset.class_names) if dataset.num_classes else (),
         class_counts=counts,

@@ -32,6 +32,9 @@ class TrainingConfig(Config):
         None, min=1, help="Images per rank and pass; --batch is reached by accumulation."
     )
     lr: float = option(1e-3, min=0, help="Learning rate.")
+    weight_decay: float = option(
+        0.0, min=0, help="Decoupled weight decay of matrices and kernels (AdamW); 0 is Adam."
+    )
     lr_rampup: float = option(10_000.0, min=0, help="Linear learning-rate warm-up in kimg.")
     clip_grad: float | None = option(
         None, min=1e-6, help="Largest gradient norm; larger is scaled."
@@ -50,9 +53,13 @@ class TrainingConfig(Config):
     skip_limit: int = option(100, min=1, help="Stop after this many non-finite gradients in a row.")
     seed: int = option(0, help="Seed of the initial weights, data order, noise and augmentation.")
     precision: str = option(
-        "fp32", choices=("fp32", "bf16", "fp16"), help="Arithmetic of the network."
+        "fp32",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        help="Arithmetic of the network; auto: bf16 on GPUs, fp32 elsewhere.",
     )
-    compile: bool = option(False, help="Compile the network with torch.compile.")
+    compile: bool | None = option(
+        False, help="Compile the network with torch.compile; none: on GPUs."
+    )
     tf32: bool = option(False, help="Allow TF32 matrix products on NVIDIA GPUs.")
     cudnn_benchmark: bool = option(True, name="bench", help="Let cuDNN time its algorithms.")
     augment: AugmentConfig = AugmentConfig()
@@ -72,6 +79,12 @@ class LoggingConfig(Config):
     keep_states: int = option(2, min=1, help="Number of training states kept, newest last.")
     metrics: tuple[str, ...] = option(
         (), help="Metrics computed with the averaged weights, such as fid10k_full,fid50k_full."
+    )
+    metrics_ref: str | None = option(
+        None,
+        unless={"metrics": ((),)},
+        help="What --metrics compare with: images, or statistics (.npz, EDM2's .pkl; URL); none: "
+        "the images in --data.",
     )
     metrics_ticks: int | None = option(
         None,
@@ -157,6 +170,18 @@ class RunConfig(Config):
         if self.training.iters is not None:
             return self.training.iters * self.training.batch
         return round(self.training.kimg * 1000)
+
+
+def fit_to_device(config: RunConfig, device_type: str) -> RunConfig:
+    """Return ``config`` with ``--precision=auto`` and ``--compile=none`` decided for a device."""
+    training, on_gpu = config.training, device_type == "cuda"
+    precision, compiled = training.precision, training.compile
+    if precision == "auto":
+        precision = "bf16" if on_gpu else "fp32"
+    training = dataclasses.replace(
+        training, precision=precision, compile=on_gpu if compiled is None else compiled
+    )
+    return dataclasses.replace(config, training=training)
 
 
 def accumulation_rounds(training: TrainingConfig, world_size: int) -> tuple[int, int]:

@@ -34,6 +34,7 @@ class DatasetConfig(Config):
     )
     cond: bool = option(False, help="Condition the model on the class labels of the data.")
     max_size: int | None = option(None, min=1, help="Train on a random subset of this many images.")
+    hflip: bool = option(False, help="Train on every image and on its mirror image.")
     cache: bool = option(False, help="Keep decoded images in memory, shared by a rank's workers.")
 
 
@@ -264,11 +265,16 @@ def collate(batch: Any) -> Any:
     return batch
 
 
-def save_reals(dataset: ImageDataset, path: str | Path) -> None:
-    """Write a grid of 64 images, spread evenly over the dataset (sorted by class if labelled)."""
-    order = np.arange(len(dataset))
+def save_reals(
+    dataset: Any, pictures: Callable[[torch.Tensor], torch.Tensor], path: str | Path
+) -> None:
+    """Write a grid of 64 images, spread evenly over the dataset (sorted by class if labelled).
+
+    ``pictures`` makes uint8 images [N, C, H, W] of what the dataset yields.
+    """
+    order = np.arange(dataset.num_images)
     if dataset.labels is not None:
         order = np.argsort(dataset.labels, kind="stable")
     chosen = order[np.linspace(0, len(order) - 1, min(_NUM_REALS, len(order))).round().astype(int)]
-    images, _ = dataset.__getitems__(chosen.tolist())
-    save_image(image_grid(images, columns=8), path)
+    batch, _ = dataset.__getitems__(chosen.tolist())
+    save_image(image_grid(pictures(batch), columns=8), path)

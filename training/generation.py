@@ -16,11 +16,13 @@ from diffusion.samplers import SamplingConfig, num_evaluations, sample
 from dnnlib.config import Config, did_you_mean, to_dict
 from dnnlib.files import atomic_write
 from dnnlib.text import join_names
-from models import Network
+from models import LatentModelConfig, ModelConfig, Network
 from torch_utils import distributed
 from torch_utils.rng import SeededNoise
+from training.autoencoder import Autoencoder, load_autoencoder
 from training.checkpoint import Snapshot, load_snapshot, package_versions, weights_hash
 from training.config import TrainingConfig, check_guidance
+from training.inputs import to_uint8
 from training.pictures import image_grid, save_image
 
 GRID_SEEDS = 64
@@ -53,17 +55,18 @@ class ImageGenerator:
     """A network with its whole sampling protocol.
 
     ``guide`` is a second network whose errors are extrapolated away from (autoguidance). Guidance
-    by the dropped condition needs a network that was trained with ``label_drop``.
+    by the dropped condition needs a network that was trained with ``label_drop``. The network of a
+    latent model needs the ``autoencoder`` that decodes what it makes.
     """
 
     network: Network
     precond: Precond
-    image_shape: tuple[int, int, int]  # C, H, W
-    num_classes: int
+    model: ModelConfig
     sampling: SamplingConfig
     guidance: GuidanceConfig
     device: torch.device
     autocast_dtype: torch.dtype | None = None
+    autoencoder: Autoencoder | None = None
     guide: Network | None = None
     guide_hash: str | None = None
 
@@ -82,7 +85,7 @@ class ImageGenerator:
             on_evaluation: Called after every sampling step.
         """
         noise = SeededNoise(seeds, self.device)
-        latents = noise.randn(self.image_shape)
+        latents = noise.randn(self.model.input_shape)
         cond: dict[str, torch.Tensor] = {}
         if self.num_classes:
             drawn = noise.randint(self.num_classes)
@@ -94,7 +97,19 @@ class ImageGenerator:
         images = sample(
             denoise, latents, self.sampling, self.precond, noise, callback=on_evaluation
         )
+        if self.autoencoder is not None:
+            images = self.autoencoder.decode(images.to(torch.float32))
         return to_uint8(images)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """C, H, W of the images."""
+        return self.model.img_channels, self.model.resolution, self.model.resolution
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 for an unconditional model."""
+        return self.model.num_classes
 
     def _conditional(
         self, network: Network, cond: dict[str, torch.Tensor], num: int
@@ -125,6 +140,7 @@ class ImageGenerator:
             nfe=num_evaluations(self.sampling, self.precond),
             guidance=to_dict(self.guidance),
             guide_hash=self.guide_hash,
+            vae_hash=None if self.autoencoder is None else self.autoencoder.sha256,
             rounding="uint8, clip(127.5 x + 128)",
             tf32=torch.backends.cuda.matmul.allow_tf32,
             precision=str(self.autocast_dtype or torch.float32).removeprefix("torch."),
@@ -139,8 +155,11 @@ def make_generator(
     guidance: GuidanceConfig | None = None,
     precision: str | None = None,
     guide: Snapshot | None = None,
+    vae: str | None = None,
 ) -> ImageGenerator:
     """Return the generator of a snapshot, with its own protocol where none is given.
+
+    ``vae`` says where the autoencoder of a latent model is now, if not where it was in training.
 
     Raises ValueError for guidance that the snapshot cannot give, for a ``guide`` of other images
     or without a weight, and for an unknown precision.
@@ -159,12 +178,12 @@ def make_generator(
     return ImageGenerator(
         network=snapshot.build(device),
         precond=make_precond(config.precond),
-        image_shape=(config.model.img_channels, config.model.resolution, config.model.resolution),
-        num_classes=config.model.num_classes,
+        model=config.model,
         sampling=sampling,
         guidance=guidance,
         device=device,
         autocast_dtype=AUTOCAST_DTYPES[precision or config.training.precision],
+        autoencoder=open_autoencoder(config.model, vae, device),
         guide=None if guide is None else guide.build(device),
         guide_hash=None if guide is None else guide.sha256,
     )
@@ -180,10 +199,56 @@ def passport(
     return dict(
         snapshot_hash=weights_hash(generator.network.state_dict()),
         ema=dict(halflife_kimg=training.ema_kimg, rampup=training.ema_rampup),
-        labels="as in the training data" if generator.num_classes and class_counts else "none",
+        labels=_label_source(generator, class_counts),
         **generator.protocol(),
         packages=package_versions(),
     )
+
+
+def _label_source(generator: ImageGenerator, class_counts: Sequence[int]) -> str:
+    if not generator.num_classes:
+        return "none"
+    return "as in the training data" if class_counts else "drawn by each seed"
+
+
+def open_autoencoder(
+    model: ModelConfig, vae: str | None, device: torch.device
+) -> Autoencoder | None:
+    """Return the autoencoder of a latent model, or None for a model of pixels.
+
+    ``vae`` says where it is now, if not where ``model`` has it. Raises ValueError if it is not
+    there, is not the one that the latents are of, or if a model of pixels is given one.
+    """
+    if not isinstance(model, LatentModelConfig):
+        if vae is not None:
+            raise ValueError(f"--vae: got {vae}, but this model makes images without one.")
+        return None
+    location = vae or model.vae
+    if location is None:
+        raise ValueError("--vae is missing: name the autoencoder that decodes the latents.")
+    autoencoder = load_autoencoder(location, device, expected_hash=model.vae_hash)
+    check_autoencoder(model, autoencoder)
+    return autoencoder
+
+
+def check_autoencoder(model: LatentModelConfig, autoencoder: Autoencoder) -> None:
+    """Raise ValueError if an autoencoder's latents or images are not those of a model."""
+    for what, option, own, there in (
+        ("channels of the latents", "--latent-channels", model.latent_channels, "latent_channels"),
+        ("downsampling", "--latent-downsampling", model.latent_downsampling, "downsampling"),
+        ("channels of the images", None, model.img_channels, "img_channels"),
+        ("scale", None, model.latent_scale, "scale"),
+        ("shift", None, model.latent_shift, "shift"),
+    ):
+        found = getattr(autoencoder, there)
+        if found != own:
+            remedy = "use the one that the model was made for"
+            if option is not None:
+                remedy += f", or train with {option}={found}"
+            raise ValueError(
+                f"--vae: {autoencoder.location} has {what} {found:g}, but the model has {own:g}; "
+                f"{remedy}."
+            )
 
 
 def seed_range(first_seed: int, num_images: int) -> str:
@@ -255,11 +320,6 @@ def claim_outdir(outdir: Path, protocol: dict[str, Any]) -> None:
             )
     with atomic_write(path, "w", encoding="utf-8") as file:
         json.dump(protocol, file, indent=2)
-
-
-def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Return images in [-1, 1] as uint8: clip(127.5 x + 128), as EDM rounds."""
-    return (images * 127.5 + 128).clip(0, 255).to(torch.uint8)
 
 
 def labels_like_data(class_counts: Sequence[int]) -> np.ndarray:

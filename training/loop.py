@@ -13,7 +13,7 @@ from dnnlib.progress import progress
 from models import build_network
 from torch_utils import distributed, rng
 from torch_utils.stats import StatsCollector
-from training.augment import make_augment_pipe
+from training.autoencoder import Autoencoder
 from training.checkpoint import (
     Snapshot,
     load_snapshot,
@@ -26,7 +26,7 @@ from training.checkpoint import (
     transfer_weights,
 )
 from training.config import RunConfig, accumulation_rounds
-from training.dataset import ImageDataset, save_reals
+from training.dataset import save_reals
 from training.ema import EMA, ema_beta
 from training.generation import (
     AUTOCAST_DTYPES,
@@ -36,6 +36,7 @@ from training.generation import (
     save_fakes,
     seed_range,
 )
+from training.inputs import TrainingData, make_inputs
 from training.objective import Objective
 from training.optimizer import GuardedAdam
 from training.sampler import PositionSampler, make_loader
@@ -55,9 +56,10 @@ EvaluateFn = Callable[[tuple[str, ...], GenerateFn], list[dict[str, Any]]]
 def training_loop(
     config: RunConfig,
     run_dir: Path,
-    dataset: ImageDataset,
+    dataset: TrainingData,
     device: torch.device,
     *,
+    autoencoder: Autoencoder | None = None,
     resume_state: dict[str, Any] | None = None,
     transfer: Snapshot | None = None,
     evaluate: EvaluateFn | None = None,
@@ -70,6 +72,7 @@ def training_loop(
         run_dir: An existing folder for everything the run writes (rank 0 writes).
         dataset: Training images, opened by every rank.
         device: This rank's device.
+        autoencoder: That of a latent model.
         resume_state: A training state to continue from, bit for bit on the CPU.
         transfer: A snapshot whose weights start a new run, as far as names and shapes agree.
         evaluate: Called by all ranks as ``evaluate(metric_names, generate)``, where
@@ -96,6 +99,7 @@ def training_loop(
     ema = EMA(network)
     optimizer = GuardedAdam(
         network.parameters(),
+        weight_decay=training.weight_decay,
         clip_grad=training.clip_grad,
         dynamic_scale=training.precision == "fp16",
     )
@@ -119,10 +123,11 @@ def training_loop(
         stats.load_state_dict(resume_state["stats"])
     if training.compile:
         network.backbone.compile()
+    inputs = make_inputs(config, dataset, autoencoder)
     objective = Objective(
         network,
         precond,
-        augment_pipe=make_augment_pipe(training.augment),
+        inputs=inputs,
         label_drop=training.label_drop or 0.0,
         autocast_dtype=autocast_dtype,
     )
@@ -140,24 +145,23 @@ def training_loop(
     )
     loader = make_loader(dataset, sampler, num_workers=logging.workers, device=device)
     batches = iter(loader)
-    image_shape = (dataset.img_channels, dataset.resolution, dataset.resolution)
     data = summarise(dataset)
     generator = ImageGenerator(
         network=ema.network,
         precond=precond,
-        image_shape=image_shape,
-        num_classes=dataset.num_classes,
+        model=config.model,
         sampling=config.sampling,
         guidance=config.guidance,
         device=device,
         autocast_dtype=autocast_dtype,
+        autoencoder=autoencoder,
     )
     telemetry = None
     if rank == 0:
         trim_rows(run_dir, cur_nimg)
         telemetry = Telemetry(run_dir, logging, config, cur_nimg)
         if cur_nimg == 0:
-            save_reals(dataset, run_dir / "reals.png")
+            save_reals(dataset, inputs.pictures, run_dir / "reals.png")
         elif resume_state["progress"]["snapshot"] is not None:
             # A state implies its snapshot.
             path = run_dir / resume_state["progress"]["snapshot"]
@@ -243,7 +247,7 @@ def training_loop(
             seed=training.seed,
             cur_nimg=cur_nimg,
             batch=training.batch,
-            image_shape=image_shape,
+            input_shape=config.model.input_shape,
             device=device,
         ).rows(rank * per_rank, (rank + 1) * per_rank)
         torch.manual_seed(rng.mix(training.seed, cur_nimg, rng.STREAM_MODEL, rank))

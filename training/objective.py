@@ -8,8 +8,9 @@ from diffusion.losses import denoising_loss
 from diffusion.precond import Denoiser, Precond
 from models import Network
 from torch_utils import rng
-from training.augment import AugmentParams, AugmentPipe
+from training.augment import AugmentParams
 from training.dataset import Cond
+from training.inputs import LatentInputs, PixelInputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Draws:
     sigma: torch.Tensor  # [N], noise level
     noise: torch.Tensor  # [N, C, H, W], standard normal
     drop: torch.Tensor | None  # [N] bool, true where the condition is dropped
-    augment: AugmentParams | None
+    inputs: AugmentParams | torch.Tensor | None  # [N, ...], what the inputs are made with
 
     def rows(self, start: int, stop: int) -> "Draws":
         """Return the draws of rows ``start`` to ``stop``."""
@@ -27,7 +28,7 @@ class Draws:
             sigma=self.sigma[start:stop],
             noise=self.noise[start:stop],
             drop=None if self.drop is None else self.drop[start:stop],
-            augment=None if self.augment is None else self.augment[start:stop],
+            inputs=None if self.inputs is None else self.inputs[start:stop],
         )
 
 
@@ -41,7 +42,7 @@ class Objective(torch.nn.Module):
     Args:
         network: What is trained.
         precond: Its parametrization, noise density and loss weight.
-        augment_pipe: Geometric augmentation, if any.
+        inputs: How a loader's batch becomes the network's input; by default images as they are.
         label_drop: Probability of training without the condition.
         autocast_dtype: Arithmetic of the network; None is float32.
     """
@@ -51,14 +52,14 @@ class Objective(torch.nn.Module):
         network: Network,
         precond: Precond,
         *,
-        augment_pipe: AugmentPipe | None = None,
+        inputs: PixelInputs | LatentInputs | None = None,
         label_drop: float = 0.0,
         autocast_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self._precond = precond
-        self._augment_pipe = augment_pipe
+        self._inputs = inputs or PixelInputs()
         self._label_drop = label_drop
         self._denoise = Denoiser(network, precond, autocast_dtype)
 
@@ -68,7 +69,7 @@ class Objective(torch.nn.Module):
         seed: int,
         cur_nimg: int,
         batch: int,
-        image_shape: tuple[int, ...],
+        input_shape: tuple[int, ...],
         device: torch.device,
     ) -> Draws:
         """Return the draws of the global batch [N = batch] that starts at image ``cur_nimg``.
@@ -78,29 +79,23 @@ class Objective(torch.nn.Module):
         """
         generator = rng.step_generator(seed, cur_nimg, rng.STREAM_NOISE, device)
         sigma = self._precond.draw_sigma(batch, generator, device)
-        noise = torch.randn(batch, *image_shape, generator=generator, device=device)
-        drop = augment = None
+        noise = torch.randn(batch, *input_shape, generator=generator, device=device)
+        drop = None
         if self._label_drop > 0:
             generator = rng.step_generator(seed, cur_nimg, rng.STREAM_CONDITION, device)
             drop = torch.rand(batch, generator=generator, device=device) < self._label_drop
-        if self._augment_pipe is not None:
-            generator = rng.step_generator(seed, cur_nimg, rng.STREAM_AUGMENT, device)
-            augment = self._augment_pipe.draw(batch, generator, device)
-        return Draws(sigma=sigma, noise=noise, drop=drop, augment=augment)
+        inputs = self._inputs.draw(
+            seed=seed, cur_nimg=cur_nimg, batch=batch, shape=input_shape, device=device
+        )
+        return Draws(sigma=sigma, noise=noise, drop=drop, inputs=inputs)
 
     def prepare(
         self, images: torch.Tensor, cond: Cond, draws: Draws, device: torch.device
     ) -> tuple[torch.Tensor, Cond]:
-        """Return what :meth:`forward` takes, on ``device``, of a loader's batch.
-
-        Images uint8 [N, C, H, W] become float32 in [-1, 1], augmented; ``cond`` gains the
-        augmentation's labels [N, 9].
-        """
-        images = images.to(device, non_blocking=True).to(torch.float32) / 127.5 - 1
+        """Return what :meth:`forward` takes, on ``device``, of a loader's batch."""
+        images = images.to(device, non_blocking=True)
         cond = {name: value.to(device, non_blocking=True) for name, value in cond.items()}
-        if self._augment_pipe is not None:
-            images, cond["augment"] = self._augment_pipe.apply(images, draws.augment)
-        return images, cond
+        return self._inputs.prepare(images, cond, draws.inputs)
 
     def forward(self, images: torch.Tensor, cond: Cond, draws: Draws) -> torch.Tensor:
         """Return the weighted squared error [N, C, H, W] of prepared images and conditions."""

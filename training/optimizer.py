@@ -1,4 +1,4 @@
-"""Adam that leaves everything as it was when a gradient is not finite, without a host sync."""
+"""AdamW that leaves everything as it was when a gradient is not finite, without a host sync."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,9 +10,10 @@ _FP16_GROWTH_INTERVAL = 2000
 
 
 class GuardedAdam:
-    """Fused Adam with a device-side guard against non-finite gradients.
+    """Fused AdamW with a device-side guard against non-finite gradients.
 
-    Adam uses betas (0.9, 0.999), eps 1e-8 and no weight decay (EDM, arXiv 2206.00364, Table 7).
+    Betas are (0.9, 0.999), eps is 1e-8 (EDM, arXiv 2206.00364, Table 7). Weight decay is decoupled
+    (Loshchilov & Hutter, arXiv 1711.05101), and spares vectors, such as biases; at 0 this is Adam.
     After :meth:`step`, ``skipped`` is 1.0 if the gradients' norm was not finite; weights and
     optimizer state are then unchanged. Gradients are equal on all ranks, hence so is the flag.
     Counters stay on the device until :meth:`read_counters`.
@@ -25,13 +26,24 @@ class GuardedAdam:
         self,
         params: Iterable[torch.nn.Parameter],
         *,
+        weight_decay: float = 0.0,
         clip_grad: float | None = None,
         dynamic_scale: bool = False,
     ) -> None:
         self._params = list(params)
         self._clip_grad = clip_grad
-        self._adam = torch.optim.Adam(
-            self._params, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True
+        groups: list[dict[str, Any]] = [dict(params=self._params)]
+        if weight_decay > 0:
+            matrices = [param for param in self._params if param.ndim > 1]
+            vectors = [param for param in self._params if param.ndim <= 1]
+            groups = [dict(params=matrices), dict(params=vectors, weight_decay=0.0)]
+        self._adam = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=0.0,
+            betas=(0.9, 0.999),
+            eps=1e-8,
+            weight_decay=weight_decay,
+            fused=True,
         )
         device = self._params[0].device
         self.skipped = torch.zeros([], device=device)

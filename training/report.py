@@ -18,8 +18,7 @@ def forward_flops(config: RunConfig) -> int:
     model = dataclasses.replace(config.model, attention="sdpa")
     with torch.device("meta"):
         network = build_network(model).eval()
-        size = config.model.resolution
-        x = torch.empty(1, config.model.img_channels, size, size)
+        x = torch.empty(1, *config.model.input_shape)
         cond = {"label": torch.zeros(1, dtype=torch.int64)} if config.model.num_classes else {}
         return count_flops(lambda: network(x, torch.zeros(1), network.context(cond, num=1)))
 

@@ -10,11 +10,14 @@ from typing import IO, Any
 
 from dnnlib.config import from_dict, to_dict
 from dnnlib.files import atomic_write
+from models import LatentModelConfig
 from torch_utils import distributed
 from training.augment import NUM_LABELS
 from training.checkpoint import Snapshot, find_states, load_state
 from training.config import RunConfig, check_guidance
-from training.dataset import ImageDataset
+from training.autoencoder import Autoencoder
+from training.inputs import TrainingData
+from training.latents import LatentDataset
 
 REQUEUE_FILE = "requeue"
 REQUEUE_EXIT_CODE = 85
@@ -26,16 +29,18 @@ _DEFAULT_LABEL_DROP = 0.1  # As in classifier-free guidance's experiments (arXiv
 # Settings that change how fast or how long a run computes, but not what.
 _SPEED_SECTIONS = ("logging", "sampling", "guidance")
 _SPEED_SETTINGS = {
-    "model": ("checkpointing", "attention"),
+    "model": ("checkpointing", "attention", "vae"),
     "data": ("cache",),
     "training": ("kimg", "iters", "skip_limit", "compile", "batch_gpu", "tf32", "cudnn_benchmark"),
 }
 
 
-def fit_to_data(config: RunConfig, dataset: ImageDataset) -> RunConfig:
+def fit_to_data(config: RunConfig, dataset: TrainingData) -> RunConfig:
     """Return ``config`` with the model's channels and classes taken from the data.
 
-    Raises ValueError if the resolution differs, or if the run asks for what the data cannot give.
+    The latents of an archive bring their normalisation and, unless the run names one, their
+    autoencoder. Raises ValueError if the resolution or the latents' shape differs, or if the run
+    asks for what the data cannot give.
     """
     if dataset.resolution != config.model.resolution:
         raise ValueError(
@@ -44,7 +49,45 @@ def fit_to_data(config: RunConfig, dataset: ImageDataset) -> RunConfig:
             f"Give --resolution={dataset.resolution} or another preset, or convert the data with "
             f"dataset_tool.py convert --resolution={config.model.resolution}."
         )
+    if isinstance(dataset, LatentDataset):
+        config = _fit_to_latents(config, dataset)
     return with_data_facts(config, dataset.img_channels, dataset.num_classes)
+
+
+def _fit_to_latents(config: RunConfig, dataset: LatentDataset) -> RunConfig:
+    model = config.model
+    if dataset.latent_shape != model.input_shape:
+        shapes = ["x".join(map(str, shape)) for shape in (model.input_shape, dataset.latent_shape)]
+        raise ValueError(
+            f"--data: {config.data.data} holds latents of {shapes[1]}, but this run expects "
+            f"{shapes[0]} for {model.resolution}x{model.resolution} images; give "
+            f"--latent-channels={dataset.latent_shape[0]} and "
+            f"--latent-downsampling={dataset.resolution // dataset.latent_shape[1]}, or encode "
+            "the images with another --vae."
+        )
+    model = dataclasses.replace(
+        model,
+        vae=model.vae or dataset.vae,
+        vae_hash=dataset.vae_hash,
+        latent_scale=dataset.scale,
+        latent_shift=dataset.shift,
+    )
+    return dataclasses.replace(config, model=model)
+
+
+def fit_to_autoencoder(config: RunConfig, autoencoder: Autoencoder) -> RunConfig:
+    """Return ``config`` with the normalisation of the autoencoder that encodes its images.
+
+    Raises ValueError if its latents do not have the shape that the model expects.
+    """
+    model = dataclasses.replace(
+        config.model,
+        vae_hash=autoencoder.sha256,
+        latent_scale=autoencoder.scale,
+        latent_shift=autoencoder.shift,
+    )
+    check_autoencoder(model, autoencoder)
+    return dataclasses.replace(config, model=model)
 
 
 def with_data_facts(config: RunConfig, img_channels: int, num_classes: int) -> RunConfig:
@@ -63,16 +106,22 @@ def with_data_facts(config: RunConfig, img_channels: int, num_classes: int) -> R
     training = dataclasses.replace(config.training, label_drop=label_drop)
     config = dataclasses.replace(config, training=training)
     check_guidance(config, num_classes)
+    if isinstance(config.model, LatentModelConfig) and config.training.augment.augment > 0:
+        raise ValueError(
+            f"--augment: got {config.training.augment.augment:g}, but latents cannot be augmented; "
+            "set --augment=0 (--hflip mirrors images)."
+        )
     model = dataclasses.replace(
         config.model,
         img_channels=img_channels,
         num_classes=num_classes,
         augment_dim=NUM_LABELS if config.training.augment.augment > 0 else 0,
+        learned_variance=config.precond.learned_variance,
     )
     return dataclasses.replace(config, model=model)
 
 
-def describe(config: RunConfig, dataset: ImageDataset, desc: str | None) -> str:
+def describe(config: RunConfig, dataset: TrainingData, desc: str | None) -> str:
     """Return the readable part of a run folder's name."""
     training = config.training
     parts = [

@@ -1,0 +1,80 @@
+"""Turn published weights of latent DiffiT into a snapshot for generate.py and fid.py."""
+
+import dataclasses
+from pathlib import Path
+
+import click
+
+from configs.presets import PRESETS, get_preset
+from dnnlib.cli import run
+from dnnlib.files import check_target, fetch, sha256_of_file
+from models.latent_diffit import LatentDiffiTConfig
+from models.published import network_of_published
+from training.checkpoint import DataSummary, save_snapshot
+from training.runs import with_data_facts
+
+LATENT_PRESETS = [
+    name for name, preset in PRESETS.items() if isinstance(preset.run.model, LatentDiffiTConfig)
+]
+# The autoencoder of whose latents the published weights are.
+PUBLISHED_VAE = "stabilityai/sd-vae-ft-ema"
+
+
+@click.command(context_settings=dict(help_option_names=["-h", "--help"]))
+@click.argument("weights", metavar="WEIGHTS.safetensors")
+@click.option(
+    "--preset",
+    required=True,
+    type=click.Choice(LATENT_PRESETS),
+    help="The model that the weights are of.",
+)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Snapshot to write.")
+@click.option("--vae", default=PUBLISHED_VAE, show_default=True, help="Autoencoder to decode with.")
+def main(weights: str, preset: str, out: Path, vae: str) -> None:
+    """Read WEIGHTS, a path or URL of the official state dict in safetensors, and write a snapshot.
+
+    Every name and shape must be that of the preset's model. The snapshot carries the preset's
+    sampling and guidance, which generate.py and fid.py then use by default.
+
+    \b
+    Examples:
+      python import_weights.py diffit_256.safetensors --preset=imagenet256 --out=network.pkl
+      python generate.py --network=network.pkl --outdir=out --seeds=0-15 --class=207 --grid=out.png
+    """
+    check_target("--out", out)
+    path = fetch(weights)
+    chosen = get_preset(preset)
+    config = with_data_facts(chosen.run, chosen.run.model.img_channels, chosen.num_classes)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vae=vae))
+    try:
+        network = network_of_published(_read_tensors(path), config.model)
+    except ValueError as error:
+        raise ValueError(f"{path} with --preset={preset}: {error}") from error
+    data = DataSummary(
+        name="published",
+        resolution=config.model.resolution,
+        img_channels=config.model.img_channels,
+        num_images=0,
+        content_hash=sha256_of_file(path),
+        class_names=tuple(map(str, range(config.model.num_classes))),
+    )
+    save_snapshot(out, network, config, data, progress=dict(imported_from=path.name))
+    click.echo(f"{out}: {preset} with the weights of {path.name}, {vae} as autoencoder.")
+
+
+def _read_tensors(path: Path):
+    try:
+        import safetensors
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise ValueError(
+            "reading it needs the package safetensors: pip install safetensors"
+        ) from error
+    try:
+        return load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"not a readable safetensors file ({error}).") from error
+
+
+if __name__ == "__main__":
+    run(main)
