@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models import Context, Network, build_network
+from models import Context
 from models.diffit import EMBEDDING_DIM, DiffiTConfig
 
 
@@ -185,12 +185,3 @@ def _group_norm(channels: int) -> nn.GroupNorm:
     while channels % groups:
         groups -= 1
     return nn.GroupNorm(groups, channels, eps=1e-6)
-
-
-def build_plain_network(config: DiffiTConfig) -> Network:
-    """Return the network of ``config`` with the plain backbone and the same initial weights."""
-    network = build_network(config)
-    plain = PlainDiffiT(config)
-    plain.load_state_dict(network.backbone.state_dict())
-    network.backbone = plain
-    return network

@@ -13,15 +13,15 @@ from benchmarks.measure import (
     device_name,
     interleave,
     median_ratio,
-    peak_flops,
     peak_growth,
     table,
     tensor_bytes,
 )
-from benchmarks.plain_diffit import build_plain_network
+from benchmarks.plain import build_plain_network
 from diffusion.precond import make_precond
 from models import Network, build_network
 from torch_utils import rng
+from torch_utils.misc import peak_flops
 from torch_utils.stats import StatsCollector
 from training.config import RunConfig
 from training.dataset import ImageDataset
@@ -215,10 +215,7 @@ def benchmark_train(
     rows.append(["TFLOP/s of the model", *(f"{flops / s / 1e12:.3f}" for s in seconds.values())])
     utilisation = []
     for name, side in sides.items():
-        precision = side.config.training.precision
-        peak = peak_flops(
-            device_name(device), "tf32" if precision == "fp32" and training.tf32 else precision
-        )
+        peak = peak_flops(device_name(device), side.config.training.arithmetic)
         achieved = flops / seconds[name]
         utilisation.append("unknown" if peak is None else f"{100 * achieved / peak:.1f}%")
     rows.append(["model-FLOPs utilisation", *utilisation])

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from training.latents import LatentDataset, MirroredImages
 
 from dnnlib.files import fetch
 from evaluation.images import ImageSource, shape_of
@@ -19,7 +20,6 @@ from torch_utils import distributed
 from training.config import DetectorConfig
 from training.dataset import ImageDataset
 from training.inputs import TrainingData
-from training.latents import LatentDataset, MirroredImages
 from training.sampler import iterate_images
 from training.samples import open_images
 

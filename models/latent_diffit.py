@@ -121,8 +121,7 @@ class LatentDiffiT(nn.Module):
         if x.shape[1:] != self.config.input_shape:
             expected = "x".join(map(str, self.config.input_shape))
             raise ValueError(
-                f"This model denoises latents of {expected}, not "
-                f"{'x'.join(map(str, x.shape[1:]))}."
+                f"This model denoises latents of {expected}, not {'x'.join(map(str, x.shape[1:]))}."
             )
         t = self.time_token(self.noise_embedding(c_noise))  #           [N, D]
         if context.vector is not None:

@@ -25,18 +25,18 @@ from benchmarks.measure import (
     interleave,
     make_archive,
     median_ratio,
-    peak_flops,
     peak_growth,
 )
 from benchmarks.metrics import benchmark_frechet
-from benchmarks.plain_diffit import build_plain_network, plain_attention
+from benchmarks.plain import build_plain_network
+from benchmarks.plain_diffit import plain_attention
 from benchmarks.training import PARTS, PlainTrainingSteps, TrainingSteps
 from configs import get_preset
 from metrics.metric import get_metrics
 from models import build_network
 from models.diffit import DiffiTConfig
 from torch_utils.distributed import StopSignal
-from torch_utils.misc import count_parameters
+from torch_utils.misc import count_parameters, peak_flops
 from training.dataset import ImageDataset
 from training.loop import training_loop
 from training.runs import fit_to_data

@@ -1,10 +1,34 @@
-"""Counting what a module holds and computes."""
+"""Counting what a module holds and computes, and what a device could compute."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+
+# Dense peaks in TFLOP/s: float32 outside tensor cores, TF32, bfloat16 with float32 sums. Published
+# by NVIDIA in the data sheets of A100, H100, H200, L4 and L40S, which give twice as much where they
+# assume sparsity, and in the white papers of GA102 (RTX 3090) and Ada (RTX 4090). The first pattern
+# found in the device's name counts.
+PEAK_TFLOPS: tuple[tuple[str, dict[str, float]], ...] = (
+    (r"A100", dict(fp32=19.5, tf32=156.0, bf16=312.0)),
+    (r"H100 PCIe", dict(fp32=51.0, tf32=378.0, bf16=756.0)),
+    (r"H[12]00 NVL", dict(fp32=60.0, tf32=417.5, bf16=835.5)),
+    (r"H100|H200", dict(fp32=67.0, tf32=494.5, bf16=989.0)),
+    (r"L40S", dict(fp32=91.6, tf32=183.0, bf16=362.0)),
+    (r"L4\b", dict(fp32=30.3, tf32=60.0, bf16=121.0)),
+    (r"RTX 4090\b(?! D)", dict(fp32=82.6, tf32=82.6, bf16=165.2)),
+    (r"RTX 3090\b(?! Ti)", dict(fp32=35.6, tf32=35.6, bf16=71.2)),
+)
+
+
+def peak_flops(device_name: str, arithmetic: str) -> float | None:
+    """Return the peak of a GPU in FLOP/s for ``fp32``, ``tf32`` or ``bf16``; None if unknown."""
+    for pattern, peaks in PEAK_TFLOPS:
+        if re.search(pattern, device_name):
+            return peaks[arithmetic] * 1e12
+    return None
 
 
 def count_parameters(module: torch.nn.Module) -> int:

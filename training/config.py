@@ -64,6 +64,16 @@ class TrainingConfig(Config):
     cudnn_benchmark: bool = option(True, name="bench", help="Let cuDNN time its algorithms.")
     augment: AugmentConfig = AugmentConfig()
 
+    @property
+    def arithmetic(self) -> str:
+        """Arithmetic of matrix products on a GPU: ``fp32``, ``tf32`` or ``bf16`` (as fast as fp16).
+
+        ``precision`` must be decided, not ``auto``.
+        """
+        if self.precision == "fp32":
+            return "tf32" if self.tf32 else "fp32"
+        return "bf16"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoggingConfig(Config):

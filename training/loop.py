@@ -39,6 +39,7 @@ from training.generation import (
 from training.inputs import TrainingData, make_inputs
 from training.objective import Objective
 from training.optimizer import GuardedAdam
+from training.report import forward_flops
 from training.sampler import PositionSampler, make_loader
 from training.telemetry import (
     Telemetry,
@@ -47,6 +48,7 @@ from training.telemetry import (
     scalar,
     tick_line,
     trim_rows,
+    utilisation_stats,
 )
 
 GenerateFn = Callable[[range], Iterable[tuple[torch.Tensor, torch.Tensor]]]
@@ -146,6 +148,7 @@ def training_loop(
     loader = make_loader(dataset, sampler, num_workers=logging.workers, device=device)
     batches = iter(loader)
     data = summarise(dataset)
+    flops_per_image = forward_flops(config)  # The backward pass costs twice as much again.
     generator = ImageGenerator(
         network=ema.network,
         precond=precond,
@@ -306,6 +309,11 @@ def training_loop(
                     "Timing/sec_per_kimg": scalar(sec_per_tick / tick_kimg),
                     "Timing/images_per_sec": scalar(tick_kimg * 1000 / max(sec_per_tick, 1e-9)),
                     "Timing/maintenance_sec": scalar(maintenance_sec),
+                    **utilisation_stats(
+                        3 * flops_per_image * tick_kimg * 1000 / sec_per_tick / world_size,
+                        device,
+                        training,
+                    ),
                     **memory_stats(device),
                 }
             )

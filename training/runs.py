@@ -13,9 +13,9 @@ from dnnlib.files import atomic_write
 from models import LatentModelConfig
 from torch_utils import distributed
 from training.augment import NUM_LABELS
+from training.autoencoder import Autoencoder
 from training.checkpoint import Snapshot, find_states, load_state
 from training.config import RunConfig, check_guidance
-from training.autoencoder import Autoencoder
 from training.inputs import TrainingData
 from training.latents import LatentDataset
 

@@ -12,7 +12,8 @@ import torch
 from dnnlib.config import Config, to_dict
 from dnnlib.files import atomic_write
 from dnnlib.text import format_time, join_names
-from training.config import LoggingConfig
+from torch_utils.misc import peak_flops
+from training.config import LoggingConfig, TrainingConfig
 
 Stats = dict[str, dict[str, float]]
 
@@ -92,6 +93,8 @@ def tick_line(fields: dict[str, dict[str, float]], total_nimg: int, num_skipped:
     ]
     if "Resources/peak_gpu_mem_gb" in mean:
         parts.append(f"gpumem {mean['Resources/peak_gpu_mem_gb']:<6.2f}")
+    if "Timing/mfu" in mean:
+        parts.append(f"mfu {mean['Timing/mfu']:.1%} ({mean['Timing/tflops_per_sec']:.0f} TFLOP/s)")
     if num_skipped:
         parts.append(f"skipped {num_skipped} non-finite")
     return " ".join(parts).rstrip()
@@ -176,6 +179,22 @@ def import_wandb() -> Any:
             "--wandb needs the package wandb: pip install wandb (or leave --wandb out)."
         ) from error
     return wandb
+
+
+def utilisation_stats(
+    flops_per_sec: float, device: torch.device, training: TrainingConfig
+) -> Stats:
+    """Return the arithmetic rate of one device in TFLOP/s, and its share of a known GPU's peak.
+
+    ``flops_per_sec`` counts the model's arithmetic, not what is recomputed to save memory, so that
+    the share is the model-FLOPs utilisation of PaLM (arXiv 2204.02311, Appendix B).
+    """
+    stats = {"Timing/tflops_per_sec": scalar(flops_per_sec / 1e12)}
+    if device.type == "cuda":
+        peak = peak_flops(torch.cuda.get_device_name(device), training.arithmetic)
+        if peak is not None:
+            stats["Timing/mfu"] = scalar(flops_per_sec / peak)
+    return stats
 
 
 def memory_stats(device: torch.device) -> Stats:
