@@ -12,6 +12,8 @@ from benchmarks.measure import (
     table,
 )
 from benchmarks.plain_diffit import plain_attention
+from models import ModelConfig
+from models.latent_diffit import LatentDiffiTConfig
 from models.layers import attend, choose_attention
 from training.config import RunConfig
 from training.generation import AUTOCAST_DTYPES
@@ -47,12 +49,8 @@ def benchmark_attention(
 
     rows = [["stage", "windows", "tokens", "blocks", *(f"{n}, ms" for n in attentions), "fastest"]]
     totals = dict.fromkeys(attentions, 0.0)
-    for stage, (grid, window, width) in enumerate(
-        zip(model.grids, model.windows, model.widths, strict=True)
-    ):
+    for stage, (grid, window, width, num_blocks) in enumerate(_stages(model)):
         num_windows, length = batch * (grid // window) ** 2, window**2
-        is_bottom = stage == model.num_stages - 1
-        num_blocks = model.blocks_per_stage[stage] * (1 if is_bottom else 2)
         shape = (num_windows, model.num_heads, length, width // model.num_heads)
         turns = {
             name: _attention_turn(attention, shape, dtype, device, num_calls)
@@ -70,6 +68,15 @@ def benchmark_attention(
     chosen = choose_attention("auto", device, needs_grad=True)
     notes.append(f"--attention=auto means {chosen} on this device.")
     return "\n".join([table(rows), *notes])
+
+
+def _stages(model: ModelConfig) -> list[tuple[int, int, int, int]]:
+    """Return the grid, window, width and number of attention blocks of each stage of a model."""
+    if isinstance(model, LatentDiffiTConfig):
+        return [(model.grid, model.grid, model.hidden_dim, model.num_blocks)]
+    # All stages but the last have as many blocks again in the decoder.
+    counts = [2 * count for count in model.blocks_per_stage[:-1]] + [model.blocks_per_stage[-1]]
+    return list(zip(model.grids, model.windows, model.widths, counts, strict=True))
 
 
 def _attention_turn(

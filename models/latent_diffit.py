@@ -94,7 +94,7 @@ class LatentDiffiT(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Draw the initial weights from torch's global generator, as DiT does (arXiv 2212.09748)."""
+        """Draw the initial weights from torch's global generator: DiT's (arXiv 2212.09748)."""
         # Linear weights, the patches' among them: uniform by Glorot & Bengio (2010), biases zero.
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):

@@ -35,6 +35,7 @@ from configs import get_preset
 from metrics.metric import get_metrics
 from models import build_network
 from models.diffit import DiffiTConfig
+from models.latent_diffit import LatentDiffiTConfig
 from torch_utils.distributed import StopSignal
 from torch_utils.misc import count_parameters, peak_flops
 from training.dataset import ImageDataset
@@ -43,6 +44,11 @@ from training.runs import fit_to_data
 
 CPU = torch.device("cpu")
 MIB = 2**20
+
+
+def small_latent_model(**changes):
+    config = dict(resolution=32, num_classes=3, num_blocks=2, hidden_dim=12, num_heads=2)
+    return LatentDiffiTConfig(**{**config, "latent_downsampling": 4, "base_dim": 4, **changes})
 
 
 def small_model(**changes):
@@ -97,18 +103,26 @@ def tiny_run(dataset, **training):
 
 
 @pytest.mark.parametrize(
-    "changes", [dict(), dict(window=8), dict(skip="block"), dict(num_classes=0, augment_dim=0)]
+    "config",
+    [
+        small_model(),
+        small_model(window=8),
+        small_model(skip="block"),
+        small_model(num_classes=0, augment_dim=0),
+        small_latent_model(),
+        small_latent_model(num_classes=0, learned_variance=True, patch_size=1),
+    ],
+    ids=str,
 )
-def test_the_plain_network_computes_the_same_function_and_gradients(changes):
-    config = small_model(**changes)
+def test_the_plain_network_computes_the_same_function_and_gradients(config):
     network = jolt(build_network(config)).eval()
     plain = build_plain_network(config).eval()
     plain.load_state_dict(network.state_dict())
-    x, c_noise = torch.randn(2, 3, 16, 16), torch.randn(2)
+    x, c_noise = torch.randn(2, *config.input_shape), torch.randn(2)
     cond = {}
     if config.num_classes:
         cond = dict(label=torch.tensor([2, 0]), augment=torch.randn(2, 9))
-    weight = torch.randn(2, 3, 16, 16)
+    weight = torch.randn(2, config.out_channels, *config.input_shape[1:])
     outputs = []
     for net in (network, plain):
         output = net(x, c_noise, net.context(cond, num=2))
@@ -125,8 +139,8 @@ def test_the_plain_network_computes_the_same_function_and_gradients(changes):
         torch.testing.assert_close(b.grad, a.grad, rtol=0, atol=1e-4 * scale, msg=name)
 
 
-def test_the_plain_network_starts_with_the_same_weights_and_shares_no_backbone_code():
-    config = small_model()
+@pytest.mark.parametrize("config", [small_model(), small_latent_model()], ids=["unet", "latent"])
+def test_the_plain_network_starts_with_the_same_weights_and_shares_no_backbone_code(config):
     torch.manual_seed(0)
     network = build_network(config)
     torch.manual_seed(0)
@@ -139,7 +153,7 @@ def test_the_plain_network_starts_with_the_same_weights_and_shares_no_backbone_c
 
 
 def test_the_plain_network_has_the_presets_parameter_counts():
-    for name in ("cifar10", "ffhq64"):
+    for name in ("cifar10", "ffhq64", "imagenet256"):
         config = get_preset(name).run.model
         with torch.device("meta"):
             assert count_parameters(build_plain_network(config)) == count_parameters(

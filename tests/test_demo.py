@@ -12,6 +12,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import demo
+from evaluation.digits import class_agreement
 
 
 def test_the_chain_runs_from_files_to_a_score_and_says_when_the_result_is_poor(tmp_path):
@@ -44,21 +45,17 @@ def test_the_chain_runs_from_files_to_a_score_and_says_when_the_result_is_poor(t
     assert len((run_dir / "metric-fd_pixels.jsonl").read_text().splitlines()) >= 1
 
 
-def write_digits(folder, shift):
-    """Write 200 real digits; image ``seed`` is of class (seed + shift) % 10."""
+def real_digits(shift):
+    """Return 200 real digits; image ``seed`` is of class (seed + shift) % 10."""
     digits = load_digits()
-    folder.mkdir()
-    for seed in range(200):
-        row = np.flatnonzero(digits.target == (seed + shift) % 10)[seed // 10]
-        pixels = (digits.images[row] * 255 / 16).round().astype(np.uint8)
-        Image.fromarray(pixels).save(folder / f"{seed:06d}.png")
+    rows = [np.flatnonzero(digits.target == (seed + shift) % 10)[seed // 10] for seed in range(200)]
+    return (digits.images[rows] * 255 / 16).round().astype(np.uint8)
 
 
-def test_class_agreement_is_high_for_real_digits_and_low_for_wrong_ones(tmp_path):
-    write_digits(tmp_path / "right", 0)
-    write_digits(tmp_path / "wrong", 1)
-    assert demo.class_agreement(tmp_path / "right", 200) > 0.97
-    assert demo.class_agreement(tmp_path / "wrong", 200) < 0.03
+def test_class_agreement_is_high_for_real_digits_and_low_for_wrong_ones():
+    asked = np.arange(200) % 10
+    assert class_agreement(real_digits(shift=0), asked) > 0.97
+    assert class_agreement(real_digits(shift=1), asked) < 0.03
 
 
 def test_a_step_that_fails_stops_the_demo(monkeypatch):
