@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 import torch
+from training.autoencoder import load_autoencoder
 
 from configs.presets import PRESET_OF_RESOLUTION, PRESETS, get_preset
 from dnnlib.cli import ConfigCommand, raw_value, run, settings
@@ -19,12 +20,12 @@ from dnnlib.files import atomic_write, check_target
 from dnnlib.text import join_names
 from evaluation.scoring import make_evaluate, real_images
 from metrics.metric import get_metrics
-from models import attention_backend
+from models import LatentModelConfig, attention_backend
 from torch_utils import distributed
 from training import runs
 from training.checkpoint import load_snapshot, package_versions
 from training.config import RunConfig, accumulation_rounds, fit_to_device
-from training.inputs import open_autoencoder, open_training_data
+from training.inputs import open_training_data
 from training.loop import training_loop
 from training.report import describe_config, describe_run
 from training.telemetry import import_wandb
@@ -169,8 +170,10 @@ def main(
     attention_backend(config.model, device)
     dataset = open_training_data(config)
     config = fit_to_device(runs.fit_to_data(config, dataset), device.type)
-    autoencoder = open_autoencoder(config.model, None, device)
-    if autoencoder is not None:
+    autoencoder = None
+    if isinstance(config.model, LatentModelConfig):
+        model = config.model
+        autoencoder = load_autoencoder(model.vae, device, expected_hash=model.vae_hash)
         config = runs.fit_to_autoencoder(config, autoencoder)
     evaluate = None
     if specs:

@@ -32,6 +32,7 @@ from benchmarks.plain import build_plain_network
 from benchmarks.plain_diffit import plain_attention
 from benchmarks.training import PARTS, PlainTrainingSteps, TrainingSteps
 from configs import get_preset
+from evaluation.scoring import RealImages
 from metrics.metric import get_metrics
 from models import build_network
 from models.diffit import DiffiTConfig
@@ -432,7 +433,7 @@ def test_memory_does_not_grow_with_ticks(synthetic, tmp_path):
     run = dataclasses.replace(run, logging=logging, sampling=sampling)
     with MemoryProbe() as probe:
         evaluate = train.make_evaluate(
-            get_metrics(run.logging.metrics), run.detectors, dataset, CPU
+            get_metrics(run.logging.metrics), run.detectors, RealImages(dataset), run.model, CPU
         )
 
         def evaluate_and_note(names, generate):

@@ -187,7 +187,8 @@ def test_a_config_opens_its_dataset(data):
 
 
 def test_reals_show_every_class(data, tmp_path):
-    save_reals(ImageDataset(data, use_labels=True, max_size=9), tmp_path / "reals.png")
+    dataset = ImageDataset(data, use_labels=True, max_size=9)
+    save_reals(dataset, lambda images: images, tmp_path / "reals.png")
     assert Image.open(tmp_path / "reals.png").mode == "RGB"
 
 

@@ -122,7 +122,7 @@ with distributed.StopSignal() as stop:
         if stop.agreed():
             break
 text = f"<rank {{distributed.rank()}} at {{step}}: {{stop.name_received()}}>"
-print("".join(distributed.gather_objects(text)), flush=True)
+sys.stdout.write("".join(distributed.gather_objects(text)) + "\\n")  # In one piece.
 distributed.shutdown()
 """
 

@@ -65,6 +65,7 @@ def test_every_tick_has_a_row_of_nested_statistics(run):
         "Timing/sec_per_tick",
         "Timing/sec_per_kimg",
         "Timing/images_per_sec",
+        "Timing/tflops_per_sec",
         "Timing/maintenance_sec",
         "Resources/cpu_mem_gb",
     }
