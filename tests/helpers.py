@@ -42,6 +42,22 @@ TINY = [
 ]
 
 
+# The same of latent models, on 4x4 latents of 8x8 images.
+TINY_LATENT = [
+    "--preset=digits-latent",
+    "--num-blocks=1",
+    "--hidden-dim=16",
+    "--num-heads=2",
+    "--base-dim=4",
+    "--batch=8",
+    "--iters=2",
+    "--lr=0.01",
+    "--lr-rampup=0",
+    "--workers=0",
+    "--steps=2",
+]
+
+
 def call(script, *args):
     """Run a script's ``main`` as ``python script.py ARGS`` would; return code, output, error."""
     out, err = io.StringIO(), io.StringIO()
@@ -75,12 +91,12 @@ def fail(script, *args):
     return " ".join(result.error.split())
 
 
-def train_tiny(outdir, data, *args):
+def train_tiny(outdir, data, *args, tiny=TINY):
     """Train in this process; return the run folder as ``run_dir`` beside code and output."""
     import train
 
     before = set(outdir.iterdir()) if outdir.is_dir() else set()
-    result = succeed(train, f"--outdir={outdir}", f"--data={data}", *TINY, *args)
+    result = succeed(train, f"--outdir={outdir}", f"--data={data}", *tiny, *args)
     (result.run_dir,) = set(outdir.iterdir()) - before
     return result
 

@@ -15,6 +15,7 @@ from unittest import mock
 import helpers
 import pytest
 import torch
+from latent_files import tiny_autoencoder
 
 import fid
 import generate
@@ -31,7 +32,7 @@ from metrics.metric import get_metrics
 from models.config import ModelConfig
 from models.diffit import DiffiT
 from training.checkpoint import load_snapshot, load_state
-from training.config import RunConfig
+from training.config import RunConfig, fit_to_device
 from training.generation import ImageGenerator
 from training.objective import Objective
 
@@ -86,6 +87,25 @@ torchrun --nproc_per_node=4 train.py \
     --metrics=fid10k_full
 """
 
+IMAGENET_COMMAND = r"""
+torchrun --nproc_per_node=8 train.py \
+    --outdir=./runs/imagenet256 \
+    --data=./datasets/imagenet256.zip \
+    --batch-gpu=32 \
+    --resolution=256 \
+    --base-dim=128 \
+    --hidden-dim=1152 \
+    --num-heads=16 \
+    --num-blocks=30 \
+    --lr=3e-4 \
+    --kimg=1000000 \
+    --cond \
+    --label-drop=0.1 \
+    --cfg-scale=4.6 \
+    --metrics=fid50k_full \
+    --metrics-ticks=100
+"""
+
 
 @pytest.mark.parametrize(
     ("command", "preset", "batch", "lr", "steps"),
@@ -114,6 +134,26 @@ def test_the_seed_commands_work_as_typed(command, preset, batch, lr, steps, monk
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_seed_s_command_for_imagenet_works_as_typed(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(IMAGENET_COMMAND.replace("\\\n", " "))
+    config, description = dry_run(*words[words.index("train.py") + 1 :])
+    expected = to_dict(PRESETS["imagenet256-d30"].run)
+    expected["preset"] = "imagenet256"
+    expected["data"]["data"] = "./datasets/imagenet256.zip"
+    expected["training"].update(batch_gpu=32, kimg=1_000_000, label_drop=0.1)
+    expected["training"].update(precision="fp32", compile=False)  # Without a GPU.
+    expected["guidance"]["cfg_scale"] = 4.6
+    expected["logging"].update(metrics=["fid50k_full"], metrics_ticks=100)
+    assert config == expected
+    assert re.search(r"parameters +600,906,752", description)
+    assert "256 images per optimizer step = 32 per pass x 1 pass(es) x 8 rank(s)" in description
+    assert "1,000,000.0 kimg = 3,906,250 optimizer steps" in description
+    assert "./datasets/imagenet256.zip is not there" in description
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("preset", "millions", "tolerance"),
     [
@@ -121,6 +161,12 @@ def test_the_seed_commands_work_as_typed(command, preset, batch, lr, steps, monk
         ("cifar10-l4", 28.7, 0.01),
         ("ffhq64", 44.8, 0.01),
         ("digits", 0.45, 0.2),
+        ("imagenet256", 561.0, 0.001),
+        ("imagenet512", 562.4, 0.001),
+        ("imagenet256-s", 33, 0.1),
+        ("imagenet256-b", 130, 0.1),
+        ("imagenet256-l", 458, 0.1),
+        ("digits-latent", 1.0, 0.1),
     ],
 )
 def test_a_dry_run_of_every_preset_needs_no_data(preset, millions, tolerance):
@@ -211,7 +257,9 @@ CASES = {
     "mlp-ratio": [Case("2", "net")],
     "dropout": [Case("0.5", "net")],
     "skip": [Case("block", "net", beside="--num-blocks=2")],
-    "precond": [Case(name, "net fakes") for name in ("vp", "ve", "iddpm")],
+    "precond": [Case(name, "net fakes") for name in ("vp", "ve", "iddpm", "ddpm")],
+    "diffusion-steps": [Case("10", "net", beside="--precond=ddpm")],
+    "learned-variance": [Case("True", "net", beside="--precond=ddpm")],
     "sigma-data": [Case("0.4", "net")],
     "p-mean": [Case("-1", "net")],
     "p-std": [Case("1", "net")],
@@ -221,6 +269,7 @@ CASES = {
     "batch-gpu": [Case("4", "passes")],
     "lr": [Case("0.02", "net")],
     "lr-rampup": [Case("0.1", "net")],
+    "weight-decay": [Case("0.5", "net")],
     "clip-grad": [Case("0.01", "net")],
     "label-drop": [Case("0.5", "net", beside="--cond")],
     "ema-kimg": [Case("0.0001", "ema", keeps="net losses")],
@@ -238,6 +287,7 @@ CASES = {
     "data": [Case("RING", "net")],
     "cond": [Case("True", "net")],
     "max-size": [Case("20", "net")],
+    "hflip": [Case("True", "net")],
     "cache": [unseen("True", "caches")],
     "tick": [unseen("100", "ticks", beside="--tick=0 --iters=3")],
     "snap": [unseen("1", "saved", beside="--tick=0 --iters=4")],
@@ -250,7 +300,9 @@ CASES = {
     "wandb-project": [unseen("mine", "wandb", beside="--wandb")],
     "sampler": [sampled(name) for name in ("euler", "ddim", "dpmpp_2m", "ddpm")],
     "steps": [sampled("3")],
-    "sigma-grid": [sampled(name) for name in ("linear", "vp", "ve", "iddpm")],
+    "sigma-grid": [sampled(name) for name in ("linear", "vp", "ve", "iddpm")]
+    + [Case("timesteps", "fakes", keeps="net ema", beside="--precond=ddpm --iters=1")],
+    "patch-size": [Case("2", "net", beside="LATENT")],
     "sigma-min": [sampled("0.2")],
     "sigma-max": [sampled("10")],
     "rho": [sampled("3")],
@@ -262,11 +314,17 @@ CASES = {
     "cfg-scale": [sampled("3")],
     "cfg-schedule": [sampled("power-cosine", "--cfg-scale=3")],
     "cfg-power": [sampled("1", "--cfg-scale=3 --cfg-schedule=power-cosine")],
+    "cfg-channels": [sampled("1", "--cfg-scale=3")],
     "cfg-interval": [sampled("0.1,10", "--cfg-scale=3")],
 }
 # Options whose effect is another, with the test that shows it.
 SHOWN_BY = {
     "keep-states": "test_keep_states_is_the_number_of_states_that_stay",
+    **dict.fromkeys(
+        ("vae", "latent-channels", "latent-downsampling"),
+        "test_latent_models_train_with_the_autoencoder_that_the_options_describe",
+    ),
+    "metrics-ref": "test_metrics_compare_with_what_metrics_ref_names",
     "skip-limit": "test_skip_limit_stops_a_run_whose_gradients_stay_non_finite",
     "inception": "test_detectors_of_the_metrics_come_from_where_the_options_say",
     "dinov2": "test_detectors_of_the_metrics_come_from_where_the_options_say",
@@ -281,7 +339,7 @@ DEFAULTS = {
     "attention": {"auto", "flex"},
     "skip": {"stage"},
     "precond": {"edm"},
-    "precision": {"fp32"},
+    "precision": {"fp32", "auto"},
     "sampler": {"heun"},
     "sigma-grid": {"karras"},
     "cfg-schedule": {"constant"},
@@ -355,11 +413,18 @@ def fingerprint(base, args, data_size=8):
     if "TRANSFER" in words:
         words[words.index("TRANSFER")] = f"--transfer={helpers.trained_snapshot(base)}"
     words = [word.replace("RING", str(base / "toy" / "ring")) for word in words]
+    tiny = helpers.TINY
+    if "LATENT" in words:
+        words.remove("LATENT")
+        vae = base / "vae"
+        if not vae.exists():
+            tiny_autoencoder(vae)
+        tiny = [*helpers.TINY_LATENT, f"--vae={vae}"]
     outdir = base / "options" / str(len(list((base / "options").glob("*"))))
     flags = (torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32)
     with ExitStack() as stack:
         spies = Spies(stack)
-        run_dir = helpers.train_tiny(outdir, data, *words).run_dir
+        run_dir = helpers.train_tiny(outdir, data, *words, tiny=tiny).run_dir
     backends = (torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32)
     torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32 = flags
     torch.backends.cudnn.allow_tf32 = True
@@ -409,6 +474,44 @@ def test_accumulation_passes_and_the_compiled_network_compute_the_same(base):
         assert fingerprint(base, args)["losses"] == pytest.approx(plain["losses"], rel=1e-5)
     assert fingerprint(base, "--batch-gpu=4")["passes"] == [4] * 4
     assert fingerprint(base, "--compile=True")["compiled"] == [DiffiT]
+
+
+def test_latent_models_train_with_the_autoencoder_that_the_options_describe(base, tmp_path):
+    vae = tiny_autoencoder(tmp_path / "vae", latent_channels=3, num_stages=3)
+    data = helpers.toy_data(base)
+    tiny = [*helpers.TINY_LATENT, f"--vae={vae}", "--latent-channels=3", "--iters=1"]
+    run_dir = helpers.train_tiny(
+        tmp_path / "runs", data, "--latent-downsampling=4", tiny=tiny
+    ).run_dir
+    weight = load_snapshot(max(run_dir.glob("*.pkl"))).state_dict["backbone.patch_embedding.weight"]
+    assert weight.shape[1] == 3
+    arguments = (*tiny, f"--outdir={tmp_path / 'runs'}", f"--data={data}")
+    message = helpers.fail(train, *arguments)
+    assert "has downsampling 4, but the model has 2" in message
+    assert "--latent-downsampling=4" in message
+    message = helpers.fail(train, *arguments, "--latent-downsampling=4", "--latent-channels=5")
+    assert "has channels of the latents 3, but the model has 5" in message
+
+
+def test_metrics_compare_with_what_metrics_ref_names(base, tmp_path):
+    data = helpers.toy_data(base)
+    scored = ("--metrics=fd_pixels", "--iters=1")
+    own = helpers.train_tiny(tmp_path / "own", data, *scored).run_dir
+    ring = base / "toy" / "ring"
+    other = helpers.train_tiny(tmp_path / "other", data, *scored, f"--metrics-ref={ring}").run_dir
+    rows = [json.loads((d / "metric-fd_pixels.jsonl").read_text()) for d in (own, other)]
+    assert rows[0]["reference_count"] == 42
+    assert rows[1]["reference_count"] == 14
+    assert rows[0]["value"] != rows[1]["value"]
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "compiled"), [("cuda", "bf16", True), ("cpu", "fp32", False)]
+)
+def test_latent_presets_take_bf16_and_the_compiler_on_gpus(device, precision, compiled):
+    training = fit_to_device(PRESETS["imagenet256"].run, device).training
+    assert (training.precision, training.compile) == (precision, compiled)
+    assert fit_to_device(PRESETS["cifar10"].run, device).training.precision == "fp32"
 
 
 def test_fp16_finds_a_loss_scale_and_trains(base, tmp_path):
@@ -557,7 +660,7 @@ DATA = "--outdir=OUT --data=TOY"
         ("--preset=digits --outdir=x", ["--data", "dataset_tool.py"]),
         ("--preset=digits --data=TOY", ["--outdir"]),
         ("--preset=digits --outdir=OUT --data=absent.zip", ["absent.zip"]),
-        ("--resolution=48", ["no preset for 48", "32 (cifar10) and 64 (ffhq64)", "--preset"]),
+        ("--resolution=48", ["no preset for 48", "64 (ffhq64), 256 (imagenet256) and 512 (imagenet512)", "--preset"]),
         ("--resolution=large", ["no preset for large"]),
         (
             f"--preset=cifar10 {DATA}",
@@ -669,8 +772,8 @@ def test_help_shows_the_preset_s_values_in_groups_with_examples():
     titles += ["Augmentation", "Data", "Progress, snapshots and metrics", "Sampling", "Guidance"]
     places = [output.index(f"\n{title}:\n") for title in titles]
     assert places == sorted(places)
-    for name, setting in all_settings().items():
-        assert f"--{name}" in text
+    for setting in settings(PRESETS["ffhq64"].run):
+        assert f"--{setting.name}" in text
         assert setting.field.metadata["help"].split()[0] in text
     assert "Learning rate. [default: 0.001]" in " ".join(
         helpers.succeed(train, "--help").output.split()

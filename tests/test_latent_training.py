@@ -1,0 +1,211 @@
+"""Latent models end to end: images, autoencoder, latents, training, guided samples, scores."""
+
+import json
+import shutil
+
+import helpers
+import numpy as np
+import pytest
+import torch
+from helpers import fail, succeed
+from latent_files import tiny_autoencoder
+
+import dataset_tool
+import fid
+import generate
+import train
+from evaluation.digits import class_agreement, train_autoencoder
+from training.checkpoint import load_snapshot, load_state
+from training.pictures import read_image
+
+TINY = [*helpers.TINY_LATENT, "--iters=4", "--tick=0", "--steps=3"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """42 RGB images of 8x8 in three classes."""
+    return helpers.toy_data(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    return tiny_autoencoder(tmp_path_factory.mktemp("vae") / "vae")
+
+
+@pytest.fixture(scope="module")
+def latents(images, vae, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("latents") / "latents"
+    succeed(
+        dataset_tool, "encode", f"--source={images}", f"--dest={folder}", f"--vae={vae}", "--hflip"
+    )
+    return folder
+
+
+def train_latent(outdir, data, *args):
+    """Train in this process; return the run folder."""
+    succeed(train, f"--outdir={outdir}", f"--data={data}", *TINY, *args)
+    (run_dir,) = outdir.iterdir()
+    return run_dir
+
+
+def losses(run_dir):
+    rows = (run_dir / "stats.jsonl").read_text().splitlines()
+    return [json.loads(row)["Loss/loss"]["mean"] for row in rows]
+
+
+def weights(run_dir):
+    return load_state(max(run_dir.glob("training-state-*.pt")))["net"]
+
+
+@pytest.fixture(scope="module")
+def trained(latents, tmp_path_factory):
+    return train_latent(tmp_path_factory.mktemp("trained"), latents, "--hflip")
+
+
+def snapshot_of(run_dir):
+    return max(run_dir.glob("network-snapshot-??????.pkl"))
+
+
+def test_two_processes_train_as_one_and_their_snapshot_samples_and_scores(
+    images, latents, trained, tmp_path
+):
+    reference = (f"--metrics-ref={images}", "--metrics=fd_pixels", "--hflip")
+    arguments = (f"--outdir={tmp_path / 'runs'}", f"--data={latents}", *TINY, *reference)
+    helpers.torchrun(2, "train.py", *arguments)
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    np.testing.assert_allclose(losses(run_dir), losses(trained), rtol=1e-5)
+    for name, tensor in weights(trained).items():
+        torch.testing.assert_close(weights(run_dir)[name], tensor, rtol=1e-4, atol=1e-5)
+    score = json.loads((run_dir / "metric-fd_pixels.jsonl").read_text().splitlines()[-1])
+    assert score["num_images"] == 42
+    assert len(score["vae_hash"]) == 64
+
+    network = snapshot_of(run_dir)
+    grid = tmp_path / "grid.png"
+    succeed(
+        generate,
+        *(f"--network={network}", f"--outdir={tmp_path / 'out'}", "--seeds=0-5", "--class=dot"),
+        *("--cfg-scale=2", "--cfg-interval=0.1,50", "--cfg-channels=2", f"--grid={grid}"),
+    )
+    assert read_image(tmp_path / "out" / "000003.png").shape == (3, 8, 8)
+    assert grid.is_file()
+    json_path = tmp_path / "score.json"
+    succeed(
+        fid,
+        "calc",
+        *(f"--network={network}", f"--ref={images}", "--metrics=fd_pixels", "--cfg-scale=2"),
+        f"--json={json_path}",
+    )
+    row = json.loads(json_path.read_text())["rows"][0]
+    assert row["guidance"]["cfg_scale"] == 2
+    assert row["sampling"]["grid"] == "timesteps"
+    assert row["vae_hash"] == score["vae_hash"]
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(latents, trained, tmp_path):
+    run_dir = train_latent(tmp_path, latents, "--hflip", "--iters=2")
+    succeed(train, f"--resume={run_dir}", "--iters=4")
+    for name, tensor in weights(trained).items():
+        assert torch.equal(weights(run_dir)[name], tensor), name
+
+
+def test_encoding_while_training_is_the_same_training(images, vae, trained, tmp_path):
+    run_dir = train_latent(tmp_path, images, "--hflip", f"--vae={vae}")
+    # The latents on file are rounded to float16.
+    np.testing.assert_allclose(losses(run_dir), losses(trained), rtol=2e-2)
+    own, other = load_snapshot(snapshot_of(run_dir)), load_snapshot(snapshot_of(trained))
+    assert own.config.model.vae_hash == other.config.model.vae_hash
+    assert own.config.model.latent_scale == other.config.model.latent_scale
+    assert own.data.num_images == other.data.num_images == 42
+
+
+def test_the_posterior_is_drawn_anew_at_each_epoch(images, vae, tmp_path):
+    means = tmp_path / "means"
+    arguments = (f"--source={images}", f"--vae={vae}")
+    succeed(dataset_tool, "encode", *arguments, f"--dest={means}", "--mean-only")
+    full = tmp_path / "full"
+    succeed(dataset_tool, "encode", *arguments, f"--dest={full}")
+    # One image, so that epochs differ by what is drawn alone.
+    alone = ("--max-size=1", "--batch=1")
+    by_mean = train_latent(tmp_path / "a", means, *alone)
+    by_posterior = train_latent(tmp_path / "b", full, *alone)
+    assert losses(by_mean)[0] != losses(by_posterior)[0]
+
+
+def test_an_autoencoder_that_moved_is_named_and_another_is_refused(vae, trained, tmp_path):
+    moved = shutil.copytree(vae, tmp_path / "moved")
+    network = f"--network={snapshot_of(trained)}"
+    out = (f"--outdir={tmp_path / 'out'}", "--seeds=0-1")
+    succeed(generate, network, *out, f"--vae={moved}")
+    other = tiny_autoencoder(tmp_path / "other", seed=5)
+    message = fail(generate, network, f"--outdir={tmp_path / 'other-out'}", f"--vae={other}")
+    assert str(other) in message
+    missing = fail(generate, network, f"--outdir={tmp_path / 'o'}", "--vae=nowhere/vae-folder")
+    assert "nowhere/vae-folder" in missing
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ("--data=IMAGES", ["holds images, but preset digits-latent trains on latents", "--vae"]),
+        ("--data=IMAGES --vae=./no/such/vae", ["./no/such/vae"]),
+        ("--data=LATENTS --latent-channels=3", ["4x4x4", "3x4x4", "--latent-channels=4"]),
+        ("--data=LATENTS --resolution=16", ["--resolution: this run expects 16x16", "8x8"]),
+        ("--data=LATENTS --no-cond --label-drop=0 --cfg-scale=2", ["unconditional", "--cfg-scale"]),
+        ("--data=LATENTS --augment=0.1", ["--augment: got 0.1, but latents", "--hflip"]),
+        ("--data=LATENTS --cache", ["--cache has no effect on latents"]),
+        ("--data=LATENTS --metrics=fd_pixels", ["--metrics-ref", "holds latents"]),
+        ("--data=LATENTS --metrics-ref=x", ["--metrics-ref has no effect"]),
+        ("--data=LATENTS --window=4", ["--window: preset digits-latent has no such option"]),
+        ("--data=LATENTS --precond=edm --learned-variance", ["--learned-variance"]),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_sentence(arguments, parts, images, latents, tmp_path):
+    text = arguments.replace("IMAGES", str(images)).replace("LATENTS", str(latents))
+    message = fail(train, *TINY, f"--outdir={tmp_path / 'runs'}", *text.split())
+    for part in parts:
+        assert part in message
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_model_of_pixels_refuses_latents_and_autoencoders(latents, tmp_path):
+    message = fail(train, f"--outdir={tmp_path / 'runs'}", "--preset=digits", f"--data={latents}")
+    assert "holds latents, but preset digits trains on pixels" in message
+    snapshot = helpers.trained_snapshot(tmp_path)
+    message = fail(generate, f"--network={snapshot}", f"--outdir={tmp_path / 'o'}", "--vae=x")
+    assert "this model makes images without one" in message
+
+
+def test_classes_that_the_model_does_not_have_are_refused(trained, tmp_path):
+    network = (f"--network={snapshot_of(trained)}", f"--outdir={tmp_path / 'out'}")
+    assert "--class: got 3, but the model has classes 0 to 2" in fail(
+        generate, *network, "--class=3"
+    )
+
+
+def test_guidance_makes_digits_more_like_their_class(tmp_path_factory, tmp_path):
+    data, vae = tmp_path / "digits.zip", tmp_path / "vae"
+    succeed(dataset_tool, "convert", "--source=digits", f"--dest={data}")
+    assert train_autoencoder(data, vae, num_steps=150) < 0.06
+    latents = tmp_path / "latents"
+    arguments = (f"--source={data}", f"--dest={latents}", f"--vae={vae}")
+    succeed(dataset_tool, "encode", *arguments)
+    succeed(
+        train,
+        *(f"--outdir={tmp_path / 'runs'}", f"--data={latents}", "--preset=digits-latent"),
+        *("--kimg=32", "--snap=100", "--lr-rampup=1", "--ema-kimg=3"),
+    )
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    agreement = {}
+    for scale in (1, 3):
+        outdir = tmp_path / str(scale)
+        succeed(
+            generate,
+            *(f"--network={snapshot_of(run_dir)}", "--seeds=0-199", "--class=0-9", "--batch=200"),
+            *(f"--outdir={outdir}", f"--cfg-scale={scale}", "--sampler=dpmpp_2m"),
+            *("--sigma-grid=karras", "--steps=12"),
+        )
+        made = np.stack([read_image(outdir / f"{seed:06d}.png").numpy() for seed in range(200)])
+        agreement[scale] = class_agreement(made, np.arange(200) % 10)
+    assert agreement[3] > 0.85
+    assert agreement[3] > agreement[1] + 0.05
