@@ -223,6 +223,40 @@ class ImageDataset(Dataset):
             ) from None
 
 
+class MirroredImages(Dataset):
+    """A dataset of images twice as long: image ``num_images + i`` is the mirror image of ``i``.
+
+    Images are flipped left to right. Whatever else is asked of it, the dataset itself answers.
+    """
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        self._dataset = dataset
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_dataset":  # Not there yet while a copy is being made.
+            raise AttributeError(name)
+        return getattr(self._dataset, name)
+
+    def __len__(self) -> int:
+        return 2 * len(self._dataset)
+
+    def file_label(self, index: int) -> str:
+        """Return archive and name of an image's file, for messages."""
+        return self._dataset.file_label(index % len(self._dataset))
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, Cond]:
+        images, cond = self.__getitems__([index])
+        return images[0], {name: values[0] for name, values in cond.items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[torch.Tensor, Cond]:
+        """Return a batch ``(uint8 [B, C, H, W], {"label": int64 [B]} or {})``."""
+        mirrored, own = np.divmod(np.asarray(indices, np.int64), len(self._dataset))
+        images, cond = self._dataset.__getitems__(own)
+        rows = torch.from_numpy(mirrored.astype(bool))
+        images[rows] = images[rows].flip(-1)
+        return images, cond
+
+
 class _SharedCache:
     """Images [N, C, H, W] in shared memory with a flag for each that is there."""
 
