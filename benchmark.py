@@ -11,16 +11,17 @@ import torch
 
 from benchmarks.attention import benchmark_attention
 from benchmarks.loading import benchmark_data
-from benchmarks.measure import describe_device, make_archive
+from benchmarks.measure import describe_device, make_archive, make_latents
 from benchmarks.metrics import benchmark_extraction, benchmark_frechet
 from benchmarks.sampling import benchmark_sample
 from benchmarks.training import benchmark_train
 from configs.presets import PRESETS, get_preset
 from dnnlib.cli import run
 from dnnlib.text import format_count
+from models import LatentModelConfig
 from torch_utils import distributed
 from training.config import RunConfig
-from training.dataset import DatasetConfig, ImageDataset, open_dataset
+from training.inputs import TrainingData, open_training_data
 from training.report import forward_flops, num_parameters
 from training.runs import fit_to_data, with_data_facts
 
@@ -225,10 +226,14 @@ def metrics(
 
 
 @contextmanager
-def dataset_of(config: RunConfig, data: str | None) -> Iterator[ImageDataset]:
-    """Open ``data``, or pictures made for the occasion in a temporary folder."""
+def dataset_of(config: RunConfig, data: str | None) -> Iterator[TrainingData]:
+    """Open ``data``, or pictures (or latents) made for the occasion in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
-        if data is None:
+        if data is None and isinstance(config.model, LatentModelConfig):
+            data = str(Path(folder) / "latents")
+            config = dataclasses.replace(config, data=dataclasses.replace(config.data, hflip=False))
+            make_latents(Path(data), num_images=_NUM_SYNTHETIC_IMAGES, model=config.model)
+        elif data is None:
             data = str(Path(folder) / "synthetic.zip")
             make_archive(
                 Path(data),
@@ -237,7 +242,8 @@ def dataset_of(config: RunConfig, data: str | None) -> Iterator[ImageDataset]:
                 channels=config.model.img_channels,
                 num_classes=10,
             )
-        yield open_dataset(DatasetConfig(data=data, cond=config.data.cond))
+        data_config = dataclasses.replace(config.data, data=data, cache=False)
+        yield open_training_data(dataclasses.replace(config, data=data_config))
 
 
 def print_header(config: RunConfig, device: torch.device) -> None:

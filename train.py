@@ -11,7 +11,6 @@ from typing import Any
 
 import click
 import torch
-from training.autoencoder import load_autoencoder
 
 from configs.presets import PRESET_OF_RESOLUTION, PRESETS, get_preset
 from dnnlib.cli import ConfigCommand, raw_value, run, settings
@@ -23,6 +22,7 @@ from metrics.metric import get_metrics
 from models import LatentModelConfig, attention_backend
 from torch_utils import distributed
 from training import runs
+from training.autoencoder import load_autoencoder
 from training.checkpoint import load_snapshot, package_versions
 from training.config import RunConfig, accumulation_rounds, fit_to_device
 from training.inputs import open_training_data

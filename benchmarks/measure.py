@@ -14,7 +14,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dnnlib.files import sha256_of_file, write_json
+from models import LatentModelConfig
 from training.conversion import convert
+from training.latent_archive import LABELS_FILE, RECORD_FILE, LatentRecord, shard_name
 from training.parallel import num_usable_cores
 from training.sources import Source
 
@@ -178,6 +181,45 @@ def make_archive(
         class_names=[f"class {index}" for index in range(num_classes)] if num_classes else None,
     )
     convert(source, path, num_workers=1)
+
+
+def make_latents(path: Path, *, num_images: int, model: LatentModelConfig) -> None:
+    """Write an archive of random latents, labelled, of the shape that a model expects."""
+    shape = (num_images, 1, 2 * model.latent_channels, *model.input_shape[1:])
+    moments = np.random.default_rng(0).standard_normal(shape, np.float32) / model.latent_scale
+    moments[:, :, model.latent_channels :] = 0.1
+    path.mkdir()
+    np.save(path / shard_name(0), moments.astype(np.float16))
+    labels = np.arange(num_images, dtype=np.int64) % model.num_classes
+    np.save(path / LABELS_FILE, labels)
+    record = LatentRecord(
+        num_images=num_images,
+        resolution=model.resolution,
+        img_channels=model.img_channels,
+        latent_shape=list(model.input_shape),
+        kind="mean-std",
+        mirrored=False,
+        scale=model.latent_scale,
+        shift=model.latent_shift,
+        vae="none",
+        vae_hash="none",
+        source="random numbers",
+        source_hash="none",
+        class_names=[f"class {index}" for index in range(model.num_classes)],
+        labels_sha256=sha256_of_file(path / LABELS_FILE),
+        input_transform="none",
+        precision="fp32",
+        shard_size=num_images,
+        shards=[
+            dict(
+                file=shard_name(0),
+                num_images=num_images,
+                sha256=sha256_of_file(path / shard_name(0)),
+            )
+        ],
+        packages={},
+    )
+    write_json(path / RECORD_FILE, record.to_dict())
 
 
 def bare_decode(files: Iterable[bytes]) -> None:

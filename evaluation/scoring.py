@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from training.latents import LatentDataset, MirroredImages
 
 from dnnlib.files import fetch
 from evaluation.images import ImageSource, shape_of
@@ -18,8 +17,9 @@ from metrics.reference_cache import references_for, vector_subset
 from models import ModelConfig
 from torch_utils import distributed
 from training.config import DetectorConfig
-from training.dataset import ImageDataset
+from training.dataset import ImageDataset, MirroredImages
 from training.inputs import TrainingData
+from training.latents import LatentDataset
 from training.sampler import iterate_images
 from training.samples import open_images
 

@@ -660,7 +660,14 @@ DATA = "--outdir=OUT --data=TOY"
         ("--preset=digits --outdir=x", ["--data", "dataset_tool.py"]),
         ("--preset=digits --data=TOY", ["--outdir"]),
         ("--preset=digits --outdir=OUT --data=absent.zip", ["absent.zip"]),
-        ("--resolution=48", ["no preset for 48", "64 (ffhq64), 256 (imagenet256) and 512 (imagenet512)", "--preset"]),
+        (
+            "--resolution=48",
+            [
+                "no preset for 48",
+                "64 (ffhq64), 256 (imagenet256) and 512 (imagenet512)",
+                "--preset",
+            ],
+        ),
         ("--resolution=large", ["no preset for large"]),
         (
             f"--preset=cifar10 {DATA}",

@@ -92,7 +92,8 @@ class Autoencoder:
         ``images`` are uint8 [N, C, H, W] on any device; the result is on the autoencoder's.
         Nothing here waits for the device.
         """
-        assert images.dtype == torch.uint8 and images.shape[1] == self.img_channels
+        assert images.dtype == torch.uint8
+        assert images.shape[1] == self.img_channels
         rest = (2 * self.latent_channels, *(size // self.downsampling for size in images.shape[2:]))
         pixels = math.prod(images.shape[2:])
         return self._in_chunks(self._encode, images, pixels, rest)

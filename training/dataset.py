@@ -226,23 +226,24 @@ class ImageDataset(Dataset):
 class MirroredImages(Dataset):
     """A dataset of images twice as long: image ``num_images + i`` is the mirror image of ``i``.
 
-    Images are flipped left to right. Whatever else is asked of it, the dataset itself answers.
+    Images are flipped left to right. Whatever else is asked of it, the dataset itself, ``images``,
+    answers.
     """
 
-    def __init__(self, dataset: ImageDataset) -> None:
-        self._dataset = dataset
+    def __init__(self, images: ImageDataset) -> None:
+        self.images = images
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_dataset":  # Not there yet while a copy is being made.
+        if name == "images":  # Not there yet while a copy is being made.
             raise AttributeError(name)
-        return getattr(self._dataset, name)
+        return getattr(self.images, name)
 
     def __len__(self) -> int:
-        return 2 * len(self._dataset)
+        return 2 * len(self.images)
 
     def file_label(self, index: int) -> str:
         """Return archive and name of an image's file, for messages."""
-        return self._dataset.file_label(index % len(self._dataset))
+        return self.images.file_label(index % len(self.images))
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, Cond]:
         images, cond = self.__getitems__([index])
@@ -250,11 +251,11 @@ class MirroredImages(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[torch.Tensor, Cond]:
         """Return a batch ``(uint8 [B, C, H, W], {"label": int64 [B]} or {})``."""
-        mirrored, own = np.divmod(np.asarray(indices, np.int64), len(self._dataset))
-        images, cond = self._dataset.__getitems__(own)
+        mirrored, own = np.divmod(np.asarray(indices, np.int64), len(self.images))
+        batch, cond = self.images.__getitems__(own)
         rows = torch.from_numpy(mirrored.astype(bool))
-        images[rows] = images[rows].flip(-1)
-        return images, cond
+        batch[rows] = batch[rows].flip(-1)
+        return batch, cond
 
 
 class _SharedCache:

@@ -16,13 +16,13 @@ from diffusion.samplers import SamplingConfig, num_evaluations, sample
 from dnnlib.config import Config, did_you_mean, to_dict
 from dnnlib.files import atomic_write
 from dnnlib.text import join_names
-from models import LatentModelConfig, ModelConfig, Network
+from models import ModelConfig, Network
 from torch_utils import distributed
 from torch_utils.rng import SeededNoise
-from training.autoencoder import Autoencoder, load_autoencoder
+from training.autoencoder import Autoencoder
 from training.checkpoint import Snapshot, load_snapshot, package_versions, weights_hash
 from training.config import TrainingConfig, check_guidance
-from training.inputs import to_uint8
+from training.inputs import open_autoencoder, to_uint8
 from training.pictures import image_grid, save_image
 
 GRID_SEEDS = 64
@@ -209,46 +209,6 @@ def _label_source(generator: ImageGenerator, class_counts: Sequence[int]) -> str
     if not generator.num_classes:
         return "none"
     return "as in the training data" if class_counts else "drawn by each seed"
-
-
-def open_autoencoder(
-    model: ModelConfig, vae: str | None, device: torch.device
-) -> Autoencoder | None:
-    """Return the autoencoder of a latent model, or None for a model of pixels.
-
-    ``vae`` says where it is now, if not where ``model`` has it. Raises ValueError if it is not
-    there, is not the one that the latents are of, or if a model of pixels is given one.
-    """
-    if not isinstance(model, LatentModelConfig):
-        if vae is not None:
-            raise ValueError(f"--vae: got {vae}, but this model makes images without one.")
-        return None
-    location = vae or model.vae
-    if location is None:
-        raise ValueError("--vae is missing: name the autoencoder that decodes the latents.")
-    autoencoder = load_autoencoder(location, device, expected_hash=model.vae_hash)
-    check_autoencoder(model, autoencoder)
-    return autoencoder
-
-
-def check_autoencoder(model: LatentModelConfig, autoencoder: Autoencoder) -> None:
-    """Raise ValueError if an autoencoder's latents or images are not those of a model."""
-    for what, option, own, there in (
-        ("channels of the latents", "--latent-channels", model.latent_channels, "latent_channels"),
-        ("downsampling", "--latent-downsampling", model.latent_downsampling, "downsampling"),
-        ("channels of the images", None, model.img_channels, "img_channels"),
-        ("scale", None, model.latent_scale, "scale"),
-        ("shift", None, model.latent_shift, "shift"),
-    ):
-        found = getattr(autoencoder, there)
-        if found != own:
-            remedy = "use the one that the model was made for"
-            if option is not None:
-                remedy += f", or train with {option}={found}"
-            raise ValueError(
-                f"--vae: {autoencoder.location} has {what} {found:g}, but the model has {own:g}; "
-                f"{remedy}."
-            )
 
 
 def seed_range(first_seed: int, num_images: int) -> str:

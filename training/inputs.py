@@ -2,13 +2,14 @@
 
 import torch
 
-from models import LatentModelConfig
+from models import LatentModelConfig, ModelConfig
 from torch_utils import rng
 from training.augment import AugmentParams, AugmentPipe, make_augment_pipe
-from training.autoencoder import Autoencoder, normalise
+from training.autoencoder import Autoencoder, load_autoencoder, normalise
 from training.config import RunConfig
-from training.dataset import Cond, ImageDataset, open_dataset
-from training.latents import LatentDataset, MirroredImages, is_latent_archive
+from training.dataset import Cond, ImageDataset, MirroredImages, open_dataset
+from training.latent_archive import is_latent_folder
+from training.latents import LatentDataset
 
 TrainingData = ImageDataset | MirroredImages | LatentDataset
 
@@ -51,6 +52,7 @@ class LatentInputs:
     """Latents drawn from the autoencoder's posterior: anew each time that an image is seen.
 
     Args:
+        model: Tells the latents' channels and their normalisation.
         autoencoder: Decodes for pictures, and encodes batches that are images still.
         from_images: Whether batches are uint8 images [N, C, H, W], to be encoded now, or what
             :class:`~training.latents.LatentDataset` yields.
@@ -58,9 +60,14 @@ class LatentInputs:
     """
 
     def __init__(
-        self, autoencoder: Autoencoder, *, from_images: bool = False, has_std: bool = True
+        self,
+        model: LatentModelConfig,
+        autoencoder: Autoencoder | None,
+        *,
+        from_images: bool = False,
+        has_std: bool = True,
     ) -> None:
-        self._autoencoder = autoencoder
+        self._model, self._autoencoder = model, autoencoder
         self._from_images = from_images
         self._is_random = from_images or has_std
 
@@ -77,24 +84,20 @@ class LatentInputs:
         self, batch: torch.Tensor, cond: Cond, drawn: torch.Tensor | None
     ) -> tuple[torch.Tensor, Cond]:
         """Return normalised float32 latents [N, c, h, w], with the conditions."""
-        return self._normalise(self._moments(batch), drawn), cond
+        moments = self._autoencoder.moments(batch) if self._from_images else batch
+        return self._normalise(moments, drawn), cond
 
     def pictures(self, batch: torch.Tensor) -> torch.Tensor:
         """Return the uint8 images [N, C, H, W] of a loader's batch, decoded if it is latents."""
         if self._from_images:
             return batch
-        channels = self._autoencoder.latent_channels
-        means = batch[:, :channels].to(self._autoencoder.device)
-        return to_uint8(self._autoencoder.decode(self._normalise(means, None)))
-
-    @torch.no_grad()
-    def _moments(self, batch: torch.Tensor) -> torch.Tensor:
-        return self._autoencoder.moments(batch) if self._from_images else batch
+        means = self._normalise(batch[:, : self._model.latent_channels], None)
+        return to_uint8(self._autoencoder.decode(means))
 
     def _normalise(self, moments: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
-        autoencoder = self._autoencoder
+        model = self._model
         return normalise(
-            moments, noise, autoencoder.scale, autoencoder.shift, autoencoder.latent_channels
+            moments, noise, model.latent_scale, model.latent_shift, model.latent_channels
         )
 
 
@@ -104,7 +107,7 @@ def open_training_data(config: RunConfig) -> TrainingData:
     Raises ValueError if there is none, or if it is of the wrong kind for the model.
     """
     data, is_latent_model = config.data, isinstance(config.model, LatentModelConfig)
-    if data.data is not None and is_latent_archive(data.data):
+    if data.data is not None and is_latent_folder(data.data):
         if not is_latent_model:
             raise ValueError(
                 f"--data: {data.data} holds latents, but preset {config.preset} trains on pixels; "
@@ -129,15 +132,59 @@ def open_training_data(config: RunConfig) -> TrainingData:
     return MirroredImages(dataset) if data.hflip else dataset
 
 
+def open_autoencoder(
+    model: ModelConfig, vae: str | None, device: torch.device
+) -> Autoencoder | None:
+    """Return the autoencoder of a latent model, or None for a model of pixels.
+
+    ``vae`` says where it is now, if not where ``model`` has it. Raises ValueError if it is not
+    there, is not the one that the latents are of, or if a model of pixels is given one.
+    """
+    if not isinstance(model, LatentModelConfig):
+        if vae is not None:
+            raise ValueError(f"--vae: got {vae}, but this model makes images without one.")
+        return None
+    location = vae or model.vae
+    if location is None:
+        raise ValueError("--vae is missing: name the autoencoder that decodes the latents.")
+    autoencoder = load_autoencoder(location, device, expected_hash=model.vae_hash)
+    check_autoencoder(model, autoencoder)
+    return autoencoder
+
+
+def check_autoencoder(model: LatentModelConfig, autoencoder: Autoencoder) -> None:
+    """Raise ValueError if an autoencoder's latents or images are not those of a model."""
+    for what, option, own, there in (
+        ("channels of the latents", "--latent-channels", model.latent_channels, "latent_channels"),
+        ("downsampling", "--latent-downsampling", model.latent_downsampling, "downsampling"),
+        ("channels of the images", None, model.img_channels, "img_channels"),
+        ("scale", None, model.latent_scale, "scale"),
+        ("shift", None, model.latent_shift, "shift"),
+    ):
+        found = getattr(autoencoder, there)
+        if found != own:
+            remedy = "use the one that the model was made for"
+            if option is not None:
+                remedy += f", or train with {option}={found}"
+            raise ValueError(
+                f"--vae: {autoencoder.location} has {what} {found:g}, but the model has {own:g}; "
+                f"{remedy}."
+            )
+
+
 def make_inputs(
     config: RunConfig, dataset: TrainingData, autoencoder: Autoencoder | None
 ) -> PixelInputs | LatentInputs:
-    """Return how a run's batches become inputs of its network."""
-    if autoencoder is None:
+    """Return how a run's batches become inputs of its network.
+
+    A latent model needs its ``autoencoder`` for pictures, and for a dataset of images.
+    """
+    if not isinstance(config.model, LatentModelConfig):
         return PixelInputs(make_augment_pipe(config.training.augment))
     if isinstance(dataset, LatentDataset):
-        return LatentInputs(autoencoder, has_std=dataset.has_std)
-    return LatentInputs(autoencoder, from_images=True)
+        has_std = dataset.record.kind == "mean-std"
+        return LatentInputs(config.model, autoencoder, has_std=has_std)
+    return LatentInputs(config.model, autoencoder, from_images=True)
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from training.augment import NUM_LABELS
 from training.autoencoder import Autoencoder
 from training.checkpoint import Snapshot, find_states, load_state
 from training.config import RunConfig, check_guidance
-from training.inputs import TrainingData
+from training.inputs import TrainingData, check_autoencoder
 from training.latents import LatentDataset
 
 REQUEUE_FILE = "requeue"
