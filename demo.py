@@ -17,6 +17,7 @@ import numpy as np
 
 from dnnlib.cli import run
 from dnnlib.text import format_time
+from training.checkpoint import find_snapshots
 from training.pictures import read_image
 
 MIN_CLASS_AGREEMENT = 0.90
@@ -85,7 +86,7 @@ def main(outdir: Path, train_args: tuple[str, ...]) -> int:
         *train_args,
     )
     run_dir = Path(re.search(r"Writing to (.+)", trained).group(1).strip())
-    network = max(run_dir.glob("network-snapshot-*.pkl"))
+    network = find_snapshots(run_dir)[0]
 
     # Each run has folders of its own, so that nothing of an earlier one is taken for its images.
     samples, checked = outdir / f"samples-{run_dir.name}", outdir / f"checked-{run_dir.name}"
