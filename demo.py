@@ -18,6 +18,7 @@ import numpy as np
 from dnnlib.cli import run
 from dnnlib.text import format_time
 from evaluation.digits import class_agreement, train_autoencoder
+from training.checkpoint import find_snapshots
 from training.pictures import read_image
 
 MIN_CLASS_AGREEMENT = 0.90
@@ -68,7 +69,7 @@ def train_model(outdir: Path, *args: str) -> tuple[Path, Path]:
     """Train, and return the run folder and its last snapshot."""
     printed = execute("Train", "train.py", f"--outdir={outdir / 'runs'}", *args)
     run_dir = Path(re.search(r"Writing to (.+)", printed).group(1).strip())
-    return run_dir, max(run_dir.glob("network-snapshot-??????.pkl"))
+    return run_dir, find_snapshots(run_dir)[0]
 
 
 def check_classes(title: str, network: Path, folder: Path, *args: str) -> float:

@@ -145,7 +145,12 @@ class SnapshotImages:
         return dict(
             network=str(snapshot.path),
             seeds=seed_range(self._first_seed + indices.start, len(indices)),
-            **passport(self._generator, snapshot.config.training, snapshot.data.class_counts),
+            **passport(
+                self._generator,
+                snapshot.config.training,
+                snapshot.data.class_counts,
+                snapshot.progress,
+            ),
         )
 
 

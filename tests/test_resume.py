@@ -1,5 +1,6 @@
 """Runs that were killed, continued, damaged or transferred, in processes of their own."""
 
+import itertools
 import json
 import random
 import re
@@ -27,7 +28,13 @@ from training_runs import (
 )
 
 import train as train_script
-from training.checkpoint import find_states, load_snapshot, load_state
+from training.checkpoint import (
+    find_profiles,
+    find_snapshots,
+    find_states,
+    load_snapshot,
+    load_state,
+)
 from training.conversion import convert
 from training.sources import open_source
 
@@ -164,9 +171,11 @@ def test_a_run_without_a_readable_state_starts_again_in_its_folder(finished, uni
 
 
 def test_a_missing_or_damaged_snapshot_is_named_and_written_again(finished, digits_zip):
-    newest = max(finished.glob("network-snapshot-*.pkl"))
-    ema = load_snapshot(newest).state_dict
-    for spoil in (flip_bytes, lambda path: path.unlink()):
+    for newest, spoil in itertools.product(
+        (find_snapshots(finished)[0], find_profiles(finished)[0]),
+        (flip_bytes, lambda path: path.unlink()),
+    ):
+        ema = load_snapshot(newest).state_dict
         spoil(newest)
         output = succeed(train_script, *options(finished, digits_zip), "--resume=auto").output
         assert f"{newest}: " in output
@@ -176,12 +185,15 @@ def test_a_missing_or_damaged_snapshot_is_named_and_written_again(finished, digi
 
 def test_unfit_resume_requests_are_refused_with_a_sentence(finished, digits_zip, tmp_path):
     newest = find_states(finished)[0]
-    snapshot = next(finished.glob("network-snapshot-*.pkl"))
+    snapshot = find_snapshots(finished)[0]
     assert "does not exist" in fail(train_script, f"--resume={tmp_path / 'nowhere'}")
     assert "not a run folder" in fail(train_script, f"--resume={tmp_path}")
     assert f"{snapshot}: not a training state" in fail(train_script, f"--resume={snapshot}")
     message = fail(train_script, f"--resume={newest}", "--base-dim=32")
     assert "base_dim 16 there, 32 here" in message
+    for stds, shown in (("none", "none"), ("0.05", "0.05"), ("0.05,0.1,0.15", "0.05,0.1,0.15")):
+        message = fail(train_script, f"--resume={newest}", f"--ema-stds={stds}")
+        assert f"averages of --ema-stds=0.05,0.1, not of {shown}, and none can start" in message
     assert "--resume or --transfer" in fail(
         train_script, f"--resume={newest}", f"--transfer={snapshot}"
     )
@@ -264,7 +276,7 @@ def test_auto_starts_a_run_of_its_own_for_another_command(finished, digits_zip):
 def test_auto_starts_a_run_of_its_own_for_other_first_weights_and_another_description(
     finished, digits_zip, tmp_path
 ):
-    snapshot = max(finished.glob("network-snapshot-*.pkl"))
+    snapshot = find_snapshots(finished)[0]
     outdir = tmp_path / "auto"
     args = (f"--outdir={outdir}", f"--data={digits_zip}", *TINY, "--workers=0", "--iters=1")
     args += ("--resume=auto", "--augment=0")
@@ -284,7 +296,7 @@ def test_auto_starts_a_run_of_its_own_for_other_first_weights_and_another_descri
 
 
 def test_transfer_reports_what_it_loaded_and_what_not(finished, digits_zip, tmp_path):
-    snapshot = max(finished.glob("network-snapshot-*.pkl"))
+    snapshot = find_snapshots(finished)[0]
     outdir = tmp_path / "new"
     # Two blocks instead of one, no augmentation labels, another attention window.
     args = (f"--outdir={outdir}", f"--data={digits_zip}", *TINY, "--num-blocks=2", "--window=8")

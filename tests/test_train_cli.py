@@ -31,7 +31,7 @@ from dnnlib.config import option, to_dict
 from metrics.metric import get_metrics
 from models.config import ModelConfig
 from models.diffit import DiffiT
-from training.checkpoint import load_snapshot, load_state
+from training.checkpoint import find_snapshots, load_snapshot, load_state
 from training.config import RunConfig, fit_to_device
 from training.generation import ImageGenerator
 from training.objective import Objective
@@ -277,6 +277,7 @@ CASES = {
         Case("0.5", "ema", keeps="net losses"),
         Case("none", "ema", keeps="net losses"),
     ],
+    "ema-stds": [unseen("0.05,0.10", "files")],
     "loss-scaling": [Case("100", "net gradients")],
     "seed": [Case("1", "net")],
     "precision": [Case("bf16", "net"), Case("fp16", "net", beside="--iters=8")],
@@ -379,7 +380,7 @@ class Spies:
         self._watch(
             "workers", training.loop, "make_loader", lambda *a, num_workers, **kw: num_workers
         )
-        self._watch("saved", training.loop, "save_snapshot", lambda *args: "snapshot")
+        self._watch("saved", training.loop, "save_weights", lambda *args: "snapshot")
         self._watch("saved", training.loop, "save_state", lambda *args: "state")
         # A few pictures tell as much as 64, and neither of the others tells anything here.
         patch = functools.partial(mock.patch.object, return_value=None)
@@ -434,7 +435,7 @@ def fingerprint(base, args, data_size=8):
     files = {path.name for path in run_dir.iterdir()}
     return dict(
         net=hash_tensors(state["net"]),
-        ema=load_snapshot(max(run_dir.glob("network-snapshot-*.pkl"))).sha256,
+        ema=load_snapshot(find_snapshots(run_dir)[0]).sha256,
         fakes=max(run_dir.glob("fakes-*.png")).read_bytes(),
         losses=rows[0]["Loss/loss"]["mean"],
         gradients=rows[0]["Loss/grad_norm"]["mean"],
@@ -707,6 +708,9 @@ DATA = "--outdir=OUT --data=TOY"
         ("--preset=digits --kimg=inf", ["--kimg: got inf", "a number"]),
         ("--preset=digits --lr=nan", ["--lr: got nan", "a number"]),
         ("--preset=digits --lr=fast", ["--lr", "'fast'", "a number"]),
+        ("--preset=digits --ema-stds=0.05,0.3", ["--ema-stds: got (0.05, 0.3)", "to 0.288"]),
+        ("--preset=digits --ema-stds=0", ["--ema-stds: got (0.0,)", "from 0.001"]),
+        ("--preset=digits --ema-stds=0.05,0.0501", ["--ema-stds: got 0.050,0.050", "differ"]),
         ("--preset=digits --num-heads=5", ["--num-heads: got 5", "--base-dim"]),
         ("--preset=digits --window=3", ["--window: got 3", "8x8"]),
         ("--preset=digits --sigma-min=90", ["--sigma-min: got 90", "below --sigma-max"]),

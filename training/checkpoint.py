@@ -14,7 +14,7 @@ import platform
 import re
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from dnnlib.config import Config, from_dict, to_dict
 from dnnlib.files import atomic_write
 from models import Network, build_network
 from training.config import RunConfig
+from training.power_ema import std_name
 
 FORMAT_VERSION = 1
 _SNAPSHOT_FORMAT = "setdiffit-snapshot"
@@ -73,6 +74,16 @@ def snapshot_path(run_dir: Path, cur_nimg: int) -> Path:
     return run_dir / f"network-snapshot-{cur_nimg // 1000:06d}.pkl"
 
 
+def profile_path(run_dir: Path, cur_nimg: int, std: float) -> Path:
+    """Return the path of the compact snapshot of one profile after ``cur_nimg`` images."""
+    return run_dir / f"network-snapshot-{cur_nimg // 1000:07d}-{std_name(std)}.pkl"
+
+
+def posthoc_path(folder: Path, cur_nimg: int, std: float) -> Path:
+    """Return the path of a profile that is put together after training."""
+    return folder / f"network-snapshot-{cur_nimg // 1000:07d}-{std_name(std)}-posthoc.pkl"
+
+
 def state_path(run_dir: Path, cur_nimg: int) -> Path:
     """Return the path of the training state after ``cur_nimg`` training images."""
     return run_dir / f"training-state-{cur_nimg // 1000:06d}.pt"
@@ -95,6 +106,17 @@ def save_snapshot(
     progress: dict[str, Any],
 ) -> None:
     """Write ``network`` (the averaged weights) and its description to ``path``, atomically."""
+    save_weights(path, network.state_dict(), config, data, progress)
+
+
+def save_weights(
+    path: Path,
+    state_dict: Mapping[str, torch.Tensor],
+    config: RunConfig,
+    data: DataSummary,
+    progress: dict[str, Any],
+) -> None:
+    """Like :func:`save_snapshot`, for a network's state in place of the network."""
     _save(
         path,
         dict(
@@ -104,7 +126,7 @@ def save_snapshot(
             data=dataclasses.asdict(data),
             progress=progress,
             packages=package_versions(),
-            ema={name: tensor.detach().cpu() for name, tensor in network.state_dict().items()},
+            ema={name: tensor.detach().cpu() for name, tensor in state_dict.items()},
         ),
     )
 
@@ -116,15 +138,32 @@ def load_snapshot(path: str | os.PathLike) -> Snapshot:
     try:
         config = from_dict(RunConfig, payload["config"])
         data = {k: tuple(v) if isinstance(v, list) else v for k, v in payload["data"].items()}
+        # Networks compute from float32; a compact snapshot is what they are told to compute.
+        weights = payload["ema"]
+        for name, tensor in weights.items():
+            weights[name] = tensor.float() if tensor.dtype == torch.float16 else tensor
         return Snapshot(
             path=path,
-            sha256=weights_hash(payload["ema"]),
+            sha256=weights_hash(weights),
             config=config,
             data=DataSummary(**data),
             progress=payload["progress"],
             packages=payload["packages"],
-            state_dict=payload["ema"],
+            state_dict=weights,
         )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: not a snapshot that this version can read: {error}") from error
+
+
+def read_header(path: str | os.PathLike) -> tuple[RunConfig, dict[str, Any]]:
+    """Return a snapshot's configuration and progress, whose weights are neither read nor checked.
+
+    Raises ValueError as :func:`load_snapshot` does.
+    """
+    path = Path(path)
+    payload = _load(path, _SNAPSHOT_FORMAT, "a snapshot", header_only=True)
+    try:
+        return from_dict(RunConfig, payload["config"]), dict(payload["progress"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: not a snapshot that this version can read: {error}") from error
 
@@ -142,9 +181,23 @@ def load_state(path: str | os.PathLike) -> dict[str, Any]:
 
 def find_states(run_dir: Path) -> list[Path]:
     """Return the training states of a run folder, newest first."""
+    return _newest_first(run_dir, r"training-state-(\d+)\.pt")
+
+
+def find_snapshots(run_dir: Path) -> list[Path]:
+    """Return the snapshots of a run folder with the average of --ema-kimg, newest first."""
+    return _newest_first(run_dir, r"network-snapshot-(\d+)\.pkl")
+
+
+def find_profiles(run_dir: Path) -> list[Path]:
+    """Return the compact snapshots of a run folder, newest first."""
+    return _newest_first(run_dir, r"network-snapshot-(\d+)-0\.\d{3}\.pkl")
+
+
+def _newest_first(run_dir: Path, pattern: str) -> list[Path]:
     found = []
-    for path in run_dir.glob("training-state-*.pt"):
-        match = re.fullmatch(r"training-state-(\d+)\.pt", path.name)
+    for path in run_dir.glob("*"):
+        match = re.fullmatch(pattern, path.name)
         if match:
             found.append((int(match.group(1)), path))
     return [path for _, path in sorted(found, reverse=True)]
@@ -229,7 +282,9 @@ def _save(path: Path, payload: dict[str, Any]) -> None:
         torch.save(payload, file)
 
 
-def _load(path: Path, expected_format: str, what: str) -> dict[str, Any]:
+def _load(
+    path: Path, expected_format: str, what: str, *, header_only: bool = False
+) -> dict[str, Any]:
     if path.is_dir():
         raise ValueError(f"{path}: is a folder, not {what}; give a file in it.")
     if not path.is_file():
@@ -240,12 +295,17 @@ def _load(path: Path, expected_format: str, what: str) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()
             strange = [part.filename for part in parts if part.external_attr or part.compress_type]
-            damaged = None if strange else archive.testzip()
+            if strange:
+                damaged = None
+            elif header_only:
+                damaged = _test_header(archive)
+            else:
+                damaged = archive.testzip()
         if strange:
             raise ValueError(f"{path}: not {what}, or damaged ({strange[0]} is stored otherwise).")
         if damaged is not None:
             raise ValueError(f"{path}: damaged (checksum of {damaged} does not match).")
-        payload = torch.load(path, map_location="cpu", weights_only=True)
+        payload = torch.load(path, map_location="cpu", weights_only=True, mmap=header_only)
     except zipfile.BadZipFile as error:
         if _is_bare_pickle(path):
             raise ValueError(
@@ -272,6 +332,17 @@ def _load(path: Path, expected_format: str, what: str) -> dict[str, Any]:
             f"{FORMAT_VERSION}; update the software."
         )
     return payload
+
+
+def _test_header(archive: zipfile.ZipFile) -> str | None:
+    """Return the first damaged part among those that hold no tensor, or None."""
+    for name in archive.namelist():
+        if Path(name).parent.name != "data":
+            try:
+                archive.read(name)
+            except zipfile.BadZipFile:
+                return name
+    return None
 
 
 def _is_bare_pickle(path: Path) -> bool:

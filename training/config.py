@@ -11,6 +11,7 @@ from dnnlib.config import Config, option
 from models.config import ModelConfig
 from training.augment import AugmentConfig
 from training.dataset import DatasetConfig
+from training.power_ema import MAX_STD, MIN_STD, std_name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,13 @@ class TrainingConfig(Config):
     ema_rampup: float | None = option(
         0.05, min=0, help="Limit the half-life to this share of the images so far; none: no limit."
     )
+    ema_stds: tuple[float, ...] = option(
+        (),
+        min=MIN_STD,
+        max=MAX_STD,
+        help="Relative stds of further weight averages, with power-function profiles, such as "
+        "0.05,0.10, from which any other is made after training (python -m training.posthoc_ema).",
+    )
     loss_scaling: float = option(1.0, min=0, help="Constant factor of the loss.")
     skip_limit: int = option(100, min=1, help="Stop after this many non-finite gradients in a row.")
     seed: int = option(0, help="Seed of the initial weights, data order, noise and augmentation.")
@@ -63,6 +71,15 @@ class TrainingConfig(Config):
     tf32: bool = option(False, help="Allow TF32 matrix products on NVIDIA GPUs.")
     cudnn_benchmark: bool = option(True, name="bench", help="Let cuDNN time its algorithms.")
     augment: AugmentConfig = AugmentConfig()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names = [std_name(std) for std in self.ema_stds]
+        if len(set(names)) < len(names):
+            raise ValueError(
+                f"--ema-stds: got {','.join(names)}; accepted: numbers that differ in their first "
+                "three decimals."
+            )
 
     @property
     def arithmetic(self) -> str:

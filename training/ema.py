@@ -1,8 +1,13 @@
-"""Exponential moving average of the weights, with a half-life in images."""
+"""Moving averages of the weights: with a half-life in images, and with power-function profiles."""
 
 import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+
+from training.config import TrainingConfig
+from training.power_ema import power_beta, power_gamma
 
 
 def ema_beta(cur_nimg: int, batch: int, half_life_kimg: float, rampup: float | None) -> float:
@@ -32,15 +37,81 @@ class EMA:
 
         ``skip`` is a float32 scalar on the weights' device; it is never read by the host.
         """
-        # A beta of 0 means the first step: the average equals the weights, skipped or not.
-        if beta == 0.0:
-            torch._foreach_copy_(self._average, self._source)
-            return
-        weight = (1.0 - skip) * (1.0 - beta)
-        if weight.device.type == "cpu":
-            # One pass over the memory instead of three; a GPU would launch a kernel a parameter.
-            torch._foreach_lerp_(self._average, self._source, [weight] * len(self._average))
-            return
-        step = torch._foreach_sub(self._source, self._average)
-        torch._foreach_mul_(step, weight)
-        torch._foreach_add_(self._average, step)
+        _move(self._average, self._source, beta, skip)
+
+
+class PowerEMA:
+    """Moving averages of a network's parameters with power-function profiles, one for each std.
+
+    Source: EDM2 (arXiv 2312.02696), Section 3.1; see :mod:`training.power_ema`.
+    """
+
+    def __init__(self, network: torch.nn.Module, stds: Sequence[float]) -> None:
+        self.stds = tuple(stds)
+        self._network = network
+        self._names, self._source = zip(*network.named_parameters(), strict=True)
+        self._gammas = {std: power_gamma(std) for std in self.stds}
+        self._averages = {
+            std: [param.detach().clone() for param in self._source] for std in self.stds
+        }
+
+    @torch.no_grad()
+    def update(self, cur_nimg: int, batch: int, skip: torch.Tensor) -> None:
+        """Move every average towards the weights after a step that ended at ``cur_nimg`` images.
+
+        ``skip`` is as for :meth:`EMA.update`.
+        """
+        for std, average in self._averages.items():
+            _move(average, self._source, power_beta(self._gammas[std], cur_nimg, batch), skip)
+
+    def compact(self, std: float) -> dict[str, torch.Tensor]:
+        """Return the network's state with the averages of one profile in place of its parameters.
+
+        They are float16, but for tensors with a value that is too large for it: those stay
+        float32. Buffers are as they are.
+        """
+        averages = zip(self._names, self._averages[std], strict=True)
+        return {**self._network.state_dict(), **{name: _half(value) for name, value in averages}}
+
+    def state_dict(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Return the averages by std and name."""
+        return {
+            str(std): dict(zip(self._names, average, strict=True))
+            for std, average in self._averages.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        """Restore what :meth:`state_dict` returned, for the same stds."""
+        for std, average in self._averages.items():
+            for name, value in zip(self._names, average, strict=True):
+                value.copy_(state[str(std)][name])
+
+
+def describe_average(training: TrainingConfig, progress: Mapping[str, Any]) -> dict[str, Any]:
+    """Return which average a snapshot's weights are, by its ``progress``, for a score row."""
+    if "ema_std" not in progress:
+        return dict(halflife_kimg=training.ema_kimg, rampup=training.ema_rampup)
+    made = {"posthoc": progress["posthoc"]} if "posthoc" in progress else {}
+    return dict(std=progress["ema_std"], **made)
+
+
+def _half(tensor: torch.Tensor) -> torch.Tensor:
+    half = tensor.half()
+    return half.cpu() if half.isfinite().all() else tensor
+
+
+def _move(
+    average: Sequence[torch.Tensor], source: Sequence[torch.Tensor], beta: float, skip: torch.Tensor
+) -> None:
+    # A beta of 0 means the first step: the average equals the weights, skipped or not.
+    if beta == 0.0:
+        torch._foreach_copy_(average, source)
+        return
+    weight = (1.0 - skip) * (1.0 - beta)
+    if weight.device.type == "cpu":
+        # One pass over the memory instead of three; a GPU would launch a kernel a parameter.
+        torch._foreach_lerp_(average, source, [weight] * len(average))
+        return
+    step = torch._foreach_sub(source, average)
+    torch._foreach_mul_(step, weight)
+    torch._foreach_add_(average, step)

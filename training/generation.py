@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch_utils.rng import SeededNoise
 from training.autoencoder import Autoencoder
 from training.checkpoint import Snapshot, load_snapshot, package_versions, weights_hash
 from training.config import TrainingConfig, check_guidance
+from training.ema import describe_average
 from training.inputs import open_autoencoder, to_uint8
 from training.pictures import image_grid, save_image
 
@@ -190,15 +191,18 @@ def make_generator(
 
 
 def passport(
-    generator: ImageGenerator, training: TrainingConfig, class_counts: Sequence[int]
+    generator: ImageGenerator,
+    training: TrainingConfig,
+    class_counts: Sequence[int],
+    progress: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return how the images of :func:`generate_for_rank` are made, for a score row.
 
-    ``training`` tells which average the weights are.
+    ``training`` and the ``progress`` of a snapshot tell which average the weights are.
     """
     return dict(
         snapshot_hash=weights_hash(generator.network.state_dict()),
-        ema=dict(halflife_kimg=training.ema_kimg, rampup=training.ema_rampup),
+        ema=describe_average(training, progress or {}),
         labels=_label_source(generator, class_counts),
         **generator.protocol(),
         packages=package_versions(),

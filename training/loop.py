@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from training.autoencoder import Autoencoder
 from training.checkpoint import (
     Snapshot,
     load_snapshot,
+    profile_path,
     prune_states,
-    save_snapshot,
     save_state,
+    save_weights,
     snapshot_path,
     state_path,
     summarise,
@@ -27,7 +28,7 @@ from training.checkpoint import (
 )
 from training.config import RunConfig, accumulation_rounds
 from training.dataset import save_reals
-from training.ema import EMA, ema_beta
+from training.ema import EMA, PowerEMA, ema_beta
 from training.generation import (
     AUTOCAST_DTYPES,
     ImageGenerator,
@@ -93,12 +94,13 @@ def training_loop(
     torch.backends.cuda.matmul.allow_tf32 = training.tf32
     autocast_dtype = AUTOCAST_DTYPES[training.precision]
 
-    # Build network, loss, weight average and optimizer.
+    # Build network, loss, weight averages and optimizer.
     torch.manual_seed(rng.mix(training.seed, rng.STREAM_INIT))
     network = build_network(config.model).train().requires_grad_(True).to(device)
     network.to(memory_format=torch.channels_last)
     precond = make_precond(config.precond)
     ema = EMA(network)
+    profiles = PowerEMA(network, training.ema_stds)
     optimizer = GuardedAdam(
         network.parameters(),
         weight_decay=training.weight_decay,
@@ -117,6 +119,7 @@ def training_loop(
     if resume_state is not None:
         network.load_state_dict(resume_state["net"])
         ema.network.load_state_dict(resume_state["ema"])
+        profiles.load_state_dict(resume_state.get("ema_profiles", {}))
         optimizer.load_state_dict(resume_state["optimizer"])
         cur_nimg = resume_state["progress"]["cur_nimg"]
         cur_tick = resume_state["progress"]["cur_tick"]
@@ -159,6 +162,16 @@ def training_loop(
         autocast_dtype=autocast_dtype,
         autoencoder=autoencoder,
     )
+
+    def snapshots(
+        progress_info: dict[str, Any],
+    ) -> Iterator[tuple[Path, dict[str, torch.Tensor], dict[str, Any]]]:
+        """Yield path, weights and progress of each average's snapshot."""
+        yield snapshot_path(run_dir, cur_nimg), ema.network.state_dict(), progress_info
+        for std in profiles.stds:
+            path = profile_path(run_dir, cur_nimg, std)
+            yield path, profiles.compact(std), dict(progress_info, ema_std=std)
+
     telemetry = None
     if rank == 0:
         trim_rows(run_dir, cur_nimg)
@@ -166,18 +179,19 @@ def training_loop(
         if cur_nimg == 0:
             save_reals(dataset, inputs.pictures, run_dir / "reals.png")
         elif resume_state["progress"]["snapshot"] is not None:
-            # A state implies its snapshot.
-            path = run_dir / resume_state["progress"]["snapshot"]
-            try:
-                load_snapshot(path)
-            except ValueError as error:
-                telemetry.message(f"{error} Written again from the training state.")
-                save_snapshot(path, ema.network, config, data, resume_state["progress"])
+            # A state implies its snapshots.
+            for path, weights, info in snapshots(resume_state["progress"]):
+                try:
+                    load_snapshot(path)
+                except ValueError as error:
+                    telemetry.message(f"{error} Written again from the training state.")
+                    save_weights(path, weights, config, data, info)
 
     def write_state(progress_info: dict[str, Any]) -> None:
         payload = dict(
             net=network.state_dict(),
             ema=ema.network.state_dict(),
+            ema_profiles=profiles.state_dict(),
             optimizer=optimizer.state_dict(),
             stats=stats.state_dict(),
             progress=progress_info,
@@ -269,13 +283,14 @@ def training_loop(
                 total.backward()
             stats.report("Loss/loss", loss)
 
-        # Update weights and their average.
+        # Update weights and their averages.
         lr = training.lr
         if training.lr_rampup > 0:
             lr *= min(cur_nimg / (training.lr_rampup * 1000), 1.0)
         grad_norm = optimizer.step(lr)
         beta = ema_beta(cur_nimg, training.batch, training.ema_kimg, training.ema_rampup)
         ema.update(beta, optimizer.skipped)
+        profiles.update(cur_nimg + training.batch, training.batch, optimizer.skipped)
         stats.report("Loss/grad_norm", grad_norm)
         stats.report("Loss/learning_rate", lr)
 
@@ -328,7 +343,7 @@ def training_loop(
                 "this limit."
             )
 
-        # Save pictures, the snapshot, then the state: a state implies its snapshot.
+        # Save pictures, the snapshots, then the state: a state implies its snapshots.
         snap_due = done or (tick_ends and cur_tick % logging.snap == 0)
         dump_due = tick_ends and cur_tick % (logging.dump or logging.snap) == 0
         metrics_every = logging.metrics_ticks or logging.snap
@@ -349,8 +364,8 @@ def training_loop(
             fakes_path = run_dir / f"fakes-{cur_nimg // 1000:06d}.png"
             save_fakes(generator, data.class_counts, fakes_path, logging.sample_batch)
             if rank == 0:
-                path = snapshot_path(run_dir, cur_nimg)
-                save_snapshot(path, ema.network, config, data, progress_info)
+                for path, weights, info in snapshots(progress_info):
+                    save_weights(path, weights, config, data, info)
         if dump_due or done or stop:
             write_state(progress_info)
         if metrics_due and not stop and not run_metrics():

@@ -4,7 +4,7 @@ import dataclasses
 import fcntl
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -293,7 +293,8 @@ def load_resume_state(
     A damaged file is named through ``report`` and the one before it is used. ``exact`` asks for
     one particular file, which must be readable. Returns None if the folder has no state yet, which
     means to start from the beginning. Other settings than those of the state, and other data than
-    those of ``data_hash``, are reported. Raises ValueError if the state is of another model.
+    those of ``data_hash``, are reported. Raises ValueError if the state is of another model or
+    holds other averages of the weights.
     """
 
     def load() -> tuple[dict[str, Any] | None]:
@@ -325,13 +326,24 @@ def load_resume_state(
 def check_same_model(
     config: dict[str, Any], saved: dict[str, Any], report: Callable[[str], None]
 ) -> None:
-    """Raise ValueError if a saved state is of another model; report other settings that differ."""
-    own, there = _identity(config), _identity(saved)
+    """Raise ValueError if a saved state is of another model or average; report other changes."""
+    own, there = _identity(config), _identity(to_dict(from_dict(RunConfig, saved)))
     changed = [name for name in own if own[name] != there.get(name)]
     listed = {name: f"{name} {there.get(name)} there, {own[name]} here" for name in changed}
     fixed = [n for n in changed if n.startswith(("model.", "precond.")) and n != "model.dropout"]
     if fixed:
         details = "; ".join(listed[name] for name in fixed)
         raise ValueError(f"--resume: the state is of another model ({details}).")
+    stds, stds_there = (sorted(settings["training.ema_stds"]) for settings in (own, there))
+    if stds != stds_there:
+        raise ValueError(
+            f"--resume: the state holds the averages of --ema-stds={_show(stds_there)}, not of "
+            f"{_show(stds)}, and none can start in the middle of a run; leave --ema-stds as it "
+            "was, or start a new run."
+        )
     if changed:
         report(f"This continues a run with other settings: {'; '.join(listed.values())}.")
+
+
+def _show(stds: Sequence[float]) -> str:
+    return ",".join(map(str, stds)) or "none"

@@ -1,0 +1,94 @@
+"""The mathematics of power-function averages of weights, in float64 NumPy.
+
+A profile is the average over training in which the weights at time tau (in images) count in
+proportion to ``tau ** gamma``, up to the time t at which it is taken. It is named by its relative
+standard deviation ``std``: that of tau / t. Any profile can be put together after training from
+snapshots of others. Source: EDM2 (Karras et al. 2023, arXiv 2312.02696), Section 3 and Appendix C.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+# Names of files show three decimals. A std of 1 / sqrt(12) = 0.2887 weighs all times equally.
+MIN_STD, MAX_STD = 0.001, 0.288
+
+
+def power_gamma(std: float) -> float:
+    """Return the exponent of the profile with relative standard deviation ``std``.
+
+    It is the largest root of ``g^3 + 7 g^2 + (16 - std^-2) g + (12 - std^-2)``. Source: EDM2,
+    Appendix C.1.
+    """
+    _check_std(std)
+    return float(np.roots([1, 7, 16 - std**-2, 12 - std**-2]).real.max())
+
+
+def std_of_gamma(gamma: float) -> float:
+    """Return the relative standard deviation of the profile with exponent ``gamma`` >= 0."""
+    return float(np.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))))
+
+
+def power_beta(gamma: float, cur_nimg: int, batch: int) -> float:
+    """Return the decay of one step, ``(1 - batch / cur_nimg) ** (gamma + 1)``.
+
+    ``cur_nimg`` counts the images after the step, so that the first one copies the weights. The
+    average then is that of the weights after each step, of which those of the step from a to b
+    images count in proportion to the integral of ``tau ** gamma`` from a to b.
+    """
+    return (1 - batch / cur_nimg) ** (gamma + 1)
+
+
+def posthoc_coefficients(
+    in_nimg: Sequence[float], in_stds: Sequence[float], out_nimg: float, out_std: float
+) -> tuple[np.ndarray, float]:
+    """Return how much of each given profile makes up another, and how far that is from it.
+
+    Args:
+        in_nimg: Images [N] after which each profile was taken.
+        in_stds: Relative standard deviation [N] of each.
+        out_nimg: Images after which the other one ends.
+        out_std: Its relative standard deviation.
+
+    Returns:
+        Coefficients [N], whose sum is 1, and the error of the response to the weights at each
+        time, in the L2 norm and relative to that of the profile asked for.
+
+    The coefficients are those of least squares, scaled to their sum. Raises ValueError if two
+    given profiles are equal. Source: EDM2, Appendix C.2.
+    """
+    if len(set(zip(in_nimg, in_stds, strict=True))) < len(in_nimg):
+        raise ValueError("Two of the given profiles are equal; leave one out.")
+    times = np.append(np.asarray(in_nimg, dtype=np.float64), out_nimg)
+    gammas = np.array([power_gamma(std) for std in (*in_stds, out_std)])
+    products = _inner_products(gammas[:, None], times[:, None], gammas, times)
+    # Profiles of unit norm: those of early times are narrow and high, which would spoil the solve.
+    norms = np.sqrt(np.diag(products))
+    unit = products / norms / norms[:, None]
+    given, wanted = unit[:-1, :-1], unit[:-1, -1]
+    coefficients = np.linalg.solve(given, wanted) * norms[-1] / norms[:-1]
+    coefficients /= coefficients.sum()
+    scaled = coefficients * norms[:-1] / norms[-1]
+    error = 1 - 2 * scaled @ wanted + scaled @ given @ scaled
+    return coefficients, float(np.sqrt(max(error, 0.0)))
+
+
+def _inner_products(
+    gamma_a: npt.ArrayLike, t_a: npt.ArrayLike, gamma_b: npt.ArrayLike, t_b: npt.ArrayLike
+) -> np.ndarray:
+    """Return the integrals of products of profiles ``(g + 1) tau^g / t^(g + 1)`` up to t."""
+    gamma_a, t_a, gamma_b, t_b = np.broadcast_arrays(gamma_a, t_a, gamma_b, t_b)
+    exponent = np.where(t_a < t_b, gamma_b, -gamma_a)
+    ratio = (t_a / t_b) ** exponent / np.maximum(t_a, t_b)
+    return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * ratio
+
+
+def _check_std(std: float) -> None:
+    if not MIN_STD <= std <= MAX_STD:
+        raise ValueError(f"A relative std of {std:g}; accepted: {MIN_STD} to {MAX_STD}.")
+
+
+def std_name(std: float) -> str:
+    """Return a profile's std as names of files have it."""
+    return f"{std:.3f}"
