@@ -34,6 +34,12 @@ class GuidanceConfig(Config):
         requires={"cfg_schedule": ("power-cosine",)},
         help="Exponent of power-cosine; larger keeps guidance for lower noise.",
     )
+    cfg_channels: int | None = option(
+        None,
+        min=1,
+        unless={"cfg_scale": (1.0,)},
+        help="Guide only the first so many channels; none: all.",
+    )
     cfg_interval: tuple[float, float] | None = option(
         None,
         min=0,
@@ -78,7 +84,7 @@ def classifier_free(
     """Return the denoiser null + scale (conditional - null) (Ho & Salimans, arXiv 2207.12598).
 
     Both estimates come from one evaluation of a doubled batch. Where the scale is 1 only the
-    conditional one is evaluated.
+    conditional one is evaluated. Channels that are not guided, and a variance, are conditional.
 
     Args:
         denoise: ``(x, sigma, context) -> x0 estimate``.
@@ -94,7 +100,7 @@ def classifier_free(
         if scale == 1:
             return denoise(x, sigma, context)
         conditional, null = denoise(torch.cat([x, x]), sigma, both).chunk(2)
-        return _extrapolate(null, conditional, scale)
+        return _extrapolate(null, conditional, scale, config.cfg_channels or x.shape[1])
 
     return guided
 
@@ -120,11 +126,18 @@ def autoguidance(
         scale = guidance_scale(config, sigma, precond)
         if scale == 1:
             return main(x, sigma)
-        return _extrapolate(guide(x, sigma), main(x, sigma), scale)
+        channels = config.cfg_channels or x.shape[1]
+        return _extrapolate(guide(x, sigma), main(x, sigma), scale, channels)
 
     return guided
 
 
-def _extrapolate(base: torch.Tensor, target: torch.Tensor, scale: float) -> torch.Tensor:
-    # The one place that combines two estimates.
-    return base + scale * (target - base)
+def _extrapolate(
+    base: torch.Tensor, target: torch.Tensor, scale: float, channels: int
+) -> torch.Tensor:
+    """Return base + scale (target - base) in the first channels, and the target's others.
+
+    Among the others is the variance, where a denoiser tells it.
+    """
+    guided = base[:, :channels] + scale * (target[:, :channels] - base[:, :channels])
+    return torch.cat([guided, target[:, channels:]], dim=1)

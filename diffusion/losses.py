@@ -1,9 +1,13 @@
 """Training objectives: one function each, returning the weighted error of every element."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from diffusion.precond import TablePrecond
+from diffusion.schedules import posterior_variances
 
 
 def denoising_loss(
@@ -27,3 +31,70 @@ def denoising_loss(
     sigma = sigma.reshape(-1, 1, 1, 1)
     denoised = denoise(images + sigma * noise, sigma, context)
     return weight(sigma) * (denoised - images).square()
+
+
+def hybrid_loss(
+    denoise: Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor],
+    images: torch.Tensor,
+    sigma: torch.Tensor,
+    noise: torch.Tensor,
+    context: Any,
+    precond: TablePrecond,
+) -> torch.Tensor:
+    """Return (eps - n)^2 + L_vb per element [N, C, H, W] (iDDPM, arXiv 2102.09672, Eq. 14-16).
+
+    The variational bound's term, in bits, trains the variance alone: its mean is detached. It is
+    not scaled: the average over timesteps is the bound divided by their number.
+
+    Args:
+        denoise: ``(x, sigma [N, 1, 1, 1], context) -> [N, 2 C, H, W]``, a denoiser with variance.
+        images: Clean images y [N, C, H, W], floating point.
+        sigma: Noise levels [N] of the table of ``precond``.
+        noise: Standard normal n [N, C, H, W].
+        context: Conditioning of the denoiser.
+        precond: Its preconditioner, for the level below each.
+    """
+    sigma = sigma.reshape(-1, 1, 1, 1)
+    denoised, fraction = denoise(images + sigma * noise, sigma, context).chunk(2, dim=1)
+    squared_error = ((denoised - images) / sigma).square()
+
+    # q(x_next | x, y) has the mean lerp(y, x, (next / sigma)^2) for x = y + sigma n; the model has
+    # its estimate in the place of y.
+    below = precond.level_below(sigma)
+    # At the lowest level the smaller variance is 0; that of the level above stands in for it.
+    first = torch.full_like(sigma, precond.level(0))
+    second = torch.full_like(sigma, precond.level(min(1, precond.num_timesteps - 1)))
+    is_last = below == 0
+    lowest, highest = posterior_variances(sigma, below)
+    clipped, _ = posterior_variances(second, first)
+    # Of x_t as DDPM scales it, at both levels; where x_next is the image itself, that is all.
+    clipped = clipped / (1 + first**2)
+    lowest = torch.where(is_last, clipped, lowest)
+    log_variance = torch.lerp(lowest.log(), highest.log(), fraction)
+    difference = (1 - (below / sigma) ** 2) * (denoised.detach() - images)
+    divergence = 0.5 * (
+        log_variance
+        - lowest.log()
+        + (lowest.log() - log_variance).exp()
+        + difference.square() * (-log_variance).exp()
+        - 1
+    )
+    likelihood = _discretised_likelihood(images, denoised.detach(), (0.5 * log_variance).exp())
+    bound = torch.where(is_last, -likelihood, divergence) / math.log(2)
+    return squared_error + bound
+
+
+def _discretised_likelihood(
+    images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor
+) -> torch.Tensor:
+    """Return the log probability of 8-bit values in [-1, 1] under a normal distribution, in nats.
+
+    A value's bin has width 2/255; the first and the last are open (DDPM, arXiv 2006.11239, Eq. 13).
+    """
+    centred = images - mean
+    above = torch.special.ndtr((centred + 1 / 255) / std)
+    below = torch.special.ndtr((centred - 1 / 255) / std)
+    probability = torch.where(
+        images < -0.999, above, torch.where(images > 0.999, 1 - below, above - below)
+    )
+    return probability.clamp(min=1e-12).log()

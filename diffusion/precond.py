@@ -1,4 +1,4 @@
-"""Preconditioners: from a raw network F to a denoiser D(x; sigma), and how to train it.
+"""Preconditioners: how a raw network F makes a denoiser D(x; sigma), and how it is trained.
 
 D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) with x = x0 + sigma n (EDM, arXiv 2206.00364,
 Eq. 7). The rows of EDM's Table 1 are one class each; another parametrization is another class.
@@ -6,16 +6,14 @@ Eq. 7). The rows of EDM's Table 1 are one class each; another parametrization is
 
 import abc
 import bisect
-import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 
-from diffusion.schedules import cosine_sigmas
+from diffusion.schedules import cosine_sigmas, linear_sigmas
 from dnnlib.config import Config, option
 
 Scalings = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -29,8 +27,16 @@ class PrecondConfig(Config):
 
     precond: str = option(
         "edm",
-        choices=("edm", "vp", "ve", "iddpm"),
+        choices=("edm", "vp", "ve", "iddpm", "ddpm"),
         help="Parametrization of the denoiser, with its noise density and loss weight.",
+    )
+    diffusion_steps: int = option(
+        1000, min=1, requires={"precond": ("ddpm",)}, help="Timesteps of the linear schedule."
+    )
+    learned_variance: bool = option(
+        False,
+        requires={"precond": ("ddpm",)},
+        help="Learn the variance of ancestral steps as a second output.",
     )
     sigma_data: float = option(
         0.5, min=1e-3, requires={"precond": ("edm",)}, help="Standard deviation of the data."
@@ -56,11 +62,14 @@ class Precond(abc.ABC):
     Attributes:
         sigma_min, sigma_max: Noise levels between which the network may be asked.
         noise_range: Range over whose logarithm :meth:`noise_fraction` is measured by default.
+        learned_variance: Whether the network's output has a second half, which tells the variance
+            of an ancestral step.
     """
 
     sigma_min: float
     sigma_max: float
     noise_range: tuple[float, float]
+    learned_variance = False
 
     @abc.abstractmethod
     def scalings(self, sigma: torch.Tensor) -> Scalings:
@@ -171,19 +180,19 @@ class VEPrecond(Precond):
         return _moved(self.sigma_min * (self.sigma_max / self.sigma_min) ** uniform, device)
 
 
-class IDDPMPrecond(Precond):
-    """Noise prediction at the levels of a table (iDDPM, arXiv 2102.09672), indexed by timestep.
+class TablePrecond(Precond):
+    """Noise prediction at the levels of a table, indexed by timestep: DDPM and iDDPM.
 
-    Trained with sigma = u_j, j uniform over the positive levels. Between the levels the network is
-    given the timestep M - 1 - j of the nearest one.
+    Trained with sigma = u_j, j uniform over the positive levels (DDPM, arXiv 2006.11239; iDDPM,
+    arXiv 2102.09672). Between the levels the network is given the timestep M - 1 - j of the nearest.
 
     Args:
-        table: Descending noise levels u_0 > ... > u_{M-1} > u_M = 0; by default iDDPM's cosine
-            schedule with M = 1000.
+        table: Descending noise levels u_0 > ... > u_{M-1} > u_M = 0.
+        learned_variance: See :class:`Precond`.
     """
 
-    def __init__(self, table: np.ndarray | None = None) -> None:
-        table = cosine_sigmas() if table is None else table
+    def __init__(self, table: np.ndarray, learned_variance: bool = False) -> None:
+        self.learned_variance = learned_variance
         assert table[-1] == 0
         assert (np.diff(table) < 0).all()
         self._ascending = table[-2::-1].tolist()  # index = timestep
@@ -204,9 +213,27 @@ class IDDPMPrecond(Precond):
         candidates = range(max(after - 1, 0), min(after + 1, len(self._ascending)))
         return min(candidates, key=lambda index: abs(self._ascending[index] - sigma))
 
-    def scalings(self, sigma: torch.Tensor) -> Scalings:
+    @property
+    def num_timesteps(self) -> int:
+        """Number of positive noise levels."""
+        return len(self._ascending)
+
+    def level(self, timestep: int) -> float:
+        """Return the noise level of a timestep; 0 is the lowest."""
+        return self._ascending[timestep]
+
+    def timestep(self, sigma: torch.Tensor) -> torch.Tensor:
+        """Return the timestep of the nearest level, int64 with the shape of ``sigma``."""
         distance = (self._levels(sigma.device) - sigma.unsqueeze(-1)).abs()
-        c_noise = distance.argmin(-1).to(sigma.dtype)
+        return distance.argmin(-1)
+
+    def level_below(self, sigma: torch.Tensor) -> torch.Tensor:
+        """Return the next lower level than the nearest one; 0 below the lowest."""
+        below = self.timestep(sigma) - 1
+        return torch.where(below < 0, 0.0, self._levels(sigma.device)[below.clamp(min=0)])
+
+    def scalings(self, sigma: torch.Tensor) -> Scalings:
+        c_noise = self.timestep(sigma).to(sigma.dtype)
         return torch.ones_like(sigma), -sigma, (sigma**2 + 1).rsqrt(), c_noise
 
     def draw_sigma(
@@ -228,53 +255,11 @@ def make_precond(config: PrecondConfig) -> Precond:
     """Return the preconditioner that ``config`` describes."""
     if config.precond == "edm":
         return EDMPrecond(config.sigma_data, config.P_mean, config.P_std)
-    return dict(vp=VPPrecond, ve=VEPrecond, iddpm=IDDPMPrecond)[config.precond]()
-
-
-class Denoiser:
-    """The x0 estimate of a raw network under a preconditioner.
-
-    Scalings and the result are float32; only the network itself runs in ``autocast_dtype``.
-
-    Args:
-        network: ``F(x [N, C, H, W], c_noise [N], context) -> [N, C, H, W]``.
-        precond: Its preconditioner.
-        autocast_dtype: Arithmetic of the network (bfloat16, float16), or None for its own.
-    """
-
-    def __init__(
-        self,
-        network: Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor],
-        precond: Precond,
-        autocast_dtype: torch.dtype | None = None,
-    ) -> None:
-        self.network, self.precond, self.autocast_dtype = network, precond, autocast_dtype
-
-    def __call__(
-        self, x: torch.Tensor, sigma: float | torch.Tensor, context: Any = None
-    ) -> torch.Tensor:
-        """Return the denoised images [N, C, H, W], float32, without waiting for the device.
-
-        Args:
-            x: Noisy images [N, C, H, W] of any floating type.
-            sigma: Noise level: one number, or a tensor [N] or [N, 1, 1, 1].
-            context: Conditioning, handed on to the network.
-        """
-        x = x.to(torch.float32)
-        if isinstance(sigma, torch.Tensor):
-            sigma = sigma.to(torch.float32).reshape(-1, 1, 1, 1).expand(len(x), 1, 1, 1)
-        else:
-            sigma = torch.full([len(x), 1, 1, 1], sigma, dtype=torch.float32, device=x.device)
-        c_skip, c_out, c_in, c_noise = self.precond.scalings(sigma)
-        with self._autocast(x.device):
-            raw = self.network(c_in * x, c_noise.flatten(), context)
-        assert raw.shape == x.shape, f"network returned {tuple(raw.shape)} for {tuple(x.shape)}"
-        return c_skip * x + c_out * raw.to(torch.float32)
-
-    def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
-        if self.autocast_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(device.type, self.autocast_dtype)
+    if config.precond == "ddpm":
+        return TablePrecond(linear_sigmas(config.diffusion_steps), config.learned_variance)
+    if config.precond == "iddpm":
+        return TablePrecond(cosine_sigmas())
+    return dict(vp=VPPrecond, ve=VEPrecond)[config.precond]()
 
 
 def _moved(values: torch.Tensor, device: torch.device | str) -> torch.Tensor:

@@ -14,8 +14,8 @@ from typing import ClassVar, Protocol
 
 import torch
 
-from diffusion.precond import Precond
-from diffusion.schedules import sigma_grid
+from diffusion.precond import Precond, TablePrecond
+from diffusion.schedules import posterior_variances, sigma_grid
 from dnnlib.config import Config, option
 
 Denoise = Callable[[torch.Tensor, float], torch.Tensor]
@@ -41,15 +41,21 @@ class SamplingConfig(Config):
     steps: int = option(18, min=1, help="Number of sampling steps.")
     grid: str = option(
         "karras",
-        choices=("karras", "linear", "vp", "ve", "iddpm"),
+        choices=("karras", "linear", "vp", "ve", "iddpm", "timesteps"),
         name="sigma-grid",
-        help="Spacing of the noise levels.",
+        help="Spacing of the noise levels; timesteps: evenly among those of ddpm or iddpm.",
     )
     sigma_min: float = option(
-        0.002, min=1e-8, help="Lowest noise level before 0; the network's own limit still holds."
+        0.002,
+        min=1e-8,
+        unless={"grid": ("timesteps",)},
+        help="Lowest noise level before 0; the network's own limit still holds.",
     )
     sigma_max: float = option(
-        80.0, min=1e-8, help="Highest noise level; the network's own limit still holds."
+        80.0,
+        min=1e-8,
+        unless={"grid": ("timesteps",)},
+        help="Highest noise level; the network's own limit still holds.",
     )
     rho: float = option(
         7.0, min=1, requires={"grid": ("karras",)}, help="Exponent of the noise levels."
@@ -180,13 +186,19 @@ def ddpm(
 ) -> torch.Tensor:
     """Return x0 by ancestral sampling (Ho et al., arXiv 2006.11239, Eq. 6-7).
 
-    Each step draws from the exact posterior q(x_next | x, x0) of the forward chain with x0 =
-    D(x; sigma), which is the smaller of DDPM's two variances. The last step adds no noise.
+    Each step draws from the posterior q(x_next | x, x0) of the forward chain with x0 = D(x; sigma),
+    which is the smaller of DDPM's two variances; or with the learned variance, where ``denoise``
+    tells its fraction in a second half of channels (iDDPM, arXiv 2102.09672, Eq. 15). The bounds
+    are those of the levels visited, so that leaving levels out recomputes them. The last step adds
+    no noise.
     """
+    channels = x.shape[1]
     for sigma, sigma_next in _steps(sigmas, callback):
-        x = torch.lerp(denoise(x, sigma).to(x.dtype), x, (sigma_next / sigma) ** 2)
+        estimate = denoise(x, sigma).to(x.dtype)
+        x = torch.lerp(estimate[:, :channels], x, (sigma_next / sigma) ** 2)
         if sigma_next > 0:
-            x = x + _posterior_std(sigma, sigma_next) * noise.randn_like(x)
+            std = _ancestral_std(sigma, sigma_next, estimate[:, channels:])
+            x = x + std * noise.randn_like(x)
     return x
 
 
@@ -222,9 +234,15 @@ def _steps(sigmas: Sequence[float], callback: Callback | None) -> Iterator[tuple
             callback()
 
 
+def _ancestral_std(sigma: float, sigma_next: float, fraction: torch.Tensor) -> float | torch.Tensor:
+    if not fraction.shape[1]:
+        return _posterior_std(sigma, sigma_next)
+    lowest, highest = posterior_variances(sigma, sigma_next)
+    return (0.5 * (math.log(lowest) + fraction * math.log(highest / lowest))).exp()
+
+
 def _posterior_std(sigma: float, sigma_next: float) -> float:
-    # Standard deviation of q(x_next | x, x0) for x = x0 + sigma n.
-    return sigma_next * math.sqrt(1 - (sigma_next / sigma) ** 2)
+    return math.sqrt(posterior_variances(sigma, sigma_next)[0])
 
 
 SAMPLERS: dict[str, Callable[..., torch.Tensor]] = dict(
@@ -238,8 +256,14 @@ def sampling_sigmas(config: SamplingConfig, precond: Precond) -> list[float]:
     The range is limited to the network's, the levels are rounded to those it knows, and levels
     that rounding makes equal are visited once, so there can be fewer than ``config.steps`` + 1.
 
-    Raises ValueError if the network knows no range of noise levels inside the configured one.
+    ``timesteps`` takes the levels of the network's own table at the timesteps round(i (T - 1) /
+    (N - 1)), as published respacing does.
+
+    Raises ValueError if the network knows no range of noise levels inside the configured one, or
+    has no table of at least ``config.steps`` levels where one is needed.
     """
+    if config.grid == "timesteps":
+        return _timestep_sigmas(config.steps, precond)
     sigma_min = max(config.sigma_min, precond.sigma_min)
     sigma_max = min(config.sigma_max, precond.sigma_max)
     if sigma_min >= sigma_max:
@@ -250,6 +274,29 @@ def sampling_sigmas(config: SamplingConfig, precond: Precond) -> list[float]:
         )
     sigmas = sigma_grid(config.grid, config.steps, sigma_min, sigma_max, config.rho)
     return [sigma for sigma, _ in itertools.groupby(map(precond.round_sigma, sigmas))]
+
+
+def _timestep_sigmas(num_steps: int, precond: Precond) -> list[float]:
+    if not isinstance(precond, TablePrecond):
+        raise ValueError(
+            "--sigma-grid: got timesteps, but this network was trained at all noise levels of a "
+            "range; choose another grid, or train with --precond=ddpm or iddpm."
+        )
+    last = precond.num_timesteps - 1
+    if num_steps > precond.num_timesteps:
+        raise ValueError(
+            f"--steps: got {num_steps}, but this network knows {precond.num_timesteps} timesteps; "
+            "take at most as many."
+        )
+    timesteps = [round(i * last / max(num_steps - 1, 1)) for i in range(num_steps)]
+    if num_steps == 1:
+        timesteps = [last]
+    return [*(precond.level(timestep) for timestep in reversed(timesteps)), 0.0]
+
+
+def reads_variance(config: SamplingConfig, precond: Precond) -> bool:
+    """Tell whether a sampler takes a denoiser that tells the learned variance."""
+    return config.sampler == "ddpm" and precond.learned_variance
 
 
 def num_evaluations(config: SamplingConfig, precond: Precond | None = None) -> int:

@@ -6,8 +6,12 @@ arXiv 2206.00364), Table 1. A grid is a function of (num_steps, sigma_min, sigma
 
 import math
 from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
+from torch import Tensor
+
+Level = TypeVar("Level", float, Tensor)
 
 
 def sigma_grid(
@@ -85,6 +89,18 @@ GRIDS: dict[str, Callable[[int, float, float, float], np.ndarray]] = dict(
 )
 
 
+def linear_sigmas(num_levels: int = 1000) -> np.ndarray:
+    """Return the noise levels sigma_{T-1} > ... > sigma_0 > 0 of DDPM's linear schedule [T + 1].
+
+    sigma_t = sqrt((1 - abar_t) / abar_t) with abar_t = prod (1 - beta), beta from 0.1 / T to 20 / T
+    (Ho et al., arXiv 2006.11239, section 4: 1e-4 to 0.02 at T = 1000, in DDPM's words). The last
+    entry is 0.
+    """
+    betas = np.linspace(0.1 / num_levels, 20 / num_levels, num_levels, dtype=np.float64)
+    abar = np.cumprod(1 - betas)
+    return np.append(np.sqrt((1 - abar) / abar)[::-1], 0.0)
+
+
 def cosine_sigmas(num_levels: int = 1000, c1: float = 0.001, c2: float = 0.008) -> np.ndarray:
     """Return the noise levels u_0 > ... > u_M = 0 of iDDPM's cosine schedule [num_levels + 1].
 
@@ -96,3 +112,15 @@ def cosine_sigmas(num_levels: int = 1000, c1: float = 0.001, c2: float = 0.008) 
     for j in range(num_levels, 0, -1):
         u[j - 1] = np.sqrt((u[j] ** 2 + 1) / max(abar[j - 1] / abar[j], c1) - 1)
     return u
+
+
+def posterior_variances(sigma: Level, sigma_next: Level) -> tuple[Level, Level]:
+    """Return the smaller and the larger variance of x_next given x, for x = x0 + sigma n.
+
+    DDPM's beta-tilde and beta (arXiv 2006.11239, section 3.2), which are those of x_next scaled by
+    sqrt(abar) = 1 / sqrt(1 + sigma_next^2): the variance for data that are a point, and for data of
+    unit variance.
+    """
+    difference = sigma**2 - sigma_next**2
+    smaller = sigma_next**2 * difference / sigma**2
+    return smaller, difference * (1 + sigma_next**2) / (1 + sigma**2)

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from diffusion.guidance import GuidanceConfig, autoguidance, classifier_free, guidance_scale
-from diffusion.precond import EDMPrecond, IDDPMPrecond, VPPrecond
+from diffusion.precond import EDMPrecond, TablePrecond, VPPrecond
 from diffusion.samplers import SamplingConfig, num_evaluations, sample
+from diffusion.schedules import cosine_sigmas
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +88,7 @@ def test_outside_the_interval_the_condition_is_evaluated_alone():
 
 
 def test_power_cosine_rises_from_one_to_the_scale():
-    precond = IDDPMPrecond()
+    precond = TablePrecond(cosine_sigmas())
     config = GuidanceConfig(cfg_scale=4.4, cfg_schedule="power-cosine")
     assert guidance_scale(config, precond.sigma_max, precond) == pytest.approx(1, abs=1e-6)
     assert guidance_scale(config, precond.sigma_min, precond) == pytest.approx(4.4)

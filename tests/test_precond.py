@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from diffusion.denoiser import Denoiser
 from diffusion.losses import denoising_loss
 from diffusion.precond import (
-    Denoiser,
     EDMPrecond,
-    IDDPMPrecond,
     PrecondConfig,
+    TablePrecond,
     VEPrecond,
     VPPrecond,
     make_precond,
@@ -175,7 +175,7 @@ def test_vp_and_ve_training_noise_is_uniform_in_their_time(precond, time):
 
 def test_iddpm_training_noise_is_uniform_over_the_positive_levels():
     table = torch.tensor(cosine_sigmas(), dtype=torch.float32)
-    sigma = IDDPMPrecond().draw_sigma(50_000, generator(), "cpu")
+    sigma = TablePrecond(cosine_sigmas()).draw_sigma(50_000, generator(), "cpu")
     counts = (sigma[:, None] == table).sum(0)
     assert counts.sum() == 50_000
     assert counts[-1] == 0
@@ -197,7 +197,7 @@ def test_iddpm_table_has_the_published_range():
 
 
 def test_iddpm_network_is_told_the_timestep_of_the_nearest_level():
-    precond, table = IDDPMPrecond(), cosine_sigmas()
+    precond, table = TablePrecond(cosine_sigmas()), cosine_sigmas()
     levels = torch.tensor(table[:-1], dtype=torch.float32)
     assert torch.equal(precond.scalings(levels)[3], torch.arange(999.0, -1, -1))
     assert precond.round_sigma(table[500]) == table[500]
@@ -249,7 +249,7 @@ def test_nothing_waits_for_the_device(name):
 
 
 def test_sampling_first_does_not_disturb_training():
-    precond = IDDPMPrecond()
+    precond = TablePrecond(cosine_sigmas())
     conv = torch.nn.Conv2d(1, 1, 1)
     denoise = Denoiser(lambda x, c_noise, context: conv(x) * c_noise.view(-1, 1, 1, 1), precond)
     images = torch.ones(2, 1, 4, 4)
@@ -265,7 +265,7 @@ def test_the_configuration_reaches_the_preconditioner():
     precond = make_precond(from_dict(PrecondConfig, to_dict(config)))
     assert (precond.sigma_data, precond.P_mean, precond.P_std) == (0.7, -0.5, 1.5)
     kinds = [type(make(name)) for name in NAMES]
-    assert kinds == [EDMPrecond, VPPrecond, VEPrecond, IDDPMPrecond]
+    assert kinds == [EDMPrecond, VPPrecond, VEPrecond, TablePrecond]
 
 
 def test_a_misspelled_preconditioner_suggests_the_nearest():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion.precond import EDMPrecond, IDDPMPrecond, VEPrecond, VPPrecond
+from diffusion.precond import EDMPrecond, TablePrecond, VEPrecond, VPPrecond
 from diffusion.samplers import (
     SAMPLERS,
     SamplingConfig,
@@ -27,6 +27,9 @@ from torch_utils.rng import SeededNoise
 
 MEAN, STD = 0.3, 0.5
 DETERMINISTIC = (heun, euler, ddim, dpmpp_2m)
+
+
+IDDPM = TablePrecond(cosine_sigmas())
 
 
 class CountingNoise:
@@ -260,7 +263,7 @@ CONFIGS = [
 ]
 
 
-@pytest.mark.parametrize("precond", [EDMPrecond(), VPPrecond(), VEPrecond(), IDDPMPrecond()])
+@pytest.mark.parametrize("precond", [EDMPrecond(), VPPrecond(), VEPrecond(), IDDPM])
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_choice_samples_inside_the_range_of_the_network(config, precond):
     oracle, num_steps = Oracle(), []
@@ -298,13 +301,13 @@ def test_evaluations_are_counted_as_published():
 
 def test_levels_that_rounding_makes_equal_are_visited_once():
     config = SamplingConfig(sampler="dpmpp_2m", steps=700)
-    sigmas = sampling_sigmas(config, IDDPMPrecond())
+    sigmas = sampling_sigmas(config, IDDPM)
     assert (np.diff(sigmas) < 0).all()
     assert len(sigmas) < 600
     oracle = Oracle()
-    samples = sample(oracle, latents(), config, IDDPMPrecond())
+    samples = sample(oracle, latents(), config, IDDPM)
     assert samples.isfinite().all()
-    assert len(oracle.sigmas) == num_evaluations(config, IDDPMPrecond()) == len(sigmas) - 1
+    assert len(oracle.sigmas) == num_evaluations(config, IDDPM) == len(sigmas) - 1
 
 
 def test_a_range_outside_the_networks_is_refused():

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from diffusion.denoiser import Denoiser
 from diffusion.guidance import GuidanceConfig, autoguidance, classifier_free
-from diffusion.precond import Denoiser, Precond, make_precond
-from diffusion.samplers import SamplingConfig, num_evaluations, sample
+from diffusion.precond import Precond, make_precond
+from diffusion.samplers import SamplingConfig, num_evaluations, reads_variance, sample
 from dnnlib.config import Config, did_you_mean, to_dict
 from dnnlib.files import atomic_write
 from dnnlib.text import join_names
@@ -112,10 +113,18 @@ class ImageGenerator:
         """Number of classes; 0 for an unconditional model."""
         return self.model.num_classes
 
+    def _denoiser(self, network: Network) -> Denoiser:
+        return Denoiser(
+            network,
+            self.precond,
+            self.autocast_dtype,
+            with_variance=reads_variance(self.sampling, self.precond),
+        )
+
     def _conditional(
         self, network: Network, cond: dict[str, torch.Tensor], num: int
     ) -> Callable[[torch.Tensor, float], torch.Tensor]:
-        denoiser = Denoiser(network, self.precond, self.autocast_dtype)
+        denoiser = self._denoiser(network)
         context = network.context(cond, num=num)
         return lambda x, sigma: denoiser(x, sigma, context)
 
@@ -124,7 +133,7 @@ class ImageGenerator:
     ) -> Callable[[torch.Tensor, float], torch.Tensor]:
         if self.guide is not None or self.guidance.cfg_scale == 1.0 or not cond:
             return self._conditional(network, cond, num)
-        denoiser = Denoiser(network, self.precond, self.autocast_dtype)
+        denoiser = self._denoiser(network)
         drop = torch.ones(num, dtype=torch.bool, device=self.device)
         return classifier_free(
             denoiser,

@@ -4,8 +4,9 @@ import dataclasses
 
 import torch
 
-from diffusion.losses import denoising_loss
-from diffusion.precond import Denoiser, Precond
+from diffusion.denoiser import Denoiser
+from diffusion.losses import denoising_loss, hybrid_loss
+from diffusion.precond import Precond
 from models import Network
 from torch_utils import rng
 from training.augment import AugmentParams
@@ -61,7 +62,9 @@ class Objective(torch.nn.Module):
         self._precond = precond
         self._inputs = inputs or PixelInputs()
         self._label_drop = label_drop
-        self._denoise = Denoiser(network, precond, autocast_dtype)
+        self._denoise = Denoiser(
+            network, precond, autocast_dtype, with_variance=precond.learned_variance
+        )
 
     def draw(
         self,
@@ -98,8 +101,9 @@ class Objective(torch.nn.Module):
         return self._inputs.prepare(images, cond, draws.inputs)
 
     def forward(self, images: torch.Tensor, cond: Cond, draws: Draws) -> torch.Tensor:
-        """Return the weighted squared error [N, C, H, W] of prepared images and conditions."""
+        """Return the loss of every element [N, C, H, W] of prepared images and conditions."""
         context = self.network.context(cond, draws.drop, num=len(images))
-        return denoising_loss(
-            self._denoise, images, draws.sigma, draws.noise, context, self._precond.weight
-        )
+        batch = (self._denoise, images, draws.sigma, draws.noise, context)
+        if self._precond.learned_variance:
+            return hybrid_loss(*batch, self._precond)
+        return denoising_loss(*batch, self._precond.weight)

@@ -1,0 +1,73 @@
+"""The denoiser D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) (EDM, arXiv 2206.00364, Eq. 7)."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from diffusion.precond import Precond
+
+
+class Denoiser:
+    """The x0 estimate of a raw network under a preconditioner.
+
+    Scalings and the result are float32; only the network itself runs in ``autocast_dtype``.
+
+    Args:
+        network: ``F(x [N, C, H, W], c_noise [N], context) -> [N, C, H, W]``, or [N, 2 C, H, W] with
+            a learned variance.
+        precond: Its preconditioner.
+        autocast_dtype: Arithmetic of the network (bfloat16, float16), or None for its own.
+        with_variance: Also tell the learned variance, which the ``ddpm`` loss and the ``ddpm``
+            sampler read: results are [N, 2 C, H, W], the second half the fraction f by which the
+            logarithm of a step's variance lies between its bounds (0: lowest, 1: highest; Nichol &
+            Dhariwal, arXiv 2102.09672, Eq. 15). Without it, that half of F is left aside.
+    """
+
+    def __init__(
+        self,
+        network: Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor],
+        precond: Precond,
+        autocast_dtype: torch.dtype | None = None,
+        *,
+        with_variance: bool = False,
+    ) -> None:
+        assert precond.learned_variance or not with_variance
+        self.network, self.precond, self.autocast_dtype = network, precond, autocast_dtype
+        self._with_variance = with_variance
+
+    def __call__(
+        self, x: torch.Tensor, sigma: float | torch.Tensor, context: Any = None
+    ) -> torch.Tensor:
+        """Return the denoised images [N, C, H, W], float32, without waiting for the device.
+
+        With ``with_variance`` the fractions [N, C, H, W] of the variance follow them in channels.
+
+        Args:
+            x: Noisy images [N, C, H, W] of any floating type.
+            sigma: Noise level: one number, or a tensor [N] or [N, 1, 1, 1].
+            context: Conditioning, handed on to the network.
+        """
+        x = x.to(torch.float32)
+        if isinstance(sigma, torch.Tensor):
+            sigma = sigma.to(torch.float32).reshape(-1, 1, 1, 1).expand(len(x), 1, 1, 1)
+        else:
+            sigma = torch.full([len(x), 1, 1, 1], sigma, dtype=torch.float32, device=x.device)
+        c_skip, c_out, c_in, c_noise = self.precond.scalings(sigma)
+        with self._autocast(x.device):
+            raw = self.network(c_in * x, c_noise.flatten(), context)
+        channels = x.shape[1] * (2 if self.precond.learned_variance else 1)
+        assert raw.shape == (len(x), channels, *x.shape[2:]), (
+            f"network returned {tuple(raw.shape)} for {tuple(x.shape)}"
+        )
+        raw = raw.to(torch.float32)
+        denoised = c_skip * x + c_out * raw[:, : x.shape[1]]
+        if not self._with_variance:
+            return denoised
+        return torch.cat([denoised, (raw[:, x.shape[1] :] + 1) / 2], dim=1)
+
+    def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, self.autocast_dtype)
