@@ -1,5 +1,6 @@
-"""Turns images into a dataset for training or scoring, describes one and checks one."""
+"""Turns images into a dataset for training or scoring, or into latents, describes and checks one."""
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -8,8 +9,9 @@ from contextlib import contextmanager
 import click
 import numpy as np
 
+from dnnlib.cli import run
 from dnnlib.text import format_count
-from training import conversion, verification
+from training import conversion, latent_archive, verification
 from training.labels import read_labels
 from training.sources import SPLITS, open_source
 from training.transforms import TRANSFORMS, parse_resolution
@@ -28,12 +30,14 @@ def _user_errors() -> Iterator[None]:
 
 @click.group(context_settings=dict(help_option_names=["-h", "--help"]))
 def main() -> None:
-    """Turn images into a dataset for training or scoring, describe one and check one.
+    """Turn images into a dataset for training or scoring, or into latents, describe and check one.
 
     \b
     Examples:
       python dataset_tool.py convert --source=digits --dest=data/digits.zip
       python dataset_tool.py convert --source=cifar-10-python.tar.gz --dest=data/cifar10-32x32.zip
+      python dataset_tool.py encode --source=data/imagenet-256.zip --dest=data/imagenet-256-latents \\
+          --vae=stabilityai/sd-vae-ft-ema
       python dataset_tool.py info data/cifar10-32x32.zip
       python dataset_tool.py verify data/cifar10-32x32.zip
     """
@@ -131,9 +135,101 @@ def convert(
 
 
 @main.command(no_args_is_help=True)
+@click.option("--source", required=True, metavar="ZIP|DIR|NPZ", help="Images, made by convert.")
+@click.option("--dest", required=True, metavar="DIR", help="Folder for the latents.")
+@click.option(
+    "--vae",
+    required=True,
+    metavar="DIR|ID",
+    help="Autoencoder: folder of a diffusers AutoencoderKL, or its Hugging Face id.",
+)
+@click.option("--hflip", is_flag=True, help="Add the latents of the mirror images.")
+@click.option("--mean-only", is_flag=True, help="Leave out the standard deviations.")
+@click.option(
+    "--batch",
+    default=64,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Images a rank encodes at a time.",
+)
+@click.option(
+    "--shard-size",
+    default=4096,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Images in a file.",
+)
+@click.option(
+    "--precision",
+    default="fp32",
+    show_default=True,
+    type=click.Choice(["fp32", "bf16"]),
+    help="Of the autoencoder's products; bf16 is faster and rounds latents to 3 digits.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=0),
+    help="Number of processes a rank that decode; 0: the rank itself.  [default: up to 8, as cores "
+    "allow]",
+)
+def encode(
+    source: str,
+    dest: str,
+    vae: str,
+    hflip: bool,
+    mean_only: bool,
+    batch: int,
+    shard_size: int,
+    precision: str,
+    workers: int | None,
+) -> None:
+    """Write the latents of a dataset, which training reads instead of the images.
+
+    Runs on one process, or under torchrun on many GPUs. Started again after a stop, with any
+    number of processes, it makes what is missing. Needs the package diffusers.
+
+    \b
+    Examples:
+      # ImageNet at 256x256 for latent models, with mirror images, on eight GPUs
+      torchrun --standalone --nproc_per_node=8 dataset_tool.py encode --hflip \\
+          --source=data/imagenet-256.zip --dest=data/imagenet-256-latents \\
+          --vae=stabilityai/sd-vae-ft-ema
+      # On one process, with an autoencoder from a folder
+      python dataset_tool.py encode --source=data/ffhq-256.zip --dest=data/ffhq-256-latents \\
+          --vae=models/sd-vae-ft-ema --batch=16
+    """
+    # They need PyTorch, which starts slowly.
+    from torch_utils import distributed
+    from training import encoding
+
+    options = encoding.Encoding(
+        hflip=hflip,
+        mean_only=mean_only,
+        precision=precision,
+        shard_size=shard_size,
+        batch_size=batch,
+        num_workers=workers,
+    )
+    device = distributed.init()
+    record, num_made = encoding.encode(source, dest, vae, options, device)
+    size = "x".join(map(str, record.latent_shape))
+    total = len(record.shards)
+    if num_made == 0:
+        distributed.print0(f"{dest}: complete already.")
+    elif num_made < total:
+        distributed.print0(f"{total - num_made} of {total} shards existed already.")
+    classes = f"{len(record.class_names)} classes" if record.class_names else "no labels"
+    distributed.print0(f"{dest}: {record.num_images} latents of {size}, {classes}.")
+    distributed.shutdown()
+
+
+@main.command(no_args_is_help=True)
 @click.argument("data", metavar="ZIP|DIR|NPZ")
 def info(data: str) -> None:
-    """Print size, classes and content hash of a dataset."""
+    """Print size, classes and content hash of a dataset, or the record of latents."""
+    if latent_archive.is_latent_folder(data):
+        _latent_info(data)
+        return
     from training.dataset import ImageDataset  # Needs PyTorch, which starts slowly.
 
     with _user_errors():
@@ -144,6 +240,33 @@ def info(data: str) -> None:
     click.echo(f"channels      {dataset.img_channels}")
     click.echo(f"size          {format_count(dataset.archive.num_bytes, 'B')}")
     click.echo(f"content hash  {dataset.content_hash}")
+    _show_classes(labels, class_names)
+
+
+def _latent_info(data: str) -> None:
+    from training.latents import LatentDataset  # Needs PyTorch.
+
+    with _user_errors():
+        dataset = LatentDataset(data)
+    record = dataset.record
+    num_bytes = sum(os.path.getsize(os.path.join(data, s["file"])) for s in record.shards)
+    twins = ", each with its mirror image" if record.mirrored else ""
+    kind = "mean and standard deviation" if record.kind == "mean-std" else "mean alone"
+    packages = ", ".join(f"{name} {version}" for name, version in record.packages.items())
+    size = "x".join(map(str, record.latent_shape))
+    click.echo(f"latents       {record.num_images}{twins}")
+    click.echo(f"latent shape  {size}, {kind}, float16")
+    click.echo(f"normalised    (latent - {record.shift:g}) * {record.scale:g}")
+    click.echo(f"images        {record.resolution}x{record.resolution}x{record.img_channels}")
+    click.echo(f"source        {record.source}, content hash {record.source_hash}")
+    click.echo(f"autoencoder   {record.vae}, hash {record.vae_hash}")
+    click.echo(f"made with     {record.precision}, x = {record.input_transform}; {packages}")
+    click.echo(f"size          {format_count(num_bytes, 'B')} in {len(record.shards)} file(s)")
+    click.echo(f"content hash  {dataset.content_hash}")
+    _show_classes(dataset.labels, dataset.class_names)
+
+
+def _show_classes(labels: np.ndarray | None, class_names: list[str]) -> None:
     click.echo(f"classes       {len(class_names) if class_names else 'none (no labels)'}")
     if class_names:
         click.echo("\nindex   images  name")
@@ -156,9 +279,14 @@ def info(data: str) -> None:
 @click.argument("data", metavar="ZIP|DIR|NPZ")
 @click.option("--workers", type=click.IntRange(min=1), help="Number of processes that decode.")
 def verify(data: str, workers: int | None) -> None:
-    """Decode every image of a dataset, check sizes, labels and checksums, and list all problems."""
+    """Decode every image of a dataset, check sizes, labels and checksums, and list all problems.
+
+    Of latents, check record, labels, checksums and values.
+    """
+    is_latent = latent_archive.is_latent_folder(data)
+    check = latent_archive.verify_latents if is_latent else verification.verify
     with _user_errors():
-        problems = verification.verify(data, num_workers=workers)
+        problems = check(data, num_workers=workers)
     for problem in problems:
         click.echo(problem)
     if problems:
@@ -167,4 +295,4 @@ def verify(data: str, workers: int | None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

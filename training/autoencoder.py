@@ -38,6 +38,7 @@ class Autoencoder:
         downsampling: Pixels per latent value, in each direction.
         img_channels: Channels C of an image.
         sha256: Identity of weights, settings and normalisation.
+        device: Where it computes.
     """
 
     def __init__(
@@ -55,9 +56,9 @@ class Autoencoder:
         self.downsampling = 2 ** (len(config.block_out_channels) - 1)
         self.img_channels = config.in_channels
         self.sha256 = self._identity(network)
-        self._device = torch.device(device)
+        self.device = torch.device(device)
         self._precision = precision
-        self._network = network.eval().requires_grad_(False).to(self._device)
+        self._network = network.eval().requires_grad_(False).to(self.device)
 
     def _identity(self, network: nn.Module) -> str:
         settings = {name: network.config[name] for name in _SETTINGS}
@@ -125,7 +126,7 @@ class Autoencoder:
         rest: tuple[int, ...],
     ) -> Tensor:
         """Return ``function`` of all rows, float32 [N, *rest], a few images at a time."""
-        device, bf16 = self._device, self._precision == "bf16"
+        device, bf16 = self.device, self._precision == "bf16"
         result = torch.empty((len(values), *rest), dtype=torch.float32, device=device)
         size = max(_MAX_PIXELS // pixels, 1)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):

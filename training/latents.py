@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import Dataset
 
 from training.dataset import Cond
+from training.images import ImageError
 from training.latent_archive import (
     check_shard,
     is_latent_archive,
@@ -165,10 +166,15 @@ class LatentDataset(Dataset):
     def _read(self, image: int, variant: int, target: np.ndarray) -> None:
         shard, row = self._place(image)
         offset = self._starts[shard] + (row * self._row_shape[0] + variant) * target.nbytes
-        num_bytes = os.preadv(self._open(self._files[shard]).fileno(), [target], offset)
+        file = self._files[shard]
+        try:
+            num_bytes = os.preadv(self._open(file).fileno(), [target], offset)
+        except OSError as error:
+            raise ImageError(f"{file}: row {row} cannot be read ({error.strerror}).") from None
         if num_bytes != target.nbytes:
-            raise ValueError(
-                f"{self._files[shard]}: ends before row {row}; it was changed while in use."
+            raise ImageError(
+                f"{file}: ends in the middle of row {row}; dataset_tool.py verify lists every "
+                "such file."
             )
 
 
