@@ -184,7 +184,7 @@ class TablePrecond(Precond):
     """Noise prediction at the levels of a table, indexed by timestep: DDPM and iDDPM.
 
     Trained with sigma = u_j, j uniform over the positive levels (DDPM, arXiv 2006.11239; iDDPM,
-    arXiv 2102.09672). Between the levels the network is given the timestep M - 1 - j of the nearest.
+    arXiv 2102.09672). Between the levels the network gets the timestep M - 1 - j of the nearest.
 
     Args:
         table: Descending noise levels u_0 > ... > u_{M-1} > u_M = 0.

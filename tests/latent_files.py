@@ -8,9 +8,19 @@ import dataset_tool
 
 
 def tiny_autoencoder(
-    folder, *, img_channels=3, latent_channels=4, scaling_factor=0.5, shift_factor=None, **settings
+    folder,
+    *,
+    img_channels=3,
+    latent_channels=4,
+    num_stages=2,
+    scaling_factor=0.5,
+    shift_factor=None,
+    **settings,
 ):
-    """Write a random AutoencoderKL that halves an image's sides; return its folder."""
+    """Write a random AutoencoderKL that halves an image's sides for all stages but one.
+
+    Returns its folder.
+    """
     import diffusers
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -20,9 +30,9 @@ def tiny_autoencoder(
             in_channels=img_channels,
             out_channels=img_channels,
             latent_channels=latent_channels,
-            block_out_channels=(8, 16),
-            down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
-            up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+            block_out_channels=(8, 16, 16)[:num_stages],
+            down_block_types=("DownEncoderBlock2D",) * num_stages,
+            up_block_types=("UpDecoderBlock2D",) * num_stages,
             norm_num_groups=4,
             layers_per_block=1,
             scaling_factor=scaling_factor,

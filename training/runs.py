@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from diffusion.precond import make_precond
 from dnnlib.config import from_dict, to_dict
 from dnnlib.files import atomic_write
 from models import LatentModelConfig
@@ -116,7 +117,7 @@ def with_data_facts(config: RunConfig, img_channels: int, num_classes: int) -> R
         img_channels=img_channels,
         num_classes=num_classes,
         augment_dim=NUM_LABELS if config.training.augment.augment > 0 else 0,
-        learned_variance=config.precond.learned_variance,
+        learned_variance=make_precond(config.precond).learned_variance,
     )
     return dataclasses.replace(config, model=model)
 
