@@ -300,7 +300,7 @@ def collate(batch: Any) -> Any:
 
 def save_reals(dataset: ImageDataset, path: str | Path) -> None:
     """Write a grid of 64 images, spread evenly over the dataset (sorted by class if labelled)."""
-    order = np.arange(len(dataset))
+    order = np.arange(dataset.num_images)
     if dataset.labels is not None:
         order = np.argsort(dataset.labels, kind="stable")
     chosen = order[np.linspace(0, len(order) - 1, min(_NUM_REALS, len(order))).round().astype(int)]
