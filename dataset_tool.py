@@ -200,7 +200,7 @@ def encode(
     record, num_made = encoding.encode(source, dest, vae, options, device)
     size = "x".join(map(str, record.latent_shape))
     total = len(record.shards)
-    if num_made == 0:
+    if num_made is None:
         distributed.print0(f"{dest}: complete already.")
     elif num_made < total:
         distributed.print0(f"{total - num_made} of {total} shards existed already.")

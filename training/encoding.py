@@ -66,13 +66,13 @@ def encode(
     vae: str,
     encoding: Encoding,
     device: torch.device,
-) -> tuple[LatentRecord, int]:
+) -> tuple[LatentRecord, int | None]:
     """Make the latent archive ``dest`` of an image dataset; return its record. Collective.
 
     Ranks take turns at the shards that are missing, so that an encoding that was killed at any
     moment goes on when it is started again, with any number of ranks. The archive is complete when
-    its record appears. Beside the record, the number of shards made now is returned, 0 if the
-    archive was complete before.
+    its record appears. Beside the record, the number of shards made now is returned, None if
+    the archive was complete before.
 
     Raises ValueError if the images do not fit the autoencoder, if ``dest`` holds anything else, or
     if a latent is beyond the range of float16.
@@ -90,7 +90,7 @@ def encode(
     with contextlib.ExitStack() as stack:
         missing = distributed.on_main(lambda: _claim(dest, plan, dataset, stack))
         if missing is None:
-            return distributed.on_main(lambda: read_record(dest)), 0
+            return distributed.on_main(lambda: read_record(dest)), None
         _encode_shards(dest, plan, missing, dataset, autoencoder, encoding)
         record = _finish(dest, plan, dataset)
     return record, len(missing)
