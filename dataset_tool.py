@@ -17,7 +17,7 @@ from training.transforms import TRANSFORMS, parse_resolution
 
 @click.group(context_settings=dict(help_option_names=["-h", "--help"]))
 def main() -> None:
-    """Turn images into a dataset for training or scoring, or into latents, describe and check one.
+    """Turn images into a dataset or its latents for training or scoring, describe and check one.
 
     \b
     Examples:

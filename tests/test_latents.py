@@ -12,7 +12,7 @@ from latent_files import encode, tiny_autoencoder, tiny_images, tiny_latents
 from safetensors.torch import load_file, save_file
 
 from training import autoencoder as autoencoder_module
-from training.autoencoder import load_autoencoder, normalise
+from training.autoencoder import Autoencoder, load_autoencoder, normalise
 from training.dataset import ImageDataset, MirroredImages
 from training.latents import LatentDataset, is_latent_archive
 from training.sampler import PositionSampler, make_loader
@@ -214,12 +214,16 @@ def test_a_missing_package_is_named_with_its_installation(base, monkeypatch):
         load_autoencoder(base / "vae", "cpu")
 
 
-def test_loading_leaves_random_numbers_as_they_are(base):
+def test_loading_leaves_random_numbers_as_they_are(base, vae):
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
     load_autoencoder(base / "vae", "cpu")
+    # What ranks other than the first do with what that one sends them.
+    config, state = dict(vae._network.config), vae._network.state_dict()
+    network = autoencoder_module._rebuild(config, state)
     assert torch.equal(torch.rand(3), expected)
+    assert Autoencoder(network, "elsewhere", "cpu").sha256 == vae.sha256
 
 
 def test_images_that_do_not_fit_are_told_apart(vae):
