@@ -1,10 +1,8 @@
-"""Turns images into a dataset for training or scoring, or into latents, describes and checks one."""
+"""Turns images into a dataset or its latents for training or scoring, describes and checks one."""
 
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import click
 import numpy as np
@@ -17,26 +15,15 @@ from training.sources import SPLITS, open_source
 from training.transforms import TRANSFORMS, parse_resolution
 
 
-@contextmanager
-def _user_errors() -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise click.ClickException(str(error)) from None
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        raise click.ClickException(f"{where}{error.strerror or error}.") from None
-
-
 @click.group(context_settings=dict(help_option_names=["-h", "--help"]))
 def main() -> None:
-    """Turn images into a dataset for training or scoring, or into latents, describe and check one.
+    """Turn images into a dataset or its latents for training or scoring, describe and check one.
 
     \b
     Examples:
       python dataset_tool.py convert --source=digits --dest=data/digits.zip
       python dataset_tool.py convert --source=cifar-10-python.tar.gz --dest=data/cifar10-32x32.zip
-      python dataset_tool.py encode --source=data/imagenet-256.zip --dest=data/imagenet-256-latents \\
+      python dataset_tool.py encode --source=data/ffhq-256.zip --dest=data/ffhq-256-latents \\
           --vae=stabilityai/sd-vae-ft-ema
       python dataset_tool.py info data/cifar10-32x32.zip
       python dataset_tool.py verify data/cifar10-32x32.zip
@@ -114,16 +101,15 @@ def convert(
     """
     # A request to stop cleans up; what SIGKILL leaves is a hidden .NAME.*.tmp beside --dest.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    with _user_errors():
-        summary = conversion.convert(
-            open_source(source, split),
-            dest,
-            size=parse_resolution(resolution, transform),
-            transform=transform,
-            max_images=max_images,
-            skip_broken=skip_broken,
-            num_workers=workers,
-        )
+    summary = conversion.convert(
+        open_source(source, split),
+        dest,
+        size=parse_resolution(resolution, transform),
+        transform=transform,
+        max_images=max_images,
+        skip_broken=skip_broken,
+        num_workers=workers,
+    )
     for note in summary.notes:
         click.echo(note)
     if summary.skipped:
@@ -214,7 +200,7 @@ def encode(
     record, num_made = encoding.encode(source, dest, vae, options, device)
     size = "x".join(map(str, record.latent_shape))
     total = len(record.shards)
-    if num_made == 0:
+    if num_made is None:
         distributed.print0(f"{dest}: complete already.")
     elif num_made < total:
         distributed.print0(f"{total - num_made} of {total} shards existed already.")
@@ -232,9 +218,8 @@ def info(data: str) -> None:
         return
     from training.dataset import ImageDataset  # Needs PyTorch, which starts slowly.
 
-    with _user_errors():
-        dataset = ImageDataset(data)
-        labels, class_names = read_labels(dataset.archive) or (None, [])
+    dataset = ImageDataset(data)
+    labels, class_names = read_labels(dataset.archive) or (None, [])
     click.echo(f"images        {len(dataset)}")
     click.echo(f"resolution    {dataset.resolution}x{dataset.resolution}")
     click.echo(f"channels      {dataset.img_channels}")
@@ -246,8 +231,7 @@ def info(data: str) -> None:
 def _latent_info(data: str) -> None:
     from training.latents import LatentDataset  # Needs PyTorch.
 
-    with _user_errors():
-        dataset = LatentDataset(data)
+    dataset = LatentDataset(data)
     record = dataset.record
     num_bytes = sum(os.path.getsize(os.path.join(data, s["file"])) for s in record.shards)
     twins = ", each with its mirror image" if record.mirrored else ""
@@ -285,8 +269,7 @@ def verify(data: str, workers: int | None) -> None:
     """
     is_latent = latent_archive.is_latent_folder(data)
     check = latent_archive.verify_latents if is_latent else verification.verify
-    with _user_errors():
-        problems = check(data, num_workers=workers)
+    problems = check(data, num_workers=workers)
     for problem in problems:
         click.echo(problem)
     if problems:

@@ -53,7 +53,7 @@ def tiny_images(path, *, num_images=37, size=8, img_channels=3, num_classes=3):
 
 
 def encode(source, dest, vae, *options):
-    """Run ``dataset_tool.py encode`` in this process, which must succeed; return what it printed."""
+    """Run ``dataset_tool.py encode`` in this process, with success; return what it printed."""
     command = ("encode", f"--source={source}", f"--dest={dest}", f"--vae={vae}", *options)
     return succeed(dataset_tool, *command).output
 

@@ -1,4 +1,4 @@
-"""Makes a latent archive of an image dataset, on one process or on many ranks, in resumable parts."""
+"""Makes a latent archive of an image dataset, on any number of ranks, in resumable parts."""
 
 import contextlib
 import dataclasses
@@ -26,6 +26,7 @@ from training.checkpoint import package_versions
 from training.dataset import ImageDataset, collate
 from training.latent_archive import (
     CLAIM_FILE,
+    FORMAT_VERSION,
     LABELS_FILE,
     RECORD_FILE,
     LatentRecord,
@@ -65,13 +66,13 @@ def encode(
     vae: str,
     encoding: Encoding,
     device: torch.device,
-) -> tuple[LatentRecord, int]:
+) -> tuple[LatentRecord, int | None]:
     """Make the latent archive ``dest`` of an image dataset; return its record. Collective.
 
     Ranks take turns at the shards that are missing, so that an encoding that was killed at any
     moment goes on when it is started again, with any number of ranks. The archive is complete when
-    its record appears. Beside the record, the number of shards made now is returned, 0 if the
-    archive was complete before.
+    its record appears. Beside the record, the number of shards made now is returned, None if
+    the archive was complete before.
 
     Raises ValueError if the images do not fit the autoencoder, if ``dest`` holds anything else, or
     if a latent is beyond the range of float16.
@@ -89,7 +90,7 @@ def encode(
     with contextlib.ExitStack() as stack:
         missing = distributed.on_main(lambda: _claim(dest, plan, dataset, stack))
         if missing is None:
-            return distributed.on_main(lambda: read_record(dest)), 0
+            return distributed.on_main(lambda: read_record(dest)), None
         _encode_shards(dest, plan, missing, dataset, autoencoder, encoding)
         record = _finish(dest, plan, dataset)
     return record, len(missing)
@@ -148,6 +149,7 @@ def _protocol(record: LatentRecord) -> dict[str, Any]:
         "--precision": record.precision,
         "--shard-size": record.shard_size,
         "input transform": record.input_transform,
+        "format version": FORMAT_VERSION,
     }
 
 
@@ -164,15 +166,16 @@ def _claim(
         stack.enter_context(lock)
     claim = dest / CLAIM_FILE
     protocol = _protocol(plan)
-    # The claim first: a complete archive that is repaired has one again.
     if claim.is_file():
         _compare(dest, protocol, _read_claim(claim))
     elif is_latent_archive(dest):
         _compare(dest, protocol, _protocol(read_record(dest)))
     missing = [i for i in range(len(plan.shards)) if not _is_whole(dest, plan, i)]
-    if is_latent_archive(dest) and not missing and _is_right(dest, plan, dataset):
-        claim.unlink(missing_ok=True)
-        return None
+    if is_latent_archive(dest):
+        if not missing and _is_right(dest, plan, dataset):
+            return None
+        # What is left is told from what is damaged as long as the old checksums are there.
+        missing = sorted({*missing, *_altered(dest, plan)})
     write_json(claim, protocol)
     (dest / RECORD_FILE).unlink(missing_ok=True)
     for leftover in dest.glob(".*.tmp"):
@@ -224,8 +227,25 @@ def _is_whole(dest: Path, plan: LatentRecord, index: int) -> bool:
     return True
 
 
+def _altered(dest: Path, plan: LatentRecord) -> list[int]:
+    """Return the shards of a broken archive whose bytes are not those that its record names.
+
+    A record that cannot be read names none.
+    """
+    try:
+        shards = read_record(dest).shards
+    except ValueError:
+        return []
+    files = [dest / shard["file"] for shard in plan.shards]
+    return [
+        index
+        for index, (file, shard) in enumerate(zip(files, shards, strict=True))
+        if not file.is_file() or sha256_of_file(file) != shard["sha256"]
+    ]
+
+
 def _is_right(dest: Path, plan: LatentRecord, dataset: ImageDataset) -> bool:
-    """Tell whether record and labels of a complete archive can be read and are those of the data."""
+    """Tell whether record and labels of an archive are readable and those of the data."""
     try:
         record = read_record(dest)
         labels = read_archive_labels(dest, record)
@@ -360,9 +380,9 @@ def _finish(dest: Path, plan: LatentRecord, dataset: ImageDataset) -> LatentReco
             index: sha256_of_file(dest / plan.shards[index]["file"])
             for index in range(distributed.rank(), num_shards, ranks)
         }
-    hashes = {
-        index: value for part in distributed.gather_objects(found) for index, value in part.items()
-    }
+    hashes: dict[int, str] = {}
+    for part in distributed.gather_objects(found):
+        hashes.update(part)
 
     def write() -> LatentRecord:
         labels_sha256 = None
@@ -372,7 +392,6 @@ def _finish(dest: Path, plan: LatentRecord, dataset: ImageDataset) -> LatentReco
         shards = [dict(shard, sha256=hashes[i]) for i, shard in enumerate(plan.shards)]
         record = dataclasses.replace(plan, shards=shards, labels_sha256=labels_sha256)
         write_json(dest / RECORD_FILE, record.to_dict())
-        (dest / CLAIM_FILE).unlink()
         return record
 
     return distributed.on_main(write)

@@ -19,7 +19,7 @@ from training.parallel import process_map
 FORMAT = "setdiffit-latents"
 FORMAT_VERSION = 1
 RECORD_FILE = "latents.json"
-CLAIM_FILE = "encoding.json"  # There from the beginning of an encoding to its end.
+CLAIM_FILE = "encoding.json"  # There from the beginning of an encoding on.
 LABELS_FILE = "labels.npy"
 KINDS = ("mean-std", "mean")
 _AGAIN = "start the same dataset_tool.py encode again, which makes what is missing"
@@ -99,7 +99,7 @@ def read_record(path: str | os.PathLike) -> LatentRecord:
         raise ValueError(f"{file}: has format version {version}, which never existed.")
     problem = _problem_of(values)
     if problem:
-        raise ValueError(f"{file}: damaged ({problem}); delete it and {_AGAIN}.")
+        raise ValueError(f"{file}: damaged ({problem}); {_AGAIN}.")
     fields = dataclasses.fields(LatentRecord)
     return LatentRecord(**{field.name: values[field.name] for field in fields})
 
