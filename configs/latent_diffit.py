@@ -30,10 +30,10 @@ MODELS["digits-latent"] = LatentDiffiTConfig(
     num_classes=10,
     latent_channels=4,
     latent_downsampling=2,
-    num_blocks=4,
-    hidden_dim=128,
+    num_blocks=3,
+    hidden_dim=64,
     num_heads=4,
     patch_size=1,
-    base_dim=64,
+    base_dim=32,
     learned_variance=True,
 )

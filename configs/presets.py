@@ -113,12 +113,12 @@ _DIGITS_LATENT = RunConfig(
     training=TrainingConfig(
         batch=128,
         kimg=300,
-        lr=1e-3,
+        lr=4e-3,
         lr_rampup=5,
         ema_kimg=10,
         augment=AugmentConfig(augment=0.0),
     ),
-    logging=LoggingConfig(tick=10, snap=10, workers=0, sample_batch=256),
+    logging=LoggingConfig(tick=20, snap=5, workers=0, sample_batch=256),
     sampling=SamplingConfig(sampler="ddpm", grid="timesteps", steps=50),
 )
 

@@ -181,7 +181,7 @@ def test_classes_that_the_model_does_not_have_are_refused(trained, tmp_path):
     )
 
 
-def test_guidance_makes_digits_more_like_their_class(tmp_path_factory, tmp_path):
+def test_guidance_makes_digits_more_like_their_class(tmp_path):
     data, vae = tmp_path / "digits.zip", tmp_path / "vae"
     succeed(dataset_tool, "convert", "--source=digits", f"--dest={data}")
     assert train_autoencoder(data, vae, num_steps=150) < 0.09
@@ -191,7 +191,8 @@ def test_guidance_makes_digits_more_like_their_class(tmp_path_factory, tmp_path)
     succeed(
         train,
         *(f"--outdir={tmp_path / 'runs'}", f"--data={latents}", "--preset=digits-latent"),
-        *("--kimg=32", "--snap=100", "--lr-rampup=1", "--ema-kimg=3"),
+        *("--kimg=32", "--snap=100", "--lr-rampup=1", "--ema-kimg=3", "--precond=edm"),
+        *("--sampler=dpmpp_2m", "--sigma-grid=karras", "--steps=12"),
     )
     (run_dir,) = (tmp_path / "runs").iterdir()
     agreement = {}
@@ -200,10 +201,9 @@ def test_guidance_makes_digits_more_like_their_class(tmp_path_factory, tmp_path)
         succeed(
             generate,
             *(f"--network={snapshot_of(run_dir)}", "--seeds=0-199", "--class=0-9", "--batch=200"),
-            *(f"--outdir={outdir}", f"--cfg-scale={scale}", "--sampler=dpmpp_2m"),
-            *("--sigma-grid=karras", "--steps=12"),
+            *(f"--outdir={outdir}", f"--cfg-scale={scale}"),
         )
         made = np.stack([read_image(outdir / f"{seed:06d}.png").numpy() for seed in range(200)])
         agreement[scale] = class_agreement(made, np.arange(200) % 10)
-    assert agreement[3] > 0.85
-    assert agreement[3] > agreement[1] + 0.05
+    assert agreement[3] > 0.8
+    assert agreement[3] > agreement[1] + 0.1
