@@ -22,6 +22,7 @@ from models import LatentModelConfig
 from torch_utils import distributed
 from training.config import RunConfig
 from training.inputs import TrainingData, open_training_data
+from training.latents import LatentDataset
 from training.report import forward_flops, num_parameters
 from training.runs import fit_to_data, with_data_facts
 
@@ -62,6 +63,7 @@ def main() -> None:
     Examples:
       python benchmark.py train --preset=cifar10
       python benchmark.py train --preset=cifar10 --batch-gpu=256 --compile --workers=4   # GPU
+      python benchmark.py train --preset=imagenet256 --batch-gpu=128 --precision=bf16 --compile
       python benchmark.py sample --preset=cifar10 --batch=16 --steps=6
       python benchmark.py data --preset=cifar10
       python benchmark.py attention --preset=cifar10
@@ -151,14 +153,15 @@ def sample(preset: str, rounds: int, precision: str, batch: int, steps: int | No
 @click.option("--batch", type=click.IntRange(min=1), help="Images.  [default: the preset's]")
 @click.option("--batches", default=8, show_default=True, type=click.IntRange(min=1))
 def data(preset: str, rounds: int, data: str | None, batch: int | None, batches: int) -> None:
-    """Time the loader against decoding the same files with Pillow in one process."""
+    """Time the loader against decoding the same files with Pillow in one process.
+
+    For latents, against copying them out of memory-mapped files.
+    """
     config = get_preset(preset).run
     batch = batch or config.training.batch
     with dataset_of(config, data) as dataset:
-        mean = dataset.archive.num_bytes / len(dataset)
-        size = f"{dataset.resolution}x{dataset.resolution}x{dataset.img_channels}"
         click.echo(describe_device(torch.device("cpu")))
-        click.echo(f"{size} images, {mean:.0f} bytes each, batch {batch}")
+        click.echo(f"{_describe_items(dataset)}, batch {batch}")
         text = benchmark_data(
             dataset, batch=batch, workers=(0, 1, 2), num_batches=batches, num_rounds=rounds
         )
@@ -206,7 +209,10 @@ def metrics(
         raise click.UsageError(f"--precision: got {unknown[0]!r}; accepted: fp32, bf16.")
     device = distributed.init()
     click.echo(describe_device(device))
-    with dataset_of(get_preset(preset).run, data) as dataset:
+    config = get_preset(preset).run
+    if isinstance(config.model, LatentModelConfig):
+        raise click.UsageError(f"--preset: {preset} is of latents; give one of images.")
+    with dataset_of(config, data) as dataset:
         size = f"{dataset.resolution}x{dataset.resolution}x{dataset.img_channels}"
         click.echo(f"{images} images of {size}, batch {batch}")
         text = benchmark_extraction(
@@ -223,6 +229,14 @@ def metrics(
             num_features=features, num_samples=2 * features, num_rounds=min(rounds, 3)
         )
     )
+
+
+def _describe_items(dataset: TrainingData) -> str:
+    if isinstance(dataset, LatentDataset):
+        return f"latents of {'x'.join(map(str, dataset.latent_shape))}, float16 mean and std"
+    mean = dataset.archive.num_bytes / dataset.num_images
+    size = f"{dataset.resolution}x{dataset.resolution}x{dataset.img_channels}"
+    return f"{size} images, {mean:.0f} bytes each"
 
 
 @contextmanager

@@ -1,9 +1,11 @@
-"""What loading images costs, beside bare decoding."""
+"""What loading costs, beside bare decoding of images and bare reading of latents."""
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from benchmarks.measure import (
@@ -14,6 +16,7 @@ from benchmarks.measure import (
     table,
 )
 from training.dataset import ImageDataset
+from training.latents import LatentDataset
 from training.sampler import PositionSampler, make_loader
 
 # Batches that a loader process makes ahead, and more.
@@ -21,16 +24,25 @@ _NUM_AHEAD = 5
 
 
 def benchmark_data(
-    dataset: ImageDataset,
+    dataset: ImageDataset | LatentDataset,
     *,
     batch: int,
     workers: tuple[int, ...],
     num_batches: int,
     num_rounds: int,
 ) -> str:
-    """Return the rates of loading and of decoding the files, already in memory, with Pillow."""
+    """Return the rates of loading, and of the least that it takes.
+
+    That is decoding the files, already in memory, with Pillow; or, for latents, copying each out of
+    its memory-mapped file.
+    """
     num_images = batch * num_batches
-    files = [dataset.archive.read(index % len(dataset)) for index in range(num_images)]
+    if isinstance(dataset, LatentDataset):
+        bare, read_alone = "memory map alone", _bare_reading(dataset, num_images)
+    else:
+        bare = "Pillow alone"
+        files = [dataset.archive.read(index % len(dataset)) for index in range(num_images)]
+        read_alone = functools.partial(bare_decode, files)
 
     def make_turn(num_workers: int) -> Callable[[], float]:
         sampler = PositionSampler(
@@ -59,15 +71,29 @@ def benchmark_data(
 
         return turn
 
-    turns = {"Pillow alone": lambda: seconds_of(lambda: bare_decode(files), torch.device("cpu"))}
+    turns = {bare: lambda: seconds_of(read_alone, torch.device("cpu"))}
     for num in workers:
         turns[f"loader, {num or 'no'} worker{'s' if num != 1 else ''}"] = make_turn(num)
     for turn in turns.values():
         turn()
     times = interleave(turns, num_rounds)
-    rows = [["", "images/s", "of Pillow alone"]]
+    rows = [["", "images/s", f"of {bare}"]]
     for name, seconds in times.items():
-        share = median_ratio(times["Pillow alone"], seconds)
+        share = median_ratio(times[bare], seconds)
         rate = num_images / statistics.median(seconds)
         rows.append([name, f"{rate:.0f}", f"{100 * share:.0f}%"])
     return table(rows)
+
+
+def _bare_reading(dataset: LatentDataset, num_images: int) -> Callable[[], None]:
+    shards = [
+        np.load(dataset.path / shard["file"], mmap_mode="r") for shard in dataset.record.shards
+    ]
+    places = [(shard, row) for shard, array in enumerate(shards) for row in range(len(array))]
+
+    def read() -> None:
+        for index in range(num_images):
+            shard, row = places[index % len(places)]
+            shards[shard][row, 0].copy()
+
+    return read

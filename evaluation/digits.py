@@ -32,7 +32,7 @@ def class_agreement(images: np.ndarray, labels: Sequence[int]) -> float:
 
 
 def train_autoencoder(
-    data: str | Path, folder: str | Path, *, num_steps: int = 600, batch: int = 128, seed: int = 0
+    data: str | Path, folder: str | Path, *, num_steps: int = 400, batch: int = 128, seed: int = 0
 ) -> float:
     """Train a small AutoencoderKL on a dataset, write it to ``folder``, and return its last error.
 
@@ -58,7 +58,7 @@ def train_autoencoder(
     images = dataset.__getitems__(range(len(dataset)))[0].to(torch.float32) / 127.5 - 1
     optimizer = torch.optim.Adam(vae.parameters())
     generator = torch.Generator().manual_seed(seed)
-    with progress(total=num_steps, label="Autoencoder") as bar:
+    with progress(total=num_steps, label="Autoencoder", unit="step") as bar:
         for step in range(num_steps):
             chosen = images[torch.randint(len(images), [batch], generator=generator)]
             posterior = vae.encode(chosen).latent_dist

@@ -297,6 +297,16 @@ def small_presets(monkeypatch, synthetic):
     monkeypatch.setattr(script, "_NUM_SYNTHETIC_IMAGES", 64)
 
 
+@pytest.fixture
+def small_latent_presets(monkeypatch):
+    """Make every preset a tiny one of latents."""
+    run = get_preset("digits-latent").run
+    model = dataclasses.replace(run.model, num_blocks=1, hidden_dim=16, num_heads=2)
+    preset = SimpleNamespace(run=dataclasses.replace(run, model=model), num_classes=10)
+    monkeypatch.setattr(script, "get_preset", lambda name: preset)
+    monkeypatch.setattr(script, "_NUM_SYNTHETIC_IMAGES", 64)
+
+
 def cells(output, row):
     """Return the cells of a table's row."""
     (line,) = [line for line in output.splitlines() if line.startswith(row)]
@@ -334,6 +344,19 @@ def test_utilisation_is_the_share_of_the_peak_of_a_known_device(small_presets, m
     peaks = [19.5, 19.5, 312]
     expected = [100 * 12 / s / peak for s, peak in zip(step, peaks, strict=True)]
     assert found == pytest.approx(expected, rel=0.05)
+
+
+def test_latent_presets_are_measured_on_latents(small_latent_presets):
+    output = succeed(script, "train", "--batch-gpu=4", "--rounds=1").output
+    assert len(cells(output, "speed")) == 3
+    output = succeed(script, "data", "--batch=16", "--batches=2", "--rounds=1").output
+    assert "latents of 4x4x4" in output
+    assert cells(output, "memory map alone")[1] == "100%"
+    output = succeed(script, "attention", "--batch=2", "--rounds=1", "--calls=1").output
+    assert "0: 4x4x16" in output
+    output = succeed(script, "sample", "--batch=2", "--steps=2", "--rounds=1").output
+    assert float(cells(output, "batch 2, guided")[1]) > 0
+    assert "give one of images" in fail(script, "metrics")
 
 
 def test_training_takes_the_users_data(small_presets, synthetic):

@@ -12,36 +12,40 @@ from torch_utils.stats import StatsCollector
 from training import runs
 from training.augment import make_augment_pipe
 from training.ema import EMA, ema_beta
-from training.inputs import PixelInputs
+from training.inputs import LatentInputs, PixelInputs
 from training.objective import Objective
 from training.optimizer import GuardedAdam
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
-def make_step(device, dtype):
-    """Return a training step on random images, as the loop makes it, and its network."""
-    config = runs.with_data_facts(get_preset("cifar10").run, img_channels=3, num_classes=10)
+def make_step(device, dtype, preset="cifar10"):
+    """Return a training step on random data, as the loop makes it, and its network."""
+    config = runs.with_data_facts(get_preset(preset).run, img_channels=3, num_classes=10)
+    shape = config.model.input_shape
+    if preset == "cifar10":
+        inputs = PixelInputs(make_augment_pipe(config.training.augment))
+        data = torch.randint(0, 256, (8, *shape), dtype=torch.uint8).pin_memory()
+    else:
+        inputs = LatentInputs(config.model, None)
+        data = torch.rand(8, 2 * shape[0], *shape[1:]).to(torch.float16).pin_memory()
     torch.manual_seed(0)
     network = build_network(config.model).train().to(device, memory_format=torch.channels_last)
     objective = Objective(
         network,
         make_precond(config.precond),
-        inputs=PixelInputs(make_augment_pipe(config.training.augment)),
+        inputs=inputs,
         label_drop=0.1,
         autocast_dtype=dtype,
     )
     optimizer = GuardedAdam(network.parameters(), dynamic_scale=dtype == torch.float16)
     ema, stats = EMA(network), StatsCollector()
-    images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8).pin_memory()
     labels = torch.randint(0, 10, (8,)).pin_memory()
 
     def step(cur_nimg, factor=1.0):
         optimizer.zero_grad()
-        draws = objective.draw(
-            seed=0, cur_nimg=cur_nimg, batch=8, input_shape=(3, 32, 32), device=device
-        )
-        x, cond = objective.prepare(images, {"label": labels}, draws, device)
+        draws = objective.draw(seed=0, cur_nimg=cur_nimg, batch=8, input_shape=shape, device=device)
+        x, cond = objective.prepare(data, {"label": labels}, draws, device)
         loss = objective(x, cond, draws)
         total = loss.sum() * (factor / 8)
         if optimizer.loss_scale is not None:
@@ -56,9 +60,10 @@ def make_step(device, dtype):
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize("preset", ["cifar10", "imagenet256-s"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
-def test_a_step_never_waits_for_the_device(dtype):
-    step, _, _ = make_step(torch.device("cuda"), dtype)
+def test_a_step_never_waits_for_the_device(dtype, preset):
+    step, _, _ = make_step(torch.device("cuda"), dtype, preset)
     step(0)
     step(8)
     torch.cuda.set_sync_debug_mode("error")
@@ -80,11 +85,12 @@ def test_a_bad_gradient_on_a_gpu_changes_no_weight():
 
 
 @pytest.mark.compiled
-def test_a_compiled_network_computes_the_same():
-    config = get_preset("digits").run.model
+@pytest.mark.parametrize("preset", ["digits", "digits-latent"])
+def test_a_compiled_network_computes_the_same(preset):
+    config = get_preset(preset).run.model
     network = build_network(config).eval()
     context = network.context({"label": torch.tensor([1, 2])})
-    x, c_noise = torch.randn(2, 1, 8, 8), torch.zeros(2)
+    x, c_noise = torch.randn(2, *config.input_shape), torch.zeros(2)
     expected = network(x, c_noise, context)
     network.backbone.compile()
     torch.testing.assert_close(network(x, c_noise, context), expected, rtol=1e-4, atol=1e-5)

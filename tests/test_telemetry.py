@@ -12,7 +12,7 @@ import torch
 
 import training.telemetry
 from configs import get_preset
-from training.config import LoggingConfig
+from training.config import LoggingConfig, TrainingConfig
 from training.telemetry import (
     Telemetry,
     import_wandb,
@@ -21,6 +21,7 @@ from training.telemetry import (
     scalar,
     tick_line,
     trim_rows,
+    utilisation_stats,
 )
 
 
@@ -218,6 +219,18 @@ def test_a_cut_off_line_is_dropped_even_if_it_reads_as_a_number(tmp_path):
     assert stats.read_text() == f"{row}\n"
 
 
+def test_utilisation_is_told_on_known_gpus_alone(monkeypatch):
+    training = TrainingConfig(precision="bf16")
+    on_cpu = utilisation_stats(2e12, torch.device("cpu"), training)
+    assert list(on_cpu) == ["Timing/tflops_per_sec"]
+    assert on_cpu["Timing/tflops_per_sec"]["mean"] == 2
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    on_gpu = utilisation_stats(395.6e12, torch.device("cuda"), training)
+    assert on_gpu["Timing/mfu"]["mean"] == pytest.approx(0.4)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "unheard of")
+    assert "Timing/mfu" not in utilisation_stats(1e12, torch.device("cuda"), training)
+
+
 def test_the_tick_line_names_what_a_person_waits_for():
     fields = {
         "Progress/tick": scalar(7),
@@ -235,6 +248,8 @@ def test_the_tick_line_names_what_a_person_waits_for():
     assert tick_line(fields, 400_000, 5).endswith("gpumem 4.00   skipped 5 non-finite")
     # Past its end a run has no time left; a run of one line says 0 seconds.
     assert "left 0s" in tick_line(fields, 100_000, 0)
+    fields |= {"Timing/mfu": scalar(0.412), "Timing/tflops_per_sec": scalar(407.6)}
+    assert "mfu 41.2% (408 TFLOP/s)" in tick_line(fields, 400_000, 0)
 
 
 def test_memory_is_that_of_this_process(monkeypatch):

@@ -163,9 +163,9 @@ def test_the_seed_s_command_for_imagenet_works_as_typed(monkeypatch, tmp_path):
         ("digits", 0.45, 0.2),
         ("imagenet256", 561.0, 0.001),
         ("imagenet512", 562.4, 0.001),
-        ("imagenet256-s", 33, 0.1),
-        ("imagenet256-b", 130, 0.1),
-        ("imagenet256-l", 458, 0.1),
+        ("imagenet256-s", 27.3, 0.01),
+        ("imagenet256-b", 108.0, 0.01),
+        ("imagenet256-l", 380.5, 0.01),
         ("digits-latent", 0.2, 0.2),
     ],
 )
