@@ -1,5 +1,6 @@
 """Latent models end to end: images, autoencoder, latents, training, guided samples, scores."""
 
+import dataclasses
 import json
 import shutil
 
@@ -14,10 +15,15 @@ import dataset_tool
 import fid
 import generate
 import train
+from configs import get_preset
 from evaluation.digits import class_agreement, train_autoencoder
+from training.autoencoder import load_autoencoder
 from training.checkpoint import load_snapshot, load_state
+from training.inputs import LatentInputs, open_training_data
 from training.pictures import read_image
+from training.runs import fit_to_data
 
+LATENT_MODEL = get_preset("digits-latent").run.model
 TINY = [*helpers.TINY_LATENT, "--iters=4", "--tick=0", "--steps=3"]
 
 
@@ -128,6 +134,35 @@ def test_the_posterior_is_drawn_anew_at_each_epoch(images, vae, tmp_path):
     by_mean = train_latent(tmp_path / "a", means, *alone)
     by_posterior = train_latent(tmp_path / "b", full, *alone)
     assert losses(by_mean)[-1] != losses(by_posterior)[-1]
+
+
+def test_latents_bring_their_normalisation_and_refuse_another_autoencoder(latents, vae, tmp_path):
+    run = get_preset("digits-latent").run
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, data=str(latents)))
+    model = fit_to_data(run, open_training_data(run)).model
+    assert (model.latent_scale, model.latent_shift) == (0.5, 0.0)
+    assert model.vae == str(vae)
+    assert model.vae_hash == load_autoencoder(str(vae), "cpu").sha256
+    other = tiny_autoencoder(tmp_path / "other", scaling_factor=0.7)
+    message = fail(train, *TINY, f"--outdir={tmp_path}", f"--data={latents}", f"--vae={other}")
+    assert f"--vae: {other} is another autoencoder" in message
+
+
+def test_posterior_noise_is_a_function_of_the_position_in_the_run():
+    def draw(**changes):
+        position = dict(seed=1, cur_nimg=8, batch=4, shape=(4, 2, 2), device=torch.device("cpu"))
+        return LatentInputs(LATENT_MODEL, None).draw(**{**position, **changes})
+
+    assert torch.equal(draw(), draw())
+    assert draw().std() > 0.5
+    assert not torch.equal(draw(), draw(cur_nimg=12))
+    assert not torch.equal(draw(), draw(seed=2))
+    assert (
+        LatentInputs(LATENT_MODEL, None, has_std=False).draw(
+            seed=1, cur_nimg=8, batch=4, shape=(4, 2, 2), device=torch.device("cpu")
+        )
+        is None
+    )
 
 
 def test_an_autoencoder_that_moved_is_named_and_another_is_refused(vae, trained, tmp_path):

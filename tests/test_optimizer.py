@@ -34,6 +34,22 @@ def test_a_step_is_plain_adam():
         torch.testing.assert_close(a, b)
 
 
+def test_weight_decay_shrinks_matrices_and_no_vectors():
+    module, optimizer = make(weight_decay=0.5)
+    reference = copy.deepcopy(module)
+    set_grads(module, 0.0)
+    optimizer.step(1e-2)
+    torch.testing.assert_close(module.weight, reference.weight * (1 - 1e-2 * 0.5))
+    assert torch.equal(module.bias, reference.bias)
+    again, other = make(weight_decay=0.5)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    again.load_state_dict(module.state_dict())
+    for net, step in ((module, optimizer), (again, other)):
+        set_grads(net, 0.3)
+        step.step(1e-2)
+    assert torch.equal(module.weight, again.weight)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_bad_gradient_changes_nothing_but_the_counters(bad):
     module, optimizer = make()

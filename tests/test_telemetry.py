@@ -13,6 +13,8 @@ import torch
 import training.telemetry
 from configs import get_preset
 from training.config import LoggingConfig, TrainingConfig
+from training.report import forward_flops
+from training.runs import read_options
 from training.telemetry import (
     Telemetry,
     import_wandb,
@@ -70,6 +72,7 @@ def test_every_tick_has_a_row_of_nested_statistics(run):
         "Timing/maintenance_sec",
         "Resources/cpu_mem_gb",
     }
+    config = read_options(run.run_dir, print)
     for row in rows:
         assert names | {"timestamp"} == set(row)
         assert all(set(row[name]) == {"num", "mean", "std"} for name in names)
@@ -80,6 +83,10 @@ def test_every_tick_has_a_row_of_nested_statistics(run):
         seconds = row["Timing/sec_per_tick"]["mean"]
         assert row["Timing/sec_per_kimg"]["mean"] == pytest.approx(seconds / 0.008)
         assert row["Timing/images_per_sec"]["mean"] == pytest.approx(8 / seconds)
+        flops = (
+            3 * forward_flops(config) * 8 / seconds
+        )  # The backward pass costs twice the forward.
+        assert row["Timing/tflops_per_sec"]["mean"] == pytest.approx(flops / 1e12)
         assert 0.05 < row["Resources/cpu_mem_gb"]["mean"] < 100
     totals = [row["Timing/total_sec"]["mean"] for row in rows]
     assert totals == sorted(totals)
