@@ -191,6 +191,7 @@ def test_an_autoencoder_that_moved_is_named_and_another_is_refused(vae, trained,
         ("--data=LATENTS --metrics-ref=x", ["--metrics-ref has no effect"]),
         ("--data=LATENTS --window=4", ["--window: preset digits-latent has no such option"]),
         ("--data=LATENTS --precond=edm --learned-variance", ["--learned-variance"]),
+        ("--data=LATENTS --precond=edm", ["--sigma-grid: got timesteps", "choose another grid"]),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_sentence(arguments, parts, images, latents, tmp_path):

@@ -182,8 +182,8 @@ def make_generator(
         raise ValueError("--guide has no effect with --cfg-scale=1; give the weight, such as 1.7.")
     elif _interface(guide) != _interface(snapshot):
         raise ValueError(
-            f"--guide: {guide.path} makes images of another size, class count or parametrization "
-            f"than {snapshot.path}."
+            f"--guide: {guide.path} makes images of another size, class count, parametrization or "
+            f"autoencoder than {snapshot.path}."
         )
     return ImageGenerator(
         network=snapshot.build(device),
@@ -231,7 +231,8 @@ def seed_range(first_seed: int, num_images: int) -> str:
 
 def _interface(snapshot: Snapshot) -> tuple[Any, ...]:
     model = snapshot.config.model
-    return model.resolution, model.img_channels, model.num_classes, snapshot.config.precond
+    vae_hash = getattr(model, "vae_hash", None)
+    return (model.input_shape, model.num_classes, vae_hash, snapshot.config.precond)
 
 
 def parse_classes(text: str | None, class_names: Sequence[str]) -> tuple[int, ...]:

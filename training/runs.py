@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from diffusion.precond import make_precond
+from diffusion.samplers import sampling_sigmas
 from dnnlib.config import from_dict, to_dict
 from dnnlib.files import atomic_write
 from models import LatentModelConfig
@@ -94,7 +95,8 @@ def fit_to_autoencoder(config: RunConfig, autoencoder: Autoencoder) -> RunConfig
 def with_data_facts(config: RunConfig, img_channels: int, num_classes: int) -> RunConfig:
     """Return ``config`` with the fields of the model that follow from the data and augmentation.
 
-    Raises ValueError for guidance or label dropout without classes.
+    Raises ValueError for guidance or label dropout without classes, and for noise levels of the
+    sampler that the network does not know.
     """
     label_drop = config.training.label_drop
     if label_drop is None:
@@ -107,6 +109,8 @@ def with_data_facts(config: RunConfig, img_channels: int, num_classes: int) -> R
     training = dataclasses.replace(config.training, label_drop=label_drop)
     config = dataclasses.replace(config, training=training)
     check_guidance(config, num_classes)
+    precond = make_precond(config.precond)
+    sampling_sigmas(config.sampling, precond)  # Raises if the network knows no such levels.
     if isinstance(config.model, LatentModelConfig) and config.training.augment.augment > 0:
         raise ValueError(
             f"--augment: got {config.training.augment.augment:g}, but latents cannot be augmented; "
@@ -117,7 +121,7 @@ def with_data_facts(config: RunConfig, img_channels: int, num_classes: int) -> R
         img_channels=img_channels,
         num_classes=num_classes,
         augment_dim=NUM_LABELS if config.training.augment.augment > 0 else 0,
-        learned_variance=make_precond(config.precond).learned_variance,
+        learned_variance=precond.learned_variance,
     )
     return dataclasses.replace(config, model=model)
 
