@@ -45,7 +45,12 @@ def main(weights: str, preset: str, out: Path, vae: str) -> None:
     path = fetch(weights)
     chosen = get_preset(preset)
     config = with_data_facts(chosen.run, chosen.run.model.img_channels, chosen.num_classes)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vae=vae))
+    # The published samples were made in float32.
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, vae=vae),
+        training=dataclasses.replace(config.training, precision="fp32", compile=False),
+    )
     try:
         network = network_of_published(_read_tensors(path), config.model)
     except ValueError as error:

@@ -30,7 +30,7 @@ def tiny_autoencoder(
             in_channels=img_channels,
             out_channels=img_channels,
             latent_channels=latent_channels,
-            block_out_channels=(8, 16, 16)[:num_stages],
+            block_out_channels=(8, 16, 16, 16)[:num_stages],
             down_block_types=("DownEncoderBlock2D",) * num_stages,
             up_block_types=("UpDecoderBlock2D",) * num_stages,
             norm_num_groups=4,

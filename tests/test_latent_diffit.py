@@ -6,8 +6,10 @@ import math
 import pytest
 import torch
 from helpers import fail, succeed
+from latent_files import tiny_autoencoder
 from safetensors.torch import save_file
 
+import generate
 import import_weights
 from configs import get_diffit_config, get_preset
 from models import Context, build_network
@@ -16,6 +18,7 @@ from models.layers import position_embedding
 from models.published import network_of_published, published_shapes
 from torch_utils.misc import count_flops, count_parameters
 from training.checkpoint import load_snapshot
+from training.pictures import read_image
 
 TINY = LatentDiffiTConfig(
     resolution=64,
@@ -294,6 +297,16 @@ def test_import_writes_a_snapshot_with_the_published_protocol(tmp_path, tiny_pre
     assert (sampling.sampler, sampling.grid, sampling.steps) == ("ddpm", "timesteps", 250)
     assert snapshot.config.model.vae == "stabilityai/sd-vae-ft-ema"
     assert snapshot.config.model.latent_scale == 0.18215
+    # And samples, decoded by the autoencoder that is named.
+    vae = tiny_autoencoder(tmp_path / "vae", num_stages=4, scaling_factor=0.18215)
+    outdir = tmp_path / "out"
+    options = (f"--vae={vae}", "--seeds=0", "--class=3", "--steps=2")
+    succeed(generate, f"--network={out}", f"--outdir={outdir}", *options)
+    assert read_image(outdir / "000000.png").shape == (3, 64, 64)
+    other = tiny_autoencoder(tmp_path / "other", num_stages=4, scaling_factor=0.5)
+    options = (f"--vae={other}", f"--outdir={tmp_path / 'other-out'}")
+    message = fail(generate, f"--network={out}", *options)
+    assert "has scale 0.5, but the model has 0.18215" in message
 
 
 def test_a_wrong_file_gets_every_name(tmp_path, tiny_preset):
