@@ -15,7 +15,7 @@ import torch
 from configs.presets import PRESET_OF_RESOLUTION, PRESETS, get_preset
 from dnnlib.cli import ConfigCommand, raw_value, run, settings
 from dnnlib.config import Config
-from dnnlib.files import atomic_write, check_target
+from dnnlib.files import atomic_write, check_target, lock_folder
 from dnnlib.text import join_names
 from evaluation.scoring import make_evaluate, real_images
 from metrics.metric import get_metrics
@@ -189,7 +189,9 @@ def main(
     if is_new:
         run_dir = runs.make_run_dir(outdir, runs.describe(config, dataset, desc))
     locks: list[Any] = []
-    distributed.on_main(lambda: locks.append(runs.lock(run_dir)))
+    distributed.on_main(
+        lambda: locks.append(lock_folder(run_dir, f"{run_dir}: another process is training here"))
+    )
     state = None
     if not is_new:
         distributed.on_main(lambda: runs.clear_leftovers(run_dir))

@@ -1,6 +1,7 @@
 """Atomic writes and cached, verified downloads."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -59,6 +60,25 @@ def check_target(option: str, path: str | os.PathLike, *, is_folder: bool = Fals
             if not os.access(folder, os.W_OK):
                 raise ValueError(f"{option}: {path} cannot be written: no permission in {folder}.")
             return
+
+
+def lock_folder(folder: Path, problem: str) -> IO | None:
+    """Keep other processes from writing into a folder until the returned file is closed.
+
+    The system ends the lock with this process, however that ends. None where it cannot lock.
+    Raises ValueError, a sentence that begins with ``problem``, if another process holds the lock.
+    """
+    file = open(folder / ".lock", "w")
+    try:
+        # Unlike flock's, this kind of lock is not shared by forked data loaders.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise ValueError(f"{problem}; wait for its end, or stop it.") from None
+    except OSError:  # Some network file systems have no locks.
+        file.close()
+        return None
+    return file
 
 
 def _fsync_folder(folder: Path) -> None:

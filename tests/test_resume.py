@@ -232,9 +232,9 @@ def test_other_data_are_reported_and_another_process_is_kept_out(finished, digit
     convert(open_source("digits"), other, max_images=150, num_workers=1)
     result = succeed(train_script, f"--resume={finished}", f"--data={other}", "--kimg=0.064")
     assert "The training data are not those that the run began with" in result.output
-    program = f"from training.runs import lock; lock(__import__('pathlib').Path({str(finished)!r}))"
-    hold = f"{program.replace('lock(__', 'held = lock(__')}; print('held', flush=True); input()"
-    command = [sys.executable, "-c", hold]
+    hold = "import pathlib, sys; from dnnlib.files import lock_folder; "
+    hold += "held = lock_folder(pathlib.Path(sys.argv[1]), ''); print('held', flush=True); input()"
+    command = [sys.executable, "-c", hold, str(finished)]
     with subprocess.Popen(
         command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import importlib.metadata
 import io
 import json
@@ -11,13 +10,13 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from dnnlib.files import atomic_write, check_target, sha256_of_file, write_json
+from dnnlib.files import atomic_write, check_target, lock_folder, sha256_of_file, write_json
 from dnnlib.progress import progress
 from dnnlib.text import join_names
 from torch_utils import distributed
@@ -161,7 +160,7 @@ def _claim(
     Raises ValueError if it holds another encoding, or if another process is at work there.
     """
     dest.mkdir(parents=True, exist_ok=True)
-    lock = _lock(dest)
+    lock = lock_folder(dest, f"--dest: another process is encoding into {dest}")
     if lock is not None:
         stack.enter_context(lock)
     claim = dest / CLAIM_FILE
@@ -181,22 +180,6 @@ def _claim(
     for leftover in dest.glob(".*.tmp"):
         leftover.unlink()
     return missing
-
-
-def _lock(dest: Path) -> IO | None:
-    """Keep other processes from encoding into ``dest`` until the returned file is closed."""
-    file = open(dest / ".lock", "w")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.close()
-        raise ValueError(
-            f"--dest: another process is encoding into {dest}; wait for its end, or stop it."
-        ) from None
-    except OSError:  # Some network file systems have no locks.
-        file.close()
-        return None
-    return file
 
 
 def _read_claim(claim: Path) -> dict[str, Any]:

@@ -1,12 +1,11 @@
 """Run folders: making, finding and resuming them."""
 
 import dataclasses
-import fcntl
 import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from diffusion.precond import make_precond
 from diffusion.samplers import sampling_sigmas
@@ -220,27 +219,6 @@ def stored_origin(run_dir: Path) -> dict[str, Any] | None:
 def origin_of(transfer: Snapshot | None, desc: str | None) -> dict[str, Any]:
     """Return what makes a run another one besides its configuration: first weights, description."""
     return dict(transfer=None if transfer is None else transfer.sha256, desc=desc)
-
-
-def lock(run_dir: Path) -> IO | None:
-    """Keep other processes from training in a run folder until the returned file is closed.
-
-    The system ends the lock with this process, however that ends. None where it cannot lock.
-    Raises ValueError if another process holds the lock.
-    """
-    file = open(run_dir / ".lock", "w")
-    try:
-        # Unlike flock's, this kind of lock is not shared by forked data loaders.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.close()
-        raise ValueError(
-            f"{run_dir}: another process is training here; wait for its end, or stop it."
-        ) from None
-    except OSError:  # Some network file systems have no locks.
-        file.close()
-        return None
-    return file
 
 
 def clear_leftovers(run_dir: Path) -> None:
