@@ -24,6 +24,7 @@ from metrics.metric import METRICS, MetricSpec, get_metrics, needed_features
 from metrics.reference import save_references
 from metrics.rows import compare_rows, read_rows
 from torch_utils import distributed
+from torch_utils.misc import allow_tf32
 from training.config import DetectorConfig
 from training.generation import AUTOCAST_DTYPES
 from training.samples import open_images
@@ -76,6 +77,7 @@ def open_given_source(
     network: str | None,
     images: str | None,
     guide: str | None,
+    tf32: bool,
     vae: str | None,
     seed: int,
     batch: int,
@@ -88,10 +90,11 @@ def open_given_source(
     """
     if (network is None) == (images is None):
         raise click.UsageError("Give either --network or --images.")
-    for name in ("seed", "precision", "guide", "vae"):
+    for name in ("seed", "precision", "guide", "vae", "tf32"):
         if images is not None and is_given(name):
             raise click.UsageError(option_elsewhere(name, config))
     device = distributed.init()
+    allow_tf32(tf32)
     source = open_source(
         images or network,
         config if network else None,
@@ -119,6 +122,7 @@ def source_options(command: click.Command) -> click.Command:
         ),
         batch_option,
         click.option("--seed", default=0, show_default=True, help="Seed of the first image."),
+        click.option("--tf32", is_flag=True, help="Allow TF32 products on NVIDIA GPUs."),
         click.option("--vae", help="Autoencoder of a latent model, if not where it was."),
         click.option("--guide", help="Second snapshot, to guide away from with --cfg-scale."),
         click.option("--images", help="Folder, zip or .npz of generated images instead."),

@@ -11,6 +11,7 @@ from dnnlib.config import Config
 from dnnlib.files import check_target
 from dnnlib.progress import progress
 from torch_utils import distributed
+from torch_utils.misc import allow_tf32
 from training.generation import (
     AUTOCAST_DTYPES,
     GenerateConfig,
@@ -59,6 +60,7 @@ def option_elsewhere(name: str, config: Config | None) -> str | None:
 @click.option("--grid", type=click.Path(path_type=Path), help="Also write one picture of all.")
 @click.option("--columns", default=10, show_default=True, type=click.IntRange(1), help="Of --grid.")
 @click.option("--guide", help="Second snapshot, to guide away from with weight --cfg-scale.")
+@click.option("--tf32", is_flag=True, help="Allow TF32 matrix products on NVIDIA GPUs.")
 @click.option("--vae", help="Autoencoder of a latent model, if not where it was in training.")
 @click.option("--precision", type=click.Choice(list(AUTOCAST_DTYPES)), help="As in training.")
 def main(
@@ -72,6 +74,7 @@ def main(
     grid: Path | None,
     columns: int,
     guide: str | None,
+    tf32: bool,
     vae: str | None,
     precision: str | None,
 ) -> None:
@@ -92,6 +95,7 @@ def main(
         if grid.absolute() in {path.absolute() for path in paths}:
             raise click.UsageError(f"--grid: {grid} is the file of one of the images.")
     device = distributed.init()
+    allow_tf32(tf32)
     generator = make_generator(
         snapshot,
         device,

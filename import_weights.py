@@ -10,6 +10,7 @@ from dnnlib.cli import run
 from dnnlib.files import check_target, fetch, sha256_of_file
 from models.latent_diffit import LatentDiffiTConfig
 from models.published import network_of_published
+from training.autoencoder import check_location
 from training.checkpoint import DataSummary, save_snapshot
 from training.runs import with_data_facts
 
@@ -42,6 +43,7 @@ def main(weights: str, preset: str, out: Path, vae: str) -> None:
       python generate.py --network=network.pkl --outdir=out --seeds=0-15 --class=207 --grid=out.png
     """
     check_target("--out", out)
+    check_location(vae)
     path = fetch(weights)
     chosen = get_preset(preset)
     config = with_data_facts(chosen.run, chosen.run.model.img_channels, chosen.num_classes)

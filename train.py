@@ -22,7 +22,7 @@ from metrics.metric import get_metrics
 from models import LatentModelConfig, attention_backend
 from torch_utils import distributed
 from training import runs
-from training.autoencoder import load_autoencoder
+from training.autoencoder import check_location, load_autoencoder
 from training.checkpoint import load_snapshot, package_versions
 from training.config import RunConfig, accumulation_rounds, fit_to_device
 from training.inputs import open_training_data
@@ -127,6 +127,8 @@ def main(
         # The weights are good from the start: the average need not forget its first steps.
         training = dataclasses.replace(config.training, ema_rampup=None)
         config = dataclasses.replace(config, training=training)
+    if getattr(config.model, "vae", None) is not None:
+        check_location(config.model.vae)
     if transfer is not None and not transfer.is_file():
         raise click.UsageError(f"--transfer: {transfer}: no such file.")
     if desc is not None and not re.fullmatch(r"[\w.,=+-]+", desc):

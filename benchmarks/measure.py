@@ -186,7 +186,9 @@ def make_archive(
 def make_latents(path: Path, *, num_images: int, model: LatentModelConfig) -> None:
     """Write an archive of random latents, labelled, of the shape that a model expects."""
     shape = (num_images, 1, 2 * model.latent_channels, *model.input_shape[1:])
-    moments = np.random.default_rng(0).standard_normal(shape, np.float32) / model.latent_scale
+    moments = np.random.default_rng(0).standard_normal(shape, np.float32) / (
+        model.latent_scale or 1
+    )
     moments[:, :, model.latent_channels :] = 0.1
     path.mkdir()
     np.save(path / shard_name(0), moments.astype(np.float16))
@@ -199,7 +201,7 @@ def make_latents(path: Path, *, num_images: int, model: LatentModelConfig) -> No
         latent_shape=list(model.input_shape),
         kind="mean-std",
         mirrored=False,
-        scale=model.latent_scale,
+        scale=model.latent_scale or 1.0,
         shift=model.latent_shift,
         vae="none",
         vae_hash="none",

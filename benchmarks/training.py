@@ -21,11 +21,11 @@ from benchmarks.plain import build_plain_network
 from diffusion.precond import make_precond
 from models import Network, build_network
 from torch_utils import rng
-from torch_utils.misc import peak_flops
+from torch_utils.misc import allow_tf32, peak_flops
 from torch_utils.stats import StatsCollector
 from training.config import RunConfig
 from training.dataset import ImageDataset
-from training.ema import EMA, ema_beta
+from training.ema import EMA, PowerEMA, ema_beta
 from training.generation import AUTOCAST_DTYPES
 from training.inputs import make_inputs
 from training.objective import Objective
@@ -77,8 +77,13 @@ class TrainingSteps:
 
     def _make_optimizer(self) -> None:
         clip_grad = self.config.training.clip_grad
-        self._optimizer = GuardedAdam(self.network.parameters(), clip_grad=clip_grad)
+        self._optimizer = GuardedAdam(
+            self.network.parameters(),
+            weight_decay=self.config.training.weight_decay,
+            clip_grad=clip_grad,
+        )
         self._ema = EMA(self.network)
+        self._profiles = PowerEMA(self.network, self.config.training.ema_stds)
         self.average = list(self._ema.network.parameters())
         self._stats = StatsCollector()
         if self.config.training.compile:
@@ -116,6 +121,8 @@ class TrainingSteps:
 
     def _update_average(self, beta: float) -> None:
         self._ema.update(beta, self._optimizer.skipped)
+        training = self.config.training
+        self._profiles.update(self._cur_nimg + training.batch, training.batch)
 
     def state_bytes(self) -> int:
         """Return the bytes kept between two steps: weights, average, optimizer."""
@@ -134,6 +141,10 @@ class PlainTrainingSteps(TrainingSteps):
             self.network.parameters(), betas=(0.9, 0.999), eps=1e-8, foreach=False, fused=False
         )
         self.average = [param.detach().clone() for param in self.network.parameters()]
+        self._profiles = [
+            [param.detach().clone() for param in self.network.parameters()]
+            for _ in self.config.training.ema_stds
+        ]
 
     def _update_weights(self, loss: torch.Tensor) -> None:
         for group in self._optimizer.param_groups:
@@ -143,8 +154,9 @@ class PlainTrainingSteps(TrainingSteps):
 
     @torch.no_grad()
     def _update_average(self, beta: float) -> None:
-        for average, param in zip(self.average, self.network.parameters(), strict=True):
-            average.lerp_(param, 1 - beta)
+        for averages in (self.average, *self._profiles):
+            for average, param in zip(averages, self.network.parameters(), strict=True):
+                average.lerp_(param, 1 - beta)
 
 
 def benchmark_train(
@@ -170,8 +182,7 @@ def benchmark_train(
     """
     training = config.training
     torch.backends.cudnn.benchmark = training.cudnn_benchmark
-    torch.backends.cudnn.allow_tf32 = training.tf32
-    torch.backends.cuda.matmul.allow_tf32 = training.tf32
+    allow_tf32(training.tf32)
 
     def with_training(**changes: Any) -> RunConfig:
         return dataclasses.replace(config, training=dataclasses.replace(training, **changes))

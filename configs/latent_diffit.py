@@ -18,7 +18,11 @@ _SIZES: dict[str, dict[str, int]] = {
 
 MODELS: dict[str, LatentDiffiTConfig] = {
     f"imagenet{resolution}{size}": LatentDiffiTConfig(
-        resolution=resolution, num_classes=_IMAGENET_CLASSES, learned_variance=True, **settings
+        resolution=resolution,
+        num_classes=_IMAGENET_CLASSES,
+        learned_variance=True,
+        latent_scale=0.18215,  # Of Stable Diffusion's autoencoders.
+        **settings,
     )
     for resolution, sizes in ((256, _SIZES), (512, ("", "-d30")))
     for size, settings in ((size, _SIZES[size]) for size in sizes)

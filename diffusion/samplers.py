@@ -280,7 +280,7 @@ def _timestep_sigmas(num_steps: int, precond: Precond) -> list[float]:
     if not isinstance(precond, TablePrecond):
         raise ValueError(
             "--sigma-grid: got timesteps, but this network was trained at all noise levels of a "
-            "range; choose another grid, or train with --precond=ddpm or iddpm."
+            "range; give --sigma-grid=karras, or train with --precond=ddpm or iddpm."
         )
     last = precond.num_timesteps - 1
     if num_steps > precond.num_timesteps:

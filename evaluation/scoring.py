@@ -327,7 +327,15 @@ def make_evaluate(
     and not hours later. Collective.
     """
     names = sorted({metric.feature.detector for metric in metrics})
-    detectors = make_detectors(names, config, shape_of(model), device)
+    found = None if real is None else real.image_shape
+    expected = shape_of(model)
+    if found is not None and (found[0] != expected[0] or ("pixels" in names and found != expected)):
+        shapes = ["x".join(map(str, shape)) for shape in (found, expected)]
+        raise ValueError(
+            f"--metrics-ref: holds images of {shapes[0]} (channels, height, width), but the model "
+            f"makes {shapes[1]}; give images of the same kind."
+        )
+    detectors = make_detectors(names, config, expected, device)
     needs = needed_features(metrics, of_reference=True)
     references = {} if real is None else real.references(needs, detectors, device)
     by_name = {metric.name: metric for metric in metrics}

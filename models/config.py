@@ -57,8 +57,11 @@ class LatentModelConfig(ModelConfig):
     )
     latent_channels: int = option(4, min=1, help="Channels of the latents.")
     latent_downsampling: int = option(8, min=1, help="Edge of an image over that of its latents.")
-    latent_scale: float = option(
-        0.18215, min=1e-8, help="Scale of the autoencoder's latents.", exposed=False
+    latent_scale: float | None = option(
+        None,
+        min=1e-8,
+        help="Scale of the autoencoder's latents; none: as the autoencoder says.",
+        exposed=False,
     )
     latent_shift: float = option(
         0.0, help="Shift of the autoencoder's latents before scaling.", exposed=False

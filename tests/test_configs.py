@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from configs import get_diffit_config
+from configs import get_diffit_config, get_preset
 from configs.diffit import MODELS
 from models import build_network
 
@@ -38,6 +38,26 @@ def test_the_paper_s_table_is_what_the_presets_say():
     assert (cifar10.num_heads, ffhq64.num_heads) == (4, 4)
     assert (cifar10.dropout, ffhq64.dropout) == (0.13, 0.05)
     assert (cifar10.time_dim, ffhq64.time_dim) == (512, 512)
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "lr", "guidance"),
+    [
+        ("imagenet256", 256, 3e-4, (4.4, "power-cosine", 4.0, 3)),
+        ("imagenet512", 512, 1e-4, (1.49, "constant", 4.0, 3)),
+    ],
+)
+def test_latent_presets_carry_the_published_protocol(name, batch, lr, guidance):
+    run = get_preset(name).run
+    training, sampling, given = run.training, run.sampling, run.guidance
+    assert (training.batch, training.lr, training.lr_rampup) == (batch, lr, 0)
+    assert 0.5 ** (batch / (training.ema_kimg * 1000)) == pytest.approx(0.9999, abs=1e-9)
+    assert training.ema_rampup is None
+    assert (given.cfg_scale, given.cfg_schedule, given.cfg_power, given.cfg_channels) == guidance
+    assert (sampling.sampler, sampling.grid, sampling.steps) == ("ddpm", "timesteps", 250)
+    assert (run.precond.precond, run.precond.learned_variance) == ("ddpm", True)
+    assert (run.data.cond, run.data.hflip) == (True, True)
+    assert (training.precision, training.compile) == ("auto", None)
 
 
 def test_digits_are_small_grey_classed_and_not_augmented():

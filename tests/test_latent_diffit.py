@@ -24,6 +24,7 @@ TINY = LatentDiffiTConfig(
     resolution=64,
     num_classes=5,
     learned_variance=True,
+    latent_scale=0.18215,
     num_blocks=3,
     hidden_dim=24,
     num_heads=2,
@@ -223,17 +224,22 @@ def test_the_first_estimate_is_nothing_and_the_first_gradient_reaches_the_head()
     assert network.backbone.head.weight.grad.abs().max() > 0
 
 
-def test_checkpointing_changes_no_gradient():
+def test_checkpointing_computes_blocks_again_and_changes_no_gradient():
+    calls = []
+
     def gradients(checkpointing):
         torch.manual_seed(0)
         network = build_network(dataclasses.replace(TINY, checkpointing=checkpointing)).train()
         torch.nn.init.normal_(network.backbone.head.weight, std=0.1)
+        for block in network.backbone.blocks:
+            block.register_forward_pre_hook(lambda *_: calls.append(checkpointing))
         label = torch.tensor([1, 3])
         out = network(torch.ones(2, 4, 8, 8), torch.ones(2), network.context({"label": label}))
         out.square().sum().backward()
         return [parameter.grad for parameter in network.parameters()]
 
     torch.testing.assert_close(gradients(False), gradients(True), rtol=0, atol=0)
+    assert (calls.count(False), calls.count(True)) == (3, 6)
 
 
 def test_an_unconditional_model_runs_without_labels():

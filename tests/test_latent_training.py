@@ -3,12 +3,13 @@
 import dataclasses
 import json
 import shutil
+from unittest import mock
 
 import helpers
 import numpy as np
 import pytest
 import torch
-from helpers import fail, succeed
+from helpers import call, fail, succeed
 from latent_files import tiny_autoencoder
 
 import dataset_tool
@@ -16,10 +17,16 @@ import fid
 import generate
 import train
 from configs import get_preset
+from diffusion.precond import PrecondConfig, make_precond
 from evaluation.digits import class_agreement, train_autoencoder
-from training.autoencoder import load_autoencoder
+from models import build_network
+from training import posthoc_ema
+from training.autoencoder import Autoencoder, load_autoencoder
 from training.checkpoint import load_snapshot, load_state
-from training.inputs import LatentInputs, open_training_data
+from training.generation import make_generator
+from training.inputs import LatentInputs, open_training_data, to_uint8
+from training.latents import LatentDataset
+from training.objective import Objective
 from training.pictures import read_image
 from training.runs import fit_to_data
 
@@ -123,7 +130,7 @@ def test_encoding_while_training_is_the_same_training(images, vae, trained, tmp_
     assert own.data.num_images == other.data.num_images == 42
 
 
-def test_the_posterior_is_drawn_anew_at_each_epoch(images, vae, tmp_path):
+def test_latents_with_a_standard_deviation_are_sampled(images, vae, tmp_path):
     means = tmp_path / "means"
     arguments = (f"--source={images}", f"--vae={vae}")
     succeed(dataset_tool, "encode", *arguments, f"--dest={means}", "--mean-only")
@@ -146,6 +153,60 @@ def test_latents_bring_their_normalisation_and_refuse_another_autoencoder(latent
     other = tiny_autoencoder(tmp_path / "other", scaling_factor=0.7)
     message = fail(train, *TINY, f"--outdir={tmp_path}", f"--data={latents}", f"--vae={other}")
     assert f"--vae: {other} is another autoencoder" in message
+
+
+def test_averages_of_a_latent_run_are_reconstructed_after_its_autoencoder_moved(
+    latents, vae, tmp_path
+):
+    profiles = ("--ema-stds=0.05,0.1", "--snap=1", "--tick=1", "--batch=500")
+    run_dir = train_latent(tmp_path / "runs", latents, *profiles, "--iters=6")
+    moved = shutil.copytree(vae, tmp_path / "moved")
+    succeed(train, f"--resume={run_dir}", "--iters=10", f"--vae={moved}")
+    done = call(posthoc_ema, run_dir, "--std=0.07")
+    assert done.code == 0, done.error
+    (network,) = run_dir.glob("*-0.070-posthoc.pkl")
+    options = (f"--network={network}", "--seeds=0", "--class=1")
+    succeed(generate, *options, f"--outdir={tmp_path / 'out'}")
+
+
+def test_pictures_and_samples_are_what_the_autoencoder_decodes(latents, vae, trained, tmp_path):
+    autoencoder = load_autoencoder(str(vae), "cpu")
+    moments, _ = LatentDataset(latents).__getitems__([3, 30])
+    model = load_snapshot(snapshot_of(trained)).config.model
+    z = (moments[:, :4].float() - model.latent_shift) * model.latent_scale
+    expected = to_uint8(autoencoder.decode(z))
+    assert torch.equal(LatentInputs(model, autoencoder).pictures(moments), expected)
+    assert expected.float().std() > 1
+
+    generator = make_generator(load_snapshot(snapshot_of(trained)), torch.device("cpu"))
+    made = []
+    with mock.patch.object(Autoencoder, "decode", autospec=True) as decode:
+        decode.side_effect = lambda self, z: made.append(z) or z[:, :3].repeat(1, 1, 2, 2)
+        images = generator.generate([5, 6])
+    assert torch.equal(images, to_uint8(made[0][:, :3].repeat(1, 1, 2, 2)))
+    assert made[0].std() > 0.1
+
+
+def test_noise_of_training_and_of_the_posterior_are_independent():
+    objective = Objective(
+        build_network(dataclasses.replace(LATENT_MODEL, num_blocks=1)),
+        make_precond(PrecondConfig(precond="ddpm", learned_variance=True)),
+        inputs=LatentInputs(LATENT_MODEL, None),
+    )
+    drawn = objective.draw(
+        seed=0, cur_nimg=0, batch=500, input_shape=(4, 4, 4), device=torch.device("cpu")
+    )
+    both = torch.stack([drawn.noise.flatten(), drawn.inputs.flatten()])
+    assert abs(torch.corrcoef(both)[0, 1]) < 0.03
+
+
+def test_presets_of_another_scale_refuse_latents_unless_told(latents):
+    run = get_preset("digits-latent").run
+    model = dataclasses.replace(run.model, latent_scale=0.18215)
+    data = dataclasses.replace(run.data, data=str(latents))
+    run = dataclasses.replace(run, model=model, data=data)
+    with pytest.raises(ValueError, match=r"holds latents of scale 0\.5, but .* scale 0\.18215"):
+        fit_to_data(run, open_training_data(run))
 
 
 def test_posterior_noise_is_a_function_of_the_position_in_the_run():
@@ -184,6 +245,8 @@ def test_an_autoencoder_that_moved_is_named_and_another_is_refused(vae, trained,
         ("--data=IMAGES --vae=./no/such/vae", ["./no/such/vae"]),
         ("--data=LATENTS --latent-channels=3", ["4x4x4", "3x4x4", "--latent-channels=4"]),
         ("--data=LATENTS --resolution=16", ["--resolution: this run expects 16x16", "8x8"]),
+        ("--data=LATENTS --cfg-scale=2 --cfg-channels=5", ["--cfg-channels: got 5", "4 channels"]),
+        ("--data=LATENTS --metrics=fd_pixels --metrics-ref=LATENTS", ["holds latents, not images"]),
         ("--data=LATENTS --no-cond --label-drop=0 --cfg-scale=2", ["unconditional", "--cfg-scale"]),
         ("--data=LATENTS --augment=0.1", ["--augment: got 0.1, but latents", "--hflip"]),
         ("--data=LATENTS --cache", ["--cache has no effect on latents"]),
@@ -191,7 +254,7 @@ def test_an_autoencoder_that_moved_is_named_and_another_is_refused(vae, trained,
         ("--data=LATENTS --metrics-ref=x", ["--metrics-ref has no effect"]),
         ("--data=LATENTS --window=4", ["--window: preset digits-latent has no such option"]),
         ("--data=LATENTS --precond=edm --learned-variance", ["--learned-variance"]),
-        ("--data=LATENTS --precond=edm", ["--sigma-grid: got timesteps", "choose another grid"]),
+        ("--data=LATENTS --precond=edm", ["--sigma-grid: got timesteps", "--sigma-grid=karras"]),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_sentence(arguments, parts, images, latents, tmp_path):

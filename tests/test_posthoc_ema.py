@@ -53,14 +53,12 @@ def test_an_average_has_the_width_that_was_asked_for(std):
     assert np.sqrt(weights @ (times - mean) ** 2) == pytest.approx(std, rel=1e-3)
 
 
-def known_sequence(ema, network, num_steps, skipped=()):
+def known_sequence(ema, network, num_steps):
     values = np.sin(np.arange(1, num_steps + 1)) + 2
     for step, value in enumerate(values):
-        skip = step in skipped
-        if not skip:
-            with torch.no_grad():
-                network.weight.fill_(value)
-        ema.update((step + 1) * 8, 8, torch.tensor(float(skip)))
+        with torch.no_grad():
+            network.weight.fill_(value)
+        ema.update((step + 1) * 8, 8)
     return values
 
 
@@ -73,20 +71,6 @@ def test_steps_count_by_the_integral_of_their_power(std):
     edges = (np.arange(51) / 50) ** power
     average = ema.state_dict()[str(std)]["weight"].item()
     assert average == pytest.approx(np.diff(edges) @ values, rel=1e-5)
-
-
-def test_a_skipped_step_changes_no_average():
-    network = torch.nn.Linear(3, 2)
-    ema = PowerEMA(network, (0.05, 0.1))
-    ema.update(8, 8, torch.zeros([]))
-    before = {std: {k: v.clone() for k, v in s.items()} for std, s in ema.state_dict().items()}
-    with torch.no_grad():
-        network.weight.add_(1)
-    ema.update(16, 8, torch.ones([]))
-    for std, state in ema.state_dict().items():
-        assert all(torch.equal(value, before[std][name]) for name, value in state.items())
-    ema.update(24, 8, torch.zeros([]))
-    assert not torch.equal(ema.state_dict()["0.05"]["weight"], before["0.05"]["weight"])
 
 
 def test_compact_weights_are_halved_but_for_what_would_overflow():

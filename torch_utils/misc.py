@@ -31,6 +31,12 @@ def peak_flops(device_name: str, arithmetic: str) -> float | None:
     return None
 
 
+def allow_tf32(allowed: bool) -> None:
+    """Allow or forbid TF32 products and convolutions of float32 on NVIDIA GPUs."""
+    torch.backends.cudnn.allow_tf32 = allowed
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
 def count_parameters(module: torch.nn.Module) -> int:
     """Return the number of parameter values of a module, on any device including meta."""
     return sum(parameter.numel() for parameter in module.parameters())

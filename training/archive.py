@@ -16,6 +16,7 @@ from typing import IO, Any
 import numpy as np
 
 from training.images import decode_image, is_image_name, to_array
+from training.latent_archive import is_latent_folder
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # Signature, ..., length of name, length of extra field.
 _LOCAL_SLACK = 64  # Bytes read beyond the expected header, for extra fields.
@@ -439,6 +440,8 @@ def open_archive(path: str | os.PathLike) -> Archive:
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder.")
+    if is_latent_folder(path):
+        raise ValueError(f"{path}: holds latents, not images; give the images they were made of.")
     if path.is_dir():
         archive: Archive = FolderArchive(path)
     else:

@@ -174,7 +174,7 @@ def load_autoencoder(
 
     Raises ValueError, one sentence with the remedy, if there is none, or another one.
     """
-    location = str(location)
+    location = os.path.abspath(location) if os.path.isdir(location) else str(location)
     box: list[nn.Module] = []
 
     def read() -> dict[str, Any]:
@@ -203,7 +203,7 @@ def _rebuild(config: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
 
 
 def _read(location: str) -> nn.Module:
-    _check_location(location)
+    check_location(location)
     try:
         import diffusers
     except ModuleNotFoundError as error:
@@ -236,7 +236,8 @@ def _read(location: str) -> nn.Module:
     return network
 
 
-def _check_location(location: str) -> None:
+def check_location(location: str) -> None:
+    """Raise ValueError if there cannot be an autoencoder; cheap, and blind to what a file holds."""
     if not os.path.isdir(location):
         if location.count("/") != 1 or location[0] in "./~":
             raise ValueError(f"--vae: {location} is no folder and no Hugging Face id. {_HINT}")

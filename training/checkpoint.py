@@ -246,6 +246,9 @@ def transfer_weights(network: torch.nn.Module, snapshot: Snapshot) -> str:
         raise ValueError(f"--transfer: {snapshot.path} shares no weights with this model.")
     network.load_state_dict({name: given[name] for name in loaded}, strict=False)
     lines = [f"Transfer from {snapshot.path}: {len(loaded)} of {len(own)} tensors loaded."]
+    hashes = [getattr(c, "vae_hash", None) for c in (network.config, snapshot.config.model)]
+    if None not in hashes and hashes[0] != hashes[1]:
+        lines.append("  Its latents are of another autoencoder.")
     for title, names in (
         ("Loaded", _by_module(loaded)),
         ("Missing (kept as initialised)", missing),

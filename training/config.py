@@ -234,6 +234,16 @@ def accumulation_rounds(training: TrainingConfig, world_size: int) -> tuple[int,
     return batch_gpu, per_rank // batch_gpu
 
 
+def check_guided_channels(guidance: GuidanceConfig, model: ModelConfig) -> None:
+    """Raise ValueError if more channels are to be guided than a model denoises."""
+    channels = model.input_shape[0]
+    if (guidance.cfg_channels or 0) > channels:
+        raise ValueError(
+            f"--cfg-channels: got {guidance.cfg_channels}, but the model denoises {channels} "
+            "channels; give at most as many, or none for all."
+        )
+
+
 def check_guidance(config: RunConfig, num_classes: int) -> None:
     """Raise ValueError if classifier-free guidance is asked of a model that cannot give it."""
     if config.guidance.cfg_scale == 1.0:

@@ -56,13 +56,14 @@ class PowerEMA:
         }
 
     @torch.no_grad()
-    def update(self, cur_nimg: int, batch: int, skip: torch.Tensor) -> None:
+    def update(self, cur_nimg: int, batch: int) -> None:
         """Move every average towards the weights after a step that ended at ``cur_nimg`` images.
 
-        ``skip`` is as for :meth:`EMA.update`.
+        A skipped step counts too: a profile weighs the weights by their time, changed or not.
         """
         for std, average in self._averages.items():
-            _move(average, self._source, power_beta(self._gammas[std], cur_nimg, batch), skip)
+            beta = power_beta(self._gammas[std], cur_nimg, batch)
+            torch._foreach_lerp_(average, self._source, 1 - beta)
 
     def compact(self, std: float) -> dict[str, torch.Tensor]:
         """Return the network's state with the averages of one profile in place of its parameters.

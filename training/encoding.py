@@ -90,7 +90,8 @@ def encode(
         missing = distributed.on_main(lambda: _claim(dest, plan, dataset, stack))
         if missing is None:
             return distributed.on_main(lambda: read_record(dest)), None
-        _encode_shards(dest, plan, missing, dataset, autoencoder, encoding)
+        with distributed.together():
+            _encode_shards(dest, plan, missing, dataset, autoencoder, encoding)
         record = _finish(dest, plan, dataset)
     return record, len(missing)
 

@@ -22,7 +22,7 @@ from torch_utils import distributed
 from torch_utils.rng import SeededNoise
 from training.autoencoder import Autoencoder
 from training.checkpoint import Snapshot, load_snapshot, package_versions, weights_hash
-from training.config import TrainingConfig, check_guidance
+from training.config import TrainingConfig, check_guidance, check_guided_channels
 from training.ema import describe_average
 from training.inputs import open_autoencoder, to_uint8
 from training.pictures import image_grid, save_image
@@ -176,11 +176,14 @@ def make_generator(
     """
     config = snapshot.config
     sampling, guidance = sampling or config.sampling, guidance or config.guidance
+    check_guided_channels(guidance, config.model)
     if guide is None:
         check_guidance(dataclasses.replace(config, guidance=guidance), config.model.num_classes)
     elif guidance.cfg_scale == 1.0:
         raise ValueError("--guide has no effect with --cfg-scale=1; give the weight, such as 1.7.")
-    elif _interface(guide) != _interface(snapshot):
+    elif _interface(guide) != _interface(snapshot) or not _same_autoencoder(
+        guide.config.model, snapshot.config.model
+    ):
         raise ValueError(
             f"--guide: {guide.path} makes images of another size, class count, parametrization or "
             f"autoencoder than {snapshot.path}."
@@ -231,8 +234,13 @@ def seed_range(first_seed: int, num_images: int) -> str:
 
 def _interface(snapshot: Snapshot) -> tuple[Any, ...]:
     model = snapshot.config.model
-    vae_hash = getattr(model, "vae_hash", None)
-    return (model.input_shape, model.num_classes, vae_hash, snapshot.config.precond)
+    return model.input_shape, model.num_classes, snapshot.config.precond
+
+
+def _same_autoencoder(first: ModelConfig, second: ModelConfig) -> bool:
+    # That of imported weights is not known.
+    hashes = {getattr(model, "vae_hash", None) for model in (first, second)}
+    return None in hashes or len(hashes) == 1
 
 
 def parse_classes(text: str | None, class_names: Sequence[str]) -> tuple[int, ...]:

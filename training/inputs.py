@@ -8,7 +8,7 @@ from training.augment import AugmentParams, AugmentPipe, make_augment_pipe
 from training.autoencoder import Autoencoder, load_autoencoder, normalise
 from training.config import RunConfig
 from training.dataset import Cond, ImageDataset, MirroredImages, open_dataset
-from training.latent_archive import is_latent_folder
+from training.latent_archive import is_latent_folder, read_record
 from training.latents import LatentDataset
 
 TrainingData = ImageDataset | MirroredImages | LatentDataset
@@ -115,6 +115,7 @@ def open_training_data(config: RunConfig) -> TrainingData:
             )
         if data.cache:
             raise ValueError("--cache has no effect on latents, which need no decoding.")
+        check_resolution(config, read_record(data.data).resolution)
         return LatentDataset(
             data.data,
             use_labels=data.cond,
@@ -170,6 +171,17 @@ def check_autoencoder(model: LatentModelConfig, autoencoder: Autoencoder) -> Non
                 f"--vae: {autoencoder.location} has {what} {found:g}, but the model has {own:g}; "
                 f"{remedy}."
             )
+
+
+def check_resolution(config: RunConfig, resolution: int) -> None:
+    """Raise ValueError if the images of a run's data have another size than its model makes."""
+    expected = config.model.resolution
+    if resolution != expected:
+        raise ValueError(
+            f"--resolution: this run expects {expected}x{expected} images, but {config.data.data} "
+            f"holds {resolution}x{resolution}. Give --resolution={resolution} or another preset, "
+            f"or convert the data with dataset_tool.py convert --resolution={expected}."
+        )
 
 
 def make_inputs(

@@ -75,7 +75,7 @@ class LatentDataset(Dataset):
         if hflip and not record.mirrored:
             raise ValueError(
                 f"{self.path}: holds no mirror images, which --hflip needs; make it again with "
-                "dataset_tool.py encode --hflip, or train without --hflip."
+                "dataset_tool.py encode --hflip, or give --no-hflip."
             )
         self._hflip = hflip
 
@@ -168,7 +168,8 @@ class LatentDataset(Dataset):
         offset = self._starts[shard] + (row * self._row_shape[0] + variant) * target.nbytes
         file = self._files[shard]
         try:
-            num_bytes = os.preadv(self._open(file).fileno(), [target], offset)
+            stream = self._open(file)  # Held while it is read, should others push it out.
+            num_bytes = os.preadv(stream.fileno(), [target], offset)
         except OSError as error:
             raise ImageError(f"{file}: row {row} cannot be read ({error.strerror}).") from None
         if num_bytes != target.nbytes:

@@ -12,6 +12,7 @@ from diffusion.precond import make_precond
 from dnnlib.progress import progress
 from models import build_network
 from torch_utils import distributed, rng
+from torch_utils.misc import allow_tf32
 from torch_utils.stats import StatsCollector
 from training.autoencoder import Autoencoder
 from training.checkpoint import (
@@ -90,8 +91,7 @@ def training_loop(
     batch_gpu, num_rounds = accumulation_rounds(training, world_size)
     per_rank = batch_gpu * num_rounds
     torch.backends.cudnn.benchmark = training.cudnn_benchmark
-    torch.backends.cudnn.allow_tf32 = training.tf32
-    torch.backends.cuda.matmul.allow_tf32 = training.tf32
+    allow_tf32(training.tf32)
     autocast_dtype = AUTOCAST_DTYPES[training.precision]
 
     # Build network, loss, weight averages and optimizer.
@@ -290,7 +290,7 @@ def training_loop(
         grad_norm = optimizer.step(lr)
         beta = ema_beta(cur_nimg, training.batch, training.ema_kimg, training.ema_rampup)
         ema.update(beta, optimizer.skipped)
-        profiles.update(cur_nimg + training.batch, training.batch, optimizer.skipped)
+        profiles.update(cur_nimg + training.batch, training.batch)
         stats.report("Loss/grad_norm", grad_norm)
         stats.report("Loss/learning_rate", lr)
 

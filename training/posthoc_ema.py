@@ -29,6 +29,7 @@ from training.checkpoint import (
 )
 from training.config import RunConfig
 from training.power_ema import MAX_STD, MIN_STD, posthoc_coefficients, std_name
+from training.runs import SPEED_SETTINGS
 
 POOR_FIT = 0.05
 
@@ -88,7 +89,7 @@ def _difference(first: RunConfig, second: RunConfig) -> str | None:
     if first.precond != second.precond:
         return "preconditioner"
     # A run that continues may change how its network is computed, but no shapes.
-    free = ("dropout", "attention", "checkpointing")
+    free = ("dropout", *SPEED_SETTINGS["model"])
     models = [
         {k: v for k, v in dataclasses.asdict(config.model).items() if k not in free}
         for config in (first, second)

@@ -7,7 +7,7 @@ import torch
 
 from dnnlib.config import to_dict
 from dnnlib.text import format_count
-from models import attention_backend, build_network
+from models import LatentModelConfig, attention_backend, build_network
 from torch_utils.misc import count_flops, count_parameters
 from training.config import RunConfig, accumulation_rounds
 
@@ -50,6 +50,10 @@ def describe_run(config: RunConfig, world_size: int, device: torch.device) -> st
         "attention": attention_backend(model, device),
         "device": str(device),
     }
+    if isinstance(model, LatentModelConfig):
+        scale = "" if model.latent_scale is None else f", scale {model.latent_scale:g}"
+        shape = "x".join(map(str, model.input_shape))
+        rows["latents"] = f"{shape} of {model.vae or 'the autoencoder in --data'}{scale}"
     if kimg_per_snapshot < 1:
         rows["note"] = (
             f"snapshots and states come every {kimg_per_snapshot:g} kimg, but their names count "

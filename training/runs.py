@@ -16,8 +16,8 @@ from torch_utils import distributed
 from training.augment import NUM_LABELS
 from training.autoencoder import Autoencoder
 from training.checkpoint import Snapshot, find_states, load_state
-from training.config import RunConfig, check_guidance
-from training.inputs import TrainingData, check_autoencoder
+from training.config import RunConfig, check_guidance, check_guided_channels
+from training.inputs import TrainingData, check_autoencoder, check_resolution
 from training.latents import LatentDataset
 
 REQUEUE_FILE = "requeue"
@@ -29,7 +29,7 @@ _RUN_FILES = (
 _DEFAULT_LABEL_DROP = 0.1  # As in classifier-free guidance's experiments (arXiv 2207.12598).
 # Settings that change how fast or how long a run computes, but not what.
 _SPEED_SECTIONS = ("logging", "sampling", "guidance")
-_SPEED_SETTINGS = {
+SPEED_SETTINGS = {
     "model": ("checkpointing", "attention", "vae"),
     "data": ("cache",),
     "training": ("kimg", "iters", "skip_limit", "compile", "batch_gpu", "tf32", "cudnn_benchmark"),
@@ -43,13 +43,7 @@ def fit_to_data(config: RunConfig, dataset: TrainingData) -> RunConfig:
     autoencoder. Raises ValueError if the resolution or the latents' shape differs, or if the run
     asks for what the data cannot give.
     """
-    if dataset.resolution != config.model.resolution:
-        raise ValueError(
-            f"--resolution: this run expects {config.model.resolution}x{config.model.resolution} "
-            f"images, but {config.data.data} holds {dataset.resolution}x{dataset.resolution}. "
-            f"Give --resolution={dataset.resolution} or another preset, or convert the data with "
-            f"dataset_tool.py convert --resolution={config.model.resolution}."
-        )
+    check_resolution(config, dataset.resolution)
     if isinstance(dataset, LatentDataset):
         config = _fit_to_latents(config, dataset)
     return with_data_facts(config, dataset.img_channels, dataset.num_classes)
@@ -65,6 +59,12 @@ def _fit_to_latents(config: RunConfig, dataset: LatentDataset) -> RunConfig:
             f"--latent-channels={dataset.latent_shape[0]} and "
             f"--latent-downsampling={dataset.resolution // dataset.latent_shape[1]}, or encode "
             "the images with another --vae."
+        )
+    if model.vae is None and model.latent_scale not in (None, dataset.scale):
+        raise ValueError(
+            f"--data: {config.data.data} holds latents of scale {dataset.scale:g}, but preset "
+            f"{config.preset} is of latents of scale {model.latent_scale:g}; encode with the "
+            f"autoencoder that it is meant for, or give --vae={dataset.vae} to train on these."
         )
     model = dataclasses.replace(
         model,
@@ -83,6 +83,7 @@ def fit_to_autoencoder(config: RunConfig, autoencoder: Autoencoder) -> RunConfig
     """
     model = dataclasses.replace(
         config.model,
+        vae=autoencoder.location,
         vae_hash=autoencoder.sha256,
         latent_scale=autoencoder.scale,
         latent_shift=autoencoder.shift,
@@ -108,6 +109,7 @@ def with_data_facts(config: RunConfig, img_channels: int, num_classes: int) -> R
     training = dataclasses.replace(config.training, label_drop=label_drop)
     config = dataclasses.replace(config, training=training)
     check_guidance(config, num_classes)
+    check_guided_channels(config.guidance, config.model)
     precond = make_precond(config.precond)
     sampling_sigmas(config.sampling, precond)  # Raises if the network knows no such levels.
     if isinstance(config.model, LatentModelConfig) and config.training.augment.augment > 0:
@@ -260,7 +262,7 @@ def _identity(config: dict[str, Any]) -> dict[str, Any]:
         for section, values in config.items()
         if isinstance(values, dict) and section not in _SPEED_SECTIONS
         for name, value in values.items()
-        if name not in _SPEED_SETTINGS.get(section, ())
+        if name not in SPEED_SETTINGS.get(section, ())
     }
 
 
