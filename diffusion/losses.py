@@ -41,10 +41,11 @@ def hybrid_loss(
     context: Any,
     precond: TablePrecond,
 ) -> torch.Tensor:
-    """Return (eps - n)^2 + L_vb per element [N, C, H, W] (iDDPM, arXiv 2102.09672, Eq. 14-16).
+    """Return (eps - n)^2 + T / 1000 L_vb per element [N, C, H, W].
 
-    The variational bound's term, in bits, trains the variance alone: its mean is detached. It is
-    not scaled: the average over timesteps is the bound divided by their number.
+    iDDPM (arXiv 2102.09672), Eq. 14-16. The variational bound's term, in bits, trains the variance
+    alone: its mean is detached. The average of L_vb over T timesteps is the bound divided by T,
+    hence the factor, by which the bound weighs as much for any T: 0.001.
 
     Args:
         denoise: ``(x, sigma [N, 1, 1, 1], context) -> [N, 2 C, H, W]``, a denoiser with variance.
@@ -81,7 +82,7 @@ def hybrid_loss(
     )
     likelihood = _discretised_likelihood(images, denoised.detach(), (0.5 * log_variance).exp())
     bound = torch.where(is_last, -likelihood, divergence) / math.log(2)
-    return squared_error + bound
+    return squared_error + (precond.num_timesteps / 1000) * bound
 
 
 def _discretised_likelihood(

@@ -12,12 +12,15 @@ from models.context import Context
 from models.diffit import DiffiT, DiffiTConfig
 from models.latent_diffit import LatentDiffiT, LatentDiffiTConfig
 from models.layers import choose_attention
+from models.set_conditioner import SetConditioner
+from models.set_dit import SetDiT, SetDiTConfig
 
 __all__ = [
     "Context",
     "LatentModelConfig",
     "ModelConfig",
     "Network",
+    "SetDiTConfig",
     "attention_backend",
     "build_network",
 ]
@@ -45,6 +48,7 @@ class Family(NamedTuple):
 FAMILIES: dict[type[ModelConfig], Family] = {
     DiffiTConfig: Family(DiffiT, class_conditioner),
     LatentDiffiTConfig: Family(LatentDiffiT, class_table),
+    SetDiTConfig: Family(SetDiT, SetConditioner),
 }
 
 
@@ -69,7 +73,8 @@ class Network(nn.Module):
 
         Args:
             cond: Named conditions: ``label`` [N] int64 class indices, ``augment`` [N, 9] labels of
-                the augmentation (zeros if absent).
+                the augmentation (zeros if absent). Those of sets: see
+                :class:`~models.set_conditioner.SetConditioner`.
             drop: [N] bool, true where the condition is replaced by the learned null condition;
                 none by default.
             num: N, needed where ``cond`` is empty.
@@ -78,7 +83,7 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor, c_noise: Tensor, context: Context) -> Tensor:
         """Return F [N, C_out, H, W] of inputs x [N, C, H, W], noise levels c_noise [N], context."""
-        return self.backbone(x, c_noise, context)
+        return self.backbone(x, c_noise, self.conditioner.resolve(context, c_noise))
 
 
 def build_network(config: ModelConfig) -> Network:

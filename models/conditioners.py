@@ -13,6 +13,10 @@ class Conditioner(nn.Module):
 
     num_classes: int
 
+    def resolve(self, context: Context, c_noise: Tensor) -> Context:
+        """Return the context at noise levels ``c_noise`` [N], where that makes a difference."""
+        return context
+
     def check(self, cond: dict[str, Tensor]) -> None:
         """Raise ValueError if a condition is missing or out of range.
 

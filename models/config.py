@@ -41,6 +41,11 @@ class ModelConfig(Config):
         return self.img_channels, self.resolution, self.resolution
 
     @property
+    def images_per_row(self) -> int:
+        """Images in a row of a training batch: several where a row is a set."""
+        return 1
+
+    @property
     def out_channels(self) -> int:
         """Channels of the raw network output F."""
         return self.input_shape[0] * (2 if self.learned_variance else 1)

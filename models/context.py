@@ -18,6 +18,13 @@ class Context:
     vector: Tensor | None = None  # [N, D], one vector per image
     tokens: Tensor | None = None  # [N, L, D], a sequence per image
     mask: Tensor | None = None  # [N, L] bool, true where a token exists
+    label: Tensor | None = None  # [N, D], an embedding of the class beside that of something else
+    kl: Tensor | None = None  # [N], divergence of a drawn context from its prior, in nats
+    # Of a set encoder that waits for the noise level: tokens [N, ...] of each set, which images it
+    # has [N, k], and whether it is dropped [N].
+    set_tokens: Tensor | None = None
+    set_mask: Tensor | None = None
+    set_drop: Tensor | None = None
 
     def concat(self, *others: Self) -> Self:
         """Return the contexts of several batches, in order, as one batch.

@@ -1,6 +1,7 @@
-"""Layers that the networks share: attention inside windows, normalisation, embeddings.
+"""Layers that the networks share: attention, normalisation, embeddings.
 
-Images inside transformer blocks are channels-last, [B, H, W, C]: every position is a token.
+Images inside DiffiT's blocks are channels-last, [B, H, W, C]: every position is a token. Elsewhere
+tokens are a sequence, [B, L, C].
 """
 
 import functools
@@ -164,6 +165,64 @@ class TMSA(nn.Module):
         return self.proj(y.flatten(3))  #                               [B, H, W, C]
 
 
+class SelfAttention(nn.Module):
+    """Multi-head self-attention over a sequence of tokens.
+
+    Args:
+        dim: Width of the tokens.
+        num_heads: Number of heads; divides ``dim``.
+    """
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.head_dim = dim // num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return attended tokens [B, L, C] of tokens x [B, L, C]."""
+        q, k, v = split_heads(self.qkv(x), self.head_dim).chunk(3, dim=1)
+        return self.proj(merge_heads(functional.scaled_dot_product_attention(q, k, v)))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of tokens to those of a context.
+
+    Args:
+        dim: Width of the tokens.
+        context_dim: Width of the context's tokens.
+        num_heads: Number of heads; divides ``dim``.
+    """
+
+    def __init__(self, dim: int, context_dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.head_dim = dim // num_heads
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(context_dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """Return [B, L, C] of tokens x [B, L, C] and a context [B, M, context_dim]."""
+        q = split_heads(self.q(x), self.head_dim)
+        k, v = split_heads(self.kv(context), self.head_dim).chunk(2, dim=1)
+        return self.proj(merge_heads(functional.scaled_dot_product_attention(q, k, v)))
+
+
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """Return [B, heads, L, head_dim] of [B, L, heads * head_dim]."""
+    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """Undo :func:`split_heads`."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Return (1 + scale) x + shift, for x [B, L, C] and one scale and shift [B, C] an image."""
+    return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
+
+
 class MLP(nn.Module):
     """Linear, GELU (tanh form), Linear, on the last dimension."""
 
@@ -212,7 +271,7 @@ class PositionalEmbedding(nn.Module):
     """Sinusoids of a scalar: [N] becomes [N, dim]. The result is float32 also under autocast.
 
     Args:
-        dim: Number of sinusoids, even.
+        dim: Number of sinusoids; where it is odd, the last is 0.
         max_period: Frequencies fall geometrically from 1 to 1 / max_period.
         endpoint: Whether the last frequency is 1 / max_period, as in EDM (Karras et al. 2022,
             arXiv 2206.00364), or would be the one after it, as in DiT (arXiv 2212.09748).
@@ -233,26 +292,29 @@ class PositionalEmbedding(nn.Module):
         frequencies = torch.exp(-math.log(max_period) * exponents)
         self.register_buffer("frequencies", frequencies, persistent=False)
         self._cosines_first = cosines_first
+        self._padding = dim % 2
 
     def forward(self, x: Tensor) -> Tensor:
         angles = x.to(torch.float32)[:, None] * self.frequencies
         halves = [angles.sin(), angles.cos()]
-        return torch.cat(halves[::-1] if self._cosines_first else halves, dim=1)
+        sinusoids = torch.cat(halves[::-1] if self._cosines_first else halves, dim=1)
+        return functional.pad(sinusoids, (0, self._padding)) if self._padding else sinusoids
 
 
 def position_embedding(dim: int, grid: int) -> Tensor:
     """Return sinusoids of the position of every token of a square grid [grid, grid, dim], float32.
 
     The first half of the width tells the column, the second the row; each is [sin, cos] of the
-    position times 10000^(-i / (dim / 4)), i = 0 ... dim / 4 - 1 (DiT, arXiv 2212.09748). ``dim`` is
-    a multiple of four.
+    position times 10000^(-i / (dim / 4)), i = 0 ... dim / 4 - 1 (DiT, arXiv 2212.09748). A width
+    that is no multiple of four takes the first numbers of the next one that is.
     """
-    frequencies = 10_000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    quarter = -(-dim // 4)
+    frequencies = 10_000 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
     angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
     axis = torch.cat([angles.sin(), angles.cos()], dim=1).to(torch.float32)  # [grid, dim / 2]
     column = axis[None].expand(grid, grid, -1)
     row = axis[:, None].expand(grid, grid, -1)
-    return torch.cat([column, row], dim=2)
+    return torch.cat([column, row], dim=2)[:, :, :dim].contiguous()
 
 
 class UpsampleConv(nn.Conv2d):

@@ -7,7 +7,7 @@ import torch
 from diffusion.denoiser import Denoiser
 from diffusion.losses import denoising_loss, hybrid_loss
 from diffusion.precond import Precond
-from models import Network
+from models import Context, Network
 from torch_utils import rng
 from training.augment import AugmentParams
 from training.dataset import Cond
@@ -22,15 +22,12 @@ class Draws:
     noise: torch.Tensor  # [N, C, H, W], standard normal
     drop: torch.Tensor | None  # [N] bool, true where the condition is dropped
     inputs: AugmentParams | torch.Tensor | None  # [N, ...], what the inputs are made with
+    context_noise: torch.Tensor | None = None  # [N, ...], standard normal, of a drawn context
 
     def rows(self, start: int, stop: int) -> "Draws":
         """Return the draws of rows ``start`` to ``stop``."""
-        return Draws(
-            sigma=self.sigma[start:stop],
-            noise=self.noise[start:stop],
-            drop=None if self.drop is None else self.drop[start:stop],
-            inputs=None if self.inputs is None else self.inputs[start:stop],
-        )
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return Draws(**{k: None if v is None else v[start:stop] for k, v in values.items()})
 
 
 class Objective(torch.nn.Module):
@@ -103,7 +100,12 @@ class Objective(torch.nn.Module):
     def forward(self, images: torch.Tensor, cond: Cond, draws: Draws) -> torch.Tensor:
         """Return the loss of every element [N, C, H, W] of prepared images and conditions."""
         context = self.network.context(cond, draws.drop, num=len(images))
-        batch = (self._denoise, images, draws.sigma, draws.noise, context)
+        return self._loss(images, draws.sigma, draws.noise, context)
+
+    def _loss(
+        self, images: torch.Tensor, sigma: torch.Tensor, noise: torch.Tensor, context: Context
+    ) -> torch.Tensor:
+        batch = (self._denoise, images, sigma, noise, context)
         if self._precond.learned_variance:
             return hybrid_loss(*batch, self._precond)
         return denoising_loss(*batch, self._precond.weight)

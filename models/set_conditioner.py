@@ -1,0 +1,199 @@
+"""From sets of images, and labels, to a :class:`~models.context.Context`."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from models.conditioners import ClassTable, Conditioner
+from models.context import Context
+from models.set_dit import SetDiTConfig
+from models.set_encoder import SetEncoder, leave_one_out_index
+
+_MAX_LOG_VARIANCE = 10.0
+
+
+class SetConditioner(Conditioner):
+    """Encodes sets of images, and embeds class labels.
+
+    Conditions are either ``set`` [b, n, C, H, W], whose images are to be made: the context of b n
+    images, b-major, each from the others of its set (or, without leave-one-out, from all); or
+    ``support`` [N, k, C, H, W]: one context for each set. Further conditions:
+
+    - ``mask`` [b, n] or [N, k] bool, true where an image is present; all are, if it is absent. What
+      is in absent places changes nothing. A set without any image has a learned null context.
+    - ``label`` [b] or [N] int64, for a class-conditional model; num_classes stands for a class that
+      it does not know, and so does the absence of labels.
+    - ``context_noise`` [b, n, hdim], standard normal, from which a variational context is drawn;
+      the mean of its distribution is taken without.
+    - ``c_noise`` [b] or [N], for an encoder that depends on the noise level. Without it the context
+      waits, and is encoded by :meth:`resolve`.
+
+    Args:
+        config: Describes encoder and context.
+        dim: Width of a label's embedding.
+    """
+
+    def __init__(self, config: SetDiTConfig, dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.num_classes = config.num_classes
+        width = config.encoder_dim
+        self.encoder = SetEncoder(
+            mode=config.encoder_mode,
+            tokenizer=config.encoder_tokenizer,
+            set_size=config.context_size,
+            img_channels=config.img_channels,
+            resolution=config.resolution,
+            patch_size=config.patch_size,
+            dim=width,
+            depth=config.encoder_depth,
+            num_heads=config.encoder_heads,
+            dim_head=config.encoder_dim_head,
+            mlp_ratio=config.encoder_mlp_ratio,
+            dropout=config.encoder_dropout,
+            pool=config.encoder_pool,
+            with_time=config.encoder_time,
+            spt_shifts=config.spt_shifts,
+            second_pass=config.second_pass,
+        )
+        self.is_variational = config.mode_context == "variational"
+        if self.is_variational:
+            self.posterior = nn.Sequential(
+                nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2 * width)
+            )
+        self.projection = nn.Identity()
+        if config.context_proj:
+            self.projection = nn.Linear(width, config.context_dim)
+        self.null = nn.Parameter(torch.zeros(config.context_dim))
+        self.null.spares_decay = True
+        if self.num_classes > 0:
+            self.table = ClassTable(self.num_classes, dim)
+
+    def check(self, cond: dict[str, Tensor]) -> None:
+        """Raise ValueError if there is no set, or if a label is out of range."""
+        if "set" not in cond and "support" not in cond:
+            raise ValueError("This model is conditioned on sets of images, but none is given.")
+        if "label" in cond and self.num_classes:
+            super().check(cond)
+
+    def forward(
+        self, cond: dict[str, Tensor], drop: Tensor | None = None, num: int | None = None
+    ) -> Context:
+        """Return the context of N images, where N = b n for conditions ``set``.
+
+        Args:
+            cond: See the class.
+            drop: [b] or [N] bool, true where set and label are replaced by their nulls.
+            num: Not needed.
+        """
+        mask = cond.get("mask")
+        if "set" not in cond:
+            if "support" not in cond:
+                self.check(cond)
+            images = cond["support"]
+            repeats = 1
+            tokens = self.encoder.tokenise(images, mask)
+            set_mask = mask
+        else:
+            images = cond["set"]
+            repeats = images.shape[1]
+            if images.shape[1] != self.config.sample_size:
+                raise ValueError(
+                    f"--sample-size: the model is trained on sets of {self.config.sample_size} "
+                    f"images, but a set has {images.shape[1]}."
+                )
+            tokens, set_mask = self._tokens_of_sets(images, mask)
+        drop = (
+            torch.zeros(len(images), dtype=torch.bool, device=images.device)
+            if drop is None
+            else drop
+        )
+        label = self._label(cond, drop, len(images))
+        if label is not None:
+            label = label.repeat_interleave(repeats, dim=0)
+        drop = drop.repeat_interleave(repeats)
+        if set_mask is not None:
+            drop = drop | ~set_mask.any(1)
+        context = Context(label=label, set_tokens=tokens, set_mask=set_mask, set_drop=drop)
+        c_noise = cond.get("c_noise")
+        if self.encoder.with_time and c_noise is None:
+            return context
+        if c_noise is not None:
+            c_noise = c_noise.repeat_interleave(repeats)
+        noise = cond.get("context_noise")
+        return self._encode(context, c_noise, None if noise is None else noise.flatten(0, 1))
+
+    def resolve(self, context: Context, c_noise: Tensor) -> Context:
+        """Return the context, encoded for noise levels ``c_noise`` [N] if it waits for them."""
+        return context if context.set_tokens is None else self._encode(context, c_noise, None)
+
+    def _tokens_of_sets(self, images: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the tokens of the context of every image of sets, and the mask of its images."""
+        num = images.shape[1]
+        if self.config.leave_one_out:
+            tokens = self.encoder.tokenise_others(images, mask)
+            if mask is None:
+                return tokens, None
+            others = leave_one_out_index(num, mask.device)
+            return tokens, mask[:, others].flatten(0, 1)
+        tokens = self.encoder.tokenise(images, mask).repeat_interleave(num, dim=0)
+        return tokens, None if mask is None else mask.repeat_interleave(num, dim=0)
+
+    def _label(self, cond: dict[str, Tensor], drop: Tensor, num: int) -> Tensor | None:
+        if not self.num_classes:
+            return None
+        label = cond.get("label")
+        if label is None:
+            label = torch.full([num], self.num_classes, device=drop.device)
+        return self.table({"label": label}, drop).vector
+
+    def _encode(self, context: Context, c_noise: Tensor | None, noise: Tensor | None) -> Context:
+        config = self.config
+        is_film = config.mode_conditioning == "film"
+        vector, tokens = self.encoder(
+            context.set_tokens, c_noise, context.set_mask, with_tokens=not is_film
+        )
+        self._check(vector, tokens, len(context.set_tokens))
+        kl = None
+        if self.is_variational:
+            mean, log_variance = self.posterior(vector).float().chunk(2, dim=-1)
+            log_variance = log_variance.clamp(-_MAX_LOG_VARIANCE, _MAX_LOG_VARIANCE)
+            kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(-1)
+            # A context that is dropped has nothing to tell of its set.
+            kl = torch.where(context.set_drop, 0.0, kl)
+            vector = mean
+            if noise is not None:
+                vector = mean + (0.5 * log_variance).exp() * noise
+        if is_film:
+            vector = self.projection(vector)
+            vector = torch.where(context.set_drop[:, None], self.null.to(vector.dtype), vector)
+            return Context(vector=vector, label=context.label, kl=kl)
+        if config.context_pool_size is not None:
+            tokens = _pool_grid(tokens, config.grid, config.context_pool_size)
+        if self.is_variational:
+            # What is drawn joins the tokens and replaces none of them.
+            tokens = torch.cat([tokens, vector.to(tokens.dtype)[:, None]], dim=1)
+        tokens = self.projection(tokens)
+        tokens = torch.where(context.set_drop[:, None, None], self.null.to(tokens.dtype), tokens)
+        return Context(tokens=tokens, label=context.label, kl=kl)
+
+    def _check(self, vector: Tensor, tokens: Tensor | None, num: int) -> None:
+        """Assert the shapes of what the encoder returned for ``num`` sets."""
+        dim, num_patches = self.config.encoder_dim, self.config.grid**2
+        assert vector.shape == (num, dim), f"vector is {list(vector.shape)}, not {[num, dim]}"
+        if tokens is None:
+            return
+        assert tokens.ndim == 3, f"tokens have {tokens.ndim} dimensions, not 3"
+        assert tokens.shape[2] == dim, f"tokens are {tokens.shape[2]} wide, not {dim}"
+        assert tokens.shape[1] == num_patches, (
+            f"there are {tokens.shape[1]} tokens, not one for each of {num_patches} patches"
+        )
+        assert tokens.shape[0] == num, f"there are tokens of {tokens.shape[0]} sets, not {num}"
+
+
+def _pool_grid(tokens: Tensor, grid: int, num: int) -> Tensor:
+    """Return [N, num, d], averages over equal squares of a grid of tokens [N, grid * grid, d]."""
+    edge = round(num**0.5)
+    x = tokens.unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
+    x = functional.avg_pool2d(x, grid // edge)
+    return x.flatten(2).transpose(1, 2)

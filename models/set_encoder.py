@@ -1,0 +1,355 @@
+"""Encoders of a set of images: one vector, and one token per patch position, for the whole set.
+
+ViT (Dosovitskiy et al., arXiv 2010.11929) and its form for small data, with shifted patch
+tokenisation and locality self-attention (Lee et al., arXiv 2112.13492), as few-shot diffusion
+models use them (Giannone et al., arXiv 2205.15463).
+
+Tokens are always [CLS, TIME, patches]: patches begin at ``PATCH_OFFSET``.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from models.layers import PositionalEmbedding, merge_heads, split_heads
+
+PATCH_OFFSET = 2
+_SPT_SHIFTS = ((-1, -1), (-1, 1), (1, -1), (1, 1))
+
+
+def extract_patches(images: Tensor, patch: int) -> Tensor:
+    """Return the patches [..., P, patch * patch * C] of images [..., C, H, W], row by row.
+
+    The numbers of a patch are ordered as (row, column, channel).
+    """
+    height, width = images.shape[-2:]
+    x = images.unflatten(-1, (width // patch, patch)).unflatten(-3, (height // patch, patch))
+    x = x.movedim(-5, -1)  #                                            [..., gy, p, gx, p, C]
+    return x.transpose(-4, -3).flatten(-3).flatten(-3, -2)
+
+
+def shift_images(images: Tensor, patch: int) -> Tensor:
+    """Return images with their four diagonal shifts by half a patch as further channels.
+
+    [..., C, H, W] becomes [..., 5 C, H, W]; zeros enter at the edges (arXiv 2112.13492, Eq. 3).
+    """
+    step = max(patch // 2, 1)
+    height, width = images.shape[-2:]
+    padded = functional.pad(images, (step, step, step, step))
+    shifted = [
+        padded[..., step + dy * step :, step + dx * step :][..., :height, :width]
+        for dy, dx in _SPT_SHIFTS
+    ]
+    return torch.cat([images, *shifted], dim=-3)
+
+
+class EncoderAttention(nn.Module):
+    """Self-attention whose inner width, heads times ``dim_head``, need not be that of the tokens.
+
+    With ``locality``, a learned temperature scales the scores and no token attends to itself
+    (arXiv 2112.13492, Eq. 5-6).
+    """
+
+    def __init__(self, dim: int, num_heads: int, dim_head: int, *, locality: bool) -> None:
+        super().__init__()
+        self.dim_head = dim_head
+        self.qkv = nn.Linear(dim, 3 * num_heads * dim_head, bias=False)
+        self.proj = nn.Linear(num_heads * dim_head, dim)
+        self.log_temperature: nn.Parameter | None = None
+        if locality:
+            self.log_temperature = nn.Parameter(torch.tensor(-0.5 * math.log(dim_head)))
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Return [B, L, C] of x [B, L, C]; ``mask`` [..., L, L] is true where a key may be seen."""
+        q, k, v = split_heads(self.qkv(x), self.dim_head).chunk(3, dim=1)
+        scale = None
+        if self.log_temperature is not None:
+            q, scale = q * self.log_temperature.exp().to(q.dtype), 1.0
+        y = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        return self.proj(merge_heads(y))
+
+
+class EncoderBlock(nn.Module):
+    """Attention and MLP, each normalised before, dropped out and added after."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        dim_head: int,
+        mlp_dim: int,
+        dropout: float,
+        *,
+        locality: bool,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = EncoderAttention(dim, num_heads, dim_head, locality=locality)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, mlp_dim),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(mlp_dim, dim),
+        )
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        x = x + self.dropout(self.attn(self.norm1(x), mask))
+        return x + self.dropout(self.mlp(self.norm2(x)))
+
+
+class StackTokeniser(nn.Module):
+    """Patches of all images of a set, channels side by side, as one token: depends on their order.
+
+    The numbers of a token are ordered (row, column, channel, image). Sets of fewer images than
+    ``set_size``: the normalisation sees those present, absent ones give zeros, and the rest is
+    scaled by set_size / present.
+    """
+
+    def __init__(self, patch_dim: int, set_size: int, dim: int) -> None:
+        super().__init__()
+        self.set_size = set_size
+        self.norm = nn.LayerNorm(patch_dim * set_size)
+        self.linear = nn.Linear(patch_dim * set_size, dim)
+
+    def forward(self, patches: Tensor, mask: Tensor | None) -> Tensor:
+        """Return tokens [B, P, dim] of patches [B, k, P, F]; ``mask`` [B, k] is true if present.
+
+        Raises ValueError for more images than ``set_size``.
+        """
+        batch, count, _, width = patches.shape
+        if count > self.set_size:
+            raise ValueError(
+                f"This set encoder stacks at most {self.set_size} images, but a set holds {count}; "
+                "give fewer, or train with a larger --sample-size or with "
+                "--encoder-tokenizer=per_sample_mean."
+            )
+        if count < self.set_size:
+            present = patches.new_ones(batch, count, dtype=torch.bool) if mask is None else mask
+            mask = functional.pad(present, (0, self.set_size - count))
+            patches = functional.pad(patches, (0, 0, 0, 0, 0, self.set_size - count))
+        x = patches.permute(0, 2, 3, 1).flatten(2)  #                   [B, P, F k]
+        if mask is None:
+            return self.linear(self.norm(x))
+        present = mask.repeat(1, width)[:, None].to(x.dtype)  #         [B, 1, F k]
+        num_present = present.sum(-1, keepdim=True).clamp(min=1)
+        mean = (x * present).sum(-1, keepdim=True) / num_present
+        centred = (x - mean) * present
+        variance = centred.square().sum(-1, keepdim=True) / num_present
+        x = centred * (variance + self.norm.eps).rsqrt() * self.norm.weight + self.norm.bias
+        return self.linear(x * present * (x.shape[-1] / num_present))
+
+
+class SetEncoder(nn.Module):
+    """Encodes sets of up to ``set_size`` images into a vector and a grid of tokens each.
+
+    Args:
+        mode: ``vit``: the patches of every image are tokens of one sequence, and outputs are
+            averaged over the images. ``vit_set``: one token per patch position, made from all
+            images, and locality self-attention.
+        tokenizer: Of ``vit_set``: ``stack`` (:class:`StackTokeniser`) or ``per_sample_mean``, the
+            average of the images' tokens, which does not depend on their order or number.
+        set_size: Most images in a set that ``stack`` takes.
+        img_channels, resolution, patch_size: Of the images; P = (resolution / patch_size)^2.
+        dim: Width of tokens and results.
+        depth, num_heads, dim_head, mlp_ratio, dropout: Of the transformer.
+        pool: What the vector is made of: the ``cls`` token, or ``mean`` or ``sum`` over patches.
+        with_time: Whether the TIME token tells the noise level; it is zero otherwise.
+        spt_shifts: Add four diagonal shifts of every image (arXiv 2112.13492); ``vit_set`` only.
+        second_pass: Of ``vit``: run the transformer again over the averaged tokens.
+    """
+
+    def __init__(
+        self,
+        *,
+        mode: str,
+        tokenizer: str,
+        set_size: int,
+        img_channels: int,
+        resolution: int,
+        patch_size: int,
+        dim: int,
+        depth: int,
+        num_heads: int,
+        dim_head: int,
+        mlp_ratio: float,
+        dropout: float,
+        pool: str,
+        with_time: bool,
+        spt_shifts: bool,
+        second_pass: bool,
+    ) -> None:
+        super().__init__()
+        self.num_patches = (resolution // patch_size) ** 2
+        self.dim, self.patch_size, self.pool = dim, patch_size, pool
+        self.is_set_mode = mode == "vit_set"
+        self.stacks = self.is_set_mode and tokenizer == "stack"
+        self._spt_shifts, self._second_pass = spt_shifts, second_pass
+        patch_dim = patch_size**2 * img_channels * (5 if spt_shifts else 1)
+        if self.stacks:
+            self.tokeniser = StackTokeniser(patch_dim, set_size, dim)
+        elif self.is_set_mode:
+            self.tokeniser = nn.Sequential(nn.LayerNorm(patch_dim), nn.Linear(patch_dim, dim))
+        else:
+            self.tokeniser = nn.Linear(patch_dim, dim)
+        self.cls = nn.Parameter(torch.empty(1, 1, dim))
+        self.positions = nn.Parameter(torch.empty(1, PATCH_OFFSET + self.num_patches, dim))
+        self.cls.spares_decay = self.positions.spares_decay = True
+        if with_time:
+            quarter = max(dim // 4, 4)
+            self.time_sinusoids = PositionalEmbedding(quarter, endpoint=False, cosines_first=True)
+            self.time_mlp = nn.Sequential(
+                nn.Linear(quarter, dim), nn.SiLU(), nn.Linear(dim, dim), nn.Linear(dim, dim)
+            )
+        self.with_time = with_time
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(
+            EncoderBlock(
+                dim, num_heads, dim_head, int(dim * mlp_ratio), dropout, locality=self.is_set_mode
+            )
+            for _ in range(depth)
+        )
+        # Decay of the output would shrink the context to nothing.
+        self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim))
+        for parameter in self.head.parameters():
+            parameter.spares_decay = True
+        self.initialize()
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Draw the initial weights from torch's global generator.
+
+        Linear weights are uniform by Glorot & Bengio (2010), biases zero, CLS and positions normal
+        with standard deviation 0.02.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.cls, std=0.02)
+        nn.init.normal_(self.positions, std=0.02)
+
+    def tokenise(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return what :meth:`forward` takes of sets of images [B, k, C, H, W].
+
+        ``mask`` [B, k] is true where an image is present; every set has one. The tokens of a set
+        are [B, P, dim]; those of ``vit`` are of each image, [B, k, P, dim].
+        """
+        patches = self._patches(_without_absent(images, mask))
+        if self.stacks:
+            return self.tokeniser(patches, mask)
+        tokens = self.tokeniser(patches)  #                             [B, k, P, d]
+        if not self.is_set_mode:
+            return tokens
+        if mask is None:
+            return tokens.mean(1)
+        weight = mask[:, :, None, None].to(tokens.dtype)
+        return (tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+    def tokenise_others(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the tokens of the n sets X without x_i of every set X [b, n, C, H, W].
+
+        They are those of :meth:`tokenise` of the gathered sets, [b n, ...], b-major; every image
+        is cut and, where its token is its own, embedded once.
+        """
+        others = leave_one_out_index(images.shape[1], images.device)
+        patches = self._patches(_without_absent(images, mask))  #       [b, n, P, F]
+        if self.stacks:
+            present = None if mask is None else mask[:, others].flatten(0, 1)
+            return self.tokeniser(patches[:, others].flatten(0, 1), present)
+        tokens = self.tokeniser(patches)  #                             [b, n, P, d]
+        if not self.is_set_mode:
+            return tokens[:, others].flatten(0, 1)  #                   [b n, k, P, d]
+        if mask is None:
+            return ((tokens.sum(1, keepdim=True) - tokens) / others.shape[1]).flatten(0, 1)
+        weight = mask[:, :, None, None].to(tokens.dtype)
+        tokens = tokens * weight
+        count = (weight.sum(1, keepdim=True) - weight).clamp(min=1)
+        return ((tokens.sum(1, keepdim=True) - tokens) / count).flatten(0, 1)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        c_noise: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        with_tokens: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the vector [B, dim] and, ``with_tokens``, the tokens [B, P, dim] of sets.
+
+        Args:
+            tokens: As :meth:`tokenise` makes them.
+            c_noise: [B], the noise level, for an encoder ``with_time``.
+            mask: [B, k], which images are present; only ``vit`` needs it now.
+
+        Raises ValueError if an encoder ``with_time`` is not told the noise level.
+        """
+        batch, count = len(tokens), 1 if self.is_set_mode else tokens.shape[1]
+        x = tokens if self.is_set_mode else tokens.flatten(1, 2)  #     [B, k P, d]
+        time = self._time_token(batch, c_noise, x)
+        x = torch.cat([self.cls.expand(batch, -1, -1), time, x], dim=1)
+        # Equal images give equal tokens: positions are tiled, image by image.
+        tiled = self.positions[:, PATCH_OFFSET:].repeat(1, count, 1)
+        x = x + torch.cat([self.positions[:, :PATCH_OFFSET], tiled], dim=1)
+        x = self._transform(self.dropout(x), self._attention_mask(x, mask))
+        if not self.is_set_mode:
+            x = self._average(x, count, mask)
+            if self._second_pass:
+                x = self._transform(x, None)
+        patches = x[:, PATCH_OFFSET:]  #                                [B, P, d]
+        pooled = {"cls": x[:, 0], "mean": patches.mean(1), "sum": patches.sum(1)}[self.pool]
+        return self.head(pooled), self.head(patches) if with_tokens else None
+
+    def _patches(self, images: Tensor) -> Tensor:
+        if self._spt_shifts:
+            images = shift_images(images, self.patch_size)
+        return extract_patches(images, self.patch_size)
+
+    def _time_token(self, batch: int, c_noise: Tensor | None, x: Tensor) -> Tensor:
+        if not self.with_time:
+            return x.new_zeros(batch, 1, self.dim)
+        if c_noise is None:
+            raise ValueError("This set encoder depends on the noise level, which was not given.")
+        return self.time_mlp(self.time_sinusoids(c_noise))[:, None].to(x.dtype)
+
+    def _attention_mask(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        if self.is_set_mode:
+            return ~torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+        if mask is None:
+            return None
+        keys = functional.pad(
+            mask.repeat_interleave(self.num_patches, dim=1), (PATCH_OFFSET, 0), value=True
+        )
+        return keys[:, None, None]  #                                   [B, 1, 1, L]
+
+    def _transform(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        for block in self.blocks:
+            x = block(x, mask)
+        return x
+
+    def _average(self, x: Tensor, count: int, mask: Tensor | None) -> Tensor:
+        """Return [CLS, TIME, patches averaged over the images present]."""
+        first, patches = x[:, :PATCH_OFFSET], x[:, PATCH_OFFSET:]
+        patches = patches.unflatten(1, (count, -1))  #                  [B, k, P, d]
+        if mask is None:
+            patches = patches.mean(1)
+        else:
+            weight = mask[:, :, None, None].to(patches.dtype)
+            patches = (patches * weight).sum(1) / weight.sum(1).clamp(min=1)
+        return torch.cat([first, patches], dim=1)
+
+
+def _without_absent(images: Tensor, mask: Tensor | None) -> Tensor:
+    """Return images with zeros where none is present, whatever is there."""
+    return images if mask is None else torch.where(mask[:, :, None, None, None], images, 0.0)
+
+
+def leave_one_out_index(num: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return [num, num - 1], whose row i holds every index but i, in order."""
+    row = torch.arange(num, device=device)[:, None]
+    column = torch.arange(num - 1, device=device)[None]
+    return column + (column >= row)
