@@ -55,7 +55,7 @@ class Denoiser:
         else:
             sigma = torch.full([len(x), 1, 1, 1], sigma, dtype=torch.float32, device=x.device)
         c_skip, c_out, c_in, c_noise = self.precond.scalings(sigma)
-        with self._autocast(x.device):
+        with autocast(x.device, self.autocast_dtype):
             raw = self.network(c_in * x, c_noise.flatten(), context)
         channels = x.shape[1] * (2 if self.precond.learned_variance else 1)
         assert raw.shape == (len(x), channels, *x.shape[2:]), (
@@ -67,7 +67,9 @@ class Denoiser:
             return denoised
         return torch.cat([denoised, (raw[:, x.shape[1] :] + 1) / 2], dim=1)
 
-    def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
-        if self.autocast_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(device.type, self.autocast_dtype)
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
+    """Return a context in which matrix products are made in ``dtype``; None leaves them alone."""
+    if dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype)

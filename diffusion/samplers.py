@@ -87,6 +87,15 @@ class SamplingConfig(Config):
         unless={"s_churn": (0.0,)},
         help="Standard deviation of churned noise.",
     )
+    variance: str = option(
+        "small",
+        choices=("small", "large"),
+        requires={"sampler": ("ddpm",)},
+        help="Of an ancestral step whose variance was not learned: DDPM's smaller or larger one.",
+    )
+    clip_denoised: bool = option(
+        False, help="Clip the denoised image to [-1, 1] at every step; for models of pixels."
+    )
     eta: float = option(
         0.0,
         min=0,
@@ -182,22 +191,23 @@ def ddpm(
     sigmas: Sequence[float],
     noise: NoiseSource | None = None,
     *,
+    variance: str = "small",
     callback: Callback | None = None,
 ) -> torch.Tensor:
     """Return x0 by ancestral sampling (Ho et al., arXiv 2006.11239, Eq. 6-7).
 
     Each step draws from the posterior q(x_next | x, x0) of the forward chain with x0 = D(x; sigma),
-    which is the smaller of DDPM's two variances; or with the learned variance, where ``denoise``
-    tells its fraction in a second half of channels (iDDPM, arXiv 2102.09672, Eq. 15). The bounds
-    are those of the levels visited, so that leaving levels out recomputes them. The last step adds
-    no noise.
+    which is the smaller of DDPM's two variances (``variance`` small), with the larger one, or with
+    the learned variance, where ``denoise`` tells its fraction in a second half of channels (iDDPM,
+    arXiv 2102.09672, Eq. 15). The bounds are those of the levels visited, so that leaving levels
+    out recomputes them. The last step adds no noise.
     """
     channels = x.shape[1]
     for sigma, sigma_next in _steps(sigmas, callback):
         estimate = denoise(x, sigma).to(x.dtype)
         x = torch.lerp(estimate[:, :channels], x, (sigma_next / sigma) ** 2)
         if sigma_next > 0:
-            std = _ancestral_std(sigma, sigma_next, estimate[:, channels:])
+            std = _ancestral_std(sigma, sigma_next, estimate[:, channels:], variance)
             x = x + std * noise.randn_like(x)
     return x
 
@@ -234,10 +244,12 @@ def _steps(sigmas: Sequence[float], callback: Callback | None) -> Iterator[tuple
             callback()
 
 
-def _ancestral_std(sigma: float, sigma_next: float, fraction: torch.Tensor) -> float | torch.Tensor:
-    if not fraction.shape[1]:
-        return _posterior_std(sigma, sigma_next)
+def _ancestral_std(
+    sigma: float, sigma_next: float, fraction: torch.Tensor, variance: str
+) -> float | torch.Tensor:
     lowest, highest = posterior_variances(sigma, sigma_next)
+    if not fraction.shape[1]:
+        return math.sqrt(lowest if variance == "small" else highest)
     return (0.5 * (math.log(lowest) + fraction * math.log(highest / lowest))).exp()
 
 
@@ -309,6 +321,16 @@ def num_evaluations(config: SamplingConfig, precond: Precond | None = None) -> i
     return 2 * steps - 1 if config.sampler == "heun" else steps
 
 
+def _clipped(denoise: Denoise, channels: int) -> Denoise:
+    """Return a denoiser whose images lie in [-1, 1]; a learned variance stays as it is."""
+
+    def clipped(x: torch.Tensor, sigma: float) -> torch.Tensor:
+        estimate = denoise(x, sigma)
+        return torch.cat([estimate[:, :channels].clamp(-1, 1), estimate[:, channels:]], dim=1)
+
+    return clipped
+
+
 @torch.no_grad()
 def sample(
     denoise: Denoise,
@@ -342,5 +364,9 @@ def sample(
         )
     elif config.sampler == "ddim":
         options = dict(eta=config.eta)
+    elif config.sampler == "ddpm":
+        options = dict(variance=config.variance)
+    if config.clip_denoised:
+        denoise = _clipped(denoise, latents.shape[1])
     x = latents.to(torch.float64) * sigmas[0]
     return SAMPLERS[config.sampler](denoise, x, sigmas, noise, callback=callback, **options)

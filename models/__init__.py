@@ -62,6 +62,12 @@ class Network(nn.Module):
         self.backbone = family.backbone(config)
         self.conditioner = family.conditioner(config, self.backbone.context_dim)
 
+    def compile_parts(self) -> None:
+        """Compile what is run at every step, with torch.compile."""
+        self.backbone.compile()
+        if isinstance(self.conditioner, SetConditioner):
+            self.conditioner.encoder.compile()
+
     def check(self, cond: dict[str, Tensor]) -> None:
         """Raise ValueError if conditions are missing or out of range; reads them, so on the CPU."""
         self.conditioner.check(cond)

@@ -17,8 +17,9 @@ from image_files import convert, make_folder, make_zip, random_image
 from PIL import Image
 
 from torch_utils.rng import epoch_permutation
-from training.dataset import DatasetConfig, ImageDataset, open_dataset, save_reals
+from training.dataset import DatasetConfig, ImageDataset, open_dataset
 from training.images import ImageError
+from training.inputs import save_reals
 from training.sampler import PositionSampler, iterate_images, make_loader
 
 CPU = torch.device("cpu")

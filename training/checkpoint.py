@@ -218,8 +218,7 @@ def summarise(dataset: Any) -> DataSummary:
     """Return what a snapshot keeps of its training data."""
     counts: tuple[int, ...] = ()
     if dataset.num_classes:
-        labels = torch.as_tensor(dataset.labels)
-        counts = tuple(torch.bincount(labels, minlength=dataset.num_classes).tolist())
+        counts = tuple(dataset.class_counts)
     return DataSummary(
         name=dataset.name,
         resolution=dataset.resolution,

@@ -12,6 +12,7 @@ from models.config import ModelConfig
 from training.augment import AugmentConfig
 from training.dataset import DatasetConfig
 from training.power_ema import MAX_STD, MIN_STD, std_name
+from training.sets import SetConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,9 +29,14 @@ class TrainingConfig(Config):
     iters: int | None = option(
         None, min=1, aliases=("max-steps",), help="Duration in optimizer steps, instead of --kimg."
     )
-    batch: int = option(512, min=1, help="Images per optimizer step, over all ranks.")
+    batch: int = option(
+        512,
+        min=1,
+        aliases=("batch-size",),
+        help="Images per optimizer step, over all ranks; sets, where a model is trained on sets.",
+    )
     batch_gpu: int | None = option(
-        None, min=1, help="Images per rank and pass; --batch is reached by accumulation."
+        None, min=1, help="The same per rank and pass; --batch is reached by accumulation."
     )
     lr: float = option(1e-3, min=0, help="Learning rate.")
     weight_decay: float = option(
@@ -99,7 +105,16 @@ class LoggingConfig(Config):
     title: ClassVar[str] = "Progress, snapshots and metrics"
 
     tick: float = option(50.0, min=0, help="Kimg between two console lines.")
+    log_interval: int | None = option(
+        None, min=1, help="Optimizer steps between two console lines, instead of --tick."
+    )
     snap: int = option(50, min=1, help="Ticks between two snapshots and image grids.")
+    save_interval: int | None = option(
+        None,
+        min=1,
+        help="Optimizer steps between two snapshots and image grids, instead of --snap; rounded up "
+        "to the end of a tick.",
+    )
     dump: int | None = option(
         None, min=1, help="Ticks between two training states; none: one with every snapshot."
     )
@@ -120,6 +135,9 @@ class LoggingConfig(Config):
         help="Ticks between two evaluations of --metrics; none: with every snapshot.",
     )
     sample_batch: int = option(64, min=1, help="Images per rank and pass when sampling.")
+    num_sample_batches: int = option(
+        1, min=1, help="Batches of 64 images in the picture that is made with every snapshot."
+    )
     workers: int = option(1, min=0, help="Data loader processes per rank.")
     wandb: bool = option(False, aliases=("use-wandb",), help="Log to Weights & Biases as well.")
     wandb_project: str = option(
@@ -190,13 +208,33 @@ class RunConfig(Config):
     detectors: DetectorConfig = DetectorConfig()
     sampling: SamplingConfig = SamplingConfig()
     guidance: GuidanceConfig = GuidanceConfig()
+    sets: SetConfig | None = None
+
+    @property
+    def step_nimg(self) -> int:
+        """Number of images in an optimizer step: of a batch of sets, those of all its sets."""
+        return self.training.batch * self.model.images_per_row
 
     @property
     def total_nimg(self) -> int:
         """Number of training images after which the run ends."""
         if self.training.iters is not None:
-            return self.training.iters * self.training.batch
+            return self.training.iters * self.step_nimg
         return round(self.training.kimg * 1000)
+
+    @property
+    def tick_nimg(self) -> float:
+        """Number of images between two console lines."""
+        if self.logging.log_interval is not None:
+            return self.logging.log_interval * self.step_nimg
+        return self.logging.tick * 1000
+
+    def snapshot_is_due(self, tick: int, tick_start_nimg: int, cur_nimg: int) -> bool:
+        """Tell whether the tick that ends now is one with a snapshot."""
+        if self.logging.save_interval is None:
+            return tick % self.logging.snap == 0
+        interval = self.logging.save_interval * self.step_nimg
+        return cur_nimg // interval > tick_start_nimg // interval
 
 
 def fit_to_device(config: RunConfig, device_type: str) -> RunConfig:
@@ -247,6 +285,14 @@ def check_guided_channels(guidance: GuidanceConfig, model: ModelConfig) -> None:
 def check_guidance(config: RunConfig, num_classes: int) -> None:
     """Raise ValueError if classifier-free guidance is asked of a model that cannot give it."""
     if config.guidance.cfg_scale == 1.0:
+        return
+    if config.sets is not None:
+        if not config.sets.context_drop:
+            raise ValueError(
+                f"--cfg-scale: got {config.guidance.cfg_scale}, but the model was trained without "
+                "context dropout and has learned nothing to guide away from; train with "
+                "--context-drop=0.1, or set --cfg-scale=1."
+            )
         return
     if not num_classes:
         raise ValueError(

@@ -16,10 +16,8 @@ from dnnlib.config import Config, option
 from training.archive import open_archive
 from training.images import ImageError, UnfitImageError
 from training.labels import read_labels
-from training.pictures import image_grid, save_image
 
 Cond = dict[str, torch.Tensor]
-_NUM_REALS = 64
 _CONVERT = "convert it with dataset_tool.py convert"
 
 
@@ -162,6 +160,11 @@ class ImageDataset(Dataset):
         """Number of images, after ``max_size``."""
         return len(self)
 
+    @property
+    def class_counts(self) -> list[int]:
+        """Number of images of each class."""
+        return np.bincount(self.labels, minlength=self.num_classes).tolist()
+
     @functools.cached_property
     def content_hash(self) -> str:
         """Hexadecimal digits that identify the images, their labels and the subset in use.
@@ -298,18 +301,3 @@ class _SharedCache:
 def collate(batch: Any) -> Any:
     """Return a batch as it is: datasets here deliver whole batches."""
     return batch
-
-
-def save_reals(
-    dataset: Any, pictures: Callable[[torch.Tensor], torch.Tensor], path: str | Path
-) -> None:
-    """Write a grid of 64 images, spread evenly over the dataset (sorted by class if labelled).
-
-    ``pictures`` makes uint8 images [N, C, H, W] of what the dataset yields.
-    """
-    order = np.arange(dataset.num_images)
-    if dataset.labels is not None:
-        order = np.argsort(dataset.labels, kind="stable")
-    chosen = order[np.linspace(0, len(order) - 1, min(_NUM_REALS, len(order))).round().astype(int)]
-    batch, _ = dataset.__getitems__(chosen.tolist())
-    save_image(image_grid(pictures(batch), columns=8), path)

@@ -10,24 +10,26 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffusion.denoiser import Denoiser
+from diffusion.denoiser import Denoiser, autocast
 from diffusion.guidance import GuidanceConfig, autoguidance, classifier_free
 from diffusion.precond import Precond, make_precond
 from diffusion.samplers import SamplingConfig, num_evaluations, reads_variance, sample
 from dnnlib.config import Config, did_you_mean, to_dict
 from dnnlib.files import atomic_write
 from dnnlib.text import join_names
-from models import ModelConfig, Network
+from models import Context, ModelConfig, Network
 from torch_utils import distributed
 from torch_utils.rng import SeededNoise
 from training.autoencoder import Autoencoder
 from training.checkpoint import Snapshot, load_snapshot, package_versions, weights_hash
 from training.config import TrainingConfig, check_guidance, check_guided_channels
 from training.ema import describe_average
+from training.episodes import Episodes
 from training.inputs import open_autoencoder, to_uint8
-from training.pictures import image_grid, save_image
+from training.pictures import image_grid, save_image, support_picture
 
 GRID_SEEDS = 64
+_ENCODED_AT_ONCE = 64
 
 
 AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -88,13 +90,13 @@ class ImageGenerator:
         """
         noise = SeededNoise(seeds, self.device)
         latents = noise.randn(self.model.input_shape)
-        cond: dict[str, torch.Tensor] = {}
+        chosen = None
         if self.num_classes:
             drawn = noise.randint(self.num_classes)
-            cond["label"] = drawn if labels is None else torch.as_tensor(labels).to(self.device)
-        denoise = self._guided(self.network, cond, len(seeds))
+            chosen = drawn if labels is None else torch.as_tensor(labels).to(self.device)
+        denoise = self._guided(self.network, chosen, len(seeds))
         if self.guide is not None:
-            guide = self._conditional(self.guide, cond, len(seeds))
+            guide = self._conditional(self.guide, chosen, len(seeds))
             denoise = autoguidance(denoise, guide, self.guidance, self.precond)
         images = sample(
             denoise, latents, self.sampling, self.precond, noise, callback=on_evaluation
@@ -121,24 +123,30 @@ class ImageGenerator:
             with_variance=reads_variance(self.sampling, self.precond),
         )
 
+    def _context(
+        self, network: Network, chosen: torch.Tensor | None, num: int, *, dropped: bool = False
+    ) -> Context:
+        """Return the context of ``num`` images of the ``chosen`` classes [num]."""
+        cond = {} if chosen is None else {"label": chosen}
+        drop = torch.ones(num, dtype=torch.bool, device=self.device) if dropped else None
+        return network.context(cond, drop, num=num)
+
     def _conditional(
-        self, network: Network, cond: dict[str, torch.Tensor], num: int
+        self, network: Network, chosen: torch.Tensor | None, num: int
     ) -> Callable[[torch.Tensor, float], torch.Tensor]:
         denoiser = self._denoiser(network)
-        context = network.context(cond, num=num)
+        context = self._context(network, chosen, num)
         return lambda x, sigma: denoiser(x, sigma, context)
 
     def _guided(
-        self, network: Network, cond: dict[str, torch.Tensor], num: int
+        self, network: Network, chosen: torch.Tensor | None, num: int
     ) -> Callable[[torch.Tensor, float], torch.Tensor]:
-        if self.guide is not None or self.guidance.cfg_scale == 1.0 or not cond:
-            return self._conditional(network, cond, num)
-        denoiser = self._denoiser(network)
-        drop = torch.ones(num, dtype=torch.bool, device=self.device)
+        if self.guide is not None or self.guidance.cfg_scale == 1.0 or chosen is None:
+            return self._conditional(network, chosen, num)
         return classifier_free(
-            denoiser,
-            network.context(cond, num=num),
-            network.context(cond, drop, num=num),
+            self._denoiser(network),
+            self._context(network, chosen, num),
+            self._context(network, chosen, num, dropped=True),
             self.guidance,
             self.precond,
         )
@@ -155,6 +163,55 @@ class ImageGenerator:
             tf32=torch.backends.cuda.matmul.allow_tf32,
             precision=str(self.autocast_dtype or torch.float32).removeprefix("torch."),
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SupportGenerator(ImageGenerator):
+    """Generates from supports: the number of an episode takes the place of a class.
+
+    Supports are encoded once, when they are first needed; the weights must not change after that.
+    """
+
+    episodes: Episodes
+    encoded: dict[Any, Context] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, generator: ImageGenerator, episodes: Episodes) -> "SupportGenerator":
+        """Return ``generator`` with the supports of ``episodes``."""
+        fields = dataclasses.fields(ImageGenerator)
+        return cls(**{f.name: getattr(generator, f.name) for f in fields}, episodes=episodes)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.episodes)
+
+    def _context(
+        self, network: Network, chosen: torch.Tensor | None, num: int, *, dropped: bool = False
+    ) -> Context:
+        key = (id(network), dropped)
+        if key not in self.encoded:
+            parts = [
+                self._encode(
+                    network,
+                    range(start, min(start + _ENCODED_AT_ONCE, len(self.episodes))),
+                    dropped,
+                )
+                for start in range(0, len(self.episodes), _ENCODED_AT_ONCE)
+            ]
+            self.encoded[key] = parts[0].concat(*parts[1:])
+        return self.encoded[key].index(chosen)
+
+    def _encode(self, network: Network, rows: range, dropped: bool) -> Context:
+        supports = self.episodes.supports[rows.start : rows.stop].to(self.device)
+        cond = {"support": supports.to(torch.float32) / 127.5 - 1}
+        if self.model.num_classes:
+            cond["label"] = self.episodes.labels[rows.start : rows.stop].to(self.device)
+        drop = torch.full([len(rows)], dropped, device=self.device)
+        with autocast(self.device, self.autocast_dtype):
+            return network.context(cond, drop)
+
+    def protocol(self) -> dict[str, Any]:
+        return dict(super().protocol(), **self.episodes.protocol())
 
 
 def make_generator(
@@ -345,21 +402,46 @@ def generate_for_rank(
 
 
 def save_fakes(
-    generator: ImageGenerator, class_counts: Sequence[int], path: Path, batch: int
+    generator: ImageGenerator,
+    class_counts: Sequence[int],
+    path: Path,
+    batch: int,
+    num_images: int = GRID_SEEDS,
 ) -> None:
     """Write a grid of samples with fixed seeds, made by all ranks together. Collective."""
     labels = None
     if class_counts:
         order = labels_like_data(class_counts)
-        labels = sorted(int(order[seed % len(order)]) for seed in range(GRID_SEEDS))
-    mine = range(distributed.rank(), GRID_SEEDS, distributed.world_size())
+        labels = sorted(int(order[seed % len(order)]) for seed in range(num_images))
+    images = generate_together(generator, range(num_images), labels, batch)
+    if images is not None:
+        save_image(image_grid(images, columns=8), path)
+
+
+def save_episodes(generator: SupportGenerator, num_images: int, path: Path, batch: int) -> None:
+    """Write the supports above samples of each, ``num_images`` in all. Collective."""
+    episodes = generator.episodes
+    each = max(num_images // len(episodes), 1)
+    labels = [row for row in range(len(episodes)) for _ in range(each)]
+    images = generate_together(generator, range(len(labels)), labels, batch)
+    if images is not None:
+        samples = images.unflatten(0, (len(episodes), each))
+        save_image(support_picture(episodes.supports, samples), path)
+
+
+def generate_together(
+    generator: ImageGenerator, seeds: Sequence[int], labels: Sequence[int] | None, batch: int
+) -> torch.Tensor | None:
+    """Return the images of ``seeds`` in order, on the CPU; None but on rank 0. Collective."""
+    mine = range(distributed.rank(), len(seeds), distributed.world_size())
     made = []
     for start in range(0, len(mine), batch):
-        seeds = list(mine[start : start + batch])
-        own = None if labels is None else [labels[seed] for seed in seeds]
-        made.extend(zip(seeds, generator.generate(seeds, own).cpu(), strict=True))
+        rows = list(mine[start : start + batch])
+        own = None if labels is None else [labels[row] for row in rows]
+        images = generator.generate([seeds[row] for row in rows], own)
+        made.extend(zip(rows, images.cpu(), strict=True))
     gathered = distributed.gather_objects(made)
-    if distributed.is_main():
-        images = dict(pair for part in gathered for pair in part)
-        grid = torch.stack([images[seed] for seed in range(GRID_SEEDS)])
-        save_image(image_grid(grid, columns=8), path)
+    if not distributed.is_main():
+        return None
+    images = dict(pair for part in gathered for pair in part)
+    return torch.stack([images[row] for row in range(len(seeds))])

@@ -1,5 +1,10 @@
 """The data of a run, and how a loader's batch becomes what the network denoises."""
 
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
 import torch
 
 from models import LatentModelConfig, ModelConfig
@@ -10,8 +15,12 @@ from training.config import RunConfig
 from training.dataset import Cond, ImageDataset, MirroredImages, open_dataset
 from training.latent_archive import is_latent_folder, read_record
 from training.latents import LatentDataset
+from training.pictures import image_grid, save_image
+from training.sets import SetDataset
 
-TrainingData = ImageDataset | MirroredImages | LatentDataset
+_NUM_REALS = 64
+
+TrainingData = ImageDataset | MirroredImages | LatentDataset | SetDataset
 
 
 class PixelInputs:
@@ -102,7 +111,7 @@ class LatentInputs:
 
 
 def open_training_data(config: RunConfig) -> TrainingData:
-    """Return the dataset of a run: images, or the latents of an archive.
+    """Return the dataset of a run: images, sets of them, or the latents of an archive.
 
     Raises ValueError if there is none, or if it is of the wrong kind for the model.
     """
@@ -121,6 +130,17 @@ def open_training_data(config: RunConfig) -> TrainingData:
             use_labels=data.cond,
             max_size=data.max_size,
             seed=config.training.seed,
+            hflip=data.hflip,
+        )
+    if config.sets is not None:
+        check_resolution(config, open_dataset(data).resolution)
+        images = open_dataset(dataclasses.replace(data, cond=True), seed=config.training.seed)
+        return SetDataset(
+            images,
+            config.sets,
+            sample_size=config.model.sample_size,
+            seed=config.training.seed,
+            use_labels=data.cond,
             hflip=data.hflip,
         )
     dataset = open_dataset(data, seed=config.training.seed)
@@ -202,3 +222,23 @@ def make_inputs(
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
     """Return images in [-1, 1] as uint8: clip(127.5 x + 128), as EDM rounds."""
     return (images * 127.5 + 128).clip(0, 255).to(torch.uint8)
+
+
+def save_reals(
+    dataset: TrainingData, pictures: Callable[[torch.Tensor], torch.Tensor], path: str | Path
+) -> None:
+    """Write a grid of 64 images, spread evenly over the dataset (sorted by class if labelled).
+
+    Of sets, as many as hold about as many images are shown, each in a row. ``pictures`` makes uint8
+    images [..., C, H, W] of what the dataset yields.
+    """
+    if isinstance(dataset, SetDataset):
+        batch, _ = dataset.__getitems__(range(-(-_NUM_REALS // dataset.sample_size)))
+        save_image(image_grid(pictures(batch).flatten(0, 1), columns=dataset.sample_size), path)
+        return
+    order = np.arange(dataset.num_images)
+    if dataset.labels is not None:
+        order = np.argsort(dataset.labels, kind="stable")
+    chosen = order[np.linspace(0, len(order) - 1, min(_NUM_REALS, len(order))).round().astype(int)]
+    batch, _ = dataset.__getitems__(chosen.tolist())
+    save_image(image_grid(pictures(batch), columns=8), path)

@@ -118,6 +118,11 @@ class LatentDataset(Dataset):
     def __len__(self) -> int:
         return self.num_images * (1 + self._hflip)
 
+    @property
+    def class_counts(self) -> list[int]:
+        """Number of images of each class."""
+        return np.bincount(self.labels, minlength=self.num_classes).tolist()
+
     @functools.cached_property
     def content_hash(self) -> str:
         """Hexadecimal digits that identify the latents, their labels, the subset and ``hflip``."""

@@ -1,8 +1,7 @@
 """The training loop: one function in visible stages."""
 
-import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,33 +27,25 @@ from training.checkpoint import (
     transfer_weights,
 )
 from training.config import RunConfig, accumulation_rounds
-from training.dataset import save_reals
 from training.ema import EMA, PowerEMA, ema_beta
-from training.generation import (
-    AUTOCAST_DTYPES,
-    ImageGenerator,
-    generate_for_rank,
-    passport,
-    save_fakes,
-    seed_range,
-)
-from training.inputs import TrainingData, make_inputs
+from training.episodes import episodes_to_show
+from training.generation import AUTOCAST_DTYPES, ImageGenerator
+from training.inputs import TrainingData, make_inputs, save_reals
 from training.objective import Objective
 from training.optimizer import GuardedAdam
 from training.report import forward_flops
 from training.sampler import PositionSampler, make_loader
+from training.scores import EvaluateFn, InLoopScores
+from training.set_objective import SetObjective, make_validate
+from training.set_report import Watch
 from training.telemetry import (
     Telemetry,
     memory_stats,
-    metric_is_recorded,
     scalar,
     tick_line,
     trim_rows,
     utilisation_stats,
 )
-
-GenerateFn = Callable[[range], Iterable[tuple[torch.Tensor, torch.Tensor]]]
-EvaluateFn = Callable[[tuple[str, ...], GenerateFn], list[dict[str, Any]]]
 
 
 def training_loop(
@@ -89,7 +80,8 @@ def training_loop(
     training, logging = config.training, config.logging
     world_size, rank = distributed.world_size(), distributed.rank()
     batch_gpu, num_rounds = accumulation_rounds(training, world_size)
-    per_rank = batch_gpu * num_rounds
+    # A row of a batch is an image, or a set of them.
+    per_rank, step_nimg = batch_gpu * num_rounds, config.step_nimg
     torch.backends.cudnn.benchmark = training.cudnn_benchmark
     allow_tf32(training.tf32)
     autocast_dtype = AUTOCAST_DTYPES[training.precision]
@@ -127,22 +119,23 @@ def training_loop(
         elapsed_before_sec = resume_state["progress"]["elapsed_sec"]
         stats.load_state_dict(resume_state["stats"])
     if training.compile:
-        network.backbone.compile()
+        network.compile_parts()
     inputs = make_inputs(config, dataset, autoencoder)
-    objective = Objective(
-        network,
-        precond,
+    make_objective = Objective if config.sets is None else SetObjective
+    settings = dict(
         inputs=inputs,
         label_drop=training.label_drop or 0.0,
         autocast_dtype=autocast_dtype,
+        **({} if config.sets is None else dict(config=config.sets)),
     )
+    objective = make_objective(network, precond, **settings)
     loss_function = distributed.wrap(objective, device)
 
     # Prepare data and outputs.
     sampler = PositionSampler(
-        len(dataset),
+        len(dataset) if config.sets is None else None,
         seed=training.seed,
-        start_nimg=cur_nimg,
+        start_nimg=cur_nimg // config.model.images_per_row,
         batch_size=training.batch,
         batch_gpu=batch_gpu,
         rank=rank,
@@ -201,52 +194,18 @@ def training_loop(
             save_state(path, payload, config)
             prune_states(run_dir, path, logging.keep_states)
 
-    def run_metrics() -> bool:
-        """Score the average as it is now; return False if a signal cut that short."""
-        names = logging.metrics
-        missing = distributed.broadcast_object(
-            tuple(name for name in names if not metric_is_recorded(run_dir, name, cur_nimg))
-        )
-        if not missing or evaluate is None:
-            return True
-
-        def generate(indices: range) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-            with progress(
-                total=len(indices), label="Metrics", disable=rank != 0, transient=True
-            ) as bar:
-                images = generate_for_rank(
-                    generator,
-                    indices,
-                    batch=logging.sample_batch,
-                    class_counts=data.class_counts,
-                    on_batch=bar.update,
-                )
-                # Ranks differ by up to one batch, but must ask for signals equally often.
-                num_batches = -(-len(indices) // (world_size * logging.sample_batch))
-                for _, batch in itertools.zip_longest(range(num_batches), images):
-                    if stop_signal.agreed():
-                        raise _InterruptedError
-                    if batch is not None:
-                        yield batch
-
-        try:
-            rows = evaluate(missing, generate)
-        except _InterruptedError:
-            return False
-        if telemetry is not None:
-            protocol = passport(generator, training, data.class_counts)
-            for row in rows:
-                row = dict(
-                    row,
-                    kimg=cur_nimg / 1000,
-                    snapshot=snapshot_path(run_dir, cur_nimg).name,
-                    seeds=seed_range(0, row["num_images"]),
-                    **protocol,
-                )
-                telemetry.record_metric(row, cur_nimg)
-                values = ", ".join(f"{name} {value:.4f}" for name, value in row["values"].items())
-                telemetry.message(f"{row['metric']}: {values} at kimg {row['kimg']:.1f}")
-        return True
+    scores = InLoopScores(
+        config,
+        run_dir,
+        generator,
+        data,
+        evaluate=evaluate,
+        validate=make_validate(config, dataset, make_objective, ema.network, precond, settings),
+        episodes=episodes_to_show(config, dataset),
+        telemetry=telemetry,
+        stop_signal=stop_signal,
+    )
+    watch = Watch(config)
 
     # Train.
     total_nimg = config.total_nimg
@@ -254,10 +213,11 @@ def training_loop(
     if done and telemetry is not None:
         telemetry.message(f"Complete at kimg {cur_nimg / 1000:.1f}; a larger --kimg would go on.")
     if resume_state is not None and resume_state["progress"]["metrics_due"]:
-        stop = not run_metrics()
+        stop = not scores.run(cur_nimg)
     tick_start_sec, maintenance_sec = time.time(), time.time() - start_sec
     timed_nimg = cur_nimg
-    bar = _tick_bar(cur_tick, cur_nimg, tick_start_nimg, logging.tick, rank)
+    tick_end_nimg = tick_start_nimg + config.tick_nimg
+    bar = _tick_bar(cur_tick, cur_nimg, tick_start_nimg, config.tick_nimg, rank)
     while not (done or stop):
         # Draw this step's randomness for the global batch, and keep this rank's rows.
         draws = objective.draw(
@@ -277,29 +237,34 @@ def training_loop(
             with distributed.no_sync(loss_function, skip=round_idx < num_rounds - 1):
                 loss = loss_function(images, cond, rows)
                 # Summed over pixels, averaged over the global batch (DDP averages over ranks).
-                total = loss.sum() * (training.loss_scaling / per_rank)
+                total = loss.sum() * (training.loss_scaling * world_size / step_nimg)
                 if optimizer.loss_scale is not None:
                     total = total * optimizer.loss_scale
                 total.backward()
             stats.report("Loss/loss", loss)
+
+        # At the end of a tick, look at what the step did.
+        done = cur_nimg + step_nimg >= total_nimg
+        tick_ends = done or cur_tick == 0 or cur_nimg + step_nimg >= tick_end_nimg
+        if tick_ends:
+            for name, value in objective.diagnose(images, cond, rows, optimizer.loss_scale).items():
+                stats.report(name, value)
 
         # Update weights and their averages.
         lr = training.lr
         if training.lr_rampup > 0:
             lr *= min(cur_nimg / (training.lr_rampup * 1000), 1.0)
         grad_norm = optimizer.step(lr)
-        beta = ema_beta(cur_nimg, training.batch, training.ema_kimg, training.ema_rampup)
+        beta = ema_beta(cur_nimg, step_nimg, training.ema_kimg, training.ema_rampup)
         ema.update(beta, optimizer.skipped)
-        profiles.update(cur_nimg + training.batch, training.batch)
+        profiles.update(cur_nimg + step_nimg, step_nimg)
         stats.report("Loss/grad_norm", grad_norm)
         stats.report("Loss/learning_rate", lr)
 
         # Count, and go on unless a tick ends here.
-        cur_nimg += training.batch
-        bar.update(training.batch)
-        done = cur_nimg >= total_nimg
+        cur_nimg += step_nimg
+        bar.update(step_nimg)
         stop = stop_signal.agreed() and not done
-        tick_ends = done or cur_tick == 0 or cur_nimg >= tick_start_nimg + logging.tick * 1000
         if not (tick_ends or stop):
             continue
 
@@ -335,6 +300,8 @@ def training_loop(
             if telemetry is not None:
                 telemetry.record(fields, cur_nimg)
                 telemetry.message(tick_line(fields, total_nimg, num_skipped))
+                for warning in watch.warnings(fields, cur_nimg // step_nimg):
+                    telemetry.message(warning)
         if skipped_in_a_row >= training.skip_limit:
             raise FloatingPointError(
                 f"{skipped_in_a_row} gradients in a row were not finite (at kimg "
@@ -344,12 +311,15 @@ def training_loop(
             )
 
         # Save pictures, the snapshots, then the state: a state implies its snapshots.
-        snap_due = done or (tick_ends and cur_tick % logging.snap == 0)
-        dump_due = tick_ends and cur_tick % (logging.dump or logging.snap) == 0
-        metrics_every = logging.metrics_ticks or logging.snap
-        metrics_due = done or (tick_ends and cur_tick % metrics_every == 0)
+        regular = tick_ends and config.snapshot_is_due(cur_tick, tick_start_nimg, cur_nimg)
+        snap_due = done or regular
+        dump_due = tick_ends and cur_tick % logging.dump == 0 if logging.dump else regular
+        metrics_due = done or regular
+        if logging.metrics_ticks is not None:
+            metrics_due = done or (tick_ends and cur_tick % logging.metrics_ticks == 0)
         if tick_ends:
             cur_tick, tick_start_nimg = cur_tick + 1, cur_nimg
+            tick_end_nimg = cur_nimg + config.tick_nimg
         progress_info = dict(
             cur_nimg=cur_nimg,
             cur_tick=cur_tick,
@@ -361,19 +331,18 @@ def training_loop(
             snapshot=snapshot_path(run_dir, cur_nimg).name if snap_due else None,
         )
         if snap_due:
-            fakes_path = run_dir / f"fakes-{cur_nimg // 1000:06d}.png"
-            save_fakes(generator, data.class_counts, fakes_path, logging.sample_batch)
+            scores.save_pictures(cur_nimg)
             if rank == 0:
                 for path, weights, info in snapshots(progress_info):
                     save_weights(path, weights, config, data, info)
         if dump_due or done or stop:
             write_state(progress_info)
-        if metrics_due and not stop and not run_metrics():
+        if metrics_due and not stop and not scores.run(cur_nimg):
             stop = True
             write_state(progress_info)
         maintenance_sec = time.time() - tick_end_sec
         tick_start_sec, timed_nimg = time.time(), cur_nimg
-        bar = _tick_bar(cur_tick, cur_nimg, tick_start_nimg, logging.tick, rank)
+        bar = _tick_bar(cur_tick, cur_nimg, tick_start_nimg, config.tick_nimg, rank)
     distributed.barrier()
     if telemetry is not None:
         if stop:
@@ -385,14 +354,10 @@ def training_loop(
     return not stop
 
 
-class _InterruptedError(Exception):
-    """A signal came while images were generated for a metric."""
-
-
-def _tick_bar(tick: int, cur_nimg: int, tick_start_nimg: int, tick_kimg: float, rank: int) -> Any:
+def _tick_bar(tick: int, cur_nimg: int, tick_start_nimg: int, tick_nimg: float, rank: int) -> Any:
     """Return a started progress bar for the images of one tick."""
     bar = progress(
-        total=max(round(tick_kimg * 1000), 1),
+        total=max(round(tick_nimg), 1),
         label=f"tick {tick}",
         disable=rank != 0,
         transient=True,

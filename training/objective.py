@@ -22,6 +22,7 @@ class Draws:
     noise: torch.Tensor  # [N, C, H, W], standard normal
     drop: torch.Tensor | None  # [N] bool, true where the condition is dropped
     inputs: AugmentParams | torch.Tensor | None  # [N, ...], what the inputs are made with
+    context_drop: torch.Tensor | None = None  # [N] bool, true where the set is dropped
     context_noise: torch.Tensor | None = None  # [N, ...], standard normal, of a drawn context
 
     def rows(self, start: int, stop: int) -> "Draws":
@@ -33,9 +34,10 @@ class Draws:
 class Objective(torch.nn.Module):
     """The denoising loss of a network under a preconditioner.
 
-    The loop knows an objective by three calls: :meth:`draw` the randomness of a step,
-    :meth:`prepare` a batch on the device, and the differentiable loss. Another kind of training
-    (other noise, other draws, other data) is another class with these.
+    The loop knows an objective by four calls: :meth:`draw` the randomness of a step,
+    :meth:`prepare` a batch on the device, the differentiable loss, and :meth:`diagnose` what the
+    last step of a tick did. Another kind of training (other noise, other draws, other data) is
+    another class with these.
 
     Args:
         network: What is trained.
@@ -101,6 +103,21 @@ class Objective(torch.nn.Module):
         """Return the loss of every element [N, C, H, W] of prepared images and conditions."""
         context = self.network.context(cond, draws.drop, num=len(images))
         return self._loss(images, draws.sigma, draws.noise, context)
+
+    def diagnose(
+        self,
+        images: torch.Tensor,
+        cond: Cond,
+        draws: Draws,
+        loss_scale: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Return what is worth telling of a batch, and of the gradients that are there now.
+
+        Args:
+            images, cond, draws: As in :meth:`forward`.
+            loss_scale: What the gradients were multiplied by.
+        """
+        return {}
 
     def _loss(
         self, images: torch.Tensor, sigma: torch.Tensor, noise: torch.Tensor, context: Context

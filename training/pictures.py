@@ -11,6 +11,7 @@ from dnnlib.files import atomic_write
 _GAP = 2
 _BACKGROUND = 40
 _MIN_TILE = 48
+_BLOCK_GAP = 6
 
 
 def image_grid(images: torch.Tensor, columns: int) -> PIL.Image.Image:
@@ -30,6 +31,28 @@ def image_grid(images: torch.Tensor, columns: int) -> PIL.Image.Image:
         y, x = index // columns * tile_h + _GAP, index % columns * tile_w + _GAP
         canvas[y : y + tile.shape[0], x : x + tile.shape[1]] = tile
     return PIL.Image.fromarray(canvas[:, :, 0] if channels == 1 else canvas)
+
+
+def support_picture(
+    supports: torch.Tensor, samples: torch.Tensor, bands: int = 5
+) -> PIL.Image.Image:
+    """Return supports uint8 [S, k, C, H, W] above samples [S, m, C, H, W] made from them.
+
+    Every support is a block: its images in the first row, then a gap, then the samples, k to a
+    row. ``bands`` blocks stand side by side, then the next ones below.
+    """
+    num, size = supports.shape[:2]
+    blocks = []
+    for row in range(num):
+        top = np.array(image_grid(supports[row], size))
+        below = np.array(image_grid(samples[row], size))
+        gap = np.full((_BLOCK_GAP, *top.shape[1:]), 255, np.uint8)
+        block = np.concatenate([top, gap, below])
+        margins = [(_BLOCK_GAP, _BLOCK_GAP), (_BLOCK_GAP, _BLOCK_GAP), (0, 0)][: block.ndim]
+        blocks.append(np.pad(block, margins, constant_values=255))
+    blocks += [np.full_like(blocks[0], 255)] * (-num % bands if num > bands else 0)
+    rows = [np.concatenate(blocks[i : i + bands], axis=1) for i in range(0, len(blocks), bands)]
+    return PIL.Image.fromarray(np.concatenate(rows))
 
 
 def save_image(image: PIL.Image.Image, path: str | Path) -> None:

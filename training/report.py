@@ -7,9 +7,10 @@ import torch
 
 from dnnlib.config import to_dict
 from dnnlib.text import format_count
-from models import LatentModelConfig, attention_backend, build_network
+from models import LatentModelConfig, SetDiTConfig, attention_backend, build_network
 from torch_utils.misc import count_flops, count_parameters
 from training.config import RunConfig, accumulation_rounds
+from training.set_report import describe_sets
 
 
 def forward_flops(config: RunConfig) -> int:
@@ -20,6 +21,8 @@ def forward_flops(config: RunConfig) -> int:
         network = build_network(model).eval()
         x = torch.empty(1, *config.model.input_shape)
         cond = {"label": torch.zeros(1, dtype=torch.int64)} if config.model.num_classes else {}
+        if isinstance(model, SetDiTConfig):
+            cond["support"] = torch.empty(1, model.context_size, *model.input_shape)
         return count_flops(lambda: network(x, torch.zeros(1), network.context(cond, num=1)))
 
 
@@ -33,17 +36,21 @@ def describe_run(config: RunConfig, world_size: int, device: torch.device) -> st
     """Return the size of a run in a few lines: model, cost, batch, steps, backends."""
     model, training = config.model, config.training
     batch_gpu, rounds = accumulation_rounds(training, world_size)
-    steps = -(-config.total_nimg // training.batch)
+    steps = -(-config.total_nimg // config.step_nimg)
     classes = f"{model.num_classes} classes" if model.num_classes else "unconditional"
     kind = f"{model.family}, {model.resolution}x{model.resolution}x{model.img_channels}"
     logging = config.logging
-    kimg_per_snapshot = logging.tick * min(logging.snap, logging.dump or logging.snap)
+    kimg_per_snapshot = config.tick_nimg * min(logging.snap, logging.dump or logging.snap) / 1000
+    if logging.save_interval is not None:
+        kimg_per_snapshot = logging.save_interval * config.step_nimg / 1000
+    num = model.images_per_row
+    rows_of = "images" if num == 1 else f"sets of {num} images"
     rows = {
         "preset": config.preset,
         "model": f"{kind}, {classes}",
         "parameters": f"{num_parameters(config):,}",
         "forward cost": f"{format_count(forward_flops(config))}FLOP per image",
-        "batch": f"{training.batch} images per optimizer step = {batch_gpu} per pass x "
+        "batch": f"{training.batch} {rows_of} per optimizer step = {batch_gpu} per pass x "
         f"{rounds} pass(es) x {world_size} rank(s)",
         "duration": f"{config.total_nimg / 1000:,.1f} kimg = {steps:,} optimizer steps",
         "precision": training.precision + (", compiled" if training.compile else ""),
@@ -54,6 +61,7 @@ def describe_run(config: RunConfig, world_size: int, device: torch.device) -> st
         scale = "" if model.latent_scale is None else f", scale {model.latent_scale:g}"
         shape = "x".join(map(str, model.input_shape))
         rows["latents"] = f"{shape} of {model.vae or 'the autoencoder in --data'}{scale}"
+    rows.update(describe_sets(config))
     if kimg_per_snapshot < 1:
         rows["note"] = (
             f"snapshots and states come every {kimg_per_snapshot:g} kimg, but their names count "

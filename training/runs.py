@@ -11,7 +11,7 @@ from diffusion.precond import make_precond
 from diffusion.samplers import sampling_sigmas
 from dnnlib.config import from_dict, to_dict
 from dnnlib.files import atomic_write
-from models import LatentModelConfig
+from models import LatentModelConfig, SetDiTConfig
 from torch_utils import distributed
 from training.augment import NUM_LABELS
 from training.autoencoder import Autoencoder
@@ -32,6 +32,7 @@ _SPEED_SECTIONS = ("logging", "sampling", "guidance")
 SPEED_SETTINGS = {
     "model": ("checkpointing", "attention", "vae"),
     "data": ("cache",),
+    "sets": ("num_eval_batches", "compute_fid", "fid_num_samples", "diagnostics"),
     "training": ("kimg", "iters", "skip_limit", "compile", "batch_gpu", "tf32", "cudnn_benchmark"),
 }
 
@@ -112,9 +113,11 @@ def with_data_facts(config: RunConfig, img_channels: int, num_classes: int) -> R
     check_guided_channels(config.guidance, config.model)
     precond = make_precond(config.precond)
     sampling_sigmas(config.sampling, precond)  # Raises if the network knows no such levels.
-    if isinstance(config.model, LatentModelConfig) and config.training.augment.augment > 0:
+    is_image_model = not isinstance(config.model, LatentModelConfig | SetDiTConfig)
+    if not is_image_model and config.training.augment.augment > 0:
+        what = "latents" if isinstance(config.model, LatentModelConfig) else "sets"
         raise ValueError(
-            f"--augment: got {config.training.augment.augment:g}, but latents cannot be augmented; "
+            f"--augment: got {config.training.augment.augment:g}, but {what} cannot be augmented; "
             "set --augment=0 (--hflip mirrors images)."
         )
     model = dataclasses.replace(

@@ -31,12 +31,15 @@ class PositionSampler(Sampler[list[int]]):
     the r-th of ``world_size`` equal parts of it, in rows of ``batch_gpu``. Hence the global batches
     depend on nothing but (seed, batch_size), and a run resumes exactly at any ``start_nimg``.
 
+    A dataset that draws by position itself, as sets are drawn, has ``dataset_size`` None: its keys
+    are the positions.
+
     Raises ValueError if ``batch_size`` is no multiple of ``batch_gpu * world_size``.
     """
 
     def __init__(
         self,
-        dataset_size: int,
+        dataset_size: int | None,
         *,
         seed: int,
         start_nimg: int,
@@ -50,7 +53,7 @@ class PositionSampler(Sampler[list[int]]):
                 f"--batch: got {batch_size}, which is no multiple of --batch-gpu {batch_gpu} x "
                 f"{world_size} rank(s)."
             )
-        assert dataset_size > 0
+        assert dataset_size is None or dataset_size > 0
         assert start_nimg >= 0
         assert 0 <= rank < world_size
         self._dataset_size = dataset_size
@@ -73,6 +76,8 @@ class PositionSampler(Sampler[list[int]]):
 
     def indices(self, positions: np.ndarray) -> np.ndarray:
         """Return the dataset index at each position of the run, int64 [N]."""
+        if self._dataset_size is None:
+            return positions
         epochs, offsets = np.divmod(positions, self._dataset_size)
         result = np.empty(len(positions), np.int64)
         for epoch in np.unique(epochs).tolist():

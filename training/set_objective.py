@@ -2,12 +2,19 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from models import Context
-from torch_utils import rng
+from diffusion.denoiser import autocast
+from diffusion.precond import Precond
+from models import Context, Network
+from torch_utils import distributed, rng
+from torch_utils.stats import StatsCollector
+from training.config import RunConfig
 from training.dataset import Cond
+from training.inputs import TrainingData
 from training.objective import Draws, Objective
 from training.sets import SetConfig
 
@@ -20,11 +27,10 @@ class SetObjective(Objective):
     nothing, and a set weighs as much as another, however many images it has.
 
     Args:
-        config: How the context is trained.
-        data_dim: Numbers in an image, for the evidence lower bound's scale.
+        config: How the context is trained. The other arguments are those of :class:`Objective`.
     """
 
-    def __init__(self, *args, config: SetConfig, **kwargs) -> None:
+    def __init__(self, *args: Any, config: SetConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._config = config
         self._model = self.network.config
@@ -62,21 +68,27 @@ class SetObjective(Objective):
         )
         warm_up = cur_nimg / max(self._config.kl_rampup * 1000, 1e-9)
         self._kl_weight = torch.tensor(self._kl_factor * min(warm_up, 1.0))
+        generator = rng.step_generator(seed, cur_nimg, rng.STREAM_CONTEXT, device)
+        changes = {}
+        if self._config.context_drop > 0:
+            uniform = torch.rand(batch, generator=generator, device=device)
+            changes["context_drop"] = uniform < self._config.context_drop
         if self.network.conditioner.is_variational:
-            generator = rng.step_generator(seed, cur_nimg, rng.STREAM_CONTEXT, device)
             shape = (batch, num, self._model.encoder_dim)
-            noise = torch.randn(*shape, generator=generator, device=device)
-            draws = dataclasses.replace(draws, context_noise=noise)
-        return draws
+            changes["context_noise"] = torch.randn(*shape, generator=generator, device=device)
+        return dataclasses.replace(draws, **changes)
 
     def context(self, images: torch.Tensor, cond: Cond, draws: Draws) -> Context:
         """Return the context [b n] of sets of images [b, n, C, H, W]."""
         cond = {"set": images, **cond}
+        if "label" in cond and draws.drop is not None:
+            cond["label"] = torch.where(draws.drop, self._model.num_classes, cond["label"])
         if draws.context_noise is not None:
             cond["context_noise"] = draws.context_noise
         if self._model.encoder_time:
             cond["c_noise"] = self._precond.scalings(draws.sigma)[3]
-        return self.network.context(cond, draws.drop)
+        with autocast(images.device, self._denoise.autocast_dtype):
+            return self.network.context(cond, draws.context_drop)
 
     def forward(self, images: torch.Tensor, cond: Cond, draws: Draws) -> torch.Tensor:
         """Return the loss of every element [b n, C, H, W] of sets [b, n, C, H, W]."""
@@ -95,14 +107,25 @@ class SetObjective(Objective):
         return self._loss(images.flatten(0, 1), sigma, draws.noise.flatten(0, 1), context)
 
     @torch.no_grad()
-    def diagnose(self, images: torch.Tensor, cond: Cond, draws: Draws) -> dict[str, torch.Tensor]:
-        """Return statistics of the contexts of a batch, by name; scalars or vectors.
+    def diagnose(
+        self,
+        images: torch.Tensor,
+        cond: Cond,
+        draws: Draws,
+        loss_scale: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Return statistics of a batch's contexts and of the gradients, under ``debug/`` names.
 
-        ``context_norm``, ``context_mean`` and ``context_max`` are of each vector; ``context_std``
-        is over all numbers, and ``context_batch_std`` the spread of each number over the sets, so
-        that it is zero for a context that is the same for all. ``context_gap`` is by how much the
-        loss rises when every set gets the context of another; it is left out with a single set.
+        ``context_norm``, ``context_mean`` and ``context_max`` are of each vector (its length, mean
+        and largest absolute value); ``context_std`` is over all numbers, and ``context_batch_std``
+        the spread of each number over the sets, so that it is zero for a context that is the same
+        for all. ``context_gap`` is by how much the loss rises when every set gets the context of
+        another. The two last are left out with a single set. Gradient norms are those of the global
+        batch, before clipping: of the encoder, of the DiT, and of each block of it.
         """
+        if not self._config.diagnostics:
+            return {}
+        found = self._gradient_norms(loss_scale)
         was_training = self.network.training
         self.network.eval()
         try:
@@ -110,19 +133,81 @@ class SetObjective(Objective):
             tokens = context.tokens if context.vector is None else context.vector[:, None]
             tokens = tokens.to(torch.float32)  #                        [b n, M, d]
             num = images.shape[1]
-            of_sets = tokens.unflatten(0, (-1, num)).mean((1, 2))  #    [b, d]
-            found = dict(
-                context_norm=tokens.norm(dim=-1).flatten(),
-                context_mean=tokens.abs().mean(-1).flatten(),
-                context_max=tokens.abs().amax(-1).flatten(),
+            found.update(
+                context_norm=tokens.norm(dim=-1),
+                context_mean=tokens.abs().mean(-1),
+                context_max=tokens.abs().amax(-1),
                 context_std=tokens.std(),
             )
             if len(images) > 1:
+                of_sets = tokens.unflatten(0, (-1, num)).mean((1, 2))  # [b, d]
                 found["context_batch_std"] = of_sets.std(0).mean()
                 order = torch.arange(len(tokens), device=tokens.device).roll(num)
                 own = self._loss_of_sets(images, draws, context).mean()
                 other = self._loss_of_sets(images, draws, context.index(order)).mean()
                 found["context_gap"] = other - own
-            return found
         finally:
             self.network.train(was_training)
+        return {f"debug/{name}": value for name, value in found.items()}
+
+    def _gradient_norms(self, loss_scale: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        network = self.network
+        modules = dict(encoder=network.conditioner.encoder, dit=network.backbone)
+        modules.update({f"dit_layer_{i}": block for i, block in enumerate(network.backbone.blocks)})
+        norms = {}
+        for name, module in modules.items():
+            grads = [p.grad for p in module.parameters() if p.grad is not None]
+            if grads:
+                norm = torch.nn.utils.get_total_norm(grads, foreach=True)
+                norms[f"{name}_grad_norm"] = norm if loss_scale is None else norm / loss_scale
+        return norms
+
+
+def make_validate(
+    config: RunConfig,
+    dataset: TrainingData,
+    make_objective: Callable[..., Objective],
+    network: Network,
+    precond: Precond,
+    settings: dict[str, Any],
+) -> Callable[[], float] | None:
+    """Return the function that measures the loss of ``network`` on classes not trained on.
+
+    They are the validation classes, or without any the unseen ones. Returns None if the run asks
+    for none of that. The sets and their noise are the same at every call. The function is
+    collective.
+    """
+    if config.sets is None or not config.sets.num_eval_batches:
+        return None
+    classes = dataset.split.val or dataset.split.test
+    if not classes:
+        raise ValueError(
+            "--num-eval-batches: there are no classes to validate on; name some with "
+            "--val-classes, or set --num-eval-batches=0."
+        )
+    sets = dataset.of_classes(classes)
+    objective = make_objective(network, precond, **dict(settings, label_drop=0.0))
+    device = next(network.parameters()).device
+    batch, world_size = config.training.batch, distributed.world_size()
+    first = distributed.rank() * batch // world_size
+    stop = (distributed.rank() + 1) * batch // world_size
+
+    @torch.no_grad()
+    def validate() -> float:
+        stats = StatsCollector()
+        for index in range(config.sets.num_eval_batches):
+            draws = objective.draw(
+                seed=config.training.seed,
+                cur_nimg=index * config.step_nimg,
+                batch=batch,
+                input_shape=config.model.input_shape,
+                device=device,
+            ).rows(first, stop)
+            draws = dataclasses.replace(draws, drop=None, context_drop=None)
+            rows = sets.__getitems__(range(index * batch + first, index * batch + stop))
+            images, cond = objective.prepare(*rows, draws, device)
+            cond.pop("label", None)  # Classes that the model does not know.
+            stats.report("loss", objective(images, cond, draws))
+        return stats.collect()["loss"]["mean"]
+
+    return validate

@@ -58,6 +58,18 @@ class SetConfig(Config):
     context_drop: float = option(
         0.0, min=0, max=1, help="Probability of training without the set, for guidance."
     )
+    num_eval_batches: int = option(
+        0,
+        min=0,
+        help="Batches of sets of validation classes whose loss is measured with every snapshot.",
+    )
+    compute_fid: bool = option(False, help="Compute fewshot_fid, as --metrics=fewshot_fid does.")
+    fid_num_samples: int = option(
+        10_000, min=2, help="Images that the fewshot metrics generate, at most."
+    )
+    diagnostics: bool = option(
+        True, help="Tell every tick what context and gradients do, under debug/ names."
+    )
     kl_weight: float = option(1.0, min=0, help="Weight of a variational context's divergence.")
     kl_rampup: float = option(
         1920.0, min=0, help="Linear warm-up of that weight, in kimg (10,000 steps of 32 sets)."
@@ -175,12 +187,15 @@ class SetDataset(Dataset):
         config: Which of its classes and images are trained on.
         sample_size: n.
         seed: Seed of the run.
+        use_labels: Whether the model is conditioned on the class too.
         hflip: Mirror each drawn image with probability one half.
+        classes: Draw sets of all images of these classes instead, as they are.
 
     Attributes:
         split: Which classes of ``images`` are for what.
-        class_names: Names of the classes trained on, transformed ones included.
-        num_classes: Their number.
+        set_classes: Names of the classes trained on, transformed ones included.
+        class_names, num_classes: The same with ``use_labels``; none without.
+        held_out: Indices of the images of each class trained on that are kept for scores.
         num_images: Number of images trained on, each counted once for every transform.
 
     Raises ValueError if the data have no labels, or if a class keeps no image to train on.
@@ -193,8 +208,11 @@ class SetDataset(Dataset):
         *,
         sample_size: int,
         seed: int,
+        use_labels: bool = False,
         hflip: bool = False,
+        classes: Sequence[int] | None = None,
     ) -> None:
+        self._use_labels = use_labels
         self.images, self.config, self.sample_size = images, config, sample_size
         self._seed, self._hflip = seed, hflip
         if images.labels is None:
@@ -210,25 +228,39 @@ class SetDataset(Dataset):
         self.split = split_classes(config, images)
         self._pools: list[np.ndarray] = []
         self._transforms: list[int] = []
-        self.class_names = []
+        self.set_classes: list[str] = []
         self.held_out: dict[int, np.ndarray] = {}
         skipped = _parse_transforms(config.skip_transforms, images.class_names)
-        for index in self.split.train:
+        num_held_out, transforms = config.held_out, _transforms(config.class_transforms)
+        if classes is not None:
+            num_held_out, transforms = 0, _transforms("none")
+        for index in self.split.train if classes is None else classes:
             order = self._shuffled(index)
-            self.held_out[index] = np.sort(order[: config.held_out])
-            pool = np.sort(order[config.held_out :])
+            self.held_out[index] = np.sort(order[:num_held_out])
+            pool = np.sort(order[num_held_out:])
             if len(pool) < 1 + (config.min_sample_size or 1):
                 raise ValueError(
                     f"--held-out: class {images.class_names[index]!r} has {len(order)} images, of "
                     f"which {config.held_out} are kept for scores and {len(pool)} are left to "
                     "train on; keep fewer."
                 )
-            for transform in _transforms(config.class_transforms):
+            for transform in transforms:
                 if (index, transform) not in skipped:
                     self._pools.append(pool)
                     self._transforms.append(transform)
                     suffix = f":{transform}" if transform else ""
-                    self.class_names.append(images.class_names[index] + suffix)
+                    self.set_classes.append(images.class_names[index] + suffix)
+        self.class_names = self.set_classes if use_labels else []
+
+    def of_classes(self, classes: Sequence[int]) -> "SetDataset":
+        """Return sets of other classes of the same images."""
+        return SetDataset(
+            self.images,
+            self.config,
+            sample_size=self.sample_size,
+            seed=self._seed,
+            classes=classes,
+        )
 
     def _shuffled(self, index: int) -> np.ndarray:
         rows = np.flatnonzero(self.images.labels == index)
@@ -243,6 +275,16 @@ class SetDataset(Dataset):
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    @property
+    def known_labels(self) -> dict[int, int]:
+        """Label, for a class-conditional model, of each class of ``images`` that it knows."""
+        names = {name: label for label, name in enumerate(self.class_names)}
+        return {
+            index: names[self.images.class_names[index]]
+            for index in self.split.train
+            if self.images.class_names[index] in names
+        }
 
     @property
     def num_images(self) -> int:
