@@ -5,19 +5,19 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 
-from configs.presets import PRESET_OF_RESOLUTION, PRESETS, get_preset
+from configs.presets import PRESET_OF_RESOLUTION, PRESETS, get_preset, preset_of_model
 from dnnlib.cli import ConfigCommand, raw_value, run, settings
 from dnnlib.config import Config
 from dnnlib.files import atomic_write, check_target, lock_folder
 from dnnlib.text import join_names
-from evaluation.scoring import make_evaluate, real_images
+from evaluation.scoring import check_metrics, make_evaluate, real_images
 from metrics.metric import get_metrics
 from models import LatentModelConfig, attention_backend
 from torch_utils import distributed
@@ -49,7 +49,10 @@ EXAMPLES = """
 
 def base_config(args: Sequence[str]) -> RunConfig | None:
     """Return the configuration that the raw arguments start from: a preset's or a run's."""
-    preset, resume = raw_value(args, "preset"), raw_value(args, "resume")
+    preset = raw_value(args, "preset") or raw_value(args, "model")
+    resume = raw_value(args, "resume")
+    if preset is not None:
+        preset = preset_of_model(preset, raw_value(args, "mode-conditioning"))
     resolution = raw_value(args, "resolution")
     if preset is None and resume not in (None, "auto"):
         report = print if int(os.environ.get("RANK", 0)) == 0 else lambda text: None
@@ -85,9 +88,57 @@ def option_elsewhere(name: str, config: Config | None) -> str | None:
     return f"--{name}: preset {config.preset} has no such option; {join_names(owners)} has."
 
 
+def with_one_of_each(config: RunConfig, given: Collection[str]) -> RunConfig:
+    """Return ``config`` with the one of two options that was typed, where one stands for both.
+
+    Raises UsageError if both were.
+    """
+    pairs = (
+        ("training", "kimg", "iters"),
+        ("logging", "tick", "log_interval"),
+        ("logging", "snap", "save_interval"),
+    )
+    for section, kimg_option, step_option in pairs:
+        values = getattr(config, section)
+        if getattr(values, step_option) is None or kimg_option not in given:
+            continue
+        if step_option in given:
+            names = [name.replace("_", "-") for name in (kimg_option, step_option)]
+            raise click.UsageError(f"Give --{names[0]} or --{names[1]}, not both.")
+        values = dataclasses.replace(values, **{step_option: None})
+        config = dataclasses.replace(config, **{section: values})
+    return config
+
+
+def with_named_data(
+    config: RunConfig, given: Collection[str], data_dir: Path | None, dataset: str | None
+) -> RunConfig:
+    """Return ``config`` with the data that ``--data-dir`` and ``--dataset`` name, if they do."""
+    if data_dir is None and dataset is None:
+        return config
+    if data_dir is None or dataset is None or "data" in given:
+        raise click.UsageError("Give --data, or --data-dir and --dataset together.")
+    path = data_dir / dataset
+    if not path.exists():
+        path = data_dir / f"{dataset.removesuffix('.zip')}.zip"
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, data=str(path)))
+
+
+def with_fewshot_fid(config: RunConfig) -> RunConfig:
+    """Return ``config`` with the metric that ``--compute-fid`` asks for."""
+    if config.sets is None or not config.sets.compute_fid:
+        return config
+    metrics = dict.fromkeys((*config.logging.metrics, "fewshot_fid"))
+    return dataclasses.replace(
+        config, logging=dataclasses.replace(config.logging, metrics=tuple(metrics))
+    )
+
+
 @click.command(cls=ConfigCommand, base=base_config, elsewhere=option_elsewhere, examples=EXAMPLES)
 @click.option("--outdir", type=click.Path(path_type=Path), help="Where run folders are made.")
-@click.option("--preset", help=f"What to train: {', '.join(PRESETS)}.")
+@click.option("--preset", "--model", help=f"What to train: {', '.join(PRESETS)}.")
+@click.option("--data-dir", type=click.Path(path_type=Path), help="With --dataset, for --data.")
+@click.option("--dataset", help="Name of a zip or folder in --data-dir: --data=DATA_DIR/NAME.zip.")
 @click.option("--desc", help="Text to add to the name of the run folder.")
 @click.option("--resume", help="Run folder or state file to continue, or auto.")
 @click.option("--transfer", type=click.Path(path_type=Path), help="Snapshot to start from.")
@@ -96,6 +147,8 @@ def main(
     config: RunConfig,
     outdir: Path | None,
     preset: str | None,
+    data_dir: Path | None,
+    dataset: str | None,
     desc: str | None,
     resume: str | None,
     transfer: Path | None,
@@ -107,21 +160,19 @@ def main(
     """
     # Cheap checks first: nothing is opened or started before they pass.
     given = click.get_current_context().meta["given"]
-    if {"kimg", "iters"} <= given and config.training.iters is not None:
-        raise click.UsageError("Give --kimg or --iters, not both.")
+    config = with_one_of_each(config, given)
+    config = with_named_data(config, given, data_dir, dataset)
+    config = with_fewshot_fid(config)
     explicit_resume = resume not in (None, "auto")
     if explicit_resume and transfer is not None:
         raise click.UsageError("Give --resume or --transfer, not both.")
-    if "kimg" in given and config.training.iters is not None:
-        training = dataclasses.replace(config.training, iters=None)
-        config = dataclasses.replace(config, training=training)
-    specs = get_metrics(config.logging.metrics)
+    specs = check_metrics(get_metrics(config.logging.metrics), config)
     config.detectors.check_used(
         given,
         {spec.feature.detector for spec in specs},
         f"--metrics={','.join(config.logging.metrics) or 'none'}",
     )
-    if config.logging.wandb:
+    if config.logging.wandb and not dry_run:
         import_wandb()
     if transfer is not None and "ema_rampup" not in given:
         # The weights are good from the start: the average need not forget its first steps.
@@ -170,8 +221,8 @@ def main(
     stop_signal = click.get_current_context().with_resource(distributed.StopSignal())
     accumulation_rounds(config.training, distributed.world_size())
     attention_backend(config.model, device)
-    dataset = open_training_data(config)
-    config = fit_to_device(runs.fit_to_data(config, dataset), device.type)
+    data = open_training_data(config)
+    config = fit_to_device(runs.fit_to_data(config, data), device.type)
     autoencoder = None
     if isinstance(config.model, LatentModelConfig):
         model = config.model
@@ -179,7 +230,7 @@ def main(
         config = runs.fit_to_autoencoder(config, autoencoder)
     evaluate = None
     if specs:
-        real = real_images(config.logging.metrics_ref, dataset, specs)
+        real = real_images(config, data, specs)
         evaluate = make_evaluate(specs, config.detectors, real, config.model, device)
 
     # Find or make the run folder.
@@ -189,7 +240,7 @@ def main(
         run_dir = distributed.on_main(lambda: runs.find_same_run(outdir, config, origin, print))
     is_new = run_dir is None
     if is_new:
-        run_dir = runs.make_run_dir(outdir, runs.describe(config, dataset, desc))
+        run_dir = runs.make_run_dir(outdir, runs.describe(config, data, desc))
     locks: list[Any] = []
     distributed.on_main(
         lambda: locks.append(lock_folder(run_dir, f"{run_dir}: another process is training here"))
@@ -198,19 +249,19 @@ def main(
     if not is_new:
         distributed.on_main(lambda: runs.clear_leftovers(run_dir))
         state = runs.load_resume_state(
-            run_dir, exact_state, config, dataset.content_hash, distributed.print0
+            run_dir, exact_state, config, data.content_hash, distributed.print0
         )
     if distributed.is_main():
         facts = dict(command=sys.argv, world_size=distributed.world_size(), device=str(device))
         facts["origin"] = runs.stored_origin(run_dir) if explicit_resume else origin
         runs.write_options(run_dir, config, {**facts, "packages": package_versions()})
-        print(f"Training on {dataset.name}: {dataset.num_images} images. Writing to {run_dir}")
+        print(f"Training on {data.name}: {data.num_images} images. Writing to {run_dir}")
         print(describe_run(config, distributed.world_size(), device), flush=True)
 
     finished = training_loop(
         config,
         run_dir,
-        dataset,
+        data,
         device,
         autoencoder=autoencoder,
         resume_state=state,

@@ -219,6 +219,16 @@ def get_preset(name: str) -> Preset:
     return PRESETS[name]
 
 
+def preset_of_model(name: str, mode_conditioning: str | None = None) -> str:
+    """Return the preset that a name stands for: its own, or that of a model of earlier code.
+
+    ``mode_conditioning`` decides between those of few-shot diffusion models.
+    """
+    if name.replace("-", "_") in ("vfsddpm_jax", "vfsddpm"):
+        return "fsdm-cifar100-lag" if mode_conditioning == "lag" else "fsdm-depth6"
+    return name
+
+
 def get_diffit_config(name: str) -> DiffiTConfig | LatentDiffiTConfig:
     """Return the model configuration of a DiffiT preset, such as ``cifar10``.
 

@@ -11,17 +11,19 @@ import torch
 from dnnlib.files import fetch
 from evaluation.images import ImageSource, shape_of
 from metrics.features import Detector, Feature, ImageShape, get_detector
-from metrics.metric import MetricSpec, needed_features, score
+from metrics.metric import METRICS, MetricSpec, needed_features, score
 from metrics.reference import References, load_references
 from metrics.reference_cache import references_for, vector_subset
 from models import ModelConfig
 from torch_utils import distributed
-from training.config import DetectorConfig
+from training.config import DetectorConfig, RunConfig
 from training.dataset import ImageDataset, MirroredImages
+from training.episodes import episodes_of_run
 from training.inputs import TrainingData
 from training.latents import LatentDataset
 from training.sampler import iterate_images
 from training.samples import open_images
+from training.sets import SetDataset
 
 Needs = Mapping[Feature, Sequence[str]]
 _STATISTICS_SUFFIXES = (".npz", ".pkl")
@@ -293,19 +295,51 @@ def describe_row(row: Mapping[str, Any], num_classes_shown: int = 20) -> str:
     return "\n".join(lines)
 
 
+def check_metrics(metrics: list[MetricSpec], config: RunConfig) -> list[MetricSpec]:
+    """Return a run's metrics, those of supports with the number of images that it asks for.
+
+    Raises ValueError for metrics of images made from supports if there are none, and for others if
+    there are: without a support, a model of sets makes nothing.
+    """
+    has_sets = config.sets is not None
+    for metric in metrics:
+        if metric.of_supports != has_sets:
+            known = [name for name, spec in METRICS.items() if spec.of_supports == has_sets]
+            what = "is trained on sets" if has_sets else "is not trained on sets"
+            raise ValueError(
+                f"--metrics: got {metric.name}, but preset {config.preset} {what}; accepted: "
+                f"{', '.join(known)}."
+            )
+    if has_sets and config.logging.metrics_ref is not None:
+        raise ValueError(
+            "--metrics-ref has no effect on models of sets, which are compared with images of "
+            "their unseen classes; leave it out."
+        )
+    if not has_sets:
+        return metrics
+    num_images = config.sets.fid_num_samples
+    return [dataclasses.replace(metric, num_images=num_images) for metric in metrics]
+
+
 def real_images(
-    location: str | None, dataset: TrainingData, metrics: Sequence[MetricSpec]
+    config: RunConfig, dataset: TrainingData, metrics: Sequence[MetricSpec]
 ) -> RealImages | None:
     """Return what a run's metrics compare with; None if they compare with nothing.
 
-    That is ``location``, or by default the images trained on. Raises ValueError if those are known
-    as latents alone.
+    That is ``--metrics-ref``, or by default the images trained on; of sets, the images of unseen
+    classes that are in no support. Raises ValueError if those are known as latents alone, or if
+    there are none.
     """
+    location = config.logging.metrics_ref
     with_reference = [metric.name for metric in metrics if metric.has_reference]
     if not with_reference:
         return None
     if location is not None:
         return RealImages(location)
+    if isinstance(dataset, SetDataset):
+        size = config.model.context_size
+        episodes = episodes_of_run(dataset, "unseen", support_size=size)
+        return RealImages(dataset.images.subset(episodes.reals))
     if isinstance(dataset, LatentDataset):
         raise ValueError(
             f"--metrics: {with_reference[0]} compares images, but {dataset.path} holds latents; "

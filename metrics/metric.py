@@ -92,6 +92,7 @@ class MetricSpec:
         subset_size: Images in each random subset that it draws; None if it draws none.
         has_reference: Whether real images are compared with.
         at_most_dataset: Generate no more images than the reference has.
+        of_supports: Whether it is of images made from supports of a class, against that class.
         description: One line for ``--help``.
     """
 
@@ -104,6 +105,7 @@ class MetricSpec:
     subset_size: int | None = None
     has_reference: bool = True
     at_most_dataset: bool = False
+    of_supports: bool = False
     description: str
 
     def image_count(self, reference: Reference | None, num_images: int | None = None) -> int:
@@ -161,6 +163,29 @@ def _specs() -> Iterable[MetricSpec]:
                 description=f"{text}; {number:,} images{versus}",
                 **fields,
             )
+    of_supports = {
+        "fewshot_fid": (inception, dict(needs="moments", compute=_frechet("fid")), "FID"),
+        "fewshot_kid": (inception, kid, "Kernel Inception Distance and its spread"),
+        "fewshot_pr": (inception, neighbours, "Precision and recall, k = 3,"),
+        "fewshot_fd_pixels": (
+            pixels,
+            dict(needs="moments", compute=_frechet("fd_pixels")),
+            "Fréchet distance of pixels",
+        ),
+        "fewshot_kid_pixels": (pixels, kid, "Kernel distance of pixels and its spread"),
+        "fewshot_pr_pixels": (pixels, neighbours, "Precision and recall of pixels, k = 3,"),
+    }
+    for name, (feature, fields, text) in of_supports.items():
+        yield MetricSpec(
+            name=name,
+            feature=feature,
+            num_images=10_000,
+            at_most_dataset=True,
+            of_supports=True,
+            description=f"{text} of images made from supports, against images of the same classes; "
+            "10,000 images, or as many as there are real ones",
+            **fields,
+        )
     small = {
         "fd_pixels": (dict(needs="moments", compute=_frechet("fd_pixels")), "Fréchet distance"),
         "kid_pixels": (kid, "Kernel distance and its spread"),

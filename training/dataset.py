@@ -1,5 +1,6 @@
 """Images of a zip, folder or .npz with their class labels, as training and metrics read them."""
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -159,6 +160,16 @@ class ImageDataset(Dataset):
     def num_images(self) -> int:
         """Number of images, after ``max_size``."""
         return len(self)
+
+    def subset(self, rows: Sequence[int] | np.ndarray) -> "ImageDataset":
+        """Return the dataset of some of the images, in the order given, with the same classes."""
+        rows = np.asarray(rows, np.int64)
+        part = copy.copy(self)
+        part.__dict__.pop("content_hash", None)
+        part._indices, part._cache = self._indices[rows], None
+        if self.labels is not None:
+            part.labels = self.labels[rows]
+        return part
 
     @property
     def class_counts(self) -> list[int]:

@@ -26,24 +26,24 @@ class Episodes:
 
     Attributes:
         supports: uint8 [S, k, C, H, W].
-        classes: Name of the class of each support.
+        classes: int64 [S], class of each support in its dataset.
+        class_names: Names of all classes of that dataset.
         labels: int64 [S], the class as a class-conditional model knows it, num_classes if it does
             not.
         indices: int64 [S, k], of the support's images in their dataset; -1 for images of files.
         counts: Share of each episode in what is generated: as many as there are real images left of
             its class, divided among the class's episodes.
         reals: Indices of those real images in their dataset, classes in order, int64 [R].
-        real_classes: Name of the class of each.
         source: What the supports are, for score rows.
     """
 
     supports: torch.Tensor
-    classes: tuple[str, ...]
+    classes: np.ndarray
+    class_names: tuple[str, ...]
     labels: torch.Tensor
     indices: np.ndarray
     counts: tuple[int, ...]
     reals: np.ndarray
-    real_classes: tuple[str, ...]
     source: str
 
     def __len__(self) -> int:
@@ -54,7 +54,7 @@ class Episodes:
         return dataclasses.replace(
             self,
             supports=self.supports[rows],
-            classes=tuple(self.classes[row] for row in rows),
+            classes=self.classes[rows],
             labels=self.labels[rows],
             indices=self.indices[rows],
             counts=tuple(self.counts[row] for row in rows),
@@ -96,7 +96,7 @@ def draw_episodes(
 
     Raises ValueError if a class is too small.
     """
-    chosen, classes, labels, counts, reals, real_classes = [], [], [], [], [], []
+    chosen, classes, labels, counts, reals = [], [], [], [], []
     for index, pool in pools.items():
         name = images.class_names[index]
         num = num_per_class
@@ -110,23 +110,22 @@ def draw_episodes(
         order = np.random.default_rng([seed % 2**64, _SEED, index]).permutation(pool)
         used, left = order[: num * support_size], np.sort(order[num * support_size :])
         chosen.append(used.reshape(num, support_size))
-        classes += [name] * num
+        classes += [index] * num
         labels += [(known_labels or {}).get(index, null_label)] * num
         counts += [len(part) for part in np.array_split(left, num)]
         reals.append(left)
-        real_classes += [name] * len(left)
     if not chosen:
         raise ValueError(f"There are no {source} classes to draw supports from.")
     indices = np.concatenate(chosen)
     pixels, _ = images.__getitems__(indices.flatten().tolist())
     return Episodes(
         supports=pixels.unflatten(0, indices.shape),
-        classes=tuple(classes),
+        classes=np.array(classes),
+        class_names=tuple(images.class_names),
         labels=torch.tensor(labels),
         indices=indices,
         counts=tuple(counts),
         reals=np.concatenate(reals),
-        real_classes=tuple(real_classes),
         source=source,
     )
 
@@ -227,7 +226,7 @@ def _joined(parts: Sequence[Episodes]) -> Episodes:
     return dataclasses.replace(
         parts[0],
         supports=torch.cat([part.supports for part in parts]),
-        classes=tuple(name for part in parts for name in part.classes),
+        classes=np.concatenate([part.classes for part in parts]),
         labels=torch.cat([part.labels for part in parts]),
         indices=np.concatenate([part.indices for part in parts]),
         counts=tuple(count for part in parts for count in part.counts),
