@@ -12,9 +12,12 @@ from dnnlib.files import check_target
 from dnnlib.progress import progress
 from torch_utils import distributed
 from torch_utils.misc import allow_tf32
+from training.checkpoint import Snapshot
+from training.episodes import PROTOCOLS, Episodes
 from training.generation import (
     AUTOCAST_DTYPES,
     GenerateConfig,
+    SupportGenerator,
     cached_snapshot,
     claim_outdir,
     image_path,
@@ -22,7 +25,8 @@ from training.generation import (
     make_generator,
     parse_classes,
 )
-from training.pictures import image_grid, read_image, save_image, to_pil
+from training.pictures import image_grid, read_image, save_image, support_picture, to_pil
+from training.supports import episodes_of_snapshot, read_support
 
 EXAMPLES = """
   # 64 images, one per seed, and one picture of them all:
@@ -31,6 +35,12 @@ EXAMPLES = """
 
   # Ten images of each of ten classes, more alike to their class:
   python generate.py --network=network.pkl --outdir=out --seeds=0-99 --class=0-9 --cfg-scale=1.5
+
+  # A model of sets: 64 images like those in a folder, and a picture of both:
+  python generate.py --network=network.pkl --outdir=out --support=my-images --num=64 --grid=out.png
+
+  # The same for ten supports, drawn from classes that it was not trained on:
+  python generate.py --network=network.pkl --outdir=out --episodes=10 --split=unseen --num=16
 
   # 50,000 images on eight GPUs, a thousand to a folder; start again to continue:
   torchrun --standalone --nproc_per_node=8 generate.py --network=network.pkl --outdir=out \\
@@ -45,15 +55,51 @@ def base_config(args: Sequence[str]) -> GenerateConfig:
 
 def option_elsewhere(name: str, config: Config | None) -> str | None:
     """Return a sentence for an option of training given to sampling."""
-    if name in ("preset", "data", "precond", "resolution"):
+    if name in ("preset", "precond", "resolution"):
         return f"--{name}: the snapshot decides this; generate.py has no such option."
     return None
+
+
+def find_supports(
+    snapshot: Snapshot,
+    support: tuple[str, ...],
+    episodes: int | None,
+    split: str | None,
+    data: str | None,
+    classes: str | None,
+) -> Episodes | None:
+    """Return what a model of sets makes images from, as the options say; None for another model.
+
+    Raises UsageError if they say nothing, or too much.
+    """
+    if snapshot.config.sets is None:
+        given = [name for name in ("support", "episodes", "split", "data") if is_given(name)]
+        if given:
+            raise click.UsageError(f"--{given[0]}: this model was not trained on sets of images.")
+        return None
+    if classes is not None:
+        raise click.UsageError("--class: this model makes images from a support; give --support.")
+    if bool(support) == (episodes is not None):
+        raise click.UsageError(
+            "This model makes images from a support: give --support=IMAGES, or --episodes=N."
+        )
+    if support:
+        for name in ("split", "data"):
+            if is_given(name):
+                raise click.UsageError(f"--{name} says where --episodes come from; give that too.")
+        return read_support(support, snapshot.config.model)
+    return episodes_of_snapshot(snapshot, split or "unseen", episodes, data=data)
 
 
 @click.command(cls=ConfigCommand, base=base_config, elsewhere=option_elsewhere, examples=EXAMPLES)
 @click.option("--network", required=True, help="Snapshot written by train.py.")
 @click.option("--outdir", required=True, type=click.Path(path_type=Path), help="Image folder.")
 @click.option("--seeds", default="0-63", show_default=True, help="Seeds, such as 0-63,100.")
+@click.option("--num", type=click.IntRange(1), help="Short for --seeds=0-(N-1).")
+@click.option("--support", multiple=True, help="Images like which to make: file, folder or zip.")
+@click.option("--episodes", type=click.IntRange(1), help="Draw so many supports from --split.")
+@click.option("--split", type=click.Choice(PROTOCOLS), help="Of --episodes.  [default: unseen]")
+@click.option("--data", help="Of --episodes, if not where it was in training.")
 @click.option("--class", "classes", help="Classes that seeds take in turn: cat or 7 or 0-9.")
 @click.option("--batch", default=64, show_default=True, type=click.IntRange(1), help="Per rank.")
 @click.option("--subdirs", is_flag=True, help="Make a subfolder for every 1,000 seeds.")
@@ -68,6 +114,11 @@ def main(
     network: str,
     outdir: Path,
     seeds: str,
+    num: int | None,
+    support: tuple[str, ...],
+    episodes: int | None,
+    split: str | None,
+    data: str | None,
     classes: str | None,
     batch: int,
     subdirs: bool,
@@ -81,14 +132,26 @@ def main(
     """Generate one image per seed. An image depends on its seed, its class and the options below,
     not on the batch size or the number of processes. Images that exist are kept, so that an
     interrupted job goes on when it is started again.
+
+    A model of sets makes images like those of a support, which --support or --episodes gives. With
+    --episodes every support has a folder of its own, and the picture of --grid shows each above
+    what was made of it.
     """
     if grid is None and is_given("columns"):
         raise click.UsageError("--columns arranges the picture of --grid; give that too.")
+    if num is not None and is_given("seeds"):
+        raise click.UsageError("Give --seeds or --num, not both.")
     snapshot = cached_snapshot(network)
-    seed_list = parse_int_ranges(seeds)
+    seed_list = parse_int_ranges(seeds) if num is None else list(range(num))
+    supports = find_supports(snapshot, support, episodes, split, data, classes)
     chosen = parse_classes(classes, snapshot.data.class_names)
     labels = labels_of_seeds(seed_list, chosen)
     paths = [image_path(outdir, seed, subdirs) for seed in seed_list]
+    if supports is not None:
+        folders = [outdir] if episodes is None else [outdir / f"{n:04d}" for n in range(episodes)]
+        paths = [image_path(folder, s, subdirs) for folder in folders for s in seed_list]
+        labels = [row for row in range(len(folders)) for _ in seed_list]
+        seed_list = seed_list * len(folders)
     check_target("--outdir", outdir, is_folder=True)
     if grid is not None:
         check_target("--grid", grid)
@@ -105,6 +168,8 @@ def main(
         guide=None if guide is None else cached_snapshot(guide),
         vae=vae,
     )
+    if supports is not None:
+        generator = SupportGenerator.of(generator, supports)
 
     # Images of another protocol in the same folder would pass for this one's.
     protocol = dict(snapshot=snapshot.sha256, classes=chosen, **generator.protocol())
@@ -124,7 +189,13 @@ def main(
     distributed.barrier()
     if grid is not None and distributed.is_main():
         images = torch.stack([read_image(path) for path in paths])
-        save_image(image_grid(images, columns), grid)
+        if supports is None:
+            picture = image_grid(images, columns)
+        else:
+            picture = support_picture(
+                supports.supports, images.unflatten(0, (len(supports), -1)), bands=columns
+            )
+        save_image(picture, grid)
     distributed.print0(f"{len(paths)} images in {outdir}" + (f", all in {grid}" if grid else ""))
     distributed.shutdown()
 

@@ -188,6 +188,11 @@ class SetDiTConfig(ModelConfig):
         return self.sample_size - self.leave_one_out
 
     @property
+    def stacks_images(self) -> bool:
+        """Whether the encoder takes no more images than in training."""
+        return self.encoder_mode == "vit_set" and self.encoder_tokenizer == "stack"
+
+    @property
     def context_layers(self) -> tuple[int, ...]:
         """Blocks with cross-attention."""
         if self.mode_conditioning == "film":
