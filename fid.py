@@ -9,6 +9,7 @@ import torch
 
 from dnnlib.cli import ConfigCommand, is_given, raw_value, run
 from dnnlib.files import check_target, write_json
+from evaluation.fewshot import score_fewshot
 from evaluation.images import ImageSource, ScoreConfig, open_source, shape_of
 from evaluation.neighbours import check_neighbours, find_neighbours, write_report
 from evaluation.scoring import (
@@ -26,7 +27,8 @@ from metrics.rows import compare_rows, read_rows
 from torch_utils import distributed
 from torch_utils.misc import allow_tf32
 from training.config import DetectorConfig
-from training.generation import AUTOCAST_DTYPES
+from training.episodes import PROTOCOLS
+from training.generation import AUTOCAST_DTYPES, cached_snapshot
 from training.samples import open_images
 
 EXAMPLES = """
@@ -136,7 +138,7 @@ def source_options(command: click.Command) -> click.Command:
 def main() -> None:
     """Score images: `ref` keeps what metrics need of real images, `calc` scores images or a
     snapshot against them, `compare` prints scores side by side, `neighbours` looks for copies of
-    training images.
+    training images, `fewshot` scores images made from supports of a class.
     """
 
 
@@ -312,6 +314,98 @@ def neighbours(
         held_out=unseen,
     )
     write_report(found, outdir, source, dataset, num_images=num_images, num_rows=rows)
+    distributed.shutdown()
+
+
+@main.command(cls=ConfigCommand, base=base_config, elsewhere=option_elsewhere)
+@click.option("--network", required=True, help="Snapshot of a model of sets.")
+@click.option("--data", help="What it was trained on, if not where it was then.")
+@click.option("--transfer", help="Another labelled dataset, whose (test) classes are scored too.")
+@click.option(
+    "--protocols",
+    default="seen,unseen",
+    show_default=True,
+    help=f"Classes: {', '.join(PROTOCOLS)}; transfer comes with --transfer.",
+)
+@click.option(
+    "--metrics",
+    default="fewshot_kid,fewshot_fid,fewshot_pr",
+    show_default=True,
+    help=f"Comma-separated: {', '.join(n for n, spec in METRICS.items() if spec.of_supports)}.",
+)
+@click.option("--num-images", type=click.IntRange(2), help="[default: 10,000, or as many as reals]")
+@click.option(
+    "--episodes-per-class",
+    type=click.IntRange(1),
+    help="Supports of a class.  [default: as use a fifth of its images, up to 20]",
+)
+@click.option("--seed", default=0, show_default=True, help="Seed of the first image.")
+@click.option("--precision", type=click.Choice(list(AUTOCAST_DTYPES)), help="As in training.")
+@batch_option
+@click.option("--outdir", type=click.Path(path_type=Path), help="For pictures.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the rows.")
+def fewshot(
+    config: ScoreConfig,
+    network: str,
+    data: str | None,
+    transfer: str | None,
+    protocols: str,
+    metrics: str,
+    num_images: int | None,
+    episodes_per_class: int | None,
+    seed: int,
+    precision: str | None,
+    batch: int,
+    outdir: Path | None,
+    json_path: Path | None,
+) -> None:
+    """Score images that a model makes from supports, against images of the same classes.
+
+    Seen classes are those trained on, with images that were not; unseen ones were never trained on.
+    No image is compared with that is in a support. Numbers are for each class too, and the distance
+    to the nearest image of the support tells copies.
+
+    Example: python fid.py fewshot --network=network.pkl --transfer=mini-imagenet.zip --outdir=out
+    """
+    specs = parse_metrics(metrics)
+    for spec in specs:
+        if not spec.of_supports:
+            raise click.UsageError(f"--metrics: {spec.name} is not of images made from supports.")
+    names = [name.strip() for name in protocols.split(",") if name.strip()]
+    unknown = [name for name in names if name not in PROTOCOLS]
+    if unknown:
+        raise click.UsageError(f"--protocols: got {unknown[0]}; accepted: {', '.join(PROTOCOLS)}.")
+    names += ["transfer"] if transfer is not None else []
+    if not names:
+        raise click.UsageError("--protocols: there is nothing to score; name some.")
+    for option, path in (("--json", json_path), ("--outdir", outdir)):
+        if path is not None:
+            check_target(option, path, is_folder=path is outdir)
+    used_detectors(config, {spec.feature.detector for spec in specs}, f"--metrics={metrics}")
+    snapshot = cached_snapshot(network)
+    if snapshot.config.sets is None:
+        raise click.UsageError(f"--network: {network} was not trained on sets of images.")
+    device = distributed.init()
+    rows = []
+    for found in score_fewshot(
+        snapshot,
+        config,
+        specs,
+        device,
+        protocols=names,
+        data=data,
+        transfer=None if transfer is None else open_images(transfer),
+        num_images=num_images,
+        episodes_per_class=episodes_per_class,
+        first_seed=seed,
+        batch=batch,
+        precision=precision,
+        outdir=outdir,
+    ):
+        distributed.print0(found.describe())
+        rows += [dict(row, copying=found.copying) for row in found.rows]
+    if json_path is not None and distributed.is_main():
+        write_json(json_path, {"rows": rows})
     distributed.shutdown()
 
 

@@ -2,8 +2,8 @@
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -51,6 +51,13 @@ class SetConfig(Config):
         unless={"class_transforms": ("none",)},
         help="Transformed classes to leave out, such as 6:2 for class 6 turned twice; 4 to 7 are "
         "the mirror images.",
+    )
+    hybrids: float = option(
+        0.0,
+        min=0,
+        max=1,
+        help="Share of sets of hybrid classes: half of each image is of one class and half of "
+        "another, the same two throughout the set.",
     )
     min_sample_size: int | None = option(
         None, min=1, help="Draw sets of this many to --sample-size images; none: full sets."
@@ -173,6 +180,23 @@ def transform_images(images: torch.Tensor, transform: int) -> torch.Tensor:
     return torch.rot90(images, transform % 4, (-2, -1))
 
 
+class DrawnSet(NamedTuple):
+    """What a set is made of: one class, or two halves of each image."""
+
+    labels: list[int]  # One or two classes, among those trained on
+    rows: np.ndarray  # [1 or 2, m], indices of images
+    mirrored: np.ndarray  # [1 or 2, m], whether each is mirrored
+    half: Callable[[int], tuple] | None  # Index of the second class's half of images of a size
+
+
+_HALVES: tuple[Callable[[int], tuple], ...] = (
+    lambda size: (..., slice(None, size // 2), slice(None)),
+    lambda size: (..., slice(size // 2, None), slice(None)),
+    lambda size: (..., slice(None), slice(None, size // 2)),
+    lambda size: (..., slice(None), slice(size // 2, None)),
+)
+
+
 class SetDataset(Dataset):
     """Sets of one class: item p is ``(uint8 [n, C, H, W], {"label", "mask"})`` of set p of a run.
 
@@ -180,7 +204,7 @@ class SetDataset(Dataset):
     function of (seed, p) alone. A class with fewer images gives a smaller set, and so does
     ``min_sample_size``: ``mask`` [n] is then false for the places left empty, which are black, and
     is delivered only where that can happen. ``label`` is the index of the class among those trained
-    on.
+    on; of a hybrid, their number.
 
     Args:
         images: A labelled dataset.
@@ -301,32 +325,45 @@ class SetDataset(Dataset):
         smallest = min(map(len, self._pools))
         return self.config.min_sample_size is not None or smallest < self.sample_size
 
-    def draw(self, position: int) -> tuple[int, np.ndarray, np.ndarray]:
-        """Return class, image indices [m <= n] and mirrored [m] of the set at a position."""
+    def draw(self, position: int) -> DrawnSet:
+        """Return what the set at a position is made of."""
         rng = np.random.default_rng([self._seed % 2**64, STREAM_DATA, position])
-        label = int(rng.integers(len(self._pools)))
+        labels = [int(rng.integers(len(self._pools)))]
+        half = None
+        if rng.random() < self.config.hybrids and len(self._pools) > 1:
+            other = int(rng.integers(len(self._pools) - 1))
+            labels.append(other + (other >= labels[0]))
+            half = _HALVES[rng.integers(len(_HALVES))]
         size = self.sample_size
         if self.config.min_sample_size is not None:
             size = int(rng.integers(self.config.min_sample_size, size + 1))
-        pool = self._pools[label]
-        chosen = rng.choice(pool, min(size, len(pool)), replace=False)
-        mirrored = rng.random(len(chosen)) < 0.5 if self._hflip else np.zeros(len(chosen), bool)
-        return label, chosen, mirrored
+        pools = [self._pools[label] for label in labels]
+        size = min(size, *map(len, pools))
+        rows = np.stack([rng.choice(pool, size, replace=False) for pool in pools])
+        mirrored = rng.random(rows.shape) < 0.5 if self._hflip else np.zeros(rows.shape, bool)
+        return DrawnSet(labels, rows, mirrored, half)
 
     def __getitems__(self, positions: Sequence[int]) -> tuple[torch.Tensor, Cond]:
         """Return a batch ``(uint8 [b, n, C, H, W], {"label": int64 [b], "mask": bool [b, n]})``."""
         drawn = [self.draw(position) for position in positions]
-        pixels, _ = self.images.__getitems__(np.concatenate([rows for _, rows, _ in drawn]))
+        pixels, _ = self.images.__getitems__(np.concatenate([d.rows.flatten() for d in drawn]))
         sets = pixels.new_zeros(len(drawn), self.sample_size, *pixels.shape[1:])
         mask = torch.zeros(len(drawn), self.sample_size, dtype=torch.bool)
-        start = 0
-        for row, (label, chosen, mirrored) in enumerate(drawn):
-            own = pixels[start : start + len(chosen)]
-            start += len(chosen)
-            own = torch.where(torch.from_numpy(mirrored)[:, None, None, None], own.flip(-1), own)
-            sets[row, : len(chosen)] = transform_images(own, self._transforms[label])
-            mask[row, : len(chosen)] = True
-        cond = {"label": torch.tensor([label for label, _, _ in drawn])}
+        parts = iter(pixels.split([d.rows.shape[1] for d in drawn for _ in d.labels]))
+        for row, it in enumerate(drawn):
+            size = it.rows.shape[1]
+            for label, mirrored in zip(it.labels, it.mirrored, strict=True):
+                own = next(parts)
+                flips = torch.from_numpy(mirrored)[:, None, None, None]
+                own = transform_images(
+                    torch.where(flips, own.flip(-1), own), self._transforms[label]
+                )
+                # The second class of a hybrid covers half of the first.
+                area = ... if label == it.labels[0] else it.half(self.images.resolution)
+                sets[row, :size][area] = own[area]
+            mask[row, :size] = True
+        labels = [d.labels[0] if d.half is None else len(self._pools) for d in drawn]
+        cond = {"label": torch.tensor(labels)}
         return sets, {**cond, "mask": mask} if self.is_ragged else cond
 
 

@@ -1,0 +1,238 @@
+"""Scores of images made from supports: of classes trained on, unseen ones, and other datasets'."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dnnlib.progress import progress
+from evaluation.images import Batch, ScoreConfig, shape_of
+from evaluation.scoring import RealImages, describe_row, make_detectors, score_images
+from metrics.metric import MetricSpec, needed_features
+from torch_utils import distributed
+from training.checkpoint import Snapshot
+from training.dataset import ImageDataset
+from training.episodes import Episodes, episodes_of_dataset, episodes_of_run
+from training.generation import (
+    SupportGenerator,
+    generate_for_rank,
+    labels_like_data,
+    make_generator,
+    passport,
+    save_episodes,
+    seed_range,
+)
+from training.supports import open_data_of
+
+_NUM_SHOWN = 10
+
+
+class EpisodeImages:
+    """Images made from the supports of episodes, in the proportions of their real images.
+
+    While they are scored, their distance to the nearest image of their support is measured.
+    """
+
+    num_images = None
+
+    def __init__(
+        self, generator: SupportGenerator, snapshot: Snapshot, *, first_seed: int, batch: int
+    ) -> None:
+        self._generator, self._snapshot = generator, snapshot
+        self._first_seed, self._batch = first_seed, batch
+        self.image_shape = generator.image_shape
+        self.class_names = generator.episodes.class_names
+        self._order = labels_like_data(generator.episodes.counts)
+        self._distances: list[torch.Tensor] = []
+
+    def _episode(self, indices: np.ndarray) -> np.ndarray:
+        return self._order[indices % len(self._order)]
+
+    def batches(self, indices: Sequence[int]) -> Iterable[Batch]:
+        is_main = distributed.is_main()
+        with progress(total=len(indices), label="Generating", disable=not is_main) as bar:
+            for rows, images in generate_for_rank(
+                self._generator,
+                indices,
+                batch=self._batch,
+                first_seed=self._first_seed,
+                class_counts=self._generator.episodes.counts,
+                on_batch=bar.update,
+            ):
+                episodes = self._episode(rows.numpy())
+                self._distances.append(
+                    support_distances(images.cpu(), self._generator.episodes, episodes)
+                )
+                yield rows, images
+
+    def labels(self, indices: range) -> np.ndarray:
+        episodes = self._episode(np.arange(indices.start, indices.stop))
+        return self._generator.episodes.classes[episodes]
+
+    def passport(self, indices: range) -> dict[str, Any]:
+        snapshot = self._snapshot
+        return dict(
+            network=str(snapshot.path),
+            seeds=seed_range(self._first_seed + indices.start, len(indices)),
+            **passport(
+                self._generator,
+                snapshot.config.training,
+                self._generator.episodes.counts,
+                snapshot.progress,
+            ),
+        )
+
+    def distances(self) -> np.ndarray:
+        """Return the distances of all images so far, on every rank. Collective."""
+        own = torch.cat([torch.empty(0), *self._distances])
+        return torch.cat(distributed.gather_objects(own)).numpy()
+
+
+def support_distances(
+    images: torch.Tensor, episodes: Episodes, rows: Sequence[int] | np.ndarray
+) -> torch.Tensor:
+    """Return the distance [N] of uint8 images [N, C, H, W] to the nearest image of their support.
+
+    It is the root mean square of the difference of pixels in 0..1. ``rows`` [N] names the episode
+    of each image.
+    """
+    supports = episodes.supports[torch.as_tensor(rows)].to(torch.float32) / 255
+    difference = images[:, None].to(torch.float32) / 255 - supports  #  [N, k, C, H, W]
+    return difference.square().flatten(2).mean(2).sqrt().amin(1)
+
+
+def copying(generated: np.ndarray, episodes: Episodes, images: ImageDataset) -> dict[str, Any]:
+    """Return how near generated images are to their supports, beside real ones of the same classes.
+
+    Real images take the supports of their class in turn. The hundredth of them that is nearest
+    tells what is too near: of generated images, more than 1% closer than that are copies.
+    """
+    real_classes = images.labels[episodes.reals]
+    rows = np.empty(len(real_classes), np.int64)
+    for index in np.unique(episodes.classes):
+        own = np.flatnonzero(episodes.classes == index)
+        places = np.flatnonzero(real_classes == index)
+        rows[places] = own[np.arange(len(places)) % len(own)]
+    real = []
+    for start in range(0, len(rows), 256):
+        part = slice(start, start + 256)
+        pixels, _ = images.__getitems__(episodes.reals[part].tolist())
+        real.append(support_distances(pixels, episodes, rows[part]))
+    real = torch.cat(real).numpy()
+    near = float(np.quantile(real, 0.01))
+    return dict(
+        generated_median=float(np.median(generated)),
+        real_median=float(np.median(real)),
+        real_nearest_percent=near,
+        share_nearer=float((generated < near).mean()),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FewShotScores:
+    """Scores of one protocol: ``rows`` of metrics, and how near images are to their supports."""
+
+    protocol: str
+    rows: list[dict[str, Any]]
+    copying: dict[str, Any]
+
+    def describe(self) -> str:
+        """Return the scores in words."""
+        first, found = self.rows[0], self.copying
+        lines = [
+            f"{self.protocol}: {first['num_episodes']} supports of {first['support_size']}, "
+            f"{first['num_images']:,} generated images against {first['num_reals']:,} real ones"
+        ]
+        lines += ["  " + describe_row(row).replace("\n", "\n  ") for row in self.rows]
+        lines.append(
+            f"  distance to the nearest support image: {found['generated_median']:.4f} generated, "
+            f"{found['real_median']:.4f} real (medians); {found['share_nearer']:.1%} of the "
+            "generated images are nearer than 99% of real ones are (1% expected)"
+        )
+        return "\n".join(lines)
+
+
+def score_fewshot(
+    snapshot: Snapshot,
+    config: ScoreConfig,
+    metrics: Sequence[MetricSpec],
+    device: torch.device,
+    *,
+    protocols: Sequence[str],
+    data: str | None,
+    transfer: ImageDataset | None,
+    num_images: int | None,
+    episodes_per_class: int | None,
+    first_seed: int = 0,
+    batch: int = 64,
+    precision: str | None = None,
+    outdir: Path | None = None,
+) -> Iterable[FewShotScores]:
+    """Yield the scores of each protocol. Collective.
+
+    Args:
+        snapshot: Of a model of sets.
+        config: How its images are made and seen.
+        metrics: Those of supports.
+        device: Where to compute.
+        protocols: Of ``seen``, ``unseen``, ``val``, ``transfer``.
+        data: Where the training data are, if not where they were.
+        transfer: Another dataset, for ``transfer``.
+        num_images: Images to generate; by default 10,000, or as many as there are real ones.
+        episodes_per_class: Supports of each class; by default as use a fifth of it, up to 20.
+        first_seed, batch, precision: Of the generated images.
+        outdir: Where a picture of each protocol goes.
+    """
+    generator = make_generator(
+        snapshot,
+        device,
+        sampling=config.sampling,
+        guidance=config.guidance,
+        precision=precision,
+    )
+    dataset = None
+    if set(protocols) - {"transfer"}:
+        dataset = open_data_of(snapshot, data)
+    size = dict(support_size=snapshot.config.model.context_size, num_per_class=episodes_per_class)
+    for protocol in protocols:
+        if protocol == "transfer":
+            images, episodes = (
+                transfer,
+                episodes_of_dataset(transfer, null_label=snapshot.config.model.num_classes, **size),
+            )
+        else:
+            images, episodes = dataset.images, episodes_of_run(dataset, protocol, **size)
+        if not len(episodes.reals):
+            raise ValueError(
+                f"{protocol}: all images of its classes are in supports, and none is left to "
+                "compare with; give fewer --episodes-per-class."
+            )
+        own = SupportGenerator.of(generator, episodes)
+        source = EpisodeImages(own, snapshot, first_seed=first_seed, batch=batch)
+        reals = images.subset(episodes.reals)
+        names = sorted({metric.feature.detector for metric in metrics})
+        detectors = make_detectors(names, config.detectors, shape_of(reals), device)
+        needs = needed_features(metrics, of_reference=True, per_class=True)
+        references = RealImages(reals).references(needs, detectors, device, batch)
+        rows = score_images(
+            metrics,
+            source,
+            references,
+            detectors,
+            device,
+            num_images=num_images,
+            per_class=True,
+        )
+        distances = source.distances()
+        if outdir is not None:
+            shown = np.linspace(0, len(episodes) - 1, min(_NUM_SHOWN, len(episodes)))
+            few = SupportGenerator.of(generator, episodes[shown.round().astype(int).tolist()])
+            save_episodes(few, len(few.episodes) * 20, outdir / f"{protocol}.png", batch)
+        yield FewShotScores(
+            protocol=protocol,
+            rows=[dict(row, protocol=protocol, num_reals=len(reals)) for row in rows],
+            copying=copying(distances, episodes, images),
+        )
