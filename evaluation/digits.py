@@ -1,14 +1,17 @@
 """The digits of scikit-learn as a testbed: an autoencoder of them, and a classifier."""
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.stats import fisher_exact
 
 from dnnlib.progress import progress
 from training.dataset import ImageDataset
+from training.sets import NUM_TRANSFORMS, SetDataset, transform_images
 
 _KL_WEIGHT = 1e-3
 
@@ -29,6 +32,82 @@ def class_agreement(images: np.ndarray, labels: Sequence[int]) -> float:
     classifier = KNeighborsClassifier(n_neighbors=3).fit(digits.data, digits.target)
     features = images.reshape(len(images), -1) * (16 / 255)
     return float(np.mean(classifier.predict(features) == np.asarray(labels)))
+
+
+class SetClassifier:
+    """A 3-nearest-neighbour classifier of the real digits and of the classes made of them.
+
+    Args:
+        dataset: Sets of digits; those of its classes that are turned or mirrored are classes too.
+    """
+
+    def __init__(self, dataset: SetDataset) -> None:
+        from sklearn.neighbors import KNeighborsClassifier
+
+        images, labels = [], []
+        for index in range(dataset.images.num_classes):
+            rows = np.flatnonzero(dataset.images.labels == index)
+            pixels, _ = dataset.images.__getitems__(rows.tolist())
+            for transform in dataset.transforms_of(index):
+                images.append(transform_images(pixels, transform).flatten(1).numpy())
+                labels += [index * NUM_TRANSFORMS + transform] * len(rows)
+        self._classifier = KNeighborsClassifier(n_neighbors=3).fit(np.concatenate(images), labels)
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Return the class of uint8 images [N, 1, 8, 8]; -1 for turned and mirrored ones."""
+        found = self._classifier.predict(images.reshape(len(images), -1))
+        return np.where(found % NUM_TRANSFORMS == 0, found // NUM_TRANSFORMS, -1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassShare:
+    """How many images made from supports of a class are of that class, and of others' supports."""
+
+    name: str
+    hits: int
+    num: int
+    control_hits: int
+    control_num: int
+
+    @property
+    def share(self) -> float:
+        return self.hits / self.num
+
+    @property
+    def control(self) -> float:
+        return self.control_hits / self.control_num
+
+    @property
+    def p_value(self) -> float:
+        """Probability of so large a share if the support made no difference (Fisher's test)."""
+        table = [
+            [self.hits, self.num - self.hits],
+            [self.control_hits, self.control_num - self.control_hits],
+        ]
+        return float(fisher_exact(table, alternative="greater").pvalue)
+
+
+def class_shares(
+    predictions: Mapping[int, np.ndarray], class_names: Sequence[str]
+) -> list[ClassShare]:
+    """Return the share of each class, of ``predictions`` for images made from its supports.
+
+    The control is the share of the class among images made with the same seeds from supports of
+    all the other classes.
+    """
+    shares = []
+    for index, found in predictions.items():
+        others = np.concatenate([other for key, other in predictions.items() if key != index])
+        shares.append(
+            ClassShare(
+                name=class_names[index],
+                hits=int((found == index).sum()),
+                num=len(found),
+                control_hits=int((others == index).sum()),
+                control_num=len(others),
+            )
+        )
+    return shares
 
 
 def train_autoencoder(

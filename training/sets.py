@@ -15,7 +15,7 @@ from training.dataset import Cond, ImageDataset
 
 SPLITS = ("train", "val", "test")
 _SPLIT_SEED, _HELD_OUT_SEED = 1, 2
-_NUM_TRANSFORMS = 8
+NUM_TRANSFORMS = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -254,10 +254,7 @@ class SetDataset(Dataset):
         self._transforms: list[int] = []
         self.set_classes: list[str] = []
         self.held_out: dict[int, np.ndarray] = {}
-        skipped = _parse_transforms(config.skip_transforms, images.class_names)
-        num_held_out, transforms = config.held_out, _transforms(config.class_transforms)
-        if classes is not None:
-            num_held_out, transforms = 0, _transforms("none")
+        num_held_out = config.held_out if classes is None else 0
         for index in self.split.train if classes is None else classes:
             order = self._shuffled(index)
             self.held_out[index] = np.sort(order[:num_held_out])
@@ -268,12 +265,11 @@ class SetDataset(Dataset):
                     f"which {config.held_out} are kept for scores and {len(pool)} are left to "
                     "train on; keep fewer."
                 )
-            for transform in transforms:
-                if (index, transform) not in skipped:
-                    self._pools.append(pool)
-                    self._transforms.append(transform)
-                    suffix = f":{transform}" if transform else ""
-                    self.set_classes.append(images.class_names[index] + suffix)
+            for transform in [0] if classes is not None else self.transforms_of(index):
+                self._pools.append(pool)
+                self._transforms.append(transform)
+                suffix = f":{transform}" if transform else ""
+                self.set_classes.append(images.class_names[index] + suffix)
         self.class_names = self.set_classes if use_labels else []
 
     def of_classes(self, classes: Sequence[int]) -> "SetDataset":
@@ -318,6 +314,17 @@ class SetDataset(Dataset):
     def class_counts(self) -> tuple[int, ...]:
         """Number of images of each class trained on."""
         return tuple(map(len, self._pools))
+
+    def transforms_of(self, index: int) -> list[int]:
+        """Return the transforms of a class of ``images`` that are classes trained on.
+
+        A class that is not trained on is itself alone, transform 0.
+        """
+        if index not in self.split.train:
+            return [0]
+        skipped = parse_transforms(self.config.skip_transforms, self.images.class_names)
+        every = transforms_of(self.config.class_transforms)
+        return [transform for transform in every if (index, transform) not in skipped]
 
     @property
     def is_ragged(self) -> bool:
@@ -367,18 +374,20 @@ class SetDataset(Dataset):
         return sets, {**cond, "mask": mask} if self.is_ragged else cond
 
 
-def _transforms(name: str) -> range:
-    return range({"none": 1, "rotations": 4, "dihedral": _NUM_TRANSFORMS}[name])
+def transforms_of(name: str) -> range:
+    """Return the numbers of ``--class-transforms``: quarters of a turn, from 4 on after a flip."""
+    return range({"none": 1, "rotations": 4, "dihedral": NUM_TRANSFORMS}[name])
 
 
-def _parse_transforms(texts: Sequence[str], names: Sequence[str]) -> set[tuple[int, int]]:
+def parse_transforms(texts: Sequence[str], names: Sequence[str]) -> set[tuple[int, int]]:
+    """Return (class, transform) of each text such as ``6:2``; raises ValueError for others."""
     found = set()
     for text in texts:
         name, colon, transform = text.rpartition(":")
-        if not colon or transform not in map(str, range(1, _NUM_TRANSFORMS)):
+        if not colon or transform not in map(str, range(1, NUM_TRANSFORMS)):
             raise ValueError(
                 f"--skip-transforms: got {text!r}; accepted: class:transform with a transform "
-                f"from 1 to {_NUM_TRANSFORMS - 1}, such as 6:2."
+                f"from 1 to {NUM_TRANSFORMS - 1}, such as 6:2."
             )
         for index in parse_class_list("--skip-transforms", [name], names):
             found.add((index, int(transform)))
