@@ -95,7 +95,13 @@ def find_supports(
 @click.option("--network", required=True, help="Snapshot written by train.py.")
 @click.option("--outdir", required=True, type=click.Path(path_type=Path), help="Image folder.")
 @click.option("--seeds", default="0-63", show_default=True, help="Seeds, such as 0-63,100.")
-@click.option("--num", type=click.IntRange(1), help="Short for --seeds=0-(N-1).")
+@click.option(
+    "--num-images",
+    "--num",
+    "num",
+    type=click.IntRange(1),
+    help="Short for --seeds=0-(N-1); torchrun takes --num for its own.",
+)
 @click.option("--support", multiple=True, help="Images like which to make: file, folder or zip.")
 @click.option("--episodes", type=click.IntRange(1), help="Draw so many supports from --split.")
 @click.option("--split", type=click.Choice(PROTOCOLS), help="Of --episodes.  [default: unseen]")

@@ -147,11 +147,6 @@ class SetDiTConfig(ModelConfig):
                 f"--context-proj has no effect: --context-channels and --hdim are both "
                 f"{self.encoder_dim}; leave it out."
             )
-        if self.encoder_mode == "vit" and (self.spt_shifts or self.encoder_tokenizer != "stack"):
-            raise ValueError(
-                "--spt-shifts and --encoder-tokenizer have an effect only with "
-                "--encoder-mode=vit_set."
-            )
         beyond = [layer for layer in self.cross_attn_layers if layer >= self.num_blocks]
         if beyond or len(set(self.cross_attn_layers)) < len(self.cross_attn_layers):
             raise ValueError(

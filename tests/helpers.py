@@ -58,6 +58,30 @@ TINY_LATENT = [
 ]
 
 
+# The same of set-conditioned models: sets of three of the bars and dots; rings are unseen.
+TINY_SETS = [
+    "--preset=fsdm-digits",
+    "--train-classes=bar,dot",
+    "--test-classes=ring",
+    "--held-out=4",
+    "--class-transforms=none",
+    "--hybrids=0",
+    "--context-drop=0",
+    "--sample-size=3",
+    "--num-blocks=1",
+    "--hidden-dim=16",
+    "--num-heads=2",
+    "--encoder-heads=2",
+    "--encoder-dim-head=4",
+    "--batch=4",
+    "--iters=2",
+    "--lr=0.01",
+    "--lr-rampup=0",
+    "--workers=0",
+    "--steps=2",
+]
+
+
 def call(script, *args):
     """Run a script's ``main`` as ``python script.py ARGS`` would; return code, output, error."""
     out, err = io.StringIO(), io.StringIO()
@@ -171,6 +195,15 @@ def unconditional_snapshot(base):
     if not runs.is_dir():
         train_tiny(runs, toy_data(base), "--iters=1")
     return next(runs.glob("*/network-snapshot-*.pkl"))
+
+
+def set_snapshot(base):
+    """Return a snapshot of a model of sets that has learned for a moment, made once per folder."""
+    runs = base / "sets"
+    if not runs.is_dir():
+        options = "--context-drop=0.2 --iters=60 --batch=8 --tick=100 --ema-kimg=0.2 --steps=4"
+        train_tiny(runs, toy_data(base), *options.split(), tiny=TINY_SETS)
+    return max(runs.glob("*/network-snapshot-*.pkl"))
 
 
 def read_pixels(path):

@@ -303,7 +303,76 @@ CASES = {
     "steps": [sampled("3")],
     "sigma-grid": [sampled(name) for name in ("linear", "vp", "ve", "iddpm")]
     + [Case("timesteps", "fakes", keeps="net ema", beside="--precond=ddpm --iters=1")],
-    "patch-size": [Case("2", "net", beside="LATENT")],
+    "patch-size": [Case("2", "net", beside="LATENT"), Case("4", "net", beside="SETS")],
+    "log-interval": [unseen("1", "ticks", beside="--iters=3")],
+    "save-interval": [unseen("2", "saved", beside="--tick=0 --iters=5")],
+    "num-sample-batches": [unseen("2", "fakes")],
+    "variance": [
+        sampled("large", "--sampler=ddpm"),
+        sampled("small", "--sampler=ddpm --variance=large"),
+    ],
+    "clip-denoised": [sampled("True", "--sampler=ddpm")],
+    "sample-size": [Case("4", "net", beside="SETS")],
+    "mode-conditioning": [
+        Case("lag", "net", beside="SETS"),
+        Case("film", "net", beside="SETS --mode-conditioning=lag"),
+    ],
+    "context-channels": [
+        Case("12", "net", beside="SETS --hdim=20 --context-proj --context-channels=16")
+    ],
+    "use-context-layernorm": [Case("False", "net", beside="SETS")],
+    "cross-attn-layers": [Case("1", "net", beside="SETS --mode-conditioning=lag --num-blocks=2")],
+    "gate": [
+        Case(name, "net", beside="SETS --mode-conditioning=lag") for name in ("scalar", "none")
+    ]
+    + [Case("adaln", "net", beside="SETS --mode-conditioning=lag --gate=none")],
+    "context-pool-size": [Case("4", "net", beside="SETS --mode-conditioning=lag --iters=4")],
+    "hdim": [Case("12", "net", beside="SETS")],
+    "encoder-mode": [
+        Case("vit", "net", beside="SETS"),
+        Case("vit_set", "net", beside="SETS --encoder-mode=vit"),
+    ],
+    "encoder-tokenizer": [
+        Case("stack", "net", beside="SETS"),
+        Case("per_sample_mean", "net", beside="SETS --encoder-tokenizer=stack"),
+    ],
+    "encoder-depth": [Case("2", "net", beside="SETS")],
+    "encoder-heads": [Case("3", "net", beside="SETS")],
+    "encoder-dim-head": [Case("6", "net", beside="SETS")],
+    "encoder-mlp-ratio": [Case("3", "net", beside="SETS")],
+    "encoder-dropout": [Case("0.5", "net", beside="SETS --iters=5")],
+    "encoder-pool": [Case(name, "net", beside="SETS --iters=5") for name in ("cls", "sum")]
+    + [Case("mean", "net", beside="SETS --iters=5 --encoder-pool=cls")],
+    "encoder-time": [Case("True", "net", beside="SETS")],
+    "spt-shifts": [Case("True", "net", beside="SETS")],
+    "second-pass": [Case("True", "net", beside="SETS --iters=5 --encoder-mode=vit")],
+    "leave-one-out": [Case("False", "net", beside="SETS --iters=5")],
+    "mode-context": [
+        Case("variational", "net", beside="SETS"),
+        Case("deterministic", "net", beside="SETS --mode-context=variational"),
+    ],
+    "train-classes": [Case("bar", "net", beside="SETS")],
+    "test-classes": [unseen("none", "fakes", beside="SETS")],
+    "split-fractions": [
+        Case("0.3,0.3,0.4", "net", beside="SETS --train-classes=none --test-classes=none")
+    ],
+    "split-seed": [Case("3", "net", beside="SETS")],
+    "held-out": [Case("8", "net", beside="SETS")],
+    "hybrids": [Case("1", "net", beside="SETS")],
+    "min-sample-size": [Case("1", "net", beside="SETS")],
+    "context-drop": [Case("0.9", "net", beside="SETS --iters=5")],
+    "num-eval-batches": [unseen("2", "files", beside="SETS")],
+    "diagnostics": [unseen("False", "debug", beside="SETS")],
+    "kl-weight": [Case("100", "net", beside="SETS --mode-context=variational --kl-rampup=0")],
+    "kl-rampup": [Case("0", "net", beside="SETS --mode-context=variational")],
+    "kl-scale": [
+        Case("elbo", "net", beside="SETS --mode-context=variational --kl-rampup=0"),
+        Case(
+            "dimensions",
+            "net",
+            beside="SETS --mode-context=variational --kl-rampup=0 --kl-scale=elbo",
+        ),
+    ],
     "sigma-min": [sampled("0.2")],
     "sigma-max": [sampled("10")],
     "rho": [sampled("3")],
@@ -320,6 +389,14 @@ CASES = {
 }
 # Options whose effect is another, with the test that shows it.
 SHOWN_BY = {
+    "context-proj": "test_a_context_of_another_width_than_the_encoders_is_projected_when_asked",
+    **dict.fromkeys(
+        ("class-transforms", "skip-transforms"), "test_turned_classes_are_classes_unless_skipped"
+    ),
+    "val-classes": "test_the_validation_loss_is_that_of_the_classes_named",
+    **dict.fromkeys(
+        ("compute-fid", "fid-num-samples"), "test_compute_fid_scores_samples_of_unseen_classes"
+    ),
     "keep-states": "test_keep_states_is_the_number_of_states_that_stay",
     **dict.fromkeys(
         ("vae", "latent-channels", "latent-downsampling"),
@@ -341,6 +418,7 @@ DEFAULTS = {
     "skip": {"stage"},
     "precond": {"edm"},
     "precision": {"fp32", "auto"},
+    "class-transforms": {"none", "rotations", "dihedral"},
     "sampler": {"heun"},
     "sigma-grid": {"karras"},
     "cfg-schedule": {"constant"},
@@ -415,6 +493,9 @@ def fingerprint(base, args, data_size=8):
         words[words.index("TRANSFER")] = f"--transfer={helpers.trained_snapshot(base)}"
     words = [word.replace("RING", str(base / "toy" / "ring")) for word in words]
     tiny = helpers.TINY
+    if "SETS" in words:
+        words.remove("SETS")
+        tiny = helpers.TINY_SETS
     if "LATENT" in words:
         words.remove("LATENT")
         vae = base / "vae"
@@ -441,6 +522,7 @@ def fingerprint(base, args, data_size=8):
         gradients=rows[0]["Loss/grad_norm"]["mean"],
         num_images=state["progress"]["cur_nimg"],
         ticks=len(rows),
+        debug=[name for name in rows[0] if name.startswith("debug/")],
         scores=len(scores.read_text().splitlines()) if scores.is_file() else 0,
         files=files,
         options=json.loads((run_dir / "training_options.json").read_text())["config"],
@@ -492,6 +574,68 @@ def test_latent_models_train_with_the_autoencoder_that_the_options_describe(base
     assert "--latent-downsampling=4" in message
     message = helpers.fail(train, *arguments, "--latent-downsampling=4", "--latent-channels=5")
     assert "has channels of the latents 3, but the model has 5" in message
+
+
+def test_a_context_of_another_width_than_the_encoders_is_projected_when_asked(base, tmp_path):
+    options = (*helpers.TINY_SETS, "--context-channels=12")
+    message = helpers.fail(train, *options, "--dry-run")
+    assert "--context-channels: got 12, but the encoder has --hdim 16" in message
+    assert "--context-proj" in message
+    data = helpers.toy_data(base)
+    run_dir = helpers.train_tiny(tmp_path, data, "--context-proj", tiny=options).run_dir
+    state = load_snapshot(max(run_dir.glob("*.pkl"))).state_dict
+    assert state["conditioner.projection.weight"].shape == (12, 16)
+
+
+def test_turned_classes_are_classes_unless_skipped(base, tmp_path):
+    nets, counts = [], []
+    for options in (
+        ["--class-transforms=none"],
+        ["--class-transforms=rotations", "--skip-transforms=none"],
+        ["--class-transforms=dihedral", "--skip-transforms=none"],
+        ["--class-transforms=rotations", "--skip-transforms=bar:1,dot:1,dot:3"],
+    ):
+        run_dir = helpers.train_tiny(
+            tmp_path / str(len(nets)),
+            helpers.toy_data(base),
+            "--cond",
+            *options,
+            tiny=[word for word in helpers.TINY_SETS if "transforms" not in word],
+        ).run_dir
+        nets.append(hash_tensors(load_state(max(run_dir.glob("*.pt")))["net"]))
+        counts.append(len(load_snapshot(max(run_dir.glob("*.pkl"))).data.class_names))
+    assert len(set(nets)) == 4
+    assert counts == [2, 8, 16, 5]
+
+
+def test_the_validation_loss_is_that_of_the_classes_named(base, tmp_path):
+    losses = []
+    for name in ("bar", "ring"):
+        options = ["--train-classes=dot", "--test-classes=none", f"--val-classes={name}"]
+        run_dir = helpers.train_tiny(
+            tmp_path / name,
+            helpers.toy_data(base),
+            *options,
+            "--num-eval-batches=2",
+            tiny=helpers.TINY_SETS,
+        ).run_dir
+        rows = (run_dir / "metric-val_loss.jsonl").read_text().splitlines()
+        losses.append(json.loads(rows[-1])["value"])
+    assert losses[0] != losses[1]
+    assert all(loss > 0 for loss in losses)
+
+
+def test_compute_fid_scores_samples_of_unseen_classes(base, tmp_path):
+    weights = helpers.random_inception(base)
+    options = ("--compute-fid", "--fid-num-samples=5", f"--inception={weights}", "--iters=1")
+    run_dir = helpers.train_tiny(
+        tmp_path / "runs", helpers.toy_data(base), *options, tiny=helpers.TINY_SETS
+    ).run_dir
+    row = json.loads((run_dir / "metric-fewshot_fid.jsonl").read_text().splitlines()[-1])
+    assert row["num_images"] == 5
+    # Of the 14 rings, two are in the one support.
+    assert (row["reference_count"], row["num_episodes"], row["support_size"]) == (12, 1, 2)
+    assert row["episodes"] == "unseen"
 
 
 def test_metrics_compare_with_what_metrics_ref_names(base, tmp_path):
@@ -773,7 +917,7 @@ def test_help_shows_the_preset_s_values_in_groups_with_examples():
     text = " ".join(output.split())
     for part in (
         "Learning rate. [default: 0.0002]",
-        "Images per optimizer step, over all ranks. [default: 256]",
+        "where a model is trained on sets. [default: 256]",
         "[default: 0.05]",
         "--sampler [heun|euler|ddim|dpmpp_2m|ddpm]",
         "python train.py --preset=ffhq64 --dry-run",
@@ -801,6 +945,7 @@ def test_no_option_is_mistaken_by_torchrun_for_an_abbreviation_of_its_own():
     commands = [train.main, generate.main, *fid.main.commands.values()]
     names |= {opt.lstrip("-") for c in commands for p in c.params for opt in p.opts if "--" in opt}
     assert {"metrics", "seeds", "num-images", "max-steps"} <= names
+    names -= {"num"}  # Of generate.py, for one process; its help says so, and it is --num-images.
     for name in sorted(names):
         words = ["--standalone", "script.py", f"--{name}=1"]
         assert get_args_parser().parse_args(words).training_script_args == [f"--{name}=1"]

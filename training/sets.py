@@ -320,7 +320,7 @@ class SetDataset(Dataset):
 
         A class that is not trained on is itself alone, transform 0.
         """
-        if index not in self.split.train:
+        if index not in self.split.train or self.config.class_transforms == "none":
             return [0]
         skipped = parse_transforms(self.config.skip_transforms, self.images.class_names)
         every = transforms_of(self.config.class_transforms)
