@@ -43,15 +43,19 @@ def open_dataset(
     resolution: int | None = None,
     channels: int | None = None,
     seed: int = 0,
+    use_labels: bool | None = False,
 ) -> "ImageDataset":
-    """Return the dataset of a configuration; raises ValueError if it has none, or an unfit one."""
+    """Return the dataset of a configuration; raises ValueError if it has none, or an unfit one.
+
+    It delivers labels if ``config.cond`` says so, or else as ``use_labels`` does.
+    """
     if config.data is None:
         raise ValueError("--data is missing: give a zip or folder made by dataset_tool.py convert.")
     return ImageDataset(
         config.data,
         resolution=resolution,
         channels=channels,
-        use_labels=config.cond,
+        use_labels=config.cond or use_labels,
         max_size=config.max_size,
         seed=seed,
         cache=config.cache,

@@ -1,6 +1,5 @@
 """The data of a run, and how a loader's batch becomes what the network denoises."""
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -133,8 +132,8 @@ def open_training_data(config: RunConfig) -> TrainingData:
             hflip=data.hflip,
         )
     if config.sets is not None:
-        check_resolution(config, open_dataset(data).resolution)
-        images = open_dataset(dataclasses.replace(data, cond=True), seed=config.training.seed)
+        images = open_dataset(data, seed=config.training.seed, use_labels=None)
+        check_resolution(config, images.resolution)
         return SetDataset(
             images,
             config.sets,
