@@ -2,11 +2,17 @@
 
 from benchmarks.plain_diffit import PlainDiffiT
 from benchmarks.plain_latent_diffit import PlainLatentDiffiT
+from benchmarks.plain_set_dit import LoopConditioner, PlainSetDiT
 from models import ModelConfig, Network, build_network
 from models.diffit import DiffiTConfig
 from models.latent_diffit import LatentDiffiTConfig
+from models.set_dit import SetDiTConfig
 
-_BACKBONES = {DiffiTConfig: PlainDiffiT, LatentDiffiTConfig: PlainLatentDiffiT}
+_BACKBONES = {
+    DiffiTConfig: PlainDiffiT,
+    LatentDiffiTConfig: PlainLatentDiffiT,
+    SetDiTConfig: PlainSetDiT,
+}
 
 
 def build_plain_network(config: ModelConfig) -> Network:
@@ -15,4 +21,8 @@ def build_plain_network(config: ModelConfig) -> Network:
     plain = _BACKBONES[type(config)](config)
     plain.load_state_dict(network.backbone.state_dict())
     network.backbone = plain
+    if isinstance(config, SetDiTConfig):
+        conditioner = LoopConditioner(config, plain.context_dim)
+        conditioner.load_state_dict(network.conditioner.state_dict())
+        network.conditioner = conditioner
     return network

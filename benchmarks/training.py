@@ -26,12 +26,11 @@ from torch_utils.stats import StatsCollector
 from training.config import RunConfig
 from training.dataset import ImageDataset
 from training.ema import EMA, PowerEMA, ema_beta
-from training.generation import AUTOCAST_DTYPES
 from training.inputs import make_inputs
-from training.objective import Objective
 from training.optimizer import GuardedAdam
 from training.report import forward_flops
 from training.sampler import PositionSampler, make_loader
+from training.set_objective import make_objective
 
 PARTS = ("data", "forward", "backward", "optimizer", "EMA")
 MIB = 2**20
@@ -42,7 +41,8 @@ _FIRST_NIMG = 50_000_000
 class TrainingSteps:
     """Optimizer steps made of what the training loop is made of, with marks between their parts.
 
-    A batch is ``config.training.batch`` images; there is no accumulation and one rank.
+    A batch is ``config.training.batch`` images, or sets of them; there is no accumulation and one
+    rank.
     """
 
     def __init__(self, config: RunConfig, dataset: ImageDataset, device: torch.device) -> None:
@@ -50,9 +50,9 @@ class TrainingSteps:
         self.config, self.device = config, device
         self._cur_nimg = _FIRST_NIMG
         sampler = PositionSampler(
-            len(dataset),
+            len(dataset) if config.sets is None else None,
             seed=training.seed,
-            start_nimg=self._cur_nimg,
+            start_nimg=self._cur_nimg // config.model.images_per_row,
             batch_size=training.batch,
             batch_gpu=training.batch,
             rank=0,
@@ -63,12 +63,8 @@ class TrainingSteps:
         torch.manual_seed(training.seed)
         self.network = self._build_network().train().requires_grad_(True).to(device)
         self._make_optimizer()
-        self._objective = Objective(
-            self.network,
-            make_precond(config.precond),
-            inputs=make_inputs(config, dataset, None),
-            label_drop=training.label_drop or 0.0,
-            autocast_dtype=AUTOCAST_DTYPES[training.precision],
+        self._objective = make_objective(
+            config, self.network, make_precond(config.precond), make_inputs(config, dataset, None)
         )
 
     def _build_network(self) -> Network:
@@ -87,7 +83,7 @@ class TrainingSteps:
         self.average = list(self._ema.network.parameters())
         self._stats = StatsCollector()
         if self.config.training.compile:
-            self.network.backbone.compile()
+            self.network.compile_parts()
 
     def step(self, clock: Clock) -> None:
         """Make one optimizer step, calling ``clock.mark`` at the end of each of PARTS."""
@@ -104,15 +100,15 @@ class TrainingSteps:
         clock.mark("data")
         loss = self._objective(images, cond, draws)
         clock.mark("forward")
-        (loss.sum() * (training.loss_scaling / training.batch)).backward()
+        (loss.sum() * (training.loss_scaling / self.config.step_nimg)).backward()
         clock.mark("backward")
         self._update_weights(loss)
         clock.mark("optimizer")
         self._update_average(
-            ema_beta(self._cur_nimg, training.batch, training.ema_kimg, training.ema_rampup)
+            ema_beta(self._cur_nimg, self.config.step_nimg, training.ema_kimg, training.ema_rampup)
         )
         clock.mark("EMA")
-        self._cur_nimg += training.batch
+        self._cur_nimg += self.config.step_nimg
 
     def _update_weights(self, loss: torch.Tensor) -> None:
         self._stats.report("Loss/loss", loss)
@@ -121,8 +117,8 @@ class TrainingSteps:
 
     def _update_average(self, beta: float) -> None:
         self._ema.update(beta, self._optimizer.skipped)
-        training = self.config.training
-        self._profiles.update(self._cur_nimg + training.batch, training.batch)
+        step_nimg = self.config.step_nimg
+        self._profiles.update(self._cur_nimg + step_nimg, step_nimg)
 
     def state_bytes(self) -> int:
         """Return the bytes kept between two steps: weights, average, optimizer."""
@@ -214,14 +210,14 @@ def benchmark_train(
 
     times = interleave({name: make_turn(side) for name, side in sides.items()}, num_rounds)
     totals = {name: [sum(turn.values()) for turn in turns] for name, turns in times.items()}
-    flops = 3 * forward_flops(config) * training.batch
+    flops = 3 * forward_flops(config) * config.step_nimg
     rows = [["", *sides]]
     for part in PARTS:
         medians = [statistics.median(turn[part] for turn in turns) for turns in times.values()]
         rows.append([f"{part}, ms", *(f"{1000 * median:.1f}" for median in medians)])
     seconds = {name: statistics.median(total) for name, total in totals.items()}
     rows.append(["step, ms", *(f"{1000 * s:.1f}" for s in seconds.values())])
-    rows.append(["images/s", *(f"{training.batch / s:.1f}" for s in seconds.values())])
+    rows.append(["images/s", *(f"{config.step_nimg / s:.1f}" for s in seconds.values())])
     rows.append(["peak memory, MiB", *peaks.values()])
     rows.append(["TFLOP/s of the model", *(f"{flops / s / 1e12:.3f}" for s in seconds.values())])
     utilisation = []

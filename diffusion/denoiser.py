@@ -8,6 +8,13 @@ import torch
 
 from diffusion.precond import Precond
 
+# Arithmetic of a network, by what --precision calls it; None is its own.
+AUTOCAST_DTYPES: dict[str, torch.dtype | None] = {
+    "fp32": None,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
 
 class Denoiser:
     """The x0 estimate of a raw network under a preconditioner.

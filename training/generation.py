@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffusion.denoiser import Denoiser, autocast
+from diffusion.denoiser import AUTOCAST_DTYPES, Denoiser, autocast
 from diffusion.guidance import GuidanceConfig, autoguidance, classifier_free
 from diffusion.precond import Precond, make_precond
 from diffusion.samplers import SamplingConfig, num_evaluations, reads_variance, sample
@@ -30,9 +30,6 @@ from training.pictures import image_grid, save_image, support_picture
 
 GRID_SEEDS = 64
 _ENCODED_AT_ONCE = 64
-
-
-AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 cached_snapshot = functools.lru_cache(maxsize=2)(load_snapshot)

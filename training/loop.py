@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from diffusion.denoiser import AUTOCAST_DTYPES
 from diffusion.precond import make_precond
 from dnnlib.progress import progress
 from models import build_network
@@ -29,14 +30,13 @@ from training.checkpoint import (
 from training.config import RunConfig, accumulation_rounds
 from training.ema import EMA, PowerEMA, ema_beta
 from training.episodes import episodes_to_show
-from training.generation import AUTOCAST_DTYPES, ImageGenerator
+from training.generation import ImageGenerator
 from training.inputs import TrainingData, make_inputs, save_reals
-from training.objective import Objective
 from training.optimizer import GuardedAdam
 from training.report import forward_flops
 from training.sampler import PositionSampler, make_loader
 from training.scores import EvaluateFn, InLoopScores
-from training.set_objective import SetObjective, make_validate
+from training.set_objective import make_objective, make_validate
 from training.set_report import Watch
 from training.telemetry import (
     Telemetry,
@@ -84,7 +84,6 @@ def training_loop(
     per_rank, step_nimg = batch_gpu * num_rounds, config.step_nimg
     torch.backends.cudnn.benchmark = training.cudnn_benchmark
     allow_tf32(training.tf32)
-    autocast_dtype = AUTOCAST_DTYPES[training.precision]
 
     # Build network, loss, weight averages and optimizer.
     torch.manual_seed(rng.mix(training.seed, rng.STREAM_INIT))
@@ -121,14 +120,7 @@ def training_loop(
     if training.compile:
         network.compile_parts()
     inputs = make_inputs(config, dataset, autoencoder)
-    make_objective = Objective if config.sets is None else SetObjective
-    settings = dict(
-        inputs=inputs,
-        label_drop=training.label_drop or 0.0,
-        autocast_dtype=autocast_dtype,
-        **({} if config.sets is None else dict(config=config.sets)),
-    )
-    objective = make_objective(network, precond, **settings)
+    objective = make_objective(config, network, precond, inputs)
     loss_function = distributed.wrap(objective, device)
 
     # Prepare data and outputs.
@@ -152,7 +144,7 @@ def training_loop(
         sampling=config.sampling,
         guidance=config.guidance,
         device=device,
-        autocast_dtype=autocast_dtype,
+        autocast_dtype=AUTOCAST_DTYPES[training.precision],
         autoencoder=autoencoder,
     )
 
@@ -200,7 +192,7 @@ def training_loop(
         generator,
         data,
         evaluate=evaluate,
-        validate=make_validate(config, dataset, make_objective, ema.network, precond, settings),
+        validate=make_validate(config, dataset, ema.network, precond, inputs),
         episodes=episodes_to_show(config, dataset),
         telemetry=telemetry,
         stop_signal=stop_signal,

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from diffusion.denoiser import autocast
+from diffusion.denoiser import AUTOCAST_DTYPES, autocast
 from diffusion.precond import Precond
 from models import Context, Network
 from torch_utils import distributed, rng
 from torch_utils.stats import StatsCollector
 from training.config import RunConfig
 from training.dataset import Cond
-from training.inputs import TrainingData
+from training.inputs import LatentInputs, PixelInputs, TrainingData
 from training.objective import Draws, Objective
 from training.sets import SetConfig
 
@@ -163,13 +163,26 @@ class SetObjective(Objective):
         return norms
 
 
+def make_objective(
+    config: RunConfig, network: Network, precond: Precond, inputs: PixelInputs | LatentInputs
+) -> Objective:
+    """Return the objective of a run for ``network``."""
+    settings = dict(
+        inputs=inputs,
+        label_drop=config.training.label_drop or 0.0,
+        autocast_dtype=AUTOCAST_DTYPES[config.training.precision],
+    )
+    if config.sets is None:
+        return Objective(network, precond, **settings)
+    return SetObjective(network, precond, config=config.sets, **settings)
+
+
 def make_validate(
     config: RunConfig,
     dataset: TrainingData,
-    make_objective: Callable[..., Objective],
     network: Network,
     precond: Precond,
-    settings: dict[str, Any],
+    inputs: PixelInputs | LatentInputs,
 ) -> Callable[[], float] | None:
     """Return the function that measures the loss of ``network`` on classes not trained on.
 
@@ -186,7 +199,7 @@ def make_validate(
             "--val-classes, or set --num-eval-batches=0."
         )
     sets = dataset.of_classes(classes)
-    objective = make_objective(network, precond, **dict(settings, label_drop=0.0))
+    objective = make_objective(config, network, precond, inputs)
     device = next(network.parameters()).device
     batch, world_size = config.training.batch, distributed.world_size()
     first = distributed.rank() * batch // world_size
