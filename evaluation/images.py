@@ -187,6 +187,11 @@ def open_source(
     if config is None:
         return FileImages(location, batch, shuffled)
     snapshot = cached_snapshot(location)
+    if snapshot.config.sets is not None:
+        raise ValueError(
+            f"--network: {location} makes images from supports; score it with fid.py fewshot, or "
+            "the images that generate.py makes, with --images."
+        )
     generator = make_generator(
         snapshot,
         device,

@@ -400,3 +400,11 @@ def test_few_shot_scores_are_equal_on_two_ranks(base, tmp_path):
 def test_scores_that_cannot_be_had_are_refused(words, message, base):
     network = helpers.set_snapshot(base)
     assert message in helpers.fail(fid, "fewshot", f"--network={network}", *words.split())
+
+
+def test_other_scores_say_where_those_of_sets_are(base):
+    network = helpers.set_snapshot(base)
+    message = helpers.fail(
+        fid, "calc", f"--network={network}", f"--ref={base / 'toy.zip'}", "--metrics=fd_pixels"
+    )
+    assert "score it with fid.py fewshot" in message
