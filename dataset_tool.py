@@ -10,7 +10,8 @@ import numpy as np
 from dnnlib.cli import run
 from dnnlib.text import format_count
 from training import conversion, latent_archive, verification
-from training.labels import read_labels
+from training.fewshot_sources import CIFAR_SPLITS
+from training.labels import CLASS_SPLITS, read_labels
 from training.sources import SPLITS, open_source
 from training.transforms import TRANSFORMS, parse_resolution
 
@@ -36,7 +37,8 @@ def main() -> None:
     required=True,
     metavar="PATH|digits",
     help="Folder or zip of images, .npz of samples in ADM's layout, CIFAR-10/100 python archive, "
-    "MNIST idx file or folder; or digits: the handwritten digits of scikit-learn.",
+    "MNIST idx file or folder, pickles of FC100, CIFAR-FS or miniImageNet, folder of Omniglot's "
+    "train_small.npz and test_small.npz; or digits: the handwritten digits of scikit-learn.",
 )
 @click.option(
     "--dest",
@@ -63,6 +65,11 @@ def main() -> None:
     help="Part of a CIFAR archive or MNIST folder to take.  [default: train]",
 )
 @click.option(
+    "--class-split",
+    type=click.Choice(CIFAR_SPLITS),
+    help="Divide the classes of CIFAR-100 for few-shot learning, and take all its images.",
+)
+@click.option(
     "--workers",
     type=click.IntRange(min=1),
     help="Number of processes that decode.  [default: one per core]",
@@ -75,6 +82,7 @@ def convert(
     max_images: int | None,
     skip_broken: bool,
     split: str | None,
+    class_split: str | None,
     workers: int | None,
 ) -> None:
     """Write a dataset for training or scoring from a source of images.
@@ -95,6 +103,11 @@ def convert(
           --resolution=256 --transform=center-crop-dhariwal
       # MNIST; its labels are found beside it
       python dataset_tool.py convert --source=train-images-idx3-ubyte.gz --dest=data/mnist.zip
+      # CIFAR-100 with FC100's division into classes to train on, to validate on and unseen ones
+      python dataset_tool.py convert --source=cifar-100-python.tar.gz --class-split=fc100 \\
+          --dest=data/fc100.zip
+      # miniImageNet from a folder of its three pickles, at 32x32
+      python dataset_tool.py convert --source=mini-imagenet --dest=data/mini.zip --resolution=32
       # Generated images as a sample archive for ADM's evaluator, and one made into a zip
       python dataset_tool.py convert --source=out/ --dest=samples.npz
       python dataset_tool.py convert --source=samples.npz --dest=samples.zip
@@ -102,7 +115,7 @@ def convert(
     # A request to stop cleans up; what SIGKILL leaves is a hidden .NAME.*.tmp beside --dest.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     summary = conversion.convert(
-        open_source(source, split),
+        open_source(source, split, class_split),
         dest,
         size=parse_resolution(resolution, transform),
         transform=transform,
@@ -225,6 +238,10 @@ def info(data: str) -> None:
     click.echo(f"channels      {dataset.img_channels}")
     click.echo(f"size          {format_count(dataset.archive.num_bytes, 'B')}")
     click.echo(f"content hash  {dataset.content_hash}")
+    splits = ImageDataset(data, use_labels=None).class_splits
+    if splits:
+        parts = [f"{len(splits[name])} {name}" for name in CLASS_SPLITS if name in splits]
+        click.echo(f"class split   {', '.join(parts)}")
     _show_classes(labels, class_names)
 
 

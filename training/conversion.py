@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -167,9 +167,16 @@ class _OtherCount(Exception):  # noqa: N818
 class _Target(Protocol):
     """What takes converted images in order, then their labels."""
 
+    keeps_splits: bool
+
     def add(self, number: int, image: _Converted) -> None: ...
 
-    def finish(self, labels: list[int] | None, class_names: list[str] | None) -> None: ...
+    def finish(
+        self,
+        labels: list[int] | None,
+        class_names: list[str] | None,
+        class_splits: Mapping[str, Sequence[int]] | None,
+    ) -> None: ...
 
 
 class _DatasetWriter:
@@ -246,7 +253,7 @@ class _DatasetWriter:
             )
         labelled = source.labels is not None
         class_names = list(source.class_names) if labelled else None
-        self._target.finish(self._labels if labelled else None, class_names)
+        self._target.finish(self._labels if labelled else None, class_names, source.class_splits)
         return Summary(
             num_images=self._num_written,
             resolution=self._first.size[0],
@@ -265,6 +272,8 @@ class _DatasetWriter:
             num_empty = len(class_names) - len(set(self._labels))
             if num_empty:
                 yield f"{num_empty} of {len(class_names)} classes have no image."
+        if self._source.class_splits and not self._target.keeps_splits:
+            yield "The split of the classes is left out: a sample archive has no place for it."
 
 
 def _gray_to_rgb(png: bytes) -> bytes:
@@ -274,6 +283,8 @@ def _gray_to_rgb(png: bytes) -> bytes:
 class _FilesTarget:
     """A zip or folder of PNGs with a ``dataset.json``; ``write`` adds a file to it."""
 
+    keeps_splits = True
+
     def __init__(self, write: Callable[[str, bytes], None]) -> None:
         self._write = write
         self._names: list[str] = []
@@ -282,14 +293,23 @@ class _FilesTarget:
         self._names.append(f"{number // 1000:05d}/img{number:08d}.png")
         self._write(self._names[-1], image.data)
 
-    def finish(self, labels: list[int] | None, class_names: list[str] | None) -> None:
+    def finish(
+        self,
+        labels: list[int] | None,
+        class_names: list[str] | None,
+        class_splits: Mapping[str, Sequence[int]] | None,
+    ) -> None:
         pairs = None if labels is None else list(zip(self._names, labels, strict=True))
         metadata = dict(labels=pairs, class_names=class_names)
+        if class_splits is not None:
+            metadata["class_splits"] = {name: list(part) for name, part in class_splits.items()}
         self._write("dataset.json", json.dumps(metadata, ensure_ascii=False).encode())
 
 
 class _SamplesTarget:
     """An uncompressed ``.npz`` of ``num_images`` RGB images, as ADM's evaluator reads them."""
+
+    keeps_splits = False
 
     def __init__(self, archive: zipfile.ZipFile, num_images: int) -> None:
         self._archive = archive
@@ -306,7 +326,12 @@ class _SamplesTarget:
         self._images.write(image.data)
         self._num_added += 1
 
-    def finish(self, labels: list[int] | None, class_names: list[str] | None) -> None:
+    def finish(
+        self,
+        labels: list[int] | None,
+        class_names: list[str] | None,
+        class_splits: Mapping[str, Sequence[int]] | None,
+    ) -> None:
         if self._num_added != self._num_images:
             raise _OtherCount(self._num_added)
         self.close()

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from dnnlib.config import Config, option
 from training.archive import open_archive
 from training.images import ImageError, UnfitImageError
-from training.labels import read_labels
+from training.labels import read_class_splits, read_labels
 
 Cond = dict[str, torch.Tensor]
 _CONVERT = "convert it with dataset_tool.py convert"
@@ -85,6 +85,7 @@ class ImageDataset(Dataset):
         labels: Class indices, int64 [N]; None if none are delivered.
         num_classes: Number of classes, also of those without images; 0 without labels.
         class_names: One name per class; empty without labels.
+        class_splits: Class indices of each split that the data name; empty without.
 
     Raises ValueError, one sentence that names the file, for data that do not fit; ImageError (a
     ValueError) when an image that is damaged or of another size is read.
@@ -120,11 +121,13 @@ class ImageDataset(Dataset):
 
         self.labels: np.ndarray | None = None
         self.class_names: list[str] = []
+        self.class_splits: dict[str, tuple[int, ...]] = {}
         if use_labels is not False:
             found = read_labels(self.archive)
             if found is not None:
                 labels, self.class_names = found
                 self.labels = labels[self._indices]
+                self.class_splits = read_class_splits(self.archive, len(self.class_names))
             elif use_labels:
                 raise ValueError(
                     f"{self.path}: has no class labels (in dataset.json, or arr_1 of an .npz), "

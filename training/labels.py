@@ -7,6 +7,7 @@ import numpy as np
 from training.archive import Archive, SampleArchive
 
 UNLABELLED = -1
+CLASS_SPLITS = ("train", "val", "test")
 _MAX_CLASSES = 1_000_000  # A larger number is no class index, and names for so many take memory.
 
 
@@ -48,6 +49,39 @@ def read_labels(archive: Archive, folder: str = "") -> tuple[np.ndarray, list[st
             f'"class_names".'
         )
     return labels, class_names
+
+
+def read_class_splits(
+    archive: Archive, num_classes: int, folder: str = ""
+) -> dict[str, tuple[int, ...]]:
+    """Return the class indices of each split that ``dataset.json`` names; empty if it has none.
+
+    ``folder`` is as in :func:`read_labels`. Raises ValueError unless the splits are disjoint lists
+    of classes, called train, val and test.
+    """
+    metadata = None if isinstance(archive, SampleArchive) else archive.metadata(folder)
+    splits = None if metadata is None else metadata.get("class_splits")
+    if splits is None:
+        return {}
+    where = f'{archive.path}/{folder}dataset.json: "class_splits"'
+    if not isinstance(splits, dict) or not set(splits) <= set(CLASS_SPLITS):
+        raise ValueError(f"{where} must have lists of class indices called train, val and test.")
+    seen: dict[int, str] = {}
+    for split, classes in splits.items():
+        if not isinstance(classes, list):
+            raise ValueError(f"{where} must have lists of class indices; {split} is none.")
+        for index in classes:
+            if type(index) is not int or not 0 <= index < num_classes:
+                raise ValueError(
+                    f"{where} has class {index!r} in {split}; accepted: 0 to {num_classes - 1}."
+                )
+            if index in seen:
+                raise ValueError(
+                    f"{where} has class {index} in {seen[index]} and in {split}; a class belongs "
+                    "to one split."
+                )
+            seen[index] = split
+    return {split: tuple(classes) for split, classes in splits.items()}
 
 
 def _labels_of_samples(archive: SampleArchive) -> tuple[np.ndarray, list[str]] | None:

@@ -12,8 +12,8 @@ from torch.utils.data import Dataset
 from dnnlib.config import Config, did_you_mean, option
 from torch_utils.rng import STREAM_DATA
 from training.dataset import Cond, ImageDataset
+from training.labels import CLASS_SPLITS
 
-SPLITS = ("train", "val", "test")
 _SPLIT_SEED, _HELD_OUT_SEED = 1, 2
 NUM_TRANSFORMS = 8
 
@@ -110,21 +110,21 @@ def split_classes(config: SetConfig, dataset: ImageDataset) -> ClassSplit:
     exist or is in two lists, or if none is left to train on.
     """
     counts = np.bincount(dataset.labels, minlength=dataset.num_classes)
-    lists = [getattr(config, f"{name}_classes") for name in SPLITS]
+    lists = [getattr(config, f"{name}_classes") for name in CLASS_SPLITS]
     if any(lists):
         if config.split_fractions is not None:
             raise ValueError("--split-fractions has no effect with lists of classes; leave it out.")
         parts = [
             parse_class_list(f"--{name}-classes", names, dataset.class_names)
-            for name, names in zip(SPLITS, lists, strict=True)
+            for name, names in zip(CLASS_SPLITS, lists, strict=True)
         ]
     elif config.split_fractions is None and dataset.class_splits:
-        parts = [dataset.class_splits.get(name, ()) for name in SPLITS]
+        parts = [dataset.class_splits.get(name, ()) for name in CLASS_SPLITS]
     else:
         parts = _split_by_fractions(config, np.flatnonzero(counts))
     parts = [tuple(index for index in part if counts[index] > 0) for part in parts]
     seen: dict[int, str] = {}
-    for name, part in zip(SPLITS, parts, strict=True):
+    for name, part in zip(CLASS_SPLITS, parts, strict=True):
         for index in part:
             if index in seen:
                 raise ValueError(

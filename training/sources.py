@@ -6,19 +6,22 @@ import io
 import math
 import tarfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from dnnlib import safe_pickle
 from training.archive import Archive, Member, SampleArchive, open_archive
-from training.labels import read_labels
+from training.fewshot_sources import cifar_splits, find_fewshot_files, read_fewshot
+from training.labels import read_class_splits, read_labels
 
 SPLITS = ("train", "test", "all")
 _ACCEPTED = (
     "a folder of images, a zip of one, an .npz of samples in ADM's layout, cifar-10-python.tar.gz, "
-    "cifar-100-python.tar.gz, train-images-idx3-ubyte[.gz] or its folder, or digits"
+    "cifar-100-python.tar.gz, train-images-idx3-ubyte[.gz] or its folder, the pickles of FC100, "
+    "CIFAR-FS or miniImageNet or their folder, a folder of Omniglot's train_small.npz and "
+    "test_small.npz, or digits"
 )
 _CIFAR_FILES = {
     "cifar-10": {
@@ -51,6 +54,7 @@ class Source:
         image_name: Maps an index to the image's name, for messages.
         labels: Class index of every image, or None.
         class_names: One name per class, or None without labels.
+        class_splits: Class indices of each split of the classes, or None.
         notes: Sentences that the user should read.
     """
 
@@ -60,16 +64,23 @@ class Source:
     image_name: Callable[[int], str]
     labels: Sequence[int] | None = None
     class_names: Sequence[str] | None = None
+    class_splits: Mapping[str, Sequence[int]] | None = None
     notes: tuple[str, ...] = ()
 
 
-def open_source(source: str, split: str | None = None) -> Source:
+def open_source(source: str, split: str | None = None, class_split: str | None = None) -> Source:
     """Return the images that ``--source`` names.
 
     ``split`` (train, test or all; train by default) is for CIFAR archives and MNIST folders, and
-    an error elsewhere. Raises ValueError for anything that is none of these, or is damaged.
+    an error elsewhere; ``class_split`` (fc100 or cifar-fs) is for CIFAR-100. Raises ValueError for
+    anything that is none of these, or is damaged.
     """
     path = Path(source)
+    is_archive = path.is_file() and path.name.endswith((".tar.gz", ".tgz", ".tar"))
+    if class_split is not None and path.exists() and not is_archive:
+        raise ValueError(
+            f"--class-split: got {class_split}, but {source} is no CIFAR-100 archive; leave it out."
+        )
     if source == "digits" and not path.exists():
         return _without_split(open_digits, source, split)
     if not path.exists():
@@ -77,13 +88,22 @@ def open_source(source: str, split: str | None = None) -> Source:
     if path.is_dir():
         if any(_find_idx(path, kind, "images") for kind in _MNIST_PREFIXES.values()):
             return open_mnist(path, split or "train")
+        if find_fewshot_files(path) is not None:
+            return _without_split(open_fewshot, source, split)
         return _without_split(open_images, source, split)
     if path.name.endswith((".tar.gz", ".tgz", ".tar")):
-        return open_cifar(path, split or "train")
+        if class_split is not None and split not in (None, "all"):
+            raise ValueError(
+                f"--split: got {split}, but --class-split={class_split} divides the classes of all "
+                "images; leave it out."
+            )
+        return open_cifar(path, split or ("all" if class_split else "train"), class_split)
     if "-ubyte" in path.name:
         return _without_split(open_mnist, source, split)
     if path.suffix.lower() == ".npz":
         return _without_split(open_samples, source, split)
+    if find_fewshot_files(path) is not None:
+        return _without_split(open_fewshot, source, split)
     if path.suffix.lower() != ".zip":
         raise ValueError(
             f"--source: got {source}, which is of no known kind; accepted: {_ACCEPTED}."
@@ -107,10 +127,12 @@ def open_images(source: str) -> Source:
     """
     archive = open_archive(source)
     folder = _common_folder(archive.names)
-    found, notes = None, ()
+    found, splits, notes = None, {}, ()
     for root in dict.fromkeys(("", folder)):
         if archive.read_file(f"{root}dataset.json") is not None:
             found = read_labels(archive, root)
+            if found is not None:
+                splits = read_class_splits(archive, len(found[1]), root)
             break
     else:
         found, notes = _labels_from_folders(archive, folder)
@@ -122,6 +144,7 @@ def open_images(source: str) -> Source:
         image_name=archive.label,
         labels=labels,
         class_names=class_names,
+        class_splits=splits or None,
         notes=notes,
     )
 
@@ -176,7 +199,11 @@ def _labels_from_folders(
 
 
 def _array_source(
-    name: str, images: np.ndarray, labels: np.ndarray, class_names: Sequence[str]
+    name: str,
+    images: np.ndarray,
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    class_splits: Mapping[str, Sequence[int]] | None = None,
 ) -> Source:
     labels = np.asarray(labels, np.int64)
     if labels.shape != images.shape[:1]:
@@ -193,6 +220,7 @@ def _array_source(
         image_name=lambda index: f"{name}, image {index}",
         labels=labels,
         class_names=list(class_names),
+        class_splits=class_splits,
     )
 
 
@@ -209,10 +237,25 @@ def open_digits(source: str = "digits") -> Source:
     return _array_source(source, images, digits.target, [str(name) for name in digits.target_names])
 
 
-def open_cifar(path: Path, split: str = "train") -> Source:
-    """Return the images of an official CIFAR-10 or CIFAR-100 python archive (fine labels)."""
+def open_fewshot(source: str) -> Source:
+    """Return the images of FC100, CIFAR-FS, miniImageNet or Omniglot, with their class splits."""
+    path = Path(source)
+    images, labels, class_names, splits = read_fewshot(find_fewshot_files(path))
+    return _array_source(source, images, labels, class_names, splits)
+
+
+def open_cifar(path: Path, split: str = "train", class_split: str | None = None) -> Source:
+    """Return the images of an official CIFAR-10 or CIFAR-100 python archive (fine labels).
+
+    ``class_split`` divides the classes of CIFAR-100, as ``fc100`` or ``cifar-fs`` do.
+    """
     contents = _read_tar(path)
     kind = "cifar-10" if "batches.meta" in contents else "cifar-100"
+    if class_split is not None and kind != "cifar-100":
+        raise ValueError(
+            f"--class-split: got {class_split}, but {path} is CIFAR-10, which has no such splits; "
+            "leave it out."
+        )
     files = _CIFAR_FILES[kind]
     splits = ("train", "test") if split == "all" else (split,)
     needed = [name for part in splits for name in files[part]]
@@ -222,7 +265,7 @@ def open_cifar(path: Path, split: str = "train") -> Source:
                 f"{path}: has no file {name}, so it is no CIFAR-10 or CIFAR-100 python archive; "
                 f"{_CIFAR_DAMAGED}, or extract another archive and give its folder."
             )
-    images, labels = [], []
+    images, labels, superclasses = [], [], []
     for name in needed:
         batch = _read_cifar_pickle(path, name, contents[name])
         data = batch.get(b"data")
@@ -239,12 +282,19 @@ def open_cifar(path: Path, split: str = "train") -> Source:
             )
         images.append(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
         labels += batch[files["label_key"]]
+        superclasses += batch.get(b"coarse_labels") or [0] * len(data)
     meta = _read_cifar_pickle(path, files["meta"], contents[files["meta"]])
     names = meta.get(files["names_key"])
     if not (isinstance(names, list) and all(isinstance(name, bytes) for name in names)):
         raise ValueError(f"{path}: {files['meta']} names no classes; {_CIFAR_DAMAGED}.")
     class_names = [name.decode() for name in names]
-    return _array_source(str(path), np.concatenate(images), np.array(labels), class_names)
+    source = _array_source(str(path), np.concatenate(images), np.array(labels), class_names)
+    if class_split is None:
+        return source
+    splits = cifar_splits(
+        class_split, class_names, source.labels, np.array(superclasses), str(path)
+    )
+    return dataclasses.replace(source, class_splits=splits)
 
 
 def _read_tar(path: Path) -> dict[str, bytes]:
