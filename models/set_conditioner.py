@@ -70,11 +70,12 @@ class SetConditioner(Conditioner):
             self.table = ClassTable(self.num_classes, dim)
 
     def check(self, cond: dict[str, Tensor]) -> None:
-        """Raise ValueError if there is no set, or if a label is out of range."""
+        """Raise ValueError if there is no set, or if a label is not from 0 to num_classes."""
         if "set" not in cond and "support" not in cond:
             raise ValueError("This model is conditioned on sets of images, but none is given.")
         if "label" in cond and self.num_classes:
-            super().check(cond)
+            label = cond["label"]
+            super().check({"label": label[label != self.num_classes]})
 
     def forward(
         self, cond: dict[str, Tensor], drop: Tensor | None = None, num: int | None = None
