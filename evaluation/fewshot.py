@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dnnlib.progress import progress
-from evaluation.images import Batch, ScoreConfig, shape_of
+from evaluation.images import Batch, ScoreConfig, SnapshotImages, shape_of
 from evaluation.scoring import RealImages, describe_row, make_detectors, score_images
 from metrics.metric import MetricSpec, needed_features
 from torch_utils import distributed
@@ -18,72 +17,44 @@ from training.dataset import ImageDataset
 from training.episodes import Episodes, episodes_of_dataset, episodes_of_run
 from training.generation import (
     SupportGenerator,
-    generate_for_rank,
     labels_like_data,
     make_generator,
-    passport,
     save_episodes,
-    seed_range,
 )
 from training.supports import open_data_of
 
 _NUM_SHOWN = 10
 
 
-class EpisodeImages:
+class EpisodeImages(SnapshotImages):
     """Images made from the supports of episodes, in the proportions of their real images.
 
     While they are scored, their distance to the nearest image of their support is measured.
     """
 
-    num_images = None
-
     def __init__(
         self, generator: SupportGenerator, snapshot: Snapshot, *, first_seed: int, batch: int
     ) -> None:
-        self._generator, self._snapshot = generator, snapshot
-        self._first_seed, self._batch = first_seed, batch
-        self.image_shape = generator.image_shape
-        self.class_names = generator.episodes.class_names
-        self._order = labels_like_data(generator.episodes.counts)
+        self._episodes = episodes = generator.episodes
+        super().__init__(
+            generator,
+            snapshot,
+            first_seed=first_seed,
+            batch=batch,
+            class_counts=episodes.counts,
+        )
+        self.class_names = episodes.class_names
+        self._episode_of = labels_like_data(episodes.counts)
         self._distances: list[torch.Tensor] = []
 
-    def _episode(self, indices: np.ndarray) -> np.ndarray:
-        return self._order[indices % len(self._order)]
-
     def batches(self, indices: Sequence[int]) -> Iterable[Batch]:
-        is_main = distributed.is_main()
-        with progress(total=len(indices), label="Generating", disable=not is_main) as bar:
-            for rows, images in generate_for_rank(
-                self._generator,
-                indices,
-                batch=self._batch,
-                first_seed=self._first_seed,
-                class_counts=self._generator.episodes.counts,
-                on_batch=bar.update,
-            ):
-                episodes = self._episode(rows.numpy())
-                self._distances.append(
-                    support_distances(images.cpu(), self._generator.episodes, episodes)
-                )
-                yield rows, images
+        for rows, images in super().batches(indices):
+            episodes = self._episode_of[rows.numpy() % len(self._episode_of)]
+            self._distances.append(support_distances(images.cpu(), self._episodes, episodes))
+            yield rows, images
 
     def labels(self, indices: range) -> np.ndarray:
-        episodes = self._episode(np.arange(indices.start, indices.stop))
-        return self._generator.episodes.classes[episodes]
-
-    def passport(self, indices: range) -> dict[str, Any]:
-        snapshot = self._snapshot
-        return dict(
-            network=str(snapshot.path),
-            seeds=seed_range(self._first_seed + indices.start, len(indices)),
-            **passport(
-                self._generator,
-                snapshot.config.training,
-                self._generator.episodes.counts,
-                snapshot.progress,
-            ),
-        )
+        return self._episodes.classes[super().labels(indices)]
 
     def distances(self) -> np.ndarray:
         """Return the distances of all images so far, on every rank. Collective."""

@@ -108,16 +108,23 @@ class FileImages:
 class SnapshotImages:
     """Images that a snapshot makes: number i with seed ``first_seed + i``, without end.
 
-    Classes are in the proportions of the training data.
+    Classes are in the proportions of the training data, or of ``class_counts``.
     """
 
     num_images = None
 
     def __init__(
-        self, generator: ImageGenerator, snapshot: Snapshot, *, first_seed: int, batch: int
+        self,
+        generator: ImageGenerator,
+        snapshot: Snapshot,
+        *,
+        first_seed: int,
+        batch: int,
+        class_counts: Sequence[int] | None = None,
     ) -> None:
         self._generator, self._snapshot = generator, snapshot
         self._first_seed, self._batch = first_seed, batch
+        self._counts = snapshot.data.class_counts if class_counts is None else class_counts
         self.image_shape = generator.image_shape
         self.class_names = tuple(snapshot.data.class_names)
 
@@ -129,15 +136,14 @@ class SnapshotImages:
                 indices,
                 batch=self._batch,
                 first_seed=self._first_seed,
-                class_counts=self._snapshot.data.class_counts,
+                class_counts=self._counts,
                 on_batch=bar.update,
             )
 
     def labels(self, indices: range) -> np.ndarray | None:
-        counts = self._snapshot.data.class_counts
-        if not (self._generator.num_classes and sum(counts)):
+        if not (self._generator.num_classes and sum(self._counts)):
             return None
-        labels = labels_like_data(counts)
+        labels = labels_like_data(self._counts)
         return labels[np.arange(indices.start, indices.stop) % len(labels)]
 
     def passport(self, indices: range) -> dict[str, Any]:
@@ -148,7 +154,7 @@ class SnapshotImages:
             **passport(
                 self._generator,
                 snapshot.config.training,
-                snapshot.data.class_counts,
+                self._counts,
                 snapshot.progress,
             ),
         )

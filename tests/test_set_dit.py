@@ -448,7 +448,6 @@ def test_images_of_another_size_get_a_sentence():
         (dict(context_channels=7), "--context-channels: got 7, .* --hdim 12; .* --context-proj"),
         (dict(context_proj=True), "--context-proj has no effect: .* are both 12"),
         (dict(context_channels=12, context_proj=True), "--context-proj has no effect"),
-        (dict(encoder_mode="vit", encoder_tokenizer="per_sample_mean"),),
         (dict(cross_attn_layers=(0, 2)), "--cross-attn-layers: got 0,2; .* from 0 to 1"),
         (dict(cross_attn_layers=(1, 1)), "--cross-attn-layers: got 1,1; .* different blocks"),
         (dict(cross_attn_layers=(-1,)), "--cross-attn-layers"),
