@@ -205,6 +205,9 @@ class SetEncoder(nn.Module):
                 nn.Linear(quarter, dim), nn.SiLU(), nn.Linear(dim, dim), nn.Linear(dim, dim)
             )
         self.with_time = with_time
+        if self.is_set_mode:
+            diagonal = torch.eye(PATCH_OFFSET + self.num_patches, dtype=torch.bool)
+            self.register_buffer("off_diagonal", ~diagonal, persistent=False)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
             EncoderBlock(
@@ -318,7 +321,7 @@ class SetEncoder(nn.Module):
 
     def _attention_mask(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
         if self.is_set_mode:
-            return ~torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+            return self.off_diagonal
         if mask is None:
             return None
         keys = functional.pad(

@@ -24,6 +24,7 @@ class Draws:
     inputs: AugmentParams | torch.Tensor | None  # [N, ...], what the inputs are made with
     context_drop: torch.Tensor | None = None  # [N] bool, true where the set is dropped
     context_noise: torch.Tensor | None = None  # [N, ...], standard normal, of a drawn context
+    kl_weight: torch.Tensor | None = None  # [N], of the divergence of a drawn context
 
     def rows(self, start: int, stop: int) -> "Draws":
         """Return the draws of rows ``start`` to ``stop``."""

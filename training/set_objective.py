@@ -35,7 +35,6 @@ class SetObjective(Objective):
         self._config = config
         self._model = self.network.config
         self._kl_factor = self._divergence_factor()
-        self._kl_weight = torch.zeros([])
 
     def _divergence_factor(self) -> float:
         """Return what a divergence in nats is multiplied by, before its warm-up."""
@@ -66,8 +65,6 @@ class SetObjective(Objective):
             input_shape=(num, *input_shape),
             device=device,
         )
-        warm_up = cur_nimg / max(self._config.kl_rampup * 1000, 1e-9)
-        self._kl_weight = torch.tensor(self._kl_factor * min(warm_up, 1.0))
         generator = rng.step_generator(seed, cur_nimg, rng.STREAM_CONTEXT, device)
         changes = {}
         if self._config.context_drop > 0:
@@ -76,6 +73,8 @@ class SetObjective(Objective):
         if self.network.conditioner.is_variational:
             shape = (batch, num, self._model.encoder_dim)
             changes["context_noise"] = torch.randn(*shape, generator=generator, device=device)
+            warm_up = min(cur_nimg / max(self._config.kl_rampup * 1000, 1e-9), 1.0)
+            changes["kl_weight"] = torch.full([batch], self._kl_factor * warm_up, device=device)
         return dataclasses.replace(draws, **changes)
 
     def context(self, images: torch.Tensor, cond: Cond, draws: Draws) -> Context:
@@ -95,7 +94,8 @@ class SetObjective(Objective):
         context = self.context(images, cond, draws)
         loss = self._loss_of_sets(images, draws, context)
         if context.kl is not None:
-            loss = loss + (self._kl_weight * context.kl)[:, None, None, None]
+            weight = draws.kl_weight.repeat_interleave(images.shape[1])
+            loss = loss + (weight * context.kl)[:, None, None, None]
         mask = cond.get("mask")
         if mask is not None:
             weight = mask / mask.sum(1, keepdim=True).clamp(min=1) * mask.shape[1]
