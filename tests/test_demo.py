@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 
@@ -78,3 +79,23 @@ def test_every_script_and_subcommand_explains_itself_by_an_example(name):
         assert "Usage: " in output
         if words or not commands:
             assert f"python {' '.join([f'{name}.py', *words])} " in overview + output
+
+
+def test_the_demo_of_sets_judges_seen_and_unseen_classes_by_a_classifier(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "SAMPLES_PER_CLASS", 8)
+    monkeypatch.setattr(demo, "SET_MODES", {"lag": ("--encoder-depth=0",)})
+    monkeypatch.chdir(helpers.ROOT)
+    for name, value in helpers.quiet_environment().items():
+        monkeypatch.setenv(name, value)
+    outdir = tmp_path / "out"
+    smaller = ["--kimg=0.5", "--hidden-dim=16", "--num-heads=2", "--sampler=euler", "--steps=2"]
+    result = helpers.call(demo, "--sets", f"--outdir={outdir}", "--", *smaller)
+    assert result.code == 1, result.output + result.error
+    assert "lag: seen classes 0 to 7" in result.output
+    for name in ("8", "9"):
+        # Ten supports of one image each; the control are those of all other classes.
+        line = rf"lag: unseen class {name} [\d.]+% of 10, control [\d.]+% of 74, one-sided p "
+        assert re.search(line, result.output)
+    assert (outdir / "sets-lag-seen.png").is_file()
+    assert (outdir / "sets-lag-unseen.png").is_file()
+    assert "NOT as expected" in result.output
