@@ -1,10 +1,13 @@
 """The guarded optimizer step and the weight average."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 
+from configs import PRESETS
+from models import build_network
 from training.ema import EMA, ema_beta
 from training.optimizer import GuardedAdam
 
@@ -141,3 +144,20 @@ def test_the_first_step_copies_the_weights():
         module.weight.add_(0.123)
     ema.update(ema_beta(0, 8, 500, 0.05), torch.zeros([]))
     assert torch.equal(ema.network.weight, module.weight)
+
+
+def test_the_output_of_a_set_encoder_its_positions_and_null_do_not_decay():
+    config = dataclasses.replace(PRESETS["fsdm-digits"].run.model, encoder_depth=1)
+    network = build_network(config)
+    before = {name: value.clone() for name, value in network.named_parameters()}
+    optimizer = GuardedAdam(network.parameters(), weight_decay=0.5)
+    for param in network.parameters():
+        param.grad = torch.zeros_like(param)
+    optimizer.step(0.1)
+    unchanged = {n for n, value in network.named_parameters() if torch.equal(value, before[n])}
+    kept = {n for n in unchanged if before[n].ndim > 1 and before[n].abs().sum() > 0}
+    encoder = "conditioner.encoder"
+    assert kept == {f"{encoder}.head.1.weight", f"{encoder}.cls", f"{encoder}.positions"}
+    assert "conditioner.null" in unchanged
+    assert f"{encoder}.tokeniser.1.weight" not in unchanged
+    assert "backbone.patch_embedding.weight" not in unchanged

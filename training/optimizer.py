@@ -13,7 +13,8 @@ class GuardedAdam:
     """Fused AdamW with a device-side guard against non-finite gradients.
 
     Betas are (0.9, 0.999), eps is 1e-8 (EDM, arXiv 2206.00364, Table 7). Weight decay is decoupled
-    (Loshchilov & Hutter, arXiv 1711.05101), and spares vectors, such as biases; at 0 this is Adam.
+    (Loshchilov & Hutter, arXiv 1711.05101), and spares vectors, such as biases, and parameters with
+    a true attribute ``spares_decay``; at 0 this is Adam.
     After :meth:`step`, ``skipped`` is 1.0 if the gradients' norm was not finite; weights and
     optimizer state are then unchanged. Gradients are equal on all ranks, hence so is the flag.
     Counters stay on the device until :meth:`read_counters`.
@@ -34,9 +35,11 @@ class GuardedAdam:
         self._clip_grad = clip_grad
         groups: list[dict[str, Any]] = [dict(params=self._params)]
         if weight_decay > 0:
-            matrices = [param for param in self._params if param.ndim > 1]
-            vectors = [param for param in self._params if param.ndim <= 1]
-            groups = [dict(params=matrices), dict(params=vectors, weight_decay=0.0)]
+            spared = [p.ndim <= 1 or getattr(p, "spares_decay", False) for p in self._params]
+            pairs = list(zip(self._params, spared, strict=True))
+            decayed = [param for param, is_spared in pairs if not is_spared]
+            rest = [param for param, is_spared in pairs if is_spared]
+            groups = [dict(params=decayed), dict(params=rest, weight_decay=0.0)]
         self._adam = torch.optim.AdamW(
             [group for group in groups if group["params"]],
             lr=0.0,
