@@ -27,7 +27,7 @@ MIN_CLASS_AGREEMENT = 0.90
 MAX_FD_PIXELS = 0.10
 IMAGES_PER_CLASS_CHECKED = 50
 GUIDANCE = 2.5
-SET_GUIDANCE = 3.0
+SET_GUIDANCE = 2.5
 # A context of tokens needs a shallower encoder than a vector does.
 SET_MODES = {"film": (), "lag": ("--encoder-depth=1",)}
 SAMPLES_PER_CLASS = 400

@@ -170,7 +170,7 @@ _FSDM_DIGITS = RunConfig(
     ),
     training=TrainingConfig(
         batch=32,
-        kimg=600,
+        kimg=800,
         lr=2e-3,
         lr_rampup=40,
         ema_kimg=20,
