@@ -159,6 +159,24 @@ def test_options_that_do_not_fit_are_refused(words, message):
     assert message in found
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--held-out=0 --test-classes=none", "There is no support to show"),
+        ("--test-classes=none --num-eval-batches=1", "there are no classes to validate on"),
+        ("--test-classes=none --metrics=fewshot_fd_pixels", "The run has no unseen classes"),
+        ("--resolution=16", "--resolution: this run expects 16x16 images"),
+        ("--min-sample-size=4", "--min-sample-size: got 4; accepted: at most --sample-size"),
+    ],
+)
+def test_data_that_do_not_fit_are_refused_before_anything_is_written(
+    words, message, base, tmp_path
+):
+    args = (*helpers.TINY_SETS, f"--data={helpers.toy_data(base)}", f"--outdir={tmp_path / 'runs'}")
+    assert message in helpers.fail(train, *args, *words.split())
+    assert not (tmp_path / "runs").exists()
+
+
 def test_few_shot_metrics_belong_to_models_of_sets():
     message = helpers.fail(train, "--preset=digits", "--metrics=fewshot_fid", "--dry-run")
     assert "preset digits is not trained on sets" in message

@@ -39,6 +39,7 @@ def test_a_set_depends_on_seed_and_position_alone(images):
         assert torch.equal(part, whole[list(positions)])
         for name, value in part_cond.items():
             assert torch.equal(value, cond[name][list(positions)])
+    assert len({own.numpy().tobytes() for own in whole}) == 20
     other, _ = make(images, hybrids=0.5, min_sample_size=1, seed=1).__getitems__(range(20))
     assert not torch.equal(other, whole)
 

@@ -205,21 +205,34 @@ def episodes_to_show(
         return None
     size = config.model.context_size
     shown, scored = [], None
-    has_seen = any(len(pool) >= size for pool in dataset.held_out.values())
-    kinds = [("seen", has_seen), ("unseen", bool(dataset.split.test))]
-    names = [name for name, there in kinds if there]
+    names = _kinds_to_show(dataset, size)
     for name in names:
         episodes = episodes_of_run(dataset, name, support_size=size, num_per_class=1)
         chosen = np.linspace(0, len(episodes) - 1, min(len(episodes), 8 // len(names)))
         shown.append(episodes[chosen.round().astype(int).tolist()])
-    if not shown:
-        raise ValueError(
-            "There is no support to show: no class is unseen, and no image of the classes trained "
-            "on is held out; give --test-classes, or --held-out."
-        )
     if "unseen" in names:
         scored = episodes_of_run(dataset, "unseen", support_size=size)
     return _joined(shown), scored
+
+
+def check_classes(config: RunConfig, dataset: SetDataset) -> None:
+    """Raise ValueError if a run has no support for its pictures, or no classes to validate on."""
+    if not _kinds_to_show(dataset, config.model.context_size):
+        raise ValueError(
+            "There is no support to show: no class is unseen, and too few images of the classes "
+            "trained on are held out; give --test-classes, or a larger --held-out."
+        )
+    if config.sets.num_eval_batches and not (dataset.split.val or dataset.split.test):
+        raise ValueError(
+            "--num-eval-batches: there are no classes to validate on; name some with "
+            "--val-classes, or set --num-eval-batches=0."
+        )
+
+
+def _kinds_to_show(dataset: SetDataset, size: int) -> list[str]:
+    """Return of which kinds of classes, seen and unseen, there are supports of ``size``."""
+    has_seen = dataset.held_out and all(len(pool) >= size for pool in dataset.held_out.values())
+    return [name for name, there in (("seen", has_seen), ("unseen", dataset.split.test)) if there]
 
 
 def _joined(parts: Sequence[Episodes]) -> Episodes:

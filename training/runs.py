@@ -17,8 +17,10 @@ from training.augment import NUM_LABELS
 from training.autoencoder import Autoencoder
 from training.checkpoint import Snapshot, find_states, load_state
 from training.config import RunConfig, check_guidance, check_guided_channels
+from training.episodes import check_classes
 from training.inputs import TrainingData, check_autoencoder, check_resolution
 from training.latents import LatentDataset
+from training.sets import SetDataset
 
 REQUEUE_FILE = "requeue"
 REQUEUE_EXIT_CODE = 85
@@ -47,6 +49,8 @@ def fit_to_data(config: RunConfig, dataset: TrainingData) -> RunConfig:
     check_resolution(config, dataset.resolution)
     if isinstance(dataset, LatentDataset):
         config = _fit_to_latents(config, dataset)
+    if isinstance(dataset, SetDataset):
+        check_classes(config, dataset)
     return with_data_facts(config, dataset.img_channels, dataset.num_classes)
 
 

@@ -192,13 +192,7 @@ def make_validate(
     """
     if config.sets is None or not config.sets.num_eval_batches:
         return None
-    classes = dataset.split.val or dataset.split.test
-    if not classes:
-        raise ValueError(
-            "--num-eval-batches: there are no classes to validate on; name some with "
-            "--val-classes, or set --num-eval-batches=0."
-        )
-    sets = dataset.of_classes(classes)
+    sets = dataset.of_classes(dataset.split.val or dataset.split.test)
     objective = make_objective(config, network, precond, inputs)
     device = next(network.parameters()).device
     batch, world_size = config.training.batch, distributed.world_size()
