@@ -15,6 +15,7 @@ import fid
 import generate
 import train
 from training.checkpoint import find_snapshots, load_snapshot, load_state
+from training.generation import SupportGenerator, make_generator
 from training.supports import episodes_of_snapshot, open_data_of
 
 
@@ -358,6 +359,21 @@ def test_other_data_than_those_trained_on_are_refused_for_episodes(base, tmp_pat
     convert(base / "toy", other, "--max-images=30")
     args = (f"--network={network}", f"--outdir={tmp_path / 'out'}", "--episodes=1")
     assert "holds other data" in helpers.fail(generate, *args, f"--data={other}")
+
+
+def test_a_class_conditional_model_is_told_the_classes_that_it_knows(base, tmp_path):
+    run_dir = helpers.train_tiny(
+        tmp_path, helpers.toy_data(base), "--cond", tiny=helpers.TINY_SETS
+    ).run_dir
+    snapshot = load_snapshot(max(run_dir.glob("*.pkl")))
+    assert snapshot.data.class_names == ("bar", "dot")
+    table = snapshot.state_dict["conditioner.table.embedding_table.weight"]
+    generator = make_generator(snapshot, torch.device("cpu"))
+    for split, rows in (("seen", [0, 1]), ("unseen", [2])):
+        episodes = episodes_of_snapshot(snapshot, split, len(rows))
+        own = SupportGenerator.of(generator, episodes)
+        context = own._context(own.network, torch.arange(len(rows)), len(rows))
+        assert torch.equal(context.label, table[rows])
 
 
 # Scores.
