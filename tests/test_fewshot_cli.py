@@ -303,6 +303,7 @@ def test_episodes_come_from_the_split_and_have_a_folder_each(base, tmp_path):
         helpers.succeed(generate, *args, "--num=3")
         assert sorted(p.name for p in outdir.iterdir() if p.is_dir()) == ["0000", "0001"]
         assert len(read_all(outdir / "0001")) == 3
+        assert read_all(outdir / "0000") != read_all(outdir / "0001")  # By their supports.
     data = open_data_of(snapshot)
     held_out = set(np.concatenate(list(data.held_out.values())).tolist())
     assert set(episodes_of_snapshot(snapshot, "seen", 2).indices.flatten().tolist()) <= held_out
