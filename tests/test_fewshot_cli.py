@@ -1,5 +1,6 @@
 """Models of sets from the command line: supports, episodes, few-shot scores, ranks and resumes."""
 
+import dataclasses
 import json
 import re
 import shlex
@@ -14,6 +15,7 @@ from PIL import Image
 import fid
 import generate
 import train
+from evaluation.fewshot import EpisodeImages, support_distances
 from training.checkpoint import find_snapshots, load_snapshot, load_state
 from training.generation import SupportGenerator, make_generator
 from training.supports import episodes_of_snapshot, open_data_of
@@ -407,6 +409,20 @@ def test_few_shot_scores_are_of_the_right_images(base, tmp_path):
         "unseen.png",
         "transfer.png",
     }
+
+
+def test_generated_images_have_the_class_mixture_of_the_reals(base):
+    snapshot = load_snapshot(helpers.set_snapshot(base))
+    episodes = dataclasses.replace(episodes_of_snapshot(snapshot, "seen", 2), counts=(3, 1))
+    generator = SupportGenerator.of(make_generator(snapshot, torch.device("cpu")), episodes)
+    source = EpisodeImages(generator, snapshot, first_seed=0, batch=8)
+    labels = source.labels(range(8))
+    assert np.bincount(labels, minlength=3).tolist() == [6, 2, 0]
+    ((rows, images),) = source.batches(range(8))
+    chosen = [int(label) for label in labels]  # Bars and dots are also the episodes' numbers.
+    assert torch.equal(images, generator.generate(rows.tolist(), chosen))
+    nearest = support_distances(images, episodes, chosen)
+    np.testing.assert_allclose(source.distances(), nearest)
 
 
 def test_few_shot_scores_are_equal_on_two_ranks(base, tmp_path):
