@@ -138,6 +138,8 @@ def sample(preset: str, rounds: int, precision: str, batch: int, steps: int | No
     config = get_preset(preset).run
     sampling = dataclasses.replace(config.sampling, steps=steps or config.sampling.steps)
     num_classes = get_preset(preset).num_classes or 10  # Guidance needs some.
+    if config.sets is not None:
+        num_classes = 0  # It is the support that is guided by.
     config = with_data_facts(config, config.model.img_channels, num_classes)
     print_header(config, device)
     text = benchmark_sample(

@@ -190,7 +190,8 @@ def sets_demo(outdir: Path, train_args: tuple[str, ...]) -> bool:
     click.echo(
         "Share of images that 3 nearest neighbours among the real digits, turned and mirrored ones "
         "as classes of their own, take for the class of the support; control: the same seeds with "
-        "supports of other classes.\n" + "\n".join(report) + f"\nPictures: {outdir / 'sets-*.png'} "
+        "supports of other classes. p takes images for independent; those of a support are "
+        "alike.\n" + "\n".join(report) + f"\nPictures: {outdir / 'sets-*.png'} "
         "(supports above what was made of them)"
     )
     return passed

@@ -59,9 +59,23 @@ def option_elsewhere(name: str, config: ScoreConfig | DetectorConfig | None) -> 
     return None
 
 
-def parse_metrics(text: str) -> list[MetricSpec]:
-    """Return the metrics of a comma-separated list."""
-    return get_metrics(name.strip() for name in text.split(","))
+def parse_metrics(text: str, *, of_supports: bool = False) -> list[MetricSpec]:
+    """Return the metrics of a comma-separated list.
+
+    Raises UsageError for one of images made from supports among others, and the reverse.
+    """
+    specs = get_metrics(name.strip() for name in text.split(","))
+    for spec in specs:
+        if spec.of_supports and not of_supports:
+            raise click.UsageError(f"--metrics: {spec.name} is for fid.py fewshot.")
+        if of_supports and not spec.of_supports:
+            raise click.UsageError(f"--metrics: {spec.name} is not of images made from supports.")
+    return specs
+
+
+def metric_names(*, of_supports: bool) -> str:
+    """Return the names of the metrics of images made from supports, or of the others."""
+    return ", ".join(name for name, spec in METRICS.items() if spec.of_supports == of_supports)
 
 
 def used_detectors(
@@ -179,7 +193,9 @@ def ref(config: DetectorConfig, data: str, dest: Path, metrics: str, batch: int)
 @main.command(cls=ConfigCommand, base=base_config, elsewhere=option_elsewhere, examples=EXAMPLES)
 @source_options
 @click.option("--ref", help="Real images, or statistics (.npz, EDM2's .pkl; URL).")
-@click.option("--metrics", required=True, help=f"Comma-separated: {', '.join(METRICS)}.")
+@click.option(
+    "--metrics", required=True, help=f"Comma-separated: {metric_names(of_supports=False)}."
+)
 @click.option("--num-images", type=click.IntRange(2), help="Instead of the metric's number.")
 @click.option(
     "--per-class/--no-per-class",
@@ -331,7 +347,7 @@ def neighbours(
     "--metrics",
     default="fewshot_kid,fewshot_fid,fewshot_pr",
     show_default=True,
-    help=f"Comma-separated: {', '.join(n for n, spec in METRICS.items() if spec.of_supports)}.",
+    help=f"Comma-separated: {metric_names(of_supports=True)}.",
 )
 @click.option("--num-images", type=click.IntRange(2), help="[default: 10,000, or as many as reals]")
 @click.option(
@@ -367,10 +383,7 @@ def fewshot(
 
     Example: python fid.py fewshot --network=network.pkl --transfer=mini-imagenet.zip --outdir=out
     """
-    specs = parse_metrics(metrics)
-    for spec in specs:
-        if not spec.of_supports:
-            raise click.UsageError(f"--metrics: {spec.name} is not of images made from supports.")
+    specs = parse_metrics(metrics, of_supports=True)
     names = [name.strip() for name in protocols.split(",") if name.strip()]
     unknown = [name for name in names if name not in PROTOCOLS]
     if unknown:

@@ -124,11 +124,13 @@ def with_named_data(
     return dataclasses.replace(config, data=dataclasses.replace(config.data, data=str(path)))
 
 
-def with_fewshot_fid(config: RunConfig) -> RunConfig:
-    """Return ``config`` with the metric that ``--compute-fid`` asks for."""
-    if config.sets is None or not config.sets.compute_fid:
+def with_fewshot_fid(config: RunConfig, given: Collection[str]) -> RunConfig:
+    """Return ``config`` with the metric that ``--compute-fid`` asks for, or without it."""
+    if config.sets is None or "compute_fid" not in given:
         return config
     metrics = dict.fromkeys((*config.logging.metrics, "fewshot_fid"))
+    if not config.sets.compute_fid:
+        del metrics["fewshot_fid"]
     return dataclasses.replace(
         config, logging=dataclasses.replace(config.logging, metrics=tuple(metrics))
     )
@@ -162,7 +164,7 @@ def main(
     given = click.get_current_context().meta["given"]
     config = with_one_of_each(config, given)
     config = with_named_data(config, given, data_dir, dataset)
-    config = with_fewshot_fid(config)
+    config = with_fewshot_fid(config, given)
     explicit_resume = resume not in (None, "auto")
     if explicit_resume and transfer is not None:
         raise click.UsageError("Give --resume or --transfer, not both.")

@@ -1,8 +1,10 @@
 """What sampling costs without and with guidance."""
 
+import functools
 import statistics
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from benchmarks.measure import (
@@ -14,9 +16,10 @@ from benchmarks.measure import (
 from diffusion.guidance import GuidanceConfig
 from diffusion.precond import make_precond
 from diffusion.samplers import SamplingConfig
-from models import build_network
+from models import SetDiTConfig, build_network
 from training.config import RunConfig
-from training.generation import AUTOCAST_DTYPES, ImageGenerator
+from training.episodes import Episodes
+from training.generation import AUTOCAST_DTYPES, ImageGenerator, SupportGenerator
 
 
 def benchmark_sample(
@@ -33,12 +36,15 @@ def benchmark_sample(
     ``config`` is of a class-conditional model. Guidance evaluates the network on a doubled batch;
     it is compared with sampling twice as many images without it.
     """
-    assert config.model.num_classes > 0
+    assert config.model.num_classes > 0 or config.sets is not None
     torch.manual_seed(config.training.seed)
     network = build_network(config.model).eval().requires_grad_(False).to(device)
 
     def make_turn(num: int, cfg_scale: float) -> Callable[[], float]:
-        generator = ImageGenerator(
+        make = ImageGenerator
+        if isinstance(config.model, SetDiTConfig):
+            make = functools.partial(SupportGenerator, episodes=_random_support(config.model))
+        generator = make(
             network=network,
             precond=make_precond(config.precond),
             model=config.model,
@@ -60,3 +66,18 @@ def benchmark_sample(
         rows.append([name, f"{seconds:.3f}", f"{num / seconds:.2f}"])
     ratio = median_ratio(times[names[1]], times[names[2]])
     return f"{table(rows)}\nGuidance costs {ratio:.3f} times one doubled batch."
+
+
+def _random_support(model: SetDiTConfig) -> Episodes:
+    """Return one support of noise, as many images as in training."""
+    size = model.context_size
+    return Episodes(
+        supports=torch.randint(256, (1, size, *model.input_shape), dtype=torch.uint8),
+        classes=np.zeros(1, np.int64),
+        class_names=("noise",),
+        labels=torch.tensor([model.num_classes]),
+        indices=np.full((1, size), -1),
+        counts=(1,),
+        reals=np.empty(0, np.int64),
+        source="noise",
+    )

@@ -91,7 +91,8 @@ class SamplingConfig(Config):
         "small",
         choices=("small", "large"),
         requires={"sampler": ("ddpm",)},
-        help="Of an ancestral step whose variance was not learned: DDPM's smaller or larger one.",
+        help="Of an ancestral step: DDPM's smaller or larger one. A learned variance takes its "
+        "place.",
     )
     clip_denoised: bool = option(
         False, help="Clip the denoised image to [-1, 1] at every step; for models of pixels."

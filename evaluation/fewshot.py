@@ -10,6 +10,7 @@ import torch
 
 from evaluation.images import Batch, ScoreConfig, SnapshotImages, shape_of
 from evaluation.scoring import RealImages, describe_row, make_detectors, score_images
+from metrics.features import ImageShape
 from metrics.metric import MetricSpec, needed_features
 from torch_utils import distributed
 from training.checkpoint import Snapshot
@@ -102,6 +103,18 @@ def copying(generated: np.ndarray, episodes: Episodes, images: ImageDataset) -> 
     )
 
 
+def _check_transfer(images: ImageDataset, shape: ImageShape) -> None:
+    if images.labels is None:
+        raise ValueError(f"--transfer: {images.path} has no class labels; supports are of a class.")
+    if shape_of(images) != shape:
+        found, expected = ("x".join(map(str, s)) for s in (shape_of(images), shape))
+        raise ValueError(
+            f"--transfer: {images.path} holds images of {found} (channels, height, width), but the "
+            f"model makes {expected}; convert it with dataset_tool.py convert "
+            f"--resolution={shape[1]}."
+        )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FewShotScores:
     """Scores of one protocol: ``rows`` of metrics, and how near images are to their supports."""
@@ -164,16 +177,16 @@ def score_fewshot(
         guidance=config.guidance,
         precision=precision,
     )
-    dataset = None
-    if set(protocols) - {"transfer"}:
-        dataset = open_data_of(snapshot, data)
+    # Everything is drawn and checked before anything is generated.
+    dataset = open_data_of(snapshot, data) if set(protocols) - {"transfer"} else None
     size = dict(support_size=snapshot.config.model.context_size, num_per_class=episodes_per_class)
+    drawn = []
     for protocol in protocols:
         if protocol == "transfer":
-            images, episodes = (
-                transfer,
-                episodes_of_dataset(transfer, null_label=snapshot.config.model.num_classes, **size),
-            )
+            images = transfer
+            _check_transfer(transfer, generator.image_shape)
+            null_label = snapshot.config.model.num_classes
+            episodes = episodes_of_dataset(transfer, null_label=null_label, **size)
         else:
             images, episodes = dataset.images, episodes_of_run(dataset, protocol, **size)
         if not len(episodes.reals):
@@ -181,6 +194,8 @@ def score_fewshot(
                 f"{protocol}: all images of its classes are in supports, and none is left to "
                 "compare with; give fewer --episodes-per-class."
             )
+        drawn.append((protocol, images, episodes))
+    for protocol, images, episodes in drawn:
         own = SupportGenerator.of(generator, episodes)
         source = EpisodeImages(own, snapshot, first_seed=first_seed, batch=batch)
         reals = images.subset(episodes.reals)

@@ -64,7 +64,8 @@ class SetConditioner(Conditioner):
         self.projection = nn.Identity()
         if config.context_proj:
             self.projection = nn.Linear(width, config.context_dim)
-        self.null = nn.Parameter(torch.zeros(config.context_dim))
+        # Not zeros, whose normalisation in the DiT would be as steep as can be.
+        self.null = nn.Parameter(0.02 * torch.randn(config.context_dim))
         self.null.spares_decay = True
         if self.num_classes > 0:
             self.table = ClassTable(self.num_classes, dim)
@@ -115,6 +116,9 @@ class SetConditioner(Conditioner):
         drop = drop.repeat_interleave(repeats)
         if set_mask is not None:
             drop = drop | ~set_mask.any(1)
+        assert len(tokens) == repeats * len(images), (
+            f"there are tokens of {len(tokens)} sets, not {repeats} for each of {len(images)}"
+        )
         context = Context(label=label, set_tokens=tokens, set_mask=set_mask, set_drop=drop)
         c_noise = cond.get("c_noise")
         if self.encoder.with_time and c_noise is None:

@@ -147,6 +147,15 @@ class SetDiTConfig(ModelConfig):
                 f"--context-proj has no effect: --context-channels and --hdim are both "
                 f"{self.encoder_dim}; leave it out."
             )
+        if (
+            self.mode_conditioning == "film"
+            and self.encoder_pool == "cls"
+            and not (self.encoder_depth)
+        ):
+            raise ValueError(
+                "--encoder-depth: got 0, with which the CLS token sees no image; give at least 1, "
+                "or --encoder-pool=mean."
+            )
         beyond = [layer for layer in self.cross_attn_layers if layer >= self.num_blocks]
         if beyond or len(set(self.cross_attn_layers)) < len(self.cross_attn_layers):
             raise ValueError(
@@ -196,8 +205,9 @@ class SetDiTConfig(ModelConfig):
 
     @property
     def num_context_tokens(self) -> int:
-        """Tokens per image that ``lag`` attends to, without that of a variational context."""
-        return self.context_pool_size or self.grid**2
+        """Tokens per image that ``lag`` attends to."""
+        is_variational = self.mode_context == "variational"
+        return (self.context_pool_size or self.grid**2) + is_variational
 
     @property
     def images_per_row(self) -> int:
@@ -367,10 +377,13 @@ class SetDiT(nn.Module):
         if part is None or part.ndim != (2 if is_film else 3):
             found = "none" if part is None else f"shape {list(part.shape)}"
             raise ValueError(f"This model needs the context's {name}; there is {found}.")
-        if len(part) != len(x) or part.shape[-1] != config.context_dim:
+        expected = [len(x), config.context_dim]
+        if not is_film:
+            expected.insert(1, config.num_context_tokens)
+        if list(part.shape) != expected:
             raise ValueError(
-                f"The context has shape {list(part.shape)}, but there are {len(x)} images and its "
-                f"width is {config.context_dim}."
+                f"The context has shape {list(part.shape)}, but this model needs {expected} for "
+                f"{len(x)} images."
             )
 
     def _run(self, block: Block, x: Tensor, u: Tensor, tokens: Tensor | None) -> Tensor:

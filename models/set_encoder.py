@@ -267,6 +267,9 @@ class SetEncoder(nn.Module):
         tokens = self.tokeniser(patches)  #                             [b, n, P, d]
         if not self.is_set_mode:
             return tokens[:, others].flatten(0, 1)  #                   [b n, k, P, d]
+        if tokens.dtype != torch.float64:
+            # In half precision the image left out would leave its rounding behind.
+            tokens = tokens.to(torch.float32)
         if mask is None:
             return ((tokens.sum(1, keepdim=True) - tokens) / others.shape[1]).flatten(0, 1)
         weight = mask[:, :, None, None].to(tokens.dtype)

@@ -286,10 +286,10 @@ def test_the_support_decides_what_is_made(base, tmp_path):
             *("--num=4", f"--grid={grid}", "--cfg-scale=2"),
         )
         made.append(read_all(outdir))
-        # The support's row of two above two rows of two, and the gap between.
+        # The support's row of two above a row of four, and the gap between.
         width, height = Image.open(grid).size
-        assert width == 2 * 50 + 2 + 12
-        assert height == (50 + 2) + 6 + (2 * 50 + 2) + 12
+        assert width == 4 * 50 + 2 + 12
+        assert height == (50 + 2) + 6 + (50 + 2) + 12
     assert made[0] != made[1]
 
 
@@ -441,7 +441,11 @@ def test_few_shot_scores_are_equal_on_two_ranks(base, tmp_path):
     [
         ("--metrics=fd_pixels", "fd_pixels is not of images made from supports"),
         ("--protocols=foo", "--protocols: got foo; accepted: seen, unseen, val"),
-        ("--protocols=val --metrics=fewshot_fd_pixels", "The run has no val classes"),
+        ("--protocols=seen,val --metrics=fewshot_fd_pixels", "The run has no val classes"),
+        (
+            "--transfer=GREY --metrics=fewshot_fd_pixels",
+            "holds images of 1x8x8 (channels, height, width), but the model makes 3x8x8",
+        ),
         (
             "--protocols=unseen --metrics=fewshot_fd_pixels --episodes-per-class=7",
             "all images of its classes are in supports",
@@ -450,7 +454,20 @@ def test_few_shot_scores_are_equal_on_two_ranks(base, tmp_path):
 )
 def test_scores_that_cannot_be_had_are_refused(words, message, base):
     network = helpers.set_snapshot(base)
-    assert message in helpers.fail(fid, "fewshot", f"--network={network}", *words.split())
+    grey = base / "grey.zip"
+    if not grey.exists():
+        convert("digits", grey)
+    words = words.replace("GREY", str(grey)).split()
+    result = helpers.call(fid, "fewshot", f"--network={network}", *words)
+    assert result.code != 0
+    assert message in " ".join(result.error.split())
+    assert result.output == ""  # Before anything is generated.
+
+
+def test_metrics_of_supports_are_not_for_other_images(base):
+    data = helpers.toy_data(base)
+    args = ("calc", f"--images={data}", f"--ref={data}", "--metrics=fewshot_fd_pixels")
+    assert "fewshot_fd_pixels is for fid.py fewshot" in helpers.fail(fid, *args)
 
 
 def test_other_scores_say_where_those_of_sets_are(base):

@@ -368,3 +368,32 @@ def test_clipping_keeps_images_in_range_and_a_learned_variance_as_it_is():
 
         sample(noting, noise, config, precond, Fixed(0))
     assert not torch.allclose(states[1], states[4])  # A fraction above 1 is not clipped to 1.
+
+
+def test_diagnostics_are_of_whole_contexts_and_of_images_that_are_there():
+    config = tiny(mode_context="variational")
+    objective, images = make(config, context_drop=1.0), batch_of(config)
+    found, draws = diagnosis(objective, config, images)
+    assert draws.context_drop.all()
+    vector = objective.network.context({"set": images}).vector
+    torch.testing.assert_close(found["debug/context_norm"].flatten(), vector.norm(dim=1))
+    mask = torch.tensor([[True, True, True], [True, True, False], [True, False, False]])
+    some = objective.diagnose(images, {"mask": mask}, draws)
+    assert some["debug/context_norm"].numel() == 6
+    garbage = torch.where(mask[..., None, None, None], images, 1e3)
+    again = objective.diagnose(garbage, {"mask": mask}, draws)
+    for name, value in some.items():
+        torch.testing.assert_close(again[name], value)
+
+
+def test_in_half_precision_too_an_image_leaves_no_trace_in_its_own_context():
+    config = tiny(encoder_tokenizer="per_sample_mean")
+    objective, images = make(config), batch_of(config)
+    objective._denoise.autocast_dtype = torch.bfloat16
+    other = images.clone()
+    other[:, 1] = 3 * torch.randn(other[:, 1].shape)
+    draws = draw(objective, config)
+    rows = [
+        objective.context(x, {}, draws).vector.unflatten(0, (3, 3))[:, 1] for x in (images, other)
+    ]
+    torch.testing.assert_close(rows[0], rows[1], rtol=1e-5, atol=1e-5)

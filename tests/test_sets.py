@@ -204,6 +204,15 @@ def test_classes_are_split_by_lists_fractions_or_as_the_data_say(images):
             "--skip-transforms: got 'bar'; accepted: class:transform",
         ),
         (
+            dict(class_transforms="rotations", skip_transforms=("bar:5",)),
+            "--skip-transforms: got bar:5, which is no class of this run",
+        ),
+        (
+            dict(class_transforms="rotations", skip_transforms=("ring:1",)),
+            "--skip-transforms: got ring:1, which is no class of this run",
+        ),
+        (dict(class_transforms="dihedral", hflip=True), "--hflip puts mirror images into classes"),
+        (
             dict(class_transforms="rotations", skip_transforms=("cube:1",)),
             "--skip-transforms: no class 'cube'",
         ),
@@ -307,7 +316,8 @@ def test_the_picture_has_supports_above_samples():
     supports = torch.full((2, 3, 1, 48, 48), 250, dtype=torch.uint8)
     samples = torch.full((2, 5, 1, 48, 48), 100, dtype=torch.uint8)
     pixels = np.asarray(support_picture(supports, samples, bands=2))
-    block_w, block_h = 3 * 50 + 2 + 12, (50 + 2) + 6 + (2 * 50 + 2) + 12
+    # Five samples to a row, though there are three images in a support.
+    block_w, block_h = 5 * 50 + 2 + 12, (50 + 2) + 6 + (50 + 2) + 12
     assert pixels.shape == (block_h, 2 * block_w)
     assert (pixels[6 + 2 : 6 + 50, 8:56] == 250).all()
     assert (pixels[6 + 52 + 6 + 2 : 6 + 52 + 6 + 50, 8:56] == 100).all()

@@ -210,7 +210,7 @@ def episodes_to_show(
         episodes = episodes_of_run(dataset, name, support_size=size, num_per_class=1)
         chosen = np.linspace(0, len(episodes) - 1, min(len(episodes), 8 // len(names)))
         shown.append(episodes[chosen.round().astype(int).tolist()])
-    if "unseen" in names:
+    if config.logging.metrics and "unseen" in names:
         scored = episodes_of_run(dataset, "unseen", support_size=size)
     return _joined(shown), scored
 
@@ -231,8 +231,12 @@ def check_classes(config: RunConfig, dataset: SetDataset) -> None:
 
 def _kinds_to_show(dataset: SetDataset, size: int) -> list[str]:
     """Return of which kinds of classes, seen and unseen, there are supports of ``size``."""
-    has_seen = dataset.held_out and all(len(pool) >= size for pool in dataset.held_out.values())
-    return [name for name, there in (("seen", has_seen), ("unseen", dataset.split.test)) if there]
+    counts = dataset.images.class_counts
+    pools = dict(
+        seen=[len(pool) for pool in dataset.held_out.values()],
+        unseen=[counts[index] for index in dataset.split.test],
+    )
+    return [name for name, sizes in pools.items() if sizes and min(sizes) >= size]
 
 
 def _joined(parts: Sequence[Episodes]) -> Episodes:

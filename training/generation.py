@@ -150,8 +150,11 @@ class ImageGenerator:
 
     def protocol(self) -> dict[str, Any]:
         """Return what a score row says of the sampling: sampler, evaluations, guidance."""
+        sampling = to_dict(self.sampling)
+        if reads_variance(self.sampling, self.precond):
+            sampling["variance"] = "learned"
         return dict(
-            sampling=to_dict(self.sampling),
+            sampling=sampling,
             nfe=num_evaluations(self.sampling, self.precond),
             guidance=to_dict(self.guidance),
             guide_hash=self.guide_hash,

@@ -12,6 +12,7 @@ _GAP = 2
 _BACKGROUND = 40
 _MIN_TILE = 48
 _BLOCK_GAP = 6
+_MIN_COLUMNS = 5
 
 
 def image_grid(images: torch.Tensor, columns: int) -> PIL.Image.Image:
@@ -38,10 +39,10 @@ def support_picture(
 ) -> PIL.Image.Image:
     """Return supports uint8 [S, k, C, H, W] above samples [S, m, C, H, W] made from them.
 
-    Every support is a block: its images in the first row, then a gap, then the samples, k to a
-    row. ``bands`` blocks stand side by side, then the next ones below.
+    Every support is a block: its images in the first row, then a gap, then the samples, as many to
+    a row (at least five). ``bands`` blocks stand side by side, then the next ones below.
     """
-    num, size = supports.shape[:2]
+    num, size = len(supports), max(supports.shape[1], min(samples.shape[1], _MIN_COLUMNS))
     blocks = []
     for row in range(num):
         top = np.array(image_grid(supports[row], size))

@@ -12,7 +12,7 @@ from diffusion.precond import Precond
 from models import Context, Network
 from torch_utils import distributed, rng
 from torch_utils.stats import StatsCollector
-from training.config import RunConfig
+from training.config import RunConfig, accumulation_rounds
 from training.dataset import Cond
 from training.inputs import LatentInputs, PixelInputs, TrainingData
 from training.objective import Draws, Objective
@@ -93,7 +93,7 @@ class SetObjective(Objective):
         """Return the loss of every element [b n, C, H, W] of sets [b, n, C, H, W]."""
         context = self.context(images, cond, draws)
         loss = self._loss_of_sets(images, draws, context)
-        if context.kl is not None:
+        if context.kl is not None and draws.kl_weight is not None:
             weight = draws.kl_weight.repeat_interleave(images.shape[1])
             loss = loss + (weight * context.kl)[:, None, None, None]
         mask = cond.get("mask")
@@ -120,31 +120,40 @@ class SetObjective(Objective):
         and largest absolute value); ``context_std`` is over all numbers, and ``context_batch_std``
         the spread of each number over the sets, so that it is zero for a context that is the same
         for all. ``context_gap`` is by how much the loss rises when every set gets the context of
-        another. The two last are left out with a single set. Gradient norms are those of the global
-        batch, before clipping: of the encoder, of the DiT, and of each block of it.
+        another. The two last are left out with a single set; spreads are those of one pass of a
+        rank, averaged over the ranks. Contexts are those of all sets, without dropout or noise;
+        absent images are left out. Gradient norms are those of the global batch, before clipping:
+        of the encoder, of the DiT, and of each block of it.
         """
         if not self._config.diagnostics:
             return {}
         found = self._gradient_norms(loss_scale)
+        # What the encoder makes of the sets, of every set and without noise.
+        draws = dataclasses.replace(draws, context_drop=None, context_noise=None)
+        # Means are over the images that are there: the others count for nothing.
+        mask = cond.get("mask")
+        if mask is None:
+            mask = torch.ones(images.shape[:2], dtype=torch.bool, device=images.device)
         was_training = self.network.training
         self.network.eval()
         try:
             context = self.context(images, cond, draws)
             tokens = context.tokens if context.vector is None else context.vector[:, None]
             tokens = tokens.to(torch.float32)  #                        [b n, M, d]
-            num = images.shape[1]
+            num, rows = images.shape[1], mask.flatten()
             found.update(
-                context_norm=tokens.norm(dim=-1),
-                context_mean=tokens.abs().mean(-1),
-                context_max=tokens.abs().amax(-1),
-                context_std=tokens.std(),
+                context_norm=tokens[rows].norm(dim=-1),
+                context_mean=tokens[rows].abs().mean(-1),
+                context_max=tokens[rows].abs().amax(-1),
+                context_std=tokens[rows].std(),
             )
             if len(images) > 1:
-                of_sets = tokens.unflatten(0, (-1, num)).mean((1, 2))  # [b, d]
-                found["context_batch_std"] = of_sets.std(0).mean()
+                vectors = tokens.mean(1).unflatten(0, (-1, num))  #     [b, n, d]
+                weight = mask[..., None] / mask.sum(1)[:, None, None]
+                found["context_batch_std"] = (vectors * weight).sum(1).std(0).mean()
                 order = torch.arange(len(tokens), device=tokens.device).roll(num)
-                own = self._loss_of_sets(images, draws, context).mean()
-                other = self._loss_of_sets(images, draws, context.index(order)).mean()
+                own = self._loss_of_sets(images, draws, context)[rows].mean()
+                other = self._loss_of_sets(images, draws, context.index(order))[rows].mean()
                 found["context_gap"] = other - own
         finally:
             self.network.train(was_training)
@@ -196,8 +205,8 @@ def make_validate(
     objective = make_objective(config, network, precond, inputs)
     device = next(network.parameters()).device
     batch, world_size = config.training.batch, distributed.world_size()
-    first = distributed.rank() * batch // world_size
-    stop = (distributed.rank() + 1) * batch // world_size
+    batch_gpu, num_rounds = accumulation_rounds(config.training, world_size)
+    first = distributed.rank() * batch_gpu * num_rounds
 
     @torch.no_grad()
     def validate() -> float:
@@ -209,12 +218,17 @@ def make_validate(
                 batch=batch,
                 input_shape=config.model.input_shape,
                 device=device,
-            ).rows(first, stop)
-            draws = dataclasses.replace(draws, drop=None, context_drop=None)
-            rows = sets.__getitems__(range(index * batch + first, index * batch + stop))
-            images, cond = objective.prepare(*rows, draws, device)
-            cond.pop("label", None)  # Classes that the model does not know.
-            stats.report("loss", objective(images, cond, draws))
+            )
+            # The mean of a drawn context, whose divergence is no part of the error.
+            draws = dataclasses.replace(
+                draws, drop=None, context_drop=None, context_noise=None, kl_weight=None
+            )
+            for start in range(first, first + batch_gpu * num_rounds, batch_gpu):
+                keys = range(index * batch + start, index * batch + start + batch_gpu)
+                rows = draws.rows(start, start + batch_gpu)
+                images, cond = objective.prepare(*sets.__getitems__(keys), rows, device)
+                cond.pop("label", None)  # Classes that the model does not know.
+                stats.report("loss", objective(images, cond, rows))
         return stats.collect()["loss"]["mean"]
 
     return validate

@@ -32,8 +32,7 @@ def describe_sets(config: RunConfig) -> dict[str, str]:
     if not isinstance(model, SetDiTConfig):
         return {}
     is_lag = model.mode_conditioning == "lag"
-    num_tokens = model.num_context_tokens + (is_lag and model.mode_context == "variational")
-    tokens = f"{num_tokens}, " if is_lag else ""
+    tokens = f"{model.num_context_tokens}, " if is_lag else ""
     match = "equals hdim" if model.context_dim == model.encoder_dim else "projected from hdim"
     tokenizer = f", {model.encoder_tokenizer}" if model.encoder_mode == "vit_set" else ""
     left_out = "each image from the others" if model.leave_one_out else "each image from all"

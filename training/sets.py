@@ -84,8 +84,8 @@ class SetConfig(Config):
     kl_scale: str = option(
         "dimensions",
         choices=("dimensions", "elbo"),
-        help="Divergence per dimension of the context, or its share of the bound in bits per "
-        "dimension of the image.",
+        help="Divergence per dimension of the context, or its weight in a bound in bits per "
+        "dimension of the image (the other part stays the training loss).",
     )
 
 
@@ -113,7 +113,10 @@ def split_classes(config: SetConfig, dataset: ImageDataset) -> ClassSplit:
     lists = [getattr(config, f"{name}_classes") for name in CLASS_SPLITS]
     if any(lists):
         if config.split_fractions is not None:
-            raise ValueError("--split-fractions has no effect with lists of classes; leave it out.")
+            raise ValueError(
+                "--split-fractions has no effect with lists of classes; leave it out, or give "
+                "--train-classes=none --val-classes=none --test-classes=none."
+            )
         parts = [
             parse_class_list(f"--{name}-classes", names, dataset.class_names)
             for name, names in zip(CLASS_SPLITS, lists, strict=True)
@@ -250,6 +253,8 @@ class SetDataset(Dataset):
                 f"--sample-size, which is {sample_size}."
             )
         self.split = split_classes(config, images)
+        if classes is None:
+            self._check_transforms(hflip)
         self._pools: list[np.ndarray] = []
         self._transforms: list[int] = []
         self.set_classes: list[str] = []
@@ -259,11 +264,11 @@ class SetDataset(Dataset):
             order = self._shuffled(index)
             self.held_out[index] = np.sort(order[:num_held_out])
             pool = np.sort(order[num_held_out:])
-            if len(pool) < 1 + (config.min_sample_size or 1):
+            if len(pool) < 2:
+                kept = f", of which {num_held_out} are kept for scores" if num_held_out else ""
                 raise ValueError(
-                    f"--held-out: class {images.class_names[index]!r} has {len(order)} images, of "
-                    f"which {config.held_out} are kept for scores and {len(pool)} are left to "
-                    "train on; keep fewer."
+                    f"--held-out: class {images.class_names[index]!r} has {len(order)} images"
+                    f"{kept}; {len(pool)} are left, too few for a set."
                 )
             for transform in [0] if classes is not None else self.transforms_of(index):
                 self._pools.append(pool)
@@ -271,6 +276,24 @@ class SetDataset(Dataset):
                 suffix = f":{transform}" if transform else ""
                 self.set_classes.append(images.class_names[index] + suffix)
         self.class_names = self.set_classes if use_labels else []
+
+    def _check_transforms(self, hflip: bool) -> None:
+        """Raise ValueError for transforms left out that are none, or that mirror images undo."""
+        config = self.config
+        every = transforms_of(config.class_transforms)
+        if config.class_transforms != "none":
+            for index, number in parse_transforms(config.skip_transforms, self.images.class_names):
+                if index not in self.split.train or number not in every:
+                    name = self.images.class_names[index]
+                    raise ValueError(
+                        f"--skip-transforms: got {name}:{number}, which is no class of this run; "
+                        "leave it out."
+                    )
+        if hflip and len(every) > 4:
+            raise ValueError(
+                "--hflip puts mirror images into classes whose mirror images are classes of their "
+                "own (--class-transforms=dihedral); give one of the two."
+            )
 
     def of_classes(self, classes: Sequence[int]) -> "SetDataset":
         """Return sets of other classes of the same images."""
