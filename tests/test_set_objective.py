@@ -97,7 +97,7 @@ def test_absent_images_cost_nothing_and_every_set_weighs_the_same():
     mask = torch.tensor([[True, True, True], [True, True, False], [True, False, False]])
     loss = objective(images, {"mask": mask}, draws).unflatten(0, (3, 3))
     assert (loss[~mask] == 0).all()
-    garbage = torch.where(mask[..., None, None, None], images, 1e3)
+    garbage = torch.where(mask[..., None, None, None], images, torch.nan)
     torch.testing.assert_close(objective(garbage, {"mask": mask}, draws).unflatten(0, (3, 3)), loss)
     # A set of two weighs its images by 3 / 2, of one by 3.
     alone = objective(images[1:2, :, :], {"mask": mask[1:2]}, draws.rows(1, 2))

@@ -149,6 +149,8 @@ def test_hybrids_have_halves_of_the_same_two_classes_throughout_a_set(images):
         assert torch.equal(found[0][:, :, ~area], first[:, :, ~area])
         halves[tuple(area.flatten().tolist())] = True
     assert len(halves) == 4
+    whole = sets.of_classes([2])  # Validation is on classes as they are.
+    assert all(whole.draw(position).half is None for position in range(10))
     share = np.mean([make(images, hybrids=0.3).draw(p).half is not None for p in range(400)])
     assert 0.2 < share < 0.4
 

@@ -20,7 +20,7 @@ from training_runs import (
 
 import train as train_script
 from torch_utils.distributed import StopSignal
-from training import loop
+from training import scores as in_loop
 
 
 @pytest.mark.parametrize("ranks", [None, 2], ids=["python", "torchrun"])
@@ -90,9 +90,9 @@ def test_a_signal_cuts_a_score_short_which_is_made_up_for(
             num_batches += 1
             yield batch
 
-    generate_for_rank = loop.generate_for_rank
+    generate_for_rank = in_loop.generate_for_rank
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "generate_for_rank", signalled)
+        patch.setattr(in_loop, "generate_for_rank", signalled)
         assert call(train_script, *args).code == 85
     assert num_batches == 1
     # Launcher and scheduler may both have sent it: the second must not hurt what is being written.

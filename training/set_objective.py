@@ -73,7 +73,8 @@ class SetObjective(Objective):
         if self.network.conditioner.is_variational:
             shape = (batch, num, self._model.encoder_dim)
             changes["context_noise"] = torch.randn(*shape, generator=generator, device=device)
-            warm_up = min(cur_nimg / max(self._config.kl_rampup * 1000, 1e-9), 1.0)
+            length = self._config.kl_rampup * 1000
+            warm_up = min(cur_nimg / length, 1.0) if length > 0 else 1.0
             changes["kl_weight"] = torch.full([batch], self._kl_factor * warm_up, device=device)
         return dataclasses.replace(draws, **changes)
 
@@ -91,12 +92,14 @@ class SetObjective(Objective):
 
     def forward(self, images: torch.Tensor, cond: Cond, draws: Draws) -> torch.Tensor:
         """Return the loss of every element [b n, C, H, W] of sets [b, n, C, H, W]."""
+        mask = cond.get("mask")
+        if mask is not None:
+            images = torch.where(mask[..., None, None, None], images, 0.0)
         context = self.context(images, cond, draws)
         loss = self._loss_of_sets(images, draws, context)
         if context.kl is not None and draws.kl_weight is not None:
             weight = draws.kl_weight.repeat_interleave(images.shape[1])
             loss = loss + (weight * context.kl)[:, None, None, None]
-        mask = cond.get("mask")
         if mask is not None:
             weight = mask / mask.sum(1, keepdim=True).clamp(min=1) * mask.shape[1]
             loss = loss * weight.flatten()[:, None, None, None]

@@ -242,6 +242,7 @@ class SetDataset(Dataset):
         self._use_labels = use_labels
         self.images, self.config, self.sample_size = images, config, sample_size
         self._seed, self._hflip = seed, hflip
+        self._hybrids = config.hybrids if classes is None else 0.0
         if images.labels is None:
             raise ValueError(
                 f"{images.path}: has no class labels, which sets are made by; convert it with "
@@ -360,7 +361,7 @@ class SetDataset(Dataset):
         rng = np.random.default_rng([self._seed % 2**64, STREAM_DATA, position])
         labels = [int(rng.integers(len(self._pools)))]
         half = None
-        if rng.random() < self.config.hybrids and len(self._pools) > 1:
+        if rng.random() < self._hybrids and len(self._pools) > 1:
             other = int(rng.integers(len(self._pools) - 1))
             labels.append(other + (other >= labels[0]))
             half = _HALVES[rng.integers(len(_HALVES))]
