@@ -10,6 +10,8 @@ from models.conditioners import ClassConditioner, ClassTable
 from models.config import LatentModelConfig, ModelConfig
 from models.context import Context
 from models.diffit import DiffiT, DiffiTConfig
+from models.feature_conditioner import FeatureConditioner
+from models.feature_dit import FeatureDiT, FeatureDiTConfig
 from models.latent_diffit import LatentDiffiT, LatentDiffiTConfig
 from models.layers import choose_attention
 from models.set_conditioner import SetConditioner
@@ -17,6 +19,7 @@ from models.set_dit import SetDiT, SetDiTConfig
 
 __all__ = [
     "Context",
+    "FeatureDiTConfig",
     "LatentModelConfig",
     "ModelConfig",
     "Network",
@@ -49,6 +52,7 @@ FAMILIES: dict[type[ModelConfig], Family] = {
     DiffiTConfig: Family(DiffiT, class_conditioner),
     LatentDiffiTConfig: Family(LatentDiffiT, class_table),
     SetDiTConfig: Family(SetDiT, SetConditioner),
+    FeatureDiTConfig: Family(FeatureDiT, FeatureConditioner),
 }
 
 
