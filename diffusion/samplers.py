@@ -122,6 +122,11 @@ class SamplingConfig(Config):
                 f"--sigma-min: got {self.sigma_min:g}; accepted: a number below --sigma-max, "
                 f"which is {self.sigma_max:g}."
             )
+        if self.grid == "time" and self.sampler not in ("heun", "euler", "dpmpp_2m"):
+            raise ValueError(
+                f"--sampler: got {self.sampler}, which --sigma-grid=time has not; accepted: heun, "
+                "euler or dpmpp_2m."
+            )
 
 
 def heun(
@@ -287,6 +292,11 @@ def sampling_sigmas(config: SamplingConfig, precond: Precond) -> list[float]:
     """
     if config.grid == "timesteps":
         return _timestep_sigmas(config.steps, precond)
+    if config.grid == "time":
+        raise ValueError(
+            "--sigma-grid: got time, which is for feature-conditioned models; give "
+            "--sigma-grid=karras."
+        )
     sigma_min = max(config.sigma_min, precond.sigma_min)
     sigma_max = min(config.sigma_max, precond.sigma_max)
     if sigma_min >= sigma_max:
@@ -328,7 +338,9 @@ def num_evaluations(config: SamplingConfig, precond: Precond | None = None) -> i
     With ``precond`` the count is exact for a network of discrete noise levels too, where steps
     merge; without it, all ``config.steps`` are counted.
     """
-    steps = config.steps if precond is None else len(sampling_sigmas(config, precond)) - 1
+    steps = config.steps
+    if precond is not None and config.grid != "time":
+        steps = len(sampling_sigmas(config, precond)) - 1
     return 2 * steps - 1 if config.sampler == "heun" else steps
 
 

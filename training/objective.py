@@ -9,6 +9,7 @@ from diffusion.losses import denoising_loss, hybrid_loss
 from diffusion.precond import Precond
 from models import Context, Network
 from torch_utils import rng
+from torch_utils.stats import StatsCollector
 from training.augment import AugmentParams
 from training.dataset import Cond
 from training.inputs import LatentInputs, PixelInputs
@@ -20,11 +21,12 @@ class Draws:
 
     sigma: torch.Tensor  # [N], noise level
     noise: torch.Tensor  # [N, C, H, W], standard normal
-    drop: torch.Tensor | None  # [N] bool, true where the condition is dropped
+    drop: torch.Tensor | None  # [N] or [N, K] bool, true where the condition (of K) is dropped
     inputs: AugmentParams | torch.Tensor | None  # [N, ...], what the inputs are made with
     context_drop: torch.Tensor | None = None  # [N] bool, true where the set is dropped
     context_noise: torch.Tensor | None = None  # [N, ...], standard normal, of a drawn context
     kl_weight: torch.Tensor | None = None  # [N], of the divergence of a drawn context
+    patch_bias: torch.Tensor | None = None  # [N], added to the scores of attention to patches
 
     def rows(self, start: int, stop: int) -> "Draws":
         """Return the draws of rows ``start`` to ``stop``."""
@@ -35,9 +37,9 @@ class Draws:
 class Objective(torch.nn.Module):
     """The denoising loss of a network under a preconditioner.
 
-    The loop knows an objective by four calls: :meth:`draw` the randomness of a step,
-    :meth:`prepare` a batch on the device, the differentiable loss, and :meth:`diagnose` what the
-    last step of a tick did. Another kind of training (other noise, other draws, other data) is
+    The loop knows an objective by five calls: :meth:`draw` the randomness of a step,
+    :meth:`prepare` a batch on the device, the differentiable loss, :meth:`report` it, and
+    :meth:`diagnose` what the last step of a tick did. Another kind of training (other noise, other draws, other data) is
     another class with these.
 
     Args:
@@ -104,6 +106,10 @@ class Objective(torch.nn.Module):
         """Return the loss of every element [N, C, H, W] of prepared images and conditions."""
         context = self.network.context(cond, draws.drop, num=len(images))
         return self._loss(images, draws.sigma, draws.noise, context)
+
+    def report(self, stats: StatsCollector, loss: torch.Tensor, draws: Draws) -> None:
+        """Add the ``loss`` that :meth:`forward` just returned to the statistics of the tick."""
+        stats.report("Loss/loss", loss)
 
     def diagnose(
         self,
