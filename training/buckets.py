@@ -1,0 +1,172 @@
+"""Aspect-ratio buckets: a few sizes that images of any shape are brought to by one crop each."""
+
+import dataclasses
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+from PIL import Image
+
+_MULTIPLE = 16  # Of the sides: latents are an eighth of them, and have patches of two.
+_MAX_SIDE = 16_384
+_MAX_SCALE = 2  # Beyond it, an image would be more interpolation than picture.
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """One size, width and height in pixels, that images are brought to."""
+
+    width: int
+    height: int
+
+    @property
+    def name(self) -> str:
+        """Width and height as people write them: ``1216x832``."""
+        return f"{self.width}x{self.height}"
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height."""
+        return self.width, self.height
+
+    def latent_size(self, downsampling: int) -> tuple[int, int]:
+        """Return height and width of a latent, of an autoencoder that shrinks so much."""
+        assert self.width % downsampling == 0
+        assert self.height % downsampling == 0
+        return self.height // downsampling, self.width // downsampling
+
+    def grid(self, patch_size: int) -> tuple[int, int]:
+        """Return rows and columns of patches that a visual encoder divides an image into.
+
+        The nearest whole numbers, halves upwards: the image is resized to them, never cropped.
+        """
+        rows, columns = (
+            (2 * side + patch_size) // (2 * patch_size) for side in (self.height, self.width)
+        )
+        return rows, columns
+
+    def input_size(self, patch_size: int) -> tuple[int, int]:
+        """Return width and height of a visual encoder's input: whole patches."""
+        rows, columns = self.grid(patch_size)
+        return columns * patch_size, rows * patch_size
+
+
+_WIDE = (Bucket(1216, 832), Bucket(1280, 768), Bucket(1344, 704))
+DEFAULT_BUCKETS = (Bucket(1024, 1024), *_WIDE, *(Bucket(b.height, b.width) for b in _WIDE))
+
+
+@dataclasses.dataclass(frozen=True)
+class Crop:
+    """How an image was brought to a bucket: resized as a whole, then cut.
+
+    Attributes:
+        source: Width and height of the upright image.
+        resized: Width and height that it was resized to.
+        left, top: Where the bucket begins in the resized image, in pixels.
+        bucket: Width and height that are left.
+    """
+
+    source: tuple[int, int]
+    resized: tuple[int, int]
+    left: int
+    top: int
+    bucket: tuple[int, int]
+
+    @property
+    def scale(self) -> float:
+        """What the image was enlarged by, less than 1 if it was shrunk."""
+        return max(new / old for new, old in zip(self.bucket, self.source, strict=True))
+
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom of what is left, in pixels of the upright image."""
+        x, y = (old / new for old, new in zip(self.source, self.resized, strict=True))
+        width, height = self.bucket
+        right, bottom = self.left + width, self.top + height
+        return self.left * x, self.top * y, right * x, bottom * y
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return resized size, offset and box as plain values."""
+        return dict(resized=list(self.resized), offset=[self.left, self.top], box=list(self.box))
+
+
+def parse_buckets(text: str) -> tuple[Bucket, ...]:
+    """Return the buckets of a list such as ``1024x1024,1216x832``; raises ValueError otherwise."""
+    accepted = (
+        f"accepted: different sizes WxH separated by commas, sides multiples of {_MULTIPLE} up to "
+        f"{_MAX_SIDE}, as 1024x1024,1216x832,832x1216"
+    )
+    buckets: list[Bucket] = []
+    for part in text.split(","):
+        width, _, height = part.strip().lower().partition("x")
+        if not (width.isdecimal() and height.isdecimal()):
+            raise ValueError(f"--buckets: got {part.strip()!r}; {accepted}.")
+        bucket = Bucket(int(width), int(height))
+        if any(side % _MULTIPLE or not 0 < side <= _MAX_SIDE for side in bucket.size):
+            raise ValueError(f"--buckets: got {bucket.name}; {accepted}.")
+        if bucket in buckets:
+            raise ValueError(f"--buckets: names {bucket.name} twice; {accepted}.")
+        buckets.append(bucket)
+    return tuple(buckets)
+
+
+def nearest_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket:
+    """Return the bucket whose shape is nearest: argmin |ln(w/h) - ln(W/H)|.
+
+    It is computed in whole numbers, so that a transposed image gets the transposed bucket. Of
+    two that are equally near, the squarer one counts; of two of one shape, the larger one that
+    the image need not be enlarged for; of a bucket and its transpose, the wide one.
+    """
+    assert width > 0
+    assert height > 0
+
+    def key(bucket: Bucket) -> tuple[Any, ...]:
+        ratio = Fraction(width * bucket.height, height * bucket.width)
+        shape = Fraction(bucket.width, bucket.height)
+        area = bucket.width * bucket.height
+        enlarges = bucket.width > width or bucket.height > height
+        return (
+            max(ratio, 1 / ratio),
+            max(shape, 1 / shape),
+            enlarges,
+            area if enlarges else -area,
+            -bucket.width,
+        )
+
+    return min(buckets, key=key)
+
+
+def plan_crop(width: int, height: int, bucket: Bucket) -> Crop:
+    """Return how an upright image of a size is brought to a bucket.
+
+    It is scaled by max(W/w, H/h), to whole pixels upwards, and the middle is kept. Raises
+    ValueError with the reason if it would be enlarged to more than twice its size.
+    """
+    new_width, new_height = bucket.size
+    if new_width > _MAX_SCALE * width or new_height > _MAX_SCALE * height:
+        raise ValueError(
+            f"is {width}x{height}, which would be enlarged more than {_MAX_SCALE} times for the "
+            f"bucket {bucket.name}; use a larger image, or smaller --buckets"
+        )
+    if new_width * height >= new_height * width:
+        resized = (new_width, -(-height * new_width // width))
+    else:
+        resized = (-(-width * new_height // height), new_height)
+    left, top = (resized[0] - new_width) // 2, (resized[1] - new_height) // 2
+    return Crop((width, height), resized, left, top, bucket.size)
+
+
+def fit_image(image: Image.Image, bucket: Bucket) -> tuple[Image.Image, Crop]:
+    """Return an upright image brought to a bucket's size, in mode ``RGB``, and how.
+
+    Resized antialiased and bicubic as a whole, then cut in the middle, see :func:`plan_crop`.
+    Grayscale becomes three equal channels.
+    """
+    crop = plan_crop(*image.size, bucket)
+    image = image.convert("RGB")
+    if crop.resized != image.size:
+        image = image.resize(crop.resized, Image.Resampling.BICUBIC)
+    if crop.resized != bucket.size:
+        right, bottom = crop.left + bucket.width, crop.top + bucket.height
+        image = image.crop((crop.left, crop.top, right, bottom))
+    return image, crop
