@@ -19,7 +19,7 @@ from dnnlib.files import atomic_write, check_target, lock_folder
 from dnnlib.text import join_names
 from evaluation.scoring import check_metrics, make_evaluate, real_images
 from metrics.metric import get_metrics
-from models import LatentModelConfig, attention_backend
+from models import FeatureDiTConfig, LatentModelConfig, attention_backend
 from torch_utils import distributed
 from training import runs
 from training.autoencoder import check_location, load_autoencoder
@@ -226,7 +226,10 @@ def main(
     data = open_training_data(config)
     config = fit_to_device(runs.fit_to_data(config, data), device.type)
     autoencoder = None
-    if isinstance(config.model, LatentModelConfig):
+    if isinstance(config.model, FeatureDiTConfig):
+        model = config.model
+        autoencoder = load_autoencoder(model.vae, device, expected_hash=model.vae_hash)
+    elif isinstance(config.model, LatentModelConfig):
         model = config.model
         autoencoder = load_autoencoder(model.vae, device, expected_hash=model.vae_hash)
         config = runs.fit_to_autoencoder(config, autoencoder)

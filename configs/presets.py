@@ -196,9 +196,7 @@ def _nanodit(name: str, **changes: Any) -> RunConfig:
         model=feature_dit.MODELS[name],
         precond=PrecondConfig(precond="flow"),
         features=FeatureConfig(),
-        training=TrainingConfig(
-            **{**settings, **changes}, augment=AugmentConfig(augment=0.0)
-        ),
+        training=TrainingConfig(**{**settings, **changes}, augment=AugmentConfig(augment=0.0)),
         logging=LoggingConfig(tick=25.6, snap=20, workers=4, sample_batch=4),
         sampling=SamplingConfig(sampler="euler", grid="time", steps=25),
         guidance=None,

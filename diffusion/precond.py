@@ -212,9 +212,7 @@ class FlowPrecond(Precond):
     sigma_min, sigma_max = t_min / (1 - t_min), t_max / (1 - t_max)
     noise_range = (sigma_min, sigma_max)
 
-    def __init__(
-        self, logit_mean: float = 0.0, logit_std: float = 1.0, shift: float = 1.0
-    ) -> None:
+    def __init__(self, logit_mean: float = 0.0, logit_std: float = 1.0, shift: float = 1.0) -> None:
         self.logit_mean, self.logit_std, self.shift = logit_mean, logit_std, shift
 
     @staticmethod

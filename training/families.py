@@ -109,9 +109,7 @@ def make_scores(
         return FeatureScores(config, run_dir, generator, dataset, **outputs)
     validate = None
     if config.sets is not None:
-        validate = make_validate(
-            config, dataset, make_objective(config, network, precond, inputs)
-        )
+        validate = make_validate(config, dataset, make_objective(config, network, precond, inputs))
     return InLoopScores(
         config,
         run_dir,

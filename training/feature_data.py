@@ -75,7 +75,9 @@ class FeatureDataset(Dataset):
         self.firsts = np.cumsum([0, *self.counts])  # The first item of each bucket.
         self.ids = [name for manifest in self._manifests for name in manifest.ids]
         self.num_images = len(self.ids)
-        self.resolution = round(max(b.width * b.height for b in self.buckets) ** 0.5) if found else 0
+        self.resolution = (
+            round(max(b.width * b.height for b in self.buckets) ** 0.5) if found else 0
+        )
         self.img_channels = 3
         self._open = functools.lru_cache(_MAX_OPEN_FILES)(_open)
 
@@ -93,6 +95,15 @@ class FeatureDataset(Dataset):
     def content_hash(self) -> str:
         """Identity of all shards."""
         return self.record.content_hash
+
+    def summary(self) -> dict[str, Any]:
+        """Return what a snapshot keeps of the features: buckets, normalisation, source."""
+        record = self.record
+        return dict(
+            buckets={b.name: num for b, num in zip(self.buckets, self.counts, strict=True)},
+            statistics={name: dict(record.statistics[name]) for name in record.statistics},
+            path=str(self.path.resolve()),
+        )
 
     def of_split(self, split: str) -> "FeatureDataset":
         """Return the items of another split of the same folder."""
@@ -201,9 +212,7 @@ def _open(path: Path) -> Any:
     return open(path, "rb", buffering=0)
 
 
-def pad_texts(
-    texts: Sequence[np.ndarray], lengths: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray]:
+def pad_texts(texts: Sequence[np.ndarray], lengths: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Return texts of [L_i, T] as one array [B, L, T], and where there are tokens, bool [B, L].
 
     L is the first of the rising ``lengths`` that holds the longest; what is beyond the last is cut.

@@ -128,9 +128,7 @@ class FeatureInputs:
     ) -> None:
         """Return nothing: what is stored is what a network sees."""
 
-    def prepare(
-        self, latents: torch.Tensor, cond: Cond, drawn: None
-    ) -> tuple[torch.Tensor, Cond]:
+    def prepare(self, latents: torch.Tensor, cond: Cond, drawn: None) -> tuple[torch.Tensor, Cond]:
         """Return latents and conditions, normalised, in float32."""
         statistics = self._statistics
         return statistics.normalise(latents), statistics.normalise_features(cond)

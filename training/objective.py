@@ -39,8 +39,8 @@ class Objective(torch.nn.Module):
 
     The loop knows an objective by five calls: :meth:`draw` the randomness of a step,
     :meth:`prepare` a batch on the device, the differentiable loss, :meth:`report` it, and
-    :meth:`diagnose` what the last step of a tick did. Another kind of training (other noise, other draws, other data) is
-    another class with these.
+    :meth:`diagnose` what the last step of a tick did. Another kind of training (other noise, other
+    draws, other data) is another class with these.
 
     Args:
         network: What is trained.

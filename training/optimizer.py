@@ -34,9 +34,9 @@ def learning_rate(
 class GuardedAdam:
     """Fused AdamW with a device-side guard against non-finite gradients.
 
-    Betas are (0.9, ``beta2``), eps is 1e-8 (EDM, arXiv 2206.00364, Table 7). Weight decay is decoupled
-    (Loshchilov & Hutter, arXiv 1711.05101), and spares vectors, such as biases, and parameters with
-    a true attribute ``spares_decay``; at 0 this is Adam.
+    Betas are (0.9, ``beta2``), eps is 1e-8 (EDM, arXiv 2206.00364, Table 7). Weight decay is
+    decoupled (Loshchilov & Hutter, arXiv 1711.05101), and spares vectors, such as biases, and
+    parameters with a true attribute ``spares_decay``; at 0 this is Adam.
     After :meth:`step`, ``skipped`` is 1.0 if the gradients' norm was not finite; weights and
     optimizer state are then unchanged. Gradients are equal on all ranks, hence so is the flag.
     Counters stay on the device until :meth:`read_counters`.
