@@ -40,7 +40,7 @@ _BUCKET = dict(
     height=int,
     latent_shape=[int],
     patch_grid=[int],
-    num={split: int for split in SPLITS},
+    num=dict.fromkeys(SPLITS, int),
 )
 _RECORD = dict(
     name=str,
