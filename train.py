@@ -23,12 +23,13 @@ from models import FeatureDiTConfig, LatentModelConfig, attention_backend
 from torch_utils import distributed
 from training import runs
 from training.autoencoder import check_location, load_autoencoder
-from training.checkpoint import load_snapshot, package_versions
+from training.checkpoint import load_snapshot, package_versions, read_header
 from training.config import RunConfig, accumulation_rounds, fit_to_device
 from training.inputs import open_training_data
 from training.loop import training_loop
 from training.report import describe_config, describe_run
 from training.telemetry import import_wandb
+from training.warm_start import settle_in
 
 EXAMPLES = """
   # Try it on a CPU with the digits that `make demo` prepares:
@@ -176,6 +177,8 @@ def main(
     )
     if config.logging.wandb and not dry_run:
         import_wandb()
+    if transfer is not None and config.features is not None and transfer.is_file():
+        config = settle_in(config, read_header(transfer)[0], given)
     if transfer is not None and "ema_rampup" not in given:
         # The weights are good from the start: the average need not forget its first steps.
         training = dataclasses.replace(config.training, ema_rampup=None)

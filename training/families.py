@@ -12,7 +12,7 @@ from diffusion.precond import Precond, make_precond
 from models import Network
 from torch_utils import distributed
 from training.autoencoder import Autoencoder
-from training.checkpoint import DataSummary
+from training.checkpoint import DataSummary, Snapshot, transfer_weights
 from training.config import RunConfig, accumulation_rounds
 from training.episodes import episodes_to_show
 from training.feature_data import BucketSampler, FeatureDataset
@@ -27,6 +27,27 @@ from training.sampler import PositionSampler
 from training.scores import EvaluateFn, InLoopScores
 from training.set_objective import SetObjective, make_validate
 from training.telemetry import Telemetry
+from training.warm_start import save_report, warm_start
+
+
+def start_from(
+    config: RunConfig, network: Network, snapshot: Snapshot, data: DataSummary, run_dir: Path
+) -> str:
+    """Copy the weights of a snapshot into a run's network, and return a report.
+
+    Raises ValueError if they do not fit.
+    """
+    if config.features is None:
+        return transfer_weights(network, snapshot)
+    report = warm_start(
+        network,
+        snapshot,
+        allow=config.features.transfer_allow,
+        statistics=data.features["statistics"],
+    )
+    if distributed.is_main():
+        save_report(report, run_dir)
+    return str(report)
 
 
 def make_objective(

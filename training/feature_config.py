@@ -30,6 +30,11 @@ class FeatureConfig(Config):
         help="Let patches that are new to a model in slowly: a bias of attention to them rises "
         "from -ln(number) - 4 to 0 over so many kimg; 0: none.",
     )
+    transfer_allow: tuple[str, ...] = option(
+        (),
+        help="With --transfer: patterns of parameters that may be missing, unexpected or of "
+        "another shape, such as 'backbone.head.*'.",
+    )
     streaming: bool = option(
         False,
         help="Read shards one after the other through webdataset, also from addresses; shuffled "

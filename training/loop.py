@@ -24,11 +24,10 @@ from training.checkpoint import (
     snapshot_path,
     state_path,
     summarise,
-    transfer_weights,
 )
 from training.config import RunConfig, accumulation_rounds
 from training.ema import EMA, PowerEMA, ema_beta
-from training.families import make_objective, make_sampler, make_scores
+from training.families import make_objective, make_sampler, make_scores, start_from
 from training.inputs import TrainingData, make_inputs, save_reals
 from training.optimizer import GuardedAdam, learning_rate
 from training.report import forward_flops
@@ -83,6 +82,8 @@ def training_loop(
     torch.backends.cudnn.benchmark = training.cudnn_benchmark
     allow_tf32(training.tf32)
 
+    data = summarise(dataset)
+
     # Build network, loss, weight averages and optimizer.
     torch.manual_seed(rng.mix(training.seed, rng.STREAM_INIT))
     network = build_network(config.model).train().requires_grad_(True).to(device)
@@ -103,7 +104,7 @@ def training_loop(
     elapsed_before_sec = 0.0
     stats = StatsCollector()
     if transfer is not None:
-        report = transfer_weights(network, transfer)
+        report = start_from(config, network, transfer, data, run_dir)
         ema.network.load_state_dict(network.state_dict())
         distributed.print0(report)
     if resume_state is not None:
@@ -126,7 +127,6 @@ def training_loop(
     sampler, input_shape = make_sampler(config, dataset, cur_nimg)
     loader = make_loader(dataset, sampler, num_workers=logging.workers, device=device)
     batches = iter(loader)
-    data = summarise(dataset)
     flops_per_image = forward_flops(config)  # The backward pass costs twice as much again.
 
     def snapshots(
