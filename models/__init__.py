@@ -66,11 +66,22 @@ class Network(nn.Module):
         self.backbone = family.backbone(config)
         self.conditioner = family.conditioner(config, self.backbone.context_dim)
 
-    def compile_parts(self) -> None:
-        """Compile what is run at every step, with torch.compile."""
-        self.backbone.compile()
+    def compile_parts(self, num_shapes: int = 1, backend: str | Callable = "inductor") -> None:
+        """Compile what is run at every step, with torch.compile.
+
+        Args:
+            num_shapes: Shapes of inputs that will come, each of which gets a graph of its own.
+            backend: What torch.compile hands its graphs to.
+        """
+        # Beyond the limit, further shapes would silently run without compilation.
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, num_shapes + 1)
+        limits.accumulated_recompile_limit = max(
+            limits.accumulated_recompile_limit, 4 * (num_shapes + 1)
+        )
+        self.backbone.compile(backend=backend, dynamic=False if num_shapes > 1 else None)
         if isinstance(self.conditioner, SetConditioner):
-            self.conditioner.encoder.compile()
+            self.conditioner.encoder.compile(backend=backend)
 
     def check(self, cond: dict[str, Tensor]) -> None:
         """Raise ValueError if conditions are missing or out of range; reads them, so on the CPU."""

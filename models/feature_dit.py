@@ -222,16 +222,18 @@ class FeatureDiT(nn.Module):
 
     def positions(self, grid: tuple[int, int], device: torch.device) -> Tensor:
         """Return sinusoids [rows * columns, hidden_dim] of the tokens of a grid, float32."""
+        if torch.compiler.is_compiling():  # A graph is of one grid, and makes them itself.
+            return self._make_positions(grid, device)
         key = (*grid, device)
-        if key in self._positions:
-            return self._positions[key]
-        rows, columns = (torch.arange(side, device=device) for side in grid)
-        found = lattice_embedding(self.config.hidden_dim, rows, columns)
-        if not torch.compiler.is_compiling():  # A compiled graph makes them itself.
+        if key not in self._positions:
             if len(self._positions) >= _MAX_CACHED_GRIDS:
                 self._positions.clear()
-            self._positions[key] = found
-        return found
+            self._positions[key] = self._make_positions(grid, device)
+        return self._positions[key]
+
+    def _make_positions(self, grid: tuple[int, int], device: torch.device) -> Tensor:
+        rows, columns = (torch.arange(side, device=device) for side in grid)
+        return lattice_embedding(self.config.hidden_dim, rows, columns)
 
     def _num_patches(self, x: Tensor) -> int:
         if not self.config.use_dino_patches:

@@ -1,7 +1,9 @@
 """The loss of flow matching on features: a velocity, under conditions that are dropped at times."""
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,8 +11,10 @@ import torch
 from diffusion.flow import Velocity
 from diffusion.losses import velocity_loss
 from diffusion.precond import FlowPrecond
-from torch_utils import rng
+from dnnlib.progress import progress
+from torch_utils import distributed, rng
 from torch_utils.stats import StatsCollector
+from training.buckets import Bucket, parse_buckets
 from training.dataset import Cond
 from training.feature_config import FeatureConfig
 from training.objective import Draws, Objective
@@ -31,6 +35,40 @@ class FeatureObjective(Objective):
         self._config = config
         self._velocity = Velocity(self.network, self._denoise.autocast_dtype)
         self._last_rms: torch.Tensor | None = None
+
+    @property
+    def num_shapes(self) -> int:
+        return len(self._shapes())
+
+    def _shapes(self) -> list[tuple[Bucket, int]]:
+        """Return every size of images with every length of texts that occurs with it."""
+        model, lengths = self.network.config, self._config.text_lengths
+        longest = next((n for n in lengths if n >= model.max_text_tokens), lengths[-1])
+        used = [length for length in lengths if length <= longest]
+        return list(itertools.product(parse_buckets(",".join(model.buckets)), used))
+
+    def warm_up(self, run: Callable[..., torch.Tensor], batch: int, device: torch.device) -> None:
+        model, shapes = self.network.config, self._shapes()
+        with progress(
+            total=len(shapes),
+            label="Compiling",
+            unit="graph",
+            disable=not distributed.is_main(),
+            transient=True,
+        ) as bar:
+            for bucket, length in shapes:
+                rows, columns = model.patch_grid(*bucket.size)
+                cond = dict(
+                    text=torch.zeros(batch, length, model.text_dim, device=device),
+                    text_mask=torch.ones(batch, length, dtype=torch.bool, device=device),
+                    cls=torch.zeros(batch, model.visual_dim, device=device),
+                    patches=torch.zeros(batch, rows * columns, model.visual_dim, device=device),
+                    size=torch.tensor(bucket.size),
+                )
+                shape = model.latent_shape(*bucket.size)
+                draws = self.draw(seed=0, cur_nimg=0, batch=batch, input_shape=shape, device=device)
+                run(torch.zeros(batch, *shape, device=device), cond, draws).sum().backward()
+                bar.update()
 
     def draw(
         self,
@@ -142,12 +180,12 @@ def patch_bias(
     """Return what is added to the scores of attention to patches after ``cur_nimg`` images.
 
     It rises linearly from -ln(N) - 4, with which all N patches together weigh next to nothing
-    beside a text, to 0 after ``patch_bias_kimg``. Returns None from there on, and where there are
-    no patches: attention then needs no bias.
+    beside a text, to 0 after ``patch_bias_kimg``, and stays there. Returns None where that is 0 or
+    there are no patches: attention then needs no bias.
     """
     length = config.patch_bias_kimg * 1000
-    if not model.use_dino_patches or cur_nimg >= length:
+    if not model.use_dino_patches or length == 0:
         return None
     width, height = (side * model.latent_downsampling for side in input_shape[:0:-1])
     rows, columns = model.patch_grid(width, height)
-    return -(math.log(rows * columns) + 4) * (1 - cur_nimg / length)
+    return -(math.log(rows * columns) + 4) * max(1 - cur_nimg / length, 0.0)

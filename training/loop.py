@@ -117,11 +117,14 @@ def training_loop(
         tick_start_nimg = resume_state["progress"]["tick_start_nimg"]
         elapsed_before_sec = resume_state["progress"]["elapsed_sec"]
         stats.load_state_dict(resume_state["stats"])
-    if training.compile:
-        network.compile_parts()
     inputs = make_inputs(config, dataset, autoencoder, device)
     objective = make_objective(config, network, precond, inputs)
+    if training.compile:
+        network.compile_parts(objective.num_shapes)
     loss_function = distributed.wrap(objective, device)
+    if training.compile:
+        with distributed.no_sync(loss_function, skip=True):
+            objective.warm_up(loss_function, batch_gpu, device)
 
     # Prepare data and outputs.
     sampler, input_shape = make_sampler(config, dataset, cur_nimg)

@@ -1,6 +1,7 @@
 """From a batch to the loss: the module that DDP wraps."""
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 
@@ -37,10 +38,10 @@ class Draws:
 class Objective(torch.nn.Module):
     """The denoising loss of a network under a preconditioner.
 
-    The loop knows an objective by five calls: :meth:`draw` the randomness of a step,
-    :meth:`prepare` a batch on the device, the differentiable loss, :meth:`report` it, and
-    :meth:`diagnose` what the last step of a tick did. Another kind of training (other noise, other
-    draws, other data) is another class with these.
+    The loop knows an objective by six calls: :meth:`warm_up` before it begins, :meth:`draw` the
+    randomness of a step, :meth:`prepare` a batch on the device, the differentiable loss,
+    :meth:`report` it, and :meth:`diagnose` what the last step of a tick did. Another kind of
+    training (other noise, other draws, other data) is another class with these.
 
     Args:
         network: What is trained.
@@ -106,6 +107,18 @@ class Objective(torch.nn.Module):
         """Return the loss of every element [N, C, H, W] of prepared images and conditions."""
         context = self.network.context(cond, draws.drop, num=len(images))
         return self._loss(images, draws.sigma, draws.noise, context)
+
+    @property
+    def num_shapes(self) -> int:
+        """Number of shapes of inputs, for each of which a compiled network has a graph."""
+        return 1
+
+    def warm_up(self, run: Callable[..., torch.Tensor], batch: int, device: torch.device) -> None:
+        """Have every graph of a compiled network made before training, by one pass each.
+
+        ``run`` is :meth:`forward`, as wrapped for training; ``batch`` is that of a pass. What it
+        leaves in the gradients counts for nothing. With a single shape, the first step does.
+        """
 
     def report(self, stats: StatsCollector, loss: torch.Tensor, draws: Draws) -> None:
         """Add the ``loss`` that :meth:`forward` just returned to the statistics of the tick."""
