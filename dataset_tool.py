@@ -1,15 +1,16 @@
-"""Turns images into a dataset or its latents for training or scoring, describes and checks one."""
+"""Turns images into a dataset, its latents or features, describes and checks one."""
 
 import os
 import signal
 import sys
+from typing import Any
 
 import click
 import numpy as np
 
 from dnnlib.cli import run
 from dnnlib.text import format_count
-from training import conversion, latent_archive, verification
+from training import conversion, feature_record, latent_archive, verification
 from training.fewshot_sources import CIFAR_SPLITS
 from training.labels import CLASS_SPLITS, read_labels
 from training.sources import SPLITS, open_source
@@ -18,7 +19,7 @@ from training.transforms import TRANSFORMS, parse_resolution
 
 @click.group(context_settings=dict(help_option_names=["-h", "--help"]))
 def main() -> None:
-    """Turn images into a dataset or its latents for training or scoring, describe and check one.
+    """Turn images into a dataset, its latents or features, describe and check one.
 
     \b
     Examples:
@@ -26,6 +27,8 @@ def main() -> None:
       python dataset_tool.py convert --source=cifar-10-python.tar.gz --dest=data/cifar10-32x32.zip
       python dataset_tool.py encode --source=data/ffhq-256.zip --dest=data/ffhq-256-latents \\
           --vae=stabilityai/sd-vae-ft-ema
+      python dataset_tool.py features --source=photos/ --dest=data/photos-features \\
+          --vae=models/flux-vae --visual=models/dinov3-vitl16 --text=models/t5-v1_1-xxl
       python dataset_tool.py info data/cifar10-32x32.zip
       python dataset_tool.py verify data/cifar10-32x32.zip
     """
@@ -223,9 +226,117 @@ def encode(
 
 
 @main.command(no_args_is_help=True)
+@click.option("--source", required=True, metavar="DIR|ZIP", help="Images of any size and shape.")
+@click.option(
+    "--captions",
+    metavar="FILE.jsonl|DIR|metadata",
+    help="JSONL of file and caption; folder of IMAGE.txt files; or metadata: captions in the "
+    "source's dataset.json.  [default: IMAGE.txt beside each image]",
+)
+@click.option("--caption-key", metavar="KEY", help="Name of the captions in the JSONL or metadata.")
+@click.option("--dest", required=True, metavar="DIR", help="Folder for the shards of features.")
+@click.option("--vae", metavar="DIR|ID", help="Autoencoder: AutoencoderKL of diffusers.")
+@click.option("--visual", metavar="DIR|ID", help="Visual encoder: DINOv3 ViT of transformers.")
+@click.option("--text", metavar="DIR|ID", help="Text encoder: T5 of transformers, and tokenizer.")
+@click.option(
+    "--buckets",
+    metavar="WxH,...",
+    help="Sizes that images are brought to, each to the one of the nearest shape.  [default: "
+    "1024x1024, 1216x832, 1280x768, 1344x704 and their transposes]",
+)
+@click.option(
+    "--only",
+    type=click.Choice(["vae", "visual", "text"]),
+    help="Prepare one feature, and leave shards to a later run.",
+)
+@click.option(
+    "--shard-size",
+    default=64,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Samples in a shard, of about 11 MB each at the default sizes.",
+)
+@click.option(
+    "--validation-share",
+    default=0.02,
+    show_default=True,
+    type=click.FloatRange(0, 1, max_open=True),
+    help="Part of each bucket that validates, at least one of two; 0: none.",
+)
+@click.option(
+    "--batch",
+    default=8,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Images, or captions, a rank encodes at a time.",
+)
+@click.option(
+    "--precision",
+    default="fp32",
+    show_default=True,
+    type=click.Choice(["fp32", "bf16"]),
+    help="Of the encoders' products; bf16 is faster and rounds features to 3 digits.",
+)
+@click.option("--max-images", type=click.IntRange(min=1), help="Use only the first N images.")
+@click.option("--skip-broken", is_flag=True, help="Leave out broken images instead of failing.")
+@click.option("--overwrite", is_flag=True, help="Make everything again.")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Number of threads a rank that decode and write.  [default: up to 16, as cores allow]",
+)
+def features(source: str, dest: str, buckets: str | None, **options: Any) -> None:
+    """Write what feature-conditioned models learn from: latents, DINOv3 and T5 features.
+
+    Every image is cropped once, to the size of its bucket; all features of it are of that crop.
+    Runs on one process, or under torchrun on many GPUs. Started again after a stop, with any
+    number of processes, or with changed images, captions or encoders, it makes what is missing or
+    no longer right, and nothing else. Needs the packages diffusers and transformers.
+
+    \b
+    Examples:
+      # Photographs with their captions in text files beside them, on eight GPUs
+      torchrun --standalone --nproc_per_node=8 dataset_tool.py features --precision=bf16 \\
+          --source=photos/ --dest=data/photos-features \\
+          --vae=models/flux-vae --visual=facebook/dinov3-vitl16-pretrain-lvd1689m \\
+          --text=google/t5-v1_1-xxl
+      # Captions in one file, and half the default sizes, on one process
+      python dataset_tool.py features --source=photos.zip --captions=captions.jsonl \\
+          --dest=data/photos-512 --buckets=512x512,608x416,416x608 \\
+          --vae=models/flux-vae --visual=models/dinov3-vitl16 --text=models/t5-v1_1-xxl
+      # The captions alone, on another machine
+      python dataset_tool.py features --source=photos/ --dest=data/photos-features \\
+          --only=text --text=models/t5-v1_1-xxl
+    """
+    # They need PyTorch, which starts slowly.
+    from torch_utils import distributed
+    from training import feature_report, preparation
+    from training.buckets import DEFAULT_BUCKETS, parse_buckets
+
+    locations = {name: options.pop(name) for name in ("vae", "visual", "text")}
+    settings = preparation.Preparation(
+        buckets=DEFAULT_BUCKETS if buckets is None else parse_buckets(buckets),
+        batch_size=options.pop("batch"),
+        num_threads=options.pop("workers"),
+        **options,
+    )
+    device = distributed.init()
+    outcome = preparation.prepare(source, dest, locations, settings, device)
+    for line in feature_report.describe_outcome(dest, outcome, settings.only):
+        distributed.print0(line)
+    distributed.shutdown()
+
+
+@main.command(no_args_is_help=True)
 @click.argument("data", metavar="ZIP|DIR|NPZ")
 def info(data: str) -> None:
-    """Print size, classes and content hash of a dataset, or the record of latents."""
+    """Print size, classes and content hash of a dataset, or the record of latents or features."""
+    if feature_record.is_feature_folder(data):
+        from training import feature_report
+
+        for line in feature_report.describe_folder(data):
+            click.echo(line)
+        return
     if latent_archive.is_latent_folder(data):
         _latent_info(data)
         return

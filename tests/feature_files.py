@@ -2,9 +2,13 @@
 
 import functools
 
+import numpy as np
 import torch
+from helpers import succeed
 from latent_files import tiny_autoencoder
 from PIL import Image
+
+import dataset_tool
 
 BUCKETS = "128x128,160x96,96x160"
 # Words that captions of the photographs are of; the tokenizer knows no others.
@@ -88,3 +92,75 @@ def photographs():
     from sklearn.datasets import load_sample_images
 
     return [Image.fromarray(pixels) for pixels in load_sample_images().images]
+
+
+# Name, number of the photograph, left, top, width, height and caption. Every bucket has some, and
+# not as many as the others: eight square ones, five wide and four tall.
+_PICTURES = [
+    ("square/temple.png", 0, 100, 20, 400, 400, "the old temple in the sky"),
+    ("square/flower.jpg", 1, 120, 10, 390, 410, "a red flower"),
+    ("square/roof.png", 0, 60, 30, 150, 150, "detail of the temple roof"),
+    ("square/petals.jpg", 1, 200, 100, 200, 190, "petals of the pink flower in detail"),
+    ("square/wall.png", 0, 300, 200, 140, 150, "the old temple in red"),
+    ("square/leaf.png", 1, 0, 200, 130, 130, "a tall square detail in a photograph"),
+    ("square/sky.jpg", 0, 0, 0, 128, 128, "sky"),
+    ("square/middle.png", 1, 250, 150, 128, 128, "the pink of the petals"),
+    ("wide/temple.png", 0, 0, 0, 640, 400, "wide photograph of a temple"),
+    ("wide/flower.jpg", 1, 0, 40, 600, 350, "the flower"),
+    ("wide/sky.png", 0, 0, 0, 320, 180, "a wide sky"),
+    ("wide/roof.png", 0, 200, 100, 300, 180, "the roof of the old temple in a wide photograph"),
+    ("wide/petals.jpg", 1, 100, 100, 330, 200, "wide petals"),
+    ("tall/temple.jpg", 0, 250, 0, 250, 420, "tall temple photograph in red and gold"),
+    ("tall/flower.png", 1, 180, 0, 240, 400, "tall pink flower"),
+    ("tall/roof.png", 0, 50, 50, 170, 300, "a tall roof in the sky"),
+    ("tall/petals.jpg", 1, 300, 100, 150, 260, "old petals of the flower"),
+]
+
+
+def write_pictures(folder, *, with_captions=True):
+    """Write 17 photographs of three shapes, and captions beside them; return the folder."""
+    for name, number, left, top, width, height, caption in _PICTURES:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture = photographs()[number].crop((left, top, left + width, top + height))
+        picture.save(path, **(dict(quality=95) if path.suffix == ".jpg" else {}))
+        if with_captions:
+            path.with_suffix(".txt").write_text(caption + "\n")
+    return folder
+
+
+def prepare(source, dest, encoders, *options):
+    """Run ``dataset_tool.py features`` in this process, with success; return what it printed.
+
+    ``encoders`` are the options of :func:`tiny_encoders`.
+    """
+    command = ("features", f"--source={source}", f"--dest={dest}", f"--buckets={BUCKETS}")
+    return succeed(dataset_tool, *command, "--workers=2", *encoders, *options).output
+
+
+def tiny_features(base, *options, name="features"):
+    """Return a feature folder of :func:`write_pictures`, made once per folder and name.
+
+    The photographs are in ``base``/pictures, the encoders in ``base``/vae, visual and text. It has
+    two samples a shard, and validation samples of every bucket.
+    """
+    dest = base / name
+    if not dest.is_dir():
+        pictures = base / "pictures"
+        if not pictures.is_dir():
+            write_pictures(pictures)
+        prepare(pictures, dest, tiny_encoders(base), "--shard-size=2", *options)
+    return dest
+
+
+def sample_arrays(folder, manifest, row):
+    """Return the arrays of a sample by key, read at the places that its manifest names."""
+    from training.feature_shards import from_npy
+
+    arrays = {}
+    with open(manifest.files[manifest.shard[row]], "rb") as file:
+        for key in manifest.offset:
+            if key != "json":
+                file.seek(manifest.offset[key][row])
+                arrays[key] = np.array(from_npy(file.read(int(manifest.size[key][row]))))
+    return arrays

@@ -59,7 +59,15 @@ _RECORD = dict(
 _MANIFEST = dict(
     bucket=str,
     split=str,
-    shards=[dict(file=str, num_samples=int, num_bytes=int, sha256=str, moments=dict())],
+    shards=[
+        dict(
+            file=str,
+            num_samples=int,
+            num_bytes=int,
+            sha256=str,
+            moments={name: dict(count=int, mean=[float], m2=[float]) for name in STATISTICS},
+        )
+    ],
     columns=dict(
         id=[str],
         shard=[int],
