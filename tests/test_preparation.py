@@ -13,6 +13,7 @@ import torch
 from feature_files import (
     BUCKETS,
     prepare,
+    rewrite_shards,
     sample_arrays,
     tiny_encoders,
     tiny_text,
@@ -414,31 +415,6 @@ def test_a_damaged_member_is_made_again_and_nothing_else(
     assert content(features) == content(feature_base / "features")
 
 
-def _rewrite(folder, change):
-    """Write the first shard of a folder anew with other arrays, and its manifest to match."""
-    manifest = next(m for m in manifests(folder) if len(m.shards) > 1)
-    path = manifest.files[0]
-    rows = np.flatnonzero(manifest.shard == 0)
-    data = path.read_bytes()
-    content = []
-    for row in rows:
-        members = {}
-        for key in KEYS:
-            start = manifest.offset[key][row]
-            members[key] = data[start : start + manifest.size[key][row]]
-        description = json.loads(members.pop("json"))
-        change(description, members)
-        content.append((manifest.ids[row], description, members))
-    index = feature_shards.write_shard(path, manifest.bucket, content)
-    from training.feature_manifests import index_of, make_manifest
-
-    shards = [(p.name, index_of(manifest, p.name)) for p in manifest.files]
-    index.moments = shards[0][1].moments
-    shards[0] = (path.name, index)
-    new = make_manifest(folder, manifest.split, manifest.bucket, shards)
-    (manifest.folder / "manifest.json").write_text(json.dumps(new.to_dict()))
-
-
 def _infinite(description, members):
     array = feature_shards.from_npy(members["vae.npy"]).copy()
     array[0, 0, 0] = np.inf
@@ -461,16 +437,16 @@ def _other_fingerprint(description, members):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (_infinite, (2, 0, 0, 1)),
-        (_small_grid, (0, 2, 0, 1)),
-        (_padded_text, (0, 0, 2, 1)),
-        (_other_fingerprint, (0, 0, 2, 1)),
+        (_infinite, (NUM, 0, 0, 11)),
+        (_small_grid, (0, NUM, 0, 11)),
+        (_padded_text, (0, 0, NUM, 11)),
+        (_other_fingerprint, (0, 0, NUM, 11)),
     ],
 )
 def test_that_something_exists_with_its_checksum_proves_nothing(
     feature_base, features, encoders, change, expected
 ):
-    _rewrite(features, change)
+    rewrite_shards(features, change)
     assert made(prepare(feature_base / "pictures", features, encoders, *OPTIONS)) == expected
     assert content(features) == content(feature_base / "features")
 

@@ -67,8 +67,14 @@ def _index_file(path: Path) -> Path:
     return path.with_name(f".{path.name}.json")
 
 
+def read_index(path: Path) -> ShardIndex | None:
+    """Return the index beside a shard, None if there is none."""
+    found = _read_index(path)
+    return None if found is None else found[0]
+
+
 def _read_index(path: Path) -> tuple[ShardIndex, int] | None:
-    """Return the index beside a shard and when the shard was changed; None if there is none."""
+    """Return the index beside a shard, and when the shard was last changed."""
     try:
         values = json.loads(_index_file(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
