@@ -19,16 +19,17 @@ from dnnlib.files import atomic_write, check_target, lock_folder
 from dnnlib.text import join_names
 from evaluation.scoring import check_metrics, make_evaluate, real_images
 from metrics.metric import get_metrics
-from models import LatentModelConfig, attention_backend
+from models import FeatureDiTConfig, LatentModelConfig, attention_backend
 from torch_utils import distributed
 from training import runs
 from training.autoencoder import check_location, load_autoencoder
-from training.checkpoint import load_snapshot, package_versions
+from training.checkpoint import load_snapshot, package_versions, read_header
 from training.config import RunConfig, accumulation_rounds, fit_to_device
 from training.inputs import open_training_data
 from training.loop import training_loop
 from training.report import describe_config, describe_run
 from training.telemetry import import_wandb
+from training.warm_start import settle_in
 
 EXAMPLES = """
   # Try it on a CPU with the digits that `make demo` prepares:
@@ -176,6 +177,8 @@ def main(
     )
     if config.logging.wandb and not dry_run:
         import_wandb()
+    if transfer is not None and config.features is not None and transfer.is_file():
+        config = settle_in(config, read_header(transfer)[0], given)
     if transfer is not None and "ema_rampup" not in given:
         # The weights are good from the start: the average need not forget its first steps.
         training = dataclasses.replace(config.training, ema_rampup=None)
@@ -226,7 +229,10 @@ def main(
     data = open_training_data(config)
     config = fit_to_device(runs.fit_to_data(config, data), device.type)
     autoencoder = None
-    if isinstance(config.model, LatentModelConfig):
+    if isinstance(config.model, FeatureDiTConfig):
+        model = config.model
+        autoencoder = load_autoencoder(model.vae, device, expected_hash=model.vae_hash)
+    elif isinstance(config.model, LatentModelConfig):
         model = config.model
         autoencoder = load_autoencoder(model.vae, device, expected_hash=model.vae_hash)
         config = runs.fit_to_autoencoder(config, autoencoder)

@@ -2,9 +2,10 @@
 
 import dataclasses
 import math
+from typing import Any
 
-from configs import diffit, latent_diffit, set_dit
-from diffusion.guidance import GuidanceConfig
+from configs import diffit, feature_dit, latent_diffit, set_dit
+from diffusion.guidance import DualGuidanceConfig, GuidanceConfig
 from diffusion.precond import PrecondConfig
 from diffusion.samplers import SamplingConfig
 from dnnlib.config import did_you_mean
@@ -13,6 +14,7 @@ from models.latent_diffit import LatentDiffiTConfig
 from training.augment import AugmentConfig
 from training.config import LoggingConfig, RunConfig, TrainingConfig
 from training.dataset import DatasetConfig
+from training.feature_config import FeatureConfig
 from training.sets import SetConfig
 
 
@@ -180,6 +182,35 @@ _FSDM_DIGITS = RunConfig(
     sampling=SamplingConfig(sampler="dpmpp_2m", steps=16),
 )
 
+
+def _nanodit(name: str, **changes: Any) -> RunConfig:
+    """Return a run of a feature-conditioned DiT; ``changes`` are to its training settings.
+
+    Flow matching with AdamW as the project's first users ran it: 256 images a step, warm-up over
+    500 steps, a cosine down to 1e-6, gradients clipped at 1; 25 Euler steps.
+    """
+    settings = dict(batch=256, kimg=12_800, lr=3e-4, lr_rampup=128, weight_decay=0.03)
+    settings.update(beta2=0.95, lr_schedule="cosine", clip_grad=1.0, ema_kimg=500, precision="auto")
+    return RunConfig(
+        preset=name,
+        model=feature_dit.MODELS[name],
+        precond=PrecondConfig(precond="flow"),
+        features=FeatureConfig(),
+        training=TrainingConfig(**{**settings, **changes}, augment=AugmentConfig(augment=0.0)),
+        logging=LoggingConfig(tick=25.6, snap=20, workers=4, sample_batch=4),
+        sampling=SamplingConfig(sampler="euler", grid="time", steps=25),
+        guidance=None,
+        dual_guidance=DualGuidanceConfig(),
+    )
+
+
+_NANODIT_TINY = _nanodit(
+    "nanodit-tiny", batch=16, kimg=32, lr=2e-3, lr_rampup=1, ema_kimg=1, precision="fp32"
+)
+_NANODIT_TINY = dataclasses.replace(
+    _NANODIT_TINY, logging=LoggingConfig(tick=1.6, snap=10, workers=0, sample_batch=16)
+)
+
 PRESETS: dict[str, Preset] = {
     "cifar10": Preset(
         run=_CIFAR10, num_classes=10, source="DiffiT Appendix I.1; EDM Table 7 (CIFAR-10)"
@@ -205,6 +236,11 @@ PRESETS: dict[str, Preset] = {
         for name, run in _FSDM.items()
     },
     "fsdm-digits": Preset(run=_FSDM_DIGITS, num_classes=8, source="ours, for CPUs"),
+    **{
+        name: Preset(run=_nanodit(name), num_classes=0, source="NanoDiT, as first users ran it")
+        for name in ("nanodit", "nanodit-768")
+    },
+    "nanodit-tiny": Preset(run=_NANODIT_TINY, num_classes=0, source="ours, for CPUs"),
 }
 
 # What --resolution alone means.

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -55,6 +55,102 @@ class GuidanceConfig(Config):
                 f"--cfg-interval: got {low:g},{high:g}; accepted: two noise levels, the lower "
                 "one first."
             )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DualGuidanceConfig(Config):
+    """Strength of guidance by two conditions, a text and an image."""
+
+    title: ClassVar[str] = "Guidance"
+
+    text_scale: float = option(
+        3.0, min=0, help="Guidance scale of the text; 1 is none, 0 ignores it."
+    )
+    visual_scale: float = option(
+        2.5, min=0, help="Guidance scale of the reference image; 1 is none, 0 ignores it."
+    )
+    guidance_form: str = option(
+        "nested",
+        choices=("nested", "seed", "joint"),
+        help="nested: towards the image, then on towards the text; seed: towards each alone; "
+        "joint: as seed, with a third scale for both together.",
+    )
+    joint_scale: float = option(
+        1.0,
+        min=0,
+        requires={"guidance_form": ("joint",)},
+        help="Scale of what text and image do together beyond what each does.",
+    )
+
+
+# Which conditions a branch of dual guidance has: (text, image).
+BRANCHES: dict[str, tuple[bool, bool]] = dict(
+    none=(False, False), text=(True, False), visual=(False, True), both=(True, True)
+)
+
+
+def branch_weights(
+    config: DualGuidanceConfig, *, has_text: bool = True, has_visual: bool = True
+) -> dict[str, float]:
+    """Return the weight of every branch that takes part, by its name in :data:`BRANCHES`.
+
+    They add up to 1. With the estimates u (none), T (text), D (visual) and F (both):
+    ``nested`` is u + s_d (D - u) + s_t (F - D) (the order of InstructPix2Pix's Eq. 3, arXiv
+    2211.09800); ``seed`` u + s_t (T - u) + s_d (D - u), which never asks for F; ``joint`` adds
+    s_j (F - T - D + u) to that. With one condition all of them are u + s (T - u) or u + s (D - u).
+    """
+    text, visual = config.text_scale, config.visual_scale
+    if not (has_text and has_visual):
+        name, scale = ("text", text) if has_text else ("visual", visual)
+        if not (has_text or has_visual):
+            scale = 0.0
+        weights = {"none": 1 - scale, name: scale}
+    elif config.guidance_form == "nested":
+        weights = dict(none=1 - visual, visual=visual - text, both=text)
+    elif config.guidance_form == "seed":
+        weights = dict(none=1 - text - visual, text=text, visual=visual)
+    else:
+        joint = config.joint_scale
+        weights = dict(
+            none=1 - text - visual + joint, text=text - joint, visual=visual - joint, both=joint
+        )
+    return {name: weight for name, weight in weights.items() if weight != 0}
+
+
+def weighted_branches(
+    estimate: Callable[[torch.Tensor, float, Any], torch.Tensor],
+    contexts: Sequence[Any],
+    weights: Sequence[float],
+) -> Denoise:
+    """Return the function (x, level) -> sum of weight_k estimate(x, level, context_k).
+
+    All branches are evaluated as one batch; if memory does not suffice for that, one by one from
+    then on.
+
+    Args:
+        estimate: ``(x, level, context) -> estimate``, of x0 or of a velocity.
+        contexts: One per branch, for the same images; ``concat`` joins them along the batch.
+        weights: As many, which add up to 1.
+    """
+    joined = contexts[0].concat(*contexts[1:]) if len(contexts) > 1 else contexts[0]
+    at_once = True
+
+    def guided(x: torch.Tensor, level: float) -> torch.Tensor:
+        nonlocal at_once
+        parts: Sequence[torch.Tensor] | None = None
+        if at_once:
+            try:
+                repeated = x.repeat(len(contexts), 1, 1, 1)
+                parts = estimate(repeated, level, joined).chunk(len(contexts))
+            except torch.OutOfMemoryError:
+                at_once = len(contexts) == 1
+                if at_once:
+                    raise
+        if parts is None:
+            parts = [estimate(x, level, context) for context in contexts]
+        return sum(weight * part for weight, part in zip(weights, parts, strict=True))
+
+    return guided
 
 
 def guidance_scale(config: GuidanceConfig, sigma: float, precond: Precond) -> float:

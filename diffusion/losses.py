@@ -33,6 +33,30 @@ def denoising_loss(
     return weight(sigma) * (denoised - images).square()
 
 
+def velocity_loss(
+    velocity: Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor],
+    images: torch.Tensor,
+    t: torch.Tensor,
+    noise: torch.Tensor,
+    context: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (v - (eps - x0))^2 per element and the estimate v, each [N, C, H, W], float32.
+
+    Flow matching along straight paths z = (1 - t) x0 + t eps (Lipman et al., arXiv 2210.02747,
+    Eq. 23 with data at t = 0).
+
+    Args:
+        velocity: ``(z, t [N], context) -> v``.
+        images: Clean images x0 [N, C, H, W], floating point.
+        t: Times [N] in [0, 1].
+        noise: Standard normal eps [N, C, H, W].
+        context: Conditioning of the velocity.
+    """
+    z = torch.lerp(images, noise, t.reshape(-1, 1, 1, 1))
+    estimate = velocity(z, t, context)
+    return (estimate - (noise - images)).square(), estimate
+
+
 def hybrid_loss(
     denoise: Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor],
     images: torch.Tensor,

@@ -27,7 +27,7 @@ class PrecondConfig(Config):
 
     precond: str = option(
         "edm",
-        choices=("edm", "vp", "ve", "iddpm", "ddpm"),
+        choices=("edm", "vp", "ve", "iddpm", "ddpm", "flow"),
         help="Parametrization of the denoiser, with its noise density and loss weight.",
     )
     diffusion_steps: int = option(
@@ -53,6 +53,21 @@ class PrecondConfig(Config):
         name="p-std",
         requires={"precond": ("edm",)},
         help="Standard deviation of ln(sigma) in training.",
+    )
+    logit_mean: float = option(
+        0.0, requires={"precond": ("flow",)}, help="Mean of ln(t / (1 - t)) in training."
+    )
+    logit_std: float = option(
+        1.0,
+        min=0,
+        requires={"precond": ("flow",)},
+        help="Standard deviation of ln(t / (1 - t)) in training.",
+    )
+    flow_shift: float = option(
+        1.0,
+        min=1e-3,
+        requires={"precond": ("flow",)},
+        help="Shift s of the times in training, s t / (1 + (s - 1) t); above 1: more noise.",
     )
 
 
@@ -180,6 +195,50 @@ class VEPrecond(Precond):
         return _moved(self.sigma_min * (self.sigma_max / self.sigma_min) ** uniform, device)
 
 
+class FlowPrecond(Precond):
+    """Velocity prediction of flow matching: F is eps - x0 at z = (1 - t) x0 + t eps.
+
+    Rectified flow (Liu et al., arXiv 2209.03003; Lipman et al., arXiv 2210.02747) in the variables
+    of the others: t = sigma / (1 + sigma) and z = x / (1 + sigma). Times in training are
+    logit-normal and may be shifted (Esser et al., arXiv 2403.03206, section 3.1 and Eq. 23), which
+    is a log-normal sigma times the shift; they stay from 0.001 to 0.999.
+
+    Args:
+        logit_mean, logit_std: Of ln(t / (1 - t)) before the shift.
+        shift: s in t' = s t / (1 + (s - 1) t).
+    """
+
+    t_min, t_max = 0.001, 0.999
+    sigma_min, sigma_max = t_min / (1 - t_min), t_max / (1 - t_max)
+    noise_range = (sigma_min, sigma_max)
+
+    def __init__(self, logit_mean: float = 0.0, logit_std: float = 1.0, shift: float = 1.0) -> None:
+        self.logit_mean, self.logit_std, self.shift = logit_mean, logit_std, shift
+
+    @staticmethod
+    def time(sigma: torch.Tensor) -> torch.Tensor:
+        """Return the time t in [0, 1) of a noise level."""
+        return sigma / (1 + sigma)
+
+    def scalings(self, sigma: torch.Tensor) -> Scalings:
+        t = self.time(sigma)
+        return 1 - t, -t, 1 - t, t
+
+    def draw_sigma(
+        self, num: int, generator: torch.Generator, device: torch.device | str
+    ) -> torch.Tensor:
+        normal = torch.randn(num, generator=generator, device=generator.device)
+        sigma = (normal * self.logit_std + self.logit_mean).exp() * self.shift
+        return _moved(sigma.clamp(self.sigma_min, self.sigma_max), device)
+
+    def weight(self, sigma: torch.Tensor) -> torch.Tensor:
+        # D - x0 is t times the error of the velocity.
+        return self.time(sigma) ** -2
+
+    def noise_fraction(self, sigma: float) -> float:
+        return sigma / (1 + sigma)
+
+
 class TablePrecond(Precond):
     """Noise prediction at the levels of a table, indexed by timestep: DDPM and iDDPM.
 
@@ -255,6 +314,8 @@ def make_precond(config: PrecondConfig) -> Precond:
     """Return the preconditioner that ``config`` describes."""
     if config.precond == "edm":
         return EDMPrecond(config.sigma_data, config.P_mean, config.P_std)
+    if config.precond == "flow":
+        return FlowPrecond(config.logit_mean, config.logit_std, config.flow_shift)
     if config.precond == "ddpm":
         return TablePrecond(linear_sigmas(config.diffusion_steps), config.learned_variance)
     if config.precond == "iddpm":

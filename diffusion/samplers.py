@@ -41,29 +41,37 @@ class SamplingConfig(Config):
     steps: int = option(18, min=1, help="Number of sampling steps.")
     grid: str = option(
         "karras",
-        choices=("karras", "linear", "vp", "ve", "iddpm", "timesteps"),
+        choices=("karras", "linear", "vp", "ve", "iddpm", "timesteps", "time"),
         name="sigma-grid",
-        help="Spacing of the noise levels; timesteps: evenly among those of ddpm or iddpm.",
+        help="Spacing of the noise levels; timesteps: evenly among those of ddpm or iddpm; time: "
+        "evenly in the time of a flow, from noise at 1 to 0.",
     )
     sigma_min: float = option(
         0.002,
         min=1e-8,
-        unless={"grid": ("timesteps",)},
+        unless={"grid": ("timesteps", "time")},
         help="Lowest noise level before 0; the network's own limit still holds.",
     )
     sigma_max: float = option(
         80.0,
         min=1e-8,
-        unless={"grid": ("timesteps",)},
+        unless={"grid": ("timesteps", "time")},
         help="Highest noise level; the network's own limit still holds.",
     )
     rho: float = option(
         7.0, min=1, requires={"grid": ("karras",)}, help="Exponent of the noise levels."
     )
+    time_shift: float = option(
+        1.0,
+        min=1e-3,
+        requires={"grid": ("time",)},
+        help="Shift s of the times, s t / (1 + (s - 1) t); above 1: longer at high noise.",
+    )
     s_churn: float = option(
         0.0,
         min=0,
         requires={"sampler": ("heun",)},
+        unless={"grid": ("time",)},
         help="Stochasticity, spread over the steps; 0 is deterministic.",
     )
     s_min: float = option(
@@ -95,7 +103,9 @@ class SamplingConfig(Config):
         "place.",
     )
     clip_denoised: bool = option(
-        False, help="Clip the denoised image to [-1, 1] at every step; for models of pixels."
+        False,
+        unless={"grid": ("time",)},
+        help="Clip the denoised image to [-1, 1] at every step; for models of pixels.",
     )
     eta: float = option(
         0.0,
@@ -111,6 +121,11 @@ class SamplingConfig(Config):
             raise ValueError(
                 f"--sigma-min: got {self.sigma_min:g}; accepted: a number below --sigma-max, "
                 f"which is {self.sigma_max:g}."
+            )
+        if self.grid == "time" and self.sampler not in ("heun", "euler", "dpmpp_2m"):
+            raise ValueError(
+                f"--sampler: got {self.sampler}, which --sigma-grid=time has not; accepted: heun, "
+                "euler or dpmpp_2m."
             )
 
 
@@ -277,6 +292,11 @@ def sampling_sigmas(config: SamplingConfig, precond: Precond) -> list[float]:
     """
     if config.grid == "timesteps":
         return _timestep_sigmas(config.steps, precond)
+    if config.grid == "time":
+        raise ValueError(
+            "--sigma-grid: got time, which is for feature-conditioned models; give "
+            "--sigma-grid=karras."
+        )
     sigma_min = max(config.sigma_min, precond.sigma_min)
     sigma_max = min(config.sigma_max, precond.sigma_max)
     if sigma_min >= sigma_max:
@@ -318,7 +338,9 @@ def num_evaluations(config: SamplingConfig, precond: Precond | None = None) -> i
     With ``precond`` the count is exact for a network of discrete noise levels too, where steps
     merge; without it, all ``config.steps`` are counted.
     """
-    steps = config.steps if precond is None else len(sampling_sigmas(config, precond)) - 1
+    steps = config.steps
+    if precond is not None and config.grid != "time":
+        steps = len(sampling_sigmas(config, precond)) - 1
     return 2 * steps - 1 if config.sampler == "heun" else steps
 
 

@@ -10,6 +10,8 @@ from models.conditioners import ClassConditioner, ClassTable
 from models.config import LatentModelConfig, ModelConfig
 from models.context import Context
 from models.diffit import DiffiT, DiffiTConfig
+from models.feature_conditioner import FeatureConditioner
+from models.feature_dit import FeatureDiT, FeatureDiTConfig
 from models.latent_diffit import LatentDiffiT, LatentDiffiTConfig
 from models.layers import choose_attention
 from models.set_conditioner import SetConditioner
@@ -17,6 +19,7 @@ from models.set_dit import SetDiT, SetDiTConfig
 
 __all__ = [
     "Context",
+    "FeatureDiTConfig",
     "LatentModelConfig",
     "ModelConfig",
     "Network",
@@ -49,6 +52,7 @@ FAMILIES: dict[type[ModelConfig], Family] = {
     DiffiTConfig: Family(DiffiT, class_conditioner),
     LatentDiffiTConfig: Family(LatentDiffiT, class_table),
     SetDiTConfig: Family(SetDiT, SetConditioner),
+    FeatureDiTConfig: Family(FeatureDiT, FeatureConditioner),
 }
 
 
@@ -62,11 +66,22 @@ class Network(nn.Module):
         self.backbone = family.backbone(config)
         self.conditioner = family.conditioner(config, self.backbone.context_dim)
 
-    def compile_parts(self) -> None:
-        """Compile what is run at every step, with torch.compile."""
-        self.backbone.compile()
+    def compile_parts(self, num_shapes: int = 1, backend: str | Callable = "inductor") -> None:
+        """Compile what is run at every step, with torch.compile.
+
+        Args:
+            num_shapes: Shapes of inputs that will come, each of which gets a graph of its own.
+            backend: What torch.compile hands its graphs to.
+        """
+        # Beyond the limit, further shapes would silently run without compilation.
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, num_shapes + 1)
+        limits.accumulated_recompile_limit = max(
+            limits.accumulated_recompile_limit, 4 * (num_shapes + 1)
+        )
+        self.backbone.compile(backend=backend, dynamic=False if num_shapes > 1 else None)
         if isinstance(self.conditioner, SetConditioner):
-            self.conditioner.encoder.compile()
+            self.conditioner.encoder.compile(backend=backend)
 
     def check(self, cond: dict[str, Tensor]) -> None:
         """Raise ValueError if conditions are missing or out of range; reads them, so on the CPU."""

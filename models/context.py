@@ -17,7 +17,8 @@ class Context:
 
     vector: Tensor | None = None  # [N, D], one vector per image
     tokens: Tensor | None = None  # [N, L, D], a sequence per image
-    mask: Tensor | None = None  # [N, L] bool, true where a token exists
+    # [N, L], true where a token takes part; or float32, added to the scores of attention to it.
+    mask: Tensor | None = None
     label: Tensor | None = None  # [N, D], an embedding of the class beside that of something else
     kl: Tensor | None = None  # [N], divergence of a drawn context from its prior, in nats
     # Of a set encoder that waits for the noise level: tokens [N, ...] of each set, which images it

@@ -171,13 +171,14 @@ class SelfAttention(nn.Module):
     Args:
         dim: Width of the tokens.
         num_heads: Number of heads; divides ``dim``.
+        bias: Whether the linear layers have one.
     """
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    def __init__(self, dim: int, num_heads: int, bias: bool = True) -> None:
         super().__init__()
         self.head_dim = dim // num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
+        self.proj = nn.Linear(dim, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return attended tokens [B, L, C] of tokens x [B, L, C]."""
@@ -192,20 +193,29 @@ class CrossAttention(nn.Module):
         dim: Width of the tokens.
         context_dim: Width of the context's tokens.
         num_heads: Number of heads; divides ``dim``.
+        bias: Whether the linear layers have one.
     """
 
-    def __init__(self, dim: int, context_dim: int, num_heads: int) -> None:
+    def __init__(self, dim: int, context_dim: int, num_heads: int, bias: bool = True) -> None:
         super().__init__()
         self.head_dim = dim // num_heads
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(context_dim, 2 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.q = nn.Linear(dim, dim, bias=bias)
+        self.kv = nn.Linear(context_dim, 2 * dim, bias=bias)
+        self.proj = nn.Linear(dim, dim, bias=bias)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """Return [B, L, C] of tokens x [B, L, C] and a context [B, M, context_dim]."""
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return [B, L, C] of tokens x [B, L, C] and a context [B, M, context_dim].
+
+        ``mask`` [B, M] is bool, true where a token takes part, or is added to the scores of each
+        token. Without one the fastest kernels can be used.
+        """
         q = split_heads(self.q(x), self.head_dim)
         k, v = split_heads(self.kv(context), self.head_dim).chunk(2, dim=1)
-        return self.proj(merge_heads(functional.scaled_dot_product_attention(q, k, v)))
+        if mask is not None:
+            mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
+            mask = mask[:, None, None, :].expand(-1, -1, q.shape[2], -1)
+        y = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.proj(merge_heads(y))
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
@@ -226,10 +236,10 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 class MLP(nn.Module):
     """Linear, GELU (tanh form), Linear, on the last dimension."""
 
-    def __init__(self, dim: int, hidden_dim: int) -> None:
+    def __init__(self, dim: int, hidden_dim: int, bias: bool = True) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc1 = nn.Linear(dim, hidden_dim, bias=bias)
+        self.fc2 = nn.Linear(hidden_dim, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(functional.gelu(self.fc1(x), approximate="tanh"))
@@ -308,13 +318,32 @@ def position_embedding(dim: int, grid: int) -> Tensor:
     position times 10000^(-i / (dim / 4)), i = 0 ... dim / 4 - 1 (DiT, arXiv 2212.09748). A width
     that is no multiple of four takes the first numbers of the next one that is.
     """
-    quarter = -(-dim // 4)
-    frequencies = 10_000 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-    angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
-    axis = torch.cat([angles.sin(), angles.cos()], dim=1).to(torch.float32)  # [grid, dim / 2]
+    axis = _axis_sinusoids(torch.arange(grid, dtype=torch.float64), -(-dim // 4))
     column = axis[None].expand(grid, grid, -1)
     row = axis[:, None].expand(grid, grid, -1)
     return torch.cat([column, row], dim=2)[:, :, :dim].contiguous()
+
+
+def lattice_embedding(dim: int, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return sinusoids of the points of a lattice [R K, dim], float32, row by row.
+
+    As in :func:`position_embedding`, for any positions and with the row's half first.
+
+    Args:
+        dim: Width, a multiple of four.
+        rows, columns: Positions [R] and [K], in tokens.
+    """
+    down, across = (_axis_sinusoids(positions, dim // 4) for positions in (rows, columns))
+    down = down[:, None].expand(-1, len(columns), -1)
+    across = across[None].expand(len(rows), -1, -1)
+    return torch.cat([down, across], dim=2).flatten(0, 1)
+
+
+def _axis_sinusoids(positions: Tensor, quarter: int) -> Tensor:
+    """Return [sin, cos] of positions [P] at ``quarter`` frequencies [P, 2 quarter], float32."""
+    exponents = torch.arange(quarter, dtype=torch.float64, device=positions.device) / quarter
+    angles = positions.to(torch.float64)[:, None] * 10_000.0**-exponents
+    return torch.cat([angles.sin(), angles.cos()], dim=1).to(torch.float32)
 
 
 class UpsampleConv(nn.Conv2d):

@@ -18,10 +18,17 @@ class StatsCollector:
     def __init__(self) -> None:
         self._moments: dict[str, torch.Tensor] = {}
 
-    def report(self, name: str, value: torch.Tensor | float) -> None:
-        """Add every finite element of ``value`` (any shape) to the statistics of ``name``."""
+    def report(
+        self, name: str, value: torch.Tensor | float, rows: torch.Tensor | None = None
+    ) -> None:
+        """Add every finite element of ``value`` (any shape) to the statistics of ``name``.
+
+        With ``rows``, bool of the same shape, only where it is true.
+        """
         value = torch.as_tensor(value).detach().flatten().to(torch.float32)
         finite = value.isfinite()
+        if rows is not None:
+            finite = finite & rows.flatten()
         value = torch.where(finite, value, 0.0)
         moments = torch.stack([finite.sum(), value.sum(), value.square().sum()]).to(torch.float64)
         if name in self._moments:

@@ -115,8 +115,17 @@ class Autoencoder:
         return self._in_chunks(self._decode, latents, math.prod(size), (self.img_channels, *size))
 
     def _decode(self, latents: Tensor) -> Tensor:
-        raw = latents.to(torch.float32) / self.scale + self.shift
-        return self._network.decode(raw).sample
+        return self._decode_raw(latents.to(torch.float32) / self.scale + self.shift)
+
+    @torch.no_grad()
+    def decode_raw(self, raw: Tensor) -> Tensor:
+        """Return images as :meth:`decode` does, of latents [N, c, h, w] that are not normalised."""
+        size = [side * self.downsampling for side in raw.shape[2:]]
+        rest = (self.img_channels, *size)
+        return self._in_chunks(self._decode_raw, raw, math.prod(size), rest)
+
+    def _decode_raw(self, raw: Tensor) -> Tensor:
+        return self._network.decode(raw.to(torch.float32)).sample
 
     def _in_chunks(
         self,

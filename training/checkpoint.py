@@ -42,6 +42,7 @@ class DataSummary:
     content_hash: str
     class_names: tuple[str, ...] = ()
     class_counts: tuple[int, ...] = ()
+    features: dict[str, Any] | None = None  # Of a model of features: buckets and statistics.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -227,6 +228,7 @@ def summarise(dataset: Any) -> DataSummary:
         content_hash=dataset.content_hash,
         class_names=tuple(dataset.class_names) if dataset.num_classes else (),
         class_counts=counts,
+        features=dataset.summary() if hasattr(dataset, "summary") else None,
     )
 
 

@@ -4,13 +4,14 @@ import dataclasses
 from collections.abc import Collection
 from typing import ClassVar
 
-from diffusion.guidance import GuidanceConfig
+from diffusion.guidance import DualGuidanceConfig, GuidanceConfig
 from diffusion.precond import PrecondConfig
 from diffusion.samplers import SamplingConfig
 from dnnlib.config import Config, option
 from models.config import ModelConfig
 from training.augment import AugmentConfig
 from training.dataset import DatasetConfig
+from training.feature_config import FeatureConfig
 from training.power_ema import MAX_STD, MIN_STD, std_name
 from training.sets import SetConfig
 
@@ -42,7 +43,21 @@ class TrainingConfig(Config):
     weight_decay: float = option(
         0.0, min=0, help="Decoupled weight decay of matrices and kernels (AdamW); 0 is Adam."
     )
+    beta2: float = option(
+        0.999, min=0, max=0.9999, help="Decay of Adam's average of squared gradients."
+    )
     lr_rampup: float = option(10_000.0, min=0, help="Linear learning-rate warm-up in kimg.")
+    lr_schedule: str = option(
+        "constant",
+        choices=("constant", "cosine"),
+        help="What follows the warm-up; cosine falls to --lr-final at the end of the run.",
+    )
+    lr_final: float = option(
+        1e-6,
+        min=0,
+        requires={"lr_schedule": ("cosine",)},
+        help="Learning rate at the end of the run.",
+    )
     clip_grad: float | None = option(
         None, min=1e-6, help="Largest gradient norm; larger is scaled."
     )
@@ -207,8 +222,10 @@ class RunConfig(Config):
     logging: LoggingConfig = LoggingConfig()
     detectors: DetectorConfig = DetectorConfig()
     sampling: SamplingConfig = SamplingConfig()
-    guidance: GuidanceConfig = GuidanceConfig()
+    guidance: GuidanceConfig | None = GuidanceConfig()
     sets: SetConfig | None = None
+    features: FeatureConfig | None = None
+    dual_guidance: DualGuidanceConfig | None = None
 
     @property
     def step_nimg(self) -> int:
@@ -272,10 +289,10 @@ def accumulation_rounds(training: TrainingConfig, world_size: int) -> tuple[int,
     return batch_gpu, per_rank // batch_gpu
 
 
-def check_guided_channels(guidance: GuidanceConfig, model: ModelConfig) -> None:
+def check_guided_channels(guidance: GuidanceConfig | None, model: ModelConfig) -> None:
     """Raise ValueError if more channels are to be guided than a model denoises."""
     channels = model.input_shape[0]
-    if (guidance.cfg_channels or 0) > channels:
+    if guidance is not None and (guidance.cfg_channels or 0) > channels:
         raise ValueError(
             f"--cfg-channels: got {guidance.cfg_channels}, but the model denoises {channels} "
             "channels; give at most as many, or none for all."
@@ -284,7 +301,7 @@ def check_guided_channels(guidance: GuidanceConfig, model: ModelConfig) -> None:
 
 def check_guidance(config: RunConfig, num_classes: int) -> None:
     """Raise ValueError if classifier-free guidance is asked of a model that cannot give it."""
-    if config.guidance.cfg_scale == 1.0:
+    if config.guidance is None or config.guidance.cfg_scale == 1.0:
         return
     if config.sets is not None:
         if not config.sets.context_drop:

@@ -11,7 +11,12 @@ import numpy as np
 import torch
 
 from diffusion.denoiser import AUTOCAST_DTYPES, Denoiser, autocast
-from diffusion.guidance import GuidanceConfig, autoguidance, classifier_free
+from diffusion.guidance import (
+    DualGuidanceConfig,
+    GuidanceConfig,
+    autoguidance,
+    classifier_free,
+)
 from diffusion.precond import Precond, make_precond
 from diffusion.samplers import SamplingConfig, num_evaluations, reads_variance, sample
 from dnnlib.config import Config, did_you_mean, to_dict
@@ -40,7 +45,8 @@ class GenerateConfig(Config):
     """A sampling protocol, as the options of generate.py and fid.py."""
 
     sampling: SamplingConfig = SamplingConfig()
-    guidance: GuidanceConfig = GuidanceConfig()
+    guidance: GuidanceConfig | None = GuidanceConfig()
+    dual_guidance: DualGuidanceConfig | None = None
 
     @classmethod
     def of_snapshot(cls, path: str | None) -> "GenerateConfig":
@@ -48,7 +54,11 @@ class GenerateConfig(Config):
         if path is None:
             return cls()
         config = cached_snapshot(path).config
-        return cls(sampling=config.sampling, guidance=config.guidance)
+        return cls(
+            sampling=config.sampling,
+            guidance=config.guidance,
+            dual_guidance=config.dual_guidance,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,14 +12,17 @@ from training.augment import AugmentParams, AugmentPipe, make_augment_pipe
 from training.autoencoder import Autoencoder, load_autoencoder, normalise
 from training.config import RunConfig
 from training.dataset import Cond, ImageDataset, MirroredImages, open_dataset
+from training.feature_data import FeatureDataset
+from training.feature_record import is_feature_folder
+from training.feature_statistics import FeatureStatistics
 from training.latent_archive import is_latent_folder, read_record
 from training.latents import LatentDataset
-from training.pictures import image_grid, save_image
+from training.pictures import image_grid, mixed_grid, save_image
 from training.sets import SetDataset
 
 _NUM_REALS = 64
 
-TrainingData = ImageDataset | MirroredImages | LatentDataset | SetDataset
+TrainingData = ImageDataset | MirroredImages | LatentDataset | SetDataset | FeatureDataset
 
 
 class PixelInputs:
@@ -109,12 +112,45 @@ class LatentInputs:
         )
 
 
+class FeatureInputs:
+    """Normalised latents and features.
+
+    Args:
+        statistics: Of the data, on the device.
+        autoencoder: Decodes for pictures.
+    """
+
+    def __init__(self, statistics: FeatureStatistics, autoencoder: Autoencoder) -> None:
+        self._statistics, self._autoencoder = statistics, autoencoder
+
+    def draw(
+        self, *, seed: int, cur_nimg: int, batch: int, shape: tuple[int, ...], device: torch.device
+    ) -> None:
+        """Return nothing: what is stored is what a network sees."""
+
+    def prepare(self, latents: torch.Tensor, cond: Cond, drawn: None) -> tuple[torch.Tensor, Cond]:
+        """Return latents and conditions, normalised, in float32."""
+        statistics = self._statistics
+        return statistics.normalise(latents), statistics.normalise_features(cond)
+
+    def pictures(self, latents: torch.Tensor) -> torch.Tensor:
+        """Return the uint8 images [N, C, H, W] of a loader's batch."""
+        return to_uint8(self._autoencoder.decode_raw(latents))
+
+
 def open_training_data(config: RunConfig) -> TrainingData:
-    """Return the dataset of a run: images, sets of them, or the latents of an archive.
+    """Return the dataset of a run: images, sets of them, the latents of an archive, or features.
 
     Raises ValueError if there is none, or if it is of the wrong kind for the model.
     """
     data, is_latent_model = config.data, isinstance(config.model, LatentModelConfig)
+    if config.features is not None:
+        return _open_features(config)
+    if data.data is not None and is_feature_folder(data.data):
+        raise ValueError(
+            f"--data: {data.data} holds features, but preset {config.preset} does not train on "
+            "them; give images, or a preset such as nanodit."
+        )
     if data.data is not None and is_latent_folder(data.data):
         if not is_latent_model:
             raise ValueError(
@@ -150,6 +186,24 @@ def open_training_data(config: RunConfig) -> TrainingData:
             "with --vae to encode while training."
         )
     return MirroredImages(dataset) if data.hflip else dataset
+
+
+def _open_features(config: RunConfig) -> FeatureDataset:
+    data = config.data
+    if data.data is None or not is_feature_folder(data.data):
+        raise ValueError(
+            f"--data: got {data.data}; preset {config.preset} trains on a folder made by "
+            "dataset_tool.py features."
+        )
+    for option, value, reason in (
+        ("--cond", data.cond, "there are no class labels"),
+        ("--hflip", data.hflip, "mirrored latents do not belong to the features of an image"),
+        ("--cache", data.cache, "nothing is decoded"),
+        ("--max-size", data.max_size, "prepare fewer images with --max-images"),
+    ):
+        if value:
+            raise ValueError(f"{option} has no effect on features: {reason}.")
+    return FeatureDataset(data.data, text_lengths=config.features.text_lengths)
 
 
 def open_autoencoder(
@@ -204,12 +258,18 @@ def check_resolution(config: RunConfig, resolution: int) -> None:
 
 
 def make_inputs(
-    config: RunConfig, dataset: TrainingData, autoencoder: Autoencoder | None
-) -> PixelInputs | LatentInputs:
-    """Return how a run's batches become inputs of its network.
+    config: RunConfig,
+    dataset: TrainingData,
+    autoencoder: Autoencoder | None,
+    device: torch.device,
+) -> PixelInputs | LatentInputs | FeatureInputs:
+    """Return how a run's batches become inputs of its network on ``device``.
 
     A latent model needs its ``autoencoder`` for pictures, and for a dataset of images.
     """
+    if isinstance(dataset, FeatureDataset):
+        statistics = FeatureStatistics.of(dataset.record.statistics, device)
+        return FeatureInputs(statistics, autoencoder)
     if not isinstance(config.model, LatentModelConfig):
         return PixelInputs(make_augment_pipe(config.training.augment))
     if isinstance(dataset, LatentDataset):
@@ -231,6 +291,12 @@ def save_reals(
     Of sets, as many as hold about as many images are shown, each in a row. ``pictures`` makes uint8
     images [..., C, H, W] of what the dataset yields.
     """
+    if isinstance(dataset, FeatureDataset):
+        num = min(_NUM_REALS, dataset.num_images)
+        chosen = np.linspace(0, dataset.num_images - 1, num).round().astype(int)
+        images = [pictures(dataset.__getitems__([index])[0])[0].cpu() for index in chosen.tolist()]
+        save_image(mixed_grid([images[row : row + 8] for row in range(0, num, 8)]), path)
+        return
     if isinstance(dataset, SetDataset):
         batch, _ = dataset.__getitems__(range(-(-_NUM_REALS // dataset.sample_size)))
         save_image(image_grid(pictures(batch).flatten(0, 1), columns=dataset.sample_size), path)

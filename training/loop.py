@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from diffusion.denoiser import AUTOCAST_DTYPES
 from diffusion.precond import make_precond
 from dnnlib.progress import progress
 from models import build_network
@@ -25,18 +24,15 @@ from training.checkpoint import (
     snapshot_path,
     state_path,
     summarise,
-    transfer_weights,
 )
 from training.config import RunConfig, accumulation_rounds
 from training.ema import EMA, PowerEMA, ema_beta
-from training.episodes import episodes_to_show
-from training.generation import ImageGenerator
+from training.families import make_objective, make_sampler, make_scores, start_from
 from training.inputs import TrainingData, make_inputs, save_reals
-from training.optimizer import GuardedAdam
+from training.optimizer import GuardedAdam, learning_rate
 from training.report import forward_flops
-from training.sampler import PositionSampler, make_loader
-from training.scores import EvaluateFn, InLoopScores
-from training.set_objective import make_objective, make_validate
+from training.sampler import make_loader
+from training.scores import EvaluateFn
 from training.set_report import Watch
 from training.telemetry import (
     Telemetry,
@@ -71,7 +67,8 @@ def training_loop(
         resume_state: A training state to continue from, bit for bit on the CPU.
         transfer: A snapshot whose weights start a new run, as far as names and shapes agree.
         evaluate: Called by all ranks as ``evaluate(metric_names, generate)``, where
-            ``generate(indices)`` yields this rank's uint8 image batches; returns score rows.
+            ``generate(indices)`` yields this rank's uint8 image batches; returns score rows. Of a
+            model of features: see :mod:`training.feature_scores`.
         stop_signal: An active handler of signals, on every rank.
 
     Raises FloatingPointError if too many gradients in a row are not finite.
@@ -85,6 +82,8 @@ def training_loop(
     torch.backends.cudnn.benchmark = training.cudnn_benchmark
     allow_tf32(training.tf32)
 
+    data = summarise(dataset)
+
     # Build network, loss, weight averages and optimizer.
     torch.manual_seed(rng.mix(training.seed, rng.STREAM_INIT))
     network = build_network(config.model).train().requires_grad_(True).to(device)
@@ -94,6 +93,7 @@ def training_loop(
     profiles = PowerEMA(network, training.ema_stds)
     optimizer = GuardedAdam(
         network.parameters(),
+        beta2=training.beta2,
         weight_decay=training.weight_decay,
         clip_grad=training.clip_grad,
         dynamic_scale=training.precision == "fp16",
@@ -104,7 +104,7 @@ def training_loop(
     elapsed_before_sec = 0.0
     stats = StatsCollector()
     if transfer is not None:
-        report = transfer_weights(network, transfer)
+        report = start_from(config, network, transfer, data, run_dir)
         ema.network.load_state_dict(network.state_dict())
         distributed.print0(report)
     if resume_state is not None:
@@ -117,36 +117,20 @@ def training_loop(
         tick_start_nimg = resume_state["progress"]["tick_start_nimg"]
         elapsed_before_sec = resume_state["progress"]["elapsed_sec"]
         stats.load_state_dict(resume_state["stats"])
-    if training.compile:
-        network.compile_parts()
-    inputs = make_inputs(config, dataset, autoencoder)
+    inputs = make_inputs(config, dataset, autoencoder, device)
     objective = make_objective(config, network, precond, inputs)
+    if training.compile:
+        network.compile_parts(objective.num_shapes)
     loss_function = distributed.wrap(objective, device)
+    if training.compile:
+        with distributed.no_sync(loss_function, skip=True):
+            objective.warm_up(loss_function, batch_gpu, device)
 
     # Prepare data and outputs.
-    sampler = PositionSampler(
-        len(dataset) if config.sets is None else None,
-        seed=training.seed,
-        start_nimg=cur_nimg // config.model.images_per_row,
-        batch_size=training.batch,
-        batch_gpu=batch_gpu,
-        rank=rank,
-        world_size=world_size,
-    )
+    sampler, input_shape = make_sampler(config, dataset, cur_nimg)
     loader = make_loader(dataset, sampler, num_workers=logging.workers, device=device)
     batches = iter(loader)
-    data = summarise(dataset)
     flops_per_image = forward_flops(config)  # The backward pass costs twice as much again.
-    generator = ImageGenerator(
-        network=ema.network,
-        precond=precond,
-        model=config.model,
-        sampling=config.sampling,
-        guidance=config.guidance,
-        device=device,
-        autocast_dtype=AUTOCAST_DTYPES[training.precision],
-        autoencoder=autoencoder,
-    )
 
     def snapshots(
         progress_info: dict[str, Any],
@@ -186,14 +170,16 @@ def training_loop(
             save_state(path, payload, config)
             prune_states(run_dir, path, logging.keep_states)
 
-    scores = InLoopScores(
+    scores = make_scores(
         config,
         run_dir,
-        generator,
+        ema.network,
+        dataset,
         data,
+        inputs,
+        device=device,
+        autoencoder=autoencoder,
         evaluate=evaluate,
-        validate=make_validate(config, dataset, ema.network, precond, inputs),
-        episodes=episodes_to_show(config, dataset),
         telemetry=telemetry,
         stop_signal=stop_signal,
     )
@@ -216,7 +202,7 @@ def training_loop(
             seed=training.seed,
             cur_nimg=cur_nimg,
             batch=training.batch,
-            input_shape=config.model.input_shape,
+            input_shape=input_shape(cur_nimg),
             device=device,
         ).rows(rank * per_rank, (rank + 1) * per_rank)
         torch.manual_seed(rng.mix(training.seed, cur_nimg, rng.STREAM_MODEL, rank))
@@ -233,7 +219,7 @@ def training_loop(
                 if optimizer.loss_scale is not None:
                     total = total * optimizer.loss_scale
                 total.backward()
-            stats.report("Loss/loss", loss)
+            objective.report(stats, loss, rows)
 
         # At the end of a tick, look at what the step did.
         done = cur_nimg + step_nimg >= total_nimg
@@ -243,9 +229,7 @@ def training_loop(
                 stats.report(name, value)
 
         # Update weights and their averages.
-        lr = training.lr
-        if training.lr_rampup > 0:
-            lr *= min(cur_nimg / (training.lr_rampup * 1000), 1.0)
+        lr = learning_rate(training, cur_nimg, step_nimg, total_nimg)
         grad_norm = optimizer.step(lr)
         beta = ema_beta(cur_nimg, step_nimg, training.ema_kimg, training.ema_rampup)
         ema.update(beta, optimizer.skipped)

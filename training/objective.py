@@ -1,6 +1,7 @@
 """From a batch to the loss: the module that DDP wraps."""
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 
@@ -9,6 +10,7 @@ from diffusion.losses import denoising_loss, hybrid_loss
 from diffusion.precond import Precond
 from models import Context, Network
 from torch_utils import rng
+from torch_utils.stats import StatsCollector
 from training.augment import AugmentParams
 from training.dataset import Cond
 from training.inputs import LatentInputs, PixelInputs
@@ -20,11 +22,12 @@ class Draws:
 
     sigma: torch.Tensor  # [N], noise level
     noise: torch.Tensor  # [N, C, H, W], standard normal
-    drop: torch.Tensor | None  # [N] bool, true where the condition is dropped
+    drop: torch.Tensor | None  # [N] or [N, K] bool, true where the condition (of K) is dropped
     inputs: AugmentParams | torch.Tensor | None  # [N, ...], what the inputs are made with
     context_drop: torch.Tensor | None = None  # [N] bool, true where the set is dropped
     context_noise: torch.Tensor | None = None  # [N, ...], standard normal, of a drawn context
     kl_weight: torch.Tensor | None = None  # [N], of the divergence of a drawn context
+    patch_bias: torch.Tensor | None = None  # [N], added to the scores of attention to patches
 
     def rows(self, start: int, stop: int) -> "Draws":
         """Return the draws of rows ``start`` to ``stop``."""
@@ -35,10 +38,10 @@ class Draws:
 class Objective(torch.nn.Module):
     """The denoising loss of a network under a preconditioner.
 
-    The loop knows an objective by four calls: :meth:`draw` the randomness of a step,
-    :meth:`prepare` a batch on the device, the differentiable loss, and :meth:`diagnose` what the
-    last step of a tick did. Another kind of training (other noise, other draws, other data) is
-    another class with these.
+    The loop knows an objective by six calls: :meth:`warm_up` before it begins, :meth:`draw` the
+    randomness of a step, :meth:`prepare` a batch on the device, the differentiable loss,
+    :meth:`report` it, and :meth:`diagnose` what the last step of a tick did. Another kind of
+    training (other noise, other draws, other data) is another class with these.
 
     Args:
         network: What is trained.
@@ -104,6 +107,22 @@ class Objective(torch.nn.Module):
         """Return the loss of every element [N, C, H, W] of prepared images and conditions."""
         context = self.network.context(cond, draws.drop, num=len(images))
         return self._loss(images, draws.sigma, draws.noise, context)
+
+    @property
+    def num_shapes(self) -> int:
+        """Number of shapes of inputs, for each of which a compiled network has a graph."""
+        return 1
+
+    def warm_up(self, run: Callable[..., torch.Tensor], batch: int, device: torch.device) -> None:
+        """Have every graph of a compiled network made before training, by one pass each.
+
+        ``run`` is :meth:`forward`, as wrapped for training; ``batch`` is that of a pass. What it
+        leaves in the gradients counts for nothing. With a single shape, the first step does.
+        """
+
+    def report(self, stats: StatsCollector, loss: torch.Tensor, draws: Draws) -> None:
+        """Add the ``loss`` that :meth:`forward` just returned to the statistics of the tick."""
+        stats.report("Loss/loss", loss)
 
     def diagnose(
         self,

@@ -1,20 +1,42 @@
 """AdamW that leaves everything as it was when a gradient is not finite, without a host sync."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 
+from training.config import TrainingConfig
+
 _FP16_INITIAL_SCALE = 2.0**16
 _FP16_GROWTH_INTERVAL = 2000
+
+
+def learning_rate(
+    training: TrainingConfig, cur_nimg: int, step_nimg: int, total_nimg: int
+) -> float:
+    """Return the learning rate of the step from ``cur_nimg`` images to ``step_nimg`` more.
+
+    ``constant`` rises from 0 as the images before the step do (EDM, arXiv 2206.00364, Appendix F);
+    ``cosine`` as those after it, and then falls by half a cosine to ``lr_final`` at ``total_nimg``
+    (SGDR, arXiv 1608.03983, Eq. 5, without restarts).
+    """
+    warm_up = training.lr_rampup * 1000
+    if training.lr_schedule == "constant":
+        return training.lr * (min(cur_nimg / warm_up, 1.0) if warm_up > 0 else 1.0)
+    if cur_nimg + step_nimg <= warm_up:
+        return training.lr * (cur_nimg + step_nimg) / warm_up
+    progress = min((cur_nimg + step_nimg - warm_up) / max(total_nimg - warm_up, 1), 1.0)
+    final = training.lr_final
+    return final + (training.lr - final) * (1 + math.cos(math.pi * progress)) / 2
 
 
 class GuardedAdam:
     """Fused AdamW with a device-side guard against non-finite gradients.
 
-    Betas are (0.9, 0.999), eps is 1e-8 (EDM, arXiv 2206.00364, Table 7). Weight decay is decoupled
-    (Loshchilov & Hutter, arXiv 1711.05101), and spares vectors, such as biases, and parameters with
-    a true attribute ``spares_decay``; at 0 this is Adam.
+    Betas are (0.9, ``beta2``), eps is 1e-8 (EDM, arXiv 2206.00364, Table 7). Weight decay is
+    decoupled (Loshchilov & Hutter, arXiv 1711.05101), and spares vectors, such as biases, and
+    parameters with a true attribute ``spares_decay``; at 0 this is Adam.
     After :meth:`step`, ``skipped`` is 1.0 if the gradients' norm was not finite; weights and
     optimizer state are then unchanged. Gradients are equal on all ranks, hence so is the flag.
     Counters stay on the device until :meth:`read_counters`.
@@ -27,6 +49,7 @@ class GuardedAdam:
         self,
         params: Iterable[torch.nn.Parameter],
         *,
+        beta2: float = 0.999,
         weight_decay: float = 0.0,
         clip_grad: float | None = None,
         dynamic_scale: bool = False,
@@ -43,7 +66,7 @@ class GuardedAdam:
         self._adam = torch.optim.AdamW(
             [group for group in groups if group["params"]],
             lr=0.0,
-            betas=(0.9, 0.999),
+            betas=(0.9, beta2),
             eps=1e-8,
             weight_decay=weight_decay,
             fused=True,

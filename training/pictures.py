@@ -1,5 +1,6 @@
 """Grids of images as people look at them: enlarged, with gaps, written atomically."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,44 @@ def image_grid(images: torch.Tensor, columns: int) -> PIL.Image.Image:
         y, x = index // columns * tile_h + _GAP, index % columns * tile_w + _GAP
         canvas[y : y + tile.shape[0], x : x + tile.shape[1]] = tile
     return PIL.Image.fromarray(canvas[:, :, 0] if channels == 1 else canvas)
+
+
+def mixed_grid(rows: Sequence[Sequence[torch.Tensor]], height: int = 256) -> PIL.Image.Image:
+    """Return rows of uint8 images [3, H, W] of any sizes as one picture.
+
+    Every image is scaled to ``height``, or to be as wide as twice that, but never enlarged beyond a
+    whole factor.
+    """
+    bands = []
+    for row in rows:
+        tiles = [_fitted(to_pil(image), height) for image in row]
+        tall = max(tile.height for tile in tiles)
+        band = PIL.Image.new(
+            "RGB",
+            (sum(tile.width + _GAP for tile in tiles) + _GAP, tall + _GAP),
+            (_BACKGROUND,) * 3,
+        )
+        left = _GAP
+        for tile in tiles:
+            band.paste(tile, (left, _GAP))
+            left += tile.width + _GAP
+        bands.append(band)
+    size = (max(band.width for band in bands), sum(band.height for band in bands) + _GAP)
+    canvas = PIL.Image.new("RGB", size, (_BACKGROUND,) * 3)
+    top = 0
+    for band in bands:
+        canvas.paste(band, (0, top))
+        top += band.height
+    return canvas
+
+
+def _fitted(image: PIL.Image.Image, height: int) -> PIL.Image.Image:
+    scale = min(height / image.height, 2 * height / image.width)
+    if scale >= 1:
+        size = (image.width * int(scale), image.height * int(scale))
+        return image.resize(size, PIL.Image.Resampling.NEAREST)
+    size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
+    return image.resize(size, PIL.Image.Resampling.LANCZOS)
 
 
 def support_picture(

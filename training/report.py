@@ -7,7 +7,13 @@ import torch
 
 from dnnlib.config import to_dict
 from dnnlib.text import format_count
-from models import LatentModelConfig, SetDiTConfig, attention_backend, build_network
+from models import (
+    FeatureDiTConfig,
+    LatentModelConfig,
+    SetDiTConfig,
+    attention_backend,
+    build_network,
+)
 from torch_utils.misc import count_flops, count_parameters
 from training.config import RunConfig, accumulation_rounds
 from training.set_report import describe_sets
@@ -23,6 +29,14 @@ def forward_flops(config: RunConfig) -> int:
         cond = {"label": torch.zeros(1, dtype=torch.int64)} if config.model.num_classes else {}
         if isinstance(model, SetDiTConfig):
             cond["support"] = torch.empty(1, model.context_size, *model.input_shape)
+        if isinstance(model, FeatureDiTConfig):
+            rows, columns = model.patch_grid(model.resolution, model.resolution)
+            cond = dict(
+                text=torch.empty(1, model.max_text_tokens, model.text_dim),
+                cls=torch.empty(1, model.visual_dim),
+                patches=torch.empty(1, rows * columns, model.visual_dim),
+                size=torch.tensor([model.resolution, model.resolution], device="cpu"),
+            )
         return count_flops(lambda: network(x, torch.zeros(1), network.context(cond, num=1)))
 
 
@@ -38,6 +52,8 @@ def describe_run(config: RunConfig, world_size: int, device: torch.device) -> st
     batch_gpu, rounds = accumulation_rounds(training, world_size)
     steps = -(-config.total_nimg // config.step_nimg)
     classes = f"{model.num_classes} classes" if model.num_classes else "unconditional"
+    if isinstance(model, FeatureDiTConfig):
+        classes = "text and image features"
     kind = f"{model.family}, {model.resolution}x{model.resolution}x{model.img_channels}"
     logging = config.logging
     kimg_per_snapshot = config.tick_nimg * min(logging.snap, logging.dump or logging.snap) / 1000
@@ -62,12 +78,31 @@ def describe_run(config: RunConfig, world_size: int, device: torch.device) -> st
         shape = "x".join(map(str, model.input_shape))
         rows["latents"] = f"{shape} of {model.vae or 'the autoencoder in --data'}{scale}"
     rows.update(describe_sets(config))
+    rows.update(describe_features(config))
     if kimg_per_snapshot < 1:
         rows["note"] = (
             f"snapshots and states come every {kimg_per_snapshot:g} kimg, but their names count "
             "whole ones: of those in the same kimg the last stays (see --tick, --snap, --dump)"
         )
     return "\n".join(f"  {name:<13} {value}" for name, value in rows.items())
+
+
+def describe_features(config: RunConfig) -> dict[str, str]:
+    """Return rows that tell what a run's model is conditioned on; none for other runs."""
+    model, features = config.model, config.features
+    if not isinstance(model, FeatureDiTConfig):
+        return {}
+    both = 1 - features.drop_all - features.text_only - features.visual_only
+    patches = "no patches"
+    if model.use_dino_patches:
+        patches = f"patches of {model.visual_patch_size} pixels"
+    return {
+        "buckets": ", ".join(model.buckets) or "those of the data",
+        "context": f"text of up to {model.max_text_tokens} x {model.text_dim}, CLS token and "
+        f"{patches} of {model.visual_dim}",
+        "dropout": f"nothing given {features.drop_all:.0%}, text alone {features.text_only:.0%}, "
+        f"image alone {features.visual_only:.0%}, both {both:.0%}",
+    }
 
 
 def describe_config(config: RunConfig) -> str:

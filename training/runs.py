@@ -11,13 +11,14 @@ from diffusion.precond import make_precond
 from diffusion.samplers import sampling_sigmas
 from dnnlib.config import from_dict, to_dict
 from dnnlib.files import atomic_write
-from models import LatentModelConfig, SetDiTConfig
+from models import FeatureDiTConfig, LatentModelConfig, SetDiTConfig
 from torch_utils import distributed
 from training.augment import NUM_LABELS
 from training.autoencoder import Autoencoder
 from training.checkpoint import Snapshot, find_states, load_state
 from training.config import RunConfig, check_guidance, check_guided_channels
 from training.episodes import check_classes
+from training.feature_data import FeatureDataset
 from training.inputs import TrainingData, check_autoencoder, check_resolution
 from training.latents import LatentDataset
 from training.sets import SetDataset
@@ -30,9 +31,9 @@ _RUN_FILES = (
 )
 _DEFAULT_LABEL_DROP = 0.1  # As in classifier-free guidance's experiments (arXiv 2207.12598).
 # Settings that change how fast or how long a run computes, but not what.
-_SPEED_SECTIONS = ("logging", "sampling", "guidance")
+_SPEED_SECTIONS = ("logging", "sampling", "guidance", "dual_guidance")
 SPEED_SETTINGS = {
-    "model": ("checkpointing", "attention", "vae"),
+    "model": ("checkpointing", "attention", "vae", "visual", "text"),
     "data": ("cache",),
     "sets": ("num_eval_batches", "compute_fid", "fid_num_samples", "diagnostics"),
     "training": ("kimg", "iters", "skip_limit", "compile", "batch_gpu", "tf32", "cudnn_benchmark"),
@@ -46,6 +47,8 @@ def fit_to_data(config: RunConfig, dataset: TrainingData) -> RunConfig:
     autoencoder. Raises ValueError if the resolution or the latents' shape differs, or if the run
     asks for what the data cannot give.
     """
+    if isinstance(dataset, FeatureDataset):
+        return with_data_facts(_fit_to_features(config, dataset), 3, 0)
     check_resolution(config, dataset.resolution)
     if isinstance(dataset, LatentDataset):
         config = _fit_to_latents(config, dataset)
@@ -77,6 +80,36 @@ def _fit_to_latents(config: RunConfig, dataset: LatentDataset) -> RunConfig:
         vae_hash=dataset.vae_hash,
         latent_scale=dataset.scale,
         latent_shift=dataset.shift,
+    )
+    return dataclasses.replace(config, model=model)
+
+
+def _fit_to_features(config: RunConfig, dataset: FeatureDataset) -> RunConfig:
+    record = dataset.record
+    if not dataset.num_images:
+        raise ValueError(f"--data: {config.data.data} holds no image to train on.")
+    edge = config.model.patch_size * record.vae["downsampling"]
+    for bucket in dataset.buckets:
+        if bucket.width % edge or bucket.height % edge:
+            raise ValueError(
+                f"--patch-size: got {config.model.patch_size}, but sides of {bucket.name} are no "
+                f"multiples of {edge} pixels; use --patch-size=2."
+            )
+    model = dataclasses.replace(
+        config.model,
+        resolution=max(dataset.resolution // edge, 1) * edge,
+        latent_channels=record.vae["channels"],
+        latent_downsampling=record.vae["downsampling"],
+        text_dim=record.text["dim"],
+        max_text_tokens=record.text["max_tokens"],
+        visual_dim=record.visual["dim"],
+        visual_patch_size=record.visual["patch_size"],
+        buckets=tuple(bucket.name for bucket in dataset.buckets),
+        **{
+            f"{name}{suffix}": getattr(record, name)[key]
+            for name in ("vae", "visual", "text")
+            for suffix, key in (("", "location"), ("_hash", "hash"))
+        },
     )
     return dataclasses.replace(config, model=model)
 
@@ -116,10 +149,15 @@ def with_data_facts(config: RunConfig, img_channels: int, num_classes: int) -> R
     check_guidance(config, num_classes)
     check_guided_channels(config.guidance, config.model)
     precond = make_precond(config.precond)
-    sampling_sigmas(config.sampling, precond)  # Raises if the network knows no such levels.
-    is_image_model = not isinstance(config.model, LatentModelConfig | SetDiTConfig)
+    if config.features is not None:
+        _check_flow(config)
+    else:
+        sampling_sigmas(config.sampling, precond)  # Raises if the network knows no such levels.
+    is_image_model = not isinstance(
+        config.model, LatentModelConfig | SetDiTConfig | FeatureDiTConfig
+    )
     if not is_image_model and config.training.augment.augment > 0:
-        what = "latents" if isinstance(config.model, LatentModelConfig) else "sets"
+        what = "sets" if isinstance(config.model, SetDiTConfig) else "latents"
         raise ValueError(
             f"--augment: got {config.training.augment.augment:g}, but {what} cannot be augmented; "
             "set --augment=0 (--hflip mirrors images)."
@@ -132,6 +170,19 @@ def with_data_facts(config: RunConfig, img_channels: int, num_classes: int) -> R
         learned_variance=precond.learned_variance,
     )
     return dataclasses.replace(config, model=model)
+
+
+def _check_flow(config: RunConfig) -> None:
+    """Raise ValueError unless a run on features is one of flow matching, and sampled so."""
+    for option, value, wanted in (
+        ("--precond", config.precond.precond, "flow"),
+        ("--sigma-grid", config.sampling.grid, "time"),
+    ):
+        if value != wanted:
+            raise ValueError(
+                f"{option}: got {value}, but preset {config.preset} is one of flow matching; give "
+                f"{option}={wanted}."
+            )
 
 
 def describe(config: RunConfig, dataset: TrainingData, desc: str | None) -> str:

@@ -7,16 +7,14 @@ from typing import Any
 
 import torch
 
-from diffusion.denoiser import AUTOCAST_DTYPES, autocast
-from diffusion.precond import Precond
-from models import Context, Network
+from diffusion.denoiser import autocast
+from models import Context
 from torch_utils import distributed, rng
 from torch_utils.stats import StatsCollector
 from training.config import RunConfig, accumulation_rounds
 from training.dataset import Cond
-from training.inputs import LatentInputs, PixelInputs, TrainingData
 from training.objective import Draws, Objective
-from training.sets import SetConfig
+from training.sets import SetConfig, SetDataset
 
 
 class SetObjective(Objective):
@@ -175,38 +173,19 @@ class SetObjective(Objective):
         return norms
 
 
-def make_objective(
-    config: RunConfig, network: Network, precond: Precond, inputs: PixelInputs | LatentInputs
-) -> Objective:
-    """Return the objective of a run for ``network``."""
-    settings = dict(
-        inputs=inputs,
-        label_drop=config.training.label_drop or 0.0,
-        autocast_dtype=AUTOCAST_DTYPES[config.training.precision],
-    )
-    if config.sets is None:
-        return Objective(network, precond, **settings)
-    return SetObjective(network, precond, config=config.sets, **settings)
-
-
 def make_validate(
-    config: RunConfig,
-    dataset: TrainingData,
-    network: Network,
-    precond: Precond,
-    inputs: PixelInputs | LatentInputs,
+    config: RunConfig, dataset: SetDataset, objective: SetObjective
 ) -> Callable[[], float] | None:
-    """Return the function that measures the loss of ``network`` on classes not trained on.
+    """Return the function that measures ``objective`` on classes not trained on.
 
     They are the validation classes, or without any the unseen ones. Returns None if the run asks
     for none of that. The sets and their noise are the same at every call. The function is
     collective.
     """
-    if config.sets is None or not config.sets.num_eval_batches:
+    if not config.sets.num_eval_batches:
         return None
     sets = dataset.of_classes(dataset.split.val or dataset.split.test)
-    objective = make_objective(config, network, precond, inputs)
-    device = next(network.parameters()).device
+    device = next(objective.parameters()).device
     batch, world_size = config.training.batch, distributed.world_size()
     batch_gpu, num_rounds = accumulation_rounds(config.training, world_size)
     first = distributed.rank() * batch_gpu * num_rounds

@@ -1,0 +1,151 @@
+"""Samplers of flow matching, from noise at t = 1 to data at t = 0.
+
+Each is a function ``sampler(velocity, z, times) -> x0`` in which ``velocity(z, t)`` returns the
+estimate of eps - x0 at z = (1 - t) x0 + t eps, ``t`` is a python number and ``times`` descends from
+1 to 0. They never form the noise level sigma = t / (1 - t), which has no end at t = 1.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from diffusion.denoiser import autocast
+from diffusion.samplers import Callback, SamplingConfig
+
+VelocityFn = Callable[[torch.Tensor, float], torch.Tensor]
+
+
+class Velocity:
+    """The velocity of a raw network that predicts it, float32.
+
+    Args:
+        network: ``F(z [N, C, H, W], t [N], context) -> [N, C, H, W]``.
+        autocast_dtype: Arithmetic of the network (bfloat16, float16), or None for its own.
+    """
+
+    def __init__(
+        self,
+        network: Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor],
+        autocast_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.network, self.autocast_dtype = network, autocast_dtype
+
+    def __call__(
+        self, z: torch.Tensor, t: float | torch.Tensor, context: Any = None
+    ) -> torch.Tensor:
+        """Return v [N, C, H, W], float32, at one time or at times [N]; never waits for the device.
+
+        Args:
+            z: (1 - t) x0 + t eps [N, C, H, W], of any floating type.
+            t: Time in [0, 1].
+            context: Conditioning, handed on to the network.
+        """
+        z = z.to(torch.float32)
+        if not isinstance(t, torch.Tensor):
+            t = torch.full([len(z)], t, dtype=torch.float32, device=z.device)
+        with autocast(z.device, self.autocast_dtype):
+            return self.network(z, t.to(torch.float32), context).to(torch.float32)
+
+
+def flow_times(num_steps: int, shift: float = 1.0) -> list[float]:
+    """Return the num_steps + 1 times s t / (1 + (s - 1) t) of evenly spaced t from 1 to 0.
+
+    The shift is that of Esser et al. (arXiv 2403.03206, Eq. 23); 1 is none.
+    """
+    even = [1 - step / num_steps for step in range(num_steps + 1)]
+    return [shift * t / (1 + (shift - 1) * t) for t in even]
+
+
+def flow_euler(
+    velocity: VelocityFn,
+    z: torch.Tensor,
+    times: Sequence[float],
+    *,
+    callback: Callback | None = None,
+) -> torch.Tensor:
+    """Return x0 by Euler steps of dz/dt = v(z, t)."""
+    for t, t_next in _steps(times, callback):
+        z = z + (t_next - t) * velocity(z, t)
+    return z
+
+
+def flow_heun(
+    velocity: VelocityFn,
+    z: torch.Tensor,
+    times: Sequence[float],
+    *,
+    callback: Callback | None = None,
+) -> torch.Tensor:
+    """Return x0 by Heun's method in (z, t); the last step, to 0, is an Euler step.
+
+    It is not Heun's method in (x, sigma), which :func:`diffusion.samplers.heun` is.
+    """
+    for t, t_next in _steps(times, callback):
+        v = velocity(z, t)
+        predicted = z + (t_next - t) * v
+        if t_next > 0:
+            predicted = z + (t_next - t) * (v + velocity(predicted, t_next)) / 2
+        z = predicted
+    return z
+
+
+def flow_dpmpp_2m(
+    velocity: VelocityFn,
+    z: torch.Tensor,
+    times: Sequence[float],
+    *,
+    callback: Callback | None = None,
+) -> torch.Tensor:
+    """Return x0 by DPM-Solver++(2M) (Lu et al., arXiv 2211.01095, Algorithm 2).
+
+    With alpha = 1 - t and sigma = t. The step from t = 1, the one after it, whose predecessor has
+    no finite length in ln(alpha / sigma), and the last, to 0, are of first order.
+    """
+    previous = h_previous = None
+    for t, t_next in _steps(times, callback):
+        denoised = z - t * velocity(z, t)
+        target = denoised
+        if t_next > 0:
+            h = math.inf if t >= 1 else math.log(t * (1 - t_next) / (t_next * (1 - t)))
+            if previous is not None and math.isfinite(h_previous):
+                target = denoised + (denoised - previous) * (h / (2 * h_previous))
+            previous, h_previous = denoised, h
+        # (t' / t) z + (alpha' - alpha t' / t) x0, whose second factor is 1 - t' / t.
+        z = torch.lerp(target, z, t_next / t)
+    return z
+
+
+def _steps(times: Sequence[float], callback: Callback | None) -> Iterator[tuple[float, float]]:
+    for t, t_next in itertools.pairwise(times):
+        yield t, t_next
+        if callback is not None:
+            callback()
+
+
+FLOW_SAMPLERS: dict[str, Callable[..., torch.Tensor]] = dict(
+    euler=flow_euler, heun=flow_heun, dpmpp_2m=flow_dpmpp_2m
+)
+
+
+@torch.no_grad()
+def sample_flow(
+    velocity: VelocityFn,
+    noise: torch.Tensor,
+    config: SamplingConfig,
+    callback: Callback | None = None,
+) -> torch.Tensor:
+    """Return samples x0 [N, C, H, W], float64.
+
+    Args:
+        velocity: ``(z, t) -> v``, closed over context and guidance.
+        noise: Standard normal [N, C, H, W], which is z at t = 1.
+        config: Sampler, steps and shift; its grid is ``time``.
+        callback: Called without arguments after every step.
+    """
+    assert config.grid == "time"
+    times = flow_times(config.steps, config.time_shift)
+    sampler = FLOW_SAMPLERS[config.sampler]
+    return sampler(velocity, noise.to(torch.float64), times, callback=callback)

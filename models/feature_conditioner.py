@@ -1,0 +1,183 @@
+"""Conditions of a feature-conditioned DiT: text, the CLS token and patches of a visual encoder."""
+
+import torch
+from torch import Tensor, nn
+
+from models.conditioners import Conditioner
+from models.context import Context
+from models.feature_dit import FeatureDiTConfig
+from models.layers import lattice_embedding
+
+# Columns of ``drop``.
+CONDITIONS = ("text", "cls", "patches")
+
+
+class FeatureConditioner(Conditioner):
+    """Projects the features of an image and joins them to one context [text, CLS, patches].
+
+    Each kind of feature has a learned null in the place of what is dropped, before projection. It
+    is in the graph of every batch. Dropped text leaves one token to attend to, so that nothing
+    tells its length.
+
+    Conditions of a batch of N images, all of one size; features are normalised:
+
+    - ``text`` [N, L, text_dim] and ``text_mask`` [N, L] bool, true where there is a token; without
+      a mask all are. Without text, it counts as dropped.
+    - ``cls`` [N, visual_dim] and ``patches`` [N, P, visual_dim] of the grid ``patch_grid``;
+      without them they count as dropped. Where ``patches`` are absent, ``size`` says for which
+      images: (width, height) in pixels, int64 [2] on the CPU.
+    - ``patch_bias`` [N], added to the scores of attention to patches (0 if absent).
+
+    Args:
+        config: Widths, and how conditions are used.
+        dim: Width of the context.
+    """
+
+    num_classes = 0
+
+    def __init__(self, config: FeatureDiTConfig, dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.text_proj = nn.Linear(config.text_dim, dim)
+        self.dino_proj = nn.Linear(config.visual_dim, dim)
+        self.null_text = nn.Parameter(torch.empty(1, 1, config.text_dim))
+        self.null_dino = nn.Parameter(torch.empty(1, config.visual_dim))
+        if config.use_dino_patches:
+            self.dino_patch_proj = nn.Linear(config.visual_dim, dim)
+            self.null_dino_patch_token = nn.Parameter(torch.empty(1, 1, config.visual_dim))
+        self._positions: dict[tuple[int, int, torch.device], Tensor] = {}
+        self.initialize()
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Draw the initial weights from torch's global generator."""
+        for module in self.children():
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+        for null in self.parameters(recurse=False):
+            nn.init.normal_(null, std=0.02)
+            null.spares_decay = True
+
+    def check(self, cond: dict[str, Tensor]) -> None:
+        """Raise ValueError if there is no condition, or one of another width or number."""
+        if not {"text", "cls", "patches"} & set(cond):
+            raise ValueError("This model is conditioned on text or images, but none are given.")
+        dims = dict(text=self.config.text_dim, cls=self.config.visual_dim)
+        dims["patches"] = self.config.visual_dim
+        for name, dim in dims.items():
+            if name in cond and cond[name].shape[-1] != dim:
+                raise ValueError(
+                    f"This model takes {name} features of {dim} numbers, not "
+                    f"{cond[name].shape[-1]}; give those of the encoder that it was trained with."
+                )
+
+    def forward(
+        self, cond: dict[str, Tensor], drop: Tensor | None = None, num: int | None = None
+    ) -> Context:
+        """Return the context of N images: a vector [N, dim], tokens [N, L + 1 + P, dim], a mask.
+
+        Args:
+            cond: See the class.
+            drop: [N, 3] bool, true where text, CLS token or patches are replaced by their nulls.
+            num: N, needed where ``cond`` is empty of features.
+        """
+        given = [cond[name] for name in CONDITIONS if name in cond]
+        num = len(given[0]) if given else num
+        device = self.null_text.device
+        drops = [None] * 3 if drop is None else list(drop.unbind(1))
+        dropped = dict(zip(CONDITIONS, drops, strict=True))
+
+        text, text_mask = self._text(cond, dropped["text"], num)
+        cls = self.dino_proj(_or_null(cond.get("cls"), self.null_dino, dropped["cls"], num))
+        tokens, masks = [text, cls[:, None]], [text_mask, None]
+        if self.config.use_dino_patches:
+            patches = self._patches(cond, dropped["patches"], num)
+            tokens.append(patches)
+            masks.append(self._patch_bias(cond, patches))
+        return Context(
+            vector=cls,
+            tokens=torch.cat(tokens, dim=1),
+            mask=_join_masks(masks, [part.shape[1] for part in tokens], num, device),
+        )
+
+    def _text(
+        self, cond: dict[str, Tensor], drop: Tensor | None, num: int
+    ) -> tuple[Tensor, Tensor | None]:
+        if "text" not in cond:
+            return self.text_proj(self.null_text.expand(num, 1, -1)), None
+        text, mask = cond["text"], cond.get("text_mask")
+        if drop is None:
+            return self.text_proj(_or_null(text, self.null_text, drop, num)), mask
+        if mask is None:
+            mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
+        first = torch.zeros_like(mask[:1])
+        first[:, 0] = True
+        mask = torch.where(drop[:, None], first, mask)
+        return self.text_proj(_or_null(text, self.null_text, drop, num)), mask
+
+    def _patches(self, cond: dict[str, Tensor], drop: Tensor | None, num: int) -> Tensor:
+        width, height = self._size(cond)
+        grid = self.config.patch_grid(width, height)
+        patches = cond.get("patches")
+        count = grid[0] * grid[1]
+        if patches is None:
+            patches = self.null_dino_patch_token.expand(num, count, -1)
+        else:
+            if patches.shape[1] != count:
+                raise ValueError(
+                    f"Images of {width}x{height} have {grid[0]}x{grid[1]} patches of "
+                    f"{self.config.visual_patch_size} pixels, but {patches.shape[1]} are given."
+                )
+            patches = _or_null(patches, self.null_dino_patch_token, drop, num)
+        tokens = self.dino_patch_proj(patches)
+        return tokens + self._positions_of(width, height) if self.config.patch_pos else tokens
+
+    def _size(self, cond: dict[str, Tensor]) -> tuple[int, int]:
+        if "size" not in cond:
+            raise ValueError("The size of the images is needed where patches take part.")
+        width, height = cond["size"].tolist()
+        return width, height
+
+    def _positions_of(self, width: int, height: int) -> Tensor:
+        """Return sinusoids of the patches' centres, in the coordinates of the DiT's tokens."""
+        device = self.null_text.device
+        key = (width, height, device)
+        if key not in self._positions:
+            edge = self.config.latent_downsampling * self.config.patch_size
+            axes = []
+            sides = zip((height, width), self.config.patch_grid(width, height), strict=True)
+            for side, count in sides:
+                centres = (torch.arange(count, device=device) + 0.5) * (side / count)
+                axes.append(centres / edge - 0.5)
+            self._positions[key] = lattice_embedding(self.dino_proj.out_features, *axes)
+        return self._positions[key]
+
+    def _patch_bias(self, cond: dict[str, Tensor], patches: Tensor) -> Tensor | None:
+        bias = cond.get("patch_bias")
+        return None if bias is None else bias[:, None].expand(-1, patches.shape[1])
+
+
+def _or_null(value: Tensor | None, null: Tensor, drop: Tensor | None, num: int) -> Tensor:
+    """Return ``value`` with the rows of ``drop`` replaced by ``null``, which stays in the graph."""
+    if value is None:
+        return null.expand(num, *null.shape[1:])
+    if drop is None:
+        drop = torch.zeros(num, dtype=torch.bool, device=value.device)
+    return torch.where(drop.view(-1, *[1] * (value.ndim - 1)), null.to(value.dtype), value)
+
+
+def _join_masks(
+    masks: list[Tensor | None], lengths: list[int], num: int, device: torch.device
+) -> Tensor | None:
+    """Return masks of tokens side by side: None, bool, or float32 if one of them is a bias."""
+    if all(mask is None for mask in masks):
+        return None
+    is_bias = any(mask is not None and mask.dtype != torch.bool for mask in masks)
+    parts = []
+    for mask, length in zip(masks, lengths, strict=True):
+        if mask is None:
+            mask = torch.ones(num, length, dtype=torch.bool, device=device)
+        if is_bias and mask.dtype == torch.bool:
+            mask = torch.zeros(mask.shape, device=device).masked_fill(~mask, -torch.inf)
+        parts.append(mask)
+    return torch.cat(parts, dim=1)

@@ -1,0 +1,268 @@
+"""NanoDiT: a latent DiT conditioned on text, on an image's global style and on its aligned patches.
+
+DiT (Peebles & Xie, arXiv 2212.09748) without gates, whose blocks attend to one context of text
+tokens, the CLS token of a visual encoder and its patch tokens. It takes latents of any height and
+width, so that one network serves all aspect ratios.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from dnnlib.config import option
+from models.config import ModelConfig
+from models.context import Context
+from models.layers import (
+    MLP,
+    CrossAttention,
+    PositionalEmbedding,
+    SelfAttention,
+    lattice_embedding,
+    modulate,
+)
+
+_NUM_SINUSOIDS = 256
+_MAX_CACHED_GRIDS = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FeatureDiTConfig(ModelConfig):
+    """Architecture of :class:`FeatureDiT`, and what the data say of its conditions."""
+
+    family: ClassVar[str] = "feature-dit"
+    title: ClassVar[str] = "Model options (feature-conditioned DiT)"
+
+    resolution: int = option(
+        1024, min=1, help="Square root of the usual number of pixels.", exposed=False
+    )
+    attention: str = option("sdpa", choices=("sdpa",), help="Attention kernels.", exposed=False)
+    hidden_dim: int = option(384, min=4, aliases=("hidden-size",), help="Width of the tokens.")
+    num_blocks: int = option(12, min=1, aliases=("depth",), help="Blocks of the DiT.")
+    num_heads: int = option(6, min=1, help="Attention heads; divides the width.")
+    patch_size: int = option(2, min=1, help="Edge of the square of latents that is a token.")
+    mlp_ratio: float = option(4.0, min=0.01, help="Hidden width of an MLP over its width.")
+    use_dino_patches: bool = option(
+        True, help="Attend to the patch features; off: to text and CLS token alone."
+    )
+    patch_pos: bool = option(
+        True,
+        requires={"use_dino_patches": (True,)},
+        help="Add to patch features where in the image they are.",
+    )
+    gates: bool = option(False, help="Gate every branch of a block, from zero (adaLN-Zero).")
+    cls_token_time: bool = option(False, help="Add the time to the CLS token of the context.")
+    latent_channels: int = option(16, min=1, help="Channels of the latents.", exposed=False)
+    latent_downsampling: int = option(
+        8, min=1, help="Edge of an image over that of its latents.", exposed=False
+    )
+    text_dim: int = option(4096, min=1, help="Width of the text features.", exposed=False)
+    visual_dim: int = option(1024, min=1, help="Width of the visual features.", exposed=False)
+    visual_patch_size: int = option(
+        16, min=1, help="Edge in pixels of a visual patch.", exposed=False
+    )
+    buckets: tuple[str, ...] = option(
+        (), help="Sizes of the images, as WIDTHxHEIGHT.", exposed=False
+    )
+    max_text_tokens: int = option(512, min=1, help="Tokens of the longest text.", exposed=False)
+    vae: str | None = option(None, help="Autoencoder of the latents.", exposed=False)
+    vae_hash: str | None = option(None, help="Identity of the autoencoder.", exposed=False)
+    visual: str | None = option(None, help="Visual encoder.", exposed=False)
+    visual_hash: str | None = option(None, help="Identity of the visual encoder.", exposed=False)
+    text: str | None = option(None, help="Text encoder.", exposed=False)
+    text_hash: str | None = option(None, help="Identity of the text encoder.", exposed=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.hidden_dim % 4:
+            raise ValueError(
+                f"--hidden-dim: got {self.hidden_dim}; accepted: a multiple of 4, for the sines "
+                "and cosines of two axes."
+            )
+        if self.hidden_dim % self.num_heads:
+            raise ValueError(
+                f"--num-heads: got {self.num_heads}, which does not divide --hidden-dim "
+                f"{self.hidden_dim}; use a divisor."
+            )
+        if self.resolution % (self.latent_downsampling * self.patch_size):
+            raise ValueError(
+                f"--patch-size: got {self.patch_size}, which does not divide the latents of "
+                f"{self.resolution}x{self.resolution} images; use a divisor."
+            )
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the latents of a square image."""
+        return self.latent_shape(self.resolution, self.resolution)
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        """Return channels, height and width of the latents of an image of that size in pixels."""
+        factor = self.latent_downsampling
+        return self.latent_channels, height // factor, width // factor
+
+    def patch_grid(self, width: int, height: int) -> tuple[int, int]:
+        """Return rows and columns of the visual patches of an image of that size in pixels.
+
+        The encoder sees each side at the nearest multiple of its patches, half upwards.
+        """
+        edge = self.visual_patch_size
+        return (2 * height + edge) // (2 * edge), (2 * width + edge) // (2 * edge)
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention and MLP, each with shift and scale from a vector.
+
+    Args:
+        dim: Width of the tokens, of the vector and of the context.
+        num_heads: Number of heads.
+        mlp_ratio: Hidden width of the MLP over ``dim``.
+        gates: Whether each branch is also multiplied by a vector.
+    """
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, gates: bool) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.attn = SelfAttention(dim, num_heads, bias=False)
+        self.cross = CrossAttention(dim, dim, num_heads, bias=False)
+        self.mlp = MLP(dim, int(dim * mlp_ratio), bias=False)
+        self._num_vectors = 9 if gates else 6
+        self.modulation = nn.Linear(dim, self._num_vectors * dim)
+
+    def forward(self, x: Tensor, c: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+        """Return tokens [N, L, C] of x [N, L, C], vectors c [N, C] and a context [N, M, C]."""
+        vectors = self.modulation(functional.silu(c)).chunk(self._num_vectors, dim=1)
+        shifts, scales, gates = vectors[:3], vectors[3:6], vectors[6:]
+
+        def modulated(branch: int) -> Tensor:
+            return modulate(self.norm(x), scales[branch], shifts[branch])
+
+        def gated(branch: int, y: Tensor) -> Tensor:
+            return gates[branch][:, None] * y if gates else y
+
+        x = x + gated(0, self.attn(modulated(0)))
+        x = x + gated(1, self.cross(modulated(1), context, mask))
+        return x + gated(2, self.mlp(modulated(2)))
+
+
+class FeatureDiT(nn.Module):
+    """The raw network F of a feature-conditioned DiT, which predicts the velocity of a flow."""
+
+    def __init__(self, config: FeatureDiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim, patch = config.hidden_dim, config.patch_size
+        # Width of the context.
+        self.context_dim = dim
+        self.patch_embedding = nn.Conv2d(config.latent_channels, dim, patch, stride=patch)
+        self.noise_embedding = PositionalEmbedding(
+            _NUM_SINUSOIDS, endpoint=False, cosines_first=True
+        )
+        self.noise_mlp = nn.Sequential(
+            nn.Linear(_NUM_SINUSOIDS, dim), nn.SiLU(), nn.Linear(dim, dim)
+        )
+        self.blocks = nn.ModuleList(
+            Block(dim, config.num_heads, config.mlp_ratio, config.gates)
+            for _ in range(config.num_blocks)
+        )
+        self.head_norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.head = nn.Linear(dim, patch**2 * config.out_channels)
+        self.refine = nn.Conv2d(config.out_channels, config.out_channels, 3, padding=1)
+        self._positions: dict[tuple[int, int, torch.device], Tensor] = {}
+        self.initialize()
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Draw the initial weights from torch's global generator."""
+        # Linear weights, the patches' among them: uniform by Glorot & Bengio (2010), biases zero.
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+        # Only then what begins at zero: modulations, and the refinement. The head is small, not
+        # zero: the first velocity is about zero, yet all weights get a gradient at once.
+        for layer in (*(block.modulation for block in self.blocks), self.refine):
+            nn.init.zeros_(layer.weight)
+        nn.init.normal_(self.head.weight, std=0.1 / self.config.hidden_dim**0.5)
+
+    def forward(self, x: Tensor, c_noise: Tensor, context: Context) -> Tensor:
+        """Return F [N, out_channels, H, W].
+
+        Args:
+            x: Latents [N, latent_channels, H, W], of unit variance at every time; H and W are
+                multiples of ``patch_size``.
+            c_noise: [N], the time t in [0, 1].
+            context: What :class:`~models.feature_conditioner.FeatureConditioner` returns.
+
+        Raises ValueError if the latents or the context have another shape.
+        """
+        self._check(x, context)
+        t = self.noise_mlp(self.noise_embedding(1000 * c_noise))  #     [N, C]
+        tokens = context.tokens
+        if self.config.cls_token_time:
+            tokens = self._add_to_cls_token(tokens, t, self._num_patches(x))
+        c = t + context.vector
+
+        grid = (x.shape[2] // self.config.patch_size, x.shape[3] // self.config.patch_size)
+        x = self.patch_embedding(x).flatten(2).transpose(1, 2)  #       [N, L, C]
+        x = x + self.positions(grid, x.device)
+        for block in self.blocks:
+            x = self._run(block, x, c, tokens, context.mask)
+        x = self.head(self.head_norm(x))  #                             [N, L, p p C_out]
+
+        patch = self.config.patch_size
+        x = x.unflatten(1, grid).unflatten(-1, (patch, patch, -1))  #   [N, h, w, p, p, C_out]
+        x = x.permute(0, 5, 1, 3, 2, 4)  #                              [N, C_out, h, p, w, p]
+        x = x.flatten(4, 5).flatten(2, 3)  #                            [N, C_out, H, W]
+        return x + self.refine(x)
+
+    def positions(self, grid: tuple[int, int], device: torch.device) -> Tensor:
+        """Return sinusoids [rows * columns, hidden_dim] of the tokens of a grid, float32."""
+        if torch.compiler.is_compiling():  # A graph is of one grid, and makes them itself.
+            return self._make_positions(grid, device)
+        key = (*grid, device)
+        if key not in self._positions:
+            if len(self._positions) >= _MAX_CACHED_GRIDS:
+                self._positions.clear()
+            self._positions[key] = self._make_positions(grid, device)
+        return self._positions[key]
+
+    def _make_positions(self, grid: tuple[int, int], device: torch.device) -> Tensor:
+        rows, columns = (torch.arange(side, device=device) for side in grid)
+        return lattice_embedding(self.config.hidden_dim, rows, columns)
+
+    def _num_patches(self, x: Tensor) -> int:
+        if not self.config.use_dino_patches:
+            return 0
+        height, width = (side * self.config.latent_downsampling for side in x.shape[2:])
+        rows, columns = self.config.patch_grid(width, height)
+        return rows * columns
+
+    def _add_to_cls_token(self, tokens: Tensor, t: Tensor, num_patches: int) -> Tensor:
+        at = tokens.shape[1] - 1 - num_patches
+        return torch.cat([tokens[:, :at], tokens[:, at, None] + t[:, None], tokens[:, at + 1 :]], 1)
+
+    def _check(self, x: Tensor, context: Context) -> None:
+        patch, channels = self.config.patch_size, self.config.latent_channels
+        if x.shape[1] != channels or x.shape[2] % patch or x.shape[3] % patch:
+            raise ValueError(
+                f"This model denoises latents of {channels} channels whose sides are multiples of "
+                f"{patch}, not {'x'.join(map(str, x.shape[1:]))}."
+            )
+        num_others = context.tokens.shape[1] - self._num_patches(x) - 1
+        if len(context.tokens) != len(x) or num_others < 1:
+            raise ValueError(
+                f"A context of {list(context.tokens.shape[:2])} tokens does not fit {len(x)} "
+                f"latents of {x.shape[2]}x{x.shape[3]}, which have {self._num_patches(x)} patches."
+            )
+
+    def _run(
+        self, block: Block, x: Tensor, c: Tensor, context: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        if self.config.checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(block, x, c, context, mask, use_reentrant=False)
+        return block(x, c, context, mask)

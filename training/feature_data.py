@@ -1,0 +1,315 @@
+"""Latents and features of images of several sizes, and which of them each training step takes."""
+
+import functools
+import io
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from torch_utils.rng import STREAM_BUCKET, STREAM_DATA
+from training.buckets import Bucket
+from training.dataset import Cond
+from training.feature_record import Manifest, read_feature_record, read_manifest
+from training.images import ImageError
+
+_MAX_OPEN_FILES = 256
+_NUM_CACHED_EPOCHS = 4
+
+
+class FeatureDataset(Dataset):
+    """Latents with text and visual features; items run bucket by bucket.
+
+    Any number of processes may read at once, also from copies made by fork or pickle.
+
+    Args:
+        path: Folder made by ``dataset_tool.py features`` (see docs/formats.md).
+        split: ``train`` or ``validation``.
+        text_lengths: Rising lengths to which the texts of a batch are padded: to the first that
+            holds the longest of them, and cut at the last.
+
+    Attributes:
+        record: All that is known of the folder.
+        buckets: Sizes of images of which there are any.
+        counts: Number of images of each.
+        ids: Name of every item.
+
+    Raises ValueError, one sentence that names the file, for data that are damaged or incomplete.
+    """
+
+    labels = None
+    num_classes = 0
+    class_names: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        split: str = "train",
+        *,
+        text_lengths: Sequence[int] = (128, 256, 384, 512),
+    ) -> None:
+        self.path, self.split = Path(path), split
+        self.name = self.path.resolve().name
+        self.record = read_feature_record(path)
+        self.text_lengths = tuple(text_lengths)
+        found = [b for b in self.record.buckets if b.num[split] > 0]
+        self.buckets = [Bucket(b.width, b.height) for b in found]
+        self.counts = [b.num[split] for b in found]
+        self._shapes = [tuple(b.latent_shape) for b in found]
+        self._grids = [tuple(b.patch_grid) for b in found]
+        self._manifests: list[Manifest] = [
+            read_manifest(self.path, split, bucket.name) for bucket in self.buckets
+        ]
+        for bucket, manifest, count in zip(self.buckets, self._manifests, self.counts, strict=True):
+            if len(manifest.ids) != count:
+                raise ValueError(
+                    f"{self.path}: the manifest of {split}/{bucket.name} names "
+                    f"{len(manifest.ids)} images, but the record {count}; run dataset_tool.py "
+                    "features again."
+                )
+        self.firsts = np.cumsum([0, *self.counts])  # The first item of each bucket.
+        self.ids = [name for manifest in self._manifests for name in manifest.ids]
+        self.num_images = len(self.ids)
+        self.resolution = (
+            round(max(b.width * b.height for b in self.buckets) ** 0.5) if found else 0
+        )
+        self.img_channels = 3
+        self._open = functools.lru_cache(_MAX_OPEN_FILES)(_open)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "_open"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._open = functools.lru_cache(_MAX_OPEN_FILES)(_open)
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    @property
+    def content_hash(self) -> str:
+        """Identity of all shards."""
+        return self.record.content_hash
+
+    def summary(self) -> dict[str, Any]:
+        """Return what a snapshot keeps of the features: buckets, normalisation, source."""
+        record = self.record
+        return dict(
+            buckets={b.name: num for b, num in zip(self.buckets, self.counts, strict=True)},
+            statistics={name: dict(record.statistics[name]) for name in record.statistics},
+            path=str(self.path.resolve()),
+        )
+
+    def of_split(self, split: str) -> "FeatureDataset":
+        """Return the items of another split of the same folder."""
+        return FeatureDataset(self.path, split, text_lengths=self.text_lengths)
+
+    def bucket_index(self, index: int) -> int:
+        """Return the position in ``buckets`` of an item's size."""
+        return int(np.searchsorted(self.firsts, index, side="right")) - 1
+
+    def latent_shape(self, bucket: int) -> tuple[int, int, int]:
+        """Return channels, height and width of the latents of a bucket."""
+        return self._shapes[bucket]
+
+    def facts(self, index: int) -> dict[str, Any]:
+        """Return what an item's json says: caption, source, crop and more."""
+        return json.loads(self._read(index, "json"))
+
+    def caption(self, index: int) -> str:
+        """Return the text of an item."""
+        return self.facts(index)["caption"]
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, Cond]:
+        latents, cond = self.__getitems__([index])
+        return latents[0], {k: v if k == "size" else v[0] for k, v in cond.items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[torch.Tensor, Cond]:
+        """Return a batch of items of one size: raw latents, float16 [B, c, h, w], and conditions.
+
+        Conditions are ``text`` [B, L, T] and ``text_mask`` [B, L], ``cls`` [B, D], ``patches``
+        [B, P, D], features in float16, and ``size``: width and height, int64 [2].
+        """
+        buckets = {self.bucket_index(index) for index in indices}
+        assert len(buckets) == 1, f"A batch has images of one size, not of {len(buckets)}."
+        bucket = buckets.pop()
+        dim, text_dim = self.record.visual["dim"], self.record.text["dim"]
+        num_patches = self._grids[bucket][0] * self._grids[bucket][1]
+        batch = len(indices)
+        latents = np.empty((batch, *self._shapes[bucket]), np.float16)
+        cls = np.empty((batch, dim), np.float16)
+        patches = np.empty((batch, num_patches, dim), np.float16)
+        texts = []
+        for row, index in enumerate(indices):
+            self._read_array(index, "vae.npy", latents[row])
+            self._read_array(index, "dinov3.npy", cls[row])
+            self._read_array(index, "dinov3_patches.npy", patches[row])
+            texts.append(self._read_text(index, text_dim))
+        text, mask = pad_texts(texts, self.text_lengths)
+        size = self.buckets[bucket].size
+        return torch.from_numpy(latents), {
+            "text": torch.from_numpy(text),
+            "text_mask": torch.from_numpy(mask),
+            "cls": torch.from_numpy(cls),
+            "patches": torch.from_numpy(patches),
+            "size": torch.tensor(size),
+        }
+
+    def _read_array(self, index: int, key: str, target: np.ndarray) -> None:
+        array = self._array(index, key)
+        if array.shape != target.shape or array.dtype != np.float16:
+            raise ImageError(
+                f"{self._label(index)}: {key} is {array.dtype} of {list(array.shape)}, not "
+                f"float16 of {list(target.shape)}; dataset_tool.py verify lists every such image."
+            )
+        target[...] = array
+
+    def _read_text(self, index: int, dim: int) -> np.ndarray:
+        text, mask = self._array(index, "t5h.npy"), self._array(index, "t5m.npy")
+        if text.ndim != 2 or text.shape[1] != dim or mask.shape != text.shape[:1]:
+            raise ImageError(
+                f"{self._label(index)}: its text features are of {list(text.shape)} with a mask "
+                f"of {list(mask.shape)}, not [L, {dim}] and [L]; dataset_tool.py verify lists "
+                "every such image."
+            )
+        return text[mask]
+
+    def _array(self, index: int, key: str) -> np.ndarray:
+        try:
+            return np.load(io.BytesIO(self._read(index, key)), allow_pickle=False)
+        except ValueError as error:
+            if isinstance(error, ImageError):
+                raise
+            raise ImageError(f"{self._label(index)}: {key} is damaged ({error}).") from None
+
+    def _read(self, index: int, key: str) -> bytes:
+        bucket = self.bucket_index(index)
+        manifest, row = self._manifests[bucket], index - int(self.firsts[bucket])
+        path = manifest.files[manifest.shard[row]]
+        offset, size = int(manifest.offset[key][row]), int(manifest.size[key][row])
+        try:
+            data = os.pread(self._open(path).fileno(), size, offset)
+        except OSError as error:
+            raise ImageError(f"{path}: cannot be read ({error.strerror}).") from None
+        if len(data) != size:
+            raise ImageError(
+                f"{path}: ends in the middle of {self.ids[index]}.{key}; dataset_tool.py verify "
+                "lists every such file."
+            )
+        return data
+
+    def _label(self, index: int) -> str:
+        bucket = self.buckets[self.bucket_index(index)]
+        return f"{self.path}/{self.split}/bucket_{bucket.name}: {self.ids[index]}"
+
+
+def _open(path: Path) -> Any:
+    return open(path, "rb", buffering=0)
+
+
+def pad_texts(texts: Sequence[np.ndarray], lengths: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return texts of [L_i, T] as one array [B, L, T], and where there are tokens, bool [B, L].
+
+    L is the first of the rising ``lengths`` that holds the longest; what is beyond the last is cut.
+    """
+    longest = max(len(text) for text in texts)
+    length = next((n for n in lengths if n >= longest), lengths[-1])
+    padded = np.zeros((len(texts), length, texts[0].shape[1]), np.float16)
+    mask = np.zeros((len(texts), length), bool)
+    for row, text in enumerate(texts):
+        padded[row, : len(text)] = text[:length]
+        mask[row, : len(text)] = True
+    return padded, mask
+
+
+class BucketSampler(Sampler[list[int]]):
+    """Endless micro-batches of one rank, all of a step's images being of one size.
+
+    Step m = cur_nimg / batch_size takes a bucket at random, in proportion to its images: a function
+    of (seed, m), hence the same on every rank and in every round of accumulation. A bucket's
+    images follow each other in a stream of its own, an epoch after the other, each a permutation by
+    (seed, bucket, epoch); a step takes the next ``batch_size`` of it, of which each rank has its
+    part. The state of it all is therefore the number of images so far, and a run resumes exactly
+    from that.
+
+    Args:
+        counts: Number of images of each bucket; a dataset's items run bucket by bucket.
+
+    The other arguments are those of :class:`~training.sampler.PositionSampler`. Raises ValueError
+    if ``batch_size`` is no multiple of ``batch_gpu * world_size``.
+    """
+
+    def __init__(
+        self,
+        counts: Sequence[int],
+        *,
+        seed: int,
+        start_nimg: int,
+        batch_size: int,
+        batch_gpu: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        if batch_size % (batch_gpu * world_size):
+            raise ValueError(
+                f"--batch: got {batch_size}, which is no multiple of --batch-gpu {batch_gpu} x "
+                f"{world_size} rank(s)."
+            )
+        assert min(counts) > 0
+        self._counts = list(counts)
+        self._firsts = np.cumsum([0, *counts])
+        self._seed, self._start_step = seed, start_nimg // batch_size
+        self._batch_size, self._batch_gpu = batch_size, batch_gpu
+        self._rank, self._world_size = rank, world_size
+        self._schedule = np.empty(0, np.int64)
+        self._permutation = functools.lru_cache(_NUM_CACHED_EPOCHS * len(counts))(
+            self._make_permutation
+        )
+
+    def buckets(self, num_steps: int) -> np.ndarray:
+        """Return the bucket of each of the first ``num_steps`` steps of a run, int64."""
+        if num_steps > len(self._schedule):
+            # A longer draw begins with the shorter one.
+            length = max(2 * num_steps, 1024)
+            key = np.random.SeedSequence([self._seed % 2**64, STREAM_BUCKET])
+            uniform = np.random.Generator(np.random.Philox(key)).random(length)
+            ends = self._firsts[1:] / self._firsts[-1]
+            found = np.searchsorted(ends, uniform, side="right")
+            self._schedule = found.clip(max=len(ends) - 1)
+        return self._schedule[:num_steps]
+
+    def bucket_at(self, cur_nimg: int) -> int:
+        """Return the bucket of the step that begins at ``cur_nimg`` images."""
+        step = cur_nimg // self._batch_size
+        return int(self.buckets(step + 1)[step])
+
+    def __iter__(self) -> Iterator[list[int]]:
+        per_rank = self._batch_size // self._world_size
+        steps_of = np.bincount(self.buckets(self._start_step), minlength=len(self._counts))
+        cursors = (steps_of * self._batch_size).tolist()
+        step = self._start_step
+        while True:
+            bucket = int(self.buckets(step + 1)[step])
+            first = cursors[bucket] + self._rank * per_rank
+            for start in range(first, first + per_rank, self._batch_gpu):
+                yield self.indices(bucket, np.arange(start, start + self._batch_gpu)).tolist()
+            cursors[bucket] += self._batch_size
+            step += 1
+
+    def indices(self, bucket: int, positions: np.ndarray) -> np.ndarray:
+        """Return the dataset's item at each position of a bucket's stream, int64 [N]."""
+        epochs, offsets = np.divmod(positions, self._counts[bucket])
+        result = np.empty(len(positions), np.int64)
+        for epoch in np.unique(epochs).tolist():
+            rows = epochs == epoch
+            result[rows] = self._permutation(bucket, epoch)[offsets[rows]]
+        return result + self._firsts[bucket]
+
+    def _make_permutation(self, bucket: int, epoch: int) -> np.ndarray:
+        key = [self._seed % 2**64, STREAM_DATA, bucket, epoch]
+        return np.random.default_rng(key).permutation(self._counts[bucket])

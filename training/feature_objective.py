@@ -1,0 +1,191 @@
+"""The loss of flow matching on features: a velocity, under conditions that are dropped at times."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from diffusion.flow import Velocity
+from diffusion.losses import velocity_loss
+from diffusion.precond import FlowPrecond
+from dnnlib.progress import progress
+from torch_utils import distributed, rng
+from torch_utils.stats import StatsCollector
+from training.buckets import Bucket, parse_buckets
+from training.dataset import Cond
+from training.feature_config import FeatureConfig
+from training.objective import Draws, Objective
+
+_NUM_TIME_BINS = 4
+
+
+class FeatureObjective(Objective):
+    """The error of the velocity, of latents and features of images of one size.
+
+    Args:
+        config: How conditions are dropped. The other arguments are those of :class:`Objective`.
+    """
+
+    def __init__(self, *args: Any, config: FeatureConfig, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        assert isinstance(self._precond, FlowPrecond)
+        self._config = config
+        self._velocity = Velocity(self.network, self._denoise.autocast_dtype)
+        self._last_rms: torch.Tensor | None = None
+
+    @property
+    def num_shapes(self) -> int:
+        return len(self._shapes())
+
+    def _shapes(self) -> list[tuple[Bucket, int]]:
+        """Return every size of images with every length of texts that occurs with it."""
+        model, lengths = self.network.config, self._config.text_lengths
+        longest = next((n for n in lengths if n >= model.max_text_tokens), lengths[-1])
+        used = [length for length in lengths if length <= longest]
+        return list(itertools.product(parse_buckets(",".join(model.buckets)), used))
+
+    def warm_up(self, run: Callable[..., torch.Tensor], batch: int, device: torch.device) -> None:
+        model, shapes = self.network.config, self._shapes()
+        with progress(
+            total=len(shapes),
+            label="Compiling",
+            unit="graph",
+            disable=not distributed.is_main(),
+            transient=True,
+        ) as bar:
+            for bucket, length in shapes:
+                rows, columns = model.patch_grid(*bucket.size)
+                cond = dict(
+                    text=torch.zeros(batch, length, model.text_dim, device=device),
+                    text_mask=torch.ones(batch, length, dtype=torch.bool, device=device),
+                    cls=torch.zeros(batch, model.visual_dim, device=device),
+                    patches=torch.zeros(batch, rows * columns, model.visual_dim, device=device),
+                    size=torch.tensor(bucket.size),
+                )
+                shape = model.latent_shape(*bucket.size)
+                draws = self.draw(seed=0, cur_nimg=0, batch=batch, input_shape=shape, device=device)
+                run(torch.zeros(batch, *shape, device=device), cond, draws).sum().backward()
+                bar.update()
+
+    def draw(
+        self,
+        *,
+        seed: int,
+        cur_nimg: int,
+        batch: int,
+        input_shape: tuple[int, ...],
+        device: torch.device,
+    ) -> Draws:
+        """Return the draws of ``batch`` images, as a function of (seed, cur_nimg) alone."""
+        draws = super().draw(
+            seed=seed, cur_nimg=cur_nimg, batch=batch, input_shape=input_shape, device=device
+        )
+        generator = rng.step_generator(seed, cur_nimg, rng.STREAM_CONDITION, device)
+        uniform = torch.rand(batch, generator=generator, device=device)
+        bias = None
+        value = patch_bias(self._config, self.network.config, cur_nimg, input_shape)
+        if value is not None:
+            bias = torch.full([batch], value, device=device)
+        return dataclasses.replace(
+            draws, drop=drop_of_uniform(self._config, uniform), patch_bias=bias
+        )
+
+    def prepare(
+        self, images: torch.Tensor, cond: Cond, draws: Draws, device: torch.device
+    ) -> tuple[torch.Tensor, Cond]:
+        """Return normalised latents and features on ``device``; the size stays on the CPU."""
+        size = {"size": cond["size"]}
+        cond = {name: value for name, value in cond.items() if name != "size"}
+        images, cond = super().prepare(images, cond, draws, device)
+        return images, {**cond, **size}
+
+    def forward(self, images: torch.Tensor, cond: Cond, draws: Draws) -> torch.Tensor:
+        """Return the loss of every element [N, c, h, w] of latents [N, c, h, w]."""
+        if draws.patch_bias is not None:
+            cond = {**cond, "patch_bias": draws.patch_bias}
+        context = self.network.context(cond, draws.drop, num=len(images))
+        t = self._precond.time(draws.sigma)
+        loss, velocity = velocity_loss(self._velocity, images, t, draws.noise, context)
+        self._last_rms = velocity.detach().square().mean(dim=(1, 2, 3)).sqrt()
+        return loss
+
+    def report(self, stats: StatsCollector, loss: torch.Tensor, draws: Draws) -> None:
+        """Add the loss of a pass, also by category and time, and the size of the velocities.
+
+        For the best predictor of data of unit variance, mean squares of velocity and loss add up to
+        2, whatever the time.
+        """
+        super().report(stats, loss, draws)
+        losses = loss.detach().mean(dim=(1, 2, 3))
+        stats.report("Flow/velocity_rms", self._last_rms)
+        for name, rows in rows_of_categories(draws.drop).items():
+            stats.report(f"Flow/loss_{name}", losses, rows)
+            stats.report(f"Flow/share_{name}", rows)
+        t = self._precond.time(draws.sigma)
+        for index in range(_NUM_TIME_BINS):
+            low, high = index / _NUM_TIME_BINS, (index + 1) / _NUM_TIME_BINS
+            rows = (t >= low) & (t < high)
+            stats.report(f"Flow/loss_t{low:.2f}-{high:.2f}", losses, rows)
+
+    @torch.no_grad()
+    def diagnose(
+        self,
+        images: torch.Tensor,
+        cond: Cond,
+        draws: Draws,
+        loss_scale: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Return gradient norms of the projections of the features, before clipping."""
+        norms = {}
+        for name in ("text_proj", "dino_proj", "dino_patch_proj"):
+            module = getattr(self.network.conditioner, name, None)
+            if module is not None:
+                grads = [p.grad for p in module.parameters() if p.grad is not None]
+                norm = torch.nn.utils.get_total_norm(grads, foreach=True)
+                norms[f"Flow/grad_norm_{name}"] = norm if loss_scale is None else norm / loss_scale
+        return norms
+
+
+def drop_of_uniform(config: FeatureConfig, uniform: torch.Tensor) -> torch.Tensor:
+    """Return which conditions are dropped, [N, 3] bool, by one uniform number each [N].
+
+    Of the unit interval the first part, ``drop_all``, drops text, CLS token and patches; the next,
+    ``text_only``, CLS token and patches; the next, ``visual_only``, the text; the rest nothing.
+    """
+    text_from = config.drop_all
+    visual_from = text_from + config.text_only
+    both_from = visual_from + config.visual_only
+    no_visual = uniform < visual_from
+    no_text = (uniform < text_from) | ((uniform >= visual_from) & (uniform < both_from))
+    return torch.stack([no_text, no_visual, no_visual], dim=1)
+
+
+def rows_of_categories(drop: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return which rows [N] of ``drop`` [N, 3] train on nothing, on text, on the image, on both."""
+    no_text, no_visual = drop[:, 0], drop[:, 1]
+    return dict(
+        none=no_text & no_visual,
+        text=~no_text & no_visual,
+        visual=no_text & ~no_visual,
+        both=~no_text & ~no_visual,
+    )
+
+
+def patch_bias(
+    config: FeatureConfig, model: Any, cur_nimg: int, input_shape: tuple[int, ...]
+) -> float | None:
+    """Return what is added to the scores of attention to patches after ``cur_nimg`` images.
+
+    It rises linearly from -ln(N) - 4, with which all N patches together weigh next to nothing
+    beside a text, to 0 after ``patch_bias_kimg``, and stays there. Returns None where that is 0 or
+    there are no patches: attention then needs no bias.
+    """
+    length = config.patch_bias_kimg * 1000
+    if not model.use_dino_patches or length == 0:
+        return None
+    width, height = (side * model.latent_downsampling for side in input_shape[:0:-1])
+    rows, columns = model.patch_grid(width, height)
+    return -(math.log(rows * columns) + 4) * max(1 - cur_nimg / length, 0.0)
