@@ -1,7 +1,9 @@
 """Tiny random encoders, photographs with captions and feature folders for tests."""
 
 import functools
+import hashlib
 import json
+import re
 
 import numpy as np
 import torch
@@ -10,8 +12,12 @@ from latent_files import tiny_autoencoder
 from PIL import Image
 
 import dataset_tool
+from training.feature_manifests import index_of, make_manifest
+from training.feature_record import KEYS, SPLITS, read_manifest
+from training.feature_shards import from_npy, write_shard
 
 BUCKETS = "128x128,160x96,96x160"
+NUM_PICTURES = 17
 # Words that captions of the photographs are of; the tokenizer knows no others.
 _WORDS = "a the of in red pink old temple flower roof petals sky wide tall square detail photograph"
 
@@ -156,8 +162,6 @@ def tiny_features(base, *options, name="features"):
 
 def sample_arrays(folder, manifest, row):
     """Return the arrays of a sample by key, read at the places that its manifest names."""
-    from training.feature_shards import from_npy
-
     arrays = {}
     with open(manifest.files[manifest.shard[row]], "rb") as file:
         for key in manifest.offset:
@@ -172,10 +176,6 @@ def rewrite_shards(folder, change):
 
     The moments in the manifests stay, as does the record.
     """
-    from training.feature_manifests import index_of, make_manifest
-    from training.feature_record import KEYS, read_manifest
-    from training.feature_shards import write_shard
-
     for file in sorted(folder.glob("*/bucket_*/manifest.json")):
         split, bucket = file.parent.parent.name, file.parent.name.removeprefix("bucket_")
         manifest = read_manifest(folder, split, bucket)
@@ -196,3 +196,56 @@ def rewrite_shards(folder, change):
             shards.append((path.name, index))
         new = make_manifest(folder, split, bucket, shards)
         file.write_text(json.dumps(new.to_dict()))
+
+
+def made(output):
+    """Return how many features of each kind, and shards, a run made."""
+    if "complete already" in output:
+        return 0, 0, 0, 0
+    found = re.search(r"Made: (\d+) vae, (\d+) visual, (\d+) text .*\nWrote (\d+) shard", output)
+    return tuple(map(int, found.groups()))
+
+
+def read_manifests(folder):
+    for split in SPLITS:
+        for name in BUCKETS.split(","):
+            yield read_manifest(folder, split, name)
+
+
+def read_samples(folder):
+    """Return description and arrays of every sample by file name."""
+    result = {}
+    for manifest in read_manifests(folder):
+        for row in range(len(manifest)):
+            data = manifest.files[manifest.shard[row]].read_bytes()
+            start = manifest.offset["json"][row]
+            description = json.loads(data[start : start + manifest.size["json"][row]])
+            result[description["file"]] = description, sample_arrays(folder, manifest, row)
+    return result
+
+
+def content(folder):
+    """Return the bytes of every file that is not about a place or a time, by name."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in (".lock", "images.jsonl", "preparing.json")
+    }
+
+
+def place_of(folder, file, key):
+    """Return shard, offset and size of a member, given the image's file name."""
+    for manifest in read_manifests(folder):
+        name = hashlib.sha256(file.encode()).hexdigest()[:16]
+        if name in manifest.ids:
+            row = manifest.ids.index(name)
+            shard = manifest.files[manifest.shard[row]]
+            return shard, int(manifest.offset[key][row]), int(manifest.size[key][row])
+    raise AssertionError(file)
+
+
+def flip_byte(folder, file, key, position=-5):
+    path, offset, size = place_of(folder, file, key)
+    data = bytearray(path.read_bytes())
+    data[offset + position % size] ^= 64
+    path.write_bytes(data)

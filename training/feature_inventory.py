@@ -154,8 +154,7 @@ def set_aside(
 ) -> dict[Path, Path]:
     """Move shards to where new ones do not meet them, each with its index; return where to.
 
-    The index goes first: a shard without one would have to be read whole. Shards that are there
-    already stay where they are.
+    The index goes first: a shard without one would have to be read whole.
     """
     moved = {}
     old = folder / OLD_FOLDER
@@ -163,8 +162,6 @@ def set_aside(
     taken = {path.name for path in old.iterdir()}
     number = 0
     for path in paths:
-        if path.parent == old:
-            continue
         while f"{number:06d}.tar" in taken:
             number += 1
         target = old / f"{number:06d}.tar"

@@ -30,6 +30,8 @@ KEYS = ("json", *(key for feature in FEATURES for key in KEYS_OF[feature]))
 STATISTICS = ("vae", "cls", "patches")
 AGAIN = "start the same dataset_tool.py features again, which makes what is missing"
 
+_MAX_INT = 2**62  # So that sums do not wrap.
+
 # The types of nested values.
 _ENCODER = dict(location=str, hash=str, precision=str)
 _VAE = dict(**_ENCODER, channels=int, downsampling=int, scale=float, shift=float)
@@ -363,6 +365,10 @@ def _problem_of_record(values: dict[str, Any]) -> str | None:
 def _problem_of_columns(columns: dict[str, Any], shards: list[dict[str, Any]]) -> str | None:
     """Return what is wrong with the columns of a manifest whose types are right, or None."""
     num = len(columns["id"])
+    for name in ("offset", "size", "crc32"):
+        for key in KEYS:
+            if max(map(abs, columns[name][key]), default=0) > _MAX_INT:
+                return f"{name} of {key} is out of range"
     groups = [columns[name].items() for name in ("offset", "size", "crc32", "fingerprint")]
     flat = [(name, columns[name]) for name in ("shard", "truncated")]
     for name, column in [*flat, *(pair for group in groups for pair in group)]:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import tarfile
+import tokenize
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -77,7 +78,11 @@ def from_npy(data: bytes) -> np.ndarray:
     stream = io.BytesIO(data)
     try:
         return np.lib.format.read_array(stream, allow_pickle=False)
-    except (ValueError, EOFError, SyntaxError, TypeError, MemoryError) as error:
+    # What a damaged header makes of the text that should describe an array.
+    except (
+        *(ValueError, EOFError, SyntaxError, TypeError),
+        *(MemoryError, OverflowError, tokenize.TokenError),
+    ) as error:
         raise ValueError(str(error).partition("\n")[0] or type(error).__name__) from None
 
 

@@ -33,6 +33,7 @@ from training.feature_record import (
     AGAIN,
     CLAIM_FILE,
     FEATURES,
+    MANIFEST_FILE,
     SPLITS,
     FeatureRecord,
     Manifest,
@@ -174,8 +175,9 @@ class _Checker:
             self.images = read_images(self.folder)
         for split in SPLITS:
             for bucket in self.buckets:
-                if self.record is None and not bucket_folder(self.folder, split, bucket).exists():
-                    continue
+                file = bucket_folder(self.folder, split, bucket) / MANIFEST_FILE
+                if self.record is None and not file.exists():
+                    continue  # It is written at the end.
                 with self._noting():
                     self.manifests[split, bucket] = read_manifest(self.folder, split, bucket)
                     self.named.update(self.manifests[split, bucket].files)

@@ -127,7 +127,11 @@ class FeatureWork:
             if not is_right(shard, self._indexes.get(self._path(shard)), self._fingerprints)
         ]
         kept = {self._path(shard) for shard in shards} - {self._path(shard) for shard in wrong}
-        others = [path for path in self._indexes if path not in kept]
+        others = [
+            path
+            for path in self._indexes
+            if path not in kept and path.parent.name != inventory.OLD_FOLDER
+        ]
         moved = distributed.on_main(lambda: self._claim(wrong, others))
         self._indexes = {moved.get(path, path): index for path, index in self._indexes.items()}
         self._find_places()

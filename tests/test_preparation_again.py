@@ -1,0 +1,378 @@
+"""dataset_tool.py features started again: what is made again, what is not, and stops."""
+
+import json
+import os
+import re
+import shutil
+import zipfile
+
+import numpy as np
+import pytest
+from feature_files import (
+    BUCKETS,
+    NUM_PICTURES,
+    content,
+    flip_byte,
+    made,
+    prepare,
+    read_samples,
+    rewrite_shards,
+    tiny_encoders,
+    tiny_text,
+    tiny_visual,
+)
+from helpers import call, fail
+from latent_files import tiny_autoencoder
+from PIL import Image
+
+import dataset_tool
+from training import feature_inventory, feature_shards, feature_staging, feature_work
+from training.buckets import parse_buckets
+from training.feature_record import (
+    FEATURES,
+    is_complete,
+    read_manifest,
+)
+
+NUM = NUM_PICTURES
+NAMES = [bucket.name for bucket in parse_buckets(BUCKETS)]
+OPTIONS = ("--shard-size=2", "--batch=1")  # Of the folder in `feature_base`.
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch):
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+
+
+@pytest.fixture
+def encoders(feature_base):
+    return tiny_encoders(feature_base)
+
+
+@pytest.fixture
+def pictures(feature_base, tmp_path):
+    """A copy of the pictures, to be changed."""
+    return shutil.copytree(feature_base / "pictures", tmp_path / "pictures")
+
+
+@pytest.fixture
+def features(feature_base, tmp_path):
+    """A copy of the features, to be changed."""
+    return shutil.copytree(feature_base / "features", tmp_path / "features")
+
+
+def refusal(source, dest, encoders, *options):
+    command = ("features", f"--source={source}", f"--dest={dest}", f"--buckets={BUCKETS}")
+    return fail(dataset_tool, *command, *encoders, *options)
+
+
+# What is made again, and what is not.
+
+
+def test_a_complete_folder_is_left_alone(feature_base, features, encoders):
+    times = {
+        p: p.stat().st_mtime_ns for p in features.rglob("*.*") if p.suffix in (".tar", ".json")
+    }
+    output = prepare(feature_base / "pictures", features, encoders, *OPTIONS, "--batch=5")
+    assert "complete already" in output
+    assert {path: path.stat().st_mtime_ns for path in times} == {
+        **times,
+        features / "preparing.json": (features / "preparing.json").stat().st_mtime_ns,
+    }
+    assert content(features) == content(feature_base / "features")
+
+
+def test_an_edited_caption_makes_its_text_again_and_nothing_else(
+    feature_base, pictures, features, encoders
+):
+    (pictures / "wide/sky.txt").write_text("the pink sky")
+    assert made(prepare(pictures, features, encoders, *OPTIONS)) == (0, 0, 1, 1)
+    before, after = content(feature_base / "features"), content(features)
+    changed = {name for name in before if before[name] != after[name]}
+    (shard,) = [name for name in changed if name.endswith(".tar")]
+    assert changed == {shard, f"{shard.rpartition('/')[0]}/manifest.json", "features.json"}
+    assert before.keys() == after.keys()
+    found = read_samples(features)["wide/sky.png"]
+    assert found[0]["caption"] == "the pink sky"
+    assert len(found[1]["t5m.npy"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda tmp: f"--text={tiny_text(tmp / 'new', seed=1)}", (0, 0, NUM)),
+        (lambda tmp: f"--visual={tiny_visual(tmp / 'new', seed=1)}", (0, NUM, 0)),
+        (lambda tmp: f"--visual={tiny_visual(tmp / 'new', patch_size=14)}", (0, NUM, 0)),
+        (lambda tmp: f"--visual={tiny_visual(tmp / 'new', num_registers=2)}", (0, NUM, 0)),
+        (
+            lambda tmp: (
+                "--vae=" + str(tiny_autoencoder(tmp / "new", latent_channels=4, num_stages=4))
+            ),
+            (NUM, 0, 0),
+        ),
+        (lambda tmp: "--precision=bf16", (NUM, NUM, NUM)),
+        (lambda tmp: "--shard-size=3", (0, 0, 0)),
+        (lambda tmp: "--buckets=128x128,160x96,112x160", (4, 4, 0)),
+        (lambda tmp: "--overwrite", (NUM, NUM, NUM)),
+    ],
+    ids=[
+        "text",
+        "visual",
+        "patches",
+        "registers",
+        "vae",
+        "precision",
+        "shards",
+        "buckets",
+        "overwrite",
+    ],
+)
+def test_another_setting_makes_what_depends_on_it_again(
+    feature_base, features, encoders, tmp_path, change, expected
+):
+    option = change(tmp_path)
+    source = feature_base / "pictures"
+    output = prepare(source, features, encoders, *OPTIONS, option)
+    assert made(output)[:3] == expected
+    fresh = tmp_path / "fresh"
+    prepare(source, fresh, encoders, *OPTIONS, option)
+    assert content(features) == content(fresh)
+    assert {path.name for path in features.iterdir()} == {path.name for path in fresh.iterdir()}
+
+
+def test_added_and_removed_images_cost_what_is_new_alone(
+    feature_base, pictures, features, encoders, tmp_path
+):
+    for name in ("square/a", "square/b", "wide/c"):
+        original = pictures / ("wide/sky.png" if "c" in name else "square/wall.png")
+        (pictures / f"{name}.png").write_bytes(original.read_bytes())
+        (pictures / f"{name}.txt").write_text("detail")
+    (pictures / "tall/roof.png").unlink()
+    (pictures / "square/sky.jpg").unlink()
+    assert made(prepare(pictures, features, encoders, *OPTIONS))[:3] == (3, 3, 3)
+    prepare(pictures, tmp_path / "fresh", encoders, *OPTIONS)
+    assert content(features) == content(tmp_path / "fresh")
+    assert len(read_samples(features)) == NUM + 1
+
+
+def test_a_changed_image_keeps_its_text(feature_base, pictures, features, encoders):
+    image = Image.open(pictures / "tall/roof.png")
+    image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(pictures / "tall/roof.png")
+    assert made(prepare(pictures, features, encoders, *OPTIONS)) == (1, 1, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("json", (0, 0, 0, 1)),
+        ("vae.npy", (1, 0, 0, 1)),
+        ("dinov3.npy", (0, 1, 0, 1)),
+        ("dinov3_patches.npy", (0, 1, 0, 1)),
+        ("t5h.npy", (0, 0, 1, 1)),
+        ("t5m.npy", (0, 0, 1, 1)),
+    ],
+)
+def test_a_damaged_member_is_made_again_and_nothing_else(
+    feature_base, features, encoders, key, expected
+):
+    flip_byte(features, "wide/roof.png", key)
+    assert made(prepare(feature_base / "pictures", features, encoders, *OPTIONS)) == expected
+    assert content(features) == content(feature_base / "features")
+
+
+def _infinite(description, members):
+    array = feature_shards.from_npy(members["vae.npy"]).copy()
+    array[0, 0, 0] = np.inf
+    members["vae.npy"] = feature_shards.to_npy(array)
+
+
+def _small_grid(description, members):
+    members["dinov3_patches.npy"] = feature_shards.to_npy(np.ones((49, 32), np.float16))
+
+
+def _padded_text(description, members):
+    members["t5h.npy"] = feature_shards.to_npy(np.ones((77, 32), np.float16))
+    members["t5m.npy"] = feature_shards.to_npy(np.arange(77) < 5)
+
+
+def _other_fingerprint(description, members):
+    description["fingerprint"]["text"] = "0" * 32
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (_infinite, (NUM, 0, 0, 11)),
+        (_small_grid, (0, NUM, 0, 11)),
+        (_padded_text, (0, 0, NUM, 11)),
+        (_other_fingerprint, (0, 0, NUM, 11)),
+    ],
+)
+def test_that_something_exists_with_its_checksum_proves_nothing(
+    feature_base, features, encoders, change, expected
+):
+    rewrite_shards(features, change)
+    assert made(prepare(feature_base / "pictures", features, encoders, *OPTIONS)) == expected
+    assert content(features) == content(feature_base / "features")
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda shard: shard.unlink(), (2, 2, 2)),
+        (lambda shard: shard.write_bytes(shard.read_bytes()[:-600]), (0, 0, 0)),
+        (lambda shard: shard.write_bytes(shard.read_bytes() + b"x"), (0, 0, 0)),
+        (lambda shard: shard.write_bytes(b""), (2, 2, 2)),
+        (lambda shard: shard.rename(shard.with_name("shard-000009.tar")), (0, 0, 0)),
+        (lambda shard: (shard.parent / "manifest.json").unlink(), (0, 0, 0)),
+        (lambda shard: (shard.parent / "manifest.json").write_text("{"), (0, 0, 0)),
+        (lambda shard: (shard.parents[2] / "features.json").write_text("{"), (0, 0, 0)),
+        (lambda shard: (shard.parents[2] / "features.json").unlink(), (0, 0, 0)),
+        (lambda shard: (shard.parents[2] / "images.jsonl").write_text("{"), (0, 0, 0)),
+    ],
+)
+def test_damaged_files_are_written_again_from_what_is_left(
+    feature_base, features, encoders, damage, expected
+):
+    damage(read_manifest(features, "train", NAMES[0]).files[0])
+    output = prepare(feature_base / "pictures", features, encoders, *OPTIONS)
+    assert made(output)[:3] == expected
+    assert content(features) == content(feature_base / "features")
+
+
+# One feature at a time.
+
+
+def test_features_prepared_one_at_a_time_are_put_together_at_the_end(
+    feature_base, encoders, tmp_path
+):
+    source, out = feature_base / "pictures", tmp_path / "out"
+    for feature, option in zip(FEATURES, encoders, strict=True):
+        output = prepare(source, out, [option], *OPTIONS, f"--only={feature}")
+        assert f"{NUM} of {NUM} {feature} features made" in output
+        assert not is_complete(out)
+        again = prepare(source, out, [option], *OPTIONS, f"--only={feature}")
+        assert f"0 of {NUM} {feature} features made" in again
+    assert "is not finished" in fail(dataset_tool, "info", out)
+    assert made(prepare(source, out, encoders, *OPTIONS))[:3] == (0, 0, 0)
+    assert content(out) == content(feature_base / "features")
+
+
+def test_latents_need_no_captions_yet(pictures, encoders, tmp_path):
+    for path in pictures.rglob("*.txt"):
+        path.unlink()
+    prepare(pictures, tmp_path / "out", encoders[:1], "--only=vae")
+    assert "17 of 17 images of" in refusal(pictures, tmp_path / "out", encoders)
+
+
+def test_one_feature_prepared_for_a_complete_folder_leaves_that_in_use(
+    feature_base, features, encoders, tmp_path
+):
+    source = feature_base / "pictures"
+    text = f"--text={tiny_text(tmp_path / 'text', seed=1)}"
+    before = content(features)
+    prepare(source, features, [text], *OPTIONS, "--only=text")
+    after = content(features)
+    assert {name: after[name] for name in before} == before
+    assert made(prepare(source, features, [*encoders[:2], text], *OPTIONS))[:3] == (0, 0, 0)
+    prepare(source, tmp_path / "fresh", [*encoders[:2], text], *OPTIONS)
+    assert content(features) == content(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("damage", ["bytes", "fingerprint", "shape", "nan"])
+def test_a_staged_feature_that_is_not_right_is_made_again(feature_base, encoders, tmp_path, damage):
+    source, out = feature_base / "pictures", tmp_path / "out"
+    prepare(source, out, encoders[:1], *OPTIONS, "--only=vae")
+    path = sorted((out / ".staged").rglob("*.zip"))[3]
+    name = path.stem
+    fingerprint = "0" * 32
+    if damage == "bytes":
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    else:
+        with zipfile.ZipFile(path) as archive:
+            facts = json.loads(archive.read("fingerprint.json"))
+            latent = feature_shards.from_npy(archive.read("vae.npy")).copy()
+        if damage == "shape":
+            latent = latent[:, 1:]
+        if damage == "nan":
+            latent[0, 0, 0] = np.nan
+        if damage != "fingerprint":
+            fingerprint = facts["fingerprint"]
+        members = {"vae.npy": feature_shards.to_npy(latent)}
+        feature_staging.stage(out, "vae", name, fingerprint, members)
+    assert made(prepare(source, out, encoders, *OPTIONS))[:3] == (1, NUM, NUM)
+    assert content(out) == content(feature_base / "features")
+
+
+# Stops.
+
+
+def test_a_stop_at_any_write_loses_nothing_that_was_finished(
+    feature_base, pictures, features, encoders, tmp_path, monkeypatch
+):
+    """Images added and removed, a caption edited, another text encoder, shards of another size."""
+    for name in ("a", "b", "c"):
+        (pictures / f"{name}.png").write_bytes((pictures / "wide/sky.png").read_bytes())
+        (pictures / f"{name}.txt").write_text("detail")
+    (pictures / "tall/roof.png").unlink()
+    (pictures / "tall/temple.txt").write_text("the temple")
+    text = f"--text={tiny_text(tmp_path / 'text', seed=1)}"
+    options = (*encoders[:2], text), "--batch=1", "--shard-size=3", "--workers=1"
+    prepare(pictures, tmp_path / "fresh", *options)
+    expected = content(tmp_path / "fresh")
+
+    replace, state = feature_inventory.os.replace, dict(left=0)
+
+    def stopped_replace(source, target):
+        state["left"] -= 1
+        if state["left"] < 0:
+            raise KeyboardInterrupt
+        replace(source, target)
+        state["staged"] += ".staged" in str(target)
+        state["writes"] += 1
+
+    monkeypatch.setattr("os.replace", stopped_replace)
+    state.update(left=10_000, staged=0, writes=0)
+    prepare(pictures, shutil.copytree(features, tmp_path / "whole"), *options)
+    num_writes, num_staged = state["writes"], state["staged"]
+    assert num_staged == 3 + 3 + 19
+    for stop in [*range(1, num_writes, 9), num_writes - 2, num_writes - 1]:
+        out = shutil.copytree(features, tmp_path / f"stopped-{stop}")
+        state.update(left=stop, staged=0, writes=0)
+        command = ("features", f"--source={pictures}", f"--dest={out}", f"--buckets={BUCKETS}")
+        assert call(dataset_tool, *command, *options[0], *options[1:]).code == 130
+        first = state["staged"]
+        state.update(left=10_000)
+        output = prepare(pictures, out, *options)
+        assert first + sum(made(output)[:3]) == num_staged, f"stopped after {stop} writes"
+        assert content(out) == expected
+
+
+def test_what_changes_while_it_is_in_use_is_noticed_and_then_made_again(
+    feature_base, features, encoders, monkeypatch
+):
+    read = feature_work.read_member
+
+    def damaged(descriptor, index, row, key):
+        if key == "vae.npy":
+            raise ValueError("differs")
+        return read(descriptor, index, row, key)
+
+    options = (*OPTIONS, "--shard-size=3")
+    source = feature_base / "pictures"
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_work, "read_member", damaged)
+        message = refusal(source, features, encoders, *options)
+    # The shard that was named is compared with its checksums now, though its date is as before.
+    path = features / ".old" / re.search(r"(\d+\.tar): was altered", message).group(1)
+    stat, data = path.stat(), bytearray(path.read_bytes())
+    index = feature_inventory.read_index(path)
+    data[index.offset["dinov3.npy"][0] + index.size["dinov3.npy"][0] - 1] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert made(prepare(source, features, encoders, *options))[:3] == (0, 1, 0)
+    assert not (features / ".old").exists()
+    prepare(source, features, encoders, *OPTIONS)
+    assert content(features) == content(feature_base / "features")
