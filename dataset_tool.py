@@ -390,14 +390,51 @@ def _show_classes(labels: np.ndarray | None, class_names: list[str]) -> None:
 @main.command(no_args_is_help=True)
 @click.argument("data", metavar="ZIP|DIR|NPZ")
 @click.option("--workers", type=click.IntRange(min=1), help="Number of processes that decode.")
-def verify(data: str, workers: int | None) -> None:
+@click.option("--source", metavar="DIR|ZIP", help="Of features: compare the images as well.")
+@click.option("--visual", metavar="DIR|ID", help="Of features: encode some images anew.")
+@click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    help="Of features, with --visual: how many images of each bucket.  [default: 4]",
+)
+def verify(
+    data: str, workers: int | None, source: str | None, visual: str | None, samples: int | None
+) -> None:
     """Decode every image of a dataset, check sizes, labels and checksums, and list all problems.
 
-    Of latents, check record, labels, checksums and values.
+    Of latents, check record, labels, checksums and values. Of features, count for each bucket what
+    is ok, missing, stale and corrupt; with --source and --visual, also whether patches lie where
+    the encoder sees them.
+
+    \b
+    Examples:
+      python dataset_tool.py verify data/cifar10-32x32.zip
+      python dataset_tool.py verify data/photos-features --source=photos/ \\
+          --visual=models/dinov3-vitl16
     """
-    is_latent = latent_archive.is_latent_folder(data)
-    check = latent_archive.verify_latents if is_latent else verification.verify
-    problems = check(data, num_workers=workers)
+    if samples is not None and visual is None:
+        raise ValueError("--samples: has an effect only with --visual; give both, or neither.")
+    if feature_record.is_feature_folder(data):
+        from torch_utils import distributed
+        from training.feature_verification import verify_features
+
+        found = verify_features(
+            data,
+            source=source,
+            visual=visual,
+            num_samples=samples or 4,
+            num_threads=workers,
+            device=distributed.init() if visual is not None else "cpu",
+        )
+        for line in found.table():
+            click.echo(line)
+        problems = found.problems
+    elif source is not None or visual is not None:
+        raise ValueError(f"--source, --visual: are for folders of features, and {data} is none.")
+    else:
+        is_latent = latent_archive.is_latent_folder(data)
+        check = latent_archive.verify_latents if is_latent else verification.verify
+        problems = check(data, num_workers=workers)
     for problem in problems:
         click.echo(problem)
     if problems:

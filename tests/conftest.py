@@ -97,3 +97,16 @@ def uninterrupted(start_process, shared_dir):
         return only_run(outdir)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def feature_base(shared_dir):
+    """A folder with pictures, vae, visual, text and features, see ``tiny_features``."""
+    from feature_files import tiny_features  # Needs transformers and diffusers.
+
+    base = shared_dir / "features"
+    with made_once(base) as missing:
+        if missing:
+            base.mkdir()
+            tiny_features(base, "--batch=1")
+    return base

@@ -1,6 +1,7 @@
 """Tiny random encoders, photographs with captions and feature folders for tests."""
 
 import functools
+import json
 
 import numpy as np
 import torch
@@ -164,3 +165,34 @@ def sample_arrays(folder, manifest, row):
                 file.seek(manifest.offset[key][row])
                 arrays[key] = np.array(from_npy(file.read(int(manifest.size[key][row]))))
     return arrays
+
+
+def rewrite_shards(folder, change):
+    """Write all shards anew after ``change(description, members)``, and manifests to match.
+
+    The moments in the manifests stay, as does the record.
+    """
+    from training.feature_manifests import index_of, make_manifest
+    from training.feature_record import KEYS, read_manifest
+    from training.feature_shards import write_shard
+
+    for file in sorted(folder.glob("*/bucket_*/manifest.json")):
+        split, bucket = file.parent.parent.name, file.parent.name.removeprefix("bucket_")
+        manifest = read_manifest(folder, split, bucket)
+        shards = []
+        for number, path in enumerate(manifest.files):
+            data, samples = path.read_bytes(), []
+            for row in np.flatnonzero(manifest.shard == number):
+                members = {}
+                for key in KEYS:
+                    start = manifest.offset[key][row]
+                    members[key] = data[start : start + manifest.size[key][row]]
+                description = json.loads(members.pop("json"))
+                change(description, members)
+                samples.append((manifest.ids[row], description, members))
+            with np.errstate(invalid="ignore"):
+                index = write_shard(path, bucket, samples)
+            index.moments = index_of(manifest, path.name).moments
+            shards.append((path.name, index))
+        new = make_manifest(folder, split, bucket, shards)
+        file.write_text(json.dumps(new.to_dict()))

@@ -58,6 +58,21 @@ TINY_LATENT = [
 ]
 
 
+# The same of feature-conditioned models, on the photographs of feature_files.py.
+TINY_FEATURES = [
+    "--preset=nanodit-tiny",
+    "--text-lengths=8,32",
+    "--hidden-dim=16",
+    "--num-blocks=1",
+    "--num-heads=2",
+    "--batch=4",
+    "--iters=2",
+    "--lr=0.01",
+    "--lr-rampup=0",
+    "--workers=0",
+    "--steps=2",
+]
+
 # The same of set-conditioned models: sets of three of the bars and dots; rings are unseen.
 TINY_SETS = [
     "--preset=fsdm-digits",

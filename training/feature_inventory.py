@@ -67,8 +67,14 @@ def _index_file(path: Path) -> Path:
     return path.with_name(f".{path.name}.json")
 
 
+def read_index(path: Path) -> ShardIndex | None:
+    """Return the index beside a shard, None if there is none."""
+    found = _read_index(path)
+    return None if found is None else found[0]
+
+
 def _read_index(path: Path) -> tuple[ShardIndex, int] | None:
-    """Return the index beside a shard and when the shard was changed; None if there is none."""
+    """Return the index beside a shard, and when the shard was last changed."""
     try:
         values = json.loads(_index_file(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -105,7 +111,8 @@ def take_inventory(
             if same and not check_all:
                 return known
         else:
-            known = manifests.index(path)
+            manifest = manifests.get(path.parent)
+            known = None if manifest is None else index_of(manifest, path.name)
         if known is None:
             bucket = path.parent.name.removeprefix(_PREFIX)
             found = index_shard(path, bucket, shapes(bucket))
@@ -114,7 +121,7 @@ def take_inventory(
         write_index(path, found)
         return found
 
-    manifests = _Manifests()
+    manifests = _read_manifests(mine)
     found = {}
     total, is_main = len(paths), distributed.is_main()
     with (
@@ -129,26 +136,14 @@ def take_inventory(
     return {path: part[path] for path in paths for part in parts if path in part}
 
 
-class _Manifests:
-    """Reads each manifest once, as far as it is readable."""
-
-    def __init__(self) -> None:
-        self._read: dict[Path, Manifest | None] = {}
-
-    def index(self, path: Path) -> ShardIndex | None:
-        """Return what the manifest says of a shard, or None."""
-        folder = path.parent
-        if folder not in self._read:
-            self._read[folder] = None
-            if folder.parent.name in SPLITS:
-                with contextlib.suppress(ValueError):
-                    self._read[folder] = read_manifest(
-                        folder.parent.parent,
-                        folder.parent.name,
-                        folder.name.removeprefix(_PREFIX),
-                    )
-        manifest = self._read[folder]
-        return None if manifest is None else index_of(manifest, path.name)
+def _read_manifests(paths: Iterable[Path]) -> dict[Path, Manifest]:
+    """Return the manifests beside shards by folder, as far as they are readable."""
+    manifests = {}
+    for folder in {path.parent for path in paths if path.parent.name.startswith(_PREFIX)}:
+        bucket = folder.name.removeprefix(_PREFIX)
+        with contextlib.suppress(ValueError):
+            manifests[folder] = read_manifest(folder.parent.parent, folder.parent.name, bucket)
+    return manifests
 
 
 # Shards that other ones will take the place of.

@@ -223,7 +223,10 @@ def read_images(folder: Path) -> list[PlannedImage]:
     file = folder / IMAGES_FILE
     images = []
     try:
-        for line in file.read_text(encoding="utf-8").split("\n")[:-1]:
+        *lines, rest = file.read_text(encoding="utf-8").split("\n")
+        if rest or not lines:
+            raise ValueError("it does not end with a whole line")
+        for line in lines:
             row = json.loads(line)
             width, height = (int(side) for side in row["bucket"].split("x"))
             bucket = Bucket(width, height)

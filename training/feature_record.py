@@ -32,9 +32,10 @@ STATISTICS = ("vae", "cls", "patches")
 AGAIN = "start the same dataset_tool.py features again, which makes what is missing"
 
 # The types of nested values.
-_VAE = dict(location=str, hash=str, channels=int, downsampling=int, scale=float, shift=float)
-_VISUAL = dict(location=str, hash=str, patch_size=int, num_registers=int, dim=int)
-_TEXT = dict(location=str, hash=str, dim=int, max_tokens=int)
+_ENCODER = dict(location=str, hash=str, precision=str)
+_VAE = dict(**_ENCODER, channels=int, downsampling=int, scale=float, shift=float)
+_VISUAL = dict(**_ENCODER, patch_size=int, num_registers=int, dim=int)
+_TEXT = dict(**_ENCODER, dim=int, max_tokens=int)
 _BUCKET = dict(
     name=str,
     width=int,
@@ -112,9 +113,9 @@ class FeatureRecord:
         name: The name of the images' folder or zip.
         source_hash: Identity of names, images and captions.
         buckets: All sizes, those without images included.
-        vae: location, hash, channels, downsampling, scale and shift of the autoencoder.
-        visual: location, hash, patch_size, num_registers and dim of the visual encoder.
-        text: location, hash, dim and max_tokens of the text encoder.
+        vae: location, hash, precision, channels, downsampling, scale and shift of the autoencoder.
+        visual: location, hash, precision, patch_size, num_registers and dim of the visual encoder.
+        text: location, hash, precision, dim and max_tokens of the text encoder.
         captions: num_truncated, and what else is known of the captions.
         statistics: count, mean and std by channel of ``vae`` (raw latents), ``cls`` and
             ``patches``, over the training split of all buckets.

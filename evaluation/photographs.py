@@ -1,0 +1,174 @@
+"""Small photographs with captions, and encoders of them, for trying features without a download.
+
+The photographs are crops of the two that scikit-learn brings along, an old temple and a flower. The
+visual and the text encoder are of the published architectures, but small and random: their
+features tell images and texts apart without being learned. The autoencoder is trained.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dnnlib.progress import progress
+
+_SUBJECTS = ("temple", "flower")
+_PLACES = ("left", "middle", "right")
+_HEIGHTS = ("top", "centre", "bottom")
+_WORDS = ("the", "of", "near", "far", "wide", "square", *_SUBJECTS, *_PLACES, *_HEIGHTS)
+_KL_WEIGHT = 1e-6
+_CROP = 96  # Edge of what the autoencoder is trained on.
+
+
+def write_photographs(
+    folder: Path, num: int = 16, sizes: tuple[tuple[int, int], ...] = ((128, 128), (160, 96))
+) -> None:
+    """Write ``num`` crops as PNG files of the ``sizes`` in turn, each with a caption beside it.
+
+    A caption names subject, place, shape and distance, and no two are alike for up to 36 of each
+    size.
+    """
+    photographs = _photographs()
+    folder.mkdir(parents=True, exist_ok=True)
+    counts = dict.fromkeys(sizes, 0)
+    for index in range(num):
+        size = sizes[index % len(sizes)]
+        number, counts[size] = counts[size], counts[size] + 1
+        subject, place = number % 2, number // 2 % 3
+        height, far = number // 6 % 3, number // 18 % 2 == 0
+        photograph = photographs[subject]
+        scale = min(photograph.width / size[0], photograph.height / size[1]) * (0.7 if far else 0.4)
+        width, tall = round(size[0] * scale), round(size[1] * scale)
+        left = round((photograph.width - width) * place / 2)
+        top = round((photograph.height - tall) * height / 2)
+        crop = photograph.crop((left, top, left + width, top + tall))
+        path = folder / f"{index:03d}.png"
+        crop.resize(size, Image.Resampling.LANCZOS).save(path)
+        words = ("far" if far else "near", "wide" if size[0] > size[1] else "square")
+        caption = f"{' '.join(words)} {_SUBJECTS[subject]} {_PLACES[place]} {_HEIGHTS[height]}"
+        path.with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
+
+
+def write_encoders(folder: Path, *, vae_steps: int = 300) -> tuple[str, str, str]:
+    """Write an autoencoder, a visual and a text encoder; return the options that name them.
+
+    What is there already is kept.
+    """
+    options = []
+    for name, write in (
+        ("vae", lambda path: _write_vae(path, vae_steps)),
+        ("visual", _write_visual),
+        ("text", _write_text),
+    ):
+        path = folder / name
+        if not path.exists():
+            write(path)
+        options.append(f"--{name}={path}")
+    return tuple(options)
+
+
+def _photographs() -> list[Image.Image]:
+    from sklearn.datasets import load_sample_images
+
+    return [Image.fromarray(pixels) for pixels in load_sample_images().images]
+
+
+def _write_vae(folder: Path, num_steps: int) -> None:
+    """Train an AutoencoderKL of 8 channels and an eighth of the edge on the photographs."""
+    from diffusers import AutoencoderKL
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(16, 32, 48, 48),
+            layers_per_block=1,
+            norm_num_groups=8,
+            latent_channels=8,
+            mid_block_add_attention=False,
+        )
+    optimizer = torch.optim.Adam(vae.parameters(), betas=(0.9, 0.99))
+    sources = [_smaller(photograph) for photograph in _photographs()]
+    generator = np.random.default_rng(0)
+    noise = torch.Generator().manual_seed(0)
+    with progress(total=num_steps, label="Autoencoder", unit="step") as bar:
+        for step in range(num_steps):
+            images = torch.stack([_random_crop(sources, generator) for _ in range(8)])
+            posterior = vae.encode(images).latent_dist
+            error = (vae.decode(posterior.sample(noise)).sample - images).abs().mean()
+            loss = error + _KL_WEIGHT * posterior.kl().mean()
+            for group in optimizer.param_groups:
+                group["lr"] = 2e-3 * (1 + math.cos(math.pi * step / num_steps)) / 2
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            bar.update()
+    vae.save_pretrained(folder)
+
+
+def _smaller(photograph: Image.Image) -> np.ndarray:
+    size = (photograph.width // 2, photograph.height // 2)
+    return np.asarray(photograph.resize(size, Image.Resampling.LANCZOS))
+
+
+def _random_crop(sources: list[np.ndarray], generator: np.random.Generator) -> torch.Tensor:
+    source = sources[generator.integers(len(sources))]
+    top, left = (int(generator.integers(side - _CROP + 1)) for side in source.shape[:2])
+    crop = source[top : top + _CROP, left : left + _CROP]
+    return torch.from_numpy(crop.copy()).permute(2, 0, 1).to(torch.float32) / 127.5 - 1
+
+
+def _write_visual(folder: Path) -> None:
+    """Write a random DINOv3 of two blocks, with patches of 16 pixels and four registers."""
+    import transformers
+
+    config = transformers.DINOv3ViTConfig(
+        patch_size=16,
+        num_register_tokens=4,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=128,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = transformers.DINOv3ViTModel(config)
+        for name, value in network.named_parameters():
+            # As they are initialised, features would hardly tell images apart.
+            if value.ndim > 1:
+                torch.nn.init.normal_(value, std=0.02 if "token" in name else 0.1)
+    network.save_pretrained(folder)
+
+
+def _write_text(folder: Path) -> None:
+    """Write a random T5 of two blocks, and a tokenizer of the captions' words."""
+    import tokenizers
+    import transformers
+
+    vocabulary = {word: row for row, word in enumerate(("<pad>", "</s>", "<unk>", *_WORDS))}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    config = transformers.T5Config(
+        vocab_size=len(vocabulary),
+        d_model=64,
+        d_kv=16,
+        d_ff=128,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = transformers.T5EncoderModel(config)
+    network.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

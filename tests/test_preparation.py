@@ -1,0 +1,753 @@
+"""dataset_tool.py features: what it writes, what it makes again and what not, and refusals."""
+
+import fcntl
+import hashlib
+import json
+import re
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from feature_files import (
+    BUCKETS,
+    prepare,
+    rewrite_shards,
+    sample_arrays,
+    tiny_encoders,
+    tiny_text,
+    tiny_visual,
+    write_pictures,
+)
+from helpers import fail
+from image_files import make_zip
+from latent_files import tiny_autoencoder
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import dataset_tool
+from training import feature_inventory, feature_shards, feature_staging, feature_work
+from training.autoencoder import load_autoencoder
+from training.buckets import fit_image, parse_buckets
+from training.feature_encoders import load_text_encoder, load_visual_encoder
+from training.feature_record import (
+    FEATURES,
+    KEYS,
+    SPLITS,
+    is_complete,
+    read_feature_record,
+    read_manifest,
+)
+from training.images import decode_image
+
+NUM = 17
+NAMES = [bucket.name for bucket in parse_buckets(BUCKETS)]
+OPTIONS = ("--shard-size=2", "--batch=1")  # Of the folder in `feature_base`.
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch):
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+
+
+@pytest.fixture
+def encoders(feature_base):
+    return tiny_encoders(feature_base)
+
+
+@pytest.fixture
+def pictures(feature_base, tmp_path):
+    """A copy of the pictures, to be changed."""
+    return shutil.copytree(feature_base / "pictures", tmp_path / "pictures")
+
+
+@pytest.fixture
+def features(feature_base, tmp_path):
+    """A copy of the features, to be changed."""
+    return shutil.copytree(feature_base / "features", tmp_path / "features")
+
+
+def made(output):
+    """Return how many features of each kind, and shards, a run made."""
+    if "complete already" in output:
+        return 0, 0, 0, 0
+    found = re.search(r"Made: (\d+) vae, (\d+) visual, (\d+) text .*\nWrote (\d+) shard", output)
+    return tuple(map(int, found.groups()))
+
+
+def refusal(source, dest, encoders, *options):
+    command = ("features", f"--source={source}", f"--dest={dest}", f"--buckets={BUCKETS}")
+    return fail(dataset_tool, *command, *encoders, *options)
+
+
+def manifests(folder):
+    for split in SPLITS:
+        for name in NAMES:
+            yield read_manifest(folder, split, name)
+
+
+def samples(folder):
+    """Return description and arrays of every sample by file name."""
+    result = {}
+    for manifest in manifests(folder):
+        for row in range(len(manifest)):
+            data = manifest.files[manifest.shard[row]].read_bytes()
+            start = manifest.offset["json"][row]
+            description = json.loads(data[start : start + manifest.size["json"][row]])
+            result[description["file"]] = description, sample_arrays(folder, manifest, row)
+    return result
+
+
+def content(folder):
+    """Return the bytes of every file that is not about a place or a time, by name."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in (".lock", "images.jsonl", "preparing.json")
+    }
+
+
+def place_of(folder, file, key):
+    """Return shard, offset and size of a member, given the image's file name."""
+    for manifest in manifests(folder):
+        name = hashlib.sha256(file.encode()).hexdigest()[:16]
+        if name in manifest.ids:
+            row = manifest.ids.index(name)
+            shard = manifest.files[manifest.shard[row]]
+            return shard, int(manifest.offset[key][row]), int(manifest.size[key][row])
+    raise AssertionError(file)
+
+
+def flip_byte(folder, file, key, position=-5):
+    path, offset, size = place_of(folder, file, key)
+    data = bytearray(path.read_bytes())
+    data[offset + position % size] ^= 64
+    path.write_bytes(data)
+
+
+# What it writes.
+
+
+def test_features_are_those_of_one_crop_of_each_image(feature_base):
+    vae = load_autoencoder(feature_base / "vae", "cpu")
+    visual = load_visual_encoder(feature_base / "visual", "cpu")
+    text = load_text_encoder(feature_base / "text", "cpu")
+    found = samples(feature_base / "features")
+    assert len(found) == NUM
+    for file, (description, arrays) in found.items():
+        path = feature_base / "pictures" / file
+        bucket = parse_buckets(description["bucket"])[0]
+        image, crop = fit_image(decode_image(path.read_bytes()), bucket)
+        assert description["crop"] == json.loads(json.dumps(crop.to_dict()))
+        assert description["size"] == list(Image.open(path).size)
+        assert description["caption"] == path.with_suffix(".txt").read_text().strip()
+        assert description["source_hash"] == hashlib.sha256(path.read_bytes()).hexdigest()
+        pixels = torch.as_tensor(np.array(image)).permute(2, 0, 1)[None]
+        cls, patches = visual.encode(pixels)
+        hidden, _, _ = text.encode([description["caption"]])
+        expected = {
+            "vae.npy": vae.moments(pixels)[0, :16],
+            "dinov3.npy": cls[0],
+            "dinov3_patches.npy": patches[0],
+            "t5h.npy": hidden[0],
+        }
+        for key, value in expected.items():
+            np.testing.assert_array_equal(arrays[key], value.to(torch.float16).numpy(), key)
+        assert arrays["vae.npy"].shape == (16, *bucket.latent_size(8))
+        assert arrays["dinov3_patches.npy"].shape == (np.prod(bucket.grid(16)), 32)
+        assert arrays["t5m.npy"].dtype == bool
+        assert arrays["t5m.npy"].all()
+        assert len(arrays["t5m.npy"]) == len(description["caption"].split()) + 1
+
+
+def test_shards_are_tars_of_adjacent_samples_without_dates(feature_base):
+    record = read_feature_record(feature_base / "features")
+    for manifest in manifests(feature_base / "features"):
+        assert manifest.ids == sorted(manifest.ids)
+        assert [shard["num_samples"] for shard in manifest.shards[:-1]] == [2] * (
+            len(manifest.shards) - 1
+        )
+        row = 0
+        for path, shard in zip(manifest.files, manifest.shards, strict=True):
+            data = path.read_bytes()
+            assert (len(data), hashlib.sha256(data).hexdigest()) == (
+                shard["num_bytes"],
+                shard["sha256"],
+            )
+            with tarfile.open(path) as tar:
+                members = list(tar)
+            for start in range(0, len(members), len(KEYS)):
+                for key, member in zip(KEYS, members[start:], strict=False):
+                    assert member.name == f"{manifest.ids[row]}.{key}"
+                    assert member.offset_data == manifest.offset[key][row]
+                    assert member.size == manifest.size[key][row]
+                    assert (member.mtime, member.uid, member.gid) == (0, 0, 0)
+                row += 1
+        assert row == len(manifest)
+    assert record.num_samples("train") + record.num_samples("validation") == NUM
+
+
+def test_webdataset_reads_the_shards(feature_base):
+    webdataset = pytest.importorskip("webdataset")
+    manifest = read_manifest(feature_base / "features", "train", NAMES[0])
+    urls = [str(path) for path in manifest.files]
+    found = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
+    assert [sample["__key__"] for sample in found] == manifest.ids
+    assert found[0]["vae.npy"].shape == (16, 16, 16)
+
+
+def test_the_record_names_encoders_buckets_and_counts(feature_base):
+    record = read_feature_record(feature_base / "features")
+    assert [bucket.name for bucket in record.buckets] == NAMES
+    assert [sum(bucket.num.values()) for bucket in record.buckets] == [8, 5, 4]
+    assert record.buckets[1].latent_shape == (16, 12, 20)
+    assert record.buckets[1].patch_grid == (6, 10)
+    assert record.buckets[1].bucket.size == (160, 96)
+    for feature, values in dict(
+        vae=dict(channels=16, downsampling=8, scale=0.3611, shift=0.1159),
+        visual=dict(patch_size=16, num_registers=4, dim=32),
+        text=dict(dim=32, max_tokens=512),
+    ).items():
+        facts = getattr(record, feature)
+        assert facts["location"] == str(feature_base / feature)
+        assert len(facts["hash"]) == 64
+        assert {name: facts[name] for name in values} == values
+    assert {"torch", "transformers", "diffusers"} <= set(record.packages)
+    assert record.captions["num_truncated"] == 0
+
+
+def test_every_bucket_validates_the_samples_with_the_lowest_names(feature_base, tmp_path):
+    for name in NAMES:
+        train, validation = (
+            read_manifest(feature_base / "features", split, name) for split in SPLITS
+        )
+        assert len(validation) == 1
+        assert validation.ids[0] < min(train.ids)
+
+
+def test_the_share_that_validates_is_rounded_and_never_all_of_a_bucket(
+    feature_base, features, encoders
+):
+    for share, expected in ((0, [0, 0, 0]), (0.3, [2, 2, 1]), (0.99, [7, 4, 3])):
+        output = prepare(
+            feature_base / "pictures", features, encoders, *OPTIONS, f"--validation-share={share}"
+        )
+        assert made(output)[:3] == (0, 0, 0)
+        record = read_feature_record(features)
+        assert [bucket.num["validation"] for bucket in record.buckets] == expected
+
+
+def test_statistics_are_those_of_all_values_of_the_training_split(feature_base):
+    record = read_feature_record(feature_base / "features")
+    rows = dict(vae=[], cls=[], patches=[])
+    for description, arrays in samples(feature_base / "features").values():
+        if description["split"] == "train":
+            arrays = {key: value.astype(np.float64) for key, value in arrays.items()}
+            rows["vae"].append(arrays["vae.npy"].reshape(16, -1).T)
+            rows["cls"].append(arrays["dinov3.npy"][None])
+            rows["patches"].append(arrays["dinov3_patches.npy"])
+    for name, values in rows.items():
+        values = np.concatenate(values)
+        found = record.statistics[name]
+        assert found["count"] == len(values)
+        np.testing.assert_allclose(found["mean"], values.mean(axis=0), rtol=1e-12, atol=1e-14)
+        np.testing.assert_allclose(found["std"], values.std(axis=0), rtol=1e-12)
+
+
+def test_merged_moments_keep_their_digits_far_from_zero_and_in_skewed_parts():
+    rng = np.random.default_rng(0)
+    values = 1e6 + rng.normal(size=(1000, 3)) * [1, 10, 1e-3]
+    total = None
+    for first, last in ((0, 1), (1, 3), (3, 900), (900, 1000)):
+        total = feature_shards.merge_moments(total, feature_shards.moments_of(values[first:last]))
+    np.testing.assert_allclose(total["mean"], values.mean(axis=0), rtol=1e-14)
+    np.testing.assert_allclose(total["m2"] / 1000, values.var(axis=0), rtol=1e-6)
+
+
+def test_a_turned_photograph_is_cropped_upright(feature_base, tmp_path, encoders):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    image = Image.open(feature_base / "pictures/wide/temple.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # To be turned by a quarter.
+    image.save(pictures / "turned.png", exif=exif)
+    image.transpose(Image.Transpose.ROTATE_270).save(pictures / "upright.png")
+    for name in ("turned", "upright"):
+        (pictures / f"{name}.txt").write_text("the flower")
+    prepare(pictures, tmp_path / "out", encoders)
+    found = samples(tmp_path / "out")
+    for key, value in found["upright.png"][1].items():
+        np.testing.assert_array_equal(found["turned.png"][1][key], value)
+    assert found["turned.png"][0]["bucket"] == "96x160"
+
+
+def test_cut_captions_are_counted_also_when_they_are_used_again(tmp_path, pictures, encoders):
+    for name in ("square/temple", "tall/roof"):
+        (pictures / f"{name}.txt").write_text("the old temple " * 200)
+    out = tmp_path / "out"
+    prepare(pictures, out, encoders, *OPTIONS)
+    assert read_feature_record(out).captions["num_truncated"] == 2
+    assert len(samples(out)["tall/roof.jpg" if False else "tall/roof.png"][1]["t5m.npy"]) == 512
+    (pictures / "wide/sky.txt").write_text("another sky")
+    assert made(prepare(pictures, out, encoders, *OPTIONS)) == (0, 0, 1, 1)
+    assert read_feature_record(out).captions["num_truncated"] == 2
+    assert sum(d["truncated"] for d, _ in samples(out).values()) == 2
+
+
+def test_a_zip_of_the_images_gives_the_same_samples(feature_base, pictures, tmp_path, encoders):
+    source = make_zip(tmp_path / "pictures.zip", pictures)
+    prepare(source, tmp_path / "out", encoders, *OPTIONS)
+    assert content(tmp_path / "out") == content(feature_base / "features")
+
+
+# What is made again, and what is not.
+
+
+def test_a_complete_folder_is_left_alone(feature_base, features, encoders):
+    times = {
+        p: p.stat().st_mtime_ns for p in features.rglob("*.*") if p.suffix in (".tar", ".json")
+    }
+    output = prepare(feature_base / "pictures", features, encoders, *OPTIONS, "--batch=5")
+    assert "complete already" in output
+    assert {path: path.stat().st_mtime_ns for path in times} == {
+        **times,
+        features / "preparing.json": (features / "preparing.json").stat().st_mtime_ns,
+    }
+    assert content(features) == content(feature_base / "features")
+
+
+def test_an_edited_caption_makes_its_text_again_and_nothing_else(
+    feature_base, pictures, features, encoders
+):
+    (pictures / "wide/sky.txt").write_text("the pink sky")
+    assert made(prepare(pictures, features, encoders, *OPTIONS)) == (0, 0, 1, 1)
+    before, after = content(feature_base / "features"), content(features)
+    changed = {name for name in before if before[name] != after[name]}
+    (shard,) = [name for name in changed if name.endswith(".tar")]
+    assert changed == {shard, f"{shard.rpartition('/')[0]}/manifest.json", "features.json"}
+    assert before.keys() == after.keys()
+    found = samples(features)["wide/sky.png"]
+    assert found[0]["caption"] == "the pink sky"
+    assert len(found[1]["t5m.npy"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda tmp: f"--text={tiny_text(tmp / 'new', seed=1)}", (0, 0, NUM)),
+        (lambda tmp: f"--visual={tiny_visual(tmp / 'new', seed=1)}", (0, NUM, 0)),
+        (lambda tmp: f"--visual={tiny_visual(tmp / 'new', patch_size=14)}", (0, NUM, 0)),
+        (lambda tmp: f"--visual={tiny_visual(tmp / 'new', num_registers=2)}", (0, NUM, 0)),
+        (
+            lambda tmp: (
+                "--vae=" + str(tiny_autoencoder(tmp / "new", latent_channels=4, num_stages=4))
+            ),
+            (NUM, 0, 0),
+        ),
+        (lambda tmp: "--precision=bf16", (NUM, NUM, NUM)),
+        (lambda tmp: "--shard-size=3", (0, 0, 0)),
+        (lambda tmp: "--buckets=128x128,160x96,112x160", (4, 4, 0)),
+        (lambda tmp: "--overwrite", (NUM, NUM, NUM)),
+    ],
+    ids=[
+        "text",
+        "visual",
+        "patches",
+        "registers",
+        "vae",
+        "precision",
+        "shards",
+        "buckets",
+        "overwrite",
+    ],
+)
+def test_another_setting_makes_what_depends_on_it_again(
+    feature_base, features, encoders, tmp_path, change, expected
+):
+    option = change(tmp_path)
+    source = feature_base / "pictures"
+    output = prepare(source, features, encoders, *OPTIONS, option)
+    assert made(output)[:3] == expected
+    fresh = tmp_path / "fresh"
+    prepare(source, fresh, encoders, *OPTIONS, option)
+    assert content(features) == content(fresh)
+    assert {path.name for path in features.iterdir()} == {path.name for path in fresh.iterdir()}
+
+
+def test_added_and_removed_images_cost_what_is_new_alone(
+    feature_base, pictures, features, encoders, tmp_path
+):
+    for name in ("square/a", "square/b", "wide/c"):
+        original = pictures / ("wide/sky.png" if "c" in name else "square/wall.png")
+        (pictures / f"{name}.png").write_bytes(original.read_bytes())
+        (pictures / f"{name}.txt").write_text("detail")
+    (pictures / "tall/roof.png").unlink()
+    (pictures / "square/sky.jpg").unlink()
+    assert made(prepare(pictures, features, encoders, *OPTIONS))[:3] == (3, 3, 3)
+    prepare(pictures, tmp_path / "fresh", encoders, *OPTIONS)
+    assert content(features) == content(tmp_path / "fresh")
+    assert len(samples(features)) == NUM + 1
+
+
+def test_a_changed_image_keeps_its_text(feature_base, pictures, features, encoders):
+    image = Image.open(pictures / "tall/roof.png")
+    image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(pictures / "tall/roof.png")
+    assert made(prepare(pictures, features, encoders, *OPTIONS)) == (1, 1, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("json", (0, 0, 0, 1)),
+        ("vae.npy", (1, 0, 0, 1)),
+        ("dinov3.npy", (0, 1, 0, 1)),
+        ("dinov3_patches.npy", (0, 1, 0, 1)),
+        ("t5h.npy", (0, 0, 1, 1)),
+        ("t5m.npy", (0, 0, 1, 1)),
+    ],
+)
+def test_a_damaged_member_is_made_again_and_nothing_else(
+    feature_base, features, encoders, key, expected
+):
+    flip_byte(features, "wide/roof.png", key)
+    assert made(prepare(feature_base / "pictures", features, encoders, *OPTIONS)) == expected
+    assert content(features) == content(feature_base / "features")
+
+
+def _infinite(description, members):
+    array = feature_shards.from_npy(members["vae.npy"]).copy()
+    array[0, 0, 0] = np.inf
+    members["vae.npy"] = feature_shards.to_npy(array)
+
+
+def _small_grid(description, members):
+    members["dinov3_patches.npy"] = feature_shards.to_npy(np.ones((49, 32), np.float16))
+
+
+def _padded_text(description, members):
+    members["t5h.npy"] = feature_shards.to_npy(np.ones((77, 32), np.float16))
+    members["t5m.npy"] = feature_shards.to_npy(np.arange(77) < 5)
+
+
+def _other_fingerprint(description, members):
+    description["fingerprint"]["text"] = "0" * 32
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (_infinite, (NUM, 0, 0, 11)),
+        (_small_grid, (0, NUM, 0, 11)),
+        (_padded_text, (0, 0, NUM, 11)),
+        (_other_fingerprint, (0, 0, NUM, 11)),
+    ],
+)
+def test_that_something_exists_with_its_checksum_proves_nothing(
+    feature_base, features, encoders, change, expected
+):
+    rewrite_shards(features, change)
+    assert made(prepare(feature_base / "pictures", features, encoders, *OPTIONS)) == expected
+    assert content(features) == content(feature_base / "features")
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda shard: shard.unlink(), (2, 2, 2)),
+        (lambda shard: shard.write_bytes(shard.read_bytes()[:-600]), (0, 0, 0)),
+        (lambda shard: shard.write_bytes(shard.read_bytes() + b"x"), (0, 0, 0)),
+        (lambda shard: shard.write_bytes(b""), (2, 2, 2)),
+        (lambda shard: shard.rename(shard.with_name("shard-000009.tar")), (0, 0, 0)),
+        (lambda shard: (shard.parent / "manifest.json").unlink(), (0, 0, 0)),
+        (lambda shard: (shard.parent / "manifest.json").write_text("{"), (0, 0, 0)),
+        (lambda shard: (shard.parents[2] / "features.json").write_text("{"), (0, 0, 0)),
+        (lambda shard: (shard.parents[2] / "features.json").unlink(), (0, 0, 0)),
+        (lambda shard: (shard.parents[2] / "images.jsonl").write_text("{"), (0, 0, 0)),
+    ],
+)
+def test_damaged_files_are_written_again_from_what_is_left(
+    feature_base, features, encoders, damage, expected
+):
+    damage(read_manifest(features, "train", NAMES[0]).files[0])
+    output = prepare(feature_base / "pictures", features, encoders, *OPTIONS)
+    assert made(output)[:3] == expected
+    assert content(features) == content(feature_base / "features")
+
+
+# One feature at a time.
+
+
+def test_features_prepared_one_at_a_time_are_put_together_at_the_end(
+    feature_base, encoders, tmp_path
+):
+    source, out = feature_base / "pictures", tmp_path / "out"
+    for feature, option in zip(FEATURES, encoders, strict=True):
+        output = prepare(source, out, [option], *OPTIONS, f"--only={feature}")
+        assert f"{NUM} of {NUM} {feature} features made" in output
+        assert not is_complete(out)
+        again = prepare(source, out, [option], *OPTIONS, f"--only={feature}")
+        assert f"0 of {NUM} {feature} features made" in again
+    assert "is not finished" in fail(dataset_tool, "info", out)
+    assert made(prepare(source, out, encoders, *OPTIONS))[:3] == (0, 0, 0)
+    assert content(out) == content(feature_base / "features")
+
+
+def test_latents_need_no_captions_yet(pictures, encoders, tmp_path):
+    for path in pictures.rglob("*.txt"):
+        path.unlink()
+    prepare(pictures, tmp_path / "out", encoders[:1], "--only=vae")
+    assert "17 of 17 images of" in refusal(pictures, tmp_path / "out", encoders)
+
+
+def test_one_feature_prepared_for_a_complete_folder_leaves_that_in_use(
+    feature_base, features, encoders, tmp_path
+):
+    source = feature_base / "pictures"
+    text = f"--text={tiny_text(tmp_path / 'text', seed=1)}"
+    before = content(features)
+    prepare(source, features, [text], *OPTIONS, "--only=text")
+    after = content(features)
+    assert {name: after[name] for name in before} == before
+    assert made(prepare(source, features, [*encoders[:2], text], *OPTIONS))[:3] == (0, 0, 0)
+    prepare(source, tmp_path / "fresh", [*encoders[:2], text], *OPTIONS)
+    assert content(features) == content(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("damage", ["bytes", "fingerprint", "shape", "nan"])
+def test_a_staged_feature_that_is_not_right_is_made_again(feature_base, encoders, tmp_path, damage):
+    source, out = feature_base / "pictures", tmp_path / "out"
+    prepare(source, out, encoders[:1], *OPTIONS, "--only=vae")
+    path = sorted((out / ".staged").rglob("*.zip"))[3]
+    name = path.stem
+    fingerprint = "0" * 32
+    if damage == "bytes":
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    else:
+        import zipfile
+
+        with zipfile.ZipFile(path) as archive:
+            facts = json.loads(archive.read("fingerprint.json"))
+            latent = feature_shards.from_npy(archive.read("vae.npy")).copy()
+        if damage == "shape":
+            latent = latent[:, 1:]
+        if damage == "nan":
+            latent[0, 0, 0] = np.nan
+        if damage != "fingerprint":
+            fingerprint = facts["fingerprint"]
+        members = {"vae.npy": feature_shards.to_npy(latent)}
+        feature_staging.stage(out, "vae", name, fingerprint, members)
+    assert made(prepare(source, out, encoders, *OPTIONS))[:3] == (1, NUM, NUM)
+    assert content(out) == content(feature_base / "features")
+
+
+# Stops.
+
+
+def test_a_stop_at_any_write_loses_nothing_that_was_finished(
+    feature_base, pictures, features, encoders, tmp_path, monkeypatch
+):
+    """Images added and removed, a caption edited, another text encoder, shards of another size."""
+    for name in ("a", "b", "c"):
+        (pictures / f"{name}.png").write_bytes((pictures / "wide/sky.png").read_bytes())
+        (pictures / f"{name}.txt").write_text("detail")
+    (pictures / "tall/roof.png").unlink()
+    (pictures / "tall/temple.txt").write_text("the temple")
+    text = f"--text={tiny_text(tmp_path / 'text', seed=1)}"
+    options = (*encoders[:2], text), "--batch=1", "--shard-size=3", "--workers=1"
+    prepare(pictures, tmp_path / "fresh", *options)
+    expected = content(tmp_path / "fresh")
+
+    replace, state = feature_inventory.os.replace, dict(left=0)
+
+    def stopped_replace(source, target):
+        state["left"] -= 1
+        if state["left"] < 0:
+            raise KeyboardInterrupt
+        replace(source, target)
+        state["staged"] += ".staged" in str(target)
+        state["writes"] += 1
+
+    monkeypatch.setattr("os.replace", stopped_replace)
+    state.update(left=10_000, staged=0, writes=0)
+    prepare(pictures, shutil.copytree(features, tmp_path / "whole"), *options)
+    num_writes, num_staged = state["writes"], state["staged"]
+    assert num_staged == 3 + 3 + 19
+    for stop in [*range(1, num_writes, 9), num_writes - 2, num_writes - 1]:
+        out = shutil.copytree(features, tmp_path / f"stopped-{stop}")
+        state.update(left=stop, staged=0, writes=0)
+        command = ("features", f"--source={pictures}", f"--dest={out}", f"--buckets={BUCKETS}")
+        from helpers import call
+
+        assert call(dataset_tool, *command, *options[0], *options[1:]).code == 130
+        first = state["staged"]
+        state.update(left=10_000)
+        output = prepare(pictures, out, *options)
+        assert first + sum(made(output)[:3]) == num_staged, f"stopped after {stop} writes"
+        assert content(out) == expected
+
+
+def test_what_changes_while_it_is_in_use_is_noticed_and_then_made_again(
+    feature_base, features, encoders, monkeypatch
+):
+    read = feature_work.read_member
+
+    def damaged(descriptor, index, row, key):
+        if key == "vae.npy":
+            raise ValueError("differs")
+        return read(descriptor, index, row, key)
+
+    options = (*OPTIONS, "--shard-size=3")
+    source = feature_base / "pictures"
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_work, "read_member", damaged)
+        assert "was altered while it was in use" in refusal(source, features, encoders, *options)
+    flip_byte_of = sorted((features / ".old").glob("*.tar"))[0]
+    data = bytearray(flip_byte_of.read_bytes())
+    data[2048 + 700] ^= 1
+    flip_byte_of.write_bytes(data)
+    num_made = made(prepare(source, features, encoders, *options))[:3]
+    assert sum(num_made) <= 1
+    assert not (features / ".old").exists()
+
+
+# Refusals.
+
+
+def test_broken_and_small_images_are_listed_or_left_out(pictures, encoders, tmp_path):
+    path = pictures / "wide/flower.jpg"
+    path.write_bytes(path.read_bytes()[:3000])
+    Image.new("RGB", (60, 60)).save(pictures / "small.png")
+    (pictures / "small.txt").write_text("detail")
+    message = refusal(pictures, tmp_path / "out", encoders)
+    assert "2 of 18 images cannot be used" in message
+    assert f"{path}: image file is truncated" in message
+    assert "small.png: is 60x60, which would be enlarged more than 2 times" in message
+    output = prepare(pictures, tmp_path / "out", encoders, *OPTIONS, "--skip-broken")
+    assert "Skipped 2 broken image(s)." in output
+    assert len(samples(tmp_path / "out")) == NUM - 1
+
+
+def test_the_first_images_alone_can_be_used(feature_base, encoders, tmp_path):
+    prepare(feature_base / "pictures", tmp_path / "out", encoders, "--max-images=5")
+    found = sorted(samples(tmp_path / "out"))
+    assert (
+        found
+        == sorted(
+            p.relative_to(feature_base / "pictures").as_posix()
+            for p in (feature_base / "pictures/square").iterdir()
+            if p.suffix != ".txt"
+        )[:5]
+    )
+
+
+def test_missing_captions_are_counted_before_work_starts(pictures, encoders, tmp_path):
+    (pictures / "tall/roof.txt").unlink()
+    message = refusal(pictures, tmp_path / "out", encoders)
+    assert "--captions: 1 of 17 images of" in message
+    assert "tall/roof.png; write one for each" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_work_is_refused_before_work_starts(feature_base, encoders, tmp_path):
+    source, out = feature_base / "pictures", tmp_path / "out"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/file").write_text("")
+    np.savez(tmp_path / "images.npz", arr_0=np.zeros((2, 8, 8, 3), np.uint8))
+    vae, visual, _ = encoders
+    for message, args in [
+        ("--text: is needed", (source, out, [vae, visual])),
+        ("--vae: has no effect with --only=text", (source, out, encoders, "--only=text")),
+        ("leave out --only", (source, out, [vae], "--only=vae", "--overwrite")),
+        ("holds other files and no features", (source, tmp_path / "other", encoders)),
+        ("features are written to a folder", (source, tmp_path / "out.tar", encoders)),
+        ("holds images of one size without", (tmp_path / "images.npz", out, encoders)),
+        ("holds features already", (feature_base / "features", out, encoders)),
+        ("is no folder and no Hugging Face id", (source, out, [vae, visual, "--text=nothing"])),
+        ("no such file or folder", (tmp_path / "nothing", out, encoders)),
+        ("--buckets: got 100x100", (source, out, encoders, "--buckets=100x100")),
+        ("0<=x<1", (source, out, encoders, "--validation-share=1")),
+    ]:
+        assert message in refusal(*args)
+    assert not out.exists()
+    gray = tiny_autoencoder(tmp_path / "gray", img_channels=1, num_stages=4)
+    assert "but features are made of RGB images" in refusal(
+        source, out, [f"--vae={gray}"], "--only=vae"
+    )
+
+
+def test_two_preparations_of_one_folder_do_not_meet(feature_base, features, encoders):
+    # The lock of this process would not keep itself out.
+    import os
+    import subprocess
+    import sys
+
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, 2); print(); input()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", hold, features / ".lock"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    with holder:
+        holder.stdout.readline()
+        message = refusal(feature_base / "pictures", features, encoders)
+        holder.communicate(b"\n")
+    assert "another process is preparing" in message
+    assert os.path.exists(features / "features.json")
+    assert fcntl
+
+
+@pytest.mark.parametrize(
+    ("option", "weight", "feature"),
+    [
+        (0, "quant_conv.bias", "vae"),
+        (1, "norm.bias", "visual"),
+        (2, "encoder.final_layer_norm.weight", "text"),
+    ],
+)
+@pytest.mark.parametrize("value", [1e7, float("nan")])
+def test_values_that_float16_cannot_hold_are_one_sentence_with_image_and_feature(
+    feature_base, encoders, tmp_path, option, weight, feature, value
+):
+    name, _, location = encoders[option].partition("=")
+    broken = shutil.copytree(location, tmp_path / "broken")
+    (path,) = broken.glob("*.safetensors")
+    weights = load_file(path)
+    weights[weight] = torch.full_like(weights[weight], value)
+    save_file(weights, path, metadata={"format": "pt"})
+    message = refusal(
+        feature_base / "pictures", tmp_path / "out", [f"{name}={broken}"], f"--only={feature}"
+    )
+    assert re.search(
+        rf"pictures/\w+/\w+\.(png|jpg): its {feature} features have values that are not", message
+    )
+    assert not list((tmp_path / "out").rglob("*.zip"))
+
+
+def test_want_of_memory_is_one_sentence(feature_base, encoders, tmp_path, monkeypatch):
+    def no_memory(self, images):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("training.autoencoder.Autoencoder.moments", no_memory)
+    message = refusal(feature_base / "pictures", tmp_path / "out", encoders[:1], "--only=vae")
+    assert "--batch: no memory for" in message
+
+
+def test_an_image_that_changes_under_way_is_noticed(pictures, encoders, tmp_path, monkeypatch):
+    from training.feature_making import FeatureMaker
+
+    make_images = FeatureMaker.make_images
+
+    def changed(self, batches, on_done):
+        shutil.copy(pictures / "tall/roof.png", pictures / "square/wall.png")
+        make_images(self, batches, on_done)
+
+    monkeypatch.setattr(FeatureMaker, "make_images", changed)
+    message = refusal(pictures, tmp_path / "out", encoders)
+    assert "square/wall.png: was changed while features were made" in message
+
+
+def test_pictures_without_captions_are_helpers_too(tmp_path):
+    assert not list(write_pictures(tmp_path, with_captions=False).rglob("*.txt"))
