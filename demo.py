@@ -280,7 +280,9 @@ def train_with_added_patches(outdir: Path, settings: tuple[str, ...]) -> tuple[P
     half = FEATURE_KIMG / 2
     base_dir, base = train_model(outdir, *settings, "--no-use-dino-patches", f"--kimg={half}")
     _, warm = train_model(
-        outdir, *settings, f"--transfer={base}", f"--kimg={half}", f"--patch-bias-kimg={half / 4}"
+        outdir,
+        *(*settings, f"--transfer={base}", f"--kimg={half}"),
+        *("--lr=2e-3", f"--patch-bias-kimg={half / 8}"),
     )
     _, plain = train_model(outdir, f"--resume={base_dir}", f"--kimg={FEATURE_KIMG}")
     return warm, plain
