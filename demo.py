@@ -14,11 +14,17 @@ from pathlib import Path
 
 import click
 import numpy as np
+import torch
 
+from diffusion.guidance import DualGuidanceConfig
 from dnnlib.cli import run
 from dnnlib.text import format_time
 from evaluation.digits import SetClassifier, class_agreement, class_shares, train_autoencoder
+from evaluation.feature_checks import check_patches, mean_loss
+from evaluation.photographs import write_encoders, write_photographs
 from training.checkpoint import find_snapshots, load_snapshot
+from training.feature_data import FeatureDataset
+from training.feature_requests import make_feature_generator
 from training.pictures import read_image
 from training.sets import SetDataset
 from training.supports import open_data_of
@@ -32,6 +38,9 @@ SET_GUIDANCE = 2.5
 SET_MODES = {"film": (), "lag": ("--encoder-depth=1",)}
 SAMPLES_PER_CLASS = 400
 MIN_SEEN_SHARE, MAX_SEEN_CONTROL = 0.60, 0.20
+FEATURE_KIMG = 8
+PLAIN_GUIDANCE = DualGuidanceConfig(text_scale=1.0, visual_scale=1.0)
+MAX_FEATURE_LOSS, MIN_PATCH_SHARE = 0.6, 0.90
 
 
 def execute(title: str, script: str, *args: str) -> str:
@@ -197,6 +206,86 @@ def sets_demo(outdir: Path, train_args: tuple[str, ...]) -> bool:
     return passed
 
 
+def features_demo(outdir: Path, train_args: tuple[str, ...]) -> bool:
+    """Train on text and image features, first without patches; tell whether all are used."""
+    folder = outdir / "photographs"
+    if not (folder / "images").exists():
+        write_photographs(folder / "images")
+    click.secho(
+        "\n== Encoders: an autoencoder to train, random ones of texts and images", bold=True
+    )
+    encoders = write_encoders(folder / "encoders")
+    features = folder / "features"
+    execute(
+        "Prepare latents and features",
+        "dataset_tool.py",
+        "features",
+        *(f"--source={folder / 'images'}", f"--dest={features}", "--buckets=128x128,160x96"),
+        *("--validation-share=0", *encoders),
+    )
+    settings = (f"--data={features}", "--preset=nanodit-tiny", "--text-lengths=8", "--snap=100")
+    run_dir, network = train_model(outdir, *settings, f"--kimg={FEATURE_KIMG}", *train_args)
+    dataset = FeatureDataset(features, text_lengths=(8,))
+    names = ",".join(dataset.ids[row] for row in (0, 1, len(dataset) - 2, len(dataset) - 1))
+    execute(
+        "Generate from stored features",
+        "generate.py",
+        *(f"--network={network}", f"--features={features}", f"--id={names}", "--seeds=0-3"),
+        *(f"--outdir={outdir / f'stored-{run_dir.name}'}", "--columns=4"),
+        f"--grid={outdir / 'features-stored.png'}",
+    )
+    execute(
+        "Generate from a text and an image",
+        "generate.py",
+        *(f"--network={network}", f"--reference={folder / 'images' / '001.png'}", "--seeds=0-3"),
+        *("--prompt=far wide flower middle centre", "--text-scale=1.5", "--visual-scale=1.5"),
+        *(f"--outdir={outdir / f'asked-{run_dir.name}'}", "--columns=4"),
+        f"--grid={outdir / 'features-asked.png'}",
+    )
+    passed = check_features(network, dataset)
+    warm, plain = train_with_added_patches(outdir, settings)
+    losses = [mean_loss(load_snapshot(path), dataset) for path in (warm, plain)]
+    click.echo(
+        f"(d) loss {losses[0]:.3f} of a model that got its patches half-way, {losses[1]:.3f} of "
+        "one that never did (at most a tenth above that expected)\n"
+        f"Pictures: {outdir / 'features-*.png'} (generated), {run_dir / 'reals.png'} (real, "
+        f"through the autoencoder), {run_dir / 'fakes-*.png'} (image, its features, text alone)"
+    )
+    return passed and losses[0] <= 1.1 * losses[1]
+
+
+def check_features(network: Path, dataset: FeatureDataset) -> bool:
+    """Tell whether a model has learned its images, and uses their patches and texts."""
+    click.secho("\n== Does it use its conditions?", bold=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    snapshot = load_snapshot(network)
+    loss, mixed = (
+        mean_loss(snapshot, dataset, swapped=names, device=device) for names in ((), ("text",))
+    )
+    check = check_patches(
+        make_feature_generator(snapshot, device, guidance=PLAIN_GUIDANCE), dataset
+    )
+    click.echo(
+        f"(a) loss {loss:.3f} (below {MAX_FEATURE_LOSS} expected; it begins at 2)\n"
+        f"(b) own patches give a smaller error than another image's for {check.share:.0%} of the "
+        f"images, {check.own.mean():.4f} against {check.swapped.mean():.4f} (at least "
+        f"{MIN_PATCH_SHARE:.0%} expected)\n"
+        f"(c) loss {mixed:.3f} with the texts of other images (higher expected)"
+    )
+    return loss < min(MAX_FEATURE_LOSS, mixed) and check.share >= MIN_PATCH_SHARE
+
+
+def train_with_added_patches(outdir: Path, settings: tuple[str, ...]) -> tuple[Path, Path]:
+    """Train without patches, then on with and without them; return both snapshots."""
+    half = FEATURE_KIMG / 2
+    base_dir, base = train_model(outdir, *settings, "--no-use-dino-patches", f"--kimg={half}")
+    _, warm = train_model(
+        outdir, *settings, f"--transfer={base}", f"--kimg={half}", f"--patch-bias-kimg={half / 4}"
+    )
+    _, plain = train_model(outdir, f"--resume={base_dir}", f"--kimg={FEATURE_KIMG}")
+    return warm, plain
+
+
 def make_from_supports(
     outdir: Path,
     network: Path,
@@ -240,8 +329,11 @@ def make_from_supports(
 @click.option("--outdir", default="demo-out", show_default=True, type=click.Path(path_type=Path))
 @click.option("--latent", is_flag=True, help="Latent DiffiT instead, with guidance.")
 @click.option("--sets", is_flag=True, help="Set-conditioned DiT instead: digits never trained on.")
+@click.option("--features", is_flag=True, help="NanoDiT instead: photographs by text and image.")
 @click.argument("train_args", nargs=-1, type=click.UNPROCESSED)
-def main(outdir: Path, latent: bool, sets: bool, train_args: tuple[str, ...]) -> int:
+def main(
+    outdir: Path, latent: bool, sets: bool, features: bool, train_args: tuple[str, ...]
+) -> int:
     """Train, sample and score a small class-conditional DiffiT on 1,797 real handwritten digits.
 
     TRAIN_ARGS go to train.py after those of the demo, as in
@@ -250,15 +342,19 @@ def main(outdir: Path, latent: bool, sets: bool, train_args: tuple[str, ...]) ->
       python demo.py -- --kimg=300
       python demo.py --latent
       python demo.py --sets
+      python demo.py --features
     """
-    if latent and sets:
-        raise click.UsageError("Give --latent or --sets, not both.")
+    if latent + sets + features > 1:
+        raise click.UsageError("Give one of --latent, --sets and --features.")
     start = time.time()
     click.echo(
-        "This converts the digits, trains on them, generates images and scores them. It takes "
-        f"{'8 to 10' if sets else '2 to 5'} minutes on two CPU cores (less on a GPU)."
+        f"This prepares {'photographs' if features else 'digits'}, trains on them, generates "
+        f"images and checks them. It takes {'8 to 10' if sets else '2 to 5'} minutes on two CPU "
+        "cores (less on a GPU)."
     )
-    chosen = sets_demo if sets else latent_demo if latent else pixel_demo
+    chosen = pixel_demo
+    for wanted, other in ((latent, latent_demo), (sets, sets_demo), (features, features_demo)):
+        chosen = other if wanted else chosen
     passed = chosen(outdir, train_args)
     click.echo(
         f"Total time: {format_time(time.time() - start)}. "

@@ -13,6 +13,7 @@ import click
 import torch
 
 from configs.presets import PRESET_OF_RESOLUTION, PRESETS, get_preset, preset_of_model
+from dnnlib.addresses import is_address
 from dnnlib.cli import ConfigCommand, raw_value, run, settings
 from dnnlib.config import Config
 from dnnlib.files import atomic_write, check_target, lock_folder
@@ -193,7 +194,8 @@ def main(
         check_target("--outdir", outdir, is_folder=True)
     if dry_run:
         note = ""
-        if config.data.data and Path(config.data.data).exists():
+        data = config.data.data
+        if data and (is_address(data) or Path(data).exists()):
             config = runs.fit_to_data(config, open_training_data(config))
         else:
             num_classes = get_preset(config.preset).num_classes if config.data.cond else 0

@@ -26,11 +26,11 @@ from torch_utils.stats import StatsCollector
 from training.config import RunConfig
 from training.dataset import ImageDataset
 from training.ema import EMA, PowerEMA, ema_beta
+from training.families import make_objective
 from training.inputs import make_inputs
 from training.optimizer import GuardedAdam
 from training.report import forward_flops
 from training.sampler import PositionSampler, make_loader
-from training.set_objective import make_objective
 
 PARTS = ("data", "forward", "backward", "optimizer", "EMA")
 MIB = 2**20
@@ -64,7 +64,10 @@ class TrainingSteps:
         self.network = self._build_network().train().requires_grad_(True).to(device)
         self._make_optimizer()
         self._objective = make_objective(
-            config, self.network, make_precond(config.precond), make_inputs(config, dataset, None)
+            config,
+            self.network,
+            make_precond(config.precond),
+            make_inputs(config, dataset, None, device),
         )
 
     def _build_network(self) -> Network:
@@ -75,6 +78,7 @@ class TrainingSteps:
         clip_grad = self.config.training.clip_grad
         self._optimizer = GuardedAdam(
             self.network.parameters(),
+            beta2=self.config.training.beta2,
             weight_decay=self.config.training.weight_decay,
             clip_grad=clip_grad,
         )

@@ -6,11 +6,8 @@ the names of the published checkpoint (those of torchvision's Inception3).
 """
 
 import os
-import pickle
-import re
 import types
 from collections.abc import Collection
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -18,6 +15,7 @@ from torch import nn
 from dnnlib.config import did_you_mean
 from dnnlib.files import fetch
 from metrics.network import NetworkDetector
+from metrics.weights import checked_weights, read_tensors
 from torch_utils import distributed
 
 WEIGHTS_URL = (
@@ -367,41 +365,8 @@ def read_weights(weights: str | None = None) -> dict[str, torch.Tensor]:
             ) from error
     else:
         path = fetch(weights)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    # What a damaged or hostile file makes the unpickler raise has no common base.
-    except Exception as error:
-        raise ValueError(f"{path}: {_refusal(path, error)}. {_EXPECTED_LAYOUT}") from error
-    return _checked_weights(state, str(path))
-
-
-def _refusal(path: Path, error: Exception) -> str:
-    with open(path, "rb") as file:
-        is_pickle = file.read(1) in (b"\x80", b"P")  # Bare, or in a zip archive.
-    if is_pickle and isinstance(error, pickle.UnpicklingError):
-        name = re.search(r"GLOBAL (\S+)", str(error))
-        return "refused, because reading it would execute code" + (f" ({name[1]})" if name else "")
-    return f"damaged, or no file of tensors ({type(error).__name__})"
-
-
-def _checked_weights(state: object, label: str) -> dict[str, torch.Tensor]:
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
-    ):
-        raise ValueError(f"{label}: holds no names with tensors. {_EXPECTED_LAYOUT}")
+    state = read_tensors(path, _EXPECTED_LAYOUT)
     with torch.device("meta"):
-        expected = Inception().state_dict()
+        wanted = Inception().state_dict()
     found = {name: state[name] for name in state if not name.endswith(".num_batches_tracked")}
-    missing = sorted(expected.keys() - found.keys())
-    unknown = sorted(found.keys() - expected.keys())
-    for names, what in ((missing, "missing"), (unknown, "unknown")):
-        if names:
-            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            raise ValueError(f"{label}: {len(names)} weights {what}: {shown}. {_EXPECTED_LAYOUT}")
-    for name, value in expected.items():
-        if found[name].shape != value.shape:
-            raise ValueError(
-                f"{label}: {name} has shape {list(found[name].shape)}, expected "
-                f"{list(value.shape)}. {_EXPECTED_LAYOUT}"
-            )
-    return {name: value.to(torch.float32) for name, value in found.items()}
+    return checked_weights(found, wanted, str(path), _EXPECTED_LAYOUT)

@@ -31,7 +31,7 @@ class NetworkDetector:
         if precision not in ("float32", "bfloat16"):
             raise ValueError(f"Precision {precision!r} of a detector; accepted: float32, bfloat16.")
         self.precision = precision
-        self.hash = _hash(network, f"{identity}, {precision}")
+        self.hash = network_hash(network, f"{identity}, {precision}")
         self._network = network.eval().requires_grad_(False).to(device)
 
     def _preprocess(self, images: torch.Tensor) -> torch.Tensor:
@@ -62,10 +62,10 @@ class NetworkDetector:
         }
         for part in images.split(self._max_batch):
             if len(part):
-                with _arithmetic(images.device, "float32"):
+                with arithmetic(images.device, "float32"):
                     x = self._preprocess(part).expand(-1, 3, -1, -1)
                     x = x.contiguous(memory_format=torch.channels_last)
-                with _arithmetic(images.device, self.precision):
+                with arithmetic(images.device, self.precision):
                     found = self._extract(x, outputs)
                 for name in outputs:
                     parts[name].append(found[name].to(torch.float32))
@@ -73,7 +73,7 @@ class NetworkDetector:
 
 
 @contextlib.contextmanager
-def _arithmetic(device: torch.device, precision: str) -> Iterator[None]:
+def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
     """Compute in this precision, whatever the training run allows: a score is no place for TF32."""
     allowed = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
@@ -84,7 +84,8 @@ def _arithmetic(device: torch.device, precision: str) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
-def _hash(network: nn.Module, identity: str) -> str:
+def network_hash(network: nn.Module, identity: str) -> str:
+    """Return a hexadecimal digest of the weights of a network and of a text."""
     digest = hashlib.sha256(identity.encode())
     for name, value in sorted(network.state_dict().items()):
         digest.update(name.encode())

@@ -58,6 +58,21 @@ TINY_LATENT = [
 ]
 
 
+# The same of feature-conditioned models, on the photographs of feature_files.py.
+TINY_FEATURES = [
+    "--preset=nanodit-tiny",
+    "--text-lengths=8,32",
+    "--hidden-dim=16",
+    "--num-blocks=1",
+    "--num-heads=2",
+    "--batch=4",
+    "--iters=2",
+    "--lr=0.01",
+    "--lr-rampup=0",
+    "--workers=0",
+    "--steps=2",
+]
+
 # The same of set-conditioned models: sets of three of the bars and dots; rings are unseen.
 TINY_SETS = [
     "--preset=fsdm-digits",
@@ -234,6 +249,31 @@ def random_inception(base):
         # The published file has PyTorch's older format.
         torch.save(state, path, _use_new_zipfile_serialization=False)
     return path
+
+
+def random_lpips(base, net="alex"):
+    """Return the files of a random LPIPS: backbone and linear weights, laid out as published."""
+    from metrics.lpips import LpipsNetwork
+
+    paths = base / f"lpips-{net}-backbone.pth", base / f"lpips-{net}.pth"
+    if not paths[1].is_file():
+        generator = torch.Generator().manual_seed(0)
+        with torch.device("meta"):
+            layout = LpipsNetwork(net).state_dict()
+        state = {}
+        for name, value in layout.items():
+            if name.startswith("lin"):
+                state[name] = torch.rand(value.shape, generator=generator)
+            elif value.ndim == 4:
+                scale = (2 / value[0].numel()) ** 0.5  # Keeps activations alive.
+                state[name] = scale * torch.randn(value.shape, generator=generator)
+            else:
+                state[name] = 0.1 * torch.randn(value.shape, generator=generator)
+        backbone = {name: value for name, value in state.items() if name.startswith("features.")}
+        backbone["classifier.6.weight"] = torch.zeros(10, 2)
+        torch.save(backbone, paths[0])
+        torch.save({name: state[name] for name in state if name.startswith("lin")}, paths[1])
+    return tuple(map(str, paths))
 
 
 def tiny_dinov2(folder):

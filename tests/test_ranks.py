@@ -17,7 +17,7 @@ from training_runs import (
 import train as train_script
 from dnnlib.config import from_dict
 from models import build_network
-from training import set_objective
+from training import families
 from training.config import RunConfig
 
 pytestmark = pytest.mark.usefixtures("one_cpu_thread")
@@ -96,7 +96,7 @@ FAULTY = (
 )
 
 
-class FaultyObjective(set_objective.Objective):
+class FaultyObjective(families.Objective):
     """The objective of training, whose gradient is not a number at the steps ``faults``."""
 
     faults = frozenset()
@@ -110,7 +110,7 @@ class FaultyObjective(set_objective.Objective):
 def test_a_step_without_a_finite_gradient_changes_nothing_but_the_counts(
     digits_zip, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(set_objective, "Objective", FaultyObjective)
+    monkeypatch.setattr(families, "Objective", FaultyObjective)
     states = []
     for num_steps, faults in ((4, {1}), (6, {1, 4, 5})):
         monkeypatch.setattr(FaultyObjective, "faults", faults)
@@ -133,14 +133,14 @@ sys.path[:0] = {paths!r}
 import test_ranks
 import train
 from torch_utils import distributed
-from training import set_objective
+from training import families
 
 class Faulty(test_ranks.FaultyObjective):
     @property
     def faults(self):
         return {{1, 4, 5}} if distributed.rank() == 1 else set()
 
-set_objective.Objective = Faulty
+families.Objective = Faulty
 train.run(train.main)
 """
 
@@ -158,7 +158,7 @@ def test_ranks_skip_together_and_stop_together_at_the_limit(
     two = only_run(tmp_path / "two")
     assert per_tick(two, "Loss/skipped_steps") == [0, 1, 1, 1, 2, 3]
 
-    monkeypatch.setattr(set_objective, "Objective", FaultyObjective)
+    monkeypatch.setattr(families, "Objective", FaultyObjective)
     monkeypatch.setattr(FaultyObjective, "faults", {1, 4, 5})
     one_args = (f"--outdir={tmp_path / 'one'}", f"--data={digits_zip}", *args)
     assert message in fail(train_script, *one_args)

@@ -15,6 +15,7 @@ from unittest import mock
 import helpers
 import pytest
 import torch
+from feature_files import tiny_features
 from latent_files import tiny_autoencoder
 
 import fid
@@ -257,7 +258,10 @@ CASES = {
     "mlp-ratio": [Case("2", "net")],
     "dropout": [Case("0.5", "net")],
     "skip": [Case("block", "net", beside="--num-blocks=2")],
-    "precond": [Case(name, "net fakes") for name in ("vp", "ve", "iddpm", "ddpm")],
+    "precond": [Case(name, "net fakes") for name in ("vp", "ve", "iddpm", "ddpm", "flow")],
+    "logit-mean": [Case("1", "net", beside="FEATURES")],
+    "logit-std": [Case("0.3", "net", beside="FEATURES")],
+    "flow-shift": [Case("3", "net", beside="FEATURES")],
     "diffusion-steps": [Case("50", "net", beside="--precond=ddpm")],
     "learned-variance": [Case("True", "net", beside="--precond=ddpm")],
     "sigma-data": [Case("0.4", "net")],
@@ -268,7 +272,13 @@ CASES = {
     "batch": [Case("16", "net num_images")],
     "batch-gpu": [Case("4", "passes")],
     "lr": [Case("0.02", "net")],
+    "beta2": [Case("0.9", "net")],
     "lr-rampup": [Case("0.1", "net")],
+    "lr-schedule": [
+        Case("cosine", "net"),
+        Case("constant", "net", beside="--lr-schedule=cosine"),
+    ],
+    "lr-final": [Case("0.005", "net", beside="--lr-schedule=cosine")],
     "weight-decay": [Case("0.5", "net")],
     "clip-grad": [Case("0.01", "net")],
     "label-drop": [Case("0.5", "net", beside="--cond")],
@@ -373,6 +383,24 @@ CASES = {
             beside="SETS --mode-context=variational --kl-rampup=0 --kl-scale=elbo",
         ),
     ],
+    "use-dino-patches": [Case("False", "net", beside="FEATURES")],
+    "patch-pos": [Case("False", "net", beside="FEATURES")],
+    "gates": [Case("True", "net", beside="FEATURES")],
+    "cls-token-time": [Case("True", "net", beside="FEATURES")],
+    "drop-all": [Case("1", "net", beside="FEATURES --drop-all=0 --text-only=0 --visual-only=0")],
+    "text-only": [Case("1", "net", beside="FEATURES --drop-all=0 --text-only=0 --visual-only=0")],
+    "visual-only": [Case("1", "net", beside="FEATURES --drop-all=0 --text-only=0 --visual-only=0")],
+    "text-lengths": [Case("2", "net", beside="FEATURES")],
+    "patch-bias-kimg": [Case("1", "net", beside="FEATURES")],
+    "time-shift": [unseen("3", "fakes", beside="FEATURES")],
+    "text-scale": [unseen("40", "fakes", beside="FEATURES")],
+    "visual-scale": [unseen("40", "fakes", beside="FEATURES")],
+    "guidance-form": [
+        unseen("seed", "fakes", beside="FEATURES --text-scale=40"),
+        unseen("joint", "fakes", beside="FEATURES --text-scale=40"),
+        unseen("nested", "fakes", beside="FEATURES --text-scale=40 --guidance-form=joint"),
+    ],
+    "joint-scale": [unseen("40", "fakes", beside="FEATURES --guidance-form=joint")],
     "sigma-min": [sampled("0.2")],
     "sigma-max": [sampled("10")],
     "rho": [sampled("3")],
@@ -403,6 +431,7 @@ SHOWN_BY = {
         "test_latent_models_train_with_the_autoencoder_that_the_options_describe",
     ),
     "metrics-ref": "test_metrics_compare_with_what_metrics_ref_names",
+    "transfer-allow": "test_a_warm_start_is_strict_but_for_patches_and_what_is_allowed",
     "skip-limit": "test_skip_limit_stops_a_run_whose_gradients_stay_non_finite",
     "inception": "test_detectors_of_the_metrics_come_from_where_the_options_say",
     "dinov2": "test_detectors_of_the_metrics_come_from_where_the_options_say",
@@ -420,7 +449,7 @@ DEFAULTS = {
     "precision": {"fp32", "auto"},
     "class-transforms": {"none", "rotations", "dihedral"},
     "sampler": {"heun"},
-    "sigma-grid": {"karras"},
+    "sigma-grid": {"karras", "time"},
     "cfg-schedule": {"constant"},
 }
 
@@ -496,6 +525,9 @@ def fingerprint(base, args, data_size=8):
     if "SETS" in words:
         words.remove("SETS")
         tiny = helpers.TINY_SETS
+    if "FEATURES" in words:
+        words.remove("FEATURES")
+        tiny, data = helpers.TINY_FEATURES, tiny_features(base / "features")
     if "LATENT" in words:
         words.remove("LATENT")
         vae = base / "vae"
@@ -606,6 +638,60 @@ def test_turned_classes_are_classes_unless_skipped(base, tmp_path):
         counts.append(len(load_snapshot(max(run_dir.glob("*.pkl"))).data.class_names))
     assert len(set(nets)) == 4
     assert counts == [2, 8, 16, 5]
+
+
+def test_a_warm_start_is_strict_but_for_patches_and_what_is_allowed(base, tmp_path):
+    data = tiny_features(base / "features")
+    without = helpers.train_tiny(
+        tmp_path / "base", data, "--no-use-dino-patches", tiny=helpers.TINY_FEATURES
+    ).run_dir
+    transfer = f"--transfer={max(without.glob('*.pkl'))}"
+
+    # Patches may be missing.
+    run_dir = helpers.train_tiny(
+        tmp_path / "runs", data, transfer, tiny=helpers.TINY_FEATURES
+    ).run_dir
+    report = json.loads((run_dir / "warm-start.json").read_text())
+    assert sorted(report["missing"]) == [
+        "conditioner.dino_patch_proj.bias",
+        "conditioner.dino_patch_proj.weight",
+        "conditioner.null_dino_patch_token",
+    ]
+    assert report["unexpected"] == report["mismatched"] == report["notes"] == []
+    assert 0.9 < report["share"] < 1
+    config = json.loads((run_dir / "training_options.json").read_text())["config"]
+    assert config["training"]["lr"] == 0.01  # As typed.
+    assert config["features"]["patch_bias_kimg"] == 2000 * 4 / 1000
+    plain = [word for word in helpers.TINY_FEATURES if not word.startswith("--lr=")]
+    settled = helpers.train_tiny(
+        tmp_path / "settled", data, transfer, "--patch-bias-kimg=0", tiny=plain
+    ).run_dir
+    config = json.loads((settled / "training_options.json").read_text())["config"]
+    assert config["training"]["lr"] == PRESETS["nanodit-tiny"].run.training.lr / 2
+    assert config["features"]["patch_bias_kimg"] == 0
+
+    # Nothing else may, unless it is allowed.
+    arguments = (f"--outdir={tmp_path}", f"--data={data}", *helpers.TINY_FEATURES)
+    with_patches = f"--transfer={max(run_dir.glob('*.pkl'))}"
+    message = helpers.fail(train, *arguments, "--no-use-dino-patches", with_patches)
+    assert "conditioner.null_dino_patch_token and 2 more" in message
+    assert "would be unexpected" in message
+    gated = (*arguments, "--gates", with_patches)
+    message = helpers.fail(train, *gated)
+    assert "backbone.blocks.0.modulation.weight and 1 more" in message
+    assert "of another shape" in message
+    message = helpers.fail(train, *gated, "--transfer-allow=*.modulation.*")
+    assert "at least 90% are needed" in message
+    allowed = "--transfer-allow=conditioner.*dino_patch*"
+    run_dir = helpers.train_tiny(
+        tmp_path / "allowed",
+        data,
+        "--no-use-dino-patches",
+        with_patches,
+        allowed,
+        tiny=helpers.TINY_FEATURES,
+    ).run_dir
+    assert len(json.loads((run_dir / "warm-start.json").read_text())["unexpected"]) == 3
 
 
 def test_the_validation_loss_is_that_of_the_classes_named(base, tmp_path):

@@ -20,6 +20,7 @@ from training.feature_generation import FeatureGenerator
 from training.feature_objective import FeatureObjective
 from training.feature_scores import FeatureScores
 from training.feature_statistics import FeatureStatistics
+from training.feature_streaming import APPROXIMATE, StreamedFeatures, StreamSampler
 from training.generation import ImageGenerator
 from training.inputs import FeatureInputs, LatentInputs, PixelInputs, TrainingData
 from training.objective import Objective
@@ -86,7 +87,11 @@ def make_sampler(
         world_size=world_size,
     )
     if isinstance(dataset, FeatureDataset):
-        sampler = BucketSampler(dataset.counts, start_nimg=start_nimg, **settings)
+        is_streamed = isinstance(dataset, StreamedFeatures)
+        make = StreamSampler if is_streamed else BucketSampler
+        sampler = make(dataset.counts, start_nimg=start_nimg, **settings)
+        if is_streamed:
+            distributed.print0(APPROXIMATE)
         return sampler, lambda cur_nimg: dataset.latent_shape(sampler.bucket_at(cur_nimg))
     size = len(dataset) if config.sets is None else None
     # A row of a batch is an image, or a set of them.

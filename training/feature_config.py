@@ -37,8 +37,8 @@ class FeatureConfig(Config):
     )
     streaming: bool = option(
         False,
-        help="Read shards one after the other through webdataset, also from addresses; shuffled "
-        "approximately, and resumed so.",
+        help="Read shards from begin to end through webdataset; --data may then be an address "
+        "(http, https, s3 or gs) of a folder. Shuffled approximately, and resumed so.",
     )
 
     def __post_init__(self) -> None:

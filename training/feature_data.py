@@ -1,10 +1,10 @@
 """Latents and features of images of several sizes, and which of them each training step takes."""
 
 import functools
-import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,19 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from dnnlib.addresses import AddressError, is_address, read_range
 from torch_utils.rng import STREAM_BUCKET, STREAM_DATA
 from training.buckets import Bucket
 from training.dataset import Cond
 from training.feature_record import Manifest, read_feature_record, read_manifest
+from training.feature_shards import from_npy
 from training.images import ImageError
 
 _MAX_OPEN_FILES = 256
 _NUM_CACHED_EPOCHS = 4
+
+# An item: how errors name it, and what returns a member's data by key.
+_Item = tuple[str, Callable[[str], bytes]]
 
 
 class FeatureDataset(Dataset):
@@ -28,7 +33,8 @@ class FeatureDataset(Dataset):
     Any number of processes may read at once, also from copies made by fork or pickle.
 
     Args:
-        path: Folder made by ``dataset_tool.py features`` (see docs/formats.md).
+        path: Folder made by ``dataset_tool.py features`` (see docs/formats.md), or its address, of
+            which each member of an item is then requested by itself.
         split: ``train`` or ``validation``.
         text_lengths: Rising lengths to which the texts of a batch are padded: to the first that
             holds the longest of them, and cut at the last.
@@ -53,9 +59,15 @@ class FeatureDataset(Dataset):
         *,
         text_lengths: Sequence[int] = (128, 256, 384, 512),
     ) -> None:
-        self.path, self.split = Path(path), split
-        self.name = self.path.resolve().name
+        self.path: Path | str = str(path) if is_address(path) else Path(path)
+        self.split = split
         self.record = read_feature_record(path)
+        # What a store calls it may be no name of a file.
+        self.name = (
+            re.sub(r"[^\w.-]+", "-", self.record.name)
+            if is_address(path)
+            else self.path.resolve().name
+        )
         self.text_lengths = tuple(text_lengths)
         found = [b for b in self.record.buckets if b.num[split] > 0]
         self.buckets = [Bucket(b.width, b.height) for b in found]
@@ -102,7 +114,7 @@ class FeatureDataset(Dataset):
         return dict(
             buckets={b.name: num for b, num in zip(self.buckets, self.counts, strict=True)},
             statistics={name: dict(record.statistics[name]) for name in record.statistics},
-            path=str(self.path.resolve()),
+            path=self.path if is_address(self.path) else str(self.path.resolve()),
         )
 
     def of_split(self, split: str) -> "FeatureDataset":
@@ -137,19 +149,28 @@ class FeatureDataset(Dataset):
         """
         buckets = {self.bucket_index(index) for index in indices}
         assert len(buckets) == 1, f"A batch has images of one size, not of {len(buckets)}."
-        bucket = buckets.pop()
+        items = [(self._label(index), functools.partial(self._read, index)) for index in indices]
+        return self._batch(buckets.pop(), items)
+
+    def latents(self, index: int) -> torch.Tensor:
+        """Return the raw latents of an item, float16 [c, h, w]."""
+        target = np.empty(self._shapes[self.bucket_index(index)], np.float16)
+        _read_array((self._label(index), functools.partial(self._read, index)), "vae.npy", target)
+        return torch.from_numpy(target)
+
+    def _batch(self, bucket: int, items: Sequence[_Item]) -> tuple[torch.Tensor, Cond]:
         dim, text_dim = self.record.visual["dim"], self.record.text["dim"]
         num_patches = self._grids[bucket][0] * self._grids[bucket][1]
-        batch = len(indices)
+        batch = len(items)
         latents = np.empty((batch, *self._shapes[bucket]), np.float16)
         cls = np.empty((batch, dim), np.float16)
         patches = np.empty((batch, num_patches, dim), np.float16)
         texts = []
-        for row, index in enumerate(indices):
-            self._read_array(index, "vae.npy", latents[row])
-            self._read_array(index, "dinov3.npy", cls[row])
-            self._read_array(index, "dinov3_patches.npy", patches[row])
-            texts.append(self._read_text(index, text_dim))
+        for row, item in enumerate(items):
+            _read_array(item, "vae.npy", latents[row])
+            _read_array(item, "dinov3.npy", cls[row])
+            _read_array(item, "dinov3_patches.npy", patches[row])
+            texts.append(_read_text(item, text_dim))
         text, mask = pad_texts(texts, self.text_lengths)
         size = self.buckets[bucket].size
         return torch.from_numpy(latents), {
@@ -160,40 +181,18 @@ class FeatureDataset(Dataset):
             "size": torch.tensor(size),
         }
 
-    def _read_array(self, index: int, key: str, target: np.ndarray) -> None:
-        array = self._array(index, key)
-        if array.shape != target.shape or array.dtype != np.float16:
-            raise ImageError(
-                f"{self._label(index)}: {key} is {array.dtype} of {list(array.shape)}, not "
-                f"float16 of {list(target.shape)}; dataset_tool.py verify lists every such image."
-            )
-        target[...] = array
-
-    def _read_text(self, index: int, dim: int) -> np.ndarray:
-        text, mask = self._array(index, "t5h.npy"), self._array(index, "t5m.npy")
-        if text.ndim != 2 or text.shape[1] != dim or mask.shape != text.shape[:1]:
-            raise ImageError(
-                f"{self._label(index)}: its text features are of {list(text.shape)} with a mask "
-                f"of {list(mask.shape)}, not [L, {dim}] and [L]; dataset_tool.py verify lists "
-                "every such image."
-            )
-        return text[mask]
-
-    def _array(self, index: int, key: str) -> np.ndarray:
-        try:
-            return np.load(io.BytesIO(self._read(index, key)), allow_pickle=False)
-        except ValueError as error:
-            if isinstance(error, ImageError):
-                raise
-            raise ImageError(f"{self._label(index)}: {key} is damaged ({error}).") from None
-
     def _read(self, index: int, key: str) -> bytes:
         bucket = self.bucket_index(index)
         manifest, row = self._manifests[bucket], index - int(self.firsts[bucket])
         path = manifest.files[manifest.shard[row]]
         offset, size = int(manifest.offset[key][row]), int(manifest.size[key][row])
         try:
-            data = os.pread(self._open(path).fileno(), size, offset)
+            if is_address(path):
+                data = read_range(path, offset, size)
+            else:
+                data = os.pread(self._open(path).fileno(), size, offset)
+        except AddressError as error:
+            raise ImageError(str(error)) from None
         except OSError as error:
             raise ImageError(f"{path}: cannot be read ({error.strerror}).") from None
         if len(data) != size:
@@ -210,6 +209,36 @@ class FeatureDataset(Dataset):
 
 def _open(path: Path) -> Any:
     return open(path, "rb", buffering=0)
+
+
+def _read_array(item: _Item, key: str, target: np.ndarray) -> None:
+    array = _array(item, key)
+    if array.shape != target.shape or array.dtype != np.float16:
+        raise ImageError(
+            f"{item[0]}: {key} is {array.dtype} of {list(array.shape)}, not float16 of "
+            f"{list(target.shape)}; dataset_tool.py verify lists every such image."
+        )
+    target[...] = array
+
+
+def _read_text(item: _Item, dim: int) -> np.ndarray:
+    text, mask = _array(item, "t5h.npy"), _array(item, "t5m.npy")
+    if text.ndim != 2 or text.shape[1] != dim or mask.shape != text.shape[:1]:
+        raise ImageError(
+            f"{item[0]}: its text features are of {list(text.shape)} with a mask of "
+            f"{list(mask.shape)}, not [L, {dim}] and [L]; dataset_tool.py verify lists every such "
+            "image."
+        )
+    return text[mask]
+
+
+def _array(item: _Item, key: str) -> np.ndarray:
+    label, read = item
+    data = read(key)
+    try:
+        return from_npy(data)
+    except ValueError as error:
+        raise ImageError(f"{label}: {key} is damaged ({error}).") from None
 
 
 def pad_texts(texts: Sequence[np.ndarray], lengths: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from dnnlib.addresses import AddressError, is_address, open_address, under
 from training.buckets import Bucket
 
 FORMAT = "setdiffit-features"
@@ -150,7 +151,7 @@ class Manifest:
     """Where the samples of one split and bucket lie; a row for each, in order.
 
     Attributes:
-        folder: The folder of the shards.
+        folder: The folder of the shards, or its address.
         shards: file, num_samples, num_bytes, sha256 and moments of each.
         ids: Names of the samples.
         shard: Index into ``shards`` of each sample, int64 [N].
@@ -161,7 +162,7 @@ class Manifest:
         truncated: Whether the caption had more tokens than were kept, bool [N].
     """
 
-    folder: Path
+    folder: Path | str
     split: str
     bucket: str
     shards: list[dict[str, Any]]
@@ -177,9 +178,9 @@ class Manifest:
         return len(self.ids)
 
     @property
-    def files(self) -> list[Path]:
-        """The shards' paths."""
-        return [self.folder / shard["file"] for shard in self.shards]
+    def files(self) -> list[Path | str]:
+        """The shards' paths or addresses."""
+        return [under(self.folder, shard["file"]) for shard in self.shards]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of ``manifest.json``."""
@@ -217,22 +218,24 @@ def shard_name(index: int) -> str:
     return f"shard-{index:06d}.tar"
 
 
-def bucket_folder(path: str | os.PathLike, split: str, bucket_name: str) -> Path:
-    """Return where the shards of one split and bucket lie."""
+def bucket_folder(path: str | os.PathLike, split: str, bucket_name: str) -> Path | str:
+    """Return where the shards of one split and bucket lie: an address if ``path`` is one."""
     assert split in SPLITS
-    return Path(path) / split / f"bucket_{bucket_name}"
+    return under(path, split, f"bucket_{bucket_name}")
 
 
 def read_feature_record(path: str | os.PathLike) -> FeatureRecord:
-    """Return the record of a feature folder.
+    """Return the record of a feature folder, which may be an address (see dnnlib/addresses.py).
 
     Raises ValueError if there is none, if it is damaged or of another version.
     """
-    folder, file = Path(path), Path(path) / RECORD_FILE
-    if not file.is_file():
-        if is_feature_folder(folder):
-            raise ValueError(f"{folder}: its preparation is not finished; {AGAIN}.")
-        raise ValueError(f"{folder}: not a folder of features made by dataset_tool.py features.")
+    file = under(path, RECORD_FILE)
+    if not (is_address(file) or file.is_file()):
+        if is_feature_folder(path):
+            raise ValueError(f"{Path(path)}: its preparation is not finished; {AGAIN}.")
+        raise ValueError(
+            f"{Path(path)}: not a folder of features made by dataset_tool.py features."
+        )
     values = _read(file, FORMAT, _RECORD)
     problem = _problem_of_record(values)
     if problem:
@@ -252,13 +255,13 @@ def read_feature_record(path: str | os.PathLike) -> FeatureRecord:
 
 
 def read_manifest(path: str | os.PathLike, split: str, bucket_name: str) -> Manifest:
-    """Return the manifest of one split and bucket of a feature folder.
+    """Return the manifest of one split and bucket of a feature folder, which may be an address.
 
     Raises ValueError if it is missing, damaged or of another version.
     """
     folder = bucket_folder(path, split, bucket_name)
-    file = folder / MANIFEST_FILE
-    if not file.is_file():
+    file = under(folder, MANIFEST_FILE)
+    if not (is_address(file) or file.is_file()):
         raise ValueError(f"{file}: is missing; {AGAIN}.")
     values = _read(file, SHARDS_FORMAT, _MANIFEST)
     columns, shards = values["columns"], values["shards"]
@@ -286,10 +289,24 @@ def read_manifest(path: str | os.PathLike, split: str, bucket_name: str) -> Mani
     )
 
 
-def _read(file: Path, expected_format: str, layout: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the object in a JSON file, its format, version and the types of its values checked."""
+def _read_bytes(file: Path | str) -> bytes:
+    if not is_address(file):
+        return file.read_bytes()
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        with open_address(file) as stream:
+            return stream.read()
+    except AddressError as error:
+        raise ValueError(
+            f"{str(error).rstrip('.')}; give the address of a folder made by dataset_tool.py "
+            "features."
+        ) from None
+
+
+def _read(file: Path | str, expected_format: str, layout: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the object in a JSON file, its format, version and the types of its values checked."""
+    data = _read_bytes(file)
+    try:
+        values = json.loads(data)
     except ValueError as error:
         raise ValueError(f"{file}: damaged, not valid JSON ({error}); {AGAIN}.") from None
     if not isinstance(values, dict) or values.get("format") != expected_format:

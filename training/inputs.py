@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dnnlib.addresses import is_address
 from models import LatentModelConfig, ModelConfig
 from torch_utils import rng
 from training.augment import AugmentParams, AugmentPipe, make_augment_pipe
@@ -15,6 +16,7 @@ from training.dataset import Cond, ImageDataset, MirroredImages, open_dataset
 from training.feature_data import FeatureDataset
 from training.feature_record import is_feature_folder
 from training.feature_statistics import FeatureStatistics
+from training.feature_streaming import StreamedFeatures
 from training.latent_archive import is_latent_folder, read_record
 from training.latents import LatentDataset
 from training.pictures import image_grid, mixed_grid, save_image
@@ -189,8 +191,11 @@ def open_training_data(config: RunConfig) -> TrainingData:
 
 
 def _open_features(config: RunConfig) -> FeatureDataset:
-    data = config.data
-    if data.data is None or not is_feature_folder(data.data):
+    data, streaming = config.data, config.features.streaming
+    is_remote = data.data is not None and is_address(data.data)
+    if is_remote and not streaming:
+        raise ValueError(f"--data: got {data.data}; add --streaming, which reads addresses.")
+    if not is_remote and (data.data is None or not is_feature_folder(data.data)):
         raise ValueError(
             f"--data: got {data.data}; preset {config.preset} trains on a folder made by "
             "dataset_tool.py features."
@@ -203,7 +208,8 @@ def _open_features(config: RunConfig) -> FeatureDataset:
     ):
         if value:
             raise ValueError(f"{option} has no effect on features: {reason}.")
-    return FeatureDataset(data.data, text_lengths=config.features.text_lengths)
+    kind = StreamedFeatures if streaming else FeatureDataset
+    return kind(data.data, text_lengths=config.features.text_lengths)
 
 
 def open_autoencoder(
@@ -294,7 +300,7 @@ def save_reals(
     if isinstance(dataset, FeatureDataset):
         num = min(_NUM_REALS, dataset.num_images)
         chosen = np.linspace(0, dataset.num_images - 1, num).round().astype(int)
-        images = [pictures(dataset.__getitems__([index])[0])[0].cpu() for index in chosen.tolist()]
+        images = [pictures(dataset.latents(index)[None])[0].cpu() for index in chosen.tolist()]
         save_image(mixed_grid([images[row : row + 8] for row in range(0, num, 8)]), path)
         return
     if isinstance(dataset, SetDataset):

@@ -1,0 +1,277 @@
+"""LPIPS, the perceptual distance of two images (Zhang et al., arXiv:1801.03924), in plain PyTorch.
+
+It is version 0.1 of the published metric ("lin"). Modules carry the names of the two published
+files, torchvision's AlexNet or VGG16 and the linear weights of the package lpips.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from dnnlib.config import did_you_mean
+from dnnlib.files import fetch
+from metrics.network import arithmetic, network_hash
+from metrics.weights import checked_weights, read_tensors
+from torch_utils import distributed
+
+WEIGHTS_VARIABLE = "SETDIFFIT_LPIPS"
+# Mean and standard deviation of the backbones' training data, of values in [-1, 1].
+_SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
+_EPS = 1e-10
+_MAX_PIXELS = 2**21  # Of one half of a pass; bounds the memory of the activations.
+_LINEAR_URL = (
+    "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/"
+)
+
+
+class _Layout(NamedTuple):
+    """One backbone: its layers, those after which features are taken, and its published files."""
+
+    # Output channels, kernel, stride and padding of a convolution; None for a pooling.
+    layers: tuple[tuple[int, int, int, int] | None, ...]
+    pool: int  # Window of a pooling, whose stride is 2.
+    taps: tuple[int, ...]
+    min_size: int  # Of a side, so that something is left after the last pooling.
+    backbone: tuple[str, str]  # Address and SHA-256.
+    linear: tuple[str, str]
+
+
+def _conv(*channels: int) -> tuple[tuple[int, int, int, int], ...]:
+    return tuple((channel, 3, 1, 1) for channel in channels)
+
+
+LAYOUTS = {
+    "alex": _Layout(
+        layers=((64, 11, 4, 2), None, (192, 5, 1, 2), None, *_conv(384, 256, 256)),
+        pool=3,
+        taps=(1, 4, 7, 9, 11),
+        min_size=31,
+        backbone=(
+            "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+            "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02",
+        ),
+        linear=(
+            _LINEAR_URL + "alex.pth",
+            "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0",
+        ),
+    ),
+    "vgg": _Layout(
+        layers=(
+            *_conv(64, 64),
+            None,
+            *_conv(128, 128),
+            None,
+            *_conv(256, 256, 256),
+            None,
+            *_conv(512, 512, 512),
+            None,
+            *_conv(512, 512, 512),
+        ),
+        pool=2,
+        taps=(3, 8, 15, 22, 29),
+        min_size=16,
+        backbone=(
+            "https://download.pytorch.org/models/vgg16-397923af.pth",
+            "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
+        ),
+        linear=(
+            _LINEAR_URL + "vgg.pth",
+            "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
+        ),
+    ),
+}
+
+
+class _Linear(nn.Module):
+    """One non-negative weight a channel."""
+
+    def __init__(self, in_dim: int) -> None:
+        super().__init__()
+        # The first place was dropout's.
+        self.model = nn.Sequential(nn.Identity(), nn.Conv2d(in_dim, 1, 1, bias=False))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model(x)
+
+
+class LpipsNetwork(nn.Module):
+    """Backbone and linear weights; ``net`` is a key of :data:`LAYOUTS`."""
+
+    def __init__(self, net: str) -> None:
+        super().__init__()
+        layout = LAYOUTS[net]
+        self.features = nn.Sequential()
+        self._taps = layout.taps
+        dims, in_dim = [], 3
+        for layer in layout.layers:
+            if layer is None:
+                self.features.append(nn.MaxPool2d(layout.pool, stride=2))
+                continue
+            self.features.append(nn.Conv2d(in_dim, *layer))
+            self.features.append(nn.ReLU(inplace=True))
+            in_dim = layer[0]
+            if len(self.features) - 1 in layout.taps:
+                dims.append(in_dim)
+        for index, dim in enumerate(dims):
+            self.add_module(f"lin{index}", _Linear(dim))
+        self.register_buffer("_shift", torch.tensor(_SHIFT)[:, None, None], persistent=False)
+        self.register_buffer("_scale", torch.tensor(_SCALE)[:, None, None], persistent=False)
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Return the distances [N] of images [N, 3, H, W] in [-1, 1] (Eq. 1 of the paper)."""
+        x = (torch.cat([a, b]) - self._shift) / self._scale
+        total = a.new_zeros(len(a))
+        for index, layer in enumerate(self.features):
+            x = layer(x)
+            if index in self._taps:
+                first, second = _unit_length(x).chunk(2)
+                linear = getattr(self, f"lin{self._taps.index(index)}")
+                total = total + linear((first - second).square()).mean(dim=(1, 2, 3))
+        return total
+
+
+def _unit_length(x: torch.Tensor) -> torch.Tensor:
+    """Return features [N, C, H, W] scaled to length 1 over the channels at every place."""
+    return x / (x.square().sum(dim=1, keepdim=True).sqrt() + _EPS)
+
+
+class LPIPS:
+    """The perceptual distance with one backbone's weights, in float32.
+
+    Attributes:
+        net: The backbone, ``alex`` or ``vgg``. The paper's authors recommend ``alex`` as a metric.
+        hash: Hexadecimal digest of weights and preprocessing; equal hashes mean equal distances.
+        device: Where it computes.
+    """
+
+    def __init__(self, network: LpipsNetwork, net: str, device: torch.device | str) -> None:
+        self.net = net
+        self.device = torch.device(device)
+        identity = f"LPIPS v0.1, {net}, x / 127.5 - 1, {_SHIFT}, {_SCALE}"
+        self.hash = network_hash(network, identity)
+        self._network = network.eval().requires_grad_(False).to(self.device)
+
+    @classmethod
+    def load(
+        cls, net: str = "alex", weights: Sequence[str] = (), device: torch.device | str = "cpu"
+    ) -> "LPIPS":
+        """Return the distance with weights read by :func:`read_weights`. Collective: rank 0 reads.
+
+        Without ``weights``, $SETDIFFIT_LPIPS names them, two files with a comma between; without
+        that, the published files are downloaded once and their checksums verified.
+        """
+        weights = tuple(weights) or tuple(filter(None, _from_environment()))
+        state = distributed.on_main_tree(lambda: read_weights(net, weights))
+        # Initial values that are overwritten must not advance this rank's random numbers.
+        with torch.random.fork_rng(devices=[]):
+            network = LpipsNetwork(net)
+        network.load_state_dict(state)
+        return cls(network, net, device)
+
+    @torch.inference_mode()
+    def distance(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Return the distances [N], float32, of images ``a`` and ``b``, on its own device.
+
+        Both are [N, 3, H, W], uint8 or floats in [-1, 1], on any device. A pair's distance depends
+        on that pair alone. Raises ValueError for other shapes, or images that are too small for the
+        backbone (31 pixels a side for ``alex``, 16 for ``vgg``).
+        """
+        smallest = LAYOUTS[self.net].min_size
+        if a.shape != b.shape or a.ndim != 4 or a.shape[1] != 3 or min(a.shape[2:]) < smallest:
+            raise ValueError(
+                f"LPIPS ({self.net}) got images of shapes {list(a.shape)} and {list(b.shape)}; "
+                f"expected two equal [N, 3, H, W] with sides of at least {smallest} pixels."
+            )
+        height, width = a.shape[2:]
+        size = max(_MAX_PIXELS // (height * width), 1)
+        parts = [torch.empty(0, device=self.device)]
+        for first, second in zip(a.split(size), b.split(size), strict=True):
+            if len(first):
+                with arithmetic(self.device, "float32"):
+                    parts.append(self._network(self._input(first), self._input(second)))
+        return torch.cat(parts)
+
+    def _input(self, images: torch.Tensor) -> torch.Tensor:
+        x = images.to(self.device, torch.float32)
+        if images.dtype == torch.uint8:
+            return x / 127.5 - 1
+        assert x.abs().max() <= 1 + 1e-4, "floating-point images are in [-1, 1]"
+        return x
+
+
+def _from_environment() -> list[str]:
+    return os.environ.get(WEIGHTS_VARIABLE, "").split(",")
+
+
+def read_weights(net: str, weights: Sequence[str] = ()) -> dict[str, torch.Tensor]:
+    """Return the checked state dict of :class:`LpipsNetwork`, float32 on the CPU.
+
+    Args:
+        net: A key of :data:`LAYOUTS`.
+        weights: Paths or URLs: none for the published files, one for a file with both parts, or
+            two, the backbone's and that of the linear weights. A name that ends with
+            ``.safetensors`` is read as such a file, any other as one of ``torch.save``. The
+            classifier that torchvision's files hold besides is left out.
+
+    Raises ValueError for a net that is unknown, a missing file, a failed download, a file that
+    holds anything but tensors (nothing in it is executed), and names or shapes that are not this
+    network's.
+    """
+    if net not in LAYOUTS:
+        raise ValueError(
+            f"Unknown backbone {net!r} of LPIPS; accepted: {', '.join(LAYOUTS)}."
+            f"{did_you_mean(net, LAYOUTS)}"
+        )
+    if len(weights) > 2:
+        raise ValueError(
+            f"The weights of LPIPS are one file with both parts or two, the backbone and the "
+            f"linear weights; got {len(weights)}: {', '.join(weights)}."
+        )
+    layout = LAYOUTS[net]
+    wanted = _state_shapes(net)
+    parts = {
+        prefix: {name: value for name, value in wanted.items() if name.startswith(prefix)}
+        for prefix in ("features.", "lin")
+    }
+    if len(weights) == 1:
+        return _read(weights[0], None, wanted, f"all names of both {_files(net)}")
+    files: Sequence[tuple[str, str | None]] = [(location, None) for location in weights]
+    state = {}
+    for (location, sha256), published, part in zip(
+        files or (layout.backbone, layout.linear),
+        (layout.backbone, layout.linear),
+        parts.values(),
+        strict=True,
+    ):
+        name = published[0].rpartition("/")[2]
+        state.update(_read(location, sha256, part, f"the names of the published {name}"))
+    return state
+
+
+def _files(net: str) -> str:
+    layout = LAYOUTS[net]
+    return " and ".join(url.rpartition("/")[2] for url, _ in (layout.backbone, layout.linear))
+
+
+def _state_shapes(net: str) -> dict[str, torch.Tensor]:
+    with torch.device("meta"):
+        return LpipsNetwork(net).state_dict()
+
+
+def _read(
+    location: str, sha256: str | None, wanted: dict[str, torch.Tensor], names: str
+) -> dict[str, torch.Tensor]:
+    try:
+        path = fetch(location, sha256=sha256)
+    except ValueError as error:
+        raise ValueError(
+            f"LPIPS needs its weights: {error} A local copy can also be named by "
+            f"${WEIGHTS_VARIABLE}, as FILE or BACKBONE,LINEAR."
+        ) from error
+    expected = f"Expected {names}."
+    found = read_tensors(path, expected)
+    found = {name: value for name, value in found.items() if not name.startswith("classifier.")}
+    return checked_weights(found, wanted, str(path), expected)
