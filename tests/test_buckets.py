@@ -78,12 +78,12 @@ def test_an_image_gets_the_bucket_of_the_nearest_logarithmic_shape():
 
 def test_a_transposed_image_gets_the_transposed_bucket_also_where_two_are_as_near():
     # 9:16 is as far from 3:4 as it is from 27:64.
-    buckets = parse_buckets("96x128,128x96,432x1024,1024x432")
-    for width, height in [(90, 160), (160, 90), (100, 99), (1000, 3), (123, 456)]:
+    buckets = parse_buckets("384x512,512x384,432x1024,1024x432")
+    for width, height in [(900, 1600), (1600, 900), (100, 99), (1000, 3), (123, 456)]:
         found = nearest_bucket(width, height, buckets)
         turned = nearest_bucket(height, width, buckets[::-1])
         assert (turned.height, turned.width) == found.size
-    assert nearest_bucket(90, 160, buckets) == Bucket(96, 128)
+    assert nearest_bucket(900, 1600, buckets) == Bucket(384, 512)  # Though the other is larger.
     assert nearest_bucket(50, 50, buckets) == nearest_bucket(50, 50, buckets[::-1])
 
 

@@ -237,7 +237,8 @@ def test_cut_captions_are_counted_also_when_they_are_used_again(tmp_path, pictur
     assert read_feature_record(out).captions["num_truncated"] == 2
     assert len(read_samples(out)["tall/roof.png"][1]["t5m.npy"]) == 512
     (pictures / "wide/sky.txt").write_text("another sky")
-    assert made(prepare(pictures, out, encoders, *OPTIONS)) == (0, 0, 1, 1)
+    output = prepare(pictures, out, encoders, *OPTIONS, "--shard-size=3")
+    assert made(output)[:3] == (0, 0, 1)
     assert read_feature_record(out).captions["num_truncated"] == 2
     assert sum(d["truncated"] for d, _ in read_samples(out).values()) == 2
 

@@ -344,6 +344,11 @@ def test_a_stop_at_any_write_loses_nothing_that_was_finished(
         command = ("features", f"--source={pictures}", f"--dest={out}", f"--buckets={BUCKETS}")
         assert call(dataset_tool, *command, *options[0], *options[1:]).code == 130
         first = state["staged"]
+        if is_complete(out):  # Then it can be trained on: all is as it was, or as it will be.
+            visible = {
+                name: data for name, data in content(out).items() if not re.search(r"(^|/)\.", name)
+            }
+            assert visible in (content(features), expected), f"stopped after {stop} writes"
         state.update(left=10_000)
         output = prepare(pictures, out, *options)
         assert first + sum(made(output)[:3]) == num_staged, f"stopped after {stop} writes"

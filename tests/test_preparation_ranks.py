@@ -9,6 +9,7 @@ from feature_files import BUCKETS, content, made, prepare, tiny_encoders
 from helpers import ROOT, fail, quiet_environment, torchrun
 
 import dataset_tool
+from training.feature_staging import staged_names
 
 OPTIONS = ("--shard-size=2", "--batch=1")  # Of the folder in `feature_base`.
 
@@ -57,6 +58,7 @@ def test_a_killed_preparation_goes_on_and_makes_nothing_twice(feature_base, tmp_
     assert len([path for path in dest.rglob(".*.tmp") if ".tar" in path.name]) == 1
     assert "is not finished" in fail(dataset_tool, "info", dest)
     assert len(list(dest.glob("*/*/*.tar"))) == 3
+    assert len(list(staged_names(dest))) == 3 * (17 - 3 * 2)  # Of two samples a shard.
     found = made(prepare(feature_base / "pictures", dest, tiny_encoders(feature_base), *OPTIONS))
     assert found == (0, 0, 0, 8)
     assert content(dest) == content(feature_base / "features")
@@ -79,7 +81,7 @@ settings = Preparation(
 )
 locations = {name: str(base / name) for name in ("vae", "visual", "text")}
 device = distributed.init()
-for expected, num_packed in ((17, 11), (2, 1), (0, 0)):
+for expected, num_packed in ((17, 11), (2, 1)):
     outcome = prepare(base / "pictures", dest, locations, settings, device)
     assert outcome.num_made == dict.fromkeys(locations, expected), outcome.num_made
     assert outcome.num_packed == num_packed

@@ -137,7 +137,9 @@ def moments_of(values: np.ndarray) -> dict[str, Any]:
     """Return count, mean and m2 of rows [N, C] by channel, in float64."""
     values = values.astype(np.float64)
     mean = values.mean(axis=0)
-    return dict(count=len(values), mean=mean, m2=np.square(values - mean).sum(axis=0))
+    values -= mean
+    np.square(values, out=values)
+    return dict(count=len(values), mean=mean, m2=values.sum(axis=0))
 
 
 def merge_moments(first: dict[str, Any] | None, second: dict[str, Any]) -> dict[str, Any]:

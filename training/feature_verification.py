@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dnnlib.progress import progress
 from training.archive import Archive, open_archive
 from training.buckets import fit_image, parse_buckets
+from training.feature_alignment import misalignment
 from training.feature_encoders import VisualEncoder, load_visual_encoder
 from training.feature_inventory import find_shards, read_index
 from training.feature_manifests import hash_of_shards, index_of, statistics_of
@@ -56,10 +56,7 @@ from training.images import decode_image
 from training.parallel import num_usable_cores
 
 STATES = ("ok", "missing", "stale", "corrupt")
-MAX_SHIFT = 8  # Rows of patches by which stored and new ones are compared.
-MIN_COSINE = 0.99
 _TOLERANCE = 1e-6  # Of statistics.
-_COSINE_TOLERANCE = 1e-4  # What rounding may add to a mean cosine.
 _MAX_THREADS = 8
 
 Key = tuple[str, str, str]  # Split, bucket and feature.
@@ -437,30 +434,6 @@ class _Checker:
                     rows.append((by_id[name], manifest, row))
         num = min(num_samples, len(rows))
         return [rows[i * len(rows) // num] for i in range(num)]
-
-
-def misalignment(stored: Tensor, fresh: Tensor) -> str | None:
-    """Return what is wrong with stored patches [N, D] beside those encoded again, or None.
-
-    They are compared at every shift of up to MAX_SHIFT rows.
-    """
-    if stored.shape != fresh.shape:
-        return f"{list(stored.shape)} instead of {list(fresh.shape)}"
-    cosines = {}
-    for shift in range(-MAX_SHIFT, MAX_SHIFT + 1):
-        first = stored[max(shift, 0) : len(stored) + min(shift, 0)]
-        second = fresh[max(-shift, 0) : len(fresh) + min(-shift, 0)]
-        if len(first):
-            cosine = torch.nn.functional.cosine_similarity(first, second, dim=1)
-            cosines[shift] = float(cosine.mean())
-    best = max(cosines, key=lambda shift: (cosines[shift], -abs(shift)))
-    if cosines[best] - cosines[0] > _COSINE_TOLERANCE:
-        return (
-            f"shifted by {best} rows (mean cosine {cosines[best]:.4f}, unshifted {cosines[0]:.4f})"
-        )
-    if cosines[0] <= MIN_COSINE:
-        return f"with a mean cosine of {cosines[0]:.4f} to those encoded again"
-    return None
 
 
 def _read_claim(folder: Path) -> tuple[Encoders, tuple[str, ...]]:
