@@ -127,12 +127,20 @@ class TestTheTests:
                 cls, patches = super().encode(images)
                 return cls, -patches
 
+        class Scaled(FakeVisual):
+            """Patches of other lengths and the same directions."""
+
+            def encode(self, images):
+                cls, patches = super().encode(images)
+                return cls, patches * torch.arange(1, patches.shape[1] + 1)[:, None]
+
         found = {}
-        for visual in (FakeVisual(), Shifted(), Opposite()):
+        for visual in (FakeVisual(), Shifted(), Opposite(), Scaled()):
             rows, _ = run(FakeGenerator(ignores="text"), visual=visual, tests=("reconstruction",))
             found[type(visual)] = rows["reconstruction"]["values"]["layout"]
         assert found[FakeVisual] == pytest.approx(1, abs=1e-6)
         assert found[Opposite] == pytest.approx(-1, abs=1e-6)
+        assert found[Scaled] == pytest.approx(1, abs=1e-6)
         assert found[Shifted] < 0.99
 
     def test_noise_is_of_the_images_name_in_every_test(self):
@@ -150,9 +158,28 @@ class TestTheTests:
         assert not torch.equal(own["text"], edited["text"])
         assert torch.equal(own["patches"], edited["patches"])
 
+    def test_reconstructions_have_all_conditions_and_the_models_own_guidance(self):
+        generator = FakeGenerator()
+        run(generator, tests=("reconstruction",), num_shown=1)
+        (_, cond, _, guidance), *others = generator.calls
+        assert set(cond) == {"text", "text_mask", "cls", "patches", "size"}
+        assert guidance is None
+        # One image is shown, also of its text alone.
+        assert sum("cls" not in cond for _, cond, _, _ in others) == 1
+        assert len(others) == 12
+
+    def test_a_swap_of_equal_images_transfers_nothing(self):
+        class Equal(FakeDataset):
+            def __getitems__(self, indices):
+                return super().__getitems__([0 for _ in indices])
+
+        rows, _ = run(dataset=Equal((4,)), tests=("swap",))
+        assert rows["swap"]["value"] == 0
+
     def test_images_of_a_text_alone_get_no_visual_condition(self):
         generator = FakeGenerator()
-        run(generator, tests=("text_only",))
+        # Each text meets that of an image of another size.
+        run(generator, FakeDataset((1, 1, 1)), tests=("text_only",))
         assert all(set(cond) == {"text", "text_mask", "size"} for _, cond, _, _ in generator.calls)
         assert all(
             cond["size"].tolist() == list(bucket.size) for _, cond, bucket, _ in generator.calls
