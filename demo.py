@@ -223,7 +223,8 @@ def features_demo(outdir: Path, train_args: tuple[str, ...]) -> bool:
         *(f"--source={folder / 'images'}", f"--dest={features}", "--buckets=128x128,160x96"),
         *("--validation-share=0", *encoders),
     )
-    settings = (f"--data={features}", "--preset=nanodit-tiny", "--text-lengths=8", "--snap=100")
+    settings = (f"--data={features}", "--preset=nanodit-tiny", "--text-lengths=8")
+    settings = (*settings, "--ema-kimg=0.3", "--snap=100")
     run_dir, network = train_model(outdir, *settings, f"--kimg={FEATURE_KIMG}", *train_args)
     dataset = FeatureDataset(features, text_lengths=(8,))
     names = ",".join(dataset.ids[row] for row in (0, 1, len(dataset) - 2, len(dataset) - 1))

@@ -44,23 +44,29 @@ def other_of_bucket(dataset: FeatureDataset) -> list[int]:
     return others
 
 
-def check_patches(generator: FeatureGenerator, dataset: FeatureDataset) -> PatchCheck:
+def check_patches(
+    generator: FeatureGenerator, dataset: FeatureDataset, num_repeats: int = 1
+) -> PatchCheck:
     """Make every image with its own patches and with those of another image, all else the same.
 
-    Errors are those to the image as the autoencoder decodes it. Noise is each image's own.
+    Errors are those to the image as the autoencoder decodes it, averaged over ``num_repeats``
+    draws of noise, which is each image's own.
     """
     others = other_of_bucket(dataset)
-    own, swapped = np.empty(len(dataset)), np.empty(len(dataset))
+    own, swapped = np.zeros(len(dataset)), np.zeros(len(dataset))
     for first, count in zip(dataset.firsts[:-1].tolist(), dataset.counts, strict=True):
         rows = range(first, first + count)
         latents, cond = dataset.__getitems__(rows)
         _, other = dataset.__getitems__([others[row] for row in rows])
         bucket = dataset.buckets[dataset.bucket_index(first)]
         wanted = generator.decode(latents)
-        for errors, patches in ((own, cond["patches"]), (swapped, other["patches"])):
-            made = generator.generate(rows, {**cond, "patches": patches}, bucket)
-            difference = (made.to(torch.float32) - wanted.to(torch.float32)) / 127.5
-            errors[first : first + count] = difference.square().mean((1, 2, 3)).cpu().numpy()
+        for repeat in range(num_repeats):
+            seeds = [row + repeat * len(dataset) for row in rows]
+            for errors, patches in ((own, cond["patches"]), (swapped, other["patches"])):
+                made = generator.generate(seeds, {**cond, "patches": patches}, bucket)
+                difference = (made.to(torch.float32) - wanted.to(torch.float32)) / 127.5
+                error = difference.square().mean((1, 2, 3)).cpu().numpy()
+                errors[first : first + count] += error / num_repeats
     return PatchCheck(own, swapped)
 
 

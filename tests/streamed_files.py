@@ -111,6 +111,7 @@ def write_features(root, *, vae=("nowhere", "0"), shards=SHARDS, num_held_out=2)
     def statistics(dim, mean, std):
         return dict(count=30, mean=[mean] * dim, std=[std] * dim)
 
+    exact = dict(precision="fp32")
     normalisation = dict(channels=CHANNELS, downsampling=8, scale=1.0, shift=0.0)
     record = FeatureRecord(
         name="numbers/of random",
@@ -118,9 +119,11 @@ def write_features(root, *, vae=("nowhere", "0"), shards=SHARDS, num_held_out=2)
         buckets=tuple(buckets),
         validation_share=0.1,
         shard_size=8,
-        vae=dict(zip(("location", "hash"), map(str, vae), strict=True), **normalisation),
-        visual=dict(location="v", hash="1", patch_size=16, num_registers=4, dim=VISUAL_DIM),
-        text=dict(location="t", hash="1", dim=TEXT_DIM, max_tokens=32),
+        vae=dict(zip(("location", "hash"), map(str, vae), strict=True), **exact, **normalisation),
+        visual=dict(
+            location="v", hash="1", **exact, patch_size=16, num_registers=4, dim=VISUAL_DIM
+        ),
+        text=dict(location="t", hash="1", **exact, dim=TEXT_DIM, max_tokens=32),
         captions=dict(num_truncated=0),
         statistics=dict(
             vae=statistics(CHANNELS, 1.0, 3.0),

@@ -64,7 +64,13 @@ def take(path, num, *, num_workers=0, **kwargs):
     dataset = StreamedFeatures(path, text_lengths=LENGTHS)
     sampler = sampler_of(**kwargs)
     loader = make_loader(dataset, sampler, num_workers=num_workers, device=torch.device("cpu"))
-    return list(itertools.islice(loader, num))
+    batches = iter(loader)
+    try:
+        return list(itertools.islice(batches, num))
+    finally:
+        if num_workers:
+            # An error's traceback keeps them, and their garbage collection waits for seconds.
+            batches._shutdown_workers()
 
 
 def numbers(batches):
