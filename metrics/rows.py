@@ -11,7 +11,7 @@ from typing import Any
 SUBJECT_FIELDS = frozenset(
     {"source", "metric", "value", "values", "per_class", "noise_band", "seconds", "timestamp"}
     | {"snapshot", "snapshot_hash", "network", "kimg", "images", "images_hash", "reference"}
-    | {"warnings", "packages"}
+    | {"warnings", "packages", "per_item", "missing", "reason"}
 )
 _FIRST_COLUMNS = ("source", "snapshot", "network", "images", "kimg")
 

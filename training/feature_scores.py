@@ -1,12 +1,14 @@
 """What a run on features shows of itself with its averaged weights: pictures, and validation."""
 
 import dataclasses
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL.Image import Image
 
 from torch_utils import distributed
 from torch_utils.rng import mix
@@ -19,9 +21,12 @@ from training.telemetry import Telemetry, metric_is_recorded
 
 # Returns rows and pictures by name of the tests of that name; see evaluation/.
 ValidateFn = Callable[
-    [tuple[str, ...], FeatureGenerator], tuple[list[dict[str, Any]], dict[str, torch.Tensor]]
+    [tuple[str, ...], FeatureGenerator], tuple[list[dict[str, Any]], dict[str, Image]]
 ]
 _NUM_SHOWN = 8
+_MAX_RISE = 1.25
+# What two rows must agree in, so that a rise of one over the other means a worse model.
+_SAME_FOR_ALARM = ("metric", "data_hash", "items_hash", "lpips_hash", "sampling", "guidance")
 
 
 class FeatureScores:
@@ -84,24 +89,62 @@ class FeatureScores:
         return True
 
     def _record(
-        self, rows: list[dict[str, Any]], pictures: dict[str, torch.Tensor], cur_nimg: int
+        self, rows: list[dict[str, Any]], pictures: dict[str, Image], cur_nimg: int
     ) -> None:
+        # A row says that its test is done with: it comes last.
+        for name, picture in pictures.items():
+            save_image(picture, self._run_dir / f"{name}-{cur_nimg // 1000:06d}.png")
         for row in rows:
+            alarm = compare(row, last_row(self._run_dir, row["metric"]))
             row = dict(
                 row, kimg=cur_nimg / 1000, snapshot=snapshot_path(self._run_dir, cur_nimg).name
             )
+            if alarm is not None:
+                row["warnings"] = [*row["warnings"], alarm]
             self._telemetry.record_metric(row, cur_nimg)
             self._telemetry.message(f"{describe_row(row)} at kimg {row['kimg']:.1f}")
-        for name, picture in pictures.items():
-            save_image(picture, self._run_dir / f"{name}-{cur_nimg // 1000:06d}.png")
+            for text in row["warnings"]:
+                self._telemetry.message(f"{row['metric']}: warning: {text}")
 
 
-def describe_row(row: dict[str, Any]) -> str:
-    """Return a test's values, or why there are none, in one line."""
-    if row["value"] is None:
-        return f"{row['metric']}: absent, {row['reason']}"
-    values = ", ".join(f"{k} {v:.4f}" for k, v in row["values"].items() if v is not None)
-    return f"{row['metric']}: {values}"
+def describe_row(row: Mapping[str, Any]) -> str:
+    """Return a test's values, and why others are absent, in one line."""
+    parts = [", ".join(f"{k} {v:.4f}" for k, v in row["values"].items() if v is not None)]
+    parts += [f"absent: {reason}" for reason in dict.fromkeys(row.get("missing", {}).values())]
+    return f"{row['metric']}: {'; '.join(filter(None, parts))}"
+
+
+def compare(row: Mapping[str, Any], previous: Mapping[str, Any] | None) -> str | None:
+    """Return a warning if the median LPIPS of a test has risen by more than 25%; None otherwise.
+
+    ``previous`` is an earlier row of the same test. Rows of other images, or of images that were
+    made or measured otherwise, tell nothing.
+    """
+    if previous is None:
+        return None
+    alike = [json.dumps([found.get(key) for key in _SAME_FOR_ALARM]) for found in (row, previous)]
+    if alike[0] != alike[1]:
+        return None
+    medians = [found["values"].get("lpips_p50") for found in (previous, row)]
+    if None in medians or medians[1] <= _MAX_RISE * medians[0]:
+        return None
+    rise = f"by {medians[1] / medians[0] - 1:.0%} " if medians[0] else ""
+    return f"the median LPIPS has risen {rise}from {medians[0]:.3f} to {medians[1]:.3f}"
+
+
+def last_row(run_dir: Path, metric: str) -> dict[str, Any] | None:
+    """Return the last row of a metric's file; None without any that can be read."""
+    path = run_dir / f"metric-{metric}.jsonl"
+    if not path.is_file():
+        return None
+    for line in reversed(path.read_text(encoding="utf-8", errors="replace").splitlines()):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("values"), dict):
+            return row
+    return None
 
 
 def show_item(

@@ -35,15 +35,20 @@ def image_grid(images: torch.Tensor, columns: int) -> PIL.Image.Image:
     return PIL.Image.fromarray(canvas[:, :, 0] if channels == 1 else canvas)
 
 
-def mixed_grid(rows: Sequence[Sequence[torch.Tensor]], height: int = 256) -> PIL.Image.Image:
-    """Return rows of uint8 images [3, H, W] of any sizes as one picture.
+def mixed_grid(
+    rows: Sequence[Sequence[torch.Tensor | PIL.Image.Image]], height: int = 256
+) -> PIL.Image.Image:
+    """Return rows of images of any sizes, uint8 [3, H, W] or pictures, as one picture.
 
     Every image is scaled to ``height``, or to be as wide as twice that, but never enlarged beyond a
     whole factor.
     """
     bands = []
     for row in rows:
-        tiles = [_fitted(to_pil(image), height) for image in row]
+        tiles = [
+            fit_tile(to_pil(image) if isinstance(image, torch.Tensor) else image, height)
+            for image in row
+        ]
         tall = max(tile.height for tile in tiles)
         band = PIL.Image.new(
             "RGB",
@@ -64,7 +69,8 @@ def mixed_grid(rows: Sequence[Sequence[torch.Tensor]], height: int = 256) -> PIL
     return canvas
 
 
-def _fitted(image: PIL.Image.Image, height: int) -> PIL.Image.Image:
+def fit_tile(image: PIL.Image.Image, height: int = 256) -> PIL.Image.Image:
+    """Return a picture scaled as :func:`mixed_grid` does, which leaves the result as it is."""
     scale = min(height / image.height, 2 * height / image.width)
     if scale >= 1:
         size = (image.width * int(scale), image.height * int(scale))

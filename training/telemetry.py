@@ -52,7 +52,9 @@ class Telemetry:
             file.write(json.dumps(row) + "\n")
         name, values = row["metric"], row["values"]
         several = {f"Metrics/{name}/{key}": value for key, value in values.items()}
-        self._scalars(several if len(values) > 1 else {f"Metrics/{name}": row["value"]}, cur_nimg)
+        found = several if len(values) > 1 else {f"Metrics/{name}": row["value"]}
+        # What could not be measured is no point of a curve.
+        self._scalars({key: v for key, v in found.items() if v is not None}, cur_nimg)
 
     def _scalars(self, values: dict[str, float], cur_nimg: int) -> None:
         if self._tensorboard is not None:

@@ -1,0 +1,78 @@
+"""Captions with words replaced, so that a model that reads them makes another image."""
+
+import re
+
+# Of each pair one word takes the place of the other, both ways. The first group that a caption has
+# words of is replaced, all of them at once.
+_GROUPS: tuple[tuple[tuple[str, str], ...], ...] = (
+    (
+        ("red", "blue"),
+        ("green", "purple"),
+        ("yellow", "black"),
+        ("white", "orange"),
+        ("pink", "turquoise"),
+        ("brown", "silver"),
+        ("golden", "gray"),
+        ("crimson", "teal"),
+    ),
+    (
+        ("man", "woman"),
+        ("men", "women"),
+        ("boy", "girl"),
+        ("boys", "girls"),
+        ("dog", "cat"),
+        ("dogs", "cats"),
+        ("horse", "elephant"),
+        ("bird", "butterfly"),
+        ("birds", "butterflies"),
+        ("car", "boat"),
+        ("cars", "boats"),
+        ("house", "castle"),
+        ("temple", "lighthouse"),
+        ("tree", "tower"),
+        ("trees", "towers"),
+        ("flower", "mushroom"),
+        ("flowers", "mushrooms"),
+        ("mountain", "beach"),
+        ("mountains", "beaches"),
+        ("forest", "desert"),
+        ("street", "river"),
+        ("table", "bed"),
+        ("guitar", "umbrella"),
+    ),
+    (
+        ("day", "night"),
+        ("summer", "winter"),
+        ("sunny", "snowy"),
+        ("bright", "dark"),
+        ("old", "young"),
+        ("large", "tiny"),
+        ("indoors", "outdoors"),
+    ),
+)
+FALLBACK = "At night, in blue light: "
+
+
+def edit_caption(caption: str) -> tuple[str, list[str]]:
+    """Return a caption with words replaced, and the replacements, as ``red -> blue``.
+
+    Colours are replaced by other colours; without any, things by other things; without these,
+    circumstances. Where nothing of that is named, the caption is put after :data:`FALLBACK`, at the
+    beginning, because long captions are cut at their end. The result is always another text.
+    """
+    for group in _GROUPS:
+        swapped = {**dict(group), **{second: first for first, second in group}}
+        replaced: dict[str, None] = {}
+
+        def other(match: re.Match, swapped: dict = swapped, replaced: dict = replaced) -> str:
+            word = match[0]
+            new = swapped[word.lower()]
+            replaced[f"{word.lower()} -> {new}"] = None
+            if word.isupper() and len(word) > 1:
+                return new.upper()
+            return new.capitalize() if word[0].isupper() else new
+
+        edited = re.sub(rf"\b(?:{'|'.join(swapped)})\b", other, caption, flags=re.IGNORECASE)
+        if replaced:
+            return edited, list(replaced)
+    return FALLBACK + caption, [f"+ {FALLBACK.rstrip(': ')}"]

@@ -1,0 +1,59 @@
+"""Which tests a feature-conditioned model is put to, and on how many images."""
+
+import dataclasses
+from typing import ClassVar
+
+from dnnlib.config import Config, option
+
+TESTS = ("reconstruction", "swap", "text_edit", "text_only", "divergence")
+METRIC_PREFIX = "validation_"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ValidationConfig(Config):
+    """Tests on held-out images: whether the model uses its text and its reference image."""
+
+    title: ClassVar[str] = "Validation on held-out images"
+
+    tests: tuple[str, ...] = option(
+        TESTS, choices=TESTS, exposed=False, help="Tests, in this order."
+    )
+    num_reconstructions: int = option(
+        25, min=1, help="Images that are made again from their own text and reference."
+    )
+    num_swaps: int = option(
+        5, min=1, help="Pairs of one size of which one image gets the other's reference."
+    )
+    num_edits: int = option(5, min=1, help="Images with words of their text replaced.")
+    num_text_only: int = option(20, min=1, help="Images that are made from their text alone.")
+    num_divergence: int = option(
+        5, min=1, help="Images that are made with the text's guidance, and with the reference's."
+    )
+    num_shown: int = option(4, min=1, help="Rows of the picture that each test makes.")
+    lpips_net: str = option(
+        "alex", choices=("alex", "vgg"), help="Backbone of LPIPS, the distance of images."
+    )
+    lpips_weights: tuple[str, ...] = option(
+        (),
+        help="Paths or URLs of LPIPS's weights: BACKBONE,LINEAR or one file of both; none: the "
+        "published addresses.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.lpips_weights) > 2:
+            raise ValueError(
+                f"--lpips-weights: got {len(self.lpips_weights)} files; accepted: one with the "
+                "weights of backbone and linear layers, or BACKBONE,LINEAR."
+            )
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of images, or pairs, of every test."""
+        return dict(
+            reconstruction=self.num_reconstructions,
+            swap=self.num_swaps,
+            text_edit=self.num_edits,
+            text_only=self.num_text_only,
+            divergence=self.num_divergence,
+        )
