@@ -22,7 +22,7 @@ from training.dataset import Cond
 CHANGES = ("dropped", "shuffled", "swapped")
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
 _NUM_DRAWS = 20_000
-_ALL = "all"  # Rows that average over the noise levels.
+ALL_LEVELS = "all"  # The noise level of rows that average over all of them.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,9 +207,9 @@ def _rows(
     if not parts:
         reason = condition.reason if change == "dropped" else None
         reason = reason or "no two images of the panel differ in it"
-        return [dict(head, sigma=_ALL, num=0, value=None, values={}, reason=reason)]
+        return [dict(head, sigma=ALL_LEVELS, num=0, value=None, values={}, reason=reason)]
     rows = []
-    for level, sigma in [(None, _ALL), *enumerate(sigmas)]:
+    for level, sigma in [(None, ALL_LEVELS), *enumerate(sigmas)]:
         chosen = [part for part in parts if level in (None, part.level)]
         output, loss, reference = (
             _by_image(chosen, name) for name in ("output", "loss", "reference_loss")
@@ -222,9 +222,19 @@ def _rows(
             loss_change_se=_standard_error(rise),
             worse_share=float((loss > reference).mean()),
         )
-        num = len(output) // (len({part.level for part in chosen}))
-        rows.append(dict(head, sigma=sigma, num=num, value=values["output_change"], values=values))
+        row = dict(head, sigma=sigma, num=len(output), value=values["output_change"])
+        rows.append(dict(row, values=values))
     return rows
+
+
+def _by_image(parts: list[_Change], name: str) -> np.ndarray:
+    """Return a quantity of every image, averaged over the noise levels of ``parts``."""
+    levels = sorted({part.level for part in parts})
+    columns = [
+        np.concatenate([getattr(part, name) for part in parts if part.level == level])
+        for level in levels
+    ]
+    return np.mean(columns, axis=0)
 
 
 def _standard_error(values: np.ndarray) -> float:
@@ -258,7 +268,7 @@ def describe_report(report: Report) -> str:
         f"{'condition':<14} {'change':<9} {'output':>16} {'loss':>18} {'worse for':>10}",
     ]
     for row in report.rows:
-        if row["sigma"] != _ALL:
+        if row["sigma"] != ALL_LEVELS:
             continue
         start = f"{row['condition']:<14} {row['change']:<9}"
         if row["value"] is None:
