@@ -36,6 +36,15 @@ class Report:
     attention: list[dict[str, float]]
     reason: str | None
 
+    def score_rows(self) -> list[dict[str, Any]]:
+        """Return all of it as score rows: those of the conditions, and one for each layer."""
+        head = {k: self.rows[0][k] for k in ("panel", "seed", "snapshot_hash", "network")}
+        layers = [
+            dict(metric="conditioning_attention", layer=index, value=None, values=layer, **head)
+            for index, layer in enumerate(self.attention)
+        ]
+        return [*self.rows, *layers]
+
 
 def report_conditions(
     snapshot: Snapshot, panel: Panel, device: torch.device, *, batch: int = 16, seed: int = 0
