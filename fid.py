@@ -1,5 +1,6 @@
 """Score images against real ones: reference statistics, metrics, and comparisons of scores."""
 
+import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,10 @@ import click
 import torch
 
 from dnnlib.cli import ConfigCommand, is_given, raw_value, run
-from dnnlib.files import check_target, write_json
+from dnnlib.files import atomic_write, check_target, write_json
+from evaluation.conditioning import describe_report, report_conditions
+from evaluation.conditioning_panel import make_panel
+from evaluation.conditioning_picture import report_picture
 from evaluation.feature_networks import (
     ValidateConfig,
     check_used,
@@ -486,6 +490,53 @@ def validate(config: ValidateConfig, outdir: Path, tests: str, tf32: bool, **opt
         for name, picture in pictures.items():
             save_image(picture, outdir / f"{name}.png")
         write_json(outdir / "validation.json", {"rows": rows})
+    distributed.shutdown()
+
+
+@main.command()
+@click.option("--network", required=True, help="Snapshot of a model with conditions.")
+@click.option("--data", help="Images with their conditions, if not those of the training.")
+@click.option("--num", default=64, show_default=True, type=click.IntRange(2), help="Images.")
+@click.option("--batch", default=16, show_default=True, type=click.IntRange(1), help="At once.")
+@click.option("--seed", default=0, show_default=True, help="Of the noise.")
+@click.option("--out", type=click.Path(path_type=Path), help="Picture of the report (.png).")
+@click.option("--jsonl", type=click.Path(path_type=Path), help="Rows of the report, one a line.")
+def conditions(
+    network: str,
+    data: str | None,
+    num: int,
+    batch: int,
+    seed: int,
+    out: Path | None,
+    jsonl: Path | None,
+) -> None:
+    """Tell what each condition of a model does: class, support, or text, CLS token and patches.
+
+    Held-out images are denoised at five noise levels, with their own conditions and with one of
+    them dropped, shuffled or swapped. How much output and loss change tells what the model uses;
+    of models of features also how attention divides. See docs/conditioning.md.
+
+    \b
+    Example:
+      python fid.py conditions --network=network.pkl --out=report.png
+    """
+    for option, path in (("--out", out), ("--jsonl", jsonl)):
+        if path is not None:
+            check_target(option, path)
+    device = distributed.init()
+    if distributed.world_size() > 1:
+        raise ValueError("This report is made by one process; start it without torchrun.")
+    snapshot = cached_snapshot(network)
+    report = report_conditions(
+        snapshot, make_panel(snapshot, data, num, device), device, batch=batch, seed=seed
+    )
+    click.echo(report.rows[0]["panel"])
+    click.echo(describe_report(report))
+    if out is not None:
+        save_image(report_picture(report, f"What conditions do in {snapshot.path.name}"), out)
+    if jsonl is not None:
+        with atomic_write(jsonl, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in report.score_rows())
     distributed.shutdown()
 
 

@@ -1,0 +1,93 @@
+"""How the attention to a context divides between parts of it, without changing what it computes."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from models.layers import CrossAttention, split_heads
+
+_QUERIES_AT_ONCE = 256
+
+
+class AttentionMass:
+    """Shares of attention, averaged over heads, queries and images, by layer and segment."""
+
+    def __init__(self, names: tuple[str, ...], num_layers: int) -> None:
+        self.names = names
+        self._sums = [torch.zeros(len(names), dtype=torch.float64) for _ in range(num_layers)]
+        self._counts = [0] * num_layers
+
+    def add(self, layer: int, shares: Tensor) -> None:
+        """Add the shares [N, segments] of some images."""
+        self._sums[layer] += shares.to(torch.float64).sum(0).cpu()
+        self._counts[layer] += len(shares)
+
+    def by_layer(self) -> list[dict[str, float]]:
+        """Return the shares of each layer that was run, by the segments' names."""
+        return [
+            dict(zip(self.names, (total / count).tolist(), strict=True))
+            for total, count in zip(self._sums, self._counts, strict=True)
+            if count
+        ]
+
+
+@contextlib.contextmanager
+def record_attention(network: nn.Module, segments: Mapping[str, int]) -> Iterator[AttentionMass]:
+    """Record how every cross-attention of ``network`` divides over its context, while in the block.
+
+    Args:
+        network: Holds modules :class:`~models.layers.CrossAttention`, the layers in their order.
+        segments: Names of the parts of the context, in order, and their numbers of tokens.
+    """
+    layers = [module for module in network.modules() if isinstance(module, CrossAttention)]
+    mass = AttentionMass(tuple(segments), len(layers))
+    lengths = list(segments.values())
+    handles = [
+        module.register_forward_pre_hook(_hook(mass, index, lengths), with_kwargs=True)
+        for index, module in enumerate(layers)
+    ]
+    try:
+        yield mass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(mass: AttentionMass, layer: int, lengths: list[int]):
+    @torch.no_grad()
+    def look(module: CrossAttention, args: tuple, kwargs: dict) -> None:
+        mass.add(layer, attention_shares(module, *args, lengths=lengths, **kwargs))
+
+    return look
+
+
+def attention_shares(
+    module: CrossAttention,
+    x: Tensor,
+    context: Tensor,
+    mask: Tensor | None = None,
+    *,
+    lengths: list[int],
+) -> Tensor:
+    """Return the shares [N, segments] of attention of tokens x [N, L, C] to parts of a context.
+
+    Args:
+        module: The attention; ``context`` [N, M, c] and ``mask`` [N, M] are its arguments.
+        lengths: Numbers of tokens of the parts, which add up to M.
+    """
+    assert sum(lengths) == context.shape[1], f"parts of {lengths}, a context of {context.shape[1]}"
+    q = split_heads(module.q(x), module.head_dim).float()
+    k = split_heads(module.kv(context), module.head_dim).chunk(2, dim=1)[0].float()
+    bias = 0.0
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf)
+        bias = mask[:, None, None, :].float()
+    total = torch.zeros(len(x), len(lengths), device=x.device)
+    for rows in q.split(_QUERIES_AT_ONCE, dim=2):
+        weights = (rows @ k.transpose(2, 3) * module.head_dim**-0.5 + bias).softmax(dim=-1)
+        parts = weights.split(lengths, dim=3)
+        total += torch.stack([part.sum(dim=(1, 2, 3)) for part in parts], dim=1)
+    return total / (q.shape[1] * q.shape[2])

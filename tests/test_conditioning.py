@@ -1,0 +1,270 @@
+"""What conditions do, as the report of them tells it, against networks of which that is known."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from feature_files import tiny_features
+from helpers import (
+    TINY_FEATURES,
+    fail,
+    set_snapshot,
+    succeed,
+    toy_data,
+    train_tiny,
+    trained_snapshot,
+    unconditional_snapshot,
+)
+from test_feature_dit import features as tiny_conditions
+from test_feature_dit import network_of
+
+import fid
+from diffusion.precond import EDMPrecond, FlowPrecond, TablePrecond
+from diffusion.schedules import linear_sigmas
+from evaluation.conditioning import (
+    ALL_LEVELS,
+    CHANGES,
+    QUANTILES,
+    describe_report,
+    noise_levels,
+    report_conditions,
+)
+from evaluation.conditioning_panel import derangement, make_panel
+from evaluation.conditioning_picture import report_picture
+from models.attention_probe import attention_shares, record_attention
+from training.checkpoint import load_snapshot
+from training.pictures import read_image
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    return tmp_path_factory.getbasetemp()
+
+
+@pytest.fixture(scope="session")
+def feature_snapshot(base):
+    data, runs = tiny_features(base / "features"), base / "conditioning"
+    if not runs.is_dir():
+        train_tiny(runs, data, "--iters=8", tiny=TINY_FEATURES)
+    return max(runs.glob("*/network-snapshot-*.pkl"))
+
+
+def report_of(path, num=8, change=None, data=None, **options):
+    """Return the report on a snapshot, whose weights ``change`` may have changed."""
+    snapshot = load_snapshot(path)
+    if change is not None:
+        change(snapshot.state_dict)
+    return report_conditions(snapshot, make_panel(snapshot, data, num, CPU), CPU, **options)
+
+
+def overall(report):
+    return {(r["condition"], r["change"]): r for r in report.rows if r["sigma"] == ALL_LEVELS}
+
+
+@pytest.mark.parametrize("change", ["shuffled", "swapped"])
+def test_no_image_gets_a_condition_of_its_own_kind_where_that_can_be(change):
+    for kinds in ([0, 1, 2, 3, 4], [0, 0, 1, 1, 2, 2], [5, 5, 5, 1, 2, 3], list(range(9))):
+        source, rows = derangement(kinds, change)
+        kinds = np.array(kinds)
+        assert (kinds[source][rows] != kinds[rows]).all()
+        assert rows.sum() >= len(kinds) - 1 if change == "swapped" else rows.all()
+        if change == "shuffled":
+            assert sorted(source) == list(range(len(kinds)))
+        else:
+            assert (source[source] == np.arange(len(kinds))).all()
+    assert not derangement([3, 3, 3], change)[1].any()
+
+
+@pytest.mark.parametrize(
+    "precond", [EDMPrecond(), FlowPrecond(), TablePrecond(linear_sigmas(100))], ids=type
+)
+def test_noise_levels_are_quantiles_of_those_in_training(precond):
+    drawn = precond.draw_sigma(10_000, torch.Generator().manual_seed(5), "cpu")
+    for quantile, level in zip(QUANTILES, noise_levels(precond), strict=True):
+        assert (drawn <= level).float().mean() == pytest.approx(quantile, abs=0.03)
+
+
+def test_a_class_that_a_network_does_not_see_changes_nothing(base):
+    def disconnect(state):
+        state["conditioner.label_weight"].zero_()
+        state["conditioner.null"].zero_()
+
+    path = trained_snapshot(base)
+    for row in report_of(path, change=disconnect).rows:
+        assert row["values"]["output_change"] == 0
+        assert row["values"]["loss_change"] == 0
+        assert row["values"]["worse_share"] == 0
+    for row in overall(report_of(path)).values():
+        assert row["values"]["output_change"] > 0
+        assert row["num"] == 8
+
+
+def test_changes_are_those_of_a_computation_by_hand(base):
+    from diffusion.denoiser import Denoiser
+    from diffusion.precond import make_precond
+    from torch_utils.rng import SeededNoise
+
+    snapshot = load_snapshot(trained_snapshot(base))
+    panel = make_panel(snapshot, None, 6, CPU)
+    (group,) = panel.groups
+    report = report_conditions(snapshot, panel, CPU)
+    precond, network = make_precond(snapshot.config.precond), snapshot.build()
+    sigma = noise_levels(precond)[2]
+    noise = SeededNoise(range(6)).randn(group.inputs.shape[1:])
+    denoise = Denoiser(network, precond)
+    labels, source = group.cond["label"], derangement(group.kinds, "shuffled")[0]
+    assert (labels[source] != labels).all()
+    with torch.no_grad():
+        own, other, null = (
+            denoise(group.inputs + sigma * noise, sigma, network.context({"label": label}, drop))
+            for label, drop in (
+                (labels, None),
+                (labels[source], None),
+                (labels, torch.ones(6, dtype=torch.bool)),
+            )
+        )
+    spread = (own - own.mean(0)).square().mean().sqrt()
+    losses = [(x - group.inputs).square().mean((1, 2, 3)) for x in (own, other, null)]
+    rows = {row["change"]: row["values"] for row in report.rows if row["sigma"] == sigma}
+    for name, varied, loss in (("shuffled", other, losses[1]), ("dropped", null, losses[2])):
+        change = (varied - own).square().mean((1, 2, 3)).sqrt() / spread
+        assert rows[name]["output_change"] == pytest.approx(change.mean().item(), rel=1e-4)
+        rise = (loss - losses[0]) / losses[0].mean()
+        assert rows[name]["loss_change"] == pytest.approx(rise.mean().item(), rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("family", ["class", "sets", "features"])
+def test_a_report_does_not_depend_on_the_batch(base, feature_snapshot, family):
+    path = dict(
+        zip(
+            ("class", "sets", "features"),
+            (trained_snapshot(base), set_snapshot(base), feature_snapshot),
+            strict=True,
+        )
+    )[family]
+    whole, parts = (overall(report_of(path, batch=batch)) for batch in (16, 1))
+    assert whole.keys() == parts.keys()
+    for key, row in whole.items():
+        for name, value in row["values"].items():
+            assert parts[key]["values"][name] == pytest.approx(value, rel=1e-3, abs=1e-5), key
+
+
+def test_a_null_that_was_never_trained_is_absent_with_a_reason(base):
+    snapshot = load_snapshot(trained_snapshot(base))
+    untrained = train_tiny(
+        base / "no-drop", toy_data(base), "--cond", "--label-drop=0", "--iters=1"
+    ).run_dir
+    report = report_of(max(untrained.glob("*.pkl")))
+    row = overall(report)["class", "dropped"]
+    assert (row["value"], row["num"]) == (None, 0)
+    assert row["reason"] == "trained without --label-drop"
+    assert "absent: trained without --label-drop" in describe_report(report)
+    assert overall(report)["class", "shuffled"]["value"] > 0
+    assert snapshot.config.training.label_drop > 0
+
+
+def test_sets_are_varied_as_a_whole(base):
+    report = report_of(set_snapshot(base), num=6)
+    rows = overall(report)
+    assert set(rows) == {("support", change) for change in CHANGES}
+    assert rows["support", "dropped"]["value"] > 0
+    # Of a single unseen class, no set is of another.
+    assert rows["support", "shuffled"]["reason"] == "no two images of the panel differ in it"
+    assert report.attention == []
+    assert "no attention" in report.reason
+
+
+def test_features_are_varied_one_by_one_over_all_buckets(base, feature_snapshot):
+    report = report_of(feature_snapshot, num=12)
+    rows = overall(report)
+    names = ("text", "CLS", "patches", "CLS + patches")
+    assert set(rows) == {(name, change) for name in names for change in CHANGES}
+    assert all(row["value"] > 0 for row in rows.values() if row["num"])
+    assert "never dropped without the other" in rows["CLS", "dropped"]["note"]
+    assert "note" not in rows["CLS + patches", "dropped"]
+    assert "3 bucket(s)" in rows["text", "dropped"]["panel"]
+    for layer in report.attention:
+        assert list(layer) == ["text", "CLS", "patches"]
+        assert sum(layer.values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_model_that_does_not_look_at_patches_shows_no_effect_of_them(feature_snapshot):
+    def blind(state):
+        for name in state:
+            if name.startswith("conditioner.dino_patch_proj"):
+                state[name].zero_()
+
+    rows = overall(report_of(feature_snapshot, num=12, change=blind))
+    assert all(rows["patches", change]["values"].get("output_change", 0) == 0 for change in CHANGES)
+    assert rows["text", "dropped"]["value"] > 0
+
+
+def test_shares_of_attention_are_those_of_a_softmax_by_hand():
+    network = network_of()
+    cond = tiny_conditions()
+    context = network.context(cond)
+    module = network.backbone.blocks[0].cross
+    x = torch.randn(3, 7, 32, generator=torch.Generator().manual_seed(0))
+    shares = attention_shares(module, x, context.tokens, context.mask, lengths=[5, 1, 16])
+    expected = torch.zeros(3, 3)
+    with torch.no_grad():
+        q = module.q(x).unflatten(2, (4, 8))
+        k = module.kv(context.tokens)[..., :32].unflatten(2, (4, 8))
+        for image in range(3):
+            for head in range(4):
+                scores = q[image, :, head] @ k[image, :, head].T / 8**0.5
+                scores[:, ~context.mask[image]] = -torch.inf
+                weights = scores.softmax(1)
+                for part, rows in enumerate((slice(0, 5), slice(5, 6), slice(6, 22))):
+                    expected[image, part] += weights[:, rows].sum() / (4 * 7)
+    torch.testing.assert_close(shares, expected, rtol=1e-4, atol=1e-5)
+    # An added bias counts too: patches out of reach get nothing.
+    hidden = network.context({**cond, "patch_bias": torch.full([3], -torch.inf)})
+    shares = attention_shares(module, x, hidden.tokens, hidden.mask, lengths=[5, 1, 16])
+    assert not shares[:, 2].any()
+
+
+def test_recording_changes_nothing_and_ends_with_its_block():
+    network = network_of()
+    cond = tiny_conditions()
+    x, t = torch.randn(3, 4, 8, 8), torch.full([3], 0.5)
+    expected = network(x, t, network.context(cond))
+    with record_attention(network.backbone, dict(text=5, CLS=1, patches=16)) as mass:
+        torch.testing.assert_close(network(x, t, network.context(cond)), expected, rtol=0, atol=0)
+    before = mass.by_layer()
+    assert len(before) == 2
+    network(x, t, network.context(cond))
+    assert mass.by_layer() == before
+    assert not any(module._forward_pre_hooks for module in network.modules())
+
+
+def test_the_command_prints_a_table_and_writes_rows_and_a_picture(base, feature_snapshot, tmp_path):
+    out, rows = tmp_path / "report.png", tmp_path / "rows.jsonl"
+    output = succeed(
+        fid,
+        *("conditions", f"--network={feature_snapshot}", "--num=12"),
+        *(f"--out={out}", f"--jsonl={rows}"),
+    ).output
+    assert "text           dropped" in output
+    assert "attention of layer 0" in output
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert {row["metric"] for row in found} == {"conditioning", "conditioning_attention"}
+    picture = read_image(out)
+    assert picture.shape[0] == 3
+    assert len(picture.flatten(1).unique(dim=1).T) > 50
+
+    data = toy_data(base)
+    arguments = ("conditions", f"--network={trained_snapshot(base)}", f"--data={data}", "--num=6")
+    output = succeed(fid, *arguments).output
+    assert "class          swapped" in output
+    assert "nothing to vary" in fail(fid, "conditions", f"--network={unconditional_snapshot(base)}")
+
+
+def test_the_picture_says_what_is_absent(base):
+    report = report_of(set_snapshot(base), num=4)
+    picture = report_picture(report, "title")
+    assert picture.width == 1200
+    assert picture.height > 200
