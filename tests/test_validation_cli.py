@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from feature_files import tiny_text
 from helpers import (
     TINY_FEATURES,
     fail,
@@ -87,6 +88,7 @@ def test_the_command_finds_what_the_run_found(run_dir, snapshot, weights, tmp_pa
     found = rows_of(tmp_path / "validation.json")
     for name in TESTS:
         row = last_row_of(run_dir, name)
+        assert {"snapshot_hash", "ema", "sampling", "guidance", "lpips_hash"} <= row.keys()
         own = found[row["metric"]]
         for key in row.keys() - {"seconds", "snapshot", "kimg", "packages", "values", "per_item"}:
             if key != "value":
@@ -171,6 +173,9 @@ class TestNetworks:
             self.load(dataset, str(tmp_path / "nothing.pth"), "swap")
         with pytest.raises(ValueError, match=r"--text: .* cannot be used"):
             self.load(dataset, weights, "text_edit", text=str(feature_base / "visual"))
+        other = tiny_text(tmp_path / "other", seed=1)
+        with pytest.raises(ValueError, match="other is another encoder"):
+            self.load(dataset, weights, "text_edit", text=str(other))
 
     def test_of_texts_encode_in_advance_what_the_encoder_would_encode(self, dataset, feature_base):
         encoder = load_text_encoder(str(feature_base / "text"), "cpu")
