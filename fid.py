@@ -13,6 +13,12 @@ from dnnlib.files import atomic_write, check_target, write_json
 from evaluation.conditioning import describe_report, report_conditions
 from evaluation.conditioning_panel import make_panel
 from evaluation.conditioning_picture import report_picture
+from evaluation.feature_networks import (
+    ValidateConfig,
+    check_used,
+    chosen_tests,
+    validate_snapshot,
+)
 from evaluation.fewshot import score_fewshot
 from evaluation.images import ImageSource, ScoreConfig, open_source, shape_of
 from evaluation.neighbours import check_neighbours, find_neighbours, write_report
@@ -32,9 +38,12 @@ from torch_utils import distributed
 from torch_utils.misc import allow_tf32
 from training.config import DetectorConfig
 from training.episodes import PROTOCOLS
+from training.feature_record import SPLITS
+from training.feature_scores import describe_row as describe_test
 from training.generation import AUTOCAST_DTYPES, cached_snapshot
 from training.pictures import save_image
 from training.samples import open_images
+from training.validation_config import TESTS
 
 EXAMPLES = """
   # Score a snapshot, generating on the fly, against the data that it was trained on:
@@ -157,7 +166,8 @@ def source_options(command: click.Command) -> click.Command:
 def main() -> None:
     """Score images: `ref` keeps what metrics need of real images, `calc` scores images or a
     snapshot against them, `compare` prints scores side by side, `neighbours` looks for copies of
-    training images, `fewshot` scores images made from supports of a class.
+    training images, `fewshot` scores images made from supports of a class, `validate` puts a model
+    of text and reference images to tests, `conditions` tells what each condition of a model does.
     """
 
 
@@ -424,6 +434,62 @@ def fewshot(
         rows += [dict(row, copying=found.copying) for row in found.rows]
     if json_path is not None and distributed.is_main():
         write_json(json_path, {"rows": rows})
+    distributed.shutdown()
+
+
+@main.command(
+    cls=ConfigCommand,
+    base=lambda args: ValidateConfig.of_snapshot(raw_value(args, "network")),
+    elsewhere=option_elsewhere,
+)
+@click.option("--network", required=True, help="Snapshot of a model of features.")
+@click.option("--data", help="Its feature folder, if not where it was in training.")
+@click.option(
+    "--split",
+    default="validation",
+    show_default=True,
+    type=click.Choice(SPLITS),
+    help="Which of its images; those of train were seen in training.",
+)
+@click.option(
+    "--tests", default=",".join(TESTS), show_default=True, help="Comma-separated, in this order."
+)
+@click.option("--vae", help="Autoencoder, if not where it was.")
+@click.option("--visual", help="Visual encoder, if not where it was.")
+@click.option("--text", help="Text encoder, if not where it was.")
+@click.option("--precision", type=click.Choice(list(AUTOCAST_DTYPES)), help="As in training.")
+@click.option("--tf32", is_flag=True, help="Allow TF32 products on NVIDIA GPUs.")
+@click.option(
+    "--outdir", required=True, type=click.Path(path_type=Path), help="For rows and pictures."
+)
+def validate(config: ValidateConfig, outdir: Path, tests: str, tf32: bool, **options: Any) -> None:
+    """Put a model of features to tests on held-out images: does it use text and reference?
+
+    Writes validation.json and a picture for each test: images made again from their own features
+    (LPIPS, and the cosine of their patch features), with another's reference, with words of their
+    text replaced, from their text alone, and guided by either condition. What cannot be measured,
+    because weights are not there, is absent with the reason.
+
+    Example: python fid.py validate --network=network.pkl --data=photos-features --outdir=report
+    """
+    names = [name.strip() for name in tests.split(",") if name.strip()]
+    chosen = chosen_tests(names, option="--tests", prefix="")
+    if not chosen:
+        raise click.UsageError("--tests: there is nothing to do; name some.")
+    check_used(click.get_current_context().meta["given"], chosen, f"--tests={','.join(chosen)}")
+    for name, test in (("visual", "reconstruction"), ("text", "text_edit")):
+        if options[name] is not None and test not in chosen:
+            raise click.UsageError(f"--{name}: only the test {test} encodes anything with it.")
+    check_target("--outdir", outdir, is_folder=True)
+    device = distributed.init()
+    allow_tf32(tf32)
+    rows, pictures = validate_snapshot(config.with_tests(chosen), device, **options)
+    if distributed.is_main():
+        for row in rows:
+            print("\n".join([describe_test(row), *(f"  warning: {w}" for w in row["warnings"])]))
+        for name, picture in pictures.items():
+            save_image(picture, outdir / f"{name}.png")
+        write_json(outdir / "validation.json", {"rows": rows})
     distributed.shutdown()
 
 

@@ -18,8 +18,9 @@ from dnnlib.cli import ConfigCommand, raw_value, run, settings
 from dnnlib.config import Config
 from dnnlib.files import atomic_write, check_target, lock_folder
 from dnnlib.text import join_names
+from evaluation.feature_networks import check_used, chosen_tests, make_validate
 from evaluation.scoring import check_metrics, make_evaluate, real_images
-from metrics.metric import get_metrics
+from metrics.metric import MetricSpec, get_metrics
 from models import FeatureDiTConfig, LatentModelConfig, attention_backend
 from torch_utils import distributed
 from training import runs
@@ -30,6 +31,7 @@ from training.inputs import open_training_data
 from training.loop import training_loop
 from training.report import describe_config, describe_run
 from training.telemetry import import_wandb
+from training.validation_config import ValidationConfig
 from training.warm_start import settle_in
 
 EXAMPLES = """
@@ -138,6 +140,30 @@ def with_fewshot_fid(config: RunConfig, given: Collection[str]) -> RunConfig:
     )
 
 
+def check_scores(
+    config: RunConfig, given: Collection[str]
+) -> tuple[list[MetricSpec], tuple[str, ...]]:
+    """Return the metrics of a run, or the tests of a model of features.
+
+    Raises ValueError for a metric that the model has not, and for an option without effect.
+    """
+    names = config.logging.metrics
+    choice = f"--metrics={','.join(names) or 'none'}"
+    specs, tests = [], ()
+    if config.features is None:
+        specs = check_metrics(get_metrics(names), config)
+    else:
+        tests = chosen_tests(names, option="--metrics")
+        check_used(given, tests, choice)
+        if config.logging.metrics_ref is not None:
+            raise ValueError(
+                "--metrics-ref has no effect on models of features, which are compared with "
+                "held-out images; leave it out."
+            )
+    config.detectors.check_used(given, {spec.feature.detector for spec in specs}, choice)
+    return specs, tests
+
+
 @click.command(cls=ConfigCommand, base=base_config, elsewhere=option_elsewhere, examples=EXAMPLES)
 @click.option("--outdir", type=click.Path(path_type=Path), help="Where run folders are made.")
 @click.option("--preset", "--model", help=f"What to train: {', '.join(PRESETS)}.")
@@ -170,12 +196,7 @@ def main(
     explicit_resume = resume not in (None, "auto")
     if explicit_resume and transfer is not None:
         raise click.UsageError("Give --resume or --transfer, not both.")
-    specs = check_metrics(get_metrics(config.logging.metrics), config)
-    config.detectors.check_used(
-        given,
-        {spec.feature.detector for spec in specs},
-        f"--metrics={','.join(config.logging.metrics) or 'none'}",
-    )
+    specs, tests = check_scores(config, given)
     if config.logging.wandb and not dry_run:
         import_wandb()
     if transfer is not None and config.features is not None and transfer.is_file():
@@ -242,6 +263,9 @@ def main(
     if specs:
         real = real_images(config, data, specs)
         evaluate = make_evaluate(specs, config.detectors, real, config.model, device)
+    elif tests:
+        validation = dataclasses.replace(config.validation or ValidationConfig(), tests=tests)
+        evaluate = make_validate(validation, data.of_split("validation"), device)
 
     # Find or make the run folder.
     snapshot = load_snapshot(transfer) if transfer is not None else None

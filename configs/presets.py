@@ -16,6 +16,7 @@ from training.config import LoggingConfig, RunConfig, TrainingConfig
 from training.dataset import DatasetConfig
 from training.feature_config import FeatureConfig
 from training.sets import SetConfig
+from training.validation_config import ValidationConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -201,6 +202,7 @@ def _nanodit(name: str, **changes: Any) -> RunConfig:
         sampling=SamplingConfig(sampler="euler", grid="time", steps=25),
         guidance=None,
         dual_guidance=DualGuidanceConfig(),
+        validation=ValidationConfig(),
     )
 
 

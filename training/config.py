@@ -14,6 +14,7 @@ from training.dataset import DatasetConfig
 from training.feature_config import FeatureConfig
 from training.power_ema import MAX_STD, MIN_STD, std_name
 from training.sets import SetConfig
+from training.validation_config import ValidationConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -226,6 +227,7 @@ class RunConfig(Config):
     sets: SetConfig | None = None
     features: FeatureConfig | None = None
     dual_guidance: DualGuidanceConfig | None = None
+    validation: ValidationConfig | None = None
 
     @property
     def step_nimg(self) -> int:

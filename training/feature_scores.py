@@ -12,8 +12,9 @@ from PIL.Image import Image
 
 from torch_utils import distributed
 from torch_utils.rng import mix
-from training.checkpoint import snapshot_path
-from training.config import RunConfig
+from training.checkpoint import snapshot_path, weights_hash
+from training.config import RunConfig, TrainingConfig
+from training.ema import describe_average
 from training.feature_data import FeatureDataset
 from training.feature_generation import FeatureGenerator
 from training.pictures import mixed_grid, save_image
@@ -83,9 +84,11 @@ class FeatureScores:
                 continue
             if self._stop_signal.agreed():
                 return False
-            rows, pictures = self._evaluate((name,), self._generator_at(cur_nimg))
+            generator = self._generator_at(cur_nimg)
+            rows, pictures = self._evaluate((name,), generator)
             if self._telemetry is not None:
-                self._record(rows, pictures, cur_nimg)
+                facts = weights_facts(generator, self._config.training)
+                self._record([dict(row, **facts) for row in rows], pictures, cur_nimg)
         return True
 
     def _record(
@@ -105,6 +108,21 @@ class FeatureScores:
             self._telemetry.message(f"{describe_row(row)} at kimg {row['kimg']:.1f}")
             for text in row["warnings"]:
                 self._telemetry.message(f"{row['metric']}: warning: {text}")
+
+
+def weights_facts(
+    generator: FeatureGenerator,
+    training: TrainingConfig,
+    progress: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return what a row says of the weights: their hash, and which average they are.
+
+    ``training`` and the ``progress`` of a snapshot tell the latter.
+    """
+    return dict(
+        snapshot_hash=weights_hash(generator.network.state_dict()),
+        ema=describe_average(training, progress or {}),
+    )
 
 
 def describe_row(row: Mapping[str, Any]) -> str:
