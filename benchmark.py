@@ -15,7 +15,7 @@ from benchmarks.measure import describe_device, make_archive, make_latents
 from benchmarks.metrics import benchmark_extraction, benchmark_frechet
 from benchmarks.sampling import benchmark_sample
 from benchmarks.training import benchmark_train
-from configs.presets import PRESETS, get_preset
+from configs.presets import PRESETS, Preset, get_preset
 from dnnlib.cli import run
 from dnnlib.text import format_count
 from models import LatentModelConfig
@@ -29,6 +29,21 @@ from training.runs import fit_to_data, with_data_facts
 _NUM_SYNTHETIC_IMAGES = 2048
 
 
+# There is no plain network yet to compare those of features with.
+MEASURED = [name for name, preset in PRESETS.items() if preset.run.features is None]
+
+
+def measured_preset(name: str) -> Preset:
+    """Return a preset that can be measured; raises ValueError for any other."""
+    preset = get_preset(name)
+    if name not in MEASURED:
+        raise ValueError(
+            f"--preset: got {name}, of which nothing is measured yet; accepted: "
+            f"{', '.join(MEASURED)}."
+        )
+    return preset
+
+
 def common_options(command: click.Command) -> click.Command:
     """Add the options that every measurement has."""
     rounds = click.option(
@@ -39,7 +54,7 @@ def common_options(command: click.Command) -> click.Command:
         help="Turns of everything compared; medians count.",
     )
     preset = click.option(
-        "--preset", default="cifar10", show_default=True, help=f"Model: {', '.join(PRESETS)}."
+        "--preset", default="cifar10", show_default=True, help=f"Model: {', '.join(MEASURED)}."
     )
     return preset(rounds(command))
 
@@ -99,7 +114,7 @@ def train(
     Adam and a weight average that go parameter by parameter; data and augmentation are the same.
     """
     device = distributed.init()
-    config = get_preset(preset).run
+    config = measured_preset(preset).run
     training = dataclasses.replace(
         config.training, batch=batch_gpu, batch_gpu=batch_gpu, compile=compile, tf32=tf32
     )
@@ -135,9 +150,9 @@ def train(
 def sample(preset: str, rounds: int, precision: str, batch: int, steps: int | None) -> None:
     """Time sampling, and guidance against one doubled batch, with random weights."""
     device = distributed.init()
-    config = get_preset(preset).run
+    config = measured_preset(preset).run
     sampling = dataclasses.replace(config.sampling, steps=steps or config.sampling.steps)
-    num_classes = get_preset(preset).num_classes or 10  # Guidance needs some.
+    num_classes = measured_preset(preset).num_classes or 10  # Guidance needs some.
     if config.sets is not None:
         num_classes = 0  # It is the support that is guided by.
     config = with_data_facts(config, config.model.img_channels, num_classes)
@@ -159,7 +174,7 @@ def data(preset: str, rounds: int, data: str | None, batch: int | None, batches:
 
     For latents, against copying them out of memory-mapped files.
     """
-    config = get_preset(preset).run
+    config = measured_preset(preset).run
     batch = batch or config.training.batch
     with dataset_of(config, data) as dataset:
         click.echo(describe_device(torch.device("cpu")))
@@ -178,7 +193,7 @@ def data(preset: str, rounds: int, data: str | None, batch: int | None, batches:
 def attention(preset: str, rounds: int, precision: str, batch: int, calls: int) -> None:
     """Time the ways to compute attention, forward and backward, at a preset's shapes."""
     device = distributed.init()
-    config = get_preset(preset).run
+    config = measured_preset(preset).run
     print_header(config, device)
     click.echo(f"batch {batch}, {precision}")
     click.echo(
@@ -211,7 +226,7 @@ def metrics(
         raise click.UsageError(f"--precision: got {unknown[0]!r}; accepted: fp32, bf16.")
     device = distributed.init()
     click.echo(describe_device(device))
-    config = get_preset(preset).run
+    config = measured_preset(preset).run
     if isinstance(config.model, LatentModelConfig):
         raise click.UsageError(f"--preset: {preset} is of latents; give one of images.")
     with dataset_of(config, data) as dataset:

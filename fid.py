@@ -167,7 +167,7 @@ def main() -> None:
     """Score images: `ref` keeps what metrics need of real images, `calc` scores images or a
     snapshot against them, `compare` prints scores side by side, `neighbours` looks for copies of
     training images, `fewshot` scores images made from supports of a class, `validate` puts a model
-    of text and reference images to tests.
+    of text and reference images to tests, `conditions` tells what each condition of a model does.
     """
 
 

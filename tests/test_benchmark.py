@@ -489,3 +489,10 @@ class TestMetrics:
             assert re.search(rf"{name} +[\d.]+", output)
         assert "times as fast as with sqrtm" in " ".join(output.split())
         assert "accepted: fp32, bf16" in fail(script, "metrics", "--precision=fp8")
+
+
+def test_presets_of_which_nothing_is_measured_are_refused():
+    for command in ("train", "sample", "data"):
+        message = fail(script, command, "--preset=nanodit")
+        assert "--preset: got nanodit, of which nothing is measured yet" in message
+        assert "cifar10" in message

@@ -275,6 +275,18 @@ def test_zero_patches_dilute_attention_unless_they_are_biased():
     assert held_back < 0.1 * diluted
 
 
+def test_times_are_embedded_as_a_thousand_steps():
+    """Cosines, then sines of 1000 t / 10000^(i / 128)."""
+    seen = []
+    network = network_of()
+    network.backbone.noise_mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    run(network, features())
+    t = torch.linspace(0.2, 0.8, 3, dtype=torch.float64)
+    angles = 1000 * t[:, None] * 10_000 ** (-torch.arange(128, dtype=torch.float64) / 128)
+    expected = torch.cat([angles.cos(), angles.sin()], dim=1)
+    torch.testing.assert_close(seen[0].double(), expected, rtol=0, atol=1e-3)
+
+
 def test_checkpointing_changes_no_gradient():
     cond = features()
     grads = []

@@ -1,6 +1,7 @@
 """What only a GPU, or a compiler, can show. Skipped without; run with ``pytest -m "gpu"``."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from torch_utils.stats import StatsCollector
 from training import runs
 from training.augment import make_augment_pipe
 from training.ema import EMA, ema_beta
-from training.inputs import LatentInputs, PixelInputs
+from training.feature_objective import FeatureObjective
+from training.feature_statistics import FeatureStatistics
+from training.inputs import FeatureInputs, LatentInputs, PixelInputs
 from training.objective import Objective
 from training.optimizer import GuardedAdam
 
@@ -21,6 +24,8 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 
 def make_step(device, dtype, preset="cifar10"):
     """Return a training step on random data, as the loop makes it, and its network."""
+    if preset == "nanodit-tiny":
+        return make_feature_step(device, dtype)
     config = runs.with_data_facts(get_preset(preset).run, img_channels=3, num_classes=10)
     shape = config.model.input_shape
     if preset == "cifar10":
@@ -58,17 +63,65 @@ def make_step(device, dtype, preset="cifar10"):
     return step, network, optimizer
 
 
+def make_feature_step(device, dtype):
+    """The same of a model of features, on latents of two sizes."""
+    config = get_preset("nanodit-tiny").run
+    model = dataclasses.replace(config.model, text_dim=32, visual_dim=32)
+    statistics = FeatureStatistics(*(torch.full([n], 0.5) for n in (16, 16, 32, 32, 32, 32)))
+    statistics = FeatureStatistics(
+        **{f.name: getattr(statistics, f.name).to(device) for f in dataclasses.fields(statistics)}
+    )
+    torch.manual_seed(0)
+    network = build_network(model).train().to(device, memory_format=torch.channels_last)
+    objective = FeatureObjective(
+        network,
+        make_precond(config.precond),
+        inputs=FeatureInputs(statistics, None),
+        autocast_dtype=dtype,
+        config=dataclasses.replace(config.features, patch_bias_kimg=1.0),
+    )
+    optimizer = GuardedAdam(network.parameters(), dynamic_scale=dtype == torch.float16)
+    ema, stats = EMA(network), StatsCollector()
+
+    def step(cur_nimg, factor=1.0):
+        width, height = ((128, 128), (160, 96))[cur_nimg // 8 % 2]
+        shape = model.latent_shape(width, height)
+        rows, columns = model.patch_grid(width, height)
+        half = {
+            "text": torch.randn(8, 16, 32),
+            "cls": torch.randn(8, 32),
+            "patches": torch.randn(8, rows * columns, 32),
+        }
+        cond = {name: value.half().pin_memory() for name, value in half.items()}
+        cond["text_mask"] = torch.ones(8, 16, dtype=torch.bool).pin_memory()
+        cond["size"] = torch.tensor([width, height])
+        data = torch.randn(8, *shape).half().pin_memory()
+        optimizer.zero_grad()
+        draws = objective.draw(seed=0, cur_nimg=cur_nimg, batch=8, input_shape=shape, device=device)
+        x, cond = objective.prepare(data, cond, draws, device)
+        loss = objective(x, cond, draws)
+        total = loss.sum() * (factor / 8)
+        if optimizer.loss_scale is not None:
+            total = total * optimizer.loss_scale
+        total.backward()
+        stats.report("Loss/grad_norm", optimizer.step(1e-4))
+        ema.update(ema_beta(cur_nimg, 8, 500, 0.05), optimizer.skipped)
+        objective.report(stats, loss, draws)
+
+    return step, network, optimizer
+
+
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("preset", ["cifar10", "imagenet256-s"])
+@pytest.mark.parametrize("preset", ["cifar10", "imagenet256-s", "nanodit-tiny"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 def test_a_step_never_waits_for_the_device(dtype, preset):
     step, _, _ = make_step(torch.device("cuda"), dtype, preset)
-    step(0)
-    step(8)
+    for cur_nimg in (0, 8, 16):
+        step(cur_nimg)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step(16)
+        step(24)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

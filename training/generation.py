@@ -242,6 +242,11 @@ def make_generator(
     or without a weight, and for an unknown precision.
     """
     config = snapshot.config
+    if config.features is not None:
+        raise ValueError(
+            f"{snapshot.path}: this model makes images of texts and reference images; sample it "
+            "with generate.py, and measure it with fid.py validate or fid.py conditions."
+        )
     sampling, guidance = sampling or config.sampling, guidance or config.guidance
     check_guided_channels(guidance, config.model)
     if guide is None:
