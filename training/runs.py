@@ -188,9 +188,10 @@ def _check_flow(config: RunConfig) -> None:
 def describe(config: RunConfig, dataset: TrainingData, desc: str | None) -> str:
     """Return the readable part of a run folder's name."""
     training = config.training
+    classes = ["cond" if dataset.num_classes else "uncond"]
     parts = [
         dataset.name,
-        "cond" if dataset.num_classes else "uncond",
+        *(classes if config.features is None else []),
         config.preset,
         f"ranks{distributed.world_size()}",
         f"batch{training.batch}",
