@@ -432,6 +432,14 @@ SHOWN_BY = {
     ),
     "metrics-ref": "test_metrics_compare_with_what_metrics_ref_names",
     "transfer-allow": "test_a_warm_start_is_strict_but_for_patches_and_what_is_allowed",
+    **dict.fromkeys(
+        ("num-reconstructions", "num-swaps", "num-edits", "num-text-only", "num-divergence"),
+        "test_validation_is_of_as_many_images_and_by_the_networks_that_the_options_say",
+    ),
+    **dict.fromkeys(
+        ("num-shown", "lpips-net", "lpips-weights"),
+        "test_validation_is_of_as_many_images_and_by_the_networks_that_the_options_say",
+    ),
     "skip-limit": "test_skip_limit_stops_a_run_whose_gradients_stay_non_finite",
     "inception": "test_detectors_of_the_metrics_come_from_where_the_options_say",
     "dinov2": "test_detectors_of_the_metrics_come_from_where_the_options_say",
@@ -443,6 +451,7 @@ SHOWN_BY = {
 DEFAULTS = {
     "inception-input": {"tensorflow", "pytorch-fid"},
     "detector-precision": {"fp32", "bf16"},
+    "lpips-net": {"alex", "vgg"},
     "attention": {"auto", "flex"},
     "skip": {"stage"},
     "precond": {"edm"},
@@ -606,6 +615,43 @@ def test_latent_models_train_with_the_autoencoder_that_the_options_describe(base
     assert "--latent-downsampling=4" in message
     message = helpers.fail(train, *arguments, "--latent-downsampling=4", "--latent-channels=5")
     assert "has channels of the latents 3, but the model has 5" in message
+
+
+def test_validation_is_of_as_many_images_and_by_the_networks_that_the_options_say(base, tmp_path):
+    data = tiny_features(base / "features", "--validation-share=0.4", name="halved")
+    numbers = dict(reconstruction=2, swap=1, text_edit=3, text_only=4, divergence=1)
+    metrics = ",".join(f"validation_{name}" for name in numbers)
+    hashes, heights = set(), {}
+    for net, num_shown in (("alex", 1), ("vgg", 2)):
+        weights = ",".join(helpers.random_lpips(tmp_path, net))
+        options = [f"--num-{k.replace('_', '-')}={n}" for k, n in numbers.items()]
+        for test, own in (("reconstruction", "reconstructions"), ("swap", "swaps")):
+            options = [word.replace(f"--num-{test}=", f"--num-{own}=") for word in options]
+        options = [word.replace("--num-text-edit=", "--num-edits=") for word in options]
+        run_dir = helpers.train_tiny(
+            tmp_path / net,
+            data,
+            f"--metrics={metrics}",
+            "--iters=1",
+            f"--lpips-net={net}",
+            f"--lpips-weights={weights}",
+            f"--num-shown={num_shown}",
+            *options,
+            tiny=[word for word in helpers.TINY_FEATURES if not word.startswith("--iters")],
+        ).run_dir
+        for name, num in numbers.items():
+            (line,) = (run_dir / f"metric-validation_{name}.jsonl").read_text().splitlines()
+            row = json.loads(line)
+            assert (row["num"], row["lpips"]) == (num, net)
+            assert row["value"] is not None
+            hashes.add(row["lpips_hash"])
+            picture = helpers.read_pixels(run_dir / f"validation_{name}-000000.png")
+            heights.setdefault(name, []).append(len(picture))
+    assert len(hashes) == 2
+    # Two rows are higher than one, where there are two images.
+    assert {name for name, (one, two) in heights.items() if two > one} == {
+        name for name, num in numbers.items() if num > 1
+    }
 
 
 def test_a_context_of_another_width_than_the_encoders_is_projected_when_asked(base, tmp_path):
