@@ -392,6 +392,7 @@ CASES = {
     "visual-only": [Case("1", "net", beside="FEATURES --drop-all=0 --text-only=0 --visual-only=0")],
     "text-lengths": [Case("2", "net", beside="FEATURES")],
     "patch-bias-kimg": [Case("1", "net", beside="FEATURES")],
+    "streaming": [Case("True", "net", beside="FEATURES")],
     "time-shift": [unseen("3", "fakes", beside="FEATURES")],
     "text-scale": [unseen("40", "fakes", beside="FEATURES")],
     "visual-scale": [unseen("40", "fakes", beside="FEATURES")],
