@@ -46,7 +46,7 @@ def train(outdir, data, *options):
 
 
 def test_sixteen_crops_are_learned_by_their_patches_and_texts(data, tmp_path):
-    run_dir, network = train(tmp_path, data, "--kimg=6.4", "--tick=0.8")
+    run_dir, network = train(tmp_path, data, "--kimg=4.8", "--tick=0.6")
     losses = per_tick(run_dir, "Loss/loss")
     assert losses[0] == pytest.approx(2, abs=0.15)
     assert losses[-1] < 0.3 * losses[0]
@@ -68,12 +68,12 @@ def test_sixteen_crops_are_learned_by_their_patches_and_texts(data, tmp_path):
 
 def test_patches_can_be_added_to_a_model_that_was_trained_without(data, tmp_path):
     base_dir, base = train(
-        tmp_path / "base", data, "--kimg=2.4", "--tick=0.8", "--no-use-dino-patches"
+        tmp_path / "base", data, "--kimg=1.6", "--tick=0.8", "--no-use-dino-patches"
     )
-    options = (f"--transfer={base}", "--kimg=1.6", "--tick=0.2", "--lr-rampup=0.1")
+    options = (f"--transfer={base}", "--kimg=1.2", "--tick=0.2", "--lr-rampup=0.1")
     options = (*options, "--patch-bias-kimg=0.2")
     run_dir, warm = train(tmp_path / "warm", data, *options)
-    succeed(train_script, f"--resume={base_dir}", "--kimg=4")
+    succeed(train_script, f"--resume={base_dir}", "--kimg=2.8")
     dataset = FeatureDataset(data, text_lengths=(8,))
     losses = {
         name: mean_loss(load_snapshot(path), dataset)
