@@ -238,8 +238,8 @@ def features_demo(outdir: Path, train_args: tuple[str, ...]) -> bool:
     execute(
         "Generate from a text and an image",
         "generate.py",
-        *(f"--network={network}", f"--reference={folder / 'images' / '001.png'}", "--seeds=0-3"),
-        *("--prompt=far wide flower middle centre", "--text-scale=1.5", "--visual-scale=1.5"),
+        *(f"--network={network}", f"--reference={folder / 'images' / '007.png'}", "--seeds=0-3"),
+        *("--prompt=far wide flower middle top", "--text-scale=1.5", "--visual-scale=1.5"),
         *(f"--outdir={outdir / f'asked-{run_dir.name}'}", "--columns=4"),
         f"--grid={outdir / 'features-asked.png'}",
     )

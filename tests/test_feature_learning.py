@@ -67,11 +67,13 @@ def test_sixteen_crops_are_learned_by_their_patches_and_texts(data, tmp_path):
 
 
 def test_patches_can_be_added_to_a_model_that_was_trained_without(data, tmp_path):
+    small = ("--num-blocks=2", "--hidden-dim=64")
     base_dir, base = train(
-        tmp_path / "base", data, "--kimg=1.6", "--tick=0.8", "--no-use-dino-patches"
+        *(tmp_path / "base", data, *small),
+        *("--kimg=1.6", "--tick=0.8", "--no-use-dino-patches"),
     )
     options = (f"--transfer={base}", "--kimg=1.2", "--tick=0.2", "--lr-rampup=0.1")
-    options = (*options, "--patch-bias-kimg=0.2")
+    options = (*small, *options, "--patch-bias-kimg=0.2")
     run_dir, warm = train(tmp_path / "warm", data, *options)
     succeed(train_script, f"--resume={base_dir}", "--kimg=2.8")
     dataset = FeatureDataset(data, text_lengths=(8,))
@@ -85,7 +87,7 @@ def test_patches_can_be_added_to_a_model_that_was_trained_without(data, tmp_path
     }
     # No worse than without by more than a tenth, and on its way from the first step on.
     assert losses["with"] < 1.1 * losses["without"]
-    assert losses["with"] < 0.8 * losses["before"]
+    assert losses["with"] < 0.9 * losses["before"]
     assert per_tick(run_dir, "Loss/loss")[0] < 1.5
     assert per_tick(run_dir, "Flow/grad_norm_dino_patch_proj")[-1] > 0
     assert mean_loss(load_snapshot(warm), dataset, swapped=("patches",)) != losses["with"]
