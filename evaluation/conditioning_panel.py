@@ -6,14 +6,15 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from models import FeatureDiTConfig, SetDiTConfig
+from models import FeatureDiTConfig, LatentModelConfig, SetDiTConfig
 from models.feature_conditioner import CONDITIONS
 from training.augment import AugmentConfig
 from training.checkpoint import Snapshot
 from training.config import RunConfig
 from training.dataset import Cond
 from training.feature_data import FeatureDataset
-from training.inputs import make_inputs, open_training_data
+from training.inputs import make_inputs, open_autoencoder, open_training_data
+from training.latents import LatentDataset
 from training.sets import SetDataset
 
 _VISUAL_ALONE = "never dropped without the other in training"
@@ -75,7 +76,10 @@ def make_panel(snapshot: Snapshot, data: str | None, num: int, device: torch.dev
     if not (config.features or config.sets or config.model.num_classes):
         raise ValueError(f"{snapshot.path}: this model is unconditional; there is nothing to vary.")
     dataset = open_training_data(config)
-    inputs = make_inputs(config, dataset, None, device)
+    autoencoder = None
+    if isinstance(config.model, LatentModelConfig) and not isinstance(dataset, LatentDataset):
+        autoencoder = open_autoencoder(config.model, None, device)
+    inputs = make_inputs(config, dataset, autoencoder, device)
     if isinstance(config.model, FeatureDiTConfig):
         return _panel_of_features(config, dataset, inputs, num, device)
     if isinstance(config.model, SetDiTConfig):

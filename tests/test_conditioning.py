@@ -16,6 +16,7 @@ from helpers import (
     trained_snapshot,
     unconditional_snapshot,
 )
+from latent_files import tiny_autoencoder
 from test_feature_dit import features as tiny_conditions
 from test_feature_dit import network_of
 
@@ -164,6 +165,20 @@ def test_a_null_that_was_never_trained_is_absent_with_a_reason(base):
     assert "absent: trained without --label-drop" in describe_report(report)
     assert overall(report)["class", "shuffled"]["value"] > 0
     assert snapshot.config.training.label_drop > 0
+
+
+def test_images_of_a_latent_model_are_encoded_for_the_panel(base, tmp_path):
+    vae = tiny_autoencoder(tmp_path / "vae")
+    run_dir = train_tiny(
+        tmp_path / "runs",
+        toy_data(base),
+        *("--cond", "--iters=4"),
+        tiny=[*TINY_LATENT, f"--vae={vae}"],
+    ).run_dir
+    snapshot = load_snapshot(max(run_dir.glob("*.pkl")))
+    panel = make_panel(snapshot, None, 6, CPU)
+    assert panel.groups[0].inputs.shape[1:] == snapshot.config.model.input_shape
+    assert overall(report_conditions(snapshot, panel, CPU))["class", "shuffled"]["value"] > 0
 
 
 def test_sets_are_varied_as_a_whole(base):
