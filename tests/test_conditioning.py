@@ -8,6 +8,7 @@ import torch
 from feature_files import tiny_features
 from helpers import (
     TINY_FEATURES,
+    TINY_LATENT,
     fail,
     set_snapshot,
     succeed,
