@@ -299,7 +299,7 @@ def features(source: str, dest: str, buckets: str | None, **options: Any) -> Non
       torchrun --standalone --nproc_per_node=8 dataset_tool.py features --precision=bf16 \\
           --source=photos/ --dest=data/photos-features \\
           --vae=models/flux-vae --visual=facebook/dinov3-vitl16-pretrain-lvd1689m \\
-          --text=google/t5-v1_1-xxl
+          --text=models/t5-v1_1-xxl
       # Captions in one file, and half the default sizes, on one process
       python dataset_tool.py features --source=photos.zip --captions=captions.jsonl \\
           --dest=data/photos-512 --buckets=512x512,608x416,416x608 \\
