@@ -16,13 +16,13 @@ from benchmarks.metrics import benchmark_extraction, benchmark_frechet
 from benchmarks.sampling import benchmark_sample
 from benchmarks.training import benchmark_train
 from configs.presets import PRESETS, Preset, get_preset
+from data.latents.dataset import LatentDataset
 from dnnlib.cli import run
 from dnnlib.text import format_count
 from models import LatentModelConfig
 from torch_utils import distributed
 from training.config import RunConfig
 from training.inputs import TrainingData, open_training_data
-from training.latents import LatentDataset
 from training.report import forward_flops, num_parameters
 from training.runs import fit_to_data, with_data_facts
 

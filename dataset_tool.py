@@ -8,13 +8,17 @@ from typing import Any
 import click
 import numpy as np
 
+from data.convert import convert as conversion
+from data.convert import verify as verification
+from data.convert.cifar_mnist import SPLITS
+from data.convert.fewshot_sources import CIFAR_SPLITS
+from data.convert.sources import open_source
+from data.features import record as feature_record
+from data.images.labels import CLASS_SPLITS, read_labels
+from data.images.transforms import TRANSFORMS, parse_resolution
+from data.latents import record as latent_archive
 from dnnlib.cli import run
 from dnnlib.text import format_count
-from training import conversion, feature_record, latent_archive, verification
-from training.fewshot_sources import CIFAR_SPLITS
-from training.labels import CLASS_SPLITS, read_labels
-from training.sources import SPLITS, open_source
-from training.transforms import TRANSFORMS, parse_resolution
 
 
 @click.group(context_settings=dict(help_option_names=["-h", "--help"]))
@@ -201,8 +205,8 @@ def encode(
           --vae=models/sd-vae-ft-ema --batch=16
     """
     # They need PyTorch, which starts slowly.
+    from data.latents import encode as encoding
     from torch_utils import distributed
-    from training import encoding
 
     options = encoding.Encoding(
         hflip=hflip,
@@ -309,9 +313,10 @@ def features(source: str, dest: str, buckets: str | None, **options: Any) -> Non
           --only=text --text=models/t5-v1_1-xxl
     """
     # They need PyTorch, which starts slowly.
+    from data.features.buckets import DEFAULT_BUCKETS, parse_buckets
+    from data.features.preparation import prepare as preparation
+    from data.features.preparation import report as feature_report
     from torch_utils import distributed
-    from training import feature_report, preparation
-    from training.buckets import DEFAULT_BUCKETS, parse_buckets
 
     locations = {name: options.pop(name) for name in ("vae", "visual", "text")}
     settings = preparation.Preparation(
@@ -332,7 +337,7 @@ def features(source: str, dest: str, buckets: str | None, **options: Any) -> Non
 def info(data: str) -> None:
     """Print size, classes and content hash of a dataset, or the record of latents or features."""
     if feature_record.is_feature_folder(data):
-        from training import feature_report
+        from data.features.preparation import report as feature_report
 
         for line in feature_report.describe_folder(data):
             click.echo(line)
@@ -340,7 +345,7 @@ def info(data: str) -> None:
     if latent_archive.is_latent_folder(data):
         _latent_info(data)
         return
-    from training.dataset import ImageDataset  # Needs PyTorch, which starts slowly.
+    from data.images.dataset import ImageDataset
 
     dataset = ImageDataset(data)
     labels, class_names = read_labels(dataset.archive) or (None, [])
@@ -357,7 +362,7 @@ def info(data: str) -> None:
 
 
 def _latent_info(data: str) -> None:
-    from training.latents import LatentDataset  # Needs PyTorch.
+    from data.latents.dataset import LatentDataset
 
     dataset = LatentDataset(data)
     record = dataset.record
@@ -415,8 +420,8 @@ def verify(
     if samples is not None and visual is None:
         raise ValueError("--samples: has an effect only with --visual; give both, or neither.")
     if feature_record.is_feature_folder(data):
+        from data.features.preparation.verify import verify_features
         from torch_utils import distributed
-        from training.feature_verification import verify_features
 
         found = verify_features(
             data,

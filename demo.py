@@ -16,18 +16,18 @@ import click
 import numpy as np
 import torch
 
+from data.features.dataset import FeatureDataset
+from data.fewshot.sets import SetDataset
+from demos.digits import SetClassifier, class_agreement, class_shares, train_autoencoder
+from demos.patches import check_patches, mean_loss
+from demos.photographs import write_encoders, write_photographs
 from diffusion.guidance import DualGuidanceConfig
 from dnnlib.cli import run
 from dnnlib.text import format_time
-from evaluation.digits import SetClassifier, class_agreement, class_shares, train_autoencoder
-from evaluation.feature_checks import check_patches, mean_loss
-from evaluation.photographs import write_encoders, write_photographs
+from families.sets import open_data_of
+from sampling.requests import make_feature_generator
+from torch_utils.pictures import read_image
 from training.checkpoint import find_snapshots, load_snapshot
-from training.feature_data import FeatureDataset
-from training.feature_requests import make_feature_generator
-from training.pictures import read_image
-from training.sets import SetDataset
-from training.supports import open_data_of
 
 MIN_CLASS_AGREEMENT = 0.90
 MAX_FD_PIXELS = 0.10

@@ -8,19 +8,16 @@ from typing import Any
 import click
 import torch
 
+from data.features.record import SPLITS
+from data.fewshot.episodes import PROTOCOLS
 from dnnlib.cli import ConfigCommand, is_given, raw_value, run
 from dnnlib.files import atomic_write, check_target, write_json
-from evaluation.conditioning import describe_report, report_conditions
-from evaluation.conditioning_panel import make_panel
-from evaluation.conditioning_picture import report_picture
-from evaluation.feature_networks import (
-    ValidateConfig,
-    check_used,
-    chosen_tests,
-    validate_snapshot,
-)
+from evaluation.conditioning.panel import make_panel
+from evaluation.conditioning.picture import report_picture
+from evaluation.conditioning.report import describe_report, report_conditions
 from evaluation.fewshot import score_fewshot
 from evaluation.images import ImageSource, ScoreConfig, open_source, shape_of
+from evaluation.in_loop.features import describe_row as describe_test
 from evaluation.neighbours import check_neighbours, find_neighbours, write_report
 from evaluation.scoring import (
     RealImages,
@@ -30,20 +27,23 @@ from evaluation.scoring import (
     make_detectors,
     score_images,
 )
+from evaluation.validation.config import TESTS
+from evaluation.validation.networks import (
+    ValidateConfig,
+    check_used,
+    chosen_tests,
+    validate_snapshot,
+)
 from metrics.features import DETECTORS
 from metrics.metric import METRICS, MetricSpec, get_metrics, needed_features
 from metrics.reference import save_references
 from metrics.rows import compare_rows, read_rows
+from sampling.images import AUTOCAST_DTYPES, cached_snapshot
 from torch_utils import distributed
 from torch_utils.misc import allow_tf32
+from torch_utils.pictures import save_image
 from training.config import DetectorConfig
-from training.episodes import PROTOCOLS
-from training.feature_record import SPLITS
-from training.feature_scores import describe_row as describe_test
-from training.generation import AUTOCAST_DTYPES, cached_snapshot
-from training.pictures import save_image
 from training.samples import open_images
-from training.validation_config import TESTS
 
 EXAMPLES = """
   # Score a snapshot, generating on the fly, against the data that it was trained on:

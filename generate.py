@@ -6,33 +6,26 @@ from pathlib import Path
 import click
 import torch
 
+from data.fewshot.episodes import PROTOCOLS, Episodes
+from data.fewshot.supports import read_support
 from dnnlib.cli import ConfigCommand, is_given, parse_int_ranges, raw_value, run
 from dnnlib.config import Config
 from dnnlib.files import check_target
 from dnnlib.progress import progress
-from torch_utils import distributed
-from torch_utils.misc import allow_tf32
-from training.checkpoint import Snapshot
-from training.episodes import PROTOCOLS, Episodes
-from training.feature_requests import (
+from families.sets import episodes_of_snapshot
+from sampling.images import AUTOCAST_DTYPES, GenerateConfig, cached_snapshot, make_generator
+from sampling.outputs import claim_outdir, image_path, labels_of_seeds, parse_classes
+from sampling.requests import (
     Request,
     RequestGenerator,
     encode_requests,
     make_feature_generator,
     stored_requests,
 )
-from training.generation import (
-    AUTOCAST_DTYPES,
-    GenerateConfig,
-    SupportGenerator,
-    cached_snapshot,
-    claim_outdir,
-    image_path,
-    labels_of_seeds,
-    make_generator,
-    parse_classes,
-)
-from training.pictures import (
+from sampling.supports import SupportGenerator
+from torch_utils import distributed
+from torch_utils.misc import allow_tf32
+from torch_utils.pictures import (
     image_grid,
     mixed_grid,
     read_image,
@@ -40,7 +33,7 @@ from training.pictures import (
     support_picture,
     to_pil,
 )
-from training.supports import episodes_of_snapshot, read_support
+from training.checkpoint import Snapshot
 
 EXAMPLES = """
   # 64 images, one per seed, and one picture of them all:

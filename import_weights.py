@@ -8,9 +8,9 @@ import click
 from configs.presets import PRESETS, get_preset
 from dnnlib.cli import run
 from dnnlib.files import check_target, fetch, sha256_of_file
+from encoders.autoencoder import check_location
 from models.latent_diffit import LatentDiffiTConfig
 from models.published import network_of_published
-from training.autoencoder import check_location
 from training.checkpoint import DataSummary, save_snapshot
 from training.runs import with_data_facts
 

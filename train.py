@@ -18,21 +18,22 @@ from dnnlib.cli import ConfigCommand, raw_value, run, settings
 from dnnlib.config import Config
 from dnnlib.files import atomic_write, check_target, lock_folder
 from dnnlib.text import join_names
-from evaluation.feature_networks import check_used, chosen_tests, make_validate
+from encoders.autoencoder import check_location, load_autoencoder
 from evaluation.scoring import check_metrics, make_evaluate, real_images
+from evaluation.validation.config import ValidationConfig
+from evaluation.validation.networks import check_used, chosen_tests, make_validate
 from metrics.metric import MetricSpec, get_metrics
 from models import FeatureDiTConfig, LatentModelConfig, attention_backend
 from torch_utils import distributed
+from torch_utils.fingerprints import package_versions
 from training import runs
-from training.autoencoder import check_location, load_autoencoder
-from training.checkpoint import load_snapshot, package_versions, read_header
+from training.checkpoint import load_snapshot, read_header
 from training.config import RunConfig, accumulation_rounds, fit_to_device
 from training.inputs import open_training_data
 from training.loop import training_loop
 from training.report import describe_config, describe_run
 from training.telemetry import import_wandb
-from training.validation_config import ValidationConfig
-from training.warm_start import settle_in
+from training.transfer import settle_in
 
 EXAMPLES = """
   # Try it on a CPU with the digits that `make demo` prepares:

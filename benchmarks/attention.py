@@ -15,8 +15,8 @@ from benchmarks.plain_diffit import plain_attention
 from models import ModelConfig
 from models.latent_diffit import LatentDiffiTConfig
 from models.layers import attend, choose_attention
+from sampling.images import AUTOCAST_DTYPES
 from training.config import RunConfig
-from training.generation import AUTOCAST_DTYPES
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 

@@ -15,9 +15,10 @@ from benchmarks.measure import (
     seconds_of,
     table,
 )
-from training.dataset import ImageDataset
-from training.latents import LatentDataset
-from training.sampler import PositionSampler, make_loader
+from data.images.dataset import ImageDataset
+from data.latents.dataset import LatentDataset
+from data.loader import make_loader
+from data.samplers import PositionSampler
 
 # Batches that a loader process makes ahead, and more.
 _NUM_AHEAD = 5

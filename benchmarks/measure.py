@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from data.convert.convert import convert
+from data.convert.source import Source
+from data.latents.record import LABELS_FILE, RECORD_FILE, LatentRecord, shard_name
 from dnnlib.files import sha256_of_file, write_json
+from dnnlib.parallel import num_usable_cores
 from models import LatentModelConfig
-from training.conversion import convert
-from training.latent_archive import LABELS_FILE, RECORD_FILE, LatentRecord, shard_name
-from training.parallel import num_usable_cores
-from training.sources import Source
 
 Value = TypeVar("Value")
 

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 
 from benchmarks.measure import interleave, median_ratio, seconds_of, table
+from data.images.dataset import ImageDataset
+from data.loader import iterate_images
 from metrics.features import Feature
 from metrics.frechet import frechet_distance
 from metrics.inception import Inception, InceptionDetector
 from metrics.statistics import collect_features
-from training.dataset import ImageDataset
-from training.sampler import iterate_images
 
 
 def benchmark_extraction(

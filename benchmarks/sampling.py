@@ -13,13 +13,14 @@ from benchmarks.measure import (
     seconds_of,
     table,
 )
+from data.fewshot.episodes import Episodes
 from diffusion.guidance import GuidanceConfig
 from diffusion.precond import make_precond
 from diffusion.samplers import SamplingConfig
 from models import SetDiTConfig, build_network
+from sampling.images import AUTOCAST_DTYPES, ImageGenerator
+from sampling.supports import SupportGenerator
 from training.config import RunConfig
-from training.episodes import Episodes
-from training.generation import AUTOCAST_DTYPES, ImageGenerator, SupportGenerator
 
 
 def benchmark_sample(

@@ -18,19 +18,20 @@ from benchmarks.measure import (
     tensor_bytes,
 )
 from benchmarks.plain import build_plain_network
+from data.images.dataset import ImageDataset
+from data.loader import make_loader
+from data.samplers import PositionSampler
 from diffusion.precond import make_precond
+from families.image import make_objective
 from models import Network, build_network
 from torch_utils import rng
 from torch_utils.misc import allow_tf32, peak_flops
 from torch_utils.stats import StatsCollector
 from training.config import RunConfig
-from training.dataset import ImageDataset
 from training.ema import EMA, PowerEMA, ema_beta
-from training.families import make_objective
 from training.inputs import make_inputs
 from training.optimizer import GuardedAdam
 from training.report import forward_flops
-from training.sampler import PositionSampler, make_loader
 
 PARTS = ("data", "forward", "backward", "optimizer", "EMA")
 MIB = 2**20

@@ -5,18 +5,18 @@ import math
 from typing import Any
 
 from configs import diffit, feature_dit, latent_diffit, set_dit
+from data.fewshot.sets import SetConfig
+from data.images.augment import AugmentConfig
+from data.images.dataset import DatasetConfig
 from diffusion.guidance import DualGuidanceConfig, GuidanceConfig
 from diffusion.precond import PrecondConfig
 from diffusion.samplers import SamplingConfig
 from dnnlib.config import did_you_mean
+from evaluation.validation.config import ValidationConfig
 from models.diffit import DiffiTConfig
 from models.latent_diffit import LatentDiffiTConfig
-from training.augment import AugmentConfig
 from training.config import LoggingConfig, RunConfig, TrainingConfig
-from training.dataset import DatasetConfig
 from training.feature_config import FeatureConfig
-from training.sets import SetConfig
-from training.validation_config import ValidationConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,21 +8,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from data.fewshot.episodes import Episodes, episodes_of_dataset, episodes_of_run
+from data.images.dataset import ImageDataset
 from evaluation.images import Batch, ScoreConfig, SnapshotImages, shape_of
 from evaluation.scoring import RealImages, describe_row, make_detectors, score_images
+from families.sets import open_data_of
 from metrics.features import ImageShape
 from metrics.metric import MetricSpec, needed_features
+from sampling.grids import save_episodes
+from sampling.images import labels_like_data, make_generator
+from sampling.supports import SupportGenerator
 from torch_utils import distributed
 from training.checkpoint import Snapshot
-from training.dataset import ImageDataset
-from training.episodes import Episodes, episodes_of_dataset, episodes_of_run
-from training.generation import (
-    SupportGenerator,
-    labels_like_data,
-    make_generator,
-    save_episodes,
-)
-from training.supports import open_data_of
 
 _NUM_SHOWN = 10
 

@@ -7,12 +7,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from data.loader import iterate_images
 from dnnlib.progress import progress
 from metrics.features import ImageShape
-from torch_utils import distributed
-from training.checkpoint import Snapshot, package_versions
-from training.config import DetectorConfig
-from training.generation import (
+from sampling.images import (
     GenerateConfig,
     ImageGenerator,
     cached_snapshot,
@@ -22,7 +20,10 @@ from training.generation import (
     passport,
     seed_range,
 )
-from training.sampler import iterate_images
+from torch_utils import distributed
+from torch_utils.fingerprints import package_versions
+from training.checkpoint import Snapshot
+from training.config import DetectorConfig
 from training.samples import open_images
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # Image indices int64 [N], uint8 images [N, C, H, W].

@@ -10,6 +10,8 @@ import PIL.Image
 import PIL.ImageDraw
 import torch
 
+from data.images.dataset import ImageDataset
+from data.loader import iterate_images
 from dnnlib.files import write_json
 from evaluation.images import ImageSource, shape_of
 from evaluation.scoring import dataset_references
@@ -18,9 +20,7 @@ from metrics.manifold import nearest_neighbours
 from metrics.reference_cache import MAX_VECTORS
 from metrics.statistics import collect_features
 from torch_utils import distributed
-from training.dataset import ImageDataset
-from training.pictures import save_image, to_pil
-from training.sampler import iterate_images
+from torch_utils.pictures import save_image, to_pil
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95)
 _HELD_OUT_SEED = 0

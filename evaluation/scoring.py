@@ -8,6 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from data.fewshot.episodes import episodes_of_run
+from data.fewshot.sets import SetDataset
+from data.images.dataset import ImageDataset, MirroredImages
+from data.latents.dataset import LatentDataset
+from data.loader import iterate_images
 from dnnlib.files import fetch
 from evaluation.images import ImageSource, shape_of
 from metrics.features import Detector, Feature, ImageShape, get_detector
@@ -17,13 +22,8 @@ from metrics.reference_cache import references_for, vector_subset
 from models import ModelConfig
 from torch_utils import distributed
 from training.config import DetectorConfig, RunConfig
-from training.dataset import ImageDataset, MirroredImages
-from training.episodes import episodes_of_run
 from training.inputs import TrainingData
-from training.latents import LatentDataset
-from training.sampler import iterate_images
 from training.samples import open_images
-from training.sets import SetDataset
 
 Needs = Mapping[Feature, Sequence[str]]
 _STATISTICS_SUFFIXES = (".npz", ".pkl")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from training_runs import FULL, TrainProcess, environment, only_run
 
-from training.conversion import convert
-from training.sources import open_source
+from data.convert.convert import convert
+from data.convert.sources import open_source
 
 
 @pytest.fixture

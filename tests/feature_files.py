@@ -12,9 +12,9 @@ from latent_files import tiny_autoencoder
 from PIL import Image
 
 import dataset_tool
-from training.feature_manifests import index_of, make_manifest
-from training.feature_record import KEYS, SPLITS, read_manifest
-from training.feature_shards import from_npy, write_shard
+from data.features.preparation.manifests import index_of, make_manifest
+from data.features.record import KEYS, SPLITS, read_manifest
+from data.features.shards import from_npy, write_shard
 
 BUCKETS = "128x128,160x96,96x160"
 NUM_PICTURES = 17

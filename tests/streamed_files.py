@@ -11,7 +11,7 @@ import threading
 
 import numpy as np
 
-from training.feature_record import (
+from data.features.record import (
     FEATURES,
     KEYS,
     RECORD_FILE,

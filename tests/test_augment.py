@@ -7,7 +7,7 @@ import pytest
 import pywt
 import torch
 
-from training.augment import (
+from data.images.augment import (
     NUM_LABELS,
     SYM6,
     AugmentConfig,

@@ -32,6 +32,7 @@ from benchmarks.plain import build_plain_network
 from benchmarks.plain_diffit import plain_attention
 from benchmarks.training import PARTS, PlainTrainingSteps, TrainingSteps
 from configs import get_preset
+from data.images.dataset import ImageDataset
 from evaluation.scoring import RealImages
 from metrics.metric import get_metrics
 from models import build_network
@@ -39,7 +40,6 @@ from models.diffit import DiffiTConfig
 from models.latent_diffit import LatentDiffiTConfig
 from torch_utils.distributed import StopSignal
 from torch_utils.misc import count_parameters, peak_flops
-from training.dataset import ImageDataset
 from training.loop import training_loop
 from training.runs import fit_to_data
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from training.buckets import (
+from data.features.buckets import (
     DEFAULT_BUCKETS,
     Bucket,
     Crop,

@@ -5,8 +5,8 @@ import json
 import pytest
 from image_files import make_folder, make_zip
 
-from training.archive import open_archive
-from training.captions import read_captions, require_captions
+from data.features.preparation.captions import read_captions, require_captions
+from data.images.archive import open_archive
 
 NAMES = ["a/1.png", "a/2.png", "b.v2.png"]
 EXPECTED = {"a/1.png": "one", "a/2.png": "two \u2028 lines", "b.v2.png": "three"}

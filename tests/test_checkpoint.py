@@ -24,8 +24,8 @@ from training.checkpoint import (
     save_snapshot,
     save_state,
     state_path,
-    transfer_weights,
 )
+from training.transfer import transfer_weights
 
 DATA = DataSummary(
     name="digits",

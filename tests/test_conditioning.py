@@ -24,7 +24,9 @@ from test_feature_dit import network_of
 import fid
 from diffusion.precond import EDMPrecond, FlowPrecond, TablePrecond
 from diffusion.schedules import linear_sigmas
-from evaluation.conditioning import (
+from evaluation.conditioning.panel import derangement, make_panel
+from evaluation.conditioning.picture import report_picture
+from evaluation.conditioning.report import (
     ALL_LEVELS,
     CHANGES,
     QUANTILES,
@@ -32,11 +34,9 @@ from evaluation.conditioning import (
     noise_levels,
     report_conditions,
 )
-from evaluation.conditioning_panel import derangement, make_panel
-from evaluation.conditioning_picture import report_picture
 from models.attention_probe import attention_shares, record_attention
+from torch_utils.pictures import read_image
 from training.checkpoint import load_snapshot
-from training.pictures import read_image
 
 CPU = torch.device("cpu")
 

@@ -16,11 +16,12 @@ import torch
 from image_files import convert, make_folder, make_zip, random_image
 from PIL import Image
 
+from data.images.dataset import DatasetConfig, ImageDataset, open_dataset
+from data.images.decode import ImageError
+from data.loader import iterate_images, make_loader
+from data.samplers import PositionSampler
 from torch_utils.rng import epoch_permutation
-from training.dataset import DatasetConfig, ImageDataset, open_dataset
-from training.images import ImageError
 from training.inputs import save_reals
-from training.sampler import PositionSampler, iterate_images, make_loader
 
 CPU = torch.device("cpu")
 
@@ -428,7 +429,7 @@ def test_ranks_share_all_images_in_order(data, world_size):
 
 
 def test_iteration_with_workers_gives_the_same_images(data, monkeypatch):
-    monkeypatch.setattr("training.sampler._MIN_IMAGES_FOR_WORKERS", 1)
+    monkeypatch.setattr("data.loader._MIN_IMAGES_FOR_WORKERS", 1)
     batches = list(iterate_images(ImageDataset(data), batch_size=3, num_workers=2))
     assert [indices.tolist() for indices, _ in batches] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]]
     assert torch.equal(torch.cat([images for _, images in batches]), expected_images(range(10)))

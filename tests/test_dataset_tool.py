@@ -16,9 +16,9 @@ import pytest
 from image_files import convert, make_folder, make_zip, random_image, read_target, run_tool
 from PIL import Image
 
-from training import conversion
-from training.parallel import process_map
-from training.sources import Source
+from data.convert import convert as conversion
+from data.convert.source import Source
+from dnnlib.parallel import process_map
 
 ROOT = Path(__file__).parent.parent
 

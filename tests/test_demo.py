@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import demo
-from evaluation.digits import class_agreement
+from demos.digits import class_agreement
 
 
 def test_the_chain_runs_from_files_to_a_score_and_says_when_the_result_is_poor(tmp_path):

@@ -15,10 +15,10 @@ from latent_files import encode, tiny_autoencoder, tiny_images, tiny_latents
 from safetensors.torch import load_file, save_file
 
 import dataset_tool
-from training import encoding
-from training.autoencoder import Autoencoder, load_autoencoder
-from training.dataset import ImageDataset
-from training.latents import LatentDataset
+from data.images.dataset import ImageDataset
+from data.latents import encode as encoding
+from data.latents.dataset import LatentDataset
+from encoders.autoencoder import Autoencoder, load_autoencoder
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 OPTIONS = ("--hflip", "--shard-size=10")  # Of the archive in `base`.
@@ -146,7 +146,7 @@ from pathlib import Path
 
 sys.path.insert(0, sys.argv[1])
 from torch_utils import distributed
-from training.encoding import Encoding, encode
+from data.latents.encode import Encoding, encode
 
 source, vae, dest = sys.argv[2:]
 encoding, device = Encoding(hflip=True, shard_size=10), distributed.init()

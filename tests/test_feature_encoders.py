@@ -9,8 +9,9 @@ import torch
 from feature_files import photographs, tiny_text, tiny_visual
 from safetensors.torch import load_file, save_file
 
-from training.buckets import Bucket, fit_image
-from training.feature_encoders import MAX_TOKENS, load_text_encoder, load_visual_encoder
+from data.features.buckets import Bucket, fit_image
+from encoders.text import MAX_TOKENS, load_text_encoder
+from encoders.visual import load_visual_encoder
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +79,8 @@ def test_what_an_image_or_caption_gives_does_not_depend_on_its_batch(base, monke
     captions = ["the old temple", "a red flower in the wide sky of pink petals"]
     cls, patches = visual.encode(x)
     hidden, mask, _ = text.encode(captions)
-    monkeypatch.setattr("training.feature_encoders._MAX_PIXELS", 1)
-    monkeypatch.setattr("training.feature_encoders._MAX_BATCH_TOKENS", 1)
+    monkeypatch.setattr("encoders.visual._MAX_PIXELS", 1)
+    monkeypatch.setattr("encoders.text._MAX_BATCH_TOKENS", 1)
     for found, expected in zip(visual.encode(x), (cls, patches), strict=True):
         torch.testing.assert_close(found, expected)
     torch.testing.assert_close(text.encode(captions)[0], hidden)

@@ -9,12 +9,12 @@ from training_runs import only_run, per_tick
 
 import dataset_tool
 import train as train_script
+from data.features.dataset import FeatureDataset
+from demos.patches import check_patches, mean_loss, other_of_bucket
+from demos.photographs import write_encoders, write_photographs
 from diffusion.guidance import DualGuidanceConfig
-from evaluation.feature_checks import check_patches, mean_loss, other_of_bucket
-from evaluation.photographs import write_encoders, write_photographs
+from sampling.requests import make_feature_generator
 from training.checkpoint import find_snapshots, load_snapshot
-from training.feature_data import FeatureDataset
-from training.feature_requests import make_feature_generator
 
 pytestmark = pytest.mark.usefixtures("one_cpu_thread")
 

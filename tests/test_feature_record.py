@@ -6,12 +6,7 @@ import shutil
 import pytest
 from feature_files import read_manifests
 
-from training.feature_record import (
-    is_complete,
-    is_feature_folder,
-    read_feature_record,
-    read_manifest,
-)
+from data.features.record import is_complete, is_feature_folder, read_feature_record, read_manifest
 
 
 @pytest.fixture

@@ -20,16 +20,16 @@ from training_runs import (
 
 import generate as generate_script
 import train as train_script
+from data.features.buckets import Bucket
+from data.features.dataset import FeatureDataset
+from data.features.record import read_manifest
+from data.features.statistics import FeatureStatistics
 from diffusion.flow import flow_times
 from diffusion.guidance import DualGuidanceConfig
-from training.buckets import Bucket
+from evaluation.in_loop.features import seed_of_item
+from sampling.requests import RequestGenerator, make_feature_generator, stored_requests
+from torch_utils.pictures import read_image
 from training.checkpoint import load_snapshot
-from training.feature_data import FeatureDataset
-from training.feature_record import read_manifest
-from training.feature_requests import RequestGenerator, make_feature_generator, stored_requests
-from training.feature_scores import seed_of_item
-from training.feature_statistics import FeatureStatistics
-from training.pictures import read_image
 
 pytestmark = pytest.mark.usefixtures("one_cpu_thread")
 
@@ -294,7 +294,7 @@ def test_generate_makes_images_of_texts_references_and_stored_features(
 
 def test_stored_features_give_what_their_encoders_give_now(base, data, snapshot_file, generator):
     """The same text and photograph, by name and by file."""
-    from training.feature_requests import encode_requests
+    from sampling.requests import encode_requests
 
     snapshot = load_snapshot(snapshot_file)
     dataset = FeatureDataset(data)

@@ -20,13 +20,14 @@ from streamed_files import SHARDS, npy, store, write_features
 from training_runs import only_run, per_tick
 
 import train as train_script
+from data.features.dataset import FeatureDataset
+from data.features.streaming import APPROXIMATE, StreamedFeatures, StreamSampler
+from data.images.decode import ImageError
+from data.loader import make_loader
+from data.samplers import BucketSampler
 from dnnlib import addresses
 from dnnlib.addresses import AddressError, open_address, read_range, under
-from training.autoencoder import load_autoencoder
-from training.feature_data import BucketSampler, FeatureDataset
-from training.feature_streaming import APPROXIMATE, StreamedFeatures, StreamSampler
-from training.images import ImageError
-from training.sampler import make_loader
+from encoders.autoencoder import load_autoencoder
 
 LENGTHS = (4, 8, 16)
 COUNTS = [sum(sizes) for sizes in SHARDS.values()]

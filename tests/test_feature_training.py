@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from data.features.dataset import pad_texts
+from data.samplers import BucketSampler
 from diffusion.precond import FlowPrecond
 from models import FeatureDiTConfig, build_network
 from torch_utils.stats import StatsCollector
 from training.config import TrainingConfig
 from training.feature_config import FeatureConfig
-from training.feature_data import BucketSampler, pad_texts
 from training.feature_objective import (
     FeatureObjective,
     drop_of_uniform,

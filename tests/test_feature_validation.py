@@ -17,7 +17,9 @@ from feature_fakes import (
     FakeVisual,
 )
 
-from evaluation.feature_tests import (
+from evaluation.in_loop.features import compare, describe_row, last_row, seed_of_item
+from evaluation.validation.config import TESTS, ValidationConfig
+from evaluation.validation.trials import (
     FEATURE_TESTS,
     TEXT_GUIDANCE,
     VISUAL_GUIDANCE,
@@ -27,13 +29,11 @@ from evaluation.feature_tests import (
     choose_pairs,
     spread,
 )
-from evaluation.feature_validation import validate
-from evaluation.word_edits import FALLBACK, edit_caption
+from evaluation.validation.validate import validate
+from evaluation.validation.word_edits import FALLBACK, edit_caption
 from metrics.lpips import LPIPS
 from metrics.rows import compare_rows
-from training.feature_scores import compare, describe_row, last_row, seed_of_item
 from training.telemetry import Telemetry
-from training.validation_config import TESTS, ValidationConfig
 
 NETWORKS = dict(lpips=FakeLpips(), visual=FakeVisual(), text=FakeText())
 ABSENT = Missing("there are no weights")

@@ -12,9 +12,9 @@ from image_files import run_tool
 from PIL import Image
 
 import dataset_tool
+from data.features.record import read_feature_record, read_manifest
+from data.features.shards import from_npy, to_npy
 from training.feature_alignment import misalignment
-from training.feature_record import read_feature_record, read_manifest
-from training.feature_shards import from_npy, to_npy
 
 NAME = "128x128"  # The bucket that is damaged: seven samples to train, one to validate.
 

@@ -16,9 +16,10 @@ import fid
 import generate
 import train
 from evaluation.fewshot import EpisodeImages, support_distances
+from families.sets import episodes_of_snapshot, open_data_of
+from sampling.images import make_generator
+from sampling.supports import SupportGenerator
 from training.checkpoint import find_snapshots, load_snapshot, load_state
-from training.generation import SupportGenerator, make_generator
-from training.supports import episodes_of_snapshot, open_data_of
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from image_files import convert, make_folder, run_tool
 
-from training.dataset import ImageDataset
-from training.fewshot_sources import _CIFAR_FS, _FC100_SUPERCLASSES
+from data.convert.fewshot_sources import _CIFAR_FS, _FC100_SUPERCLASSES
+from data.images.dataset import ImageDataset
 
 # CIFAR-100's classes by superclass, both in alphabetical order.
 CIFAR100 = {

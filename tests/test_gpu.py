@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from configs import get_preset
+from data.codecs import FeatureInputs, LatentInputs, PixelInputs
+from data.features.statistics import FeatureStatistics
+from data.images.augment import make_augment_pipe
 from diffusion.precond import make_precond
 from models import build_network
 from torch_utils.stats import StatsCollector
 from training import runs
-from training.augment import make_augment_pipe
 from training.ema import EMA, ema_beta
 from training.feature_objective import FeatureObjective
-from training.feature_statistics import FeatureStatistics
-from training.inputs import FeatureInputs, LatentInputs, PixelInputs
 from training.objective import Objective
 from training.optimizer import GuardedAdam
 

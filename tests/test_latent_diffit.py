@@ -17,8 +17,8 @@ from models.latent_diffit import LatentDiffiTConfig
 from models.layers import position_embedding
 from models.published import network_of_published, published_shapes
 from torch_utils.misc import count_flops, count_parameters
+from torch_utils.pictures import read_image
 from training.checkpoint import load_snapshot
-from training.pictures import read_image
 
 TINY = LatentDiffiTConfig(
     resolution=64,

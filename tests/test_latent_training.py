@@ -17,17 +17,18 @@ import fid
 import generate
 import train
 from configs import get_preset
+from data.codecs import LatentInputs
+from data.latents.dataset import LatentDataset
+from demos.digits import class_agreement, train_autoencoder
 from diffusion.precond import PrecondConfig, make_precond
-from evaluation.digits import class_agreement, train_autoencoder
+from encoders.autoencoder import Autoencoder, load_autoencoder
 from models import build_network
+from sampling.images import make_generator
+from torch_utils.pictures import read_image, to_uint8
 from training import posthoc_ema
-from training.autoencoder import Autoencoder, load_autoencoder
 from training.checkpoint import load_snapshot, load_state
-from training.generation import make_generator
-from training.inputs import LatentInputs, open_training_data, to_uint8
-from training.latents import LatentDataset
+from training.inputs import open_training_data
 from training.objective import Objective
-from training.pictures import read_image
 from training.runs import fit_to_data
 
 LATENT_MODEL = get_preset("digits-latent").run.model

@@ -11,11 +11,12 @@ import torch
 from latent_files import encode, tiny_autoencoder, tiny_images, tiny_latents
 from safetensors.torch import load_file, save_file
 
-from training import autoencoder as autoencoder_module
-from training.autoencoder import Autoencoder, load_autoencoder, normalise
-from training.dataset import ImageDataset, MirroredImages
-from training.latents import LatentDataset, is_latent_archive
-from training.sampler import PositionSampler, make_loader
+from data.images.dataset import ImageDataset, MirroredImages
+from data.latents.dataset import LatentDataset, is_latent_archive
+from data.loader import make_loader
+from data.samplers import PositionSampler
+from encoders import autoencoder as autoencoder_module
+from encoders.autoencoder import Autoencoder, load_autoencoder, normalise
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

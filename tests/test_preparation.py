@@ -28,18 +28,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import dataset_tool
-from training import feature_shards
-from training.autoencoder import load_autoencoder
-from training.buckets import fit_image, parse_buckets
-from training.feature_encoders import load_text_encoder, load_visual_encoder
-from training.feature_making import FeatureMaker
-from training.feature_record import (
-    KEYS,
-    SPLITS,
-    read_feature_record,
-    read_manifest,
-)
-from training.images import decode_image
+from data.features import shards as feature_shards
+from data.features.buckets import fit_image, parse_buckets
+from data.features.preparation.encode import FeatureMaker
+from data.features.record import KEYS, SPLITS, read_feature_record, read_manifest
+from data.images.decode import decode_image
+from encoders.autoencoder import load_autoencoder
+from encoders.text import load_text_encoder
+from encoders.visual import load_visual_encoder
 
 NUM = NUM_PICTURES
 NAMES = [bucket.name for bucket in parse_buckets(BUCKETS)]
@@ -360,7 +356,7 @@ def test_want_of_memory_is_one_sentence(feature_base, encoders, tmp_path, monkey
     def no_memory(self, images):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr("training.autoencoder.Autoencoder.moments", no_memory)
+    monkeypatch.setattr("encoders.autoencoder.Autoencoder.moments", no_memory)
     message = refusal(feature_base / "pictures", tmp_path / "out", encoders[:1], "--only=vae")
     assert "--batch: no memory for" in message
 

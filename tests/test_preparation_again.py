@@ -26,13 +26,12 @@ from latent_files import tiny_autoencoder
 from PIL import Image
 
 import dataset_tool
-from training import feature_inventory, feature_shards, feature_staging, feature_work
-from training.buckets import parse_buckets
-from training.feature_record import (
-    FEATURES,
-    is_complete,
-    read_manifest,
-)
+from data.features import shards as feature_shards
+from data.features.buckets import parse_buckets
+from data.features.preparation import inventory as feature_inventory
+from data.features.preparation import pack as feature_work
+from data.features.preparation import staging as feature_staging
+from data.features.record import FEATURES, is_complete, read_manifest
 
 NUM = NUM_PICTURES
 NAMES = [bucket.name for bucket in parse_buckets(BUCKETS)]

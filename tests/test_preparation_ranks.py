@@ -9,7 +9,7 @@ from feature_files import BUCKETS, content, made, prepare, tiny_encoders
 from helpers import ROOT, fail, quiet_environment, torchrun
 
 import dataset_tool
-from training.feature_staging import staged_names
+from data.features.preparation.staging import staged_names
 
 OPTIONS = ("--shard-size=2", "--batch=1")  # Of the folder in `feature_base`.
 
@@ -72,8 +72,8 @@ from pathlib import Path
 sys.path[:0] = sys.argv[1:3]
 from feature_files import BUCKETS
 from torch_utils import distributed
-from training.buckets import parse_buckets
-from training.preparation import Preparation, prepare
+from data.features.buckets import parse_buckets
+from data.features.preparation.prepare import Preparation, prepare
 
 base, dest = map(Path, sys.argv[3:])
 settings = Preparation(

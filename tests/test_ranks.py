@@ -16,8 +16,8 @@ from training_runs import (
 
 import train as train_script
 from dnnlib.config import from_dict
+from families import image as families
 from models import build_network
-from training import families
 from training.config import RunConfig
 
 pytestmark = pytest.mark.usefixtures("one_cpu_thread")

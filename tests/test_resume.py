@@ -28,6 +28,8 @@ from training_runs import (
 )
 
 import train as train_script
+from data.convert.convert import convert
+from data.convert.sources import open_source
 from training.checkpoint import (
     find_profiles,
     find_snapshots,
@@ -35,8 +37,6 @@ from training.checkpoint import (
     load_snapshot,
     load_state,
 )
-from training.conversion import convert
-from training.sources import open_source
 
 
 def test_a_run_killed_twice_equals_the_uninterrupted_one(train, uninterrupted, tmp_path):

@@ -15,10 +15,10 @@ import torch
 from image_files import convert, make_folder, make_zip, random_image
 from PIL import Image
 
-from training.archive import SampleArchive
-from training.dataset import ImageDataset
-from training.images import ImageError
-from training.sampler import make_loader
+from data.images.dataset import ImageDataset
+from data.images.decode import ImageError
+from data.images.samples import SampleArchive
+from data.loader import make_loader
 from training.samples import open_images
 
 CPU = torch.device("cpu")

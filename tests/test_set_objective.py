@@ -7,6 +7,7 @@ import pytest
 import torch
 from set_networks import TINY, build_active
 
+from data.fewshot.sets import SetConfig
 from diffusion.denoiser import Denoiser
 from diffusion.losses import denoising_loss
 from diffusion.precond import PrecondConfig, make_precond
@@ -15,8 +16,7 @@ from models import build_network
 from training.config import RunConfig
 from training.optimizer import GuardedAdam
 from training.set_objective import SetObjective
-from training.set_report import Watch
-from training.sets import SetConfig
+from training.watch import Watch
 
 CPU = torch.device("cpu")
 EDM = make_precond(PrecondConfig())

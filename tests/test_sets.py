@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.digits import ClassShare, class_shares
+from data.fewshot.episodes import draw_episodes, episodes_of_dataset, episodes_of_run
+from data.fewshot.sets import SetConfig, SetDataset, split_classes, transform_images
+from data.images.dataset import ImageDataset
+from data.samplers import PositionSampler
+from demos.digits import ClassShare, class_shares
 from evaluation.fewshot import copying, support_distances
-from training.dataset import ImageDataset
-from training.episodes import draw_episodes, episodes_of_dataset, episodes_of_run
-from training.pictures import support_picture
-from training.sampler import PositionSampler
-from training.sets import SetConfig, SetDataset, split_classes, transform_images
+from torch_utils.pictures import support_picture
 
 
 @pytest.fixture(scope="session")

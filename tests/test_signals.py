@@ -19,8 +19,8 @@ from training_runs import (
 )
 
 import train as train_script
+from evaluation.in_loop import images as in_loop
 from torch_utils.distributed import StopSignal
-from training import scores as in_loop
 
 
 @pytest.mark.parametrize("ranks", [None, 2], ids=["python", "torchrun"])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from image_files import convert, make_folder, make_zip, random_image, read_target
 
-from training.sources import open_source
+from data.convert.sources import open_source
 
 # Folders and zips.
 

@@ -18,12 +18,12 @@ import torch
 from feature_files import tiny_features
 from latent_files import tiny_autoencoder
 
+import data.images.dataset
 import fid
 import generate
 import models.diffit
+import sampling.images
 import train
-import training.dataset
-import training.generation
 import training.loop
 import training.telemetry
 from configs import PRESETS
@@ -32,9 +32,9 @@ from dnnlib.config import option, to_dict
 from metrics.metric import get_metrics
 from models.config import ModelConfig
 from models.diffit import DiffiT
+from sampling.images import ImageGenerator
 from training.checkpoint import find_snapshots, load_snapshot, load_state
 from training.config import RunConfig, fit_to_device
-from training.generation import ImageGenerator
 from training.objective import Objective
 
 
@@ -493,7 +493,7 @@ class Spies:
         self._watch("batches", ImageGenerator, "generate", lambda self, seeds, *rest: len(seeds))
         self._watch("compiled", torch.nn.Module, "compile", lambda module, **kw: type(module))
         self._watch("checkpoints", models.diffit, "checkpoint", lambda *args, **kwargs: 1)
-        self._watch("caches", training.dataset, "_SharedCache", lambda shape, path: shape)
+        self._watch("caches", data.images.dataset, "_SharedCache", lambda shape, path: shape)
         self._watch(
             "workers", training.loop, "make_loader", lambda *a, num_workers, **kw: num_workers
         )
@@ -501,7 +501,7 @@ class Spies:
         self._watch("saved", training.loop, "save_state", lambda *args: "state")
         # A few pictures tell as much as 64, and neither of the others tells anything here.
         patch = functools.partial(mock.patch.object, return_value=None)
-        stack.enter_context(mock.patch.object(training.generation, "GRID_SEEDS", 6))
+        stack.enter_context(mock.patch.object(sampling.images, "GRID_SEEDS", 6))
         stack.enter_context(patch(training.telemetry, "_tensorboard_writer"))
         stack.enter_context(patch(train, "describe_run"))
 

@@ -19,19 +19,19 @@ from helpers import (
 
 import fid as fid_script
 import train as train_script
-from evaluation.feature_networks import (
+from data.features.dataset import FeatureDataset
+from encoders.text import load_text_encoder
+from evaluation.validation.config import TESTS, ValidationConfig
+from evaluation.validation.networks import (
     EncodedTexts,
     chosen_tests,
     load_networks,
     make_validate,
     texts_of_edits,
 )
-from evaluation.feature_tests import Missing
+from evaluation.validation.trials import Missing
 from metrics.lpips import WEIGHTS_VARIABLE
-from training.feature_data import FeatureDataset
-from training.feature_encoders import load_text_encoder
-from training.pictures import read_image
-from training.validation_config import TESTS, ValidationConfig
+from torch_utils.pictures import read_image
 
 METRICS = "--metrics=" + ",".join(f"validation_{name}" for name in TESTS)
 
@@ -191,8 +191,8 @@ class TestNetworks:
     def test_the_function_of_the_loop_does_the_tests_of_the_names_it_is_given(
         self, dataset, weights, snapshot
     ):
+        from sampling.requests import make_feature_generator
         from training.checkpoint import load_snapshot
-        from training.feature_requests import make_feature_generator
 
         generator = make_feature_generator(load_snapshot(snapshot), torch.device("cpu"))
         config = ValidationConfig(lpips_weights=tuple(weights.split(",")), num_divergence=1)

@@ -6,15 +6,11 @@ described in docs/formats.md.
 """
 
 import dataclasses
-import hashlib
-import importlib.metadata
 import os
 import pickle
-import platform
 import re
-import sys
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +19,7 @@ import torch
 from dnnlib.config import Config, from_dict, to_dict
 from dnnlib.files import atomic_write
 from models import Network, build_network
+from torch_utils.fingerprints import package_versions, weights_hash
 from training.config import RunConfig
 from training.power_ema import std_name
 
@@ -88,15 +85,6 @@ def posthoc_path(folder: Path, cur_nimg: int, std: float) -> Path:
 def state_path(run_dir: Path, cur_nimg: int) -> Path:
     """Return the path of the training state after ``cur_nimg`` training images."""
     return run_dir / f"training-state-{cur_nimg // 1000:06d}.pt"
-
-
-def package_versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide what is computed."""
-    names = ["torch", "numpy", "pillow"]
-    if "transformers" in sys.modules:  # Some detectors are its networks.
-        names.append("transformers")
-    versions = {name: importlib.metadata.version(name) for name in names}
-    return dict(python=platform.python_version(), **versions)
 
 
 def save_snapshot(
@@ -230,55 +218,6 @@ def summarise(dataset: Any) -> DataSummary:
         class_counts=counts,
         features=dataset.summary() if hasattr(dataset, "summary") else None,
     )
-
-
-def transfer_weights(network: torch.nn.Module, snapshot: Snapshot) -> str:
-    """Copy every parameter whose name and shape agree, and return a report of the rest.
-
-    Raises ValueError if nothing agrees.
-    """
-    own = network.state_dict()
-    given = snapshot.state_dict
-    loaded = [name for name in own if name in given and given[name].shape == own[name].shape]
-    missing = [name for name in own if name not in given]
-    mismatched = [name for name in own if name in given and name not in loaded]
-    unexpected = [name for name in given if name not in own]
-    if not loaded:
-        raise ValueError(f"--transfer: {snapshot.path} shares no weights with this model.")
-    network.load_state_dict({name: given[name] for name in loaded}, strict=False)
-    lines = [f"Transfer from {snapshot.path}: {len(loaded)} of {len(own)} tensors loaded."]
-    hashes = [getattr(c, "vae_hash", None) for c in (network.config, snapshot.config.model)]
-    if None not in hashes and hashes[0] != hashes[1]:
-        lines.append("  Its latents are of another autoencoder.")
-    for title, names in (
-        ("Loaded", _by_module(loaded)),
-        ("Missing (kept as initialised)", missing),
-        ("Mismatched shape (kept as initialised)", mismatched),
-        ("Unexpected (not used)", unexpected),
-    ):
-        if names:
-            lines.append(f"  {title}: {', '.join(names)}")
-    return "\n".join(lines)
-
-
-def _by_module(names: Sequence[str]) -> list[str]:
-    """Return names with those of one block (three levels deep) as one, such as ``a.b.0.* (12)``."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(".".join(name.split(".")[:3]), []).append(name)
-    return [
-        found[0] if len(found) == 1 else f"{group}.* ({len(found)})"
-        for group, found in groups.items()
-    ]
-
-
-def weights_hash(state_dict: dict[str, torch.Tensor]) -> str:
-    """Return a hash of names, shapes and weights, which stays equal when a file is rewritten."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state_dict.items()):
-        digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}\n".encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _save(path: Path, payload: dict[str, Any]) -> None:

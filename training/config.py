@@ -4,17 +4,17 @@ import dataclasses
 from collections.abc import Collection
 from typing import ClassVar
 
+from data.fewshot.sets import SetConfig
+from data.images.augment import AugmentConfig
+from data.images.dataset import DatasetConfig
 from diffusion.guidance import DualGuidanceConfig, GuidanceConfig
 from diffusion.precond import PrecondConfig
 from diffusion.samplers import SamplingConfig
 from dnnlib.config import Config, option
+from evaluation.validation.config import ValidationConfig
 from models.config import ModelConfig
-from training.augment import AugmentConfig
-from training.dataset import DatasetConfig
 from training.feature_config import FeatureConfig
 from training.power_ema import MAX_STD, MIN_STD, std_name
-from training.sets import SetConfig
-from training.validation_config import ValidationConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
+from data.features.buckets import Bucket, parse_buckets
+from data.images.dataset import Cond
 from diffusion.flow import Velocity
 from diffusion.losses import velocity_loss
 from diffusion.precond import FlowPrecond
 from dnnlib.progress import progress
 from torch_utils import distributed, rng
 from torch_utils.stats import StatsCollector
-from training.buckets import Bucket, parse_buckets
-from training.dataset import Cond
 from training.feature_config import FeatureConfig
 from training.objective import Draws, Objective
 

@@ -6,138 +6,25 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data.codecs import FeatureInputs, LatentInputs, PixelInputs
+from data.features.dataset import FeatureDataset
+from data.features.record import is_feature_folder
+from data.features.statistics import FeatureStatistics
+from data.features.streaming import StreamedFeatures
+from data.fewshot.sets import SetDataset
+from data.images.augment import make_augment_pipe
+from data.images.dataset import ImageDataset, MirroredImages, open_dataset
+from data.latents.dataset import LatentDataset
+from data.latents.record import is_latent_folder, read_record
 from dnnlib.addresses import is_address
-from models import LatentModelConfig, ModelConfig
-from torch_utils import rng
-from training.augment import AugmentParams, AugmentPipe, make_augment_pipe
-from training.autoencoder import Autoencoder, load_autoencoder, normalise
+from encoders.autoencoder import Autoencoder
+from models import LatentModelConfig
+from torch_utils.pictures import image_grid, mixed_grid, save_image
 from training.config import RunConfig
-from training.dataset import Cond, ImageDataset, MirroredImages, open_dataset
-from training.feature_data import FeatureDataset
-from training.feature_record import is_feature_folder
-from training.feature_statistics import FeatureStatistics
-from training.feature_streaming import StreamedFeatures
-from training.latent_archive import is_latent_folder, read_record
-from training.latents import LatentDataset
-from training.pictures import image_grid, mixed_grid, save_image
-from training.sets import SetDataset
 
 _NUM_REALS = 64
 
 TrainingData = ImageDataset | MirroredImages | LatentDataset | SetDataset | FeatureDataset
-
-
-class PixelInputs:
-    """Images in [-1, 1], augmented.
-
-    Args:
-        augment_pipe: Geometric augmentation, if any; its labels [N, 9] join the conditions.
-    """
-
-    def __init__(self, augment_pipe: AugmentPipe | None = None) -> None:
-        self._augment_pipe = augment_pipe
-
-    def draw(
-        self, *, seed: int, cur_nimg: int, batch: int, shape: tuple[int, ...], device: torch.device
-    ) -> AugmentParams | None:
-        """Return the augmentation of the global batch that starts at image ``cur_nimg``."""
-        if self._augment_pipe is None:
-            return None
-        generator = rng.step_generator(seed, cur_nimg, rng.STREAM_AUGMENT, device)
-        return self._augment_pipe.draw(batch, generator, device)
-
-    def prepare(
-        self, images: torch.Tensor, cond: Cond, drawn: AugmentParams | None
-    ) -> tuple[torch.Tensor, Cond]:
-        """Return float32 images [N, C, H, W] of uint8 ones, with the conditions."""
-        images = images.to(torch.float32) / 127.5 - 1
-        if self._augment_pipe is not None:
-            images, labels = self._augment_pipe.apply(images, drawn)
-            cond = {**cond, "augment": labels}
-        return images, cond
-
-    def pictures(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the uint8 images [N, C, H, W] of a loader's batch."""
-        return images
-
-
-class LatentInputs:
-    """Latents drawn from the autoencoder's posterior: anew each time that an image is seen.
-
-    Args:
-        model: Tells the latents' channels and their normalisation.
-        autoencoder: Decodes for pictures, and encodes batches that are images still.
-        from_images: Whether batches are uint8 images [N, C, H, W], to be encoded now, or what
-            :class:`~training.latents.LatentDataset` yields.
-        has_std: Whether the latter tell the posterior's standard deviation beside its mean.
-    """
-
-    def __init__(
-        self,
-        model: LatentModelConfig,
-        autoencoder: Autoencoder | None,
-        *,
-        from_images: bool = False,
-        has_std: bool = True,
-    ) -> None:
-        self._model, self._autoencoder = model, autoencoder
-        self._from_images = from_images
-        self._is_random = from_images or has_std
-
-    def draw(
-        self, *, seed: int, cur_nimg: int, batch: int, shape: tuple[int, ...], device: torch.device
-    ) -> torch.Tensor | None:
-        """Return standard normal numbers [batch, *shape] for the global batch at ``cur_nimg``."""
-        if not self._is_random:
-            return None
-        generator = rng.step_generator(seed, cur_nimg, rng.STREAM_POSTERIOR, device)
-        return torch.randn(batch, *shape, generator=generator, device=device)
-
-    def prepare(
-        self, batch: torch.Tensor, cond: Cond, drawn: torch.Tensor | None
-    ) -> tuple[torch.Tensor, Cond]:
-        """Return normalised float32 latents [N, c, h, w], with the conditions."""
-        moments = self._autoencoder.moments(batch) if self._from_images else batch
-        return self._normalise(moments, drawn), cond
-
-    def pictures(self, batch: torch.Tensor) -> torch.Tensor:
-        """Return the uint8 images [N, C, H, W] of a loader's batch, decoded if it is latents."""
-        if self._from_images:
-            return batch
-        means = self._normalise(batch[:, : self._model.latent_channels], None)
-        return to_uint8(self._autoencoder.decode(means))
-
-    def _normalise(self, moments: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
-        model = self._model
-        return normalise(
-            moments, noise, model.latent_scale, model.latent_shift, model.latent_channels
-        )
-
-
-class FeatureInputs:
-    """Normalised latents and features.
-
-    Args:
-        statistics: Of the data, on the device.
-        autoencoder: Decodes for pictures.
-    """
-
-    def __init__(self, statistics: FeatureStatistics, autoencoder: Autoencoder) -> None:
-        self._statistics, self._autoencoder = statistics, autoencoder
-
-    def draw(
-        self, *, seed: int, cur_nimg: int, batch: int, shape: tuple[int, ...], device: torch.device
-    ) -> None:
-        """Return nothing: what is stored is what a network sees."""
-
-    def prepare(self, latents: torch.Tensor, cond: Cond, drawn: None) -> tuple[torch.Tensor, Cond]:
-        """Return latents and conditions, normalised, in float32."""
-        statistics = self._statistics
-        return statistics.normalise(latents), statistics.normalise_features(cond)
-
-    def pictures(self, latents: torch.Tensor) -> torch.Tensor:
-        """Return the uint8 images [N, C, H, W] of a loader's batch."""
-        return to_uint8(self._autoencoder.decode_raw(latents))
 
 
 def open_training_data(config: RunConfig) -> TrainingData:
@@ -212,46 +99,6 @@ def _open_features(config: RunConfig) -> FeatureDataset:
     return kind(data.data, text_lengths=config.features.text_lengths)
 
 
-def open_autoencoder(
-    model: ModelConfig, vae: str | None, device: torch.device
-) -> Autoencoder | None:
-    """Return the autoencoder of a latent model, or None for a model of pixels.
-
-    ``vae`` says where it is now, if not where ``model`` has it. Raises ValueError if it is not
-    there, is not the one that the latents are of, or if a model of pixels is given one.
-    """
-    if not isinstance(model, LatentModelConfig):
-        if vae is not None:
-            raise ValueError(f"--vae: got {vae}, but this model makes images without one.")
-        return None
-    location = vae or model.vae
-    if location is None:
-        raise ValueError("--vae is missing: name the autoencoder that decodes the latents.")
-    autoencoder = load_autoencoder(location, device, expected_hash=model.vae_hash)
-    check_autoencoder(model, autoencoder)
-    return autoencoder
-
-
-def check_autoencoder(model: LatentModelConfig, autoencoder: Autoencoder) -> None:
-    """Raise ValueError if an autoencoder's latents or images are not those of a model."""
-    for what, option, own, there in (
-        ("channels of the latents", "--latent-channels", model.latent_channels, "latent_channels"),
-        ("downsampling", "--latent-downsampling", model.latent_downsampling, "downsampling"),
-        ("channels of the images", None, model.img_channels, "img_channels"),
-        ("scale", None, model.latent_scale, "scale"),
-        ("shift", None, model.latent_shift, "shift"),
-    ):
-        found = getattr(autoencoder, there)
-        if found != own:
-            remedy = "use the one that the model was made for"
-            if option is not None:
-                remedy += f", or train with {option}={found}"
-            raise ValueError(
-                f"--vae: {autoencoder.location} has {what} {found:g}, but the model has {own:g}; "
-                f"{remedy}."
-            )
-
-
 def check_resolution(config: RunConfig, resolution: int) -> None:
     """Raise ValueError if the images of a run's data have another size than its model makes."""
     expected = config.model.resolution
@@ -282,11 +129,6 @@ def make_inputs(
         has_std = dataset.record.kind == "mean-std"
         return LatentInputs(config.model, autoencoder, has_std=has_std)
     return LatentInputs(config.model, autoencoder, from_images=True)
-
-
-def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Return images in [-1, 1] as uint8: clip(127.5 x + 128), as EDM rounds."""
-    return (images * 127.5 + 128).clip(0, 255).to(torch.uint8)
 
 
 def save_reals(

@@ -7,13 +7,16 @@ from typing import Any
 
 import torch
 
+from data.loader import make_loader
 from diffusion.precond import make_precond
 from dnnlib.progress import progress
+from encoders.autoencoder import Autoencoder
+from evaluation.in_loop.images import EvaluateFn
+from families.image import make_objective, make_sampler, make_scores, start_from
 from models import build_network
 from torch_utils import distributed, rng
 from torch_utils.misc import allow_tf32
 from torch_utils.stats import StatsCollector
-from training.autoencoder import Autoencoder
 from training.checkpoint import (
     Snapshot,
     load_snapshot,
@@ -27,13 +30,9 @@ from training.checkpoint import (
 )
 from training.config import RunConfig, accumulation_rounds
 from training.ema import EMA, PowerEMA, ema_beta
-from training.families import make_objective, make_sampler, make_scores, start_from
 from training.inputs import TrainingData, make_inputs, save_reals
 from training.optimizer import GuardedAdam, learning_rate
 from training.report import forward_flops
-from training.sampler import make_loader
-from training.scores import EvaluateFn
-from training.set_report import Watch
 from training.telemetry import (
     Telemetry,
     memory_stats,
@@ -42,6 +41,7 @@ from training.telemetry import (
     trim_rows,
     utilisation_stats,
 )
+from training.watch import Watch
 
 
 def training_loop(
@@ -68,7 +68,7 @@ def training_loop(
         transfer: A snapshot whose weights start a new run, as far as names and shapes agree.
         evaluate: Called by all ranks as ``evaluate(metric_names, generate)``, where
             ``generate(indices)`` yields this rank's uint8 image batches; returns score rows. Of a
-            model of features: see :mod:`training.feature_scores`.
+            model of features: see :mod:`evaluation.in_loop.features`.
         stop_signal: An active handler of signals, on every rank.
 
     Raises FloatingPointError if too many gradients in a row are not finite.

@@ -5,15 +5,15 @@ from collections.abc import Callable
 
 import torch
 
+from data.codecs import LatentInputs, PixelInputs
+from data.images.augment import AugmentParams
+from data.images.dataset import Cond
 from diffusion.denoiser import Denoiser
 from diffusion.losses import denoising_loss, hybrid_loss
 from diffusion.precond import Precond
 from models import Context, Network
 from torch_utils import rng
 from torch_utils.stats import StatsCollector
-from training.augment import AugmentParams
-from training.dataset import Cond
-from training.inputs import LatentInputs, PixelInputs
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from models import (
 )
 from torch_utils.misc import count_flops, count_parameters
 from training.config import RunConfig, accumulation_rounds
-from training.set_report import describe_sets
+from training.watch import describe_sets
 
 
 def forward_flops(config: RunConfig) -> int:

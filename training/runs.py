@@ -7,21 +7,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from data.features.dataset import FeatureDataset
+from data.fewshot.sets import SetDataset
+from data.images.augment import NUM_LABELS
+from data.latents.dataset import LatentDataset
 from diffusion.precond import make_precond
 from diffusion.samplers import sampling_sigmas
 from dnnlib.config import from_dict, to_dict
 from dnnlib.files import atomic_write
+from encoders.autoencoder import Autoencoder, check_autoencoder
+from families.sets import check_classes
 from models import FeatureDiTConfig, LatentModelConfig, SetDiTConfig
 from torch_utils import distributed
-from training.augment import NUM_LABELS
-from training.autoencoder import Autoencoder
 from training.checkpoint import Snapshot, find_states, load_state
 from training.config import RunConfig, check_guidance, check_guided_channels
-from training.episodes import check_classes
-from training.feature_data import FeatureDataset
-from training.inputs import TrainingData, check_autoencoder, check_resolution
-from training.latents import LatentDataset
-from training.sets import SetDataset
+from training.inputs import TrainingData, check_resolution
 
 REQUEUE_FILE = "requeue"
 REQUEUE_EXIT_CODE = 85

@@ -2,7 +2,7 @@
 
 import os
 
-from training.dataset import ImageDataset
+from data.images.dataset import ImageDataset
 
 
 def open_images(path: str | os.PathLike, *, use_labels: bool | None = None) -> ImageDataset:

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
+from data.fewshot.sets import SetConfig, SetDataset
+from data.images.dataset import Cond
 from diffusion.denoiser import autocast
 from models import Context
 from torch_utils import distributed, rng
 from torch_utils.stats import StatsCollector
 from training.config import RunConfig, accumulation_rounds
-from training.dataset import Cond
 from training.objective import Draws, Objective
-from training.sets import SetConfig, SetDataset
 
 
 class SetObjective(Objective):

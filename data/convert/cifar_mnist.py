@@ -1,0 +1,199 @@
+"""Reading the official archives of CIFAR-10, CIFAR-100 and MNIST."""
+
+import dataclasses
+import gzip
+import io
+import math
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from data.convert.fewshot_sources import cifar_splits
+from data.convert.source import Source, _array_source
+from dnnlib import safe_pickle
+
+SPLITS = ("train", "test", "all")
+
+
+_CIFAR_FILES = {
+    "cifar-10": {
+        "train": [f"data_batch_{number}" for number in range(1, 6)],
+        "test": ["test_batch"],
+        "meta": "batches.meta",
+        "label_key": b"labels",
+        "names_key": b"label_names",
+    },
+    "cifar-100": {
+        "train": ["train"],
+        "test": ["test"],
+        "meta": "meta",
+        "label_key": b"fine_labels",
+        "names_key": b"fine_label_names",
+    },
+}
+
+
+_MNIST_PREFIXES = {"train": "train", "test": "t10k"}
+
+
+_CIFAR_DAMAGED = "download it again from https://www.cs.toronto.edu/~kriz/cifar.html"
+
+
+def open_cifar(path: Path, split: str = "train", class_split: str | None = None) -> Source:
+    """Return the images of an official CIFAR-10 or CIFAR-100 python archive (fine labels).
+
+    ``class_split`` divides the classes of CIFAR-100, as ``fc100`` or ``cifar-fs`` do.
+    """
+    contents = _read_tar(path)
+    kind = "cifar-10" if "batches.meta" in contents else "cifar-100"
+    if class_split is not None and kind != "cifar-100":
+        raise ValueError(
+            f"--class-split: got {class_split}, but {path} is CIFAR-10, which has no such splits; "
+            "leave it out."
+        )
+    files = _CIFAR_FILES[kind]
+    splits = ("train", "test") if split == "all" else (split,)
+    needed = [name for part in splits for name in files[part]]
+    for name in (files["meta"], *needed):
+        if name not in contents:
+            raise ValueError(
+                f"{path}: has no file {name}, so it is no CIFAR-10 or CIFAR-100 python archive; "
+                f"{_CIFAR_DAMAGED}, or extract another archive and give its folder."
+            )
+    images, labels, superclasses = [], [], []
+    for name in needed:
+        batch = _read_cifar_pickle(path, name, contents[name])
+        data = batch.get(b"data")
+        if not (isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.ndim == 2):
+            raise ValueError(f"{path}: {name} holds no uint8 image data; {_CIFAR_DAMAGED}.")
+        if data.shape[1] != 3072:
+            raise ValueError(
+                f"{path}: {name} has {data.shape[1]} values per image, expected 3072; "
+                f"{_CIFAR_DAMAGED}."
+            )
+        if not isinstance(batch.get(files["label_key"]), list):
+            raise ValueError(
+                f"{path}: {name} has no {files['label_key'].decode()}; {_CIFAR_DAMAGED}."
+            )
+        images.append(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+        labels += batch[files["label_key"]]
+        superclasses += batch.get(b"coarse_labels") or [0] * len(data)
+    meta = _read_cifar_pickle(path, files["meta"], contents[files["meta"]])
+    names = meta.get(files["names_key"])
+    if not (isinstance(names, list) and all(isinstance(name, bytes) for name in names)):
+        raise ValueError(f"{path}: {files['meta']} names no classes; {_CIFAR_DAMAGED}.")
+    class_names = [name.decode() for name in names]
+    source = _array_source(str(path), np.concatenate(images), np.array(labels), class_names)
+    if class_split is None:
+        return source
+    splits = cifar_splits(
+        class_split, class_names, source.labels, np.array(superclasses), str(path)
+    )
+    return dataclasses.replace(source, class_splits=splits)
+
+
+def _read_tar(path: Path) -> dict[str, bytes]:
+    """Return the regular files of a CIFAR archive by the last part of their name."""
+    wanted = {"batches.meta", "meta", "train", "test", "test_batch"}
+    wanted.update(_CIFAR_FILES["cifar-10"]["train"])
+    contents = {}
+    try:
+        with tarfile.open(path) as file:
+            for member in file:
+                name = member.name.rpartition("/")[2]
+                if member.isfile() and name in wanted:
+                    contents[name] = file.extractfile(member).read()
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        raise ValueError(
+            f"{path}: not a tar archive, or only part of one ({error}); {_CIFAR_DAMAGED}."
+        ) from None
+    return contents
+
+
+def _read_cifar_pickle(path: Path, name: str, content: bytes) -> dict:
+    try:
+        value = safe_pickle.load(io.BytesIO(content))
+    except ValueError as error:
+        raise ValueError(f"{path}: {name} is refused: {error}; {_CIFAR_DAMAGED}.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: {name} holds no dictionary; {_CIFAR_DAMAGED}.")
+    return value
+
+
+def open_mnist(path: str | Path, split: str = "train") -> Source:
+    """Return MNIST or a relative of it, from an idx3 file or the folder of the idx files."""
+    path = Path(path)
+    if path.is_dir():
+        splits = ("train", "test") if split == "all" else (split,)
+        image_files = []
+        for part in splits:
+            found = _find_idx(path, _MNIST_PREFIXES[part], "images")
+            if found is None:
+                raise ValueError(
+                    f"{path}: has no {_MNIST_PREFIXES[part]}-images-idx3-ubyte[.gz], which "
+                    f"--split={split} needs."
+                )
+            image_files.append(found)
+    else:
+        image_files = [path]
+    images, labels = [], []
+    for image_file in image_files:
+        prefix, kind, _ = image_file.name.partition("-images")
+        if not kind:
+            raise ValueError(
+                f"{image_file}: is no file of images; give {prefix.partition('-')[0]}-images-idx3-"
+                "ubyte[.gz], beside which the labels are found."
+            )
+        label_file = _find_idx(image_file.parent, prefix, "labels")
+        if label_file is None:
+            raise ValueError(
+                f"{image_file}: has no labels beside it; put {prefix}-labels-idx1-ubyte[.gz] into "
+                "the same folder."
+            )
+        images.append(_read_idx(image_file, num_dims=3))
+        labels.append(_read_idx(label_file, num_dims=1))
+        if len(images[-1]) != len(labels[-1]):
+            raise ValueError(
+                f"{label_file}: holds {len(labels[-1])} labels for the {len(images[-1])} images "
+                f"of {image_file.name}."
+            )
+    if len({part.shape[1:] for part in images}) > 1:
+        raise ValueError(f"{path}: the images of the two splits differ in size; convert one split.")
+    all_labels = np.concatenate(labels)
+    class_names = [str(index) for index in range(int(all_labels.max(initial=9)) + 1)]
+    return _array_source(str(path), np.concatenate(images), all_labels, class_names)
+
+
+def _find_idx(folder: Path, prefix: str, kind: str) -> Path | None:
+    dims = {"images": 3, "labels": 1}[kind]
+    for separator in ("-", "."):
+        for ending in ("", ".gz"):
+            path = folder / f"{prefix}-{kind}{separator}idx{dims}-ubyte{ending}"
+            if path.is_file():
+                return path
+    return None
+
+
+def _read_idx(path: Path, num_dims: int) -> np.ndarray:
+    """Return the uint8 array of an idx file, described at http://yann.lecun.com/exdb/mnist/."""
+    try:
+        data = path.read_bytes()
+        if data[:2] == b"\x1f\x8b":
+            data = gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); download it again.") from None
+    start = 4 + 4 * num_dims
+    if data[:4] != bytes([0, 0, 8, num_dims]) or len(data) < start:
+        raise ValueError(
+            f"{path}: is no idx file of unsigned bytes in {num_dims} dimension(s); download it "
+            "again."
+        )
+    shape = tuple(np.frombuffer(data[4:start], ">u4").tolist())
+    if len(data) - start != math.prod(shape):
+        raise ValueError(
+            f"{path}: should hold {math.prod(shape)} values ({shape}) but has "
+            f"{len(data) - start}; download it again."
+        )
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)

@@ -1,0 +1,388 @@
+"""Writes a training dataset or a sample archive from a source of images."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Protocol
+
+import numpy as np
+from PIL import Image
+
+from data.convert.source import Source
+from data.images.decode import decode_image, encode_png
+from data.images.members import Member
+from data.images.transforms import Size, apply_transform
+from dnnlib.files import atomic_write
+from dnnlib.parallel import process_map
+from dnnlib.progress import progress
+
+_ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # The same for every file, so that equal input gives equal bytes.
+_NO_DATASET = (".tar", ".gz", ".tgz", ".7z", ".rar", ".png", ".jpg", ".jpeg", ".npy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What :func:`convert` wrote, left out (``name: reason``) and remarked."""
+
+    num_images: int
+    resolution: int
+    img_channels: int
+    num_classes: int
+    skipped: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def convert(
+    source: Source,
+    dest: str | os.PathLike,
+    *,
+    size: Size | None = None,
+    transform: str | None = None,
+    max_images: int | None = None,
+    skip_broken: bool = False,
+    num_workers: int | None = None,
+) -> Summary:
+    """Write the images of ``source`` to a zip, folder or .npz in the layout of docs/formats.md.
+
+    The target appears whole or not at all, and equal sources give equal bytes. If any image is
+    RGB, all become RGB; in an .npz all are.
+
+    Args:
+        dest: A name ending in .zip or .npz, or a folder that does not exist or is empty.
+        size: Width and height of the result (before center-crop-wide adds its bars); without it
+            every image must have one square size already.
+        transform: One of TRANSFORMS; without it images must be square and are resized.
+        max_images: Use only the first so many images of the source.
+        skip_broken: Leave out images that cannot be read instead of failing.
+        num_workers: Number of processes, by default one per core.
+
+    Raises ValueError if images are broken (all of them are listed), if their sizes do not fit, if
+    none is left, or if ``dest`` is taken.
+    """
+    dest = Path(dest)
+    _check_dest(dest)
+    num_images = min(source.num_images, max_images or source.num_images)
+    if num_images == 0:
+        raise ValueError(f"{source.name}: holds no images.")
+
+    def convert_all(to_rgb: bool, num_written: int) -> Summary:
+        convert_one = functools.partial(
+            _convert_one,
+            size=size,
+            transform=transform,
+            to_rgb=to_rgb,
+            encode=Image.Image.tobytes if is_samples else encode_png,
+        )
+        results = process_map(
+            convert_one, map(source.item, range(num_images)), num_workers=num_workers
+        )
+        with (
+            _open_target(dest, num_written) as target,
+            contextlib.closing(results),
+            progress(total=num_images, label=f"Converting {source.name}") as bar,
+        ):
+            writer = _DatasetWriter(source, target, size, skip_broken, to_rgb)
+            for index, result in enumerate(results):
+                writer.add(index, result)
+                bar.update()
+            return writer.finish()
+
+    is_samples = dest.suffix.lower() == ".npz"
+    to_rgb, num_written = is_samples, num_images
+    while True:
+        try:
+            return convert_all(to_rgb, num_written)
+        except _MixedChannels:
+            to_rgb = True
+        except _OtherCount as found:
+            num_written = found.count
+
+
+def _check_dest(dest: Path) -> None:
+    if dest.suffix.lower() in _NO_DATASET:
+        raise ValueError(
+            f"--dest: got {dest}; accepted: a name ending in .zip or .npz, or a folder."
+        )
+    is_file = dest.suffix.lower() in (".zip", ".npz")
+    empty_folder = dest.is_dir() and not is_file and not any(dest.iterdir())
+    if dest.exists() and not empty_folder:
+        raise ValueError(f"--dest: {dest} exists already; delete it or choose another name.")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Converted:
+    """One converted image. Without ``data``: ``error`` says why, or else ``size`` is not square.
+
+    ``num_channels`` is what the source has.
+    """
+
+    data: bytes | None = None
+    size: Size = (0, 0)
+    num_channels: int = 0
+    error: str | None = None
+
+
+def _convert_one(
+    item: Member | np.ndarray,
+    *,
+    size: Size | None,
+    transform: str | None,
+    to_rgb: bool,
+    encode: Callable[[Image.Image], bytes],
+) -> _Converted:
+    """Return one image ready to be written. Runs in another process."""
+    try:
+        image = Image.fromarray(item) if isinstance(item, np.ndarray) else decode_image(item.read())
+    except ValueError as error:
+        return _Converted(error=str(error))
+    if size is not None and (transform is not None or image.width == image.height):
+        image = apply_transform(image, size, transform)
+    if image.width != image.height:
+        return _Converted(size=image.size)
+    num_channels = 1 if image.mode == "L" else 3
+    if to_rgb:
+        image = image.convert("RGB")
+    return _Converted(encode(image), image.size, num_channels)
+
+
+class _MixedChannels(Exception):  # noqa: N818
+    """An RGB image came after grayscale images had been written."""
+
+
+class _OtherCount(Exception):  # noqa: N818
+    """Some images were left out, and the target had to say beforehand how many it holds."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(count)
+        self.count = count
+
+
+class _Target(Protocol):
+    """What takes converted images in order, then their labels."""
+
+    keeps_splits: bool
+
+    def add(self, number: int, image: _Converted) -> None: ...
+
+    def finish(
+        self,
+        labels: list[int] | None,
+        class_names: list[str] | None,
+        class_splits: Mapping[str, Sequence[int]] | None,
+    ) -> None: ...
+
+
+class _DatasetWriter:
+    """Numbers, checks and writes converted images with their labels."""
+
+    def __init__(
+        self,
+        source: Source,
+        target: _Target,
+        size: Size | None,
+        skip_broken: bool,
+        to_rgb: bool,
+    ) -> None:
+        self._source = source
+        self._target = target
+        self._size = size
+        self._skip_broken = skip_broken
+        self._first: _Converted | None = None
+        self._num_seen = 0
+        self._num_written = 0
+        self._to_rgb = to_rgb
+        self._channels_seen: set[int] = set()
+        self._labels: list[int] = []
+        self._broken: list[str] = []
+
+    def add(self, index: int, image: _Converted) -> None:
+        """Write image ``index`` of the source, or note that it is broken."""
+        self._num_seen += 1
+        name = self._source.image_name(index)
+        if image.error is not None:
+            self._broken.append(f"{name}: {image.error}")
+            return
+        self._first = self._first or image
+        self._check_size(name, image.size)
+        self._channels_seen.add(image.num_channels)
+        if not self._to_rgb and image.num_channels != self._first.num_channels:
+            if self._first.num_channels == 1:
+                raise _MixedChannels
+            image = dataclasses.replace(image, data=_gray_to_rgb(image.data))
+        if self._broken and not self._skip_broken:
+            return  # Only the list of broken images is of use now.
+        self._target.add(self._num_written, image)
+        if self._source.labels is not None:
+            self._labels.append(int(self._source.labels[index]))
+        self._num_written += 1
+
+    def _check_size(self, name: str, found: Size) -> None:
+        width, height = found
+        first_width, first_height = self._first.size
+        if width != height:
+            missing = "" if self._size else "--resolution=N and "
+            raise ValueError(
+                f"{name}: is {width}x{height}, not square; give {missing}--transform=center-crop."
+            )
+        if found != self._first.size:
+            raise ValueError(
+                f"{name}: is {width}x{height}, but images before it are {first_width}x"
+                f"{first_height}; give --resolution=N to bring all to one size."
+            )
+
+    def finish(self) -> Summary:
+        """Write the labels; raises ValueError if images were broken or none is left."""
+        source = self._source
+        if self._broken and not self._skip_broken:
+            raise ValueError(
+                f"{source.name}: {len(self._broken)} of {self._num_seen} images cannot be used:\n  "
+                + "\n  ".join(self._broken)
+                + "\nNothing was written. Repair or remove them, or give --skip-broken."
+            )
+        if self._first is None:
+            raise ValueError(
+                f"{source.name}: no image is left, all {self._num_seen} are broken; the first: "
+                f"{self._broken[0]}"
+            )
+        labelled = source.labels is not None
+        class_names = list(source.class_names) if labelled else None
+        self._target.finish(self._labels if labelled else None, class_names, source.class_splits)
+        return Summary(
+            num_images=self._num_written,
+            resolution=self._first.size[0],
+            img_channels=3 if self._to_rgb else self._first.num_channels,
+            num_classes=len(class_names or ()),
+            skipped=tuple(self._broken),
+            notes=(*source.notes, *self._notes(class_names)),
+        )
+
+    def _notes(self, class_names: list[str] | None) -> Iterator[str]:
+        if len(self._channels_seen) > 1:
+            yield "The source mixes grayscale and RGB images: all became RGB."
+        elif self._to_rgb and 1 in self._channels_seen:
+            yield "Grayscale became RGB of three equal channels, as sample archives hold it."
+        if class_names is not None:
+            num_empty = len(class_names) - len(set(self._labels))
+            if num_empty:
+                yield f"{num_empty} of {len(class_names)} classes have no image."
+        if self._source.class_splits and not self._target.keeps_splits:
+            yield "The split of the classes is left out: a sample archive has no place for it."
+
+
+def _gray_to_rgb(png: bytes) -> bytes:
+    return encode_png(decode_image(png).convert("RGB"))
+
+
+class _FilesTarget:
+    """A zip or folder of PNGs with a ``dataset.json``; ``write`` adds a file to it."""
+
+    keeps_splits = True
+
+    def __init__(self, write: Callable[[str, bytes], None]) -> None:
+        self._write = write
+        self._names: list[str] = []
+
+    def add(self, number: int, image: _Converted) -> None:
+        self._names.append(f"{number // 1000:05d}/img{number:08d}.png")
+        self._write(self._names[-1], image.data)
+
+    def finish(
+        self,
+        labels: list[int] | None,
+        class_names: list[str] | None,
+        class_splits: Mapping[str, Sequence[int]] | None,
+    ) -> None:
+        pairs = None if labels is None else list(zip(self._names, labels, strict=True))
+        metadata = dict(labels=pairs, class_names=class_names)
+        if class_splits is not None:
+            metadata["class_splits"] = {name: list(part) for name, part in class_splits.items()}
+        self._write("dataset.json", json.dumps(metadata, ensure_ascii=False).encode())
+
+
+class _SamplesTarget:
+    """An uncompressed ``.npz`` of ``num_images`` RGB images, as ADM's evaluator reads them."""
+
+    keeps_splits = False
+
+    def __init__(self, archive: zipfile.ZipFile, num_images: int) -> None:
+        self._archive = archive
+        self._num_images = num_images
+        self._num_added = 0
+        self._images: IO[bytes] | None = None
+
+    def add(self, number: int, image: _Converted) -> None:
+        if self._images is None:
+            shape = (self._num_images, image.size[1], image.size[0], 3)
+            self._images = self._open_array("arr_0")
+            header = dict(descr="|u1", fortran_order=False, shape=shape)
+            np.lib.format.write_array_header_1_0(self._images, header)
+        self._images.write(image.data)
+        self._num_added += 1
+
+    def finish(
+        self,
+        labels: list[int] | None,
+        class_names: list[str] | None,
+        class_splits: Mapping[str, Sequence[int]] | None,
+    ) -> None:
+        if self._num_added != self._num_images:
+            raise _OtherCount(self._num_added)
+        self.close()
+        if labels is not None:
+            arrays = {"arr_1": np.array(labels, np.int64), "class_names": np.array(class_names)}
+            for name, array in arrays.items():
+                with self._open_array(name) as file:
+                    np.lib.format.write_array(file, array, allow_pickle=False)
+
+    def close(self) -> None:
+        """End ``arr_0``, without which the zip cannot be closed."""
+        if self._images is not None:
+            self._images.close()
+
+    def _open_array(self, name: str) -> IO[bytes]:
+        return self._archive.open(_zip_info(f"{name}.npy"), "w", force_zip64=True)
+
+
+def _zip_info(name: str) -> zipfile.ZipInfo:
+    info = zipfile.ZipInfo(name, _ZIP_TIME)
+    info.external_attr = 0o644 << 16
+    return info
+
+
+@contextlib.contextmanager
+def _open_target(dest: Path, num_images: int) -> Iterator[_Target]:
+    """Give a target for ``num_images`` images, which appears when the block ends."""
+    if dest.suffix.lower() in (".zip", ".npz"):
+        with atomic_write(dest) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            if dest.suffix.lower() == ".zip":
+                yield _FilesTarget(lambda name, data: archive.writestr(_zip_info(name), data))
+            else:
+                with contextlib.closing(_SamplesTarget(archive, num_images)) as target:
+                    yield target
+        return
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", suffix=".tmp", dir=dest.parent))
+    try:
+
+        def write(name: str, data: bytes) -> None:
+            path = temporary / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(data)
+
+        yield _FilesTarget(write)
+        # mkdtemp creates the folder for its owner alone; give it the usual permissions instead.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
+        os.sync()
+        os.rename(temporary, dest)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

@@ -1,0 +1,266 @@
+"""Opens the datasets of few-shot learning: each class belongs to one split, train, val or test."""
+
+import dataclasses
+import re
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.images.labels import CLASS_SPLITS
+from dnnlib import safe_pickle
+
+# Of the 20 superclasses of CIFAR-100, in their alphabetical order: FC100 (Oreshkin et al., TADAM,
+# arXiv 1805.10123).
+_FC100_SUPERCLASSES = {
+    "train": (1, 2, 3, 4, 5, 6, 9, 10, 15, 17, 18, 19),
+    "val": (8, 11, 13, 16),
+    "test": (0, 7, 12, 14),
+}
+# CIFAR-FS (Bertinetto et al., arXiv 1805.08136); all other classes are trained on.
+_CIFAR_FS = {
+    "val": "beaver otter flatfish shark lamp television beetle butterfly sea camel cattle crab "
+    "crocodile maple_tree motorcycle tractor",
+    "test": "whale poppy rose sweet_pepper telephone bed table wardrobe leopard plain chimpanzee "
+    "fox snail worm baby man woman bicycle pickup_truck rocket",
+}
+CIFAR_SPLITS = ("fc100", "cifar-fs")
+_PICKLES = (".pickle", ".pkl")
+_OMNIGLOT = {"train": "train_small.npz", "test": "test_small.npz"}
+# One training class of so many becomes a validation class: 97 of Omniglot's 964.
+_OMNIGLOT_VAL = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitImages:
+    """Images of one split's classes: uint8 [M, H, W] or [M, H, W, 3]."""
+
+    images: np.ndarray
+    labels: np.ndarray  # int64 [M], into class_names
+    class_names: Sequence[str]
+
+
+def cifar_splits(
+    name: str, class_names: Sequence[str], labels: np.ndarray, superclasses: np.ndarray, where: str
+) -> dict[str, list[int]]:
+    """Return the classes of each split of CIFAR-100, ``fc100`` or ``cifar-fs``.
+
+    Args:
+        name: Which split.
+        class_names: Names of the (fine) classes.
+        labels, superclasses: Of every image.
+        where: The archive, for messages.
+
+    Raises ValueError if a class has images of several superclasses, or has no place in the split.
+    """
+    if name == "fc100":
+        of_class: dict[int, int] = {}
+        for label, superclass in zip(labels.tolist(), superclasses.tolist(), strict=True):
+            if of_class.setdefault(label, superclass) != superclass:
+                raise ValueError(
+                    f"{where}: class {class_names[label]!r} has images of superclasses "
+                    f"{of_class[label]} and {superclass}; download the archive again."
+                )
+        return {
+            split: sorted(label for label, found in of_class.items() if found in wanted)
+            for split, wanted in _FC100_SUPERCLASSES.items()
+        }
+    parts = {split: set(names.split()) for split, names in _CIFAR_FS.items()}
+    result: dict[str, list[int]] = {split: [] for split in CLASS_SPLITS}
+    for index, class_name in enumerate(class_names):
+        found = [split for split, names in parts.items() if class_name in names]
+        result[found[0] if found else "train"].append(index)
+    return result
+
+
+def find_fewshot_files(path: Path) -> dict[str, Path] | None:
+    """Return the file of each split that ``path`` holds or is; None if it is of no such kind.
+
+    Raises ValueError if files of several datasets lie side by side.
+    """
+    if path.is_file():
+        if path.suffix not in _PICKLES:
+            return None
+        split, _ = _split_of(path)
+        if split is None:
+            raise ValueError(
+                f"{path}: the name does not tell its split; accepted: CIFAR_FS_train.pickle, "
+                "FC100_test.pickle, mini-imagenet-cache-val.pkl, train_NAME.pkl and the like."
+            )
+        return {split: path}
+    if all((path / name).is_file() for name in _OMNIGLOT.values()):
+        return {split: path / name for split, name in _OMNIGLOT.items()}
+    files = sorted(file for file in path.iterdir() if file.suffix in _PICKLES)
+    named = [(file, *_split_of(file)) for file in files]
+    named = [(file, split, kind) for file, split, kind in named if split is not None]
+    if not named:
+        return None
+    kinds = sorted({kind for _, _, kind in named})
+    splits = [split for _, split, _ in named]
+    if len(kinds) > 1 or len(set(splits)) < len(splits):
+        raise ValueError(
+            f"{path}: holds files of several datasets ({', '.join(f.name for f, *_ in named)}); "
+            "put each dataset into a folder of its own."
+        )
+    return {split: file for file, split, _ in named}
+
+
+def _split_of(path: Path) -> tuple[str | None, str]:
+    """Return the split that a file's name tells, and the rest of the name."""
+    match = re.fullmatch(r"(.+[-_])(train|val|test)|(train|val|test)(_.+)", path.stem)
+    if match is None:
+        return None, ""
+    return match[2] or match[3], match[1] or match[4]
+
+
+def read_fewshot(
+    files: Mapping[str, Path],
+) -> tuple[np.ndarray, np.ndarray, list[str], dict[str, list[int]]]:
+    """Return images, labels, class names and class splits of the files of each split.
+
+    Classes of the same name in two splits, as where each split is numbered from 0, get the split's
+    name before theirs. Raises ValueError for a file of unknown content.
+    """
+    parts = {split: _read_split(files[split]) for split in CLASS_SPLITS if split in files}
+    if any(path.suffix == ".npz" for path in files.values()):
+        parts = _with_omniglot_val(parts)
+    names = [name for part in parts.values() for name in part.class_names]
+    clash = len(set(names)) < len(names)
+    images, labels, class_names, splits = [], [], [], {}
+    for split, part in parts.items():
+        splits[split] = list(range(len(class_names), len(class_names) + len(part.class_names)))
+        labels.append(part.labels + len(class_names))
+        images.append(part.images)
+        class_names += [f"{split} {name}" if clash else name for name in part.class_names]
+    shapes = {part.images.shape[1:] for part in parts.values()}
+    if len(shapes) > 1:
+        listed = ", ".join("x".join(map(str, shape)) for shape in sorted(shapes))
+        raise ValueError(
+            f"{next(iter(files.values())).parent}: the splits hold images of {listed}; convert "
+            "files of one dataset."
+        )
+    return np.concatenate(images), np.concatenate(labels), class_names, splits
+
+
+def _with_omniglot_val(parts: dict[str, SplitImages]) -> dict[str, SplitImages]:
+    """Return splits in which every tenth training class is for validation, and not for training."""
+    train = parts["train"]
+    is_val = np.arange(len(train.class_names)) % _OMNIGLOT_VAL == 0
+    return dict(train=_only(train, ~is_val), val=_only(train, is_val), test=parts["test"])
+
+
+def _only(part: SplitImages, kept: np.ndarray) -> SplitImages:
+    rows = kept[part.labels]
+    number = np.cumsum(kept) - 1
+    names = [name for name, is_kept in zip(part.class_names, kept, strict=True) if is_kept]
+    return SplitImages(part.images[rows], number[part.labels[rows]], names)
+
+
+def _read_split(path: Path) -> SplitImages:
+    if path.suffix == ".npz":
+        return _read_omniglot(path)
+    try:
+        with open(path, "rb") as file:
+            content = safe_pickle.load(file)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error}).") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: is refused: {error}; download it again.") from None
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{path}: holds no dictionary of images; download it again.")
+    content = {_text(key): value for key, value in content.items()}
+    for keys, read in _LAYOUTS:
+        if keys <= set(content):
+            return read(path, content)
+    return _read_by_class(path, content)
+
+
+def _read_labelled(path: Path, content: dict[str, Any]) -> SplitImages:
+    """FC100 and CIFAR-FS: ``data`` [M, H, W, 3] and ``labels`` [M]."""
+    images = _checked_images(path, "data", content["data"])
+    labels = [_text(label) for label in np.asarray(content["labels"]).tolist()]
+    if len(labels) != len(images):
+        raise ValueError(
+            f"{path}: holds {len(images)} images but {len(labels)} labels; download it again."
+        )
+    return _numbered(images, labels)
+
+
+def _read_mini_imagenet(path: Path, content: dict[str, Any]) -> SplitImages:
+    """miniImageNet's caches: ``image_data`` [M, H, W, 3] and ``class_dict`` of rows by class."""
+    images = _checked_images(path, "image_data", content["image_data"])
+    rows = content["class_dict"]
+    if not isinstance(rows, dict):
+        raise ValueError(f"{path}: class_dict is no dictionary; download it again.")
+    labels: list[str | None] = [None] * len(images)
+    for name, indices in rows.items():
+        for index in np.asarray(indices).tolist():
+            if not (isinstance(index, int) and 0 <= index < len(images)) or labels[index]:
+                raise ValueError(
+                    f"{path}: class_dict names image {index}, which does not exist or has a class "
+                    "already; download it again."
+                )
+            labels[index] = _text(name)
+    if None in labels:
+        raise ValueError(f"{path}: image {labels.index(None)} has no class; download it again.")
+    return _numbered(images, labels)
+
+
+def _read_by_class(path: Path, content: dict[str, Any]) -> SplitImages:
+    """Few-shot diffusion models' files: images [M, H, W, 3] by class."""
+    parts = {name: _checked_images(path, name, value) for name, value in content.items()}
+    shapes = {part.shape[1:] for part in parts.values()}
+    if len(shapes) > 1:
+        raise ValueError(f"{path}: its classes hold images of different sizes; download it again.")
+    labels = [name for name, part in parts.items() for _ in part]
+    return _numbered(np.concatenate(list(parts.values())), labels)
+
+
+_LAYOUTS: tuple[tuple[set[str], Callable[[Path, dict[str, Any]], SplitImages]], ...] = (
+    ({"data", "labels"}, _read_labelled),
+    ({"image_data", "class_dict"}, _read_mini_imagenet),
+)
+
+
+def _read_omniglot(path: Path) -> SplitImages:
+    """Omniglot: one array [20, 28, 28] a character, light on dark, kept as it is."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in sorted(file.files)}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); download it again.") from None
+    images, labels = [], []
+    for name, array in arrays.items():
+        if array.dtype.kind in "bf" and array.ndim == 3:
+            if not (array.min() >= 0 and array.max() <= 1):
+                raise ValueError(f"{path}: {name} holds numbers outside 0 to 1; download it again.")
+            array = np.round(array.astype(np.float64) * 255).astype(np.uint8)
+        images.append(_checked_images(path, name, array))
+        labels += [name] * len(array)
+    return _numbered(np.concatenate(images), labels)
+
+
+def _checked_images(path: Path, name: str, value: Any) -> np.ndarray:
+    is_images = isinstance(value, np.ndarray) and value.dtype == np.uint8 and len(value) > 0
+    if is_images and value.ndim == 4 and value.shape[3] == 1:
+        value = value[..., 0]
+    if not is_images or not (value.ndim == 3 or (value.ndim == 4 and value.shape[3] == 3)):
+        raise ValueError(
+            f"{path}: {name} holds no uint8 images [M, H, W, 3]; download the file again."
+        )
+    return value
+
+
+def _numbered(images: np.ndarray, names: Sequence[str]) -> SplitImages:
+    """Return images whose classes are numbered by name; names that are numbers, by size."""
+    class_names = sorted(
+        set(names), key=lambda n: (not n.isdigit(), int(n) if n.isdigit() else 0, n)
+    )
+    number = {name: index for index, name in enumerate(class_names)}
+    return SplitImages(images, np.array([number[name] for name in names]), class_names)
+
+
+def _text(value: Any) -> str:
+    return value.decode("latin1") if isinstance(value, bytes) else str(value)

@@ -1,0 +1,171 @@
+"""Opens what ``dataset_tool.py convert`` reads: folders, zips, samples, CIFAR, MNIST and digits."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data.convert.cifar_mnist import _MNIST_PREFIXES, _find_idx, open_cifar, open_mnist
+from data.convert.fewshot_sources import find_fewshot_files, read_fewshot
+from data.convert.source import Source, _array_source
+from data.images.archive import open_archive
+from data.images.labels import read_class_splits, read_labels
+from data.images.members import Archive
+from data.images.samples import SampleArchive
+
+_ACCEPTED = (
+    "a folder of images, a zip of one, an .npz of samples in ADM's layout, cifar-10-python.tar.gz, "
+    "cifar-100-python.tar.gz, train-images-idx3-ubyte[.gz] or its folder, the pickles of FC100, "
+    "CIFAR-FS or miniImageNet or their folder, a folder of Omniglot's train_small.npz and "
+    "test_small.npz, or digits"
+)
+
+
+def open_source(source: str, split: str | None = None, class_split: str | None = None) -> Source:
+    """Return the images that ``--source`` names.
+
+    ``split`` (train, test or all; train by default) is for CIFAR archives and MNIST folders, and
+    an error elsewhere; ``class_split`` (fc100 or cifar-fs) is for CIFAR-100. Raises ValueError for
+    anything that is none of these, or is damaged.
+    """
+    path = Path(source)
+    is_archive = path.is_file() and path.name.endswith((".tar.gz", ".tgz", ".tar"))
+    if class_split is not None and path.exists() and not is_archive:
+        raise ValueError(
+            f"--class-split: got {class_split}, but {source} is no CIFAR-100 archive; leave it out."
+        )
+    if source == "digits" and not path.exists():
+        return _without_split(open_digits, source, split)
+    if not path.exists():
+        raise ValueError(f"--source: got {source}, which does not exist; accepted: {_ACCEPTED}.")
+    if path.is_dir():
+        if any(_find_idx(path, kind, "images") for kind in _MNIST_PREFIXES.values()):
+            return open_mnist(path, split or "train")
+        if find_fewshot_files(path) is not None:
+            return _without_split(open_fewshot, source, split)
+        return _without_split(open_images, source, split)
+    if path.name.endswith((".tar.gz", ".tgz", ".tar")):
+        if class_split is not None and split not in (None, "all"):
+            raise ValueError(
+                f"--split: got {split}, but --class-split={class_split} divides the classes of all "
+                "images; leave it out."
+            )
+        return open_cifar(path, split or ("all" if class_split else "train"), class_split)
+    if "-ubyte" in path.name:
+        return _without_split(open_mnist, source, split)
+    if path.suffix.lower() == ".npz":
+        return _without_split(open_samples, source, split)
+    if find_fewshot_files(path) is not None:
+        return _without_split(open_fewshot, source, split)
+    if path.suffix.lower() != ".zip":
+        raise ValueError(
+            f"--source: got {source}, which is of no known kind; accepted: {_ACCEPTED}."
+        )
+    return _without_split(open_images, source, split)
+
+
+def _without_split(opener: Callable[..., Source], source: str, split: str | None) -> Source:
+    if split is not None:
+        raise ValueError(
+            f"--split: got {split}, but {source} has no splits; leave it out (it is for CIFAR "
+            "archives and folders of MNIST files)."
+        )
+    return opener(source)
+
+
+def open_images(source: str) -> Source:
+    """Return the images of a folder or zip, labelled by dataset.json or the first folder level.
+
+    One folder around everything, as many zips have it, counts for neither.
+    """
+    archive = open_archive(source)
+    folder = _common_folder(archive.names)
+    found, splits, notes = None, {}, ()
+    for root in dict.fromkeys(("", folder)):
+        if archive.read_file(f"{root}dataset.json") is not None:
+            found = read_labels(archive, root)
+            if found is not None:
+                splits = read_class_splits(archive, len(found[1]), root)
+            break
+    else:
+        found, notes = _labels_from_folders(archive, folder)
+    labels, class_names = found or (None, None)
+    return Source(
+        name=str(source),
+        num_images=len(archive),
+        item=archive.member,
+        image_name=archive.label,
+        labels=labels,
+        class_names=class_names,
+        class_splits=splits or None,
+        notes=notes,
+    )
+
+
+def open_samples(source: str) -> Source:
+    """Return the images of an ``.npz`` sample archive, labelled if it has ``arr_1``."""
+    archive = SampleArchive(Path(source))
+
+    def item(index: int) -> np.ndarray:
+        try:
+            return archive.pixels(index)
+        except ValueError as error:
+            raise ValueError(f"{archive.label(index)}: cannot be read ({error}).") from None
+
+    labels, class_names = read_labels(archive) or (None, None)
+    return Source(
+        name=str(source),
+        num_images=len(archive),
+        item=item,
+        image_name=archive.label,
+        labels=labels,
+        class_names=class_names,
+        notes=() if labels is not None else ("No labels: the archive has no arr_1.",),
+    )
+
+
+def _common_folder(names: Sequence[str]) -> str:
+    first = names[0].partition("/")[0] + "/"
+    return first if all(name.startswith(first) for name in names) else ""
+
+
+def _labels_from_folders(
+    archive: Archive, folder: str
+) -> tuple[tuple[np.ndarray, list[str]] | None, tuple[str, ...]]:
+    parts = [name.removeprefix(folder).split("/") for name in archive.names]
+    outside = [index for index, part in enumerate(parts) if len(part) == 1]
+    if len(outside) == len(parts):
+        where = f"all images are in one folder, {folder.rstrip('/')}" if folder else "no folders"
+        return None, (f"No labels: {where}; give one folder per class for labels.",)
+    if outside:
+        raise ValueError(
+            f"{archive.label(outside[0])}: lies outside the class folders that other images are "
+            "in; move it into one, or give every image a label in a dataset.json."
+        )
+    class_names = sorted({part[0] for part in parts})
+    index = {name: number for number, name in enumerate(class_names)}
+    labels = np.array([index[part[0]] for part in parts], np.int64)
+    notes = ()
+    if len(class_names) == 1:
+        notes = (f"One class only: the first folder level holds nothing but {class_names[0]!r}.",)
+    return (labels, class_names), notes
+
+
+def open_digits(source: str = "digits") -> Source:
+    """Return the 1,797 handwritten digits of scikit-learn, 8x8, their 0..16 scaled to 0..255."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise ValueError(
+            "--source=digits needs scikit-learn, which is not installed: pip install scikit-learn"
+        ) from None
+    digits = load_digits()
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    return _array_source(source, images, digits.target, [str(name) for name in digits.target_names])
+
+
+def open_fewshot(source: str) -> Source:
+    """Return the images of FC100, CIFAR-FS, miniImageNet or Omniglot, with their class splits."""
+    path = Path(source)
+    images, labels, class_names, splits = read_fewshot(find_fewshot_files(path))
+    return _array_source(source, images, labels, class_names, splits)

@@ -1,0 +1,254 @@
+"""Latents and features of images of several sizes, and which of them each training step takes."""
+
+import functools
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from data.features.buckets import Bucket
+from data.features.record import Manifest, read_feature_record, read_manifest
+from data.features.shards import from_npy
+from data.images.dataset import Cond
+from data.images.decode import ImageError
+from dnnlib.addresses import AddressError, is_address, read_range
+
+_MAX_OPEN_FILES = 256
+
+# An item: how errors name it, and what returns a member's data by key.
+_Item = tuple[str, Callable[[str], bytes]]
+
+
+class FeatureDataset(Dataset):
+    """Latents with text and visual features; items run bucket by bucket.
+
+    Any number of processes may read at once, also from copies made by fork or pickle.
+
+    Args:
+        path: Folder made by ``dataset_tool.py features`` (see docs/formats.md), or its address, of
+            which each member of an item is then requested by itself.
+        split: ``train`` or ``validation``.
+        text_lengths: Rising lengths to which the texts of a batch are padded: to the first that
+            holds the longest of them, and cut at the last.
+
+    Attributes:
+        record: All that is known of the folder.
+        buckets: Sizes of images of which there are any.
+        counts: Number of images of each.
+        ids: Name of every item.
+
+    Raises ValueError, one sentence that names the file, for data that are damaged or incomplete.
+    """
+
+    labels = None
+    num_classes = 0
+    class_names: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        split: str = "train",
+        *,
+        text_lengths: Sequence[int] = (128, 256, 384, 512),
+    ) -> None:
+        self.path: Path | str = str(path) if is_address(path) else Path(path)
+        self.split = split
+        self.record = read_feature_record(path)
+        # What a store calls it may be no name of a file.
+        self.name = (
+            re.sub(r"[^\w.-]+", "-", self.record.name)
+            if is_address(path)
+            else self.path.resolve().name
+        )
+        self.text_lengths = tuple(text_lengths)
+        found = [b for b in self.record.buckets if b.num[split] > 0]
+        self.buckets = [Bucket(b.width, b.height) for b in found]
+        self.counts = [b.num[split] for b in found]
+        self._shapes = [tuple(b.latent_shape) for b in found]
+        self._grids = [tuple(b.patch_grid) for b in found]
+        self._manifests: list[Manifest] = [
+            read_manifest(self.path, split, bucket.name) for bucket in self.buckets
+        ]
+        for bucket, manifest, count in zip(self.buckets, self._manifests, self.counts, strict=True):
+            if len(manifest.ids) != count:
+                raise ValueError(
+                    f"{self.path}: the manifest of {split}/{bucket.name} names "
+                    f"{len(manifest.ids)} images, but the record {count}; run dataset_tool.py "
+                    "features again."
+                )
+        self.firsts = np.cumsum([0, *self.counts])  # The first item of each bucket.
+        self.ids = [name for manifest in self._manifests for name in manifest.ids]
+        self.num_images = len(self.ids)
+        self.resolution = (
+            round(max(b.width * b.height for b in self.buckets) ** 0.5) if found else 0
+        )
+        self.img_channels = 3
+        self._open = functools.lru_cache(_MAX_OPEN_FILES)(_open)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "_open"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._open = functools.lru_cache(_MAX_OPEN_FILES)(_open)
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    @property
+    def content_hash(self) -> str:
+        """Identity of all shards."""
+        return self.record.content_hash
+
+    def summary(self) -> dict[str, Any]:
+        """Return what a snapshot keeps of the features: buckets, normalisation, source."""
+        record = self.record
+        return dict(
+            buckets={b.name: num for b, num in zip(self.buckets, self.counts, strict=True)},
+            statistics={name: dict(record.statistics[name]) for name in record.statistics},
+            path=self.path if is_address(self.path) else str(self.path.resolve()),
+        )
+
+    def of_split(self, split: str) -> "FeatureDataset":
+        """Return the items of another split of the same folder."""
+        return FeatureDataset(self.path, split, text_lengths=self.text_lengths)
+
+    def bucket_index(self, index: int) -> int:
+        """Return the position in ``buckets`` of an item's size."""
+        return int(np.searchsorted(self.firsts, index, side="right")) - 1
+
+    def latent_shape(self, bucket: int) -> tuple[int, int, int]:
+        """Return channels, height and width of the latents of a bucket."""
+        return self._shapes[bucket]
+
+    def facts(self, index: int) -> dict[str, Any]:
+        """Return what an item's json says: caption, source, crop and more."""
+        return json.loads(self._read(index, "json"))
+
+    def caption(self, index: int) -> str:
+        """Return the text of an item."""
+        return self.facts(index)["caption"]
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, Cond]:
+        latents, cond = self.__getitems__([index])
+        return latents[0], {k: v if k == "size" else v[0] for k, v in cond.items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[torch.Tensor, Cond]:
+        """Return a batch of items of one size: raw latents, float16 [B, c, h, w], and conditions.
+
+        Conditions are ``text`` [B, L, T] and ``text_mask`` [B, L], ``cls`` [B, D], ``patches``
+        [B, P, D], features in float16, and ``size``: width and height, int64 [2].
+        """
+        buckets = {self.bucket_index(index) for index in indices}
+        assert len(buckets) == 1, f"A batch has images of one size, not of {len(buckets)}."
+        items = [(self._label(index), functools.partial(self._read, index)) for index in indices]
+        return self._batch(buckets.pop(), items)
+
+    def latents(self, index: int) -> torch.Tensor:
+        """Return the raw latents of an item, float16 [c, h, w]."""
+        target = np.empty(self._shapes[self.bucket_index(index)], np.float16)
+        _read_array((self._label(index), functools.partial(self._read, index)), "vae.npy", target)
+        return torch.from_numpy(target)
+
+    def _batch(self, bucket: int, items: Sequence[_Item]) -> tuple[torch.Tensor, Cond]:
+        dim, text_dim = self.record.visual["dim"], self.record.text["dim"]
+        num_patches = self._grids[bucket][0] * self._grids[bucket][1]
+        batch = len(items)
+        latents = np.empty((batch, *self._shapes[bucket]), np.float16)
+        cls = np.empty((batch, dim), np.float16)
+        patches = np.empty((batch, num_patches, dim), np.float16)
+        texts = []
+        for row, item in enumerate(items):
+            _read_array(item, "vae.npy", latents[row])
+            _read_array(item, "dinov3.npy", cls[row])
+            _read_array(item, "dinov3_patches.npy", patches[row])
+            texts.append(_read_text(item, text_dim))
+        text, mask = pad_texts(texts, self.text_lengths)
+        size = self.buckets[bucket].size
+        return torch.from_numpy(latents), {
+            "text": torch.from_numpy(text),
+            "text_mask": torch.from_numpy(mask),
+            "cls": torch.from_numpy(cls),
+            "patches": torch.from_numpy(patches),
+            "size": torch.tensor(size),
+        }
+
+    def _read(self, index: int, key: str) -> bytes:
+        bucket = self.bucket_index(index)
+        manifest, row = self._manifests[bucket], index - int(self.firsts[bucket])
+        path = manifest.files[manifest.shard[row]]
+        offset, size = int(manifest.offset[key][row]), int(manifest.size[key][row])
+        try:
+            if is_address(path):
+                data = read_range(path, offset, size)
+            else:
+                data = os.pread(self._open(path).fileno(), size, offset)
+        except AddressError as error:
+            raise ImageError(str(error)) from None
+        except OSError as error:
+            raise ImageError(f"{path}: cannot be read ({error.strerror}).") from None
+        if len(data) != size:
+            raise ImageError(
+                f"{path}: ends in the middle of {self.ids[index]}.{key}; dataset_tool.py verify "
+                "lists every such file."
+            )
+        return data
+
+    def _label(self, index: int) -> str:
+        bucket = self.buckets[self.bucket_index(index)]
+        return f"{self.path}/{self.split}/bucket_{bucket.name}: {self.ids[index]}"
+
+
+def _open(path: Path) -> Any:
+    return open(path, "rb", buffering=0)
+
+
+def _read_array(item: _Item, key: str, target: np.ndarray) -> None:
+    array = _array(item, key)
+    if array.shape != target.shape or array.dtype != np.float16:
+        raise ImageError(
+            f"{item[0]}: {key} is {array.dtype} of {list(array.shape)}, not float16 of "
+            f"{list(target.shape)}; dataset_tool.py verify lists every such image."
+        )
+    target[...] = array
+
+
+def _read_text(item: _Item, dim: int) -> np.ndarray:
+    text, mask = _array(item, "t5h.npy"), _array(item, "t5m.npy")
+    if text.ndim != 2 or text.shape[1] != dim or mask.shape != text.shape[:1]:
+        raise ImageError(
+            f"{item[0]}: its text features are of {list(text.shape)} with a mask of "
+            f"{list(mask.shape)}, not [L, {dim}] and [L]; dataset_tool.py verify lists every such "
+            "image."
+        )
+    return text[mask]
+
+
+def _array(item: _Item, key: str) -> np.ndarray:
+    label, read = item
+    data = read(key)
+    try:
+        return from_npy(data)
+    except ValueError as error:
+        raise ImageError(f"{label}: {key} is damaged ({error}).") from None
+
+
+def pad_texts(texts: Sequence[np.ndarray], lengths: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return texts of [L_i, T] as one array [B, L, T], and where there are tokens, bool [B, L].
+
+    L is the first of the rising ``lengths`` that holds the longest; what is beyond the last is cut.
+    """
+    longest = max(len(text) for text in texts)
+    length = next((n for n in lengths if n >= longest), lengths[-1])
+    padded = np.zeros((len(texts), length, texts[0].shape[1]), np.float16)
+    mask = np.zeros((len(texts), length), bool)
+    for row, text in enumerate(texts):
+        padded[row, : len(text)] = text[:length]
+        mask[row, : len(text)] = True
+    return padded, mask

@@ -1,0 +1,163 @@
+"""Captions of images: from text files beside them, a JSONL file, or the dataset's metadata."""
+
+import json
+import os
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data.images.archive import ZipArchive
+from data.images.members import Archive
+
+METADATA = "metadata"
+_FILE_KEYS = ("file", "file_name")
+_CAPTION_KEYS = ("caption", "text")
+_NUM_SHOWN = 3
+
+
+def read_captions(
+    archive: Archive, names: Sequence[str], location: str | None = None, key: str | None = None
+) -> dict[str, str]:
+    """Return the captions of images by name, without white space around them.
+
+    Args:
+        archive: The folder or zip of the images.
+        names: Names of the images, relative to the archive; other captions are left out, as are
+            empty ones.
+        location: A ``.jsonl`` file of objects with "file" (or "file_name") and "caption" (or
+            "text"); a folder of text files with the images' names but ``.txt`` at the end; the
+            word ``metadata`` for "captions" in the archive's ``dataset.json``, an object or a list
+            of [name, caption] pairs; or None: text files beside the images.
+        key: Another name for "caption" of the JSONL file, or for "captions" of the metadata.
+
+    Raises ValueError, one sentence, if a file is missing or damaged.
+    """
+    if location == METADATA:
+        captions = _from_metadata(archive, key or "captions")
+    elif location is not None and not os.path.isdir(location):
+        captions = _from_jsonl(location, (key,) if key else _CAPTION_KEYS)
+    elif key is not None:
+        raise ValueError(
+            "--caption-key: has no effect on text files beside images; give --captions=FILE.jsonl "
+            "or --captions=metadata, or leave it out."
+        )
+    elif location is None:
+        captions = _from_files(names, _reader(archive))
+    else:
+        captions = _from_files(names, lambda name: _read(Path(location) / name))
+    found = {name: captions.get(name, "").strip() for name in names}
+    return {name: caption for name, caption in found.items() if caption}
+
+
+def require_captions(
+    captions: Mapping[str, str], names: Sequence[str], source: str, location: str | None
+) -> None:
+    """Raise ValueError, one sentence, if an image has no caption.
+
+    ``source`` and ``location`` are where images and captions were looked for.
+    """
+    missing = [name for name in names if name not in captions]
+    if missing:
+        where = "text files beside the images" if location is None else location
+        shown = ", ".join(missing[:_NUM_SHOWN]) + (", ..." if len(missing) > _NUM_SHOWN else "")
+        raise ValueError(
+            f"--captions: {len(missing)} of {len(names)} images of {source} have no caption in "
+            f"{where}: {shown}; write one for each, or give another --captions."
+        )
+
+
+def _from_metadata(archive: Archive, key: str) -> dict[str, str]:
+    where = f"{archive.path}/dataset.json"
+    metadata = archive.metadata()
+    if metadata is None or metadata.get(key) is None:
+        raise ValueError(
+            f'--captions: {where} is missing or has no "{key}"; add it, or give another --captions.'
+        )
+    pairs = metadata[key]
+    pairs = list(pairs.items()) if isinstance(pairs, dict) else pairs
+    if not isinstance(pairs, list):
+        raise ValueError(f'{where}: "{key}" must be an object of captions by file name.')
+    captions: dict[str, str] = {}
+    for pair in pairs:
+        is_pair = isinstance(pair, list | tuple) and len(pair) == 2
+        if not is_pair or not all(isinstance(part, str) for part in pair):
+            raise ValueError(
+                f'{where}: "{key}" holds {pair!r}, which is no pair of a file name and a caption.'
+            )
+        _add(captions, *pair, where)
+    return captions
+
+
+def _from_jsonl(location: str, keys: Sequence[str]) -> dict[str, str]:
+    try:
+        data = Path(location).read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"--captions: {location} cannot be read ({error.strerror}); give a .jsonl file, a "
+            f"folder of text files, or {METADATA}."
+        ) from None
+    captions: dict[str, str] = {}
+    for number, line in enumerate(_decoded(data, location).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{location}: line {number} is not valid JSON ({error}).") from None
+        name, caption = _value(row, _FILE_KEYS), _value(row, keys)
+        if not isinstance(name, str) or not isinstance(caption, str):
+            raise ValueError(
+                f"{location}: line {number} must be an object with the texts "
+                f'"{_FILE_KEYS[0]}" and "{keys[0]}".'
+            )
+        _add(captions, name, caption, f"{location}: line {number}")
+    return captions
+
+
+def _value(row: Any, keys: Sequence[str]) -> Any:
+    """Return the value of the first of the keys that an object has."""
+    return next((row[key] for key in keys if isinstance(row, dict) and key in row), None)
+
+
+def _add(captions: dict[str, str], name: str, caption: str, where: str) -> None:
+    name = name.replace("\\", "/").removeprefix("./")
+    if captions.setdefault(name, caption) != caption:
+        raise ValueError(f"{where}: gives {name} another caption than before; keep one of them.")
+
+
+def _from_files(names: Sequence[str], read: Callable[[str], bytes | None]) -> dict[str, str]:
+    captions = {}
+    for name in names:
+        file = f"{name.rpartition('.')[0]}.txt"
+        data = read(file)
+        if data is not None:
+            captions[name] = _decoded(data, file)
+    return captions
+
+
+def _reader(archive: Archive) -> Callable[[str], bytes | None]:
+    """Return a function that gives the bytes of any file of an archive by name, None if absent."""
+    if not isinstance(archive, ZipArchive):
+        return archive.read_file
+    file = zipfile.ZipFile(archive.path)
+    names = set(file.namelist())
+
+    def read(name: str) -> bytes | None:
+        try:
+            return file.read(name) if name in names else None
+        except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+            raise ValueError(f"{archive.path}/{name}: cannot be read ({error}).") from None
+
+    return read
+
+
+def _read(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
+
+
+def _decoded(data: bytes, name: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{name}: is not text in UTF-8; convert it.") from None

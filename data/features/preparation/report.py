@@ -1,0 +1,80 @@
+"""Feature folders in words: buckets, encoders, and what a preparation did."""
+
+import os
+from collections.abc import Iterator
+
+from data.features.preparation.prepare import Outcome
+from data.features.record import FEATURES, SPLITS, FeatureRecord, read_feature_record, read_manifest
+from dnnlib.text import format_count
+
+
+def describe_outcome(dest: str | os.PathLike, outcome: Outcome, only: str | None) -> Iterator[str]:
+    """Yield the lines that tell what a preparation did."""
+    if outcome.skipped:
+        yield "Broken:\n  " + "\n  ".join(outcome.skipped)
+        yield f"Skipped {len(outcome.skipped)} broken image(s)."
+    made = [f"{outcome.num_made[feature]} {feature}" for feature in FEATURES]
+    if outcome.record is None:
+        num_made = outcome.num_made[only]
+        yield (
+            f"{dest}: {num_made} of {outcome.num_images} {only} features made, the others existed "
+            "already. Run the command without --only to make shards."
+        )
+        return
+    if not any(outcome.num_made.values()) and not outcome.num_packed:
+        yield f"{dest}: complete already."
+    else:
+        yield f"Made: {', '.join(made)} features of {outcome.num_images} images."
+        yield f"Wrote {outcome.num_packed} shard(s)."
+    yield from bucket_report(outcome.record)
+
+
+def describe_folder(path: str | os.PathLike) -> Iterator[str]:
+    """Yield the lines that describe a complete feature folder; raises ValueError if it is not."""
+    record = read_feature_record(path)
+    shards = [
+        shard
+        for bucket in record.buckets
+        for split in SPLITS
+        for shard in read_manifest(path, split, bucket.name).shards
+    ]
+    num_bytes = sum(shard["num_bytes"] for shard in shards)
+    counts = ", ".join(f"{record.num_samples(split)} {split}" for split in SPLITS)
+    vae, visual, text = record.vae, record.visual, record.text
+    packages = ", ".join(f"{name} {version}" for name, version in record.packages.items())
+    yield f"samples       {counts}"
+    yield f"size          {format_count(num_bytes, 'B')} in {len(shards)} shard(s)"
+    yield f"source        {record.name}, hash {record.source_hash}"
+    yield (
+        f"autoencoder   {vae['location']}, hash {vae['hash']}: {vae['channels']} channels, "
+        f"(latent - {vae['shift']:g}) * {vae['scale']:g}"
+    )
+    yield (
+        f"visual        {visual['location']}, hash {visual['hash']}: patches of "
+        f"{visual['patch_size']}, {visual['num_registers']} registers, {visual['dim']} channels"
+    )
+    yield (
+        f"text          {text['location']}, hash {text['hash']}: {text['dim']} channels, at most "
+        f"{text['max_tokens']} tokens"
+    )
+    yield f"captions      {record.captions['num_truncated']} cut to {text['max_tokens']} tokens"
+    for name, part in record.statistics.items():
+        mean, std = (sum(part[key]) / len(part[key]) for key in ("mean", "std"))
+        yield f"{name:13s} mean {mean:.4f}, deviation {std:.4f} of {part['count']} rows"
+    yield f"made with     {packages}"
+    yield f"content hash  {record.content_hash}"
+    yield ""
+    yield from bucket_report(record)
+
+
+def bucket_report(record: FeatureRecord) -> Iterator[str]:
+    """Yield a table: size, latent, patches and number of samples of each bucket."""
+    total = max(sum(record.num_samples(split) for split in SPLITS), 1)
+    yield "bucket      latent      patches     train  validation   share"
+    for bucket in record.buckets:
+        latent = "x".join(map(str, bucket.latent_shape))
+        patches = "x".join(map(str, bucket.patch_grid))
+        train, validation = (bucket.num[split] for split in SPLITS)
+        share = (train + validation) / total
+        columns = f"{bucket.name:11s} {latent:11s} {patches:8s} {train:8d} {validation:11d}"
+        yield f"{columns}   {share:5.1%}"

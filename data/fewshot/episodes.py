@@ -1,0 +1,191 @@
+"""Few-shot episodes: supports, what is asked for with them, and the real images beside them."""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from data.fewshot.sets import SetDataset
+from data.images.dataset import ImageDataset
+
+PROTOCOLS = ("seen", "unseen", "val")
+_SEED = 3
+_MAX_EPISODES = 20
+# Supports take at most this share of a class; the rest are the reals that scores compare with.
+_SUPPORT_SHARE = 5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Episodes:
+    """S supports of k images each, which no two episodes share.
+
+    Attributes:
+        supports: uint8 [S, k, C, H, W].
+        classes: int64 [S], class of each support in its dataset.
+        class_names: Names of all classes of that dataset.
+        labels: int64 [S], the class as a class-conditional model knows it, num_classes if it does
+            not.
+        indices: int64 [S, k], of the support's images in their dataset; -1 for images of files.
+        counts: Share of each episode in what is generated: as many as there are real images left of
+            its class, divided among the class's episodes.
+        reals: Indices of those real images in their dataset, classes in order, int64 [R].
+        source: What the supports are, for score rows.
+    """
+
+    supports: torch.Tensor
+    classes: np.ndarray
+    class_names: tuple[str, ...]
+    labels: torch.Tensor
+    indices: np.ndarray
+    counts: tuple[int, ...]
+    reals: np.ndarray
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.supports)
+
+    def __getitem__(self, rows: Sequence[int]) -> "Episodes":
+        rows = list(rows)
+        return dataclasses.replace(
+            self,
+            supports=self.supports[rows],
+            classes=self.classes[rows],
+            labels=self.labels[rows],
+            indices=self.indices[rows],
+            counts=tuple(self.counts[row] for row in rows),
+        )
+
+    def protocol(self) -> dict[str, Any]:
+        """Return what a score row says of the episodes."""
+        digest = hashlib.sha256(self.supports.numpy().tobytes()).hexdigest()
+        return dict(
+            episodes=self.source,
+            num_episodes=len(self),
+            support_size=self.supports.shape[1],
+            supports_hash=digest[:16],
+        )
+
+
+def draw_episodes(
+    images: ImageDataset,
+    pools: dict[int, np.ndarray],
+    *,
+    support_size: int,
+    source: str,
+    num_per_class: int | None = None,
+    known_labels: dict[int, int] | None = None,
+    null_label: int = 0,
+    seed: int = 0,
+) -> Episodes:
+    """Return episodes of the classes of ``pools``, which says what images each class has for that.
+
+    Args:
+        images: Where the images are.
+        pools: Indices by class.
+        support_size: k.
+        source: Describes the pools.
+        num_per_class: Episodes of a class; by default as many, up to 20, as use a fifth of it.
+        known_labels: Label of each class that a class-conditional model knows.
+        null_label: That of the others.
+        seed: Seed of the choice.
+
+    Raises ValueError if a class is too small.
+    """
+    chosen, classes, labels, counts, reals = [], [], [], [], []
+    for index, pool in pools.items():
+        name = images.class_names[index]
+        num = num_per_class
+        if num is None:
+            num = min(max(len(pool) // (_SUPPORT_SHARE * support_size), 1), _MAX_EPISODES)
+        if num * support_size > len(pool):
+            raise ValueError(
+                f"Class {name!r} has {len(pool)} {source} images, too few for {num} support(s) of "
+                f"{support_size}; ask for fewer or smaller ones."
+            )
+        order = np.random.default_rng([seed % 2**64, _SEED, index]).permutation(pool)
+        used, left = order[: num * support_size], np.sort(order[num * support_size :])
+        chosen.append(used.reshape(num, support_size))
+        classes += [index] * num
+        labels += [(known_labels or {}).get(index, null_label)] * num
+        counts += [len(part) for part in np.array_split(left, num)]
+        reals.append(left)
+    if not chosen:
+        raise ValueError(f"There are no {source} classes to draw supports from.")
+    indices = np.concatenate(chosen)
+    pixels, _ = images.__getitems__(indices.flatten().tolist())
+    return Episodes(
+        supports=pixels.unflatten(0, indices.shape),
+        classes=np.array(classes),
+        class_names=tuple(images.class_names),
+        labels=torch.tensor(labels),
+        indices=indices,
+        counts=tuple(counts),
+        reals=np.concatenate(reals),
+        source=source,
+    )
+
+
+def episodes_of_run(
+    dataset: SetDataset,
+    protocol: str,
+    *,
+    support_size: int,
+    num_per_class: int | None = None,
+    seed: int = 0,
+) -> Episodes:
+    """Return episodes of a run's data.
+
+    ``seen``: classes trained on, by their held-out images; ``unseen``: test classes; ``val``:
+    validation classes. Raises ValueError if the run has none of those.
+    """
+    images = dataset.images
+    if protocol == "seen":
+        pools = {index: pool for index, pool in dataset.held_out.items() if len(pool)}
+        if not pools:
+            raise ValueError("The run held no images of its classes out (--held-out=0).")
+    else:
+        split = "test" if protocol == "unseen" else "val"
+        pools = {
+            index: np.flatnonzero(images.labels == index) for index in dataset.split.classes(split)
+        }
+        if not pools:
+            raise ValueError(
+                f"The run has no {protocol} classes; name some with --{split}-classes, or choose "
+                "other --split-fractions."
+            )
+    return draw_episodes(
+        images,
+        pools,
+        support_size=support_size,
+        source=protocol,
+        num_per_class=num_per_class,
+        known_labels=dataset.known_labels,
+        null_label=dataset.num_classes,
+        seed=seed,
+    )
+
+
+def episodes_of_dataset(
+    images: ImageDataset,
+    *,
+    support_size: int,
+    null_label: int = 0,
+    num_per_class: int | None = None,
+    seed: int = 0,
+) -> Episodes:
+    """Return episodes of another dataset than a run's: of its test classes, or of all without."""
+    classes = images.class_splits.get("test") or tuple(range(images.num_classes))
+    pools = {index: np.flatnonzero(images.labels == index) for index in classes}
+    pools = {index: pool for index, pool in pools.items() if len(pool)}
+    return draw_episodes(
+        images,
+        pools,
+        support_size=support_size,
+        source=f"{images.name}, {'test' if images.class_splits.get('test') else 'all'} classes",
+        num_per_class=num_per_class,
+        null_label=null_label,
+        seed=seed,
+    )

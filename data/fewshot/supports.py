@@ -1,0 +1,64 @@
+"""Supports to generate from: images that a user gives, or those of a run's classes."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data.fewshot.episodes import Episodes
+from data.images.archive import open_archive
+from data.images.decode import decode_image
+from data.images.transforms import apply_transform
+from models.set_dit import SetDiTConfig
+
+
+def read_support(locations: Sequence[str], model: SetDiTConfig) -> Episodes:
+    """Return one episode of the images that ``locations`` name: files, folders or zips, in order.
+
+    Images of another size are cropped to a square in the middle and resized, and become grayscale
+    or RGB as the model needs. Raises ValueError if there is none, if one cannot be read, or if the
+    model's encoder cannot take so many.
+    """
+    images = [image for location in locations for image in _read(Path(location), model)]
+    if not images:
+        raise ValueError(f"--support: {', '.join(locations)} holds no images.")
+    if model.stacks_images and len(images) > model.context_size:
+        raise ValueError(
+            f"--support: got {len(images)} images, but this model's encoder stacks at most "
+            f"{model.context_size}; give fewer."
+        )
+    return Episodes(
+        supports=torch.stack(images)[None],
+        classes=np.zeros(1, np.int64),
+        class_names=("support",),
+        labels=torch.tensor([model.num_classes]),
+        indices=np.full((1, len(images)), -1),
+        counts=(1,),
+        reals=np.empty(0, np.int64),
+        source="given images",
+    )
+
+
+def _read(path: Path, model: SetDiTConfig) -> Iterator[torch.Tensor]:
+    """Yield the images of a file, folder or zip, uint8 [C, H, W]."""
+    if not path.exists():
+        raise ValueError(
+            f"--support: {path} does not exist; give images, or folders or zips of them."
+        )
+    if path.is_dir() or path.suffix.lower() == ".zip":
+        archive = open_archive(path)
+        files = [(archive.label(i), archive.member(i).read) for i in range(len(archive))]
+    else:
+        files = [(str(path), path.read_bytes)]
+    size = (model.resolution, model.resolution)
+    for name, read in files:
+        try:
+            image = decode_image(read())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--support: {name}: not a readable image ({error}).") from None
+        if image.size != size:
+            image = apply_transform(image, size, "center-crop")
+        image = image.convert("L" if model.img_channels == 1 else "RGB")
+        array = np.array(image).reshape(*size, -1)
+        yield torch.from_numpy(array).permute(2, 0, 1)

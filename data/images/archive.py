@@ -1,0 +1,155 @@
+"""Images of a zip, a folder or a sample archive, by index, for many processes at once."""
+
+import functools
+import hashlib
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.images.decode import is_image_name
+from data.images.members import _METHODS, Archive, Member, _read_from_zip
+from data.images.samples import SampleArchive
+from data.latents.record import is_latent_folder
+
+
+class ZipArchive(Archive):
+    """A zip, read with ``os.pread`` so that the processes and threads that share it do not meet."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with zipfile.ZipFile(path) as file:
+                infos = {info.filename: info for info in file.infolist() if not info.is_dir()}
+        except zipfile.BadZipFile:
+            raise ValueError(
+                f"{path}: not a zip archive, or only part of one. Give a folder of images, a zip "
+                "or an .npz of samples, or copy the file again."
+            ) from None
+        self.names = sorted(name for name in infos if is_image_name(name) and not is_hidden(name))
+        others = [name for name in infos if name.rpartition("/")[2] == "dataset.json"]
+        for name in self.names + others:
+            if infos[name].flag_bits & 1:
+                raise ValueError(
+                    f"{path}/{name}: is encrypted; extract the zip and give the folder."
+                )
+            if infos[name].compress_type not in _METHODS:
+                raise ValueError(
+                    f"{path}/{name}: is compressed by a method other than deflate; extract the "
+                    "zip and give the folder."
+                )
+
+        def column(attribute: str) -> np.ndarray:
+            return np.array([getattr(infos[name], attribute) for name in self.names], np.int64)
+
+        self._offsets = column("header_offset")
+        self._sizes = column("compress_size")
+        self._methods = column("compress_type").astype(np.uint8)
+        self._crcs = column("CRC")
+        self._others = {name: _member(path, infos[name]) for name in others}
+        self.num_bytes = int(self._sizes.sum())
+        self._file = open(path, "rb", buffering=0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "_file"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._file = open(self.path, "rb", buffering=0)
+
+    def member(self, index: int) -> Member:
+        return Member(
+            str(self.path),
+            int(self._offsets[index]),
+            int(self._sizes[index]),
+            int(self._methods[index]),
+            int(self._crcs[index]),
+        )
+
+    def read(self, index: int) -> bytes:
+        offset, size = int(self._offsets[index]), int(self._sizes[index])
+        return _read_from_zip(self._file.fileno(), offset, size, int(self._methods[index]))
+
+    def read_file(self, name: str) -> bytes | None:
+        member = self._others.get(name)
+        return None if member is None else member.read(self._file.fileno())
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256("\n".join(self.names).encode())
+        digest.update(self._sizes.tobytes() + self._crcs.tobytes())
+        digest.update(self.read_file("dataset.json") or b"")
+        return digest.hexdigest()
+
+
+def _member(path: Path, info: zipfile.ZipInfo) -> Member:
+    return Member(str(path), info.header_offset, info.compress_size, info.compress_type, info.CRC)
+
+
+class FolderArchive(Archive):
+    """A folder, searched recursively; hidden files are left out, links to folders are followed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        found = []
+        seen: set[str] = set()
+        for folder, folders, files in os.walk(path, followlinks=True):
+            # A link back to a folder above would lead round in circles.
+            real = os.path.realpath(folder)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if not is_hidden(name))
+            prefix = Path(folder).relative_to(path).as_posix()
+            prefix = "" if prefix == "." else prefix + "/"
+            found += [prefix + name for name in files if is_image_name(name)]
+        self.names = sorted(name for name in found if not is_hidden(name))
+
+    @functools.cached_property
+    def num_bytes(self) -> int:
+        return sum(os.stat(self.path / name).st_size for name in self.names)
+
+    def member(self, index: int) -> Member:
+        return Member(str(self.path / self.names[index]))
+
+    def read(self, index: int) -> bytes:
+        return self.member(index).read()
+
+    def read_file(self, name: str) -> bytes | None:
+        path = self.path / name
+        return path.read_bytes() if path.is_file() else None
+
+    def fingerprint(self) -> str:
+        # Sizes and times stand for the contents, which would take too long to read.
+        digest = hashlib.sha256()
+        for name in self.names:
+            stat = os.stat(self.path / name)
+            digest.update(f"{name}\n{stat.st_size} {stat.st_mtime_ns}\n".encode())
+        digest.update(self.read_file("dataset.json") or b"")
+        return digest.hexdigest()
+
+
+def is_hidden(name: str) -> bool:
+    """Tell whether a path has a part that systems hide or add by themselves."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+
+
+def open_archive(path: str | os.PathLike) -> Archive:
+    """Return the images of a folder, a zip or (by the ending ``.npz``) a sample archive.
+
+    Raises ValueError if there is no such path, if it is none of these, or if it holds no images.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder.")
+    if is_latent_folder(path):
+        raise ValueError(f"{path}: holds latents, not images; give the images they were made of.")
+    if path.is_dir():
+        archive: Archive = FolderArchive(path)
+    else:
+        archive = (SampleArchive if path.suffix.lower() == ".npz" else ZipArchive)(path)
+    if not len(archive):
+        raise ValueError(f"{path}: holds no images (.png, .jpg, .webp, ...).")
+    return archive

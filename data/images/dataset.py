@@ -1,0 +1,321 @@
+"""Images of a zip, folder or .npz with their class labels, as training and metrics read them."""
+
+import copy
+import dataclasses
+import functools
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from data.images.archive import open_archive
+from data.images.decode import ImageError, UnfitImageError
+from data.images.labels import read_class_splits, read_labels
+from dnnlib.config import Config, option
+
+Cond = dict[str, torch.Tensor]
+_CONVERT = "convert it with dataset_tool.py convert"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DatasetConfig(Config):
+    """Which images a run trains on."""
+
+    title: ClassVar[str] = "Data"
+
+    data: str | None = option(
+        None, help="Zip or folder of images, made by dataset_tool.py convert."
+    )
+    cond: bool = option(False, help="Condition the model on the class labels of the data.")
+    max_size: int | None = option(None, min=1, help="Train on a random subset of this many images.")
+    hflip: bool = option(False, help="Train on every image and on its mirror image.")
+    cache: bool = option(False, help="Keep decoded images in memory, shared by a rank's workers.")
+
+
+def open_dataset(
+    config: DatasetConfig,
+    *,
+    resolution: int | None = None,
+    channels: int | None = None,
+    seed: int = 0,
+    use_labels: bool | None = False,
+) -> "ImageDataset":
+    """Return the dataset of a configuration; raises ValueError if it has none, or an unfit one.
+
+    It delivers labels if ``config.cond`` says so, or else as ``use_labels`` does.
+    """
+    if config.data is None:
+        raise ValueError("--data is missing: give a zip or folder made by dataset_tool.py convert.")
+    return ImageDataset(
+        config.data,
+        resolution=resolution,
+        channels=channels,
+        use_labels=config.cond or use_labels,
+        max_size=config.max_size,
+        seed=seed,
+        cache=config.cache,
+    )
+
+
+class ImageDataset(Dataset):
+    """Square images of one size; item ``i`` is ``(uint8 [C, H, W], cond)``.
+
+    ``cond`` is ``{"label": int64 []}`` with ``use_labels`` and empty without. Any number of
+    processes and threads may read at once, also from copies made by fork or pickle.
+
+    Args:
+        path: Zip or folder, with labels in its ``dataset.json``, or ``.npz`` sample archive (see
+            docs/formats.md).
+        resolution: Required height and width; None accepts any.
+        channels: Required number of channels, 1 or 3; None accepts either.
+        use_labels: Deliver class labels, which the data must have; None delivers them if it does.
+        exact: Refuse images whose pixels would have to be changed, as transparent ones.
+        max_size: Keep a random subset of this many images, in the order of the whole.
+        seed: Seed of that subset.
+        cache: Keep decoded images in shared memory, each from its first use.
+
+    Attributes:
+        name: Name of the file or folder without its ending, for descriptions.
+        resolution, img_channels: Size of every image.
+        labels: Class indices, int64 [N]; None if none are delivered.
+        num_classes: Number of classes, also of those without images; 0 without labels.
+        class_names: One name per class; empty without labels.
+        class_splits: Class indices of each split that the data name; empty without.
+
+    Raises ValueError, one sentence that names the file, for data that do not fit; ImageError (a
+    ValueError) when an image that is damaged or of another size is read.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        *,
+        resolution: int | None = None,
+        channels: int | None = None,
+        use_labels: bool | None = False,
+        exact: bool = False,
+        max_size: int | None = None,
+        seed: int = 0,
+        cache: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        self.name = self.path.name.removesuffix(".zip").removesuffix(".npz")
+        self._exact = exact
+        self.archive = open_archive(path)
+        self._indices = np.arange(len(self.archive))
+        if max_size is not None and max_size < len(self._indices):
+            order = np.random.default_rng(seed % 2**64).permutation(len(self._indices))
+            self._indices = np.sort(order[:max_size])
+
+        # The first image stands for all; the others are compared with it when they are read.
+        self._pixels_shape = self._decode(0).shape
+        height, width = self._pixels_shape[:2]
+        self.img_channels = 1 if len(self._pixels_shape) == 2 else self._pixels_shape[2]
+        self.resolution = width
+        self._check_first_image(height, width, resolution, channels)
+
+        self.labels: np.ndarray | None = None
+        self.class_names: list[str] = []
+        self.class_splits: dict[str, tuple[int, ...]] = {}
+        if use_labels is not False:
+            found = read_labels(self.archive)
+            if found is not None:
+                labels, self.class_names = found
+                self.labels = labels[self._indices]
+                self.class_splits = read_class_splits(self.archive, len(self.class_names))
+            elif use_labels:
+                raise ValueError(
+                    f"{self.path}: has no class labels (in dataset.json, or arr_1 of an .npz), "
+                    f"which --cond needs; {_CONVERT}, which takes them from folder names, or train "
+                    "without --cond."
+                )
+        self.num_classes = len(self.class_names)
+        self._cache = None
+        if cache:
+            shape = (len(self), self.img_channels, self.resolution, self.resolution)
+            self._cache = _SharedCache(shape, self.path)
+
+    def _check_first_image(
+        self, height: int, width: int, resolution: int | None, channels: int | None
+    ) -> None:
+        first = self.file_label(0)
+        if height != width:
+            raise ValueError(
+                f"{first}: is {width}x{height}, but training and scores need square images; "
+                f"{_CONVERT} --resolution=N --transform=center-crop."
+            )
+        if resolution is not None and resolution != width:
+            raise ValueError(
+                f"{first}: is {width}x{height}, but resolution {resolution} is asked for; "
+                f"{_CONVERT} --resolution={resolution}, or give --resolution={width}."
+            )
+        if channels is not None and channels != self.img_channels:
+            raise ValueError(
+                f"{first}: has {self.img_channels} channel(s), but {channels} are asked for; "
+                "use data of the same kind (grayscale 1, RGB 3)."
+            )
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @property
+    def num_images(self) -> int:
+        """Number of images, after ``max_size``."""
+        return len(self)
+
+    def subset(self, rows: Sequence[int] | np.ndarray) -> "ImageDataset":
+        """Return the dataset of some of the images, in the order given, with the same classes."""
+        rows = np.asarray(rows, np.int64)
+        part = copy.copy(self)
+        part.__dict__.pop("content_hash", None)
+        part._indices, part._cache = self._indices[rows], None
+        if self.labels is not None:
+            part.labels = self.labels[rows]
+        return part
+
+    @property
+    def class_counts(self) -> list[int]:
+        """Number of images of each class."""
+        return np.bincount(self.labels, minlength=self.num_classes).tolist()
+
+    @functools.cached_property
+    def content_hash(self) -> str:
+        """Hexadecimal digits that identify the images, their labels and the subset in use.
+
+        For a zip or ``.npz`` it derives from names, sizes and checksums; for a folder from names,
+        sizes and modification times.
+        """
+        digest = hashlib.sha256(self.archive.fingerprint().encode())
+        if len(self) < len(self.archive):
+            digest.update(self._indices.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def file_label(self, index: int) -> str:
+        """Return archive and name of an image's file, for messages."""
+        return self.archive.label(int(self._indices[index]))
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, Cond]:
+        images, cond = self.__getitems__([index])
+        return images[0], {name: values[0] for name, values in cond.items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[torch.Tensor, Cond]:
+        """Return a batch ``(uint8 [B, C, H, W], {"label": int64 [B]} or {})``."""
+        index_array = np.asarray(indices, np.int64)
+        if self._cache is None:
+            images = self._read(index_array)
+        else:
+            images = self._cache.fetch(index_array, self._read)
+        if self.labels is None:
+            return images, {}
+        return images, {"label": torch.from_numpy(self.labels[index_array])}
+
+    def _read(self, indices: np.ndarray) -> torch.Tensor:
+        channels, res = self.img_channels, self.resolution
+        images = np.empty((len(indices), *self._pixels_shape), np.uint8)
+        for row, index in enumerate(indices.tolist()):
+            pixels = self._decode(index)
+            if pixels.shape != self._pixels_shape:
+                height, width = pixels.shape[:2]
+                remedy = ", which makes all RGB" if height == width == res else " --resolution=N"
+                raise ImageError(
+                    f"{self.file_label(index)}: is {width}x{height} with "
+                    f"{1 if pixels.ndim == 2 else 3} channel(s), but {self.file_label(0)} is "
+                    f"{res}x{res} with {channels}; bring all to one kind with dataset_tool.py "
+                    f"convert{remedy}."
+                )
+            images[row] = pixels
+        batch = torch.from_numpy(images).view(len(indices), res, res, channels)
+        return batch.permute(0, 3, 1, 2).contiguous()
+
+    def _decode(self, index: int) -> np.ndarray:
+        try:
+            return self.archive.pixels(int(self._indices[index]), exact=self._exact)
+        except UnfitImageError as error:
+            raise ImageError(f"{self.file_label(index)}: {error}.") from None
+        except (OSError, ValueError) as error:
+            raise ImageError(
+                f"{self.file_label(index)}: cannot be read ({error}); dataset_tool.py verify "
+                "lists every such file."
+            ) from None
+
+
+class MirroredImages(Dataset):
+    """A dataset of images twice as long: image ``num_images + i`` is the mirror image of ``i``.
+
+    Images are flipped left to right. Whatever else is asked of it, the dataset itself, ``images``,
+    answers.
+    """
+
+    def __init__(self, images: ImageDataset) -> None:
+        self.images = images
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "images":  # Not there yet while a copy is being made.
+            raise AttributeError(name)
+        return getattr(self.images, name)
+
+    def __len__(self) -> int:
+        return 2 * len(self.images)
+
+    def file_label(self, index: int) -> str:
+        """Return archive and name of an image's file, for messages."""
+        return self.images.file_label(index % len(self.images))
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, Cond]:
+        images, cond = self.__getitems__([index])
+        return images[0], {name: values[0] for name, values in cond.items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[torch.Tensor, Cond]:
+        """Return a batch ``(uint8 [B, C, H, W], {"label": int64 [B]} or {})``."""
+        mirrored, own = np.divmod(np.asarray(indices, np.int64), len(self.images))
+        batch, cond = self.images.__getitems__(own)
+        rows = torch.from_numpy(mirrored.astype(bool))
+        batch[rows] = batch[rows].flip(-1)
+        return batch, cond
+
+
+class _SharedCache:
+    """Images [N, C, H, W] in shared memory with a flag for each that is there."""
+
+    def __init__(self, shape: tuple[int, int, int, int], label: Path) -> None:
+        num_bytes = int(np.prod(shape, dtype=np.int64))
+        self._check_space(num_bytes, label)
+        self._images = torch.empty(shape, dtype=torch.uint8).share_memory_()
+        self._filled = torch.zeros(shape[0], dtype=torch.bool).share_memory_()
+
+    @staticmethod
+    def _check_space(num_bytes: int, label: Path) -> None:
+        # Writing more than the file system holds would kill the process with a bus error.
+        if os.path.isdir("/dev/shm"):
+            stat = os.statvfs("/dev/shm")
+            free = stat.f_bavail * stat.f_frsize
+            if num_bytes > 0.9 * free:
+                raise ValueError(
+                    f"{label}: --cache needs {num_bytes / 1e9:.2f} GB of shared memory, but "
+                    f"/dev/shm has {free / 1e9:.2f} GB free; train without --cache, or enlarge it "
+                    "(docker run --shm-size)."
+                )
+
+    def fetch(
+        self, indices: np.ndarray, read: Callable[[np.ndarray], torch.Tensor]
+    ) -> torch.Tensor:
+        """Return images by index, calling ``read(missing_indices)`` for those not there yet.
+
+        Processes may fill the same entry twice, with the same pixels.
+        """
+        wanted = torch.from_numpy(indices)
+        missing = wanted[~self._filled[wanted]]
+        if len(missing):
+            self._images[missing] = read(missing.numpy())
+            self._filled[missing] = True
+        return self._images[wanted]
+
+
+def collate(batch: Any) -> Any:
+    """Return a batch as it is: datasets here deliver whole batches."""
+    return batch

@@ -1,0 +1,154 @@
+"""Class labels of an image archive, as ``dataset.json`` or a sample archive holds them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from data.images.members import Archive
+from data.images.samples import SampleArchive
+
+UNLABELLED = -1
+CLASS_SPLITS = ("train", "val", "test")
+_MAX_CLASSES = 1_000_000  # A larger number is no class index, and names for so many take memory.
+
+
+def read_labels(archive: Archive, folder: str = "") -> tuple[np.ndarray, list[str]] | None:
+    """Return ``(labels, class_names)`` of an archive's images, or None if it is unlabelled.
+
+    ``labels`` holds the class index of every image in order, int64 [N]. Without stored class
+    names, the classes are "0", "1", ... up to the largest label. ``folder`` (ending in ``/``) is
+    where in the archive ``dataset.json`` lies; its file names are relative to it. A sample archive
+    has its labels in ``arr_1`` and may have ``class_names``.
+
+    Raises ValueError for a malformed file, an image without a label, or a label that is no class.
+    """
+    if isinstance(archive, SampleArchive):
+        return _labels_of_samples(archive)
+    metadata = archive.metadata(folder)
+    if metadata is None or metadata.get("labels") is None:
+        return None
+    where = f"{archive.path}/{folder}dataset.json"
+    labels_by_name = parse_labels(metadata["labels"], where)
+    class_names = parse_class_names(metadata.get("class_names"), where)
+    labels = np.array(
+        [labels_by_name.get(name.removeprefix(folder), UNLABELLED) for name in archive.names],
+        np.int64,
+    )
+    missing = np.flatnonzero(labels == UNLABELLED)
+    if len(missing):
+        raise ValueError(
+            f"{archive.label(missing[0])}: has no label in {where}"
+            f"{more(len(missing), 'image')}; add it there, or remove the image."
+        )
+    if class_names is None:
+        class_names = [str(index) for index in range(max(labels_by_name.values()) + 1)]
+    bad = np.flatnonzero(labels >= len(class_names))
+    if len(bad):
+        raise ValueError(
+            f"{archive.label(bad[0])}: has label {labels[bad[0]]} in {where}, which names "
+            f"{len(class_names)} classes (0 to {len(class_names) - 1}); correct the label or "
+            f'"class_names".'
+        )
+    return labels, class_names
+
+
+def read_class_splits(
+    archive: Archive, num_classes: int, folder: str = ""
+) -> dict[str, tuple[int, ...]]:
+    """Return the class indices of each split that ``dataset.json`` names; empty if it has none.
+
+    ``folder`` is as in :func:`read_labels`. Raises ValueError unless the splits are disjoint lists
+    of classes, called train, val and test.
+    """
+    metadata = None if isinstance(archive, SampleArchive) else archive.metadata(folder)
+    splits = None if metadata is None else metadata.get("class_splits")
+    if splits is None:
+        return {}
+    where = f'{archive.path}/{folder}dataset.json: "class_splits"'
+    if not isinstance(splits, dict) or not set(splits) <= set(CLASS_SPLITS):
+        raise ValueError(f"{where} must have lists of class indices called train, val and test.")
+    seen: dict[int, str] = {}
+    for split, classes in splits.items():
+        if not isinstance(classes, list):
+            raise ValueError(f"{where} must have lists of class indices; {split} is none.")
+        for index in classes:
+            if type(index) is not int or not 0 <= index < num_classes:
+                raise ValueError(
+                    f"{where} has class {index!r} in {split}; accepted: 0 to {num_classes - 1}."
+                )
+            if index in seen:
+                raise ValueError(
+                    f"{where} has class {index} in {seen[index]} and in {split}; a class belongs "
+                    "to one split."
+                )
+            seen[index] = split
+    return {split: tuple(classes) for split, classes in splits.items()}
+
+
+def _labels_of_samples(archive: SampleArchive) -> tuple[np.ndarray, list[str]] | None:
+    labels, names = archive.read_array("arr_1"), archive.read_array("class_names")
+    if labels is None:
+        return None
+    if labels.dtype.kind not in "iu" or labels.shape != (len(archive),):
+        raise ValueError(
+            f"{archive.path}: arr_1 holds {labels.dtype} of shape {list(labels.shape)}; expected "
+            f"the class index of each image, integers [{len(archive)}]; save it so, or leave it "
+            "out."
+        )
+    if names is not None and (names.dtype.kind != "U" or names.ndim != 1):
+        raise ValueError(
+            f"{archive.path}: class_names holds {names.dtype} of shape {list(names.shape)}; "
+            "expected one name per class; save it so, or leave it out."
+        )
+    num_classes = _MAX_CLASSES if names is None else len(names)
+    bad = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if len(bad):
+        known = "" if names is None else f', and "class_names" has {num_classes} names'
+        raise ValueError(
+            f"{archive.label(int(bad[0]))}: has label {labels[bad[0]]} in arr_1; a label is a "
+            f"class index, 0 or larger{known}."
+        )
+    labels = labels.astype(np.int64)
+    if names is None:
+        return labels, [str(index) for index in range(int(labels.max()) + 1)]
+    return labels, names.tolist()
+
+
+def parse_labels(pairs: object, where: str) -> dict[str, int]:
+    """Return the label of each file name in the ``labels`` entry of a ``dataset.json``.
+
+    Raises ValueError unless it is a list of [name, non-negative integer] pairs.
+    """
+    if isinstance(pairs, dict):
+        pairs = list(pairs.items())
+    if not isinstance(pairs, list):
+        raise ValueError(f'{where}: "labels" must be a list of [file name, class index] pairs.')
+    result = {}
+    for pair in pairs:
+        if not (isinstance(pair, Sequence) and len(pair) == 2 and isinstance(pair[0], str)):
+            raise ValueError(
+                f'{where}: "labels" holds {pair!r}, which is no [file name, class index] pair.'
+            )
+        name, label = pair
+        if type(label) is not int or label < 0:
+            raise ValueError(
+                f"{where}: {name} has label {label!r}; a label is a class index, 0 or larger."
+            )
+        result[name.replace("\\", "/")] = label
+    return result
+
+
+def parse_class_names(names: object, where: str) -> list[str] | None:
+    """Return the ``class_names`` entry of a ``dataset.json``; raises ValueError if it is none."""
+    if names is None:
+        return None
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError(f'{where}: "class_names" must be a list of names, one per class.')
+    return names
+
+
+def more(count: int, noun: str) -> str:
+    """Return `` (and 3 more images)`` for messages that show one of ``count`` cases."""
+    if count <= 1:
+        return ""
+    return f" (and {count - 1} more {noun}{'s' if count > 2 else ''})"

@@ -1,0 +1,143 @@
+"""Files inside folders and zip archives, read by position."""
+
+import dataclasses
+import functools
+import json
+import os
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.images.decode import decode_image, to_array
+
+_LOCAL_HEADER = struct.Struct("<4s22xHH")  # Signature, ..., length of name, length of extra field.
+
+
+_LOCAL_SLACK = 64  # Bytes read beyond the expected header, for extra fields.
+
+
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """Where the bytes of one file lie; small, and readable in another process."""
+
+    path: str
+    offset: int = -1
+    compressed_size: int = 0
+    method: int = zipfile.ZIP_STORED
+    crc: int | None = None
+
+    def read(self, descriptor: int | None = None) -> bytes:
+        """Return the content, from an open file of the zip if one is given.
+
+        Raises ValueError with the reason (without the name).
+        """
+        try:
+            if self.offset < 0:
+                return Path(self.path).read_bytes()
+            if descriptor is None:
+                descriptor = _cached_descriptor(self.path)
+            return _read_from_zip(descriptor, self.offset, self.compressed_size, self.method)
+        except OSError as error:
+            raise ValueError(error.strerror or str(error)) from None
+
+
+@functools.lru_cache(maxsize=2)
+def _cached_descriptor(path: str) -> int:
+    return os.open(path, os.O_RDONLY)
+
+
+def _read_from_zip(descriptor: int, offset: int, compressed_size: int, method: int) -> bytes:
+    # The local header repeats the name and may have an extra field of its own, so its length is
+    # known only after reading it. One read that is a little too long usually suffices.
+    wanted = _LOCAL_HEADER.size + _LOCAL_SLACK + 64 + compressed_size
+    data = os.pread(descriptor, wanted, offset)
+    start = _local_header_length(data)
+    end = start + compressed_size
+    if len(data) < end:
+        data += os.pread(descriptor, end - len(data), offset + len(data))
+        if len(data) < end:
+            raise ValueError("the zip archive ends in the middle of this file")
+    content = data[start:end]
+    if method == zipfile.ZIP_DEFLATED:
+        try:
+            content = zlib.decompress(content, -15)
+        except zlib.error as error:
+            raise ValueError(f"its compressed data are damaged ({error})") from None
+    return content
+
+
+def _local_header_length(data: bytes) -> int:
+    if len(data) < _LOCAL_HEADER.size or data[:4] != b"PK\x03\x04":
+        raise ValueError("the zip archive is damaged here")
+    _, name_length, extra_length = _LOCAL_HEADER.unpack_from(data)
+    return _LOCAL_HEADER.size + name_length + extra_length
+
+
+class Archive:
+    """The image files of a zip or a folder, sorted by name.
+
+    Attributes:
+        path: The zip or folder.
+        names: Names of the image files, relative to the archive and with ``/``.
+        num_bytes: Sum of the stored sizes of the image files.
+    """
+
+    path: Path
+    names: list[str]
+    num_bytes: int
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def member(self, index: int) -> Member:
+        """Return where the image file ``index`` lies."""
+        raise NotImplementedError
+
+    def read(self, index: int) -> bytes:
+        """Return the bytes of the image file ``index``; safe in threads, forks and copies.
+
+        Raises ValueError with the reason (without the file's name, see :meth:`label`).
+        """
+        raise NotImplementedError
+
+    def pixels(self, index: int, *, exact: bool = False) -> np.ndarray:
+        """Return the image ``index``, uint8 [H, W] or [H, W, 3], decoded by :func:`decode_image`.
+
+        Raises ValueError with the reason (without the image's name, see :meth:`label`).
+        """
+        return to_array(decode_image(self.read(index), exact=exact))
+
+    def read_file(self, name: str) -> bytes | None:
+        """Return the bytes of any file by its name, or None if there is none."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """Return hexadecimal digits that change when any file's name or content does."""
+        raise NotImplementedError
+
+    def label(self, index: int) -> str:
+        """Return the name of an image file for messages: archive and path inside it."""
+        return f"{self.path}/{self.names[index]}"
+
+    def metadata(self, folder: str = "") -> dict[str, Any] | None:
+        """Return the parsed ``dataset.json`` of the archive, or None if it has none."""
+        data = self.read_file(f"{folder}dataset.json")
+        if data is None:
+            return None
+        label = f"{self.path}/{folder}dataset.json"
+        try:
+            metadata = json.loads(data)
+        except ValueError as error:
+            raise ValueError(f"{label}: not valid JSON ({error}).") from None
+        if not isinstance(metadata, dict):
+            raise ValueError(
+                f'{label}: expected an object with "labels", got a {type(metadata).__name__}.'
+            )
+        return metadata

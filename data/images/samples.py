@@ -1,0 +1,183 @@
+"""Arrays of samples in .npz and .npy files, read as if each were a file."""
+
+import functools
+import hashlib
+import math
+import os
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from data.images.members import _LOCAL_HEADER, _METHODS, Archive, _local_header_length
+
+
+class SampleArchive(Archive):
+    """The images of an ``.npz`` as ADM writes samples and reference batches (docs/formats.md).
+
+    ``arr_0`` holds them, uint8 [N, H, W, 3], [N, H, W, 1] or [N, H, W]; ``arr_1``, if there is
+    one, their class indices [N], and ``class_names`` the names of the classes. Each image is read
+    by itself at its place in the file, unless ``arr_0`` is compressed or in Fortran order: it is
+    then read whole by every process. Nothing is ever unpickled.
+
+    Attributes:
+        image_size: Height and width of every image.
+        num_array_bytes: Sum of the sizes of the arrays, before compression.
+
+    Raises ValueError if the file is damaged or holds anything else.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.names = []
+        try:
+            with zipfile.ZipFile(path) as file:
+                names = {info.filename.removesuffix(".npy"): info for info in file.infolist()}
+        except zipfile.BadZipFile:
+            raise ValueError(
+                f"{path}: not an .npz, or only part of one; copy the file again."
+            ) from None
+        if "arr_0" not in names:
+            hint = " (statistics such as mu and sigma are no images)" if "mu" in names else ""
+            raise ValueError(
+                f"{path}: has no array arr_0{hint}; save the images with np.savez(path, images), "
+                "uint8 [N, H, W, 3]."
+            )
+        self._members = {n: names[n] for n in ("arr_0", "arr_1", "class_names") if n in names}
+        self.num_bytes = sum(info.compress_size for info in self._members.values())
+        self.num_array_bytes = sum(info.file_size for info in self._members.values())
+        self._file = open(path, "rb", buffering=0)
+        shape, fortran_order, dtype, header_length = self._read_member("arr_0", _array_header)
+        self._check_images(shape, dtype)
+        info = self._members["arr_0"]
+        self._num_images = shape[0]
+        self.image_size = shape[1:3]
+        self._pixels_shape = shape[1:3] if shape[3:] in ((), (1,)) else shape[1:]
+        self._image_bytes = math.prod(shape[1:])
+        if info.file_size != header_length + math.prod(shape):
+            raise ValueError(
+                f"{path}: arr_0 has {info.file_size - header_length} bytes, but its shape "
+                f"{list(shape)} needs {math.prod(shape)}; save or copy the file again."
+            )
+        # Where the first image lies; -1 if the array must be read whole.
+        self._start = -1
+        if info.compress_type == zipfile.ZIP_STORED and not fortran_order:
+            local = os.pread(self._file.fileno(), _LOCAL_HEADER.size, info.header_offset)
+            start = info.header_offset + _local_header_length(local)
+            self._start = start + header_length
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key not in ("_file", "_whole")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._file = open(self.path, "rb", buffering=0)
+
+    def __len__(self) -> int:
+        return self._num_images
+
+    def label(self, index: int) -> str:
+        return f"{self.path}, image {index}"
+
+    def pixels(self, index: int, *, exact: bool = False) -> np.ndarray:
+        if self._start < 0:
+            return self._whole[index]
+        size = self._image_bytes
+        try:
+            data = os.pread(self._file.fileno(), size, self._start + index * size)
+        except OSError as error:
+            raise ValueError(error.strerror or str(error)) from None
+        if len(data) < size:
+            raise ValueError("the file ends in the middle of this image")
+        return np.frombuffer(data, np.uint8).reshape(self._pixels_shape)
+
+    @functools.cached_property
+    def _whole(self) -> np.ndarray:
+        return self.read_array("arr_0").reshape(self._num_images, *self._pixels_shape)
+
+    def read_file(self, name: str) -> bytes | None:
+        return None
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for name, info in self._members.items():
+            digest.update(f"{name}\n{info.file_size} {info.CRC}\n".encode())
+        return digest.hexdigest()
+
+    def read_array(self, name: str) -> np.ndarray | None:
+        """Return the array of a name as it is stored, or None if there is none."""
+        if name not in self._members:
+            return None
+        return self._read_member(
+            name, lambda stream: np.lib.format.read_array(stream, allow_pickle=False)
+        )
+
+    def check(self, on_bytes: Callable[[int], None]) -> Iterator[str]:
+        """Read all arrays and yield a sentence for each whose bytes do not fit its checksum.
+
+        ``on_bytes`` is told how many were read.
+        """
+
+        def read_all(stream: IO[bytes]) -> None:
+            while data := stream.read(1 << 20):
+                on_bytes(len(data))
+
+        for name in self._members:
+            try:
+                self._read_member(name, read_all)
+            except ValueError as error:
+                yield str(error)
+
+    def _check_images(self, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        held = f"{self.path}: arr_0 holds {dtype} of shape {list(shape)}"
+        if dtype.hasobject:
+            raise ValueError(
+                f"{held}, Python objects, which are never unpickled; save one uint8 array."
+            )
+        if shape[3:] in ((2,), (4,)):
+            raise ValueError(
+                f"{held}, with an alpha channel it seems; composite the images on a background or "
+                "drop that channel, and save them as [N, H, W, 3]."
+            )
+        # The last: a single image, not many that are 3 pixels wide.
+        is_shape = len(shape) == 3 or (len(shape) == 4 and shape[3] in (1, 3))
+        if not is_shape or (len(shape) == 3 and shape[2] in (3, 4)) or 0 in shape[1:]:
+            raise ValueError(
+                f"{held}; expected images [N, H, W, 3] or, for grayscale, [N, H, W]; transpose "
+                "or reshape them and save them again with np.savez."
+            )
+        if dtype != np.uint8:
+            raise ValueError(
+                f"{held}; expected uint8; scale the values to 0..255, round them, and save them "
+                "again with .astype(np.uint8)."
+            )
+        if shape[0] == 0:
+            raise ValueError(f"{self.path}: holds no images (arr_0 has shape {list(shape)}).")
+
+    def _read_member(self, name: str, read: Callable[[IO[bytes]], Any]) -> Any:
+        """Return ``read(the stream of an array's file)``; raises ValueError if it is damaged."""
+        info = self._members[name]
+        try:
+            if info.flag_bits & 1 or info.compress_type not in _METHODS:
+                raise ValueError("it is encrypted, or compressed by a method other than deflate")
+            with zipfile.ZipFile(self.path) as file, file.open(info) as stream:
+                return read(stream)
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(
+                f"{self.path}: {name} cannot be read ({error}); save or copy the file again."
+            ) from None
+
+
+def _array_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+    """Return shape, Fortran order, type and the header's length of an array in ``.npy`` format."""
+    version = np.lib.format.read_magic(stream)
+    if version == (1, 0):
+        header = np.lib.format.read_array_header_1_0(stream)
+    elif version == (2, 0):
+        header = np.lib.format.read_array_header_2_0(stream)
+    else:
+        raise ValueError(f"version {version} of the .npy format is not for images")
+    return *header, stream.tell()

@@ -1,0 +1,381 @@
+"""Makes a latent archive of an image dataset, on any number of ranks, in resumable parts."""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import io
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from data.images.dataset import ImageDataset, collate
+from data.latents.record import (
+    CLAIM_FILE,
+    FORMAT_VERSION,
+    LABELS_FILE,
+    RECORD_FILE,
+    LatentRecord,
+    check_shard,
+    is_latent_archive,
+    is_latent_folder,
+    read_archive_labels,
+    read_record,
+    shard_name,
+)
+from data.loader import init_worker
+from dnnlib.files import atomic_write, check_target, lock_folder, sha256_of_file, write_json
+from dnnlib.parallel import num_usable_cores
+from dnnlib.progress import progress
+from dnnlib.text import join_names
+from encoders.autoencoder import INPUT_TRANSFORM, Autoencoder, load_autoencoder
+from torch_utils import distributed
+from torch_utils.fingerprints import package_versions
+
+_MIN_IMAGES_FOR_WORKERS = 1024
+_MAX_WORKERS = 8
+_PREFETCH_FACTOR = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """How images become latents.
+
+    ``batch_size`` and ``num_workers`` decide the speed, everything else what is made.
+    """
+
+    hflip: bool = False
+    mean_only: bool = False
+    precision: str = "fp32"
+    shard_size: int = 4096
+    batch_size: int = 64
+    num_workers: int | None = None
+
+
+def encode(
+    source: str | os.PathLike,
+    dest: str | os.PathLike,
+    vae: str,
+    encoding: Encoding,
+    device: torch.device,
+) -> tuple[LatentRecord, int | None]:
+    """Make the latent archive ``dest`` of an image dataset; return its record. Collective.
+
+    Ranks take turns at the shards that are missing, so that an encoding that was killed at any
+    moment goes on when it is started again, with any number of ranks. The archive is complete when
+    its record appears. Beside the record, the number of shards made now is returned, None if
+    the archive was complete before.
+
+    Raises ValueError if the images do not fit the autoencoder, if ``dest`` holds anything else, or
+    if a latent is beyond the range of float16.
+    """
+    dest = Path(dest)
+    with distributed.together():
+        _check_dest(dest)
+        if is_latent_folder(source):
+            raise ValueError(f"--source: {source} holds latents already; give a dataset of images.")
+        dataset = ImageDataset(source, use_labels=None)
+    autoencoder = load_autoencoder(vae, device, precision=encoding.precision)
+    autoencoder.check_images(str(source), dataset.resolution, dataset.img_channels)
+
+    plan = _plan(dataset, autoencoder, encoding)
+    with contextlib.ExitStack() as stack:
+        missing = distributed.on_main(lambda: _claim(dest, plan, dataset, stack))
+        if missing is None:
+            return distributed.on_main(lambda: read_record(dest)), None
+        with distributed.together():
+            _encode_shards(dest, plan, missing, dataset, autoencoder, encoding)
+        record = _finish(dest, plan, dataset)
+    return record, len(missing)
+
+
+def _check_dest(dest: Path) -> None:
+    check_target("--dest", dest, is_folder=True)
+    if dest.suffix.lower() in (".zip", ".npz", ".npy"):
+        raise ValueError(f"--dest: got {dest}; latents are written to a folder, give its name.")
+    others = dest.is_dir() and any(not path.name.startswith(".") for path in dest.iterdir())
+    if others and not is_latent_folder(dest):
+        raise ValueError(
+            f"--dest: {dest} holds other files and no latents; delete it or choose another name."
+        )
+
+
+def _plan(dataset: ImageDataset, autoencoder: Autoencoder, encoding: Encoding) -> LatentRecord:
+    """Return the record of the archive to be made, without checksums."""
+    num_images, size = len(dataset), encoding.shard_size
+    num_shards = math.ceil(num_images / size)
+    packages = package_versions()
+    packages["diffusers"] = importlib.metadata.version("diffusers")
+    return LatentRecord(
+        num_images=num_images,
+        resolution=dataset.resolution,
+        img_channels=dataset.img_channels,
+        latent_shape=list(autoencoder.latent_shape(dataset.resolution)),
+        kind="mean" if encoding.mean_only else "mean-std",
+        mirrored=encoding.hflip,
+        scale=autoencoder.scale,
+        shift=autoencoder.shift,
+        vae=autoencoder.location,
+        vae_hash=autoencoder.sha256,
+        source=dataset.name,
+        source_hash=distributed.on_main(lambda: dataset.content_hash),
+        class_names=None if dataset.labels is None else list(dataset.class_names),
+        labels_sha256=None,
+        input_transform=INPUT_TRANSFORM,
+        precision=encoding.precision,
+        shard_size=size,
+        shards=[
+            dict(file=shard_name(i), num_images=min(size, num_images - i * size), sha256="")
+            for i in range(num_shards)
+        ],
+        packages=packages,
+    )
+
+
+def _protocol(record: LatentRecord) -> dict[str, Any]:
+    """Return what two encodings must have in common to make the same archive, by name."""
+    return {
+        "autoencoder (--vae)": record.vae_hash,
+        "images (--source)": record.source_hash,
+        "--hflip": record.mirrored,
+        "--mean-only": record.kind == "mean",
+        "--precision": record.precision,
+        "--shard-size": record.shard_size,
+        "input transform": record.input_transform,
+        "format version": FORMAT_VERSION,
+    }
+
+
+def _claim(
+    dest: Path, plan: LatentRecord, dataset: ImageDataset, stack: contextlib.ExitStack
+) -> list[int] | None:
+    """Take ``dest`` for this encoding; return the shards to be made, None if it is complete.
+
+    Raises ValueError if it holds another encoding, or if another process is at work there.
+    """
+    dest.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(dest, f"--dest: another process is encoding into {dest}")
+    if lock is not None:
+        stack.enter_context(lock)
+    claim = dest / CLAIM_FILE
+    protocol = _protocol(plan)
+    if claim.is_file():
+        _compare(dest, protocol, _read_claim(claim))
+    elif is_latent_archive(dest):
+        _compare(dest, protocol, _protocol(read_record(dest)))
+    missing = [i for i in range(len(plan.shards)) if not _is_whole(dest, plan, i)]
+    if is_latent_archive(dest):
+        if not missing and _is_right(dest, plan, dataset):
+            return None
+        # What is left is told from what is damaged as long as the old checksums are there.
+        missing = sorted({*missing, *_altered(dest, plan)})
+    write_json(claim, protocol)
+    (dest / RECORD_FILE).unlink(missing_ok=True)
+    for leftover in dest.glob(".*.tmp"):
+        leftover.unlink()
+    return missing
+
+
+def _read_claim(claim: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(claim.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{claim}: cannot be read ({error}), so that the latents beside it may be of any "
+            "making; delete that folder, or choose another one."
+        ) from None
+
+
+def _compare(dest: Path, protocol: dict[str, Any], there: dict[str, Any]) -> None:
+    names = [name for name in protocol if there.get(name) != protocol[name]]
+    if names:
+        raise ValueError(
+            f"--dest: {dest} holds latents made with another {join_names(names)}; choose another "
+            "folder, or delete that one to start anew."
+        )
+
+
+def _is_whole(dest: Path, plan: LatentRecord, index: int) -> bool:
+    shard = plan.shards[index]
+    try:
+        check_shard(dest / shard["file"], (shard["num_images"], *plan.row_shape))
+    except ValueError:
+        return False
+    return True
+
+
+def _altered(dest: Path, plan: LatentRecord) -> list[int]:
+    """Return the shards of a broken archive whose bytes are not those that its record names.
+
+    A record that cannot be read names none.
+    """
+    try:
+        shards = read_record(dest).shards
+    except ValueError:
+        return []
+    files = [dest / shard["file"] for shard in plan.shards]
+    return [
+        index
+        for index, (file, shard) in enumerate(zip(files, shards, strict=True))
+        if not file.is_file() or sha256_of_file(file) != shard["sha256"]
+    ]
+
+
+def _is_right(dest: Path, plan: LatentRecord, dataset: ImageDataset) -> bool:
+    """Tell whether record and labels of an archive are readable and those of the data."""
+    try:
+        record = read_record(dest)
+        labels = read_archive_labels(dest, record)
+    except ValueError:
+        return False
+    return (
+        record.num_images == plan.num_images
+        and record.class_names == plan.class_names
+        and (labels is None or np.array_equal(labels, dataset.labels))
+    )
+
+
+def _encode_shards(
+    dest: Path,
+    plan: LatentRecord,
+    missing: Sequence[int],
+    dataset: ImageDataset,
+    autoencoder: Autoencoder,
+    encoding: Encoding,
+) -> None:
+    """Make this rank's share of the missing shards."""
+    mine = missing[distributed.rank() :: distributed.world_size()]
+    total, own = (sum(plan.shards[i]["num_images"] for i in part) for part in (missing, mine))
+    if not mine:
+        return
+    loader = _loader(mine, plan, dataset, encoding)
+    moments = _moments(loader, dataset, autoencoder, encoding)
+    shown = done = 0
+    pending: Future | None = None
+    with (
+        progress(
+            total=total, label=f"Encoding {dataset.name}", disable=not distributed.is_main()
+        ) as bar,
+        ThreadPoolExecutor(1) as writer,  # A shard is written while the next one is made.
+    ):
+        for index in mine:
+            num_images = plan.shards[index]["num_images"]
+            values = np.empty((num_images, *plan.row_shape), np.float16)
+            row = 0
+            while row < num_images:
+                part = next(moments)
+                values[row : row + len(part)] = part
+                row += len(part)
+                done += len(part)
+                bar.update(round(done * total / own) - shown)  # All ranks are as far.
+                shown = round(done * total / own)
+            if pending is not None:
+                pending.result()
+            pending = writer.submit(_write_array, dest / plan.shards[index]["file"], values)
+        pending.result()
+
+
+def _loader(
+    mine: Sequence[int], plan: LatentRecord, dataset: ImageDataset, encoding: Encoding
+) -> DataLoader:
+    """Return a loader of these shards' images in order; no batch is of two shards."""
+    batches = []
+    for index in mine:
+        first = index * plan.shard_size
+        end = first + plan.shards[index]["num_images"]
+        starts = range(first, end, encoding.batch_size)
+        batches += [range(start, min(start + encoding.batch_size, end)) for start in starts]
+    num_workers = encoding.num_workers
+    if num_workers is None:
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        num_workers = min(max(num_usable_cores() // ranks_here, 1), _MAX_WORKERS)
+        # Processes pay off only for more work than starting them costs.
+        if sum(map(len, batches)) < _MIN_IMAGES_FOR_WORKERS:
+            num_workers = 0
+    return DataLoader(
+        _Numbered(dataset),
+        batch_sampler=batches,
+        num_workers=num_workers,
+        prefetch_factor=_PREFETCH_FACTOR if num_workers else None,
+        collate_fn=collate,
+        worker_init_fn=init_worker,
+        generator=torch.Generator(),
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+class _Numbered(torch.utils.data.Dataset):
+    """Gives the images of a batch with the index of the first."""
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        self._dataset = dataset
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[int, torch.Tensor]:
+        return indices[0], self._dataset.__getitems__(indices)[0]
+
+
+def _moments(
+    loader: DataLoader, dataset: ImageDataset, autoencoder: Autoencoder, encoding: Encoding
+) -> Iterator[np.ndarray]:
+    """Yield a batch of an archive's rows, float16 [N, V, C, h, w], for each of the loader."""
+    channels = autoencoder.latent_channels * (1 if encoding.mean_only else 2)
+    for first, images in loader:
+        try:
+            images = images.to(autoencoder.device, non_blocking=True)
+            variants = (images, images.flip(-1)) if encoding.hflip else (images,)
+            moments = torch.stack([autoencoder.moments(x)[:, :channels] for x in variants], dim=1)
+            rows = moments.to(torch.float16).cpu()
+        except torch.OutOfMemoryError:
+            raise ValueError(
+                f"--batch: no memory for {len(images)} images at once; give a smaller one."
+            ) from None
+        bad = ~torch.isfinite(rows).flatten(1).all(dim=1)
+        if bad.any():
+            label = dataset.file_label(first + int(bad.nonzero()[0]))
+            raise ValueError(
+                f"{label}: its latent has values that are not finite or beyond float16 (65504); "
+                f"{autoencoder.location} does not fit these images, use another autoencoder"
+                + ("." if encoding.precision == "fp32" else ", or --precision=fp32.")
+            )
+        yield rows.numpy()
+
+
+def _write_array(path: Path, values: np.ndarray) -> None:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(values))
+    with atomic_write(path) as file:
+        file.write(header.getvalue())
+        file.write(values.data)
+
+
+def _finish(dest: Path, plan: LatentRecord, dataset: ImageDataset) -> LatentRecord:
+    """Hash all shards, then write labels and record. Collective."""
+    distributed.barrier()
+    num_shards, ranks = len(plan.shards), distributed.world_size()
+    with distributed.together():
+        found = {
+            index: sha256_of_file(dest / plan.shards[index]["file"])
+            for index in range(distributed.rank(), num_shards, ranks)
+        }
+    hashes: dict[int, str] = {}
+    for part in distributed.gather_objects(found):
+        hashes.update(part)
+
+    def write() -> LatentRecord:
+        labels_sha256 = None
+        if dataset.labels is not None:
+            _write_array(dest / LABELS_FILE, dataset.labels.astype(np.int64))
+            labels_sha256 = sha256_of_file(dest / LABELS_FILE)
+        shards = [dict(shard, sha256=hashes[i]) for i, shard in enumerate(plan.shards)]
+        record = dataclasses.replace(plan, shards=shards, labels_sha256=labels_sha256)
+        write_json(dest / RECORD_FILE, record.to_dict())
+        return record
+
+    return distributed.on_main(write)

@@ -1,0 +1,242 @@
+"""Layout, record and verification of a latent archive (docs/formats.md)."""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import typing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dnnlib.config import split_optional
+from dnnlib.files import sha256_of_file
+from dnnlib.parallel import process_map
+from dnnlib.progress import progress
+
+FORMAT = "setdiffit-latents"
+FORMAT_VERSION = 1
+RECORD_FILE = "latents.json"
+CLAIM_FILE = "encoding.json"  # There from the beginning of an encoding on.
+LABELS_FILE = "labels.npy"
+KINDS = ("mean-std", "mean")
+_AGAIN = "start the same dataset_tool.py encode again, which makes what is missing"
+_ROWS_AT_ONCE = 256
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentRecord:
+    """All that is known of a latent archive: the content of ``latents.json``."""
+
+    num_images: int
+    resolution: int  # Of the images, as img_channels.
+    img_channels: int
+    latent_shape: list[int]  # c, h, w.
+    kind: str  # One of KINDS: whether standard deviations follow the means.
+    mirrored: bool  # Whether each image has a twin that is flipped left to right.
+    scale: float
+    shift: float
+    vae: str
+    vae_hash: str
+    source: str
+    source_hash: str
+    class_names: list[str] | None
+    labels_sha256: str | None
+    input_transform: str
+    precision: str
+    shard_size: int
+    shards: list[dict]  # Of file, num_images and sha256.
+    packages: dict[str, str]
+
+    @property
+    def row_shape(self) -> tuple[int, int, int, int]:
+        """The shape [V, C, h, w] of what an archive holds of one image."""
+        channels, height, width = self.latent_shape
+        return 1 + self.mirrored, channels * (1 + (self.kind == "mean-std")), height, width
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of ``latents.json``."""
+        return dict(format=FORMAT, version=FORMAT_VERSION, **dataclasses.asdict(self))
+
+
+def is_latent_archive(path: str | os.PathLike) -> bool:
+    """Tell whether a path is a folder of latents, complete."""
+    return (Path(path) / RECORD_FILE).is_file()
+
+
+def is_latent_folder(path: str | os.PathLike) -> bool:
+    """Tell whether a path is a folder of latents, complete or not."""
+    return is_latent_archive(path) or (Path(path) / CLAIM_FILE).is_file()
+
+
+def shard_name(index: int) -> str:
+    """Return the file name of a shard."""
+    return f"shard-{index:05d}.npy"
+
+
+def read_record(path: str | os.PathLike) -> LatentRecord:
+    """Return the record of an archive; raises ValueError if it is damaged or of another version."""
+    folder, file = Path(path), Path(path) / RECORD_FILE
+    if not file.is_file():
+        if is_latent_folder(folder):
+            raise ValueError(f"{folder}: its encoding is not finished; {_AGAIN}.")
+        raise ValueError(f"{folder}: not a folder of latents made by dataset_tool.py encode.")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: damaged, not valid JSON ({error}); {_AGAIN}.") from None
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise ValueError(f"{file}: not a record of latents made by dataset_tool.py encode.")
+    version = values.get("version")
+    if type(version) is not int or version > FORMAT_VERSION:
+        raise ValueError(
+            f"{file}: has format version {version}, but this version of the software reads up to "
+            f"{FORMAT_VERSION}; update the software."
+        )
+    if version < 1:
+        raise ValueError(f"{file}: has format version {version}, which never existed.")
+    problem = _problem_of(values)
+    if problem:
+        raise ValueError(f"{file}: damaged ({problem}); {_AGAIN}.")
+    fields = dataclasses.fields(LatentRecord)
+    return LatentRecord(**{field.name: values[field.name] for field in fields})
+
+
+def _problem_of(values: dict[str, Any]) -> str | None:
+    """Return what is wrong with the values of a record, or None."""
+    for name, hint in typing.get_type_hints(LatentRecord).items():
+        base, optional = split_optional(hint)
+        kind = typing.get_origin(base) or base
+        kinds = (int, float) if kind is float else (kind,)
+        value = values.get(name)
+        if type(value) not in kinds and not (optional and value is None and name in values):
+            return f"{name} is {value!r}" if name in values else f"{name} is missing"
+    for name in ("num_images", "resolution", "img_channels", "shard_size"):
+        if values[name] < 1:
+            return f"{name} is {values[name]}"
+    shape = values["latent_shape"]
+    if len(shape) != 3 or any(type(size) is not int or size < 1 for size in shape):
+        return f"latent_shape is {shape}"
+    if values["kind"] not in KINDS:
+        return f"kind is {values['kind']!r}"
+    if not (math.isfinite(values["shift"]) and math.isfinite(values["scale"]) and values["scale"]):
+        return f"scale is {values['scale']} and shift {values['shift']}"
+    if (values["class_names"] is None) != (values["labels_sha256"] is None):
+        return "class_names and labels_sha256 do not agree"
+    wanted = {"file": str, "num_images": int, "sha256": str}
+    for index, shard in enumerate(values["shards"]):
+        if {name: type(value) for name, value in shard.items()} != wanted:
+            return f"shard {index} is {shard}"
+        if shard["file"] != shard_name(index) or shard["num_images"] < 1:
+            return f"shard {index} is {shard}"
+    num_images = sum(shard["num_images"] for shard in values["shards"])
+    if num_images != values["num_images"]:
+        return f"num_images is {values['num_images']}, but the shards hold {num_images}"
+    return None
+
+
+def check_shard(path: Path, shape: tuple[int, ...]) -> int:
+    """Return where the values of a shard begin, in bytes, after its header and size are checked.
+
+    Raises ValueError if the file is not a whole float16 array of ``shape``.
+    """
+    try:
+        with open(path, "rb") as file:
+            np.lib.format.read_magic(file)
+            found, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+            start, size = file.tell(), os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
+        raise ValueError(f"{path}: is missing; {_AGAIN}.") from None
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path}: damaged ({reason}); delete it and {_AGAIN}.") from None
+    if found != shape or fortran_order or dtype != np.float16:
+        raise ValueError(
+            f"{path}: holds {dtype} of shape {list(found)}, but the record says float16 "
+            f"{list(shape)}; delete it and {_AGAIN}."
+        )
+    expected = start + 2 * math.prod(shape)
+    if size != expected:
+        raise ValueError(f"{path}: has {size} bytes instead of {expected}; delete it and {_AGAIN}.")
+    return start
+
+
+def read_archive_labels(path: Path, record: LatentRecord) -> np.ndarray | None:
+    """Return the class index of every image, int64 [N]; None if there are no labels.
+
+    Raises ValueError if they are missing or damaged.
+    """
+    if record.class_names is None:
+        return None
+    file = path / LABELS_FILE
+    try:
+        labels = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise ValueError(f"{file}: cannot be read ({reason}); {_AGAIN}.") from None
+    is_right = labels.shape == (record.num_images,) and labels.dtype == np.int64
+    if not is_right or sha256_of_file(file) != record.labels_sha256:
+        raise ValueError(f"{file}: damaged, not the labels that the record names; {_AGAIN}.")
+    if labels.min() < 0 or labels.max() >= len(record.class_names):
+        raise ValueError(
+            f"{file}: has labels from {labels.min()} to {labels.max()}, but the record names "
+            f"{len(record.class_names)} classes; {_AGAIN}."
+        )
+    return labels
+
+
+def verify_latents(path: str | os.PathLike, *, num_workers: int | None = None) -> list[str]:
+    """Read a whole archive and return one sentence for each problem found.
+
+    Checks the record, the labels, and of every shard its checksum, its size, and that its values
+    are finite and its standard deviations not negative.
+    """
+    folder = Path(path)
+    try:
+        record = read_record(folder)
+    except ValueError as error:
+        return [str(error)]
+    problems = []
+    try:
+        read_archive_labels(folder, record)
+    except ValueError as error:
+        problems.append(str(error))
+    inspect = functools.partial(_inspect_shard, folder=folder, record=record)
+    results = process_map(inspect, record.shards, num_workers=num_workers, chunk_size=1)
+    with progress(total=record.num_images, label=f"Verifying {folder}") as bar:
+        for shard, found in zip(record.shards, results, strict=True):
+            problems += found
+            bar.update(shard["num_images"])
+    known = {shard["file"] for shard in record.shards}
+    problems += [
+        f"{file}: is not in the record; delete it."
+        for file in sorted(folder.glob("shard-*.npy"))
+        if file.name not in known
+    ]
+    return problems
+
+
+def _inspect_shard(shard: dict[str, Any], *, folder: Path, record: LatentRecord) -> list[str]:
+    file = folder / shard["file"]
+    try:
+        check_shard(file, (shard["num_images"], *record.row_shape))
+    except ValueError as error:
+        return [str(error)]
+    problems = []
+    if sha256_of_file(file) != shard["sha256"]:
+        problems.append(
+            f"{file}: its bytes differ from the checksum in the record; delete it and {_AGAIN}."
+        )
+    values = np.load(file, mmap_mode="r")
+    channels = record.latent_shape[0]
+    for first in range(0, len(values), _ROWS_AT_ONCE):
+        rows = values[first : first + _ROWS_AT_ONCE]
+        bad = ~np.isfinite(rows).all(axis=(1, 2, 3, 4))
+        bad |= (rows[:, :, channels:] < 0).any(axis=(1, 2, 3, 4))
+        if bad.any():
+            row = first + int(np.flatnonzero(bad)[0])
+            problems.append(f"{file}: row {row} has values that no autoencoder gives.")
+            break
+    return problems

@@ -1,0 +1,102 @@
+"""Which images a rank reads, as a function of (seed, position in the run), and their loaders."""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from data.images.dataset import ImageDataset, collate
+from dnnlib.parallel import num_usable_cores
+from dnnlib.progress import progress
+
+_PREFETCH_FACTOR = 4
+_MIN_IMAGES_FOR_WORKERS = 4096
+_MAX_READERS = 8
+
+
+def make_loader(
+    dataset: Dataset, sampler: Sampler, *, num_workers: int, device: torch.device
+) -> DataLoader:
+    """Return a loader that yields ``dataset.__getitems__(keys)`` for each ``keys`` of ``sampler``.
+
+    ``keys`` is whatever the dataset understands, so that a family of models brings its own sampler
+    and dataset. ``num_workers`` processes decode ahead (0: this one does), in the sampler's order.
+    """
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+        prefetch_factor=_PREFETCH_FACTOR if num_workers else None,
+        persistent_workers=num_workers > 0,
+        worker_init_fn=init_worker,
+        generator=torch.Generator(),  # The global one stays as it is.
+    )
+
+
+def iterate_images(
+    dataset: ImageDataset,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    batch_size: int = 64,
+    num_workers: int | None = None,
+    indices: Sequence[int] | None = None,
+    label: str = "Reading images",
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield this rank's share of all images in order, each batch with its indices.
+
+    A batch is ``(int64 [N], uint8 [N, C, H, W])``, the last one partial. Shares are contiguous,
+    differ by at most one image and may be empty. Processes decode ahead of the use of a batch:
+    ``num_workers``, by default as many as the rank's share of the cores allows, up to 8.
+    ``indices`` chooses a part of the dataset; ``label`` names the progress bar with
+    images/s that rank 0 shows.
+    """
+    wanted = range(len(dataset)) if indices is None else indices
+    mine = wanted[len(wanted) * rank // world_size : len(wanted) * (rank + 1) // world_size]
+    batches = [list(mine[first : first + batch_size]) for first in range(0, len(mine), batch_size)]
+    if num_workers is None:
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        num_workers = min(max(num_usable_cores() // ranks_here, 1), _MAX_READERS)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        # Processes pay off only for more work than starting them costs.
+        num_workers=num_workers if len(mine) >= _MIN_IMAGES_FOR_WORKERS else 0,
+        collate_fn=collate,
+        worker_init_fn=init_worker,
+        generator=torch.Generator(),
+        pin_memory=torch.cuda.is_available(),
+    )
+    with progress(total=len(wanted), label=label, disable=rank != 0, transient=True) as bar:
+        for batch, (images, _) in zip(batches, loader, strict=True):
+            yield torch.tensor(batch), images
+            bar.update(len(images) * world_size)
+
+
+def init_worker(worker_id: int) -> None:
+    """Prepare a loader process: one thread, and deaf to the signals that stop a run.
+
+    Schedulers signal every process of a job. The main process decides when to stop, and needs its
+    batches until then; a SIGTERM that it sends by itself still ends the worker.
+    """
+    torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_exit_on_parents_request, args=(os.getppid(),), daemon=True).start()
+    else:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _exit_on_parents_request(parent: int) -> None:
+    while True:
+        with contextlib.suppress(InterruptedError):
+            if signal.sigwaitinfo({signal.SIGTERM}).si_pid == parent:
+                os._exit(0)

@@ -1,0 +1,123 @@
+"""Whether a feature-conditioned model uses its conditions: on images that it was trained on."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from data.codecs import FeatureInputs
+from data.features.dataset import FeatureDataset
+from data.features.statistics import FeatureStatistics
+from diffusion.precond import make_precond
+from families.image import make_objective
+from sampling.features import FeatureGenerator
+from torch_utils import rng
+from training.checkpoint import Snapshot
+
+_NUM_DRAWS = 16
+
+
+class PatchCheck(NamedTuple):
+    """Mean squared errors of pixels in [-1, 1], one an image: of its own patches and another's."""
+
+    own: np.ndarray
+    swapped: np.ndarray
+
+    @property
+    def share(self) -> float:
+        """Share of images whose own patches give the smaller error."""
+        return float((self.own < self.swapped).mean())
+
+
+def other_of_bucket(dataset: FeatureDataset) -> list[int]:
+    """Return for every item another one of its bucket: the next, after the last the first.
+
+    Raises ValueError for a bucket of a single image.
+    """
+    others = []
+    for first, count in zip(dataset.firsts[:-1].tolist(), dataset.counts, strict=True):
+        if count < 2:
+            raise ValueError(f"{dataset.path}: a bucket holds one image, which has no other.")
+        others += [first + (row + 1) % count for row in range(count)]
+    return others
+
+
+def check_patches(
+    generator: FeatureGenerator, dataset: FeatureDataset, num_repeats: int = 1
+) -> PatchCheck:
+    """Make every image with its own patches and with those of another image, all else the same.
+
+    Errors are those to the image as the autoencoder decodes it, averaged over ``num_repeats``
+    draws of noise, which is each image's own.
+    """
+    others = other_of_bucket(dataset)
+    own, swapped = np.zeros(len(dataset)), np.zeros(len(dataset))
+    for first, count in zip(dataset.firsts[:-1].tolist(), dataset.counts, strict=True):
+        rows = range(first, first + count)
+        latents, cond = dataset.__getitems__(rows)
+        _, other = dataset.__getitems__([others[row] for row in rows])
+        bucket = dataset.buckets[dataset.bucket_index(first)]
+        wanted = generator.decode(latents)
+        for repeat in range(num_repeats):
+            seeds = [row + repeat * len(dataset) for row in rows]
+            for errors, patches in ((own, cond["patches"]), (swapped, other["patches"])):
+                made = generator.generate(seeds, {**cond, "patches": patches}, bucket)
+                difference = (made.to(torch.float32) - wanted.to(torch.float32)) / 127.5
+                error = difference.square().mean((1, 2, 3)).cpu().numpy()
+                errors[first : first + count] += error / num_repeats
+    return PatchCheck(own, swapped)
+
+
+@torch.no_grad()
+def mean_loss(
+    snapshot: Snapshot,
+    dataset: FeatureDataset,
+    *,
+    swapped: Sequence[str] = (),
+    device: torch.device | str = "cpu",
+) -> float:
+    """Return the loss of a snapshot on a dataset, with all conditions given.
+
+    ``swapped`` names conditions (text, cls, patches) that each image gets from another of its
+    bucket. Times and noise are the same at every call.
+    """
+    device = torch.device(device)
+    config = dataclasses.replace(
+        snapshot.config,
+        features=dataclasses.replace(
+            snapshot.config.features, drop_all=0.0, text_only=0.0, visual_only=0.0
+        ),
+    )
+    statistics = FeatureStatistics.of(snapshot.data.features["statistics"], device)
+    objective = make_objective(
+        config,
+        snapshot.build(device),
+        make_precond(config.precond),
+        FeatureInputs(statistics, None),
+    )
+    others = other_of_bucket(dataset)
+    total = 0.0
+    for first, count in zip(dataset.firsts[:-1].tolist(), dataset.counts, strict=True):
+        rows = range(first, first + count)
+        # One batch for both, so that texts are padded alike.
+        latents, cond = dataset.__getitems__([*rows, *(others[row] for row in rows)])
+        parts = {name: value[:count] for name, value in cond.items() if name != "size"}
+        for name in swapped:
+            parts[name] = cond[name][count:]
+            if name == "text":
+                parts["text_mask"] = cond["text_mask"][count:]
+        for index in range(_NUM_DRAWS):
+            draws = objective.draw(
+                seed=rng.mix(0, first),
+                cur_nimg=index,
+                batch=count,
+                input_shape=tuple(latents.shape[1:]),
+                device=device,
+            )
+            batch = objective.prepare(
+                latents[:count], {**parts, "size": cond["size"]}, draws, device
+            )
+            total += objective(*batch, draws).mean(dim=(1, 2, 3)).sum().item() / _NUM_DRAWS
+    return total / len(dataset)

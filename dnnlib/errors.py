@@ -1,0 +1,29 @@
+"""Errors in an input, in one form: where, what was given, what is accepted, how to go on."""
+
+from typing import Any
+
+_NOTHING = object()
+
+
+def refusal(
+    where: Any, got: Any = _NOTHING, *, accepted: str = "", but: str = "", remedy: str = ""
+) -> ValueError:
+    """Return the error that tells a user in one sentence what is wrong with an input.
+
+    The sentence is ``WHERE: got GOT, but BUT; accepted: ACCEPTED; REMEDY.`` without the parts that
+    are empty; without ``got`` it is ``WHERE: BUT; ...``.
+
+    Args:
+        where: The option (``--batch``) or the file.
+        got: The value received.
+        accepted: Which values are.
+        but: What is wrong with this one.
+        remedy: What to do, as an imperative: ``use --batch=64``.
+    """
+    if got is _NOTHING:
+        parts = [but]
+    else:
+        parts = [f"got {got}, but {but}" if but else f"got {got}"]
+    parts += [f"accepted: {accepted}"] if accepted else []
+    parts += [remedy] if remedy else []
+    return ValueError(f"{where}: {'; '.join(filter(None, parts))}.")

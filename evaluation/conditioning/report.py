@@ -1,0 +1,298 @@
+"""What each condition does: how output and loss change when it is dropped, shuffled or swapped."""
+
+import contextlib
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from data.images.dataset import Cond
+from diffusion.denoiser import AUTOCAST_DTYPES, Denoiser, autocast
+from diffusion.precond import Precond, make_precond
+from dnnlib.progress import progress
+from evaluation.conditioning.panel import Condition, Group, Panel, derangement
+from models import Context, FeatureDiTConfig, Network
+from models.attention_probe import AttentionMass, record_attention
+from torch_utils.fingerprints import package_versions
+from torch_utils.rng import SeededNoise
+from training.checkpoint import Snapshot
+
+CHANGES = ("dropped", "shuffled", "swapped")
+QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
+_NUM_DRAWS = 20_000
+ALL_LEVELS = "all"  # The noise level of rows that average over all of them.
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Rows of a report, and the attention of each layer to text, CLS token and patches.
+
+    ``attention`` is empty, with a ``reason``, where there is no attention to such a context.
+    """
+
+    rows: list[dict[str, Any]]
+    attention: list[dict[str, float]]
+    reason: str | None
+
+    def score_rows(self) -> list[dict[str, Any]]:
+        """Return all of it as score rows: those of the conditions, and one for each layer."""
+        head = {k: self.rows[0][k] for k in ("panel", "seed", "snapshot_hash", "network")}
+        layers = [
+            dict(metric="conditioning_attention", layer=index, value=None, values=layer, **head)
+            for index, layer in enumerate(self.attention)
+        ]
+        return [*self.rows, *layers]
+
+
+def report_conditions(
+    snapshot: Snapshot, panel: Panel, device: torch.device, *, batch: int = 16, seed: int = 0
+) -> Report:
+    """Return how a model's output and loss depend on each condition of a panel.
+
+    For each of five noise levels (quantiles of those in training) every image is denoised with its
+    own conditions and with each of them changed, from the same noise. ``output_change`` is the root
+    mean square of the difference, over that of the differences between images: 1 means that the
+    condition changes as much as images of the panel differ. ``loss_change`` is the relative rise of
+    the loss, and ``worse_share`` the share of images whose loss rises. ``se`` are standard errors
+    over images.
+
+    Args:
+        snapshot: The model.
+        panel: Its images and conditions.
+        device: Where to compute.
+        batch: Images at once.
+        seed: Of the noise.
+    """
+    network, precond = snapshot.build(device), make_precond(snapshot.config.precond)
+    dtype = AUTOCAST_DTYPES[snapshot.config.training.precision]
+    sigmas = noise_levels(precond)
+    found: dict[tuple[str, str], list[_Change]] = defaultdict(list)
+    masses: list[AttentionMass] = []
+    total = len(panel.groups) * len(sigmas)
+    with (
+        torch.inference_mode(),
+        progress(total=total, label="Conditions", unit="level", transient=True) as bar,
+    ):
+        for group in panel.groups:
+            run = _Runs(network, precond, dtype, group, batch, seed)
+            for level, sigma in enumerate(sigmas):
+                with _probe(network, group) as mass:
+                    reference = run(sigma, group.cond)
+                masses += [] if mass is None else [mass]
+                for condition in panel.conditions:
+                    for change, varied in _variations(group, condition):
+                        cond, drop, rows = varied
+                        result = run(sigma, cond, drop)
+                        found[condition.name, change].append(
+                            _compare(reference, result, rows, level)
+                        )
+                bar.update()
+    rows = []
+    facts = dict(
+        metric="conditioning",
+        panel=panel.name,
+        seed=seed,
+        snapshot_hash=snapshot.sha256,
+        network=str(snapshot.path),
+        packages=package_versions(),
+    )
+    for condition in panel.conditions:
+        for change in CHANGES:
+            parts = found.get((condition.name, change))
+            rows += _rows(condition, change, parts, sigmas, facts)
+    attention = _mean_attention(masses)
+    reason = None if attention else "no attention to text, CLS token and patches in this model"
+    return Report(rows, attention, reason)
+
+
+def noise_levels(precond: Precond) -> list[float]:
+    """Return the quantiles QUANTILES of the noise levels that a network is trained at."""
+    drawn = precond.draw_sigma(_NUM_DRAWS, torch.Generator().manual_seed(0), "cpu")
+    levels = torch.quantile(drawn.double(), torch.tensor(QUANTILES, dtype=torch.float64))
+    return [precond.round_sigma(level) for level in levels.tolist()]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Outputs:
+    """Denoised images [N, C, H, W] and their losses [N], in float32 on the CPU."""
+
+    denoised: torch.Tensor
+    loss: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class _Change:
+    """What a variation does to each image [n] at one noise level."""
+
+    level: int
+    output: np.ndarray
+    loss: np.ndarray
+    reference_loss: np.ndarray
+
+
+class _Runs:
+    """Denoises the images of a group from the same noise, under any conditions."""
+
+    def __init__(
+        self,
+        network: Network,
+        precond: Precond,
+        dtype: torch.dtype | None,
+        group: Group,
+        batch: int,
+        seed: int,
+    ) -> None:
+        self._network, self._precond, self._dtype = network, precond, dtype
+        self._inputs, self._batch = group.inputs, batch
+        self._denoise = Denoiser(network, precond, dtype)
+        num = len(group.inputs)
+        noise = SeededNoise([seed * 2**20 + row for row in range(num)], group.inputs.device)
+        self._noise = noise.randn(group.inputs.shape[1:])
+
+    def __call__(self, sigma: float, cond: Cond, drop: torch.Tensor | None = None) -> _Outputs:
+        parts = []
+        for start in range(0, len(self._inputs), self._batch):
+            rows = slice(start, start + self._batch)
+            images = self._inputs[rows]
+            own = {name: v if name == "size" else v[rows] for name, v in cond.items()}
+            context = self._context(own, None if drop is None else drop[rows], len(images))
+            denoised = self._denoise(images + sigma * self._noise[rows], sigma, context)
+            weight = self._precond.weight(torch.tensor(sigma)).item()
+            loss = weight * (denoised - images).square().mean(dim=(1, 2, 3))
+            parts.append((denoised.cpu(), loss.cpu()))
+        return _Outputs(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+    def _context(self, cond: Cond, drop: torch.Tensor | None, num: int) -> Context:
+        with autocast(self._inputs.device, self._dtype):
+            return self._network.context(cond, drop, num=num)
+
+
+def _variations(
+    group: Group, condition: Condition
+) -> Iterator[tuple[str, tuple[Cond, torch.Tensor | None, np.ndarray]]]:
+    """Yield each change that can be made: conditions, what is dropped, and which rows changed."""
+    num, device = len(group.inputs), group.inputs.device
+    if condition.reason is None:
+        drop = torch.ones(num, dtype=torch.bool, device=device)
+        if condition.drop is not None:
+            columns = torch.zeros(num, 3, dtype=torch.bool, device=device)
+            columns[:, list(condition.drop)] = True
+            drop = columns
+        yield "dropped", (group.cond, drop, np.ones(num, bool))
+    for change in CHANGES[1:]:
+        source, rows = derangement(group.kinds, change)
+        if rows.any():
+            index = torch.from_numpy(source).to(device)
+            changed = {name: group.cond[name][index] for name in condition.entries}
+            yield change, ({**group.cond, **changed}, None, rows)
+
+
+def _compare(reference: _Outputs, varied: _Outputs, rows: np.ndarray, level: int) -> _Change:
+    own = reference.denoised
+    spread = (own - own.mean(dim=0)).square().mean().sqrt().clamp(min=1e-12)
+    output = (varied.denoised - own).square().mean(dim=(1, 2, 3)).sqrt() / spread
+    return _Change(
+        level,
+        output.numpy()[rows],
+        varied.loss.numpy()[rows],
+        reference.loss.numpy()[rows],
+    )
+
+
+def _rows(
+    condition: Condition,
+    change: str,
+    parts: list[_Change] | None,
+    sigmas: list[float],
+    facts: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """Return a row of all noise levels together, and one for each."""
+    head = dict(facts, condition=condition.name, change=change)
+    note = condition.note if change == "dropped" else None
+    if note is not None:
+        head["note"] = note
+    if not parts:
+        reason = condition.reason if change == "dropped" else None
+        reason = reason or "no two images of the panel differ in it"
+        return [dict(head, sigma=ALL_LEVELS, num=0, value=None, values={}, reason=reason)]
+    rows = []
+    for level, sigma in [(None, ALL_LEVELS), *enumerate(sigmas)]:
+        chosen = [part for part in parts if level in (None, part.level)]
+        output, loss, reference = (
+            _by_image(chosen, name) for name in ("output", "loss", "reference_loss")
+        )
+        rise = (loss - reference) / reference.mean()
+        values = dict(
+            output_change=float(output.mean()),
+            output_change_se=_standard_error(output),
+            loss_change=float(rise.mean()),
+            loss_change_se=_standard_error(rise),
+            worse_share=float((loss > reference).mean()),
+        )
+        row = dict(head, sigma=sigma, num=len(output), value=values["output_change"])
+        rows.append(dict(row, values=values))
+    return rows
+
+
+def _by_image(parts: list[_Change], name: str) -> np.ndarray:
+    """Return a quantity of every image, averaged over the noise levels of ``parts``."""
+    levels = sorted({part.level for part in parts})
+    columns = [
+        np.concatenate([getattr(part, name) for part in parts if part.level == level])
+        for level in levels
+    ]
+    return np.mean(columns, axis=0)
+
+
+def _standard_error(values: np.ndarray) -> float:
+    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0
+
+
+def _probe(
+    network: Network, group: Group
+) -> contextlib.AbstractContextManager[AttentionMass | None]:
+    """Return a recorder of attention to text, CLS token and patches; of nothing elsewhere."""
+    if not isinstance(network.config, FeatureDiTConfig):
+        return contextlib.nullcontext()
+    segments = dict(text=group.cond["text"].shape[1], CLS=1)
+    if network.config.use_dino_patches:
+        segments["patches"] = group.cond["patches"].shape[1]
+    return record_attention(network.backbone, segments)
+
+
+def _mean_attention(masses: list[AttentionMass]) -> list[dict[str, float]]:
+    """Return the shares of each layer, averaged over noise levels and sizes of images."""
+    layers = [mass.by_layer() for mass in masses]
+    return [
+        {name: float(np.mean([layer[name] for layer in same])) for name in same[0]}
+        for same in zip(*layers, strict=True)
+    ]
+
+
+def describe_report(report: Report) -> str:
+    """Return a report as a readable table."""
+    lines = [
+        f"{'condition':<14} {'change':<9} {'output':>16} {'loss':>18} {'worse for':>10}",
+    ]
+    for row in report.rows:
+        if row["sigma"] != ALL_LEVELS:
+            continue
+        start = f"{row['condition']:<14} {row['change']:<9}"
+        if row["value"] is None:
+            lines.append(f"{start} absent: {row['reason']}")
+            continue
+        v = row["values"]
+        lines.append(
+            f"{start} {v['output_change']:8.3f} ± {v['output_change_se']:5.3f} "
+            f"{v['loss_change']:+10.1%} ± {v['loss_change_se']:5.1%} {v['worse_share']:10.0%}"
+            + (f"  ({row['note']})" if "note" in row else "")
+        )
+    if report.reason is not None:
+        lines.append(f"attention: {report.reason}")
+    for index, layer in enumerate(report.attention):
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in layer.items())
+        lines.append(f"attention of layer {index:<3} {shares}")
+    return "\n".join(lines)

@@ -1,0 +1,258 @@
+"""The networks that validation of a feature-conditioned model needs, and its place in a run."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from PIL.Image import Image
+
+from data.features.dataset import FeatureDataset
+from diffusion.guidance import DualGuidanceConfig
+from dnnlib.config import did_you_mean
+from encoders.text import load_text_encoder
+from encoders.visual import load_visual_encoder
+from evaluation.in_loop.features import ValidateFn, weights_facts
+from evaluation.validation.config import METRIC_PREFIX, TESTS, ValidationConfig
+from evaluation.validation.trials import Missing, TextEncoderLike, VisualEncoderLike, choose_items
+from evaluation.validation.validate import validate
+from evaluation.validation.word_edits import edit_caption
+from metrics.lpips import LPIPS, WEIGHTS_VARIABLE
+from models import FeatureDiTConfig
+from sampling.features import FeatureGenerator
+from sampling.images import GenerateConfig, cached_snapshot
+from sampling.requests import make_feature_generator
+from torch_utils import distributed
+
+_UNNEEDED = Missing("no test needs it")
+
+
+class EncodedTexts:
+    """Texts that were encoded before, in place of the encoder, which may be large.
+
+    Attributes:
+        sha256: Identity of the encoder.
+    """
+
+    def __init__(self, encoder: TextEncoderLike, captions: Sequence[str]) -> None:
+        self.sha256 = encoder.sha256
+        self._hidden: dict[str, torch.Tensor] = {}
+        for caption in dict.fromkeys(captions):
+            hidden, mask, _ = encoder.encode([caption])
+            self._hidden[caption] = hidden[0, mask[0]].cpu()
+
+    def encode(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Return hidden states [N, L, T] and their mask [N, L], as a TextEncoder does.
+
+        The number of texts that were cut is unknown, and 0.
+        """
+        rows = [self._hidden[caption] for caption in captions]
+        hidden = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        lengths = torch.tensor([len(row) for row in rows])
+        return hidden, torch.arange(hidden.shape[1]) < lengths[:, None], 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Networks:
+    """What measures: each is there, or :class:`Missing` for a reason."""
+
+    lpips: LPIPS | Missing
+    visual: VisualEncoderLike | Missing
+    text: TextEncoderLike | Missing
+
+    def absent(self) -> dict[str, str]:
+        """Return the reason for each that is needed and missing."""
+        return {
+            name: network.reason
+            for name, network in vars(self).items()
+            if isinstance(network, Missing) and network is not _UNNEEDED
+        }
+
+
+def load_networks(
+    config: ValidationConfig,
+    dataset: FeatureDataset,
+    device: torch.device | str,
+    *,
+    visual: str | None = None,
+    text: str | None = None,
+) -> Networks:
+    """Return the networks that the tests of ``config`` need. Collective.
+
+    The texts of edits are encoded at once, and their encoder is not kept.
+
+    Args:
+        config: Its ``lpips_weights`` or $SETDIFFIT_LPIPS name the weights of LPIPS; without them
+            the published ones are fetched.
+        dataset: The held-out images; encoders are those that its record names.
+        device: Where to compute.
+        visual, text: Where the encoders are now, if not where they were.
+
+    What was named and cannot be used is an error, ValueError; what is merely not where it usually
+    is, is missing.
+    """
+
+    def load(is_named: bool, read: Callable[[], Any]) -> Any:
+        try:
+            return read()
+        except ValueError as error:
+            if is_named:
+                raise
+            return Missing(str(error).rstrip("."))
+
+    record = dataset.record
+
+    def load_encoder(function: Callable[..., Any], name: str, location: str | None) -> Any:
+        facts = getattr(record, name)
+        options = dict(expected_hash=facts["hash"], precision=facts["precision"])
+        place = location or facts["location"]
+        return load(location is not None, lambda: function(place, device, **options))
+
+    is_named = bool(config.lpips_weights or os.environ.get(WEIGHTS_VARIABLE))
+    lpips = load(is_named, lambda: LPIPS.load(config.lpips_net, config.lpips_weights, device))
+    visual_encoder: Any = _UNNEEDED
+    text_encoder: Any = _UNNEEDED
+    if "reconstruction" in config.tests:
+        visual_encoder = load_encoder(load_visual_encoder, "visual", visual)
+    if "text_edit" in config.tests:
+        text_encoder = load_encoder(load_text_encoder, "text", text)
+        if not isinstance(text_encoder, Missing):
+            text_encoder = EncodedTexts(text_encoder, texts_of_edits(dataset, config.num_edits))
+    return Networks(lpips, visual_encoder, text_encoder)
+
+
+def texts_of_edits(dataset: FeatureDataset, num: int) -> list[str]:
+    """Return all texts that the test of ``num`` edits encodes."""
+    own = [dataset.caption(item[0]) for item in choose_items(dataset, num)]
+    return own + [edit_caption(caption)[0] for caption in own]
+
+
+def check_encoders(model: FeatureDiTConfig, dataset: FeatureDataset) -> None:
+    """Raise ValueError if a dataset has the features of other encoders than a model's."""
+    for name in ("vae", "visual", "text"):
+        expected = getattr(model, f"{name}_hash")
+        if expected is not None and getattr(dataset.record, name)["hash"] != expected:
+            raise ValueError(
+                f"--data: {dataset.path} was made with another encoder (--{name}) than the "
+                "model's; give the features that it was trained on, or others made alike."
+            )
+
+
+def chosen_tests(
+    names: Sequence[str], *, option: str, prefix: str = METRIC_PREFIX
+) -> tuple[str, ...]:
+    """Return the tests that an option names; raises ValueError for the name of none."""
+    known = [prefix + test for test in TESTS]
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"{option}: got {name}, but a model of features is put to the tests "
+                f"{', '.join(known)}.{did_you_mean(name, known)}"
+            )
+    return tuple(name.removeprefix(prefix) for name in dict.fromkeys(names))
+
+
+def check_used(given: Collection[str], tests: Sequence[str], choice: str) -> None:
+    """Raise ValueError for an option of ``given`` that no test of ``choice`` has."""
+    users = dict(
+        num_reconstructions=("reconstruction",),
+        num_swaps=("swap",),
+        num_edits=("text_edit",),
+        num_text_only=("text_only",),
+        num_divergence=("divergence",),
+        num_shown=TESTS,
+        lpips_net=TESTS,
+        lpips_weights=TESTS,
+    )
+    for name, owners in users.items():
+        if name in given and not set(owners) & set(tests):
+            raise ValueError(
+                f"--{name.replace('_', '-')} has no effect with {choice}; leave it out."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ValidateConfig(GenerateConfig):
+    """How the images of a snapshot are made, and the tests that it is put to."""
+
+    validation: ValidationConfig = ValidationConfig()
+
+    @classmethod
+    def of_snapshot(cls, path: str | None) -> "ValidateConfig":
+        """Return the protocol that a snapshot brings along; the defaults without one.
+
+        Raises ValueError if it is of no model of features.
+        """
+        if path is None:
+            return cls(guidance=None, dual_guidance=DualGuidanceConfig())
+        config = cached_snapshot(path).config
+        if config.features is None:
+            raise ValueError(f"--network: {path} was not trained on text and visual features.")
+        found = super().of_snapshot(path)
+        return dataclasses.replace(found, validation=config.validation or ValidationConfig())
+
+    def with_tests(self, tests: tuple[str, ...]) -> "ValidateConfig":
+        """Return the same with other tests."""
+        return dataclasses.replace(
+            self, validation=dataclasses.replace(self.validation, tests=tests)
+        )
+
+
+def validate_snapshot(
+    config: ValidateConfig,
+    device: torch.device,
+    *,
+    network: str,
+    data: str | None = None,
+    split: str = "validation",
+    vae: str | None = None,
+    visual: str | None = None,
+    text: str | None = None,
+    precision: str | None = None,
+) -> tuple[list[dict[str, Any]], dict[str, Image]]:
+    """Return the rows of all tests of a snapshot, and pictures on rank 0. Collective.
+
+    ``data``, ``vae``, ``visual`` and ``text`` say where feature folder and networks are, if not
+    where they were in training. Raises ValueError for features that are not the model's.
+    """
+    snapshot = cached_snapshot(network)
+    location = data or snapshot.data.features["path"]
+    dataset = FeatureDataset(location, split, text_lengths=snapshot.config.features.text_lengths)
+    check_encoders(snapshot.config.model, dataset)
+    generator = make_feature_generator(
+        snapshot,
+        device,
+        sampling=config.sampling,
+        guidance=config.dual_guidance,
+        precision=precision,
+        vae=vae,
+    )
+    networks = load_networks(config.validation, dataset, device, visual=visual, text=text)
+    rows, pictures = validate(generator, dataset, config=config.validation, **vars(networks))
+    facts = dict(
+        network=str(snapshot.path),
+        kimg=snapshot.progress["cur_nimg"] / 1000,
+        **weights_facts(generator, snapshot.config.training, snapshot.progress),
+    )
+    return [dict(row, **facts) for row in rows], pictures
+
+
+def make_validate(
+    config: ValidationConfig, dataset: FeatureDataset, device: torch.device
+) -> ValidateFn:
+    """Return the function by which the training loop puts a model to the tests of ``config``.
+
+    Networks are loaded now, so that a run says at its start what it cannot measure. Collective.
+    """
+    networks = load_networks(config, dataset, device)
+    for name, reason in networks.absent().items():
+        distributed.print0(f"Validation goes without {name}: {reason}.")
+
+    def evaluate(
+        names: tuple[str, ...], generator: FeatureGenerator
+    ) -> tuple[list[dict[str, Any]], dict[str, Image]]:
+        own = dataclasses.replace(config, tests=chosen_tests(names, option="--metrics"))
+        return validate(generator, dataset, config=own, **vars(networks))
+
+    return evaluate

@@ -1,0 +1,239 @@
+"""Validation of a feature-conditioned model on held-out images: score rows and pictures."""
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+
+from data.features.dataset import FeatureDataset
+from dnnlib.progress import progress
+from evaluation.validation.config import METRIC_PREFIX, ValidationConfig
+from evaluation.validation.trials import (
+    FEATURE_TESTS,
+    MAX_CONTROL,
+    Bench,
+    FeatureTest,
+    Items,
+    Missing,
+    Outcome,
+    TextEncoderLike,
+    VisualEncoderLike,
+)
+from evaluation.validation.word_edits import edit_caption
+from metrics.lpips import LPIPS
+from sampling.features import FeatureGenerator
+from torch_utils import distributed
+from torch_utils.fingerprints import package_versions
+from torch_utils.pictures import mixed_grid
+
+
+def validate(
+    generator: FeatureGenerator,
+    dataset: FeatureDataset,
+    *,
+    config: ValidationConfig,
+    lpips: LPIPS | Missing,
+    visual: VisualEncoderLike | Missing,
+    text: TextEncoderLike | Missing,
+    progress_label: str = "Validation",
+) -> tuple[list[dict[str, Any]], dict[str, PIL.Image.Image]]:
+    """Return a row for each test of ``config``, on every rank, and its picture, on rank 0.
+
+    Collective: ranks share the images, and numbers and pictures do not depend on how many ranks
+    there are. Images are made one by one, whatever their sizes.
+
+    Args:
+        generator: Makes the images, see :class:`~sampling.features.FeatureGenerator`.
+        dataset: Held-out images.
+        config: Which tests, and on how many images, spread evenly over sizes.
+        lpips, visual, text: The networks that measure. What a missing one would have measured is
+            None in the row, and ``missing`` says why; of the test's ``value``, so does ``reason``.
+            The encoders must be those that the dataset was made with.
+        progress_label: What the progress bar is labelled with.
+
+    A row holds metric, value (the headline), values (all), num and buckets (how many images or
+    pairs, of which sizes), the LPIPS of every one (``per_item``, by name), how images were made and
+    measured, and warnings. Pictures are by name of the metric: of a reconstruction [truth, made,
+    from its text alone], of a swap [A, A with B's reference, B], of an edit [truth, made, edited],
+    of a text [truth, own text, another's], of a divergence [text, reference, both].
+    """
+    bench = Bench(generator=generator, dataset=dataset, lpips=lpips, visual=visual, text=text)
+    rows, pictures = [], {}
+    for name in config.tests:
+        row, picture = _run_test(name, bench, config, progress_label)
+        rows.append(row)
+        if picture is not None:
+            pictures[row["metric"]] = picture
+    return rows, pictures
+
+
+def _run_test(
+    name: str, bench: Bench, config: ValidationConfig, label: str
+) -> tuple[dict[str, Any], PIL.Image.Image | None]:
+    start_sec = time.monotonic()
+    test = FEATURE_TESTS[name]
+    items = _on_every_rank(lambda: test.choose(bench.dataset, config.sizes[name]))
+    reason = _reason_for_none(name, test, bench, items)
+    shown: list[int] = []
+    if reason is None:
+        num_shown = min(config.num_shown, len(items))
+        shown = np.linspace(0, len(items) - 1, num_shown).round().astype(int).tolist()
+        if not any(_network(bench, needs) for _, _, needs in test.measures.values()):
+            items = [items[place] for place in shown]
+            shown = list(range(len(items)))
+    else:
+        items = []
+    outcomes = _share(bench, test, items, frozenset(shown), f"{label}: {name.replace('_', ' ')}")
+    row = _make_row(name, bench, test, items, outcomes, reason)
+    row["seconds"] = round(distributed.broadcast_object(time.monotonic() - start_sec), 3)
+    picture = None
+    if shown and distributed.is_main():
+        picture = mixed_grid([outcomes[place].images for place in shown])
+    return row, picture
+
+
+def _on_every_rank(function: Callable[[], Items]) -> Items:
+    with distributed.together():
+        found = function()
+    return found
+
+
+def _network(bench: Bench, name: str) -> bool:
+    return not isinstance(getattr(bench, name), Missing)
+
+
+def _reason_for_none(name: str, test: FeatureTest, bench: Bench, items: Items) -> str | None:
+    """Return why nothing at all can be made, if so."""
+    for needed in test.needs:
+        if not _network(bench, needed):
+            return getattr(bench, needed).reason
+    if items:
+        return None
+    if not len(bench.dataset.ids):
+        return f"{bench.dataset.path} has no images of the split {bench.dataset.split}"
+    if name == "swap":
+        return "no size has two held-out images"
+    return "no two held-out images have different texts"
+
+
+def _share(
+    bench: Bench, test: FeatureTest, items: Items, shown: frozenset[int], label: str
+) -> list[Outcome]:
+    """Return the outcomes of all items in order, on every rank. Collective."""
+    mine = range(distributed.rank(), len(items), distributed.world_size())
+    found: dict[int, Outcome] = {}
+    with (
+        distributed.together(),
+        progress(
+            total=len(mine), label=label, disable=not distributed.is_main(), transient=True
+        ) as bar,
+        torch.inference_mode(),
+    ):
+        for place in mine:
+            found[place] = test.run(bench, items[place], place in shown)
+            bar.update(1)
+    every: dict[int, Outcome] = {}
+    for part in distributed.gather_objects(found):
+        every.update(part)
+    return [every[place] for place in range(len(items))]
+
+
+def _make_row(
+    name: str,
+    bench: Bench,
+    test: FeatureTest,
+    items: Items,
+    outcomes: Sequence[Outcome],
+    reason: str | None,
+) -> dict[str, Any]:
+    dataset = bench.dataset
+    values: dict[str, float | None] = {}
+    missing: dict[str, str] = {}
+    for key, (column, summary, network) in test.measures.items():
+        found = [outcome.values[column] for outcome in outcomes if column in outcome.values]
+        if reason is None and len(found) == len(items):
+            values[key] = float(summary(np.array(found)))
+        else:
+            values[key] = None
+            missing[key] = reason or getattr(bench, network).reason
+    buckets = {bucket.name: 0 for bucket in dataset.buckets}
+    for item in items:
+        buckets[dataset.buckets[dataset.bucket_index(item[0])].name] += 1
+    names = [[dataset.ids[index] for index in item] for item in items]
+    row: dict[str, Any] = dict(
+        metric=METRIC_PREFIX + name,
+        value=values[test.value],
+        values=values,
+        num=len(items),
+        buckets=buckets,
+        split=dataset.split,
+        data_hash=dataset.content_hash,
+        items_hash=hashlib.sha256(repr(names).encode()).hexdigest(),
+        noise="seed of each image's name",
+        **_protocol(bench, test),
+        **bench.generator.protocol(),
+        packages=package_versions(),
+        per_item=[
+            dict(id="+".join(own), **outcome.values)
+            for own, outcome in zip(names, outcomes, strict=True)
+        ],
+        warnings=_warnings(name, bench, items, values),
+    )
+    if missing:
+        row["missing"] = missing
+    if row["value"] is None:
+        row["reason"] = missing[test.value]
+    return row
+
+
+def _protocol(bench: Bench, test: FeatureTest) -> dict[str, Any]:
+    """Return what a row says of the networks that measured, and of the test's constants."""
+    networks = {network for _, _, network in test.measures.values()} | set(test.needs)
+    found: dict[str, Any] = dict(test.protocol)
+    if "lpips" in networks and _network(bench, "lpips"):
+        found.update(lpips=bench.lpips.net, lpips_hash=bench.lpips.hash)
+    for name in ("visual", "text"):
+        if name in networks and _network(bench, name):
+            found[f"{name}_hash"] = getattr(bench, name).sha256
+    return found
+
+
+def _warnings(name: str, bench: Bench, items: Items, values: dict[str, float | None]) -> list[str]:
+    found = []
+    control = values.get("lpips_control")
+    if control is not None and control > MAX_CONTROL:
+        found.append(
+            f"an unchanged text, encoded again, changes an image by an LPIPS of {control:.3f} (at "
+            f"most {MAX_CONTROL} is expected): is this the encoder of the dataset's texts?"
+        )
+    if name == "text_edit" and items:
+        plain = sum(edit_caption(bench.dataset.caption(item[0]))[1][0][0] == "+" for item in items)
+        if plain:
+            found.append(f"{plain} text(s) name nothing known and were put after other words")
+    covered = {bench.dataset.bucket_index(item[0]) for item in items}
+    alone = [
+        bucket.name
+        for index, bucket in enumerate(bench.dataset.buckets)
+        if index not in covered and bench.dataset.counts[index] == 1
+    ]
+    if name == "swap" and items and alone:
+        found.append(f"left out, with a single image: {', '.join(alone)}")
+    return found
+
+
+def describe_picture(metric: str) -> tuple[str, ...]:
+    """Return what the columns of a metric's picture show, from left to right."""
+    return _COLUMNS[metric.removeprefix(METRIC_PREFIX)]
+
+
+_COLUMNS = dict(
+    reconstruction=("truth", "made", "text alone"),
+    swap=("A", "A with B's reference", "B"),
+    text_edit=("truth", "made", "edited text"),
+    text_only=("truth", "own text", "another text"),
+    divergence=("text", "reference", "both"),
+)

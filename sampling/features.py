@@ -1,0 +1,135 @@
+"""Images from text and visual features: one seed an image, whatever else is made with it."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from data.features.buckets import Bucket
+from data.features.statistics import FeatureStatistics
+from data.images.dataset import Cond
+from diffusion.flow import Velocity, sample_flow
+from diffusion.guidance import (
+    BRANCHES,
+    DualGuidanceConfig,
+    branch_weights,
+    weighted_branches,
+)
+from diffusion.samplers import SamplingConfig, num_evaluations
+from dnnlib.config import to_dict
+from encoders.autoencoder import Autoencoder
+from models import Context, FeatureDiTConfig, Network
+from torch_utils.pictures import to_uint8
+from torch_utils.rng import SeededNoise
+from training.feature_config import FeatureConfig
+from training.feature_objective import patch_bias
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FeatureGenerator:
+    """A feature-conditioned network with its whole sampling protocol.
+
+    ``trained_nimg`` is the number of images that it was trained on, which decides how far added
+    patches have been let in.
+    """
+
+    network: Network
+    model: FeatureDiTConfig
+    features: FeatureConfig
+    statistics: FeatureStatistics
+    sampling: SamplingConfig
+    guidance: DualGuidanceConfig
+    device: torch.device
+    autoencoder: Autoencoder
+    trained_nimg: int
+    autocast_dtype: torch.dtype | None = None
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        seeds: Sequence[int],
+        cond: Cond,
+        bucket: Bucket,
+        *,
+        guidance: DualGuidanceConfig | None = None,
+        on_evaluation: Callable[[], None] | None = None,
+    ) -> torch.Tensor:
+        """Return uint8 images [N, 3, H, W] of a bucket's size, one per seed, on the device.
+
+        Args:
+            seeds: One integer per image, taken modulo 2**32.
+            cond: Features of N images as :class:`~data.features.dataset.FeatureDataset` gives them.
+                Without ``text`` the image alone acts, without ``cls`` and ``patches`` the text.
+            bucket: Size of the images.
+            guidance: In place of the generator's own.
+            on_evaluation: Called after every sampling step.
+        """
+        latents = self.sample_latents(
+            seeds, cond, bucket, guidance=guidance, on_evaluation=on_evaluation
+        )
+        return self.decode(self.statistics.denormalise(latents))
+
+    @torch.inference_mode()
+    def sample_latents(
+        self,
+        seeds: Sequence[int],
+        cond: Cond,
+        bucket: Bucket,
+        *,
+        guidance: DualGuidanceConfig | None = None,
+        on_evaluation: Callable[[], None] | None = None,
+    ) -> torch.Tensor:
+        """Return normalised latents [N, c, h, w], float64; arguments are :meth:`generate`'s."""
+        shape = self.model.latent_shape(*bucket.size)
+        noise = SeededNoise(seeds, self.device).randn(shape)
+        contexts, weights = self._branches(cond, len(seeds), bucket, guidance or self.guidance)
+        velocity = Velocity(self.network, self.autocast_dtype)
+        guided = weighted_branches(velocity, contexts, weights)
+        return sample_flow(guided, noise, self.sampling, callback=on_evaluation)
+
+    @torch.inference_mode()
+    def decode(self, raw: torch.Tensor) -> torch.Tensor:
+        """Return uint8 images [N, 3, H, W] of the autoencoder's raw latents [N, c, h, w]."""
+        return to_uint8(self.autoencoder.decode_raw(raw.to(self.device, torch.float32)))
+
+    def _branches(
+        self, cond: Cond, num: int, bucket: Bucket, guidance: DualGuidanceConfig
+    ) -> tuple[list[Context], list[float]]:
+        """Return the contexts of all branches that count, and their weights."""
+        cond = {k: v.to(self.device) for k, v in cond.items() if k != "size"}
+        self.network.check(cond)
+        cond = self.statistics.normalise_features(cond)
+        cond["size"] = torch.tensor(bucket.size)
+        shape = self.model.latent_shape(*bucket.size)
+        bias = patch_bias(self.features, self.model, self.trained_nimg, shape)
+        if bias is not None:
+            cond["patch_bias"] = torch.full([num], bias, device=self.device)
+        has_text, has_visual = "text" in cond, "cls" in cond
+        weights = branch_weights(guidance, has_text=has_text, has_visual=has_visual)
+        # What no branch drops needs no mask, and what all drop no tokens.
+        contexts = []
+        for name in weights:
+            with_text, with_visual = BRANCHES[name]
+            drop = None
+            if (has_text and not with_text) or (has_visual and not with_visual) or len(weights) > 1:
+                row = [not with_text, not with_visual, not with_visual]
+                drop = torch.tensor(row, device=self.device).expand(num, 3)
+            with torch.autocast(
+                self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None
+            ):
+                contexts.append(self.network.context(cond, drop, num=num))
+        return contexts, list(weights.values())
+
+    def protocol(self) -> dict[str, Any]:
+        """Return what a score row says of the sampling: sampler, evaluations, guidance."""
+        num_branches = len(branch_weights(self.guidance))
+        return dict(
+            sampling=to_dict(self.sampling),
+            nfe=num_evaluations(self.sampling) * num_branches,
+            guidance=to_dict(self.guidance),
+            vae_hash=self.autoencoder.sha256,
+            rounding="uint8, clip(127.5 x + 128)",
+            tf32=torch.backends.cuda.matmul.allow_tf32,
+            precision=str(self.autocast_dtype or torch.float32).removeprefix("torch."),
+        )

@@ -1,0 +1,59 @@
+"""Grids of samples made by all ranks together."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from sampling.images import ImageGenerator, labels_like_data
+from sampling.supports import SupportGenerator
+from torch_utils import distributed
+from torch_utils.pictures import image_grid, save_image, support_picture
+
+GRID_SEEDS = 64
+
+
+def save_fakes(
+    generator: ImageGenerator,
+    class_counts: Sequence[int],
+    path: Path,
+    batch: int,
+    num_images: int = GRID_SEEDS,
+) -> None:
+    """Write a grid of samples with fixed seeds, made by all ranks together. Collective."""
+    labels = None
+    if class_counts:
+        order = labels_like_data(class_counts)
+        labels = sorted(int(order[seed % len(order)]) for seed in range(num_images))
+    images = generate_together(generator, range(num_images), labels, batch)
+    if images is not None:
+        save_image(image_grid(images, columns=8), path)
+
+
+def save_episodes(generator: SupportGenerator, num_images: int, path: Path, batch: int) -> None:
+    """Write the supports above samples of each, ``num_images`` in all. Collective."""
+    episodes = generator.episodes
+    each = max(num_images // len(episodes), 1)
+    labels = [row for row in range(len(episodes)) for _ in range(each)]
+    images = generate_together(generator, range(len(labels)), labels, batch)
+    if images is not None:
+        samples = images.unflatten(0, (len(episodes), each))
+        save_image(support_picture(episodes.supports, samples), path)
+
+
+def generate_together(
+    generator: ImageGenerator, seeds: Sequence[int], labels: Sequence[int] | None, batch: int
+) -> torch.Tensor | None:
+    """Return the images of ``seeds`` in order, on the CPU; None but on rank 0. Collective."""
+    mine = range(distributed.rank(), len(seeds), distributed.world_size())
+    made = []
+    for start in range(0, len(mine), batch):
+        rows = list(mine[start : start + batch])
+        own = None if labels is None else [labels[row] for row in rows]
+        images = generator.generate([seeds[row] for row in rows], own)
+        made.extend(zip(rows, images.cpu(), strict=True))
+    gathered = distributed.gather_objects(made)
+    if not distributed.is_main():
+        return None
+    images = dict(pair for part in gathered for pair in part)
+    return torch.stack([images[row] for row in range(len(seeds))])

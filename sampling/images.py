@@ -1,0 +1,297 @@
+"""Images from a network: one seed an image, whatever the batch size or the number of ranks."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from diffusion.denoiser import AUTOCAST_DTYPES, Denoiser
+from diffusion.guidance import (
+    DualGuidanceConfig,
+    GuidanceConfig,
+    autoguidance,
+    classifier_free,
+)
+from diffusion.precond import Precond, make_precond
+from diffusion.samplers import SamplingConfig, num_evaluations, reads_variance, sample
+from dnnlib.config import Config, to_dict
+from encoders.autoencoder import Autoencoder, open_autoencoder
+from models import Context, ModelConfig, Network
+from torch_utils import distributed
+from torch_utils.fingerprints import package_versions, weights_hash
+from torch_utils.pictures import to_uint8
+from torch_utils.rng import SeededNoise
+from training.checkpoint import Snapshot, load_snapshot
+from training.config import TrainingConfig, check_guidance, check_guided_channels
+from training.ema import describe_average
+
+cached_snapshot = functools.lru_cache(maxsize=2)(load_snapshot)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateConfig(Config):
+    """A sampling protocol, as the options of generate.py and fid.py."""
+
+    sampling: SamplingConfig = SamplingConfig()
+    guidance: GuidanceConfig | None = GuidanceConfig()
+    dual_guidance: DualGuidanceConfig | None = None
+
+    @classmethod
+    def of_snapshot(cls, path: str | None) -> "GenerateConfig":
+        """Return the protocol that a snapshot brings along; the defaults without one."""
+        if path is None:
+            return cls()
+        config = cached_snapshot(path).config
+        return cls(
+            sampling=config.sampling,
+            guidance=config.guidance,
+            dual_guidance=config.dual_guidance,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageGenerator:
+    """A network with its whole sampling protocol.
+
+    ``guide`` is a second network whose errors are extrapolated away from (autoguidance). Guidance
+    by the dropped condition needs a network that was trained with ``label_drop``. The network of a
+    latent model needs the ``autoencoder`` that decodes what it makes.
+    """
+
+    network: Network
+    precond: Precond
+    model: ModelConfig
+    sampling: SamplingConfig
+    guidance: GuidanceConfig
+    device: torch.device
+    autocast_dtype: torch.dtype | None = None
+    autoencoder: Autoencoder | None = None
+    guide: Network | None = None
+    guide_hash: str | None = None
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        seeds: Sequence[int],
+        labels: Sequence[int] | None = None,
+        on_evaluation: Callable[[], None] | None = None,
+    ) -> torch.Tensor:
+        """Return uint8 images [N, C, H, W], one per seed, on the device.
+
+        Args:
+            seeds: One integer per image, taken modulo 2**32.
+            labels: One class index per image; by default each image's seed draws its class.
+            on_evaluation: Called after every sampling step.
+        """
+        noise = SeededNoise(seeds, self.device)
+        latents = noise.randn(self.model.input_shape)
+        chosen = None
+        if self.num_classes:
+            drawn = noise.randint(self.num_classes)
+            chosen = drawn if labels is None else torch.as_tensor(labels).to(self.device)
+        denoise = self._guided(self.network, chosen, len(seeds))
+        if self.guide is not None:
+            guide = self._conditional(self.guide, chosen, len(seeds))
+            denoise = autoguidance(denoise, guide, self.guidance, self.precond)
+        images = sample(
+            denoise, latents, self.sampling, self.precond, noise, callback=on_evaluation
+        )
+        if self.autoencoder is not None:
+            images = self.autoencoder.decode(images.to(torch.float32))
+        return to_uint8(images)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """C, H, W of the images."""
+        return self.model.img_channels, self.model.resolution, self.model.resolution
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 for an unconditional model."""
+        return self.model.num_classes
+
+    def _denoiser(self, network: Network) -> Denoiser:
+        return Denoiser(
+            network,
+            self.precond,
+            self.autocast_dtype,
+            with_variance=reads_variance(self.sampling, self.precond),
+        )
+
+    def _context(
+        self, network: Network, chosen: torch.Tensor | None, num: int, *, dropped: bool = False
+    ) -> Context:
+        """Return the context of ``num`` images of the ``chosen`` classes [num]."""
+        cond = {} if chosen is None else {"label": chosen}
+        drop = torch.ones(num, dtype=torch.bool, device=self.device) if dropped else None
+        return network.context(cond, drop, num=num)
+
+    def _conditional(
+        self, network: Network, chosen: torch.Tensor | None, num: int
+    ) -> Callable[[torch.Tensor, float], torch.Tensor]:
+        denoiser = self._denoiser(network)
+        context = self._context(network, chosen, num)
+        return lambda x, sigma: denoiser(x, sigma, context)
+
+    def _guided(
+        self, network: Network, chosen: torch.Tensor | None, num: int
+    ) -> Callable[[torch.Tensor, float], torch.Tensor]:
+        if self.guide is not None or self.guidance.cfg_scale == 1.0 or chosen is None:
+            return self._conditional(network, chosen, num)
+        return classifier_free(
+            self._denoiser(network),
+            self._context(network, chosen, num),
+            self._context(network, chosen, num, dropped=True),
+            self.guidance,
+            self.precond,
+        )
+
+    def protocol(self) -> dict[str, Any]:
+        """Return what a score row says of the sampling: sampler, evaluations, guidance."""
+        sampling = to_dict(self.sampling)
+        if reads_variance(self.sampling, self.precond):
+            sampling["variance"] = "learned"
+        return dict(
+            sampling=sampling,
+            nfe=num_evaluations(self.sampling, self.precond),
+            guidance=to_dict(self.guidance),
+            guide_hash=self.guide_hash,
+            vae_hash=None if self.autoencoder is None else self.autoencoder.sha256,
+            rounding="uint8, clip(127.5 x + 128)",
+            tf32=torch.backends.cuda.matmul.allow_tf32,
+            precision=str(self.autocast_dtype or torch.float32).removeprefix("torch."),
+        )
+
+
+def make_generator(
+    snapshot: Snapshot,
+    device: torch.device,
+    *,
+    sampling: SamplingConfig | None = None,
+    guidance: GuidanceConfig | None = None,
+    precision: str | None = None,
+    guide: Snapshot | None = None,
+    vae: str | None = None,
+) -> ImageGenerator:
+    """Return the generator of a snapshot, with its own protocol where none is given.
+
+    ``vae`` says where the autoencoder of a latent model is now, if not where it was in training.
+
+    Raises ValueError for guidance that the snapshot cannot give, for a ``guide`` of other images
+    or without a weight, and for an unknown precision.
+    """
+    config = snapshot.config
+    if config.features is not None:
+        raise ValueError(
+            f"{snapshot.path}: this model makes images of texts and reference images; sample it "
+            "with generate.py, and measure it with fid.py validate or fid.py conditions."
+        )
+    sampling, guidance = sampling or config.sampling, guidance or config.guidance
+    check_guided_channels(guidance, config.model)
+    if guide is None:
+        check_guidance(dataclasses.replace(config, guidance=guidance), config.model.num_classes)
+    elif guidance.cfg_scale == 1.0:
+        raise ValueError("--guide has no effect with --cfg-scale=1; give the weight, such as 1.7.")
+    elif _interface(guide) != _interface(snapshot) or not _same_autoencoder(
+        guide.config.model, snapshot.config.model
+    ):
+        raise ValueError(
+            f"--guide: {guide.path} makes images of another size, class count, parametrization or "
+            f"autoencoder than {snapshot.path}."
+        )
+    return ImageGenerator(
+        network=snapshot.build(device),
+        precond=make_precond(config.precond),
+        model=config.model,
+        sampling=sampling,
+        guidance=guidance,
+        device=device,
+        autocast_dtype=AUTOCAST_DTYPES[precision or config.training.precision],
+        autoencoder=open_autoencoder(config.model, vae, device),
+        guide=None if guide is None else guide.build(device),
+        guide_hash=None if guide is None else guide.sha256,
+    )
+
+
+def passport(
+    generator: ImageGenerator,
+    training: TrainingConfig,
+    class_counts: Sequence[int],
+    progress: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return how the images of :func:`generate_for_rank` are made, for a score row.
+
+    ``training`` and the ``progress`` of a snapshot tell which average the weights are.
+    """
+    return dict(
+        snapshot_hash=weights_hash(generator.network.state_dict()),
+        ema=describe_average(training, progress or {}),
+        labels=_label_source(generator, class_counts),
+        **generator.protocol(),
+        packages=package_versions(),
+    )
+
+
+def _label_source(generator: ImageGenerator, class_counts: Sequence[int]) -> str:
+    if not generator.num_classes:
+        return "none"
+    return "as in the training data" if class_counts else "drawn by each seed"
+
+
+def seed_range(first_seed: int, num_images: int) -> str:
+    """Return the seeds of ``num_images`` images as a score row states them, such as ``0-49999``."""
+    return f"{first_seed}-{first_seed + num_images - 1}"
+
+
+def _interface(snapshot: Snapshot) -> tuple[Any, ...]:
+    model = snapshot.config.model
+    return model.input_shape, model.num_classes, snapshot.config.precond
+
+
+def _same_autoencoder(first: ModelConfig, second: ModelConfig) -> bool:
+    # That of imported weights is not known.
+    hashes = {getattr(model, "vae_hash", None) for model in (first, second)}
+    return None in hashes or len(hashes) == 1
+
+
+def labels_like_data(class_counts: Sequence[int]) -> np.ndarray:
+    """Return class indices, one per training image, of which any first part is in proportion.
+
+    All of them hold every class exactly as often as the data; the first n hold class c about
+    n * share(c) times. Deterministic.
+    """
+    labels = np.repeat(np.arange(len(class_counts)), class_counts)
+    places = np.concatenate([(np.arange(count) + 0.5) / max(count, 1) for count in class_counts])
+    return labels[np.argsort(places, kind="stable")]
+
+
+def generate_for_rank(
+    generator: ImageGenerator,
+    indices: Sequence[int],
+    *,
+    batch: int,
+    first_seed: int = 0,
+    class_counts: Sequence[int] = (),
+    on_batch: Callable[[int], None] | None = None,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield this rank's share of the images of ``indices``, each batch with its indices.
+
+    A batch is ``(int64 [N] on the CPU, uint8 [N, C, H, W] on the device)``.
+
+    Image i has seed first_seed + i and, for a conditional model, the i-th class of the data's
+    proportions. ``on_batch`` receives the number of images that all ranks made meanwhile, if they
+    are equally fast.
+    """
+    labels = None
+    if generator.num_classes and sum(class_counts):
+        labels = labels_like_data(class_counts)
+    mine = indices[distributed.rank() :: distributed.world_size()]
+    for start in range(0, len(mine), batch):
+        rows = mine[start : start + batch]
+        own = None if labels is None else [int(labels[row % len(labels)]) for row in rows]
+        yield torch.tensor(list(rows)), generator.generate([first_seed + row for row in rows], own)
+        if on_batch is not None:
+            on_batch(len(rows) * distributed.world_size())

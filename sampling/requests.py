@@ -1,0 +1,218 @@
+"""What images are asked for: by a text, by a reference image, or by stored features."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data.features.buckets import Bucket, fit_image, nearest_bucket, parse_buckets
+from data.features.dataset import FeatureDataset, pad_texts
+from data.features.record import SPLITS
+from data.features.statistics import FeatureStatistics
+from data.images.dataset import Cond
+from data.images.decode import decode_image
+from diffusion.denoiser import AUTOCAST_DTYPES
+from diffusion.guidance import DualGuidanceConfig, branch_weights
+from diffusion.samplers import SamplingConfig, num_evaluations
+from encoders.autoencoder import load_autoencoder
+from encoders.text import load_text_encoder
+from encoders.visual import load_visual_encoder
+from sampling.features import FeatureGenerator
+from training.checkpoint import Snapshot
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """Conditions of one image, [1, ...] each, and its size; ``facts`` say what they are of."""
+
+    name: str
+    cond: Cond
+    bucket: Bucket
+    facts: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestGenerator:
+    """Makes images of requests; the number of a request takes the place of a class."""
+
+    generator: FeatureGenerator
+    requests: Sequence[Request]
+
+    def generate(
+        self,
+        seeds: Sequence[int],
+        labels: Sequence[int],
+        on_evaluation: Callable[[], None] | None = None,
+    ) -> list[torch.Tensor]:
+        """Return uint8 images [3, H, W], one per seed, of the requests of those numbers."""
+        images: dict[int, torch.Tensor] = {}
+        for label in dict.fromkeys(labels):
+            request = self.requests[label]
+            rows = [row for row, own in enumerate(labels) if own == label]
+            cond = {
+                name: value if name == "size" else value.expand(len(rows), *value.shape[1:])
+                for name, value in request.cond.items()
+            }
+            made = self.generator.generate(
+                [seeds[row] for row in rows], cond, request.bucket, on_evaluation=on_evaluation
+            )
+            images.update(zip(rows, made.cpu(), strict=True))
+        return [images[row] for row in range(len(seeds))]
+
+    def protocol(self) -> dict[str, Any]:
+        """Return how the images are made, and of what."""
+        protocol = self.generator.protocol()
+        evaluations = set()
+        for request in self.requests:
+            weights = branch_weights(
+                self.generator.guidance,
+                has_text="text" in request.cond,
+                has_visual="cls" in request.cond,
+            )
+            evaluations.add(num_evaluations(self.generator.sampling) * len(weights))
+        protocol["nfe"] = max(evaluations)
+        return dict(protocol, requests=[dict(r.facts, bucket=r.bucket.name) for r in self.requests])
+
+
+def make_feature_generator(
+    snapshot: Snapshot,
+    device: torch.device,
+    *,
+    sampling: SamplingConfig | None = None,
+    guidance: DualGuidanceConfig | None = None,
+    precision: str | None = None,
+    vae: str | None = None,
+) -> FeatureGenerator:
+    """Return the generator of a feature-conditioned snapshot, with its own protocol by default.
+
+    ``vae`` says where the autoencoder is now, if not where it was in training.
+    """
+    config = snapshot.config
+    location = vae or config.model.vae
+    if location is None:
+        raise ValueError("--vae is missing: name the autoencoder that decodes the latents.")
+    return FeatureGenerator(
+        network=snapshot.build(device),
+        model=config.model,
+        features=config.features,
+        statistics=FeatureStatistics.of(snapshot.data.features["statistics"], device),
+        sampling=sampling or config.sampling,
+        guidance=guidance or config.dual_guidance,
+        device=device,
+        autoencoder=load_autoencoder(location, device, expected_hash=config.model.vae_hash),
+        trained_nimg=snapshot.progress["cur_nimg"],
+        autocast_dtype=AUTOCAST_DTYPES[precision or config.training.precision],
+    )
+
+
+def choose_bucket(snapshot: Snapshot, text: str | None, reference: Path | None) -> Bucket:
+    """Return the size of the images: the one asked for, else the reference's, else the first.
+
+    Raises ValueError if ``text`` names a size that the model was not trained on.
+    """
+    known = parse_buckets(",".join(snapshot.config.model.buckets))
+    if text is not None:
+        bucket = next((b for b in known if b.name == text.lower()), None)
+        if bucket is None:
+            raise ValueError(
+                f"--bucket: got {text}; the model was trained on "
+                f"{', '.join(b.name for b in known)}."
+            )
+        return bucket
+    if reference is None:
+        return known[0]
+    return nearest_bucket(*_open_image(reference).size, known)
+
+
+def encode_requests(
+    snapshot: Snapshot,
+    device: torch.device,
+    *,
+    prompts: Sequence[str],
+    reference: Path | None,
+    bucket: str | None = None,
+    text: str | None = None,
+    visual: str | None = None,
+) -> list[Request]:
+    """Return one request per prompt, with the features of ``reference`` if there is one.
+
+    Without prompts, the reference makes one alone. ``text`` and ``visual`` say where the encoders
+    are now, if not where they were when the features were made. Collective, for the loading.
+    """
+    model, features = snapshot.config.model, snapshot.config.features
+    size = choose_bucket(snapshot, bucket, reference)
+    shared: Cond = {"size": torch.tensor(size.size)}
+    facts: dict[str, Any] = {}
+    if reference is not None:
+        encoder = load_visual_encoder(
+            visual or model.visual, device, expected_hash=model.visual_hash
+        )
+        image, _ = fit_image(_open_image(reference), size)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+        shared["cls"], shared["patches"] = (value.cpu() for value in encoder.encode(pixels))
+        facts["reference"] = hashlib.sha256(reference.read_bytes()).hexdigest()
+    if not prompts:
+        return [Request(str(reference), shared, size, facts)]
+    encoder = load_text_encoder(text or model.text, device, expected_hash=model.text_hash)
+    hidden, mask, num_truncated = encoder.encode(list(prompts))
+    if num_truncated:
+        raise ValueError(
+            f"--prompt: {num_truncated} text(s) have more than {encoder.max_tokens} tokens; "
+            "shorten them."
+        )
+    requests = []
+    for row, prompt in enumerate(prompts):
+        own = hidden[row, mask[row]].cpu().numpy()
+        padded, valid = pad_texts([own], features.text_lengths)
+        cond = dict(shared, text=torch.from_numpy(padded), text_mask=torch.from_numpy(valid))
+        requests.append(Request(prompt, cond, size, dict(facts, prompt=prompt)))
+    return requests
+
+
+def stored_requests(
+    snapshot: Snapshot, folder: str, ids: Sequence[str], bucket: str | None = None
+) -> list[Request]:
+    """Return a request for each sample of a feature folder that ``ids`` names.
+
+    Raises ValueError for a name that is not there, and for features of other encoders than the
+    model's.
+    """
+    model = snapshot.config.model
+    if bucket is not None:
+        raise ValueError("--bucket: stored features have the size of their images; leave it out.")
+    found = {}
+    for split in SPLITS:
+        dataset = FeatureDataset(folder, split, text_lengths=snapshot.config.features.text_lengths)
+        for name in ("vae", "visual", "text"):
+            if getattr(dataset.record, name)["hash"] != getattr(model, f"{name}_hash"):
+                raise ValueError(
+                    f"--features: {folder} was made with another encoder (--{name}) than the "
+                    "model's; give the features that it was trained on, or others made alike."
+                )
+        places = {name: row for row, name in enumerate(dataset.ids)}
+        for name in ids:
+            if name in places:
+                _, cond = dataset.__getitems__([places[name]])
+                size = dataset.buckets[dataset.bucket_index(places[name])]
+                facts = dict(id=name, features=dataset.content_hash)
+                found[name] = Request(name, cond, size, facts)
+    missing = [name for name in ids if name not in found]
+    if missing:
+        raise ValueError(
+            f"--id: {missing[0]} is not in {folder}; dataset_tool.py info lists where its samples "
+            "are, and their manifests the names."
+        )
+    return [found[name] for name in ids]
+
+
+def _open_image(path: Path):
+    try:
+        return decode_image(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"--reference: {path} cannot be read ({error.strerror}).") from None
+    except ValueError as error:
+        raise ValueError(f"--reference: {path}: {error}.") from None

@@ -1,0 +1,62 @@
+"""Images from sets of support images."""
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from data.fewshot.episodes import Episodes
+from diffusion.denoiser import autocast
+from models import Context, Network
+from sampling.images import ImageGenerator
+
+_ENCODED_AT_ONCE = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SupportGenerator(ImageGenerator):
+    """Generates from supports: the number of an episode takes the place of a class.
+
+    Supports are encoded once, when they are first needed; the weights must not change after that.
+    """
+
+    episodes: Episodes
+    encoded: dict[Any, Context] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, generator: ImageGenerator, episodes: Episodes) -> "SupportGenerator":
+        """Return ``generator`` with the supports of ``episodes``."""
+        fields = dataclasses.fields(ImageGenerator)
+        return cls(**{f.name: getattr(generator, f.name) for f in fields}, episodes=episodes)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.episodes)
+
+    def _context(
+        self, network: Network, chosen: torch.Tensor | None, num: int, *, dropped: bool = False
+    ) -> Context:
+        key = (id(network), dropped)
+        if key not in self.encoded:
+            parts = [
+                self._encode(
+                    network,
+                    range(start, min(start + _ENCODED_AT_ONCE, len(self.episodes))),
+                    dropped,
+                )
+                for start in range(0, len(self.episodes), _ENCODED_AT_ONCE)
+            ]
+            self.encoded[key] = parts[0].concat(*parts[1:])
+        return self.encoded[key].index(chosen)
+
+    def _encode(self, network: Network, rows: range, dropped: bool) -> Context:
+        supports = self.episodes.supports[rows.start : rows.stop].to(self.device)
+        cond = {"support": supports.to(torch.float32) / 127.5 - 1}
+        if self.model.num_classes:
+            cond["label"] = self.episodes.labels[rows.start : rows.stop].to(self.device)
+        drop = torch.full([len(rows)], dropped, device=self.device)
+        with autocast(self.device, self.autocast_dtype):
+            return network.context(cond, drop)
+
+    def protocol(self) -> dict[str, Any]:
+        return dict(super().protocol(), **self.episodes.protocol())
