@@ -10,7 +10,9 @@ import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
+
+Affects = Literal["result", "speed"]
 
 
 def option(
@@ -25,6 +27,7 @@ def option(
     requires: Mapping[str, tuple[Any, ...]] | None = None,
     unless: Mapping[str, tuple[Any, ...]] | None = None,
     exposed: bool = True,
+    affects: Affects = "result",
 ) -> Any:
     """Return a dataclass field that describes itself.
 
@@ -39,6 +42,8 @@ def option(
             option on the command line while it has none is an error.
         unless: The reverse: sibling fields and the values under which this field has no effect.
         exposed: False for a field that is derived (from the dataset, say) and is no option.
+        affects: "speed" if another value leaves the result of a run the same: it changes how
+            fast the run computes, or what it reports. See :func:`identity`.
     """
     return dataclasses.field(
         default=default,
@@ -52,6 +57,7 @@ def option(
             requires=dict(requires or {}),
             unless=dict(unless or {}),
             exposed=exposed,
+            affects=affects,
         ),
     )
 
@@ -61,11 +67,13 @@ class Config:
     """Base of every configuration: frozen, keyword-only, checked when it is made.
 
     A subclass that sets ``family`` can be restored by that name through :func:`from_dict` on any
-    of its base classes, which is how a snapshot names its kind of model without naming code.
+    of its base classes, which is how a snapshot names its kind of model without naming code. One
+    that sets ``affects`` to "speed" has no field that affects the result of a run.
     """
 
     family: ClassVar[str | None] = None
     title: ClassVar[str] = "Options"
+    affects: ClassVar[Affects] = "result"
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -176,6 +184,36 @@ def to_dict(config: Config) -> dict[str, Any]:
             value = to_dict(value)
         result[field.name] = list(value) if isinstance(value, tuple) else value
     return result
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """Return the settings that decide the result of a run, as ``{"section.field": value}``.
+
+    Two runs with equal identities compute the same. The sections are the fields of ``config`` that
+    are configurations; its other fields do not count. Values are as in :func:`to_dict`, a section
+    within a section is one value, and whatever affects the speed alone is left out at any depth.
+    """
+    sections = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {
+        f"{section}.{name}": value
+        for section, values in sections.items()
+        if isinstance(values, Config)
+        for name, value in _deciding(values).items()
+    }
+
+
+def _deciding(config: Config) -> dict[str, Any]:
+    """Return :func:`to_dict`'s result without the fields that affect the speed alone."""
+    if config.affects == "speed":
+        return {}
+    values = to_dict(config)
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.metadata.get("affects") == "speed":
+            del values[field.name]
+        elif isinstance(value, Config):
+            values[field.name] = _deciding(value)
+    return values
 
 
 def from_dict(config_type: type[Config], values: Mapping[str, Any]) -> Any:

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from dnnlib.cli import ConfigCommand, parse_int_ranges, raw_value, replace_settings
-from dnnlib.config import Config, from_dict, option, to_dict
+from dnnlib.config import Config, from_dict, identity, option, to_dict
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,6 +134,55 @@ def test_an_unknown_setting_is_refused_and_a_missing_one_takes_its_default():
     with pytest.raises(ValueError, match="Unknown setting 'head'"):
         from_dict(Inner, {"head": 1})
     assert from_dict(Inner, {"num_heads": 8}) == Inner(num_heads=8)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report(Config):
+    affects: ClassVar[str] = "speed"
+    interval: int = option(1, help="Interval.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work(Config):
+    size: tuple[int, ...] = option((1, 2), help="Size.")
+    workers: int = option(1, help="Workers.", affects="speed")
+    inner: Inner = Inner()
+    report: Report = Report()
+    animal: Animal = Bird()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run(Config):
+    name: str = "a"
+    work: Work = Work()
+    report: Report = Report()
+    bird: Bird | None = None
+
+
+def test_the_identity_of_a_run_is_what_decides_its_result():
+    assert identity(Run(name="b")) == {
+        "work.size": [1, 2],
+        "work.inner": to_dict(Inner()),
+        "work.report": {},
+        "work.animal": {"family": "bird", "legs": 2},
+    }
+    assert identity(Run(bird=Bird()))["bird.legs"] == 2
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "same"),
+    [
+        (("work", "size"), (1, 3), False),
+        (("work", "workers"), 2, True),
+        (("work", "inner", "cond"), True, False),
+        (("work", "report", "interval"), 2, True),
+        (("work", "animal", "legs"), 3, False),
+        (("report", "interval"), 2, True),
+    ],
+)
+def test_settings_that_affect_the_speed_alone_make_no_other_run(path, value, same):
+    other = replace_settings(Run(), {path: value})
+    assert (identity(other) == identity(Run())) == same
 
 
 def test_a_config_checks_types_when_it_is_made():
