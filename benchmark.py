@@ -19,7 +19,7 @@ from configs.presets import PRESETS, Preset, get_preset
 from data.latents.dataset import LatentDataset
 from dnnlib.cli import run
 from dnnlib.text import format_count
-from models import LatentModelConfig
+from models import ScaledLatentConfig
 from torch_utils import distributed
 from training.config import RunConfig
 from training.inputs import TrainingData, open_training_data
@@ -227,7 +227,7 @@ def metrics(
     device = distributed.init()
     click.echo(describe_device(device))
     config = measured_preset(preset).run
-    if isinstance(config.model, LatentModelConfig):
+    if isinstance(config.model, ScaledLatentConfig):
         raise click.UsageError(f"--preset: {preset} is of latents; give one of images.")
     with dataset_of(config, data) as dataset:
         size = f"{dataset.resolution}x{dataset.resolution}x{dataset.img_channels}"
@@ -260,7 +260,7 @@ def _describe_items(dataset: TrainingData) -> str:
 def dataset_of(config: RunConfig, data: str | None) -> Iterator[TrainingData]:
     """Open ``data``, or pictures (or latents) made for the occasion in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
-        if data is None and isinstance(config.model, LatentModelConfig):
+        if data is None and isinstance(config.model, ScaledLatentConfig):
             data = str(Path(folder) / "latents")
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, hflip=False))
             make_latents(Path(data), num_images=_NUM_SYNTHETIC_IMAGES, model=config.model)

@@ -23,7 +23,8 @@ from evaluation.scoring import check_metrics, make_evaluate, real_images
 from evaluation.validation.config import ValidationConfig
 from evaluation.validation.networks import check_used, chosen_tests, make_validate
 from metrics.metric import MetricSpec, get_metrics
-from models import FeatureDiTConfig, LatentModelConfig, attention_backend
+from models import ScaledLatentConfig, attention_backend
+from models.feature_dit import FeatureDiTConfig
 from torch_utils import distributed
 from torch_utils.fingerprints import package_versions
 from training import runs
@@ -256,7 +257,7 @@ def main(
     if isinstance(config.model, FeatureDiTConfig):
         model = config.model
         autoencoder = load_autoencoder(model.vae, device, expected_hash=model.vae_hash)
-    elif isinstance(config.model, LatentModelConfig):
+    elif isinstance(config.model, ScaledLatentConfig):
         model = config.model
         autoencoder = load_autoencoder(model.vae, device, expected_hash=model.vae_hash)
         config = runs.fit_to_autoencoder(config, autoencoder)

@@ -19,7 +19,7 @@ from data.convert.source import Source
 from data.latents.record import LABELS_FILE, RECORD_FILE, LatentRecord, shard_name
 from dnnlib.files import sha256_of_file, write_json
 from dnnlib.parallel import num_usable_cores
-from models import LatentModelConfig
+from models import ScaledLatentConfig
 
 Value = TypeVar("Value")
 
@@ -183,7 +183,7 @@ def make_archive(
     convert(source, path, num_workers=1)
 
 
-def make_latents(path: Path, *, num_images: int, model: LatentModelConfig) -> None:
+def make_latents(path: Path, *, num_images: int, model: ScaledLatentConfig) -> None:
     """Write an archive of random latents, labelled, of the shape that a model expects."""
     shape = (num_images, 1, 2 * model.latent_channels, *model.input_shape[1:])
     moments = np.random.default_rng(0).standard_normal(shape, np.float32) / (

@@ -17,7 +17,8 @@ from data.fewshot.episodes import Episodes
 from diffusion.guidance import GuidanceConfig
 from diffusion.precond import make_precond
 from diffusion.samplers import SamplingConfig
-from models import SetDiTConfig, build_network
+from models import build_network
+from models.set_dit import SetDiTConfig
 from sampling.images import AUTOCAST_DTYPES, ImageGenerator
 from sampling.supports import SupportGenerator
 from training.config import RunConfig

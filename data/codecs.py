@@ -6,7 +6,7 @@ from data.features.statistics import FeatureStatistics
 from data.images.augment import AugmentParams, AugmentPipe
 from data.images.dataset import Cond
 from encoders.autoencoder import Autoencoder, normalise
-from models import LatentModelConfig
+from models import ScaledLatentConfig
 from torch_utils import rng
 from torch_utils.pictures import to_uint8
 
@@ -58,7 +58,7 @@ class LatentInputs:
 
     def __init__(
         self,
-        model: LatentModelConfig,
+        model: ScaledLatentConfig,
         autoencoder: Autoencoder | None,
         *,
         from_images: bool = False,

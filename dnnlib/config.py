@@ -6,6 +6,7 @@ and the metadata of a snapshot.
 
 import dataclasses
 import difflib
+import importlib
 import math
 import types
 import typing
@@ -62,16 +63,33 @@ def option(
     )
 
 
+def inherited(base: type["Config"], name: str, default: Any = dataclasses.MISSING, **meta) -> Any:
+    """Return the field ``name`` of ``base`` with another default or other metadata.
+
+    Args:
+        base: The configuration that describes the field.
+        name: The field, which the subclass declares again with the same type.
+        default: Its default in the subclass; that of ``base`` unless given.
+        meta: What of the arguments of :func:`option` differs.
+    """
+    field = next(field for field in dataclasses.fields(base) if field.name == name)
+    if default is dataclasses.MISSING:
+        default = field.default
+    return dataclasses.field(default=default, metadata={**field.metadata, **meta})
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Base of every configuration: frozen, keyword-only, checked when it is made.
 
     A subclass that sets ``family`` can be restored by that name through :func:`from_dict` on any
-    of its base classes, which is how a snapshot names its kind of model without naming code. One
+    of its base classes, which is how a snapshot names its kind of model without naming code. Where
+    the base has that name among its ``family_modules``, the module need not be imported before. One
     that sets ``affects`` to "speed" has no field that affects the result of a run.
     """
 
     family: ClassVar[str | None] = None
+    family_modules: ClassVar[dict[str, str]] = {}
     title: ClassVar[str] = "Options"
     affects: ClassVar[Affects] = "result"
 
@@ -225,11 +243,7 @@ def from_dict(config_type: type[Config], values: Mapping[str, Any]) -> Any:
     values = dict(values)
     family = values.pop("family", None)
     if family is not None:
-        families = _families(config_type)
-        if family not in families:
-            known = ", ".join(sorted(families))
-            raise ValueError(f"Unknown family {family!r}; this version knows {known}.")
-        config_type = families[family]
+        config_type = family_class(config_type, family)
     hints = typing.get_type_hints(config_type)
     names = [field.name for field in dataclasses.fields(config_type)]
     for name, value in values.items():
@@ -246,7 +260,23 @@ def from_dict(config_type: type[Config], values: Mapping[str, Any]) -> Any:
     return config_type(**values)
 
 
+def family_class(config_type: type[Config], family: str) -> type[Config]:
+    """Return the subclass of ``config_type`` that is named ``family``, whose module it may import.
+
+    Raises ValueError for an unknown name.
+    """
+    modules = config_type.family_modules
+    if family in modules:
+        importlib.import_module(modules[family])
+    families = _families(config_type)
+    if family not in families:
+        known = ", ".join(sorted({*families, *modules}))
+        raise ValueError(f"Unknown family {family!r}; this version knows {known}.")
+    return families[family]
+
+
 def _families(config_type: type[Config]) -> dict[str, type[Config]]:
+    """Return the classes with a family's name among ``config_type`` and what derives from it."""
     found = {}
     pending = [config_type]
     while pending:

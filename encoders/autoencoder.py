@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models import LatentModelConfig, ModelConfig
+from models import ModelConfig, ScaledLatentConfig
 from torch_utils import distributed
 from torch_utils.fingerprints import weights_hash
 
@@ -308,7 +308,7 @@ def open_autoencoder(
     ``vae`` says where it is now, if not where ``model`` has it. Raises ValueError if it is not
     there, is not the one that the latents are of, or if a model of pixels is given one.
     """
-    if not isinstance(model, LatentModelConfig):
+    if not isinstance(model, ScaledLatentConfig):
         if vae is not None:
             raise ValueError(f"--vae: got {vae}, but this model makes images without one.")
         return None
@@ -320,7 +320,7 @@ def open_autoencoder(
     return autoencoder
 
 
-def check_autoencoder(model: LatentModelConfig, autoencoder: Autoencoder) -> None:
+def check_autoencoder(model: ScaledLatentConfig, autoencoder: Autoencoder) -> None:
     """Raise ValueError if an autoencoder's latents or images are not those of a model."""
     for what, option, own, there in (
         ("channels of the latents", "--latent-channels", model.latent_channels, "latent_channels"),

@@ -1,59 +1,27 @@
-"""Networks: a backbone and the conditioner that prepares its context."""
+"""Networks: a backbone and the conditioner that prepares its context.
+
+An architecture is a module of its own, imported when a configuration of it is made or loaded.
+"""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from models.conditioners import ClassConditioner, ClassTable
-from models.config import LatentModelConfig, ModelConfig
+from models.config import ARCHITECTURES, LatentModelConfig, ModelConfig, ScaledLatentConfig
 from models.context import Context
-from models.diffit import DiffiT, DiffiTConfig
-from models.feature_conditioner import FeatureConditioner
-from models.feature_dit import FeatureDiT, FeatureDiTConfig
-from models.latent_diffit import LatentDiffiT, LatentDiffiTConfig
 from models.layers import choose_attention
-from models.set_conditioner import SetConditioner
-from models.set_dit import SetDiT, SetDiTConfig
 
 __all__ = [
+    "ARCHITECTURES",
     "Context",
-    "FeatureDiTConfig",
     "LatentModelConfig",
     "ModelConfig",
     "Network",
-    "SetDiTConfig",
+    "ScaledLatentConfig",
     "attention_backend",
     "build_network",
 ]
-
-
-def class_conditioner(config: ModelConfig, dim: int) -> ClassConditioner:
-    return ClassConditioner(config.num_classes, config.augment_dim, dim)
-
-
-def class_table(config: ModelConfig, dim: int) -> ClassTable:
-    return ClassTable(config.num_classes, dim)
-
-
-class Family(NamedTuple):
-    """How a kind of network is built.
-
-    ``backbone`` takes the configuration and has the width of its context as ``context_dim``;
-    ``conditioner`` takes the configuration and that width.
-    """
-
-    backbone: Callable[[ModelConfig], nn.Module]
-    conditioner: Callable[[ModelConfig, int], nn.Module]
-
-
-FAMILIES: dict[type[ModelConfig], Family] = {
-    DiffiTConfig: Family(DiffiT, class_conditioner),
-    LatentDiffiTConfig: Family(LatentDiffiT, class_table),
-    SetDiTConfig: Family(SetDiT, SetConditioner),
-    FeatureDiTConfig: Family(FeatureDiT, FeatureConditioner),
-}
 
 
 class Network(nn.Module):
@@ -61,10 +29,9 @@ class Network(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        family = FAMILIES[type(config)]
         self.config = config
-        self.backbone = family.backbone(config)
-        self.conditioner = family.conditioner(config, self.backbone.context_dim)
+        self.backbone = config.make_backbone()
+        self.conditioner = config.make_conditioner(self.backbone.context_dim)
 
     def compile_parts(self, num_shapes: int = 1, backend: str | Callable = "inductor") -> None:
         """Compile what is run at every step, with torch.compile.
@@ -80,8 +47,7 @@ class Network(nn.Module):
             limits.accumulated_recompile_limit, 4 * (num_shapes + 1)
         )
         self.backbone.compile(backend=backend, dynamic=False if num_shapes > 1 else None)
-        if isinstance(self.conditioner, SetConditioner):
-            self.conditioner.encoder.compile(backend=backend)
+        self.conditioner.compile_parts(backend)
 
     def check(self, cond: dict[str, Tensor]) -> None:
         """Raise ValueError if conditions are missing or out of range; reads them, so on the CPU."""

@@ -1,6 +1,7 @@
 """Conditioners: from a batch's named conditions to a :class:`~models.context.Context`."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ class Conditioner(nn.Module):
     def resolve(self, context: Context, c_noise: Tensor) -> Context:
         """Return the context at noise levels ``c_noise`` [N], where that makes a difference."""
         return context
+
+    def compile_parts(self, backend: str | Callable) -> None:
+        """Compile with torch.compile what is worth it; by default, nothing."""
 
     def check(self, cond: dict[str, Tensor]) -> None:
         """Raise ValueError if a condition is missing or out of range.

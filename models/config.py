@@ -1,18 +1,35 @@
 """What every model's configuration has in common."""
 
 import dataclasses
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from dnnlib.config import Config, option
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from models.conditioners import Conditioner
+
+# Architectures by the name under which snapshots keep them, and the modules that define them. A
+# module is imported when its architecture is needed.
+ARCHITECTURES: dict[str, str] = {
+    "diffit": "models.diffit",
+    "latent-diffit": "models.latent_diffit",
+    "set-dit": "models.set_dit",
+    "feature-dit": "models.feature_dit",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig(Config):
-    """Input, output and conditions of a network; a family adds its architecture.
+    """Input, output and conditions of a network; a subclass adds its architecture.
 
-    A subclass sets ``family``, the name under which snapshots keep it.
+    A subclass sets ``family``, the name under which snapshots keep it, and makes the two parts of
+    the network. If its module is one of :data:`ARCHITECTURES`, snapshots load without importing it
+    first.
     """
 
+    family_modules: ClassVar[dict[str, str]] = ARCHITECTURES
     title: ClassVar[str] = "Model options"
 
     resolution: int = option(32, min=1, help="Height and width of the images in pixels.")
@@ -35,6 +52,14 @@ class ModelConfig(Config):
         False, help="Recompute activations in the backward pass: less memory, more time."
     )
 
+    def make_backbone(self) -> "nn.Module":
+        """Return the backbone F(x, c_noise, context), whose ``context_dim`` is set."""
+        raise NotImplementedError
+
+    def make_conditioner(self, dim: int) -> "Conditioner":
+        """Return the conditioner that makes contexts of width ``dim`` for the backbone."""
+        raise NotImplementedError
+
     @property
     def input_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of what the network denoises."""
@@ -53,7 +78,7 @@ class ModelConfig(Config):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LatentModelConfig(ModelConfig):
-    """A network on the latents of an autoencoder, z = (encoded - shift) scale."""
+    """A network on the latents of an autoencoder."""
 
     vae: str | None = option(
         None,
@@ -62,15 +87,6 @@ class LatentModelConfig(ModelConfig):
     )
     latent_channels: int = option(4, min=1, help="Channels of the latents.")
     latent_downsampling: int = option(8, min=1, help="Edge of an image over that of its latents.")
-    latent_scale: float | None = option(
-        None,
-        min=1e-8,
-        help="Scale of the autoencoder's latents; none: as the autoencoder says.",
-        exposed=False,
-    )
-    latent_shift: float = option(
-        0.0, help="Shift of the autoencoder's latents before scaling.", exposed=False
-    )
     vae_hash: str | None = option(
         None, help="Identity of the autoencoder's weights and settings.", exposed=False
     )
@@ -87,3 +103,35 @@ class LatentModelConfig(ModelConfig):
     def input_shape(self) -> tuple[int, int, int]:
         size = self.resolution // self.latent_downsampling
         return self.latent_channels, size, size
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScaledLatentConfig(LatentModelConfig):
+    """A network on latents that one scale and shift normalise: z = (encoded - shift) scale."""
+
+    latent_scale: float | None = option(
+        None,
+        min=1e-8,
+        help="Scale of the autoencoder's latents; none: as the autoencoder says.",
+        exposed=False,
+    )
+    latent_shift: float = option(
+        0.0, help="Shift of the autoencoder's latents before scaling.", exposed=False
+    )
+
+
+def check_divides(option_name: str, divisor: int, size: int, what: str) -> None:
+    """Raise ValueError unless the value of an option divides ``size``, which ``what`` names."""
+    if size % divisor:
+        raise ValueError(
+            f"--{option_name}: got {divisor}, which does not divide {what}; use a divisor."
+        )
+
+
+def check_sinusoid_width(hidden_dim: int) -> None:
+    """Raise ValueError unless a width has room for the sines and cosines of two axes."""
+    if hidden_dim % 4:
+        raise ValueError(
+            f"--hidden-dim: got {hidden_dim}; accepted: a multiple of 4, for the sines and cosines "
+            "of two axes."
+        )

@@ -12,7 +12,8 @@ from torch import Tensor
 class Context:
     """The conditioning of a batch of N images, as every backbone takes it.
 
-    Every field has the batch as its first dimension, or is None where a model has no such input.
+    Every field has the batch as its first dimension, or is None where a model has no such input. A
+    conditioner that hands on more has a subclass with further fields of that kind.
     """
 
     vector: Tensor | None = None  # [N, D], one vector per image
@@ -20,12 +21,6 @@ class Context:
     # [N, L], true where a token takes part; or float32, added to the scores of attention to it.
     mask: Tensor | None = None
     label: Tensor | None = None  # [N, D], an embedding of the class beside that of something else
-    kl: Tensor | None = None  # [N], divergence of a drawn context from its prior, in nats
-    # Of a set encoder that waits for the noise level: tokens [N, ...] of each set, which images it
-    # has [N, k], and whether it is dropped [N].
-    set_tokens: Tensor | None = None
-    set_mask: Tensor | None = None
-    set_drop: Tensor | None = None
 
     def concat(self, *others: Self) -> Self:
         """Return the contexts of several batches, in order, as one batch.

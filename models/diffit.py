@@ -9,12 +9,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from dnnlib.config import option
-from models.config import ModelConfig
+from models.conditioners import ClassConditioner, Conditioner
+from models.config import ModelConfig, check_divides
 from models.context import Context
-from models.layers import TMSA, PositionalEmbedding, TransformerBlock, UpsampleConv, group_norm
+from models.layers import (
+    TMSA,
+    PositionalEmbedding,
+    TransformerBlock,
+    UpsampleConv,
+    group_norm,
+    run_block,
+)
 
 # Width of the noise level's sinusoids and of the class and augmentation vectors added to them, as
 # in EDM's DDPM++ (arXiv 2206.00364).
@@ -67,13 +74,16 @@ class DiffiTConfig(ModelConfig):
                     "a stage; use a number that divides every stage's grid "
                     f"({', '.join(map(str, self.grids))}) or is at least as large."
                 )
-        for width in self.widths:
-            if width % self.num_heads:
-                option_name = "--base-dim" if width == self.base_dim else "--hidden-dim"
-                raise ValueError(
-                    f"--num-heads: got {self.num_heads}, which does not divide {option_name} "
-                    f"{width}; use a divisor of the widths, or change them."
-                )
+        check_divides("num-heads", self.num_heads, self.base_dim, f"--base-dim {self.base_dim}")
+        if self.num_stages > 1:
+            width = self.hidden_dim
+            check_divides("num-heads", self.num_heads, width, f"--hidden-dim {width}")
+
+    def make_backbone(self) -> nn.Module:
+        return DiffiT(self)
+
+    def make_conditioner(self, dim: int) -> Conditioner:
+        return ClassConditioner(self.num_classes, self.augment_dim, dim)
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -241,7 +251,7 @@ class DiffiT(nn.Module):
                 x = self.downsamplers[stage - 1](x)  #                  [N, C, H / 2, W / 2]
             outputs = []
             for block in blocks:
-                x = self._run(block, x, t)
+                x = run_block(self, block, x, t)
                 outputs.append(x)
             skips.append(outputs if self.config.skip == "block" else outputs[-1:])
 
@@ -252,11 +262,6 @@ class DiffiT(nn.Module):
             for block in blocks:
                 if outputs:
                     x = torch.cat([x, outputs.pop()], dim=1)
-                x = self._run(block, x, t)
+                x = run_block(self, block, x, t)
         x = functional.silu(self.head_norm(x))
         return self.head(x)  #                                          [N, out_channels, H, W]
-
-    def _run(self, block: ResBlock, x: Tensor, t: Tensor) -> Tensor:
-        if self.config.checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(block, x, t, use_reentrant=False)
-        return block(x, t)

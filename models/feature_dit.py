@@ -11,10 +11,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
-from dnnlib.config import option
-from models.config import ModelConfig
+from dnnlib.config import inherited, option
+from models.conditioners import Conditioner
+from models.config import LatentModelConfig, check_divides, check_sinusoid_width
 from models.context import Context
 from models.layers import (
     MLP,
@@ -23,6 +23,7 @@ from models.layers import (
     SelfAttention,
     lattice_embedding,
     modulate,
+    run_block,
 )
 
 _NUM_SINUSOIDS = 256
@@ -30,7 +31,7 @@ _MAX_CACHED_GRIDS = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FeatureDiTConfig(ModelConfig):
+class FeatureDiTConfig(LatentModelConfig):
     """Architecture of :class:`FeatureDiT`, and what the data say of its conditions."""
 
     family: ClassVar[str] = "feature-dit"
@@ -39,7 +40,13 @@ class FeatureDiTConfig(ModelConfig):
     resolution: int = option(
         1024, min=1, help="Square root of the usual number of pixels.", exposed=False
     )
-    attention: str = option("sdpa", choices=("sdpa",), help="Attention kernels.", exposed=False)
+    attention: str = inherited(
+        LatentModelConfig, "attention", "sdpa", choices=("sdpa",), exposed=False
+    )
+    # What the data were made with decides these.
+    vae: str | None = inherited(LatentModelConfig, "vae", exposed=False)
+    latent_channels: int = inherited(LatentModelConfig, "latent_channels", 16, exposed=False)
+    latent_downsampling: int = inherited(LatentModelConfig, "latent_downsampling", exposed=False)
     hidden_dim: int = option(384, min=4, aliases=("hidden-size",), help="Width of the tokens.")
     num_blocks: int = option(12, min=1, aliases=("depth",), help="Blocks of the DiT.")
     num_heads: int = option(6, min=1, help="Attention heads; divides the width.")
@@ -55,10 +62,6 @@ class FeatureDiTConfig(ModelConfig):
     )
     gates: bool = option(False, help="Gate every branch of a block, from zero (adaLN-Zero).")
     cls_token_time: bool = option(False, help="Add the time to the CLS token of the context.")
-    latent_channels: int = option(16, min=1, help="Channels of the latents.", exposed=False)
-    latent_downsampling: int = option(
-        8, min=1, help="Edge of an image over that of its latents.", exposed=False
-    )
     text_dim: int = option(4096, min=1, help="Width of the text features.", exposed=False)
     visual_dim: int = option(1024, min=1, help="Width of the visual features.", exposed=False)
     visual_patch_size: int = option(
@@ -68,8 +71,6 @@ class FeatureDiTConfig(ModelConfig):
         (), help="Sizes of the images, as WIDTHxHEIGHT.", exposed=False
     )
     max_text_tokens: int = option(512, min=1, help="Tokens of the longest text.", exposed=False)
-    vae: str | None = option(None, help="Autoencoder of the latents.", exposed=False)
-    vae_hash: str | None = option(None, help="Identity of the autoencoder.", exposed=False)
     visual: str | None = option(None, help="Visual encoder.", exposed=False)
     visual_hash: str | None = option(None, help="Identity of the visual encoder.", exposed=False)
     text: str | None = option(None, help="Text encoder.", exposed=False)
@@ -77,21 +78,18 @@ class FeatureDiTConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.hidden_dim % 4:
-            raise ValueError(
-                f"--hidden-dim: got {self.hidden_dim}; accepted: a multiple of 4, for the sines "
-                "and cosines of two axes."
-            )
-        if self.hidden_dim % self.num_heads:
-            raise ValueError(
-                f"--num-heads: got {self.num_heads}, which does not divide --hidden-dim "
-                f"{self.hidden_dim}; use a divisor."
-            )
-        if self.resolution % (self.latent_downsampling * self.patch_size):
-            raise ValueError(
-                f"--patch-size: got {self.patch_size}, which does not divide the latents of "
-                f"{self.resolution}x{self.resolution} images; use a divisor."
-            )
+        check_sinusoid_width(self.hidden_dim)
+        width, latents = self.hidden_dim, f"latents of {self.resolution}x{self.resolution} images"
+        check_divides("num-heads", self.num_heads, width, f"--hidden-dim {width}")
+        check_divides("patch-size", self.patch_size, self.input_shape[1], f"the {latents}")
+
+    def make_backbone(self) -> nn.Module:
+        return FeatureDiT(self)
+
+    def make_conditioner(self, dim: int) -> Conditioner:
+        from models.feature_conditioner import FeatureConditioner  # It imports this module.
+
+        return FeatureConditioner(self, dim)
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -112,7 +110,7 @@ class FeatureDiTConfig(ModelConfig):
         return (2 * height + edge) // (2 * edge), (2 * width + edge) // (2 * edge)
 
 
-class Block(nn.Module):
+class ContextBlock(nn.Module):
     """Self-attention, cross-attention and MLP, each with shift and scale from a vector.
 
     Args:
@@ -164,7 +162,7 @@ class FeatureDiT(nn.Module):
             nn.Linear(_NUM_SINUSOIDS, dim), nn.SiLU(), nn.Linear(dim, dim)
         )
         self.blocks = nn.ModuleList(
-            Block(dim, config.num_heads, config.mlp_ratio, config.gates)
+            ContextBlock(dim, config.num_heads, config.mlp_ratio, config.gates)
             for _ in range(config.num_blocks)
         )
         self.head_norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
@@ -211,7 +209,7 @@ class FeatureDiT(nn.Module):
         x = self.patch_embedding(x).flatten(2).transpose(1, 2)  #       [N, L, C]
         x = x + self.positions(grid, x.device)
         for block in self.blocks:
-            x = self._run(block, x, c, tokens, context.mask)
+            x = run_block(self, block, x, c, tokens, context.mask)
         x = self.head(self.head_norm(x))  #                             [N, L, p p C_out]
 
         patch = self.config.patch_size
@@ -259,10 +257,3 @@ class FeatureDiT(nn.Module):
                 f"A context of {list(context.tokens.shape[:2])} tokens does not fit {len(x)} "
                 f"latents of {x.shape[2]}x{x.shape[3]}, which have {self._num_patches(x)} patches."
             )
-
-    def _run(
-        self, block: Block, x: Tensor, c: Tensor, context: Tensor, mask: Tensor | None
-    ) -> Tensor:
-        if self.config.checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(block, x, c, context, mask, use_reentrant=False)
-        return block(x, c, context, mask)

@@ -10,22 +10,28 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
-from dnnlib.config import option
-from models.config import LatentModelConfig
+from dnnlib.config import inherited, option
+from models.conditioners import ClassTable, Conditioner
+from models.config import ScaledLatentConfig, check_divides, check_sinusoid_width
 from models.context import Context
-from models.layers import TMSA, PositionalEmbedding, TransformerBlock, position_embedding
+from models.layers import (
+    TMSA,
+    PositionalEmbedding,
+    TransformerBlock,
+    position_embedding,
+    run_block,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LatentDiffiTConfig(LatentModelConfig):
+class LatentDiffiTConfig(ScaledLatentConfig):
     """Architecture of :class:`LatentDiffiT`; defaults are those of the published 561M model."""
 
     family: ClassVar[str] = "latent-diffit"
     title: ClassVar[str] = "Model options (latent DiffiT)"
 
-    resolution: int = option(256, min=1, help="Height and width of the images in pixels.")
+    resolution: int = inherited(ScaledLatentConfig, "resolution", 256)
     num_blocks: int = option(28, min=1, help="Transformer blocks.")
     hidden_dim: int = option(1152, min=4, help="Width of tokens and time token.")
     num_heads: int = option(16, min=1, help="Attention heads; divides the width.")
@@ -36,21 +42,17 @@ class LatentDiffiTConfig(LatentModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         size = self.input_shape[1]
-        if size % self.patch_size:
-            raise ValueError(
-                f"--patch-size: got {self.patch_size}, which does not divide the {size}x{size} "
-                f"latents of {self.resolution}x{self.resolution} images; use a divisor."
-            )
-        if self.hidden_dim % 4:
-            raise ValueError(
-                f"--hidden-dim: got {self.hidden_dim}; accepted: a multiple of 4, for the sines "
-                "and cosines of two axes."
-            )
-        if self.hidden_dim % self.num_heads:
-            raise ValueError(
-                f"--num-heads: got {self.num_heads}, which does not divide --hidden-dim "
-                f"{self.hidden_dim}; use a divisor."
-            )
+        latents = f"the {size}x{size} latents of {self.resolution}x{self.resolution} images"
+        check_divides("patch-size", self.patch_size, size, latents)
+        check_sinusoid_width(self.hidden_dim)
+        width = self.hidden_dim
+        check_divides("num-heads", self.num_heads, width, f"--hidden-dim {width}")
+
+    def make_backbone(self) -> nn.Module:
+        return LatentDiffiT(self)
+
+    def make_conditioner(self, dim: int) -> Conditioner:
+        return ClassTable(self.num_classes, dim)
 
     @property
     def grid(self) -> int:
@@ -130,15 +132,10 @@ class LatentDiffiT(nn.Module):
         x = self.patch_embedding(x).permute(0, 2, 3, 1)  #              [N, g, g, D]
         x = x + self.position_embedding
         for block in self.blocks:
-            x = self._run(block, x, t)
+            x = run_block(self, block, x, t)
         x = self.head(functional.silu(self.head_norm(x)))  #            [N, g, g, p p C_out]
 
         patch = self.config.patch_size
         x = x.unflatten(-1, (patch, patch, -1))  #                      [N, g, g, p, p, C_out]
         x = x.permute(0, 5, 1, 3, 2, 4)  #                              [N, C_out, g, p, g, p]
         return x.flatten(4, 5).flatten(2, 3)  #                         [N, C_out, H, W]
-
-    def _run(self, block: TransformerBlock, x: Tensor, t: Tensor) -> Tensor:
-        if self.config.checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(block, x, t, use_reentrant=False)
-        return block(x, t)

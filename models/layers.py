@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention.flex_attention import flex_attention
+from torch.utils.checkpoint import checkpoint
 
 # What "auto" means, by device type; SDPA where nothing is listed. On CPUs flex attention has no
 # backward pass, and forward it took 3 to 15 times as long (torch 2.13, windows of 16 tokens); on
@@ -267,6 +268,17 @@ class TransformerBlock(nn.Module):
         """Return tokens [B, H, W, C] of tokens x [B, H, W, C] and time tokens t [B, T]."""
         x = x + self.attn(self.norm1(x), t)
         return x + self.mlp(self.norm2(x))
+
+
+def run_block(network: nn.Module, block: nn.Module, *inputs: Tensor | None) -> Tensor:
+    """Return ``block(*inputs)``, one block of a network.
+
+    If the network's configuration asks for activation checkpointing, the backward pass recomputes
+    what is inside the block (Chen et al., arXiv 1604.06174).
+    """
+    if network.config.checkpointing and network.training and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:

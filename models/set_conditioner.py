@@ -1,4 +1,7 @@
-"""From sets of images, and labels, to a :class:`~models.context.Context`."""
+"""From sets of images, and labels, to a :class:`SetContext`."""
+
+import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +13,18 @@ from models.set_dit import SetDiTConfig
 from models.set_encoder import SetEncoder, leave_one_out_index
 
 _MAX_LOG_VARIANCE = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class SetContext(Context):
+    """The context of images that each are to resemble a set."""
+
+    kl: Tensor | None = None  # [N], divergence of a drawn context from its prior, in nats
+    # Of an encoder that waits for the noise level: tokens [N, ...] of each set, which images it
+    # has [N, k], and whether it is dropped [N].
+    set_tokens: Tensor | None = None
+    set_mask: Tensor | None = None
+    set_drop: Tensor | None = None
 
 
 class SetConditioner(Conditioner):
@@ -38,24 +53,7 @@ class SetConditioner(Conditioner):
         self.config = config
         self.num_classes = config.num_classes
         width = config.encoder_dim
-        self.encoder = SetEncoder(
-            mode=config.encoder_mode,
-            tokenizer=config.encoder_tokenizer,
-            set_size=config.context_size,
-            img_channels=config.img_channels,
-            resolution=config.resolution,
-            patch_size=config.patch_size,
-            dim=width,
-            depth=config.encoder_depth,
-            num_heads=config.encoder_heads,
-            dim_head=config.encoder_dim_head,
-            mlp_ratio=config.encoder_mlp_ratio,
-            dropout=config.encoder_dropout,
-            pool=config.encoder_pool,
-            with_time=config.encoder_time,
-            spt_shifts=config.spt_shifts,
-            second_pass=config.second_pass,
-        )
+        self.encoder = SetEncoder(config)
         self.is_variational = config.mode_context == "variational"
         if self.is_variational:
             self.posterior = nn.Sequential(
@@ -70,6 +68,9 @@ class SetConditioner(Conditioner):
         if self.num_classes > 0:
             self.table = ClassTable(self.num_classes, dim)
 
+    def compile_parts(self, backend: str | Callable) -> None:
+        self.encoder.compile(backend=backend)
+
     def check(self, cond: dict[str, Tensor]) -> None:
         """Raise ValueError if there is no set, or if a label is not from 0 to num_classes."""
         if "set" not in cond and "support" not in cond:
@@ -80,7 +81,7 @@ class SetConditioner(Conditioner):
 
     def forward(
         self, cond: dict[str, Tensor], drop: Tensor | None = None, num: int | None = None
-    ) -> Context:
+    ) -> SetContext:
         """Return the context of N images, where N = b n for conditions ``set``.
 
         Args:
@@ -119,7 +120,7 @@ class SetConditioner(Conditioner):
         assert len(tokens) == repeats * len(images), (
             f"there are tokens of {len(tokens)} sets, not {repeats} for each of {len(images)}"
         )
-        context = Context(label=label, set_tokens=tokens, set_mask=set_mask, set_drop=drop)
+        context = SetContext(label=label, set_tokens=tokens, set_mask=set_mask, set_drop=drop)
         c_noise = cond.get("c_noise")
         if self.encoder.with_time and c_noise is None:
             return context
@@ -128,7 +129,7 @@ class SetConditioner(Conditioner):
         noise = cond.get("context_noise")
         return self._encode(context, c_noise, None if noise is None else noise.flatten(0, 1))
 
-    def resolve(self, context: Context, c_noise: Tensor) -> Context:
+    def resolve(self, context: SetContext, c_noise: Tensor) -> SetContext:
         """Return the context, encoded for noise levels ``c_noise`` [N] if it waits for them."""
         return context if context.set_tokens is None else self._encode(context, c_noise, None)
 
@@ -152,7 +153,17 @@ class SetConditioner(Conditioner):
             label = torch.full([num], self.num_classes, device=drop.device)
         return self.table({"label": label}, drop).vector
 
-    def _encode(self, context: Context, c_noise: Tensor | None, noise: Tensor | None) -> Context:
+    def _encode(
+        self, context: SetContext, c_noise: Tensor | None, noise: Tensor | None
+    ) -> SetContext:
+        """Return the context of what waits: a vector (``film``) or tokens (``lag``), and its label.
+
+        Args:
+            context: Its ``set_tokens`` [N, ...], ``set_mask``, ``set_drop`` and label.
+            c_noise: [N], for an encoder that depends on the noise level.
+            noise: [N, encoder_dim], standard normal, from which a variational context is drawn; its
+                mean is taken without.
+        """
         config = self.config
         is_film = config.mode_conditioning == "film"
         vector, tokens = self.encoder(
@@ -172,7 +183,7 @@ class SetConditioner(Conditioner):
         if is_film:
             vector = self.projection(vector)
             vector = torch.where(context.set_drop[:, None], self.null.to(vector.dtype), vector)
-            return Context(vector=vector, label=context.label, kl=kl)
+            return SetContext(vector=vector, label=context.label, kl=kl)
         if config.context_pool_size is not None:
             tokens = _pool_grid(tokens, config.grid, config.context_pool_size)
         if self.is_variational:
@@ -180,7 +191,7 @@ class SetConditioner(Conditioner):
             tokens = torch.cat([tokens, vector.to(tokens.dtype)[:, None]], dim=1)
         tokens = self.projection(tokens)
         tokens = torch.where(context.set_drop[:, None, None], self.null.to(tokens.dtype), tokens)
-        return Context(tokens=tokens, label=context.label, kl=kl)
+        return SetContext(tokens=tokens, label=context.label, kl=kl)
 
     def _check(self, vector: Tensor, tokens: Tensor | None, num: int) -> None:
         """Assert the shapes of what the encoder returned for ``num`` sets."""

@@ -10,10 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
-from dnnlib.config import option
-from models.config import ModelConfig
+from dnnlib.config import inherited, option
+from models.conditioners import Conditioner
+from models.config import ModelConfig, check_divides
 from models.context import Context
 from models.layers import (
     MLP,
@@ -22,6 +22,7 @@ from models.layers import (
     SelfAttention,
     modulate,
     position_embedding,
+    run_block,
 )
 
 _NUM_SINUSOIDS = 256
@@ -34,10 +35,8 @@ class SetDiTConfig(ModelConfig):
     family: ClassVar[str] = "set-dit"
     title: ClassVar[str] = "Model options (set-conditioned DiT)"
 
-    resolution: int = option(
-        32, min=1, aliases=("image-size",), help="Height and width of the images in pixels."
-    )
-    attention: str = option("sdpa", choices=("sdpa",), help="Attention kernels.", exposed=False)
+    resolution: int = inherited(ModelConfig, "resolution", aliases=("image-size",))
+    attention: str = inherited(ModelConfig, "attention", "sdpa", choices=("sdpa",), exposed=False)
     sample_size: int = option(
         6, min=1, help="Images in a set; with leave-one-out each is made from the others."
     )
@@ -122,16 +121,9 @@ class SetDiTConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.resolution % self.patch_size:
-            raise ValueError(
-                f"--patch-size: got {self.patch_size}, which does not divide images of "
-                f"{self.resolution}x{self.resolution}; use a divisor."
-            )
-        if self.hidden_dim % self.num_heads:
-            raise ValueError(
-                f"--num-heads: got {self.num_heads}, which does not divide --hidden-dim "
-                f"{self.hidden_dim}; use a divisor."
-            )
+        width, images = self.hidden_dim, f"images of {self.resolution}x{self.resolution}"
+        check_divides("patch-size", self.patch_size, self.resolution, images)
+        check_divides("num-heads", self.num_heads, width, f"--hidden-dim {width}")
         if self.leave_one_out and self.sample_size < 2:
             raise ValueError(
                 "--sample-size: got 1, which leaves nothing to learn from when one image is left "
@@ -147,11 +139,8 @@ class SetDiTConfig(ModelConfig):
                 f"--context-proj has no effect: --context-channels and --hdim are both "
                 f"{self.encoder_dim}; leave it out."
             )
-        if (
-            self.mode_conditioning == "film"
-            and self.encoder_pool == "cls"
-            and not (self.encoder_depth)
-        ):
+        pools_cls = self.mode_conditioning == "film" and self.encoder_pool == "cls"
+        if pools_cls and self.encoder_depth == 0:
             raise ValueError(
                 "--encoder-depth: got 0, with which the CLS token sees no image; give at least 1, "
                 "or --encoder-pool=mean."
@@ -170,6 +159,14 @@ class SetDiTConfig(ModelConfig):
                     f"{', '.join(str(edge**2) for edge in edges)} for a grid of "
                     f"{self.grid}x{self.grid} tokens."
                 )
+
+    def make_backbone(self) -> nn.Module:
+        return SetDiT(self)
+
+    def make_conditioner(self, dim: int) -> Conditioner:
+        from models.set_conditioner import SetConditioner  # It imports this module.
+
+        return SetConditioner(self, dim)
 
     @property
     def grid(self) -> int:
@@ -214,7 +211,7 @@ class SetDiTConfig(ModelConfig):
         return self.sample_size
 
 
-class Block(nn.Module):
+class GatedBlock(nn.Module):
     """Self-attention, cross-attention and MLP, with shift, scale and gate from a vector.
 
     Args:
@@ -298,7 +295,7 @@ class SetDiT(nn.Module):
         if config.mode_conditioning == "film":
             self.join = nn.Linear(dim + config.context_dim, dim)
         self.blocks = nn.ModuleList(
-            Block(
+            GatedBlock(
                 dim,
                 config.num_heads,
                 config.mlp_ratio,
@@ -357,7 +354,7 @@ class SetDiT(nn.Module):
         x = self.patch_embedding(x).flatten(2).transpose(1, 2)  #       [N, L, h]
         x = x + self.position_embedding
         for block in self.blocks:
-            x = self._run(block, x, u, tokens)
+            x = run_block(self, block, x, u, tokens)
         scale, shift = self.head_modulation(functional.silu(u)).chunk(2, dim=1)
         x = self.head(modulate(self.head_norm(x), scale, shift))  #     [N, L, p p C_out]
 
@@ -385,8 +382,3 @@ class SetDiT(nn.Module):
                 f"The context has shape {list(part.shape)}, but this model needs {expected} for "
                 f"{len(x)} images."
             )
-
-    def _run(self, block: Block, x: Tensor, u: Tensor, tokens: Tensor | None) -> Tensor:
-        if self.config.checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(block, x, u, tokens, use_reentrant=False)
-        return block(x, u, tokens)

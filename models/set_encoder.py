@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.layers import PositionalEmbedding, merge_heads, split_heads
+from models.set_dit import SetDiTConfig
 
 PATCH_OFFSET = 2
 _SPT_SHIFTS = ((-1, -1), (-1, 1), (1, -1), (1, 1))
@@ -74,19 +75,17 @@ class EncoderAttention(nn.Module):
 class EncoderBlock(nn.Module):
     """Attention and MLP, each normalised before, dropped out and added after."""
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        dim_head: int,
-        mlp_dim: int,
-        dropout: float,
-        *,
-        locality: bool,
-    ) -> None:
+    def __init__(self, config: SetDiTConfig) -> None:
         super().__init__()
+        dim, dropout = config.encoder_dim, config.encoder_dropout
+        mlp_dim = int(dim * config.encoder_mlp_ratio)
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = EncoderAttention(dim, num_heads, dim_head, locality=locality)
+        self.attn = EncoderAttention(
+            dim,
+            config.encoder_heads,
+            config.encoder_dim_head,
+            locality=config.encoder_mode == "vit_set",
+        )
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(
             nn.Linear(dim, mlp_dim),
@@ -144,53 +143,31 @@ class StackTokeniser(nn.Module):
 
 
 class SetEncoder(nn.Module):
-    """Encodes sets of up to ``set_size`` images into a vector and a grid of tokens each.
+    """Encodes sets of images into a vector [width] and a grid of tokens [patches, width] each.
 
-    Args:
-        mode: ``vit``: the patches of every image are tokens of one sequence, and outputs are
-            averaged over the images. ``vit_set``: one token per patch position, made from all
-            images, and locality self-attention.
-        tokenizer: Of ``vit_set``: ``stack`` (:class:`StackTokeniser`) or ``per_sample_mean``, the
-            average of the images' tokens, which does not depend on their order or number.
-        set_size: Most images in a set that ``stack`` takes.
-        img_channels, resolution, patch_size: Of the images; P = (resolution / patch_size)^2.
-        dim: Width of tokens and results.
-        depth, num_heads, dim_head, mlp_ratio, dropout: Of the transformer.
-        pool: What the vector is made of: the ``cls`` token, or ``mean`` or ``sum`` over patches.
-        with_time: Whether the TIME token tells the noise level; it is zero otherwise.
-        spt_shifts: Add four diagonal shifts of every image (arXiv 2112.13492); ``vit_set`` only.
-        second_pass: Of ``vit``: run the transformer again over the averaged tokens.
+    The options ``encoder_*`` of the configuration describe it.
+
+    - ``vit``: the patches of every image are tokens of one sequence, and outputs are averaged over
+      the images. With ``second_pass``, the transformer runs again over the averaged tokens.
+    - ``vit_set``: one token per patch position, made from all images, and locality self-attention.
+      The tokenizer is ``stack`` (:class:`StackTokeniser`) or ``per_sample_mean``, the mean of the
+      images' tokens, which does not depend on their order or number. With ``spt_shifts``, an image
+      comes with four diagonal shifts of it (arXiv 2112.13492).
+
+    The TIME token holds the noise level if the encoder depends on it, and is zero otherwise.
     """
 
-    def __init__(
-        self,
-        *,
-        mode: str,
-        tokenizer: str,
-        set_size: int,
-        img_channels: int,
-        resolution: int,
-        patch_size: int,
-        dim: int,
-        depth: int,
-        num_heads: int,
-        dim_head: int,
-        mlp_ratio: float,
-        dropout: float,
-        pool: str,
-        with_time: bool,
-        spt_shifts: bool,
-        second_pass: bool,
-    ) -> None:
+    def __init__(self, config: SetDiTConfig) -> None:
         super().__init__()
-        self.num_patches = (resolution // patch_size) ** 2
-        self.dim, self.patch_size, self.pool = dim, patch_size, pool
-        self.is_set_mode = mode == "vit_set"
-        self.stacks = self.is_set_mode and tokenizer == "stack"
-        self._spt_shifts, self._second_pass = spt_shifts, second_pass
-        patch_dim = patch_size**2 * img_channels * (5 if spt_shifts else 1)
+        dim, patch_size = config.encoder_dim, config.patch_size
+        self.num_patches = config.grid**2
+        self.dim, self.patch_size, self.pool = dim, patch_size, config.encoder_pool
+        self.is_set_mode = config.encoder_mode == "vit_set"
+        self.stacks = config.stacks_images
+        self._spt_shifts, self._second_pass = config.spt_shifts, config.second_pass
+        patch_dim = patch_size**2 * config.img_channels * (5 if config.spt_shifts else 1)
         if self.stacks:
-            self.tokeniser = StackTokeniser(patch_dim, set_size, dim)
+            self.tokeniser = StackTokeniser(patch_dim, config.context_size, dim)
         elif self.is_set_mode:
             self.tokeniser = nn.Sequential(nn.LayerNorm(patch_dim), nn.Linear(patch_dim, dim))
         else:
@@ -198,23 +175,18 @@ class SetEncoder(nn.Module):
         self.cls = nn.Parameter(torch.empty(1, 1, dim))
         self.positions = nn.Parameter(torch.empty(1, PATCH_OFFSET + self.num_patches, dim))
         self.cls.spares_decay = self.positions.spares_decay = True
-        if with_time:
+        self.with_time = config.encoder_time
+        if self.with_time:
             quarter = max(dim // 4, 4)
             self.time_sinusoids = PositionalEmbedding(quarter, endpoint=False, cosines_first=True)
             self.time_mlp = nn.Sequential(
                 nn.Linear(quarter, dim), nn.SiLU(), nn.Linear(dim, dim), nn.Linear(dim, dim)
             )
-        self.with_time = with_time
         if self.is_set_mode:
             diagonal = torch.eye(PATCH_OFFSET + self.num_patches, dtype=torch.bool)
             self.register_buffer("off_diagonal", ~diagonal, persistent=False)
-        self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(
-            EncoderBlock(
-                dim, num_heads, dim_head, int(dim * mlp_ratio), dropout, locality=self.is_set_mode
-            )
-            for _ in range(depth)
-        )
+        self.dropout = nn.Dropout(config.encoder_dropout)
+        self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.encoder_depth))
         # Decay of the output would shrink the context to nothing.
         self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim))
         for parameter in self.head.parameters():

@@ -19,7 +19,8 @@ from diffusion.guidance import (
 from diffusion.samplers import SamplingConfig, num_evaluations
 from dnnlib.config import to_dict
 from encoders.autoencoder import Autoencoder
-from models import Context, FeatureDiTConfig, Network
+from models import Context, Network
+from models.feature_dit import FeatureDiTConfig
 from torch_utils.pictures import to_uint8
 from torch_utils.rng import SeededNoise
 from training.feature_config import FeatureConfig

@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from models import FeatureDiTConfig, build_network
+from models import build_network
+from models.feature_dit import FeatureDiTConfig
 from torch_utils.misc import count_parameters
 
 TINY = FeatureDiTConfig(

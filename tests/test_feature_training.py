@@ -10,7 +10,8 @@ import torch
 from data.features.dataset import pad_texts
 from data.samplers import BucketSampler
 from diffusion.precond import FlowPrecond
-from models import FeatureDiTConfig, build_network
+from models import build_network
+from models.feature_dit import FeatureDiTConfig
 from torch_utils.stats import StatsCollector
 from training.config import TrainingConfig
 from training.feature_config import FeatureConfig

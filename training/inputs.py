@@ -18,7 +18,7 @@ from data.latents.dataset import LatentDataset
 from data.latents.record import is_latent_folder, read_record
 from dnnlib.addresses import is_address
 from encoders.autoencoder import Autoencoder
-from models import LatentModelConfig
+from models import ScaledLatentConfig
 from torch_utils.pictures import image_grid, mixed_grid, save_image
 from training.config import RunConfig
 
@@ -32,7 +32,7 @@ def open_training_data(config: RunConfig) -> TrainingData:
 
     Raises ValueError if there is none, or if it is of the wrong kind for the model.
     """
-    data, is_latent_model = config.data, isinstance(config.model, LatentModelConfig)
+    data, is_latent_model = config.data, isinstance(config.model, ScaledLatentConfig)
     if config.features is not None:
         return _open_features(config)
     if data.data is not None and is_feature_folder(data.data):
@@ -123,7 +123,7 @@ def make_inputs(
     if isinstance(dataset, FeatureDataset):
         statistics = FeatureStatistics.of(dataset.record.statistics, device)
         return FeatureInputs(statistics, autoencoder)
-    if not isinstance(config.model, LatentModelConfig):
+    if not isinstance(config.model, ScaledLatentConfig):
         return PixelInputs(make_augment_pipe(config.training.augment))
     if isinstance(dataset, LatentDataset):
         has_std = dataset.record.kind == "mean-std"

@@ -7,13 +7,9 @@ import torch
 
 from dnnlib.config import to_dict
 from dnnlib.text import format_count
-from models import (
-    FeatureDiTConfig,
-    LatentModelConfig,
-    SetDiTConfig,
-    attention_backend,
-    build_network,
-)
+from models import ScaledLatentConfig, attention_backend, build_network
+from models.feature_dit import FeatureDiTConfig
+from models.set_dit import SetDiTConfig
 from torch_utils.misc import count_flops, count_parameters
 from training.config import RunConfig, accumulation_rounds
 from training.watch import describe_sets
@@ -73,7 +69,7 @@ def describe_run(config: RunConfig, world_size: int, device: torch.device) -> st
         "attention": attention_backend(model, device),
         "device": str(device),
     }
-    if isinstance(model, LatentModelConfig):
+    if isinstance(model, ScaledLatentConfig):
         scale = "" if model.latent_scale is None else f", scale {model.latent_scale:g}"
         shape = "x".join(map(str, model.input_shape))
         rows["latents"] = f"{shape} of {model.vae or 'the autoencoder in --data'}{scale}"

@@ -17,7 +17,9 @@ from dnnlib.config import from_dict, to_dict
 from dnnlib.files import atomic_write
 from encoders.autoencoder import Autoencoder, check_autoencoder
 from families.sets import check_classes
-from models import FeatureDiTConfig, LatentModelConfig, SetDiTConfig
+from models import ScaledLatentConfig
+from models.feature_dit import FeatureDiTConfig
+from models.set_dit import SetDiTConfig
 from torch_utils import distributed
 from training.checkpoint import Snapshot, find_states, load_state
 from training.config import RunConfig, check_guidance, check_guided_channels
@@ -154,7 +156,7 @@ def with_data_facts(config: RunConfig, img_channels: int, num_classes: int) -> R
     else:
         sampling_sigmas(config.sampling, precond)  # Raises if the network knows no such levels.
     is_image_model = not isinstance(
-        config.model, LatentModelConfig | SetDiTConfig | FeatureDiTConfig
+        config.model, ScaledLatentConfig | SetDiTConfig | FeatureDiTConfig
     )
     if not is_image_model and config.training.augment.augment > 0:
         what = "sets" if isinstance(config.model, SetDiTConfig) else "latents"

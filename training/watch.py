@@ -4,7 +4,8 @@ import itertools
 
 import torch
 
-from models import SetDiTConfig, build_network
+from models import build_network
+from models.set_dit import SetDiTConfig
 from torch_utils.misc import count_parameters
 from training.config import RunConfig
 from training.telemetry import Stats

@@ -12,8 +12,10 @@ from data.images.augment import AugmentConfig
 from data.images.dataset import Cond
 from data.latents.dataset import LatentDataset
 from encoders.autoencoder import open_autoencoder
-from models import FeatureDiTConfig, LatentModelConfig, SetDiTConfig
+from models import ScaledLatentConfig
 from models.feature_conditioner import CONDITIONS
+from models.feature_dit import FeatureDiTConfig
+from models.set_dit import SetDiTConfig
 from training.checkpoint import Snapshot
 from training.config import RunConfig
 from training.inputs import make_inputs, open_training_data
@@ -78,7 +80,7 @@ def make_panel(snapshot: Snapshot, data: str | None, num: int, device: torch.dev
         raise ValueError(f"{snapshot.path}: this model is unconditional; there is nothing to vary.")
     dataset = open_training_data(config)
     autoencoder = None
-    if isinstance(config.model, LatentModelConfig) and not isinstance(dataset, LatentDataset):
+    if isinstance(config.model, ScaledLatentConfig) and not isinstance(dataset, LatentDataset):
         autoencoder = open_autoencoder(config.model, None, device)
     inputs = make_inputs(config, dataset, autoencoder, device)
     if isinstance(config.model, FeatureDiTConfig):

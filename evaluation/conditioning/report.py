@@ -14,8 +14,9 @@ from diffusion.denoiser import AUTOCAST_DTYPES, Denoiser, autocast
 from diffusion.precond import Precond, make_precond
 from dnnlib.progress import progress
 from evaluation.conditioning.panel import Condition, Group, Panel, derangement
-from models import Context, FeatureDiTConfig, Network
+from models import Context, Network
 from models.attention_probe import AttentionMass, record_attention
+from models.feature_dit import FeatureDiTConfig
 from torch_utils.fingerprints import package_versions
 from torch_utils.rng import SeededNoise
 from training.checkpoint import Snapshot

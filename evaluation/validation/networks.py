@@ -19,7 +19,7 @@ from evaluation.validation.trials import Missing, TextEncoderLike, VisualEncoder
 from evaluation.validation.validate import validate
 from evaluation.validation.word_edits import edit_caption
 from metrics.lpips import LPIPS, WEIGHTS_VARIABLE
-from models import FeatureDiTConfig
+from models.feature_dit import FeatureDiTConfig
 from sampling.features import FeatureGenerator
 from sampling.images import GenerateConfig, cached_snapshot
 from sampling.requests import make_feature_generator
