@@ -8,8 +8,9 @@ import torch
 from set_networks import ENCODERS, NUM, TINY, build, build_active, random_images, value_of
 
 from configs.set_dit import MODELS
-from models import Context, build_network
+from models import build_network
 from models.layers import PositionalEmbedding, position_embedding
+from models.set_conditioner import SetContext
 from models.set_dit import SetDiTConfig
 from torch_utils.misc import count_parameters
 
@@ -23,8 +24,8 @@ def random_context(config, num, num_tokens=P, with_label=False):
     width = config.context_dim
     label = torch.randn(num, config.hidden_dim, generator=generator) if with_label else None
     if config.mode_conditioning == "film":
-        return Context(vector=torch.randn(num, width, generator=generator), label=label)
-    return Context(tokens=torch.randn(num, num_tokens, width, generator=generator), label=label)
+        return SetContext(vector=torch.randn(num, width, generator=generator), label=label)
+    return SetContext(tokens=torch.randn(num, num_tokens, width, generator=generator), label=label)
 
 
 def plain_forward(network, x, c_noise, context):
@@ -217,7 +218,7 @@ def test_images_of_a_batch_do_not_influence_each_other(way):
 def test_the_order_of_the_context_s_tokens_does_not_matter():
     network = build_active(mode_conditioning="lag")
     x, context = random_images(2), random_context(network.config, 2, P)
-    turned = Context(tokens=context.tokens.flip(1))
+    turned = SetContext(tokens=context.tokens.flip(1))
     out, expected = (network(x, torch.ones(2), c) for c in (turned, context))
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
 
@@ -414,29 +415,29 @@ def test_the_networks_of_all_presets_run(preset):
 @pytest.mark.parametrize(
     ("way", "context", "message"),
     [
-        ("film", Context(), r"needs the context's vector \[N, D\]; there is none"),
-        ("lag", Context(), r"needs the context's tokens \[N, M, D\]; there is none"),
-        ("film", Context(tokens=torch.zeros(2, P, D)), "context's vector .* there is none"),
-        ("lag", Context(vector=torch.zeros(2, D)), "context's tokens .* there is none"),
-        ("film", Context(vector=torch.zeros(2, P, D)), r"vector \[N, D\]; there is shape \[2, 16"),
-        ("lag", Context(tokens=torch.zeros(2, D)), r"\[N, M, D\]; there is shape \[2, 12\]"),
+        ("film", SetContext(), r"needs the context's vector \[N, D\]; there is none"),
+        ("lag", SetContext(), r"needs the context's tokens \[N, M, D\]; there is none"),
+        ("film", SetContext(tokens=torch.zeros(2, P, D)), "context's vector .* there is none"),
+        ("lag", SetContext(vector=torch.zeros(2, D)), "context's tokens .* there is none"),
+        ("film", SetContext(vector=torch.zeros(2, P, D)), r"vector \[N, D\]; .* shape \[2, 16"),
+        ("lag", SetContext(tokens=torch.zeros(2, D)), r"\[N, M, D\]; there is shape \[2, 12\]"),
         (
             "film",
-            Context(vector=torch.zeros(3, D)),
+            SetContext(vector=torch.zeros(3, D)),
             r"shape \[3, 12\], .* needs \[2, 12\] for 2 images",
         ),
         (
             "lag",
-            Context(tokens=torch.zeros(1, P, D)),
+            SetContext(tokens=torch.zeros(1, P, D)),
             r"shape \[1, 16, 12\], .* needs \[2, 16, 12\]",
         ),
-        ("film", Context(vector=torch.zeros(2, 9)), r"shape \[2, 9\], .* needs \[2, 12\]"),
+        ("film", SetContext(vector=torch.zeros(2, 9)), r"shape \[2, 9\], .* needs \[2, 12\]"),
         (
             "lag",
-            Context(tokens=torch.zeros(2, P, 9)),
+            SetContext(tokens=torch.zeros(2, P, 9)),
             r"shape \[2, 16, 9\], .* needs \[2, 16, 12\]",
         ),
-        ("lag", Context(tokens=torch.zeros(2, 15, D)), r"shape \[2, 15, 12\], .* \[2, 16, 12\]"),
+        ("lag", SetContext(tokens=torch.zeros(2, 15, D)), r"shape \[2, 15, 12\], .* \[2, 16, 12\]"),
     ],
 )
 def test_a_context_of_another_shape_gets_a_sentence(way, context, message):
