@@ -8,7 +8,7 @@ import click
 from configs.presets import PRESETS, get_preset
 from dnnlib.cli import run
 from dnnlib.files import check_target, fetch, sha256_of_file
-from encoders.autoencoder import check_location
+from encoders.autoencoder import AUTOENCODER
 from models.latent_diffit import LatentDiffiTConfig
 from models.published import network_of_published
 from training.checkpoint import DataSummary, save_snapshot
@@ -43,7 +43,7 @@ def main(weights: str, preset: str, out: Path, vae: str) -> None:
       python generate.py --network=network.pkl --outdir=out --seeds=0-15 --class=207 --grid=out.png
     """
     check_target("--out", out)
-    check_location(vae)
+    AUTOENCODER.check_location(vae)
     path = fetch(weights)
     chosen = get_preset(preset)
     config = with_data_facts(chosen.run, chosen.run.model.img_channels, chosen.num_classes)

@@ -18,7 +18,7 @@ from dnnlib.cli import ConfigCommand, raw_value, run, settings
 from dnnlib.config import Config
 from dnnlib.files import atomic_write, check_target, lock_folder
 from dnnlib.text import join_names
-from encoders.autoencoder import check_location, load_autoencoder
+from encoders.autoencoder import AUTOENCODER, load_autoencoder
 from evaluation.scoring import check_metrics, make_evaluate, real_images
 from evaluation.validation.config import ValidationConfig
 from evaluation.validation.networks import check_used, chosen_tests, make_validate
@@ -208,7 +208,7 @@ def main(
         training = dataclasses.replace(config.training, ema_rampup=None)
         config = dataclasses.replace(config, training=training)
     if getattr(config.model, "vae", None) is not None:
-        check_location(config.model.vae)
+        AUTOENCODER.check_location(config.model.vae)
     if transfer is not None and not transfer.is_file():
         raise click.UsageError(f"--transfer: {transfer}: no such file.")
     if desc is not None and not re.fullmatch(r"[\w.,=+-]+", desc):

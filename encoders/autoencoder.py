@@ -1,65 +1,91 @@
 """The autoencoder of latent models: diffusers' AutoencoderKL with its normalisation."""
 
-import contextlib
 import hashlib
 import json
 import math
 import os
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from encoders.loading import FrozenEncoder, Pretrained, absolute
 from models import ModelConfig, ScaledLatentConfig
-from torch_utils import distributed
 from torch_utils.fingerprints import weights_hash
 
 INPUT_TRANSFORM = "x / 127.5 - 1"
-PRECISIONS = ("fp32", "bf16")
 _MAX_PIXELS = 16 * 256 * 256  # That a network sees at once; bounds the memory of its activations.
-_CLASS_NAME = "AutoencoderKL"
 # What the function depends on besides the weights and their shapes.
 _SETTINGS = ("act_fn", "norm_num_groups", "down_block_types", "up_block_types")
-_HINT = "Give --vae=FOLDER with config.json and diffusion_pytorch_model.safetensors."
 
 
-class Autoencoder:
+class _PretrainedAutoencoder(Pretrained):
+    """The autoencoders of ``diffusers``, which names, reads and builds networks differently."""
+
+    def check_location(self, location: str) -> None:
+        inner = os.path.join(location, "vae")
+        if not os.path.isfile(os.path.join(location, "config.json")) and os.path.isfile(
+            os.path.join(inner, "config.json")
+        ):
+            raise ValueError(
+                f"{self.option}: {location} is a whole pipeline; give {self.option}={inner}."
+            )
+        super().check_location(location)
+
+    def _kind(self, location: str) -> Any:
+        from diffusers import AutoencoderKL
+
+        config = AutoencoderKL.load_config(location)
+        return config.get("_class_name") if isinstance(config, dict) else config
+
+    def _arguments(self) -> dict[str, Any]:
+        return dict(use_safetensors=True, low_cpu_mem_usage=False, torch_dtype=torch.float32)
+
+    def _config(self, network: nn.Module) -> dict[str, Any]:
+        return dict(network.config)
+
+    def _build(self, network_class: Any, config: dict[str, Any]) -> nn.Module:
+        return network_class.from_config(config)
+
+
+AUTOENCODER = _PretrainedAutoencoder(
+    option="--vae",
+    noun="autoencoder",
+    makes="latents",
+    files="config.json and diffusion_pytorch_model.safetensors",
+    extra="latents",
+    library="diffusers",
+    class_name="AutoencoderKL",
+    kinds=("AutoencoderKL",),
+)
+
+
+class Autoencoder(FrozenEncoder):
     """An AutoencoderKL: images to moments of raw latents, normalised latents to images.
 
-    Networks compute in float32, with bfloat16 products if so loaded, whatever autocast the caller
-    is in. They see at most 16 images of 256x256, or as many pixels of another size, at once, so
+    Its networks see at most 16 images of 256x256, or as many pixels of another size, at once, so
     that memory does not grow with a batch; what an image gives depends on that by rounding alone.
 
     Attributes:
-        location: Folder or Hugging Face id that it came from.
         scale, shift: The normalised latent is (raw - shift) * scale.
         latent_channels: Channels c of a latent.
         downsampling: Pixels per latent value, in each direction.
         img_channels: Channels C of an image.
-        sha256: Identity of weights, settings and normalisation.
-        device: Where it computes.
     """
 
     def __init__(
         self, network: nn.Module, location: str, device: torch.device | str, precision: str = "fp32"
     ) -> None:
         """``network`` is a ``diffusers.AutoencoderKL``; raises ValueError if it does not fit."""
-        if precision not in PRECISIONS:
-            raise ValueError(f"Precision {precision!r}; accepted: {', '.join(PRECISIONS)}.")
         config = network.config
         _check_config(config, location)
-        self.location = location
         self.scale = float(config.scaling_factor)
         self.shift = float(config.shift_factor or 0)
         self.latent_channels = config.latent_channels
         self.downsampling = 2 ** (len(config.block_out_channels) - 1)
         self.img_channels = config.in_channels
-        self.sha256 = self._identity(network)
-        self.device = torch.device(device)
-        self._precision = precision
-        self._network = network.eval().requires_grad_(False).to(self.device)
+        super().__init__(network, location, device, precision, self._identity(network))
 
     def _identity(self, network: nn.Module) -> str:
         settings = {name: network.config[name] for name in _SETTINGS}
@@ -136,12 +162,11 @@ class Autoencoder:
         rest: tuple[int, ...],
     ) -> Tensor:
         """Return ``function`` of all rows, float32 [N, *rest], a few images at a time."""
-        device, bf16 = self.device, self._precision == "bf16"
-        result = torch.empty((len(values), *rest), dtype=torch.float32, device=device)
+        result = torch.empty((len(values), *rest), dtype=torch.float32, device=self.device)
         size = max(_MAX_PIXELS // pixels, 1)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with self._products():
             for first in range(0, len(values), size):
-                part = values[first : first + size].to(device, non_blocking=True)
+                part = values[first : first + size].to(self.device, non_blocking=True)
                 result[first : first + size] = function(part)
         return result
 
@@ -184,80 +209,10 @@ def load_autoencoder(
 
     Raises ValueError, one sentence with the remedy, if there is none, or another one.
     """
-    location = os.path.abspath(location) if os.path.isdir(location) else str(location)
-    box: list[nn.Module] = []
-
-    def read() -> dict[str, Any]:
-        box.append(_read(location))
-        return {"config": dict(box[0].config), "state": box[0].state_dict()}
-
-    tree = distributed.on_main_tree(read)
-    network = box[0] if box else _rebuild(tree["config"], tree["state"])
-    autoencoder = Autoencoder(network, location, device, precision)
-    if expected_hash is not None and autoencoder.sha256 != expected_hash:
-        raise ValueError(
-            f"--vae: {location} is another autoencoder ({autoencoder.sha256[:16]}...) than the one "
-            f"whose latents are in use ({expected_hash[:16]}...); give that one's folder or id."
-        )
+    location = absolute(location)
+    autoencoder = Autoencoder(AUTOENCODER.load(location), location, device, precision)
+    AUTOENCODER.check_identity(autoencoder, expected_hash)
     return autoencoder
-
-
-def _rebuild(config: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
-    import diffusers
-
-    # Initial values that are overwritten must not advance this rank's random numbers.
-    with torch.random.fork_rng(devices=[]), _quiet():
-        network = diffusers.AutoencoderKL.from_config(config)
-    network.load_state_dict(state)
-    return network
-
-
-def _read(location: str) -> nn.Module:
-    check_location(location)
-    try:
-        import diffusers
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"--vae: autoencoders need the package {error.name}, which is not installed: pip "
-            'install diffusers, or pip install "setdiffit[latents]".'
-        ) from None
-    with _quiet(), torch.random.fork_rng(devices=[]):
-        try:
-            config = diffusers.AutoencoderKL.load_config(location)
-            kind = config.get("_class_name") if isinstance(config, dict) else config
-            if kind != _CLASS_NAME:
-                raise ValueError(f"config.json names {kind!r}, not {_CLASS_NAME}")
-            network, info = diffusers.AutoencoderKL.from_pretrained(
-                location,
-                use_safetensors=True,
-                low_cpu_mem_usage=False,
-                torch_dtype=torch.float32,
-                output_loading_info=True,
-            )
-            if info["missing_keys"]:
-                missing = sorted(info["missing_keys"])
-                raise ValueError(f"{len(missing)} weights are missing, as {missing[0]}")
-        # A missing, damaged or foreign file makes it raise what has no common base.
-        except Exception as error:
-            problem = "cannot be used"
-            if not os.path.isdir(location):
-                problem = "is no folder, and cannot be fetched from Hugging Face"
-            raise ValueError(f"--vae: {location} {problem} ({_reason(error)}). {_HINT}") from error
-    return network
-
-
-def check_location(location: str) -> None:
-    """Raise ValueError if there cannot be an autoencoder; cheap, and blind to what a file holds."""
-    if not os.path.isdir(location):
-        if location.count("/") != 1 or location[0] in "./~":
-            raise ValueError(f"--vae: {location} is no folder and no Hugging Face id. {_HINT}")
-        return
-    if os.path.isfile(os.path.join(location, "config.json")):
-        return
-    inner = os.path.join(location, "vae")
-    if os.path.isfile(os.path.join(inner, "config.json")):
-        raise ValueError(f"--vae: {location} is a whole pipeline; give --vae={inner}.")
-    raise ValueError(f"--vae: {location} holds no autoencoder (no config.json). {_HINT}")
 
 
 def _check_config(config: Any, location: str) -> None:
@@ -271,33 +226,6 @@ def _check_config(config: Any, location: str) -> None:
             f"--vae: {location} takes {config.in_channels} and gives {config.out_channels} "
             "channels; use one with as many of both."
         )
-
-
-def _reason(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return ": ".join(line.rstrip(".:") for line in lines[:2]) if lines else type(error).__name__
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep reports, warnings and progress bars of the library, and of the hub, off the console."""
-    from diffusers.utils import logging
-    from huggingface_hub.utils import logging as hub_logging
-
-    level, hub_level = logging.get_verbosity(), hub_logging.get_verbosity()
-    had_bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    hub_logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        hub_logging.set_verbosity(hub_level)
-        if had_bars:
-            logging.enable_progress_bar()
 
 
 def open_autoencoder(

@@ -6,36 +6,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from encoders.loading import (
-    _absolute,
-    _check_precision,
-    _checked,
-    _identity,
-    _import,
-    _in_turn,
-    _quiet,
-    _read,
-    _unusable,
+from encoders.loading import FrozenEncoder, Pretrained, absolute, identity, in_turn
+
+TEXT = Pretrained(
+    option="--text",
+    files="config.json, model.safetensors and tokenizer.json",
+    class_name="T5EncoderModel",
+    kinds=("t5",),
+    attention="eager",
 )
-
 MAX_TOKENS = 512  # Of a caption, the end of sequence included.
+_MAX_BATCH_TOKENS = 16 * MAX_TOKENS  # That a network sees at once, padding included.
 
 
-_MAX_BATCH_TOKENS = 16 * MAX_TOKENS  # Likewise, padding included.
-
-
-class TextEncoder:
+class TextEncoder(FrozenEncoder):
     """The encoder half of a T5 with its tokenizer: captions to hidden states (arXiv:1910.10683).
 
-    It computes in float32, or with the matrices and products in bfloat16 if so loaded, which also
-    halves its memory.
+    In bfloat16, its matrices are stored so too, which halves its memory.
 
     Attributes:
-        location: Folder or Hugging Face id that it came from.
         dim: Channels T of a hidden state.
         max_tokens: Most tokens of a caption, the end of sequence included.
-        sha256: Identity of weights, configuration and tokenizer.
-        device: Where it computes.
     """
 
     def __init__(
@@ -50,7 +41,6 @@ class TextEncoder:
 
         ``tokenizer`` is a fast tokenizer of transformers.
         """
-        _check_precision(precision)
         if not tokenizer.is_fast:
             raise ValueError(
                 f"--text: {location} has no fast tokenizer; add its tokenizer.json to the folder."
@@ -60,19 +50,15 @@ class TextEncoder:
                 f"--text: {location} has a tokenizer of {len(tokenizer)} tokens, but the network "
                 f"knows {network.config.vocab_size}; put the tokenizer of this network there."
             )
-        self.location = location
         self.dim = int(network.config.d_model)
         self.max_tokens = MAX_TOKENS
-        self.sha256 = _identity(network, tokenizer.backend_tokenizer.to_str())
-        self.device = torch.device(device)
-        self._precision = precision
         self._tokenizer = tokenizer
-        self._network = network.eval().requires_grad_(False)
+        sha256 = identity(network, tokenizer.backend_tokenizer.to_str())
         if precision == "bf16":
             for module in network.modules():
                 if isinstance(module, nn.Linear):
                     module.to(torch.bfloat16)
-        self._network.to(self.device)
+        super().__init__(network, location, device, precision, sha256)
 
     def tokenize(self, captions: Sequence[str]) -> tuple[list[list[int]], list[bool]]:
         """Return the tokens of each caption, and whether it had more than are kept.
@@ -114,11 +100,10 @@ class TextEncoder:
         shape = (*ids.shape, self.dim)
         hidden = torch.empty(shape, dtype=torch.float32, device=self.device)
         size = max(_MAX_BATCH_TOKENS // max(longest, 1), 1)
-        bf16 = self._precision == "bf16"
         for first in range(0, len(rows), size):
             part = slice(first, first + size)
             # With bfloat16, sums and norms between the matrices are in float32 all the same.
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            with self._products():
                 out = self._network(input_ids=ids[part], attention_mask=mask[part].long())
             hidden[part] = out.last_hidden_state
         return hidden.masked_fill_(~mask[:, :, None], 0), mask, sum(truncated)
@@ -132,16 +117,16 @@ def load_text_encoder(
     precision: str = "fp32",
 ) -> TextEncoder:
     """Return a text encoder and its tokenizer, as :func:`load_visual_encoder`. Collective."""
-    location = _absolute(location)
+    location = absolute(location)
 
     def read() -> TextEncoder:
-        network = _read(location, "T5EncoderModel", ("t5",), "--text")
-        return TextEncoder(network, _read_tokenizer(location), location, device, precision)
+        network = TEXT.read(location)
+        with TEXT.using(location) as transformers:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                location, trust_remote_code=False
+            )
+        return TextEncoder(network, tokenizer, location, device, precision)
 
-    return _checked(_in_turn(read), expected_hash, "--text")
-
-
-def _read_tokenizer(location: str) -> Any:
-    transformers = _import("--text")
-    with _unusable(location, "--text"), _quiet(transformers):
-        return transformers.AutoTokenizer.from_pretrained(location, trust_remote_code=False)
+    encoder = in_turn(read)
+    TEXT.check_identity(encoder, expected_hash)
+    return encoder

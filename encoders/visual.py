@@ -1,47 +1,39 @@
-"""The encoders of features, through Hugging Face's transformers: DINOv3 for images, T5 for text."""
+"""The visual encoder, through Hugging Face's transformers: DINOv3."""
+
+import math
 
 import torch
 from torch import Tensor, nn
 
-from data.features.buckets import Bucket
-from encoders.loading import _absolute, _check_precision, _checked, _identity, _in_turn, _read
+from encoders.loading import FrozenEncoder, Pretrained, absolute, identity, in_turn
 
+VISUAL = Pretrained(option="--visual", class_name="DINOv3ViTModel", kinds=("dinov3_vit",))
 # Channel statistics that visual encoders are trained with, of values in [0, 1].
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _MAX_PIXELS = 16 * 1024 * 1024  # That a network sees at once; bounds the memory of activations.
 
 
-class VisualEncoder:
+class VisualEncoder(FrozenEncoder):
     """A DINOv3: images to their CLS token and patch tokens, both of one pass.
 
     The output of the network is [CLS, registers, patches] (Siméoni et al., arXiv:2508.10104); the
-    registers are left out. It computes in float32, with bfloat16 products if so loaded, whatever
-    autocast the caller is in, and sees at most 16 images of 1024x1024 at once.
+    registers are left out. It sees at most 16 images of 1024x1024 at once.
 
     Attributes:
-        location: Folder or Hugging Face id that it came from.
         patch_size: Sides of a patch in pixels.
         num_registers: Number R of register tokens.
         dim: Channels D of a token.
-        sha256: Identity of weights and configuration.
-        device: Where it computes.
     """
 
     def __init__(
         self, network: nn.Module, location: str, device: torch.device | str, precision: str = "fp32"
     ) -> None:
         """``network`` is a ``transformers.DINOv3ViTModel``."""
-        _check_precision(precision)
         config = network.config
-        self.location = location
         self.patch_size = int(config.patch_size)
         self.num_registers = int(config.num_register_tokens)
         self.dim = int(config.hidden_size)
-        self.sha256 = _identity(network)
-        self.device = torch.device(device)
-        self._precision = precision
-        # In training mode it would jitter the coordinates of its position embedding.
-        self._network = network.eval().requires_grad_(False).to(self.device)
+        super().__init__(network, location, device, precision, identity(network))
         self._mean = torch.tensor(_IMAGENET_MEAN, device=self.device)[:, None, None]
         self._std = torch.tensor(_IMAGENET_STD, device=self.device)[:, None, None]
 
@@ -55,27 +47,32 @@ class VisualEncoder:
         """
         assert images.dtype == torch.uint8
         assert images.shape[1] == 3
-        bucket = Bucket(images.shape[3], images.shape[2])
-        rows, columns = bucket.grid(self.patch_size)
-        num, num_patches = len(images), rows * columns
+        grid = [num_patches(side, self.patch_size) for side in images.shape[2:]]
+        sides = [num * self.patch_size for num in grid]
+        num, total = len(images), math.prod(grid)
         cls = torch.empty((num, self.dim), dtype=torch.float32, device=self.device)
-        patches = torch.empty((num, num_patches, self.dim), dtype=torch.float32, device=self.device)
-        width, height = bucket.input_size(self.patch_size)
-        size = max(_MAX_PIXELS // (width * height), 1)
-        bf16 = self._precision == "bf16"
+        patches = torch.empty((num, total, self.dim), dtype=torch.float32, device=self.device)
+        size = max(_MAX_PIXELS // math.prod(sides), 1)
         for first in range(0, num, size):
             x = images[first : first + size].to(self.device, non_blocking=True).to(torch.float32)
-            if (width, height) != bucket.size:
-                x = nn.functional.interpolate(
-                    x, (height, width), mode="bicubic", antialias=True
-                ).clamp(0, 255)
+            if list(x.shape[2:]) != sides:
+                x = nn.functional.interpolate(x, sides, mode="bicubic", antialias=True)
+                x = x.clamp(0, 255)
             x = (x / 255 - self._mean) / self._std
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            with self._products():
                 out = self._network(pixel_values=x).last_hidden_state
-            assert out.shape[1] == 1 + self.num_registers + num_patches
+            assert out.shape[1] == 1 + self.num_registers + total
             cls[first : first + size] = out[:, 0]
             patches[first : first + size] = out[:, 1 + self.num_registers :]
         return cls, patches
+
+
+def num_patches(side: int, patch_size: int) -> int:
+    """Return how many patches an encoder divides a side of an image into.
+
+    The nearest whole number, halves upwards: the image is resized to them, never cropped.
+    """
+    return (2 * side + patch_size) // (2 * patch_size)
 
 
 def load_visual_encoder(
@@ -96,10 +93,7 @@ def load_visual_encoder(
 
     Raises ValueError, one sentence with the remedy, if there is none, or another one.
     """
-    location = _absolute(location)
-
-    def read() -> VisualEncoder:
-        network = _read(location, "DINOv3ViTModel", ("dinov3_vit",), "--visual")
-        return VisualEncoder(network, location, device, precision)
-
-    return _checked(_in_turn(read), expected_hash, "--visual")
+    location = absolute(location)
+    encoder = in_turn(lambda: VisualEncoder(VISUAL.read(location), location, device, precision))
+    VISUAL.check_identity(encoder, expected_hash)
+    return encoder

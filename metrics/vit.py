@@ -1,17 +1,14 @@
 """Vision transformers as detectors, through Hugging Face's transformers: DINOv2 and CLIP."""
 
-import contextlib
 import math
-import os
 import types
-from collections.abc import Collection, Iterator
-from typing import Any
+from collections.abc import Collection
 
 import torch
 from torch import nn
 
+from encoders.loading import Pretrained
 from metrics.network import NetworkDetector
-from torch_utils import distributed
 
 DINOV2_LOCATION = "facebook/dinov2-large"
 DINOV2_SIZE = 224
@@ -19,9 +16,17 @@ CLIP_LOCATION = "openai/clip-vit-large-patch14-336"
 # Channel statistics that the networks were trained with, of values in [0, 1].
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-_NO_CONVERSION = "DISABLE_SAFETENSORS_CONVERSION"
 # What features depend on that the weights do not show.
 _SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads")
+# Where a folder has safetensors, those are read; CLIP's published one has a pickle.
+_DETECTOR = dict(noun="detector", files="config.json and weights", extra="detectors", pickles=True)
+DINOV2 = Pretrained(option="--dinov2", class_name="Dinov2Model", kinds=("dinov2",), **_DETECTOR)
+CLIP = Pretrained(
+    option="--clip",
+    class_name="CLIPVisionModelWithProjection",
+    kinds=("clip", "clip_vision_model"),
+    **_DETECTOR,
+)
 
 
 class _VisionTransformer(NetworkDetector):
@@ -87,8 +92,7 @@ class DinoV2Detector(_VisionTransformer):
         cls, location: str | None, device: torch.device | str, precision: str = "float32"
     ) -> "DinoV2Detector":
         """Return the detector with weights from a local folder or a Hugging Face id. Collective."""
-        network = _load(location or DINOV2_LOCATION, "Dinov2Model", ("dinov2",), "--dinov2")
-        return cls(network, device, precision)
+        return cls(DINOV2.load(location or DINOV2_LOCATION), device, precision)
 
     def _extract(self, x: torch.Tensor, outputs: Collection[str]) -> dict[str, torch.Tensor]:
         return {"features": self._network(pixel_values=x).last_hidden_state[:, 0]}
@@ -122,9 +126,7 @@ class ClipDetector(_VisionTransformer):
         cls, location: str | None, device: torch.device | str, precision: str = "float32"
     ) -> "ClipDetector":
         """Return the detector with weights from a local folder or a Hugging Face id. Collective."""
-        kinds = ("clip", "clip_vision_model")
-        network = _load(location or CLIP_LOCATION, "CLIPVisionModelWithProjection", kinds, "--clip")
-        return cls(network, device, precision)
+        return cls(CLIP.load(location or CLIP_LOCATION), device, precision)
 
     def _extract(self, x: torch.Tensor, outputs: Collection[str]) -> dict[str, torch.Tensor]:
         embeddings = self._network(pixel_values=x).image_embeds.float()
@@ -147,99 +149,3 @@ def resize_positions(positions: torch.Tensor, grid: int) -> torch.Tensor:
     )
     assert patches.shape[2:] == (grid, grid)
     return torch.cat([positions[:, :1], patches.flatten(2).permute(0, 2, 1)], dim=1)
-
-
-def _load(location: str, class_name: str, kinds: tuple[str, ...], option: str) -> nn.Module:
-    """Return a pretrained network of transformers on the CPU. Collective: rank 0 reads.
-
-    Only tensors are read from its files, and no code that comes with them.
-    """
-    box: list[nn.Module] = []
-
-    def read() -> dict[str, Any]:
-        box.append(_read(location, class_name, kinds, option))
-        return {"config": box[0].config.to_dict(), "state": box[0].state_dict()}
-
-    tree = distributed.on_main_tree(read)
-    if box:
-        return box[0]
-    import transformers
-
-    network_class = getattr(transformers, class_name)
-    config = network_class.config_class.from_dict(tree["config"])
-    # Initial values that are overwritten must not advance this rank's random numbers.
-    with torch.random.fork_rng(devices=[]):
-        network = network_class._from_config(config, attn_implementation="sdpa")
-    network.load_state_dict(tree["state"])
-    return network
-
-
-def _read(location: str, class_name: str, kinds: tuple[str, ...], option: str) -> nn.Module:
-    try:
-        import transformers
-    except ModuleNotFoundError:
-        raise ValueError(
-            f"{option}: this detector needs the package transformers, which is not installed: pip "
-            'install transformers, or pip install "setdiffit[detectors]".'
-        ) from None
-    hint = f"Give a folder with config.json and weights by {option}=FOLDER."
-    if not os.path.isdir(location) and (location.count("/") != 1 or location[0] in "./~"):
-        raise ValueError(f"{option}: {location} is no folder and no Hugging Face id. {hint}")
-    with _quiet(transformers):
-        try:
-            kind = transformers.PretrainedConfig.get_config_dict(location)[0].get("model_type")
-            if kind not in kinds:
-                raise ValueError(f"it holds a model of type {kind!r}, not {' or '.join(kinds)}")
-            network, info = getattr(transformers, class_name).from_pretrained(
-                location,
-                # Where a folder has safetensors, those; CLIP's published one has a pickle, of which
-                # only tensors are read.
-                weights_only=True,
-                trust_remote_code=False,
-                attn_implementation="sdpa",
-                dtype=torch.float32,
-                ignore_mismatched_sizes=True,  # They are refused below, by name.
-                output_loading_info=True,
-            )
-            # Versions before 5 give names alone, later ones names with both shapes.
-            misfits = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
-            problems = {
-                "have other shapes than config.json says": misfits,
-                "are missing": info["missing_keys"],
-            }
-            for problem, keys in problems.items():
-                if keys:
-                    raise ValueError(
-                        f"{len(keys)} weights {problem}: {', '.join(sorted(keys)[:3])}"
-                    )
-        # A missing, damaged or foreign file, or network, makes it raise what has no common base.
-        except Exception as error:
-            reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
-            raise ValueError(f"{option}: {location} cannot be used ({reason}). {hint}") from error
-    return network
-
-
-@contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Keep reports and progress bars of the library, and of its downloads, off the console."""
-    from huggingface_hub.utils import logging as hub_logging
-
-    logging = transformers.utils.logging
-    level, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    hub_level = hub_logging.get_verbosity()
-    conversion = os.environ.get(_NO_CONVERSION)
-    os.environ[_NO_CONVERSION] = "1"  # Else the library asks the hub to convert pickles.
-    logging.set_verbosity_error()
-    hub_logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if conversion is None:
-            del os.environ[_NO_CONVERSION]
-        else:
-            os.environ[_NO_CONVERSION] = conversion
-        logging.set_verbosity(level)
-        hub_logging.set_verbosity(hub_level)
-        if had_bars:
-            logging.enable_progress_bar()

@@ -37,7 +37,6 @@ STILL_ASKING = {
 }
 STILL_WRONG = {
     "data/features/preparation/verify.py",
-    "encoders/visual.py",
     "evaluation/fewshot.py",
     "training/config.py",
     "training/loop.py",

@@ -1,9 +1,9 @@
 """Autoencoders, latent archives as training reads them, and mirror images."""
 
-import builtins
 import json
 import pickle
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from data.latents.dataset import LatentDataset, is_latent_archive
 from data.loader import make_loader
 from data.samplers import PositionSampler
 from encoders import autoencoder as autoencoder_module
-from encoders.autoencoder import Autoencoder, load_autoencoder, normalise
+from encoders.autoencoder import AUTOENCODER, Autoencoder, load_autoencoder, normalise
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -203,14 +203,7 @@ def test_what_is_neither_folder_nor_id_or_cannot_be_fetched_is_one_sentence(tmp_
 
 
 def test_a_missing_package_is_named_with_its_installation(base, monkeypatch):
-    real_import = builtins.__import__
-
-    def refuse(name, *args, **kwargs):
-        if name == "diffusers":
-            raise ModuleNotFoundError("No module named 'diffusers'", name="diffusers")
-        return real_import(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ValueError, match=r"package diffusers, .* pip install diffusers"):
         load_autoencoder(base / "vae", "cpu")
 
@@ -222,7 +215,7 @@ def test_loading_leaves_random_numbers_as_they_are(base, vae):
     load_autoencoder(base / "vae", "cpu")
     # What ranks other than the first do with what that one sends them.
     config, state = dict(vae._network.config), vae._network.state_dict()
-    network = autoencoder_module._rebuild(config, state)
+    network = AUTOENCODER.rebuild(config, state)
     assert torch.equal(torch.rand(3), expected)
     assert Autoencoder(network, "elsewhere", "cpu").sha256 == vae.sha256
 

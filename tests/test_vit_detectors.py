@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from metrics import vit
+from encoders.loading import Pretrained
 from metrics.features import get_detector
 from metrics.vit import resize_positions
 
@@ -249,7 +249,7 @@ class TestBoth:
         for absent in ("absent", "/absent", "~/absent", "./absent"):
             with pytest.raises(ValueError, match=rf"--{name}: {absent} is no folder and no Hugg"):
                 get_detector(name, "cpu", location=absent)
-        with pytest.raises(ValueError, match=rf"--{name}: {tmp_path} cannot be used"):
+        with pytest.raises(ValueError, match=rf"--{name}: {tmp_path} holds no detector .no config"):
             get_detector(name, "cpu", location=str(tmp_path))
         config = json.loads((folder / "config.json").read_text())
         (tmp_path / "config.json").write_text(json.dumps(config))
@@ -294,7 +294,10 @@ class TestBoth:
             raise OSError("We could not connect.\nMore lines.")
 
         monkeypatch.setattr(transformers.PretrainedConfig, "get_config_dict", get_config_dict)
-        expected = rf"some/where cannot be used \(We could not connect\)\..* --{name}=FOLDER\.$"
+        expected = (
+            r"some/where is no folder, and cannot be fetched from Hugging Face "
+            rf"\(We could not connect\)\. Give --{name}=FOLDER with [\w. ]+\.$"
+        )
         with pytest.raises(ValueError, match=expected):
             get_detector(name, "cpu", location="some/where")
         # Warnings of retries stay away, and come back for others.
@@ -362,11 +365,11 @@ def test_every_rank_gets_the_weights_that_rank_0_reads(dinov2_folder, clip_folde
 def test_published_places_are_the_defaults(monkeypatch):
     asked = []
 
-    def load(location, class_name, kinds, option):
+    def load(self, location):
         asked.append(location)
         raise ValueError("no network here")
 
-    monkeypatch.setattr(vit, "_load", load)
+    monkeypatch.setattr(Pretrained, "load", load)
     for name in ("dinov2", "clip"):
         with pytest.raises(ValueError, match="no network here"):
             get_detector(name, "cpu")

@@ -7,6 +7,8 @@ from typing import Any
 
 from PIL import Image
 
+from encoders.visual import num_patches
+
 _MULTIPLE = 16  # Of the sides: latents are an eighth of them, and have patches of two.
 _MAX_SIDE = 16_384
 _MAX_SCALE = 2  # Beyond it, an image would be more interpolation than picture.
@@ -36,14 +38,8 @@ class Bucket:
         return self.height // downsampling, self.width // downsampling
 
     def grid(self, patch_size: int) -> tuple[int, int]:
-        """Return rows and columns of patches that a visual encoder divides an image into.
-
-        The nearest whole numbers, halves upwards: the image is resized to them, never cropped.
-        """
-        rows, columns = (
-            (2 * side + patch_size) // (2 * patch_size) for side in (self.height, self.width)
-        )
-        return rows, columns
+        """Return rows and columns of patches that a visual encoder divides an image into."""
+        return num_patches(self.height, patch_size), num_patches(self.width, patch_size)
 
     def input_size(self, patch_size: int) -> tuple[int, int]:
         """Return width and height of a visual encoder's input: whole patches."""

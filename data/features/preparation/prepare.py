@@ -25,11 +25,9 @@ from data.images.members import Archive
 from data.images.samples import SampleArchive
 from dnnlib.files import check_target, lock_folder
 from dnnlib.parallel import num_usable_cores
-from encoders.autoencoder import check_location as check_autoencoder
-from encoders.autoencoder import load_autoencoder
-from encoders.loading import check_location
-from encoders.text import load_text_encoder
-from encoders.visual import load_visual_encoder
+from encoders.autoencoder import AUTOENCODER, load_autoencoder
+from encoders.text import TEXT, load_text_encoder
+from encoders.visual import VISUAL, load_visual_encoder
 from torch_utils import distributed
 
 _MAX_THREADS = 16
@@ -164,10 +162,8 @@ def _check(
         if location is not None and feature not in wanted:
             raise ValueError(f"--{feature}: has no effect with --only={preparation.only}.")
         if location is not None:
-            if feature == "vae":
-                check_autoencoder(str(location))
-            else:
-                check_location(str(location), f"--{feature}")
+            known = {"vae": AUTOENCODER, "visual": VISUAL, "text": TEXT}
+            known[feature].check_location(str(location))
     if not 0 <= preparation.validation_share < 1:
         raise ValueError(
             f"--validation-share: got {preparation.validation_share:g}; accepted: 0 to less than 1."
