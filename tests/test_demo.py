@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import click
 import helpers
 import numpy as np
 import pytest
@@ -71,7 +72,9 @@ SCRIPTS = [path.stem for path in helpers.ROOT.glob("*.py")]
 @pytest.mark.parametrize("name", sorted(SCRIPTS))
 def test_every_script_and_subcommand_explains_itself_by_an_example(name):
     script = importlib.import_module(name)
-    commands = list(getattr(script.main, "commands", {}))
+    is_group = isinstance(script.main, click.Group)
+    commands = script.main.list_commands(click.Context(script.main)) if is_group else []
+    assert commands or not is_group
     overview = helpers.succeed(script, "--help").output
     for words in [[], *([command] for command in commands)]:
         output = helpers.succeed(script, *words, "--help").output

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from typing import ClassVar
 from unittest import mock
 
+import click
 import helpers
 import pytest
 import torch
@@ -1075,7 +1076,9 @@ def test_no_option_is_mistaken_by_torchrun_for_an_abbreviation_of_its_own():
     names = {
         opt for s in [*all_settings().values()] for opt in (s.name, *s.field.metadata["aliases"])
     }
-    commands = [train.main, generate.main, *fid.main.commands.values()]
+    context = click.Context(fid.main)
+    scores = [fid.main.get_command(context, name) for name in fid.main.list_commands(context)]
+    commands = [train.main, generate.main, *scores]
     names |= {opt.lstrip("-") for c in commands for p in c.params for opt in p.opts if "--" in opt}
     assert {"metrics", "seeds", "num-images", "max-steps"} <= names
     names -= {"num"}  # Of generate.py, for one process; its help says so, and it is --num-images.

@@ -9,11 +9,10 @@ import torch
 from PIL.Image import Image
 
 from data.features.dataset import FeatureDataset
-from diffusion.guidance import DualGuidanceConfig
 from dnnlib.config import did_you_mean
 from encoders.text import load_text_encoder
 from encoders.visual import load_visual_encoder
-from evaluation.in_loop.features import ValidateFn, weights_facts
+from evaluation.in_loop.features import ValidateFn
 from evaluation.validation.config import METRIC_PREFIX, TESTS, ValidationConfig
 from evaluation.validation.trials import Missing, TextEncoderLike, VisualEncoderLike, choose_items
 from evaluation.validation.validate import validate
@@ -21,8 +20,6 @@ from evaluation.validation.word_edits import edit_caption
 from metrics.lpips import LPIPS, WEIGHTS_VARIABLE
 from models.feature_dit import FeatureDiTConfig
 from sampling.features import FeatureGenerator
-from sampling.images import GenerateConfig, cached_snapshot
-from sampling.requests import make_feature_generator
 from torch_utils import distributed
 
 _UNNEEDED = Missing("no test needs it")
@@ -170,72 +167,6 @@ def check_used(given: Collection[str], tests: Sequence[str], choice: str) -> Non
             raise ValueError(
                 f"--{name.replace('_', '-')} has no effect with {choice}; leave it out."
             )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ValidateConfig(GenerateConfig):
-    """How the images of a snapshot are made, and the tests that it is put to."""
-
-    validation: ValidationConfig = ValidationConfig()
-
-    @classmethod
-    def of_snapshot(cls, path: str | None) -> "ValidateConfig":
-        """Return the protocol that a snapshot brings along; the defaults without one.
-
-        Raises ValueError if it is of no model of features.
-        """
-        if path is None:
-            return cls(guidance=None, dual_guidance=DualGuidanceConfig())
-        config = cached_snapshot(path).config
-        if config.features is None:
-            raise ValueError(f"--network: {path} was not trained on text and visual features.")
-        found = super().of_snapshot(path)
-        return dataclasses.replace(found, validation=config.validation or ValidationConfig())
-
-    def with_tests(self, tests: tuple[str, ...]) -> "ValidateConfig":
-        """Return the same with other tests."""
-        return dataclasses.replace(
-            self, validation=dataclasses.replace(self.validation, tests=tests)
-        )
-
-
-def validate_snapshot(
-    config: ValidateConfig,
-    device: torch.device,
-    *,
-    network: str,
-    data: str | None = None,
-    split: str = "validation",
-    vae: str | None = None,
-    visual: str | None = None,
-    text: str | None = None,
-    precision: str | None = None,
-) -> tuple[list[dict[str, Any]], dict[str, Image]]:
-    """Return the rows of all tests of a snapshot, and pictures on rank 0. Collective.
-
-    ``data``, ``vae``, ``visual`` and ``text`` say where feature folder and networks are, if not
-    where they were in training. Raises ValueError for features that are not the model's.
-    """
-    snapshot = cached_snapshot(network)
-    location = data or snapshot.data.features["path"]
-    dataset = FeatureDataset(location, split, text_lengths=snapshot.config.features.text_lengths)
-    check_encoders(snapshot.config.model, dataset)
-    generator = make_feature_generator(
-        snapshot,
-        device,
-        sampling=config.sampling,
-        guidance=config.dual_guidance,
-        precision=precision,
-        vae=vae,
-    )
-    networks = load_networks(config.validation, dataset, device, visual=visual, text=text)
-    rows, pictures = validate(generator, dataset, config=config.validation, **vars(networks))
-    facts = dict(
-        network=str(snapshot.path),
-        kimg=snapshot.progress["cur_nimg"] / 1000,
-        **weights_facts(generator, snapshot.config.training, snapshot.progress),
-    )
-    return [dict(row, **facts) for row in rows], pictures
 
 
 def make_validate(

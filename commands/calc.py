@@ -1,0 +1,129 @@
+"""fid.py calc: the scores of a snapshot, or of images in files."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from commands.options import (
+    AnyConfig,
+    SourceOptions,
+    base_config,
+    check_targets,
+    metric_names,
+    option_elsewhere,
+    parse_metrics,
+    used_detectors,
+)
+from dnnlib.cli import ConfigCommand, is_given
+from dnnlib.click_options import param, takes
+from dnnlib.files import write_json
+from evaluation.images import ImageSource
+from evaluation.scoring import RealImages, check_images, describe_row, make_detectors, score_images
+from metrics.metric import MetricSpec, needed_features
+from torch_utils import distributed
+from training.config import DetectorConfig
+
+EXAMPLES = """
+  # Score a snapshot, generating on the fly, against the data that it was trained on:
+  torchrun --standalone --nproc_per_node=8 fid.py calc --network=network.pkl \\
+      --ref=datasets/cifar10.zip --metrics=fid50k_full,kid50k_full,pr50k3_full --json=score.json
+
+  # Score a folder of images against published statistics:
+  python fid.py calc --images=out --ref=cifar10-32x32.npz --metrics=fid50k_full
+
+  # How much the score of a snapshot depends on the seeds:
+  python fid.py calc --network=network.pkl --ref=cifar10.npz --metrics=fid50k_full --noise-band=3
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CalcOptions:
+    """What images are compared with and by which metrics, and where the scores go."""
+
+    ref: str | None = param(
+        help="Real images, or their statistics: .npz, .pkl in EDM2's layout, path or URL."
+    )
+    metrics: str = param(
+        required=True,
+        help=f"Metrics to compute, separated by commas: {metric_names(of_supports=False)}.",
+    )
+    num_images: int | None = param(
+        min=2, help="Number of images to score.  [default: that of each metric]"
+    )
+    per_class: bool = param(
+        "--per-class/--no-per-class",
+        default=True,
+        help="Score each class as well, where class labels are known.",
+    )
+    noise_band: int | None = param(
+        min=2,
+        metavar="BLOCKS",
+        help="Score this many disjoint blocks of seeds, and report the spread of the scores.",
+    )
+    json: Path | None = param(help="File to write the score rows to.")
+
+
+@click.command(cls=ConfigCommand, base=base_config, elsewhere=option_elsewhere, examples=EXAMPLES)
+@takes(SourceOptions, "given")
+@takes(CalcOptions)
+def command(config: AnyConfig, given: SourceOptions, options: CalcOptions) -> None:
+    """Score the images of a snapshot, folder, zip or .npz against real ones.
+
+    Nothing is written but the rows asked for; a snapshot's images never touch the disk.
+    """
+    check_targets(json=options.json)
+    specs = parse_metrics(options.metrics)
+    names = {spec.feature.detector for spec in specs}
+    detectors = used_detectors(config, names, f"--metrics={options.metrics}")
+    with_reference = [spec.name for spec in specs if spec.has_reference]
+    if with_reference and options.ref is None:
+        raise click.UsageError(f"--ref: {with_reference[0]} compares with real images; give them.")
+    if options.ref is not None and not with_reference:
+        raise click.UsageError(
+            f"--ref has no effect with --metrics={options.metrics}; leave it out."
+        )
+    source, device = given.open(config, shuffled=True)
+    rows = _score(specs, source, detectors, device, options, given.batch)
+    if distributed.is_main():
+        for row in rows:
+            print(describe_row(row))
+        if options.json is not None:
+            write_json(options.json, {"rows": rows})
+    distributed.shutdown()
+
+
+def _score(
+    specs: list[MetricSpec],
+    source: ImageSource,
+    config: DetectorConfig,
+    device: torch.device,
+    options: CalcOptions,
+    batch: int,
+) -> list[dict[str, Any]]:
+    """Return one row per metric, each with the warnings about the images. Collective."""
+    real = None if options.ref is None else RealImages(options.ref)
+    real_shape = None if real is None else real.image_shape
+    num_blocks = options.noise_band or 1
+    warnings = check_images(specs, source, real_shape, options.num_images, num_blocks)
+    has_classes = source.labels(range(1)) is not None and (real is None or real.knows_classes())
+    if is_given("per_class") and options.per_class and not has_classes:
+        raise click.UsageError("--per-class: the images or the reference have no class labels.")
+    per_class = options.per_class and has_classes
+    names = sorted({spec.feature.detector for spec in specs})
+    detectors = make_detectors(names, config, source.image_shape, device)
+    needs = needed_features(specs, of_reference=True, per_class=per_class)
+    references = {} if real is None else real.references(needs, detectors, device, batch)
+    rows = score_images(
+        specs,
+        source,
+        references,
+        detectors,
+        device,
+        num_images=options.num_images,
+        per_class=per_class,
+        num_blocks=num_blocks,
+    )
+    return [{**row, "warnings": warnings + row["warnings"]} for row in rows]

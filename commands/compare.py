@@ -1,0 +1,20 @@
+"""fid.py compare: score rows side by side."""
+
+from pathlib import Path
+
+import click
+
+from metrics.rows import compare_rows, read_rows
+
+
+@click.command(context_settings=dict(help_option_names=["-h", "--help"]))
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--anyway", is_flag=True, help="Print rows of different protocols side by side.")
+def command(files: tuple[Path, ...], anyway: bool) -> None:
+    """Print score rows (.jsonl of a run, .json of calc) side by side.
+
+    Rows of a metric whose protocols differ are refused, with the fields in which they do.
+
+    Example: python fid.py compare runs/00000-a/metric-fid50k_full.jsonl score.json
+    """
+    print(compare_rows([row for path in files for row in read_rows(path)], anyway=anyway))

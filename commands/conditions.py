@@ -1,0 +1,64 @@
+"""fid.py conditions: what each condition of a model does."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import click
+
+from dnnlib.click_options import param, takes
+from dnnlib.files import atomic_write, check_target
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConditionsOptions:
+    """Which model is looked at, on which images, and where the report goes."""
+
+    network: str = param(required=True, help="Snapshot of a model with conditions.")
+    data: str | None = param(help="Images with their conditions.  [default: those of the training]")
+    num: int = param(default=64, min=2, help="Number of images to denoise.")
+    batch: int = param(default=16, min=1, help="Number of images that are denoised at a time.")
+    seed: int = param(default=0, help="Seed of the noise.")
+    out: Path | None = param(help="Picture of the report to write (.png).")
+    jsonl: Path | None = param(help="File to write the rows of the report to, one a line.")
+
+
+@click.command(context_settings=dict(help_option_names=["-h", "--help"]))
+@takes(ConditionsOptions)
+def command(options: ConditionsOptions) -> None:
+    """Measure the effect of each condition: class, support, or text, CLS token and patches.
+
+    Held-out images are denoised at five noise levels, with their own conditions and with one of
+    them dropped, shuffled or swapped. How much the output and the loss change shows what the model
+    uses; for a feature-conditioned model, so does how its attention is divided. See
+    docs/conditioning.md.
+
+    \b
+    Example:
+      python fid.py conditions --network=network.pkl --out=report.png
+    """
+    from evaluation.conditioning.panel import make_panel
+    from evaluation.conditioning.picture import report_picture
+    from evaluation.conditioning.report import describe_report, report_conditions
+    from sampling.images import cached_snapshot
+    from torch_utils import distributed
+    from torch_utils.pictures import save_image
+
+    for option, path in (("--out", options.out), ("--jsonl", options.jsonl)):
+        if path is not None:
+            check_target(option, path)
+    device = distributed.init()
+    if distributed.world_size() > 1:
+        raise ValueError("This report is made by one process; start it without torchrun.")
+    snapshot = cached_snapshot(options.network)
+    panel = make_panel(snapshot, options.data, options.num, device)
+    report = report_conditions(snapshot, panel, device, batch=options.batch, seed=options.seed)
+    click.echo(report.rows[0]["panel"])
+    click.echo(describe_report(report))
+    if options.out is not None:
+        title = f"What conditions do in {snapshot.path.name}"
+        save_image(report_picture(report, title), options.out)
+    if options.jsonl is not None:
+        with atomic_write(options.jsonl, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in report.score_rows())
+    distributed.shutdown()

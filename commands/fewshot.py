@@ -1,0 +1,116 @@
+"""fid.py fewshot: the scores of images made from supports of a class."""
+
+import dataclasses
+from pathlib import Path
+
+import click
+
+from commands.options import (
+    BATCH_HELP,
+    PRECISION_HELP,
+    PRECISIONS,
+    base_config,
+    check_targets,
+    metric_names,
+    option_elsewhere,
+    parse_metrics,
+    split_names,
+    used_detectors,
+)
+from data.fewshot.episodes import PROTOCOLS
+from dnnlib.cli import ConfigCommand
+from dnnlib.click_options import param, takes
+from dnnlib.files import write_json
+from evaluation.fewshot import score_fewshot
+from evaluation.images import ScoreConfig
+from sampling.images import cached_snapshot
+from torch_utils import distributed
+from training.samples import open_images
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FewShotOptions:
+    """Which model is scored, on which classes and by which metrics, and where the scores go."""
+
+    network: str = param(required=True, help="Snapshot of a set-conditioned model.")
+    data: str | None = param(help="Training data.  [default: where they were in training]")
+    transfer: str | None = param(
+        help="Another labelled dataset, whose (test) classes are scored as well."
+    )
+    protocols: str = param(
+        default="seen,unseen",
+        help=f"Classes to score, separated by commas: {', '.join(PROTOCOLS)}; --transfer adds "
+        "those of another dataset.",
+    )
+    metrics: str = param(
+        default="fewshot_kid,fewshot_fid,fewshot_pr",
+        help=f"Metrics to compute, separated by commas: {metric_names(of_supports=True)}.",
+    )
+    num_images: int | None = param(
+        min=2,
+        help="Number of images to generate.  [default: 10,000, or as many as there are real ones]",
+    )
+    episodes_per_class: int | None = param(
+        min=1,
+        help="Number of supports of each class.  [default: as many as use a fifth of its images, "
+        "up to 20]",
+    )
+    seed: int = param(default=0, help="Seed of the first generated image.")
+    precision: str | None = param(choices=PRECISIONS, help=PRECISION_HELP)
+    batch: int = param(default=64, min=1, help=BATCH_HELP)
+    outdir: Path | None = param(help="Folder for a picture of each protocol.")
+    json: Path | None = param(help="File to write the score rows to.")
+
+
+@click.command(cls=ConfigCommand, base=base_config, elsewhere=option_elsewhere)
+@takes(FewShotOptions)
+def command(config: ScoreConfig, options: FewShotOptions) -> None:
+    """Score images that a set-conditioned model makes from supports, against images of their class.
+
+    Seen classes were trained on, but not with the images used here; unseen classes were never
+    trained on. No image is compared with that is in a support. Each class is scored as well. The
+    distance to the nearest image of the support reveals copies.
+
+    Example: python fid.py fewshot --network=network.pkl --transfer=mini-imagenet.zip --outdir=out
+    """
+    specs = parse_metrics(options.metrics, of_supports=True)
+    protocols = _protocols(options)
+    check_targets(json=options.json, outdir=options.outdir)
+    names = {spec.feature.detector for spec in specs}
+    used_detectors(config, names, f"--metrics={options.metrics}")
+    snapshot = cached_snapshot(options.network)
+    if snapshot.config.sets is None:
+        raise click.UsageError(f"--network: {options.network} was not trained on sets of images.")
+    device = distributed.init()
+    rows = []
+    for found in score_fewshot(
+        snapshot,
+        config,
+        specs,
+        device,
+        protocols=protocols,
+        data=options.data,
+        transfer=None if options.transfer is None else open_images(options.transfer),
+        num_images=options.num_images,
+        episodes_per_class=options.episodes_per_class,
+        first_seed=options.seed,
+        batch=options.batch,
+        precision=options.precision,
+        outdir=options.outdir,
+    ):
+        distributed.print0(found.describe())
+        rows += [dict(row, copying=found.copying) for row in found.rows]
+    if options.json is not None and distributed.is_main():
+        write_json(options.json, {"rows": rows})
+    distributed.shutdown()
+
+
+def _protocols(options: FewShotOptions) -> list[str]:
+    names = split_names(options.protocols)
+    unknown = [name for name in names if name not in PROTOCOLS]
+    if unknown:
+        raise click.UsageError(f"--protocols: got {unknown[0]}; accepted: {', '.join(PROTOCOLS)}.")
+    names += ["transfer"] if options.transfer is not None else []
+    if not names:
+        raise click.UsageError("--protocols: there is nothing to score; name some.")
+    return names

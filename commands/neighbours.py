@@ -1,0 +1,84 @@
+"""fid.py neighbours: the nearest training images of generated ones."""
+
+import dataclasses
+from pathlib import Path
+
+import click
+
+from commands.options import (
+    AnyConfig,
+    SourceOptions,
+    base_config,
+    check_targets,
+    option_elsewhere,
+    used_detectors,
+)
+from dnnlib.cli import ConfigCommand
+from dnnlib.click_options import param, takes
+from evaluation.neighbours import check_neighbours, find_neighbours, write_report
+from evaluation.scoring import make_detectors
+from metrics.features import DETECTORS
+from torch_utils import distributed
+from training.samples import open_images
+
+_NUM_GENERATED = 1000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NeighboursOptions:
+    """Among which images copies are looked for, by which distance, and what the report shows."""
+
+    data: str = param(required=True, help="Folder, zip or .npz of the training images.")
+    held_out: str | None = param(
+        help="Real images not trained on, to compare with.  [default: training images, each "
+        "against the others]"
+    )
+    detector: str = param(
+        default="inception",
+        choices=DETECTORS,
+        help="Detector in whose feature space distances are measured.",
+    )
+    num_images: int | None = param(
+        min=1, help="Number of generated images.  [default: 1000, or all of --images]"
+    )
+    neighbours: int = param(
+        default=4, min=1, help="Number of training images shown beside each generated one."
+    )
+    rows: int = param(default=16, min=1, help="Number of generated images in the picture.")
+    outdir: Path = param(required=True, help="Folder for the report.")
+
+
+@click.command(cls=ConfigCommand, base=base_config, elsewhere=option_elsewhere)
+@takes(SourceOptions, "given")
+@takes(NeighboursOptions)
+def command(config: AnyConfig, given: SourceOptions, options: NeighboursOptions) -> None:
+    """Look for copies: the nearest training images of generated ones, beside held-out reals.
+
+    Writes neighbours.png (the images nearest to the training data, each with its neighbours and
+    their distances), distances.png (how near, against held-out reals) and neighbours.json.
+
+    Example: python fid.py neighbours --network=network.pkl --data=cifar10.zip --outdir=report
+    """
+    name, k = options.detector, options.neighbours
+    detector_config = used_detectors(config, [name], f"--detector={name}")
+    check_targets(outdir=options.outdir)
+    source, device = given.open(config)
+    dataset = open_images(options.data)
+    unseen = None if options.held_out is None else open_images(options.held_out)
+    num_images = options.num_images or source.num_images or _NUM_GENERATED
+    check_neighbours(source, num_images, dataset, k, unseen)
+    detectors = make_detectors([name], detector_config, source.image_shape, device)
+    found = find_neighbours(
+        source,
+        dataset,
+        detectors[name],
+        device,
+        num_images=num_images,
+        num_neighbours=k,
+        batch=given.batch,
+        held_out=unseen,
+    )
+    write_report(
+        found, options.outdir, source, dataset, num_images=num_images, num_rows=options.rows
+    )
+    distributed.shutdown()

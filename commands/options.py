@@ -1,0 +1,130 @@
+"""What several commands of fid.py share: their options, and what follows from them."""
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import click
+import torch
+
+from diffusion.denoiser import AUTOCAST_DTYPES
+from dnnlib.cli import is_given, raw_value
+from dnnlib.click_options import param
+from dnnlib.files import check_target
+from evaluation.images import ImageSource, ScoreConfig, open_source
+from metrics.metric import METRICS, MetricSpec, get_metrics
+from torch_utils import distributed
+from torch_utils.misc import allow_tf32
+from training.config import DetectorConfig
+
+AnyConfig = ScoreConfig | DetectorConfig
+
+BATCH_HELP = "Number of images that each rank processes at a time."
+PRECISION_HELP = "Arithmetic of the network.  [default: as in training]"
+PRECISIONS = tuple(AUTOCAST_DTYPES)
+TF32_HELP = "Allow TF32 matrix products on NVIDIA GPUs."
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """The images that a command looks at: those of files, or those that a snapshot makes."""
+
+    network: str | None = param(help="Snapshot to generate images with.")
+    images: str | None = param(
+        help="Folder, zip or .npz of generated images, in place of --network."
+    )
+    guide: str | None = param(help="Second snapshot, to guide away from with --cfg-scale.")
+    vae: str | None = param(
+        help="Autoencoder of a latent model.  [default: where it was in training]"
+    )
+    tf32: bool = param(help=TF32_HELP)
+    seed: int = param(default=0, help="Seed of the first generated image.")
+    batch: int = param(default=64, min=1, help=BATCH_HELP)
+    precision: str | None = param(choices=PRECISIONS, help=PRECISION_HELP)
+
+    def open(
+        self, config: AnyConfig, *, shuffled: bool = False
+    ) -> tuple[ImageSource, torch.device]:
+        """Start the processes, and return the images and this rank's device.
+
+        Raises UsageError unless one source of images is given, with options that it has.
+        """
+        if (self.network is None) == (self.images is None):
+            raise click.UsageError("Give either --network or --images.")
+        for name in ("seed", "precision", "guide", "vae", "tf32"):
+            if self.images is not None and is_given(name):
+                raise click.UsageError(option_elsewhere(name, config))
+        device = distributed.init()
+        allow_tf32(self.tf32)
+        source = open_source(
+            self.images or self.network,
+            config if self.network else None,
+            device,
+            first_seed=self.seed,
+            batch=self.batch,
+            precision=self.precision,
+            guide=self.guide,
+            vae=self.vae,
+            shuffled=shuffled,
+        )
+        return source, device
+
+
+def base_config(args: Sequence[str]) -> AnyConfig:
+    """Return the detectors, and the sampling protocol of the snapshot if one is named."""
+    network = raw_value(args, "network")
+    if network is None and "--help" not in args:
+        return DetectorConfig()
+    return ScoreConfig.of_snapshot(network)
+
+
+def option_elsewhere(name: str, config: AnyConfig | None) -> str | None:
+    """Return a sentence for a sampling option without a snapshot to sample from."""
+    if isinstance(config, DetectorConfig):
+        return f"--{name} describes sampling and needs --network; images are scored as they are."
+    return None
+
+
+def parse_metrics(text: str, *, of_supports: bool = False) -> list[MetricSpec]:
+    """Return the metrics of a comma-separated list.
+
+    Raises UsageError for one of images made from supports among others, and the reverse.
+    """
+    specs = get_metrics(name.strip() for name in text.split(","))
+    for spec in specs:
+        if spec.of_supports and not of_supports:
+            raise click.UsageError(f"--metrics: {spec.name} is for fid.py fewshot.")
+        if of_supports and not spec.of_supports:
+            raise click.UsageError(f"--metrics: {spec.name} is not of images made from supports.")
+    return specs
+
+
+def split_names(text: str) -> list[str]:
+    """Return the names of a comma-separated list."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def metric_names(*, of_supports: bool) -> str:
+    """Return the names of the metrics of images made from supports, or of the others."""
+    return ", ".join(name for name, spec in METRICS.items() if spec.of_supports == of_supports)
+
+
+def used_detectors(config: AnyConfig, names: Collection[str], choice: str) -> DetectorConfig:
+    """Return the options of the detectors; raises ValueError for one that none of them has."""
+    detectors = config if isinstance(config, DetectorConfig) else config.detectors
+    detectors.check_used(given_settings(), names, choice)
+    return detectors
+
+
+def given_settings() -> set[str]:
+    """Return the fields of the running command's configuration that were typed."""
+    return click.get_current_context().meta["given"]
+
+
+def check_targets(*, outdir: Path | None = None, **files: Path | None) -> None:
+    """Raise ValueError if nothing could be written to the paths given by options of these names."""
+    for name, path in files.items():
+        if path is not None:
+            check_target(f"--{name}", path)
+    if outdir is not None:
+        check_target("--outdir", outdir, is_folder=True)

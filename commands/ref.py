@@ -1,0 +1,56 @@
+"""fid.py ref: what metrics need to know of real images, in a file."""
+
+import dataclasses
+from pathlib import Path
+
+import click
+
+from commands.options import BATCH_HELP, check_targets, parse_metrics, used_detectors
+from dnnlib.cli import ConfigCommand
+from dnnlib.click_options import param, takes
+from evaluation.images import shape_of
+from evaluation.scoring import dataset_references, make_detectors
+from metrics.metric import needed_features
+from metrics.reference import save_references
+from torch_utils import distributed
+from training.config import DetectorConfig
+from training.samples import open_images
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RefOptions:
+    """Which images are described, for which metrics, and where the result goes."""
+
+    data: str = param(required=True, help="Folder, zip or .npz of real images.")
+    dest: Path = param(required=True, help="The .npz file to write.")
+    metrics: str = param(
+        default="fid50k_full",
+        help="Metrics to prepare for, separated by commas; what they need is kept.",
+    )
+    batch: int = param(default=64, min=1, help=BATCH_HELP)
+
+
+@click.command(cls=ConfigCommand, base=lambda args: DetectorConfig())
+@takes(RefOptions)
+def command(config: DetectorConfig, options: RefOptions) -> None:
+    """Write reference statistics or vectors of real images, so that later scores start at once.
+
+    Example: python fid.py ref --data=datasets/cifar10.zip --dest=cifar10.npz
+    """
+    dest, metrics = options.dest, options.metrics
+    check_targets(dest=dest)
+    if dest.suffix != ".npz":
+        raise click.UsageError(f"--dest: got {dest}; the file's name must end with .npz.")
+    needs = needed_features(parse_metrics(metrics), of_reference=True)
+    if not needs:
+        raise click.UsageError(f"--metrics: {metrics} compares with no real images.")
+    names = {feature.detector for feature in needs}
+    used_detectors(config, names, f"--metrics={metrics}")
+    device = distributed.init()
+    dataset = open_images(options.data)
+    detectors = make_detectors(names, config, shape_of(dataset), device)
+    references = dataset_references(dataset, needs, detectors, device, options.batch)
+    if distributed.is_main():
+        save_references(dest, references)
+        print(f"{len(dataset):,} images: {', '.join(map(str, references))} written to {dest}")
+    distributed.shutdown()

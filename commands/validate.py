@@ -1,0 +1,151 @@
+"""fid.py validate: tests of a feature-conditioned model on held-out images."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from PIL.Image import Image
+
+from commands.options import (
+    PRECISION_HELP,
+    PRECISIONS,
+    TF32_HELP,
+    check_targets,
+    given_settings,
+    option_elsewhere,
+    split_names,
+)
+from data.features.dataset import FeatureDataset
+from data.features.record import SPLITS
+from diffusion.guidance import DualGuidanceConfig
+from dnnlib.cli import ConfigCommand, raw_value
+from dnnlib.click_options import param, takes
+from dnnlib.files import write_json
+from evaluation.in_loop.features import describe_row, weights_facts
+from evaluation.validation.config import TESTS, ValidationConfig
+from evaluation.validation.networks import check_encoders, check_used, chosen_tests, load_networks
+from evaluation.validation.validate import validate
+from sampling.images import GenerateConfig, cached_snapshot
+from sampling.requests import make_feature_generator
+from torch_utils import distributed
+from torch_utils.misc import allow_tf32
+from torch_utils.pictures import save_image
+
+# The test for which an encoder is loaded.
+_ENCODES = dict(visual="reconstruction", text="text_edit")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ValidateConfig(GenerateConfig):
+    """How the images of a snapshot are made, and the tests that it is put to."""
+
+    validation: ValidationConfig = ValidationConfig()
+
+    @classmethod
+    def of_snapshot(cls, path: str | None) -> "ValidateConfig":
+        """Return the protocol that a snapshot brings along; the defaults without one.
+
+        Raises ValueError if its model is not feature-conditioned.
+        """
+        if path is None:
+            return cls(guidance=None, dual_guidance=DualGuidanceConfig())
+        config = cached_snapshot(path).config
+        if config.features is None:
+            raise ValueError(f"--network: {path} was not trained on text and visual features.")
+        found = super().of_snapshot(path)
+        return dataclasses.replace(found, validation=config.validation or ValidationConfig())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ValidateOptions:
+    """Which model is put to which tests, on what images, and where the report goes."""
+
+    network: str = param(required=True, help="Snapshot of a feature-conditioned model.")
+    data: str | None = param(help="Its feature folder.  [default: where it was in training]")
+    split: str = param(
+        default="validation",
+        choices=SPLITS,
+        help="Part of the images to test on; those of train were seen in training.",
+    )
+    tests: str = param(
+        default=",".join(TESTS), help="Tests to run, separated by commas, in this order."
+    )
+    vae: str | None = param(help="Autoencoder.  [default: where it was in training]")
+    visual: str | None = param(help="Visual encoder.  [default: where it was in training]")
+    text: str | None = param(help="Text encoder.  [default: where it was in training]")
+    precision: str | None = param(choices=PRECISIONS, help=PRECISION_HELP)
+    tf32: bool = param(help=TF32_HELP)
+    outdir: Path = param(required=True, help="Folder for score rows and pictures.")
+
+
+@click.command(
+    cls=ConfigCommand,
+    base=lambda args: ValidateConfig.of_snapshot(raw_value(args, "network")),
+    elsewhere=option_elsewhere,
+)
+@takes(ValidateOptions)
+def command(config: ValidateConfig, options: ValidateOptions) -> None:
+    """Test a feature-conditioned model on held-out images: does it use text and reference?
+
+    Writes validation.json and a picture for each test: images made again from their own features
+    (LPIPS, and the cosine of their patch features), with another's reference, with words of their
+    text replaced, from their text alone, and guided by either condition. What cannot be measured,
+    because weights are missing, is left out with the reason.
+
+    Example: python fid.py validate --network=network.pkl --data=photos-features --outdir=report
+    """
+    chosen = chosen_tests(split_names(options.tests), option="--tests", prefix="")
+    if not chosen:
+        raise click.UsageError("--tests: there is nothing to do; name some.")
+    check_used(given_settings(), chosen, f"--tests={','.join(chosen)}")
+    for name, test in _ENCODES.items():
+        if getattr(options, name) is not None and test not in chosen:
+            raise click.UsageError(f"--{name}: only the test {test} encodes anything with it.")
+    check_targets(outdir=options.outdir)
+    device = distributed.init()
+    allow_tf32(options.tf32)
+    tests = dataclasses.replace(config.validation, tests=chosen)
+    rows, pictures = _validate_snapshot(
+        dataclasses.replace(config, validation=tests), options, device
+    )
+    if distributed.is_main():
+        for row in rows:
+            print("\n".join([describe_row(row), *(f"  warning: {w}" for w in row["warnings"])]))
+        for name, picture in pictures.items():
+            save_image(picture, options.outdir / f"{name}.png")
+        write_json(options.outdir / "validation.json", {"rows": rows})
+    distributed.shutdown()
+
+
+def _validate_snapshot(
+    config: ValidateConfig, options: ValidateOptions, device: torch.device
+) -> tuple[list[dict[str, Any]], dict[str, Image]]:
+    """Return the rows of all tests of a snapshot, and pictures on rank 0. Collective.
+
+    Raises ValueError for features that are not the model's.
+    """
+    snapshot = cached_snapshot(options.network)
+    location = options.data or snapshot.data.features["path"]
+    lengths = snapshot.config.features.text_lengths
+    dataset = FeatureDataset(location, options.split, text_lengths=lengths)
+    check_encoders(snapshot.config.model, dataset)
+    generator = make_feature_generator(
+        snapshot,
+        device,
+        sampling=config.sampling,
+        guidance=config.dual_guidance,
+        precision=options.precision,
+        vae=options.vae,
+    )
+    networks = load_networks(
+        config.validation, dataset, device, visual=options.visual, text=options.text
+    )
+    rows, pictures = validate(generator, dataset, config=config.validation, **vars(networks))
+    facts = dict(
+        network=str(snapshot.path),
+        kimg=snapshot.progress["cur_nimg"] / 1000,
+        **weights_facts(generator, snapshot.config.training, snapshot.progress),
+    )
+    return [dict(row, **facts) for row in rows], pictures

@@ -1,0 +1,104 @@
+"""Options declared as the fields of a dataclass, and groups that load a command when it is used.
+
+For what is no configuration of a model or run (:mod:`dnnlib.config`): paths, numbers of images,
+and other options of a single command.
+"""
+
+import dataclasses
+import functools
+import importlib
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dnnlib.config import split_optional
+
+
+def param(*names: str, default: Any = None, **settings: Any) -> Any:
+    """Return a dataclass field that is an option of a command.
+
+    Args:
+        names: Option names with their dashes; by default the field name with hyphens.
+        default: Default value, shown by ``--help`` unless it is None or False.
+        settings: ``help`` and what else :class:`click.Option` takes; ``min`` and ``max`` bound a
+            number, ``choices`` are the accepted strings.
+
+    The field's annotation gives the type: a ``bool`` is a flag, a ``Path`` is no string.
+    """
+    return dataclasses.field(metadata=dict(names=names, default=default, settings=settings))
+
+
+def takes(kind: type, name: str = "options") -> Callable[[Callable], Callable]:
+    """Return a decorator that gives a command an option for each field of the dataclass ``kind``.
+
+    The command receives them together, as a ``kind`` under ``name``. Works on functions, below
+    ``click.command``; the options of an upper decorator come first in ``--help``.
+    """
+    fields = dataclasses.fields(kind)
+    hints = typing.get_type_hints(kind)
+
+    def decorate(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def with_options(**values: Any) -> Any:
+            own = kind(**{field.name: values.pop(field.name) for field in fields})
+            return function(**values, **{name: own})
+
+        for field in reversed(fields):
+            with_options = _click_option(field, hints[field.name])(with_options)
+        return with_options
+
+    return decorate
+
+
+def _click_option(field: dataclasses.Field, hint: Any) -> Callable[[Callable], Callable]:
+    settings = dict(field.metadata["settings"])
+    default = field.metadata["default"]
+    names = field.metadata["names"] or (f"--{field.name.replace('_', '-')}",)
+    hint, _ = split_optional(hint)
+    limits = {name: settings.pop(name) for name in ("min", "max", "max_open") if name in settings}
+    if "choices" in settings:
+        settings["type"] = click.Choice(list(settings.pop("choices")))
+    elif limits:
+        settings["type"] = (click.IntRange if hint is int else click.FloatRange)(**limits)
+    elif hint is Path:
+        settings["type"] = click.Path(path_type=Path)
+    elif hint is bool and "/" not in names[0]:
+        settings["is_flag"] = True
+    elif hint is int and default is None:
+        settings["type"] = int
+    if default is not None:
+        settings["default"] = default
+        settings.setdefault("show_default", default is not False)
+    return click.option(*names, field.name, **settings)
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are called or explained, and not before.
+
+    Args:
+        package: Package in which the module of each command has its name, with the command as
+            ``command``.
+        summaries: What each command does, in a sentence, for the help of the group.
+    """
+
+    def __init__(
+        self, *args: Any, package: str, summaries: Mapping[str, str], **kwargs: Any
+    ) -> None:
+        kwargs.setdefault("context_settings", dict(help_option_names=["-h", "--help"]))
+        super().__init__(*args, **kwargs)
+        self._package, self.summaries = package, dict(summaries)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.summaries)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.summaries:
+            return None
+        return importlib.import_module(f"{self._package}.{cmd_name}").command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(self.summaries.items()))
