@@ -1,19 +1,22 @@
-"""Files of object stores, read as streams and in parts: addresses of http, https, s3 and gs."""
+"""Files on web servers and in object stores, read through fsspec."""
 
 import io
 import os
 import re
-import subprocess
-import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-_ACCEPTED = "http://, https://, s3:// and gs://"
+# The schemes accepted, and the package by which fsspec reads each.
+_PACKAGES = dict(
+    http="aiohttp", https="aiohttp", s3="s3fs", gs="gcsfs", az="adlfs", hf="huggingface_hub"
+)
 _BUFFER_BYTES = 1 << 20
 _TIMEOUT_SEC = 60
-_WAITS_SEC = (1, 3, 10)  # Before each further attempt of what may pass by itself.
+_WAITS_SEC = (1, 3, 10)  # Before each further attempt at what may pass by itself.
 _PASSING_STATUS = (408, 425, 429, 500, 502, 503, 504)
+_HEADERS = {"Accept-Encoding": "identity"}  # Files must come as they are stored.
 
 
 class AddressError(ValueError):
@@ -21,7 +24,7 @@ class AddressError(ValueError):
 
 
 def is_address(location: str | os.PathLike) -> bool:
-    """Tell whether ``location`` is an address of any kind, accepted or not, rather than a path."""
+    """Return whether ``location`` is an address of any kind, accepted or not, and not a path."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|pipe:", str(location)) is not None
 
 
@@ -40,12 +43,11 @@ def under(folder: str | os.PathLike, *names: str) -> Path | str:
 def open_address(address: str) -> BinaryIO:
     """Return the file at an address as a stream, to be read from begin to end and closed.
 
-    An http or https address is asked again where the connection breaks. The command line tools of
-    the stores, ``aws`` and ``gsutil``, read s3 and gs addresses, with whatever account and
-    settings they have. Nothing else is accepted; above all no command, because an address may
-    come from a file. Raises AddressError, also while reading.
+    Where the connection breaks, it is opened again and read on. Because an address may come from
+    a file, a few schemes alone are accepted, no chain of them and no command. Raises AddressError,
+    also while reading.
     """
-    return _open(address, 0, None)
+    return io.BufferedReader(_Stream(address), _BUFFER_BYTES)
 
 
 def read_range(address: str, start: int, size: int) -> bytes:
@@ -53,156 +55,131 @@ def read_range(address: str, start: int, size: int) -> bytes:
 
     Raises AddressError.
     """
-    if _scheme(address) == "s3":
-        return _read_with_aws(address, start, start + size)
-    with _open(address, start, start + size) as stream:
-        return stream.read(size)
+    store = _open_store(address)
+    data = _persist(address, lambda: store.cat_file(address, start=start, end=start + size))
+    # A web server that knows no parts answers with the whole file.
+    return data if len(data) <= size else data[start : start + size]
 
 
-def _split(address: str) -> tuple[str, str, str]:
-    is_http = address.lower().startswith(("http:", "https:"))
-    return address.partition("?") if is_http else (address, "", "")
+def download(address: str, file: BinaryIO, callback: Any) -> None:
+    """Write the file at an address into ``file``; ``callback``, of fsspec, follows the progress.
+
+    Raises AddressError.
+    """
+    store = _open_store(address)
+
+    def attempt() -> None:
+        file.seek(0)
+        file.truncate()
+        callback.absolute_update(0)
+        store.get_file(address, file, callback=callback)
+
+    _persist(address, attempt)
 
 
-def _scheme(address: str) -> str:
-    return address.partition(":")[0].lower()
+class _Stream(io.RawIOBase):
+    """Bytes of the file at an address; goes on where a connection broke."""
 
-
-def _shown(address: str) -> str:
-    return _split(address)[0]
-
-
-def _open(address: str, start: int, stop: int | None) -> BinaryIO:
-    scheme = _scheme(address)
-    if scheme in ("http", "https"):
-        raw: io.RawIOBase = _HttpStream(address, start, stop)
-    elif scheme == "s3":
-        raw = _CommandStream(["aws", "s3", "cp", address, "-"], address)
-    elif scheme == "gs":
-        part = [] if stop is None else ["-r", f"{start}-{stop - 1}"]
-        raw = _CommandStream(["gsutil", "-q", "cat", *part, address], address)
-    else:
-        raise AddressError(f"{address}: not an address that can be read; accepted: {_ACCEPTED}.")
-    return io.BufferedReader(raw, _BUFFER_BYTES)
-
-
-def _read_with_aws(address: str, start: int, stop: int) -> bytes:
-    bucket, _, key = address.partition("://")[2].partition("/")
-    command = ["aws", "s3api", "get-object", f"--bucket={bucket}", f"--key={key}"]
-    command.append(f"--range=bytes={start}-{stop - 1}")
-    # To a file, because it prints a description of the object.
-    with tempfile.NamedTemporaryFile() as file:
-        with io.BufferedReader(_CommandStream([*command, file.name], address)) as printed:
-            printed.read()
-        return Path(file.name).read_bytes()
-
-
-class _HttpStream(io.RawIOBase):
-    """Bytes of a file on a web server; goes on where a connection broke."""
-
-    def __init__(self, address: str, start: int, stop: int | None) -> None:
-        self._address, self._position, self._stop = address, start, stop
-        self._response = None
-        self._end: int | None = None
+    def __init__(self, address: str) -> None:
+        self._address, self._store = address, _open_store(address)
+        self._position, self._file = 0, None
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: memoryview) -> int:
-        import requests
-        import urllib3
-
-        for wait in (*_WAITS_SEC, None):
-            try:
-                if self._response is None:
-                    self._connect()
-                data = self._response.raw.read(len(buffer))
-                if data or self._end in (None, self._position):
-                    self._position += len(data)
-                    buffer[: len(data)] = data
-                    return len(data)
-                reason = "the connection ended early"
-            except requests.HTTPError as error:
-                status = error.response.status_code
-                reason = f"{status} {error.response.reason}".strip()
-                if status not in _PASSING_STATUS:
-                    wait = None
-            except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-                reason = type(error).__name__
-            self._disconnect()
-            if wait is None:
-                break
-            time.sleep(wait)
-        raise AddressError(f"{_shown(self._address)}: cannot be read ({reason}).")
-
-    def _connect(self) -> None:
-        import requests
-
-        # A tar must come as it is stored, not compressed on the way.
-        headers = {"Accept-Encoding": "identity"}
-        if self._position or self._stop is not None:
-            last = "" if self._stop is None else self._stop - 1
-            headers["Range"] = f"bytes={self._position}-{last}"
-        response = requests.get(self._address, headers=headers, stream=True, timeout=_TIMEOUT_SEC)
-        self._response = response
-        response.raise_for_status()
-        first = self._position if response.status_code == 206 else 0
-        length = response.headers.get("Content-Length")
-        self._end = None if length is None else first + int(length)
-        while first < self._position:  # The server knows no parts.
-            skipped = len(response.raw.read(min(self._position - first, _BUFFER_BYTES)))
-            if not skipped:
-                raise requests.ConnectionError("ended early")
-            first += skipped
-
-    def _disconnect(self) -> None:
-        if self._response is not None:
-            self._response.close()
-        self._response = None
+        data = _persist(self._address, lambda: self._read(len(buffer)))
+        self._position += len(data)
+        buffer[: len(data)] = data
+        return len(data)
 
     def close(self) -> None:
         self._disconnect()
         super().close()
 
-
-class _CommandStream(io.RawIOBase):
-    """What a program, which no shell interprets, prints."""
-
-    def __init__(self, command: list[str], address: str) -> None:
-        self._process: subprocess.Popen | None = None
-        self._name, self._address = command[0], address
-        self._errors = tempfile.TemporaryFile()
+    def _read(self, size: int) -> bytes:
         try:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=self._errors,
-                bufsize=0,
-            )
-        except FileNotFoundError:
-            raise AddressError(
-                f"{address}: is read by the program {self._name}, which is not installed."
-            ) from None
+            if self._file is None:
+                self._connect()
+            return self._file.read(size)
+        except Exception:
+            self._disconnect()
+            raise
 
-    def readable(self) -> bool:
-        return True
+    def _connect(self) -> None:
+        if not _is_http(self._address):
+            self._file = self._store.open(self._address)
+            self._file.seek(self._position)
+            return
+        part = {"Range": f"bytes={self._position}-"} if self._position else {}
+        # Without a size, even a wrong one, fsspec would first ask the server for it.
+        self._file = self._store.open(self._address, block_size=0, size=1, headers=_HEADERS | part)
+        # A server that knows no parts begins at the first byte.
+        skipped = self._position if self._file.r.status == 206 else 0
+        while skipped < self._position:
+            data = self._file.read(min(self._position - skipped, _BUFFER_BYTES))
+            if not data:
+                raise EOFError
+            skipped += len(data)
 
-    def readinto(self, buffer: memoryview) -> int:
-        num = self._process.stdout.readinto(buffer)
-        if not num and self._process.wait():
-            self._errors.seek(0)
-            lines = self._errors.read().decode(errors="replace").strip().splitlines()
-            reason = lines[-1].strip() if lines else f"code {self._process.returncode}"
-            raise AddressError(
-                f"{self._address}: cannot be read ({self._name}: {reason.rstrip('.')})."
-            )
-        return num
+    def _disconnect(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._file = None
 
-    def close(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process.stdout.close()
-        self._errors.close()
-        super().close()
+
+def _open_store(address: str) -> Any:
+    """Return the fsspec file system that reads an address."""
+    scheme = address.partition(":")[0].lower()
+    if scheme not in _PACKAGES:
+        accepted = ", ".join(f"{name}://" for name in _PACKAGES)
+        raise AddressError(f"{address}: not an address that can be read; accepted: {accepted}.")
+    import fsspec
+
+    # Not from fsspec's cache: data loaders fork the process and must not share its connections.
+    settings: dict[str, Any] = dict(skip_instance_cache=True)
+    try:
+        if _is_http(address):
+            from aiohttp import ClientTimeout
+
+            timeout = ClientTimeout(total=None, sock_connect=_TIMEOUT_SEC, sock_read=_TIMEOUT_SEC)
+            settings |= dict(headers=_HEADERS, client_kwargs=dict(trust_env=True, timeout=timeout))
+        return fsspec.filesystem(scheme, **settings)
+    except ImportError:
+        package = _PACKAGES[scheme]
+        raise AddressError(
+            f"{_shown(address)}: is read by the package {package}, which is not installed: "
+            f"pip install {package}."
+        ) from None
+
+
+def _persist(address: str, action: Callable[[], Any]) -> Any:
+    """Return what ``action`` does, tried again where the fault may pass; raises AddressError."""
+    for wait in (*_WAITS_SEC, None):
+        try:
+            return action()
+        except Exception as error:  # The packages raise many kinds of their own.
+            status = getattr(error, "status", None)
+            reason = getattr(error, "strerror", None) or type(error).__name__
+            if status is not None:
+                reason = f"{status} {getattr(error, 'message', '')}".strip()
+            elif isinstance(error, FileNotFoundError):
+                reason = "not found"
+            lasts = isinstance(error, FileNotFoundError | PermissionError)
+            if wait is None or lasts or status not in (None, *_PASSING_STATUS):
+                # Not the error's own text: it may hold the signature of an address.
+                raise AddressError(f"{_shown(address)}: cannot be read ({reason}).") from None
+        time.sleep(wait)
+    raise AssertionError
+
+
+def _is_http(address: str) -> bool:
+    return address.lower().startswith(("http:", "https:"))
+
+
+def _split(address: str) -> tuple[str, str, str]:
+    return address.partition("?") if _is_http(address) else (address, "", "")
+
+
+def _shown(address: str) -> str:
+    return _split(address)[0]

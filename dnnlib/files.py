@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlparse
 
+from dnnlib.addresses import AddressError, download
 from dnnlib.progress import progress
 
 
@@ -140,29 +141,23 @@ def _compare(found: str, sha256: str, label: str) -> None:
 
 
 def _download(url: str, target: Path, sha256: str | None) -> None:
-    import requests
+    from fsspec.callbacks import TqdmCallback
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with requests.get(url, stream=True, timeout=30) as response:
-            response.raise_for_status()
-            total = int(response.headers.get("Content-Length", 0)) or None
-            with (
-                atomic_write(target) as file,
-                progress(total=total, label=f"Downloading {target.name}", unit="B") as bar,
-            ):
-                digest = hashlib.sha256()
-                for chunk in response.iter_content(1 << 20):
-                    file.write(chunk)
-                    digest.update(chunk)
-                    bar.update(len(chunk))
-                if sha256 is not None:
-                    _compare(digest.hexdigest(), sha256, url)
-    except requests.RequestException as error:
-        raise ValueError(
-            f"Could not download {url} ({type(error).__name__}). Download it elsewhere and give "
-            f"its local path, or place it at {target}."
-        ) from error
+    shown = dict(label=f"Downloading {target.name}", unit="B")
+    with (
+        atomic_write(target, "w+b") as file,
+        TqdmCallback(tqdm_cls=progress, tqdm_kwargs=shown) as callback,
+    ):
+        try:
+            download(url, file, callback)
+        except AddressError as error:
+            raise ValueError(
+                f"{str(error).rstrip('.')}; download it elsewhere and give its local path, or "
+                f"place it at {target}."
+            ) from None
+        if sha256 is not None:
+            file.seek(0)
+            _compare(hashlib.file_digest(file, "sha256").hexdigest(), sha256, url)
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:

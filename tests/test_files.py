@@ -1,15 +1,19 @@
-"""Atomic writes, verified downloads, and text for people."""
+"""Atomic writes, verified downloads, progress, and text for people."""
 
 import http.server
 import io
 import pickle
+import re
 import threading
+import time
 
 import numpy as np
 import pytest
 
+from dnnlib import progress as progress_module
 from dnnlib import safe_pickle
 from dnnlib.files import atomic_write, check_target, fetch, sha256_of_file
+from dnnlib.progress import progress
 from dnnlib.text import format_count, format_time, join_names
 
 
@@ -75,8 +79,45 @@ def test_a_download_with_a_wrong_checksum_is_not_kept(server, tmp_path, monkeypa
 
 def test_a_failed_download_says_where_to_place_the_file(server, tmp_path, monkeypatch):
     monkeypatch.setenv("SETDIFFIT_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(ValueError, match="place it at"):
+    with pytest.raises(
+        ValueError, match=r"absent\.pth: cannot be read \(not found\);.* place it at"
+    ):
         fetch(f"http://127.0.0.1:{server.server_port}/absent.pth")
+    assert not any(path.is_file() for path in (tmp_path / "cache").rglob("*"))
+
+
+def test_a_long_job_reports_itself_on_a_line_of_its_own_in_a_log(monkeypatch, capsys):
+    with progress(total=4, label="Short") as bar:
+        bar.update(4)
+    monkeypatch.setattr(progress_module, "_LINE_INTERVAL_SEC", 1e-3)
+    for disable in (False, True):
+        with progress(total=4, label="Long", unit="step", disable=disable, initial=1) as bar:
+            for _ in range(3):
+                time.sleep(2e-3)
+                bar.update()
+    out, err = capsys.readouterr()
+    assert out == ""
+    *lines, last = err.splitlines()
+    assert [re.search(r"(\d)/4 \[", line)[1] for line in lines] == ["2", "3", "4"]
+    assert all(line.startswith("Long: ") and "step/s" in line for line in lines)
+    assert "100%" in last
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_transient_bar_is_erased_on_a_terminal(monkeypatch):
+    for transient in (False, True):
+        terminal = Terminal()
+        monkeypatch.setattr("sys.stderr", terminal)
+        with progress(total=4, label="Making", transient=transient) as bar:
+            bar.update(4)
+        screen = terminal.getvalue()
+        assert "Making:   0%" in screen
+        assert ("Making: 100%" in screen.split("\r")[-1]) == (not transient)
+        assert screen.endswith("\r" if transient else "\n")
 
 
 def test_a_missing_local_file_is_named():

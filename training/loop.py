@@ -245,7 +245,7 @@ def training_loop(
             continue
 
         # Read the counters; this is where the host waits for the device.
-        bar.__exit__()
+        bar.close()
         num_skipped, skipped_in_a_row = optimizer.read_counters()
         tick_end_sec = time.time()
         elapsed_sec = elapsed_before_sec + tick_end_sec - start_sec
@@ -319,6 +319,7 @@ def training_loop(
         maintenance_sec = time.time() - tick_end_sec
         tick_start_sec, timed_nimg = time.time(), cur_nimg
         bar = _tick_bar(cur_tick, cur_nimg, tick_start_nimg, config.tick_nimg, rank)
+    bar.close()
     distributed.barrier()
     if telemetry is not None:
         if stop:
@@ -332,13 +333,10 @@ def training_loop(
 
 def _tick_bar(tick: int, cur_nimg: int, tick_start_nimg: int, tick_nimg: float, rank: int) -> Any:
     """Return a started progress bar for the images of one tick."""
-    bar = progress(
+    return progress(
         total=max(round(tick_nimg), 1),
         label=f"tick {tick}",
         disable=rank != 0,
         transient=True,
+        initial=cur_nimg - tick_start_nimg,
     )
-    bar.__enter__()
-    if cur_nimg > tick_start_nimg:
-        bar.update(cur_nimg - tick_start_nimg)
-    return bar
