@@ -27,14 +27,14 @@ def main() -> None:
 
     \b
     Examples:
-      python dataset_tool.py convert --source=digits --dest=data/digits.zip
-      python dataset_tool.py convert --source=cifar-10-python.tar.gz --dest=data/cifar10-32x32.zip
-      python dataset_tool.py encode --source=data/ffhq-256.zip --dest=data/ffhq-256-latents \\
+      python dataset_tool.py convert --source=digits --dest=datasets/digits.zip
+      python dataset_tool.py convert --source=cifar-10-python.tar.gz --dest=datasets/cifar10.zip
+      python dataset_tool.py encode --source=datasets/ffhq-256.zip --dest=datasets/ffhq-latents \\
           --vae=stabilityai/sd-vae-ft-ema
-      python dataset_tool.py features --source=photos/ --dest=data/photos-features \\
+      python dataset_tool.py features --source=photos/ --dest=datasets/photos-features \\
           --vae=models/flux-vae --visual=models/dinov3-vitl16 --text=models/t5-v1_1-xxl
-      python dataset_tool.py info data/cifar10-32x32.zip
-      python dataset_tool.py verify data/cifar10-32x32.zip
+      python dataset_tool.py info datasets/cifar10.zip
+      python dataset_tool.py verify datasets/cifar10.zip
     """
 
 
@@ -102,19 +102,19 @@ def convert(
     \b
     Examples:
       # CIFAR-10: 50,000 labelled 32x32 images
-      python dataset_tool.py convert --source=cifar-10-python.tar.gz --dest=data/cifar10-32x32.zip
+      python dataset_tool.py convert --source=cifar-10-python.tar.gz --dest=datasets/cifar10.zip
       # FFHQ at 64x64, from a folder of larger images
-      python dataset_tool.py convert --source=ffhq/ --dest=data/ffhq-64x64.zip --resolution=64
+      python dataset_tool.py convert --source=ffhq/ --dest=datasets/ffhq-64x64.zip --resolution=64
       # ImageNet at 256x256, cropped as by ADM; labels from the class folders
-      python dataset_tool.py convert --source=ILSVRC/train --dest=data/imagenet-256.zip \\
+      python dataset_tool.py convert --source=ILSVRC/train --dest=datasets/imagenet-256.zip \\
           --resolution=256 --transform=center-crop-dhariwal
       # MNIST; its labels are found beside it
-      python dataset_tool.py convert --source=train-images-idx3-ubyte.gz --dest=data/mnist.zip
+      python dataset_tool.py convert --source=train-images-idx3-ubyte.gz --dest=datasets/mnist.zip
       # CIFAR-100 with FC100's division into classes to train on, to validate on and unseen ones
       python dataset_tool.py convert --source=cifar-100-python.tar.gz --class-split=fc100 \\
-          --dest=data/fc100.zip
+          --dest=datasets/fc100.zip
       # miniImageNet from a folder of its three pickles, at 32x32
-      python dataset_tool.py convert --source=mini-imagenet --dest=data/mini.zip --resolution=32
+      python dataset_tool.py convert --source=mini-imagenet --dest=datasets/mini.zip --resolution=32
       # Generated images as a sample archive for ADM's evaluator, and one made into a zip
       python dataset_tool.py convert --source=out/ --dest=samples.npz
       python dataset_tool.py convert --source=samples.npz --dest=samples.zip
@@ -198,10 +198,10 @@ def encode(
     Examples:
       # ImageNet at 256x256 for latent models, with mirror images, on eight GPUs
       torchrun --standalone --nproc_per_node=8 dataset_tool.py encode --hflip \\
-          --source=data/imagenet-256.zip --dest=data/imagenet-256-latents \\
+          --source=datasets/imagenet-256.zip --dest=datasets/imagenet-256-latents \\
           --vae=stabilityai/sd-vae-ft-ema
       # On one process, with an autoencoder from a folder
-      python dataset_tool.py encode --source=data/ffhq-256.zip --dest=data/ffhq-256-latents \\
+      python dataset_tool.py encode --source=datasets/ffhq-256.zip --dest=datasets/ffhq-latents \\
           --vae=models/sd-vae-ft-ema --batch=16
     """
     # They need PyTorch, which starts slowly.
@@ -301,15 +301,15 @@ def features(source: str, dest: str, buckets: str | None, **options: Any) -> Non
     Examples:
       # Photographs with their captions in text files beside them, on eight GPUs
       torchrun --standalone --nproc_per_node=8 dataset_tool.py features --precision=bf16 \\
-          --source=photos/ --dest=data/photos-features \\
+          --source=photos/ --dest=datasets/photos-features \\
           --vae=models/flux-vae --visual=facebook/dinov3-vitl16-pretrain-lvd1689m \\
           --text=models/t5-v1_1-xxl
       # Captions in one file, and half the default sizes, on one process
       python dataset_tool.py features --source=photos.zip --captions=captions.jsonl \\
-          --dest=data/photos-512 --buckets=512x512,608x416,416x608 \\
+          --dest=datasets/photos-512 --buckets=512x512,608x416,416x608 \\
           --vae=models/flux-vae --visual=models/dinov3-vitl16 --text=models/t5-v1_1-xxl
       # The captions alone, on another machine
-      python dataset_tool.py features --source=photos/ --dest=data/photos-features \\
+      python dataset_tool.py features --source=photos/ --dest=datasets/photos-features \\
           --only=text --text=models/t5-v1_1-xxl
     """
     # They need PyTorch, which starts slowly.
@@ -413,8 +413,8 @@ def verify(
 
     \b
     Examples:
-      python dataset_tool.py verify data/cifar10-32x32.zip
-      python dataset_tool.py verify data/photos-features --source=photos/ \\
+      python dataset_tool.py verify datasets/cifar10.zip
+      python dataset_tool.py verify datasets/photos-features --source=photos/ \\
           --visual=models/dinov3-vitl16
     """
     if samples is not None and visual is None:

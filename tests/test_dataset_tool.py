@@ -653,8 +653,8 @@ def test_verify_lists_the_problems_of_a_sample_archive(tmp_path):
 
 def test_help_shows_runnable_examples():
     for args, line in (
-        ([], "python dataset_tool.py info data/cifar10-32x32.zip"),
-        (["convert"], "--source=cifar-10-python.tar.gz --dest=data/cifar10-32x32.zip"),
+        ([], "python dataset_tool.py info datasets/cifar10.zip"),
+        (["convert"], "--source=cifar-10-python.tar.gz --dest=datasets/cifar10.zip"),
         (["convert"], "python dataset_tool.py convert --source=out/ --dest=samples.npz"),
     ):
         code, output = run_tool(*args, "--help")

@@ -198,6 +198,6 @@ def _import_webdataset() -> ModuleType:
     except ModuleNotFoundError as error:
         raise ValueError(
             f"--streaming needs the package {error.name}, which is not installed: pip install "
-            'webdataset, or pip install "setdiffit[streaming]".'
+            'webdataset, or pip install -e ".[streaming]".'
         ) from None
     return webdataset
