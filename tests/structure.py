@@ -4,6 +4,7 @@ Nothing here imports the product, so that a tree of files can be examined that c
 """
 
 import ast
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,18 +20,17 @@ LAYERS = (
     ("training",),
     ("sampling",),
     ("evaluation",),
+    ("families",),
+    ("configs",),
+    ("commands",),
 )
 ALLOWED = {
     name: {below for row in LAYERS[:index] for below in row}
     for index, row in enumerate(LAYERS)
     for name in row
 }
-LIBRARY = set(ALLOWED)
-ALLOWED["configs"] = LIBRARY
-ALLOWED["families"] = LIBRARY | {"configs"}
-ALLOWED["commands"] = LIBRARY | {"configs", "families"}
-ALLOWED["benchmarks"] = LIBRARY | {"configs", "families", "commands"}
-ALLOWED["demos"] = ALLOWED["benchmarks"]
+# Scripts alone import these, as they do the highest row.
+ALLOWED |= {name: set(ALLOWED) for name in ("benchmarks", "demos")}
 # Folders of Python files that are no part of the product.
 OUTSIDE = {"tests", "docs", "examples"}
 DISTRIBUTED = {f"torch_utils/{name}.py" for name in ("distributed", "sharding", "states")}
@@ -52,8 +52,10 @@ BASES = {"Conditioner", "Context", "Dataset", "Draws", "ModelConfig", "Objective
 KIND_NAME = re.compile(
     r"\w+(Config|Dataset|Run|Conditioner|Snapshot|Objective|Codec|Generator|Evaluator|Family)"
 )
-# Sections of a run that not every kind has, and names of things that are of one kind.
+# Sections of a run that not every kind has, names of options as typed, which may be called the
+# same, and names of things that are of one kind.
 SECTIONS = {"sets", "features", "dual_guidance", "validation"}
+TYPED = {"args", "asked", "options"}
 OWNERS = {"codec", "config", "data", "dataset", "model", "network", "run", "snapshot"}
 
 
@@ -210,30 +212,45 @@ def _questions(
             if is_kind(node.cls):
                 yield node
         case ast.If() | ast.IfExp() | ast.While() | ast.Assert():
-            yield from filter(_is_section_of_run, [node.test])
-        case ast.BoolOp():
-            yield from filter(_is_section_of_run, node.values)
+            yield from _tested_sections(node.test)
+        case ast.BoolOp():  # The last value may be the result, untested.
+            yield from itertools.chain(*map(_tested_sections, node.values[:-1]))
         case ast.UnaryOp(op=ast.Not()):
-            yield from filter(_is_section_of_run, [node.operand])
+            yield from _tested_sections(node.operand)
         case ast.comprehension():
-            yield from filter(_is_section_of_run, node.ifs)
+            yield from itertools.chain(*map(_tested_sections, node.ifs))
         case ast.Call(func=ast.Name(id="bool"), args=[value]):
-            yield from filter(_is_section_of_run, [value])
+            yield from _tested_sections(value)
 
 
 def _compares_kinds(node: ast.Compare, is_kind: Callable[[ast.AST], bool]) -> bool:
     """Return whether a comparison asks for an absent section, a type or the name of a family."""
     sides = [node.left, *node.comparators]
     if any(isinstance(side, ast.Constant) and side.value is None for side in sides):
-        return any(isinstance(s, ast.Attribute) and s.attr in SECTIONS for s in sides) or any(
-            _is_section_of_run(side) for side in sides
-        )
+        return any(_is_section(side) or _is_section_of_run(side) for side in sides)
     if any(isinstance(side, ast.Attribute) and side.attr == "family" for side in sides):
         return True
     types = [side for side in sides if ast.unparse(side).startswith("type(")]
     if any(isinstance(side, ast.Attribute) and side.attr == "__name__" for side in types):
         return True
     return bool(types) and any(is_kind(side) for side in sides if side not in types)
+
+
+def _tested_sections(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield the sections of a run whose truth decides that of a condition."""
+    if isinstance(node, ast.BoolOp):
+        yield from itertools.chain(*map(_tested_sections, node.values))
+    elif _is_section_of_run(node):
+        yield node
+
+
+def _is_section(node: ast.AST) -> bool:
+    """Return whether a node is an attribute called like a section that not every run has."""
+    return (
+        isinstance(node, ast.Attribute)
+        and node.attr in SECTIONS
+        and _last_name(node.value) not in TYPED
+    )
 
 
 def _is_section_of_run(node: ast.AST) -> bool:
