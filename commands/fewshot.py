@@ -18,6 +18,7 @@ from commands.options import (
     used_detectors,
 )
 from data.fewshot.episodes import PROTOCOLS
+from data.images.dataset import open_images
 from dnnlib.cli import ConfigCommand
 from dnnlib.click_options import param, takes
 from dnnlib.files import write_json
@@ -25,7 +26,6 @@ from evaluation.fewshot import score_fewshot
 from evaluation.images import ScoreConfig
 from sampling.images import cached_snapshot
 from torch_utils import distributed
-from training.samples import open_images
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,13 +13,13 @@ from commands.options import (
     option_elsewhere,
     used_detectors,
 )
+from data.images.dataset import open_images
 from dnnlib.cli import ConfigCommand
 from dnnlib.click_options import param, takes
 from evaluation.neighbours import check_neighbours, find_neighbours, write_report
 from evaluation.scoring import make_detectors
 from metrics.features import DETECTORS
 from torch_utils import distributed
-from training.samples import open_images
 
 _NUM_GENERATED = 1000
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from commands.options import BATCH_HELP, check_targets, parse_metrics, used_detectors
+from data.images.dataset import open_images
 from dnnlib.cli import ConfigCommand
 from dnnlib.click_options import param, takes
 from evaluation.images import shape_of
@@ -14,7 +15,6 @@ from metrics.metric import needed_features
 from metrics.reference import save_references
 from torch_utils import distributed
 from training.config import DetectorConfig
-from training.samples import open_images
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,6 @@
-"""Samplers of rows: the order of training as a function of (seed, position), shared by ranks."""
+"""Batch samplers: the order of training as a function of (seed, position), shared by ranks."""
 
 import functools
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -9,27 +8,24 @@ from torch.utils.data import Sampler
 
 from torch_utils.rng import STREAM_BUCKET, STREAM_DATA, epoch_permutation
 
+_NUM_CACHED_EPOCHS = 4
 
-class BucketSampler(Sampler[list[int]]):
-    """Endless micro-batches of one rank, all of a step's images being of one size.
 
-    Step m = cur_nimg / batch_size takes a bucket at random, in proportion to its images: a function
-    of (seed, m), hence the same on every rank and in every round of accumulation. A bucket's
-    images follow each other in a stream of its own, an epoch after the other, each a permutation by
-    (seed, bucket, epoch); a step takes the next ``batch_size`` of it, of which each rank has its
-    part. The state of it all is therefore the number of images so far, and a run resumes exactly
-    from that.
+class BatchSampler(Sampler[list[int]]):
+    """Endless micro-batches of one rank: the order of training on shuffled streams of images.
 
-    Args:
-        counts: Number of images of each bucket; a dataset's items run bucket by bucket.
+    A stream is an epoch after the other without a gap, each a permutation by (seed, stream, epoch).
+    A step takes the next ``batch_size`` positions of one stream; rank r takes the r-th of
+    ``world_size`` equal parts of them, in rows of ``batch_gpu``. Hence the global batches do not
+    depend on the number of ranks or on ``batch_gpu``, and a run resumes exactly at any
+    ``start_nimg``.
 
-    The other arguments are those of :class:`~data.samplers.PositionSampler`. Raises ValueError
-    if ``batch_size`` is no multiple of ``batch_gpu * world_size``.
+    Raises ValueError if ``batch_size`` is no multiple of ``batch_gpu * world_size``.
     """
 
     def __init__(
         self,
-        counts: Sequence[int],
+        num_streams: int,
         *,
         seed: int,
         start_nimg: int,
@@ -43,16 +39,89 @@ class BucketSampler(Sampler[list[int]]):
                 f"--batch: got {batch_size}, which is no multiple of --batch-gpu {batch_gpu} x "
                 f"{world_size} rank(s)."
             )
+        assert start_nimg >= 0
+        assert 0 <= rank < world_size
+        self._seed, self._start_nimg = seed, start_nimg
+        self._batch_size, self._batch_gpu = batch_size, batch_gpu
+        self._rank, self._world_size = rank, world_size
+        self._permutation = functools.lru_cache(_NUM_CACHED_EPOCHS * num_streams)(
+            self._make_permutation
+        )
+
+    def _make_permutation(self, stream: int, epoch: int) -> np.ndarray:
+        """Return the order of one epoch of a stream, int64 [length of the stream]."""
+        raise NotImplementedError
+
+    def _micro_batches(self, first: int) -> Iterator[np.ndarray]:
+        """Yield this rank's positions of the step that starts at ``first``, int64 [batch_gpu]."""
+        per_rank = self._batch_size // self._world_size
+        first += self._rank * per_rank
+        for start in range(first, first + per_rank, self._batch_gpu):
+            yield np.arange(start, start + self._batch_gpu)
+
+    def _shuffled(self, stream: int, length: int, positions: np.ndarray) -> np.ndarray:
+        """Return what is at each position of a stream of ``length`` images, int64 [N]."""
+        epochs, offsets = np.divmod(positions, length)
+        result = np.empty(len(positions), np.int64)
+        for epoch in np.unique(epochs).tolist():
+            rows = epochs == epoch
+            result[rows] = self._permutation(stream, epoch)[offsets[rows]]
+        return result
+
+
+class PositionSampler(BatchSampler):
+    """Micro-batches of a dataset's indices, of one stream.
+
+    Position p of a run, counted in images from 0, holds image ``permutation(p // n)[p % n]`` of
+    the n images, and the step at ``cur_nimg`` covers positions [cur_nimg, cur_nimg + batch_size).
+
+    Args:
+        dataset_size: n. A dataset that draws by position itself, as sets are drawn, has None: its
+            keys are the positions.
+        settings: See :class:`BatchSampler`.
+    """
+
+    def __init__(self, dataset_size: int | None, **settings: int) -> None:
+        super().__init__(1, **settings)
+        assert dataset_size is None or dataset_size > 0
+        self._dataset_size = dataset_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        cur_nimg = self._start_nimg
+        while True:
+            for positions in self._micro_batches(cur_nimg):
+                yield self.indices(positions).tolist()
+            cur_nimg += self._batch_size
+
+    def indices(self, positions: np.ndarray) -> np.ndarray:
+        """Return the dataset index at each position of the run, int64 [N]."""
+        if self._dataset_size is None:
+            return positions
+        return self._shuffled(0, self._dataset_size, positions)
+
+    def _make_permutation(self, stream: int, epoch: int) -> np.ndarray:
+        return epoch_permutation(self._seed, epoch, self._dataset_size)
+
+
+class BucketSampler(BatchSampler):
+    """Micro-batches of a dataset's indices, all of a step's images being of one size.
+
+    Step m = cur_nimg / batch_size takes a bucket at random, in proportion to its images: a function
+    of (seed, m), hence the same on every rank and in every round of accumulation. The images of a
+    bucket are a stream of their own. The state of it all is therefore the number of images so far.
+
+    Args:
+        counts: Number of images of each bucket; a dataset's items run bucket by bucket.
+        settings: See :class:`BatchSampler`.
+    """
+
+    def __init__(self, counts: Sequence[int], **settings: int) -> None:
+        super().__init__(len(counts), **settings)
         assert min(counts) > 0
         self._counts = list(counts)
         self._firsts = np.cumsum([0, *counts])
-        self._seed, self._start_step = seed, start_nimg // batch_size
-        self._batch_size, self._batch_gpu = batch_size, batch_gpu
-        self._rank, self._world_size = rank, world_size
+        self._start_step = self._start_nimg // self._batch_size
         self._schedule = np.empty(0, np.int64)
-        self._permutation = functools.lru_cache(_NUM_CACHED_EPOCHS * len(counts))(
-            self._make_permutation
-        )
 
     def buckets(self, num_steps: int) -> np.ndarray:
         """Return the bucket of each of the first ``num_steps`` steps of a run, int64."""
@@ -72,101 +141,20 @@ class BucketSampler(Sampler[list[int]]):
         return int(self.buckets(step + 1)[step])
 
     def __iter__(self) -> Iterator[list[int]]:
-        per_rank = self._batch_size // self._world_size
         steps_of = np.bincount(self.buckets(self._start_step), minlength=len(self._counts))
         cursors = (steps_of * self._batch_size).tolist()
         step = self._start_step
         while True:
             bucket = int(self.buckets(step + 1)[step])
-            first = cursors[bucket] + self._rank * per_rank
-            for start in range(first, first + per_rank, self._batch_gpu):
-                yield self.indices(bucket, np.arange(start, start + self._batch_gpu)).tolist()
+            for positions in self._micro_batches(cursors[bucket]):
+                yield self.indices(bucket, positions).tolist()
             cursors[bucket] += self._batch_size
             step += 1
 
     def indices(self, bucket: int, positions: np.ndarray) -> np.ndarray:
         """Return the dataset's item at each position of a bucket's stream, int64 [N]."""
-        epochs, offsets = np.divmod(positions, self._counts[bucket])
-        result = np.empty(len(positions), np.int64)
-        for epoch in np.unique(epochs).tolist():
-            rows = epochs == epoch
-            result[rows] = self._permutation(bucket, epoch)[offsets[rows]]
-        return result + self._firsts[bucket]
+        return self._shuffled(bucket, self._counts[bucket], positions) + self._firsts[bucket]
 
-    def _make_permutation(self, bucket: int, epoch: int) -> np.ndarray:
-        key = [self._seed % 2**64, STREAM_DATA, bucket, epoch]
-        return np.random.default_rng(key).permutation(self._counts[bucket])
-
-
-_NUM_CACHED_EPOCHS = 4
-
-
-class PositionSampler(Sampler[list[int]]):
-    """Endless micro-batches of dataset indices for one rank.
-
-    Position p of a run, counted in images from 0, holds image ``permutation(p // n)[p % n]`` of
-    the n images: every epoch is a new shuffle and epochs follow each other without a gap. The
-    optimizer step at ``cur_nimg`` covers positions [cur_nimg, cur_nimg + batch_size); rank r takes
-    the r-th of ``world_size`` equal parts of it, in rows of ``batch_gpu``. Hence the global batches
-    depend on nothing but (seed, batch_size), and a run resumes exactly at any ``start_nimg``.
-
-    A dataset that draws by position itself, as sets are drawn, has ``dataset_size`` None: its keys
-    are the positions.
-
-    Raises ValueError if ``batch_size`` is no multiple of ``batch_gpu * world_size``.
-    """
-
-    def __init__(
-        self,
-        dataset_size: int | None,
-        *,
-        seed: int,
-        start_nimg: int,
-        batch_size: int,
-        batch_gpu: int,
-        rank: int,
-        world_size: int,
-    ) -> None:
-        if batch_size % (batch_gpu * world_size):
-            raise ValueError(
-                f"--batch: got {batch_size}, which is no multiple of --batch-gpu {batch_gpu} x "
-                f"{world_size} rank(s)."
-            )
-        assert dataset_size is None or dataset_size > 0
-        assert start_nimg >= 0
-        assert 0 <= rank < world_size
-        self._dataset_size = dataset_size
-        self._seed = seed
-        self._start_nimg = start_nimg
-        self._batch_size = batch_size
-        self._batch_gpu = batch_gpu
-        self._rank = rank
-        self._world_size = world_size
-        self._permutations: OrderedDict[int, np.ndarray] = OrderedDict()
-
-    def __iter__(self) -> Iterator[list[int]]:
-        per_rank = self._batch_size // self._world_size
-        cur_nimg = self._start_nimg
-        while True:
-            first = cur_nimg + self._rank * per_rank
-            for start in range(first, first + per_rank, self._batch_gpu):
-                yield self.indices(np.arange(start, start + self._batch_gpu)).tolist()
-            cur_nimg += self._batch_size
-
-    def indices(self, positions: np.ndarray) -> np.ndarray:
-        """Return the dataset index at each position of the run, int64 [N]."""
-        if self._dataset_size is None:
-            return positions
-        epochs, offsets = np.divmod(positions, self._dataset_size)
-        result = np.empty(len(positions), np.int64)
-        for epoch in np.unique(epochs).tolist():
-            rows = epochs == epoch
-            result[rows] = self._permutation(epoch)[offsets[rows]]
-        return result
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        if epoch not in self._permutations:
-            if len(self._permutations) >= _NUM_CACHED_EPOCHS:
-                self._permutations.popitem(last=False)
-            self._permutations[epoch] = epoch_permutation(self._seed, epoch, self._dataset_size)
-        return self._permutations[epoch]
+    def _make_permutation(self, stream: int, epoch: int) -> np.ndarray:
+        key = [self._seed % 2**64, STREAM_DATA, stream, epoch]
+        return np.random.default_rng(key).permutation(self._counts[stream])

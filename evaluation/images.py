@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from data.images.dataset import open_images
 from data.loader import iterate_images
 from dnnlib.progress import progress
 from metrics.features import ImageShape
@@ -24,7 +25,6 @@ from torch_utils import distributed
 from torch_utils.fingerprints import package_versions
 from training.checkpoint import Snapshot
 from training.config import DetectorConfig
-from training.samples import open_images
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # Image indices int64 [N], uint8 images [N, C, H, W].
 

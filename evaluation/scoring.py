@@ -10,7 +10,7 @@ import torch
 
 from data.fewshot.episodes import episodes_of_run
 from data.fewshot.sets import SetDataset
-from data.images.dataset import ImageDataset, MirroredImages
+from data.images.dataset import ImageDataset, MirroredImages, open_images
 from data.latents.dataset import LatentDataset
 from data.loader import iterate_images
 from dnnlib.files import fetch
@@ -23,7 +23,6 @@ from models import ModelConfig
 from torch_utils import distributed
 from training.config import DetectorConfig, RunConfig
 from training.inputs import TrainingData
-from training.samples import open_images
 
 Needs = Mapping[Feature, Sequence[str]]
 _STATISTICS_SUFFIXES = (".npz", ".pkl")

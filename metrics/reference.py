@@ -137,7 +137,7 @@ def read_references(path: str | os.PathLike) -> References:
 
     Reads this project's ``.npz`` files; EDM's, with ``mu`` and ``sigma``; ADM's
     ``VIRTUAL_*.npz``, with ``mu_s`` and ``sigma_s`` besides (the sample images in it are read by
-    :func:`training.samples.open_images`); and EDM2's ``.pkl``, with ``fid`` and ``fd_dinov2``.
+    :func:`data.images.dataset.open_images`); and EDM2's ``.pkl``, with ``fid`` and ``fd_dinov2``.
     Raises ValueError for a file that is damaged or has none of these.
     """
     path = Path(path)

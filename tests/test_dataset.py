@@ -16,7 +16,7 @@ import torch
 from image_files import convert, make_folder, make_zip, random_image
 from PIL import Image
 
-from data.images.dataset import DatasetConfig, ImageDataset, open_dataset
+from data.images.dataset import DatasetConfig, ImageDataset, MirroredImages, open_dataset
 from data.images.decode import ImageError
 from data.loader import iterate_images, make_loader
 from data.samplers import PositionSampler
@@ -92,6 +92,22 @@ def test_the_class_count_comes_from_the_names_or_else_from_the_labels(data):
     dataset = ImageDataset(data, use_labels=True)
     assert (dataset.num_classes, dataset.class_names) == (2, ["0", "1"])
     assert ImageDataset(data, use_labels=True, max_size=1).num_classes == 2
+
+
+def test_a_preview_has_rows_of_images_spread_over_the_data_by_class(data):
+    rewrite(data, metadata={"labels": [[f"00000/img{i:08d}.png", i % 2] for i in range(10)]})
+    labelled, plain = ImageDataset(data, use_labels=True), ImageDataset(data)
+    assert [len(row) for row in labelled.preview(64)] == [8, 2]
+    by_class = [*range(0, 10, 2), *range(1, 10, 2)]
+    shown = torch.stack([image for row in labelled.preview(64) for image in row])
+    assert torch.equal(shown, expected_images(by_class))
+    (row,) = plain.preview(3)
+    assert torch.equal(torch.stack(row), expected_images([0, 4, 9]))
+    mirrored = MirroredImages(plain)
+    assert torch.equal(torch.stack(mirrored.preview(3)[0]), torch.stack(row))
+    for dataset in (labelled, plain, mirrored):
+        assert dataset.summary() is None
+    assert (labelled.class_counts, plain.class_counts) == ([5, 5], [])
 
 
 def test_grayscale_has_one_channel(tmp_path):

@@ -91,6 +91,16 @@ def test_a_batch_of_several_sizes_is_a_mistake(data):
         dataset.__getitems__([0, len(dataset) - 1])
 
 
+def test_a_preview_has_raw_latents_of_every_size_in_rows(data):
+    dataset = FeatureDataset(data)
+    rows = dataset.preview(10_000)
+    latents = [latent for row in rows for latent in row]
+    assert len(latents) == dataset.num_images
+    assert {len(row) for row in rows[:-1]} == {8}
+    for index in (0, len(latents) - 1):
+        assert torch.equal(latents[index], dataset.latents(index))
+
+
 def test_normalised_data_have_no_mean_and_unit_variance_and_come_back(data):
     dataset = FeatureDataset(data)
     statistics = FeatureStatistics.of(dataset.record.statistics)

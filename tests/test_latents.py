@@ -12,7 +12,8 @@ from latent_files import encode, tiny_autoencoder, tiny_images, tiny_latents
 from safetensors.torch import load_file, save_file
 
 from data.images.dataset import ImageDataset, MirroredImages
-from data.latents.dataset import LatentDataset, is_latent_archive
+from data.latents.dataset import LatentDataset
+from data.latents.record import is_latent_archive
 from data.loader import make_loader
 from data.samplers import PositionSampler
 from encoders import autoencoder as autoencoder_module
@@ -245,6 +246,12 @@ def test_latents_have_the_surface_of_the_images(base, vae):
     np.testing.assert_array_equal(data.labels, pixels.labels)
     assert data.record.source_hash == pixels.content_hash
     assert data.file_label(25) == f"{base / 'latents'}/shard-00002.npy, row 5"
+    assert (data.class_counts, data.summary()) == (pixels.class_counts, None)
+    rows = data.preview(10)
+    assert [len(row) for row in rows] == [8, 2]
+    order = np.argsort(data.labels, kind="stable")
+    assert torch.equal(rows[0][0], data[order[0]][0])
+    assert torch.equal(rows[1][1], data[order[-1]][0])
 
 
 def test_any_order_of_indices_gives_each_image_its_own_latent_and_label(base, vae):

@@ -254,6 +254,15 @@ def test_supports_are_disjoint_from_each_other_and_from_the_reals(images):
         draw_episodes(images, pools, support_size=2, source="x", num_per_class=8)
 
 
+def test_a_preview_is_the_first_sets_of_a_run_each_a_row(images):
+    sets = make(images, sample_size=3)
+    rows = sets.preview(10)
+    assert [len(row) for row in rows] == [3, 3, 3, 3]
+    batch, _ = sets.__getitems__(range(4))
+    assert torch.equal(torch.stack([torch.stack(row) for row in rows]), batch)
+    assert sets.summary() is None
+
+
 def test_protocols_take_their_own_classes_and_images(images):
     sets = make(images, use_labels=True)
     seen = episodes_of_run(sets, "seen", support_size=2)

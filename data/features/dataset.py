@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from data.features.buckets import Bucket
 from data.features.record import Manifest, read_feature_record, read_manifest
 from data.features.shards import from_npy
-from data.images.dataset import Cond
+from data.images.dataset import PREVIEW_COLUMNS, Cond, rows_of, spread
 from data.images.decode import ImageError
 from dnnlib.addresses import AddressError, is_address, read_range
 
@@ -49,6 +49,7 @@ class FeatureDataset(Dataset):
     labels = None
     num_classes = 0
     class_names: tuple[str, ...] = ()
+    class_counts: tuple[int, ...] = ()
 
     def __init__(
         self,
@@ -114,6 +115,11 @@ class FeatureDataset(Dataset):
             statistics={name: dict(record.statistics[name]) for name in record.statistics},
             path=self.path if is_address(self.path) else str(self.path.resolve()),
         )
+
+    def preview(self, num: int) -> list[list[torch.Tensor]]:
+        """Return rows of up to 8 raw latents, ``num`` of them, spread evenly over the items."""
+        chosen = spread(num, self.num_images).tolist()
+        return rows_of([self.latents(index) for index in chosen], PREVIEW_COLUMNS)
 
     def of_split(self, split: str) -> "FeatureDataset":
         """Return the items of another split of the same folder."""

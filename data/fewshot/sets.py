@@ -239,7 +239,6 @@ class SetDataset(Dataset):
         hflip: bool = False,
         classes: Sequence[int] | None = None,
     ) -> None:
-        self._use_labels = use_labels
         self.images, self.config, self.sample_size = images, config, sample_size
         self._seed, self._hflip = seed, hflip
         self._hybrids = config.hybrids if classes is None else 0.0
@@ -349,6 +348,11 @@ class SetDataset(Dataset):
         skipped = parse_transforms(self.config.skip_transforms, self.images.class_names)
         every = transforms_of(self.config.class_transforms)
         return [transform for transform in every if (index, transform) not in skipped]
+
+    def preview(self, num: int) -> list[list[torch.Tensor]]:
+        """Return the first sets of a run, a row each, until they have ``num`` images."""
+        batch, _ = self.__getitems__(range(-(-num // self.sample_size)))
+        return [list(images) for images in batch]
 
     @property
     def is_ragged(self) -> bool:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from data.images.decode import is_image_name
-from data.images.members import _METHODS, Archive, Member, _read_from_zip
+from data.images.members import ZIP_METHODS, Archive, Member, read_from_zip
 from data.images.samples import SampleArchive
-from data.latents.record import is_latent_folder
+from dnnlib.text import join_names
 
 
 class ZipArchive(Archive):
@@ -35,7 +35,7 @@ class ZipArchive(Archive):
                 raise ValueError(
                     f"{path}/{name}: is encrypted; extract the zip and give the folder."
                 )
-            if infos[name].compress_type not in _METHODS:
+            if infos[name].compress_type not in ZIP_METHODS:
                 raise ValueError(
                     f"{path}/{name}: is compressed by a method other than deflate; extract the "
                     "zip and give the folder."
@@ -70,7 +70,7 @@ class ZipArchive(Archive):
 
     def read(self, index: int) -> bytes:
         offset, size = int(self._offsets[index]), int(self._sizes[index])
-        return _read_from_zip(self._file.fileno(), offset, size, int(self._methods[index]))
+        return read_from_zip(self._file.fileno(), offset, size, int(self._methods[index]))
 
     def read_file(self, name: str) -> bytes | None:
         member = self._others.get(name)
@@ -144,12 +144,12 @@ def open_archive(path: str | os.PathLike) -> Archive:
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder.")
-    if is_latent_folder(path):
-        raise ValueError(f"{path}: holds latents, not images; give the images they were made of.")
     if path.is_dir():
         archive: Archive = FolderArchive(path)
     else:
         archive = (SampleArchive if path.suffix.lower() == ".npz" else ZipArchive)(path)
     if not len(archive):
-        raise ValueError(f"{path}: holds no images (.png, .jpg, .webp, ...).")
+        others = sorted(other.name for other in path.iterdir())[:3] if path.is_dir() else []
+        found = f", but {join_names(others)}" if others else ""
+        raise ValueError(f"{path}: holds no images (.png, .jpg, .webp, ...){found}.")
     return archive

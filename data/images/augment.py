@@ -110,8 +110,6 @@ class AugmentPipe:
         flip_x, flip_y, scale, rotate, stretch, shift: Multipliers of ``p``.
     """
 
-    label_dim = NUM_LABELS
-
     def __init__(
         self,
         p: float,

@@ -19,6 +19,7 @@ from data.images.labels import read_class_splits, read_labels
 from dnnlib.config import Config, option
 
 Cond = dict[str, torch.Tensor]
+PREVIEW_COLUMNS = 8
 _CONVERT = "convert it with dataset_tool.py convert"
 
 
@@ -33,7 +34,11 @@ class DatasetConfig(Config):
     )
     cond: bool = option(False, help="Condition the model on the class labels of the data.")
     max_size: int | None = option(None, min=1, help="Train on a random subset of this many images.")
-    hflip: bool = option(False, help="Train on every image and on its mirror image.")
+    hflip: bool = option(
+        False,
+        help="Train on every image and on its mirror image; in a set, each drawn image is mirrored "
+        "with probability 1/2.",
+    )
     cache: bool = option(False, help="Keep decoded images in memory, shared by a rank's workers.")
 
 
@@ -62,7 +67,107 @@ def open_dataset(
     )
 
 
-class ImageDataset(Dataset):
+def open_images(path: str | os.PathLike, *, use_labels: bool | None = None) -> "ImageDataset":
+    """Return the images of a folder, a zip or an ``.npz`` sample archive with unchanged pixels.
+
+    A score must not rest on silent conversions, so that images with transparency, of more than 8
+    bits, or in colours other than grayscale, RGB and palettes are refused, beyond what
+    :class:`ImageDataset` refuses. Class labels are delivered if there are any, or as
+    ``use_labels`` says.
+
+    Raises ValueError, one sentence that names the file and the remedy; ImageError (a ValueError)
+    for an image that is read later.
+    """
+    return ImageDataset(path, use_labels=use_labels, exact=True)
+
+
+class LabelledDataset(Dataset):
+    """Images in some form, read by index, with their class labels if they have any.
+
+    A subclass reads batches by ``__getitems__``.
+
+    Attributes:
+        path: Where the data are.
+        name: What descriptions call them.
+        resolution, img_channels: Size of every image.
+        num_images: Number of images, after ``max_size``, without mirror images.
+        labels: Class indices, int64 [num_images]; None if none are delivered.
+        num_classes: Number of classes, also of those without images; 0 without labels.
+        class_names: One name per class; empty without labels.
+    """
+
+    path: Path
+    name: str
+    resolution: int
+    img_channels: int
+    labels: np.ndarray | None = None
+
+    def __init__(self, num_stored: int, max_size: int | None, seed: int) -> None:
+        self.class_names: list[str] = []
+        self._num_stored = num_stored
+        self._indices = np.arange(num_stored)
+        if max_size is not None and max_size < num_stored:
+            order = np.random.default_rng(seed % 2**64).permutation(num_stored)
+            self._indices = np.sort(order[:max_size])
+
+    @property
+    def num_images(self) -> int:
+        return len(self._indices)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def class_counts(self) -> list[int]:
+        """Number of images of each class; empty without labels."""
+        if self.labels is None:
+            return []
+        return np.bincount(self.labels, minlength=self.num_classes).tolist()
+
+    def summary(self) -> dict[str, Any] | None:
+        """Return what a snapshot keeps of the data beside sizes, counts and names: nothing."""
+        return None
+
+    def preview(self, num: int) -> list[list[torch.Tensor]]:
+        """Return rows of up to 8 items as they are stored, ``num`` of them if there are so many.
+
+        They are spread evenly over the data, sorted by class if they are labelled.
+        """
+        order = np.arange(self.num_images)
+        if self.labels is not None:
+            order = np.argsort(self.labels, kind="stable")
+        batch, _ = self.__getitems__(order[spread(num, self.num_images)].tolist())
+        return rows_of(batch, PREVIEW_COLUMNS)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, Cond]:
+        images, cond = self.__getitems__([index])
+        return images[0], {name: values[0] for name, values in cond.items()}
+
+    def _with_labels(self, images: torch.Tensor, indices: np.ndarray) -> tuple[torch.Tensor, Cond]:
+        """Return a batch with the labels, if any, of the images ``indices``."""
+        if self.labels is None:
+            return images, {}
+        return images, {"label": torch.from_numpy(self.labels[indices])}
+
+    def _subset_hash(self, digest: Any) -> str:
+        """Return the hexadecimal digest of content whose subset in use is added to it."""
+        if self.num_images < self._num_stored:
+            digest.update(self._indices.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+
+def spread(num: int, length: int) -> np.ndarray:
+    """Return up to ``num`` different positions, spread evenly over ``range(length)``, int64."""
+    return np.linspace(0, length - 1, min(num, length)).round().astype(int)
+
+
+def rows_of(items: Sequence[torch.Tensor] | torch.Tensor, columns: int) -> list[list[torch.Tensor]]:
+    """Return items in rows of ``columns``, the last of which may be shorter."""
+    return [list(items[first : first + columns]) for first in range(0, len(items), columns)]
+
+
+class ImageDataset(LabelledDataset):
     """Square images of one size; item ``i`` is ``(uint8 [C, H, W], cond)``.
 
     ``cond`` is ``{"label": int64 []}`` with ``use_labels`` and empty without. Any number of
@@ -80,12 +185,11 @@ class ImageDataset(Dataset):
         cache: Keep decoded images in shared memory, each from its first use.
 
     Attributes:
-        name: Name of the file or folder without its ending, for descriptions.
-        resolution, img_channels: Size of every image.
-        labels: Class indices, int64 [N]; None if none are delivered.
-        num_classes: Number of classes, also of those without images; 0 without labels.
-        class_names: One name per class; empty without labels.
+        name: Name of the file or folder without its ending.
+        archive: Where the images are read.
         class_splits: Class indices of each split that the data name; empty without.
+
+    The others are those of :class:`LabelledDataset`.
 
     Raises ValueError, one sentence that names the file, for data that do not fit; ImageError (a
     ValueError) when an image that is damaged or of another size is read.
@@ -107,10 +211,7 @@ class ImageDataset(Dataset):
         self.name = self.path.name.removesuffix(".zip").removesuffix(".npz")
         self._exact = exact
         self.archive = open_archive(path)
-        self._indices = np.arange(len(self.archive))
-        if max_size is not None and max_size < len(self._indices):
-            order = np.random.default_rng(seed % 2**64).permutation(len(self._indices))
-            self._indices = np.sort(order[:max_size])
+        super().__init__(len(self.archive), max_size, seed)
 
         # The first image stands for all; the others are compared with it when they are read.
         self._pixels_shape = self._decode(0).shape
@@ -119,8 +220,6 @@ class ImageDataset(Dataset):
         self.resolution = width
         self._check_first_image(height, width, resolution, channels)
 
-        self.labels: np.ndarray | None = None
-        self.class_names: list[str] = []
         self.class_splits: dict[str, tuple[int, ...]] = {}
         if use_labels is not False:
             found = read_labels(self.archive)
@@ -134,7 +233,6 @@ class ImageDataset(Dataset):
                     f"which --cond needs; {_CONVERT}, which takes them from folder names, or train "
                     "without --cond."
                 )
-        self.num_classes = len(self.class_names)
         self._cache = None
         if cache:
             shape = (len(self), self.img_channels, self.resolution, self.resolution)
@@ -161,12 +259,7 @@ class ImageDataset(Dataset):
             )
 
     def __len__(self) -> int:
-        return len(self._indices)
-
-    @property
-    def num_images(self) -> int:
-        """Number of images, after ``max_size``."""
-        return len(self)
+        return self.num_images
 
     def subset(self, rows: Sequence[int] | np.ndarray) -> "ImageDataset":
         """Return the dataset of some of the images, in the order given, with the same classes."""
@@ -178,11 +271,6 @@ class ImageDataset(Dataset):
             part.labels = self.labels[rows]
         return part
 
-    @property
-    def class_counts(self) -> list[int]:
-        """Number of images of each class."""
-        return np.bincount(self.labels, minlength=self.num_classes).tolist()
-
     @functools.cached_property
     def content_hash(self) -> str:
         """Hexadecimal digits that identify the images, their labels and the subset in use.
@@ -190,18 +278,11 @@ class ImageDataset(Dataset):
         For a zip or ``.npz`` it derives from names, sizes and checksums; for a folder from names,
         sizes and modification times.
         """
-        digest = hashlib.sha256(self.archive.fingerprint().encode())
-        if len(self) < len(self.archive):
-            digest.update(self._indices.astype("<i8").tobytes())
-        return digest.hexdigest()
+        return self._subset_hash(hashlib.sha256(self.archive.fingerprint().encode()))
 
     def file_label(self, index: int) -> str:
         """Return archive and name of an image's file, for messages."""
         return self.archive.label(int(self._indices[index]))
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, Cond]:
-        images, cond = self.__getitems__([index])
-        return images[0], {name: values[0] for name, values in cond.items()}
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[torch.Tensor, Cond]:
         """Return a batch ``(uint8 [B, C, H, W], {"label": int64 [B]} or {})``."""
@@ -210,9 +291,7 @@ class ImageDataset(Dataset):
             images = self._read(index_array)
         else:
             images = self._cache.fetch(index_array, self._read)
-        if self.labels is None:
-            return images, {}
-        return images, {"label": torch.from_numpy(self.labels[index_array])}
+        return self._with_labels(images, index_array)
 
     def _read(self, indices: np.ndarray) -> torch.Tensor:
         channels, res = self.img_channels, self.resolution

@@ -15,7 +15,6 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _MODES_WITH_ALPHA = ("RGBA", "RGBa", "LA", "La", "PA")
 _TOO_DEEP = "has more than 8 bits per channel ({}); convert it to 8 bits first"
-_JPEG2000_START = b"\xff\x4f\xff\x51"  # Markers SOC and SIZ.
 _DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 
 
@@ -45,7 +44,7 @@ def decode_image(data: bytes, *, exact: bool = False) -> Image.Image:
     The EXIF orientation is applied. Transparency is composited on white; palette, CMYK and other
     colour images become RGB, bilevel ones grayscale; of several frames the first counts. With
     ``exact``, what would change pixels is refused instead: transparency, colours other than
-    grayscale, RGB and palettes, and more than 8 bits.
+    grayscale, RGB and palettes, and more than 8 bits in a PNG or TIFF.
 
     Raises ValueError with the reason for a damaged file, and UnfitImageError for an image that is
     refused: always for 16-bit grayscale and floating-point images, whose range a conversion to 8
@@ -80,12 +79,6 @@ def _has_deep_channels(image: Image.Image, data: bytes) -> bool:
         return data[24] > 8
     if image.format == "TIFF":
         return max(image.tag_v2.get(ExifTags.Base.BitsPerSample, (1,))) > 8
-    if image.format == "JPEG2000":
-        first_channel = data.find(_JPEG2000_START) + 42  # Ssiz in the SIZ marker segment.
-        return data[first_channel] & 0x7F > 7
-    if image.format == "PPM":
-        decoder, _, _, args = image.tile[0]
-        return decoder in ("ppm", "ppm_plain") and image.mode != "1" and args[1] > 255
     return False
 
 

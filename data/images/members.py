@@ -14,13 +14,9 @@ import numpy as np
 
 from data.images.decode import decode_image, to_array
 
-_LOCAL_HEADER = struct.Struct("<4s22xHH")  # Signature, ..., length of name, length of extra field.
-
-
+LOCAL_HEADER = struct.Struct("<4s22xHH")  # Signature, ..., length of name, length of extra field.
 _LOCAL_SLACK = 64  # Bytes read beyond the expected header, for extra fields.
-
-
-_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +39,7 @@ class Member:
                 return Path(self.path).read_bytes()
             if descriptor is None:
                 descriptor = _cached_descriptor(self.path)
-            return _read_from_zip(descriptor, self.offset, self.compressed_size, self.method)
+            return read_from_zip(descriptor, self.offset, self.compressed_size, self.method)
         except OSError as error:
             raise ValueError(error.strerror or str(error)) from None
 
@@ -53,12 +49,13 @@ def _cached_descriptor(path: str) -> int:
     return os.open(path, os.O_RDONLY)
 
 
-def _read_from_zip(descriptor: int, offset: int, compressed_size: int, method: int) -> bytes:
+def read_from_zip(descriptor: int, offset: int, compressed_size: int, method: int) -> bytes:
+    """Return the content of the file whose local header is at ``offset`` of an open zip."""
     # The local header repeats the name and may have an extra field of its own, so its length is
     # known only after reading it. One read that is a little too long usually suffices.
-    wanted = _LOCAL_HEADER.size + _LOCAL_SLACK + 64 + compressed_size
+    wanted = LOCAL_HEADER.size + _LOCAL_SLACK + 64 + compressed_size
     data = os.pread(descriptor, wanted, offset)
-    start = _local_header_length(data)
+    start = local_header_length(data)
     end = start + compressed_size
     if len(data) < end:
         data += os.pread(descriptor, end - len(data), offset + len(data))
@@ -73,11 +70,12 @@ def _read_from_zip(descriptor: int, offset: int, compressed_size: int, method: i
     return content
 
 
-def _local_header_length(data: bytes) -> int:
-    if len(data) < _LOCAL_HEADER.size or data[:4] != b"PK\x03\x04":
+def local_header_length(data: bytes) -> int:
+    """Return the length of the local header of a file in a zip, of which ``data`` is the begin."""
+    if len(data) < LOCAL_HEADER.size or data[:4] != b"PK\x03\x04":
         raise ValueError("the zip archive is damaged here")
-    _, name_length, extra_length = _LOCAL_HEADER.unpack_from(data)
-    return _LOCAL_HEADER.size + name_length + extra_length
+    _, name_length, extra_length = LOCAL_HEADER.unpack_from(data)
+    return LOCAL_HEADER.size + name_length + extra_length
 
 
 class Archive:

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from data.images.members import _LOCAL_HEADER, _METHODS, Archive, _local_header_length
+from data.images.members import LOCAL_HEADER, ZIP_METHODS, Archive, local_header_length
 
 
 class SampleArchive(Archive):
@@ -65,8 +65,8 @@ class SampleArchive(Archive):
         # Where the first image lies; -1 if the array must be read whole.
         self._start = -1
         if info.compress_type == zipfile.ZIP_STORED and not fortran_order:
-            local = os.pread(self._file.fileno(), _LOCAL_HEADER.size, info.header_offset)
-            start = info.header_offset + _local_header_length(local)
+            local = os.pread(self._file.fileno(), LOCAL_HEADER.size, info.header_offset)
+            start = info.header_offset + local_header_length(local)
             self._start = start + header_length
 
     def __getstate__(self) -> dict[str, Any]:
@@ -161,7 +161,7 @@ class SampleArchive(Archive):
         """Return ``read(the stream of an array's file)``; raises ValueError if it is damaged."""
         info = self._members[name]
         try:
-            if info.flag_bits & 1 or info.compress_type not in _METHODS:
+            if info.flag_bits & 1 or info.compress_type not in ZIP_METHODS:
                 raise ValueError("it is encrypted, or compressed by a method other than deflate")
             with zipfile.ZipFile(self.path) as file, file.open(info) as stream:
                 return read(stream)

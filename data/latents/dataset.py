@@ -10,18 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
-from data.images.dataset import Cond
+from data.images.dataset import Cond, LabelledDataset
 from data.images.decode import ImageError
-from data.latents.record import check_shard, is_latent_archive, read_archive_labels, read_record
-
-__all__ = ["LatentDataset", "is_latent_archive"]
+from data.latents.record import check_shard, read_archive_labels, read_record
 
 _MAX_OPEN_FILES = 256
 
 
-class LatentDataset(Dataset):
+class LatentDataset(LabelledDataset):
     """Moments of latents; item ``i`` is ``(float16 [C, h, w], cond)``.
 
     C is 2c for means and then standard deviations, or c for means alone (see
@@ -37,16 +34,12 @@ class LatentDataset(Dataset):
         hflip: Item ``num_images + i`` is the mirror image of ``i``, which the data must have.
 
     Attributes:
-        name: Name of the folder, for descriptions.
         record: All that is known of the archive.
-        resolution, img_channels: Size of the images.
         latent_shape: Shape (c, h, w) of a latent.
         scale, shift: Normalisation of the autoencoder.
         vae, vae_hash: Location and identity of the autoencoder.
-        num_images: Number of images, after ``max_size``, without mirror images.
-        labels: Class indices, int64 [num_images]; None if none are delivered.
-        num_classes: Number of classes, also of those without images; 0 without labels.
-        class_names: One name per class; empty without labels.
+
+    The others are those of :class:`~data.images.dataset.LabelledDataset`.
 
     Raises ValueError, one sentence that names the file, for data that do not fit or are damaged.
     """
@@ -74,14 +67,8 @@ class LatentDataset(Dataset):
             )
         self._hflip = hflip
 
-        self._indices = np.arange(record.num_images)
-        if max_size is not None and max_size < len(self._indices):
-            order = np.random.default_rng(seed % 2**64).permutation(len(self._indices))
-            self._indices = np.sort(order[:max_size])
-        self.num_images = len(self._indices)
+        super().__init__(record.num_images, max_size, seed)
 
-        self.labels: np.ndarray | None = None
-        self.class_names: list[str] = []
         if use_labels is not False:
             labels = read_archive_labels(self.path, record)
             if labels is not None:
@@ -91,7 +78,6 @@ class LatentDataset(Dataset):
                     f"{self.path}: has no class labels, which --cond needs; make it again from "
                     "images with labels, or train without --cond."
                 )
-        self.num_classes = len(self.class_names)
 
         self._row_shape = record.row_shape
         sizes = [shard["num_images"] for shard in record.shards]
@@ -113,11 +99,6 @@ class LatentDataset(Dataset):
     def __len__(self) -> int:
         return self.num_images * (1 + self._hflip)
 
-    @property
-    def class_counts(self) -> list[int]:
-        """Number of images of each class."""
-        return np.bincount(self.labels, minlength=self.num_classes).tolist()
-
     @functools.cached_property
     def content_hash(self) -> str:
         """Hexadecimal digits that identify the latents, their labels, the subset and ``hflip``."""
@@ -131,10 +112,7 @@ class LatentDataset(Dataset):
             class_names=record.class_names,
             hflip=self._hflip,
         )
-        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
-        if self.num_images < record.num_images:
-            digest.update(self._indices.astype("<i8").tobytes())
-        return digest.hexdigest()
+        return self._subset_hash(hashlib.sha256(json.dumps(content, sort_keys=True).encode()))
 
     def file_label(self, index: int) -> str:
         """Return the file of a latent and its row there, for messages."""
@@ -144,10 +122,6 @@ class LatentDataset(Dataset):
     def _place(self, image: int) -> tuple[int, int]:
         shard = int(np.searchsorted(self._firsts, image, side="right")) - 1
         return shard, image - int(self._firsts[shard])
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, Cond]:
-        latents, cond = self.__getitems__([index])
-        return latents[0], {name: values[0] for name, values in cond.items()}
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[torch.Tensor, Cond]:
         """Return a batch ``(float16 [B, C, h, w], {"label": int64 [B]} or {})``."""
@@ -159,9 +133,7 @@ class LatentDataset(Dataset):
         images = self._indices[own]
         for position in np.argsort(images, kind="stable").tolist():
             self._read(int(images[position]), int(variants[position]), latents[position])
-        if self.labels is None:
-            return torch.from_numpy(latents), {}
-        return torch.from_numpy(latents), {"label": torch.from_numpy(self.labels[own])}
+        return self._with_labels(torch.from_numpy(latents), own)
 
     def _read(self, image: int, variant: int, target: np.ndarray) -> None:
         shard, row = self._place(image)
