@@ -149,7 +149,7 @@ def open_archive(path: str | os.PathLike) -> Archive:
     else:
         archive = (SampleArchive if path.suffix.lower() == ".npz" else ZipArchive)(path)
     if not len(archive):
-        others = sorted(other.name for other in path.iterdir())[:3] if path.is_dir() else []
-        found = f", but {join_names(others)}" if others else ""
+        others = sorted(file.name for file in path.glob("[!.]*")) if path.is_dir() else []
+        found = f", but {join_names(others[:3])}" if others else ""
         raise ValueError(f"{path}: holds no images (.png, .jpg, .webp, ...){found}.")
     return archive
