@@ -1,0 +1,105 @@
+"""dataset_tool.py convert: a dataset from images of many kinds."""
+
+import dataclasses
+import signal
+import sys
+
+import click
+
+from data.convert import convert as conversion
+from data.convert.cifar_mnist import SPLITS
+from data.convert.fewshot_sources import CIFAR_SPLITS
+from data.convert.sources import open_source
+from data.images.transforms import TRANSFORMS, parse_resolution
+from dnnlib.click_options import param, takes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """Which images are converted, how, and where the dataset goes."""
+
+    source: str = param(
+        required=True,
+        metavar="PATH|digits",
+        help="Folder or zip of images, .npz of samples in ADM's layout, CIFAR-10/100 python "
+        "archive, MNIST idx file or folder, pickles of FC100, CIFAR-FS or miniImageNet, folder of "
+        "Omniglot's train_small.npz and test_small.npz; or digits: the handwritten digits of "
+        "scikit-learn.",
+    )
+    dest: str = param(
+        required=True,
+        metavar="ZIP|DIR|NPZ",
+        help="New .zip file or folder, or .npz of samples for ADM's evaluator (always RGB).",
+    )
+    resolution: str | None = param(
+        metavar="N|WxH",
+        help="Size of the result.  WxH is for center-crop-wide, where N alone means 4:3.  "
+        "[default: that of the images, which must be square and of one size]",
+    )
+    transform: str | None = param(
+        choices=TRANSFORMS,
+        help="How to make images square.  [default: only square ones are accepted]",
+    )
+    max_images: int | None = param(min=1, help="Use only the first N images.")
+    skip_broken: bool = param(help="Leave out broken images instead of failing.")
+    split: str | None = param(
+        choices=SPLITS, help="Part of a CIFAR archive or MNIST folder to take.  [default: train]"
+    )
+    class_split: str | None = param(
+        choices=CIFAR_SPLITS,
+        help="Divide the classes of CIFAR-100 for few-shot learning, and take all its images.",
+    )
+    workers: int | None = param(
+        min=1, help="Number of processes that decode images.  [default: one per core]"
+    )
+
+
+@click.command(no_args_is_help=True)
+@takes(ConvertOptions)
+def command(options: ConvertOptions) -> None:
+    """Write a dataset for training or scoring from a source of images.
+
+    Labels come from the source's dataset.json or, for folders and zips, from the first folder
+    level. Grayscale stays one channel; if any image is RGB, all become RGB; transparency is put on
+    white. In an .npz all images are RGB: grayscale is repeated to three equal channels. The target
+    is either complete or absent, even if the conversion is interrupted.
+
+    \b
+    Examples:
+      # CIFAR-10: 50,000 labelled 32x32 images
+      python dataset_tool.py convert --source=cifar-10-python.tar.gz --dest=datasets/cifar10.zip
+      # FFHQ at 64x64, from a folder of larger images
+      python dataset_tool.py convert --source=ffhq/ --dest=datasets/ffhq-64x64.zip --resolution=64
+      # ImageNet at 256x256, cropped as by ADM; labels from the class folders
+      python dataset_tool.py convert --source=ILSVRC/train --dest=datasets/imagenet-256.zip \\
+          --resolution=256 --transform=center-crop-dhariwal
+      # MNIST; its labels are found beside it
+      python dataset_tool.py convert --source=train-images-idx3-ubyte.gz --dest=datasets/mnist.zip
+      # CIFAR-100 with FC100's division into classes to train on, to validate on and unseen ones
+      python dataset_tool.py convert --source=cifar-100-python.tar.gz --class-split=fc100 \\
+          --dest=datasets/fc100.zip
+      # miniImageNet from a folder of its three pickles, at 32x32
+      python dataset_tool.py convert --source=mini-imagenet --dest=datasets/mini.zip --resolution=32
+      # Generated images as a sample archive for ADM's evaluator, and one made into a zip
+      python dataset_tool.py convert --source=out/ --dest=samples.npz
+      python dataset_tool.py convert --source=samples.npz --dest=samples.zip
+    """
+    # A request to stop cleans up; what SIGKILL leaves is a hidden .NAME.*.tmp beside --dest.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    summary = conversion.convert(
+        open_source(options.source, options.split, options.class_split),
+        options.dest,
+        size=parse_resolution(options.resolution, options.transform),
+        transform=options.transform,
+        max_images=options.max_images,
+        skip_broken=options.skip_broken,
+        num_workers=options.workers,
+    )
+    for note in summary.notes:
+        click.echo(note)
+    if summary.skipped:
+        click.echo("Broken:\n  " + "\n  ".join(summary.skipped), err=True)
+        click.echo(f"Skipped {len(summary.skipped)} broken image(s).")
+    size = f"{summary.resolution}x{summary.resolution}x{summary.img_channels}"
+    classes = f"{summary.num_classes} classes" if summary.num_classes else "no labels"
+    click.echo(f"{options.dest}: {summary.num_images} images of {size}, {classes}.")

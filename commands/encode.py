@@ -1,0 +1,79 @@
+"""dataset_tool.py encode: the latents of a dataset."""
+
+import dataclasses
+
+import click
+
+from dnnlib.click_options import param, takes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncodeOptions:
+    """Which images are encoded, by what and how, and where the latents go."""
+
+    source: str = param(
+        required=True, metavar="ZIP|DIR|NPZ", help="Dataset made by convert, or images like it."
+    )
+    dest: str = param(required=True, metavar="DIR", help="Folder for the latents.")
+    vae: str = param(
+        required=True,
+        metavar="DIR|ID",
+        help="Autoencoder: folder of a diffusers AutoencoderKL, or its Hugging Face id.",
+    )
+    hflip: bool = param(help="Add the latents of the mirror images.")
+    mean_only: bool = param(help="Leave out the standard deviations.")
+    batch: int = param(default=64, min=1, help="Number of images that a rank encodes at a time.")
+    shard_size: int = param(default=4096, min=1, help="Number of images in a file.")
+    precision: str = param(
+        default="fp32",
+        choices=("fp32", "bf16"),
+        help="Arithmetic of the autoencoder; bf16 is faster and rounds latents to 3 digits.",
+    )
+    workers: int | None = param(
+        min=0,
+        help="Number of decoding processes per rank; 0: the rank decodes.  [default: up to 8, as "
+        "cores allow]",
+    )
+
+
+@click.command(no_args_is_help=True)
+@takes(EncodeOptions)
+def command(options: EncodeOptions) -> None:
+    """Write the latents of a dataset, which training reads instead of the images.
+
+    Runs on one process, or under torchrun on many GPUs. Started again after a stop, with any
+    number of processes, it makes what is missing. Needs the package diffusers.
+
+    \b
+    Examples:
+      # ImageNet at 256x256 for latent models, with mirror images, on eight GPUs
+      torchrun --standalone --nproc_per_node=8 dataset_tool.py encode --hflip \\
+          --source=datasets/imagenet-256.zip --dest=datasets/imagenet-256-latents \\
+          --vae=stabilityai/sd-vae-ft-ema
+      # On one process, with an autoencoder from a folder
+      python dataset_tool.py encode --source=datasets/ffhq-256.zip --dest=datasets/ffhq-latents \\
+          --vae=models/sd-vae-ft-ema --batch=16
+    """
+    from data.latents.encode import Encoding, encode
+    from torch_utils import distributed
+
+    dest = options.dest
+    settings = Encoding(
+        hflip=options.hflip,
+        mean_only=options.mean_only,
+        precision=options.precision,
+        shard_size=options.shard_size,
+        batch_size=options.batch,
+        num_workers=options.workers,
+    )
+    device = distributed.init()
+    record, num_made = encode(options.source, dest, options.vae, settings, device)
+    size = "x".join(map(str, record.latent_shape))
+    total = len(record.shards)
+    if num_made is None:
+        distributed.print0(f"{dest}: complete already.")
+    elif num_made < total:
+        distributed.print0(f"{total - num_made} of {total} shards existed already.")
+    classes = f"{len(record.class_names)} classes" if record.class_names else "no labels"
+    distributed.print0(f"{dest}: {record.num_images} latents of {size}, {classes}.")
+    distributed.shutdown()

@@ -1,0 +1,82 @@
+"""dataset_tool.py verify: the problems of a dataset, its latents or features."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import click
+
+from dnnlib.click_options import param, takes
+
+_NUM_SAMPLES = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VerifyOptions:
+    """How thoroughly a dataset is checked."""
+
+    workers: int | None = param(min=1, help="Number of processes, or threads, that decode.")
+    source: str | None = param(
+        metavar="DIR|ZIP", help="Images that a folder of features was made from, to compare with."
+    )
+    visual: str | None = param(
+        metavar="DIR|ID",
+        help="Visual encoder, to encode some images of a folder of features again with.",
+    )
+    samples: int | None = param(
+        min=1,
+        help=f"Number of images per bucket that --visual encodes.  [default: {_NUM_SAMPLES}]",
+    )
+
+
+@click.command(no_args_is_help=True)
+@click.argument("data", metavar="ZIP|DIR|NPZ")
+@takes(VerifyOptions)
+def command(data: str, options: VerifyOptions) -> None:
+    """Decode every image of a dataset, check sizes, labels and checksums, and list all problems.
+
+    For latents, the record, labels, checksums and values are checked. For features, each bucket is
+    counted: what is ok, missing, stale and corrupt; with --source and --visual, patches are also
+    checked to lie where the encoder sees them.
+
+    \b
+    Examples:
+      python dataset_tool.py verify datasets/cifar10.zip
+      python dataset_tool.py verify datasets/photos-features --source=photos/ \\
+          --visual=models/dinov3-vitl16
+    """
+    from data.convert.verify import verify
+    from data.features.record import is_feature_folder
+    from data.latents.record import is_latent_folder, verify_latents
+
+    if options.samples is not None and options.visual is None:
+        raise ValueError("--samples: has an effect only with --visual; give both, or neither.")
+    if is_feature_folder(data):
+        problems = _problems_of_features(data, options)
+    elif options.source is not None or options.visual is not None:
+        raise ValueError(f"--source, --visual: are for folders of features, and {data} is none.")
+    else:
+        check = verify_latents if is_latent_folder(data) else verify
+        problems = check(data, num_workers=options.workers)
+    for problem in problems:
+        click.echo(problem)
+    if problems:
+        raise click.ClickException(f"{data}: {len(problems)} problem(s) found.")
+    click.echo(f"{data}: no problems found.")
+
+
+def _problems_of_features(data: str, options: VerifyOptions) -> Sequence[str]:
+    """Return the problems of a folder of features, after a table of its buckets is printed."""
+    from data.features.preparation.verify import verify_features
+    from torch_utils import distributed
+
+    found = verify_features(
+        data,
+        source=options.source,
+        visual=options.visual,
+        num_samples=options.samples or _NUM_SAMPLES,
+        num_threads=options.workers,
+        device=distributed.init() if options.visual is not None else "cpu",
+    )
+    for line in found.table():
+        click.echo(line)
+    return found.problems
