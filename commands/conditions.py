@@ -42,11 +42,14 @@ def command(options: ConditionsOptions) -> None:
     from evaluation.conditioning.report import describe_report, report_conditions
     from sampling.images import cached_snapshot
     from torch_utils import distributed
+    from torch_utils.charts import check_charts
     from torch_utils.pictures import save_image
 
     for option, path in (("--out", options.out), ("--jsonl", options.jsonl)):
         if path is not None:
             check_target(option, path)
+    if options.out is not None:
+        check_charts("--out")
     device = distributed.init()
     if distributed.world_size() > 1:
         raise ValueError("This report is made by one process; start it without torchrun.")

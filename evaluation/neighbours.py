@@ -20,6 +20,7 @@ from metrics.manifold import nearest_neighbours
 from metrics.reference_cache import MAX_VECTORS
 from metrics.statistics import collect_features
 from torch_utils import distributed
+from torch_utils.charts import check_charts, new_figure, picture_of
 from torch_utils.pictures import save_image, to_pil
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95)
@@ -32,8 +33,10 @@ _MIN_HELD_OUT = 1000
 _MIN_TILE = 88
 _CAPTION_HEIGHT = 14
 _GAP = 4
-_BACKGROUND, _TEXT = (24, 24, 24), (220, 220, 220)
+_BACKGROUND = (24, 24, 24)
 _FAKE_COLOR, _REAL_COLOR = (235, 120, 60), (110, 170, 235)
+_CHART_SIZE = (640, 400)
+_NUM_BINS = 50
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,7 +86,11 @@ def check_neighbours(
     num_neighbours: int,
     held_out: ImageDataset | None,
 ) -> None:
-    """Raise ValueError if there are fewer images than asked for, or of another shape."""
+    """Raise ValueError if there are fewer images than asked for, or of another shape.
+
+    Also if what draws the report is missing.
+    """
+    check_charts("--outdir")
     if source.num_images is not None and num_images > source.num_images:
         raise ValueError(
             f"--num-images: got {num_images:,}, but there are {source.num_images:,} images."
@@ -238,35 +245,28 @@ def _captioned_grid(rows: list[list[tuple[torch.Tensor, str]]]) -> PIL.Image.Ima
 
 def distances_picture(neighbours: Neighbours) -> PIL.Image.Image:
     """Return the histograms of the nearest distances of generated and of held-out images."""
-    width, height, margin, num_bins = 640, 320, 40, 50
-    sides = [
-        ("generated", neighbours.distances[:, 0], _FAKE_COLOR),
-        ("held out", neighbours.held_out, _REAL_COLOR),
-    ]
-    high = max(float(values.max()) for _, values, _ in sides) or 1.0
-    edges = np.linspace(0, high, num_bins + 1)
-    shares = [np.histogram(values, edges)[0] / len(values) for _, values, _ in sides]
-    top = max(share.max() for share in shares)
-    canvas = PIL.Image.new("RGB", (width, height), _BACKGROUND)
-    draw = PIL.ImageDraw.Draw(canvas)
-    base, scale = height - margin, (height - 2 * margin) / top
-    step = (width - 2 * margin) / num_bins
-    for row, ((name, values, color), share) in enumerate(zip(sides, shares, strict=True)):
-        points = [(margin, base)]
-        for index, value in enumerate(share):
-            y = base - value * scale
-            points += [(margin + index * step, y), (margin + (index + 1) * step, y)]
-        points.append((width - margin, base))
-        draw.line(points, fill=color, width=2)
-        text = f"{name}: {len(values):,} images, median {np.median(values):.3g}"
-        draw.text((width - margin - 240, 8 + 14 * row), text, fill=color)
-    draw.line([(margin, base), (width - margin, base)], fill=_TEXT)
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        x = margin + share * (width - 2 * margin)
-        draw.line([(x, base), (x, base + 4)], fill=_TEXT)
-        draw.text((x - 12, base + 6), f"{share * high:.3g}", fill=_TEXT)
-    draw.text((margin, height - 16), "distance to the nearest training image", fill=_TEXT)
-    return canvas
+    sides = {"generated": neighbours.distances[:, 0], "held out": neighbours.held_out}
+    highest = max(float(values.max()) for values in sides.values()) or 1.0
+    figure = new_figure(*_CHART_SIZE)
+    axes = figure.add_subplot()
+    for (name, values), colour in zip(sides.items(), ("#eb783c", "#3f7fc4"), strict=True):
+        axes.hist(
+            values,
+            bins=_NUM_BINS,
+            range=(0, highest),
+            weights=np.full(len(values), 1 / len(values)),
+            histtype="step",
+            linewidth=1.5,
+            color=colour,
+            label=f"{name}: {len(values):,} images, median {np.median(values):.3g}",
+        )
+    axes.set_xlim(0, highest)
+    axes.set_xlabel("distance to the nearest training image")
+    axes.set_ylabel("share of the images")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return picture_of(figure)
 
 
 def describe_neighbours(summary: Mapping[str, Any]) -> str:

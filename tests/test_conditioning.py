@@ -25,7 +25,7 @@ import fid
 from diffusion.precond import EDMPrecond, FlowPrecond, TablePrecond
 from diffusion.schedules import linear_sigmas
 from evaluation.conditioning.panel import derangement, make_panel
-from evaluation.conditioning.picture import report_picture
+from evaluation.conditioning.picture import COLOURS, report_picture
 from evaluation.conditioning.report import (
     ALL_LEVELS,
     CHANGES,
@@ -284,3 +284,9 @@ def test_the_picture_says_what_is_absent(base):
     picture = report_picture(report, "title")
     assert picture.width == 1200
     assert picture.height > 200
+    pixels = np.asarray(picture)
+    rows = overall(report)
+    for change, colour in COLOURS.items():
+        shown = (pixels[80:] == tuple(bytes.fromhex(colour[1:]))).all(2).sum()
+        assert (shown > 50) == any(row["values"] for key, row in rows.items() if key[1] == change)
+    assert np.array_equal(pixels, report_picture(report, "title"))

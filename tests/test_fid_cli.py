@@ -390,7 +390,18 @@ def test_neighbours_finds_copies_of_training_images(base, data, generated, tmp_p
     # The copy comes first, beside the image it copies.
     assert (pixels[4:92, 4:92] == pixels[4:92, 104:192]).all()
     assert pixels[4:92, 4:92].std() > 1
-    assert Image.open(report / "distances.png").size == (640, 320)
+    distances = helpers.read_pixels(report / "distances.png")
+    assert distances.shape == (400, 640, 3)
+    for colour in ((235, 120, 60), (63, 127, 196)):  # Of both histograms.
+        assert (distances == colour).all(2).sum() > 100
+
+
+def test_neighbours_says_what_its_charts_need(data, generated, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    args = [f"--images={generated}", f"--data={data}", "--detector=pixels", f"--outdir={tmp_path}"]
+    message = helpers.fail(fid, "neighbours", *args)
+    assert "--outdir: charts need the package matplotlib, which is not installed: pip" in message
+    assert not any(tmp_path.iterdir())
 
 
 def test_neighbours_takes_snapshots_and_held_out_images(data, network, generated, tmp_path):

@@ -1,0 +1,35 @@
+"""Charts drawn by matplotlib, without its global state."""
+
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+_DPI = 100
+
+
+def check_charts(option: str) -> None:
+    """Raise ValueError if matplotlib is missing, before work is done for an option's charts."""
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{option}: charts need the package {error.name}, which is not installed: pip install "
+            'matplotlib, or pip install -e ".[charts]".'
+        ) from None
+
+
+def new_figure(width: int, height: int) -> Any:
+    """Return an empty matplotlib Figure of so many pixels, whose parts find their own places."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def picture_of(figure: Any) -> PIL.Image.Image:
+    """Return a figure of :func:`new_figure` as an RGB picture."""
+    figure.canvas.draw()
+    return PIL.Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy())
