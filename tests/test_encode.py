@@ -170,7 +170,7 @@ def test_two_ranks_write_the_bytes_of_one_also_when_only_one_shard_is_missing(ba
 KILLED = """
 import os, signal
 import dataset_tool
-from training import encoding
+from data.latents import encode as encoding
 
 number = 0
 
