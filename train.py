@@ -162,7 +162,7 @@ def check_scores(
                 "--metrics-ref has no effect on models of features, which are compared with "
                 "held-out images; leave it out."
             )
-    config.detectors.check_used(given, {spec.feature.detector for spec in specs}, choice)
+    config.detectors.check_used(given, {spec.output.detector for spec in specs}, choice)
     return specs, tests
 
 

@@ -10,10 +10,10 @@ import torch
 from benchmarks.measure import interleave, median_ratio, seconds_of, table
 from data.images.dataset import ImageDataset
 from data.loader import iterate_images
-from metrics.features import Feature
+from metrics.detectors import DetectorOutput
 from metrics.frechet import frechet_distance
 from metrics.inception import Inception, InceptionDetector
-from metrics.statistics import collect_features
+from metrics.statistics import collect_outputs
 
 
 def benchmark_extraction(
@@ -41,7 +41,7 @@ def benchmark_extraction(
             pass
 
     turns["decoding alone"] = lambda: seconds_of(decode, device)
-    feature = Feature("inception")
+    feature = DetectorOutput("inception")
     for precision in precisions:
         detector = InceptionDetector(Inception(), device, precision=precision)
 
@@ -51,7 +51,7 @@ def benchmark_extraction(
 
         def from_files(detector: InceptionDetector = detector) -> None:
             batches = iterate_images(dataset, batch_size=batch, indices=indices, label="Extracting")
-            collect_features({"inception": detector}, {feature: ("moments",)}, batches, device)
+            collect_outputs({"inception": detector}, {feature: ("moments",)}, batches, device)
 
         turns[f"detector alone, {precision}"] = lambda alone=alone: seconds_of(alone, device)
         turns[f"from files, {precision}"] = lambda files=from_files: seconds_of(files, device)

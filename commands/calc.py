@@ -22,7 +22,7 @@ from dnnlib.click_options import param, takes
 from dnnlib.files import write_json
 from evaluation.images import ImageSource
 from evaluation.scoring import RealImages, check_images, describe_row, make_detectors, score_images
-from metrics.metric import MetricSpec, needed_features
+from metrics.metric import MetricSpec, needed_outputs
 from torch_utils import distributed
 from training.config import DetectorConfig
 
@@ -76,7 +76,7 @@ def command(config: AnyConfig, given: SourceOptions, options: CalcOptions) -> No
     """
     check_targets(json=options.json)
     specs = parse_metrics(options.metrics)
-    names = {spec.feature.detector for spec in specs}
+    names = {spec.output.detector for spec in specs}
     detectors = used_detectors(config, names, f"--metrics={options.metrics}")
     with_reference = [spec.name for spec in specs if spec.has_reference]
     if with_reference and options.ref is None:
@@ -112,9 +112,9 @@ def _score(
     if is_given("per_class") and options.per_class and not has_classes:
         raise click.UsageError("--per-class: the images or the reference have no class labels.")
     per_class = options.per_class and has_classes
-    names = sorted({spec.feature.detector for spec in specs})
+    names = sorted({spec.output.detector for spec in specs})
     detectors = make_detectors(names, config, source.image_shape, device)
-    needs = needed_features(specs, of_reference=True, per_class=per_class)
+    needs = needed_outputs(specs, of_reference=True, per_class=per_class)
     references = {} if real is None else real.references(needs, detectors, device, batch)
     rows = score_images(
         specs,

@@ -76,7 +76,7 @@ def command(config: ScoreConfig, options: FewShotOptions) -> None:
     specs = parse_metrics(options.metrics, of_supports=True)
     protocols = _protocols(options)
     check_targets(json=options.json, outdir=options.outdir)
-    names = {spec.feature.detector for spec in specs}
+    names = {spec.output.detector for spec in specs}
     used_detectors(config, names, f"--metrics={options.metrics}")
     snapshot = cached_snapshot(options.network)
     if snapshot.config.sets is None:

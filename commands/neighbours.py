@@ -18,7 +18,7 @@ from dnnlib.cli import ConfigCommand
 from dnnlib.click_options import param, takes
 from evaluation.neighbours import check_neighbours, find_neighbours, write_report
 from evaluation.scoring import make_detectors
-from metrics.features import DETECTORS
+from metrics.detectors import DETECTORS
 from torch_utils import distributed
 
 _NUM_GENERATED = 1000

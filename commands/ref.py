@@ -11,7 +11,7 @@ from dnnlib.cli import ConfigCommand
 from dnnlib.click_options import param, takes
 from evaluation.images import shape_of
 from evaluation.scoring import dataset_references, make_detectors
-from metrics.metric import needed_features
+from metrics.metric import needed_outputs
 from metrics.reference import save_references
 from torch_utils import distributed
 from training.config import DetectorConfig
@@ -41,7 +41,7 @@ def command(config: DetectorConfig, options: RefOptions) -> None:
     check_targets(dest=dest)
     if dest.suffix != ".npz":
         raise click.UsageError(f"--dest: got {dest}; the file's name must end with .npz.")
-    needs = needed_features(parse_metrics(metrics), of_reference=True)
+    needs = needed_outputs(parse_metrics(metrics), of_reference=True)
     if not needs:
         raise click.UsageError(f"--metrics: {metrics} compares with no real images.")
     names = {feature.detector for feature in needs}

@@ -13,8 +13,8 @@ from data.images.dataset import ImageDataset
 from evaluation.images import Batch, ScoreConfig, SnapshotImages, shape_of
 from evaluation.scoring import RealImages, describe_row, make_detectors, score_images
 from families.sets import open_data_of
-from metrics.features import ImageShape
-from metrics.metric import MetricSpec, needed_features
+from metrics.detectors import ImageShape
+from metrics.metric import MetricSpec, needed_outputs
 from sampling.grids import save_episodes
 from sampling.images import labels_like_data, make_generator
 from sampling.supports import SupportGenerator
@@ -196,9 +196,9 @@ def score_fewshot(
         own = SupportGenerator.of(generator, episodes)
         source = EpisodeImages(own, snapshot, first_seed=first_seed, batch=batch)
         reals = images.subset(episodes.reals)
-        names = sorted({metric.feature.detector for metric in metrics})
+        names = sorted({metric.output.detector for metric in metrics})
         detectors = make_detectors(names, config.detectors, shape_of(reals), device)
-        needs = needed_features(metrics, of_reference=True, per_class=True)
+        needs = needed_outputs(metrics, of_reference=True, per_class=True)
         references = RealImages(reals).references(needs, detectors, device, batch)
         rows = score_images(
             metrics,

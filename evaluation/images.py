@@ -10,7 +10,7 @@ import torch
 from data.images.dataset import open_images
 from data.loader import iterate_images
 from dnnlib.progress import progress
-from metrics.features import ImageShape
+from metrics.detectors import ImageShape
 from sampling.images import (
     GenerateConfig,
     ImageGenerator,

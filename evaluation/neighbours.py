@@ -15,10 +15,10 @@ from data.loader import iterate_images
 from dnnlib.files import write_json
 from evaluation.images import ImageSource, shape_of
 from evaluation.scoring import dataset_references
-from metrics.features import Detector, Feature
+from metrics.detectors import Detector, DetectorOutput
 from metrics.manifold import nearest_neighbours
 from metrics.reference_cache import MAX_VECTORS
-from metrics.statistics import collect_features
+from metrics.statistics import collect_outputs
 from torch_utils import distributed
 from torch_utils.charts import check_charts, new_figure, picture_of
 from torch_utils.pictures import save_image, to_pil
@@ -133,11 +133,11 @@ def find_neighbours(
         held_out: Real images that were not trained on. Without any, each of at least 1,000
             training images (or all) is compared with all the others, as if it had been held out.
     """
-    feature = Feature(detector.name)
+    feature = DetectorOutput(detector.name)
     detectors = {detector.name: detector}
 
     def vectors(batches: Any) -> np.ndarray | None:
-        found = collect_features(detectors, {feature: ("vectors",)}, batches, device)
+        found = collect_outputs(detectors, {feature: ("vectors",)}, batches, device)
         return found[feature].vectors.array
 
     def vectors_of(dataset: ImageDataset, label: str) -> np.ndarray | None:

@@ -15,16 +15,17 @@ from data.latents.dataset import LatentDataset
 from data.loader import iterate_images
 from dnnlib.files import fetch
 from evaluation.images import ImageSource, shape_of
-from metrics.features import Detector, Feature, ImageShape, get_detector
-from metrics.metric import METRICS, MetricSpec, needed_features, score
+from metrics.detectors import Detector, DetectorOutput, ImageShape, get_detector
+from metrics.metric import METRICS, MetricSpec, needed_outputs
 from metrics.reference import References, load_references
 from metrics.reference_cache import references_for, vector_subset
+from metrics.score import score
 from models import ModelConfig
 from torch_utils import distributed
 from training.config import DetectorConfig, RunConfig
 from training.inputs import TrainingData
 
-Needs = Mapping[Feature, Sequence[str]]
+Needs = Mapping[DetectorOutput, Sequence[str]]
 _STATISTICS_SUFFIXES = (".npz", ".pkl")
 
 
@@ -164,7 +165,7 @@ def check_images(
     if real_shape is not None and real_shape != source.image_shape:
         sizes = [f"{shape[2]}x{shape[1]}" for shape in (source.image_shape, real_shape)]
         for metric in metrics:
-            if metric.feature.detector == "pixels":
+            if metric.output.detector == "pixels":
                 raise ValueError(
                     f"{metric.name}: the images are {sizes[0]} and the reference is {sizes[1]}; "
                     "pixels can be compared at equal sizes only."
@@ -207,7 +208,7 @@ def score_images(
     With ``num_blocks`` above 1, as many disjoint blocks of consecutive images (seeds) are scored.
     A row is then that of the first block, with the spread over all in its ``noise_band``.
     """
-    counts = [metric.image_count(references.get(metric.feature), num_images) for metric in metrics]
+    counts = [metric.image_count(references.get(metric.output), num_images) for metric in metrics]
     for metric, count in zip(metrics, counts, strict=True):
         _check_count(metric, count, source, num_blocks)
     stride = max(counts)
@@ -359,7 +360,7 @@ def make_evaluate(
     Detectors and references are made now, so that a missing one stops the run before it starts
     and not hours later. Collective.
     """
-    names = sorted({metric.feature.detector for metric in metrics})
+    names = sorted({metric.output.detector for metric in metrics})
     found = None if real is None else real.image_shape
     expected = shape_of(model)
     if found is not None and (found[0] != expected[0] or ("pixels" in names and found != expected)):
@@ -369,7 +370,7 @@ def make_evaluate(
             f"makes {shapes[1]}; give images of the same kind."
         )
     detectors = make_detectors(names, config, expected, device)
-    needs = needed_features(metrics, of_reference=True)
+    needs = needed_outputs(metrics, of_reference=True)
     references = {} if real is None else real.references(needs, detectors, device)
     by_name = {metric.name: metric for metric in metrics}
 

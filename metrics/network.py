@@ -9,7 +9,7 @@ from torch import nn
 
 
 class NetworkDetector:
-    """A detector whose features are outputs of a network (see metrics.features.Detector).
+    """A detector whose outputs are those of a network (see metrics.detectors.Detector).
 
     A subclass says how uint8 images become the network's input and what its outputs are.
     """

@@ -13,16 +13,16 @@ import torch
 
 from dnnlib import safe_pickle
 from dnnlib.files import atomic_write, fetch
-from metrics.features import Detector, Feature
+from metrics.detectors import Detector, DetectorOutput
 from torch_utils import distributed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reference:
-    """One feature of a set of real images: mean and covariance, vectors, or both.
+    """One output of a detector for real images: mean and covariance, vectors, or both.
 
     Attributes:
-        feature: Detector and output.
+        output: Detector and output.
         mu: [D], float64; None if unknown.
         sigma: [D, D], float64, with divisor count - 1; None if unknown.
         vectors: [M, D], float32, of all images or of a fixed choice of them (see
@@ -31,7 +31,7 @@ class Reference:
         labels: Class index of each vector, int64 [M]; None if unknown.
         count: Number of images behind ``mu`` and ``sigma``, or behind the choice of the vectors;
             None if the file does not tell, as with EDM's.
-        detector_hash: Identity of what made the features; None if the file does not tell.
+        detector_hash: Identity of what made the outputs; None if the file does not tell.
         dataset_hash: Content hash of the images; None if unknown.
         source: Where this comes from, for people.
         class_names: Names of the classes that ``labels`` counts; may be empty.
@@ -39,7 +39,7 @@ class Reference:
             them; None if there are none.
     """
 
-    feature: Feature
+    output: DetectorOutput
     mu: np.ndarray | None = None
     sigma: np.ndarray | None = None
     vectors: np.ndarray | None = None
@@ -71,8 +71,7 @@ class Reference:
         """
         digest = hashlib.sha256()
         if self.dataset_hash and self.detector_hash:
-            output = self.feature.output
-            text = f"{self.dataset_hash} {self.detector_hash} {output} {self.count}"
+            text = f"{self.dataset_hash} {self.detector_hash} {self.output.name} {self.count}"
             digest.update(text.encode())
         else:
             for array in (self.mu, self.sigma, self.vectors):
@@ -82,20 +81,20 @@ class Reference:
 
     def check_detector(self, detector: Detector) -> list[str]:
         """Return warnings about the use with ``detector``; raise ValueError if it is another."""
-        width = detector.outputs[self.feature.output]
+        width = detector.outputs[self.output.name]
         found = [len(self.mu)] if self.mu is not None else []
         found += [self.vectors.shape[1]] if self.vectors is not None else []
         if self.detector_hash is not None and self.detector_hash != detector.hash:
             raise ValueError(
                 f"{self.source}: these reference statistics were made by another detector "
-                f"'{self.feature.detector}' ({self.detector_hash[:12]}) than the one in use "
+                f"'{self.output.detector}' ({self.detector_hash[:12]}) than the one in use "
                 f"({detector.hash[:12]}: {detector.preprocessing}, {detector.precision}); compute "
                 "them anew with `fid.py ref`."
             )
         if any(number != width for number in found):
             raise ValueError(
                 f"{self.source}: these reference statistics have {found[0]} values for "
-                f"{self.feature}, but the detector in use has {width}; compute them anew with "
+                f"{self.output}, but the detector in use has {width}; compute them anew with "
                 "`fid.py ref`."
             )
         if self.detector_hash is None:
@@ -103,30 +102,34 @@ class Reference:
         return []
 
 
-References = dict[Feature, Reference]
+References = dict[DetectorOutput, Reference]
+Arrays = dict[DetectorOutput, dict[str, np.ndarray]]
 
-# Arrays of a file by feature. The names for Inception are those of EDM and ADM, so that their
-# programs read these files too.
-_PREFIXES = {Feature("inception"): ("", ""), Feature("inception", "spatial"): ("", "_s")}
+_KINDS = ("mu", "sigma", "vectors")
+_INCEPTION = DetectorOutput("inception")
+# Prefix and suffix of the arrays in a file. The names for Inception are those of EDM and ADM, so
+# that their programs read these files too.
+_PUBLISHED = {_INCEPTION: ("", ""), DetectorOutput("inception", "spatial"): ("", "_s")}
 _SHARED = ("count", "dataset_hash", "class_names")
+_UNKNOWN = dict(detector_hashes={}, count=None, dataset_hash=None, class_names=())
 
 
-def _array_name(feature: Feature, kind: str) -> str:
-    prefix, suffix = _PREFIXES.get(feature, (f"{feature.detector}.{feature.output}.", ""))
+def _array_name(output: DetectorOutput, kind: str) -> str:
+    prefix, suffix = _PUBLISHED.get(output, (f"{output.detector}.{output.name}.", ""))
     return f"{prefix}{kind}{suffix}"
 
 
 def save_references(path: str | os.PathLike, references: References) -> None:
     """Write references of the same images into one ``.npz`` file, atomically."""
     arrays: dict[str, np.ndarray] = {}
-    for feature, reference in references.items():
-        for kind in ("mu", "sigma", "vectors"):
+    for output, reference in references.items():
+        for kind in _KINDS:
             if getattr(reference, kind) is not None:
-                arrays[_array_name(feature, kind)] = getattr(reference, kind)
+                arrays[_array_name(output, kind)] = getattr(reference, kind)
         if reference.labels is not None:
             arrays["labels"] = reference.labels
     shared = {name: getattr(next(iter(references.values())), name) for name in _SHARED}
-    hashes = {str(feature): reference.detector_hash for feature, reference in references.items()}
+    hashes = {str(output): reference.detector_hash for output, reference in references.items()}
     description = dict(shared, detector_hashes=hashes)
     with atomic_write(path) as file:
         np.savez(file, **arrays, description=np.array(json.dumps(description)))
@@ -146,7 +149,7 @@ def read_references(path: str | os.PathLike) -> References:
     read = _read_pickle if path.suffix == ".pkl" else _read_npz
     try:
         arrays, description = read(path)
-        hashes = {_parse_feature(name): h for name, h in description["detector_hashes"].items()}
+        hashes = description["detector_hashes"]
         count, names = description["count"], tuple(description["class_names"])
         if not (count is None or (isinstance(count, int) and not isinstance(count, bool))):
             raise ValueError(f"its count is {count!r}")
@@ -158,24 +161,24 @@ def read_references(path: str | os.PathLike) -> References:
             f"{path}: damaged, or no file of reference statistics: {error or type(error).__name__}."
         ) from error
     references = {}
-    for feature, kinds in arrays.items():
-        mu, sigma, vectors = (kinds.get(kind) for kind in ("mu", "sigma", "vectors"))
-        _check_arrays(path, feature, mu, sigma, vectors)
+    for output, kinds in arrays.items():
+        mu, sigma, vectors = (kinds.get(kind) for kind in _KINDS)
+        _check_arrays(path, output, mu, sigma, vectors)
         labels = None if vectors is None else description.get("labels")
         if labels is not None and (labels.shape != (len(vectors),) or labels.dtype.kind != "i"):
             raise ValueError(
                 f"{path}: has labels of shape {list(labels.shape)} for {len(vectors)} vectors of "
-                f"{feature}; expected as many integers."
+                f"{output}; expected as many integers."
             )
-        references[feature] = Reference(
-            feature=feature,
+        references[output] = Reference(
+            output=output,
             mu=mu,
             sigma=sigma,
             vectors=vectors,
             num_vectors=0 if vectors is None else len(vectors),
             labels=None if labels is None else labels.astype(np.int64),
             count=count,
-            detector_hash=hashes.get(feature),
+            detector_hash=hashes.get(str(output)),
             dataset_hash=description["dataset_hash"],
             source=str(path),
             class_names=names,
@@ -183,28 +186,18 @@ def read_references(path: str | os.PathLike) -> References:
     return references
 
 
-def _parse_feature(text: str) -> Feature:
-    detector, _, output = text.partition("/")
-    return Feature(detector, output)
-
-
-Arrays = dict[Feature, dict[str, np.ndarray]]
-
-
 def _read_npz(path: Path) -> tuple[Arrays, dict[str, Any]]:
-    description: dict[str, Any] = dict(
-        detector_hashes={}, count=None, dataset_hash=None, class_names=()
-    )
+    description: dict[str, Any] = dict(_UNKNOWN)
     with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
         if "description" in file.files:
             description.update(json.loads(str(file["description"])))
-        features = [_parse_feature(name) for name in description["detector_hashes"]]
+        outputs = [DetectorOutput.parse(name) for name in description["detector_hashes"]]
         arrays: Arrays = {}
-        for feature in features or list(_PREFIXES):
-            kinds = ("mu", "sigma", "vectors")
-            found = {k: n for k in kinds if (n := _array_name(feature, k)) in file.files}
+        for output in outputs or list(_PUBLISHED):
+            found = {kind: _array_name(output, kind) for kind in _KINDS}
+            found = {kind: file[name] for kind, name in found.items() if name in file.files}
             if found:
-                arrays[feature] = {kind: file[name] for kind, name in found.items()}
+                arrays[output] = found
         if "labels" in file.files:
             description["labels"] = file["labels"]
     if not arrays:
@@ -217,26 +210,21 @@ def _read_pickle(path: Path) -> tuple[Arrays, dict[str, Any]]:
         content = safe_pickle.load(file)
     if not isinstance(content, dict):
         raise ValueError("it holds no names with statistics")
-    names = {"fid": Feature("inception"), "fd_dinov2": Feature("dinov2")}
+    names = {"fid": _INCEPTION, "fd_dinov2": DetectorOutput("dinov2")}
     arrays = {
-        feature: {kind: np.asarray(content[name][kind]) for kind in ("mu", "sigma")}
-        for name, feature in names.items()
+        output: {kind: np.asarray(content[name][kind]) for kind in ("mu", "sigma")}
+        for name, output in names.items()
         if name in content
     }
     if not arrays:
         raise ValueError("it has neither 'fid' nor 'fd_dinov2'")
     count = content.get("num_images")
-    return arrays, dict(
-        detector_hashes={},
-        count=None if count is None else int(count),
-        dataset_hash=None,
-        class_names=(),
-    )
+    return arrays, dict(_UNKNOWN, count=None if count is None else int(count))
 
 
 def _check_arrays(
     path: Path,
-    feature: Feature,
+    output: DetectorOutput,
     mu: np.ndarray | None,
     sigma: np.ndarray | None,
     vectors: np.ndarray | None,
@@ -245,16 +233,14 @@ def _check_arrays(
     is_gaussian = mu is not None and mu.ndim == 1 and shapes["sigma"] == (mu.size, mu.size)
     if not is_gaussian and not (mu is None and sigma is None):
         raise ValueError(
-            f"{path}: {feature} has a mean of shape {shapes['mu']} and a covariance of shape "
+            f"{path}: {output} has a mean of shape {shapes['mu']} and a covariance of shape "
             f"{shapes['sigma']}; expected [D] and [D, D]."
         )
     if vectors is not None and vectors.ndim != 2:
-        raise ValueError(
-            f"{path}: {feature} has vectors of shape {vectors.shape}; expected [N, D]."
-        )
+        raise ValueError(f"{path}: {output} has vectors of shape {vectors.shape}; expected [N, D].")
     for array in (mu, sigma, vectors):
         if array is not None and not (array.dtype.kind == "f" and np.isfinite(array).all()):
-            raise ValueError(f"{path}: the reference statistics of {feature} are not finite.")
+            raise ValueError(f"{path}: the reference statistics of {output} are not finite.")
 
 
 def load_references(location: str) -> References:
@@ -264,8 +250,8 @@ def load_references(location: str) -> References:
     """
     references = from_main(lambda: read_references(fetch(location)))
     return {
-        feature: dataclasses.replace(reference, source=str(location))
-        for feature, reference in references.items()
+        output: dataclasses.replace(reference, source=str(location))
+        for output, reference in references.items()
     }
 
 
@@ -273,34 +259,24 @@ def from_main(function: Callable[[], References]) -> References:
     """Return rank 0's references on every rank, but their vectors there alone."""
     here: References = {}
 
-    def describe() -> list[dict[str, Any]]:
+    def describe() -> dict[str, dict[str, Any]]:
         here.update(function())
-        return [
-            {
-                field.name: _as_tensor(getattr(reference, field.name))
-                for field in dataclasses.fields(Reference)
-                if field.name != "vectors"
-            }
-            for reference in here.values()
-        ]
+        return {str(output): _as_tensors(reference) for output, reference in here.items()}
 
     trees = distributed.on_main_tree(describe)
     if distributed.is_main():
         return here
     references: References = {}
-    for tree in trees:
-        # Of a named tuple, only the text travels well.
-        feature = _parse_feature(tree.pop("feature"))
-        fields = {name: _as_array(value) for name, value in tree.items()}
-        references[feature] = Reference(feature=feature, **fields)
+    for text, tree in trees.items():
+        fields = {k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in tree.items()}
+        output = DetectorOutput.parse(text)
+        references[output] = Reference(output=output, **fields)
     return references
 
 
-def _as_tensor(value: Any) -> Any:
-    if isinstance(value, Feature):
-        return str(value)
-    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-
-
-def _as_array(value: Any) -> Any:
-    return value.numpy() if isinstance(value, torch.Tensor) else value
+def _as_tensors(reference: Reference) -> dict[str, Any]:
+    return {
+        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+        for name, value in vars(reference).items()
+        if name not in ("output", "vectors")
+    }

@@ -1,6 +1,7 @@
 """References computed from images, once: they are cached by the content of the images."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 
 from dnnlib.files import cache_dir
-from metrics.features import Detector, Feature
+from metrics.detectors import Detector, DetectorOutput
 from metrics.reference import (
     Reference,
     References,
@@ -17,11 +18,12 @@ from metrics.reference import (
     read_references,
     save_references,
 )
-from metrics.statistics import FeatureSet, collect_features
+from metrics.statistics import Collected, collect_outputs
 from torch_utils import distributed
 
 MAX_VECTORS = 200_000
 _SUBSET_SEED = 0
+_FIELDS = {"moments": ("mu", "sigma"), "vectors": ("vectors", "num_vectors")}
 
 
 def vector_subset(count: int) -> np.ndarray:
@@ -36,7 +38,7 @@ def vector_subset(count: int) -> np.ndarray:
 
 
 def compute_references(
-    needs: Mapping[Feature, Collection[str]],
+    needs: Mapping[DetectorOutput, Collection[str]],
     detectors: Mapping[str, Detector],
     batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
     device: torch.device | str,
@@ -45,44 +47,44 @@ def compute_references(
     dataset_hash: str | None = None,
     source: str = "",
 ) -> References:
-    """Return features of the images of all ranks, each computed once. Collective.
+    """Return what detectors give for the images of all ranks, each seen once. Collective.
 
     Args:
-        needs: What to know of each feature: ``moments``, ``vectors`` or both.
+        needs: What to know of each output: ``moments``, ``vectors`` or both.
         detectors: On ``device``, by name.
         batches: This rank's images with their indices, as for
-            :func:`metrics.statistics.collect_features`; may be empty.
+            :func:`metrics.statistics.collect_outputs`; may be empty.
         num_images: How many images all ranks have together; another number is an error.
         dataset_hash, source: See :class:`Reference`.
 
     Raises ValueError if the number of images is wrong or below 2.
     """
+    name = source or "The dataset"
     if num_images < 2:
-        raise ValueError(
-            f"{source or 'The dataset'}: has {num_images} image; a reference needs at least 2."
-        )
+        raise ValueError(f"{name}: has {num_images} image; a reference needs at least 2.")
     keep = vector_subset(num_images)
-    sets = collect_features(detectors, needs, batches, device, keep)
+    num_kept = int(keep.sum())
+    collected = collect_outputs(detectors, needs, batches, device, keep)
 
-    def reference(feature: Feature, found: FeatureSet) -> Reference:
+    def reference(output: DetectorOutput, found: Collected) -> Reference:
+        moments = found.moments
         vectors = None if found.vectors is None else found.vectors.array
-        counts = [] if found.moments is None else [(found.moments.count, num_images)]
-        if vectors is not None:
-            counts.append((len(vectors), int(keep.sum())))
+        counts = [] if moments is None else [(moments.count, num_images)]
+        counts += [] if vectors is None else [(len(vectors), num_kept)]
         for count, expected in counts:
             if count != expected:
                 raise ValueError(
-                    f"{source or 'The dataset'}: gave {count} images for the reference "
-                    f"statistics; expected {expected}."
+                    f"{name}: gave {count} images for the reference statistics; expected "
+                    f"{expected}."
                 )
         return Reference(
-            feature=feature,
-            mu=None if found.moments is None else found.moments.mean(),
-            sigma=None if found.moments is None else found.moments.covariance(),
+            output=output,
+            mu=None if moments is None else moments.mean(),
+            sigma=None if moments is None else moments.covariance(),
             vectors=vectors,
-            num_vectors=0 if found.vectors is None else int(keep.sum()),
+            num_vectors=0 if found.vectors is None else num_kept,
             count=num_images,
-            detector_hash=detectors[feature.detector].hash,
+            detector_hash=detectors[output.detector].hash,
             dataset_hash=dataset_hash,
             source=source,
         )
@@ -90,7 +92,7 @@ def compute_references(
     references: References = {}
 
     def build() -> None:
-        references.update({feature: reference(feature, found) for feature, found in sets.items()})
+        references.update({output: reference(output, found) for output, found in collected.items()})
 
     # Only rank 0 has the vectors, and every rank must hear if their number is wrong.
     distributed.on_main(build)
@@ -99,14 +101,14 @@ def compute_references(
     return references
 
 
-def cache_path(content_hash: str, feature: Feature, detector_hash: str, kind: str) -> Path:
-    """Return where one feature of a dataset is cached; ``kind`` is ``moments`` or ``vectors``."""
+def cache_path(content_hash: str, output: DetectorOutput, detector_hash: str, kind: str) -> Path:
+    """Return where ``kind``, ``moments`` or ``vectors``, of an output for a dataset is cached."""
     key = hashlib.sha256(f"{content_hash} {detector_hash}".encode()).hexdigest()[:32]
-    return cache_dir() / "references" / f"{feature.detector}-{feature.output}-{key}-{kind}.npz"
+    return cache_dir() / "references" / f"{output.detector}-{output.name}-{key}-{kind}.npz"
 
 
 def references_for(
-    needs: Mapping[Feature, Collection[str]],
+    needs: Mapping[DetectorOutput, Collection[str]],
     detectors: Mapping[str, Detector],
     batches: Callable[[Sequence[int]], Iterable[tuple[torch.Tensor, torch.Tensor]]],
     content_hash: str,
@@ -115,7 +117,7 @@ def references_for(
     num_images: int,
     source: str = "",
 ) -> References:
-    """Return features of a dataset, from the cache if they were ever computed. Collective.
+    """Return what detectors give for a dataset, from the cache if it was ever seen. Collective.
 
     Args:
         needs, detectors, num_images, source: As for :func:`compute_references`.
@@ -125,21 +127,16 @@ def references_for(
 
     A cache file that cannot be used is named on the console and replaced.
     """
-    found: dict[tuple[Feature, str], Reference] = {}
-    missing: dict[Feature, list[str]] = {}
-    for feature, wanted in needs.items():
-        for kind in wanted:
-            detector = detectors[feature.detector]
-            path = cache_path(content_hash, feature, detector.hash, kind)
-
-            def read(path: Path = path, feature: Feature = feature, kind: str = kind) -> References:
-                return _read_cache(path, content_hash, feature, detectors[feature.detector], kind)
-
-            cached = from_main(read)
-            if cached:
-                found[feature, kind] = cached[feature]
-            else:
-                missing.setdefault(feature, []).append(kind)
+    wanted = [(output, kind) for output, kinds in needs.items() for kind in kinds]
+    found: dict[tuple[DetectorOutput, str], Reference] = {}
+    missing: dict[DetectorOutput, list[str]] = {}
+    for output, kind in wanted:
+        detector = detectors[output.detector]
+        cached = from_main(functools.partial(_read_cache, content_hash, output, detector, kind))
+        if cached:
+            found[output, kind] = cached[output]
+        else:
+            missing.setdefault(output, []).append(kind)
     if missing:
         indices: Sequence[int] = range(num_images)
         if not any("moments" in kinds for kinds in missing.values()):
@@ -153,20 +150,18 @@ def references_for(
             dataset_hash=content_hash,
             source=source,
         )
-        for feature, kinds in missing.items():
-            for kind in kinds:
-                path = cache_path(content_hash, feature, made[feature].detector_hash, kind)
-                part = _only(made[feature], kind)
-                found[feature, kind] = part
-                distributed.on_main(lambda path=path, part=part: _write_cache(path, part))
+        for output, kind in wanted:
+            if (output, kind) not in found:
+                found[output, kind] = _only(made[output], kind)
+                distributed.on_main(functools.partial(_write_cache, found[output, kind], kind))
     result: References = {}
-    for (feature, kind), part in found.items():
-        if feature not in result:
-            result[feature] = dataclasses.replace(part, source=source or part.source)
-            continue
-        names = ("mu", "sigma") if kind == "moments" else ("vectors", "num_vectors")
-        changes = {name: getattr(part, name) for name in names}
-        result[feature] = dataclasses.replace(result[feature], **changes)
+    for output, kind in wanted:
+        part = found[output, kind]
+        if output not in result:
+            result[output] = dataclasses.replace(part, source=source or part.source)
+        else:
+            own = {name: getattr(part, name) for name in _FIELDS[kind]}
+            result[output] = dataclasses.replace(result[output], **own)
     return result
 
 
@@ -177,16 +172,17 @@ def _only(reference: Reference, kind: str) -> Reference:
 
 
 def _read_cache(
-    path: Path, content_hash: str, feature: Feature, detector: Detector, kind: str
+    content_hash: str, output: DetectorOutput, detector: Detector, kind: str
 ) -> References:
+    path = cache_path(content_hash, output, detector.hash, kind)
     if not path.is_file():
         return {}
     try:
         references = read_references(path)
-        if feature not in references or kind not in references[feature].knows:
-            raise ValueError(f"{path}: holds no {kind} of {feature}.")
-        references[feature].check_detector(detector)
-        if references[feature].dataset_hash != content_hash:
+        if output not in references or kind not in references[output].knows:
+            raise ValueError(f"{path}: holds no {kind} of {output}.")
+        references[output].check_detector(detector)
+        if references[output].dataset_hash != content_hash:
             raise ValueError(f"{path}: made from other images.")
     except ValueError as error:
         print(f"Cached reference statistics cannot be used and are made anew. {error}", flush=True)
@@ -194,8 +190,9 @@ def _read_cache(
     return references
 
 
-def _write_cache(path: Path, reference: Reference) -> None:
+def _write_cache(reference: Reference, kind: str) -> None:
+    path = cache_path(reference.dataset_hash, reference.output, reference.detector_hash, kind)
     try:
-        save_references(path, {reference.feature: reference})
+        save_references(path, {reference.output: reference})
     except OSError as error:
         print(f"Reference statistics could not be cached in {path}: {error}.", flush=True)

@@ -1,4 +1,4 @@
-"""Features of many images, accumulated batch by batch and over ranks."""
+"""What detectors give for many images, accumulated batch by batch and over ranks."""
 
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping
@@ -6,53 +6,53 @@ from collections.abc import Collection, Iterable, Mapping
 import numpy as np
 import torch
 
-from metrics.features import Detector, Feature
+from metrics.detectors import Detector, DetectorOutput
 from torch_utils import distributed
 
-_MAX_FEATURES = 20_000
+_MAX_DIM = 20_000
 
 
-class FeatureStatistics:
-    """Count, mean and covariance of feature vectors, from sums in float64.
+class OutputMoments:
+    """Count, mean and covariance of a detector's vectors, from sums in float64.
 
     Sums are taken about a shift, the mean of this rank's first batch, so that the covariance does
-    not come from the difference of two large numbers: a constant feature gets a variance of 0 to
+    not come from the difference of two large numbers: a constant value gets a variance of 0 to
     rounding. The result depends on how the images were split into batches and over ranks only
     through the rounding of float64.
     """
 
-    def __init__(self, num_features: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
         """``device`` holds the sums; on GPUs every rank must name its own, even without images."""
-        if num_features > _MAX_FEATURES:
+        if dim > _MAX_DIM:
             raise ValueError(
-                f"The covariance of {num_features:,} values would take "
-                f"{8e-9 * num_features**2:,.0f} GB; at most {_MAX_FEATURES:,} values are taken "
+                f"The covariance of {dim:,} values would take "
+                f"{8e-9 * dim**2:,.0f} GB; at most {_MAX_DIM:,} values are taken "
                 "(pixel distances suit small images)."
             )
-        self.num_features = num_features
+        self.dim = dim
         self.count = 0
-        self._shift = torch.zeros(num_features, dtype=torch.float64, device=device)
+        self._shift = torch.zeros(dim, dtype=torch.float64, device=device)
         self._sum = torch.zeros_like(self._shift)
-        self._second = torch.zeros(num_features, num_features, dtype=torch.float64, device=device)
+        self._second = torch.zeros(dim, dim, dtype=torch.float64, device=device)
         self._reduced = False
 
     @torch.inference_mode()
-    def append(self, features: torch.Tensor) -> None:
-        """Add features [N, num_features] of N images, on any device. Does not wait for it."""
-        assert not self._reduced, "statistics of all ranks take no more features"
-        if features.ndim != 2 or features.shape[1] != self.num_features:
+    def append(self, vectors: torch.Tensor) -> None:
+        """Add vectors [N, dim] of N images, on any device. Does not wait for it."""
+        assert not self._reduced, "statistics of all ranks take no more vectors"
+        if vectors.ndim != 2 or vectors.shape[1] != self.dim:
             raise ValueError(
-                f"Got features of shape {list(features.shape)}; expected [N, {self.num_features}]."
+                f"Got vectors of shape {list(vectors.shape)}; expected [N, {self.dim}]."
             )
-        if len(features) == 0:
+        if len(vectors) == 0:
             return
-        x = features.to(self._shift.device, torch.float64)
+        x = vectors.to(self._shift.device, torch.float64)
         if self.count == 0:
             self._shift = x.mean(dim=0)
         x = x - self._shift
         self._sum = self._sum + x.sum(dim=0)
         self._second = torch.addmm(self._second, x.T, x)
-        self.count += len(features)
+        self.count += len(vectors)
 
     @torch.inference_mode()
     def all_reduce(self) -> None:
@@ -72,15 +72,15 @@ class FeatureStatistics:
         self._shift, self._sum, self.count = mean, torch.zeros_like(mean), count
         self._reduced = True
 
-    def merged(self, other: "FeatureStatistics") -> "FeatureStatistics":
+    def merged(self, other: "OutputMoments") -> "OutputMoments":
         """Return the statistics of the images of both. Both must be of one rank, or of all.
 
         Source: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing
         sample variances" (1979), Eq. 2.1.
         """
         assert self._reduced == other._reduced
-        assert self.num_features == other.num_features
-        result = FeatureStatistics(self.num_features, self._shift.device)
+        assert self.dim == other.dim
+        result = OutputMoments(self.dim, self._shift.device)
         result.count = self.count + other.count
         result._reduced = self._reduced
         if result.count:
@@ -91,13 +91,13 @@ class FeatureStatistics:
         return result
 
     def mean(self) -> np.ndarray:
-        """Return the mean [num_features] in float64. Raises ValueError without images."""
+        """Return the mean [dim] in float64. Raises ValueError without images."""
         if self.count == 0:
             raise ValueError("There are no images to take statistics of.")
         return _finite(self._mean())
 
     def covariance(self) -> np.ndarray:
-        """Return the covariance [num_features, num_features] in float64, with divisor count - 1.
+        """Return the covariance [dim, dim] in float64, with divisor count - 1.
 
         Raises ValueError for fewer than two images.
         """
@@ -116,18 +116,18 @@ class FeatureStatistics:
 def _finite(values: torch.Tensor) -> np.ndarray:
     values = values.cpu().numpy()
     if not np.isfinite(values).all():
-        raise ValueError("The detector's features are not finite (NaN or infinity).")
+        raise ValueError("The detector's outputs are not finite (NaN or infinity).")
     return values
 
 
-class FeatureVectors:
-    """The feature vectors of images, kept by image index; complete on rank 0 after gathering.
+class OutputVectors:
+    """The vectors of images, kept by image index; complete on rank 0 after gathering.
 
     Only images for which ``keep`` is true are kept; None keeps all.
     """
 
-    def __init__(self, num_features: int, keep: np.ndarray | None = None) -> None:
-        self.num_features = num_features
+    def __init__(self, dim: int, keep: np.ndarray | None = None) -> None:
+        self.dim = dim
         self._keep = keep
         self._indices: list[torch.Tensor] = []
         self._vectors: list[torch.Tensor] = []
@@ -136,7 +136,7 @@ class FeatureVectors:
         self.array: np.ndarray | None = None
 
     def append(self, indices: torch.Tensor, vectors: torch.Tensor) -> None:
-        """Add the vectors [N, num_features], on any device, of the images ``indices`` [N]."""
+        """Add the vectors [N, dim], on any device, of the images ``indices`` [N]."""
         # A batch is fetched from the device once the next one is under way.
         self._fetch()
         self._last = indices, vectors
@@ -156,12 +156,12 @@ class FeatureVectors:
     def gather(self) -> None:
         """Have rank 0 know the vectors of all ranks, in the order of the images. Collective.
 
-        Sets ``indices`` [N] and ``array`` [N, num_features], float32, on rank 0. Raises ValueError
+        Sets ``indices`` [N] and ``array`` [N, dim], float32, on rank 0. Raises ValueError
         for vectors that are not finite.
         """
         self._fetch()
         indices = torch.cat([torch.empty(0, dtype=torch.int64), *self._indices])
-        vectors = torch.cat([torch.empty(0, self.num_features), *self._vectors])
+        vectors = torch.cat([torch.empty(0, self.dim), *self._vectors])
         self._indices, self._vectors = [], []
         indices, vectors = distributed.gather_rows(indices), distributed.gather_rows(vectors)
 
@@ -173,9 +173,9 @@ class FeatureVectors:
 
         distributed.on_main(order)
 
-    def merged(self, other: "FeatureVectors") -> "FeatureVectors":
+    def merged(self, other: "OutputVectors") -> "OutputVectors":
         """Return the vectors of both, those of ``other`` after these. Both must be gathered."""
-        result = FeatureVectors(self.num_features)
+        result = OutputVectors(self.dim)
         if self.array is not None:
             result.indices = np.concatenate([self.indices, other.indices])
             result.array = np.concatenate([self.array, other.array])
@@ -183,66 +183,73 @@ class FeatureVectors:
 
 
 @dataclasses.dataclass
-class FeatureSet:
-    """What is known of one feature of a set of images: moments, vectors, or both."""
+class Collected:
+    """What is known of a detector's output for a set of images: moments, vectors, or both."""
 
-    moments: FeatureStatistics | None = None
-    vectors: FeatureVectors | None = None
+    moments: OutputMoments | None = None
+    vectors: OutputVectors | None = None
 
-    def merged(self, other: "FeatureSet") -> "FeatureSet":
+    @property
+    def count(self) -> int:
+        """Number of images; of vectors, on rank 0 alone."""
+        return len(self.vectors.array) if self.moments is None else self.moments.count
+
+    def append(self, indices: torch.Tensor, vectors: torch.Tensor) -> None:
+        """Add the vectors [N, dim] of the images ``indices`` [N]."""
+        if self.moments is not None:
+            self.moments.append(vectors)
+        if self.vectors is not None:
+            self.vectors.append(indices, vectors)
+
+    def gather(self) -> None:
+        """Turn what this rank knows into what all ranks know, vectors on rank 0. Collective."""
+        if self.moments is not None:
+            self.moments.all_reduce()
+        if self.vectors is not None:
+            self.vectors.gather()
+
+    def merged(self, other: "Collected") -> "Collected":
         """Return what both know, of the images of both; they must not overlap."""
-        moments = self.moments is not None and other.moments is not None
-        vectors = self.vectors is not None and other.vectors is not None
-        return FeatureSet(
-            self.moments.merged(other.moments) if moments else None,
-            self.vectors.merged(other.vectors) if vectors else None,
+        pairs = (self.moments, other.moments), (self.vectors, other.vectors)
+        return Collected(
+            *(a.merged(b) if a is not None and b is not None else None for a, b in pairs)
         )
 
 
-def collect_features(
+def collect_outputs(
     detectors: Mapping[str, Detector],
-    needs: Mapping[Feature, Collection[str]],
+    needs: Mapping[DetectorOutput, Collection[str]],
     batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
     device: torch.device | str,
     keep: np.ndarray | None = None,
-) -> dict[Feature, FeatureSet]:
-    """Return the features of the images of all ranks, each computed once. Collective.
+) -> dict[DetectorOutput, Collected]:
+    """Return what detectors give for the images of all ranks, each seen once. Collective.
 
     Args:
         detectors: Networks on ``device``, by name; each sees every image once.
-        needs: What to keep of each feature: ``moments``, ``vectors`` or both.
+        needs: What to keep of each output: ``moments``, ``vectors`` or both.
         batches: This rank's images as ``(indices int64 [N] on the CPU, uint8 [N, C, H, W] on any
             device)``; may be empty.
-        device: Where features and their sums are computed.
+        device: Where outputs and their sums are computed.
         keep: Which images' vectors are kept, bool by index; None keeps all.
     """
-    sets = {
-        feature: FeatureSet(
-            FeatureStatistics(width, device) if "moments" in wanted else None,
-            FeatureVectors(width, keep) if "vectors" in wanted else None,
+    collected: dict[DetectorOutput, Collected] = {}
+    names: dict[str, list[str]] = {}  # Of outputs, by detector.
+    for output, wanted in needs.items():
+        dim = detectors[output.detector].outputs[output.name]
+        collected[output] = Collected(
+            OutputMoments(dim, device) if "moments" in wanted else None,
+            OutputVectors(dim, keep) if "vectors" in wanted else None,
         )
-        for feature, wanted in needs.items()
-        for width in [detectors[feature.detector].outputs[feature.output]]
-    }
-    outputs = {
-        name: tuple(feature.output for feature in needs if feature.detector == name)
-        for name in dict.fromkeys(feature.detector for feature in needs)
-    }
+        names.setdefault(output.detector, []).append(output.name)
     with distributed.together():
         for indices, images in batches:
             images = images.to(device, non_blocking=True)
             # The generator behind `batches` runs outside of this mode, as without metrics.
             with torch.inference_mode():
-                for name, wanted in outputs.items():
-                    for output, vectors in detectors[name](images, wanted).items():
-                        found = sets[Feature(name, output)]
-                        if found.moments is not None:
-                            found.moments.append(vectors)
-                        if found.vectors is not None:
-                            found.vectors.append(indices, vectors)
-    for found in sets.values():
-        if found.moments is not None:
-            found.moments.all_reduce()
-        if found.vectors is not None:
-            found.vectors.gather()
-    return sets
+                for detector, wanted in names.items():
+                    for name, vectors in detectors[detector](images, wanted).items():
+                        collected[DetectorOutput(detector, name)].append(indices, vectors)
+    for found in collected.values():
+        found.gather()
+    return collected

@@ -14,7 +14,7 @@ from PIL import Image
 
 import fid
 import generate
-from metrics.features import Feature
+from metrics.detectors import DetectorOutput
 from metrics.frechet import frechet_distance
 from metrics.reference import read_references
 from training.checkpoint import load_snapshot
@@ -99,7 +99,7 @@ def test_a_folder_a_zip_and_written_statistics_give_the_distance_of_its_definiti
         fid, "ref", f"--data={data}", f"--dest={statistics}", "--metrics=fd_pixels"
     ).output
     assert f"42 images: pixels/features written to {statistics}" in output
-    assert read_references(statistics)[Feature("pixels")].count == 42
+    assert read_references(statistics)[DetectorOutput("pixels")].count == 42
     for images in (generated, archive):
         for real in (data, statistics):
             row = score(tmp_path, f"--images={images}", f"--ref={real}")
@@ -180,7 +180,7 @@ def test_a_row_tells_the_whole_protocol(network, data, tmp_path):
     assert row["network"] == str(network)
     assert row["reference"] == "toy"
     assert row["packages"]["torch"]
-    assert any("low count: 12 images for 192 features" in text for text in row["warnings"])
+    assert any("low count: 12 images for 192 dimensions" in text for text in row["warnings"])
 
 
 def test_sampling_options_and_seeds_change_the_score(network, data, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from metrics import inception
-from metrics.features import get_detector
+from metrics.detectors import get_detector
 from metrics.inception import (
     Inception,
     InceptionDetector,

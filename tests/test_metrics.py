@@ -1,4 +1,4 @@
-"""The Fréchet distance, feature statistics, references, metrics and score rows."""
+"""The Fréchet distance, statistics of outputs, references, metrics and score rows."""
 
 import dataclasses
 import json
@@ -15,11 +15,11 @@ import scipy.linalg
 import torch
 
 from metrics import reference_cache
-from metrics.features import DETECTORS, Feature, PixelDetector, get_detector
+from metrics.detectors import DETECTORS, DetectorOutput, PixelDetector, get_detector
 from metrics.frechet import frechet_distance, frechet_distance_of_samples
 from metrics.inception_score import inception_score
 from metrics.manifold import density_coverage, precision_recall
-from metrics.metric import METRICS, get_metric, get_metrics, needed_features, score
+from metrics.metric import METRICS, get_metric, get_metrics, needed_outputs
 from metrics.mmd import kernel_distance, rbf_mmd
 from metrics.reference import Reference, load_references, read_references, save_references
 from metrics.reference_cache import (
@@ -29,11 +29,12 @@ from metrics.reference_cache import (
     vector_subset,
 )
 from metrics.rows import compare_rows, differing_fields, read_rows
-from metrics.statistics import FeatureStatistics, FeatureVectors
+from metrics.score import score
+from metrics.statistics import OutputMoments, OutputVectors
 
 SHAPE = (1, 3, 3)
-PIXELS = Feature("pixels")
-INCEPTION = Feature("inception")
+PIXELS = DetectorOutput("pixels")
+INCEPTION = DetectorOutput("inception")
 BOTH = ("moments", "vectors")
 
 
@@ -130,60 +131,60 @@ class TestFrechetDistance:
             frechet_distance(mu, -sigma, mu, sigma)
 
 
-class TestFeatureStatistics:
-    def gather(self, features, splits):
-        statistics = FeatureStatistics(features.shape[1])
-        for part in torch.from_numpy(features).split(splits):
+class TestOutputMoments:
+    def gather(self, vectors, splits):
+        statistics = OutputMoments(vectors.shape[1])
+        for part in torch.from_numpy(vectors).split(splits):
             statistics.append(part)
         return statistics
 
     def test_agree_with_numpy(self):
-        features = np.random.default_rng(0).standard_normal((57, 5)) @ np.diag([1, 2, 3, 4, 5.0])
-        statistics = self.gather(features, [10, 40, 7])
+        vectors = np.random.default_rng(0).standard_normal((57, 5)) @ np.diag([1, 2, 3, 4, 5.0])
+        statistics = self.gather(vectors, [10, 40, 7])
         assert statistics.count == 57
-        np.testing.assert_allclose(statistics.mean(), features.mean(0), rtol=1e-12)
-        np.testing.assert_allclose(statistics.covariance(), np.cov(features.T), rtol=1e-12)
+        np.testing.assert_allclose(statistics.mean(), vectors.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(statistics.covariance(), np.cov(vectors.T), rtol=1e-12)
 
     def test_do_not_lose_a_small_spread_beside_a_large_mean(self):
-        features = 1e6 + 1e-3 * np.random.default_rng(1).standard_normal((300, 3))
-        expected = np.cov(features.T - 1e6)
-        found = self.gather(features, [1, 99, 200]).covariance()
+        vectors = 1e6 + 1e-3 * np.random.default_rng(1).standard_normal((300, 3))
+        expected = np.cov(vectors.T - 1e6)
+        found = self.gather(vectors, [1, 99, 200]).covariance()
         np.testing.assert_allclose(np.diag(found), np.diag(expected), rtol=1e-5)
 
-    def test_of_a_constant_feature_have_no_variance(self):
-        features = np.full((100, 2), np.float32(0.1), np.float32)
-        np.testing.assert_allclose(self.gather(features, 7).covariance(), 0, atol=1e-30)
+    def test_of_a_constant_value_have_no_variance(self):
+        vectors = np.full((100, 2), np.float32(0.1), np.float32)
+        np.testing.assert_allclose(self.gather(vectors, 7).covariance(), 0, atol=1e-30)
 
     def test_do_not_depend_on_the_batch_size(self):
         rng = np.random.default_rng(2)
-        features = (rng.random((200, 24)) ** 2).astype(np.float32)
+        vectors = (rng.random((200, 24)) ** 2).astype(np.float32)
         other = random_covariance(rng, 24, 0.1)
         distances = []
         for size in (1, 7, 64, 200):
-            statistics = self.gather(features, size)
+            statistics = self.gather(vectors, size)
             distances.append(
                 frechet_distance(statistics.mean(), statistics.covariance(), np.zeros(24), other)
             )
         np.testing.assert_allclose(distances, distances[0], rtol=1e-10)
 
     def test_merge_into_those_of_all_images(self):
-        features = np.random.default_rng(3).standard_normal((90, 4)) + np.arange(90)[:, None] / 10
-        whole, first = self.gather(features, 90), self.gather(features[:20], 20)
-        second, empty = self.gather(features[20:], 11), FeatureStatistics(4)
+        vectors = np.random.default_rng(3).standard_normal((90, 4)) + np.arange(90)[:, None] / 10
+        whole, first = self.gather(vectors, 90), self.gather(vectors[:20], 20)
+        second, empty = self.gather(vectors[20:], 11), OutputMoments(4)
         for merged in (first.merged(second), empty.merged(whole), whole.merged(empty)):
             assert merged.count == 90
             np.testing.assert_allclose(merged.mean(), whole.mean(), rtol=1e-12)
             np.testing.assert_allclose(merged.covariance(), whole.covariance(), rtol=1e-12)
 
     def test_ignore_empty_batches_and_refuse_other_widths(self):
-        statistics = FeatureStatistics(4)
+        statistics = OutputMoments(4)
         statistics.append(torch.zeros(0, 4))
         assert statistics.count == 0
         with pytest.raises(ValueError, match=r"\[2, 3\]; expected \[N, 4\]"):
             statistics.append(torch.zeros(2, 3))
 
-    def test_need_images_and_finite_features(self):
-        statistics = FeatureStatistics(2)
+    def test_need_images_and_finite_outputs(self):
+        statistics = OutputMoments(2)
         with pytest.raises(ValueError, match="no images"):
             statistics.mean()
         statistics.append(torch.ones(1, 2))
@@ -199,9 +200,9 @@ class TestDetectors:
         images = torch.tensor([0, 51, 255, 102], dtype=torch.uint8).reshape(1, 1, 2, 2)
         detector = get_detector("pixels", "cpu", image_shape=(1, 2, 2))
         assert detector.outputs == {"features": 4}
-        features = detector(images)["features"]
-        assert features.dtype == torch.float32
-        np.testing.assert_allclose(features, [[0, 0.2, 1, 0.4]], rtol=1e-6)
+        pixels = detector(images)["features"]
+        assert pixels.dtype == torch.float32
+        np.testing.assert_allclose(pixels, [[0, 0.2, 1, 0.4]], rtol=1e-6)
 
     def test_pixels_of_another_shape_have_another_hash_and_are_refused(self):
         detector = PixelDetector((3, 4, 4))
@@ -219,11 +220,11 @@ class TestDetectors:
             get_detector("pixels", "cpu", image_shape=SHAPE, location="file.pth")
 
 
-class TestFeatureVectors:
+class TestOutputVectors:
     def test_come_in_the_order_of_the_images_whatever_the_order_of_the_batches(self):
         vectors = torch.randn(20, 3)
         order = torch.randperm(20)
-        found = FeatureVectors(3)
+        found = OutputVectors(3)
         for part in order.split(6):
             found.append(part, vectors[part])
         found.gather()
@@ -232,28 +233,28 @@ class TestFeatureVectors:
 
     def test_are_kept_only_where_asked(self):
         keep = np.arange(20) % 3 == 0
-        found = FeatureVectors(1, keep)
+        found = OutputVectors(1, keep)
         for indices in torch.arange(20).split(6):
             found.append(indices, indices[:, None].float())
         found.gather()
         np.testing.assert_array_equal(found.array[:, 0], np.flatnonzero(keep))
 
     def test_must_be_finite_and_unique(self):
-        found = FeatureVectors(1)
+        found = OutputVectors(1)
         found.append(torch.tensor([0]), torch.tensor([[torch.nan]]))
         with pytest.raises(ValueError, match="not finite"):
             found.gather()
-        found = FeatureVectors(1)
+        found = OutputVectors(1)
         found.append(torch.tensor([0, 0]), torch.ones(2, 1))
         with pytest.raises(AssertionError, match="twice"):
             found.gather()
 
 
 class TestReferences:
-    def make(self, feature=PIXELS, **kwargs):
+    def make(self, output=PIXELS, **kwargs):
         rng = np.random.default_rng(0)
         fields = dict(
-            feature=feature,
+            output=output,
             mu=rng.standard_normal(9),
             sigma=random_covariance(rng, 9),
             count=100,
@@ -275,20 +276,22 @@ class TestReferences:
         written = {
             PIXELS: self.make(vectors=vectors, num_vectors=100, labels=labels, **known),
             INCEPTION: self.make(INCEPTION, **known),
-            Feature("inception", "spatial"): self.make(Feature("inception", "spatial"), **known),
+            DetectorOutput("inception", "spatial"): self.make(
+                DetectorOutput("inception", "spatial"), **known
+            ),
         }
         save_references(path, written)
         found = read_references(path)
         assert found.keys() == written.keys()
-        for feature, reference in written.items():
+        for output, reference in written.items():
             for name in ("mu", "sigma", "vectors", "labels"):
-                value, expected = getattr(found[feature], name), getattr(reference, name)
+                value, expected = getattr(found[output], name), getattr(reference, name)
                 assert (value is None) == (expected is None)
                 if expected is not None:
                     np.testing.assert_array_equal(value, expected)
             for name in ("count", "detector_hash", "dataset_hash", "hash", "class_names"):
-                assert getattr(found[feature], name) == getattr(reference, name)
-            assert found[feature].source == str(path)
+                assert getattr(found[output], name) == getattr(reference, name)
+            assert found[output].source == str(path)
         assert found[PIXELS].knows == {"moments", "vectors"}
         assert os.listdir(path.parent) == ["reference.npz"]
         assert found[PIXELS].check_detector(PixelDetector(SHAPE)) == []
@@ -314,8 +317,10 @@ class TestReferences:
         arrays = dict(mu_s=written.mu[:5], sigma_s=written.sigma[:5, :5], arr_0=images)
         np.savez(path, mu=written.mu, sigma=written.sigma, **arrays)
         found = read_references(path)
-        assert found.keys() == {INCEPTION, Feature("inception", "spatial")}
-        np.testing.assert_array_equal(found[Feature("inception", "spatial")].mu, written.mu[:5])
+        assert found.keys() == {INCEPTION, DetectorOutput("inception", "spatial")}
+        np.testing.assert_array_equal(
+            found[DetectorOutput("inception", "spatial")].mu, written.mu[:5]
+        )
 
     def test_of_edm2_load_from_a_pickle_as_data(self, tmp_path):
         path = tmp_path / "img512.pkl"
@@ -324,9 +329,9 @@ class TestReferences:
         content = dict(num_images=1281167, fid=moments, fd_dinov2=dict(moments, mu=-written.mu))
         path.write_bytes(pickle.dumps(content))
         found = read_references(path)
-        assert found.keys() == {INCEPTION, Feature("dinov2")}
+        assert found.keys() == {INCEPTION, DetectorOutput("dinov2")}
         np.testing.assert_array_equal(found[INCEPTION].sigma, written.sigma)
-        np.testing.assert_array_equal(found[Feature("dinov2")].mu, -written.mu)
+        np.testing.assert_array_equal(found[DetectorOutput("dinov2")].mu, -written.mu)
         assert found[INCEPTION].count == 1281167
         path.write_bytes(pickle.dumps(dict(other=moments)))
         with pytest.raises(ValueError, match=r"img512\.pkl: .*neither 'fid' nor 'fd_dinov2'"):
@@ -342,7 +347,7 @@ class TestReferences:
         assert reference.hash == self.make(mu=reference.mu + 1e-15).hash
         assert reference.hash != self.make(dataset_hash="e" * 64).hash
         assert reference.hash != self.make(detector_hash="e" * 64).hash
-        assert reference.hash != self.make(Feature("pixels", "other")).hash
+        assert reference.hash != self.make(DetectorOutput("pixels", "other")).hash
         foreign = self.make(dataset_hash=None)
         assert foreign.hash != self.make(dataset_hash=None, mu=reference.mu + 1).hash
 
@@ -389,11 +394,11 @@ class TestReferences:
             with pytest.raises(ValueError, match=r"reference\.npz: damaged.* its "):
                 read_references(path)
 
-    def test_need_two_images_and_features_whose_covariance_fits_in_memory(self):
+    def test_need_two_images_and_outputs_whose_covariance_fits_in_memory(self):
         with pytest.raises(ValueError, match="data: has 1 image; a reference needs at least 2"):
             self.compute(random_images(0, 1), {PIXELS: BOTH}, source="data")
         with pytest.raises(ValueError, match=r"196,608 values would take 309 GB"):
-            FeatureStatistics(256 * 256 * 3)
+            OutputMoments(256 * 256 * 3)
 
     def test_in_files_that_hold_objects_are_refused_unexecuted(self, tmp_path):
         path, mark = tmp_path / "reference.npz", tmp_path / "executed"
@@ -521,7 +526,7 @@ class CountingDetector(PixelDetector):
 
 
 def spec(name, num_images, detector="pixels", like="fd_pixels", **kwargs):
-    fields = dict(feature=Feature(detector), num_images=num_images, at_most_dataset=False)
+    fields = dict(output=DetectorOutput(detector), num_images=num_images, at_most_dataset=False)
     return dataclasses.replace(METRICS[like], name=name, **{**fields, **kwargs})
 
 
@@ -562,7 +567,7 @@ class TestScore:
         expected += np.trace(np.cov(x.T) + np.cov(y.T) - 2 * root)
         assert row["value"] == pytest.approx(expected, rel=1e-6)
 
-    def test_gives_every_metric_its_features(self):
+    def test_gives_every_metric_its_outputs(self):
         metrics = [spec(name, 60, like=name) for name in ("kid_pixels", "pr_pixels", "dc_pixels")]
         metrics.append(spec("is", 60, like="is50k"))
         metrics.append(spec("cmmd", 60, like="cmmd50k_full"))
@@ -613,7 +618,7 @@ class TestScore:
 
     @pytest.mark.parametrize("like", ["fd_pixels", "kid_pixels", "is50k"])
     def test_does_not_depend_on_the_order_in_which_images_come(self, like):
-        metric = spec("any", 60, like=like, feature=PIXELS)
+        metric = spec("any", 60, like=like, output=PIXELS)
         order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
         (expected,) = self.score([metric])
         (found,) = score(
@@ -643,7 +648,7 @@ class TestScore:
         rows = score(
             metrics,
             generate,
-            {PIXELS: reference, Feature("counting"): reference},
+            {PIXELS: reference, DetectorOutput("counting"): reference},
             dict(pixels=self.detector, counting=counting),
             "cpu",
         )
@@ -652,13 +657,13 @@ class TestScore:
         assert [row["metric"] for row in rows] == ["b", "a", "c", "d"]
         assert [row["num_images"] for row in rows] == [60, 25, 40, 50]
         for metric, row in zip(metrics, rows, strict=True):
-            (alone,) = self.score([dataclasses.replace(metric, feature=PIXELS)])
+            (alone,) = self.score([dataclasses.replace(metric, output=PIXELS)])
             assert row["values"] == pytest.approx(alone["values"], rel=1e-10)
 
     def test_with_few_images_is_finite_and_warns_of_the_low_count(self):
         (row,) = self.score([spec("fd", 9)])
         assert np.isfinite(row["value"])
-        assert "low count: 9 images for 9 features" in row["warnings"][0]
+        assert "low count: 9 images for 9 dimensions" in row["warnings"][0]
         (row,) = self.score([spec("fd", 10)])
         assert row["warnings"] == []
 
@@ -775,8 +780,8 @@ class TestScore:
 
 class TestMetricNames:
     def test_stand_for_the_documented_protocols(self):
-        reference = Reference(feature=PIXELS, count=1797)
-        for name, feature, count in [
+        reference = Reference(output=PIXELS, count=1797)
+        for name, output, count in [
             ("fid10k_full", "inception/features", 10_000),
             ("fid50k_full", "inception/features", 50_000),
             ("sfid50k_full", "inception/spatial", 50_000),
@@ -789,26 +794,26 @@ class TestMetricNames:
             ("fd_pixels", "pixels/features", 1797),
         ]:
             metric = get_metric(name)
-            assert (str(metric.feature), metric.image_count(reference)) == (feature, count)
-        assert get_metric("fd_pixels").image_count(Reference(feature=PIXELS, count=50_000)) == 2_000
-        assert get_metric("fd_pixels").image_count(Reference(feature=PIXELS)) == 2_000
+            assert (str(metric.output), metric.image_count(reference)) == (output, count)
+        assert get_metric("fd_pixels").image_count(Reference(output=PIXELS, count=50_000)) == 2_000
+        assert get_metric("fd_pixels").image_count(Reference(output=PIXELS)) == 2_000
         assert not get_metric("is50k").has_reference
 
     def test_refer_to_registered_detectors_and_name_themselves(self):
         for name, metric in METRICS.items():
             assert metric.name == name
-            assert metric.feature.detector in DETECTORS
+            assert metric.output.detector in DETECTORS
 
-    def test_say_what_is_to_be_kept_of_each_feature_once(self):
+    def test_say_what_is_to_be_kept_of_each_output_once(self):
         metrics = get_metrics(["fid10k_full", "kid50k_full", "fid50k_full", "is50k"])
-        assert needed_features(metrics) == {
+        assert needed_outputs(metrics) == {
             INCEPTION: ("moments", "vectors"),
-            Feature("inception", "logits"): ("vectors",),
+            DetectorOutput("inception", "logits"): ("vectors",),
         }
-        assert needed_features(metrics, of_reference=True) == {INCEPTION: ("moments", "vectors")}
+        assert needed_outputs(metrics, of_reference=True) == {INCEPTION: ("moments", "vectors")}
         fid = get_metrics(["fid50k_full"])
-        assert needed_features(fid) == {INCEPTION: ("moments",)}
-        assert needed_features(fid, per_class=True) == {INCEPTION: ("moments", "vectors")}
+        assert needed_outputs(fid) == {INCEPTION: ("moments",)}
+        assert needed_outputs(fid, per_class=True) == {INCEPTION: ("moments", "vectors")}
 
     def test_misspelled_suggest_the_nearest(self):
         with pytest.raises(ValueError, match="Did you mean 'fid50k_full'"):
@@ -902,8 +907,9 @@ import dataclasses, json, sys
 from pathlib import Path
 import numpy as np
 import torch
-from metrics.features import Feature, PixelDetector
-from metrics.metric import METRICS, score
+from metrics.detectors import DetectorOutput, PixelDetector
+from metrics.metric import METRICS
+from metrics.score import score
 from metrics.reference import load_references
 from metrics.reference_cache import references_for
 from torch_utils import distributed
@@ -931,7 +937,7 @@ def batches(indices):
 
 
 for _ in range(2):
-    needs = {Feature("pixels"): ("moments", "vectors")}
+    needs = {DetectorOutput("pixels"): ("moments", "vectors")}
     references = references_for(
         needs, detectors, batches, "a" * 64, device, num_images=len(reals)
     )
@@ -952,8 +958,8 @@ try:
     error = ""
 except ValueError as caught:
     error = str(caught)
-loaded = load_references(str(folder / "images-reference.npz"))[Feature("inception")]
-sigma = references[Feature("pixels")].sigma
+loaded = load_references(str(folder / "images-reference.npz"))[DetectorOutput("inception")]
+sigma = references[DetectorOutput("pixels")].sigma
 results = dict(rows=rows, sigma=sigma.tolist(), error=error, loaded=loaded.mu.tolist())
 (folder / f"result-{rank}.json").write_text(json.dumps(results))
 distributed.shutdown()

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from encoders.loading import Pretrained
-from metrics.features import get_detector
+from metrics.detectors import get_detector
 from metrics.vit import resize_positions
 
 transformers = pytest.importorskip("transformers")
@@ -329,7 +329,7 @@ class Executes:
 TWO_PROCESSES = """
 import sys
 import torch
-from metrics.features import get_detector
+from metrics.detectors import get_detector
 from torch_utils import distributed
 
 device = distributed.init()

@@ -201,7 +201,7 @@ class DetectorConfig(Config):
                 )
 
     def arguments(self, detector: str) -> dict[str, str | None]:
-        """Return the arguments of :func:`metrics.features.get_detector` for one detector."""
+        """Return the arguments of :func:`metrics.detectors.get_detector` for one detector."""
         if detector == "pixels":
             return {}
         precision = {"fp32": "float32", "bf16": "bfloat16"}[self.detector_precision]

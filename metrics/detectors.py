@@ -1,4 +1,4 @@
-"""Detectors: what turns images into the feature vectors that distributions are compared by."""
+"""Detectors: what turns images into the vectors that distributions are compared by."""
 
 import hashlib
 from collections.abc import Collection, Mapping
@@ -7,30 +7,33 @@ from typing import NamedTuple, Protocol
 import torch
 
 from dnnlib.config import did_you_mean
-from metrics.inception import InceptionDetector
-from metrics.vit import ClipDetector, DinoV2Detector
 
 ImageShape = tuple[int, int, int]  # C, H, W
 
 
-class Feature(NamedTuple):
-    """One output of one detector: what a metric looks at."""
+class DetectorOutput(NamedTuple):
+    """One output of one detector: what a metric looks at. As text, ``detector/name``."""
 
     detector: str
-    output: str = "features"
+    name: str = "features"
 
     def __str__(self) -> str:
-        return f"{self.detector}/{self.output}"
+        return f"{self.detector}/{self.name}"
+
+    @classmethod
+    def parse(cls, text: str) -> "DetectorOutput":
+        """Return the output that was written as text."""
+        return cls(*text.split("/", 1))
 
 
 class Detector(Protocol):
-    """Maps images to features and names exactly how.
+    """Maps images to vectors and names exactly how.
 
     Attributes:
         name: Name in the registry.
         outputs: Length of each output's vectors, by the name of the output.
         hash: Hexadecimal digest of weights, preprocessing and arithmetic; equal hashes mean equal
-            features.
+            outputs.
         preprocessing: How images become the network's input, in one line for people.
         precision: Arithmetic of the network, ``float32`` or ``bfloat16``.
     """
@@ -102,18 +105,21 @@ def get_detector(
 
     Raises ValueError for an unknown name and for weights that cannot be used.
     """
+    if name not in DETECTORS:
+        raise ValueError(
+            f"Unknown detector {name!r}; accepted: {', '.join(DETECTORS)}."
+            f"{did_you_mean(name, DETECTORS)}"
+        )
     if name == "pixels":
         if location is not None:
             raise ValueError(f"The pixel detector has no weights; got {location!r}. Leave it out.")
         assert image_shape is not None, "the pixel detector needs the image shape"
         return PixelDetector(image_shape)
     if name == "inception":
+        from metrics.inception import InceptionDetector
+
         return InceptionDetector.load(location, device, convention, precision)
-    if name == "dinov2":
-        return DinoV2Detector.load(location, device, precision)
-    if name == "clip":
-        return ClipDetector.load(location, device, precision)
-    raise ValueError(
-        f"Unknown detector {name!r}; accepted: {', '.join(DETECTORS)}."
-        f"{did_you_mean(name, DETECTORS)}"
-    )
+    from metrics.vit import ClipDetector, DinoV2Detector
+
+    detector_class = DinoV2Detector if name == "dinov2" else ClipDetector
+    return detector_class.load(location, device, precision)

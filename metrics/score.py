@@ -1,0 +1,240 @@
+"""Scores: any number of metrics of generated images, computed in one pass over them."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from metrics.detectors import Detector, DetectorOutput
+from metrics.metric import Comparison, MetricSpec, needed_outputs
+from metrics.reference import Reference, References
+from metrics.statistics import Collected, collect_outputs
+from torch_utils import distributed
+
+Batch = tuple[torch.Tensor, torch.Tensor]  # Image indices int64 [N], uint8 images [N, C, H, W].
+GenerateFn = Callable[[range], Iterable[Batch]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """A metric, how many images it takes, and what it sees and compares them with."""
+
+    metric: MetricSpec
+    num_images: int
+    detector: Detector
+    reference: Reference | None
+    warnings: list[str]
+
+
+def score(
+    metrics: Sequence[MetricSpec],
+    generate: GenerateFn,
+    references: References,
+    detectors: Mapping[str, Detector],
+    device: torch.device | str,
+    *,
+    num_images: int | None = None,
+    labels: Callable[[int], np.ndarray] | None = None,
+    class_names: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """Return one row per metric, equal on every rank. Collective.
+
+    No image is generated and none seen by a detector twice: metrics of fewer images use the first
+    ones of those of more. ``generate`` is called with consecutive ranges of indices for that.
+
+    Args:
+        metrics: What to compute.
+        generate: ``generate(range(start, stop))`` yields this rank's share of the images with those
+            indices, in any order and any split over batches and ranks, each with its index. An
+            image must depend on its index alone.
+        references: What is known of the real images; needed by every metric that has a reference.
+        detectors: Detectors on ``device``, by name.
+        device: Where outputs, their sums and the metrics are computed.
+        num_images: Number of images instead of that of the metrics.
+        labels: ``labels(n)`` is the class of each of the first n images, int64 [n]. With it, rows
+            also hold the numbers of each class of which the reference knows labelled vectors.
+        class_names: Names of the classes.
+
+    A row holds metric, value (the headline), values (all), num_images, the detector with its hash,
+    preprocessing and precision, the reference with its hash and count, seconds since the start,
+    and a list of warnings. The caller adds how the images were made. Raises ValueError for a
+    reference that lacks what a metric needs or is of another detector, and for a wrong number of
+    images.
+    """
+    start_sec = time.monotonic()
+    plans = [_plan(metric, references, detectors, num_images) for metric in metrics]
+    collected: dict[DetectorOutput, Collected] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    done = 0
+    for stop in sorted({plan.num_images for plan in plans}):
+        pending = [plan for plan in plans if plan.num_images >= stop]
+        needs = needed_outputs((plan.metric for plan in pending), per_class=labels is not None)
+        parts = collect_outputs(detectors, needs, generate(range(done, stop)), device)
+        for output, part in parts.items():
+            collected[output] = collected[output].merged(part) if output in collected else part
+        classes = None if labels is None else _Classes(labels(stop), class_names)
+        for plan in pending:
+            if plan.num_images == stop:
+                row = _row(plan, collected[plan.metric.output], classes, device)
+                seconds = distributed.broadcast_object(time.monotonic() - start_sec)
+                rows[plan.metric.name] = dict(row, seconds=round(seconds, 3))
+        done = stop
+    return [rows[metric.name] for metric in metrics]
+
+
+def _plan(
+    metric: MetricSpec,
+    references: References,
+    detectors: Mapping[str, Detector],
+    num_images: int | None,
+) -> _Plan:
+    """Return what is computed for a metric; raises ValueError if it cannot be."""
+    detector = detectors[metric.output.detector]
+    reference = _reference_of(metric, references)
+    count = metric.image_count(reference, num_images)
+    if count < metric.at_least:
+        raise ValueError(f"{metric.name}: needs at least {metric.at_least} images; got {count}.")
+    if metric.needs == "vectors" and reference and reference.num_vectors < metric.at_least:
+        raise ValueError(
+            f"{metric.name}: needs at least {metric.at_least} real images; {reference.source} has "
+            f"{reference.num_vectors}."
+        )
+    warnings = [] if reference is None else reference.check_detector(detector)
+    return _Plan(
+        metric=metric,
+        num_images=count,
+        detector=detector,
+        reference=reference,
+        warnings=warnings + _count_warnings(metric, count, reference, detector),
+    )
+
+
+def _reference_of(metric: MetricSpec, references: References) -> Reference | None:
+    if not metric.has_reference:
+        return None
+    reference = references.get(metric.output)
+    if reference is not None:
+        reference = reference.of(metric.needs)
+    if reference is None or metric.needs not in reference.knows:
+        source = next((found.source for found in references.values()), "the reference")
+        raise ValueError(
+            f"{metric.name}: {source} holds no {metric.needs} of {metric.output}; give the images "
+            "themselves as the reference, or make it anew with `fid.py ref --metrics="
+            f"{metric.name}`."
+        )
+    return reference
+
+
+def _count_warnings(
+    metric: MetricSpec, num_images: int, reference: Reference | None, detector: Detector
+) -> list[str]:
+    if metric.subset_size is not None:
+        size = min(num_images, reference.num_vectors)
+        if size >= metric.subset_size:
+            return []
+        return [
+            f"low count: subsets of {size} images instead of {metric.subset_size:,}; they overlap, "
+            "and their spread is too small"
+        ]
+    if metric.needs != "moments":
+        return []
+    dim = detector.outputs[metric.output.name]
+    return [
+        f"low count: {count} {what} for {dim} dimensions; the distance is biased upwards and "
+        "comparable only at equal counts"
+        for count, what in ((num_images, "images"), (reference.count, "reference images"))
+        if count is not None and count <= dim
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Classes:
+    """Classes of the generated images, int64 [N], and the names of all classes."""
+
+    labels: np.ndarray
+    names: Sequence[str]
+
+
+def _row(
+    plan: _Plan, found: Collected, classes: _Classes | None, device: torch.device | str
+) -> dict[str, Any]:
+    metric, detector = plan.metric, plan.detector
+    row = distributed.on_main(lambda: _numbers(plan, found, classes, device))
+    return dict(
+        row,
+        num_images=plan.num_images,
+        detector=str(metric.output),
+        detector_hash=detector.hash,
+        preprocessing=detector.preprocessing,
+        detector_precision=detector.precision,
+        warnings=plan.warnings,
+    )
+
+
+def _numbers(
+    plan: _Plan, found: Collected, classes: _Classes | None, device: torch.device | str
+) -> dict[str, Any]:
+    """Return what a row says of a metric's values and its reference; on rank 0 alone."""
+    metric, reference = plan.metric, plan.reference
+    if found.count != plan.num_images:
+        raise ValueError(
+            f"{metric.name}: needs {plan.num_images} images, but got {found.count}. Provide as "
+            "many, or give the number of images to score."
+        )
+    if metric.needs == "moments":
+        comparison = Comparison(
+            fake_moments=(found.moments.mean(), found.moments.covariance()),
+            real_moments=(reference.mu, reference.sigma),
+            device=device,
+        )
+    else:
+        real = None if reference is None else reference.vectors
+        comparison = Comparison(fake=found.vectors.array, real=real, device=device)
+    try:
+        values = metric.compute(comparison)
+    except ValueError as error:
+        source = "" if reference is None else f" against {reference.source}"
+        raise ValueError(f"{metric.name}{source}: {error}") from error
+    row = dict(metric=metric.name, value=next(iter(values.values())), values=values)
+    if classes is not None:
+        per_class = _per_class(plan, found, classes, device)
+        row.update(dict(per_class=per_class) if per_class else {})
+    if reference is not None:
+        row.update(
+            reference=reference.source,
+            reference_hash=reference.hash,
+            reference_count=reference.count,
+        )
+        if metric.needs == "vectors":
+            row["reference_vectors"] = reference.num_vectors
+    return row
+
+
+def _per_class(
+    plan: _Plan, found: Collected, classes: _Classes, device: torch.device | str
+) -> dict[str, dict[str, float]]:
+    """Return the metric's values and counts for each class that both sides have enough of."""
+    metric, reference = plan.metric, plan.reference
+    if reference is not None:
+        reference = reference.of("vectors")
+        if reference.vectors is None or reference.labels is None:
+            return {}
+    names = [str(name) for name in classes.names]
+    result: dict[str, dict[str, float]] = {}
+    for label in np.unique(classes.labels):
+        fake = found.vectors.array[classes.labels == label]
+        real = None if reference is None else reference.vectors[reference.labels == label]
+        counts = dict(num_images=len(fake))
+        if real is not None:
+            counts["reference_count"] = len(real)
+        if min(counts.values()) < metric.at_least:
+            continue
+        values = metric.compute(Comparison(fake=fake, real=real, device=device))
+        name = names[label] if label < len(names) else str(label)
+        if names.count(name) > 1:
+            name = f"{name} ({label})"
+        result[name] = {**values, **counts}
+    return result
