@@ -3,6 +3,8 @@
 import numpy as np
 from numpy.typing import ArrayLike
 
+from metrics.vectors import check_vectors
+
 
 def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: ArrayLike) -> float:
     """Return the squared Fréchet distance between N(mu1, sigma1) and N(mu2, sigma2).
@@ -47,11 +49,7 @@ def frechet_distance_of_samples(x: ArrayLike, y: ArrayLike) -> float:
     Raises ValueError for fewer than two rows and for widths that differ.
     """
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
-        raise ValueError(
-            f"Got samples of shapes {list(x.shape)} and {list(y.shape)}; expected [N, D] and "
-            "[M, D] with at least two rows each."
-        )
+    check_vectors(x, y, at_least=2)
     if len(x) * len(y) > x.shape[1] ** 2:
         sigma1, sigma2 = (np.atleast_2d(np.cov(rows, rowvar=False)) for rows in (x, y))
         return frechet_distance(x.mean(0), sigma1, y.mean(0), sigma2)

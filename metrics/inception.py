@@ -13,9 +13,8 @@ import torch
 from torch import nn
 
 from dnnlib.config import did_you_mean
-from dnnlib.files import fetch
 from metrics.network import NetworkDetector
-from metrics.weights import checked_weights, read_tensors
+from metrics.weights import load_weights
 from torch_utils import distributed
 
 WEIGHTS_URL = (
@@ -60,6 +59,10 @@ def _column(in_dim: int, out_dim: int, length: int) -> ConvNorm:
 def _average_pool(x: torch.Tensor) -> torch.Tensor:
     """3x3 average in which padding does not count, as in TensorFlow (in torchvision it does)."""
     return nn.functional.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+
+
+def _max_pool(x: torch.Tensor) -> torch.Tensor:
+    return nn.functional.max_pool2d(x, 3, stride=1, padding=1)
 
 
 class BlockA(nn.Module):
@@ -161,7 +164,7 @@ class BlockE(nn.Module):
 
     def __init__(self, in_dim: int, max_pool: bool) -> None:
         super().__init__()
-        self.max_pool = max_pool
+        self.pool = _max_pool if max_pool else _average_pool
         self.branch1x1 = ConvNorm(in_dim, 320, 1)
         self.branch3x3_1 = ConvNorm(in_dim, 384, 1)
         self.branch3x3_2a = _row(384, 384, 3)
@@ -175,11 +178,7 @@ class BlockE(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         single = self.branch3x3_1(x)
         double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        pooled = (
-            nn.functional.max_pool2d(x, 3, stride=1, padding=1)
-            if self.max_pool
-            else _average_pool(x)
-        )
+        pooled = self.pool(x)
         branches = [
             self.branch1x1(x),
             self.branch3x3_2a(single),
@@ -355,18 +354,13 @@ def read_weights(weights: str | None = None) -> dict[str, torch.Tensor]:
     Raises ValueError for a missing file, a failed download, a file that holds anything but
     tensors (nothing in it is executed), and names or shapes that are not this network's.
     """
-    if weights is None:
-        try:
-            path = fetch(WEIGHTS_URL, sha256=WEIGHTS_SHA256)
-        except ValueError as error:
-            raise ValueError(
-                f"The Inception weights are needed for FID: {error} A local copy can also be "
-                f"named by ${WEIGHTS_VARIABLE}."
-            ) from error
-    else:
-        path = fetch(weights)
-    state = read_tensors(path, _EXPECTED_LAYOUT)
     with torch.device("meta"):
         wanted = Inception().state_dict()
-    found = {name: state[name] for name in state if not name.endswith(".num_batches_tracked")}
-    return checked_weights(found, wanted, str(path), _EXPECTED_LAYOUT)
+    return load_weights(
+        weights or WEIGHTS_URL,
+        wanted,
+        sha256=None if weights else WEIGHTS_SHA256,
+        expected=_EXPECTED_LAYOUT,
+        remedy=f"A local copy of the Inception weights can be named by ${WEIGHTS_VARIABLE}.",
+        left_out=r"\.num_batches_tracked$",
+    )

@@ -12,9 +12,8 @@ import torch
 from torch import nn
 
 from dnnlib.config import did_you_mean
-from dnnlib.files import fetch
 from metrics.network import arithmetic, network_hash
-from metrics.weights import checked_weights, read_tensors
+from metrics.weights import load_weights
 from torch_utils import distributed
 
 WEIGHTS_VARIABLE = "SETDIFFIT_LPIPS"
@@ -163,7 +162,8 @@ class LPIPS:
         Without ``weights``, $SETDIFFIT_LPIPS names them, two files with a comma between; without
         that, the published files are downloaded once and their checksums verified.
         """
-        weights = tuple(weights) or tuple(filter(None, _from_environment()))
+        named = os.environ.get(WEIGHTS_VARIABLE, "").split(",")
+        weights = tuple(weights) or tuple(filter(None, named))
         state = distributed.on_main_tree(lambda: read_weights(net, weights))
         # Initial values that are overwritten must not advance this rank's random numbers.
         with torch.random.fork_rng(devices=[]):
@@ -202,10 +202,6 @@ class LPIPS:
         return x
 
 
-def _from_environment() -> list[str]:
-    return os.environ.get(WEIGHTS_VARIABLE, "").split(",")
-
-
 def read_weights(net: str, weights: Sequence[str] = ()) -> dict[str, torch.Tensor]:
     """Return the checked state dict of :class:`LpipsNetwork`, float32 on the CPU.
 
@@ -230,48 +226,33 @@ def read_weights(net: str, weights: Sequence[str] = ()) -> dict[str, torch.Tenso
             f"The weights of LPIPS are one file with both parts or two, the backbone and the "
             f"linear weights; got {len(weights)}: {', '.join(weights)}."
         )
-    layout = LAYOUTS[net]
-    wanted = _state_shapes(net)
-    parts = {
-        prefix: {name: value for name, value in wanted.items() if name.startswith(prefix)}
-        for prefix in ("features.", "lin")
-    }
+    with torch.device("meta"):
+        wanted = LpipsNetwork(net).state_dict()
+    published = LAYOUTS[net].backbone, LAYOUTS[net].linear
+    names = [url.rpartition("/")[2] for url, _ in published]
     if len(weights) == 1:
-        return _read(weights[0], None, wanted, f"all names of both {_files(net)}")
-    files: Sequence[tuple[str, str | None]] = [(location, None) for location in weights]
+        return _read(weights[0], None, wanted, f"all names of both {' and '.join(names)}")
     state = {}
-    for (location, sha256), published, part in zip(
-        files or (layout.backbone, layout.linear),
-        (layout.backbone, layout.linear),
-        parts.values(),
+    for (location, sha256), name, prefix in zip(
+        [(location, None) for location in weights] or published,
+        names,
+        ("features.", "lin"),
         strict=True,
     ):
-        name = published[0].rpartition("/")[2]
+        part = {key: value for key, value in wanted.items() if key.startswith(prefix)}
         state.update(_read(location, sha256, part, f"the names of the published {name}"))
     return state
-
-
-def _files(net: str) -> str:
-    layout = LAYOUTS[net]
-    return " and ".join(url.rpartition("/")[2] for url, _ in (layout.backbone, layout.linear))
-
-
-def _state_shapes(net: str) -> dict[str, torch.Tensor]:
-    with torch.device("meta"):
-        return LpipsNetwork(net).state_dict()
 
 
 def _read(
     location: str, sha256: str | None, wanted: dict[str, torch.Tensor], names: str
 ) -> dict[str, torch.Tensor]:
-    try:
-        path = fetch(location, sha256=sha256)
-    except ValueError as error:
-        raise ValueError(
-            f"LPIPS needs its weights: {error} A local copy can also be named by "
-            f"${WEIGHTS_VARIABLE}, as FILE or BACKBONE,LINEAR."
-        ) from error
-    expected = f"Expected {names}."
-    found = read_tensors(path, expected)
-    found = {name: value for name, value in found.items() if not name.startswith("classifier.")}
-    return checked_weights(found, wanted, str(path), expected)
+    return load_weights(
+        location,
+        wanted,
+        sha256=sha256,
+        expected=f"Expected {names}.",
+        remedy=f"A local copy of the weights of LPIPS can be named by ${WEIGHTS_VARIABLE}, as FILE "
+        "or BACKBONE,LINEAR.",
+        left_out=r"^classifier\.",
+    )

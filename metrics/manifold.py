@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
+from metrics.vectors import check_vectors
+
 _ROWS, _COLUMNS = 1024, 8192
 _MAX_VALUES = 2**26  # Of a block of vectors: 512 MiB.
 # Bound on the error of |a - b|^2 relative to |a|^2 + |b|^2; up to 2e-14 is seen at 12,288 values.
@@ -185,12 +187,7 @@ def _squared_radii(
 
 def _checked(first: Vectors, second: Vectors) -> tuple[torch.Tensor, torch.Tensor]:
     first, second = torch.as_tensor(first), torch.as_tensor(second)
-    comparable = first.ndim == second.ndim == 2 and first.shape[1] == second.shape[1]
-    if not comparable or not len(first) or not len(second):
-        raise ValueError(
-            f"Got vectors of shapes {list(first.shape)} and {list(second.shape)}; expected [N, D] "
-            "and [M, D], neither empty."
-        )
+    check_vectors(first, second)
     return first, second
 
 

@@ -4,6 +4,8 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
+from metrics.vectors import check_vectors
+
 # Rows of a kernel matrix that are in memory at once. Fixed, so that results do not depend on it.
 _BLOCK = 4096
 
@@ -32,7 +34,8 @@ def kernel_distance(
     Raises ValueError for fewer than two vectors and for widths that differ. Source: Bińkowski et
     al., "Demystifying MMD GANs", arXiv:1801.01401, Section 4; the estimator is StyleGAN's.
     """
-    real, fake = _checked(real, fake, at_least=2)
+    real, fake = torch.as_tensor(real), torch.as_tensor(fake)
+    check_vectors(real, fake, at_least=2)
     size = min(len(real), len(fake), subset_size)
     rng = np.random.default_rng(seed)
     values = []
@@ -75,7 +78,8 @@ def rbf_mmd(
     Raises ValueError for empty sets and for widths that differ. Sources: Jayasumana et al.,
     "Rethinking FID", arXiv:2401.09603; Gretton et al., "A kernel two-sample test" (2012), Eq. 5.
     """
-    real, fake = _checked(real, fake, at_least=1)
+    real, fake = torch.as_tensor(real), torch.as_tensor(fake)
+    check_vectors(real, fake)
 
     def mean_kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         # All kernels are near 1 where sigma is large. Their excess over 1 keeps its digits, and
@@ -93,20 +97,3 @@ def rbf_mmd(
 
     value = mean_kernel(real, real) + mean_kernel(fake, fake) - 2 * mean_kernel(real, fake)
     return scale * value.item()
-
-
-def _checked(
-    real: ArrayLike | torch.Tensor, fake: ArrayLike | torch.Tensor, at_least: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    real, fake = torch.as_tensor(real), torch.as_tensor(fake)
-    if real.ndim != 2 or fake.ndim != 2 or real.shape[1] != fake.shape[1]:
-        raise ValueError(
-            f"Got real vectors of shape {list(real.shape)} and generated ones of shape "
-            f"{list(fake.shape)}; expected [N, D] and [M, D]."
-        )
-    if min(len(real), len(fake)) < at_least:
-        raise ValueError(
-            f"Got {len(real)} real and {len(fake)} generated vectors; at least {at_least} of "
-            "either are needed."
-        )
-    return real, fake

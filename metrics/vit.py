@@ -3,6 +3,7 @@
 import math
 import types
 from collections.abc import Collection
+from typing import Self
 
 import torch
 from torch import nn
@@ -10,47 +11,44 @@ from torch import nn
 from encoders.loading import Pretrained
 from metrics.network import NetworkDetector
 
-DINOV2_LOCATION = "facebook/dinov2-large"
 DINOV2_SIZE = 224
-CLIP_LOCATION = "openai/clip-vit-large-patch14-336"
-# Channel statistics that the networks were trained with, of values in [0, 1].
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-# What features depend on that the weights do not show.
+# What outputs depend on that the weights do not show.
 _SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads")
 # Where a folder has safetensors, those are read; CLIP's published one has a pickle.
 _DETECTOR = dict(noun="detector", files="config.json and weights", extra="detectors", pickles=True)
-DINOV2 = Pretrained(option="--dinov2", class_name="Dinov2Model", kinds=("dinov2",), **_DETECTOR)
-CLIP = Pretrained(
-    option="--clip",
-    class_name="CLIPVisionModelWithProjection",
-    kinds=("clip", "clip_vision_model"),
-    **_DETECTOR,
-)
 
 
 class _VisionTransformer(NetworkDetector):
-    """A transformer that sees images resized to a square, normalised channel by channel."""
+    """A transformer that sees images resized to a square, normalised channel by channel.
+
+    A subclass says where its networks come from, and the mean and standard deviation of each
+    channel, of values in [0, 1], that they were trained with.
+    """
+
+    pretrained: Pretrained
+    published: str  # Hugging Face id of the usual weights.
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
 
     def __init__(
-        self,
-        network: nn.Module,
-        device: torch.device | str,
-        *,
-        size: int,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        num_features: int,
-        precision: str = "float32",
+        self, network: nn.Module, device: torch.device | str, precision: str, size: int, dim: int
     ) -> None:
-        self.outputs = types.MappingProxyType({"features": num_features})
+        """``size`` is the side of the network's images, ``dim`` the length of its output."""
+        self.outputs = types.MappingProxyType({"features": dim})
         self._size = size
-        self._mean = torch.tensor(mean, device=device)[:, None, None]
-        self._std = torch.tensor(std, device=device)[:, None, None]
+        self._mean = torch.tensor(self.mean, device=device)[:, None, None]
+        self._std = torch.tensor(self.std, device=device)[:, None, None]
         self.preprocessing = f"antialiased bicubic to {size}, (x / 255 - mean) / std"
         settings = {setting: getattr(network.config, setting) for setting in _SETTINGS}
-        identity = f"{self.name}, {self.preprocessing}, {mean}, {std}, {settings}"
+        identity = f"{self.name}, {self.preprocessing}, {self.mean}, {self.std}, {settings}"
         super().__init__(network, device, identity=identity, precision=precision)
+
+    @classmethod
+    def load(
+        cls, location: str | None, device: torch.device | str, precision: str = "float32"
+    ) -> Self:
+        """Return the detector with weights from a local folder or a Hugging Face id. Collective."""
+        return cls(cls.pretrained.load(location or cls.published), device, precision)
 
     def _preprocess(self, images: torch.Tensor) -> torch.Tensor:
         x = nn.functional.interpolate(
@@ -67,6 +65,11 @@ class DinoV2Detector(_VisionTransformer):
     """
 
     name = "dinov2"
+    pretrained = Pretrained(
+        option="--dinov2", class_name="Dinov2Model", kinds=("dinov2",), **_DETECTOR
+    )
+    published = "facebook/dinov2-large"
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
     def __init__(
         self, network: nn.Module, device: torch.device | str, precision: str = "float32"
@@ -77,22 +80,7 @@ class DinoV2Detector(_VisionTransformer):
         embeddings.position_embeddings = nn.Parameter(
             resize_positions(embeddings.position_embeddings.detach(), grid)
         )
-        super().__init__(
-            network,
-            device,
-            size=DINOV2_SIZE,
-            mean=IMAGENET_MEAN,
-            std=IMAGENET_STD,
-            num_features=network.config.hidden_size,
-            precision=precision,
-        )
-
-    @classmethod
-    def load(
-        cls, location: str | None, device: torch.device | str, precision: str = "float32"
-    ) -> "DinoV2Detector":
-        """Return the detector with weights from a local folder or a Hugging Face id. Collective."""
-        return cls(DINOV2.load(location or DINOV2_LOCATION), device, precision)
+        super().__init__(network, device, precision, DINOV2_SIZE, network.config.hidden_size)
 
     def _extract(self, x: torch.Tensor, outputs: Collection[str]) -> dict[str, torch.Tensor]:
         return {"features": self._network(pixel_values=x).last_hidden_state[:, 0]}
@@ -106,27 +94,21 @@ class ClipDetector(_VisionTransformer):
     """
 
     name = "clip"
+    pretrained = Pretrained(
+        option="--clip",
+        class_name="CLIPVisionModelWithProjection",
+        kinds=("clip", "clip_vision_model"),
+        **_DETECTOR,
+    )
+    published = "openai/clip-vit-large-patch14-336"
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
     def __init__(
         self, network: nn.Module, device: torch.device | str, precision: str = "float32"
     ) -> None:
         """``network`` is a ``transformers.CLIPVisionModelWithProjection``."""
-        super().__init__(
-            network,
-            device,
-            size=network.config.image_size,
-            mean=CLIP_MEAN,
-            std=CLIP_STD,
-            num_features=network.config.projection_dim,
-            precision=precision,
-        )
-
-    @classmethod
-    def load(
-        cls, location: str | None, device: torch.device | str, precision: str = "float32"
-    ) -> "ClipDetector":
-        """Return the detector with weights from a local folder or a Hugging Face id. Collective."""
-        return cls(CLIP.load(location or CLIP_LOCATION), device, precision)
+        config = network.config
+        super().__init__(network, device, precision, config.image_size, config.projection_dim)
 
     def _extract(self, x: torch.Tensor, outputs: Collection[str]) -> dict[str, torch.Tensor]:
         embeddings = self._network(pixel_values=x).image_embeds.float()

@@ -7,6 +7,39 @@ from pathlib import Path
 
 import torch
 
+from dnnlib.files import fetch
+
+
+def load_weights(
+    location: str,
+    wanted: Mapping[str, torch.Tensor],
+    *,
+    sha256: str | None,
+    expected: str,
+    remedy: str,
+    left_out: str,
+) -> dict[str, torch.Tensor]:
+    """Return the tensors of a file, float32 on the CPU, with the names and shapes of ``wanted``.
+
+    Args:
+        location: Path or URL.
+        wanted: Tensors by name whose shapes the file's are compared with.
+        sha256: Checksum that the file must have; None for any.
+        expected: A sentence that says what the file ought to hold, for messages.
+        remedy: A sentence that says what to do where the file cannot be had.
+        left_out: Regular expression, found in the names of tensors that do not count.
+
+    Raises ValueError for a missing file, a failed download, a file that holds anything but tensors
+    (nothing in it is executed), and other names or shapes.
+    """
+    try:
+        path = fetch(location, sha256=sha256)
+    except ValueError as error:
+        raise ValueError(f"{error} {remedy}") from error
+    found = read_tensors(path, expected)
+    found = {name: value for name, value in found.items() if not re.search(left_out, name)}
+    return checked_weights(found, wanted, str(path), expected)
+
 
 def read_tensors(path: Path, expected: str) -> dict[str, torch.Tensor]:
     """Return the tensors by name of a file, on the CPU; nothing in it is executed.

@@ -131,7 +131,8 @@ class TestLayout:
     def test_pools_as_the_tensorflow_graph_does(self):
         with torch.device("meta"):
             network = Inception()
-        assert (network.Mixed_7b.max_pool, network.Mixed_7c.max_pool) == (False, True)
+        pools = network.Mixed_7b.pool, network.Mixed_7c.pool
+        assert pools == (inception._average_pool, inception._max_pool)
         ones = torch.ones(1, 1, 4, 4)
         assert torch.equal(inception._average_pool(ones), ones)
         assert all(m.eps == 1e-3 for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d))
@@ -315,7 +316,7 @@ class TestWeights:
             asked.append((location, sha256))
             return checkpoint
 
-        monkeypatch.setattr(inception, "fetch", fetch)
+        monkeypatch.setattr("metrics.weights.fetch", fetch)
         monkeypatch.delenv(inception.WEIGHTS_VARIABLE, raising=False)
         read_weights()
         assert asked == [(inception.WEIGHTS_URL, inception.WEIGHTS_SHA256)]
@@ -329,7 +330,7 @@ class TestWeights:
         def fetch(location, sha256=None):
             raise ValueError(f"Could not download {location}.")
 
-        monkeypatch.setattr(inception, "fetch", fetch)
+        monkeypatch.setattr("metrics.weights.fetch", fetch)
         with pytest.raises(ValueError, match=r"Could not download .*\$SETDIFFIT_INCEPTION"):
             read_weights()
 

@@ -244,7 +244,7 @@ class TestWeights:
             asked.append((location, sha256))
             return Path(files["vgg"]["lpips/weights" in location or "linear" in location])
 
-        monkeypatch.setattr(lpips, "fetch", fetch)
+        monkeypatch.setattr("metrics.weights.fetch", fetch)
         monkeypatch.delenv(lpips.WEIGHTS_VARIABLE, raising=False)
         LPIPS.load("vgg")
         assert asked == [LAYOUTS["vgg"].backbone, LAYOUTS["vgg"].linear]
@@ -260,7 +260,7 @@ class TestWeights:
         def fetch(location, sha256=None):
             raise ValueError(f"Could not download {location}.")
 
-        monkeypatch.setattr(lpips, "fetch", fetch)
+        monkeypatch.setattr("metrics.weights.fetch", fetch)
         with pytest.raises(ValueError, match=r"download .*alexnet-owt.*\$SETDIFFIT_LPIPS"):
             read_weights("alex")
 

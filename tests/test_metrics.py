@@ -116,7 +116,7 @@ class TestFrechetDistance:
         expected = frechet_distance(x.mean(0), np.cov(x.T), y.mean(0), np.cov(y.T))
         assert frechet_distance_of_samples(x, y) == pytest.approx(expected, rel=1e-9)
         assert frechet_distance_of_samples(x, x) == pytest.approx(0, abs=1e-10)
-        with pytest.raises(ValueError, match=r"\[1, 40\] and .* at least two rows"):
+        with pytest.raises(ValueError, match=r"\[1, 40\] and .* at least 2 rows"):
             frechet_distance_of_samples(x[:1], y)
 
     def test_refuses_mismatched_shapes_values_that_are_not_finite_and_non_covariances(self):
