@@ -8,10 +8,11 @@ import torch
 
 from data.fewshot.episodes import PROTOCOLS, Episodes
 from data.fewshot.supports import read_support
-from dnnlib.cli import ConfigCommand, is_given, parse_int_ranges, raw_value, run
+from dnnlib.cli import ConfigCommand, is_given, raw_value, run
 from dnnlib.config import Config
 from dnnlib.files import check_target
 from dnnlib.progress import progress
+from dnnlib.ranges import parse_ranges
 from families.sets import episodes_of_snapshot
 from sampling.images import AUTOCAST_DTYPES, GenerateConfig, cached_snapshot, make_generator
 from sampling.outputs import claim_outdir, image_path, labels_of_seeds, parse_classes
@@ -227,7 +228,7 @@ def main(
     if num is not None and is_given("seeds"):
         raise click.UsageError("Give --seeds or --num, not both.")
     snapshot = cached_snapshot(network)
-    seed_list = parse_int_ranges(seeds) if num is None else list(range(num))
+    seed_list = parse_ranges("--seeds", seeds) if num is None else list(range(num))
     is_feature_model = snapshot.config.features is not None
     if is_feature_model and guide is not None:
         raise click.UsageError("--guide: this model is guided by --text-scale and --visual-scale.")

@@ -267,19 +267,6 @@ def is_given(name: str) -> bool:
     return source is ParameterSource.COMMANDLINE
 
 
-def parse_int_ranges(text: str) -> list[int]:
-    """Return the integers of a list such as ``0-3,7,10-11``; raises ValueError otherwise."""
-    numbers: list[int] = []
-    for part in text.split(","):
-        low, dash, high = part.strip().partition("-")
-        if not low.isdigit() or (dash and not high.isdigit()):
-            raise ValueError(f"--seeds: got {text!r}; accepted: integers and ranges, as 0-63,100.")
-        if int(high or low) < int(low):
-            raise ValueError(f"--seeds: got {part.strip()}, which ends before it starts.")
-        numbers.extend(range(int(low), int(high or low) + 1))
-    return numbers
-
-
 def run(command: click.Command) -> None:
     """Run a script's command and exit with its result as the exit code.
 

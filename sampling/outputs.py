@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dnnlib.config import did_you_mean
 from dnnlib.files import atomic_write
+from dnnlib.ranges import parse_ranges
 from dnnlib.text import join_names
 
 
@@ -20,22 +20,7 @@ def parse_classes(text: str | None, class_names: Sequence[str]) -> tuple[int, ..
         return ()
     if not class_names:
         raise ValueError(f"--class: got {text!r}, but the model is unconditional.")
-    chosen: list[int] = []
-    for part in map(str.strip, text.split(",")):
-        if part in class_names:
-            chosen.append(class_names.index(part))
-            continue
-        low, dash, high = part.partition("-")
-        if not low.isdigit() or (dash and not high.isdigit()):
-            raise ValueError(f"--class: no class {part!r}.{did_you_mean(part, class_names)}")
-        if int(high or low) < int(low):
-            raise ValueError(f"--class: got {part}, which ends before it starts.")
-        chosen.extend(range(int(low), int(high or low) + 1))
-        if chosen[-1] >= len(class_names):
-            raise ValueError(
-                f"--class: got {part}, but the model has classes 0 to {len(class_names) - 1}."
-            )
-    return tuple(chosen)
+    return tuple(parse_ranges("--class", text, class_names))
 
 
 def labels_of_seeds(seeds: Sequence[int], classes: Sequence[int]) -> list[int] | None:

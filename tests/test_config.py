@@ -8,8 +8,9 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from dnnlib.cli import ConfigCommand, parse_int_ranges, raw_value, replace_settings
+from dnnlib.cli import ConfigCommand, raw_value, replace_settings
 from dnnlib.config import Config, from_dict, identity, option, to_dict
+from dnnlib.ranges import parse_ranges
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -206,8 +207,22 @@ def test_raw_values_are_found_in_both_spellings():
     assert raw_value(["--x=1"], "preset") is None
 
 
-def test_seed_lists_accept_ranges_and_refuse_anything_else():
-    assert parse_int_ranges("0-3,7, 10-11") == [0, 1, 2, 3, 7, 10, 11]
-    for text in ("", "a", "3-", "-3", "1-2-3"):
-        with pytest.raises(ValueError, match="--seeds"):
-            parse_int_ranges(text)
+def test_lists_of_integers_accept_ranges_and_refuse_anything_else():
+    assert parse_ranges("--seeds", "0-3,7, 10-11") == [0, 1, 2, 3, 7, 10, 11]
+    for text in ("", "a", "3-", "-3", "1-2-3", "\u00b2"):
+        with pytest.raises(ValueError, match=r"--seeds: got .*; accepted: integers and ranges"):
+            parse_ranges("--seeds", text)
+    with pytest.raises(ValueError, match="--seeds: got 7-5, which ends before it starts"):
+        parse_ranges("--seeds", "1,7-5")
+
+
+def test_lists_of_classes_accept_names_and_their_indices():
+    names = ("cat", "dog", "0-1", "cow")
+    assert parse_ranges("--class", ["dog", "2-3", "0-1", "0"], names) == [1, 2, 3, 2, 0]
+    with pytest.raises(ValueError, match=r"--class: no class 'do'\. Did you mean 'dog'"):
+        parse_ranges("--class", "do", names)
+    for text in ("4", "0-4"):
+        with pytest.raises(
+            ValueError, match=rf"got {text}; accepted: names, and indices .* 0 to 3"
+        ):
+            parse_ranges("--class", text, names)

@@ -167,8 +167,8 @@ def unconditional(base):
 @pytest.mark.parametrize(
     ("args", "parts"),
     [
-        ("--class=3", ["--class: got 3", "classes 0 to 2"]),
-        ("--class=1-7", ["--class: got 1-7", "classes 0 to 2"]),
+        ("--class=3", ["--class: got 3", "indices from 0 to 2"]),
+        ("--class=1-7", ["--class: got 1-7", "indices from 0 to 2"]),
         ("--class=2-1", ["--class: got 2-1", "ends before it starts"]),
         ("--class=rin", ["no class 'rin'", "Did you mean 'ring'?"]),
         ("--seeds=4-2", ["--seeds: got 4-2", "ends before it starts"]),

@@ -279,7 +279,7 @@ def test_a_model_of_pixels_refuses_latents_and_autoencoders(latents, tmp_path):
 
 def test_classes_that_the_model_does_not_have_are_refused(trained, tmp_path):
     network = (f"--network={snapshot_of(trained)}", f"--outdir={tmp_path / 'out'}")
-    assert "--class: got 3, but the model has classes 0 to 2" in fail(
+    assert "--class: got 3; accepted: names, and indices from 0 to 2" in fail(
         generate, *network, "--class=3"
     )
 

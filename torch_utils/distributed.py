@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import inspect
 import os
 import pickle
 import signal
@@ -243,15 +242,14 @@ def wrap(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     """
     if world_size() == 1:
         return module
-    # Recent versions of PyTorch have another name for it and warn of the old one.
-    parameters = inspect.signature(DistributedDataParallel).parameters
-    renamed = "forward_sync_buffers" in parameters
-    return DistributedDataParallel(
+    wrapped = DistributedDataParallel(
         module,
         device_ids=[device] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
-        **{"forward_sync_buffers" if renamed else "broadcast_buffers": False},
     )
+    # As an attribute, because versions of PyTorch differ in the name of the argument.
+    wrapped.broadcast_buffers = False
+    return wrapped
 
 
 def no_sync(module: torch.nn.Module, skip: bool) -> contextlib.AbstractContextManager:

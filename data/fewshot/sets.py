@@ -11,7 +11,8 @@ from torch.utils.data import Dataset
 
 from data.images.dataset import Cond, ImageDataset
 from data.images.labels import CLASS_SPLITS
-from dnnlib.config import Config, did_you_mean, option
+from dnnlib.config import Config, option
+from dnnlib.ranges import parse_ranges
 from torch_utils.rng import STREAM_DATA
 
 _SPLIT_SEED, _HELD_OUT_SEED = 1, 2
@@ -118,7 +119,7 @@ def split_classes(config: SetConfig, dataset: ImageDataset) -> ClassSplit:
                 "--train-classes=none --val-classes=none --test-classes=none."
             )
         parts = [
-            parse_class_list(f"--{name}-classes", names, dataset.class_names)
+            tuple(dict.fromkeys(parse_ranges(f"--{name}-classes", names, dataset.class_names)))
             for name, names in zip(CLASS_SPLITS, lists, strict=True)
         ]
     elif config.split_fractions is None and dataset.class_splits:
@@ -153,27 +154,6 @@ def _split_by_fractions(config: SetConfig, classes: np.ndarray) -> list[tuple[in
     order = np.random.default_rng([config.split_seed % 2**64, _SPLIT_SEED]).permutation(classes)
     ends = np.round(np.cumsum([0.0, *fractions]) * len(classes)).astype(int)
     return [tuple(sorted(order[start:end].tolist())) for start, end in itertools.pairwise(ends)]
-
-
-def parse_class_list(where: str, parts: Sequence[str], names: Sequence[str]) -> tuple[int, ...]:
-    """Return the indices of classes given by name, index or range of indices such as ``0-7``.
-
-    Raises ValueError, which begins with ``where``, for a class that does not exist.
-    """
-    found: list[int] = []
-    for part in parts:
-        if part in names:
-            found.append(list(names).index(part))
-            continue
-        low, dash, high = part.partition("-")
-        if not low.isdigit() or (dash and not high.isdigit()):
-            raise ValueError(f"{where}: no class {part!r}.{did_you_mean(part, names)}")
-        if int(high or low) < int(low) or int(high or low) >= len(names):
-            raise ValueError(
-                f"{where}: got {part}; accepted: names, and indices from 0 to {len(names) - 1}."
-            )
-        found.extend(range(int(low), int(high or low) + 1))
-    return tuple(dict.fromkeys(found))
 
 
 def transform_images(images: torch.Tensor, transform: int) -> torch.Tensor:
@@ -417,6 +397,6 @@ def parse_transforms(texts: Sequence[str], names: Sequence[str]) -> set[tuple[in
                 f"--skip-transforms: got {text!r}; accepted: class:transform with a transform "
                 f"from 1 to {NUM_TRANSFORMS - 1}, such as 6:2."
             )
-        for index in parse_class_list("--skip-transforms", [name], names):
+        for index in parse_ranges("--skip-transforms", [name], names):
             found.add((index, int(transform)))
     return found
