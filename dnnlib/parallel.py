@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
@@ -23,6 +23,32 @@ def num_usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def num_cores_of_rank(most: int) -> int:
+    """Return how many cores each rank of this machine has for itself, from 1 to ``most``."""
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(max(num_usable_cores() // ranks_here, 1), most)
+
+
+def thread_map(
+    function: Callable[[Item], Result], items: Iterable[Item], num_threads: int, num_ahead: int
+) -> Iterator[Result]:
+    """Yield ``function(item)`` for every item in order, computed in threads.
+
+    At most ``num_ahead`` items are under way or done before their turn.
+    """
+    pending: collections.deque = collections.deque()
+    executor = ThreadPoolExecutor(num_threads)
+    try:
+        for item in items:
+            pending.append(executor.submit(function, item))
+            if len(pending) >= num_ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        executor.shutdown(cancel_futures=True)
 
 
 def process_map(

@@ -74,6 +74,8 @@ class Autoencoder(FrozenEncoder):
         img_channels: Channels C of an image.
     """
 
+    described = ("downsampling", "scale", "shift")
+
     def __init__(
         self, network: nn.Module, location: str, device: torch.device | str, precision: str = "fp32"
     ) -> None:
@@ -92,6 +94,10 @@ class Autoencoder(FrozenEncoder):
         settings.update(scale=self.scale, shift=self.shift)
         text = json.dumps(settings, sort_keys=True)
         return hashlib.sha256(f"{text}\n{weights_hash(network.state_dict())}".encode()).hexdigest()
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a record says of it."""
+        return dict(super().facts(), channels=self.latent_channels)
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """Return the shape [c, h, w] of the latent of a square image."""

@@ -31,7 +31,10 @@ class FrozenEncoder:
         location: Folder or Hugging Face id that it came from.
         sha256: Identity of what it computes.
         device: Where it computes.
+        described: Names of further attributes that :meth:`facts` has.
     """
+
+    described: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -49,6 +52,11 @@ class FrozenEncoder:
         self.device = torch.device(device)
         self._precision = precision
         self._network = network.eval().requires_grad_(False).to(self.device)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a record says of it: where it came from, what it is, how it computes."""
+        own = {name: getattr(self, name) for name in self.described}
+        return dict(location=self.location, hash=self.sha256, **own, precision=self._precision)
 
     def _products(self) -> torch.autocast:
         """Return the arithmetic to compute in, whatever autocast the caller is in."""

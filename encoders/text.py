@@ -29,6 +29,8 @@ class TextEncoder(FrozenEncoder):
         max_tokens: Most tokens of a caption, the end of sequence included.
     """
 
+    described = ("dim", "max_tokens")
+
     def __init__(
         self,
         network: nn.Module,

@@ -25,6 +25,8 @@ class VisualEncoder(FrozenEncoder):
         dim: Channels D of a token.
     """
 
+    described = ("patch_size", "num_registers", "dim")
+
     def __init__(
         self, network: nn.Module, location: str, device: torch.device | str, precision: str = "fp32"
     ) -> None:

@@ -6,7 +6,8 @@ import shutil
 import pytest
 from feature_files import read_manifests
 
-from data.features.record import is_complete, is_feature_folder, read_feature_record, read_manifest
+from data.features.manifests import read_manifest
+from data.features.record import is_complete, is_feature_folder, read_feature_record
 
 
 @pytest.fixture
@@ -70,12 +71,12 @@ def test_a_damaged_record_is_one_sentence(features, keys, value, problem):
 @pytest.mark.parametrize(
     ("keys", "value", "problem"),
     [
-        (("columns", "id", 1), lambda _: 5, "columns.id holds 5"),
+        (("columns", "id", 1), lambda _: 5, "columns.id[1] is 5"),
         (("columns", "id"), lambda ids: [ids[0], *ids[:-1]], "an id is there twice"),
         (("columns", "shard"), lambda rows: rows[::-1], "rows are not those of the shards"),
         (("columns", "size", "vae.npy"), lambda rows: rows[1:], "vae.npy has 6 rows, not 7"),
         (("columns", "offset", "json", 2), lambda _: 10**9, "a member json lies outside its shard"),
-        (("columns", "offset", "json", 2), lambda _: 10**30, "offset of json is out of range"),
+        (("columns", "offset", "json", 2), lambda _: 10**30, "int too large"),
         (("columns", "offset", "t5m.npy"), None, "columns.offset.t5m.npy is missing"),
         (("shards", 1, "file"), "../../other.tar", "shard 1 is ../../other.tar"),
         (("shards", 1, "moments", "cls"), None, "moments.cls is missing"),

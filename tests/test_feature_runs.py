@@ -22,7 +22,7 @@ import generate as generate_script
 import train as train_script
 from data.features.buckets import Bucket
 from data.features.dataset import FeatureDataset
-from data.features.record import read_manifest
+from data.features.manifests import read_manifest
 from data.features.statistics import FeatureStatistics
 from diffusion.flow import flow_times
 from diffusion.guidance import DualGuidanceConfig

@@ -12,9 +12,10 @@ from image_files import run_tool
 from PIL import Image
 
 import dataset_tool
-from data.features.record import read_feature_record, read_manifest
+from data.features.manifests import read_manifest
+from data.features.preparation.verify import misalignment
+from data.features.record import read_feature_record
 from data.features.shards import from_npy, to_npy
-from training.feature_alignment import misalignment
 
 NAME = "128x128"  # The bucket that is damaged: seven samples to train, one to validate.
 

@@ -30,8 +30,9 @@ from safetensors.torch import load_file, save_file
 import dataset_tool
 from data.features import shards as feature_shards
 from data.features.buckets import fit_image, parse_buckets
-from data.features.preparation.encode import FeatureMaker
-from data.features.record import KEYS, SPLITS, read_feature_record, read_manifest
+from data.features.manifests import read_manifest
+from data.features.preparation.encode import FeatureEncoder
+from data.features.record import KEYS, SPLITS, read_feature_record
 from data.images.decode import decode_image
 from encoders.autoencoder import load_autoencoder
 from encoders.text import load_text_encoder
@@ -201,7 +202,7 @@ def test_statistics_are_those_of_all_values_of_the_training_split(feature_base):
 def test_merged_moments_keep_their_digits_far_from_zero_and_in_skewed_parts():
     rng = np.random.default_rng(0)
     values = 1e6 + rng.normal(size=(1000, 3)) * [1, 10, 1e-3]
-    total = None
+    total = dict(count=0)
     for first, last in ((0, 1), (1, 3), (3, 900), (900, 1000)):
         total = feature_shards.merge_moments(total, feature_shards.moments_of(values[first:last]))
     np.testing.assert_allclose(total["mean"], values.mean(axis=0), rtol=1e-14)
@@ -362,12 +363,12 @@ def test_want_of_memory_is_one_sentence(feature_base, encoders, tmp_path, monkey
 
 
 def test_an_image_that_changes_under_way_is_noticed(pictures, encoders, tmp_path, monkeypatch):
-    make_images = FeatureMaker.make_images
+    encode_images = FeatureEncoder.encode_images
 
     def changed(self, batches, on_done):
         shutil.copy(pictures / "tall/roof.png", pictures / "square/wall.png")
-        make_images(self, batches, on_done)
+        encode_images(self, batches, on_done)
 
-    monkeypatch.setattr(FeatureMaker, "make_images", changed)
+    monkeypatch.setattr(FeatureEncoder, "encode_images", changed)
     message = refusal(pictures, tmp_path / "out", encoders)
     assert "square/wall.png: was changed while features were made" in message

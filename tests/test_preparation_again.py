@@ -1,10 +1,10 @@
 """dataset_tool.py features started again: what is made again, what is not, and stops."""
 
-import json
 import os
 import re
 import shutil
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,10 +28,11 @@ from PIL import Image
 import dataset_tool
 from data.features import shards as feature_shards
 from data.features.buckets import parse_buckets
-from data.features.preparation import inventory as feature_inventory
-from data.features.preparation import pack as feature_work
-from data.features.preparation import staging as feature_staging
-from data.features.record import FEATURES, is_complete, read_manifest
+from data.features.manifests import read_manifest
+from data.features.preparation import pack
+from data.features.preparation.encode import FeatureEncoder
+from data.features.preparation.stage import Stage
+from data.features.record import FEATURES, is_complete
 
 NUM = NUM_PICTURES
 NAMES = [bucket.name for bucket in parse_buckets(BUCKETS)]
@@ -283,24 +284,23 @@ def test_a_staged_feature_that_is_not_right_is_made_again(feature_base, encoders
     source, out = feature_base / "pictures", tmp_path / "out"
     prepare(source, out, encoders[:1], *OPTIONS, "--only=vae")
     path = sorted((out / ".staged").rglob("*.zip"))[3]
-    name = path.stem
-    fingerprint = "0" * 32
+    name, _, fingerprint = path.stem.partition("-")
     if damage == "bytes":
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
     else:
         with zipfile.ZipFile(path) as archive:
-            facts = json.loads(archive.read("fingerprint.json"))
             latent = feature_shards.from_npy(archive.read("vae.npy")).copy()
         if damage == "shape":
             latent = latent[:, 1:]
         if damage == "nan":
             latent[0, 0, 0] = np.nan
-        if damage != "fingerprint":
-            fingerprint = facts["fingerprint"]
+        if damage == "fingerprint":
+            path.unlink()
+            fingerprint = "0" * 32
         members = {"vae.npy": feature_shards.to_npy(latent)}
-        feature_staging.stage(out, "vae", name, fingerprint, members)
+        Stage(out).put(name, "vae", fingerprint, members)
     assert made(prepare(source, out, encoders, *OPTIONS))[:3] == (1, NUM, NUM)
     assert content(out) == content(feature_base / "features")
 
@@ -322,42 +322,51 @@ def test_a_stop_at_any_write_loses_nothing_that_was_finished(
     prepare(pictures, tmp_path / "fresh", *options)
     expected = content(tmp_path / "fresh")
 
-    replace, state = feature_inventory.os.replace, dict(left=0)
+    replace, put, state = os.replace, FeatureEncoder._put, dict(left=0)
 
     def stopped_replace(source, target):
         state["left"] -= 1
         if state["left"] < 0:
             raise KeyboardInterrupt
         replace(source, target)
-        state["staged"] += ".staged" in str(target)
         state["writes"] += 1
+        state["made"] += Path(target) in state["encoded"]
+
+    def noted_put(self, writer, image, feature, arrays, **facts):
+        key = image.id, feature, self._plan.fingerprints[image.id][feature]
+        state["encoded"].add(self._stage.file(*key))
+        put(self, writer, image, feature, arrays, **facts)
+
+    def start(left):
+        state.update(left=left, made=0, writes=0, encoded=set())
 
     monkeypatch.setattr("os.replace", stopped_replace)
-    state.update(left=10_000, staged=0, writes=0)
+    monkeypatch.setattr(FeatureEncoder, "_put", noted_put)
+    start(10_000)
     prepare(pictures, shutil.copytree(features, tmp_path / "whole"), *options)
-    num_writes, num_staged = state["writes"], state["staged"]
-    assert num_staged == 3 + 3 + 19
+    num_writes, num_made = state["writes"], state["made"]
+    assert num_made == 3 + 3 + 19
     for stop in [*range(1, num_writes, 9), num_writes - 2, num_writes - 1]:
         out = shutil.copytree(features, tmp_path / f"stopped-{stop}")
-        state.update(left=stop, staged=0, writes=0)
+        start(stop)
         command = ("features", f"--source={pictures}", f"--dest={out}", f"--buckets={BUCKETS}")
         assert call(dataset_tool, *command, *options[0], *options[1:]).code == 130
-        first = state["staged"]
+        first = state["made"]
         if is_complete(out):  # Then it can be trained on: all is as it was, or as it will be.
             visible = {
                 name: data for name, data in content(out).items() if not re.search(r"(^|/)\.", name)
             }
             assert visible in (content(features), expected), f"stopped after {stop} writes"
-        state.update(left=10_000)
+        start(10_000)
         output = prepare(pictures, out, *options)
-        assert first + sum(made(output)[:3]) == num_staged, f"stopped after {stop} writes"
+        assert first + sum(made(output)[:3]) == num_made, f"stopped after {stop} writes"
         assert content(out) == expected
 
 
-def test_what_changes_while_it_is_in_use_is_noticed_and_then_made_again(
+def test_what_is_damaged_after_it_was_looked_at_is_made_again(
     feature_base, features, encoders, monkeypatch
 ):
-    read = feature_work.read_member
+    read = pack.read_member
 
     def damaged(descriptor, index, row, key):
         if key == "vae.npy":
@@ -367,16 +376,48 @@ def test_what_changes_while_it_is_in_use_is_noticed_and_then_made_again(
     options = (*OPTIONS, "--shard-size=3")
     source = feature_base / "pictures"
     with monkeypatch.context() as patch:
-        patch.setattr(feature_work, "read_member", damaged)
-        message = refusal(source, features, encoders, *options)
-    # The shard that was named is compared with its checksums now, though its date is as before.
-    path = features / ".old" / re.search(r"(\d+\.tar): was altered", message).group(1)
-    stat, data = path.stat(), bytearray(path.read_bytes())
-    index = feature_inventory.read_index(path)
-    data[index.offset["dinov3.npy"][0] + index.size["dinov3.npy"][0] - 1] ^= 1
-    path.write_bytes(data)
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert made(prepare(source, features, encoders, *options))[:3] == (0, 1, 0)
-    assert not (features / ".old").exists()
-    prepare(source, features, encoders, *OPTIONS)
+        patch.setattr(pack, "read_member", damaged)
+        # The last three shards, of one sample each, are right as they are.
+        assert made(prepare(source, features, encoders, *options))[:3] == (NUM - 3, 0, 0)
+    assert made(prepare(source, features, encoders, *OPTIONS))[:3] == (0, 0, 0)
     assert content(features) == content(feature_base / "features")
+
+
+def test_what_is_damaged_on_the_stage_before_it_is_packed_is_one_sentence(
+    feature_base, encoders, tmp_path, monkeypatch
+):
+    source, out = feature_base / "pictures", tmp_path / "out"
+    real = pack.pack
+
+    def damaged(folder, plan, shard, stage):
+        path = stage.file(*plan.keys(shard.images[1])[0])
+        path.write_bytes(path.read_bytes()[:-7])
+        real(folder, plan, shard, stage)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pack, "pack", damaged)
+        message = refusal(source, out, encoders, *OPTIONS)
+    assert ".zip: was altered while it was in use; start the same command again." in message
+    num_made = made(prepare(source, out, encoders, *OPTIONS))[:3]
+    assert 1 <= num_made[0] <= 11
+    assert num_made[1:] == (0, 0)
+    assert content(out) == content(feature_base / "features")
+
+
+# What earlier versions left.
+
+
+def test_an_unfinished_folder_of_an_earlier_version_goes_on(feature_base, encoders, tmp_path):
+    """Staged files without fingerprints in their names, and shards that were set aside."""
+    source, out = feature_base / "pictures", tmp_path / "out"
+    prepare(source, out, encoders[:1], *OPTIONS, "--only=vae")
+    staged = sorted((out / ".staged").rglob("*.zip"))
+    assert len(staged) == NUM
+    for path in staged:
+        path.rename(path.with_stem(path.stem.partition("-")[0]))
+    (out / ".old").mkdir()
+    shard = read_manifest(feature_base / "features", "train", NAMES[0]).files[1]
+    shutil.copy(shard, out / ".old/000000.tar")
+    assert made(prepare(source, out, encoders, *OPTIONS)) == (0, NUM - 2, NUM - 2, 11)
+    assert content(out) == content(feature_base / "features")
+    assert not (out / ".old").exists()

@@ -9,7 +9,7 @@ from feature_files import BUCKETS, content, made, prepare, tiny_encoders
 from helpers import ROOT, fail, quiet_environment, torchrun
 
 import dataset_tool
-from data.features.preparation.staging import staged_names
+from data.features.preparation.stage import Stage
 
 OPTIONS = ("--shard-size=2", "--batch=1")  # Of the folder in `feature_base`.
 
@@ -18,7 +18,7 @@ import os, signal, sys
 
 sys.path.insert(0, sys.argv.pop(1))
 import dataset_tool
-from training import feature_shards
+from data.features import shards as feature_shards
 
 number = 0
 
@@ -58,7 +58,7 @@ def test_a_killed_preparation_goes_on_and_makes_nothing_twice(feature_base, tmp_
     assert len([path for path in dest.rglob(".*.tmp") if ".tar" in path.name]) == 1
     assert "is not finished" in fail(dataset_tool, "info", dest)
     assert len(list(dest.glob("*/*/*.tar"))) == 3
-    assert len(list(staged_names(dest))) == 3 * (17 - 3 * 2)  # Of two samples a shard.
+    assert len(Stage(dest).keys()) == 3 * (17 - 3 * 2)  # Of two samples a shard.
     found = made(prepare(feature_base / "pictures", dest, tiny_encoders(feature_base), *OPTIONS))
     assert found == (0, 0, 0, 8)
     assert content(dest) == content(feature_base / "features")

@@ -13,7 +13,8 @@ import torch
 from torch.utils.data import Dataset
 
 from data.features.buckets import Bucket
-from data.features.record import Manifest, read_feature_record, read_manifest
+from data.features.manifests import Manifest, read_manifest
+from data.features.record import read_feature_record
 from data.features.shards import from_npy
 from data.images.dataset import PREVIEW_COLUMNS, Cond, rows_of, spread
 from data.images.decode import ImageError

@@ -1,26 +1,29 @@
 """Shards of feature folders: tars of samples whose members are read at their place in the file."""
 
+import collections
+import contextlib
 import dataclasses
-import hashlib
 import io
 import json
 import os
 import tarfile
 import tokenize
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
+from data.features.manifests import Manifest, empty_columns
 from data.features.record import FEATURES, KEYS, KEYS_OF, STATISTICS
 from dnnlib.files import atomic_write, sha256_of_file
+from dnnlib.typed import typed
 
 Members = Mapping[str, bytes]  # The data of a sample's members by key.
 
 _BLOCK = tarfile.BLOCKSIZE
-_END = 2 * _BLOCK  # Of zeros, which end a tar.
+_UNUSABLE = -1  # In place of a checksum: a description that can be written again, and must be.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,37 +36,15 @@ class Shapes:
     text_dim: int | None = None
     max_tokens: int | None = None
 
-
-@dataclasses.dataclass(kw_only=True)
-class ShardIndex:
-    """Where the members of a shard's samples lie, and what they are; a row for each sample.
-
-    Attributes:
-        bucket: Name of the bucket.
-        num_bytes, sha256: Of the whole file.
-        moments: Of the statistics: count, mean and m2, the sum of squared deviations, by channel.
-        ids: Names of the samples.
-        offset, size, crc32: Of each of KEYS: where the data begin, their bytes and checksum.
-        fingerprint: Of each of FEATURES: what it was made from, None where it cannot be used.
-        truncated: Whether the caption had more tokens than were kept.
-    """
-
-    bucket: str
-    num_bytes: int
-    sha256: str
-    moments: dict[str, Any]
-    ids: list[str] = dataclasses.field(default_factory=list)
-    offset: dict[str, list[int]] = dataclasses.field(default_factory=lambda: _columns(KEYS))
-    size: dict[str, list[int]] = dataclasses.field(default_factory=lambda: _columns(KEYS))
-    crc32: dict[str, list[int]] = dataclasses.field(default_factory=lambda: _columns(KEYS))
-    fingerprint: dict[str, list[str | None]] = dataclasses.field(
-        default_factory=lambda: _columns(FEATURES)
-    )
-    truncated: list[bool] = dataclasses.field(default_factory=list)
-
-
-def _columns(names: Iterable[str]) -> dict[str, list]:
-    return {name: [] for name in names}
+    def of(self, key: str) -> tuple[int | None, ...]:
+        """Return the shape of a member, None for a length that may be any."""
+        return {
+            "vae.npy": self.latent_shape or (None, None, None),
+            "dinov3.npy": (self.visual_dim,),
+            "dinov3_patches.npy": (self.num_patches, self.visual_dim),
+            "t5h.npy": (None, self.text_dim),
+            "t5m.npy": (None,),
+        }[key]
 
 
 def to_npy(array: np.ndarray) -> bytes:
@@ -86,48 +67,43 @@ def from_npy(data: bytes) -> np.ndarray:
         raise ValueError(str(error).partition("\n")[0] or type(error).__name__) from None
 
 
-def problem_of(feature: str, members: Members, shapes: Shapes) -> str | None:
-    """Return what is wrong with the members of a sample's feature, or None.
+def check_feature(feature: str, members: Members, shapes: Shapes) -> None:
+    """Raise ValueError, with the reason, if the members of a sample's feature cannot be used.
 
     They must be there, have the right types and shapes, and finite values.
     """
     arrays = {}
     for key in KEYS_OF[feature]:
         if key not in members:
-            return f"{key} is missing"
+            raise ValueError(f"{key} is missing")
         try:
-            arrays[key] = from_npy(members[key])
+            array = arrays[key] = from_npy(members[key])
         except ValueError as error:
-            return f"{key} is damaged ({error})"
+            raise ValueError(f"{key} is damaged ({error})") from None
         dtype = np.dtype(bool if key == "t5m.npy" else np.float16)
-        if arrays[key].dtype != dtype:
-            return f"{key} holds {arrays[key].dtype}, not {dtype}"
-        if key != "t5m.npy" and not np.isfinite(arrays[key]).all():
-            return f"{key} has values that are not finite"
-    if feature == "vae":
-        wanted: list[tuple[str, tuple[int | None, ...]]] = [
-            ("vae.npy", shapes.latent_shape or (None, None, None))
-        ]
-    elif feature == "visual":
-        wanted = [
-            ("dinov3.npy", (shapes.visual_dim,)),
-            ("dinov3_patches.npy", (shapes.num_patches, shapes.visual_dim)),
-        ]
-    else:
-        mask = arrays["t5m.npy"]
-        if mask.ndim != 1 or not len(mask) or not mask.all():
-            return "t5m.npy is not a mask of valid tokens alone"
+        if array.dtype != dtype:
+            raise ValueError(f"{key} holds {array.dtype}, not {dtype}")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{key} has values that are not finite")
+        shape = shapes.of(key)
+        if key == "t5h.npy":
+            continue  # Its length is that of the mask, which comes next.
+        if not _fits(array.shape, shape):
+            raise ValueError(f"{key} has shape {list(array.shape)}, not {list(shape)}")
+    if feature == "text":
+        mask, found = arrays["t5m.npy"], arrays["t5h.npy"].shape
+        if not len(mask) or not mask.all():
+            raise ValueError("t5m.npy is not a mask of valid tokens alone")
         if shapes.max_tokens is not None and len(mask) > shapes.max_tokens:
-            return f"t5m.npy has {len(mask)} tokens, more than {shapes.max_tokens}"
-        wanted = [("t5h.npy", (len(mask), shapes.text_dim))]
-    for key, shape in wanted:
-        found = arrays[key].shape
-        same = len(found) == len(shape) and all(
-            b is None or a == b for a, b in zip(found, shape, strict=True)
-        )
-        if not same:
-            return f"{key} has shape {list(found)}, not {list(shape)}"
-    return None
+            raise ValueError(f"t5m.npy has {len(mask)} tokens, more than {shapes.max_tokens}")
+        if not _fits(found, (len(mask), shapes.text_dim)):
+            wanted = [len(mask), shapes.text_dim]
+            raise ValueError(f"t5h.npy has shape {list(found)}, not {wanted}")
+
+
+def _fits(found: tuple[int, ...], shape: tuple[int | None, ...]) -> bool:
+    same_length = len(found) == len(shape)
+    return same_length and all(b in (None, a) for a, b in zip(found, shape, strict=True))
 
 
 # Statistics.
@@ -142,12 +118,10 @@ def moments_of(values: np.ndarray) -> dict[str, Any]:
     return dict(count=len(values), mean=mean, m2=values.sum(axis=0))
 
 
-def merge_moments(first: dict[str, Any] | None, second: dict[str, Any]) -> dict[str, Any]:
+def merge_moments(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
     """Return the moments of two groups of rows together (Chan, Golub and LeVeque, 1979)."""
-    if first is None or not first["count"]:
-        return second
-    if not second["count"]:
-        return first
+    if not first["count"] or not second["count"]:
+        return dict(first if first["count"] else second)
     count = first["count"] + second["count"]
     mean, other = np.asarray(first["mean"]), np.asarray(second["mean"])
     change = other - mean
@@ -160,87 +134,99 @@ def merge_moments(first: dict[str, Any] | None, second: dict[str, Any]) -> dict[
     )
 
 
-def sample_moments(members: Members) -> dict[str, dict[str, Any]]:
-    """Return the moments of one sample's arrays, by name of the statistics."""
-    latent = from_npy(members["vae.npy"])
-    return dict(
-        vae=moments_of(latent.reshape(len(latent), -1).T),
-        cls=moments_of(from_npy(members["dinov3.npy"])[None]),
-        patches=moments_of(from_npy(members["dinov3_patches.npy"])),
-    )
+class Tally:
+    """Moments of the statistics of samples that are added one after another."""
 
+    def __init__(self) -> None:
+        self.moments: dict[str, dict[str, Any]] = {
+            name: dict(count=0, mean=[], m2=[]) for name in STATISTICS
+        }
 
-def plain_moments(moments: dict[str, dict[str, Any] | None]) -> dict[str, Any]:
-    """Return moments as plain values, exactly."""
-    return {
-        name: None
-        if part is None
-        else dict(count=part["count"], **{k: np.asarray(part[k]).tolist() for k in ("mean", "m2")})
-        for name, part in moments.items()
-    }
+    def add(self, members: Members) -> None:
+        """Add the arrays of a sample."""
+        latent = from_npy(members["vae.npy"])
+        rows = dict(
+            vae=latent.reshape(len(latent), -1).T,
+            cls=from_npy(members["dinov3.npy"])[None],
+            patches=from_npy(members["dinov3_patches.npy"]),
+        )
+        for name in STATISTICS:
+            self.moments[name] = merge_moments(self.moments[name], moments_of(rows[name]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the moments as plain values, exactly."""
+        return {
+            name: dict(
+                count=part["count"], **{k: np.asarray(part[k]).tolist() for k in ("mean", "m2")}
+            )
+            for name, part in self.moments.items()
+        }
 
 
 # Writing and reading.
 
 
 def write_shard(
-    path: Path, bucket: str, samples: Iterable[tuple[str, dict[str, Any], Members]]
-) -> ShardIndex:
-    """Write a shard, which appears whole or not at all; return where everything lies in it.
+    path: Path, split: str, bucket: str, samples: Iterable[tuple[str, dict[str, Any], Members]]
+) -> Manifest:
+    """Write a shard, which appears whole or not at all; return the manifest of it alone.
 
     ``samples`` yields name, the content of the member ``json``, and the data of the others. Equal
-    samples give equal bytes.
+    samples give equal bytes: members come in the order of KEYS, and have no dates or owners.
     """
-    index = ShardIndex(bucket=bucket, num_bytes=0, sha256="", moments={})
-    moments: dict[str, Any] = dict.fromkeys(STATISTICS)
-    digest = hashlib.sha256()
-    position = 0
-    with atomic_write(path) as file:
-
-        def write(data: bytes) -> None:
-            nonlocal position
-            file.write(data)
-            digest.update(data)
-            position += len(data)
-
+    columns, tally = empty_columns(), Tally()
+    with (
+        atomic_write(path) as file,
+        tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
         for name, description, members in samples:
             members = {"json": to_json(description), **members}
-            index.ids.append(name)
-            index.truncated.append(description["truncated"])
+            columns["id"].append(name)
+            columns["shard"].append(0)
+            columns["truncated"].append(description["truncated"])
             for feature in FEATURES:
-                index.fingerprint[feature].append(description["fingerprint"][feature])
+                columns["fingerprint"][feature].append(description["fingerprint"][feature])
             for key in KEYS:
                 data = members[key]
-                write(_header(f"{name}.{key}", len(data)))
-                index.offset[key].append(position)
-                index.size[key].append(len(data))
-                index.crc32[key].append(zlib.crc32(data))
-                write(data)
-                write(bytes(-len(data) % _BLOCK))
-            for statistic, part in sample_moments(members).items():
-                moments[statistic] = merge_moments(moments[statistic], part)
-        write(bytes(_END + -(position + _END) % tarfile.RECORDSIZE))
-    return dataclasses.replace(
-        index, num_bytes=position, sha256=digest.hexdigest(), moments=plain_moments(moments)
+                _add_place(columns, key, tar.offset + _BLOCK, data)
+                tar.addfile(_header(name, key, len(data)), io.BytesIO(data))
+            tally.add(members)
+    shard = dict(
+        file=path.name,
+        num_samples=len(columns["id"]),
+        num_bytes=path.stat().st_size,
+        sha256=sha256_of_file(path),
+        moments=tally.to_dict(),
     )
+    values = dict(split=split, bucket=bucket, shards=[shard], columns=columns)
+    return Manifest.of(path.parent, values)
 
 
-def to_json(description: dict[str, Any]) -> bytes:
+def _add_place(columns: Mapping[str, Any], key: str, offset: int, data: bytes) -> None:
+    columns["offset"][key].append(offset)
+    columns["size"][key].append(len(data))
+    columns["crc32"][key].append(zlib.crc32(data))
+
+
+def to_json(description: Mapping[str, Any]) -> bytes:
     """Return the bytes of the member ``json``."""
     return json.dumps(description, ensure_ascii=False).encode()
 
 
-def _header(name: str, size: int) -> bytes:
-    info = tarfile.TarInfo(name)
+def _header(name: str, key: str, size: int) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(f"{name}.{key}")
     info.size = size
-    return info.tobuf(tarfile.USTAR_FORMAT)
+    return info
 
 
-def read_member(descriptor: int, index: ShardIndex, row: int, key: str) -> bytes:
-    """Return the data of a member; raises ValueError with the reason if they are damaged."""
-    offset, size = index.offset[key][row], index.size[key][row]
-    data = os.pread(descriptor, _BLOCK + size, offset - _BLOCK)
-    if data[:_BLOCK] != _header(f"{index.ids[row]}.{key}", size):
+def read_member(descriptor: int, index: Manifest, row: int, key: str) -> bytes:
+    """Return the data of a member of an open shard, whose manifest is ``index``.
+
+    Raises ValueError with the reason if they are damaged.
+    """
+    offset, size = int(index.offset[key][row]), int(index.size[key][row])
+    data = os.pread(descriptor, _BLOCK + size, offset - _BLOCK) if offset >= _BLOCK else b""
+    if data[:_BLOCK] != _header(index.ids[row], key, size).tobuf(tarfile.USTAR_FORMAT):
         raise ValueError(f"{key} is not where it should be")
     data = data[_BLOCK:]
     if len(data) < size or zlib.crc32(data) != index.crc32[key][row]:
@@ -248,88 +234,95 @@ def read_member(descriptor: int, index: ShardIndex, row: int, key: str) -> bytes
     return data
 
 
-def check_shard(path: Path, index: ShardIndex, shapes: Shapes) -> tuple[ShardIndex, list[str]]:
-    """Read all of a shard; return its index without what cannot be used, and the problems.
+@contextlib.contextmanager
+def open_shard(path: Path) -> Any:
+    """Open a shard for :func:`read_member`."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
-    Members are looked for where the index says. A problem is a sentence's rest, for each sample
-    and feature (or ``json``) that is damaged; if there is any, the index has no ``sha256``.
+
+def check_shard(
+    path: Path,
+    index: Manifest,
+    shapes: Shapes,
+    visit: Callable[[Members], None] = lambda members: None,
+) -> tuple[Manifest, list[str]]:
+    """Read all of a shard; return its manifest without what cannot be used, and the problems.
+
+    Members are looked for where ``index`` says. A problem is a sentence's rest, for each sample
+    and feature (or ``json``) that is damaged: that has no fingerprint then, and the shard no
+    ``sha256``. ``visit`` gets the undamaged members of each sample.
     """
     problems = []
     fingerprint = {feature: list(column) for feature, column in index.fingerprint.items()}
-    crc32 = {**index.crc32, "json": list(index.crc32["json"])}
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
+    crc32 = {**index.crc32, "json": index.crc32["json"].copy()}
+    with open_shard(path) as descriptor:
         for row, name in enumerate(index.ids):
-            for feature in ("json", *FEATURES):
-                keys = ("json",) if feature == "json" else KEYS_OF[feature]
+            members: dict[str, bytes] = {}
+            for feature, keys in dict(json=("json",), **KEYS_OF).items():
                 try:
-                    members = {key: read_member(descriptor, index, row, key) for key in keys}
-                    problem = None if feature == "json" else problem_of(feature, members, shapes)
+                    found = {key: read_member(descriptor, index, row, key) for key in keys}
+                    members.update(found)
+                    if feature in FEATURES:
+                        check_feature(feature, found, shapes)
                 except ValueError as error:
-                    problem = str(error)
-                if problem is None:
-                    continue
-                problems.append(f"{name}, {feature}: {problem}")
-                if feature == "json":
-                    crc32["json"][row] = -1  # It can be written again, and must be.
-                else:
-                    fingerprint[feature][row] = None
-    finally:
-        os.close(descriptor)
-    if not problems and sha256_of_file(path) != index.sha256:
+                    problems.append(f"{name}, {feature}: {error}")
+                    if feature in FEATURES:
+                        fingerprint[feature][row] = ""
+                    else:
+                        crc32["json"][row] = _UNUSABLE
+            visit(members)
+    (shard,) = index.shards
+    if not problems and sha256_of_file(path) != shard["sha256"]:
         problems.append("its bytes differ from the checksum in the manifest")
-    sha256 = "" if problems else index.sha256
-    return dataclasses.replace(index, sha256=sha256, fingerprint=fingerprint, crc32=crc32), problems
+    shards = [dict(shard, sha256="")] if problems else index.shards
+    return dataclasses.replace(index, shards=shards, fingerprint=fingerprint, crc32=crc32), problems
 
 
-def index_shard(path: Path, bucket: str, shapes: Shapes) -> ShardIndex:
-    """Return the index of a shard of which nothing is known, from the samples in it.
+class _Description(TypedDict):
+    fingerprint: dict[str, str]
+    truncated: bool
 
-    What is damaged is left out; so are samples without a readable description. The index has no
-    ``sha256``, and therefore never counts as that of a whole shard.
+
+def recover_index(path: Path, split: str, bucket: str) -> Manifest:
+    """Return the manifest of a shard of which nothing is known, from the samples in it.
+
+    Those without a readable description are left out. It has no ``sha256``, and therefore never
+    counts as that of a whole shard.
     """
-    index = ShardIndex(bucket=bucket, num_bytes=path.stat().st_size, sha256="", moments={})
-    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+    columns = empty_columns()
+    places: dict[str, dict[str, tarfile.TarInfo]] = collections.defaultdict(dict)
     with open(path, "rb") as file:
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for info in tar:
-                    name, _, key = info.name.partition(".")
-                    samples.setdefault(name, {})[key] = info
-        except tarfile.TarError:
-            pass  # What was found before the damage counts.
-        for name, infos in samples.items():
-            members = {}
-            for key in KEYS:
-                if key in infos:
-                    file.seek(infos[key].offset_data)
-                    members[key] = file.read(infos[key].size)
-            description = _description(members.get("json", b""))
-            if description is None:
+        # What was found before the damage counts.
+        with contextlib.suppress(tarfile.TarError), tarfile.open(fileobj=file, mode="r:") as tar:
+            for info in tar:
+                name, _, key = info.name.partition(".")
+                places[name][key] = info
+
+        def read(info: tarfile.TarInfo | None) -> tuple[int, bytes]:
+            if info is None:
+                return 0, b""  # Where no member can be.
+            file.seek(info.offset_data)
+            return info.offset_data, file.read(info.size)
+
+        for name, infos in places.items():
+            found = {key: read(infos.get(key)) for key in KEYS}
+            try:
+                description = typed(_Description, json.loads(found["json"][1]))
+            except ValueError:
                 continue
-            index.ids.append(name)
-            index.truncated.append(description["truncated"])
-            for key in KEYS:
-                index.offset[key].append(infos[key].offset_data if key in infos else _BLOCK)
-                index.size[key].append(len(members.get(key, b"")))
-                index.crc32[key].append(zlib.crc32(members.get(key, b"")))
+            columns["id"].append(name)
+            columns["shard"].append(0)
+            columns["truncated"].append(description["truncated"])
             for feature in FEATURES:
-                found = description["fingerprint"].get(feature)
-                if problem_of(feature, members, shapes) is not None:
-                    found = None
-                index.fingerprint[feature].append(found)
-    return index
-
-
-def _description(data: bytes) -> dict[str, Any] | None:
-    """Return the content of the member ``json`` if it is one."""
-    try:
-        description = json.loads(data)
-    except ValueError:
-        return None
-    is_one = (
-        isinstance(description, dict)
-        and isinstance(description.get("fingerprint"), dict)
-        and type(description.get("truncated")) is bool
-    )
-    return description if is_one else None
+                fingerprint = description["fingerprint"].get(feature, "")
+                columns["fingerprint"][feature].append(fingerprint)
+            for key, (offset, data) in found.items():
+                _add_place(columns, key, offset, data)
+    num, num_bytes = len(columns["id"]), path.stat().st_size
+    shard = dict(file=path.name, num_samples=num, num_bytes=num_bytes, sha256="")
+    values = dict(split=split, bucket=bucket, columns=columns)
+    return Manifest.of(path.parent, dict(values, shards=[dict(shard, moments=Tally().to_dict())]))

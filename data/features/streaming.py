@@ -14,7 +14,8 @@ import torch
 from torch.utils.data import get_worker_info
 
 from data.features.dataset import FeatureDataset
-from data.features.record import KEYS, Manifest
+from data.features.manifests import Manifest
+from data.features.record import KEYS
 from data.images.dataset import Cond
 from data.images.decode import ImageError
 from data.samplers import BucketSampler

@@ -1,32 +1,30 @@
-"""Makes the features of images and captions on this rank, and stages each in a file of its own."""
+"""Encodes images and captions on this rank, and stages each feature in a file of its own."""
 
 import collections
+import contextlib
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from data.features.buckets import fit_image
-from data.features.preparation.plan import PlannedImage
-from data.features.preparation.staging import stage
+from data.features.preparation.plan import Plan, PlannedImage
+from data.features.preparation.stage import Stage
+from data.features.record import KEYS_OF
 from data.features.shards import to_npy
 from data.images.decode import decode_image
 from data.images.members import Archive
-from encoders.autoencoder import Autoencoder
-from encoders.text import TextEncoder
-from encoders.visual import VisualEncoder
+from data.resumable import BackgroundWriter, memory_for, to_float16
+from dnnlib.parallel import thread_map
 
 Batch = Sequence[tuple[PlannedImage, frozenset[str]]]  # Samples, and what each is without.
-T, R = TypeVar("T"), TypeVar("R")
 
 _BATCHES_AHEAD = 3
 
 
-class FeatureMaker:
+class FeatureEncoder:
     """Encodes batches and stages the results; decoding and writing go on beside that in threads.
 
     Attributes:
@@ -35,71 +33,75 @@ class FeatureMaker:
 
     def __init__(
         self,
-        folder: Path,
+        plan: Plan,
         archive: Archive,
         encoders: Mapping[str, Any],
-        fingerprints: Mapping[str, Mapping[str, str]],
+        stage: Stage,
         *,
         num_threads: int,
     ) -> None:
         """``encoders`` has those of the features that are to be made, by name."""
         self.num_made: collections.Counter[str] = collections.Counter()
-        self._folder = folder
+        self._plan = plan
         self._archive = archive
         self._positions = {name: index for index, name in enumerate(archive.names)}
         self._encoders = encoders
-        self._fingerprints = fingerprints
+        self._stage = stage
         self._num_threads = num_threads
 
-    def make_texts(
+    def encode_texts(
         self, batches: Sequence[Sequence[PlannedImage]], on_done: Callable[[int], None]
     ) -> None:
-        """Stage the text features of batches; ``on_done`` is told how many captions are done."""
-        encoder: TextEncoder = self._encoders["text"]
-        with _Writer(self._num_threads) as writer:
+        """Stage the text features of batches; ``on_done`` gets the numbers of captions done."""
+        with self._writer() as writer:
             for batch in batches:
+                encoder = self._encoders["text"]
                 captions = [image.caption for image in batch]
                 _, truncated = encoder.tokenize(captions)
-                hidden, mask, _ = self._guarded(encoder.encode, captions, "captions")
-                rows = self._to_half(hidden, batch, "text", encoder.location)
+                with memory_for(len(captions), "captions"):
+                    hidden, mask, _ = encoder.encode(captions)
+                rows = self._to_float16(hidden, batch, "text")
                 lengths = mask.sum(dim=1).tolist()
                 for image, row, length, is_cut in zip(batch, rows, lengths, truncated, strict=True):
                     arrays = {"t5h.npy": row[:length], "t5m.npy": np.ones(length, bool)}
-                    self._stage(writer, image, "text", arrays, truncated=is_cut)
+                    self._put(writer, image, "text", arrays, truncated=is_cut)
                 on_done(len(batch))
 
-    def make_images(self, batches: Sequence[Batch], on_done: Callable[[int], None]) -> None:
+    def encode_images(self, batches: Sequence[Batch], on_done: Callable[[int], None]) -> None:
         """Stage latents and visual features of batches, each of one bucket."""
-        with ThreadPoolExecutor(self._num_threads) as pool, _Writer(self._num_threads) as writer:
-            for batch, pixels in _ahead(
-                batches, lambda b: [pool.submit(self._pixels, image) for image, _ in b]
-            ):
+        images = [image for batch in batches for image, _ in batch]
+        num_ahead = (1 + _BATCHES_AHEAD) * max(map(len, batches), default=1)
+        pixels_of = thread_map(self._pixels, images, self._num_threads, num_ahead)
+        with contextlib.closing(pixels_of) as decoded, self._writer() as writer:
+            for batch in batches:
+                pixels = [next(decoded) for _ in batch]
                 for feature in ("vae", "visual"):
                     rows = [i for i, (_, wanted) in enumerate(batch) if feature in wanted]
                     if rows:
-                        images = torch.from_numpy(np.stack([pixels[i] for i in rows]))
-                        self._make(writer, feature, [batch[i][0] for i in rows], images)
+                        x = torch.from_numpy(np.stack([pixels[i] for i in rows]))
+                        self._encode(writer, feature, [batch[i][0] for i in rows], x)
                 on_done(len(batch))
 
-    def _make(
-        self, writer: "_Writer", feature: str, batch: Sequence[PlannedImage], images: torch.Tensor
+    def _encode(
+        self,
+        writer: BackgroundWriter,
+        feature: str,
+        batch: Sequence[PlannedImage],
+        images: torch.Tensor,
     ) -> None:
-        encoder: Autoencoder | VisualEncoder = self._encoders[feature]
+        encoder = self._encoders[feature]
         images = images.to(encoder.device, non_blocking=True)
-        if feature == "vae":
-            channels = encoder.latent_channels
-            moments = self._guarded(encoder.moments, images, "images")
-            values = {"vae.npy": moments[:, :channels]}
-        else:
-            cls, patches = self._guarded(encoder.encode, images, "images")
-            values = {"dinov3.npy": cls, "dinov3_patches.npy": patches}
-        halves = {
-            key: self._to_half(value, batch, feature, encoder.location)
-            for key, value in values.items()
-        }
+        with memory_for(len(images), "images"):
+            if feature == "vae":
+                values = {"vae.npy": encoder.moments(images)[:, : encoder.latent_channels]}
+            else:
+                values = dict(zip(KEYS_OF[feature], encoder.encode(images), strict=True))
+        halves = {k: self._to_float16(value, batch, feature) for k, value in values.items()}
         for row, image in enumerate(batch):
-            arrays = {key: value[row] for key, value in halves.items()}
-            self._stage(writer, image, feature, arrays)
+            self._put(writer, image, feature, {key: value[row] for key, value in halves.items()})
+
+    def _writer(self) -> BackgroundWriter:
+        return BackgroundWriter(self._num_threads, 4 * self._num_threads)
 
     def _pixels(self, image: PlannedImage) -> np.ndarray:
         """Return the pixels of a sample's crop, uint8 [3, H, W]."""
@@ -114,81 +116,26 @@ class FeatureMaker:
         assert crop == image.crop
         return np.ascontiguousarray(np.asarray(fitted).transpose(2, 0, 1))
 
-    def _guarded(self, function: Callable[[T], R], values: T, what: str) -> R:
-        try:
-            return function(values)
-        except torch.OutOfMemoryError:
-            raise ValueError(
-                f"--batch: no memory for {len(values)} {what} at once; give a smaller one."
-            ) from None
-
-    def _to_half(
-        self, values: torch.Tensor, batch: Sequence[PlannedImage], feature: str, location: str
+    def _to_float16(
+        self, values: torch.Tensor, batch: Sequence[PlannedImage], feature: str
     ) -> np.ndarray:
-        rows = values.to(torch.float16).cpu()
-        bad = ~torch.isfinite(rows).flatten(1).all(dim=1)
-        if bad.any():
-            image = batch[int(bad.nonzero()[0])]
-            raise ValueError(
-                f"{self._archive.path}/{image.scanned.file}: its {feature} features have values "
-                f"that are not finite or beyond float16 (65504); {location} does not fit these "
-                "images, use another one, or --precision=fp32 if it is not yet."
-            )
-        return rows.numpy()
+        def label(row: int) -> str:
+            return f"{self._archive.path}/{batch[row].scanned.file}"
 
-    def _stage(
+        return to_float16(
+            values, label, f"{feature} features have", self._encoders[feature].location
+        )
+
+    def _put(
         self,
-        writer: "_Writer",
+        writer: BackgroundWriter,
         image: PlannedImage,
         feature: str,
         arrays: Mapping[str, np.ndarray],
-        **facts: Any,
+        *,
+        truncated: bool = False,
     ) -> None:
         members = {key: to_npy(array) for key, array in arrays.items()}
-        fingerprint = self._fingerprints[image.id][feature]
-        writer.submit(stage, self._folder, feature, image.id, fingerprint, members, **facts)
+        key = image.id, feature, self._plan.fingerprints[image.id][feature]
+        writer.submit(self._stage.put, *key, members, truncated=truncated)
         self.num_made[feature] += 1
-
-
-class _Writer:
-    """Runs calls in threads, a bounded number ahead; their errors come up at the next call."""
-
-    def __init__(self, num_threads: int) -> None:
-        self._pool = ThreadPoolExecutor(num_threads)
-        self._pending: collections.deque[Future] = collections.deque()
-        self._limit = 4 * num_threads
-
-    def __enter__(self) -> "_Writer":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        try:
-            while self._pending and exc[0] is None:
-                self._pending.popleft().result()
-        finally:
-            self._pool.shutdown(cancel_futures=True)
-
-    def submit(self, function: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-        self._pending.append(self._pool.submit(function, *args, **kwargs))
-        while len(self._pending) > self._limit:
-            self._pending.popleft().result()
-
-
-def _ahead(
-    batches: Iterable[T], submit: Callable[[T], list[Future]]
-) -> Iterator[tuple[T, list[Any]]]:
-    """Yield batches with the results of their futures, a few batches after they were submitted."""
-    pending: collections.deque[tuple[T, list[Future]]] = collections.deque()
-    try:
-        for batch in batches:
-            pending.append((batch, submit(batch)))
-            if len(pending) > _BATCHES_AHEAD:
-                first, futures = pending.popleft()
-                yield first, [future.result() for future in futures]
-        while pending:
-            first, futures = pending.popleft()
-            yield first, [future.result() for future in futures]
-    finally:
-        for _, futures in pending:
-            for future in futures:
-                future.cancel()

@@ -1,369 +1,324 @@
-"""A preparation of features under way: what is there, what is missing, and how that is made."""
+"""Shards of a feature folder: which are right, what is unpacked from others, and what is packed."""
 
 import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import shutil
+import zlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from data.features.buckets import Bucket
-from data.features.preparation import inventory
-from data.features.preparation.encode import Batch, FeatureMaker
-from data.features.preparation.manifests import Contents, write_record
-from data.features.preparation.plan import (
-    Encoders,
-    PlannedImage,
-    PlannedShard,
-    describe_sample,
-    fingerprint_of,
-    hash_of_source,
-    is_right,
-    plan_shards,
-    shapes_of,
-    write_images,
-)
-from data.features.preparation.staging import clear_staged, read_staged, staged_names, unstage
+import numpy as np
+
+from data.features.manifests import FORMAT, MANIFEST_FILE, Manifest, read_manifest
+from data.features.preparation.plan import Plan, PlannedShard, describe_sample
+from data.features.preparation.stage import Stage
 from data.features.record import (
-    CLAIM_FILE,
     FEATURES,
     KEYS_OF,
     RECORD_FILE,
+    SPLITS,
+    STATISTICS,
+    BucketRecord,
     FeatureRecord,
+    bucket_folder,
     is_complete,
+    read_feature_record,
+    read_json,
 )
-from data.features.shards import Members, Shapes, ShardIndex, read_member, write_shard
-from data.images.members import Archive
-from dnnlib.files import write_json
-from dnnlib.progress import progress
+from data.features.shards import (
+    Members,
+    check_shard,
+    merge_moments,
+    open_shard,
+    read_member,
+    recover_index,
+    to_json,
+    write_shard,
+)
+from data.resumable import progress_of_ranks, share
+from dnnlib.files import atomic_write, write_json
+from dnnlib.parallel import thread_map
 from torch_utils import distributed
+from torch_utils.fingerprints import package_versions
 
-T = TypeVar("T")
-
-CLAIM_FORMAT = "setdiffit-feature-preparation"
-_BATCHES_PER_ROUND = 32  # Of each rank, between two moments at which shards are packed.
+_BUCKETS = "bucket_*"
+_OLD_FOLDER = ".old"  # Where earlier versions put shards that were to be replaced.
 _ALTERED = "was altered while it was in use; start the same command again"
 
 
-class FeatureWork:
-    """Brings a feature folder to what is planned, with what is there and still right.
+def find_shards(folder: Path) -> list[Path]:
+    """Return the paths of all shards of a feature folder."""
+    places = [(folder / split).glob(f"{_BUCKETS}/shard-*.tar") for split in SPLITS]
+    places.append((folder / _OLD_FOLDER).glob("*.tar"))
+    return sorted(path for place in places for path in place)
 
-    All methods are collective. Nothing that is right is deleted before it is in its new shard.
+
+# Indexes beside shards, while a preparation is under way: the manifest of that shard alone.
+
+
+def _index_file(path: Path) -> Path:
+    return path.with_name(f".{path.name}.json")
+
+
+def read_index(path: Path) -> tuple[Manifest, bool] | None:
+    """Return the index beside a shard, and whether the shard is as it was when that was written.
+
+    None if there is none.
     """
+    file = _index_file(path)
+    try:
+        index = read_json(file, FORMAT, lambda values: Manifest.of(path.parent, values))
+        (shard,), found = index.shards, path.stat()
+        is_same = found.st_mtime_ns <= file.stat().st_mtime_ns
+        return index, is_same and found.st_size == shard["num_bytes"]
+    except (OSError, ValueError):
+        return None
 
-    def __init__(
-        self,
-        folder: Path,
-        archive: Archive,
-        images: Sequence[PlannedImage],
-        encoders: Mapping[str, Any],
-        facts: Encoders,
-        *,
-        buckets: Sequence[Bucket],
-        validation_share: float,
-        shard_size: int,
-        batch_size: int,
-        num_threads: int,
-    ) -> None:
-        """``encoders`` and ``facts`` are of the features to be made, by name."""
-        self._folder = folder
-        self._archive = archive
-        self._images = {image.id: image for image in images}
-        self._facts = facts
-        self._buckets = buckets
-        self._validation_share = validation_share
-        self._shard_size = shard_size
-        self._batch_size = batch_size
-        self._num_threads = num_threads
-        self._shapes = {bucket.name: shapes_of(bucket, facts) for bucket in buckets}
-        self._fingerprints = {
-            image.id: {feature: fingerprint_of(image, feature, facts) for feature in facts}
-            for image in images
-        }
-        self._maker = FeatureMaker(
-            folder, archive, encoders, self._fingerprints, num_threads=num_threads
-        )
-        self._indexes: dict[Path, ShardIndex] = {}
-        # Where each right feature of a sample is: a row of a shard, or None if it is staged.
-        self._places: dict[tuple[str, str], tuple[Path, int] | None] = {}
 
-    def num_made(self) -> dict[str, int]:
-        """Return how many of each feature were made by all ranks."""
-        parts = distributed.gather_objects(dict(self._maker.num_made))
-        return {feature: sum(part.get(feature, 0) for part in parts) for feature in FEATURES}
+def read_manifests(folder: Path) -> dict[Path, Manifest]:
+    """Return the manifests of a feature folder that can be read, by their folders."""
+    found = {}
+    for split in SPLITS:
+        for path in (folder / split).glob(f"{_BUCKETS}/{MANIFEST_FILE}"):
+            with contextlib.suppress(ValueError):
+                bucket = path.parent.name.partition("_")[2]
+                found[path.parent] = read_manifest(folder, split, bucket)
+    return found
 
-    def make_one(self, feature: str) -> None:
-        """Stage what is missing of one feature; shards and record stay as they are."""
-        distributed.on_main(self._write_claim)
-        self._take_inventory()
-        self._find_places()
-        missing = self._missing(feature)
-        if feature == "text":
-            self._make_texts(missing)
+
+def known_index(path: Path, manifests: Mapping[Path, Manifest]) -> Manifest:
+    """Return what manifest, index or else the shard itself say of where things lie in a shard.
+
+    ``manifests`` are by folder.
+    """
+    if path.parent in manifests:
+        found = manifests[path.parent].of_shard(path.name)
+        if found is not None:
+            return found
+    index = read_index(path)
+    if index is not None:
+        return index[0]
+    split, bucket = path.parent.parent.name, path.parent.name.partition("_")[2]
+    return recover_index(path, split, bucket)
+
+
+def look_at_shards(folder: Path, plan: Plan, num_threads: int) -> dict[Path, Manifest]:
+    """Return the index of each shard of this rank's share, without what cannot be used. Collective.
+
+    A shard that has not changed since its index was written is trusted, unless the folder is
+    complete. Others are read whole. Every shard has an index beside it then.
+    """
+    paths, is_whole = distributed.on_main(lambda: (find_shards(folder), is_complete(folder)))
+    manifests = read_manifests(folder)
+
+    def look(path: Path) -> Manifest:
+        found = read_index(path)
+        if found is not None and found[1] and not is_whole:
+            return found[0]
+        known = known_index(path, manifests)
+        index, _ = check_shard(path, known, plan.shapes_of(known.bucket))
+        write_json(_index_file(path), index.to_dict())
+        return index
+
+    mine = share(paths)
+    bar = progress_of_ranks(len(paths), len(mine), "Checking shards", "shard")
+    found = {}
+    with distributed.together(), bar as on_done:
+        for path, index in zip(mine, thread_map(look, mine, num_threads, num_threads), strict=True):
+            found[path] = index
+            on_done()
+    return found
+
+
+def is_right(plan: Plan, shard: PlannedShard, index: Manifest) -> bool:
+    """Tell whether a shard that exists holds exactly the samples that it should."""
+    is_whole = bool(index.shards[0]["sha256"])
+    if not is_whole or index.ids != [image.id for image in shard.images]:
+        return False
+    for row, image in enumerate(shard.images):
+        wanted = plan.fingerprints[image.id]
+        if any(index.fingerprint[feature][row] != wanted[feature] for feature in FEATURES):
+            return False
+        description = describe_sample(image, wanted, bool(index.truncated[row]))
+        if zlib.crc32(to_json(description)) != index.crc32["json"][row]:
+            return False
+    return True
+
+
+def wanted_rows(plan: Plan, index: Manifest) -> Iterator[tuple[int, tuple[str, str, str]]]:
+    """Yield what a shard holds of the plan: row, and sample, feature and fingerprint."""
+    for row, name in enumerate(index.ids):
+        for feature, wanted in plan.fingerprints.get(name, {}).items():
+            if index.fingerprint[feature][row] == wanted:
+                yield row, (name, feature, wanted)
+
+
+def unpack(
+    path: Path, index: Manifest, plan: Plan, stage: Stage, staged: Collection[tuple[str, str, str]]
+) -> list[tuple[str, str, str]]:
+    """Stage what a shard holds of the plan and is not ``staged``, delete the shard, return what."""
+    done = []
+    with open_shard(path) as descriptor:
+        for row, key in wanted_rows(plan, index):
+            if key in staged:
+                continue
+            with contextlib.suppress(ValueError):  # What is damaged is made again.
+                members = {k: read_member(descriptor, index, row, k) for k in KEYS_OF[key[1]]}
+                stage.put(*key, members, truncated=bool(index.truncated[row]))
+                done.append(key)
+    path.unlink()
+    _index_file(path).unlink(missing_ok=True)
+    return done
+
+
+def pack(folder: Path, plan: Plan, shard: PlannedShard, stage: Stage) -> None:
+    """Write a shard from what is staged, and its index; then nothing of it stays staged."""
+    path = shard.path(folder)
+    index = write_shard(path, shard.split, shard.bucket.name, _samples(plan, shard, stage))
+    write_json(_index_file(path), index.to_dict())
+    stage.remove(key for image in shard.images for key in plan.keys(image))
+
+
+def _samples(
+    plan: Plan, shard: PlannedShard, stage: Stage
+) -> Iterator[tuple[str, dict[str, Any], Members]]:
+    shapes = plan.shapes(shard.bucket)
+    for image in shard.images:
+        members: dict[str, bytes] = {}
+        truncated = False
+        for key in plan.keys(image):
+            found = stage.get(*key, shapes)
+            if found is None:
+                raise ValueError(f"{stage.file(*key)}: {_ALTERED}.")
+            members.update(found[0])
+            truncated = found[1] if key[1] == "text" else truncated
+        fingerprints = plan.fingerprints[image.id]
+        yield image.id, describe_sample(image, fingerprints, truncated), members
+
+
+# The whole folder.
+
+
+def open_up(folder: Path) -> None:
+    """Delete record and manifests: what the folder holds is told by the indexes from here on."""
+    (folder / RECORD_FILE).unlink(missing_ok=True)
+    for split in SPLITS:
+        for path in (folder / split).glob(f"{_BUCKETS}/{MANIFEST_FILE}"):
+            path.unlink()
+
+
+def remove_all(folder: Path, stage: Stage) -> None:
+    """Delete everything that a preparation made."""
+    open_up(folder)
+    for split in SPLITS:
+        for path in (folder / split).glob(_BUCKETS):
+            shutil.rmtree(path)
+    shutil.rmtree(folder / _OLD_FOLDER, ignore_errors=True)
+    stage.clear()
+
+
+def finish(folder: Path, plan: Plan, stage: Stage) -> FeatureRecord:
+    """Write manifests and record, from the indexes beside the shards, and tidy up.
+
+    What is there already stays as it is; so does a record that differs by the versions of packages
+    alone.
+    """
+    manifests = []
+    for split in SPLITS:
+        for bucket in plan.buckets:
+            shards = [s for s in plan.shards if (s.split, s.bucket) == (split, bucket)]
+            parts = [read_index(shard.path(folder)) for shard in shards]
+            if None in parts:
+                raise ValueError(f"{shards[parts.index(None)].path(folder)}: {_ALTERED}.")
+            place = bucket_folder(folder, split, bucket.name)
+            manifest = Manifest.join(place, split, bucket.name, [index for index, _ in parts])
+            _write_if_new(place / MANIFEST_FILE, json.dumps(manifest.to_dict()))
+            manifests.append(manifest)
+    record = _record(plan, manifests)
+    with contextlib.suppress(ValueError):
+        previous = read_feature_record(folder)
+        if dataclasses.replace(record, packages=previous.packages) == previous:
+            record = previous
+    _write_if_new(folder / RECORD_FILE, json.dumps(record.to_dict(), indent=2))
+    _tidy_up(folder, plan)
+    stage.clear()
+    return record
+
+
+def _tidy_up(folder: Path, plan: Plan) -> None:
+    """Delete indexes, and the folders of buckets that are no more."""
+    shutil.rmtree(folder / _OLD_FOLDER, ignore_errors=True)
+    kept = {f"bucket_{bucket.name}" for bucket in plan.buckets}
+    for split in SPLITS:
+        for path in (folder / split).glob(_BUCKETS):
+            for index in path.glob(".*.tar.json"):
+                index.unlink()
+            if path.name not in kept:
+                (path / MANIFEST_FILE).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # It has files that are not ours.
+                    path.rmdir()
+
+
+def _write_if_new(path: Path, text: str) -> None:
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if path.read_text(encoding="utf-8") == text:
             return
-        batches = [b for shard in self._plan() for b in self._batches(shard, {feature: missing})]
-        with self._image_bar(batches) as on_done, distributed.together():
-            self._maker.make_images(_share(batches), on_done)
+    with atomic_write(path, "w", encoding="utf-8") as file:
+        file.write(text)
 
-    def make_all(self, *, anew: bool = False) -> tuple[FeatureRecord, int]:
-        """Make everything; return the record and how many shards were written.
 
-        ``anew`` deletes what is there before.
-        """
-        if anew:
-            distributed.on_main(self._delete)
-        shards = self._plan()
-        self._take_inventory()
-        wrong = [
-            shard
-            for shard in shards
-            if not is_right(shard, self._indexes.get(self._path(shard)), self._fingerprints)
-        ]
-        kept = {self._path(shard) for shard in shards} - {self._path(shard) for shard in wrong}
-        others = [
-            path
-            for path in self._indexes
-            if path not in kept and path.parent.name != inventory.OLD_FOLDER
-        ]
-        moved = distributed.on_main(lambda: self._claim(wrong, others))
-        self._indexes = {moved.get(path, path): index for path, index in self._indexes.items()}
-        self._find_places()
-        missing = {feature: self._missing(feature) for feature in FEATURES}
-        self._make_texts(missing["text"])
-        self._make_shards(wrong, missing)
-        record = distributed.on_main(lambda: self._finish(shards))
-        return record, len(wrong)
-
-    def _finish(self, shards: Sequence[PlannedShard]) -> FeatureRecord:
-        parts = [(s.split, s.bucket.name, s.path(self._folder).name) for s in shards]
-        indexes = [self._indexes[self._path(shard)] for shard in shards]
-        record = write_record(
-            self._folder,
-            Contents(tuple(self._buckets), list(zip(parts, indexes, strict=True))),
-            self._facts,
-            name=self._archive.path.stem,
-            source_hash=hash_of_source(list(self._images.values())),
-            validation_share=float(self._validation_share),
-            shard_size=self._shard_size,
+def _record(plan: Plan, manifests: Sequence[Manifest]) -> FeatureRecord:
+    packages = package_versions()
+    packages["diffusers"] = importlib.metadata.version("diffusers")
+    vae, visual = plan.encoders["vae"], plan.encoders["visual"]
+    num = {(manifest.split, manifest.bucket): len(manifest) for manifest in manifests}
+    buckets = [
+        BucketRecord(
+            name=bucket.name,
+            width=bucket.width,
+            height=bucket.height,
+            latent_shape=(vae["channels"], *bucket.latent_size(vae["downsampling"])),
+            patch_grid=bucket.grid(visual["patch_size"]),
+            num={split: num[split, bucket.name] for split in SPLITS},
         )
-        inventory.clear(self._folder, [bucket.name for bucket in self._buckets])
-        clear_staged(self._folder)
-        return record
-
-    def _plan(self) -> list[PlannedShard]:
-        return plan_shards(list(self._images.values()), self._buckets, self._shard_size)
-
-    def _path(self, shard: PlannedShard) -> Path:
-        return shard.path(self._folder)
-
-    # What is there.
-
-    def _take_inventory(self) -> None:
-        self._indexes = inventory.take_inventory(
-            self._folder,
-            lambda bucket: self._shapes.get(bucket, Shapes()),
-            check_all=distributed.on_main(lambda: is_complete(self._folder)),
-            num_threads=self._num_threads,
-        )
-
-    def _find_places(self) -> None:
-        for path, index in self._indexes.items():
-            for feature in self._facts:
-                for row, name in enumerate(index.ids):
-                    wanted = self._fingerprints.get(name, {}).get(feature)
-                    if wanted is not None and index.fingerprint[feature][row] == wanted:
-                        self._places[feature, name] = (path, row)
-        staged = [
-            (feature, name)
-            for feature, name in distributed.on_main(lambda: list(staged_names(self._folder)))
-            if feature in self._facts and name in self._images
-        ]
-        with distributed.together(), ThreadPoolExecutor(self._num_threads) as pool:
-            mine = _share(staged)
-            parts = pool.map(lambda item: self._read_staged(*item) is not None, mine)
-            found = [item for item, is_usable in zip(mine, parts, strict=True) if is_usable]
-        for part in distributed.gather_objects(found):
-            for item in part:
-                self._places.setdefault(item)
-
-    def _read_staged(self, feature: str, name: str) -> tuple[Members, dict[str, Any]] | None:
-        wanted = self._fingerprints[name][feature]
-        shapes = self._shapes[self._images[name].bucket.name]
-        return read_staged(self._folder, feature, name, wanted, shapes)
-
-    def _missing(self, feature: str) -> set[str]:
-        return {name for name in self._images if (feature, name) not in self._places}
-
-    # The claim to the folder, by rank 0.
-
-    def _write_claim(self) -> None:
-        """Write what the folder is to become; facts of encoders that are not in use stay."""
-        claim = self._folder / CLAIM_FILE
-        facts: dict[str, Any] = {}
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            facts = dict(json.loads(claim.read_text(encoding="utf-8")))
-        write_json(
-            claim,
-            dict(
-                format=CLAIM_FORMAT,
-                version=1,
-                name=self._archive.path.stem,
-                buckets=[bucket.name for bucket in self._buckets],
-                validation_share=self._validation_share,
-                shard_size=self._shard_size,
-                **{feature: self._facts.get(feature, facts.get(feature)) for feature in FEATURES},
-            ),
-        )
-        write_images(self._folder, list(self._images.values()))
-
-    def _claim(self, wrong: Sequence[PlannedShard], others: Sequence[Path]) -> dict[Path, Path]:
-        """Make room for the shards to be written; return where shards went that are not right.
-
-        From here on until the end, what the folder holds is told by the index beside each shard.
-        """
-        self._write_claim()
-        if not wrong and not others:
-            return {}
-        (self._folder / RECORD_FILE).unlink(missing_ok=True)
-        inventory.remove_manifests(self._folder)
-        return inventory.set_aside(self._folder, others, self._indexes)
-
-    def _delete(self) -> None:
-        (self._folder / RECORD_FILE).unlink(missing_ok=True)
-        inventory.remove_shards(self._folder)
-        clear_staged(self._folder)
-
-    # Making.
-
-    def _make_texts(self, missing: set[str]) -> None:
-        images = [self._images[name] for name in missing]
-        images.sort(key=lambda image: (len(image.caption), image.id))  # So that few are padded.
-        size = self._batch_size
-        mine = _share([images[first : first + size] for first in range(0, len(images), size)])
-        bar = _bar(len(images), sum(map(len, mine)), "Encoding captions")
-        with bar as on_done, distributed.together():
-            self._maker.make_texts(mine, on_done)
-
-    def _batches(self, shard: PlannedShard, missing: Mapping[str, set[str]]) -> list[Batch]:
-        """Return batches of the images of a shard that lack latents or visual features.
-
-        They are the same for any number of ranks.
-        """
-        rows = []
-        for image in shard.images:
-            wanted = frozenset(
-                feature for feature in ("vae", "visual") if image.id in missing.get(feature, ())
-            )
-            if wanted:
-                rows.append((image, wanted))
-        size = self._batch_size
-        return [rows[first : first + size] for first in range(0, len(rows), size)]
-
-    def _image_bar(
-        self, batches: Sequence[Batch]
-    ) -> contextlib.AbstractContextManager[Callable[[int], None]]:
-        total, own = sum(map(len, batches)), sum(map(len, _share(batches)))
-        return _bar(total, own, "Encoding images")
-
-    def _make_shards(self, shards: Sequence[PlannedShard], missing: Mapping[str, set[str]]) -> None:
-        """Make the features of images and write shards, some shards at a time.
-
-        Ranks share the batches, then the shards: while they make features for some, they write
-        those before.
-        """
-        batches = [self._batches(shard, missing) for shard in shards]
-        packing: list[Future] = []
-        packed: dict[Path, ShardIndex] = {}
-        bar = self._image_bar([batch for part in batches for batch in part])
-        with bar as on_done, ThreadPoolExecutor(1) as packer:
-            for part in _rounds([len(own) for own in batches]):
-                with distributed.together():
-                    self._maker.make_images(
-                        _share([batch for i in part for batch in batches[i]]), on_done
-                    )
-                    packed.update(future.result() for future in packing)
-                packing = [packer.submit(self._pack, shards[i]) for i in _share(part)]
-            with distributed.together():
-                packed.update(future.result() for future in packing)
-        for part in distributed.gather_objects(packed):
-            self._indexes.update(part)
-
-    def _pack(self, shard: PlannedShard) -> tuple[Path, ShardIndex]:
-        """Write a shard and its index, then delete what was staged for it."""
-        path = self._path(shard)
-        with contextlib.ExitStack() as stack:
-            index = write_shard(path, shard.bucket.name, self._samples(shard, stack))
-        inventory.write_index(path, index)
-        for image in shard.images:
-            unstage(self._folder, image.id)
-        return path, index
-
-    def _samples(
-        self, shard: PlannedShard, stack: contextlib.ExitStack
-    ) -> Iterator[tuple[str, dict[str, Any], Members]]:
-        descriptors: dict[Path, int] = {}
-        for image in shard.images:
-            members: dict[str, bytes] = {}
-            truncated = False
-            for feature in FEATURES:
-                place = self._places.get((feature, image.id))
-                if place is None:
-                    found = self._read_staged(feature, image.id)
-                    if found is None:
-                        raise ValueError(f"{self._folder}: {image.id}, staged, {_ALTERED}.")
-                    members.update(found[0])
-                    truncated = found[1].get("truncated", truncated)
-                    continue
-                path, row = place
-                if path not in descriptors:
-                    descriptors[path] = os.open(path, os.O_RDONLY)
-                    stack.callback(os.close, descriptors[path])
-                index = self._indexes[path]
-                try:
-                    for key in KEYS_OF[feature]:
-                        members[key] = read_member(descriptors[path], index, row, key)
-                except ValueError:
-                    inventory.distrust_index(path, index)
-                    raise ValueError(f"{path}: {_ALTERED}.") from None
-                if feature == "text":
-                    truncated = index.truncated[row]
-            yield image.id, describe_sample(image, self._fingerprints[image.id], truncated), members
+        for bucket in plan.buckets
+    ]
+    train = [s["moments"] for m in manifests if m.split == "train" for s in m.shards]
+    return FeatureRecord(
+        name=plan.name,
+        source_hash=plan.source_hash,
+        buckets=buckets,
+        validation_share=float(plan.validation_share),
+        shard_size=plan.shard_size,
+        **{feature: dict(plan.encoders[feature]) for feature in FEATURES},
+        captions=dict(num_truncated=sum(int(m.truncated.sum()) for m in manifests)),
+        statistics=statistics_of(train),
+        content_hash=hash_of_shards(manifests),
+        packages=packages,
+    )
 
 
-def _share(items: Sequence[T]) -> Sequence[T]:
-    """Return this rank's part."""
-    return items[distributed.rank() :: distributed.world_size()]
+def hash_of_shards(manifests: Sequence[Manifest]) -> str:
+    """Return the identity of all shards of manifests, in order."""
+    lines = [f"{m.split} {m.bucket} {s['file']} {s['sha256']}" for m in manifests for s in m.shards]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _rounds(num_batches: Sequence[int]) -> Iterator[list[int]]:
-    """Yield the indices of shards that are made together, given the batches of each.
+def statistics_of(moments: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return count, mean and standard deviation by channel, for each of STATISTICS.
 
-    Together they give every rank work, both batches and shards.
+    ``moments`` are those of shards, in order; the deviation's divisor is the count.
     """
-    ranks = distributed.world_size()
-    part: list[int] = []
-    waiting = 0
-    for index, num in enumerate(num_batches):
-        part.append(index)
-        waiting += num
-        if waiting >= _BATCHES_PER_ROUND * ranks and len(part) >= ranks:
-            yield part
-            part, waiting = [], 0
-    if part:
-        yield part
-
-
-@contextlib.contextmanager
-def _bar(total: int, own: int, label: str) -> Iterator[Callable[[int], None]]:
-    """Show how far all ranks are, supposing that they are as far as this one."""
-    done = shown = 0
-    with progress(total=total, label=label, disable=not distributed.is_main()) as bar:
-
-        def on_done(count: int) -> None:
-            nonlocal done, shown
-            done += count
-            bar.update(round(done * total / own) - shown)
-            shown = round(done * total / own)
-
-        yield on_done
+    statistics = {}
+    for name in STATISTICS:
+        total: dict[str, Any] = dict(count=0)
+        for part in moments:
+            total = merge_moments(total, part[name])
+        mean, m2 = (np.asarray(total[key]) for key in ("mean", "m2"))
+        std = np.sqrt(m2 / total["count"])
+        statistics[name] = dict(count=total["count"], mean=mean.tolist(), std=std.tolist())
+    return statistics

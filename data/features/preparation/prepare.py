@@ -11,8 +11,9 @@ import torch
 
 from data.features.buckets import DEFAULT_BUCKETS, Bucket
 from data.features.preparation.captions import read_captions, require_captions
-from data.features.preparation.pack import FeatureWork
+from data.features.preparation.make import Making
 from data.features.preparation.plan import (
+    Plan,
     PlannedImage,
     Scanned,
     plan_images,
@@ -23,13 +24,18 @@ from data.features.record import FEATURES, FeatureRecord, is_feature_folder
 from data.images.archive import open_archive
 from data.images.members import Archive
 from data.images.samples import SampleArchive
-from dnnlib.files import check_target, lock_folder
-from dnnlib.parallel import num_usable_cores
+from data.resumable import check_folder, locked
+from dnnlib.parallel import num_cores_of_rank
 from encoders.autoencoder import AUTOENCODER, load_autoencoder
 from encoders.text import TEXT, load_text_encoder
 from encoders.visual import VISUAL, load_visual_encoder
 from torch_utils import distributed
 
+_ENCODERS = {
+    "vae": (AUTOENCODER, load_autoencoder),
+    "visual": (VISUAL, load_visual_encoder),
+    "text": (TEXT, load_text_encoder),
+}
 _MAX_THREADS = 16
 _NUM_BROKEN_SHOWN = 20
 
@@ -96,59 +102,42 @@ def prepare(
     holds anything else.
     """
     dest = Path(dest)
+    num_threads = preparation.num_threads or num_cores_of_rank(_MAX_THREADS)
     with distributed.together():
-        archive = _check(source, dest, locations, preparation)
+        _check_options(dest, locations, preparation)
+        archive = _open_source(source)
         captions = _captions(archive, preparation)
     encoders = _load_encoders(locations, preparation, device)
-    facts = {feature: _facts(encoder, preparation) for feature, encoder in encoders.items()}
-    with contextlib.ExitStack() as stack:
-        distributed.on_main(lambda: _lock(dest, stack))
-        images, skipped = _plan_images(archive, dest, captions, preparation)
-        work = FeatureWork(
-            dest,
-            archive,
-            images,
-            encoders,
-            facts,
+    with locked(dest, "preparing"):
+        images, skipped = _plan_images(archive, dest, captions, preparation, num_threads)
+        plan = Plan(
+            name=archive.path.stem,
+            images=images,
             buckets=preparation.buckets,
             validation_share=preparation.validation_share,
             shard_size=preparation.shard_size,
-            batch_size=preparation.batch_size,
-            num_threads=_num_threads(preparation),
+            encoders={feature: encoder.facts() for feature, encoder in encoders.items()},
         )
+        making = Making(dest, archive, plan, encoders, preparation.batch_size, num_threads)
+        record, num_packed = None, 0
         if preparation.only is not None:
-            work.make_one(preparation.only)
-            record, num_packed = None, 0
+            making.make_one(preparation.only)
         else:
-            record, num_packed = work.make_all(anew=preparation.overwrite)
-        num_made = work.num_made()
-    return Outcome(
-        record=record,
-        num_images=len(images),
-        num_made=num_made,
-        num_packed=num_packed,
-        skipped=tuple(skipped),
-    )
-
-
-# Checks, plans and claims.
-
-
-def _check(
-    source: str | os.PathLike,
-    dest: Path,
-    locations: Mapping[str, str | None],
-    preparation: Preparation,
-) -> Archive:
-    """Return the images; raises ValueError for what can be known before any work."""
-    check_target("--dest", dest, is_folder=True)
-    if dest.suffix.lower() in (".zip", ".npz", ".npy", ".tar"):
-        raise ValueError(f"--dest: got {dest}; features are written to a folder, give its name.")
-    others = dest.is_dir() and any(not path.name.startswith(".") for path in dest.iterdir())
-    if others and not is_feature_folder(dest):
-        raise ValueError(
-            f"--dest: {dest} holds other files and no features; delete it or choose another name."
+            record, num_packed = making.make_all(anew=preparation.overwrite)
+        return Outcome(
+            record=record,
+            num_images=len(images),
+            num_made=making.num_made(),
+            num_packed=num_packed,
+            skipped=tuple(skipped),
         )
+
+
+def _check_options(
+    dest: Path, locations: Mapping[str, str | None], preparation: Preparation
+) -> None:
+    """Raise ValueError for what can be known before any work."""
+    check_folder(dest, "features", is_feature_folder)
     if preparation.overwrite and preparation.only is not None:
         raise ValueError("--overwrite makes all features again; leave out --only.")
     wanted = FEATURES if preparation.only is None else (preparation.only,)
@@ -162,12 +151,15 @@ def _check(
         if location is not None and feature not in wanted:
             raise ValueError(f"--{feature}: has no effect with --only={preparation.only}.")
         if location is not None:
-            known = {"vae": AUTOENCODER, "visual": VISUAL, "text": TEXT}
-            known[feature].check_location(str(location))
+            _ENCODERS[feature][0].check_location(str(location))
     if not 0 <= preparation.validation_share < 1:
         raise ValueError(
             f"--validation-share: got {preparation.validation_share:g}; accepted: 0 to less than 1."
         )
+
+
+def _open_source(source: str | os.PathLike) -> Archive:
+    """Return the images; raises ValueError if there are none that have names and sizes."""
     if is_feature_folder(source):
         raise ValueError(f"--source: {source} holds features already; give images.")
     archive = open_archive(source)
@@ -179,12 +171,8 @@ def _check(
     return archive
 
 
-def _names(archive: Archive, preparation: Preparation) -> list[str]:
-    return archive.names[: preparation.max_images]
-
-
 def _captions(archive: Archive, preparation: Preparation) -> dict[str, str]:
-    names = _names(archive, preparation)
+    names = archive.names[: preparation.max_images]
     captions = read_captions(archive, names, preparation.captions, preparation.caption_key)
     # Of those that may yet turn out to be broken, captions are asked for later.
     if preparation.only in (None, "text") and not preparation.skip_broken:
@@ -196,9 +184,8 @@ def _load_encoders(
     locations: Mapping[str, str | None], preparation: Preparation, device: torch.device
 ) -> dict[str, Any]:
     """Return the encoders of the features to be made; raises ValueError if they do not fit."""
-    load = dict(vae=load_autoencoder, visual=load_visual_encoder, text=load_text_encoder)
     encoders = {
-        feature: load[feature](str(location), device, precision=preparation.precision)
+        feature: _ENCODERS[feature][1](str(location), device, precision=preparation.precision)
         for feature, location in locations.items()
         if location is not None
     }
@@ -218,44 +205,19 @@ def _load_encoders(
     return encoders
 
 
-def _facts(encoder: Any, preparation: Preparation) -> dict[str, Any]:
-    """Return what the record says of an encoder."""
-    names = dict(
-        Autoencoder=dict(
-            channels="latent_channels", downsampling="downsampling", scale="scale", shift="shift"
-        ),
-        VisualEncoder=dict(patch_size="patch_size", num_registers="num_registers", dim="dim"),
-        TextEncoder=dict(dim="dim", max_tokens="max_tokens"),
-    )[type(encoder).__name__]
-    return dict(
-        location=encoder.location,
-        hash=encoder.sha256,
-        **{key: getattr(encoder, name) for key, name in names.items()},
-        precision=preparation.precision,
-    )
-
-
-def _lock(dest: Path, stack: contextlib.ExitStack) -> None:
-    """Keep other processes out of ``dest``, and delete what killed writes have left there."""
-    dest.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(dest, f"--dest: another process is preparing {dest}")
-    if lock is not None:
-        stack.enter_context(lock)
-    for leftover in dest.rglob(".*.tmp"):
-        leftover.unlink()
-
-
 def _plan_images(
-    archive: Archive, dest: Path, captions: Mapping[str, str], preparation: Preparation
+    archive: Archive,
+    dest: Path,
+    captions: Mapping[str, str],
+    preparation: Preparation,
+    num_threads: int,
 ) -> tuple[list[PlannedImage], list[str]]:
     """Return the samples to be made, and sentences about images that cannot be used. Collective."""
     known: dict[str, Scanned] = {}
     with contextlib.suppress(ValueError):  # Images are then read again.
         known = {image.scanned.file: image.scanned for image in read_images(dest)}
-    names = _names(archive, preparation)
-    scanned = scan_images(
-        archive, range(len(names)), known, preparation.buckets, _num_threads(preparation)
-    )
+    names, buckets = archive.names[: preparation.max_images], preparation.buckets
+    scanned = scan_images(archive, names, known, buckets, num_threads)
     broken = [f"{archive.path}/{s.file}: {s.error}" for s in scanned if s.error is not None]
     if broken and not preparation.skip_broken:
         shown = broken[:_NUM_BROKEN_SHOWN]
@@ -274,11 +236,4 @@ def _plan_images(
     if preparation.only in (None, "text"):
         files = [image.file for image in usable]
         require_captions(captions, files, str(archive.path), preparation.captions)
-    texts = [captions.get(image.file, "") for image in usable]
-    images = plan_images(usable, texts, preparation.buckets, preparation.validation_share)
-    return images, broken
-
-
-def _num_threads(preparation: Preparation) -> int:
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return preparation.num_threads or min(max(num_usable_cores() // ranks_here, 1), _MAX_THREADS)
+    return plan_images(usable, captions, buckets, preparation.validation_share), broken

@@ -3,8 +3,9 @@
 import os
 from collections.abc import Iterator
 
+from data.features.manifests import read_manifest
 from data.features.preparation.prepare import Outcome
-from data.features.record import FEATURES, SPLITS, FeatureRecord, read_feature_record, read_manifest
+from data.features.record import FEATURES, SPLITS, FeatureRecord, read_feature_record
 from dnnlib.text import format_count
 
 

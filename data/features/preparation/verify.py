@@ -4,63 +4,45 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
-import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from data.features.buckets import fit_image, parse_buckets
-from data.features.preparation.inventory import find_shards, read_index
-from data.features.preparation.manifests import hash_of_shards, index_of, statistics_of
-from data.features.preparation.plan import (
-    Encoders,
-    PlannedImage,
-    fingerprint_of,
-    read_images,
-    shapes_of,
-)
-from data.features.preparation.staging import read_staged
+from data.features.buckets import Bucket, fit_image
+from data.features.manifests import MANIFEST_FILE, Manifest, read_manifest
+from data.features.preparation.pack import find_shards, hash_of_shards, known_index, statistics_of
+from data.features.preparation.plan import Plan, PlannedImage, read_claim, read_images
+from data.features.preparation.stage import Stage
 from data.features.record import (
     AGAIN,
-    CLAIM_FILE,
     FEATURES,
-    MANIFEST_FILE,
     SPLITS,
     FeatureRecord,
-    Manifest,
     bucket_folder,
     read_feature_record,
-    read_manifest,
 )
-from data.features.shards import (
-    Shapes,
-    ShardIndex,
-    check_shard,
-    from_npy,
-    index_shard,
-    merge_moments,
-    read_member,
-    sample_moments,
-)
+from data.features.shards import Members, Tally, check_shard, from_npy, open_shard, read_member
 from data.images.archive import open_archive
 from data.images.decode import decode_image
 from data.images.members import Archive
-from dnnlib.parallel import num_usable_cores
+from dnnlib.parallel import num_usable_cores, thread_map
 from dnnlib.progress import progress
 from encoders.visual import VisualEncoder, load_visual_encoder
-from training.feature_alignment import misalignment
 
 STATES = ("ok", "missing", "stale", "corrupt")
+PATCHES = "dinov3_patches.npy"
+MAX_SHIFT = 8  # Rows of patches by which stored and new ones are compared.
+MIN_COSINE = 0.99
+_COSINE_TOLERANCE = 1e-4  # What rounding may add to a mean cosine.
 _TOLERANCE = 1e-6  # Of statistics.
 _MAX_THREADS = 8
 
-Key = tuple[str, str, str]  # Split, bucket and feature.
+Place = tuple[str, str, str]  # Split, bucket and feature.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +55,7 @@ class Verification:
         problems: A sentence for each.
     """
 
-    counts: dict[Key, collections.Counter[str]]
+    counts: dict[Place, collections.Counter[str]]
     patches: dict[str, collections.Counter[int]]
     problems: list[str]
 
@@ -111,22 +93,15 @@ def verify_features(
 
     Raises ValueError if ``source`` or ``visual`` cannot be used.
     """
-    folder = Path(path)
-    checker = _Checker(folder, num_threads or min(num_usable_cores(), _MAX_THREADS))
-    archive = None
+    checker = _Checker(Path(path), num_threads or min(num_usable_cores(), _MAX_THREADS))
     if visual is not None and source is None:
         raise ValueError("--visual: needs --source, the images to be encoded again.")
-    if source is not None:
-        archive = open_archive(source)
+    archive = None if source is None else open_archive(source)
     encoder = None
     if visual is not None:
-        facts = checker.facts.get("visual") or {}
-        encoder = load_visual_encoder(
-            visual,
-            device,
-            expected_hash=facts.get("hash"),
-            precision=facts.get("precision", "fp32"),
-        )
+        facts = checker.plan.encoders.get("visual") or {}
+        settings = dict(expected_hash=facts.get("hash"), precision=facts.get("precision", "fp32"))
+        encoder = load_visual_encoder(visual, device, **settings)
     checker.check_shards()
     if archive is not None:
         checker.check_source(archive)
@@ -139,54 +114,54 @@ def verify_features(
 
 
 class _Checker:
-    """A verification under way."""
+    """A verification under way: what is known of the folder, and the problems so far."""
 
     def __init__(self, folder: Path, num_threads: int) -> None:
+        """Read record, or claim, list of images and manifests, as far as they are readable."""
         self.folder = folder
         self.num_threads = num_threads
         self.problems: list[str] = []
-        self.counts: dict[Key, collections.Counter[str]] = {}
-        self.patches: dict[str, collections.Counter[int]] = {}
-        self.record: FeatureRecord | None = None
-        self.facts: Encoders = {}
-        self.buckets: tuple[str, ...] = ()
-        self.images: list[PlannedImage] = []
-        self.manifests: dict[tuple[str, str], Manifest] = {}
-        self.named: set[Path] = set()  # Shards that a manifest names.
-        self.indexes: dict[Path, ShardIndex] = {}
-        self.moments: dict[Path, dict[str, Any]] = {}
+        self.counts: dict[Place, collections.Counter[str]] = {}
+        self.patches: dict[str, collections.Counter[int]] = collections.defaultdict(
+            collections.Counter
+        )
+        self.indexes: dict[Path, Manifest] = {}  # Of each shard, without what is damaged.
+        self.moments: dict[Path, dict[str, Any]] = {}  # Of shards without problems.
         self.changed: set[str] = set()  # Names of samples whose image is another now.
-        self._read_description()
-        self.shapes = {name: shapes_of(parse_buckets(name)[0], self.facts) for name in self.buckets}
-
-    def _read_description(self) -> None:
-        """Read record, or claim, list of images and manifests, as far as they are readable."""
-        with self._noting():
-            self.record = read_feature_record(self.folder)
+        self.record: FeatureRecord | None = self._try(read_feature_record, folder)
+        encoders, buckets = {}, ()
         if self.record is not None:
-            self.facts = {feature: getattr(self.record, feature) for feature in FEATURES}
-            self.buckets = tuple(bucket.name for bucket in self.record.buckets)
+            encoders = {feature: getattr(self.record, feature) for feature in FEATURES}
+            buckets = tuple(bucket.bucket for bucket in self.record.buckets)
         else:
-            with self._noting():
-                self.facts, self.buckets = _read_claim(self.folder)
-        with self._noting():
-            self.images = read_images(self.folder)
-        for split in SPLITS:
-            for bucket in self.buckets:
-                file = bucket_folder(self.folder, split, bucket) / MANIFEST_FILE
-                if self.record is None and not file.exists():
-                    continue  # It is written at the end.
-                with self._noting():
-                    self.manifests[split, bucket] = read_manifest(self.folder, split, bucket)
-                    self.named.update(self.manifests[split, bucket].files)
+            encoders, buckets = self._try(read_claim, folder) or (encoders, buckets)
+        self.plan = Plan(
+            name="",
+            images=self._try(read_images, folder) or [],
+            buckets=buckets,
+            validation_share=0,
+            shard_size=1,
+            encoders=encoders,
+        )
+        self.shapes = {bucket.name: self.plan.shapes(bucket) for bucket in buckets}
+        places = [(split, bucket.name) for split in SPLITS for bucket in buckets]
+        if self.record is None:  # They are written at the end.
+            places = [p for p in places if (bucket_folder(folder, *p) / MANIFEST_FILE).exists()]
+        found = {place: self._try(read_manifest, folder, *place) for place in places}
+        self.manifests = {place: manifest for place, manifest in found.items() if manifest}
+        # Shards that a manifest names.
+        self.named = {path for manifest in self.manifests.values() for path in manifest.files}
 
-    @contextlib.contextmanager
-    def _noting(self) -> Iterator[None]:
-        """Make a problem of an error that tells of a damaged file."""
+    def _try(self, read: Any, *args: Any) -> Any:
+        """Return what is read; None, and a problem, where a file is damaged or missing."""
         try:
-            yield
+            return read(*args)
         except ValueError as error:
             self.problems.append(str(error))
+            return None
+
+    def _add(self, where: Any, problem: str) -> None:
+        self.problems.append(f"{where}: {problem}; {AGAIN}.")
 
     # Shards.
 
@@ -194,79 +169,58 @@ class _Checker:
         """Read all shards and compare them with their manifests."""
         paths = find_shards(self.folder)
         for path in sorted(self.named - set(paths)):
-            self.problems.append(f"{path}: is missing; {AGAIN}.")
+            self._add(path, "is missing")
         for path in paths:
             if self.record is not None and path not in self.named:
-                self.problems.append(f"{path}: is in no manifest; {AGAIN}.")
-        with (
-            ThreadPoolExecutor(self.num_threads) as pool,
-            progress(total=len(paths), label=f"Verifying {self.folder}", unit="shard") as bar,
-        ):
-            for path, found in zip(paths, pool.map(self._check_shard, paths), strict=True):
-                index, problems, moments, histogram = found
-                self.indexes[path] = index
-                self.problems += [f"{path}: {problem}; {AGAIN}." for problem in problems]
-                self.patches.setdefault(index.bucket, collections.Counter()).update(histogram)
-                if moments is not None:
-                    self.moments[path] = moments
+                self._add(path, "is in no manifest")
+        bar = progress(total=len(paths), label=f"Verifying {self.folder}", unit="shard")
+        found = thread_map(self._check_shard, paths, self.num_threads, self.num_threads)
+        with bar:
+            for path, problems in zip(paths, found, strict=True):
+                for problem in problems:
+                    self._add(path, problem)
                 bar.update()
-        for bucket, histogram in self.patches.items():
-            self._check_patches(bucket, histogram)
+        for bucket in self.plan.buckets:
+            self._check_patches(bucket)
 
-    def _check_shard(
-        self, path: Path
-    ) -> tuple[ShardIndex, list[str], dict[str, Any] | None, collections.Counter[int]]:
-        manifest = self.manifests.get((path.parent.parent.name, path.parent.name[len("bucket_") :]))
-        known = None if manifest is None else index_of(manifest, path.name)
-        known = known or read_index(path)
-        histogram: collections.Counter[int] = collections.Counter()
-        if known is None:
-            bucket = path.parent.name.removeprefix("bucket_")
-            index = index_shard(path, bucket, self.shapes.get(bucket, Shapes()))
-            return index, [], None, histogram
-        shapes = self.shapes.get(known.bucket, Shapes())
-        index, problems = check_shard(path, known, shapes)
-        moments: dict[str, Any] | None = None
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            for row in range(len(index.ids)):
-                with contextlib.suppress(ValueError):  # Which is a problem already.
-                    keys = ("vae.npy", "dinov3.npy", "dinov3_patches.npy")
-                    members = {key: read_member(descriptor, index, row, key) for key in keys}
-                    histogram[len(from_npy(members["dinov3_patches.npy"]))] += 1
-                    if not problems:
-                        part = sample_moments(members)
-                        moments = {
-                            name: merge_moments(moments and moments[name], part[name])
-                            for name in part
-                        }
-        finally:
-            os.close(descriptor)
-        return index, problems, moments, histogram
+    def _check_shard(self, path: Path) -> list[str]:
+        known = known_index(path, {m.folder: m for m in self.manifests.values()})
+        tally, histogram = Tally(), collections.Counter[int]()
 
-    def _check_patches(self, bucket: str, histogram: Mapping[int, int]) -> None:
+        def visit(members: Members) -> None:
+            with contextlib.suppress(KeyError, ValueError):  # Which is a problem already.
+                histogram[len(from_npy(members[PATCHES]))] += 1
+                tally.add(members)
+
+        index, problems = check_shard(path, known, self.plan.shapes_of(known.bucket), visit)
+        self.indexes[path] = index
+        self.patches[index.bucket] += histogram
+        if not known.shards[0]["sha256"]:
+            return []  # Nothing is known that it could be compared with.
+        if not problems:
+            self.moments[path] = tally.moments
+        return problems
+
+    def _check_patches(self, bucket: Bucket) -> None:
         """Tell what a number of patches may come from that is not the bucket's."""
-        expected = self.shapes.get(bucket, Shapes()).num_patches
-        visual = self.facts.get("visual")
-        if expected is None or visual is None:
+        visual = self.plan.encoders.get("visual")
+        if visual is None:
             return
-        other_grid = math.prod(parse_buckets(bucket)[0].grid(14))
-        for num, count in histogram.items():
-            if num == expected:
-                continue
-            reason = ""
-            if num == 196:
-                reason = ", the grid of a square of 224 with patches of 16"
-            elif num == other_grid:
-                reason = (
-                    f", the grid of patches of 14, but this encoder's are {visual['patch_size']}"
+        expected = math.prod(bucket.grid(visual["patch_size"]))
+        reasons = {
+            expected + visual["num_registers"]: f", as if the {visual['num_registers']} registers "
+            "were patches",
+            math.prod(bucket.grid(14)): ", the grid of patches of 14, but this encoder's are "
+            f"{visual['patch_size']}",
+            196: ", the grid of a square of 224 with patches of 16",
+        }
+        for num, count in self.patches[bucket.name].items():
+            if num != expected:
+                self._add(
+                    self.folder,
+                    f"bucket {bucket.name} has {count} sample(s) of {num} patches, not {expected}"
+                    + reasons.get(num, ""),
                 )
-            elif num == expected + visual["num_registers"]:
-                reason = f", as if the {visual['num_registers']} registers were patches"
-            self.problems.append(
-                f"{self.folder}: bucket {bucket} has {count} sample(s) of {num} patches, not "
-                f"{expected}{reason}; {AGAIN}."
-            )
 
     # The source.
 
@@ -275,27 +229,21 @@ class _Checker:
         positions = {name: index for index, name in enumerate(archive.names)}
 
         def differs(image: PlannedImage) -> bool:
-            position = positions.get(image.scanned.file)
-            if position is None:
-                return True
             try:
-                data = archive.read(position)
-            except ValueError:
+                data = archive.read(positions[image.scanned.file])
+            except (KeyError, ValueError):
                 return True
             return hashlib.sha256(data).hexdigest() != image.scanned.sha256
 
-        with (
-            ThreadPoolExecutor(self.num_threads) as pool,
-            progress(total=len(self.images), label=f"Comparing {archive.path}") as bar,
-        ):
-            for image, is_other in zip(self.images, pool.map(differs, self.images), strict=True):
+        images = self.plan.images
+        found = thread_map(differs, images, self.num_threads, 4 * self.num_threads)
+        with progress(total=len(images), label=f"Comparing {archive.path}") as bar:
+            for image, is_other in zip(images, found, strict=True):
                 bar.update()
                 if is_other:
                     self.changed.add(image.id)
-                    self.problems.append(
-                        f"{archive.path}/{image.scanned.file}: is not what features were made of "
-                        f"any more; {AGAIN}."
-                    )
+                    where = f"{archive.path}/{image.scanned.file}"
+                    self._add(where, "is not what features were made of any more")
 
     # Samples.
 
@@ -306,111 +254,87 @@ class _Checker:
             if path.parent.name.startswith("bucket_"):
                 for row, name in enumerate(index.ids):
                     rows[name].append((path, row))
-        for split in SPLITS:
-            for bucket in self.buckets:
-                for feature in FEATURES:
-                    self.counts[split, bucket, feature] = collections.Counter()
         for name, places in rows.items():
             if len(places) > 1:
                 where = " and ".join(f"{p.parent.parent.name}/{p.parent.name}" for p, _ in places)
-                self.problems.append(f"{self.folder}: {name} is there twice, in {where}; {AGAIN}.")
-        planned = {image.id for image in self.images}
+                self._add(self.folder, f"{name} is there twice, in {where}")
+        planned = {image.id for image in self.plan.images}
         others = [name for name in rows if name not in planned]
-        if others and self.images:
-            self.problems.append(
-                f"{self.folder}: {len(others)} sample(s) are of no image that was asked for, as "
-                f"{others[0]}; {AGAIN}."
-            )
-        for image in self.images:
-            folder = bucket_folder(self.folder, image.split, image.bucket.name)
-            own = [
-                (path, row)
-                for path, row in rows.get(image.id, ())
-                if path.parent == folder and (self.record is None or path in self.named)
-            ]
+        if others and planned:
+            what = f"{len(others)} sample(s) are of no image that was asked for, as {others[0]}"
+            self._add(self.folder, what)
+        for split in SPLITS:
+            for bucket in self.plan.buckets:
+                for feature in FEATURES:
+                    self.counts[split, bucket.name, feature] = collections.Counter()
+        for image in self.plan.images:
             for feature in FEATURES:
-                state = self._state(image, feature, own)
-                counts = self.counts.setdefault(
-                    (image.split, image.bucket.name, feature), collections.Counter()
-                )
-                counts[state] += 1
+                place = image.split, image.bucket.name, feature
+                counts = self.counts.setdefault(place, collections.Counter())
+                counts[self._state(image, feature, rows[image.id])] += 1
         for (split, bucket, feature), counts in self.counts.items():
             for state in STATES[1:]:
                 if counts[state]:
-                    self.problems.append(
-                        f"{self.folder}: {split}, bucket {bucket}: {counts[state]} {feature} "
-                        f"feature(s) {state}; {AGAIN}."
-                    )
+                    what = f"{counts[state]} {feature} feature(s) {state}"
+                    self._add(self.folder, f"{split}, bucket {bucket}: {what}")
 
-    def _state(self, image: PlannedImage, feature: str, places: Sequence[tuple[Path, int]]) -> str:
-        wanted = fingerprint_of(image, feature, self.facts)
-        if not places:
-            shapes = self.shapes.get(image.bucket.name, Shapes())
-            is_staged = self.record is None and wanted is not None
-            if is_staged and read_staged(self.folder, feature, image.id, wanted, shapes):
+    def _state(self, image: PlannedImage, feature: str, places: list[tuple[Path, int]]) -> str:
+        wanted = self.plan.fingerprints[image.id].get(feature)
+        folder = bucket_folder(self.folder, image.split, image.bucket.name)
+        for path, row in places:
+            if path.parent != folder or (self.record is not None and path not in self.named):
+                continue
+            found = self.indexes[path].fingerprint[feature][row]
+            if not found:
+                return "corrupt"
+            is_stale = found != wanted or (feature != "text" and image.id in self.changed)
+            return "stale" if is_stale else "ok"
+        if self.record is None and wanted is not None:
+            shapes = self.plan.shapes(image.bucket)
+            if Stage(self.folder).get(image.id, feature, wanted, shapes) is not None:
                 return "ok"
-            return "missing"
-        path, row = places[0]
-        found = self.indexes[path].fingerprint[feature][row]
-        if found is None:
-            return "corrupt"
-        if found != wanted or (feature != "text" and image.id in self.changed):
-            return "stale"
-        return "ok"
+        return "missing"
 
     # The record.
 
     def check_record(self, record: FeatureRecord) -> None:
         """Compare counts, hash and statistics of the record with the shards."""
         file = f"{self.folder}/features.json"
-        shards, train = [], []
-        for split in SPLITS:
-            for bucket in record.buckets:
-                manifest = self.manifests.get((split, bucket.name))
-                if manifest is None:
-                    return
-                if len(manifest) != bucket.num[split]:
-                    self.problems.append(
-                        f"{file}: says {bucket.num[split]} samples of {split} in bucket "
-                        f"{bucket.name}, but there are {len(manifest)}; {AGAIN}."
-                    )
-                for path, shard in zip(manifest.files, manifest.shards, strict=True):
-                    shards.append((split, bucket.name, path.name, shard["sha256"]))
-                    if split == "train":
-                        train.append(self.moments.get(path))
-        if hash_of_shards(shards) != record.content_hash:
-            self.problems.append(f"{file}: is not of these shards (content_hash); {AGAIN}.")
+        places = [(split, bucket) for split in SPLITS for bucket in record.buckets]
+        manifests = [self.manifests.get((split, bucket.name)) for split, bucket in places]
+        if None in manifests:
+            return
+        for (split, bucket), manifest in zip(places, manifests, strict=True):
+            if len(manifest) != bucket.num[split]:
+                says = f"says {bucket.num[split]} samples of {split} in bucket {bucket.name}"
+                self._add(file, f"{says}, but there are {len(manifest)}")
+        if hash_of_shards(manifests) != record.content_hash:
+            self._add(file, "is not of these shards (content_hash)")
+        train = [self.moments.get(f) for m in manifests if m.split == "train" for f in m.files]
         if None in train or not train:
             return  # A problem of a shard, which is known already.
         for name, found in statistics_of(train).items():
             said = record.statistics[name]
-            same = found["count"] == said["count"] and all(
+            close = [
                 np.allclose(found[key], said[key], rtol=_TOLERANCE, atol=_TOLERANCE)
                 for key in ("mean", "std")
-            )
-            if not same:
-                self.problems.append(
-                    f"{file}: its statistics of {name} are not those of the training split; "
-                    f"{AGAIN}."
-                )
+            ]
+            if found["count"] != said["count"] or not all(close):
+                self._add(file, f"its statistics of {name} are not those of the training split")
 
     # Alignment.
 
     def check_alignment(self, archive: Archive, encoder: VisualEncoder, num_samples: int) -> None:
         """Encode some images of each bucket again and compare their patches."""
-        by_id = {image.id: image for image in self.images}
         positions = {name: index for index, name in enumerate(archive.names)}
-        for bucket in self.buckets:
-            chosen = self._choose(bucket, num_samples, by_id)
-            for image, manifest, row in chosen:
-                index = positions[image.scanned.file]
-                fitted, _ = fit_image(decode_image(archive.read(index)), image.bucket)
+        for bucket in self.plan.buckets:
+            for image, path, row in self._choose(bucket, num_samples):
+                data = archive.read(positions[image.scanned.file])
+                fitted, _ = fit_image(decode_image(data), bucket)
                 pixels = torch.from_numpy(np.array(fitted)).permute(2, 0, 1)[None]
                 fresh = encoder.encode(pixels)[1][0].cpu()
-                path = manifest.files[manifest.shard[row]]
-                with open(path, "rb") as file:
-                    file.seek(manifest.offset["dinov3_patches.npy"][row])
-                    data = file.read(int(manifest.size["dinov3_patches.npy"][row]))
+                with open_shard(path) as descriptor:
+                    data = read_member(descriptor, self.indexes[path], row, PATCHES)
                 stored = torch.from_numpy(from_npy(data).astype(np.float32))
                 problem = misalignment(stored, fresh)
                 if problem is not None:
@@ -419,30 +343,39 @@ class _Checker:
                         f"{problem}; make them again with --overwrite."
                     )
 
-    def _choose(
-        self, bucket: str, num_samples: int, by_id: Mapping[str, PlannedImage]
-    ) -> list[tuple[PlannedImage, Manifest, int]]:
+    def _choose(self, bucket: Bucket, num_samples: int) -> list[tuple[PlannedImage, Path, int]]:
         """Return samples of a bucket, spread evenly, whose patches and image can be compared."""
-        rows = []
-        for split in SPLITS:
-            manifest = self.manifests.get((split, bucket))
-            for row, name in enumerate(manifest.ids if manifest else ()):
-                path = manifest.files[manifest.shard[row]]
-                index = self.indexes.get(path)
-                if index is None or name not in by_id or name in self.changed:
-                    continue
-                if index.fingerprint["visual"][index.ids.index(name)] is not None:
-                    rows.append((by_id[name], manifest, row))
+        images = {image.id: image for image in self.plan.images if image.id not in self.changed}
+        rows = [
+            (images[name], path, row)
+            for path, index in self.indexes.items()
+            if path in self.named and index.bucket == bucket.name
+            for row, name in enumerate(index.ids)
+            if name in images and index.fingerprint["visual"][row]
+        ]
         num = min(num_samples, len(rows))
         return [rows[i * len(rows) // num] for i in range(num)]
 
 
-def _read_claim(folder: Path) -> tuple[Encoders, tuple[str, ...]]:
-    """Return encoders and buckets that a preparation under way has claimed the folder for."""
-    file = folder / CLAIM_FILE
-    try:
-        claim = json.loads(file.read_text(encoding="utf-8"))
-        facts = {feature: claim[feature] for feature in FEATURES}
-        return facts, tuple(bucket.name for bucket in parse_buckets(",".join(claim["buckets"])))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: cannot be read ({error}); {AGAIN}.") from None
+def misalignment(stored: torch.Tensor, fresh: torch.Tensor) -> str | None:
+    """Return what is wrong with stored patches [N, D] beside those encoded again, or None.
+
+    They are compared at every shift of up to MAX_SHIFT rows.
+    """
+    if stored.shape != fresh.shape:
+        return f"{list(stored.shape)} instead of {list(fresh.shape)}"
+    cosines = {}
+    for shift in range(-MAX_SHIFT, MAX_SHIFT + 1):
+        first = stored[max(shift, 0) : len(stored) + min(shift, 0)]
+        second = fresh[max(-shift, 0) : len(fresh) + min(-shift, 0)]
+        if len(first):
+            cosine = torch.nn.functional.cosine_similarity(first, second, dim=1)
+            cosines[shift] = float(cosine.mean())
+    best = max(cosines, key=lambda shift: (cosines[shift], -abs(shift)))
+    if cosines[best] - cosines[0] > _COSINE_TOLERANCE:
+        return (
+            f"shifted by {best} rows (mean cosine {cosines[best]:.4f}, unshifted {cosines[0]:.4f})"
+        )
+    if cosines[0] <= MIN_COSINE:
+        return f"with a mean cosine of {cosines[0]:.4f} to those encoded again"
+    return None

@@ -1,0 +1,209 @@
+"""Manifests: where samples lie in shards, and the fingerprints of what they are made from."""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self, TypedDict
+
+import numpy as np
+
+from data.features.record import (
+    AGAIN,
+    FEATURES,
+    FORMAT_VERSION,
+    KEYS,
+    STATISTICS,
+    bucket_folder,
+    read_json,
+)
+from dnnlib.addresses import is_address, under
+from dnnlib.typed import typed
+
+FORMAT = "setdiffit-feature-shards"
+MANIFEST_FILE = "manifest.json"
+
+
+# The types of nested values.
+class _Moments(TypedDict):
+    count: int
+    mean: list[float]
+    m2: list[float]
+
+
+_AllMoments = TypedDict("_AllMoments", dict.fromkeys(STATISTICS, _Moments))
+_SHARD = dict(file=str, num_samples=int, num_bytes=int, sha256=str, moments=_AllMoments)
+_Shard = TypedDict("_Shard", _SHARD)
+_ByKey = TypedDict("_ByKey", dict.fromkeys(KEYS, list[int]))
+_PLACES = dict.fromkeys(("offset", "size", "crc32"), _ByKey)
+_ByFeature = TypedDict("_ByFeature", dict.fromkeys(FEATURES, list[str]))
+_FLAT = dict(id=list[str], shard=list[int], truncated=list[bool])
+_Columns = TypedDict("_Columns", dict(**_FLAT, **_PLACES, fingerprint=_ByFeature))
+_MANIFEST = dict(bucket=str, split=str, shards=list[_Shard], columns=_Columns)
+_Manifest = TypedDict("_Manifest", _MANIFEST)
+
+
+def shard_name(index: int) -> str:
+    """Return the file name of a shard."""
+    return f"shard-{index:06d}.tar"
+
+
+def empty_columns() -> dict[str, Any]:
+    """Return the columns of a manifest without samples, as lists to append to."""
+    lists: dict[str, Any] = {name: {key: [] for key in KEYS} for name in _PLACES}
+    fingerprint: dict[str, list] = {feature: [] for feature in FEATURES}
+    return dict(id=[], shard=[], **lists, fingerprint=fingerprint, truncated=[])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Where the samples of some shards lie, all of one split and bucket; a row for each, in order.
+
+    Attributes:
+        folder: The folder of the shards, or its address.
+        shards: file, num_samples, num_bytes, sha256 and moments of each.
+        ids: Names of the samples.
+        shard: Index into ``shards`` of each sample, int64 [N].
+        offset: For each of KEYS, where a member's data begin in the shard, int64 [N].
+        size: For each of KEYS, the bytes of the member's data, int64 [N].
+        crc32: For each of KEYS, the checksum of the member's data, int64 [N].
+        fingerprint: For each of FEATURES, what it was made from, hexadecimal digits.
+        truncated: Whether the caption had more tokens than were kept, bool [N].
+    """
+
+    folder: Path | str
+    split: str
+    bucket: str
+    shards: list[dict[str, Any]]
+    ids: list[str]
+    shard: np.ndarray
+    offset: dict[str, np.ndarray]
+    size: dict[str, np.ndarray]
+    crc32: dict[str, np.ndarray]
+    fingerprint: dict[str, list[str]]
+    truncated: np.ndarray
+
+    @classmethod
+    def of(cls, folder: Path | str, values: Mapping[str, Any]) -> Self:
+        """Return the manifest of JSON values; raises ValueError with what is wrong with them."""
+        values = typed(_Manifest, values)
+        columns = values["columns"]
+        _check_columns(columns, values["shards"])
+        arrays = {
+            name: {key: np.array(columns[name][key], np.int64) for key in KEYS} for name in _PLACES
+        }
+        num_bytes = np.array([values["shards"][i]["num_bytes"] for i in columns["shard"]], np.int64)
+        for key in KEYS:
+            offset, size = arrays["offset"][key], arrays["size"][key]
+            if ((offset < 0) | (size < 0) | (offset > num_bytes - size)).any():
+                raise ValueError(f"a member {key} lies outside its shard")
+        return cls(
+            folder=folder,
+            split=values["split"],
+            bucket=values["bucket"],
+            shards=values["shards"],
+            ids=columns["id"],
+            shard=np.array(columns["shard"], np.int64),
+            **arrays,
+            fingerprint=columns["fingerprint"],
+            truncated=np.array(columns["truncated"], bool),
+        )
+
+    @classmethod
+    def join(cls, folder: Path | str, split: str, bucket: str, parts: Sequence["Manifest"]) -> Self:
+        """Return the manifest of all shards of manifests of single shards, in order."""
+        columns = _joined([empty_columns(), *(part.to_dict()["columns"] for part in parts)])
+        columns["shard"] = [index for index, part in enumerate(parts) for _ in part.ids]
+        shards = [shard for part in parts for shard in part.shards]
+        return cls.of(folder, dict(split=split, bucket=bucket, shards=shards, columns=columns))
+
+    def of_shard(self, file: str) -> "Manifest | None":
+        """Return the manifest of one of the shards alone, None if there is none of this name."""
+        number = next((i for i, s in enumerate(self.shards) if s["file"] == file), None)
+        if number is None:
+            return None
+        rows = slice(*np.searchsorted(self.shard, [number, number + 1]))
+        return dataclasses.replace(
+            self,
+            shards=[self.shards[number]],
+            ids=self.ids[rows],
+            shard=self.shard[rows] - number,
+            **{
+                name: {key: column[rows] for key, column in getattr(self, name).items()}
+                for name in (*_PLACES, "fingerprint")
+            },
+            truncated=self.truncated[rows],
+        )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def files(self) -> list[Path | str]:
+        """The shards' paths or addresses."""
+        return [under(self.folder, shard["file"]) for shard in self.shards]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of ``manifest.json``."""
+        columns = dict(
+            id=self.ids,
+            shard=self.shard.tolist(),
+            offset={key: values.tolist() for key, values in self.offset.items()},
+            size={key: values.tolist() for key, values in self.size.items()},
+            crc32={key: values.tolist() for key, values in self.crc32.items()},
+            fingerprint=self.fingerprint,
+            truncated=self.truncated.tolist(),
+        )
+        return dict(
+            format=FORMAT,
+            version=FORMAT_VERSION,
+            bucket=self.bucket,
+            split=self.split,
+            shards=self.shards,
+            columns=columns,
+        )
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """Return lists, or dicts of lists by the same keys, one after another."""
+    if isinstance(parts[0], dict):
+        return {key: _joined([part[key] for part in parts]) for key in parts[0]}
+    return [value for part in parts for value in part]
+
+
+def _check_columns(columns: Mapping[str, Any], shards: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError, with what is wrong, if columns have not the rows of the shards."""
+    num = len(columns["id"])
+    flat = {name: column for name, column in columns.items() if isinstance(column, list)}
+    groups = [column for column in columns.values() if isinstance(column, dict)]
+    for name, column in [*flat.items(), *(pair for group in groups for pair in group.items())]:
+        if len(column) != num:
+            raise ValueError(f"{name} has {len(column)} rows, not {num}")
+    if len(set(columns["id"])) != num:
+        raise ValueError("an id is there twice")
+    if columns["shard"] != [
+        i for i, shard in enumerate(shards) for _ in range(shard["num_samples"])
+    ]:
+        raise ValueError("the rows are not those of the shards in order")
+
+
+def read_manifest(path: str | os.PathLike, split: str, bucket_name: str) -> Manifest:
+    """Return the manifest of one split and bucket of a feature folder, which may be an address.
+
+    Raises ValueError if it is missing, damaged or of another version.
+    """
+    folder = bucket_folder(path, split, bucket_name)
+    file = under(folder, MANIFEST_FILE)
+    if not (is_address(file) or file.is_file()):
+        raise ValueError(f"{file}: is missing; {AGAIN}.")
+
+    def parse(values: dict[str, Any]) -> Manifest:
+        manifest = Manifest.of(folder, values)
+        if (manifest.bucket, manifest.split) != (bucket_name, split):
+            raise ValueError(f"it is of {manifest.split} and bucket {manifest.bucket}")
+        for index, shard in enumerate(manifest.shards):
+            if shard["file"] != shard_name(index):
+                raise ValueError(f"shard {index} is {shard['file']}")
+        return manifest
+
+    return read_json(file, FORMAT, parse)

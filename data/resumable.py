@@ -1,0 +1,190 @@
+"""Folders that several ranks fill in parts, and that go on where they were stopped.
+
+The archive of latents, the folder of features and that of generated images have in common: a claim
+that says what the folder is to become, a lock, parts that appear whole or not at all, and ranks
+that take turns at what is missing.
+"""
+
+import collections
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from dnnlib.files import check_target, lock_folder, write_json
+from dnnlib.progress import progress
+from dnnlib.text import join_names
+from torch_utils import distributed
+
+T = TypeVar("T")
+
+
+# The folder.
+
+
+def check_folder(dest: Path, what: str, is_ours: Callable[[Path], bool]) -> None:
+    """Raise ValueError if ``--dest`` cannot be, or is not, a folder of ``what`` (``latents``)."""
+    check_target("--dest", dest, is_folder=True)
+    if dest.suffix.lower() in (".zip", ".npz", ".npy", ".tar"):
+        raise ValueError(f"--dest: got {dest}; {what} are written to a folder, give its name.")
+    others = dest.is_dir() and any(not path.name.startswith(".") for path in dest.iterdir())
+    if others and not is_ours(dest):
+        raise ValueError(
+            f"--dest: {dest} holds other files and no {what}; delete it or choose another name."
+        )
+
+
+@contextlib.contextmanager
+def locked(dest: Path, verb: str) -> Iterator[None]:
+    """Keep other processes out of ``--dest`` during the block, and delete what killed writes left.
+
+    Collective; rank 0 holds the lock for all. Raises ValueError, which says with ``verb`` what
+    another process is doing there.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def lock() -> None:
+            dest.mkdir(parents=True, exist_ok=True)
+            file = lock_folder(dest, f"--dest: another process is {verb} {dest}")
+            if file is not None:
+                stack.enter_context(file)
+            for leftover in dest.rglob(".*.tmp"):
+                leftover.unlink()
+
+        distributed.on_main(lock)
+        yield
+
+
+def check_claim(file: Path, protocol: Mapping[str, Any], option: str, what: str) -> None:
+    """Raise ValueError if a claim, where there is one, is not of the same making."""
+    if not file.is_file():
+        return
+    try:
+        there = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{file}: cannot be read ({error}), so that the {what} beside it may be of any making; "
+            "choose another folder, or delete that one."
+        ) from None
+    check_protocol(file.parent, protocol, there, option, what)
+
+
+def check_protocol(
+    folder: Path, protocol: Mapping[str, Any], there: Mapping[str, Any], option: str, what: str
+) -> None:
+    """Raise ValueError, with the names that differ, if a folder holds ``what`` of another making.
+
+    Args:
+        protocol: What two makings must have in common, by the names that users know, plain values.
+        there: The protocol of what the folder holds.
+        option: The option that names the folder.
+    """
+    names = [name for name in protocol if there.get(name) != protocol[name]]
+    if names:
+        raise ValueError(
+            f"{option}: {folder} holds {what} made with another {join_names(names)}; choose "
+            "another folder, or delete that one to start anew."
+        )
+
+
+def claim(file: Path, protocol: Mapping[str, Any], option: str, what: str) -> None:
+    """Note how a folder's files are made; raises ValueError if it holds others."""
+    protocol = json.loads(json.dumps(protocol))
+    check_claim(file, protocol, option, what)
+    write_json(file, protocol)
+
+
+# The work.
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """Return this rank's part: ranks take turns."""
+    return items[distributed.rank() :: distributed.world_size()]
+
+
+@contextlib.contextmanager
+def progress_of_ranks(
+    total: int, own: int, label: str, unit: str = "img"
+) -> Iterator[Callable[[int], None]]:
+    """Show how far all ranks are, supposing that they are as far as this one.
+
+    ``total`` is the work of all, ``own`` that of this rank. Yields what is called with the number
+    of units that were done since.
+    """
+    done = shown = 0
+    with progress(total=total, label=label, unit=unit, disable=not distributed.is_main()) as bar:
+
+        def on_done(count: int = 1) -> None:
+            nonlocal done, shown
+            done += count
+            bar.update(round(done * total / own) - shown)
+            shown = round(done * total / own)
+
+        yield on_done
+
+
+class BackgroundWriter:
+    """Runs calls in threads, a bounded number ahead; their errors come up at a later call.
+
+    Use it as a context manager, which waits for all calls at its end.
+    """
+
+    def __init__(self, num_threads: int, num_ahead: int) -> None:
+        self._pool = ThreadPoolExecutor(num_threads)
+        self._pending: collections.deque[Future] = collections.deque()
+        self._num_ahead = num_ahead
+
+    def __enter__(self) -> "BackgroundWriter":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        try:
+            if exc[0] is None:
+                self.wait()
+        finally:
+            self._pool.shutdown(cancel_futures=True)
+
+    def submit(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Have a function called; waits where too many calls are pending."""
+        self._pending.append(self._pool.submit(function, *args, **kwargs))
+        self.wait(self._num_ahead)
+
+    def wait(self, num_left: int = 0) -> None:
+        """Wait until at most ``num_left`` calls are pending."""
+        while len(self._pending) > num_left:
+            self._pending.popleft().result()
+
+
+@contextlib.contextmanager
+def memory_for(count: int, what: str) -> Iterator[None]:
+    """Turn want of memory for a batch into one sentence."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise ValueError(
+            f"--batch: no memory for {count} {what} at once; give a smaller one."
+        ) from None
+
+
+def to_float16(
+    values: torch.Tensor, label: Callable[[int], str], what: str, location: str
+) -> np.ndarray:
+    """Return the values of a batch in float16.
+
+    Raises ValueError if they are not finite there; ``label`` names the image of a row, ``what``
+    its values, and ``location`` the encoder.
+    """
+    rows = values.to(torch.float16).cpu()
+    bad = ~torch.isfinite(rows).flatten(1).all(dim=1)
+    if bad.any():
+        raise ValueError(
+            f"{label(int(bad.nonzero()[0]))}: its {what} values that are not finite or beyond "
+            f"float16 (65504); {location} does not fit these images, use another one, or "
+            "--precision=fp32 if it is not yet."
+        )
+    return rows.numpy()

@@ -1,0 +1,56 @@
+"""Values read from JSON, checked against the types that they should have."""
+
+import dataclasses
+import math
+import typing
+from typing import Any
+
+from dnnlib.config import split_optional
+
+
+def typed(hint: Any, value: Any, name: str = "") -> Any:
+    """Return a value read from JSON as a type, after every value in it is checked.
+
+    Args:
+        hint: A dataclass, a TypedDict (keys that it does not name stay, unchecked), a dict, a list,
+            a tuple of a fixed length, int, float, str or bool; each of them also ``| None``.
+        name: What errors call the value.
+
+    Raises ValueError with the first difference: ``buckets[1].num is 'x'``.
+    """
+    hint, is_optional = split_optional(hint)
+    origin, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if (value is None and is_optional) or _is_scalar(hint, value):
+        return value
+    if typing.is_typeddict(hint) or dataclasses.is_dataclass(hint):
+        if isinstance(value, dict):
+            return _typed_object(hint, value, name)
+    elif origin is tuple and isinstance(value, list) and len(value) == len(inner):
+        pairs = enumerate(zip(inner, value, strict=True))
+        return tuple(typed(part, item, f"{name}[{i}]") for i, (part, item) in pairs)
+    elif origin is list and isinstance(value, list):
+        if all(_is_scalar(inner[0], item) for item in value):  # There may be millions.
+            return value
+        return [typed(inner[0], item, f"{name}[{i}]") for i, item in enumerate(value)]
+    elif origin is dict and isinstance(value, dict):
+        return {key: typed(inner[1], item, f"{name}.{key}") for key, item in value.items()}
+    raise ValueError(f"{name} is {value!r}")
+
+
+def _is_scalar(hint: Any, value: Any) -> bool:
+    if hint is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return hint in (int, str, bool) and type(value) is hint
+
+
+def _typed_object(hint: Any, value: dict[str, Any], name: str) -> Any:
+    is_class = dataclasses.is_dataclass(hint)
+    fields = [field.name for field in dataclasses.fields(hint)] if is_class else None
+    hints = typing.get_type_hints(hint)
+    found = {}
+    for key in fields or hints:
+        path = f"{name}.{key}" if name else key
+        if key not in value:
+            raise ValueError(f"{path} is missing")
+        found[key] = typed(hints[key], value[key], path)
+    return hint(**found) if is_class else {**value, **found}
