@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.images.dataset import ImageDataset, collate
-from dnnlib.parallel import num_usable_cores
+from dnnlib.parallel import num_cores_of_rank
 from dnnlib.progress import progress
 
 _PREFETCH_FACTOR = 4
@@ -61,8 +61,7 @@ def iterate_images(
     mine = wanted[len(wanted) * rank // world_size : len(wanted) * (rank + 1) // world_size]
     batches = [list(mine[first : first + batch_size]) for first in range(0, len(mine), batch_size)]
     if num_workers is None:
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        num_workers = min(max(num_usable_cores() // ranks_here, 1), _MAX_READERS)
+        num_workers = num_cores_of_rank(_MAX_READERS)
     loader = DataLoader(
         dataset,
         batch_sampler=batches,

@@ -1,13 +1,11 @@
 """Where generated images go, and which class each has."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dnnlib.files import atomic_write
+from data.resumable import claim
 from dnnlib.ranges import parse_ranges
-from dnnlib.text import join_names
 
 
 def parse_classes(text: str | None, class_names: Sequence[str]) -> tuple[int, ...]:
@@ -34,23 +32,6 @@ def image_path(outdir: Path, seed: int, subdirs: bool) -> Path:
     return folder / f"{seed:06d}.png"
 
 
-def claim_outdir(outdir: Path, protocol: dict[str, Any]) -> None:
+def claim_outdir(outdir: Path, protocol: Mapping[str, Any]) -> None:
     """Note in ``outdir`` how its images are made; raises ValueError if it holds others."""
-    path = outdir / "generation.json"
-    protocol = json.loads(json.dumps(protocol))
-    if path.is_file():
-        try:
-            there = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"{path}: cannot be read ({error}), so that the images beside it may be of any "
-                "making; choose another folder, or delete that one."
-            ) from error
-        names = [name for name in protocol if there.get(name) != protocol[name]]
-        if names:
-            raise ValueError(
-                f"--outdir: {outdir} holds images made with another {join_names(names)}; choose "
-                "another folder, or delete that one to start anew."
-            )
-    with atomic_write(path, "w", encoding="utf-8") as file:
-        json.dump(protocol, file, indent=2)
+    claim(outdir / "generation.json", protocol, "--outdir", "images")

@@ -1,14 +1,11 @@
 """Makes a latent archive of an image dataset, on any number of ranks, in resumable parts."""
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import io
-import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +28,19 @@ from data.latents.record import (
     shard_name,
 )
 from data.loader import init_worker
-from dnnlib.files import atomic_write, check_target, lock_folder, sha256_of_file, write_json
-from dnnlib.parallel import num_usable_cores
-from dnnlib.progress import progress
-from dnnlib.text import join_names
+from data.resumable import (
+    BackgroundWriter,
+    check_claim,
+    check_folder,
+    check_protocol,
+    locked,
+    memory_for,
+    progress_of_ranks,
+    share,
+    to_float16,
+)
+from dnnlib.files import atomic_write, sha256_of_file, write_json
+from dnnlib.parallel import num_cores_of_rank
 from encoders.autoencoder import INPUT_TRANSFORM, Autoencoder, load_autoencoder
 from torch_utils import distributed
 from torch_utils.fingerprints import package_versions
@@ -78,7 +84,7 @@ def encode(
     """
     dest = Path(dest)
     with distributed.together():
-        _check_dest(dest)
+        check_folder(dest, "latents", is_latent_folder)
         if is_latent_folder(source):
             raise ValueError(f"--source: {source} holds latents already; give a dataset of images.")
         dataset = ImageDataset(source, use_labels=None)
@@ -86,25 +92,14 @@ def encode(
     autoencoder.check_images(str(source), dataset.resolution, dataset.img_channels)
 
     plan = _plan(dataset, autoencoder, encoding)
-    with contextlib.ExitStack() as stack:
-        missing = distributed.on_main(lambda: _claim(dest, plan, dataset, stack))
+    with locked(dest, "encoding into"):
+        missing = distributed.on_main(lambda: _claim(dest, plan, dataset))
         if missing is None:
             return distributed.on_main(lambda: read_record(dest)), None
         with distributed.together():
             _encode_shards(dest, plan, missing, dataset, autoencoder, encoding)
         record = _finish(dest, plan, dataset)
     return record, len(missing)
-
-
-def _check_dest(dest: Path) -> None:
-    check_target("--dest", dest, is_folder=True)
-    if dest.suffix.lower() in (".zip", ".npz", ".npy"):
-        raise ValueError(f"--dest: got {dest}; latents are written to a folder, give its name.")
-    others = dest.is_dir() and any(not path.name.startswith(".") for path in dest.iterdir())
-    if others and not is_latent_folder(dest):
-        raise ValueError(
-            f"--dest: {dest} holds other files and no latents; delete it or choose another name."
-        )
 
 
 def _plan(dataset: ImageDataset, autoencoder: Autoencoder, encoding: Encoding) -> LatentRecord:
@@ -153,53 +148,25 @@ def _protocol(record: LatentRecord) -> dict[str, Any]:
     }
 
 
-def _claim(
-    dest: Path, plan: LatentRecord, dataset: ImageDataset, stack: contextlib.ExitStack
-) -> list[int] | None:
+def _claim(dest: Path, plan: LatentRecord, dataset: ImageDataset) -> list[int] | None:
     """Take ``dest`` for this encoding; return the shards to be made, None if it is complete.
 
-    Raises ValueError if it holds another encoding, or if another process is at work there.
+    Raises ValueError if it holds another encoding.
     """
-    dest.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(dest, f"--dest: another process is encoding into {dest}")
-    if lock is not None:
-        stack.enter_context(lock)
-    claim = dest / CLAIM_FILE
-    protocol = _protocol(plan)
-    if claim.is_file():
-        _compare(dest, protocol, _read_claim(claim))
+    file, protocol = dest / CLAIM_FILE, _protocol(plan)
+    if file.is_file():
+        check_claim(file, protocol, "--dest", "latents")
     elif is_latent_archive(dest):
-        _compare(dest, protocol, _protocol(read_record(dest)))
+        check_protocol(dest, protocol, _protocol(read_record(dest)), "--dest", "latents")
     missing = [i for i in range(len(plan.shards)) if not _is_whole(dest, plan, i)]
     if is_latent_archive(dest):
         if not missing and _is_right(dest, plan, dataset):
             return None
         # What is left is told from what is damaged as long as the old checksums are there.
         missing = sorted({*missing, *_altered(dest, plan)})
-    write_json(claim, protocol)
+    write_json(file, protocol)
     (dest / RECORD_FILE).unlink(missing_ok=True)
-    for leftover in dest.glob(".*.tmp"):
-        leftover.unlink()
     return missing
-
-
-def _read_claim(claim: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(claim.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{claim}: cannot be read ({error}), so that the latents beside it may be of any "
-            "making; delete that folder, or choose another one."
-        ) from None
-
-
-def _compare(dest: Path, protocol: dict[str, Any], there: dict[str, Any]) -> None:
-    names = [name for name in protocol if there.get(name) != protocol[name]]
-    if names:
-        raise ValueError(
-            f"--dest: {dest} holds latents made with another {join_names(names)}; choose another "
-            "folder, or delete that one to start anew."
-        )
 
 
 def _is_whole(dest: Path, plan: LatentRecord, index: int) -> bool:
@@ -251,19 +218,15 @@ def _encode_shards(
     encoding: Encoding,
 ) -> None:
     """Make this rank's share of the missing shards."""
-    mine = missing[distributed.rank() :: distributed.world_size()]
+    mine = share(missing)
     total, own = (sum(plan.shards[i]["num_images"] for i in part) for part in (missing, mine))
     if not mine:
         return
     loader = _loader(mine, plan, dataset, encoding)
     moments = _moments(loader, dataset, autoencoder, encoding)
-    shown = done = 0
-    pending: Future | None = None
     with (
-        progress(
-            total=total, label=f"Encoding {dataset.name}", disable=not distributed.is_main()
-        ) as bar,
-        ThreadPoolExecutor(1) as writer,  # A shard is written while the next one is made.
+        progress_of_ranks(total, own, f"Encoding {dataset.name}") as on_done,
+        BackgroundWriter(1, 1) as writer,  # A shard is written while the next one is made.
     ):
         for index in mine:
             num_images = plan.shards[index]["num_images"]
@@ -273,13 +236,8 @@ def _encode_shards(
                 part = next(moments)
                 values[row : row + len(part)] = part
                 row += len(part)
-                done += len(part)
-                bar.update(round(done * total / own) - shown)  # All ranks are as far.
-                shown = round(done * total / own)
-            if pending is not None:
-                pending.result()
-            pending = writer.submit(_write_array, dest / plan.shards[index]["file"], values)
-        pending.result()
+                on_done(len(part))
+            writer.submit(_write_array, dest / plan.shards[index]["file"], values)
 
 
 def _loader(
@@ -294,8 +252,7 @@ def _loader(
         batches += [range(start, min(start + encoding.batch_size, end)) for start in starts]
     num_workers = encoding.num_workers
     if num_workers is None:
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        num_workers = min(max(num_usable_cores() // ranks_here, 1), _MAX_WORKERS)
+        num_workers = num_cores_of_rank(_MAX_WORKERS)
         # Processes pay off only for more work than starting them costs.
         if sum(map(len, batches)) < _MIN_IMAGES_FOR_WORKERS:
             num_workers = 0
@@ -327,24 +284,15 @@ def _moments(
     """Yield a batch of an archive's rows, float16 [N, V, C, h, w], for each of the loader."""
     channels = autoencoder.latent_channels * (1 if encoding.mean_only else 2)
     for first, images in loader:
-        try:
+        with memory_for(len(images), "images"):
             images = images.to(autoencoder.device, non_blocking=True)
             variants = (images, images.flip(-1)) if encoding.hflip else (images,)
             moments = torch.stack([autoencoder.moments(x)[:, :channels] for x in variants], dim=1)
-            rows = moments.to(torch.float16).cpu()
-        except torch.OutOfMemoryError:
-            raise ValueError(
-                f"--batch: no memory for {len(images)} images at once; give a smaller one."
-            ) from None
-        bad = ~torch.isfinite(rows).flatten(1).all(dim=1)
-        if bad.any():
-            label = dataset.file_label(first + int(bad.nonzero()[0]))
-            raise ValueError(
-                f"{label}: its latent has values that are not finite or beyond float16 (65504); "
-                f"{autoencoder.location} does not fit these images, use another autoencoder"
-                + ("." if encoding.precision == "fp32" else ", or --precision=fp32.")
-            )
-        yield rows.numpy()
+
+        def label(row: int, first: int = first) -> str:
+            return dataset.file_label(first + row)
+
+        yield to_float16(moments, label, "latent has", autoencoder.location)
 
 
 def _write_array(path: Path, values: np.ndarray) -> None:
@@ -358,11 +306,10 @@ def _write_array(path: Path, values: np.ndarray) -> None:
 def _finish(dest: Path, plan: LatentRecord, dataset: ImageDataset) -> LatentRecord:
     """Hash all shards, then write labels and record. Collective."""
     distributed.barrier()
-    num_shards, ranks = len(plan.shards), distributed.world_size()
     with distributed.together():
         found = {
             index: sha256_of_file(dest / plan.shards[index]["file"])
-            for index in range(distributed.rank(), num_shards, ranks)
+            for index in share(range(len(plan.shards)))
         }
     hashes: dict[int, str] = {}
     for part in distributed.gather_objects(found):
