@@ -6,35 +6,22 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.measure import (
-    interleave,
-    seconds_of,
-    table,
-)
+from benchmarks.kinds import attention_stages
+from benchmarks.measure import interleave, seconds_of, table
+from benchmarks.options import AttentionOptions
 from benchmarks.plain_diffit import plain_attention
 from models import ModelConfig
-from models.latent_diffit import LatentDiffiTConfig
 from models.layers import attend, choose_attention
 from sampling.images import AUTOCAST_DTYPES
-from training.config import RunConfig
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def benchmark_attention(
-    config: RunConfig,
-    device: torch.device,
-    *,
-    precision: str,
-    batch: int,
-    num_rounds: int,
-    num_calls: int,
-) -> str:
+def benchmark_attention(model: ModelConfig, device: torch.device, options: AttentionOptions) -> str:
     """Return the time of attention, forward and backward, by each way of computing it.
 
     Rows are the stages of the model with their windows; the last row is all blocks of the network.
     """
-    model = config.model
     attentions: dict[str, Attention] = {
         name: functools.partial(attend, attention=name) for name in ("sdpa", "flex")
     }
@@ -45,20 +32,18 @@ def benchmark_attention(
     except ValueError:
         del attentions["flex"]
         notes.append(f"Flex attention has no backward pass on a {device.type.upper()}.")
-    dtype = AUTOCAST_DTYPES[precision] or torch.float32
+    dtype = AUTOCAST_DTYPES[options.precision] or torch.float32
 
     rows = [["stage", "windows", "tokens", "blocks", *(f"{n}, ms" for n in attentions), "fastest"]]
     totals = dict.fromkeys(attentions, 0.0)
-    for stage, (grid, window, width, num_blocks) in enumerate(_stages(model)):
-        num_windows, length = batch * (grid // window) ** 2, window**2
+    for stage, (grid, window, width, num_blocks) in enumerate(attention_stages(model)):
+        num_windows, length = options.batch * (grid // window) ** 2, window**2
         shape = (num_windows, model.num_heads, length, width // model.num_heads)
         turns = {
-            name: _attention_turn(attention, shape, dtype, device, num_calls)
+            name: _attention_turn(attention, shape, dtype, device, options.calls)
             for name, attention in attentions.items()
         }
-        for turn in turns.values():
-            turn()
-        times = interleave(turns, num_rounds)
+        times = interleave(turns, options.rounds, warm_up=True)
         seconds = {name: statistics.median(values) for name, values in times.items()}
         for name in totals:
             totals[name] += num_blocks * seconds[name]
@@ -68,15 +53,6 @@ def benchmark_attention(
     chosen = choose_attention("auto", device, needs_grad=True)
     notes.append(f"--attention=auto means {chosen} on this device.")
     return "\n".join([table(rows), *notes])
-
-
-def _stages(model: ModelConfig) -> list[tuple[int, int, int, int]]:
-    """Return the grid, window, width and number of attention blocks of each stage of a model."""
-    if isinstance(model, LatentDiffiTConfig):
-        return [(model.grid, model.grid, model.hidden_dim, model.num_blocks)]
-    # All stages but the last have as many blocks again in the decoder.
-    counts = [2 * count for count in model.blocks_per_stage[:-1]] + [model.blocks_per_stage[-1]]
-    return list(zip(model.grids, model.windows, model.widths, counts, strict=True))
 
 
 def _attention_turn(

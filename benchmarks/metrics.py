@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from benchmarks.measure import interleave, median_ratio, seconds_of, table
+from benchmarks.options import MetricsOptions
 from data.images.dataset import ImageDataset
 from data.loader import iterate_images
 from metrics.detectors import DetectorOutput
@@ -15,15 +16,11 @@ from metrics.frechet import frechet_distance
 from metrics.inception import Inception, InceptionDetector
 from metrics.statistics import collect_outputs
 
+_PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
+
 
 def benchmark_extraction(
-    dataset: ImageDataset,
-    device: torch.device,
-    *,
-    precisions: tuple[str, ...],
-    batch: int,
-    num_images: int,
-    num_rounds: int,
+    dataset: ImageDataset, device: torch.device, options: MetricsOptions
 ) -> str:
     """Return the rates at which Inception features are taken, weights being random.
 
@@ -31,6 +28,7 @@ def benchmark_extraction(
     should be as fast as the slower of the two.
     """
     torch.manual_seed(0)
+    batch, num_images = options.batch, options.images
     indices = [index % len(dataset) for index in range(num_images)]
     ready, _ = dataset.__getitems__(indices[:batch])
     ready = ready.to(device)
@@ -41,8 +39,9 @@ def benchmark_extraction(
             pass
 
     turns["decoding alone"] = lambda: seconds_of(decode, device)
-    feature = DetectorOutput("inception")
-    for precision in precisions:
+    output = DetectorOutput("inception")
+    for name in options.precision.split(","):
+        precision = _PRECISIONS[name]
         detector = InceptionDetector(Inception(), device, precision=precision)
 
         def alone(detector: InceptionDetector = detector) -> None:
@@ -51,14 +50,12 @@ def benchmark_extraction(
 
         def from_files(detector: InceptionDetector = detector) -> None:
             batches = iterate_images(dataset, batch_size=batch, indices=indices, label="Extracting")
-            collect_outputs({"inception": detector}, {feature: ("moments",)}, batches, device)
+            collect_outputs({"inception": detector}, {output: ("moments",)}, batches, device)
 
         turns[f"detector alone, {precision}"] = lambda alone=alone: seconds_of(alone, device)
         turns[f"from files, {precision}"] = lambda files=from_files: seconds_of(files, device)
-    for turn in turns.values():
-        turn()
     rows = [["", "images/s"]]
-    for name, seconds in interleave(turns, num_rounds).items():
+    for name, seconds in interleave(turns, options.rounds, warm_up=True).items():
         rows.append([name, f"{num_images / statistics.median(seconds):.1f}"])
     return table(rows)
 

@@ -13,16 +13,18 @@ _BACKBONES = {
     LatentDiffiTConfig: PlainLatentDiffiT,
     SetDiTConfig: PlainSetDiT,
 }
+_CONDITIONERS = {SetDiTConfig: LoopConditioner}
 
 
 def build_plain_network(config: ModelConfig) -> Network:
-    """Return the network of ``config`` with the plain backbone and the same initial weights."""
+    """Return the network of ``config`` with the plain parts and the same initial weights."""
     network = build_network(config)
     plain = _BACKBONES[type(config)](config)
     plain.load_state_dict(network.backbone.state_dict())
     network.backbone = plain
-    if isinstance(config, SetDiTConfig):
-        conditioner = LoopConditioner(config, plain.context_dim)
+    make_conditioner = _CONDITIONERS.get(type(config))
+    if make_conditioner is not None:
+        conditioner = make_conditioner(config, plain.context_dim)
         conditioner.load_state_dict(network.conditioner.state_dict())
         network.conditioner = conditioner
     return network

@@ -1,13 +1,12 @@
 """What a training step costs, beside a plain one."""
 
-import dataclasses
 import functools
 import statistics
-from collections.abc import Callable
-from typing import Any
 
 import torch
 
+from benchmarks.kinds import num_indices, with_section
+from benchmarks.loading import endless_batches
 from benchmarks.measure import (
     Clock,
     device_name,
@@ -17,10 +16,8 @@ from benchmarks.measure import (
     table,
     tensor_bytes,
 )
+from benchmarks.options import TrainOptions
 from benchmarks.plain import build_plain_network
-from data.images.dataset import ImageDataset
-from data.loader import make_loader
-from data.samplers import PositionSampler
 from diffusion.precond import make_precond
 from families.image import make_objective
 from models import Network, build_network
@@ -29,12 +26,14 @@ from torch_utils.misc import allow_tf32, peak_flops
 from torch_utils.stats import StatsCollector
 from training.config import RunConfig
 from training.ema import EMA, PowerEMA, ema_beta
-from training.inputs import make_inputs
+from training.inputs import TrainingData, make_inputs
 from training.optimizer import GuardedAdam
 from training.report import forward_flops
 
 PARTS = ("data", "forward", "backward", "optimizer", "EMA")
 MIB = 2**20
+Seconds = dict[str, float]  # Of each part of a step.
+_BASELINE = "baseline fp32"
 # Far enough into a run for the average to have its full half-life.
 _FIRST_NIMG = 50_000_000
 
@@ -46,21 +45,19 @@ class TrainingSteps:
     rank.
     """
 
-    def __init__(self, config: RunConfig, dataset: ImageDataset, device: torch.device) -> None:
+    def __init__(self, config: RunConfig, dataset: TrainingData, device: torch.device) -> None:
         training = config.training
         self.config, self.device = config, device
         self._cur_nimg = _FIRST_NIMG
-        sampler = PositionSampler(
-            len(dataset) if config.sets is None else None,
+        self._batches = endless_batches(
+            dataset,
+            num_indices(config, dataset),
+            batch=training.batch,
+            num_workers=config.logging.workers,
+            device=device,
             seed=training.seed,
-            start_nimg=self._cur_nimg // config.model.images_per_row,
-            batch_size=training.batch,
-            batch_gpu=training.batch,
-            rank=0,
-            world_size=1,
+            start=self._cur_nimg // config.model.images_per_row,
         )
-        workers = config.logging.workers
-        self._batches = iter(make_loader(dataset, sampler, num_workers=workers, device=device))
         torch.manual_seed(training.seed)
         self.network = self._build_network().train().requires_grad_(True).to(device)
         self._make_optimizer()
@@ -161,77 +158,79 @@ class PlainTrainingSteps(TrainingSteps):
 
 
 def benchmark_train(
-    config: RunConfig,
-    dataset: ImageDataset,
-    device: torch.device,
-    *,
-    precisions: tuple[str, ...],
-    num_rounds: int,
-    num_steps: int,
-    num_warmup: int,
+    config: RunConfig, dataset: TrainingData, device: torch.device, options: TrainOptions
 ) -> str:
     """Return what a training step costs, for this code in each precision and for the baseline.
 
-    Args:
-        config: A run fitted to the data; its batch is that of one pass.
-        dataset: Images to train on.
-        device: Where to train.
-        precisions: ``fp32``, ``bf16`` or both. The baseline is always eager fp32.
-        num_rounds: Rounds, in each of which every side has one turn.
-        num_steps: Timed steps a turn.
-        num_warmup: Steps of each side before all that.
+    ``config`` is a run fitted to the data; its batch is that of one pass. The baseline is always
+    eager fp32.
     """
-    training = config.training
-    torch.backends.cudnn.benchmark = training.cudnn_benchmark
-    allow_tf32(training.tf32)
-
-    def with_training(**changes: Any) -> RunConfig:
-        return dataclasses.replace(config, training=dataclasses.replace(training, **changes))
-
-    plain = with_training(precision="fp32", compile=False)
-    sides = {"baseline fp32": PlainTrainingSteps(plain, dataset, device)}
+    on_gpu = device.type == "cuda"
+    num_steps = options.steps or (20 if on_gpu else 1)
+    precisions = ("fp32", "bf16") if options.precision == "both" else (options.precision,)
+    torch.backends.cudnn.benchmark = config.training.cudnn_benchmark
+    allow_tf32(config.training.tf32)
+    plain = with_section(config, "training", precision="fp32", compile=False)
+    sides = {_BASELINE: PlainTrainingSteps(plain, dataset, device)}
     for precision in precisions:
-        own = with_training(precision=precision)
+        own = with_section(config, "training", precision=precision)
         sides[f"this code {precision}"] = TrainingSteps(own, dataset, device)
-
-    # Warm up, and measure memory once.
-    peaks = {}
-    for name, side in sides.items():
-        step = functools.partial(side.step, Clock(device))
-        for _ in range(num_warmup):
-            step()
-        growth = peak_growth(step, device)
-        peaks[name] = "unknown" if growth is None else f"{(side.state_bytes() + growth) / MIB:.0f}"
-
-    def make_turn(side: TrainingSteps) -> Callable[[], dict[str, float]]:
-        def turn() -> dict[str, float]:
-            clock = Clock(device)
-            clock.start()
-            for _ in range(num_steps):
-                side.step(clock)
-            return {part: seconds / num_steps for part, seconds in clock.seconds().items()}
-
-        return turn
-
-    times = interleave({name: make_turn(side) for name, side in sides.items()}, num_rounds)
-    totals = {name: [sum(turn.values()) for turn in turns] for name, turns in times.items()}
+    peaks = [_warm_up(side, 5 if on_gpu else 1) for side in sides.values()]
+    turns = {name: functools.partial(_timed_steps, side, num_steps) for name, side in sides.items()}
+    times = interleave(turns, options.rounds)
+    rows = _time_rows(times, config.step_nimg)
+    rows.append(["peak memory, MiB", *peaks])
     flops = 3 * forward_flops(config) * config.step_nimg
-    rows = [["", *sides]]
+    rows += _flops_rows(sides, times, flops)
+    base = _totals(times[_BASELINE])
+    ratios = [f"{median_ratio(base, _totals(turns)):.2f}" for turns in times.values()]
+    rows.append(["speed, baseline = 1", *ratios])
+    return table([["", *sides], *rows])
+
+
+def _warm_up(side: TrainingSteps, num_steps: int) -> str:
+    """Make some steps, and return the peak memory of one more in MiB."""
+    step = functools.partial(side.step, Clock(side.device))
+    for _ in range(num_steps):
+        step()
+    growth = peak_growth(step, side.device)
+    return "unknown" if growth is None else f"{(side.state_bytes() + growth) / MIB:.0f}"
+
+
+def _timed_steps(side: TrainingSteps, num_steps: int) -> Seconds:
+    """Make some steps, and return the seconds that each part of one takes."""
+    clock = Clock(side.device)
+    clock.start()
+    for _ in range(num_steps):
+        side.step(clock)
+    return {part: seconds / num_steps for part, seconds in clock.seconds().items()}
+
+
+def _totals(turns: list[Seconds]) -> list[float]:
+    """Return the seconds of a whole step in each turn."""
+    return [sum(turn.values()) for turn in turns]
+
+
+def _time_rows(times: dict[str, list[Seconds]], step_nimg: int) -> list[list[str]]:
+    """Return the rows of the parts of a step, of a whole one, and of the rate."""
+    rows = []
     for part in PARTS:
         medians = [statistics.median(turn[part] for turn in turns) for turns in times.values()]
         rows.append([f"{part}, ms", *(f"{1000 * median:.1f}" for median in medians)])
-    seconds = {name: statistics.median(total) for name, total in totals.items()}
-    rows.append(["step, ms", *(f"{1000 * s:.1f}" for s in seconds.values())])
-    rows.append(["images/s", *(f"{config.step_nimg / s:.1f}" for s in seconds.values())])
-    rows.append(["peak memory, MiB", *peaks.values()])
-    rows.append(["TFLOP/s of the model", *(f"{flops / s / 1e12:.3f}" for s in seconds.values())])
-    utilisation = []
+    seconds = [statistics.median(_totals(turns)) for turns in times.values()]
+    rows.append(["step, ms", *(f"{1000 * s:.1f}" for s in seconds)])
+    rows.append(["images/s", *(f"{step_nimg / s:.1f}" for s in seconds)])
+    return rows
+
+
+def _flops_rows(
+    sides: dict[str, TrainingSteps], times: dict[str, list[Seconds]], flops: float
+) -> list[list[str]]:
+    """Return the rows of the arithmetic done: FLOP/s, and their share of the device's peak."""
+    achieved, utilisation = [], []
     for name, side in sides.items():
-        peak = peak_flops(device_name(device), side.config.training.arithmetic)
-        achieved = flops / seconds[name]
-        utilisation.append("unknown" if peak is None else f"{100 * achieved / peak:.1f}%")
-    rows.append(["model-FLOPs utilisation", *utilisation])
-    base = totals["baseline fp32"]
-    ratios = [f"{median_ratio(base, total):.2f}" for total in totals.values()]
-    rows.append(["speed, baseline = 1", *ratios])
-    return table(rows)
+        rate = flops / statistics.median(_totals(times[name]))
+        peak = peak_flops(device_name(side.device), side.config.training.arithmetic)
+        achieved.append(f"{rate / 1e12:.3f}")
+        utilisation.append("unknown" if peak is None else f"{100 * rate / peak:.1f}%")
+    return [["TFLOP/s of the model", *achieved], ["model-FLOPs utilisation", *utilisation]]

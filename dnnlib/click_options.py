@@ -71,7 +71,8 @@ def _click_option(field: dataclasses.Field, hint: Any) -> Callable[[Callable], C
         settings["type"] = int
     if default is not None:
         settings["default"] = default
-        settings.setdefault("show_default", default is not False)
+        if default is not False:
+            settings["show_default"] = True
     return click.option(*names, field.name, **settings)
 
 

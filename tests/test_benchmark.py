@@ -18,18 +18,13 @@ from PIL import Image
 
 import benchmark as script
 import train
-from benchmarks import measure
+from benchmarks import kinds, measure
 from benchmarks import training as training_benchmark
-from benchmarks.measure import (
-    Clock,
-    interleave,
-    make_archive,
-    median_ratio,
-    peak_growth,
-)
+from benchmarks.measure import Clock, interleave, median_ratio, peak_growth
 from benchmarks.metrics import benchmark_frechet
 from benchmarks.plain import build_plain_network
 from benchmarks.plain_diffit import plain_attention
+from benchmarks.synthetic import make_archive
 from benchmarks.training import PARTS, PlainTrainingSteps, TrainingSteps
 from configs import get_preset
 from data.images.dataset import ImageDataset
@@ -293,8 +288,8 @@ def small_presets(monkeypatch, synthetic):
     def preset(name):
         return SimpleNamespace(run=tiny_run(dataset), num_classes=10)
 
-    monkeypatch.setattr(script, "get_preset", preset)
-    monkeypatch.setattr(script, "_NUM_SYNTHETIC_IMAGES", 64)
+    monkeypatch.setattr(kinds, "get_preset", preset)
+    monkeypatch.setattr(kinds, "NUM_SYNTHETIC_IMAGES", 64)
 
 
 @pytest.fixture
@@ -303,8 +298,8 @@ def small_latent_presets(monkeypatch):
     run = get_preset("digits-latent").run
     model = dataclasses.replace(run.model, num_blocks=1, hidden_dim=16, num_heads=2)
     preset = SimpleNamespace(run=dataclasses.replace(run, model=model), num_classes=10)
-    monkeypatch.setattr(script, "get_preset", lambda name: preset)
-    monkeypatch.setattr(script, "_NUM_SYNTHETIC_IMAGES", 64)
+    monkeypatch.setattr(kinds, "get_preset", lambda name: preset)
+    monkeypatch.setattr(kinds, "NUM_SYNTHETIC_IMAGES", 64)
 
 
 def cells(output, row):
