@@ -113,7 +113,7 @@ def attention(options: AttentionOptions) -> None:
 @main.command()
 @takes(MetricsOptions)
 def metrics(options: MetricsOptions) -> None:
-    """Time the extraction of Inception features, and the Fréchet distance against sqrtm."""
+    """Time the extraction of Inception outputs, and the Fréchet distance against sqrtm."""
     unknown = set(options.precision.split(",")) - {"fp32", "bf16"}
     if unknown:
         raise click.UsageError(f"--precision: got {unknown.pop()!r}; accepted: fp32, bf16.")

@@ -1,4 +1,4 @@
-"""What scoring costs: extraction of features, and the Fréchet distance beside ``sqrtm``."""
+"""What scoring costs: extraction of outputs, and the Fréchet distance beside ``sqrtm``."""
 
 import statistics
 import time
@@ -22,7 +22,7 @@ _PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
 def benchmark_extraction(
     dataset: ImageDataset, device: torch.device, options: MetricsOptions
 ) -> str:
-    """Return the rates at which Inception features are taken, weights being random.
+    """Return the rates at which Inception outputs are computed, with random weights.
 
     "Detector alone" sees images that are in memory already; "from files" decodes them as well, and
     should be as fast as the slower of the two.

@@ -36,7 +36,7 @@ class NeighboursOptions:
     detector: str = param(
         default="inception",
         choices=DETECTORS,
-        help="Detector in whose feature space distances are measured.",
+        help="Detector whose outputs are compared to measure distances.",
     )
     num_images: int | None = param(
         min=1, help="Number of generated images.  [default: 1000, or all of --images]"
