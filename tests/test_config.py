@@ -1,8 +1,10 @@
-"""Configuration dataclasses and the command lines that are generated from them."""
+"""Configuration dataclasses, the command lines generated from them, and records in JSON."""
 
 import dataclasses
+import functools
 import json
-from typing import ClassVar
+import operator
+from typing import Any, ClassVar
 
 import click
 import pytest
@@ -11,6 +13,7 @@ from click.testing import CliRunner
 from dnnlib.cli import ConfigCommand, raw_value, replace_settings
 from dnnlib.config import Config, from_dict, identity, option, to_dict
 from dnnlib.ranges import parse_ranges
+from dnnlib.records import make_record, read_values
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -205,6 +208,80 @@ def test_raw_values_are_found_in_both_spellings():
     assert raw_value(["--preset", "a", "--x"], "preset") == "a"
     assert raw_value(["--preset=a", "--preset=b"], "preset") == "b"
     assert raw_value(["--x=1"], "preset") is None
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    size: tuple[int, int]
+    weight: float
+    flag: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    name: str
+    parts: tuple[Part, ...]
+    counts: dict[str, int]
+    anything: Any
+    note: str | None
+    names: list[str]
+
+
+RECORD = dict(
+    name="a",
+    parts=[dict(size=[1, 2], weight=3), dict(size=[3, 4], weight=0.5, flag=True, more=1)],
+    counts=dict(train=1),
+    anything=[{}],
+    note=None,
+    names=["x"],
+)
+
+
+def test_a_record_is_restored_at_any_depth():
+    parts = (Part((1, 2), 3.0), Part((3, 4), 0.5, True))
+    expected = Record("a", parts, {"train": 1}, [{}], None, ["x"])
+    assert make_record(Record, json.loads(json.dumps(RECORD))) == expected
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "problem"),
+    [
+        (("name",), 1, "name is 1"),
+        (("name",), ..., "name is missing"),
+        (("note",), ..., "note is missing"),
+        (("parts",), {}, "parts is {}"),
+        (("parts", 1), 3, r"parts\[1\] is 3"),
+        (("parts", 1, "size"), [1], r"parts\[1\].size is \[1\]"),
+        (("parts", 0, "size", 1), True, r"parts\[0\].size\[1\] is True"),
+        (("parts", 0, "weight"), float("inf"), r"parts\[0\].weight is inf"),
+        (("parts", 0, "flag"), 0, r"parts\[0\].flag is 0"),
+        (("counts", "train"), 1.5, r"counts.train is 1.5"),
+        (("names", 0), None, r"names\[0\] is None"),
+    ],
+)
+def test_a_wrong_value_of_a_record_is_named(keys, value, problem):
+    values = json.loads(json.dumps(RECORD))
+    *outer, last = keys
+    place = functools.reduce(operator.getitem, outer, values)
+    if value is ...:
+        del place[last]
+    else:
+        place[last] = value
+    with pytest.raises(ValueError, match=f"^{problem}$"):
+        make_record(Record, values)
+
+
+def test_a_file_of_records_says_what_it_is():
+    how = dict(format="tests", version=2, maker="pytest", remedy="run it again")
+    assert read_values(b'{"format": "tests", "version": 1}', "a.json", **how)["version"] == 1
+    for content, problem in (
+        (b"{", "a.json: damaged, not valid JSON .*; run it again"),
+        (b"[]", "a.json: not written by pytest"),
+        (b'{"format": "tests"}', "has format version None, but .* reads up to 2"),
+        (b'{"format": "tests", "version": 3}', "has format version 3, but .* reads up to 2"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            read_values(content, "a.json", **how)
 
 
 def test_lists_of_integers_accept_ranges_and_refuse_anything_else():

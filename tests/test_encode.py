@@ -401,7 +401,7 @@ def test_verify_tells_negative_deviations_and_damaged_records(base, copied):
     (copied / "latents.json").write_text("[]")
     code, output = run_tool("verify", copied)
     assert code == 1
-    assert "latents.json: not a record of latents" in output
+    assert "latents.json: not written by dataset_tool.py encode" in output
     assert "1 problem(s) found" in output
 
 

@@ -2,19 +2,17 @@
 
 import dataclasses
 import functools
-import json
 import math
 import os
-import typing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dnnlib.config import split_optional
 from dnnlib.files import sha256_of_file
 from dnnlib.parallel import process_map
 from dnnlib.progress import progress
+from dnnlib.records import make_record, read_values
 
 FORMAT = "setdiffit-latents"
 FORMAT_VERSION = 1
@@ -83,58 +81,38 @@ def read_record(path: str | os.PathLike) -> LatentRecord:
         if is_latent_folder(folder):
             raise ValueError(f"{folder}: its encoding is not finished; {_AGAIN}.")
         raise ValueError(f"{folder}: not a folder of latents made by dataset_tool.py encode.")
+    maker = "dataset_tool.py encode"
+    how = dict(format=FORMAT, version=FORMAT_VERSION, maker=maker, remedy=_AGAIN)
+    values = read_values(file.read_bytes(), file, **how)
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        record = make_record(LatentRecord, values)
+        _check_record(record)
     except ValueError as error:
-        raise ValueError(f"{file}: damaged, not valid JSON ({error}); {_AGAIN}.") from None
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise ValueError(f"{file}: not a record of latents made by dataset_tool.py encode.")
-    version = values.get("version")
-    if type(version) is not int or version > FORMAT_VERSION:
-        raise ValueError(
-            f"{file}: has format version {version}, but this version of the software reads up to "
-            f"{FORMAT_VERSION}; update the software."
-        )
-    if version < 1:
-        raise ValueError(f"{file}: has format version {version}, which never existed.")
-    problem = _problem_of(values)
-    if problem:
-        raise ValueError(f"{file}: damaged ({problem}); {_AGAIN}.")
-    fields = dataclasses.fields(LatentRecord)
-    return LatentRecord(**{field.name: values[field.name] for field in fields})
+        raise ValueError(f"{file}: damaged ({error}); {_AGAIN}.") from None
+    return record
 
 
-def _problem_of(values: dict[str, Any]) -> str | None:
-    """Return what is wrong with the values of a record, or None."""
-    for name, hint in typing.get_type_hints(LatentRecord).items():
-        base, optional = split_optional(hint)
-        kind = typing.get_origin(base) or base
-        kinds = (int, float) if kind is float else (kind,)
-        value = values.get(name)
-        if type(value) not in kinds and not (optional and value is None and name in values):
-            return f"{name} is {value!r}" if name in values else f"{name} is missing"
+def _check_record(record: LatentRecord) -> None:
+    """Raise ValueError that says what is wrong with a record whose types are right."""
     for name in ("num_images", "resolution", "img_channels", "shard_size"):
-        if values[name] < 1:
-            return f"{name} is {values[name]}"
-    shape = values["latent_shape"]
-    if len(shape) != 3 or any(type(size) is not int or size < 1 for size in shape):
-        return f"latent_shape is {shape}"
-    if values["kind"] not in KINDS:
-        return f"kind is {values['kind']!r}"
-    if not (math.isfinite(values["shift"]) and math.isfinite(values["scale"]) and values["scale"]):
-        return f"scale is {values['scale']} and shift {values['shift']}"
-    if (values["class_names"] is None) != (values["labels_sha256"] is None):
-        return "class_names and labels_sha256 do not agree"
+        if getattr(record, name) < 1:
+            raise ValueError(f"{name} is {getattr(record, name)}")
+    if len(record.latent_shape) != 3 or min(record.latent_shape) < 1:
+        raise ValueError(f"latent_shape is {record.latent_shape}")
+    if record.kind not in KINDS:
+        raise ValueError(f"kind is {record.kind!r}")
+    if not record.scale:
+        raise ValueError("scale is 0")
+    if (record.class_names is None) != (record.labels_sha256 is None):
+        raise ValueError("class_names and labels_sha256 do not agree")
     wanted = {"file": str, "num_images": int, "sha256": str}
-    for index, shard in enumerate(values["shards"]):
-        if {name: type(value) for name, value in shard.items()} != wanted:
-            return f"shard {index} is {shard}"
-        if shard["file"] != shard_name(index) or shard["num_images"] < 1:
-            return f"shard {index} is {shard}"
-    num_images = sum(shard["num_images"] for shard in values["shards"])
-    if num_images != values["num_images"]:
-        return f"num_images is {values['num_images']}, but the shards hold {num_images}"
-    return None
+    for index, shard in enumerate(record.shards):
+        types = {name: type(value) for name, value in shard.items()}
+        if types != wanted or shard["file"] != shard_name(index) or shard["num_images"] < 1:
+            raise ValueError(f"shard {index} is {shard}")
+    num_images = sum(shard["num_images"] for shard in record.shards)
+    if num_images != record.num_images:
+        raise ValueError(f"num_images is {record.num_images}, but the shards hold {num_images}")
 
 
 def check_shard(path: Path, shape: tuple[int, ...]) -> int:
