@@ -262,7 +262,7 @@ def replace_settings(config: Config, given: dict[tuple[str, ...], Any]) -> Any:
 
 
 def is_given(name: str) -> bool:
-    """Tell whether a parameter of the running command was typed rather than left at its default."""
+    """Return whether a parameter of the running command was typed, not left at its default."""
     source = click.get_current_context().get_parameter_source(name)
     return source is ParameterSource.COMMANDLINE
 
@@ -303,7 +303,7 @@ def run(command: click.Command) -> None:
 
 
 def _is_ours(error: Exception) -> bool:
-    """Tell whether the project raised an error, here or in a data loader process."""
+    """Return whether the project raised an error, here or in a data loader process."""
     project = Path(__file__).resolve().parent.parent
     frame = traceback.extract_tb(error.__traceback__)[-1]
     source = sys.modules.get(type(error).__module__)

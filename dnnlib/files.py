@@ -103,7 +103,7 @@ def sha256_of_file(path: str | os.PathLike) -> str:
 
 
 def is_url(location: str) -> bool:
-    """Tell whether ``location`` is an http(s) address rather than a path."""
+    """Return whether ``location`` is an http(s) address rather than a path."""
     return urlparse(str(location)).scheme in ("http", "https")
 
 

@@ -144,15 +144,8 @@ def find_neighbours(
         if len(dataset) <= MAX_VECTORS:
             needs = {feature: ("vectors",)}
             return dataset_references(dataset, needs, detectors, device, batch)[feature].vectors
-        return vectors(
-            iterate_images(
-                dataset,
-                rank=distributed.rank(),
-                world_size=distributed.world_size(),
-                batch_size=batch,
-                label=label,
-            )
-        )
+        part = dict(rank=distributed.rank(), world_size=distributed.world_size())
+        return vectors(iterate_images(dataset, **part, batch_size=batch, label=label))
 
     real = vectors_of(data, "Training images")
     unseen = None if held_out is None else vectors_of(held_out, "Held-out images")
@@ -166,16 +159,9 @@ def find_neighbours(
         else:
             nearest = _leave_one_out(real, max(num_images, _MIN_HELD_OUT), device)
             held_out_source = f"{len(nearest):,} training images, each against all the others"
-        box.append(
-            Neighbours(
-                distances=distances,
-                indices=indices,
-                held_out=nearest,
-                held_out_source=held_out_source,
-                detector=detector.name,
-                detector_hash=detector.hash,
-            )
-        )
+        facts = dict(detector=detector.name, detector_hash=detector.hash)
+        found = dict(distances=distances, indices=indices, held_out=nearest)
+        box.append(Neighbours(**found, held_out_source=held_out_source, **facts))
 
     box: list[Neighbours] = []
     distributed.on_main(search)

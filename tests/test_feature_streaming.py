@@ -30,6 +30,7 @@ from data.loader import make_loader
 from data.samplers import BucketSampler
 from dnnlib import addresses
 from dnnlib.addresses import AddressError, open_address, read_range, under
+from dnnlib.files import fetch
 from encoders.autoencoder import load_autoencoder
 
 LENGTHS = (4, 8, 16)
@@ -186,7 +187,8 @@ def test_a_store_gives_what_its_folder_gives(folder, knows_parts):
         assert server.requests[-1][0].endswith(".tar?key=secret")
 
 
-def test_a_broken_connection_is_taken_up_where_it_broke(tmp_path):
+def test_a_broken_connection_is_taken_up_where_it_broke(tmp_path, monkeypatch):
+    monkeypatch.setenv("SETDIFFIT_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "shard-000000.tar"
     # More than is held before it is read: what a broken connection brought counts.
     data = np.random.default_rng(0).bytes(4_000_000)
@@ -204,6 +206,8 @@ def test_a_broken_connection_is_taken_up_where_it_broke(tmp_path):
             assert len(starts) == (3 if knows_parts else 0)
             assert all(start > 1_000_000 for start in starts)
             assert read_range(f"{server.address}/{path.name}", 700, 900) == data[700:1600]
+            server.faults = [(503,), 1_500_000]
+            assert fetch(f"{server.address}/{path.name}").read_bytes() == data
     with store(path.parent) as server:
         server.faults = [(403,), (404,)]
         for reason in ("403 Forbidden", "not found"):

@@ -79,7 +79,7 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """Tell whether this process is the one that prints and writes files."""
+    """Return whether this process is the one that prints and writes files."""
     return rank() == 0
 
 
