@@ -21,7 +21,13 @@ from dnnlib.cli import ConfigCommand, is_given
 from dnnlib.click_options import param, takes
 from dnnlib.files import write_json
 from evaluation.images import ImageSource
-from evaluation.scoring import RealImages, check_images, describe_row, make_detectors, score_images
+from evaluation.scoring import (
+    RealImages,
+    check_images,
+    describe_score,
+    make_detectors,
+    score_images,
+)
 from metrics.metric import MetricSpec, needed_outputs
 from torch_utils import distributed
 from training.config import DetectorConfig
@@ -89,7 +95,7 @@ def command(config: AnyConfig, given: SourceOptions, options: CalcOptions) -> No
     rows = _score(specs, source, detectors, device, options, given.batch)
     if distributed.is_main():
         for row in rows:
-            print(describe_row(row))
+            print(describe_score(row))
         if options.json is not None:
             write_json(options.json, {"rows": rows})
     distributed.shutdown()

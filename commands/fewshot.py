@@ -22,8 +22,8 @@ from data.images.dataset import open_images
 from dnnlib.cli import ConfigCommand
 from dnnlib.click_options import param, takes
 from dnnlib.files import write_json
-from evaluation.fewshot import score_fewshot
-from evaluation.images import ScoreConfig
+from evaluation.fewshot import FewShotTest, score_fewshot
+from evaluation.images import Making, ScoreConfig
 from sampling.images import cached_snapshot
 from torch_utils import distributed
 
@@ -82,22 +82,17 @@ def command(config: ScoreConfig, options: FewShotOptions) -> None:
     if snapshot.config.sets is None:
         raise click.UsageError(f"--network: {options.network} was not trained on sets of images.")
     device = distributed.init()
-    rows = []
-    for found in score_fewshot(
-        snapshot,
-        config,
-        specs,
-        device,
+    test = FewShotTest(
         protocols=protocols,
         data=options.data,
         transfer=None if options.transfer is None else open_images(options.transfer),
         num_images=options.num_images,
         episodes_per_class=options.episodes_per_class,
-        first_seed=options.seed,
-        batch=options.batch,
-        precision=options.precision,
         outdir=options.outdir,
-    ):
+    )
+    making = Making(first_seed=options.seed, batch=options.batch, precision=options.precision)
+    rows = []
+    for found in score_fewshot(snapshot, config, specs, device, test, making):
         distributed.print0(found.describe())
         rows += [dict(row, copying=found.copying) for row in found.rows]
     if options.json is not None and distributed.is_main():

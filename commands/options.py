@@ -11,7 +11,7 @@ from diffusion.denoiser import AUTOCAST_DTYPES
 from dnnlib.cli import is_given, raw_value
 from dnnlib.click_options import param
 from dnnlib.files import check_target
-from evaluation.images import ImageSource, ScoreConfig, open_source
+from evaluation.images import ImageSource, Making, ScoreConfig, open_image_source
 from metrics.metric import METRICS, MetricSpec, get_metrics
 from torch_utils import distributed
 from torch_utils.misc import allow_tf32
@@ -56,17 +56,15 @@ class SourceOptions:
                 raise click.UsageError(option_elsewhere(name, config))
         device = distributed.init()
         allow_tf32(self.tf32)
-        source = open_source(
-            self.images or self.network,
-            config if self.network else None,
-            device,
+        making = Making(
             first_seed=self.seed,
             batch=self.batch,
             precision=self.precision,
             guide=self.guide,
             vae=self.vae,
-            shuffled=shuffled,
         )
+        location, protocol = self.images or self.network, config if self.network else None
+        source = open_image_source(location, protocol, device, making, shuffled=shuffled)
         return source, device
 
 

@@ -10,13 +10,13 @@ import torch
 
 from data.fewshot.episodes import Episodes, episodes_of_dataset, episodes_of_run
 from data.images.dataset import ImageDataset
-from evaluation.images import Batch, ScoreConfig, SnapshotImages, shape_of
-from evaluation.scoring import RealImages, describe_row, make_detectors, score_images
+from evaluation.images import Batch, Making, ScoreConfig, SnapshotImages, shape_of
+from evaluation.scoring import RealImages, describe_score, make_detectors, score_images
 from families.sets import open_data_of
 from metrics.detectors import ImageShape
 from metrics.metric import MetricSpec, needed_outputs
 from sampling.grids import save_episodes
-from sampling.images import labels_like_data, make_generator
+from sampling.images import labels_like_data
 from sampling.supports import SupportGenerator
 from torch_utils import distributed
 from training.checkpoint import Snapshot
@@ -34,15 +34,12 @@ class EpisodeImages(SnapshotImages):
         self, generator: SupportGenerator, snapshot: Snapshot, *, first_seed: int, batch: int
     ) -> None:
         self._episodes = episodes = generator.episodes
+        counts = episodes.counts
         super().__init__(
-            generator,
-            snapshot,
-            first_seed=first_seed,
-            batch=batch,
-            class_counts=episodes.counts,
+            generator, snapshot, first_seed=first_seed, batch=batch, class_counts=counts
         )
         self.class_names = episodes.class_names
-        self._episode_of = labels_like_data(episodes.counts)
+        self._episode_of = labels_like_data(counts)
         self._distances: list[torch.Tensor] = []
 
     def batches(self, indices: Sequence[int]) -> Iterable[Batch]:
@@ -77,7 +74,7 @@ def copying(generated: np.ndarray, episodes: Episodes, images: ImageDataset) -> 
     """Return how near generated images are to their supports, beside real ones of the same classes.
 
     Real images take the supports of their class in turn. The hundredth of them that is nearest
-    tells what is too near: of generated images, more than 1% closer than that are copies.
+    says what is too near: of generated images, more than 1% closer than that are copies.
     """
     real_classes = images.labels[episodes.reals]
     rows = np.empty(len(real_classes), np.int64)
@@ -127,7 +124,7 @@ class FewShotScores:
             f"{self.protocol}: {first['num_episodes']} supports of {first['support_size']}, "
             f"{first['num_images']:,} generated images against {first['num_reals']:,} real ones"
         ]
-        lines += ["  " + describe_row(row).replace("\n", "\n  ") for row in self.rows]
+        lines += ["  " + describe_score(row).replace("\n", "\n  ") for row in self.rows]
         lines.append(
             f"  distance to the nearest support image: {found['generated_median']:.4f} generated, "
             f"{found['real_median']:.4f} real (medians); {found['share_nearer']:.1%} of the "
@@ -136,69 +133,84 @@ class FewShotScores:
         return "\n".join(lines)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FewShotTest:
+    """What images made from supports are compared with, and how many of them.
+
+    Attributes:
+        protocols: Of ``seen``, ``unseen``, ``val``, ``transfer``.
+        data: Where the training data are, if not where they were.
+        transfer: Another dataset, for ``transfer``.
+        num_images: Images to generate; by default 10,000, or as many as there are real ones.
+        episodes_per_class: Supports of each class; by default as many as use a fifth of it, up to
+            20.
+        outdir: Where a picture of each protocol goes.
+    """
+
+    protocols: Sequence[str]
+    data: str | None = None
+    transfer: ImageDataset | None = None
+    num_images: int | None = None
+    episodes_per_class: int | None = None
+    outdir: Path | None = None
+
+    def draw(
+        self, snapshot: Snapshot, image_shape: ImageShape
+    ) -> list[tuple[str, ImageDataset, Episodes]]:
+        """Return each protocol with its images and the episodes drawn from them.
+
+        Raises ValueError if images do not fit the model, or none is left to compare with.
+        """
+        model = snapshot.config.model
+        size = dict(support_size=model.context_size, num_per_class=self.episodes_per_class)
+        dataset = None
+        if set(self.protocols) - {"transfer"}:
+            dataset = open_data_of(snapshot, self.data)
+        drawn = []
+        for protocol in self.protocols:
+            if protocol == "transfer":
+                images = self.transfer
+                _check_transfer(images, image_shape)
+                episodes = episodes_of_dataset(images, null_label=model.num_classes, **size)
+            else:
+                images, episodes = dataset.images, episodes_of_run(dataset, protocol, **size)
+            if not len(episodes.reals):
+                raise ValueError(
+                    f"{protocol}: all images of its classes are in supports, and none is left to "
+                    "compare with; give fewer --episodes-per-class."
+                )
+            drawn.append((protocol, images, episodes))
+        return drawn
+
+
 def score_fewshot(
     snapshot: Snapshot,
     config: ScoreConfig,
     metrics: Sequence[MetricSpec],
     device: torch.device,
-    *,
-    protocols: Sequence[str],
-    data: str | None,
-    transfer: ImageDataset | None,
-    num_images: int | None,
-    episodes_per_class: int | None,
-    first_seed: int = 0,
-    batch: int = 64,
-    precision: str | None = None,
-    outdir: Path | None = None,
+    test: FewShotTest,
+    making: Making,
 ) -> Iterable[FewShotScores]:
     """Yield the scores of each protocol. Collective.
 
     Args:
-        snapshot: Of a model of sets.
-        config: How its images are made and seen.
+        snapshot: Of a set-conditioned model.
+        config: The sampling protocol, and the detectors.
         metrics: Those of supports.
         device: Where to compute.
-        protocols: Of ``seen``, ``unseen``, ``val``, ``transfer``.
-        data: Where the training data are, if not where they were.
-        transfer: Another dataset, for ``transfer``.
-        num_images: Images to generate; by default 10,000, or as many as there are real ones.
-        episodes_per_class: Supports of each class; by default as use a fifth of it, up to 20.
-        first_seed, batch, precision: Of the generated images.
-        outdir: Where a picture of each protocol goes.
+        test: What is compared with.
+        making: How the images are made.
     """
-    generator = make_generator(
-        snapshot,
-        device,
-        sampling=config.sampling,
-        guidance=config.guidance,
-        precision=precision,
-    )
+    generator = making.generator(snapshot, config, device)
+    batch = making.batch
+    names = sorted({metric.output.detector for metric in metrics})
+    needs = needed_outputs(metrics, of_reference=True, per_class=True)
     # Everything is drawn and checked before anything is generated.
-    dataset = open_data_of(snapshot, data) if set(protocols) - {"transfer"} else None
-    size = dict(support_size=snapshot.config.model.context_size, num_per_class=episodes_per_class)
-    drawn = []
-    for protocol in protocols:
-        if protocol == "transfer":
-            images = transfer
-            _check_transfer(transfer, generator.image_shape)
-            null_label = snapshot.config.model.num_classes
-            episodes = episodes_of_dataset(transfer, null_label=null_label, **size)
-        else:
-            images, episodes = dataset.images, episodes_of_run(dataset, protocol, **size)
-        if not len(episodes.reals):
-            raise ValueError(
-                f"{protocol}: all images of its classes are in supports, and none is left to "
-                "compare with; give fewer --episodes-per-class."
-            )
-        drawn.append((protocol, images, episodes))
-    for protocol, images, episodes in drawn:
+    for protocol, images, episodes in test.draw(snapshot, generator.image_shape):
         own = SupportGenerator.of(generator, episodes)
-        source = EpisodeImages(own, snapshot, first_seed=first_seed, batch=batch)
+        source = EpisodeImages(own, snapshot, first_seed=making.first_seed, batch=batch)
         reals = images.subset(episodes.reals)
-        names = sorted({metric.output.detector for metric in metrics})
         detectors = make_detectors(names, config.detectors, shape_of(reals), device)
-        needs = needed_outputs(metrics, of_reference=True, per_class=True)
         references = RealImages(reals).references(needs, detectors, device, batch)
         rows = score_images(
             metrics,
@@ -206,14 +218,14 @@ def score_fewshot(
             references,
             detectors,
             device,
-            num_images=num_images,
+            num_images=test.num_images,
             per_class=True,
         )
         distances = source.distances()
-        if outdir is not None:
+        if test.outdir is not None:
             shown = np.linspace(0, len(episodes) - 1, min(_NUM_SHOWN, len(episodes)))
             few = SupportGenerator.of(generator, episodes[shown.round().astype(int).tolist()])
-            save_episodes(few, len(few.episodes) * 20, outdir / f"{protocol}.png", batch)
+            save_episodes(few, len(few.episodes) * 20, test.outdir / f"{protocol}.png", batch)
         yield FewShotScores(
             protocol=protocol,
             rows=[dict(row, protocol=protocol, num_reals=len(reals)) for row in rows],

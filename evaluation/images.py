@@ -1,13 +1,13 @@
 """Images to be scored: those of files, and those that a snapshot makes on the fly."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from data.images.dataset import open_images
+from data.images.dataset import ImageDataset, open_images
 from data.loader import iterate_images
 from dnnlib.progress import progress
 from metrics.detectors import ImageShape
@@ -27,8 +27,6 @@ from training.checkpoint import Snapshot
 from training.config import DetectorConfig
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # Image indices int64 [N], uint8 images [N, C, H, W].
-
-
 _ORDER_SEED = 0
 
 
@@ -81,15 +79,8 @@ class FileImages:
         self.class_names = tuple(self.dataset.class_names)
 
     def batches(self, indices: Sequence[int]) -> Iterable[Batch]:
-        batches = iterate_images(
-            self.dataset,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            batch_size=self._batch,
-            indices=np.sort(self._order[list(indices)]).tolist(),
-            label="Scoring",
-        )
-        for places, images in batches:
+        wanted = np.sort(self._order[list(indices)]).tolist()
+        for places, images in read_images(self.dataset, self._batch, "Scoring", wanted):
             yield torch.from_numpy(self._number[places.numpy()]), images
 
     def labels(self, indices: range) -> np.ndarray | None:
@@ -152,12 +143,7 @@ class SnapshotImages:
         return dict(
             network=str(snapshot.path),
             seeds=seed_range(self._first_seed + indices.start, len(indices)),
-            **passport(
-                self._generator,
-                snapshot.config.training,
-                self._counts,
-                snapshot.progress,
-            ),
+            **passport(self._generator, snapshot.config.training, self._counts, snapshot.progress),
         )
 
 
@@ -168,47 +154,76 @@ class ScoreConfig(GenerateConfig):
     detectors: DetectorConfig = DetectorConfig()
 
 
-def open_source(
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Making:
+    """How a snapshot makes images, beside its sampling protocol.
+
+    Attributes:
+        first_seed: Seed of the first image.
+        batch: Images per rank and pass; also of images that come from files.
+        precision: Arithmetic of the network; None: as in training.
+        guide: Second snapshot, to guide away from.
+        vae: Autoencoder of a latent model, if not where it was in training.
+    """
+
+    first_seed: int = 0
+    batch: int = 64
+    precision: str | None = None
+    guide: str | None = None
+    vae: str | None = None
+
+    def generator(
+        self, snapshot: Snapshot, config: GenerateConfig, device: torch.device
+    ) -> ImageGenerator:
+        """Return what makes the images of ``snapshot`` under the protocol ``config``."""
+        return make_generator(
+            snapshot,
+            device,
+            sampling=config.sampling,
+            guidance=config.guidance,
+            precision=self.precision,
+            guide=None if self.guide is None else cached_snapshot(self.guide),
+            vae=self.vae,
+        )
+
+
+def open_image_source(
     location: str,
     config: ScoreConfig | None,
     device: torch.device,
+    making: Making,
     *,
-    first_seed: int = 0,
-    batch: int = 64,
-    precision: str | None = None,
-    guide: str | None = None,
-    vae: str | None = None,
     shuffled: bool = False,
 ) -> ImageSource:
     """Return the images of a snapshot under the protocol ``config``, or of a file without one.
 
-    Args:
-        location: Snapshot; without ``config`` a folder, zip or ``.npz`` of images.
-        first_seed: Seed of the snapshot's first image.
-        batch: Images per rank and pass.
-        precision: Arithmetic of the snapshot's network; None: as in training.
-        guide: Second snapshot, to guide away from.
-        vae: Autoencoder of a latent model, if not where it was in training.
-        shuffled: Number the images of folders and zips in a fixed random order.
+    ``location`` is a snapshot, or without ``config`` a folder, zip or ``.npz`` of images; those of
+    folders and zips can be ``shuffled``, numbered in a fixed random order.
     """
     if config is None:
-        return FileImages(location, batch, shuffled)
+        return FileImages(location, making.batch, shuffled)
     snapshot = cached_snapshot(location)
     if snapshot.config.sets is not None:
         raise ValueError(
             f"--network: {location} makes images from supports; score it with fid.py fewshot, or "
             "the images that generate.py makes, with --images."
         )
-    generator = make_generator(
-        snapshot,
-        device,
-        sampling=config.sampling,
-        guidance=config.guidance,
-        precision=precision,
-        guide=None if guide is None else cached_snapshot(guide),
-        vae=vae,
+    generator = making.generator(snapshot, config, device)
+    return SnapshotImages(generator, snapshot, first_seed=making.first_seed, batch=making.batch)
+
+
+def read_images(
+    dataset: ImageDataset, batch: int, label: str, indices: Sequence[int] | None = None
+) -> Iterator[Batch]:
+    """Yield this rank's share of the images, or of those with ``indices``, under a progress bar."""
+    return iterate_images(
+        dataset,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        batch_size=batch,
+        indices=indices,
+        label=label,
     )
-    return SnapshotImages(generator, snapshot, first_seed=first_seed, batch=batch)
 
 
 def shape_of(images: Any) -> ImageShape:

@@ -1,7 +1,7 @@
 """Nearest training images of generated ones: a look for copies (memorisation)."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,8 @@ import PIL.ImageDraw
 import torch
 
 from data.images.dataset import ImageDataset
-from data.loader import iterate_images
 from dnnlib.files import write_json
-from evaluation.images import ImageSource, shape_of
+from evaluation.images import Batch, ImageSource, read_images, shape_of
 from evaluation.scoring import dataset_references
 from metrics.detectors import Detector, DetectorOutput
 from metrics.manifold import nearest_neighbours
@@ -133,23 +132,21 @@ def find_neighbours(
         held_out: Real images that were not trained on. Without any, each of at least 1,000
             training images (or all) is compared with all the others, as if it had been held out.
     """
-    feature = DetectorOutput(detector.name)
-    detectors = {detector.name: detector}
+    output = DetectorOutput(detector.name)
+    needs, detectors = {output: ("vectors",)}, {detector.name: detector}
 
-    def vectors(batches: Any) -> np.ndarray | None:
-        found = collect_outputs(detectors, {feature: ("vectors",)}, batches, device)
-        return found[feature].vectors.array
+    def vectors(batches: Iterable[Batch]) -> np.ndarray | None:
+        return collect_outputs(detectors, needs, batches, device)[output].vectors.array
 
     def vectors_of(dataset: ImageDataset, label: str) -> np.ndarray | None:
         if len(dataset) <= MAX_VECTORS:
-            needs = {feature: ("vectors",)}
-            return dataset_references(dataset, needs, detectors, device, batch)[feature].vectors
-        part = dict(rank=distributed.rank(), world_size=distributed.world_size())
-        return vectors(iterate_images(dataset, **part, batch_size=batch, label=label))
+            return dataset_references(dataset, needs, detectors, device, batch)[output].vectors
+        return vectors(read_images(dataset, batch, label))
 
     real = vectors_of(data, "Training images")
     unseen = None if held_out is None else vectors_of(held_out, "Held-out images")
     fake = vectors(source.batches(range(num_images)))
+    box: list[Neighbours] = []
 
     def search() -> None:
         distances, indices = nearest_neighbours(fake, real, num_neighbours, device=device)
@@ -159,11 +156,16 @@ def find_neighbours(
         else:
             nearest = _leave_one_out(real, max(num_images, _MIN_HELD_OUT), device)
             held_out_source = f"{len(nearest):,} training images, each against all the others"
-        facts = dict(detector=detector.name, detector_hash=detector.hash)
-        found = dict(distances=distances, indices=indices, held_out=nearest)
-        box.append(Neighbours(**found, held_out_source=held_out_source, **facts))
+        found = Neighbours(
+            distances=distances,
+            indices=indices,
+            held_out=nearest,
+            held_out_source=held_out_source,
+            detector=detector.name,
+            detector_hash=detector.hash,
+        )
+        box.append(found)
 
-    box: list[Neighbours] = []
     distributed.on_main(search)
     return box[0] if box else None
 

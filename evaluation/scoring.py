@@ -12,9 +12,8 @@ from data.fewshot.episodes import episodes_of_run
 from data.fewshot.sets import SetDataset
 from data.images.dataset import ImageDataset, MirroredImages, open_images
 from data.latents.dataset import LatentDataset
-from data.loader import iterate_images
 from dnnlib.files import fetch
-from evaluation.images import ImageSource, shape_of
+from evaluation.images import Batch, ImageSource, read_images, shape_of
 from metrics.detectors import Detector, DetectorOutput, ImageShape, get_detector
 from metrics.metric import METRICS, MetricSpec, needed_outputs
 from metrics.reference import References, load_references
@@ -56,14 +55,7 @@ def dataset_references(
     references = references_for(
         needs,
         detectors,
-        lambda indices: iterate_images(
-            dataset,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            batch_size=batch,
-            indices=indices,
-            label="Reference",
-        ),
+        lambda indices: read_images(dataset, batch, "Reference", indices),
         dataset.content_hash,
         device,
         num_images=len(dataset),
@@ -220,7 +212,7 @@ def score_images(
         warnings.append("the classes have other names than the reference's: no numbers per class")
 
     def score_block(start: int) -> list[dict[str, Any]]:
-        def generate(indices: range) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+        def generate(indices: range) -> Iterable[Batch]:
             shifted = range(start + indices.start, start + indices.stop)
             for batch_indices, images in source.batches(shifted):
                 yield batch_indices - start, images
@@ -269,7 +261,7 @@ def _noise_band(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return dict(band, seeds=seeds)
 
 
-def describe_row(row: Mapping[str, Any], num_classes_shown: int = 20) -> str:
+def describe_score(row: Mapping[str, Any], num_classes_shown: int = 20) -> str:
     """Return a score row in words: values, spread, warnings, and the numbers of each class."""
     values = ", ".join(f"{name} {value:.6g}" for name, value in row["values"].items())
     if len(row["values"]) == 1:

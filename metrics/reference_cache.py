@@ -18,7 +18,7 @@ from metrics.reference import (
     read_references,
     save_references,
 )
-from metrics.statistics import Collected, collect_outputs
+from metrics.statistics import collect_outputs
 from torch_utils import distributed
 
 MAX_VECTORS = 200_000
@@ -63,42 +63,37 @@ def compute_references(
     if num_images < 2:
         raise ValueError(f"{name}: has {num_images} image; a reference needs at least 2.")
     keep = vector_subset(num_images)
-    num_kept = int(keep.sum())
     collected = collect_outputs(detectors, needs, batches, device, keep)
 
-    def reference(output: DetectorOutput, found: Collected) -> Reference:
-        moments = found.moments
-        vectors = None if found.vectors is None else found.vectors.array
-        counts = [] if moments is None else [(moments.count, num_images)]
-        counts += [] if vectors is None else [(len(vectors), num_kept)]
-        for count, expected in counts:
-            if count != expected:
-                raise ValueError(
-                    f"{name}: gave {count} images for the reference statistics; expected "
-                    f"{expected}."
-                )
-        return Reference(
-            output=output,
-            mu=None if moments is None else moments.mean(),
-            sigma=None if moments is None else moments.covariance(),
-            vectors=vectors,
-            num_vectors=0 if found.vectors is None else num_kept,
-            count=num_images,
-            detector_hash=detectors[output.detector].hash,
-            dataset_hash=dataset_hash,
-            source=source,
-        )
-
-    references: References = {}
-
-    def build() -> None:
-        references.update({output: reference(output, found) for output, found in collected.items()})
+    def build() -> References:
+        for found in collected.values():
+            counts = [] if found.moments is None else [(found.moments.count, num_images)]
+            if found.vectors is not None and found.vectors.array is not None:
+                counts.append((len(found.vectors.array), int(keep.sum())))
+            for count, expected in counts:
+                if count != expected:
+                    raise ValueError(
+                        f"{name}: gave {count} images for the reference statistics; expected "
+                        f"{expected}."
+                    )
+        return {
+            output: Reference(
+                output=output,
+                mu=None if found.moments is None else found.moments.mean(),
+                sigma=None if found.moments is None else found.moments.covariance(),
+                vectors=None if found.vectors is None else found.vectors.array,
+                num_vectors=0 if found.vectors is None else int(keep.sum()),
+                count=num_images,
+                detector_hash=detectors[output.detector].hash,
+                dataset_hash=dataset_hash,
+                source=source,
+            )
+            for output, found in collected.items()
+        }
 
     # Only rank 0 has the vectors, and every rank must hear if their number is wrong.
-    distributed.on_main(build)
-    if not distributed.is_main():
-        build()
-    return references
+    with distributed.together():
+        return build()
 
 
 def cache_path(content_hash: str, output: DetectorOutput, detector_hash: str, kind: str) -> Path:
