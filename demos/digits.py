@@ -77,6 +77,13 @@ class ClassShare:
     def control(self) -> float:
         return self.control_hits / self.control_num
 
+    def describe(self) -> str:
+        """Return the shares, and how likely such a difference is by chance, in words."""
+        return (
+            f"{self.name} {self.share:.1%} of {self.num}, control {self.control:.1%} of "
+            f"{self.control_num}, one-sided p {self.p_value:.2g}"
+        )
+
     @property
     def p_value(self) -> float:
         """Probability of so large a share if the support made no difference (Fisher's test)."""

@@ -14,7 +14,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import demo
+import demos.sets
 from demos.digits import class_agreement
+from demos.steps import execute
 
 
 def test_the_chain_runs_from_files_to_a_score_and_says_when_the_result_is_poor(tmp_path):
@@ -63,7 +65,7 @@ def test_class_agreement_is_high_for_real_digits_and_low_for_wrong_ones():
 def test_a_step_that_fails_stops_the_demo(monkeypatch):
     monkeypatch.chdir(helpers.ROOT)
     with pytest.raises(ValueError, match=r"dataset_tool\.py failed with exit code 2"):
-        demo.execute("Convert", "dataset_tool.py", "convert", "--sauce=digits")
+        execute("Convert", "dataset_tool.py", "convert", "--sauce=digits")
 
 
 SCRIPTS = [path.stem for path in helpers.ROOT.glob("*.py")]
@@ -85,8 +87,8 @@ def test_every_script_and_subcommand_explains_itself_by_an_example(name):
 
 
 def test_the_demo_of_sets_judges_seen_and_unseen_classes_by_a_classifier(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "SAMPLES_PER_CLASS", 8)
-    monkeypatch.setattr(demo, "SET_MODES", {"lag": ("--encoder-depth=0",)})
+    monkeypatch.setattr(demos.sets, "SAMPLES_PER_CLASS", 8)
+    monkeypatch.setattr(demos.sets, "MODES", {"lag": ("--encoder-depth=0",)})
     monkeypatch.chdir(helpers.ROOT)
     for name, value in helpers.quiet_environment().items():
         monkeypatch.setenv(name, value)

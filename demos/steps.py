@@ -1,0 +1,56 @@
+"""Steps of a demonstration: the commands that a user would run, shown and run."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+
+from training.checkpoint import find_snapshots
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def heading(title: str) -> None:
+    """Print the title of a step."""
+    click.secho(f"\n== {title}", bold=True)
+
+
+def execute(title: str, script: str, *args: str) -> str:
+    """Run one of the project's scripts, show its command and output, and return the output."""
+    heading(title)
+    click.echo(f"$ python {script} {shlex.join(args)}")
+    command = [sys.executable, "-u", str(ROOT / script), *args]
+    # Threads that soon stop spinning: several times faster where something else runs beside them.
+    environment = {"GOMP_SPINCOUNT": "20000", **os.environ}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        lines = []
+        for line in process.stdout:
+            click.echo(line, nl=False)
+            lines.append(line)
+    if process.returncode:
+        raise ValueError(f"{script} failed with exit code {process.returncode}.")
+    return "".join(lines)
+
+
+def convert_digits(outdir: Path) -> Path:
+    """Return the dataset of digits, made if it is not there."""
+    data = outdir / "digits.zip"
+    if not data.exists():
+        execute("Convert", "dataset_tool.py", "convert", "--source=digits", f"--dest={data}")
+    return data
+
+
+def train_model(outdir: Path, *args: str) -> tuple[Path, Path]:
+    """Train, and return the run folder and its last snapshot."""
+    printed = execute("Train", "train.py", f"--outdir={outdir / 'runs'}", *args)
+    run_dir = Path(re.search(r"Writing to (.+)", printed).group(1).strip())
+    return run_dir, find_snapshots(run_dir)[0]
+
+
+def generate(title: str, network: Path, folder: Path, *args: str) -> None:
+    """Generate images into a folder."""
+    execute(title, "generate.py", f"--network={network}", f"--outdir={folder}", *args)
