@@ -10,11 +10,12 @@ import torch
 
 from data.fewshot.episodes import Episodes, episodes_of_dataset, episodes_of_run
 from data.images.dataset import ImageDataset
-from evaluation.images import Batch, Making, ScoreConfig, SnapshotImages, shape_of
+from evaluation.images import Making, ScoreConfig, SnapshotImages, shape_of
 from evaluation.scoring import RealImages, describe_score, make_detectors, score_images
 from families.sets import open_data_of
 from metrics.detectors import ImageShape
 from metrics.metric import MetricSpec, needed_outputs
+from metrics.statistics import Batch
 from sampling.grids import save_episodes
 from sampling.images import labels_like_data
 from sampling.supports import SupportGenerator

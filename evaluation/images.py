@@ -11,6 +11,7 @@ from data.images.dataset import ImageDataset, open_images
 from data.loader import iterate_images
 from dnnlib.progress import progress
 from metrics.detectors import ImageShape
+from metrics.statistics import Batch
 from sampling.images import (
     GenerateConfig,
     ImageGenerator,
@@ -26,7 +27,6 @@ from torch_utils.fingerprints import package_versions
 from training.checkpoint import Snapshot
 from training.config import DetectorConfig
 
-Batch = tuple[torch.Tensor, torch.Tensor]  # Image indices int64 [N], uint8 images [N, C, H, W].
 _ORDER_SEED = 0
 
 

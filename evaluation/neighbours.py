@@ -12,12 +12,12 @@ import torch
 
 from data.images.dataset import ImageDataset
 from dnnlib.files import write_json
-from evaluation.images import Batch, ImageSource, read_images, shape_of
+from evaluation.images import ImageSource, read_images, shape_of
 from evaluation.scoring import dataset_references
 from metrics.detectors import Detector, DetectorOutput
 from metrics.manifold import nearest_neighbours
 from metrics.reference_cache import MAX_VECTORS
-from metrics.statistics import collect_outputs
+from metrics.statistics import Batch, collect_outputs
 from torch_utils import distributed
 from torch_utils.charts import check_charts, new_figure, picture_of
 from torch_utils.pictures import save_image, to_pil

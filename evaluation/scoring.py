@@ -13,12 +13,13 @@ from data.fewshot.sets import SetDataset
 from data.images.dataset import ImageDataset, MirroredImages, open_images
 from data.latents.dataset import LatentDataset
 from dnnlib.files import fetch
-from evaluation.images import Batch, ImageSource, read_images, shape_of
+from evaluation.images import ImageSource, read_images, shape_of
 from metrics.detectors import Detector, DetectorOutput, ImageShape, get_detector
 from metrics.metric import METRICS, MetricSpec, needed_outputs
 from metrics.reference import References, load_references
 from metrics.reference_cache import references_for, vector_subset
 from metrics.score import score
+from metrics.statistics import Batch
 from models import ModelConfig
 from torch_utils import distributed
 from training.config import DetectorConfig, RunConfig

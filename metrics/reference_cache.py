@@ -18,7 +18,7 @@ from metrics.reference import (
     read_references,
     save_references,
 )
-from metrics.statistics import collect_outputs
+from metrics.statistics import Batch, collect_outputs
 from torch_utils import distributed
 
 MAX_VECTORS = 200_000
@@ -40,7 +40,7 @@ def vector_subset(count: int) -> np.ndarray:
 def compute_references(
     needs: Mapping[DetectorOutput, Collection[str]],
     detectors: Mapping[str, Detector],
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    batches: Iterable[Batch],
     device: torch.device | str,
     *,
     num_images: int,
@@ -105,7 +105,7 @@ def cache_path(content_hash: str, output: DetectorOutput, detector_hash: str, ki
 def references_for(
     needs: Mapping[DetectorOutput, Collection[str]],
     detectors: Mapping[str, Detector],
-    batches: Callable[[Sequence[int]], Iterable[tuple[torch.Tensor, torch.Tensor]]],
+    batches: Callable[[Sequence[int]], Iterable[Batch]],
     content_hash: str,
     device: torch.device | str,
     *,

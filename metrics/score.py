@@ -11,10 +11,9 @@ import torch
 from metrics.detectors import Detector, DetectorOutput
 from metrics.metric import Comparison, MetricSpec, needed_outputs
 from metrics.reference import Reference, References
-from metrics.statistics import Collected, collect_outputs
+from metrics.statistics import Batch, Collected, collect_outputs
 from torch_utils import distributed
 
-Batch = tuple[torch.Tensor, torch.Tensor]  # Image indices int64 [N], uint8 images [N, C, H, W].
 GenerateFn = Callable[[range], Iterable[Batch]]
 
 

@@ -9,6 +9,7 @@ import torch
 from metrics.detectors import Detector, DetectorOutput
 from torch_utils import distributed
 
+Batch = tuple[torch.Tensor, torch.Tensor]  # Image indices int64 [N], uint8 images [N, C, H, W].
 _MAX_DIM = 20_000
 
 
@@ -219,7 +220,7 @@ class Collected:
 def collect_outputs(
     detectors: Mapping[str, Detector],
     needs: Mapping[DetectorOutput, Collection[str]],
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    batches: Iterable[Batch],
     device: torch.device | str,
     keep: np.ndarray | None = None,
 ) -> dict[DetectorOutput, Collected]:
