@@ -9,6 +9,7 @@ from configs.presets import PRESETS, get_preset
 from dnnlib.cli import run
 from dnnlib.files import check_target, fetch, sha256_of_file
 from encoders.autoencoder import AUTOENCODER
+from metrics.weights import read_safetensors
 from models.latent_diffit import LatentDiffiTConfig
 from models.published import network_of_published
 from training.checkpoint import DataSummary, save_snapshot
@@ -53,8 +54,9 @@ def main(weights: str, preset: str, out: Path, vae: str) -> None:
         model=dataclasses.replace(config.model, vae=vae),
         training=dataclasses.replace(config.training, precision="fp32", compile=False),
     )
+    tensors = read_safetensors(path, "It ought to be the official state dict.")
     try:
-        network = network_of_published(_read_tensors(path), config.model)
+        network = network_of_published(tensors, config.model)
     except ValueError as error:
         raise ValueError(f"{path} with --preset={preset}: {error}") from error
     data = DataSummary(
@@ -67,20 +69,6 @@ def main(weights: str, preset: str, out: Path, vae: str) -> None:
     )
     save_snapshot(out, network, config, data, progress=dict(imported_from=path.name))
     click.echo(f"{out}: {preset} with the weights of {path.name}, {vae} as autoencoder.")
-
-
-def _read_tensors(path: Path):
-    try:
-        import safetensors
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise ValueError(
-            "reading it needs the package safetensors: pip install safetensors"
-        ) from error
-    try:
-        return load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"not a readable safetensors file ({error}).") from error
 
 
 if __name__ == "__main__":

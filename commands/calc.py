@@ -10,14 +10,13 @@ import torch
 from commands.options import (
     AnyConfig,
     SourceOptions,
-    base_config,
     check_targets,
     metric_names,
-    option_elsewhere,
     parse_metrics,
+    score_command,
     used_detectors,
 )
-from dnnlib.cli import ConfigCommand, is_given
+from dnnlib.cli import is_given
 from dnnlib.click_options import param, takes
 from dnnlib.files import write_json
 from evaluation.images import ImageSource
@@ -72,7 +71,7 @@ class CalcOptions:
     json: Path | None = param(help="File to write the score rows to.")
 
 
-@click.command(cls=ConfigCommand, base=base_config, elsewhere=option_elsewhere, examples=EXAMPLES)
+@score_command(examples=EXAMPLES)
 @takes(SourceOptions, "given")
 @takes(CalcOptions)
 def command(config: AnyConfig, given: SourceOptions, options: CalcOptions) -> None:

@@ -9,17 +9,15 @@ from commands.options import (
     BATCH_HELP,
     PRECISION_HELP,
     PRECISIONS,
-    base_config,
     check_targets,
     metric_names,
-    option_elsewhere,
     parse_metrics,
+    score_command,
     split_names,
     used_detectors,
 )
 from data.fewshot.episodes import PROTOCOLS
 from data.images.dataset import open_images
-from dnnlib.cli import ConfigCommand
 from dnnlib.click_options import param, takes
 from dnnlib.files import write_json
 from evaluation.fewshot import FewShotTest, score_fewshot
@@ -62,7 +60,7 @@ class FewShotOptions:
     json: Path | None = param(help="File to write the score rows to.")
 
 
-@click.command(cls=ConfigCommand, base=base_config, elsewhere=option_elsewhere)
+@score_command()
 @takes(FewShotOptions)
 def command(config: ScoreConfig, options: FewShotOptions) -> None:
     """Score images that a set-conditioned model makes from supports, against images of their class.

@@ -3,18 +3,14 @@
 import dataclasses
 from pathlib import Path
 
-import click
-
 from commands.options import (
     AnyConfig,
     SourceOptions,
-    base_config,
     check_targets,
-    option_elsewhere,
+    score_command,
     used_detectors,
 )
 from data.images.dataset import open_images
-from dnnlib.cli import ConfigCommand
 from dnnlib.click_options import param, takes
 from evaluation.neighbours import check_neighbours, find_neighbours, write_report
 from evaluation.scoring import make_detectors
@@ -48,7 +44,7 @@ class NeighboursOptions:
     outdir: Path = param(required=True, help="Folder for the report.")
 
 
-@click.command(cls=ConfigCommand, base=base_config, elsewhere=option_elsewhere)
+@score_command()
 @takes(SourceOptions, "given")
 @takes(NeighboursOptions)
 def command(config: AnyConfig, given: SourceOptions, options: NeighboursOptions) -> None:

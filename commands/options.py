@@ -1,14 +1,15 @@
 """What several commands of fid.py share: their options, and what follows from them."""
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
 
 from diffusion.denoiser import AUTOCAST_DTYPES
-from dnnlib.cli import is_given, raw_value
+from dnnlib.cli import ConfigCommand, is_given, raw_value
 from dnnlib.click_options import param
 from dnnlib.files import check_target
 from evaluation.images import ImageSource, Making, ScoreConfig, open_image_source
@@ -81,6 +82,15 @@ def option_elsewhere(name: str, config: AnyConfig | None) -> str | None:
     if isinstance(config, DetectorConfig):
         return f"--{name} describes sampling and needs --network; images are scored as they are."
     return None
+
+
+def score_command(**settings: Any) -> Callable[[Callable], click.Command]:
+    """Return the decorator of a command with the options of detectors and sampling.
+
+    ``settings`` are those of :class:`ConfigCommand`.
+    """
+    settings = dict(base=base_config, elsewhere=option_elsewhere) | settings
+    return click.command(cls=ConfigCommand, **settings)
 
 
 def parse_metrics(text: str, *, of_supports: bool = False) -> list[MetricSpec]:

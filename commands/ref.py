@@ -5,9 +5,8 @@ from pathlib import Path
 
 import click
 
-from commands.options import BATCH_HELP, check_targets, parse_metrics, used_detectors
+from commands.options import BATCH_HELP, check_targets, parse_metrics, score_command, used_detectors
 from data.images.dataset import open_images
-from dnnlib.cli import ConfigCommand
 from dnnlib.click_options import param, takes
 from evaluation.images import shape_of
 from evaluation.scoring import dataset_references, make_detectors
@@ -30,7 +29,7 @@ class RefOptions:
     batch: int = param(default=64, min=1, help=BATCH_HELP)
 
 
-@click.command(cls=ConfigCommand, base=lambda args: DetectorConfig())
+@score_command(base=lambda args: DetectorConfig())
 @takes(RefOptions)
 def command(config: DetectorConfig, options: RefOptions) -> None:
     """Write reference statistics or vectors of real images, so that later scores start at once.

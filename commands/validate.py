@@ -14,13 +14,13 @@ from commands.options import (
     TF32_HELP,
     check_targets,
     given_settings,
-    option_elsewhere,
+    score_command,
     split_names,
 )
 from data.features.dataset import FeatureDataset
 from data.features.record import SPLITS
 from diffusion.guidance import DualGuidanceConfig
-from dnnlib.cli import ConfigCommand, raw_value
+from dnnlib.cli import raw_value
 from dnnlib.click_options import param, takes
 from dnnlib.files import write_json
 from evaluation.in_loop.features import describe_row, weights_facts
@@ -80,11 +80,7 @@ class ValidateOptions:
     outdir: Path = param(required=True, help="Folder for score rows and pictures.")
 
 
-@click.command(
-    cls=ConfigCommand,
-    base=lambda args: ValidateConfig.of_snapshot(raw_value(args, "network")),
-    elsewhere=option_elsewhere,
-)
+@score_command(base=lambda args: ValidateConfig.of_snapshot(raw_value(args, "network")))
 @takes(ValidateOptions)
 def command(config: ValidateConfig, options: ValidateOptions) -> None:
     """Test a feature-conditioned model on held-out images: does it use text and reference?

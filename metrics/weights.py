@@ -51,7 +51,7 @@ def read_tensors(path: Path, expected: str) -> dict[str, torch.Tensor]:
     Raises ValueError for a file that is damaged or holds anything but tensors with names.
     """
     if path.suffix == ".safetensors":
-        return _read_safetensors(path, expected)
+        return read_safetensors(path, expected)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     # What a damaged or hostile file makes the unpickler raise has no common base.
@@ -64,7 +64,8 @@ def read_tensors(path: Path, expected: str) -> dict[str, torch.Tensor]:
     return {name: value.detach() for name, value in state.items()}
 
 
-def _read_safetensors(path: Path, expected: str) -> dict[str, torch.Tensor]:
+def read_safetensors(path: Path, expected: str) -> dict[str, torch.Tensor]:
+    """Return the tensors by name of a safetensors file, as :func:`read_tensors` does."""
     try:
         import safetensors
         from safetensors.torch import load_file
