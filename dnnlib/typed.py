@@ -1,11 +1,56 @@
 """Values read from JSON, checked against the types that they should have."""
 
 import dataclasses
+import json
 import math
 import typing
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
 
 from dnnlib.config import split_optional
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class JsonFormat:
+    """A format of JSON files, whose object has a ``format`` and a ``version``.
+
+    Attributes:
+        name: What ``format`` is.
+        version: The highest version that is read; the first is 1.
+        command: The command that writes such files.
+        remedy: What to do about a damaged one.
+    """
+
+    name: str
+    version: int
+    command: str
+    remedy: str
+
+    def parse(self, content: bytes, file: Path | str, make: Callable[[dict[str, Any]], T]) -> T:
+        """Return what ``make`` does of the object in the content of ``file``.
+
+        Raises ValueError, one sentence, if the file is of another format or version, or damaged:
+        no JSON, or values at which ``make`` raises ValueError or OverflowError.
+        """
+        try:
+            values = json.loads(content)
+        except ValueError as error:
+            raise ValueError(f"{file}: damaged, not valid JSON ({error}); {self.remedy}.") from None
+        if not isinstance(values, dict) or values.get("format") != self.name:
+            raise ValueError(f"{file}: not written by {self.command}.")
+        version = values.get("version")
+        if type(version) is not int or not 1 <= version <= self.version:
+            raise ValueError(
+                f"{file}: has format version {version}, but this version of the software reads up "
+                f"to {self.version}; update the software."
+            )
+        try:
+            return make(values)
+        except (ValueError, OverflowError) as error:
+            raise ValueError(f"{file}: damaged ({error}); {self.remedy}.") from None
 
 
 def typed(hint: Any, value: Any, name: str = "") -> Any:

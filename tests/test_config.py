@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import operator
-from typing import Any, ClassVar
+from typing import ClassVar, TypedDict
 
 import click
 import pytest
@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from dnnlib.cli import ConfigCommand, raw_value, replace_settings
 from dnnlib.config import Config, from_dict, identity, option, to_dict
 from dnnlib.ranges import parse_ranges
-from dnnlib.records import make_record, read_values
+from dnnlib.typed import JsonFormat, typed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -214,33 +214,38 @@ def test_raw_values_are_found_in_both_spellings():
 class Part:
     size: tuple[int, int]
     weight: float
-    flag: bool = False
+    flag: bool
+
+
+class Facts(TypedDict):
+    train: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
     name: str
-    parts: tuple[Part, ...]
-    counts: dict[str, int]
-    anything: Any
+    parts: list[Part]
+    facts: Facts
     note: str | None
     names: list[str]
 
 
 RECORD = dict(
     name="a",
-    parts=[dict(size=[1, 2], weight=3), dict(size=[3, 4], weight=0.5, flag=True, more=1)],
-    counts=dict(train=1),
-    anything=[{}],
+    parts=[
+        dict(size=[1, 2], weight=3, flag=False),
+        dict(size=[3, 4], weight=0.5, flag=True, more=1),
+    ],
+    facts=dict(train=1, more=[]),
     note=None,
     names=["x"],
 )
 
 
 def test_a_record_is_restored_at_any_depth():
-    parts = (Part((1, 2), 3.0), Part((3, 4), 0.5, True))
-    expected = Record("a", parts, {"train": 1}, [{}], None, ["x"])
-    assert make_record(Record, json.loads(json.dumps(RECORD))) == expected
+    parts = [Part((1, 2), 3, False), Part((3, 4), 0.5, True)]
+    expected = Record("a", parts, {"train": 1, "more": []}, None, ["x"])
+    assert typed(Record, json.loads(json.dumps(RECORD))) == expected
 
 
 @pytest.mark.parametrize(
@@ -255,7 +260,7 @@ def test_a_record_is_restored_at_any_depth():
         (("parts", 0, "size", 1), True, r"parts\[0\].size\[1\] is True"),
         (("parts", 0, "weight"), float("inf"), r"parts\[0\].weight is inf"),
         (("parts", 0, "flag"), 0, r"parts\[0\].flag is 0"),
-        (("counts", "train"), 1.5, r"counts.train is 1.5"),
+        (("facts", "train"), 1.5, r"facts.train is 1.5"),
         (("names", 0), None, r"names\[0\] is None"),
     ],
 )
@@ -268,20 +273,22 @@ def test_a_wrong_value_of_a_record_is_named(keys, value, problem):
     else:
         place[last] = value
     with pytest.raises(ValueError, match=f"^{problem}$"):
-        make_record(Record, values)
+        typed(Record, values)
 
 
 def test_a_file_of_records_says_what_it_is():
-    how = dict(format="tests", version=2, maker="pytest", remedy="run it again")
-    assert read_values(b'{"format": "tests", "version": 1}', "a.json", **how)["version"] == 1
+    tests = JsonFormat("tests", 2, "pytest", "run it again")
+    whole = b'{"format": "tests", "version": 1, "a": "b"}'
+    assert tests.parse(whole, "a.json", lambda values: values["a"]) == "b"
     for content, problem in (
         (b"{", "a.json: damaged, not valid JSON .*; run it again"),
         (b"[]", "a.json: not written by pytest"),
         (b'{"format": "tests"}', "has format version None, but .* reads up to 2"),
         (b'{"format": "tests", "version": 3}', "has format version 3, but .* reads up to 2"),
+        (whole, r"a.json: damaged \(invalid literal for int.*\); run it again"),
     ):
         with pytest.raises(ValueError, match=problem):
-            read_values(content, "a.json", **how)
+            tests.parse(content, "a.json", lambda values: int(values["a"]))
 
 
 def test_lists_of_integers_accept_ranges_and_refuse_anything_else():

@@ -356,7 +356,7 @@ def test_loader_processes_read_what_this_one_reads(base, context, monkeypatch):
         (dict(mirrored=1), "mirrored is 1"),
         (dict(scale=0), "scale is 0"),
         (dict(scale=float("nan")), "scale is nan"),
-        (dict(shards=[{}]), "shard 0 is {}"),
+        (dict(shards=[{}]), r"shards\[0\].file is missing"),
         (
             dict(shards=[dict(file="../x", num_images=37, sha256="")]),
             "shard 0 is {'file': '../x'",

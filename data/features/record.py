@@ -1,7 +1,6 @@
 """Layout of a feature folder, and the record of what it holds (docs/formats.md)."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any, TypedDict, TypeVar
 
 from data.features.buckets import Bucket
 from dnnlib.addresses import AddressError, is_address, open_address, under
-from dnnlib.typed import typed
+from dnnlib.typed import JsonFormat, typed
 
 T = TypeVar("T")
 
@@ -171,23 +170,8 @@ def read_json(file: Path | str, expected_format: str, parse: Callable[[dict[str,
     Raises ValueError, one sentence, if the file is of another format or version, or damaged:
     no JSON, or values at which ``parse`` raises ValueError or OverflowError.
     """
-    data = _read_bytes(file)
-    try:
-        values = json.loads(data)
-    except ValueError as error:
-        raise ValueError(f"{file}: damaged, not valid JSON ({error}); {AGAIN}.") from None
-    if not isinstance(values, dict) or values.get("format") != expected_format:
-        raise ValueError(f"{file}: not written by dataset_tool.py features.")
-    version = values.get("version")
-    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
-        raise ValueError(
-            f"{file}: has format version {version}, but this version of the software reads "
-            f"{FORMAT_VERSION}; update the software."
-        )
-    try:
-        return parse(values)
-    except (ValueError, OverflowError) as error:
-        raise ValueError(f"{file}: damaged ({error}); {AGAIN}.") from None
+    written = JsonFormat(expected_format, FORMAT_VERSION, "dataset_tool.py features", AGAIN)
+    return written.parse(_read_bytes(file), file, parse)
 
 
 def _read_bytes(file: Path | str) -> bytes:

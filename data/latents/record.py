@@ -5,14 +5,14 @@ import functools
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
 from dnnlib.files import sha256_of_file
 from dnnlib.parallel import process_map
 from dnnlib.progress import progress
-from dnnlib.records import make_record, read_values
+from dnnlib.typed import JsonFormat, typed
 
 FORMAT = "setdiffit-latents"
 FORMAT_VERSION = 1
@@ -22,6 +22,14 @@ LABELS_FILE = "labels.npy"
 KINDS = ("mean-std", "mean")
 _AGAIN = "start the same dataset_tool.py encode again, which makes what is missing"
 _ROWS_AT_ONCE = 256
+
+
+class ShardFacts(TypedDict):
+    """What a record says of one shard."""
+
+    file: str
+    num_images: int
+    sha256: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,8 +53,28 @@ class LatentRecord:
     input_transform: str
     precision: str
     shard_size: int
-    shards: list[dict]  # Of file, num_images and sha256.
+    shards: list[ShardFacts]
     packages: dict[str, str]
+
+    def check(self) -> None:
+        """Raise ValueError if the values of a finished archive do not agree."""
+        for name in ("num_images", "resolution", "img_channels", "shard_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}")
+        if len(self.latent_shape) != 3 or min(self.latent_shape) < 1:
+            raise ValueError(f"latent_shape is {self.latent_shape}")
+        if self.kind not in KINDS:
+            raise ValueError(f"kind is {self.kind!r}")
+        if not self.scale:
+            raise ValueError("scale is 0")
+        if (self.class_names is None) != (self.labels_sha256 is None):
+            raise ValueError("class_names and labels_sha256 do not agree")
+        for index, shard in enumerate(self.shards):
+            if shard["file"] != shard_name(index) or shard["num_images"] < 1:
+                raise ValueError(f"shard {index} is {shard}")
+        num_images = sum(shard["num_images"] for shard in self.shards)
+        if num_images != self.num_images:
+            raise ValueError(f"num_images is {self.num_images}, but the shards hold {num_images}")
 
     @property
     def row_shape(self) -> tuple[int, int, int, int]:
@@ -81,38 +109,14 @@ def read_record(path: str | os.PathLike) -> LatentRecord:
         if is_latent_folder(folder):
             raise ValueError(f"{folder}: its encoding is not finished; {_AGAIN}.")
         raise ValueError(f"{folder}: not a folder of latents made by dataset_tool.py encode.")
-    maker = "dataset_tool.py encode"
-    how = dict(format=FORMAT, version=FORMAT_VERSION, maker=maker, remedy=_AGAIN)
-    values = read_values(file.read_bytes(), file, **how)
-    try:
-        record = make_record(LatentRecord, values)
-        _check_record(record)
-    except ValueError as error:
-        raise ValueError(f"{file}: damaged ({error}); {_AGAIN}.") from None
+    written = JsonFormat(FORMAT, FORMAT_VERSION, "dataset_tool.py encode", _AGAIN)
+    return written.parse(file.read_bytes(), file, _make_record)
+
+
+def _make_record(values: dict[str, Any]) -> LatentRecord:
+    record = typed(LatentRecord, values)
+    record.check()
     return record
-
-
-def _check_record(record: LatentRecord) -> None:
-    """Raise ValueError that says what is wrong with a record whose types are right."""
-    for name in ("num_images", "resolution", "img_channels", "shard_size"):
-        if getattr(record, name) < 1:
-            raise ValueError(f"{name} is {getattr(record, name)}")
-    if len(record.latent_shape) != 3 or min(record.latent_shape) < 1:
-        raise ValueError(f"latent_shape is {record.latent_shape}")
-    if record.kind not in KINDS:
-        raise ValueError(f"kind is {record.kind!r}")
-    if not record.scale:
-        raise ValueError("scale is 0")
-    if (record.class_names is None) != (record.labels_sha256 is None):
-        raise ValueError("class_names and labels_sha256 do not agree")
-    wanted = {"file": str, "num_images": int, "sha256": str}
-    for index, shard in enumerate(record.shards):
-        types = {name: type(value) for name, value in shard.items()}
-        if types != wanted or shard["file"] != shard_name(index) or shard["num_images"] < 1:
-            raise ValueError(f"shard {index} is {shard}")
-    num_images = sum(shard["num_images"] for shard in record.shards)
-    if num_images != record.num_images:
-        raise ValueError(f"num_images is {record.num_images}, but the shards hold {num_images}")
 
 
 def check_shard(path: Path, shape: tuple[int, ...]) -> int:
