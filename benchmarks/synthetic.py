@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.convert.convert import convert
+from data.convert.convert import convert_images
 from data.convert.source import Source
 from data.latents.record import LABELS_FILE, RECORD_FILE, LatentRecord, shard_name
 from dnnlib.files import sha256_of_file, write_json
@@ -37,7 +37,7 @@ def make_archive(
         labels=[index % num_classes for index in range(num_images)] if num_classes else None,
         class_names=[f"class {index}" for index in range(num_classes)] if num_classes else None,
     )
-    convert(source, path, num_workers=1)
+    convert_images(source, path, num_workers=1)
 
 
 def make_latents(path: Path, *, num_images: int, model: ScaledLatentConfig) -> None:

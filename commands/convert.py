@@ -86,7 +86,7 @@ def command(options: ConvertOptions) -> None:
     """
     # A request to stop cleans up; what SIGKILL leaves is a hidden .NAME.*.tmp beside --dest.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    summary = conversion.convert(
+    summary = conversion.convert_images(
         open_source(options.source, options.split, options.class_split),
         options.dest,
         size=parse_resolution(options.resolution, options.transform),

@@ -44,7 +44,7 @@ def command(data: str, options: VerifyOptions) -> None:
       python dataset_tool.py verify datasets/photos-features --source=photos/ \\
           --visual=models/dinov3-vitl16
     """
-    from data.convert.verify import verify
+    from data.convert.verify import verify_images
     from data.features.record import is_feature_folder
     from data.latents.record import is_latent_folder, verify_latents
 
@@ -55,7 +55,7 @@ def command(data: str, options: VerifyOptions) -> None:
     elif options.source is not None or options.visual is not None:
         raise ValueError(f"--source, --visual: are for folders of features, and {data} is none.")
     else:
-        check = verify_latents if is_latent_folder(data) else verify
+        check = verify_latents if is_latent_folder(data) else verify_images
         problems = check(data, num_workers=options.workers)
     for problem in problems:
         click.echo(problem)

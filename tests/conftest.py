@@ -9,7 +9,7 @@ import pytest
 import torch
 from training_runs import FULL, TrainProcess, environment, only_run
 
-from data.convert.convert import convert
+from data.convert.convert import convert_images
 from data.convert.sources import open_source
 
 
@@ -48,7 +48,7 @@ def digits_zip(shared_dir):
     path = shared_dir / "digits.zip"
     with made_once(path) as missing:
         if missing:
-            convert(open_source("digits"), path, max_images=200, num_workers=1)
+            convert_images(open_source("digits"), path, max_images=200, num_workers=1)
     return path
 
 

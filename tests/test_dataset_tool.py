@@ -144,7 +144,7 @@ def test_a_sample_archive_is_written_image_by_image(tmp_path):
     pixels = np.zeros((64, 64, 3), np.uint8)
     source = Source("noise", num_images, lambda index: pixels + np.uint8(index % 256), str)
     tracemalloc.start()
-    conversion.convert(source, tmp_path / "out.npz", num_workers=1)
+    conversion.convert_images(source, tmp_path / "out.npz", num_workers=1)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < num_images * pixels.nbytes / 2

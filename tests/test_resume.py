@@ -28,7 +28,7 @@ from training_runs import (
 )
 
 import train as train_script
-from data.convert.convert import convert
+from data.convert.convert import convert_images
 from data.convert.sources import open_source
 from training.checkpoint import (
     find_profiles,
@@ -229,7 +229,7 @@ def test_without_its_options_a_run_goes_on_by_those_in_its_state(
 
 def test_other_data_are_reported_and_another_process_is_kept_out(finished, digits_zip, tmp_path):
     other = tmp_path / "other.zip"
-    convert(open_source("digits"), other, max_images=150, num_workers=1)
+    convert_images(open_source("digits"), other, max_images=150, num_workers=1)
     result = succeed(train_script, f"--resume={finished}", f"--data={other}", "--kimg=0.064")
     assert "The training data are not those that the run began with" in result.output
     hold = "import pathlib, sys; from dnnlib.files import lock_folder; "

@@ -11,12 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from data.convert.fewshot_sources import cifar_splits
-from data.convert.source import Source, _array_source
+from data.convert.source import Source, array_source
 from dnnlib import safe_pickle
+from dnnlib.errors import refusal
 
 SPLITS = ("train", "test", "all")
-
-
 _CIFAR_FILES = {
     "cifar-10": {
         "train": [f"data_batch_{number}" for number in range(1, 6)],
@@ -33,12 +32,8 @@ _CIFAR_FILES = {
         "names_key": b"fine_label_names",
     },
 }
-
-
-_MNIST_PREFIXES = {"train": "train", "test": "t10k"}
-
-
 _CIFAR_DAMAGED = "download it again from https://www.cs.toronto.edu/~kriz/cifar.html"
+MNIST_PREFIXES = {"train": "train", "test": "t10k"}
 
 
 def open_cifar(path: Path, split: str = "train", class_split: str | None = None) -> Source:
@@ -67,31 +62,30 @@ def open_cifar(path: Path, split: str = "train", class_split: str | None = None)
         batch = _read_cifar_pickle(path, name, contents[name])
         data = batch.get(b"data")
         if not (isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.ndim == 2):
-            raise ValueError(f"{path}: {name} holds no uint8 image data; {_CIFAR_DAMAGED}.")
+            raise _damaged(path, f"{name} holds no uint8 image data")
         if data.shape[1] != 3072:
-            raise ValueError(
-                f"{path}: {name} has {data.shape[1]} values per image, expected 3072; "
-                f"{_CIFAR_DAMAGED}."
-            )
+            raise _damaged(path, f"{name} has {data.shape[1]} values per image, expected 3072")
         if not isinstance(batch.get(files["label_key"]), list):
-            raise ValueError(
-                f"{path}: {name} has no {files['label_key'].decode()}; {_CIFAR_DAMAGED}."
-            )
+            raise _damaged(path, f"{name} has no {files['label_key'].decode()}")
         images.append(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
         labels += batch[files["label_key"]]
         superclasses += batch.get(b"coarse_labels") or [0] * len(data)
     meta = _read_cifar_pickle(path, files["meta"], contents[files["meta"]])
     names = meta.get(files["names_key"])
     if not (isinstance(names, list) and all(isinstance(name, bytes) for name in names)):
-        raise ValueError(f"{path}: {files['meta']} names no classes; {_CIFAR_DAMAGED}.")
+        raise _damaged(path, f"{files['meta']} names no classes")
     class_names = [name.decode() for name in names]
-    source = _array_source(str(path), np.concatenate(images), np.array(labels), class_names)
+    source = array_source(str(path), np.concatenate(images), np.array(labels), class_names)
     if class_split is None:
         return source
     splits = cifar_splits(
         class_split, class_names, source.labels, np.array(superclasses), str(path)
     )
     return dataclasses.replace(source, class_splits=splits)
+
+
+def _damaged(path: Path, problem: str) -> ValueError:
+    return refusal(path, but=problem, remedy=_CIFAR_DAMAGED)
 
 
 def _read_tar(path: Path) -> dict[str, bytes]:
@@ -106,9 +100,7 @@ def _read_tar(path: Path) -> dict[str, bytes]:
                 if member.isfile() and name in wanted:
                     contents[name] = file.extractfile(member).read()
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise ValueError(
-            f"{path}: not a tar archive, or only part of one ({error}); {_CIFAR_DAMAGED}."
-        ) from None
+        raise _damaged(path, f"not a tar archive, or only part of one ({error})") from None
     return contents
 
 
@@ -116,28 +108,24 @@ def _read_cifar_pickle(path: Path, name: str, content: bytes) -> dict:
     try:
         value = safe_pickle.load(io.BytesIO(content))
     except ValueError as error:
-        raise ValueError(f"{path}: {name} is refused: {error}; {_CIFAR_DAMAGED}.") from None
+        raise _damaged(path, f"{name} is refused: {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: {name} holds no dictionary; {_CIFAR_DAMAGED}.")
+        raise _damaged(path, f"{name} holds no dictionary")
     return value
 
 
 def open_mnist(path: str | Path, split: str = "train") -> Source:
     """Return MNIST or a relative of it, from an idx3 file or the folder of the idx files."""
     path = Path(path)
+    image_files = [path]
     if path.is_dir():
         splits = ("train", "test") if split == "all" else (split,)
-        image_files = []
-        for part in splits:
-            found = _find_idx(path, _MNIST_PREFIXES[part], "images")
-            if found is None:
-                raise ValueError(
-                    f"{path}: has no {_MNIST_PREFIXES[part]}-images-idx3-ubyte[.gz], which "
-                    f"--split={split} needs."
-                )
-            image_files.append(found)
-    else:
-        image_files = [path]
+        image_files = [find_idx(path, MNIST_PREFIXES[part], "images") for part in splits]
+        if None in image_files:
+            prefix = MNIST_PREFIXES[splits[image_files.index(None)]]
+            raise ValueError(
+                f"{path}: has no {prefix}-images-idx3-ubyte[.gz], which --split={split} needs."
+            )
     images, labels = [], []
     for image_file in image_files:
         prefix, kind, _ = image_file.name.partition("-images")
@@ -146,7 +134,7 @@ def open_mnist(path: str | Path, split: str = "train") -> Source:
                 f"{image_file}: is no file of images; give {prefix.partition('-')[0]}-images-idx3-"
                 "ubyte[.gz], beside which the labels are found."
             )
-        label_file = _find_idx(image_file.parent, prefix, "labels")
+        label_file = find_idx(image_file.parent, prefix, "labels")
         if label_file is None:
             raise ValueError(
                 f"{image_file}: has no labels beside it; put {prefix}-labels-idx1-ubyte[.gz] into "
@@ -163,10 +151,11 @@ def open_mnist(path: str | Path, split: str = "train") -> Source:
         raise ValueError(f"{path}: the images of the two splits differ in size; convert one split.")
     all_labels = np.concatenate(labels)
     class_names = [str(index) for index in range(int(all_labels.max(initial=9)) + 1)]
-    return _array_source(str(path), np.concatenate(images), all_labels, class_names)
+    return array_source(str(path), np.concatenate(images), all_labels, class_names)
 
 
-def _find_idx(folder: Path, prefix: str, kind: str) -> Path | None:
+def find_idx(folder: Path, prefix: str, kind: str) -> Path | None:
+    """Return the file of a split's ``images`` or ``labels`` in a folder, or None."""
     dims = {"images": 3, "labels": 1}[kind]
     for separator in ("-", "."):
         for ending in ("", ".gz"):
@@ -186,14 +175,10 @@ def _read_idx(path: Path, num_dims: int) -> np.ndarray:
         raise ValueError(f"{path}: cannot be read ({error}); download it again.") from None
     start = 4 + 4 * num_dims
     if data[:4] != bytes([0, 0, 8, num_dims]) or len(data) < start:
-        raise ValueError(
-            f"{path}: is no idx file of unsigned bytes in {num_dims} dimension(s); download it "
-            "again."
-        )
+        problem = f"is no idx file of unsigned bytes in {num_dims} dimension(s)"
+        raise refusal(path, but=problem, remedy="download it again")
     shape = tuple(np.frombuffer(data[4:start], ">u4").tolist())
     if len(data) - start != math.prod(shape):
-        raise ValueError(
-            f"{path}: should hold {math.prod(shape)} values ({shape}) but has "
-            f"{len(data) - start}; download it again."
-        )
+        problem = f"should hold {math.prod(shape)} values ({shape}) but has {len(data) - start}"
+        raise refusal(path, but=problem, remedy="download it again")
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -29,7 +29,7 @@ _NO_DATASET = (".tar", ".gz", ".tgz", ".7z", ".rar", ".png", ".jpg", ".jpeg", ".
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What :func:`convert` wrote, left out (``name: reason``) and remarked."""
+    """What :func:`convert_images` wrote, left out (``name: reason``) and remarked."""
 
     num_images: int
     resolution: int
@@ -39,7 +39,7 @@ class Summary:
     notes: tuple[str, ...]
 
 
-def convert(
+def convert_images(
     source: Source,
     dest: str | os.PathLike,
     *,
@@ -72,7 +72,9 @@ def convert(
     if num_images == 0:
         raise ValueError(f"{source.name}: holds no images.")
 
-    def convert_all(to_rgb: bool, num_written: int) -> Summary:
+    is_samples = dest.suffix.lower() == ".npz"
+    to_rgb, num_written = is_samples, num_images
+    while True:
         convert_one = functools.partial(
             _convert_one,
             size=size,
@@ -80,25 +82,19 @@ def convert(
             to_rgb=to_rgb,
             encode=Image.Image.tobytes if is_samples else encode_png,
         )
-        results = process_map(
-            convert_one, map(source.item, range(num_images)), num_workers=num_workers
-        )
-        with (
-            _open_target(dest, num_written) as target,
-            contextlib.closing(results),
-            progress(total=num_images, label=f"Converting {source.name}") as bar,
-        ):
-            writer = _DatasetWriter(source, target, size, skip_broken, to_rgb)
-            for index, result in enumerate(results):
-                writer.add(index, result)
-                bar.update()
-            return writer.finish()
-
-    is_samples = dest.suffix.lower() == ".npz"
-    to_rgb, num_written = is_samples, num_images
-    while True:
+        items = map(source.item, range(num_images))
+        results = process_map(convert_one, items, num_workers=num_workers)
         try:
-            return convert_all(to_rgb, num_written)
+            with (
+                _open_target(dest, num_written) as target,
+                contextlib.closing(results),
+                progress(total=num_images, label=f"Converting {source.name}") as bar,
+            ):
+                writer = _DatasetWriter(source, target, size, skip_broken, to_rgb)
+                for index, result in enumerate(results):
+                    writer.add(index, result)
+                    bar.update()
+                return writer.finish()
         except _MixedChannels:
             to_rgb = True
         except _OtherCount as found:
@@ -171,67 +167,55 @@ class _Target(Protocol):
 
     def add(self, number: int, image: _Converted) -> None: ...
 
-    def finish(
-        self,
-        labels: list[int] | None,
-        class_names: list[str] | None,
-        class_splits: Mapping[str, Sequence[int]] | None,
-    ) -> None: ...
+    def finish(self, source: Source, labels: list[int] | None) -> None: ...
 
 
+@dataclasses.dataclass
 class _DatasetWriter:
     """Numbers, checks and writes converted images with their labels."""
 
-    def __init__(
-        self,
-        source: Source,
-        target: _Target,
-        size: Size | None,
-        skip_broken: bool,
-        to_rgb: bool,
-    ) -> None:
-        self._source = source
-        self._target = target
-        self._size = size
-        self._skip_broken = skip_broken
-        self._first: _Converted | None = None
-        self._num_seen = 0
-        self._num_written = 0
-        self._to_rgb = to_rgb
-        self._channels_seen: set[int] = set()
-        self._labels: list[int] = []
-        self._broken: list[str] = []
+    source: Source
+    target: _Target
+    size: Size | None
+    skip_broken: bool
+    to_rgb: bool
+    first: _Converted | None = None
+    num_seen: int = 0
+    num_written: int = 0
+    channels_seen: set[int] = dataclasses.field(default_factory=set)
+    labels: list[int] = dataclasses.field(default_factory=list)
+    broken: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, index: int, image: _Converted) -> None:
         """Write image ``index`` of the source, or note that it is broken."""
-        self._num_seen += 1
-        name = self._source.image_name(index)
+        self.num_seen += 1
+        name = self.source.image_name(index)
         if image.error is not None:
-            self._broken.append(f"{name}: {image.error}")
+            self.broken.append(f"{name}: {image.error}")
             return
-        self._first = self._first or image
+        self.first = self.first or image
         self._check_size(name, image.size)
-        self._channels_seen.add(image.num_channels)
-        if not self._to_rgb and image.num_channels != self._first.num_channels:
-            if self._first.num_channels == 1:
+        self.channels_seen.add(image.num_channels)
+        if not self.to_rgb and image.num_channels != self.first.num_channels:
+            if self.first.num_channels == 1:
                 raise _MixedChannels
             image = dataclasses.replace(image, data=_gray_to_rgb(image.data))
-        if self._broken and not self._skip_broken:
+        if self.broken and not self.skip_broken:
             return  # Only the list of broken images is of use now.
-        self._target.add(self._num_written, image)
-        if self._source.labels is not None:
-            self._labels.append(int(self._source.labels[index]))
-        self._num_written += 1
+        self.target.add(self.num_written, image)
+        if self.source.labels is not None:
+            self.labels.append(int(self.source.labels[index]))
+        self.num_written += 1
 
     def _check_size(self, name: str, found: Size) -> None:
         width, height = found
-        first_width, first_height = self._first.size
+        first_width, first_height = self.first.size
         if width != height:
-            missing = "" if self._size else "--resolution=N and "
+            missing = "" if self.size else "--resolution=N and "
             raise ValueError(
                 f"{name}: is {width}x{height}, not square; give {missing}--transform=center-crop."
             )
-        if found != self._first.size:
+        if found != self.first.size:
             raise ValueError(
                 f"{name}: is {width}x{height}, but images before it are {first_width}x"
                 f"{first_height}; give --resolution=N to bring all to one size."
@@ -239,40 +223,40 @@ class _DatasetWriter:
 
     def finish(self) -> Summary:
         """Write the labels; raises ValueError if images were broken or none is left."""
-        source = self._source
-        if self._broken and not self._skip_broken:
+        source = self.source
+        if self.broken and not self.skip_broken:
             raise ValueError(
-                f"{source.name}: {len(self._broken)} of {self._num_seen} images cannot be used:\n  "
-                + "\n  ".join(self._broken)
+                f"{source.name}: {len(self.broken)} of {self.num_seen} images cannot be used:\n  "
+                + "\n  ".join(self.broken)
                 + "\nNothing was written. Repair or remove them, or give --skip-broken."
             )
-        if self._first is None:
+        if self.first is None:
             raise ValueError(
-                f"{source.name}: no image is left, all {self._num_seen} are broken; the first: "
-                f"{self._broken[0]}"
+                f"{source.name}: no image is left, all {self.num_seen} are broken; the first: "
+                f"{self.broken[0]}"
             )
         labelled = source.labels is not None
-        class_names = list(source.class_names) if labelled else None
-        self._target.finish(self._labels if labelled else None, class_names, source.class_splits)
+        self.target.finish(source, self.labels if labelled else None)
         return Summary(
-            num_images=self._num_written,
-            resolution=self._first.size[0],
-            img_channels=3 if self._to_rgb else self._first.num_channels,
-            num_classes=len(class_names or ()),
-            skipped=tuple(self._broken),
-            notes=(*source.notes, *self._notes(class_names)),
+            num_images=self.num_written,
+            resolution=self.first.size[0],
+            img_channels=3 if self.to_rgb else self.first.num_channels,
+            num_classes=len(source.class_names) if labelled else 0,
+            skipped=tuple(self.broken),
+            notes=(*source.notes, *self._notes()),
         )
 
-    def _notes(self, class_names: list[str] | None) -> Iterator[str]:
-        if len(self._channels_seen) > 1:
+    def _notes(self) -> Iterator[str]:
+        if len(self.channels_seen) > 1:
             yield "The source mixes grayscale and RGB images: all became RGB."
-        elif self._to_rgb and 1 in self._channels_seen:
+        elif self.to_rgb and 1 in self.channels_seen:
             yield "Grayscale became RGB of three equal channels, as sample archives hold it."
-        if class_names is not None:
-            num_empty = len(class_names) - len(set(self._labels))
+        if self.source.labels is not None:
+            num_classes = len(self.source.class_names)
+            num_empty = num_classes - len(set(self.labels))
             if num_empty:
-                yield f"{num_empty} of {len(class_names)} classes have no image."
-        if self._source.class_splits and not self._target.keeps_splits:
+                yield f"{num_empty} of {num_classes} classes have no image."
+        if self.source.class_splits and not self.target.keeps_splits:
             yield "The split of the classes is left out: a sample archive has no place for it."
 
 
@@ -293,16 +277,13 @@ class _FilesTarget:
         self._names.append(f"{number // 1000:05d}/img{number:08d}.png")
         self._write(self._names[-1], image.data)
 
-    def finish(
-        self,
-        labels: list[int] | None,
-        class_names: list[str] | None,
-        class_splits: Mapping[str, Sequence[int]] | None,
-    ) -> None:
+    def finish(self, source: Source, labels: list[int] | None) -> None:
         pairs = None if labels is None else list(zip(self._names, labels, strict=True))
+        class_names = None if labels is None else list(source.class_names)
         metadata = dict(labels=pairs, class_names=class_names)
-        if class_splits is not None:
-            metadata["class_splits"] = {name: list(part) for name, part in class_splits.items()}
+        if source.class_splits is not None:
+            splits = source.class_splits.items()
+            metadata["class_splits"] = {name: list(part) for name, part in splits}
         self._write("dataset.json", json.dumps(metadata, ensure_ascii=False).encode())
 
 
@@ -326,18 +307,13 @@ class _SamplesTarget:
         self._images.write(image.data)
         self._num_added += 1
 
-    def finish(
-        self,
-        labels: list[int] | None,
-        class_names: list[str] | None,
-        class_splits: Mapping[str, Sequence[int]] | None,
-    ) -> None:
+    def finish(self, source: Source, labels: list[int] | None) -> None:
         if self._num_added != self._num_images:
             raise _OtherCount(self._num_added)
         self.close()
         if labels is not None:
-            arrays = {"arr_1": np.array(labels, np.int64), "class_names": np.array(class_names)}
-            for name, array in arrays.items():
+            names = np.array(list(source.class_names))
+            for name, array in (("arr_1", np.array(labels, np.int64)), ("class_names", names)):
                 with self._open_array(name) as file:
                     np.lib.format.write_array(file, array, allow_pickle=False)
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from data.images.labels import CLASS_SPLITS
 from dnnlib import safe_pickle
+from dnnlib.errors import refusal
 
 # Of the 20 superclasses of CIFAR-100, in their alphabetical order: FC100 (Oreshkin et al., TADAM,
 # arXiv 1805.10123).
@@ -167,9 +168,9 @@ def _read_split(path: Path) -> SplitImages:
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error}).") from None
     except ValueError as error:
-        raise ValueError(f"{path}: is refused: {error}; download it again.") from None
+        raise _damaged(path, f"is refused: {error}") from None
     if not isinstance(content, dict) or not content:
-        raise ValueError(f"{path}: holds no dictionary of images; download it again.")
+        raise _damaged(path, "holds no dictionary of images")
     content = {_text(key): value for key, value in content.items()}
     for keys, read in _LAYOUTS:
         if keys <= set(content):
@@ -177,14 +178,16 @@ def _read_split(path: Path) -> SplitImages:
     return _read_by_class(path, content)
 
 
+def _damaged(path: Path, problem: str) -> ValueError:
+    return refusal(path, but=problem, remedy="download it again")
+
+
 def _read_labelled(path: Path, content: dict[str, Any]) -> SplitImages:
     """FC100 and CIFAR-FS: ``data`` [M, H, W, 3] and ``labels`` [M]."""
     images = _checked_images(path, "data", content["data"])
     labels = [_text(label) for label in np.asarray(content["labels"]).tolist()]
     if len(labels) != len(images):
-        raise ValueError(
-            f"{path}: holds {len(images)} images but {len(labels)} labels; download it again."
-        )
+        raise _damaged(path, f"holds {len(images)} images but {len(labels)} labels")
     return _numbered(images, labels)
 
 
@@ -193,18 +196,16 @@ def _read_mini_imagenet(path: Path, content: dict[str, Any]) -> SplitImages:
     images = _checked_images(path, "image_data", content["image_data"])
     rows = content["class_dict"]
     if not isinstance(rows, dict):
-        raise ValueError(f"{path}: class_dict is no dictionary; download it again.")
+        raise _damaged(path, "class_dict is no dictionary")
     labels: list[str | None] = [None] * len(images)
     for name, indices in rows.items():
         for index in np.asarray(indices).tolist():
             if not (isinstance(index, int) and 0 <= index < len(images)) or labels[index]:
-                raise ValueError(
-                    f"{path}: class_dict names image {index}, which does not exist or has a class "
-                    "already; download it again."
-                )
+                problem = f"class_dict names image {index}, which does not exist or has a class"
+                raise _damaged(path, f"{problem} already")
             labels[index] = _text(name)
     if None in labels:
-        raise ValueError(f"{path}: image {labels.index(None)} has no class; download it again.")
+        raise _damaged(path, f"image {labels.index(None)} has no class")
     return _numbered(images, labels)
 
 
@@ -213,7 +214,7 @@ def _read_by_class(path: Path, content: dict[str, Any]) -> SplitImages:
     parts = {name: _checked_images(path, name, value) for name, value in content.items()}
     shapes = {part.shape[1:] for part in parts.values()}
     if len(shapes) > 1:
-        raise ValueError(f"{path}: its classes hold images of different sizes; download it again.")
+        raise _damaged(path, "its classes hold images of different sizes")
     labels = [name for name, part in parts.items() for _ in part]
     return _numbered(np.concatenate(list(parts.values())), labels)
 
@@ -230,12 +231,12 @@ def _read_omniglot(path: Path) -> SplitImages:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in sorted(file.files)}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); download it again.") from None
+        raise _damaged(path, f"cannot be read ({error})") from None
     images, labels = [], []
     for name, array in arrays.items():
         if array.dtype.kind in "bf" and array.ndim == 3:
             if not (array.min() >= 0 and array.max() <= 1):
-                raise ValueError(f"{path}: {name} holds numbers outside 0 to 1; download it again.")
+                raise _damaged(path, f"{name} holds numbers outside 0 to 1")
             array = np.round(array.astype(np.float64) * 255).astype(np.uint8)
         images.append(_checked_images(path, name, array))
         labels += [name] * len(array)
@@ -247,9 +248,7 @@ def _checked_images(path: Path, name: str, value: Any) -> np.ndarray:
     if is_images and value.ndim == 4 and value.shape[3] == 1:
         value = value[..., 0]
     if not is_images or not (value.ndim == 3 or (value.ndim == 4 and value.shape[3] == 3)):
-        raise ValueError(
-            f"{path}: {name} holds no uint8 images [M, H, W, 3]; download the file again."
-        )
+        raise _damaged(path, f"{name} holds no uint8 images [M, H, W, 3]")
     return value
 
 

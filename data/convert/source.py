@@ -33,13 +33,17 @@ class Source:
     notes: tuple[str, ...] = ()
 
 
-def _array_source(
+def array_source(
     name: str,
     images: np.ndarray,
     labels: np.ndarray,
     class_names: Sequence[str],
     class_splits: Mapping[str, Sequence[int]] | None = None,
 ) -> Source:
+    """Return images uint8 [N, H, W] or [N, H, W, 3] with a label each as a source.
+
+    Raises ValueError unless every image has a label of a class.
+    """
     labels = np.asarray(labels, np.int64)
     if labels.shape != images.shape[:1]:
         raise ValueError(f"{name}: holds {len(images)} images but {labels.size} labels.")

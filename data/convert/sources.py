@@ -5,13 +5,14 @@ from pathlib import Path
 
 import numpy as np
 
-from data.convert.cifar_mnist import _MNIST_PREFIXES, _find_idx, open_cifar, open_mnist
+from data.convert.cifar_mnist import MNIST_PREFIXES, find_idx, open_cifar, open_mnist
 from data.convert.fewshot_sources import find_fewshot_files, read_fewshot
-from data.convert.source import Source, _array_source
+from data.convert.source import Source, array_source
 from data.images.archive import open_archive
 from data.images.labels import read_class_splits, read_labels
 from data.images.members import Archive
 from data.images.samples import SampleArchive
+from dnnlib.errors import refusal
 
 _ACCEPTED = (
     "a folder of images, a zip of one, an .npz of samples in ADM's layout, cifar-10-python.tar.gz, "
@@ -29,42 +30,21 @@ def open_source(source: str, split: str | None = None, class_split: str | None =
     anything that is none of these, or is damaged.
     """
     path = Path(source)
-    is_archive = path.is_file() and path.name.endswith((".tar.gz", ".tgz", ".tar"))
-    if class_split is not None and path.exists() and not is_archive:
+    is_tar = path.is_file() and path.name.endswith((".tar.gz", ".tgz", ".tar"))
+    if class_split is not None and path.exists() and not is_tar:
         raise ValueError(
             f"--class-split: got {class_split}, but {source} is no CIFAR-100 archive; leave it out."
         )
-    if source == "digits" and not path.exists():
-        return _without_split(open_digits, source, split)
-    if not path.exists():
-        raise ValueError(f"--source: got {source}, which does not exist; accepted: {_ACCEPTED}.")
-    if path.is_dir():
-        if any(_find_idx(path, kind, "images") for kind in _MNIST_PREFIXES.values()):
-            return open_mnist(path, split or "train")
-        if find_fewshot_files(path) is not None:
-            return _without_split(open_fewshot, source, split)
-        return _without_split(open_images, source, split)
-    if path.name.endswith((".tar.gz", ".tgz", ".tar")):
+    if is_tar:
         if class_split is not None and split not in (None, "all"):
             raise ValueError(
                 f"--split: got {split}, but --class-split={class_split} divides the classes of all "
                 "images; leave it out."
             )
         return open_cifar(path, split or ("all" if class_split else "train"), class_split)
-    if "-ubyte" in path.name:
-        return _without_split(open_mnist, source, split)
-    if path.suffix.lower() == ".npz":
-        return _without_split(open_samples, source, split)
-    if find_fewshot_files(path) is not None:
-        return _without_split(open_fewshot, source, split)
-    if path.suffix.lower() != ".zip":
-        raise ValueError(
-            f"--source: got {source}, which is of no known kind; accepted: {_ACCEPTED}."
-        )
-    return _without_split(open_images, source, split)
-
-
-def _without_split(opener: Callable[..., Source], source: str, split: str | None) -> Source:
+    if path.is_dir() and any(find_idx(path, kind, "images") for kind in MNIST_PREFIXES.values()):
+        return open_mnist(path, split or "train")
+    opener = _opener_of(source)
     if split is not None:
         raise ValueError(
             f"--split: got {split}, but {source} has no splits; leave it out (it is for CIFAR "
@@ -73,7 +53,25 @@ def _without_split(opener: Callable[..., Source], source: str, split: str | None
     return opener(source)
 
 
-def open_images(source: str) -> Source:
+def _opener_of(source: str) -> Callable[[str], Source]:
+    """Return what opens a source whose images have no splits; raises ValueError if nothing does."""
+    path = Path(source)
+    if not path.exists():
+        if source == "digits":
+            return open_digits
+        raise refusal("--source", source, but="it does not exist", accepted=_ACCEPTED)
+    if find_fewshot_files(path) is not None:
+        return open_fewshot
+    if path.is_dir() or path.suffix.lower() == ".zip":
+        return open_image_files
+    if "-ubyte" in path.name:
+        return open_mnist
+    if path.suffix.lower() == ".npz":
+        return open_samples
+    raise refusal("--source", source, but="it is of no known kind", accepted=_ACCEPTED)
+
+
+def open_image_files(source: str) -> Source:
     """Return the images of a folder or zip, labelled by dataset.json or the first folder level.
 
     One folder around everything, as many zips have it, counts for neither.
@@ -132,6 +130,7 @@ def _common_folder(names: Sequence[str]) -> str:
 def _labels_from_folders(
     archive: Archive, folder: str
 ) -> tuple[tuple[np.ndarray, list[str]] | None, tuple[str, ...]]:
+    """Return labels and class names by the folders inside ``folder``, if any, and notes."""
     parts = [name.removeprefix(folder).split("/") for name in archive.names]
     outside = [index for index, part in enumerate(parts) if len(part) == 1]
     if len(outside) == len(parts):
@@ -161,11 +160,11 @@ def open_digits(source: str = "digits") -> Source:
         ) from None
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    return _array_source(source, images, digits.target, [str(name) for name in digits.target_names])
+    return array_source(source, images, digits.target, [str(name) for name in digits.target_names])
 
 
 def open_fewshot(source: str) -> Source:
     """Return the images of FC100, CIFAR-FS, miniImageNet or Omniglot, with their class splits."""
     path = Path(source)
     images, labels, class_names, splits = read_fewshot(find_fewshot_files(path))
-    return _array_source(source, images, labels, class_names, splits)
+    return array_source(source, images, labels, class_names, splits)

@@ -22,7 +22,7 @@ class _Inspected:
     error: str | None = None
 
 
-def verify(path: str | os.PathLike, *, num_workers: int | None = None) -> list[str]:
+def verify_images(path: str | os.PathLike, *, num_workers: int | None = None) -> list[str]:
     """Decode every image of a dataset and return one sentence for each problem found.
 
     Checks that images are readable, square, of one size and number of channels, that their
