@@ -5,6 +5,7 @@ import dataclasses
 import click
 import torch
 
+import families
 from benchmarks.attention import benchmark_attention
 from benchmarks.kinds import (
     dataset_of,
@@ -30,7 +31,6 @@ from benchmarks.training import benchmark_train
 from dnnlib.cli import run
 from dnnlib.click_options import takes
 from torch_utils import distributed
-from training.runs import fit_to_data
 
 
 @click.group(context_settings=dict(help_option_names=["-h", "--help"]))
@@ -64,7 +64,7 @@ def train(options: TrainOptions) -> None:
     if options.workers is not None:
         config = with_section(config, "logging", workers=options.workers)
     with dataset_of(config, options.data) as dataset:
-        config = fit_to_data(config, dataset)
+        config = families.of(config).fit(config, dataset)
         click.echo(describe_run(config, device))
         text = benchmark_train(config, dataset, device, options)
     compiled, tf32 = ", compiled" * options.compile, ", TF32" * options.tf32
@@ -93,11 +93,13 @@ def data(options: LoadingOptions) -> None:
     For latents, against copying them out of memory-mapped files.
     """
     config = measured_preset(options.preset).run
-    options = dataclasses.replace(options, batch=options.batch or config.training.batch)
+    batch = options.batch or config.training.batch
+    options = dataclasses.replace(options, batch=batch)
+    config = with_section(config, "training", batch=batch)
     with dataset_of(config, options.data) as dataset:
         click.echo(describe_device(torch.device("cpu")))
-        click.echo(f"{describe_items(dataset)}, batch {options.batch}")
-        click.echo(benchmark_data(dataset, options, workers=(0, 1, 2)))
+        click.echo(f"{describe_items(config, dataset)}, batch {options.batch}")
+        click.echo(benchmark_data(config, dataset, options, workers=(0, 1, 2)))
 
 
 @main.command()
@@ -107,7 +109,7 @@ def attention(options: AttentionOptions) -> None:
     device = distributed.init()
     config = measured_preset(options.preset).run
     click.echo(f"{describe_run(config, device)}\nbatch {options.batch}, {options.precision}")
-    click.echo(benchmark_attention(config.model, device, options))
+    click.echo(benchmark_attention(config, device, options))
 
 
 @main.command()
@@ -119,8 +121,9 @@ def metrics(options: MetricsOptions) -> None:
         raise click.UsageError(f"--precision: got {unknown.pop()!r}; accepted: fp32, bf16.")
     device = distributed.init()
     click.echo(describe_device(device))
-    with dataset_of(run_on_pixels(options.preset), options.data) as dataset:
-        click.echo(f"{options.images} of {describe_items(dataset)}, batch {options.batch}")
+    config = run_on_pixels(options.preset)
+    with dataset_of(config, options.data) as dataset:
+        click.echo(f"{options.images} of {describe_items(config, dataset)}, batch {options.batch}")
         text = benchmark_extraction(dataset, device, options)
     num, rounds = options.features, min(options.rounds, 3)
     frechet = benchmark_frechet(num_features=num, num_samples=2 * num, num_rounds=rounds)

@@ -5,19 +5,16 @@ from pathlib import Path
 
 import click
 
-from configs.presets import PRESETS, get_preset
+import families
+from configs.latent_diffit import PRESETS
 from dnnlib.cli import run
 from dnnlib.files import check_target, fetch, sha256_of_file
 from encoders.autoencoder import AUTOENCODER
 from metrics.weights import read_safetensors
-from models.latent_diffit import LatentDiffiTConfig
 from models.published import network_of_published
-from training.checkpoint import DataSummary, save_snapshot
-from training.runs import with_data_facts
+from training.checkpoint import DataSummary, save_weights
 
-LATENT_PRESETS = [
-    name for name, preset in PRESETS.items() if isinstance(preset.run.model, LatentDiffiTConfig)
-]
+LATENT_PRESETS = list(PRESETS)
 # The autoencoder of whose latents the published weights are.
 PUBLISHED_VAE = "stabilityai/sd-vae-ft-ema"
 
@@ -46,8 +43,8 @@ def main(weights: str, preset: str, out: Path, vae: str) -> None:
     check_target("--out", out)
     AUTOENCODER.check_location(vae)
     path = fetch(weights)
-    chosen = get_preset(preset)
-    config = with_data_facts(chosen.run, chosen.run.model.img_channels, chosen.num_classes)
+    chosen = PRESETS[preset]
+    config = families.of(chosen.run).fit(chosen.run, None, chosen.num_classes)
     # The published samples were made in float32.
     config = dataclasses.replace(
         config,
@@ -67,7 +64,8 @@ def main(weights: str, preset: str, out: Path, vae: str) -> None:
         content_hash=sha256_of_file(path),
         class_names=tuple(map(str, range(config.model.num_classes))),
     )
-    save_snapshot(out, network, config, data, progress=dict(imported_from=path.name))
+    progress = dict(imported_from=path.name)
+    save_weights(out, network.state_dict(), config, data, progress)
     click.echo(f"{out}: {preset} with the weights of {path.name}, {vae} as autoencoder.")
 
 

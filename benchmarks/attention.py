@@ -10,18 +10,19 @@ from benchmarks.kinds import attention_stages
 from benchmarks.measure import interleave, seconds_of, table
 from benchmarks.options import AttentionOptions
 from benchmarks.plain_diffit import plain_attention
-from models import ModelConfig
 from models.layers import attend, choose_attention
 from sampling.images import AUTOCAST_DTYPES
+from training.config import RunConfig
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def benchmark_attention(model: ModelConfig, device: torch.device, options: AttentionOptions) -> str:
+def benchmark_attention(config: RunConfig, device: torch.device, options: AttentionOptions) -> str:
     """Return the time of attention, forward and backward, by each way of computing it.
 
     Rows are the stages of the model with their windows; the last row is all blocks of the network.
     """
+    model = config.model
     attentions: dict[str, Attention] = {
         name: functools.partial(attend, attention=name) for name in ("sdpa", "flex")
     }
@@ -36,7 +37,7 @@ def benchmark_attention(model: ModelConfig, device: torch.device, options: Atten
 
     rows = [["stage", "windows", "tokens", "blocks", *(f"{n}, ms" for n in attentions), "fastest"]]
     totals = dict.fromkeys(attentions, 0.0)
-    for stage, (grid, window, width, num_blocks) in enumerate(attention_stages(model)):
+    for stage, (grid, window, width, num_blocks) in enumerate(attention_stages(config)):
         num_windows, length = options.batch * (grid // window) ** 2, window**2
         shape = (num_windows, model.num_heads, length, width // model.num_heads)
         turns = {

@@ -2,55 +2,33 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 
+import families
 from benchmarks.kinds import bare_reading
 from benchmarks.measure import interleave, median_ratio, seconds_of, table
 from benchmarks.options import LoadingOptions
 from data.loader import make_loader
-from data.samplers import PositionSampler
-from training.inputs import TrainingData
+from training.config import RunConfig
+from training.family import Part, TrainingData
 
 # Batches that a loader process makes ahead, and more.
 _NUM_AHEAD = 5
 _CPU = torch.device("cpu")
 
 
-def endless_batches(
-    dataset: TrainingData,
-    num_indices: int | None,
-    *,
-    batch: int,
-    num_workers: int,
-    device: torch.device = _CPU,
-    seed: int = 0,
-    start: int = 0,
-) -> Iterator:
-    """Return the batches that a loader yields to a single rank, in the order of training."""
-    sampler = PositionSampler(
-        num_indices,
-        seed=seed,
-        start_nimg=start,
-        batch_size=batch,
-        batch_gpu=batch,
-        rank=0,
-        world_size=1,
-    )
-    return iter(make_loader(dataset, sampler, num_workers=num_workers, device=device))
-
-
 def benchmark_data(
-    dataset: TrainingData, options: LoadingOptions, *, workers: tuple[int, ...]
+    config: RunConfig, dataset: TrainingData, options: LoadingOptions, workers: tuple[int, ...]
 ) -> str:
     """Return the rates of loading, and of the least that it takes."""
     batch, num_batches = options.batch, options.batches
-    bare, read_alone = bare_reading(dataset, batch * num_batches)
+    bare, read_alone = bare_reading(config, dataset, batch * num_batches)
     turns = {bare: lambda: seconds_of(read_alone, _CPU)}
     for num in workers:
         name = f"loader, {num or 'no'} worker{'s' if num != 1 else ''}"
-        turns[name] = _loading_turn(dataset, batch, num, num_batches)
+        turns[name] = _loading_turn(config, dataset, num, num_batches)
     times = interleave(turns, options.rounds, warm_up=True)
     rows = [["", "images/s", f"of {bare}"]]
     for name, seconds in times.items():
@@ -61,9 +39,11 @@ def benchmark_data(
 
 
 def _loading_turn(
-    dataset: TrainingData, batch: int, num_workers: int, num_batches: int
+    config: RunConfig, dataset: TrainingData, num_workers: int, num_batches: int
 ) -> Callable[[], float]:
-    batches = endless_batches(dataset, len(dataset), batch=batch, num_workers=num_workers)
+    part = Part(rank=0, world_size=1, batch_gpu=config.training.batch)
+    sampler = families.of(config).steps(config, dataset, 0, part).sampler
+    batches = iter(make_loader(dataset, sampler, num_workers=num_workers, device=_CPU))
 
     def load(num_batches: int) -> None:
         for _ in range(num_batches):

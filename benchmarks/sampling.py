@@ -1,17 +1,17 @@
 """What sampling costs without and with guidance."""
 
+import dataclasses
 import statistics
 from collections.abc import Callable
 
 import torch
 
-from benchmarks.kinds import generator_type
+import families
 from benchmarks.measure import interleave, median_ratio, seconds_of, table
 from benchmarks.options import SampleOptions
+from data.images.codec import PixelCodec
 from diffusion.guidance import GuidanceConfig
-from diffusion.precond import make_precond
 from models import build_network
-from sampling.images import AUTOCAST_DTYPES
 from training.config import RunConfig
 
 
@@ -22,20 +22,19 @@ def benchmark_sample(config: RunConfig, device: torch.device, options: SampleOpt
     doubled batch; it is compared with sampling twice as many images without it.
     """
     torch.manual_seed(config.training.seed)
+    family = families.of(config)
     network = build_network(config.model).eval().requires_grad_(False).to(device)
 
-    batch, make_generator = options.batch, generator_type(config.model)
+    batch = options.batch
 
     def make_turn(num: int, cfg_scale: float) -> Callable[[], float]:
-        generator = make_generator(
-            network=network,
-            precond=make_precond(config.precond),
-            model=config.model,
-            sampling=config.sampling,
+        run = dataclasses.replace(
+            config,
             guidance=GuidanceConfig(cfg_scale=cfg_scale),
-            device=device,
-            autocast_dtype=AUTOCAST_DTYPES[options.precision],
+            training=dataclasses.replace(config.training, precision=options.precision),
         )
+        # Latents are timed without their decoding.
+        generator = family.unprompted(family.generator(run, network, PixelCodec(), device))
         return lambda: seconds_of(lambda: generator.generate(range(num)), device)
 
     names = [f"batch {batch}", f"batch {batch}, guided", f"batch {2 * batch}"]

@@ -5,8 +5,8 @@ import statistics
 
 import torch
 
-from benchmarks.kinds import num_indices, with_section
-from benchmarks.loading import endless_batches
+import families
+from benchmarks.kinds import with_section
 from benchmarks.measure import (
     Clock,
     device_name,
@@ -18,15 +18,14 @@ from benchmarks.measure import (
 )
 from benchmarks.options import TrainOptions
 from benchmarks.plain import build_plain_network
-from diffusion.precond import make_precond
-from families.image import make_objective
+from data.loader import make_loader
 from models import Network, build_network
 from torch_utils import rng
 from torch_utils.misc import allow_tf32, peak_flops
 from torch_utils.stats import StatsCollector
 from training.config import RunConfig
 from training.ema import EMA, PowerEMA, ema_beta
-from training.inputs import TrainingData, make_inputs
+from training.family import Part, TrainingData
 from training.optimizer import GuardedAdam
 from training.report import forward_flops
 
@@ -49,24 +48,16 @@ class TrainingSteps:
         training = config.training
         self.config, self.device = config, device
         self._cur_nimg = _FIRST_NIMG
-        self._batches = endless_batches(
-            dataset,
-            num_indices(config, dataset),
-            batch=training.batch,
-            num_workers=config.logging.workers,
-            device=device,
-            seed=training.seed,
-            start=self._cur_nimg // config.model.images_per_row,
-        )
+        family = families.of(config)
+        part = Part(rank=0, world_size=1, batch_gpu=training.batch)
+        sampler = family.steps(config, dataset, self._cur_nimg, part).sampler
+        workers = config.logging.workers
+        self._batches = iter(make_loader(dataset, sampler, num_workers=workers, device=device))
         torch.manual_seed(training.seed)
         self.network = self._build_network().train().requires_grad_(True).to(device)
         self._make_optimizer()
-        self._objective = make_objective(
-            config,
-            self.network,
-            make_precond(config.precond),
-            make_inputs(config, dataset, None, device),
-        )
+        codec = family.encoder_codec(config, dataset, device)
+        self._objective = family.objective(config, self.network, codec)
 
     def _build_network(self) -> Network:
         network = build_network(self.config.model)
@@ -90,13 +81,9 @@ class TrainingSteps:
     def step(self, clock: Clock) -> None:
         """Make one optimizer step, calling ``clock.mark`` at the end of each of PARTS."""
         training = self.config.training
-        draws = self._objective.draw(
-            seed=training.seed,
-            cur_nimg=self._cur_nimg,
-            batch=training.batch,
-            input_shape=self.config.model.input_shape,
-            device=self.device,
-        )
+        shape = self.config.model.input_shape
+        step = rng.Step(training.seed, self._cur_nimg, training.batch, shape, self.device)
+        draws = self._objective.draw(step)
         torch.manual_seed(rng.mix(training.seed, self._cur_nimg, rng.STREAM_MODEL))
         images, cond = self._objective.prepare(*next(self._batches), draws, self.device)
         clock.mark("data")

@@ -37,7 +37,7 @@ def command(options: ConditionsOptions) -> None:
     Example:
       python fid.py conditions --network=network.pkl --out=report.png
     """
-    from evaluation.conditioning.panel import make_panel
+    import families
     from evaluation.conditioning.picture import report_picture
     from evaluation.conditioning.report import describe_report, report_conditions
     from sampling.images import cached_snapshot
@@ -54,7 +54,8 @@ def command(options: ConditionsOptions) -> None:
     if distributed.world_size() > 1:
         raise ValueError("This report is made by one process; start it without torchrun.")
     snapshot = cached_snapshot(options.network)
-    panel = make_panel(snapshot, options.data, options.num, device)
+    family = families.of(snapshot.config)
+    panel = family.panel(snapshot, options.data, options.num, device)
     report = report_conditions(snapshot, panel, device, batch=options.batch, seed=options.seed)
     click.echo(report.rows[0]["panel"])
     click.echo(describe_report(report))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+import families
 from commands.options import (
     BATCH_HELP,
     PRECISION_HELP,
@@ -18,10 +19,12 @@ from commands.options import (
 )
 from data.fewshot.episodes import PROTOCOLS
 from data.images.dataset import open_images
+from dnnlib.cli import usage_errors
 from dnnlib.click_options import param, takes
 from dnnlib.files import write_json
 from evaluation.fewshot import FewShotTest, score_fewshot
 from evaluation.images import Making, ScoreConfig
+from families.sets import open_data_of
 from sampling.images import cached_snapshot
 from torch_utils import distributed
 
@@ -77,12 +80,15 @@ def command(config: ScoreConfig, options: FewShotOptions) -> None:
     names = {spec.output.detector for spec in specs}
     used_detectors(config, names, f"--metrics={options.metrics}")
     snapshot = cached_snapshot(options.network)
-    if snapshot.config.sets is None:
-        raise click.UsageError(f"--network: {options.network} was not trained on sets of images.")
+    with usage_errors():
+        families.expect(snapshot, "sets", "was not trained on sets of images")
+    dataset = None
+    if set(protocols) - {"transfer"}:
+        dataset = open_data_of(snapshot, options.data)
     device = distributed.init()
     test = FewShotTest(
         protocols=protocols,
-        data=options.data,
+        dataset=dataset,
         transfer=None if options.transfer is None else open_images(options.transfer),
         num_images=options.num_images,
         episodes_per_class=options.episodes_per_class,

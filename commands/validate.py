@@ -8,6 +8,7 @@ import click
 import torch
 from PIL.Image import Image
 
+import families
 from commands.options import (
     PRECISION_HELP,
     PRECISIONS,
@@ -25,13 +26,14 @@ from dnnlib.click_options import param, takes
 from dnnlib.files import write_json
 from evaluation.in_loop.features import describe_row, weights_facts
 from evaluation.validation.config import TESTS, ValidationConfig
-from evaluation.validation.networks import check_encoders, check_used, chosen_tests, load_networks
+from evaluation.validation.networks import check_used, chosen_tests, load_networks
 from evaluation.validation.validate import validate
 from sampling.images import GenerateConfig, cached_snapshot
-from sampling.requests import make_feature_generator
+from sampling.requests import check_encoders
 from torch_utils import distributed
 from torch_utils.misc import allow_tf32
 from torch_utils.pictures import save_image
+from training.family import GeneratorOptions
 
 # The test for which an encoder is loaded.
 _ENCODES = dict(visual="reconstruction", text="text_edit")
@@ -50,12 +52,11 @@ class ValidateConfig(GenerateConfig):
         Raises ValueError if its model is not feature-conditioned.
         """
         if path is None:
-            return cls(guidance=None, dual_guidance=DualGuidanceConfig())
-        config = cached_snapshot(path).config
-        if config.features is None:
-            raise ValueError(f"--network: {path} was not trained on text and visual features.")
+            return cls(guidance=DualGuidanceConfig())
+        snapshot = cached_snapshot(path)
+        families.expect(snapshot, "features", "was not trained on text and visual features")
         found = super().of_snapshot(path)
-        return dataclasses.replace(found, validation=config.validation or ValidationConfig())
+        return dataclasses.replace(found, validation=snapshot.config.validation)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,15 +127,14 @@ def _validate_snapshot(
     location = options.data or snapshot.data.features["path"]
     lengths = snapshot.config.features.text_lengths
     dataset = FeatureDataset(location, options.split, text_lengths=lengths)
-    check_encoders(snapshot.config.model, dataset)
-    generator = make_feature_generator(
-        snapshot,
-        device,
+    check_encoders(snapshot.config.model, dataset, "--data")
+    protocol = GeneratorOptions(
         sampling=config.sampling,
-        guidance=config.dual_guidance,
+        guidance=config.guidance,
         precision=options.precision,
         vae=options.vae,
     )
+    generator = families.of(snapshot.config).load(snapshot, device, protocol)
     networks = load_networks(
         config.validation, dataset, device, visual=options.visual, text=options.text
     )

@@ -1,6 +1,14 @@
 """DiffiT models in image space."""
 
+import dataclasses
+
+from configs import Preset
+from data.images.augment import AugmentConfig
+from data.images.dataset import DatasetConfig
+from diffusion.samplers import SamplingConfig
+from families.image import ImageRun
 from models.diffit import DiffiTConfig
+from training.config import LoggingConfig, TrainingConfig
 
 # Widths and stages: DiffiT (arXiv 2312.02139), Appendix H.1 and Table S.2; windows: Appendix I.1;
 # time token of width 512: section 5.1. The paper prints no number of heads for image space; we take
@@ -27,4 +35,52 @@ MODELS: dict[str, DiffiTConfig] = {
         window=4,
         time_dim=128,
     ),
+}
+
+# Batch, learning rate and duration of EDM's CIFAR-10 and FFHQ runs (arXiv 2206.00364, Table 7),
+# which DiffiT adopts (arXiv 2312.02139, Appendix I.1); Heun with 18 and 40 steps (section 5.1).
+_CIFAR10 = ImageRun(
+    preset="cifar10",
+    model=MODELS["cifar10"],
+    training=TrainingConfig(batch=512, lr=1e-3, augment=AugmentConfig(augment=0.12)),
+    sampling=SamplingConfig(steps=18),
+)
+_FFHQ64 = ImageRun(
+    preset="ffhq64",
+    model=MODELS["ffhq64"],
+    training=TrainingConfig(batch=256, lr=2e-4, augment=AugmentConfig(augment=0.15)),
+    sampling=SamplingConfig(steps=40),
+)
+# Ours: a few CPU minutes on the 8x8 digits of scikit-learn. A mirrored digit is no digit, hence no
+# augmentation.
+_DIGITS = ImageRun(
+    preset="digits",
+    model=MODELS["digits"],
+    data=DatasetConfig(cond=True, cache=True),
+    training=TrainingConfig(
+        batch=128,
+        kimg=154,
+        lr=2e-3,
+        lr_rampup=5,
+        ema_kimg=10,
+        augment=AugmentConfig(augment=0.0),
+    ),
+    logging=LoggingConfig(tick=8, snap=10, workers=0, sample_batch=256),
+    sampling=SamplingConfig(sampler="dpmpp_2m", steps=16),
+)
+
+
+PRESETS: dict[str, Preset] = {
+    "cifar10": Preset(
+        run=_CIFAR10, num_classes=10, source="DiffiT Appendix I.1; EDM Table 7 (CIFAR-10)"
+    ),
+    "cifar10-l4": Preset(
+        run=dataclasses.replace(_CIFAR10, preset="cifar10-l4", model=MODELS["cifar10-l4"]),
+        num_classes=10,
+        source="DiffiT Appendix H.1: four residual blocks a stage",
+    ),
+    "ffhq64": Preset(
+        run=_FFHQ64, num_classes=0, source="DiffiT Appendix H.1 and I.1; EDM Table 7 (FFHQ)"
+    ),
+    "digits": Preset(run=_DIGITS, num_classes=10, source="ours, for CPUs"),
 }

@@ -5,13 +5,14 @@ from pathlib import Path
 import click
 import torch
 
+import families
 from data.features.dataset import FeatureDataset
 from demos.patches import check_patches, mean_loss
 from demos.photographs import write_encoders, write_photographs
 from demos.steps import execute, generate, heading, train_model
 from diffusion.guidance import DualGuidanceConfig
-from sampling.requests import make_feature_generator
 from training.checkpoint import load_snapshot
+from training.family import GeneratorOptions
 
 KIMG = 8
 PLAIN_GUIDANCE = DualGuidanceConfig(text_scale=1.0, visual_scale=1.0)
@@ -70,7 +71,8 @@ def check_conditions(network: Path, dataset: FeatureDataset) -> bool:
     loss, mixed = (
         mean_loss(snapshot, dataset, swapped=names, device=device) for names in ((), ("text",))
     )
-    generator = make_feature_generator(snapshot, device, guidance=PLAIN_GUIDANCE)
+    options = GeneratorOptions(guidance=PLAIN_GUIDANCE)
+    generator = families.of(snapshot.config).load(snapshot, device, options)
     check = check_patches(generator, dataset)
     click.echo(
         f"(a) loss {loss:.3f} (below {MAX_LOSS} expected; it begins at 2)\n"

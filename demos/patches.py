@@ -7,11 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data.codecs import FeatureInputs
+import families
 from data.features.dataset import FeatureDataset
-from data.features.statistics import FeatureStatistics
-from diffusion.precond import make_precond
-from families.image import make_objective
 from sampling.features import FeatureGenerator
 from torch_utils import rng
 from training.checkpoint import Snapshot
@@ -59,7 +56,7 @@ def check_patches(
         latents, cond = dataset.__getitems__(rows)
         _, other = dataset.__getitems__([others[row] for row in rows])
         bucket = dataset.buckets[dataset.bucket_index(first)]
-        wanted = generator.decode(latents)
+        wanted = generator.codec.pictures(latents)
         for repeat in range(num_repeats):
             seeds = [row + repeat * len(dataset) for row in rows]
             for errors, patches in ((own, cond["patches"]), (swapped, other["patches"])):
@@ -90,13 +87,9 @@ def mean_loss(
             snapshot.config.features, drop_all=0.0, text_only=0.0, visual_only=0.0
         ),
     )
-    statistics = FeatureStatistics.of(snapshot.data.features["statistics"], device)
-    objective = make_objective(
-        config,
-        snapshot.build(device),
-        make_precond(config.precond),
-        FeatureInputs(statistics, None),
-    )
+    family = families.of(config)
+    codec = family.encoder_codec(config, dataset, device)
+    objective = family.objective(config, snapshot.build(device), codec)
     others = other_of_bucket(dataset)
     total = 0.0
     for first, count in zip(dataset.firsts[:-1].tolist(), dataset.counts, strict=True):
@@ -109,13 +102,8 @@ def mean_loss(
             if name == "text":
                 parts["text_mask"] = cond["text_mask"][count:]
         for index in range(_NUM_DRAWS):
-            draws = objective.draw(
-                seed=rng.mix(0, first),
-                cur_nimg=index,
-                batch=count,
-                input_shape=tuple(latents.shape[1:]),
-                device=device,
-            )
+            shape = tuple(latents.shape[1:])
+            draws = objective.draw(rng.Step(rng.mix(0, first), index, count, shape, device))
             batch = objective.prepare(
                 latents[:count], {**parts, "size": cond["size"]}, draws, device
             )

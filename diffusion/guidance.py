@@ -18,6 +18,7 @@ class GuidanceConfig(Config):
     """Strength of guidance as a function of the noise level; none by default."""
 
     title: ClassVar[str] = "Guidance"
+    affects: ClassVar[str] = "speed"
 
     cfg_scale: float = option(
         1.0, min=0, help="Guidance scale: 1 is none, above 1 extrapolates, 0 ignores the condition."
@@ -62,6 +63,7 @@ class DualGuidanceConfig(Config):
     """Strength of guidance by two conditions, a text and an image."""
 
     title: ClassVar[str] = "Guidance"
+    affects: ClassVar[str] = "speed"
 
     text_scale: float = option(
         3.0, min=0, help="Guidance scale of the text; 1 is none, 0 ignores it."

@@ -34,6 +34,7 @@ class SamplingConfig(Config):
     """Sampler and noise levels; defaults are EDM's for 32x32 images."""
 
     title: ClassVar[str] = "Sampling"
+    affects: ClassVar[str] = "speed"
 
     sampler: str = option(
         "heun", choices=("heun", "euler", "ddim", "dpmpp_2m", "ddpm"), help="Sampler."

@@ -261,6 +261,15 @@ def replace_settings(config: Config, given: dict[tuple[str, ...], Any]) -> Any:
     return result
 
 
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
+    """Turn a ValueError into a UsageError, which shows how to get help and exits with 2."""
+    try:
+        yield
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
 def is_given(name: str) -> bool:
     """Return whether a parameter of the running command was typed, not left at its default."""
     source = click.get_current_context().get_parameter_source(name)

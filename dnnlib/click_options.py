@@ -28,7 +28,9 @@ def param(*names: str, default: Any = None, **settings: Any) -> Any:
 
     The field's annotation gives the type: a ``bool`` is a flag, a ``Path`` is no string.
     """
-    return dataclasses.field(metadata=dict(names=names, default=default, settings=settings))
+    return dataclasses.field(
+        default=default, metadata=dict(names=names, default=default, settings=settings)
+    )
 
 
 def takes(kind: type, name: str = "options") -> Callable[[Callable], Callable]:

@@ -28,7 +28,7 @@ def option(
     requires: Mapping[str, tuple[Any, ...]] | None = None,
     unless: Mapping[str, tuple[Any, ...]] | None = None,
     exposed: bool = True,
-    affects: Affects = "result",
+    affects: Affects | Mapping[str, tuple[Any, ...]] = "result",
 ) -> Any:
     """Return a dataclass field that describes itself.
 
@@ -44,7 +44,8 @@ def option(
         unless: The reverse: sibling fields and the values under which this field has no effect.
         exposed: False for a field that is derived (from the dataset, say) and is no option.
         affects: "speed" if another value leaves the result of a run the same: it changes how
-            fast the run computes, or what it reports. See :func:`identity`.
+            fast the run computes, or what it reports. Sibling fields and values, if it affects the
+            result with those alone. See :func:`identity`.
     """
     return dataclasses.field(
         default=default,
@@ -226,8 +227,12 @@ def _deciding(config: Config) -> dict[str, Any]:
         return {}
     values = to_dict(config)
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.metadata.get("affects") == "speed":
+        value, affects = getattr(config, field.name), field.metadata.get("affects", "result")
+        if isinstance(affects, Mapping):
+            matters = all(getattr(config, name) in those for name, those in affects.items())
+        else:
+            matters = affects == "result"
+        if not matters:
             del values[field.name]
         elif isinstance(value, Config):
             values[field.name] = _deciding(value)

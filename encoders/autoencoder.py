@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from encoders.loading import FrozenEncoder, Pretrained, absolute
-from models import ModelConfig, ScaledLatentConfig
 from torch_utils.fingerprints import weights_hash
 
 INPUT_TRANSFORM = "x / 127.5 - 1"
@@ -232,43 +231,3 @@ def _check_config(config: Any, location: str) -> None:
             f"--vae: {location} takes {config.in_channels} and gives {config.out_channels} "
             "channels; use one with as many of both."
         )
-
-
-def open_autoencoder(
-    model: ModelConfig, vae: str | None, device: torch.device
-) -> Autoencoder | None:
-    """Return the autoencoder of a latent model, or None for a model of pixels.
-
-    ``vae`` says where it is now, if not where ``model`` has it. Raises ValueError if it is not
-    there, is not the one that the latents are of, or if a model of pixels is given one.
-    """
-    if not isinstance(model, ScaledLatentConfig):
-        if vae is not None:
-            raise ValueError(f"--vae: got {vae}, but this model makes images without one.")
-        return None
-    location = vae or model.vae
-    if location is None:
-        raise ValueError("--vae is missing: name the autoencoder that decodes the latents.")
-    autoencoder = load_autoencoder(location, device, expected_hash=model.vae_hash)
-    check_autoencoder(model, autoencoder)
-    return autoencoder
-
-
-def check_autoencoder(model: ScaledLatentConfig, autoencoder: Autoencoder) -> None:
-    """Raise ValueError if an autoencoder's latents or images are not those of a model."""
-    for what, option, own, there in (
-        ("channels of the latents", "--latent-channels", model.latent_channels, "latent_channels"),
-        ("downsampling", "--latent-downsampling", model.latent_downsampling, "downsampling"),
-        ("channels of the images", None, model.img_channels, "img_channels"),
-        ("scale", None, model.latent_scale, "scale"),
-        ("shift", None, model.latent_shift, "shift"),
-    ):
-        found = getattr(autoencoder, there)
-        if found != own:
-            remedy = "use the one that the model was made for"
-            if option is not None:
-                remedy += f", or train with {option}={found}"
-            raise ValueError(
-                f"--vae: {autoencoder.location} has {what} {found:g}, but the model has {own:g}; "
-                f"{remedy}."
-            )

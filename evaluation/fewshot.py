@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from data.fewshot.episodes import Episodes, episodes_of_dataset, episodes_of_run
+from data.fewshot.sets import SetDataset
 from data.images.dataset import ImageDataset
 from evaluation.images import Making, ScoreConfig, SnapshotImages, shape_of
 from evaluation.scoring import RealImages, describe_score, make_detectors, score_images
-from families.sets import open_data_of
 from metrics.detectors import ImageShape
 from metrics.metric import MetricSpec, needed_outputs
 from metrics.statistics import Batch
@@ -140,7 +140,7 @@ class FewShotTest:
 
     Attributes:
         protocols: Of ``seen``, ``unseen``, ``val``, ``transfer``.
-        data: Where the training data are, if not where they were.
+        dataset: The training data, for all protocols but ``transfer``.
         transfer: Another dataset, for ``transfer``.
         num_images: Images to generate; by default 10,000, or as many as there are real ones.
         episodes_per_class: Supports of each class; by default as many as use a fifth of it, up to
@@ -149,7 +149,7 @@ class FewShotTest:
     """
 
     protocols: Sequence[str]
-    data: str | None = None
+    dataset: SetDataset | None = None
     transfer: ImageDataset | None = None
     num_images: int | None = None
     episodes_per_class: int | None = None
@@ -164,9 +164,6 @@ class FewShotTest:
         """
         model = snapshot.config.model
         size = dict(support_size=model.context_size, num_per_class=self.episodes_per_class)
-        dataset = None
-        if set(self.protocols) - {"transfer"}:
-            dataset = open_data_of(snapshot, self.data)
         drawn = []
         for protocol in self.protocols:
             if protocol == "transfer":
@@ -174,7 +171,8 @@ class FewShotTest:
                 _check_transfer(images, image_shape)
                 episodes = episodes_of_dataset(images, null_label=model.num_classes, **size)
             else:
-                images, episodes = dataset.images, episodes_of_run(dataset, protocol, **size)
+                images = self.dataset.images
+                episodes = episodes_of_run(self.dataset, protocol, **size)
             if not len(episodes.reals):
                 raise ValueError(
                     f"{protocol}: all images of its classes are in supports, and none is left to "

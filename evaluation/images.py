@@ -18,7 +18,6 @@ from sampling.images import (
     cached_snapshot,
     generate_for_rank,
     labels_like_data,
-    make_generator,
     passport,
     seed_range,
 )
@@ -26,6 +25,8 @@ from torch_utils import distributed
 from torch_utils.fingerprints import package_versions
 from training.checkpoint import Snapshot
 from training.config import DetectorConfig
+from training.family import GeneratorOptions
+from training.family import of as family_of
 
 _ORDER_SEED = 0
 
@@ -176,15 +177,14 @@ class Making:
         self, snapshot: Snapshot, config: GenerateConfig, device: torch.device
     ) -> ImageGenerator:
         """Return what makes the images of ``snapshot`` under the protocol ``config``."""
-        return make_generator(
-            snapshot,
-            device,
+        options = GeneratorOptions(
             sampling=config.sampling,
             guidance=config.guidance,
             precision=self.precision,
             guide=None if self.guide is None else cached_snapshot(self.guide),
             vae=self.vae,
         )
+        return family_of(snapshot.config).load(snapshot, device, options)
 
 
 def open_image_source(
@@ -203,13 +203,12 @@ def open_image_source(
     if config is None:
         return FileImages(location, making.batch, shuffled)
     snapshot = cached_snapshot(location)
-    if snapshot.config.sets is not None:
-        raise ValueError(
-            f"--network: {location} makes images from supports; score it with fid.py fewshot, or "
-            "the images that generate.py makes, with --images."
-        )
-    generator = making.generator(snapshot, config, device)
-    return SnapshotImages(generator, snapshot, first_seed=making.first_seed, batch=making.batch)
+    return family_of(snapshot.config).images(
+        snapshot,
+        lambda: making.generator(snapshot, config, device),
+        making.first_seed,
+        making.batch,
+    )
 
 
 def read_images(

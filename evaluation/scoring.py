@@ -8,22 +8,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.fewshot.episodes import episodes_of_run
-from data.fewshot.sets import SetDataset
-from data.images.dataset import ImageDataset, MirroredImages, open_images
-from data.latents.dataset import LatentDataset
+from data.images.dataset import ImageDataset, open_images
 from dnnlib.files import fetch
 from evaluation.images import ImageSource, read_images, shape_of
 from metrics.detectors import Detector, DetectorOutput, ImageShape, get_detector
-from metrics.metric import METRICS, MetricSpec, needed_outputs
+from metrics.metric import MetricSpec, needed_outputs
 from metrics.reference import References, load_references
 from metrics.reference_cache import references_for, vector_subset
 from metrics.score import score
 from metrics.statistics import Batch
 from models import ModelConfig
 from torch_utils import distributed
-from training.config import DetectorConfig, RunConfig
-from training.inputs import TrainingData
+from training.config import DetectorConfig
 
 Needs = Mapping[DetectorOutput, Sequence[str]]
 _STATISTICS_SUFFIXES = (".npz", ".pkl")
@@ -286,59 +282,6 @@ def describe_score(row: Mapping[str, Any], num_classes_shown: int = 20) -> str:
     if len(classes) > num_classes_shown:
         lines.append(f"  ... and {len(classes) - num_classes_shown} more classes (see --json)")
     return "\n".join(lines)
-
-
-def check_metrics(metrics: list[MetricSpec], config: RunConfig) -> list[MetricSpec]:
-    """Return a run's metrics, those of supports with the number of images that it asks for.
-
-    Raises ValueError for metrics of images made from supports if there are none, and for others if
-    there are: without a support, a model of sets makes nothing.
-    """
-    has_sets = config.sets is not None
-    for metric in metrics:
-        if metric.of_supports != has_sets:
-            known = [name for name, spec in METRICS.items() if spec.of_supports == has_sets]
-            what = "is trained on sets" if has_sets else "is not trained on sets"
-            raise ValueError(
-                f"--metrics: got {metric.name}, but preset {config.preset} {what}; accepted: "
-                f"{', '.join(known)}."
-            )
-    if has_sets and config.logging.metrics_ref is not None:
-        raise ValueError(
-            "--metrics-ref has no effect on models of sets, which are compared with images of "
-            "their unseen classes; leave it out."
-        )
-    if not has_sets:
-        return metrics
-    num_images = config.sets.fid_num_samples
-    return [dataclasses.replace(metric, num_images=num_images) for metric in metrics]
-
-
-def real_images(
-    config: RunConfig, dataset: TrainingData, metrics: Sequence[MetricSpec]
-) -> RealImages | None:
-    """Return what a run's metrics compare with; None if they compare with nothing.
-
-    That is ``--metrics-ref``, or by default the images trained on; of sets, the images of unseen
-    classes that are in no support. Raises ValueError if those are known as latents alone, or if
-    there are none.
-    """
-    location = config.logging.metrics_ref
-    with_reference = [metric.name for metric in metrics if metric.has_reference]
-    if not with_reference:
-        return None
-    if location is not None:
-        return RealImages(location)
-    if isinstance(dataset, SetDataset):
-        size = config.model.context_size
-        episodes = episodes_of_run(dataset, "unseen", support_size=size)
-        return RealImages(dataset.images.subset(episodes.reals))
-    if isinstance(dataset, LatentDataset):
-        raise ValueError(
-            f"--metrics: {with_reference[0]} compares images, but {dataset.path} holds latents; "
-            "give the images that they were made of, or their statistics, with --metrics-ref."
-        )
-    return RealImages(dataset.images if isinstance(dataset, MirroredImages) else dataset)
 
 
 def make_evaluate(

@@ -1,148 +1,359 @@
-"""Parts of a run that depend on the family of its model."""
+"""Models of images in pixels, class-conditional or not: DiffiT's U-shaped network."""
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, ClassVar
 
 import torch
-from torch.utils.data import Sampler
 
-from data.codecs import FeatureInputs, LatentInputs, PixelInputs
-from data.features.dataset import FeatureDataset
-from data.features.statistics import FeatureStatistics
-from data.features.streaming import APPROXIMATE, StreamedFeatures, StreamSampler
-from data.samplers import BucketSampler, PositionSampler
+from data.images.augment import NUM_LABELS, make_augment_pipe
+from data.images.codec import PixelCodec
+from data.images.dataset import MirroredImages, open_dataset
+from data.samplers import PositionSampler
 from diffusion.denoiser import AUTOCAST_DTYPES
-from diffusion.precond import Precond, make_precond
-from encoders.autoencoder import Autoencoder
-from evaluation.in_loop.features import FeatureScores
-from evaluation.in_loop.images import EvaluateFn, InLoopScores
-from families.sets import episodes_to_show
+from diffusion.guidance import GuidanceConfig
+from diffusion.precond import make_precond
+from diffusion.samplers import sampling_sigmas
+from dnnlib.errors import refusal
 from models import Network
-from sampling.features import FeatureGenerator
-from sampling.images import ImageGenerator
-from torch_utils import distributed
+from sampling.images import ImageGenerator, load_generator
+from sampling.outputs import ClassRequests, parse_classes
 from training.checkpoint import DataSummary, Snapshot
-from training.config import RunConfig, accumulation_rounds
-from training.feature_objective import FeatureObjective
-from training.inputs import TrainingData
+from training.config import RunConfig
+from training.family import Asked, Codec, Evaluator, GeneratorOptions, Part, Steps, TrainingData
 from training.objective import Objective
-from training.set_objective import SetObjective, make_validate
-from training.telemetry import Telemetry
-from training.transfer import save_report, transfer_weights, warm_start
+from training.transfer import Transfer, transfer_weights
+
+_DEFAULT_LABEL_DROP = 0.1  # As in classifier-free guidance's experiments (arXiv 2207.12598).
+_NOT_SETS = "this model was not trained on sets of images"
+_NOT_FEATURES = "this model was not trained on features"
 
 
-def start_from(
-    config: RunConfig, network: Network, snapshot: Snapshot, data: DataSummary, run_dir: Path
-) -> str:
-    """Copy the weights of a snapshot into a run's network, and return a report.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageRun(RunConfig):
+    """A run of a model that makes images of a class, or of none."""
 
-    Raises ValueError if they do not fit.
-    """
-    if config.features is None:
-        return transfer_weights(network, snapshot)
-    report = warm_start(
-        network,
-        snapshot,
-        allow=config.features.transfer_allow,
-        statistics=data.features["statistics"],
-    )
-    if distributed.is_main():
-        save_report(report, run_dir)
-    return str(report)
+    family: ClassVar[str] = "image"
+
+    guidance: GuidanceConfig = GuidanceConfig()
 
 
-def make_objective(
-    config: RunConfig,
-    network: Network,
-    precond: Precond,
-    inputs: PixelInputs | LatentInputs | FeatureInputs,
-) -> Objective:
-    """Return the objective of a run for ``network``."""
-    settings = dict(
-        inputs=inputs,
-        label_drop=config.training.label_drop or 0.0,
-        autocast_dtype=AUTOCAST_DTYPES[config.training.precision],
-    )
-    if config.features is not None:
-        return FeatureObjective(network, precond, config=config.features, **settings)
-    if config.sets is not None:
-        return SetObjective(network, precond, config=config.sets, **settings)
-    return Objective(network, precond, **settings)
+class ImageFamily:
+    """Images in pixels. Families that differ in a part of it override that part."""
 
+    run: ClassVar[type[RunConfig]] = ImageRun
+    objective_type: ClassVar[type[Objective]] = Objective
 
-def make_sampler(
-    config: RunConfig, dataset: TrainingData, start_nimg: int
-) -> tuple[Sampler, Callable[[int], tuple[int, int, int]]]:
-    """Return this rank's sampler from ``start_nimg`` images on, and the shape of its inputs.
+    # Before anything is opened.
 
-    The shape is a function of the number of images before a step.
-    """
-    rank, world_size = distributed.rank(), distributed.world_size()
-    batch_gpu, _ = accumulation_rounds(config.training, world_size)
-    settings = dict(
-        seed=config.training.seed,
-        batch_size=config.training.batch,
-        batch_gpu=batch_gpu,
-        rank=rank,
-        world_size=world_size,
-    )
-    if isinstance(dataset, FeatureDataset):
-        is_streamed = isinstance(dataset, StreamedFeatures)
-        make = StreamSampler if is_streamed else BucketSampler
-        sampler = make(dataset.counts, start_nimg=start_nimg, **settings)
-        if is_streamed:
-            distributed.print0(APPROXIMATE)
-        return sampler, lambda cur_nimg: dataset.latent_shape(sampler.bucket_at(cur_nimg))
-    size = len(dataset) if config.sets is None else None
-    # A row of a batch is an image, or a set of them.
-    start = start_nimg // config.model.images_per_row
-    return PositionSampler(size, start_nimg=start, **settings), lambda _: config.model.input_shape
+    def check(self, run: ImageRun, given: Collection[str]) -> ImageRun:
+        from metrics.metric import get_metrics
 
+        specs = get_metrics(run.logging.metrics)
+        check_metrics(specs, run, of_supports=False)
+        check_detectors_used(run, given, specs)
+        return run
 
-def make_scores(
-    config: RunConfig,
-    run_dir: Path,
-    network: Network,
-    dataset: TrainingData,
-    data: DataSummary,
-    inputs: PixelInputs | LatentInputs | FeatureInputs,
-    *,
-    device: torch.device,
-    autoencoder: Autoencoder | None,
-    evaluate: EvaluateFn | None,
-    telemetry: Telemetry | None,
-    stop_signal: distributed.StopSignal,
-) -> InLoopScores | FeatureScores:
-    """Return what makes pictures and scores of a run with the averaged weights of ``network``."""
-    precond = make_precond(config.precond)
-    protocol: dict[str, Any] = dict(
-        network=network,
-        model=config.model,
-        sampling=config.sampling,
-        device=device,
-        autocast_dtype=AUTOCAST_DTYPES[config.training.precision],
-        autoencoder=autoencoder,
-    )
-    outputs = dict(evaluate=evaluate, telemetry=telemetry, stop_signal=stop_signal)
-    if isinstance(dataset, FeatureDataset):
-        generator = FeatureGenerator(
-            **protocol,
-            features=config.features,
-            statistics=FeatureStatistics.of(data.features["statistics"], device),
-            guidance=config.dual_guidance,
-            trained_nimg=0,
+    def settle_in(self, run: ImageRun, source: RunConfig, given: Collection[str]) -> ImageRun:
+        if "ema_rampup" in given:
+            return run
+        # The weights are good from the start: the average need not forget its first steps.
+        training = dataclasses.replace(run.training, ema_rampup=None)
+        return dataclasses.replace(run, training=training)
+
+    # A training run.
+
+    def open_data(
+        self, run: ImageRun, path: str | None = None, split: str = "train"
+    ) -> TrainingData:
+        refuse_other_data(run, path or run.data.data)
+        dataset = open_dataset(with_path(run, path).data, seed=run.training.seed)
+        return MirroredImages(dataset) if run.data.hflip else dataset
+
+    def fit(self, run: ImageRun, data: TrainingData | None, num_classes: int = 0) -> ImageRun:
+        channels = run.model.img_channels
+        if data is not None:
+            check_resolution(run, data.resolution)
+            channels, num_classes = data.img_channels, data.num_classes
+        run = self._with_label_drop(run, num_classes)
+        self.check_guidance(run, num_classes)
+        precond = make_precond(run.precond)
+        sampling_sigmas(run.sampling, precond)  # Raises if the network knows no such levels.
+        is_augmented = run.training.augment.augment > 0
+        model = dataclasses.replace(
+            run.model,
+            img_channels=channels,
+            num_classes=num_classes,
+            augment_dim=NUM_LABELS if is_augmented else 0,
+            learned_variance=precond.learned_variance,
         )
-        return FeatureScores(config, run_dir, generator, dataset, **outputs)
-    validate = None
-    if config.sets is not None:
-        validate = make_validate(config, dataset, make_objective(config, network, precond, inputs))
-    return InLoopScores(
-        config,
-        run_dir,
-        ImageGenerator(**protocol, precond=precond, guidance=config.guidance),
-        data,
-        validate=validate,
-        episodes=episodes_to_show(config, dataset),
-        **outputs,
+        return dataclasses.replace(run, model=model)
+
+    def _with_label_drop(self, run: ImageRun, num_classes: int) -> ImageRun:
+        label_drop = run.training.label_drop
+        if label_drop is None:
+            label_drop = _DEFAULT_LABEL_DROP if num_classes else 0.0
+        if not num_classes and label_drop > 0:
+            raise refusal(
+                "--label-drop",
+                label_drop,
+                but="the model is unconditional",
+                remedy="add --cond, or set --label-drop=0",
+            )
+        training = dataclasses.replace(run.training, label_drop=label_drop)
+        return dataclasses.replace(run, training=training)
+
+    def check_guidance(self, run: ImageRun, num_classes: int) -> None:
+        """Raise ValueError if guidance is asked of a model that cannot give it."""
+        guidance, channels = run.guidance, run.model.input_shape[0]
+        if (guidance.cfg_channels or 0) > channels:
+            raise refusal(
+                "--cfg-channels",
+                guidance.cfg_channels,
+                but=f"the model denoises {channels} channels",
+                remedy="give at most as many, or none for all",
+            )
+        problem = None if guidance.cfg_scale == 1.0 else self._unguided(run, num_classes)
+        if problem is not None:
+            raise refusal(
+                "--cfg-scale",
+                guidance.cfg_scale,
+                but=f"the model {problem[0]}",
+                remedy=f"train with {problem[1]}, or set --cfg-scale=1",
+            )
+
+    def _unguided(self, run: ImageRun, num_classes: int) -> tuple[str, str] | None:
+        """Return why there is no guidance and what to train with; None where there is."""
+        if not num_classes:
+            return "is unconditional", "--cond and --label-drop=0.1"
+        if not run.training.label_drop:
+            reason = "was trained without label dropout and has learned no unconditional half"
+            return reason, "--label-drop=0.1"
+        return None
+
+    def open_codec(
+        self, run: ImageRun, data: TrainingData, device: torch.device
+    ) -> tuple[ImageRun, Codec]:
+        return run, PixelCodec(make_augment_pipe(run.training.augment))
+
+    def snapshot_codec(self, snapshot: Snapshot, vae: str | None, device: torch.device) -> Codec:
+        """Return what decodes the images of a snapshot; ``vae`` says where the autoencoder is."""
+        if vae is not None:
+            raise ValueError(f"--vae: got {vae}, but this model makes images without one.")
+        return PixelCodec()
+
+    def steps(self, run: ImageRun, data: TrainingData, start_nimg: int, part: Part) -> Steps:
+        sampler = self._sampler(len(data), run, start_nimg, part)
+        return Steps(sampler, lambda cur_nimg: run.model.input_shape)
+
+    def _sampler(
+        self, size: int | None, run: ImageRun, start_nimg: int, part: Part
+    ) -> PositionSampler:
+        return PositionSampler(
+            size,
+            seed=run.training.seed,
+            # A row of a batch is an image, or a set of them.
+            start_nimg=start_nimg // run.model.images_per_row,
+            batch_size=run.training.batch,
+            **vars(part),
+        )
+
+    def objective(self, run: ImageRun, network: Network, codec: Codec) -> Objective:
+        return Objective(network, make_precond(run.precond), codec, **objective_settings(run))
+
+    def start_from(
+        self, run: ImageRun, network: Network, snapshot: Snapshot, data: DataSummary
+    ) -> Transfer:
+        return transfer_weights(network, snapshot)
+
+    def generator(
+        self, run: ImageRun, network: Network, codec: Codec, device: torch.device
+    ) -> ImageGenerator:
+        return ImageGenerator(
+            network=network,
+            precond=make_precond(run.precond),
+            model=run.model,
+            sampling=run.sampling,
+            guidance=run.guidance,
+            device=device,
+            codec=codec,
+            autocast_dtype=AUTOCAST_DTYPES[run.training.precision],
+        )
+
+    def evaluator(self, run: ImageRun, data: TrainingData, device: torch.device) -> Evaluator:
+        from evaluation.in_loop.images import ImageEvaluator
+
+        counts = data.class_counts if data.num_classes else ()
+        return ImageEvaluator(run, counts, self._evaluate(run, data, device))
+
+    def _evaluate(
+        self, run: ImageRun, data: TrainingData, device: torch.device
+    ) -> Callable[..., list[dict[str, Any]]] | None:
+        """Return the function that scores images by the run's metrics; None without any."""
+        if not run.logging.metrics:
+            return None
+        from evaluation.scoring import RealImages, make_evaluate
+        from metrics.metric import get_metrics
+
+        specs = self._metric_specs(run, get_metrics(run.logging.metrics))
+        real = None
+        with_reference = [spec.name for spec in specs if spec.has_reference]
+        if with_reference:
+            location = run.logging.metrics_ref
+            real = RealImages(location or self._real_images(run, data, with_reference[0]))
+        return make_evaluate(specs, run.detectors, real, run.model, device)
+
+    def _metric_specs(self, run: ImageRun, specs: Sequence[Any]) -> Sequence[Any]:
+        """Return the run's metrics as it wants them computed."""
+        return specs
+
+    def _real_images(self, run: ImageRun, data: TrainingData, metric: str) -> Any:
+        """Return the dataset of images that ``metric`` compares with, which are the data's own."""
+        return data.images if isinstance(data, MirroredImages) else data
+
+    def describe(self, run: ImageRun) -> dict[str, str]:
+        return {}
+
+    def describe_data(self, data: TrainingData) -> list[str]:
+        return ["cond" if data.num_classes else "uncond"]
+
+    # A snapshot.
+
+    def load(
+        self, snapshot: Snapshot, device: torch.device, options: GeneratorOptions
+    ) -> ImageGenerator:
+        run = dataclasses.replace(
+            snapshot.config, guidance=options.guidance or snapshot.config.guidance
+        )
+        if options.guide is None:
+            self.check_guidance(run, run.model.num_classes)
+        codec = self.snapshot_codec(snapshot, options.vae, device)
+        return load_generator(snapshot, codec, device, options)
+
+    def requests(self, snapshot: Snapshot, asked: Asked) -> ClassRequests:
+        asked.refuse(("support", "episodes", "split", "data"), _NOT_SETS)
+        asked.refuse(
+            ("prompt", "reference", "bucket", "features", "ids", "text", "visual"), _NOT_FEATURES
+        )
+        return ClassRequests(parse_classes(asked.classes, snapshot.data.class_names))
+
+    def images(
+        self,
+        snapshot: Snapshot,
+        generator: Callable[[], ImageGenerator],
+        first_seed: int,
+        batch: int,
+    ) -> Any:
+        from evaluation.images import SnapshotImages
+
+        return SnapshotImages(generator(), snapshot, first_seed=first_seed, batch=batch)
+
+    def panel(self, snapshot: Snapshot, data: str | None, num: int, device: torch.device) -> Any:
+        from evaluation.conditioning.panel import Condition, Group, Panel, in_turn, prepared
+
+        if not snapshot.config.model.num_classes:
+            raise ValueError(
+                f"{snapshot.path}: this model is unconditional; there is nothing to vary."
+            )
+        run = without_augmentation(snapshot.config, data)
+        dataset = self.open_data(run)
+        order = in_turn(dataset.labels, num)
+        images, cond = dataset.__getitems__(order.tolist())
+        images, cond = prepared(self.encoder_codec(run, dataset, device), images, cond, device)
+        reason = None if run.training.label_drop else "trained without --label-drop"
+        condition = Condition("class", ("label",), reason=reason)
+        group = Group(images, {"label": cond["label"]}, dataset.labels[order])
+        return Panel(f"{dataset.name}, {len(order)} images", (condition,), (group,))
+
+    def encoder_codec(self, run: ImageRun, data: TrainingData, device: torch.device) -> Codec:
+        return PixelCodec(make_augment_pipe(run.training.augment))
+
+    def example_run(self, run: ImageRun, num_classes: int) -> ImageRun:
+        return self.fit(run, None, num_classes or 10)
+
+    def unprompted(self, generator: ImageGenerator) -> ImageGenerator:
+        return generator
+
+
+def objective_settings(run: RunConfig) -> dict[str, Any]:
+    """Return the arguments that every objective has beside network, precond and codec."""
+    return dict(
+        label_drop=run.training.label_drop or 0.0,
+        autocast_dtype=AUTOCAST_DTYPES[run.training.precision],
     )
+
+
+def with_path(run: RunConfig, path: str | None) -> RunConfig:
+    """Return ``run`` with its data at ``path``, if that is given."""
+    if path is None:
+        return run
+    return dataclasses.replace(run, data=dataclasses.replace(run.data, data=path))
+
+
+def without_augmentation(run: RunConfig, data: str | None) -> RunConfig:
+    """Return ``run`` with each image of its data once, as it is; ``data`` says where they are."""
+    settings = dict(hflip=False, max_size=None, cache=False)
+    run = with_path(run, data)
+    return dataclasses.replace(run, data=dataclasses.replace(run.data, **settings))
+
+
+def check_resolution(run: RunConfig, resolution: int) -> None:
+    """Raise ValueError if the images of a run's data have another size than its model makes."""
+    expected = run.model.resolution
+    if resolution != expected:
+        raise ValueError(
+            f"--resolution: this run expects {expected}x{expected} images, but {run.data.data} "
+            f"holds {resolution}x{resolution}. Give --resolution={resolution} or another preset, "
+            f"or convert the data with dataset_tool.py convert --resolution={expected}."
+        )
+
+
+def refuse_other_data(run: RunConfig, path: str | None, *, latents: bool = True) -> None:
+    """Raise ValueError if ``path`` holds features, or ``latents`` that the model does not take."""
+    from data.features.record import is_feature_folder
+    from data.latents.record import is_latent_folder
+
+    if path is not None and is_feature_folder(path):
+        raise ValueError(
+            f"--data: {path} holds features, but preset {run.preset} does not train on them; give "
+            "images, or a preset such as nanodit."
+        )
+    if latents and path is not None and is_latent_folder(path):
+        raise ValueError(
+            f"--data: {path} holds latents, but preset {run.preset} trains on pixels; give the "
+            "images, or a preset of latent models."
+        )
+
+
+def refuse_augmentation(run: RunConfig, what: str) -> None:
+    """Raise ValueError if ``what`` is to be augmented, which only pixels can be."""
+    if run.training.augment.augment > 0:
+        raise refusal(
+            "--augment",
+            f"{run.training.augment.augment:g}",
+            but=f"{what} cannot be augmented",
+            remedy="set --augment=0 (--hflip mirrors images)",
+        )
+
+
+def check_metrics(specs: Sequence[Any], run: RunConfig, *, of_supports: bool) -> None:
+    """Raise ValueError for metrics of images from supports if there are none, and the reverse."""
+    from metrics.metric import METRICS
+
+    for spec in specs:
+        if spec.of_supports != of_supports:
+            known = [name for name, other in METRICS.items() if other.of_supports == of_supports]
+            what = "is trained on sets" if of_supports else "is not trained on sets"
+            raise ValueError(
+                f"--metrics: got {spec.name}, but preset {run.preset} {what}; accepted: "
+                f"{', '.join(known)}."
+            )
+
+
+def check_detectors_used(run: RunConfig, given: Collection[str], specs: Sequence[Any]) -> None:
+    """Raise ValueError for a typed option of a detector that none of the metrics has."""
+    choice = f"--metrics={','.join(run.logging.metrics) or 'none'}"
+    run.detectors.check_used(given, {spec.output.detector for spec in specs}, choice)
+
+
+FAMILY = ImageFamily()

@@ -1,49 +1,267 @@
-"""Set-conditioned models."""
+"""Set-conditioned models: DiT that makes more images like the few that it is shown."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from data.fewshot.episodes import Episodes, episodes_of_run
-from data.fewshot.sets import SetDataset
+from data.fewshot.sets import SetConfig, SetDataset
+from data.fewshot.supports import read_support
+from data.images.dataset import open_dataset
+from diffusion.precond import make_precond
+from families.image import (
+    ImageFamily,
+    ImageRun,
+    check_detectors_used,
+    check_metrics,
+    check_resolution,
+    objective_settings,
+    refuse_augmentation,
+    refuse_other_data,
+    with_path,
+    without_augmentation,
+)
+from models import Network, build_network
+from models.set_dit import SetDiTConfig
+from sampling.images import ImageGenerator
+from sampling.supports import SupportGenerator, SupportRequests
+from torch_utils.misc import count_parameters
 from training.checkpoint import Snapshot
-from training.config import RunConfig
-from training.inputs import TrainingData, open_training_data
+from training.family import Asked, Codec, Evaluator, Part, Steps, TrainingData
+from training.set_objective import SetObjective, validation_loss
 
 
-def episodes_to_show(
-    config: RunConfig, dataset: TrainingData
-) -> tuple[Episodes, Episodes | None] | None:
-    """Return the episodes of a run's pictures, and those that are scored, of unseen classes.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SetRun(ImageRun):
+    """A run on sets of images, each image made from a context of its set."""
 
-    Pictures show one support each of four seen classes and of four unseen ones, or of eight of the
-    one kind that there is. Returns None for a run without sets.
-    """
-    if config.sets is None:
-        return None
-    size = config.model.context_size
-    shown, scored = [], None
-    names = _kinds_to_show(dataset, size)
-    for name in names:
-        episodes = episodes_of_run(dataset, name, support_size=size, num_per_class=1)
-        chosen = np.linspace(0, len(episodes) - 1, min(len(episodes), 8 // len(names)))
-        shown.append(episodes[chosen.round().astype(int).tolist()])
-    if config.logging.metrics and "unseen" in names:
-        scored = episodes_of_run(dataset, "unseen", support_size=size)
-    return _joined(shown), scored
+    family: ClassVar[str] = "sets"
+
+    sets: SetConfig = SetConfig()
 
 
-def check_classes(config: RunConfig, dataset: SetDataset) -> None:
+class SetFamily(ImageFamily):
+    """Sets of images of a class, of which supports stand for the class."""
+
+    run = SetRun
+
+    def check(self, run: SetRun, given: Collection[str]) -> SetRun:
+        from metrics.metric import get_metrics
+
+        if "compute_fid" in given:
+            metrics = dict.fromkeys((*run.logging.metrics, "fewshot_fid"))
+            if not run.sets.compute_fid:
+                del metrics["fewshot_fid"]
+            logging = dataclasses.replace(run.logging, metrics=tuple(metrics))
+            run = dataclasses.replace(run, logging=logging)
+        specs = get_metrics(run.logging.metrics)
+        check_metrics(specs, run, of_supports=True)
+        if run.logging.metrics_ref is not None:
+            raise ValueError(
+                "--metrics-ref has no effect on set-conditioned models, which are compared with "
+                "images of their unseen classes; leave it out."
+            )
+        check_detectors_used(run, given, specs)
+        return run
+
+    def open_data(self, run: SetRun, path: str | None = None, split: str = "train") -> SetDataset:
+        run = with_path(run, path)
+        refuse_other_data(run, run.data.data)
+        images = open_dataset(run.data, seed=run.training.seed, use_labels=None)
+        check_resolution(run, images.resolution)
+        return SetDataset(
+            images,
+            run.sets,
+            sample_size=run.model.sample_size,
+            seed=run.training.seed,
+            use_labels=run.data.cond,
+            hflip=run.data.hflip,
+        )
+
+    def fit(self, run: SetRun, data: TrainingData | None, num_classes: int = 0) -> SetRun:
+        if data is not None:
+            check_resolution(run, data.resolution)
+            _check_classes(run, data)
+        run = super().fit(run, data, num_classes)
+        refuse_augmentation(run, "sets")
+        return run
+
+    def _unguided(self, run: SetRun, num_classes: int) -> tuple[str, str] | None:
+        if run.sets.context_drop:
+            return None
+        reason = "was trained without context dropout and has learned nothing to guide away from"
+        return reason, "--context-drop=0.1"
+
+    def steps(self, run: SetRun, data: TrainingData, start_nimg: int, part: Part) -> Steps:
+        # Sets are drawn by their position in the run, which therefore is their key.
+        sampler = self._sampler(None, run, start_nimg, part)
+        return Steps(sampler, lambda cur_nimg: run.model.input_shape)
+
+    def objective(self, run: SetRun, network: Network, codec: Codec) -> SetObjective:
+        settings = objective_settings(run)
+        return SetObjective(network, make_precond(run.precond), codec, config=run.sets, **settings)
+
+    def evaluator(self, run: SetRun, data: SetDataset, device: torch.device) -> Evaluator:
+        from evaluation.in_loop.sets import SetEvaluator
+
+        size = run.model.context_size
+        names = _kinds_to_show(data, size)
+        shown, scored = [], None
+        for name in names:
+            episodes = episodes_of_run(data, name, support_size=size, num_per_class=1)
+            chosen = np.linspace(0, len(episodes) - 1, min(len(episodes), 8 // len(names)))
+            shown.append(episodes[chosen.round().astype(int).tolist()])
+        evaluate = self._evaluate(run, data, device)
+        if run.logging.metrics and "unseen" in names:
+            scored = episodes_of_run(data, "unseen", support_size=size)
+        return SetEvaluator(run, evaluate, _joined(shown), scored, self._validation_loss(run, data))
+
+    def _validation_loss(
+        self, run: SetRun, data: SetDataset
+    ) -> Callable[[ImageGenerator], float] | None:
+        if not run.sets.num_eval_batches:
+            return None
+        sets = data.of_classes(data.split.val or data.split.test)
+
+        def measure(generator: ImageGenerator) -> float:
+            objective = self.objective(run, generator.network, generator.codec)
+            return validation_loss(run, sets, objective)
+
+        return measure
+
+    def _metric_specs(self, run: SetRun, specs: Sequence[Any]) -> Sequence[Any]:
+        num_images = run.sets.fid_num_samples
+        return [dataclasses.replace(spec, num_images=num_images) for spec in specs]
+
+    def _real_images(self, run: SetRun, data: SetDataset, metric: str) -> Any:
+        # Images of unseen classes that are in no support.
+        episodes = episodes_of_run(data, "unseen", support_size=run.model.context_size)
+        return data.images.subset(episodes.reals)
+
+    def describe(self, run: SetRun) -> dict[str, str]:
+        return _describe(run)
+
+    # A snapshot.
+
+    def requests(self, snapshot: Snapshot, asked: Asked) -> SupportRequests:
+        asked.refuse(("classes",), "this model makes images from a support; give --support")
+        asked.refuse(
+            ("prompt", "reference", "bucket", "features", "ids", "text", "visual"),
+            "this model was not trained on features",
+        )
+        if bool(asked.support) == (asked.episodes is not None):
+            raise ValueError(
+                "This model makes images from a support: give --support=IMAGES, or --episodes=N."
+            )
+        if asked.support:
+            asked.refuse(("split", "data"), "it says where --episodes come from; give that too")
+            return SupportRequests(read_support(asked.support, snapshot.config.model), False)
+        split = asked.split or "unseen"
+        episodes = episodes_of_snapshot(snapshot, split, asked.episodes, data=asked.data)
+        return SupportRequests(episodes, True)
+
+    def images(
+        self,
+        snapshot: Snapshot,
+        generator: Callable[[], ImageGenerator],
+        first_seed: int,
+        batch: int,
+    ) -> Any:
+        raise ValueError(
+            f"--network: {snapshot.path} makes images from supports; score it with fid.py fewshot, "
+            "or the images that generate.py makes, with --images."
+        )
+
+    def panel(self, snapshot: Snapshot, data: str | None, num: int, device: torch.device) -> Any:
+        from evaluation.conditioning.panel import Condition, Group, Panel, prepared
+
+        run = without_augmentation(snapshot.config, data)
+        dataset = self.open_data(run)
+        classes = dataset.split.test or dataset.split.val or dataset.split.train
+        held_out = dataset.of_classes(classes)
+        sets, facts = held_out.__getitems__(range(num))
+        images, _ = prepared(self.encoder_codec(run, dataset, device), sets, {}, device)
+        first = 1 if run.model.leave_one_out else 0
+        cond = {"support": images[:, first:]}
+        if "mask" in facts:
+            cond["mask"] = facts["mask"][:, first:].to(device)
+        reason = None if run.sets.context_drop else "trained without --context-drop"
+        group = Group(images[:, 0], cond, facts["label"].numpy())
+        split = dataset.split
+        kind = "unseen" if split.test else "validation" if split.val else "training"
+        name = f"{dataset.name}, {len(images)} sets of {kind} classes"
+        return Panel(name, (Condition("support", tuple(cond), reason=reason),), (group,))
+
+    def example_run(self, run: SetRun, num_classes: int) -> SetRun:
+        return self.fit(run, None, 0)  # It is the support that guides.
+
+    def unprompted(self, generator: ImageGenerator) -> SupportGenerator:
+        return SupportGenerator.of(generator, _noise_support(generator.model))
+
+
+def _noise_support(model: SetDiTConfig) -> Episodes:
+    """Return one support of noise, as many images as in training."""
+    size = model.context_size
+    return Episodes(
+        supports=torch.randint(256, (1, size, *model.input_shape), dtype=torch.uint8),
+        classes=np.zeros(1, np.int64),
+        class_names=("noise",),
+        labels=torch.tensor([model.num_classes]),
+        indices=np.full((1, size), -1),
+        counts=(1,),
+        reals=np.empty(0, np.int64),
+        source="noise",
+    )
+
+
+def _describe(run: SetRun) -> dict[str, str]:
+    model = run.model
+    is_lag = model.mode_conditioning == "lag"
+    tokens = f"{model.num_context_tokens}, " if is_lag else ""
+    match = "equals hdim" if model.context_dim == model.encoder_dim else "projected from hdim"
+    tokenizer = f", {model.encoder_tokenizer}" if model.encoder_mode == "vit_set" else ""
+    left_out = "each image from the others" if model.leave_one_out else "each image from all"
+    how = "cross-attention to tokens" if is_lag else "a vector modulates every block"
+    precond = run.precond
+    schedule = precond.precond
+    if schedule == "ddpm":
+        variance = "learned" if precond.learned_variance else "fixed"
+        schedule = f"ddpm, {precond.diffusion_steps} steps, linear; variance {variance}"
+    context = model.mode_context
+    if model.mode_context == "variational":
+        context += f", weight {run.sets.kl_weight:g} after {run.sets.kl_rampup:g} kimg"
+    return {
+        "conditioning": f"{model.mode_conditioning}: {how}",
+        "context": f"(b*n, {tokens}{model.context_dim}); context_channels {model.context_dim} "
+        f"{match} {model.encoder_dim}",
+        "patch tokens": f"{model.grid**2} per {model.resolution}x{model.resolution} image",
+        "sets": f"n = {model.sample_size}, context of {model.context_size} ({left_out})",
+        "encoder": f"{model.encoder_mode}{tokenizer}, width {model.encoder_dim}, depth "
+        f"{model.encoder_depth}, heads {model.encoder_heads} x {model.encoder_dim_head}, mlp ratio "
+        f"{model.encoder_mlp_ratio:g}, pool {model.encoder_pool}, dropout "
+        f"{model.encoder_dropout:g}, {'with' if model.encoder_time else 'without'} noise level",
+        "DiT": f"width {model.hidden_dim}, depth {model.num_blocks}, heads {model.num_heads}, mlp "
+        f"ratio {model.mlp_ratio:g}, patch {model.patch_size}",
+        "context mode": context,
+        "diffusion": schedule,
+        "optimizer": f"lr {run.training.lr:g}, weight decay {run.training.weight_decay:g}, "
+        f"average of {run.training.ema_kimg:g} kimg half-life",
+        "modules": _module_sizes(model),
+    }
+
+
+def _check_classes(run: SetRun, data: SetDataset) -> None:
     """Raise ValueError if a run has no support for its pictures, or no classes to validate on."""
-    if not _kinds_to_show(dataset, config.model.context_size):
+    if not _kinds_to_show(data, run.model.context_size):
         raise ValueError(
             "There is no support to show: no class is unseen, and too few images of the classes "
             "trained on are held out; give --test-classes, or a larger --held-out."
         )
-    if config.sets.num_eval_batches and not (dataset.split.val or dataset.split.test):
+    if run.sets.num_eval_batches and not (data.split.val or data.split.test):
         raise ValueError(
             "--num-eval-batches: there are no classes to validate on; name some with "
             "--val-classes, or set --num-eval-batches=0."
@@ -70,6 +288,16 @@ def _joined(parts: Sequence[Episodes]) -> Episodes:
         counts=tuple(count for part in parts for count in part.counts),
         source=" and ".join(part.source for part in parts),
     )
+
+
+def _module_sizes(model: SetDiTConfig) -> str:
+    with torch.device("meta"):
+        network = build_network(model)
+    parts = {"DiT": network.backbone, "encoder": network.conditioner.encoder}
+    sizes = {name: count_parameters(module) for name, module in parts.items()}
+    rest = count_parameters(network) - sum(sizes.values())
+    sizes["null and labels" if model.mode_context == "deterministic" else "rest"] = rest
+    return ", ".join(f"{name} {size:,}" for name, size in sizes.items())
 
 
 def episodes_of_snapshot(
@@ -110,11 +338,14 @@ def open_data_of(snapshot: Snapshot, data: str | None = None) -> SetDataset:
             f"--data: {location} does not exist; say where the data are that {snapshot.path} was "
             "trained on."
         )
-    changed = dataclasses.replace(config.data, data=location, cache=False)
-    dataset = open_training_data(dataclasses.replace(config, data=changed))
+    settings = dataclasses.replace(config.data, data=location, cache=False)
+    dataset = FAMILY.open_data(dataclasses.replace(config, data=settings))
     if dataset.content_hash != snapshot.data.content_hash:
         raise ValueError(
             f"--data: {location} holds other data than {snapshot.path} was trained on (or a folder "
             "whose files were copied or touched), so that its split of classes is not known."
         )
     return dataset
+
+
+FAMILY = SetFamily()

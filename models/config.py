@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 from dnnlib.config import Config, option
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from models.conditioners import Conditioner
@@ -47,9 +48,12 @@ class ModelConfig(Config):
         "auto",
         choices=("auto", "sdpa", "flex"),
         help="Attention kernels; auto chooses by device.",
+        affects="speed",
     )
     checkpointing: bool = option(
-        False, help="Recompute activations in the backward pass: less memory, more time."
+        False,
+        help="Recompute activations in the backward pass: less memory, more time.",
+        affects="speed",
     )
 
     def make_backbone(self) -> "nn.Module":
@@ -59,6 +63,12 @@ class ModelConfig(Config):
     def make_conditioner(self, dim: int) -> "Conditioner":
         """Return the conditioner that makes contexts of width ``dim`` for the backbone."""
         raise NotImplementedError
+
+    def example_cond(self) -> "dict[str, torch.Tensor]":
+        """Return conditions of one image, [1, ...] each, on the current default device."""
+        import torch
+
+        return {"label": torch.zeros(1, dtype=torch.int64)} if self.num_classes else {}
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -84,6 +94,7 @@ class LatentModelConfig(ModelConfig):
         None,
         help="Autoencoder, a Hugging Face id or folder; none: that of the latents in --data. With "
         "images in --data: encode them while training.",
+        affects="speed",
     )
     latent_channels: int = option(4, min=1, help="Channels of the latents.")
     latent_downsampling: int = option(8, min=1, help="Edge of an image over that of its latents.")

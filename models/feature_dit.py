@@ -71,9 +71,9 @@ class FeatureDiTConfig(LatentModelConfig):
         (), help="Sizes of the images, as WIDTHxHEIGHT.", exposed=False
     )
     max_text_tokens: int = option(512, min=1, help="Tokens of the longest text.", exposed=False)
-    visual: str | None = option(None, help="Visual encoder.", exposed=False)
+    visual: str | None = option(None, help="Visual encoder.", exposed=False, affects="speed")
     visual_hash: str | None = option(None, help="Identity of the visual encoder.", exposed=False)
-    text: str | None = option(None, help="Text encoder.", exposed=False)
+    text: str | None = option(None, help="Text encoder.", exposed=False, affects="speed")
     text_hash: str | None = option(None, help="Identity of the text encoder.", exposed=False)
 
     def __post_init__(self) -> None:
@@ -82,6 +82,15 @@ class FeatureDiTConfig(LatentModelConfig):
         width, latents = self.hidden_dim, f"latents of {self.resolution}x{self.resolution} images"
         check_divides("num-heads", self.num_heads, width, f"--hidden-dim {width}")
         check_divides("patch-size", self.patch_size, self.input_shape[1], f"the {latents}")
+
+    def example_cond(self) -> dict[str, Tensor]:
+        rows, columns = self.patch_grid(self.resolution, self.resolution)
+        return dict(
+            text=torch.empty(1, self.max_text_tokens, self.text_dim),
+            cls=torch.empty(1, self.visual_dim),
+            patches=torch.empty(1, rows * columns, self.visual_dim),
+            size=torch.tensor([self.resolution, self.resolution], device="cpu"),
+        )
 
     def make_backbone(self) -> nn.Module:
         return FeatureDiT(self)

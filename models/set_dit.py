@@ -160,6 +160,10 @@ class SetDiTConfig(ModelConfig):
                     f"{self.grid}x{self.grid} tokens."
                 )
 
+    def example_cond(self) -> dict[str, Tensor]:
+        support = torch.empty(1, self.context_size, *self.input_shape)
+        return {**super().example_cond(), "support": support}
+
     def make_backbone(self) -> nn.Module:
         return SetDiT(self)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from data.features.buckets import Bucket
-from data.features.statistics import FeatureStatistics
+from data.features.codec import FeatureCodec
 from data.images.dataset import Cond
 from diffusion.flow import Velocity, sample_flow
 from diffusion.guidance import (
@@ -18,13 +18,10 @@ from diffusion.guidance import (
 )
 from diffusion.samplers import SamplingConfig, num_evaluations
 from dnnlib.config import to_dict
-from encoders.autoencoder import Autoencoder
 from models import Context, Network
 from models.feature_dit import FeatureDiTConfig
-from torch_utils.pictures import to_uint8
 from torch_utils.rng import SeededNoise
-from training.feature_config import FeatureConfig
-from training.feature_objective import patch_bias
+from training.feature_objective import FeatureConfig, patch_bias
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,11 +35,10 @@ class FeatureGenerator:
     network: Network
     model: FeatureDiTConfig
     features: FeatureConfig
-    statistics: FeatureStatistics
+    codec: FeatureCodec
     sampling: SamplingConfig
     guidance: DualGuidanceConfig
     device: torch.device
-    autoencoder: Autoencoder
     trained_nimg: int
     autocast_dtype: torch.dtype | None = None
 
@@ -69,7 +65,7 @@ class FeatureGenerator:
         latents = self.sample_latents(
             seeds, cond, bucket, guidance=guidance, on_evaluation=on_evaluation
         )
-        return self.decode(self.statistics.denormalise(latents))
+        return self.codec.decode(latents)
 
     @torch.inference_mode()
     def sample_latents(
@@ -89,18 +85,13 @@ class FeatureGenerator:
         guided = weighted_branches(velocity, contexts, weights)
         return sample_flow(guided, noise, self.sampling, callback=on_evaluation)
 
-    @torch.inference_mode()
-    def decode(self, raw: torch.Tensor) -> torch.Tensor:
-        """Return uint8 images [N, 3, H, W] of the autoencoder's raw latents [N, c, h, w]."""
-        return to_uint8(self.autoencoder.decode_raw(raw.to(self.device, torch.float32)))
-
     def _branches(
         self, cond: Cond, num: int, bucket: Bucket, guidance: DualGuidanceConfig
     ) -> tuple[list[Context], list[float]]:
         """Return the contexts of all branches that count, and their weights."""
         cond = {k: v.to(self.device) for k, v in cond.items() if k != "size"}
         self.network.check(cond)
-        cond = self.statistics.normalise_features(cond)
+        cond = self.codec.encode_cond(cond)
         cond["size"] = torch.tensor(bucket.size)
         shape = self.model.latent_shape(*bucket.size)
         bias = patch_bias(self.features, self.model, self.trained_nimg, shape)
@@ -129,7 +120,7 @@ class FeatureGenerator:
             sampling=to_dict(self.sampling),
             nfe=num_evaluations(self.sampling) * num_branches,
             guidance=to_dict(self.guidance),
-            vae_hash=self.autoencoder.sha256,
+            **self.codec.facts(),
             rounding="uint8, clip(127.5 x + 128)",
             tf32=torch.backends.cuda.matmul.allow_tf32,
             precision=str(self.autocast_dtype or torch.float32).removeprefix("torch."),

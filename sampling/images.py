@@ -3,53 +3,45 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 
 from diffusion.denoiser import AUTOCAST_DTYPES, Denoiser
-from diffusion.guidance import (
-    DualGuidanceConfig,
-    GuidanceConfig,
-    autoguidance,
-    classifier_free,
-)
+from diffusion.guidance import GuidanceConfig, autoguidance, classifier_free
 from diffusion.precond import Precond, make_precond
 from diffusion.samplers import SamplingConfig, num_evaluations, reads_variance, sample
 from dnnlib.config import Config, to_dict
-from encoders.autoencoder import Autoencoder, open_autoencoder
 from models import Context, ModelConfig, Network
 from torch_utils import distributed
 from torch_utils.fingerprints import package_versions, weights_hash
-from torch_utils.pictures import to_uint8
 from torch_utils.rng import SeededNoise
 from training.checkpoint import Snapshot, load_snapshot
-from training.config import TrainingConfig, check_guidance, check_guided_channels
+from training.config import TrainingConfig
 from training.ema import describe_average
+from training.family import Codec, GeneratorOptions
 
 cached_snapshot = functools.lru_cache(maxsize=2)(load_snapshot)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateConfig(Config):
-    """A sampling protocol, as the options of generate.py and fid.py."""
+    """A sampling protocol, as the options of generate.py and fid.py.
+
+    ``guidance`` is of the kind that the snapshot's family has.
+    """
 
     sampling: SamplingConfig = SamplingConfig()
-    guidance: GuidanceConfig | None = GuidanceConfig()
-    dual_guidance: DualGuidanceConfig | None = None
+    guidance: Config = GuidanceConfig()
 
     @classmethod
-    def of_snapshot(cls, path: str | None) -> "GenerateConfig":
+    def of_snapshot(cls, path: str | None) -> Self:
         """Return the protocol that a snapshot brings along; the defaults without one."""
         if path is None:
             return cls()
         config = cached_snapshot(path).config
-        return cls(
-            sampling=config.sampling,
-            guidance=config.guidance,
-            dual_guidance=config.dual_guidance,
-        )
+        return cls(sampling=config.sampling, guidance=config.guidance)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,8 +49,8 @@ class ImageGenerator:
     """A network with its whole sampling protocol.
 
     ``guide`` is a second network whose errors are extrapolated away from (autoguidance). Guidance
-    by the dropped condition needs a network that was trained with ``label_drop``. The network of a
-    latent model needs the ``autoencoder`` that decodes what it makes.
+    by the dropped condition needs a network that was trained with ``label_drop``. ``codec`` decodes
+    what the network makes.
     """
 
     network: Network
@@ -67,8 +59,8 @@ class ImageGenerator:
     sampling: SamplingConfig
     guidance: GuidanceConfig
     device: torch.device
+    codec: Codec
     autocast_dtype: torch.dtype | None = None
-    autoencoder: Autoencoder | None = None
     guide: Network | None = None
     guide_hash: str | None = None
 
@@ -99,9 +91,7 @@ class ImageGenerator:
         images = sample(
             denoise, latents, self.sampling, self.precond, noise, callback=on_evaluation
         )
-        if self.autoencoder is not None:
-            images = self.autoencoder.decode(images.to(torch.float32))
-        return to_uint8(images)
+        return self.codec.decode(images)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -159,61 +149,47 @@ class ImageGenerator:
             nfe=num_evaluations(self.sampling, self.precond),
             guidance=to_dict(self.guidance),
             guide_hash=self.guide_hash,
-            vae_hash=None if self.autoencoder is None else self.autoencoder.sha256,
+            **self.codec.facts(),
             rounding="uint8, clip(127.5 x + 128)",
             tf32=torch.backends.cuda.matmul.allow_tf32,
             precision=str(self.autocast_dtype or torch.float32).removeprefix("torch."),
         )
 
 
-def make_generator(
-    snapshot: Snapshot,
-    device: torch.device,
-    *,
-    sampling: SamplingConfig | None = None,
-    guidance: GuidanceConfig | None = None,
-    precision: str | None = None,
-    guide: Snapshot | None = None,
-    vae: str | None = None,
+def load_generator(
+    snapshot: Snapshot, codec: Codec, device: torch.device, options: GeneratorOptions
 ) -> ImageGenerator:
-    """Return the generator of a snapshot, with its own protocol where none is given.
+    """Return the generator of a snapshot, with its own protocol where ``options`` give none.
 
-    ``vae`` says where the autoencoder of a latent model is now, if not where it was in training.
-
-    Raises ValueError for guidance that the snapshot cannot give, for a ``guide`` of other images
-    or without a weight, and for an unknown precision.
+    Raises ValueError for a ``guide`` of other images or without a weight.
     """
-    config = snapshot.config
-    if config.features is not None:
-        raise ValueError(
-            f"{snapshot.path}: this model makes images of texts and reference images; sample it "
-            "with generate.py, and measure it with fid.py validate or fid.py conditions."
-        )
-    sampling, guidance = sampling or config.sampling, guidance or config.guidance
-    check_guided_channels(guidance, config.model)
-    if guide is None:
-        check_guidance(dataclasses.replace(config, guidance=guidance), config.model.num_classes)
-    elif guidance.cfg_scale == 1.0:
-        raise ValueError("--guide has no effect with --cfg-scale=1; give the weight, such as 1.7.")
-    elif _interface(guide) != _interface(snapshot) or not _same_autoencoder(
-        guide.config.model, snapshot.config.model
-    ):
-        raise ValueError(
-            f"--guide: {guide.path} makes images of another size, class count, parametrization or "
-            f"autoencoder than {snapshot.path}."
-        )
+    config, guide = snapshot.config, options.guide
+    guidance = options.guidance or config.guidance
+    if guide is not None:
+        _check_guide(snapshot, guide, guidance)
     return ImageGenerator(
         network=snapshot.build(device),
         precond=make_precond(config.precond),
         model=config.model,
-        sampling=sampling,
+        sampling=options.sampling or config.sampling,
         guidance=guidance,
         device=device,
-        autocast_dtype=AUTOCAST_DTYPES[precision or config.training.precision],
-        autoencoder=open_autoencoder(config.model, vae, device),
+        autocast_dtype=AUTOCAST_DTYPES[options.precision or config.training.precision],
+        codec=codec,
         guide=None if guide is None else guide.build(device),
         guide_hash=None if guide is None else guide.sha256,
     )
+
+
+def _check_guide(snapshot: Snapshot, guide: Snapshot, guidance: GuidanceConfig) -> None:
+    if guidance.cfg_scale == 1.0:
+        raise ValueError("--guide has no effect with --cfg-scale=1; give the weight, such as 1.7.")
+    same = _interface(guide) == _interface(snapshot)
+    if not same or not _same_autoencoder(guide.config.model, snapshot.config.model):
+        raise ValueError(
+            f"--guide: {guide.path} makes images of another size, class count, parametrization or "
+            f"autoencoder than {snapshot.path}."
+        )
 
 
 def passport(

@@ -1,11 +1,19 @@
-"""Where generated images go, and which class each has."""
+"""Where generated images go, and which class each is of."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+import torch
+from PIL.Image import Image
 
 from data.resumable import claim
+from dnnlib.progress import progress
 from dnnlib.ranges import parse_ranges
+from torch_utils import distributed
+from torch_utils.pictures import image_grid, save_image, to_pil
+from training.family import Generator, Requests
 
 
 def parse_classes(text: str | None, class_names: Sequence[str]) -> tuple[int, ...]:
@@ -21,9 +29,49 @@ def parse_classes(text: str | None, class_names: Sequence[str]) -> tuple[int, ..
     return tuple(parse_ranges("--class", text, class_names))
 
 
-def labels_of_seeds(seeds: Sequence[int], classes: Sequence[int]) -> list[int] | None:
-    """Return the class of each seed, ``classes[seed % len(classes)]``, or None without classes."""
-    return [classes[seed % len(classes)] for seed in seeds] if classes else None
+@dataclasses.dataclass(frozen=True)
+class ClassRequests:
+    """Classes that seeds take in turn, see :class:`training.family.Requests`.
+
+    Without any, each seed draws its class.
+    """
+
+    classes: tuple[int, ...] = ()
+    num_parts: ClassVar[int] = 1
+    has_folders: ClassVar[bool] = False
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return dict(classes=self.classes)
+
+    def label(self, part: int, seed: int) -> int | None:
+        return self.classes[seed % len(self.classes)] if self.classes else None
+
+    def bind(self, generator: Generator, device: torch.device) -> Generator:
+        return generator
+
+    def picture(self, images: Sequence[torch.Tensor], columns: int) -> Image:
+        return image_grid(torch.stack(list(images)), columns)
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """One image to make: its file, its seed, and the label of what it is made from."""
+
+    path: Path
+    seed: int
+    label: int | None
+
+
+def places(outdir: Path, requests: Requests, seeds: Sequence[int], subdirs: bool) -> list[Place]:
+    """Return every image of ``requests``: of one part after the other, all ``seeds``."""
+    parts = range(requests.num_parts)
+    folders = [outdir / f"{part:04d}" if requests.has_folders else outdir for part in parts]
+    return [
+        Place(image_path(folders[part], seed, subdirs), seed, requests.label(part, seed))
+        for part in parts
+        for seed in seeds
+    ]
 
 
 def image_path(outdir: Path, seed: int, subdirs: bool) -> Path:
@@ -35,3 +83,26 @@ def image_path(outdir: Path, seed: int, subdirs: bool) -> Path:
 def claim_outdir(outdir: Path, protocol: Mapping[str, Any]) -> None:
     """Note in ``outdir`` how its images are made; raises ValueError if it holds others."""
     claim(outdir / "generation.json", protocol, "--outdir", "images")
+
+
+def make_images(generator: Generator, wanted: Sequence[Place], batch: int) -> None:
+    """Write every image of ``wanted`` that is not there yet, ``batch`` at once on every rank.
+
+    Collective.
+    """
+    todo = [place for place in wanted if not place.path.is_file()]
+    todo = distributed.broadcast_object(todo)
+    if len(todo) < len(wanted):
+        distributed.print0(f"{len(wanted) - len(todo)} of {len(wanted)} images exist already.")
+    mine = todo[distributed.rank() :: distributed.world_size()]
+    with progress(total=len(todo), label="Generating", disable=not distributed.is_main()) as bar:
+        for start in range(0, len(mine), batch):
+            part = mine[start : start + batch]
+            labels = [place.label for place in part]
+            images = generator.generate(
+                [place.seed for place in part], None if None in labels else labels
+            )
+            for place, image in zip(part, images, strict=True):
+                save_image(to_pil(image), place.path)
+            bar.update(min(len(part) * distributed.world_size(), len(todo)))
+    distributed.barrier()

@@ -8,21 +8,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL.Image import Image
 
 from data.features.buckets import Bucket, fit_image, nearest_bucket, parse_buckets
 from data.features.dataset import FeatureDataset, pad_texts
 from data.features.record import SPLITS
-from data.features.statistics import FeatureStatistics
 from data.images.dataset import Cond
 from data.images.decode import decode_image
-from diffusion.denoiser import AUTOCAST_DTYPES
-from diffusion.guidance import DualGuidanceConfig, branch_weights
-from diffusion.samplers import SamplingConfig, num_evaluations
-from encoders.autoencoder import load_autoencoder
+from diffusion.guidance import branch_weights
+from diffusion.samplers import num_evaluations
 from encoders.text import load_text_encoder
 from encoders.visual import load_visual_encoder
+from models.feature_dit import FeatureDiTConfig
 from sampling.features import FeatureGenerator
+from torch_utils.pictures import mixed_grid
 from training.checkpoint import Snapshot
+from training.family import Asked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,35 +79,56 @@ class RequestGenerator:
         return dict(protocol, requests=[dict(r.facts, bucket=r.bucket.name) for r in self.requests])
 
 
-def make_feature_generator(
-    snapshot: Snapshot,
-    device: torch.device,
-    *,
-    sampling: SamplingConfig | None = None,
-    guidance: DualGuidanceConfig | None = None,
-    precision: str | None = None,
-    vae: str | None = None,
-) -> FeatureGenerator:
-    """Return the generator of a feature-conditioned snapshot, with its own protocol by default.
+@dataclasses.dataclass(frozen=True)
+class PromptRequests:
+    """Prompts, a reference, or stored features, see :class:`training.family.Requests`."""
 
-    ``vae`` says where the autoencoder is now, if not where it was in training.
-    """
-    config = snapshot.config
-    location = vae or config.model.vae
-    if location is None:
-        raise ValueError("--vae is missing: name the autoencoder that decodes the latents.")
-    return FeatureGenerator(
-        network=snapshot.build(device),
-        model=config.model,
-        features=config.features,
-        statistics=FeatureStatistics.of(snapshot.data.features["statistics"], device),
-        sampling=sampling or config.sampling,
-        guidance=guidance or config.dual_guidance,
-        device=device,
-        autoencoder=load_autoencoder(location, device, expected_hash=config.model.vae_hash),
-        trained_nimg=snapshot.progress["cur_nimg"],
-        autocast_dtype=AUTOCAST_DTYPES[precision or config.training.precision],
-    )
+    snapshot: Snapshot
+    asked: Asked
+    facts: dict[str, Any] = dataclasses.field(default_factory=lambda: dict(classes=()))
+
+    def __post_init__(self) -> None:
+        asked = self.asked
+        is_stored = asked.features is not None or asked.ids is not None
+        if is_stored == bool(asked.prompt or asked.reference is not None):
+            raise ValueError(
+                "This model makes images of a text, of an image, or of both: give --prompt or "
+                "--reference, or --features and --id."
+            )
+        if is_stored:
+            if asked.features is None or asked.ids is None:
+                raise ValueError("Give --features and --id together.")
+            asked.refuse(("text", "visual"), "stored features are already encoded; leave it out")
+            asked.refuse(("bucket",), "stored features have the size of their images; leave it out")
+        for name, option, value in (
+            ("text", "prompt", asked.prompt),
+            ("visual", "reference", asked.reference),
+        ):
+            if getattr(asked, name) is not None and not value:
+                raise ValueError(f"--{name} encodes --{option}; give that too.")
+
+    @property
+    def num_parts(self) -> int:
+        ids = self.asked.ids
+        return max(len(self.asked.prompt), 1) if ids is None else len(ids.split(","))
+
+    @property
+    def has_folders(self) -> bool:
+        return self.num_parts > 1
+
+    def label(self, part: int, seed: int) -> int:
+        return part
+
+    def bind(self, generator: FeatureGenerator, device: torch.device) -> RequestGenerator:
+        asked = self.asked
+        if asked.ids is not None:
+            requests = stored_requests(self.snapshot, asked.features, asked.ids.split(","))
+        else:
+            requests = encode_requests(self.snapshot, device, asked)
+        return RequestGenerator(generator, requests)
+
+    def picture(self, images: Sequence[torch.Tensor], columns: int) -> Image:
+        return mixed_grid([images[row : row + columns] for row in range(0, len(images), columns)])
 
 
 def choose_bucket(snapshot: Snapshot, text: str | None, reference: Path | None) -> Bucket:
@@ -128,28 +150,21 @@ def choose_bucket(snapshot: Snapshot, text: str | None, reference: Path | None) 
     return nearest_bucket(*_open_image(reference).size, known)
 
 
-def encode_requests(
-    snapshot: Snapshot,
-    device: torch.device,
-    *,
-    prompts: Sequence[str],
-    reference: Path | None,
-    bucket: str | None = None,
-    text: str | None = None,
-    visual: str | None = None,
-) -> list[Request]:
-    """Return one request per prompt, with the features of ``reference`` if there is one.
+def encode_requests(snapshot: Snapshot, device: torch.device, asked: Asked) -> list[Request]:
+    """Return one request per prompt, with the features of the reference if there is one.
 
-    Without prompts, the reference makes one alone. ``text`` and ``visual`` say where the encoders
-    are now, if not where they were when the features were made. Collective, for the loading.
+    Without prompts, the reference makes one alone. ``asked.text`` and ``asked.visual`` say where
+    the encoders are now, if not where they were when the features were made. Collective, for the
+    loading.
     """
+    prompts, reference = asked.prompt, asked.reference
     model, features = snapshot.config.model, snapshot.config.features
-    size = choose_bucket(snapshot, bucket, reference)
+    size = choose_bucket(snapshot, asked.bucket, reference)
     shared: Cond = {"size": torch.tensor(size.size)}
     facts: dict[str, Any] = {}
     if reference is not None:
         encoder = load_visual_encoder(
-            visual or model.visual, device, expected_hash=model.visual_hash
+            asked.visual or model.visual, device, expected_hash=model.visual_hash
         )
         image, _ = fit_image(_open_image(reference), size)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
@@ -157,7 +172,7 @@ def encode_requests(
         facts["reference"] = hashlib.sha256(reference.read_bytes()).hexdigest()
     if not prompts:
         return [Request(str(reference), shared, size, facts)]
-    encoder = load_text_encoder(text or model.text, device, expected_hash=model.text_hash)
+    encoder = load_text_encoder(asked.text or model.text, device, expected_hash=model.text_hash)
     hidden, mask, num_truncated = encoder.encode(list(prompts))
     if num_truncated:
         raise ValueError(
@@ -173,26 +188,28 @@ def encode_requests(
     return requests
 
 
-def stored_requests(
-    snapshot: Snapshot, folder: str, ids: Sequence[str], bucket: str | None = None
-) -> list[Request]:
+def check_encoders(model: FeatureDiTConfig, dataset: FeatureDataset, option: str) -> None:
+    """Raise ValueError if a dataset has the features of other encoders than a model's."""
+    for name in ("vae", "visual", "text"):
+        expected = getattr(model, f"{name}_hash")
+        if expected is not None and getattr(dataset.record, name)["hash"] != expected:
+            raise ValueError(
+                f"{option}: {dataset.path} was made with another encoder (--{name}) than the "
+                "model's; give the features that it was trained on, or others made alike."
+            )
+
+
+def stored_requests(snapshot: Snapshot, folder: str, ids: Sequence[str]) -> list[Request]:
     """Return a request for each sample of a feature folder that ``ids`` names.
 
     Raises ValueError for a name that is not there, and for features of other encoders than the
     model's.
     """
     model = snapshot.config.model
-    if bucket is not None:
-        raise ValueError("--bucket: stored features have the size of their images; leave it out.")
     found = {}
     for split in SPLITS:
         dataset = FeatureDataset(folder, split, text_lengths=snapshot.config.features.text_lengths)
-        for name in ("vae", "visual", "text"):
-            if getattr(dataset.record, name)["hash"] != getattr(model, f"{name}_hash"):
-                raise ValueError(
-                    f"--features: {folder} was made with another encoder (--{name}) than the "
-                    "model's; give the features that it was trained on, or others made alike."
-                )
+        check_encoders(model, dataset, "--features")
         places = {name: row for row, name in enumerate(dataset.ids)}
         for name in ids:
             if name in places:

@@ -1,14 +1,17 @@
 """Images from sets of support images."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from PIL.Image import Image
 
 from data.fewshot.episodes import Episodes
 from diffusion.denoiser import autocast
 from models import Context, Network
 from sampling.images import ImageGenerator
+from torch_utils.pictures import support_picture
 
 _ENCODED_AT_ONCE = 64
 
@@ -60,3 +63,26 @@ class SupportGenerator(ImageGenerator):
 
     def protocol(self) -> dict[str, Any]:
         return dict(super().protocol(), **self.episodes.protocol())
+
+
+@dataclasses.dataclass(frozen=True)
+class SupportRequests:
+    """Supports to generate from, see :class:`training.family.Requests`."""
+
+    episodes: Episodes
+    has_folders: bool
+    facts: dict[str, Any] = dataclasses.field(default_factory=lambda: dict(classes=()))
+
+    @property
+    def num_parts(self) -> int:
+        return len(self.episodes)
+
+    def label(self, part: int, seed: int) -> int:
+        return part
+
+    def bind(self, generator: ImageGenerator, device: torch.device) -> SupportGenerator:
+        return SupportGenerator.of(generator, self.episodes)
+
+    def picture(self, images: Sequence[torch.Tensor], columns: int) -> Image:
+        samples = torch.stack(list(images)).unflatten(0, (len(self.episodes), -1))
+        return support_picture(self.episodes.supports, samples, bands=columns)

@@ -15,13 +15,13 @@ import pytest
 import torch
 from image_files import convert, make_folder, make_zip, random_image
 from PIL import Image
+from training.inputs import save_reals
 
 from data.images.dataset import DatasetConfig, ImageDataset, MirroredImages, open_dataset
 from data.images.decode import ImageError
 from data.loader import iterate_images, make_loader
 from data.samplers import PositionSampler
 from torch_utils.rng import epoch_permutation
-from training.inputs import save_reals
 
 CPU = torch.device("cpu")
 

@@ -14,8 +14,8 @@ from models import build_network
 from models.feature_dit import FeatureDiTConfig
 from torch_utils.stats import StatsCollector
 from training.config import TrainingConfig
-from training.feature_config import FeatureConfig
 from training.feature_objective import (
+    FeatureConfig,
     FeatureObjective,
     drop_of_uniform,
     patch_bias,

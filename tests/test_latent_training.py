@@ -9,15 +9,16 @@ import helpers
 import numpy as np
 import pytest
 import torch
+from data.codecs import LatentInputs
 from helpers import call, fail, succeed
 from latent_files import tiny_autoencoder
+from training.inputs import open_training_data
 
 import dataset_tool
 import fid
 import generate
 import train
 from configs import get_preset
-from data.codecs import LatentInputs
 from data.latents.dataset import LatentDataset
 from demos.digits import class_agreement, train_autoencoder
 from diffusion.precond import PrecondConfig, make_precond
@@ -27,7 +28,6 @@ from sampling.images import make_generator
 from torch_utils.pictures import read_image, to_uint8
 from training import posthoc_ema
 from training.checkpoint import load_snapshot, load_state
-from training.inputs import open_training_data
 from training.objective import Objective
 from training.runs import fit_to_data
 

@@ -1,5 +1,6 @@
 """Random numbers as functions of (seed, position), never of rank, batch size or device."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -26,6 +27,29 @@ def step_generator(
     Draw for the whole batch of all ranks and keep your rows.
     """
     return torch.Generator(device).manual_seed(mix(seed, cur_nimg, stream))
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One optimizer step, as far as its randomness goes: a function of (seed, position) alone.
+
+    Attributes:
+        seed: Seed of the run.
+        cur_nimg: Training images before the step.
+        batch: Rows of the global batch, over all ranks and passes.
+        shape: Channels, height and width of what the network denoises in this step.
+        device: Where random numbers are drawn.
+    """
+
+    seed: int
+    cur_nimg: int
+    batch: int
+    shape: tuple[int, int, int]
+    device: torch.device
+
+    def generator(self, stream: int) -> torch.Generator:
+        """Return the generator of one kind of randomness, such as ``STREAM_NOISE``."""
+        return step_generator(self.seed, self.cur_nimg, stream, self.device)
 
 
 def epoch_permutation(seed: int, epoch: int, length: int) -> np.ndarray:

@@ -16,14 +16,15 @@ from typing import Any
 
 import torch
 
-from dnnlib.config import Config, from_dict, to_dict
+from dnnlib.config import Config, to_dict
 from dnnlib.files import atomic_write
 from models import Network, build_network
 from torch_utils.fingerprints import package_versions, weights_hash
 from training.config import RunConfig
+from training.family import TrainingData, restore_run
 from training.power_ema import std_name
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: the configuration did not name the family of its model.
 _SNAPSHOT_FORMAT = "setdiffit-snapshot"
 _STATE_FORMAT = "setdiffit-training-state"
 
@@ -39,7 +40,8 @@ class DataSummary:
     content_hash: str
     class_names: tuple[str, ...] = ()
     class_counts: tuple[int, ...] = ()
-    features: dict[str, Any] | None = None  # Of a model of features: buckets and statistics.
+    # Of stored features: buckets, statistics, and where they are.
+    features: dict[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,17 +89,6 @@ def state_path(run_dir: Path, cur_nimg: int) -> Path:
     return run_dir / f"training-state-{cur_nimg // 1000:06d}.pt"
 
 
-def save_snapshot(
-    path: Path,
-    network: Network,
-    config: RunConfig,
-    data: DataSummary,
-    progress: dict[str, Any],
-) -> None:
-    """Write ``network`` (the averaged weights) and its description to ``path``, atomically."""
-    save_weights(path, network.state_dict(), config, data, progress)
-
-
 def save_weights(
     path: Path,
     state_dict: Mapping[str, torch.Tensor],
@@ -105,7 +96,7 @@ def save_weights(
     data: DataSummary,
     progress: dict[str, Any],
 ) -> None:
-    """Like :func:`save_snapshot`, for a network's state in place of the network."""
+    """Write the averaged weights of a network and their description to ``path``, atomically."""
     _save(
         path,
         dict(
@@ -125,7 +116,7 @@ def load_snapshot(path: str | os.PathLike) -> Snapshot:
     path = Path(path)
     payload = _load(path, _SNAPSHOT_FORMAT, "a snapshot")
     try:
-        config = from_dict(RunConfig, payload["config"])
+        config = restore_run(payload["config"])
         data = {k: tuple(v) if isinstance(v, list) else v for k, v in payload["data"].items()}
         # Networks compute from float32; a compact snapshot is what they are told to compute.
         weights = payload["ema"]
@@ -145,14 +136,14 @@ def load_snapshot(path: str | os.PathLike) -> Snapshot:
 
 
 def read_header(path: str | os.PathLike) -> tuple[RunConfig, dict[str, Any]]:
-    """Return a snapshot's configuration and progress, whose weights are neither read nor checked.
+    """Return a snapshot's configuration and progress, without reading its weights.
 
     Raises ValueError as :func:`load_snapshot` does.
     """
     path = Path(path)
     payload = _load(path, _SNAPSHOT_FORMAT, "a snapshot", header_only=True)
     try:
-        return from_dict(RunConfig, payload["config"]), dict(payload["progress"])
+        return restore_run(payload["config"]), dict(payload["progress"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: not a snapshot that this version can read: {error}") from error
 
@@ -203,20 +194,17 @@ def prune_states(run_dir: Path, latest: Path, keep: int) -> None:
         path.unlink()
 
 
-def summarise(dataset: Any) -> DataSummary:
+def summarise(data: TrainingData) -> DataSummary:
     """Return what a snapshot keeps of its training data."""
-    counts: tuple[int, ...] = ()
-    if dataset.num_classes:
-        counts = tuple(dataset.class_counts)
     return DataSummary(
-        name=dataset.name,
-        resolution=dataset.resolution,
-        img_channels=dataset.img_channels,
-        num_images=dataset.num_images,
-        content_hash=dataset.content_hash,
-        class_names=tuple(dataset.class_names) if dataset.num_classes else (),
-        class_counts=counts,
-        features=dataset.summary() if hasattr(dataset, "summary") else None,
+        name=data.name,
+        resolution=data.resolution,
+        img_channels=data.img_channels,
+        num_images=data.num_images,
+        content_hash=data.content_hash,
+        class_names=tuple(data.class_names) if data.num_classes else (),
+        class_counts=tuple(data.class_counts) if data.num_classes else (),
+        features=data.summary(),
     )
 
 

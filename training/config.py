@@ -2,18 +2,15 @@
 
 import dataclasses
 from collections.abc import Collection
+from pathlib import Path
 from typing import ClassVar
 
-from data.fewshot.sets import SetConfig
 from data.images.augment import AugmentConfig
 from data.images.dataset import DatasetConfig
-from diffusion.guidance import DualGuidanceConfig, GuidanceConfig
 from diffusion.precond import PrecondConfig
 from diffusion.samplers import SamplingConfig
 from dnnlib.config import Config, option
-from evaluation.validation.config import ValidationConfig
 from models.config import ModelConfig
-from training.feature_config import FeatureConfig
 from training.power_ema import MAX_STD, MIN_STD, std_name
 
 
@@ -27,9 +24,15 @@ class TrainingConfig(Config):
 
     title: ClassVar[str] = "Training options"
 
-    kimg: float = option(200_000.0, min=0, help="Training duration in kimg.")
+    kimg: float = option(
+        200_000.0, min=0, help="Training duration in kimg.", affects={"lr_schedule": ("cosine",)}
+    )
     iters: int | None = option(
-        None, min=1, aliases=("max-steps",), help="Duration in optimizer steps, instead of --kimg."
+        None,
+        min=1,
+        aliases=("max-steps",),
+        help="Duration in optimizer steps, instead of --kimg.",
+        affects={"lr_schedule": ("cosine",)},
     )
     batch: int = option(
         512,
@@ -38,7 +41,10 @@ class TrainingConfig(Config):
         help="Images per optimizer step, over all ranks; sets, where a model is trained on sets.",
     )
     batch_gpu: int | None = option(
-        None, min=1, help="The same per rank and pass; --batch is reached by accumulation."
+        None,
+        min=1,
+        help="The same per rank and pass; --batch is reached by accumulation.",
+        affects="speed",
     )
     lr: float = option(1e-3, min=0, help="Learning rate.")
     weight_decay: float = option(
@@ -80,7 +86,9 @@ class TrainingConfig(Config):
         "0.05,0.10, from which any other is made after training (python -m training.posthoc_ema).",
     )
     loss_scaling: float = option(1.0, min=0, help="Constant factor of the loss.")
-    skip_limit: int = option(100, min=1, help="Stop after this many non-finite gradients in a row.")
+    skip_limit: int = option(
+        100, min=1, help="Stop after this many non-finite gradients in a row.", affects="speed"
+    )
     seed: int = option(0, help="Seed of the initial weights, data order, noise and augmentation.")
     precision: str = option(
         "fp32",
@@ -88,10 +96,12 @@ class TrainingConfig(Config):
         help="Arithmetic of the network; auto: bf16 on GPUs, fp32 elsewhere.",
     )
     compile: bool | None = option(
-        False, help="Compile the network with torch.compile; none: on GPUs."
+        False, help="Compile the network with torch.compile; none: on GPUs.", affects="speed"
     )
-    tf32: bool = option(False, help="Allow TF32 matrix products on NVIDIA GPUs.")
-    cudnn_benchmark: bool = option(True, name="bench", help="Let cuDNN time its algorithms.")
+    tf32: bool = option(False, help="Allow TF32 matrix products on NVIDIA GPUs.", affects="speed")
+    cudnn_benchmark: bool = option(
+        True, name="bench", help="Let cuDNN time its algorithms.", affects="speed"
+    )
     augment: AugmentConfig = AugmentConfig()
 
     def __post_init__(self) -> None:
@@ -119,6 +129,7 @@ class LoggingConfig(Config):
     """What a run writes, how often, and what it measures on the way."""
 
     title: ClassVar[str] = "Progress, snapshots and metrics"
+    affects: ClassVar[str] = "speed"
 
     tick: float = option(50.0, min=0, help="Kimg between two console lines.")
     log_interval: int | None = option(
@@ -166,6 +177,7 @@ class DetectorConfig(Config):
     """The networks that metrics see images with."""
 
     title: ClassVar[str] = "Detectors of the metrics"
+    affects: ClassVar[str] = "speed"
 
     inception: str | None = option(
         None, help="Path or URL of the Inception weights, instead of the published address."
@@ -213,7 +225,11 @@ class DetectorConfig(Config):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig(Config):
-    """A preset with its overrides: the whole of a training run."""
+    """A preset with its overrides: the whole of a training run.
+
+    Each family of models has a subclass with its kind of guidance and sections of its own, in
+    ``families/``; ``family`` is the name by which :mod:`training.family` knows them.
+    """
 
     preset: str
     model: ModelConfig
@@ -223,11 +239,7 @@ class RunConfig(Config):
     logging: LoggingConfig = LoggingConfig()
     detectors: DetectorConfig = DetectorConfig()
     sampling: SamplingConfig = SamplingConfig()
-    guidance: GuidanceConfig | None = GuidanceConfig()
-    sets: SetConfig | None = None
-    features: FeatureConfig | None = None
-    dual_guidance: DualGuidanceConfig | None = None
-    validation: ValidationConfig | None = None
+    guidance: Config
 
     @property
     def step_nimg(self) -> int:
@@ -254,6 +266,40 @@ class RunConfig(Config):
             return tick % self.logging.snap == 0
         interval = self.logging.save_interval * self.step_nimg
         return cur_nimg // interval > tick_start_nimg // interval
+
+
+def with_one_of_each(config: RunConfig, given: Collection[str]) -> RunConfig:
+    """Return ``config`` with the one of two options that was typed, where one stands for both.
+
+    Raises ValueError if both were.
+    """
+    pairs = (
+        ("training", "kimg", "iters"),
+        ("logging", "tick", "log_interval"),
+        ("logging", "snap", "save_interval"),
+    )
+    for section, kimg_option, step_option in pairs:
+        values = getattr(config, section)
+        if getattr(values, step_option) is None or kimg_option not in given:
+            continue
+        if step_option in given:
+            names = [name.replace("_", "-") for name in (kimg_option, step_option)]
+            raise ValueError(f"Give --{names[0]} or --{names[1]}, not both.")
+        values = dataclasses.replace(values, **{step_option: None})
+        config = dataclasses.replace(config, **{section: values})
+    return config
+
+
+def with_named_data(
+    config: RunConfig, given: Collection[str], data_dir: Path | None, dataset: str | None
+) -> RunConfig:
+    """Return ``config`` with the data that ``--data-dir`` and ``--dataset`` name together."""
+    if data_dir is None or dataset is None or "data" in given:
+        raise ValueError("Give --data, or --data-dir and --dataset together.")
+    path = data_dir / dataset
+    if not path.exists():
+        path = data_dir / f"{dataset.removesuffix('.zip')}.zip"
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, data=str(path)))
 
 
 def fit_to_device(config: RunConfig, device_type: str) -> RunConfig:
@@ -289,38 +335,3 @@ def accumulation_rounds(training: TrainingConfig, world_size: int) -> tuple[int,
             f"{nearest}, or a --batch that is a multiple of {batch_gpu * world_size}."
         )
     return batch_gpu, per_rank // batch_gpu
-
-
-def check_guided_channels(guidance: GuidanceConfig | None, model: ModelConfig) -> None:
-    """Raise ValueError if more channels are to be guided than a model denoises."""
-    channels = model.input_shape[0]
-    if guidance is not None and (guidance.cfg_channels or 0) > channels:
-        raise ValueError(
-            f"--cfg-channels: got {guidance.cfg_channels}, but the model denoises {channels} "
-            "channels; give at most as many, or none for all."
-        )
-
-
-def check_guidance(config: RunConfig, num_classes: int) -> None:
-    """Raise ValueError if classifier-free guidance is asked of a model that cannot give it."""
-    if config.guidance is None or config.guidance.cfg_scale == 1.0:
-        return
-    if config.sets is not None:
-        if not config.sets.context_drop:
-            raise ValueError(
-                f"--cfg-scale: got {config.guidance.cfg_scale}, but the model was trained without "
-                "context dropout and has learned nothing to guide away from; train with "
-                "--context-drop=0.1, or set --cfg-scale=1."
-            )
-        return
-    if not num_classes:
-        raise ValueError(
-            f"--cfg-scale: got {config.guidance.cfg_scale}, but the model is unconditional; train "
-            "with --cond and --label-drop=0.1, or set --cfg-scale=1."
-        )
-    if not config.training.label_drop:
-        raise ValueError(
-            f"--cfg-scale: got {config.guidance.cfg_scale}, but the model was trained without "
-            "label dropout and has learned no unconditional half; train with --label-drop=0.1, or "
-            "set --cfg-scale=1."
-        )

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -13,13 +13,70 @@ from data.images.dataset import Cond
 from diffusion.flow import Velocity
 from diffusion.losses import velocity_loss
 from diffusion.precond import FlowPrecond
+from dnnlib.config import Config, option
 from dnnlib.progress import progress
 from torch_utils import distributed, rng
 from torch_utils.stats import StatsCollector
-from training.feature_config import FeatureConfig
 from training.objective import Draws, Objective
 
 _NUM_TIME_BINS = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FeatureConfig(Config):
+    """Dropout of the conditions, padding of the text, and the start of added patches."""
+
+    title: ClassVar[str] = "Features and their dropout"
+
+    drop_all: float = option(
+        0.10, min=0, max=1, help="Probability of training without any condition."
+    )
+    text_only: float = option(
+        0.30, min=0, max=1, help="Probability of training on the text alone, without CLS, patches."
+    )
+    visual_only: float = option(
+        0.05, min=0, max=1, help="Probability of training on CLS token and patches, without text."
+    )
+    text_lengths: tuple[int, ...] = option(
+        (128, 256, 384, 512), min=1, help="Lengths to which the texts of a batch are padded."
+    )
+    patch_bias_kimg: float = option(
+        0.0,
+        min=0,
+        help="Let patches that are new to a model in slowly: a bias of attention to them rises "
+        "from -ln(number) - 4 to 0 over so many kimg; 0: none.",
+    )
+    transfer_allow: tuple[str, ...] = option(
+        (),
+        help="With --transfer: patterns of parameters that may be missing, unexpected or of "
+        "another shape, such as 'backbone.head.*'.",
+    )
+    streaming: bool = option(
+        False,
+        help="Read shards from begin to end through webdataset; --data may then be an address "
+        "(http, https, s3 or gs) of a folder. Shuffled approximately, and resumed so.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        total = self.drop_all + self.text_only + self.visual_only
+        if total > 1 + 1e-9:
+            raise ValueError(
+                f"--drop-all, --text-only and --visual-only add up to {total:g}; they exclude each "
+                "other: make them at most 1 together."
+            )
+        if not self.text_lengths or list(self.text_lengths) != sorted(set(self.text_lengths)):
+            raise ValueError(
+                f"--text-lengths: got {','.join(map(str, self.text_lengths)) or 'none'}; accepted: "
+                "rising numbers of tokens, such as 128,256,384,512."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureDraws(Draws):
+    """The random numbers of one optimizer step of a feature-conditioned model."""
+
+    patch_bias: torch.Tensor | None = None  # [N], added to the scores of attention to patches
 
 
 class FeatureObjective(Objective):
@@ -66,35 +123,24 @@ class FeatureObjective(Objective):
                     size=torch.tensor(bucket.size),
                 )
                 shape = model.latent_shape(*bucket.size)
-                draws = self.draw(seed=0, cur_nimg=0, batch=batch, input_shape=shape, device=device)
+                draws = self.draw(rng.Step(0, 0, batch, shape, device))
                 run(torch.zeros(batch, *shape, device=device), cond, draws).sum().backward()
                 bar.update()
 
-    def draw(
-        self,
-        *,
-        seed: int,
-        cur_nimg: int,
-        batch: int,
-        input_shape: tuple[int, ...],
-        device: torch.device,
-    ) -> Draws:
-        """Return the draws of ``batch`` images, as a function of (seed, cur_nimg) alone."""
-        draws = super().draw(
-            seed=seed, cur_nimg=cur_nimg, batch=batch, input_shape=input_shape, device=device
-        )
-        generator = rng.step_generator(seed, cur_nimg, rng.STREAM_CONDITION, device)
-        uniform = torch.rand(batch, generator=generator, device=device)
+    def draw(self, step: rng.Step) -> FeatureDraws:
+        """Return the draws of a step's images, as a function of (seed, position) alone."""
+        draws = super().draw(step)
+        generator = step.generator(rng.STREAM_CONDITION)
+        uniform = torch.rand(step.batch, generator=generator, device=step.device)
+        drop = drop_of_uniform(self._config, uniform)
         bias = None
-        value = patch_bias(self._config, self.network.config, cur_nimg, input_shape)
+        value = patch_bias(self._config, self.network.config, step.cur_nimg, step.shape)
         if value is not None:
-            bias = torch.full([batch], value, device=device)
-        return dataclasses.replace(
-            draws, drop=drop_of_uniform(self._config, uniform), patch_bias=bias
-        )
+            bias = torch.full([step.batch], value, device=step.device)
+        return FeatureDraws(**{**vars(draws), "drop": drop}, patch_bias=bias)
 
     def prepare(
-        self, images: torch.Tensor, cond: Cond, draws: Draws, device: torch.device
+        self, images: torch.Tensor, cond: Cond, draws: FeatureDraws, device: torch.device
     ) -> tuple[torch.Tensor, Cond]:
         """Return normalised latents and features on ``device``; the size stays on the CPU."""
         size = {"size": cond["size"]}
@@ -102,7 +148,7 @@ class FeatureObjective(Objective):
         images, cond = super().prepare(images, cond, draws, device)
         return images, {**cond, **size}
 
-    def forward(self, images: torch.Tensor, cond: Cond, draws: Draws) -> torch.Tensor:
+    def forward(self, images: torch.Tensor, cond: Cond, draws: FeatureDraws) -> torch.Tensor:
         """Return the loss of every element [N, c, h, w] of latents [N, c, h, w]."""
         if draws.patch_bias is not None:
             cond = {**cond, "patch_bias": draws.patch_bias}
@@ -112,7 +158,7 @@ class FeatureObjective(Objective):
         self._last_rms = velocity.detach().square().mean(dim=(1, 2, 3)).sqrt()
         return loss
 
-    def report(self, stats: StatsCollector, loss: torch.Tensor, draws: Draws) -> None:
+    def report(self, stats: StatsCollector, loss: torch.Tensor, draws: FeatureDraws) -> None:
         """Add the loss of a pass, also by category and time, and the size of the velocities.
 
         For the best predictor of data of unit variance, mean squares of velocity and loss add up to
@@ -135,7 +181,7 @@ class FeatureObjective(Objective):
         self,
         images: torch.Tensor,
         cond: Cond,
-        draws: Draws,
+        draws: FeatureDraws,
         loss_scale: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """Return gradient norms of the projections of the features, before clipping."""

@@ -1,5 +1,6 @@
 """The training loop: one function in visible stages."""
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,11 +9,7 @@ from typing import Any
 import torch
 
 from data.loader import make_loader
-from diffusion.precond import make_precond
 from dnnlib.progress import progress
-from encoders.autoencoder import Autoencoder
-from evaluation.in_loop.images import EvaluateFn
-from families.image import make_objective, make_sampler, make_scores, start_from
 from models import build_network
 from torch_utils import distributed, rng
 from torch_utils.misc import allow_tf32
@@ -30,9 +27,10 @@ from training.checkpoint import (
 )
 from training.config import RunConfig, accumulation_rounds
 from training.ema import EMA, PowerEMA, ema_beta
-from training.inputs import TrainingData, make_inputs, save_reals
+from training.family import Codec, Evaluator, Outputs, Part, TrainingData
+from training.family import of as family_of
 from training.optimizer import GuardedAdam, learning_rate
-from training.report import forward_flops
+from training.report import forward_flops, save_reals
 from training.telemetry import (
     Telemetry,
     memory_stats,
@@ -44,35 +42,46 @@ from training.telemetry import (
 from training.watch import Watch
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is trained, on what, and how it is judged.
+
+    Attributes:
+        config: The whole run, fitted to data and device.
+        data: Training images, opened by every rank.
+        codec: What a batch of them is to the network.
+        evaluator: Makes pictures and scores.
+        device: This rank's device.
+    """
+
+    config: RunConfig
+    data: TrainingData
+    codec: Codec
+    evaluator: Evaluator
+    device: torch.device
+
+
 def training_loop(
-    config: RunConfig,
+    job: Job,
     run_dir: Path,
-    dataset: TrainingData,
-    device: torch.device,
     *,
-    autoencoder: Autoencoder | None = None,
     resume_state: dict[str, Any] | None = None,
     transfer: Snapshot | None = None,
-    evaluate: EvaluateFn | None = None,
     stop_signal: distributed.StopSignal,
 ) -> bool:
     """Train until the end, and return True; return False after a signal asked to stop.
 
     Args:
-        config: The whole run; ``config.model`` describes the data's resolution and classes.
+        job: What to train.
         run_dir: An existing folder for everything the run writes (rank 0 writes).
-        dataset: Training images, opened by every rank.
-        device: This rank's device.
-        autoencoder: That of a latent model.
         resume_state: A training state to continue from, bit for bit on the CPU.
-        transfer: A snapshot whose weights start a new run, as far as names and shapes agree.
-        evaluate: Called by all ranks as ``evaluate(metric_names, generate)``, where
-            ``generate(indices)`` yields this rank's uint8 image batches; returns score rows. Of a
-            model of features: see :mod:`evaluation.in_loop.features`.
+        transfer: A snapshot whose weights start a new run.
         stop_signal: An active handler of signals, on every rank.
 
     Raises FloatingPointError if too many gradients in a row are not finite.
     """
+    config, codec, device = job.config, job.codec, job.device
+    family = family_of(config)
     start_sec = time.time()
     training, logging = config.training, config.logging
     world_size, rank = distributed.world_size(), distributed.rank()
@@ -82,13 +91,12 @@ def training_loop(
     torch.backends.cudnn.benchmark = training.cudnn_benchmark
     allow_tf32(training.tf32)
 
-    data = summarise(dataset)
+    data = summarise(job.data)
 
     # Build network, loss, weight averages and optimizer.
     torch.manual_seed(rng.mix(training.seed, rng.STREAM_INIT))
     network = build_network(config.model).train().requires_grad_(True).to(device)
     network.to(memory_format=torch.channels_last)
-    precond = make_precond(config.precond)
     ema = EMA(network)
     profiles = PowerEMA(network, training.ema_stds)
     optimizer = GuardedAdam(
@@ -104,9 +112,11 @@ def training_loop(
     elapsed_before_sec = 0.0
     stats = StatsCollector()
     if transfer is not None:
-        report = start_from(config, network, transfer, data, run_dir)
+        report = family.start_from(config, network, transfer, data)
         ema.network.load_state_dict(network.state_dict())
         distributed.print0(report)
+        if rank == 0:
+            report.save(run_dir)
     if resume_state is not None:
         network.load_state_dict(resume_state["net"])
         ema.network.load_state_dict(resume_state["ema"])
@@ -117,8 +127,7 @@ def training_loop(
         tick_start_nimg = resume_state["progress"]["tick_start_nimg"]
         elapsed_before_sec = resume_state["progress"]["elapsed_sec"]
         stats.load_state_dict(resume_state["stats"])
-    inputs = make_inputs(config, dataset, autoencoder, device)
-    objective = make_objective(config, network, precond, inputs)
+    objective = family.objective(config, network, codec)
     if training.compile:
         network.compile_parts(objective.num_shapes)
     loss_function = distributed.wrap(objective, device)
@@ -127,8 +136,8 @@ def training_loop(
             objective.warm_up(loss_function, batch_gpu, device)
 
     # Prepare data and outputs.
-    sampler, input_shape = make_sampler(config, dataset, cur_nimg)
-    loader = make_loader(dataset, sampler, num_workers=logging.workers, device=device)
+    steps = family.steps(config, job.data, cur_nimg, Part(rank, world_size, batch_gpu))
+    loader = make_loader(job.data, steps.sampler, num_workers=logging.workers, device=device)
     batches = iter(loader)
     flops_per_image = forward_flops(config)  # The backward pass costs twice as much again.
 
@@ -146,7 +155,7 @@ def training_loop(
         trim_rows(run_dir, cur_nimg)
         telemetry = Telemetry(run_dir, logging, config, cur_nimg)
         if cur_nimg == 0:
-            save_reals(dataset, inputs.pictures, run_dir / "reals.png")
+            save_reals(job.data, codec, run_dir / "reals.png")
         elif resume_state["progress"]["snapshot"] is not None:
             # A state implies its snapshots.
             for path, weights, info in snapshots(resume_state["progress"]):
@@ -170,19 +179,8 @@ def training_loop(
             save_state(path, payload, config)
             prune_states(run_dir, path, logging.keep_states)
 
-    scores = make_scores(
-        config,
-        run_dir,
-        ema.network,
-        dataset,
-        data,
-        inputs,
-        device=device,
-        autoencoder=autoencoder,
-        evaluate=evaluate,
-        telemetry=telemetry,
-        stop_signal=stop_signal,
-    )
+    evaluator, outputs = job.evaluator, Outputs(run_dir, telemetry, stop_signal)
+    generator = family.generator(config, ema.network, codec, device)
     watch = Watch(config)
 
     # Train.
@@ -191,20 +189,15 @@ def training_loop(
     if done and telemetry is not None:
         telemetry.message(f"Complete at kimg {cur_nimg / 1000:.1f}; a larger --kimg would go on.")
     if resume_state is not None and resume_state["progress"]["metrics_due"]:
-        stop = not scores.run(cur_nimg)
+        stop = not evaluator.score(generator, outputs, cur_nimg)
     tick_start_sec, maintenance_sec = time.time(), time.time() - start_sec
     timed_nimg = cur_nimg
     tick_end_nimg = tick_start_nimg + config.tick_nimg
     bar = _tick_bar(cur_tick, cur_nimg, tick_start_nimg, config.tick_nimg, rank)
     while not (done or stop):
         # Draw this step's randomness for the global batch, and keep this rank's rows.
-        draws = objective.draw(
-            seed=training.seed,
-            cur_nimg=cur_nimg,
-            batch=training.batch,
-            input_shape=input_shape(cur_nimg),
-            device=device,
-        ).rows(rank * per_rank, (rank + 1) * per_rank)
+        step = rng.Step(training.seed, cur_nimg, training.batch, steps.shape_at(cur_nimg), device)
+        draws = objective.draw(step).rows(rank * per_rank, (rank + 1) * per_rank)
         torch.manual_seed(rng.mix(training.seed, cur_nimg, rng.STREAM_MODEL, rank))
 
         # Accumulate gradients.
@@ -307,13 +300,13 @@ def training_loop(
             snapshot=snapshot_path(run_dir, cur_nimg).name if snap_due else None,
         )
         if snap_due:
-            scores.save_pictures(cur_nimg)
+            evaluator.save_pictures(generator, outputs, cur_nimg)
             if rank == 0:
                 for path, weights, info in snapshots(progress_info):
                     save_weights(path, weights, config, data, info)
         if dump_due or done or stop:
             write_state(progress_info)
-        if metrics_due and not stop and not scores.run(cur_nimg):
+        if metrics_due and not stop and not evaluator.score(generator, outputs, cur_nimg):
             stop = True
             write_state(progress_info)
         maintenance_sec = time.time() - tick_end_sec

@@ -2,11 +2,10 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 
-from data.codecs import LatentInputs, PixelInputs
-from data.images.augment import AugmentParams
 from data.images.dataset import Cond
 from diffusion.denoiser import Denoiser
 from diffusion.losses import denoising_loss, hybrid_loss
@@ -14,6 +13,7 @@ from diffusion.precond import Precond
 from models import Context, Network
 from torch_utils import rng
 from torch_utils.stats import StatsCollector
+from training.family import Codec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,30 +23,23 @@ class Draws:
     sigma: torch.Tensor  # [N], noise level
     noise: torch.Tensor  # [N, C, H, W], standard normal
     drop: torch.Tensor | None  # [N] or [N, K] bool, true where the condition (of K) is dropped
-    inputs: AugmentParams | torch.Tensor | None  # [N, ...], what the inputs are made with
-    context_drop: torch.Tensor | None = None  # [N] bool, true where the set is dropped
-    context_noise: torch.Tensor | None = None  # [N, ...], standard normal, of a drawn context
-    kl_weight: torch.Tensor | None = None  # [N], of the divergence of a drawn context
-    patch_bias: torch.Tensor | None = None  # [N], added to the scores of attention to patches
+    codec: Any  # [N, ...], what the codec encodes with; None where nothing is random
 
-    def rows(self, start: int, stop: int) -> "Draws":
+    def rows(self, start: int, stop: int) -> Self:
         """Return the draws of rows ``start`` to ``stop``."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return Draws(**{k: None if v is None else v[start:stop] for k, v in values.items()})
+        return type(self)(**{k: None if v is None else v[start:stop] for k, v in values.items()})
 
 
 class Objective(torch.nn.Module):
     """The denoising loss of a network under a preconditioner.
 
-    The loop knows an objective by six calls: :meth:`warm_up` before it begins, :meth:`draw` the
-    randomness of a step, :meth:`prepare` a batch on the device, the differentiable loss,
-    :meth:`report` it, and :meth:`diagnose` what the last step of a tick did. Another kind of
-    training (other noise, other draws, other data) is another class with these.
+    It is a :class:`training.family.Objective`, which says what the loop asks of it.
 
     Args:
         network: What is trained.
         precond: Its parametrization, noise density and loss weight.
-        inputs: How a loader's batch becomes the network's input; by default images as they are.
+        codec: What a loader's batch becomes.
         label_drop: Probability of training without the condition.
         autocast_dtype: Arithmetic of the network; None is float32.
     """
@@ -55,45 +48,35 @@ class Objective(torch.nn.Module):
         self,
         network: Network,
         precond: Precond,
+        codec: Codec,
         *,
-        inputs: PixelInputs | LatentInputs | None = None,
         label_drop: float = 0.0,
         autocast_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self._precond = precond
-        self._inputs = inputs or PixelInputs()
+        self._codec = codec
         self._label_drop = label_drop
         self._denoise = Denoiser(
             network, precond, autocast_dtype, with_variance=precond.learned_variance
         )
 
-    def draw(
-        self,
-        *,
-        seed: int,
-        cur_nimg: int,
-        batch: int,
-        input_shape: tuple[int, ...],
-        device: torch.device,
-    ) -> Draws:
-        """Return the draws of the global batch [N = batch] that starts at image ``cur_nimg``.
+    def draw(self, step: rng.Step) -> Draws:
+        """Return the draws of a step's global batch [N], a function of (seed, position) alone.
 
-        They are a function of (seed, cur_nimg) alone: every rank draws the whole batch and keeps
-        its rows, so that the number of ranks and the accumulation change nothing.
+        Every rank draws the whole batch and keeps its rows, so that the number of ranks and the
+        accumulation change nothing.
         """
-        generator = rng.step_generator(seed, cur_nimg, rng.STREAM_NOISE, device)
+        batch, device = step.batch, step.device
+        generator = step.generator(rng.STREAM_NOISE)
         sigma = self._precond.draw_sigma(batch, generator, device)
-        noise = torch.randn(batch, *input_shape, generator=generator, device=device)
+        noise = torch.randn(batch, *step.shape, generator=generator, device=device)
         drop = None
         if self._label_drop > 0:
-            generator = rng.step_generator(seed, cur_nimg, rng.STREAM_CONDITION, device)
+            generator = step.generator(rng.STREAM_CONDITION)
             drop = torch.rand(batch, generator=generator, device=device) < self._label_drop
-        inputs = self._inputs.draw(
-            seed=seed, cur_nimg=cur_nimg, batch=batch, shape=input_shape, device=device
-        )
-        return Draws(sigma=sigma, noise=noise, drop=drop, inputs=inputs)
+        return Draws(sigma=sigma, noise=noise, drop=drop, codec=self._codec.draw(step))
 
     def prepare(
         self, images: torch.Tensor, cond: Cond, draws: Draws, device: torch.device
@@ -101,7 +84,7 @@ class Objective(torch.nn.Module):
         """Return what :meth:`forward` takes, on ``device``, of a loader's batch."""
         images = images.to(device, non_blocking=True)
         cond = {name: value.to(device, non_blocking=True) for name, value in cond.items()}
-        return self._inputs.prepare(images, cond, draws.inputs)
+        return self._codec.encode(images, cond, draws.codec)
 
     def forward(self, images: torch.Tensor, cond: Cond, draws: Draws) -> torch.Tensor:
         """Return the loss of every element [N, C, H, W] of prepared images and conditions."""

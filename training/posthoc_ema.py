@@ -7,16 +7,14 @@ arXiv 2312.02696), Section 3.2.
 
 import dataclasses
 import fnmatch
-from collections.abc import Sequence
+import runpy
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import click
 import numpy as np
 import torch
 
-from dnnlib.cli import ConfigCommand, run
-from dnnlib.files import check_target
+from dnnlib.config import identity
 from dnnlib.progress import progress
 from models import build_network
 from training.checkpoint import (
@@ -29,20 +27,8 @@ from training.checkpoint import (
 )
 from training.config import RunConfig
 from training.power_ema import MAX_STD, MIN_STD, posthoc_coefficients, std_name
-from training.runs import SPEED_SETTINGS
 
 POOR_FIT = 0.05
-
-EXAMPLES = """
-  # Averages of two other widths at the end of a run, beside its snapshots:
-  python -m training.posthoc_ema runs/00000-x --std=0.07,0.15
-
-  # A sweep at kimg 100,000 into a folder of its own, to be scored with fid.py:
-  python -m training.posthoc_ema runs/00000-x --std=0.06,0.08,0.10,0.12 --kimg=100000 --outdir=sweep
-
-  # From the snapshots of one profile alone:
-  python -m training.posthoc_ema runs/00000-x --std=0.07 --snapshots="*-0.050.pkl"
-"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,13 +75,11 @@ def _difference(first: RunConfig, second: RunConfig) -> str | None:
     if first.precond != second.precond:
         return "preconditioner"
     # A run that continues may change how its network is computed, but no shapes.
-    free = ("dropout", *SPEED_SETTINGS["model"])
     models = [
-        {k: v for k, v in dataclasses.asdict(config.model).items() if k not in free}
-        for config in (first, second)
+        {k: v for k, v in identity(run).items() if k.startswith("model.") and k != "model.dropout"}
+        for run in (first, second)
     ]
-    same = type(first.model) is type(second.model) and models[0] == models[1]
-    return None if same else "model"
+    return None if models[0] == models[1] else "model"
 
 
 def until(profiles: Sequence[Profile], kimg: int | None) -> list[Profile]:
@@ -167,56 +151,22 @@ def parse_stds(text: str) -> list[float]:
     return stds
 
 
-@click.command(cls=ConfigCommand, base=lambda args: None, examples=EXAMPLES)
-@click.argument("run_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--std", "stds", required=True, help="Relative stds to make, such as 0.07,0.15.")
-@click.option("--kimg", type=click.IntRange(0), help="Where the averages end. [default: the last]")
-@click.option("--outdir", type=click.Path(path_type=Path), help="[default: RUN_DIR]")
-@click.option(
-    "--snapshots",
-    default="*",
-    show_default=True,
-    help="File names of the snapshots to use, with wildcards, separated by commas.",
-)
-def main(
-    config: None, run_dir: Path, stds: str, kimg: int | None, outdir: Path | None, snapshots: str
-) -> None:
-    """Make averages of a run's weights with other widths than it was trained with.
-
-    RUN_DIR holds compact snapshots, network-snapshot-KIMG-STD.pkl, as written by a run with
-    --ema-stds=0.05,0.10. A width is the standard deviation of the average over training time,
-    relative to that time: 0.05 is a short one, 0.25 is nearly uniform. Results are snapshots for
-    generate.py and fid.py, network-snapshot-KIMG-STD-posthoc.pkl.
-    """
-    outdir = outdir or run_dir
-    out_stds = parse_stds(stds)
-    check_target("--outdir", outdir, is_folder=True)
-    profiles = read_profiles(run_dir, snapshots)
-    profiles = until(profiles, kimg) if profiles else []
-    if len(profiles) < 2:
-        raise ValueError(
-            f"{run_dir}: holds {len(profiles)} compact snapshots to use, but two are needed; train "
-            "with --ema-stds=0.05,0.10 and a smaller --snap."
-        )
+def make_averages(
+    profiles: Sequence[Profile], stds: Sequence[float], outdir: Path
+) -> Iterator[tuple[Path, float, float]]:
+    """Write a snapshot for each of ``stds``; yield its path, std and relative error."""
     cur_nimg = profiles[-1].cur_nimg
     in_nimg, in_stds = zip(*((profile.cur_nimg, profile.std) for profile in profiles), strict=True)
-    solved = [posthoc_coefficients(in_nimg, in_stds, cur_nimg, std) for std in out_stds]
+    solved = [posthoc_coefficients(in_nimg, in_stds, cur_nimg, std) for std in stds]
     sums, last = weighted_sums(profiles, np.stack([coefficients for coefficients, _ in solved]))
-    for std, state_dict, (_, error) in zip(out_stds, sums, solved, strict=True):
+    for std, state_dict, (_, error) in zip(stds, sums, solved, strict=True):
         path = posthoc_path(outdir, cur_nimg, std)
-        made: dict[str, Any] = dict(
-            stds=sorted(set(in_stds)), num_snapshots=len(profiles), error=error
-        )
+        made = dict(stds=sorted(set(in_stds)), num_snapshots=len(profiles), error=error)
         info = dict(last.progress, ema_std=std, posthoc=made)
         save_weights(path, state_dict, last.config, last.data, info)
-        click.echo(f"{path}: std {std:g} from {len(profiles)} snapshots, error {error:.2%}")
-        if error > POOR_FIT:
-            click.echo(
-                f"Warning: no sum of these snapshots is close to std {std:g}; those of more ticks "
-                "or of nearer stds would be.",
-                err=True,
-            )
+        yield path, std, error
 
 
 if __name__ == "__main__":
-    run(main)
+    # The command has its place among the others, and keeps this name.
+    runpy.run_module("commands.posthoc_ema", run_name="__main__")

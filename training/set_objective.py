@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +14,15 @@ from torch_utils import distributed, rng
 from torch_utils.stats import StatsCollector
 from training.config import RunConfig, accumulation_rounds
 from training.objective import Draws, Objective
+
+
+@dataclasses.dataclass(frozen=True)
+class SetDraws(Draws):
+    """The random numbers of one optimizer step on sets: each has one row a set."""
+
+    context_drop: torch.Tensor | None = None  # [b] bool, true where the set is dropped
+    context_noise: torch.Tensor | None = None  # [b, n, D], standard normal, of a drawn context
+    kl_weight: torch.Tensor | None = None  # [b], of the divergence of a drawn context
 
 
 class SetObjective(Objective):
@@ -45,25 +53,11 @@ class SetObjective(Objective):
             scale = model.sample_size * math.prod(model.input_shape) * steps
         return config.kl_weight / (math.log(2) * scale)
 
-    def draw(
-        self,
-        *,
-        seed: int,
-        cur_nimg: int,
-        batch: int,
-        input_shape: tuple[int, ...],
-        device: torch.device,
-    ) -> Draws:
-        """Return the draws of ``batch`` sets, as a function of (seed, cur_nimg) alone."""
-        num = self._model.sample_size
-        draws = super().draw(
-            seed=seed,
-            cur_nimg=cur_nimg,
-            batch=batch,
-            input_shape=(num, *input_shape),
-            device=device,
-        )
-        generator = rng.step_generator(seed, cur_nimg, rng.STREAM_CONTEXT, device)
+    def draw(self, step: rng.Step) -> SetDraws:
+        """Return the draws of a step's sets, as a function of (seed, position) alone."""
+        num, batch, device = self._model.sample_size, step.batch, step.device
+        draws = super().draw(dataclasses.replace(step, shape=(num, *step.shape)))
+        generator = step.generator(rng.STREAM_CONTEXT)
         changes = {}
         if self._config.context_drop > 0:
             uniform = torch.rand(batch, generator=generator, device=device)
@@ -72,11 +66,11 @@ class SetObjective(Objective):
             shape = (batch, num, self._model.encoder_dim)
             changes["context_noise"] = torch.randn(*shape, generator=generator, device=device)
             length = self._config.kl_rampup * 1000
-            warm_up = min(cur_nimg / length, 1.0) if length > 0 else 1.0
+            warm_up = min(step.cur_nimg / length, 1.0) if length > 0 else 1.0
             changes["kl_weight"] = torch.full([batch], self._kl_factor * warm_up, device=device)
-        return dataclasses.replace(draws, **changes)
+        return SetDraws(**vars(draws), **changes)
 
-    def context(self, images: torch.Tensor, cond: Cond, draws: Draws) -> Context:
+    def context(self, images: torch.Tensor, cond: Cond, draws: SetDraws) -> Context:
         """Return the context [b n] of sets of images [b, n, C, H, W]."""
         cond = {"set": images, **cond}
         if "label" in cond and draws.drop is not None:
@@ -88,7 +82,7 @@ class SetObjective(Objective):
         with autocast(images.device, self._denoise.autocast_dtype):
             return self.network.context(cond, draws.context_drop)
 
-    def forward(self, images: torch.Tensor, cond: Cond, draws: Draws) -> torch.Tensor:
+    def forward(self, images: torch.Tensor, cond: Cond, draws: SetDraws) -> torch.Tensor:
         """Return the loss of every element [b n, C, H, W] of sets [b, n, C, H, W]."""
         mask = cond.get("mask")
         if mask is not None:
@@ -103,7 +97,9 @@ class SetObjective(Objective):
             loss = loss * weight.flatten()[:, None, None, None]
         return loss
 
-    def _loss_of_sets(self, images: torch.Tensor, draws: Draws, context: Context) -> torch.Tensor:
+    def _loss_of_sets(
+        self, images: torch.Tensor, draws: SetDraws, context: Context
+    ) -> torch.Tensor:
         sigma = draws.sigma.repeat_interleave(images.shape[1])
         return self._loss(images.flatten(0, 1), sigma, draws.noise.flatten(0, 1), context)
 
@@ -112,7 +108,7 @@ class SetObjective(Objective):
         self,
         images: torch.Tensor,
         cond: Cond,
-        draws: Draws,
+        draws: SetDraws,
         loss_scale: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """Return statistics of a batch's contexts and of the gradients, under ``debug/`` names.
@@ -173,44 +169,27 @@ class SetObjective(Objective):
         return norms
 
 
-def make_validate(
-    config: RunConfig, dataset: SetDataset, objective: SetObjective
-) -> Callable[[], float] | None:
-    """Return the function that measures ``objective`` on classes not trained on.
+@torch.no_grad()
+def validation_loss(config: RunConfig, sets: SetDataset, objective: SetObjective) -> float:
+    """Return the loss of ``--num-eval-batches`` batches of ``sets``, always the same. Collective.
 
-    They are the validation classes, or without any the unseen ones. Returns None if the run asks
-    for none of that. The sets and their noise are the same at every call. The function is
-    collective.
+    ``config`` is that of a run on sets.
     """
-    if not config.sets.num_eval_batches:
-        return None
-    sets = dataset.of_classes(dataset.split.val or dataset.split.test)
     device = next(objective.parameters()).device
-    batch, world_size = config.training.batch, distributed.world_size()
-    batch_gpu, num_rounds = accumulation_rounds(config.training, world_size)
+    batch, shape = config.training.batch, config.model.input_shape
+    batch_gpu, num_rounds = accumulation_rounds(config.training, distributed.world_size())
     first = distributed.rank() * batch_gpu * num_rounds
-
-    @torch.no_grad()
-    def validate() -> float:
-        stats = StatsCollector()
-        for index in range(config.sets.num_eval_batches):
-            draws = objective.draw(
-                seed=config.training.seed,
-                cur_nimg=index * config.step_nimg,
-                batch=batch,
-                input_shape=config.model.input_shape,
-                device=device,
-            )
-            # The mean of a drawn context, whose divergence is no part of the error.
-            draws = dataclasses.replace(
-                draws, drop=None, context_drop=None, context_noise=None, kl_weight=None
-            )
-            for start in range(first, first + batch_gpu * num_rounds, batch_gpu):
-                keys = range(index * batch + start, index * batch + start + batch_gpu)
-                rows = draws.rows(start, start + batch_gpu)
-                images, cond = objective.prepare(*sets.__getitems__(keys), rows, device)
-                cond.pop("label", None)  # Classes that the model does not know.
-                stats.report("loss", objective(images, cond, rows))
-        return stats.collect()["loss"]["mean"]
-
-    return validate
+    stats = StatsCollector()
+    for index in range(config.sets.num_eval_batches):
+        step = rng.Step(config.training.seed, index * config.step_nimg, batch, shape, device)
+        # The mean of a drawn context, whose divergence is no part of the error.
+        draws = dataclasses.replace(
+            objective.draw(step), drop=None, context_drop=None, context_noise=None, kl_weight=None
+        )
+        for start in range(first, first + batch_gpu * num_rounds, batch_gpu):
+            keys = range(index * batch + start, index * batch + start + batch_gpu)
+            rows = draws.rows(start, start + batch_gpu)
+            images, cond = objective.prepare(*sets.__getitems__(keys), rows, device)
+            cond.pop("label", None)  # Classes that the model does not know.
+            stats.report("loss", objective(images, cond, rows))
+    return stats.collect()["loss"]["mean"]

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from data.features.record import read_feature_record
 from data.features.shards import from_npy
 from data.images.dataset import PREVIEW_COLUMNS, Cond, rows_of, spread
 from data.images.decode import ImageError
+from data.samplers import BucketSampler
 from dnnlib.addresses import AddressError, is_address, read_range
 
 _MAX_OPEN_FILES = 256
@@ -47,6 +48,8 @@ class FeatureDataset(Dataset):
     Raises ValueError, one sentence that names the file, for data that are damaged or incomplete.
     """
 
+    batch_sampler: ClassVar[type[BucketSampler]] = BucketSampler
+    notice: ClassVar[str | None] = None  # What a run says of how it reads the data.
     labels = None
     num_classes = 0
     class_names: tuple[str, ...] = ()

@@ -27,11 +27,6 @@ _MAX_SHUFFLED = 1000
 # What webdataset and the modules below it raise on files that cannot be read, or are no tars.
 _FAULTS = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError)
 
-APPROXIMATE = (
-    "Streaming: the order of sizes is exact, but which images come is random, and drawn anew after "
-    "a resume."
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
@@ -81,6 +76,12 @@ class StreamedFeatures(FeatureDataset):
 
     The arguments are those of :class:`FeatureDataset`. Raises ValueError if webdataset is missing.
     """
+
+    batch_sampler = StreamSampler
+    notice = (
+        "Streaming: the order of sizes is exact, but which images come is random, and drawn anew "
+        "after a resume."
+    )
 
     def __init__(self, path: str | os.PathLike, split: str = "train", **settings: Any) -> None:
         _import_webdataset()

@@ -70,13 +70,18 @@ class SetConfig(Config):
         0,
         min=0,
         help="Batches of sets of validation classes whose loss is measured with every snapshot.",
+        affects="speed",
     )
-    compute_fid: bool = option(False, help="Compute fewshot_fid, as --metrics=fewshot_fid does.")
+    compute_fid: bool = option(
+        False, help="Compute fewshot_fid, as --metrics=fewshot_fid does.", affects="speed"
+    )
     fid_num_samples: int = option(
-        10_000, min=2, help="Images that the fewshot metrics generate, at most."
+        10_000, min=2, help="Images that the fewshot metrics generate, at most.", affects="speed"
     )
     diagnostics: bool = option(
-        True, help="Tell every tick what context and gradients do, under debug/ names."
+        True,
+        help="Tell every tick what context and gradients do, under debug/ names.",
+        affects="speed",
     )
     kl_weight: float = option(1.0, min=0, help="Weight of a variational context's divergence.")
     kl_rampup: float = option(
@@ -328,6 +333,9 @@ class SetDataset(Dataset):
         skipped = parse_transforms(self.config.skip_transforms, self.images.class_names)
         every = transforms_of(self.config.class_transforms)
         return [transform for transform in every if (index, transform) not in skipped]
+
+    def summary(self) -> None:
+        """Return nothing: what a snapshot keeps of sets is in the configuration of its run."""
 
     def preview(self, num: int) -> list[list[torch.Tensor]]:
         """Return the first sets of a run, a row each, until they have ``num`` images."""

@@ -39,7 +39,9 @@ class DatasetConfig(Config):
         help="Train on every image and on its mirror image; in a set, each drawn image is mirrored "
         "with probability 1/2.",
     )
-    cache: bool = option(False, help="Keep decoded images in memory, shared by a rank's workers.")
+    cache: bool = option(
+        False, help="Keep decoded images in memory, shared by a rank's workers.", affects="speed"
+    )
 
 
 def open_dataset(

@@ -16,7 +16,6 @@ from dnnlib.progress import progress
 from evaluation.conditioning.panel import Condition, Group, Panel, derangement
 from models import Context, Network
 from models.attention_probe import AttentionMass, record_attention
-from models.feature_dit import FeatureDiTConfig
 from torch_utils.fingerprints import package_versions
 from torch_utils.rng import SeededNoise
 from training.checkpoint import Snapshot
@@ -255,13 +254,10 @@ def _standard_error(values: np.ndarray) -> float:
 def _probe(
     network: Network, group: Group
 ) -> contextlib.AbstractContextManager[AttentionMass | None]:
-    """Return a recorder of attention to text, CLS token and patches; of nothing elsewhere."""
-    if not isinstance(network.config, FeatureDiTConfig):
+    """Return a recorder of attention to the parts of the context; of nothing without any."""
+    if not group.segments:
         return contextlib.nullcontext()
-    segments = dict(text=group.cond["text"].shape[1], CLS=1)
-    if network.config.use_dino_patches:
-        segments["patches"] = group.cond["patches"].shape[1]
-    return record_attention(network.backbone, segments)
+    return record_attention(network.backbone, dict(group.segments))
 
 
 def _mean_attention(masses: list[AttentionMass]) -> list[dict[str, float]]:

@@ -11,6 +11,7 @@ import torch
 from PIL.Image import Image
 
 from data.features.dataset import FeatureDataset
+from evaluation.in_loop.images import fakes_path, is_recorded
 from sampling.features import FeatureGenerator
 from torch_utils import distributed
 from torch_utils.fingerprints import weights_hash
@@ -19,7 +20,7 @@ from torch_utils.rng import mix
 from training.checkpoint import snapshot_path
 from training.config import RunConfig, TrainingConfig
 from training.ema import describe_average
-from training.telemetry import Telemetry, metric_is_recorded
+from training.family import Outputs
 
 # Returns rows and pictures by name of the tests of that name; see evaluation/.
 ValidateFn = Callable[
@@ -31,84 +32,68 @@ _MAX_RISE = 1.25
 _SAME_FOR_ALARM = ("metric", "data_hash", "items_hash", "lpips_hash", "sampling", "guidance")
 
 
-class FeatureScores:
-    """Pictures and validation of a run's averaged weights. Every method is collective.
+class FeatureEvaluator:
+    """Pictures and validation of a run's averaged weights.
+
+    It is a :class:`training.family.Evaluator`.
 
     Args:
         config: The run.
-        run_dir: Where files go; rank 0 writes.
-        generator: Makes images with the averaged weights.
-        dataset: The training data; pictures are of its validation images, if there are any.
+        data: The training data; pictures are of the validation images, if there are any.
         evaluate: Does the tests of the run's metrics; None without any.
-        telemetry: Where rows go, on rank 0.
-        stop_signal: Tests that have not begun are left for later when it asks for that.
     """
 
     def __init__(
-        self,
-        config: RunConfig,
-        run_dir: Path,
-        generator: FeatureGenerator,
-        dataset: FeatureDataset,
-        *,
-        evaluate: ValidateFn | None,
-        telemetry: Telemetry | None,
-        stop_signal: distributed.StopSignal,
+        self, config: RunConfig, data: FeatureDataset, evaluate: ValidateFn | None
     ) -> None:
-        self._config, self._run_dir, self._generator = config, run_dir, generator
-        self._evaluate, self._telemetry, self._stop_signal = evaluate, telemetry, stop_signal
-        held_out = dataset.of_split("validation")
-        self._shown = held_out if len(held_out) else dataset
+        self._config, self._evaluate = config, evaluate
+        held_out = data.of_split("validation")
+        self._shown = held_out if len(held_out) else data
 
-    def _generator_at(self, cur_nimg: int) -> FeatureGenerator:
-        return dataclasses.replace(self._generator, trained_nimg=cur_nimg)
-
-    def save_pictures(self, cur_nimg: int) -> None:
+    def save_pictures(self, generator: FeatureGenerator, outputs: Outputs, cur_nimg: int) -> None:
         """Write ``fakes-KIMG.png``: a row each of image, reconstruction, and text alone."""
         num = min(_NUM_SHOWN * self._config.logging.num_sample_batches, len(self._shown))
         chosen = np.linspace(0, len(self._shown) - 1, num).round().astype(int).tolist()
-        generator = self._generator_at(cur_nimg)
+        generator = dataclasses.replace(generator, trained_nimg=cur_nimg)
         rows = {}
         for index in chosen[distributed.rank() :: distributed.world_size()]:
             rows[index] = show_item(generator, self._shown, index)
         gathered = distributed.gather_objects(rows)
         if distributed.is_main():
             found = {index: row for part in gathered for index, row in part.items()}
-            path = self._run_dir / f"fakes-{cur_nimg // 1000:06d}.png"
-            save_image(mixed_grid([found[index] for index in chosen]), path)
+            picture = mixed_grid([found[index] for index in chosen])
+            save_image(picture, fakes_path(outputs.run_dir, cur_nimg))
 
-    def run(self, cur_nimg: int) -> bool:
-        """Record the scores and return True; return False if a signal cut that short."""
+    def score(self, generator: FeatureGenerator, outputs: Outputs, cur_nimg: int) -> bool:
         for name in self._config.logging.metrics:
-            recorded = metric_is_recorded(self._run_dir, name, cur_nimg)
-            if distributed.broadcast_object(recorded) or self._evaluate is None:
+            if is_recorded(outputs, name, cur_nimg) or self._evaluate is None:
                 continue
-            if self._stop_signal.agreed():
+            if outputs.stop_signal.agreed():
                 return False
-            generator = self._generator_at(cur_nimg)
+            generator = dataclasses.replace(generator, trained_nimg=cur_nimg)
             rows, pictures = self._evaluate((name,), generator)
-            if self._telemetry is not None:
+            if outputs.telemetry is not None:
                 facts = weights_facts(generator, self._config.training)
-                self._record([dict(row, **facts) for row in rows], pictures, cur_nimg)
+                _record([dict(row, **facts) for row in rows], pictures, outputs, cur_nimg)
         return True
 
-    def _record(
-        self, rows: list[dict[str, Any]], pictures: dict[str, Image], cur_nimg: int
-    ) -> None:
-        # A row says that its test is done with: it comes last.
-        for name, picture in pictures.items():
-            save_image(picture, self._run_dir / f"{name}-{cur_nimg // 1000:06d}.png")
-        for row in rows:
-            alarm = compare(row, last_row(self._run_dir, row["metric"]))
-            row = dict(
-                row, kimg=cur_nimg / 1000, snapshot=snapshot_path(self._run_dir, cur_nimg).name
-            )
-            if alarm is not None:
-                row["warnings"] = [*row["warnings"], alarm]
-            self._telemetry.record_metric(row, cur_nimg)
-            self._telemetry.message(f"{describe_row(row)} at kimg {row['kimg']:.1f}")
-            for text in row["warnings"]:
-                self._telemetry.message(f"{row['metric']}: warning: {text}")
+
+def _record(
+    rows: list[dict[str, Any]], pictures: dict[str, Image], outputs: Outputs, cur_nimg: int
+) -> None:
+    # A row says that its test is done with: it comes last.
+    run_dir, telemetry = outputs.run_dir, outputs.telemetry
+    for name, picture in pictures.items():
+        save_image(picture, run_dir / f"{name}-{cur_nimg // 1000:06d}.png")
+    for row in rows:
+        alarm = compare(row, last_row(run_dir, row["metric"]))
+        row = dict(row, kimg=cur_nimg / 1000, snapshot=snapshot_path(run_dir, cur_nimg).name)
+        if alarm is not None:
+            row["warnings"] = [*row["warnings"], alarm]
+        telemetry.record_metric(row, cur_nimg)
+        telemetry.message(f"{describe_row(row)} at kimg {row['kimg']:.1f}")
+        for text in row["warnings"]:
+            telemetry.message(f"{row['metric']}: warning: {text}")
 
 
 def weights_facts(
@@ -178,7 +163,7 @@ def show_item(
     text_alone = {name: value for name, value in cond.items() if name in ("text", "text_mask")}
     seed = [seed_of_item(dataset.ids[index])]
     images = [
-        generator.decode(latents),
+        generator.codec.pictures(latents),
         generator.generate(seed, cond, bucket),
         generator.generate(seed, text_alone, bucket),
     ]

@@ -14,6 +14,7 @@ class ValidationConfig(Config):
     """Tests on held-out images: whether the model uses its text and its reference image."""
 
     title: ClassVar[str] = "Validation on held-out images"
+    affects: ClassVar[str] = "speed"
 
     tests: tuple[str, ...] = option(
         TESTS, choices=TESTS, exposed=False, help="Tests, in this order."

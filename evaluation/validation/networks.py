@@ -18,7 +18,6 @@ from evaluation.validation.trials import Missing, TextEncoderLike, VisualEncoder
 from evaluation.validation.validate import validate
 from evaluation.validation.word_edits import edit_caption
 from metrics.lpips import LPIPS, WEIGHTS_VARIABLE
-from models.feature_dit import FeatureDiTConfig
 from sampling.features import FeatureGenerator
 from torch_utils import distributed
 
@@ -123,17 +122,6 @@ def texts_of_edits(dataset: FeatureDataset, num: int) -> list[str]:
     """Return all texts that the test of ``num`` edits encodes."""
     own = [dataset.caption(item[0]) for item in choose_items(dataset, num)]
     return own + [edit_caption(caption)[0] for caption in own]
-
-
-def check_encoders(model: FeatureDiTConfig, dataset: FeatureDataset) -> None:
-    """Raise ValueError if a dataset has the features of other encoders than a model's."""
-    for name in ("vae", "visual", "text"):
-        expected = getattr(model, f"{name}_hash")
-        if expected is not None and getattr(dataset.record, name)["hash"] != expected:
-            raise ValueError(
-                f"--data: {dataset.path} was made with another encoder (--{name}) than the "
-                "model's; give the features that it was trained on, or others made alike."
-            )
 
 
 def chosen_tests(

@@ -76,7 +76,7 @@ class Bench:
     def item(self, index: int) -> tuple[torch.Tensor, Cond]:
         """Return the image [1, 3, H, W] uint8 of an item, and its conditions."""
         latents, cond = self.dataset.__getitems__([index])
-        return self.generator.decode(latents), cond
+        return self.generator.codec.pictures(latents), cond
 
     def make(
         self, index: int, cond: Cond, guidance: DualGuidanceConfig | None = None

@@ -1,0 +1,71 @@
+"""python -m training.posthoc_ema: averages of the weights that a run did not keep."""
+
+import dataclasses
+from pathlib import Path
+
+import click
+
+import families  # noqa: F401 (registers them)
+from dnnlib.cli import ConfigCommand, run
+from dnnlib.click_options import param, takes
+from dnnlib.files import check_target
+from training.posthoc_ema import POOR_FIT, make_averages, parse_stds, read_profiles, until
+
+EXAMPLES = """
+  # Averages of two other widths at the end of a run, beside its snapshots:
+  python -m training.posthoc_ema runs/00000-x --std=0.07,0.15
+
+  # A sweep at kimg 100,000 into a folder of its own, to be scored with fid.py:
+  python -m training.posthoc_ema runs/00000-x --std=0.06,0.08,0.10,0.12 --kimg=100000 --outdir=sweep
+
+  # From the snapshots of one profile alone:
+  python -m training.posthoc_ema runs/00000-x --std=0.07 --snapshots="*-0.050.pkl"
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PosthocOptions:
+    """Which averages are made of which snapshots, and where they go."""
+
+    stds: str = param("--std", required=True, help="Relative stds to make, such as 0.07,0.15.")
+    kimg: int | None = param(min=0, help="Kimg at which the averages end.  [default: the last]")
+    outdir: Path | None = param(help="Folder for the averages.  [default: RUN_DIR]")
+    snapshots: str = param(
+        default="*",
+        help="File names of the snapshots to use, with wildcards, separated by commas.",
+    )
+
+
+@click.command(cls=ConfigCommand, base=lambda args: None, examples=EXAMPLES)
+@click.argument("run_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@takes(PosthocOptions)
+def command(config: None, run_dir: Path, options: PosthocOptions) -> None:
+    """Make averages of a run's weights with other widths than it was trained with.
+
+    RUN_DIR holds compact snapshots, network-snapshot-KIMG-STD.pkl, as written by a run with
+    --ema-stds=0.05,0.10. A width is the standard deviation of the average over training time,
+    relative to that time: 0.05 is a short one, 0.25 is nearly uniform. Results are snapshots for
+    generate.py and fid.py, network-snapshot-KIMG-STD-posthoc.pkl.
+    """
+    outdir = options.outdir or run_dir
+    stds = parse_stds(options.stds)
+    check_target("--outdir", outdir, is_folder=True)
+    profiles = read_profiles(run_dir, options.snapshots)
+    profiles = until(profiles, options.kimg) if profiles else []
+    if len(profiles) < 2:
+        raise ValueError(
+            f"{run_dir}: holds {len(profiles)} compact snapshots to use, but two are needed; train "
+            "with --ema-stds=0.05,0.10 and a smaller --snap."
+        )
+    for path, std, error in make_averages(profiles, stds, outdir):
+        click.echo(f"{path}: std {std:g} from {len(profiles)} snapshots, error {error:.2%}")
+        if error > POOR_FIT:
+            click.echo(
+                f"Warning: no sum of these snapshots is close to std {std:g}; those of more ticks "
+                "or of nearer stds would be.",
+                err=True,
+            )
+
+
+if __name__ == "__main__":
+    run(command)

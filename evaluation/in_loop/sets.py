@@ -1,0 +1,58 @@
+"""Pictures and scores of a set-conditioned model while it trains: from supports it never saw."""
+
+from collections.abc import Callable
+
+from data.fewshot.episodes import Episodes
+from evaluation.in_loop.images import (
+    EvaluateFn,
+    ImageEvaluator,
+    fakes_path,
+    is_recorded,
+    record,
+)
+from sampling.grids import GRID_SEEDS, save_episodes
+from sampling.images import ImageGenerator
+from sampling.supports import SupportGenerator
+from training.config import RunConfig
+from training.family import Outputs
+
+
+class SetEvaluator(ImageEvaluator):
+    """Pictures of a few episodes, scores of those of unseen classes, and their loss.
+
+    Args:
+        config: The run.
+        evaluate: As in :class:`~evaluation.in_loop.images.ImageEvaluator`.
+        shown: Episodes of the pictures.
+        scored: Episodes that are scored; None without metrics.
+        validation_loss: Measures a generator's network on classes not trained on; None for none.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        evaluate: EvaluateFn | None,
+        shown: Episodes,
+        scored: Episodes | None,
+        validation_loss: Callable[[ImageGenerator], float] | None,
+    ) -> None:
+        super().__init__(config, () if scored is None else scored.counts, evaluate)
+        self._shown, self._scored, self._validation_loss = shown, scored, validation_loss
+
+    def save_pictures(self, generator: ImageGenerator, outputs: Outputs, cur_nimg: int) -> None:
+        logging = self._config.logging
+        save_episodes(
+            SupportGenerator.of(generator, self._shown),
+            GRID_SEEDS * logging.num_sample_batches,
+            fakes_path(outputs.run_dir, cur_nimg),
+            logging.sample_batch,
+        )
+
+    def score(self, generator: ImageGenerator, outputs: Outputs, cur_nimg: int) -> bool:
+        if self._validation_loss is not None and not is_recorded(outputs, "val_loss", cur_nimg):
+            loss = self._validation_loss(generator)
+            row = dict(metric="val_loss", value=loss, values={"val_loss": loss})
+            record([row], outputs, cur_nimg)
+        if self._scored is not None:
+            generator = SupportGenerator.of(generator, self._scored)
+        return super().score(generator, outputs, cur_nimg)

@@ -1,0 +1,350 @@
+"""Feature-conditioned models: NanoDiT, flow matching on latents with text and visual features."""
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from diffusion.denoiser import AUTOCAST_DTYPES
+from diffusion.guidance import DualGuidanceConfig
+from diffusion.precond import make_precond
+from dnnlib.addresses import is_address
+from evaluation.validation.config import ValidationConfig
+from families.image import objective_settings, refuse_augmentation
+from models import Network
+from torch_utils import distributed
+from training.checkpoint import DataSummary, Snapshot
+from training.config import RunConfig
+from training.family import Asked, Codec, Evaluator, GeneratorOptions, Part, Steps, TrainingData
+from training.feature_objective import FeatureConfig, FeatureObjective
+from training.transfer import Transfer, transfer_weights
+
+# What a model without patches lacks.
+_PATCH_PARAMETERS = ("conditioner.dino_patch_proj.*", "conditioner.null_dino_patch_token")
+_MIN_SHARE = 0.9
+_LR_FACTOR = 0.5
+_BIAS_STEPS = 2000
+_VISUAL_ALONE = "never dropped without the other in training"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FeatureRun(RunConfig):
+    """A run on stored latents with features of captioned images."""
+
+    family: ClassVar[str] = "features"
+
+    guidance: DualGuidanceConfig = DualGuidanceConfig()
+    features: FeatureConfig = FeatureConfig()
+    validation: ValidationConfig = ValidationConfig()
+
+
+class FeatureFamily:
+    """Latents of images of several sizes, conditioned on a text and a reference image."""
+
+    run: ClassVar[type[RunConfig]] = FeatureRun
+
+    # Before anything is opened.
+
+    def check(self, run: FeatureRun, given: Collection[str]) -> FeatureRun:
+        from evaluation.validation.networks import check_used, chosen_tests
+
+        choice = f"--metrics={','.join(run.logging.metrics) or 'none'}"
+        tests = chosen_tests(run.logging.metrics, option="--metrics")
+        check_used(given, tests, choice)
+        if run.logging.metrics_ref is not None:
+            raise ValueError(
+                "--metrics-ref has no effect on feature-conditioned models, which are compared "
+                "with held-out images; leave it out."
+            )
+        run.detectors.check_used(given, (), choice)
+        return run
+
+    def settle_in(self, run: FeatureRun, source: RunConfig, given: Collection[str]) -> FeatureRun:
+        """Return ``run`` with half the learning rate, and new patches let in over 2,000 steps."""
+        training, features = run.training, run.features
+        if "ema_rampup" not in given:
+            training = dataclasses.replace(training, ema_rampup=None)
+        if "lr" not in given:
+            training = dataclasses.replace(training, lr=training.lr * _LR_FACTOR)
+        had_patches = getattr(source.model, "use_dino_patches", False)
+        if "patch_bias_kimg" not in given and run.model.use_dino_patches and not had_patches:
+            kimg = _BIAS_STEPS * training.batch / 1000
+            features = dataclasses.replace(features, patch_bias_kimg=kimg)
+        return dataclasses.replace(run, training=training, features=features)
+
+    # A training run.
+
+    def open_data(
+        self, run: FeatureRun, path: str | None = None, split: str = "train"
+    ) -> TrainingData:
+        from data.features.dataset import FeatureDataset
+        from data.features.record import is_feature_folder
+
+        path, data = path or run.data.data, run.data
+        is_remote = path is not None and is_address(path)
+        if is_remote and not run.features.streaming:
+            raise ValueError(f"--data: got {path}; add --streaming, which reads addresses.")
+        if not is_remote and (path is None or not is_feature_folder(path)):
+            raise ValueError(
+                f"--data: got {path}; preset {run.preset} trains on a folder made by "
+                "dataset_tool.py features."
+            )
+        for option, value, reason in (
+            ("--cond", data.cond, "there are no class labels"),
+            ("--hflip", data.hflip, "mirrored latents do not belong to the features of an image"),
+            ("--cache", data.cache, "nothing is decoded"),
+            ("--max-size", data.max_size, "prepare fewer images with --max-images"),
+        ):
+            if value:
+                raise ValueError(f"{option} has no effect on features: {reason}.")
+        kind = FeatureDataset
+        if run.features.streaming:
+            from data.features.streaming import StreamedFeatures as kind  # noqa: N813
+        return kind(path, split, text_lengths=run.features.text_lengths)
+
+    def fit(self, run: FeatureRun, data: TrainingData | None, num_classes: int = 0) -> FeatureRun:
+        if data is not None:
+            run = _fit_to_features(run, data)
+        if run.training.label_drop:
+            raise ValueError(
+                f"--label-drop: got {run.training.label_drop}, but the model is unconditional; "
+                "add --cond, or set --label-drop=0."
+            )
+        for option, value, wanted in (
+            ("--precond", run.precond.precond, "flow"),
+            ("--sigma-grid", run.sampling.grid, "time"),
+        ):
+            if value != wanted:
+                raise ValueError(
+                    f"{option}: got {value}, but preset {run.preset} is one of flow matching; "
+                    f"give {option}={wanted}."
+                )
+        refuse_augmentation(run, "latents")
+        training = dataclasses.replace(run.training, label_drop=0.0)
+        model = dataclasses.replace(run.model, img_channels=3, num_classes=0)
+        return dataclasses.replace(run, training=training, model=model)
+
+    def open_codec(
+        self, run: FeatureRun, data: TrainingData, device: torch.device
+    ) -> tuple[FeatureRun, Codec]:
+        return run, _make_codec(run, data.record.statistics, device)
+
+    def steps(self, run: FeatureRun, data: TrainingData, start_nimg: int, part: Part) -> Steps:
+        if data.notice is not None:
+            distributed.print0(data.notice)
+        sampler = data.batch_sampler(
+            data.counts,
+            seed=run.training.seed,
+            start_nimg=start_nimg,
+            batch_size=run.training.batch,
+            **vars(part),
+        )
+        return Steps(sampler, lambda cur_nimg: data.latent_shape(sampler.bucket_at(cur_nimg)))
+
+    def objective(self, run: FeatureRun, network: Network, codec: Codec) -> FeatureObjective:
+        settings = objective_settings(run)
+        return FeatureObjective(
+            network, make_precond(run.precond), codec, config=run.features, **settings
+        )
+
+    def start_from(
+        self, run: FeatureRun, network: Network, snapshot: Snapshot, data: DataSummary
+    ) -> Transfer:
+        allowed = (*_PATCH_PARAMETERS, *run.features.transfer_allow)
+        there = (snapshot.data.features or {}).get("statistics")
+        notes = []
+        if there is not None and there != data.features["statistics"]:
+            notes.append("Its features were normalised by the statistics of other data.")
+        return transfer_weights(
+            network,
+            snapshot,
+            check=lambda found: found.refuse_differences(allowed, _MIN_SHARE),
+            notes=notes,
+        )
+
+    def generator(
+        self, run: FeatureRun, network: Network, codec: Codec, device: torch.device
+    ) -> Any:
+        from sampling.features import FeatureGenerator
+
+        return FeatureGenerator(
+            network=network,
+            model=run.model,
+            features=run.features,
+            codec=codec,
+            sampling=run.sampling,
+            guidance=run.guidance,
+            device=device,
+            trained_nimg=0,
+            autocast_dtype=AUTOCAST_DTYPES[run.training.precision],
+        )
+
+    def evaluator(self, run: FeatureRun, data: TrainingData, device: torch.device) -> Evaluator:
+        from evaluation.in_loop.features import FeatureEvaluator
+        from evaluation.validation.networks import chosen_tests, make_validate
+
+        tests = chosen_tests(run.logging.metrics, option="--metrics")
+        evaluate = None
+        if tests:
+            validation = dataclasses.replace(run.validation, tests=tests)
+            evaluate = make_validate(validation, data.of_split("validation"), device)
+        return FeatureEvaluator(run, data, evaluate)
+
+    def describe(self, run: FeatureRun) -> dict[str, str]:
+        model, features = run.model, run.features
+        both = 1 - features.drop_all - features.text_only - features.visual_only
+        patches = "no patches"
+        if model.use_dino_patches:
+            patches = f"patches of {model.visual_patch_size} pixels"
+        return {
+            "model": f"{model.family}, {model.resolution}x{model.resolution}x"
+            f"{model.img_channels}, text and image features",
+            "buckets": ", ".join(model.buckets) or "those of the data",
+            "context": f"text of up to {model.max_text_tokens} x {model.text_dim}, CLS token and "
+            f"{patches} of {model.visual_dim}",
+            "dropout": f"nothing given {features.drop_all:.0%}, text alone "
+            f"{features.text_only:.0%}, image alone {features.visual_only:.0%}, both {both:.0%}",
+        }
+
+    def describe_data(self, data: TrainingData) -> list[str]:
+        return []
+
+    # A snapshot.
+
+    def load(self, snapshot: Snapshot, device: torch.device, options: GeneratorOptions) -> Any:
+        if options.guide is not None:
+            raise ValueError("--guide: this model is guided by --text-scale and --visual-scale.")
+        run = snapshot.config
+        changes = dict(
+            sampling=options.sampling or run.sampling, guidance=options.guidance or run.guidance
+        )
+        run = dataclasses.replace(run, **changes)
+        statistics = snapshot.data.features["statistics"]
+        codec = _make_codec(run, statistics, device, options.vae)
+        generator = self.generator(run, snapshot.build(device), codec, device)
+        precision = options.precision or run.training.precision
+        return dataclasses.replace(
+            generator,
+            trained_nimg=snapshot.progress["cur_nimg"],
+            autocast_dtype=AUTOCAST_DTYPES[precision],
+        )
+
+    def requests(self, snapshot: Snapshot, asked: Asked) -> Any:
+        from sampling.requests import PromptRequests
+
+        reason = "this model makes images of texts and reference images"
+        asked.refuse(("classes",), reason)
+        asked.refuse(
+            ("support", "episodes", "split", "data"),
+            "this model was not trained on sets of images",
+        )
+        return PromptRequests(snapshot, asked)
+
+    def images(
+        self, snapshot: Snapshot, generator: Callable[[], Any], first_seed: int, batch: int
+    ) -> Any:
+        raise ValueError(
+            f"{snapshot.path}: this model makes images of texts and reference images; sample it "
+            "with generate.py, and measure it with fid.py validate or fid.py conditions."
+        )
+
+    def panel(self, snapshot: Snapshot, data: str | None, num: int, device: torch.device) -> Any:
+        from evaluation.conditioning.panel import Group, Panel, prepared
+
+        run = snapshot.config
+        dataset = self.open_data(run, data)
+        codec = self.encoder_codec(run, dataset, device)
+        held_out, kind = dataset.of_split("validation"), "validation"
+        if not len(held_out):
+            held_out, kind = dataset, "training"
+        groups = []
+        for bucket, count in enumerate(held_out.counts):
+            share = min(max(round(num * count / len(held_out)), 2), count)
+            first = int(held_out.firsts[bucket])
+            latents, cond = held_out.__getitems__(range(first, first + share))
+            images, encoded = prepared(codec, latents, cond, device)
+            encoded["size"] = cond["size"]
+            segments = dict(text=encoded["text"].shape[1], CLS=1)
+            if run.model.use_dino_patches:
+                segments["patches"] = encoded["patches"].shape[1]
+            groups.append(Group(images, encoded, np.arange(share), segments))
+        total = sum(len(group.inputs) for group in groups)
+        name = f"{dataset.name}, {total} {kind} images in {len(groups)} bucket(s)"
+        return Panel(name, _conditions(run), tuple(groups))
+
+    def encoder_codec(self, run: FeatureRun, data: TrainingData, device: torch.device) -> Codec:
+        from data.features.codec import FeatureCodec
+        from data.features.statistics import FeatureStatistics
+
+        return FeatureCodec(FeatureStatistics.of(data.record.statistics, device), None)
+
+
+def _make_codec(
+    run: FeatureRun, statistics: Mapping[str, Any], device: torch.device, vae: str | None = None
+) -> Codec:
+    from data.features.codec import FeatureCodec
+    from data.features.statistics import FeatureStatistics
+    from encoders.autoencoder import load_autoencoder
+
+    location = vae or run.model.vae
+    if location is None:
+        raise ValueError("--vae is missing: name the autoencoder that decodes the latents.")
+    autoencoder = load_autoencoder(location, device, expected_hash=run.model.vae_hash)
+    return FeatureCodec(FeatureStatistics.of(statistics, device), autoencoder)
+
+
+def _fit_to_features(run: FeatureRun, data: TrainingData) -> FeatureRun:
+    record = data.record
+    if not data.num_images:
+        raise ValueError(f"--data: {run.data.data} holds no image to train on.")
+    edge = run.model.patch_size * record.vae["downsampling"]
+    for bucket in data.buckets:
+        if bucket.width % edge or bucket.height % edge:
+            raise ValueError(
+                f"--patch-size: got {run.model.patch_size}, but sides of {bucket.name} are no "
+                f"multiples of {edge} pixels; use --patch-size=2."
+            )
+    model = dataclasses.replace(
+        run.model,
+        resolution=max(data.resolution // edge, 1) * edge,
+        latent_channels=record.vae["channels"],
+        latent_downsampling=record.vae["downsampling"],
+        text_dim=record.text["dim"],
+        max_text_tokens=record.text["max_tokens"],
+        visual_dim=record.visual["dim"],
+        visual_patch_size=record.visual["patch_size"],
+        buckets=tuple(bucket.name for bucket in data.buckets),
+        **{
+            f"{name}{suffix}": getattr(record, name)[key]
+            for name in ("vae", "visual", "text")
+            for suffix, key in (("", "location"), ("_hash", "hash"))
+        },
+    )
+    return dataclasses.replace(run, model=model)
+
+
+def _conditions(run: FeatureRun) -> tuple[Any, ...]:
+    """Return what a model is given, and which of it can be dropped."""
+    from evaluation.conditioning.panel import Condition
+    from models.feature_conditioner import CONDITIONS
+
+    features, has_patches = run.features, run.model.use_dino_patches
+    no_text = None if features.drop_all + features.visual_only else "trained with it always there"
+    no_visual = None if features.drop_all + features.text_only else "trained with it always there"
+    note = _VISUAL_ALONE if has_patches else None
+    text, cls, patches = range(len(CONDITIONS))
+    conditions = [
+        Condition("text", ("text", "text_mask"), (text,), no_text),
+        Condition("CLS", ("cls",), (cls,), no_visual, note),
+    ]
+    if has_patches:
+        conditions += [
+            Condition("patches", ("patches",), (patches,), no_visual, note),
+            Condition("CLS + patches", ("cls", "patches"), (cls, patches), no_visual),
+        ]
+    return tuple(conditions)
+
+
+FAMILY = FeatureFamily()

@@ -1,0 +1,188 @@
+"""Models of an autoencoder's latents, class-conditional or not: latent DiffiT."""
+
+import dataclasses
+from collections.abc import Collection
+from typing import Any, ClassVar
+
+import torch
+
+from data.images.dataset import MirroredImages, open_dataset
+from data.latents.codec import LatentCodec
+from data.latents.dataset import LatentDataset
+from data.latents.record import is_latent_folder, read_record
+from encoders.autoencoder import AUTOENCODER, Autoencoder, load_autoencoder
+from families.image import (
+    ImageFamily,
+    ImageRun,
+    check_resolution,
+    refuse_augmentation,
+    refuse_other_data,
+    with_path,
+)
+from models import LatentModelConfig, ScaledLatentConfig
+from training.checkpoint import Snapshot
+from training.family import Codec, TrainingData
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentRun(ImageRun):
+    """A run on latents, read from an archive of them or encoded while training."""
+
+    family: ClassVar[str] = "latent"
+
+
+class LatentFamily(ImageFamily):
+    """Latents of images, of which the autoencoder makes pictures."""
+
+    run = LatentRun
+
+    def check(self, run: LatentRun, given: Collection[str]) -> LatentRun:
+        if run.model.vae is not None:
+            AUTOENCODER.check_location(run.model.vae)
+        return super().check(run, given)
+
+    def open_data(
+        self, run: LatentRun, path: str | None = None, split: str = "train"
+    ) -> TrainingData:
+        run = with_path(run, path)
+        data = run.data
+        refuse_other_data(run, data.data, latents=False)
+        if data.data is not None and is_latent_folder(data.data):
+            if data.cache:
+                raise ValueError("--cache has no effect on latents, which need no decoding.")
+            check_resolution(run, read_record(data.data).resolution)
+            return LatentDataset(
+                data.data,
+                use_labels=data.cond,
+                max_size=data.max_size,
+                seed=run.training.seed,
+                hflip=data.hflip,
+            )
+        dataset = open_dataset(data, seed=run.training.seed)
+        if run.model.vae is None:
+            raise ValueError(
+                f"--data: {data.data} holds images, but preset {run.preset} trains on latents; "
+                "encode them with dataset_tool.py encode and give the result, or name the "
+                "autoencoder with --vae to encode while training."
+            )
+        return MirroredImages(dataset) if data.hflip else dataset
+
+    def fit(self, run: LatentRun, data: TrainingData | None, num_classes: int = 0) -> LatentRun:
+        if data is not None:
+            check_resolution(run, data.resolution)
+            if isinstance(data, LatentDataset):
+                run = _fit_to_latents(run, data)
+        run = super().fit(run, data, num_classes)
+        refuse_augmentation(run, "latents")
+        return run
+
+    def open_codec(
+        self, run: LatentRun, data: TrainingData, device: torch.device
+    ) -> tuple[LatentRun, Codec]:
+        model = run.model
+        autoencoder = load_autoencoder(model.vae, device, expected_hash=model.vae_hash)
+        model = dataclasses.replace(
+            model,
+            vae=autoencoder.location,
+            vae_hash=autoencoder.sha256,
+            latent_scale=autoencoder.scale,
+            latent_shift=autoencoder.shift,
+        )
+        check_autoencoder(model, autoencoder)
+        codec = LatentCodec(model, autoencoder, **_stored_form(data))
+        return dataclasses.replace(run, model=model), codec
+
+    def snapshot_codec(self, snapshot: Snapshot, vae: str | None, device: torch.device) -> Codec:
+        model = snapshot.config.model
+        return LatentCodec(model, open_autoencoder(model, vae, device))
+
+    def encoder_codec(self, run: LatentRun, data: TrainingData, device: torch.device) -> Codec:
+        form = _stored_form(data)
+        autoencoder = open_autoencoder(run.model, None, device) if form["from_images"] else None
+        return LatentCodec(run.model, autoencoder, **form)
+
+    def _real_images(self, run: LatentRun, data: TrainingData, metric: str) -> Any:
+        if isinstance(data, LatentDataset):
+            raise ValueError(
+                f"--metrics: {metric} compares images, but {data.path} holds latents; give the "
+                "images that they were made of, or their statistics, with --metrics-ref."
+            )
+        return super()._real_images(run, data, metric)
+
+    def describe(self, run: LatentRun) -> dict[str, str]:
+        model = run.model
+        scale = "" if model.latent_scale is None else f", scale {model.latent_scale:g}"
+        shape = "x".join(map(str, model.input_shape))
+        return {"latents": f"{shape} of {model.vae or 'the autoencoder in --data'}{scale}"}
+
+
+def _fit_to_latents(run: LatentRun, data: LatentDataset) -> LatentRun:
+    model = run.model
+    if data.latent_shape != model.input_shape:
+        shapes = ["x".join(map(str, shape)) for shape in (model.input_shape, data.latent_shape)]
+        raise ValueError(
+            f"--data: {run.data.data} holds latents of {shapes[1]}, but this run expects "
+            f"{shapes[0]} for {model.resolution}x{model.resolution} images; give "
+            f"--latent-channels={data.latent_shape[0]} and "
+            f"--latent-downsampling={data.resolution // data.latent_shape[1]}, or encode "
+            "the images with another --vae."
+        )
+    if model.vae is None and model.latent_scale not in (None, data.scale):
+        raise ValueError(
+            f"--data: {run.data.data} holds latents of scale {data.scale:g}, but preset "
+            f"{run.preset} is of latents of scale {model.latent_scale:g}; encode with the "
+            f"autoencoder that it is meant for, or give --vae={data.vae} to train on these."
+        )
+    model = dataclasses.replace(
+        model,
+        vae=model.vae or data.vae,
+        vae_hash=data.vae_hash,
+        latent_scale=data.scale,
+        latent_shift=data.shift,
+    )
+    return dataclasses.replace(run, model=model)
+
+
+def _stored_form(data: TrainingData) -> dict[str, bool]:
+    """Return in which form a batch comes, as arguments of LatentCodec."""
+    if isinstance(data, LatentDataset):
+        return dict(from_images=False, has_std=data.record.kind == "mean-std")
+    return dict(from_images=True, has_std=True)
+
+
+def open_autoencoder(
+    model: LatentModelConfig, vae: str | None, device: torch.device
+) -> Autoencoder:
+    """Return the autoencoder of a latent model, at ``vae`` if that is not where it was.
+
+    Raises ValueError if it is not there, or is not the one that the latents are of.
+    """
+    location = vae or model.vae
+    if location is None:
+        raise ValueError("--vae is missing: name the autoencoder that decodes the latents.")
+    autoencoder = load_autoencoder(location, device, expected_hash=model.vae_hash)
+    check_autoencoder(model, autoencoder)
+    return autoencoder
+
+
+def check_autoencoder(model: ScaledLatentConfig, autoencoder: Autoencoder) -> None:
+    """Raise ValueError if an autoencoder's latents or images are not those of a model."""
+    for what, option, own, there in (
+        ("channels of the latents", "--latent-channels", model.latent_channels, "latent_channels"),
+        ("downsampling", "--latent-downsampling", model.latent_downsampling, "downsampling"),
+        ("channels of the images", None, model.img_channels, "img_channels"),
+        ("scale", None, model.latent_scale, "scale"),
+        ("shift", None, model.latent_shift, "shift"),
+    ):
+        found = getattr(autoencoder, there)
+        if found != own:
+            remedy = "use the one that the model was made for"
+            if option is not None:
+                remedy += f", or train with {option}={found}"
+            raise ValueError(
+                f"--vae: {autoencoder.location} has {what} {found:g}, but the model has {own:g}; "
+                f"{remedy}."
+            )
+
+
+FAMILY = LatentFamily()

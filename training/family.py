@@ -1,0 +1,416 @@
+"""The contract of a kind of model: all that a run, the sampler and the scores need to know of it.
+
+An implementation is one file in ``families/``, registered there by name. The loop, the sampler and
+the commands ask :func:`of` for the family of a run, and never what kind of model, dataset or
+snapshot they handle. docs/extending.md adds a family step by step.
+"""
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL.Image import Image
+
+from data.images.dataset import Cond
+from diffusion.samplers import SamplingConfig
+from dnnlib.click_options import param
+from dnnlib.config import Config, from_dict
+from models import Network
+from torch_utils import distributed, rng
+from torch_utils.stats import StatsCollector
+from training.config import RunConfig
+
+
+class TrainingData(Protocol):
+    """A dataset, opened by every rank.
+
+    Attributes:
+        name: Of the file or folder, for the run folder's name.
+        num_images: Number of images.
+        num_classes: Classes of the labels that are delivered; 0 without any.
+        class_names, class_counts: Of those classes.
+        resolution, img_channels: Of the images, in pixels.
+        content_hash: Identity of the data.
+    """
+
+    name: str
+    num_images: int
+    num_classes: int
+    class_names: Sequence[str]
+    class_counts: Sequence[int]
+    resolution: int
+    img_channels: int
+    content_hash: str
+
+    def __getitems__(self, keys: Sequence[Any]) -> tuple[torch.Tensor, Cond]:
+        """Return a batch, as stored, and its conditions."""
+        ...
+
+    def summary(self) -> dict[str, Any] | None:
+        """Return what a snapshot keeps of the data besides the attributes above."""
+        ...
+
+    def preview(self, num: int) -> list[list[torch.Tensor]]:
+        """Return rows of about ``num`` items as they are stored, for a picture of the data."""
+        ...
+
+
+class Codec(Protocol):
+    """What a loader's batch is to the network, and back."""
+
+    def draw(self, step: rng.Step) -> Any:
+        """Return the random numbers that :meth:`encode` takes for a step's global batch."""
+        ...
+
+    def encode(self, batch: torch.Tensor, cond: Cond, drawn: Any) -> tuple[torch.Tensor, Cond]:
+        """Return what the network denoises, float32 [N, C, h, w], and its conditions.
+
+        With ``drawn`` None nothing is random.
+        """
+        ...
+
+    def decode(self, x: torch.Tensor) -> torch.Tensor:
+        """Return uint8 images [N, C, H, W] of what the network makes."""
+        ...
+
+    def pictures(self, batch: torch.Tensor) -> torch.Tensor:
+        """Return the uint8 images [N, C, H, W] of a loader's batch."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a score row states of the decoding."""
+        ...
+
+
+class Objective(Protocol):
+    """A ``torch.nn.Module`` from a batch to its loss, which DDP wraps."""
+
+    num_shapes: int  # Shapes of inputs that occur; a compiled network has a graph for each.
+
+    def warm_up(self, run: Callable[..., torch.Tensor], batch: int, device: torch.device) -> None:
+        """Have every graph of a compiled network made, by one pass of ``batch`` rows each."""
+        ...
+
+    def draw(self, step: rng.Step) -> Any:
+        """Return the randomness of a step's global batch; ``.rows(start, stop)`` are a rank's."""
+        ...
+
+    def prepare(
+        self, batch: torch.Tensor, cond: Cond, draws: Any, device: torch.device
+    ) -> tuple[torch.Tensor, Cond]:
+        """Return a loader's batch on ``device``, encoded."""
+        ...
+
+    def __call__(self, x: torch.Tensor, cond: Cond, draws: Any) -> torch.Tensor:
+        """Return the loss of every element [N, C, h, w]."""
+        ...
+
+    def report(self, stats: StatsCollector, loss: torch.Tensor, draws: Any) -> None:
+        """Add the loss of a pass to the statistics of the tick."""
+        ...
+
+    def diagnose(
+        self, x: torch.Tensor, cond: Cond, draws: Any, loss_scale: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """Return what else to record of the last pass of a tick, and of its gradients."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The share of one rank in every global batch: ``batch_gpu`` rows a pass."""
+
+    rank: int
+    world_size: int
+    batch_gpu: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """What one rank reads.
+
+    Attributes:
+        sampler: Yields the keys of one pass after the other, without end.
+        shape_at: Returns the shape [C, h, w] of the step that begins at ``cur_nimg`` images.
+    """
+
+    sampler: Iterable[list[Any]]
+    shape_at: Callable[[int], tuple[int, int, int]]
+
+
+class Generator(Protocol):
+    """A network with its whole sampling protocol: one seed an image."""
+
+    def generate(self, seeds: Sequence[int], labels: Sequence[int] | None = None) -> Any:
+        """Return uint8 images, one per seed: [N, C, H, W], or a list of [C, H, W] of any sizes.
+
+        ``labels`` number what each image is made from: a class, a support, a prompt.
+        """
+        ...
+
+    def protocol(self) -> dict[str, Any]:
+        """Return what a score row states of the sampling."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GeneratorOptions:
+    """How a snapshot is sampled where that is not as in training.
+
+    Attributes:
+        sampling, guidance: The sampler's settings, and the guidance of the family's kind.
+        precision: Arithmetic of the network.
+        guide: Snapshot whose errors are extrapolated away from (autoguidance).
+        vae: Where the autoencoder is now.
+    """
+
+    sampling: SamplingConfig | None = None
+    guidance: Config | None = None
+    precision: str | None = None
+    guide: Any = None
+    vae: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What the options of generate.py ask for, as typed; None or empty where nothing was."""
+
+    classes: str | None = param(
+        "--class", help="Classes that seeds take in turn, by name or number: cat or 7 or 0-9."
+    )
+    support: tuple[str, ...] = param(
+        multiple=True, help="Support images: a file, folder or zip; repeatable."
+    )
+    episodes: int | None = param(min=1, help="Number of support sets to draw from --split.")
+    split: str | None = param(
+        choices=("seen", "unseen", "val"),
+        help="Classes that --episodes come from.  [default: unseen]",
+    )
+    data: str | None = param(
+        help="Dataset that --episodes come from.  [default: where it was in training]"
+    )
+    prompt: tuple[str, ...] = param(multiple=True, help="Prompt; repeatable.")
+    reference: Path | None = param(help="Reference image for style and layout.")
+    bucket: str | None = param(
+        help="Size of the images, such as 1216x832.  [default: nearest to --reference]"
+    )
+    features: str | None = param(help="Folder of stored features, in place of a prompt; see --id.")
+    ids: str | None = param("--id", help="Samples of --features to use, such as ID,ID.")
+    text: str | None = param(
+        help="Text encoder for --prompt.  [default: where it was when features were made]"
+    )
+    visual: str | None = param(
+        help="Visual encoder for --reference.  [default: where it was when features were made]"
+    )
+
+    def refuse(self, names: Sequence[str], reason: str) -> None:
+        """Raise ValueError, for ``reason``, if one of the options ``names`` was given."""
+        for name in names:
+            if getattr(self, name) not in (None, ()):
+                option = {"classes": "class", "ids": "id"}.get(name, name)
+                raise ValueError(f"--{option}: {reason}.")
+
+
+class Requests(Protocol):
+    """What images are made from: classes, supports or prompts, checked and numbered.
+
+    Attributes:
+        num_parts: Number of supports or prompts; each makes an image of every seed.
+        has_folders: Whether each of them gets a folder of its own.
+        facts: What the note beside the images states of them.
+    """
+
+    num_parts: int
+    has_folders: bool
+    facts: dict[str, Any]
+
+    def label(self, part: int, seed: int) -> int | None:
+        """Return the number by which :meth:`Generator.generate` knows what to make."""
+        ...
+
+    def bind(self, generator: Any, device: torch.device) -> Generator:
+        """Return ``generator`` for these requests, which are encoded now. Collective."""
+        ...
+
+    def picture(self, images: Sequence[torch.Tensor], columns: int) -> Image:
+        """Return one picture of all images, uint8 [C, H, W], of one part after the other."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """Where pictures and scores of a run go, and what may end them early.
+
+    Attributes:
+        run_dir: The run folder, in which rank 0 writes.
+        telemetry: A :class:`~training.telemetry.Telemetry` on rank 0, None elsewhere.
+        stop_signal: By which all ranks agree to stop.
+    """
+
+    run_dir: Path
+    telemetry: Any
+    stop_signal: distributed.StopSignal
+
+
+class Evaluator(Protocol):
+    """Pictures and scores of a run's averaged weights. Every method is collective."""
+
+    def save_pictures(self, generator: Any, outputs: Outputs, cur_nimg: int) -> None:
+        """Write ``fakes-KIMG.png``."""
+        ...
+
+    def score(self, generator: Any, outputs: Outputs, cur_nimg: int) -> bool:
+        """Record what is not recorded yet and return True; False if a signal cut that short."""
+        ...
+
+
+class Family(Protocol):
+    """A kind of model, from its options to its scores.
+
+    Attributes:
+        run: The configuration of its runs, a subclass of RunConfig with ``family`` as its name.
+    """
+
+    run: type[RunConfig]
+
+    # Before anything is opened.
+
+    def check(self, run: RunConfig, given: Collection[str]) -> RunConfig:
+        """Return ``run`` with the options that stand for others resolved.
+
+        ``given`` names the fields that were typed. Raises ValueError for metrics that the model
+        does not have and for options without effect.
+        """
+        ...
+
+    def settle_in(self, run: RunConfig, source: RunConfig, given: Collection[str]) -> RunConfig:
+        """Return ``run`` with what suits a start from the weights of a run of ``source``."""
+        ...
+
+    # A training run.
+
+    def open_data(
+        self, run: RunConfig, path: str | None = None, split: str = "train"
+    ) -> TrainingData:
+        """Return the data of a run, at ``path`` if they have moved.
+
+        Raises ValueError if there are none, or if they are of the wrong kind for the model.
+        """
+        ...
+
+    def fit(self, run: RunConfig, data: TrainingData | None, num_classes: int = 0) -> RunConfig:
+        """Return ``run`` with what the data decide; without data, as of ``num_classes`` classes.
+
+        Raises ValueError if the run asks for what the data cannot give.
+        """
+        ...
+
+    def open_codec(
+        self, run: RunConfig, data: TrainingData, device: torch.device
+    ) -> tuple[RunConfig, Codec]:
+        """Load what encodes and decodes, and return ``run`` with what that decides. Collective."""
+        ...
+
+    def steps(self, run: RunConfig, data: TrainingData, start_nimg: int, part: Part) -> Steps:
+        """Return what a rank reads from ``start_nimg`` images on."""
+        ...
+
+    def objective(self, run: RunConfig, network: Network, codec: Codec) -> Any:
+        """Return the :class:`Objective` of ``network``."""
+        ...
+
+    def start_from(self, run: RunConfig, network: Network, snapshot: Any, data: Any) -> Any:
+        """Copy a snapshot's weights; return the :class:`~training.transfer.Transfer`.
+
+        ``data`` is the summary of the run's data. Raises ValueError if the weights do not fit.
+        """
+        ...
+
+    def generator(
+        self, run: RunConfig, network: Network, codec: Codec, device: torch.device
+    ) -> Any:
+        """Return what samples ``network`` by the run's own protocol."""
+        ...
+
+    def evaluator(self, run: RunConfig, data: TrainingData, device: torch.device) -> Evaluator:
+        """Return what makes pictures and scores; detectors and references load now. Collective."""
+        ...
+
+    def describe(self, run: RunConfig) -> dict[str, str]:
+        """Return rows for the description of a run, besides those of every model."""
+        ...
+
+    def describe_data(self, data: TrainingData) -> list[str]:
+        """Return words for a run folder's name, such as ``cond``."""
+        ...
+
+    # A snapshot.
+
+    def load(self, snapshot: Any, device: torch.device, options: GeneratorOptions) -> Any:
+        """Return the generator of a snapshot. Raises ValueError for what it cannot give."""
+        ...
+
+    def requests(self, snapshot: Any, asked: Asked) -> Requests:
+        """Return what images are made from; raises ValueError for what the model does not take."""
+        ...
+
+    def images(self, snapshot: Any, generator: Callable[[], Any], first_seed: int, batch: int):
+        """Return the images that a snapshot is scored by (an ``evaluation.images.ImageSource``).
+
+        Raises ValueError if it makes none without being asked for something.
+        """
+        ...
+
+    def encoder_codec(self, run: RunConfig, data: TrainingData, device: torch.device) -> Codec:
+        """Return a codec that encodes ``data`` and need not decode."""
+        ...
+
+    def panel(self, snapshot: Any, data: str | None, num: int, device: torch.device) -> Any:
+        """Return about ``num`` images with their conditions (``evaluation.conditioning.Panel``).
+
+        Raises ValueError for a model without conditions, and for data that do not fit.
+        """
+        ...
+
+
+_FAMILIES: dict[str, Callable[[], Family]] = {}
+# Files from before runs named their family have that of their model alone.
+_FAMILY_OF_MODEL = {
+    "diffit": "image",
+    "latent-diffit": "latent",
+    "set-dit": "sets",
+    "feature-dit": "features",
+}
+
+
+def register(name: str, load: Callable[[], Family]) -> None:
+    """Make a family known under ``name``; ``load`` is called when it is first needed."""
+    _FAMILIES[name] = load
+
+
+def named(name: str) -> Family:
+    """Return the family of that name; raises ValueError for a name that is not registered."""
+    if name not in _FAMILIES:
+        raise ValueError(f"Unknown family {name!r}; this version knows {', '.join(_FAMILIES)}.")
+    return _FAMILIES[name]()
+
+
+def of(run: RunConfig) -> Family:
+    """Return the family of a run."""
+    return named(run.family)
+
+
+def restore_run(values: Mapping[str, Any]) -> RunConfig:
+    """Return the run of :func:`dnnlib.config.to_dict`'s result, also as older versions wrote it.
+
+    Raises ValueError for settings that are unknown or out of range.
+    """
+    values = dict(values)
+    if "family" not in values:
+        values = {name: value for name, value in values.items() if value is not None}
+        if "dual_guidance" in values:
+            values["guidance"] = values.pop("dual_guidance")
+        values["family"] = _FAMILY_OF_MODEL.get(values["model"]["family"], "?")
+    return from_dict(named(values["family"]).run, values)

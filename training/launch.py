@@ -1,0 +1,175 @@
+"""From checked options to a finished run: what it starts from, its folder, its parts, the loop."""
+
+import contextlib
+import dataclasses
+import os
+import re
+import sys
+import time
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dnnlib.addresses import is_address
+from dnnlib.errors import refusal
+from dnnlib.files import atomic_write, check_target, lock_folder
+from models import attention_backend
+from torch_utils import distributed
+from torch_utils.fingerprints import package_versions
+from training import runs
+from training.checkpoint import load_snapshot, read_header
+from training.config import RunConfig, accumulation_rounds, fit_to_device
+from training.family import of as family_of
+from training.loop import Job, training_loop
+from training.report import describe_config, describe_run
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where a run goes, and what it starts from or continues.
+
+    Attributes:
+        outdir: Where run folders are made.
+        resume: Run folder or state file to continue, or ``auto``.
+        transfer: Snapshot whose weights the run starts from.
+        desc: Text to add to the name of the run folder.
+    """
+
+    outdir: Path | None = None
+    resume: str | None = None
+    transfer: Path | None = None
+    desc: str | None = None
+
+    @property
+    def continues(self) -> bool:
+        """Whether a particular run is continued."""
+        return self.resume not in (None, "auto")
+
+    def check(self) -> None:
+        """Raise ValueError for options that exclude each other or name what is not there."""
+        if self.continues and self.transfer is not None:
+            raise ValueError("Give --resume or --transfer, not both.")
+        if self.transfer is not None and not self.transfer.is_file():
+            raise ValueError(f"--transfer: {self.transfer}: no such file.")
+        if self.desc is not None and not re.fullmatch(r"[\w.,=+-]+", self.desc):
+            accepted = "letters, digits and . , = + - _"
+            raise refusal("--desc", repr(self.desc), accepted=accepted)
+        if self.outdir is not None:
+            check_target("--outdir", self.outdir, is_folder=True)
+
+    def check_folder(self, data: str | None) -> None:
+        """Raise ValueError if there is nothing to train on, or no folder for the run."""
+        if not data:
+            raise ValueError("Give the training data with --data (see dataset_tool.py).")
+        if not self.continues:
+            if self.outdir is None:
+                raise ValueError("Give the folder for runs with --outdir.")
+            return
+        run_dir, _ = runs.resume_paths(self.resume)
+        if self.desc is not None:
+            raise ValueError("--desc names a new run folder; --resume continues one.")
+        if self.outdir is not None and self.outdir.resolve() != run_dir.resolve().parent:
+            raise ValueError(
+                f"--outdir: got {self.outdir}, but --resume continues in {run_dir}; leave "
+                "--outdir out."
+            )
+
+    def settle_in(self, config: RunConfig, given: Collection[str]) -> RunConfig:
+        """Return ``config`` with what suits a start from other weights, but for what was typed."""
+        if self.transfer is None:
+            return config
+        source, _ = read_header(self.transfer)
+        return family_of(config).settle_in(config, source, given)
+
+
+def print_plan(config: RunConfig, usual_num_classes: int) -> None:
+    """Print what would run, fitted to the data if they are there.
+
+    Without them, ``usual_num_classes`` is the number of their classes.
+    """
+    family, location, note = family_of(config), config.data.data, ""
+    if location and (is_address(location) or Path(location).exists()):
+        config = family.fit(config, family.open_data(config))
+    else:
+        config = family.fit(config, None, usual_num_classes)
+        if location:
+            note = f"\n{location} is not there: assuming the preset's usual data."
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = fit_to_device(config, device.type)
+    description = describe_run(config, world_size, device)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"{describe_config(config)}\n{description}{note}")
+
+
+def launch(config: RunConfig, start: Start) -> int:
+    """Train, and return the exit code: 0, or REQUEUE_EXIT_CODE after a stop that was asked for."""
+    device = distributed.init()
+    with distributed.StopSignal() as stop_signal, contextlib.ExitStack() as held:
+        job = _prepare(config, device)
+        # Find or make the run folder.
+        snapshot = None if start.transfer is None else load_snapshot(start.transfer)
+        origin = runs.origin_of(snapshot, start.desc)
+        run_dir, exact_state = _find_run(job, start, origin)
+        is_new = run_dir is None
+        if is_new:
+            desc = runs.describe(job.config, job.data, start.desc)
+            run_dir = runs.make_run_dir(start.outdir, desc)
+        busy = f"{run_dir}: another process is training here"
+        distributed.on_main(lambda: held.callback(lock_folder(run_dir, busy).close))
+        state = None
+        if not is_new:
+            distributed.on_main(lambda: runs.clear_leftovers(run_dir))
+            content_hash = job.data.content_hash
+            state = runs.load_resume_state(
+                run_dir, exact_state, job.config, content_hash, distributed.print0
+            )
+        if distributed.is_main():
+            _write_start(job, run_dir, runs.stored_origin(run_dir) if start.continues else origin)
+        finished = training_loop(
+            job,
+            run_dir,
+            resume_state=state,
+            transfer=snapshot if state is None else None,
+            stop_signal=stop_signal,
+        )
+    if not finished and distributed.is_main():
+        with atomic_write(run_dir / runs.REQUEUE_FILE, "w") as file:
+            file.write(f"{time.time():.0f}\n")
+    distributed.shutdown()
+    return 0 if finished else runs.REQUEUE_EXIT_CODE
+
+
+def _prepare(config: RunConfig, device: torch.device) -> Job:
+    """Open the data and whatever the run needs besides, and fit the run to them. Collective."""
+    accumulation_rounds(config.training, distributed.world_size())
+    attention_backend(config.model, device)
+    family = family_of(config)
+    data = family.open_data(config)
+    config = fit_to_device(family.fit(config, data), device.type)
+    config, codec = family.open_codec(config, data, device)
+    evaluator = family.evaluator(config, data, device)
+    return Job(config=config, data=data, codec=codec, evaluator=evaluator, device=device)
+
+
+def _find_run(job: Job, start: Start, origin: dict[str, Any]) -> tuple[Path | None, Path | None]:
+    """Return the run folder to continue, and the state if it is a particular one. Collective."""
+    if start.continues:
+        return runs.resume_paths(start.resume)
+    if start.resume != "auto":
+        return None, None
+
+    def find() -> Path | None:
+        return runs.find_same_run(start.outdir, job.config, origin, print)
+
+    return distributed.on_main(find), None
+
+
+def _write_start(job: Job, run_dir: Path, origin: dict[str, Any] | None) -> None:
+    world_size = distributed.world_size()
+    facts = dict(command=sys.argv, world_size=world_size, device=str(job.device), origin=origin)
+    runs.write_options(run_dir, job.config, {**facts, "packages": package_versions()})
+    print(f"Training on {job.data.name}: {job.data.num_images} images. Writing to {run_dir}")
+    print(describe_run(job.config, world_size, job.device), flush=True)
