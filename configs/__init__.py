@@ -1,20 +1,5 @@
-"""Presets: whole runs by name, one file a family of models, each row citing its source."""
+"""Presets by name."""
 
-import dataclasses
-import math
+from configs.presets import PRESETS, get_diffit_config, get_preset, get_training_config
 
-from training.config import RunConfig
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Preset:
-    """A run's configuration, and what is usually known of its data before it is opened."""
-
-    run: RunConfig
-    num_classes: int  # Of the dataset that the preset is named after, used with --cond.
-    source: str
-
-
-def half_life_kimg(beta: float, batch: int) -> float:
-    """Return the half-life of a weight average whose decay is ``beta`` a step of ``batch``."""
-    return batch * math.log(0.5) / math.log(beta) / 1000
+__all__ = ["PRESETS", "get_diffit_config", "get_preset", "get_training_config"]

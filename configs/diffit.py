@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from configs import Preset
+from configs.preset import Preset
 from data.images.augment import AugmentConfig
 from data.images.dataset import DatasetConfig
 from diffusion.samplers import SamplingConfig

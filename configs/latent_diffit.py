@@ -1,6 +1,6 @@
 """Latent DiffiT models."""
 
-from configs import Preset, half_life_kimg
+from configs.preset import Preset, half_life_kimg
 from data.images.augment import AugmentConfig
 from data.images.dataset import DatasetConfig
 from diffusion.guidance import GuidanceConfig

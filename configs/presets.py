@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Iterator, Mapping
 
 import families  # noqa: F401 (registers them)
-from configs import Preset
+from configs.preset import Preset
 from dnnlib.config import did_you_mean
 from models import ModelConfig
 from training.config import TrainingConfig

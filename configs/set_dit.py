@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from configs import Preset, half_life_kimg
+from configs.preset import Preset, half_life_kimg
 from data.fewshot.sets import SetConfig
 from data.images.augment import AugmentConfig
 from data.images.dataset import DatasetConfig
