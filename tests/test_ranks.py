@@ -133,7 +133,7 @@ sys.path[:0] = {paths!r}
 import test_ranks
 import train
 from torch_utils import distributed
-from training import families
+from families import image as families
 
 class Faulty(test_ranks.FaultyObjective):
     @property
