@@ -50,8 +50,8 @@ SCRIPTS = (
     *("train", "generate", "fid", "dataset_tool", "import_weights", "benchmark", "demo"),
     "training.posthoc_ema",
 )
-# What is random in a step is on, and every kind has something to be guided away from. A tick a
-# step, and a state a tick.
+# What is random in a step is on, and every kind has something to be guided away from. Of an option
+# that is there twice, the last counts. Every step is a tick, with a row of statistics.
 COMMON = ("--iters=20", "--tick=0", "--snap=20", "--dump=20", "--sample-batch=4", "--hidden-dim=8")
 RUNS = {
     "image": (
@@ -64,9 +64,9 @@ RUNS = {
         *("--weight-decay=0.1", "--clip-grad=1"),
     ),
     "sets": (
-        *(*TINY_SETS, *COMMON, "--data=images.zip", "--mode-conditioning=lag", "--mlp-ratio=1"),
+        *(*TINY_SETS, *COMMON, "--data=images.zip", "--mode-conditioning=lag", "--gate=none"),
         *("--context-drop=0.2", "--held-out=2", "--hybrids=0.3", "--class-transforms=rotations"),
-        *("--skip-transforms=dot:2", "--patch-size=4"),
+        *("--skip-transforms=dot:2", "--patch-size=4", "--mlp-ratio=1"),
     ),
     "features": (*TINY_FEATURES, *COMMON, "--data=features", "--mlp-ratio=1"),
 }
@@ -80,15 +80,22 @@ def _id_of(file):
 RESUMED = ("--iters=24",)
 SNAPSHOT = "network-snapshot-000000.pkl"
 PROFILE = "network-snapshot-0000000-0.050.pkl"
-GUIDED = ("--seeds=0-3", "--cfg-scale=2", "--steps=4")
+GUIDED = ("--cfg-scale=4", "--steps=4")
 SAMPLES = {
-    "image": (f"--network=runs/image/{SNAPSHOT}", *GUIDED, "--class=0-2", "--sampler=dpmpp_2m"),
+    "image": (
+        *(f"--network=runs/image/{SNAPSHOT}", "--seeds=0-3", *GUIDED),
+        *("--class=0-2", "--sampler=dpmpp_2m"),
+    ),
     "image-profile": (
         *(f"--network=runs/image/{PROFILE}", "--seeds=5,6", "--class=ring", "--sampler=heun"),
         *("--steps=6", "--s-churn=4", "--sigma-min=0.02"),
     ),
-    "latent": (f"--network=runs/latent/{SNAPSHOT}", *GUIDED, "--class=0-2"),
-    "sets": (f"--network=runs/sets/{SNAPSHOT}", "--seeds=0,1", "--cfg-scale=2", "--episodes=2"),
+    "latent": (f"--network=runs/latent/{SNAPSHOT}", "--seeds=0-3", *GUIDED, "--class=0-2"),
+    "sets": (f"--network=runs/sets/{SNAPSHOT}", "--seeds=0,1", *GUIDED, "--episodes=2"),
+    "sets-support": (
+        *(f"--network=runs/sets/{SNAPSHOT}", "--seeds=0,1", *GUIDED),
+        *("--support=samples/image/000000.png", "--support=samples/image/000001.png"),
+    ),
     "features-text": (f"--network=runs/features/{SNAPSHOT}", "--seeds=0,1", "--prompt=red flower"),
     "features-stored": (
         *(f"--network=runs/features/{SNAPSHOT}", "--seeds=0"),
