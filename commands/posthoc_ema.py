@@ -39,7 +39,7 @@ class PosthocOptions:
 @click.command(cls=ConfigCommand, base=lambda args: None, examples=EXAMPLES)
 @click.argument("run_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @takes(PosthocOptions)
-def command(config: None, run_dir: Path, options: PosthocOptions) -> None:
+def main(config: None, run_dir: Path, options: PosthocOptions) -> None:
     """Make averages of a run's weights with other widths than it was trained with.
 
     RUN_DIR holds compact snapshots, network-snapshot-KIMG-STD.pkl, as written by a run with
@@ -68,4 +68,4 @@ def command(config: None, run_dir: Path, options: PosthocOptions) -> None:
 
 
 if __name__ == "__main__":
-    run(command)
+    run(main)
