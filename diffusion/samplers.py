@@ -130,30 +130,36 @@ class SamplingConfig(Config):
             )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Churn:
+    """Noise that is added before a step of :func:`heun` (EDM, Algorithm 2); none by default."""
+
+    amount: float = 0.0  # S_churn, spread over the steps.
+    low: float = 0.0  # S_min and S_max, the range of noise levels where it is added.
+    high: float = math.inf
+    noise_std: float = 1.0  # S_noise.
+    round_sigma: Callable[[float], float] = float  # From a raised level to one of the network.
+
+
 def heun(
     denoise: Denoise,
     x: torch.Tensor,
     sigmas: Sequence[float],
     noise: NoiseSource | None = None,
     *,
-    s_churn: float = 0.0,
-    s_min: float = 0.0,
-    s_max: float = math.inf,
-    s_noise: float = 1.0,
-    round_sigma: Callable[[float], float] = float,
+    churn: Churn = Churn(),
     callback: Callback | None = None,
 ) -> torch.Tensor:
     """Return x0 by Heun's second-order method with optional churn (EDM, Algorithm 2).
 
-    2 N - 1 evaluations in N steps. ``round_sigma`` maps a churned noise level to one that the
-    network knows.
+    2 N - 1 evaluations in N steps.
     """
-    gamma = min(s_churn / (len(sigmas) - 1), math.sqrt(2) - 1)
+    gamma = min(churn.amount / (len(sigmas) - 1), math.sqrt(2) - 1)
     for sigma, sigma_next in _steps(sigmas, callback):
-        if gamma > 0 and s_min <= sigma <= s_max:
-            sigma_hat = max(round_sigma(sigma * (1 + gamma)), sigma)
+        if gamma > 0 and churn.low <= sigma <= churn.high:
+            sigma_hat = max(churn.round_sigma(sigma * (1 + gamma)), sigma)
             added = math.sqrt(sigma_hat**2 - sigma**2)
-            x = x + (s_noise * added) * noise.randn_like(x)
+            x = x + (churn.noise_std * added) * noise.randn_like(x)
             sigma = sigma_hat
         slope = (x - denoise(x, sigma)) / sigma
         predicted = x + (sigma_next - sigma) * slope
@@ -379,13 +385,14 @@ def sample(
     sigmas = sampling_sigmas(config, precond)
     options = {}
     if config.sampler == "heun":
-        options = dict(
-            s_churn=config.s_churn,
-            s_min=config.s_min,
-            s_max=math.inf if config.s_max is None else config.s_max,
-            s_noise=config.s_noise,
+        churn = Churn(
+            amount=config.s_churn,
+            low=config.s_min,
+            high=math.inf if config.s_max is None else config.s_max,
+            noise_std=config.s_noise,
             round_sigma=precond.round_sigma,
         )
+        options = dict(churn=churn)
     elif config.sampler == "ddim":
         options = dict(eta=config.eta)
     elif config.sampler == "ddpm":

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -158,6 +159,23 @@ def _download(url: str, target: Path, sha256: str | None) -> None:
         if sha256 is not None:
             file.seek(0)
             _compare(hashlib.file_digest(file, "sha256").hexdigest(), sha256, url)
+
+
+class OpenFiles:
+    """Opens files for reading by position, and keeps up to 256 of them open.
+
+    A copy made by pickle, as for a process of a loader, has none open yet. Hold what a call returns
+    while you read it: the file may be closed once others have pushed it out.
+    """
+
+    def __init__(self) -> None:
+        self._open = functools.lru_cache(256)(functools.partial(open, mode="rb", buffering=0))
+
+    def __call__(self, path: str | os.PathLike) -> IO[bytes]:
+        return self._open(path)
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return OpenFiles, ()
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:

@@ -11,6 +11,7 @@ import torch
 from diffusion.precond import EDMPrecond, TablePrecond, VEPrecond, VPPrecond
 from diffusion.samplers import (
     SAMPLERS,
+    Churn,
     SamplingConfig,
     ddim,
     ddpm,
@@ -219,7 +220,7 @@ def test_ddim_with_half_stochasticity_has_the_exact_spread():
 def test_churn_keeps_the_distribution_and_changes_the_images():
     sigmas = sigma_grid("karras", 100, 0.002, 80)
     x = latents(5000) * sigmas[0]
-    samples = heun(Oracle(), x, sigmas, CountingNoise(), s_churn=30)
+    samples = heun(Oracle(), x, sigmas, CountingNoise(), churn=Churn(amount=30))
     assert samples.mean().item() == pytest.approx(MEAN, abs=0.02)
     assert samples.std().item() == pytest.approx(STD, rel=0.03)
     correlation = torch.corrcoef(torch.stack([samples.flatten(), x.flatten()]))[0, 1]
@@ -229,14 +230,15 @@ def test_churn_keeps_the_distribution_and_changes_the_images():
 def test_churn_follows_the_published_algorithm():
     sigmas, oracle = [8.0, 4.0, 2.0, 1.0, 0.0], Oracle()
     noise = CountingNoise()
-    heun(oracle, latents() * 8, sigmas, noise, s_churn=0.4, s_min=1.5, s_max=5.0)
+    heun(oracle, latents() * 8, sigmas, noise, churn=Churn(amount=0.4, low=1.5, high=5.0))
     assert oracle.sigmas == pytest.approx([8, 4, 4.4, 2, 2.2, 1, 1])  # gamma = 0.4 / 4
     assert noise.num_draws == 2
     oracle = Oracle()
-    heun(oracle, latents() * 8, sigmas, CountingNoise(), s_churn=100)
+    heun(oracle, latents() * 8, sigmas, CountingNoise(), churn=Churn(amount=100))
     assert oracle.sigmas[0] == pytest.approx(8 * math.sqrt(2))  # gamma is limited to sqrt(2) - 1
     oracle = Oracle()
-    heun(oracle, latents() * 8, sigmas, CountingNoise(), s_churn=100, round_sigma=math.ceil)
+    churn = Churn(amount=100, round_sigma=math.ceil)
+    heun(oracle, latents() * 8, sigmas, CountingNoise(), churn=churn)
     assert oracle.sigmas[0] == 12
 
     # The added variance is S_noise^2 (sigma_hat^2 - sigma^2).
@@ -246,7 +248,8 @@ def test_churn_follows_the_published_algorithm():
         seen.append(x)
         return x
 
-    heun(record, torch.zeros(40_000, 1, 1, 1), [2.0, 0.0], CountingNoise(), s_churn=0.25, s_noise=3)
+    churn = Churn(amount=0.25, noise_std=3)
+    heun(record, torch.zeros(40_000, 1, 1, 1), [2.0, 0.0], CountingNoise(), churn=churn)
     assert seen[0].std().item() == pytest.approx(3 * math.sqrt(2.5**2 - 2**2), rel=0.02)
 
 
@@ -283,9 +286,11 @@ def test_every_choice_samples_inside_the_range_of_the_network(config, precond):
 
 def test_options_reach_their_sampler():
     precond, sigmas = EDMPrecond(), sigma_grid("karras", 6, 0.002, 80)
-    churn = dict(s_churn=3.0, s_min=0.1, s_max=50.0, s_noise=1.1)
-    for sampler, options in ((heun, churn), (ddim, dict(eta=0.6))):
-        config = SamplingConfig(sampler=sampler.__name__, steps=6, **options)
+    churned = dict(s_churn=3.0, s_min=0.1, s_max=50.0, s_noise=1.1)
+    churn = dict(churn=Churn(amount=3.0, low=0.1, high=50.0, noise_std=1.1))
+    eta = dict(eta=0.6)
+    for sampler, settings, options in ((heun, churned, churn), (ddim, eta, eta)):
+        config = SamplingConfig(sampler=sampler.__name__, steps=6, **settings)
         got = sample(Oracle(), latents(), config, precond, CountingNoise())
         expected = sampler(Oracle(), latents() * sigmas[0], sigmas, CountingNoise(), **options)
         assert torch.equal(got, expected)

@@ -20,8 +20,7 @@ from data.images.dataset import PREVIEW_COLUMNS, Cond, rows_of, spread
 from data.images.decode import ImageError
 from data.samplers import BucketSampler
 from dnnlib.addresses import AddressError, is_address, read_range
-
-_MAX_OPEN_FILES = 256
+from dnnlib.files import OpenFiles
 
 # An item: how errors name it, and what returns a member's data by key.
 _Item = tuple[str, Callable[[str], bytes]]
@@ -94,14 +93,7 @@ class FeatureDataset(Dataset):
             round(max(b.width * b.height for b in self.buckets) ** 0.5) if found else 0
         )
         self.img_channels = 3
-        self._open = functools.lru_cache(_MAX_OPEN_FILES)(_open)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key != "_open"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._open = functools.lru_cache(_MAX_OPEN_FILES)(_open)
+        self._open = OpenFiles()
 
     def __len__(self) -> int:
         return self.num_images
@@ -213,10 +205,6 @@ class FeatureDataset(Dataset):
     def _label(self, index: int) -> str:
         bucket = self.buckets[self.bucket_index(index)]
         return f"{self.path}/{self.split}/bucket_{bucket.name}: {self.ids[index]}"
-
-
-def _open(path: Path) -> Any:
-    return open(path, "rb", buffering=0)
 
 
 def _read_array(item: _Item, key: str, target: np.ndarray) -> None:

@@ -5,14 +5,17 @@ import hashlib
 import os
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from data.images.decode import is_image_name
 from data.images.members import ZIP_METHODS, Archive, Member, read_from_zip
 from data.images.samples import SampleArchive
+from dnnlib.errors import refusal
+from dnnlib.files import OpenFiles
 from dnnlib.text import join_names
+
+_EXTRACT = "extract the zip and give the folder"
 
 
 class ZipArchive(Archive):
@@ -32,14 +35,10 @@ class ZipArchive(Archive):
         others = [name for name in infos if name.rpartition("/")[2] == "dataset.json"]
         for name in self.names + others:
             if infos[name].flag_bits & 1:
-                raise ValueError(
-                    f"{path}/{name}: is encrypted; extract the zip and give the folder."
-                )
+                raise refusal(f"{path}/{name}", but="is encrypted", remedy=_EXTRACT)
             if infos[name].compress_type not in ZIP_METHODS:
-                raise ValueError(
-                    f"{path}/{name}: is compressed by a method other than deflate; extract the "
-                    "zip and give the folder."
-                )
+                problem = "is compressed by a method other than deflate"
+                raise refusal(f"{path}/{name}", but=problem, remedy=_EXTRACT)
 
         def column(attribute: str) -> np.ndarray:
             return np.array([getattr(infos[name], attribute) for name in self.names], np.int64)
@@ -50,31 +49,21 @@ class ZipArchive(Archive):
         self._crcs = column("CRC")
         self._others = {name: _member(path, infos[name]) for name in others}
         self.num_bytes = int(self._sizes.sum())
-        self._file = open(path, "rb", buffering=0)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key != "_file"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._file = open(self.path, "rb", buffering=0)
+        self._open = OpenFiles()
+        self._open(path)
 
     def member(self, index: int) -> Member:
-        return Member(
-            str(self.path),
-            int(self._offsets[index]),
-            int(self._sizes[index]),
-            int(self._methods[index]),
-            int(self._crcs[index]),
-        )
+        columns = (self._offsets, self._sizes, self._methods, self._crcs)
+        return Member(str(self.path), *(int(column[index]) for column in columns))
 
     def read(self, index: int) -> bytes:
         offset, size = int(self._offsets[index]), int(self._sizes[index])
-        return read_from_zip(self._file.fileno(), offset, size, int(self._methods[index]))
+        descriptor = self._open(self.path).fileno()
+        return read_from_zip(descriptor, offset, size, int(self._methods[index]))
 
     def read_file(self, name: str) -> bytes | None:
         member = self._others.get(name)
-        return None if member is None else member.read(self._file.fileno())
+        return None if member is None else member.read(self._open(self.path).fileno())
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256("\n".join(self.names).encode())

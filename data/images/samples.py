@@ -13,6 +13,7 @@ from typing import IO, Any
 import numpy as np
 
 from data.images.members import LOCAL_HEADER, ZIP_METHODS, Archive, local_header_length
+from dnnlib.files import OpenFiles
 
 
 class SampleArchive(Archive):
@@ -49,7 +50,8 @@ class SampleArchive(Archive):
         self._members = {n: names[n] for n in ("arr_0", "arr_1", "class_names") if n in names}
         self.num_bytes = sum(info.compress_size for info in self._members.values())
         self.num_array_bytes = sum(info.file_size for info in self._members.values())
-        self._file = open(path, "rb", buffering=0)
+        self._open = OpenFiles()
+        descriptor = self._open(path).fileno()
         shape, fortran_order, dtype, header_length = self._read_member("arr_0", _array_header)
         self._check_images(shape, dtype)
         info = self._members["arr_0"]
@@ -65,16 +67,12 @@ class SampleArchive(Archive):
         # Where the first image lies; -1 if the array must be read whole.
         self._start = -1
         if info.compress_type == zipfile.ZIP_STORED and not fortran_order:
-            local = os.pread(self._file.fileno(), LOCAL_HEADER.size, info.header_offset)
+            local = os.pread(descriptor, LOCAL_HEADER.size, info.header_offset)
             start = info.header_offset + local_header_length(local)
             self._start = start + header_length
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key not in ("_file", "_whole")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._file = open(self.path, "rb", buffering=0)
+        return {key: value for key, value in vars(self).items() if key != "_whole"}
 
     def __len__(self) -> int:
         return self._num_images
@@ -87,7 +85,7 @@ class SampleArchive(Archive):
             return self._whole[index]
         size = self._image_bytes
         try:
-            data = os.pread(self._file.fileno(), size, self._start + index * size)
+            data = os.pread(self._open(self.path).fileno(), size, self._start + index * size)
         except OSError as error:
             raise ValueError(error.strerror or str(error)) from None
         if len(data) < size:

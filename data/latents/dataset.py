@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +13,7 @@ import torch
 from data.images.dataset import Cond, LabelledDataset
 from data.images.decode import ImageError
 from data.latents.record import check_shard, read_archive_labels, read_record
-
-_MAX_OPEN_FILES = 256
+from dnnlib.files import OpenFiles
 
 
 class LatentDataset(LabelledDataset):
@@ -87,14 +85,7 @@ class LatentDataset(LabelledDataset):
             for file, size in zip(self._files, sizes, strict=True)
         ]
         self._firsts = np.cumsum([0, *sizes])  # The first image of each shard.
-        self._open = functools.lru_cache(_MAX_OPEN_FILES)(_open)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key != "_open"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._open = functools.lru_cache(_MAX_OPEN_FILES)(_open)
+        self._open = OpenFiles()
 
     def __len__(self) -> int:
         return self.num_images * (1 + self._hflip)
@@ -149,7 +140,3 @@ class LatentDataset(LabelledDataset):
                 f"{file}: ends in the middle of row {row}; dataset_tool.py verify lists every "
                 "such file."
             )
-
-
-def _open(path: Path) -> Any:
-    return open(path, "rb", buffering=0)
