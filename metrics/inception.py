@@ -359,8 +359,9 @@ def read_weights(weights: str | None = None) -> dict[str, torch.Tensor]:
     return load_weights(
         weights or WEIGHTS_URL,
         wanted,
+        network="Inception",
         sha256=None if weights else WEIGHTS_SHA256,
         expected=_EXPECTED_LAYOUT,
-        remedy=f"A local copy of the Inception weights can be named by ${WEIGHTS_VARIABLE}.",
+        remedy=f"A local copy can be named by ${WEIGHTS_VARIABLE}.",
         left_out=r"\.num_batches_tracked$",
     )

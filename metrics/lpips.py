@@ -250,9 +250,9 @@ def _read(
     return load_weights(
         location,
         wanted,
+        network="LPIPS",
         sha256=sha256,
         expected=f"Expected {names}.",
-        remedy=f"A local copy of the weights of LPIPS can be named by ${WEIGHTS_VARIABLE}, as FILE "
-        "or BACKBONE,LINEAR.",
+        remedy=f"A local copy can be named by ${WEIGHTS_VARIABLE}, as FILE or BACKBONE,LINEAR.",
         left_out=r"^classifier\.",
     )

@@ -14,6 +14,7 @@ def load_weights(
     location: str,
     wanted: Mapping[str, torch.Tensor],
     *,
+    network: str,
     sha256: str | None,
     expected: str,
     remedy: str,
@@ -24,6 +25,7 @@ def load_weights(
     Args:
         location: Path or URL.
         wanted: Tensors by name whose shapes the file's are compared with.
+        network: What the weights are of, for messages.
         sha256: Checksum that the file must have; None for any.
         expected: A sentence that says what the file ought to hold, for messages.
         remedy: A sentence that says what to do where the file cannot be had.
@@ -35,7 +37,7 @@ def load_weights(
     try:
         path = fetch(location, sha256=sha256)
     except ValueError as error:
-        raise ValueError(f"{error} {remedy}") from error
+        raise ValueError(f"{network} needs its weights: {error} {remedy}") from error
     found = read_tensors(path, expected)
     found = {name: value for name, value in found.items() if not re.search(left_out, name)}
     return checked_weights(found, wanted, str(path), expected)

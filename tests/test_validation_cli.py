@@ -124,7 +124,7 @@ def test_without_published_weights_the_run_goes_on_and_says_what_is_absent(
     def refuse(*args, **kwargs):
         raise ValueError("Could not download the weights.")
 
-    monkeypatch.setattr("metrics.lpips.fetch", refuse)
+    monkeypatch.setattr("metrics.weights.fetch", refuse)
     monkeypatch.delenv(WEIGHTS_VARIABLE, raising=False)
     outdir = tmp_path / "runs"
     output = train_tiny(
