@@ -8,7 +8,7 @@ import torch
 
 from data.images.augment import NUM_LABELS, make_augment_pipe
 from data.images.codec import PixelCodec
-from data.images.dataset import MirroredImages, open_dataset
+from data.images.dataset import ImageDataset, MirroredImages, open_dataset
 from data.samplers import PositionSampler
 from diffusion.denoiser import AUTOCAST_DTYPES
 from diffusion.guidance import GuidanceConfig
@@ -47,11 +47,7 @@ class ImageFamily:
     # Before anything is opened.
 
     def check(self, run: ImageRun, given: Collection[str]) -> ImageRun:
-        from metrics.metric import get_metrics
-
-        specs = get_metrics(run.logging.metrics)
-        check_metrics(specs, run, of_supports=False)
-        check_detectors_used(run, given, specs)
+        check_metrics(run, given, of_supports=False)
         return run
 
     def settle_in(self, run: ImageRun, source: RunConfig, given: Collection[str]) -> ImageRun:
@@ -66,8 +62,7 @@ class ImageFamily:
     def open_data(
         self, run: ImageRun, path: str | None = None, split: str = "train"
     ) -> TrainingData:
-        refuse_other_data(run, path or run.data.data)
-        dataset = open_dataset(with_path(run, path).data, seed=run.training.seed)
+        dataset = open_images_of(with_path(run, path))
         return MirroredImages(dataset) if run.data.hflip else dataset
 
     def fit(self, run: ImageRun, data: TrainingData | None, num_classes: int = 0) -> ImageRun:
@@ -308,21 +303,30 @@ def check_resolution(run: RunConfig, resolution: int) -> None:
         )
 
 
-def refuse_other_data(run: RunConfig, path: str | None, *, latents: bool = True) -> None:
-    """Raise ValueError if ``path`` holds features, or ``latents`` that the model does not take."""
-    from data.features.record import is_feature_folder
-    from data.latents.record import is_latent_folder
+def open_images_of(run: RunConfig, **settings: Any) -> ImageDataset:
+    """Return the images that a run's ``--data`` names.
 
-    if path is not None and is_feature_folder(path):
-        raise ValueError(
-            f"--data: {path} holds features, but preset {run.preset} does not train on them; give "
-            "images, or a preset such as nanodit."
-        )
-    if latents and path is not None and is_latent_folder(path):
-        raise ValueError(
-            f"--data: {path} holds latents, but preset {run.preset} trains on pixels; give the "
-            "images, or a preset of latent models."
-        )
+    ``settings`` are further ones of open_dataset. Raises ValueError, which says so if there are
+    latents or features in place of images.
+    """
+    try:
+        return open_dataset(run.data, seed=run.training.seed, **settings)
+    except ValueError:
+        from data.features.record import is_feature_folder
+        from data.latents.record import is_latent_folder
+
+        path = run.data.data
+        if path is not None and is_feature_folder(path):
+            raise ValueError(
+                f"--data: {path} holds features, but preset {run.preset} does not train on them; "
+                "give images, or a preset such as nanodit."
+            ) from None
+        if path is not None and is_latent_folder(path):
+            raise ValueError(
+                f"--data: {path} holds latents, but preset {run.preset} trains on pixels; give the "
+                "images, or a preset of latent models."
+            ) from None
+        raise
 
 
 def refuse_augmentation(run: RunConfig, what: str) -> None:
@@ -336,24 +340,26 @@ def refuse_augmentation(run: RunConfig, what: str) -> None:
         )
 
 
-def check_metrics(specs: Sequence[Any], run: RunConfig, *, of_supports: bool) -> None:
-    """Raise ValueError for metrics of images from supports if there are none, and the reverse."""
-    from metrics.metric import METRICS
+def check_metrics(run: RunConfig, given: Collection[str], *, of_supports: bool) -> None:
+    """Raise ValueError for metrics of another kind of model, and for detectors of none of them.
 
-    for spec in specs:
-        if spec.of_supports != of_supports:
-            known = [name for name, other in METRICS.items() if other.of_supports == of_supports]
-            what = "is trained on sets" if of_supports else "is not trained on sets"
-            raise ValueError(
-                f"--metrics: got {spec.name}, but preset {run.preset} {what}; accepted: "
-                f"{', '.join(known)}."
-            )
+    A metric is ``of_supports`` or not, as the model's images are; ``given`` names the fields that
+    were typed.
+    """
+    names, detectors = run.logging.metrics, set()
+    if names:
+        from metrics.metric import METRICS, get_metrics
 
-
-def check_detectors_used(run: RunConfig, given: Collection[str], specs: Sequence[Any]) -> None:
-    """Raise ValueError for a typed option of a detector that none of the metrics has."""
-    choice = f"--metrics={','.join(run.logging.metrics) or 'none'}"
-    run.detectors.check_used(given, {spec.output.detector for spec in specs}, choice)
+        for spec in get_metrics(names):
+            if spec.of_supports != of_supports:
+                known = [name for name, s in METRICS.items() if s.of_supports == of_supports]
+                what = "is trained on sets" if of_supports else "is not trained on sets"
+                raise ValueError(
+                    f"--metrics: got {spec.name}, but preset {run.preset} {what}; accepted: "
+                    f"{', '.join(known)}."
+                )
+            detectors.add(spec.output.detector)
+    run.detectors.check_used(given, detectors, f"--metrics={','.join(names) or 'none'}")
 
 
 FAMILY = ImageFamily()

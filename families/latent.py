@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from data.images.dataset import MirroredImages, open_dataset
+from data.images.dataset import MirroredImages
 from data.latents.codec import LatentCodec
 from data.latents.dataset import LatentDataset
 from data.latents.record import is_latent_folder, read_record
@@ -15,8 +15,8 @@ from families.image import (
     ImageFamily,
     ImageRun,
     check_resolution,
+    open_images_of,
     refuse_augmentation,
-    refuse_other_data,
     with_path,
 )
 from models import LatentModelConfig, ScaledLatentConfig
@@ -46,7 +46,6 @@ class LatentFamily(ImageFamily):
     ) -> TrainingData:
         run = with_path(run, path)
         data = run.data
-        refuse_other_data(run, data.data, latents=False)
         if data.data is not None and is_latent_folder(data.data):
             if data.cache:
                 raise ValueError("--cache has no effect on latents, which need no decoding.")
@@ -58,7 +57,7 @@ class LatentFamily(ImageFamily):
                 seed=run.training.seed,
                 hflip=data.hflip,
             )
-        dataset = open_dataset(data, seed=run.training.seed)
+        dataset = open_images_of(run)
         if run.model.vae is None:
             raise ValueError(
                 f"--data: {data.data} holds images, but preset {run.preset} trains on latents; "

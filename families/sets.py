@@ -11,17 +11,15 @@ import torch
 from data.fewshot.episodes import Episodes, episodes_of_run
 from data.fewshot.sets import SetConfig, SetDataset
 from data.fewshot.supports import read_support
-from data.images.dataset import open_dataset
 from diffusion.precond import make_precond
 from families.image import (
     ImageFamily,
     ImageRun,
-    check_detectors_used,
     check_metrics,
     check_resolution,
     objective_settings,
+    open_images_of,
     refuse_augmentation,
-    refuse_other_data,
     with_path,
     without_augmentation,
 )
@@ -50,28 +48,23 @@ class SetFamily(ImageFamily):
     run = SetRun
 
     def check(self, run: SetRun, given: Collection[str]) -> SetRun:
-        from metrics.metric import get_metrics
-
         if "compute_fid" in given:
             metrics = dict.fromkeys((*run.logging.metrics, "fewshot_fid"))
             if not run.sets.compute_fid:
                 del metrics["fewshot_fid"]
             logging = dataclasses.replace(run.logging, metrics=tuple(metrics))
             run = dataclasses.replace(run, logging=logging)
-        specs = get_metrics(run.logging.metrics)
-        check_metrics(specs, run, of_supports=True)
+        check_metrics(run, given, of_supports=True)
         if run.logging.metrics_ref is not None:
             raise ValueError(
                 "--metrics-ref has no effect on set-conditioned models, which are compared with "
                 "images of their unseen classes; leave it out."
             )
-        check_detectors_used(run, given, specs)
         return run
 
     def open_data(self, run: SetRun, path: str | None = None, split: str = "train") -> SetDataset:
         run = with_path(run, path)
-        refuse_other_data(run, run.data.data)
-        images = open_dataset(run.data, seed=run.training.seed, use_labels=None)
+        images = open_images_of(run, use_labels=None)
         check_resolution(run, images.resolution)
         return SetDataset(
             images,
