@@ -3,7 +3,7 @@
 import dataclasses
 
 from configs.preset import Preset, half_life_kimg
-from data.fewshot.sets import SetConfig
+from data.fewshot.classes import SetConfig
 from data.images.augment import AugmentConfig
 from data.images.dataset import DatasetConfig
 from diffusion.precond import PrecondConfig

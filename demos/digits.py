@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from scipy.stats import fisher_exact
 
-from data.fewshot.sets import NUM_TRANSFORMS, SetDataset, transform_images
+from data.fewshot.classes import NUM_TRANSFORMS, transform_images
+from data.fewshot.sets import SetDataset
 from data.images.dataset import ImageDataset
 from dnnlib.progress import progress
 

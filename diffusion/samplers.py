@@ -200,7 +200,7 @@ def ddim(
     """
     for sigma, sigma_next in _steps(sigmas, callback):
         denoised = denoise(x, sigma)
-        added = eta * _posterior_std(sigma, sigma_next)
+        added = eta * math.sqrt(posterior_variances(sigma, sigma_next)[0])
         kept = math.sqrt(sigma_next**2 - added**2)
         x = denoised + kept / sigma * (x - denoised)
         if added > 0:
@@ -274,10 +274,6 @@ def _ancestral_std(
     if not fraction.shape[1]:
         return math.sqrt(lowest if variance == "small" else highest)
     return (0.5 * (math.log(lowest) + fraction * math.log(highest / lowest))).exp()
-
-
-def _posterior_std(sigma: float, sigma_next: float) -> float:
-    return math.sqrt(posterior_variances(sigma, sigma_next)[0])
 
 
 SAMPLERS: dict[str, Callable[..., torch.Tensor]] = dict(

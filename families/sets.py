@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from data.fewshot.classes import SetConfig
 from data.fewshot.episodes import Episodes, episodes_of_run
-from data.fewshot.sets import SetConfig, SetDataset
+from data.fewshot.sets import SetDataset
 from data.fewshot.supports import read_support
 from diffusion.precond import make_precond
 from families.image import (

@@ -7,7 +7,7 @@ import pytest
 import torch
 from set_networks import TINY, build_active
 
-from data.fewshot.sets import SetConfig
+from data.fewshot.classes import SetConfig
 from diffusion.denoiser import Denoiser
 from diffusion.losses import denoising_loss
 from diffusion.precond import PrecondConfig, make_precond

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from data.fewshot.classes import SetConfig, split_classes, transform_images
 from data.fewshot.episodes import draw_episodes, episodes_of_dataset, episodes_of_run
-from data.fewshot.sets import SetConfig, SetDataset, split_classes, transform_images
+from data.fewshot.sets import SetDataset
 from data.images.dataset import ImageDataset
 from data.samplers import PositionSampler
 from demos.digits import ClassShare, class_shares

@@ -22,7 +22,7 @@ from latent_files import tiny_autoencoder
 import data.images.dataset
 import fid
 import generate
-import models.diffit
+import models.layers
 import sampling.images
 import train
 import training.loop
@@ -493,8 +493,8 @@ class Spies:
         self._watch("passes", Objective, "forward", lambda self, images, *rest: len(images))
         self._watch("batches", ImageGenerator, "generate", lambda self, seeds, *rest: len(seeds))
         self._watch("compiled", torch.nn.Module, "compile", lambda module, **kw: type(module))
-        self._watch("checkpoints", models.diffit, "checkpoint", lambda *args, **kwargs: 1)
-        self._watch("caches", data.images.dataset, "_SharedCache", lambda shape, path: shape)
+        self._watch("checkpoints", models.layers, "checkpoint", lambda *args, **kwargs: 1)
+        self._watch("caches", data.images.dataset, "SharedCache", lambda shape, path: shape)
         self._watch(
             "workers", training.loop, "make_loader", lambda *a, num_workers, **kw: num_workers
         )

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from data.fewshot.sets import SetConfig, SetDataset
+from data.fewshot.classes import SetConfig
+from data.fewshot.sets import SetDataset
 from data.images.dataset import Cond
 from diffusion.denoiser import autocast
 from models import Context

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from data.images.archive import open_archive
+from data.images.cache import SharedCache
 from data.images.decode import ImageError, UnfitImageError
 from data.images.labels import read_class_splits, read_labels
 from dnnlib.config import Config, option
@@ -238,7 +239,7 @@ class ImageDataset(LabelledDataset):
         self._cache = None
         if cache:
             shape = (len(self), self.img_channels, self.resolution, self.resolution)
-            self._cache = _SharedCache(shape, self.path)
+            self._cache = SharedCache(shape, self.path)
 
     def _check_first_image(
         self, height: int, width: int, resolution: int | None, channels: int | None
@@ -358,43 +359,6 @@ class MirroredImages(Dataset):
         rows = torch.from_numpy(mirrored.astype(bool))
         batch[rows] = batch[rows].flip(-1)
         return batch, cond
-
-
-class _SharedCache:
-    """Images [N, C, H, W] in shared memory with a flag for each that is there."""
-
-    def __init__(self, shape: tuple[int, int, int, int], label: Path) -> None:
-        num_bytes = int(np.prod(shape, dtype=np.int64))
-        self._check_space(num_bytes, label)
-        self._images = torch.empty(shape, dtype=torch.uint8).share_memory_()
-        self._filled = torch.zeros(shape[0], dtype=torch.bool).share_memory_()
-
-    @staticmethod
-    def _check_space(num_bytes: int, label: Path) -> None:
-        # Writing more than the file system holds would kill the process with a bus error.
-        if os.path.isdir("/dev/shm"):
-            stat = os.statvfs("/dev/shm")
-            free = stat.f_bavail * stat.f_frsize
-            if num_bytes > 0.9 * free:
-                raise ValueError(
-                    f"{label}: --cache needs {num_bytes / 1e9:.2f} GB of shared memory, but "
-                    f"/dev/shm has {free / 1e9:.2f} GB free; train without --cache, or enlarge it "
-                    "(docker run --shm-size)."
-                )
-
-    def fetch(
-        self, indices: np.ndarray, read: Callable[[np.ndarray], torch.Tensor]
-    ) -> torch.Tensor:
-        """Return images by index, calling ``read(missing_indices)`` for those not there yet.
-
-        Processes may fill the same entry twice, with the same pixels.
-        """
-        wanted = torch.from_numpy(indices)
-        missing = wanted[~self._filled[wanted]]
-        if len(missing):
-            self._images[missing] = read(missing.numpy())
-            self._filled[missing] = True
-        return self._images[wanted]
 
 
 def collate(batch: Any) -> Any:
