@@ -167,4 +167,4 @@ _KINDS = {
     "latent": _Kind(_make_latents, _describe_latents, _copy_latents, _one_stage),
     "sets": dataclasses.replace(_PICTURES, stages=_one_stage),
 }
-MEASURED = [name for name, preset in PRESETS.items() if preset.run.family in _KINDS]
+MEASURED = [name for name, preset in PRESETS.items() if _KINDS.get(preset.run.family)]

@@ -82,7 +82,7 @@ class RealImages:
 
     def __init__(self, location: str | ImageDataset) -> None:
         self._dataset, self._statistics = None, None
-        if isinstance(location, ImageDataset):
+        if not isinstance(location, str):
             self._dataset = location
             self.image_shape = shape_of(location)
             return

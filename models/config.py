@@ -76,6 +76,11 @@ class ModelConfig(Config):
         return self.img_channels, self.resolution, self.resolution
 
     @property
+    def encoder_hashes(self) -> dict[str, str | None]:
+        """Identities of the frozen networks whose outputs the model sees; None where unknown."""
+        return {}
+
+    @property
     def images_per_row(self) -> int:
         """Images in a row of a training batch: several where a row is a set."""
         return 1
@@ -109,6 +114,10 @@ class LatentModelConfig(ModelConfig):
                 f"--resolution: got {self.resolution}, which is no multiple of "
                 f"--latent-downsampling {self.latent_downsampling}; choose one that is."
             )
+
+    @property
+    def encoder_hashes(self) -> dict[str, str | None]:
+        return {"vae": self.vae_hash}
 
     @property
     def input_shape(self) -> tuple[int, int, int]:

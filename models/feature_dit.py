@@ -83,6 +83,10 @@ class FeatureDiTConfig(LatentModelConfig):
         check_divides("num-heads", self.num_heads, width, f"--hidden-dim {width}")
         check_divides("patch-size", self.patch_size, self.input_shape[1], f"the {latents}")
 
+    @property
+    def encoder_hashes(self) -> dict[str, str | None]:
+        return {"vae": self.vae_hash, "visual": self.visual_hash, "text": self.text_hash}
+
     def example_cond(self) -> dict[str, Tensor]:
         rows, columns = self.patch_grid(self.resolution, self.resolution)
         return dict(

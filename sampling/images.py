@@ -229,7 +229,7 @@ def _interface(snapshot: Snapshot) -> tuple[Any, ...]:
 
 def _same_autoencoder(first: ModelConfig, second: ModelConfig) -> bool:
     # That of imported weights is not known.
-    hashes = {getattr(model, "vae_hash", None) for model in (first, second)}
+    hashes = {model.encoder_hashes.get("vae") for model in (first, second)}
     return None in hashes or len(hashes) == 1
 
 

@@ -190,8 +190,7 @@ def encode_requests(snapshot: Snapshot, device: torch.device, asked: Asked) -> l
 
 def check_encoders(model: FeatureDiTConfig, dataset: FeatureDataset, option: str) -> None:
     """Raise ValueError if a dataset has the features of other encoders than a model's."""
-    for name in ("vae", "visual", "text"):
-        expected = getattr(model, f"{name}_hash")
+    for name, expected in model.encoder_hashes.items():
         if expected is not None and getattr(dataset.record, name)["hash"] != expected:
             raise ValueError(
                 f"{option}: {dataset.path} was made with another encoder (--{name}) than the "

@@ -115,12 +115,12 @@ def _stripped(name: str) -> str:
 
 
 def _other_encoders(network: torch.nn.Module, snapshot: Snapshot) -> list[str]:
-    notes = []
-    for name, what in (("vae", "latents"), ("visual", "visual features"), ("text", "texts")):
-        hashes = [getattr(c, f"{name}_hash", None) for c in (network.config, snapshot.config.model)]
-        if None not in hashes and hashes[0] != hashes[1]:
-            notes.append(f"The {what} of the snapshot are those of another encoder.")
-    return notes
+    here, there = network.config.encoder_hashes, snapshot.config.model.encoder_hashes
+    return [
+        f"The {what} of the snapshot are those of another encoder."
+        for name, what in (("vae", "latents"), ("visual", "visual features"), ("text", "texts"))
+        if None not in (here.get(name), there.get(name)) and here[name] != there[name]
+    ]
 
 
 def _by_module(names: Sequence[str]) -> list[str]:
