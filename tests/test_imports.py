@@ -6,14 +6,6 @@ import pytest
 from structure import ALLOWED, DISTRIBUTED, family_questions, read_sources, wrong_imports
 
 ROOT = Path(__file__).resolve().parent.parent
-# Files that do not keep the rules yet.
-STILL_WRONG = {
-    "data/features/preparation/verify.py",
-    "evaluation/fewshot.py",
-    "training/config.py",
-    "training/loop.py",
-    "training/runs.py",
-}
 
 # A file in a nested folder of every package, each with an import that its package may have.
 NESTED = {
@@ -52,7 +44,7 @@ def shown(findings):
 
 def test_imports_point_one_way():
     assert len(read_sources(ROOT)) > 100
-    found = [finding for finding in wrong_imports(ROOT) if finding.path not in STILL_WRONG]
+    found = wrong_imports(ROOT)
     assert not found, shown(found)
 
 
