@@ -389,10 +389,10 @@ def test_what_is_damaged_on_the_stage_before_it_is_packed_is_one_sentence(
     source, out = feature_base / "pictures", tmp_path / "out"
     real = pack.pack
 
-    def damaged(folder, plan, shard, stage):
-        path = stage.file(*plan.keys(shard.images[1])[0])
-        path.write_bytes(path.read_bytes()[:-7])
-        real(folder, plan, shard, stage)
+    def damaged(path, plan, images, stage):
+        staged = stage.file(*plan.keys(images[-1])[0])
+        staged.write_bytes(staged.read_bytes()[:-7])
+        real(path, plan, images, stage)
 
     with monkeypatch.context() as patch:
         patch.setattr(pack, "pack", damaged)

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, Self
 
 from PIL import Image
 
@@ -20,6 +20,12 @@ class Bucket:
 
     width: int
     height: int
+
+    @classmethod
+    def of(cls, name: str) -> Self:
+        """Return the bucket of a name; raises ValueError if it is none."""
+        width, _, height = name.partition("x")
+        return cls(int(width), int(height))
 
     @property
     def name(self) -> str:

@@ -26,25 +26,16 @@ _BLOCK = tarfile.BLOCKSIZE
 _UNUSABLE = -1  # In place of a checksum: a description that can be written again, and must be.
 
 
-@dataclasses.dataclass(frozen=True)
-class Shapes:
-    """What arrays of one bucket look like; None where the encoder is not known."""
-
-    latent_shape: tuple[int, ...] | None = None
-    num_patches: int | None = None
-    visual_dim: int | None = None
-    text_dim: int | None = None
-    max_tokens: int | None = None
-
-    def of(self, key: str) -> tuple[int | None, ...]:
-        """Return the shape of a member, None for a length that may be any."""
-        return {
-            "vae.npy": self.latent_shape or (None, None, None),
-            "dinov3.npy": (self.visual_dim,),
-            "dinov3_patches.npy": (self.num_patches, self.visual_dim),
-            "t5h.npy": (None, self.text_dim),
-            "t5m.npy": (None,),
-        }[key]
+# The shapes that arrays of one bucket have, by key; None for a length that may be any. That of the
+# mask, of one dimension, is the largest that it may be.
+Shapes = Mapping[str, tuple[int | None, ...]]
+_ANY: Shapes = {
+    "vae.npy": (None, None, None),
+    "dinov3.npy": (None,),
+    "dinov3_patches.npy": (None, None),
+    "t5h.npy": (None, None),
+    "t5m.npy": (None,),
+}
 
 
 def to_npy(array: np.ndarray) -> bytes:
@@ -85,20 +76,18 @@ def check_feature(feature: str, members: Members, shapes: Shapes) -> None:
             raise ValueError(f"{key} holds {array.dtype}, not {dtype}")
         if not np.isfinite(array).all():
             raise ValueError(f"{key} has values that are not finite")
-        shape = shapes.of(key)
-        if key == "t5h.npy":
-            continue  # Its length is that of the mask, which comes next.
-        if not _fits(array.shape, shape):
+        shape = shapes.get(key, _ANY[key])
+        is_free = key == "t5m.npy"  # It is looked at below.
+        if not is_free and not _fits(array.shape, shape):
             raise ValueError(f"{key} has shape {list(array.shape)}, not {list(shape)}")
     if feature == "text":
-        mask, found = arrays["t5m.npy"], arrays["t5h.npy"].shape
-        if not len(mask) or not mask.all():
+        mask, (most,) = arrays["t5m.npy"], shapes.get("t5m.npy", _ANY["t5m.npy"])
+        if mask.ndim != 1 or not len(mask) or not mask.all():
             raise ValueError("t5m.npy is not a mask of valid tokens alone")
-        if shapes.max_tokens is not None and len(mask) > shapes.max_tokens:
-            raise ValueError(f"t5m.npy has {len(mask)} tokens, more than {shapes.max_tokens}")
-        if not _fits(found, (len(mask), shapes.text_dim)):
-            wanted = [len(mask), shapes.text_dim]
-            raise ValueError(f"t5h.npy has shape {list(found)}, not {wanted}")
+        if most is not None and len(mask) > most:
+            raise ValueError(f"t5m.npy has {len(mask)} tokens, more than {most}")
+        if len(arrays["t5h.npy"]) != len(mask):
+            raise ValueError(f"t5h.npy has {len(arrays['t5h.npy'])} rows, not {len(mask)}")
 
 
 def _fits(found: tuple[int, ...], shape: tuple[int | None, ...]) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.features.buckets import fit_image
+from data.features.buckets import Bucket, fit_image
 from data.features.preparation.plan import Plan, PlannedImage
 from data.features.preparation.stage import Stage
 from data.features.record import KEYS_OF
@@ -105,14 +105,13 @@ class FeatureEncoder:
 
     def _pixels(self, image: PlannedImage) -> np.ndarray:
         """Return the pixels of a sample's crop, uint8 [3, H, W]."""
-        scanned = image.scanned
         try:
-            data = self._archive.read(self._positions[scanned.file])
-            if hashlib.sha256(data).hexdigest() != scanned.sha256:
+            data = self._archive.read(self._positions[image.file])
+            if hashlib.sha256(data).hexdigest() != image.sha256:
                 raise ValueError("was changed while features were made; start again")
-            fitted, crop = fit_image(decode_image(data), image.bucket)
+            fitted, crop = fit_image(decode_image(data), Bucket.of(image.bucket))
         except ValueError as error:
-            raise ValueError(f"{self._archive.path}/{scanned.file}: {error}.") from None
+            raise ValueError(f"{self._archive.path}/{image.file}: {error}.") from None
         assert crop == image.crop
         return np.ascontiguousarray(np.asarray(fitted).transpose(2, 0, 1))
 
@@ -120,7 +119,7 @@ class FeatureEncoder:
         self, values: torch.Tensor, batch: Sequence[PlannedImage], feature: str
     ) -> np.ndarray:
         def label(row: int) -> str:
-            return f"{self._archive.path}/{batch[row].scanned.file}"
+            return f"{self._archive.path}/{batch[row].file}"
 
         return to_float16(
             values, label, f"{feature} features have", self._encoders[feature].location

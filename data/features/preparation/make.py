@@ -8,15 +8,13 @@ from typing import Any
 from data.features.manifests import Manifest
 from data.features.preparation import pack
 from data.features.preparation.encode import Batch, FeatureEncoder
-from data.features.preparation.plan import Plan, PlannedImage, PlannedShard
+from data.features.preparation.plan import Key, Plan, PlannedImage
 from data.features.preparation.stage import Stage
 from data.features.record import FEATURES, FeatureRecord
 from data.images.members import Archive
 from data.resumable import BackgroundWriter, progress_of_ranks, share
 from dnnlib.parallel import thread_map
 from torch_utils import distributed
-
-Key = tuple[str, str, str]  # Sample, feature and fingerprint.
 
 _BATCHES_PER_ROUND = 32  # Of each rank, between two moments at which shards are packed.
 
@@ -58,7 +56,7 @@ class Making:
         distributed.on_main(lambda: self._plan.write(self._folder))
         indexes = pack.look_at_shards(self._folder, self._plan, self._num_threads)
         rows = [key for index in indexes.values() for _, key in pack.wanted_rows(self._plan, index)]
-        self._encode(self._plan.shards, self._staged() | _gathered(rows))
+        self._encode(self._plan.shards(self._folder), self._staged() | _gathered(rows))
 
     def make_all(self, *, anew: bool = False) -> tuple[FeatureRecord, int]:
         """Make everything; return the record and how many shards were written.
@@ -69,7 +67,7 @@ class Making:
         if anew:
             distributed.on_main(lambda: pack.remove_all(folder, self._stage))
         indexes = pack.look_at_shards(folder, plan, self._num_threads)
-        planned = {shard.path(folder): shard for shard in plan.shards}
+        planned = plan.shards(folder)
         right = {
             path
             for path, index in indexes.items()
@@ -81,7 +79,7 @@ class Making:
         distributed.on_main(lambda: self._claim(is_open))
         there = self._staged()
         there |= self._unpack(others, there)
-        shards = [shard for path, shard in planned.items() if path in wrong]
+        shards = {path: images for path, images in planned.items() if path in wrong}
         self._encode(shards, there, is_packed=True)
         record = distributed.on_main(lambda: pack.finish(folder, plan, self._stage))
         return record, len(shards)
@@ -125,15 +123,20 @@ class Making:
     # What is missing.
 
     def _encode(
-        self, shards: Sequence[PlannedShard], there: Collection[Key], *, is_packed: bool = False
+        self,
+        shards: Mapping[Path, Sequence[PlannedImage]],
+        there: Collection[Key],
+        *,
+        is_packed: bool = False,
     ) -> None:
         """Encode what shards lack, and write them if ``is_packed``, some shards at a time.
 
         Ranks share the batches, then the shards: while they encode for some, they write those
         before.
         """
-        self._encode_texts([image for shard in shards for image in shard.images], there)
-        batches = [self._batches(shard, there) for shard in shards]
+        self._encode_texts(list(chain(*shards.values())), there)
+        batches = [self._batches(images, there) for images in shards.values()]
+        places = list(shards.items())
         sizes = [sum(map(len, part)) for part in (chain(*batches), share(list(chain(*batches))))]
         bar = progress_of_ranks(*sizes, "Encoding images")
         with bar as on_done, BackgroundWriter(1, len(shards)) as packer:
@@ -143,7 +146,8 @@ class Making:
                     self._encoder.encode_images(mine, on_done)
                     packer.wait()
                 for index in share(part) if is_packed else ():
-                    packer.submit(pack.pack, self._folder, self._plan, shards[index], self._stage)
+                    path, images = places[index]
+                    packer.submit(pack.pack, path, self._plan, images, self._stage)
             with distributed.together():
                 packer.wait()
 
@@ -156,12 +160,12 @@ class Making:
         with bar as on_done, distributed.together():
             self._encoder.encode_texts(mine, on_done)
 
-    def _batches(self, shard: PlannedShard, there: Collection[Key]) -> list[Batch]:
-        """Return batches of the images of a shard that lack latents or visual features.
+    def _batches(self, images: Sequence[PlannedImage], there: Collection[Key]) -> list[Batch]:
+        """Return batches of those images of a shard that lack latents or visual features.
 
         They are the same for any number of ranks.
         """
-        rows = [(image, self._missing(image, there) - {"text"}) for image in shard.images]
+        rows = [(image, self._missing(image, there) - {"text"}) for image in images]
         rows = [row for row in rows if row[1]]
         size = self._batch_size
         return [rows[first : first + size] for first in range(0, len(rows), size)]

@@ -1,5 +1,6 @@
 """Shards of a feature folder: which are right, what is unpacked from others, and what is packed."""
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from data.features.manifests import FORMAT, MANIFEST_FILE, Manifest, read_manifest
-from data.features.preparation.plan import Plan, PlannedShard, describe_sample
+from data.features.preparation.plan import Key, Plan, PlannedImage
 from data.features.preparation.stage import Stage
 from data.features.record import (
     FEATURES,
@@ -120,7 +121,7 @@ def look_at_shards(folder: Path, plan: Plan, num_threads: int) -> dict[Path, Man
         if found is not None and found[1] and not is_whole:
             return found[0]
         known = known_index(path, manifests)
-        index, _ = check_shard(path, known, plan.shapes_of(known.bucket))
+        index, _ = check_shard(path, known, plan.shapes(known.bucket))
         write_json(_index_file(path), index.to_dict())
         return index
 
@@ -134,22 +135,23 @@ def look_at_shards(folder: Path, plan: Plan, num_threads: int) -> dict[Path, Man
     return found
 
 
-def is_right(plan: Plan, shard: PlannedShard, index: Manifest) -> bool:
+def is_right(plan: Plan, images: Sequence[PlannedImage], index: Manifest) -> bool:
     """Tell whether a shard that exists holds exactly the samples that it should."""
     is_whole = bool(index.shards[0]["sha256"])
-    if not is_whole or index.ids != [image.id for image in shard.images]:
+    if not is_whole or index.ids != [image.id for image in images]:
         return False
-    for row, image in enumerate(shard.images):
-        wanted = plan.fingerprints[image.id]
-        if any(index.fingerprint[feature][row] != wanted[feature] for feature in FEATURES):
+    for row, image in enumerate(images):
+        if any(
+            index.fingerprint[feature][row] != wanted for _, feature, wanted in plan.keys(image)
+        ):
             return False
-        description = describe_sample(image, wanted, bool(index.truncated[row]))
+        description = plan.describe(image, bool(index.truncated[row]))
         if zlib.crc32(to_json(description)) != index.crc32["json"][row]:
             return False
     return True
 
 
-def wanted_rows(plan: Plan, index: Manifest) -> Iterator[tuple[int, tuple[str, str, str]]]:
+def wanted_rows(plan: Plan, index: Manifest) -> Iterator[tuple[int, Key]]:
     """Yield what a shard holds of the plan: row, and sample, feature and fingerprint."""
     for row, name in enumerate(index.ids):
         for feature, wanted in plan.fingerprints.get(name, {}).items():
@@ -158,8 +160,8 @@ def wanted_rows(plan: Plan, index: Manifest) -> Iterator[tuple[int, tuple[str, s
 
 
 def unpack(
-    path: Path, index: Manifest, plan: Plan, stage: Stage, staged: Collection[tuple[str, str, str]]
-) -> list[tuple[str, str, str]]:
+    path: Path, index: Manifest, plan: Plan, stage: Stage, staged: Collection[Key]
+) -> list[Key]:
     """Stage what a shard holds of the plan and is not ``staged``, delete the shard, return what."""
     done = []
     with open_shard(path) as descriptor:
@@ -168,36 +170,32 @@ def unpack(
                 continue
             with contextlib.suppress(ValueError):  # What is damaged is made again.
                 members = {k: read_member(descriptor, index, row, k) for k in KEYS_OF[key[1]]}
-                stage.put(*key, members, truncated=bool(index.truncated[row]))
+                stage.put(*key, members, truncated=key[1] == "text" and bool(index.truncated[row]))
                 done.append(key)
     path.unlink()
     _index_file(path).unlink(missing_ok=True)
     return done
 
 
-def pack(folder: Path, plan: Plan, shard: PlannedShard, stage: Stage) -> None:
+def pack(path: Path, plan: Plan, images: Sequence[PlannedImage], stage: Stage) -> None:
     """Write a shard from what is staged, and its index; then nothing of it stays staged."""
-    path = shard.path(folder)
-    index = write_shard(path, shard.split, shard.bucket.name, _samples(plan, shard, stage))
+
+    def samples() -> Iterator[tuple[str, dict[str, Any], Members]]:
+        for image in images:
+            members: dict[str, bytes] = {}
+            truncated = False
+            for key in plan.keys(image):
+                found = stage.get(*key, shapes)
+                if found is None:
+                    raise ValueError(f"{stage.file(*key)}: {_ALTERED}.")
+                members.update(found[0])
+                truncated |= found[1]
+            yield image.id, plan.describe(image, truncated), members
+
+    shapes = plan.shapes(images[0].bucket)
+    index = write_shard(path, images[0].split, images[0].bucket, samples())
     write_json(_index_file(path), index.to_dict())
-    stage.remove(key for image in shard.images for key in plan.keys(image))
-
-
-def _samples(
-    plan: Plan, shard: PlannedShard, stage: Stage
-) -> Iterator[tuple[str, dict[str, Any], Members]]:
-    shapes = plan.shapes(shard.bucket)
-    for image in shard.images:
-        members: dict[str, bytes] = {}
-        truncated = False
-        for key in plan.keys(image):
-            found = stage.get(*key, shapes)
-            if found is None:
-                raise ValueError(f"{stage.file(*key)}: {_ALTERED}.")
-            members.update(found[0])
-            truncated = found[1] if key[1] == "text" else truncated
-        fingerprints = plan.fingerprints[image.id]
-        yield image.id, describe_sample(image, fingerprints, truncated), members
+    stage.remove(key for image in images for key in plan.keys(image))
 
 
 # The whole folder.
@@ -227,17 +225,17 @@ def finish(folder: Path, plan: Plan, stage: Stage) -> FeatureRecord:
     What is there already stays as it is; so does a record that differs by the versions of packages
     alone.
     """
+    parts: dict[Path, list[Manifest]] = collections.defaultdict(list)
+    for path in plan.shards(folder):
+        found = read_index(path)
+        if found is None:
+            raise ValueError(f"{path}: {_ALTERED}.")
+        parts[path.parent].append(found[0])
     manifests = []
-    for split in SPLITS:
-        for bucket in plan.buckets:
-            shards = [s for s in plan.shards if (s.split, s.bucket) == (split, bucket)]
-            parts = [read_index(shard.path(folder)) for shard in shards]
-            if None in parts:
-                raise ValueError(f"{shards[parts.index(None)].path(folder)}: {_ALTERED}.")
-            place = bucket_folder(folder, split, bucket.name)
-            manifest = Manifest.join(place, split, bucket.name, [index for index, _ in parts])
-            _write_if_new(place / MANIFEST_FILE, json.dumps(manifest.to_dict()))
-            manifests.append(manifest)
+    for split, bucket in [(split, bucket.name) for split in SPLITS for bucket in plan.buckets]:
+        place = bucket_folder(folder, split, bucket)
+        manifests.append(Manifest.join(place, split, bucket, parts[place]))
+        _write_if_new(place / MANIFEST_FILE, json.dumps(manifests[-1].to_dict()))
     record = _record(plan, manifests)
     with contextlib.suppress(ValueError):
         previous = read_feature_record(folder)

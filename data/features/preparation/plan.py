@@ -9,17 +9,11 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from data.features.buckets import Bucket, Crop, nearest_bucket, parse_buckets, plan_crop
 from data.features.manifests import shard_name
-from data.features.record import (
-    AGAIN,
-    CLAIM_FILE,
-    FEATURES,
-    SPLITS,
-    bucket_folder,
-)
+from data.features.record import AGAIN, CLAIM_FILE, FEATURES, SPLITS, bucket_folder
 from data.features.shards import Shapes
 from data.images.decode import decode_image
 from data.images.members import Archive
@@ -37,11 +31,7 @@ _ID_DIGITS = 16
 _FINGERPRINT_DIGITS = 32
 _LOOK_AHEAD = 4  # Images per thread.
 
-# What the list of images says of each.
-_SCANNED = dict(file=str, stamp=str, sha256=str, width=int, height=int)
-_ROW = dict(id=str, **_SCANNED, bucket=str, split=str, caption=str)
-_ImageRow = TypedDict("_ImageRow", _ROW)
-
+Key = tuple[str, str, str]  # Sample, feature and fingerprint.
 Encoders = Mapping[str, Mapping[str, Any] | None]  # The facts of each of FEATURES, if known.
 
 
@@ -62,33 +52,27 @@ class Scanned:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PlannedImage:
-    """One sample to be made."""
+    """One sample to be made, and the image that it is made of; a line of the list of images."""
 
     id: str
-    scanned: Scanned
-    bucket: Bucket
+    file: str
+    stamp: str
+    sha256: str
+    width: int
+    height: int
+    bucket: str
     split: str
-    crop: Crop
     caption: str
+
+    @property
+    def crop(self) -> Crop:
+        """How the image is brought to its bucket."""
+        return plan_crop(self.width, self.height, Bucket.of(self.bucket))
 
     @property
     def caption_hash(self) -> str:
         """Identity of the caption."""
         return hashlib.sha256(self.caption.encode()).hexdigest()
-
-
-@dataclasses.dataclass(frozen=True)
-class PlannedShard:
-    """One shard to be made: its place, and its samples in order."""
-
-    split: str
-    bucket: Bucket
-    number: int
-    images: tuple[PlannedImage, ...]
-
-    def path(self, folder: Path) -> Path:
-        """Return where it lies in a feature folder."""
-        return bucket_folder(folder, self.split, self.bucket.name) / shard_name(self.number)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,11 +85,11 @@ class Plan:
         encoders: The facts of the encoders that are known.
     """
 
-    name: str
+    name: str = ""
     images: Sequence[PlannedImage]
     buckets: Sequence[Bucket]
-    validation_share: float
-    shard_size: int
+    validation_share: float = 0.0
+    shard_size: int = 1
     encoders: Encoders
 
     @functools.cached_property
@@ -117,28 +101,26 @@ class Plan:
             for image in self.images
         }
 
-    def keys(self, image: PlannedImage) -> list[tuple[str, str, str]]:
+    def keys(self, image: PlannedImage) -> list[Key]:
         """Return sample, feature and fingerprint of the features of a sample."""
         return [(image.id, *pair) for pair in self.fingerprints[image.id].items()]
 
-    def shapes(self, bucket: Bucket) -> Shapes:
-        """Return what arrays of a bucket look like, as far as the encoders are known."""
+    def shapes(self, bucket: str) -> Shapes:
+        """Return the shapes of arrays of a bucket, given its name, as far as they are known."""
+        shapes: dict[str, tuple[int | None, ...]] = {}
+        size = next((b for b in self.buckets if b.name == bucket), None)
+        if size is None:
+            return shapes
         vae, visual, text = (self.encoders.get(feature) for feature in FEATURES)
-        shapes: dict[str, Any] = {}
         if vae:
-            size = bucket.latent_size(vae["downsampling"])
-            shapes.update(latent_shape=(vae["channels"], *size))
+            shapes["vae.npy"] = (vae["channels"], *size.latent_size(vae["downsampling"]))
         if visual:
-            rows, columns = bucket.grid(visual["patch_size"])
-            shapes.update(num_patches=rows * columns, visual_dim=visual["dim"])
+            rows, columns = size.grid(visual["patch_size"])
+            shapes["dinov3.npy"] = (visual["dim"],)
+            shapes["dinov3_patches.npy"] = (rows * columns, visual["dim"])
         if text:
-            shapes.update(text_dim=text["dim"], max_tokens=text["max_tokens"])
-        return Shapes(**shapes)
-
-    def shapes_of(self, bucket: str) -> Shapes:
-        """Return what arrays of a bucket look like, given its name."""
-        found = next((b for b in self.buckets if b.name == bucket), None)
-        return Shapes() if found is None else self.shapes(found)
+            shapes["t5h.npy"], shapes["t5m.npy"] = (None, text["dim"]), (text["max_tokens"],)
+        return shapes
 
     def _fingerprint(self, image: PlannedImage, feature: str) -> str:
         """Return the identity of all that a feature is made from.
@@ -159,33 +141,41 @@ class Plan:
             made_from.update(caption=image.caption_hash, shape=[facts["max_tokens"], facts["dim"]])
         else:
             made_from.update(
-                source=image.scanned.sha256,
+                source=image.sha256,
                 crop=[*crop.source, *crop.resized, crop.left, crop.top, *crop.bucket],
+                shape=shapes["vae.npy" if feature == "vae" else "dinov3_patches.npy"],
             )
-        if feature == "vae":
-            made_from.update(shape=shapes.latent_shape)
         if feature == "visual":
-            made_from.update(
-                patch_size=facts["patch_size"],
-                num_registers=facts["num_registers"],
-                shape=[shapes.num_patches, shapes.visual_dim],
-            )
+            made_from.update({name: facts[name] for name in ("patch_size", "num_registers")})
         text = json.dumps(made_from, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:_FINGERPRINT_DIGITS]
 
-    @functools.cached_property
-    def shards(self) -> list[PlannedShard]:
-        """The shards to be made of the samples."""
-        groups: dict[tuple[str, Bucket], list[PlannedImage]] = defaultdict(list)
+    def describe(self, image: PlannedImage, truncated: bool) -> dict[str, Any]:
+        """Return the content of a sample's member ``json``."""
+        return dict(
+            caption=image.caption,
+            file=image.file,
+            size=[image.width, image.height],
+            crop=image.crop.to_dict(),
+            bucket=image.bucket,
+            split=image.split,
+            source_hash=image.sha256,
+            caption_hash=image.caption_hash,
+            truncated=truncated,
+            fingerprint=self.fingerprints[image.id],
+        )
+
+    def shards(self, folder: Path) -> dict[Path, list[PlannedImage]]:
+        """Return the samples of each shard to be made, in order, by the shards' paths."""
+        groups: dict[tuple[str, str], list[PlannedImage]] = defaultdict(list)
         for image in self.images:
             groups[image.split, image.bucket].append(image)
-        shards = []
-        for split in SPLITS:
-            for bucket in self.buckets:
-                part = groups[split, bucket]
-                for number, first in enumerate(range(0, len(part), self.shard_size)):
-                    rows = tuple(part[first : first + self.shard_size])
-                    shards.append(PlannedShard(split, bucket, number, rows))
+        shards = {}
+        for place in [(split, bucket.name) for split in SPLITS for bucket in self.buckets]:
+            part = groups[place]
+            for number, first in enumerate(range(0, len(part), self.shard_size)):
+                path = bucket_folder(folder, *place) / shard_name(number)
+                shards[path] = part[first : first + self.shard_size]
         return shards
 
     @property
@@ -193,8 +183,7 @@ class Plan:
         """Identity of names, images and captions."""
         digest = hashlib.sha256()
         for image in self.images:
-            scanned = image.scanned
-            digest.update(f"{scanned.file}\n{scanned.sha256} {image.caption_hash}\n".encode())
+            digest.update(f"{image.file}\n{image.sha256} {image.caption_hash}\n".encode())
         return digest.hexdigest()
 
     def write(self, folder: Path) -> None:
@@ -214,38 +203,35 @@ class Plan:
         write_json(folder / CLAIM_FILE, claim)
         with atomic_write(folder / IMAGES_FILE, "w", encoding="utf-8") as file:
             for image in self.images:
-                scanned = {field: getattr(image.scanned, field) for field in _SCANNED}
-                others = dict(bucket=image.bucket.name, split=image.split, caption=image.caption)
-                row = json.dumps(dict(id=image.id, **scanned, **others), ensure_ascii=False)
-                file.write(f"{row}\n")
-
-
-# Images.
+                file.write(f"{json.dumps(dataclasses.asdict(image), ensure_ascii=False)}\n")
 
 
 def scan_images(
     archive: Archive,
     names: Sequence[str],
-    known: Mapping[str, Scanned],
+    known: Mapping[str, PlannedImage],
     buckets: Sequence[Bucket],
     num_threads: int,
 ) -> list[Scanned]:
     """Return what is known of the first images of an archive, in order. Collective: ranks share it.
 
-    Every image is decoded once; ``known`` has the images of an earlier scan, by file name, which
+    Every image is decoded once; ``known`` has the images of an earlier plan, by file name, which
     are not read again if their stamp is the same.
     """
 
     def scan(index: int) -> Scanned:
         file, stamp = names[index], _stamp(archive, index)
-        found = known.get(file)
+        there = known.get(file)
         try:
-            if found is None or found.stamp != stamp:
+            if there is not None and there.stamp == stamp:
+                found = Scanned(file, stamp, there.sha256, there.width, there.height)
+            else:
                 data = archive.read(index)
                 image = decode_image(data)
                 digest = hashlib.sha256(data).hexdigest()
                 found = Scanned(file, stamp, digest, image.width, image.height)
-            plan_crop(found.width, found.height, _bucket_of(found, buckets))
+            bucket = nearest_bucket(found.width, found.height, buckets)
+            plan_crop(found.width, found.height, bucket)
         except ValueError as error:
             return Scanned(file, stamp, error=str(error))
         return found
@@ -272,10 +258,6 @@ def _stamp(archive: Archive, index: int) -> str:
     return f"{stat.st_size} {stat.st_mtime_ns}"
 
 
-def _bucket_of(scanned: Scanned, buckets: Sequence[Bucket]) -> Bucket:
-    return nearest_bucket(scanned.width, scanned.height, buckets)
-
-
 def plan_images(
     scanned: Sequence[Scanned],
     captions: Mapping[str, str],
@@ -288,7 +270,7 @@ def plan_images(
     more, the share with the lowest names validates, at least one image if the share is not 0, and
     never all. Raises ValueError if two names are equal.
     """
-    groups: dict[Bucket, list[tuple[str, Scanned]]] = defaultdict(list)
+    groups: dict[Bucket, dict[str, Scanned]] = defaultdict(dict)
     names: dict[str, str] = {}
     for image in scanned:
         name = hashlib.sha256(image.file.encode()).hexdigest()[:_ID_DIGITS]
@@ -297,18 +279,18 @@ def plan_images(
                 f"{image.file}: has the same name in the features, {name}, as {names[name]}; "
                 "rename one of them."
             )
-        groups[_bucket_of(image, buckets)].append((name, image))
+        groups[nearest_bucket(image.width, image.height, buckets)][name] = image
     planned = []
     for bucket, group in groups.items():
         num_validation = 0
         if validation_share and len(group) > 1:
             wanted = int(validation_share * len(group) + 0.5)
             num_validation = min(max(wanted, 1), len(group) - 1)
-        for rank, (name, image) in enumerate(sorted(group, key=lambda row: row[0])):
+        for rank, (name, image) in enumerate(sorted(group.items())):
+            facts = image.file, image.stamp, image.sha256, image.width, image.height
             split = "validation" if rank < num_validation else "train"
-            crop = plan_crop(image.width, image.height, bucket)
             caption = captions.get(image.file, "")
-            planned.append(PlannedImage(name, image, bucket, split, crop, caption))
+            planned.append(PlannedImage(name, *facts, bucket.name, split, caption))
     return sorted(planned, key=lambda image: image.id)
 
 
@@ -335,38 +317,17 @@ def read_images(folder: Path) -> list[PlannedImage]:
     Raises ValueError if it is missing or damaged.
     """
     file = folder / IMAGES_FILE
-    images = []
+    images: list[PlannedImage] = []
     try:
         *lines, rest = file.read_text(encoding="utf-8").split("\n")
         if rest or not lines:
             raise ValueError("it does not end with a whole line")
         for line in lines:
-            row = typed(_ImageRow, json.loads(line))
-            (bucket,) = parse_buckets(row["bucket"])
-            scanned = Scanned(*(row[field] for field in _SCANNED))
-            crop = plan_crop(scanned.width, scanned.height, bucket)
-            place = row["id"], scanned, bucket, row["split"], crop, row["caption"]
-            images.append(PlannedImage(*place))
+            image = typed(PlannedImage, json.loads(line))
+            plan_crop(image.width, image.height, Bucket.of(image.bucket))  # Which may refuse.
+            images.append(image)
     except OSError as error:
         raise ValueError(f"{file}: cannot be read ({error.strerror}).") from None
     except ValueError as error:
         raise ValueError(f"{file}: damaged, line {len(images) + 1} ({error}).") from None
     return images
-
-
-def describe_sample(
-    image: PlannedImage, fingerprints: Mapping[str, str], truncated: bool
-) -> dict[str, Any]:
-    """Return the content of a sample's member ``json``."""
-    return dict(
-        caption=image.caption,
-        file=image.scanned.file,
-        size=[image.scanned.width, image.scanned.height],
-        crop=image.crop.to_dict(),
-        bucket=image.bucket.name,
-        split=image.split,
-        source_hash=image.scanned.sha256,
-        caption_hash=image.caption_hash,
-        truncated=truncated,
-        fingerprint=dict(fingerprints),
-    )

@@ -15,7 +15,6 @@ from data.features.preparation.make import Making
 from data.features.preparation.plan import (
     Plan,
     PlannedImage,
-    Scanned,
     plan_images,
     read_images,
     scan_images,
@@ -213,9 +212,9 @@ def _plan_images(
     num_threads: int,
 ) -> tuple[list[PlannedImage], list[str]]:
     """Return the samples to be made, and sentences about images that cannot be used. Collective."""
-    known: dict[str, Scanned] = {}
+    known: dict[str, PlannedImage] = {}
     with contextlib.suppress(ValueError):  # Images are then read again.
-        known = {image.scanned.file: image.scanned for image in read_images(dest)}
+        known = {image.file: image for image in read_images(dest)}
     names, buckets = archive.names[: preparation.max_images], preparation.buckets
     scanned = scan_images(archive, names, known, buckets, num_threads)
     broken = [f"{archive.path}/{s.file}: {s.error}" for s in scanned if s.error is not None]

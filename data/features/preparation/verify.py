@@ -136,14 +136,10 @@ class _Checker:
         else:
             encoders, buckets = self._try(read_claim, folder) or (encoders, buckets)
         self.plan = Plan(
-            name="",
             images=self._try(read_images, folder) or [],
             buckets=buckets,
-            validation_share=0,
-            shard_size=1,
             encoders=encoders,
         )
-        self.shapes = {bucket.name: self.plan.shapes(bucket) for bucket in buckets}
         places = [(split, bucket.name) for split in SPLITS for bucket in buckets]
         if self.record is None:  # They are written at the end.
             places = [p for p in places if (bucket_folder(folder, *p) / MANIFEST_FILE).exists()]
@@ -192,7 +188,7 @@ class _Checker:
                 histogram[len(from_npy(members[PATCHES]))] += 1
                 tally.add(members)
 
-        index, problems = check_shard(path, known, self.plan.shapes_of(known.bucket), visit)
+        index, problems = check_shard(path, known, self.plan.shapes(known.bucket), visit)
         self.indexes[path] = index
         self.patches[index.bucket] += histogram
         if not known.shards[0]["sha256"]:
@@ -230,10 +226,10 @@ class _Checker:
 
         def differs(image: PlannedImage) -> bool:
             try:
-                data = archive.read(positions[image.scanned.file])
+                data = archive.read(positions[image.file])
             except (KeyError, ValueError):
                 return True
-            return hashlib.sha256(data).hexdigest() != image.scanned.sha256
+            return hashlib.sha256(data).hexdigest() != image.sha256
 
         images = self.plan.images
         found = thread_map(differs, images, self.num_threads, 4 * self.num_threads)
@@ -242,7 +238,7 @@ class _Checker:
                 bar.update()
                 if is_other:
                     self.changed.add(image.id)
-                    where = f"{archive.path}/{image.scanned.file}"
+                    where = f"{archive.path}/{image.file}"
                     self._add(where, "is not what features were made of any more")
 
     # Samples.
@@ -269,7 +265,7 @@ class _Checker:
                     self.counts[split, bucket.name, feature] = collections.Counter()
         for image in self.plan.images:
             for feature in FEATURES:
-                place = image.split, image.bucket.name, feature
+                place = image.split, image.bucket, feature
                 counts = self.counts.setdefault(place, collections.Counter())
                 counts[self._state(image, feature, rows[image.id])] += 1
         for (split, bucket, feature), counts in self.counts.items():
@@ -280,7 +276,7 @@ class _Checker:
 
     def _state(self, image: PlannedImage, feature: str, places: list[tuple[Path, int]]) -> str:
         wanted = self.plan.fingerprints[image.id].get(feature)
-        folder = bucket_folder(self.folder, image.split, image.bucket.name)
+        folder = bucket_folder(self.folder, image.split, image.bucket)
         for path, row in places:
             if path.parent != folder or (self.record is not None and path not in self.named):
                 continue
@@ -329,7 +325,7 @@ class _Checker:
         positions = {name: index for index, name in enumerate(archive.names)}
         for bucket in self.plan.buckets:
             for image, path, row in self._choose(bucket, num_samples):
-                data = archive.read(positions[image.scanned.file])
+                data = archive.read(positions[image.file])
                 fitted, _ = fit_image(decode_image(data), bucket)
                 pixels = torch.from_numpy(np.array(fitted)).permute(2, 0, 1)[None]
                 fresh = encoder.encode(pixels)[1][0].cpu()
@@ -339,7 +335,7 @@ class _Checker:
                 problem = misalignment(stored, fresh)
                 if problem is not None:
                     self.problems.append(
-                        f"{path}: {image.id} ({image.scanned.file}): patches are misaligned, "
+                        f"{path}: {image.id} ({image.file}): patches are misaligned, "
                         f"{problem}; make them again with --overwrite."
                     )
 
