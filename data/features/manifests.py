@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypedDict
 
@@ -123,17 +123,13 @@ class Manifest:
         if number is None:
             return None
         rows = slice(*np.searchsorted(self.shard, [number, number + 1]))
-        return dataclasses.replace(
-            self,
-            shards=[self.shards[number]],
-            ids=self.ids[rows],
-            shard=self.shard[rows] - number,
-            **{
-                name: {key: column[rows] for key, column in getattr(self, name).items()}
-                for name in (*_PLACES, "fingerprint")
-            },
-            truncated=self.truncated[rows],
-        )
+        columns = _map(self._columns(), lambda column: column[rows])
+        columns["shard"] = columns["shard"] - number
+        return dataclasses.replace(self, shards=[self.shards[number]], **columns)
+
+    def _columns(self) -> dict[str, Any]:
+        names = ("ids", "shard", *_PLACES, "fingerprint", "truncated")
+        return {name: getattr(self, name) for name in names}
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -145,15 +141,8 @@ class Manifest:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of ``manifest.json``."""
-        columns = dict(
-            id=self.ids,
-            shard=self.shard.tolist(),
-            offset={key: values.tolist() for key, values in self.offset.items()},
-            size={key: values.tolist() for key, values in self.size.items()},
-            crc32={key: values.tolist() for key, values in self.crc32.items()},
-            fingerprint=self.fingerprint,
-            truncated=self.truncated.tolist(),
-        )
+        columns = _map(self._columns(), lambda c: c.tolist() if isinstance(c, np.ndarray) else c)
+        columns = dict(id=columns.pop("ids"), **columns)
         return dict(
             format=FORMAT,
             version=FORMAT_VERSION,
@@ -162,6 +151,11 @@ class Manifest:
             shards=self.shards,
             columns=columns,
         )
+
+
+def _map(columns: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    """Return columns, some of them in dicts by key, after a change of each."""
+    return {k: _map(v, change) if isinstance(v, dict) else change(v) for k, v in columns.items()}
 
 
 def _joined(parts: Sequence[Any]) -> Any:

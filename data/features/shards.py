@@ -11,7 +11,7 @@ import tokenize
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, BinaryIO, TypedDict
 
 import numpy as np
 
@@ -208,29 +208,19 @@ def _header(name: str, key: str, size: int) -> tarfile.TarInfo:
     return info
 
 
-def read_member(descriptor: int, index: Manifest, row: int, key: str) -> bytes:
+def read_member(file: BinaryIO, index: Manifest, row: int, key: str) -> bytes:
     """Return the data of a member of an open shard, whose manifest is ``index``.
 
     Raises ValueError with the reason if they are damaged.
     """
     offset, size = int(index.offset[key][row]), int(index.size[key][row])
-    data = os.pread(descriptor, _BLOCK + size, offset - _BLOCK) if offset >= _BLOCK else b""
+    data = os.pread(file.fileno(), _BLOCK + size, offset - _BLOCK) if offset >= _BLOCK else b""
     if data[:_BLOCK] != _header(index.ids[row], key, size).tobuf(tarfile.USTAR_FORMAT):
         raise ValueError(f"{key} is not where it should be")
     data = data[_BLOCK:]
     if len(data) < size or zlib.crc32(data) != index.crc32[key][row]:
         raise ValueError(f"{key} differs from its checksum")
     return data
-
-
-@contextlib.contextmanager
-def open_shard(path: Path) -> Any:
-    """Open a shard for :func:`read_member`."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def check_shard(
@@ -248,12 +238,12 @@ def check_shard(
     problems = []
     fingerprint = {feature: list(column) for feature, column in index.fingerprint.items()}
     crc32 = {**index.crc32, "json": index.crc32["json"].copy()}
-    with open_shard(path) as descriptor:
+    with open(path, "rb") as file:
         for row, name in enumerate(index.ids):
             members: dict[str, bytes] = {}
             for feature, keys in dict(json=("json",), **KEYS_OF).items():
                 try:
-                    found = {key: read_member(descriptor, index, row, key) for key in keys}
+                    found = {key: read_member(file, index, row, key) for key in keys}
                     members.update(found)
                     if feature in FEATURES:
                         check_feature(feature, found, shapes)

@@ -32,7 +32,7 @@ class ZipArchive(Archive):
                 "or an .npz of samples, or copy the file again."
             ) from None
         self.names = sorted(name for name in infos if is_image_name(name) and not is_hidden(name))
-        others = [name for name in infos if name.rpartition("/")[2] == "dataset.json"]
+        others = [name for name in infos if name.endswith(("dataset.json", ".txt"))]
         for name in self.names + others:
             if infos[name].flag_bits & 1:
                 raise refusal(f"{path}/{name}", but="is encrypted", remedy=_EXTRACT)

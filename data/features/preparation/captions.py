@@ -2,12 +2,10 @@
 
 import json
 import os
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.images.archive import ZipArchive
 from data.images.members import Archive
 
 METADATA = "metadata"
@@ -43,7 +41,7 @@ def read_captions(
             "or --captions=metadata, or leave it out."
         )
     elif location is None:
-        captions = _from_files(names, _reader(archive))
+        captions = _from_files(names, archive.read_file)
     else:
         captions = _from_files(names, lambda name: _read(Path(location) / name))
     found = {name: captions.get(name, "").strip() for name in names}
@@ -130,26 +128,13 @@ def _from_files(names: Sequence[str], read: Callable[[str], bytes | None]) -> di
     captions = {}
     for name in names:
         file = f"{name.rpartition('.')[0]}.txt"
-        data = read(file)
+        try:
+            data = read(file)
+        except ValueError as error:
+            raise ValueError(f"{file}: cannot be read ({error}).") from None
         if data is not None:
             captions[name] = _decoded(data, file)
     return captions
-
-
-def _reader(archive: Archive) -> Callable[[str], bytes | None]:
-    """Return a function that gives the bytes of any file of an archive by name, None if absent."""
-    if not isinstance(archive, ZipArchive):
-        return archive.read_file
-    file = zipfile.ZipFile(archive.path)
-    names = set(file.namelist())
-
-    def read(name: str) -> bytes | None:
-        try:
-            return file.read(name) if name in names else None
-        except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
-            raise ValueError(f"{archive.path}/{name}: cannot be read ({error}).") from None
-
-    return read
 
 
 def _read(path: Path) -> bytes | None:

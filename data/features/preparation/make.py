@@ -1,6 +1,6 @@
 """Brings a feature folder to what is planned: encodes what is missing, and packs it into shards."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -135,19 +135,21 @@ class Making:
         before.
         """
         self._encode_texts(list(chain(*shards.values())), there)
-        batches = [self._batches(images, there) for images in shards.values()]
-        places = list(shards.items())
-        sizes = [sum(map(len, part)) for part in (chain(*batches), share(list(chain(*batches))))]
-        bar = progress_of_ranks(*sizes, "Encoding images")
-        with bar as on_done, BackgroundWriter(1, len(shards)) as packer:
-            for part in _rounds([len(own) for own in batches]):
+        paths, ranks = list(shards), distributed.world_size()
+        batches = {path: self._batches(images, there) for path, images in shards.items()}
+        num_images = self._batch_size * _BATCHES_PER_ROUND
+        size = ranks * max(num_images // self._plan.shard_size, 1)  # Shards in a round.
+        rounds = [paths[first : first + size] for first in range(0, len(paths), size)]
+        mine = [share(list(chain(*(batches[path] for path in part)))) for part in rounds]
+        total, own = (sum(map(len, chain(*parts))) for parts in (batches.values(), mine))
+        bar = progress_of_ranks(total, own, "Encoding images")
+        with bar as on_done, BackgroundWriter(1, size) as packer:
+            for part, batches_of_rank in zip(rounds, mine, strict=True):
                 with distributed.together():
-                    mine = share([batch for index in part for batch in batches[index]])
-                    self._encoder.encode_images(mine, on_done)
+                    self._encoder.encode_images(batches_of_rank, on_done)
                     packer.wait()
-                for index in share(part) if is_packed else ():
-                    path, images = places[index]
-                    packer.submit(pack.pack, path, self._plan, images, self._stage)
+                for path in share(part) if is_packed else ():
+                    packer.submit(pack.pack, path, self._plan, shards[path], self._stage)
             with distributed.together():
                 packer.wait()
 
@@ -178,21 +180,3 @@ class Making:
 def _gathered(items: Iterable[Any]) -> set[Any]:
     """Return the items of all ranks. Collective."""
     return {item for part in distributed.gather_objects(list(items)) for item in part}
-
-
-def _rounds(num_batches: Sequence[int]) -> Iterator[list[int]]:
-    """Yield the indices of shards that are made together, given the batches of each.
-
-    Together they give every rank work, both batches and shards.
-    """
-    ranks = distributed.world_size()
-    part: list[int] = []
-    waiting = 0
-    for index, num in enumerate(num_batches):
-        part.append(index)
-        waiting += num
-        if waiting >= _BATCHES_PER_ROUND * ranks and len(part) >= ranks:
-            yield part
-            part, waiting = [], 0
-    if part:
-        yield part

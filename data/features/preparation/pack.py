@@ -34,7 +34,6 @@ from data.features.shards import (
     Members,
     check_shard,
     merge_moments,
-    open_shard,
     read_member,
     recover_index,
     to_json,
@@ -164,12 +163,12 @@ def unpack(
 ) -> list[Key]:
     """Stage what a shard holds of the plan and is not ``staged``, delete the shard, return what."""
     done = []
-    with open_shard(path) as descriptor:
+    with open(path, "rb") as file:
         for row, key in wanted_rows(plan, index):
             if key in staged:
                 continue
             with contextlib.suppress(ValueError):  # What is damaged is made again.
-                members = {k: read_member(descriptor, index, row, k) for k in KEYS_OF[key[1]]}
+                members = {k: read_member(file, index, row, k) for k in KEYS_OF[key[1]]}
                 stage.put(*key, members, truncated=key[1] == "text" and bool(index.truncated[row]))
                 done.append(key)
     path.unlink()

@@ -26,7 +26,7 @@ from data.features.record import (
     bucket_folder,
     read_feature_record,
 )
-from data.features.shards import Members, Tally, check_shard, from_npy, open_shard, read_member
+from data.features.shards import Members, Tally, check_shard, from_npy, read_member
 from data.images.archive import open_archive
 from data.images.decode import decode_image
 from data.images.members import Archive
@@ -329,8 +329,8 @@ class _Checker:
                 fitted, _ = fit_image(decode_image(data), bucket)
                 pixels = torch.from_numpy(np.array(fitted)).permute(2, 0, 1)[None]
                 fresh = encoder.encode(pixels)[1][0].cpu()
-                with open_shard(path) as descriptor:
-                    data = read_member(descriptor, self.indexes[path], row, PATCHES)
+                with open(path, "rb") as file:
+                    data = read_member(file, self.indexes[path], row, PATCHES)
                 stored = torch.from_numpy(from_npy(data).astype(np.float32))
                 problem = misalignment(stored, fresh)
                 if problem is not None:
