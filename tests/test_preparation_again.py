@@ -14,6 +14,7 @@ from feature_files import (
     content,
     flip_byte,
     made,
+    place_of,
     prepare,
     read_samples,
     rewrite_shards,
@@ -279,6 +280,19 @@ def test_one_feature_prepared_for_a_complete_folder_leaves_that_in_use(
     assert content(features) == content(tmp_path / "fresh")
 
 
+def test_a_complete_folder_is_read_whole_whatever_was_found_in_it_before(
+    feature_base, features, encoders
+):
+    source = feature_base / "pictures"
+    prepare(source, features, encoders[2:], *OPTIONS, "--only=text")
+    path = place_of(features, "wide/roof.png", "vae.npy")[0]
+    stat = path.stat()
+    flip_byte(features, "wide/roof.png", "vae.npy")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert made(prepare(source, features, encoders, *OPTIONS)) == (1, 0, 0, 1)
+    assert content(features) == content(feature_base / "features")
+
+
 @pytest.mark.parametrize("damage", ["bytes", "fingerprint", "shape", "nan"])
 def test_a_staged_feature_that_is_not_right_is_made_again(feature_base, encoders, tmp_path, damage):
     source, out = feature_base / "pictures", tmp_path / "out"
@@ -402,6 +416,24 @@ def test_what_is_damaged_on_the_stage_before_it_is_packed_is_one_sentence(
     assert 1 <= num_made[0] <= 11
     assert num_made[1:] == (0, 0)
     assert content(out) == content(feature_base / "features")
+
+
+def test_a_change_of_all_shards_takes_little_more_space_than_the_features(
+    feature_base, features, encoders, monkeypatch
+):
+    sizes, real = [], os.replace
+
+    def noted(source, target):
+        real(source, target)
+        files = [*features.rglob("*.zip"), *features.rglob("*.tar")]
+        sizes.append(sum(path.stat().st_size for path in files))
+
+    before = sum(path.stat().st_size for path in features.rglob("*.tar"))
+    largest = max(path.stat().st_size for path in features.rglob("*.tar"))
+    monkeypatch.setattr("os.replace", noted)
+    options = (*OPTIONS, "--shard-size=3", "--validation-share=0", "--workers=1")
+    assert made(prepare(feature_base / "pictures", features, encoders, *options))[:3] == (0, 0, 0)
+    assert max(sizes) < before + 2.5 * largest < 1.5 * before
 
 
 # What earlier versions left.

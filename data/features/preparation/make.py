@@ -51,8 +51,8 @@ class Making:
         parts = distributed.gather_objects(dict(self._encoder.num_made))
         return {feature: sum(part.get(feature, 0) for part in parts) for feature in FEATURES}
 
-    def make_one(self, feature: str) -> None:
-        """Stage what is missing of one feature; shards and record stay as they are."""
+    def stage_missing(self) -> None:
+        """Stage what is missing of the plan's features; shards and record stay as they are."""
         distributed.on_main(lambda: self._plan.write(self._folder))
         indexes = pack.look_at_shards(self._folder, self._plan, self._num_threads)
         rows = [key for index in indexes.values() for _, key in pack.wanted_rows(self._plan, index)]

@@ -120,7 +120,7 @@ def prepare(
         making = Making(dest, archive, plan, encoders, preparation.batch_size, num_threads)
         record, num_packed = None, 0
         if preparation.only is not None:
-            making.make_one(preparation.only)
+            making.stage_missing()
         else:
             record, num_packed = making.make_all(anew=preparation.overwrite)
         return Outcome(
