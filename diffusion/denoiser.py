@@ -26,7 +26,7 @@ class Denoiser:
             a learned variance.
         precond: Its preconditioner.
         autocast_dtype: Arithmetic of the network (bfloat16, float16), or None for its own.
-        with_variance: Also tell the learned variance, which the ``ddpm`` loss and the ``ddpm``
+        with_variance: Also return the learned variance, which the ``ddpm`` loss and the ``ddpm``
             sampler read: results are [N, 2 C, H, W], the second half the fraction f by which the
             logarithm of a step's variance lies between its bounds (0: lowest, 1: highest; Nichol &
             Dhariwal, arXiv 2102.09672, Eq. 15). Without it, that half of F is left aside.

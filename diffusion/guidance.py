@@ -74,7 +74,7 @@ class DualGuidanceConfig(Config):
     guidance_form: str = option(
         "nested",
         choices=("nested", "seed", "joint"),
-        help="nested: towards the image, then on towards the text; seed: towards each alone; "
+        help="How the two are combined. nested: towards the image, then on towards the text; seed: towards each alone; "
         "joint: as seed, with a third scale for both together.",
     )
     joint_scale: float = option(
@@ -235,7 +235,7 @@ def _extrapolate(
 ) -> torch.Tensor:
     """Return base + scale (target - base) in the first channels, and the target's others.
 
-    Among the others is the variance, where a denoiser tells it.
+    Among the others is the variance, where a denoiser returns it.
     """
     guided = base[:, :channels] + scale * (target[:, :channels] - base[:, :channels])
     return torch.cat([guided, target[:, channels:]], dim=1)

@@ -77,7 +77,7 @@ class Precond(abc.ABC):
     Attributes:
         sigma_min, sigma_max: Noise levels between which the network may be asked.
         noise_range: Range over whose logarithm :meth:`noise_fraction` is measured by default.
-        learned_variance: Whether the network's output has a second half, which tells the variance
+        learned_variance: Whether the network's output has a second half, which gives the variance
             of an ancestral step.
     """
 

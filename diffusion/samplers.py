@@ -37,7 +37,9 @@ class SamplingConfig(Config):
     affects: ClassVar[str] = "speed"
 
     sampler: str = option(
-        "heun", choices=("heun", "euler", "ddim", "dpmpp_2m", "ddpm"), help="Sampler."
+        "heun",
+        choices=("heun", "euler", "ddim", "dpmpp_2m", "ddpm"),
+        help="Sampler that goes from noise to images.",
     )
     steps: int = option(18, min=1, help="Number of sampling steps.")
     grid: str = option(
@@ -100,8 +102,8 @@ class SamplingConfig(Config):
         "small",
         choices=("small", "large"),
         requires={"sampler": ("ddpm",)},
-        help="Of an ancestral step: DDPM's smaller or larger one. A learned variance takes its "
-        "place.",
+        help="Variance of an ancestral step: DDPM's smaller or larger one. A learned variance "
+        "replaces it.",
     )
     clip_denoised: bool = option(
         False,
@@ -221,7 +223,7 @@ def ddpm(
 
     Each step draws from the posterior q(x_next | x, x0) of the forward chain with x0 = D(x; sigma),
     which is the smaller of DDPM's two variances (``variance`` small), with the larger one, or with
-    the learned variance, where ``denoise`` tells its fraction in a second half of channels (iDDPM,
+    the learned variance, if ``denoise`` returns its fraction in a second half of channels (iDDPM,
     arXiv 2102.09672, Eq. 15). The bounds are those of the levels visited, so that leaving levels
     out recomputes them. The last step adds no noise.
     """
@@ -331,7 +333,7 @@ def _timestep_sigmas(num_steps: int, precond: Precond) -> list[float]:
 
 
 def reads_variance(config: SamplingConfig, precond: Precond) -> bool:
-    """Tell whether a sampler takes a denoiser that tells the learned variance."""
+    """Return whether a sampler takes a denoiser that returns the learned variance too."""
     return config.sampler == "ddpm" and precond.learned_variance
 
 

@@ -93,7 +93,9 @@ class ClassConditioner(Conditioner):
             if augment is None:
                 num = len(parts[0]) if parts else num
                 if num is None:
-                    raise ValueError("The number of images is needed where no condition tells it.")
+                    raise ValueError(
+                        "The number of images is needed where there are no conditions."
+                    )
                 augment = self.augment.weight.new_zeros(num, self.augment_dim)
             parts.append(self.augment(augment))
         return Context(vector=sum(parts[1:], parts[0]) if parts else None)

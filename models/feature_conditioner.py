@@ -17,7 +17,7 @@ class FeatureConditioner(Conditioner):
 
     Each kind of feature has a learned null in the place of what is dropped, before projection. It
     is in the graph of every batch. Dropped text leaves one token to attend to, so that nothing
-    tells its length.
+    reveals its length.
 
     Conditions of a batch of N images, all of one size; features are normalised:
 
@@ -79,7 +79,7 @@ class FeatureConditioner(Conditioner):
         Args:
             cond: See the class.
             drop: [N, 3] bool, true where text, CLS token or patches are replaced by their nulls.
-            num: N, needed where ``cond`` is empty of features.
+            num: N, needed where ``cond`` has no features.
         """
         given = [cond[name] for name in CONDITIONS if name in cond]
         num = len(given[0]) if given else num

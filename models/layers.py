@@ -326,7 +326,7 @@ class PositionalEmbedding(nn.Module):
 def position_embedding(dim: int, grid: int) -> Tensor:
     """Return sinusoids of the position of every token of a square grid [grid, grid, dim], float32.
 
-    The first half of the width tells the column, the second the row; each is [sin, cos] of the
+    The first half of the width encodes the column, the second the row; each is [sin, cos] of the
     position times 10000^(-i / (dim / 4)), i = 0 ... dim / 4 - 1 (DiT, arXiv 2212.09748). A width
     that is no multiple of four takes the first numbers of the next one that is.
     """

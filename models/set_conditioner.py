@@ -175,7 +175,7 @@ class SetConditioner(Conditioner):
             mean, log_variance = self.posterior(vector).float().chunk(2, dim=-1)
             log_variance = log_variance.clamp(-_MAX_LOG_VARIANCE, _MAX_LOG_VARIANCE)
             kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(-1)
-            # A context that is dropped has nothing to tell of its set.
+            # A context that is dropped knows nothing of its set.
             kl = torch.where(context.set_drop, 0.0, kl)
             vector = mean
             if noise is not None:

@@ -50,7 +50,8 @@ class SetDiTConfig(ModelConfig):
     mode_conditioning: str = option(
         "film",
         choices=("film", "lag"),
-        help="How the set acts: film: a vector modulates all layers; lag: layers attend to tokens.",
+        help="How the set conditions the DiT. film: a vector modulates all layers; lag: layers attend "
+        "to tokens.",
     )
     context_channels: int | None = option(
         None, min=1, help="Width of the context; none: that of the encoder."
@@ -92,13 +93,17 @@ class SetDiTConfig(ModelConfig):
     encoder_depth: int = option(6, min=0, help="Blocks of the encoder.")
     encoder_heads: int = option(8, min=1, help="Attention heads of the encoder.")
     encoder_dim_head: int = option(56, min=1, help="Width of a head of the encoder.")
-    encoder_mlp_ratio: float = option(1.0, min=0.01, help="Of the encoder.")
+    encoder_mlp_ratio: float = option(
+        1.0, min=0.01, help="Hidden width of the encoder's MLPs over its width."
+    )
     encoder_dropout: float = option(0.0, min=0, max=0.99, help="Dropout in the encoder.")
     encoder_pool: str = option(
-        "cls", choices=("cls", "mean", "sum"), help="What of the tokens is the set's vector."
+        "cls",
+        choices=("cls", "mean", "sum"),
+        help="What becomes the set's vector: the CLS token, or the mean or sum of the patches.",
     )
     encoder_time: bool = option(
-        False, help="Tell the encoder the noise level; it then runs at every sampling step."
+        False, help="Give the encoder the noise level; it then runs at every sampling step."
     )
     spt_shifts: bool = option(
         False,
@@ -116,7 +121,7 @@ class SetDiTConfig(ModelConfig):
     mode_context: str = option(
         "deterministic",
         choices=("deterministic", "variational"),
-        help="The set's vector as it is, or drawn from a learned distribution.",
+        help="Take the set's vector as it is, or draw it from a learned distribution.",
     )
 
     def __post_init__(self) -> None:

@@ -297,7 +297,7 @@ def test_files_of_two_datasets_in_a_folder_are_refused(tmp_path):
 def test_a_pickle_without_a_split_in_its_name_is_refused(tmp_path):
     (tmp_path / "images.pickle").write_bytes(pickle.dumps({}))
     message = refusal(tmp_path / "images.pickle", tmp_path / "x.zip")
-    assert "the name does not tell its split" in message
+    assert "the name does not say its split" in message
 
 
 def test_a_folder_of_images_with_a_pickle_beside_them_stays_one(tmp_path):

@@ -10,7 +10,7 @@ from data.fewshot.classes import SetConfig
 from data.fewshot.sets import SetDataset
 from data.images.dataset import Cond
 from diffusion.denoiser import autocast
-from models import Context
+from models.set_conditioner import SetContext
 from torch_utils import distributed, rng
 from torch_utils.stats import StatsCollector
 from training.config import RunConfig, accumulation_rounds
@@ -71,7 +71,7 @@ class SetObjective(Objective):
             changes["kl_weight"] = torch.full([batch], self._kl_factor * warm_up, device=device)
         return SetDraws(**vars(draws), **changes)
 
-    def context(self, images: torch.Tensor, cond: Cond, draws: SetDraws) -> Context:
+    def context(self, images: torch.Tensor, cond: Cond, draws: SetDraws) -> SetContext:
         """Return the context [b n] of sets of images [b, n, C, H, W]."""
         cond = {"set": images, **cond}
         if "label" in cond and draws.drop is not None:
@@ -99,7 +99,7 @@ class SetObjective(Objective):
         return loss
 
     def _loss_of_sets(
-        self, images: torch.Tensor, draws: SetDraws, context: Context
+        self, images: torch.Tensor, draws: SetDraws, context: SetContext
     ) -> torch.Tensor:
         sigma = draws.sigma.repeat_interleave(images.shape[1])
         return self._loss(images.flatten(0, 1), sigma, draws.noise.flatten(0, 1), context)

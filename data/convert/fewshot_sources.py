@@ -87,7 +87,7 @@ def find_fewshot_files(path: Path) -> dict[str, Path] | None:
         split, _ = _split_of(path)
         if split is None:
             raise ValueError(
-                f"{path}: the name does not tell its split; accepted: CIFAR_FS_train.pickle, "
+                f"{path}: the name does not say its split; accepted: CIFAR_FS_train.pickle, "
                 "FC100_test.pickle, mini-imagenet-cache-val.pkl, train_NAME.pkl and the like."
             )
         return {split: path}
@@ -109,7 +109,7 @@ def find_fewshot_files(path: Path) -> dict[str, Path] | None:
 
 
 def _split_of(path: Path) -> tuple[str | None, str]:
-    """Return the split that a file's name tells, and the rest of the name."""
+    """Return the split that a file's name says, and the rest of the name."""
     match = re.fullmatch(r"(.+[-_])(train|val|test)|(train|val|test)(_.+)", path.stem)
     if match is None:
         return None, ""

@@ -27,7 +27,7 @@ class FeatureStatistics:
 
     @classmethod
     def of(cls, statistics: Mapping[str, Any], device: torch.device | str = "cpu") -> Self:
-        """Return the statistics of a record of features, or of a snapshot of such a model."""
+        """Return the statistics of a feature folder's record, or of a snapshot trained on one."""
         fields = {}
         for name, key in (("latent", "vae"), ("cls", "cls"), ("patches", "patches")):
             for part in ("mean", "std"):

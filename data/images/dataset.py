@@ -14,7 +14,6 @@ import torch
 from torch.utils.data import Dataset
 
 from data.images.archive import open_archive
-from data.images.cache import SharedCache
 from data.images.decode import ImageError, UnfitImageError
 from data.images.labels import read_class_splits, read_labels
 from dnnlib.config import Config, option
@@ -238,6 +237,8 @@ class ImageDataset(LabelledDataset):
                 )
         self._cache = None
         if cache:
+            from data.images.cache import SharedCache
+
             shape = (len(self), self.img_channels, self.resolution, self.resolution)
             self._cache = SharedCache(shape, self.path)
 
