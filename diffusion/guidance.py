@@ -74,8 +74,8 @@ class DualGuidanceConfig(Config):
     guidance_form: str = option(
         "nested",
         choices=("nested", "seed", "joint"),
-        help="How the two are combined. nested: towards the image, then on towards the text; seed: towards each alone; "
-        "joint: as seed, with a third scale for both together.",
+        help="How the two are combined. nested: towards the image, then on towards the text; seed: "
+        "towards each alone; joint: as seed, with a third scale for both together.",
     )
     joint_scale: float = option(
         1.0,

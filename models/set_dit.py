@@ -50,8 +50,8 @@ class SetDiTConfig(ModelConfig):
     mode_conditioning: str = option(
         "film",
         choices=("film", "lag"),
-        help="How the set conditions the DiT. film: a vector modulates all layers; lag: layers attend "
-        "to tokens.",
+        help="How the set conditions the DiT. film: a vector modulates all layers; lag: layers "
+        "attend to tokens.",
     )
     context_channels: int | None = option(
         None, min=1, help="Width of the context; none: that of the encoder."

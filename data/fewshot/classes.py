@@ -78,7 +78,7 @@ class SetConfig(Config):
     )
     diagnostics: bool = option(
         True,
-        help="Tell every tick what context and gradients do, under debug/ names.",
+        help="Log statistics of the context and gradients every tick, under debug/.",
         affects="speed",
     )
     kl_weight: float = option(1.0, min=0, help="Weight of a variational context's divergence.")
