@@ -15,13 +15,14 @@ import pytest
 import torch
 from image_files import convert, make_folder, make_zip, random_image
 from PIL import Image
-from training.inputs import save_reals
 
+from data.images.codec import PixelCodec
 from data.images.dataset import DatasetConfig, ImageDataset, MirroredImages, open_dataset
 from data.images.decode import ImageError
 from data.loader import iterate_images, make_loader
 from data.samplers import PositionSampler
 from torch_utils.rng import epoch_permutation
+from training.report import save_reals
 
 CPU = torch.device("cpu")
 
@@ -206,7 +207,7 @@ def test_a_config_opens_its_dataset(data):
 
 def test_reals_show_every_class(data, tmp_path):
     dataset = ImageDataset(data, use_labels=True, max_size=9)
-    save_reals(dataset, lambda images: images, tmp_path / "reals.png")
+    save_reals(dataset, PixelCodec(), tmp_path / "reals.png")
     assert Image.open(tmp_path / "reals.png").mode == "RGB"
 
 
