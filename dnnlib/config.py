@@ -16,52 +16,36 @@ from typing import Any, ClassVar, Literal
 Affects = Literal["result", "speed"]
 
 
+_RULES: dict[str, Any] = dict(
+    min=None, max=None, choices=None, name=None, aliases=(), requires={}, unless={}, exposed=True
+)
+
+
 def option(
     default: Any = dataclasses.MISSING,
     *,
     help: str,
-    min: float | None = None,
-    max: float | None = None,
-    choices: tuple[str, ...] | None = None,
-    name: str | None = None,
-    aliases: tuple[str, ...] = (),
-    requires: Mapping[str, tuple[Any, ...]] | None = None,
-    unless: Mapping[str, tuple[Any, ...]] | None = None,
-    exposed: bool = True,
     affects: Affects | Mapping[str, tuple[Any, ...]] = "result",
+    **rules: Any,
 ) -> Any:
     """Return a dataclass field that describes itself.
 
     Args:
         default: Default value; without it the field is required.
         help: One line for ``--help``.
-        min, max: Inclusive range of a number, or of every element of a tuple.
-        choices: Accepted strings.
-        name: Option name without the dashes; by default the field name with hyphens.
-        aliases: Further option names without the dashes.
-        requires: Sibling fields and the values under which this field has an effect. Giving the
-            option on the command line while it has none is an error.
-        unless: The reverse: sibling fields and the values under which this field has no effect.
-        exposed: False for a field that is derived (from the dataset, say) and is no option.
         affects: "speed" if another value leaves the result of a run the same: it changes how
             fast the run computes, or what it reports. Sibling fields and values, if it affects the
             result with those alone. See :func:`identity`.
+        rules: ``min``, ``max``: inclusive range of a number, or of every element of a tuple.
+            ``choices``: accepted strings. ``name``: option name without the dashes, by default the
+            field name with hyphens. ``aliases``: further option names. ``requires``: sibling fields
+            and the values under which this field has an effect; giving the option while it has none
+            is an error. ``unless``: the reverse. ``exposed``: False for a field that is derived
+            (from the dataset, say) and is no option.
     """
-    return dataclasses.field(
-        default=default,
-        metadata=dict(
-            help=help,
-            min=min,
-            max=max,
-            choices=choices,
-            name=name,
-            aliases=aliases,
-            requires=dict(requires or {}),
-            unless=dict(unless or {}),
-            exposed=exposed,
-            affects=affects,
-        ),
-    )
+    assert rules.keys() <= _RULES.keys(), f"unknown rules {rules.keys() - _RULES.keys()}"
+    metadata = {**_RULES, **rules, "help": help, "affects": affects}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def inherited(base: type["Config"], name: str, default: Any = dataclasses.MISSING, **meta) -> Any:
