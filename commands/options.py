@@ -8,6 +8,7 @@ from typing import Any
 import click
 import torch
 
+import families  # noqa: F401 (registers them)
 from diffusion.denoiser import AUTOCAST_DTYPES
 from dnnlib.cli import ConfigCommand, is_given, raw_value
 from dnnlib.click_options import param
