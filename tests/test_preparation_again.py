@@ -377,6 +377,21 @@ def test_a_stop_at_any_write_loses_nothing_that_was_finished(
         assert content(out) == expected
 
 
+def test_shards_that_are_finished_are_not_read_again(feature_base, encoders, tmp_path, monkeypatch):
+    source, out = feature_base / "pictures", tmp_path / "out"
+    command = ("features", f"--source={source}", f"--dest={out}", f"--buckets={BUCKETS}")
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pack, "finish", stop)
+        assert call(dataset_tool, *command, *encoders, *OPTIONS).code == 130
+    monkeypatch.setattr(pack, "check_shard", None)
+    assert made(prepare(source, out, encoders, *OPTIONS)) == (0, 0, 0, 0)
+    assert content(out) == content(feature_base / "features")
+
+
 def test_what_is_damaged_after_it_was_looked_at_is_made_again(
     feature_base, features, encoders, monkeypatch
 ):
