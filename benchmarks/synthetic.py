@@ -7,7 +7,7 @@ from PIL import Image
 
 from data.convert.convert import convert_images
 from data.convert.source import Source
-from data.latents.record import LABELS_FILE, RECORD_FILE, LatentRecord, shard_name
+from data.latents.record import LABELS_FILE, RECORD_FILE, LatentRecord, latent_shard_name
 from dnnlib.files import sha256_of_file, write_json
 from models import ScaledLatentConfig
 
@@ -47,7 +47,7 @@ def make_latents(path: Path, *, num_images: int, model: ScaledLatentConfig) -> N
     moments /= model.latent_scale or 1
     moments[:, :, model.latent_channels :] = 0.1
     path.mkdir()
-    shard = path / shard_name(0)
+    shard = path / latent_shard_name(0)
     np.save(shard, moments.astype(np.float16))
     labels = np.arange(num_images, dtype=np.int64) % model.num_classes
     np.save(path / LABELS_FILE, labels)

@@ -16,7 +16,7 @@ from data.features.buckets import Bucket
 from data.features.manifests import Manifest, read_manifest
 from data.features.record import read_feature_record
 from data.features.shards import from_npy
-from data.images.dataset import PREVIEW_COLUMNS, Cond, rows_of, spread
+from data.images.dataset import PREVIEW_COLUMNS, Cond, evenly_spaced, rows_of
 from data.images.decode import ImageError
 from data.samplers import BucketSampler
 from dnnlib.addresses import AddressError, is_address, read_range
@@ -114,7 +114,7 @@ class FeatureDataset(Dataset):
 
     def preview(self, num: int) -> list[list[torch.Tensor]]:
         """Return rows of up to 8 raw latents, ``num`` of them, spread evenly over the items."""
-        chosen = spread(num, self.num_images).tolist()
+        chosen = evenly_spaced(num, self.num_images).tolist()
         return rows_of([self.latents(index) for index in chosen], PREVIEW_COLUMNS)
 
     def of_split(self, split: str) -> "FeatureDataset":

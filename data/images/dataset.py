@@ -139,7 +139,7 @@ class LabelledDataset(Dataset):
         order = np.arange(self.num_images)
         if self.labels is not None:
             order = np.argsort(self.labels, kind="stable")
-        batch, _ = self.__getitems__(order[spread(num, self.num_images)].tolist())
+        batch, _ = self.__getitems__(order[evenly_spaced(num, self.num_images)].tolist())
         return rows_of(batch, PREVIEW_COLUMNS)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, Cond]:
@@ -159,7 +159,7 @@ class LabelledDataset(Dataset):
         return digest.hexdigest()
 
 
-def spread(num: int, length: int) -> np.ndarray:
+def evenly_spaced(num: int, length: int) -> np.ndarray:
     """Return up to ``num`` different positions, spread evenly over ``range(length)``, int64."""
     return np.linspace(0, length - 1, min(num, length)).round().astype(int)
 

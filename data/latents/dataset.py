@@ -12,7 +12,7 @@ import torch
 
 from data.images.dataset import Cond, LabelledDataset
 from data.images.decode import ImageError
-from data.latents.record import check_shard, read_archive_labels, read_record
+from data.latents.record import check_latent_shard, read_archive_labels, read_record
 from dnnlib.files import OpenFiles
 
 
@@ -81,7 +81,7 @@ class LatentDataset(LabelledDataset):
         sizes = [shard["num_images"] for shard in record.shards]
         self._files = [self.path / shard["file"] for shard in record.shards]
         self._starts = [
-            check_shard(file, (size, *self._row_shape))
+            check_latent_shard(file, (size, *self._row_shape))
             for file, size in zip(self._files, sizes, strict=True)
         ]
         self._firsts = np.cumsum([0, *sizes])  # The first image of each shard.

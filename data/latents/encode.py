@@ -20,12 +20,12 @@ from data.latents.record import (
     LABELS_FILE,
     RECORD_FILE,
     LatentRecord,
-    check_shard,
+    check_latent_shard,
     is_latent_archive,
     is_latent_folder,
+    latent_shard_name,
     read_archive_labels,
     read_record,
-    shard_name,
 )
 from data.loader import init_worker
 from data.resumable import (
@@ -127,7 +127,7 @@ def _plan(dataset: ImageDataset, autoencoder: Autoencoder, encoding: Encoding) -
         precision=encoding.precision,
         shard_size=size,
         shards=[
-            dict(file=shard_name(i), num_images=min(size, num_images - i * size), sha256="")
+            dict(file=latent_shard_name(i), num_images=min(size, num_images - i * size), sha256="")
             for i in range(num_shards)
         ],
         packages=packages,
@@ -172,7 +172,7 @@ def _claim(dest: Path, plan: LatentRecord, dataset: ImageDataset) -> list[int] |
 def _is_whole(dest: Path, plan: LatentRecord, index: int) -> bool:
     shard = plan.shards[index]
     try:
-        check_shard(dest / shard["file"], (shard["num_images"], *plan.row_shape))
+        check_latent_shard(dest / shard["file"], (shard["num_images"], *plan.row_shape))
     except ValueError:
         return False
     return True

@@ -70,7 +70,7 @@ class LatentRecord:
         if (self.class_names is None) != (self.labels_sha256 is None):
             raise ValueError("class_names and labels_sha256 do not agree")
         for index, shard in enumerate(self.shards):
-            if shard["file"] != shard_name(index) or shard["num_images"] < 1:
+            if shard["file"] != latent_shard_name(index) or shard["num_images"] < 1:
                 raise ValueError(f"shard {index} is {shard}")
         num_images = sum(shard["num_images"] for shard in self.shards)
         if num_images != self.num_images:
@@ -97,7 +97,7 @@ def is_latent_folder(path: str | os.PathLike) -> bool:
     return is_latent_archive(path) or (Path(path) / CLAIM_FILE).is_file()
 
 
-def shard_name(index: int) -> str:
+def latent_shard_name(index: int) -> str:
     """Return the file name of a shard."""
     return f"shard-{index:05d}.npy"
 
@@ -119,7 +119,7 @@ def _make_record(values: dict[str, Any]) -> LatentRecord:
     return record
 
 
-def check_shard(path: Path, shape: tuple[int, ...]) -> int:
+def check_latent_shard(path: Path, shape: tuple[int, ...]) -> int:
     """Return where the values of a shard begin, in bytes, after its header and size are checked.
 
     Raises ValueError if the file is not a whole float16 array of ``shape``.
@@ -203,7 +203,7 @@ def verify_latents(path: str | os.PathLike, *, num_workers: int | None = None) -
 def _inspect_shard(shard: dict[str, Any], *, folder: Path, record: LatentRecord) -> list[str]:
     file = folder / shard["file"]
     try:
-        check_shard(file, (shard["num_images"], *record.row_shape))
+        check_latent_shard(file, (shard["num_images"], *record.row_shape))
     except ValueError as error:
         return [str(error)]
     problems = []
