@@ -165,7 +165,7 @@ class OpenFiles:
     """Opens files for reading by position, and keeps up to 256 of them open.
 
     A copy made by pickle, as for a process of a loader, has none open yet. Hold what a call returns
-    while you read it: the file may be closed once others have pushed it out.
+    while you read it: threads may have opened the file twice, and others may push it out.
     """
 
     def __init__(self) -> None:
@@ -173,6 +173,11 @@ class OpenFiles:
 
     def __call__(self, path: str | os.PathLike) -> IO[bytes]:
         return self._open(path)
+
+    def pread(self, path: str | os.PathLike, size: int, offset: int) -> bytes:
+        """Return up to ``size`` bytes of a file from ``offset`` on."""
+        file = self._open(path)
+        return os.pread(file.fileno(), size, offset)
 
     def __reduce__(self) -> tuple[type, tuple]:
         return OpenFiles, ()

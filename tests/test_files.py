@@ -6,13 +6,14 @@ import pickle
 import re
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from dnnlib import progress as progress_module
 from dnnlib import safe_pickle
-from dnnlib.files import atomic_write, check_target, fetch, sha256_of_file
+from dnnlib.files import OpenFiles, atomic_write, check_target, fetch, sha256_of_file
 from dnnlib.progress import progress
 from dnnlib.text import format_count, format_time, join_names
 
@@ -185,3 +186,16 @@ class TestCheckTarget:
                 check_target("--outdir", path, is_folder=True)
         with pytest.raises(ValueError, match=rf"--json: .* because {file} is a file"):
             check_target("--json", file / "a.json")
+
+
+def test_files_kept_open_are_read_by_any_number_of_threads_and_copies(tmp_path):
+    paths = [tmp_path / str(index) for index in range(300)]  # More than stay open.
+    for index, path in enumerate(paths):
+        path.write_bytes(b"%03d" % index)
+    files = OpenFiles()
+    copied = pickle.loads(pickle.dumps(files))
+    with ThreadPoolExecutor(8) as pool:
+        for opened in (files, copied):
+            many = [path for path in paths for _ in range(3)]
+            parts = list(pool.map(opened.pread, many, [2] * 900, [1] * 900))
+            assert parts == [path.read_bytes()[1:] for path in many]

@@ -190,7 +190,7 @@ class FeatureDataset(Dataset):
             if is_address(path):
                 data = read_range(path, offset, size)
             else:
-                data = os.pread(self._open(path).fileno(), size, offset)
+                data = self._open.pread(path, size, offset)
         except AddressError as error:
             raise ImageError(str(error)) from None
         except OSError as error:

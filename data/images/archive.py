@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from data.images.decode import is_image_name
-from data.images.members import ZIP_METHODS, Archive, Member, read_from_zip
+from data.images.members import ZIP_METHODS, Archive, Member
 from data.images.samples import SampleArchive
 from dnnlib.errors import refusal
 from dnnlib.files import OpenFiles
@@ -57,13 +57,11 @@ class ZipArchive(Archive):
         return Member(str(self.path), *(int(column[index]) for column in columns))
 
     def read(self, index: int) -> bytes:
-        offset, size = int(self._offsets[index]), int(self._sizes[index])
-        descriptor = self._open(self.path).fileno()
-        return read_from_zip(descriptor, offset, size, int(self._methods[index]))
+        return self.member(index).read(self._open(self.path))
 
     def read_file(self, name: str) -> bytes | None:
         member = self._others.get(name)
-        return None if member is None else member.read(self._open(self.path).fileno())
+        return None if member is None else member.read(self._open(self.path))
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256("\n".join(self.names).encode())
@@ -102,9 +100,6 @@ class FolderArchive(Archive):
 
     def member(self, index: int) -> Member:
         return Member(str(self.path / self.names[index]))
-
-    def read(self, index: int) -> bytes:
-        return self.member(index).read()
 
     def read_file(self, name: str) -> bytes | None:
         path = self.path / name

@@ -8,7 +8,7 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -29,17 +29,16 @@ class Member:
     method: int = zipfile.ZIP_STORED
     crc: int | None = None
 
-    def read(self, descriptor: int | None = None) -> bytes:
-        """Return the content, from an open file of the zip if one is given.
+    def read(self, file: IO[bytes] | None = None) -> bytes:
+        """Return the content, from the open zip if it is given.
 
         Raises ValueError with the reason (without the name).
         """
         try:
             if self.offset < 0:
                 return Path(self.path).read_bytes()
-            if descriptor is None:
-                descriptor = _cached_descriptor(self.path)
-            return read_from_zip(descriptor, self.offset, self.compressed_size, self.method)
+            descriptor = _cached_descriptor(self.path) if file is None else file.fileno()
+            return _read_from_zip(descriptor, self.offset, self.compressed_size, self.method)
         except OSError as error:
             raise ValueError(error.strerror or str(error)) from None
 
@@ -49,7 +48,7 @@ def _cached_descriptor(path: str) -> int:
     return os.open(path, os.O_RDONLY)
 
 
-def read_from_zip(descriptor: int, offset: int, compressed_size: int, method: int) -> bytes:
+def _read_from_zip(descriptor: int, offset: int, compressed_size: int, method: int) -> bytes:
     """Return the content of the file whose local header is at ``offset`` of an open zip."""
     # The local header repeats the name and may have an extra field of its own, so its length is
     # known only after reading it. One read that is a little too long usually suffices.
@@ -103,7 +102,7 @@ class Archive:
 
         Raises ValueError with the reason (without the file's name, see :meth:`label`).
         """
-        raise NotImplementedError
+        return self.member(index).read()
 
     def pixels(self, index: int, *, exact: bool = False) -> np.ndarray:
         """Return the image ``index``, uint8 [H, W] or [H, W, 3], decoded by :func:`decode_image`.

@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import math
-import os
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -51,7 +50,6 @@ class SampleArchive(Archive):
         self.num_bytes = sum(info.compress_size for info in self._members.values())
         self.num_array_bytes = sum(info.file_size for info in self._members.values())
         self._open = OpenFiles()
-        descriptor = self._open(path).fileno()
         shape, fortran_order, dtype, header_length = self._read_member("arr_0", _array_header)
         self._check_images(shape, dtype)
         info = self._members["arr_0"]
@@ -67,7 +65,7 @@ class SampleArchive(Archive):
         # Where the first image lies; -1 if the array must be read whole.
         self._start = -1
         if info.compress_type == zipfile.ZIP_STORED and not fortran_order:
-            local = os.pread(descriptor, LOCAL_HEADER.size, info.header_offset)
+            local = self._open.pread(path, LOCAL_HEADER.size, info.header_offset)
             start = info.header_offset + local_header_length(local)
             self._start = start + header_length
 
@@ -85,7 +83,7 @@ class SampleArchive(Archive):
             return self._whole[index]
         size = self._image_bytes
         try:
-            data = os.pread(self._open(self.path).fileno(), size, self._start + index * size)
+            data = self._open.pread(self.path, size, self._start + index * size)
         except OSError as error:
             raise ValueError(error.strerror or str(error)) from None
         if len(data) < size:
