@@ -169,7 +169,12 @@ def _or_null(value: Tensor | None, null: Tensor, drop: Tensor | None, num: int) 
 def _join_masks(
     masks: list[Tensor | None], lengths: list[int], num: int, device: torch.device
 ) -> Tensor | None:
-    """Return masks of tokens side by side: None, bool, or float32 if one of them is a bias."""
+    """Return the mask of tokens side by side, [num, sum of lengths].
+
+    A part is bool [num, L], float32 [num, L] (added to the scores of attention), or None where all
+    its tokens take part. The result is None if all parts are; float32, with -inf where a token is
+    left out, if one of them is float32; else bool.
+    """
     if all(mask is None for mask in masks):
         return None
     is_bias = any(mask is not None and mask.dtype != torch.bool for mask in masks)
