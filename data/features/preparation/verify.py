@@ -126,7 +126,7 @@ class _Checker:
             collections.Counter
         )
         self.indexes: dict[Path, Manifest] = {}  # Of each shard, without what is damaged.
-        self.moments: dict[Path, dict[str, Any]] = {}  # Of shards without problems.
+        self.moments: dict[Path, dict[str, Any] | None] = {}  # Of shards without problems.
         self.changed: set[str] = set()  # Names of samples whose image is another now.
         self.record: FeatureRecord | None = self._try(read_feature_record, folder)
         encoders, buckets = {}, ()
@@ -172,14 +172,20 @@ class _Checker:
         bar = progress(total=len(paths), label=f"Verifying {self.folder}", unit="shard")
         found = thread_map(self._check_shard, paths, self.num_threads, self.num_threads)
         with bar:
-            for path, problems in zip(paths, found, strict=True):
+            for path, (index, problems, moments, histogram) in zip(paths, found, strict=True):
                 for problem in problems:
                     self._add(path, problem)
+                self.indexes[path] = index
+                self.moments[path] = moments
+                self.patches[index.bucket] += histogram
                 bar.update()
         for bucket in self.plan.buckets:
             self._check_patches(bucket)
 
-    def _check_shard(self, path: Path) -> list[str]:
+    def _check_shard(
+        self, path: Path
+    ) -> tuple[Manifest, list[str], dict[str, Any] | None, collections.Counter[int]]:
+        """Return index and problems of a shard, its moments if there are none, and patches."""
         known = known_index(path, {m.folder: m for m in self.manifests.values()})
         tally, histogram = Tally(), collections.Counter[int]()
 
@@ -189,13 +195,9 @@ class _Checker:
                 tally.add(members)
 
         index, problems = check_shard(path, known, self.plan.shapes(known.bucket), visit)
-        self.indexes[path] = index
-        self.patches[index.bucket] += histogram
         if not known.shards[0]["sha256"]:
-            return []  # Nothing is known that it could be compared with.
-        if not problems:
-            self.moments[path] = tally.moments
-        return problems
+            return index, [], None, histogram  # There is nothing that it could be compared with.
+        return index, problems, None if problems else tally.moments, histogram
 
     def _check_patches(self, bucket: Bucket) -> None:
         """Tell what a number of patches may come from that is not the bucket's."""
