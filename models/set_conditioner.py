@@ -197,14 +197,10 @@ class SetConditioner(Conditioner):
         """Assert the shapes of what the encoder returned for ``num`` sets."""
         dim, num_patches = self.config.encoder_dim, self.config.grid**2
         assert vector.shape == (num, dim), f"vector is {list(vector.shape)}, not {[num, dim]}"
-        if tokens is None:
-            return
-        assert tokens.ndim == 3, f"tokens have {tokens.ndim} dimensions, not 3"
-        assert tokens.shape[2] == dim, f"tokens are {tokens.shape[2]} wide, not {dim}"
-        assert tokens.shape[1] == num_patches, (
-            f"there are {tokens.shape[1]} tokens, not one for each of {num_patches} patches"
+        expected = [num, num_patches, dim]
+        assert tokens is None or list(tokens.shape) == expected, (
+            f"tokens are {list(tokens.shape)}, not {expected}"
         )
-        assert tokens.shape[0] == num, f"there are tokens of {tokens.shape[0]} sets, not {num}"
 
 
 def _pool_grid(tokens: Tensor, grid: int, num: int) -> Tensor:

@@ -380,11 +380,11 @@ def test_a_projection_gives_the_context_the_width_that_the_dit_takes(way, mode_c
     [
         ((8, D + 1), (8, P, D), r"vector is \[8, 13\], not \[8, 12\]"),
         ((2, D), (8, P, D), r"vector is \[2, 12\], not \[8, 12\]"),
-        ((8, D), (8, D), "tokens have 2 dimensions, not 3"),
-        ((8, D), (2, NUM, P, D), "tokens have 4 dimensions, not 3"),
-        ((8, D), (8, P, D + 1), "tokens are 13 wide, not 12"),
-        ((8, D), (8, P + 2, D), "18 tokens, not one for each of 16 patches"),
-        ((8, D), (4, P, D), "tokens of 4 sets, not 8"),
+        ((8, D), (8, D), r"tokens are \[8, 12\], not \[8, 16, 12\]"),
+        ((8, D), (2, NUM, P, D), r"tokens are \[2, 4, 16, 12\], not"),
+        ((8, D), (8, P, D + 1), r"tokens are \[8, 16, 13\], not"),
+        ((8, D), (8, P + 2, D), r"tokens are \[8, 18, 12\], not"),
+        ((8, D), (4, P, D), r"tokens are \[4, 16, 12\], not"),
     ],
 )
 def test_an_encoder_that_returns_other_shapes_is_caught(monkeypatch, vector, tokens, message):
