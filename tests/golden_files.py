@@ -12,6 +12,7 @@ import click
 from helpers import read_pixels, succeed
 
 GOLDEN = Path(__file__).resolve().parent / "data" / "golden"
+_MODULES = {"training.posthoc_ema": "commands.posthoc_ema"}
 LOSSES = ("Loss/loss", "Loss/grad_norm")
 
 
@@ -40,7 +41,7 @@ def offered_options(command_line):
     """
     script, *args = command_line.split()
     with _help_of_commands() as helped:
-        succeed(importlib.import_module(script), *args, "--help")
+        succeed(_module(script), *args, "--help")
     ((command, ctx),) = helped
     options = [param for param in command.get_params(ctx) if isinstance(param, click.Option)]
     return {" ".join(o.opts + o.secondary_opts): _default(o, ctx) for o in options}
@@ -49,11 +50,16 @@ def offered_options(command_line):
 def offered_commands(script):
     """Return the command lines of a module: itself, or all its sub-commands."""
     with _help_of_commands() as helped:
-        succeed(importlib.import_module(script), "--help")
+        succeed(_module(script), "--help")
     ((command, ctx),) = helped
     if not isinstance(command, click.Group):
         return [script]
     return [f"{script} {name}" for name in command.list_commands(ctx)]
+
+
+def _module(script):
+    """Return the module of a command that is called by the name ``script``."""
+    return importlib.import_module(_MODULES.get(script, script))
 
 
 @contextlib.contextmanager

@@ -6,14 +6,17 @@ import dataclasses
 import pytest
 import torch
 
+import families
 from configs import get_preset
-from data.codecs import FeatureInputs, LatentInputs, PixelInputs
+from data.features.codec import FeatureCodec
 from data.features.statistics import FeatureStatistics
 from data.images.augment import make_augment_pipe
+from data.images.codec import PixelCodec
+from data.latents.codec import LatentCodec
 from diffusion.precond import make_precond
 from models import build_network
+from torch_utils import rng
 from torch_utils.stats import StatsCollector
-from training import runs
 from training.ema import EMA, ema_beta
 from training.feature_objective import FeatureObjective
 from training.objective import Objective
@@ -26,20 +29,21 @@ def make_step(device, dtype, preset="cifar10"):
     """Return a training step on random data, as the loop makes it, and its network."""
     if preset == "nanodit-tiny":
         return make_feature_step(device, dtype)
-    config = runs.with_data_facts(get_preset(preset).run, img_channels=3, num_classes=10)
+    run = get_preset(preset).run
+    config = families.of(run).fit(run, None, num_classes=10)
     shape = config.model.input_shape
     if preset == "cifar10":
-        inputs = PixelInputs(make_augment_pipe(config.training.augment))
+        codec = PixelCodec(make_augment_pipe(config.training.augment))
         data = torch.randint(0, 256, (8, *shape), dtype=torch.uint8).pin_memory()
     else:
-        inputs = LatentInputs(config.model, None)
+        codec = LatentCodec(config.model, None)
         data = torch.rand(8, 2 * shape[0], *shape[1:]).to(torch.float16).pin_memory()
     torch.manual_seed(0)
     network = build_network(config.model).train().to(device, memory_format=torch.channels_last)
     objective = Objective(
         network,
         make_precond(config.precond),
-        inputs=inputs,
+        codec=codec,
         label_drop=0.1,
         autocast_dtype=dtype,
     )
@@ -49,7 +53,7 @@ def make_step(device, dtype, preset="cifar10"):
 
     def step(cur_nimg, factor=1.0):
         optimizer.zero_grad()
-        draws = objective.draw(seed=0, cur_nimg=cur_nimg, batch=8, input_shape=shape, device=device)
+        draws = objective.draw(rng.Step(0, cur_nimg, 8, shape, device))
         x, cond = objective.prepare(data, {"label": labels}, draws, device)
         loss = objective(x, cond, draws)
         total = loss.sum() * (factor / 8)
@@ -76,7 +80,7 @@ def make_feature_step(device, dtype):
     objective = FeatureObjective(
         network,
         make_precond(config.precond),
-        inputs=FeatureInputs(statistics, None),
+        codec=FeatureCodec(statistics, None),
         autocast_dtype=dtype,
         config=dataclasses.replace(config.features, patch_bias_kimg=1.0),
     )
@@ -97,7 +101,7 @@ def make_feature_step(device, dtype):
         cond["size"] = torch.tensor([width, height])
         data = torch.randn(8, *shape).half().pin_memory()
         optimizer.zero_grad()
-        draws = objective.draw(seed=0, cur_nimg=cur_nimg, batch=8, input_shape=shape, device=device)
+        draws = objective.draw(rng.Step(0, cur_nimg, 8, shape, device))
         x, cond = objective.prepare(data, cond, draws, device)
         loss = objective(x, cond, draws)
         total = loss.sum() * (factor / 8)

@@ -9,27 +9,27 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from data.codecs import LatentInputs
 from helpers import call, fail, succeed
 from latent_files import tiny_autoencoder
-from training.inputs import open_training_data
 
 import dataset_tool
 import fid
 import generate
 import train
+from commands import posthoc_ema
 from configs import get_preset
+from data.latents.codec import LatentCodec
 from data.latents.dataset import LatentDataset
 from demos.digits import class_agreement, train_autoencoder
 from diffusion.precond import PrecondConfig, make_precond
 from encoders.autoencoder import Autoencoder, load_autoencoder
+from families.latent import FAMILY
 from models import build_network
-from sampling.images import make_generator
+from torch_utils import rng
 from torch_utils.pictures import read_image, to_uint8
-from training import posthoc_ema
 from training.checkpoint import load_snapshot, load_state
+from training.family import GeneratorOptions
 from training.objective import Objective
-from training.runs import fit_to_data
 
 LATENT_MODEL = get_preset("digits-latent").run.model
 TINY = [*helpers.TINY_LATENT, "--iters=4", "--tick=0", "--steps=3"]
@@ -147,7 +147,7 @@ def test_latents_with_a_standard_deviation_are_sampled(images, vae, tmp_path):
 def test_latents_bring_their_normalisation_and_refuse_another_autoencoder(latents, vae, tmp_path):
     run = get_preset("digits-latent").run
     run = dataclasses.replace(run, data=dataclasses.replace(run.data, data=str(latents)))
-    model = fit_to_data(run, open_training_data(run)).model
+    model = FAMILY.fit(run, FAMILY.open_data(run)).model
     assert (model.latent_scale, model.latent_shift) == (0.5, 0.0)
     assert model.vae == str(vae)
     assert model.vae_hash == load_autoencoder(str(vae), "cpu").sha256
@@ -176,10 +176,11 @@ def test_pictures_and_samples_are_what_the_autoencoder_decodes(latents, vae, tra
     model = load_snapshot(snapshot_of(trained)).config.model
     z = (moments[:, :4].float() - model.latent_shift) * model.latent_scale
     expected = to_uint8(autoencoder.decode(z))
-    assert torch.equal(LatentInputs(model, autoencoder).pictures(moments), expected)
+    assert torch.equal(LatentCodec(model, autoencoder).pictures(moments), expected)
     assert expected.float().std() > 1
 
-    generator = make_generator(load_snapshot(snapshot_of(trained)), torch.device("cpu"))
+    snapshot = load_snapshot(snapshot_of(trained))
+    generator = FAMILY.load(snapshot, torch.device("cpu"), GeneratorOptions())
     made = []
     with mock.patch.object(Autoencoder, "decode", autospec=True) as decode:
         decode.side_effect = lambda self, z: made.append(z) or z[:, :3].repeat(1, 1, 2, 2)
@@ -192,12 +193,10 @@ def test_noise_of_training_and_of_the_posterior_are_independent():
     objective = Objective(
         build_network(dataclasses.replace(LATENT_MODEL, num_blocks=1)),
         make_precond(PrecondConfig(precond="ddpm", learned_variance=True)),
-        inputs=LatentInputs(LATENT_MODEL, None),
+        codec=LatentCodec(LATENT_MODEL, None),
     )
-    drawn = objective.draw(
-        seed=0, cur_nimg=0, batch=500, input_shape=(4, 4, 4), device=torch.device("cpu")
-    )
-    both = torch.stack([drawn.noise.flatten(), drawn.inputs.flatten()])
+    drawn = objective.draw(rng.Step(0, 0, 500, (4, 4, 4), torch.device("cpu")))
+    both = torch.stack([drawn.noise.flatten(), drawn.codec.flatten()])
     assert abs(torch.corrcoef(both)[0, 1]) < 0.03
 
 
@@ -207,24 +206,20 @@ def test_presets_of_another_scale_refuse_latents_unless_told(latents):
     data = dataclasses.replace(run.data, data=str(latents))
     run = dataclasses.replace(run, model=model, data=data)
     with pytest.raises(ValueError, match=r"holds latents of scale 0\.5, but .* scale 0\.18215"):
-        fit_to_data(run, open_training_data(run))
+        FAMILY.fit(run, FAMILY.open_data(run))
 
 
 def test_posterior_noise_is_a_function_of_the_position_in_the_run():
+    step = rng.Step(seed=1, cur_nimg=8, batch=4, shape=(4, 2, 2), device=torch.device("cpu"))
+
     def draw(**changes):
-        position = dict(seed=1, cur_nimg=8, batch=4, shape=(4, 2, 2), device=torch.device("cpu"))
-        return LatentInputs(LATENT_MODEL, None).draw(**{**position, **changes})
+        return LatentCodec(LATENT_MODEL, None).draw(dataclasses.replace(step, **changes))
 
     assert torch.equal(draw(), draw())
     assert draw().std() > 0.5
     assert not torch.equal(draw(), draw(cur_nimg=12))
     assert not torch.equal(draw(), draw(seed=2))
-    assert (
-        LatentInputs(LATENT_MODEL, None, has_std=False).draw(
-            seed=1, cur_nimg=8, batch=4, shape=(4, 2, 2), device=torch.device("cpu")
-        )
-        is None
-    )
+    assert LatentCodec(LATENT_MODEL, None, has_std=False).draw(step) is None
 
 
 def test_an_autoencoder_that_moved_is_named_and_another_is_refused(vae, trained, tmp_path):

@@ -12,8 +12,8 @@ from training_runs import TINY, only_run
 import fid
 import generate
 import train
+from commands import posthoc_ema
 from metrics.rows import read_rows
-from training import posthoc_ema
 from training.checkpoint import (
     find_profiles,
     find_snapshots,

@@ -20,11 +20,13 @@ from feature_files import tiny_features
 from latent_files import tiny_autoencoder
 
 import data.images.cache
+import evaluation.in_loop.images
+import evaluation.in_loop.sets
 import fid
 import generate
 import models.layers
-import sampling.images
 import train
+import training.launch
 import training.loop
 import training.telemetry
 from configs import PRESETS
@@ -502,9 +504,10 @@ class Spies:
         self._watch("saved", training.loop, "save_state", lambda *args: "state")
         # A few pictures tell as much as 64, and neither of the others tells anything here.
         patch = functools.partial(mock.patch.object, return_value=None)
-        stack.enter_context(mock.patch.object(sampling.images, "GRID_SEEDS", 6))
+        for module in (evaluation.in_loop.images, evaluation.in_loop.sets):
+            stack.enter_context(mock.patch.object(module, "GRID_SEEDS", 6))
         stack.enter_context(patch(training.telemetry, "_tensorboard_writer"))
-        stack.enter_context(patch(train, "describe_run"))
+        stack.enter_context(patch(training.launch, "describe_run"))
 
     def _watch(self, key, owner, name, note):
         original = getattr(owner, name)
@@ -856,7 +859,7 @@ def test_detectors_of_the_metrics_come_from_where_the_options_say(base, tmp_path
 def test_detectors_of_the_metrics_compute_as_the_options_say(base, tmp_path, monkeypatch):
     """In-loop scores of any kind come with the detector's convention and arithmetic."""
     monkeypatch.setattr(
-        "train.get_metrics",
+        "metrics.metric.get_metrics",
         lambda names: [dataclasses.replace(metric, num_images=12) for metric in get_metrics(names)],
     )
     run_dir = helpers.train_tiny(

@@ -412,5 +412,6 @@ def restore_run(values: Mapping[str, Any]) -> RunConfig:
         values = {name: value for name, value in values.items() if value is not None}
         if "dual_guidance" in values:
             values["guidance"] = values.pop("dual_guidance")
-        values["family"] = _FAMILY_OF_MODEL.get(values["model"]["family"], "?")
+        model = values["model"]["family"]
+        values["family"] = _FAMILY_OF_MODEL.get(model, model)
     return from_dict(named(values["family"]).run, values)

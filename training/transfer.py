@@ -5,10 +5,9 @@ import fnmatch
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-
 from dnnlib.errors import refusal
 from dnnlib.files import write_json
+from models import Network
 from training.checkpoint import Snapshot
 
 REPORT_FILE = "warm-start.json"
@@ -76,7 +75,7 @@ class Transfer:
 
 
 def transfer_weights(
-    network: torch.nn.Module,
+    network: Network,
     snapshot: Snapshot,
     *,
     check: Callable[[Transfer], None] = lambda found: None,
@@ -114,7 +113,7 @@ def _stripped(name: str) -> str:
     return name
 
 
-def _other_encoders(network: torch.nn.Module, snapshot: Snapshot) -> list[str]:
+def _other_encoders(network: Network, snapshot: Snapshot) -> list[str]:
     here, there = network.config.encoder_hashes, snapshot.config.model.encoder_hashes
     return [
         f"The {what} of the snapshot are those of another encoder."
