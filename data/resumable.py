@@ -50,9 +50,7 @@ def locked(dest: Path, verb: str) -> Iterator[None]:
 
         def lock() -> None:
             dest.mkdir(parents=True, exist_ok=True)
-            file = lock_folder(dest, f"--dest: another process is {verb} {dest}")
-            if file is not None:
-                stack.enter_context(file)
+            stack.enter_context(lock_folder(dest, f"--dest: another process is {verb} {dest}"))
             for leftover in dest.rglob(".*.tmp"):
                 leftover.unlink()
 

@@ -64,10 +64,10 @@ def check_target(option: str, path: str | os.PathLike, *, is_folder: bool = Fals
             return
 
 
-def lock_folder(folder: Path, problem: str) -> IO | None:
-    """Keep other processes from writing into a folder until the returned file is closed.
+def lock_folder(folder: Path, problem: str) -> contextlib.AbstractContextManager:
+    """Keep other processes from writing into a folder until what is returned is left.
 
-    The system ends the lock with this process, however that ends. None where it cannot lock.
+    The system ends the lock with this process, however that ends. Where it cannot lock, nothing is.
     Raises ValueError, a sentence that begins with ``problem``, if another process holds the lock.
     """
     file = open(folder / ".lock", "w")
@@ -79,7 +79,7 @@ def lock_folder(folder: Path, problem: str) -> IO | None:
         raise ValueError(f"{problem}; wait for its end, or stop it.") from None
     except OSError:  # Some network file systems have no locks.
         file.close()
-        return None
+        return contextlib.nullcontext()
     return file
 
 

@@ -1,19 +1,31 @@
 """Atomic writes, verified downloads, progress, and text for people."""
 
+import errno
 import http.server
 import io
 import pickle
 import re
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import numpy as np
 import pytest
+from helpers import ROOT
 
 from dnnlib import progress as progress_module
 from dnnlib import safe_pickle
-from dnnlib.files import OpenFiles, atomic_write, check_target, fetch, sha256_of_file
+from dnnlib.files import (
+    OpenFiles,
+    atomic_write,
+    check_target,
+    fetch,
+    lock_folder,
+    sha256_of_file,
+)
 from dnnlib.progress import progress
 from dnnlib.text import format_count, format_time, join_names
 
@@ -119,6 +131,23 @@ def test_a_transient_bar_is_erased_on_a_terminal(monkeypatch):
         assert "Making:   0%" in screen
         assert ("Making: 100%" in screen.split("\r")[-1]) == (not transient)
         assert screen.endswith("\r" if transient else "\n")
+
+
+def test_a_folder_on_a_file_system_without_locks_is_written_without(tmp_path, monkeypatch):
+    error = OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr("fcntl.lockf", mock.Mock(side_effect=error))
+    with lock_folder(tmp_path, "busy"), lock_folder(tmp_path, "busy"):
+        pass
+
+
+def test_a_folder_is_locked_until_the_block_ends(tmp_path):
+    attempt = "import pathlib, sys; from dnnlib.files import lock_folder; "
+    attempt += "lock_folder(pathlib.Path(sys.argv[1]), 'busy')"
+    command = [sys.executable, "-c", attempt, str(tmp_path)]
+    with lock_folder(tmp_path, "busy"):
+        refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert "ValueError: busy; wait for its end, or stop it." in refused.stderr
+    subprocess.run(command, cwd=ROOT, check=True)
 
 
 def test_a_missing_local_file_is_named():

@@ -118,7 +118,9 @@ def launch(config: RunConfig, start: Start) -> int:
             desc = runs.describe(job.config, job.data, start.desc)
             run_dir = runs.make_run_dir(start.outdir, desc)
         busy = f"{run_dir}: another process is training here"
-        distributed.on_main(lambda: held.callback(lock_folder(run_dir, busy).close))
+        with distributed.together():
+            if distributed.is_main():
+                held.enter_context(lock_folder(run_dir, busy))
         state = None
         if not is_new:
             distributed.on_main(lambda: runs.clear_leftovers(run_dir))
