@@ -17,7 +17,7 @@ from helpers import call, fail, succeed
 from PIL import Image
 
 import benchmark as script
-import train
+import families
 from benchmarks import kinds, measure
 from benchmarks import training as training_benchmark
 from benchmarks.measure import Clock, interleave, median_ratio, peak_growth
@@ -28,15 +28,15 @@ from benchmarks.synthetic import make_archive
 from benchmarks.training import PARTS, PlainTrainingSteps, TrainingSteps
 from configs import get_preset
 from data.images.dataset import ImageDataset
-from evaluation.scoring import RealImages
+from evaluation.in_loop.images import ImageEvaluator
+from evaluation.scoring import RealImages, make_evaluate
 from metrics.metric import get_metrics
 from models import build_network
 from models.diffit import DiffiTConfig
 from models.latent_diffit import LatentDiffiTConfig
 from torch_utils.distributed import StopSignal
 from torch_utils.misc import count_parameters, peak_flops
-from training.loop import training_loop
-from training.runs import fit_to_data
+from training.loop import Job, training_loop
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -84,7 +84,7 @@ def tiny_run(dataset, **training):
     """Return the digits preset with a tiny model, fitted to a dataset."""
     run = get_preset("digits").run
     small = dict(num_stages=1, num_blocks=(1,), base_dim=16, num_heads=2, time_dim=16, dropout=0.0)
-    return fit_to_data(
+    return families.of(run).fit(
         dataclasses.replace(
             run,
             model=dataclasses.replace(run.model, **small),
@@ -450,7 +450,7 @@ def test_memory_does_not_grow_with_ticks(synthetic, tmp_path):
     sampling = dataclasses.replace(run.sampling, steps=1)
     run = dataclasses.replace(run, logging=logging, sampling=sampling)
     with MemoryProbe() as probe:
-        evaluate = train.make_evaluate(
+        evaluate = make_evaluate(
             get_metrics(run.logging.metrics), run.detectors, RealImages(dataset), run.model, CPU
         )
 
@@ -459,10 +459,11 @@ def test_memory_does_not_grow_with_ticks(synthetic, tmp_path):
             probe.note()
             return rows
 
+        run, codec = families.of(run).open_codec(run, dataset, CPU)
+        evaluator = ImageEvaluator(run, dataset.class_counts, evaluate_and_note)
+        job = Job(config=run, data=dataset, codec=codec, evaluator=evaluator, device=CPU)
         with StopSignal() as stop_signal:
-            training_loop(
-                run, tmp_path, dataset, CPU, evaluate=evaluate_and_note, stop_signal=stop_signal
-            )
+            training_loop(job, tmp_path, stop_signal=stop_signal)
     assert len(probe.rows) == 31
     probe.assert_flat()
 

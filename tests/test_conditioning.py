@@ -21,10 +21,11 @@ from latent_files import tiny_autoencoder
 from test_feature_dit import features as tiny_conditions
 from test_feature_dit import network_of
 
+import families
 import fid
 from diffusion.precond import EDMPrecond, FlowPrecond, TablePrecond
 from diffusion.schedules import linear_sigmas
-from evaluation.conditioning.panel import derangement, make_panel
+from evaluation.conditioning.panel import derangement
 from evaluation.conditioning.picture import COLOURS, report_picture
 from evaluation.conditioning.report import (
     ALL_LEVELS,
@@ -54,12 +55,16 @@ def feature_snapshot(base):
     return max(runs.glob("*/network-snapshot-*.pkl"))
 
 
+def panel_of(snapshot, num, data=None):
+    return families.of(snapshot.config).panel(snapshot, data, num, CPU)
+
+
 def report_of(path, num=8, change=None, data=None, **options):
     """Return the report on a snapshot, whose weights ``change`` may have changed."""
     snapshot = load_snapshot(path)
     if change is not None:
         change(snapshot.state_dict)
-    return report_conditions(snapshot, make_panel(snapshot, data, num, CPU), CPU, **options)
+    return report_conditions(snapshot, panel_of(snapshot, num, data), CPU, **options)
 
 
 def overall(report):
@@ -110,7 +115,7 @@ def test_changes_are_those_of_a_computation_by_hand(base):
     from torch_utils.rng import SeededNoise
 
     snapshot = load_snapshot(trained_snapshot(base))
-    panel = make_panel(snapshot, None, 6, CPU)
+    panel = panel_of(snapshot, 6)
     (group,) = panel.groups
     report = report_conditions(snapshot, panel, CPU)
     precond, network = make_precond(snapshot.config.precond), snapshot.build()
@@ -177,7 +182,7 @@ def test_images_of_a_latent_model_are_encoded_for_the_panel(base, tmp_path):
         tiny=[*TINY_LATENT, f"--vae={vae}"],
     ).run_dir
     snapshot = load_snapshot(max(run_dir.glob("*.pkl")))
-    panel = make_panel(snapshot, None, 6, CPU)
+    panel = panel_of(snapshot, 6)
     assert panel.groups[0].inputs.shape[1:] == snapshot.config.model.input_shape
     assert overall(report_conditions(snapshot, panel, CPU))["class", "shuffled"]["value"] > 0
 

@@ -8,13 +8,14 @@ from helpers import succeed
 from training_runs import only_run, per_tick
 
 import dataset_tool
+import families
 import train as train_script
 from data.features.dataset import FeatureDataset
 from demos.patches import check_patches, mean_loss, other_of_bucket
 from demos.photographs import write_encoders, write_photographs
 from diffusion.guidance import DualGuidanceConfig
-from sampling.requests import make_feature_generator
 from training.checkpoint import find_snapshots, load_snapshot
+from training.family import GeneratorOptions
 
 pytestmark = pytest.mark.usefixtures("one_cpu_thread")
 
@@ -57,10 +58,9 @@ def test_sixteen_crops_are_learned_by_their_patches_and_texts(data, tmp_path):
     assert loss < 0.5
     for name in ("text", "patches"):
         assert mean_loss(snapshot, dataset, swapped=(name,)) > 1.3 * loss, name
-    generator = make_feature_generator(snapshot, torch.device("cpu"), guidance=PLAIN)
-    generator = dataclasses.replace(
-        generator, sampling=dataclasses.replace(generator.sampling, steps=8)
-    )
+    sampling = dataclasses.replace(snapshot.config.sampling, steps=8)
+    options = GeneratorOptions(sampling=sampling, guidance=PLAIN)
+    generator = families.of(snapshot.config).load(snapshot, torch.device("cpu"), options)
     check = check_patches(generator, dataset, num_repeats=3)
     assert check.share >= 0.9
     assert check.own.mean() < 0.8 * check.swapped.mean()

@@ -18,6 +18,7 @@ from training_runs import (
     per_tick,
 )
 
+import families
 import generate as generate_script
 import train as train_script
 from data.features.buckets import Bucket
@@ -26,10 +27,12 @@ from data.features.manifests import read_manifest
 from data.features.statistics import FeatureStatistics
 from diffusion.flow import flow_times
 from diffusion.guidance import DualGuidanceConfig
+from encoders.autoencoder import load_autoencoder
 from evaluation.in_loop.features import seed_of_item
-from sampling.requests import RequestGenerator, make_feature_generator, stored_requests
+from sampling.requests import RequestGenerator, encode_requests, stored_requests
 from torch_utils.pictures import read_image
 from training.checkpoint import load_snapshot
+from training.family import Asked, GeneratorOptions
 
 pytestmark = pytest.mark.usefixtures("one_cpu_thread")
 
@@ -60,7 +63,8 @@ def snapshot_file(base, data):
 
 @pytest.fixture
 def generator(snapshot_file):
-    return make_feature_generator(load_snapshot(snapshot_file), torch.device("cpu"))
+    snapshot, device = load_snapshot(snapshot_file), torch.device("cpu")
+    return families.of(snapshot.config).load(snapshot, device, GeneratorOptions())
 
 
 def test_a_batch_is_what_the_shards_hold(data):
@@ -235,11 +239,13 @@ def test_a_text_alone_makes_images_of_every_size_of_the_data(data, generator):
 def test_stored_latents_decode_to_the_photograph_as_the_autoencoder_gives_it(data, generator):
     dataset = FeatureDataset(data)
     latents, _ = dataset.__getitems__([0])
-    expected = generator.autoencoder.decode_raw(latents)
-    assert torch.equal(generator.decode(latents), (expected * 127.5 + 128).clip(0, 255).byte())
-    normalised = generator.statistics.normalise(latents)
-    again = generator.decode(generator.statistics.denormalise(normalised))
-    assert (again.int() - generator.decode(latents).int()).abs().max() <= 1
+    expected = load_autoencoder(generator.model.vae, "cpu").decode_raw(latents)
+    pictures = generator.codec.pictures(latents)
+    assert torch.equal(pictures, (expected * 127.5 + 128).clip(0, 255).byte())
+    normalised, _ = generator.codec.encode(latents, {})
+    assert not torch.allclose(normalised, latents.float(), atol=0.1)
+    again = generator.codec.decode(normalised)
+    assert (again.int() - pictures.int()).abs().max() <= 1
 
 
 def test_pictures_of_a_run_are_of_its_averaged_weights(data, tmp_path, monkeypatch):
@@ -304,19 +310,13 @@ def test_generate_makes_images_of_texts_references_and_stored_features(
 
 def test_stored_features_give_what_their_encoders_give_now(base, data, snapshot_file, generator):
     """The same text and photograph, by name and by file."""
-    from sampling.requests import encode_requests
-
     snapshot = load_snapshot(snapshot_file)
     dataset = FeatureDataset(data)
     index = next(i for i in range(len(dataset)) if dataset.facts(i)["file"].endswith(".png"))
     facts = dataset.facts(index)
     (stored,) = stored_requests(snapshot, str(data), [dataset.ids[index]])
-    (fresh,) = encode_requests(
-        snapshot,
-        torch.device("cpu"),
-        prompts=[facts["caption"]],
-        reference=base / "pictures" / facts["file"],
-    )
+    asked = Asked(prompt=(facts["caption"],), reference=base / "pictures" / facts["file"])
+    (fresh,) = encode_requests(snapshot, torch.device("cpu"), asked)
     assert fresh.bucket == stored.bucket
     for name in ("text", "cls", "patches"):
         torch.testing.assert_close(

@@ -24,7 +24,7 @@ from training_runs import only_run, per_tick
 
 import train as train_script
 from data.features.dataset import FeatureDataset
-from data.features.streaming import APPROXIMATE, StreamedFeatures, StreamSampler
+from data.features.streaming import StreamedFeatures, StreamSampler
 from data.images.decode import ImageError
 from data.loader import make_loader
 from data.samplers import BucketSampler
@@ -369,10 +369,10 @@ def test_two_ranks_train_from_a_store_and_go_on(tmp_path):
     with store(root) as server:
         settings = (f"--data={server.address}", *options.split(), "--iters=3")
         output = torchrun(2, "train.py", f"--outdir={tmp_path / 'runs'}", *settings)
-        assert APPROXIMATE in output
+        assert StreamedFeatures.notice in output
         run_dir = only_run(tmp_path / "runs")
         result = succeed(train_script, f"--resume={run_dir}", "--iters=5")
-        assert APPROXIMATE in result.output
+        assert StreamedFeatures.notice in result.output
     losses = per_tick(run_dir, "Loss/loss")
     assert len(losses) == 5
     assert all(1 < loss < 4 for loss in losses)

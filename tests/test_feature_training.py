@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from data.features.codec import FeatureCodec
 from data.features.dataset import pad_texts
 from data.samplers import BucketSampler
 from diffusion.precond import FlowPrecond
 from models import build_network
 from models.feature_dit import FeatureDiTConfig
+from torch_utils.rng import Step
 from torch_utils.stats import StatsCollector
 from training.config import TrainingConfig
 from training.feature_objective import (
@@ -158,17 +160,12 @@ def objective_of(**changes):
     torch.manual_seed(0)
     network = build_network(MODEL)
     config = dataclasses.replace(FeatureConfig(text_lengths=LENGTHS), **changes)
-    return FeatureObjective(network, FlowPrecond(), config=config)
+    return FeatureObjective(network, FlowPrecond(), FeatureCodec(None, None), config=config)
 
 
 def draws_of(objective, size=(64, 64), num=4, cur_nimg=0, seed=1):
-    return objective.draw(
-        seed=seed,
-        cur_nimg=cur_nimg,
-        batch=num,
-        input_shape=MODEL.latent_shape(*size),
-        device=torch.device("cpu"),
-    )
+    shape = MODEL.latent_shape(*size)
+    return objective.draw(Step(seed, cur_nimg, num, shape, torch.device("cpu")))
 
 
 def test_the_loss_is_the_error_of_the_velocity_at_the_drawn_times():

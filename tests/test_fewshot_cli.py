@@ -12,14 +12,15 @@ import torch
 from image_files import convert
 from PIL import Image
 
+import families
 import fid
 import generate
 import train
 from evaluation.fewshot import EpisodeImages, support_distances
 from families.sets import episodes_of_snapshot, open_data_of
-from sampling.images import make_generator
 from sampling.supports import SupportGenerator
 from training.checkpoint import find_snapshots, load_snapshot, load_state
+from training.family import GeneratorOptions
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +31,11 @@ def own_cache(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     return tmp_path_factory.getbasetemp()
+
+
+def generator_of(snapshot):
+    family = families.of(snapshot.config)
+    return family.load(snapshot, torch.device("cpu"), GeneratorOptions())
 
 
 # The first users' commands, word for word but for the name of their script.
@@ -372,7 +378,7 @@ def test_a_class_conditional_model_is_told_the_classes_that_it_knows(base, tmp_p
     snapshot = load_snapshot(max(run_dir.glob("*.pkl")))
     assert snapshot.data.class_names == ("bar", "dot")
     table = snapshot.state_dict["conditioner.table.embedding_table.weight"]
-    generator = make_generator(snapshot, torch.device("cpu"))
+    generator = generator_of(snapshot)
     for split, rows in (("seen", [0, 1]), ("unseen", [2])):
         episodes = episodes_of_snapshot(snapshot, split, len(rows))
         own = SupportGenerator.of(generator, episodes)
@@ -415,7 +421,7 @@ def test_few_shot_scores_are_of_the_right_images(base, tmp_path):
 def test_generated_images_have_the_class_mixture_of_the_reals(base):
     snapshot = load_snapshot(helpers.set_snapshot(base))
     episodes = dataclasses.replace(episodes_of_snapshot(snapshot, "seen", 2), counts=(3, 1))
-    generator = SupportGenerator.of(make_generator(snapshot, torch.device("cpu")), episodes)
+    generator = SupportGenerator.of(generator_of(snapshot), episodes)
     source = EpisodeImages(generator, snapshot, first_seed=0, batch=8)
     labels = source.labels(range(8))
     assert np.bincount(labels, minlength=3).tolist() == [6, 2, 0]

@@ -8,12 +8,14 @@ import torch
 from set_networks import TINY, build_active
 
 from data.fewshot.classes import SetConfig
+from data.images.codec import PixelCodec
 from diffusion.denoiser import Denoiser
 from diffusion.losses import denoising_loss
 from diffusion.precond import PrecondConfig, make_precond
 from diffusion.samplers import SamplingConfig, sample
+from families.sets import SetRun
 from models import build_network
-from training.config import RunConfig
+from torch_utils.rng import Step
 from training.optimizer import GuardedAdam
 from training.set_objective import SetObjective
 from training.watch import Watch
@@ -32,7 +34,8 @@ def active(config):
 
 def make(config, *, precond=EDM, label_drop=0.0, network=None, **changes):
     network = active(config) if network is None else network
-    return SetObjective(network, precond, label_drop=label_drop, config=SetConfig(**changes))
+    config = SetConfig(**changes)
+    return SetObjective(network, precond, PixelCodec(), label_drop=label_drop, config=config)
 
 
 def batch_of(config, num_sets=3, seed=0):
@@ -41,9 +44,7 @@ def batch_of(config, num_sets=3, seed=0):
 
 
 def draw(objective, config, num_sets=3, cur_nimg=0):
-    return objective.draw(
-        seed=0, cur_nimg=cur_nimg, batch=num_sets, input_shape=config.input_shape, device=CPU
-    )
+    return objective.draw(Step(0, cur_nimg, num_sets, config.input_shape, CPU))
 
 
 @pytest.mark.parametrize("mode", ["film", "lag"])
@@ -303,7 +304,7 @@ def fields(**changes):
     ],
 )
 def test_the_log_warns_once_with_a_remedy(changes, reason, remedy):
-    watch = Watch(RunConfig(preset="x", model=tiny(num_blocks=3), sets=SetConfig()))
+    watch = Watch(SetRun(preset="x", model=tiny(num_blocks=3)))
     assert watch.warnings(fields(**changes), step=10) == []  # Too early to tell.
     assert watch.warnings(fields(), step=300) == []
     (warning,) = watch.warnings(fields(**changes), step=400)

@@ -17,6 +17,7 @@ from helpers import (
     train_tiny,
 )
 
+import families
 import fid as fid_script
 import train as train_script
 from data.features.dataset import FeatureDataset
@@ -32,6 +33,8 @@ from evaluation.validation.networks import (
 from evaluation.validation.trials import Missing
 from metrics.lpips import WEIGHTS_VARIABLE
 from torch_utils.pictures import read_image
+from training.checkpoint import load_snapshot
+from training.family import GeneratorOptions
 
 METRICS = "--metrics=" + ",".join(f"validation_{name}" for name in TESTS)
 
@@ -191,10 +194,8 @@ class TestNetworks:
     def test_the_function_of_the_loop_does_the_tests_of_the_names_it_is_given(
         self, dataset, weights, snapshot
     ):
-        from sampling.requests import make_feature_generator
-        from training.checkpoint import load_snapshot
-
-        generator = make_feature_generator(load_snapshot(snapshot), torch.device("cpu"))
+        loaded, device = load_snapshot(snapshot), torch.device("cpu")
+        generator = families.of(loaded.config).load(loaded, device, GeneratorOptions())
         config = ValidationConfig(lpips_weights=tuple(weights.split(",")), num_divergence=1)
         rows, pictures = make_validate(config, dataset, torch.device("cpu"))(
             ("validation_divergence",), generator
