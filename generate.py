@@ -127,7 +127,7 @@ def main(config: GenerateConfig, options: GenerateOptions, asked: Asked) -> None
         sampling=config.sampling,
         guidance=config.guidance,
         precision=options.precision,
-        guide=None if options.guide is None else cached_snapshot(options.guide),
+        guide=options.guide,
         vae=options.vae,
     )
     generator = requests.bind(family.load(snapshot, device, protocol), device)

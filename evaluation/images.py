@@ -181,7 +181,7 @@ class Making:
             sampling=config.sampling,
             guidance=config.guidance,
             precision=self.precision,
-            guide=None if self.guide is None else cached_snapshot(self.guide),
+            guide=self.guide,
             vae=self.vae,
         )
         return family_of(snapshot.config).load(snapshot, device, options)

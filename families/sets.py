@@ -152,7 +152,7 @@ class SetFamily(ImageFamily):
                 "This model makes images from a support: give --support=IMAGES, or --episodes=N."
             )
         if asked.support:
-            asked.refuse(("split", "data"), "it says where --episodes come from; give that too")
+            asked.refuse(("split", "data"), "applies to --episodes alone; leave it out")
             return SupportRequests(read_support(asked.support, snapshot.config.model), False)
         split = asked.split or "unseen"
         episodes = episodes_of_snapshot(snapshot, split, asked.episodes, data=asked.data)

@@ -163,8 +163,9 @@ def load_generator(
 
     Raises ValueError for a ``guide`` of other images or without a weight.
     """
-    config, guide = snapshot.config, options.guide
+    config = snapshot.config
     guidance = options.guidance or config.guidance
+    guide = None if options.guide is None else cached_snapshot(options.guide)
     if guide is not None:
         _check_guide(snapshot, guide, guidance)
     return ImageGenerator(

@@ -334,7 +334,7 @@ def test_episodes_are_equal_on_two_ranks(base, tmp_path):
         ("--support=x --episodes=2", "This model makes images from a support"),
         ("--support=missing.png", "--support: missing.png does not exist"),
         ("--class=0 --episodes=1", "--class: this model makes images from a support"),
-        ("--support=x --split=seen", "--split says where --episodes come from"),
+        ("--support=x --split=seen", "--split: applies to --episodes alone; leave it out"),
         ("--episodes=1 --split=val", "The run has no val classes"),
         ("--episodes=1 --data=missing.zip", "missing.zip does not exist; say where the data are"),
         ("--episodes=40", "too few for 40 support(s) of 2"),

@@ -169,7 +169,7 @@ class GeneratorOptions:
     sampling: SamplingConfig | None = None
     guidance: Config | None = None
     precision: str | None = None
-    guide: Any = None
+    guide: str | None = None
     vae: str | None = None
 
 
