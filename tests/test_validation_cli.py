@@ -212,7 +212,7 @@ def test_what_has_no_effect_or_is_unknown_is_refused(feature_base, snapshot, tmp
         (("--metrics=validation_swaps",), "Did you mean 'validation_swap'?"),
         (("--num-swaps=3",), "--num-swaps has no effect with --metrics=none"),
         (("--metrics=validation_swap", "--num-edits=3"), "--num-edits has no effect with"),
-        (("--metrics=validation_swap", "--metrics-ref=x"), "--metrics-ref has no effect on feature-"),
+        (("--metrics=validation_swap", "--metrics-ref=x"), "metrics-ref has no effect on feature"),
         (("--metrics=validation_swap", "--inception=x"), "--inception has no effect with"),
         (("--metrics=validation_swap", "--lpips-weights=absent"), "absent: no such file"),
         (("--num-shown=0",), "--num-shown: got 0"),
