@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 
@@ -29,6 +29,23 @@ class NoiseSource(Protocol):
         """Return standard normal numbers with the shape and type of ``x``."""
 
 
+class Sampler(NamedTuple):
+    """A sampler as :func:`sample` knows it.
+
+    Attributes:
+        run: The function.
+        options: Its keyword arguments, from the configuration and the network's preconditioner.
+        order: Evaluations of the denoiser in a step, except in the last one, which takes one.
+    """
+
+    run: Callable[..., torch.Tensor]
+    options: Callable[["SamplingConfig", Precond], dict[str, Any]] = lambda config, precond: {}
+    order: int = 1
+
+
+SAMPLERS: dict[str, Sampler] = {}  # By the name that --sampler gives them; filled below.
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig(Config):
     """Sampler and noise levels; defaults are EDM's for 32x32 images."""
@@ -38,7 +55,7 @@ class SamplingConfig(Config):
 
     sampler: str = option(
         "heun",
-        choices=("heun", "euler", "ddim", "dpmpp_2m", "ddpm"),
+        choices=SAMPLERS,
         help="Sampler that goes from noise to images.",
     )
     steps: int = option(18, min=1, help="Number of sampling steps.")
@@ -278,8 +295,23 @@ def _ancestral_std(
     return (0.5 * (math.log(lowest) + fraction * math.log(highest / lowest))).exp()
 
 
-SAMPLERS: dict[str, Callable[..., torch.Tensor]] = dict(
-    heun=heun, euler=euler, ddim=ddim, dpmpp_2m=dpmpp_2m, ddpm=ddpm
+def _churn(config: SamplingConfig, precond: Precond) -> dict[str, Any]:
+    churn = Churn(
+        amount=config.s_churn,
+        low=config.s_min,
+        high=math.inf if config.s_max is None else config.s_max,
+        noise_std=config.s_noise,
+        round_sigma=precond.round_sigma,
+    )
+    return dict(churn=churn)
+
+
+SAMPLERS.update(
+    heun=Sampler(heun, _churn, order=2),
+    euler=Sampler(euler),
+    ddim=Sampler(ddim, lambda config, precond: dict(eta=config.eta)),
+    dpmpp_2m=Sampler(dpmpp_2m),
+    ddpm=Sampler(ddpm, lambda config, precond: dict(variance=config.variance)),
 )
 
 
@@ -346,7 +378,7 @@ def num_evaluations(config: SamplingConfig, precond: Precond | None = None) -> i
     steps = config.steps
     if precond is not None and config.grid != "time":
         steps = len(sampling_sigmas(config, precond)) - 1
-    return 2 * steps - 1 if config.sampler == "heun" else steps
+    return SAMPLERS[config.sampler].order * (steps - 1) + 1
 
 
 def _clipped(denoise: Denoise, channels: int) -> Denoise:
@@ -381,21 +413,9 @@ def sample(
     Raises ValueError if config and preconditioner share no range of noise levels.
     """
     sigmas = sampling_sigmas(config, precond)
-    options = {}
-    if config.sampler == "heun":
-        churn = Churn(
-            amount=config.s_churn,
-            low=config.s_min,
-            high=math.inf if config.s_max is None else config.s_max,
-            noise_std=config.s_noise,
-            round_sigma=precond.round_sigma,
-        )
-        options = dict(churn=churn)
-    elif config.sampler == "ddim":
-        options = dict(eta=config.eta)
-    elif config.sampler == "ddpm":
-        options = dict(variance=config.variance)
     if config.clip_denoised:
         denoise = _clipped(denoise, latents.shape[1])
     x = latents.to(torch.float64) * sigmas[0]
-    return SAMPLERS[config.sampler](denoise, x, sigmas, noise, callback=callback, **options)
+    sampler = SAMPLERS[config.sampler]
+    options = sampler.options(config, precond)
+    return sampler.run(denoise, x, sigmas, noise, callback=callback, **options)
