@@ -5,15 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from diffusion.precond import Precond
 
 # Arithmetic of a network, by what --precision calls it; None is its own.
-AUTOCAST_DTYPES: dict[str, torch.dtype | None] = {
-    "fp32": None,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
+AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Denoiser:
@@ -34,7 +31,7 @@ class Denoiser:
 
     def __init__(
         self,
-        network: Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor],
+        network: Callable[[Tensor, Tensor, Any], Tensor],
         precond: Precond,
         autocast_dtype: torch.dtype | None = None,
         *,
@@ -44,9 +41,7 @@ class Denoiser:
         self.network, self.precond, self.autocast_dtype = network, precond, autocast_dtype
         self._with_variance = with_variance
 
-    def __call__(
-        self, x: torch.Tensor, sigma: float | torch.Tensor, context: Any = None
-    ) -> torch.Tensor:
+    def __call__(self, x: Tensor, sigma: float | Tensor, context: Any = None) -> Tensor:
         """Return the denoised images [N, C, H, W], float32, without waiting for the device.
 
         With ``with_variance`` the fractions [N, C, H, W] of the variance follow them in channels.
@@ -57,7 +52,7 @@ class Denoiser:
             context: Conditioning, handed on to the network.
         """
         x = x.to(torch.float32)
-        if isinstance(sigma, torch.Tensor):
+        if isinstance(sigma, Tensor):
             sigma = sigma.to(torch.float32).reshape(-1, 1, 1, 1).expand(len(x), 1, 1, 1)
         else:
             sigma = torch.full([len(x), 1, 1, 1], sigma, dtype=torch.float32, device=x.device)

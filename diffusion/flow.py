@@ -5,17 +5,17 @@ estimate of eps - x0 at z = (1 - t) x0 + t eps, ``t`` is a python number and ``t
 1 to 0. They never form the noise level sigma = t / (1 - t), which has no end at t = 1.
 """
 
-import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from diffusion.denoiser import autocast
-from diffusion.samplers import Callback, SamplingConfig
+from diffusion.samplers import Callback, Levels, SamplingConfig, steps_of
 
-VelocityFn = Callable[[torch.Tensor, float], torch.Tensor]
+VelocityFn = Callable[[Tensor, float], Tensor]
 
 
 class Velocity:
@@ -28,14 +28,12 @@ class Velocity:
 
     def __init__(
         self,
-        network: Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor],
+        network: Callable[[Tensor, Tensor, Any], Tensor],
         autocast_dtype: torch.dtype | None = None,
     ) -> None:
         self.network, self.autocast_dtype = network, autocast_dtype
 
-    def __call__(
-        self, z: torch.Tensor, t: float | torch.Tensor, context: Any = None
-    ) -> torch.Tensor:
+    def __call__(self, z: Tensor, t: float | Tensor, context: Any = None) -> Tensor:
         """Return v [N, C, H, W], float32, at one time or at times [N]; never waits for the device.
 
         Args:
@@ -44,7 +42,7 @@ class Velocity:
             context: Conditioning, handed on to the network.
         """
         z = z.to(torch.float32)
-        if not isinstance(t, torch.Tensor):
+        if not isinstance(t, Tensor):
             t = torch.full([len(z)], t, dtype=torch.float32, device=z.device)
         with autocast(z.device, self.autocast_dtype):
             return self.network(z, t.to(torch.float32), context).to(torch.float32)
@@ -60,30 +58,22 @@ def flow_times(num_steps: int, shift: float = 1.0) -> list[float]:
 
 
 def flow_euler(
-    velocity: VelocityFn,
-    z: torch.Tensor,
-    times: Sequence[float],
-    *,
-    callback: Callback | None = None,
-) -> torch.Tensor:
+    velocity: VelocityFn, z: Tensor, times: Levels, *, callback: Callback = None
+) -> Tensor:
     """Return x0 by Euler steps of dz/dt = v(z, t)."""
-    for t, t_next in _steps(times, callback):
+    for t, t_next in steps_of(times, callback):
         z = z + (t_next - t) * velocity(z, t)
     return z
 
 
 def flow_heun(
-    velocity: VelocityFn,
-    z: torch.Tensor,
-    times: Sequence[float],
-    *,
-    callback: Callback | None = None,
-) -> torch.Tensor:
+    velocity: VelocityFn, z: Tensor, times: Levels, *, callback: Callback = None
+) -> Tensor:
     """Return x0 by Heun's method in (z, t); the last step, to 0, is an Euler step.
 
     It is not Heun's method in (x, sigma), which :func:`diffusion.samplers.heun` is.
     """
-    for t, t_next in _steps(times, callback):
+    for t, t_next in steps_of(times, callback):
         v = velocity(z, t)
         predicted = z + (t_next - t) * v
         if t_next > 0:
@@ -93,19 +83,15 @@ def flow_heun(
 
 
 def flow_dpmpp_2m(
-    velocity: VelocityFn,
-    z: torch.Tensor,
-    times: Sequence[float],
-    *,
-    callback: Callback | None = None,
-) -> torch.Tensor:
+    velocity: VelocityFn, z: Tensor, times: Levels, *, callback: Callback = None
+) -> Tensor:
     """Return x0 by DPM-Solver++(2M) (Lu et al., arXiv 2211.01095, Algorithm 2).
 
     With alpha = 1 - t and sigma = t. The step from t = 1, the one after it, whose predecessor has
     no finite length in ln(alpha / sigma), and the last, to 0, are of first order.
     """
     previous = h_previous = None
-    for t, t_next in _steps(times, callback):
+    for t, t_next in steps_of(times, callback):
         denoised = z - t * velocity(z, t)
         target = denoised
         if t_next > 0:
@@ -118,25 +104,15 @@ def flow_dpmpp_2m(
     return z
 
 
-def _steps(times: Sequence[float], callback: Callback | None) -> Iterator[tuple[float, float]]:
-    for t, t_next in itertools.pairwise(times):
-        yield t, t_next
-        if callback is not None:
-            callback()
-
-
-FLOW_SAMPLERS: dict[str, Callable[..., torch.Tensor]] = dict(
+FLOW_SAMPLERS: dict[str, Callable[..., Tensor]] = dict(
     euler=flow_euler, heun=flow_heun, dpmpp_2m=flow_dpmpp_2m
 )
 
 
 @torch.no_grad()
 def sample_flow(
-    velocity: VelocityFn,
-    noise: torch.Tensor,
-    config: SamplingConfig,
-    callback: Callback | None = None,
-) -> torch.Tensor:
+    velocity: VelocityFn, noise: Tensor, config: SamplingConfig, callback: Callback = None
+) -> Tensor:
     """Return samples x0 [N, C, H, W], float64.
 
     Args:

@@ -6,11 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from diffusion.precond import Precond
 from dnnlib.config import Config, option
+from dnnlib.errors import refusal
 
-Denoise = Callable[[torch.Tensor, float], torch.Tensor]
+Denoise = Callable[[Tensor, float], Tensor]
+_IF_GUIDED: dict[str, Any] = dict(unless={"cfg_scale": (1.0,)})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +29,7 @@ class GuidanceConfig(Config):
     cfg_schedule: str = option(
         "constant",
         choices=("constant", "power-cosine"),
-        unless={"cfg_scale": (1.0,)},
+        **_IF_GUIDED,
         help="Course of the scale; power-cosine rises from 1 at the highest noise to the scale.",
     )
     cfg_power: float = option(
@@ -36,15 +39,12 @@ class GuidanceConfig(Config):
         help="Exponent of power-cosine; larger keeps guidance for lower noise.",
     )
     cfg_channels: int | None = option(
-        None,
-        min=1,
-        unless={"cfg_scale": (1.0,)},
-        help="Guide only the first so many channels; none: all.",
+        None, min=1, **_IF_GUIDED, help="Guide only the first so many channels; none: all."
     )
     cfg_interval: tuple[float, float] | None = option(
         None,
         min=0,
-        unless={"cfg_scale": (1.0,)},
+        **_IF_GUIDED,
         help="Guide only above the first and up to the second noise level sigma.",
     )
 
@@ -52,10 +52,8 @@ class GuidanceConfig(Config):
         super().__post_init__()
         if self.cfg_interval is not None and self.cfg_interval[0] >= self.cfg_interval[1]:
             low, high = self.cfg_interval
-            raise ValueError(
-                f"--cfg-interval: got {low:g},{high:g}; accepted: two noise levels, the lower "
-                "one first."
-            )
+            accepted = "two noise levels, the lower one first"
+            raise refusal("--cfg-interval", f"{low:g},{high:g}", accepted=accepted)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,9 +101,7 @@ def branch_weights(
     """
     text, visual = config.text_scale, config.visual_scale
     if not (has_text and has_visual):
-        name, scale = ("text", text) if has_text else ("visual", visual)
-        if not (has_text or has_visual):
-            scale = 0.0
+        name, scale = ("text", text) if has_text else ("visual", visual * has_visual)
         weights = {"none": 1 - scale, name: scale}
     elif config.guidance_form == "nested":
         weights = dict(none=1 - visual, visual=visual - text, both=text)
@@ -120,7 +116,7 @@ def branch_weights(
 
 
 def weighted_branches(
-    estimate: Callable[[torch.Tensor, float, Any], torch.Tensor],
+    estimate: Callable[[Tensor, float, Any], Tensor],
     contexts: Sequence[Any],
     weights: Sequence[float],
 ) -> Denoise:
@@ -137,17 +133,17 @@ def weighted_branches(
     joined = contexts[0].concat(*contexts[1:]) if len(contexts) > 1 else contexts[0]
     at_once = True
 
-    def guided(x: torch.Tensor, level: float) -> torch.Tensor:
+    def guided(x: Tensor, level: float) -> Tensor:
         nonlocal at_once
-        parts: Sequence[torch.Tensor] | None = None
+        parts = None
         if at_once:
             try:
                 repeated = x.repeat(len(contexts), 1, 1, 1)
                 parts = estimate(repeated, level, joined).chunk(len(contexts))
             except torch.OutOfMemoryError:
-                at_once = len(contexts) == 1
-                if at_once:
+                if len(contexts) == 1:
                     raise
+                at_once = False
         if parts is None:
             parts = [estimate(x, level, context) for context in contexts]
         return sum(weight * part for weight, part in zip(weights, parts, strict=True))
@@ -173,7 +169,7 @@ def guidance_scale(config: GuidanceConfig, sigma: float, precond: Precond) -> fl
 
 
 def classifier_free(
-    denoise: Callable[[torch.Tensor, float, Any], torch.Tensor],
+    denoise: Callable[[Tensor, float, Any], Tensor],
     context: Any,
     null_context: Any,
     config: GuidanceConfig,
@@ -193,7 +189,7 @@ def classifier_free(
     """
     both = None if config.cfg_scale == 1 else context.concat(null_context)
 
-    def guided(x: torch.Tensor, sigma: float) -> torch.Tensor:
+    def guided(x: Tensor, sigma: float) -> Tensor:
         scale = guidance_scale(config, sigma, precond)
         if scale == 1:
             return denoise(x, sigma, context)
@@ -220,7 +216,7 @@ def autoguidance(
     if config.cfg_schedule == "power-cosine" and precond is None:
         raise ValueError("The power-cosine schedule of autoguidance needs the preconditioner.")
 
-    def guided(x: torch.Tensor, sigma: float) -> torch.Tensor:
+    def guided(x: Tensor, sigma: float) -> Tensor:
         scale = guidance_scale(config, sigma, precond)
         if scale == 1:
             return main(x, sigma)
@@ -230,9 +226,7 @@ def autoguidance(
     return guided
 
 
-def _extrapolate(
-    base: torch.Tensor, target: torch.Tensor, scale: float, channels: int
-) -> torch.Tensor:
+def _extrapolate(base: Tensor, target: Tensor, scale: float, channels: int) -> Tensor:
     """Return base + scale (target - base) in the first channels, and the target's others.
 
     Among the others is the variance, where a denoiser returns it.

@@ -5,19 +5,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from diffusion.precond import TablePrecond
 from diffusion.schedules import posterior_variances
 
 
 def denoising_loss(
-    denoise: Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor],
-    images: torch.Tensor,
-    sigma: torch.Tensor,
-    noise: torch.Tensor,
+    denoise: Callable[[Tensor, Tensor, Any], Tensor],
+    images: Tensor,
+    sigma: Tensor,
+    noise: Tensor,
     context: Any,
-    weight: Callable[[torch.Tensor], torch.Tensor],
-) -> torch.Tensor:
+    weight: Callable[[Tensor], Tensor],
+) -> Tensor:
     """Return weight(sigma) (D(y + sigma n; sigma) - y)^2 per element [N, C, H, W] (EDM, Eq. 2).
 
     Args:
@@ -34,12 +35,12 @@ def denoising_loss(
 
 
 def velocity_loss(
-    velocity: Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor],
-    images: torch.Tensor,
-    t: torch.Tensor,
-    noise: torch.Tensor,
+    velocity: Callable[[Tensor, Tensor, Any], Tensor],
+    images: Tensor,
+    t: Tensor,
+    noise: Tensor,
     context: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Return (v - (eps - x0))^2 per element and the estimate v, each [N, C, H, W], float32.
 
     Flow matching along straight paths z = (1 - t) x0 + t eps (Lipman et al., arXiv 2210.02747,
@@ -58,13 +59,13 @@ def velocity_loss(
 
 
 def hybrid_loss(
-    denoise: Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor],
-    images: torch.Tensor,
-    sigma: torch.Tensor,
-    noise: torch.Tensor,
+    denoise: Callable[[Tensor, Tensor, Any], Tensor],
+    images: Tensor,
+    sigma: Tensor,
+    noise: Tensor,
     context: Any,
     precond: TablePrecond,
-) -> torch.Tensor:
+) -> Tensor:
     """Return (eps - n)^2 + T / 1000 L_vb per element [N, C, H, W].
 
     iDDPM (arXiv 2102.09672), Eq. 14-16. The variational bound's term, in bits, trains the variance
@@ -109,9 +110,7 @@ def hybrid_loss(
     return squared_error + (precond.num_timesteps / 1000) * bound
 
 
-def _discretised_likelihood(
-    images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor
-) -> torch.Tensor:
+def _discretised_likelihood(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Return the log probability of 8-bit values in [-1, 1] under a normal distribution, in nats.
 
     A value's bin has width 2/255; the first and the last are open (DDPM, arXiv 2006.11239, Eq. 13).

@@ -8,15 +8,16 @@ import abc
 import bisect
 import dataclasses
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from diffusion.schedules import cosine_sigmas, linear_sigmas
 from dnnlib.config import Config, option
 
-Scalings = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+Scalings = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,10 +43,7 @@ class PrecondConfig(Config):
         0.5, min=1e-3, requires={"precond": ("edm",)}, help="Standard deviation of the data."
     )
     P_mean: float = option(
-        -1.2,
-        name="p-mean",
-        requires={"precond": ("edm",)},
-        help="Mean of ln(sigma) in training.",
+        -1.2, name="p-mean", requires={"precond": ("edm",)}, help="Mean of ln(sigma) in training."
     )
     P_std: float = option(
         1.2,
@@ -87,19 +85,21 @@ class Precond(abc.ABC):
     learned_variance = False
 
     @abc.abstractmethod
-    def scalings(self, sigma: torch.Tensor) -> Scalings:
+    def scalings(self, sigma: Tensor) -> Scalings:
         """Return ``(c_skip, c_out, c_in, c_noise)``, each with the shape of ``sigma``."""
 
-    @abc.abstractmethod
     def draw_sigma(
         self, num: int, generator: torch.Generator, device: torch.device | str
-    ) -> torch.Tensor:
-        """Return training noise levels [num], float32 on ``device``.
+    ) -> Tensor:
+        """Return training noise levels [num], float32 on ``device``, drawn on the generator's."""
+        drawn = self._draw(num, generator=generator, device=generator.device)
+        return drawn.to(device, non_blocking=True)
 
-        They are drawn on the generator's device.
-        """
+    @abc.abstractmethod
+    def _draw(self, num: int, **source: Any) -> Tensor:
+        """Return training noise levels [num]; ``source`` says where torch draws from."""
 
-    def weight(self, sigma: torch.Tensor) -> torch.Tensor:
+    def weight(self, sigma: Tensor) -> Tensor:
         """Return the loss weight of the squared error of D, with the shape of ``sigma``."""
         return 1 / sigma**2
 
@@ -113,8 +113,7 @@ class Precond(abc.ABC):
         Here the position of ln(sigma) within ``noise_range``.
         """
         low, high = self.noise_range
-        position = math.log(max(sigma, low) / low) / math.log(high / low)
-        return min(position, 1.0)
+        return min(math.log(max(sigma, low) / low) / math.log(high / low), 1.0)
 
 
 class EDMPrecond(Precond):
@@ -126,19 +125,15 @@ class EDMPrecond(Precond):
     def __init__(self, sigma_data: float = 0.5, P_mean: float = -1.2, P_std: float = 1.2) -> None:
         self.sigma_data, self.P_mean, self.P_std = sigma_data, P_mean, P_std
 
-    def scalings(self, sigma: torch.Tensor) -> Scalings:
+    def scalings(self, sigma: Tensor) -> Scalings:
         variance = sigma**2 + self.sigma_data**2
-        c_skip = self.sigma_data**2 / variance
         c_out = sigma * self.sigma_data / variance.sqrt()
-        return c_skip, c_out, 1 / variance.sqrt(), sigma.log() / 4
+        return self.sigma_data**2 / variance, c_out, 1 / variance.sqrt(), sigma.log() / 4
 
-    def draw_sigma(
-        self, num: int, generator: torch.Generator, device: torch.device | str
-    ) -> torch.Tensor:
-        normal = torch.randn(num, generator=generator, device=generator.device)
-        return _moved((normal * self.P_std + self.P_mean).exp(), device)
+    def _draw(self, num: int, **source: Any) -> Tensor:
+        return (torch.randn(num, **source) * self.P_std + self.P_mean).exp()
 
-    def weight(self, sigma: torch.Tensor) -> torch.Tensor:
+    def weight(self, sigma: Tensor) -> Tensor:
         return (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
 
 
@@ -154,24 +149,21 @@ class VPPrecond(Precond):
         self.sigma_min, self.sigma_max = self.sigma(bounds).tolist()
         self.noise_range = (self.sigma_min, self.sigma_max)
 
-    def sigma(self, t: torch.Tensor) -> torch.Tensor:
+    def sigma(self, t: Tensor) -> Tensor:
         """Return the noise level at time ``t`` in (0, 1]."""
         return (0.5 * self.beta_d * t**2 + self.beta_min * t).expm1().sqrt()
 
-    def sigma_inv(self, sigma: torch.Tensor) -> torch.Tensor:
+    def sigma_inv(self, sigma: Tensor) -> Tensor:
         """Return the time at which the noise level is ``sigma``."""
         root = (self.beta_min**2 + 2 * self.beta_d * (sigma**2).log1p()).sqrt()
         return (root - self.beta_min) / self.beta_d
 
-    def scalings(self, sigma: torch.Tensor) -> Scalings:
+    def scalings(self, sigma: Tensor) -> Scalings:
         c_noise = (self.num_timesteps - 1) * self.sigma_inv(sigma)
         return torch.ones_like(sigma), -sigma, (sigma**2 + 1).rsqrt(), c_noise
 
-    def draw_sigma(
-        self, num: int, generator: torch.Generator, device: torch.device | str
-    ) -> torch.Tensor:
-        uniform = torch.rand(num, generator=generator, device=generator.device)
-        return _moved(self.sigma(self.t_min + uniform * (1 - self.t_min)), device)
+    def _draw(self, num: int, **source: Any) -> Tensor:
+        return self.sigma(self.t_min + torch.rand(num, **source) * (1 - self.t_min))
 
     def noise_fraction(self, sigma: float) -> float:
         t = float(self.sigma_inv(torch.tensor(sigma, dtype=torch.float64)))
@@ -184,15 +176,12 @@ class VEPrecond(Precond):
     sigma_min, sigma_max = 0.02, 100.0
     noise_range = (0.02, 100.0)
 
-    def scalings(self, sigma: torch.Tensor) -> Scalings:
+    def scalings(self, sigma: Tensor) -> Scalings:
         ones = torch.ones_like(sigma)
         return ones, sigma, ones, (sigma / 2).log()
 
-    def draw_sigma(
-        self, num: int, generator: torch.Generator, device: torch.device | str
-    ) -> torch.Tensor:
-        uniform = torch.rand(num, generator=generator, device=generator.device)
-        return _moved(self.sigma_min * (self.sigma_max / self.sigma_min) ** uniform, device)
+    def _draw(self, num: int, **source: Any) -> Tensor:
+        return self.sigma_min * (self.sigma_max / self.sigma_min) ** torch.rand(num, **source)
 
 
 class FlowPrecond(Precond):
@@ -216,22 +205,20 @@ class FlowPrecond(Precond):
         self.logit_mean, self.logit_std, self.shift = logit_mean, logit_std, shift
 
     @staticmethod
-    def time(sigma: torch.Tensor) -> torch.Tensor:
+    def time(sigma: Tensor) -> Tensor:
         """Return the time t in [0, 1) of a noise level."""
         return sigma / (1 + sigma)
 
-    def scalings(self, sigma: torch.Tensor) -> Scalings:
+    def scalings(self, sigma: Tensor) -> Scalings:
         t = self.time(sigma)
         return 1 - t, -t, 1 - t, t
 
-    def draw_sigma(
-        self, num: int, generator: torch.Generator, device: torch.device | str
-    ) -> torch.Tensor:
-        normal = torch.randn(num, generator=generator, device=generator.device)
+    def _draw(self, num: int, **source: Any) -> Tensor:
+        normal = torch.randn(num, **source)
         sigma = (normal * self.logit_std + self.logit_mean).exp() * self.shift
-        return _moved(sigma.clamp(self.sigma_min, self.sigma_max), device)
+        return sigma.clamp(self.sigma_min, self.sigma_max)
 
-    def weight(self, sigma: torch.Tensor) -> torch.Tensor:
+    def weight(self, sigma: Tensor) -> Tensor:
         # D - x0 is t times the error of the velocity.
         return self.time(sigma) ** -2
 
@@ -255,16 +242,15 @@ class TablePrecond(Precond):
         assert table[-1] == 0
         assert (np.diff(table) < 0).all()
         self._ascending = table[-2::-1].tolist()  # index = timestep
-        self._on_device: dict[torch.device, torch.Tensor] = {}
+        self._on_device: dict[torch.device, Tensor] = {}
         self.sigma_min, self.sigma_max = self._ascending[0], self._ascending[-1]
         self.noise_range = (self.sigma_min, self.sigma_max)
 
-    def _levels(self, device: torch.device) -> torch.Tensor:
+    def _levels(self, device: torch.device) -> Tensor:
         # Moved once per device: a copy in every step would wait for the device.
         if device not in self._on_device:
-            self._on_device[device] = torch.tensor(
-                self._ascending, dtype=torch.float32, device=device
-            )
+            values = torch.tensor(self._ascending, dtype=torch.float32, device=device)
+            self._on_device[device] = values
         return self._on_device[device]
 
     def _timestep(self, sigma: float) -> int:
@@ -281,26 +267,22 @@ class TablePrecond(Precond):
         """Return the noise level of a timestep; 0 is the lowest."""
         return self._ascending[timestep]
 
-    def timestep(self, sigma: torch.Tensor) -> torch.Tensor:
+    def timestep(self, sigma: Tensor) -> Tensor:
         """Return the timestep of the nearest level, int64 with the shape of ``sigma``."""
-        distance = (self._levels(sigma.device) - sigma.unsqueeze(-1)).abs()
-        return distance.argmin(-1)
+        return (self._levels(sigma.device) - sigma.unsqueeze(-1)).abs().argmin(-1)
 
-    def level_below(self, sigma: torch.Tensor) -> torch.Tensor:
+    def level_below(self, sigma: Tensor) -> Tensor:
         """Return the next lower level than the nearest one; 0 below the lowest."""
         below = self.timestep(sigma) - 1
         return torch.where(below < 0, 0.0, self._levels(sigma.device)[below.clamp(min=0)])
 
-    def scalings(self, sigma: torch.Tensor) -> Scalings:
+    def scalings(self, sigma: Tensor) -> Scalings:
         c_noise = self.timestep(sigma).to(sigma.dtype)
         return torch.ones_like(sigma), -sigma, (sigma**2 + 1).rsqrt(), c_noise
 
-    def draw_sigma(
-        self, num: int, generator: torch.Generator, device: torch.device | str
-    ) -> torch.Tensor:
-        levels = self._levels(generator.device)
-        timestep = torch.randint(len(levels), [num], generator=generator, device=generator.device)
-        return _moved(levels[timestep], device)
+    def _draw(self, num: int, **source: Any) -> Tensor:
+        levels = self._levels(source["device"])
+        return levels[torch.randint(len(levels), [num], **source)]
 
     def round_sigma(self, sigma: float) -> float:
         return self._ascending[self._timestep(sigma)] if sigma > 0 else 0.0
@@ -321,7 +303,3 @@ def make_precond(config: PrecondConfig) -> Precond:
     if config.precond == "iddpm":
         return TablePrecond(cosine_sigmas())
     return dict(vp=VPPrecond, ve=VEPrecond)[config.precond]()
-
-
-def _moved(values: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    return values.to(device, non_blocking=True)

@@ -13,20 +13,26 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
 from diffusion.precond import Precond, TablePrecond
 from diffusion.schedules import posterior_variances, sigma_grid
 from dnnlib.config import Config, option
+from dnnlib.errors import refusal
 
-Denoise = Callable[[torch.Tensor, float], torch.Tensor]
-Callback = Callable[[], None]
+Denoise = Callable[[Tensor, float], Tensor]
+Callback = Callable[[], None] | None
+Levels = Sequence[float]
 
 
 class NoiseSource(Protocol):
     """What a stochastic sampler draws from."""
 
-    def randn_like(self, x: torch.Tensor) -> torch.Tensor:
+    def randn_like(self, x: Tensor) -> Tensor:
         """Return standard normal numbers with the shape and type of ``x``."""
+
+
+Noise = NoiseSource | None
 
 
 class Sampler(NamedTuple):
@@ -38,12 +44,16 @@ class Sampler(NamedTuple):
         order: Evaluations of the denoiser in a step, except in the last one, which takes one.
     """
 
-    run: Callable[..., torch.Tensor]
+    run: Callable[..., Tensor]
     options: Callable[["SamplingConfig", Precond], dict[str, Any]] = lambda config, precond: {}
     order: int = 1
 
 
 SAMPLERS: dict[str, Sampler] = {}  # By the name that --sampler gives them; filled below.
+
+# Rules that several options share.
+_RANGE: dict[str, Any] = dict(min=1e-8, unless={"grid": ("timesteps", "time")})
+_CHURNED: dict[str, Any] = dict(min=0, requires={"sampler": ("heun",)}, unless={"s_churn": (0.0,)})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,11 +63,7 @@ class SamplingConfig(Config):
     title: ClassVar[str] = "Sampling"
     affects: ClassVar[str] = "speed"
 
-    sampler: str = option(
-        "heun",
-        choices=SAMPLERS,
-        help="Sampler that goes from noise to images.",
-    )
+    sampler: str = option("heun", choices=SAMPLERS, help="Sampler that goes from noise to images.")
     steps: int = option(18, min=1, help="Number of sampling steps.")
     grid: str = option(
         "karras",
@@ -67,16 +73,10 @@ class SamplingConfig(Config):
         "evenly in the time of a flow, from noise at 1 to 0.",
     )
     sigma_min: float = option(
-        0.002,
-        min=1e-8,
-        unless={"grid": ("timesteps", "time")},
-        help="Lowest noise level before 0; the network's own limit still holds.",
+        0.002, **_RANGE, help="Lowest noise level before 0; the network's own limit still holds."
     )
     sigma_max: float = option(
-        80.0,
-        min=1e-8,
-        unless={"grid": ("timesteps", "time")},
-        help="Highest noise level; the network's own limit still holds.",
+        80.0, **_RANGE, help="Highest noise level; the network's own limit still holds."
     )
     rho: float = option(
         7.0, min=1, requires={"grid": ("karras",)}, help="Exponent of the noise levels."
@@ -94,27 +94,11 @@ class SamplingConfig(Config):
         unless={"grid": ("time",)},
         help="Stochasticity, spread over the steps; 0 is deterministic.",
     )
-    s_min: float = option(
-        0.0,
-        min=0,
-        requires={"sampler": ("heun",)},
-        unless={"s_churn": (0.0,)},
-        help="Lowest noise level that is churned.",
-    )
+    s_min: float = option(0.0, **_CHURNED, help="Lowest noise level that is churned.")
     s_max: float | None = option(
-        None,
-        min=0,
-        requires={"sampler": ("heun",)},
-        unless={"s_churn": (0.0,)},
-        help="Highest noise level that is churned; none: no limit.",
+        None, **_CHURNED, help="Highest noise level that is churned; none: no limit."
     )
-    s_noise: float = option(
-        1.0,
-        min=0,
-        requires={"sampler": ("heun",)},
-        unless={"s_churn": (0.0,)},
-        help="Standard deviation of churned noise.",
-    )
+    s_noise: float = option(1.0, **_CHURNED, help="Standard deviation of churned noise.")
     variance: str = option(
         "small",
         choices=("small", "large"),
@@ -138,15 +122,11 @@ class SamplingConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.sigma_min >= self.sigma_max:
-            raise ValueError(
-                f"--sigma-min: got {self.sigma_min:g}; accepted: a number below --sigma-max, "
-                f"which is {self.sigma_max:g}."
-            )
+            accepted = f"a number below --sigma-max, which is {self.sigma_max:g}"
+            raise refusal("--sigma-min", f"{self.sigma_min:g}", accepted=accepted)
         if self.grid == "time" and self.sampler not in ("heun", "euler", "dpmpp_2m"):
-            raise ValueError(
-                f"--sampler: got {self.sampler}, which --sigma-grid=time has not; accepted: heun, "
-                "euler or dpmpp_2m."
-            )
+            got = f"{self.sampler}, which --sigma-grid=time has not"
+            raise refusal("--sampler", got, accepted="heun, euler or dpmpp_2m")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,19 +142,19 @@ class Churn:
 
 def heun(
     denoise: Denoise,
-    x: torch.Tensor,
-    sigmas: Sequence[float],
-    noise: NoiseSource | None = None,
+    x: Tensor,
+    sigmas: Levels,
+    noise: Noise = None,
     *,
     churn: Churn = Churn(),
-    callback: Callback | None = None,
-) -> torch.Tensor:
+    callback: Callback = None,
+) -> Tensor:
     """Return x0 by Heun's second-order method with optional churn (EDM, Algorithm 2).
 
     2 N - 1 evaluations in N steps.
     """
     gamma = min(churn.amount / (len(sigmas) - 1), math.sqrt(2) - 1)
-    for sigma, sigma_next in _steps(sigmas, callback):
+    for sigma, sigma_next in steps_of(sigmas, callback):
         if gamma > 0 and churn.low <= sigma <= churn.high:
             sigma_hat = max(churn.round_sigma(sigma * (1 + gamma)), sigma)
             added = math.sqrt(sigma_hat**2 - sigma**2)
@@ -190,34 +170,29 @@ def heun(
 
 
 def euler(
-    denoise: Denoise,
-    x: torch.Tensor,
-    sigmas: Sequence[float],
-    noise: NoiseSource | None = None,
-    *,
-    callback: Callback | None = None,
-) -> torch.Tensor:
+    denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise = None, *, callback: Callback = None
+) -> Tensor:
     """Return x0 by Euler steps of dx/dsigma = (x - D(x; sigma)) / sigma (EDM, Eq. 3)."""
-    for sigma, sigma_next in _steps(sigmas, callback):
+    for sigma, sigma_next in steps_of(sigmas, callback):
         x = x + (sigma_next - sigma) * (x - denoise(x, sigma)) / sigma
     return x
 
 
 def ddim(
     denoise: Denoise,
-    x: torch.Tensor,
-    sigmas: Sequence[float],
-    noise: NoiseSource | None = None,
+    x: Tensor,
+    sigmas: Levels,
+    noise: Noise = None,
     *,
     eta: float = 0.0,
-    callback: Callback | None = None,
-) -> torch.Tensor:
+    callback: Callback = None,
+) -> Tensor:
     """Return x0 by DDIM (Song et al., arXiv 2010.02502, Eq. 12 and 16).
 
     Written for x / sqrt(abar) with sigma^2 = (1 - abar) / abar. At ``eta`` 0 it is deterministic
     and equals :func:`euler`, at 1 it equals :func:`ddpm`.
     """
-    for sigma, sigma_next in _steps(sigmas, callback):
+    for sigma, sigma_next in steps_of(sigmas, callback):
         denoised = denoise(x, sigma)
         added = eta * math.sqrt(posterior_variances(sigma, sigma_next)[0])
         kept = math.sqrt(sigma_next**2 - added**2)
@@ -229,13 +204,13 @@ def ddim(
 
 def ddpm(
     denoise: Denoise,
-    x: torch.Tensor,
-    sigmas: Sequence[float],
-    noise: NoiseSource | None = None,
+    x: Tensor,
+    sigmas: Levels,
+    noise: Noise = None,
     *,
     variance: str = "small",
-    callback: Callback | None = None,
-) -> torch.Tensor:
+    callback: Callback = None,
+) -> Tensor:
     """Return x0 by ancestral sampling (Ho et al., arXiv 2006.11239, Eq. 6-7).
 
     Each step draws from the posterior q(x_next | x, x0) of the forward chain with x0 = D(x; sigma),
@@ -245,7 +220,7 @@ def ddpm(
     out recomputes them. The last step adds no noise.
     """
     channels = x.shape[1]
-    for sigma, sigma_next in _steps(sigmas, callback):
+    for sigma, sigma_next in steps_of(sigmas, callback):
         estimate = denoise(x, sigma).to(x.dtype)
         x = torch.lerp(estimate[:, :channels], x, (sigma_next / sigma) ** 2)
         if sigma_next > 0:
@@ -255,19 +230,14 @@ def ddpm(
 
 
 def dpmpp_2m(
-    denoise: Denoise,
-    x: torch.Tensor,
-    sigmas: Sequence[float],
-    noise: NoiseSource | None = None,
-    *,
-    callback: Callback | None = None,
-) -> torch.Tensor:
+    denoise: Denoise, x: Tensor, sigmas: Levels, noise: Noise = None, *, callback: Callback = None
+) -> Tensor:
     """Return x0 by the multistep DPM-Solver++(2M) (Lu et al., arXiv 2211.01095, Algorithm 2).
 
     The first step and the last one, to 0, are of first order.
     """
     previous = h_previous = None
-    for sigma, sigma_next in _steps(sigmas, callback):
+    for sigma, sigma_next in steps_of(sigmas, callback):
         denoised = denoise(x, sigma).to(x.dtype)
         target = denoised
         if sigma_next > 0:
@@ -279,16 +249,17 @@ def dpmpp_2m(
     return x
 
 
-def _steps(sigmas: Sequence[float], callback: Callback | None) -> Iterator[tuple[float, float]]:
-    for sigma, sigma_next in itertools.pairwise(sigmas):
-        yield sigma, sigma_next
+def steps_of(levels: Levels, callback: Callback) -> Iterator[tuple[float, float]]:
+    """Yield each level with the next one; ``callback`` follows every step."""
+    for level, level_next in itertools.pairwise(levels):
+        yield level, level_next
         if callback is not None:
             callback()
 
 
 def _ancestral_std(
-    sigma: float, sigma_next: float, fraction: torch.Tensor, variance: str
-) -> float | torch.Tensor:
+    sigma: float, sigma_next: float, fraction: Tensor, variance: str
+) -> float | Tensor:
     lowest, highest = posterior_variances(sigma, sigma_next)
     if not fraction.shape[1]:
         return math.sqrt(lowest if variance == "small" else highest)
@@ -330,10 +301,8 @@ def sampling_sigmas(config: SamplingConfig, precond: Precond) -> list[float]:
     if config.grid == "timesteps":
         return _timestep_sigmas(config.steps, precond)
     if config.grid == "time":
-        raise ValueError(
-            "--sigma-grid: got time, which is for feature-conditioned models; give "
-            "--sigma-grid=karras."
-        )
+        got = "time, which is for feature-conditioned models"
+        raise refusal("--sigma-grid", got, remedy="give --sigma-grid=karras")
     sigma_min = max(config.sigma_min, precond.sigma_min)
     sigma_max = min(config.sigma_max, precond.sigma_max)
     if sigma_min >= sigma_max:
@@ -348,19 +317,16 @@ def sampling_sigmas(config: SamplingConfig, precond: Precond) -> list[float]:
 
 def _timestep_sigmas(num_steps: int, precond: Precond) -> list[float]:
     if not isinstance(precond, TablePrecond):
-        raise ValueError(
-            "--sigma-grid: got timesteps, but this network was trained at all noise levels of a "
-            "range; give --sigma-grid=karras, or train with --precond=ddpm or iddpm."
-        )
+        but = "this network was trained at all noise levels of a range"
+        remedy = "give --sigma-grid=karras, or train with --precond=ddpm or iddpm"
+        raise refusal("--sigma-grid", "timesteps", but=but, remedy=remedy)
     last = precond.num_timesteps - 1
     if num_steps > precond.num_timesteps:
-        raise ValueError(
-            f"--steps: got {num_steps}, but this network knows {precond.num_timesteps} timesteps; "
-            "take at most as many."
-        )
-    timesteps = [round(i * last / max(num_steps - 1, 1)) for i in range(num_steps)]
-    if num_steps == 1:
-        timesteps = [last]
+        but = f"this network knows {precond.num_timesteps} timesteps"
+        raise refusal("--steps", num_steps, but=but, remedy="take at most as many")
+    timesteps = [last]
+    if num_steps > 1:
+        timesteps = [round(i * last / (num_steps - 1)) for i in range(num_steps)]
     return [*(precond.level(timestep) for timestep in reversed(timesteps)), 0.0]
 
 
@@ -384,7 +350,7 @@ def num_evaluations(config: SamplingConfig, precond: Precond | None = None) -> i
 def _clipped(denoise: Denoise, channels: int) -> Denoise:
     """Return a denoiser whose images lie in [-1, 1]; a learned variance stays as it is."""
 
-    def clipped(x: torch.Tensor, sigma: float) -> torch.Tensor:
+    def clipped(x: Tensor, sigma: float) -> Tensor:
         estimate = denoise(x, sigma)
         return torch.cat([estimate[:, :channels].clamp(-1, 1), estimate[:, channels:]], dim=1)
 
@@ -394,12 +360,12 @@ def _clipped(denoise: Denoise, channels: int) -> Denoise:
 @torch.no_grad()
 def sample(
     denoise: Denoise,
-    latents: torch.Tensor,
+    latents: Tensor,
     config: SamplingConfig,
     precond: Precond,
-    noise: NoiseSource | None = None,
-    callback: Callback | None = None,
-) -> torch.Tensor:
+    noise: Noise = None,
+    callback: Callback = None,
+) -> Tensor:
     """Return samples x0 [N, C, H, W], float64.
 
     Args:

@@ -50,11 +50,6 @@ def _karras(num_steps: int, sigma_min: float, sigma_max: float, rho: float) -> n
     return (high + ramp * (low - high)) ** rho
 
 
-def _linear(num_steps: int, sigma_min: float, sigma_max: float, rho: float) -> np.ndarray:
-    # Equal steps in sigma.
-    return np.linspace(sigma_max, sigma_min, num_steps)
-
-
 def _vp(num_steps: int, sigma_min: float, sigma_max: float, rho: float) -> np.ndarray:
     # Equal steps in the time of the VP process from 1 to eps_s, whose beta_d and beta_min are
     # fitted so that sigma(eps_s) = sigma_min and sigma(1) = sigma_max.
@@ -64,11 +59,6 @@ def _vp(num_steps: int, sigma_min: float, sigma_max: float, rho: float) -> np.nd
     beta_min = high - 0.5 * beta_d
     t = np.linspace(1, eps_s, num_steps)
     return np.sqrt(np.expm1(0.5 * beta_d * t**2 + beta_min * t))
-
-
-def _ve(num_steps: int, sigma_min: float, sigma_max: float, rho: float) -> np.ndarray:
-    # Geometric in sigma.
-    return np.geomspace(sigma_max, sigma_min, num_steps)
 
 
 def _iddpm(num_steps: int, sigma_min: float, sigma_max: float, rho: float) -> np.ndarray:
@@ -85,7 +75,11 @@ def _iddpm(num_steps: int, sigma_min: float, sigma_max: float, rho: float) -> np
 
 
 GRIDS: dict[str, Callable[[int, float, float, float], np.ndarray]] = dict(
-    karras=_karras, linear=_linear, vp=_vp, ve=_ve, iddpm=_iddpm
+    karras=_karras,
+    linear=lambda num_steps, low, high, rho: np.linspace(high, low, num_steps),
+    vp=_vp,
+    ve=lambda num_steps, low, high, rho: np.geomspace(high, low, num_steps),
+    iddpm=_iddpm,
 )
 
 

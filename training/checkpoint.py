@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dnnlib.config import Config, to_dict
 from dnnlib.files import atomic_write
@@ -54,7 +55,7 @@ class Snapshot:
     data: DataSummary
     progress: dict[str, Any]
     packages: dict[str, str]
-    state_dict: dict[str, torch.Tensor]
+    state_dict: dict[str, Tensor]
 
     def build(self, device: torch.device | str = "cpu") -> Network:
         """Return the network with the averaged weights, in evaluation mode, on ``device``.
@@ -91,7 +92,7 @@ def state_path(run_dir: Path, cur_nimg: int) -> Path:
 
 def save_weights(
     path: Path,
-    state_dict: Mapping[str, torch.Tensor],
+    state_dict: Mapping[str, Tensor],
     config: RunConfig,
     data: DataSummary,
     progress: dict[str, Any],

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from training.config import TrainingConfig
 from training.power_ema import power_beta, power_gamma
@@ -32,7 +33,7 @@ class EMA:
         self._average = list(self.network.parameters())
 
     @torch.no_grad()
-    def update(self, beta: float, skip: torch.Tensor) -> None:
+    def update(self, beta: float, skip: Tensor) -> None:
         """Move the average towards the weights by 1 - beta, or by nothing where ``skip`` is 1.
 
         ``skip`` is a float32 scalar on the weights' device; it is never read by the host.
@@ -65,7 +66,7 @@ class PowerEMA:
             beta = power_beta(self._gammas[std], cur_nimg, batch)
             torch._foreach_lerp_(average, self._source, 1 - beta)
 
-    def compact(self, std: float) -> dict[str, torch.Tensor]:
+    def compact(self, std: float) -> dict[str, Tensor]:
         """Return the network's state with the averages of one profile in place of its parameters.
 
         They are float16, but for tensors with a value that is too large for it: those stay
@@ -74,14 +75,14 @@ class PowerEMA:
         averages = zip(self._names, self._averages[std], strict=True)
         return {**self._network.state_dict(), **{name: _half(value) for name, value in averages}}
 
-    def state_dict(self) -> dict[str, dict[str, torch.Tensor]]:
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Return the averages by std and name."""
         return {
             str(std): dict(zip(self._names, average, strict=True))
             for std, average in self._averages.items()
         }
 
-    def load_state_dict(self, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Restore what :meth:`state_dict` returned, for the same stds."""
         for std, average in self._averages.items():
             for name, value in zip(self._names, average, strict=True):
@@ -96,14 +97,12 @@ def describe_average(training: TrainingConfig, progress: Mapping[str, Any]) -> d
     return dict(std=progress["ema_std"], **made)
 
 
-def _half(tensor: torch.Tensor) -> torch.Tensor:
+def _half(tensor: Tensor) -> Tensor:
     half = tensor.half()
     return half.cpu() if half.isfinite().all() else tensor
 
 
-def _move(
-    average: Sequence[torch.Tensor], source: Sequence[torch.Tensor], beta: float, skip: torch.Tensor
-) -> None:
+def _move(average: Sequence[Tensor], source: Sequence[Tensor], beta: float, skip: Tensor) -> None:
     # A beta of 0 means the first step: the average equals the weights, skipped or not.
     if beta == 0.0:
         torch._foreach_copy_(average, source)

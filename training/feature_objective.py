@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from data.features.buckets import Bucket, parse_buckets
 from data.images.dataset import Cond
@@ -76,7 +77,7 @@ class FeatureConfig(Config):
 class FeatureDraws(Draws):
     """The random numbers of one optimizer step of a feature-conditioned model."""
 
-    patch_bias: torch.Tensor | None = None  # [N], added to the scores of attention to patches
+    patch_bias: Tensor | None = None  # [N], added to the scores of attention to patches
 
 
 class FeatureObjective(Objective):
@@ -91,7 +92,7 @@ class FeatureObjective(Objective):
         assert isinstance(self._precond, FlowPrecond)
         self._config = config
         self._velocity = Velocity(self.network, self._denoise.autocast_dtype)
-        self._last_rms: torch.Tensor | None = None
+        self._last_rms: Tensor | None = None
 
     @property
     def num_shapes(self) -> int:
@@ -104,7 +105,7 @@ class FeatureObjective(Objective):
         used = [length for length in lengths if length <= longest]
         return list(itertools.product(parse_buckets(",".join(model.buckets)), used))
 
-    def warm_up(self, run: Callable[..., torch.Tensor], batch: int, device: torch.device) -> None:
+    def warm_up(self, run: Callable[..., Tensor], batch: int, device: torch.device) -> None:
         model, shapes = self.network.config, self._shapes()
         with progress(
             total=len(shapes),
@@ -140,15 +141,15 @@ class FeatureObjective(Objective):
         return FeatureDraws(**{**vars(draws), "drop": drop}, patch_bias=bias)
 
     def prepare(
-        self, images: torch.Tensor, cond: Cond, draws: FeatureDraws, device: torch.device
-    ) -> tuple[torch.Tensor, Cond]:
+        self, images: Tensor, cond: Cond, draws: FeatureDraws, device: torch.device
+    ) -> tuple[Tensor, Cond]:
         """Return normalised latents and features on ``device``; the size stays on the CPU."""
         size = {"size": cond["size"]}
         cond = {name: value for name, value in cond.items() if name != "size"}
         images, cond = super().prepare(images, cond, draws, device)
         return images, {**cond, **size}
 
-    def forward(self, images: torch.Tensor, cond: Cond, draws: FeatureDraws) -> torch.Tensor:
+    def forward(self, images: Tensor, cond: Cond, draws: FeatureDraws) -> Tensor:
         """Return the loss of every element [N, c, h, w] of latents [N, c, h, w]."""
         if draws.patch_bias is not None:
             cond = {**cond, "patch_bias": draws.patch_bias}
@@ -158,7 +159,7 @@ class FeatureObjective(Objective):
         self._last_rms = velocity.detach().square().mean(dim=(1, 2, 3)).sqrt()
         return loss
 
-    def report(self, stats: StatsCollector, loss: torch.Tensor, draws: FeatureDraws) -> None:
+    def report(self, stats: StatsCollector, loss: Tensor, draws: FeatureDraws) -> None:
         """Add the loss of a pass, also by category and time, and the size of the velocities.
 
         For the best predictor of data of unit variance, mean squares of velocity and loss add up to
@@ -179,11 +180,11 @@ class FeatureObjective(Objective):
     @torch.no_grad()
     def diagnose(
         self,
-        images: torch.Tensor,
+        images: Tensor,
         cond: Cond,
         draws: FeatureDraws,
-        loss_scale: torch.Tensor | None = None,
-    ) -> dict[str, torch.Tensor]:
+        loss_scale: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """Return gradient norms of the projections of the features, before clipping."""
         norms = {}
         for name in ("text_proj", "dino_proj", "dino_patch_proj"):
@@ -195,7 +196,7 @@ class FeatureObjective(Objective):
         return norms
 
 
-def drop_of_uniform(config: FeatureConfig, uniform: torch.Tensor) -> torch.Tensor:
+def drop_of_uniform(config: FeatureConfig, uniform: Tensor) -> Tensor:
     """Return which conditions are dropped, [N, 3] bool, by one uniform number each [N].
 
     Of the unit interval the first part, ``drop_all``, drops text, CLS token and patches; the next,
@@ -209,7 +210,7 @@ def drop_of_uniform(config: FeatureConfig, uniform: torch.Tensor) -> torch.Tenso
     return torch.stack([no_text, no_visual, no_visual], dim=1)
 
 
-def rows_of_categories(drop: torch.Tensor) -> dict[str, torch.Tensor]:
+def rows_of_categories(drop: Tensor) -> dict[str, Tensor]:
     """Return which rows [N] of ``drop`` [N, 3] train on nothing, on text, on the image, on both."""
     no_text, no_visual = drop[:, 0], drop[:, 1]
     return dict(

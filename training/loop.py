@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from data.loader import make_loader
 from dnnlib.progress import progress
@@ -143,7 +144,7 @@ def training_loop(
 
     def snapshots(
         progress_info: dict[str, Any],
-    ) -> Iterator[tuple[Path, dict[str, torch.Tensor], dict[str, Any]]]:
+    ) -> Iterator[tuple[Path, dict[str, Tensor], dict[str, Any]]]:
         """Yield path, weights and progress of each average's snapshot."""
         yield snapshot_path(run_dir, cur_nimg), ema.network.state_dict(), progress_info
         for std in profiles.stds:

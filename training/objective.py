@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, Self
 
 import torch
+from torch import Tensor
 
 from data.images.dataset import Cond
 from diffusion.denoiser import Denoiser
@@ -20,9 +21,9 @@ from training.family import Codec
 class Draws:
     """The random numbers of one optimizer step, for the rows of one rank."""
 
-    sigma: torch.Tensor  # [N], noise level
-    noise: torch.Tensor  # [N, C, H, W], standard normal
-    drop: torch.Tensor | None  # [N] or [N, K] bool, true where the condition (of K) is dropped
+    sigma: Tensor  # [N], noise level
+    noise: Tensor  # [N, C, H, W], standard normal
+    drop: Tensor | None  # [N] or [N, K] bool, true where the condition (of K) is dropped
     codec: Any  # [N, ...], what the codec encodes with; None where nothing is random
 
     def rows(self, start: int, stop: int) -> Self:
@@ -79,14 +80,14 @@ class Objective(torch.nn.Module):
         return Draws(sigma=sigma, noise=noise, drop=drop, codec=self._codec.draw(step))
 
     def prepare(
-        self, images: torch.Tensor, cond: Cond, draws: Draws, device: torch.device
-    ) -> tuple[torch.Tensor, Cond]:
+        self, images: Tensor, cond: Cond, draws: Draws, device: torch.device
+    ) -> tuple[Tensor, Cond]:
         """Return what :meth:`forward` takes, on ``device``, of a loader's batch."""
         images = images.to(device, non_blocking=True)
         cond = {name: value.to(device, non_blocking=True) for name, value in cond.items()}
         return self._codec.encode(images, cond, draws.codec)
 
-    def forward(self, images: torch.Tensor, cond: Cond, draws: Draws) -> torch.Tensor:
+    def forward(self, images: Tensor, cond: Cond, draws: Draws) -> Tensor:
         """Return the loss of every element [N, C, H, W] of prepared images and conditions."""
         context = self.network.context(cond, draws.drop, num=len(images))
         return self._loss(images, draws.sigma, draws.noise, context)
@@ -96,24 +97,24 @@ class Objective(torch.nn.Module):
         """Number of shapes of inputs, for each of which a compiled network has a graph."""
         return 1
 
-    def warm_up(self, run: Callable[..., torch.Tensor], batch: int, device: torch.device) -> None:
+    def warm_up(self, run: Callable[..., Tensor], batch: int, device: torch.device) -> None:
         """Have every graph of a compiled network made before training, by one pass each.
 
         ``run`` is :meth:`forward`, as wrapped for training; ``batch`` is that of a pass. What it
         leaves in the gradients counts for nothing. With a single shape, the first step does.
         """
 
-    def report(self, stats: StatsCollector, loss: torch.Tensor, draws: Draws) -> None:
+    def report(self, stats: StatsCollector, loss: Tensor, draws: Draws) -> None:
         """Add the ``loss`` that :meth:`forward` just returned to the statistics of the tick."""
         stats.report("Loss/loss", loss)
 
     def diagnose(
         self,
-        images: torch.Tensor,
+        images: Tensor,
         cond: Cond,
         draws: Draws,
-        loss_scale: torch.Tensor | None = None,
-    ) -> dict[str, torch.Tensor]:
+        loss_scale: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """Return what is worth telling of a batch, and of the gradients that are there now.
 
         Args:
@@ -122,9 +123,7 @@ class Objective(torch.nn.Module):
         """
         return {}
 
-    def _loss(
-        self, images: torch.Tensor, sigma: torch.Tensor, noise: torch.Tensor, context: Context
-    ) -> torch.Tensor:
+    def _loss(self, images: Tensor, sigma: Tensor, noise: Tensor, context: Context) -> Tensor:
         batch = (self._denoise, images, sigma, noise, context)
         if self._precond.learned_variance:
             return hybrid_loss(*batch, self._precond)

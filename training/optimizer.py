@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from training.config import TrainingConfig
 
@@ -74,7 +75,7 @@ class GuardedAdam:
         device = self._params[0].device
         self.skipped = torch.zeros([], device=device)
         self._counters = torch.zeros(2, dtype=torch.int64, device=device)  # Total, in a row.
-        self.loss_scale: torch.Tensor | None = None
+        self.loss_scale: Tensor | None = None
         if dynamic_scale:
             self.loss_scale = torch.full([], _FP16_INITIAL_SCALE, device=device)
             self._good_steps = torch.zeros([], dtype=torch.int32, device=device)
@@ -82,7 +83,7 @@ class GuardedAdam:
     def zero_grad(self) -> None:
         self._adam.zero_grad(set_to_none=True)
 
-    def step(self, lr: float) -> torch.Tensor:
+    def step(self, lr: float) -> Tensor:
         """Update the weights and return the gradient norm before clipping, a scalar tensor."""
         grads = [param.grad for param in self._params if param.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads, foreach=True)

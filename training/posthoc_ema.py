@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dnnlib.config import identity
 from dnnlib.progress import progress
@@ -105,7 +106,7 @@ def until(profiles: Sequence[Profile], kimg: int | None) -> list[Profile]:
 
 def weighted_sums(
     profiles: Sequence[Profile], coefficients: np.ndarray
-) -> tuple[list[dict[str, torch.Tensor]], Snapshot]:
+) -> tuple[list[dict[str, Tensor]], Snapshot]:
     """Return network states with weighted sums of the profiles' parameters, and the last snapshot.
 
     Args:
@@ -119,7 +120,7 @@ def weighted_sums(
         network = build_network(profiles[0].config.model)
     shapes = {name: value.shape for name, value in network.state_dict().items()}
     parameters = {name for name, _ in network.named_parameters(remove_duplicate=False)}
-    sums: list[dict[str, torch.Tensor]] = [{} for _ in coefficients]
+    sums: list[dict[str, Tensor]] = [{} for _ in coefficients]
     with progress(total=len(profiles), label="Averaging", unit="snapshots") as bar:
         for column, profile in enumerate(profiles):
             snapshot = load_snapshot(profile.path)

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from data.fewshot.classes import SetConfig
 from data.fewshot.sets import SetDataset
@@ -21,9 +22,9 @@ from training.objective import Draws, Objective
 class SetDraws(Draws):
     """The random numbers of one optimizer step on sets: each has one row a set."""
 
-    context_drop: torch.Tensor | None = None  # [b] bool, true where the set is dropped
-    context_noise: torch.Tensor | None = None  # [b, n, D], standard normal, of a drawn context
-    kl_weight: torch.Tensor | None = None  # [b], of the divergence of a drawn context
+    context_drop: Tensor | None = None  # [b] bool, true where the set is dropped
+    context_noise: Tensor | None = None  # [b, n, D], standard normal, of a drawn context
+    kl_weight: Tensor | None = None  # [b], of the divergence of a drawn context
 
 
 class SetObjective(Objective):
@@ -71,7 +72,7 @@ class SetObjective(Objective):
             changes["kl_weight"] = torch.full([batch], self._kl_factor * warm_up, device=device)
         return SetDraws(**vars(draws), **changes)
 
-    def context(self, images: torch.Tensor, cond: Cond, draws: SetDraws) -> SetContext:
+    def context(self, images: Tensor, cond: Cond, draws: SetDraws) -> SetContext:
         """Return the context [b n] of sets of images [b, n, C, H, W]."""
         cond = {"set": images, **cond}
         if "label" in cond and draws.drop is not None:
@@ -83,7 +84,7 @@ class SetObjective(Objective):
         with autocast(images.device, self._denoise.autocast_dtype):
             return self.network.context(cond, draws.context_drop)
 
-    def forward(self, images: torch.Tensor, cond: Cond, draws: SetDraws) -> torch.Tensor:
+    def forward(self, images: Tensor, cond: Cond, draws: SetDraws) -> Tensor:
         """Return the loss of every element [b n, C, H, W] of sets [b, n, C, H, W]."""
         mask = cond.get("mask")
         if mask is not None:
@@ -98,20 +99,18 @@ class SetObjective(Objective):
             loss = loss * weight.flatten()[:, None, None, None]
         return loss
 
-    def _loss_of_sets(
-        self, images: torch.Tensor, draws: SetDraws, context: SetContext
-    ) -> torch.Tensor:
+    def _loss_of_sets(self, images: Tensor, draws: SetDraws, context: SetContext) -> Tensor:
         sigma = draws.sigma.repeat_interleave(images.shape[1])
         return self._loss(images.flatten(0, 1), sigma, draws.noise.flatten(0, 1), context)
 
     @torch.no_grad()
     def diagnose(
         self,
-        images: torch.Tensor,
+        images: Tensor,
         cond: Cond,
         draws: SetDraws,
-        loss_scale: torch.Tensor | None = None,
-    ) -> dict[str, torch.Tensor]:
+        loss_scale: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """Return statistics of a batch's contexts and of the gradients, under ``debug/`` names.
 
         ``context_norm``, ``context_mean`` and ``context_max`` are of each vector (its length, mean
@@ -157,7 +156,7 @@ class SetObjective(Objective):
             self.network.train(was_training)
         return {f"debug/{name}": value for name, value in found.items()}
 
-    def _gradient_norms(self, loss_scale: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    def _gradient_norms(self, loss_scale: Tensor | None) -> dict[str, Tensor]:
         network = self.network
         modules = dict(encoder=network.conditioner.encoder, dit=network.backbone)
         modules.update({f"dit_layer_{i}": block for i, block in enumerate(network.backbone.blocks)})
