@@ -43,24 +43,16 @@ def record_attention(network: nn.Module, segments: Mapping[str, int]) -> Iterato
     """
     layers = [module for module in network.modules() if isinstance(module, CrossAttention)]
     mass = AttentionMass(tuple(segments), len(layers))
-    lengths = list(segments.values())
-    handles = [
-        module.register_forward_pre_hook(_hook(mass, index, lengths), with_kwargs=True)
-        for index, module in enumerate(layers)
-    ]
-    try:
-        yield mass
-    finally:
-        for handle in handles:
-            handle.remove()
 
-
-def _hook(mass: AttentionMass, layer: int, lengths: list[int]):
     @torch.no_grad()
     def look(module: CrossAttention, args: tuple, kwargs: dict) -> None:
-        mass.add(layer, attention_shares(module, *args, lengths=lengths, **kwargs))
+        shares = attention_shares(module, *args, lengths=list(segments.values()), **kwargs)
+        mass.add(layers.index(module), shares)
 
-    return look
+    with contextlib.ExitStack() as hooks:
+        for module in layers:
+            hooks.enter_context(module.register_forward_pre_hook(look, with_kwargs=True))
+        yield mass
 
 
 def attention_shares(

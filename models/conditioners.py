@@ -35,10 +35,8 @@ class Conditioner(nn.Module):
             )
         for label in cond["label"].flatten().tolist():
             if not 0 <= label < self.num_classes:
-                raise ValueError(
-                    f"Class index {label} is out of range; this model has the classes 0 to "
-                    f"{self.num_classes - 1}."
-                )
+                classes = f"this model has the classes 0 to {self.num_classes - 1}"
+                raise ValueError(f"Class index {label} is out of range; {classes}.")
 
 
 class ClassConditioner(Conditioner):
@@ -93,9 +91,7 @@ class ClassConditioner(Conditioner):
             if augment is None:
                 num = len(parts[0]) if parts else num
                 if num is None:
-                    raise ValueError(
-                        "The number of images is needed where there are no conditions."
-                    )
+                    raise ValueError("Without conditions the number of images is needed.")
                 augment = self.augment.weight.new_zeros(num, self.augment_dim)
             parts.append(self.augment(augment))
         return Context(vector=sum(parts[1:], parts[0]) if parts else None)

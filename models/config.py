@@ -4,6 +4,7 @@ import dataclasses
 from typing import TYPE_CHECKING, ClassVar
 
 from dnnlib.config import Config, option
+from dnnlib.errors import refusal
 
 if TYPE_CHECKING:
     import torch
@@ -110,10 +111,8 @@ class LatentModelConfig(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.resolution % self.latent_downsampling:
-            raise ValueError(
-                f"--resolution: got {self.resolution}, which is no multiple of "
-                f"--latent-downsampling {self.latent_downsampling}; choose one that is."
-            )
+            but = f"it is no multiple of --latent-downsampling {self.latent_downsampling}"
+            raise refusal("--resolution", self.resolution, but=but, remedy="choose one that is")
 
     @property
     def encoder_hashes(self) -> dict[str, str | None]:
@@ -140,18 +139,18 @@ class ScaledLatentConfig(LatentModelConfig):
     )
 
 
-def check_divides(option_name: str, divisor: int, size: int, what: str) -> None:
-    """Raise ValueError unless the value of an option divides ``size``, which ``what`` names."""
+def check_divides(config: ModelConfig, name: str, size: str | int, what: str = "") -> None:
+    """Raise ValueError unless field ``name`` divides another one, or a size that ``what`` names."""
+    if isinstance(size, str):
+        size, what = getattr(config, size), f"--{size.replace('_', '-')} {getattr(config, size)}"
+    divisor = getattr(config, name)
     if size % divisor:
-        raise ValueError(
-            f"--{option_name}: got {divisor}, which does not divide {what}; use a divisor."
-        )
+        got = f"{divisor}, which does not divide {what}"
+        raise refusal(f"--{name.replace('_', '-')}", got, remedy="use a divisor")
 
 
 def check_sinusoid_width(hidden_dim: int) -> None:
     """Raise ValueError unless a width has room for the sines and cosines of two axes."""
     if hidden_dim % 4:
-        raise ValueError(
-            f"--hidden-dim: got {hidden_dim}; accepted: a multiple of 4, for the sines and cosines "
-            "of two axes."
-        )
+        accepted = "a multiple of 4, for the sines and cosines of two axes"
+        raise refusal("--hidden-dim", hidden_dim, accepted=accepted)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dnnlib.config import option
+from dnnlib.errors import refusal
 from models.conditioners import ClassConditioner, Conditioner
 from models.config import ModelConfig, check_divides
 from models.context import Context
@@ -56,28 +57,24 @@ class DiffiTConfig(ModelConfig):
         super().__post_init__()
         if len(self.num_blocks) not in (1, self.num_stages):
             given = ",".join(map(str, self.num_blocks))
-            raise ValueError(
-                f"--num-blocks: got {given}, but there are {self.num_stages} stages; give one "
-                f"number for all of them, or {self.num_stages}."
+            remedy = f"give one number for all of them, or {self.num_stages}"
+            raise refusal(
+                "--num-blocks", given, but=f"there are {self.num_stages} stages", remedy=remedy
             )
         reduction = 2 ** (self.num_stages - 1)
         if self.resolution % reduction:
-            raise ValueError(
-                f"--resolution: got {self.resolution}, which {self.num_stages} stages cannot "
-                f"halve {self.num_stages - 1} times; use a multiple of {reduction}, or another "
-                "--num-stages."
-            )
+            times = f"{self.num_stages} stages cannot halve {self.num_stages - 1} times"
+            remedy = f"use a multiple of {reduction}, or another --num-stages"
+            raise refusal("--resolution", f"{self.resolution}, which {times}", remedy=remedy)
         for grid, window in zip(self.grids, self.windows, strict=True):
             if grid % window:
-                raise ValueError(
-                    f"--window: got {self.window}, which does not divide the {grid}x{grid} grid of "
-                    "a stage; use a number that divides every stage's grid "
-                    f"({', '.join(map(str, self.grids))}) or is at least as large."
-                )
-        check_divides("num-heads", self.num_heads, self.base_dim, f"--base-dim {self.base_dim}")
+                got = f"{self.window}, which does not divide the {grid}x{grid} grid of a stage"
+                grids = ", ".join(map(str, self.grids))
+                remedy = f"use a number that divides every stage's grid ({grids}) or is at least"
+                raise refusal("--window", got, remedy=f"{remedy} as large")
+        check_divides(self, "num_heads", "base_dim")
         if self.num_stages > 1:
-            width = self.hidden_dim
-            check_divides("num-heads", self.num_heads, width, f"--hidden-dim {width}")
+            check_divides(self, "num_heads", "hidden_dim")
 
     def make_backbone(self) -> nn.Module:
         return DiffiT(self)
@@ -103,9 +100,7 @@ class DiffiTConfig(ModelConfig):
     @property
     def blocks_per_stage(self) -> tuple[int, ...]:
         """Number of residual blocks of each stage, the same in encoder and decoder."""
-        if len(self.num_blocks) == 1:
-            return self.num_blocks * self.num_stages
-        return self.num_blocks
+        return self.num_blocks * (self.num_stages // len(self.num_blocks))
 
 
 class ResBlock(nn.Module):
@@ -152,14 +147,8 @@ class DiffiT(nn.Module):
         widths, depths = config.widths, config.blocks_per_stage
 
         def make_block(stage: int, in_channels: int) -> ResBlock:
-            block = TransformerBlock(
-                widths[stage],
-                config.time_dim,
-                config.num_heads,
-                config.windows[stage],
-                config.mlp_ratio,
-                config.attention,
-            )
+            sizes = (widths[stage], config.time_dim, config.num_heads, config.windows[stage])
+            block = TransformerBlock(*sizes, config.mlp_ratio, config.attention)
             return ResBlock(in_channels, widths[stage], config.dropout, block)
 
         self.noise_embedding = PositionalEmbedding(EMBEDDING_DIM)
@@ -208,16 +197,13 @@ class DiffiT(nn.Module):
 
         # Every transformer block starts close to the identity: the last layers of its two branches
         # are almost zero. So is the network's output, which leaves c_skip x as the first estimate.
-        small = [self.head]
+        self.head.weight.mul_(1e-5)
         for module in self.modules():
             if isinstance(module, TransformerBlock):
-                small += [module.attn.proj, module.mlp.fc2]
-        for layer in small:
-            layer.weight.mul_(1e-5)
-
-        # Attention starts without a preference for distances, up to little noise.
-        for module in self.modules():
-            if isinstance(module, TMSA):
+                module.attn.proj.weight.mul_(1e-5)
+                module.mlp.fc2.weight.mul_(1e-5)
+            elif isinstance(module, TMSA):
+                # Attention starts without a preference for distances, up to little noise.
                 nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
 
     def forward(self, x: Tensor, c_noise: Tensor, context: Context) -> Tensor:

@@ -1,12 +1,14 @@
 """Conditions of a feature-conditioned DiT: text, the CLS token and patches of a visual encoder."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from models.conditioners import Conditioner
 from models.context import Context
 from models.feature_dit import FeatureDiTConfig
-from models.layers import lattice_embedding
+from models.layers import draw_linear_layers, lattice_embedding
 
 # Columns of ``drop``.
 CONDITIONS = ("text", "cls", "patches")
@@ -51,20 +53,17 @@ class FeatureConditioner(Conditioner):
     @torch.no_grad()
     def initialize(self) -> None:
         """Draw the initial weights from torch's global generator."""
-        for module in self.children():
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
+        draw_linear_layers(self)
         for null in self.parameters(recurse=False):
             nn.init.normal_(null, std=0.02)
             null.spares_decay = True
 
     def check(self, cond: dict[str, Tensor]) -> None:
         """Raise ValueError if there is no condition, or one of another width or number."""
-        if not {"text", "cls", "patches"} & set(cond):
+        if not set(CONDITIONS) & set(cond):
             raise ValueError("This model is conditioned on text or images, but none are given.")
-        dims = dict(text=self.config.text_dim, cls=self.config.visual_dim)
-        dims["patches"] = self.config.visual_dim
-        for name, dim in dims.items():
+        text, visual = self.config.text_dim, self.config.visual_dim
+        for name, dim in zip(CONDITIONS, (text, visual, visual), strict=True):
             if name in cond and cond[name].shape[-1] != dim:
                 raise ValueError(
                     f"This model takes {name} features of {dim} numbers, not "
@@ -93,32 +92,32 @@ class FeatureConditioner(Conditioner):
         if self.config.use_dino_patches:
             patches = self._patches(cond, dropped["patches"], num)
             tokens.append(patches)
-            masks.append(self._patch_bias(cond, patches))
+            bias = cond.get("patch_bias")
+            masks.append(None if bias is None else bias[:, None].expand(-1, patches.shape[1]))
         return Context(
             vector=cls,
             tokens=torch.cat(tokens, dim=1),
             mask=_join_masks(masks, [part.shape[1] for part in tokens], num, device),
         )
 
-    def _text(
-        self, cond: dict[str, Tensor], drop: Tensor | None, num: int
-    ) -> tuple[Tensor, Tensor | None]:
+    def _text(self, cond: dict[str, Tensor], drop: Tensor | None, num: int) -> tuple[Tensor, Any]:
+        """Return the tokens of the text, and their mask or None."""
         if "text" not in cond:
             return self.text_proj(self.null_text.expand(num, 1, -1)), None
         text, mask = cond["text"], cond.get("text_mask")
-        if drop is None:
-            return self.text_proj(_or_null(text, self.null_text, drop, num)), mask
-        if mask is None:
-            mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
-        first = torch.zeros_like(mask[:1])
-        first[:, 0] = True
-        mask = torch.where(drop[:, None], first, mask)
+        if drop is not None:
+            if mask is None:
+                mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
+            first = torch.zeros_like(mask[:1])
+            first[:, 0] = True
+            mask = torch.where(drop[:, None], first, mask)
         return self.text_proj(_or_null(text, self.null_text, drop, num)), mask
 
     def _patches(self, cond: dict[str, Tensor], drop: Tensor | None, num: int) -> Tensor:
-        width, height = self._size(cond)
-        grid = self.config.patch_grid(width, height)
-        patches = cond.get("patches")
+        if "size" not in cond:
+            raise ValueError("The size of the images is needed where patches take part.")
+        width, height = cond["size"].tolist()
+        grid, patches = self.config.patch_grid(width, height), cond.get("patches")
         count = grid[0] * grid[1]
         if patches is None:
             patches = self.null_dino_patch_token.expand(num, count, -1)
@@ -131,12 +130,6 @@ class FeatureConditioner(Conditioner):
             patches = _or_null(patches, self.null_dino_patch_token, drop, num)
         tokens = self.dino_patch_proj(patches)
         return tokens + self._positions_of(width, height) if self.config.patch_pos else tokens
-
-    def _size(self, cond: dict[str, Tensor]) -> tuple[int, int]:
-        if "size" not in cond:
-            raise ValueError("The size of the images is needed where patches take part.")
-        width, height = cond["size"].tolist()
-        return width, height
 
     def _positions_of(self, width: int, height: int) -> Tensor:
         """Return sinusoids of the patches' centres, in the coordinates of the DiT's tokens."""
@@ -151,10 +144,6 @@ class FeatureConditioner(Conditioner):
                 axes.append(centres / edge - 0.5)
             self._positions[key] = lattice_embedding(self.dino_proj.out_features, *axes)
         return self._positions[key]
-
-    def _patch_bias(self, cond: dict[str, Tensor], patches: Tensor) -> Tensor | None:
-        bias = cond.get("patch_bias")
-        return None if bias is None else bias[:, None].expand(-1, patches.shape[1])
 
 
 def _or_null(value: Tensor | None, null: Tensor, drop: Tensor | None, num: int) -> Tensor:

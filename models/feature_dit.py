@@ -21,9 +21,11 @@ from models.layers import (
     CrossAttention,
     PositionalEmbedding,
     SelfAttention,
+    draw_linear_layers,
     lattice_embedding,
     modulate,
     run_block,
+    unpatchify,
 )
 
 _NUM_SINUSOIDS = 256
@@ -79,9 +81,9 @@ class FeatureDiTConfig(LatentModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_sinusoid_width(self.hidden_dim)
-        width, latents = self.hidden_dim, f"latents of {self.resolution}x{self.resolution} images"
-        check_divides("num-heads", self.num_heads, width, f"--hidden-dim {width}")
-        check_divides("patch-size", self.patch_size, self.input_shape[1], f"the {latents}")
+        check_divides(self, "num_heads", "hidden_dim")
+        latents = f"the latents of {self.resolution}x{self.resolution} images"
+        check_divides(self, "patch_size", self.input_shape[1], latents)
 
     @property
     def encoder_hashes(self) -> dict[str, str | None]:
@@ -168,9 +170,7 @@ class FeatureDiT(nn.Module):
         # Width of the context.
         self.context_dim = dim
         self.patch_embedding = nn.Conv2d(config.latent_channels, dim, patch, stride=patch)
-        self.noise_embedding = PositionalEmbedding(
-            _NUM_SINUSOIDS, endpoint=False, cosines_first=True
-        )
+        self.noise_embedding = PositionalEmbedding(_NUM_SINUSOIDS, like="dit")
         self.noise_mlp = nn.Sequential(
             nn.Linear(_NUM_SINUSOIDS, dim), nn.SiLU(), nn.Linear(dim, dim)
         )
@@ -187,13 +187,7 @@ class FeatureDiT(nn.Module):
     @torch.no_grad()
     def initialize(self) -> None:
         """Draw the initial weights from torch's global generator."""
-        # Linear weights, the patches' among them: uniform by Glorot & Bengio (2010), biases zero.
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                nn.init.xavier_uniform_(module.weight.flatten(1))
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-
+        draw_linear_layers(self)
         # Only then what begins at zero: modulations, and the refinement. The head is small, not
         # zero: the first velocity is about zero, yet all weights get a gradient at once.
         for layer in (*(block.modulation for block in self.blocks), self.refine):
@@ -223,12 +217,8 @@ class FeatureDiT(nn.Module):
         x = x + self.positions(grid, x.device)
         for block in self.blocks:
             x = run_block(self, block, x, c, tokens, context.mask)
-        x = self.head(self.head_norm(x))  #                             [N, L, p p C_out]
-
-        patch = self.config.patch_size
-        x = x.unflatten(1, grid).unflatten(-1, (patch, patch, -1))  #   [N, h, w, p, p, C_out]
-        x = x.permute(0, 5, 1, 3, 2, 4)  #                              [N, C_out, h, p, w, p]
-        x = x.flatten(4, 5).flatten(2, 3)  #                            [N, C_out, H, W]
+        x = self.head(self.head_norm(x)).unflatten(1, grid)  #          [N, h, w, p p C_out]
+        x = unpatchify(x, self.config.patch_size)  #                    [N, C_out, H, W]
         return x + self.refine(x)
 
     def positions(self, grid: tuple[int, int], device: torch.device) -> Tensor:

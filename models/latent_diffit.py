@@ -19,8 +19,10 @@ from models.layers import (
     TMSA,
     PositionalEmbedding,
     TransformerBlock,
+    check_input,
     position_embedding,
     run_block,
+    unpatchify,
 )
 
 
@@ -43,10 +45,9 @@ class LatentDiffiTConfig(ScaledLatentConfig):
         super().__post_init__()
         size = self.input_shape[1]
         latents = f"the {size}x{size} latents of {self.resolution}x{self.resolution} images"
-        check_divides("patch-size", self.patch_size, size, latents)
+        check_divides(self, "patch_size", size, latents)
         check_sinusoid_width(self.hidden_dim)
-        width = self.hidden_dim
-        check_divides("num-heads", self.num_heads, width, f"--hidden-dim {width}")
+        check_divides(self, "num_heads", "hidden_dim")
 
     def make_backbone(self) -> nn.Module:
         return LatentDiffiT(self)
@@ -75,21 +76,14 @@ class LatentDiffiT(nn.Module):
         # Width of the context's vector, which is added to the embedding of the noise level.
         self.context_dim = dim
         self.patch_embedding = nn.Conv2d(config.input_shape[0], dim, patch, stride=patch)
-        self.register_buffer(
-            "position_embedding", position_embedding(dim, config.grid), persistent=False
-        )
-        self.noise_embedding = PositionalEmbedding(
-            2 * config.base_dim, endpoint=False, cosines_first=True
-        )
+        positions = position_embedding(dim, config.grid)
+        self.register_buffer("position_embedding", positions, persistent=False)
+        self.noise_embedding = PositionalEmbedding(2 * config.base_dim, like="dit")
         self.time_token = nn.Sequential(
             nn.Linear(2 * config.base_dim, dim), nn.SiLU(), nn.Linear(dim, dim)
         )
-        self.blocks = nn.ModuleList(
-            TransformerBlock(
-                dim, dim, config.num_heads, config.grid, config.mlp_ratio, config.attention
-            )
-            for _ in range(config.num_blocks)
-        )
+        block = (dim, dim, config.num_heads, config.grid, config.mlp_ratio, config.attention)
+        self.blocks = nn.ModuleList(TransformerBlock(*block) for _ in range(config.num_blocks))
         self.head_norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.head = nn.Linear(dim, patch**2 * config.out_channels)
         self.initialize()
@@ -120,11 +114,7 @@ class LatentDiffiT(nn.Module):
 
         Raises ValueError if H and W are not those of the configuration.
         """
-        if x.shape[1:] != self.config.input_shape:
-            expected = "x".join(map(str, self.config.input_shape))
-            raise ValueError(
-                f"This model denoises latents of {expected}, not {'x'.join(map(str, x.shape[1:]))}."
-            )
+        check_input(x, self.config.input_shape, "latents")
         t = self.time_token(self.noise_embedding(c_noise))  #           [N, D]
         if context.vector is not None:
             t = t + context.vector
@@ -134,8 +124,4 @@ class LatentDiffiT(nn.Module):
         for block in self.blocks:
             x = run_block(self, block, x, t)
         x = self.head(functional.silu(self.head_norm(x)))  #            [N, g, g, p p C_out]
-
-        patch = self.config.patch_size
-        x = x.unflatten(-1, (patch, patch, -1))  #                      [N, g, g, p, p, C_out]
-        x = x.permute(0, 5, 1, 3, 2, 4)  #                              [N, C_out, g, p, g, p]
-        return x.flatten(4, 5).flatten(2, 3)  #                         [N, C_out, H, W]
+        return unpatchify(x, self.config.patch_size)  #                 [N, C_out, H, W]

@@ -6,12 +6,15 @@ tokens are a sequence, [B, L, C].
 
 import functools
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
+
+from dnnlib.errors import refusal
 
 # What "auto" means, by device type; SDPA where nothing is listed. On CPUs flex attention has no
 # backward pass, and forward it took 3 to 15 times as long (torch 2.13, windows of 16 tokens); on
@@ -32,10 +35,8 @@ def choose_attention(attention: str, device: torch.device, needs_grad: bool) -> 
     if attention == "auto":
         return AUTO_ATTENTION.get(device.type, "sdpa")
     if attention == "flex" and device.type == "cpu" and needs_grad:
-        raise ValueError(
-            "--attention: got flex, which cannot be trained on a CPU; use --attention=sdpa, or a "
-            "GPU."
-        )
+        got = "flex, which cannot be trained on a CPU"
+        raise refusal("--attention", got, remedy="use --attention=sdpa, or a GPU")
     return attention
 
 
@@ -137,12 +138,10 @@ class TMSA(nn.Module):
         self.attention = attention
         self.qkv = nn.Linear(dim, 3 * dim)
         self.qkv_temb = nn.Linear(time_dim, 3 * dim)
-        self.relative_position_bias_table = nn.Parameter(
-            torch.zeros((2 * window - 1) ** 2, num_heads)
-        )
-        self.register_buffer(
-            "relative_position_index", relative_position_index(window), persistent=False
-        )
+        table = torch.zeros((2 * window - 1) ** 2, num_heads)
+        self.relative_position_bias_table = nn.Parameter(table)
+        index = relative_position_index(window)
+        self.register_buffer("relative_position_index", index, persistent=False)
         self.proj = nn.Linear(dim, dim)
 
     def bias(self) -> Tensor:
@@ -281,6 +280,30 @@ def run_block(network: nn.Module, block: nn.Module, *inputs: Tensor | None) -> T
     return block(*inputs)
 
 
+@torch.no_grad()
+def draw_linear_layers(network: nn.Module) -> None:
+    """Draw linear weights, those of patches too, as Glorot & Bengio (2010) do; biases are zero."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(module.weight.flatten(1))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def check_input(x: Tensor, shape: tuple[int, ...], what: str) -> None:
+    """Raise ValueError unless inputs [N, C, H, W], which ``what`` names, are of a shape."""
+    if x.shape[1:] != shape:
+        expected, found = ("x".join(map(str, size)) for size in (shape, x.shape[1:]))
+        raise ValueError(f"This model denoises {what} of {expected}, not {found}.")
+
+
+def unpatchify(x: Tensor, patch: int) -> Tensor:
+    """Return images [N, C, h p, w p] of a grid of patches [N, h, w, p p C], p = ``patch``."""
+    x = x.unflatten(-1, (patch, patch, -1))  #                          [N, h, w, p, p, C]
+    x = x.permute(0, 5, 1, 3, 2, 4)  #                                  [N, C, h, p, w, p]
+    return x.flatten(4, 5).flatten(2, 3)  #                             [N, C, h p, w p]
+
+
 def group_norm(channels: int) -> nn.GroupNorm:
     """Return a group norm of min(32, channels / 4) groups, or the next number that divides."""
     groups = max(1, min(32, channels // 4))
@@ -294,26 +317,18 @@ class PositionalEmbedding(nn.Module):
 
     Args:
         dim: Number of sinusoids; where it is odd, the last is 0.
-        max_period: Frequencies fall geometrically from 1 to 1 / max_period.
-        endpoint: Whether the last frequency is 1 / max_period, as in EDM (Karras et al. 2022,
-            arXiv 2206.00364), or would be the one after it, as in DiT (arXiv 2212.09748).
-        cosines_first: Order of the halves: EDM's networks begin with sines, DiT with cosines.
+        like: Frequencies fall geometrically from 1 to 1 / 10,000. That is the last one in EDM
+            (Karras et al. 2022, arXiv 2206.00364), whose networks begin with the sines; in DiT
+            (arXiv 2212.09748), which begins with the cosines, it would be the one after it.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        max_period: float = 10_000,
-        *,
-        endpoint: bool = True,
-        cosines_first: bool = False,
-    ) -> None:
+    def __init__(self, dim: int, like: Literal["edm", "dit"] = "edm") -> None:
         super().__init__()
         half = dim // 2
-        exponents = torch.arange(half, dtype=torch.float32) / (half - 1 if endpoint else half)
-        frequencies = torch.exp(-math.log(max_period) * exponents)
+        exponents = torch.arange(half, dtype=torch.float32) / (half - 1 if like == "edm" else half)
+        frequencies = torch.exp(-math.log(10_000) * exponents)
         self.register_buffer("frequencies", frequencies, persistent=False)
-        self._cosines_first = cosines_first
+        self._cosines_first = like == "dit"
         self._padding = dim % 2
 
     def forward(self, x: Tensor) -> Tensor:

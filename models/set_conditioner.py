@@ -56,9 +56,8 @@ class SetConditioner(Conditioner):
         self.encoder = SetEncoder(config)
         self.is_variational = config.mode_context == "variational"
         if self.is_variational:
-            self.posterior = nn.Sequential(
-                nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2 * width)
-            )
+            layers = (nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2 * width))
+            self.posterior = nn.Sequential(*layers)
         self.projection = nn.Identity()
         if config.context_proj:
             self.projection = nn.Linear(width, config.context_dim)
@@ -93,27 +92,25 @@ class SetConditioner(Conditioner):
         if "set" not in cond:
             if "support" not in cond:
                 self.check(cond)
-            images = cond["support"]
-            repeats = 1
-            tokens = self.encoder.tokenise(images, mask)
-            set_mask = mask
+            images, repeats = cond["support"], 1
+            tokens, set_mask = self.encoder.tokenise(images, mask), mask
         else:
             images = cond["set"]
             repeats = images.shape[1]
-            if images.shape[1] != self.config.sample_size:
+            if repeats != self.config.sample_size:
                 raise ValueError(
                     f"--sample-size: the model is trained on sets of {self.config.sample_size} "
-                    f"images, but a set has {images.shape[1]}."
+                    f"images, but a set has {repeats}."
                 )
             tokens, set_mask = self._tokens_of_sets(images, mask)
-        drop = (
-            torch.zeros(len(images), dtype=torch.bool, device=images.device)
-            if drop is None
-            else drop
-        )
-        label = self._label(cond, drop, len(images))
-        if label is not None:
-            label = label.repeat_interleave(repeats, dim=0)
+        if drop is None:
+            drop = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+        label = None
+        if self.num_classes:
+            label = cond.get("label")
+            if label is None:
+                label = torch.full([len(images)], self.num_classes, device=drop.device)
+            label = self.table({"label": label}, drop).vector.repeat_interleave(repeats, dim=0)
         drop = drop.repeat_interleave(repeats)
         if set_mask is not None:
             drop = drop | ~set_mask.any(1)
@@ -144,14 +141,6 @@ class SetConditioner(Conditioner):
             return tokens, mask[:, others].flatten(0, 1)
         tokens = self.encoder.tokenise(images, mask).repeat_interleave(num, dim=0)
         return tokens, None if mask is None else mask.repeat_interleave(num, dim=0)
-
-    def _label(self, cond: dict[str, Tensor], drop: Tensor, num: int) -> Tensor | None:
-        if not self.num_classes:
-            return None
-        label = cond.get("label")
-        if label is None:
-            label = torch.full([num], self.num_classes, device=drop.device)
-        return self.table({"label": label}, drop).vector
 
     def _encode(
         self, context: SetContext, c_noise: Tensor | None, noise: Tensor | None

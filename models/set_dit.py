@@ -5,13 +5,14 @@ al., arXiv 2205.15463): a vector that modulates every layer, or tokens that ever
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from dnnlib.config import inherited, option
+from dnnlib.errors import refusal
 from models.conditioners import Conditioner
 from models.config import ModelConfig, check_divides
 from models.context import Context
@@ -20,12 +21,16 @@ from models.layers import (
     CrossAttention,
     PositionalEmbedding,
     SelfAttention,
+    check_input,
+    draw_linear_layers,
     modulate,
     position_embedding,
     run_block,
+    unpatchify,
 )
 
 _NUM_SINUSOIDS = 256
+_LAG: dict[str, Any] = dict(requires={"mode_conditioning": ("lag",)})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,21 +66,18 @@ class SetDiTConfig(ModelConfig):
     )
     use_context_layernorm: bool = option(True, help="Normalise the context in the DiT.")
     cross_attn_layers: tuple[int, ...] = option(
-        (),
-        min=0,
-        requires={"mode_conditioning": ("lag",)},
-        help="Blocks that attend to the context, counted from 0; none: all.",
+        (), min=0, **_LAG, help="Blocks that attend to the context, counted from 0; none: all."
     )
     gate: str = option(
         "adaln",
         choices=("adaln", "scalar", "none"),
-        requires={"mode_conditioning": ("lag",)},
+        **_LAG,
         help="What scales the context's part: the noise level, one learned number, or nothing.",
     )
     context_pool_size: int | None = option(
         None,
         min=1,
-        requires={"mode_conditioning": ("lag",)},
+        **_LAG,
         help="Average the context's tokens down to this many, a square number; none: keep all.",
     )
     hdim: int | None = option(None, min=1, help="Width of the encoder; none: that of the DiT.")
@@ -126,44 +128,32 @@ class SetDiTConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        width, images = self.hidden_dim, f"images of {self.resolution}x{self.resolution}"
-        check_divides("patch-size", self.patch_size, self.resolution, images)
-        check_divides("num-heads", self.num_heads, width, f"--hidden-dim {width}")
+        check_divides(
+            self, "patch_size", self.resolution, f"images of {self.resolution}x{self.resolution}"
+        )
+        check_divides(self, "num_heads", "hidden_dim")
         if self.leave_one_out and self.sample_size < 2:
-            raise ValueError(
-                "--sample-size: got 1, which leaves nothing to learn from when one image is left "
-                "out; give at least 2, or --no-leave-one-out."
-            )
+            got = "1, which leaves nothing to learn from when one image is left out"
+            raise refusal("--sample-size", got, remedy="give at least 2, or --no-leave-one-out")
         if self.context_dim != self.encoder_dim and not self.context_proj:
-            raise ValueError(
-                f"--context-channels: got {self.context_dim}, but the encoder has --hdim "
-                f"{self.encoder_dim}; make them equal, or add --context-proj to project."
-            )
+            but = f"the encoder has --hdim {self.encoder_dim}"
+            remedy = "make them equal, or add --context-proj to project"
+            raise refusal("--context-channels", self.context_dim, but=but, remedy=remedy)
         if self.context_dim == self.encoder_dim and self.context_proj:
-            raise ValueError(
-                f"--context-proj has no effect: --context-channels and --hdim are both "
-                f"{self.encoder_dim}; leave it out."
-            )
+            but = f"--context-channels and --hdim are both {self.encoder_dim}"
+            raise refusal("--context-proj has no effect", but=but, remedy="leave it out")
         pools_cls = self.mode_conditioning == "film" and self.encoder_pool == "cls"
         if pools_cls and self.encoder_depth == 0:
-            raise ValueError(
-                "--encoder-depth: got 0, with which the CLS token sees no image; give at least 1, "
-                "or --encoder-pool=mean."
-            )
-        beyond = [layer for layer in self.cross_attn_layers if layer >= self.num_blocks]
-        if beyond or len(set(self.cross_attn_layers)) < len(self.cross_attn_layers):
-            raise ValueError(
-                f"--cross-attn-layers: got {','.join(map(str, self.cross_attn_layers))}; accepted: "
-                f"different blocks from 0 to {self.num_blocks - 1}, or none for all."
-            )
-        if self.context_pool_size is not None:
-            edges = [edge for edge in range(1, self.grid + 1) if self.grid % edge == 0]
-            if self.context_pool_size not in [edge**2 for edge in edges]:
-                raise ValueError(
-                    f"--context-pool-size: got {self.context_pool_size}; accepted: "
-                    f"{', '.join(str(edge**2) for edge in edges)} for a grid of "
-                    f"{self.grid}x{self.grid} tokens."
-                )
+            got = "0, with which the CLS token sees no image"
+            raise refusal("--encoder-depth", got, remedy="give at least 1, or --encoder-pool=mean")
+        layers = self.cross_attn_layers
+        if len(set(layers)) < len(layers) or max(layers, default=0) >= self.num_blocks:
+            accepted = f"different blocks from 0 to {self.num_blocks - 1}, or none for all"
+            raise refusal("--cross-attn-layers", ",".join(map(str, layers)), accepted=accepted)
+        sizes = [edge**2 for edge in range(1, self.grid + 1) if self.grid % edge == 0]
+        if self.context_pool_size not in (None, *sizes):
+            accepted = f"{', '.join(map(str, sizes))} for a grid of {self.grid}x{self.grid} tokens"
+            raise refusal("--context-pool-size", self.context_pool_size, accepted=accepted)
 
     def example_cond(self) -> dict[str, Tensor]:
         support = torch.empty(1, self.context_size, *self.input_shape)
@@ -212,8 +202,7 @@ class SetDiTConfig(ModelConfig):
     @property
     def num_context_tokens(self) -> int:
         """Tokens per image that ``lag`` attends to."""
-        is_variational = self.mode_context == "variational"
-        return (self.context_pool_size or self.grid**2) + is_variational
+        return (self.context_pool_size or self.grid**2) + (self.mode_context == "variational")
 
     @property
     def images_per_row(self) -> int:
@@ -245,28 +234,24 @@ class GatedBlock(nn.Module):
         self.attn = SelfAttention(dim, num_heads)
         self.mlp = MLP(dim, int(dim * mlp_ratio))
         self.cross: CrossAttention | None = None
+        self.gate: nn.Parameter | None = None
         if context_dim is not None:
             self.cross = CrossAttention(dim, context_dim, num_heads)
-        self.gate: nn.Parameter | None = None
-        if self.cross is not None and gate == "scalar":
-            self.gate = nn.Parameter(torch.zeros(1))
-        self._gate_kind = gate
-        num_vectors = 6 if self.cross is None else 9 if gate == "adaln" else 8
-        self.modulation = nn.Linear(dim, num_vectors * dim)
+            self.gate = nn.Parameter(torch.zeros(1)) if gate == "scalar" else None
+        self._num_vectors = 6 if self.cross is None else 9 if gate == "adaln" else 8
+        self.modulation = nn.Linear(dim, self._num_vectors * dim)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
     def forward(self, x: Tensor, u: Tensor, context: Tensor | None) -> Tensor:
         """Return tokens [N, L, h] of tokens x [N, L, h], vectors u [N, h], context [N, M, c]."""
-        parts = self.modulation(functional.silu(u)).chunk(
-            self.modulation.out_features // u.shape[1], 1
-        )
+        parts = self.modulation(functional.silu(u)).chunk(self._num_vectors, dim=1)
         scale, shift, gate = parts[:3]
         x = x + gate[:, None] * self.attn(modulate(self.norm(x), scale, shift))
         if self.cross is not None:
             scale, shift = parts[6:8]
             y = self.cross(modulate(self.norm(x), scale, shift), context)
-            if self._gate_kind == "adaln":
+            if len(parts) == 9:
                 y = parts[8][:, None] * y
             elif self.gate is not None:
                 y = self.gate.tanh() * y
@@ -292,9 +277,7 @@ class SetDiT(nn.Module):
         self.patch_embedding = nn.Conv2d(config.img_channels, dim, patch, stride=patch)
         positions = position_embedding(dim, config.grid).flatten(0, 1)
         self.register_buffer("position_embedding", positions, persistent=False)
-        self.noise_embedding = PositionalEmbedding(
-            _NUM_SINUSOIDS, endpoint=False, cosines_first=True
-        )
+        self.noise_embedding = PositionalEmbedding(_NUM_SINUSOIDS, like="dit")
         self.noise_mlp = nn.Sequential(
             nn.Linear(_NUM_SINUSOIDS, dim), nn.SiLU(), nn.Linear(dim, dim)
         )
@@ -303,14 +286,9 @@ class SetDiT(nn.Module):
             self.context_norm = nn.LayerNorm(config.context_dim, eps=1e-6, bias=False)
         if config.mode_conditioning == "film":
             self.join = nn.Linear(dim + config.context_dim, dim)
+        contexts = dict.fromkeys(config.context_layers, config.context_dim)
         self.blocks = nn.ModuleList(
-            GatedBlock(
-                dim,
-                config.num_heads,
-                config.mlp_ratio,
-                config.context_dim if index in config.context_layers else None,
-                config.gate,
-            )
+            GatedBlock(dim, config.num_heads, config.mlp_ratio, contexts.get(index), config.gate)
             for index in range(config.num_blocks)
         )
         self.head_norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
@@ -321,20 +299,13 @@ class SetDiT(nn.Module):
     @torch.no_grad()
     def initialize(self) -> None:
         """Draw the initial weights from torch's global generator: DiT's (arXiv 2212.09748)."""
-        # Linear weights, the patches' among them: uniform by Glorot & Bengio (2010), biases zero.
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                nn.init.xavier_uniform_(module.weight.flatten(1))
-                nn.init.zeros_(module.bias)
+        draw_linear_layers(self)
         for layer in (self.noise_mlp[0], self.noise_mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)
 
         # Blocks begin as identities, and the first estimate is c_skip x.
-        for layer in (
-            *(block.modulation for block in self.blocks),
-            self.head_modulation,
-            self.head,
-        ):
+        modulations = [block.modulation for block in self.blocks]
+        for layer in (*modulations, self.head_modulation, self.head):
             nn.init.zeros_(layer.weight)
 
     def forward(self, x: Tensor, c_noise: Tensor, context: Context) -> Tensor:
@@ -366,26 +337,19 @@ class SetDiT(nn.Module):
             x = run_block(self, block, x, u, tokens)
         scale, shift = self.head_modulation(functional.silu(u)).chunk(2, dim=1)
         x = self.head(modulate(self.head_norm(x), scale, shift))  #     [N, L, p p C_out]
-
-        grid, patch = self.config.grid, self.config.patch_size
-        x = x.unflatten(2, (patch, patch, -1)).unflatten(1, (grid, grid))
-        x = x.permute(0, 5, 1, 3, 2, 4)  #                              [N, C_out, g, p, g, p]
-        return x.flatten(4, 5).flatten(2, 3)  #                         [N, C_out, H, W]
+        x = x.unflatten(1, (self.config.grid, -1))  #                   [N, g, g, p p C_out]
+        return unpatchify(x, self.config.patch_size)  #                 [N, C_out, H, W]
 
     def _check(self, x: Tensor, context: Context) -> None:
         config = self.config
-        if x.shape[1:] != config.input_shape:
-            expected, found = ("x".join(map(str, s)) for s in (config.input_shape, x.shape[1:]))
-            raise ValueError(f"This model denoises images of {expected}, not {found}.")
-        is_film = config.mode_conditioning == "film"
-        part = context.vector if is_film else context.tokens
-        name = "vector [N, D]" if is_film else "tokens [N, M, D]"
-        if part is None or part.ndim != (2 if is_film else 3):
+        check_input(x, config.input_shape, "images")
+        part, name = context.tokens, "tokens [N, M, D]"
+        expected = [len(x), config.num_context_tokens, config.context_dim]
+        if config.mode_conditioning == "film":
+            part, name, expected = context.vector, "vector [N, D]", [len(x), config.context_dim]
+        if part is None or part.ndim != len(expected):
             found = "none" if part is None else f"shape {list(part.shape)}"
             raise ValueError(f"This model needs the context's {name}; there is {found}.")
-        expected = [len(x), config.context_dim]
-        if not is_film:
-            expected.insert(1, config.num_context_tokens)
         if list(part.shape) != expected:
             raise ValueError(
                 f"The context has shape {list(part.shape)}, but this model needs {expected} for "

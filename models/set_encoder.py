@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.layers import PositionalEmbedding, merge_heads, split_heads
+from models.layers import PositionalEmbedding, draw_linear_layers, merge_heads, split_heads
 from models.set_dit import SetDiTConfig
 
 PATCH_OFFSET = 2
@@ -80,18 +80,11 @@ class EncoderBlock(nn.Module):
         dim, dropout = config.encoder_dim, config.encoder_dropout
         mlp_dim = int(dim * config.encoder_mlp_ratio)
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = EncoderAttention(
-            dim,
-            config.encoder_heads,
-            config.encoder_dim_head,
-            locality=config.encoder_mode == "vit_set",
-        )
+        heads, locality = config.encoder_heads, config.encoder_mode == "vit_set"
+        self.attn = EncoderAttention(dim, heads, config.encoder_dim_head, locality=locality)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(
-            nn.Linear(dim, mlp_dim),
-            nn.GELU(),
-            nn.Dropout(dropout),
-            nn.Linear(mlp_dim, dim),
+            nn.Linear(dim, mlp_dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(mlp_dim, dim)
         )
         self.dropout = nn.Dropout(dropout)
 
@@ -178,7 +171,7 @@ class SetEncoder(nn.Module):
         self.with_time = config.encoder_time
         if self.with_time:
             quarter = max(dim // 4, 4)
-            self.time_sinusoids = PositionalEmbedding(quarter, endpoint=False, cosines_first=True)
+            self.time_sinusoids = PositionalEmbedding(quarter, like="dit")
             self.time_mlp = nn.Sequential(
                 nn.Linear(quarter, dim), nn.SiLU(), nn.Linear(dim, dim), nn.Linear(dim, dim)
             )
@@ -195,16 +188,8 @@ class SetEncoder(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Draw the initial weights from torch's global generator.
-
-        Linear weights are uniform by Glorot & Bengio (2010), biases zero, CLS and positions normal
-        with standard deviation 0.02.
-        """
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        """Draw the initial weights from torch's global generator."""
+        draw_linear_layers(self)
         nn.init.normal_(self.cls, std=0.02)
         nn.init.normal_(self.positions, std=0.02)
 
@@ -218,12 +203,7 @@ class SetEncoder(nn.Module):
         if self.stacks:
             return self.tokeniser(patches, mask)
         tokens = self.tokeniser(patches)  #                             [B, k, P, d]
-        if not self.is_set_mode:
-            return tokens
-        if mask is None:
-            return tokens.mean(1)
-        weight = mask[:, :, None, None].to(tokens.dtype)
-        return (tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
+        return _mean_of_present(tokens, mask) if self.is_set_mode else tokens
 
     def tokenise_others(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the tokens of the n sets X without x_i of every set X [b, n, C, H, W].
@@ -242,11 +222,10 @@ class SetEncoder(nn.Module):
         if tokens.dtype != torch.float64:
             # In half precision the image left out would leave its rounding behind.
             tokens = tokens.to(torch.float32)
-        if mask is None:
-            return ((tokens.sum(1, keepdim=True) - tokens) / others.shape[1]).flatten(0, 1)
-        weight = mask[:, :, None, None].to(tokens.dtype)
-        tokens = tokens * weight
-        count = (weight.sum(1, keepdim=True) - weight).clamp(min=1)
+        count: Tensor | int = others.shape[1]
+        if mask is not None:
+            weight = mask[:, :, None, None].to(tokens.dtype)
+            tokens, count = tokens * weight, (weight.sum(1, keepdim=True) - weight).clamp(min=1)
         return ((tokens.sum(1, keepdim=True) - tokens) / count).flatten(0, 1)
 
     def forward(
@@ -299,9 +278,8 @@ class SetEncoder(nn.Module):
             return self.off_diagonal
         if mask is None:
             return None
-        keys = functional.pad(
-            mask.repeat_interleave(self.num_patches, dim=1), (PATCH_OFFSET, 0), value=True
-        )
+        keys = mask.repeat_interleave(self.num_patches, dim=1)
+        keys = functional.pad(keys, (PATCH_OFFSET, 0), value=True)
         return keys[:, None, None]  #                                   [B, 1, 1, L]
 
     def _transform(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -313,12 +291,15 @@ class SetEncoder(nn.Module):
         """Return [CLS, TIME, patches averaged over the images present]."""
         first, patches = x[:, :PATCH_OFFSET], x[:, PATCH_OFFSET:]
         patches = patches.unflatten(1, (count, -1))  #                  [B, k, P, d]
-        if mask is None:
-            patches = patches.mean(1)
-        else:
-            weight = mask[:, :, None, None].to(patches.dtype)
-            patches = (patches * weight).sum(1) / weight.sum(1).clamp(min=1)
-        return torch.cat([first, patches], dim=1)
+        return torch.cat([first, _mean_of_present(patches, mask)], dim=1)
+
+
+def _mean_of_present(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the mean [B, P, d] of the tokens [B, k, P, d] of the images that are present."""
+    if mask is None:
+        return tokens.mean(1)
+    weight = mask[:, :, None, None].to(tokens.dtype)
+    return (tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
 def _without_absent(images: Tensor, mask: Tensor | None) -> Tensor:

@@ -259,7 +259,7 @@ def test_positions_are_constants_and_no_part_of_the_state():
 
 def test_an_odd_number_of_sinusoids_ends_in_zero():
     noise = torch.tensor([0.0, 0.3, 42.0])
-    out = PositionalEmbedding(7, endpoint=False, cosines_first=True)(noise)
+    out = PositionalEmbedding(7, like="dit")(noise)
     assert out.shape == (3, 7)
     for i in range(3):
         angles = noise / 10_000 ** (i / 3)
