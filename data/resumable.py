@@ -17,11 +17,15 @@ import numpy as np
 import torch
 
 from dnnlib.files import check_target, lock_folder, write_json
+from dnnlib.parallel import thread_map
 from dnnlib.progress import progress
 from dnnlib.text import join_names
 from torch_utils import distributed
 
 T = TypeVar("T")
+R = TypeVar("R")
+
+_LOOK_AHEAD = 4  # Items per thread.
 
 
 # The folder.
@@ -124,6 +128,20 @@ def progress_of_ranks(
             shown = round(done * total / own)
 
         yield on_done
+
+
+def map_of_ranks(
+    function: Callable[[T], R], items: Sequence[T], num_threads: int, label: str, unit: str = "img"
+) -> list[R]:
+    """Return ``function(item)`` of all items, in order; ranks share them. Collective."""
+    mine, found = share(items), []
+    bar = progress_of_ranks(len(items), len(mine), label, unit)
+    with distributed.together(), bar as on_done:
+        for result in thread_map(function, mine, num_threads, _LOOK_AHEAD * num_threads):
+            found.append(result)
+            on_done()
+    parts = distributed.gather_objects(found)
+    return [parts[index % len(parts)][index // len(parts)] for index in range(len(items))]
 
 
 class BackgroundWriter:

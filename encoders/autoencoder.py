@@ -4,13 +4,13 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from encoders.loading import FrozenEncoder, Pretrained, absolute
+from dnnlib.errors import refusal
+from encoders.loading import Device, FrozenEncoder, Pretrained, absolute
 from torch_utils.fingerprints import weights_hash
 
 INPUT_TRANSFORM = "x / 127.5 - 1"
@@ -76,7 +76,7 @@ class Autoencoder(FrozenEncoder):
     described = ("downsampling", "scale", "shift")
 
     def __init__(
-        self, network: nn.Module, location: str, device: torch.device | str, precision: str = "fp32"
+        self, network: nn.Module, location: str, device: Device, precision: str = "fp32"
     ) -> None:
         """``network`` is a ``diffusers.AutoencoderKL``; raises ValueError if it does not fit."""
         config = network.config
@@ -86,13 +86,11 @@ class Autoencoder(FrozenEncoder):
         self.latent_channels = config.latent_channels
         self.downsampling = 2 ** (len(config.block_out_channels) - 1)
         self.img_channels = config.in_channels
-        super().__init__(network, location, device, precision, self._identity(network))
-
-    def _identity(self, network: nn.Module) -> str:
-        settings = {name: network.config[name] for name in _SETTINGS}
+        settings = {name: config[name] for name in _SETTINGS}
         settings.update(scale=self.scale, shift=self.shift)
-        text = json.dumps(settings, sort_keys=True)
-        return hashlib.sha256(f"{text}\n{weights_hash(network.state_dict())}".encode()).hexdigest()
+        text = f"{json.dumps(settings, sort_keys=True)}\n{weights_hash(network.state_dict())}"
+        sha256 = hashlib.sha256(text.encode()).hexdigest()
+        super().__init__(network, location, device, precision, sha256)
 
     def facts(self) -> dict[str, Any]:
         """Return what a record says of it."""
@@ -105,18 +103,15 @@ class Autoencoder(FrozenEncoder):
 
     def check_images(self, name: str, resolution: int, img_channels: int) -> None:
         """Raise ValueError if images of this size, called ``name``, cannot be encoded."""
+        takes = f"but the autoencoder {self.location} takes"
         if img_channels != self.img_channels:
-            raise ValueError(
-                f"{name}: holds images of {img_channels} channel(s), but the autoencoder "
-                f"{self.location} takes {self.img_channels} (grayscale 1, RGB 3); choose data or "
-                "an autoencoder of the other kind."
-            )
+            problem = f"holds images of {img_channels} channel(s), {takes} {self.img_channels}"
+            remedy = "choose data or an autoencoder of the other kind"
+            raise refusal(name, but=f"{problem} (grayscale 1, RGB 3)", remedy=remedy)
         if resolution % self.downsampling:
-            raise ValueError(
-                f"{name}: holds images of {resolution}x{resolution}, but the autoencoder "
-                f"{self.location} takes multiples of {self.downsampling}; convert them with "
-                "dataset_tool.py convert --resolution=N."
-            )
+            problem = f"holds images of {resolution}x{resolution}, {takes} multiples of"
+            remedy = "convert them with dataset_tool.py convert --resolution=N"
+            raise refusal(name, but=f"{problem} {self.downsampling}", remedy=remedy)
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
@@ -127,9 +122,10 @@ class Autoencoder(FrozenEncoder):
         """
         assert images.dtype == torch.uint8
         assert images.shape[1] == self.img_channels
-        rest = (2 * self.latent_channels, *(size // self.downsampling for size in images.shape[2:]))
-        pixels = math.prod(images.shape[2:])
-        return self._in_chunks(self._encode, images, pixels, rest)
+        height, width = images.shape[2:]
+        rest = 2 * self.latent_channels, height // self.downsampling, width // self.downsampling
+        with self._products():
+            return self._in_chunks(self._encode, images, _MAX_PIXELS // (height * width), rest)
 
     def _encode(self, images: Tensor) -> Tensor:
         x = images.to(torch.float32) / 127.5 - 1
@@ -143,37 +139,18 @@ class Autoencoder(FrozenEncoder):
         They are on the autoencoder's device, and not clipped.
         """
         assert latents.shape[1] == self.latent_channels
-        size = [side * self.downsampling for side in latents.shape[2:]]
-        return self._in_chunks(self._decode, latents, math.prod(size), (self.img_channels, *size))
-
-    def _decode(self, latents: Tensor) -> Tensor:
-        return self._decode_raw(latents.to(torch.float32) / self.scale + self.shift)
+        return self.decode_raw(latents.to(self.device, torch.float32) / self.scale + self.shift)
 
     @torch.no_grad()
     def decode_raw(self, raw: Tensor) -> Tensor:
         """Return images as :meth:`decode` does, of latents [N, c, h, w] that are not normalised."""
         size = [side * self.downsampling for side in raw.shape[2:]]
         rest = (self.img_channels, *size)
-        return self._in_chunks(self._decode_raw, raw, math.prod(size), rest)
-
-    def _decode_raw(self, raw: Tensor) -> Tensor:
-        return self._network.decode(raw.to(torch.float32)).sample
-
-    def _in_chunks(
-        self,
-        function: Callable[[Tensor], Tensor],
-        values: Tensor,
-        pixels: int,
-        rest: tuple[int, ...],
-    ) -> Tensor:
-        """Return ``function`` of all rows, float32 [N, *rest], a few images at a time."""
-        result = torch.empty((len(values), *rest), dtype=torch.float32, device=self.device)
-        size = max(_MAX_PIXELS // pixels, 1)
         with self._products():
-            for first in range(0, len(values), size):
-                part = values[first : first + size].to(self.device, non_blocking=True)
-                result[first : first + size] = function(part)
-        return result
+            return self._in_chunks(self._decode, raw, _MAX_PIXELS // math.prod(size), rest)
+
+    def _decode(self, raw: Tensor) -> Tensor:
+        return self._network.decode(raw.to(torch.float32)).sample
 
 
 def normalise(
@@ -198,11 +175,7 @@ def normalise(
 
 
 def load_autoencoder(
-    location: str,
-    device: torch.device | str,
-    *,
-    expected_hash: str | None = None,
-    precision: str = "fp32",
+    location: str, device: Device, *, expected_hash: str | None = None, precision: str = "fp32"
 ) -> Autoencoder:
     """Return an autoencoder from a local folder or a Hugging Face id. Collective: rank 0 reads.
 
@@ -216,18 +189,14 @@ def load_autoencoder(
     """
     location = absolute(location)
     autoencoder = Autoencoder(AUTOENCODER.load(location), location, device, precision)
-    AUTOENCODER.check_identity(autoencoder, expected_hash)
-    return autoencoder
+    return AUTOENCODER.checked(autoencoder, expected_hash)
 
 
 def _check_config(config: Any, location: str) -> None:
     if config.get("latents_mean") is not None or config.get("latents_std") is not None:
-        raise ValueError(
-            f"--vae: {location} normalises its latents by channel, which is not supported; use one "
-            "with a scaling_factor alone, such as stabilityai/sd-vae-ft-ema."
-        )
+        problem = f"{location} normalises its latents by channel, which is not supported"
+        remedy = "use one with a scaling_factor alone, such as stabilityai/sd-vae-ft-ema"
+        raise refusal("--vae", but=problem, remedy=remedy)
     if config.in_channels != config.out_channels:
-        raise ValueError(
-            f"--vae: {location} takes {config.in_channels} and gives {config.out_channels} "
-            "channels; use one with as many of both."
-        )
+        takes = f"{location} takes {config.in_channels} and gives {config.out_channels} channels"
+        raise refusal("--vae", but=takes, remedy="use one with as many of both")

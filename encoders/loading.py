@@ -7,17 +7,18 @@ import importlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dnnlib.errors import refusal
 from torch_utils import distributed
 from torch_utils.fingerprints import weights_hash
 
 T = TypeVar("T")
+Device = torch.device | str
 PRECISIONS = ("fp32", "bf16")
 # What in a configuration has no influence on what a network computes.
 _BOOKKEEPING = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
@@ -37,12 +38,7 @@ class FrozenEncoder:
     described: tuple[str, ...] = ()
 
     def __init__(
-        self,
-        network: nn.Module,
-        location: str,
-        device: torch.device | str,
-        precision: str,
-        sha256: str,
+        self, network: nn.Module, location: str, device: Device, precision: str, sha256: str
     ) -> None:
         """``precision`` is one of PRECISIONS; raises ValueError for another."""
         if precision not in PRECISIONS:
@@ -62,6 +58,20 @@ class FrozenEncoder:
         """Return the arithmetic to compute in, whatever autocast the caller is in."""
         enabled = self._precision == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    def _in_chunks(
+        self, function: Callable[[Tensor], Tensor], values: Tensor, size: int, rest: Sequence[int]
+    ) -> Tensor:
+        """Return ``function`` of all rows, float32 [N, *rest], ``size`` or one at a time."""
+        result = torch.empty((len(values), *rest), dtype=torch.float32, device=self.device)
+        size = max(size, 1)
+        for first in range(0, len(values), size):
+            part = values[first : first + size].to(self.device, non_blocking=True)
+            result[first : first + size] = function(part)
+        return result
+
+
+E = TypeVar("E", bound=FrozenEncoder)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,8 +103,7 @@ class Pretrained:
     pickles: bool = False
 
     @property
-    def hint(self) -> str:
-        """What to give instead, in a sentence."""
+    def _hint(self) -> str:
         return f"Give {self.option}=FOLDER with {self.files}."
 
     def check_location(self, location: str) -> None:
@@ -107,7 +116,7 @@ class Pretrained:
             problem = "is no folder and no Hugging Face id"
         else:
             return
-        raise ValueError(f"{self.option}: {location} {problem}. {self.hint}")
+        raise ValueError(f"{self.option}: {location} {problem}. {self._hint}")
 
     def read(self, location: str) -> nn.Module:
         """Return the network of a folder or Hugging Face id, float32 on the CPU.
@@ -119,9 +128,8 @@ class Pretrained:
         with self.using(location) as library:
             kind = self._kind(location)
             if kind not in self.kinds:
-                raise ValueError(
-                    f"it holds a model of type {kind!r}, not {' or '.join(self.kinds)}"
-                )
+                accepted = " or ".join(self.kinds)
+                raise ValueError(f"it holds a model of type {kind!r}, not {accepted}")
             network, info = getattr(library, self.class_name).from_pretrained(
                 location, output_loading_info=True, **self._arguments()
             )
@@ -177,18 +185,17 @@ class Pretrained:
             problem = "cannot be used"
             if not os.path.isdir(location):
                 problem = "is no folder, and cannot be fetched from Hugging Face"
-            raise ValueError(
-                f"{self.option}: {location} {problem} ({_reason(error)}). {self.hint}"
-            ) from error
+            problem += f" ({_reason(error)})"
+            raise ValueError(f"{self.option}: {location} {problem}. {self._hint}") from error
 
-    def check_identity(self, encoder: FrozenEncoder, expected_hash: str | None) -> None:
-        """Raise ValueError if ``encoder`` has another hash than the one expected, if any."""
+    def checked(self, encoder: E, expected_hash: str | None) -> E:
+        """Return ``encoder``; raises ValueError if it has another hash than the one expected."""
         if expected_hash not in (None, encoder.sha256):
-            raise ValueError(
-                f"{self.option}: {encoder.location} is another {self.noun} "
-                f"({encoder.sha256[:16]}...) than the one whose {self.makes} are in use "
-                f"({expected_hash[:16]}...); give that one's folder or id."
-            )
+            given = f"{encoder.location} is another {self.noun} ({encoder.sha256[:16]}...)"
+            wanted = f"the one whose {self.makes} are in use ({expected_hash[:16]}...)"
+            remedy = "give that one's folder or id"
+            raise refusal(self.option, but=f"{given} than {wanted}", remedy=remedy)
+        return encoder
 
     def _kind(self, location: str) -> Any:
         from transformers import PretrainedConfig

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from encoders.loading import FrozenEncoder, Pretrained, absolute, identity, in_turn
+from dnnlib.errors import refusal
+from encoders.loading import Device, FrozenEncoder, Pretrained, absolute, identity, in_turn
 
 TEXT = Pretrained(
     option="--text",
@@ -32,26 +33,20 @@ class TextEncoder(FrozenEncoder):
     described = ("dim", "max_tokens")
 
     def __init__(
-        self,
-        network: nn.Module,
-        tokenizer: Any,
-        location: str,
-        device: torch.device | str,
-        precision: str = "fp32",
+        self, network: nn.Module, tokenizer: Any, location: str, device: Device, precision: str
     ) -> None:
         """``network`` is a ``transformers.T5EncoderModel``; raises ValueError if both do not fit.
 
         ``tokenizer`` is a fast tokenizer of transformers.
         """
+        num_tokens, num_known = len(tokenizer), network.config.vocab_size
         if not tokenizer.is_fast:
-            raise ValueError(
-                f"--text: {location} has no fast tokenizer; add its tokenizer.json to the folder."
-            )
-        if len(tokenizer) > network.config.vocab_size:
-            raise ValueError(
-                f"--text: {location} has a tokenizer of {len(tokenizer)} tokens, but the network "
-                f"knows {network.config.vocab_size}; put the tokenizer of this network there."
-            )
+            remedy = "add its tokenizer.json to the folder"
+            raise refusal("--text", but=f"{location} has no fast tokenizer", remedy=remedy)
+        if num_tokens > num_known:
+            problem = f"a tokenizer of {num_tokens} tokens, but the network knows {num_known}"
+            remedy = "put the tokenizer of this network there"
+            raise refusal("--text", but=f"{location} has {problem}", remedy=remedy)
         self.dim = int(network.config.d_model)
         self.max_tokens = MAX_TOKENS
         self._tokenizer = tokenizer
@@ -74,10 +69,9 @@ class TextEncoder(FrozenEncoder):
         truncated = [len(row) > self.max_tokens for row in rows]
         for index, row in enumerate(rows):
             if not row:
-                raise ValueError(
-                    f"--text: the tokenizer of {self.location} gives no token for the caption "
-                    f"{captions[index]!r}; use one that adds an end of sequence."
-                )
+                problem = f"the tokenizer of {self.location} gives no token for the caption "
+                remedy = "use one that adds an end of sequence"
+                raise refusal("--text", but=f"{problem}{captions[index]!r}", remedy=remedy)
             if truncated[index]:
                 end = row[-1:] if row[-1] == self._tokenizer.eos_token_id else []
                 rows[index] = row[: self.max_tokens - len(end)] + end
@@ -93,42 +87,33 @@ class TextEncoder(FrozenEncoder):
         """
         rows, truncated = self.tokenize(captions)
         longest = max(map(len, rows), default=0)
-        ids = torch.zeros((len(rows), longest), dtype=torch.int64)
-        mask = torch.zeros((len(rows), longest), dtype=torch.bool)
+        tokens = torch.zeros((len(rows), 2, longest), dtype=torch.int64)  # Ids, and their mask.
         for index, row in enumerate(rows):
-            ids[index, : len(row)] = torch.tensor(row)
-            mask[index, : len(row)] = True
-        ids, mask = ids.to(self.device), mask.to(self.device)
-        shape = (*ids.shape, self.dim)
-        hidden = torch.empty(shape, dtype=torch.float32, device=self.device)
-        size = max(_MAX_BATCH_TOKENS // max(longest, 1), 1)
-        for first in range(0, len(rows), size):
-            part = slice(first, first + size)
+            tokens[index, :, : len(row)] = torch.tensor([row, [1] * len(row)])
+        tokens = tokens.to(self.device)
+
+        def states(tokens: Tensor) -> Tensor:
+            ids, mask = tokens.unbind(dim=1)
             # With bfloat16, sums and norms between the matrices are in float32 all the same.
             with self._products():
-                out = self._network(input_ids=ids[part], attention_mask=mask[part].long())
-            hidden[part] = out.last_hidden_state
+                return self._network(input_ids=ids, attention_mask=mask).last_hidden_state
+
+        size = _MAX_BATCH_TOKENS // max(longest, 1)
+        hidden, mask = self._in_chunks(states, tokens, size, (longest, self.dim)), tokens[:, 1] > 0
         return hidden.masked_fill_(~mask[:, :, None], 0), mask, sum(truncated)
 
 
 def load_text_encoder(
-    location: str,
-    device: torch.device | str,
-    *,
-    expected_hash: str | None = None,
-    precision: str = "fp32",
+    location: str, device: Device, *, expected_hash: str | None = None, precision: str = "fp32"
 ) -> TextEncoder:
     """Return a text encoder and its tokenizer, as :func:`load_visual_encoder`. Collective."""
     location = absolute(location)
 
-    def read() -> TextEncoder:
+    def make() -> TextEncoder:
         network = TEXT.read(location)
         with TEXT.using(location) as transformers:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                location, trust_remote_code=False
-            )
+            read = transformers.AutoTokenizer.from_pretrained
+            tokenizer = read(location, trust_remote_code=False)
         return TextEncoder(network, tokenizer, location, device, precision)
 
-    encoder = in_turn(read)
-    TEXT.check_identity(encoder, expected_hash)
-    return encoder
+    return TEXT.checked(in_turn(make), expected_hash)

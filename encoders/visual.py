@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from encoders.loading import FrozenEncoder, Pretrained, absolute, identity, in_turn
+from encoders.loading import Device, FrozenEncoder, Pretrained, absolute, identity, in_turn
 
 VISUAL = Pretrained(option="--visual", class_name="DINOv3ViTModel", kinds=("dinov3_vit",))
 # Channel statistics that visual encoders are trained with, of values in [0, 1].
@@ -28,7 +28,7 @@ class VisualEncoder(FrozenEncoder):
     described = ("patch_size", "num_registers", "dim")
 
     def __init__(
-        self, network: nn.Module, location: str, device: torch.device | str, precision: str = "fp32"
+        self, network: nn.Module, location: str, device: Device, precision: str = "fp32"
     ) -> None:
         """``network`` is a ``transformers.DINOv3ViTModel``."""
         config = network.config
@@ -51,12 +51,10 @@ class VisualEncoder(FrozenEncoder):
         assert images.shape[1] == 3
         grid = [num_patches(side, self.patch_size) for side in images.shape[2:]]
         sides = [num * self.patch_size for num in grid]
-        num, total = len(images), math.prod(grid)
-        cls = torch.empty((num, self.dim), dtype=torch.float32, device=self.device)
-        patches = torch.empty((num, total, self.dim), dtype=torch.float32, device=self.device)
-        size = max(_MAX_PIXELS // math.prod(sides), 1)
-        for first in range(0, num, size):
-            x = images[first : first + size].to(self.device, non_blocking=True).to(torch.float32)
+        total = math.prod(grid)
+
+        def tokens(x: Tensor) -> Tensor:
+            x = x.to(torch.float32)
             if list(x.shape[2:]) != sides:
                 x = nn.functional.interpolate(x, sides, mode="bicubic", antialias=True)
                 x = x.clamp(0, 255)
@@ -64,9 +62,11 @@ class VisualEncoder(FrozenEncoder):
             with self._products():
                 out = self._network(pixel_values=x).last_hidden_state
             assert out.shape[1] == 1 + self.num_registers + total
-            cls[first : first + size] = out[:, 0]
-            patches[first : first + size] = out[:, 1 + self.num_registers :]
-        return cls, patches
+            return torch.cat([out[:, :1], out[:, 1 + self.num_registers :]], dim=1)
+
+        size = _MAX_PIXELS // math.prod(sides)
+        found = self._in_chunks(tokens, images, size, (1 + total, self.dim))
+        return found[:, 0], found[:, 1:]
 
 
 def num_patches(side: int, patch_size: int) -> int:
@@ -78,11 +78,7 @@ def num_patches(side: int, patch_size: int) -> int:
 
 
 def load_visual_encoder(
-    location: str,
-    device: torch.device | str,
-    *,
-    expected_hash: str | None = None,
-    precision: str = "fp32",
+    location: str, device: Device, *, expected_hash: str | None = None, precision: str = "fp32"
 ) -> VisualEncoder:
     """Return a visual encoder from a local folder or a Hugging Face id. Collective: every rank
     reads, the first one before the others.
@@ -97,5 +93,4 @@ def load_visual_encoder(
     """
     location = absolute(location)
     encoder = in_turn(lambda: VisualEncoder(VISUAL.read(location), location, device, precision))
-    VISUAL.check_identity(encoder, expected_hash)
-    return encoder
+    return VISUAL.checked(encoder, expected_hash)

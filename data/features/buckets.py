@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from PIL import Image
 
+from dnnlib.errors import refusal
 from encoders.visual import num_patches
 
 _MULTIPLE = 16  # Of the sides: latents are an eighth of them, and have patches of two.
@@ -94,20 +95,18 @@ class Crop:
 
 def parse_buckets(text: str) -> tuple[Bucket, ...]:
     """Return the buckets of a list such as ``1024x1024,1216x832``; raises ValueError otherwise."""
-    accepted = (
-        f"accepted: different sizes WxH separated by commas, sides multiples of {_MULTIPLE} up to "
-        f"{_MAX_SIDE}, as 1024x1024,1216x832,832x1216"
-    )
+    sides = f"sides multiples of {_MULTIPLE} up to {_MAX_SIDE}, as 1024x1024,1216x832,832x1216"
+    accepted = f"different sizes WxH separated by commas, {sides}"
     buckets: list[Bucket] = []
     for part in text.split(","):
         width, _, height = part.strip().lower().partition("x")
         if not (width.isdecimal() and height.isdecimal()):
-            raise ValueError(f"--buckets: got {part.strip()!r}; {accepted}.")
+            raise refusal("--buckets", repr(part.strip()), accepted=accepted)
         bucket = Bucket(int(width), int(height))
         if any(side % _MULTIPLE or not 0 < side <= _MAX_SIDE for side in bucket.size):
-            raise ValueError(f"--buckets: got {bucket.name}; {accepted}.")
+            raise refusal("--buckets", bucket.name, accepted=accepted)
         if bucket in buckets:
-            raise ValueError(f"--buckets: names {bucket.name} twice; {accepted}.")
+            raise refusal("--buckets", but=f"names {bucket.name} twice", accepted=accepted)
         buckets.append(bucket)
     return tuple(buckets)
 
@@ -124,16 +123,10 @@ def nearest_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket
 
     def key(bucket: Bucket) -> tuple[Any, ...]:
         ratio = Fraction(width * bucket.height, height * bucket.width)
-        shape = Fraction(bucket.width, bucket.height)
-        area = bucket.width * bucket.height
+        shape, area = Fraction(bucket.width, bucket.height), bucket.width * bucket.height
         enlarges = bucket.width > width or bucket.height > height
-        return (
-            max(ratio, 1 / ratio),
-            max(shape, 1 / shape),
-            enlarges,
-            area if enlarges else -area,
-            -bucket.width,
-        )
+        nearness = max(ratio, 1 / ratio), max(shape, 1 / shape)
+        return *nearness, enlarges, area if enlarges else -area, -bucket.width
 
     return min(buckets, key=key)
 
@@ -146,10 +139,9 @@ def plan_crop(width: int, height: int, bucket: Bucket) -> Crop:
     """
     new_width, new_height = bucket.size
     if new_width > _MAX_SCALE * width or new_height > _MAX_SCALE * height:
-        raise ValueError(
-            f"is {width}x{height}, which would be enlarged more than {_MAX_SCALE} times for the "
-            f"bucket {bucket.name}; use a larger image, or smaller --buckets"
-        )
+        enlarged = f"would be enlarged more than {_MAX_SCALE} times for the bucket {bucket.name}"
+        remedy = "use a larger image, or smaller --buckets"
+        raise ValueError(f"is {width}x{height}, which {enlarged}; {remedy}")
     if new_width * height >= new_height * width:
         resized = (new_width, -(-height * new_width // width))
     else:

@@ -23,14 +23,9 @@ from dnnlib.typed import typed
 FORMAT = "setdiffit-feature-shards"
 MANIFEST_FILE = "manifest.json"
 
-
 # The types of nested values.
-class _Moments(TypedDict):
-    count: int
-    mean: list[float]
-    m2: list[float]
-
-
+_MOMENTS = dict(count=int, mean=list[float], m2=list[float])
+_Moments = TypedDict("_Moments", _MOMENTS)
 _AllMoments = TypedDict("_AllMoments", dict.fromkeys(STATISTICS, _Moments))
 _SHARD = dict(file=str, num_samples=int, num_bytes=int, sha256=str, moments=_AllMoments)
 _Shard = TypedDict("_Shard", _SHARD)
@@ -143,14 +138,8 @@ class Manifest:
         """Return the content of ``manifest.json``."""
         columns = _map(self._columns(), lambda c: c.tolist() if isinstance(c, np.ndarray) else c)
         columns = dict(id=columns.pop("ids"), **columns)
-        return dict(
-            format=FORMAT,
-            version=FORMAT_VERSION,
-            bucket=self.bucket,
-            split=self.split,
-            shards=self.shards,
-            columns=columns,
-        )
+        facts = dict(format=FORMAT, version=FORMAT_VERSION, bucket=self.bucket, split=self.split)
+        return dict(facts, shards=self.shards, columns=columns)
 
 
 def _map(columns: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
@@ -168,21 +157,19 @@ def _joined(parts: Sequence[Any]) -> Any:
 def _check_columns(columns: Mapping[str, Any], shards: Sequence[Mapping[str, Any]]) -> None:
     """Raise ValueError, with what is wrong, if columns have not the rows of the shards."""
     num = len(columns["id"])
-    flat = {name: column for name, column in columns.items() if isinstance(column, list)}
-    groups = [column for column in columns.values() if isinstance(column, dict)]
-    for name, column in [*flat.items(), *(pair for group in groups for pair in group.items())]:
-        if len(column) != num:
-            raise ValueError(f"{name} has {len(column)} rows, not {num}")
+    for group, column in columns.items():
+        for name, rows in (column if isinstance(column, dict) else {group: column}).items():
+            if len(rows) != num:
+                raise ValueError(f"{name} has {len(rows)} rows, not {num}")
     if len(set(columns["id"])) != num:
         raise ValueError("an id is there twice")
-    if columns["shard"] != [
-        i for i, shard in enumerate(shards) for _ in range(shard["num_samples"])
-    ]:
+    numbers = [i for i, shard in enumerate(shards) for _ in range(shard["num_samples"])]
+    if columns["shard"] != numbers:
         raise ValueError("the rows are not those of the shards in order")
 
 
 def read_manifest(path: str | os.PathLike, split: str, bucket_name: str) -> Manifest:
-    """Return the manifest of one split and bucket of a feature folder, which may be an address.
+    """Return the manifest of a split and bucket of a feature folder, which may be an address.
 
     Raises ValueError if it is missing, damaged or of another version.
     """

@@ -35,21 +35,11 @@ VaeFacts = TypedDict("VaeFacts", _VAE)
 VisualFacts = TypedDict("VisualFacts", dict(**_ENCODER, patch_size=int, num_registers=int, dim=int))
 TextFacts = TypedDict("TextFacts", dict(**_ENCODER, dim=int, max_tokens=int))
 
-
-class Captions(TypedDict):
-    num_truncated: int
-
-
-Counts = TypedDict("Counts", dict.fromkeys(SPLITS, int))
-
-
-class Statistic(TypedDict):
-    count: int
-    mean: list[float]
-    std: list[float]
-
-
+_STATISTIC = dict(count=int, mean=list[float], std=list[float])
+Statistic = TypedDict("Statistic", _STATISTIC)
 Statistics = TypedDict("Statistics", dict.fromkeys(STATISTICS, Statistic))
+Captions = TypedDict("Captions", dict.fromkeys(("num_truncated",), int))
+Counts = TypedDict("Counts", dict.fromkeys(SPLITS, int))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,30 +148,21 @@ def read_feature_record(path: str | os.PathLike) -> FeatureRecord:
     if not (is_address(file) or file.is_file()):
         if is_feature_folder(path):
             raise ValueError(f"{Path(path)}: its preparation is not finished; {AGAIN}.")
-        raise ValueError(
-            f"{Path(path)}: not a folder of features made by dataset_tool.py features."
-        )
+        raise ValueError(f"{path}: not a folder of features made by dataset_tool.py features.")
     return read_json(file, FORMAT, lambda values: typed(FeatureRecord, values))
 
 
 def read_json(file: Path | str, expected_format: str, parse: Callable[[dict[str, Any]], T]) -> T:
-    """Return what ``parse`` makes of the object in a JSON file of a format.
+    """Return what ``parse`` makes of the object in a JSON file of a format, perhaps at an address.
 
     Raises ValueError, one sentence, if the file is of another format or version, or damaged:
     no JSON, or values at which ``parse`` raises ValueError or OverflowError.
     """
-    written = JsonFormat(expected_format, FORMAT_VERSION, "dataset_tool.py features", AGAIN)
-    return written.parse(_read_bytes(file), file, parse)
-
-
-def _read_bytes(file: Path | str) -> bytes:
-    if not is_address(file):
-        return file.read_bytes()
     try:
-        with open_address(file) as stream:
-            return stream.read()
+        with open_address(file) if is_address(file) else open(file, "rb") as stream:
+            content = stream.read()
     except AddressError as error:
-        raise ValueError(
-            f"{str(error).rstrip('.')}; give the address of a folder made by dataset_tool.py "
-            "features."
-        ) from None
+        remedy = "give the address of a folder made by dataset_tool.py features"
+        raise ValueError(f"{str(error).rstrip('.')}; {remedy}.") from None
+    written = JsonFormat(expected_format, FORMAT_VERSION, "dataset_tool.py features", AGAIN)
+    return written.parse(content, file, parse)

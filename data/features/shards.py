@@ -25,7 +25,6 @@ Members = Mapping[str, bytes]  # The data of a sample's members by key.
 _BLOCK = tarfile.BLOCKSIZE
 _UNUSABLE = -1  # In place of a checksum: a description that can be written again, and must be.
 
-
 # The shapes that arrays of one bucket have, by key; None for a length that may be any. That of the
 # mask, of one dimension, is the largest that it may be.
 Shapes = Mapping[str, tuple[int | None, ...]]
@@ -77,22 +76,20 @@ def check_feature(feature: str, members: Members, shapes: Shapes) -> None:
         if not np.isfinite(array).all():
             raise ValueError(f"{key} has values that are not finite")
         shape = shapes.get(key, _ANY[key])
-        is_free = key == "t5m.npy"  # It is looked at below.
-        if not is_free and not _fits(array.shape, shape):
+        fits = len(array.shape) == len(shape) and all(
+            wanted in (None, side) for side, wanted in zip(array.shape, shape, strict=True)
+        )
+        if key != "t5m.npy" and not fits:
             raise ValueError(f"{key} has shape {list(array.shape)}, not {list(shape)}")
     if feature == "text":
-        mask, (most,) = arrays["t5m.npy"], shapes.get("t5m.npy", _ANY["t5m.npy"])
+        hidden, mask = arrays["t5h.npy"], arrays["t5m.npy"]
+        (most,) = shapes.get("t5m.npy", _ANY["t5m.npy"])
         if mask.ndim != 1 or not len(mask) or not mask.all():
             raise ValueError("t5m.npy is not a mask of valid tokens alone")
         if most is not None and len(mask) > most:
             raise ValueError(f"t5m.npy has {len(mask)} tokens, more than {most}")
-        if len(arrays["t5h.npy"]) != len(mask):
-            raise ValueError(f"t5h.npy has {len(arrays['t5h.npy'])} rows, not {len(mask)}")
-
-
-def _fits(found: tuple[int, ...], shape: tuple[int | None, ...]) -> bool:
-    same_length = len(found) == len(shape)
-    return same_length and all(b in (None, a) for a, b in zip(found, shape, strict=True))
+        if len(hidden) != len(mask):
+            raise ValueError(f"t5h.npy has {len(hidden)} rows, not {len(mask)}")
 
 
 # Statistics.
@@ -145,9 +142,7 @@ class Tally:
     def to_dict(self) -> dict[str, Any]:
         """Return the moments as plain values, exactly."""
         return {
-            name: dict(
-                count=part["count"], **{k: np.asarray(part[k]).tolist() for k in ("mean", "m2")}
-            )
+            name: {key: np.asarray(value).tolist() for key, value in part.items()}
             for name, part in self.moments.items()
         }
 
@@ -170,31 +165,43 @@ def write_shard(
     ):
         for name, description, members in samples:
             members = {"json": to_json(description), **members}
-            columns["id"].append(name)
-            columns["shard"].append(0)
-            columns["truncated"].append(description["truncated"])
-            for feature in FEATURES:
-                columns["fingerprint"][feature].append(description["fingerprint"][feature])
+            places = {}
             for key in KEYS:
-                data = members[key]
-                _add_place(columns, key, tar.offset + _BLOCK, data)
-                tar.addfile(_header(name, key, len(data)), io.BytesIO(data))
+                places[key] = tar.offset + _BLOCK, members[key]
+                tar.addfile(_header(name, key, len(members[key])), io.BytesIO(members[key]))
+            _add_row(columns, name, description, places)
             tally.add(members)
-    shard = dict(
-        file=path.name,
-        num_samples=len(columns["id"]),
-        num_bytes=path.stat().st_size,
-        sha256=sha256_of_file(path),
-        moments=tally.to_dict(),
+    return _index(path, split, bucket, columns, sha256_of_file(path), tally)
+
+
+def _add_row(
+    columns: Mapping[str, Any],
+    name: str,
+    description: Mapping[str, Any],
+    places: Mapping[str, tuple[int, bytes]],
+) -> None:
+    """Add a sample to the columns of its shard; ``places`` are offset and data of its members."""
+    columns["id"].append(name)
+    columns["shard"].append(0)
+    columns["truncated"].append(description["truncated"])
+    for feature in FEATURES:
+        columns["fingerprint"][feature].append(description["fingerprint"].get(feature, ""))
+    for key, (offset, data) in places.items():
+        columns["offset"][key].append(offset)
+        columns["size"][key].append(len(data))
+        columns["crc32"][key].append(zlib.crc32(data))
+
+
+def _index(
+    path: Path, split: str, bucket: str, columns: Mapping[str, Any], sha256: str, tally: Tally
+) -> Manifest:
+    """Return the manifest of a shard alone."""
+    num, num_bytes = len(columns["id"]), path.stat().st_size
+    shard = dict(file=path.name, num_samples=num, num_bytes=num_bytes, sha256=sha256)
+    shards = [dict(shard, moments=tally.to_dict())]
+    return Manifest.of(
+        path.parent, dict(split=split, bucket=bucket, shards=shards, columns=columns)
     )
-    values = dict(split=split, bucket=bucket, shards=[shard], columns=columns)
-    return Manifest.of(path.parent, values)
-
-
-def _add_place(columns: Mapping[str, Any], key: str, offset: int, data: bytes) -> None:
-    columns["offset"][key].append(offset)
-    columns["size"][key].append(len(data))
-    columns["crc32"][key].append(zlib.crc32(data))
 
 
 def to_json(description: Mapping[str, Any]) -> bytes:
@@ -293,15 +300,5 @@ def recover_index(path: Path, split: str, bucket: str) -> Manifest:
                 description = typed(_Description, json.loads(found["json"][1]))
             except ValueError:
                 continue
-            columns["id"].append(name)
-            columns["shard"].append(0)
-            columns["truncated"].append(description["truncated"])
-            for feature in FEATURES:
-                fingerprint = description["fingerprint"].get(feature, "")
-                columns["fingerprint"][feature].append(fingerprint)
-            for key, (offset, data) in found.items():
-                _add_place(columns, key, offset, data)
-    num, num_bytes = len(columns["id"]), path.stat().st_size
-    shard = dict(file=path.name, num_samples=num, num_bytes=num_bytes, sha256="")
-    values = dict(split=split, bucket=bucket, columns=columns)
-    return Manifest.of(path.parent, dict(values, shards=[dict(shard, moments=Tally().to_dict())]))
+            _add_row(columns, name, description, found)
+    return _index(path, split, bucket, columns, "", Tally())

@@ -4,9 +4,9 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from data.images.members import Archive
+from dnnlib.errors import refusal
 
 METADATA = "metadata"
 _FILE_KEYS = ("file", "file_name")
@@ -36,10 +36,8 @@ def read_captions(
     elif location is not None and not os.path.isdir(location):
         captions = _from_jsonl(location, (key,) if key else _CAPTION_KEYS)
     elif key is not None:
-        raise ValueError(
-            "--caption-key: has no effect on text files beside images; give --captions=FILE.jsonl "
-            "or --captions=metadata, or leave it out."
-        )
+        remedy = "give --captions=FILE.jsonl or --captions=metadata, or leave it out"
+        raise refusal("--caption-key", but="has no effect on text files", remedy=remedy)
     elif location is None:
         captions = _from_files(names, archive.read_file)
     else:
@@ -49,7 +47,7 @@ def read_captions(
 
 
 def require_captions(
-    captions: Mapping[str, str], names: Sequence[str], source: str, location: str | None
+    captions: Mapping[str, str], names: Sequence[str], source: Path | str, location: str | None
 ) -> None:
     """Raise ValueError, one sentence, if an image has no caption.
 
@@ -59,20 +57,17 @@ def require_captions(
     if missing:
         where = "text files beside the images" if location is None else location
         shown = ", ".join(missing[:_NUM_SHOWN]) + (", ..." if len(missing) > _NUM_SHOWN else "")
-        raise ValueError(
-            f"--captions: {len(missing)} of {len(names)} images of {source} have no caption in "
-            f"{where}: {shown}; write one for each, or give another --captions."
-        )
+        problem = f"{len(missing)} of {len(names)} images of {source} have no caption in {where}"
+        remedy = "write one for each, or give another --captions"
+        raise refusal("--captions", but=f"{problem}: {shown}", remedy=remedy)
 
 
 def _from_metadata(archive: Archive, key: str) -> dict[str, str]:
     where = f"{archive.path}/dataset.json"
-    metadata = archive.metadata()
-    if metadata is None or metadata.get(key) is None:
-        raise ValueError(
-            f'--captions: {where} is missing or has no "{key}"; add it, or give another --captions.'
-        )
-    pairs = metadata[key]
+    pairs = (archive.metadata() or {}).get(key)
+    if pairs is None:
+        problem = f'{where} is missing or has no "{key}"'
+        raise refusal("--captions", but=problem, remedy="add it, or give another --captions")
     pairs = list(pairs.items()) if isinstance(pairs, dict) else pairs
     if not isinstance(pairs, list):
         raise ValueError(f'{where}: "{key}" must be an object of captions by file name.')
@@ -80,9 +75,8 @@ def _from_metadata(archive: Archive, key: str) -> dict[str, str]:
     for pair in pairs:
         is_pair = isinstance(pair, list | tuple) and len(pair) == 2
         if not is_pair or not all(isinstance(part, str) for part in pair):
-            raise ValueError(
-                f'{where}: "{key}" holds {pair!r}, which is no pair of a file name and a caption.'
-            )
+            problem = f'"{key}" holds {pair!r}, which is no pair of a file name and a caption'
+            raise ValueError(f"{where}: {problem}.")
         _add(captions, *pair, where)
     return captions
 
@@ -91,31 +85,27 @@ def _from_jsonl(location: str, keys: Sequence[str]) -> dict[str, str]:
     try:
         data = Path(location).read_bytes()
     except OSError as error:
-        raise ValueError(
-            f"--captions: {location} cannot be read ({error.strerror}); give a .jsonl file, a "
-            f"folder of text files, or {METADATA}."
-        ) from None
+        problem = f"{location} cannot be read ({error.strerror})"
+        remedy = f"give a .jsonl file, a folder of text files, or {METADATA}"
+        raise refusal("--captions", but=problem, remedy=remedy) from None
     captions: dict[str, str] = {}
     for number, line in enumerate(_decoded(data, location).split("\n"), start=1):
         if not line.strip():
             continue
+        where = f"{location}: line {number}"
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{location}: line {number} is not valid JSON ({error}).") from None
-        name, caption = _value(row, _FILE_KEYS), _value(row, keys)
+            raise ValueError(f"{where} is not valid JSON ({error}).") from None
+        name, caption = (
+            next((row[k] for k in options if isinstance(row, dict) and k in row), None)
+            for options in (_FILE_KEYS, keys)
+        )
         if not isinstance(name, str) or not isinstance(caption, str):
-            raise ValueError(
-                f"{location}: line {number} must be an object with the texts "
-                f'"{_FILE_KEYS[0]}" and "{keys[0]}".'
-            )
-        _add(captions, name, caption, f"{location}: line {number}")
+            texts = f'"{_FILE_KEYS[0]}" and "{keys[0]}"'
+            raise ValueError(f"{where} must be an object with the texts {texts}.")
+        _add(captions, name, caption, where)
     return captions
-
-
-def _value(row: Any, keys: Sequence[str]) -> Any:
-    """Return the value of the first of the keys that an object has."""
-    return next((row[key] for key in keys if isinstance(row, dict) and key in row), None)
 
 
 def _add(captions: dict[str, str], name: str, caption: str, where: str) -> None:

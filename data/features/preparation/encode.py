@@ -3,32 +3,36 @@
 import collections
 import contextlib
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from data.features.buckets import Bucket, fit_image
-from data.features.preparation.plan import Plan, PlannedImage
+from data.features.preparation.plan import Key, Plan, PlannedImage
 from data.features.preparation.stage import Stage
 from data.features.record import KEYS_OF
 from data.features.shards import to_npy
 from data.images.decode import decode_image
 from data.images.members import Archive
-from data.resumable import BackgroundWriter, memory_for, to_float16
+from data.resumable import BackgroundWriter, memory_for, progress_of_ranks, share, to_float16
 from dnnlib.parallel import thread_map
+from torch_utils import distributed
 
-Batch = Sequence[tuple[PlannedImage, frozenset[str]]]  # Samples, and what each is without.
+Batch = Sequence[tuple[PlannedImage, Collection[str]]]  # Samples, and what each is without.
 
 _BATCHES_AHEAD = 3
+_BATCHES_PER_ROUND = 32  # Of each rank, between two moments at which shards are packed.
 
 
 class FeatureEncoder:
-    """Encodes batches and stages the results; decoding and writing go on beside that in threads.
+    """Encodes what samples lack and stages it; decoding and writing go on beside that in threads.
 
     Attributes:
-        num_made: How many of each feature are staged so far.
+        num_made: How many of each feature this rank has staged so far.
     """
 
     def __init__(
@@ -37,7 +41,7 @@ class FeatureEncoder:
         archive: Archive,
         encoders: Mapping[str, Any],
         stage: Stage,
-        *,
+        batch_size: int,
         num_threads: int,
     ) -> None:
         """``encoders`` has those of the features that are to be made, by name."""
@@ -47,16 +51,53 @@ class FeatureEncoder:
         self._positions = {name: index for index, name in enumerate(archive.names)}
         self._encoders = encoders
         self._stage = stage
+        self._batch_size = batch_size
         self._num_threads = num_threads
 
-    def encode_texts(
-        self, batches: Sequence[Sequence[PlannedImage]], on_done: Callable[[int], None]
+    def encode(
+        self,
+        shards: Mapping[Path, Sequence[PlannedImage]],
+        there: Collection[Key],
+        pack: Callable[[Path], None] | None = None,
     ) -> None:
-        """Stage the text features of batches; ``on_done`` gets the numbers of captions done."""
-        with self._writer() as writer:
-            for batch in batches:
-                encoder = self._encoders["text"]
-                captions = [image.caption for image in batch]
+        """Stage what the samples of shards lack of the plan beside what is ``there``. Collective.
+
+        Ranks share the batches of some shards at a time, then these shards, to ``pack`` them: while
+        they encode for some, they write those before. Batches are the same for any number of ranks.
+        """
+        images = list(chain(*shards.values()))
+        lacking = {
+            image.id: {key[1] for key in self._plan.keys(image) if key not in there}
+            for image in images
+        }
+        self._encode_captions([image for image in images if "text" in lacking[image.id]])
+        batches = {}
+        for path, images in shards.items():
+            rows = [(image, lacking[image.id] - {"text"}) for image in images]
+            batches[path] = _chunks([row for row in rows if row[1]], self._batch_size)
+        num_images = self._batch_size * _BATCHES_PER_ROUND
+        size = distributed.world_size() * max(num_images // self._plan.shard_size, 1)
+        rounds = _chunks(list(shards), size)
+        mine = [share(list(chain(*(batches[path] for path in part)))) for part in rounds]
+        total, own = (sum(map(len, chain(*parts))) for parts in (batches.values(), mine))
+        bar = progress_of_ranks(total, own, "Encoding images")
+        with bar as on_done, BackgroundWriter(1, size) as packer:
+            for part, batches_of_rank in zip(rounds, mine, strict=True):
+                with distributed.together():
+                    self.encode_images(batches_of_rank, on_done)
+                    packer.wait()
+                for path in share(part) if pack else ():
+                    packer.submit(pack, path)
+            with distributed.together():
+                packer.wait()
+
+    def _encode_captions(self, images: Sequence[PlannedImage]) -> None:
+        images = sorted(images, key=lambda i: (len(i.caption), i.id))  # So that few are padded.
+        mine = share(_chunks(images, self._batch_size))
+        bar = progress_of_ranks(len(images), sum(map(len, mine)), "Encoding captions")
+        with bar as on_done, distributed.together(), self._writer() as writer:
+            for batch in mine:
+                encoder, captions = self._encoders["text"], [image.caption for image in batch]
                 _, truncated = encoder.tokenize(captions)
                 with memory_for(len(captions), "captions"):
                     hidden, mask, _ = encoder.encode(captions)
@@ -70,7 +111,7 @@ class FeatureEncoder:
     def encode_images(self, batches: Sequence[Batch], on_done: Callable[[int], None]) -> None:
         """Stage latents and visual features of batches, each of one bucket."""
         images = [image for batch in batches for image, _ in batch]
-        num_ahead = (1 + _BATCHES_AHEAD) * max(map(len, batches), default=1)
+        num_ahead = (1 + _BATCHES_AHEAD) * self._batch_size
         pixels_of = thread_map(self._pixels, images, self._num_threads, num_ahead)
         with contextlib.closing(pixels_of) as decoded, self._writer() as writer:
             for batch in batches:
@@ -118,12 +159,9 @@ class FeatureEncoder:
     def _to_float16(
         self, values: torch.Tensor, batch: Sequence[PlannedImage], feature: str
     ) -> np.ndarray:
-        def label(row: int) -> str:
-            return f"{self._archive.path}/{batch[row].file}"
-
-        return to_float16(
-            values, label, f"{feature} features have", self._encoders[feature].location
-        )
+        labels = [f"{self._archive.path}/{image.file}" for image in batch]
+        location = self._encoders[feature].location
+        return to_float16(values, labels.__getitem__, f"{feature} features have", location)
 
     def _put(
         self,
@@ -131,10 +169,13 @@ class FeatureEncoder:
         image: PlannedImage,
         feature: str,
         arrays: Mapping[str, np.ndarray],
-        *,
         truncated: bool = False,
     ) -> None:
         members = {key: to_npy(array) for key, array in arrays.items()}
         key = image.id, feature, self._plan.fingerprints[image.id][feature]
-        writer.submit(self._stage.put, *key, members, truncated=truncated)
+        writer.submit(self._stage.put, *key, members, truncated)
         self.num_made[feature] += 1
+
+
+def _chunks(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    return [items[first : first + size] for first in range(0, len(items), size)]

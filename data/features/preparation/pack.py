@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import shutil
 import zlib
@@ -39,22 +40,23 @@ from data.features.shards import (
     to_json,
     write_shard,
 )
-from data.resumable import progress_of_ranks, share
+from data.resumable import map_of_ranks
 from dnnlib.files import atomic_write, write_json
-from dnnlib.parallel import thread_map
 from torch_utils import distributed
 from torch_utils.fingerprints import package_versions
 
-_BUCKETS = "bucket_*"
 _OLD_FOLDER = ".old"  # Where earlier versions put shards that were to be replaced.
 _ALTERED = "was altered while it was in use; start the same command again"
 
 
+def _glob(folder: Path, pattern: str) -> list[Path]:
+    """Return the files of a pattern in the folders of all buckets, or with ``""`` these folders."""
+    return sorted(p for split in SPLITS for p in (folder / split).glob(f"bucket_*/{pattern}"))
+
+
 def find_shards(folder: Path) -> list[Path]:
     """Return the paths of all shards of a feature folder."""
-    places = [(folder / split).glob(f"{_BUCKETS}/shard-*.tar") for split in SPLITS]
-    places.append((folder / _OLD_FOLDER).glob("*.tar"))
-    return sorted(path for place in places for path in place)
+    return sorted([*(folder / _OLD_FOLDER).glob("*.tar"), *_glob(folder, "shard-*.tar")])
 
 
 # Indexes beside shards, while a preparation is under way: the manifest of that shard alone.
@@ -64,30 +66,18 @@ def _index_file(path: Path) -> Path:
     return path.with_name(f".{path.name}.json")
 
 
-def read_index(path: Path) -> tuple[Manifest, bool] | None:
-    """Return the index beside a shard, and whether the shard is as it was when that was written.
-
-    None if there is none.
-    """
-    file = _index_file(path)
+def _read_index(path: Path) -> Manifest:
+    """Return the index beside a shard; raises ValueError if there is none."""
     try:
-        index = read_json(file, FORMAT, lambda values: Manifest.of(path.parent, values))
-        (shard,), found = index.shards, path.stat()
-        is_same = found.st_mtime_ns <= file.stat().st_mtime_ns
-        return index, is_same and found.st_size == shard["num_bytes"]
+        return read_json(_index_file(path), FORMAT, lambda found: Manifest.of(path.parent, found))
     except (OSError, ValueError):
-        return None
+        raise ValueError(f"{path}: {_ALTERED}.") from None
 
 
-def read_manifests(folder: Path) -> dict[Path, Manifest]:
-    """Return the manifests of a feature folder that can be read, by their folders."""
-    found = {}
-    for split in SPLITS:
-        for path in (folder / split).glob(f"{_BUCKETS}/{MANIFEST_FILE}"):
-            with contextlib.suppress(ValueError):
-                bucket = path.parent.name.partition("_")[2]
-                found[path.parent] = read_manifest(folder, split, bucket)
-    return found
+def _is_unchanged(path: Path, index: Manifest) -> bool:
+    """Tell whether a shard is as it was when the index beside it was written."""
+    is_same_size = path.stat().st_size == index.shards[0]["num_bytes"]
+    return is_same_size and path.stat().st_mtime_ns <= _index_file(path).stat().st_mtime_ns
 
 
 def known_index(path: Path, manifests: Mapping[Path, Manifest]) -> Manifest:
@@ -95,62 +85,66 @@ def known_index(path: Path, manifests: Mapping[Path, Manifest]) -> Manifest:
 
     ``manifests`` are by folder.
     """
-    if path.parent in manifests:
-        found = manifests[path.parent].of_shard(path.name)
-        if found is not None:
-            return found
-    index = read_index(path)
+    manifest = manifests.get(path.parent)
+    index = None if manifest is None else manifest.of_shard(path.name)
     if index is not None:
-        return index[0]
-    split, bucket = path.parent.parent.name, path.parent.name.partition("_")[2]
-    return recover_index(path, split, bucket)
+        return index
+    with contextlib.suppress(ValueError):
+        return _read_index(path)
+    return recover_index(path, *_place(path))
 
 
-def look_at_shards(folder: Path, plan: Plan, num_threads: int) -> dict[Path, Manifest]:
-    """Return the index of each shard of this rank's share, without what cannot be used. Collective.
+def _place(path: Path) -> tuple[str, str]:
+    """Return the split and the name of the bucket whose folder a file lies in."""
+    return path.parent.parent.name, path.parent.name.partition("_")[2]
+
+
+def look_at_shards(
+    folder: Path, plan: Plan, num_threads: int
+) -> dict[Path, tuple[bool, list[Key]]]:
+    """Return of each shard whether it is as planned, and what it holds of the plan. Collective.
 
     A shard that has not changed since its index was written is trusted, unless the folder is
-    complete. Others are read whole. Every shard has an index beside it then.
+    complete. Others are read whole. Every shard has an index beside it then, without what cannot
+    be used.
     """
     paths, is_whole = distributed.on_main(lambda: (find_shards(folder), is_complete(folder)))
-    manifests = read_manifests(folder)
+    planned, manifests = plan.shards(folder), {}
+    for file in _glob(folder, MANIFEST_FILE):
+        with contextlib.suppress(ValueError):
+            manifests[file.parent] = read_manifest(folder, *_place(file))
 
-    def look(path: Path) -> Manifest:
-        found = read_index(path)
-        if found is not None and found[1] and not is_whole:
-            return found[0]
-        known = known_index(path, manifests)
-        index, _ = check_shard(path, known, plan.shapes(known.bucket))
-        write_json(_index_file(path), index.to_dict())
-        return index
+    def look(path: Path) -> tuple[bool, list[Key]]:
+        try:
+            index = _read_index(path)
+            is_known = not is_whole and _is_unchanged(path, index)
+        except ValueError:
+            is_known = False
+        if not is_known:
+            known = known_index(path, manifests)
+            index, _ = check_shard(path, known, plan.shapes(known.bucket))
+            write_json(_index_file(path), index.to_dict())
+        is_right = _is_right(plan, planned.get(path, ()), index)
+        return is_right, [key for _, key in _wanted_rows(plan, index)]
 
-    mine = share(paths)
-    bar = progress_of_ranks(len(paths), len(mine), "Checking shards", "shard")
-    found = {}
-    with distributed.together(), bar as on_done:
-        for path, index in zip(mine, thread_map(look, mine, num_threads, num_threads), strict=True):
-            found[path] = index
-            on_done()
-    return found
+    found = map_of_ranks(look, paths, num_threads, "Checking shards", "shard")
+    return dict(zip(paths, found, strict=True))
 
 
-def is_right(plan: Plan, images: Sequence[PlannedImage], index: Manifest) -> bool:
-    """Tell whether a shard that exists holds exactly the samples that it should."""
-    is_whole = bool(index.shards[0]["sha256"])
-    if not is_whole or index.ids != [image.id for image in images]:
+def _is_right(plan: Plan, images: Sequence[PlannedImage], index: Manifest) -> bool:
+    """Tell whether a shard holds exactly the samples that it should, all whole."""
+    if not images or not index.shards[0]["sha256"] or index.ids != [image.id for image in images]:
         return False
     for row, image in enumerate(images):
-        if any(
-            index.fingerprint[feature][row] != wanted for _, feature, wanted in plan.keys(image)
-        ):
-            return False
         description = plan.describe(image, bool(index.truncated[row]))
-        if zlib.crc32(to_json(description)) != index.crc32["json"][row]:
+        known = {name: index.fingerprint[name][row] for name in description["fingerprint"]}
+        crc32 = zlib.crc32(to_json(description))
+        if known != description["fingerprint"] or crc32 != index.crc32["json"][row]:
             return False
     return True
 
 
-def wanted_rows(plan: Plan, index: Manifest) -> Iterator[tuple[int, Key]]:
+def _wanted_rows(plan: Plan, index: Manifest) -> Iterator[tuple[int, Key]]:
     """Yield what a shard holds of the plan: row, and sample, feature and fingerprint."""
     for row, name in enumerate(index.ids):
         for feature, wanted in plan.fingerprints.get(name, {}).items():
@@ -158,18 +152,32 @@ def wanted_rows(plan: Plan, index: Manifest) -> Iterator[tuple[int, Key]]:
                 yield row, (name, feature, wanted)
 
 
-def unpack(
-    path: Path, index: Manifest, plan: Plan, stage: Stage, staged: Collection[Key]
-) -> list[Key]:
+def staged_keys(plan: Plan, stage: Stage, num_threads: int) -> set[Key]:
+    """Return what is staged of the plan, whole; what is damaged is deleted. Collective."""
+    buckets = {image.id: image.bucket for image in plan.images}
+    wanted = {key for image in plan.images for key in plan.keys(image)}
+    keys = [key for key in distributed.on_main(stage.keys) if key in wanted]
+
+    def check(key: Key) -> bool:
+        is_whole = stage.get(*key, plan.shapes(buckets[key[0]])) is not None
+        if not is_whole:
+            stage.remove(key)
+        return is_whole
+
+    found = map_of_ranks(check, keys, num_threads, "Checking features", "file")
+    return set(itertools.compress(keys, found))
+
+
+def unpack(path: Path, plan: Plan, stage: Stage, staged: Collection[Key]) -> list[Key]:
     """Stage what a shard holds of the plan and is not ``staged``, delete the shard, return what."""
-    done = []
+    index, done = _read_index(path), []
     with open(path, "rb") as file:
-        for row, key in wanted_rows(plan, index):
+        for row, key in _wanted_rows(plan, index):
             if key in staged:
                 continue
             with contextlib.suppress(ValueError):  # What is damaged is made again.
                 members = {k: read_member(file, index, row, k) for k in KEYS_OF[key[1]]}
-                stage.put(*key, members, truncated=key[1] == "text" and bool(index.truncated[row]))
+                stage.put(*key, members, key[1] == "text" and bool(index.truncated[row]))
                 done.append(key)
     path.unlink()
     _index_file(path).unlink(missing_ok=True)
@@ -194,7 +202,8 @@ def pack(path: Path, plan: Plan, images: Sequence[PlannedImage], stage: Stage) -
     shapes = plan.shapes(images[0].bucket)
     index = write_shard(path, images[0].split, images[0].bucket, samples())
     write_json(_index_file(path), index.to_dict())
-    stage.remove(key for image in images for key in plan.keys(image))
+    for key in itertools.chain(*map(plan.keys, images)):
+        stage.remove(key)
 
 
 # The whole folder.
@@ -202,19 +211,15 @@ def pack(path: Path, plan: Plan, images: Sequence[PlannedImage], stage: Stage) -
 
 def open_up(folder: Path) -> None:
     """Delete record and manifests: what the folder holds is told by the indexes from here on."""
-    (folder / RECORD_FILE).unlink(missing_ok=True)
-    for split in SPLITS:
-        for path in (folder / split).glob(f"{_BUCKETS}/{MANIFEST_FILE}"):
-            path.unlink()
+    for path in (folder / RECORD_FILE, *_glob(folder, MANIFEST_FILE)):
+        path.unlink(missing_ok=True)
 
 
 def remove_all(folder: Path, stage: Stage) -> None:
     """Delete everything that a preparation made."""
-    open_up(folder)
-    for split in SPLITS:
-        for path in (folder / split).glob(_BUCKETS):
-            shutil.rmtree(path)
-    shutil.rmtree(folder / _OLD_FOLDER, ignore_errors=True)
+    (folder / RECORD_FILE).unlink(missing_ok=True)
+    for path in (*_glob(folder, ""), folder / _OLD_FOLDER):
+        shutil.rmtree(path, ignore_errors=True)
     stage.clear()
 
 
@@ -226,10 +231,7 @@ def finish(folder: Path, plan: Plan, stage: Stage) -> FeatureRecord:
     """
     parts: dict[Path, list[Manifest]] = collections.defaultdict(list)
     for path in plan.shards(folder):
-        found = read_index(path)
-        if found is None:
-            raise ValueError(f"{path}: {_ALTERED}.")
-        parts[path.parent].append(found[0])
+        parts[path.parent].append(_read_index(path))
     manifests = []
     for split, bucket in [(split, bucket.name) for split in SPLITS for bucket in plan.buckets]:
         place = bucket_folder(folder, split, bucket)
@@ -241,23 +243,15 @@ def finish(folder: Path, plan: Plan, stage: Stage) -> FeatureRecord:
         if dataclasses.replace(record, packages=previous.packages) == previous:
             record = previous
     _write_if_new(folder / RECORD_FILE, json.dumps(record.to_dict(), indent=2))
-    _tidy_up(folder, plan)
     stage.clear()
-    return record
-
-
-def _tidy_up(folder: Path, plan: Plan) -> None:
-    """Delete indexes, and the folders of buckets that are no more."""
     shutil.rmtree(folder / _OLD_FOLDER, ignore_errors=True)
-    kept = {f"bucket_{bucket.name}" for bucket in plan.buckets}
-    for split in SPLITS:
-        for path in (folder / split).glob(_BUCKETS):
-            for index in path.glob(".*.tar.json"):
-                index.unlink()
-            if path.name not in kept:
-                (path / MANIFEST_FILE).unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # It has files that are not ours.
-                    path.rmdir()
+    for file in _glob(folder, ".*.tar.json"):
+        file.unlink()
+    for path in set(_glob(folder, "")) - {manifest.folder for manifest in manifests}:
+        (path / MANIFEST_FILE).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # It has files that are not ours.
+            path.rmdir()
+    return record
 
 
 def _write_if_new(path: Path, text: str) -> None:
@@ -284,7 +278,6 @@ def _record(plan: Plan, manifests: Sequence[Manifest]) -> FeatureRecord:
         )
         for bucket in plan.buckets
     ]
-    train = [s["moments"] for m in manifests if m.split == "train" for s in m.shards]
     return FeatureRecord(
         name=plan.name,
         source_hash=plan.source_hash,
@@ -293,7 +286,9 @@ def _record(plan: Plan, manifests: Sequence[Manifest]) -> FeatureRecord:
         shard_size=plan.shard_size,
         **{feature: dict(plan.encoders[feature]) for feature in FEATURES},
         captions=dict(num_truncated=sum(int(m.truncated.sum()) for m in manifests)),
-        statistics=statistics_of(train),
+        statistics=statistics_of(
+            [s["moments"] for m in manifests if m.split == "train" for s in m.shards]
+        ),
         content_hash=hash_of_shards(manifests),
         packages=packages,
     )

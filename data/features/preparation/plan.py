@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,10 @@ from data.features.record import AGAIN, CLAIM_FILE, FEATURES, SPLITS, bucket_fol
 from data.features.shards import Shapes
 from data.images.decode import decode_image
 from data.images.members import Archive
-from data.resumable import progress_of_ranks, share
+from data.resumable import map_of_ranks
+from dnnlib.errors import refusal
 from dnnlib.files import atomic_write, write_json
-from dnnlib.parallel import thread_map
 from dnnlib.typed import typed
-from torch_utils import distributed
 
 IMAGES_FILE = "images.jsonl"
 CLAIM_FORMAT = "setdiffit-feature-preparation"
@@ -29,30 +28,17 @@ CLAIM_FORMAT = "setdiffit-feature-preparation"
 _PREPROCESSING_VERSION = 1
 _ID_DIGITS = 16
 _FINGERPRINT_DIGITS = 32
-_LOOK_AHEAD = 4  # Images per thread.
 
 Key = tuple[str, str, str]  # Sample, feature and fingerprint.
 Encoders = Mapping[str, Mapping[str, Any] | None]  # The facts of each of FEATURES, if known.
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Scanned:
-    """What is known of an image file: its bytes, its upright size, or why it cannot be used.
+class PlannedImage:
+    """One sample to be made, and the image that it is made of; a line of the list of images.
 
     ``stamp`` changes when the file does, as far as the file system tells.
     """
-
-    file: str
-    stamp: str
-    sha256: str = ""
-    width: int = 0
-    height: int = 0
-    error: str | None = None
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class PlannedImage:
-    """One sample to be made, and the image that it is made of; a line of the list of images."""
 
     id: str
     file: str
@@ -210,41 +196,34 @@ def scan_images(
     archive: Archive,
     names: Sequence[str],
     known: Mapping[str, PlannedImage],
+    captions: Mapping[str, str],
     buckets: Sequence[Bucket],
     num_threads: int,
-) -> list[Scanned]:
-    """Return what is known of the first images of an archive, in order. Collective: ranks share it.
+) -> list[PlannedImage | str]:
+    """Return a sample, or why there is none, of each of the first images of an archive, in order.
 
-    Every image is decoded once; ``known`` has the images of an earlier plan, by file name, which
-    are not read again if their stamp is the same.
+    Collective: ranks share the images, which are decoded once. Samples have no split yet; their
+    name is the first digits of a hash of the file's. ``known`` has those of an earlier plan, by
+    file, whose images are not read again if their stamp is the same.
     """
 
-    def scan(index: int) -> Scanned:
+    def scan(index: int) -> PlannedImage | str:
         file, stamp = names[index], _stamp(archive, index)
         there = known.get(file)
         try:
             if there is not None and there.stamp == stamp:
-                found = Scanned(file, stamp, there.sha256, there.width, there.height)
+                size, sha256 = (there.width, there.height), there.sha256
             else:
                 data = archive.read(index)
-                image = decode_image(data)
-                digest = hashlib.sha256(data).hexdigest()
-                found = Scanned(file, stamp, digest, image.width, image.height)
-            bucket = nearest_bucket(found.width, found.height, buckets)
-            plan_crop(found.width, found.height, bucket)
+                size, sha256 = decode_image(data).size, hashlib.sha256(data).hexdigest()
+            bucket = nearest_bucket(*size, buckets)
+            plan_crop(*size, bucket)
         except ValueError as error:
-            return Scanned(file, stamp, error=str(error))
-        return found
+            return f"{archive.path}/{file}: {error}"
+        name, caption = hashlib.sha256(file.encode()).hexdigest()[:_ID_DIGITS], captions.get(file)
+        return PlannedImage(name, file, stamp, sha256, *size, bucket.name, "", caption or "")
 
-    mine = share(range(len(names)))
-    bar = progress_of_ranks(len(names), len(mine), "Reading images")
-    with distributed.together(), bar as on_done:
-        found = []
-        for scanned in thread_map(scan, mine, num_threads, _LOOK_AHEAD * num_threads):
-            found.append(scanned)
-            on_done(1)
-    parts = distributed.gather_objects(found)
-    return [parts[index % len(parts)][index // len(parts)] for index in range(len(names))]
+    return map_of_ranks(scan, range(len(names)), num_threads, "Reading images")
 
 
 def _stamp(archive: Archive, index: int) -> str:
@@ -258,50 +237,35 @@ def _stamp(archive: Archive, index: int) -> str:
     return f"{stat.st_size} {stat.st_mtime_ns}"
 
 
-def plan_images(
-    scanned: Sequence[Scanned],
-    captions: Mapping[str, str],
-    buckets: Sequence[Bucket],
-    validation_share: float,
-) -> list[PlannedImage]:
-    """Return the samples to be made, ordered by name; ``captions`` are by file.
+def with_splits(images: Sequence[PlannedImage], validation_share: float) -> list[PlannedImage]:
+    """Return samples with their splits, ordered by name.
 
-    A name is the first digits of a hash of the file's name. Of each bucket with two images or
-    more, the share with the lowest names validates, at least one image if the share is not 0, and
-    never all. Raises ValueError if two names are equal.
+    Of each bucket with two images or more, the share with the lowest names validates, at least one
+    image if the share is not 0, and never all. Raises ValueError if two names are equal.
     """
-    groups: dict[Bucket, dict[str, Scanned]] = defaultdict(dict)
-    names: dict[str, str] = {}
-    for image in scanned:
-        name = hashlib.sha256(image.file.encode()).hexdigest()[:_ID_DIGITS]
-        if names.setdefault(name, image.file) != image.file:
-            raise ValueError(
-                f"{image.file}: has the same name in the features, {name}, as {names[name]}; "
-                "rename one of them."
-            )
-        groups[nearest_bucket(image.width, image.height, buckets)][name] = image
+    by_name: dict[str, PlannedImage] = {}
+    for image in images:
+        other = by_name.setdefault(image.id, image)
+        if other.file != image.file:
+            problem = f"has the same name in the features, {image.id}, as {other.file}"
+            raise refusal(image.file, but=problem, remedy="rename one of them")
+    left = {}  # Of each bucket, how many of the next images validate.
+    for bucket, num in Counter(image.bucket for image in by_name.values()).items():
+        wanted = max(int(validation_share * num + 0.5), 1) if validation_share else 0
+        left[bucket] = min(wanted, num - 1)
     planned = []
-    for bucket, group in groups.items():
-        num_validation = 0
-        if validation_share and len(group) > 1:
-            wanted = int(validation_share * len(group) + 0.5)
-            num_validation = min(max(wanted, 1), len(group) - 1)
-        for rank, (name, image) in enumerate(sorted(group.items())):
-            facts = image.file, image.stamp, image.sha256, image.width, image.height
-            split = "validation" if rank < num_validation else "train"
-            caption = captions.get(image.file, "")
-            planned.append(PlannedImage(name, *facts, bucket.name, split, caption))
-    return sorted(planned, key=lambda image: image.id)
+    for _, image in sorted(by_name.items()):
+        split = "validation" if left[image.bucket] > 0 else "train"
+        left[image.bucket] -= 1
+        planned.append(dataclasses.replace(image, split=split))
+    return planned
 
 
 # What was planned before.
 
 
 def read_claim(folder: Path) -> tuple[Encoders, tuple[Bucket, ...]]:
-    """Return the facts of encoders and the buckets that a preparation has claimed a folder for.
-
-    Raises ValueError if that is missing or damaged.
-    """
+    """Return facts of encoders and buckets that a folder was claimed for; ValueError if damaged."""
     file = folder / CLAIM_FILE
     try:
         claim = json.loads(file.read_text(encoding="utf-8"))
@@ -312,10 +276,7 @@ def read_claim(folder: Path) -> tuple[Encoders, tuple[Bucket, ...]]:
 
 
 def read_images(folder: Path) -> list[PlannedImage]:
-    """Return the list of samples that were to be made.
-
-    Raises ValueError if it is missing or damaged.
-    """
+    """Return the samples that were to be made; ValueError if their list is missing or damaged."""
     file = folder / IMAGES_FILE
     images: list[PlannedImage] = []
     try:

@@ -1,7 +1,9 @@
 """Makes a feature folder of captioned images, on any number of ranks, resumable at any moment."""
 
+import collections
 import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,20 +12,23 @@ from typing import Any
 import torch
 
 from data.features.buckets import DEFAULT_BUCKETS, Bucket
+from data.features.preparation import pack
 from data.features.preparation.captions import read_captions, require_captions
-from data.features.preparation.make import Making
+from data.features.preparation.encode import FeatureEncoder
 from data.features.preparation.plan import (
     Plan,
     PlannedImage,
-    plan_images,
     read_images,
     scan_images,
+    with_splits,
 )
+from data.features.preparation.stage import Stage
 from data.features.record import FEATURES, FeatureRecord, is_feature_folder
 from data.images.archive import open_archive
 from data.images.members import Archive
 from data.images.samples import SampleArchive
-from data.resumable import check_folder, locked
+from data.resumable import check_folder, locked, map_of_ranks
+from dnnlib.errors import refusal
 from dnnlib.parallel import num_cores_of_rank
 from encoders.autoencoder import AUTOENCODER, load_autoencoder
 from encoders.text import TEXT, load_text_encoder
@@ -117,19 +122,62 @@ def prepare(
             shard_size=preparation.shard_size,
             encoders={feature: encoder.facts() for feature, encoder in encoders.items()},
         )
-        making = Making(dest, archive, plan, encoders, preparation.batch_size, num_threads)
+        stage = Stage(dest)
+        size = preparation.batch_size
+        encoder = FeatureEncoder(plan, archive, encoders, stage, size, num_threads)
         record, num_packed = None, 0
         if preparation.only is not None:
-            making.stage_missing()
+            _stage_missing(dest, plan, encoder, stage, num_threads)
         else:
-            record, num_packed = making.make_all(anew=preparation.overwrite)
+            if preparation.overwrite:
+                distributed.on_main(lambda: pack.remove_all(dest, stage))
+            record, num_packed = _make_all(dest, plan, encoder, stage, num_threads)
+        made = sum(distributed.gather_objects(encoder.num_made), collections.Counter())
         return Outcome(
             record=record,
             num_images=len(images),
-            num_made=making.num_made(),
+            num_made={feature: made[feature] for feature in FEATURES},
             num_packed=num_packed,
             skipped=tuple(skipped),
         )
+
+
+# Nothing that is right is deleted before it is elsewhere: a feature goes from its encoder, or from
+# a shard that is not right any more, to the stage, and from there to its shard.
+
+
+def _stage_missing(
+    folder: Path, plan: Plan, encoder: FeatureEncoder, stage: Stage, num_threads: int
+) -> None:
+    """Stage what is missing of the plan; shards and record stay as they are. Collective."""
+    distributed.on_main(lambda: plan.write(folder))
+    shards = pack.look_at_shards(folder, plan, num_threads)
+    there = {key for _, keys in shards.values() for key in keys}
+    encoder.encode(plan.shards(folder), there | pack.staged_keys(plan, stage, num_threads))
+
+
+def _make_all(
+    folder: Path, plan: Plan, encoder: FeatureEncoder, stage: Stage, num_threads: int
+) -> tuple[FeatureRecord, int]:
+    """Make all that is planned; return record and number of shards written. Collective."""
+    found = pack.look_at_shards(folder, plan, num_threads)
+    right = {path for path, (is_right, _) in found.items() if is_right}
+    others = [path for path in found if path not in right]
+    missing = {path: images for path, images in plan.shards(folder).items() if path not in right}
+
+    def claim() -> None:
+        plan.write(folder)
+        if others or missing:
+            pack.open_up(folder)
+
+    distributed.on_main(claim)
+    there = pack.staged_keys(plan, stage, num_threads)
+    unpack = functools.partial(pack.unpack, plan=plan, stage=stage, staged=there)
+    # One at a time, as each of them is there twice for a while.
+    unpacked = map_of_ranks(unpack, others, 1, "Unpacking shards", "shard")
+    there = there.union(*unpacked)
+    encoder.encode(missing, there, lambda path: pack.pack(path, plan, missing[path], stage))
+    return distributed.on_main(lambda: pack.finish(folder, plan, stage)), len(missing)
 
 
 def _check_options(
@@ -137,24 +185,21 @@ def _check_options(
 ) -> None:
     """Raise ValueError for what can be known before any work."""
     check_folder(dest, "features", is_feature_folder)
-    if preparation.overwrite and preparation.only is not None:
+    only, share = preparation.only, preparation.validation_share
+    if preparation.overwrite and only is not None:
         raise ValueError("--overwrite makes all features again; leave out --only.")
-    wanted = FEATURES if preparation.only is None else (preparation.only,)
     for feature in FEATURES:
-        location = locations.get(feature)
-        if location is None and feature in wanted:
-            raise ValueError(
-                f"--{feature}: is needed, the folder or Hugging Face id of the encoder; or prepare "
-                "another feature by itself with --only."
-            )
-        if location is not None and feature not in wanted:
-            raise ValueError(f"--{feature}: has no effect with --only={preparation.only}.")
+        location, is_wanted = locations.get(feature), only in (None, feature)
+        if location is None and is_wanted:
+            what = "is needed, the folder or Hugging Face id of the encoder"
+            remedy = "or prepare another feature by itself with --only"
+            raise refusal(f"--{feature}", but=what, remedy=remedy)
+        if location is not None and not is_wanted:
+            raise ValueError(f"--{feature}: has no effect with --only={only}.")
         if location is not None:
             _ENCODERS[feature][0].check_location(str(location))
-    if not 0 <= preparation.validation_share < 1:
-        raise ValueError(
-            f"--validation-share: got {preparation.validation_share:g}; accepted: 0 to less than 1."
-        )
+    if not 0 <= share < 1:
+        raise refusal("--validation-share", f"{share:g}", accepted="0 to less than 1")
 
 
 def _open_source(source: str | os.PathLike) -> Archive:
@@ -163,10 +208,8 @@ def _open_source(source: str | os.PathLike) -> Archive:
         raise ValueError(f"--source: {source} holds features already; give images.")
     archive = open_archive(source)
     if isinstance(archive, SampleArchive):
-        raise ValueError(
-            f"--source: {source} holds images of one size without names; give a folder or zip of "
-            "image files."
-        )
+        problem = f"{source} holds images of one size without names"
+        raise refusal("--source", but=problem, remedy="give a folder or zip of image files")
     return archive
 
 
@@ -175,7 +218,7 @@ def _captions(archive: Archive, preparation: Preparation) -> dict[str, str]:
     captions = read_captions(archive, names, preparation.captions, preparation.caption_key)
     # Of those that may yet turn out to be broken, captions are asked for later.
     if preparation.only in (None, "text") and not preparation.skip_broken:
-        require_captions(captions, names, str(archive.path), preparation.captions)
+        require_captions(captions, names, archive.path, preparation.captions)
     return captions
 
 
@@ -189,18 +232,15 @@ def _load_encoders(
         if location is not None
     }
     vae = encoders.get("vae")
-    if vae is not None:
-        if vae.img_channels != 3:
-            raise ValueError(
-                f"--vae: {vae.location} takes images of {vae.img_channels} channel(s), but "
-                "features are made of RGB images; use another autoencoder."
-            )
-        for bucket in preparation.buckets:
-            if bucket.width % vae.downsampling or bucket.height % vae.downsampling:
-                raise ValueError(
-                    f"--buckets: the sides of {bucket.name} are no multiples of "
-                    f"{vae.downsampling}, which --vae={vae.location} takes; give other sizes."
-                )
+    if vae is not None and vae.img_channels != 3:
+        takes = f"{vae.location} takes images of {vae.img_channels} channel(s)"
+        problem = f"{takes}, but features are made of RGB images"
+        raise refusal("--vae", but=problem, remedy="use another autoencoder")
+    for bucket in preparation.buckets if vae is not None else ():
+        if any(side % vae.downsampling for side in bucket.size):
+            problem = f"the sides of {bucket.name} are no multiples of {vae.downsampling}"
+            problem += f", which --vae={vae.location} takes"
+            raise refusal("--buckets", but=problem, remedy="give other sizes")
     return encoders
 
 
@@ -215,24 +255,20 @@ def _plan_images(
     known: dict[str, PlannedImage] = {}
     with contextlib.suppress(ValueError):  # Images are then read again.
         known = {image.file: image for image in read_images(dest)}
-    names, buckets = archive.names[: preparation.max_images], preparation.buckets
-    scanned = scan_images(archive, names, known, buckets, num_threads)
-    broken = [f"{archive.path}/{s.file}: {s.error}" for s in scanned if s.error is not None]
+    names = archive.names[: preparation.max_images]
+    scanned = scan_images(archive, names, known, captions, preparation.buckets, num_threads)
+    broken = [found for found in scanned if isinstance(found, str)]
+    usable = [found for found in scanned if not isinstance(found, str)]
     if broken and not preparation.skip_broken:
-        shown = broken[:_NUM_BROKEN_SHOWN]
-        if len(broken) > len(shown):
-            shown.append("...")
+        more = ["..."] if len(broken) > _NUM_BROKEN_SHOWN else []
         raise ValueError(
             f"{archive.path}: {len(broken)} of {len(names)} images cannot be used:\n  "
-            + "\n  ".join(shown)
+            + "\n  ".join(broken[:_NUM_BROKEN_SHOWN] + more)
             + "\nNo features were made. Repair or remove them, or give --skip-broken."
         )
-    usable = [image for image in scanned if image.error is None]
     if not usable:
-        raise ValueError(
-            f"{archive.path}: no image is left, all are broken; the first: {broken[0]}"
-        )
+        raise ValueError(f"{archive.path}: no image is left, all are broken; first: {broken[0]}")
     if preparation.only in (None, "text"):
         files = [image.file for image in usable]
-        require_captions(captions, files, str(archive.path), preparation.captions)
-    return plan_images(usable, captions, buckets, preparation.validation_share), broken
+        require_captions(captions, files, archive.path, preparation.captions)
+    return with_splits(usable, preparation.validation_share), broken

@@ -1,21 +1,20 @@
 """Features between their encoder and their shard: one content-addressed file for each."""
 
+import contextlib
 import json
-import os
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from data.features.record import FEATURES, KEYS_OF
 from data.features.shards import Members, Shapes, check_feature
 from dnnlib.files import atomic_write
 
-STAGE_FOLDER = ".staged"
 _FACTS = "fingerprint.json"
 _TIME = (1980, 1, 1, 0, 0, 0)
+# What damaged files make of reading them.
+_DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 class Stage:
@@ -27,20 +26,14 @@ class Stage:
 
     def __init__(self, folder: Path) -> None:
         """``folder`` is the feature folder."""
-        self._folder = folder / STAGE_FOLDER
+        self._folder = folder / ".staged"
 
     def file(self, name: str, feature: str, fingerprint: str) -> Path:
         """Return the file of a sample's feature."""
         return self._folder / feature / name[:2] / f"{name}-{fingerprint}.zip"
 
     def put(
-        self,
-        name: str,
-        feature: str,
-        fingerprint: str,
-        members: Members,
-        *,
-        truncated: bool = False,
+        self, name: str, feature: str, fingerprint: str, members: Members, truncated: bool = False
     ) -> None:
         """Stage a sample's feature, whole or not at all; of texts, also whether they were cut."""
         facts = json.dumps(dict(fingerprint=fingerprint, truncated=truncated)).encode()
@@ -58,44 +51,36 @@ class Stage:
 
         None if it is not there whole, with finite values of the right shapes.
         """
-        try:
-            with zipfile.ZipFile(self.file(name, feature, fingerprint)) as archive:
-                facts = json.loads(archive.read(_FACTS))
-                members = {key: archive.read(key) for key in KEYS_OF[feature]}
+        with (
+            contextlib.suppress(*_DAMAGE),
+            zipfile.ZipFile(self.file(name, feature, fingerprint)) as archive,
+        ):
+            facts = json.loads(archive.read(_FACTS))
+            members = {key: archive.read(key) for key in KEYS_OF[feature]}
             check_feature(feature, members, shapes)
             return members, bool(facts.get("truncated"))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
-            return None
+        return None
 
     def keys(self) -> list[tuple[str, str, str]]:
-        """Return sample, feature and fingerprint of all files, in order, by their names alone."""
+        """Return sample, feature and fingerprint of all files, in order, by their names alone.
+
+        A file of an earlier version, ID.zip, gets the name of now; the fingerprint is inside.
+        """
         found = []
         for feature in FEATURES:
             for path in sorted((self._folder / feature).glob("*/[!.]*.zip")):
-                name, _, fingerprint = (path if "-" in path.stem else _adopt(path)).stem.partition(
-                    "-"
-                )
+                name, _, fingerprint = path.stem.partition("-")
+                if not fingerprint:  # It stays empty if the file is damaged, and of no use then.
+                    with contextlib.suppress(*_DAMAGE), zipfile.ZipFile(path) as archive:
+                        fingerprint = str(json.loads(archive.read(_FACTS))["fingerprint"])
+                        path.rename(self.file(name, feature, fingerprint))
                 found.append((name, feature, fingerprint))
         return found
 
-    def remove(self, keys: Iterable[tuple[str, str, str]]) -> None:
-        """Delete the files of samples, features and fingerprints."""
-        for key in keys:
-            self.file(*key).unlink(missing_ok=True)
+    def remove(self, key: tuple[str, str, str]) -> None:
+        """Delete the file of a sample, feature and fingerprint."""
+        self.file(*key).unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Delete everything that is staged."""
         shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def _adopt(path: Path) -> Path:
-    """Give a file of an earlier version, ID.zip, the name of now; the fingerprint is inside."""
-    facts: Mapping[str, Any] = {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            facts = json.loads(archive.read(_FACTS))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
-        pass  # It is of no use then, and disappears at the end.
-    target = path.with_stem(f"{path.stem}-{facts.get('fingerprint')}")
-    os.replace(path, target)
-    return target

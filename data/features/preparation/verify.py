@@ -2,8 +2,8 @@
 
 import collections
 import contextlib
-import dataclasses
 import hashlib
+import itertools
 import math
 import os
 from collections.abc import Iterator
@@ -30,8 +30,8 @@ from data.features.shards import Members, Tally, check_shard, from_npy, read_mem
 from data.images.archive import open_archive
 from data.images.decode import decode_image
 from data.images.members import Archive
-from dnnlib.parallel import num_usable_cores, thread_map
-from dnnlib.progress import progress
+from data.resumable import map_of_ranks
+from dnnlib.parallel import num_usable_cores
 from encoders.visual import VisualEncoder, load_visual_encoder
 
 STATES = ("ok", "missing", "stale", "corrupt")
@@ -42,34 +42,6 @@ _COSINE_TOLERANCE = 1e-4  # What rounding may add to a mean cosine.
 _TOLERANCE = 1e-6  # Of statistics.
 _MAX_THREADS = 8
 
-Place = tuple[str, str, str]  # Split, bucket and feature.
-
-
-@dataclasses.dataclass(frozen=True)
-class Verification:
-    """What was found.
-
-    Attributes:
-        counts: Number of samples in each of STATES, by split, bucket and feature.
-        patches: Number of samples by their number of patches, by bucket.
-        problems: A sentence for each.
-    """
-
-    counts: dict[Place, collections.Counter[str]]
-    patches: dict[str, collections.Counter[int]]
-    problems: list[str]
-
-    def table(self) -> Iterator[str]:
-        """Yield the counts as lines of text."""
-        yield "bucket      split       feature" + "".join(f"{state:>10s}" for state in STATES)
-        for (split, bucket, feature), counts in self.counts.items():
-            numbers = "".join(f"{counts[state]:10d}" for state in STATES)
-            yield f"{bucket:11s} {split:11s} {feature:7s}{numbers}"
-        yield ""
-        for bucket, histogram in self.patches.items():
-            parts = [f"{num} in {count} sample(s)" for num, count in sorted(histogram.items())]
-            yield f"{bucket:11s} patches: {', '.join(parts) or 'none'}"
-
 
 def verify_features(
     path: str | os.PathLike,
@@ -79,7 +51,7 @@ def verify_features(
     num_samples: int = 4,
     num_threads: int | None = None,
     device: torch.device | str = "cpu",
-) -> Verification:
+) -> "Verification":
     """Read a whole feature folder and return what is right and what is not.
 
     Every member is compared with its checksum, type, shape and range, its fingerprint with what
@@ -93,38 +65,41 @@ def verify_features(
 
     Raises ValueError if ``source`` or ``visual`` cannot be used.
     """
-    checker = _Checker(Path(path), num_threads or min(num_usable_cores(), _MAX_THREADS))
+    found = Verification(Path(path), num_threads or min(num_usable_cores(), _MAX_THREADS))
     if visual is not None and source is None:
         raise ValueError("--visual: needs --source, the images to be encoded again.")
     archive = None if source is None else open_archive(source)
     encoder = None
     if visual is not None:
-        facts = checker.plan.encoders.get("visual") or {}
+        facts = found.plan.encoders.get("visual") or {}
         settings = dict(expected_hash=facts.get("hash"), precision=facts.get("precision", "fp32"))
         encoder = load_visual_encoder(visual, device, **settings)
-    checker.check_shards()
+    found.check_shards()
     if archive is not None:
-        checker.check_source(archive)
-    checker.count()
-    if checker.record is not None:
-        checker.check_record(checker.record)
+        found.check_source(archive)
+    found.count()
+    if found.record is not None:
+        found.check_record(found.record)
     if archive is not None and encoder is not None:
-        checker.check_alignment(archive, encoder, num_samples)
-    return Verification(checker.counts, checker.patches, checker.problems)
+        found.check_alignment(archive, encoder, num_samples)
+    return found
 
 
-class _Checker:
-    """A verification under way: what is known of the folder, and the problems so far."""
+class Verification:
+    """What is known of a feature folder, and the problems that were found so far.
+
+    Attributes:
+        counts: Number of samples in each of STATES, by split, bucket and feature.
+        patches: Number of samples by their number of patches, by bucket.
+        problems: A sentence for each.
+    """
 
     def __init__(self, folder: Path, num_threads: int) -> None:
         """Read record, or claim, list of images and manifests, as far as they are readable."""
-        self.folder = folder
-        self.num_threads = num_threads
         self.problems: list[str] = []
-        self.counts: dict[Place, collections.Counter[str]] = {}
-        self.patches: dict[str, collections.Counter[int]] = collections.defaultdict(
-            collections.Counter
-        )
+        self.counts: dict[tuple[str, str, str], collections.Counter[str]] = {}
+        self.patches: dict[str, collections.Counter[int]] = {}
+        self.folder, self.num_threads = folder, num_threads
         self.indexes: dict[Path, Manifest] = {}  # Of each shard, without what is damaged.
         self.moments: dict[Path, dict[str, Any] | None] = {}  # Of shards without problems.
         self.changed: set[str] = set()  # Names of samples whose image is another now.
@@ -135,11 +110,8 @@ class _Checker:
             buckets = tuple(bucket.bucket for bucket in self.record.buckets)
         else:
             encoders, buckets = self._try(read_claim, folder) or (encoders, buckets)
-        self.plan = Plan(
-            images=self._try(read_images, folder) or [],
-            buckets=buckets,
-            encoders=encoders,
-        )
+        images = self._try(read_images, folder) or []
+        self.plan = Plan(images=images, buckets=buckets, encoders=encoders)
         places = [(split, bucket.name) for split in SPLITS for bucket in buckets]
         if self.record is None:  # They are written at the end.
             places = [p for p in places if (bucket_folder(folder, *p) / MANIFEST_FILE).exists()]
@@ -147,6 +119,17 @@ class _Checker:
         self.manifests = {place: manifest for place, manifest in found.items() if manifest}
         # Shards that a manifest names.
         self.named = {path for manifest in self.manifests.values() for path in manifest.files}
+
+    def table(self) -> Iterator[str]:
+        """Yield the counts as lines of text."""
+        yield "bucket      split       feature" + "".join(f"{state:>10s}" for state in STATES)
+        for (split, bucket, feature), counts in self.counts.items():
+            numbers = "".join(f"{counts[state]:10d}" for state in STATES)
+            yield f"{bucket:11s} {split:11s} {feature:7s}{numbers}"
+        yield ""
+        for bucket, histogram in self.patches.items():
+            parts = [f"{num} in {count} sample(s)" for num, count in sorted(histogram.items())]
+            yield f"{bucket:11s} patches: {', '.join(parts) or 'none'}"
 
     def _try(self, read: Any, *args: Any) -> Any:
         """Return what is read; None, and a problem, where a file is damaged or missing."""
@@ -169,18 +152,16 @@ class _Checker:
         for path in paths:
             if self.record is not None and path not in self.named:
                 self._add(path, "is in no manifest")
-        bar = progress(total=len(paths), label=f"Verifying {self.folder}", unit="shard")
-        found = thread_map(self._check_shard, paths, self.num_threads, self.num_threads)
-        with bar:
-            for path, (index, problems, moments, histogram) in zip(paths, found, strict=True):
-                for problem in problems:
-                    self._add(path, problem)
-                self.indexes[path] = index
-                self.moments[path] = moments
-                self.patches[index.bucket] += histogram
-                bar.update()
-        for bucket in self.plan.buckets:
-            self._check_patches(bucket)
+        label = f"Verifying {self.folder}"
+        found = map_of_ranks(self._check_shard, paths, self.num_threads, label, "shard")
+        for path, (index, problems, moments, histogram) in zip(paths, found, strict=True):
+            for problem in problems:
+                self._add(path, problem)
+            self.indexes[path], self.moments[path] = index, moments
+            self.patches.setdefault(index.bucket, collections.Counter()).update(histogram)
+        if self.plan.encoders.get("visual") is not None:
+            for bucket in self.plan.buckets:
+                self._check_patches(bucket, self.plan.encoders["visual"])
 
     def _check_shard(
         self, path: Path
@@ -199,26 +180,21 @@ class _Checker:
             return index, [], None, histogram  # There is nothing that it could be compared with.
         return index, problems, None if problems else tally.moments, histogram
 
-    def _check_patches(self, bucket: Bucket) -> None:
+    def _check_patches(self, bucket: Bucket, visual: Any) -> None:
         """Tell what a number of patches may come from that is not the bucket's."""
-        visual = self.plan.encoders.get("visual")
-        if visual is None:
-            return
-        expected = math.prod(bucket.grid(visual["patch_size"]))
+        size, num_registers = visual["patch_size"], visual["num_registers"]
+        expected = math.prod(bucket.grid(size))
         reasons = {
-            expected + visual["num_registers"]: f", as if the {visual['num_registers']} registers "
-            "were patches",
-            math.prod(bucket.grid(14)): ", the grid of patches of 14, but this encoder's are "
-            f"{visual['patch_size']}",
+            expected + num_registers: f", as if the {num_registers} registers were patches",
+            math.prod(
+                bucket.grid(14)
+            ): f", the grid of patches of 14, but this encoder's are {size}",
             196: ", the grid of a square of 224 with patches of 16",
         }
-        for num, count in self.patches[bucket.name].items():
+        for num, count in self.patches.get(bucket.name, {}).items():
             if num != expected:
-                self._add(
-                    self.folder,
-                    f"bucket {bucket.name} has {count} sample(s) of {num} patches, not {expected}"
-                    + reasons.get(num, ""),
-                )
+                found = f"{count} sample(s) of {num} patches, not {expected}{reasons.get(num, '')}"
+                self._add(self.folder, f"bucket {bucket.name} has {found}")
 
     # The source.
 
@@ -233,15 +209,12 @@ class _Checker:
                 return True
             return hashlib.sha256(data).hexdigest() != image.sha256
 
-        images = self.plan.images
-        found = thread_map(differs, images, self.num_threads, 4 * self.num_threads)
-        with progress(total=len(images), label=f"Comparing {archive.path}") as bar:
-            for image, is_other in zip(images, found, strict=True):
-                bar.update()
-                if is_other:
-                    self.changed.add(image.id)
-                    where = f"{archive.path}/{image.file}"
-                    self._add(where, "is not what features were made of any more")
+        images, label = self.plan.images, f"Comparing {archive.path}"
+        found = map_of_ranks(differs, images, self.num_threads, label)
+        for image in itertools.compress(images, found):
+            self.changed.add(image.id)
+            where = f"{archive.path}/{image.file}"
+            self._add(where, "is not what features were made of any more")
 
     # Samples.
 
@@ -261,15 +234,13 @@ class _Checker:
         if others and planned:
             what = f"{len(others)} sample(s) are of no image that was asked for, as {others[0]}"
             self._add(self.folder, what)
-        for split in SPLITS:
-            for bucket in self.plan.buckets:
-                for feature in FEATURES:
-                    self.counts[split, bucket.name, feature] = collections.Counter()
-        for image in self.plan.images:
-            for feature in FEATURES:
-                place = image.split, image.bucket, feature
-                counts = self.counts.setdefault(place, collections.Counter())
-                counts[self._state(image, feature, rows[image.id])] += 1
+        buckets = [bucket.name for bucket in self.plan.buckets]
+        for place in itertools.product(SPLITS, buckets, FEATURES):
+            self.counts[place] = collections.Counter()
+        for image, feature in itertools.product(self.plan.images, FEATURES):
+            place = image.split, image.bucket, feature
+            counts = self.counts.setdefault(place, collections.Counter())
+            counts[self._state(image, feature, rows[image.id])] += 1
         for (split, bucket, feature), counts in self.counts.items():
             for state in STATES[1:]:
                 if counts[state]:
@@ -336,10 +307,9 @@ class _Checker:
                 stored = torch.from_numpy(from_npy(data).astype(np.float32))
                 problem = misalignment(stored, fresh)
                 if problem is not None:
-                    self.problems.append(
-                        f"{path}: {image.id} ({image.file}): patches are misaligned, "
-                        f"{problem}; make them again with --overwrite."
-                    )
+                    where = f"{path}: {image.id} ({image.file}): patches are misaligned"
+                    remedy = "make them again with --overwrite"
+                    self.problems.append(f"{where}, {problem}; {remedy}.")
 
     def _choose(self, bucket: Bucket, num_samples: int) -> list[tuple[PlannedImage, Path, int]]:
         """Return samples of a bucket, spread evenly, whose patches and image can be compared."""
@@ -371,9 +341,8 @@ def misalignment(stored: torch.Tensor, fresh: torch.Tensor) -> str | None:
             cosines[shift] = float(cosine.mean())
     best = max(cosines, key=lambda shift: (cosines[shift], -abs(shift)))
     if cosines[best] - cosines[0] > _COSINE_TOLERANCE:
-        return (
-            f"shifted by {best} rows (mean cosine {cosines[best]:.4f}, unshifted {cosines[0]:.4f})"
-        )
+        found = f"mean cosine {cosines[best]:.4f}, unshifted {cosines[0]:.4f}"
+        return f"shifted by {best} rows ({found})"
     if cosines[0] <= MIN_COSINE:
         return f"with a mean cosine of {cosines[0]:.4f} to those encoded again"
     return None
