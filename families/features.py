@@ -152,7 +152,7 @@ class FeatureFamily:
     def start_from(
         self, run: FeatureRun, network: Network, snapshot: Snapshot, data: DataSummary
     ) -> Transfer:
-        allowed = (*_PATCH_PARAMETERS, *run.features.transfer_allow)
+        allowed = run.features.transfer_allow
         there = (snapshot.data.features or {}).get("statistics")
         notes = []
         if there is not None and there != data.features["statistics"]:
@@ -160,7 +160,7 @@ class FeatureFamily:
         return transfer_weights(
             network,
             snapshot,
-            check=lambda found: found.refuse_differences(allowed, _MIN_SHARE),
+            check=lambda found: found.refuse_differences(allowed, _PATCH_PARAMETERS, _MIN_SHARE),
             notes=notes,
         )
 

@@ -88,6 +88,14 @@ class FakeDataset:
         }
 
 
+class FakeCodec:
+    """Latents are the colours of patches."""
+
+    def pictures(self, latents):
+        pixels = latents.float().clamp(0, 255).round().to(torch.uint8)
+        return pixels.repeat_interleave(_CELL, 2).repeat_interleave(_CELL, 3)
+
+
 @dataclasses.dataclass
 class FakeGenerator:
     """Makes the colour of the text and the picture of the patches, in proportion to their scales.
@@ -103,12 +111,10 @@ class FakeGenerator:
 
     def __post_init__(self):
         self.calls = []
+        self.codec = FakeCodec()
 
     def protocol(self):
         return dict(sampling=dict(steps=1, scales=(1, 2)), guidance=dict(form="fake"))
-
-    def decode(self, latents):
-        return self._pixels(latents.float())
 
     def generate(self, seeds, cond, bucket, *, guidance=None):
         self.calls.append((tuple(seeds), cond, bucket, guidance))
@@ -131,8 +137,4 @@ class FakeGenerator:
                 for seed in seeds
             ]
         )
-        return self._pixels(mixed + self.noise * noise)
-
-    def _pixels(self, x):
-        x = x.clamp(0, 255).round().to(torch.uint8)
-        return x.repeat_interleave(_CELL, 2).repeat_interleave(_CELL, 3)
+        return self.codec.pictures(mixed + self.noise * noise)

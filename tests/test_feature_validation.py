@@ -351,7 +351,7 @@ class TestPictures:
         assert np.array_equal(truth, made)
         assert truth.std() > 10
         assert (alone == 0).all()
-        wanted = FakeGenerator().decode(dataset.__getitems__([0])[0])[0].permute(1, 2, 0)
+        wanted = FakeGenerator().codec.pictures(dataset.__getitems__([0])[0])[0].permute(1, 2, 0)
         assert np.array_equal(truth[::4, ::4], wanted)
 
     def test_of_a_swap_show_both_images_around_what_was_made(self):

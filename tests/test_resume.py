@@ -303,7 +303,7 @@ def test_transfer_reports_what_it_loaded_and_what_not(finished, digits_zip, tmp_
     args += ("--workers=0", "--lr-rampup=1", f"--transfer={snapshot}", "--resume=auto")
     output = succeed(train_script, *args, "--iters=1").output
     report = re.search(
-        r"Transfer from (.*): (\d+) of (\d+) tensors loaded.\n"
+        r"Transfer from (.*): (\d+) of (\d+) tensors loaded, [\d.]+% of the parameters.\n"
         r"  Loaded: (.*)\n"
         r"  Missing \(kept as initialised\): (.*)\n"
         r"  Mismatched shape \(kept as initialised\): (.*)\n"

@@ -32,12 +32,13 @@ import training.telemetry
 from configs import PRESETS
 from dnnlib.cli import settings
 from dnnlib.config import option, to_dict
+from families.image import ImageRun
 from metrics.metric import get_metrics
 from models.config import ModelConfig
 from models.diffit import DiffiT
 from sampling.images import ImageGenerator
 from training.checkpoint import find_snapshots, load_snapshot, load_state
-from training.config import RunConfig, fit_to_device
+from training.config import fit_to_device
 from training.objective import Objective
 
 
@@ -1029,7 +1030,7 @@ class PatchConfig(ModelConfig):
 
 
 def test_an_option_of_another_family_is_refused_with_the_preset_that_has_it(monkeypatch):
-    run = RunConfig(preset="patchy", model=PatchConfig())
+    run = ImageRun(preset="patchy", model=PatchConfig())
     fake = dataclasses.replace(PRESETS["cifar10"], run=run)
     monkeypatch.setitem(PRESETS, "patchy", fake)
     for option_text in ("--patch=4", "--p=4"):

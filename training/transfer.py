@@ -47,18 +47,22 @@ class Transfer:
         """Write ``warm-start.json``."""
         write_json(run_dir / REPORT_FILE, dataclasses.asdict(self))
 
-    def refuse_differences(self, allowed: Sequence[str], min_share: float) -> None:
-        """Raise ValueError for a difference that no pattern of ``allowed`` matches.
+    def refuse_differences(
+        self, allowed: Sequence[str], optional: Sequence[str], min_share: float
+    ) -> None:
+        """Raise ValueError for a tensor that is missing, unexpected or of another shape.
 
-        Patterns match names of missing, unexpected and mismatched tensors. ``min_share`` is the
-        least share of the parameters that must be loaded.
+        Args:
+            allowed: Patterns of names that may be any of these.
+            optional: Patterns of names that may be missing.
+            min_share: The least share of the parameters that must be loaded.
         """
-        for what, names in (
-            ("missing", self.missing),
-            ("unexpected", self.unexpected),
-            ("of another shape", self.mismatched),
+        for what, names, patterns in (
+            ("missing", self.missing, (*allowed, *optional)),
+            ("unexpected", self.unexpected, allowed),
+            ("of another shape", self.mismatched, allowed),
         ):
-            left = [n for n in names if not any(fnmatch.fnmatchcase(n, p) for p in allowed)]
+            left = [n for n in names if not any(fnmatch.fnmatchcase(n, p) for p in patterns)]
             if left:
                 more = f" and {len(left) - 1} more" if len(left) > 1 else ""
                 raise refusal(
