@@ -1,7 +1,7 @@
 """Presets by name. A family's file is imported when one of its presets is asked for."""
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 
 import families  # noqa: F401 (registers them)
 from configs.preset import Preset
@@ -10,7 +10,7 @@ from models import ModelConfig
 from training.config import TrainingConfig
 
 
-class _Presets(Mapping[str, Preset]):
+class _Presets(MutableMapping[str, Preset]):
     """Presets in the order of their files; names are known without importing these."""
 
     def __init__(self, files: Mapping[str, tuple[str, ...]]) -> None:
@@ -28,9 +28,11 @@ class _Presets(Mapping[str, Preset]):
     def __len__(self) -> int:
         return len({*self._file_of, *self._added})
 
-    def add(self, name: str, preset: Preset) -> None:
-        """Make a preset of another file known."""
+    def __setitem__(self, name: str, preset: Preset) -> None:
         self._added[name] = preset
+
+    def __delitem__(self, name: str) -> None:
+        del self._added[name]
 
 
 PRESETS = _Presets(
