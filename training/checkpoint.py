@@ -5,12 +5,13 @@ Both are ``torch.save`` archives of plain containers and tensors and are read wi
 described in docs/formats.md.
 """
 
+import contextlib
 import dataclasses
 import os
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +81,6 @@ def profile_path(run_dir: Path, cur_nimg: int, std: float) -> Path:
     return run_dir / f"network-snapshot-{cur_nimg // 1000:07d}-{std_name(std)}.pkl"
 
 
-def posthoc_path(folder: Path, cur_nimg: int, std: float) -> Path:
-    """Return the path of a profile that is put together after training."""
-    return folder / f"network-snapshot-{cur_nimg // 1000:07d}-{std_name(std)}-posthoc.pkl"
-
-
 def state_path(run_dir: Path, cur_nimg: int) -> Path:
     """Return the path of the training state after ``cur_nimg`` training images."""
     return run_dir / f"training-state-{cur_nimg // 1000:06d}.pt"
@@ -98,25 +94,19 @@ def save_weights(
     progress: dict[str, Any],
 ) -> None:
     """Write the averaged weights of a network and their description to ``path``, atomically."""
-    _save(
-        path,
-        dict(
-            format=_SNAPSHOT_FORMAT,
-            version=FORMAT_VERSION,
-            config=to_dict(config),
-            data=dataclasses.asdict(data),
-            progress=progress,
-            packages=package_versions(),
-            ema={name: tensor.detach().cpu() for name, tensor in state_dict.items()},
-        ),
+    payload = dict(
+        data=dataclasses.asdict(data),
+        progress=progress,
+        packages=package_versions(),
+        ema={name: tensor.detach().cpu() for name, tensor in state_dict.items()},
     )
+    _save(path, _SNAPSHOT_FORMAT, config, payload)
 
 
 def load_snapshot(path: str | os.PathLike) -> Snapshot:
     """Read a snapshot; raises ValueError with a sentence for a file that is none, or is damaged."""
     path = Path(path)
-    payload = _load(path, _SNAPSHOT_FORMAT, "a snapshot")
-    try:
+    with _snapshot_of(path) as payload:
         config = restore_run(payload["config"])
         data = {k: tuple(v) if isinstance(v, list) else v for k, v in payload["data"].items()}
         # Networks compute from float32; a compact snapshot is what they are told to compute.
@@ -132,8 +122,6 @@ def load_snapshot(path: str | os.PathLike) -> Snapshot:
             packages=payload["packages"],
             state_dict=weights,
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: not a snapshot that this version can read: {error}") from error
 
 
 def read_header(path: str | os.PathLike) -> tuple[RunConfig, dict[str, Any]]:
@@ -141,18 +129,23 @@ def read_header(path: str | os.PathLike) -> tuple[RunConfig, dict[str, Any]]:
 
     Raises ValueError as :func:`load_snapshot` does.
     """
-    path = Path(path)
-    payload = _load(path, _SNAPSHOT_FORMAT, "a snapshot", header_only=True)
-    try:
+    with _snapshot_of(Path(path), header_only=True) as payload:
         return restore_run(payload["config"]), dict(payload["progress"])
+
+
+@contextlib.contextmanager
+def _snapshot_of(path: Path, *, header_only: bool = False) -> Iterator[dict[str, Any]]:
+    """Give what a snapshot holds; whatever the block finds wrong with it is a ValueError."""
+    payload = _load(path, _SNAPSHOT_FORMAT, "a snapshot", header_only=header_only)
+    try:
+        yield payload
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: not a snapshot that this version can read: {error}") from error
 
 
 def save_state(path: Path, payload: dict[str, Any], config: Config) -> None:
     """Write a training state: ``payload`` holds net, ema, optimizer, stats and progress."""
-    header = dict(format=_STATE_FORMAT, version=FORMAT_VERSION, config=to_dict(config))
-    _save(path, {**header, **payload})
+    _save(path, _STATE_FORMAT, config, payload)
 
 
 def load_state(path: str | os.PathLike) -> dict[str, Any]:
@@ -176,11 +169,8 @@ def find_profiles(run_dir: Path) -> list[Path]:
 
 
 def _newest_first(run_dir: Path, pattern: str) -> list[Path]:
-    found = []
-    for path in run_dir.glob("*"):
-        match = re.fullmatch(pattern, path.name)
-        if match:
-            found.append((int(match.group(1)), path))
+    matches = ((re.fullmatch(pattern, path.name), path) for path in run_dir.glob("*"))
+    found = [(int(match.group(1)), path) for match, path in matches if match]
     return [path for _, path in sorted(found, reverse=True)]
 
 
@@ -209,14 +199,13 @@ def summarise(data: TrainingData) -> DataSummary:
     )
 
 
-def _save(path: Path, payload: dict[str, Any]) -> None:
+def _save(path: Path, file_format: str, config: Config, payload: dict[str, Any]) -> None:
+    header = dict(format=file_format, version=FORMAT_VERSION, config=to_dict(config))
     with atomic_write(path) as file:
-        torch.save(payload, file)
+        torch.save({**header, **payload}, file)
 
 
-def _load(
-    path: Path, expected_format: str, what: str, *, header_only: bool = False
-) -> dict[str, Any]:
+def _load(path: Path, expected: str, what: str, *, header_only: bool = False) -> dict[str, Any]:
     if path.is_dir():
         raise ValueError(f"{path}: is a folder, not {what}; give a file in it.")
     if not path.is_file():
@@ -228,13 +217,9 @@ def _load(
             parts = archive.infolist()
             strange = [part.filename for part in parts if part.external_attr or part.compress_type]
             if strange:
-                damaged = None
-            elif header_only:
-                damaged = _test_header(archive)
-            else:
-                damaged = archive.testzip()
-        if strange:
-            raise ValueError(f"{path}: not {what}, or damaged ({strange[0]} is stored otherwise).")
+                stored = f"{strange[0]} is stored otherwise"
+                raise ValueError(f"{path}: not {what}, or damaged ({stored}).")
+            damaged = _test_header(archive) if header_only else archive.testzip()
         if damaged is not None:
             raise ValueError(f"{path}: damaged (checksum of {damaged} does not match).")
         payload = torch.load(path, map_location="cpu", weights_only=True, mmap=header_only)
@@ -255,14 +240,12 @@ def _load(
     except (RuntimeError, EOFError, OSError, UnicodeDecodeError) as error:
         reason = str(error).partition("\n")[0].partition(" (Could this")[0]
         raise ValueError(f"{path}: not {what}, or damaged ({reason}).") from error
-    if not isinstance(payload, dict) or payload.get("format") != expected_format:
+    if not isinstance(payload, dict) or payload.get("format") != expected:
         raise ValueError(f"{path}: not {what} of this project.")
     version = payload.get("version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise ValueError(
-            f"{path}: has format version {version}, but this version of the software reads up to "
-            f"{FORMAT_VERSION}; update the software."
-        )
+        but = f"this version of the software reads up to {FORMAT_VERSION}"
+        raise ValueError(f"{path}: has format version {version}, but {but}; update the software.")
     return payload
 
 

@@ -38,7 +38,19 @@ class EMA:
 
         ``skip`` is a float32 scalar on the weights' device; it is never read by the host.
         """
-        _move(self._average, self._source, beta, skip)
+        average, source = self._average, self._source
+        # A beta of 0 means the first step: the average equals the weights, skipped or not.
+        if beta == 0.0:
+            torch._foreach_copy_(average, source)
+            return
+        weight = (1.0 - skip) * (1.0 - beta)
+        if weight.device.type == "cpu":
+            # One pass over the memory instead of three; a GPU would launch a kernel a parameter.
+            torch._foreach_lerp_(average, source, [weight] * len(average))
+            return
+        step = torch._foreach_sub(source, average)
+        torch._foreach_mul_(step, weight)
+        torch._foreach_add_(average, step)
 
 
 class PowerEMA:
@@ -100,18 +112,3 @@ def describe_average(training: TrainingConfig, progress: Mapping[str, Any]) -> d
 def _half(tensor: Tensor) -> Tensor:
     half = tensor.half()
     return half.cpu() if half.isfinite().all() else tensor
-
-
-def _move(average: Sequence[Tensor], source: Sequence[Tensor], beta: float, skip: Tensor) -> None:
-    # A beta of 0 means the first step: the average equals the weights, skipped or not.
-    if beta == 0.0:
-        torch._foreach_copy_(average, source)
-        return
-    weight = (1.0 - skip) * (1.0 - beta)
-    if weight.device.type == "cpu":
-        # One pass over the memory instead of three; a GPU would launch a kernel a parameter.
-        torch._foreach_lerp_(average, source, [weight] * len(average))
-        return
-    step = torch._foreach_sub(source, average)
-    torch._foreach_mul_(step, weight)
-    torch._foreach_add_(average, step)

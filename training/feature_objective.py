@@ -15,10 +15,11 @@ from diffusion.flow import Velocity
 from diffusion.losses import velocity_loss
 from diffusion.precond import FlowPrecond
 from dnnlib.config import Config, option
+from dnnlib.errors import refusal
 from dnnlib.progress import progress
 from torch_utils import distributed, rng
 from torch_utils.stats import StatsCollector
-from training.objective import Draws, Objective
+from training.objective import Draws, Objective, gradient_norms
 
 _NUM_TIME_BINS = 4
 
@@ -62,15 +63,13 @@ class FeatureConfig(Config):
         super().__post_init__()
         total = self.drop_all + self.text_only + self.visual_only
         if total > 1 + 1e-9:
-            raise ValueError(
-                f"--drop-all, --text-only and --visual-only add up to {total:g}; they exclude each "
-                "other: make them at most 1 together."
-            )
+            but = f"they add up to {total:g}, but exclude each other"
+            remedy = "make them at most 1 together"
+            raise refusal("--drop-all, --text-only and --visual-only", but=but, remedy=remedy)
         if not self.text_lengths or list(self.text_lengths) != sorted(set(self.text_lengths)):
-            raise ValueError(
-                f"--text-lengths: got {','.join(map(str, self.text_lengths)) or 'none'}; accepted: "
-                "rising numbers of tokens, such as 128,256,384,512."
-            )
+            got = ",".join(map(str, self.text_lengths)) or "none"
+            accepted = "rising numbers of tokens, such as 128,256,384,512"
+            raise refusal("--text-lengths", got, accepted=accepted)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,14 +105,9 @@ class FeatureObjective(Objective):
         return list(itertools.product(parse_buckets(",".join(model.buckets)), used))
 
     def warm_up(self, run: Callable[..., Tensor], batch: int, device: torch.device) -> None:
-        model, shapes = self.network.config, self._shapes()
-        with progress(
-            total=len(shapes),
-            label="Compiling",
-            unit="graph",
-            disable=not distributed.is_main(),
-            transient=True,
-        ) as bar:
+        model, shapes, is_main = self.network.config, self._shapes(), distributed.is_main()
+        look = dict(label="Compiling", unit="graph", disable=not is_main, transient=True)
+        with progress(total=len(shapes), **look) as bar:
             for bucket, length in shapes:
                 rows, columns = model.patch_grid(*bucket.size)
                 cond = dict(
@@ -134,20 +128,18 @@ class FeatureObjective(Objective):
         generator = step.generator(rng.STREAM_CONDITION)
         uniform = torch.rand(step.batch, generator=generator, device=step.device)
         drop = drop_of_uniform(self._config, uniform)
-        bias = None
-        value = patch_bias(self._config, self.network.config, step.cur_nimg, step.shape)
-        if value is not None:
-            bias = torch.full([step.batch], value, device=step.device)
+        bias = patch_bias(self._config, self.network.config, step.cur_nimg, step.shape)
+        if bias is not None:
+            bias = torch.full([step.batch], bias, device=step.device)
         return FeatureDraws(**{**vars(draws), "drop": drop}, patch_bias=bias)
 
     def prepare(
         self, images: Tensor, cond: Cond, draws: FeatureDraws, device: torch.device
     ) -> tuple[Tensor, Cond]:
         """Return normalised latents and features on ``device``; the size stays on the CPU."""
-        size = {"size": cond["size"]}
-        cond = {name: value for name, value in cond.items() if name != "size"}
-        images, cond = super().prepare(images, cond, draws, device)
-        return images, {**cond, **size}
+        rest = {name: value for name, value in cond.items() if name != "size"}
+        images, rest = super().prepare(images, rest, draws, device)
+        return images, {**rest, "size": cond["size"]}
 
     def forward(self, images: Tensor, cond: Cond, draws: FeatureDraws) -> Tensor:
         """Return the loss of every element [N, c, h, w] of latents [N, c, h, w]."""
@@ -179,21 +171,11 @@ class FeatureObjective(Objective):
 
     @torch.no_grad()
     def diagnose(
-        self,
-        images: Tensor,
-        cond: Cond,
-        draws: FeatureDraws,
-        loss_scale: Tensor | None = None,
+        self, images: Tensor, cond: Cond, draws: FeatureDraws, loss_scale: Tensor | None = None
     ) -> dict[str, Tensor]:
         """Return gradient norms of the projections of the features, before clipping."""
-        norms = {}
-        for name in ("text_proj", "dino_proj", "dino_patch_proj"):
-            module = getattr(self.network.conditioner, name, None)
-            if module is not None:
-                grads = [p.grad for p in module.parameters() if p.grad is not None]
-                norm = torch.nn.utils.get_total_norm(grads, foreach=True)
-                norms[f"Flow/grad_norm_{name}"] = norm if loss_scale is None else norm / loss_scale
-        return norms
+        norms = gradient_norms(dict(self.network.conditioner.named_children()), loss_scale)
+        return {f"Flow/grad_norm_{name}": norm for name, norm in norms.items()}
 
 
 def drop_of_uniform(config: FeatureConfig, uniform: Tensor) -> Tensor:
@@ -202,11 +184,10 @@ def drop_of_uniform(config: FeatureConfig, uniform: Tensor) -> Tensor:
     Of the unit interval the first part, ``drop_all``, drops text, CLS token and patches; the next,
     ``text_only``, CLS token and patches; the next, ``visual_only``, the text; the rest nothing.
     """
-    text_from = config.drop_all
-    visual_from = text_from + config.text_only
+    visual_from = config.drop_all + config.text_only
     both_from = visual_from + config.visual_only
     no_visual = uniform < visual_from
-    no_text = (uniform < text_from) | ((uniform >= visual_from) & (uniform < both_from))
+    no_text = (uniform < config.drop_all) | ((uniform >= visual_from) & (uniform < both_from))
     return torch.stack([no_text, no_visual, no_visual], dim=1)
 
 

@@ -1,7 +1,7 @@
 """From a batch to the loss: the module that DDP wraps."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
@@ -55,13 +55,10 @@ class Objective(torch.nn.Module):
         autocast_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.network = network
-        self._precond = precond
-        self._codec = codec
-        self._label_drop = label_drop
-        self._denoise = Denoiser(
-            network, precond, autocast_dtype, with_variance=precond.learned_variance
-        )
+        self.network, self._precond = network, precond
+        self._codec, self._label_drop = codec, label_drop
+        with_variance = precond.learned_variance
+        self._denoise = Denoiser(network, precond, autocast_dtype, with_variance=with_variance)
 
     def draw(self, step: rng.Step) -> Draws:
         """Return the draws of a step's global batch [N], a function of (seed, position) alone.
@@ -109,11 +106,7 @@ class Objective(torch.nn.Module):
         stats.report("Loss/loss", loss)
 
     def diagnose(
-        self,
-        images: Tensor,
-        cond: Cond,
-        draws: Draws,
-        loss_scale: Tensor | None = None,
+        self, images: Tensor, cond: Cond, draws: Draws, loss_scale: Tensor | None = None
     ) -> dict[str, Tensor]:
         """Return what is worth telling of a batch, and of the gradients that are there now.
 
@@ -128,3 +121,16 @@ class Objective(torch.nn.Module):
         if self._precond.learned_variance:
             return hybrid_loss(*batch, self._precond)
         return denoising_loss(*batch, self._precond.weight)
+
+
+def gradient_norms(
+    modules: Mapping[str, torch.nn.Module], loss_scale: Tensor | None
+) -> dict[str, Tensor]:
+    """Return the norm of the gradients of each module that has any, without the loss scale."""
+    norms = {}
+    for name, module in modules.items():
+        grads = [param.grad for param in module.parameters() if param.grad is not None]
+        if grads:
+            norm = torch.nn.utils.get_total_norm(grads, foreach=True)
+            norms[name] = norm if loss_scale is None else norm / loss_scale
+    return norms

@@ -16,16 +16,10 @@ import torch
 from torch import Tensor
 
 from dnnlib.config import identity
+from dnnlib.errors import refusal
 from dnnlib.progress import progress
 from models import build_network
-from training.checkpoint import (
-    Snapshot,
-    find_profiles,
-    load_snapshot,
-    posthoc_path,
-    read_header,
-    save_weights,
-)
+from training.checkpoint import Snapshot, find_profiles, load_snapshot, read_header, save_weights
 from training.config import RunConfig
 from training.power_ema import MAX_STD, MIN_STD, posthoc_coefficients, std_name
 
@@ -49,23 +43,18 @@ def read_profiles(run_dir: Path, patterns: str = "*") -> list[Profile]:
     that is damaged, of another run, or no compact snapshot.
     """
     wanted = [pattern.strip() for pattern in patterns.split(",")]
-    paths = [
-        path
-        for path in find_profiles(run_dir)
-        if any(fnmatch.fnmatchcase(path.name, pattern) for pattern in wanted)
-    ]
     profiles: list[Profile] = []
-    for path in paths:
+    for path in find_profiles(run_dir):
+        if not any(fnmatch.fnmatchcase(path.name, pattern) for pattern in wanted):
+            continue
         config, info = read_header(path)
         if not info.get("cur_nimg") or "ema_std" not in info or "posthoc" in info:
             raise ValueError(f"{path}: not a compact snapshot, whatever its name says; remove it.")
         profiles.append(Profile(path, config, info["cur_nimg"], info["ema_std"]))
         named = _difference(profiles[0].config, config)
         if named is not None:
-            raise ValueError(
-                f"{path}: of another run than {paths[0].name}, with another {named}; remove it, or "
-                "choose with --snapshots."
-            )
+            but = f"of another run than {profiles[0].path.name}, with another {named}"
+            raise refusal(path, but=but, remedy="remove it, or choose with --snapshots")
     return sorted(profiles, key=lambda profile: (profile.cur_nimg, profile.std))
 
 
@@ -76,11 +65,9 @@ def _difference(first: RunConfig, second: RunConfig) -> str | None:
     if first.precond != second.precond:
         return "preconditioner"
     # A run that continues may change how its network is computed, but no shapes.
-    models = [
-        {k: v for k, v in identity(run).items() if k.startswith("model.") and k != "model.dropout"}
-        for run in (first, second)
-    ]
-    return None if models[0] == models[1] else "model"
+    own, other = identity(first), identity(second)
+    names = [n for n in own | other if n.startswith("model.") and n != "model.dropout"]
+    return None if all(own.get(name) == other.get(name) for name in names) else "model"
 
 
 def until(profiles: Sequence[Profile], kimg: int | None) -> list[Profile]:
@@ -92,15 +79,11 @@ def until(profiles: Sequence[Profile], kimg: int | None) -> list[Profile]:
         return list(profiles)
     there = sorted({profile.cur_nimg // 1000 for profile in profiles})
     if kimg > there[-1]:
-        raise ValueError(
-            f"--kimg: got {kimg}, but the last compact snapshot is of kimg {there[-1]}."
-        )
+        raise refusal("--kimg", kimg, but=f"the last compact snapshot is of kimg {there[-1]}")
     if kimg not in there:
-        nearest = sorted(sorted(there, key=lambda other: abs(other - kimg))[:2])
-        raise ValueError(
-            f"--kimg: got {kimg}, but an average ends at a compact snapshot; the nearest: "
-            f"{', '.join(map(str, nearest))}."
-        )
+        nearest = ", ".join(map(str, sorted(sorted(there, key=lambda n: abs(n - kimg))[:2])))
+        but = "an average ends at a compact snapshot"
+        raise refusal("--kimg", kimg, but=but, remedy=f"the nearest: {nearest}")
     return [profile for profile in profiles if profile.cur_nimg // 1000 <= kimg]
 
 
@@ -127,26 +110,27 @@ def weighted_sums(
             if {name: value.shape for name, value in snapshot.state_dict.items()} != shapes:
                 raise ValueError(f"{profile.path}: its weights are not those of its model.")
             for total, row in zip(sums, coefficients, strict=True):
+                weight = float(row[column])
                 for name, value in snapshot.state_dict.items():
                     if name not in parameters:
                         total[name] = value
                     elif column == 0:
-                        total[name] = value * float(row[column])
+                        total[name] = value * weight
                     else:
-                        total[name].add_(value, alpha=float(row[column]))
+                        total[name].add_(value, alpha=weight)
             bar.update()
     return sums, snapshot
 
 
 def parse_stds(text: str) -> list[float]:
     """Return the relative stds of a list such as ``0.07,0.15``; raises ValueError otherwise."""
-    accepted = f"numbers from {MIN_STD} to {MAX_STD}, separated by commas"
     try:
         stds = [float(part) for part in text.split(",")]
     except ValueError:
         stds = []
     if not stds or not all(MIN_STD <= std <= MAX_STD for std in stds):
-        raise ValueError(f"--std: got {text!r}; accepted: {accepted}.")
+        accepted = f"numbers from {MIN_STD} to {MAX_STD}, separated by commas"
+        raise refusal("--std", repr(text), accepted=accepted)
     if len(set(map(std_name, stds))) < len(stds):
         raise ValueError(f"--std: got {text!r}, of which two agree in their first three decimals.")
     return stds
@@ -161,7 +145,7 @@ def make_averages(
     solved = [posthoc_coefficients(in_nimg, in_stds, cur_nimg, std) for std in stds]
     sums, last = weighted_sums(profiles, np.stack([coefficients for coefficients, _ in solved]))
     for std, state_dict, (_, error) in zip(stds, sums, solved, strict=True):
-        path = posthoc_path(outdir, cur_nimg, std)
+        path = outdir / f"network-snapshot-{cur_nimg // 1000:07d}-{std_name(std)}-posthoc.pkl"
         made = dict(stds=sorted(set(in_stds)), num_snapshots=len(profiles), error=error)
         info = dict(last.progress, ema_std=std, posthoc=made)
         save_weights(path, state_dict, last.config, last.data, info)

@@ -21,13 +21,9 @@ def power_gamma(std: float) -> float:
     It is the largest root of ``g^3 + 7 g^2 + (16 - std^-2) g + (12 - std^-2)``. Source: EDM2,
     Appendix C.1.
     """
-    _check_std(std)
+    if not MIN_STD <= std <= MAX_STD:
+        raise ValueError(f"A relative std of {std:g}; accepted: {MIN_STD} to {MAX_STD}.")
     return float(np.roots([1, 7, 16 - std**-2, 12 - std**-2]).real.max())
-
-
-def std_of_gamma(gamma: float) -> float:
-    """Return the relative standard deviation of the profile with exponent ``gamma`` >= 0."""
-    return float(np.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))))
 
 
 def power_beta(gamma: float, cur_nimg: int, batch: int) -> float:
@@ -82,11 +78,6 @@ def _inner_products(
     exponent = np.where(t_a < t_b, gamma_b, -gamma_a)
     ratio = (t_a / t_b) ** exponent / np.maximum(t_a, t_b)
     return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * ratio
-
-
-def _check_std(std: float) -> None:
-    if not MIN_STD <= std <= MAX_STD:
-        raise ValueError(f"A relative std of {std:g}; accepted: {MIN_STD} to {MAX_STD}.")
 
 
 def std_name(std: float) -> str:

@@ -15,7 +15,7 @@ from models.set_conditioner import SetContext
 from torch_utils import distributed, rng
 from torch_utils.stats import StatsCollector
 from training.config import RunConfig, accumulation_rounds
-from training.objective import Draws, Objective
+from training.objective import Draws, Objective, gradient_norms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,19 +41,15 @@ class SetObjective(Objective):
     def __init__(self, *args: Any, config: SetConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._config = config
-        self._model = self.network.config
-        self._kl_factor = self._divergence_factor()
-
-    def _divergence_factor(self) -> float:
-        """Return what a divergence in nats is multiplied by, before its warm-up."""
-        model, config = self._model, self._config
+        self._model = model = self.network.config
+        # What a divergence in nats is multiplied by, before its warm-up.
         if config.kl_scale == "dimensions":
             scale = model.encoder_dim * model.sample_size
         else:
             # Bits per dimension of the image, of one of the steps whose sum is the bound.
             steps = getattr(self._precond, "num_timesteps", 1)
             scale = model.sample_size * math.prod(model.input_shape) * steps
-        return config.kl_weight / (math.log(2) * scale)
+        self._kl_factor = config.kl_weight / (math.log(2) * scale)
 
     def draw(self, step: rng.Step) -> SetDraws:
         """Return the draws of a step's sets, as a function of (seed, position) alone."""
@@ -105,11 +101,7 @@ class SetObjective(Objective):
 
     @torch.no_grad()
     def diagnose(
-        self,
-        images: Tensor,
-        cond: Cond,
-        draws: SetDraws,
-        loss_scale: Tensor | None = None,
+        self, images: Tensor, cond: Cond, draws: SetDraws, loss_scale: Tensor | None = None
     ) -> dict[str, Tensor]:
         """Return statistics of a batch's contexts and of the gradients, under ``debug/`` names.
 
@@ -124,7 +116,11 @@ class SetObjective(Objective):
         """
         if not self._config.diagnostics:
             return {}
-        found = self._gradient_norms(loss_scale)
+        network = self.network
+        modules = dict(encoder=network.conditioner.encoder, dit=network.backbone)
+        modules.update({f"dit_layer_{i}": block for i, block in enumerate(network.backbone.blocks)})
+        norms = gradient_norms(modules, loss_scale)
+        found = {f"{name}_grad_norm": norm for name, norm in norms.items()}
         # What the encoder makes of the sets, of every set and without noise.
         draws = dataclasses.replace(draws, context_drop=None, context_noise=None)
         # Means are over the images that are there: the others count for nothing.
@@ -156,25 +152,10 @@ class SetObjective(Objective):
             self.network.train(was_training)
         return {f"debug/{name}": value for name, value in found.items()}
 
-    def _gradient_norms(self, loss_scale: Tensor | None) -> dict[str, Tensor]:
-        network = self.network
-        modules = dict(encoder=network.conditioner.encoder, dit=network.backbone)
-        modules.update({f"dit_layer_{i}": block for i, block in enumerate(network.backbone.blocks)})
-        norms = {}
-        for name, module in modules.items():
-            grads = [p.grad for p in module.parameters() if p.grad is not None]
-            if grads:
-                norm = torch.nn.utils.get_total_norm(grads, foreach=True)
-                norms[f"{name}_grad_norm"] = norm if loss_scale is None else norm / loss_scale
-        return norms
-
 
 @torch.no_grad()
 def validation_loss(config: RunConfig, sets: SetDataset, objective: SetObjective) -> float:
-    """Return the loss of ``--num-eval-batches`` batches of ``sets``, always the same. Collective.
-
-    ``config`` is that of a run on sets.
-    """
+    """Return the loss of the same ``--num-eval-batches`` batches of ``sets``. Collective."""
     device = next(objective.parameters()).device
     batch, shape = config.training.batch, config.model.input_shape
     batch_gpu, num_rounds = accumulation_rounds(config.training, distributed.world_size())
