@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import re
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from dnnlib.addresses import is_address
+from dnnlib.config import to_dict
 from dnnlib.errors import refusal
 from dnnlib.files import atomic_write, check_target, lock_folder
 from models import attention_backend
@@ -23,7 +25,7 @@ from training.checkpoint import load_snapshot, read_header
 from training.config import RunConfig, accumulation_rounds, fit_to_device
 from training.family import of as family_of
 from training.loop import Job, training_loop
-from training.report import describe_config, describe_run
+from training.report import describe_run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,8 +56,7 @@ class Start:
         if self.transfer is not None and not self.transfer.is_file():
             raise ValueError(f"--transfer: {self.transfer}: no such file.")
         if self.desc is not None and not re.fullmatch(r"[\w.,=+-]+", self.desc):
-            accepted = "letters, digits and . , = + - _"
-            raise refusal("--desc", repr(self.desc), accepted=accepted)
+            raise refusal("--desc", repr(self.desc), accepted="letters, digits and . , = + - _")
         if self.outdir is not None:
             check_target("--outdir", self.outdir, is_folder=True)
 
@@ -71,10 +72,8 @@ class Start:
         if self.desc is not None:
             raise ValueError("--desc names a new run folder; --resume continues one.")
         if self.outdir is not None and self.outdir.resolve() != run_dir.resolve().parent:
-            raise ValueError(
-                f"--outdir: got {self.outdir}, but --resume continues in {run_dir}; leave "
-                "--outdir out."
-            )
+            but = f"--resume continues in {run_dir}"
+            raise refusal("--outdir", self.outdir, but=but, remedy="leave --outdir out")
 
     def settle_in(self, config: RunConfig, given: Collection[str]) -> RunConfig:
         """Return ``config`` with what suits a start from other weights, but for what was typed."""
@@ -101,7 +100,7 @@ def print_plan(config: RunConfig, usual_num_classes: int) -> None:
     config = fit_to_device(config, device.type)
     description = describe_run(config, world_size, device)
     if int(os.environ.get("RANK", 0)) == 0:
-        print(f"{describe_config(config)}\n{description}{note}")
+        print(f"{json.dumps(to_dict(config), indent=2)}\n{description}{note}")
 
 
 def launch(config: RunConfig, start: Start) -> int:
@@ -124,18 +123,14 @@ def launch(config: RunConfig, start: Start) -> int:
         state = None
         if not is_new:
             distributed.on_main(lambda: runs.clear_leftovers(run_dir))
-            content_hash = job.data.content_hash
             state = runs.load_resume_state(
-                run_dir, exact_state, job.config, content_hash, distributed.print0
+                run_dir, exact_state, job.config, job.data.content_hash, distributed.print0
             )
         if distributed.is_main():
             _write_start(job, run_dir, runs.stored_origin(run_dir) if start.continues else origin)
+        weights = snapshot if state is None else None
         finished = training_loop(
-            job,
-            run_dir,
-            resume_state=state,
-            transfer=snapshot if state is None else None,
-            stop_signal=stop_signal,
+            job, run_dir, resume_state=state, transfer=weights, stop_signal=stop_signal
         )
     if not finished and distributed.is_main():
         with atomic_write(run_dir / runs.REQUEUE_FILE, "w") as file:
@@ -162,11 +157,8 @@ def _find_run(job: Job, start: Start, origin: dict[str, Any]) -> tuple[Path | No
         return runs.resume_paths(start.resume)
     if start.resume != "auto":
         return None, None
-
-    def find() -> Path | None:
-        return runs.find_same_run(start.outdir, job.config, origin, print)
-
-    return distributed.on_main(find), None
+    found = (start.outdir, job.config, origin, print)
+    return distributed.on_main(lambda: runs.find_same_run(*found)), None
 
 
 def _write_start(job: Job, run_dir: Path, origin: dict[str, Any] | None) -> None:

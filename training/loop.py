@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from data.loader import make_loader
 from dnnlib.progress import progress
@@ -15,31 +14,15 @@ from models import build_network
 from torch_utils import distributed, rng
 from torch_utils.misc import allow_tf32
 from torch_utils.stats import StatsCollector
-from training.checkpoint import (
-    Snapshot,
-    load_snapshot,
-    profile_path,
-    prune_states,
-    save_state,
-    save_weights,
-    snapshot_path,
-    state_path,
-    summarise,
-)
+from training import checkpoint
+from training.checkpoint import Snapshot, save_weights, snapshot_path
 from training.config import RunConfig, accumulation_rounds
 from training.ema import EMA, PowerEMA, ema_beta
 from training.family import Codec, Evaluator, Outputs, Part, TrainingData
 from training.family import of as family_of
 from training.optimizer import GuardedAdam, learning_rate
 from training.report import forward_flops, save_reals
-from training.telemetry import (
-    Telemetry,
-    memory_stats,
-    scalar,
-    tick_line,
-    trim_rows,
-    utilisation_stats,
-)
+from training.telemetry import Telemetry, memory_stats, scalar, tick_line, utilisation_stats
 from training.watch import Watch
 
 
@@ -92,7 +75,7 @@ def training_loop(
     torch.backends.cudnn.benchmark = training.cudnn_benchmark
     allow_tf32(training.tf32)
 
-    data = summarise(job.data)
+    data = checkpoint.summarise(job.data)
 
     # Build network, loss, weight averages and optimizer.
     torch.manual_seed(rng.mix(training.seed, rng.STREAM_INIT))
@@ -123,10 +106,9 @@ def training_loop(
         ema.network.load_state_dict(resume_state["ema"])
         profiles.load_state_dict(resume_state.get("ema_profiles", {}))
         optimizer.load_state_dict(resume_state["optimizer"])
-        cur_nimg = resume_state["progress"]["cur_nimg"]
-        cur_tick = resume_state["progress"]["cur_tick"]
-        tick_start_nimg = resume_state["progress"]["tick_start_nimg"]
-        elapsed_before_sec = resume_state["progress"]["elapsed_sec"]
+        made = resume_state["progress"]
+        cur_nimg, cur_tick = made["cur_nimg"], made["cur_tick"]
+        tick_start_nimg, elapsed_before_sec = made["tick_start_nimg"], made["elapsed_sec"]
         stats.load_state_dict(resume_state["stats"])
     objective = family.objective(config, network, codec)
     if training.compile:
@@ -142,18 +124,15 @@ def training_loop(
     batches = iter(loader)
     flops_per_image = forward_flops(config)  # The backward pass costs twice as much again.
 
-    def snapshots(
-        progress_info: dict[str, Any],
-    ) -> Iterator[tuple[Path, dict[str, Tensor], dict[str, Any]]]:
+    def snapshots(info: dict[str, Any]) -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
         """Yield path, weights and progress of each average's snapshot."""
-        yield snapshot_path(run_dir, cur_nimg), ema.network.state_dict(), progress_info
+        yield snapshot_path(run_dir, cur_nimg), ema.network.state_dict(), info
         for std in profiles.stds:
-            path = profile_path(run_dir, cur_nimg, std)
-            yield path, profiles.compact(std), dict(progress_info, ema_std=std)
+            path = checkpoint.profile_path(run_dir, cur_nimg, std)
+            yield path, profiles.compact(std), dict(info, ema_std=std)
 
     telemetry = None
     if rank == 0:
-        trim_rows(run_dir, cur_nimg)
         telemetry = Telemetry(run_dir, logging, config, cur_nimg)
         if cur_nimg == 0:
             save_reals(job.data, codec, run_dir / "reals.png")
@@ -161,7 +140,7 @@ def training_loop(
             # A state implies its snapshots.
             for path, weights, info in snapshots(resume_state["progress"]):
                 try:
-                    load_snapshot(path)
+                    checkpoint.load_snapshot(path)
                 except ValueError as error:
                     telemetry.message(f"{error} Written again from the training state.")
                     save_weights(path, weights, config, data, info)
@@ -176,9 +155,9 @@ def training_loop(
             progress=progress_info,
         )
         if rank == 0:
-            path = state_path(run_dir, cur_nimg)
-            save_state(path, payload, config)
-            prune_states(run_dir, path, logging.keep_states)
+            path = checkpoint.state_path(run_dir, cur_nimg)
+            checkpoint.save_state(path, payload, config)
+            checkpoint.prune_states(run_dir, path, logging.keep_states)
 
     evaluator, outputs = job.evaluator, Outputs(run_dir, telemetry, stop_signal)
     generator = family.generator(config, ema.network, codec, device)
@@ -248,6 +227,7 @@ def training_loop(
         if tick_ends:
             tick_kimg = (cur_nimg - timed_nimg) / 1000
             sec_per_tick = tick_end_sec - tick_start_sec
+            flops = 3 * flops_per_image * tick_kimg * 1000
             fields = stats.collect()
             fields.update(
                 {
@@ -259,11 +239,7 @@ def training_loop(
                     "Timing/sec_per_kimg": scalar(sec_per_tick / tick_kimg),
                     "Timing/images_per_sec": scalar(tick_kimg * 1000 / max(sec_per_tick, 1e-9)),
                     "Timing/maintenance_sec": scalar(maintenance_sec),
-                    **utilisation_stats(
-                        3 * flops_per_image * tick_kimg * 1000 / sec_per_tick / world_size,
-                        device,
-                        training,
-                    ),
+                    **utilisation_stats(flops / sec_per_tick / world_size, device, training),
                     **memory_stats(device),
                 }
             )
@@ -282,9 +258,8 @@ def training_loop(
 
         # Save pictures, the snapshots, then the state: a state implies its snapshots.
         regular = tick_ends and config.snapshot_is_due(cur_tick, tick_start_nimg, cur_nimg)
-        snap_due = done or regular
+        snap_due = metrics_due = done or regular
         dump_due = tick_ends and cur_tick % logging.dump == 0 if logging.dump else regular
-        metrics_due = done or regular
         if logging.metrics_ticks is not None:
             metrics_due = done or (tick_ends and cur_tick % logging.metrics_ticks == 0)
         if tick_ends:
@@ -327,10 +302,5 @@ def training_loop(
 
 def _tick_bar(tick: int, cur_nimg: int, tick_start_nimg: int, tick_nimg: float, rank: int) -> Any:
     """Return a started progress bar for the images of one tick."""
-    return progress(
-        total=max(round(tick_nimg), 1),
-        label=f"tick {tick}",
-        disable=rank != 0,
-        transient=True,
-        initial=cur_nimg - tick_start_nimg,
-    )
+    look = dict(label=f"tick {tick}", disable=rank != 0, transient=True)
+    return progress(total=max(round(tick_nimg), 1), initial=cur_nimg - tick_start_nimg, **look)

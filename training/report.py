@@ -1,12 +1,10 @@
 """What a run is, in words: the text of --dry-run and the first lines of a run."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import torch
 
-from dnnlib.config import to_dict
 from dnnlib.text import format_count
 from models import attention_backend, build_network
 from torch_utils.misc import count_flops, count_parameters
@@ -57,25 +55,16 @@ def describe_run(config: RunConfig, world_size: int, device: torch.device) -> st
         "device": str(device),
     }
     rows.update(family.of(config).describe(config))
-    kimg_per_snapshot = _kimg_per_snapshot(config)
+    logging = config.logging
+    kimg_per_snapshot = config.tick_nimg * min(logging.snap, logging.dump or logging.snap) / 1000
+    if logging.save_interval is not None:
+        kimg_per_snapshot = logging.save_interval * config.step_nimg / 1000
     if kimg_per_snapshot < 1:
         rows["note"] = (
             f"snapshots and states come every {kimg_per_snapshot:g} kimg, but their names count "
             "whole ones: of those in the same kimg the last stays (see --tick, --snap, --dump)"
         )
     return "\n".join(f"  {name:<13} {value}" for name, value in rows.items())
-
-
-def _kimg_per_snapshot(config: RunConfig) -> float:
-    logging = config.logging
-    if logging.save_interval is not None:
-        return logging.save_interval * config.step_nimg / 1000
-    return config.tick_nimg * min(logging.snap, logging.dump or logging.snap) / 1000
-
-
-def describe_config(config: RunConfig) -> str:
-    """Return the resolved configuration as indented JSON."""
-    return json.dumps(to_dict(config), indent=2)
 
 
 def save_reals(data: TrainingData, codec: Codec, path: Path) -> None:

@@ -1,8 +1,10 @@
 """Run folders: making, finding and resuming them."""
 
+import contextlib
+import itertools
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +26,9 @@ _RUN_FILES = (
 
 def describe(run: RunConfig, data: TrainingData, desc: str | None) -> str:
     """Return the readable part of a run folder's name."""
-    training = run.training
-    parts = [
-        data.name,
-        *family.of(run).describe_data(data),
-        run.preset,
-        f"ranks{distributed.world_size()}",
-        f"batch{training.batch}",
-        training.precision,
-    ]
-    return "-".join(parts + ([desc] if desc else []))
+    size = f"ranks{distributed.world_size()}-batch{run.training.batch}"
+    parts = [data.name, *family.of(run).describe_data(data), run.preset, size]
+    return "-".join([*parts, run.training.precision, *([desc] if desc else [])])
 
 
 def resume_paths(resume: str) -> tuple[Path, Path | None]:
@@ -52,15 +47,11 @@ def make_run_dir(outdir: Path, desc: str) -> Path:
     def make() -> Path:
         outdir.mkdir(parents=True, exist_ok=True)
         numbers = [int(match.group()) for path in outdir.iterdir() if (match := _number(path))]
-        number = max(numbers, default=-1) + 1
-        while True:
+        for number in itertools.count(max(numbers, default=-1) + 1):
             run_dir = outdir / f"{number:05d}-{desc}"
-            try:
+            with contextlib.suppress(FileExistsError):  # Another run that starts now took it.
                 run_dir.mkdir()
-            except FileExistsError:  # Another run that starts now took the number.
-                number += 1
-                continue
-            return run_dir
+                return run_dir
 
     return distributed.on_main(make)
 
@@ -181,7 +172,7 @@ def load_resume_state(
 
     loaded = distributed.on_main_tree(load)[0]
     if loaded is not None:
-        check_same_model(config, family.restore_run(loaded["config"]), report)
+        _check_same_model(config, family.restore_run(loaded["config"]), report)
         if loaded["progress"].get("data_hash", data_hash) != data_hash:
             report(
                 "The training data are not those that the run began with (or their files were "
@@ -191,7 +182,7 @@ def load_resume_state(
     return loaded
 
 
-def check_same_model(config: RunConfig, saved: RunConfig, report: Callable[[str], None]) -> None:
+def _check_same_model(config: RunConfig, saved: RunConfig, report: Callable[[str], None]) -> None:
     """Raise ValueError if a saved state is of another model or average; report other changes."""
     own, there = identity(config), identity(saved)
     changed = [name for name in own | there if own.get(name) != there.get(name)]
@@ -202,14 +193,11 @@ def check_same_model(config: RunConfig, saved: RunConfig, report: Callable[[str]
         raise ValueError(f"--resume: the state is of another model ({details}).")
     stds, stds_there = (sorted(settings["training.ema_stds"]) for settings in (own, there))
     if stds != stds_there:
+        shown, shown_there = (",".join(map(str, s)) or "none" for s in (stds, stds_there))
         raise ValueError(
-            f"--resume: the state holds the averages of --ema-stds={_show(stds_there)}, not of "
-            f"{_show(stds)}, and none can start in the middle of a run; leave --ema-stds as it "
-            "was, or start a new run."
+            f"--resume: the state holds the averages of --ema-stds={shown_there}, not of {shown}, "
+            "and none can start in the middle of a run; leave --ema-stds as it was, or start a "
+            "new run."
         )
     if changed:
         report(f"This continues a run with other settings: {'; '.join(listed.values())}.")
-
-
-def _show(stds: Sequence[float]) -> str:
-    return ",".join(map(str, stds)) or "none"

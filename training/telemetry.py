@@ -21,10 +21,9 @@ Stats = dict[str, dict[str, float]]
 class Telemetry:
     """Writes the outputs of one run from ``cur_nimg`` on; only rank 0 makes one."""
 
-    def __init__(
-        self, run_dir: Path, logging: LoggingConfig, config: Config, cur_nimg: int
-    ) -> None:
+    def __init__(self, run_dir: Path, logging: LoggingConfig, config: Config, cur_nimg: int):
         self._run_dir = run_dir
+        trim_rows(run_dir, cur_nimg)
         self._log = open(run_dir / "log.txt", "a", encoding="utf-8")
         self._stats = open(run_dir / "stats.jsonl", "a", encoding="utf-8")
         self._tensorboard = _tensorboard_writer(run_dir, cur_nimg // 1000 + 1)
@@ -40,7 +39,11 @@ class Telemetry:
 
     def record(self, stats: Stats, cur_nimg: int) -> None:
         """Append the statistics of one tick to every sink."""
-        row: dict[str, Any] = {name: _finite(value) for name, value in stats.items()}
+        # JSON has no NaN.
+        row: dict[str, Any] = {
+            name: {key: value if math.isfinite(value) else None for key, value in stat.items()}
+            for name, stat in stats.items()
+        }
         row["timestamp"] = time.time()
         self._stats.write(json.dumps(row) + "\n")
         self._stats.flush()
@@ -113,10 +116,10 @@ def trim_rows(run_dir: Path, cur_nimg: int) -> None:
             continue
         text = path.read_text(encoding="utf-8", errors="replace")
         lines = text.splitlines()
-        damaged = [number for number, line in enumerate(lines[:-1], 1) if not _is_row(line)]
+        damaged = [n for n, line in enumerate(lines[:-1], 1) if math.isinf(_row_kimg(line))]
         if damaged:
             print(f"{path}: line {join_names(map(str, damaged))} cannot be read and is left out.")
-        kept = "".join(line + "\n" for line in text.splitlines() if _row_kimg(line) <= limit)
+        kept = "".join(line + "\n" for line in lines if _row_kimg(line) <= limit)
         if kept != text:
             with atomic_write(path, "w", encoding="utf-8") as file:
                 file.write(kept)
@@ -131,10 +134,6 @@ def metric_is_recorded(run_dir: Path, metric: str, cur_nimg: int) -> bool:
     return any(abs(_row_kimg(line) - cur_nimg / 1000) < 1e-9 for line in lines)
 
 
-def _is_row(line: str) -> bool:
-    return _row_kimg(line) < math.inf
-
-
 def _row_kimg(line: str) -> float:
     """Return a row's kimg; infinity for a line that a kill cut off."""
     try:
@@ -142,11 +141,6 @@ def _row_kimg(line: str) -> float:
         return float(row["Progress/kimg"]["mean"] if "Progress/kimg" in row else row["kimg"])
     except (ValueError, KeyError, TypeError):
         return math.inf
-
-
-def _finite(stat: dict[str, float]) -> dict[str, float | None]:
-    """JSON has no NaN: write null instead."""
-    return {key: value if math.isfinite(value) else None for key, value in stat.items()}
 
 
 def _tensorboard_writer(run_dir: Path, first_step: int) -> Any:
@@ -177,9 +171,8 @@ def import_wandb() -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise ValueError(
-            "--wandb needs the package wandb: pip install wandb (or leave --wandb out)."
-        ) from error
+        remedy = "pip install wandb (or leave --wandb out)"
+        raise ValueError(f"--wandb needs the package wandb: {remedy}.") from error
     return wandb
 
 
@@ -205,9 +198,8 @@ def memory_stats(device: torch.device) -> Stats:
 
     stats = {"Resources/cpu_mem_gb": scalar(psutil.Process().memory_info().rss / 2**30)}
     if device.type == "cuda":
-        stats["Resources/peak_gpu_mem_gb"] = scalar(torch.cuda.max_memory_allocated(device) / 2**30)
-        stats["Resources/peak_gpu_mem_reserved_gb"] = scalar(
-            torch.cuda.max_memory_reserved(device) / 2**30
-        )
+        peak, reserved = torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved
+        stats["Resources/peak_gpu_mem_gb"] = scalar(peak(device) / 2**30)
+        stats["Resources/peak_gpu_mem_reserved_gb"] = scalar(reserved(device) / 2**30)
         torch.cuda.reset_peak_memory_stats(device)
     return stats

@@ -65,17 +65,14 @@ class Transfer:
             left = [n for n in names if not any(fnmatch.fnmatchcase(n, p) for p in patterns)]
             if left:
                 more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-                raise refusal(
-                    "--transfer",
-                    but=f"{left[0]}{more} of {self.source} would be {what}",
-                    remedy="give a snapshot of the same model, or allow it with "
-                    f"--transfer-allow='{left[0]}'",
-                )
+                but = f"{left[0]}{more} of {self.source} would be {what}"
+                allow = f"allow it with --transfer-allow='{left[0]}'"
+                remedy = f"give a snapshot of the same model, or {allow}"
+                raise refusal("--transfer", but=but, remedy=remedy)
         if self.share < min_share:
-            raise ValueError(
-                f"--transfer: {self.source} gives only {self.share:.0%} of the parameters of this "
-                f"model; at least {min_share:.0%} are needed for a warm start."
-            )
+            gives = f"{self.source} gives only {self.share:.0%} of the parameters of this model"
+            needs = f"at least {min_share:.0%} are needed for a warm start"
+            raise ValueError(f"--transfer: {gives}; {needs}.")
 
 
 def transfer_weights(
