@@ -34,18 +34,12 @@ class Network(nn.Module):
         self.conditioner = config.make_conditioner(self.backbone.context_dim)
 
     def compile_parts(self, num_shapes: int = 1, backend: str | Callable = "inductor") -> None:
-        """Compile what is run at every step, with torch.compile.
-
-        Args:
-            num_shapes: Shapes of inputs that will come, each of which gets a graph of its own.
-            backend: What torch.compile hands its graphs to.
-        """
+        """Compile what is run at every step, for each of ``num_shapes`` shapes of inputs."""
         # Beyond the limit, further shapes would silently run without compilation.
-        limits = torch._dynamo.config
-        limits.recompile_limit = max(limits.recompile_limit, num_shapes + 1)
-        limits.accumulated_recompile_limit = max(
-            limits.accumulated_recompile_limit, 4 * (num_shapes + 1)
-        )
+        limits, graphs = torch._dynamo.config, num_shapes + 1
+        limits.recompile_limit = max(limits.recompile_limit, graphs)
+        total = max(limits.accumulated_recompile_limit, 4 * graphs)
+        limits.accumulated_recompile_limit = total
         self.backbone.compile(backend=backend, dynamic=False if num_shapes > 1 else None)
         self.conditioner.compile_parts(backend)
 

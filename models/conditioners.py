@@ -14,6 +14,18 @@ class Conditioner(nn.Module):
 
     num_classes: int
 
+    def forward(
+        self, cond: dict[str, Tensor], drop: Tensor | None = None, num: int | None = None
+    ) -> Context:
+        """Return the context of N images, None in the place of what there is no condition for.
+
+        Args:
+            cond: Named conditions, which the subclass describes.
+            drop: Bool, true where a condition is replaced by its learned null; none by default.
+            num: N, needed where ``cond`` does not tell.
+        """
+        raise NotImplementedError
+
     def resolve(self, context: Context, c_noise: Tensor) -> Context:
         """Return the context at noise levels ``c_noise`` [N], where that makes a difference."""
         return context
@@ -46,16 +58,13 @@ class ClassConditioner(Conditioner):
     (Karras et al. 2022, arXiv 2206.00364), with its scale and its learning rate. Dropped labels
     take a learned null vector, which is in the graph of every batch.
 
-    Args:
-        num_classes: Number of classes; 0 for an unconditional model.
-        augment_dim: Number of augmentation labels; 0 for none.
-        dim: Width of the vector.
+    Conditions: ``label`` [N] int64 class indices, which a class-conditional model needs, and
+    ``augment`` [N, augment_dim] float; zeros if absent. ``drop`` is [N].
     """
 
     def __init__(self, num_classes: int, augment_dim: int, dim: int) -> None:
         super().__init__()
-        self.num_classes = num_classes
-        self.augment_dim = augment_dim
+        self.num_classes, self.augment_dim = num_classes, augment_dim
         if num_classes > 0:
             self.label_weight = nn.Parameter(torch.empty(num_classes, dim))
             self.null = nn.Parameter(torch.zeros(dim))
@@ -67,16 +76,7 @@ class ClassConditioner(Conditioner):
     def forward(
         self, cond: dict[str, Tensor], drop: Tensor | None = None, num: int | None = None
     ) -> Context:
-        """Return the context of N images: a vector [N, dim], or none without any condition.
-
-        Args:
-            cond: ``label``: [N] int64 class indices, which a class-conditional model needs.
-                ``augment``: [N, augment_dim] float; zeros if absent.
-            drop: [N] bool, true where the label is replaced by the null vector; none by default.
-            num: N, needed if ``cond`` has neither.
-
-        Raises ValueError if a class-conditional model gets no label.
-        """
+        """Return a vector [N, dim]; raises ValueError where a label is needed and missing."""
         parts = []
         if self.num_classes > 0:
             if "label" not in cond:
@@ -100,9 +100,7 @@ class ClassConditioner(Conditioner):
 class ClassTable(Conditioner):
     """An embedding of the class label whose last row is the null label (DiT, arXiv 2212.09748).
 
-    Args:
-        num_classes: Number of classes; 0 for an unconditional model.
-        dim: Width of the vector.
+    Condition: ``label`` [N] int64, which a class-conditional model needs. ``drop`` is [N].
     """
 
     def __init__(self, num_classes: int, dim: int) -> None:
@@ -115,15 +113,7 @@ class ClassTable(Conditioner):
     def forward(
         self, cond: dict[str, Tensor], drop: Tensor | None = None, num: int | None = None
     ) -> Context:
-        """Return the context of N images: a vector [N, dim], or none without classes.
-
-        Args:
-            cond: ``label``: [N] int64 class indices, which a class-conditional model needs.
-            drop: [N] bool, true where the label is replaced by the null label; none by default.
-            num: Not needed.
-
-        Raises ValueError if a class-conditional model gets no label.
-        """
+        """Return a vector [N, dim]; raises ValueError where a label is needed and missing."""
         if self.num_classes == 0:
             return Context()
         if "label" not in cond:

@@ -69,9 +69,9 @@ class DiffiTConfig(ModelConfig):
         for grid, window in zip(self.grids, self.windows, strict=True):
             if grid % window:
                 got = f"{self.window}, which does not divide the {grid}x{grid} grid of a stage"
-                grids = ", ".join(map(str, self.grids))
-                remedy = f"use a number that divides every stage's grid ({grids}) or is at least"
-                raise refusal("--window", got, remedy=f"{remedy} as large")
+                grids = f"every stage's grid ({', '.join(map(str, self.grids))})"
+                remedy = f"use a number that divides {grids} or is at least as large"
+                raise refusal("--window", got, remedy=remedy)
         check_divides(self, "num_heads", "base_dim")
         if self.num_stages > 1:
             check_divides(self, "num_heads", "hidden_dim")

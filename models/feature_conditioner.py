@@ -29,10 +29,6 @@ class FeatureConditioner(Conditioner):
       without them they count as dropped. Where ``patches`` are absent, ``size`` says for which
       images: (width, height) in pixels, int64 [2] on the CPU.
     - ``patch_bias`` [N], added to the scores of attention to patches (0 if absent).
-
-    Args:
-        config: Widths, and how conditions are used.
-        dim: Width of the context.
     """
 
     num_classes = 0
@@ -75,10 +71,7 @@ class FeatureConditioner(Conditioner):
     ) -> Context:
         """Return the context of N images: a vector [N, dim], tokens [N, L + 1 + P, dim], a mask.
 
-        Args:
-            cond: See the class.
-            drop: [N, 3] bool, true where text, CLS token or patches are replaced by their nulls.
-            num: N, needed where ``cond`` has no features.
+        ``drop`` [N, 3] is true where text, CLS token or patches are replaced by their nulls.
         """
         given = [cond[name] for name in CONDITIONS if name in cond]
         num = len(given[0]) if given else num

@@ -23,12 +23,7 @@ AUTO_ATTENTION: dict[str, str] = {"cpu": "sdpa", "cuda": "sdpa"}
 
 
 def choose_attention(attention: str, device: torch.device, needs_grad: bool) -> str:
-    """Return the attention kernels, ``sdpa`` or ``flex``, that a device gets.
-
-    Args:
-        attention: ``auto``, ``sdpa`` or ``flex``.
-        device: Where the attention runs.
-        needs_grad: Whether its gradient is wanted.
+    """Return the kernels, ``sdpa`` or ``flex``, that a device gets where ``auto`` or one is asked.
 
     Raises ValueError for flex attention with gradients on a CPU.
     """
@@ -61,15 +56,7 @@ def window_partition(x: Tensor, window: int) -> Tensor:
 
 
 def window_unpartition(windows: Tensor, window: int, height: int, width: int) -> Tensor:
-    """Undo :func:`window_partition`.
-
-    Args:
-        windows: [B * height/window * width/window, heads, window**2, d].
-        window: Edge of a window in tokens.
-        height, width: Size of the grid.
-
-    Returns [B, height, width, heads, d].
-    """
+    """Undo :func:`window_partition`: return a grid [B, height, width, heads, d] of windows."""
     heads, d = windows.shape[1], windows.shape[3]
     x = windows.reshape(-1, height // window, width // window, heads, window, window, d)
     return x.permute(0, 1, 4, 2, 5, 3, 6).reshape(-1, height, width, heads, d)
@@ -122,9 +109,7 @@ class TMSA(nn.Module):
     global attention. Windows are not shifted: the U-Net mixes them.
 
     Args:
-        dim: Width of the tokens.
-        time_dim: Width of the time token.
-        num_heads: Number of heads; divides ``dim``.
+        dim, time_dim: Width of the tokens, which ``num_heads`` divides, and of the time token.
         window: Edge of a window in tokens.
         attention: See :func:`attend`.
     """
@@ -134,8 +119,7 @@ class TMSA(nn.Module):
     ) -> None:
         super().__init__()
         self.head_dim = dim // num_heads
-        self.window = window
-        self.attention = attention
+        self.window, self.attention = window, attention
         self.qkv = nn.Linear(dim, 3 * dim)
         self.qkv_temb = nn.Linear(time_dim, 3 * dim)
         table = torch.zeros((2 * window - 1) ** 2, num_heads)
@@ -166,13 +150,7 @@ class TMSA(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention over a sequence of tokens.
-
-    Args:
-        dim: Width of the tokens.
-        num_heads: Number of heads; divides ``dim``.
-        bias: Whether the linear layers have one.
-    """
+    """Multi-head self-attention over a sequence of tokens; ``num_heads`` divides ``dim``."""
 
     def __init__(self, dim: int, num_heads: int, bias: bool = True) -> None:
         super().__init__()
@@ -187,14 +165,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of tokens to those of a context.
-
-    Args:
-        dim: Width of the tokens.
-        context_dim: Width of the context's tokens.
-        num_heads: Number of heads; divides ``dim``.
-        bias: Whether the linear layers have one.
-    """
+    """Multi-head attention of tokens to those of a context; ``num_heads`` divides ``dim``."""
 
     def __init__(self, dim: int, context_dim: int, num_heads: int, bias: bool = True) -> None:
         super().__init__()

@@ -46,19 +46,17 @@ def network_of_published(
     """
     shapes = published_shapes(config)
     optional = {name for name in shapes if name.endswith(_INDEX)}
+    others = {
+        "missing": [n for n in shapes if n not in tensors and n not in optional],
+        "unexpected": [n for n in tensors if n not in shapes],
+        "of another shape": [
+            f"{name} {list(tensors[name].shape)} instead of {list(shape)}"
+            for name, shape in shapes.items()
+            if name in tensors and tuple(tensors[name].shape) != shape
+        ],
+    }
     problems = []
-    for title, names in (
-        ("missing", [n for n in shapes if n not in tensors and n not in optional]),
-        ("unexpected", [n for n in tensors if n not in shapes]),
-        (
-            "of another shape",
-            [
-                f"{name} {list(tensors[name].shape)} instead of {list(shape)}"
-                for name, shape in shapes.items()
-                if name in tensors and tuple(tensors[name].shape) != shape
-            ],
-        ),
-    ):
+    for title, names in others.items():
         if names:
             listed = ", ".join(names[:_MAX_LISTED])
             rest = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""

@@ -43,9 +43,7 @@ class SetConditioner(Conditioner):
     - ``c_noise`` [b] or [N], for an encoder that depends on the noise level. Without it the context
       waits, and is encoded by :meth:`resolve`.
 
-    Args:
-        config: Describes encoder and context.
-        dim: Width of a label's embedding.
+    ``dim`` is the width of a label's embedding.
     """
 
     def __init__(self, config: SetDiTConfig, dim: int) -> None:
@@ -83,10 +81,7 @@ class SetConditioner(Conditioner):
     ) -> SetContext:
         """Return the context of N images, where N = b n for conditions ``set``.
 
-        Args:
-            cond: See the class.
-            drop: [b] or [N] bool, true where set and label are replaced by their nulls.
-            num: Not needed.
+        ``drop`` [b] or [N] is true where set and label are replaced by their nulls.
         """
         mask = cond.get("mask")
         if "set" not in cond:
@@ -147,11 +142,7 @@ class SetConditioner(Conditioner):
     ) -> SetContext:
         """Return the context of what waits: a vector (``film``) or tokens (``lag``), and its label.
 
-        Args:
-            context: Its ``set_tokens`` [N, ...], ``set_mask``, ``set_drop`` and label.
-            c_noise: [N], for an encoder that depends on the noise level.
-            noise: [N, encoder_dim], standard normal, from which a variational context is drawn; its
-                mean is taken without.
+        ``c_noise`` is [N]; ``noise`` [N, encoder_dim], without which a drawn context is its mean.
         """
         config = self.config
         is_film = config.mode_conditioning == "film"

@@ -3,15 +3,18 @@
 import dataclasses
 from collections.abc import Collection
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from data.images.augment import AugmentConfig
 from data.images.dataset import DatasetConfig
 from diffusion.precond import PrecondConfig
 from diffusion.samplers import SamplingConfig
 from dnnlib.config import Config, option
+from dnnlib.errors import refusal
 from models.config import ModelConfig
 from training.power_ema import MAX_STD, MIN_STD, std_name
+
+_DURATION: dict[str, Any] = dict(affects={"lr_schedule": ("cosine",)})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,15 +27,13 @@ class TrainingConfig(Config):
 
     title: ClassVar[str] = "Training options"
 
-    kimg: float = option(
-        200_000.0, min=0, help="Training duration in kimg.", affects={"lr_schedule": ("cosine",)}
-    )
+    kimg: float = option(200_000.0, min=0, help="Training duration in kimg.", **_DURATION)
     iters: int | None = option(
         None,
         min=1,
         aliases=("max-steps",),
         help="Duration in optimizer steps, instead of --kimg.",
-        affects={"lr_schedule": ("cosine",)},
+        **_DURATION,
     )
     batch: int = option(
         512,
@@ -108,10 +109,8 @@ class TrainingConfig(Config):
         super().__post_init__()
         names = [std_name(std) for std in self.ema_stds]
         if len(set(names)) < len(names):
-            raise ValueError(
-                f"--ema-stds: got {','.join(names)}; accepted: numbers that differ in their first "
-                "three decimals."
-            )
+            accepted = "numbers that differ in their first three decimals"
+            raise refusal("--ema-stds", ",".join(names), accepted=accepted)
 
     @property
     def arithmetic(self) -> str:
@@ -199,28 +198,21 @@ class DetectorConfig(Config):
 
     def check_used(self, given: Collection[str], detectors: Collection[str], metrics: str) -> None:
         """Raise ValueError for a field of ``given`` that none of the named detectors has."""
-        users = {
-            "inception": ("inception",),
-            "inception_input": ("inception",),
-            "dinov2": ("dinov2",),
-            "clip": ("clip",),
-            "detector_precision": ("inception", "dinov2", "clip"),
-        }
-        for name, names in users.items():
-            if name in given and not set(names) & set(detectors):
-                raise ValueError(
-                    f"--{name.replace('_', '-')} has no effect with {metrics}; leave it out."
-                )
+        for field in dataclasses.fields(self):
+            users = {field.name.removesuffix("_input")}
+            if field.name == "detector_precision":
+                users = {"inception", "dinov2", "clip"}
+            if field.name in given and not users & set(detectors):
+                option_name = field.name.replace("_", "-")
+                raise ValueError(f"--{option_name} has no effect with {metrics}; leave it out.")
 
     def arguments(self, detector: str) -> dict[str, str | None]:
         """Return the arguments of :func:`metrics.detectors.get_detector` for one detector."""
         if detector == "pixels":
             return {}
         precision = {"fp32": "float32", "bf16": "bfloat16"}[self.detector_precision]
-        found: dict[str, str | None] = dict(location=getattr(self, detector), precision=precision)
-        if detector == "inception":
-            found["convention"] = self.inception_input
-        return found
+        convention = dict(convention=self.inception_input) if detector == "inception" else {}
+        return dict(location=getattr(self, detector), precision=precision, **convention)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -273,18 +265,17 @@ def with_one_of_each(config: RunConfig, given: Collection[str]) -> RunConfig:
 
     Raises ValueError if both were.
     """
-    pairs = (
+    for section, kimg_option, step_option in (
         ("training", "kimg", "iters"),
         ("logging", "tick", "log_interval"),
         ("logging", "snap", "save_interval"),
-    )
-    for section, kimg_option, step_option in pairs:
+    ):
         values = getattr(config, section)
         if getattr(values, step_option) is None or kimg_option not in given:
             continue
         if step_option in given:
-            names = [name.replace("_", "-") for name in (kimg_option, step_option)]
-            raise ValueError(f"Give --{names[0]} or --{names[1]}, not both.")
+            step_name = step_option.replace("_", "-")
+            raise ValueError(f"Give --{kimg_option} or --{step_name}, not both.")
         values = dataclasses.replace(values, **{step_option: None})
         config = dataclasses.replace(config, **{section: values})
     return config
@@ -305,12 +296,10 @@ def with_named_data(
 def fit_to_device(config: RunConfig, device_type: str) -> RunConfig:
     """Return ``config`` with ``--precision=auto`` and ``--compile=none`` decided for a device."""
     training, on_gpu = config.training, device_type == "cuda"
-    precision, compiled = training.precision, training.compile
-    if precision == "auto":
-        precision = "bf16" if on_gpu else "fp32"
-    training = dataclasses.replace(
-        training, precision=precision, compile=on_gpu if compiled is None else compiled
-    )
+    if training.precision == "auto":
+        training = dataclasses.replace(training, precision="bf16" if on_gpu else "fp32")
+    if training.compile is None:
+        training = dataclasses.replace(training, compile=on_gpu)
     return dataclasses.replace(config, training=training)
 
 
@@ -320,18 +309,15 @@ def accumulation_rounds(training: TrainingConfig, world_size: int) -> tuple[int,
     Raises ValueError if there is no such division.
     """
     if training.batch % world_size:
-        raise ValueError(
-            f"--batch: got {training.batch}, which {world_size} ranks cannot share evenly; use a "
-            f"multiple of {world_size}."
-        )
+        got = f"{training.batch}, which {world_size} ranks cannot share evenly"
+        raise refusal("--batch", got, remedy=f"use a multiple of {world_size}")
     per_rank = training.batch // world_size
     batch_gpu = training.batch_gpu or per_rank
     if per_rank % batch_gpu:
         divisors = [n for n in range(1, per_rank + 1) if per_rank % n == 0]
         nearest = min(divisors, key=lambda n: abs(n - batch_gpu))
-        raise ValueError(
-            f"--batch-gpu: got {batch_gpu}, but --batch {training.batch} over {world_size} "
-            f"rank(s) leaves {per_rank} images a rank; use a divisor of {per_rank}, such as "
-            f"{nearest}, or a --batch that is a multiple of {batch_gpu * world_size}."
-        )
+        but = f"--batch {training.batch} over {world_size} rank(s) leaves {per_rank} images a rank"
+        other = f"a --batch that is a multiple of {batch_gpu * world_size}"
+        remedy = f"use a divisor of {per_rank}, such as {nearest}, or {other}"
+        raise refusal("--batch-gpu", batch_gpu, but=but, remedy=remedy)
     return batch_gpu, per_rank // batch_gpu

@@ -123,7 +123,6 @@ class FeatureObjective(Objective):
                 bar.update()
 
     def draw(self, step: rng.Step) -> FeatureDraws:
-        """Return the draws of a step's images, as a function of (seed, position) alone."""
         draws = super().draw(step)
         generator = step.generator(rng.STREAM_CONDITION)
         uniform = torch.rand(step.batch, generator=generator, device=step.device)

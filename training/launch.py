@@ -30,19 +30,12 @@ from training.report import describe_run
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Start:
-    """Where a run goes, and what it starts from or continues.
+    """Where a run goes, and what it starts from or continues."""
 
-    Attributes:
-        outdir: Where run folders are made.
-        resume: Run folder or state file to continue, or ``auto``.
-        transfer: Snapshot whose weights the run starts from.
-        desc: Text to add to the name of the run folder.
-    """
-
-    outdir: Path | None = None
-    resume: str | None = None
-    transfer: Path | None = None
-    desc: str | None = None
+    outdir: Path | None = None  # Where run folders are made.
+    resume: str | None = None  # Run folder or state file to continue, or ``auto``.
+    transfer: Path | None = None  # Snapshot whose weights the run starts from.
+    desc: str | None = None  # Text to add to the name of the run folder.
 
     @property
     def continues(self) -> bool:

@@ -28,21 +28,13 @@ from training.watch import Watch
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is trained, on what, and how it is judged.
+    """What is trained, on what, and how it is judged."""
 
-    Attributes:
-        config: The whole run, fitted to data and device.
-        data: Training images, opened by every rank.
-        codec: What a batch of them is to the network.
-        evaluator: Makes pictures and scores.
-        device: This rank's device.
-    """
-
-    config: RunConfig
-    data: TrainingData
-    codec: Codec
-    evaluator: Evaluator
-    device: torch.device
+    config: RunConfig  # The whole run, fitted to data and device.
+    data: TrainingData  # Opened by every rank.
+    codec: Codec  # What a batch of them is to the network.
+    evaluator: Evaluator  # Makes pictures and scores.
+    device: torch.device  # This rank's.
 
 
 def training_loop(

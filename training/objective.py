@@ -28,8 +28,8 @@ class Draws:
 
     def rows(self, start: int, stop: int) -> Self:
         """Return the draws of rows ``start`` to ``stop``."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return type(self)(**{k: None if v is None else v[start:stop] for k, v in values.items()})
+        values = {k: None if v is None else v[start:stop] for k, v in vars(self).items()}
+        return type(self)(**values)
 
 
 class Objective(torch.nn.Module):
@@ -63,8 +63,7 @@ class Objective(torch.nn.Module):
     def draw(self, step: rng.Step) -> Draws:
         """Return the draws of a step's global batch [N], a function of (seed, position) alone.
 
-        Every rank draws the whole batch and keeps its rows, so that the number of ranks and the
-        accumulation change nothing.
+        Every rank keeps its rows, so that their number and the accumulation change nothing.
         """
         batch, device = step.batch, step.device
         generator = step.generator(rng.STREAM_NOISE)
@@ -91,15 +90,10 @@ class Objective(torch.nn.Module):
 
     @property
     def num_shapes(self) -> int:
-        """Number of shapes of inputs, for each of which a compiled network has a graph."""
         return 1
 
     def warm_up(self, run: Callable[..., Tensor], batch: int, device: torch.device) -> None:
-        """Have every graph of a compiled network made before training, by one pass each.
-
-        ``run`` is :meth:`forward`, as wrapped for training; ``batch`` is that of a pass. What it
-        leaves in the gradients counts for nothing. With a single shape, the first step does.
-        """
+        """Do nothing: with a single shape, the first step has the graph made."""
 
     def report(self, stats: StatsCollector, loss: Tensor, draws: Draws) -> None:
         """Add the ``loss`` that :meth:`forward` just returned to the statistics of the tick."""
@@ -108,12 +102,7 @@ class Objective(torch.nn.Module):
     def diagnose(
         self, images: Tensor, cond: Cond, draws: Draws, loss_scale: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Return what is worth telling of a batch, and of the gradients that are there now.
-
-        Args:
-            images, cond, draws: As in :meth:`forward`.
-            loss_scale: What the gradients were multiplied by.
-        """
+        """Return nothing to tell of a batch as :meth:`forward` takes it, and of its gradients."""
         return {}
 
     def _loss(self, images: Tensor, sigma: Tensor, noise: Tensor, context: Context) -> Tensor:

@@ -57,13 +57,12 @@ class GuardedAdam:
     ) -> None:
         self._params = list(params)
         self._clip_grad = clip_grad
-        groups: list[dict[str, Any]] = [dict(params=self._params)]
-        if weight_decay > 0:
-            spared = [p.ndim <= 1 or getattr(p, "spares_decay", False) for p in self._params]
-            pairs = list(zip(self._params, spared, strict=True))
-            decayed = [param for param, is_spared in pairs if not is_spared]
-            rest = [param for param, is_spared in pairs if is_spared]
-            groups = [dict(params=decayed), dict(params=rest, weight_decay=0.0)]
+        decayed: list[torch.nn.Parameter] = []
+        spared: list[torch.nn.Parameter] = []
+        for p in self._params:
+            spares = weight_decay > 0 and (p.ndim <= 1 or getattr(p, "spares_decay", False))
+            (spared if spares else decayed).append(p)
+        groups: list[dict[str, Any]] = [dict(params=decayed), dict(params=spared, weight_decay=0.0)]
         self._adam = torch.optim.AdamW(
             [group for group in groups if group["params"]],
             lr=0.0,

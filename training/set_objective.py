@@ -52,7 +52,6 @@ class SetObjective(Objective):
         self._kl_factor = config.kl_weight / (math.log(2) * scale)
 
     def draw(self, step: rng.Step) -> SetDraws:
-        """Return the draws of a step's sets, as a function of (seed, position) alone."""
         num, batch, device = self._model.sample_size, step.batch, step.device
         draws = super().draw(dataclasses.replace(step, shape=(num, *step.shape)))
         generator = step.generator(rng.STREAM_CONTEXT)
