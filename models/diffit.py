@@ -12,17 +12,10 @@ from torch.nn import functional
 
 from dnnlib.config import option
 from dnnlib.errors import refusal
+from models import layers
 from models.conditioners import ClassConditioner, Conditioner
 from models.config import ModelConfig, check_divides
 from models.context import Context
-from models.layers import (
-    TMSA,
-    PositionalEmbedding,
-    TransformerBlock,
-    UpsampleConv,
-    group_norm,
-    run_block,
-)
 
 # Width of the noise level's sinusoids and of the class and augmentation vectors added to them, as
 # in EDM's DDPM++ (arXiv 2206.00364).
@@ -111,10 +104,10 @@ class ResBlock(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, dropout: float, block: TransformerBlock
+        self, in_channels: int, out_channels: int, dropout: float, block: layers.TransformerBlock
     ) -> None:
         super().__init__()
-        self.norm = group_norm(in_channels)
+        self.norm = layers.group_norm(in_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
         self.block = block
@@ -148,10 +141,10 @@ class DiffiT(nn.Module):
 
         def make_block(stage: int, in_channels: int) -> ResBlock:
             sizes = (widths[stage], config.time_dim, config.num_heads, config.windows[stage])
-            block = TransformerBlock(*sizes, config.mlp_ratio, config.attention)
+            block = layers.TransformerBlock(*sizes, config.mlp_ratio, config.attention)
             return ResBlock(in_channels, widths[stage], config.dropout, block)
 
-        self.noise_embedding = PositionalEmbedding(EMBEDDING_DIM)
+        self.noise_embedding = layers.PositionalEmbedding(EMBEDDING_DIM)
         self.time_token = nn.Sequential(
             nn.Linear(EMBEDDING_DIM, config.time_dim),
             nn.SiLU(),
@@ -172,14 +165,14 @@ class DiffiT(nn.Module):
         self.decoder, self.upsamplers = nn.ModuleList(), nn.ModuleList()
         for stage in reversed(range(config.num_stages - 1)):
             below, width = widths[stage + 1], widths[stage]
-            self.upsamplers.append(UpsampleConv(below))
+            self.upsamplers.append(layers.UpsampleConv(below))
             blocks = []
             for i in range(depths[stage]):
                 skipped = width if i == 0 or config.skip == "block" else 0
                 blocks.append(make_block(stage, (below if i == 0 else width) + skipped))
             self.decoder.append(nn.ModuleList(blocks))
 
-        self.head_norm = group_norm(widths[0])
+        self.head_norm = layers.group_norm(widths[0])
         self.head = nn.Conv2d(widths[0], config.out_channels, kernel_size=3, padding=1)
         self.initialize()
 
@@ -199,10 +192,10 @@ class DiffiT(nn.Module):
         # are almost zero. So is the network's output, which leaves c_skip x as the first estimate.
         self.head.weight.mul_(1e-5)
         for module in self.modules():
-            if isinstance(module, TransformerBlock):
+            if isinstance(module, layers.TransformerBlock):
                 module.attn.proj.weight.mul_(1e-5)
                 module.mlp.fc2.weight.mul_(1e-5)
-            elif isinstance(module, TMSA):
+            elif isinstance(module, layers.TMSA):
                 # Attention starts without a preference for distances, up to little noise.
                 nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
 
@@ -237,7 +230,7 @@ class DiffiT(nn.Module):
                 x = self.downsamplers[stage - 1](x)  #                  [N, C, H / 2, W / 2]
             outputs = []
             for block in blocks:
-                x = run_block(self, block, x, t)
+                x = layers.run_block(self, block, x, t)
                 outputs.append(x)
             skips.append(outputs if self.config.skip == "block" else outputs[-1:])
 
@@ -248,6 +241,6 @@ class DiffiT(nn.Module):
             for block in blocks:
                 if outputs:
                     x = torch.cat([x, outputs.pop()], dim=1)
-                x = run_block(self, block, x, t)
+                x = layers.run_block(self, block, x, t)
         x = functional.silu(self.head_norm(x))
         return self.head(x)  #                                          [N, out_channels, H, W]

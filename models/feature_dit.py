@@ -13,20 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dnnlib.config import inherited, option
+from models import layers
 from models.conditioners import Conditioner
 from models.config import LatentModelConfig, check_divides, check_sinusoid_width
 from models.context import Context
-from models.layers import (
-    MLP,
-    CrossAttention,
-    PositionalEmbedding,
-    SelfAttention,
-    draw_linear_layers,
-    lattice_embedding,
-    modulate,
-    run_block,
-    unpatchify,
-)
 
 _NUM_SINUSOIDS = 256
 _MAX_CACHED_GRIDS = 64
@@ -138,9 +128,9 @@ class ContextBlock(nn.Module):
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, gates: bool) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.attn = SelfAttention(dim, num_heads, bias=False)
-        self.cross = CrossAttention(dim, dim, num_heads, bias=False)
-        self.mlp = MLP(dim, int(dim * mlp_ratio), bias=False)
+        self.attn = layers.SelfAttention(dim, num_heads, bias=False)
+        self.cross = layers.CrossAttention(dim, dim, num_heads, bias=False)
+        self.mlp = layers.MLP(dim, int(dim * mlp_ratio), bias=False)
         self._num_vectors = 9 if gates else 6
         self.modulation = nn.Linear(dim, self._num_vectors * dim)
 
@@ -150,7 +140,7 @@ class ContextBlock(nn.Module):
         shifts, scales, gates = vectors[:3], vectors[3:6], vectors[6:]
 
         def modulated(branch: int) -> Tensor:
-            return modulate(self.norm(x), scales[branch], shifts[branch])
+            return layers.modulate(self.norm(x), scales[branch], shifts[branch])
 
         def gated(branch: int, y: Tensor) -> Tensor:
             return gates[branch][:, None] * y if gates else y
@@ -170,7 +160,7 @@ class FeatureDiT(nn.Module):
         # Width of the context.
         self.context_dim = dim
         self.patch_embedding = nn.Conv2d(config.latent_channels, dim, patch, stride=patch)
-        self.noise_embedding = PositionalEmbedding(_NUM_SINUSOIDS, like="dit")
+        self.noise_embedding = layers.PositionalEmbedding(_NUM_SINUSOIDS, like="dit")
         self.noise_mlp = nn.Sequential(
             nn.Linear(_NUM_SINUSOIDS, dim), nn.SiLU(), nn.Linear(dim, dim)
         )
@@ -187,7 +177,7 @@ class FeatureDiT(nn.Module):
     @torch.no_grad()
     def initialize(self) -> None:
         """Draw the initial weights from torch's global generator."""
-        draw_linear_layers(self)
+        layers.draw_linear_layers(self)
         # Only then what begins at zero: modulations, and the refinement. The head is small, not
         # zero: the first velocity is about zero, yet all weights get a gradient at once.
         for layer in (*(block.modulation for block in self.blocks), self.refine):
@@ -216,9 +206,9 @@ class FeatureDiT(nn.Module):
         x = self.patch_embedding(x).flatten(2).transpose(1, 2)  #       [N, L, C]
         x = x + self.positions(grid, x.device)
         for block in self.blocks:
-            x = run_block(self, block, x, c, tokens, context.mask)
+            x = layers.run_block(self, block, x, c, tokens, context.mask)
         x = self.head(self.head_norm(x)).unflatten(1, grid)  #          [N, h, w, p p C_out]
-        x = unpatchify(x, self.config.patch_size)  #                    [N, C_out, H, W]
+        x = layers.unpatchify(x, self.config.patch_size)  #             [N, C_out, H, W]
         return x + self.refine(x)
 
     def positions(self, grid: tuple[int, int], device: torch.device) -> Tensor:
@@ -234,7 +224,7 @@ class FeatureDiT(nn.Module):
 
     def _make_positions(self, grid: tuple[int, int], device: torch.device) -> Tensor:
         rows, columns = (torch.arange(side, device=device) for side in grid)
-        return lattice_embedding(self.config.hidden_dim, rows, columns)
+        return layers.lattice_embedding(self.config.hidden_dim, rows, columns)
 
     def _num_patches(self, x: Tensor) -> int:
         if not self.config.use_dino_patches:

@@ -12,18 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dnnlib.config import inherited, option
+from models import layers
 from models.conditioners import ClassTable, Conditioner
 from models.config import ScaledLatentConfig, check_divides, check_sinusoid_width
 from models.context import Context
-from models.layers import (
-    TMSA,
-    PositionalEmbedding,
-    TransformerBlock,
-    check_input,
-    position_embedding,
-    run_block,
-    unpatchify,
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,14 +68,15 @@ class LatentDiffiT(nn.Module):
         # Width of the context's vector, which is added to the embedding of the noise level.
         self.context_dim = dim
         self.patch_embedding = nn.Conv2d(config.input_shape[0], dim, patch, stride=patch)
-        positions = position_embedding(dim, config.grid)
+        positions = layers.position_embedding(dim, config.grid)
         self.register_buffer("position_embedding", positions, persistent=False)
-        self.noise_embedding = PositionalEmbedding(2 * config.base_dim, like="dit")
+        self.noise_embedding = layers.PositionalEmbedding(2 * config.base_dim, like="dit")
         self.time_token = nn.Sequential(
             nn.Linear(2 * config.base_dim, dim), nn.SiLU(), nn.Linear(dim, dim)
         )
-        block = (dim, dim, config.num_heads, config.grid, config.mlp_ratio, config.attention)
-        self.blocks = nn.ModuleList(TransformerBlock(*block) for _ in range(config.num_blocks))
+        sizes = (dim, dim, config.num_heads, config.grid, config.mlp_ratio, config.attention)
+        blocks = (layers.TransformerBlock(*sizes) for _ in range(config.num_blocks))
+        self.blocks = nn.ModuleList(blocks)
         self.head_norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.head = nn.Linear(dim, patch**2 * config.out_channels)
         self.initialize()
@@ -96,7 +89,7 @@ class LatentDiffiT(nn.Module):
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
                 nn.init.zeros_(module.bias)
-            elif isinstance(module, TMSA):
+            elif isinstance(module, layers.TMSA):
                 nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
         for layer in (self.time_token[0], self.time_token[2]):
             nn.init.normal_(layer.weight, std=0.02)
@@ -114,7 +107,7 @@ class LatentDiffiT(nn.Module):
 
         Raises ValueError if H and W are not those of the configuration.
         """
-        check_input(x, self.config.input_shape, "latents")
+        layers.check_input(x, self.config.input_shape, "latents")
         t = self.time_token(self.noise_embedding(c_noise))  #           [N, D]
         if context.vector is not None:
             t = t + context.vector
@@ -122,6 +115,6 @@ class LatentDiffiT(nn.Module):
         x = self.patch_embedding(x).permute(0, 2, 3, 1)  #              [N, g, g, D]
         x = x + self.position_embedding
         for block in self.blocks:
-            x = run_block(self, block, x, t)
+            x = layers.run_block(self, block, x, t)
         x = self.head(functional.silu(self.head_norm(x)))  #            [N, g, g, p p C_out]
-        return unpatchify(x, self.config.patch_size)  #                 [N, C_out, H, W]
+        return layers.unpatchify(x, self.config.patch_size)  #          [N, C_out, H, W]

@@ -13,21 +13,10 @@ from torch.nn import functional
 
 from dnnlib.config import inherited, option
 from dnnlib.errors import refusal
+from models import layers
 from models.conditioners import Conditioner
 from models.config import ModelConfig, check_divides
 from models.context import Context
-from models.layers import (
-    MLP,
-    CrossAttention,
-    PositionalEmbedding,
-    SelfAttention,
-    check_input,
-    draw_linear_layers,
-    modulate,
-    position_embedding,
-    run_block,
-    unpatchify,
-)
 
 _NUM_SINUSOIDS = 256
 _LAG: dict[str, Any] = dict(requires={"mode_conditioning": ("lag",)})
@@ -146,10 +135,10 @@ class SetDiTConfig(ModelConfig):
         if pools_cls and self.encoder_depth == 0:
             got = "0, with which the CLS token sees no image"
             raise refusal("--encoder-depth", got, remedy="give at least 1, or --encoder-pool=mean")
-        layers = self.cross_attn_layers
-        if len(set(layers)) < len(layers) or max(layers, default=0) >= self.num_blocks:
+        chosen = self.cross_attn_layers
+        if len(set(chosen)) < len(chosen) or max(chosen, default=0) >= self.num_blocks:
             accepted = f"different blocks from 0 to {self.num_blocks - 1}, or none for all"
-            raise refusal("--cross-attn-layers", ",".join(map(str, layers)), accepted=accepted)
+            raise refusal("--cross-attn-layers", ",".join(map(str, chosen)), accepted=accepted)
         sizes = [edge**2 for edge in range(1, self.grid + 1) if self.grid % edge == 0]
         if self.context_pool_size not in (None, *sizes):
             accepted = f"{', '.join(map(str, sizes))} for a grid of {self.grid}x{self.grid} tokens"
@@ -231,12 +220,12 @@ class GatedBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.attn = SelfAttention(dim, num_heads)
-        self.mlp = MLP(dim, int(dim * mlp_ratio))
-        self.cross: CrossAttention | None = None
+        self.attn = layers.SelfAttention(dim, num_heads)
+        self.mlp = layers.MLP(dim, int(dim * mlp_ratio))
+        self.cross: layers.CrossAttention | None = None
         self.gate: nn.Parameter | None = None
         if context_dim is not None:
-            self.cross = CrossAttention(dim, context_dim, num_heads)
+            self.cross = layers.CrossAttention(dim, context_dim, num_heads)
             self.gate = nn.Parameter(torch.zeros(1)) if gate == "scalar" else None
         self._num_vectors = 6 if self.cross is None else 9 if gate == "adaln" else 8
         self.modulation = nn.Linear(dim, self._num_vectors * dim)
@@ -247,17 +236,17 @@ class GatedBlock(nn.Module):
         """Return tokens [N, L, h] of tokens x [N, L, h], vectors u [N, h], context [N, M, c]."""
         parts = self.modulation(functional.silu(u)).chunk(self._num_vectors, dim=1)
         scale, shift, gate = parts[:3]
-        x = x + gate[:, None] * self.attn(modulate(self.norm(x), scale, shift))
+        x = x + gate[:, None] * self.attn(layers.modulate(self.norm(x), scale, shift))
         if self.cross is not None:
             scale, shift = parts[6:8]
-            y = self.cross(modulate(self.norm(x), scale, shift), context)
+            y = self.cross(layers.modulate(self.norm(x), scale, shift), context)
             if len(parts) == 9:
                 y = parts[8][:, None] * y
             elif self.gate is not None:
                 y = self.gate.tanh() * y
             x = x + y
         scale, shift, gate = parts[3:6]
-        return x + gate[:, None] * self.mlp(modulate(self.norm(x), scale, shift))
+        return x + gate[:, None] * self.mlp(layers.modulate(self.norm(x), scale, shift))
 
 
 class SetDiT(nn.Module):
@@ -275,9 +264,9 @@ class SetDiT(nn.Module):
         # Width of the label's embedding, which is added to that of the noise level.
         self.context_dim = dim
         self.patch_embedding = nn.Conv2d(config.img_channels, dim, patch, stride=patch)
-        positions = position_embedding(dim, config.grid).flatten(0, 1)
+        positions = layers.position_embedding(dim, config.grid).flatten(0, 1)
         self.register_buffer("position_embedding", positions, persistent=False)
-        self.noise_embedding = PositionalEmbedding(_NUM_SINUSOIDS, like="dit")
+        self.noise_embedding = layers.PositionalEmbedding(_NUM_SINUSOIDS, like="dit")
         self.noise_mlp = nn.Sequential(
             nn.Linear(_NUM_SINUSOIDS, dim), nn.SiLU(), nn.Linear(dim, dim)
         )
@@ -299,7 +288,7 @@ class SetDiT(nn.Module):
     @torch.no_grad()
     def initialize(self) -> None:
         """Draw the initial weights from torch's global generator: DiT's (arXiv 2212.09748)."""
-        draw_linear_layers(self)
+        layers.draw_linear_layers(self)
         for layer in (self.noise_mlp[0], self.noise_mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)
 
@@ -334,15 +323,15 @@ class SetDiT(nn.Module):
         x = self.patch_embedding(x).flatten(2).transpose(1, 2)  #       [N, L, h]
         x = x + self.position_embedding
         for block in self.blocks:
-            x = run_block(self, block, x, u, tokens)
+            x = layers.run_block(self, block, x, u, tokens)
         scale, shift = self.head_modulation(functional.silu(u)).chunk(2, dim=1)
-        x = self.head(modulate(self.head_norm(x), scale, shift))  #     [N, L, p p C_out]
+        x = self.head(layers.modulate(self.head_norm(x), scale, shift))  # [N, L, p p C_out]
         x = x.unflatten(1, (self.config.grid, -1))  #                   [N, g, g, p p C_out]
-        return unpatchify(x, self.config.patch_size)  #                 [N, C_out, H, W]
+        return layers.unpatchify(x, self.config.patch_size)  #          [N, C_out, H, W]
 
     def _check(self, x: Tensor, context: Context) -> None:
         config = self.config
-        check_input(x, config.input_shape, "images")
+        layers.check_input(x, config.input_shape, "images")
         part, name = context.tokens, "tokens [N, M, D]"
         expected = [len(x), config.num_context_tokens, config.context_dim]
         if config.mode_conditioning == "film":
