@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from dnnlib.errors import refusal
 from dnnlib.files import check_target, lock_folder, write_json
 from dnnlib.parallel import thread_map
 from dnnlib.progress import progress
@@ -38,9 +39,8 @@ def check_folder(dest: Path, what: str, is_ours: Callable[[Path], bool]) -> None
         raise ValueError(f"--dest: got {dest}; {what} are written to a folder, give its name.")
     others = dest.is_dir() and any(not path.name.startswith(".") for path in dest.iterdir())
     if others and not is_ours(dest):
-        raise ValueError(
-            f"--dest: {dest} holds other files and no {what}; delete it or choose another name."
-        )
+        remedy = "delete it or choose another name"
+        raise refusal("--dest", but=f"{dest} holds other files and no {what}", remedy=remedy)
 
 
 @contextlib.contextmanager
@@ -69,10 +69,9 @@ def check_claim(file: Path, protocol: Mapping[str, Any], option: str, what: str)
     try:
         there = dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{file}: cannot be read ({error}), so that the {what} beside it may be of any making; "
-            "choose another folder, or delete that one."
-        ) from None
+        problem = f"cannot be read ({error}), so that the {what} beside it may be of any making"
+        remedy = "choose another folder, or delete that one"
+        raise refusal(file, but=problem, remedy=remedy) from None
     check_protocol(file.parent, protocol, there, option, what)
 
 
@@ -88,10 +87,9 @@ def check_protocol(
     """
     names = [name for name in protocol if there.get(name) != protocol[name]]
     if names:
-        raise ValueError(
-            f"{option}: {folder} holds {what} made with another {join_names(names)}; choose "
-            "another folder, or delete that one to start anew."
-        )
+        problem = f"{folder} holds {what} made with another {join_names(names)}"
+        remedy = "choose another folder, or delete that one to start anew"
+        raise refusal(option, but=problem, remedy=remedy)
 
 
 def claim(file: Path, protocol: Mapping[str, Any], option: str, what: str) -> None:
@@ -182,9 +180,8 @@ def memory_for(count: int, what: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError:
-        raise ValueError(
-            f"--batch: no memory for {count} {what} at once; give a smaller one."
-        ) from None
+        problem = f"no memory for {count} {what} at once"
+        raise refusal("--batch", but=problem, remedy="give a smaller one") from None
 
 
 def to_float16(
@@ -198,9 +195,7 @@ def to_float16(
     rows = values.to(torch.float16).cpu()
     bad = ~torch.isfinite(rows).flatten(1).all(dim=1)
     if bad.any():
-        raise ValueError(
-            f"{label(int(bad.nonzero()[0]))}: its {what} values that are not finite or beyond "
-            f"float16 (65504); {location} does not fit these images, use another one, or "
-            "--precision=fp32 if it is not yet."
-        )
+        problem = f"its {what} values that are not finite or beyond float16 (65504)"
+        remedy = f"{location} does not fit these images, use another one, or --precision=fp32 if it"
+        raise refusal(label(int(bad.nonzero()[0])), but=problem, remedy=f"{remedy} is not yet")
     return rows.numpy()

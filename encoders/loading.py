@@ -135,10 +135,8 @@ class Pretrained:
             )
             # Versions before 5 give names alone, later ones names with both shapes.
             misfits = [k if isinstance(k, str) else k[0] for k in info.get("mismatched_keys", ())]
-            for problem, keys in (
-                ("have other shapes than config.json says", misfits),
-                ("are missing", info["missing_keys"]),
-            ):
+            problems = {"have other shapes than config.json says": misfits}
+            for problem, keys in (problems | {"are missing": info["missing_keys"]}).items():
                 if keys:
                     names = ", ".join(sorted(keys)[:3])
                     raise ValueError(f"{len(keys)} weights {problem}: {names}")
@@ -260,23 +258,17 @@ def quiet(library: str) -> Iterator[None]:
     from huggingface_hub.utils import logging as hub_logging
 
     logging = importlib.import_module(f"{library}.utils.logging")
-    level, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    hub_level = hub_logging.get_verbosity()
-    conversion = os.environ.get(_NO_CONVERSION)
-    os.environ[_NO_CONVERSION] = "1"  # Else the library asks the hub to convert pickles.
-    logging.set_verbosity(logging.CRITICAL)
-    hub_logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        if conversion is None:
-            del os.environ[_NO_CONVERSION]
-        else:
-            os.environ[_NO_CONVERSION] = conversion
-        logging.set_verbosity(level)
-        hub_logging.set_verbosity(hub_level)
-        if had_bars:
-            logging.enable_progress_bar()
+    with contextlib.ExitStack() as after, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for part in (logging, hub_logging):
+            after.callback(part.set_verbosity, part.get_verbosity())
+        logging.set_verbosity(logging.CRITICAL)
+        hub_logging.set_verbosity_error()
+        if logging.is_progress_bar_enabled():
+            after.callback(logging.enable_progress_bar)
+        logging.disable_progress_bar()
+        before = {k: v for k, v in os.environ.items() if k == _NO_CONVERSION}
+        after.callback(os.environ.update, before)
+        after.callback(os.environ.pop, _NO_CONVERSION)
+        os.environ[_NO_CONVERSION] = "1"  # Else the library asks the hub to convert pickles.
+        yield

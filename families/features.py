@@ -275,8 +275,7 @@ class FeatureFamily:
         return Panel(name, _conditions(run), tuple(groups))
 
     def encoder_codec(self, run: FeatureRun, data: TrainingData, device: torch.device) -> Codec:
-        from data.features.codec import FeatureCodec
-        from data.features.statistics import FeatureStatistics
+        from data.features.codec import FeatureCodec, FeatureStatistics
 
         return FeatureCodec(FeatureStatistics.of(data.record.statistics, device), None)
 
@@ -284,8 +283,7 @@ class FeatureFamily:
 def _make_codec(
     run: FeatureRun, statistics: Mapping[str, Any], device: torch.device, vae: str | None = None
 ) -> Codec:
-    from data.features.codec import FeatureCodec
-    from data.features.statistics import FeatureStatistics
+    from data.features.codec import FeatureCodec, FeatureStatistics
     from encoders.autoencoder import load_autoencoder
 
     location = vae or run.model.vae

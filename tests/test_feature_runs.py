@@ -22,9 +22,9 @@ import families
 import generate as generate_script
 import train as train_script
 from data.features.buckets import Bucket
+from data.features.codec import FeatureStatistics
 from data.features.dataset import FeatureDataset
 from data.features.manifests import read_manifest
-from data.features.statistics import FeatureStatistics
 from diffusion.flow import flow_times
 from diffusion.guidance import DualGuidanceConfig
 from encoders.autoencoder import load_autoencoder

@@ -8,8 +8,7 @@ import torch
 
 import families
 from configs import get_preset
-from data.features.codec import FeatureCodec
-from data.features.statistics import FeatureStatistics
+from data.features.codec import FeatureCodec, FeatureStatistics
 from data.images.augment import make_augment_pipe
 from data.images.codec import PixelCodec
 from data.latents.codec import LatentCodec

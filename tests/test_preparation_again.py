@@ -346,10 +346,10 @@ def test_a_stop_at_any_write_loses_nothing_that_was_finished(
         state["writes"] += 1
         state["made"] += Path(target) in state["encoded"]
 
-    def noted_put(self, writer, image, feature, arrays, **facts):
+    def noted_put(self, image, feature, arrays, *facts):
         key = image.id, feature, self._plan.fingerprints[image.id][feature]
         state["encoded"].add(self._stage.file(*key))
-        put(self, writer, image, feature, arrays, **facts)
+        put(self, image, feature, arrays, *facts)
 
     def start(left):
         state.update(left=left, made=0, writes=0, encoded=set())

@@ -8,12 +8,12 @@ import sys
 import torch
 
 
-def package_versions() -> dict[str, str]:
+def package_versions(*others: str) -> dict[str, str]:
     """Return the versions of Python and of the packages that decide what is computed."""
     names = ["torch", "numpy", "pillow"]
     if "transformers" in sys.modules:  # Some detectors are its networks.
         names.append("transformers")
-    versions = {name: importlib.metadata.version(name) for name in names}
+    versions = {name: importlib.metadata.version(name) for name in (*names, *others)}
     return dict(python=platform.python_version(), **versions)
 
 

@@ -48,11 +48,6 @@ class Bucket:
         """Return rows and columns of patches that a visual encoder divides an image into."""
         return num_patches(self.height, patch_size), num_patches(self.width, patch_size)
 
-    def input_size(self, patch_size: int) -> tuple[int, int]:
-        """Return width and height of a visual encoder's input: whole patches."""
-        rows, columns = self.grid(patch_size)
-        return columns * patch_size, rows * patch_size
-
 
 _WIDE = (Bucket(1216, 832), Bucket(1280, 768), Bucket(1344, 704))
 DEFAULT_BUCKETS = (Bucket(1024, 1024), *_WIDE, *(Bucket(b.height, b.width) for b in _WIDE))
@@ -74,11 +69,6 @@ class Crop:
     left: int
     top: int
     bucket: tuple[int, int]
-
-    @property
-    def scale(self) -> float:
-        """What the image was enlarged by, less than 1 if it was shrunk."""
-        return max(new / old for new, old in zip(self.bucket, self.source, strict=True))
 
     @property
     def box(self) -> tuple[float, float, float, float]:

@@ -1,14 +1,65 @@
 """Stored latents and features: what a batch of them is to the network, and back."""
 
-from typing import Any
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Self
 
 import torch
 
-from data.features.statistics import FeatureStatistics
 from data.images.dataset import Cond
 from encoders.autoencoder import Autoencoder
 from torch_utils import rng
 from torch_utils.pictures import to_uint8
+
+_SMALLEST_STD = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureStatistics:
+    """Mean and standard deviation of every channel, of latents, CLS tokens and patches.
+
+    Text features are taken as they are. Tensors are float32, [c] and [D].
+    """
+
+    latent_mean: torch.Tensor
+    latent_std: torch.Tensor
+    cls_mean: torch.Tensor
+    cls_std: torch.Tensor
+    patches_mean: torch.Tensor
+    patches_std: torch.Tensor
+
+    @classmethod
+    def of(cls, statistics: Mapping[str, Any], device: torch.device | str = "cpu") -> Self:
+        """Return the statistics of a feature folder's record, or of a snapshot trained on one."""
+        fields = {}
+        for name, key in (("latent", "vae"), ("cls", "cls"), ("patches", "patches")):
+            for part in ("mean", "std"):
+                values = torch.tensor(statistics[key][part], dtype=torch.float32, device=device)
+                fields[f"{name}_{part}"] = values
+            # A channel without any variation is left at zero.
+            fields[f"{name}_std"] = fields[f"{name}_std"].clamp(min=_SMALLEST_STD)
+        return cls(**fields)
+
+    def normalise(self, latents: torch.Tensor) -> torch.Tensor:
+        """Return latents [N, c, h, w] of about zero mean and unit variance, float32."""
+        centred = latents.to(torch.float32) - self.latent_mean[:, None, None]
+        return centred / self.latent_std[:, None, None]
+
+    def denormalise(self, latents: torch.Tensor) -> torch.Tensor:
+        """Return the autoencoder's raw latents [N, c, h, w] of normalised ones, float32."""
+        mean, std = self.latent_mean[:, None, None], self.latent_std[:, None, None]
+        return latents.to(torch.float32) * std + mean
+
+    def normalise_features(self, cond: Cond) -> Cond:
+        """Return conditions with normalised visual features, all features in float32."""
+        cond = dict(cond)
+        for name in ("cls", "patches"):
+            if name in cond:
+                mean, std = getattr(self, f"{name}_mean"), getattr(self, f"{name}_std")
+                cond[name] = (cond[name].to(torch.float32) - mean) / std
+        if "text" in cond:
+            cond["text"] = cond["text"].to(torch.float32)
+        return cond
 
 
 class FeatureCodec:

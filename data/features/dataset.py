@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -20,10 +21,12 @@ from data.images.dataset import PREVIEW_COLUMNS, Cond, evenly_spaced, rows_of
 from data.images.decode import ImageError
 from data.samplers import BucketSampler
 from dnnlib.addresses import AddressError, is_address, read_range
+from dnnlib.errors import refusal
 from dnnlib.files import OpenFiles
 
 # An item: how errors name it, and what returns a member's data by key.
 _Item = tuple[str, Callable[[str], bytes]]
+LISTED = "dataset_tool.py verify lists every such"
 
 
 class FeatureDataset(Dataset):
@@ -65,33 +68,24 @@ class FeatureDataset(Dataset):
         self.split = split
         self.record = read_feature_record(path)
         # What a store calls it may be no name of a file.
-        self.name = (
-            re.sub(r"[^\w.-]+", "-", self.record.name)
-            if is_address(path)
-            else self.path.resolve().name
-        )
+        stored = re.sub(r"[^\w.-]+", "-", self.record.name)
+        self.name = stored if is_address(path) else self.path.resolve().name
         self.text_lengths = tuple(text_lengths)
         found = [b for b in self.record.buckets if b.num[split] > 0]
         self.buckets = [Bucket(b.width, b.height) for b in found]
         self.counts = [b.num[split] for b in found]
         self._shapes = [tuple(b.latent_shape) for b in found]
         self._grids = [tuple(b.patch_grid) for b in found]
-        self._manifests: list[Manifest] = [
-            read_manifest(self.path, split, bucket.name) for bucket in self.buckets
-        ]
+        self._manifests: list[Manifest] = [read_manifest(self.path, split, b.name) for b in found]
         for bucket, manifest, count in zip(self.buckets, self._manifests, self.counts, strict=True):
-            if len(manifest.ids) != count:
-                raise ValueError(
-                    f"{self.path}: the manifest of {split}/{bucket.name} names "
-                    f"{len(manifest.ids)} images, but the record {count}; run dataset_tool.py "
-                    "features again."
-                )
+            if len(manifest) != count:
+                names = f"the manifest of {split}/{bucket.name} names {len(manifest)} images"
+                remedy = "run dataset_tool.py features again"
+                raise refusal(self.path, but=f"{names}, but the record {count}", remedy=remedy)
         self.firsts = np.cumsum([0, *self.counts])  # The first item of each bucket.
         self.ids = [name for manifest in self._manifests for name in manifest.ids]
         self.num_images = len(self.ids)
-        self.resolution = (
-            round(max(b.width * b.height for b in self.buckets) ** 0.5) if found else 0
-        )
+        self.resolution = round(max((b.width * b.height for b in found), default=0) ** 0.5)
         self.img_channels = 3
         self._open = OpenFiles()
 
@@ -149,37 +143,29 @@ class FeatureDataset(Dataset):
         """
         buckets = {self.bucket_index(index) for index in indices}
         assert len(buckets) == 1, f"A batch has images of one size, not of {len(buckets)}."
-        items = [(self._label(index), functools.partial(self._read, index)) for index in indices]
-        return self._batch(buckets.pop(), items)
+        return self._batch(buckets.pop(), [self._item(index) for index in indices])
 
     def latents(self, index: int) -> torch.Tensor:
         """Return the raw latents of an item, float16 [c, h, w]."""
         target = np.empty(self._shapes[self.bucket_index(index)], np.float16)
-        _read_array((self._label(index), functools.partial(self._read, index)), "vae.npy", target)
+        _read_array(self._item(index), "vae.npy", target)
         return torch.from_numpy(target)
 
     def _batch(self, bucket: int, items: Sequence[_Item]) -> tuple[torch.Tensor, Cond]:
-        dim, text_dim = self.record.visual["dim"], self.record.text["dim"]
-        num_patches = self._grids[bucket][0] * self._grids[bucket][1]
-        batch = len(items)
+        batch, dim = len(items), self.record.visual["dim"]
         latents = np.empty((batch, *self._shapes[bucket]), np.float16)
         cls = np.empty((batch, dim), np.float16)
-        patches = np.empty((batch, num_patches, dim), np.float16)
+        patches = np.empty((batch, math.prod(self._grids[bucket]), dim), np.float16)
         texts = []
         for row, item in enumerate(items):
             _read_array(item, "vae.npy", latents[row])
             _read_array(item, "dinov3.npy", cls[row])
             _read_array(item, "dinov3_patches.npy", patches[row])
-            texts.append(_read_text(item, text_dim))
+            texts.append(_read_text(item, self.record.text["dim"]))
         text, mask = pad_texts(texts, self.text_lengths)
-        size = self.buckets[bucket].size
-        return torch.from_numpy(latents), {
-            "text": torch.from_numpy(text),
-            "text_mask": torch.from_numpy(mask),
-            "cls": torch.from_numpy(cls),
-            "patches": torch.from_numpy(patches),
-            "size": torch.tensor(size),
-        }
+        arrays = dict(text=text, text_mask=mask, cls=cls, patches=patches)
+        cond = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return torch.from_numpy(latents), dict(cond, size=torch.tensor(self.buckets[bucket].size))
 
     def _read(self, index: int, key: str) -> bytes:
         bucket = self.bucket_index(index)
@@ -196,35 +182,30 @@ class FeatureDataset(Dataset):
         except OSError as error:
             raise ImageError(f"{path}: cannot be read ({error.strerror}).") from None
         if len(data) != size:
-            raise ImageError(
-                f"{path}: ends in the middle of {self.ids[index]}.{key}; dataset_tool.py verify "
-                "lists every such file."
-            )
+            problem = f"ends in the middle of {self.ids[index]}.{key}"
+            raise ImageError(f"{path}: {problem}; {LISTED} file.")
         return data
 
-    def _label(self, index: int) -> str:
+    def _item(self, index: int) -> _Item:
         bucket = self.buckets[self.bucket_index(index)]
-        return f"{self.path}/{self.split}/bucket_{bucket.name}: {self.ids[index]}"
+        label = f"{self.path}/{self.split}/bucket_{bucket.name}: {self.ids[index]}"
+        return label, functools.partial(self._read, index)
 
 
 def _read_array(item: _Item, key: str, target: np.ndarray) -> None:
     array = _array(item, key)
     if array.shape != target.shape or array.dtype != np.float16:
-        raise ImageError(
-            f"{item[0]}: {key} is {array.dtype} of {list(array.shape)}, not float16 of "
-            f"{list(target.shape)}; dataset_tool.py verify lists every such image."
-        )
+        found = f"{key} is {array.dtype} of {list(array.shape)}"
+        wanted = f"float16 of {list(target.shape)}"
+        raise ImageError(f"{item[0]}: {found}, not {wanted}; {LISTED} image.")
     target[...] = array
 
 
 def _read_text(item: _Item, dim: int) -> np.ndarray:
     text, mask = _array(item, "t5h.npy"), _array(item, "t5m.npy")
     if text.ndim != 2 or text.shape[1] != dim or mask.shape != text.shape[:1]:
-        raise ImageError(
-            f"{item[0]}: its text features are of {list(text.shape)} with a mask of "
-            f"{list(mask.shape)}, not [L, {dim}] and [L]; dataset_tool.py verify lists every such "
-            "image."
-        )
+        found = f"its text features are of {list(text.shape)} with a mask of {list(mask.shape)}"
+        raise ImageError(f"{item[0]}: {found}, not [L, {dim}] and [L]; {LISTED} image.")
     return text[mask]
 
 

@@ -94,9 +94,7 @@ class Manifest:
                 raise ValueError(f"a member {key} lies outside its shard")
         return cls(
             folder=folder,
-            split=values["split"],
-            bucket=values["bucket"],
-            shards=values["shards"],
+            **{name: values[name] for name in ("split", "bucket", "shards")},
             ids=columns["id"],
             shard=np.array(columns["shard"], np.int64),
             **arrays,

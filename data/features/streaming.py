@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.data import get_worker_info
 
-from data.features.dataset import FeatureDataset
+from data.features.dataset import LISTED, FeatureDataset
 from data.features.manifests import Manifest
 from data.features.record import KEYS
 from data.images.dataset import Cond
@@ -175,10 +175,8 @@ class _Stream:
             if not member:  # webdataset's mark of the end of a shard.
                 expected = self._expected[self._url] * (len(KEYS) - 1)
                 if num != expected:
-                    raise ImageError(
-                        f"{self._url}: damaged, it holds {num} members of samples where the "
-                        f"manifest counts {expected}; dataset_tool.py verify lists every such file."
-                    )
+                    found = f"it holds {num} members of samples where the manifest counts"
+                    raise ImageError(f"{self._url}: damaged, {found} {expected}; {LISTED} file.")
                 num = 0
             yield member
 
@@ -190,7 +188,7 @@ def _is_needed(name: str) -> bool:
 
 def _member(label: str, sample: dict[str, Any], key: str) -> bytes:
     if key not in sample:
-        raise ImageError(f"{label}: has no {key}; dataset_tool.py verify lists every such image.")
+        raise ImageError(f"{label}: has no {key}; {LISTED} image.")
     return sample[key]
 
 
@@ -198,8 +196,7 @@ def _import_webdataset() -> ModuleType:
     try:
         import webdataset
     except ModuleNotFoundError as error:
-        raise ValueError(
-            f"--streaming needs the package {error.name}, which is not installed: pip install "
-            'webdataset, or pip install -e ".[streaming]".'
-        ) from None
+        problem = f"--streaming needs the package {error.name}, which is not installed"
+        remedy = 'pip install webdataset, or pip install -e ".[streaming]"'
+        raise ValueError(f"{problem}: {remedy}.") from None
     return webdataset

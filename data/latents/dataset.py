@@ -13,6 +13,7 @@ import torch
 from data.images.dataset import Cond, LabelledDataset
 from data.images.decode import ImageError
 from data.latents.record import check_latent_shard, read_archive_labels, read_record
+from dnnlib.errors import refusal
 from dnnlib.files import OpenFiles
 
 
@@ -59,10 +60,9 @@ class LatentDataset(LabelledDataset):
         self.scale, self.shift = record.scale, record.shift
         self.vae, self.vae_hash = record.vae, record.vae_hash
         if hflip and not record.mirrored:
-            raise ValueError(
-                f"{self.path}: holds no mirror images, which --hflip needs; make it again with "
-                "dataset_tool.py encode --hflip, or give --no-hflip."
-            )
+            problem = "holds no mirror images, which --hflip needs"
+            remedy = "make it again with dataset_tool.py encode --hflip, or give --no-hflip"
+            raise refusal(self.path, but=problem, remedy=remedy)
         self._hflip = hflip
 
         super().__init__(record.num_images, max_size, seed)
@@ -72,10 +72,9 @@ class LatentDataset(LabelledDataset):
             if labels is not None:
                 self.labels, self.class_names = labels[self._indices], list(record.class_names)
             elif use_labels:
-                raise ValueError(
-                    f"{self.path}: has no class labels, which --cond needs; make it again from "
-                    "images with labels, or train without --cond."
-                )
+                problem = "has no class labels, which --cond needs"
+                remedy = "make it again from images with labels, or train without --cond"
+                raise refusal(self.path, but=problem, remedy=remedy)
 
         self._row_shape = record.row_shape
         sizes = [shard["num_images"] for shard in record.shards]
@@ -136,7 +135,5 @@ class LatentDataset(LabelledDataset):
         except OSError as error:
             raise ImageError(f"{file}: row {row} cannot be read ({error.strerror}).") from None
         if num_bytes != target.nbytes:
-            raise ImageError(
-                f"{file}: ends in the middle of row {row}; dataset_tool.py verify lists every "
-                "such file."
-            )
+            remedy = "dataset_tool.py verify lists every such file"
+            raise ImageError(f"{file}: ends in the middle of row {row}; {remedy}.")

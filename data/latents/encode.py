@@ -1,10 +1,9 @@
 """Makes a latent archive of an image dataset, on any number of ranks, in resumable parts."""
 
+import contextlib
 import dataclasses
-import importlib.metadata
 import io
 import math
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from data.resumable import (
     check_folder,
     check_protocol,
     locked,
+    map_of_ranks,
     memory_for,
     progress_of_ranks,
     share,
@@ -66,11 +66,7 @@ class Encoding:
 
 
 def encode(
-    source: str | os.PathLike,
-    dest: str | os.PathLike,
-    vae: str,
-    encoding: Encoding,
-    device: torch.device,
+    source: Path | str, dest: Path | str, vae: str, encoding: Encoding, device: torch.device
 ) -> tuple[LatentRecord, int | None]:
     """Make the latent archive ``dest`` of an image dataset; return its record. Collective.
 
@@ -105,9 +101,6 @@ def encode(
 def _plan(dataset: ImageDataset, autoencoder: Autoencoder, encoding: Encoding) -> LatentRecord:
     """Return the record of the archive to be made, without checksums."""
     num_images, size = len(dataset), encoding.shard_size
-    num_shards = math.ceil(num_images / size)
-    packages = package_versions()
-    packages["diffusers"] = importlib.metadata.version("diffusers")
     return LatentRecord(
         num_images=num_images,
         resolution=dataset.resolution,
@@ -128,9 +121,9 @@ def _plan(dataset: ImageDataset, autoencoder: Autoencoder, encoding: Encoding) -
         shard_size=size,
         shards=[
             dict(file=latent_shard_name(i), num_images=min(size, num_images - i * size), sha256="")
-            for i in range(num_shards)
+            for i in range(math.ceil(num_images / size))
         ],
-        packages=packages,
+        packages=package_versions("diffusers"),
     )
 
 
@@ -159,14 +152,17 @@ def _claim(dest: Path, plan: LatentRecord, dataset: ImageDataset) -> list[int] |
     elif is_latent_archive(dest):
         check_protocol(dest, protocol, _protocol(read_record(dest)), "--dest", "latents")
     missing = [i for i in range(len(plan.shards)) if not _is_whole(dest, plan, i)]
-    if is_latent_archive(dest):
-        if not missing and _is_right(dest, plan, dataset):
+    with contextlib.suppress(ValueError):  # A damaged record tells nothing, as if there were none.
+        record = read_record(dest)
+        if not missing and _is_right(dest, record, plan, dataset):
             return None
         # What is left is told from what is damaged as long as the old checksums are there.
-        missing = sorted({*missing, *_altered(dest, plan)})
+        for index, shard in enumerate(record.shards):
+            if index not in missing and sha256_of_file(dest / shard["file"]) != shard["sha256"]:
+                missing.append(index)
     write_json(file, protocol)
     (dest / RECORD_FILE).unlink(missing_ok=True)
-    return missing
+    return sorted(missing)
 
 
 def _is_whole(dest: Path, plan: LatentRecord, index: int) -> bool:
@@ -178,35 +174,15 @@ def _is_whole(dest: Path, plan: LatentRecord, index: int) -> bool:
     return True
 
 
-def _altered(dest: Path, plan: LatentRecord) -> list[int]:
-    """Return the shards of a broken archive whose bytes are not those that its record names.
-
-    A record that cannot be read names none.
-    """
+def _is_right(dest: Path, record: LatentRecord, plan: LatentRecord, dataset: ImageDataset) -> bool:
+    """Tell whether a record and its labels are those of the data."""
+    if (record.num_images, record.class_names) != (plan.num_images, plan.class_names):
+        return False
     try:
-        shards = read_record(dest).shards
-    except ValueError:
-        return []
-    files = [dest / shard["file"] for shard in plan.shards]
-    return [
-        index
-        for index, (file, shard) in enumerate(zip(files, shards, strict=True))
-        if not file.is_file() or sha256_of_file(file) != shard["sha256"]
-    ]
-
-
-def _is_right(dest: Path, plan: LatentRecord, dataset: ImageDataset) -> bool:
-    """Tell whether record and labels of an archive are readable and those of the data."""
-    try:
-        record = read_record(dest)
         labels = read_archive_labels(dest, record)
     except ValueError:
         return False
-    return (
-        record.num_images == plan.num_images
-        and record.class_names == plan.class_names
-        and (labels is None or np.array_equal(labels, dataset.labels))
-    )
+    return labels is None or np.array_equal(labels, dataset.labels)
 
 
 def _encode_shards(
@@ -222,8 +198,7 @@ def _encode_shards(
     total, own = (sum(plan.shards[i]["num_images"] for i in part) for part in (missing, mine))
     if not mine:
         return
-    loader = _loader(mine, plan, dataset, encoding)
-    moments = _moments(loader, dataset, autoencoder, encoding)
+    moments = _moments(mine, plan, dataset, autoencoder, encoding)
     with (
         progress_of_ranks(total, own, f"Encoding {dataset.name}") as on_done,
         BackgroundWriter(1, 1) as writer,  # A shard is written while the next one is made.
@@ -231,33 +206,34 @@ def _encode_shards(
         for index in mine:
             num_images = plan.shards[index]["num_images"]
             values = np.empty((num_images, *plan.row_shape), np.float16)
-            row = 0
-            while row < num_images:
+            for first in range(0, num_images, encoding.batch_size):
                 part = next(moments)
-                values[row : row + len(part)] = part
-                row += len(part)
+                values[first : first + len(part)] = part
                 on_done(len(part))
             writer.submit(_write_array, dest / plan.shards[index]["file"], values)
 
 
-def _loader(
-    mine: Sequence[int], plan: LatentRecord, dataset: ImageDataset, encoding: Encoding
-) -> DataLoader:
-    """Return a loader of these shards' images in order; no batch is of two shards."""
+def _moments(
+    mine: Sequence[int],
+    plan: LatentRecord,
+    dataset: ImageDataset,
+    autoencoder: Autoencoder,
+    encoding: Encoding,
+) -> Iterator[np.ndarray]:
+    """Yield the rows of these shards in order, float16 [N, V, C, h, w]; no batch is of two."""
     batches = []
     for index in mine:
         first = index * plan.shard_size
-        end = first + plan.shards[index]["num_images"]
-        starts = range(first, end, encoding.batch_size)
-        batches += [range(start, min(start + encoding.batch_size, end)) for start in starts]
+        images = range(first, first + plan.shards[index]["num_images"])
+        size = encoding.batch_size
+        batches += [images[start : start + size] for start in range(0, len(images), size)]
     num_workers = encoding.num_workers
     if num_workers is None:
-        num_workers = num_cores_of_rank(_MAX_WORKERS)
         # Processes pay off only for more work than starting them costs.
-        if sum(map(len, batches)) < _MIN_IMAGES_FOR_WORKERS:
-            num_workers = 0
-    return DataLoader(
-        _Numbered(dataset),
+        is_much = sum(map(len, batches)) >= _MIN_IMAGES_FOR_WORKERS
+        num_workers = num_cores_of_rank(_MAX_WORKERS) if is_much else 0
+    loader = DataLoader(
+        dataset,
         batch_sampler=batches,
         num_workers=num_workers,
         prefetch_factor=_PREFETCH_FACTOR if num_workers else None,
@@ -266,31 +242,15 @@ def _loader(
         generator=torch.Generator(),
         pin_memory=torch.cuda.is_available(),
     )
-
-
-class _Numbered(torch.utils.data.Dataset):
-    """Gives the images of a batch with the index of the first."""
-
-    def __init__(self, dataset: ImageDataset) -> None:
-        self._dataset = dataset
-
-    def __getitems__(self, indices: Sequence[int]) -> tuple[int, torch.Tensor]:
-        return indices[0], self._dataset.__getitems__(indices)[0]
-
-
-def _moments(
-    loader: DataLoader, dataset: ImageDataset, autoencoder: Autoencoder, encoding: Encoding
-) -> Iterator[np.ndarray]:
-    """Yield a batch of an archive's rows, float16 [N, V, C, h, w], for each of the loader."""
     channels = autoencoder.latent_channels * (1 if encoding.mean_only else 2)
-    for first, images in loader:
+    for batch, (images, _) in zip(batches, loader, strict=True):
         with memory_for(len(images), "images"):
             images = images.to(autoencoder.device, non_blocking=True)
             variants = (images, images.flip(-1)) if encoding.hflip else (images,)
             moments = torch.stack([autoencoder.moments(x)[:, :channels] for x in variants], dim=1)
 
-        def label(row: int, first: int = first) -> str:
-            return dataset.file_label(first + row)
+        def label(row: int, batch: Sequence[int] = batch) -> str:
+            return dataset.file_label(batch[row])
 
         yield to_float16(moments, label, "latent has", autoencoder.location)
 
@@ -305,22 +265,16 @@ def _write_array(path: Path, values: np.ndarray) -> None:
 
 def _finish(dest: Path, plan: LatentRecord, dataset: ImageDataset) -> LatentRecord:
     """Hash all shards, then write labels and record. Collective."""
-    distributed.barrier()
-    with distributed.together():
-        found = {
-            index: sha256_of_file(dest / plan.shards[index]["file"])
-            for index in share(range(len(plan.shards)))
-        }
-    hashes: dict[int, str] = {}
-    for part in distributed.gather_objects(found):
-        hashes.update(part)
+    files = [dest / shard["file"] for shard in plan.shards]
+    hashes = map_of_ranks(sha256_of_file, files, 1, "Hashing", "file")
 
     def write() -> LatentRecord:
         labels_sha256 = None
         if dataset.labels is not None:
             _write_array(dest / LABELS_FILE, dataset.labels.astype(np.int64))
             labels_sha256 = sha256_of_file(dest / LABELS_FILE)
-        shards = [dict(shard, sha256=hashes[i]) for i, shard in enumerate(plan.shards)]
+        pairs = zip(plan.shards, hashes, strict=True)
+        shards = [dict(shard, sha256=sha256) for shard, sha256 in pairs]
         record = dataclasses.replace(plan, shards=shards, labels_sha256=labels_sha256)
         write_json(dest / RECORD_FILE, record.to_dict())
         return record

@@ -5,7 +5,7 @@ import functools
 import math
 import os
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Self, TypedDict
 
 import numpy as np
 
@@ -56,8 +56,8 @@ class LatentRecord:
     shards: list[ShardFacts]
     packages: dict[str, str]
 
-    def check(self) -> None:
-        """Raise ValueError if the values of a finished archive do not agree."""
+    def checked(self) -> Self:
+        """Return this; raises ValueError if the values of a finished archive do not agree."""
         for name in ("num_images", "resolution", "img_channels", "shard_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}")
@@ -75,6 +75,7 @@ class LatentRecord:
         num_images = sum(shard["num_images"] for shard in self.shards)
         if num_images != self.num_images:
             raise ValueError(f"num_images is {self.num_images}, but the shards hold {num_images}")
+        return self
 
     @property
     def row_shape(self) -> tuple[int, int, int, int]:
@@ -109,14 +110,8 @@ def read_record(path: str | os.PathLike) -> LatentRecord:
         if is_latent_folder(folder):
             raise ValueError(f"{folder}: its encoding is not finished; {_AGAIN}.")
         raise ValueError(f"{folder}: not a folder of latents made by dataset_tool.py encode.")
-    written = JsonFormat(FORMAT, FORMAT_VERSION, "dataset_tool.py encode", _AGAIN)
-    return written.parse(file.read_bytes(), file, _make_record)
-
-
-def _make_record(values: dict[str, Any]) -> LatentRecord:
-    record = typed(LatentRecord, values)
-    record.check()
-    return record
+    parse = JsonFormat(FORMAT, FORMAT_VERSION, "dataset_tool.py encode", _AGAIN).parse
+    return parse(file.read_bytes(), file, lambda found: typed(LatentRecord, found).checked())
 
 
 def check_latent_shard(path: Path, shape: tuple[int, ...]) -> int:
@@ -135,10 +130,8 @@ def check_latent_shard(path: Path, shape: tuple[int, ...]) -> int:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path}: damaged ({reason}); delete it and {_AGAIN}.") from None
     if found != shape or fortran_order or dtype != np.float16:
-        raise ValueError(
-            f"{path}: holds {dtype} of shape {list(found)}, but the record says float16 "
-            f"{list(shape)}; delete it and {_AGAIN}."
-        )
+        holds = f"holds {dtype} of shape {list(found)}, but the record says float16 {list(shape)}"
+        raise ValueError(f"{path}: {holds}; delete it and {_AGAIN}.")
     expected = start + 2 * math.prod(shape)
     if size != expected:
         raise ValueError(f"{path}: has {size} bytes instead of {expected}; delete it and {_AGAIN}.")
@@ -162,10 +155,9 @@ def read_archive_labels(path: Path, record: LatentRecord) -> np.ndarray | None:
     if not is_right or sha256_of_file(file) != record.labels_sha256:
         raise ValueError(f"{file}: damaged, not the labels that the record names; {_AGAIN}.")
     if labels.min() < 0 or labels.max() >= len(record.class_names):
-        raise ValueError(
-            f"{file}: has labels from {labels.min()} to {labels.max()}, but the record names "
-            f"{len(record.class_names)} classes; {_AGAIN}."
-        )
+        found = f"has labels from {labels.min()} to {labels.max()}"
+        known = f"the record names {len(record.class_names)} classes"
+        raise ValueError(f"{file}: {found}, but {known}; {_AGAIN}.")
     return labels
 
 
@@ -175,12 +167,11 @@ def verify_latents(path: str | os.PathLike, *, num_workers: int | None = None) -
     Checks the record, the labels, and of every shard its checksum, its size, and that its values
     are finite and its standard deviations not negative.
     """
-    folder = Path(path)
+    folder, problems = Path(path), []
     try:
         record = read_record(folder)
     except ValueError as error:
         return [str(error)]
-    problems = []
     try:
         read_archive_labels(folder, record)
     except ValueError as error:
@@ -208,9 +199,8 @@ def _inspect_shard(shard: dict[str, Any], *, folder: Path, record: LatentRecord)
         return [str(error)]
     problems = []
     if sha256_of_file(file) != shard["sha256"]:
-        problems.append(
-            f"{file}: its bytes differ from the checksum in the record; delete it and {_AGAIN}."
-        )
+        differs = "its bytes differ from the checksum in the record"
+        problems.append(f"{file}: {differs}; delete it and {_AGAIN}.")
     values = np.load(file, mmap_mode="r")
     channels = record.latent_shape[0]
     for first in range(0, len(values), _ROWS_AT_ONCE):

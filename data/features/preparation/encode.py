@@ -95,7 +95,7 @@ class FeatureEncoder:
         images = sorted(images, key=lambda i: (len(i.caption), i.id))  # So that few are padded.
         mine = share(_chunks(images, self._batch_size))
         bar = progress_of_ranks(len(images), sum(map(len, mine)), "Encoding captions")
-        with bar as on_done, distributed.together(), self._writer() as writer:
+        with bar as on_done, distributed.together(), self._new_writer() as self._writer:
             for batch in mine:
                 encoder, captions = self._encoders["text"], [image.caption for image in batch]
                 _, truncated = encoder.tokenize(captions)
@@ -105,7 +105,7 @@ class FeatureEncoder:
                 lengths = mask.sum(dim=1).tolist()
                 for image, row, length, is_cut in zip(batch, rows, lengths, truncated, strict=True):
                     arrays = {"t5h.npy": row[:length], "t5m.npy": np.ones(length, bool)}
-                    self._put(writer, image, "text", arrays, truncated=is_cut)
+                    self._put(image, "text", arrays, is_cut)
                 on_done(len(batch))
 
     def encode_images(self, batches: Sequence[Batch], on_done: Callable[[int], None]) -> None:
@@ -113,23 +113,17 @@ class FeatureEncoder:
         images = [image for batch in batches for image, _ in batch]
         num_ahead = (1 + _BATCHES_AHEAD) * self._batch_size
         pixels_of = thread_map(self._pixels, images, self._num_threads, num_ahead)
-        with contextlib.closing(pixels_of) as decoded, self._writer() as writer:
+        with contextlib.closing(pixels_of) as decoded, self._new_writer() as self._writer:
             for batch in batches:
                 pixels = [next(decoded) for _ in batch]
                 for feature in ("vae", "visual"):
                     rows = [i for i, (_, wanted) in enumerate(batch) if feature in wanted]
                     if rows:
                         x = torch.from_numpy(np.stack([pixels[i] for i in rows]))
-                        self._encode(writer, feature, [batch[i][0] for i in rows], x)
+                        self._encode(feature, [batch[i][0] for i in rows], x)
                 on_done(len(batch))
 
-    def _encode(
-        self,
-        writer: BackgroundWriter,
-        feature: str,
-        batch: Sequence[PlannedImage],
-        images: torch.Tensor,
-    ) -> None:
+    def _encode(self, feature: str, batch: Sequence[PlannedImage], images: torch.Tensor) -> None:
         encoder = self._encoders[feature]
         images = images.to(encoder.device, non_blocking=True)
         with memory_for(len(images), "images"):
@@ -139,9 +133,9 @@ class FeatureEncoder:
                 values = dict(zip(KEYS_OF[feature], encoder.encode(images), strict=True))
         halves = {k: self._to_float16(value, batch, feature) for k, value in values.items()}
         for row, image in enumerate(batch):
-            self._put(writer, image, feature, {key: value[row] for key, value in halves.items()})
+            self._put(image, feature, {key: value[row] for key, value in halves.items()})
 
-    def _writer(self) -> BackgroundWriter:
+    def _new_writer(self) -> BackgroundWriter:
         return BackgroundWriter(self._num_threads, 4 * self._num_threads)
 
     def _pixels(self, image: PlannedImage) -> np.ndarray:
@@ -164,16 +158,11 @@ class FeatureEncoder:
         return to_float16(values, labels.__getitem__, f"{feature} features have", location)
 
     def _put(
-        self,
-        writer: BackgroundWriter,
-        image: PlannedImage,
-        feature: str,
-        arrays: Mapping[str, np.ndarray],
-        truncated: bool = False,
+        self, image: PlannedImage, feature: str, arrays: Mapping[str, Any], is_cut: bool = False
     ) -> None:
         members = {key: to_npy(array) for key, array in arrays.items()}
         key = image.id, feature, self._plan.fingerprints[image.id][feature]
-        writer.submit(self._stage.put, *key, members, truncated)
+        self._writer.submit(self._stage.put, *key, members, is_cut)
         self.num_made[feature] += 1
 
 

@@ -4,7 +4,6 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
-import importlib.metadata
 import itertools
 import json
 import shutil
@@ -263,8 +262,6 @@ def _write_if_new(path: Path, text: str) -> None:
 
 
 def _record(plan: Plan, manifests: Sequence[Manifest]) -> FeatureRecord:
-    packages = package_versions()
-    packages["diffusers"] = importlib.metadata.version("diffusers")
     vae, visual = plan.encoders["vae"], plan.encoders["visual"]
     num = {(manifest.split, manifest.bucket): len(manifest) for manifest in manifests}
     buckets = [
@@ -290,7 +287,7 @@ def _record(plan: Plan, manifests: Sequence[Manifest]) -> FeatureRecord:
             [s["moments"] for m in manifests if m.split == "train" for s in m.shards]
         ),
         content_hash=hash_of_shards(manifests),
-        packages=packages,
+        packages=package_versions("diffusers"),
     )
 
 

@@ -109,8 +109,7 @@ def prepare(
     num_threads = preparation.num_threads or num_cores_of_rank(_MAX_THREADS)
     with distributed.together():
         _check_options(dest, locations, preparation)
-        archive = _open_source(source)
-        captions = _captions(archive, preparation)
+        archive, captions = _open(source, preparation)
     encoders = _load_encoders(locations, preparation, device)
     with locked(dest, "preparing"):
         images, skipped = _plan_images(archive, dest, captions, preparation, num_threads)
@@ -122,8 +121,7 @@ def prepare(
             shard_size=preparation.shard_size,
             encoders={feature: encoder.facts() for feature, encoder in encoders.items()},
         )
-        stage = Stage(dest)
-        size = preparation.batch_size
+        stage, size = Stage(dest), preparation.batch_size
         encoder = FeatureEncoder(plan, archive, encoders, stage, size, num_threads)
         record, num_packed = None, 0
         if preparation.only is not None:
@@ -202,24 +200,20 @@ def _check_options(
         raise refusal("--validation-share", f"{share:g}", accepted="0 to less than 1")
 
 
-def _open_source(source: str | os.PathLike) -> Archive:
-    """Return the images; raises ValueError if there are none that have names and sizes."""
+def _open(source: str | os.PathLike, preparation: Preparation) -> tuple[Archive, dict[str, str]]:
+    """Return images and captions; raises ValueError if there are none with names and sizes."""
     if is_feature_folder(source):
         raise ValueError(f"--source: {source} holds features already; give images.")
     archive = open_archive(source)
     if isinstance(archive, SampleArchive):
         problem = f"{source} holds images of one size without names"
         raise refusal("--source", but=problem, remedy="give a folder or zip of image files")
-    return archive
-
-
-def _captions(archive: Archive, preparation: Preparation) -> dict[str, str]:
     names = archive.names[: preparation.max_images]
     captions = read_captions(archive, names, preparation.captions, preparation.caption_key)
     # Of those that may yet turn out to be broken, captions are asked for later.
     if preparation.only in (None, "text") and not preparation.skip_broken:
         require_captions(captions, names, archive.path, preparation.captions)
-    return captions
+    return archive, captions
 
 
 def _load_encoders(

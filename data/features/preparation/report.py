@@ -1,5 +1,6 @@
 """Feature folders in words: buckets, encoders, and what a preparation did."""
 
+import itertools
 import os
 from collections.abc import Iterator
 
@@ -16,11 +17,9 @@ def describe_outcome(dest: str | os.PathLike, outcome: Outcome, only: str | None
         yield f"Skipped {len(outcome.skipped)} broken image(s)."
     made = [f"{outcome.num_made[feature]} {feature}" for feature in FEATURES]
     if outcome.record is None:
-        num_made = outcome.num_made[only]
-        yield (
-            f"{dest}: {num_made} of {outcome.num_images} {only} features made, the others existed "
-            "already. Run the command without --only to make shards."
-        )
+        done = f"{outcome.num_made[only]} of {outcome.num_images} {only} features made"
+        rest = "the others existed already. Run the command without --only to make shards."
+        yield f"{dest}: {done}, {rest}"
         return
     if not any(outcome.num_made.values()) and not outcome.num_packed:
         yield f"{dest}: complete already."
@@ -33,31 +32,21 @@ def describe_outcome(dest: str | os.PathLike, outcome: Outcome, only: str | None
 def describe_folder(path: str | os.PathLike) -> Iterator[str]:
     """Yield the lines that describe a complete feature folder; raises ValueError if it is not."""
     record = read_feature_record(path)
-    shards = [
-        shard
-        for bucket in record.buckets
-        for split in SPLITS
-        for shard in read_manifest(path, split, bucket.name).shards
-    ]
+    places = itertools.product(SPLITS, [bucket.name for bucket in record.buckets])
+    shards = [shard for place in places for shard in read_manifest(path, *place).shards]
     num_bytes = sum(shard["num_bytes"] for shard in shards)
     counts = ", ".join(f"{record.num_samples(split)} {split}" for split in SPLITS)
     vae, visual, text = record.vae, record.visual, record.text
+    where = [f"{part['location']}, hash {part['hash']}" for part in (vae, visual, text)]
+    registers = f"{visual['num_registers']} registers, {visual['dim']} channels"
     packages = ", ".join(f"{name} {version}" for name, version in record.packages.items())
     yield f"samples       {counts}"
     yield f"size          {format_count(num_bytes, 'B')} in {len(shards)} shard(s)"
     yield f"source        {record.name}, hash {record.source_hash}"
-    yield (
-        f"autoencoder   {vae['location']}, hash {vae['hash']}: {vae['channels']} channels, "
-        f"(latent - {vae['shift']:g}) * {vae['scale']:g}"
-    )
-    yield (
-        f"visual        {visual['location']}, hash {visual['hash']}: patches of "
-        f"{visual['patch_size']}, {visual['num_registers']} registers, {visual['dim']} channels"
-    )
-    yield (
-        f"text          {text['location']}, hash {text['hash']}: {text['dim']} channels, at most "
-        f"{text['max_tokens']} tokens"
-    )
+    normalised = f"(latent - {vae['shift']:g}) * {vae['scale']:g}"
+    yield f"autoencoder   {where[0]}: {vae['channels']} channels, {normalised}"
+    yield f"visual        {where[1]}: patches of {visual['patch_size']}, {registers}"
+    yield f"text          {where[2]}: {text['dim']} channels, at most {text['max_tokens']} tokens"
     yield f"captions      {record.captions['num_truncated']} cut to {text['max_tokens']} tokens"
     for name, part in record.statistics.items():
         mean, std = (sum(part[key]) / len(part[key]) for key in ("mean", "std"))

@@ -269,13 +269,13 @@ class Verification:
     def check_record(self, record: FeatureRecord) -> None:
         """Compare counts, hash and statistics of the record with the shards."""
         file = f"{self.folder}/features.json"
-        places = [(split, bucket) for split in SPLITS for bucket in record.buckets]
-        manifests = [self.manifests.get((split, bucket.name)) for split, bucket in places]
+        counts = {(s, bucket.name): bucket.num[s] for s in SPLITS for bucket in record.buckets}
+        manifests = [self.manifests.get(place) for place in counts]
         if None in manifests:
             return
-        for (split, bucket), manifest in zip(places, manifests, strict=True):
-            if len(manifest) != bucket.num[split]:
-                says = f"says {bucket.num[split]} samples of {split} in bucket {bucket.name}"
+        for ((split, bucket), num), manifest in zip(counts.items(), manifests, strict=True):
+            if len(manifest) != num:
+                says = f"says {num} samples of {split} in bucket {bucket}"
                 self._add(file, f"{says}, but there are {len(manifest)}")
         if hash_of_shards(manifests) != record.content_hash:
             self._add(file, "is not of these shards (content_hash)")
@@ -284,11 +284,8 @@ class Verification:
             return  # A problem of a shard, which is known already.
         for name, found in statistics_of(train).items():
             said = record.statistics[name]
-            close = [
-                np.allclose(found[key], said[key], rtol=_TOLERANCE, atol=_TOLERANCE)
-                for key in ("mean", "std")
-            ]
-            if found["count"] != said["count"] or not all(close):
+            near = [np.allclose(found[k], said[k], _TOLERANCE, _TOLERANCE) for k in ("mean", "std")]
+            if found["count"] != said["count"] or not all(near):
                 self._add(file, f"its statistics of {name} are not those of the training split")
 
     # Alignment.
@@ -337,8 +334,7 @@ def misalignment(stored: torch.Tensor, fresh: torch.Tensor) -> str | None:
         first = stored[max(shift, 0) : len(stored) + min(shift, 0)]
         second = fresh[max(-shift, 0) : len(fresh) + min(-shift, 0)]
         if len(first):
-            cosine = torch.nn.functional.cosine_similarity(first, second, dim=1)
-            cosines[shift] = float(cosine.mean())
+            cosines[shift] = float(torch.cosine_similarity(first, second, dim=1).mean())
     best = max(cosines, key=lambda shift: (cosines[shift], -abs(shift)))
     if cosines[best] - cosines[0] > _COSINE_TOLERANCE:
         found = f"mean cosine {cosines[best]:.4f}, unshifted {cosines[0]:.4f}"
