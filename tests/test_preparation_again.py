@@ -347,8 +347,8 @@ def test_a_stop_at_any_write_loses_nothing_that_was_finished(
         state["made"] += Path(target) in state["encoded"]
 
     def noted_put(self, image, feature, arrays, *facts):
-        key = image.id, feature, self._plan.fingerprints[image.id][feature]
-        state["encoded"].add(self._stage.file(*key))
+        key = image.id, feature, self.plan.fingerprints[image.id][feature]
+        state["encoded"].add(self.stage.file(*key))
         put(self, image, feature, arrays, *facts)
 
     def start(left):

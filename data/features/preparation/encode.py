@@ -2,6 +2,8 @@
 
 import collections
 import contextlib
+import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import chain
@@ -28,31 +30,26 @@ _BATCHES_AHEAD = 3
 _BATCHES_PER_ROUND = 32  # Of each rank, between two moments at which shards are packed.
 
 
+@dataclasses.dataclass
 class FeatureEncoder:
     """Encodes what samples lack and stages it; decoding and writing go on beside that in threads.
 
     Attributes:
+        encoders: Those of the features that are to be made, by name.
         num_made: How many of each feature this rank has staged so far.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        archive: Archive,
-        encoders: Mapping[str, Any],
-        stage: Stage,
-        batch_size: int,
-        num_threads: int,
-    ) -> None:
-        """``encoders`` has those of the features that are to be made, by name."""
-        self.num_made: collections.Counter[str] = collections.Counter()
-        self._plan = plan
-        self._archive = archive
-        self._positions = {name: index for index, name in enumerate(archive.names)}
-        self._encoders = encoders
-        self._stage = stage
-        self._batch_size = batch_size
-        self._num_threads = num_threads
+    plan: Plan
+    archive: Archive
+    encoders: Mapping[str, Any]
+    stage: Stage
+    batch_size: int
+    num_threads: int
+    num_made: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+
+    @functools.cached_property
+    def _positions(self) -> dict[str, int]:
+        return {name: index for index, name in enumerate(self.archive.names)}
 
     def encode(
         self,
@@ -67,16 +64,16 @@ class FeatureEncoder:
         """
         images = list(chain(*shards.values()))
         lacking = {
-            image.id: {key[1] for key in self._plan.keys(image) if key not in there}
+            image.id: {key[1] for key in self.plan.keys(image) if key not in there}
             for image in images
         }
         self._encode_captions([image for image in images if "text" in lacking[image.id]])
         batches = {}
         for path, images in shards.items():
             rows = [(image, lacking[image.id] - {"text"}) for image in images]
-            batches[path] = _chunks([row for row in rows if row[1]], self._batch_size)
-        num_images = self._batch_size * _BATCHES_PER_ROUND
-        size = distributed.world_size() * max(num_images // self._plan.shard_size, 1)
+            batches[path] = _chunks([row for row in rows if row[1]], self.batch_size)
+        num_images = self.batch_size * _BATCHES_PER_ROUND
+        size = distributed.world_size() * max(num_images // self.plan.shard_size, 1)
         rounds = _chunks(list(shards), size)
         mine = [share(list(chain(*(batches[path] for path in part)))) for part in rounds]
         total, own = (sum(map(len, chain(*parts))) for parts in (batches.values(), mine))
@@ -93,11 +90,11 @@ class FeatureEncoder:
 
     def _encode_captions(self, images: Sequence[PlannedImage]) -> None:
         images = sorted(images, key=lambda i: (len(i.caption), i.id))  # So that few are padded.
-        mine = share(_chunks(images, self._batch_size))
+        mine = share(_chunks(images, self.batch_size))
         bar = progress_of_ranks(len(images), sum(map(len, mine)), "Encoding captions")
         with bar as on_done, distributed.together(), self._new_writer() as self._writer:
             for batch in mine:
-                encoder, captions = self._encoders["text"], [image.caption for image in batch]
+                encoder, captions = self.encoders["text"], [image.caption for image in batch]
                 _, truncated = encoder.tokenize(captions)
                 with memory_for(len(captions), "captions"):
                     hidden, mask, _ = encoder.encode(captions)
@@ -111,8 +108,8 @@ class FeatureEncoder:
     def encode_images(self, batches: Sequence[Batch], on_done: Callable[[int], None]) -> None:
         """Stage latents and visual features of batches, each of one bucket."""
         images = [image for batch in batches for image, _ in batch]
-        num_ahead = (1 + _BATCHES_AHEAD) * self._batch_size
-        pixels_of = thread_map(self._pixels, images, self._num_threads, num_ahead)
+        num_ahead = (1 + _BATCHES_AHEAD) * self.batch_size
+        pixels_of = thread_map(self._pixels, images, self.num_threads, num_ahead)
         with contextlib.closing(pixels_of) as decoded, self._new_writer() as self._writer:
             for batch in batches:
                 pixels = [next(decoded) for _ in batch]
@@ -124,7 +121,7 @@ class FeatureEncoder:
                 on_done(len(batch))
 
     def _encode(self, feature: str, batch: Sequence[PlannedImage], images: torch.Tensor) -> None:
-        encoder = self._encoders[feature]
+        encoder = self.encoders[feature]
         images = images.to(encoder.device, non_blocking=True)
         with memory_for(len(images), "images"):
             if feature == "vae":
@@ -136,33 +133,33 @@ class FeatureEncoder:
             self._put(image, feature, {key: value[row] for key, value in halves.items()})
 
     def _new_writer(self) -> BackgroundWriter:
-        return BackgroundWriter(self._num_threads, 4 * self._num_threads)
+        return BackgroundWriter(self.num_threads, 4 * self.num_threads)
 
     def _pixels(self, image: PlannedImage) -> np.ndarray:
         """Return the pixels of a sample's crop, uint8 [3, H, W]."""
         try:
-            data = self._archive.read(self._positions[image.file])
+            data = self.archive.read(self._positions[image.file])
             if hashlib.sha256(data).hexdigest() != image.sha256:
                 raise ValueError("was changed while features were made; start again")
             fitted, crop = fit_image(decode_image(data), Bucket.of(image.bucket))
         except ValueError as error:
-            raise ValueError(f"{self._archive.path}/{image.file}: {error}.") from None
+            raise ValueError(f"{self.archive.path}/{image.file}: {error}.") from None
         assert crop == image.crop
         return np.ascontiguousarray(np.asarray(fitted).transpose(2, 0, 1))
 
     def _to_float16(
         self, values: torch.Tensor, batch: Sequence[PlannedImage], feature: str
     ) -> np.ndarray:
-        labels = [f"{self._archive.path}/{image.file}" for image in batch]
-        location = self._encoders[feature].location
+        labels = [f"{self.archive.path}/{image.file}" for image in batch]
+        location = self.encoders[feature].location
         return to_float16(values, labels.__getitem__, f"{feature} features have", location)
 
     def _put(
         self, image: PlannedImage, feature: str, arrays: Mapping[str, Any], is_cut: bool = False
     ) -> None:
         members = {key: to_npy(array) for key, array in arrays.items()}
-        key = image.id, feature, self._plan.fingerprints[image.id][feature]
-        self._writer.submit(self._stage.put, *key, members, is_cut)
+        key = image.id, feature, self.plan.fingerprints[image.id][feature]
+        self._writer.submit(self.stage.put, *key, members, is_cut)
         self.num_made[feature] += 1
 
 

@@ -217,8 +217,9 @@ def open_up(folder: Path) -> None:
 def remove_all(folder: Path, stage: Stage) -> None:
     """Delete everything that a preparation made."""
     (folder / RECORD_FILE).unlink(missing_ok=True)
-    for path in (*_glob(folder, ""), folder / _OLD_FOLDER):
-        shutil.rmtree(path, ignore_errors=True)
+    for path in _glob(folder, ""):
+        shutil.rmtree(path)
+    shutil.rmtree(folder / _OLD_FOLDER, ignore_errors=True)
     stage.clear()
 
 

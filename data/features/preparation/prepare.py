@@ -121,15 +121,15 @@ def prepare(
             shard_size=preparation.shard_size,
             encoders={feature: encoder.facts() for feature, encoder in encoders.items()},
         )
-        stage, size = Stage(dest), preparation.batch_size
-        encoder = FeatureEncoder(plan, archive, encoders, stage, size, num_threads)
+        sizes = preparation.batch_size, num_threads
+        encoder = FeatureEncoder(plan, archive, encoders, Stage(dest), *sizes)
         record, num_packed = None, 0
         if preparation.only is not None:
-            _stage_missing(dest, plan, encoder, stage, num_threads)
+            _stage_missing(dest, encoder)
         else:
             if preparation.overwrite:
-                distributed.on_main(lambda: pack.remove_all(dest, stage))
-            record, num_packed = _make_all(dest, plan, encoder, stage, num_threads)
+                distributed.on_main(lambda: pack.remove_all(dest, encoder.stage))
+            record, num_packed = _make_all(dest, encoder)
         made = sum(distributed.gather_objects(encoder.num_made), collections.Counter())
         return Outcome(
             record=record,
@@ -144,20 +144,19 @@ def prepare(
 # a shard that is not right any more, to the stage, and from there to its shard.
 
 
-def _stage_missing(
-    folder: Path, plan: Plan, encoder: FeatureEncoder, stage: Stage, num_threads: int
-) -> None:
+def _stage_missing(folder: Path, encoder: FeatureEncoder) -> None:
     """Stage what is missing of the plan; shards and record stay as they are. Collective."""
+    plan, num_threads = encoder.plan, encoder.num_threads
     distributed.on_main(lambda: plan.write(folder))
-    shards = pack.look_at_shards(folder, plan, num_threads)
-    there = {key for _, keys in shards.values() for key in keys}
-    encoder.encode(plan.shards(folder), there | pack.staged_keys(plan, stage, num_threads))
+    there = pack.staged_keys(plan, encoder.stage, num_threads)
+    for _, keys in pack.look_at_shards(folder, plan, num_threads).values():
+        there.update(keys)
+    encoder.encode(plan.shards(folder), there)
 
 
-def _make_all(
-    folder: Path, plan: Plan, encoder: FeatureEncoder, stage: Stage, num_threads: int
-) -> tuple[FeatureRecord, int]:
+def _make_all(folder: Path, encoder: FeatureEncoder) -> tuple[FeatureRecord, int]:
     """Make all that is planned; return record and number of shards written. Collective."""
+    plan, stage, num_threads = encoder.plan, encoder.stage, encoder.num_threads
     found = pack.look_at_shards(folder, plan, num_threads)
     right = {path for path, (is_right, _) in found.items() if is_right}
     others = [path for path in found if path not in right]
