@@ -60,7 +60,7 @@ def base_config(args: Sequence[str]) -> RunConfig | None:
     resolution = raw_value(args, "resolution")
     if preset is None and resume not in (None, "auto"):
         report = print if int(os.environ.get("RANK", 0)) == 0 else lambda text: None
-        return runs.read_options(runs.resume_paths(resume)[0], report)
+        return runs.read_start(runs.resume_paths(resume)[0], report)[0]
     if preset is None and resolution is not None:
         if not resolution.isdigit() or int(resolution) not in PRESET_OF_RESOLUTION:
             known = join_names(f"{r} ({p})" for r, p in PRESET_OF_RESOLUTION.items())

@@ -14,7 +14,7 @@ import training.telemetry
 from configs import get_preset
 from training.config import LoggingConfig, TrainingConfig
 from training.report import forward_flops
-from training.runs import read_options
+from training.runs import read_start
 from training.telemetry import (
     Telemetry,
     import_wandb,
@@ -72,7 +72,7 @@ def test_every_tick_has_a_row_of_nested_statistics(run):
         "Timing/maintenance_sec",
         "Resources/cpu_mem_gb",
     }
-    config = read_options(run.run_dir, print)
+    config, _ = read_start(run.run_dir, print)
     for row in rows:
         assert names | {"timestamp"} == set(row)
         assert all(set(row[name]) == {"num", "mean", "std"} for name in names)

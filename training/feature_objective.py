@@ -80,11 +80,7 @@ class FeatureDraws(Draws):
 
 
 class FeatureObjective(Objective):
-    """The error of the velocity, of latents and features of images of one size.
-
-    Args:
-        config: How conditions are dropped. The other arguments are those of :class:`Objective`.
-    """
+    """The error of the velocity, of latents and features of images of one size."""
 
     def __init__(self, *args: Any, config: FeatureConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -16,7 +16,7 @@ import torch
 from dnnlib.addresses import is_address
 from dnnlib.config import to_dict
 from dnnlib.errors import refusal
-from dnnlib.files import atomic_write, check_target, lock_folder
+from dnnlib.files import atomic_write, check_target, lock_folder, write_json
 from models import attention_backend
 from torch_utils import distributed
 from torch_utils.fingerprints import package_versions
@@ -120,7 +120,9 @@ def launch(config: RunConfig, start: Start) -> int:
                 run_dir, exact_state, job.config, job.data.content_hash, distributed.print0
             )
         if distributed.is_main():
-            _write_start(job, run_dir, runs.stored_origin(run_dir) if start.continues else origin)
+            if start.continues:
+                _, origin = runs.read_start(run_dir, lambda text: None)
+            _write_start(job, run_dir, origin)
         weights = snapshot if state is None else None
         finished = training_loop(
             job, run_dir, resume_state=state, transfer=weights, stop_signal=stop_signal
@@ -157,6 +159,7 @@ def _find_run(job: Job, start: Start, origin: dict[str, Any]) -> tuple[Path | No
 def _write_start(job: Job, run_dir: Path, origin: dict[str, Any] | None) -> None:
     world_size = distributed.world_size()
     facts = dict(command=sys.argv, world_size=world_size, device=str(job.device), origin=origin)
-    runs.write_options(run_dir, job.config, {**facts, "packages": package_versions()})
+    options = {"config": to_dict(job.config), **facts, "packages": package_versions()}
+    write_json(run_dir / "training_options.json", options)
     print(f"Training on {job.data.name}: {job.data.num_images} images. Writing to {run_dir}")
     print(describe_run(job.config, world_size, job.device), flush=True)

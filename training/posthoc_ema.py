@@ -92,12 +92,9 @@ def weighted_sums(
 ) -> tuple[list[dict[str, Tensor]], Snapshot]:
     """Return network states with weighted sums of the profiles' parameters, and the last snapshot.
 
-    Args:
-        profiles: N of them, read one after the other.
-        coefficients: [M, N], one row for each of the M results.
-
-    Sums are float32. Buffers, which are constants, are those of the last profile. Raises
-    ValueError for a file that is damaged or whose weights do not fit its model.
+    ``coefficients`` [M, N] have a row for each of the M results, which are float32; the N profiles
+    are read one by one. Buffers, which are constants, are those of the last. Raises ValueError for
+    a file that is damaged or whose weights do not fit its model.
     """
     with torch.device("meta"):
         network = build_network(profiles[0].config.model)

@@ -8,8 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dnnlib.config import identity, to_dict
-from dnnlib.files import atomic_write
+from dnnlib.config import identity
 from torch_utils import distributed
 from training import family
 from training.checkpoint import Snapshot, find_states, load_state
@@ -60,25 +59,14 @@ def _number(path: Path) -> re.Match | None:
     return re.match(r"\d+", path.name) if path.is_dir() else None
 
 
-def write_options(run_dir: Path, config: RunConfig, facts: dict[str, Any]) -> None:
-    """Write ``training_options.json``: the whole configuration and the facts of this start."""
-    with atomic_write(run_dir / "training_options.json", "w", encoding="utf-8") as file:
-        json.dump({"config": to_dict(config), **facts}, file, indent=2)
-
-
-def read_options(run_dir: Path, report: Callable[[str], None]) -> RunConfig:
-    """Return the configuration of a run folder; raises ValueError if it has none.
-
-    If ``training_options.json`` is missing or damaged, that is named through ``report`` and the
-    configuration in the newest readable training state is used.
-    """
-    return _read_start(run_dir, report)[0]
-
-
-def _read_start(
+def read_start(
     run_dir: Path, report: Callable[[str], None]
 ) -> tuple[RunConfig, dict[str, Any] | None]:
-    """Return a run's configuration and its origin (see :func:`origin_of`), None if unknown."""
+    """Return a run's configuration and its origin (see :func:`origin_of`), None if unknown.
+
+    If ``training_options.json`` is missing or damaged, that is named through ``report`` and the
+    configuration in the newest readable training state is used. Raises ValueError without any.
+    """
     path = run_dir / "training_options.json"
     try:
         options = json.loads(path.read_text(encoding="utf-8"))
@@ -99,11 +87,6 @@ def _read_start(
     raise ValueError(f"{path}: {reason}.")
 
 
-def stored_origin(run_dir: Path) -> dict[str, Any] | None:
-    """Return the origin noted in a run folder, None if unknown."""
-    return _read_start(run_dir, lambda text: None)[1]
-
-
 def origin_of(transfer: Snapshot | None, desc: str | None) -> dict[str, Any]:
     """Return what makes a run another one besides its configuration: first weights, description."""
     return dict(transfer=None if transfer is None else transfer.sha256, desc=desc)
@@ -120,18 +103,16 @@ def clear_leftovers(run_dir: Path) -> None:
 def find_same_run(
     outdir: Path, config: RunConfig, origin: dict[str, Any], report: Callable[[str], None]
 ) -> Path | None:
-    """Return the newest run folder in ``outdir`` that computes the same as ``config``.
+    """Return the newest run folder in ``outdir`` with the identity of ``config`` and the origin.
 
-    Settings that leave the result as it is may differ (see :func:`dnnlib.config.identity`). The
-    ``origin`` (see :func:`origin_of`) may not. Folders that cannot be compared are named through
-    ``report``.
+    Folders that cannot be compared are named through ``report``.
     """
     if not outdir.is_dir():
         return None
     for path in sorted(outdir.iterdir(), reverse=True):
         if _number(path) and (find_states(path) or (path / "training_options.json").is_file()):
             try:
-                other, other_origin = _read_start(path, report)
+                other, other_origin = read_start(path, report)
             except ValueError as error:
                 report(f"Skipped: {error}")
                 continue
@@ -147,13 +128,11 @@ def load_resume_state(
     data_hash: str,
     report: Callable[[str], None],
 ) -> dict[str, Any] | None:
-    """Return the newest readable training state of a run folder on every rank. Collective.
+    """Return the newest readable training state of a run folder, None without any. Collective.
 
-    A damaged file is named through ``report`` and the one before it is used. ``exact`` asks for
-    one particular file, which must be readable. Returns None if the folder has no state yet, which
-    means to start from the beginning. Other settings than those of the state, and other data than
-    those of ``data_hash``, are reported. Raises ValueError if the state is of another model or
-    holds other averages of the weights.
+    A damaged file is named through ``report`` and the one before it is used, unless ``exact`` asks
+    for one file. Other settings and data than those of the state are reported. Raises ValueError
+    if the state is of another model or holds other averages of the weights.
     """
 
     def load() -> tuple[dict[str, Any] | None]:

@@ -106,12 +106,10 @@ class SetObjective(Objective):
 
         ``context_norm``, ``context_mean`` and ``context_max`` are of each vector (its length, mean
         and largest absolute value); ``context_std`` is over all numbers, and ``context_batch_std``
-        the spread of each number over the sets, so that it is zero for a context that is the same
-        for all. ``context_gap`` is by how much the loss rises when every set gets the context of
-        another. The two last are left out with a single set; spreads are those of one pass of a
-        rank, averaged over the ranks. Contexts are those of all sets, without dropout or noise;
-        absent images are left out. Gradient norms are those of the global batch, before clipping:
-        of the encoder, of the DiT, and of each block of it.
+        the spread of each number over the sets, zero for a context that is the same for all.
+        ``context_gap`` is by how much the loss rises when every set gets the context of another.
+        The two last need several sets. Contexts are without dropout, noise and absent images.
+        Gradient norms are those before clipping, of the encoder, the DiT, and each block of it.
         """
         if not self._config.diagnostics:
             return {}
@@ -120,7 +118,6 @@ class SetObjective(Objective):
         modules.update({f"dit_layer_{i}": block for i, block in enumerate(network.backbone.blocks)})
         norms = gradient_norms(modules, loss_scale)
         found = {f"{name}_grad_norm": norm for name, norm in norms.items()}
-        # What the encoder makes of the sets, of every set and without noise.
         draws = dataclasses.replace(draws, context_drop=None, context_noise=None)
         # Means are over the images that are there: the others count for nothing.
         mask = cond.get("mask")
