@@ -113,15 +113,9 @@ def load_snapshot(path: str | os.PathLike) -> Snapshot:
         weights = payload["ema"]
         for name, tensor in weights.items():
             weights[name] = tensor.float() if tensor.dtype == torch.float16 else tensor
-        return Snapshot(
-            path=path,
-            sha256=weights_hash(weights),
-            config=config,
-            data=DataSummary(**data),
-            progress=payload["progress"],
-            packages=payload["packages"],
-            state_dict=weights,
-        )
+        kept = dict(progress=payload["progress"], packages=payload["packages"])
+        found = dict(config=config, data=DataSummary(**data), state_dict=weights, **kept)
+        return Snapshot(path=path, sha256=weights_hash(weights), **found)
 
 
 def read_header(path: str | os.PathLike) -> tuple[RunConfig, dict[str, Any]]:
@@ -252,11 +246,11 @@ def _load(path: Path, expected: str, what: str, *, header_only: bool = False) ->
 def _test_header(archive: zipfile.ZipFile) -> str | None:
     """Return the first damaged part among those that hold no tensor, or None."""
     for name in archive.namelist():
-        if Path(name).parent.name != "data":
-            try:
+        try:
+            if Path(name).parent.name != "data":
                 archive.read(name)
-            except zipfile.BadZipFile:
-                return name
+        except zipfile.BadZipFile:
+            return name
     return None
 
 

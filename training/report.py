@@ -39,12 +39,12 @@ def describe_run(config: RunConfig, world_size: int, device: torch.device) -> st
     batch_gpu, rounds = accumulation_rounds(training, world_size)
     steps = -(-config.total_nimg // config.step_nimg)
     classes = f"{model.num_classes} classes" if model.num_classes else "unconditional"
+    size = f"{model.resolution}x{model.resolution}x{model.img_channels}"
     num = model.images_per_row
     rows_of = "images" if num == 1 else f"sets of {num} images"
     rows = {
         "preset": config.preset,
-        "model": f"{model.family}, {model.resolution}x{model.resolution}x{model.img_channels}, "
-        f"{classes}",
+        "model": f"{model.family}, {size}, {classes}",
         "parameters": f"{num_parameters(config):,}",
         "forward cost": f"{format_count(forward_flops(config))}FLOP per image",
         "batch": f"{training.batch} {rows_of} per optimizer step = {batch_gpu} per pass x "
