@@ -62,7 +62,13 @@ def locked(dest: Path, verb: str) -> Iterator[None]:
         yield
 
 
-def check_claim(file: Path, protocol: Mapping[str, Any], option: str, what: str) -> None:
+def check_claim(
+    file: Path,
+    protocol: Mapping[str, Any],
+    option: str,
+    what: str,
+    is_same: Callable[[str, Any], bool] | None = None,
+) -> None:
     """Raise ValueError if a claim, where there is one, is not of the same making."""
     if not file.is_file():
         return
@@ -72,11 +78,16 @@ def check_claim(file: Path, protocol: Mapping[str, Any], option: str, what: str)
         problem = f"cannot be read ({error}), so that the {what} beside it may be of any making"
         remedy = "choose another folder, or delete that one"
         raise refusal(file, but=problem, remedy=remedy) from None
-    check_protocol(file.parent, protocol, there, option, what)
+    check_protocol(file.parent, protocol, there, option, what, is_same)
 
 
 def check_protocol(
-    folder: Path, protocol: Mapping[str, Any], there: Mapping[str, Any], option: str, what: str
+    folder: Path,
+    protocol: Mapping[str, Any],
+    there: Mapping[str, Any],
+    option: str,
+    what: str,
+    is_same: Callable[[str, Any], bool] | None = None,
 ) -> None:
     """Raise ValueError, with the names that differ, if a folder holds ``what`` of another making.
 
@@ -84,8 +95,10 @@ def check_protocol(
         protocol: What two makings must have in common, by the names that users know, plain values.
         there: The protocol of what the folder holds.
         option: The option that names the folder.
+        is_same: Whether a name's value there is that of the protocol; equality by default.
     """
-    names = [name for name in protocol if there.get(name) != protocol[name]]
+    is_same = is_same or (lambda name, value: value == protocol[name])
+    names = [name for name in protocol if not is_same(name, there.get(name))]
     if names:
         problem = f"{folder} holds {what} made with another {join_names(names)}"
         remedy = "choose another folder, or delete that one to start anew"

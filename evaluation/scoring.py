@@ -53,7 +53,7 @@ def dataset_references(
         needs,
         detectors,
         lambda indices: read_images(dataset, batch, "Reference", indices),
-        dataset.content_hash,
+        distributed.on_main(lambda: dataset.content_hash),
         device,
         num_images=len(dataset),
         source=dataset.name,

@@ -334,10 +334,10 @@ def open_data_of(snapshot: Snapshot, data: str | None = None) -> SetDataset:
         )
     settings = dataclasses.replace(config.data, data=location, cache=False)
     dataset = FAMILY.open_data(dataclasses.replace(config, data=settings))
-    if dataset.content_hash != snapshot.data.content_hash:
+    if not dataset.is_same_as(snapshot.data.content_hash):
         raise ValueError(
-            f"--data: {location} holds other data than {snapshot.path} was trained on (or a folder "
-            "whose files were copied or touched), so that its split of classes is not known."
+            f"--data: {location} holds other data than {snapshot.path} was trained on, so that its "
+            "split of classes is not known."
         )
     return dataset
 

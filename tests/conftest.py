@@ -32,6 +32,14 @@ def shared_dir(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(shared_dir):
+    """Downloads and derived data of the tests stay out of the user's cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SETDIFFIT_CACHE", str(shared_dir / "cache"))
+        yield
+
+
 @contextlib.contextmanager
 def made_once(path):
     """Yield whether ``path`` must still be made; test processes wait here for one another."""

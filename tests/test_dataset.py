@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import time
@@ -16,6 +17,7 @@ import torch
 from image_files import convert, make_folder, make_zip, random_image
 from PIL import Image
 
+from data.images import identity
 from data.images.codec import PixelCodec
 from data.images.dataset import DatasetConfig, ImageDataset, MirroredImages, open_dataset
 from data.images.decode import ImageError
@@ -157,13 +159,65 @@ def test_the_content_hash_follows_images_labels_and_subset_but_not_the_path(data
     assert len(hashes) == 5
 
 
-def test_the_content_hash_of_a_folder_follows_its_files(tmp_path):
+def test_a_zip_and_the_folder_that_it_is_unpacked_to_are_the_same_data(data, tmp_path):
+    with zipfile.ZipFile(data) as file:
+        file.extractall(tmp_path / "folder")
+    folder, packed = ImageDataset(tmp_path / "folder"), ImageDataset(data)
+    assert folder.content_hash == packed.content_hash
+    # Compressed or not.
+    with zipfile.ZipFile(tmp_path / "deflated.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        for path in sorted((tmp_path / "folder").rglob("*.*")):
+            file.write(path, path.relative_to(tmp_path / "folder"))
+    assert ImageDataset(tmp_path / "deflated.zip").content_hash == packed.content_hash
+
+
+def test_the_content_hash_of_a_folder_follows_its_contents_and_not_its_dates(tmp_path):
     folder = make_folder(tmp_path / "in", ["1.png", "2.png"])
     before = ImageDataset(folder).content_hash
+    # Two files of equal length and date, as zips of equal shape unpack to, are two contents.
+    other = shutil.copytree(folder, tmp_path / "other")
+    content = bytearray((other / "2.png").read_bytes())
+    content[-20] ^= 1
+    (other / "2.png").write_bytes(content)
+    for path in (folder / "1.png", folder / "2.png", other / "1.png", other / "2.png"):
+        os.utime(path, (1, 1))
     assert ImageDataset(folder).content_hash == before
-    random_image(5).save(folder / "2.png")
+    assert ImageDataset(other).content_hash != before
+
+
+def test_an_unchanged_file_is_read_once_for_its_checksum(tmp_path, monkeypatch):
+    monkeypatch.setenv("SETDIFFIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(identity, "_MIN_AGE_NS", 0)
+    folder = make_folder(tmp_path / "in", ["1.png", "2.png", "3.png"])
+    read, crc = [], identity._crc
+    monkeypatch.setattr(identity, "_crc", lambda path: read.append(path.name) or crc(path))
+    first = ImageDataset(folder).content_hash
+    assert ImageDataset(folder).content_hash == first
+    assert sorted(read) == ["1.png", "2.png", "3.png"]
+    # Its length and date alone do not vouch for a file: another one in its place is read.
+    stat = (folder / "2.png").stat()
+    replacement = tmp_path / "2.png"
+    replacement.write_bytes((folder / "2.png").read_bytes())
+    os.utime(replacement, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    os.replace(replacement, folder / "2.png")
+    assert ImageDataset(folder).content_hash == first
+    assert sorted(read) == ["1.png", "2.png", "2.png", "3.png"]
+    (cache,) = (tmp_path / "cache" / "checksums").iterdir()
+    cache.write_bytes(b"damaged")
+    assert ImageDataset(folder).content_hash == first
+    assert len(read) == 7
+
+
+def test_an_identity_of_version_1_is_checked_by_its_own_rule(data, tmp_path):
+    folder = make_folder(tmp_path / "in", ["1.png", "2.png"])
+    for path in (data, folder):
+        dataset = ImageDataset(path)
+        old = dataset._subset_hash(dataset.archive.old_fingerprint())
+        assert dataset.is_same_as(old)
+        assert dataset.is_same_as(dataset.content_hash)
+        assert not dataset.is_same_as(old[::-1])
     os.utime(folder / "2.png", (1, 1))
-    assert ImageDataset(folder).content_hash != before
+    assert not ImageDataset(folder).is_same_as(old)
 
 
 def test_many_threads_and_copies_read_at_once(data):

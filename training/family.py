@@ -48,6 +48,10 @@ class TrainingData(Protocol):
         """Return a batch, as stored, and its conditions."""
         ...
 
+    def is_same_as(self, content_hash: str) -> bool:
+        """Return whether an identity is that of the data, by the rule of the identity's version."""
+        ...
+
     def summary(self) -> dict[str, Any] | None:
         """Return what a snapshot keeps of the data besides the attributes above."""
         ...

@@ -117,7 +117,7 @@ def launch(config: RunConfig, start: Start) -> int:
         if not is_new:
             distributed.on_main(lambda: runs.clear_leftovers(run_dir))
             state = runs.load_resume_state(
-                run_dir, exact_state, job.config, job.data.content_hash, distributed.print0
+                run_dir, exact_state, job.config, job.data, distributed.print0
             )
         if distributed.is_main():
             if start.continues:

@@ -67,7 +67,7 @@ def training_loop(
     torch.backends.cudnn.benchmark = training.cudnn_benchmark
     allow_tf32(training.tf32)
 
-    data = checkpoint.summarise(job.data)
+    data = distributed.on_main(lambda: checkpoint.summarise(job.data))
 
     # Build network, loss, weight averages and optimizer.
     torch.manual_seed(rng.mix(training.seed, rng.STREAM_INIT))

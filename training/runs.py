@@ -125,7 +125,7 @@ def load_resume_state(
     run_dir: Path,
     exact: Path | None,
     config: RunConfig,
-    data_hash: str,
+    data: TrainingData,
     report: Callable[[str], None],
 ) -> dict[str, Any] | None:
     """Return the newest readable training state of a run folder, None without any. Collective.
@@ -152,11 +152,11 @@ def load_resume_state(
     loaded = distributed.on_main_tree(load)[0]
     if loaded is not None:
         _check_same_model(config, family.restore_run(loaded["config"]), report)
-        if loaded["progress"].get("data_hash", data_hash) != data_hash:
+        stored = loaded["progress"].get("data_hash")
+        if stored is not None and not distributed.on_main(lambda: data.is_same_as(stored)):
             report(
-                "The training data are not those that the run began with (or their files were "
-                "copied or touched, if they are a folder): what follows differs from a run that "
-                "was never interrupted."
+                "The training data are not those that the run began with: what follows differs "
+                "from a run that was never interrupted."
             )
     return loaded
 

@@ -97,6 +97,10 @@ class FeatureDataset(Dataset):
         """Identity of all shards."""
         return self.record.content_hash
 
+    def is_same_as(self, content_hash: str) -> bool:
+        """Return whether an identity is that of the data."""
+        return content_hash == self.content_hash
+
     def summary(self) -> dict[str, Any]:
         """Return what a snapshot keeps of the features: buckets, normalisation, source."""
         record = self.record

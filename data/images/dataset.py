@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from data.images.archive import open_archive
 from data.images.decode import ImageError, UnfitImageError
+from data.images.identity import VERSION
 from data.images.labels import read_class_splits, read_labels
 from dnnlib.config import Config, option
 
@@ -152,8 +153,13 @@ class LabelledDataset(Dataset):
             return images, {}
         return images, {"label": torch.from_numpy(self.labels[indices])}
 
-    def _subset_hash(self, digest: Any) -> str:
-        """Return the hexadecimal digest of content whose subset in use is added to it."""
+    def is_same_as(self, content_hash: str) -> bool:
+        """Return whether an identity is that of the data, by the rule of the identity's version."""
+        return content_hash == self.content_hash
+
+    def _subset_hash(self, content: str) -> str:
+        """Return the digest of an identity of the whole, to which the subset in use is added."""
+        digest = hashlib.sha256(content.encode())
         if self.num_images < self._num_stored:
             digest.update(self._indices.astype("<i8").tobytes())
         return digest.hexdigest()
@@ -277,12 +283,14 @@ class ImageDataset(LabelledDataset):
 
     @functools.cached_property
     def content_hash(self) -> str:
-        """Hexadecimal digits that identify the images, their labels and the subset in use.
+        """Identity of the images, their labels and the subset in use: equal for a zip and the
+        folder that it is unpacked to. See :mod:`data.images.identity`."""
+        return VERSION + self._subset_hash(self.archive.fingerprint())
 
-        For a zip or ``.npz`` it derives from names, sizes and checksums; for a folder from names,
-        sizes and modification times.
-        """
-        return self._subset_hash(hashlib.sha256(self.archive.fingerprint().encode()))
+    def is_same_as(self, content_hash: str) -> bool:
+        if content_hash.startswith(VERSION):
+            return content_hash == self.content_hash
+        return content_hash == self._subset_hash(self.archive.old_fingerprint())
 
     def file_label(self, index: int) -> str:
         """Return archive and name of an image's file, for messages."""

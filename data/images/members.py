@@ -116,7 +116,11 @@ class Archive:
         raise NotImplementedError
 
     def fingerprint(self) -> str:
-        """Return hexadecimal digits that change when any file's name or content does."""
+        """Return the identity of the files' names and contents: see :mod:`data.images.identity`."""
+        raise NotImplementedError
+
+    def old_fingerprint(self) -> str:
+        """Return the identity of version 1: of a folder, names, sizes and dates of its files."""
         raise NotImplementedError
 
     def label(self, index: int) -> str:

@@ -1,7 +1,6 @@
 """Latents of images with their class labels, as training reads them."""
 
 import functools
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -102,7 +101,7 @@ class LatentDataset(LabelledDataset):
             class_names=record.class_names,
             hflip=self._hflip,
         )
-        return self._subset_hash(hashlib.sha256(json.dumps(content, sort_keys=True).encode()))
+        return self._subset_hash(json.dumps(content, sort_keys=True))
 
     def file_label(self, index: int) -> str:
         """Return the file of a latent and its row there, for messages."""

@@ -147,10 +147,17 @@ def _claim(dest: Path, plan: LatentRecord, dataset: ImageDataset) -> list[int] |
     Raises ValueError if it holds another encoding.
     """
     file, protocol = dest / CLAIM_FILE, _protocol(plan)
+
+    def is_same(name: str, there: Any) -> bool:
+        if name == "images (--source)" and isinstance(there, str):
+            return dataset.is_same_as(there)
+        return there == protocol[name]
+
     if file.is_file():
-        check_claim(file, protocol, "--dest", "latents")
+        check_claim(file, protocol, "--dest", "latents", is_same)
     elif is_latent_archive(dest):
-        check_protocol(dest, protocol, _protocol(read_record(dest)), "--dest", "latents")
+        there = _protocol(read_record(dest))
+        check_protocol(dest, protocol, there, "--dest", "latents", is_same)
     missing = [i for i in range(len(plan.shards)) if not _is_whole(dest, plan, i)]
     with contextlib.suppress(ValueError):  # A damaged record tells nothing, as if there were none.
         record = read_record(dest)

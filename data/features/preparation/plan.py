@@ -234,7 +234,7 @@ def _stamp(archive: Archive, index: int) -> str:
         stat = os.stat(member.path)
     except OSError:
         return ""
-    return f"{stat.st_size} {stat.st_mtime_ns}"
+    return f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
 
 
 def with_splits(images: Sequence[PlannedImage], validation_share: float) -> list[PlannedImage]:
