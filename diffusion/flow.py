@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffusion.denoiser import autocast
-from diffusion.samplers import Callback, Levels, SamplingConfig, steps_of
+from diffusion.samplers import Callback, Levels, SamplingConfig, Watched, steps_of
 
 VelocityFn = Callable[[Tensor, float], Tensor]
 
@@ -120,8 +120,13 @@ def sample_flow(
         noise: Standard normal [N, C, H, W], which is z at t = 1.
         config: Sampler, steps and shift; its grid is ``time``.
         callback: Called without arguments after every step.
+
+    Raises NotFiniteError, with the step, if the velocity has values that are not finite.
     """
     assert config.grid == "time"
     times = flow_times(config.steps, config.time_shift)
     sampler = FLOW_SAMPLERS[config.sampler]
-    return sampler(velocity, noise.to(torch.float64), times, callback=callback)
+    watched = Watched(velocity, callback)
+    return watched.check(
+        sampler(watched, noise.to(torch.float64), times, callback=watched.end_step)
+    )

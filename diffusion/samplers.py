@@ -18,7 +18,7 @@ from torch import Tensor
 from diffusion.precond import Precond, TablePrecond
 from diffusion.schedules import posterior_variances, sigma_grid
 from dnnlib.config import Config, option
-from dnnlib.errors import refusal
+from dnnlib.errors import NotFiniteError, refusal
 
 Denoise = Callable[[Tensor, float], Tensor]
 Callback = Callable[[], None] | None
@@ -249,6 +249,45 @@ def dpmpp_2m(
     return x
 
 
+class Watched:
+    """An estimate of a sampler, watched for values that are not finite.
+
+    What it sees stays on the device until :meth:`check`, so that no step waits for it.
+
+    Args:
+        estimate: ``(x, level) -> estimate``.
+        callback: The sampler's; hand :meth:`end_step` to the sampler in its place.
+    """
+
+    def __init__(self, estimate: Denoise, callback: Callback = None) -> None:
+        self._estimate, self._callback = estimate, callback
+        self._step = 1
+        self._first: Tensor | int = 0  # Step of the first such value; 0 for none.
+
+    def __call__(self, x: Tensor, level: float) -> Tensor:
+        estimate = self._estimate(x, level)
+        step = torch.where(estimate.isfinite().all(), 0, self._step)
+        self._first = torch.where(self._first == 0, step, self._first) if self._step > 1 else step
+        return estimate
+
+    def end_step(self) -> None:
+        """Count a step."""
+        self._step += 1
+        if self._callback is not None:
+            self._callback()
+
+    def check(self, x: Tensor) -> Tensor:
+        """Return samples ``x``; raises NotFiniteError if there was a value that is not finite."""
+        first = int(self._first)
+        if not first and x.isfinite().all():
+            return x
+        num_steps = self._step - 1
+        raise NotFiniteError(
+            f"Sampling gave values that are not finite, first in step {first or num_steps} of "
+            f"{num_steps}; try --precision=fp32, a lower guidance scale or another snapshot."
+        )
+
+
 def steps_of(levels: Levels, callback: Callback) -> Iterator[tuple[float, float]]:
     """Yield each level with the next one; ``callback`` follows every step."""
     for level, level_next in itertools.pairwise(levels):
@@ -376,7 +415,8 @@ def sample(
         noise: Source of a stochastic sampler's noise; not used by the deterministic ones.
         callback: Called without arguments after every step.
 
-    Raises ValueError if config and preconditioner share no range of noise levels.
+    Raises ValueError if config and preconditioner share no range of noise levels, and
+    NotFiniteError, with the step, if the denoiser returns values that are not finite.
     """
     sigmas = sampling_sigmas(config, precond)
     if config.clip_denoised:
@@ -384,4 +424,7 @@ def sample(
     x = latents.to(torch.float64) * sigmas[0]
     sampler = SAMPLERS[config.sampler]
     options = sampler.options(config, precond)
-    return sampler.run(denoise, x, sigmas, noise, callback=callback, **options)
+    watched = Watched(denoise, callback)
+    return watched.check(
+        sampler.run(watched, x, sigmas, noise, callback=watched.end_step, **options)
+    )

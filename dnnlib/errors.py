@@ -27,3 +27,7 @@ def refusal(
     parts += [f"accepted: {accepted}"] if accepted else []
     parts += [remedy] if remedy else []
     return ValueError(f"{where}: {'; '.join(filter(None, parts))}.")
+
+
+class NotFiniteError(ValueError):
+    """Values that are infinite or no numbers, where an image or a score was to be made of them."""

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dnnlib.errors import NotFiniteError
 from metrics.detectors import Detector, DetectorOutput
 from metrics.metric import Comparison, MetricSpec, needed_outputs
 from metrics.reference import Reference, References
@@ -197,6 +198,11 @@ def _numbers(
     except ValueError as error:
         source = "" if reference is None else f" against {reference.source}"
         raise ValueError(f"{metric.name}{source}: {error}") from error
+    if not np.isfinite(list(values.values())).all():
+        raise NotFiniteError(
+            f"{metric.name}: the values are not finite ({values}); check the outputs of "
+            f"{metric.output} with --detector-precision=fp32."
+        )
     row = dict(metric=metric.name, value=next(iter(values.values())), values=values)
     if classes is not None:
         per_class = _per_class(plan, found, classes, device)

@@ -47,11 +47,12 @@ def generate_together(
     """Return the images of ``seeds`` in order, on the CPU; None but on rank 0. Collective."""
     mine = range(distributed.rank(), len(seeds), distributed.world_size())
     made = []
-    for start in range(0, len(mine), batch):
-        rows = list(mine[start : start + batch])
-        own = None if labels is None else [labels[row] for row in rows]
-        images = generator.generate([seeds[row] for row in rows], own)
-        made.extend(zip(rows, images.cpu(), strict=True))
+    with distributed.together():
+        for start in range(0, len(mine), batch):
+            rows = list(mine[start : start + batch])
+            own = None if labels is None else [labels[row] for row in rows]
+            images = generator.generate([seeds[row] for row in rows], own)
+            made.extend(zip(rows, images.cpu(), strict=True))
     gathered = distributed.gather_objects(made)
     if not distributed.is_main():
         return None

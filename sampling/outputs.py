@@ -95,7 +95,8 @@ def make_images(generator: Generator, wanted: Sequence[Place], batch: int) -> No
     if len(todo) < len(wanted):
         distributed.print0(f"{len(wanted) - len(todo)} of {len(wanted)} images exist already.")
     mine = todo[distributed.rank() :: distributed.world_size()]
-    with progress(total=len(todo), label="Generating", disable=not distributed.is_main()) as bar:
+    bar = progress(total=len(todo), label="Generating", disable=not distributed.is_main())
+    with distributed.together(), bar:
         for start in range(0, len(mine), batch):
             part = mine[start : start + batch]
             labels = [place.label for place in part]

@@ -7,6 +7,7 @@ import numpy as np
 import PIL.Image
 import torch
 
+from dnnlib.errors import NotFiniteError
 from dnnlib.files import atomic_write
 
 _GAP = 2
@@ -123,5 +124,12 @@ def read_image(path: str | Path) -> torch.Tensor:
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Return images in [-1, 1] as uint8: clip(127.5 x + 128), as EDM rounds."""
+    """Return images in [-1, 1] as uint8: clip(127.5 x + 128), as EDM rounds.
+
+    Raises NotFiniteError for values that are not finite, of which no image can be made.
+    """
+    if not images.isfinite().all():
+        raise NotFiniteError(
+            "Decoding gave values that are not finite; try --precision=fp32 or another snapshot."
+        )
     return (images * 127.5 + 128).clip(0, 255).to(torch.uint8)

@@ -2,13 +2,14 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from data.loader import make_loader
+from dnnlib.errors import NotFiniteError
 from dnnlib.progress import progress
 from models import build_network
 from torch_utils import distributed, rng
@@ -155,13 +156,22 @@ def training_loop(
     generator = family.generator(config, ema.network, codec, device)
     watch = Watch(config)
 
+    def attempt(what: str, make: Callable[..., bool | None]) -> bool:
+        """Return False if a stop cut ``make`` short; what is not finite is told, not made."""
+        try:
+            return make(generator, outputs, cur_nimg) is not False
+        except NotFiniteError as error:
+            if telemetry is not None:
+                telemetry.message(f"No {what} at kimg {cur_nimg / 1000:.1f}. {error}")
+            return True
+
     # Train.
     total_nimg = config.total_nimg
     done, stop = cur_nimg >= total_nimg, False
     if done and telemetry is not None:
         telemetry.message(f"Complete at kimg {cur_nimg / 1000:.1f}; a larger --kimg would go on.")
     if resume_state is not None and resume_state["progress"]["metrics_due"]:
-        stop = not evaluator.score(generator, outputs, cur_nimg)
+        stop = not attempt("scores", evaluator.score)
     tick_start_sec, maintenance_sec = time.time(), time.time() - start_sec
     timed_nimg = cur_nimg
     tick_end_nimg = tick_start_nimg + config.tick_nimg
@@ -268,13 +278,13 @@ def training_loop(
             snapshot=snapshot_path(run_dir, cur_nimg).name if snap_due else None,
         )
         if snap_due:
-            evaluator.save_pictures(generator, outputs, cur_nimg)
+            attempt("pictures", evaluator.save_pictures)
             if rank == 0:
                 for path, weights, info in snapshots(progress_info):
                     save_weights(path, weights, config, data, info)
         if dump_due or done or stop:
             write_state(progress_info)
-        if metrics_due and not stop and not evaluator.score(generator, outputs, cur_nimg):
+        if metrics_due and not stop and not attempt("scores", evaluator.score):
             stop = True
             write_state(progress_info)
         maintenance_sec = time.time() - tick_end_sec

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from data.images.decode import is_image_name
-from data.images.identity import checksums, identity
+from data.images.identity import checksums, identity_of_files
 from data.images.members import ZIP_METHODS, Archive, Member
 from data.images.samples import SampleArchive
 from dnnlib.errors import refusal
@@ -66,7 +66,9 @@ class ZipArchive(Archive):
         return None if member is None else member.read(self._open(self.path))
 
     def fingerprint(self) -> str:
-        return identity(self.names, self._lengths, self._crcs, self.read_file("dataset.json"))
+        return identity_of_files(
+            self.names, self._lengths, self._crcs, self.read_file("dataset.json")
+        )
 
     def old_fingerprint(self) -> str:
         digest = hashlib.sha256("\n".join(self.names).encode())
@@ -112,7 +114,7 @@ class FolderArchive(Archive):
 
     def fingerprint(self) -> str:
         lengths, crcs = checksums(self.path, self.names)
-        return identity(self.names, lengths, crcs, self.read_file("dataset.json"))
+        return identity_of_files(self.names, lengths, crcs, self.read_file("dataset.json"))
 
     def old_fingerprint(self) -> str:
         digest = hashlib.sha256()

@@ -29,7 +29,7 @@ _FILES_A_TURN = 256
 _MIN_AGE_NS = 3_000_000_000
 
 
-def identity(
+def identity_of_files(
     names: Sequence[str], sizes: Sequence[int], crcs: Sequence[int], metadata: bytes | None
 ) -> str:
     """Return the identity of files with these names, lengths in bytes and CRC-32s.

@@ -56,8 +56,9 @@ class FeatureEvaluator:
         chosen = np.linspace(0, len(self._shown) - 1, num).round().astype(int).tolist()
         generator = dataclasses.replace(generator, trained_nimg=cur_nimg)
         rows = {}
-        for index in chosen[distributed.rank() :: distributed.world_size()]:
-            rows[index] = show_item(generator, self._shown, index)
+        with distributed.together():
+            for index in chosen[distributed.rank() :: distributed.world_size()]:
+                rows[index] = show_item(generator, self._shown, index)
         gathered = distributed.gather_objects(rows)
         if distributed.is_main():
             found = {index: row for part in gathered for index, row in part.items()}

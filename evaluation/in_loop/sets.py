@@ -1,8 +1,10 @@
 """Pictures and scores of a set-conditioned model while it trains: from supports it never saw."""
 
+import math
 from collections.abc import Callable
 
 from data.fewshot.episodes import Episodes
+from dnnlib.errors import NotFiniteError
 from evaluation.in_loop.images import (
     EvaluateFn,
     ImageEvaluator,
@@ -51,6 +53,8 @@ class SetEvaluator(ImageEvaluator):
     def score(self, generator: ImageGenerator, outputs: Outputs, cur_nimg: int) -> bool:
         if self._validation_loss is not None and not is_recorded(outputs, "val_loss", cur_nimg):
             loss = self._validation_loss(generator)
+            if not math.isfinite(loss):
+                raise NotFiniteError(f"val_loss: the loss of unseen classes is {loss}.")
             row = dict(metric="val_loss", value=loss, values={"val_loss": loss})
             record([row], outputs, cur_nimg)
         if self._scored is not None:
