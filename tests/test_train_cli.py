@@ -19,7 +19,7 @@ import torch
 from feature_files import tiny_features
 from latent_files import tiny_autoencoder
 
-import data.images.cache
+import data.images.dataset
 import evaluation.in_loop.images
 import evaluation.in_loop.sets
 import fid
@@ -497,7 +497,7 @@ class Spies:
         self._watch("batches", ImageGenerator, "generate", lambda self, seeds, *rest: len(seeds))
         self._watch("compiled", torch.nn.Module, "compile", lambda module, **kw: type(module))
         self._watch("checkpoints", models.layers, "checkpoint", lambda *args, **kwargs: 1)
-        self._watch("caches", data.images.cache, "SharedCache", lambda shape, path: shape)
+        self._watch("caches", data.images.dataset, "SharedCache", lambda shape, path: shape)
         self._watch(
             "workers", training.loop, "make_loader", lambda *a, num_workers, **kw: num_workers
         )

@@ -44,19 +44,16 @@ def open_cifar(path: Path, split: str = "train", class_split: str | None = None)
     contents = _read_tar(path)
     kind = "cifar-10" if "batches.meta" in contents else "cifar-100"
     if class_split is not None and kind != "cifar-100":
-        raise ValueError(
-            f"--class-split: got {class_split}, but {path} is CIFAR-10, which has no such splits; "
-            "leave it out."
-        )
+        problem = f"{path} is CIFAR-10, which has no such splits"
+        raise refusal("--class-split", class_split, but=problem, remedy="leave it out")
     files = _CIFAR_FILES[kind]
     splits = ("train", "test") if split == "all" else (split,)
     needed = [name for part in splits for name in files[part]]
     for name in (files["meta"], *needed):
         if name not in contents:
-            raise ValueError(
-                f"{path}: has no file {name}, so it is no CIFAR-10 or CIFAR-100 python archive; "
-                f"{_CIFAR_DAMAGED}, or extract another archive and give its folder."
-            )
+            problem = f"has no file {name}, so it is no CIFAR-10 or CIFAR-100 python archive"
+            remedy = f"{_CIFAR_DAMAGED}, or extract another archive and give its folder"
+            raise refusal(path, but=problem, remedy=remedy)
     images, labels, superclasses = [], [], []
     for name in needed:
         batch = _read_cifar_pickle(path, name, contents[name])
@@ -78,10 +75,8 @@ def open_cifar(path: Path, split: str = "train", class_split: str | None = None)
     source = array_source(str(path), np.concatenate(images), np.array(labels), class_names)
     if class_split is None:
         return source
-    splits = cifar_splits(
-        class_split, class_names, source.labels, np.array(superclasses), str(path)
-    )
-    return dataclasses.replace(source, class_splits=splits)
+    parts = cifar_splits(class_split, class_names, source.labels, superclasses, path)
+    return dataclasses.replace(source, class_splits=parts)
 
 
 def _damaged(path: Path, problem: str) -> ValueError:
@@ -90,8 +85,8 @@ def _damaged(path: Path, problem: str) -> ValueError:
 
 def _read_tar(path: Path) -> dict[str, bytes]:
     """Return the regular files of a CIFAR archive by the last part of their name."""
-    wanted = {"batches.meta", "meta", "train", "test", "test_batch"}
-    wanted.update(_CIFAR_FILES["cifar-10"]["train"])
+    kinds = _CIFAR_FILES.values()
+    wanted = {name for files in kinds for name in (*files["train"], *files["test"], files["meta"])}
     contents = {}
     try:
         with tarfile.open(path) as file:
@@ -123,30 +118,24 @@ def open_mnist(path: str | Path, split: str = "train") -> Source:
         image_files = [find_idx(path, MNIST_PREFIXES[part], "images") for part in splits]
         if None in image_files:
             prefix = MNIST_PREFIXES[splits[image_files.index(None)]]
-            raise ValueError(
-                f"{path}: has no {prefix}-images-idx3-ubyte[.gz], which --split={split} needs."
-            )
+            problem = f"has no {prefix}-images-idx3-ubyte[.gz], which --split={split} needs"
+            raise refusal(path, but=problem)
     images, labels = [], []
     for image_file in image_files:
         prefix, kind, _ = image_file.name.partition("-images")
         if not kind:
-            raise ValueError(
-                f"{image_file}: is no file of images; give {prefix.partition('-')[0]}-images-idx3-"
-                "ubyte[.gz], beside which the labels are found."
-            )
+            wanted = f"{prefix.partition('-')[0]}-images-idx3-ubyte[.gz]"
+            remedy = f"give {wanted}, beside which the labels are found"
+            raise refusal(image_file, but="is no file of images", remedy=remedy)
         label_file = find_idx(image_file.parent, prefix, "labels")
         if label_file is None:
-            raise ValueError(
-                f"{image_file}: has no labels beside it; put {prefix}-labels-idx1-ubyte[.gz] into "
-                "the same folder."
-            )
+            remedy = f"put {prefix}-labels-idx1-ubyte[.gz] into the same folder"
+            raise refusal(image_file, but="has no labels beside it", remedy=remedy)
         images.append(_read_idx(image_file, num_dims=3))
         labels.append(_read_idx(label_file, num_dims=1))
         if len(images[-1]) != len(labels[-1]):
-            raise ValueError(
-                f"{label_file}: holds {len(labels[-1])} labels for the {len(images[-1])} images "
-                f"of {image_file.name}."
-            )
+            problem = f"holds {len(labels[-1])} labels for the {len(images[-1])} images of"
+            raise refusal(label_file, but=f"{problem} {image_file.name}")
     if len({part.shape[1:] for part in images}) > 1:
         raise ValueError(f"{path}: the images of the two splits differ in size; convert one split.")
     all_labels = np.concatenate(labels)
@@ -157,12 +146,9 @@ def open_mnist(path: str | Path, split: str = "train") -> Source:
 def find_idx(folder: Path, prefix: str, kind: str) -> Path | None:
     """Return the file of a split's ``images`` or ``labels`` in a folder, or None."""
     dims = {"images": 3, "labels": 1}[kind]
-    for separator in ("-", "."):
-        for ending in ("", ".gz"):
-            path = folder / f"{prefix}-{kind}{separator}idx{dims}-ubyte{ending}"
-            if path.is_file():
-                return path
-    return None
+    names = (f"{prefix}-{kind}{separator}idx{dims}-ubyte" for separator in "-.")
+    paths = (folder / f"{name}{ending}" for name in names for ending in ("", ".gz"))
+    return next(filter(Path.is_file, paths), None)
 
 
 def _read_idx(path: Path, num_dims: int) -> np.ndarray:
@@ -174,11 +160,11 @@ def _read_idx(path: Path, num_dims: int) -> np.ndarray:
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: cannot be read ({error}); download it again.") from None
     start = 4 + 4 * num_dims
-    if data[:4] != bytes([0, 0, 8, num_dims]) or len(data) < start:
+    shape = tuple(np.frombuffer(data[4:start], ">u4").tolist()) if len(data) >= start else ()
+    if data[:4] != bytes([0, 0, 8, num_dims]) or not shape:
         problem = f"is no idx file of unsigned bytes in {num_dims} dimension(s)"
-        raise refusal(path, but=problem, remedy="download it again")
-    shape = tuple(np.frombuffer(data[4:start], ">u4").tolist())
-    if len(data) - start != math.prod(shape):
+    elif len(data) - start != math.prod(shape):
         problem = f"should hold {math.prod(shape)} values ({shape}) but has {len(data) - start}"
-        raise refusal(path, but=problem, remedy="download it again")
-    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+    else:
+        return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+    raise refusal(path, but=problem, remedy="download it again")

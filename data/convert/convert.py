@@ -10,7 +10,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO
 
 import numpy as np
 from PIL import Image
@@ -19,6 +19,7 @@ from data.convert.source import Source
 from data.images.decode import decode_image, encode_png
 from data.images.members import Member
 from data.images.transforms import Size, apply_transform
+from dnnlib.errors import refusal
 from dnnlib.files import atomic_write
 from dnnlib.parallel import process_map
 from dnnlib.progress import progress
@@ -67,49 +68,34 @@ def convert_images(
     none is left, or if ``dest`` is taken.
     """
     dest = Path(dest)
-    _check_dest(dest)
+    kind = dest.suffix.lower()
+    if kind in _NO_DATASET:
+        raise refusal("--dest", dest, accepted="a name ending in .zip or .npz, or a folder")
+    is_folder = dest.is_dir() and kind not in (".zip", ".npz")
+    if dest.exists() and not (is_folder and not any(dest.iterdir())):
+        raise ValueError(f"--dest: {dest} exists already; delete it or choose another name.")
     num_images = min(source.num_images, max_images or source.num_images)
     if num_images == 0:
         raise ValueError(f"{source.name}: holds no images.")
 
-    is_samples = dest.suffix.lower() == ".npz"
-    to_rgb, num_written = is_samples, num_images
-    while True:
-        convert_one = functools.partial(
-            _convert_one,
-            size=size,
-            transform=transform,
-            to_rgb=to_rgb,
-            encode=Image.Image.tobytes if is_samples else encode_png,
-        )
+    encode = Image.Image.tobytes if kind == ".npz" else encode_png
+    settings = dict(size=size, transform=transform, encode=encode)
+    for to_rgb in (kind == ".npz", True):
+        convert_one = functools.partial(_convert_one, to_rgb=to_rgb, **settings)
         items = map(source.item, range(num_images))
         results = process_map(convert_one, items, num_workers=num_workers)
-        try:
-            with (
-                _open_target(dest, num_written) as target,
-                contextlib.closing(results),
-                progress(total=num_images, label=f"Converting {source.name}") as bar,
-            ):
-                writer = _DatasetWriter(source, target, size, skip_broken, to_rgb)
-                for index, result in enumerate(results):
-                    writer.add(index, result)
-                    bar.update()
-                return writer.finish()
-        except _MixedChannels:
-            to_rgb = True
-        except _OtherCount as found:
-            num_written = found.count
-
-
-def _check_dest(dest: Path) -> None:
-    if dest.suffix.lower() in _NO_DATASET:
-        raise ValueError(
-            f"--dest: got {dest}; accepted: a name ending in .zip or .npz, or a folder."
-        )
-    is_file = dest.suffix.lower() in (".zip", ".npz")
-    empty_folder = dest.is_dir() and not is_file and not any(dest.iterdir())
-    if dest.exists() and not empty_folder:
-        raise ValueError(f"--dest: {dest} exists already; delete it or choose another name.")
+        with (
+            contextlib.suppress(_MixedChannels),
+            _open_target(dest) as target,
+            contextlib.closing(results),
+            progress(total=num_images, label=f"Converting {source.name}") as bar,
+        ):
+            writer = _DatasetWriter(source, target, size, skip_broken, to_rgb)
+            for index, result in enumerate(results):
+                writer.add(index, result)
+                bar.update()
+            return writer.finish()
+    raise AssertionError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,30 +138,12 @@ class _MixedChannels(Exception):  # noqa: N818
     """An RGB image came after grayscale images had been written."""
 
 
-class _OtherCount(Exception):  # noqa: N818
-    """Some images were left out, and the target had to say beforehand how many it holds."""
-
-    def __init__(self, count: int) -> None:
-        super().__init__(count)
-        self.count = count
-
-
-class _Target(Protocol):
-    """What takes converted images in order, then their labels."""
-
-    keeps_splits: bool
-
-    def add(self, number: int, image: _Converted) -> None: ...
-
-    def finish(self, source: Source, labels: list[int] | None) -> None: ...
-
-
 @dataclasses.dataclass
 class _DatasetWriter:
     """Numbers, checks and writes converted images with their labels."""
 
     source: Source
-    target: _Target
+    target: "_FilesTarget | _SamplesTarget"
     size: Size | None
     skip_broken: bool
     to_rgb: bool
@@ -199,7 +167,8 @@ class _DatasetWriter:
         if not self.to_rgb and image.num_channels != self.first.num_channels:
             if self.first.num_channels == 1:
                 raise _MixedChannels
-            image = dataclasses.replace(image, data=_gray_to_rgb(image.data))
+            rgb = decode_image(image.data).convert("RGB")
+            image = dataclasses.replace(image, data=encode_png(rgb))
         if self.broken and not self.skip_broken:
             return  # Only the list of broken images is of use now.
         self.target.add(self.num_written, image)
@@ -208,33 +177,25 @@ class _DatasetWriter:
         self.num_written += 1
 
     def _check_size(self, name: str, found: Size) -> None:
-        width, height = found
-        first_width, first_height = self.first.size
-        if width != height:
-            missing = "" if self.size else "--resolution=N and "
-            raise ValueError(
-                f"{name}: is {width}x{height}, not square; give {missing}--transform=center-crop."
-            )
+        problem, remedy = f"is {found[0]}x{found[1]}", "--resolution=N"
+        if found[0] != found[1]:
+            remedy = f"{'' if self.size else f'{remedy} and '}--transform=center-crop"
+            raise refusal(name, but=f"{problem}, not square", remedy=f"give {remedy}")
         if found != self.first.size:
-            raise ValueError(
-                f"{name}: is {width}x{height}, but images before it are {first_width}x"
-                f"{first_height}; give --resolution=N to bring all to one size."
-            )
+            problem += ", but images before it are {}x{}".format(*self.first.size)
+            raise refusal(name, but=problem, remedy=f"give {remedy} to bring all to one size")
 
     def finish(self) -> Summary:
         """Write the labels; raises ValueError if images were broken or none is left."""
         source = self.source
         if self.broken and not self.skip_broken:
-            raise ValueError(
-                f"{source.name}: {len(self.broken)} of {self.num_seen} images cannot be used:\n  "
-                + "\n  ".join(self.broken)
-                + "\nNothing was written. Repair or remove them, or give --skip-broken."
-            )
+            problem = f"{len(self.broken)} of {self.num_seen} images cannot be used"
+            remedy = "Repair or remove them, or give --skip-broken"
+            listed = "\n  ".join([f"{source.name}: {problem}:", *self.broken])
+            raise ValueError(f"{listed}\nNothing was written. {remedy}.")
         if self.first is None:
-            raise ValueError(
-                f"{source.name}: no image is left, all {self.num_seen} are broken; the first: "
-                f"{self.broken[0]}"
-            )
+            problem = f"no image is left, all {self.num_seen} are broken; the first"
+            raise ValueError(f"{source.name}: {problem}: {self.broken[0]}")
         labelled = source.labels is not None
         self.target.finish(source, self.labels if labelled else None)
         return Summary(
@@ -258,10 +219,6 @@ class _DatasetWriter:
                 yield f"{num_empty} of {num_classes} classes have no image."
         if self.source.class_splits and not self.target.keeps_splits:
             yield "The split of the classes is left out: a sample archive has no place for it."
-
-
-def _gray_to_rgb(png: bytes) -> bytes:
-    return encode_png(decode_image(png).convert("RGB"))
 
 
 class _FilesTarget:
@@ -288,39 +245,31 @@ class _FilesTarget:
 
 
 class _SamplesTarget:
-    """An uncompressed ``.npz`` of ``num_images`` RGB images, as ADM's evaluator reads them."""
+    """An uncompressed ``.npz`` of RGB images, as ADM's evaluator reads them.
+
+    The pixels go to the file ``pixels`` until it is known how many there are.
+    """
 
     keeps_splits = False
 
-    def __init__(self, archive: zipfile.ZipFile, num_images: int) -> None:
-        self._archive = archive
-        self._num_images = num_images
-        self._num_added = 0
-        self._images: IO[bytes] | None = None
+    def __init__(self, archive: zipfile.ZipFile, pixels: IO[bytes]) -> None:
+        self._archive, self._pixels = archive, pixels
 
     def add(self, number: int, image: _Converted) -> None:
-        if self._images is None:
-            shape = (self._num_images, image.size[1], image.size[0], 3)
-            self._images = self._open_array("arr_0")
-            header = dict(descr="|u1", fortran_order=False, shape=shape)
-            np.lib.format.write_array_header_1_0(self._images, header)
-        self._images.write(image.data)
-        self._num_added += 1
+        self._shape = (number + 1, image.size[1], image.size[0], 3)
+        self._pixels.write(image.data)
 
     def finish(self, source: Source, labels: list[int] | None) -> None:
-        if self._num_added != self._num_images:
-            raise _OtherCount(self._num_added)
-        self.close()
+        self._pixels.seek(0)
+        with self._open_array("arr_0") as file:
+            header = dict(descr="|u1", fortran_order=False, shape=self._shape)
+            np.lib.format.write_array_header_1_0(file, header)
+            shutil.copyfileobj(self._pixels, file)
         if labels is not None:
             names = np.array(list(source.class_names))
             for name, array in (("arr_1", np.array(labels, np.int64)), ("class_names", names)):
                 with self._open_array(name) as file:
                     np.lib.format.write_array(file, array, allow_pickle=False)
-
-    def close(self) -> None:
-        """End ``arr_0``, without which the zip cannot be closed."""
-        if self._images is not None:
-            self._images.close()
 
     def _open_array(self, name: str) -> IO[bytes]:
         return self._archive.open(_zip_info(f"{name}.npy"), "w", force_zip64=True)
@@ -333,32 +282,28 @@ def _zip_info(name: str) -> zipfile.ZipInfo:
 
 
 @contextlib.contextmanager
-def _open_target(dest: Path, num_images: int) -> Iterator[_Target]:
-    """Give a target for ``num_images`` images, which appears when the block ends."""
+def _open_target(dest: Path) -> Iterator[_FilesTarget | _SamplesTarget]:
+    """Give a target which appears when the block ends."""
+    hidden = dict(prefix=f".{dest.name}.", suffix=".tmp", dir=dest.parent)
     if dest.suffix.lower() in (".zip", ".npz"):
         with atomic_write(dest) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             if dest.suffix.lower() == ".zip":
                 yield _FilesTarget(lambda name, data: archive.writestr(_zip_info(name), data))
             else:
-                with contextlib.closing(_SamplesTarget(archive, num_images)) as target:
-                    yield target
+                with tempfile.TemporaryFile(**hidden) as pixels:
+                    yield _SamplesTarget(archive, pixels)
         return
     dest.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", suffix=".tmp", dir=dest.parent))
-    try:
+    with tempfile.TemporaryDirectory(**hidden) as temporary:
+        # The temporary folder is its owner's alone; one inside it has the usual permissions.
+        folder = Path(temporary, "dataset")
+        folder.mkdir()
 
         def write(name: str, data: bytes) -> None:
-            path = temporary / name
+            path = folder / name
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(data)
 
         yield _FilesTarget(write)
-        # mkdtemp creates the folder for its owner alone; give it the usual permissions instead.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
         os.sync()
-        os.rename(temporary, dest)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        os.rename(folder, dest)

@@ -1,9 +1,10 @@
 """Opens the datasets of few-shot learning: each class belongs to one split, train, val or test."""
 
 import dataclasses
+import itertools
 import re
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,35 +45,31 @@ class SplitImages:
 
 
 def cifar_splits(
-    name: str, class_names: Sequence[str], labels: np.ndarray, superclasses: np.ndarray, where: str
+    name: str,
+    class_names: Sequence[str],
+    labels: Sequence[int],
+    superclasses: Sequence[int],
+    path: Path,
 ) -> dict[str, list[int]]:
     """Return the classes of each split of CIFAR-100, ``fc100`` or ``cifar-fs``.
 
-    Args:
-        name: Which split.
-        class_names: Names of the (fine) classes.
-        labels, superclasses: Of every image.
-        where: The archive, for messages.
-
-    Raises ValueError if a class has images of several superclasses, or has no place in the split.
+    Names are those of the fine classes, labels and superclasses those of every image in the archive
+    at ``path``. Raises ValueError if a class has images of several superclasses.
     """
     if name == "fc100":
         of_class: dict[int, int] = {}
-        for label, superclass in zip(labels.tolist(), superclasses.tolist(), strict=True):
+        for label, superclass in zip(map(int, labels), superclasses, strict=True):
             if of_class.setdefault(label, superclass) != superclass:
-                raise ValueError(
-                    f"{where}: class {class_names[label]!r} has images of superclasses "
-                    f"{of_class[label]} and {superclass}; download the archive again."
-                )
+                several = f"superclasses {of_class[label]} and {superclass}"
+                raise _damaged(path, f"class {class_names[label]!r} has images of {several}")
         return {
             split: sorted(label for label, found in of_class.items() if found in wanted)
             for split, wanted in _FC100_SUPERCLASSES.items()
         }
-    parts = {split: set(names.split()) for split, names in _CIFAR_FS.items()}
+    of_name = {name: split for split, names in _CIFAR_FS.items() for name in names.split()}
     result: dict[str, list[int]] = {split: [] for split in CLASS_SPLITS}
     for index, class_name in enumerate(class_names):
-        found = [split for split, names in parts.items() if class_name in names]
-        result[found[0] if found else "train"].append(index)
+        result[of_name.get(class_name, "train")].append(index)
     return result
 
 
@@ -86,26 +83,20 @@ def find_fewshot_files(path: Path) -> dict[str, Path] | None:
             return None
         split, _ = _split_of(path)
         if split is None:
-            raise ValueError(
-                f"{path}: the name does not say its split; accepted: CIFAR_FS_train.pickle, "
-                "FC100_test.pickle, mini-imagenet-cache-val.pkl, train_NAME.pkl and the like."
-            )
+            accepted = "CIFAR_FS_train.pickle, FC100_test.pickle, mini-imagenet-cache-val.pkl"
+            accepted += ", train_NAME.pkl and the like"
+            raise refusal(path, but="the name does not say its split", accepted=accepted)
         return {split: path}
     if all((path / name).is_file() for name in _OMNIGLOT.values()):
         return {split: path / name for split, name in _OMNIGLOT.items()}
     files = sorted(file for file in path.iterdir() if file.suffix in _PICKLES)
-    named = [(file, *_split_of(file)) for file in files]
-    named = [(file, split, kind) for file, split, kind in named if split is not None]
-    if not named:
-        return None
-    kinds = sorted({kind for _, _, kind in named})
-    splits = [split for _, split, _ in named]
-    if len(kinds) > 1 or len(set(splits)) < len(splits):
-        raise ValueError(
-            f"{path}: holds files of several datasets ({', '.join(f.name for f, *_ in named)}); "
-            "put each dataset into a folder of its own."
-        )
-    return {split: file for file, split, _ in named}
+    files = [file for file in files if _split_of(file)[0] is not None]
+    found = {split: file for file, (split, _) in zip(files, map(_split_of, files), strict=True)}
+    kinds = {kind for _, kind in map(_split_of, files)}
+    if len(kinds) > 1 or len(found) < len(files):
+        problem = f"holds files of several datasets ({', '.join(file.name for file in files)})"
+        raise refusal(path, but=problem, remedy="put each dataset into a folder of its own")
+    return found or None
 
 
 def _split_of(path: Path) -> tuple[str | None, str]:
@@ -138,10 +129,8 @@ def read_fewshot(
     shapes = {part.images.shape[1:] for part in parts.values()}
     if len(shapes) > 1:
         listed = ", ".join("x".join(map(str, shape)) for shape in sorted(shapes))
-        raise ValueError(
-            f"{next(iter(files.values())).parent}: the splits hold images of {listed}; convert "
-            "files of one dataset."
-        )
+        folder, problem = next(iter(files.values())).parent, f"the splits hold images of {listed}"
+        raise refusal(folder, but=problem, remedy="convert files of one dataset")
     return np.concatenate(images), np.concatenate(labels), class_names, splits
 
 
@@ -153,9 +142,8 @@ def _with_omniglot_val(parts: dict[str, SplitImages]) -> dict[str, SplitImages]:
 
 
 def _only(part: SplitImages, kept: np.ndarray) -> SplitImages:
-    rows = kept[part.labels]
-    number = np.cumsum(kept) - 1
-    names = [name for name, is_kept in zip(part.class_names, kept, strict=True) if is_kept]
+    rows, number = kept[part.labels], np.cumsum(kept) - 1
+    names = list(itertools.compress(part.class_names, kept))
     return SplitImages(part.images[rows], number[part.labels[rows]], names)
 
 
@@ -172,9 +160,10 @@ def _read_split(path: Path) -> SplitImages:
     if not isinstance(content, dict) or not content:
         raise _damaged(path, "holds no dictionary of images")
     content = {_text(key): value for key, value in content.items()}
-    for keys, read in _LAYOUTS:
-        if keys <= set(content):
-            return read(path, content)
+    if {"data", "labels"} <= content.keys():
+        return _read_labelled(path, content)
+    if {"image_data", "class_dict"} <= content.keys():
+        return _read_mini_imagenet(path, content)
     return _read_by_class(path, content)
 
 
@@ -201,8 +190,8 @@ def _read_mini_imagenet(path: Path, content: dict[str, Any]) -> SplitImages:
     for name, indices in rows.items():
         for index in np.asarray(indices).tolist():
             if not (isinstance(index, int) and 0 <= index < len(images)) or labels[index]:
-                problem = f"class_dict names image {index}, which does not exist or has a class"
-                raise _damaged(path, f"{problem} already")
+                problem = "which does not exist or has a class already"
+                raise _damaged(path, f"class_dict names image {index}, {problem}")
             labels[index] = _text(name)
     if None in labels:
         raise _damaged(path, f"image {labels.index(None)} has no class")
@@ -217,12 +206,6 @@ def _read_by_class(path: Path, content: dict[str, Any]) -> SplitImages:
         raise _damaged(path, "its classes hold images of different sizes")
     labels = [name for name, part in parts.items() for _ in part]
     return _numbered(np.concatenate(list(parts.values())), labels)
-
-
-_LAYOUTS: tuple[tuple[set[str], Callable[[Path, dict[str, Any]], SplitImages]], ...] = (
-    ({"data", "labels"}, _read_labelled),
-    ({"image_data", "class_dict"}, _read_mini_imagenet),
-)
 
 
 def _read_omniglot(path: Path) -> SplitImages:
@@ -254,9 +237,7 @@ def _checked_images(path: Path, name: str, value: Any) -> np.ndarray:
 
 def _numbered(images: np.ndarray, names: Sequence[str]) -> SplitImages:
     """Return images whose classes are numbered by name; names that are numbers, by size."""
-    class_names = sorted(
-        set(names), key=lambda n: (not n.isdigit(), int(n) if n.isdigit() else 0, n)
-    )
+    class_names = sorted(set(names), key=lambda n: (0, int(n), n) if n.isdigit() else (1, 0, n))
     number = {name: index for index, name in enumerate(class_names)}
     return SplitImages(images, np.array([number[name] for name in names]), class_names)
 

@@ -10,27 +10,16 @@ from data.images.members import Member
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Images to convert, in order.
+    """Images to convert, in order."""
 
-    Attributes:
-        name: What the user called it.
-        num_images: Number of images.
-        item: Maps an index to an image: where its file lies, or uint8 pixels [H, W] or [H, W, 3].
-        image_name: Maps an index to the image's name, for messages.
-        labels: Class index of every image, or None.
-        class_names: One name per class, or None without labels.
-        class_splits: Class indices of each split of the classes, or None.
-        notes: Sentences that the user should read.
-    """
-
-    name: str
+    name: str  # What the user called them.
     num_images: int
-    item: Callable[[int], Member | np.ndarray]
-    image_name: Callable[[int], str]
-    labels: Sequence[int] | None = None
+    item: Callable[[int], Member | np.ndarray]  # File, or uint8 [H, W] or [H, W, 3], of an index.
+    image_name: Callable[[int], str]  # Of an index, for messages.
+    labels: Sequence[int] | None = None  # Class index of every image.
     class_names: Sequence[str] | None = None
-    class_splits: Mapping[str, Sequence[int]] | None = None
-    notes: tuple[str, ...] = ()
+    class_splits: Mapping[str, Sequence[int]] | None = None  # Class indices.
+    notes: tuple[str, ...] = ()  # Sentences that the user should read.
 
 
 def array_source(
@@ -49,9 +38,8 @@ def array_source(
         raise ValueError(f"{name}: holds {len(images)} images but {labels.size} labels.")
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(class_names):
         bad = int(np.flatnonzero((labels < 0) | (labels >= len(class_names)))[0])
-        raise ValueError(
-            f"{name}: image {bad} has label {labels[bad]}, beyond the {len(class_names)} classes."
-        )
+        problem = f"has label {labels[bad]}, beyond the {len(class_names)} classes"
+        raise ValueError(f"{name}: image {bad} {problem}.")
     return Source(
         name=name,
         num_images=len(images),

@@ -1,6 +1,6 @@
 """Opens what ``dataset_tool.py convert`` reads: folders, zips, samples, CIFAR, MNIST and digits."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -32,24 +32,19 @@ def open_source(source: str, split: str | None = None, class_split: str | None =
     path = Path(source)
     is_tar = path.is_file() and path.name.endswith((".tar.gz", ".tgz", ".tar"))
     if class_split is not None and path.exists() and not is_tar:
-        raise ValueError(
-            f"--class-split: got {class_split}, but {source} is no CIFAR-100 archive; leave it out."
-        )
+        problem = f"{source} is no CIFAR-100 archive"
+        raise refusal("--class-split", class_split, but=problem, remedy="leave it out")
     if is_tar:
         if class_split is not None and split not in (None, "all"):
-            raise ValueError(
-                f"--split: got {split}, but --class-split={class_split} divides the classes of all "
-                "images; leave it out."
-            )
+            problem = f"--class-split={class_split} divides the classes of all images"
+            raise refusal("--split", split, but=problem, remedy="leave it out")
         return open_cifar(path, split or ("all" if class_split else "train"), class_split)
     if path.is_dir() and any(find_idx(path, kind, "images") for kind in MNIST_PREFIXES.values()):
         return open_mnist(path, split or "train")
     opener = _opener_of(source)
     if split is not None:
-        raise ValueError(
-            f"--split: got {split}, but {source} has no splits; leave it out (it is for CIFAR "
-            "archives and folders of MNIST files)."
-        )
+        remedy = "leave it out (it is for CIFAR archives and folders of MNIST files)"
+        raise refusal("--split", split, but=f"{source} has no splits", remedy=remedy)
     return opener(source)
 
 
@@ -77,7 +72,9 @@ def open_image_files(source: str) -> Source:
     One folder around everything, as many zips have it, counts for neither.
     """
     archive = open_archive(source)
-    folder = _common_folder(archive.names)
+    folder = archive.names[0].partition("/")[0] + "/"
+    if not all(name.startswith(folder) for name in archive.names):
+        folder = ""
     found, splits, notes = None, {}, ()
     for root in dict.fromkeys(("", folder)):
         if archive.read_file(f"{root}dataset.json") is not None:
@@ -87,16 +84,9 @@ def open_image_files(source: str) -> Source:
             break
     else:
         found, notes = _labels_from_folders(archive, folder)
-    labels, class_names = found or (None, None)
+    found = found or (None, None)
     return Source(
-        name=str(source),
-        num_images=len(archive),
-        item=archive.member,
-        image_name=archive.label,
-        labels=labels,
-        class_names=class_names,
-        class_splits=splits or None,
-        notes=notes,
+        str(source), len(archive), archive.member, archive.label, *found, splits or None, notes
     )
 
 
@@ -110,21 +100,10 @@ def open_samples(source: str) -> Source:
         except ValueError as error:
             raise ValueError(f"{archive.label(index)}: cannot be read ({error}).") from None
 
-    labels, class_names = read_labels(archive) or (None, None)
-    return Source(
-        name=str(source),
-        num_images=len(archive),
-        item=item,
-        image_name=archive.label,
-        labels=labels,
-        class_names=class_names,
-        notes=() if labels is not None else ("No labels: the archive has no arr_1.",),
-    )
-
-
-def _common_folder(names: Sequence[str]) -> str:
-    first = names[0].partition("/")[0] + "/"
-    return first if all(name.startswith(first) for name in names) else ""
+    found = read_labels(archive)
+    notes = () if found else ("No labels: the archive has no arr_1.",)
+    labelled = found or (None, None)
+    return Source(str(source), len(archive), item, archive.label, *labelled, notes=notes)
 
 
 def _labels_from_folders(
@@ -137,27 +116,24 @@ def _labels_from_folders(
         where = f"all images are in one folder, {folder.rstrip('/')}" if folder else "no folders"
         return None, (f"No labels: {where}; give one folder per class for labels.",)
     if outside:
-        raise ValueError(
-            f"{archive.label(outside[0])}: lies outside the class folders that other images are "
-            "in; move it into one, or give every image a label in a dataset.json."
-        )
-    class_names = sorted({part[0] for part in parts})
-    index = {name: number for number, name in enumerate(class_names)}
-    labels = np.array([index[part[0]] for part in parts], np.int64)
+        problem = "lies outside the class folders that other images are in"
+        remedy = "move it into one, or give every image a label in a dataset.json"
+        raise refusal(archive.label(outside[0]), but=problem, remedy=remedy)
+    class_names, labels = np.unique([part[0] for part in parts], return_inverse=True)
     notes = ()
     if len(class_names) == 1:
-        notes = (f"One class only: the first folder level holds nothing but {class_names[0]!r}.",)
-    return (labels, class_names), notes
+        only = str(class_names[0])
+        notes = (f"One class only: the first folder level holds nothing but {only!r}.",)
+    return (labels.astype(np.int64), class_names.tolist()), notes
 
 
-def open_digits(source: str = "digits") -> Source:
+def open_digits(source: str) -> Source:
     """Return the 1,797 handwritten digits of scikit-learn, 8x8, their 0..16 scaled to 0..255."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise ValueError(
-            "--source=digits needs scikit-learn, which is not installed: pip install scikit-learn"
-        ) from None
+        problem = "needs scikit-learn, which is not installed: pip install scikit-learn"
+        raise ValueError(f"--source=digits {problem}") from None
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)
     return array_source(source, images, digits.target, [str(name) for name in digits.target_names])

@@ -1,7 +1,6 @@
 """Checks every image and label of a dataset."""
 
 import contextlib
-import dataclasses
 import os
 import zlib
 from collections import Counter
@@ -13,13 +12,6 @@ from data.images.members import Archive, Member
 from data.images.samples import SampleArchive
 from dnnlib.parallel import process_map
 from dnnlib.progress import progress
-
-
-@dataclasses.dataclass(frozen=True)
-class _Inspected:
-    size: tuple[int, int] = (0, 0)  # Width, height.
-    num_channels: int = 0
-    error: str | None = None
 
 
 def verify_images(path: str | os.PathLike, *, num_workers: int | None = None) -> list[str]:
@@ -34,32 +26,30 @@ def verify_images(path: str | os.PathLike, *, num_workers: int | None = None) ->
     if isinstance(archive, SampleArchive):
         return _verify_samples(archive)
     problems = _label_problems(archive)
-    results = process_map(
-        _inspect, map(archive.member, range(len(archive))), num_workers=num_workers
-    )
-    found: list[tuple[int, tuple[int, int], int]] = []
+    members = map(archive.member, range(len(archive)))
+    results = process_map(_inspect, members, num_workers=num_workers)
+    kinds: dict[int, tuple[int, int, int]] = {}
     with (
         contextlib.closing(results),
         progress(total=len(archive), label=f"Verifying {archive.path}") as bar,
     ):
         for index, result in enumerate(results):
             bar.update()
-            if result.error is not None:
-                problems.append(f"{archive.label(index)}: {result.error}")
+            if isinstance(result, str):
+                problems.append(f"{archive.label(index)}: {result}")
             else:
-                found.append((index, result.size, result.num_channels))
-    if found:
+                kinds[index] = result
+    if kinds:
         # What most images are is taken as right.
-        (size, channels), _ = Counter(
-            (size, channels) for _, size, channels in found
-        ).most_common()[0]
-        if size[0] != size[1]:
-            problems.append(f"{archive.path}: images are {size[0]}x{size[1]}, not square")
+        usual = Counter(kinds.values()).most_common(1)[0][0]
+        width, height, channels = usual
+        if width != height:
+            problems.append(f"{archive.path}: images are {width}x{height}, not square")
         problems += [
-            f"{archive.label(index)}: is {own[0]}x{own[1]} with {num} channel(s), but most images "
-            f"are {size[0]}x{size[1]} with {channels}"
-            for index, own, num in found
-            if (own, num) != (size, channels)
+            f"{archive.label(index)}: is {own[0]}x{own[1]} with {own[2]} channel(s), but most "
+            f"images are {width}x{height} with {channels}"
+            for index, own in kinds.items()
+            if own != usual
         ]
     return problems
 
@@ -78,39 +68,38 @@ def _verify_samples(archive: SampleArchive) -> list[str]:
     return list(dict.fromkeys(problems))  # Damaged labels are noticed twice.
 
 
-def _inspect(member: Member) -> _Inspected:
+def _inspect(member: Member) -> tuple[int, int, int] | str:
+    """Return width, height and number of channels of an image, or why it cannot be used."""
     try:
         data = member.read()
         if member.crc is not None and zlib.crc32(data) != member.crc:
-            return _Inspected(error="its bytes differ from the checksum in the zip")
+            return "its bytes differ from the checksum in the zip"
         image = decode_image(data)
     except ValueError as error:
-        return _Inspected(error=str(error))
-    return _Inspected(size=image.size, num_channels=1 if image.mode == "L" else 3)
+        return str(error)
+    return *image.size, 1 if image.mode == "L" else 3
 
 
 def _label_problems(archive: Archive) -> list[str]:
     where = f"{archive.path}/dataset.json"
     try:
         metadata = archive.metadata()
-        if metadata is None or metadata.get("labels") is None:
+        if metadata.get("labels") is None:
             return []
         labels = parse_labels(metadata["labels"], where)
         class_names = parse_class_names(metadata.get("class_names"), where)
     except ValueError as error:
         return [str(error)]
     names = set(archive.names)
-    problems = [
-        f"{archive.path}/{name}: has no label" for name in archive.names if name not in labels
-    ]
+    unlabelled = [name for name in archive.names if name not in labels]
+    problems = [f"{archive.path}/{name}: has no label" for name in unlabelled]
     for name, label in labels.items():
         if name not in names:
             problems.append(f"{where}: has a label for {name}, which does not exist")
         elif class_names is not None and label >= len(class_names):
-            problems.append(
-                f"{archive.path}/{name}: has label {label}, beyond the {len(class_names)} classes"
-            )
-    if len(metadata["labels"]) != len(labels):
-        repeated = len(metadata["labels"]) - len(labels)
+            problem = f"has label {label}, beyond the {len(class_names)} classes"
+            problems.append(f"{archive.path}/{name}: {problem}")
+    repeated = len(metadata["labels"]) - len(labels)
+    if repeated:
         problems.append(f"{where}: gives some images more than one label{more(repeated, 'case')}")
     return problems

@@ -16,8 +16,6 @@ from dnnlib.errors import refusal
 from dnnlib.files import OpenFiles
 from dnnlib.text import join_names
 
-_EXTRACT = "extract the zip and give the folder"
-
 
 class ZipArchive(Archive):
     """A zip, read with ``os.pread`` so that the processes and threads that share it do not meet."""
@@ -28,35 +26,31 @@ class ZipArchive(Archive):
             with zipfile.ZipFile(path) as file:
                 infos = {info.filename: info for info in file.infolist() if not info.is_dir()}
         except zipfile.BadZipFile:
-            raise ValueError(
-                f"{path}: not a zip archive, or only part of one. Give a folder of images, a zip "
-                "or an .npz of samples, or copy the file again."
+            remedy = "give a folder of images, a zip or an .npz of samples, or copy the file again"
+            raise refusal(
+                path, but="not a zip archive, or only part of one", remedy=remedy
             ) from None
         self.names = sorted(name for name in infos if is_image_name(name) and not is_hidden(name))
         others = [name for name in infos if name.endswith(("dataset.json", ".txt"))]
         for name in self.names + others:
+            problem = ""
             if infos[name].flag_bits & 1:
-                raise refusal(f"{path}/{name}", but="is encrypted", remedy=_EXTRACT)
-            if infos[name].compress_type not in ZIP_METHODS:
+                problem = "is encrypted"
+            elif infos[name].compress_type not in ZIP_METHODS:
                 problem = "is compressed by a method other than deflate"
-                raise refusal(f"{path}/{name}", but=problem, remedy=_EXTRACT)
-
-        def column(attribute: str) -> np.ndarray:
-            return np.array([getattr(infos[name], attribute) for name in self.names], np.int64)
-
-        self._offsets = column("header_offset")
-        self._sizes = column("compress_size")
-        self._lengths = column("file_size")
-        self._methods = column("compress_type").astype(np.uint8)
-        self._crcs = column("CRC")
-        self._others = {name: _member(path, infos[name]) for name in others}
-        self.num_bytes = int(self._sizes.sum())
+            if problem:
+                remedy = "extract the zip and give the folder"
+                raise refusal(f"{path}/{name}", but=problem, remedy=remedy)
+        # A row a file, because objects would fill the memory of large datasets.
+        self._rows = np.array([_row(infos[name]) for name in self.names], np.int64).reshape(-1, 4)
+        self._lengths = np.array([infos[name].file_size for name in self.names], np.int64)
+        self._others = {name: Member(str(path), *_row(infos[name])) for name in others}
+        self.num_bytes = int(self._rows[:, 1].sum())
         self._open = OpenFiles()
         self._open(path)
 
     def member(self, index: int) -> Member:
-        columns = (self._offsets, self._sizes, self._methods, self._crcs)
-        return Member(str(self.path), *(int(column[index]) for column in columns))
+        return Member(str(self.path), *self._rows[index].tolist())
 
     def read(self, index: int) -> bytes:
         return self.member(index).read(self._open(self.path))
@@ -66,19 +60,18 @@ class ZipArchive(Archive):
         return None if member is None else member.read(self._open(self.path))
 
     def fingerprint(self) -> str:
-        return identity_of_files(
-            self.names, self._lengths, self._crcs, self.read_file("dataset.json")
-        )
+        metadata = self.read_file("dataset.json")
+        return identity_of_files(self.names, self._lengths, self._rows[:, 3], metadata)
 
     def old_fingerprint(self) -> str:
         digest = hashlib.sha256("\n".join(self.names).encode())
-        digest.update(self._sizes.tobytes() + self._crcs.tobytes())
+        digest.update(self._rows[:, 1].tobytes() + self._rows[:, 3].tobytes())
         digest.update(self.read_file("dataset.json") or b"")
         return digest.hexdigest()
 
 
-def _member(path: Path, info: zipfile.ZipInfo) -> Member:
-    return Member(str(path), info.header_offset, info.compress_size, info.compress_type, info.CRC)
+def _row(info: zipfile.ZipInfo) -> tuple[int, int, int, int]:
+    return info.header_offset, info.compress_size, info.compress_type, info.CRC
 
 
 class FolderArchive(Archive):
@@ -86,7 +79,7 @@ class FolderArchive(Archive):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        found = []
+        found: list[str] = []
         seen: set[str] = set()
         for folder, folders, files in os.walk(path, followlinks=True):
             # A link back to a folder above would lead round in circles.
@@ -96,8 +89,7 @@ class FolderArchive(Archive):
                 continue
             seen.add(real)
             folders[:] = sorted(name for name in folders if not is_hidden(name))
-            prefix = Path(folder).relative_to(path).as_posix()
-            prefix = "" if prefix == "." else prefix + "/"
+            prefix = f"{Path(folder).relative_to(path).as_posix()}/".removeprefix("./")
             found += [prefix + name for name in files if is_image_name(name)]
         self.names = sorted(name for name in found if not is_hidden(name))
 
@@ -138,10 +130,8 @@ def open_archive(path: str | os.PathLike) -> Archive:
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder.")
-    if path.is_dir():
-        archive: Archive = FolderArchive(path)
-    else:
-        archive = (SampleArchive if path.suffix.lower() == ".npz" else ZipArchive)(path)
+    kind = SampleArchive if path.suffix.lower() == ".npz" else ZipArchive
+    archive: Archive = (FolderArchive if path.is_dir() else kind)(path)
     if not len(archive):
         others = sorted(file.name for file in path.glob("[!.]*")) if path.is_dir() else []
         found = f", but {join_names(others[:3])}" if others else ""

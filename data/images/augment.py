@@ -19,18 +19,9 @@ NUM_LABELS = 9
 
 # Reconstruction low-pass filter of the sym6 wavelet, as PyWavelets has it; its sum is sqrt(2).
 SYM6 = (
-    -0.007800708325034148,
-    0.0017677118642428036,
-    0.04472490177066578,
-    -0.021060292512300564,
-    -0.07263752278646252,
-    0.3379294217276218,
-    0.787641141030194,
-    0.4910559419267466,
-    -0.048311742585633,
-    -0.11799011114819057,
-    0.0034907120842174702,
-    0.015404109327027373,
+    *(-0.007800708325034148, 0.0017677118642428036, 0.04472490177066578, -0.021060292512300564),
+    *(-0.07263752278646252, 0.3379294217276218, 0.787641141030194, 0.4910559419267466),
+    *(-0.048311742585633, -0.11799011114819057, 0.0034907120842174702, 0.015404109327027373),
 )
 # Position of the filter among its own taps, and so of an upsampled pixel among fine samples.
 _CENTROID = float(np.dot(np.arange(len(SYM6)), SYM6) / np.sum(SYM6))
@@ -50,49 +41,8 @@ class AugmentConfig(Config):
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class AugmentParams:
-    """What is done to each image, one row an image; a transformation that is absent is zero.
-
-    Columns of ``values`` [N, 8], float32: horizontal flip and vertical flip (0 or 1), log2 of the
-    scale / 0.2, rotation angle, log2 of the stretch / 0.2, direction of the stretch, shift right
-    and shift down in units of 0.125 image sizes. Angles are in radians and counter-clockwise as
-    the image is seen.
-    """
-
-    values: torch.Tensor
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def __getitem__(self, rows: slice | torch.Tensor) -> "AugmentParams":
-        return AugmentParams(self.values[rows])
-
-    def to(self, device: torch.device | str) -> "AugmentParams":
-        """Return the parameters on another device."""
-        return AugmentParams(self.values.to(device, non_blocking=True))
-
-    def labels(self) -> torch.Tensor:
-        """Return the labels of the network [N, 9], float32, in EDM's order.
-
-        Flip x, flip y, scale, cos(rotation) - 1, sin(rotation), stretch times cos and sin of its
-        direction, shift x, shift y.
-        """
-        flip_x, flip_y, scale, angle, stretch, direction, shift_x, shift_y = self.values.unbind(1)
-        return torch.stack(
-            [
-                flip_x,
-                flip_y,
-                scale,
-                angle.cos() - 1,
-                angle.sin(),
-                stretch * direction.cos(),
-                stretch * direction.sin(),
-                shift_x,
-                shift_y,
-            ],
-            dim=1,
-        )
+# Multipliers of the probability of each transformation.
+_MULTIPLIERS = dict(flip_x=1e8, flip_y=1.0, scale=1.0, rotate=1.0, stretch=1.0, shift=1.0)
 
 
 class AugmentPipe:
@@ -101,59 +51,47 @@ class AugmentPipe:
     Each occurs with probability ``p`` times its multiplier, at most 1. A flip that occurs then
     mirrors half of the images, so that ``flip_x`` mirrors 50% for any positive ``p``.
 
+    What is done to the images is a tensor [N, 8], float32, zero where a transformation is absent:
+    horizontal flip and vertical flip (0 or 1), log2 of the scale / 0.2, rotation angle, log2 of the
+    stretch / 0.2, direction of the stretch, shift right and shift down in units of 0.125 image
+    sizes. Angles are in radians and counter-clockwise as the image is seen.
+
     Deviation from EDM: positions are measured from the filter's centroid instead of its middle tap,
     0.2 pixels away, so that rotations are about the exact centre; and reflection goes on beyond
     one image size, where EDM has black.
 
     Args:
         p: Probability, in (0, 1].
-        flip_x, flip_y, scale, rotate, stretch, shift: Multipliers of ``p``.
+        multipliers: Those of ``p`` that are not 1, and for ``flip_x`` not as good as infinite.
     """
 
-    def __init__(
-        self,
-        p: float,
-        *,
-        flip_x: float = 1e8,
-        flip_y: float = 1.0,
-        scale: float = 1.0,
-        rotate: float = 1.0,
-        stretch: float = 1.0,
-        shift: float = 1.0,
-    ) -> None:
+    def __init__(self, p: float, **multipliers: float) -> None:
         assert 0 < p <= 1
+        assert multipliers.keys() <= _MULTIPLIERS.keys()
         self.p = p
-        self._multipliers = (flip_x, flip_y, scale, rotate, stretch, shift)
+        self._multipliers = tuple({**_MULTIPLIERS, **multipliers}.values())
 
     def draw(
         self, num: int, generator: torch.Generator, device: torch.device | str
-    ) -> AugmentParams:
-        """Return random parameters of ``num`` images, drawn on the generator's device."""
+    ) -> torch.Tensor:
+        """Return what is done to ``num`` images at random, drawn on the generator's device."""
         kwargs = dict(generator=generator, device=generator.device)
         occurs = torch.rand(len(self._multipliers) + 1, num, **kwargs)
         uniform = torch.rand(4, num, **kwargs)
         normal = torch.randn(4, num, **kwargs)
-
-        def gate(index: int, value: torch.Tensor) -> torch.Tensor:
-            return torch.where(occurs[index] < self._multipliers[index] * self.p, value, 0.0)
-
         flips = (uniform[:2] < 0.5).float()
         angles = (uniform[2:] * 2 - 1) * math.pi
         turned = torch.where(occurs[-1] < 0.5, angles[1], 0.0)  # else along x
+        columns = [*flips, normal[0], angles[0], normal[1], turned, normal[2], normal[3]]
+        transformation_of = [0, 1, 2, 3, 4, 4, 5, 5]
         values = [
-            gate(0, flips[0]),
-            gate(1, flips[1]),
-            gate(2, normal[0]),
-            gate(3, angles[0]),
-            gate(4, normal[1]),
-            gate(4, turned),
-            gate(5, normal[2]),
-            gate(5, normal[3]),
+            torch.where(occurs[index] < self._multipliers[index] * self.p, column, 0.0)
+            for index, column in zip(transformation_of, columns, strict=True)
         ]
-        return AugmentParams(torch.stack(values, dim=1)).to(device)
+        return torch.stack(values, dim=1).to(device, non_blocking=True)
 
     def apply(
-        self, images: torch.Tensor, params: AugmentParams
+        self, images: torch.Tensor, params: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return augmented images [N, C, H, W] and their labels [N, 9].
 
@@ -163,15 +101,27 @@ class AugmentPipe:
         Args:
             images: [N, C, H, W], float32 in [-1, 1]; H and W of at least 8. Resampling can
                 overshoot the range slightly at edges.
-            params: The parameters of these N images.
+            params: What is done to these N images [N, 8].
         """
-        values = params.to(images.device).values
-        flip_x, flip_y = values[:, :2].bool().reshape(-1, 2, 1, 1, 1).unbind(1)
+        params = params.to(images.device, non_blocking=True)
+        flip_x, flip_y = params[:, :2].bool().reshape(-1, 2, 1, 1, 1).unbind(1)
         images = torch.where(flip_x, images.flip(3), images)
         images = torch.where(flip_y, images.flip(2), images)
-        moved = (values[:, 2:] != 0).any(1).reshape(-1, 1, 1, 1)
-        warped = warp(images, *_inverse_affine(values, *images.shape[2:]))
-        return torch.where(moved, warped, images), params.to(images.device).labels()
+        moved = (params[:, 2:] != 0).any(1).reshape(-1, 1, 1, 1)
+        warped = warp(images, *_inverse_affine(params, *images.shape[2:]))
+        return torch.where(moved, warped, images), augment_labels(params)
+
+
+def augment_labels(params: torch.Tensor) -> torch.Tensor:
+    """Return the labels of the network [N, 9], float32, in EDM's order.
+
+    Flip x, flip y, scale, cos(rotation) - 1, sin(rotation), stretch times cos and sin of its
+    direction, shift x, shift y.
+    """
+    flip_x, flip_y, scale, angle, stretch, direction, shift_x, shift_y = params.unbind(1)
+    turn = (angle.cos() - 1, angle.sin())
+    along = (stretch * direction.cos(), stretch * direction.sin())
+    return torch.stack([flip_x, flip_y, scale, *turn, *along, shift_x, shift_y], dim=1)
 
 
 def make_augment_pipe(config: AugmentConfig) -> AugmentPipe | None:
@@ -262,7 +212,4 @@ def _resampling(size: int, device: torch.device) -> tuple[torch.Tensor, torch.Te
     for row in range(size):
         down[row, 2 * row : 2 * row + len(SYM6)] = np.divide(SYM6, math.sqrt(2))
     sites = (np.arange(down.shape[1]) - _CENTROID) / 2 - (size - 1) / 2
-    up, down, sites = (
-        torch.tensor(array, dtype=torch.float32, device=device) for array in (up, down, sites)
-    )
-    return up, down, sites
+    return tuple(torch.tensor(a, dtype=torch.float32, device=device) for a in (up, down, sites))

@@ -4,14 +4,14 @@ from typing import Any
 
 import torch
 
-from data.images.augment import AugmentParams, AugmentPipe
+from data.images.augment import AugmentPipe
 from data.images.dataset import Cond
 from torch_utils import rng
 from torch_utils.pictures import to_uint8
 
 
 class PixelCodec:
-    """Images in [-1, 1], augmented while training.
+    """Images in [-1, 1], augmented while training: a ``Codec`` of :mod:`training.family`.
 
     Args:
         augment_pipe: Geometric augmentation, if any; its labels [N, 9] join the conditions.
@@ -20,20 +20,15 @@ class PixelCodec:
     def __init__(self, augment_pipe: AugmentPipe | None = None) -> None:
         self._augment_pipe = augment_pipe
 
-    def draw(self, step: rng.Step) -> AugmentParams | None:
-        """Return the augmentation of a step's global batch."""
+    def draw(self, step: rng.Step) -> torch.Tensor | None:
         if self._augment_pipe is None:
             return None
         generator = step.generator(rng.STREAM_AUGMENT)
         return self._augment_pipe.draw(step.batch, generator, step.device)
 
     def encode(
-        self, images: torch.Tensor, cond: Cond, drawn: AugmentParams | None
+        self, images: torch.Tensor, cond: Cond, drawn: torch.Tensor | None
     ) -> tuple[torch.Tensor, Cond]:
-        """Return float32 images [N, C, H, W] of uint8 ones, with the conditions.
-
-        Without ``drawn`` they are not augmented.
-        """
         images = images.to(torch.float32) / 127.5 - 1
         if drawn is not None:
             images, labels = self._augment_pipe.apply(images, drawn)
@@ -41,13 +36,10 @@ class PixelCodec:
         return images, cond
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
-        """Return uint8 images [N, C, H, W] of what the network makes."""
         return to_uint8(x)
 
     def pictures(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the uint8 images [N, C, H, W] of a loader's batch."""
         return images
 
     def facts(self) -> dict[str, Any]:
-        """Return what a score row says of the decoding."""
         return dict(vae_hash=None)

@@ -4,8 +4,10 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import math
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +20,7 @@ from data.images.decode import ImageError, UnfitImageError
 from data.images.identity import VERSION
 from data.images.labels import read_class_splits, read_labels
 from dnnlib.config import Config, option
+from dnnlib.errors import refusal
 
 Cond = dict[str, torch.Tensor]
 PREVIEW_COLUMNS = 8
@@ -30,9 +33,7 @@ class DatasetConfig(Config):
 
     title: ClassVar[str] = "Data"
 
-    data: str | None = option(
-        None, help="Zip or folder of images, made by dataset_tool.py convert."
-    )
+    data: str | None = option(None, help="Zip or folder of images, from dataset_tool.py convert.")
     cond: bool = option(False, help="Condition the model on the class labels of the data.")
     max_size: int | None = option(None, min=1, help="Train on a random subset of this many images.")
     hflip: bool = option(
@@ -75,11 +76,7 @@ def open_images(path: str | os.PathLike, *, use_labels: bool | None = None) -> "
 
     A score must not rest on silent conversions, so that images with transparency, of more than 8
     bits, or in colours other than grayscale, RGB and palettes are refused, beyond what
-    :class:`ImageDataset` refuses. Class labels are delivered if there are any, or as
-    ``use_labels`` says.
-
-    Raises ValueError, one sentence that names the file and the remedy; ImageError (a ValueError)
-    for an image that is read later.
+    :class:`ImageDataset` refuses.
     """
     return ImageDataset(path, use_labels=use_labels, exact=True)
 
@@ -124,22 +121,19 @@ class LabelledDataset(Dataset):
     @property
     def class_counts(self) -> list[int]:
         """Number of images of each class; empty without labels."""
-        if self.labels is None:
-            return []
-        return np.bincount(self.labels, minlength=self.num_classes).tolist()
+        labels = [] if self.labels is None else self.labels
+        return np.bincount(labels, minlength=self.num_classes).tolist()
 
     def summary(self) -> dict[str, Any] | None:
         """Return what a snapshot keeps of the data beside sizes, counts and names: nothing."""
-        return None
 
     def preview(self, num: int) -> list[list[torch.Tensor]]:
         """Return rows of up to 8 items as they are stored, ``num`` of them if there are so many.
 
         They are spread evenly over the data, sorted by class if they are labelled.
         """
-        order = np.arange(self.num_images)
-        if self.labels is not None:
-            order = np.argsort(self.labels, kind="stable")
+        classes = np.zeros(self.num_images) if self.labels is None else self.labels
+        order = np.argsort(classes, kind="stable")
         batch, _ = self.__getitems__(order[evenly_spaced(num, self.num_images)].tolist())
         return rows_of(batch, PREVIEW_COLUMNS)
 
@@ -192,12 +186,9 @@ class ImageDataset(LabelledDataset):
         seed: Seed of that subset.
         cache: Keep decoded images in shared memory, each from its first use.
 
-    Attributes:
-        name: Name of the file or folder without its ending.
+    Attributes, beside those of :class:`LabelledDataset`:
         archive: Where the images are read.
         class_splits: Class indices of each split that the data name; empty without.
-
-    The others are those of :class:`LabelledDataset`.
 
     Raises ValueError, one sentence that names the file, for data that do not fit; ImageError (a
     ValueError) when an image that is damaged or of another size is read.
@@ -223,11 +214,9 @@ class ImageDataset(LabelledDataset):
 
         # The first image stands for all; the others are compared with it when they are read.
         self._pixels_shape = self._decode(0).shape
-        height, width = self._pixels_shape[:2]
+        self.resolution = self._pixels_shape[1]
         self.img_channels = 1 if len(self._pixels_shape) == 2 else self._pixels_shape[2]
-        self.resolution = width
-        self._check_first_image(height, width, resolution, channels)
-
+        self._check_first_image(resolution, channels)
         self.class_splits: dict[str, tuple[int, ...]] = {}
         if use_labels is not False:
             found = read_labels(self.archive)
@@ -236,37 +225,29 @@ class ImageDataset(LabelledDataset):
                 self.labels = labels[self._indices]
                 self.class_splits = read_class_splits(self.archive, len(self.class_names))
             elif use_labels:
-                raise ValueError(
-                    f"{self.path}: has no class labels (in dataset.json, or arr_1 of an .npz), "
-                    f"which --cond needs; {_CONVERT}, which takes them from folder names, or train "
-                    "without --cond."
-                )
+                problem = "has no class labels (in dataset.json, or arr_1 of an .npz), which --cond"
+                remedy = "which takes them from folder names, or train without --cond"
+                raise refusal(self.path, but=f"{problem} needs", remedy=f"{_CONVERT}, {remedy}")
         self._cache = None
         if cache:
-            from data.images.cache import SharedCache
-
             shape = (len(self), self.img_channels, self.resolution, self.resolution)
             self._cache = SharedCache(shape, self.path)
 
-    def _check_first_image(
-        self, height: int, width: int, resolution: int | None, channels: int | None
-    ) -> None:
-        first = self.file_label(0)
+    def _check_first_image(self, resolution: int | None, channels: int | None) -> None:
+        height, width = self._pixels_shape[:2]
+        problem = f"is {width}x{height}"
         if height != width:
-            raise ValueError(
-                f"{first}: is {width}x{height}, but training and scores need square images; "
-                f"{_CONVERT} --resolution=N --transform=center-crop."
-            )
-        if resolution is not None and resolution != width:
-            raise ValueError(
-                f"{first}: is {width}x{height}, but resolution {resolution} is asked for; "
-                f"{_CONVERT} --resolution={resolution}, or give --resolution={width}."
-            )
-        if channels is not None and channels != self.img_channels:
-            raise ValueError(
-                f"{first}: has {self.img_channels} channel(s), but {channels} are asked for; "
-                "use data of the same kind (grayscale 1, RGB 3)."
-            )
+            problem += ", but training and scores need square images"
+            remedy = f"{_CONVERT} --resolution=N --transform=center-crop"
+        elif resolution not in (None, width):
+            problem += f", but resolution {resolution} is asked for"
+            remedy = f"{_CONVERT} --resolution={resolution}, or give --resolution={width}"
+        elif channels not in (None, self.img_channels):
+            problem = f"has {self.img_channels} channel(s), but {channels} are asked for"
+            remedy = "use data of the same kind (grayscale 1, RGB 3)"
+        else:
+            return
+        raise refusal(self.file_label(0), but=problem, remedy=remedy)
 
     def __len__(self) -> int:
         return self.num_images
@@ -298,12 +279,9 @@ class ImageDataset(LabelledDataset):
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[torch.Tensor, Cond]:
         """Return a batch ``(uint8 [B, C, H, W], {"label": int64 [B]} or {})``."""
-        index_array = np.asarray(indices, np.int64)
-        if self._cache is None:
-            images = self._read(index_array)
-        else:
-            images = self._cache.fetch(index_array, self._read)
-        return self._with_labels(images, index_array)
+        rows = np.asarray(indices, np.int64)
+        images = self._read(rows) if self._cache is None else self._cache.fetch(rows, self._read)
+        return self._with_labels(images, rows)
 
     def _read(self, indices: np.ndarray) -> torch.Tensor:
         channels, res = self.img_channels, self.resolution
@@ -311,14 +289,12 @@ class ImageDataset(LabelledDataset):
         for row, index in enumerate(indices.tolist()):
             pixels = self._decode(index)
             if pixels.shape != self._pixels_shape:
-                height, width = pixels.shape[:2]
+                height, width, found = *pixels.shape[:2], 1 if pixels.ndim == 2 else 3
+                label = f"{self.file_label(index)}: is {width}x{height} with {found} channel(s)"
+                others = f"but {self.file_label(0)} is {res}x{res} with {channels}"
                 remedy = ", which makes all RGB" if height == width == res else " --resolution=N"
-                raise ImageError(
-                    f"{self.file_label(index)}: is {width}x{height} with "
-                    f"{1 if pixels.ndim == 2 else 3} channel(s), but {self.file_label(0)} is "
-                    f"{res}x{res} with {channels}; bring all to one kind with dataset_tool.py "
-                    f"convert{remedy}."
-                )
+                remedy = f"bring all to one kind with dataset_tool.py convert{remedy}"
+                raise ImageError(f"{label}, {others}; {remedy}.")
             images[row] = pixels
         batch = torch.from_numpy(images).view(len(indices), res, res, channels)
         return batch.permute(0, 3, 1, 2).contiguous()
@@ -329,17 +305,43 @@ class ImageDataset(LabelledDataset):
         except UnfitImageError as error:
             raise ImageError(f"{self.file_label(index)}: {error}.") from None
         except (OSError, ValueError) as error:
-            raise ImageError(
-                f"{self.file_label(index)}: cannot be read ({error}); dataset_tool.py verify "
-                "lists every such file."
-            ) from None
+            problem = f"cannot be read ({error}); dataset_tool.py verify lists every such file"
+            raise ImageError(f"{self.file_label(index)}: {problem}.") from None
+
+
+class SharedCache:
+    """Decoded images [N, C, H, W] in memory that a rank's processes share, and which are there."""
+
+    def __init__(self, shape: tuple[int, int, int, int], label: Path) -> None:
+        # Writing more than the file system holds would kill the process with a bus error.
+        if os.path.isdir("/dev/shm"):
+            free, needed = shutil.disk_usage("/dev/shm").free, math.prod(shape)
+            if needed > 0.9 * free:
+                problem = f"--cache needs {needed / 1e9:.2f} GB of shared memory, but /dev/shm has"
+                remedy = "train without --cache, or enlarge it (docker run --shm-size)"
+                raise refusal(label, but=f"{problem} {free / 1e9:.2f} GB free", remedy=remedy)
+        self._images = torch.empty(shape, dtype=torch.uint8).share_memory_()
+        self._filled = torch.zeros(shape[0], dtype=torch.bool).share_memory_()
+
+    def fetch(
+        self, indices: np.ndarray, read: Callable[[np.ndarray], torch.Tensor]
+    ) -> torch.Tensor:
+        """Return images by index, calling ``read(missing_indices)`` for those not there yet.
+
+        Processes may fill the same entry twice, with the same pixels.
+        """
+        wanted = torch.from_numpy(indices)
+        missing = wanted[~self._filled[wanted]]
+        if len(missing):
+            self._images[missing] = read(missing.numpy())
+            self._filled[missing] = True
+        return self._images[wanted]
 
 
 class MirroredImages(Dataset):
     """A dataset of images twice as long: image ``num_images + i`` is the mirror image of ``i``.
 
-    Images are flipped left to right. Whatever else is asked of it, the dataset itself, ``images``,
-    answers.
+    Images are flipped left to right. Whatever else is asked of it, ``images`` answers.
     """
 
     def __init__(self, images: ImageDataset) -> None:
@@ -353,16 +355,12 @@ class MirroredImages(Dataset):
     def __len__(self) -> int:
         return 2 * len(self.images)
 
+    __getitem__ = LabelledDataset.__getitem__
+
     def file_label(self, index: int) -> str:
-        """Return archive and name of an image's file, for messages."""
         return self.images.file_label(index % len(self.images))
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, Cond]:
-        images, cond = self.__getitems__([index])
-        return images[0], {name: values[0] for name, values in cond.items()}
-
     def __getitems__(self, indices: Sequence[int]) -> tuple[torch.Tensor, Cond]:
-        """Return a batch ``(uint8 [B, C, H, W], {"label": int64 [B]} or {})``."""
         mirrored, own = np.divmod(np.asarray(indices, np.int64), len(self.images))
         batch, cond = self.images.__getitems__(own)
         rows = torch.from_numpy(mirrored.astype(bool))

@@ -2,7 +2,6 @@
 
 import io
 
-import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from PIL.PngImagePlugin import PngImageFile
 
@@ -13,7 +12,6 @@ SUFFIXES = (
 # Only these decoders are offered a file, whatever its name: some others start programs.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_MODES_WITH_ALPHA = ("RGBA", "RGBa", "LA", "La", "PA")
 _TOO_DEEP = "has more than 8 bits per channel ({}); convert it to 8 bits first"
 _DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 
@@ -83,21 +81,18 @@ def _has_deep_channels(image: Image.Image, data: bytes) -> bool:
 
 
 def _is_transparent(image: Image.Image) -> bool:
-    return image.mode in _MODES_WITH_ALPHA or "transparency" in image.info
+    return image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info
 
 
 def _check_exact(image: Image.Image) -> None:
+    example = "first, for example with dataset_tool.py convert"
     if _is_transparent(image):
-        raise UnfitImageError(
-            f"has transparency (mode {image.mode}), and a background would change its pixels; "
-            "drop the alpha channel or composite it first, for example with dataset_tool.py "
-            "convert, which puts it on white"
-        )
+        problem = f"has transparency (mode {image.mode}), and a background would change its pixels"
+        remedy = f"drop the alpha channel or composite it {example}, which puts it on white"
+        raise UnfitImageError(f"{problem}; {remedy}")
     if image.mode not in ("1", "L", "P", "RGB", *_DEEP_MODES):
-        raise UnfitImageError(
-            f"is neither grayscale nor RGB (mode {image.mode}); convert it first, for example "
-            "with dataset_tool.py convert"
-        )
+        problem = f"is neither grayscale nor RGB (mode {image.mode})"
+        raise UnfitImageError(f"{problem}; convert it {example}")
 
 
 def _to_plain_mode(image: Image.Image) -> Image.Image:
@@ -110,11 +105,6 @@ def _to_plain_mode(image: Image.Image) -> Image.Image:
         canvas.alpha_composite(image)
         return canvas.convert("L" if gray else "RGB")
     return image.convert("L" if image.mode == "1" else "RGB")
-
-
-def to_array(image: Image.Image) -> np.ndarray:
-    """Return the pixels of a grayscale or RGB image, uint8 [H, W] or [H, W, 3]."""
-    return np.asarray(image)
 
 
 def encode_png(image: Image.Image) -> bytes:

@@ -6,6 +6,7 @@ import numpy as np
 
 from data.images.members import Archive
 from data.images.samples import SampleArchive
+from dnnlib.errors import refusal
 
 UNLABELLED = -1
 CLASS_SPLITS = ("train", "val", "test")
@@ -25,30 +26,26 @@ def read_labels(archive: Archive, folder: str = "") -> tuple[np.ndarray, list[st
     if isinstance(archive, SampleArchive):
         return _labels_of_samples(archive)
     metadata = archive.metadata(folder)
-    if metadata is None or metadata.get("labels") is None:
+    if metadata.get("labels") is None:
         return None
     where = f"{archive.path}/{folder}dataset.json"
     labels_by_name = parse_labels(metadata["labels"], where)
     class_names = parse_class_names(metadata.get("class_names"), where)
-    labels = np.array(
-        [labels_by_name.get(name.removeprefix(folder), UNLABELLED) for name in archive.names],
-        np.int64,
-    )
+    names = [name.removeprefix(folder) for name in archive.names]
+    labels = np.array([labels_by_name.get(name, UNLABELLED) for name in names], np.int64)
     missing = np.flatnonzero(labels == UNLABELLED)
     if len(missing):
-        raise ValueError(
-            f"{archive.label(missing[0])}: has no label in {where}"
-            f"{more(len(missing), 'image')}; add it there, or remove the image."
-        )
+        problem = f"has no label in {where}{more(len(missing), 'image')}"
+        remedy = "add it there, or remove the image"
+        raise refusal(archive.label(missing[0]), but=problem, remedy=remedy)
     if class_names is None:
         class_names = [str(index) for index in range(max(labels_by_name.values()) + 1)]
     bad = np.flatnonzero(labels >= len(class_names))
     if len(bad):
-        raise ValueError(
-            f"{archive.label(bad[0])}: has label {labels[bad[0]]} in {where}, which names "
-            f"{len(class_names)} classes (0 to {len(class_names) - 1}); correct the label or "
-            f'"class_names".'
-        )
+        known = f"{len(class_names)} classes (0 to {len(class_names) - 1})"
+        problem = f"has label {labels[bad[0]]} in {where}, which names {known}"
+        remedy = 'correct the label or "class_names"'
+        raise refusal(archive.label(bad[0]), but=problem, remedy=remedy)
     return labels, class_names
 
 
@@ -60,28 +57,24 @@ def read_class_splits(
     ``folder`` is as in :func:`read_labels`. Raises ValueError unless the splits are disjoint lists
     of classes, called train, val and test.
     """
-    metadata = None if isinstance(archive, SampleArchive) else archive.metadata(folder)
-    splits = None if metadata is None else metadata.get("class_splits")
+    splits = archive.metadata(folder).get("class_splits")
     if splits is None:
         return {}
     where = f'{archive.path}/{folder}dataset.json: "class_splits"'
     if not isinstance(splits, dict) or not set(splits) <= set(CLASS_SPLITS):
         raise ValueError(f"{where} must have lists of class indices called train, val and test.")
-    seen: dict[int, str] = {}
+    split_of: dict[int, str] = {}
     for split, classes in splits.items():
         if not isinstance(classes, list):
             raise ValueError(f"{where} must have lists of class indices; {split} is none.")
         for index in classes:
             if type(index) is not int or not 0 <= index < num_classes:
-                raise ValueError(
-                    f"{where} has class {index!r} in {split}; accepted: 0 to {num_classes - 1}."
-                )
-            if index in seen:
-                raise ValueError(
-                    f"{where} has class {index} in {seen[index]} and in {split}; a class belongs "
-                    "to one split."
-                )
-            seen[index] = split
+                problem = f"has class {index!r} in {split}; accepted: 0 to {num_classes - 1}"
+                raise ValueError(f"{where} {problem}.")
+            if index in split_of:
+                problem = f"has class {index} in {split_of[index]} and in {split}"
+                raise ValueError(f"{where} {problem}; a class belongs to one split.")
+            split_of[index] = split
     return {split: tuple(classes) for split, classes in splits.items()}
 
 
@@ -89,29 +82,22 @@ def _labels_of_samples(archive: SampleArchive) -> tuple[np.ndarray, list[str]] |
     labels, names = archive.read_array("arr_1"), archive.read_array("class_names")
     if labels is None:
         return None
+    remedy = "save it so, or leave it out"
     if labels.dtype.kind not in "iu" or labels.shape != (len(archive),):
-        raise ValueError(
-            f"{archive.path}: arr_1 holds {labels.dtype} of shape {list(labels.shape)}; expected "
-            f"the class index of each image, integers [{len(archive)}]; save it so, or leave it "
-            "out."
-        )
+        problem = f"arr_1 holds {labels.dtype} of shape {list(labels.shape)}; expected the class"
+        problem += f" index of each image, integers [{len(archive)}]"
+        raise refusal(archive.path, but=problem, remedy=remedy)
     if names is not None and (names.dtype.kind != "U" or names.ndim != 1):
-        raise ValueError(
-            f"{archive.path}: class_names holds {names.dtype} of shape {list(names.shape)}; "
-            "expected one name per class; save it so, or leave it out."
-        )
+        problem = f"class_names holds {names.dtype} of shape {list(names.shape)}; expected one"
+        raise refusal(archive.path, but=f"{problem} name per class", remedy=remedy)
     num_classes = _MAX_CLASSES if names is None else len(names)
     bad = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if len(bad):
         known = "" if names is None else f', and "class_names" has {num_classes} names'
-        raise ValueError(
-            f"{archive.label(int(bad[0]))}: has label {labels[bad[0]]} in arr_1; a label is a "
-            f"class index, 0 or larger{known}."
-        )
+        problem = f"has label {labels[bad[0]]} in arr_1; a label is a class index, 0 or larger"
+        raise refusal(archive.label(int(bad[0])), but=problem + known)
     labels = labels.astype(np.int64)
-    if names is None:
-        return labels, [str(index) for index in range(int(labels.max()) + 1)]
-    return labels, names.tolist()
+    return labels, (np.arange(labels.max() + 1).astype(str) if names is None else names).tolist()
 
 
 def parse_labels(pairs: object, where: str) -> dict[str, int]:
@@ -126,14 +112,12 @@ def parse_labels(pairs: object, where: str) -> dict[str, int]:
     result = {}
     for pair in pairs:
         if not (isinstance(pair, Sequence) and len(pair) == 2 and isinstance(pair[0], str)):
-            raise ValueError(
-                f'{where}: "labels" holds {pair!r}, which is no [file name, class index] pair.'
-            )
+            problem = f'"labels" holds {pair!r}, which is no [file name, class index] pair'
+            raise refusal(where, but=problem)
         name, label = pair
         if type(label) is not int or label < 0:
-            raise ValueError(
-                f"{where}: {name} has label {label!r}; a label is a class index, 0 or larger."
-            )
+            problem = f"{name} has label {label!r}; a label is a class index, 0 or larger"
+            raise refusal(where, but=problem)
         result[name.replace("\\", "/")] = label
     return result
 
@@ -149,6 +133,4 @@ def parse_class_names(names: object, where: str) -> list[str] | None:
 
 def more(count: int, noun: str) -> str:
     """Return `` (and 3 more images)`` for messages that show one of ``count`` cases."""
-    if count <= 1:
-        return ""
-    return f" (and {count - 1} more {noun}{'s' if count > 2 else ''})"
+    return f" (and {count - 1} more {noun}{'s' if count > 2 else ''})" if count > 1 else ""

@@ -12,10 +12,11 @@ from typing import IO, Any
 
 import numpy as np
 
-from data.images.decode import decode_image, to_array
+from data.images.decode import decode_image
+from dnnlib.errors import refusal
 
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # Signature, ..., length of name, length of extra field.
-_LOCAL_SLACK = 64  # Bytes read beyond the expected header, for extra fields.
+_LOCAL_SLACK = 128  # Bytes read beyond header and content, for name and extra fields.
 ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
@@ -38,9 +39,27 @@ class Member:
             if self.offset < 0:
                 return Path(self.path).read_bytes()
             descriptor = _cached_descriptor(self.path) if file is None else file.fileno()
-            return _read_from_zip(descriptor, self.offset, self.compressed_size, self.method)
+            return self._read_from_zip(descriptor)
         except OSError as error:
             raise ValueError(error.strerror or str(error)) from None
+
+    def _read_from_zip(self, descriptor: int) -> bytes:
+        # The local header repeats the name and may have an extra field of its own, so its length is
+        # known only after reading it. One read that is a little too long usually suffices.
+        wanted = LOCAL_HEADER.size + _LOCAL_SLACK + self.compressed_size
+        data = os.pread(descriptor, wanted, self.offset)
+        start = local_header_length(data)
+        end = start + self.compressed_size
+        if len(data) < end:
+            data += os.pread(descriptor, end - len(data), self.offset + len(data))
+            if len(data) < end:
+                raise ValueError("the zip archive ends in the middle of this file")
+        if self.method != zipfile.ZIP_DEFLATED:
+            return data[start:end]
+        try:
+            return zlib.decompress(data[start:end], -15)
+        except zlib.error as error:
+            raise ValueError(f"its compressed data are damaged ({error})") from None
 
 
 @functools.lru_cache(maxsize=2)
@@ -48,33 +67,11 @@ def _cached_descriptor(path: str) -> int:
     return os.open(path, os.O_RDONLY)
 
 
-def _read_from_zip(descriptor: int, offset: int, compressed_size: int, method: int) -> bytes:
-    """Return the content of the file whose local header is at ``offset`` of an open zip."""
-    # The local header repeats the name and may have an extra field of its own, so its length is
-    # known only after reading it. One read that is a little too long usually suffices.
-    wanted = LOCAL_HEADER.size + _LOCAL_SLACK + 64 + compressed_size
-    data = os.pread(descriptor, wanted, offset)
-    start = local_header_length(data)
-    end = start + compressed_size
-    if len(data) < end:
-        data += os.pread(descriptor, end - len(data), offset + len(data))
-        if len(data) < end:
-            raise ValueError("the zip archive ends in the middle of this file")
-    content = data[start:end]
-    if method == zipfile.ZIP_DEFLATED:
-        try:
-            content = zlib.decompress(content, -15)
-        except zlib.error as error:
-            raise ValueError(f"its compressed data are damaged ({error})") from None
-    return content
-
-
 def local_header_length(data: bytes) -> int:
     """Return the length of the local header of a file in a zip, of which ``data`` is the begin."""
     if len(data) < LOCAL_HEADER.size or data[:4] != b"PK\x03\x04":
         raise ValueError("the zip archive is damaged here")
-    _, name_length, extra_length = LOCAL_HEADER.unpack_from(data)
-    return LOCAL_HEADER.size + name_length + extra_length
+    return LOCAL_HEADER.size + sum(LOCAL_HEADER.unpack_from(data)[1:])
 
 
 class Archive:
@@ -107,9 +104,9 @@ class Archive:
     def pixels(self, index: int, *, exact: bool = False) -> np.ndarray:
         """Return the image ``index``, uint8 [H, W] or [H, W, 3], decoded by :func:`decode_image`.
 
-        Raises ValueError with the reason (without the image's name, see :meth:`label`).
+        Raises ValueError as :meth:`read` does.
         """
-        return to_array(decode_image(self.read(index), exact=exact))
+        return np.asarray(decode_image(self.read(index), exact=exact))
 
     def read_file(self, name: str) -> bytes | None:
         """Return the bytes of any file by its name, or None if there is none."""
@@ -127,18 +124,15 @@ class Archive:
         """Return the name of an image file for messages: archive and path inside it."""
         return f"{self.path}/{self.names[index]}"
 
-    def metadata(self, folder: str = "") -> dict[str, Any] | None:
-        """Return the parsed ``dataset.json`` of the archive, or None if it has none."""
+    def metadata(self, folder: str = "") -> dict[str, Any]:
+        """Return the parsed ``dataset.json`` of the archive, or an empty one if it has none."""
         data = self.read_file(f"{folder}dataset.json")
-        if data is None:
-            return None
         label = f"{self.path}/{folder}dataset.json"
         try:
-            metadata = json.loads(data)
+            metadata = {} if data is None else json.loads(data)
         except ValueError as error:
             raise ValueError(f"{label}: not valid JSON ({error}).") from None
         if not isinstance(metadata, dict):
-            raise ValueError(
-                f'{label}: expected an object with "labels", got a {type(metadata).__name__}.'
-            )
+            found = type(metadata).__name__
+            raise refusal(label, but=f'expected an object with "labels", got a {found}')
         return metadata

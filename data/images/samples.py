@@ -13,7 +13,10 @@ import numpy as np
 
 from data.images.identity import VERSION
 from data.images.members import LOCAL_HEADER, ZIP_METHODS, Archive, local_header_length
+from dnnlib.errors import refusal
 from dnnlib.files import OpenFiles
+
+_AGAIN = "save or copy the file again"
 
 
 class SampleArchive(Archive):
@@ -38,15 +41,12 @@ class SampleArchive(Archive):
             with zipfile.ZipFile(path) as file:
                 names = {info.filename.removesuffix(".npy"): info for info in file.infolist()}
         except zipfile.BadZipFile:
-            raise ValueError(
-                f"{path}: not an .npz, or only part of one; copy the file again."
-            ) from None
+            problem = "not an .npz, or only part of one; copy the file again"
+            raise refusal(path, but=problem) from None
         if "arr_0" not in names:
             hint = " (statistics such as mu and sigma are no images)" if "mu" in names else ""
-            raise ValueError(
-                f"{path}: has no array arr_0{hint}; save the images with np.savez(path, images), "
-                "uint8 [N, H, W, 3]."
-            )
+            remedy = "save the images with np.savez(path, images), uint8 [N, H, W, 3]"
+            raise refusal(path, but=f"has no array arr_0{hint}", remedy=remedy)
         self._members = {n: names[n] for n in ("arr_0", "arr_1", "class_names") if n in names}
         self.num_bytes = sum(info.compress_size for info in self._members.values())
         self.num_array_bytes = sum(info.file_size for info in self._members.values())
@@ -56,19 +56,16 @@ class SampleArchive(Archive):
         info = self._members["arr_0"]
         self._num_images = shape[0]
         self.image_size = shape[1:3]
-        self._pixels_shape = shape[1:3] if shape[3:] in ((), (1,)) else shape[1:]
-        self._image_bytes = math.prod(shape[1:])
-        if info.file_size != header_length + math.prod(shape):
-            raise ValueError(
-                f"{path}: arr_0 has {info.file_size - header_length} bytes, but its shape "
-                f"{list(shape)} needs {math.prod(shape)}; save or copy the file again."
-            )
+        self._pixels_shape = shape[1:3] if shape[3:] == (1,) else shape[1:]
+        num_bytes = info.file_size - header_length
+        if num_bytes != math.prod(shape):
+            needed = f"but its shape {list(shape)} needs {math.prod(shape)}"
+            raise refusal(path, but=f"arr_0 has {num_bytes} bytes, {needed}", remedy=_AGAIN)
         # Where the first image lies; -1 if the array must be read whole.
         self._start = -1
         if info.compress_type == zipfile.ZIP_STORED and not fortran_order:
             local = self._open.pread(path, LOCAL_HEADER.size, info.header_offset)
-            start = info.header_offset + local_header_length(local)
-            self._start = start + header_length
+            self._start = info.header_offset + local_header_length(local) + header_length
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key != "_whole"}
@@ -82,7 +79,7 @@ class SampleArchive(Archive):
     def pixels(self, index: int, *, exact: bool = False) -> np.ndarray:
         if self._start < 0:
             return self._whole[index]
-        size = self._image_bytes
+        size = math.prod(self._pixels_shape)
         try:
             data = self._open.pread(self.path, size, self._start + index * size)
         except OSError as error:
@@ -111,9 +108,7 @@ class SampleArchive(Archive):
         """Return the array of a name as it is stored, or None if there is none."""
         if name not in self._members:
             return None
-        return self._read_member(
-            name, lambda stream: np.lib.format.read_array(stream, allow_pickle=False)
-        )
+        return self._read_member(name, np.lib.format.read_array)  # Which unpickles nothing.
 
     def check(self, on_bytes: Callable[[int], None]) -> Iterator[str]:
         """Read all arrays and yield a sentence for each whose bytes do not fit its checksum.
@@ -132,30 +127,25 @@ class SampleArchive(Archive):
                 yield str(error)
 
     def _check_images(self, shape: tuple[int, ...], dtype: np.dtype) -> None:
-        held = f"{self.path}: arr_0 holds {dtype} of shape {list(shape)}"
-        if dtype.hasobject:
-            raise ValueError(
-                f"{held}, Python objects, which are never unpickled; save one uint8 array."
-            )
-        if shape[3:] in ((2,), (4,)):
-            raise ValueError(
-                f"{held}, with an alpha channel it seems; composite the images on a background or "
-                "drop that channel, and save them as [N, H, W, 3]."
-            )
-        # The last: a single image, not many that are 3 pixels wide.
+        problem = ""
+        # Three columns are a single image in colour, not many that are 3 pixels wide.
         is_shape = len(shape) == 3 or (len(shape) == 4 and shape[3] in (1, 3))
-        if not is_shape or (len(shape) == 3 and shape[2] in (3, 4)) or 0 in shape[1:]:
-            raise ValueError(
-                f"{held}; expected images [N, H, W, 3] or, for grayscale, [N, H, W]; transpose "
-                "or reshape them and save them again with np.savez."
-            )
-        if dtype != np.uint8:
-            raise ValueError(
-                f"{held}; expected uint8; scale the values to 0..255, round them, and save them "
-                "again with .astype(np.uint8)."
-            )
-        if shape[0] == 0:
-            raise ValueError(f"{self.path}: holds no images (arr_0 has shape {list(shape)}).")
+        if dtype.hasobject:
+            problem = ", Python objects, which are never unpickled; save one uint8 array"
+        elif shape[3:] in ((2,), (4,)):
+            problem = ", with an alpha channel it seems; composite the images on a background or "
+            problem += "drop that channel, and save them as [N, H, W, 3]"
+        elif not is_shape or (len(shape) == 3 and shape[2] in (3, 4)) or 0 in shape[1:]:
+            problem = "; expected images [N, H, W, 3] or, for grayscale, [N, H, W]; transpose or "
+            problem += "reshape them and save them again with np.savez"
+        elif dtype != np.uint8:
+            problem = "; expected uint8; scale the values to 0..255, round them, and save them "
+            problem += "again with .astype(np.uint8)"
+        elif shape[0] == 0:
+            problem = ": it holds no images"
+        if problem:
+            held = f"arr_0 holds {dtype} of shape {list(shape)}"
+            raise refusal(self.path, but=held + problem)
 
     def _read_member(self, name: str, read: Callable[[IO[bytes]], Any]) -> Any:
         """Return ``read(the stream of an array's file)``; raises ValueError if it is damaged."""
@@ -166,18 +156,15 @@ class SampleArchive(Archive):
             with zipfile.ZipFile(self.path) as file, file.open(info) as stream:
                 return read(stream)
         except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(
-                f"{self.path}: {name} cannot be read ({error}); save or copy the file again."
+            raise refusal(
+                self.path, but=f"{name} cannot be read ({error})", remedy=_AGAIN
             ) from None
 
 
 def _array_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype, int]:
     """Return shape, Fortran order, type and the header's length of an array in ``.npy`` format."""
     version = np.lib.format.read_magic(stream)
-    if version == (1, 0):
-        header = np.lib.format.read_array_header_1_0(stream)
-    elif version == (2, 0):
-        header = np.lib.format.read_array_header_2_0(stream)
-    else:
+    read_header = getattr(np.lib.format, "read_array_header_{}_{}".format(*version), None)
+    if read_header is None:
         raise ValueError(f"version {version} of the .npy format is not for images")
-    return *header, stream.tell()
+    return *read_header(stream), stream.tell()

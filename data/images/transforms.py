@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 from PIL import Image
 
+from dnnlib.errors import refusal
+
 Size = tuple[int, int]  # Width, height.
 
 
@@ -42,20 +44,17 @@ def center_crop_dhariwal(image: Image.Image, size: Size) -> Image.Image:
     return image.crop((x, y, x + target, y + target))
 
 
-_TRANSFORMS: dict[str, Callable[[Image.Image, Size], Image.Image]] = {
+TRANSFORMS: dict[str, Callable[[Image.Image, Size], Image.Image]] = {
     "center-crop": center_crop,
     "center-crop-wide": center_crop_wide,
     "center-crop-dhariwal": center_crop_dhariwal,
 }
 
 
-TRANSFORMS = tuple(_TRANSFORMS)
-
-
 def apply_transform(image: Image.Image, size: Size, transform: str | None) -> Image.Image:
     """Return an image brought to ``size`` by one of TRANSFORMS, or resized (Lanczos) without."""
     if transform is not None:
-        return _TRANSFORMS[transform](image, size)
+        return TRANSFORMS[transform](image, size)
     return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
 
 
@@ -71,23 +70,18 @@ def parse_resolution(text: str | None, transform: str | None) -> Size | None:
         return None
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip().lower())
     width, height = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    wide = "--transform=center-crop-wide"
     if min(width, height) < 1:
-        raise ValueError(
-            f"--resolution: got {text!r}; accepted: a number of pixels such as 64, or "
-            "WIDTHxHEIGHT such as 512x384 for --transform=center-crop-wide."
-        )
+        accepted = f"a number of pixels such as 64, or WIDTHxHEIGHT such as 512x384 for {wide}"
+        raise refusal("--resolution", repr(text), accepted=accepted)
     if transform == "center-crop-wide":
-        if match[2] is None:
-            height = max(round(width * 3 / 4), 1)
+        height = height if match[2] else max(round(width * 3 / 4), 1)
         if height > width:
-            raise ValueError(
-                f"--resolution: got {text}, which is higher than wide; --transform="
-                "center-crop-wide puts black bars above and below, so give WIDTHxHEIGHT with "
-                "HEIGHT at most WIDTH."
-            )
+            problem = f"it is higher than wide, and {wide} puts black bars above and below"
+            remedy = "give WIDTHxHEIGHT with HEIGHT at most WIDTH"
+            raise refusal("--resolution", text, but=problem, remedy=remedy)
     elif width != height:
-        raise ValueError(
-            f"--resolution: got {text}; accepted: one number, because training images are square "
-            "(WIDTHxHEIGHT is for --transform=center-crop-wide)."
-        )
+        problem = "training images are square"
+        remedy = f"give one number (WIDTHxHEIGHT is for {wide})"
+        raise refusal("--resolution", text, but=problem, remedy=remedy)
     return width, height

@@ -64,7 +64,7 @@ def require_captions(
 
 def _from_metadata(archive: Archive, key: str) -> dict[str, str]:
     where = f"{archive.path}/dataset.json"
-    pairs = (archive.metadata() or {}).get(key)
+    pairs = archive.metadata().get(key)
     if pairs is None:
         problem = f'{where} is missing or has no "{key}"'
         raise refusal("--captions", but=problem, remedy="add it, or give another --captions")
