@@ -178,6 +178,13 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     return f" Did you mean '{near[0]}'?" if near else ""
 
 
+def unknown(what: str, name: str, choices: Iterable[str]) -> ValueError:
+    """Return the error for a name that is none of ``choices``, with the nearest of these."""
+    choices = list(choices)
+    accepted = f"accepted: {', '.join(choices)}.{did_you_mean(name, choices)}"
+    return ValueError(f"Unknown {what} {name!r}; {accepted}")
+
+
 def to_dict(config: Config) -> dict[str, Any]:
     """Return a configuration as plain containers, fit for JSON and for a snapshot."""
     result: dict[str, Any] = {} if config.family is None else {"family": config.family}

@@ -209,7 +209,7 @@ class TestNetworks:
 def test_what_has_no_effect_or_is_unknown_is_refused(feature_base, snapshot, tmp_path, shared_dir):
     train = (f"--outdir={tmp_path}", f"--data={feature_base / 'features'}", *TINY_FEATURES)
     for options, words in (
-        (("--metrics=fid10k_full",), "got fid10k_full, but a model of features is put to the"),
+        (("--metrics=fid10k_full",), "got fid10k_full, but a feature-conditioned model is put to"),
         (("--metrics=validation_swaps",), "Did you mean 'validation_swap'?"),
         (("--num-swaps=3",), "--num-swaps has no effect with --metrics=none"),
         (("--metrics=validation_swap", "--num-edits=3"), "--num-edits has no effect with"),
@@ -222,7 +222,7 @@ def test_what_has_no_effect_or_is_unknown_is_refused(feature_base, snapshot, tmp
     assert list(tmp_path.iterdir()) == []
     command = ("validate", f"--network={snapshot}", f"--outdir={tmp_path / 'report'}")
     for options, words in (
-        (("--tests=swaps",), "--tests: got swaps, but a model of features"),
+        (("--tests=swaps",), "--tests: got swaps, but a feature-conditioned model"),
         (("--tests=",), "--tests: there is nothing to do"),
         (("--tests=swap", "--num-edits=3"), "--num-edits has no effect with --tests=swap"),
         (("--tests=swap", "--visual=x"), "--visual: only the test reconstruction encodes"),

@@ -4,8 +4,17 @@ import dataclasses
 from typing import ClassVar
 
 from dnnlib.config import Config, option
+from dnnlib.errors import refusal
 
-TESTS = ("reconstruction", "swap", "text_edit", "text_only", "divergence")
+# The tests in their order, and the setting that says on how many images each is done.
+SIZES = dict(
+    reconstruction="num_reconstructions",
+    swap="num_swaps",
+    text_edit="num_edits",
+    text_only="num_text_only",
+    divergence="num_divergence",
+)
+TESTS = tuple(SIZES)
 METRIC_PREFIX = "validation_"
 
 
@@ -43,18 +52,10 @@ class ValidationConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.lpips_weights) > 2:
-            raise ValueError(
-                f"--lpips-weights: got {len(self.lpips_weights)} files; accepted: one with the "
-                "weights of backbone and linear layers, or BACKBONE,LINEAR."
-            )
+            accepted = "one with the weights of backbone and linear layers, or BACKBONE,LINEAR"
+            raise refusal("--lpips-weights", f"{len(self.lpips_weights)} files", accepted=accepted)
 
     @property
     def sizes(self) -> dict[str, int]:
         """Number of images, or pairs, of every test."""
-        return dict(
-            reconstruction=self.num_reconstructions,
-            swap=self.num_swaps,
-            text_edit=self.num_edits,
-            text_only=self.num_text_only,
-            divergence=self.num_divergence,
-        )
+        return {test: getattr(self, name) for test, name in SIZES.items()}

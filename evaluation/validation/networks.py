@@ -10,11 +10,11 @@ from PIL.Image import Image
 
 from data.features.dataset import FeatureDataset
 from dnnlib.config import did_you_mean
-from encoders.text import load_text_encoder
-from encoders.visual import load_visual_encoder
+from encoders.text import TextEncoder, load_text_encoder
+from encoders.visual import VisualEncoder, load_visual_encoder
 from evaluation.in_loop.features import ValidateFn
-from evaluation.validation.config import METRIC_PREFIX, TESTS, ValidationConfig
-from evaluation.validation.trials import Missing, TextEncoderLike, VisualEncoderLike, choose_items
+from evaluation.validation.config import METRIC_PREFIX, SIZES, TESTS, ValidationConfig
+from evaluation.validation.trials import Missing, choose_items
 from evaluation.validation.validate import validate
 from evaluation.validation.word_edits import edit_caption
 from metrics.lpips import LPIPS, WEIGHTS_VARIABLE
@@ -25,13 +25,9 @@ _UNNEEDED = Missing("no test needs it")
 
 
 class EncodedTexts:
-    """Texts that were encoded before, in place of the encoder, which may be large.
+    """Texts that were encoded before, in place of the encoder, which may be large."""
 
-    Attributes:
-        sha256: Identity of the encoder.
-    """
-
-    def __init__(self, encoder: TextEncoderLike, captions: Sequence[str]) -> None:
+    def __init__(self, encoder: TextEncoder, captions: Sequence[str]) -> None:
         self.sha256 = encoder.sha256
         self._hidden: dict[str, torch.Tensor] = {}
         for caption in dict.fromkeys(captions):
@@ -39,10 +35,7 @@ class EncodedTexts:
             self._hidden[caption] = hidden[0, mask[0]].cpu()
 
     def encode(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Return hidden states [N, L, T] and their mask [N, L], as a TextEncoder does.
-
-        The number of texts that were cut is unknown, and 0.
-        """
+        """Return hidden states [N, L, T] and mask [N, L], as a TextEncoder; of cut texts, 0."""
         rows = [self._hidden[caption] for caption in captions]
         hidden = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         lengths = torch.tensor([len(row) for row in rows])
@@ -54,8 +47,8 @@ class Networks:
     """What measures: each is there, or :class:`Missing` for a reason."""
 
     lpips: LPIPS | Missing
-    visual: VisualEncoderLike | Missing
-    text: TextEncoderLike | Missing
+    visual: VisualEncoder | Missing
+    text: TextEncoder | EncodedTexts | Missing
 
     def absent(self) -> dict[str, str]:
         """Return the reason for each that is needed and missing."""
@@ -97,18 +90,15 @@ def load_networks(
                 raise
             return Missing(str(error).rstrip("."))
 
-    record = dataset.record
-
     def load_encoder(function: Callable[..., Any], name: str, location: str | None) -> Any:
-        facts = getattr(record, name)
+        facts = getattr(dataset.record, name)
         options = dict(expected_hash=facts["hash"], precision=facts["precision"])
         place = location or facts["location"]
         return load(location is not None, lambda: function(place, device, **options))
 
     is_named = bool(config.lpips_weights or os.environ.get(WEIGHTS_VARIABLE))
     lpips = load(is_named, lambda: LPIPS.load(config.lpips_net, config.lpips_weights, device))
-    visual_encoder: Any = _UNNEEDED
-    text_encoder: Any = _UNNEEDED
+    visual_encoder = text_encoder = _UNNEEDED
     if "reconstruction" in config.tests:
         visual_encoder = load_encoder(load_visual_encoder, "visual", visual)
     if "text_edit" in config.tests:
@@ -131,30 +121,19 @@ def chosen_tests(
     known = [prefix + test for test in TESTS]
     for name in names:
         if name not in known:
-            raise ValueError(
-                f"{option}: got {name}, but a model of features is put to the tests "
-                f"{', '.join(known)}.{did_you_mean(name, known)}"
-            )
+            but = f"a feature-conditioned model is put to the tests {', '.join(known)}"
+            raise ValueError(f"{option}: got {name}, but {but}.{did_you_mean(name, known)}")
     return tuple(name.removeprefix(prefix) for name in dict.fromkeys(names))
 
 
 def check_used(given: Collection[str], tests: Sequence[str], choice: str) -> None:
     """Raise ValueError for an option of ``given`` that no test of ``choice`` has."""
-    users = dict(
-        num_reconstructions=("reconstruction",),
-        num_swaps=("swap",),
-        num_edits=("text_edit",),
-        num_text_only=("text_only",),
-        num_divergence=("divergence",),
-        num_shown=TESTS,
-        lpips_net=TESTS,
-        lpips_weights=TESTS,
-    )
-    for name, owners in users.items():
-        if name in given and not set(owners) & set(tests):
-            raise ValueError(
-                f"--{name.replace('_', '-')} has no effect with {choice}; leave it out."
-            )
+    owners = {name: (test,) for test, name in SIZES.items()}
+    owners |= dict.fromkeys(("num_shown", "lpips_net", "lpips_weights"), TESTS)
+    for name, own in owners.items():
+        if name in given and not set(own) & set(tests):
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} has no effect with {choice}; leave it out.")
 
 
 def make_validate(

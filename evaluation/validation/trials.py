@@ -6,8 +6,10 @@ by their conditions alone, and images of two networks by the networks.
 """
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -16,6 +18,8 @@ import torch
 from data.features.dataset import FeatureDataset, pad_texts
 from data.images.dataset import Cond
 from diffusion.guidance import DualGuidanceConfig
+from encoders.text import TextEncoder
+from encoders.visual import VisualEncoder
 from evaluation.in_loop.features import seed_of_item
 from evaluation.validation.word_edits import edit_caption
 from metrics.lpips import LPIPS
@@ -40,27 +44,11 @@ class Missing:
     reason: str
 
 
-class VisualEncoderLike(Protocol):
-    """What the tests need of :class:`encoders.visual.VisualEncoder`."""
-
-    sha256: str
-
-    def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
-
-
-class TextEncoderLike(Protocol):
-    """What the tests need of :class:`encoders.text.TextEncoder`."""
-
-    sha256: str
-
-    def encode(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor, int]: ...
-
-
 class Outcome(NamedTuple):
     """Of one item: measured values, by name, and pictures to show, as small as they are shown."""
 
     values: dict[str, float]
-    images: list[PIL.Image.Image]
+    images: Sequence[PIL.Image.Image] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,8 +58,8 @@ class Bench:
     generator: FeatureGenerator
     dataset: FeatureDataset
     lpips: LPIPS | Missing
-    visual: VisualEncoderLike | Missing
-    text: TextEncoderLike | Missing
+    visual: VisualEncoder | Missing
+    text: TextEncoder | Missing
 
     def item(self, index: int) -> tuple[torch.Tensor, Cond]:
         """Return the image [1, 3, H, W] uint8 of an item, and its conditions."""
@@ -98,9 +86,8 @@ class Bench:
         found = []
         for row in range(len(captions)):
             own = hidden[row, mask[row]].float().cpu().numpy()
-            text, valid = pad_texts([own], self.dataset.text_lengths)
-            texts = dict(text=torch.from_numpy(text), text_mask=torch.from_numpy(valid))
-            found.append({**cond, **texts})
+            text, valid = map(torch.from_numpy, pad_texts([own], self.dataset.text_lengths))
+            found.append({**cond, "text": text, "text_mask": valid})
         return found
 
 
@@ -127,7 +114,7 @@ def reconstruct(bench: Bench, item: Sequence[int], shown: bool) -> Outcome:
         cosine = torch.nn.functional.cosine_similarity(patches.float(), stored, dim=2)
         values["layout"] = cosine.mean().item()
     if not shown:
-        return Outcome(values, [])
+        return Outcome(values)
     return Outcome(values, _row(truth, made, bench.make(item[0], only(cond, TEXT))))
 
 
@@ -149,13 +136,11 @@ def edit_text(bench: Bench, item: Sequence[int], shown: bool) -> Outcome:
     """
     truth, cond = bench.item(item[0])
     caption = bench.dataset.caption(item[0])
-    edited, _ = edit_caption(caption)
-    same, other = bench.with_texts(cond, [caption, edited])
+    same, other = bench.with_texts(cond, [caption, edit_caption(caption)[0]])
     made, control, changed = (bench.make(item[0], c) for c in (cond, same, other))
     values = bench.distances(lpips=(made, changed), lpips_control=(made, control))
     if values:
-        applied = values["lpips"] > max(MIN_EFFECT, values["lpips_control"])
-        values["applied"] = float(applied)
+        values["applied"] = float(values["lpips"] > max(MIN_EFFECT, values["lpips_control"]))
     return Outcome(values, _row(truth, made, changed))
 
 
@@ -180,15 +165,16 @@ def diverge(bench: Bench, item: Sequence[int], shown: bool) -> Outcome:
     if values:
         values["diverged"] = float(values["lpips"] > MIN_DIVERGENCE)
     if not shown:
-        return Outcome(values, [])
+        return Outcome(values)
     return Outcome(values, _row(by_text, by_visual, bench.make(item[0], cond)))
 
 
 Items = list[tuple[int, ...]]
-Columns = Mapping[str, np.ndarray]
+# Of a value of a test: which measured number it sums up, and how.
+Measures = Mapping[str, tuple[str, Callable[[np.ndarray], float]]]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class FeatureTest:
     """One test.
 
@@ -196,17 +182,17 @@ class FeatureTest:
         choose: Returns up to a number of items of a dataset, each with the item that it is paired
             with, if there is one.
         run: Makes and measures one item; the last argument tells whether its images are shown.
+        value: The name among its measures of the one that stands for all.
+        measures: Its values.
         needs: Networks without which nothing at all can be made.
-        measures: Its values, by what summary of which measured number, and the network needed.
-        value: The name among them of the one that stands for all.
         protocol: Constants of the test.
     """
 
     choose: Callable[[FeatureDataset, int], Items]
     run: Callable[[Bench, Sequence[int], bool], Outcome]
-    needs: tuple[str, ...] = ()
-    measures: Mapping[str, tuple[str, Callable[[np.ndarray], float], str]]
     value: str
+    measures: Measures
+    needs: tuple[str, ...] = ()
     protocol: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -257,10 +243,8 @@ def choose_other_texts(dataset: FeatureDataset, num: int) -> Items:
     """
     pairs = []
     for index in _items(dataset, num):
-        own = dataset.caption(index)
-        others = dict.fromkeys(_following(dataset, index))
-        total = sum(dataset.counts)
-        others.update(dict.fromkeys((index + step) % total for step in range(1, total)))
+        own, total = dataset.caption(index), sum(dataset.counts)
+        others = (*_following(dataset, index), *((index + n) % total for n in range(1, total)))
         found = next((other for other in others if dataset.caption(other) != own), None)
         if found is not None:
             pairs.append((index, found))
@@ -274,77 +258,77 @@ def _following(dataset: FeatureDataset, index: int) -> list[int]:
     return [first + (index - first + step) % count for step in range(1, count)]
 
 
-def _quantile(q: float) -> Callable[[np.ndarray], float]:
-    return lambda values: np.quantile(values, q)
+def network_of(column: str) -> str:
+    """Return which network gives a measured number."""
+    return "visual" if column == "layout" else "lpips"
 
 
-def _in_band(low: float, high: float) -> Callable[[np.ndarray], float]:
-    return lambda values: ((values >= low) & (values < high)).mean()
+def _means(**columns: str) -> Measures:
+    return {name: (column, np.mean) for name, column in columns.items()}
 
 
-def _spread_of(column: str, network: str) -> dict[str, tuple[str, Callable, str]]:
+def _spread_of(column: str) -> Measures:
     """Return mean and quantiles of a column."""
-    found: dict[str, tuple[str, Callable, str]] = {column: (column, np.mean, network)}
-    for percent in (10, 50, 90):
-        found[f"{column}_p{percent}"] = (column, _quantile(percent / 100), network)
-    return found
+    percentiles = (10, 50, 90)
+    quantiles = {
+        f"{column}_p{q}": (column, functools.partial(np.quantile, q=q / 100)) for q in percentiles
+    }
+    return {column: (column, np.mean), **quantiles}
 
 
-def _bands() -> dict[str, tuple[str, Callable, str]]:
-    lows = (0.0, *list(BANDS.values())[:-1])
+def _bands() -> Measures:
+    def share(low: float, high: float) -> Callable[[np.ndarray], float]:
+        return lambda values: ((values >= low) & (values < high)).mean()
+
+    edges = itertools.pairwise((0.0, *BANDS.values()))
     return {
-        f"share_{name}": ("lpips", _in_band(low, high), "lpips")
-        for low, (name, high) in zip(lows, BANDS.items(), strict=True)
+        f"share_{name}": ("lpips", share(*limits))
+        for name, limits in zip(BANDS, edges, strict=True)
     }
 
 
 FEATURE_TESTS: dict[str, FeatureTest] = {
     "reconstruction": FeatureTest(
-        choose=choose_items,
-        run=reconstruct,
-        measures={**_spread_of("lpips", "lpips"), **_bands(), **_spread_of("layout", "visual")},
-        value="lpips",
+        choose_items,
+        reconstruct,
+        "lpips",
+        {**_spread_of("lpips"), **_bands(), **_spread_of("layout")},
     ),
     "swap": FeatureTest(
-        choose=choose_pairs,
-        run=swap,
-        measures={
-            "share_transferred": ("transferred", np.mean, "lpips"),
-            "lpips_own": ("lpips_own", np.mean, "lpips"),
-            "lpips_reference": ("lpips_reference", np.mean, "lpips"),
-        },
-        value="share_transferred",
+        choose_pairs,
+        swap,
+        "share_transferred",
+        _means(
+            share_transferred="transferred",
+            lpips_own="lpips_own",
+            lpips_reference="lpips_reference",
+        ),
     ),
     "text_edit": FeatureTest(
-        choose=choose_items,
-        run=edit_text,
-        needs=("text",),
-        measures={
-            "share_applied": ("applied", np.mean, "lpips"),
-            "lpips": ("lpips", np.mean, "lpips"),
-            "lpips_control": ("lpips_control", np.max, "lpips"),
+        choose_items,
+        edit_text,
+        "share_applied",
+        {
+            **_means(share_applied="applied", lpips="lpips"),
+            "lpips_control": ("lpips_control", np.max),
         },
-        value="share_applied",
+        needs=("text",),
         protocol=dict(min_effect=MIN_EFFECT, max_control=MAX_CONTROL),
     ),
     "text_only": FeatureTest(
-        choose=choose_other_texts,
-        run=text_alone,
-        measures={
-            **_spread_of("lpips", "lpips"),
-            "lpips_shuffled": ("lpips_shuffled", np.mean, "lpips"),
-            "share_matched_better": ("matched_better", np.mean, "lpips"),
+        choose_other_texts,
+        text_alone,
+        "lpips",
+        {
+            **_spread_of("lpips"),
+            **_means(lpips_shuffled="lpips_shuffled", share_matched_better="matched_better"),
         },
-        value="lpips",
     ),
     "divergence": FeatureTest(
-        choose=choose_items,
-        run=diverge,
-        measures={
-            "lpips": ("lpips", np.mean, "lpips"),
-            "share_diverged": ("diverged", np.mean, "lpips"),
-        },
-        value="lpips",
+        choose_items,
+        diverge,
+        "lpips",
+        _means(lpips="lpips", share_diverged="diverged"),
         protocol=dict(min_divergence=MIN_DIVERGENCE, scales=[[4.0, 0.0], [0.0, 2.0]], form="seed"),
     ),
 }

@@ -1,8 +1,9 @@
 """Validation of a feature-conditioned model on held-out images: score rows and pictures."""
 
+import collections
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ import torch
 
 from data.features.dataset import FeatureDataset
 from dnnlib.progress import progress
+from encoders.text import TextEncoder
+from encoders.visual import VisualEncoder
 from evaluation.validation.config import METRIC_PREFIX, ValidationConfig
 from evaluation.validation.trials import (
     FEATURE_TESTS,
@@ -20,8 +23,7 @@ from evaluation.validation.trials import (
     Items,
     Missing,
     Outcome,
-    TextEncoderLike,
-    VisualEncoderLike,
+    network_of,
 )
 from evaluation.validation.word_edits import edit_caption
 from metrics.lpips import LPIPS
@@ -37,8 +39,8 @@ def validate(
     *,
     config: ValidationConfig,
     lpips: LPIPS | Missing,
-    visual: VisualEncoderLike | Missing,
-    text: TextEncoderLike | Missing,
+    visual: VisualEncoder | Missing,
+    text: TextEncoder | Missing,
     progress_label: str = "Validation",
 ) -> tuple[list[dict[str, Any]], dict[str, PIL.Image.Image]]:
     """Return a row for each test of ``config``, on every rank, and its picture, on rank 0.
@@ -76,17 +78,16 @@ def _run_test(
 ) -> tuple[dict[str, Any], PIL.Image.Image | None]:
     start_sec = time.monotonic()
     test = FEATURE_TESTS[name]
-    items = _on_every_rank(lambda: test.choose(bench.dataset, config.sizes[name]))
+    with distributed.together():
+        items = test.choose(bench.dataset, config.sizes[name])
     reason = _reason_for_none(name, test, bench, items)
-    shown: list[int] = []
-    if reason is None:
-        num_shown = min(config.num_shown, len(items))
-        shown = np.linspace(0, len(items) - 1, num_shown).round().astype(int).tolist()
-        if not any(_network(bench, needs) for _, _, needs in test.measures.values()):
-            items = [items[place] for place in shown]
-            shown = list(range(len(items)))
-    else:
+    if reason is not None:
         items = []
+    num_shown = min(config.num_shown, len(items))
+    shown = np.linspace(0, len(items) - 1, num_shown).round().astype(int).tolist()
+    if not any(_has(bench, network) for network in _networks(test)):
+        items = [items[place] for place in shown]
+        shown = list(range(len(items)))
     outcomes = _share(bench, test, items, frozenset(shown), f"{label}: {name.replace('_', ' ')}")
     row = _make_row(name, bench, test, items, outcomes, reason)
     row["seconds"] = round(distributed.broadcast_object(time.monotonic() - start_sec), 3)
@@ -96,20 +97,19 @@ def _run_test(
     return row, picture
 
 
-def _on_every_rank(function: Callable[[], Items]) -> Items:
-    with distributed.together():
-        found = function()
-    return found
+def _networks(test: FeatureTest) -> set[str]:
+    """Return what measures the numbers of a test."""
+    return {network_of(column) for column, _ in test.measures.values()}
 
 
-def _network(bench: Bench, name: str) -> bool:
+def _has(bench: Bench, name: str) -> bool:
     return not isinstance(getattr(bench, name), Missing)
 
 
 def _reason_for_none(name: str, test: FeatureTest, bench: Bench, items: Items) -> str | None:
     """Return why nothing at all can be made, if so."""
     for needed in test.needs:
-        if not _network(bench, needed):
+        if not _has(bench, needed):
             return getattr(bench, needed).reason
     if items:
         return None
@@ -126,19 +126,12 @@ def _share(
     """Return the outcomes of all items in order, on every rank. Collective."""
     mine = range(distributed.rank(), len(items), distributed.world_size())
     found: dict[int, Outcome] = {}
-    with (
-        distributed.together(),
-        progress(
-            total=len(mine), label=label, disable=not distributed.is_main(), transient=True
-        ) as bar,
-        torch.inference_mode(),
-    ):
+    bar = progress(total=len(mine), label=label, disable=not distributed.is_main(), transient=True)
+    with distributed.together(), bar, torch.inference_mode():
         for place in mine:
             found[place] = test.run(bench, items[place], place in shown)
             bar.update(1)
-    every: dict[int, Outcome] = {}
-    for part in distributed.gather_objects(found):
-        every.update(part)
+    every = dict(collections.ChainMap(*distributed.gather_objects(found)))
     return [every[place] for place in range(len(items))]
 
 
@@ -153,14 +146,14 @@ def _make_row(
     dataset = bench.dataset
     values: dict[str, float | None] = {}
     missing: dict[str, str] = {}
-    for key, (column, summary, network) in test.measures.items():
+    for key, (column, summary) in test.measures.items():
         found = [outcome.values[column] for outcome in outcomes if column in outcome.values]
         if reason is None and len(found) == len(items):
             values[key] = float(summary(np.array(found)))
         else:
             values[key] = None
-            missing[key] = reason or getattr(bench, network).reason
-    buckets = {bucket.name: 0 for bucket in dataset.buckets}
+            missing[key] = reason or getattr(bench, network_of(column)).reason
+    buckets = dict.fromkeys((bucket.name for bucket in dataset.buckets), 0)
     for item in items:
         buckets[dataset.buckets[dataset.bucket_index(item[0])].name] += 1
     names = [[dataset.ids[index] for index in item] for item in items]
@@ -192,12 +185,11 @@ def _make_row(
 
 def _protocol(bench: Bench, test: FeatureTest) -> dict[str, Any]:
     """Return what a row says of the networks that measured, and of the test's constants."""
-    networks = {network for _, _, network in test.measures.values()} | set(test.needs)
-    found: dict[str, Any] = dict(test.protocol)
-    if "lpips" in networks and _network(bench, "lpips"):
+    found = dict(test.protocol)
+    if _has(bench, "lpips"):  # All tests are measured by it.
         found.update(lpips=bench.lpips.net, lpips_hash=bench.lpips.hash)
     for name in ("visual", "text"):
-        if name in networks and _network(bench, name):
+        if name in _networks(test).union(test.needs) and _has(bench, name):
             found[f"{name}_hash"] = getattr(bench, name).sha256
     return found
 
@@ -210,30 +202,12 @@ def _warnings(name: str, bench: Bench, items: Items, values: dict[str, float | N
             f"an unchanged text, encoded again, changes an image by an LPIPS of {control:.3f} (at "
             f"most {MAX_CONTROL} is expected): is this the encoder of the dataset's texts?"
         )
-    if name == "text_edit" and items:
+    if name == "text_edit":
         plain = sum(edit_caption(bench.dataset.caption(item[0]))[1][0][0] == "+" for item in items)
         if plain:
             found.append(f"{plain} text(s) name nothing known and were put after other words")
-    covered = {bench.dataset.bucket_index(item[0]) for item in items}
-    alone = [
-        bucket.name
-        for index, bucket in enumerate(bench.dataset.buckets)
-        if index not in covered and bench.dataset.counts[index] == 1
-    ]
+    named = zip(bench.dataset.buckets, bench.dataset.counts, strict=True)
+    alone = [bucket.name for bucket, count in named if count == 1]
     if name == "swap" and items and alone:
         found.append(f"left out, with a single image: {', '.join(alone)}")
     return found
-
-
-def describe_picture(metric: str) -> tuple[str, ...]:
-    """Return what the columns of a metric's picture show, from left to right."""
-    return _COLUMNS[metric.removeprefix(METRIC_PREFIX)]
-
-
-_COLUMNS = dict(
-    reconstruction=("truth", "made", "text alone"),
-    swap=("A", "A with B's reference", "B"),
-    text_edit=("truth", "made", "edited text"),
-    text_only=("truth", "own text", "another text"),
-    divergence=("text", "reference", "both"),
-)

@@ -4,51 +4,14 @@ import re
 
 # Of each pair one word takes the place of the other, both ways. The first group that a caption has
 # words of is replaced, all of them at once.
-_GROUPS: tuple[tuple[tuple[str, str], ...], ...] = (
-    (
-        ("red", "blue"),
-        ("green", "purple"),
-        ("yellow", "black"),
-        ("white", "orange"),
-        ("pink", "turquoise"),
-        ("brown", "silver"),
-        ("golden", "gray"),
-        ("crimson", "teal"),
-    ),
-    (
-        ("man", "woman"),
-        ("men", "women"),
-        ("boy", "girl"),
-        ("boys", "girls"),
-        ("dog", "cat"),
-        ("dogs", "cats"),
-        ("horse", "elephant"),
-        ("bird", "butterfly"),
-        ("birds", "butterflies"),
-        ("car", "boat"),
-        ("cars", "boats"),
-        ("house", "castle"),
-        ("temple", "lighthouse"),
-        ("tree", "tower"),
-        ("trees", "towers"),
-        ("flower", "mushroom"),
-        ("flowers", "mushrooms"),
-        ("mountain", "beach"),
-        ("mountains", "beaches"),
-        ("forest", "desert"),
-        ("street", "river"),
-        ("table", "bed"),
-        ("guitar", "umbrella"),
-    ),
-    (
-        ("day", "night"),
-        ("summer", "winter"),
-        ("sunny", "snowy"),
-        ("bright", "dark"),
-        ("old", "young"),
-        ("large", "tiny"),
-        ("indoors", "outdoors"),
-    ),
+_GROUPS = (
+    "red/blue green/purple yellow/black white/orange pink/turquoise brown/silver golden/gray "
+    "crimson/teal",
+    "man/woman men/women boy/girl boys/girls dog/cat dogs/cats horse/elephant bird/butterfly "
+    "birds/butterflies car/boat cars/boats house/castle temple/lighthouse tree/tower trees/towers "
+    "flower/mushroom flowers/mushrooms mountain/beach mountains/beaches forest/desert street/river "
+    "table/bed guitar/umbrella",
+    "day/night summer/winter sunny/snowy bright/dark old/young large/tiny indoors/outdoors",
 )
 FALLBACK = "At night, in blue light: "
 
@@ -61,7 +24,8 @@ def edit_caption(caption: str) -> tuple[str, list[str]]:
     beginning, because long captions are cut at their end. The result is always another text.
     """
     for group in _GROUPS:
-        swapped = {**dict(group), **{second: first for first, second in group}}
+        pairs = [pair.split("/") for pair in group.split()]
+        swapped = {**dict(pairs), **{second: first for first, second in pairs}}
         replaced: dict[str, None] = {}
 
         def other(match: re.Match, swapped: dict = swapped, replaced: dict = replaced) -> str:
