@@ -11,6 +11,7 @@ import torch
 from data.images.dataset import ImageDataset
 from data.images.labels import CLASS_SPLITS
 from dnnlib.config import Config, option
+from dnnlib.errors import refusal
 from dnnlib.ranges import parse_ranges
 
 _SPLIT_SEED = 1
@@ -101,10 +102,6 @@ class ClassSplit:
     val: tuple[int, ...]
     test: tuple[int, ...]
 
-    def classes(self, name: str) -> tuple[int, ...]:
-        """Return the classes of ``train``, ``val`` or ``test``."""
-        return getattr(self, name)
-
 
 def split_classes(config: SetConfig, dataset: ImageDataset) -> ClassSplit:
     """Return which classes are trained on, validated on and unseen.
@@ -117,10 +114,9 @@ def split_classes(config: SetConfig, dataset: ImageDataset) -> ClassSplit:
     lists = [getattr(config, f"{name}_classes") for name in CLASS_SPLITS]
     if any(lists):
         if config.split_fractions is not None:
-            raise ValueError(
-                "--split-fractions has no effect with lists of classes; leave it out, or give "
-                "--train-classes=none --val-classes=none --test-classes=none."
-            )
+            remedy = "or give --train-classes=none --val-classes=none --test-classes=none"
+            problem = "--split-fractions has no effect with lists of classes; leave it out"
+            raise ValueError(f"{problem}, {remedy}.")
         parts = [
             tuple(dict.fromkeys(parse_ranges(f"--{name}-classes", names, dataset.class_names)))
             for name, names in zip(CLASS_SPLITS, lists, strict=True)
@@ -130,30 +126,22 @@ def split_classes(config: SetConfig, dataset: ImageDataset) -> ClassSplit:
     else:
         parts = _split_by_fractions(config, np.flatnonzero(counts))
     parts = [tuple(index for index in part if counts[index] > 0) for part in parts]
-    seen: dict[int, str] = {}
-    for name, part in zip(CLASS_SPLITS, parts, strict=True):
-        for index in part:
-            if index in seen:
-                raise ValueError(
-                    f"--{name}-classes: class {dataset.class_names[index]!r} is in "
-                    f"--{seen[index]}-classes too; a class belongs to one of them."
-                )
-            seen[index] = name
+    for (i, name), (j, other) in itertools.combinations(enumerate(CLASS_SPLITS), 2):
+        for index in sorted({*parts[i]} & {*parts[j]}):
+            problem = f"class {dataset.class_names[index]!r} is in --{name}-classes too"
+            remedy = "a class belongs to one of them"
+            raise refusal(f"--{other}-classes", but=problem, remedy=remedy)
     if not parts[0]:
-        raise ValueError(
-            f"{dataset.path}: no class is left to train on; give --train-classes, or larger "
-            "--split-fractions."
-        )
+        remedy = "give --train-classes, or larger --split-fractions"
+        raise refusal(dataset.path, but="no class is left to train on", remedy=remedy)
     return ClassSplit(*parts)
 
 
 def _split_by_fractions(config: SetConfig, classes: np.ndarray) -> list[tuple[int, ...]]:
     fractions = config.split_fractions or (0.6, 0.2, 0.2)
     if sum(fractions) > 1 + 1e-6:
-        raise ValueError(
-            f"--split-fractions: got {','.join(f'{f:g}' for f in fractions)}, which sum to "
-            f"{sum(fractions):g}; accepted: three shares of at most 1 together."
-        )
+        got = f"{','.join(f'{f:g}' for f in fractions)}, which sum to {sum(fractions):g}"
+        raise refusal("--split-fractions", got, accepted="three shares of at most 1 together")
     order = np.random.default_rng([config.split_seed % 2**64, _SPLIT_SEED]).permutation(classes)
     ends = np.round(np.cumsum([0.0, *fractions]) * len(classes)).astype(int)
     return [tuple(sorted(order[start:end].tolist())) for start, end in itertools.pairwise(ends)]
@@ -177,10 +165,8 @@ def parse_transforms(texts: Sequence[str], names: Sequence[str]) -> set[tuple[in
     for text in texts:
         name, colon, transform = text.rpartition(":")
         if not colon or transform not in map(str, range(1, NUM_TRANSFORMS)):
-            raise ValueError(
-                f"--skip-transforms: got {text!r}; accepted: class:transform with a transform "
-                f"from 1 to {NUM_TRANSFORMS - 1}, such as 6:2."
-            )
-        for index in parse_ranges("--skip-transforms", [name], names):
-            found.add((index, int(transform)))
+            accepted = f"class:transform with a transform from 1 to {NUM_TRANSFORMS - 1}"
+            raise refusal("--skip-transforms", repr(text), accepted=f"{accepted}, such as 6:2")
+        classes = parse_ranges("--skip-transforms", [name], names)
+        found |= {(index, int(transform)) for index in classes}
     return found

@@ -20,29 +20,18 @@ _SUPPORT_SHARE = 5
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Episodes:
-    """S supports of k images each, which no two episodes share.
+    """S supports of k images each, which no two episodes share."""
 
-    Attributes:
-        supports: uint8 [S, k, C, H, W].
-        classes: int64 [S], class of each support in its dataset.
-        class_names: Names of all classes of that dataset.
-        labels: int64 [S], the class as a class-conditional model knows it, num_classes if it does
-            not.
-        indices: int64 [S, k], of the support's images in their dataset; -1 for images of files.
-        counts: Share of each episode in what is generated: as many as there are real images left of
-            its class, divided among the class's episodes.
-        reals: Indices of those real images in their dataset, classes in order, int64 [R].
-        source: What the supports are, for score rows.
-    """
-
-    supports: torch.Tensor
-    classes: np.ndarray
-    class_names: tuple[str, ...]
-    labels: torch.Tensor
-    indices: np.ndarray
+    supports: torch.Tensor  # uint8 [S, k, C, H, W].
+    classes: np.ndarray  # int64 [S], class of each support in its dataset.
+    class_names: tuple[str, ...]  # Of all classes of that dataset.
+    labels: torch.Tensor  # int64 [S], as a class-conditional model knows the class, or num_classes.
+    indices: np.ndarray  # int64 [S, k], of images in their dataset; -1 for images of files.
+    # Share of each episode in what is generated: as many as there are real images left of its
+    # class, divided among the class's episodes.
     counts: tuple[int, ...]
-    reals: np.ndarray
-    source: str
+    reals: np.ndarray  # int64 [R], indices of those real images in their dataset, by class.
+    source: str  # What the supports are, for score rows.
 
     def __len__(self) -> int:
         return len(self.supports)
@@ -60,13 +49,9 @@ class Episodes:
 
     def protocol(self) -> dict[str, Any]:
         """Return what a score row says of the episodes."""
-        digest = hashlib.sha256(self.supports.numpy().tobytes()).hexdigest()
-        return dict(
-            episodes=self.source,
-            num_episodes=len(self),
-            support_size=self.supports.shape[1],
-            supports_hash=digest[:16],
-        )
+        digest = hashlib.sha256(self.supports.numpy().tobytes()).hexdigest()[:16]
+        size = dict(num_episodes=len(self), support_size=self.supports.shape[1])
+        return dict(episodes=self.source, **size, supports_hash=digest)
 
 
 def draw_episodes(
@@ -84,27 +69,27 @@ def draw_episodes(
 
     Args:
         images: Where the images are.
-        pools: Indices by class.
+        pools: Indices by class. A class without any has no episodes.
         support_size: k.
         source: Describes the pools.
         num_per_class: Episodes of a class; by default as many, up to 20, as use a fifth of it.
-        known_labels: Label of each class that a class-conditional model knows.
-        null_label: That of the others.
+        known_labels: Label of each class that a class-conditional model knows; the others have
+            ``null_label``.
         seed: Seed of the choice.
 
     Raises ValueError if a class is too small.
     """
     chosen, classes, labels, counts, reals = [], [], [], [], []
     for index, pool in pools.items():
-        name = images.class_names[index]
+        if not len(pool):
+            continue
         num = num_per_class
         if num is None:
             num = min(max(len(pool) // (_SUPPORT_SHARE * support_size), 1), _MAX_EPISODES)
         if num * support_size > len(pool):
-            raise ValueError(
-                f"Class {name!r} has {len(pool)} {source} images, too few for {num} support(s) of "
-                f"{support_size}; ask for fewer or smaller ones."
-            )
+            held = f"Class {images.class_names[index]!r} has {len(pool)} {source} images"
+            problem = f"too few for {num} support(s) of {support_size}"
+            raise ValueError(f"{held}, {problem}; ask for fewer or smaller ones.")
         order = np.random.default_rng([seed % 2**64, _SEED, index]).permutation(pool)
         used, left = order[: num * support_size], np.sort(order[num * support_size :])
         chosen.append(used.reshape(num, support_size))
@@ -128,64 +113,36 @@ def draw_episodes(
     )
 
 
-def episodes_of_run(
-    dataset: SetDataset,
-    protocol: str,
-    *,
-    support_size: int,
-    num_per_class: int | None = None,
-    seed: int = 0,
-) -> Episodes:
-    """Return episodes of a run's data.
+def episodes_of_run(dataset: SetDataset, protocol: str, **settings: Any) -> Episodes:
+    """Return episodes of a run's data, with ``settings`` of :func:`draw_episodes`.
 
     ``seen``: classes trained on, by their held-out images; ``unseen``: test classes; ``val``:
     validation classes. Raises ValueError if the run has none of those.
     """
-    images = dataset.images
-    if protocol == "seen":
-        pools = {index: pool for index, pool in dataset.held_out.items() if len(pool)}
-        if not pools:
+    images, split = dataset.images, {"unseen": "test", "val": "val"}.get(protocol)
+    if split is None:
+        pools = dataset.held_out
+        if not any(map(len, pools.values())):
             raise ValueError("The run held no images of its classes out (--held-out=0).")
     else:
-        split = "test" if protocol == "unseen" else "val"
-        pools = {
-            index: np.flatnonzero(images.labels == index) for index in dataset.split.classes(split)
-        }
+        pools = _images_by_class(images, getattr(dataset.split, split))
         if not pools:
-            raise ValueError(
-                f"The run has no {protocol} classes; name some with --{split}-classes, or choose "
-                "other --split-fractions."
-            )
-    return draw_episodes(
-        images,
-        pools,
-        support_size=support_size,
-        source=protocol,
-        num_per_class=num_per_class,
-        known_labels=dataset.known_labels,
-        null_label=dataset.num_classes,
-        seed=seed,
-    )
+            remedy = f"name some with --{split}-classes, or choose other --split-fractions"
+            raise ValueError(f"The run has no {protocol} classes; {remedy}.")
+    labels = dict(known_labels=dataset.known_labels, null_label=dataset.num_classes)
+    return draw_episodes(images, pools, source=protocol, **labels, **settings)
 
 
-def episodes_of_dataset(
-    images: ImageDataset,
-    *,
-    support_size: int,
-    null_label: int = 0,
-    num_per_class: int | None = None,
-    seed: int = 0,
-) -> Episodes:
-    """Return episodes of another dataset than a run's: of its test classes, or of all without."""
-    classes = images.class_splits.get("test") or tuple(range(images.num_classes))
-    pools = {index: np.flatnonzero(images.labels == index) for index in classes}
-    pools = {index: pool for index, pool in pools.items() if len(pool)}
-    return draw_episodes(
-        images,
-        pools,
-        support_size=support_size,
-        source=f"{images.name}, {'test' if images.class_splits.get('test') else 'all'} classes",
-        num_per_class=num_per_class,
-        null_label=null_label,
-        seed=seed,
-    )
+def episodes_of_dataset(images: ImageDataset, **settings: Any) -> Episodes:
+    """Return episodes of another dataset than a run's: of its test classes, or of all without.
+
+    ``settings`` are those of :func:`draw_episodes`.
+    """
+    classes = images.class_splits.get("test")
+    source = f"{images.name}, {'test' if classes else 'all'} classes"
+    pools = _images_by_class(images, classes or range(images.num_classes))
+    return draw_episodes(images, pools, source=source, **settings)
+
+
+def _images_by_class(images: ImageDataset, classes: Sequence[int]) -> dict[int, np.ndarray]:
+    return {index: np.flatnonzero(images.labels == index) for index in classes}

@@ -1,5 +1,6 @@
 """Sets of images of one class, drawn as a function of (seed, position)."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from data.fewshot.classes import (
     transforms_of,
 )
 from data.images.dataset import Cond, ImageDataset
+from dnnlib.errors import refusal
 from torch_utils.rng import STREAM_DATA
 
 _HELD_OUT_SEED = 2
@@ -76,38 +78,35 @@ class SetDataset(Dataset):
         hflip: bool = False,
         classes: Sequence[int] | None = None,
     ) -> None:
+        if classes is not None:
+            plain = dict(hybrids=0.0, held_out=0, class_transforms="none", skip_transforms=())
+            config = dataclasses.replace(config, **plain)
         self.images, self.config, self.sample_size = images, config, sample_size
         self._seed, self._hflip = seed, hflip
-        self._hybrids = config.hybrids if classes is None else 0.0
         if images.labels is None:
-            raise ValueError(
-                f"{images.path}: has no class labels, which sets are made by; convert it with "
-                "dataset_tool.py convert, which takes them from folder names."
-            )
+            problem = "has no class labels, which sets are made by"
+            remedy = "convert it with dataset_tool.py convert, which takes them from folder names"
+            raise refusal(images.path, but=problem, remedy=remedy)
         if config.min_sample_size is not None and config.min_sample_size > sample_size:
-            raise ValueError(
-                f"--min-sample-size: got {config.min_sample_size}; accepted: at most "
-                f"--sample-size, which is {sample_size}."
-            )
+            accepted = f"at most --sample-size, which is {sample_size}"
+            raise refusal("--min-sample-size", config.min_sample_size, accepted=accepted)
         self.split = split_classes(config, images)
-        if classes is None:
-            self._check_transforms(hflip)
+        self._check_transforms(hflip)
         self._pools: list[np.ndarray] = []
         self._transforms: list[int] = []
         self.set_classes: list[str] = []
         self.held_out: dict[int, np.ndarray] = {}
-        num_held_out = config.held_out if classes is None else 0
         for index in self.split.train if classes is None else classes:
-            order = self._shuffled(index)
-            self.held_out[index] = np.sort(order[:num_held_out])
-            pool = np.sort(order[num_held_out:])
+            rng = np.random.default_rng([config.split_seed % 2**64, _HELD_OUT_SEED, index])
+            order = rng.permutation(np.flatnonzero(images.labels == index))
+            self.held_out[index] = np.sort(order[: config.held_out])
+            pool = np.sort(order[config.held_out :])
             if len(pool) < 2:
-                kept = f", of which {num_held_out} are kept for scores" if num_held_out else ""
-                raise ValueError(
-                    f"--held-out: class {images.class_names[index]!r} has {len(order)} images"
-                    f"{kept}; {len(pool)} are left, too few for a set."
-                )
-            for transform in [0] if classes is not None else self.transforms_of(index):
+                held = f"class {images.class_names[index]!r} has {len(order)} images"
+                held += f", of which {config.held_out} are kept for scores" * (config.held_out > 0)
+                remedy = f"{len(pool)} are left, too few for a set"
+                raise refusal("--held-out", but=held, remedy=remedy)
+            for transform in self.transforms_of(index):
                 self._pools.append(pool)
                 self._transforms.append(transform)
                 suffix = f":{transform}" if transform else ""
@@ -116,36 +115,22 @@ class SetDataset(Dataset):
 
     def _check_transforms(self, hflip: bool) -> None:
         """Raise ValueError for transforms left out that are none, or that mirror images undo."""
-        config = self.config
-        every = transforms_of(config.class_transforms)
-        if config.class_transforms != "none":
-            for index, number in parse_transforms(config.skip_transforms, self.images.class_names):
+        every = transforms_of(self.config.class_transforms)
+        if len(every) > 1:
+            names = self.images.class_names
+            for index, number in parse_transforms(self.config.skip_transforms, names):
                 if index not in self.split.train or number not in every:
-                    name = self.images.class_names[index]
-                    raise ValueError(
-                        f"--skip-transforms: got {name}:{number}, which is no class of this run; "
-                        "leave it out."
-                    )
+                    got = f"{names[index]}:{number}, which is no class of this run"
+                    raise refusal("--skip-transforms", got, remedy="leave it out")
         if hflip and len(every) > 4:
-            raise ValueError(
-                "--hflip puts mirror images into classes whose mirror images are classes of their "
-                "own (--class-transforms=dihedral); give one of the two."
-            )
+            problem = "puts mirror images into classes whose mirror images are classes of their own"
+            remedy = "(--class-transforms=dihedral); give one of the two"
+            raise ValueError(f"--hflip {problem} {remedy}.")
 
     def of_classes(self, classes: Sequence[int]) -> "SetDataset":
         """Return sets of other classes of the same images."""
-        return SetDataset(
-            self.images,
-            self.config,
-            sample_size=self.sample_size,
-            seed=self._seed,
-            classes=classes,
-        )
-
-    def _shuffled(self, index: int) -> np.ndarray:
-        rows = np.flatnonzero(self.images.labels == index)
-        rng = np.random.default_rng([self.config.split_seed % 2**64, _HELD_OUT_SEED, index])
-        return rng.permutation(rows)
+        settings = dict(sample_size=self.sample_size, seed=self._seed)
+        return SetDataset(self.images, self.config, classes=classes, **settings)
 
     def __getattr__(self, name: str) -> Any:
         if name == "images":  # Not there yet while a copy is being made.
@@ -159,12 +144,9 @@ class SetDataset(Dataset):
     @property
     def known_labels(self) -> dict[int, int]:
         """Label, for a class-conditional model, of each class of ``images`` that it knows."""
-        names = {name: label for label, name in enumerate(self.class_names)}
-        return {
-            index: names[self.images.class_names[index]]
-            for index in self.split.train
-            if self.images.class_names[index] in names
-        }
+        names, labels = self.images.class_names, self.class_names
+        known = [index for index in self.split.train if names[index] in labels]
+        return {index: labels.index(names[index]) for index in known}
 
     @property
     def num_images(self) -> int:
@@ -180,10 +162,10 @@ class SetDataset(Dataset):
 
         A class that is not trained on is itself alone, transform 0.
         """
-        if index not in self.split.train or self.config.class_transforms == "none":
+        every = transforms_of(self.config.class_transforms)
+        if index not in self.split.train or len(every) == 1:
             return [0]
         skipped = parse_transforms(self.config.skip_transforms, self.images.class_names)
-        every = transforms_of(self.config.class_transforms)
         return [transform for transform in every if (index, transform) not in skipped]
 
     def summary(self) -> None:
@@ -205,7 +187,7 @@ class SetDataset(Dataset):
         rng = np.random.default_rng([self._seed % 2**64, STREAM_DATA, position])
         labels = [int(rng.integers(len(self._pools)))]
         half = None
-        if rng.random() < self._hybrids and len(self._pools) > 1:
+        if rng.random() < self.config.hybrids and len(self._pools) > 1:
             other = int(rng.integers(len(self._pools) - 1))
             labels.append(other + (other >= labels[0]))
             half = _HALVES[rng.integers(len(_HALVES))]
@@ -228,11 +210,9 @@ class SetDataset(Dataset):
         for row, it in enumerate(drawn):
             size = it.rows.shape[1]
             for label, mirrored in zip(it.labels, it.mirrored, strict=True):
-                own = next(parts)
-                flips = torch.from_numpy(mirrored)[:, None, None, None]
-                own = transform_images(
-                    torch.where(flips, own.flip(-1), own), self._transforms[label]
-                )
+                own, flips = next(parts), torch.from_numpy(mirrored)[:, None, None, None]
+                own = torch.where(flips, own.flip(-1), own)
+                own = transform_images(own, self._transforms[label])
                 # The second class of a hybrid covers half of the first.
                 area = ... if label == it.labels[0] else it.half(self.images.resolution)
                 sets[row, :size][area] = own[area]

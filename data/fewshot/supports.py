@@ -10,6 +10,7 @@ from data.fewshot.episodes import Episodes
 from data.images.archive import open_archive
 from data.images.decode import decode_image
 from data.images.transforms import apply_transform
+from dnnlib.errors import refusal
 from models.set_dit import SetDiTConfig
 
 
@@ -24,10 +25,8 @@ def read_support(locations: Sequence[str], model: SetDiTConfig) -> Episodes:
     if not images:
         raise ValueError(f"--support: {', '.join(locations)} holds no images.")
     if model.stacks_images and len(images) > model.context_size:
-        raise ValueError(
-            f"--support: got {len(images)} images, but this model's encoder stacks at most "
-            f"{model.context_size}; give fewer."
-        )
+        problem = f"this model's encoder stacks at most {model.context_size}"
+        raise refusal("--support", f"{len(images)} images", but=problem, remedy="give fewer")
     return Episodes(
         supports=torch.stack(images)[None],
         classes=np.zeros(1, np.int64),
@@ -43,9 +42,8 @@ def read_support(locations: Sequence[str], model: SetDiTConfig) -> Episodes:
 def _read(path: Path, model: SetDiTConfig) -> Iterator[torch.Tensor]:
     """Yield the images of a file, folder or zip, uint8 [C, H, W]."""
     if not path.exists():
-        raise ValueError(
-            f"--support: {path} does not exist; give images, or folders or zips of them."
-        )
+        remedy = "give images, or folders or zips of them"
+        raise refusal("--support", but=f"{path} does not exist", remedy=remedy)
     if path.is_dir() or path.suffix.lower() == ".zip":
         archive = open_archive(path)
         files = [(archive.label(i), archive.member(i).read) for i in range(len(archive))]
