@@ -75,7 +75,7 @@ class FieldType(click.ParamType):
         if choices and not self.is_tuple:
             self.name = "|".join(choices)
         else:
-            names = {int: "int", float: "float", bool: "bool", str: "text"}
+            names = {int: "int", float: "float", bool: "bool"}
             self.name = names.get(self.element, "text") + (",..." if self.is_tuple else "")
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
@@ -89,8 +89,7 @@ class FieldType(click.ParamType):
             return None if self.optional else ()
         try:
             if self.is_tuple:
-                parts = [part for part in text.split(",") if part.strip()]
-                return tuple(self._parse(part.strip()) for part in parts)
+                return tuple(map(self._parse, filter(None, map(str.strip, text.split(",")))))
             return self._parse(text)
         except (ValueError, OverflowError):
             accepted = accepted_values(self.setting.field, self.setting.hint)
@@ -119,7 +118,7 @@ class ConfigOption(click.Option):
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
-        names = [setting.name, *setting.field.metadata["aliases"]]
+        names = [option_name(setting.field), *setting.field.metadata["aliases"]]
         # A flag may stand bare or with a value: --cond, --cond=True, --no-cond.
         bare = dict(is_flag=False, flag_value="True") if setting.is_bool else {}
         super().__init__(
@@ -161,10 +160,8 @@ class ConfigCommand(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         args = ["--help" if arg == "-h" else _normalise(arg) for arg in args]
-        try:
+        with usage_errors(ctx):
             config = self._base(args)
-        except ValueError as error:
-            raise click.UsageError(str(error), ctx) from error
         options = [] if config is None else [ConfigOption(setting) for setting in settings(config)]
         bools = {f"--no-{name[2:]}": name for o in options if o.setting.is_bool for name in o.opts}
         args = [f"{bools[arg]}=False" if arg in bools else arg for arg in args]
@@ -175,27 +172,22 @@ class ConfigCommand(click.Command):
             rest = super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             where = self._elsewhere(error.option_name.lstrip("-"), config)
-            if where is not None:
-                raise click.UsageError(where, ctx) from error
-            raise
+            raise error if where is None else click.UsageError(where, ctx) from error
         given = {}
         for param in options:
             value = ctx.params.pop(param.name, None)
             if ctx.get_parameter_source(param.name) is ParameterSource.COMMANDLINE:
                 given[param.setting.path] = value
-        try:
+        with usage_errors(ctx):
             ctx.params["config"] = None if config is None else replace_settings(config, given)
-        except ValueError as error:
-            raise click.UsageError(str(error), ctx) from error
         ctx.meta["given"] = {path[-1] for path in given}
         return rest
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
-            record = param.get_help_record(ctx)
-            if record is not None:
-                title = param.setting.title if isinstance(param, ConfigOption) else "Main options"
+            title = param.setting.title if isinstance(param, ConfigOption) else "Main options"
+            if record := param.get_help_record(ctx):
                 groups.setdefault(title, []).append(record)
         for title, records in groups.items():
             with formatter.section(title):
@@ -209,10 +201,8 @@ class ConfigCommand(click.Command):
 
 def _normalise(arg: str) -> str:
     """Spell option names with hyphens: ``--batch_gpu=4`` means ``--batch-gpu=4``."""
-    if not arg.startswith("--"):
-        return arg
     name, equals, value = arg.partition("=")
-    return name.replace("_", "-") + equals + value
+    return name.replace("_", "-") + equals + value if arg.startswith("--") else arg
 
 
 def raw_value(args: Sequence[str], name: str) -> str | None:
@@ -232,48 +222,42 @@ def replace_settings(config: Config, given: dict[tuple[str, ...], Any]) -> Any:
     Raises ValueError if a value is out of range, or if a given field has no effect beside the
     values of the other fields.
     """
-    changes: dict[str, Any] = {}
-    nested: dict[str, dict[tuple[str, ...], Any]] = {}
-    for path, value in given.items():
-        if len(path) == 1:
-            changes[path[0]] = value
-        else:
-            nested.setdefault(path[0], {})[path[1:]] = value
-    for name, inner in nested.items():
+    changes = {path[0]: value for path, value in given.items() if len(path) == 1}
+    for name in dict.fromkeys(path[0] for path in given if len(path) > 1):
+        inner = {path[1:]: value for path, value in given.items() if path[0] == name}
         changes[name] = replace_settings(getattr(config, name), inner)
     result = dataclasses.replace(config, **changes)
     fields = {field.name: field for field in dataclasses.fields(config)}
     for name in changes:
-        for other, values in fields[name].metadata.get("requires", {}).items():
-            if getattr(result, other) not in values:
+        option, rules = f"--{option_name(fields[name])}", fields[name].metadata
+        for other, values in rules.get("requires", {}).items():
+            found = getattr(result, other)
+            if found not in values:
                 accepted = " or ".join(f"--{option_name(fields[other])}={v}" for v in values)
-                raise ValueError(
-                    f"--{option_name(fields[name])} has an effect only with {accepted}; "
-                    f"this run has {show_value(getattr(result, other))}."
-                )
-        for other, values in fields[name].metadata.get("unless", {}).items():
-            if getattr(result, other) in values:
-                raise ValueError(
-                    f"--{option_name(fields[name])} has no effect with "
-                    f"--{option_name(fields[other])}={show_value(getattr(result, other))}; give "
-                    "another value of that, or leave it out."
-                )
+                problem = f"has an effect only with {accepted}; this run has {show_value(found)}"
+                raise ValueError(f"{option} {problem}.")
+        for other, values in rules.get("unless", {}).items():
+            found = getattr(result, other)
+            if found in values:
+                problem = f"has no effect with --{option_name(fields[other])}={show_value(found)}"
+                remedy = "give another value of that, or leave it out"
+                raise ValueError(f"{option} {problem}; {remedy}.")
     return result
 
 
 @contextlib.contextmanager
-def usage_errors() -> Iterator[None]:
+def usage_errors(ctx: click.Context | None = None) -> Iterator[None]:
     """Turn a ValueError into a UsageError, which shows how to get help and exits with 2."""
     try:
         yield
     except ValueError as error:
-        raise click.UsageError(str(error)) from error
+        raise click.UsageError(str(error), ctx) from error
 
 
 def is_given(name: str) -> bool:
     """Return whether a parameter of the running command was typed, not left at its default."""
-    source = click.get_current_context().get_parameter_source(name)
-    return source is ParameterSource.COMMANDLINE
+    context = click.get_current_context()
+    return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
 def run(command: click.Command) -> None:
@@ -294,11 +278,10 @@ def run(command: click.Command) -> None:
             # within this time. What is still here has an error of its own.
             time.sleep(2)
             click.echo(f"On local rank {os.environ['LOCAL_RANK']}:", err=True)
-        if isinstance(error, click.ClickException):
-            error.show()
-        else:
-            click.echo(f"Error: {error}", err=True)
-        sys.exit(getattr(error, "exit_code", 1))
+        if not isinstance(error, click.ClickException):
+            error = click.ClickException(str(error))
+        error.show()
+        sys.exit(error.exit_code)
     except OSError as error:
         # Of files and disks; others, such as those of connections, keep their traceback.
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -316,8 +299,6 @@ def _is_ours(error: Exception) -> bool:
     project = Path(__file__).resolve().parent.parent
     frame = traceback.extract_tb(error.__traceback__)[-1]
     source = sys.modules.get(type(error).__module__)
-    files = [frame.filename, getattr(source, "__file__", None) or "-"]
-    return any(
-        Path(file).resolve().is_relative_to(project) and "site-packages" not in file
-        for file in files
-    )
+    files = {frame.filename, getattr(source, "__file__", None) or "-"}
+    inside = [file for file in files if Path(file).resolve().is_relative_to(project)]
+    return any("site-packages" not in file for file in inside)

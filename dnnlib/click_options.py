@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import importlib
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,15 @@ from dnnlib.config import split_optional
 def param(*names: str, default: Any = None, **settings: Any) -> Any:
     """Return a dataclass field that is an option of a command.
 
+    Its annotation gives the type: a ``bool`` is a flag, a ``Path`` is no string.
+
     Args:
         names: Option names with their dashes; by default the field name with hyphens.
         default: Default value, shown by ``--help`` unless it is None or False.
         settings: ``help`` and what else :class:`click.Option` takes; ``min`` and ``max`` bound a
             number, ``choices`` are the accepted strings.
-
-    The field's annotation gives the type: a ``bool`` is a flag, a ``Path`` is no string.
     """
-    return dataclasses.field(
-        default=default, metadata=dict(names=names, default=default, settings=settings)
-    )
+    return dataclasses.field(default=default, metadata=dict(names=names, settings=settings))
 
 
 def takes(kind: type, name: str = "options") -> Callable[[Callable], Callable]:
@@ -57,7 +55,6 @@ def takes(kind: type, name: str = "options") -> Callable[[Callable], Callable]:
 
 def _click_option(field: dataclasses.Field, hint: Any) -> Callable[[Callable], Callable]:
     settings = dict(field.metadata["settings"])
-    default = field.metadata["default"]
     names = field.metadata["names"] or (f"--{field.name.replace('_', '-')}",)
     hint, _ = split_optional(hint)
     limits = {name: settings.pop(name) for name in ("min", "max", "max_open") if name in settings}
@@ -69,12 +66,10 @@ def _click_option(field: dataclasses.Field, hint: Any) -> Callable[[Callable], C
         settings["type"] = click.Path(path_type=Path)
     elif hint is bool and "/" not in names[0]:
         settings["is_flag"] = True
-    elif hint is int and default is None:
+    elif hint is int and field.default is None:
         settings["type"] = int
-    if default is not None:
-        settings["default"] = default
-        if default is not False:
-            settings["show_default"] = True
+    if field.default is not None:
+        settings |= dict(default=field.default, show_default=field.default is not False)
     return click.option(*names, field.name, **settings)
 
 
@@ -87,20 +82,18 @@ class LazyGroup(click.Group):
         summaries: What each command does, in a sentence, for the help of the group.
     """
 
-    def __init__(
-        self, *args: Any, package: str, summaries: Mapping[str, str], **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, package: str, summaries: dict[str, str], **kwargs: Any) -> None:
         kwargs.setdefault("context_settings", dict(help_option_names=["-h", "--help"]))
         super().__init__(*args, **kwargs)
-        self._package, self.summaries = package, dict(summaries)
+        self._package, self.summaries = package, summaries
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.summaries)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in self.summaries:
-            return None
-        return importlib.import_module(f"{self._package}.{cmd_name}").command
+        if cmd_name in self.summaries:
+            return importlib.import_module(f"{self._package}.{cmd_name}").command
+        return None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -14,8 +14,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 Affects = Literal["result", "speed"]
-
-
 _RULES: dict[str, Any] = dict(
     min=None, max=None, choices=None, name=None, aliases=(), requires={}, unless={}, exposed=True
 )
@@ -51,11 +49,8 @@ def option(
 def inherited(base: type["Config"], name: str, default: Any = dataclasses.MISSING, **meta) -> Any:
     """Return the field ``name`` of ``base`` with another default or other metadata.
 
-    Args:
-        base: The configuration that describes the field.
-        name: The field, which the subclass declares again with the same type.
-        default: Its default in the subclass; that of ``base`` unless given.
-        meta: What of the arguments of :func:`option` differs.
+    The subclass declares it again with the same type; ``meta`` is what differs of the arguments of
+    :func:`option`.
     """
     field = next(field for field in dataclasses.fields(base) if field.name == name)
     if default is dataclasses.MISSING:
@@ -103,9 +98,9 @@ def accepted_values(field: dataclasses.Field, hint: Any) -> str:
         )
         if is_tuple:
             text = {"an integer": "integers", "a number": "numbers"}.get(text, text)
-            length = typing.get_args(base)
-            text = text if Ellipsis in length else f"{len(length)} {text}"
-            text += " separated by commas"
+            elements = typing.get_args(base)
+            count = "" if Ellipsis in elements else f"{len(elements)} "
+            text = f"{count}{text} separated by commas"
         low, high = meta.get("min"), meta.get("max")
         if low is not None and high is not None:
             text += f" from {low:g} to {high:g}"
@@ -125,20 +120,19 @@ def split_optional(hint: Any) -> tuple[Any, bool]:
     return hint, False
 
 
-def _has_type(value: Any, hint: Any) -> bool:
-    origin = typing.get_origin(hint)
-    if origin is tuple:
+def has_type(value: Any, hint: Any) -> bool:
+    """Return whether a value is of a type: a class, or a tuple of some; no number is infinite."""
+    if typing.get_origin(hint) is tuple:
         args = typing.get_args(hint)
         if not isinstance(value, tuple):
             return False
-        if len(args) == 2 and args[1] is Ellipsis:
-            return all(_has_type(element, args[0]) for element in value)
-        return len(value) == len(args) and all(map(_has_type, value, args))
+        if args[1:] == (Ellipsis,):
+            return all(has_type(element, args[0]) for element in value)
+        return len(value) == len(args) and all(map(has_type, value, args))
+    if hint in (int, float) and isinstance(value, bool):
+        return False
     if hint is float:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return is_number and math.isfinite(value)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, int | float) and math.isfinite(value)
     return isinstance(value, hint)
 
 
@@ -147,24 +141,17 @@ def _check_value(config: Config, field: dataclasses.Field, hint: Any) -> None:
     base, optional = split_optional(hint)
     if value is None and optional:
         return
-    meta = field.metadata
-    valid = _has_type(value, base)
-    if valid and meta.get("choices"):
-        values = value if isinstance(value, tuple) else (value,)
-        valid = all(element in meta["choices"] for element in values)
-    if valid and (meta.get("min") is not None or meta.get("max") is not None):
-        for number in value if isinstance(value, tuple) else (value,):
-            # Written so that NaN fails.
-            valid = valid and (meta["min"] is None or number >= meta["min"])
-            valid = valid and (meta["max"] is None or number <= meta["max"])
+    choices, low, high = (field.metadata.get(name) for name in ("choices", "min", "max"))
+    valid = has_type(value, base) and all(
+        (not choices or element in choices)
+        and (low is None or element >= low)
+        and (high is None or element <= high)
+        for element in (value if isinstance(value, tuple) else (value,))
+    )
     if not valid:
-        hint_text = ""
-        if meta.get("choices") and isinstance(value, str):
-            hint_text = did_you_mean(value, meta["choices"])
-        raise ValueError(
-            f"--{option_name(field)}: got {value!r}; accepted: "
-            f"{accepted_values(field, hint)}.{hint_text}"
-        )
+        text = f"--{option_name(field)}: got {value!r}; accepted: {accepted_values(field, hint)}."
+        near = did_you_mean(value, choices) if choices and isinstance(value, str) else ""
+        raise ValueError(text + near)
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
@@ -203,10 +190,9 @@ def identity(config: Config) -> dict[str, Any]:
     are configurations; its other fields do not count. Values are as in :func:`to_dict`, a section
     within a section is one value, and whatever affects the speed alone is left out at any depth.
     """
-    sections = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     return {
         f"{section}.{name}": value
-        for section, values in sections.items()
+        for section, values in vars(config).items()
         if isinstance(values, Config)
         for name, value in _deciding(values).items()
     }
@@ -244,10 +230,9 @@ def from_dict(config_type: type[Config], values: Mapping[str, Any]) -> Any:
     names = [field.name for field in dataclasses.fields(config_type)]
     for name, value in values.items():
         if name not in names:
-            raise ValueError(
-                f"Unknown setting {name!r} in a {config_type.__name__}; "
-                f"the file may come from a newer version.{did_you_mean(name, names)}"
-            )
+            problem = f"Unknown setting {name!r} in a {config_type.__name__}"
+            remedy = f"the file may come from a newer version.{did_you_mean(name, names)}"
+            raise ValueError(f"{problem}; {remedy}")
         base, _ = split_optional(hints[name])
         if isinstance(value, Mapping):
             values[name] = from_dict(base, value)
@@ -273,11 +258,7 @@ def family_class(config_type: type[Config], family: str) -> type[Config]:
 
 def _families(config_type: type[Config]) -> dict[str, type[Config]]:
     """Return the classes with a family's name among ``config_type`` and what derives from it."""
-    found = {}
-    pending = [config_type]
-    while pending:
-        current = pending.pop()
-        pending.extend(current.__subclasses__())
-        if current.family is not None:
-            found[current.family] = current
+    found = {} if config_type.family is None else {config_type.family: config_type}
+    for derived in config_type.__subclasses__():
+        found |= _families(derived)
     return found

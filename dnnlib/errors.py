@@ -11,21 +11,11 @@ def refusal(
     """Return the error that tells a user in one sentence what is wrong with an input.
 
     The sentence is ``WHERE: got GOT, but BUT; accepted: ACCEPTED; REMEDY.`` without the parts that
-    are empty; without ``got`` it is ``WHERE: BUT; ...``.
-
-    Args:
-        where: The option (``--batch``) or the file.
-        got: The value received.
-        accepted: Which values are.
-        but: What is wrong with this one.
-        remedy: What to do, as an imperative: ``use --batch=64``.
+    are empty; without ``got`` it is ``WHERE: BUT; ...``. ``where`` is the option or the file, and
+    ``remedy`` an imperative: ``use --batch=64``.
     """
-    if got is _NOTHING:
-        parts = [but]
-    else:
-        parts = [f"got {got}, but {but}" if but else f"got {got}"]
-    parts += [f"accepted: {accepted}"] if accepted else []
-    parts += [remedy] if remedy else []
+    parts = [but] if got is _NOTHING else [f"got {got}, but {but}" if but else f"got {got}"]
+    parts += [f"accepted: {accepted}" if accepted else "", remedy]
     return ValueError(f"{where}: {'; '.join(filter(None, parts))}.")
 
 

@@ -42,16 +42,15 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb", **kwargs: Any) -> It
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-    _fsync_folder(path.parent)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def check_target(option: str, path: str | os.PathLike, *, is_folder: bool = False) -> None:
-    """Raise ValueError if nothing could be written to ``path``, before work is done for it.
-
-    Args:
-        option: What the user named the path by.
-        path: The file to be written, or with ``is_folder`` the folder to write into.
-    """
+    """Raise ValueError if nothing could be written to the file, or into the folder, ``path``."""
     path = Path(path)
     if not is_folder and path.is_dir():
         raise ValueError(f"{option}: {path} is a folder; give the name of a file.")
@@ -83,14 +82,6 @@ def lock_folder(folder: Path, problem: str) -> contextlib.AbstractContextManager
     return file
 
 
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def cache_dir() -> Path:
     """Return the folder for downloads and derived data: $SETDIFFIT_CACHE or ~/.cache/setdiffit."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "setdiffit"
@@ -103,11 +94,6 @@ def sha256_of_file(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def is_url(location: str) -> bool:
-    """Return whether ``location`` is an http(s) address rather than a path."""
-    return urlparse(str(location)).scheme in ("http", "https")
-
-
 def fetch(location: str, sha256: str | None = None) -> Path:
     """Return a local path for a file named by a path or an http(s) URL.
 
@@ -115,28 +101,26 @@ def fetch(location: str, sha256: str | None = None) -> Path:
     verified before the file takes its place there. Raises ValueError for a missing file, a failed
     download or a wrong checksum.
     """
-    if not is_url(location):
-        path = Path(location)
+    if urlparse(str(location)).scheme in ("http", "https"):
+        name = Path(urlparse(location).path).name
+        key = hashlib.sha256(location.encode()).hexdigest()[:16]
+        path = cache_dir() / "downloads" / f"{key}-{name}"
+        if not path.is_file():
+            _download(location, path, sha256)
+            return path
+        label = f"{path} (cached copy of {location}; delete it to try again)"
+    else:
+        path = label = Path(location)
         if not path.is_file():
             raise ValueError(f"{path}: no such file.")
-        if sha256 is not None:
-            _verify(path, sha256, str(path))
-        return path
-    name = Path(urlparse(location).path).name
-    key = hashlib.sha256(location.encode()).hexdigest()[:16]
-    target = cache_dir() / "downloads" / f"{key}-{name}"
-    if not target.is_file():
-        _download(location, target, sha256)
-    elif sha256 is not None:
-        _verify(target, sha256, f"{target} (cached copy of {location}; delete it to try again)")
-    return target
+    if sha256 is not None:
+        with open(path, "rb") as file:
+            _verify(file, sha256, label)
+    return path
 
 
-def _verify(path: Path, sha256: str, label: str) -> None:
-    _compare(sha256_of_file(path), sha256, label)
-
-
-def _compare(found: str, sha256: str, label: str) -> None:
+def _verify(file: IO[bytes], sha256: str, label: Any) -> None:
+    found = hashlib.file_digest(file, "sha256").hexdigest()
     if not found.startswith(sha256.lower()):
         raise ValueError(f"{label}: SHA-256 is {found[:16]}..., expected {sha256[:16]}...")
 
@@ -152,13 +136,11 @@ def _download(url: str, target: Path, sha256: str | None) -> None:
         try:
             download(url, file, callback)
         except AddressError as error:
-            raise ValueError(
-                f"{str(error).rstrip('.')}; download it elsewhere and give its local path, or "
-                f"place it at {target}."
-            ) from None
+            remedy = f"download it elsewhere and give its local path, or place it at {target}"
+            raise ValueError(f"{str(error).rstrip('.')}; {remedy}.") from None
         if sha256 is not None:
             file.seek(0)
-            _compare(hashlib.file_digest(file, "sha256").hexdigest(), sha256, url)
+            _verify(file, sha256, url)
 
 
 class OpenFiles:

@@ -1,16 +1,16 @@
 """An ordered map over processes that keeps only a bounded number of items in flight."""
 
 import collections
-import contextlib
+import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -38,15 +38,9 @@ def thread_map(
 
     At most ``num_ahead`` items are under way or done before their turn.
     """
-    pending: collections.deque = collections.deque()
     executor = ThreadPoolExecutor(num_threads)
     try:
-        for item in items:
-            pending.append(executor.submit(function, item))
-            if len(pending) >= num_ahead:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        yield from _in_order((executor.submit(function, item) for item in items), num_ahead)
     finally:
         executor.shutdown(cancel_futures=True)
 
@@ -65,61 +59,50 @@ def process_map(
     process is killed.
     """
     num_workers = num_workers or num_usable_cores()
-    chunks = _chunks(items, chunk_size)
     if num_workers == 1:
-        for chunk in chunks:
-            yield from _apply(function, chunk)
+        yield from map(function, items)
         return
+    iterator = iter(items)
+    chunks = iter(lambda: list(itertools.islice(iterator, chunk_size)), [])
     executor = ProcessPoolExecutor(
         num_workers,
         # A fresh interpreter: forking a process that has threads can deadlock.
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_exit_with_parent,
     )
-    pending: collections.deque = collections.deque()
+
+    def submit(chunk: list[Item]) -> Future:
+        # A process that starts here never sees Ctrl-C, which reaches every process of a terminal.
+        # This process gets it afterwards, and decides what happens.
+        previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return executor.submit(_apply, function, chunk)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
     try:
-        for chunk in chunks:
-            with _sigint_blocked():
-                pending.append(executor.submit(_apply, function, chunk))
-            if len(pending) >= num_workers * _CHUNKS_PER_WORKER:
-                yield from pending.popleft().result()
-        while pending:
-            yield from pending.popleft().result()
+        for results in _in_order(map(submit, chunks), num_workers * _CHUNKS_PER_WORKER):
+            yield from results
     except BrokenProcessPool:
-        raise ValueError(
-            "A process that decodes images was killed, perhaps for want of memory; try fewer "
-            "with --workers=1."
-        ) from None
+        problem = "A process that decodes images was killed, perhaps for want of memory"
+        raise ValueError(f"{problem}; try fewer with --workers=1.") from None
     finally:
         executor.shutdown(cancel_futures=True)
 
 
-def _chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    chunk = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
+def _in_order(futures: Iterable[Future], num_ahead: int) -> Iterator[Any]:
+    """Yield the results of calls, each submitted when ``futures`` yields it."""
+    pending: collections.deque[Future] = collections.deque()
+    for future in futures:
+        pending.append(future)
+        if len(pending) >= num_ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
 def _apply(function: Callable[[Item], Result], chunk: list[Item]) -> list[Result]:
     return [function(item) for item in chunk]
-
-
-@contextlib.contextmanager
-def _sigint_blocked() -> Iterator[None]:
-    """Start processes that never see Ctrl-C, which reaches every process of a terminal.
-
-    This process gets it when the block ends, and decides what happens.
-    """
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 def _exit_with_parent() -> None:

@@ -2,32 +2,25 @@
 
 import dataclasses
 import json
-import math
 import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dnnlib.config import split_optional
+from dnnlib.config import has_type, split_optional
+from dnnlib.errors import refusal
 
 T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
 class JsonFormat:
-    """A format of JSON files, whose object has a ``format`` and a ``version``.
+    """A format of JSON files, whose object has a ``format`` and a ``version``."""
 
-    Attributes:
-        name: What ``format`` is.
-        version: The highest version that is read; the first is 1.
-        command: The command that writes such files.
-        remedy: What to do about a damaged one.
-    """
-
-    name: str
-    version: int
-    command: str
-    remedy: str
+    name: str  # What ``format`` is.
+    version: int  # The highest version that is read; the first is 1.
+    command: str  # The command that writes such files.
+    remedy: str  # What to do about a damaged one.
 
     def parse(self, content: bytes, file: Path | str, make: Callable[[dict[str, Any]], T]) -> T:
         """Return what ``make`` does of the object in the content of ``file``.
@@ -43,10 +36,9 @@ class JsonFormat:
             raise ValueError(f"{file}: not written by {self.command}.")
         version = values.get("version")
         if type(version) is not int or not 1 <= version <= self.version:
-            raise ValueError(
-                f"{file}: has format version {version}, but this version of the software reads up "
-                f"to {self.version}; update the software."
-            )
+            problem = f"this version of the software reads up to {self.version}"
+            problem = f"has format version {version}, but {problem}"
+            raise refusal(file, but=problem, remedy="update the software")
         try:
             return make(values)
         except (ValueError, OverflowError) as error:
@@ -83,9 +75,7 @@ def typed(hint: Any, value: Any, name: str = "") -> Any:
 
 
 def _is_scalar(hint: Any, value: Any) -> bool:
-    if hint is float:
-        return type(value) in (int, float) and math.isfinite(value)
-    return hint in (int, str, bool) and type(value) is hint
+    return hint in (int, float, str, bool) and has_type(value, hint)
 
 
 def _typed_object(hint: Any, value: dict[str, Any], name: str) -> Any:
