@@ -32,32 +32,25 @@ def init() -> torch.device:
     if torch.cuda.is_available():
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if local_rank >= torch.cuda.device_count():
-            raise ValueError(
-                f"Local rank {local_rank} has no GPU: this node has {torch.cuda.device_count()}. "
-                "Start at most that many processes with --nproc_per_node."
-            )
+            problem = f"has no GPU: this node has {torch.cuda.device_count()}"
+            remedy = "Start at most that many processes with --nproc_per_node."
+            raise ValueError(f"Local rank {local_rank} {problem}. {remedy}")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        _end_with_launcher()
+        if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+            # Have this rank killed when torchrun is, so that it does not train beside its
+            # successor: a kill of torchrun's group does not reach the session of a rank.
+            pr_set_pdeathsig = 1
+            ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        settings = dict(timeout=timedelta(hours=1))
         if device.type == "cuda":
-            dist.init_process_group("nccl", timeout=timedelta(hours=1), device_id=device)
-            # Signals and Python objects travel over gloo, off the device's path.
-            _cpu_group = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
+            dist.init_process_group("nccl", device_id=device, **settings)
         else:
-            dist.init_process_group("gloo", timeout=timedelta(hours=1))
-            _cpu_group = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
+            dist.init_process_group("gloo", **settings)
+        # Signals and Python objects travel over gloo, off the device's path.
+        _cpu_group = dist.new_group(backend="gloo", **settings)
     return device
-
-
-def _end_with_launcher() -> None:
-    """Have this rank killed when torchrun is, so that it does not train beside its successor.
-
-    torchrun starts every rank in a session of its own, which a kill of its group does not reach.
-    """
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def shutdown() -> None:
@@ -142,12 +135,21 @@ def gather_rows(tensor: torch.Tensor) -> torch.Tensor | None:
     return rows
 
 
-def on_main(function: Callable[[], T]) -> T:
+def on_main(function: Callable[[], T], broadcast: Callable[[T], T] = broadcast_object) -> T:
     """Run ``function`` on rank 0 and return its (small) result on every rank.
 
     An exception is raised on every rank, so that no rank waits for a failed one.
     """
-    return _on_main(function, broadcast_object)
+    result, error = None, None
+    if is_main():
+        try:
+            result = function()
+        except Exception as caught:
+            error = _transportable(caught)
+    error = broadcast_object(error)
+    if error is not None:
+        raise error
+    return broadcast(result)
 
 
 @contextlib.contextmanager
@@ -168,20 +170,7 @@ def together() -> Iterator[None]:
 
 def on_main_tree(function: Callable[[], T]) -> T:
     """Like :func:`on_main` for nested dicts, lists and tuples of tensors, of any size."""
-    return _on_main(function, broadcast_tree)
-
-
-def _on_main(function: Callable[[], T], broadcast: Callable[[Any], Any]) -> T:
-    result, error = None, None
-    if is_main():
-        try:
-            result = function()
-        except Exception as caught:
-            error = _transportable(caught)
-    error = broadcast_object(error)
-    if error is not None:
-        raise error
-    return broadcast(result)
+    return on_main(function, _broadcast_tree)
 
 
 def _transportable(error: Exception) -> Exception:
@@ -193,46 +182,36 @@ def _transportable(error: Exception) -> Exception:
     return error
 
 
-def broadcast_tree(tree: Any) -> Any:
+def _broadcast_tree(tree: Any) -> Any:
     """Return rank 0's nested dicts and lists of tensors and plain values on every rank.
 
-    Ranks other than 0 pass anything; tensors arrive on the CPU. Only rank 0 needs to see the file
-    that the tree came from.
+    Tensors arrive on the CPU. Only rank 0 needs to see the file that the tree came from.
     """
     if world_size() == 1:
         return tree
     tensors: list[torch.Tensor] = []
 
-    def describe(node: Any) -> Any:
-        if isinstance(node, torch.Tensor):
-            tensors.append(node.detach().cpu().contiguous())
-            return _TensorSlot(len(tensors) - 1, tuple(node.shape), node.dtype)
-        if isinstance(node, dict):
-            return {key: describe(child) for key, child in node.items()}
-        if isinstance(node, list | tuple):
-            return type(node)(describe(child) for child in node)
-        return node
+    def strip(tensor: torch.Tensor) -> torch.Tensor:
+        tensors.append(tensor.detach().cpu().contiguous())
+        return tensors[-1].to("meta")
 
-    def restore(node: Any) -> Any:
-        if isinstance(node, _TensorSlot):
-            if not is_main():
-                tensor = torch.empty(node.shape, dtype=node.dtype)
-            else:
-                tensor = tensors[node.index]
-            dist.broadcast(tensor, src=0, group=_cpu_group)
-            return tensor
-        if isinstance(node, dict):
-            return {key: restore(child) for key, child in node.items()}
-        if isinstance(node, list | tuple):
-            return type(node)(restore(child) for child in node)
-        return node
+    def fill(empty: torch.Tensor) -> torch.Tensor:
+        tensor = tensors.pop(0) if is_main() else torch.empty(empty.shape, dtype=empty.dtype)
+        dist.broadcast(tensor, src=0, group=_cpu_group)
+        return tensor
 
-    return restore(broadcast_object(describe(tree) if is_main() else None))
+    return _map_tensors(fill, broadcast_object(_map_tensors(strip, tree) if is_main() else None))
 
 
-class _TensorSlot:
-    def __init__(self, index: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self.index, self.shape, self.dtype = index, shape, dtype
+def _map_tensors(function: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> Any:
+    """Return nested dicts, lists and tuples with another tensor in the place of each."""
+    if isinstance(tree, torch.Tensor):
+        return function(tree)
+    if isinstance(tree, dict):
+        return {key: _map_tensors(function, child) for key, child in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(_map_tensors(function, child) for child in tree)
+    return tree
 
 
 def wrap(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
@@ -264,10 +243,8 @@ class StopSignal:
 
     Each step starts an asynchronous sum of the ranks' flags on the CPU group and reads the sum
     that the previous step started. Every rank sees the same sums, so every rank stops at the same
-    step, and neither the device nor the step waits for the network.
-
-    Once a signal came, further ones are ignored until the process ends: launcher and scheduler
-    often send one each.
+    step, and neither the device nor the step waits for the network. Once a signal came, further
+    ones are ignored until the process ends: launcher and scheduler often send one each.
     """
 
     signals = (signal.SIGTERM, signal.SIGUSR1)
