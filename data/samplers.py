@@ -1,11 +1,13 @@
 """Batch samplers: the order of training as a function of (seed, position), shared by ranks."""
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from torch.utils.data import Sampler
 
+from dnnlib.errors import refusal
 from torch_utils.rng import STREAM_BUCKET, STREAM_DATA, epoch_permutation
 
 _NUM_CACHED_EPOCHS = 4
@@ -35,18 +37,15 @@ class BatchSampler(Sampler[list[int]]):
         world_size: int,
     ) -> None:
         if batch_size % (batch_gpu * world_size):
-            raise ValueError(
-                f"--batch: got {batch_size}, which is no multiple of --batch-gpu {batch_gpu} x "
-                f"{world_size} rank(s)."
-            )
+            factors = f"--batch-gpu {batch_gpu} x {world_size} rank(s)"
+            raise refusal("--batch", f"{batch_size}, which is no multiple of {factors}")
         assert start_nimg >= 0
         assert 0 <= rank < world_size
         self._seed, self._start_nimg = seed, start_nimg
         self._batch_size, self._batch_gpu = batch_size, batch_gpu
         self._rank, self._world_size = rank, world_size
-        self._permutation = functools.lru_cache(_NUM_CACHED_EPOCHS * num_streams)(
-            self._make_permutation
-        )
+        cache = functools.lru_cache(_NUM_CACHED_EPOCHS * num_streams)
+        self._permutation = cache(self._make_permutation)
 
     def _make_permutation(self, stream: int, epoch: int) -> np.ndarray:
         """Return the order of one epoch of a stream, int64 [length of the stream]."""
@@ -87,11 +86,9 @@ class PositionSampler(BatchSampler):
         self._dataset_size = dataset_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        cur_nimg = self._start_nimg
-        while True:
+        for cur_nimg in itertools.count(self._start_nimg, self._batch_size):
             for positions in self._micro_batches(cur_nimg):
                 yield self.indices(positions).tolist()
-            cur_nimg += self._batch_size
 
     def indices(self, positions: np.ndarray) -> np.ndarray:
         """Return the dataset index at each position of the run, int64 [N]."""
@@ -127,12 +124,10 @@ class BucketSampler(BatchSampler):
         """Return the bucket of each of the first ``num_steps`` steps of a run, int64."""
         if num_steps > len(self._schedule):
             # A longer draw begins with the shorter one.
-            length = max(2 * num_steps, 1024)
             key = np.random.SeedSequence([self._seed % 2**64, STREAM_BUCKET])
-            uniform = np.random.Generator(np.random.Philox(key)).random(length)
-            ends = self._firsts[1:] / self._firsts[-1]
-            found = np.searchsorted(ends, uniform, side="right")
-            self._schedule = found.clip(max=len(ends) - 1)
+            uniform = np.random.Generator(np.random.Philox(key)).random(max(2 * num_steps, 1024))
+            ends = self._firsts[1:-1] / self._firsts[-1]
+            self._schedule = np.searchsorted(ends, uniform, side="right")
         return self._schedule[:num_steps]
 
     def bucket_at(self, cur_nimg: int) -> int:
@@ -143,13 +138,11 @@ class BucketSampler(BatchSampler):
     def __iter__(self) -> Iterator[list[int]]:
         steps_of = np.bincount(self.buckets(self._start_step), minlength=len(self._counts))
         cursors = (steps_of * self._batch_size).tolist()
-        step = self._start_step
-        while True:
+        for step in itertools.count(self._start_step):
             bucket = int(self.buckets(step + 1)[step])
             for positions in self._micro_batches(cursors[bucket]):
                 yield self.indices(bucket, positions).tolist()
             cursors[bucket] += self._batch_size
-            step += 1
 
     def indices(self, bucket: int, positions: np.ndarray) -> np.ndarray:
         """Return the dataset's item at each position of a bucket's stream, int64 [N]."""

@@ -27,9 +27,8 @@ def image_grid(images: torch.Tensor, columns: int) -> PIL.Image.Image:
     factor = max(1, -(-_MIN_TILE // max(height, width)))
     tiles = images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     tile_h, tile_w = height * factor + _GAP, width * factor + _GAP
-    canvas = np.full(
-        (rows * tile_h + _GAP, columns * tile_w + _GAP, channels), _BACKGROUND, dtype=np.uint8
-    )
+    shape = (rows * tile_h + _GAP, columns * tile_w + _GAP, channels)
+    canvas = np.full(shape, _BACKGROUND, np.uint8)
     for index, tile in enumerate(tiles.permute(0, 2, 3, 1).cpu().numpy()):
         y, x = index // columns * tile_h + _GAP, index % columns * tile_w + _GAP
         canvas[y : y + tile.shape[0], x : x + tile.shape[1]] = tile
@@ -44,40 +43,28 @@ def mixed_grid(
     Every image is scaled to ``height``, or to be as wide as twice that, but never enlarged beyond a
     whole factor.
     """
-    bands = []
-    for row in rows:
-        tiles = [
-            fit_tile(to_pil(image) if isinstance(image, torch.Tensor) else image, height)
-            for image in row
-        ]
-        tall = max(tile.height for tile in tiles)
-        band = PIL.Image.new(
-            "RGB",
-            (sum(tile.width + _GAP for tile in tiles) + _GAP, tall + _GAP),
-            (_BACKGROUND,) * 3,
-        )
+    rows = [[fit_tile(image, height) for image in row] for row in rows]
+    tall = [max(tile.height for tile in row) + _GAP for row in rows]
+    wide = [sum(tile.width + _GAP for tile in row) + _GAP for row in rows]
+    canvas = PIL.Image.new("RGB", (max(wide), sum(tall) + _GAP), (_BACKGROUND,) * 3)
+    top = _GAP
+    for row, band in zip(rows, tall, strict=True):
         left = _GAP
-        for tile in tiles:
-            band.paste(tile, (left, _GAP))
+        for tile in row:
+            canvas.paste(tile, (left, top))
             left += tile.width + _GAP
-        bands.append(band)
-    size = (max(band.width for band in bands), sum(band.height for band in bands) + _GAP)
-    canvas = PIL.Image.new("RGB", size, (_BACKGROUND,) * 3)
-    top = 0
-    for band in bands:
-        canvas.paste(band, (0, top))
-        top += band.height
+        top += band
     return canvas
 
 
-def fit_tile(image: PIL.Image.Image, height: int = 256) -> PIL.Image.Image:
+def fit_tile(image: torch.Tensor | PIL.Image.Image, height: int = 256) -> PIL.Image.Image:
     """Return a picture scaled as :func:`mixed_grid` does, which leaves the result as it is."""
+    image = to_pil(image) if isinstance(image, torch.Tensor) else image
     scale = min(height / image.height, 2 * height / image.width)
-    if scale >= 1:
-        size = (image.width * int(scale), image.height * int(scale))
-        return image.resize(size, PIL.Image.Resampling.NEAREST)
+    resampling = PIL.Image.Resampling.NEAREST if scale >= 1 else PIL.Image.Resampling.LANCZOS
+    scale = int(scale) if scale >= 1 else scale
     size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
-    return image.resize(size, PIL.Image.Resampling.LANCZOS)
+    return image.resize(size, resampling)
 
 
 def support_picture(
@@ -90,9 +77,8 @@ def support_picture(
     """
     num, size = len(supports), max(supports.shape[1], min(samples.shape[1], _MIN_COLUMNS))
     blocks = []
-    for row in range(num):
-        top = np.array(image_grid(supports[row], size))
-        below = np.array(image_grid(samples[row], size))
+    for support, made in zip(supports, samples, strict=True):
+        top, below = np.array(image_grid(support, size)), np.array(image_grid(made, size))
         gap = np.full((_BLOCK_GAP, *top.shape[1:]), 255, np.uint8)
         block = np.concatenate([top, gap, below])
         margins = [(_BLOCK_GAP, _BLOCK_GAP), (_BLOCK_GAP, _BLOCK_GAP), (0, 0)][: block.ndim]
