@@ -229,20 +229,30 @@ def replace_settings(config: Config, given: dict[tuple[str, ...], Any]) -> Any:
     result = dataclasses.replace(config, **changes)
     fields = {field.name: field for field in dataclasses.fields(config)}
     for name in changes:
-        option, rules = f"--{option_name(fields[name])}", fields[name].metadata
-        for other, values in rules.get("requires", {}).items():
-            found = getattr(result, other)
-            if found not in values:
-                accepted = " or ".join(f"--{option_name(fields[other])}={v}" for v in values)
-                problem = f"has an effect only with {accepted}; this run has {show_value(found)}"
-                raise ValueError(f"{option} {problem}.")
-        for other, values in rules.get("unless", {}).items():
-            found = getattr(result, other)
-            if found in values:
-                problem = f"has no effect with --{option_name(fields[other])}={show_value(found)}"
-                remedy = "give another value of that, or leave it out"
-                raise ValueError(f"{option} {problem}; {remedy}.")
+        problem = _without_effect(fields, name, result)
+        if problem is not None and not fields[name].metadata["harmless"]:
+            raise ValueError(problem)
+        if problem is not None and int(os.environ.get("RANK", 0)) == 0:
+            click.echo(f"Warning: {problem}", err=True)
     return result
+
+
+def _without_effect(fields: dict[str, dataclasses.Field], name: str, config: Config) -> str | None:
+    """Return a sentence for a setting that other settings of its section deprive of effect."""
+    option, metadata = option_name(fields[name]), fields[name].metadata
+    for other, values in metadata.get("requires", {}).items():
+        if getattr(config, other) not in values:
+            accepted = " or ".join(f"--{option_name(fields[other])}={v}" for v in values)
+            found = show_value(getattr(config, other))
+            return f"--{option} has an effect only with {accepted}; this run has {found}."
+    for other, values in metadata.get("unless", {}).items():
+        if getattr(config, other) in values:
+            found = f"--{option_name(fields[other])}={show_value(getattr(config, other))}"
+            return (
+                f"--{option} has no effect with {found}; give another value of that, or leave it "
+                "out."
+            )
+    return None
 
 
 @contextlib.contextmanager

@@ -15,7 +15,15 @@ from typing import Any, ClassVar, Literal
 
 Affects = Literal["result", "speed"]
 _RULES: dict[str, Any] = dict(
-    min=None, max=None, choices=None, name=None, aliases=(), requires={}, unless={}, exposed=True
+    min=None,
+    max=None,
+    choices=None,
+    name=None,
+    aliases=(),
+    requires={},
+    unless={},
+    exposed=True,
+    harmless=False,
 )
 
 
@@ -38,8 +46,8 @@ def option(
             ``choices``: accepted strings. ``name``: option name without the dashes, by default the
             field name with hyphens. ``aliases``: further option names. ``requires``: sibling fields
             and the values under which this field has an effect; giving the option while it has none
-            is an error. ``unless``: the reverse. ``exposed``: False for a field that is derived
-            (from the dataset, say) and is no option.
+            is an error. ``unless``: the reverse. ``harmless``: then a warning is enough.
+            ``exposed``: False for a field that is derived (from the dataset, say) and is no option.
     """
     assert rules.keys() <= _RULES.keys(), f"unknown rules {rules.keys() - _RULES.keys()}"
     metadata = {**_RULES, **rules, "help": help, "affects": affects}

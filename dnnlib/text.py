@@ -23,6 +23,11 @@ def format_count(number: float, unit: str = "") -> str:
     return f"{number:g}{unit}"
 
 
+def format_kimg(kimg: float) -> str:
+    """Return a number of thousands of images: ``0.26`` below one, ``154.3`` above."""
+    return f"{kimg:.2f}" if 0 < kimg < 1 else f"{kimg:.1f}"
+
+
 def join_names(names: Iterable[str]) -> str:
     """Return ``a``, ``a and b`` or ``a, b and c``."""
     *most, last = names

@@ -17,12 +17,16 @@ from models import build_network
 from training import checkpoint
 from training.checkpoint import (
     DataSummary,
+    find_profiles,
+    find_snapshots,
     find_states,
     load_snapshot,
     load_state,
+    profile_path,
     prune_states,
     save_state,
     save_weights,
+    snapshot_path,
     state_path,
 )
 from training.transfer import transfer_weights
@@ -274,6 +278,22 @@ def test_a_file_that_ends_early_is_refused(snapshot, tmp_path):
     for length in (1, 2, 30, 1000, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:length])
         assert "not a snapshot, or cut off" in refusal(load_snapshot, path)
+
+
+def test_names_of_less_than_a_kimg_count_images(tmp_path):
+    """As a short run on a laptop writes them; names from 1 kimg on are those of before."""
+    for nimg in (256, 1024, 64, 2000, 0):
+        save_state(state_path(tmp_path, nimg), dict(net={}), tiny_config())
+    assert [path.name for path in find_states(tmp_path)] == [
+        *("training-state-000002.pt", "training-state-000001.pt", "training-state-000000.256.pt"),
+        *("training-state-000000.064.pt", "training-state-000000.pt"),
+    ]
+    assert snapshot_path(tmp_path, 256).name == "network-snapshot-000000.256.pkl"
+    assert profile_path(tmp_path, 256, 0.05).name == "network-snapshot-0000000.256-0.050.pkl"
+    profile_path(tmp_path, 256, 0.05).touch()
+    snapshot_path(tmp_path, 256).touch()
+    assert find_profiles(tmp_path) == [profile_path(tmp_path, 256, 0.05)]
+    assert find_snapshots(tmp_path) == [snapshot_path(tmp_path, 256)]
 
 
 def test_states_are_found_newest_first_and_the_oldest_are_deleted(tmp_path):

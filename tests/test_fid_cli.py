@@ -579,7 +579,7 @@ def test_compare_reads_the_rows_of_a_run_and_names_what_is_none(base, tmp_path):
     outdir = tmp_path / "runs"
     run_dir = helpers.train_tiny(outdir, helpers.toy_data(base), "--metrics=fd_pixels").run_dir
     output = helpers.succeed(fid, "compare", run_dir / "metric-fd_pixels.jsonl").output
-    assert "network-snapshot-000000.pkl" in output
+    assert "network-snapshot-000000.016.pkl" in output
     message = helpers.fail(fid, "compare", run_dir / "stats.jsonl")
     assert "stats.jsonl:1: not a score row" in message
     assert "absent.json" in helpers.fail(fid, "compare", tmp_path / "absent.json")

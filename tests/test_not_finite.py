@@ -1,6 +1,7 @@
 """Values that are not finite become neither images nor scores."""
 
 import dataclasses
+import re
 
 import helpers
 import pytest
@@ -109,9 +110,9 @@ def test_training_says_that_there_is_no_picture_and_goes_on(kind, base, tmp_path
     options = ["--metrics=fd_pixels", "--cond"] if kind == "images" else []
     tiny = helpers.TINY if kind == "images" else TINY_SETS
     output = train_tiny(tmp_path, helpers.toy_data(base), *options, tiny=tiny)
-    assert "No pictures at kimg 0.0. Sampling gave values that are not finite" in output.output
+    assert re.search(r"No pictures at kimg 0\.0\d\. Sampling gave values that", output.output)
     if kind == "images":
-        assert "No scores at kimg 0.0." in output.output
+        assert "No scores at kimg 0.02." in output.output
     assert list(output.run_dir.glob("training-state-*"))
     assert not list(output.run_dir.glob("fakes-*"))
     assert not list(output.run_dir.glob("metric-*"))

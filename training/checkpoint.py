@@ -71,19 +71,28 @@ class Snapshot:
         return network.eval().requires_grad_(False).to(device)
 
 
+_COUNT = r"(\d+)(?:\.(\d+))?"  # Kimg, and images where there is less than one.
+
+
+def count_name(cur_nimg: int, digits: int = 6) -> str:
+    """Return how file names state ``cur_nimg`` images: kimg, to three decimals below 1."""
+    images = f".{cur_nimg:03d}" if 0 < cur_nimg < 1000 else ""
+    return f"{cur_nimg // 1000:0{digits}d}{images}"
+
+
 def snapshot_path(run_dir: Path, cur_nimg: int) -> Path:
     """Return the path of the snapshot after ``cur_nimg`` training images."""
-    return run_dir / f"network-snapshot-{cur_nimg // 1000:06d}.pkl"
+    return run_dir / f"network-snapshot-{count_name(cur_nimg)}.pkl"
 
 
 def profile_path(run_dir: Path, cur_nimg: int, std: float) -> Path:
     """Return the path of the compact snapshot of one profile after ``cur_nimg`` images."""
-    return run_dir / f"network-snapshot-{cur_nimg // 1000:07d}-{std_name(std)}.pkl"
+    return run_dir / f"network-snapshot-{count_name(cur_nimg, 7)}-{std_name(std)}.pkl"
 
 
 def state_path(run_dir: Path, cur_nimg: int) -> Path:
     """Return the path of the training state after ``cur_nimg`` training images."""
-    return run_dir / f"training-state-{cur_nimg // 1000:06d}.pt"
+    return run_dir / f"training-state-{count_name(cur_nimg)}.pt"
 
 
 def save_weights(
@@ -149,23 +158,26 @@ def load_state(path: str | os.PathLike) -> dict[str, Any]:
 
 def find_states(run_dir: Path) -> list[Path]:
     """Return the training states of a run folder, newest first."""
-    return _newest_first(run_dir, r"training-state-(\d+)\.pt")
+    return _newest_first(run_dir, rf"training-state-{_COUNT}\.pt")
 
 
 def find_snapshots(run_dir: Path) -> list[Path]:
     """Return the snapshots of a run folder with the average of --ema-kimg, newest first."""
-    return _newest_first(run_dir, r"network-snapshot-(\d+)\.pkl")
+    return _newest_first(run_dir, rf"network-snapshot-{_COUNT}\.pkl")
 
 
 def find_profiles(run_dir: Path) -> list[Path]:
     """Return the compact snapshots of a run folder, newest first."""
-    return _newest_first(run_dir, r"network-snapshot-(\d+)-0\.\d{3}\.pkl")
+    return _newest_first(run_dir, rf"network-snapshot-{_COUNT}-0\.\d{{3}}\.pkl")
 
 
 def _newest_first(run_dir: Path, pattern: str) -> list[Path]:
-    matches = ((re.fullmatch(pattern, path.name), path) for path in run_dir.glob("*"))
-    found = [(int(match.group(1)), path) for match, path in matches if match]
-    return [path for _, path in sorted(found, reverse=True)]
+    found = []
+    for path in run_dir.glob("*"):
+        if match := re.fullmatch(pattern, path.name):
+            kimg, images = match.groups(default="0")
+            found.append((int(kimg), int(images), path))
+    return [path for *_, path in sorted(found, reverse=True)]
 
 
 def prune_states(run_dir: Path, latest: Path, keep: int) -> None:

@@ -167,7 +167,10 @@ class LoggingConfig(Config):
     workers: int = option(1, min=0, help="Data loader processes per rank.")
     wandb: bool = option(False, aliases=("use-wandb",), help="Log to Weights & Biases as well.")
     wandb_project: str = option(
-        "setdiffit", requires={"wandb": (True,)}, help="Weights & Biases project."
+        "setdiffit",
+        requires={"wandb": (True,)},
+        harmless=True,
+        help="Weights & Biases project.",
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from data.loader import make_loader
 from dnnlib.errors import NotFiniteError
 from dnnlib.progress import progress
+from dnnlib.text import format_kimg
 from models import build_network
 from torch_utils import distributed, rng
 from torch_utils.misc import allow_tf32
@@ -162,14 +163,16 @@ def training_loop(
             return make(generator, outputs, cur_nimg) is not False
         except NotFiniteError as error:
             if telemetry is not None:
-                telemetry.message(f"No {what} at kimg {cur_nimg / 1000:.1f}. {error}")
+                telemetry.message(f"No {what} at kimg {format_kimg(cur_nimg / 1000)}. {error}")
             return True
 
     # Train.
     total_nimg = config.total_nimg
     done, stop = cur_nimg >= total_nimg, False
     if done and telemetry is not None:
-        telemetry.message(f"Complete at kimg {cur_nimg / 1000:.1f}; a larger --kimg would go on.")
+        telemetry.message(
+            f"Complete at kimg {format_kimg(cur_nimg / 1000)}; a larger --kimg would go on."
+        )
     if resume_state is not None and resume_state["progress"]["metrics_due"]:
         stop = not attempt("scores", evaluator.score)
     tick_start_sec, maintenance_sec = time.time(), time.time() - start_sec
@@ -253,7 +256,7 @@ def training_loop(
         if skipped_in_a_row >= training.skip_limit:
             raise FloatingPointError(
                 f"{skipped_in_a_row} gradients in a row were not finite (at kimg "
-                f"{cur_nimg / 1000:.1f}). Resume from the last state with a lower --lr, "
+                f"{format_kimg(cur_nimg / 1000)}). Resume from the last state with a lower --lr, "
                 f"--clip-grad=1 or --precision=bf16; --skip-limit={training.skip_limit} set "
                 "this limit."
             )
@@ -295,8 +298,8 @@ def training_loop(
     if telemetry is not None:
         if stop:
             telemetry.message(
-                f"Stopped by {stop_signal.name_received()} at kimg {cur_nimg / 1000:.1f}; continue "
-                f"with --resume={run_dir}"
+                f"Stopped by {stop_signal.name_received()} at kimg "
+                f"{format_kimg(cur_nimg / 1000)}; continue with --resume={run_dir}"
             )
         telemetry.close()
     return not stop

@@ -19,7 +19,14 @@ from dnnlib.config import identity
 from dnnlib.errors import refusal
 from dnnlib.progress import progress
 from models import build_network
-from training.checkpoint import Snapshot, find_profiles, load_snapshot, read_header, save_weights
+from training.checkpoint import (
+    Snapshot,
+    count_name,
+    find_profiles,
+    load_snapshot,
+    read_header,
+    save_weights,
+)
 from training.config import RunConfig
 from training.power_ema import MAX_STD, MIN_STD, posthoc_coefficients, std_name
 
@@ -142,7 +149,7 @@ def make_averages(
     solved = [posthoc_coefficients(in_nimg, in_stds, cur_nimg, std) for std in stds]
     sums, last = weighted_sums(profiles, np.stack([coefficients for coefficients, _ in solved]))
     for std, state_dict, (_, error) in zip(stds, sums, solved, strict=True):
-        path = outdir / f"network-snapshot-{cur_nimg // 1000:07d}-{std_name(std)}-posthoc.pkl"
+        path = outdir / f"network-snapshot-{count_name(cur_nimg, 7)}-{std_name(std)}-posthoc.pkl"
         made = dict(stds=sorted(set(in_stds)), num_snapshots=len(profiles), error=error)
         info = dict(last.progress, ema_std=std, posthoc=made)
         save_weights(path, state_dict, last.config, last.data, info)

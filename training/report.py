@@ -40,7 +40,8 @@ def describe_run(config: RunConfig, world_size: int, device: torch.device) -> st
     steps = -(-config.total_nimg // config.step_nimg)
     classes = f"{model.num_classes} classes" if model.num_classes else "unconditional"
     size = f"{model.resolution}x{model.resolution}x{model.img_channels}"
-    num = model.images_per_row
+    num, kimg = model.images_per_row, config.total_nimg / 1000
+    duration = f"{kimg:,.1f}" if kimg >= 1 else f"{kimg:.2f}"
     rows_of = "images" if num == 1 else f"sets of {num} images"
     rows = {
         "preset": config.preset,
@@ -49,7 +50,7 @@ def describe_run(config: RunConfig, world_size: int, device: torch.device) -> st
         "forward cost": f"{format_count(forward_flops(config))}FLOP per image",
         "batch": f"{training.batch} {rows_of} per optimizer step = {batch_gpu} per pass x "
         f"{rounds} pass(es) x {world_size} rank(s)",
-        "duration": f"{config.total_nimg / 1000:,.1f} kimg = {steps:,} optimizer steps",
+        "duration": f"{duration} kimg = {steps:,} optimizer steps",
         "precision": training.precision + (", compiled" if training.compile else ""),
         "attention": attention_backend(model, device),
         "device": str(device),
@@ -59,10 +60,11 @@ def describe_run(config: RunConfig, world_size: int, device: torch.device) -> st
     kimg_per_snapshot = config.tick_nimg * min(logging.snap, logging.dump or logging.snap) / 1000
     if logging.save_interval is not None:
         kimg_per_snapshot = logging.save_interval * config.step_nimg / 1000
-    if kimg_per_snapshot < 1:
+    if kimg_per_snapshot < 1 < kimg:
         rows["note"] = (
-            f"snapshots and states come every {kimg_per_snapshot:g} kimg, but their names count "
-            "whole ones: of those in the same kimg the last stays (see --tick, --snap, --dump)"
+            f"snapshots and states come every {kimg_per_snapshot:g} kimg, but from 1 kimg on their "
+            "names count whole ones: of those in the same kimg the last stays (see --tick, --snap, "
+            "--dump)"
         )
     return "\n".join(f"  {name:<13} {value}" for name, value in rows.items())
 

@@ -1,5 +1,6 @@
 """Where the numbers of a run go: console, log.txt, stats.jsonl, TensorBoard, Weights & Biases."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -11,10 +12,11 @@ import torch
 
 from dnnlib.config import Config, to_dict
 from dnnlib.files import atomic_write
-from dnnlib.text import format_time, join_names
+from dnnlib.text import format_kimg, format_time, join_names
 from torch_utils.misc import peak_flops
 from training.config import LoggingConfig, TrainingConfig
 
+_WANDB_TIMEOUT_SEC = 30.0
 Stats = dict[str, dict[str, float]]
 
 
@@ -26,8 +28,13 @@ class Telemetry:
         trim_rows(run_dir, cur_nimg)
         self._log = open(run_dir / "log.txt", "a", encoding="utf-8")
         self._stats = open(run_dir / "stats.jsonl", "a", encoding="utf-8")
-        self._tensorboard = _tensorboard_writer(run_dir, cur_nimg // 1000 + 1)
-        self._wandb = _wandb_run(run_dir, logging, config) if logging.wandb else None
+        self._tensorboard = _tensorboard_writer(run_dir, cur_nimg + 1)
+        self._wandb = None
+        if logging.wandb:
+            try:
+                self._wandb = _wandb_run(run_dir, logging, config)
+            except Exception as error:  # Whatever it is, a logging service never ends a run.
+                self.message(_wandb_problem(error))
         if self._tensorboard is None:
             self.message("TensorBoard is not installed: no event files (pip install tensorboard).")
 
@@ -62,10 +69,14 @@ class Telemetry:
     def _scalars(self, values: dict[str, float], cur_nimg: int) -> None:
         if self._tensorboard is not None:
             for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, global_step=cur_nimg // 1000)
+                self._tensorboard.add_scalar(name, value, global_step=cur_nimg)
             self._tensorboard.flush()
         if self._wandb is not None:
-            self._wandb.log({**values, "kimg": cur_nimg / 1000})
+            try:
+                self._wandb.log({**values, "images": cur_nimg, "kimg": cur_nimg / 1000})
+            except Exception as error:  # Whatever it is, a logging service never ends a run.
+                self._wandb = None
+                self.message(_wandb_problem(error))
 
     def close(self) -> None:
         """Flush and close every sink."""
@@ -74,7 +85,8 @@ class Telemetry:
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            with contextlib.suppress(Exception):
+                self._wandb.finish()
 
 
 def scalar(value: float) -> dict[str, float]:
@@ -88,7 +100,7 @@ def tick_line(fields: dict[str, dict[str, float]], total_nimg: int, num_skipped:
     left_kimg = max(total_nimg / 1000 - mean["Progress/kimg"], 0)
     parts = [
         f"tick {mean['Progress/tick']:<5.0f}",
-        f"kimg {mean['Progress/kimg']:<9.1f}",
+        f"kimg {format_kimg(mean['Progress/kimg']):<9}",
         f"loss {mean['Loss/loss']:<9.5f}",
         f"sec/kimg {mean['Timing/sec_per_kimg']:<8.2f}",
         f"time {format_time(mean['Timing/total_sec']):<8}",
@@ -156,13 +168,24 @@ def _wandb_run(run_dir: Path, logging: LoggingConfig, config: Config) -> Any:
     wandb = import_wandb()
     # The folder identifies the run, so that a resumed run continues its own record.
     path_hash = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]
-    return wandb.init(
+    run = wandb.init(
+        settings=wandb.Settings(init_timeout=_WANDB_TIMEOUT_SEC),
         project=logging.wandb_project,
         id=f"{run_dir.name[:5]}-{path_hash}",
         name=run_dir.name,
         dir=run_dir,
         config=to_dict(config),
         resume="allow",
+    )
+    run.define_metric("images")
+    run.define_metric("*", step_metric="images")
+    return run
+
+
+def _wandb_problem(error: Exception) -> str:
+    return (
+        f"Weights & Biases cannot be used ({str(error).rstrip('.')}): training goes on without it. "
+        "Log in with `wandb login`, or set WANDB_MODE=offline to keep the curves in the run folder."
     )
 
 

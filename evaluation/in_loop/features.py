@@ -11,13 +11,14 @@ import torch
 from PIL.Image import Image
 
 from data.features.dataset import FeatureDataset
+from dnnlib.text import format_kimg
 from evaluation.in_loop.images import fakes_path, is_recorded
 from sampling.features import FeatureGenerator
 from torch_utils import distributed
 from torch_utils.fingerprints import weights_hash
 from torch_utils.pictures import mixed_grid, save_image
 from torch_utils.rng import mix
-from training.checkpoint import snapshot_path
+from training.checkpoint import count_name, snapshot_path
 from training.config import RunConfig, TrainingConfig
 from training.ema import describe_average
 from training.family import Outputs
@@ -85,14 +86,14 @@ def _record(
     # A row says that its test is done with: it comes last.
     run_dir, telemetry = outputs.run_dir, outputs.telemetry
     for name, picture in pictures.items():
-        save_image(picture, run_dir / f"{name}-{cur_nimg // 1000:06d}.png")
+        save_image(picture, run_dir / f"{name}-{count_name(cur_nimg)}.png")
     for row in rows:
         alarm = compare(row, last_row(run_dir, row["metric"]))
         row = dict(row, kimg=cur_nimg / 1000, snapshot=snapshot_path(run_dir, cur_nimg).name)
         if alarm is not None:
             row["warnings"] = [*row["warnings"], alarm]
         telemetry.record_metric(row, cur_nimg)
-        telemetry.message(f"{describe_row(row)} at kimg {row['kimg']:.1f}")
+        telemetry.message(f"{describe_row(row)} at kimg {format_kimg(row['kimg'])}")
         for text in row["warnings"]:
             telemetry.message(f"{row['metric']}: warning: {text}")
 

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from dnnlib.progress import progress
+from dnnlib.text import format_kimg
 from sampling.grids import GRID_SEEDS, save_fakes
 from sampling.images import ImageGenerator, generate_for_rank, passport, seed_range
 from torch_utils import distributed
 from torch_utils.distributed import StopSignal
-from training.checkpoint import snapshot_path
+from training.checkpoint import count_name, snapshot_path
 from training.config import RunConfig
 from training.family import Outputs
 from training.telemetry import metric_is_recorded
@@ -91,7 +92,7 @@ class ImageEvaluator:
 
 def fakes_path(run_dir: Path, cur_nimg: int) -> Path:
     """Return the file of a run's samples after ``cur_nimg`` images."""
-    return run_dir / f"fakes-{cur_nimg // 1000:06d}.png"
+    return run_dir / f"fakes-{count_name(cur_nimg)}.png"
 
 
 def is_recorded(outputs: Outputs, name: str, cur_nimg: int) -> bool:
@@ -108,7 +109,7 @@ def record(rows: list[dict[str, Any]], outputs: Outputs, cur_nimg: int) -> None:
         row = dict(row, kimg=cur_nimg / 1000, snapshot=snapshot)
         outputs.telemetry.record_metric(row, cur_nimg)
         values = ", ".join(f"{name} {value:.4f}" for name, value in row["values"].items())
-        outputs.telemetry.message(f"{row['metric']}: {values} at kimg {row['kimg']:.1f}")
+        outputs.telemetry.message(f"{row['metric']}: {values} at kimg {format_kimg(row['kimg'])}")
 
 
 class _InterruptedError(Exception):
