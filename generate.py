@@ -12,7 +12,7 @@ from dnnlib.cli import ConfigCommand, is_given, raw_value, run
 from dnnlib.click_options import param, takes
 from dnnlib.config import Config
 from dnnlib.files import check_target
-from dnnlib.ranges import parse_ranges
+from dnnlib.text import parse_ranges
 from sampling.images import GenerateConfig, cached_snapshot
 from sampling.outputs import claim_outdir, make_images, places
 from torch_utils import distributed

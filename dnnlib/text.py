@@ -1,6 +1,9 @@
-"""Numbers, durations and lists as people read them."""
+"""Numbers, durations and lists as people read and type them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+from dnnlib.config import did_you_mean
+from dnnlib.errors import refusal
 
 
 def format_time(seconds: float) -> str:
@@ -32,3 +35,31 @@ def join_names(names: Iterable[str]) -> str:
     """Return ``a``, ``a and b`` or ``a, b and c``."""
     *most, last = names
     return f"{', '.join(most)} and {last}" if most else last
+
+
+def parse_ranges(
+    where: str, parts: str | Sequence[str], names: Sequence[str] | None = None
+) -> list[int]:
+    """Return the integers of a list such as ``0-3,7,10-11``, or of its elements, in order.
+
+    Each of ``names``, those of classes, may stand for its index, and no other index is accepted.
+    Raises ValueError for anything else, with the option ``where``.
+    """
+    found: list[int] = []
+    for part in map(str.strip, parts.split(",") if isinstance(parts, str) else parts):
+        if names is not None and part in names:
+            found.append(list(names).index(part))
+            continue
+        low, dash, high = part.partition("-")
+        if not low.isdecimal() or (dash and not high.isdecimal()):
+            if names is not None:
+                raise ValueError(f"{where}: no class {part!r}.{did_you_mean(part, names)}")
+            raise refusal(where, repr(part), accepted="integers and ranges, as 0-63,100")
+        first, last = int(low), int(high or low)
+        if last < first:
+            raise ValueError(f"{where}: got {part}, which ends before it starts.")
+        if names is not None and last >= len(names):
+            accepted = f"names, and indices from 0 to {len(names) - 1}"
+            raise refusal(where, part, accepted=accepted)
+        found.extend(range(first, last + 1))
+    return found

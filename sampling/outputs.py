@@ -10,7 +10,7 @@ from PIL.Image import Image
 
 from data.resumable import claim
 from dnnlib.progress import progress
-from dnnlib.ranges import parse_ranges
+from dnnlib.text import parse_ranges
 from torch_utils import distributed
 from torch_utils.pictures import image_grid, save_image, to_pil
 from training.family import Generator, Requests

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from dnnlib.cli import ConfigCommand, raw_value, replace_settings
 from dnnlib.config import Config, from_dict, identity, option, to_dict
-from dnnlib.ranges import parse_ranges
+from dnnlib.text import parse_ranges
 from dnnlib.typed import JsonFormat, typed
 
 

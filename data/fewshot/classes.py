@@ -12,7 +12,7 @@ from data.images.dataset import ImageDataset
 from data.images.labels import CLASS_SPLITS
 from dnnlib.config import Config, option
 from dnnlib.errors import refusal
-from dnnlib.ranges import parse_ranges
+from dnnlib.text import parse_ranges
 
 _SPLIT_SEED = 1
 NUM_TRANSFORMS = 8

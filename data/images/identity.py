@@ -5,7 +5,6 @@ and the folder that it is unpacked to are the same data. Files of a folder are r
 found is kept in the user's cache folder for as long as a file stays as it is.
 """
 
-import concurrent.futures
 import contextlib
 import hashlib
 import os
@@ -18,13 +17,13 @@ from pathlib import Path
 import numpy as np
 
 from dnnlib.files import atomic_write, cache_dir
-from dnnlib.parallel import num_usable_cores
+from dnnlib.parallel import num_usable_cores, thread_map
 from dnnlib.progress import progress
 
 VERSION = "v2-"  # Identities of version 1, of a folder's dates, have no such mark.
 _CHUNK_BYTES = 1 << 20
 _MAX_THREADS = 16
-_FILES_A_TURN = 256
+_FILES_AHEAD = 256
 # A file can change again within a tick of the clock of its file system: too new ones are not kept.
 _MIN_AGE_NS = 3_000_000_000
 
@@ -44,35 +43,26 @@ def identity_of_files(
 
 def checksums(root: Path, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Return lengths int64 [N] and CRC-32s uint32 [N] of a folder's files."""
-    cache = cache_dir() / "checksums" / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()}"
-    known = _read_cache(cache.with_suffix(".npz"))
+    key = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()
+    cache = cache_dir() / "checksums" / f"{key}.npz"
+    known = _read_cache(cache)
     stats = np.array([_stat(root / name) for name in names], np.int64).reshape(-1, 4)
-    crcs = np.zeros(len(names), np.uint32)
-    missing = []
-    for row, name in enumerate(names):
-        found = known.get(name)
-        if found is not None and found[0] == stats[row].tolist():
-            crcs[row] = found[1]
-        else:
-            missing.append(row)
-    if missing:
+    found = [known.get((name, *stat), -1) for name, stat in zip(names, stats.tolist(), strict=True)]
+    crcs = np.array(found, np.int64)
+    missing = np.flatnonzero(crcs < 0)
+    if len(missing):
         before_ns = time.time_ns()
-        _read_missing(root, names, missing, crcs)
+        paths = [root / names[row] for row in missing]
+        num_threads = min(_MAX_THREADS, 2 * num_usable_cores(), len(paths))
+        label = f"Checksums of {root.name}"
+        with progress(total=len(paths), label=label, transient=True) as bar:
+            results = thread_map(_crc, paths, num_threads, _FILES_AHEAD)
+            for row, crc in zip(missing, results, strict=True):
+                crcs[row] = crc
+                bar.update()
         keep = np.maximum(stats[:, 1], stats[:, 2]) < before_ns - _MIN_AGE_NS
-        _write_cache(cache.with_suffix(".npz"), names, stats, crcs, keep)
-    return stats[:, 0], crcs
-
-
-def _read_missing(root: Path, names: Sequence[str], rows: list[int], crcs: np.ndarray) -> None:
-    num_threads = min(_MAX_THREADS, 2 * num_usable_cores(), len(rows))
-    with (
-        concurrent.futures.ThreadPoolExecutor(num_threads) as executor,
-        progress(total=len(rows), label=f"Checksums of {root.name}", transient=True) as bar,
-    ):
-        for start in range(0, len(rows), _FILES_A_TURN):
-            part = rows[start : start + _FILES_A_TURN]
-            crcs[part] = list(executor.map(lambda row: _crc(root / names[row]), part))
-            bar.update(len(part))
+        _write_cache(cache, names, stats, crcs, keep)
+    return stats[:, 0], crcs.astype(np.uint32)
 
 
 def _stat(path: Path) -> tuple[int, int, int, int]:
@@ -88,15 +78,15 @@ def _crc(path: Path) -> int:
     return crc
 
 
-def _read_cache(path: Path) -> dict[str, tuple[list[int], int]]:
-    """Return what is known of each file: its length, dates and inode, and its CRC-32."""
+def _read_cache(path: Path) -> dict[tuple[str, int, int, int, int], int]:
+    """Return the CRC-32 of each file that is known, by name, length, dates and inode."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             names = arrays["names"].tobytes().decode("utf-8", "surrogateescape").split("\0")
-            stats, crcs = arrays["stats"].tolist(), arrays["crcs"].tolist()
+            keys = zip(names, *arrays["stats"].T.tolist(), strict=False)
+            return dict(zip(keys, arrays["crcs"].tolist(), strict=False))
     except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile):
         return {}
-    return {name: (stat, crc) for name, stat, crc in zip(names, stats, crcs, strict=False)}
 
 
 def _write_cache(
@@ -105,4 +95,4 @@ def _write_cache(
     kept = "\0".join(name for name, is_kept in zip(names, keep, strict=True) if is_kept)
     blob = np.frombuffer(kept.encode("utf-8", "surrogateescape"), np.uint8)
     with contextlib.suppress(OSError), atomic_write(path) as file:  # A cache is not needed.
-        np.savez(file, names=blob, stats=stats[keep], crcs=crcs[keep])
+        np.savez(file, names=blob, stats=stats[keep], crcs=crcs[keep].astype(np.uint32))
