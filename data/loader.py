@@ -4,7 +4,8 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -26,17 +27,17 @@ def make_loader(
     ``keys`` is whatever the dataset understands, so that a family of models brings its own sampler
     and dataset. ``num_workers`` processes decode ahead (0: this one does), in the sampler's order.
     """
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=num_workers,
-        collate_fn=collate,
-        pin_memory=device.type == "cuda",
-        prefetch_factor=_PREFETCH_FACTOR if num_workers else None,
-        persistent_workers=num_workers > 0,
-        worker_init_fn=init_worker,
-        generator=torch.Generator(),  # The global one stays as it is.
+    settings = (
+        dict(prefetch_factor=_PREFETCH_FACTOR, persistent_workers=True) if num_workers else {}
     )
+    pinned = device.type == "cuda"
+    return _loader(dataset, sampler, num_workers=num_workers, pin_memory=pinned, **settings)
+
+
+def _loader(dataset: Dataset, batches: Iterable[Sequence[int]], **settings: Any) -> DataLoader:
+    generator = torch.Generator()  # The global one stays as it is.
+    settings |= dict(collate_fn=collate, worker_init_fn=init_worker, generator=generator)
+    return DataLoader(dataset, batch_sampler=batches, **settings)
 
 
 def iterate_images(
@@ -52,26 +53,19 @@ def iterate_images(
     """Yield this rank's share of all images in order, each batch with its indices.
 
     A batch is ``(int64 [N], uint8 [N, C, H, W])``, the last one partial. Shares are contiguous,
-    differ by at most one image and may be empty. Processes decode ahead of the use of a batch:
-    ``num_workers``, by default as many as the rank's share of the cores allows, up to 8.
-    ``indices`` chooses a part of the dataset; ``label`` names the progress bar with
-    images/s that rank 0 shows.
+    differ by at most one image and may be empty. ``num_workers`` processes decode ahead, by default
+    as many as the rank's share of the cores allows, up to 8. ``indices`` chooses a part of the
+    dataset; ``label`` names the progress bar with images/s that rank 0 shows.
     """
     wanted = range(len(dataset)) if indices is None else indices
     mine = wanted[len(wanted) * rank // world_size : len(wanted) * (rank + 1) // world_size]
     batches = [list(mine[first : first + batch_size]) for first in range(0, len(mine), batch_size)]
-    if num_workers is None:
+    if len(mine) < _MIN_IMAGES_FOR_WORKERS:
+        num_workers = 0  # Processes pay off only for more work than starting them costs.
+    elif num_workers is None:
         num_workers = num_cores_of_rank(_MAX_READERS)
-    loader = DataLoader(
-        dataset,
-        batch_sampler=batches,
-        # Processes pay off only for more work than starting them costs.
-        num_workers=num_workers if len(mine) >= _MIN_IMAGES_FOR_WORKERS else 0,
-        collate_fn=collate,
-        worker_init_fn=init_worker,
-        generator=torch.Generator(),
-        pin_memory=torch.cuda.is_available(),
-    )
+    pinned = torch.cuda.is_available()
+    loader = _loader(dataset, batches, num_workers=num_workers, pin_memory=pinned)
     with progress(total=len(wanted), label=label, disable=rank != 0, transient=True) as bar:
         for batch, (images, _) in zip(batches, loader, strict=True):
             yield torch.tensor(batch), images

@@ -25,11 +25,8 @@ from torch_utils import distributed
 
 T = TypeVar("T")
 R = TypeVar("R")
-
+IsSame = Callable[[str, Any], bool]
 _LOOK_AHEAD = 4  # Items per thread.
-
-
-# The folder.
 
 
 def check_folder(dest: Path, what: str, is_ours: Callable[[Path], bool]) -> None:
@@ -63,11 +60,7 @@ def locked(dest: Path, verb: str) -> Iterator[None]:
 
 
 def check_claim(
-    file: Path,
-    protocol: Mapping[str, Any],
-    option: str,
-    what: str,
-    is_same: Callable[[str, Any], bool] | None = None,
+    file: Path, protocol: Mapping[str, Any], option: str, what: str, is_same: IsSame | None = None
 ) -> None:
     """Raise ValueError if a claim, where there is one, is not of the same making."""
     if not file.is_file():
@@ -87,14 +80,13 @@ def check_protocol(
     there: Mapping[str, Any],
     option: str,
     what: str,
-    is_same: Callable[[str, Any], bool] | None = None,
+    is_same: IsSame | None = None,
 ) -> None:
     """Raise ValueError, with the names that differ, if a folder holds ``what`` of another making.
 
     Args:
         protocol: What two makings must have in common, by the names that users know, plain values.
-        there: The protocol of what the folder holds.
-        option: The option that names the folder.
+        there: The protocol of what the folder holds, which ``option`` names.
         is_same: Whether a name's value there is that of the protocol; equality by default.
     """
     is_same = is_same or (lambda name, value: value == protocol[name])
@@ -112,9 +104,6 @@ def claim(file: Path, protocol: Mapping[str, Any], option: str, what: str) -> No
     write_json(file, protocol)
 
 
-# The work.
-
-
 def share(items: Sequence[T]) -> Sequence[T]:
     """Return this rank's part: ranks take turns."""
     return items[distributed.rank() :: distributed.world_size()]
@@ -124,10 +113,9 @@ def share(items: Sequence[T]) -> Sequence[T]:
 def progress_of_ranks(
     total: int, own: int, label: str, unit: str = "img"
 ) -> Iterator[Callable[[int], None]]:
-    """Show how far all ranks are, supposing that they are as far as this one.
+    """Show how far all ranks are with ``total``, supposing that they are as far as this one.
 
-    ``total`` is the work of all, ``own`` that of this rank. Yields what is called with the number
-    of units that were done since.
+    Yields what is called with the number of units, of ``own``, that this rank has done since.
     """
     done = shown = 0
     with progress(total=total, label=label, unit=unit, disable=not distributed.is_main()) as bar:
@@ -193,8 +181,8 @@ def memory_for(count: int, what: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError:
-        problem = f"no memory for {count} {what} at once"
-        raise refusal("--batch", but=problem, remedy="give a smaller one") from None
+        problem = f"no memory for {count} {what} at once; give a smaller one"
+        raise refusal("--batch", but=problem) from None
 
 
 def to_float16(

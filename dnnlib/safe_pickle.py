@@ -18,9 +18,8 @@ def load(file: IO[bytes]) -> Any:
     try:
         return _with_arrays(_PlainUnpickler(file, encoding="bytes").load(), {})
     except _ForbiddenGlobalError as error:
-        raise ValueError(
-            f"it would run {error}, which data never needs, so that nothing of it was read"
-        ) from None
+        problem = f"it would run {error}, which data never needs, so that nothing of it was read"
+        raise ValueError(problem) from None
     except MemoryError:
         raise ValueError("it is damaged: it asks for more memory than there is") from None
     except Exception as error:  # A damaged pickle can fail in any way inside the unpickler.
@@ -31,18 +30,22 @@ class _ForbiddenGlobalError(pickle.UnpicklingError):
     pass
 
 
+def _text(value: Any) -> Any:
+    return value.decode("ascii") if isinstance(value, bytes) else value
+
+
 class _DType:
     """What a pickle says of an array's numbers: their kind and size, then their byte order."""
 
     def __init__(self, code: str | bytes, *_: Any) -> None:
-        code = code.decode("ascii") if isinstance(code, bytes) else code
+        code = _text(code)
         dtype = np.dtype(code) if isinstance(code, str) and len(code) <= 4 else None
         if dtype is None or dtype.kind not in "biuf":
             raise _ForbiddenGlobalError(f"an array of type {code!r}")
         self.dtype = dtype
 
     def __setstate__(self, state: tuple) -> None:
-        order = state[1].decode("ascii") if isinstance(state[1], bytes) else state[1]
+        order = _text(state[1])
         if order not in ("<", ">", "|", "="):
             raise _ForbiddenGlobalError(f"an array of byte order {order!r}")
         self.dtype = self.dtype.newbyteorder(order)
@@ -61,8 +64,6 @@ class _Array:
 
 class _StandIn:
     """Something callable that a pickle may name and cannot change."""
-
-    __slots__ = ("_function",)
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
@@ -109,7 +110,6 @@ def _with_arrays(value: Any, seen: dict[int, Any]) -> Any:
         return tuple(_with_arrays(child, seen) for child in value)
     if isinstance(value, dict | list) and id(value) not in seen:
         seen[id(value)] = value
-        items = list(value.items() if isinstance(value, dict) else enumerate(value))
-        for key, child in items:
+        for key, child in list(value.items() if isinstance(value, dict) else enumerate(value)):
             value[key] = _with_arrays(child, seen)
     return value

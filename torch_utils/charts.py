@@ -13,10 +13,9 @@ def check_charts(option: str) -> None:
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ValueError(
-            f"{option}: charts need the package {error.name}, which is not installed: pip install "
-            'matplotlib, or pip install -e ".[charts]".'
-        ) from None
+        problem = f"charts need the package {error.name}, which is not installed"
+        remedy = 'pip install matplotlib, or pip install -e ".[charts]"'
+        raise ValueError(f"{option}: {problem}: {remedy}.") from None
 
 
 def new_figure(width: int, height: int) -> Any:

@@ -14,9 +14,8 @@ STREAM_POSTERIOR, STREAM_CONTEXT, STREAM_BUCKET = 6, 7, 8
 
 def mix(*values: int) -> int:
     """Return a well-mixed 63-bit integer that depends on every one of ``values``."""
-    words = [value % 2**64 for value in values]
-    state = np.random.SeedSequence(words).generate_state(1, np.uint64)
-    return int(state[0] >> np.uint64(1))
+    sequence = np.random.SeedSequence([value % 2**64 for value in values])
+    return int(sequence.generate_state(1, np.uint64)[0]) >> 1
 
 
 def step_generator(
@@ -31,21 +30,13 @@ def step_generator(
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One optimizer step, as far as its randomness goes: a function of (seed, position) alone.
+    """One optimizer step, as far as its randomness goes: a function of (seed, position) alone."""
 
-    Attributes:
-        seed: Seed of the run.
-        cur_nimg: Training images before the step.
-        batch: Rows of the global batch, over all ranks and passes.
-        shape: Channels, height and width of what the network denoises in this step.
-        device: Where random numbers are drawn.
-    """
-
-    seed: int
-    cur_nimg: int
-    batch: int
-    shape: tuple[int, int, int]
-    device: torch.device
+    seed: int  # Of the run.
+    cur_nimg: int  # Training images before the step.
+    batch: int  # Rows of the global batch, over all ranks and passes.
+    shape: tuple[int, int, int]  # Channels, height and width of what the network denoises.
+    device: torch.device  # Where random numbers are drawn.
 
     def generator(self, stream: int) -> torch.Generator:
         """Return the generator of one kind of randomness, such as ``STREAM_NOISE``."""
