@@ -1,1 +1,1 @@
-"""What this code costs beside plain ways of doing the same: the texts of benchmark.py."""
+"""What benchmark.py measures: a module for each command, loaded when it is called."""

@@ -1,31 +1,38 @@
-"""What attention costs by each way of computing it."""
+"""benchmark.py attention: what attention costs by each way of computing it."""
 
+import dataclasses
 import functools
 import statistics
 from collections.abc import Callable
 
+import click
 import torch
 
-from benchmarks.kinds import attention_stages
+from benchmarks.kinds import NetworkOptions, attention_stages, describe_run, measured_preset
 from benchmarks.measure import interleave, seconds_of, table
-from benchmarks.options import AttentionOptions
-from benchmarks.plain_diffit import plain_attention
+from benchmarks.plain import plain_attention
+from diffusion.denoiser import AUTOCAST_DTYPES
+from dnnlib.click_options import param, takes
 from models.layers import attend, choose_attention
-from sampling.images import AUTOCAST_DTYPES
-from training.config import RunConfig
-
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+from torch_utils import distributed
 
 
-def benchmark_attention(config: RunConfig, device: torch.device, options: AttentionOptions) -> str:
-    """Return the time of attention, forward and backward, by each way of computing it.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionOptions(NetworkOptions):
+    calls: int = param(default=3, min=1, help="Number of calls in a turn.")
+
+
+@click.command()
+@takes(AttentionOptions)
+def command(options: AttentionOptions) -> None:
+    """Time the ways to compute attention, forward and backward, at a preset's shapes.
 
     Rows are the stages of the model with their windows; the last row is all blocks of the network.
     """
-    model = config.model
-    attentions: dict[str, Attention] = {
-        name: functools.partial(attend, attention=name) for name in ("sdpa", "flex")
-    }
+    device = distributed.init()
+    config = measured_preset(options.preset).run
+    click.echo(f"{describe_run(config, device)}\nbatch {options.batch}, {options.precision}")
+    attentions = {name: functools.partial(attend, attention=name) for name in ("sdpa", "flex")}
     attentions["plain"] = plain_attention
     notes = []
     try:
@@ -33,17 +40,13 @@ def benchmark_attention(config: RunConfig, device: torch.device, options: Attent
     except ValueError:
         del attentions["flex"]
         notes.append(f"Flex attention has no backward pass on a {device.type.upper()}.")
-    dtype = AUTOCAST_DTYPES[options.precision] or torch.float32
-
     rows = [["stage", "windows", "tokens", "blocks", *(f"{n}, ms" for n in attentions), "fastest"]]
     totals = dict.fromkeys(attentions, 0.0)
     for stage, (grid, window, width, num_blocks) in enumerate(attention_stages(config)):
         num_windows, length = options.batch * (grid // window) ** 2, window**2
-        shape = (num_windows, model.num_heads, length, width // model.num_heads)
-        turns = {
-            name: _attention_turn(attention, shape, dtype, device, options.calls)
-            for name, attention in attentions.items()
-        }
+        heads = config.model.num_heads
+        call_of = _calls((num_windows, heads, length, width // heads), options, device)
+        turns = {name: call_of(attention) for name, attention in attentions.items()}
         times = interleave(turns, options.rounds, warm_up=True)
         seconds = {name: statistics.median(values) for name, values in times.items()}
         for name in totals:
@@ -53,28 +56,30 @@ def benchmark_attention(config: RunConfig, device: torch.device, options: Attent
     rows.append(["all", "", "", "", *_fastest(totals)])
     chosen = choose_attention("auto", device, needs_grad=True)
     notes.append(f"--attention=auto means {chosen} on this device.")
-    return "\n".join([table(rows), *notes])
+    click.echo("\n".join([table(rows), *notes]))
 
 
-def _attention_turn(
-    attention: Attention,
-    shape: tuple[int, int, int, int],
-    dtype: torch.dtype,
-    device: torch.device,
-    num_calls: int,
-) -> Callable[[], float]:
+def _calls(
+    shape: tuple[int, int, int, int], options: AttentionOptions, device: torch.device
+) -> Callable[[Callable[..., torch.Tensor]], Callable[[], float]]:
+    """Return a function from a way of computing attention to one that times its calls."""
     num_windows, heads, length, head_dim = shape
+    make = functools.partial(torch.randn, device=device)
+    dtype = AUTOCAST_DTYPES[options.precision] or torch.float32
     # Three parts of one tensor, as the network has them.
-    qkv = torch.randn(num_windows, 3 * heads, length, head_dim, dtype=dtype, device=device)
+    qkv = make(num_windows, 3 * heads, length, head_dim, dtype=dtype)
     inputs = [part.requires_grad_() for part in qkv.chunk(3, dim=1)]
-    inputs.append(torch.randn(heads, length, length, device=device, requires_grad=True))
-    grad = torch.randn(num_windows, heads, length, head_dim, dtype=dtype, device=device)
+    inputs.append(make(heads, length, length, requires_grad=True))
+    grad = make(shape, dtype=dtype)
 
-    def calls() -> None:
-        for _ in range(num_calls):
-            torch.autograd.grad(attention(*inputs).to(dtype), inputs, grad)
+    def turn_of(attention: Callable[..., torch.Tensor]) -> Callable[[], float]:
+        def calls() -> None:
+            for _ in range(options.calls):
+                torch.autograd.grad(attention(*inputs).to(dtype), inputs, grad)
 
-    return lambda: seconds_of(calls, device) / num_calls
+        return lambda: seconds_of(calls, device) / options.calls
+
+    return turn_of
 
 
 def _fastest(seconds: dict[str, float]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What is measured of each kind of model: whatever depends on the kind is asked here."""
+"""What is measured, and on what data: whatever depends on the kind of model is asked here."""
 
 import dataclasses
 import io
@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +13,13 @@ from PIL import Image
 
 import families
 from benchmarks.measure import describe_device
-from benchmarks.synthetic import make_archive, make_latents
 from configs.presets import PRESETS, Preset, get_preset
+from data.convert.convert import convert_images
+from data.convert.source import Source
+from data.latents.record import LABELS_FILE, RECORD_FILE, LatentRecord, latent_shard_name
+from dnnlib.click_options import param
+from dnnlib.errors import refusal
+from dnnlib.files import sha256_of_file, write_json
 from dnnlib.text import format_count
 from models import ModelConfig
 from training.config import RunConfig
@@ -23,34 +27,23 @@ from training.family import TrainingData
 from training.report import forward_flops, num_parameters
 
 NUM_SYNTHETIC_IMAGES = 2048
+BATCH_HELP = "Number of images in a batch."
+PRECISION_HELP = "Arithmetic to measure."
 
 
 def measured_preset(name: str) -> Preset:
     """Return a preset that can be measured; raises ValueError for any other."""
     preset = get_preset(name)
     if name not in MEASURED:
-        raise ValueError(
-            f"--preset: got {name}, of which nothing is measured yet; accepted: "
-            f"{', '.join(MEASURED)}."
-        )
+        got = f"{name}, of which nothing is measured yet"
+        raise refusal("--preset", got, accepted=", ".join(MEASURED))
     return preset
-
-
-def with_section(config: RunConfig, section: str, **changes: Any) -> RunConfig:
-    """Return a run with other values in one of its sections."""
-    changed = dataclasses.replace(getattr(config, section), **changes)
-    return dataclasses.replace(config, **{section: changed})
-
-
-def run_to_sample(preset: Preset) -> RunConfig:
-    """Return a preset's run with what its data would decide, so that it can be guided."""
-    return families.of(preset.run).example_run(preset.run, preset.num_classes)
 
 
 def run_on_pixels(name: str) -> RunConfig:
     """Return the run of a preset; raises ValueError for one that trains on latents."""
     config = measured_preset(name).run
-    if _KINDS[config.family].make is not _make_pictures:
+    if _KINDS[config.family].make is not make_pictures:
         raise ValueError(f"--preset: {name} is of latents; give one of images.")
     return config
 
@@ -67,9 +60,9 @@ def dataset_of(config: RunConfig, data: str | None) -> Iterator[TrainingData]:
     """Open ``data``, or pictures (or latents) made for the occasion in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         if data is None:
-            data = _KINDS[config.family].make(Path(folder), config.model)
-            config = with_section(config, "data", hflip=config.data.hflip and data.endswith(".zip"))
-        config = with_section(config, "data", data=data, cache=False)
+            data = str(_KINDS[config.family].make(Path(folder), config.model, NUM_SYNTHETIC_IMAGES))
+            config = config.changed("data", hflip=config.data.hflip and data.endswith(".zip"))
+        config = config.changed("data", data=data, cache=False)
         yield families.of(config).open_data(config)
 
 
@@ -94,38 +87,61 @@ def attention_stages(config: RunConfig) -> list[tuple[int, int, int, int]]:
     return _KINDS[config.family].stages(config.model)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Kind:
-    """What is measured of the models of a family, and on what data.
+def make_pictures(folder: Path, model: ModelConfig, num_images: int) -> Path:
+    """Write a zip of pictures in ten classes, about as large as photographs of that size as PNG."""
+    resolution, channels, num_classes = model.resolution, model.img_channels, 10
 
-    Attributes:
-        make: Writes data for a model into a folder, and returns where they are.
-        describe: Returns what a dataset holds.
-        bare_reading: See :func:`bare_reading`.
-        stages: See :func:`attention_stages`.
-    """
+    def picture(index: int) -> np.ndarray:
+        rng = np.random.default_rng(index)
+        coarse = rng.normal(0, 50, [channels, resolution // 8 + 2, resolution // 8 + 2])
+        planes = [Image.fromarray(plane.astype(np.float32)) for plane in coarse]
+        size = (resolution, resolution)
+        smooth = [np.asarray(plane.resize(size, Image.Resampling.BICUBIC)) for plane in planes]
+        pixels = np.stack(smooth, axis=2) + 128
+        pixels = (pixels + rng.normal(0, 8, pixels.shape)).clip(0, 255).astype(np.uint8)
+        return pixels[:, :, 0] if channels == 1 else pixels
 
-    make: Callable[[Path, ModelConfig], str]
-    describe: Callable[[TrainingData], str]
-    bare_reading: Callable[[TrainingData, int], tuple[str, Callable[[], None]]]
-    stages: Callable[[ModelConfig], list[tuple[int, int, int, int]]]
-
-
-def _make_pictures(folder: Path, model: ModelConfig) -> str:
-    path = folder / "synthetic.zip"
-    make_archive(
-        path,
-        num_images=NUM_SYNTHETIC_IMAGES,
-        resolution=model.resolution,
-        channels=model.img_channels,
-        num_classes=10,
+    source = Source(
+        name="synthetic pictures",
+        num_images=num_images,
+        item=picture,
+        image_name=str,
+        labels=[index % num_classes for index in range(num_images)],
+        class_names=[f"class {index}" for index in range(num_classes)],
     )
-    return str(path)
+    convert_images(source, folder / "synthetic.zip", num_workers=1)
+    return folder / "synthetic.zip"
 
 
-def _make_latents(folder: Path, model: ModelConfig) -> str:
-    make_latents(folder / "latents", num_images=NUM_SYNTHETIC_IMAGES, model=model)
-    return str(folder / "latents")
+def _make_latents(folder: Path, model: ModelConfig, num_images: int) -> Path:
+    """Write an archive of random latents, labelled, of the shape that a model expects."""
+    shape = (num_images, 1, 2 * model.latent_channels, *model.input_shape[1:])
+    moments = np.random.default_rng(0).standard_normal(shape, np.float32)
+    moments /= model.latent_scale or 1
+    moments[:, :, model.latent_channels :] = 0.1
+    shard = folder / latent_shard_name(0)
+    np.save(shard, moments.astype(np.float16))
+    np.save(folder / LABELS_FILE, np.arange(num_images, dtype=np.int64) % model.num_classes)
+    names = ("vae", "vae_hash", "source", "source_hash", "input_transform")
+    record = LatentRecord(
+        num_images=num_images,
+        resolution=model.resolution,
+        img_channels=model.img_channels,
+        latent_shape=list(model.input_shape),
+        kind="mean-std",
+        mirrored=False,
+        scale=model.latent_scale or 1.0,
+        shift=model.latent_shift,
+        **dict.fromkeys(names, "none"),
+        class_names=[f"class {index}" for index in range(model.num_classes)],
+        labels_sha256=sha256_of_file(folder / LABELS_FILE),
+        precision="fp32",
+        shard_size=num_images,
+        shards=[dict(file=shard.name, num_images=num_images, sha256=sha256_of_file(shard))],
+        packages={},
+    )
+    write_json(folder / RECORD_FILE, record.to_dict())
+    return folder
 
 
 def _describe_pictures(dataset: TrainingData) -> str:
@@ -160,7 +176,17 @@ def _one_stage(model: ModelConfig) -> list[tuple[int, int, int, int]]:
     return [(model.grid, model.grid, model.hidden_dim, model.num_blocks)]
 
 
-_PICTURES = _Kind(_make_pictures, _describe_pictures, _decode_pictures, _stages_of_levels)
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """What is measured of the models of a family, and on what data."""
+
+    make: Callable[[Path, ModelConfig, int], Path]  # Returns where the data in that folder are.
+    describe: Callable[[TrainingData], str]
+    bare_reading: Callable[[TrainingData, int], tuple[str, Callable[[], None]]]
+    stages: Callable[[ModelConfig], list[tuple[int, int, int, int]]]
+
+
+_PICTURES = _Kind(make_pictures, _describe_pictures, _decode_pictures, _stages_of_levels)
 # There is no plain network yet to compare feature-conditioned models with.
 _KINDS = {
     "image": _PICTURES,
@@ -168,3 +194,32 @@ _KINDS = {
     "sets": dataclasses.replace(_PICTURES, stages=_one_stage),
 }
 MEASURED = [name for name, preset in PRESETS.items() if _KINDS.get(preset.run.family)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What every measurement has."""
+
+    preset: str = param(default="cifar10", help=f"Model to measure: {', '.join(MEASURED)}.")
+    rounds: int = param(
+        default=7,
+        min=1,
+        help="Number of rounds in which all that is compared has a turn; medians count.",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataOptions(Options):
+    """What a measurement that reads images has."""
+
+    data: str | None = param(
+        help="Zip or folder made by dataset_tool.py.  [default: synthetic pictures]"
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NetworkOptions(Options):
+    """What a measurement of a network without training has."""
+
+    precision: str = param(default="fp32", choices=("bf16", "fp32"), help=PRECISION_HELP)
+    batch: int = param(default=16, min=1, help=BATCH_HELP)

@@ -1,4 +1,4 @@
-"""Measuring: clocks, memory, device facts, tables."""
+"""Clocks, memory, device facts and tables of the benchmarks."""
 
 import ctypes
 import platform
@@ -16,18 +16,21 @@ from dnnlib.parallel import num_usable_cores
 Value = TypeVar("Value")
 
 
+_BF16_FLAGS = {"AVX512-BF16": "avx512_bf16", "AMX": "amx_bf16"}
+
+
 def device_name(device: torch.device) -> str:
     """Return the model name of a GPU or of this machine's CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return _cpu_fields().get("model name") or platform.processor() or platform.machine()
+    return _field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
 
 
 def describe_device(device: torch.device) -> str:
     """Return the hardware and the PyTorch version in one line."""
     if device.type == "cuda":
         return f"{device_name(device)}; torch {torch.__version__}, CUDA {torch.version.cuda}"
-    flags = _cpu_fields().get("flags", "").split()
+    flags = _field("/proc/cpuinfo", "flags").split()
     has = [f"{name}: {'yes' if flag in flags else 'no'}" for name, flag in _BF16_FLAGS.items()]
     return (
         f"{device_name(device)}, {num_usable_cores()} cores ({', '.join(has)}); torch "
@@ -35,15 +38,11 @@ def describe_device(device: torch.device) -> str:
     )
 
 
-_BF16_FLAGS = {"AVX512-BF16": "avx512_bf16", "AMX": "amx_bf16"}
-
-
-def _cpu_fields() -> dict[str, str]:
-    # Of the first core; empty where there is no such file.
-    path = Path("/proc/cpuinfo")
-    text = path.read_text(encoding="utf-8").partition("\n\n")[0] if path.is_file() else ""
-    pairs = [line.partition(":") for line in text.splitlines()]
-    return {key.strip(): value.strip() for key, _, value in pairs}
+def _field(path: str, name: str) -> str:
+    """Return the first value of a name in a file of the system; empty where there is none."""
+    text = Path(path).read_text(encoding="utf-8") if Path(path).is_file() else ""
+    found = re.search(rf"^{name}\s*:[ \t]*(.*)$", text, re.MULTILINE)
+    return found.group(1) if found else ""
 
 
 class Clock:
@@ -140,16 +139,15 @@ def peak_growth(function: Callable[[], Any], device: torch.device) -> int | None
         trim(0)  # What was freed before would otherwise be used again, unseen.
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # Forget the last peak.
-        before = _process_status("VmRSS")
+        before = _resident("VmRSS")
         function()
-        return max(_process_status("VmHWM") - before, 0)
+        return max(_resident("VmHWM") - before, 0)
     except OSError:
         return None
 
 
-def _process_status(name: str) -> int:
-    text = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(re.search(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE).group(1)) * 1024
+def _resident(name: str) -> int:
+    return int(_field("/proc/self/status", name).removesuffix("kB")) * 1024
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -1,30 +1,131 @@
-"""The plain networks that benchmarks compare with."""
+"""The networks that benchmarks compare with: the same function from the same weights, plainly.
 
-from benchmarks.plain_diffit import PlainDiffiT
-from benchmarks.plain_latent_diffit import PlainLatentDiffiT
-from benchmarks.plain_set_dit import LoopConditioner, PlainSetDiT
+Attention is two batched matrix products with a softmax between them. In DiffiT, images are
+contiguous [N, C, H, W], windows are cut once per block, an upsampling is followed by its
+convolution; bias tables are gathered row by row. Sets are encoded one place after another.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
 from models import ModelConfig, Network, build_network
-from models.diffit import DiffiTConfig
-from models.latent_diffit import LatentDiffiTConfig
-from models.set_dit import SetDiTConfig
-
-_BACKBONES = {
-    DiffiTConfig: PlainDiffiT,
-    LatentDiffiTConfig: PlainLatentDiffiT,
-    SetDiTConfig: PlainSetDiT,
-}
-_CONDITIONERS = {SetDiTConfig: LoopConditioner}
+from models.context import Context
+from models.diffit import ResBlock
+from models.layers import (
+    TMSA,
+    CrossAttention,
+    SelfAttention,
+    UpsampleConv,
+    merge_heads,
+    split_heads,
+)
+from models.set_conditioner import SetConditioner
+from models.set_encoder import EncoderAttention
 
 
 def build_plain_network(config: ModelConfig) -> Network:
-    """Return the network of ``config`` with the plain parts and the same initial weights."""
+    """Return the network of ``config``, same initial weights included, with the plain parts."""
     network = build_network(config)
-    plain = _BACKBONES[type(config)](config)
-    plain.load_state_dict(network.backbone.state_dict())
-    network.backbone = plain
-    make_conditioner = _CONDITIONERS.get(type(config))
-    if make_conditioner is not None:
-        conditioner = make_conditioner(config, plain.context_dim)
-        conditioner.load_state_dict(network.conditioner.state_dict())
-        network.conditioner = conditioner
+    for part in network.modules():
+        part.__class__ = _PLAIN.get(type(part), type(part))
     return network
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Return softmax(q k^T / sqrt(d) + bias) v of q, k, v [N, heads, L, d], bias [heads, L, L]."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias
+    return scores.softmax(dim=-1) @ v
+
+
+class PlainTMSA(TMSA):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Return tokens like x [N windows, ..., C], one window a row, for time tokens t [N, T]."""
+        qkv = self.qkv(x.flatten(1, -2))  #                             [N windows, L, 3 C]
+        qkv = qkv + self.qkv_temb(t).repeat_interleave(len(x) // len(t), dim=0)[:, None]
+        qkv = qkv.unflatten(-1, (3, -1, self.head_dim))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  #               [N windows, heads, L, d]
+        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
+        return self.proj(plain_attention(q, k, v, bias).transpose(1, 2).reshape(x.shape))
+
+
+class PlainResBlock(ResBlock):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        x = x.contiguous()  # The first one's input is channels last.
+        y = self.conv(self.dropout(functional.silu(self.norm(x))))
+        num, dim, height, width = y.shape
+        w = self.block.attn.window
+        rows, columns = height // w, width // w
+        y = y.reshape(num, dim, rows, w, columns, w).permute(0, 2, 4, 3, 5, 1)
+        y = self.block(y.reshape(-1, w * w, dim), t)  #                 [N windows, L, C]
+        y = y.reshape(num, rows, columns, w, w, dim).permute(0, 5, 1, 3, 2, 4)
+        return self.shortcut(x) + y.reshape(num, dim, height, width)
+
+
+class PlainUpsampleConv(UpsampleConv):
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.interpolate(x, scale_factor=2, mode="nearest")
+        return functional.conv2d(x, self.weight, self.bias, padding=1)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    scores = q @ k.transpose(-2, -1) * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return merge_heads(scores.softmax(-1) @ v)
+
+
+class PlainSelfAttention(SelfAttention):
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = split_heads(self.qkv(x), self.head_dim).chunk(3, dim=1)
+        return self.proj(_attend(q, k, v, self.head_dim**-0.5))
+
+
+class PlainCrossAttention(CrossAttention):
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        q = split_heads(self.q(x), self.head_dim)
+        k, v = split_heads(self.kv(context), self.head_dim).chunk(2, dim=1)
+        return self.proj(_attend(q, k, v, self.head_dim**-0.5))
+
+
+class PlainEncoderAttention(EncoderAttention):
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        q, k, v = split_heads(self.qkv(x), self.dim_head).chunk(3, dim=1)
+        scale = self.dim_head**-0.5
+        if self.log_temperature is not None:
+            q, scale = q * self.log_temperature.exp(), 1.0
+        return self.proj(_attend(q, k, v, scale, mask))
+
+
+class LoopConditioner(SetConditioner):
+    """The same context, made by one call of the encoder for each place in a set."""
+
+    def forward(
+        self, cond: dict[str, Tensor], drop: Tensor | None = None, num: int | None = None
+    ) -> Context:
+        if "set" not in cond or not self.config.leave_one_out:
+            return super().forward(cond, drop, num)
+        images, shared = cond["set"], {k: v for k, v in cond.items() if k in ("label", "c_noise")}
+        contexts = []
+        for place in range(images.shape[1]):
+            others = [index for index in range(images.shape[1]) if index != place]
+            own = dict(shared, support=images[:, others])
+            if "mask" in cond:
+                own["mask"] = cond["mask"][:, others]
+            if "context_noise" in cond:
+                own["context_noise"] = cond["context_noise"][:, place]
+            contexts.append(super().forward(own, drop))
+        order = torch.arange(len(images) * images.shape[1], device=images.device)
+        order = order.view(images.shape[1], len(images)).t().flatten()  # b-major
+        return contexts[0].concat(*contexts[1:]).index(order)
+
+
+_PLAIN = {
+    TMSA: PlainTMSA,
+    ResBlock: PlainResBlock,
+    UpsampleConv: PlainUpsampleConv,
+    SelfAttention: PlainSelfAttention,
+    CrossAttention: PlainCrossAttention,
+    EncoderAttention: PlainEncoderAttention,
+    SetConditioner: LoopConditioner,
+}

@@ -19,21 +19,22 @@ from PIL import Image
 import benchmark as script
 import families
 from benchmarks import kinds, measure
-from benchmarks import training as training_benchmark
+from benchmarks import train as train_benchmark
+from benchmarks.kinds import make_pictures
 from benchmarks.measure import Clock, interleave, median_ratio, peak_growth
 from benchmarks.metrics import benchmark_frechet
-from benchmarks.plain import build_plain_network
-from benchmarks.plain_diffit import plain_attention
-from benchmarks.synthetic import make_archive
-from benchmarks.training import PARTS, PlainTrainingSteps, TrainingSteps
+from benchmarks.plain import PlainTMSA, build_plain_network, plain_attention
+from benchmarks.train import PARTS, PlainTrainingSteps, TrainingSteps
 from configs import get_preset
 from data.images.dataset import ImageDataset
 from evaluation.in_loop.images import ImageEvaluator
 from evaluation.scoring import RealImages, make_evaluate
 from metrics.metric import get_metrics
 from models import build_network
-from models.diffit import DiffiTConfig
+from models.diffit import DiffiTConfig, ResBlock
 from models.latent_diffit import LatentDiffiTConfig
+from models.layers import TMSA, UpsampleConv
+from models.set_dit import SetDiTConfig
 from torch_utils.distributed import StopSignal
 from torch_utils.misc import count_parameters, peak_flops
 from training.loop import Job, training_loop
@@ -75,9 +76,8 @@ def jolt(network):
 @pytest.fixture(scope="module")
 def synthetic(tmp_path_factory):
     """48 labelled grey 8x8 pictures in 10 classes."""
-    path = tmp_path_factory.mktemp("data") / "synthetic.zip"
-    make_archive(path, num_images=48, resolution=8, channels=1, num_classes=10)
-    return path
+    model = SimpleNamespace(resolution=8, img_channels=1)
+    return make_pictures(tmp_path_factory.mktemp("data"), model, 48)
 
 
 def tiny_run(dataset, **training):
@@ -136,7 +136,7 @@ def test_the_plain_network_computes_the_same_function_and_gradients(config):
 
 
 @pytest.mark.parametrize("config", [small_model(), small_latent_model()], ids=["unet", "latent"])
-def test_the_plain_network_starts_with_the_same_weights_and_shares_no_backbone_code(config):
+def test_the_plain_network_starts_with_the_same_weights_and_no_fast_part(config):
     torch.manual_seed(0)
     network = build_network(config)
     torch.manual_seed(0)
@@ -144,8 +144,9 @@ def test_the_plain_network_starts_with_the_same_weights_and_shares_no_backbone_c
     assert plain.state_dict().keys() == network.state_dict().keys()
     for name, value in network.state_dict().items():
         assert torch.equal(plain.state_dict()[name], value), name
-    modules = {type(module).__module__ for module in plain.backbone.modules()}
-    assert not any(module.startswith("models") for module in modules), modules
+    kinds_of_parts = {type(module) for module in plain.modules()}
+    assert not kinds_of_parts & {ResBlock, TMSA, UpsampleConv}
+    assert PlainTMSA in kinds_of_parts
 
 
 def test_the_plain_network_has_the_presets_parameter_counts():
@@ -155,6 +156,21 @@ def test_the_plain_network_has_the_presets_parameter_counts():
             assert count_parameters(build_plain_network(config)) == count_parameters(
                 build_network(config)
             )
+
+
+@pytest.mark.parametrize("way", ["film", "lag"])
+def test_the_plain_network_of_sets_computes_the_same_function(way):
+    small = dict(resolution=8, img_channels=1, patch_size=4, hidden_dim=24, num_blocks=2)
+    small |= dict(num_heads=2, hdim=16, encoder_depth=1, encoder_heads=2, encoder_dim_head=8)
+    config = SetDiTConfig(mode_conditioning=way, **small)
+    network = jolt(build_network(config)).eval()
+    plain = build_plain_network(config).eval()
+    plain.load_state_dict(network.state_dict())
+    cond = {"set": torch.randn(2, config.sample_size, 1, 8, 8)}
+    x = torch.randn(2 * config.sample_size, 1, 8, 8)
+    outputs = [net(x, torch.ones(len(x)), net.context(cond)) for net in (network, plain)]
+    assert outputs[0].std() > 0.1
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)
 
 
 def test_steps_of_both_sides_are_the_same_training(synthetic):
@@ -331,8 +347,8 @@ def test_training_is_compared_in_fp32_and_bf16_and_never_compiled_unasked(
 
 def test_utilisation_is_the_share_of_the_peak_of_a_known_device(small_presets, monkeypatch):
     # One GFLOP an image and pass makes three per training step and image.
-    monkeypatch.setattr(training_benchmark, "device_name", lambda device: "NVIDIA A100-SXM4-80GB")
-    monkeypatch.setattr(training_benchmark, "forward_flops", lambda config: 1e12)
+    monkeypatch.setattr(train_benchmark, "device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    monkeypatch.setattr(train_benchmark, "forward_flops", lambda config: 1e12)
     output = succeed(script, "train", "--batch-gpu=4", "--rounds=1").output
     step = [float(cell) / 1000 for cell in cells(output, "step, ms")]
     found = [float(cell.rstrip("%")) for cell in cells(output, "model-FLOPs utilisation")]
@@ -470,7 +486,7 @@ def test_memory_does_not_grow_with_ticks(synthetic, tmp_path):
 
 class TestMetrics:
     def test_both_ways_to_the_frechet_distance_agree(self):
-        text = benchmark_frechet(num_features=40, num_samples=100, num_rounds=1)
+        text = benchmark_frechet(num_features=40, num_rounds=1)
         rows = [line.split() for line in text.splitlines()]
         own, general = float(rows[1][-1]), float(rows[2][-1])
         assert own == pytest.approx(general, abs=1e-5)

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from data.images.augment import AugmentConfig
 from data.images.dataset import DatasetConfig
@@ -235,6 +235,11 @@ class RunConfig(Config):
     detectors: DetectorConfig = DetectorConfig()
     sampling: SamplingConfig = SamplingConfig()
     guidance: Config
+
+    def changed(self, section: str, **values: Any) -> Self:
+        """Return the run with other values in one of its sections, such as ``training``."""
+        section_values = dataclasses.replace(getattr(self, section), **values)
+        return dataclasses.replace(self, **{section: section_values})
 
     @property
     def step_nimg(self) -> int:

@@ -1,0 +1,81 @@
+"""benchmark.py data: what loading costs, beside bare decoding and bare reading of latents."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+
+import click
+import torch
+
+import families
+from benchmarks.kinds import (
+    BATCH_HELP,
+    DataOptions,
+    bare_reading,
+    dataset_of,
+    describe_items,
+    measured_preset,
+)
+from benchmarks.measure import describe_device, interleave, median_ratio, seconds_of, table
+from data.loader import make_loader
+from dnnlib.click_options import param, takes
+from training.config import RunConfig
+from training.family import Part, TrainingData
+
+# Batches that a loader process makes ahead, and more.
+_NUM_AHEAD = 5
+_CPU = torch.device("cpu")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadingOptions(DataOptions):
+    batch: int | None = param(min=1, help=f"{BATCH_HELP}  [default: the preset's]")
+    batches: int = param(default=8, min=1, help="Number of batches in a turn.")
+
+
+@click.command()
+@takes(LoadingOptions)
+def command(options: LoadingOptions) -> None:
+    """Time the loader against decoding the same files with Pillow in one process.
+
+    For latents, against copying them out of memory-mapped files.
+    """
+    config = measured_preset(options.preset).run
+    batch = options.batch or config.training.batch
+    config, num_images = config.changed("training", batch=batch), batch * options.batches
+    with dataset_of(config, options.data) as dataset:
+        click.echo(describe_device(_CPU))
+        click.echo(f"{describe_items(config, dataset)}, batch {batch}")
+        bare, read_alone = bare_reading(config, dataset, num_images)
+        turns = {bare: lambda: seconds_of(read_alone, _CPU)}
+        for num, name in enumerate(("no workers", "1 worker", "2 workers")):
+            turns[f"loader, {name}"] = _loading_turn(config, dataset, num, options.batches)
+        times = interleave(turns, options.rounds, warm_up=True)
+    rows = [["", "images/s", f"of {bare}"]]
+    for name, seconds in times.items():
+        share = median_ratio(times[bare], seconds)
+        rows.append([name, f"{num_images / statistics.median(seconds):.0f}", f"{share:.0%}"])
+    click.echo(table(rows))
+
+
+def _loading_turn(
+    config: RunConfig, dataset: TrainingData, num_workers: int, num_batches: int
+) -> Callable[[], float]:
+    part = Part(rank=0, world_size=1, batch_gpu=config.training.batch)
+    sampler = families.of(config).steps(config, dataset, 0, part).sampler
+    batches = iter(make_loader(dataset, sampler, num_workers=num_workers, device=_CPU))
+
+    def load(num_batches: int) -> None:
+        for _ in range(num_batches):
+            next(batches)
+
+    def turn() -> float:
+        load(_NUM_AHEAD * num_workers)  # Made ahead before this turn.
+        seconds = seconds_of(lambda: load(num_batches), _CPU)
+        if num_workers:
+            # Let the workers come to rest before the others have their turns.
+            time.sleep(_NUM_AHEAD / num_batches * seconds)
+        return seconds
+
+    return turn
