@@ -27,11 +27,10 @@ def make_loader(
     ``keys`` is whatever the dataset understands, so that a family of models brings its own sampler
     and dataset. ``num_workers`` processes decode ahead (0: this one does), in the sampler's order.
     """
-    settings = (
-        dict(prefetch_factor=_PREFETCH_FACTOR, persistent_workers=True) if num_workers else {}
-    )
-    pinned = device.type == "cuda"
-    return _loader(dataset, sampler, num_workers=num_workers, pin_memory=pinned, **settings)
+    settings: dict[str, Any] = dict(num_workers=num_workers, pin_memory=device.type == "cuda")
+    if num_workers:
+        settings |= dict(prefetch_factor=_PREFETCH_FACTOR, persistent_workers=True)
+    return _loader(dataset, sampler, **settings)
 
 
 def _loader(dataset: Dataset, batches: Iterable[Sequence[int]], **settings: Any) -> DataLoader:

@@ -118,16 +118,12 @@ class ConfigOption(click.Option):
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
-        names = [option_name(setting.field), *setting.field.metadata["aliases"]]
+        metadata = setting.field.metadata
+        names = [f"--{name}" for name in (option_name(setting.field), *metadata["aliases"])]
         # A flag may stand bare or with a value: --cond, --cond=True, --no-cond.
-        bare = dict(is_flag=False, flag_value="True") if setting.is_bool else {}
-        super().__init__(
-            [f"--{name}" for name in names] + ["_".join(setting.path)],
-            type=FieldType(setting),
-            help=f"{setting.field.metadata['help']} [default: {show_value(setting.value)}]",
-            default=None,
-            **bare,
-        )
+        settings = dict(is_flag=False, flag_value="True") if setting.is_bool else {}
+        settings["help"] = f"{metadata['help']} [default: {show_value(setting.value)}]"
+        super().__init__([*names, "_".join(setting.path)], type=FieldType(setting), **settings)
 
 
 class ConfigCommand(click.Command):
@@ -248,10 +244,8 @@ def _without_effect(fields: dict[str, dataclasses.Field], name: str, config: Con
     for other, values in metadata.get("unless", {}).items():
         if getattr(config, other) in values:
             found = f"--{option_name(fields[other])}={show_value(getattr(config, other))}"
-            return (
-                f"--{option} has no effect with {found}; give another value of that, or leave it "
-                "out."
-            )
+            remedy = "give another value of that, or leave it out"
+            return f"--{option} has no effect with {found}; {remedy}."
     return None
 
 

@@ -14,17 +14,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 Affects = Literal["result", "speed"]
-_RULES: dict[str, Any] = dict(
-    min=None,
-    max=None,
-    choices=None,
-    name=None,
-    aliases=(),
-    requires={},
-    unless={},
-    exposed=True,
-    harmless=False,
-)
+_RULES: dict[str, Any] = dict.fromkeys(["min", "max", "choices", "name"])
+_RULES |= dict(aliases=(), requires={}, unless={}, exposed=True, harmless=False)
 
 
 def option(
@@ -198,12 +189,8 @@ def identity(config: Config) -> dict[str, Any]:
     are configurations; its other fields do not count. Values are as in :func:`to_dict`, a section
     within a section is one value, and whatever affects the speed alone is left out at any depth.
     """
-    return {
-        f"{section}.{name}": value
-        for section, values in vars(config).items()
-        if isinstance(values, Config)
-        for name, value in _deciding(values).items()
-    }
+    sections = [(name, value) for name, value in vars(config).items() if isinstance(value, Config)]
+    return {f"{s}.{name}": value for s, own in sections for name, value in _deciding(own).items()}
 
 
 def _deciding(config: Config) -> dict[str, Any]:

@@ -38,18 +38,8 @@ def progress(
     goes to standard error, which leaves standard output to results. ``disable`` (for ranks other
     than 0) shows nothing; ``initial`` counts units that were done before.
     """
-    terminal = sys.stderr.isatty()
-    return _Bar(
-        total=total,
-        desc=label,
-        unit=unit if unit == "B" else f" {unit}",
-        unit_scale=unit == "B",
-        disable=disable,
-        initial=initial,
-        leave=not transient,
-        file=None if terminal else _Log(),
-        mininterval=0.1 if terminal else _LINE_INTERVAL_SEC,
-        delay=0 if terminal else _LINE_INTERVAL_SEC,
-        miniters=1,
-        dynamic_ncols=True,
-    )
+    settings = dict(total=total, desc=label, disable=disable, initial=initial, leave=not transient)
+    if not sys.stderr.isatty():
+        settings |= dict(file=_Log(), mininterval=_LINE_INTERVAL_SEC, delay=_LINE_INTERVAL_SEC)
+    unit_settings = dict(unit="B", unit_scale=True) if unit == "B" else dict(unit=f" {unit}")
+    return _Bar(miniters=1, dynamic_ncols=True, **unit_settings, **settings)

@@ -221,11 +221,8 @@ def wrap(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     """
     if world_size() == 1:
         return module
-    wrapped = DistributedDataParallel(
-        module,
-        device_ids=[device] if device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-    )
+    ids = [device] if device.type == "cuda" else None
+    wrapped = DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
     # As an attribute, because versions of PyTorch differ in the name of the argument.
     wrapped.broadcast_buffers = False
     return wrapped

@@ -62,7 +62,7 @@ def convert_images(
         transform: One of TRANSFORMS; without it images must be square and are resized.
         max_images: Use only the first so many images of the source.
         skip_broken: Leave out images that cannot be read instead of failing.
-        num_workers: Number of processes, by default one per core.
+        num_workers: By default one per core.
 
     Raises ValueError if images are broken (all of them are listed), if their sizes do not fit, if
     none is left, or if ``dest`` is taken.
@@ -198,25 +198,20 @@ class _DatasetWriter:
             raise ValueError(f"{source.name}: {problem}: {self.broken[0]}")
         labelled = source.labels is not None
         self.target.finish(source, self.labels if labelled else None)
-        return Summary(
-            num_images=self.num_written,
-            resolution=self.first.size[0],
-            img_channels=3 if self.to_rgb else self.first.num_channels,
-            num_classes=len(source.class_names) if labelled else 0,
-            skipped=tuple(self.broken),
-            notes=(*source.notes, *self._notes()),
-        )
+        channels = 3 if self.to_rgb else self.first.num_channels
+        num_classes = len(source.class_names) if labelled else 0
+        written = (self.num_written, self.first.size[0], channels, num_classes)
+        return Summary(*written, tuple(self.broken), (*source.notes, *self._notes()))
 
     def _notes(self) -> Iterator[str]:
         if len(self.channels_seen) > 1:
             yield "The source mixes grayscale and RGB images: all became RGB."
         elif self.to_rgb and 1 in self.channels_seen:
             yield "Grayscale became RGB of three equal channels, as sample archives hold it."
-        if self.source.labels is not None:
-            num_classes = len(self.source.class_names)
-            num_empty = num_classes - len(set(self.labels))
-            if num_empty:
-                yield f"{num_empty} of {num_classes} classes have no image."
+        num_classes = 0 if self.source.labels is None else len(self.source.class_names)
+        num_empty = num_classes - len(set(self.labels))
+        if num_empty:
+            yield f"{num_empty} of {num_classes} classes have no image."
         if self.source.class_splits and not self.target.keeps_splits:
             yield "The split of the classes is left out: a sample archive has no place for it."
 

@@ -45,11 +45,7 @@ class SplitImages:
 
 
 def cifar_splits(
-    name: str,
-    class_names: Sequence[str],
-    labels: Sequence[int],
-    superclasses: Sequence[int],
-    path: Path,
+    name: str, class_names: Sequence[str], labels: np.ndarray, superclasses: list[int], path: Path
 ) -> dict[str, list[int]]:
     """Return the classes of each split of CIFAR-100, ``fc100`` or ``cifar-fs``.
 

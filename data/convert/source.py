@@ -40,12 +40,5 @@ def array_source(
         bad = int(np.flatnonzero((labels < 0) | (labels >= len(class_names)))[0])
         problem = f"has label {labels[bad]}, beyond the {len(class_names)} classes"
         raise ValueError(f"{name}: image {bad} {problem}.")
-    return Source(
-        name=name,
-        num_images=len(images),
-        item=images.__getitem__,
-        image_name=lambda index: f"{name}, image {index}",
-        labels=labels,
-        class_names=list(class_names),
-        class_splits=class_splits,
-    )
+    described = (name, len(images), images.__getitem__, lambda index: f"{name}, image {index}")
+    return Source(*described, labels, list(class_names), class_splits)

@@ -57,13 +57,6 @@ class SetDataset(Dataset):
         hflip: Mirror each drawn image with probability one half.
         classes: Draw sets of all images of these classes instead, as they are.
 
-    Attributes:
-        split: Which classes of ``images`` are for what.
-        set_classes: Names of the classes trained on, transformed ones included.
-        class_names, num_classes: The same with ``use_labels``; none without.
-        held_out: Indices of the images of each class trained on that are kept for scores.
-        num_images: Number of images trained on, each counted once for every transform.
-
     Raises ValueError if the data have no labels, or if a class keeps no image to train on.
     """
 
@@ -90,12 +83,12 @@ class SetDataset(Dataset):
         if config.min_sample_size is not None and config.min_sample_size > sample_size:
             accepted = f"at most --sample-size, which is {sample_size}"
             raise refusal("--min-sample-size", config.min_sample_size, accepted=accepted)
-        self.split = split_classes(config, images)
+        self.split = split_classes(config, images)  # Which classes of the images are for what.
         self._check_transforms(hflip)
         self._pools: list[np.ndarray] = []
         self._transforms: list[int] = []
-        self.set_classes: list[str] = []
-        self.held_out: dict[int, np.ndarray] = {}
+        self.set_classes: list[str] = []  # Names of those trained on, with transformed ones.
+        self.held_out: dict[int, np.ndarray] = {}  # Indices kept for scores, by class trained on.
         for index in self.split.train if classes is None else classes:
             rng = np.random.default_rng([config.split_seed % 2**64, _HELD_OUT_SEED, index])
             order = rng.permutation(np.flatnonzero(images.labels == index))
@@ -150,6 +143,7 @@ class SetDataset(Dataset):
 
     @property
     def num_images(self) -> int:
+        """Number of images trained on, each counted once for every transform."""
         return sum(map(len, self._pools))
 
     @property

@@ -27,15 +27,14 @@ def read_support(locations: Sequence[str], model: SetDiTConfig) -> Episodes:
     if model.stacks_images and len(images) > model.context_size:
         problem = f"this model's encoder stacks at most {model.context_size}"
         raise refusal("--support", f"{len(images)} images", but=problem, remedy="give fewer")
+    one_class = dict(classes=np.zeros(1, np.int64), class_names=("support",), counts=(1,))
     return Episodes(
         supports=torch.stack(images)[None],
-        classes=np.zeros(1, np.int64),
-        class_names=("support",),
         labels=torch.tensor([model.num_classes]),
         indices=np.full((1, len(images)), -1),
-        counts=(1,),
         reals=np.empty(0, np.int64),
         source="given images",
+        **one_class,
     )
 
 

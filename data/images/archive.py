@@ -26,10 +26,9 @@ class ZipArchive(Archive):
             with zipfile.ZipFile(path) as file:
                 infos = {info.filename: info for info in file.infolist() if not info.is_dir()}
         except zipfile.BadZipFile:
+            problem = "not a zip archive, or only part of one"
             remedy = "give a folder of images, a zip or an .npz of samples, or copy the file again"
-            raise refusal(
-                path, but="not a zip archive, or only part of one", remedy=remedy
-            ) from None
+            raise refusal(path, but=problem, remedy=remedy) from None
         self.names = sorted(name for name in infos if is_image_name(name) and not is_hidden(name))
         others = [name for name in infos if name.endswith(("dataset.json", ".txt"))]
         for name in self.names + others:

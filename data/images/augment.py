@@ -95,13 +95,10 @@ class AugmentPipe:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return augmented images [N, C, H, W] and their labels [N, 9].
 
-        Images are mirrored, then scaled, rotated, stretched and shifted about their centre. An
-        image without any of the last four is not resampled and keeps its exact values.
-
-        Args:
-            images: [N, C, H, W], float32 in [-1, 1]; H and W of at least 8. Resampling can
-                overshoot the range slightly at edges.
-            params: What is done to these N images [N, 8].
+        Images, float32 in [-1, 1] with H and W of at least 8, are mirrored, then scaled, rotated,
+        stretched and shifted about their centre, as ``params`` [N, 8] says. One without any of the
+        last four is not resampled and keeps its exact values. Resampling can overshoot the range
+        slightly at edges.
         """
         params = params.to(images.device, non_blocking=True)
         flip_x, flip_y = params[:, :2].bool().reshape(-1, 2, 1, 1, 1).unbind(1)
@@ -133,14 +130,10 @@ def warp(images: torch.Tensor, matrix: torch.Tensor, offset: torch.Tensor) -> to
     """Return images resampled under an affine map of positions, at twice the resolution.
 
     Output position p (x, y in pixels from the image centre) shows the input at ``matrix p +
-    offset``. The image is continued by reflection about its outermost pixel centres, upsampled by
-    the sym6 filter, interpolated linearly and brought back by the adjoint of the upsampling, which
-    makes the identity map exact: even shifts of the filter are orthonormal.
-
-    Args:
-        images: [N, C, H, W], float32, H and W of at least 2.
-        matrix: [N, 2, 2].
-        offset: [N, 2], in pixels.
+    offset``, [N, 2, 2] and [N, 2]. The image [N, C, H, W], float32, H and W of at least 2, is
+    continued by reflection about its outermost pixel centres, upsampled by the sym6 filter,
+    interpolated linearly and brought back by the adjoint of the upsampling, which makes the
+    identity map exact: even shifts of the filter are orthonormal.
     """
     height, width = images.shape[2:]
     up_y, down_y, sites_y = _resampling(height, images.device)

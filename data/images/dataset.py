@@ -47,28 +47,17 @@ class DatasetConfig(Config):
 
 
 def open_dataset(
-    config: DatasetConfig,
-    *,
-    resolution: int | None = None,
-    channels: int | None = None,
-    seed: int = 0,
-    use_labels: bool | None = False,
+    config: DatasetConfig, *, use_labels: bool | None = False, **settings: Any
 ) -> "ImageDataset":
     """Return the dataset of a configuration; raises ValueError if it has none, or an unfit one.
 
-    It delivers labels if ``config.cond`` says so, or else as ``use_labels`` does.
+    It delivers labels if ``config.cond`` says so, or else as ``use_labels`` does; the other
+    ``settings`` are those of :class:`ImageDataset`.
     """
     if config.data is None:
         raise ValueError("--data is missing: give a zip or folder made by dataset_tool.py convert.")
-    return ImageDataset(
-        config.data,
-        resolution=resolution,
-        channels=channels,
-        use_labels=config.cond or use_labels,
-        max_size=config.max_size,
-        seed=seed,
-        cache=config.cache,
-    )
+    settings |= dict(max_size=config.max_size, cache=config.cache)
+    return ImageDataset(config.data, use_labels=config.cond or use_labels, **settings)
 
 
 def open_images(path: str | os.PathLike, *, use_labels: bool | None = None) -> "ImageDataset":
@@ -85,25 +74,17 @@ class LabelledDataset(Dataset):
     """Images in some form, read by index, with their class labels if they have any.
 
     A subclass reads batches by ``__getitems__``.
-
-    Attributes:
-        path: Where the data are.
-        name: What descriptions call them.
-        resolution, img_channels: Size of every image.
-        num_images: Number of images, after ``max_size``, without mirror images.
-        labels: Class indices, int64 [num_images]; None if none are delivered.
-        num_classes: Number of classes, also of those without images; 0 without labels.
-        class_names: One name per class; empty without labels.
     """
 
-    path: Path
-    name: str
-    resolution: int
+    path: Path  # Where the data are.
+    name: str  # What descriptions call them.
+    resolution: int  # Height and width of every image.
     img_channels: int
-    labels: np.ndarray | None = None
+    labels: np.ndarray | None = None  # Class indices, int64 [num_images]; None if not delivered.
+    class_names: list[str]  # Also of classes without images; empty without labels.
 
     def __init__(self, num_stored: int, max_size: int | None, seed: int) -> None:
-        self.class_names: list[str] = []
+        self.class_names = []
         self._num_stored = num_stored
         self._indices = np.arange(num_stored)
         if max_size is not None and max_size < num_stored:
@@ -112,6 +93,7 @@ class LabelledDataset(Dataset):
 
     @property
     def num_images(self) -> int:
+        """Number of images, after ``max_size``, without mirror images."""
         return len(self._indices)
 
     @property
@@ -182,8 +164,7 @@ class ImageDataset(LabelledDataset):
         channels: Required number of channels, 1 or 3; None accepts either.
         use_labels: Deliver class labels, which the data must have; None delivers them if it does.
         exact: Refuse images whose pixels would have to be changed, as transparent ones.
-        max_size: Keep a random subset of this many images, in the order of the whole.
-        seed: Seed of that subset.
+        max_size, seed: Keep a random subset of this many images, in the order of the whole.
         cache: Keep decoded images in shared memory, each from its first use.
 
     Attributes, beside those of :class:`LabelledDataset`:

@@ -27,12 +27,11 @@ class SampleArchive(Archive):
     by itself at its place in the file, unless ``arr_0`` is compressed or in Fortran order: it is
     then read whole by every process. Nothing is ever unpickled.
 
-    Attributes:
-        image_size: Height and width of every image.
-        num_array_bytes: Sum of the sizes of the arrays, before compression.
-
     Raises ValueError if the file is damaged or holds anything else.
     """
+
+    image_size: tuple[int, int]  # Height and width of every image.
+    num_array_bytes: int  # Sum of the sizes of the arrays, before compression.
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -156,9 +155,8 @@ class SampleArchive(Archive):
             with zipfile.ZipFile(self.path) as file, file.open(info) as stream:
                 return read(stream)
         except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-            raise refusal(
-                self.path, but=f"{name} cannot be read ({error})", remedy=_AGAIN
-            ) from None
+            problem = f"{name} cannot be read ({error})"
+            raise refusal(self.path, but=problem, remedy=_AGAIN) from None
 
 
 def _array_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype, int]:
