@@ -1,8 +1,7 @@
 """Folders that several ranks fill in parts, and that go on where they were stopped.
 
-The archive of latents, the folder of features and that of generated images have in common: a claim
-that says what the folder is to become, a lock, parts that appear whole or not at all, and ranks
-that take turns at what is missing.
+They have a claim that says what the folder is to become, a lock, parts that appear whole or not at
+all, and ranks that take turns at what is missing.
 """
 
 import collections

@@ -71,13 +71,9 @@ class BatchSampler(Sampler[list[int]]):
 class PositionSampler(BatchSampler):
     """Micro-batches of a dataset's indices, of one stream.
 
-    Position p of a run, counted in images from 0, holds image ``permutation(p // n)[p % n]`` of
-    the n images, and the step at ``cur_nimg`` covers positions [cur_nimg, cur_nimg + batch_size).
-
-    Args:
-        dataset_size: n. A dataset that draws by position itself, as sets are drawn, has None: its
-            keys are the positions.
-        settings: See :class:`BatchSampler`.
+    Position p of a run, counted in images from 0, holds image ``permutation(p // n)[p % n]`` of the
+    n = ``dataset_size`` images, and the step at ``cur_nimg`` covers positions [cur_nimg, cur_nimg +
+    batch_size). Without a size, as for sets, which are drawn by position, keys are the positions.
     """
 
     def __init__(self, dataset_size: int | None, **settings: int) -> None:
@@ -106,10 +102,7 @@ class BucketSampler(BatchSampler):
     Step m = cur_nimg / batch_size takes a bucket at random, in proportion to its images: a function
     of (seed, m), hence the same on every rank and in every round of accumulation. The images of a
     bucket are a stream of their own. The state of it all is therefore the number of images so far.
-
-    Args:
-        counts: Number of images of each bucket; a dataset's items run bucket by bucket.
-        settings: See :class:`BatchSampler`.
+    ``counts`` are the images of each bucket; a dataset's items run bucket by bucket.
     """
 
     def __init__(self, counts: Sequence[int], **settings: int) -> None:

@@ -148,7 +148,7 @@ def _open_store(address: str) -> Any:
     except ImportError:
         package = _PACKAGES[scheme]
         raise AddressError(
-            f"{_shown(address)}: is read by the package {package}, which is not installed: "
+            f"{_split(address)[0]}: is read by the package {package}, which is not installed: "
             f"pip install {package}."
         ) from None
 
@@ -168,7 +168,7 @@ def _persist(address: str, action: Callable[[], Any]) -> Any:
             lasts = isinstance(error, FileNotFoundError | PermissionError)
             if wait is None or lasts or status not in (None, *_PASSING_STATUS):
                 # Not the error's own text: it may hold the signature of an address.
-                raise AddressError(f"{_shown(address)}: cannot be read ({reason}).") from None
+                raise AddressError(f"{_split(address)[0]}: cannot be read ({reason}).") from None
         time.sleep(wait)
     raise AssertionError
 
@@ -179,7 +179,3 @@ def _is_http(address: str) -> bool:
 
 def _split(address: str) -> tuple[str, str, str]:
     return address.partition("?") if _is_http(address) else (address, "", "")
-
-
-def _shown(address: str) -> str:
-    return _split(address)[0]

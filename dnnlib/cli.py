@@ -1,9 +1,8 @@
 """Command-line options generated from configuration dataclasses.
 
 A script gives :class:`ConfigCommand` a function that picks the base configuration from the raw
-arguments (by ``--preset``, by a snapshot). The command then offers one option per field, grouped
-by dataclass, with that configuration's values as defaults, and returns the configuration with the
-given options replaced.
+arguments (by ``--preset``, by a snapshot). The command offers an option per field, grouped by
+dataclass, with that configuration's values as defaults.
 """
 
 import contextlib
@@ -63,6 +62,10 @@ def show_value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+_BOOLS = dict.fromkeys(("1", "true", "yes", "on"), True)
+_BOOLS |= dict.fromkeys(("0", "false", "no", "off"), False)
+
+
 class FieldType(click.ParamType):
     """Parses the text of an option into the type of its field; the field checks the range."""
 
@@ -91,18 +94,13 @@ class FieldType(click.ParamType):
             if self.is_tuple:
                 return tuple(map(self._parse, filter(None, map(str.strip, text.split(",")))))
             return self._parse(text)
-        except (ValueError, OverflowError):
+        except (ValueError, KeyError, OverflowError):
             accepted = accepted_values(self.setting.field, self.setting.hint)
             return self.fail(f"got {value!r}; accepted: {accepted}.", param, ctx)
 
     def _parse(self, text: str) -> Any:
         if self.element is bool:
-            lowered = text.lower()
-            if lowered in ("1", "true", "yes", "on"):
-                return True
-            if lowered in ("0", "false", "no", "off"):
-                return False
-            raise ValueError(text)
+            return _BOOLS[text.lower()]
         if self.element is int:
             with contextlib.suppress(ValueError):
                 return int(text)
@@ -127,7 +125,7 @@ class ConfigOption(click.Option):
 
 
 class ConfigCommand(click.Command):
-    """A command whose options follow from a configuration that depends on the arguments.
+    """A command whose options follow from a configuration, which its callback gets as ``config``.
 
     Args:
         base: Maps the raw arguments to the base configuration, or None to offer only the fixed
@@ -135,8 +133,6 @@ class ConfigCommand(click.Command):
         elsewhere: Maps an unknown option name (without dashes) to a sentence that says where it
             exists, or None.
         examples: Runnable commands shown at the end of ``--help``.
-
-    The callback receives ``config`` beside its own parameters.
     """
 
     def __init__(
@@ -150,9 +146,7 @@ class ConfigCommand(click.Command):
         kwargs.setdefault("context_settings", dict(help_option_names=["-h", "--help"]))
         super().__init__(*args, **kwargs)
         self._fixed = list(self.params)
-        self._base = base
-        self._elsewhere = elsewhere
-        self._examples = examples
+        self._base, self._elsewhere, self._examples = base, elsewhere, examples
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         args = ["--help" if arg == "-h" else _normalise(arg) for arg in args]

@@ -25,8 +25,8 @@ class JsonFormat:
     def parse(self, content: bytes, file: Path | str, make: Callable[[dict[str, Any]], T]) -> T:
         """Return what ``make`` does of the object in the content of ``file``.
 
-        Raises ValueError, one sentence, if the file is of another format or version, or damaged:
-        no JSON, or values at which ``make`` raises ValueError or OverflowError.
+        Raises ValueError if the file is of another format or version, or damaged: no JSON, or
+        values at which ``make`` raises ValueError or OverflowError.
         """
         try:
             values = json.loads(content)

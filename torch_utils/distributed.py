@@ -114,9 +114,9 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def gather_rows(tensor: torch.Tensor) -> torch.Tensor | None:
-    """Return the rows of every rank's ``tensor`` [N, ...] in rank order, on rank 0 and its CPU.
+    """Return the rows of every rank's ``tensor`` [N, ...] in rank order, on rank 0's CPU.
 
-    Other ranks get None. The ranks' numbers of rows may differ. Collective.
+    Other ranks get None. N may differ between ranks. Collective.
     """
     if world_size() == 1:
         return tensor.cpu()
@@ -154,10 +154,7 @@ def on_main(function: Callable[[], T], broadcast: Callable[[T], T] = broadcast_o
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Raise an error of any rank's block on every rank at its end. Collective.
-
-    So no rank waits in what follows for one that failed.
-    """
+    """Raise an error of any rank's block on every rank, so that none waits. Collective."""
     error: Exception | None = None
     try:
         yield

@@ -10,9 +10,9 @@ from torch_utils import distributed
 class StatsCollector:
     """Running count, sum and sum of squares of named scalars.
 
-    :meth:`report` adds a few device operations and never waits for the device. :meth:`collect`,
-    called by every rank at the end of a tick, returns ``{name: {num, mean, std}}`` over all ranks
-    and starts anew. Every rank must report the same names between two calls of it.
+    :meth:`report` never waits for the device. :meth:`collect`, called by every rank at the end of a
+    tick, returns ``{name: {num, mean, std}}`` over all ranks and starts anew. Every rank must
+    report the same names between two calls of it.
     """
 
     def __init__(self) -> None:
@@ -21,14 +21,9 @@ class StatsCollector:
     def report(
         self, name: str, value: torch.Tensor | float, rows: torch.Tensor | None = None
     ) -> None:
-        """Add every finite element of ``value`` (any shape) to the statistics of ``name``.
-
-        With ``rows``, bool of the same shape, only where it is true.
-        """
+        """Add every finite element of ``value``, where ``rows`` of the same shape are true."""
         value = torch.as_tensor(value).detach().flatten().to(torch.float32)
-        finite = value.isfinite()
-        if rows is not None:
-            finite = finite & rows.flatten()
+        finite = value.isfinite() if rows is None else value.isfinite() & rows.flatten()
         value = torch.where(finite, value, 0.0)
         moments = torch.stack([finite.sum(), value.sum(), value.square().sum()]).to(torch.float64)
         if name in self._moments:

@@ -57,15 +57,15 @@ def open_cifar(path: Path, split: str = "train", class_split: str | None = None)
     images, labels, superclasses = [], [], []
     for name in needed:
         batch = _read_cifar_pickle(path, name, contents[name])
-        data = batch.get(b"data")
+        data, key = batch.get(b"data"), files["label_key"]
         if not (isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.ndim == 2):
             raise _damaged(path, f"{name} holds no uint8 image data")
         if data.shape[1] != 3072:
             raise _damaged(path, f"{name} has {data.shape[1]} values per image, expected 3072")
-        if not isinstance(batch.get(files["label_key"]), list):
-            raise _damaged(path, f"{name} has no {files['label_key'].decode()}")
+        if not isinstance(batch.get(key), list):
+            raise _damaged(path, f"{name} has no {key.decode()}")
         images.append(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-        labels += batch[files["label_key"]]
+        labels += batch[key]
         superclasses += batch.get(b"coarse_labels") or [0] * len(data)
     meta = _read_cifar_pickle(path, files["meta"], contents[files["meta"]])
     names = meta.get(files["names_key"])

@@ -131,7 +131,6 @@ def read_fewshot(
 
 
 def _with_omniglot_val(parts: dict[str, SplitImages]) -> dict[str, SplitImages]:
-    """Return splits in which every tenth training class is for validation, and not for training."""
     train = parts["train"]
     is_val = np.arange(len(train.class_names)) % _OMNIGLOT_VAL == 0
     return dict(train=_only(train, ~is_val), val=_only(train, is_val), test=parts["test"])

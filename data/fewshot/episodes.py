@@ -37,15 +37,9 @@ class Episodes:
         return len(self.supports)
 
     def __getitem__(self, rows: Sequence[int]) -> "Episodes":
-        rows = list(rows)
-        return dataclasses.replace(
-            self,
-            supports=self.supports[rows],
-            classes=self.classes[rows],
-            labels=self.labels[rows],
-            indices=self.indices[rows],
-            counts=tuple(self.counts[row] for row in rows),
-        )
+        names = ("supports", "classes", "labels", "indices")
+        chosen = {name: getattr(self, name)[list(rows)] for name in names}
+        return dataclasses.replace(self, counts=tuple(self.counts[i] for i in rows), **chosen)
 
     def protocol(self) -> dict[str, Any]:
         """Return what a score row says of the episodes."""
@@ -69,9 +63,8 @@ def draw_episodes(
 
     Args:
         images: Where the images are.
-        pools: Indices by class. A class without any has no episodes.
+        pools: Indices by class, which ``source`` describes. A class without any has no episodes.
         support_size: k.
-        source: Describes the pools.
         num_per_class: Episodes of a class; by default as many, up to 20, as use a fifth of it.
         known_labels: Label of each class that a class-conditional model knows; the others have
             ``null_label``.

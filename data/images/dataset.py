@@ -63,9 +63,8 @@ def open_dataset(
 def open_images(path: str | os.PathLike, *, use_labels: bool | None = None) -> "ImageDataset":
     """Return the images of a folder, a zip or an ``.npz`` sample archive with unchanged pixels.
 
-    A score must not rest on silent conversions, so that images with transparency, of more than 8
-    bits, or in colours other than grayscale, RGB and palettes are refused, beyond what
-    :class:`ImageDataset` refuses.
+    A score must not rest on silent conversions: images with transparency, of more than 8 bits, or
+    in colours other than grayscale, RGB and palettes are refused.
     """
     return ImageDataset(path, use_labels=use_labels, exact=True)
 
@@ -320,9 +319,9 @@ class SharedCache:
 
 
 class MirroredImages(Dataset):
-    """A dataset of images twice as long: image ``num_images + i`` is the mirror image of ``i``.
+    """A dataset twice as long: image ``num_images + i`` is ``i`` flipped left to right.
 
-    Images are flipped left to right. Whatever else is asked of it, ``images`` answers.
+    Whatever else is asked of it, ``images`` answers.
     """
 
     def __init__(self, images: ImageDataset) -> None:
