@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from dnnlib.cli import run
+from dnnlib.click_options import PathType
 from dnnlib.text import format_time
 
 
@@ -17,7 +18,7 @@ from dnnlib.text import format_time
     "--outdir",
     default="demo-out",
     show_default=True,
-    type=click.Path(path_type=Path),
+    type=PathType(),
     help="Folder for data, runs and images.",
 )
 @click.option("--latent", is_flag=True, help="Train latent DiffiT instead, with guidance.")

@@ -17,7 +17,7 @@ from sampling.images import GenerateConfig, cached_snapshot
 from sampling.outputs import claim_outdir, make_images, places
 from torch_utils import distributed
 from torch_utils.misc import allow_tf32
-from torch_utils.pictures import read_image, save_image
+from torch_utils.pictures import is_our_image, read_image, save_image
 from training.family import Asked, GeneratorOptions
 
 EXAMPLES = """
@@ -117,7 +117,7 @@ def main(config: GenerateConfig, options: GenerateOptions, asked: Asked) -> None
     todo = places(options.outdir, requests, seeds, options.subdirs)
     check_target("--outdir", options.outdir, is_folder=True)
     if options.grid is not None:
-        check_target("--grid", options.grid)
+        check_target("--grid", options.grid, is_ours=is_our_image)
         if options.grid.absolute() in {place.path.absolute() for place in todo}:
             raise click.UsageError(f"--grid: {options.grid} is the file of one of the images.")
 

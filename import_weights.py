@@ -8,11 +8,12 @@ import click
 import families
 from configs.latent_diffit import PRESETS
 from dnnlib.cli import run
+from dnnlib.click_options import PathType
 from dnnlib.files import check_target, fetch, sha256_of_file
 from encoders.autoencoder import AUTOENCODER
 from metrics.weights import read_safetensors
 from models.published import network_of_published
-from training.checkpoint import DataSummary, save_weights
+from training.checkpoint import DataSummary, read_header, save_weights
 
 LATENT_PRESETS = list(PRESETS)
 # The autoencoder of whose latents the published weights are.
@@ -27,7 +28,7 @@ PUBLISHED_VAE = "stabilityai/sd-vae-ft-ema"
     type=click.Choice(LATENT_PRESETS),
     help="The model that the weights are of.",
 )
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Snapshot to write.")
+@click.option("--out", required=True, type=PathType(), help="Snapshot to write.")
 @click.option("--vae", default=PUBLISHED_VAE, show_default=True, help="Autoencoder to decode with.")
 def main(weights: str, preset: str, out: Path, vae: str) -> None:
     """Read WEIGHTS, a path or URL of the official state dict in safetensors, and write a snapshot.
@@ -40,7 +41,7 @@ def main(weights: str, preset: str, out: Path, vae: str) -> None:
       python import_weights.py diffit_256.safetensors --preset=imagenet256 --out=network.pkl
       python generate.py --network=network.pkl --outdir=out --seeds=0-15 --class=207 --grid=out.png
     """
-    check_target("--out", out)
+    check_target("--out", out, is_ours=read_header)
     AUTOENCODER.check_location(vae)
     path = fetch(weights)
     chosen = PRESETS[preset]

@@ -40,14 +40,16 @@ def command(options: ConditionsOptions) -> None:
     import families
     from evaluation.conditioning.picture import report_picture
     from evaluation.conditioning.report import describe_report, report_conditions
+    from metrics.rows import read_rows
     from sampling.images import cached_snapshot
     from torch_utils import distributed
     from torch_utils.charts import check_charts
-    from torch_utils.pictures import save_image
+    from torch_utils.pictures import is_our_image, save_image
 
-    for option, path in (("--out", options.out), ("--jsonl", options.jsonl)):
-        if path is not None:
-            check_target(option, path)
+    if options.out is not None:
+        check_target("--out", options.out, is_ours=is_our_image)
+    if options.jsonl is not None:
+        check_target("--jsonl", options.jsonl, is_ours=read_rows)
     if options.out is not None:
         check_charts("--out")
     device = distributed.init()

@@ -15,6 +15,8 @@ from dnnlib.click_options import param
 from dnnlib.files import check_target
 from evaluation.images import ImageSource, Making, ScoreConfig, open_image_source
 from metrics.metric import METRICS, MetricSpec, get_metrics
+from metrics.reference import read_references
+from metrics.rows import read_rows
 from torch_utils import distributed
 from torch_utils.misc import allow_tf32
 from training.config import DetectorConfig
@@ -132,8 +134,9 @@ def given_settings() -> set[str]:
 
 def check_targets(*, outdir: Path | None = None, **files: Path | None) -> None:
     """Raise ValueError if nothing could be written to the paths given by options of these names."""
+    is_ours = dict(json=read_rows, dest=read_references)
     for name, path in files.items():
         if path is not None:
-            check_target(f"--{name}", path)
+            check_target(f"--{name}", path, is_ours=is_ours[name])
     if outdir is not None:
         check_target("--outdir", outdir, is_folder=True)

@@ -63,7 +63,7 @@ def _click_option(field: dataclasses.Field, hint: Any) -> Callable[[Callable], C
     elif limits:
         settings["type"] = (click.IntRange if hint is int else click.FloatRange)(**limits)
     elif hint is Path:
-        settings["type"] = click.Path(path_type=Path)
+        settings["type"] = PathType()
     elif hint is bool and "/" not in names[0]:
         settings["is_flag"] = True
     elif hint is int and field.default is None:
@@ -71,6 +71,18 @@ def _click_option(field: dataclasses.Field, hint: Any) -> Callable[[Callable], C
     if field.default is not None:
         settings |= dict(default=field.default, show_default=field.default is not False)
     return click.option(*names, field.name, **settings)
+
+
+class PathType(click.Path):
+    """A path as a pathlib.Path; an empty one, as of an unset variable, is refused."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: Any, ctx: click.Context | None) -> Path:
+        if value == "":
+            self.fail("names nothing; perhaps a variable is not set.", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 class LazyGroup(click.Group):

@@ -1,13 +1,14 @@
 """Atomic writes and cached, verified downloads."""
 
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlparse
@@ -32,28 +33,62 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb", **kwargs: Any) -> It
         with os.fdopen(descriptor, mode, **kwargs) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            _fsync(file.fileno())
         # mkstemp creates the file for its owner alone; give it the usual permissions instead.
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
+        with contextlib.suppress(OSError):  # Some file systems of other systems have none.
+            os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # As of a full disk, which the system does not name.
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    # The new name outlives a power failure, where the file system can promise that.
+    with contextlib.suppress(OSError):
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _fsync(descriptor: int) -> None:
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        os.fsync(descriptor)
+    except OSError as error:
+        # Shared folders of virtual machines and CIFS refuse it; a full or failing disk is an error.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EROFS):
+            raise
 
 
-def check_target(option: str, path: str | os.PathLike, *, is_folder: bool = False) -> None:
-    """Raise ValueError if nothing could be written to the file, or into the folder, ``path``."""
+def check_target(
+    option: str,
+    path: str | os.PathLike,
+    *,
+    is_folder: bool = False,
+    is_ours: Callable[[Path], Any] | None = None,
+) -> None:
+    """Raise ValueError if nothing could, or should, be written to the file or folder ``path``.
+
+    A file that is there may be replaced only if ``is_ours`` recognises it as a result of the same
+    kind: it then returns a true value and raises no ValueError.
+    """
     path = Path(path)
     if not is_folder and path.is_dir():
         raise ValueError(f"{option}: {path} is a folder; give the name of a file.")
+    if not is_folder and path.exists() and is_ours is not None:
+        try:
+            recognised = is_ours(path)
+        except ValueError:
+            recognised = False
+        if not recognised:
+            raise ValueError(
+                f"{option}: {path} exists and was not made by this command; choose another name, "
+                "or delete it."
+            )
     for folder in [path, *path.parents] if is_folder else path.absolute().parents:
         if folder.exists():
             if not folder.is_dir():

@@ -1,5 +1,6 @@
 """dataset_tool.py: every source, every option, every message, and interruption."""
 
+import errno
 import json
 import os
 import signal
@@ -661,3 +662,30 @@ def test_help_shows_runnable_examples():
         code, output = run_tool(*args, "--help")
         assert code == 0
         assert line in output
+
+
+@pytest.mark.parametrize("kind", ["link", "mount", "current"])
+def test_a_folder_that_cannot_be_replaced_is_filled(kind, tmp_path, monkeypatch):
+    """An empty mount point as of a Docker volume, a link to an empty folder, and ``.``."""
+    source, dest = make_folder(tmp_path / "in", ["a/1.png", "b/2.png"]), tmp_path / "out"
+    place = tmp_path / "place"
+    place.mkdir()
+    if kind == "link":
+        dest.symlink_to(place)
+    elif kind == "current":
+        monkeypatch.chdir(place)
+        dest = "."
+    else:
+        dest, rename = place, os.rename
+
+        def refuse(old, new):
+            if os.fspath(new) == os.fspath(place):
+                raise OSError(errno.EBUSY, "Device or resource busy")
+            rename(old, new)
+
+        monkeypatch.setattr(os, "rename", refuse)
+    code, output = convert(source, dest)
+    assert code == 0, output
+    assert kind != "link" or dest.is_symlink()
+    assert sorted(path.name for path in place.iterdir()) == ["00000", "dataset.json"]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

@@ -607,3 +607,28 @@ def test_help_of_every_subcommand_shows_what_to_type(network):
             assert part in text
     own = helpers.succeed(fid, "calc", f"--network={network}", "--help").output
     assert "Number of sampling steps. [default: 4]" in " ".join(own.split())
+
+
+def test_no_command_overwrites_an_input_or_a_file_that_it_did_not_make(base, tmp_path):
+    data = tmp_path / "samples.npz"
+    np.savez(data, np.zeros((8, 4, 4, 3), np.uint8))
+    before = data.read_bytes()
+    options = (f"--data={data}", "--metrics=fd_pixels")
+    assert "was not made by" in helpers.fail(fid, "ref", *options, f"--dest={data}")
+    assert data.read_bytes() == before
+    for _ in range(2):  # What the command made it makes again.
+        helpers.succeed(fid, "ref", *options, f"--dest={tmp_path / 'ref.npz'}")
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (4, 4)).save(photo)
+    before = photo.read_bytes()
+    network = f"--network={helpers.trained_snapshot(base)}"
+    options = (network, f"--outdir={tmp_path / 'out'}", "--num=1", "--steps=1")
+    assert "was not made by" in helpers.fail(generate, *options, f"--grid={photo}")
+    assert photo.read_bytes() == before
+    for _ in range(2):
+        helpers.succeed(generate, *options, f"--grid={tmp_path / 'grid.png'}")
+
+
+def test_an_empty_path_as_of_an_unset_variable_is_refused(base):
+    network = f"--network={helpers.trained_snapshot(base)}"
+    assert "names nothing" in helpers.fail(generate, network, "--outdir=", "--num=1")

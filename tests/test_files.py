@@ -3,6 +3,7 @@
 import errno
 import http.server
 import io
+import os
 import pickle
 import re
 import subprocess
@@ -25,9 +26,11 @@ from dnnlib.files import (
     fetch,
     lock_folder,
     sha256_of_file,
+    write_json,
 )
 from dnnlib.progress import progress
 from dnnlib.text import format_count, format_time, join_names
+from metrics.rows import read_rows
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
@@ -215,6 +218,37 @@ class TestCheckTarget:
                 check_target("--outdir", path, is_folder=True)
         with pytest.raises(ValueError, match=rf"--json: .* because {file} is a file"):
             check_target("--json", file / "a.json")
+
+    def test_replaces_only_what_the_command_itself_made(self, tmp_path):
+        rows, other = tmp_path / "rows.json", tmp_path / "other.json"
+        write_json(rows, {"rows": [dict(metric="fd_pixels", value=1.0)]})
+        write_json(other, {"precious": True})
+        check_target("--json", rows, is_ours=read_rows)
+        check_target("--json", tmp_path / "new.json", is_ours=read_rows)
+        with pytest.raises(
+            ValueError, match=r"other\.json exists and was not made by this command"
+        ):
+            check_target("--json", other, is_ours=read_rows)
+
+
+def test_a_file_system_without_fsync_or_modes_takes_files_all_the_same(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    monkeypatch.setattr(os, "chmod", refuse)
+    write_json(tmp_path / "a.json", [1])
+    assert (tmp_path / "a.json").read_text() == "[\n  1\n]"
+
+
+def test_a_full_disk_is_an_error_with_the_name_of_the_file(tmp_path, monkeypatch):
+    def refuse(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match=r"No space left on device: '.*a\.json'"):
+        write_json(tmp_path / "a.json", [1])
+    assert not list(tmp_path.iterdir())
 
 
 def test_files_kept_open_are_read_by_any_number_of_threads_and_copies(tmp_path):

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import shutil
+import stat
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -288,7 +289,10 @@ def _open_target(dest: Path) -> Iterator[_FilesTarget | _SamplesTarget]:
                 with tempfile.TemporaryFile(**hidden) as pixels:
                     yield _SamplesTarget(archive, pixels)
         return
+    dest = dest.resolve()  # A link to an empty folder stays a link.
+    in_place = dest.is_dir() and not _can_be_replaced(dest)
     dest.parent.mkdir(parents=True, exist_ok=True)
+    hidden["dir"] = dest if in_place else dest.parent
     with tempfile.TemporaryDirectory(**hidden) as temporary:
         # The temporary folder is its owner's alone; one inside it has the usual permissions.
         folder = Path(temporary, "dataset")
@@ -301,4 +305,24 @@ def _open_target(dest: Path) -> Iterator[_FilesTarget | _SamplesTarget]:
 
         yield _FilesTarget(write)
         os.sync()
-        os.rename(folder, dest)
+        if not in_place:
+            os.rename(folder, dest)
+            return
+        # The description comes last: what has none is no dataset.
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == "dataset.json"):
+            os.rename(path, dest / path.name)
+
+
+def _can_be_replaced(folder: Path) -> bool:
+    """Return whether another folder can take the place of an empty one: no mount point can, and the
+    current folder should not."""
+    if folder == Path.cwd():
+        return False
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        probe = Path(temporary, "probe")
+        probe.mkdir(mode=stat.S_IMODE(folder.stat().st_mode))
+        try:
+            os.rename(probe, folder)
+        except OSError:
+            return False
+    return True
