@@ -86,10 +86,12 @@ def base_config(args: Sequence[str]) -> GenerateConfig:
 
 
 def option_elsewhere(name: str, config: Config | None) -> str | None:
-    """Return a sentence for an option of training given to sampling."""
+    """Return a sentence for an option of training, or of another program."""
     if name in ("preset", "precond", "resolution"):
         return f"--{name}: the snapshot decides this; generate.py has no such option."
-    return None
+    from commands.synonyms import used_here
+
+    return used_here(name)
 
 
 @click.command(cls=ConfigCommand, base=base_config, elsewhere=option_elsewhere, examples=EXAMPLES)

@@ -78,7 +78,7 @@ def base_config(args: Sequence[str]) -> RunConfig | None:
 
 
 def option_elsewhere(name: str, config: Config | None) -> str | None:
-    """Return a sentence saying which presets have an option that this one lacks."""
+    """Return a sentence saying where an option is, or what it is called here."""
     owners = [
         preset_name
         for preset_name, preset in PRESETS.items()
@@ -88,7 +88,9 @@ def option_elsewhere(name: str, config: Config | None) -> str | None:
         )
     ]
     if not owners or not isinstance(config, RunConfig):
-        return None
+        from commands.synonyms import used_here
+
+        return used_here(name, training=True)
     return f"--{name}: preset {config.preset} has no such option; {join_names(owners)} has."
 
 

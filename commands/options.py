@@ -9,6 +9,7 @@ import click
 import torch
 
 import families  # noqa: F401 (registers them)
+from commands.synonyms import used_here
 from diffusion.denoiser import AUTOCAST_DTYPES
 from dnnlib.cli import ConfigCommand, is_given, raw_value
 from dnnlib.click_options import param
@@ -81,7 +82,9 @@ def base_config(args: Sequence[str]) -> AnyConfig:
 
 
 def option_elsewhere(name: str, config: AnyConfig | None) -> str | None:
-    """Return a sentence for a sampling option without a snapshot to sample from."""
+    """Return a sentence for a sampling option without a snapshot, or one of another program."""
+    if (here := used_here(name)) is not None:
+        return here
     if isinstance(config, DetectorConfig):
         return f"--{name} describes sampling and needs --network; images are scored as they are."
     return None

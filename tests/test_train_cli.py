@@ -29,6 +29,7 @@ import train
 import training.launch
 import training.loop
 import training.telemetry
+from commands import synonyms
 from configs import PRESETS
 from dnnlib.cli import settings
 from dnnlib.config import option, to_dict
@@ -1088,3 +1089,31 @@ def test_no_option_is_mistaken_by_torchrun_for_an_abbreviation_of_its_own():
     for name in sorted(names):
         words = ["--standalone", "script.py", f"--{name}=1"]
         assert get_args_parser().parse_args(words).training_script_args == [f"--{name}=1"]
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "here"),
+    [
+        (train, "--preset=digits --duration=200", "--kimg, in thousands of images"),
+        (train, "--preset=digits --fp16=1", "--precision=fp16"),
+        (train, "--preset=digits --gpus=4", "torchrun --nproc_per_node=N"),
+        (train, "--preset=digits --ema=0.5", "--ema-kimg"),
+        (train, "--preset=digits --xflip=1", "--hflip"),
+        (train, "--preset=digits --local-rank=0", "torchrun"),
+        (train, "--preset=digits --epochs=10", "--kimg: epochs x images"),
+        (generate, "--guidance-scale=4", "--cfg-scale"),
+        (generate, "--num-inference-steps=20", "--steps"),
+        (fid, "calc --num-samples=100", "--num-images"),
+    ],
+)
+def test_an_option_of_another_program_is_answered_with_its_name_here(script, words, here):
+    message = helpers.fail(script, *words.split())
+    assert f"{words.split()[-1].partition('=')[0]}: here it is {here}" in message
+
+
+def test_what_is_called_otherwise_exists_under_the_name_that_is_given():
+    names = {f"--{setting.name}" for preset in PRESETS.values() for setting in settings(preset.run)}
+    names |= {name for script in (train, generate) for p in script.main.params for name in p.opts}
+    for table in (synonyms._TRAIN, synonyms._SAMPLE, synonyms._SHARED):
+        for here in table.values():
+            assert set(re.findall(r"(?<![\w'])--[a-z]+(?:-[a-z]+)*(?![_\w])", here)) <= names, here
