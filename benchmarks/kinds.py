@@ -14,8 +14,7 @@ from PIL import Image
 import families
 from benchmarks.measure import describe_device
 from configs.presets import PRESETS, Preset, get_preset
-from data.convert.convert import convert_images
-from data.convert.source import Source
+from data.convert.convert import Source, convert_images
 from data.latents.record import LABELS_FILE, RECORD_FILE, LatentRecord, latent_shard_name
 from dnnlib.click_options import param
 from dnnlib.errors import refusal

@@ -88,10 +88,8 @@ class PathType(click.Path):
 class LazyGroup(click.Group):
     """A group whose commands are imported when they are called or explained, and not before.
 
-    Args:
-        package: Package in which the module of each command has its name, with the command as
-            ``command``.
-        summaries: What each command does, in a sentence, for the help of the group.
+    In ``package``, the module of each command has its name, with the command as ``command``;
+    ``summaries`` says in a sentence what each does, for the help of the group.
     """
 
     def __init__(self, *args: Any, package: str, summaries: dict[str, str], **kwargs: Any) -> None:

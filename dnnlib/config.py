@@ -212,10 +212,9 @@ def _deciding(config: Config) -> dict[str, Any]:
 
 
 def from_dict(config_type: type[Config], values: Mapping[str, Any]) -> Any:
-    """Restore a configuration from :func:`to_dict`'s result.
+    """Restore a configuration from :func:`to_dict`'s result, of older versions too.
 
-    Missing fields take their defaults, so that older files load. Raises ValueError for an unknown
-    field or family, or for a value out of range.
+    Raises ValueError for an unknown field or family, or for a value out of range.
     """
     values = dict(values)
     family = values.pop("family", None)

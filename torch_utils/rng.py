@@ -21,10 +21,7 @@ def mix(*values: int) -> int:
 def step_generator(
     seed: int, cur_nimg: int, stream: int, device: torch.device | str = "cpu"
 ) -> torch.Generator:
-    """Return the generator of one kind of randomness for the global batch at ``cur_nimg``.
-
-    Draw for the whole batch of all ranks and keep your rows.
-    """
+    """Return a generator for the global batch at ``cur_nimg``; draw for all and keep your rows."""
     return torch.Generator(device).manual_seed(mix(seed, cur_nimg, stream))
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from data.convert.cifar_mnist import MNIST_PREFIXES, find_idx, open_cifar, open_mnist
+from data.convert.convert import Source, array_source
 from data.convert.fewshot_sources import find_fewshot_files, read_fewshot
-from data.convert.source import Source, array_source
 from data.images.archive import open_archive
 from data.images.labels import read_class_splits, read_labels
 from data.images.members import Archive

@@ -18,8 +18,7 @@ def read_labels(archive: Archive, folder: str = "") -> tuple[np.ndarray, list[st
 
     ``labels`` holds the class index of every image in order, int64 [N]. Without stored class
     names, the classes are "0", "1", ... up to the largest label. ``folder`` (ending in ``/``) is
-    where in the archive ``dataset.json`` lies; its file names are relative to it. A sample archive
-    has its labels in ``arr_1`` and may have ``class_names``.
+    where in the archive ``dataset.json`` lies; its file names are relative to it.
 
     Raises ValueError for a malformed file, an image without a label, or a label that is no class.
     """

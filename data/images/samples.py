@@ -110,10 +110,7 @@ class SampleArchive(Archive):
         return self._read_member(name, np.lib.format.read_array)  # Which unpickles nothing.
 
     def check(self, on_bytes: Callable[[int], None]) -> Iterator[str]:
-        """Read all arrays and yield a sentence for each whose bytes do not fit its checksum.
-
-        ``on_bytes`` is told how many were read.
-        """
+        """Yield a sentence for each array whose bytes, told to ``on_bytes``, are damaged."""
 
         def read_all(stream: IO[bytes]) -> None:
             while data := stream.read(1 << 20):
