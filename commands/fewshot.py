@@ -22,7 +22,7 @@ from data.images.dataset import open_images
 from dnnlib.cli import usage_errors
 from dnnlib.click_options import param, takes
 from dnnlib.files import write_json
-from evaluation.fewshot import FewShotTest, score_fewshot
+from evaluation.fewshot import FewShotTest, describe_fewshot, score_fewshot
 from evaluation.images import Making, ScoreConfig
 from families.sets import open_data_of
 from sampling.images import cached_snapshot
@@ -97,8 +97,8 @@ def command(config: ScoreConfig, options: FewShotOptions) -> None:
     making = Making(first_seed=options.seed, batch=options.batch, precision=options.precision)
     rows = []
     for found in score_fewshot(snapshot, config, specs, device, test, making):
-        distributed.print0(found.describe())
-        rows += [dict(row, copying=found.copying) for row in found.rows]
+        distributed.print0(describe_fewshot(found))
+        rows += found
     if options.json is not None and distributed.is_main():
         write_json(options.json, {"rows": rows})
     distributed.shutdown()

@@ -1,7 +1,7 @@
 """Scores of images made from supports: of classes trained on, unseen ones, and other datasets'."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ import torch
 from data.fewshot.episodes import Episodes, episodes_of_dataset, episodes_of_run
 from data.fewshot.sets import SetDataset
 from data.images.dataset import ImageDataset
-from evaluation.images import Making, ScoreConfig, SnapshotImages, shape_of
+from dnnlib.errors import refusal
+from evaluation.images import Making, ScoreConfig, SnapshotImages, shape_of, size_text
 from evaluation.scoring import RealImages, describe_score, make_detectors, score_images
 from metrics.detectors import ImageShape
 from metrics.metric import MetricSpec, needed_outputs
@@ -34,12 +35,12 @@ class EpisodeImages(SnapshotImages):
     def __init__(
         self, generator: SupportGenerator, snapshot: Snapshot, *, first_seed: int, batch: int
     ) -> None:
-        self._episodes = episodes = generator.episodes
-        counts = episodes.counts
+        self._episodes = generator.episodes
+        counts = self._episodes.counts
         super().__init__(
             generator, snapshot, first_seed=first_seed, batch=batch, class_counts=counts
         )
-        self.class_names = episodes.class_names
+        self.class_names = self._episodes.class_names
         self._episode_of = labels_like_data(counts)
         self._distances: list[torch.Tensor] = []
 
@@ -63,8 +64,7 @@ def support_distances(
 ) -> torch.Tensor:
     """Return the distance [N] of uint8 images [N, C, H, W] to the nearest image of their support.
 
-    It is the root mean square of the difference of pixels in 0..1. ``rows`` [N] names the episode
-    of each image.
+    It is the root mean square of the difference of pixels in 0..1. ``rows`` [N] are the episodes.
     """
     supports = episodes.supports[torch.as_tensor(rows)].to(torch.float32) / 255
     difference = images[:, None].to(torch.float32) / 255 - supports  #  [N, k, C, H, W]
@@ -80,9 +80,8 @@ def copying(generated: np.ndarray, episodes: Episodes, images: ImageDataset) -> 
     real_classes = images.labels[episodes.reals]
     rows = np.empty(len(real_classes), np.int64)
     for index in np.unique(episodes.classes):
-        own = np.flatnonzero(episodes.classes == index)
         places = np.flatnonzero(real_classes == index)
-        rows[places] = own[np.arange(len(places)) % len(own)]
+        rows[places] = np.resize(np.flatnonzero(episodes.classes == index), len(places))
     real = []
     for start in range(0, len(rows), 256):
         part = slice(start, start + 256)
@@ -102,36 +101,25 @@ def _check_transfer(images: ImageDataset, shape: ImageShape) -> None:
     if images.labels is None:
         raise ValueError(f"--transfer: {images.path} has no class labels; supports are of a class.")
     if shape_of(images) != shape:
-        found, expected = ("x".join(map(str, s)) for s in (shape_of(images), shape))
-        raise ValueError(
-            f"--transfer: {images.path} holds images of {found} (channels, height, width), but the "
-            f"model makes {expected}; convert it with dataset_tool.py convert "
-            f"--resolution={shape[1]}."
-        )
+        but = f"it holds images of {size_text(images)}, but the model makes {size_text(shape)}"
+        remedy = f"convert it with dataset_tool.py convert --resolution={shape[1]}"
+        raise refusal("--transfer", images.path, but=but, remedy=remedy)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FewShotScores:
-    """Scores of one protocol: ``rows`` of metrics, and how near images are to their supports."""
-
-    protocol: str
-    rows: list[dict[str, Any]]
-    copying: dict[str, Any]
-
-    def describe(self) -> str:
-        """Return the scores in words."""
-        first, found = self.rows[0], self.copying
-        lines = [
-            f"{self.protocol}: {first['num_episodes']} supports of {first['support_size']}, "
-            f"{first['num_images']:,} generated images against {first['num_reals']:,} real ones"
-        ]
-        lines += ["  " + describe_score(row).replace("\n", "\n  ") for row in self.rows]
-        lines.append(
-            f"  distance to the nearest support image: {found['generated_median']:.4f} generated, "
-            f"{found['real_median']:.4f} real (medians); {found['share_nearer']:.1%} of the "
-            "generated images are nearer than 99% of real ones are (1% expected)"
-        )
-        return "\n".join(lines)
+def describe_fewshot(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the scores of one protocol in words."""
+    first, found = rows[0], rows[0]["copying"]
+    lines = [
+        f"{first['protocol']}: {first['num_episodes']} supports of {first['support_size']}, "
+        f"{first['num_images']:,} generated images against {first['num_reals']:,} real ones"
+    ]
+    lines += ["  " + describe_score(row).replace("\n", "\n  ") for row in rows]
+    lines.append(
+        f"  distance to the nearest support image: {found['generated_median']:.4f} generated, "
+        f"{found['real_median']:.4f} real (medians); {found['share_nearer']:.1%} of the "
+        "generated images are nearer than 99% of real ones are (1% expected)"
+    )
+    return "\n".join(lines)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,10 +162,8 @@ class FewShotTest:
                 images = self.dataset.images
                 episodes = episodes_of_run(self.dataset, protocol, **size)
             if not len(episodes.reals):
-                raise ValueError(
-                    f"{protocol}: all images of its classes are in supports, and none is left to "
-                    "compare with; give fewer --episodes-per-class."
-                )
+                but = "all images of its classes are in supports, and none is left to compare with"
+                raise refusal(protocol, but=but, remedy="give fewer --episodes-per-class")
             drawn.append((protocol, images, episodes))
         return drawn
 
@@ -189,16 +175,11 @@ def score_fewshot(
     device: torch.device,
     test: FewShotTest,
     making: Making,
-) -> Iterable[FewShotScores]:
-    """Yield the scores of each protocol. Collective.
+) -> Iterable[list[dict[str, Any]]]:
+    """Yield the score rows of each protocol for a set-conditioned model. Collective.
 
-    Args:
-        snapshot: Of a set-conditioned model.
-        config: The sampling protocol, and the detectors.
-        metrics: Those of supports.
-        device: Where to compute.
-        test: What is compared with.
-        making: How the images are made.
+    ``config`` is the sampling protocol with the detectors. Each row says in ``copying`` how near
+    the images are to their supports.
     """
     generator = making.generator(snapshot, config, device)
     batch = making.batch
@@ -211,22 +192,13 @@ def score_fewshot(
         reals = images.subset(episodes.reals)
         detectors = make_detectors(names, config.detectors, shape_of(reals), device)
         references = RealImages(reals).references(needs, detectors, device, batch)
-        rows = score_images(
-            metrics,
-            source,
-            references,
-            detectors,
-            device,
-            num_images=test.num_images,
-            per_class=True,
-        )
+        options = dict(num_images=test.num_images, per_class=True)
+        rows = score_images(metrics, source, references, detectors, device, **options)
         distances = source.distances()
         if test.outdir is not None:
             shown = np.linspace(0, len(episodes) - 1, min(_NUM_SHOWN, len(episodes)))
             few = SupportGenerator.of(generator, episodes[shown.round().astype(int).tolist()])
             save_episodes(few, len(few.episodes) * 20, test.outdir / f"{protocol}.png", batch)
-        yield FewShotScores(
-            protocol=protocol,
-            rows=[dict(row, protocol=protocol, num_reals=len(reals)) for row in rows],
-            copying=copying(distances, episodes, images),
-        )
+        facts = dict(protocol=protocol, num_reals=len(reals))
+        facts["copying"] = copying(distances, episodes, images)
+        yield [{**row, **facts} for row in rows]

@@ -46,15 +46,12 @@ class ImageSource(Protocol):
 
     def batches(self, indices: Sequence[int]) -> Iterable[Batch]:
         """Yield this rank's share of the images with those indices. Collective."""
-        ...
 
     def labels(self, indices: range) -> np.ndarray | None:
         """Return the class of each image, int64, or None if there are none."""
-        ...
 
     def passport(self, indices: range) -> dict[str, Any]:
         """Return what a score row says of these images."""
-        ...
 
 
 class FileImages:
@@ -73,7 +70,7 @@ class FileImages:
         self._shuffled = shuffled and not path.endswith(".npz")
         self._order = np.arange(len(self.dataset))
         if self._shuffled:
-            self._order = np.random.default_rng(_ORDER_SEED).permutation(self._order)
+            np.random.default_rng(_ORDER_SEED).shuffle(self._order)
         self._number = np.argsort(self._order)
         self.image_shape = shape_of(self.dataset)
         self.num_images = len(self.dataset)
@@ -122,16 +119,11 @@ class SnapshotImages:
         self.class_names = tuple(snapshot.data.class_names)
 
     def batches(self, indices: Sequence[int]) -> Iterable[Batch]:
+        options = dict(batch=self._batch, first_seed=self._first_seed, class_counts=self._counts)
         is_main = distributed.is_main()
         with progress(total=len(indices), label="Generating", disable=not is_main) as bar:
-            yield from generate_for_rank(
-                self._generator,
-                indices,
-                batch=self._batch,
-                first_seed=self._first_seed,
-                class_counts=self._counts,
-                on_batch=bar.update,
-            )
+            options["on_batch"] = bar.update
+            yield from generate_for_rank(self._generator, indices, **options)
 
     def labels(self, indices: range) -> np.ndarray | None:
         if not (self._generator.num_classes and sum(self._counts)):
@@ -177,13 +169,8 @@ class Making:
         self, snapshot: Snapshot, config: GenerateConfig, device: torch.device
     ) -> ImageGenerator:
         """Return what makes the images of ``snapshot`` under the protocol ``config``."""
-        options = GeneratorOptions(
-            sampling=config.sampling,
-            guidance=config.guidance,
-            precision=self.precision,
-            guide=self.guide,
-            vae=self.vae,
-        )
+        own = dict(precision=self.precision, guide=self.guide, vae=self.vae)
+        options = GeneratorOptions(sampling=config.sampling, guidance=config.guidance, **own)
         return family_of(snapshot.config).load(snapshot, device, options)
 
 
@@ -203,28 +190,27 @@ def open_image_source(
     if config is None:
         return FileImages(location, making.batch, shuffled)
     snapshot = cached_snapshot(location)
-    return family_of(snapshot.config).images(
-        snapshot,
-        lambda: making.generator(snapshot, config, device),
-        making.first_seed,
-        making.batch,
-    )
+
+    def make() -> ImageGenerator:
+        return making.generator(snapshot, config, device)
+
+    return family_of(snapshot.config).images(snapshot, make, making.first_seed, making.batch)
 
 
 def read_images(
     dataset: ImageDataset, batch: int, label: str, indices: Sequence[int] | None = None
 ) -> Iterator[Batch]:
     """Yield this rank's share of the images, or of those with ``indices``, under a progress bar."""
-    return iterate_images(
-        dataset,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-        batch_size=batch,
-        indices=indices,
-        label=label,
-    )
+    ranks = dict(rank=distributed.rank(), world_size=distributed.world_size())
+    return iterate_images(dataset, **ranks, batch_size=batch, indices=indices, label=label)
 
 
 def shape_of(images: Any) -> ImageShape:
     """Return C, H, W of a dataset or a model configuration."""
     return images.img_channels, images.resolution, images.resolution
+
+
+def size_text(images: Any) -> str:
+    """Return a shape, or that of a dataset or a model configuration, as text."""
+    shape = images if isinstance(images, tuple) else shape_of(images)
+    return f"{'x'.join(map(str, shape))} (channels, height, width)"

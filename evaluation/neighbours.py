@@ -1,5 +1,6 @@
 """Nearest training images of generated ones: a look for copies (memorisation)."""
 
+import collections
 import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,8 +12,9 @@ import PIL.ImageDraw
 import torch
 
 from data.images.dataset import ImageDataset
+from dnnlib.errors import refusal
 from dnnlib.files import write_json
-from evaluation.images import ImageSource, read_images, shape_of
+from evaluation.images import ImageSource, read_images, shape_of, size_text
 from evaluation.scoring import dataset_references
 from metrics.detectors import Detector, DetectorOutput
 from metrics.manifold import nearest_neighbours
@@ -38,24 +40,22 @@ _CHART_SIZE = (640, 400)
 _NUM_BINS = 50
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Neighbours:
     """Nearest training images, on rank 0.
 
     Attributes:
-        distances: [N, k], ascending, of each generated image in the detector's feature space.
+        distances: [N, k], ascending, of each generated image by the detector's outputs.
         indices: [N, k], of those training images.
         held_out: [M], distance of each held-out real image to its nearest training image.
         held_out_source: What the held-out images are.
-        detector, detector_hash: What the distances are taken by.
     """
 
     distances: np.ndarray
     indices: np.ndarray
     held_out: np.ndarray
     held_out_source: str
-    detector: str
-    detector_hash: str
+    detector: Detector
 
     def summary(self) -> dict[str, Any]:
         """Return the two distributions of nearest distances by quantiles, and their comparison."""
@@ -65,8 +65,8 @@ class Neighbours:
             for quantile in QUANTILES
         }
         return dict(
-            detector=self.detector,
-            detector_hash=self.detector_hash,
+            detector=self.detector.name,
+            detector_hash=self.detector.hash,
             num_images=len(nearest),
             num_held_out=len(self.held_out),
             held_out_source=self.held_out_source,
@@ -85,29 +85,22 @@ def check_neighbours(
     num_neighbours: int,
     held_out: ImageDataset | None,
 ) -> None:
-    """Raise ValueError if there are fewer images than asked for, or of another shape.
-
-    Also if what draws the report is missing.
-    """
+    """Raise ValueError for too few images, other shapes, and charts that cannot be drawn."""
     check_charts("--outdir")
-    if source.num_images is not None and num_images > source.num_images:
-        raise ValueError(
-            f"--num-images: got {num_images:,}, but there are {source.num_images:,} images."
-        )
+    available = source.num_images
+    if available is not None and num_images > available:
+        raise refusal("--num-images", f"{num_images:,}", but=f"there are {available:,} images")
     if len(data) <= num_neighbours:
-        raise ValueError(
-            f"--data: {data.name} has {len(data)} images, too few for {num_neighbours} neighbours "
-            "of each; choose fewer with --neighbours."
-        )
-    if held_out is not None and shape_of(held_out) != shape_of(data):
-        raise ValueError(
-            f"--held-out: {held_out.name} has images of shape {list(shape_of(held_out))} "
-            f"[C, H, W], but --data has {list(shape_of(data))}."
-        )
+        but = f"{data.name} has {len(data)} images, too few for {num_neighbours} neighbours of each"
+        raise refusal("--data", but=but, remedy="choose fewer with --neighbours")
+    shape = size_text(data)
+    if held_out is not None and size_text(held_out) != shape:
+        but = f"{held_out.name} has images of {size_text(held_out)}"
+        raise refusal("--held-out", but=f"{but}, but --data has {shape}")
     if source.image_shape != shape_of(data):
-        raise ValueError(
-            f"--data: {data.name} has images of shape {list(shape_of(data))} [C, H, W], but the "
-            f"generated ones have {list(source.image_shape)}."
+        but = f"{data.name} has images of {shape}"
+        raise refusal(
+            "--data", but=f"{but}, but the generated ones are {size_text(source.image_shape)}"
         )
 
 
@@ -146,35 +139,19 @@ def find_neighbours(
     real = vectors_of(data, "Training images")
     unseen = None if held_out is None else vectors_of(held_out, "Held-out images")
     fake = vectors(source.batches(range(num_images)))
-    box: list[Neighbours] = []
-
-    def search() -> None:
+    with distributed.together():
+        if not distributed.is_main():
+            return None
         distances, indices = nearest_neighbours(fake, real, num_neighbours, device=device)
         if unseen is not None:
-            nearest = nearest_neighbours(unseen, real, 1, device=device)[0][:, 0]
+            nearest, _ = nearest_neighbours(unseen, real, 1, device=device)
             held_out_source = f"{held_out.name}: {len(held_out):,} images"
         else:
-            nearest = _leave_one_out(real, max(num_images, _MIN_HELD_OUT), device)
+            order = np.random.default_rng(_HELD_OUT_SEED).permutation(len(real))
+            own = np.sort(order[: max(num_images, _MIN_HELD_OUT)])
+            nearest, _ = nearest_neighbours(real[own], real, 1, device=device, own=own)
             held_out_source = f"{len(nearest):,} training images, each against all the others"
-        found = Neighbours(
-            distances=distances,
-            indices=indices,
-            held_out=nearest,
-            held_out_source=held_out_source,
-            detector=detector.name,
-            detector_hash=detector.hash,
-        )
-        box.append(found)
-
-    distributed.on_main(search)
-    return box[0] if box else None
-
-
-def _leave_one_out(real: np.ndarray, num: int, device: torch.device) -> np.ndarray:
-    """Return the distance of ``num`` of the rows (at most all) to their nearest other row."""
-    order = np.random.default_rng(_HELD_OUT_SEED).permutation(len(real))
-    chosen = np.sort(order[:num])
-    return nearest_neighbours(real[chosen], real, 1, device=device, own=chosen)[0][:, 0]
+        return Neighbours(distances, indices, nearest[:, 0], held_out_source, detector)
 
 
 def neighbours_picture(
@@ -185,30 +162,21 @@ def neighbours_picture(
     A row is a generated image and its training images, nearest first; the rows are the generated
     images nearest to any training image. Collective: the images are made again.
     """
-    chosen = distributed.broadcast_object(
-        None
-        if neighbours is None
-        else np.argsort(neighbours.distances[:, 0], kind="stable")[:num_rows].tolist()
-    )
-    indices, images = [], []
-    for batch_indices, batch in source.batches(chosen):
-        indices.append(batch_indices)
-        images.append(batch.cpu())
-    shape = (0, *source.image_shape)
-    indices = distributed.gather_rows(torch.cat([torch.empty(0, dtype=torch.int64), *indices]))
-    images = distributed.gather_rows(torch.cat([torch.empty(shape, dtype=torch.uint8), *images]))
+    nearest = np.zeros(0) if neighbours is None else neighbours.distances[:, 0]
+    chosen = np.argsort(nearest, kind="stable")[:num_rows].tolist()
+    made: dict[int, torch.Tensor] = {}
+    for indices, images in source.batches(distributed.broadcast_object(chosen)):
+        for index, image in zip(indices.tolist(), images, strict=True):
+            made[index] = image.to("cpu", copy=True)
+    made = dict(collections.ChainMap(*distributed.gather_objects(made)))
     if neighbours is None:
         return None
-    made = dict(zip(indices.tolist(), images, strict=True))
     rows = []
     for index in chosen:
-        row = [(made[index], f"image {index}")]
-        real, _ = data.__getitems__(neighbours.indices[index].tolist())
-        for image, distance, number in zip(
-            real, neighbours.distances[index], neighbours.indices[index], strict=True
-        ):
-            row.append((image, f"{distance:.3g} (#{number})"))
-        rows.append(row)
+        numbers, distances = neighbours.indices[index], neighbours.distances[index]
+        real, _ = data.__getitems__(numbers.tolist())
+        captions = [f"{d:.3g} (#{number})" for d, number in zip(distances, numbers, strict=True)]
+        rows.append([(made[index], f"image {index}"), *zip(real, captions, strict=True)])
     return _captioned_grid(rows)
 
 
@@ -259,11 +227,9 @@ def distances_picture(neighbours: Neighbours) -> PIL.Image.Image:
 
 def describe_neighbours(summary: Mapping[str, Any]) -> str:
     """Return the summary of :class:`Neighbours` as a small table and one sentence."""
-    rows = [
-        ["quantile", *(f"{100 * q:g}%" for q in summary["quantiles"])],
-        ["generated", *(f"{value:.4g}" for value in summary["generated"])],
-        ["held out", *(f"{value:.4g}" for value in summary["held_out"])],
-    ]
+    rows = [["quantile", *(f"{100 * q:g}%" for q in summary["quantiles"])]]
+    for name in ("generated", "held_out"):
+        rows.append([name.replace("_", " "), *(f"{value:.4g}" for value in summary[name])])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["Distance to the nearest training image:"]
     for row in rows:
@@ -274,8 +240,7 @@ def describe_neighbours(summary: Mapping[str, Any]) -> str:
         f"{100 * share:.1f}% of {summary['num_images']:,} generated images are closer to a "
         f"training image than 99% of held-out reals are (1% would be expected); "
         f"{summary['num_copies']} are copies (a thousandth of the median held-out distance away, "
-        "or less). "
-        f"Held out: {summary['held_out_source']}."
+        f"or less). Held out: {summary['held_out_source']}."
     )
     if summary["num_held_out"] < _FEW_HELD_OUT:
         lines.append(f"  warning: {summary['num_held_out']} held-out images are too few to tell.")
@@ -291,10 +256,7 @@ def write_report(
     num_images: int,
     num_rows: int,
 ) -> None:
-    """Write the two pictures and ``neighbours.json`` into ``outdir``, and print the summary.
-
-    Collective; rank 0 writes.
-    """
+    """Write pictures and ``neighbours.json`` into ``outdir``, print the summary. Collective."""
     picture = neighbours_picture(neighbours, source, data, num_rows)
     if neighbours is None:
         return

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from data.images.dataset import ImageDataset, open_images
+from dnnlib.errors import refusal
 from dnnlib.files import fetch
-from evaluation.images import ImageSource, read_images, shape_of
+from evaluation.images import ImageSource, read_images, shape_of, size_text
 from metrics.detectors import Detector, DetectorOutput, ImageShape, get_detector
 from metrics.metric import MetricSpec, needed_outputs
 from metrics.reference import References, load_references
@@ -26,14 +27,11 @@ _STATISTICS_SUFFIXES = (".npz", ".pkl")
 
 
 def make_detectors(
-    names: Iterable[str],
-    config: DetectorConfig,
-    image_shape: ImageShape | None,
-    device: torch.device,
+    names: Iterable[str], config: DetectorConfig, shape: ImageShape | None, device: torch.device
 ) -> dict[str, Detector]:
     """Return detectors by name, each with its settings. Collective."""
     return {
-        name: get_detector(name, device, image_shape=image_shape, **config.arguments(name))
+        name: get_detector(name, device, image_shape=shape, **config.arguments(name))
         for name in dict.fromkeys(names)
     }
 
@@ -60,13 +58,11 @@ def dataset_references(
     )
     if dataset.labels is None:
         return references
-    known = dict(
-        labels=dataset.labels[vector_subset(len(dataset))], class_names=tuple(dataset.class_names)
-    )
-    return {
-        feature: dataclasses.replace(reference, **known) if reference.num_vectors else reference
-        for feature, reference in references.items()
-    }
+    labels, names = dataset.labels[vector_subset(len(dataset))], tuple(dataset.class_names)
+    for output, reference in references.items():
+        if reference.num_vectors:
+            references[output] = dataclasses.replace(reference, labels=labels, class_names=names)
+    return references
 
 
 class RealImages:
@@ -100,28 +96,22 @@ class RealImages:
         return self._dataset.labels is not None
 
     def references(
-        self,
-        needs: Needs,
-        detectors: Mapping[str, Detector],
-        device: torch.device,
-        batch: int = 64,
+        self, needs: Needs, detectors: Mapping[str, Detector], device: torch.device, batch: int = 64
     ) -> References:
         """Return what is known, or can be found out, of these images. Collective."""
         known = dict(self._statistics or {})
         if self._dataset is None:
             return known
-        missing = {
-            feature: [
-                kind for kind in kinds if feature not in known or kind not in known[feature].knows
-            ]
-            for feature, kinds in needs.items()
-        }
-        missing = {feature: kinds for feature, kinds in missing.items() if kinds}
+        missing: dict[DetectorOutput, list[str]] = {}
+        for output, kinds in needs.items():
+            there = known[output].knows if output in known else ()
+            missing[output] = [kind for kind in kinds if kind not in there]
+        missing = {output: kinds for output, kinds in missing.items() if kinds}
         made = dataset_references(self._dataset, missing, detectors, device, batch)
-        for feature, found in made.items():
+        for output, found in made.items():
             # ADM's files hold moments of all images and the first 10,000 images themselves.
-            before = known.get(feature)
-            known[feature] = found if before is None else dataclasses.replace(before, sample=found)
+            before = known.get(output)
+            known[output] = found if before is None else dataclasses.replace(before, sample=found)
         return known
 
 
@@ -145,21 +135,20 @@ def check_images(
 ) -> list[str]:
     """Return warnings about the use of ``source``; raise ValueError if it cannot be scored."""
     warnings: list[str] = []
-    channels = None if real_shape is None else real_shape[0]
-    if channels is not None and channels != source.image_shape[0]:
-        raise ValueError(
-            f"The images have {source.image_shape[0]} channel(s) and the reference has {channels}; "
-            "compare images of the same kind (grayscale 1, RGB 3)."
-        )
     if real_shape is not None and real_shape != source.image_shape:
-        sizes = [f"{shape[2]}x{shape[1]}" for shape in (source.image_shape, real_shape)]
+        (channels, *size), (real_channels, *real_size) = source.image_shape, real_shape
+        if channels != real_channels:
+            raise ValueError(
+                f"The images have {channels} channel(s) and the reference has {real_channels}; "
+                "compare images of the same kind (grayscale 1, RGB 3)."
+            )
+        height, width = size
+        but = f"the images are {width}x{height} and the reference is {real_size[1]}x{real_size[0]}"
         for metric in metrics:
             if metric.output.detector == "pixels":
-                raise ValueError(
-                    f"{metric.name}: the images are {sizes[0]} and the reference is {sizes[1]}; "
-                    "pixels can be compared at equal sizes only."
-                )
-        warnings.append(f"the images are {sizes[0]} and the reference is {sizes[1]}")
+                remedy = "pixels can be compared at equal sizes only"
+                raise refusal(metric.name, but=but, remedy=remedy)
+        warnings.append(but)
     for metric in metrics:
         if num_images is not None or not metric.at_most_dataset:
             _check_count(metric, num_images or metric.num_images, source, num_blocks)
@@ -169,16 +158,11 @@ def check_images(
 def _check_count(metric: MetricSpec, wanted: int, source: ImageSource, num_blocks: int) -> None:
     if source.num_images is not None and wanted * num_blocks > source.num_images:
         blocks = f" in each of {num_blocks} blocks" if num_blocks > 1 else ""
-        remedy = "provide more."
-        if source.num_images // num_blocks >= metric.at_least:
-            remedy = (
-                "provide as many, or score fewer with "
-                f"--num-images={source.num_images // num_blocks} (the row will say so)."
-            )
-        raise ValueError(
-            f"{metric.name}: needs {wanted:,} images{blocks}, but there are "
-            f"{source.num_images:,}; {remedy}"
-        )
+        remedy, fewer = "provide more", source.num_images // num_blocks
+        if fewer >= metric.at_least:
+            remedy = f"provide as many, or score fewer with --num-images={fewer} (the row says so)"
+        but = f"needs {wanted:,} images{blocks}, but there are {source.num_images:,}"
+        raise refusal(metric.name, but=but, remedy=remedy)
 
 
 def score_images(
@@ -200,7 +184,6 @@ def score_images(
     counts = [metric.image_count(references.get(metric.output), num_images) for metric in metrics]
     for metric, count in zip(metrics, counts, strict=True):
         _check_count(metric, count, source, num_blocks)
-    stride = max(counts)
     warnings = []
     has_labels = per_class and source.labels(range(1)) is not None
     names = {found.class_names for found in references.values() if found.labels is not None}
@@ -227,16 +210,12 @@ def score_images(
             labels=labels if has_labels else None,
             class_names=source.class_names,
         )
-        return [
-            {
-                **row,
-                "warnings": warnings + row["warnings"],
-                **source.passport(range(start, start + row["num_images"])),
-            }
-            for row in rows
-        ]
+        for row in rows:
+            row["warnings"] = warnings + row["warnings"]
+            row.update(source.passport(range(start, start + row["num_images"])))
+        return rows
 
-    blocks = [score_block(block * stride) for block in range(num_blocks)]
+    blocks = [score_block(block * max(counts)) for block in range(num_blocks)]
     if num_blocks == 1:
         return blocks[0]
     return [{**rows[0], "noise_band": _noise_band(rows)} for rows in zip(*blocks, strict=True)]
@@ -247,13 +226,9 @@ def _noise_band(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     band: dict[str, Any] = {}
     for name in rows[0]["values"]:
         values = np.array([row["values"][name] for row in rows])
-        band[name] = dict(
-            mean=float(values.mean()),
-            std=float(values.std(ddof=1)),
-            min=float(values.min()),
-            max=float(values.max()),
-            values=values.tolist(),
-        )
+        found = dict(mean=values.mean(), std=values.std(ddof=1), min=values.min(), max=values.max())
+        band[name] = {key: float(value) for key, value in found.items()}
+        band[name]["values"] = values.tolist()
     seeds = [row.get("seeds", f"images from {row.get('first_image')}") for row in rows]
     return dict(band, seeds=seeds)
 
@@ -266,11 +241,9 @@ def describe_score(row: Mapping[str, Any], num_classes_shown: int = 20) -> str:
     lines = [f"{row['metric']} {values} ({row['num_images']:,} images)"]
     for name, band in row.get("noise_band", {}).items():
         if name != "seeds":
-            lines.append(
-                f"  noise band of {name} over {len(band['values'])} disjoint blocks: mean "
-                f"{band['mean']:.6g}, std {band['std']:.3g}, min {band['min']:.6g}, max "
-                f"{band['max']:.6g}"
-            )
+            spread = "mean {mean:.6g}, std {std:.3g}, min {min:.6g}, max {max:.6g}".format(**band)
+            num = len(band["values"])
+            lines.append(f"  noise band of {name} over {num} disjoint blocks: {spread}")
     lines += [f"  warning: {warning}" for warning in row["warnings"]]
     classes = row.get("per_class", {})
     for name, found in list(classes.items())[:num_classes_shown]:
@@ -300,11 +273,8 @@ def make_evaluate(
     found = None if real is None else real.image_shape
     expected = shape_of(model)
     if found is not None and (found[0] != expected[0] or ("pixels" in names and found != expected)):
-        shapes = ["x".join(map(str, shape)) for shape in (found, expected)]
-        raise ValueError(
-            f"--metrics-ref: holds images of {shapes[0]} (channels, height, width), but the model "
-            f"makes {shapes[1]}; give images of the same kind."
-        )
+        but = f"holds images of {size_text(found)}, but the model makes {size_text(expected)}"
+        raise refusal("--metrics-ref", but=but, remedy="give images of the same kind")
     detectors = make_detectors(names, config, expected, device)
     needs = needed_outputs(metrics, of_reference=True)
     references = {} if real is None else real.references(needs, detectors, device)

@@ -1,12 +1,13 @@
 """Detectors: what turns images into the vectors that distributions are compared by."""
 
 import hashlib
+import math
 from collections.abc import Collection, Mapping
 from typing import NamedTuple, Protocol
 
 import torch
 
-from dnnlib.config import did_you_mean
+from dnnlib.config import unknown
 
 ImageShape = tuple[int, int, int]  # C, H, W
 
@@ -51,7 +52,6 @@ class Detector(Protocol):
 
         Each image's values depend on that image alone.
         """
-        ...
 
 
 class PixelDetector:
@@ -63,7 +63,7 @@ class PixelDetector:
     def __init__(self, image_shape: ImageShape) -> None:
         self.image_shape = tuple(image_shape)
         self.preprocessing = f"x / 255 of {'x'.join(map(str, image_shape))} [C, H, W], flattened"
-        self.outputs = {"features": image_shape[0] * image_shape[1] * image_shape[2]}
+        self.outputs = {"features": math.prod(image_shape)}
         identity = f"pixels: uint8/255, flattened from CHW {list(image_shape)}"
         self.hash = hashlib.sha256(identity.encode()).hexdigest()
 
@@ -73,10 +73,9 @@ class PixelDetector:
         """Return the pixels of uint8 images [N, C, H, W] as float32 [N, C * H * W] in [0, 1]."""
         assert set(outputs) <= set(self.outputs)
         if images.dtype != torch.uint8 or images.shape[1:] != self.image_shape:
-            raise ValueError(
-                f"The pixel detector got {images.dtype} images of shape {list(images.shape[1:])}; "
-                f"expected uint8 of shape {list(self.image_shape)}."
-            )
+            got = f"{images.dtype} images of shape {list(images.shape[1:])}"
+            expected = f"expected uint8 of shape {list(self.image_shape)}"
+            raise ValueError(f"The pixel detector got {got}; {expected}.")
         return {"features": images.flatten(1).to(torch.float32) / 255}
 
 
@@ -106,10 +105,7 @@ def get_detector(
     Raises ValueError for an unknown name and for weights that cannot be used.
     """
     if name not in DETECTORS:
-        raise ValueError(
-            f"Unknown detector {name!r}; accepted: {', '.join(DETECTORS)}."
-            f"{did_you_mean(name, DETECTORS)}"
-        )
+        raise unknown("detector", name, DETECTORS)
     if name == "pixels":
         if location is not None:
             raise ValueError(f"The pixel detector has no weights; got {location!r}. Leave it out.")

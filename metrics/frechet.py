@@ -31,10 +31,8 @@ def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: 
     mu1, sigma1 = _checked(mu1, sigma1, "first")
     mu2, sigma2 = _checked(mu2, sigma2, "second")
     if mu1.shape != mu2.shape:
-        raise ValueError(
-            f"The distributions have {mu1.size} and {mu2.size} dimensions; they must come from the "
-            "same detector."
-        )
+        dims = f"{mu1.size} and {mu2.size} dimensions"
+        raise ValueError(f"The distributions have {dims}; they must come from the same detector.")
     value = np.sum((mu1 - mu2) ** 2) + np.trace(sigma1) + np.trace(sigma2)
     return max(float(value - 2 * _trace_of_root(sigma1, sigma2)), 0.0)
 
@@ -63,10 +61,8 @@ def frechet_distance_of_samples(x: ArrayLike, y: ArrayLike) -> float:
 def _checked(mu: ArrayLike, sigma: ArrayLike, label: str) -> tuple[np.ndarray, np.ndarray]:
     mu, sigma = np.asarray(mu, np.float64), np.asarray(sigma, np.float64)
     if mu.ndim != 1 or sigma.shape != (mu.size, mu.size):
-        raise ValueError(
-            f"The {label} distribution has a mean of shape {list(mu.shape)} and a covariance of "
-            f"shape {list(sigma.shape)}; expected [D] and [D, D]."
-        )
+        got = f"a mean of shape {list(mu.shape)} and a covariance of shape {list(sigma.shape)}"
+        raise ValueError(f"The {label} distribution has {got}; expected [D] and [D, D].")
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise ValueError(f"The {label} distribution has values that are not finite.")
     return mu, (sigma + sigma.T) / 2
@@ -100,10 +96,8 @@ def _factor(sigma: np.ndarray) -> np.ndarray:
     """Return R [D, rank] with sigma = R R^T."""
     eigenvalues, vectors = np.linalg.eigh(sigma)
     if eigenvalues[0] < -1e-3 * max(eigenvalues[-1], 0.0) - 1e-12:
-        raise ValueError(
-            f"Not a covariance: it has the eigenvalue {eigenvalues[0]:.3g} besides "
-            f"{eigenvalues[-1]:.3g}; expected none below zero."
-        )
+        got = f"the eigenvalue {eigenvalues[0]:.3g} besides {eigenvalues[-1]:.3g}"
+        raise ValueError(f"Not a covariance: it has {got}; expected none below zero.")
     kept = eigenvalues > _rounding(eigenvalues)
     return vectors[:, kept] * np.sqrt(eigenvalues[kept])
 

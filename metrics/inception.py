@@ -7,12 +7,12 @@ the names of the published checkpoint (those of torchvision's Inception3).
 
 import os
 import types
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import nn
 
-from dnnlib.config import did_you_mean
+from dnnlib.config import unknown
 from metrics.network import NetworkDetector
 from metrics.weights import load_weights
 from torch_utils import distributed
@@ -24,20 +24,15 @@ WEIGHTS_URL = (
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 WEIGHTS_VARIABLE = "SETDIFFIT_INCEPTION"
 IMAGE_SIZE = 299
+Size = int | tuple[int, int]
 _NUM_SPATIAL = 7
-_EXPECTED_LAYOUT = f"Expected a state dict in the layout of {WEIGHTS_URL.rpartition('/')[2]}."
 
 
 class ConvNorm(nn.Module):
     """Convolution without bias, batch normalisation (eps 1e-3), ReLU."""
 
     def __init__(
-        self,
-        in_dim: int,
-        out_dim: int,
-        kernel: int | tuple[int, int],
-        stride: int = 1,
-        padding: int | tuple[int, int] = 0,
+        self, in_dim: int, out_dim: int, kernel: Size, stride: int = 1, padding: Size = 0
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_dim, out_dim, kernel, stride, padding, bias=False)
@@ -46,14 +41,6 @@ class ConvNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.relu(self.bn(self.conv(x)), inplace=True)
-
-
-def _row(in_dim: int, out_dim: int, length: int) -> ConvNorm:
-    return ConvNorm(in_dim, out_dim, (1, length), padding=(0, length // 2))
-
-
-def _column(in_dim: int, out_dim: int, length: int) -> ConvNorm:
-    return ConvNorm(in_dim, out_dim, (length, 1), padding=(length // 2, 0))
 
 
 def _average_pool(x: torch.Tensor) -> torch.Tensor:
@@ -65,129 +52,114 @@ def _max_pool(x: torch.Tensor) -> torch.Tensor:
     return nn.functional.max_pool2d(x, 3, stride=1, padding=1)
 
 
-class BlockA(nn.Module):
-    """Mixed_5b to 5d, at 35x35: 1x1, 5x5, double 3x3 and pooled branches."""
-
-    def __init__(self, in_dim: int, pool_dim: int) -> None:
-        super().__init__()
-        self.branch1x1 = ConvNorm(in_dim, 64, 1)
-        self.branch5x5_1 = ConvNorm(in_dim, 48, 1)
-        self.branch5x5_2 = ConvNorm(48, 64, 5, padding=2)
-        self.branch3x3dbl_1 = ConvNorm(in_dim, 64, 1)
-        self.branch3x3dbl_2 = ConvNorm(64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = ConvNorm(96, 96, 3, padding=1)
-        self.branch_pool = ConvNorm(in_dim, pool_dim, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        branches = [
-            self.branch1x1(x),
-            self.branch5x5_2(self.branch5x5_1(x)),
-            self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x))),
-            self.branch_pool(_average_pool(x)),
-        ]
-        return torch.cat(branches, dim=1)
+def _halving_pool(x: torch.Tensor) -> torch.Tensor:
+    return nn.functional.max_pool2d(x, 3, stride=2)
 
 
-class BlockB(nn.Module):
-    """Mixed_6a: from 35x35 to 17x17."""
+class Block(nn.Module):
+    """Branches of convolutions side by side and a pooled one; their outputs are concatenated.
 
-    def __init__(self, in_dim: int) -> None:
-        super().__init__()
-        self.branch3x3 = ConvNorm(in_dim, 384, 3, stride=2)
-        self.branch3x3dbl_1 = ConvNorm(in_dim, 64, 1)
-        self.branch3x3dbl_2 = ConvNorm(64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = ConvNorm(96, 96, 3, stride=2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        branches = [
-            self.branch3x3(x),
-            self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x))),
-            nn.functional.max_pool2d(x, 3, stride=2),
-        ]
-        return torch.cat(branches, dim=1)
-
-
-class BlockC(nn.Module):
-    """Mixed_6b to 6e, at 17x17: factorised 7x7 convolutions of ``mid_dim`` channels."""
-
-    def __init__(self, in_dim: int, mid_dim: int) -> None:
-        super().__init__()
-        self.branch1x1 = ConvNorm(in_dim, 192, 1)
-        self.branch7x7_1 = ConvNorm(in_dim, mid_dim, 1)
-        self.branch7x7_2 = _row(mid_dim, mid_dim, 7)
-        self.branch7x7_3 = _column(mid_dim, 192, 7)
-        self.branch7x7dbl_1 = ConvNorm(in_dim, mid_dim, 1)
-        self.branch7x7dbl_2 = _column(mid_dim, mid_dim, 7)
-        self.branch7x7dbl_3 = _row(mid_dim, mid_dim, 7)
-        self.branch7x7dbl_4 = _column(mid_dim, mid_dim, 7)
-        self.branch7x7dbl_5 = _row(mid_dim, 192, 7)
-        self.branch_pool = ConvNorm(in_dim, 192, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
-        branches = [
-            self.branch1x1(x),
-            self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x))),
-            self.branch7x7dbl_5(self.branch7x7dbl_4(double)),
-            self.branch_pool(_average_pool(x)),
-        ]
-        return torch.cat(branches, dim=1)
-
-
-class BlockD(nn.Module):
-    """Mixed_7a: from 17x17 to 8x8."""
-
-    def __init__(self, in_dim: int) -> None:
-        super().__init__()
-        self.branch3x3_1 = ConvNorm(in_dim, 192, 1)
-        self.branch3x3_2 = ConvNorm(192, 320, 3, stride=2)
-        self.branch7x7x3_1 = ConvNorm(in_dim, 192, 1)
-        self.branch7x7x3_2 = _row(192, 192, 7)
-        self.branch7x7x3_3 = _column(192, 192, 7)
-        self.branch7x7x3_4 = ConvNorm(192, 192, 3, stride=2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        factorised = self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x)))
-        branches = [
-            self.branch3x3_2(self.branch3x3_1(x)),
-            self.branch7x7x3_4(factorised),
-            nn.functional.max_pool2d(x, 3, stride=2),
-        ]
-        return torch.cat(branches, dim=1)
-
-
-class BlockE(nn.Module):
-    """Mixed_7b and 7c, at 8x8: 3x3 convolutions that fan out into a row and a column.
-
-    Mixed_7c of the 2015-12-05 graph pools by the maximum; 7b, and the paper, by the average.
+    Args:
+        in_dim: Channels of the input.
+        branches: The steps of each. A step is a convolution, or a list of those that see the same.
+            A convolution is (name, output channels, kernel) and keeps the size; one of stride 2,
+            (name, output channels, kernel, 2), has no padding.
+        pool: Pooling of the last branch.
+        pool_dim: Output channels of the 1x1 convolution after it; 0 for none.
     """
 
-    def __init__(self, in_dim: int, max_pool: bool) -> None:
+    def __init__(
+        self, in_dim: int, branches: Sequence[Sequence], pool: Callable, pool_dim: int = 0
+    ) -> None:
         super().__init__()
-        self.pool = _max_pool if max_pool else _average_pool
-        self.branch1x1 = ConvNorm(in_dim, 320, 1)
-        self.branch3x3_1 = ConvNorm(in_dim, 384, 1)
-        self.branch3x3_2a = _row(384, 384, 3)
-        self.branch3x3_2b = _column(384, 384, 3)
-        self.branch3x3dbl_1 = ConvNorm(in_dim, 448, 1)
-        self.branch3x3dbl_2 = ConvNorm(448, 384, 3, padding=1)
-        self.branch3x3dbl_3a = _row(384, 384, 3)
-        self.branch3x3dbl_3b = _column(384, 384, 3)
-        self.branch_pool = ConvNorm(in_dim, 192, 1)
+        self.pool = pool
+        self._branches: list[list[list[str]]] = []
+        for branch in branches:
+            dim, names = in_dim, []
+            for step in branch:
+                rows = step if isinstance(step, list) else [step]
+                for name, out_dim, kernel, *stride in rows:
+                    height, width = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+                    padding = 0 if stride else (height // 2, width // 2)
+                    self.add_module(name, ConvNorm(dim, out_dim, kernel, *stride, padding=padding))
+                dim = out_dim
+                names.append([name for name, *_ in rows])
+            self._branches.append(names)
+        self.branch_pool = ConvNorm(in_dim, pool_dim, 1) if pool_dim else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        single = self.branch3x3_1(x)
-        double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        pooled = self.pool(x)
-        branches = [
-            self.branch1x1(x),
-            self.branch3x3_2a(single),
-            self.branch3x3_2b(single),
-            self.branch3x3dbl_3a(double),
-            self.branch3x3dbl_3b(double),
-            self.branch_pool(pooled),
-        ]
-        return torch.cat(branches, dim=1)
+        outputs = []
+        for branch in self._branches:
+            found = [x]
+            for names in branch:
+                found = [getattr(self, name)(found[0]) for name in names]
+            outputs += found
+        return torch.cat([*outputs, self.branch_pool(self.pool(x))], dim=1)
+
+
+def block_a(in_dim: int, pool_dim: int) -> Block:
+    """Mixed_5b to 5d, at 35x35: 1x1, 5x5, double 3x3 and pooled branches."""
+    branches = (
+        [("branch1x1", 64, 1)],
+        [("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)],
+        [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)],
+    )
+    return Block(in_dim, branches, _average_pool, pool_dim)
+
+
+def block_b(in_dim: int) -> Block:
+    """Mixed_6a: from 35x35 to 17x17."""
+    branches = (
+        [("branch3x3", 384, 3, 2)],
+        [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3, 2)],
+    )
+    return Block(in_dim, branches, _halving_pool)
+
+
+def block_c(in_dim: int, mid_dim: int) -> Block:
+    """Mixed_6b to 6e, at 17x17: factorised 7x7 convolutions of ``mid_dim`` channels."""
+    branches = (
+        [("branch1x1", 192, 1)],
+        [
+            ("branch7x7_1", mid_dim, 1),
+            ("branch7x7_2", mid_dim, (1, 7)),
+            ("branch7x7_3", 192, (7, 1)),
+        ],
+        [
+            ("branch7x7dbl_1", mid_dim, 1),
+            ("branch7x7dbl_2", mid_dim, (7, 1)),
+            ("branch7x7dbl_3", mid_dim, (1, 7)),
+            ("branch7x7dbl_4", mid_dim, (7, 1)),
+            ("branch7x7dbl_5", 192, (1, 7)),
+        ],
+    )
+    return Block(in_dim, branches, _average_pool, 192)
+
+
+def block_d(in_dim: int) -> Block:
+    """Mixed_7a: from 17x17 to 8x8."""
+    branches = (
+        [("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3, 2)],
+        [
+            ("branch7x7x3_1", 192, 1),
+            ("branch7x7x3_2", 192, (1, 7)),
+            ("branch7x7x3_3", 192, (7, 1)),
+            ("branch7x7x3_4", 192, 3, 2),
+        ],
+    )
+    return Block(in_dim, branches, _halving_pool)
+
+
+def block_e(in_dim: int, pool: Callable) -> Block:
+    """Mixed_7b and 7c, at 8x8: 3x3 convolutions that fan out into a row and a column."""
+    single = [("branch3x3_2a", 384, (1, 3)), ("branch3x3_2b", 384, (3, 1))]
+    double = [("branch3x3dbl_3a", 384, (1, 3)), ("branch3x3dbl_3b", 384, (3, 1))]
+    branches = (
+        [("branch1x1", 320, 1)],
+        [("branch3x3_1", 384, 1), single],
+        [("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3), double],
+    )
+    return Block(in_dim, branches, pool, 192)
 
 
 class Inception(nn.Module):
@@ -200,17 +172,18 @@ class Inception(nn.Module):
         self.Conv2d_2b_3x3 = ConvNorm(32, 64, 3, padding=1)
         self.Conv2d_3b_1x1 = ConvNorm(64, 80, 1)
         self.Conv2d_4a_3x3 = ConvNorm(80, 192, 3)
-        self.Mixed_5b = BlockA(192, pool_dim=32)
-        self.Mixed_5c = BlockA(256, pool_dim=64)
-        self.Mixed_5d = BlockA(288, pool_dim=64)
-        self.Mixed_6a = BlockB(288)
-        self.Mixed_6b = BlockC(768, mid_dim=128)
-        self.Mixed_6c = BlockC(768, mid_dim=160)
-        self.Mixed_6d = BlockC(768, mid_dim=160)
-        self.Mixed_6e = BlockC(768, mid_dim=192)
-        self.Mixed_7a = BlockD(768)
-        self.Mixed_7b = BlockE(1280, max_pool=False)
-        self.Mixed_7c = BlockE(2048, max_pool=True)
+        self.Mixed_5b = block_a(192, pool_dim=32)
+        self.Mixed_5c = block_a(256, pool_dim=64)
+        self.Mixed_5d = block_a(288, pool_dim=64)
+        self.Mixed_6a = block_b(288)
+        self.Mixed_6b = block_c(768, mid_dim=128)
+        self.Mixed_6c = block_c(768, mid_dim=160)
+        self.Mixed_6d = block_c(768, mid_dim=160)
+        self.Mixed_6e = block_c(768, mid_dim=192)
+        self.Mixed_7a = block_d(768)
+        self.Mixed_7b = block_e(1280, _average_pool)
+        # The 2015-12-05 graph pools by the maximum here; 7b, and the paper, by the average.
+        self.Mixed_7c = block_e(2048, _max_pool)
         self.fc = nn.Linear(2048, 1008)
 
     def forward(
@@ -309,13 +282,9 @@ class InceptionDetector(NetworkDetector):
     ) -> None:
         """``convention`` is a key of :data:`CONVENTIONS`; ValueError for any other."""
         if convention not in CONVENTIONS:
-            raise ValueError(
-                f"Unknown input convention {convention!r} of Inception; accepted: "
-                f"{', '.join(CONVENTIONS)}.{did_you_mean(convention, CONVENTIONS)}"
-            )
+            raise unknown("Inception input convention", convention, CONVENTIONS)
         self._convert, self.preprocessing = CONVENTIONS[convention]
-        identity = f"inception-2015-12-05, {self.preprocessing}"
-        super().__init__(network, device, identity=identity, precision=precision)
+        super().__init__(network, device, f"inception-2015-12-05, {self.preprocessing}", precision)
         self._network.to(memory_format=torch.channels_last)
 
     @classmethod
@@ -348,11 +317,8 @@ class InceptionDetector(NetworkDetector):
 def read_weights(weights: str | None = None) -> dict[str, torch.Tensor]:
     """Return the checked state dict of an Inception checkpoint, float32 on the CPU.
 
-    Args:
-        weights: Path or URL of a file in the layout of the published one, which is the default.
-
-    Raises ValueError for a missing file, a failed download, a file that holds anything but
-    tensors (nothing in it is executed), and names or shapes that are not this network's.
+    ``weights`` is the path or URL of a file in the layout of the published one, which is the
+    default. Raises ValueError as :func:`~metrics.weights.load_weights` does.
     """
     with torch.device("meta"):
         wanted = Inception().state_dict()
@@ -361,7 +327,7 @@ def read_weights(weights: str | None = None) -> dict[str, torch.Tensor]:
         wanted,
         network="Inception",
         sha256=None if weights else WEIGHTS_SHA256,
-        expected=_EXPECTED_LAYOUT,
+        expected=f"Expected a state dict in the layout of {WEIGHTS_URL.rpartition('/')[2]}.",
         remedy=f"A local copy can be named by ${WEIGHTS_VARIABLE}.",
         left_out=r"\.num_batches_tracked$",
     )

@@ -14,20 +14,15 @@ def inception_score(
     Splits are consecutive: split i of N images holds those from i N // num_splits on. The
     deviation has the divisor ``num_splits``. Computed in float64 on the CPU.
 
-    Args:
-        logits: [N, classes], in the order of the images.
-        num_splits: Number of parts that are scored apart.
-
-    Raises ValueError for fewer images than splits. Source: Salimans et al., "Improved techniques
-    for training GANs", arXiv:1606.03498, Section 4.
+    ``logits`` are [N, classes] in the order of the images. Raises ValueError for fewer images than
+    splits. Source: Salimans et al., "Improved techniques for training GANs", arXiv:1606.03498,
+    Section 4.
     """
     logits = torch.as_tensor(logits)
     num_images = len(logits)
     if logits.ndim != 2 or num_images < num_splits:
-        raise ValueError(
-            f"Got logits of shape {list(logits.shape)}; expected [N, classes] with at least "
-            f"{num_splits} images, one for each split."
-        )
+        expected = f"[N, classes] with at least {num_splits} images, one for each split"
+        raise ValueError(f"Got logits of shape {list(logits.shape)}; expected {expected}.")
     scores = []
     for split in range(num_splits):
         part = logits[split * num_images // num_splits : (split + 1) * num_images // num_splits]

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from dnnlib.config import did_you_mean
+from dnnlib.config import unknown
+from dnnlib.errors import refusal
 from metrics.network import arithmetic, network_hash
 from metrics.weights import load_weights
 from torch_utils import distributed
@@ -29,8 +30,8 @@ _LINEAR_URL = (
 class _Layout(NamedTuple):
     """One backbone: its layers, those after which features are taken, and its published files."""
 
-    # Output channels, kernel, stride and padding of a convolution; None for a pooling.
-    layers: tuple[tuple[int, int, int, int] | None, ...]
+    # Output channels (of a 3x3 convolution), with kernel, stride and padding; None for a pooling.
+    layers: tuple[tuple[int, int, int, int] | int | None, ...]
     pool: int  # Window of a pooling, whose stride is 2.
     taps: tuple[int, ...]
     min_size: int  # Of a side, so that something is left after the last pooling.
@@ -38,13 +39,9 @@ class _Layout(NamedTuple):
     linear: tuple[str, str]
 
 
-def _conv(*channels: int) -> tuple[tuple[int, int, int, int], ...]:
-    return tuple((channel, 3, 1, 1) for channel in channels)
-
-
 LAYOUTS = {
     "alex": _Layout(
-        layers=((64, 11, 4, 2), None, (192, 5, 1, 2), None, *_conv(384, 256, 256)),
+        layers=((64, 11, 4, 2), None, (192, 5, 1, 2), None, 384, 256, 256),
         pool=3,
         taps=(1, 4, 7, 9, 11),
         min_size=31,
@@ -58,17 +55,7 @@ LAYOUTS = {
         ),
     ),
     "vgg": _Layout(
-        layers=(
-            *_conv(64, 64),
-            None,
-            *_conv(128, 128),
-            None,
-            *_conv(256, 256, 256),
-            None,
-            *_conv(512, 512, 512),
-            None,
-            *_conv(512, 512, 512),
-        ),
+        layers=(64, 64, None, 128, 128, None, *(256,) * 3, None, *(512,) * 3, None, *(512,) * 3),
         pool=2,
         taps=(3, 8, 15, 22, 29),
         min_size=16,
@@ -84,16 +71,10 @@ LAYOUTS = {
 }
 
 
-class _Linear(nn.Module):
-    """One non-negative weight a channel."""
-
-    def __init__(self, in_dim: int) -> None:
-        super().__init__()
-        # The first place was dropout's.
-        self.model = nn.Sequential(nn.Identity(), nn.Conv2d(in_dim, 1, 1, bias=False))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.model(x)
+def _linear(in_dim: int) -> nn.ModuleDict:
+    """One non-negative weight a channel; the first place was dropout's."""
+    convolution = nn.Conv2d(in_dim, 1, 1, bias=False)
+    return nn.ModuleDict({"model": nn.Sequential(nn.Identity(), convolution)})
 
 
 class LpipsNetwork(nn.Module):
@@ -104,18 +85,16 @@ class LpipsNetwork(nn.Module):
         layout = LAYOUTS[net]
         self.features = nn.Sequential()
         self._taps = layout.taps
-        dims, in_dim = [], 3
+        in_dim = 3
         for layer in layout.layers:
             if layer is None:
                 self.features.append(nn.MaxPool2d(layout.pool, stride=2))
                 continue
-            self.features.append(nn.Conv2d(in_dim, *layer))
-            self.features.append(nn.ReLU(inplace=True))
-            in_dim = layer[0]
-            if len(self.features) - 1 in layout.taps:
-                dims.append(in_dim)
-        for index, dim in enumerate(dims):
-            self.add_module(f"lin{index}", _Linear(dim))
+            out_dim, *rest = layer if isinstance(layer, tuple) else (layer, 3, 1, 1)
+            self.features.extend([nn.Conv2d(in_dim, out_dim, *rest), nn.ReLU(inplace=True)])
+            in_dim = out_dim
+        for index, tap in enumerate(layout.taps):
+            self.add_module(f"lin{index}", _linear(self.features[tap - 1].out_channels))
         self.register_buffer("_shift", torch.tensor(_SHIFT)[:, None, None], persistent=False)
         self.register_buffer("_scale", torch.tensor(_SCALE)[:, None, None], persistent=False)
 
@@ -127,7 +106,7 @@ class LpipsNetwork(nn.Module):
             x = layer(x)
             if index in self._taps:
                 first, second = _unit_length(x).chunk(2)
-                linear = getattr(self, f"lin{self._taps.index(index)}")
+                linear = getattr(self, f"lin{self._taps.index(index)}")["model"]
                 total = total + linear((first - second).square()).mean(dim=(1, 2, 3))
         return total
 
@@ -149,8 +128,7 @@ class LPIPS:
     def __init__(self, network: LpipsNetwork, net: str, device: torch.device | str) -> None:
         self.net = net
         self.device = torch.device(device)
-        identity = f"LPIPS v0.1, {net}, x / 127.5 - 1, {_SHIFT}, {_SCALE}"
-        self.hash = network_hash(network, identity)
+        self.hash = network_hash(network, f"LPIPS v0.1, {net}, x / 127.5 - 1, {_SHIFT}, {_SCALE}")
         self._network = network.eval().requires_grad_(False).to(self.device)
 
     @classmethod
@@ -205,40 +183,25 @@ class LPIPS:
 def read_weights(net: str, weights: Sequence[str] = ()) -> dict[str, torch.Tensor]:
     """Return the checked state dict of :class:`LpipsNetwork`, float32 on the CPU.
 
-    Args:
-        net: A key of :data:`LAYOUTS`.
-        weights: Paths or URLs: none for the published files, one for a file with both parts, or
-            two, the backbone's and that of the linear weights. A name that ends with
-            ``.safetensors`` is read as such a file, any other as one of ``torch.save``. The
-            classifier that torchvision's files hold besides is left out.
-
-    Raises ValueError for a net that is unknown, a missing file, a failed download, a file that
-    holds anything but tensors (nothing in it is executed), and names or shapes that are not this
-    network's.
+    ``weights`` are paths or URLs: none for the published files, one for a file with both parts, or
+    two, the backbone's and that of the linear weights. The classifier that torchvision's files hold
+    besides is left out. Raises ValueError for an unknown ``net``, and as
+    :func:`~metrics.weights.load_weights` does.
     """
     if net not in LAYOUTS:
-        raise ValueError(
-            f"Unknown backbone {net!r} of LPIPS; accepted: {', '.join(LAYOUTS)}."
-            f"{did_you_mean(net, LAYOUTS)}"
-        )
+        raise unknown("LPIPS backbone", net, LAYOUTS)
     if len(weights) > 2:
-        raise ValueError(
-            f"The weights of LPIPS are one file with both parts or two, the backbone and the "
-            f"linear weights; got {len(weights)}: {', '.join(weights)}."
-        )
+        accepted = "one file with both parts or two, the backbone and the linear weights"
+        raise refusal("LPIPS weights", f"{len(weights)} ({', '.join(weights)})", accepted=accepted)
     with torch.device("meta"):
         wanted = LpipsNetwork(net).state_dict()
     published = LAYOUTS[net].backbone, LAYOUTS[net].linear
     names = [url.rpartition("/")[2] for url, _ in published]
     if len(weights) == 1:
         return _read(weights[0], None, wanted, f"all names of both {' and '.join(names)}")
+    files = [(location, None) for location in weights] or published
     state = {}
-    for (location, sha256), name, prefix in zip(
-        [(location, None) for location in weights] or published,
-        names,
-        ("features.", "lin"),
-        strict=True,
-    ):
+    for (location, sha256), name, prefix in zip(files, names, ("features.", "lin"), strict=True):
         part = {key: value for key, value in wanted.items() if key.startswith(prefix)}
         state.update(_read(location, sha256, part, f"the names of the published {name}"))
     return state

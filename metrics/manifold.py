@@ -13,13 +13,12 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from metrics.vectors import check_vectors
+from metrics.vectors import Vectors, check_vectors
 
 _ROWS, _COLUMNS = 1024, 8192
 _MAX_VALUES = 2**26  # Of a block of vectors: 512 MiB.
 # Bound on the error of |a - b|^2 relative to |a|^2 + |b|^2; up to 2e-14 is seen at 12,288 values.
 _ROUNDING = 1e-13
-Vectors = ArrayLike | torch.Tensor
 
 
 def nearest_neighbours(
@@ -35,8 +34,7 @@ def nearest_neighbours(
     Of equal distances, the lower index comes first.
 
     Args:
-        queries: [N, D].
-        points: [M, D].
+        queries, points: [N, D] and [M, D].
         k: Number of neighbours, at most M.
         device: Where distances are computed.
         own: Index of each query among the points, [N], if they are points themselves: none is
@@ -44,13 +42,10 @@ def nearest_neighbours(
 
     Raises ValueError for widths that differ and for too few points.
     """
-    queries, points = _checked(queries, points)
-    available = len(points) - (own is not None)
-    if k > available:
-        raise ValueError(
-            f"{k} nearest neighbours of each vector need more than the {len(points)} vectors that "
-            "there are."
-        )
+    queries, points = check_vectors(queries, points)
+    if k > len(points) - (own is not None):
+        but = f"need more than the {len(points)} vectors that there are"
+        raise ValueError(f"{k} nearest neighbours of each vector {but}.")
     center = _center(points)
     distances = torch.empty(len(queries), k, dtype=torch.float64)
     indices = torch.empty(len(queries), k, dtype=torch.int64)
@@ -63,8 +58,7 @@ def nearest_neighbours(
                 squared[inside.nonzero()[:, 0], columns[inside]] = torch.inf
             values, places = _smallest(squared, min(k, squared.shape[1]))
             best.append((values, places + start))
-        values = torch.cat([pair[0] for pair in best], dim=1)
-        places = torch.cat([pair[1] for pair in best], dim=1)
+        values, places = (torch.cat(blocks, dim=1) for blocks in zip(*best, strict=True))
         values, order = _smallest(values, k)
         distances[first : first + len(values)] = values.sqrt().cpu()
         indices[first : first + len(values)] = places.gather(1, order).cpu()
@@ -72,10 +66,7 @@ def nearest_neighbours(
 
 
 def _smallest(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the k smallest of each row, ascending, and their columns; of equal ones, the first.
-
-    ``topk`` alone takes any of equal ones.
-    """
+    """Return the k smallest of each row, ascending, and their columns; of equal ones, the first."""
     kth = values.topk(k, largest=False).values[:, -1:]
     near = ~(values > kth)  # At least k of each row, NaN among them.
     rows, columns = near.nonzero(as_tuple=True)
@@ -98,16 +89,11 @@ def precision_recall(
     nearest other vector as radius. Precision is the share of generated vectors on the manifold of
     the real ones; recall is the reverse.
 
-    Args:
-        real: [N, D].
-        fake: [M, D].
-        k: Neighbours that a radius reaches to.
-        device: Where distances are computed.
-
-    Raises ValueError unless there are more than k vectors of either. Source: Kynkäänniemi et al.,
-    "Improved precision and recall metric", arXiv:1904.06991, Eq. 1 and 2.
+    Vectors are [N, D] and [M, D]; ``device`` is where distances are computed. Raises ValueError
+    unless there are more than k vectors of either. Source: Kynkäänniemi et al., "Improved precision
+    and recall metric", arXiv:1904.06991, Eq. 1 and 2.
     """
-    real, fake = _checked(real, fake)
+    real, fake = check_vectors(real, fake)
     center = _center(real)
     precision, recall = (
         _in_balls(queries, points, _squared_radii(points, k, device, center), device, center)
@@ -143,16 +129,11 @@ def density_coverage(
     real vector. Density is the mean number of neighbourhoods that a generated vector lies in,
     divided by k; it may exceed 1. Coverage is the share of neighbourhoods that hold any.
 
-    Args:
-        real: [N, D].
-        fake: [M, D].
-        k: Neighbours that a ball reaches to.
-        device: Where distances are computed.
-
-    Raises ValueError unless there are more than k real vectors. Source: Naeem et al., "Reliable
-    fidelity and diversity metrics for generative models", arXiv:2002.09797, Eq. 3 and 4.
+    Vectors are [N, D] and [M, D]; ``device`` is where distances are computed. Raises ValueError
+    unless there are more than k real vectors. Source: Naeem et al., "Reliable fidelity and
+    diversity metrics for generative models", arXiv:2002.09797, Eq. 3 and 4.
     """
-    real, fake = _checked(real, fake)
+    real, fake = check_vectors(real, fake)
     center = _center(real)
     squared_radii = _squared_radii(real, k, device, center)
     num_inside = 0
@@ -171,10 +152,8 @@ def _squared_radii(
 ) -> torch.Tensor:
     """Return the squared distance of each point to its k-th nearest other point, [N]."""
     if len(points) <= k:
-        raise ValueError(
-            f"The distance to neighbour number {k} needs more than {k} images of either kind; got "
-            f"{len(points)}."
-        )
+        needs = f"needs more than {k} images of either kind; got {len(points)}"
+        raise ValueError(f"The distance to neighbour number {k} {needs}.")
     radii = []
     for _, rows in _blocks(points, _ROWS):
         best: list[torch.Tensor] = []
@@ -183,12 +162,6 @@ def _squared_radii(
             best.append(squared.topk(min(k + 1, squared.shape[1]), largest=False).values)
         radii.append(torch.cat(best, dim=1).topk(k + 1, largest=False).values[:, -1])
     return torch.cat(radii)
-
-
-def _checked(first: Vectors, second: Vectors) -> tuple[torch.Tensor, torch.Tensor]:
-    first, second = torch.as_tensor(first), torch.as_tensor(second)
-    check_vectors(first, second)
-    return first, second
 
 
 def _center(points: torch.Tensor) -> torch.Tensor:
@@ -206,10 +179,7 @@ def _blocks(vectors: torch.Tensor, size: int) -> Iterator[tuple[int, torch.Tenso
 
 
 def _squared_distances(
-    rows: torch.Tensor,
-    points: torch.Tensor,
-    device: torch.device | str,
-    center: torch.Tensor,
+    rows: torch.Tensor, points: torch.Tensor, device: torch.device | str, center: torch.Tensor
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """Yield (index of the first point, squared distances, bounds on their error) for blocks.
 

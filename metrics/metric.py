@@ -2,12 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
-from dnnlib.config import did_you_mean
+from dnnlib.config import unknown
 from metrics.detectors import DetectorOutput
 from metrics.frechet import frechet_distance, frechet_distance_of_samples
 from metrics.inception_score import inception_score
@@ -24,13 +24,8 @@ _SUBSET_SIZE = 1000
 class Comparison:
     """A detector's output for generated images and for real ones, as a metric sees it on rank 0.
 
-    Attributes:
-        fake: Vectors [N, D] of the generated images in the order of their indices; None for a
-            metric of moments.
-        real: Vectors [M, D] of real images; None for a metric of moments or without a reference.
-        fake_moments, real_moments: Mean [D] and covariance [D, D]; None where the vectors stand
-            for them.
-        device: Where to compute.
+    It is vectors [N, D] in the order of images, or moments: mean [D] and covariance [D, D].
+    Metrics without a reference have no real side.
     """
 
     fake: np.ndarray | None = None
@@ -112,20 +107,13 @@ def _cmmd(it: Comparison) -> Values:
     return {"cmmd": rbf_mmd(it.real, it.fake, device=it.device)}
 
 
-class _Protocol(NamedTuple):
-    text: str  # Goes on from what a metric is; {} is the number of images.
-    at_most_dataset: bool = False
-    of_supports: bool = False
-
-
-FULL = _Protocol("; {:,} images against the whole dataset")
-ALONE = _Protocol("; {:,} images")
-SMALL = _Protocol(" of the pixels in 0..1; min(dataset size, {:,}) images", at_most_dataset=True)
-SHOTS = _Protocol(
+# How the description goes on from what a metric is; {} is the number of images.
+FULL = "; {:,} images against the whole dataset"
+ALONE = "; {:,} images"
+SMALL = " of the pixels in 0..1; min(dataset size, {:,}) images"
+SHOTS = (
     " of images made from supports, against images of the same classes; {:,} images, or as many as "
-    "there are real ones",
-    at_most_dataset=True,
-    of_supports=True,
+    "there are real ones"
 )
 
 INCEPTION, SPATIAL = DetectorOutput("inception"), DetectorOutput("inception", "spatial")
@@ -176,9 +164,9 @@ METRICS: dict[str, MetricSpec] = {
         name=name,
         output=output,
         num_images=num_images,
-        at_most_dataset=protocol.at_most_dataset,
-        of_supports=protocol.of_supports,
-        description=text + protocol.text.format(num_images),
+        at_most_dataset=protocol in (SMALL, SHOTS),
+        of_supports=protocol == SHOTS,
+        description=text + protocol.format(num_images),
         **measure,
     )
     for name, output, measure, num_images, protocol, text in _TABLE
@@ -188,9 +176,7 @@ METRICS: dict[str, MetricSpec] = {
 def get_metric(name: str) -> MetricSpec:
     """Return the metric of that name; raises ValueError with the nearest one for others."""
     if name not in METRICS:
-        raise ValueError(
-            f"Unknown metric {name!r}; accepted: {', '.join(METRICS)}.{did_you_mean(name, METRICS)}"
-        )
+        raise unknown("metric", name, METRICS)
     return METRICS[name]
 
 

@@ -2,17 +2,16 @@
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
 
-from metrics.vectors import check_vectors
+from metrics.vectors import Vectors, check_vectors
 
 # Rows of a kernel matrix that are in memory at once. Fixed, so that results do not depend on it.
 _BLOCK = 4096
 
 
 def kernel_distance(
-    real: ArrayLike | torch.Tensor,
-    fake: ArrayLike | torch.Tensor,
+    real: Vectors,
+    fake: Vectors,
     *,
     num_subsets: int = 100,
     subset_size: int = 1000,
@@ -25,17 +24,12 @@ def kernel_distance(
     either side without replacement; with S_xx the sum over different vectors, its value is
     (S_ff + S_rr) / (m (m - 1)) - 2 S_fr / m^2.
 
-    Args:
-        real: [N, D].
-        fake: [M, D].
-        num_subsets, subset_size, seed: How subsets are drawn; equal seeds draw equal subsets.
-        device: Where the kernels are computed, in float64.
-
-    Raises ValueError for fewer than two vectors and for widths that differ. Source: Bińkowski et
-    al., "Demystifying MMD GANs", arXiv:1801.01401, Section 4; the estimator is StyleGAN's.
+    Vectors are [N, D] and [M, D]; kernels are computed on ``device``, in float64. Equal seeds draw
+    equal subsets. Raises ValueError for fewer than two vectors and for widths that differ. Source:
+    Bińkowski et al., "Demystifying MMD GANs", arXiv:1801.01401, Section 4; the estimator is
+    StyleGAN's.
     """
-    real, fake = torch.as_tensor(real), torch.as_tensor(fake)
-    check_vectors(real, fake, at_least=2)
+    real, fake = check_vectors(real, fake, at_least=2)
     size = min(len(real), len(fake), subset_size)
     rng = np.random.default_rng(seed)
     values = []
@@ -56,8 +50,8 @@ def _cubic(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def rbf_mmd(
-    real: ArrayLike | torch.Tensor,
-    fake: ArrayLike | torch.Tensor,
+    real: Vectors,
+    fake: Vectors,
     *,
     sigma: float = 10.0,
     scale: float = 1000.0,
@@ -69,17 +63,11 @@ def rbf_mmd(
     kernel within either side, minus twice the mean kernel between them. The defaults make it CMMD,
     for CLIP embeddings of unit length.
 
-    Args:
-        real: [N, D].
-        fake: [M, D].
-        sigma: Width of the kernel.
-        device: Where the kernels are computed, in float64.
-
-    Raises ValueError for empty sets and for widths that differ. Sources: Jayasumana et al.,
-    "Rethinking FID", arXiv:2401.09603; Gretton et al., "A kernel two-sample test" (2012), Eq. 5.
+    Vectors are [N, D] and [M, D]; kernels are computed on ``device``, in float64. Raises ValueError
+    for empty sets and for widths that differ. Sources: Jayasumana et al., "Rethinking FID",
+    arXiv:2401.09603; Gretton et al., "A kernel two-sample test" (2012), Eq. 5.
     """
-    real, fake = torch.as_tensor(real), torch.as_tensor(fake)
-    check_vectors(real, fake)
+    real, fake = check_vectors(real, fake)
 
     def mean_kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         # All kernels are near 1 where sigma is large. Their excess over 1 keeps its digits, and
@@ -89,9 +77,8 @@ def rbf_mmd(
             rows = rows.to(device, torch.float64)
             for columns in y.split(_BLOCK):
                 columns = columns.to(device, torch.float64)
-                squared = (
-                    rows.square().sum(1)[:, None] + columns.square().sum(1) - 2 * (rows @ columns.T)
-                )
+                lengths = rows.square().sum(1)[:, None] + columns.square().sum(1)
+                squared = lengths - 2 * (rows @ columns.T)
                 total += torch.expm1(-squared.clamp_min(0) / (2 * sigma**2)).sum()
         return total / (len(x) * len(y))
 

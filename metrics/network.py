@@ -20,12 +20,7 @@ class NetworkDetector:
     _max_batch = 64  # Bounds the memory of the activations, whatever batches the caller has.
 
     def __init__(
-        self,
-        network: nn.Module,
-        device: torch.device | str,
-        *,
-        identity: str,
-        precision: str = "float32",
+        self, network: nn.Module, device: torch.device | str, identity: str, precision: str
     ) -> None:
         """``identity`` names network and preprocessing exactly; weights are hashed besides."""
         if precision not in ("float32", "bfloat16"):
@@ -52,24 +47,23 @@ class NetworkDetector:
         """
         assert set(outputs) <= set(self.outputs), outputs
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
-            raise ValueError(
-                f"The {self.name} detector got {images.dtype} images of shape "
-                f"{list(images.shape)}; expected uint8 [N, C, H, W] with 1 or 3 channels."
-            )
-        parts: dict[str, list[torch.Tensor]] = {
-            name: [images.new_empty((0, self.outputs[name]), dtype=torch.float32)]
+            got = f"{images.dtype} images of shape {list(images.shape)}"
+            expected = "expected uint8 [N, C, H, W] with 1 or 3 channels"
+            raise ValueError(f"The {self.name} detector got {got}; {expected}.")
+        result = {
+            name: torch.empty(len(images), self.outputs[name], device=images.device)
             for name in outputs
         }
-        for part in images.split(self._max_batch):
-            if len(part):
-                with arithmetic(images.device, "float32"):
-                    x = self._preprocess(part).expand(-1, 3, -1, -1)
-                    x = x.contiguous(memory_format=torch.channels_last)
-                with arithmetic(images.device, self.precision):
-                    found = self._extract(x, outputs)
-                for name in outputs:
-                    parts[name].append(found[name].to(torch.float32))
-        return {name: torch.cat(values) for name, values in parts.items()}
+        for start in range(0, len(images), self._max_batch):
+            rows = slice(start, start + self._max_batch)
+            with arithmetic(images.device, "float32"):
+                x = self._preprocess(images[rows]).expand(-1, 3, -1, -1)
+                x = x.contiguous(memory_format=torch.channels_last)
+            with arithmetic(images.device, self.precision):
+                found = self._extract(x, outputs)
+            for name in outputs:
+                result[name][rows] = found[name]
+        return result
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from dnnlib import safe_pickle
+from dnnlib.errors import refusal
 from dnnlib.files import atomic_write, fetch
 from metrics.detectors import Detector, DetectorOutput
 from torch_utils import distributed
@@ -21,22 +22,22 @@ from torch_utils import distributed
 class Reference:
     """One output of a detector for real images: mean and covariance, vectors, or both.
 
+    What is unknown is None.
+
     Attributes:
         output: Detector and output.
-        mu: [D], float64; None if unknown.
-        sigma: [D, D], float64, with divisor count - 1; None if unknown.
+        mu, sigma: [D] and [D, D], float64, with divisor count - 1.
         vectors: [M, D], float32, of all images or of a fixed choice of them (see
-            metrics.reference_cache); on rank 0 only, None elsewhere and if unknown.
+            metrics.reference_cache); on rank 0 only.
         num_vectors: M on every rank; 0 if unknown.
-        labels: Class index of each vector, int64 [M]; None if unknown.
+        labels: Class index of each vector, int64 [M].
         count: Number of images behind ``mu`` and ``sigma``, or behind the choice of the vectors;
-            None if the file does not tell, as with EDM's.
-        detector_hash: Identity of what made the outputs; None if the file does not tell.
-        dataset_hash: Content hash of the images; None if unknown.
+            EDM's files do not tell.
+        detector_hash: Identity of what made the outputs.
+        dataset_hash: Content hash of the images.
         source: Where this comes from, for people.
         class_names: Names of the classes that ``labels`` counts; may be empty.
-        sample: Vectors of other images than those behind ``mu`` and ``sigma``, as ADM's files have
-            them; None if there are none.
+        sample: Vectors of other images than those behind ``mu`` and ``sigma``, as ADM's files have.
     """
 
     output: DetectorOutput
@@ -59,8 +60,8 @@ class Reference:
     @property
     def knows(self) -> frozenset[str]:
         """What a metric may ask of this reference: ``moments``, ``vectors``."""
-        moments = () if self.mu is None else ("moments",)
-        return frozenset((*moments, *(("vectors",) if self.of("vectors").num_vectors else ())))
+        there = dict(moments=self.mu is not None, vectors=self.of("vectors").num_vectors > 0)
+        return frozenset(name for name, known in there.items() if known)
 
     @property
     def hash(self) -> str:
@@ -69,14 +70,13 @@ class Reference:
         The numbers' last bits depend on batch size and ranks; images and detector do not. Only
         rank 0 has all numbers, so that this is to be asked there.
         """
-        digest = hashlib.sha256()
         if self.dataset_hash and self.detector_hash:
             text = f"{self.dataset_hash} {self.detector_hash} {self.output.name} {self.count}"
-            digest.update(text.encode())
-        else:
-            for array in (self.mu, self.sigma, self.vectors):
-                if array is not None:
-                    digest.update(np.ascontiguousarray(array))
+            return hashlib.sha256(text.encode()).hexdigest()
+        digest = hashlib.sha256()
+        for array in (self.mu, self.sigma, self.vectors):
+            if array is not None:
+                digest.update(np.ascontiguousarray(array))
         return digest.hexdigest()
 
     def check_detector(self, detector: Detector) -> list[str]:
@@ -84,19 +84,18 @@ class Reference:
         width = detector.outputs[self.output.name]
         found = [len(self.mu)] if self.mu is not None else []
         found += [self.vectors.shape[1]] if self.vectors is not None else []
+        but, remedy = "", "compute them anew with `fid.py ref`"
         if self.detector_hash is not None and self.detector_hash != detector.hash:
-            raise ValueError(
-                f"{self.source}: these reference statistics were made by another detector "
-                f"'{self.output.detector}' ({self.detector_hash[:12]}) than the one in use "
-                f"({detector.hash[:12]}: {detector.preprocessing}, {detector.precision}); compute "
-                "them anew with `fid.py ref`."
+            but = (
+                f"were made by another detector '{self.output.detector}' "
+                f"({self.detector_hash[:12]}) than the one in use ({detector.hash[:12]}: "
+                f"{detector.preprocessing}, {detector.precision})"
             )
-        if any(number != width for number in found):
-            raise ValueError(
-                f"{self.source}: these reference statistics have {found[0]} values for "
-                f"{self.output}, but the detector in use has {width}; compute them anew with "
-                "`fid.py ref`."
-            )
+        elif any(number != width for number in found):
+            counts = f"{found[0]} values for {self.output}"
+            but = f"have {counts}, but the detector in use has {width}"
+        if but:
+            raise refusal(self.source, but=f"these reference statistics {but}", remedy=remedy)
         if self.detector_hash is None:
             return [f"{self.source} does not tell which detector made it"]
         return []
@@ -157,24 +156,19 @@ def read_references(path: str | os.PathLike) -> References:
             raise ValueError(f"its dataset hash is {description['dataset_hash']!r}")
     # What a damaged or foreign file makes NumPy and zipfile raise has no common base.
     except Exception as error:
-        raise ValueError(
-            f"{path}: damaged, or no file of reference statistics: {error or type(error).__name__}."
-        ) from error
+        but = f"damaged, or no file of reference statistics: {error or type(error).__name__}"
+        raise refusal(path, but=but) from error
     references = {}
-    for output, kinds in arrays.items():
-        mu, sigma, vectors = (kinds.get(kind) for kind in _KINDS)
-        _check_arrays(path, output, mu, sigma, vectors)
+    for output, found in arrays.items():
+        _check_arrays(path, output, found)
+        vectors = found.get("vectors")
         labels = None if vectors is None else description.get("labels")
         if labels is not None and (labels.shape != (len(vectors),) or labels.dtype.kind != "i"):
-            raise ValueError(
-                f"{path}: has labels of shape {list(labels.shape)} for {len(vectors)} vectors of "
-                f"{output}; expected as many integers."
-            )
+            but = f"has labels of shape {list(labels.shape)} for {len(vectors)} vectors of {output}"
+            raise refusal(path, but=but, remedy="expected as many integers")
         references[output] = Reference(
+            **found,
             output=output,
-            mu=mu,
-            sigma=sigma,
-            vectors=vectors,
             num_vectors=0 if vectors is None else len(vectors),
             labels=None if labels is None else labels.astype(np.int64),
             count=count,
@@ -194,10 +188,9 @@ def _read_npz(path: Path) -> tuple[Arrays, dict[str, Any]]:
         outputs = [DetectorOutput.parse(name) for name in description["detector_hashes"]]
         arrays: Arrays = {}
         for output in outputs or list(_PUBLISHED):
-            found = {kind: _array_name(output, kind) for kind in _KINDS}
-            found = {kind: file[name] for kind, name in found.items() if name in file.files}
-            if found:
-                arrays[output] = found
+            for kind in _KINDS:
+                if _array_name(output, kind) in file.files:
+                    arrays.setdefault(output, {})[kind] = file[_array_name(output, kind)]
         if "labels" in file.files:
             description["labels"] = file["labels"]
     if not arrays:
@@ -222,24 +215,19 @@ def _read_pickle(path: Path) -> tuple[Arrays, dict[str, Any]]:
     return arrays, dict(_UNKNOWN, count=None if count is None else int(count))
 
 
-def _check_arrays(
-    path: Path,
-    output: DetectorOutput,
-    mu: np.ndarray | None,
-    sigma: np.ndarray | None,
-    vectors: np.ndarray | None,
-) -> None:
-    shapes = {k: None if a is None else a.shape for k, a in (("mu", mu), ("sigma", sigma))}
-    is_gaussian = mu is not None and mu.ndim == 1 and shapes["sigma"] == (mu.size, mu.size)
+def _check_arrays(path: Path, output: DetectorOutput, arrays: Mapping[str, np.ndarray]) -> None:
+    shapes = {kind: list(array.shape) for kind, array in arrays.items()}
+    mu, sigma, vectors = (shapes.get(kind) for kind in _KINDS)
+    is_gaussian = mu is not None and len(mu) == 1 and sigma == mu * 2
     if not is_gaussian and not (mu is None and sigma is None):
-        raise ValueError(
-            f"{path}: {output} has a mean of shape {shapes['mu']} and a covariance of shape "
-            f"{shapes['sigma']}; expected [D] and [D, D]."
+        but = f"{output} has a mean of shape {mu} and a covariance of shape {sigma}"
+        raise refusal(path, but=but, remedy="expected [D] and [D, D]")
+    if vectors is not None and len(vectors) != 2:
+        raise refusal(
+            path, but=f"{output} has vectors of shape {vectors}", remedy="expected [N, D]"
         )
-    if vectors is not None and vectors.ndim != 2:
-        raise ValueError(f"{path}: {output} has vectors of shape {vectors.shape}; expected [N, D].")
-    for array in (mu, sigma, vectors):
-        if array is not None and not (array.dtype.kind == "f" and np.isfinite(array).all()):
+    for array in arrays.values():
+        if array.dtype.kind != "f" or not np.isfinite(array).all():
             raise ValueError(f"{path}: the reference statistics of {output} are not finite.")
 
 
@@ -249,10 +237,7 @@ def load_references(location: str) -> References:
     Collective: rank 0 reads; errors, as of :func:`read_references`, are raised on every rank.
     """
     references = from_main(lambda: read_references(fetch(location)))
-    return {
-        output: dataclasses.replace(reference, source=str(location))
-        for output, reference in references.items()
-    }
+    return {k: dataclasses.replace(found, source=location) for k, found in references.items()}
 
 
 def from_main(function: Callable[[], References]) -> References:

@@ -9,21 +9,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dnnlib.errors import refusal
 from dnnlib.files import cache_dir
 from metrics.detectors import Detector, DetectorOutput
-from metrics.reference import (
-    Reference,
-    References,
-    from_main,
-    read_references,
-    save_references,
-)
+from metrics.reference import Reference, References, from_main, read_references, save_references
 from metrics.statistics import Batch, collect_outputs
 from torch_utils import distributed
 
 MAX_VECTORS = 200_000
 _SUBSET_SEED = 0
-_FIELDS = {"moments": ("mu", "sigma"), "vectors": ("vectors", "num_vectors")}
+# What a reference holds of either kind, and what it holds without.
+_FIELDS = {"moments": dict(mu=None, sigma=None), "vectors": dict(vectors=None, num_vectors=0)}
 
 
 def vector_subset(count: int) -> np.ndarray:
@@ -49,15 +45,9 @@ def compute_references(
 ) -> References:
     """Return what detectors give for the images of all ranks, each seen once. Collective.
 
-    Args:
-        needs: What to know of each output: ``moments``, ``vectors`` or both.
-        detectors: On ``device``, by name.
-        batches: This rank's images with their indices, as for
-            :func:`metrics.statistics.collect_outputs`; may be empty.
-        num_images: How many images all ranks have together; another number is an error.
-        dataset_hash, source: See :class:`Reference`.
-
-    Raises ValueError if the number of images is wrong or below 2.
+    ``needs``, ``detectors`` and ``batches`` are those of
+    :func:`~metrics.statistics.collect_outputs`, ``dataset_hash`` and ``source`` those of a
+    :class:`Reference`. Raises ValueError unless all ranks together have ``num_images``, 2 or more.
     """
     name = source or "The dataset"
     if num_images < 2:
@@ -65,35 +55,31 @@ def compute_references(
     keep = vector_subset(num_images)
     collected = collect_outputs(detectors, needs, batches, device, keep)
 
-    def build() -> References:
-        for found in collected.values():
-            counts = [] if found.moments is None else [(found.moments.count, num_images)]
-            if found.vectors is not None and found.vectors.array is not None:
-                counts.append((len(found.vectors.array), int(keep.sum())))
+    references: References = {}
+    # Only rank 0 has the vectors, and every rank must hear if their number is wrong.
+    with distributed.together():
+        for output, found in collected.items():
+            known, counts = {}, []
+            if found.moments is not None:
+                counts.append((found.moments.count, num_images))
+                known.update(mu=found.moments.mean(), sigma=found.moments.covariance())
+            if found.vectors is not None:
+                vectors, num_vectors = found.vectors.array, int(keep.sum())
+                counts += [] if vectors is None else [(len(vectors), num_vectors)]
+                known.update(vectors=vectors, num_vectors=num_vectors)
             for count, expected in counts:
                 if count != expected:
-                    raise ValueError(
-                        f"{name}: gave {count} images for the reference statistics; expected "
-                        f"{expected}."
-                    )
-        return {
-            output: Reference(
+                    but = f"gave {count} images for the reference statistics"
+                    raise refusal(name, but=but, remedy=f"expected {expected}")
+            references[output] = Reference(
+                **known,
                 output=output,
-                mu=None if found.moments is None else found.moments.mean(),
-                sigma=None if found.moments is None else found.moments.covariance(),
-                vectors=None if found.vectors is None else found.vectors.array,
-                num_vectors=0 if found.vectors is None else int(keep.sum()),
                 count=num_images,
                 detector_hash=detectors[output.detector].hash,
                 dataset_hash=dataset_hash,
                 source=source,
             )
-            for output, found in collected.items()
-        }
-
-    # Only rank 0 has the vectors, and every rank must hear if their number is wrong.
-    with distributed.together():
-        return build()
+    return references
 
 
 def cache_path(content_hash: str, output: DetectorOutput, detector_hash: str, kind: str) -> Path:
@@ -147,7 +133,8 @@ def references_for(
         )
         for output, kind in wanted:
             if (output, kind) not in found:
-                found[output, kind] = _only(made[output], kind)
+                other = _FIELDS["vectors" if kind == "moments" else "moments"]
+                found[output, kind] = dataclasses.replace(made[output], **other)
                 distributed.on_main(functools.partial(_write_cache, found[output, kind], kind))
     result: References = {}
     for output, kind in wanted:
@@ -158,12 +145,6 @@ def references_for(
             own = {name: getattr(part, name) for name in _FIELDS[kind]}
             result[output] = dataclasses.replace(result[output], **own)
     return result
-
-
-def _only(reference: Reference, kind: str) -> Reference:
-    if kind == "moments":
-        return dataclasses.replace(reference, vectors=None, num_vectors=0, labels=None)
-    return dataclasses.replace(reference, mu=None, sigma=None)
 
 
 def _read_cache(

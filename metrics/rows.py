@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dnnlib.errors import refusal
+
 # What a comparison is about, as opposed to the protocol that ought to agree. Software versions are
 # on record, but two of them are no two protocols.
 SUBJECT_FIELDS = frozenset(
@@ -27,70 +29,57 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as a file of score rows: {error}.") from error
-    lines = _one_row_a_line(lines)
+    whole = _parsed("\n".join(lines))
+    if isinstance(whole, dict) and isinstance(whole.get("rows"), list):
+        found = whole["rows"]
+    else:
+        found = [_parsed(line) if line.strip() else "" for line in lines]
     rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
+    for number, row in enumerate(found, start=1):
+        if row == "":
             continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict) or "metric" not in row or "value" not in row:
-            raise ValueError(
-                f"{path}:{number}: not a score row (a JSON object with 'metric' and 'value')."
-            )
+        if not isinstance(row, dict) or not {"metric", "value"} <= row.keys():
+            but = "not a score row (a JSON object with 'metric' and 'value')"
+            raise ValueError(f"{path}:{number}: {but}.")
         rows.append({**row, "source": f"{path}:{number}"})
     if not rows:
         raise ValueError(f"{path}: holds no score rows.")
     return rows
 
 
-def _one_row_a_line(lines: list[str]) -> list[str]:
+def _parsed(text: str) -> Any:
+    """Return what a JSON text holds; None if it is none."""
     try:
-        whole = json.loads("\n".join(lines))
+        return json.loads(text)
     except ValueError:
-        return lines
-    if isinstance(whole, dict) and isinstance(whole.get("rows"), list):
-        return [json.dumps(row) for row in whole["rows"]]
-    return lines
+        return None
 
 
 def compare_rows(rows: Sequence[Mapping[str, Any]], *, anyway: bool = False) -> str:
     """Return a table for each metric in ``rows``.
 
-    A protocol field that is equal in all rows of a metric is printed once below its table.
-
-    Args:
-        rows: Score rows, as :func:`read_rows` returns them.
-        anyway: Also compare rows whose protocols differ; each field in which they do becomes a
-            column whose heading starts with ``*``.
-
-    Raises ValueError, naming those fields and their values, for rows of one metric whose protocols
-    differ, unless ``anyway``.
+    A protocol field that is equal in all rows of a metric is printed once below its table. Raises
+    ValueError, naming the fields and their values, for rows of one metric whose protocols differ,
+    unless ``anyway``; each such field then is a column whose heading starts with ``*``.
     """
-    by_metric = {
-        str(row["metric"]): [r for r in rows if r["metric"] == row["metric"]] for row in rows
-    }
+    by_metric: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        by_metric.setdefault(str(row["metric"]), []).append(_flat(row))
     if not anyway:
         for metric, own in by_metric.items():
             _refuse_differences(metric, own)
-    return "\n\n".join(
-        _table(metric, [_flat(row) for row in own]) for metric, own in by_metric.items()
-    )
+    return "\n\n".join(_table(metric, own) for metric, own in by_metric.items())
 
 
-def _refuse_differences(metric: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    flat = [_flat(row) for row in rows]
+def _refuse_differences(metric: str, rows: Sequence[Mapping[str, str]]) -> None:
     differences = []
     for name in differing_fields(rows):
-        values = dict.fromkeys(_short(name, row.get(name, "unknown")) for row in flat)
+        values = dict.fromkeys(_short(name, row.get(name, "unknown")) for row in rows)
         differences.append(f"{name} ({' | '.join(values)})")
     if differences:
-        raise ValueError(
-            f"{metric}: the rows cannot be compared, because their protocols differ in "
-            f"{', '.join(differences)}; score them alike, or print them side by side with --anyway."
-        )
+        but = "the rows cannot be compared, because their protocols differ in"
+        remedy = "score them alike, or print them side by side with --anyway"
+        raise refusal(metric, but=f"{but} {', '.join(differences)}", remedy=remedy)
 
 
 def differing_fields(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -146,21 +135,12 @@ def _table(metric: str, rows: list[dict[str, str]]) -> str:
         lines.append(f"  equal in all rows: {', '.join(equal)}")
     if differing:
         lines.append(f"  not comparable: the rows differ in {', '.join(differing)}")
-    warnings = [
-        f"  {row.get('source', metric)}: {text}"
-        for row in rows
-        for text in _texts(row.get("warnings", "[]"))
-    ]
-    return "\n".join(lines + warnings)
-
-
-def _texts(field: str) -> list[str]:
-    """Return the texts of a list in a row, or the one text that another program wrote there."""
-    try:
-        found = json.loads(field)
-    except ValueError:
-        return [field]
-    return [str(text) for text in found] if isinstance(found, list) else [field]
+    for row in rows:
+        field = row.get("warnings", "[]")
+        found = _parsed(field)  # A list of texts, or what another program wrote there.
+        texts = found if isinstance(found, list) else [field]
+        lines += [f"  {row.get('source', metric)}: {text}" for text in texts]
+    return "\n".join(lines)
 
 
 def _short(name: str, value: str) -> str:

@@ -1,6 +1,7 @@
 """Scores: any number of metrics of generated images, computed in one pass over them."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dnnlib.errors import NotFiniteError
+from dnnlib.errors import NotFiniteError, refusal
 from metrics.detectors import Detector, DetectorOutput
 from metrics.metric import Comparison, MetricSpec, needed_outputs
 from metrics.reference import Reference, References
@@ -18,7 +19,7 @@ from torch_utils import distributed
 GenerateFn = Callable[[range], Iterable[Batch]]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class _Plan:
     """A metric, how many images it takes, and what it sees and compares them with."""
 
@@ -50,7 +51,7 @@ def score(
         generate: ``generate(range(start, stop))`` yields this rank's share of the images with those
             indices, in any order and any split over batches and ranks, each with its index. An
             image must depend on its index alone.
-        references: What is known of the real images; needed by every metric that has a reference.
+        references: What is known of the real images.
         detectors: Detectors on ``device``, by name.
         device: Where outputs, their sums and the metrics are computed.
         num_images: Number of images instead of that of the metrics.
@@ -75,10 +76,11 @@ def score(
         parts = collect_outputs(detectors, needs, generate(range(done, stop)), device)
         for output, part in parts.items():
             collected[output] = collected[output].merged(part) if output in collected else part
-        classes = None if labels is None else _Classes(labels(stop), class_names)
+        classes = None if labels is None else (labels(stop), class_names)
         for plan in pending:
             if plan.num_images == stop:
-                row = _row(plan, collected[plan.metric.output], classes, device)
+                found = collected[plan.metric.output]
+                row = distributed.on_main(functools.partial(_row, plan, found, classes, device))
                 seconds = distributed.broadcast_object(time.monotonic() - start_sec)
                 rows[plan.metric.name] = dict(row, seconds=round(seconds, 3))
         done = stop
@@ -98,18 +100,11 @@ def _plan(
     if count < metric.at_least:
         raise ValueError(f"{metric.name}: needs at least {metric.at_least} images; got {count}.")
     if metric.needs == "vectors" and reference and reference.num_vectors < metric.at_least:
-        raise ValueError(
-            f"{metric.name}: needs at least {metric.at_least} real images; {reference.source} has "
-            f"{reference.num_vectors}."
-        )
+        there = f"{reference.source} has {reference.num_vectors}"
+        raise refusal(metric.name, but=f"needs at least {metric.at_least} real images; {there}")
     warnings = [] if reference is None else reference.check_detector(detector)
-    return _Plan(
-        metric=metric,
-        num_images=count,
-        detector=detector,
-        reference=reference,
-        warnings=warnings + _count_warnings(metric, count, reference, detector),
-    )
+    warnings += _count_warnings(metric, count, reference, detector)
+    return _Plan(metric, count, detector, reference, warnings)
 
 
 def _reference_of(metric: MetricSpec, references: References) -> Reference | None:
@@ -120,11 +115,10 @@ def _reference_of(metric: MetricSpec, references: References) -> Reference | Non
         reference = reference.of(metric.needs)
     if reference is None or metric.needs not in reference.knows:
         source = next((found.source for found in references.values()), "the reference")
-        raise ValueError(
-            f"{metric.name}: {source} holds no {metric.needs} of {metric.output}; give the images "
-            "themselves as the reference, or make it anew with `fid.py ref --metrics="
-            f"{metric.name}`."
-        )
+        but = f"{source} holds no {metric.needs} of {metric.output}"
+        remedy = f"make it anew with `fid.py ref --metrics={metric.name}`"
+        remedy = f"give the images themselves as the reference, or {remedy}"
+        raise refusal(metric.name, but=but, remedy=remedy)
     return reference
 
 
@@ -133,12 +127,9 @@ def _count_warnings(
 ) -> list[str]:
     if metric.subset_size is not None:
         size = min(num_images, reference.num_vectors)
-        if size >= metric.subset_size:
-            return []
-        return [
-            f"low count: subsets of {size} images instead of {metric.subset_size:,}; they overlap, "
-            "and their spread is too small"
-        ]
+        found = f"low count: subsets of {size} images instead of {metric.subset_size:,}"
+        few = size < metric.subset_size
+        return [f"{found}; they overlap, and their spread is too small"] if few else []
     if metric.needs != "moments":
         return []
     dim = detector.outputs[metric.output.name]
@@ -150,46 +141,19 @@ def _count_warnings(
     ]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Classes:
-    """Classes of the generated images, int64 [N], and the names of all classes."""
-
-    labels: np.ndarray
-    names: Sequence[str]
-
-
 def _row(
-    plan: _Plan, found: Collected, classes: _Classes | None, device: torch.device | str
+    plan: _Plan, found: Collected, classes: tuple | None, device: torch.device | str
 ) -> dict[str, Any]:
-    metric, detector = plan.metric, plan.detector
-    row = distributed.on_main(lambda: _numbers(plan, found, classes, device))
-    return dict(
-        row,
-        num_images=plan.num_images,
-        detector=str(metric.output),
-        detector_hash=detector.hash,
-        preprocessing=detector.preprocessing,
-        detector_precision=detector.precision,
-        warnings=plan.warnings,
-    )
-
-
-def _numbers(
-    plan: _Plan, found: Collected, classes: _Classes | None, device: torch.device | str
-) -> dict[str, Any]:
-    """Return what a row says of a metric's values and its reference; on rank 0 alone."""
-    metric, reference = plan.metric, plan.reference
+    """Return the row of a metric, on rank 0; ``classes`` as for :func:`_per_class`."""
+    metric, reference, detector = plan.metric, plan.reference, plan.detector
     if found.count != plan.num_images:
-        raise ValueError(
-            f"{metric.name}: needs {plan.num_images} images, but got {found.count}. Provide as "
-            "many, or give the number of images to score."
-        )
+        but = f"needs {plan.num_images} images, but got {found.count}"
+        remedy = "provide as many, or give the number of images to score"
+        raise refusal(metric.name, but=but, remedy=remedy)
     if metric.needs == "moments":
-        comparison = Comparison(
-            fake_moments=(found.moments.mean(), found.moments.covariance()),
-            real_moments=(reference.mu, reference.sigma),
-            device=device,
-        )
+        moments = (found.moments.mean(), found.moments.covariance())
+        real_moments = (reference.mu, reference.sigma)
+        comparison = Comparison(fake_moments=moments, real_moments=real_moments, device=device)
     else:
         real = None if reference is None else reference.vectors
         comparison = Comparison(fake=found.vectors.array, real=real, device=device)
@@ -205,32 +169,44 @@ def _numbers(
         )
     row = dict(metric=metric.name, value=next(iter(values.values())), values=values)
     if classes is not None:
-        per_class = _per_class(plan, found, classes, device)
+        per_class = _per_class(plan, found.vectors.array, *classes, device)
         row.update(dict(per_class=per_class) if per_class else {})
     if reference is not None:
-        row.update(
-            reference=reference.source,
-            reference_hash=reference.hash,
-            reference_count=reference.count,
-        )
+        row.update(reference=reference.source, reference_hash=reference.hash)
+        row["reference_count"] = reference.count
         if metric.needs == "vectors":
             row["reference_vectors"] = reference.num_vectors
-    return row
+    return dict(
+        row,
+        num_images=plan.num_images,
+        detector=str(metric.output),
+        detector_hash=detector.hash,
+        preprocessing=detector.preprocessing,
+        detector_precision=detector.precision,
+        warnings=plan.warnings,
+    )
 
 
 def _per_class(
-    plan: _Plan, found: Collected, classes: _Classes, device: torch.device | str
+    plan: _Plan,
+    vectors: np.ndarray,
+    labels: np.ndarray,
+    names: Sequence[str],
+    device: torch.device | str,
 ) -> dict[str, dict[str, float]]:
-    """Return the metric's values and counts for each class that both sides have enough of."""
+    """Return the metric's values and counts for each class that both sides have enough of.
+
+    ``labels`` [N] are the classes of the generated images, ``names`` those of all classes.
+    """
     metric, reference = plan.metric, plan.reference
     if reference is not None:
         reference = reference.of("vectors")
         if reference.vectors is None or reference.labels is None:
             return {}
-    names = [str(name) for name in classes.names]
+    names = [str(name) for name in names]
     result: dict[str, dict[str, float]] = {}
-    for label in np.unique(classes.labels):
-        fake = found.vectors.array[classes.labels == label]
+    for label in np.unique(labels):
+        fake = vectors[labels == label]
         real = None if reference is None else reference.vectors[reference.labels == label]
         counts = dict(num_images=len(fake))
         if real is not None:

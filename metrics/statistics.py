@@ -25,11 +25,9 @@ class OutputMoments:
     def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
         """``device`` holds the sums; on GPUs every rank must name its own, even without images."""
         if dim > _MAX_DIM:
-            raise ValueError(
-                f"The covariance of {dim:,} values would take "
-                f"{8e-9 * dim**2:,.0f} GB; at most {_MAX_DIM:,} values are taken "
-                "(pixel distances suit small images)."
-            )
+            size = f"The covariance of {dim:,} values would take {8e-9 * dim**2:,.0f} GB"
+            most = f"at most {_MAX_DIM:,} values are taken (pixel distances suit small images)"
+            raise ValueError(f"{size}; {most}.")
         self.dim = dim
         self.count = 0
         self._shift = torch.zeros(dim, dtype=torch.float64, device=device)
@@ -42,9 +40,8 @@ class OutputMoments:
         """Add vectors [N, dim] of N images, on any device. Does not wait for it."""
         assert not self._reduced, "statistics of all ranks take no more vectors"
         if vectors.ndim != 2 or vectors.shape[1] != self.dim:
-            raise ValueError(
-                f"Got vectors of shape {list(vectors.shape)}; expected [N, {self.dim}]."
-            )
+            got = list(vectors.shape)
+            raise ValueError(f"Got vectors of shape {got}; expected [N, {self.dim}].")
         if len(vectors) == 0:
             return
         x = vectors.to(self._shift.device, torch.float64)
@@ -79,8 +76,7 @@ class OutputMoments:
         Source: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing
         sample variances" (1979), Eq. 2.1.
         """
-        assert self._reduced == other._reduced
-        assert self.dim == other.dim
+        assert (self._reduced, self.dim) == (other._reduced, other.dim)
         result = OutputMoments(self.dim, self._shift.device)
         result.count = self.count + other.count
         result._reduced = self._reduced
@@ -165,14 +161,11 @@ class OutputVectors:
         vectors = torch.cat([torch.empty(0, self.dim), *self._vectors])
         self._indices, self._vectors = [], []
         indices, vectors = distributed.gather_rows(indices), distributed.gather_rows(vectors)
-
-        def order() -> None:
-            order = torch.argsort(indices, stable=True)
-            self.indices = indices[order].numpy()
-            self.array = _finite(vectors[order])
-            assert (np.diff(self.indices) > 0).all(), "an image came twice"
-
-        distributed.on_main(order)
+        with distributed.together():
+            if indices is not None:
+                order = torch.argsort(indices, stable=True)
+                self.indices, self.array = indices[order].numpy(), _finite(vectors[order])
+                assert (np.diff(self.indices) > 0).all(), "an image came twice"
 
     def merged(self, other: "OutputVectors") -> "OutputVectors":
         """Return the vectors of both, those of ``other`` after these. Both must be gathered."""
@@ -195,20 +188,6 @@ class Collected:
         """Number of images; of vectors, on rank 0 alone."""
         return len(self.vectors.array) if self.moments is None else self.moments.count
 
-    def append(self, indices: torch.Tensor, vectors: torch.Tensor) -> None:
-        """Add the vectors [N, dim] of the images ``indices`` [N]."""
-        if self.moments is not None:
-            self.moments.append(vectors)
-        if self.vectors is not None:
-            self.vectors.append(indices, vectors)
-
-    def gather(self) -> None:
-        """Turn what this rank knows into what all ranks know, vectors on rank 0. Collective."""
-        if self.moments is not None:
-            self.moments.all_reduce()
-        if self.vectors is not None:
-            self.vectors.gather()
-
     def merged(self, other: "Collected") -> "Collected":
         """Return what both know, of the images of both; they must not overlap."""
         pairs = (self.moments, other.moments), (self.vectors, other.vectors)
@@ -227,7 +206,7 @@ def collect_outputs(
     """Return what detectors give for the images of all ranks, each seen once. Collective.
 
     Args:
-        detectors: Networks on ``device``, by name; each sees every image once.
+        detectors: On ``device``, by name; each sees every image once.
         needs: What to keep of each output: ``moments``, ``vectors`` or both.
         batches: This rank's images as ``(indices int64 [N] on the CPU, uint8 [N, C, H, W] on any
             device)``; may be empty.
@@ -250,7 +229,14 @@ def collect_outputs(
             with torch.inference_mode():
                 for detector, wanted in names.items():
                     for name, vectors in detectors[detector](images, wanted).items():
-                        collected[DetectorOutput(detector, name)].append(indices, vectors)
+                        found = collected[DetectorOutput(detector, name)]
+                        if found.moments is not None:
+                            found.moments.append(vectors)
+                        if found.vectors is not None:
+                            found.vectors.append(indices, vectors)
     for found in collected.values():
-        found.gather()
+        if found.moments is not None:
+            found.moments.all_reduce()
+        if found.vectors is not None:
+            found.vectors.gather()
     return collected

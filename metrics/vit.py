@@ -41,7 +41,7 @@ class _VisionTransformer(NetworkDetector):
         self.preprocessing = f"antialiased bicubic to {size}, (x / 255 - mean) / std"
         settings = {setting: getattr(network.config, setting) for setting in _SETTINGS}
         identity = f"{self.name}, {self.preprocessing}, {self.mean}, {self.std}, {settings}"
-        super().__init__(network, device, identity=identity, precision=precision)
+        super().__init__(network, device, identity, precision)
 
     @classmethod
     def load(

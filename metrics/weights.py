@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from dnnlib.errors import refusal
 from dnnlib.files import fetch
 
 
@@ -23,7 +24,7 @@ def load_weights(
     """Return the tensors of a file, float32 on the CPU, with the names and shapes of ``wanted``.
 
     Args:
-        location: Path or URL.
+        location: Path or URL of a ``.safetensors``, or of a file that ``torch.save`` wrote.
         wanted: Tensors by name whose shapes the file's are compared with.
         network: What the weights are of, for messages.
         sha256: Checksum that the file must have; None for any.
@@ -38,20 +39,21 @@ def load_weights(
         path = fetch(location, sha256=sha256)
     except ValueError as error:
         raise ValueError(f"{network} needs its weights: {error} {remedy}") from error
-    found = read_tensors(path, expected)
+    found = _read_tensors(path, expected)
     found = {name: value for name, value in found.items() if not re.search(left_out, name)}
-    return checked_weights(found, wanted, str(path), expected)
+    for names, what in ((wanted.keys() - found, "missing"), (found.keys() - wanted, "unknown")):
+        if names:
+            shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+            raise ValueError(f"{path}: {len(names)} weights {what}: {shown}. {expected}")
+    for name, value in wanted.items():
+        shapes = [list(tensor.shape) for tensor in (found[name], value)]
+        if shapes[0] != shapes[1]:
+            but = f"{name} has shape {shapes[0]}, expected {shapes[1]}"
+            raise ValueError(f"{path}: {but}. {expected}")
+    return {name: value.to(torch.float32) for name, value in found.items()}
 
 
-def read_tensors(path: Path, expected: str) -> dict[str, torch.Tensor]:
-    """Return the tensors by name of a file, on the CPU; nothing in it is executed.
-
-    Args:
-        path: A file that ``torch.save`` wrote, or one whose name ends with ``.safetensors``.
-        expected: A sentence that says what it ought to hold, for messages.
-
-    Raises ValueError for a file that is damaged or holds anything but tensors with names.
-    """
+def _read_tensors(path: Path, expected: str) -> dict[str, torch.Tensor]:
     if path.suffix == ".safetensors":
         return read_safetensors(path, expected)
     try:
@@ -67,15 +69,13 @@ def read_tensors(path: Path, expected: str) -> dict[str, torch.Tensor]:
 
 
 def read_safetensors(path: Path, expected: str) -> dict[str, torch.Tensor]:
-    """Return the tensors by name of a safetensors file, as :func:`read_tensors` does."""
+    """Return the tensors by name of a safetensors file; ValueError for any other."""
     try:
         import safetensors
         from safetensors.torch import load_file
     except ModuleNotFoundError:
-        raise ValueError(
-            f"{path}: reading it needs the package safetensors, which is not installed: pip "
-            "install safetensors."
-        ) from None
+        but = "reading it needs the package safetensors, which is not installed"
+        raise refusal(path, but=but, remedy="pip install safetensors") from None
     try:
         return load_file(path)
     except (safetensors.SafetensorError, OSError) as error:
@@ -89,28 +89,3 @@ def _refusal(path: Path, error: Exception) -> str:
         name = re.search(r"GLOBAL (\S+)", str(error))
         return "refused, because reading it would execute code" + (f" ({name[1]})" if name else "")
     return f"damaged, or no file of tensors ({type(error).__name__})"
-
-
-def checked_weights(
-    found: Mapping[str, torch.Tensor],
-    wanted: Mapping[str, torch.Tensor],
-    label: str,
-    expected: str,
-) -> dict[str, torch.Tensor]:
-    """Return the tensors ``found`` in float32, if names and shapes are those of ``wanted``.
-
-    Raises ValueError, a sentence that begins with ``label`` and ends with ``expected``, otherwise.
-    """
-    missing = sorted(wanted.keys() - found.keys())
-    unknown = sorted(found.keys() - wanted.keys())
-    for names, what in ((missing, "missing"), (unknown, "unknown")):
-        if names:
-            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            raise ValueError(f"{label}: {len(names)} weights {what}: {shown}. {expected}")
-    for name, value in wanted.items():
-        if found[name].shape != value.shape:
-            raise ValueError(
-                f"{label}: {name} has shape {list(found[name].shape)}, expected "
-                f"{list(value.shape)}. {expected}"
-            )
-    return {name: value.to(torch.float32) for name, value in found.items()}

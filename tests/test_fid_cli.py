@@ -420,8 +420,8 @@ def test_neighbours_takes_snapshots_and_held_out_images(data, network, generated
     [
         ("--images=GEN --num-images=43", ["--num-images: got 43", "42 images"]),
         ("--images=GEN --neighbours=42", ["toy has 42 images, too few for 42 neighbours"]),
-        ("--images=LARGE", ["[3, 8, 8]", "[3, 16, 16]"]),
-        ("--images=GEN --held-out=LARGE", ["--held-out: toy16", "[3, 16, 16]", "[3, 8, 8]"]),
+        ("--images=LARGE", ["3x8x8 (ch", "3x16x16 (ch"]),
+        ("--images=GEN --held-out=LARGE", ["--held-out: toy16", "3x16x16 (ch", "3x8x8 (ch"]),
         ("--images=GEN --steps=2", ["--steps describes sampling"]),
         ("--images=GEN --clip=a", ["--clip has no effect with --detector=pixels"]),
         ("--detector=pixels", ["either --network or --images"]),

@@ -225,7 +225,7 @@ class TestDetector:
         assert (found - detector(images)["features"]).abs().max() > 1e-3
         expected = other._network(preprocess_pytorch_fid(images))["features"]
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-        with pytest.raises(ValueError, match=r"'pytorchfid' of Inception.*mean 'pytorch-fid'"):
+        with pytest.raises(ValueError, match=r"'pytorchfid'; .* mean 'pytorch-fid'"):
             get_detector("inception", "cpu", location=str(checkpoint), convention="pytorchfid")
 
     def test_computes_in_bfloat16_where_asked_and_says_so(self, detector, checkpoint):

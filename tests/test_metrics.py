@@ -374,7 +374,7 @@ class TestReferences:
         with pytest.raises(ValueError, match="no arrays 'mu' and 'sigma'"):
             read_references(path)
         np.savez(path, mu=good.mu, sigma=good.sigma[:4])
-        with pytest.raises(ValueError, match=r"covariance of shape \(4, 9\)"):
+        with pytest.raises(ValueError, match=r"covariance of shape \[4, 9\]"):
             read_references(path)
         np.savez(path, mu=good.mu * np.nan, sigma=good.sigma)
         with pytest.raises(ValueError, match="not finite"):
