@@ -14,7 +14,7 @@ from dnnlib.click_options import param, takes
 from dnnlib.config import Config
 from dnnlib.text import join_names
 from training import runs
-from training.config import RunConfig, with_named_data, with_one_of_each
+from training.config import RunConfig, with_absolute_data, with_named_data, with_one_of_each
 from training.launch import Start, launch, print_plan
 from training.telemetry import import_wandb
 
@@ -113,6 +113,7 @@ def main(config: RunConfig, options: TrainOptions) -> int:
         config = with_one_of_each(config, given)
         if options.data_dir is not None or options.dataset is not None:
             config = with_named_data(config, given, options.data_dir, options.dataset)
+        config = with_absolute_data(config)
         start.check()
     config = families.of(config).check(config, given)
     if config.logging.wandb and not options.dry_run:

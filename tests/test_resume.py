@@ -326,3 +326,20 @@ def test_transfer_reports_what_it_loaded_and_what_not(finished, digits_zip, tmp_
     output = succeed(train_script, *args, "--iters=2").output
     assert "Resuming from" in output
     assert "Transfer" not in output
+
+
+def test_a_run_continues_from_another_folder(digits_zip, tmp_path, monkeypatch, one_cpu_thread):
+    """The path of its data is stored absolute; where they have moved to, --data says."""
+    data = tmp_path / "here" / "digits.zip"
+    data.parent.mkdir()
+    shutil.copy(digits_zip, data)
+    monkeypatch.chdir(data.parent)
+    options = ("--outdir=runs", "--data=digits.zip", *TINY, "--batch=8", "--workers=0")
+    succeed(train_script, *options, "--iters=1")
+    run_dir = only_run(data.parent / "runs")
+    monkeypatch.chdir(tmp_path)
+    assert "Resuming from" in succeed(train_script, f"--resume={run_dir}", "--iters=2").output
+    moved = data.rename(tmp_path / "moved.zip")
+    message = fail(train_script, f"--resume={run_dir}", "--iters=3")
+    assert f"--data: {data} does not exist; say where the data are." in message
+    succeed(train_script, f"--resume={run_dir}", f"--data={moved}", "--iters=3")

@@ -1,6 +1,7 @@
 """The configuration of a run: everything that decides what is computed."""
 
 import dataclasses
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -9,6 +10,7 @@ from data.images.augment import AugmentConfig
 from data.images.dataset import DatasetConfig
 from diffusion.precond import PrecondConfig
 from diffusion.samplers import SamplingConfig
+from dnnlib.addresses import is_address
 from dnnlib.config import Config, option
 from dnnlib.errors import refusal
 from models.config import ModelConfig
@@ -299,6 +301,15 @@ def with_named_data(
     if not path.exists():
         path = data_dir / f"{dataset.removesuffix('.zip')}.zip"
     return dataclasses.replace(config, data=dataclasses.replace(config.data, data=str(path)))
+
+
+def with_absolute_data(config: RunConfig) -> RunConfig:
+    """Return ``config`` with the path of its data absolute: a run continues from any folder."""
+    location = config.data.data
+    if location is None or is_address(location):
+        return config
+    data = dataclasses.replace(config.data, data=os.path.abspath(location))
+    return dataclasses.replace(config, data=data)
 
 
 def fit_to_device(config: RunConfig, device_type: str) -> RunConfig:

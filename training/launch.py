@@ -138,7 +138,9 @@ def _prepare(config: RunConfig, device: torch.device) -> Job:
     """Open the data and whatever the run needs besides, and fit the run to them. Collective."""
     accumulation_rounds(config.training, distributed.world_size())
     attention_backend(config.model, device)
-    family = family_of(config)
+    family, location = family_of(config), config.data.data
+    if not is_address(location) and not Path(location).exists():
+        raise refusal("--data", but=f"{location} does not exist", remedy="say where the data are")
     data = family.open_data(config)
     config = fit_to_device(family.fit(config, data), device.type)
     config, codec = family.open_codec(config, data, device)

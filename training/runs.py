@@ -12,7 +12,7 @@ from dnnlib.config import identity
 from torch_utils import distributed
 from training import family
 from training.checkpoint import Snapshot, find_states, load_state
-from training.config import RunConfig
+from training.config import RunConfig, with_absolute_data
 from training.family import TrainingData
 
 REQUEUE_FILE = "requeue"
@@ -70,14 +70,15 @@ def read_start(
     path = run_dir / "training_options.json"
     try:
         options = json.loads(path.read_text(encoding="utf-8"))
-        return family.restore_run(options["config"]), options.get("origin")
+        config = with_absolute_data(family.restore_run(options["config"]))
+        return config, options.get("origin")
     except FileNotFoundError:
         reason = "is missing"
     except (ValueError, KeyError, TypeError) as error:
         reason = f"cannot be read ({error})"
     for state_file in find_states(run_dir):
         try:
-            config = family.restore_run(load_state(state_file)["config"])
+            config = with_absolute_data(family.restore_run(load_state(state_file)["config"]))
         except ValueError:
             continue
         report(f"{path}: {reason}; the configuration in {state_file.name} is used.")
@@ -151,7 +152,8 @@ def load_resume_state(
 
     loaded = distributed.on_main_tree(load)[0]
     if loaded is not None:
-        _check_same_model(config, family.restore_run(loaded["config"]), report)
+        saved = with_absolute_data(family.restore_run(loaded["config"]))
+        _check_same_model(config, saved, report)
         stored = loaded["progress"].get("data_hash")
         if stored is not None and not distributed.on_main(lambda: data.is_same_as(stored)):
             report(
