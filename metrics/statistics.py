@@ -10,7 +10,7 @@ from metrics.detectors import Detector, DetectorOutput
 from torch_utils import distributed
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # Image indices int64 [N], uint8 images [N, C, H, W].
-_MAX_DIM = 20_000
+_MAX_DIM = 4096
 
 
 class OutputMoments:
@@ -25,9 +25,11 @@ class OutputMoments:
     def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
         """``device`` holds the sums; on GPUs every rank must name its own, even without images."""
         if dim > _MAX_DIM:
-            size = f"The covariance of {dim:,} values would take {8e-9 * dim**2:,.0f} GB"
-            most = f"at most {_MAX_DIM:,} values are taken (pixel distances suit small images)"
-            raise ValueError(f"{size}; {most}.")
+            raise ValueError(
+                f"The covariance of {dim:,} values would take {8e-9 * dim**2:,.1f} GB and minutes; "
+                f"accepted: at most {_MAX_DIM:,} values. For the pixels of larger images use "
+                "kid_pixels, which needs no covariance."
+            )
         self.dim = dim
         self.count = 0
         self._shift = torch.zeros(dim, dtype=torch.float64, device=device)
