@@ -57,9 +57,8 @@ class ImageSource(Protocol):
 class FileImages:
     """The images of a folder, a zip or an ``.npz`` sample archive.
 
-    With ``shuffled``, those of folders and zips are numbered in a fixed random order, as their
-    names may be sorted by class: the first few are then a sample of all, and so is each split of
-    the Inception Score. Sample archives keep the order in which they were sampled.
+    With ``shuffled`` they are numbered in a fixed random order, as they may be sorted by class: the
+    first few are then a sample of all, and so is each split of the Inception Score.
     """
 
     def __init__(self, path: str, batch: int, shuffled: bool) -> None:
@@ -67,7 +66,7 @@ class FileImages:
         if path.endswith(".pkl"):
             raise ValueError(f"--images: {path} is no images; a snapshot is given by --network.")
         self.dataset = open_images(path)
-        self._shuffled = shuffled and not path.endswith(".npz")
+        self._shuffled = shuffled
         self._order = np.arange(len(self.dataset))
         if self._shuffled:
             np.random.default_rng(_ORDER_SEED).shuffle(self._order)

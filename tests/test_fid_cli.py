@@ -198,6 +198,10 @@ def test_fewer_images_than_there_are_can_be_scored(data, generated, base, tmp_pa
     chosen = [files[index] for index in np.random.default_rng(0).permutation(42)[:20]]
     assert row["value"] == pytest.approx(distance(pixels_of(chosen), real), rel=1e-6)
     assert row["image_order"] == "shuffled"
+    archive = tmp_path / "samples.npz"  # So may those of an archive.
+    np.savez(archive, np.stack([helpers.read_pixels(path) for path in files]).astype(np.uint8))
+    again = score(tmp_path, f"--images={archive}", f"--ref={data}", "--num-images=20")
+    assert (again["value"], again["image_order"]) == (pytest.approx(row["value"]), "shuffled")
 
 
 def test_published_statistics_are_read_with_a_warning(inception, data, generated, tmp_path):
