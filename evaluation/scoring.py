@@ -90,7 +90,7 @@ class RealImages:
         self.image_shape = None if self._dataset is None else shape_of(self._dataset)
 
     def knows_classes(self) -> bool:
-        """Tell whether numbers per class can be had."""
+        """Return whether numbers per class can be had."""
         if self._statistics is not None:
             return any(found.labels is not None for found in self._statistics.values())
         return self._dataset.labels is not None

@@ -454,7 +454,7 @@ def start_long_conversion(tmp_path, dest, early=False):
 
 
 def blocks_sigint(pid):
-    """Tell whether a process blocks SIGINT, where the system says so."""
+    """Return whether a process blocks SIGINT, where the system says so."""
     status = Path(f"/proc/{pid}/status")
     if not status.exists():
         return True

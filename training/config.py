@@ -263,7 +263,7 @@ class RunConfig(Config):
         return self.logging.tick * 1000
 
     def snapshot_is_due(self, tick: int, tick_start_nimg: int, cur_nimg: int) -> bool:
-        """Tell whether the tick that ends now is one with a snapshot."""
+        """Return whether the tick that ends now is one with a snapshot."""
         if self.logging.save_interval is None:
             return tick % self.logging.snap == 0
         interval = self.logging.save_interval * self.step_nimg

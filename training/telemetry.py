@@ -138,7 +138,7 @@ def trim_rows(run_dir: Path, cur_nimg: int) -> None:
 
 
 def metric_is_recorded(run_dir: Path, metric: str, cur_nimg: int) -> bool:
-    """Tell whether the score of this metric after ``cur_nimg`` images is already in its file."""
+    """Return whether the score of this metric after ``cur_nimg`` images is already in its file."""
     path = run_dir / f"metric-{metric}.jsonl"
     if not path.is_file():
         return False

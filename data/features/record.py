@@ -124,12 +124,12 @@ class FeatureRecord:
 
 
 def is_feature_folder(path: str | os.PathLike) -> bool:
-    """Tell whether a path is a folder of features, complete or not."""
+    """Return whether a path is a folder of features, complete or not."""
     return any((Path(path) / name).is_file() for name in (RECORD_FILE, CLAIM_FILE))
 
 
 def is_complete(path: str | os.PathLike) -> bool:
-    """Tell whether a path is a folder of features that are all there."""
+    """Return whether a path is a folder of features that are all there."""
     return (Path(path) / RECORD_FILE).is_file()
 
 

@@ -182,7 +182,7 @@ class _Stream:
 
 
 def _is_needed(name: str) -> bool:
-    """Tell whether a member of a shard is one that training needs: any but the description."""
+    """Return whether a member of a shard is one that training needs: any but the description."""
     return not name.endswith(".json")
 
 

@@ -117,7 +117,7 @@ class FolderArchive(Archive):
 
 
 def is_hidden(name: str) -> bool:
-    """Tell whether a path has a part that systems hide or add by themselves."""
+    """Return whether a path has a part that systems hide or add by themselves."""
     return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 

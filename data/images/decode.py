@@ -32,7 +32,7 @@ class UnfitImageError(ValueError):
 
 
 def is_image_name(name: str) -> bool:
-    """Tell whether a file is an image, by the end of its name."""
+    """Return whether a file is an image, by the end of its name."""
     return name.lower().endswith(SUFFIXES)
 
 
@@ -72,7 +72,7 @@ def decode_image(data: bytes, *, exact: bool = False) -> Image.Image:
 
 
 def _has_deep_channels(image: Image.Image, data: bytes) -> bool:
-    """Tell whether an image, not loaded yet, has RGB channels that Pillow would cut to 8 bits."""
+    """Return whether an image, not loaded yet, has RGB channels that Pillow would cut to 8 bits."""
     if image.format == "PNG":
         return data[24] > 8
     if image.format == "TIFF":

@@ -182,7 +182,7 @@ def _is_whole(dest: Path, plan: LatentRecord, index: int) -> bool:
 
 
 def _is_right(dest: Path, record: LatentRecord, plan: LatentRecord, dataset: ImageDataset) -> bool:
-    """Tell whether a record and its labels are those of the data."""
+    """Return whether a record and its labels are those of the data."""
     if (record.num_images, record.class_names) != (plan.num_images, plan.class_names):
         return False
     try:

@@ -89,12 +89,12 @@ class LatentRecord:
 
 
 def is_latent_archive(path: str | os.PathLike) -> bool:
-    """Tell whether a path is a folder of latents, complete."""
+    """Return whether a path is a folder of latents, complete."""
     return (Path(path) / RECORD_FILE).is_file()
 
 
 def is_latent_folder(path: str | os.PathLike) -> bool:
-    """Tell whether a path is a folder of latents, complete or not."""
+    """Return whether a path is a folder of latents, complete or not."""
     return is_latent_archive(path) or (Path(path) / CLAIM_FILE).is_file()
 
 

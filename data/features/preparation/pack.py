@@ -74,7 +74,7 @@ def _read_index(path: Path) -> Manifest:
 
 
 def _is_unchanged(path: Path, index: Manifest) -> bool:
-    """Tell whether a shard is as it was when the index beside it was written."""
+    """Return whether a shard is as it was when the index beside it was written."""
     is_same_size = path.stat().st_size == index.shards[0]["num_bytes"]
     return is_same_size and path.stat().st_mtime_ns <= _index_file(path).stat().st_mtime_ns
 
@@ -131,7 +131,7 @@ def look_at_shards(
 
 
 def _is_right(plan: Plan, images: Sequence[PlannedImage], index: Manifest) -> bool:
-    """Tell whether a shard holds exactly the samples that it should, all whole."""
+    """Return whether a shard holds exactly the samples that it should, all whole."""
     if not images or not index.shards[0]["sha256"] or index.ids != [image.id for image in images]:
         return False
     for row, image in enumerate(images):
