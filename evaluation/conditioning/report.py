@@ -14,7 +14,7 @@ from diffusion.denoiser import AUTOCAST_DTYPES, Denoiser, autocast
 from diffusion.precond import Precond, make_precond
 from dnnlib.progress import progress
 from evaluation.conditioning.panel import Condition, Group, Panel, derangement
-from models import Context, Network
+from models import Network
 from models.attention_probe import AttentionMass, record_attention
 from torch_utils.fingerprints import package_versions
 from torch_utils.rng import SeededNoise
@@ -58,37 +58,26 @@ def report_conditions(
     condition changes as much as images of the panel differ. ``loss_change`` is the relative rise of
     the loss, and ``worse_share`` the share of images whose loss rises. ``se`` are standard errors
     over images.
-
-    Args:
-        snapshot: The model.
-        panel: Its images and conditions.
-        device: Where to compute.
-        batch: Images at once.
-        seed: Of the noise.
+    ``seed`` is that of the noise, ``batch`` the number of images at once.
     """
     network, precond = snapshot.build(device), make_precond(snapshot.config.precond)
     dtype = AUTOCAST_DTYPES[snapshot.config.training.precision]
     sigmas = noise_levels(precond)
-    found: dict[tuple[str, str], list[_Change]] = defaultdict(list)
+    found: dict[tuple[str, str], _Changes] = defaultdict(lambda: defaultdict(list))
     masses: list[AttentionMass] = []
     total = len(panel.groups) * len(sigmas)
-    with (
-        torch.inference_mode(),
-        progress(total=total, label="Conditions", unit="level", transient=True) as bar,
-    ):
+    bar = progress(total=total, label="Conditions", unit="level", transient=True)
+    with torch.inference_mode(), bar:
         for group in panel.groups:
-            run = _Runs(network, precond, dtype, group, batch, seed)
+            run = _Runs(Denoiser(network, precond, dtype), group, batch, seed)
             for level, sigma in enumerate(sigmas):
                 with _probe(network, group) as mass:
                     reference = run(sigma, group.cond)
                 masses += [] if mass is None else [mass]
                 for condition in panel.conditions:
-                    for change, varied in _variations(group, condition):
-                        cond, drop, rows = varied
-                        result = run(sigma, cond, drop)
-                        found[condition.name, change].append(
-                            _compare(reference, result, rows, level)
-                        )
+                    for change, cond, drop, rows in _variations(group, condition):
+                        effect = _compare(reference, run(sigma, cond, drop))
+                        found[condition.name, change][level].append(effect[:, rows])
                 bar.update()
     rows = []
     facts = dict(
@@ -101,7 +90,7 @@ def report_conditions(
     )
     for condition in panel.conditions:
         for change in CHANGES:
-            parts = found.get((condition.name, change))
+            parts = found.get((condition.name, change), {})
             rows += _rows(condition, change, parts, sigmas, facts)
     attention = _mean_attention(masses)
     reason = None if attention else "no attention to text, CLS token and patches in this model"
@@ -115,115 +104,85 @@ def noise_levels(precond: Precond) -> list[float]:
     return [precond.round_sigma(level) for level in levels.tolist()]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Outputs:
-    """Denoised images [N, C, H, W] and their losses [N], in float32 on the CPU."""
-
-    denoised: torch.Tensor
-    loss: torch.Tensor
-
-
-@dataclasses.dataclass(frozen=True)
-class _Change:
-    """What a variation does to each image [n] at one noise level."""
-
-    level: int
-    output: np.ndarray
-    loss: np.ndarray
-    reference_loss: np.ndarray
+# By noise level, of each group's images [3, n]: change of the output, loss, loss before.
+_Changes = dict[int, list[np.ndarray]]
 
 
 class _Runs:
     """Denoises the images of a group from the same noise, under any conditions."""
 
-    def __init__(
-        self,
-        network: Network,
-        precond: Precond,
-        dtype: torch.dtype | None,
-        group: Group,
-        batch: int,
-        seed: int,
-    ) -> None:
-        self._network, self._precond, self._dtype = network, precond, dtype
-        self._inputs, self._batch = group.inputs, batch
-        self._denoise = Denoiser(network, precond, dtype)
-        num = len(group.inputs)
-        noise = SeededNoise([seed * 2**20 + row for row in range(num)], group.inputs.device)
-        self._noise = noise.randn(group.inputs.shape[1:])
+    def __init__(self, denoise: Denoiser, group: Group, batch: int, seed: int) -> None:
+        self._denoise, self._inputs, self._batch = denoise, group.inputs, batch
+        seeds = [seed * 2**20 + row for row in range(len(group.inputs))]
+        self._noise = SeededNoise(seeds, group.inputs.device).randn(group.inputs.shape[1:])
 
-    def __call__(self, sigma: float, cond: Cond, drop: torch.Tensor | None = None) -> _Outputs:
-        parts = []
+    def __call__(
+        self, sigma: float, cond: Cond, drop: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return denoised images [N, C, H, W] and their losses [N], in float32 on the CPU."""
+        denoise, parts = self._denoise, []
+        weight = denoise.precond.weight(torch.tensor(sigma)).item()
         for start in range(0, len(self._inputs), self._batch):
             rows = slice(start, start + self._batch)
             images = self._inputs[rows]
             own = {name: v if name == "size" else v[rows] for name, v in cond.items()}
-            context = self._context(own, None if drop is None else drop[rows], len(images))
-            denoised = self._denoise(images + sigma * self._noise[rows], sigma, context)
-            weight = self._precond.weight(torch.tensor(sigma)).item()
+            dropped = None if drop is None else drop[rows]
+            with autocast(images.device, denoise.autocast_dtype):
+                context = denoise.network.context(own, dropped, num=len(images))
+            denoised = denoise(images + sigma * self._noise[rows], sigma, context)
             loss = weight * (denoised - images).square().mean(dim=(1, 2, 3))
             parts.append((denoised.cpu(), loss.cpu()))
-        return _Outputs(*(torch.cat(values) for values in zip(*parts, strict=True)))
-
-    def _context(self, cond: Cond, drop: torch.Tensor | None, num: int) -> Context:
-        with autocast(self._inputs.device, self._dtype):
-            return self._network.context(cond, drop, num=num)
+        denoised, loss = (torch.cat(values) for values in zip(*parts, strict=True))
+        return denoised, loss
 
 
 def _variations(
     group: Group, condition: Condition
-) -> Iterator[tuple[str, tuple[Cond, torch.Tensor | None, np.ndarray]]]:
+) -> Iterator[tuple[str, Cond, torch.Tensor | None, np.ndarray]]:
     """Yield each change that can be made: conditions, what is dropped, and which rows changed."""
     num, device = len(group.inputs), group.inputs.device
     if condition.reason is None:
         drop = torch.ones(num, dtype=torch.bool, device=device)
         if condition.drop is not None:
-            columns = torch.zeros(num, 3, dtype=torch.bool, device=device)
-            columns[:, list(condition.drop)] = True
-            drop = columns
-        yield "dropped", (group.cond, drop, np.ones(num, bool))
+            drop = torch.zeros(num, 3, dtype=torch.bool, device=device)
+            drop[:, list(condition.drop)] = True
+        yield "dropped", group.cond, drop, np.ones(num, bool)
     for change in CHANGES[1:]:
         source, rows = derangement(group.kinds, change)
         if rows.any():
             index = torch.from_numpy(source).to(device)
             changed = {name: group.cond[name][index] for name in condition.entries}
-            yield change, ({**group.cond, **changed}, None, rows)
+            yield change, {**group.cond, **changed}, None, rows
 
 
-def _compare(reference: _Outputs, varied: _Outputs, rows: np.ndarray, level: int) -> _Change:
-    own = reference.denoised
+def _compare(
+    reference: tuple[torch.Tensor, torch.Tensor], varied: tuple[torch.Tensor, torch.Tensor]
+) -> np.ndarray:
+    (own, own_loss), (other, loss) = reference, varied
     spread = (own - own.mean(dim=0)).square().mean().sqrt().clamp(min=1e-12)
-    output = (varied.denoised - own).square().mean(dim=(1, 2, 3)).sqrt() / spread
-    return _Change(
-        level,
-        output.numpy()[rows],
-        varied.loss.numpy()[rows],
-        reference.loss.numpy()[rows],
-    )
+    output = (other - own).square().mean(dim=(1, 2, 3)).sqrt() / spread
+    return torch.stack([output, loss, own_loss]).numpy()
 
 
 def _rows(
     condition: Condition,
     change: str,
-    parts: list[_Change] | None,
+    found: _Changes,
     sigmas: list[float],
     facts: dict[str, Any],
 ) -> list[dict[str, Any]]:
     """Return a row of all noise levels together, and one for each."""
     head = dict(facts, condition=condition.name, change=change)
-    note = condition.note if change == "dropped" else None
-    if note is not None:
-        head["note"] = note
-    if not parts:
-        reason = condition.reason if change == "dropped" else None
-        reason = reason or "no two images of the panel differ in it"
+    dropped = change == "dropped"
+    if dropped and condition.note is not None:
+        head["note"] = condition.note
+    if not found:
+        reason = (dropped and condition.reason) or "no two images of the panel differ in it"
         return [dict(head, sigma=ALL_LEVELS, num=0, value=None, values={}, reason=reason)]
     rows = []
-    for level, sigma in [(None, ALL_LEVELS), *enumerate(sigmas)]:
-        chosen = [part for part in parts if level in (None, part.level)]
-        output, loss, reference = (
-            _by_image(chosen, name) for name in ("output", "loss", "reference_loss")
-        )
+    levels = [(sigmas[level], np.concatenate(own, axis=1)) for level, own in found.items()]
+    mean = np.mean([values for _, values in levels], axis=0)
+    for sigma, (output, loss, reference) in [(ALL_LEVELS, mean), *levels]:
         rise = (loss - reference) / reference.mean()
         values = dict(
             output_change=float(output.mean()),
@@ -235,16 +194,6 @@ def _rows(
         row = dict(head, sigma=sigma, num=len(output), value=values["output_change"])
         rows.append(dict(row, values=values))
     return rows
-
-
-def _by_image(parts: list[_Change], name: str) -> np.ndarray:
-    """Return a quantity of every image, averaged over the noise levels of ``parts``."""
-    levels = sorted({part.level for part in parts})
-    columns = [
-        np.concatenate([getattr(part, name) for part in parts if part.level == level])
-        for level in levels
-    ]
-    return np.mean(columns, axis=0)
 
 
 def _standard_error(values: np.ndarray) -> float:
@@ -271,9 +220,7 @@ def _mean_attention(masses: list[AttentionMass]) -> list[dict[str, float]]:
 
 def describe_report(report: Report) -> str:
     """Return a report as a readable table."""
-    lines = [
-        f"{'condition':<14} {'change':<9} {'output':>16} {'loss':>18} {'worse for':>10}",
-    ]
+    lines = [f"{'condition':<14} {'change':<9} {'output':>16} {'loss':>18} {'worse for':>10}"]
     for row in report.rows:
         if row["sigma"] != ALL_LEVELS:
             continue

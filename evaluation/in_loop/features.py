@@ -1,5 +1,6 @@
 """What a run on features shows of itself with its averaged weights: pictures, and validation."""
 
+import collections
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
@@ -34,14 +35,10 @@ _SAME_FOR_ALARM = ("metric", "data_hash", "items_hash", "lpips_hash", "sampling"
 
 
 class FeatureEvaluator:
-    """Pictures and validation of a run's averaged weights.
+    """Pictures and validation of a run's averaged weights; a :class:`training.family.Evaluator`.
 
-    It is a :class:`training.family.Evaluator`.
-
-    Args:
-        config: The run.
-        data: The training data; pictures are of the validation images, if there are any.
-        evaluate: Does the tests of the run's metrics; None without any.
+    Pictures are of the validation images of ``data``, if there are any. ``evaluate`` does the tests
+    of the run's metrics; None without any.
     """
 
     def __init__(
@@ -56,13 +53,11 @@ class FeatureEvaluator:
         num = min(_NUM_SHOWN * self._config.logging.num_sample_batches, len(self._shown))
         chosen = np.linspace(0, len(self._shown) - 1, num).round().astype(int).tolist()
         generator = dataclasses.replace(generator, trained_nimg=cur_nimg)
-        rows = {}
+        mine = chosen[distributed.rank() :: distributed.world_size()]
         with distributed.together():
-            for index in chosen[distributed.rank() :: distributed.world_size()]:
-                rows[index] = show_item(generator, self._shown, index)
-        gathered = distributed.gather_objects(rows)
+            rows = {index: show_item(generator, self._shown, index) for index in mine}
+        found = collections.ChainMap(*distributed.gather_objects(rows))
         if distributed.is_main():
-            found = {index: row for part in gathered for index, row in part.items()}
             picture = mixed_grid([found[index] for index in chosen])
             save_image(picture, fakes_path(outputs.run_dir, cur_nimg))
 
@@ -99,14 +94,9 @@ def _record(
 
 
 def weights_facts(
-    generator: FeatureGenerator,
-    training: TrainingConfig,
-    progress: Mapping[str, Any] | None = None,
+    generator: FeatureGenerator, training: TrainingConfig, progress: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Return what a row says of the weights: their hash, and which average they are.
-
-    ``training`` and the ``progress`` of a snapshot tell the latter.
-    """
+    """Return what a row says of the weights: their hash, and which average they are."""
     return dict(
         snapshot_hash=weights_hash(generator.network.state_dict()),
         ema=describe_average(training, progress or {}),
@@ -126,10 +116,9 @@ def compare(row: Mapping[str, Any], previous: Mapping[str, Any] | None) -> str |
     ``previous`` is an earlier row of the same test. Rows of other images, or of images that were
     made or measured otherwise, tell nothing.
     """
-    if previous is None:
-        return None
-    alike = [json.dumps([found.get(key) for key in _SAME_FOR_ALARM]) for found in (row, previous)]
-    if alike[0] != alike[1]:
+    if previous is None or any(
+        json.dumps(row.get(key)) != json.dumps(previous.get(key)) for key in _SAME_FOR_ALARM
+    ):
         return None
     medians = [found["values"].get("lpips_p50") for found in (previous, row)]
     if None in medians or medians[1] <= _MAX_RISE * medians[0]:
@@ -164,12 +153,8 @@ def show_item(
     bucket = dataset.buckets[dataset.bucket_index(index)]
     text_alone = {name: value for name, value in cond.items() if name in ("text", "text_mask")}
     seed = [seed_of_item(dataset.ids[index])]
-    images = [
-        generator.codec.pictures(latents),
-        generator.generate(seed, cond, bucket),
-        generator.generate(seed, text_alone, bucket),
-    ]
-    return [image[0].cpu() for image in images]
+    made = [generator.generate(seed, own, bucket) for own in (cond, text_alone)]
+    return [image[0].cpu() for image in (generator.codec.pictures(latents), *made)]
 
 
 def seed_of_item(name: str) -> int:

@@ -25,12 +25,9 @@ EvaluateFn = Callable[[tuple[str, ...], GenerateFn], list[dict[str, Any]]]
 class ImageEvaluator:
     """Pictures and scores of models that need no more than a class to make an image.
 
-    It is a :class:`training.family.Evaluator`.
-
-    Args:
-        config: The run.
-        class_counts: Training images of each class; empty without any.
-        evaluate: Returns score rows of ``evaluate(metric_names, generate)``; None without metrics.
+    It is a :class:`training.family.Evaluator`. ``class_counts`` are the training images of each
+    class; empty without any. ``evaluate(metric_names, generate)`` returns score rows; None without
+    metrics.
     """
 
     def __init__(
@@ -48,16 +45,12 @@ class ImageEvaluator:
         )
 
     def score(self, generator: ImageGenerator, outputs: Outputs, cur_nimg: int) -> bool:
-        missing = tuple(
-            name
-            for name in self._config.logging.metrics
-            if not is_recorded(outputs, name, cur_nimg)
-        )
+        names = self._config.logging.metrics
+        missing = tuple(name for name in names if not is_recorded(outputs, name, cur_nimg))
         if not missing or self._evaluate is None:
             return True
         try:
-            generate = self._make_generate(generator, outputs.stop_signal)
-            rows = self._evaluate(missing, generate)
+            rows = self._evaluate(missing, self._make_generate(generator, outputs.stop_signal))
         except _InterruptedError:
             return False
         protocol = passport(generator, self._config.training, self._counts)
@@ -70,11 +63,9 @@ class ImageEvaluator:
         batch = self._config.logging.sample_batch
 
         def generate(indices: range) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+            hidden = not distributed.is_main()
             with progress(
-                total=len(indices),
-                label="Metrics",
-                disable=not distributed.is_main(),
-                transient=True,
+                total=len(indices), label="Metrics", disable=hidden, transient=True
             ) as bar:
                 images = generate_for_rank(
                     generator, indices, batch=batch, class_counts=self._counts, on_batch=bar.update

@@ -5,13 +5,7 @@ from collections.abc import Callable
 
 from data.fewshot.episodes import Episodes
 from dnnlib.errors import NotFiniteError
-from evaluation.in_loop.images import (
-    EvaluateFn,
-    ImageEvaluator,
-    fakes_path,
-    is_recorded,
-    record,
-)
+from evaluation.in_loop.images import EvaluateFn, ImageEvaluator, fakes_path, is_recorded, record
 from sampling.grids import GRID_SEEDS, save_episodes
 from sampling.images import ImageGenerator
 from sampling.supports import SupportGenerator
@@ -22,12 +16,8 @@ from training.family import Outputs
 class SetEvaluator(ImageEvaluator):
     """Pictures of a few episodes, scores of those of unseen classes, and their loss.
 
-    Args:
-        config: The run.
-        evaluate: As in :class:`~evaluation.in_loop.images.ImageEvaluator`.
-        shown: Episodes of the pictures.
-        scored: Episodes that are scored; None without metrics.
-        validation_loss: Measures a generator's network on classes not trained on; None for none.
+    Pictures are of the episodes ``shown``, scores of those ``scored``, None without metrics.
+    ``validation_loss`` measures a generator's network on classes not trained on; None for none.
     """
 
     def __init__(
