@@ -124,24 +124,14 @@ def describe_fewshot(rows: Sequence[Mapping[str, Any]]) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FewShotTest:
-    """What images made from supports are compared with, and how many of them.
+    """What images made from supports are compared with, and how many of them."""
 
-    Attributes:
-        protocols: Of ``seen``, ``unseen``, ``val``, ``transfer``.
-        dataset: The training data, for all protocols but ``transfer``.
-        transfer: Another dataset, for ``transfer``.
-        num_images: Images to generate; by default 10,000, or as many as there are real ones.
-        episodes_per_class: Supports of each class; by default as many as use a fifth of it, up to
-            20.
-        outdir: Where a picture of each protocol goes.
-    """
-
-    protocols: Sequence[str]
-    dataset: SetDataset | None = None
+    protocols: Sequence[str]  # Of ``seen``, ``unseen``, ``val``, ``transfer``.
+    dataset: SetDataset | None = None  # The training data, for all protocols but ``transfer``.
     transfer: ImageDataset | None = None
-    num_images: int | None = None
-    episodes_per_class: int | None = None
-    outdir: Path | None = None
+    num_images: int | None = None  # To generate; by default up to 10,000, as many as real ones.
+    episodes_per_class: int | None = None  # By default as many as use a fifth of it, up to 20.
+    outdir: Path | None = None  # Where a picture of each protocol goes.
 
     def draw(
         self, snapshot: Snapshot, image_shape: ImageShape

@@ -32,17 +32,11 @@ _ORDER_SEED = 0
 
 
 class ImageSource(Protocol):
-    """Images with indices, each a function of its index alone.
-
-    Attributes:
-        image_shape: C, H, W.
-        num_images: How many there are; None without end.
-        class_names: Names of the classes; empty without any.
-    """
+    """Images with indices, each a function of its index alone."""
 
     image_shape: ImageShape
-    num_images: int | None
-    class_names: tuple[str, ...]
+    num_images: int | None  # None without end.
+    class_names: tuple[str, ...]  # Empty without any.
 
     def batches(self, indices: Sequence[int]) -> Iterable[Batch]:
         """Yield this rank's share of the images with those indices. Collective."""
@@ -148,21 +142,13 @@ class ScoreConfig(GenerateConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Making:
-    """How a snapshot makes images, beside its sampling protocol.
-
-    Attributes:
-        first_seed: Seed of the first image.
-        batch: Images per rank and pass; also of images that come from files.
-        precision: Arithmetic of the network; None: as in training.
-        guide: Second snapshot, to guide away from.
-        vae: Autoencoder of a latent model, if not where it was in training.
-    """
+    """How a snapshot makes images, beside its sampling protocol."""
 
     first_seed: int = 0
-    batch: int = 64
-    precision: str | None = None
-    guide: str | None = None
-    vae: str | None = None
+    batch: int = 64  # Images per rank and pass; also of images that come from files.
+    precision: str | None = None  # Arithmetic of the network; None: as in training.
+    guide: str | None = None  # Second snapshot, to guide away from.
+    vae: str | None = None  # Autoencoder of a latent model, if not where it was in training.
 
     def generator(
         self, snapshot: Snapshot, config: GenerateConfig, device: torch.device

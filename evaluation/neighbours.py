@@ -42,19 +42,12 @@ _NUM_BINS = 50
 
 @dataclasses.dataclass(frozen=True)
 class Neighbours:
-    """Nearest training images, on rank 0.
+    """Nearest training images, on rank 0, by the outputs of a detector."""
 
-    Attributes:
-        distances: [N, k], ascending, of each generated image by the detector's outputs.
-        indices: [N, k], of those training images.
-        held_out: [M], distance of each held-out real image to its nearest training image.
-        held_out_source: What the held-out images are.
-    """
-
-    distances: np.ndarray
-    indices: np.ndarray
-    held_out: np.ndarray
-    held_out_source: str
+    distances: np.ndarray  # [N, k], ascending, of each generated image.
+    indices: np.ndarray  # [N, k], of those training images.
+    held_out: np.ndarray  # [M], of each held-out real image to its nearest training image.
+    held_out_source: str  # What the held-out images are.
     detector: Detector
 
     def summary(self) -> dict[str, Any]:

@@ -28,22 +28,13 @@ class DetectorOutput(NamedTuple):
 
 
 class Detector(Protocol):
-    """Maps images to vectors and names exactly how.
-
-    Attributes:
-        name: Name in the registry.
-        outputs: Length of each output's vectors, by the name of the output.
-        hash: Hexadecimal digest of weights, preprocessing and arithmetic; equal hashes mean equal
-            outputs.
-        preprocessing: How images become the network's input, in one line for people.
-        precision: Arithmetic of the network, ``float32`` or ``bfloat16``.
-    """
+    """Maps images to vectors and names exactly how."""
 
     name: str
-    outputs: Mapping[str, int]
-    hash: str
-    preprocessing: str
-    precision: str
+    outputs: Mapping[str, int]  # Length of each output's vectors, by the name of the output.
+    hash: str  # Of weights, preprocessing and arithmetic; equal hashes mean equal outputs.
+    preprocessing: str  # How images become the network's input, in one line for people.
+    precision: str  # Arithmetic of the network, ``float32`` or ``bfloat16``.
 
     def __call__(
         self, images: torch.Tensor, outputs: Collection[str] = ("features",)
@@ -96,7 +87,7 @@ def get_detector(
     Args:
         name: One of :data:`DETECTORS`.
         device: Where images will be.
-        image_shape: C, H, W of the images; the pixel detector needs it.
+        image_shape: C, H, W of the images; ``pixels`` needs it.
         location: Weights instead of the published ones: a path or URL for ``inception``, a local
             folder or Hugging Face id for ``dinov2`` and ``clip``.
         convention: Input convention of ``inception``, ``tensorflow`` or ``pytorch-fid``.

@@ -4,6 +4,7 @@ It is version 0.1 of the published metric ("lin"). Modules carry the names of th
 files, torchvision's AlexNet or VGG16 and the linear weights of the package lpips.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -105,24 +106,17 @@ class LpipsNetwork(nn.Module):
         for index, layer in enumerate(self.features):
             x = layer(x)
             if index in self._taps:
-                first, second = _unit_length(x).chunk(2)
+                length = x.square().sum(dim=1, keepdim=True).sqrt()  # Over channels, by place.
+                first, second = (x / (length + _EPS)).chunk(2)
                 linear = getattr(self, f"lin{self._taps.index(index)}")["model"]
                 total = total + linear((first - second).square()).mean(dim=(1, 2, 3))
         return total
 
 
-def _unit_length(x: torch.Tensor) -> torch.Tensor:
-    """Return features [N, C, H, W] scaled to length 1 over the channels at every place."""
-    return x / (x.square().sum(dim=1, keepdim=True).sqrt() + _EPS)
-
-
 class LPIPS:
-    """The perceptual distance with one backbone's weights, in float32.
+    """The perceptual distance with the weights of one backbone, ``net``, in float32.
 
-    Attributes:
-        net: The backbone, ``alex`` or ``vgg``. The paper's authors recommend ``alex`` as a metric.
-        hash: Hexadecimal digest of weights and preprocessing; equal hashes mean equal distances.
-        device: Where it computes.
+    The paper's authors recommend ``alex`` as a metric. Equal hashes mean equal distances.
     """
 
     def __init__(self, network: LpipsNetwork, net: str, device: torch.device | str) -> None:
@@ -159,17 +153,15 @@ class LPIPS:
         """
         smallest = LAYOUTS[self.net].min_size
         if a.shape != b.shape or a.ndim != 4 or a.shape[1] != 3 or min(a.shape[2:]) < smallest:
-            raise ValueError(
-                f"LPIPS ({self.net}) got images of shapes {list(a.shape)} and {list(b.shape)}; "
-                f"expected two equal [N, 3, H, W] with sides of at least {smallest} pixels."
-            )
-        height, width = a.shape[2:]
-        size = max(_MAX_PIXELS // (height * width), 1)
+            got = f"images of shapes {list(a.shape)} and {list(b.shape)}"
+            expected = f"two equal [N, 3, H, W] with sides of at least {smallest} pixels"
+            raise ValueError(f"LPIPS ({self.net}) got {got}; expected {expected}.")
+        size = max(_MAX_PIXELS // math.prod(a.shape[2:]), 1)
         parts = [torch.empty(0, device=self.device)]
-        for first, second in zip(a.split(size), b.split(size), strict=True):
-            if len(first):
-                with arithmetic(self.device, "float32"):
-                    parts.append(self._network(self._input(first), self._input(second)))
+        for start in range(0, len(a), size):
+            first, second = (self._input(images[start : start + size]) for images in (a, b))
+            with arithmetic(self.device, "float32"):
+                parts.append(self._network(first, second))
         return torch.cat(parts)
 
     def _input(self, images: torch.Tensor) -> torch.Tensor:

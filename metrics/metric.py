@@ -37,33 +37,19 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MetricSpec:
-    """What a metric's name stands for.
+    """What a metric's name stands for."""
 
-    Attributes:
-        name: Name on the command line and in score rows.
-        output: Detector and output that see the images.
-        needs: What of the output is kept: ``moments`` or ``vectors``.
-        compute: Named values of the metric; the first is the headline.
-        num_images: Number of generated images.
-        at_least: The fewest images with which it means anything.
-        subset_size: Images in each random subset that it draws; None if it draws none.
-        has_reference: Whether real images are compared with.
-        at_most_dataset: Generate no more images than the reference has.
-        of_supports: Whether it is of images made from supports of a class, against that class.
-        description: One line for ``--help``.
-    """
-
-    name: str
-    output: DetectorOutput
-    needs: str
-    compute: Callable[[Comparison], Values]
-    num_images: int
-    at_least: int = 2
-    subset_size: int | None = None
-    has_reference: bool = True
-    at_most_dataset: bool = False
-    of_supports: bool = False
-    description: str
+    name: str  # On the command line and in score rows.
+    output: DetectorOutput  # What sees the images.
+    needs: str  # What of the output is kept: ``moments`` or ``vectors``.
+    compute: Callable[[Comparison], Values]  # Named values; the first is the headline.
+    num_images: int  # Number of generated images.
+    at_least: int = 2  # The fewest images with which it means anything.
+    subset_size: int | None = None  # Images in each random subset that it draws, if it draws any.
+    has_reference: bool = True  # Whether real images are compared with.
+    at_most_dataset: bool = False  # Generate no more images than the reference has.
+    of_supports: bool = False  # Of images made from supports of a class, against that class.
+    description: str  # One line for ``--help``.
 
     def image_count(self, reference: Reference | None, num_images: int | None = None) -> int:
         """Return the number of images to generate; ``num_images`` overrides the metric's own."""
@@ -83,28 +69,19 @@ def _frechet(name: str) -> dict[str, Any]:
     return dict(needs="moments", compute=compute)
 
 
-def _kernel_distance(it: Comparison) -> Values:
-    mean, std = kernel_distance(it.real, it.fake, subset_size=_SUBSET_SIZE, device=it.device)
-    return {"kid": mean, "kid_std": std}
+def _vectors(names: tuple[str, ...], function: Callable, **settings: Any) -> dict[str, Any]:
+    """Return a measure of real and generated vectors; ``names`` are those of its results."""
+
+    def compute(it: Comparison) -> Values:
+        found = function(it.real, it.fake, **settings, device=it.device)
+        return dict(zip(names, found if isinstance(found, tuple) else [found], strict=True))
+
+    return dict(needs="vectors", compute=compute)
 
 
 def _inception_score(it: Comparison) -> Values:
     mean, std = inception_score(it.fake, num_splits=_NUM_SPLITS)
     return {"is": mean, "is_std": std}
-
-
-def _precision_recall(it: Comparison) -> Values:
-    precision, recall = precision_recall(it.real, it.fake, k=3, device=it.device)
-    return {"precision": precision, "recall": recall}
-
-
-def _density_coverage(it: Comparison) -> Values:
-    density, coverage = density_coverage(it.real, it.fake, k=5, device=it.device)
-    return {"density": density, "coverage": coverage}
-
-
-def _cmmd(it: Comparison) -> Values:
-    return {"cmmd": rbf_mmd(it.real, it.fake, device=it.device)}
 
 
 # How the description goes on from what a metric is; {} is the number of images.
@@ -122,11 +99,12 @@ CLIP, PIXELS = DetectorOutput("clip"), DetectorOutput("pixels")
 
 FID, SFID = _frechet("fid"), _frechet("sfid")
 FD_DINOV2, FD_PIXELS = _frechet("fd_dinov2"), _frechet("fd_pixels")
-KID = dict(needs="vectors", compute=_kernel_distance, subset_size=_SUBSET_SIZE)
+KID = _vectors(("kid", "kid_std"), kernel_distance, subset_size=_SUBSET_SIZE)
+KID["subset_size"] = _SUBSET_SIZE
 IS = dict(needs="vectors", compute=_inception_score, at_least=_NUM_SPLITS, has_reference=False)
-PR = dict(needs="vectors", compute=_precision_recall, at_least=4)
-DC = dict(needs="vectors", compute=_density_coverage, at_least=6)
-CMMD = dict(needs="vectors", compute=_cmmd)
+PR = dict(_vectors(("precision", "recall"), precision_recall, k=3), at_least=4)
+DC = dict(_vectors(("density", "coverage"), density_coverage, k=5), at_least=6)
+CMMD = _vectors(("cmmd",), rbf_mmd)
 
 # Names are StyleGAN's: number of images, neighbours, ``full`` dataset.
 _TABLE = (

@@ -23,34 +23,22 @@ class Reference:
     """One output of a detector for real images: mean and covariance, vectors, or both.
 
     What is unknown is None.
-
-    Attributes:
-        output: Detector and output.
-        mu, sigma: [D] and [D, D], float64, with divisor count - 1.
-        vectors: [M, D], float32, of all images or of a fixed choice of them (see
-            metrics.reference_cache); on rank 0 only.
-        num_vectors: M on every rank; 0 if unknown.
-        labels: Class index of each vector, int64 [M].
-        count: Number of images behind ``mu`` and ``sigma``, or behind the choice of the vectors;
-            EDM's files do not tell.
-        detector_hash: Identity of what made the outputs.
-        dataset_hash: Content hash of the images.
-        source: Where this comes from, for people.
-        class_names: Names of the classes that ``labels`` counts; may be empty.
-        sample: Vectors of other images than those behind ``mu`` and ``sigma``, as ADM's files have.
     """
 
     output: DetectorOutput
-    mu: np.ndarray | None = None
-    sigma: np.ndarray | None = None
+    mu: np.ndarray | None = None  # [D], float64.
+    sigma: np.ndarray | None = None  # [D, D], float64, with divisor count - 1.
+    # [M, D], float32, on rank 0 only: of all images or of a fixed choice (reference_cache.py).
     vectors: np.ndarray | None = None
-    num_vectors: int = 0
-    labels: np.ndarray | None = None
+    num_vectors: int = 0  # M, on every rank; 0 if unknown.
+    labels: np.ndarray | None = None  # Class index of each vector, int64 [M].
+    # Of the images behind mu and sigma, or behind the choice of vectors; EDM's files do not tell.
     count: int | None = None
-    detector_hash: str | None = None
-    dataset_hash: str | None = None
-    source: str = ""
-    class_names: tuple[str, ...] = ()
+    detector_hash: str | None = None  # Identity of what made the outputs.
+    dataset_hash: str | None = None  # Content hash of the images.
+    source: str = ""  # Where this comes from, for people.
+    class_names: tuple[str, ...] = ()  # Of the classes that ``labels`` counts; may be empty.
+    # Vectors of other images than those behind mu and sigma, as ADM's files have.
     sample: "Reference | None" = None
 
     def of(self, kind: str) -> "Reference":
@@ -106,27 +94,23 @@ Arrays = dict[DetectorOutput, dict[str, np.ndarray]]
 
 _KINDS = ("mu", "sigma", "vectors")
 _INCEPTION = DetectorOutput("inception")
-# Prefix and suffix of the arrays in a file. The names for Inception are those of EDM and ADM, so
-# that their programs read these files too.
-_PUBLISHED = {_INCEPTION: ("", ""), DetectorOutput("inception", "spatial"): ("", "_s")}
+# Names of the arrays in a file that are those of EDM and ADM, so that their programs read it too.
+_PUBLISHED = {_INCEPTION: "{}", DetectorOutput("inception", "spatial"): "{}_s"}
 _SHARED = ("count", "dataset_hash", "class_names")
 _UNKNOWN = dict(detector_hashes={}, count=None, dataset_hash=None, class_names=())
 
 
 def _array_name(output: DetectorOutput, kind: str) -> str:
-    prefix, suffix = _PUBLISHED.get(output, (f"{output.detector}.{output.name}.", ""))
-    return f"{prefix}{kind}{suffix}"
+    return _PUBLISHED.get(output, f"{output.detector}.{output.name}.{{}}").format(kind)
 
 
 def save_references(path: str | os.PathLike, references: References) -> None:
     """Write references of the same images into one ``.npz`` file, atomically."""
     arrays: dict[str, np.ndarray] = {}
     for output, reference in references.items():
-        for kind in _KINDS:
-            if getattr(reference, kind) is not None:
-                arrays[_array_name(output, kind)] = getattr(reference, kind)
-        if reference.labels is not None:
-            arrays["labels"] = reference.labels
+        own = {_array_name(output, kind): getattr(reference, kind) for kind in _KINDS}
+        own["labels"] = reference.labels
+        arrays.update({name: array for name, array in own.items() if array is not None})
     shared = {name: getattr(next(iter(references.values())), name) for name in _SHARED}
     hashes = {str(output): reference.detector_hash for output, reference in references.items()}
     description = dict(shared, detector_hashes=hashes)
@@ -204,11 +188,10 @@ def _read_pickle(path: Path) -> tuple[Arrays, dict[str, Any]]:
     if not isinstance(content, dict):
         raise ValueError("it holds no names with statistics")
     names = {"fid": _INCEPTION, "fd_dinov2": DetectorOutput("dinov2")}
-    arrays = {
-        output: {kind: np.asarray(content[name][kind]) for kind in ("mu", "sigma")}
-        for name, output in names.items()
-        if name in content
-    }
+    arrays = {}
+    for name, output in names.items():
+        if name in content:
+            arrays[output] = {kind: np.asarray(content[name][kind]) for kind in ("mu", "sigma")}
     if not arrays:
         raise ValueError("it has neither 'fid' nor 'fd_dinov2'")
     count = content.get("num_images")

@@ -100,13 +100,10 @@ def references_for(
 ) -> References:
     """Return what detectors give for a dataset, from the cache if it was ever seen. Collective.
 
-    Args:
-        needs, detectors, num_images, source: As for :func:`compute_references`.
-        batches: Called at most once, for all that is not cached, with the indices of the images
-            that are needed; returns this rank's share of them, with their indices.
-        content_hash: Identity of the images, equal on every rank.
-
-    A cache file that cannot be used is named on the console and replaced.
+    Arguments are those of :func:`compute_references`, but ``batches`` is called, at most once, with
+    the indices of the images that are needed; it returns this rank's share of them, with their
+    indices. ``content_hash`` is the identity of the images. A cache file that cannot be used is
+    named on the console and replaced.
     """
     wanted = [(output, kind) for output, kinds in needs.items() for kind in kinds]
     found: dict[tuple[DetectorOutput, str], Reference] = {}
@@ -122,15 +119,8 @@ def references_for(
         indices: Sequence[int] = range(num_images)
         if not any("moments" in kinds for kinds in missing.values()):
             indices = np.flatnonzero(vector_subset(num_images)).tolist()
-        made = compute_references(
-            missing,
-            detectors,
-            batches(indices),
-            device,
-            num_images=num_images,
-            dataset_hash=content_hash,
-            source=source,
-        )
+        facts = dict(num_images=num_images, dataset_hash=content_hash, source=source)
+        made = compute_references(missing, detectors, batches(indices), device, **facts)
         for output, kind in wanted:
             if (output, kind) not in found:
                 other = _FIELDS["vectors" if kind == "moments" else "moments"]
@@ -139,11 +129,9 @@ def references_for(
     result: References = {}
     for output, kind in wanted:
         part = found[output, kind]
-        if output not in result:
-            result[output] = dataclasses.replace(part, source=source or part.source)
-        else:
-            own = {name: getattr(part, name) for name in _FIELDS[kind]}
-            result[output] = dataclasses.replace(result[output], **own)
+        own = {name: getattr(part, name) for name in _FIELDS[kind]}
+        before = result.get(output, part)
+        result[output] = dataclasses.replace(before, **own, source=source or before.source)
     return result
 
 

@@ -96,10 +96,7 @@ class OutputMoments:
         return _finite(self._mean())
 
     def covariance(self) -> np.ndarray:
-        """Return the covariance [dim, dim] in float64, with divisor count - 1.
-
-        Raises ValueError for fewer than two images.
-        """
+        """Return the covariance [dim, dim] in float64, with divisor count - 1, of two or more."""
         if self.count < 2:
             raise ValueError(f"A covariance needs at least 2 images; got {self.count}.")
         covariance = self._about_mean() / (self.count - 1)
@@ -143,8 +140,7 @@ class OutputVectors:
     def _fetch(self) -> None:
         if self._last is None:
             return
-        indices, vectors = self._last
-        self._last = None
+        (indices, vectors), self._last = self._last, None
         vectors = vectors.to("cpu", torch.float32)
         if self._keep is not None:
             kept = torch.from_numpy(self._keep[indices.numpy()])
@@ -153,10 +149,9 @@ class OutputVectors:
         self._vectors.append(vectors)
 
     def gather(self) -> None:
-        """Have rank 0 know the vectors of all ranks, in the order of the images. Collective.
+        """Set ``indices`` [N] and ``array`` [N, dim] of all ranks, in order, on rank 0. Collective.
 
-        Sets ``indices`` [N] and ``array`` [N, dim], float32, on rank 0. Raises ValueError
-        for vectors that are not finite.
+        Raises ValueError for vectors that are not finite.
         """
         self._fetch()
         indices = torch.cat([torch.empty(0, dtype=torch.int64), *self._indices])
@@ -193,9 +188,7 @@ class Collected:
     def merged(self, other: "Collected") -> "Collected":
         """Return what both know, of the images of both; they must not overlap."""
         pairs = (self.moments, other.moments), (self.vectors, other.vectors)
-        return Collected(
-            *(a.merged(b) if a is not None and b is not None else None for a, b in pairs)
-        )
+        return Collected(*(a.merged(b) if a and b else None for a, b in pairs))
 
 
 def collect_outputs(

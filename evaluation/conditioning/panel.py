@@ -12,35 +12,23 @@ from training.family import Codec
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
-    """One thing that a model is given.
-
-    Attributes:
-        name: What it is called.
-        entries: Which entries of ``cond`` it is.
-        drop: Columns of ``drop`` that replace it by its null; None for a ``drop`` without columns.
-        reason: Why it cannot be dropped; None if it can.
-        note: What to know of its being dropped.
-    """
+    """One thing that a model is given."""
 
     name: str
-    entries: tuple[str, ...]
-    drop: tuple[int, ...] | None = None
-    reason: str | None = None
-    note: str | None = None
+    entries: tuple[str, ...]  # Of ``cond``.
+    drop: tuple[int, ...] | None = None  # Columns of ``drop`` that replace it, if that has columns.
+    reason: str | None = None  # Why it cannot be dropped; None if it can.
+    note: str | None = None  # What to know of its being dropped.
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Images of one size: what a network denoises [N, C, H, W], and its conditions.
+    """Images of one size: what a network denoises, and its conditions."""
 
-    ``kinds`` [N] tell conditions that are alike: none is varied to one of its own kind.
-    ``segments`` are the lengths of the parts of a context that layers attend to, by name; empty
-    without any.
-    """
-
-    inputs: torch.Tensor
+    inputs: torch.Tensor  # [N, C, H, W].
     cond: Cond
-    kinds: np.ndarray
+    kinds: np.ndarray  # [N]; no condition is varied to one of its own kind.
+    # Lengths of the parts of a context that layers attend to, by name; empty without any.
     segments: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 

@@ -176,24 +176,16 @@ Measures = Mapping[str, tuple[str, Callable[[np.ndarray], float]]]
 
 @dataclasses.dataclass(frozen=True)
 class FeatureTest:
-    """One test.
+    """One test."""
 
-    Attributes:
-        choose: Returns up to a number of items of a dataset, each with the item that it is paired
-            with, if there is one.
-        run: Makes and measures one item; the last argument tells whether its images are shown.
-        value: The name among its measures of the one that stands for all.
-        measures: Its values.
-        needs: Networks without which nothing at all can be made.
-        protocol: Constants of the test.
-    """
-
+    # Returns up to a number of items, each with the item that it is paired with, if there is one.
     choose: Callable[[FeatureDataset, int], Items]
+    # Makes and measures one item; the last argument tells whether its images are shown.
     run: Callable[[Bench, Sequence[int], bool], Outcome]
-    value: str
+    value: str  # The name among its measures of the one that stands for all.
     measures: Measures
-    needs: tuple[str, ...] = ()
-    protocol: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    needs: tuple[str, ...] = ()  # Networks without which nothing at all can be made.
+    protocol: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # Its constants.
 
 
 def spread(counts: Sequence[int], num: int) -> list[list[int]]:
