@@ -92,9 +92,8 @@ def check_neighbours(
         raise refusal("--held-out", but=f"{but}, but --data has {shape}")
     if source.image_shape != shape_of(data):
         but = f"{data.name} has images of {shape}"
-        raise refusal(
-            "--data", but=f"{but}, but the generated ones are {size_text(source.image_shape)}"
-        )
+        but += f", but the generated ones are {size_text(source.image_shape)}"
+        raise refusal("--data", but=but)
 
 
 def find_neighbours(

@@ -105,7 +105,7 @@ def get_detector(
     if name == "inception":
         from metrics.inception import InceptionDetector
 
-        return InceptionDetector.load(location, device, convention, precision)
+        return InceptionDetector.load(location, device, convention=convention, precision=precision)
     from metrics.vit import ClipDetector, DinoV2Detector
 
     detector_class = DinoV2Detector if name == "dinov2" else ClipDetector

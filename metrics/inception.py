@@ -8,6 +8,7 @@ the names of the published checkpoint (those of torchvision's Inception3).
 import os
 import types
 from collections.abc import Callable, Collection, Sequence
+from typing import Self
 
 import torch
 from torch import nn
@@ -288,24 +289,18 @@ class InceptionDetector(NetworkDetector):
         self._network.to(memory_format=torch.channels_last)
 
     @classmethod
-    def load(
-        cls,
-        weights: str | None,
-        device: torch.device | str,
-        convention: str = "tensorflow",
-        precision: str = "float32",
-    ) -> "InceptionDetector":
+    def load(cls, weights: str | None, device: torch.device | str, **settings: str) -> Self:
         """Return the detector with weights from a path or URL. Collective: rank 0 reads them.
 
         Without ``weights``, $SETDIFFIT_INCEPTION names them; without that, the published file is
-        downloaded once and its checksum verified.
+        downloaded once and its checksum verified. ``settings`` are those of the constructor.
         """
         weights = weights or os.environ.get(WEIGHTS_VARIABLE)
         state = distributed.on_main_tree(lambda: read_weights(weights))
         with torch.device("meta"):
             network = Inception()
         network.load_state_dict(state, strict=False, assign=True)
-        return cls(network, device, convention=convention, precision=precision)
+        return cls(network, device, **settings)
 
     def _preprocess(self, images: torch.Tensor) -> torch.Tensor:
         return self._convert(images)

@@ -189,25 +189,20 @@ def read_weights(net: str, weights: Sequence[str] = ()) -> dict[str, torch.Tenso
         wanted = LpipsNetwork(net).state_dict()
     published = LAYOUTS[net].backbone, LAYOUTS[net].linear
     names = [url.rpartition("/")[2] for url, _ in published]
+    prefixes = ("features.", "lin")
+    expected = [f"the names of the published {name}" for name in names]
     if len(weights) == 1:
-        return _read(weights[0], None, wanted, f"all names of both {' and '.join(names)}")
+        prefixes, expected = ("",), [f"all names of both {' and '.join(names)}"]
     files = [(location, None) for location in weights] or published
     state = {}
-    for (location, sha256), name, prefix in zip(files, names, ("features.", "lin"), strict=True):
-        part = {key: value for key, value in wanted.items() if key.startswith(prefix)}
-        state.update(_read(location, sha256, part, f"the names of the published {name}"))
+    for (location, sha256), holds, prefix in zip(files, expected, prefixes, strict=True):
+        state |= load_weights(
+            location,
+            {name: value for name, value in wanted.items() if name.startswith(prefix)},
+            network="LPIPS",
+            sha256=sha256,
+            expected=f"Expected {holds}.",
+            remedy=f"A local copy can be named by ${WEIGHTS_VARIABLE}, as FILE or BACKBONE,LINEAR.",
+            left_out=r"^classifier\.",
+        )
     return state
-
-
-def _read(
-    location: str, sha256: str | None, wanted: dict[str, torch.Tensor], names: str
-) -> dict[str, torch.Tensor]:
-    return load_weights(
-        location,
-        wanted,
-        network="LPIPS",
-        sha256=sha256,
-        expected=f"Expected {names}.",
-        remedy=f"A local copy can be named by ${WEIGHTS_VARIABLE}, as FILE or BACKBONE,LINEAR.",
-        left_out=r"^classifier\.",
-    )

@@ -2,21 +2,17 @@
 
 import contextlib
 import hashlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import nn
 
+from metrics.detectors import Detector
 
-class NetworkDetector:
-    """A detector whose outputs are those of a network (see metrics.detectors.Detector).
 
-    A subclass says how uint8 images become the network's input and what its outputs are.
-    """
+class NetworkDetector(Detector):
+    """A detector whose outputs are a network's; a subclass prepares images and extracts these."""
 
-    name: str
-    outputs: Mapping[str, int]
-    preprocessing: str
     _max_batch = 64  # Bounds the memory of the activations, whatever batches the caller has.
 
     def __init__(

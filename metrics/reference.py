@@ -72,17 +72,14 @@ class Reference:
         width = detector.outputs[self.output.name]
         found = [len(self.mu)] if self.mu is not None else []
         found += [self.vectors.shape[1]] if self.vectors is not None else []
-        but, remedy = "", "compute them anew with `fid.py ref`"
+        but, remedy = None, "compute them anew with `fid.py ref`"
         if self.detector_hash is not None and self.detector_hash != detector.hash:
-            but = (
-                f"were made by another detector '{self.output.detector}' "
-                f"({self.detector_hash[:12]}) than the one in use ({detector.hash[:12]}: "
-                f"{detector.preprocessing}, {detector.precision})"
-            )
+            other = f"another detector '{self.output.detector}' ({self.detector_hash[:12]})"
+            used = f"{detector.hash[:12]}: {detector.preprocessing}, {detector.precision}"
+            but = f"were made by {other} than the one in use ({used})"
         elif any(number != width for number in found):
-            counts = f"{found[0]} values for {self.output}"
-            but = f"have {counts}, but the detector in use has {width}"
-        if but:
+            but = f"have {found[0]} values for {self.output}, but the detector in use has {width}"
+        if but is not None:
             raise refusal(self.source, but=f"these reference statistics {but}", remedy=remedy)
         if self.detector_hash is None:
             return [f"{self.source} does not tell which detector made it"]
@@ -206,9 +203,7 @@ def _check_arrays(path: Path, output: DetectorOutput, arrays: Mapping[str, np.nd
         but = f"{output} has a mean of shape {mu} and a covariance of shape {sigma}"
         raise refusal(path, but=but, remedy="expected [D] and [D, D]")
     if vectors is not None and len(vectors) != 2:
-        raise refusal(
-            path, but=f"{output} has vectors of shape {vectors}", remedy="expected [N, D]"
-        )
+        raise ValueError(f"{path}: {output} has vectors of shape {vectors}; expected [N, D].")
     for array in arrays.values():
         if array.dtype.kind != "f" or not np.isfinite(array).all():
             raise ValueError(f"{path}: the reference statistics of {output} are not finite.")

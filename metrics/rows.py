@@ -88,12 +88,12 @@ def differing_fields(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     Fields of nested objects are named like ``sampling.steps``; a missing one differs from a value.
     """
     flat = [_flat(row) for row in rows]
-    return [
-        name
-        for name in dict.fromkeys(name for row in flat for name in row)
-        if name.partition(".")[0] not in SUBJECT_FIELDS
-        and len({row.get(name, "-") for row in flat}) > 1
-    ]
+    names = filter(_is_protocol, dict.fromkeys(name for row in flat for name in row))
+    return [name for name in names if len({row.get(name, "-") for row in flat}) > 1]
+
+
+def _is_protocol(name: str) -> bool:
+    return name.partition(".")[0] not in SUBJECT_FIELDS
 
 
 def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -126,11 +126,8 @@ def _table(metric: str, rows: list[dict[str, str]]) -> str:
     for line in [heading, *cells]:
         padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
         lines.append("  " + "  ".join(padded).rstrip())
-    equal = [
-        f"{name}={_short(name, rows[0][name])}"
-        for name in names
-        if name not in columns and name.partition(".")[0] not in SUBJECT_FIELDS
-    ]
+    hidden = [name for name in names if name not in columns and _is_protocol(name)]
+    equal = [f"{name}={_short(name, rows[0][name])}" for name in hidden]
     if equal:
         lines.append(f"  equal in all rows: {', '.join(equal)}")
     if differing:

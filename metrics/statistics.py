@@ -117,10 +117,7 @@ def _finite(values: torch.Tensor) -> np.ndarray:
 
 
 class OutputVectors:
-    """The vectors of images, kept by image index; complete on rank 0 after gathering.
-
-    Only images for which ``keep`` is true are kept; None keeps all.
-    """
+    """The vectors of the images of ``keep`` (of all if None); complete on rank 0 once gathered."""
 
     def __init__(self, dim: int, keep: np.ndarray | None = None) -> None:
         self.dim = dim

@@ -94,11 +94,9 @@ class ClipDetector(_VisionTransformer):
     """
 
     name = "clip"
+    kinds = ("clip", "clip_vision_model")
     pretrained = Pretrained(
-        option="--clip",
-        class_name="CLIPVisionModelWithProjection",
-        kinds=("clip", "clip_vision_model"),
-        **_DETECTOR,
+        option="--clip", class_name="CLIPVisionModelWithProjection", kinds=kinds, **_DETECTOR
     )
     published = "openai/clip-vit-large-patch14-336"
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

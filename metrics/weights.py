@@ -26,9 +26,9 @@ def load_weights(
     Args:
         location: Path or URL of a ``.safetensors``, or of a file that ``torch.save`` wrote.
         wanted: Tensors by name whose shapes the file's are compared with.
-        network: What the weights are of, for messages.
+        network, expected: For messages: what the weights are of, and a sentence that says what the
+            file ought to hold.
         sha256: Checksum that the file must have; None for any.
-        expected: A sentence that says what the file ought to hold, for messages.
         remedy: A sentence that says what to do where the file cannot be had.
         left_out: Regular expression, found in the names of tensors that do not count.
 
