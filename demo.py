@@ -45,10 +45,10 @@ def main(
     if latent + sets + features > 1:
         raise click.UsageError("Give one of --latent, --sets and --features.")
     start = time.time()
+    what, minutes = "photographs" if features else "digits", "8 to 10" if sets else "2 to 5"
     click.echo(
-        f"This prepares {'photographs' if features else 'digits'}, trains on them, generates "
-        f"images and checks them. It takes {'8 to 10' if sets else '2 to 5'} minutes on two CPU "
-        "cores (less on a GPU)."
+        f"This prepares {what}, trains on them, generates images and checks them. It takes "
+        f"{minutes} minutes on two CPU cores (less on a GPU)."
     )
     # The modules load PyTorch, which the help does without.
     if sets:
@@ -60,10 +60,8 @@ def main(
     else:
         from demos.images import demo_pixels as demo
     passed = demo(outdir, train_args)
-    click.echo(
-        f"Total time: {format_time(time.time() - start)}. "
-        + ("As expected." if passed else "NOT as expected.")
-    )
+    verdict = "As expected." if passed else "NOT as expected."
+    click.echo(f"Total time: {format_time(time.time() - start)}. {verdict}")
     return 0 if passed else 1
 
 

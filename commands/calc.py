@@ -2,10 +2,8 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import click
-import torch
 
 from commands.options import (
     AnyConfig,
@@ -19,7 +17,6 @@ from commands.options import (
 from dnnlib.cli import is_given
 from dnnlib.click_options import param, takes
 from dnnlib.files import write_json
-from evaluation.images import ImageSource
 from evaluation.scoring import (
     RealImages,
     check_images,
@@ -27,9 +24,8 @@ from evaluation.scoring import (
     make_detectors,
     score_images,
 )
-from metrics.metric import MetricSpec, needed_outputs
+from metrics.metric import needed_outputs
 from torch_utils import distributed
-from training.config import DetectorConfig
 
 EXAMPLES = """
   # Score a snapshot, generating on the fly, against the data that it was trained on:
@@ -81,54 +77,31 @@ def command(config: AnyConfig, given: SourceOptions, options: CalcOptions) -> No
     """
     check_targets(json=options.json)
     specs = parse_metrics(options.metrics)
-    names = {spec.output.detector for spec in specs}
-    detectors = used_detectors(config, names, f"--metrics={options.metrics}")
-    with_reference = [spec.name for spec in specs if spec.has_reference]
-    if with_reference and options.ref is None:
-        raise click.UsageError(f"--ref: {with_reference[0]} compares with real images; give them.")
-    if options.ref is not None and not with_reference:
-        raise click.UsageError(
-            f"--ref has no effect with --metrics={options.metrics}; leave it out."
-        )
+    names = sorted({spec.output.detector for spec in specs})
+    detector_config = used_detectors(config, names, f"--metrics={options.metrics}")
+    compared = [spec.name for spec in specs if spec.has_reference]
+    if compared and options.ref is None:
+        raise click.UsageError(f"--ref: {compared[0]} compares with real images; give them.")
+    if options.ref is not None and not compared:
+        problem = f"--ref has no effect with --metrics={options.metrics}; leave it out."
+        raise click.UsageError(problem)
     source, device = given.open(config, shuffled=True)
-    rows = _score(specs, source, detectors, device, options, given.batch)
+    real = None if options.ref is None else RealImages(options.ref)
+    num_blocks, shape = options.noise_band or 1, None if real is None else real.image_shape
+    warnings = check_images(specs, source, shape, options.num_images, num_blocks)
+    has_classes = source.labels(range(1)) is not None and (real is None or real.knows_classes())
+    if is_given("per_class") and options.per_class and not has_classes:
+        raise click.UsageError("--per-class: the images or the reference have no class labels.")
+    per_class = options.per_class and has_classes
+    detectors = make_detectors(names, detector_config, source.image_shape, device)
+    needs = needed_outputs(specs, of_reference=True, per_class=per_class)
+    references = {} if real is None else real.references(needs, detectors, device, given.batch)
+    settings = dict(num_images=options.num_images, per_class=per_class, num_blocks=num_blocks)
+    rows = score_images(specs, source, references, detectors, device, **settings)
+    rows = [{**row, "warnings": warnings + row["warnings"]} for row in rows]
     if distributed.is_main():
         for row in rows:
             print(describe_score(row))
         if options.json is not None:
             write_json(options.json, {"rows": rows})
     distributed.shutdown()
-
-
-def _score(
-    specs: list[MetricSpec],
-    source: ImageSource,
-    config: DetectorConfig,
-    device: torch.device,
-    options: CalcOptions,
-    batch: int,
-) -> list[dict[str, Any]]:
-    """Return one row per metric, each with the warnings about the images. Collective."""
-    real = None if options.ref is None else RealImages(options.ref)
-    real_shape = None if real is None else real.image_shape
-    num_blocks = options.noise_band or 1
-    warnings = check_images(specs, source, real_shape, options.num_images, num_blocks)
-    has_classes = source.labels(range(1)) is not None and (real is None or real.knows_classes())
-    if is_given("per_class") and options.per_class and not has_classes:
-        raise click.UsageError("--per-class: the images or the reference have no class labels.")
-    per_class = options.per_class and has_classes
-    names = sorted({spec.output.detector for spec in specs})
-    detectors = make_detectors(names, config, source.image_shape, device)
-    needs = needed_outputs(specs, of_reference=True, per_class=per_class)
-    references = {} if real is None else real.references(needs, detectors, device, batch)
-    rows = score_images(
-        specs,
-        source,
-        references,
-        detectors,
-        device,
-        num_images=options.num_images,
-        per_class=per_class,
-        num_blocks=num_blocks,
-    )
-    return [{**row, "warnings": warnings + row["warnings"]} for row in rows]

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from dnnlib.click_options import param, takes
-from dnnlib.files import atomic_write, check_target
+from dnnlib.files import atomic_write
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,29 +38,24 @@ def command(options: ConditionsOptions) -> None:
       python fid.py conditions --network=network.pkl --out=report.png
     """
     import families
+    from commands.options import check_targets
     from evaluation.conditioning.picture import report_picture
     from evaluation.conditioning.report import describe_report, report_conditions
-    from metrics.rows import read_rows
     from sampling.images import cached_snapshot
     from torch_utils import distributed
     from torch_utils.charts import check_charts
-    from torch_utils.pictures import is_our_image, save_image
+    from torch_utils.pictures import save_image
 
-    if options.out is not None:
-        check_target("--out", options.out, is_ours=is_our_image)
-    if options.jsonl is not None:
-        check_target("--jsonl", options.jsonl, is_ours=read_rows)
+    check_targets(out=options.out, jsonl=options.jsonl)
     if options.out is not None:
         check_charts("--out")
     device = distributed.init()
     if distributed.world_size() > 1:
         raise ValueError("This report is made by one process; start it without torchrun.")
     snapshot = cached_snapshot(options.network)
-    family = families.of(snapshot.config)
-    panel = family.panel(snapshot, options.data, options.num, device)
+    panel = families.of(snapshot.config).panel(snapshot, options.data, options.num, device)
     report = report_conditions(snapshot, panel, device, batch=options.batch, seed=options.seed)
-    click.echo(report.rows[0]["panel"])
-    click.echo(describe_report(report))
+    click.echo(f"{report.rows[0]['panel']}\n{describe_report(report)}")
     if options.out is not None:
         title = f"What conditions do in {snapshot.path.name}"
         save_image(report_picture(report, title), options.out)

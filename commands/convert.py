@@ -86,15 +86,12 @@ def command(options: ConvertOptions) -> None:
     """
     # A request to stop cleans up; what SIGKILL leaves is a hidden .NAME.*.tmp beside --dest.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    summary = conversion.convert_images(
-        open_source(options.source, options.split, options.class_split),
-        options.dest,
-        size=parse_resolution(options.resolution, options.transform),
-        transform=options.transform,
-        max_images=options.max_images,
-        skip_broken=options.skip_broken,
-        num_workers=options.workers,
-    )
+    source = open_source(options.source, options.split, options.class_split)
+    size = parse_resolution(options.resolution, options.transform)
+    same = ("transform", "max_images", "skip_broken")
+    settings = {name: getattr(options, name) for name in same}
+    settings |= dict(size=size, num_workers=options.workers)
+    summary = conversion.convert_images(source, options.dest, **settings)
     for note in summary.notes:
         click.echo(note)
     if summary.skipped:

@@ -57,17 +57,11 @@ def command(options: EncodeOptions) -> None:
     from data.latents.encode import Encoding, encode
     from torch_utils import distributed
 
-    dest = options.dest
-    settings = Encoding(
-        hflip=options.hflip,
-        mean_only=options.mean_only,
-        precision=options.precision,
-        shard_size=options.shard_size,
-        batch_size=options.batch,
-        num_workers=options.workers,
-    )
+    dest, same = options.dest, ("hflip", "mean_only", "precision", "shard_size")
+    settings = {name: getattr(options, name) for name in same}
+    encoding = Encoding(batch_size=options.batch, num_workers=options.workers, **settings)
     device = distributed.init()
-    record, num_made = encode(options.source, dest, options.vae, settings, device)
+    record, num_made = encode(options.source, dest, options.vae, encoding, device)
     size = "x".join(map(str, record.latent_shape))
     total = len(record.shards)
     if num_made is None:

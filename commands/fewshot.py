@@ -75,25 +75,26 @@ def command(config: ScoreConfig, options: FewShotOptions) -> None:
     Example: python fid.py fewshot --network=network.pkl --transfer=mini-imagenet.zip --outdir=out
     """
     specs = parse_metrics(options.metrics, of_supports=True)
-    protocols = _protocols(options)
+    protocols = split_names(options.protocols)
+    unknown = [name for name in protocols if name not in PROTOCOLS]
+    if unknown:
+        raise click.UsageError(f"--protocols: got {unknown[0]}; accepted: {', '.join(PROTOCOLS)}.")
+    protocols += ["transfer"] if options.transfer is not None else []
+    if not protocols:
+        raise click.UsageError("--protocols: there is nothing to score; name some.")
     check_targets(json=options.json, outdir=options.outdir)
     names = {spec.output.detector for spec in specs}
     used_detectors(config, names, f"--metrics={options.metrics}")
     snapshot = cached_snapshot(options.network)
     with usage_errors():
         families.expect(snapshot, "sets", "was not trained on sets of images")
-    dataset = None
-    if set(protocols) - {"transfer"}:
-        dataset = open_data_of(snapshot, options.data)
+    needs_data = set(protocols) != {"transfer"}
+    dataset = open_data_of(snapshot, options.data) if needs_data else None
     device = distributed.init()
-    test = FewShotTest(
-        protocols=protocols,
-        dataset=dataset,
-        transfer=None if options.transfer is None else open_images(options.transfer),
-        num_images=options.num_images,
-        episodes_per_class=options.episodes_per_class,
-        outdir=options.outdir,
-    )
+    transfer = None if options.transfer is None else open_images(options.transfer)
+    same = ("num_images", "episodes_per_class", "outdir")
+    settings = {name: getattr(options, name) for name in same}
+    test = FewShotTest(protocols=protocols, dataset=dataset, transfer=transfer, **settings)
     making = Making(first_seed=options.seed, batch=options.batch, precision=options.precision)
     rows = []
     for found in score_fewshot(snapshot, config, specs, device, test, making):
@@ -102,14 +103,3 @@ def command(config: ScoreConfig, options: FewShotOptions) -> None:
     if options.json is not None and distributed.is_main():
         write_json(options.json, {"rows": rows})
     distributed.shutdown()
-
-
-def _protocols(options: FewShotOptions) -> list[str]:
-    names = split_names(options.protocols)
-    unknown = [name for name in names if name not in PROTOCOLS]
-    if unknown:
-        raise click.UsageError(f"--protocols: got {unknown[0]}; accepted: {', '.join(PROTOCOLS)}.")
-    names += ["transfer"] if options.transfer is not None else []
-    if not names:
-        raise click.UsageError("--protocols: there is nothing to score; name some.")
-    return names

@@ -64,17 +64,8 @@ def command(config: AnyConfig, given: SourceOptions, options: NeighboursOptions)
     num_images = options.num_images or source.num_images or _NUM_GENERATED
     check_neighbours(source, num_images, dataset, k, unseen)
     detectors = make_detectors([name], detector_config, source.image_shape, device)
-    found = find_neighbours(
-        source,
-        dataset,
-        detectors[name],
-        device,
-        num_images=num_images,
-        num_neighbours=k,
-        batch=given.batch,
-        held_out=unseen,
-    )
-    write_report(
-        found, options.outdir, source, dataset, num_images=num_images, num_rows=options.rows
-    )
+    settings = dict(num_images=num_images, num_neighbours=k, batch=given.batch, held_out=unseen)
+    found = find_neighbours(source, dataset, detectors[name], device, **settings)
+    shown = dict(num_images=num_images, num_rows=options.rows)
+    write_report(found, options.outdir, source, dataset, **shown)
     distributed.shutdown()

@@ -20,6 +20,7 @@ from metrics.reference import read_references
 from metrics.rows import read_rows
 from torch_utils import distributed
 from torch_utils.misc import allow_tf32
+from torch_utils.pictures import is_our_image
 from training.config import DetectorConfig
 
 AnyConfig = ScoreConfig | DetectorConfig
@@ -61,13 +62,8 @@ class SourceOptions:
                 raise click.UsageError(option_elsewhere(name, config))
         device = distributed.init()
         allow_tf32(self.tf32)
-        making = Making(
-            first_seed=self.seed,
-            batch=self.batch,
-            precision=self.precision,
-            guide=self.guide,
-            vae=self.vae,
-        )
+        same = {name: getattr(self, name) for name in ("batch", "precision", "guide", "vae")}
+        making = Making(first_seed=self.seed, **same)
         location, protocol = self.images or self.network, config if self.network else None
         source = open_image_source(location, protocol, device, making, shuffled=shuffled)
         return source, device
@@ -105,11 +101,10 @@ def parse_metrics(text: str, *, of_supports: bool = False) -> list[MetricSpec]:
     Raises UsageError for one of images made from supports among others, and the reverse.
     """
     specs = get_metrics(name.strip() for name in text.split(","))
+    problem = "not of images made from supports" if of_supports else "for fid.py fewshot"
     for spec in specs:
-        if spec.of_supports and not of_supports:
-            raise click.UsageError(f"--metrics: {spec.name} is for fid.py fewshot.")
-        if of_supports and not spec.of_supports:
-            raise click.UsageError(f"--metrics: {spec.name} is not of images made from supports.")
+        if spec.of_supports != of_supports:
+            raise click.UsageError(f"--metrics: {spec.name} is {problem}.")
     return specs
 
 
@@ -135,11 +130,13 @@ def given_settings() -> set[str]:
     return click.get_current_context().meta["given"]
 
 
-def check_targets(*, outdir: Path | None = None, **files: Path | None) -> None:
-    """Raise ValueError if nothing could be written to the paths given by options of these names."""
-    is_ours = dict(json=read_rows, dest=read_references)
-    for name, path in files.items():
+def check_targets(**targets: Path | None) -> None:
+    """Raise ValueError if the paths given by options of these names cannot, or may not, be written.
+
+    ``outdir`` is a folder, the others are files.
+    """
+    is_ours = dict(json=read_rows, jsonl=read_rows, dest=read_references, out=is_our_image)
+    for name, path in targets.items():
         if path is not None:
-            check_target(f"--{name}", path, is_ours=is_ours[name])
-    if outdir is not None:
-        check_target("--outdir", outdir, is_folder=True)
+            kind = dict(is_folder=True) if name == "outdir" else dict(is_ours=is_ours[name])
+            check_target(f"--{name}", path, **kind)

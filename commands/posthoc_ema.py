@@ -8,6 +8,7 @@ import click
 import families  # noqa: F401 (registers them)
 from dnnlib.cli import ConfigCommand, run
 from dnnlib.click_options import param, takes
+from dnnlib.errors import refusal
 from dnnlib.files import check_target
 from training.posthoc_ema import POOR_FIT, make_averages, parse_stds, read_profiles, until
 
@@ -53,18 +54,14 @@ def main(config: None, run_dir: Path, options: PosthocOptions) -> None:
     profiles = read_profiles(run_dir, options.snapshots)
     profiles = until(profiles, options.kimg) if profiles else []
     if len(profiles) < 2:
-        raise ValueError(
-            f"{run_dir}: holds {len(profiles)} compact snapshots to use, but two are needed; train "
-            "with --ema-stds=0.05,0.10 and a smaller --snap."
-        )
+        but = f"holds {len(profiles)} compact snapshots to use, but two are needed"
+        remedy = "train with --ema-stds=0.05,0.10 and a smaller --snap"
+        raise refusal(run_dir, but=but, remedy=remedy)
     for path, std, error in make_averages(profiles, stds, outdir):
         click.echo(f"{path}: std {std:g} from {len(profiles)} snapshots, error {error:.2%}")
         if error > POOR_FIT:
-            click.echo(
-                f"Warning: no sum of these snapshots is close to std {std:g}; those of more ticks "
-                "or of nearer stds would be.",
-                err=True,
-            )
+            poor = f"Warning: no sum of these snapshots is close to std {std:g}"
+            click.echo(f"{poor}; those of more ticks or of nearer stds would be.", err=True)
 
 
 if __name__ == "__main__":

@@ -104,9 +104,8 @@ def command(config: ValidateConfig, options: ValidateOptions) -> None:
     device = distributed.init()
     allow_tf32(options.tf32)
     tests = dataclasses.replace(config.validation, tests=chosen)
-    rows, pictures = _validate_snapshot(
-        dataclasses.replace(config, validation=tests), options, device
-    )
+    config = dataclasses.replace(config, validation=tests)
+    rows, pictures = _validate_snapshot(config, options, device)
     if distributed.is_main():
         for row in rows:
             print("\n".join([describe_row(row), *(f"  warning: {w}" for w in row["warnings"])]))
@@ -128,16 +127,12 @@ def _validate_snapshot(
     lengths = snapshot.config.features.text_lengths
     dataset = FeatureDataset(location, options.split, text_lengths=lengths)
     check_encoders(snapshot.config.model, dataset, "--data")
-    protocol = GeneratorOptions(
-        sampling=config.sampling,
-        guidance=config.guidance,
-        precision=options.precision,
-        vae=options.vae,
-    )
-    generator = families.of(snapshot.config).load(snapshot, device, protocol)
-    networks = load_networks(
-        config.validation, dataset, device, visual=options.visual, text=options.text
-    )
+    protocol = dict(sampling=config.sampling, guidance=config.guidance)
+    protocol |= dict(precision=options.precision, vae=options.vae)
+    family, settings = families.of(snapshot.config), GeneratorOptions(**protocol)
+    generator = family.load(snapshot, device, settings)
+    encoders = dict(visual=options.visual, text=options.text)
+    networks = load_networks(config.validation, dataset, device, **encoders)
     rows, pictures = validate(generator, dataset, config=config.validation, **vars(networks))
     facts = dict(
         network=str(snapshot.path),

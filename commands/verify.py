@@ -69,14 +69,10 @@ def _problems_of_features(data: str, options: VerifyOptions) -> Sequence[str]:
     from data.features.preparation.verify import verify_features
     from torch_utils import distributed
 
-    found = verify_features(
-        data,
-        source=options.source,
-        visual=options.visual,
-        num_samples=options.samples or _NUM_SAMPLES,
-        num_threads=options.workers,
-        device=distributed.init() if options.visual is not None else "cpu",
-    )
+    device = distributed.init() if options.visual is not None else "cpu"
+    numbers = dict(num_samples=options.samples or _NUM_SAMPLES, num_threads=options.workers)
+    encoder = dict(visual=options.visual, device=device)
+    found = verify_features(data, source=options.source, **encoder, **numbers)
     for line in found.table():
         click.echo(line)
     return found.problems

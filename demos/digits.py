@@ -1,8 +1,7 @@
 """The digits of scikit-learn as a testbed: an autoencoder of them, and a classifier."""
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from scipy.stats import fisher_exact
 from data.fewshot.classes import NUM_TRANSFORMS, transform_images
 from data.fewshot.sets import SetDataset
 from data.images.dataset import ImageDataset
-from dnnlib.progress import progress
+from demos.steps import minimise
 
 _KL_WEIGHT = 1e-3
 
@@ -35,29 +34,27 @@ def class_agreement(images: np.ndarray, labels: Sequence[int]) -> float:
     return float(np.mean(classifier.predict(features) == np.asarray(labels)))
 
 
-class SetClassifier:
-    """A 3-nearest-neighbour classifier of the real digits and of the classes made of them.
+def set_classifier(dataset: SetDataset) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a 3-nearest-neighbour classifier of the real digits and of the classes made of them.
 
-    Args:
-        dataset: Sets of digits; those of its classes that are turned or mirrored are classes too.
+    It takes uint8 images [N, 1, 8, 8], and returns their classes; -1 for turned and mirrored ones.
     """
+    from sklearn.neighbors import KNeighborsClassifier
 
-    def __init__(self, dataset: SetDataset) -> None:
-        from sklearn.neighbors import KNeighborsClassifier
+    images, labels = [], []
+    for index in range(dataset.images.num_classes):
+        rows = np.flatnonzero(dataset.images.labels == index)
+        pixels, _ = dataset.images.__getitems__(rows.tolist())
+        for transform in dataset.transforms_of(index):
+            images.append(transform_images(pixels, transform).flatten(1).numpy())
+            labels += [index * NUM_TRANSFORMS + transform] * len(rows)
+    classifier = KNeighborsClassifier(n_neighbors=3).fit(np.concatenate(images), labels)
 
-        images, labels = [], []
-        for index in range(dataset.images.num_classes):
-            rows = np.flatnonzero(dataset.images.labels == index)
-            pixels, _ = dataset.images.__getitems__(rows.tolist())
-            for transform in dataset.transforms_of(index):
-                images.append(transform_images(pixels, transform).flatten(1).numpy())
-                labels += [index * NUM_TRANSFORMS + transform] * len(rows)
-        self._classifier = KNeighborsClassifier(n_neighbors=3).fit(np.concatenate(images), labels)
-
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Return the class of uint8 images [N, 1, 8, 8]; -1 for turned and mirrored ones."""
-        found = self._classifier.predict(images.reshape(len(images), -1))
+    def classify(images: np.ndarray) -> np.ndarray:
+        found = classifier.predict(images.reshape(len(images), -1))
         return np.where(found % NUM_TRANSFORMS == 0, found // NUM_TRANSFORMS, -1)
+
+    return classify
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,28 +67,19 @@ class ClassShare:
     control_hits: int
     control_num: int
 
-    @property
-    def share(self) -> float:
-        return self.hits / self.num
-
-    @property
-    def control(self) -> float:
-        return self.control_hits / self.control_num
-
     def describe(self) -> str:
         """Return the shares, and how likely such a difference is by chance, in words."""
         return (
-            f"{self.name} {self.share:.1%} of {self.num}, control {self.control:.1%} of "
-            f"{self.control_num}, one-sided p {self.p_value:.2g}"
+            f"{self.name} {self.hits / self.num:.1%} of {self.num}, control "
+            f"{self.control_hits / self.control_num:.1%} of {self.control_num}, one-sided p "
+            f"{self.p_value:.2g}"
         )
 
     @property
     def p_value(self) -> float:
         """Probability of so large a share if the support made no difference (Fisher's test)."""
-        table = [
-            [self.hits, self.num - self.hits],
-            [self.control_hits, self.control_num - self.control_hits],
-        ]
+        pairs = ((self.hits, self.num), (self.control_hits, self.control_num))
+        table = [[hits, num - hits] for hits, num in pairs]
         return float(fisher_exact(table, alternative="greater").pvalue)
 
 
@@ -106,15 +94,9 @@ def class_shares(
     shares = []
     for index, found in predictions.items():
         others = np.concatenate([other for key, other in predictions.items() if key != index])
-        shares.append(
-            ClassShare(
-                name=class_names[index],
-                hits=int((found == index).sum()),
-                num=len(found),
-                control_hits=int((others == index).sum()),
-                control_num=len(others),
-            )
-        )
+        own = dict(hits=int((found == index).sum()), num=len(found))
+        control = dict(control_hits=int((others == index).sum()), control_num=len(others))
+        shares.append(ClassShare(name=class_names[index], **own, **control))
     return shares
 
 
@@ -143,23 +125,19 @@ def train_autoencoder(
         mid_block_add_attention=False,
     )
     images = dataset.__getitems__(range(len(dataset)))[0].to(torch.float32) / 127.5 - 1
-    optimizer = torch.optim.Adam(vae.parameters())
     generator = torch.Generator().manual_seed(seed)
-    with progress(total=num_steps, label="Autoencoder", unit="step") as bar:
-        for step in range(num_steps):
-            chosen = images[torch.randint(len(images), [batch], generator=generator)]
-            posterior = vae.encode(chosen).latent_dist
-            decoded = vae.decode(posterior.sample(generator)).sample
-            error = (decoded - chosen).square().mean()
-            loss = error + _KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel()
-            for group in optimizer.param_groups:
-                group["lr"] = 2e-3 * (1 + math.cos(math.pi * step / num_steps)) / 2
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            bar.update()
+    errors: list[torch.Tensor] = []
+
+    def loss() -> torch.Tensor:
+        chosen = images[torch.randint(len(images), [batch], generator=generator)]
+        posterior = vae.encode(chosen).latent_dist
+        decoded = vae.decode(posterior.sample(generator)).sample
+        errors[:] = [(decoded - chosen).square().mean()]
+        return errors[0] + _KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel()
+
+    minimise(loss, torch.optim.Adam(vae.parameters()), num_steps)
     with torch.no_grad():
         std = vae.encode(images).latent_dist.mean.std().item()
     vae.register_to_config(scaling_factor=1 / std)
     vae.save_pretrained(folder)
-    return error.item()
+    return errors[0].item()

@@ -28,11 +28,15 @@ def demo_features(outdir: Path, train_args: tuple[str, ...]) -> bool:
     run_dir, network = train_model(outdir, *settings, f"--kimg={KIMG}", *train_args)
     dataset = FeatureDataset(features, text_lengths=(8,))
     names = ",".join(dataset.ids[row] for row in (0, 1, len(dataset) - 2, len(dataset) - 1))
-    show_images(outdir, run_dir.name, network, "stored", f"--features={features}", f"--id={names}")
-    show_images(
-        *(outdir, run_dir.name, network, "asked", f"--reference={images / '007.png'}"),
-        *("--prompt=far wide flower middle top", "--text-scale=1.5", "--visual-scale=1.5"),
-    )
+    stored = (f"--features={features}", f"--id={names}")
+    asked = (f"--reference={images / '007.png'}", "--prompt=far wide flower middle top")
+    asked = (*asked, "--text-scale=1.5", "--visual-scale=1.5")
+    for title, name, args in (
+        ("Generate from stored features", "stored", stored),
+        ("Generate from a text and an image", "asked", asked),
+    ):
+        grid = ("--seeds=0-3", "--columns=4", f"--grid={outdir / f'features-{name}.png'}")
+        generate(title, network, outdir / f"{name}-{run_dir.name}", *args, *grid)
     passed = check_conditions(network, dataset)
     warm, plain = train_with_added_patches(outdir, settings)
     losses = [mean_loss(load_snapshot(path), dataset) for path in (warm, plain)]
@@ -56,21 +60,13 @@ def prepare_features(images: Path, features: Path) -> None:
     execute("Prepare latents and features", "dataset_tool.py", "features", *args)
 
 
-def show_images(outdir: Path, run_name: str, network: Path, name: str, *args: str) -> None:
-    """Generate four images from stored features, or from those of a text and an image."""
-    title = dict(stored="Generate from stored features", asked="Generate from a text and an image")
-    args = (*args, "--seeds=0-3", "--columns=4", f"--grid={outdir / f'features-{name}.png'}")
-    generate(title[name], network, outdir / f"{name}-{run_name}", *args)
-
-
 def check_conditions(network: Path, dataset: FeatureDataset) -> bool:
     """Return whether a model has learned its images, and uses their patches and texts."""
     heading("Does it use its conditions?")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     snapshot = load_snapshot(network)
-    loss, mixed = (
-        mean_loss(snapshot, dataset, swapped=names, device=device) for names in ((), ("text",))
-    )
+    loss = mean_loss(snapshot, dataset, device=device)
+    mixed = mean_loss(snapshot, dataset, swapped=("text",), device=device)
     options = GeneratorOptions(guidance=PLAIN_GUIDANCE)
     generator = families.of(snapshot.config).load(snapshot, device, options)
     check = check_patches(generator, dataset)
@@ -88,10 +84,7 @@ def train_with_added_patches(outdir: Path, settings: tuple[str, ...]) -> tuple[P
     """Train without patches, then on with and without them; return both snapshots."""
     half = KIMG / 2
     base_dir, base = train_model(outdir, *settings, "--no-use-dino-patches", f"--kimg={half}")
-    _, warm = train_model(
-        outdir,
-        *(*settings, f"--transfer={base}", f"--kimg={half}"),
-        *("--lr=2e-3", f"--patch-bias-kimg={half / 8}"),
-    )
+    transfer = (f"--transfer={base}", f"--kimg={half}", f"--patch-bias-kimg={half / 8}")
+    _, warm = train_model(outdir, *settings, *transfer, "--lr=2e-3")
     _, plain = train_model(outdir, f"--resume={base_dir}", f"--kimg={KIMG}")
     return warm, plain

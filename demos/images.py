@@ -19,9 +19,8 @@ GUIDANCE = 2.5
 def demo_pixels(outdir: Path, train_args: tuple[str, ...]) -> bool:
     """Train, sample and score DiffiT on pixels; return whether the result is as expected."""
     data = convert_digits(outdir)
-    run_dir, network = train_model(
-        outdir, f"--data={data}", "--preset=digits", "--metrics=fd_pixels", *train_args
-    )
+    args = (f"--data={data}", "--preset=digits", "--metrics=fd_pixels", *train_args)
+    run_dir, network = train_model(outdir, *args)
     # Each run has folders of its own, so that nothing of an earlier one is taken for its images.
     grid, samples = outdir / "samples.png", outdir / f"samples-{run_dir.name}"
     args = ("--class=0-9", "--batch=250", "--seeds=0-99", f"--grid={grid}")
@@ -47,11 +46,8 @@ def demo_latents(outdir: Path, train_args: tuple[str, ...]) -> bool:
     """Train latent DiffiT, sample without and with guidance; return whether guidance helps."""
     data = convert_digits(outdir)
     latents = encode_digits(outdir, data)
-    run_dir, network = train_model(
-        outdir,
-        *(f"--data={latents}", "--preset=digits-latent"),
-        *("--metrics=fd_pixels", f"--metrics-ref={data}", *train_args),
-    )
+    args = (f"--data={latents}", "--preset=digits-latent", "--metrics=fd_pixels")
+    run_dir, network = train_model(outdir, *args, f"--metrics-ref={data}", *train_args)
     plain = check_classes("without guidance", network, outdir / f"plain-{run_dir.name}")
     grid = outdir / "latent-samples.png"
     args = (f"--cfg-scale={GUIDANCE}", f"--grid={grid}", "--columns=50")

@@ -1,6 +1,5 @@
 """Whether a feature-conditioned model uses its conditions: on images that it was trained on."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -81,12 +80,8 @@ def mean_loss(
     bucket. Times and noise are the same at every call.
     """
     device = torch.device(device)
-    config = dataclasses.replace(
-        snapshot.config,
-        features=dataclasses.replace(
-            snapshot.config.features, drop_all=0.0, text_only=0.0, visual_only=0.0
-        ),
-    )
+    all_given = dict(drop_all=0.0, text_only=0.0, visual_only=0.0)
+    config = snapshot.config.changed("features", **all_given)
     family = families.of(config)
     codec = family.encoder_codec(config, dataset, device)
     objective = family.objective(config, snapshot.build(device), codec)
@@ -97,15 +92,12 @@ def mean_loss(
         # One batch for both, so that texts are padded alike.
         latents, cond = dataset.__getitems__([*rows, *(others[row] for row in rows)])
         parts = {name: value[:count] for name, value in cond.items() if name != "size"}
-        for name in swapped:
+        for name in (*swapped, *(["text_mask"] if "text" in swapped else [])):
             parts[name] = cond[name][count:]
-            if name == "text":
-                parts["text_mask"] = cond["text_mask"][count:]
         for index in range(_NUM_DRAWS):
             shape = tuple(latents.shape[1:])
             draws = objective.draw(rng.Step(rng.mix(0, first), index, count, shape, device))
-            batch = objective.prepare(
-                latents[:count], {**parts, "size": cond["size"]}, draws, device
-            )
+            given = {**parts, "size": cond["size"]}
+            batch = objective.prepare(latents[:count], given, draws, device)
             total += objective(*batch, draws).mean(dim=(1, 2, 3)).sum().item() / _NUM_DRAWS
     return total / len(dataset)

@@ -5,14 +5,14 @@ visual and the text encoder are of the published architectures, but small and ra
 features tell images and texts apart without being learned. The autoencoder is trained.
 """
 
-import math
+import functools
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from dnnlib.progress import progress
+from demos.steps import minimise
 
 _SUBJECTS = ("temple", "flower")
 _PLACES = ("left", "middle", "right")
@@ -56,17 +56,12 @@ def write_encoders(folder: Path, *, vae_steps: int = 300) -> tuple[str, str, str
 
     What is there already is kept.
     """
-    options = []
-    for name, write in (
-        ("vae", lambda path: _write_vae(path, vae_steps)),
-        ("visual", _write_visual),
-        ("text", _write_text),
-    ):
-        path = folder / name
-        if not path.exists():
-            write(path)
-        options.append(f"--{name}={path}")
-    return tuple(options)
+    write_vae = functools.partial(_write_vae, num_steps=vae_steps)
+    writers = dict(vae=write_vae, visual=_write_visual, text=_write_text)
+    for name, write in writers.items():
+        if not (folder / name).exists():
+            write(folder / name)
+    return tuple(f"--{name}={folder / name}" for name in writers)
 
 
 def _photographs() -> list[Image.Image]:
@@ -90,28 +85,20 @@ def _write_vae(folder: Path, num_steps: int) -> None:
             latent_channels=8,
             mid_block_add_attention=False,
         )
-    optimizer = torch.optim.Adam(vae.parameters(), betas=(0.9, 0.99))
-    sources = [_smaller(photograph) for photograph in _photographs()]
-    generator = np.random.default_rng(0)
-    noise = torch.Generator().manual_seed(0)
-    with progress(total=num_steps, label="Autoencoder", unit="step") as bar:
-        for step in range(num_steps):
-            images = torch.stack([_random_crop(sources, generator) for _ in range(8)])
-            posterior = vae.encode(images).latent_dist
-            error = (vae.decode(posterior.sample(noise)).sample - images).abs().mean()
-            loss = error + _KL_WEIGHT * posterior.kl().mean()
-            for group in optimizer.param_groups:
-                group["lr"] = 2e-3 * (1 + math.cos(math.pi * step / num_steps)) / 2
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            bar.update()
+    smaller = []
+    for photograph in _photographs():
+        size = (photograph.width // 2, photograph.height // 2)
+        smaller.append(np.asarray(photograph.resize(size, Image.Resampling.LANCZOS)))
+    generator, noise = np.random.default_rng(0), torch.Generator().manual_seed(0)
+
+    def loss() -> torch.Tensor:
+        images = torch.stack([_random_crop(smaller, generator) for _ in range(8)])
+        posterior = vae.encode(images).latent_dist
+        error = (vae.decode(posterior.sample(noise)).sample - images).abs().mean()
+        return error + _KL_WEIGHT * posterior.kl().mean()
+
+    minimise(loss, torch.optim.Adam(vae.parameters(), betas=(0.9, 0.99)), num_steps)
     vae.save_pretrained(folder)
-
-
-def _smaller(photograph: Image.Image) -> np.ndarray:
-    size = (photograph.width // 2, photograph.height // 2)
-    return np.asarray(photograph.resize(size, Image.Resampling.LANCZOS))
 
 
 def _random_crop(sources: list[np.ndarray], generator: np.random.Generator) -> torch.Tensor:
@@ -125,15 +112,9 @@ def _write_visual(folder: Path) -> None:
     """Write a random DINOv3 of two blocks, with patches of 16 pixels and four registers."""
     import transformers
 
-    config = transformers.DINOv3ViTConfig(
-        patch_size=16,
-        num_register_tokens=4,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=128,
-    )
+    sizes = dict(patch_size=16, image_size=128, num_register_tokens=4, hidden_size=64)
+    sizes |= dict(intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    config = transformers.DINOv3ViTConfig(**sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = transformers.DINOv3ViTModel(config)
@@ -158,15 +139,9 @@ def _write_text(folder: Path) -> None:
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     )
-    config = transformers.T5Config(
-        vocab_size=len(vocabulary),
-        d_model=64,
-        d_kv=16,
-        d_ff=128,
-        num_layers=2,
-        num_heads=4,
-        feed_forward_proj="gated-gelu",
-    )
+    sizes = dict(vocab_size=len(vocabulary), d_model=64, d_kv=16, d_ff=128)
+    sizes |= dict(num_layers=2, num_heads=4, feed_forward_proj="gated-gelu")
+    config = transformers.T5Config(**sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = transformers.T5EncoderModel(config)

@@ -1,12 +1,13 @@
 """Demonstration of set-conditioned DiT: digits of classes that it was never trained on."""
 
+import dataclasses
 from pathlib import Path
 
 import click
 import numpy as np
 
 from data.fewshot.sets import SetDataset
-from demos.digits import ClassShare, SetClassifier, class_shares
+from demos.digits import class_shares, set_classifier
 from demos.steps import convert_digits, generate, heading, train_model
 from families.sets import open_data_of
 from torch_utils.pictures import read_image
@@ -33,7 +34,9 @@ def demo_sets(outdir: Path, train_args: tuple[str, ...]) -> bool:
             predictions.update(predict_classes(outdir, network, dataset, split, grid))
         shares = class_shares(predictions, dataset.images.class_names)
         num_seen = len(dataset.split.train)
-        share, control = _mean_shares(shares[:num_seen])
+        seen = [dataclasses.astuple(found)[1:] for found in shares[:num_seen]]
+        hits, num, control_hits, control_num = map(sum, zip(*seen, strict=True))
+        share, control = hits / num, control_hits / control_num
         passed &= share >= MIN_SEEN_SHARE and control <= MAX_SEEN_CONTROL
         report.append(
             f"{mode}: seen classes 0 to 7 {share:.1%}, control {control:.1%} (at least "
@@ -51,13 +54,6 @@ def demo_sets(outdir: Path, train_args: tuple[str, ...]) -> bool:
     return passed
 
 
-def _mean_shares(shares: list[ClassShare]) -> tuple[float, float]:
-    """Return the share of all images of some classes, and that of their controls."""
-    share = sum(found.hits for found in shares) / sum(found.num for found in shares)
-    control = sum(found.control_hits for found in shares)
-    return share, control / sum(found.control_num for found in shares)
-
-
 def predict_classes(
     outdir: Path, network: Path, dataset: SetDataset, split: str, grid: Path
 ) -> dict[int, np.ndarray]:
@@ -71,19 +67,18 @@ def predict_classes(
     num_images = -(-SAMPLES_PER_CLASS // num_supports)
     folder = outdir / f"{network.parent.name}-{split}"
     common = (f"--data={dataset.path}", f"--split={split}", f"--cfg-scale={GUIDANCE}")
-    title = (
-        f"Make {num_images} images from each of {num_supports} supports of {len(classes)} classes"
-    )
+    supports = f"{num_supports} supports of {len(classes)} classes"
+    title = f"Make {num_images} images from each of {supports}"
     args = (f"--episodes={num_supports * len(classes)}", f"--num={num_images}", "--batch=500")
     generate(title, network, folder, *common, *args)
     # One support of each class, with the images that it has in that folder.
     args = (f"--episodes={len(classes)}", "--num=25", "--columns=4", f"--grid={grid}")
     generate("Show some", network, Path(f"{folder}-shown"), *common, *args)
-    classifier = SetClassifier(dataset)
+    classify = set_classifier(dataset)
     found: dict[int, list[np.ndarray]] = {index: [] for index in classes}
     for episode in range(num_supports * len(classes)):
         # Supports are drawn of one class after another.
         files = [folder / f"{episode:04d}" / f"{seed:06d}.png" for seed in range(num_images)]
         images = np.stack([read_image(file).numpy() for file in files])
-        found[classes[episode % len(classes)]].append(classifier(images))
+        found[classes[episode % len(classes)]].append(classify(images))
     return {index: np.concatenate(parts) for index, parts in found.items()}

@@ -1,14 +1,18 @@
-"""Steps of a demonstration: the commands that a user would run, shown and run."""
+"""Steps of a demonstration: the commands that a user would run, shown and run; small networks."""
 
+import math
 import os
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import click
+import torch
 
+from dnnlib.progress import progress
 from training.checkpoint import find_snapshots
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,14 +30,14 @@ def execute(title: str, script: str, *args: str) -> str:
     command = [sys.executable, "-u", str(ROOT / script), *args]
     # Threads that soon stop spinning: several times faster where something else runs beside them.
     environment = {"GOMP_SPINCOUNT": "20000", **os.environ}
+    printed = ""
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        lines = []
         for line in process.stdout:
             click.echo(line, nl=False)
-            lines.append(line)
+            printed += line
     if process.returncode:
         raise ValueError(f"{script} failed with exit code {process.returncode}.")
-    return "".join(lines)
+    return printed
 
 
 def convert_digits(outdir: Path) -> Path:
@@ -54,3 +58,18 @@ def train_model(outdir: Path, *args: str) -> tuple[Path, Path]:
 def generate(title: str, network: Path, folder: Path, *args: str) -> None:
     """Generate images into a folder."""
     execute(title, "generate.py", f"--network={network}", f"--outdir={folder}", *args)
+
+
+def minimise(
+    loss: Callable[[], torch.Tensor], optimizer: torch.optim.Optimizer, num_steps: int
+) -> None:
+    """Make steps of an autoencoder's training, with a learning rate that falls to 0 as a cosine."""
+    with progress(total=num_steps, label="Autoencoder", unit="step") as bar:
+        for step in range(num_steps):
+            value = loss()
+            for group in optimizer.param_groups:
+                group["lr"] = 2e-3 * (1 + math.cos(math.pi * step / num_steps)) / 2
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            bar.update()

@@ -11,8 +11,16 @@ from diffusion.denoiser import AUTOCAST_DTYPES
 from diffusion.guidance import DualGuidanceConfig
 from diffusion.precond import make_precond
 from dnnlib.addresses import is_address
+from dnnlib.errors import refusal
 from evaluation.validation.config import ValidationConfig
-from families.image import objective_settings, refuse_augmentation
+from families.image import (
+    NOT_SETS,
+    objective_settings,
+    refuse_augmentation,
+    refuse_reference,
+    run_to_sample,
+    unconditional,
+)
 from models import Network
 from torch_utils import distributed
 from training.checkpoint import DataSummary, Snapshot
@@ -53,26 +61,18 @@ class FeatureFamily:
         choice = f"--metrics={','.join(run.logging.metrics) or 'none'}"
         tests = chosen_tests(run.logging.metrics, option="--metrics")
         check_used(given, tests, choice)
-        if run.logging.metrics_ref is not None:
-            raise ValueError(
-                "--metrics-ref has no effect on feature-conditioned models, which are compared "
-                "with held-out images; leave it out."
-            )
+        refuse_reference(run, "feature-conditioned models", "held-out images")
         run.detectors.check_used(given, (), choice)
         return run
 
     def settle_in(self, run: FeatureRun, source: RunConfig, given: Collection[str]) -> FeatureRun:
         """Return ``run`` with half the learning rate, and new patches let in over 2,000 steps."""
-        training, features = run.training, run.features
-        if "ema_rampup" not in given:
-            training = dataclasses.replace(training, ema_rampup=None)
-        if "lr" not in given:
-            training = dataclasses.replace(training, lr=training.lr * _LR_FACTOR)
+        changes = dict(ema_rampup=None, lr=run.training.lr * _LR_FACTOR)
+        changes = {name: value for name, value in changes.items() if name not in given}
         had_patches = getattr(source.model, "use_dino_patches", False)
         if "patch_bias_kimg" not in given and run.model.use_dino_patches and not had_patches:
-            kimg = _BIAS_STEPS * training.batch / 1000
-            features = dataclasses.replace(features, patch_bias_kimg=kimg)
-        return dataclasses.replace(run, training=training, features=features)
+            run = run.changed("features", patch_bias_kimg=_BIAS_STEPS * run.training.batch / 1000)
+        return run.changed("training", **changes)
 
     # A training run.
 
@@ -87,10 +87,8 @@ class FeatureFamily:
         if is_remote and not run.features.streaming:
             raise ValueError(f"--data: got {path}; add --streaming, which reads addresses.")
         if not is_remote and (path is None or not is_feature_folder(path)):
-            raise ValueError(
-                f"--data: got {path}; preset {run.preset} trains on a folder made by "
-                "dataset_tool.py features."
-            )
+            wanted = "trains on a folder made by dataset_tool.py features"
+            raise refusal("--data", path, remedy=f"preset {run.preset} {wanted}")
         for option, value, reason in (
             ("--cond", data.cond, "there are no class labels"),
             ("--hflip", data.hflip, "mirrored latents do not belong to the features of an image"),
@@ -108,23 +106,18 @@ class FeatureFamily:
         if data is not None:
             run = _fit_to_features(run, data)
         if run.training.label_drop:
-            raise ValueError(
-                f"--label-drop: got {run.training.label_drop}, but the model is unconditional; "
-                "add --cond, or set --label-drop=0."
-            )
+            raise unconditional(run.training.label_drop)
         for option, value, wanted in (
             ("--precond", run.precond.precond, "flow"),
             ("--sigma-grid", run.sampling.grid, "time"),
         ):
             if value != wanted:
-                raise ValueError(
-                    f"{option}: got {value}, but preset {run.preset} is one of flow matching; "
-                    f"give {option}={wanted}."
-                )
+                but = f"preset {run.preset} is one of flow matching"
+                raise refusal(option, value, but=but, remedy=f"give {option}={wanted}")
         refuse_augmentation(run, "latents")
-        training = dataclasses.replace(run.training, label_drop=0.0)
-        model = dataclasses.replace(run.model, img_channels=3, num_classes=0)
-        return dataclasses.replace(run, training=training, model=model)
+        return run.changed("training", label_drop=0.0).changed(
+            "model", img_channels=3, num_classes=0
+        )
 
     def open_codec(
         self, run: FeatureRun, data: TrainingData, device: torch.device
@@ -134,35 +127,27 @@ class FeatureFamily:
     def steps(self, run: FeatureRun, data: TrainingData, start_nimg: int, part: Part) -> Steps:
         if data.notice is not None:
             distributed.print0(data.notice)
-        sampler = data.batch_sampler(
-            data.counts,
-            seed=run.training.seed,
-            start_nimg=start_nimg,
-            batch_size=run.training.batch,
-            **vars(part),
-        )
+        batches = dict(seed=run.training.seed, batch_size=run.training.batch, **vars(part))
+        sampler = data.batch_sampler(data.counts, start_nimg=start_nimg, **batches)
         return Steps(sampler, lambda cur_nimg: data.latent_shape(sampler.bucket_at(cur_nimg)))
 
     def objective(self, run: FeatureRun, network: Network, codec: Codec) -> FeatureObjective:
-        settings = objective_settings(run)
-        return FeatureObjective(
-            network, make_precond(run.precond), codec, config=run.features, **settings
-        )
+        precond, settings = make_precond(run.precond), objective_settings(run)
+        return FeatureObjective(network, precond, codec, config=run.features, **settings)
 
     def start_from(
         self, run: FeatureRun, network: Network, snapshot: Snapshot, data: DataSummary
     ) -> Transfer:
-        allowed = run.features.transfer_allow
         there = (snapshot.data.features or {}).get("statistics")
         notes = []
         if there is not None and there != data.features["statistics"]:
             notes.append("Its features were normalised by the statistics of other data.")
-        return transfer_weights(
-            network,
-            snapshot,
-            check=lambda found: found.refuse_differences(allowed, _PATCH_PARAMETERS, _MIN_SHARE),
-            notes=notes,
-        )
+
+        def check(found: Transfer) -> None:
+            allowed = run.features.transfer_allow
+            found.refuse_differences(allowed, _PATCH_PARAMETERS, _MIN_SHARE)
+
+        return transfer_weights(network, snapshot, check=check, notes=notes)
 
     def generator(
         self, run: FeatureRun, network: Network, codec: Codec, device: torch.device
@@ -195,9 +180,8 @@ class FeatureFamily:
     def describe(self, run: FeatureRun) -> dict[str, str]:
         model, features = run.model, run.features
         both = 1 - features.drop_all - features.text_only - features.visual_only
-        patches = "no patches"
-        if model.use_dino_patches:
-            patches = f"patches of {model.visual_patch_size} pixels"
+        size = f"patches of {model.visual_patch_size} pixels"
+        patches = size if model.use_dino_patches else "no patches"
         return {
             "model": f"{model.family}, {model.resolution}x{model.resolution}x"
             f"{model.img_channels}, text and image features",
@@ -216,30 +200,16 @@ class FeatureFamily:
     def load(self, snapshot: Snapshot, device: torch.device, options: GeneratorOptions) -> Any:
         if options.guide is not None:
             raise ValueError("--guide: this model is guided by --text-scale and --visual-scale.")
-        run = snapshot.config
-        changes = dict(
-            sampling=options.sampling or run.sampling, guidance=options.guidance or run.guidance
-        )
-        run = dataclasses.replace(run, **changes)
-        statistics = snapshot.data.features["statistics"]
-        codec = _make_codec(run, statistics, device, options.vae)
+        run = run_to_sample(snapshot.config, options)
+        codec = _make_codec(run, snapshot.data.features["statistics"], device, options.vae)
         generator = self.generator(run, snapshot.build(device), codec, device)
-        precision = options.precision or run.training.precision
-        return dataclasses.replace(
-            generator,
-            trained_nimg=snapshot.progress["cur_nimg"],
-            autocast_dtype=AUTOCAST_DTYPES[precision],
-        )
+        return dataclasses.replace(generator, trained_nimg=snapshot.progress["cur_nimg"])
 
     def requests(self, snapshot: Snapshot, asked: Asked) -> Any:
         from sampling.requests import PromptRequests
 
-        reason = "this model makes images of texts and reference images"
-        asked.refuse(("classes",), reason)
-        asked.refuse(
-            ("support", "episodes", "split", "data"),
-            "this model was not trained on sets of images",
-        )
+        asked.refuse(("classes",), "this model makes images of texts and reference images")
+        asked.refuse(*NOT_SETS)
         return PromptRequests(snapshot, asked)
 
     def images(
@@ -284,12 +254,9 @@ def _make_codec(
     run: FeatureRun, statistics: Mapping[str, Any], device: torch.device, vae: str | None = None
 ) -> Codec:
     from data.features.codec import FeatureCodec, FeatureStatistics
-    from encoders.autoencoder import load_autoencoder
+    from families.latent import decoder_of
 
-    location = vae or run.model.vae
-    if location is None:
-        raise ValueError("--vae is missing: name the autoencoder that decodes the latents.")
-    autoencoder = load_autoencoder(location, device, expected_hash=run.model.vae_hash)
+    autoencoder = decoder_of(run.model, vae, device)
     return FeatureCodec(FeatureStatistics.of(statistics, device), autoencoder)
 
 
@@ -300,12 +267,11 @@ def _fit_to_features(run: FeatureRun, data: TrainingData) -> FeatureRun:
     edge = run.model.patch_size * record.vae["downsampling"]
     for bucket in data.buckets:
         if bucket.width % edge or bucket.height % edge:
-            raise ValueError(
-                f"--patch-size: got {run.model.patch_size}, but sides of {bucket.name} are no "
-                f"multiples of {edge} pixels; use --patch-size=2."
-            )
-    model = dataclasses.replace(
-        run.model,
+            but = f"sides of {bucket.name} are no multiples of {edge} pixels"
+            remedy = "use --patch-size=2"
+            raise refusal("--patch-size", run.model.patch_size, but=but, remedy=remedy)
+    return run.changed(
+        "model",
         resolution=max(data.resolution // edge, 1) * edge,
         latent_channels=record.vae["channels"],
         latent_downsampling=record.vae["downsampling"],
@@ -320,7 +286,6 @@ def _fit_to_features(run: FeatureRun, data: TrainingData) -> FeatureRun:
             for suffix, key in (("", "location"), ("_hash", "hash"))
         },
     )
-    return dataclasses.replace(run, model=model)
 
 
 def _conditions(run: FeatureRun) -> tuple[Any, ...]:

@@ -16,7 +16,7 @@ from diffusion.precond import make_precond
 from diffusion.samplers import sampling_sigmas
 from dnnlib.errors import refusal
 from models import Network
-from sampling.images import ImageGenerator, load_generator
+from sampling.images import ImageGenerator, cached_snapshot, check_guide
 from sampling.outputs import ClassRequests, parse_classes
 from training.checkpoint import DataSummary, Snapshot
 from training.config import RunConfig
@@ -25,8 +25,11 @@ from training.objective import Objective
 from training.transfer import Transfer, transfer_weights
 
 _DEFAULT_LABEL_DROP = 0.1  # As in classifier-free guidance's experiments (arXiv 2207.12598).
-_NOT_SETS = "this model was not trained on sets of images"
-_NOT_FEATURES = "this model was not trained on features"
+# Options of other families' requests, and why they are refused.
+_OF_SETS = ("support", "episodes", "split", "data")
+_OF_FEATURES = ("prompt", "reference", "bucket", "features", "ids", "text", "visual")
+NOT_SETS = (_OF_SETS, "this model was not trained on sets of images")
+NOT_FEATURES = (_OF_FEATURES, "this model was not trained on features")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,11 +54,8 @@ class ImageFamily:
         return run
 
     def settle_in(self, run: ImageRun, source: RunConfig, given: Collection[str]) -> ImageRun:
-        if "ema_rampup" in given:
-            return run
         # The weights are good from the start: the average need not forget its first steps.
-        training = dataclasses.replace(run.training, ema_rampup=None)
-        return dataclasses.replace(run, training=training)
+        return run if "ema_rampup" in given else run.changed("training", ema_rampup=None)
 
     # A training run.
 
@@ -74,48 +74,34 @@ class ImageFamily:
         self.check_guidance(run, num_classes)
         precond = make_precond(run.precond)
         sampling_sigmas(run.sampling, precond)  # Raises if the network knows no such levels.
-        is_augmented = run.training.augment.augment > 0
-        model = dataclasses.replace(
-            run.model,
+        return run.changed(
+            "model",
             img_channels=channels,
             num_classes=num_classes,
-            augment_dim=NUM_LABELS if is_augmented else 0,
+            augment_dim=NUM_LABELS if run.training.augment.augment > 0 else 0,
             learned_variance=precond.learned_variance,
         )
-        return dataclasses.replace(run, model=model)
 
     def _with_label_drop(self, run: ImageRun, num_classes: int) -> ImageRun:
         label_drop = run.training.label_drop
         if label_drop is None:
             label_drop = _DEFAULT_LABEL_DROP if num_classes else 0.0
         if not num_classes and label_drop > 0:
-            raise refusal(
-                "--label-drop",
-                label_drop,
-                but="the model is unconditional",
-                remedy="add --cond, or set --label-drop=0",
-            )
-        training = dataclasses.replace(run.training, label_drop=label_drop)
-        return dataclasses.replace(run, training=training)
+            raise unconditional(label_drop)
+        return run.changed("training", label_drop=label_drop)
 
     def check_guidance(self, run: ImageRun, num_classes: int) -> None:
         """Raise ValueError if guidance is asked of a model that cannot give it."""
         guidance, channels = run.guidance, run.model.input_shape[0]
         if (guidance.cfg_channels or 0) > channels:
-            raise refusal(
-                "--cfg-channels",
-                guidance.cfg_channels,
-                but=f"the model denoises {channels} channels",
-                remedy="give at most as many, or none for all",
-            )
+            but = f"the model denoises {channels} channels"
+            remedy = "give at most as many, or none for all"
+            raise refusal("--cfg-channels", guidance.cfg_channels, but=but, remedy=remedy)
         problem = None if guidance.cfg_scale == 1.0 else self._unguided(run, num_classes)
         if problem is not None:
-            raise refusal(
-                "--cfg-scale",
-                guidance.cfg_scale,
-                but=f"the model {problem[0]}",
-                remedy=f"train with {problem[1]}, or set --cfg-scale=1",
-            )
+            remedy = f"train with {problem[1]}, or set --cfg-scale=1"
+            but = f"the model {problem[0]}"
+            raise refusal("--cfg-scale", guidance.cfg_scale, but=but, remedy=remedy)
 
     def _unguided(self, run: ImageRun, num_classes: int) -> tuple[str, str] | None:
         """Return why there is no guidance and what to train with; None where there is."""
@@ -129,7 +115,7 @@ class ImageFamily:
     def open_codec(
         self, run: ImageRun, data: TrainingData, device: torch.device
     ) -> tuple[ImageRun, Codec]:
-        return run, PixelCodec(make_augment_pipe(run.training.augment))
+        return run, self.encoder_codec(run, data, device)
 
     def snapshot_codec(self, snapshot: Snapshot, vae: str | None, device: torch.device) -> Codec:
         """Return what decodes the images of a snapshot; ``vae`` says where the autoencoder is."""
@@ -138,20 +124,19 @@ class ImageFamily:
         return PixelCodec()
 
     def steps(self, run: ImageRun, data: TrainingData, start_nimg: int, part: Part) -> Steps:
-        sampler = self._sampler(len(data), run, start_nimg, part)
-        return Steps(sampler, lambda cur_nimg: run.model.input_shape)
-
-    def _sampler(
-        self, size: int | None, run: ImageRun, start_nimg: int, part: Part
-    ) -> PositionSampler:
-        return PositionSampler(
-            size,
+        sampler = PositionSampler(
+            self._num_keys(data),
             seed=run.training.seed,
             # A row of a batch is an image, or a set of them.
             start_nimg=start_nimg // run.model.images_per_row,
             batch_size=run.training.batch,
             **vars(part),
         )
+        return Steps(sampler, lambda cur_nimg: run.model.input_shape)
+
+    def _num_keys(self, data: TrainingData) -> int | None:
+        """Return how many rows there are; None where every position in the run makes its own."""
+        return len(data)
 
     def objective(self, run: ImageRun, network: Network, codec: Codec) -> Objective:
         return Objective(network, make_precond(run.precond), codec, **objective_settings(run))
@@ -191,11 +176,10 @@ class ImageFamily:
         from metrics.metric import get_metrics
 
         specs = self._metric_specs(run, get_metrics(run.logging.metrics))
-        real = None
-        with_reference = [spec.name for spec in specs if spec.has_reference]
-        if with_reference:
+        real, compared = None, [spec.name for spec in specs if spec.has_reference]
+        if compared:
             location = run.logging.metrics_ref
-            real = RealImages(location or self._real_images(run, data, with_reference[0]))
+            real = RealImages(location or self._real_images(run, data, compared[0]))
         return make_evaluate(specs, run.detectors, real, run.model, device)
 
     def _metric_specs(self, run: ImageRun, specs: Sequence[Any]) -> Sequence[Any]:
@@ -217,19 +201,22 @@ class ImageFamily:
     def load(
         self, snapshot: Snapshot, device: torch.device, options: GeneratorOptions
     ) -> ImageGenerator:
-        run = dataclasses.replace(
-            snapshot.config, guidance=options.guidance or snapshot.config.guidance
-        )
+        run, guide = run_to_sample(snapshot.config, options), None
         if options.guide is None:
             self.check_guidance(run, run.model.num_classes)
+        else:
+            guide = cached_snapshot(options.guide)
+            check_guide(snapshot, guide, run.guidance)
         codec = self.snapshot_codec(snapshot, options.vae, device)
-        return load_generator(snapshot, codec, device, options)
+        generator = self.generator(run, snapshot.build(device), codec, device)
+        if guide is None:
+            return generator
+        network, sha256 = guide.build(device), guide.sha256
+        return dataclasses.replace(generator, guide=network, guide_hash=sha256)
 
     def requests(self, snapshot: Snapshot, asked: Asked) -> ClassRequests:
-        asked.refuse(("support", "episodes", "split", "data"), _NOT_SETS)
-        asked.refuse(
-            ("prompt", "reference", "bucket", "features", "ids", "text", "visual"), _NOT_FEATURES
-        )
+        asked.refuse(*NOT_SETS)
+        asked.refuse(*NOT_FEATURES)
         return ClassRequests(parse_classes(asked.classes, snapshot.data.class_names))
 
     def images(
@@ -247,9 +234,8 @@ class ImageFamily:
         from evaluation.conditioning.panel import Condition, Group, Panel, in_turn, prepared
 
         if not snapshot.config.model.num_classes:
-            raise ValueError(
-                f"{snapshot.path}: this model is unconditional; there is nothing to vary."
-            )
+            but = "this model is unconditional; there is nothing to vary"
+            raise refusal(snapshot.path, but=but)
         run = without_augmentation(snapshot.config, data)
         dataset = self.open_data(run)
         order = in_turn(dataset.labels, num)
@@ -278,18 +264,21 @@ def objective_settings(run: RunConfig) -> dict[str, Any]:
     )
 
 
+def run_to_sample(run: RunConfig, options: GeneratorOptions) -> RunConfig:
+    """Return the run of a snapshot sampled as ``options`` say where they do."""
+    sampling, guidance = options.sampling or run.sampling, options.guidance or run.guidance
+    run = dataclasses.replace(run, sampling=sampling, guidance=guidance)
+    return run.changed("training", precision=options.precision or run.training.precision)
+
+
 def with_path(run: RunConfig, path: str | None) -> RunConfig:
     """Return ``run`` with its data at ``path``, if that is given."""
-    if path is None:
-        return run
-    return dataclasses.replace(run, data=dataclasses.replace(run.data, data=path))
+    return run if path is None else run.changed("data", data=path)
 
 
 def without_augmentation(run: RunConfig, data: str | None) -> RunConfig:
     """Return ``run`` with each image of its data once, as it is; ``data`` says where they are."""
-    settings = dict(hflip=False, max_size=None, cache=False)
-    run = with_path(run, data)
-    return dataclasses.replace(run, data=dataclasses.replace(run.data, **settings))
+    return with_path(run, data).changed("data", hflip=False, max_size=None, cache=False)
 
 
 def check_resolution(run: RunConfig, resolution: int) -> None:
@@ -316,28 +305,35 @@ def open_images_of(run: RunConfig, **settings: Any) -> ImageDataset:
         from data.latents.record import is_latent_folder
 
         path = run.data.data
-        if path is not None and is_feature_folder(path):
-            raise ValueError(
-                f"--data: {path} holds features, but preset {run.preset} does not train on them; "
-                "give images, or a preset such as nanodit."
-            ) from None
-        if path is not None and is_latent_folder(path):
-            raise ValueError(
-                f"--data: {path} holds latents, but preset {run.preset} trains on pixels; give the "
-                "images, or a preset of latent models."
-            ) from None
+        for what, is_what, does, other in (
+            ("features", is_feature_folder, "does not train on them", "a preset such as nanodit"),
+            ("latents", is_latent_folder, "trains on pixels", "a preset of latent models"),
+        ):
+            if path is not None and is_what(path):
+                but = f"{path} holds {what}, but preset {run.preset} {does}"
+                raise refusal("--data", but=but, remedy=f"give images, or {other}") from None
         raise
 
 
 def refuse_augmentation(run: RunConfig, what: str) -> None:
     """Raise ValueError if ``what`` is to be augmented, which only pixels can be."""
-    if run.training.augment.augment > 0:
-        raise refusal(
-            "--augment",
-            f"{run.training.augment.augment:g}",
-            but=f"{what} cannot be augmented",
-            remedy="set --augment=0 (--hflip mirrors images)",
-        )
+    augment = run.training.augment.augment
+    if augment > 0:
+        but, remedy = f"{what} cannot be augmented", "set --augment=0 (--hflip mirrors images)"
+        raise refusal("--augment", f"{augment:g}", but=but, remedy=remedy)
+
+
+def refuse_reference(run: RunConfig, models: str, real: str) -> None:
+    """Raise ValueError for ``--metrics-ref`` of ``models`` that are compared with ``real``."""
+    if run.logging.metrics_ref is not None:
+        but = f"has no effect on {models}, which are compared with {real}; leave it out"
+        raise ValueError(f"--metrics-ref {but}.")
+
+
+def unconditional(label_drop: float) -> ValueError:
+    """Return the error for dropped labels of a model that has none."""
+    but, remedy = "the model is unconditional", "add --cond, or set --label-drop=0"
+    return refusal("--label-drop", label_drop, but=but, remedy=remedy)
 
 
 def check_metrics(run: RunConfig, given: Collection[str], *, of_supports: bool) -> None:
@@ -353,11 +349,8 @@ def check_metrics(run: RunConfig, given: Collection[str], *, of_supports: bool) 
         for spec in get_metrics(names):
             if spec.of_supports != of_supports:
                 known = [name for name, s in METRICS.items() if s.of_supports == of_supports]
-                what = "is trained on sets" if of_supports else "is not trained on sets"
-                raise ValueError(
-                    f"--metrics: got {spec.name}, but preset {run.preset} {what}; accepted: "
-                    f"{', '.join(known)}."
-                )
+                but = f"preset {run.preset} is {'' if of_supports else 'not '}trained on sets"
+                raise refusal("--metrics", spec.name, but=but, accepted=", ".join(known))
             detectors.add(spec.output.detector)
     run.detectors.check_used(given, detectors, f"--metrics={','.join(names) or 'none'}")
 

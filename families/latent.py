@@ -78,26 +78,24 @@ class LatentFamily(ImageFamily):
     def open_codec(
         self, run: LatentRun, data: TrainingData, device: torch.device
     ) -> tuple[LatentRun, Codec]:
-        model = run.model
-        autoencoder = load_autoencoder(model.vae, device, expected_hash=model.vae_hash)
-        model = dataclasses.replace(
-            model,
+        autoencoder = load_autoencoder(run.model.vae, device, expected_hash=run.model.vae_hash)
+        run = run.changed(
+            "model",
             vae=autoencoder.location,
             vae_hash=autoencoder.sha256,
             latent_scale=autoencoder.scale,
             latent_shift=autoencoder.shift,
         )
-        check_autoencoder(model, autoencoder)
-        codec = LatentCodec(model, autoencoder, **_stored_form(data))
-        return dataclasses.replace(run, model=model), codec
+        check_autoencoder(run.model, autoencoder)
+        return run, LatentCodec(run.model, autoencoder, **_stored_form(data))
 
     def snapshot_codec(self, snapshot: Snapshot, vae: str | None, device: torch.device) -> Codec:
         model = snapshot.config.model
-        return LatentCodec(model, open_autoencoder(model, vae, device))
+        return LatentCodec(model, _open_autoencoder(model, vae, device))
 
     def encoder_codec(self, run: LatentRun, data: TrainingData, device: torch.device) -> Codec:
         form = _stored_form(data)
-        autoencoder = open_autoencoder(run.model, None, device) if form["from_images"] else None
+        autoencoder = _open_autoencoder(run.model, None, device) if form["from_images"] else None
         return LatentCodec(run.model, autoencoder, **form)
 
     def _real_images(self, run: LatentRun, data: TrainingData, metric: str) -> Any:
@@ -132,14 +130,8 @@ def _fit_to_latents(run: LatentRun, data: LatentDataset) -> LatentRun:
             f"{run.preset} is of latents of scale {model.latent_scale:g}; encode with the "
             f"autoencoder that it is meant for, or give --vae={data.vae} to train on these."
         )
-    model = dataclasses.replace(
-        model,
-        vae=model.vae or data.vae,
-        vae_hash=data.vae_hash,
-        latent_scale=data.scale,
-        latent_shift=data.shift,
-    )
-    return dataclasses.replace(run, model=model)
+    scaling = dict(latent_scale=data.scale, latent_shift=data.shift)
+    return run.changed("model", vae=model.vae or data.vae, vae_hash=data.vae_hash, **scaling)
 
 
 def _stored_form(data: TrainingData) -> dict[str, bool]:
@@ -149,19 +141,22 @@ def _stored_form(data: TrainingData) -> dict[str, bool]:
     return dict(from_images=True, has_std=True)
 
 
-def open_autoencoder(
-    model: LatentModelConfig, vae: str | None, device: torch.device
+def _open_autoencoder(
+    model: ScaledLatentConfig, vae: str | None, device: torch.device
 ) -> Autoencoder:
+    autoencoder = decoder_of(model, vae, device)
+    check_autoencoder(model, autoencoder)
+    return autoencoder
+
+
+def decoder_of(model: LatentModelConfig, vae: str | None, device: torch.device) -> Autoencoder:
     """Return the autoencoder of a latent model, at ``vae`` if that is not where it was.
 
     Raises ValueError if it is not there, or is not the one that the latents are of.
     """
-    location = vae or model.vae
-    if location is None:
+    if vae is None and model.vae is None:
         raise ValueError("--vae is missing: name the autoencoder that decodes the latents.")
-    autoencoder = load_autoencoder(location, device, expected_hash=model.vae_hash)
-    check_autoencoder(model, autoencoder)
-    return autoencoder
+    return load_autoencoder(vae or model.vae, device, expected_hash=model.vae_hash)
 
 
 def check_autoencoder(model: ScaledLatentConfig, autoencoder: Autoencoder) -> None:
@@ -175,12 +170,10 @@ def check_autoencoder(model: ScaledLatentConfig, autoencoder: Autoencoder) -> No
     ):
         found = getattr(autoencoder, there)
         if found != own:
-            remedy = "use the one that the model was made for"
-            if option is not None:
-                remedy += f", or train with {option}={found}"
+            remedy = f", or train with {option}={found}" if option else ""
             raise ValueError(
                 f"--vae: {autoencoder.location} has {what} {found:g}, but the model has {own:g}; "
-                f"{remedy}."
+                f"use the one that the model was made for{remedy}."
             )
 
 

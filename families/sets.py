@@ -1,6 +1,7 @@
 """Set-conditioned models: DiT that makes more images like the few that it is shown."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,7 +14,9 @@ from data.fewshot.episodes import Episodes, episodes_of_run
 from data.fewshot.sets import SetDataset
 from data.fewshot.supports import read_support
 from diffusion.precond import make_precond
+from dnnlib.errors import refusal
 from families.image import (
+    NOT_FEATURES,
     ImageFamily,
     ImageRun,
     check_metrics,
@@ -21,6 +24,7 @@ from families.image import (
     objective_settings,
     open_images_of,
     refuse_augmentation,
+    refuse_reference,
     with_path,
     without_augmentation,
 )
@@ -30,7 +34,7 @@ from sampling.images import ImageGenerator
 from sampling.supports import SupportGenerator, SupportRequests
 from torch_utils.misc import count_parameters
 from training.checkpoint import Snapshot
-from training.family import Asked, Codec, Evaluator, Part, Steps, TrainingData
+from training.family import Asked, Codec, Evaluator, TrainingData
 from training.set_objective import SetObjective, validation_loss
 
 
@@ -53,14 +57,9 @@ class SetFamily(ImageFamily):
             metrics = dict.fromkeys((*run.logging.metrics, "fewshot_fid"))
             if not run.sets.compute_fid:
                 del metrics["fewshot_fid"]
-            logging = dataclasses.replace(run.logging, metrics=tuple(metrics))
-            run = dataclasses.replace(run, logging=logging)
+            run = run.changed("logging", metrics=tuple(metrics))
         check_metrics(run, given, of_supports=True)
-        if run.logging.metrics_ref is not None:
-            raise ValueError(
-                "--metrics-ref has no effect on set-conditioned models, which are compared with "
-                "images of their unseen classes; leave it out."
-            )
+        refuse_reference(run, "set-conditioned models", "images of their unseen classes")
         return run
 
     def open_data(self, run: SetRun, path: str | None = None, split: str = "train") -> SetDataset:
@@ -90,10 +89,8 @@ class SetFamily(ImageFamily):
         reason = "was trained without context dropout and has learned nothing to guide away from"
         return reason, "--context-drop=0.1"
 
-    def steps(self, run: SetRun, data: TrainingData, start_nimg: int, part: Part) -> Steps:
-        # Sets are drawn by their position in the run, which therefore is their key.
-        sampler = self._sampler(None, run, start_nimg, part)
-        return Steps(sampler, lambda cur_nimg: run.model.input_shape)
+    def _num_keys(self, data: TrainingData) -> None:
+        return None  # Sets are drawn by their position in the run, which therefore is their key.
 
     def objective(self, run: SetRun, network: Network, codec: Codec) -> SetObjective:
         settings = objective_settings(run)
@@ -112,20 +109,15 @@ class SetFamily(ImageFamily):
         evaluate = self._evaluate(run, data, device)
         if run.logging.metrics and "unseen" in names:
             scored = episodes_of_run(data, "unseen", support_size=size)
-        return SetEvaluator(run, evaluate, _joined(shown), scored, self._validation_loss(run, data))
+        measure_loss = None
+        if run.sets.num_eval_batches:
+            sets = data.of_classes(data.split.val or data.split.test)
 
-    def _validation_loss(
-        self, run: SetRun, data: SetDataset
-    ) -> Callable[[ImageGenerator], float] | None:
-        if not run.sets.num_eval_batches:
-            return None
-        sets = data.of_classes(data.split.val or data.split.test)
+            def measure_loss(generator: ImageGenerator) -> float:
+                objective = self.objective(run, generator.network, generator.codec)
+                return validation_loss(run, sets, objective)
 
-        def measure(generator: ImageGenerator) -> float:
-            objective = self.objective(run, generator.network, generator.codec)
-            return validation_loss(run, sets, objective)
-
-        return measure
+        return SetEvaluator(run, evaluate, _joined(shown), scored, measure_loss)
 
     def _metric_specs(self, run: SetRun, specs: Sequence[Any]) -> Sequence[Any]:
         num_images = run.sets.fid_num_samples
@@ -143,10 +135,7 @@ class SetFamily(ImageFamily):
 
     def requests(self, snapshot: Snapshot, asked: Asked) -> SupportRequests:
         asked.refuse(("classes",), "this model makes images from a support; give --support")
-        asked.refuse(
-            ("prompt", "reference", "bucket", "features", "ids", "text", "visual"),
-            "this model was not trained on features",
-        )
+        asked.refuse(*NOT_FEATURES)
         if bool(asked.support) == (asked.episodes is not None):
             raise ValueError(
                 "This model makes images from a support: give --support=IMAGES, or --episodes=N."
@@ -154,9 +143,8 @@ class SetFamily(ImageFamily):
         if asked.support:
             asked.refuse(("split", "data"), "applies to --episodes alone; leave it out")
             return SupportRequests(read_support(asked.support, snapshot.config.model), False)
-        split = asked.split or "unseen"
-        episodes = episodes_of_snapshot(snapshot, split, asked.episodes, data=asked.data)
-        return SupportRequests(episodes, True)
+        num, split = asked.episodes, asked.split or "unseen"
+        return SupportRequests(episodes_of_snapshot(snapshot, split, num, data=asked.data), True)
 
     def images(
         self,
@@ -256,10 +244,9 @@ def _check_classes(run: SetRun, data: SetDataset) -> None:
             "trained on are held out; give --test-classes, or a larger --held-out."
         )
     if run.sets.num_eval_batches and not (data.split.val or data.split.test):
-        raise ValueError(
-            "--num-eval-batches: there are no classes to validate on; name some with "
-            "--val-classes, or set --num-eval-batches=0."
-        )
+        remedy = "name some with --val-classes, or set --num-eval-batches=0"
+        but = "there are no classes to validate on"
+        raise refusal("--num-eval-batches", but=but, remedy=remedy)
 
 
 def _kinds_to_show(dataset: SetDataset, size: int) -> list[str]:
@@ -287,11 +274,10 @@ def _joined(parts: Sequence[Episodes]) -> Episodes:
 def _module_sizes(model: SetDiTConfig) -> str:
     with torch.device("meta"):
         network = build_network(model)
-    parts = {"DiT": network.backbone, "encoder": network.conditioner.encoder}
-    sizes = {name: count_parameters(module) for name, module in parts.items()}
-    rest = count_parameters(network) - sum(sizes.values())
-    sizes["null and labels" if model.mode_context == "deterministic" else "rest"] = rest
-    return ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+    parts = (network, network.backbone, network.conditioner.encoder)
+    total, backbone, encoder = map(count_parameters, parts)
+    rest = "null and labels" if model.mode_context == "deterministic" else "rest"
+    return f"DiT {backbone:,}, encoder {encoder:,}, {rest} {total - backbone - encoder:,}"
 
 
 def episodes_of_snapshot(
@@ -299,22 +285,13 @@ def episodes_of_snapshot(
 ) -> Episodes:
     """Return ``num`` episodes of a split of the data of a snapshot, of one class after another.
 
-    Args:
-        snapshot: Of a model of sets.
-        split: ``seen`` (by held-out images), ``unseen`` or ``val``.
-        num: Number of episodes.
-        data: Where the data are now, if not where they were.
-        seed: Seed of the choice.
-
-    Raises ValueError if the data are not there, or have no such classes or too few images.
+    The split is ``seen`` (by held-out images), ``unseen`` or ``val``; ``data`` says where the data
+    are now. Raises ValueError if they are not there, or have no such classes or too few images.
     """
-    dataset = open_data_of(snapshot, data)
-    size = snapshot.config.model.context_size
-    once = episodes_of_run(dataset, split, support_size=size, num_per_class=1, seed=seed)
-    num_classes = len(once)
-    found = episodes_of_run(
-        dataset, split, support_size=size, num_per_class=-(-num // num_classes), seed=seed
-    )
+    size, dataset = snapshot.config.model.context_size, open_data_of(snapshot, data)
+    choose = functools.partial(episodes_of_run, dataset, split, support_size=size, seed=seed)
+    num_classes = len(choose(num_per_class=1))
+    found = choose(num_per_class=-(-num // num_classes))
     # Episodes of a class lie together; take the first of each class, then the second.
     order = np.arange(len(found)).reshape(num_classes, -1).T.flatten()[:num]
     return found[order.tolist()]
@@ -328,17 +305,12 @@ def open_data_of(snapshot: Snapshot, data: str | None = None) -> SetDataset:
     config = snapshot.config
     location = data or config.data.data
     if location is None or not Path(location).exists():
-        raise ValueError(
-            f"--data: {location} does not exist; say where the data are that {snapshot.path} was "
-            "trained on."
-        )
-    settings = dataclasses.replace(config.data, data=location, cache=False)
-    dataset = FAMILY.open_data(dataclasses.replace(config, data=settings))
+        remedy = f"say where the data are that {snapshot.path} was trained on"
+        raise refusal("--data", but=f"{location} does not exist", remedy=remedy)
+    dataset = FAMILY.open_data(config.changed("data", data=location, cache=False))
     if not dataset.is_same_as(snapshot.data.content_hash):
-        raise ValueError(
-            f"--data: {location} holds other data than {snapshot.path} was trained on, so that its "
-            "split of classes is not known."
-        )
+        but = f"{location} holds other data than {snapshot.path} was trained on"
+        raise refusal("--data", but=f"{but}, so that its split of classes is not known")
     return dataset
 
 

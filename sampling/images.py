@@ -8,9 +8,9 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from diffusion.denoiser import AUTOCAST_DTYPES, Denoiser
+from diffusion.denoiser import Denoiser
 from diffusion.guidance import GuidanceConfig, autoguidance, classifier_free
-from diffusion.precond import Precond, make_precond
+from diffusion.precond import Precond
 from diffusion.samplers import SamplingConfig, num_evaluations, reads_variance, sample
 from dnnlib.config import Config, to_dict
 from models import Context, ModelConfig, Network
@@ -20,7 +20,7 @@ from torch_utils.rng import SeededNoise
 from training.checkpoint import Snapshot, load_snapshot
 from training.config import TrainingConfig
 from training.ema import describe_average
-from training.family import Codec, GeneratorOptions
+from training.family import Codec
 
 cached_snapshot = functools.lru_cache(maxsize=2)(load_snapshot)
 
@@ -156,37 +156,16 @@ class ImageGenerator:
         )
 
 
-def load_generator(
-    snapshot: Snapshot, codec: Codec, device: torch.device, options: GeneratorOptions
-) -> ImageGenerator:
-    """Return the generator of a snapshot, with its own protocol where ``options`` give none.
-
-    Raises ValueError for a ``guide`` of other images or without a weight.
-    """
-    config = snapshot.config
-    guidance = options.guidance or config.guidance
-    guide = None if options.guide is None else cached_snapshot(options.guide)
-    if guide is not None:
-        _check_guide(snapshot, guide, guidance)
-    return ImageGenerator(
-        network=snapshot.build(device),
-        precond=make_precond(config.precond),
-        model=config.model,
-        sampling=options.sampling or config.sampling,
-        guidance=guidance,
-        device=device,
-        autocast_dtype=AUTOCAST_DTYPES[options.precision or config.training.precision],
-        codec=codec,
-        guide=None if guide is None else guide.build(device),
-        guide_hash=None if guide is None else guide.sha256,
-    )
-
-
-def _check_guide(snapshot: Snapshot, guide: Snapshot, guidance: GuidanceConfig) -> None:
+def check_guide(snapshot: Snapshot, guide: Snapshot, guidance: GuidanceConfig) -> None:
+    """Raise ValueError if ``guide`` makes other images than a snapshot, or has no weight."""
     if guidance.cfg_scale == 1.0:
         raise ValueError("--guide has no effect with --cfg-scale=1; give the weight, such as 1.7.")
-    same = _interface(guide) == _interface(snapshot)
-    if not same or not _same_autoencoder(guide.config.model, snapshot.config.model):
+    same = []
+    for config in (snapshot.config, guide.config):
+        same.append((config.model.input_shape, config.model.num_classes, config.precond))
+    # That of imported weights is not known.
+    autoencoders = {own.config.model.encoder_hashes.get("vae") for own in (snapshot, guide)}
+    if same[0] != same[1] or len(autoencoders - {None}) > 1:
         raise ValueError(
             f"--guide: {guide.path} makes images of another size, class count, parametrization or "
             f"autoencoder than {snapshot.path}."
@@ -221,17 +200,6 @@ def _label_source(generator: ImageGenerator, class_counts: Sequence[int]) -> str
 def seed_range(first_seed: int, num_images: int) -> str:
     """Return the seeds of ``num_images`` images as a score row states them, such as ``0-49999``."""
     return f"{first_seed}-{first_seed + num_images - 1}"
-
-
-def _interface(snapshot: Snapshot) -> tuple[Any, ...]:
-    model = snapshot.config.model
-    return model.input_shape, model.num_classes, snapshot.config.precond
-
-
-def _same_autoencoder(first: ModelConfig, second: ModelConfig) -> bool:
-    # That of imported weights is not known.
-    hashes = {model.encoder_hashes.get("vae") for model in (first, second)}
-    return None in hashes or len(hashes) == 1
 
 
 def labels_like_data(class_counts: Sequence[int]) -> np.ndarray:

@@ -313,7 +313,7 @@ def test_class_shares_compare_with_images_of_other_supports():
     }
     first, second, third = class_shares(predictions, ["a", "b", "c"])
     assert (first.hits, first.num, first.control_hits, first.control_num) == (3, 4, 2, 8)
-    assert (second.share, second.control) == (0.25, 1 / 8)
+    assert (second.hits, second.num, second.control_hits, second.control_num) == (1, 4, 1, 8)
     assert (third.name, third.hits, third.control_hits) == ("c", 3, 0)
 
 
