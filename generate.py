@@ -125,13 +125,8 @@ def main(config: GenerateConfig, options: GenerateOptions, asked: Asked) -> None
 
     device = distributed.init()
     allow_tf32(options.tf32)
-    protocol = GeneratorOptions(
-        sampling=config.sampling,
-        guidance=config.guidance,
-        precision=options.precision,
-        guide=options.guide,
-        vae=options.vae,
-    )
+    settings = {name: getattr(options, name) for name in ("precision", "guide", "vae")}
+    protocol = GeneratorOptions(sampling=config.sampling, guidance=config.guidance, **settings)
     generator = requests.bind(family.load(snapshot, device, protocol), device)
     # Images of another protocol in the same folder would pass for this one's.
     facts = dict(snapshot=snapshot.sha256, **requests.facts, **generator.protocol())

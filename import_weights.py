@@ -1,6 +1,5 @@
 """Turn published weights of latent DiffiT into a snapshot for generate.py and fid.py."""
 
-import dataclasses
 from pathlib import Path
 
 import click
@@ -47,11 +46,7 @@ def main(weights: str, preset: str, out: Path, vae: str) -> None:
     chosen = PRESETS[preset]
     config = families.of(chosen.run).fit(chosen.run, None, chosen.num_classes)
     # The published samples were made in float32.
-    config = dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, vae=vae),
-        training=dataclasses.replace(config.training, precision="fp32", compile=False),
-    )
+    config = config.changed("training", precision="fp32", compile=False).changed("model", vae=vae)
     tensors = read_safetensors(path, "It ought to be the official state dict.")
     try:
         network = network_of_published(tensors, config.model)

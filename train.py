@@ -64,28 +64,21 @@ def base_config(args: Sequence[str]) -> RunConfig | None:
     if preset is None and resolution is not None:
         if not resolution.isdigit() or int(resolution) not in PRESET_OF_RESOLUTION:
             known = join_names(f"{r} ({p})" for r, p in PRESET_OF_RESOLUTION.items())
-            raise ValueError(
-                f"--resolution: no preset for {resolution}; there is one for {known}. Choose with "
-                f"--preset: {', '.join(PRESETS)}."
-            )
+            problem = f"--resolution: no preset for {resolution}; there is one for {known}."
+            raise ValueError(f"{problem} Choose with --preset: {', '.join(PRESETS)}.")
         preset = PRESET_OF_RESOLUTION[int(resolution)]
-    if preset is None:
-        if "--help" in args:
-            preset = "cifar10"
-        else:
-            raise ValueError(f"Choose what to train with --preset: {', '.join(PRESETS)}.")
-    return get_preset(preset).run
+    if preset is None and "--help" not in args:
+        raise ValueError(f"Choose what to train with --preset: {', '.join(PRESETS)}.")
+    return get_preset(preset or "cifar10").run
 
 
 def option_elsewhere(name: str, config: Config | None) -> str | None:
     """Return a sentence saying where an option is, or what it is called here."""
     owners = [
-        preset_name
-        for preset_name, preset in PRESETS.items()
-        if any(
-            name in (setting.name, *setting.field.metadata["aliases"])
-            for setting in settings(preset.run)
-        )
+        owner
+        for owner, preset in PRESETS.items()
+        for option in settings(preset.run)
+        if name in (option.name, *option.field.metadata["aliases"])
     ]
     if not owners or not isinstance(config, RunConfig):
         from commands.synonyms import used_here
@@ -104,10 +97,7 @@ def main(config: RunConfig, options: TrainOptions) -> int:
     # Cheap checks first: nothing is opened or started before they pass.
     given = click.get_current_context().meta["given"]
     start = Start(
-        outdir=options.outdir,
-        resume=options.resume,
-        transfer=options.transfer,
-        desc=options.desc,
+        outdir=options.outdir, resume=options.resume, transfer=options.transfer, desc=options.desc
     )
     with usage_errors():
         config = with_one_of_each(config, given)

@@ -3,13 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from commands.options import (
-    AnyConfig,
-    SourceOptions,
-    check_targets,
-    score_command,
-    used_detectors,
-)
+from commands.options import AnyConfig, SourceOptions, check_targets, score_command, used_detectors
 from data.images.dataset import open_images
 from dnnlib.click_options import param, takes
 from evaluation.neighbours import check_neighbours, find_neighbours, write_report

@@ -32,8 +32,7 @@ class PosthocOptions:
     kimg: int | None = param(min=0, help="Kimg at which the averages end.  [default: the last]")
     outdir: Path | None = param(help="Folder for the averages.  [default: RUN_DIR]")
     snapshots: str = param(
-        default="*",
-        help="File names of the snapshots to use, with wildcards, separated by commas.",
+        default="*", help="File names of the snapshots to use, with wildcards, separated by commas."
     )
 
 

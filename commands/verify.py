@@ -23,8 +23,7 @@ class VerifyOptions:
         help="Visual encoder, to encode some images of a folder of features again with.",
     )
     samples: int | None = param(
-        min=1,
-        help=f"Number of images per bucket that --visual encodes.  [default: {_NUM_SAMPLES}]",
+        min=1, help=f"Number of images per bucket that --visual encodes.  [default: {_NUM_SAMPLES}]"
     )
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from configs.preset import Preset
+from configs.presets import Preset
 from data.images.augment import AugmentConfig
 from data.images.dataset import DatasetConfig
 from diffusion.samplers import SamplingConfig
@@ -24,16 +24,8 @@ MODELS: dict[str, DiffiTConfig] = {
     "ffhq64": DiffiTConfig(resolution=64, num_stages=4, num_blocks=(4,), window=8, dropout=0.05),
     # Ours: small enough for a few CPU minutes. 8x8 grey digits of scikit-learn.
     "digits": DiffiTConfig(
-        resolution=8,
-        img_channels=1,
-        num_classes=10,
-        num_stages=2,
-        num_blocks=(1,),
-        base_dim=32,
-        hidden_dim=96,
-        num_heads=2,
-        window=4,
-        time_dim=128,
+        **dict(resolution=8, img_channels=1, num_classes=10, num_stages=2, num_blocks=(1,)),
+        **dict(base_dim=32, hidden_dim=96, num_heads=2, window=4, time_dim=128),
     ),
 }
 
@@ -58,12 +50,7 @@ _DIGITS = ImageRun(
     model=MODELS["digits"],
     data=DatasetConfig(cond=True, cache=True),
     training=TrainingConfig(
-        batch=128,
-        kimg=154,
-        lr=2e-3,
-        lr_rampup=5,
-        ema_kimg=10,
-        augment=AugmentConfig(augment=0.0),
+        batch=128, kimg=154, lr=2e-3, lr_rampup=5, ema_kimg=10, augment=AugmentConfig(augment=0.0)
     ),
     logging=LoggingConfig(tick=8, snap=10, workers=0, sample_batch=256),
     sampling=SamplingConfig(sampler="dpmpp_2m", steps=16),

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from configs.preset import Preset
+from configs.presets import Preset
 from data.images.augment import AugmentConfig
 from diffusion.precond import PrecondConfig
 from diffusion.samplers import SamplingConfig

@@ -1,6 +1,6 @@
 """Latent DiffiT models."""
 
-from configs.preset import Preset, half_life_kimg
+from configs.presets import Preset, half_life_kimg
 from data.images.augment import AugmentConfig
 from data.images.dataset import DatasetConfig
 from diffusion.guidance import GuidanceConfig
@@ -10,8 +10,8 @@ from families.latent import LatentRun
 from models.latent_diffit import LatentDiffiTConfig
 from training.config import LoggingConfig, TrainingConfig
 
-# The classes of ImageNet, with the null label beside them.
 _IMAGENET_CLASSES = 1000
+_SOURCE = "DiffiT section 5.2, Appendix H.2 and I.2; DiT"
 
 # Depth 28 is what the published weights have, and what DiffiT's Table 9 counts (arXiv 2312.02139:
 # 561M parameters); Appendix H.2 says 30. Widths, depths and heads of the smaller ones are those of
@@ -37,16 +37,8 @@ MODELS: dict[str, LatentDiffiTConfig] = {
 }
 # Ours: small enough for a few CPU minutes, on latents of 8x8 grey digits.
 MODELS["digits-latent"] = LatentDiffiTConfig(
-    resolution=8,
-    img_channels=1,
-    num_classes=10,
-    latent_channels=4,
-    latent_downsampling=2,
-    num_blocks=3,
-    hidden_dim=64,
-    num_heads=4,
-    patch_size=1,
-    base_dim=32,
+    **dict(resolution=8, img_channels=1, num_classes=10, latent_channels=4, latent_downsampling=2),
+    **dict(num_blocks=3, hidden_dim=64, num_heads=4, patch_size=1, base_dim=32),
     learned_variance=True,
 )
 
@@ -100,12 +92,7 @@ _DIGITS_LATENT = LatentRun(
     precond=PrecondConfig(precond="ddpm", learned_variance=True),
     data=DatasetConfig(cond=True),
     training=TrainingConfig(
-        batch=128,
-        kimg=300,
-        lr=4e-3,
-        lr_rampup=5,
-        ema_kimg=10,
-        augment=AugmentConfig(augment=0.0),
+        batch=128, kimg=300, lr=4e-3, lr_rampup=5, ema_kimg=10, augment=AugmentConfig(augment=0.0)
     ),
     logging=LoggingConfig(tick=20, snap=5, workers=0, sample_batch=256),
     sampling=SamplingConfig(sampler="ddpm", grid="timesteps", steps=50),
@@ -114,9 +101,7 @@ _DIGITS_LATENT = LatentRun(
 
 PRESETS: dict[str, Preset] = {
     **{
-        name: Preset(
-            run=run, num_classes=1000, source="DiffiT section 5.2, Appendix H.2 and I.2; DiT"
-        )
+        name: Preset(run=run, num_classes=_IMAGENET_CLASSES, source=_SOURCE)
         for name, run in _IMAGENET.items()
     },
     "digits-latent": Preset(run=_DIGITS_LATENT, num_classes=10, source="ours, for CPUs"),

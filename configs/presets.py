@@ -1,54 +1,48 @@
 """Presets by name. A family's file is imported when one of its presets is asked for."""
 
+import collections
+import dataclasses
 import importlib
-from collections.abc import Iterator, Mapping, MutableMapping
+import math
 
 import families  # noqa: F401 (registers them)
-from configs.preset import Preset
 from dnnlib.config import did_you_mean
 from models import ModelConfig
-from training.config import TrainingConfig
+from training.config import RunConfig, TrainingConfig
 
 
-class _Presets(MutableMapping[str, Preset]):
-    """Presets in the order of their files; names are known without importing these."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A run's configuration, and what is usually known of its data before it is opened."""
 
-    def __init__(self, files: Mapping[str, tuple[str, ...]]) -> None:
-        self._file_of = {name: file for file, names in files.items() for name in names}
-        self._added: dict[str, Preset] = {}
+    run: RunConfig
+    num_classes: int  # Of the dataset that the preset is named after, used with --cond.
+    source: str
+
+
+class _Presets(collections.UserDict):
+    """Presets by name, each given as the name of its file, which is imported when it is needed."""
 
     def __getitem__(self, name: str) -> Preset:
-        if name in self._added:
-            return self._added[name]
-        return importlib.import_module(f"configs.{self._file_of[name]}").PRESETS[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter({**self._file_of, **self._added})
-
-    def __len__(self) -> int:
-        return len({*self._file_of, *self._added})
-
-    def __setitem__(self, name: str, preset: Preset) -> None:
-        self._added[name] = preset
-
-    def __delitem__(self, name: str) -> None:
-        del self._added[name]
+        preset = super().__getitem__(name)
+        if isinstance(preset, str):
+            preset = self[name] = importlib.import_module(f"configs.{preset}").PRESETS[name]
+        return preset
 
 
-PRESETS = _Presets(
-    {
-        "diffit": ("cifar10", "cifar10-l4", "ffhq64", "digits"),
-        "latent_diffit": (
-            *("imagenet256", "imagenet256-d30", "imagenet256-l", "imagenet256-b", "imagenet256-s"),
-            *("imagenet512", "imagenet512-d30", "digits-latent"),
-        ),
-        "set_dit": (
-            *("fsdm-cifar100-film", "fsdm-cifar100-lag", "fsdm-depth6", "fsdm-depth12"),
-            *("fsdm-option-a", "fsdm-option-b", "fsdm-option-c", "fsdm-digits"),
-        ),
-        "feature_dit": ("nanodit", "nanodit-768", "nanodit-tiny"),
-    }
-)
+_NAMES = {
+    "diffit": ("cifar10", "cifar10-l4", "ffhq64", "digits"),
+    "latent_diffit": (
+        *("imagenet256", "imagenet256-d30", "imagenet256-l", "imagenet256-b", "imagenet256-s"),
+        *("imagenet512", "imagenet512-d30", "digits-latent"),
+    ),
+    "set_dit": (
+        *("fsdm-cifar100-film", "fsdm-cifar100-lag", "fsdm-depth6", "fsdm-depth12"),
+        *("fsdm-option-a", "fsdm-option-b", "fsdm-option-c", "fsdm-digits"),
+    ),
+    "feature_dit": ("nanodit", "nanodit-768", "nanodit-tiny"),
+}
+PRESETS = _Presets({name: file for file, names in _NAMES.items() for name in names})
 
 # What --resolution alone means.
 PRESET_OF_RESOLUTION = {32: "cifar10", 64: "ffhq64", 256: "imagenet256", 512: "imagenet512"}
@@ -57,9 +51,8 @@ PRESET_OF_RESOLUTION = {32: "cifar10", 64: "ffhq64", 256: "imagenet256", 512: "i
 def get_preset(name: str) -> Preset:
     """Return a preset; raises ValueError that suggests the nearest name."""
     if name not in PRESETS:
-        raise ValueError(
-            f"--preset: got {name!r}; accepted: {', '.join(PRESETS)}.{did_you_mean(name, PRESETS)}"
-        )
+        near = did_you_mean(name, PRESETS)
+        raise ValueError(f"--preset: got {name!r}; accepted: {', '.join(PRESETS)}.{near}")
     return PRESETS[name]
 
 
@@ -82,13 +75,16 @@ def get_diffit_config(name: str) -> ModelConfig:
     for file in ("diffit", "latent_diffit"):
         models.update(importlib.import_module(f"configs.{file}").MODELS)
     if name not in models:
-        raise ValueError(
-            f"Unknown DiffiT preset {name!r}; accepted: {', '.join(models)}."
-            f"{did_you_mean(name, models)}"
-        )
+        near = did_you_mean(name, models)
+        raise ValueError(f"Unknown DiffiT preset {name!r}; accepted: {', '.join(models)}.{near}")
     return models[name]
 
 
 def get_training_config(name: str) -> TrainingConfig:
     """Return the training settings of a preset, such as ``cifar10``."""
     return get_preset(name).run.training
+
+
+def half_life_kimg(beta: float, batch: int) -> float:
+    """Return the half-life of a weight average whose decay is ``beta`` a step of ``batch``."""
+    return batch * math.log(0.5) / math.log(beta) / 1000

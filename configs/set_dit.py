@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from configs.preset import Preset, half_life_kimg
+from configs.presets import Preset, half_life_kimg
 from data.fewshot.classes import SetConfig
 from data.images.augment import AugmentConfig
 from data.images.dataset import DatasetConfig
@@ -25,18 +25,10 @@ MODELS: dict[str, SetDiTConfig] = {
     "fsdm-option-c": SetDiTConfig(hidden_dim=512, num_blocks=4, num_heads=8, hdim=512),
     # Ours: small enough for a few CPU minutes, on 8x8 grey digits.
     "fsdm-digits": SetDiTConfig(
-        resolution=8,
-        img_channels=1,
-        patch_size=4,
-        hidden_dim=96,
-        num_blocks=3,
-        num_heads=4,
-        encoder_tokenizer="per_sample_mean",
-        encoder_depth=2,
-        encoder_heads=4,
-        encoder_dim_head=24,
-        encoder_mlp_ratio=2.0,
-        encoder_pool="mean",
+        **dict(resolution=8, img_channels=1, patch_size=4),
+        **dict(hidden_dim=96, num_blocks=3, num_heads=4),
+        **dict(encoder_tokenizer="per_sample_mean", encoder_pool="mean", encoder_depth=2),
+        **dict(encoder_heads=4, encoder_dim_head=24, encoder_mlp_ratio=2.0),
     ),
 }
 
@@ -77,21 +69,12 @@ _FSDM_DIGITS = SetRun(
     model=MODELS["fsdm-digits"],
     data=DatasetConfig(cache=True),
     sets=SetConfig(
-        train_classes=("0-7",),
-        test_classes=("8", "9"),
-        held_out=20,
-        class_transforms="dihedral",
-        skip_transforms=("6:2",),
-        hybrids=0.4,
+        **dict(train_classes=("0-7",), test_classes=("8", "9"), held_out=20),
+        **dict(class_transforms="dihedral", skip_transforms=("6:2",), hybrids=0.4),
         context_drop=0.1,
     ),
     training=TrainingConfig(
-        batch=32,
-        kimg=800,
-        lr=2e-3,
-        lr_rampup=40,
-        ema_kimg=20,
-        augment=AugmentConfig(augment=0.0),
+        batch=32, kimg=800, lr=2e-3, lr_rampup=40, ema_kimg=20, augment=AugmentConfig(augment=0.0)
     ),
     logging=LoggingConfig(tick=40, snap=4, workers=0, sample_batch=256),
     sampling=SamplingConfig(sampler="dpmpp_2m", steps=16),

@@ -115,9 +115,8 @@ class FeatureFamily:
                 but = f"preset {run.preset} is one of flow matching"
                 raise refusal(option, value, but=but, remedy=f"give {option}={wanted}")
         refuse_augmentation(run, "latents")
-        return run.changed("training", label_drop=0.0).changed(
-            "model", img_channels=3, num_classes=0
-        )
+        run = run.changed("training", label_drop=0.0)
+        return run.changed("model", img_channels=3, num_classes=0)
 
     def open_codec(
         self, run: FeatureRun, data: TrainingData, device: torch.device

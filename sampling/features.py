@@ -1,7 +1,7 @@
 """Images from text and visual features: one seed an image, whatever else is made with it."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,17 +9,14 @@ import torch
 from data.features.buckets import Bucket
 from data.features.codec import FeatureCodec
 from data.images.dataset import Cond
+from diffusion.denoiser import autocast
 from diffusion.flow import Velocity, sample_flow
-from diffusion.guidance import (
-    BRANCHES,
-    DualGuidanceConfig,
-    branch_weights,
-    weighted_branches,
-)
+from diffusion.guidance import BRANCHES, DualGuidanceConfig, branch_weights, weighted_branches
 from diffusion.samplers import SamplingConfig, num_evaluations
 from dnnlib.config import to_dict
 from models import Context, Network
 from models.feature_dit import FeatureDiTConfig
+from sampling.images import decoding_facts
 from torch_utils.rng import SeededNoise
 from training.feature_objective import FeatureConfig, patch_bias
 
@@ -50,7 +47,6 @@ class FeatureGenerator:
         bucket: Bucket,
         *,
         guidance: DualGuidanceConfig | None = None,
-        on_evaluation: Callable[[], None] | None = None,
     ) -> torch.Tensor:
         """Return uint8 images [N, 3, H, W] of a bucket's size, one per seed, on the device.
 
@@ -60,12 +56,8 @@ class FeatureGenerator:
                 Without ``text`` the image alone acts, without ``cls`` and ``patches`` the text.
             bucket: Size of the images.
             guidance: In place of the generator's own.
-            on_evaluation: Called after every sampling step.
         """
-        latents = self.sample_latents(
-            seeds, cond, bucket, guidance=guidance, on_evaluation=on_evaluation
-        )
-        return self.codec.decode(latents)
+        return self.codec.decode(self.sample_latents(seeds, cond, bucket, guidance=guidance))
 
     @torch.inference_mode()
     def sample_latents(
@@ -75,7 +67,6 @@ class FeatureGenerator:
         bucket: Bucket,
         *,
         guidance: DualGuidanceConfig | None = None,
-        on_evaluation: Callable[[], None] | None = None,
     ) -> torch.Tensor:
         """Return normalised latents [N, c, h, w], float64; arguments are :meth:`generate`'s."""
         shape = self.model.latent_shape(*bucket.size)
@@ -83,7 +74,7 @@ class FeatureGenerator:
         contexts, weights = self._branches(cond, len(seeds), bucket, guidance or self.guidance)
         velocity = Velocity(self.network, self.autocast_dtype)
         guided = weighted_branches(velocity, contexts, weights)
-        return sample_flow(guided, noise, self.sampling, callback=on_evaluation)
+        return sample_flow(guided, noise, self.sampling)
 
     def _branches(
         self, cond: Cond, num: int, bucket: Bucket, guidance: DualGuidanceConfig
@@ -107,9 +98,7 @@ class FeatureGenerator:
             if (has_text and not with_text) or (has_visual and not with_visual) or len(weights) > 1:
                 row = [not with_text, not with_visual, not with_visual]
                 drop = torch.tensor(row, device=self.device).expand(num, 3)
-            with torch.autocast(
-                self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None
-            ):
+            with autocast(self.device, self.autocast_dtype):
                 contexts.append(self.network.context(cond, drop, num=num))
         return contexts, list(weights.values())
 
@@ -120,8 +109,5 @@ class FeatureGenerator:
             sampling=to_dict(self.sampling),
             nfe=num_evaluations(self.sampling) * num_branches,
             guidance=to_dict(self.guidance),
-            **self.codec.facts(),
-            rounding="uint8, clip(127.5 x + 128)",
-            tf32=torch.backends.cuda.matmul.allow_tf32,
-            precision=str(self.autocast_dtype or torch.float32).removeprefix("torch."),
+            **decoding_facts(self.codec, self.autocast_dtype),
         )

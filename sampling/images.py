@@ -65,18 +65,12 @@ class ImageGenerator:
     guide_hash: str | None = None
 
     @torch.inference_mode()
-    def generate(
-        self,
-        seeds: Sequence[int],
-        labels: Sequence[int] | None = None,
-        on_evaluation: Callable[[], None] | None = None,
-    ) -> torch.Tensor:
+    def generate(self, seeds: Sequence[int], labels: Sequence[int] | None = None) -> torch.Tensor:
         """Return uint8 images [N, C, H, W], one per seed, on the device.
 
         Args:
             seeds: One integer per image, taken modulo 2**32.
             labels: One class index per image; by default each image's seed draws its class.
-            on_evaluation: Called after every sampling step.
         """
         noise = SeededNoise(seeds, self.device)
         latents = noise.randn(self.model.input_shape)
@@ -88,10 +82,7 @@ class ImageGenerator:
         if self.guide is not None:
             guide = self._conditional(self.guide, chosen, len(seeds))
             denoise = autoguidance(denoise, guide, self.guidance, self.precond)
-        images = sample(
-            denoise, latents, self.sampling, self.precond, noise, callback=on_evaluation
-        )
-        return self.codec.decode(images)
+        return self.codec.decode(sample(denoise, latents, self.sampling, self.precond, noise))
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -104,12 +95,8 @@ class ImageGenerator:
         return self.model.num_classes
 
     def _denoiser(self, network: Network) -> Denoiser:
-        return Denoiser(
-            network,
-            self.precond,
-            self.autocast_dtype,
-            with_variance=reads_variance(self.sampling, self.precond),
-        )
+        with_variance = reads_variance(self.sampling, self.precond)
+        return Denoiser(network, self.precond, self.autocast_dtype, with_variance=with_variance)
 
     def _context(
         self, network: Network, chosen: torch.Tensor | None, num: int, *, dropped: bool = False
@@ -149,11 +136,18 @@ class ImageGenerator:
             nfe=num_evaluations(self.sampling, self.precond),
             guidance=to_dict(self.guidance),
             guide_hash=self.guide_hash,
-            **self.codec.facts(),
-            rounding="uint8, clip(127.5 x + 128)",
-            tf32=torch.backends.cuda.matmul.allow_tf32,
-            precision=str(self.autocast_dtype or torch.float32).removeprefix("torch."),
+            **decoding_facts(self.codec, self.autocast_dtype),
         )
+
+
+def decoding_facts(codec: Codec, autocast_dtype: torch.dtype | None) -> dict[str, Any]:
+    """Return what a score row states of the arithmetic and of the way to uint8 images."""
+    return dict(
+        **codec.facts(),
+        rounding="uint8, clip(127.5 x + 128)",
+        tf32=torch.backends.cuda.matmul.allow_tf32,
+        precision=str(autocast_dtype or torch.float32).removeprefix("torch."),
+    )
 
 
 def check_guide(snapshot: Snapshot, guide: Snapshot, guidance: GuidanceConfig) -> None:
@@ -182,19 +176,14 @@ def passport(
 
     ``training`` and the ``progress`` of a snapshot tell which average the weights are.
     """
+    labels = "as in the training data" if class_counts else "drawn by each seed"
     return dict(
         snapshot_hash=weights_hash(generator.network.state_dict()),
         ema=describe_average(training, progress or {}),
-        labels=_label_source(generator, class_counts),
+        labels=labels if generator.num_classes else "none",
         **generator.protocol(),
         packages=package_versions(),
     )
-
-
-def _label_source(generator: ImageGenerator, class_counts: Sequence[int]) -> str:
-    if not generator.num_classes:
-        return "none"
-    return "as in the training data" if class_counts else "drawn by each seed"
 
 
 def seed_range(first_seed: int, num_images: int) -> str:
@@ -224,11 +213,10 @@ def generate_for_rank(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield this rank's share of the images of ``indices``, each batch with its indices.
 
-    A batch is ``(int64 [N] on the CPU, uint8 [N, C, H, W] on the device)``.
-
-    Image i has seed first_seed + i and, for a conditional model, the i-th class of the data's
-    proportions. ``on_batch`` receives the number of images that all ranks made meanwhile, if they
-    are equally fast.
+    A batch is ``(int64 [N] on the CPU, uint8 [N, C, H, W] on the device)``. Image i has seed
+    first_seed + i and, for a conditional model, the i-th class of the data's proportions.
+    ``on_batch`` receives the number of images that all ranks made meanwhile, if they are equally
+    fast.
     """
     labels = None
     if generator.num_classes and sum(class_counts):

@@ -1,6 +1,7 @@
 """Where generated images go, and which class each is of."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -64,20 +65,16 @@ class Place:
 
 
 def places(outdir: Path, requests: Requests, seeds: Sequence[int], subdirs: bool) -> list[Place]:
-    """Return every image of ``requests``: of one part after the other, all ``seeds``."""
-    parts = range(requests.num_parts)
-    folders = [outdir / f"{part:04d}" if requests.has_folders else outdir for part in parts]
-    return [
-        Place(image_path(folders[part], seed, subdirs), seed, requests.label(part, seed))
-        for part in parts
-        for seed in seeds
-    ]
+    """Return every image of ``requests``: of one part after the other, all ``seeds``.
 
-
-def image_path(outdir: Path, seed: int, subdirs: bool) -> Path:
-    """Return the file of one seed: ``000123.png``, under ``000000`` with subfolders."""
-    folder = outdir / f"{seed - seed % 1000:06d}" if subdirs else outdir
-    return folder / f"{seed:06d}.png"
+    A seed's file is ``000123.png``, under ``000000`` with ``subdirs``.
+    """
+    found = []
+    for part, seed in itertools.product(range(requests.num_parts), seeds):
+        folder = outdir / f"{part:04d}" if requests.has_folders else outdir
+        folder = folder / f"{seed - seed % 1000:06d}" if subdirs else folder
+        found.append(Place(folder / f"{seed:06d}.png", seed, requests.label(part, seed)))
+    return found
 
 
 def claim_outdir(outdir: Path, protocol: Mapping[str, Any]) -> None:
@@ -99,10 +96,8 @@ def make_images(generator: Generator, wanted: Sequence[Place], batch: int) -> No
     with distributed.together(), bar:
         for start in range(0, len(mine), batch):
             part = mine[start : start + batch]
-            labels = [place.label for place in part]
-            images = generator.generate(
-                [place.seed for place in part], None if None in labels else labels
-            )
+            seeds, labels = [place.seed for place in part], [place.label for place in part]
+            images = generator.generate(seeds, None if None in labels else labels)
             for place, image in zip(part, images, strict=True):
                 save_image(to_pil(image), place.path)
             bar.update(min(len(part) * distributed.world_size(), len(todo)))

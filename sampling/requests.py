@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from data.images.dataset import Cond
 from data.images.decode import decode_image
 from diffusion.guidance import branch_weights
 from diffusion.samplers import num_evaluations
+from dnnlib.errors import refusal
 from encoders.text import load_text_encoder
 from encoders.visual import load_visual_encoder
 from models.feature_dit import FeatureDiTConfig
@@ -43,12 +44,7 @@ class RequestGenerator:
     generator: FeatureGenerator
     requests: Sequence[Request]
 
-    def generate(
-        self,
-        seeds: Sequence[int],
-        labels: Sequence[int],
-        on_evaluation: Callable[[], None] | None = None,
-    ) -> list[torch.Tensor]:
+    def generate(self, seeds: Sequence[int], labels: Sequence[int]) -> list[torch.Tensor]:
         """Return uint8 images [3, H, W], one per seed, of the requests of those numbers."""
         images: dict[int, torch.Tensor] = {}
         for label in dict.fromkeys(labels):
@@ -58,25 +54,19 @@ class RequestGenerator:
                 name: value if name == "size" else value.expand(len(rows), *value.shape[1:])
                 for name, value in request.cond.items()
             }
-            made = self.generator.generate(
-                [seeds[row] for row in rows], cond, request.bucket, on_evaluation=on_evaluation
-            )
+            made = self.generator.generate([seeds[row] for row in rows], cond, request.bucket)
             images.update(zip(rows, made.cpu(), strict=True))
         return [images[row] for row in range(len(seeds))]
 
     def protocol(self) -> dict[str, Any]:
         """Return how the images are made, and of what."""
-        protocol = self.generator.protocol()
-        evaluations = set()
-        for request in self.requests:
-            weights = branch_weights(
-                self.generator.guidance,
-                has_text="text" in request.cond,
-                has_visual="cls" in request.cond,
-            )
-            evaluations.add(num_evaluations(self.generator.sampling) * len(weights))
-        protocol["nfe"] = max(evaluations)
-        return dict(protocol, requests=[dict(r.facts, bucket=r.bucket.name) for r in self.requests])
+        num_branches = set()
+        for cond in (request.cond for request in self.requests):
+            given = dict(has_text="text" in cond, has_visual="cls" in cond)
+            num_branches.add(len(branch_weights(self.generator.guidance, **given)))
+        nfe = num_evaluations(self.generator.sampling) * max(num_branches)
+        requests = [dict(r.facts, bucket=r.bucket.name) for r in self.requests]
+        return dict(self.generator.protocol(), nfe=nfe, requests=requests)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,11 +90,8 @@ class PromptRequests:
                 raise ValueError("Give --features and --id together.")
             asked.refuse(("text", "visual"), "stored features are already encoded; leave it out")
             asked.refuse(("bucket",), "stored features have the size of their images; leave it out")
-        for name, option, value in (
-            ("text", "prompt", asked.prompt),
-            ("visual", "reference", asked.reference),
-        ):
-            if getattr(asked, name) is not None and not value:
+        for name, option in (("text", "prompt"), ("visual", "reference")):
+            if getattr(asked, name) is not None and not getattr(asked, option):
                 raise ValueError(f"--{name} encodes --{option}; give that too.")
 
     @property
@@ -138,16 +125,12 @@ def choose_bucket(snapshot: Snapshot, text: str | None, reference: Path | None) 
     """
     known = parse_buckets(",".join(snapshot.config.model.buckets))
     if text is not None:
-        bucket = next((b for b in known if b.name == text.lower()), None)
-        if bucket is None:
-            raise ValueError(
-                f"--bucket: got {text}; the model was trained on "
-                f"{', '.join(b.name for b in known)}."
-            )
-        return bucket
-    if reference is None:
-        return known[0]
-    return nearest_bucket(*_open_image(reference).size, known)
+        by_name = {bucket.name: bucket for bucket in known}
+        if text.lower() not in by_name:
+            remedy = f"the model was trained on {', '.join(by_name)}"
+            raise refusal("--bucket", text, remedy=remedy)
+        return by_name[text.lower()]
+    return nearest_bucket(*_open_image(reference).size, known) if reference else known[0]
 
 
 def encode_requests(snapshot: Snapshot, device: torch.device, asked: Asked) -> list[Request]:
@@ -163,9 +146,8 @@ def encode_requests(snapshot: Snapshot, device: torch.device, asked: Asked) -> l
     shared: Cond = {"size": torch.tensor(size.size)}
     facts: dict[str, Any] = {}
     if reference is not None:
-        encoder = load_visual_encoder(
-            asked.visual or model.visual, device, expected_hash=model.visual_hash
-        )
+        location = asked.visual or model.visual
+        encoder = load_visual_encoder(location, device, expected_hash=model.visual_hash)
         image, _ = fit_image(_open_image(reference), size)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
         shared["cls"], shared["patches"] = (value.cpu() for value in encoder.encode(pixels))
@@ -175,10 +157,8 @@ def encode_requests(snapshot: Snapshot, device: torch.device, asked: Asked) -> l
     encoder = load_text_encoder(asked.text or model.text, device, expected_hash=model.text_hash)
     hidden, mask, num_truncated = encoder.encode(list(prompts))
     if num_truncated:
-        raise ValueError(
-            f"--prompt: {num_truncated} text(s) have more than {encoder.max_tokens} tokens; "
-            "shorten them."
-        )
+        but = f"{num_truncated} text(s) have more than {encoder.max_tokens} tokens"
+        raise refusal("--prompt", but=but, remedy="shorten them")
     requests = []
     for row, prompt in enumerate(prompts):
         own = hidden[row, mask[row]].cpu().numpy()
@@ -192,10 +172,9 @@ def check_encoders(model: FeatureDiTConfig, dataset: FeatureDataset, option: str
     """Raise ValueError if a dataset has the features of other encoders than a model's."""
     for name, expected in model.encoder_hashes.items():
         if expected is not None and getattr(dataset.record, name)["hash"] != expected:
-            raise ValueError(
-                f"{option}: {dataset.path} was made with another encoder (--{name}) than the "
-                "model's; give the features that it was trained on, or others made alike."
-            )
+            but = f"{dataset.path} was made with another encoder (--{name}) than the model's"
+            remedy = "give the features that it was trained on, or others made alike"
+            raise refusal(option, but=but, remedy=remedy)
 
 
 def stored_requests(snapshot: Snapshot, folder: str, ids: Sequence[str]) -> list[Request]:
@@ -204,11 +183,10 @@ def stored_requests(snapshot: Snapshot, folder: str, ids: Sequence[str]) -> list
     Raises ValueError for a name that is not there, and for features of other encoders than the
     model's.
     """
-    model = snapshot.config.model
-    found = {}
+    config, found = snapshot.config, {}
     for split in SPLITS:
-        dataset = FeatureDataset(folder, split, text_lengths=snapshot.config.features.text_lengths)
-        check_encoders(model, dataset, "--features")
+        dataset = FeatureDataset(folder, split, text_lengths=config.features.text_lengths)
+        check_encoders(config.model, dataset, "--features")
         places = {name: row for row, name in enumerate(dataset.ids)}
         for name in ids:
             if name in places:
@@ -218,10 +196,8 @@ def stored_requests(snapshot: Snapshot, folder: str, ids: Sequence[str]) -> list
                 found[name] = Request(name, cond, size, facts)
     missing = [name for name in ids if name not in found]
     if missing:
-        raise ValueError(
-            f"--id: {missing[0]} is not in {folder}; dataset_tool.py info lists where its samples "
-            "are, and their manifests the names."
-        )
+        remedy = "dataset_tool.py info lists where its samples are, and their manifests the names"
+        raise refusal("--id", but=f"{missing[0]} is not in {folder}", remedy=remedy)
     return [found[name] for name in ids]
 
 

@@ -41,23 +41,18 @@ class SupportGenerator(ImageGenerator):
     ) -> Context:
         key = (id(network), dropped)
         if key not in self.encoded:
-            parts = [
-                self._encode(
-                    network,
-                    range(start, min(start + _ENCODED_AT_ONCE, len(self.episodes))),
-                    dropped,
-                )
-                for start in range(0, len(self.episodes), _ENCODED_AT_ONCE)
-            ]
-            self.encoded[key] = parts[0].concat(*parts[1:])
+            starts = range(0, len(self.episodes), _ENCODED_AT_ONCE)
+            first, *others = (self._encode(network, start, dropped) for start in starts)
+            self.encoded[key] = first.concat(*others)
         return self.encoded[key].index(chosen)
 
-    def _encode(self, network: Network, rows: range, dropped: bool) -> Context:
-        supports = self.episodes.supports[rows.start : rows.stop].to(self.device)
+    def _encode(self, network: Network, start: int, dropped: bool) -> Context:
+        rows = slice(start, start + _ENCODED_AT_ONCE)
+        supports = self.episodes.supports[rows].to(self.device)
         cond = {"support": supports.to(torch.float32) / 127.5 - 1}
         if self.model.num_classes:
-            cond["label"] = self.episodes.labels[rows.start : rows.stop].to(self.device)
-        drop = torch.full([len(rows)], dropped, device=self.device)
+            cond["label"] = self.episodes.labels[rows].to(self.device)
+        drop = torch.full([len(supports)], dropped, device=self.device)
         with autocast(self.device, self.autocast_dtype):
             return network.context(cond, drop)
 
