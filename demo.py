@@ -3,35 +3,29 @@
 Runs the same commands as a user would, shows them, and checks the result.
 """
 
+import dataclasses
 import time
 from pathlib import Path
 
 import click
 
 from dnnlib.cli import run
-from dnnlib.click_options import PathType
+from dnnlib.click_options import param, takes
 from dnnlib.text import format_time
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    outdir: Path = param(default="demo-out", help="Folder for data, runs and images.")
+    latent: bool = param(help="Train latent DiffiT instead, with guidance.")
+    sets: bool = param(help="Train set-conditioned DiT instead, and make digits it never saw.")
+    features: bool = param(help="Train NanoDiT instead, on photographs by text and image.")
+
+
 @click.command(context_settings=dict(help_option_names=["-h", "--help"]))
-@click.option(
-    "--outdir",
-    default="demo-out",
-    show_default=True,
-    type=PathType(),
-    help="Folder for data, runs and images.",
-)
-@click.option("--latent", is_flag=True, help="Train latent DiffiT instead, with guidance.")
-@click.option(
-    "--sets", is_flag=True, help="Train set-conditioned DiT instead, and make digits it never saw."
-)
-@click.option(
-    "--features", is_flag=True, help="Train NanoDiT instead, on photographs by text and image."
-)
+@takes(DemoOptions)
 @click.argument("train_args", nargs=-1, type=click.UNPROCESSED)
-def main(
-    outdir: Path, latent: bool, sets: bool, features: bool, train_args: tuple[str, ...]
-) -> int:
+def main(options: DemoOptions, train_args: tuple[str, ...]) -> int:
     """Train, sample and score a small class-conditional DiffiT on 1,797 real handwritten digits.
 
     TRAIN_ARGS go to train.py after those of the demo, as in
@@ -42,7 +36,8 @@ def main(
       python demo.py --sets
       python demo.py --features
     """
-    if latent + sets + features > 1:
+    sets, features = options.sets, options.features
+    if options.latent + sets + features > 1:
         raise click.UsageError("Give one of --latent, --sets and --features.")
     start = time.time()
     what, minutes = "photographs" if features else "digits", "8 to 10" if sets else "2 to 5"
@@ -55,11 +50,11 @@ def main(
         from demos.sets import demo_sets as demo
     elif features:
         from demos.features import demo_features as demo
-    elif latent:
+    elif options.latent:
         from demos.images import demo_latents as demo
     else:
         from demos.images import demo_pixels as demo
-    passed = demo(outdir, train_args)
+    passed = demo(options.outdir, train_args)
     verdict = "As expected." if passed else "NOT as expected."
     click.echo(f"Total time: {format_time(time.time() - start)}. {verdict}")
     return 0 if passed else 1

@@ -1,5 +1,6 @@
 """Turn published weights of latent DiffiT into a snapshot for generate.py and fid.py."""
 
+import dataclasses
 from pathlib import Path
 
 import click
@@ -7,29 +8,28 @@ import click
 import families
 from configs.latent_diffit import PRESETS
 from dnnlib.cli import run
-from dnnlib.click_options import PathType
+from dnnlib.click_options import param, takes
 from dnnlib.files import check_target, fetch, sha256_of_file
 from encoders.autoencoder import AUTOENCODER
 from metrics.weights import read_safetensors
 from models.published import network_of_published
 from training.checkpoint import DataSummary, read_header, save_weights
 
-LATENT_PRESETS = list(PRESETS)
 # The autoencoder of whose latents the published weights are.
 PUBLISHED_VAE = "stabilityai/sd-vae-ft-ema"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImportOptions:
+    preset: str = param(required=True, choices=PRESETS, help="The model that the weights are of.")
+    out: Path = param(required=True, help="Snapshot to write.")
+    vae: str = param(default=PUBLISHED_VAE, help="Autoencoder to decode with.")
+
+
 @click.command(context_settings=dict(help_option_names=["-h", "--help"]))
 @click.argument("weights", metavar="WEIGHTS.safetensors")
-@click.option(
-    "--preset",
-    required=True,
-    type=click.Choice(LATENT_PRESETS),
-    help="The model that the weights are of.",
-)
-@click.option("--out", required=True, type=PathType(), help="Snapshot to write.")
-@click.option("--vae", default=PUBLISHED_VAE, show_default=True, help="Autoencoder to decode with.")
-def main(weights: str, preset: str, out: Path, vae: str) -> None:
+@takes(ImportOptions)
+def main(weights: str, options: ImportOptions) -> None:
     """Read WEIGHTS, a path or URL of the official state dict in safetensors, and write a snapshot.
 
     Every name and shape must be that of the preset's model. The snapshot carries the preset's
@@ -40,6 +40,7 @@ def main(weights: str, preset: str, out: Path, vae: str) -> None:
       python import_weights.py diffit_256.safetensors --preset=imagenet256 --out=network.pkl
       python generate.py --network=network.pkl --outdir=out --seeds=0-15 --class=207 --grid=out.png
     """
+    preset, out, vae = options.preset, options.out, options.vae
     check_target("--out", out, is_ours=read_header)
     AUTOENCODER.check_location(vae)
     path = fetch(weights)

@@ -42,8 +42,6 @@ EXAMPLES = """
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CalcOptions:
-    """What images are compared with and by which metrics, and where the scores go."""
-
     ref: str | None = param(
         help="Real images, or their statistics: .npz, .pkl in EDM2's layout, path or URL."
     )

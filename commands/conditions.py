@@ -12,8 +12,6 @@ from dnnlib.files import atomic_write
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConditionsOptions:
-    """Which model is looked at, on which images, and where the report goes."""
-
     network: str = param(required=True, help="Snapshot of a model with conditions.")
     data: str | None = param(help="Images with their conditions.  [default: those of the training]")
     num: int = param(default=64, min=2, help="Number of images to denoise.")

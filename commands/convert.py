@@ -16,8 +16,6 @@ from dnnlib.click_options import param, takes
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
-    """Which images are converted, how, and where the dataset goes."""
-
     source: str = param(
         required=True,
         metavar="PATH|digits",

@@ -9,8 +9,6 @@ from dnnlib.click_options import param, takes
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncodeOptions:
-    """Which images are encoded, by what and how, and where the latents go."""
-
     source: str = param(
         required=True, metavar="ZIP|DIR|NPZ", help="Dataset made by convert, or images like it."
     )

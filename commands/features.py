@@ -9,8 +9,6 @@ from dnnlib.click_options import param, takes
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FeaturesOptions:
-    """Which images and captions are encoded, by what and how, and where the features go."""
-
     source: str = param(
         required=True, metavar="DIR|ZIP", help="Folder or zip of images of any size and shape."
     )

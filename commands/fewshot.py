@@ -31,8 +31,6 @@ from torch_utils import distributed
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FewShotOptions:
-    """Which model is scored, on which classes and by which metrics, and where the scores go."""
-
     network: str = param(required=True, help="Snapshot of a set-conditioned model.")
     data: str | None = param(help="Training data.  [default: where they were in training]")
     transfer: str | None = param(

@@ -16,8 +16,6 @@ _NUM_GENERATED = 1000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NeighboursOptions:
-    """Among which images copies are looked for, by which distance, and what the report shows."""
-
     data: str = param(required=True, help="Folder, zip or .npz of the training images.")
     held_out: str | None = param(
         help="Real images not trained on, to compare with.  [default: training images, each "

@@ -26,8 +26,6 @@ EXAMPLES = """
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PosthocOptions:
-    """Which averages are made of which snapshots, and where they go."""
-
     stds: str = param("--std", required=True, help="Relative stds to make, such as 0.07,0.15.")
     kimg: int | None = param(min=0, help="Kimg at which the averages end.  [default: the last]")
     outdir: Path | None = param(help="Folder for the averages.  [default: RUN_DIR]")

@@ -18,8 +18,6 @@ from training.config import DetectorConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RefOptions:
-    """Which images are described, for which metrics, and where the result goes."""
-
     data: str = param(required=True, help="Folder, zip or .npz of real images.")
     dest: Path = param(required=True, help="The .npz file to write.")
     metrics: str = param(

@@ -61,8 +61,6 @@ class ValidateConfig(GenerateConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ValidateOptions:
-    """Which model is put to which tests, on what images, and where the report goes."""
-
     network: str = param(required=True, help="Snapshot of a feature-conditioned model.")
     data: str | None = param(help="Its feature folder.  [default: where it was in training]")
     split: str = param(

@@ -12,8 +12,6 @@ _NUM_SAMPLES = 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VerifyOptions:
-    """How thoroughly a dataset is checked."""
-
     workers: int | None = param(min=1, help="Number of processes, or threads, that decode.")
     source: str | None = param(
         metavar="DIR|ZIP", help="Images that a folder of features was made from, to compare with."

@@ -11,7 +11,7 @@ from scipy.stats import fisher_exact
 from data.fewshot.classes import NUM_TRANSFORMS, transform_images
 from data.fewshot.sets import SetDataset
 from data.images.dataset import ImageDataset
-from demos.steps import minimise
+from demos.steps import minimise, small_autoencoder
 
 _KL_WEIGHT = 1e-3
 
@@ -109,21 +109,11 @@ def train_autoencoder(
     variance, as in latent diffusion (Rombach et al., arXiv 2112.10752). The error is the mean
     square over pixels in [-1, 1].
     """
-    from diffusers import AutoencoderKL
-
     dataset = ImageDataset(data)
     torch.manual_seed(seed)
-    vae = AutoencoderKL(
-        in_channels=dataset.img_channels,
-        out_channels=dataset.img_channels,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(32, 64),
-        norm_num_groups=8,
-        latent_channels=4,
-        sample_size=dataset.resolution,
-        mid_block_add_attention=False,
-    )
+    sizes = dict.fromkeys(("in_channels", "out_channels"), dataset.img_channels)
+    sizes |= dict(latent_channels=4, sample_size=dataset.resolution)
+    vae = small_autoencoder(block_out_channels=(32, 64), **sizes)
     images = dataset.__getitems__(range(len(dataset)))[0].to(torch.float32) / 127.5 - 1
     generator = torch.Generator().manual_seed(seed)
     errors: list[torch.Tensor] = []

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from demos.steps import minimise
+from demos.steps import minimise, small_autoencoder
 
 _SUBJECTS = ("temple", "flower")
 _PLACES = ("left", "middle", "right")
@@ -72,19 +72,10 @@ def _photographs() -> list[Image.Image]:
 
 def _write_vae(folder: Path, num_steps: int) -> None:
     """Train an AutoencoderKL of 8 channels and an eighth of the edge on the photographs."""
-    from diffusers import AutoencoderKL
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(16, 32, 48, 48),
-            layers_per_block=1,
-            norm_num_groups=8,
-            latent_channels=8,
-            mid_block_add_attention=False,
-        )
+        widths = (16, 32, 48, 48)
+        vae = small_autoencoder(block_out_channels=widths, layers_per_block=1, latent_channels=8)
     smaller = []
     for photograph in _photographs():
         size = (photograph.width // 2, photograph.height // 2)

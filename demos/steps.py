@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -58,6 +59,16 @@ def train_model(outdir: Path, *args: str) -> tuple[Path, Path]:
 def generate(title: str, network: Path, folder: Path, *args: str) -> None:
     """Generate images into a folder."""
     execute(title, "generate.py", f"--network={network}", f"--outdir={folder}", *args)
+
+
+def small_autoencoder(block_out_channels: tuple[int, ...], **settings: Any) -> torch.nn.Module:
+    """Return an AutoencoderKL of these widths without attention; needs the package diffusers."""
+    from diffusers import AutoencoderKL
+
+    kinds = dict(down_block_types="DownEncoderBlock2D", up_block_types="UpDecoderBlock2D")
+    settings |= {name: (kind,) * len(block_out_channels) for name, kind in kinds.items()}
+    settings |= dict(norm_num_groups=8, mid_block_add_attention=False)
+    return AutoencoderKL(block_out_channels=block_out_channels, **settings)
 
 
 def minimise(

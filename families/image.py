@@ -220,11 +220,7 @@ class ImageFamily:
         return ClassRequests(parse_classes(asked.classes, snapshot.data.class_names))
 
     def images(
-        self,
-        snapshot: Snapshot,
-        generator: Callable[[], ImageGenerator],
-        first_seed: int,
-        batch: int,
+        self, snapshot: Snapshot, generator: Callable[[], Any], first_seed: int, batch: int
     ) -> Any:
         from evaluation.images import SnapshotImages
 

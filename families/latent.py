@@ -50,13 +50,8 @@ class LatentFamily(ImageFamily):
             if data.cache:
                 raise ValueError("--cache has no effect on latents, which need no decoding.")
             check_resolution(run, read_record(data.data).resolution)
-            return LatentDataset(
-                data.data,
-                use_labels=data.cond,
-                max_size=data.max_size,
-                seed=run.training.seed,
-                hflip=data.hflip,
-            )
+            settings = dict(use_labels=data.cond, max_size=data.max_size, hflip=data.hflip)
+            return LatentDataset(data.data, seed=run.training.seed, **settings)
         dataset = open_images_of(run)
         if run.model.vae is None:
             raise ValueError(

@@ -99,16 +99,16 @@ class SetFamily(ImageFamily):
     def evaluator(self, run: SetRun, data: SetDataset, device: torch.device) -> Evaluator:
         from evaluation.in_loop.sets import SetEvaluator
 
-        size = run.model.context_size
-        names = _kinds_to_show(data, size)
+        episodes_of = functools.partial(episodes_of_run, data, support_size=run.model.context_size)
+        names = _kinds_to_show(data, run.model.context_size)
         shown, scored = [], None
         for name in names:
-            episodes = episodes_of_run(data, name, support_size=size, num_per_class=1)
+            episodes = episodes_of(name, num_per_class=1)
             chosen = np.linspace(0, len(episodes) - 1, min(len(episodes), 8 // len(names)))
             shown.append(episodes[chosen.round().astype(int).tolist()])
         evaluate = self._evaluate(run, data, device)
         if run.logging.metrics and "unseen" in names:
-            scored = episodes_of_run(data, "unseen", support_size=size)
+            scored = episodes_of("unseen")
         measure_loss = None
         if run.sets.num_eval_batches:
             sets = data.of_classes(data.split.val or data.split.test)
@@ -137,9 +137,8 @@ class SetFamily(ImageFamily):
         asked.refuse(("classes",), "this model makes images from a support; give --support")
         asked.refuse(*NOT_FEATURES)
         if bool(asked.support) == (asked.episodes is not None):
-            raise ValueError(
-                "This model makes images from a support: give --support=IMAGES, or --episodes=N."
-            )
+            but = "give --support=IMAGES, or --episodes=N"
+            raise refusal("This model makes images from a support", but=but)
         if asked.support:
             asked.refuse(("split", "data"), "applies to --episodes alone; leave it out")
             return SupportRequests(read_support(asked.support, snapshot.config.model), False)
@@ -147,11 +146,7 @@ class SetFamily(ImageFamily):
         return SupportRequests(episodes_of_snapshot(snapshot, split, num, data=asked.data), True)
 
     def images(
-        self,
-        snapshot: Snapshot,
-        generator: Callable[[], ImageGenerator],
-        first_seed: int,
-        batch: int,
+        self, snapshot: Snapshot, generator: Callable[[], Any], first_seed: int, batch: int
     ) -> Any:
         raise ValueError(
             f"--network: {snapshot.path} makes images from supports; score it with fid.py fewshot, "
@@ -239,10 +234,9 @@ def _describe(run: SetRun) -> dict[str, str]:
 def _check_classes(run: SetRun, data: SetDataset) -> None:
     """Raise ValueError if a run has no support for its pictures, or no classes to validate on."""
     if not _kinds_to_show(data, run.model.context_size):
-        raise ValueError(
-            "There is no support to show: no class is unseen, and too few images of the classes "
-            "trained on are held out; give --test-classes, or a larger --held-out."
-        )
+        but = "no class is unseen, and too few images of the classes trained on are held out"
+        remedy = "give --test-classes, or a larger --held-out"
+        raise refusal("There is no support to show", but=but, remedy=remedy)
     if run.sets.num_eval_batches and not (data.split.val or data.split.test):
         remedy = "name some with --val-classes, or set --num-eval-batches=0"
         but = "there are no classes to validate on"
