@@ -12,7 +12,7 @@ from dnnlib.cli import ConfigCommand, is_given, raw_value, run
 from dnnlib.click_options import param, takes
 from dnnlib.config import Config
 from dnnlib.files import check_target
-from dnnlib.text import parse_ranges
+from dnnlib.text import MAX_LISTED, parse_ranges
 from sampling.images import GenerateConfig, cached_snapshot
 from sampling.outputs import claim_outdir, make_images, places
 from torch_utils import distributed
@@ -56,6 +56,7 @@ class GenerateOptions:
         "--num-images",
         "--num",
         min=1,
+        max=MAX_LISTED,
         help="Short for --seeds=0-(N-1) (under torchrun use --num-images: it parses --num itself).",
     )
     batch: int = param(default=64, min=1, help="Images per rank and pass.")

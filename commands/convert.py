@@ -9,6 +9,7 @@ import click
 from data.convert import convert as conversion
 from data.convert.cifar_mnist import SPLITS
 from data.convert.fewshot_sources import CIFAR_SPLITS
+from data.convert.labelling import LabelChoice
 from data.convert.sources import open_source
 from data.images.transforms import TRANSFORMS, parse_resolution
 from dnnlib.click_options import param, takes
@@ -40,6 +41,16 @@ class ConvertOptions:
     )
     max_images: int | None = param(min=1, help="Use only the first N images.")
     skip_broken: bool = param(help="Leave out broken images instead of failing.")
+    labels: str | None = param(
+        metavar="folders|none|FILE",
+        help="Labels of a folder or zip of images: from its folders, none, or from a .json file as "
+        "dataset.json or a .csv file of name,class.  [default: dataset.json, or else folders]",
+    )
+    label_level: int | None = param(
+        min=1,
+        help="Which folder in a file's path is its class, counted from --source.  [default: the "
+        "first that does not hold everything]",
+    )
     split: str | None = param(
         choices=SPLITS, help="Part of a CIFAR archive or MNIST folder to take.  [default: train]"
     )
@@ -84,7 +95,10 @@ def command(options: ConvertOptions) -> None:
     """
     # A request to stop cleans up; what SIGKILL leaves is a hidden .NAME.*.tmp beside --dest.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    source = open_source(options.source, options.split, options.class_split)
+    choice = LabelChoice(options.labels, options.label_level)
+    parts = (options.split, options.class_split)
+    source = open_source(options.source, *parts, choice, options.skip_broken)
+    click.echo(source.label_line)
     size = parse_resolution(options.resolution, options.transform)
     same = ("transform", "max_images", "skip_broken")
     settings = {name: getattr(options, name) for name in same}
@@ -98,3 +112,4 @@ def command(options: ConvertOptions) -> None:
     size = f"{summary.resolution}x{summary.resolution}x{summary.img_channels}"
     classes = f"{summary.num_classes} classes" if summary.num_classes else "no labels"
     click.echo(f"{options.dest}: {summary.num_images} images of {size}, {classes}.")
+    click.echo(summary.count_line)

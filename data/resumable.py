@@ -20,6 +20,7 @@ from dnnlib.files import check_target, lock_folder, write_json
 from dnnlib.parallel import thread_map
 from dnnlib.progress import progress
 from dnnlib.text import join_names
+from dnnlib.typed import parse_json
 from torch_utils import distributed
 
 T = TypeVar("T")
@@ -65,7 +66,7 @@ def check_claim(
     if not file.is_file():
         return
     try:
-        there = dict(json.loads(file.read_text(encoding="utf-8")))
+        there = dict(parse_json(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         problem = f"cannot be read ({error}), so that the {what} beside it may be of any making"
         remedy = "choose another folder, or delete that one"

@@ -64,7 +64,7 @@ class SamplingConfig(Config):
     affects: ClassVar[str] = "speed"
 
     sampler: str = option("heun", choices=SAMPLERS, help="Sampler that goes from noise to images.")
-    steps: int = option(18, min=1, help="Number of sampling steps.")
+    steps: int = option(18, min=1, max=100_000, help="Number of sampling steps.")
     grid: str = option(
         "karras",
         choices=("karras", "linear", "vp", "ve", "iddpm", "timesteps", "time"),

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 from dnnlib.config import did_you_mean
 from dnnlib.errors import refusal
 
+MAX_LISTED = 10_000_000  # Integers of one list, which a range names in a few characters.
+
 
 def format_time(seconds: float) -> str:
     """Return a duration such as ``42s``, ``3m 05s``, ``2h 07m`` or ``4d 03h``."""
@@ -37,29 +39,54 @@ def join_names(names: Iterable[str]) -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
+def is_number(text: str) -> bool:
+    """Return whether a text is a whole number in decimal digits, of a length that can be meant."""
+    return text.isascii() and text.isdecimal() and len(text) <= 18
+
+
+def by_number(name: str) -> tuple[bool, int, str]:
+    """Return the key that sorts names which are numbers by size, before all others by letters."""
+    return not is_number(name), int(name) if is_number(name) else 0, name
+
+
 def parse_ranges(
     where: str, parts: str | Sequence[str], names: Sequence[str] | None = None
 ) -> list[int]:
     """Return the integers of a list such as ``0-3,7,10-11``, or of its elements, in order.
 
     Each of ``names``, those of classes, may stand for its index, and no other index is accepted.
-    Raises ValueError for anything else, with the option ``where``.
+    Where a class has a number for its name, all numbers are names, so that ``1,2`` and ``1-2`` are
+    the same; a range is of the classes that lie in it, by their numbers.
+    Raises ValueError for anything else, with the option ``where``, and for too many integers.
     """
     found: list[int] = []
+    numbers = {int(name): i for i, name in enumerate(names or ()) if is_number(name)}
     for part in map(str.strip, parts.split(",") if isinstance(parts, str) else parts):
         if names is not None and part in names:
             found.append(list(names).index(part))
             continue
         low, dash, high = part.partition("-")
-        if not low.isdecimal() or (dash and not high.isdecimal()):
+        if not is_number(low) or (dash and not is_number(high)):
             if names is not None:
                 raise ValueError(f"{where}: no class {part!r}.{did_you_mean(part, names)}")
             raise refusal(where, repr(part), accepted="integers and ranges, as 0-63,100")
         first, last = int(low), int(high or low)
         if last < first:
             raise ValueError(f"{where}: got {part}, which ends before it starts.")
+        if numbers:
+            for number in (first, last):
+                if number not in numbers:
+                    known = join_names(map(str, sorted(numbers)[:8]))
+                    remedy = "where names are numbers, numbers are names"
+                    problem = f"no class is called {number}; {remedy}, and the first are {known}"
+                    raise refusal(where, part, but=problem)
+            found += [numbers[number] for number in sorted(numbers) if first <= number <= last]
+            continue
         if names is not None and last >= len(names):
             accepted = f"names, and indices from 0 to {len(names) - 1}"
             raise refusal(where, part, accepted=accepted)
+        if len(found) + last - first >= MAX_LISTED:
+            problem = f"a list holds at most {MAX_LISTED:,} numbers"
+            raise refusal(where, part, but=problem, remedy="give fewer at a time")
         found.extend(range(first, last + 1))
     return found

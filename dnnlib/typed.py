@@ -13,6 +13,14 @@ from dnnlib.errors import refusal
 T = TypeVar("T")
 
 
+def parse_json(content: str | bytes, **hooks: Any) -> Any:
+    """Return the value of a JSON text; raises ValueError for any other, or for one too deep."""
+    try:
+        return json.loads(content, **hooks)
+    except RecursionError:
+        raise ValueError("values are nested too deeply") from None
+
+
 @dataclasses.dataclass(frozen=True)
 class JsonFormat:
     """A format of JSON files, whose object has a ``format`` and a ``version``."""
@@ -29,7 +37,7 @@ class JsonFormat:
         values at which ``make`` raises ValueError or OverflowError.
         """
         try:
-            values = json.loads(content)
+            values = parse_json(content)
         except ValueError as error:
             raise ValueError(f"{file}: damaged, not valid JSON ({error}); {self.remedy}.") from None
         if not isinstance(values, dict) or values.get("format") != self.name:

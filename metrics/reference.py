@@ -14,6 +14,7 @@ import torch
 from dnnlib import safe_pickle
 from dnnlib.errors import refusal
 from dnnlib.files import atomic_write, fetch
+from dnnlib.typed import parse_json
 from metrics.detectors import Detector, DetectorOutput
 from torch_utils import distributed
 
@@ -165,7 +166,7 @@ def _read_npz(path: Path) -> tuple[Arrays, dict[str, Any]]:
     description: dict[str, Any] = dict(_UNKNOWN)
     with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
         if "description" in file.files:
-            description.update(json.loads(str(file["description"])))
+            description.update(parse_json(str(file["description"])))
         outputs = [DetectorOutput.parse(name) for name in description["detector_hashes"]]
         arrays: Arrays = {}
         for output in outputs or list(_PUBLISHED):

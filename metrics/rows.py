@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dnnlib.errors import refusal
+from dnnlib.typed import parse_json
 
 # What a comparison is about, as opposed to the protocol that ought to agree. Software versions are
 # on record, but two of them are no two protocols.
@@ -50,7 +51,7 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
 def _parsed(text: str) -> Any:
     """Return what a JSON text holds; None if it is none."""
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError:
         return None
 

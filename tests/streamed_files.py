@@ -8,6 +8,7 @@ import json
 import re
 import tarfile
 import threading
+import zlib
 
 import numpy as np
 
@@ -64,7 +65,7 @@ def write_shard(path, samples, columns, index):
                 info.size = len(members[key])
                 columns["offset"][key].append(tar.offset + 512)
                 columns["size"][key].append(info.size)
-                columns["crc32"][key].append(0)
+                columns["crc32"][key].append(zlib.crc32(members[key]))
                 tar.addfile(info, io.BytesIO(members[key]))
     num, num_bytes = len(samples), path.stat().st_size
     moments = {name: dict(count=0, mean=[], m2=[]) for name in STATISTICS}

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from dnnlib.cli import ConfigCommand, raw_value, replace_settings
 from dnnlib.config import Config, from_dict, identity, option, to_dict
 from dnnlib.text import parse_ranges
-from dnnlib.typed import JsonFormat, typed
+from dnnlib.typed import JsonFormat, parse_json, typed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -298,6 +298,28 @@ def test_lists_of_integers_accept_ranges_and_refuse_anything_else():
             parse_ranges("--seeds", text)
     with pytest.raises(ValueError, match="--seeds: got 7-5, which ends before it starts"):
         parse_ranges("--seeds", "1,7-5")
+
+
+def test_a_list_has_a_bound_on_its_length_and_a_number_one_on_its_digits():
+    for text in ("0-9999999999", "5," * 3 + "0-9999999"):
+        with pytest.raises(ValueError, match=r"--seeds: got .*at most 10,000,000 numbers"):
+            parse_ranges("--seeds", text)
+    with pytest.raises(ValueError, match="accepted: integers and ranges"):
+        parse_ranges("--seeds", "9" * 5000)
+
+
+def test_where_classes_are_called_by_numbers_all_numbers_are_names():
+    names = ["1", "2", "10", "cat"]
+    assert parse_ranges("--class", "1,2", names) == parse_ranges("--class", "1-2", names) == [0, 1]
+    assert parse_ranges("--class", "2-10,cat", names) == [1, 2, 3]
+    for text in ("0", "1-3"):
+        with pytest.raises(ValueError, match=r"no class is called [03]; .* 1, 2 and 10"):
+            parse_ranges("--class", text, names)
+
+
+def test_json_that_is_nested_too_deeply_is_an_error_and_not_the_end_of_the_stack():
+    with pytest.raises(ValueError, match="nested too deeply"):
+        parse_json("[" * 200_000)
 
 
 def test_lists_of_classes_accept_names_and_their_indices():

@@ -6,9 +6,11 @@ import os
 import pickle
 import shutil
 import signal
+import struct
 import subprocess
 import time
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -20,7 +22,7 @@ from PIL import Image
 from data.images import identity
 from data.images.codec import PixelCodec
 from data.images.dataset import DatasetConfig, ImageDataset, MirroredImages, open_dataset
-from data.images.decode import ImageError
+from data.images.decode import ImageError, UnfitImageError, decode_image
 from data.loader import iterate_images, make_loader
 from data.samplers import PositionSampler
 from torch_utils.rng import epoch_permutation
@@ -130,6 +132,28 @@ def test_folder_stored_and_compressed_zip_hold_the_same_dataset(data, tmp_path):
         images, cond = ImageDataset(path, use_labels=True).__getitems__(range(10))
         assert torch.equal(images, reference[0])
         assert torch.equal(cond["label"], reference[1]["label"])
+
+
+def test_a_flipped_byte_in_a_zip_is_noticed_when_the_image_is_read(data):
+    with zipfile.ZipFile(data) as archive:
+        info = archive.getinfo("00000/img00000004.png")
+    content = bytearray(data.read_bytes())
+    content[info.header_offset + 30 + len(info.filename) + info.file_size - 1] ^= 1
+    data.write_bytes(content)
+    dataset = ImageDataset(data)
+    dataset.__getitems__([3, 5])
+    with pytest.raises(ImageError, match=r"img00000004\.png: .* differ from the checksum"):
+        dataset.__getitems__([4])
+
+
+def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded():
+    chunk = struct.pack(">II", 60_000, 60_000) + bytes([8, 2, 0, 0, 0])
+    header = b"IHDR" + chunk
+    png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header
+    png += struct.pack(">I", zlib.crc32(header)) + struct.pack(">I", 0) + b"IDAT"
+    png += struct.pack(">I", zlib.crc32(b"IDAT"))
+    with pytest.raises(UnfitImageError, match="is 60000x60000, more than 268,435,456 pixels"):
+        decode_image(png)
 
 
 def test_max_size_is_a_seeded_subset_in_order(data):

@@ -24,6 +24,7 @@ from training_runs import only_run, per_tick
 
 import train as train_script
 from data.features.dataset import FeatureDataset
+from data.features.shards import from_npy
 from data.features.streaming import StreamedFeatures, StreamSampler
 from data.images.decode import ImageError
 from data.loader import make_loader
@@ -310,11 +311,24 @@ def test_a_pickle_in_a_shard_is_not_executed(folder, tmp_path):
         if name == "pickle":
             expected = "holds 18 members of samples where the manifest counts 15"
         else:
-            expected = f"{key} is damaged" if key == name else f"has no {key}"
+            expected = f"{key} differs from its checksum" if key == name else f"has no {key}"
+            with pytest.raises(ValueError):
+                from_npy(data)  # Nor would it be with the right checksum.
         assert re.match(f"{shard}: .*{expected}", fault_of(copy))
     assert not made.exists()
     pickle.loads(pickled)
     assert made.exists()
+
+
+def test_a_flipped_byte_of_a_shard_is_noticed_in_training(folder, own_folder):
+    shard = own_folder / "train" / "bucket_64x64" / "shard-000001.tar"
+    data = bytearray(shard.read_bytes())
+    data[data.index(b".dinov3.npy") // 512 * 512 + 512 + 130] ^= 1  # A value, not the header.
+    shard.write_bytes(data)
+    assert "dinov3.npy differs from its checksum" in fault_of(own_folder)
+    exact = FeatureDataset(own_folder, text_lengths=LENGTHS)
+    with pytest.raises(ImageError, match=r"\.dinov3\.npy differs from its checksum"):
+        list(map(exact.__getitem__, range(COUNTS[0])))
 
 
 def test_a_shard_that_is_missing_or_damaged_is_one_sentence(folder, own_folder):

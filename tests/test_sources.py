@@ -1,9 +1,12 @@
 """What dataset_tool.py convert reads: folders, zips, CIFAR, MNIST, digits and none of these."""
 
+import errno
 import gzip
 import io
 import json
+import os
 import pickle
+import re
 import sys
 import tarfile
 
@@ -393,7 +396,139 @@ def test_a_link_back_to_a_folder_above_is_not_followed_round(tmp_path):
     assert open_source(str(folder)).num_images == 3
 
 
+@pytest.mark.parametrize(
+    ("names", "args", "line"),
+    [
+        (["a/1.png", "b/2.png"], [], "Labels: 2 classes from folder level 1: a, b."),
+        (["x/a/1.png", "x/b/2.png"], [], "Labels: 2 classes from folder level 2: a, b."),
+        (["1/a.png", "10/b.png", "2/c.png"], [], "3 classes from folder level 1: 1, 2, 10."),
+        (["00000/00001.png", "01000/01002.png"], [], "No labels: the folders are shards of 1,000"),
+        (["images1024x1024/00000/00000.png", "images1024x1024/01000/01000.png"], [], "No labels"),
+        (["train/a/1.png", "val/b/2.png"], ["--label-level=2"], "from folder level 2: a, b."),
+        (["train/1.png", "val/2.png"], ["--labels=folders"], "level 1: train, val."),
+        (["a/1.png", "b/2.png"], ["--labels=none"], "No labels: --labels=none."),
+    ],
+)
+def test_what_is_taken_for_labels_is_printed(tmp_path, names, args, line):
+    source = make_folder(tmp_path / "in", names)
+    code, output = convert(source, tmp_path / "out.zip", *args)
+    assert code == 0, output
+    assert line in output
+    classes = None if "No labels" in line else line.rpartition(": ")[2].rstrip(".").split(", ")
+    assert read_target(tmp_path / "out.zip")[2]["class_names"] == classes
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            ["train/a/1.png", "val/b/2.png"],
+            "splits, .*/in/train, or give --label-level=2",
+        ),
+        (["train/1.png", "val/2.png"], "look like splits, .* or give --labels=folders if they"),
+        (["00000/img00000000.png", "00001/img00001000.png"], "lost its dataset.json; put that"),
+        (["0000/a.png", "0007/b.png"], "'0000' and '0007' look like shards"),
+        (["in/sub/a/1.png", "in/sub/b/1.png"], "below the one folder 'sub', .*--label-level=3"),
+    ],
+)
+def test_folders_that_may_be_no_classes_are_asked_about(tmp_path, names, message):
+    source = make_folder(tmp_path / "in", names)
+    code, output = convert(source, tmp_path / "out.zip")
+    assert code == 1
+    assert re.search(message, output), output
+    assert "--labels=none" in output
+
+
+def test_labels_come_from_a_file_of_names_and_classes(tmp_path):
+    source = make_folder(tmp_path / "in", ["a.png", "b.png"])
+    (tmp_path / "labels.csv").write_text("a.png,dog\nb.png,cat\n\nc.png,cat\n")
+    (tmp_path / "labels.json").write_text('{"labels": {"a.png": 1, "b.png": 0}}')
+    for name, classes in (("labels.csv", ["cat", "dog"]), ("labels.json", ["0", "1"])):
+        dest = tmp_path / f"{name}.zip"
+        code, output = convert(source, dest, f"--labels={tmp_path / name}")
+        assert code == 0, output
+        assert f"from {name}: {', '.join(classes)}" in output
+        metadata = read_target(dest)[2]
+        assert metadata["class_names"] == classes
+        assert [label for _, label in metadata["labels"]] == [1, 0]
+        assert ("labels 1 file(s) that are not there: c.png" in output) == (name == "labels.csv")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--labels=absent.csv"], "got absent.csv, but No such file"),
+        (["--labels=none", "--label-level=1"], "has an effect on folders alone"),
+        (["--label-level=3"], "has no folder of level 3"),
+    ],
+)
+def test_a_choice_of_labels_that_makes_no_sense_is_explained(tmp_path, args, message):
+    source = make_folder(tmp_path / "in", ["a/1.png", "b/2.png"])
+    code, output = convert(source, tmp_path / "out.zip", *args)
+    assert code == 1
+    assert message in output
+    code, output = convert("digits", tmp_path / "out.zip", "--labels=folders")
+    assert code == 1
+    assert "digits has labels of its own" in output
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("dataset.json", '{"labels": [["a/1.png", 0], ["b/2.png", 1], ["a/1.png", 1]]}', "twice"),
+        ("dataset.json", '{"labels": {"a/1.png": 0, "a/1.png": 1}}', "'a/1.png' is listed twice"),
+        ("dataset.json", '{"labels": [["A/1.PNG", 0], ["b/2.png", 1]]}', "called A/1.PNG there"),
+        ("dataset.json", '{"Labels": []}', 'write it "labels"'),
+        ("dataset.json", '{"labels": [["a/1.png", 999999999]]}', "below 1,000,000"),
+        ("dataset.json", "[" * 100_000, "nested too deeply"),
+        ("a/dataset.json", "{}", "a/dataset.json: labels nothing here; it belongs at"),
+        ("Dataset.JSON", "{}", "labels nothing here; it belongs at"),
+    ],
+)
+def test_a_dataset_json_that_would_mislead_is_told(tmp_path, file, content, message):
+    source = make_folder(tmp_path / "in", ["a/1.png", "b/2.png"])
+    (source / file).write_text(content)
+    code, output = convert(source, tmp_path / "out.zip")
+    assert code == 1
+    assert message in output
+
+
+def test_what_is_left_out_is_counted_with_the_reason(tmp_path):
+    source = make_folder(tmp_path / "in", ["a/1.png", "a/2.png", "b/3.png", "b/4.png"])
+    for name in ("a/x.heic", "b/y.HEIC", "b/z.avif", "b/photo"):
+        (source / name).write_bytes(b"?")
+    (source / "a/2.png").write_bytes(b"?")
+    for place in (source, make_zip(tmp_path / "in.zip", source)):
+        code, output = convert(place, tmp_path / f"{place.name}.out", "--skip-broken")
+        assert code == 0, output
+        counted = "3 taken, 5 left out (2 .heic, 1 without extension, 1 .avif, 1 broken)"
+        assert counted in output
+    code, output = convert(source, tmp_path / "1.zip", "--max-images=1")
+    assert "1 taken, 7 left out (" in output
+    assert "3 beyond --max-images" in output
+    assert "1797 taken, 0 left out." in convert("digits", tmp_path / "2.zip")[1]
+
+
+def test_a_folder_that_cannot_be_read_is_an_error_unless_broken_ones_are_skipped(
+    tmp_path, monkeypatch
+):
+    source, scandir = make_folder(tmp_path / "in", ["a/1.png", "b/2.png", "c/3.png"]), os.scandir
+
+    def refuse(path):
+        if str(path).endswith("in/b"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    code, output = convert(source, tmp_path / "out.zip")
+    assert code == 1
+    assert "in/b: cannot be read (Permission denied)" in output
+    code, output = convert(source, tmp_path / "out.zip", "--skip-broken")
+    assert code == 0, output
+    assert "2 taken, 1 left out (1 folder(s) that cannot be read)" in output
+
+
 def test_a_single_class_folder_is_named_in_a_note(tmp_path):
     folder = make_folder(tmp_path / "images", ["cat/0.png", "cat/1.png"])
-    (note,) = open_source(str(folder)).notes
-    assert "No labels: all images are in one folder, cat" in note
+    line = open_source(str(folder)).label_line
+    assert "No labels: all images are in one folder, cat" in line

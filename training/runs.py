@@ -2,13 +2,13 @@
 
 import contextlib
 import itertools
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from dnnlib.config import identity
+from dnnlib.typed import parse_json
 from torch_utils import distributed
 from training import family
 from training.checkpoint import Snapshot, find_states, load_state
@@ -69,7 +69,7 @@ def read_start(
     """
     path = run_dir / "training_options.json"
     try:
-        options = json.loads(path.read_text(encoding="utf-8"))
+        options = parse_json(path.read_text(encoding="utf-8"))
         config = with_absolute_data(family.restore_run(options["config"]))
         return config, options.get("origin")
     except FileNotFoundError:

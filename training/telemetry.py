@@ -13,6 +13,7 @@ import torch
 from dnnlib.config import Config, to_dict
 from dnnlib.files import atomic_write
 from dnnlib.text import format_kimg, format_time, join_names
+from dnnlib.typed import parse_json
 from torch_utils.misc import peak_flops
 from training.config import LoggingConfig, TrainingConfig
 
@@ -149,7 +150,7 @@ def metric_is_recorded(run_dir: Path, metric: str, cur_nimg: int) -> bool:
 def _row_kimg(line: str) -> float:
     """Return a row's kimg; infinity for a line that a kill cut off."""
     try:
-        row = json.loads(line)
+        row = parse_json(line)
         return float(row["Progress/kimg"]["mean"] if "Progress/kimg" in row else row["kimg"])
     except (ValueError, KeyError, TypeError):
         return math.inf

@@ -25,6 +25,7 @@ from dnnlib.parallel import process_map
 from dnnlib.progress import progress
 
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # The same for every file, so that equal input gives equal bytes.
+_NUM_SHOWN = 8
 _NO_DATASET = (".tar", ".gz", ".tgz", ".7z", ".rar", ".png", ".jpg", ".jpeg", ".npy")
 
 
@@ -40,6 +41,18 @@ class Source:
     class_names: Sequence[str] | None = None
     class_splits: Mapping[str, Sequence[int]] | None = None  # Class indices.
     notes: tuple[str, ...] = ()  # Sentences that the user should read.
+    origin: str = "the source"  # Where the labels come from, or why there are none.
+    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)  # How many, by why.
+
+    @property
+    def label_line(self) -> str:
+        """A sentence that says which labels were found."""
+        if self.labels is None:
+            return f"No labels: {self.origin}."
+        num = len(self.class_names)
+        shown = ", ".join(self.class_names[:_NUM_SHOWN]) + (", ..." if num > _NUM_SHOWN else "")
+        kinds = "1 class" if num == 1 else f"{num} classes"
+        return f"Labels: {kinds} from {self.origin}: {shown}."
 
 
 def array_source(
@@ -74,6 +87,14 @@ class Summary:
     num_classes: int
     skipped: tuple[str, ...]
     notes: tuple[str, ...]
+    left_out: Mapping[str, int]
+
+    @property
+    def count_line(self) -> str:
+        """A sentence that says how many files were taken, and how many not, and why."""
+        why = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items())
+        total = sum(self.left_out.values())
+        return f"{self.num_images} taken, {total} left out{f' ({why})' if why else ''}."
 
 
 def convert_images(
@@ -237,7 +258,13 @@ class _DatasetWriter:
         channels = 3 if self.to_rgb else self.first.num_channels
         num_classes = len(source.class_names) if labelled else 0
         written = (self.num_written, self.first.size[0], channels, num_classes)
-        return Summary(*written, tuple(self.broken), (*source.notes, *self._notes()))
+        left_out = dict(source.left_out)
+        beyond = source.num_images - self.num_seen
+        for reason, count in (("broken", len(self.broken)), ("beyond --max-images", beyond)):
+            if count:
+                left_out[reason] = count
+        notes = (*source.notes, *self._notes())
+        return Summary(*written, tuple(self.broken), notes, left_out)
 
     def _notes(self) -> Iterator[str]:
         if len(self.channels_seen) > 1:

@@ -13,6 +13,7 @@ import numpy as np
 from data.images.labels import CLASS_SPLITS
 from dnnlib import safe_pickle
 from dnnlib.errors import refusal
+from dnnlib.text import by_number
 
 # Of the 20 superclasses of CIFAR-100, in their alphabetical order: FC100 (Oreshkin et al., TADAM,
 # arXiv 1805.10123).
@@ -232,7 +233,7 @@ def _checked_images(path: Path, name: str, value: Any) -> np.ndarray:
 
 def _numbered(images: np.ndarray, names: Sequence[str]) -> SplitImages:
     """Return images whose classes are numbered by name; names that are numbers, by size."""
-    class_names = sorted(set(names), key=lambda n: (0, int(n), n) if n.isdigit() else (1, 0, n))
+    class_names = sorted(set(names), key=by_number)
     number = {name: index for index, name in enumerate(class_names)}
     return SplitImages(images, np.array([number[name] for name in names]), class_names)
 

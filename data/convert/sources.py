@@ -1,5 +1,7 @@
 """Opens what ``dataset_tool.py convert`` reads: folders, zips, samples, CIFAR, MNIST and digits."""
 
+import dataclasses
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,9 +10,9 @@ import numpy as np
 from data.convert.cifar_mnist import MNIST_PREFIXES, find_idx, open_cifar, open_mnist
 from data.convert.convert import Source, array_source
 from data.convert.fewshot_sources import find_fewshot_files, read_fewshot
+from data.convert.labelling import BY_ITSELF, LabelChoice, label_images
 from data.images.archive import open_archive
-from data.images.labels import read_class_splits, read_labels
-from data.images.members import Archive
+from data.images.labels import read_labels
 from data.images.samples import SampleArchive
 from dnnlib.errors import refusal
 
@@ -22,29 +24,57 @@ _ACCEPTED = (
 )
 
 
-def open_source(source: str, split: str | None = None, class_split: str | None = None) -> Source:
+def open_source(
+    source: str,
+    split: str | None = None,
+    class_split: str | None = None,
+    choice: LabelChoice = BY_ITSELF,
+    skip_broken: bool = False,
+) -> Source:
     """Return the images that ``--source`` names.
+
+    ``choice`` says which labels they get, and with ``skip_broken`` folders that cannot be read are
+    left out.
 
     ``split`` (train, test or all; train by default) is for CIFAR archives and MNIST folders, and
     an error elsewhere; ``class_split`` (fc100 or cifar-fs) is for CIFAR-100. Raises ValueError for
     anything that is none of these, or is damaged.
     """
+    if choice.labels == "none":
+        found = _open(source, split, class_split, LabelChoice("none"), skip_broken)
+        bare = dict(labels=None, class_names=None, class_splits=None)
+        return dataclasses.replace(found, **bare, origin="--labels=none")
+    return _open(source, split, class_split, choice, skip_broken)
+
+
+def _open(
+    source: str, split: str | None, class_split: str | None, choice: LabelChoice, skip_broken: bool
+) -> Source:
     path = Path(source)
     is_tar = path.is_file() and path.name.endswith((".tar.gz", ".tgz", ".tar"))
     if class_split is not None and path.exists() and not is_tar:
         problem = f"{source} is no CIFAR-100 archive"
         raise refusal("--class-split", class_split, but=problem, remedy="leave it out")
+    is_mnist = path.is_dir() and any(
+        find_idx(path, kind, "images") for kind in MNIST_PREFIXES.values()
+    )
+    opener = None if is_tar or is_mnist else _opener_of(source)
+    if choice and choice.labels != "none" and opener is not open_image_files:
+        problem = f"{source} has labels of its own"
+        remedy = "leave it out, or give --labels=none"
+        raise refusal("--labels", choice.labels or "folders", but=problem, remedy=remedy)
     if is_tar:
         if class_split is not None and split not in (None, "all"):
             problem = f"--class-split={class_split} divides the classes of all images"
             raise refusal("--split", split, but=problem, remedy="leave it out")
         return open_cifar(path, split or ("all" if class_split else "train"), class_split)
-    if path.is_dir() and any(find_idx(path, kind, "images") for kind in MNIST_PREFIXES.values()):
+    if is_mnist:
         return open_mnist(path, split or "train")
-    opener = _opener_of(source)
     if split is not None:
         remedy = "leave it out (it is for CIFAR archives and folders of MNIST files)"
         raise refusal("--split", split, but=f"{source} has no splits", remedy=remedy)
+    if opener is open_image_files:
+        return open_image_files(source, choice, skip_broken)
     return opener(source)
 
 
@@ -66,27 +96,31 @@ def _opener_of(source: str) -> Callable[[str], Source]:
     raise refusal("--source", source, but="it is of no known kind", accepted=_ACCEPTED)
 
 
-def open_image_files(source: str) -> Source:
-    """Return the images of a folder or zip, labelled by dataset.json or the first folder level.
-
-    One folder around everything, as many zips have it, counts for neither.
-    """
-    archive = open_archive(source)
-    folder = archive.names[0].partition("/")[0] + "/"
-    if not all(name.startswith(folder) for name in archive.names):
-        folder = ""
-    found, splits, notes = None, {}, ()
-    for root in dict.fromkeys(("", folder)):
-        if archive.read_file(f"{root}dataset.json") is not None:
-            found = read_labels(archive, root)
-            if found is not None:
-                splits = read_class_splits(archive, len(found[1]), root)
-            break
-    else:
-        found, notes = _labels_from_folders(archive, folder)
-    found = found or (None, None)
+def open_image_files(
+    source: str, choice: LabelChoice = BY_ITSELF, skip_broken: bool = False
+) -> Source:
+    """Return the images of a folder or zip, labelled as :func:`label_images` says."""
+    archive = open_archive(source, skip_unreadable=skip_broken)
+    found = label_images(archive, choice)
+    left_out = Counter(
+        Path(name).suffix.lower() or "without extension"
+        for name in archive.others
+        if name.rpartition("/")[2] != "dataset.json"
+    )
+    unreadable = getattr(archive, "unreadable", [])
+    if unreadable:
+        left_out["folder(s) that cannot be read"] = len(unreadable)
     return Source(
-        str(source), len(archive), archive.member, archive.label, *found, splits or None, notes
+        str(source),
+        len(archive),
+        archive.member,
+        archive.label,
+        found.labels,
+        found.class_names,
+        found.class_splits,
+        (*unreadable, *found.notes),
+        found.origin,
+        left_out,
     )
 
 
@@ -101,30 +135,9 @@ def open_samples(source: str) -> Source:
             raise ValueError(f"{archive.label(index)}: cannot be read ({error}).") from None
 
     found = read_labels(archive)
-    notes = () if found else ("No labels: the archive has no arr_1.",)
+    origin = "arr_1" if found else "the archive has no arr_1"
     labelled = found or (None, None)
-    return Source(str(source), len(archive), item, archive.label, *labelled, notes=notes)
-
-
-def _labels_from_folders(
-    archive: Archive, folder: str
-) -> tuple[tuple[np.ndarray, list[str]] | None, tuple[str, ...]]:
-    """Return labels and class names by the folders inside ``folder``, if any, and notes."""
-    parts = [name.removeprefix(folder).split("/") for name in archive.names]
-    outside = [index for index, part in enumerate(parts) if len(part) == 1]
-    if len(outside) == len(parts):
-        where = f"all images are in one folder, {folder.rstrip('/')}" if folder else "no folders"
-        return None, (f"No labels: {where}; give one folder per class for labels.",)
-    if outside:
-        problem = "lies outside the class folders that other images are in"
-        remedy = "move it into one, or give every image a label in a dataset.json"
-        raise refusal(archive.label(outside[0]), but=problem, remedy=remedy)
-    class_names, labels = np.unique([part[0] for part in parts], return_inverse=True)
-    notes = ()
-    if len(class_names) == 1:
-        only = str(class_names[0])
-        notes = (f"One class only: the first folder level holds nothing but {only!r}.",)
-    return (labels.astype(np.int64), class_names.tolist()), notes
+    return Source(str(source), len(archive), item, archive.label, *labelled, origin=origin)
 
 
 def open_digits(source: str) -> Source:

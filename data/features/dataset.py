@@ -1,10 +1,10 @@
 """Latents and features of images of several sizes, and which of them each training step takes."""
 
 import functools
-import json
 import math
 import os
 import re
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,6 +23,7 @@ from data.samplers import BucketSampler
 from dnnlib.addresses import AddressError, is_address, read_range
 from dnnlib.errors import refusal
 from dnnlib.files import OpenFiles
+from dnnlib.typed import parse_json
 
 # An item: how errors name it, and what returns a member's data by key.
 _Item = tuple[str, Callable[[str], bytes]]
@@ -129,7 +130,7 @@ class FeatureDataset(Dataset):
 
     def facts(self, index: int) -> dict[str, Any]:
         """Return what an item's json says: caption, source, crop and more."""
-        return json.loads(self._read(index, "json"))
+        return parse_json(self._read(index, "json"))
 
     def caption(self, index: int) -> str:
         """Return the text of an item."""
@@ -187,6 +188,9 @@ class FeatureDataset(Dataset):
             raise ImageError(f"{path}: cannot be read ({error.strerror}).") from None
         if len(data) != size:
             problem = f"ends in the middle of {self.ids[index]}.{key}"
+            raise ImageError(f"{path}: {problem}; {LISTED} file.")
+        if zlib.crc32(data) != manifest.crc32[key][row]:
+            problem = f"{self.ids[index]}.{key} differs from its checksum"
             raise ImageError(f"{path}: {problem}; {LISTED} file.")
         return data
 

@@ -18,7 +18,7 @@ import numpy as np
 from data.features.manifests import Manifest, empty_columns
 from data.features.record import FEATURES, KEYS, KEYS_OF, STATISTICS
 from dnnlib.files import atomic_write, sha256_of_file
-from dnnlib.typed import typed
+from dnnlib.typed import parse_json, typed
 
 Members = Mapping[str, bytes]  # The data of a sample's members by key.
 
@@ -297,7 +297,7 @@ def recover_index(path: Path, split: str, bucket: str) -> Manifest:
         for name, infos in places.items():
             found = {key: read(infos.get(key)) for key in KEYS}
             try:
-                description = typed(_Description, json.loads(found["json"][1]))
+                description = typed(_Description, parse_json(found["json"][1]))
             except ValueError:
                 continue
             _add_row(columns, name, description, found)

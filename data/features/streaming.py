@@ -6,7 +6,7 @@ import os
 import random
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -104,7 +104,7 @@ class StreamedFeatures(FeatureDataset):
         for _ in range(keys.num):
             sample = next(found)
             label = f"{sample['__url__']}: {sample['__key__']}"
-            items.append((label, functools.partial(_member, label, sample)))
+            items.append((label, functools.partial(_member, label, sample, found.crc32)))
         return self._batch(keys.bucket, items)
 
     def _open_stream(self, draw: Draw) -> "_Stream":
@@ -135,6 +135,8 @@ class _Stream:
             if shard["num_samples"]
         }
         self._expected, self._url = shards, ""
+        self._rows = {name: row for row, name in enumerate(manifest.ids)}
+        self._crc32 = manifest.crc32
         rng = random.Random(mix(seed, 1))
         pipeline = wds.DataPipeline(
             # Its own seed would be one of the process, and know no rank where torch has no group.
@@ -147,6 +149,11 @@ class _Stream:
             wds.shuffle(num_shuffled, initial=num_shuffled, rng=rng),
         )
         self._samples = iter(pipeline)
+
+    def crc32(self, name: str, key: str) -> int | None:
+        """Return the checksum of a member of a sample; None if the manifest does not know it."""
+        row = self._rows.get(name)
+        return None if row is None else int(self._crc32[key][row])
 
     def __next__(self) -> dict[str, Any]:
         try:
@@ -186,9 +193,13 @@ def _is_needed(name: str) -> bool:
     return not name.endswith(".json")
 
 
-def _member(label: str, sample: dict[str, Any], key: str) -> bytes:
+def _member(
+    label: str, sample: dict[str, Any], crc32: Callable[[str, str], int | None], key: str
+) -> bytes:
     if key not in sample:
         raise ImageError(f"{label}: has no {key}; {LISTED} image.")
+    if zlib.crc32(sample[key]) != crc32(sample["__key__"], key):
+        raise ImageError(f"{label}: {key} differs from its checksum; {LISTED} image.")
     return sample[key]
 
 

@@ -30,6 +30,7 @@ class ZipArchive(Archive):
             remedy = "give a folder of images, a zip or an .npz of samples, or copy the file again"
             raise refusal(path, but=problem, remedy=remedy) from None
         self.names = sorted(name for name in infos if is_image_name(name) and not is_hidden(name))
+        self.others = sorted(n for n in infos if not is_image_name(n) and not is_hidden(n))
         others = [name for name in infos if name.endswith(("dataset.json", ".txt"))]
         for name in self.names + others:
             problem = ""
@@ -74,13 +75,22 @@ def _row(info: zipfile.ZipInfo) -> tuple[int, int, int, int]:
 
 
 class FolderArchive(Archive):
-    """A folder, searched recursively; hidden files are left out, links to folders are followed."""
+    """A folder, searched recursively; hidden files are left out, links to folders are followed.
+
+    Attributes, beside those of :class:`Archive`:
+        unreadable: A sentence's rest for each folder that cannot be read: its path and why.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.unreadable: list[str] = []
         found: list[str] = []
         seen: set[str] = set()
-        for folder, folders, files in os.walk(path, followlinks=True):
+
+        def note(error: OSError) -> None:
+            self.unreadable.append(f"{error.filename}: cannot be read ({error.strerror})")
+
+        for folder, folders, files in os.walk(path, onerror=note, followlinks=True):
             # A link back to a folder above would lead round in circles.
             real = os.path.realpath(folder)
             if real in seen:
@@ -89,8 +99,9 @@ class FolderArchive(Archive):
             seen.add(real)
             folders[:] = sorted(name for name in folders if not is_hidden(name))
             prefix = f"{Path(folder).relative_to(path).as_posix()}/".removeprefix("./")
-            found += [prefix + name for name in files if is_image_name(name)]
-        self.names = sorted(name for name in found if not is_hidden(name))
+            found += [prefix + name for name in files if not is_hidden(name)]
+        self.names = sorted(filter(is_image_name, found))
+        self.others = sorted(name for name in found if not is_image_name(name))
 
     @functools.cached_property
     def num_bytes(self) -> int:
@@ -121,16 +132,21 @@ def is_hidden(name: str) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
-def open_archive(path: str | os.PathLike) -> Archive:
+def open_archive(path: str | os.PathLike, *, skip_unreadable: bool = False) -> Archive:
     """Return the images of a folder, a zip or (by the ending ``.npz``) a sample archive.
 
-    Raises ValueError if there is no such path, if it is none of these, or if it holds no images.
+    Raises ValueError if there is no such path, if it is none of these, if it holds no images, or,
+    without ``skip_unreadable``, if a folder inside cannot be read.
     """
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder.")
     kind = SampleArchive if path.suffix.lower() == ".npz" else ZipArchive
     archive: Archive = (FolderArchive if path.is_dir() else kind)(path)
+    unreadable = getattr(archive, "unreadable", [])
+    if unreadable and not skip_unreadable:
+        found = f" (and {len(unreadable) - 1} more)" if len(unreadable) > 1 else ""
+        raise ValueError(f"{unreadable[0]}{found}; change its permissions, or move it away.")
     if not len(archive):
         others = sorted(file.name for file in path.glob("[!.]*")) if path.is_dir() else []
         found = f", but {join_names(others[:3])}" if others else ""

@@ -13,6 +13,7 @@ SUFFIXES = (
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _TOO_DEEP = "has more than 8 bits per channel ({}); convert it to 8 bits first"
+_MAX_PIXELS = 1 << 28  # 16384x16384: more is no photograph, but a file that fills the memory.
 _DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 
 
@@ -53,6 +54,9 @@ def decode_image(data: bytes, *, exact: bool = False) -> Image.Image:
             image = PngImageFile(io.BytesIO(data))
         else:
             image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        if image.width * image.height > _MAX_PIXELS:
+            size = f"is {image.width}x{image.height}, more than {_MAX_PIXELS:,} pixels"
+            raise UnfitImageError(f"{size}; make it smaller first")
         if exact and _has_deep_channels(image, data):
             raise UnfitImageError(_TOO_DEEP.format("16-bit"))
         image.load()
@@ -64,6 +68,8 @@ def decode_image(data: bytes, *, exact: bool = False) -> Image.Image:
             image = _to_plain_mode(image)
     except UnfitImageError:
         raise
+    except Image.DecompressionBombError:
+        raise UnfitImageError("has too many pixels; make it smaller first") from None
     except Image.UnidentifiedImageError:
         raise ValueError("not an image of a known format") from None
     except Exception as error:  # A damaged file can fail in any way inside a decoder.

@@ -1,6 +1,7 @@
 """Class labels of an image archive, as ``dataset.json`` or a sample archive holds them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -28,14 +29,28 @@ def read_labels(archive: Archive, folder: str = "") -> tuple[np.ndarray, list[st
     if metadata.get("labels") is None:
         return None
     where = f"{archive.path}/{folder}dataset.json"
+    return labels_of_metadata(metadata, archive, folder, where)
+
+
+def labels_of_metadata(
+    metadata: Mapping[str, Any], archive: Archive, folder: str, where: str
+) -> tuple[np.ndarray, list[str]]:
+    """Return what :func:`read_labels` does, of a parsed ``dataset.json`` that has labels.
+
+    ``where`` is what errors call it.
+    """
     labels_by_name = parse_labels(metadata["labels"], where)
     class_names = parse_class_names(metadata.get("class_names"), where)
     names = [name.removeprefix(folder) for name in archive.names]
     labels = np.array([labels_by_name.get(name, UNLABELLED) for name in names], np.int64)
     missing = np.flatnonzero(labels == UNLABELLED)
     if len(missing):
+        name = names[missing[0]]
+        other = next((key for key in labels_by_name if key.lower() == name.lower()), None)
         problem = f"has no label in {where}{more(len(missing), 'image')}"
         remedy = "add it there, or remove the image"
+        if other is not None:
+            remedy = f"it is called {other} there: names must agree in upper and lower case"
         raise refusal(archive.label(missing[0]), but=problem, remedy=remedy)
     if class_names is None:
         class_names = [str(index) for index in range(max(labels_by_name.values()) + 1)]
@@ -114,10 +129,13 @@ def parse_labels(pairs: object, where: str) -> dict[str, int]:
             problem = f'"labels" holds {pair!r}, which is no [file name, class index] pair'
             raise refusal(where, but=problem)
         name, label = pair
-        if type(label) is not int or label < 0:
+        if type(label) is not int or not 0 <= label < _MAX_CLASSES:
             problem = f"{name} has label {label!r}; a label is a class index, 0 or larger"
-            raise refusal(where, but=problem)
-        result[name.replace("\\", "/")] = label
+            raise refusal(where, but=problem + f" and below {_MAX_CLASSES:,}")
+        name = name.replace("\\", "/")
+        if result.setdefault(name, label) != label:
+            problem = f"{name} is listed twice, with labels {result[name]} and {label}"
+            raise refusal(where, but=problem, remedy="keep one of them")
     return result
 
 

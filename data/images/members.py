@@ -2,11 +2,11 @@
 
 import dataclasses
 import functools
-import json
 import os
 import struct
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,7 +14,9 @@ import numpy as np
 
 from data.images.decode import decode_image
 from dnnlib.errors import refusal
+from dnnlib.typed import parse_json
 
+_KEYS = ("labels", "class_names", "class_splits", "captions")  # Of a dataset.json.
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # Signature, ..., length of name, length of extra field.
 _LOCAL_SLACK = 128  # Bytes read beyond header and content, for name and extra fields.
 ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
@@ -54,12 +56,15 @@ class Member:
             data += os.pread(descriptor, end - len(data), self.offset + len(data))
             if len(data) < end:
                 raise ValueError("the zip archive ends in the middle of this file")
-        if self.method != zipfile.ZIP_DEFLATED:
-            return data[start:end]
-        try:
-            return zlib.decompress(data[start:end], -15)
-        except zlib.error as error:
-            raise ValueError(f"its compressed data are damaged ({error})") from None
+        content = data[start:end]
+        if self.method == zipfile.ZIP_DEFLATED:
+            try:
+                content = zlib.decompress(content, -15)
+            except zlib.error as error:
+                raise ValueError(f"its compressed data are damaged ({error})") from None
+        if self.crc is not None and zlib.crc32(content) != self.crc:
+            raise ValueError("its bytes differ from the checksum in the zip")
+        return content
 
 
 @functools.lru_cache(maxsize=2)
@@ -81,10 +86,12 @@ class Archive:
         path: The zip or folder.
         names: Names of the image files, relative to the archive and with ``/``.
         num_bytes: Sum of the stored sizes of the image files.
+        others: Names of the files that are no images, apart from hidden ones.
     """
 
     path: Path
     names: list[str]
+    others: Sequence[str] = ()
     num_bytes: int
 
     def __len__(self) -> int:
@@ -128,11 +135,27 @@ class Archive:
         """Return the parsed ``dataset.json`` of the archive, or an empty one if it has none."""
         data = self.read_file(f"{folder}dataset.json")
         label = f"{self.path}/{folder}dataset.json"
-        try:
-            metadata = {} if data is None else json.loads(data)
-        except ValueError as error:
-            raise ValueError(f"{label}: not valid JSON ({error}).") from None
-        if not isinstance(metadata, dict):
-            found = type(metadata).__name__
-            raise refusal(label, but=f'expected an object with "labels", got a {found}')
-        return metadata
+        return {} if data is None else parse_metadata(data, label)
+
+
+def parse_metadata(content: bytes, where: str) -> dict[str, Any]:
+    """Return the object in a ``dataset.json``; raises ValueError for anything else."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+            raise ValueError(f"{twice!r} is listed twice")
+        return found
+
+    try:
+        metadata = parse_json(content, object_pairs_hook=unique)
+    except ValueError as error:
+        raise ValueError(f"{where}: not valid JSON ({error}).") from None
+    if not isinstance(metadata, dict):
+        found = type(metadata).__name__
+        raise refusal(where, but=f'expected an object with "labels", got a {found}')
+    for key in metadata:
+        if key not in _KEYS and key.lower() in _KEYS:
+            raise refusal(where, but=f'has the key "{key}"', remedy=f'write it "{key.lower()}"')
+    return metadata

@@ -13,6 +13,7 @@ from PIL.Image import Image
 
 from data.features.dataset import FeatureDataset
 from dnnlib.text import format_kimg
+from dnnlib.typed import parse_json
 from evaluation.in_loop.images import fakes_path, is_recorded
 from sampling.features import FeatureGenerator
 from torch_utils import distributed
@@ -134,7 +135,7 @@ def last_row(run_dir: Path, metric: str) -> dict[str, Any] | None:
         return None
     for line in reversed(path.read_text(encoding="utf-8", errors="replace").splitlines()):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             continue
         if isinstance(row, dict) and isinstance(row.get("values"), dict):

@@ -1,12 +1,12 @@
 """Captions of images: from text files beside them, a JSONL file, or the dataset's metadata."""
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from data.images.members import Archive
 from dnnlib.errors import refusal
+from dnnlib.typed import parse_json
 
 METADATA = "metadata"
 _FILE_KEYS = ("file", "file_name")
@@ -94,7 +94,7 @@ def _from_jsonl(location: str, keys: Sequence[str]) -> dict[str, str]:
             continue
         where = f"{location}: line {number}"
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             raise ValueError(f"{where} is not valid JSON ({error}).") from None
         name, caption = (

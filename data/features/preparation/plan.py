@@ -20,7 +20,7 @@ from data.images.members import Archive
 from data.resumable import map_of_ranks
 from dnnlib.errors import refusal
 from dnnlib.files import atomic_write, write_json
-from dnnlib.typed import typed
+from dnnlib.typed import parse_json, typed
 
 IMAGES_FILE = "images.jsonl"
 CLAIM_FORMAT = "setdiffit-feature-preparation"
@@ -268,7 +268,7 @@ def read_claim(folder: Path) -> tuple[Encoders, tuple[Bucket, ...]]:
     """Return facts of encoders and buckets that a folder was claimed for; ValueError if damaged."""
     file = folder / CLAIM_FILE
     try:
-        claim = json.loads(file.read_text(encoding="utf-8"))
+        claim = parse_json(file.read_text(encoding="utf-8"))
         facts = {feature: claim[feature] for feature in FEATURES}
         return facts, parse_buckets(",".join(claim["buckets"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -284,7 +284,7 @@ def read_images(folder: Path) -> list[PlannedImage]:
         if rest or not lines:
             raise ValueError("it does not end with a whole line")
         for line in lines:
-            image = typed(PlannedImage, json.loads(line))
+            image = typed(PlannedImage, parse_json(line))
             plan_crop(image.width, image.height, Bucket.of(image.bucket))  # Which may refuse.
             images.append(image)
     except OSError as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 from data.features.record import FEATURES, KEYS_OF
 from data.features.shards import Members, Shapes, check_feature
 from dnnlib.files import atomic_write
+from dnnlib.typed import parse_json
 
 _FACTS = "fingerprint.json"
 _TIME = (1980, 1, 1, 0, 0, 0)
@@ -55,7 +56,7 @@ class Stage:
             contextlib.suppress(*_DAMAGE),
             zipfile.ZipFile(self.file(name, feature, fingerprint)) as archive,
         ):
-            facts = json.loads(archive.read(_FACTS))
+            facts = parse_json(archive.read(_FACTS))
             members = {key: archive.read(key) for key in KEYS_OF[feature]}
             check_feature(feature, members, shapes)
             return members, bool(facts.get("truncated"))
@@ -72,7 +73,7 @@ class Stage:
                 name, _, fingerprint = path.stem.partition("-")
                 if not fingerprint:  # It stays empty if the file is damaged, and of no use then.
                     with contextlib.suppress(*_DAMAGE), zipfile.ZipFile(path) as archive:
-                        fingerprint = str(json.loads(archive.read(_FACTS))["fingerprint"])
+                        fingerprint = str(parse_json(archive.read(_FACTS))["fingerprint"])
                         path.rename(self.file(name, feature, fingerprint))
                 found.append((name, feature, fingerprint))
         return found
