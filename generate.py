@@ -1,5 +1,9 @@
 """Generate images from a snapshot: one seed an image, on one process or under torchrun."""
 
+# First, so that a process that torchrun starts also ends with it.
+import dnnlib.launcher  # noqa: F401
+
+# isort: split
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path

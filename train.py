@@ -1,7 +1,9 @@
 """Train a diffusion transformer, on one process or under torchrun on many."""
 
+import dnnlib.launcher  # First, so that a process that torchrun starts also ends with it.
+
+# isort: split
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,7 +61,7 @@ def base_config(args: Sequence[str]) -> RunConfig | None:
         preset = preset_of_model(preset, raw_value(args, "mode-conditioning"))
     resolution = raw_value(args, "resolution")
     if preset is None and resume not in (None, "auto"):
-        report = print if int(os.environ.get("RANK", 0)) == 0 else lambda text: None
+        report = print if dnnlib.launcher.number("RANK") == 0 else lambda text: None
         return runs.read_start(runs.resume_paths(resume)[0], report)[0]
     if preset is None and resolution is not None:
         if not resolution.isdigit() or int(resolution) not in PRESET_OF_RESOLUTION:

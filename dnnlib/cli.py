@@ -20,6 +20,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from dnnlib import launcher
 from dnnlib.config import Config, accepted_values, option_name, split_optional
 
 
@@ -222,7 +223,7 @@ def replace_settings(config: Config, given: dict[tuple[str, ...], Any]) -> Any:
         problem = _without_effect(fields, name, result)
         if problem is not None and not fields[name].metadata["harmless"]:
             raise ValueError(problem)
-        if problem is not None and int(os.environ.get("RANK", 0)) == 0:
+        if problem is not None and launcher.number("RANK") == 0:
             click.echo(f"Warning: {problem}", err=True)
     return result
 
@@ -265,7 +266,7 @@ def run(command: click.Command) -> None:
     node under torchrun; so does an error of a file or disk. Another error raised by a library keeps
     its traceback.
     """
-    quiet = int(os.environ.get("LOCAL_RANK", 0)) != 0
+    quiet = os.environ.get("LOCAL_RANK", "0") not in ("0", "")
     try:
         sys.exit(command.main(standalone_mode=False) or 0)
     except (click.ClickException, ValueError, FloatingPointError) as error:
@@ -279,13 +280,19 @@ def run(command: click.Command) -> None:
         if not isinstance(error, click.ClickException):
             error = click.ClickException(str(error))
         error.show()
+        launcher.record_error(error.format_message())
         sys.exit(error.exit_code)
     except OSError as error:
+        if error.errno == errno.EPIPE and error.filename is None:  # As of `| head`.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
         # Of files and disks; others, such as those of connections, keep their traceback.
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = "" if error.filename is None else f"{error.filename}: "
-        click.echo(f"Error: {where}{error.strerror}.", err=True)
+        message = f"{where}{error.strerror}."
+        click.echo(f"Error: {message}", err=True)
+        launcher.record_error(message)
         sys.exit(1)
     except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted.", err=True)
@@ -297,6 +304,8 @@ def _is_ours(error: Exception) -> bool:
     project = Path(__file__).resolve().parent.parent
     frame = traceback.extract_tb(error.__traceback__)[-1]
     source = sys.modules.get(type(error).__module__)
-    files = {frame.filename, getattr(source, "__file__", None) or "-"}
-    inside = [file for file in files if Path(file).resolve().is_relative_to(project)]
-    return any("site-packages" not in file for file in inside)
+    files = {frame.filename, getattr(source, "__file__", None)} - {None}
+    # Names such as <string> are of no file, whatever the current folder.
+    found = [Path(file).resolve() for file in files if Path(file).is_file()]
+    inside = [path.relative_to(project) for path in found if path.is_relative_to(project)]
+    return any("site-packages" not in path.parts for path in inside)

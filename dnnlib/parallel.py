@@ -12,6 +12,8 @@ from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
+from dnnlib import launcher
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -27,7 +29,7 @@ def num_usable_cores() -> int:
 
 def num_cores_of_rank(most: int) -> int:
     """Return how many cores each rank of this machine has for itself, from 1 to ``most``."""
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    ranks_here = launcher.number("LOCAL_WORLD_SIZE", 1)
     return min(max(num_usable_cores() // ranks_here, 1), most)
 
 

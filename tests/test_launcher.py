@@ -1,0 +1,99 @@
+"""Launchers: what their variables say, errors that they repeat, and processes that outlive them."""
+
+import ipaddress
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import click
+import pytest
+from helpers import fail
+from training_runs import ROOT
+
+import train as train_script
+from dnnlib import cli, launcher
+
+ALL = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+SET = dict(RANK="1", WORLD_SIZE="2", MASTER_ADDR="here", MASTER_PORT="1", LOCAL_RANK="1")
+
+
+@pytest.fixture
+def variables(monkeypatch):
+    """Sets the variables of a launcher, and no others."""
+
+    def replace(values):
+        for name in (*ALL, *launcher._SCHEDULERS):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+
+    return replace
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        (dict(WORLD_SIZE="2"), "WORLD_SIZE=2: is set in the environment, but RANK, MASTER_ADDR"),
+        (dict(SET, MASTER_PORT=""), "but MASTER_PORT is not; start with torchrun"),
+        (dict(WORLD_SIZE=""), "WORLD_SIZE: got ''; accepted: a number"),
+        (dict(SET, RANK="first"), "RANK: got 'first'"),
+        (dict(SET, RANK="2"), "RANK: got 2; accepted: 0 to 1"),
+        (dict(SLURM_STEP_NUM_TASKS="4"), "srun started 4 processes, which would each do"),
+        (dict(OMPI_COMM_WORLD_SIZE="2"), "mpirun started 2 processes"),
+    ],
+)
+def test_variables_without_their_launcher_are_told(variables, values, problem):
+    variables(values)
+    with pytest.raises(ValueError, match=":") as caught:
+        launcher.joins_others()
+    assert problem in str(caught.value)
+
+
+def test_complete_variables_and_none_are_not_in_doubt(variables):
+    variables({})
+    assert not launcher.joins_others()
+    variables(dict(WORLD_SIZE="1"))
+    assert not launcher.joins_others()
+    variables(dict(WORLD_SIZE="1", SLURM_STEP_NUM_TASKS="4"))
+    assert not launcher.joins_others()
+    variables(dict(SET, SLURM_STEP_NUM_TASKS="2"))
+    assert launcher.joins_others()
+
+
+def test_torchrun_gets_the_sentence_of_an_error(monkeypatch, tmp_path):
+    path = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+    sentence = fail(train_script, "--preset=digits", f"--outdir={tmp_path}")
+    assert json.loads(path.read_text())["message"] in sentence
+
+
+def test_an_error_of_a_library_keeps_its_traceback_in_every_folder(monkeypatch):
+    @click.command()
+    def command():
+        ipaddress.ip_address("nowhere")
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["command"])
+    with pytest.raises(ValueError, match="nowhere"):
+        cli.run(command)
+
+
+ORPHAN = "import dnnlib.launcher; print('on', flush=True); import time; time.sleep(60)"
+LAUNCHER = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_a_process_in_its_start_up_ends_with_its_launcher():
+    settings = dict(cwd=ROOT, env={**os.environ, "TORCHELASTIC_RUN_ID": "test"}, text=True)
+    command = [sys.executable, "-c", LAUNCHER, ORPHAN]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, **settings) as process:
+        assert process.stdout.readline() == "on\n"
+        process.send_signal(signal.SIGKILL)
+        assert process.stdout.read() == ""  # At the end of the last process that holds the pipe.
+
+    # The launcher has gone before the process looks: what has it now is no Python.
+    shell = f'{sys.executable} -c "{ORPHAN}"; echo $?'
+    found = subprocess.run(["sh", "-c", shell], capture_output=True, check=True, **settings)
+    assert found.stdout == "1\n"
