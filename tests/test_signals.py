@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import sys
 
 import pytest
 from helpers import call, succeed
@@ -19,8 +20,12 @@ from training_runs import (
 )
 
 import train as train_script
+from diffusion.denoiser import Denoiser
+from dnnlib.text import format_kimg
 from evaluation.in_loop import images as in_loop
 from torch_utils.distributed import StopSignal
+from training import launch
+from training.optimizer import GuardedAdam
 
 
 @pytest.mark.parametrize("ranks", [None, 2], ids=["python", "torchrun"])
@@ -48,7 +53,9 @@ def test_a_signalled_run_stops_with_a_state_and_equals_the_uninterrupted_one(
         stopped = final_state(run_dir)["progress"]["cur_nimg"] / 1000
         assert per_tick(run_dir, "Progress/kimg")[-1] <= stopped < 4
         who = f"({signal.Signals(number).name}|a signal to another rank)"
-        message = f"Stopped by {who} at kimg {stopped:.1f}; continue with --resume={run_dir}"
+        message = (
+            f"Stopped by {who} at kimg {format_kimg(stopped)}; continue with --resume={run_dir}"
+        )
         assert re.search(message, output)
         assert re.search(message, (run_dir / "log.txt").read_text())
         return run_dir
@@ -86,8 +93,8 @@ def test_a_signal_cuts_a_score_short_which_is_made_up_for(
     def signalled(*args, **kwargs):
         nonlocal num_batches
         for batch in generate_for_rank(*args, **kwargs):
-            os.kill(os.getpid(), signal.SIGUSR1)
             num_batches += 1
+            os.kill(os.getpid(), signal.SIGUSR1)
             yield batch
 
     generate_for_rank = in_loop.generate_for_rank
@@ -107,6 +114,77 @@ def test_a_signal_cuts_a_score_short_which_is_made_up_for(
     assert "tick 0 " not in output
     assert [row["kimg"] for row in read_rows(scores)] == [0.064, 0.128]
     assert not (run_dir / "requeue").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM])
+def test_a_stop_in_the_pictures_leaves_a_state_and_they_are_made_up_for(
+    one_cpu_thread, restored_handlers, digits_zip, tmp_path, monkeypatch, number
+):
+    signal.signal(number, signal.default_int_handler)  # A shell may have it ignored.
+    args = (f"--outdir={tmp_path}", f"--data={digits_zip}", *TINY, "--iters=3", "--tick=0")
+    args += ("--snap=1", "--dump=2", "--workers=0", "--steps=9")
+    num_late = 0
+
+    def signalled(*args):
+        nonlocal num_late
+        if len(list(tmp_path.glob("*/network-snapshot-*.pkl"))) == 2:
+            num_late += 1
+            assert num_late <= 3, "sampling went on after the signal"
+            if num_late == 3:
+                os.kill(os.getpid(), number)
+        return denoise(*args)
+
+    denoise = Denoiser.__call__
+    with monkeypatch.context() as patch:
+        patch.setattr(Denoiser, "__call__", signalled)
+        assert call(train_script, *args).code == 85
+    run_dir = only_run(tmp_path)
+    assert num_late == 3
+    assert final_state(run_dir)["progress"]["cur_nimg"] == 128  # Though none was due yet.
+    pictures = run_dir / "fakes-000000.128.png"
+    assert not pictures.exists()
+    assert (run_dir / "requeue").is_file()
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # A second Ctrl-C ends at once.
+
+    assert "tick 0 " not in succeed(train_script, *args, "--resume=auto").output
+    assert pictures.is_file()
+
+
+def test_a_stop_before_the_first_step_ends_a_start(
+    one_cpu_thread, restored_handlers, digits_zip, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(launch, "describe_run", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    args = (f"--outdir={tmp_path}", f"--data={digits_zip}", *TINY, "--iters=2")
+    result = call(train_script, *args)
+    assert result.code == 85
+    assert "Stopped by SIGTERM before a step" in result.output
+    assert (only_run(tmp_path) / "requeue").is_file()
+
+
+def test_a_stop_that_all_ranks_agreed_on_is_no_failure_to_torchrun(
+    one_cpu_thread, restored_handlers, digits_zip, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    step = GuardedAdam.step
+    monkeypatch.setattr(
+        GuardedAdam, "step", lambda *_: os.kill(os.getpid(), signal.SIGUSR1) or step(*_)
+    )
+    args = (f"--outdir={tmp_path}", f"--data={digits_zip}", *TINY, "--iters=3", "--workers=0")
+    result = call(train_script, *args)
+    assert (result.code, "Stopped by SIGUSR1" in result.output) == (0, True)
+    assert (only_run(tmp_path) / "requeue").is_file()
+
+
+def test_a_closed_pipe_is_a_request_to_stop(restored_handlers, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with StopSignal() as stop:
+            print("to nobody", flush=True)
+            assert stop.agreed()
+            assert stop.name_received() == "SIGPIPE"
+            print("to nobody", flush=True)
 
 
 AGREEMENT = """

@@ -1,11 +1,12 @@
 """Processes started by torchrun, or a single one: the only importer of torch.distributed."""
 
 import contextlib
-import ctypes
+import errno
 import os
 import pickle
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -14,7 +15,11 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from dnnlib import launcher
+from dnnlib.errors import refusal
+
 T = TypeVar("T")
+_MEETING_MINUTES = 5
 _cpu_group: dist.ProcessGroup | None = None
 
 
@@ -22,35 +27,53 @@ def init() -> torch.device:
     """Join the process group that torchrun describes, and return this rank's device.
 
     Uses NCCL and ``cuda:LOCAL_RANK`` if there are GPUs, gloo and the CPU otherwise. A plain
-    ``python`` run forms no group. Raises ValueError if a node starts more ranks than it has GPUs.
+    ``python`` run forms no group. Raises ValueError if a node starts more ranks than it has GPUs,
+    and if the other processes that the environment announces do not come.
     """
     global _cpu_group
+    joins_others = launcher.joins_others()
     # Full float32 products everywhere, unless a run asks for less.
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        local_rank = launcher.number("LOCAL_RANK")
         if local_rank >= torch.cuda.device_count():
             problem = f"has no GPU: this node has {torch.cuda.device_count()}"
             remedy = "Start at most that many processes with --nproc_per_node."
             raise ValueError(f"Local rank {local_rank} {problem}. {remedy}")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-            # Have this rank killed when torchrun is, so that it does not train beside its
-            # successor: a kill of torchrun's group does not reach the session of a rank.
-            pr_set_pdeathsig = 1
-            ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if joins_others and not dist.is_initialized():
+        # So that this rank does not train beside its successor: a kill of torchrun's group does
+        # not reach the session of a rank.
+        launcher.die_with_launcher(signal.SIGKILL)
         settings = dict(timeout=timedelta(hours=1))
+        settings["store"], settings["rank"], settings["world_size"] = _meet()
         if device.type == "cuda":
             dist.init_process_group("nccl", device_id=device, **settings)
         else:
             dist.init_process_group("gloo", **settings)
         # Signals and Python objects travel over gloo, off the device's path.
-        _cpu_group = dist.new_group(backend="gloo", **settings)
+        _cpu_group = dist.new_group(backend="gloo", timeout=settings["timeout"])
     return device
+
+
+def _meet() -> tuple[Any, int, int]:
+    """Return the store by which the processes find each other, this one's rank, their number."""
+    num, address = launcher.number("WORLD_SIZE"), os.environ["MASTER_ADDR"]
+    where = f"{address}:{os.environ['MASTER_PORT']}"
+    if "TORCHELASTIC_RUN_ID" not in os.environ and num > 1:
+        waiting = f"Process {launcher.number('RANK') + 1} of {num} waits for the others at {where}"
+        print(f"{waiting}, for {_MEETING_MINUTES} minutes.", file=sys.stderr, flush=True)
+    try:
+        met = next(dist.rendezvous("env://", timeout=timedelta(minutes=_MEETING_MINUTES)))
+    except RuntimeError as error:
+        but = f"not all of {num} processes came to {where} ({str(error).splitlines()[0]})"
+        remedy = "start them all with torchrun, or unset WORLD_SIZE for a single process"
+        raise refusal("WORLD_SIZE", but=but, remedy=remedy) from error
+    met[0].set_timeout(timedelta(hours=1))
+    return met
 
 
 def shutdown() -> None:
@@ -232,19 +255,58 @@ def no_sync(module: torch.nn.Module, skip: bool) -> contextlib.AbstractContextMa
     return contextlib.nullcontext()
 
 
-class StopSignal:
-    """Turns SIGTERM and SIGUSR1 into a step at which all ranks agree to stop.
+class StopRequested(BaseException):  # Nobody who catches errors means this.
+    """A signal asked for the end, where nothing is lost by ending at once."""
 
-    Each step starts an asynchronous sum of the ranks' flags on the CPU group and reads the sum
-    that the previous step started. Every rank sees the same sums, so every rank stops at the same
-    step, and neither the device nor the step waits for the network. Once a signal came, further
-    ones are ignored until the process ends: launcher and scheduler often send one each.
+
+class _Stream:
+    """An output stream whose reader may go: what is written after that is dropped."""
+
+    def __init__(self, stream: Any, on_closed: Callable[[], None]) -> None:
+        self._stream, self._on_closed = stream, on_closed
+
+    def write(self, text: str) -> int:
+        return self._attempt(lambda: self._stream.write(text)) or 0
+
+    def flush(self) -> None:
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # The latter of a closed terminal.
+                raise
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), self._stream.fileno())
+        self._on_closed()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class StopSignal:
+    """Turns a signal, or the end of who reads the output, into a stop of all ranks.
+
+    While a run trains, it stops at a step on which all ranks agree. Each step starts an
+    asynchronous sum of the ranks' flags on the CPU group and reads the sum that the previous step
+    started. Every rank sees the same sums, so every rank stops at the same step, and neither the
+    device nor the step waits for the network.
+
+    Within :meth:`at_once`, where all that matters is in a state on disk or still in memory, a
+    signal raises :class:`StopRequested` between any two instructions, in each rank by itself.
+
+    Once a signal came, further ones are ignored until the process ends, as launcher and scheduler
+    often send one each; only a second Ctrl-C ends the process at once.
     """
 
-    signals = (signal.SIGTERM, signal.SIGUSR1)
+    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.cut = False  # Whether StopRequested was raised: the ranks are not at the same place.
+        self._at_once = False
+        self._pid = os.getpid()
         self._stop = False
         self._work: dist.Work | None = None
         self._sum = torch.zeros([], dtype=torch.int32)
@@ -252,18 +314,69 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         for number in self.signals:
-            self._previous[number] = signal.signal(number, self._receive)
+            # nohup and shells that run something in the background ignore these two on purpose.
+            kept = number in (signal.SIGINT, signal.SIGHUP)
+            if not (kept and signal.getsignal(number) == signal.SIG_IGN):
+                self._previous[number] = signal.signal(number, self._receive)
+        self._streams = sys.stdout, sys.stderr
+        sys.stdout, sys.stderr = (_Stream(stream, self._hang_up) for stream in self._streams)
         return self
 
     def __exit__(self, *exc: object) -> None:
+        sys.stdout, sys.stderr = self._streams
         ending = self._stop or self.received is not None
         for number, handler in self._previous.items():
-            signal.signal(number, signal.SIG_IGN if ending else handler)
-        if self._work is not None and exc[0] is None:
+            at_end = signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN
+            signal.signal(number, at_end if ending else handler)
+        if self._work is not None and exc[0] is None and not self.cut:
             self._work.wait()
 
+    def _hang_up(self) -> None:
+        self._receive(signal.SIGPIPE, None)
+
     def _receive(self, number: int, frame: object) -> None:
-        self.received = self.received or number
+        if self.received is not None or os.getpid() != self._pid:
+            return
+        self.received = number
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+            os.write(2, b"\nStopping; press Ctrl-C again to end at once.\n")
+        if self._at_once:
+            self.check()
+
+    def check(self) -> None:
+        """Raise StopRequested if this rank got a signal."""
+        if self.received is not None:
+            self.cut = True
+            raise StopRequested
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Raise StopRequested as soon as a signal comes, until the end or :meth:`defer`."""
+        self._at_once = True
+        try:
+            self.check()
+            yield
+        except RuntimeError:
+            # Connections break when another rank leaves, of which its launcher tells this one.
+            if self._at_once and world_size() > 1:
+                time.sleep(2)
+            raise
+        finally:
+            self._at_once = False
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Within :meth:`at_once`, let a block end whole."""
+        before, self._at_once = self._at_once, False
+        yield
+        self._at_once = before
+        if before:
+            self.check()
+
+    def defer(self) -> None:
+        """From here on, leave it to :meth:`agreed` to hear of signals."""
+        self._at_once = False
 
     def name_received(self) -> str:
         """Return the name of the signal, or of the fact that another rank got one."""

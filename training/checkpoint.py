@@ -85,6 +85,11 @@ def snapshot_path(run_dir: Path, cur_nimg: int) -> Path:
     return run_dir / f"network-snapshot-{count_name(cur_nimg)}.pkl"
 
 
+def pictures_path(run_dir: Path, cur_nimg: int) -> Path:
+    """Return the path of the pictures of samples after ``cur_nimg`` training images."""
+    return run_dir / f"fakes-{count_name(cur_nimg)}.png"
+
+
 def profile_path(run_dir: Path, cur_nimg: int, std: float) -> Path:
     """Return the path of the compact snapshot of one profile after ``cur_nimg`` images."""
     return run_dir / f"network-snapshot-{count_name(cur_nimg, 7)}-{std_name(std)}.pkl"

@@ -250,7 +250,7 @@ class Outputs:
     Attributes:
         run_dir: The run folder, in which rank 0 writes.
         telemetry: A :class:`~training.telemetry.Telemetry` on rank 0, None elsewhere.
-        stop_signal: By which all ranks agree to stop.
+        stop_signal: By which a rank hears of a stop.
     """
 
     run_dir: Path
@@ -259,14 +259,17 @@ class Outputs:
 
 
 class Evaluator(Protocol):
-    """Pictures and scores of a run's averaged weights. Every method is collective."""
+    """Pictures and scores of a run's averaged weights. Every method is collective.
+
+    A stop raises :class:`~torch_utils.distributed.StopRequested` anywhere in them.
+    """
 
     def save_pictures(self, generator: Any, outputs: Outputs, cur_nimg: int) -> None:
         """Write ``fakes-KIMG.png``."""
         ...
 
-    def score(self, generator: Any, outputs: Outputs, cur_nimg: int) -> bool:
-        """Record what is not recorded yet and return True; False if a signal cut that short."""
+    def score(self, generator: Any, outputs: Outputs, cur_nimg: int) -> None:
+        """Record what is not recorded yet."""
         ...
 
 

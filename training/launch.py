@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from dnnlib import launcher
 from dnnlib.addresses import is_address
 from dnnlib.config import to_dict
 from dnnlib.errors import refusal
@@ -88,50 +89,61 @@ def print_plan(config: RunConfig, usual_num_classes: int) -> None:
         config = family.fit(config, None, usual_num_classes)
         if location:
             note = f"\n{location} is not there: assuming the preset's usual data."
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    world_size = launcher.number("WORLD_SIZE", 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = fit_to_device(config, device.type)
     description = describe_run(config, world_size, device)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if launcher.number("RANK") == 0:
         print(f"{json.dumps(to_dict(config), indent=2)}\n{description}{note}")
 
 
 def launch(config: RunConfig, start: Start) -> int:
     """Train, and return the exit code: 0, or REQUEUE_EXIT_CODE after a stop that was asked for."""
-    device = distributed.init()
+    run_dir, finished = None, False
     with distributed.StopSignal() as stop_signal, contextlib.ExitStack() as held:
-        job = _prepare(config, device)
-        # Find or make the run folder.
-        snapshot = None if start.transfer is None else load_snapshot(start.transfer)
-        origin = runs.origin_of(snapshot, start.desc)
-        run_dir, exact_state = _find_run(job, start, origin)
-        is_new = run_dir is None
-        if is_new:
-            desc = runs.describe(job.config, job.data, start.desc)
-            run_dir = runs.make_run_dir(start.outdir, desc)
-        busy = f"{run_dir}: another process is training here"
-        with distributed.together():
-            if distributed.is_main():
-                held.enter_context(lock_folder(run_dir, busy))
-        state = None
-        if not is_new:
-            distributed.on_main(lambda: runs.clear_leftovers(run_dir))
-            state = runs.load_resume_state(
-                run_dir, exact_state, job.config, job.data, distributed.print0
-            )
-        if distributed.is_main():
-            if start.continues:
-                _, origin = runs.read_start(run_dir, lambda text: None)
-            _write_start(job, run_dir, origin)
-        weights = snapshot if state is None else None
-        finished = training_loop(
-            job, run_dir, resume_state=state, transfer=weights, stop_signal=stop_signal
-        )
-    if not finished and distributed.is_main():
-        with atomic_write(run_dir / runs.REQUEUE_FILE, "w") as file:
-            file.write(f"{time.time():.0f}\n")
+        try:
+            # Until the first step, and in what can be made again, a stop loses nothing.
+            with stop_signal.at_once():
+                job = _prepare(config, distributed.init())
+                # Find or make the run folder.
+                snapshot = None if start.transfer is None else load_snapshot(start.transfer)
+                origin = runs.origin_of(snapshot, start.desc)
+                run_dir, exact_state = _find_run(job, start, origin)
+                is_new = run_dir is None
+                if is_new:
+                    desc = runs.describe(job.config, job.data, start.desc)
+                    run_dir = runs.make_run_dir(start.outdir, desc)
+                busy = f"{run_dir}: another process is training here"
+                with distributed.together():
+                    if distributed.is_main():
+                        held.enter_context(lock_folder(run_dir, busy))
+                state = None
+                if not is_new:
+                    distributed.on_main(lambda: runs.clear_leftovers(run_dir))
+                    state = runs.load_resume_state(
+                        run_dir, exact_state, job.config, job.data, distributed.print0
+                    )
+                if distributed.is_main():
+                    if start.continues:
+                        _, origin = runs.read_start(run_dir, lambda text: None)
+                    _write_start(job, run_dir, origin)
+                weights = snapshot if state is None else None
+                finished = training_loop(
+                    job, run_dir, resume_state=state, transfer=weights, stop_signal=stop_signal
+                )
+        except distributed.StopRequested:
+            where = "" if run_dir is None else f"; continue with --resume={run_dir}"
+            distributed.print0(f"Stopped by {stop_signal.name_received()} before a step{where}")
+        if not finished and run_dir is not None and distributed.is_main():
+            with atomic_write(run_dir / runs.REQUEUE_FILE, "w") as file:
+                file.write(f"{time.time():.0f}\n")
+    if stop_signal.cut:
+        # The launcher ends the ranks that have not heard of it.
+        return runs.REQUEUE_EXIT_CODE
     distributed.shutdown()
-    return 0 if finished else runs.REQUEUE_EXIT_CODE
+    # All ranks know. To torchrun another code is a failure, which it tells at length.
+    quiet = finished or "TORCHELASTIC_RUN_ID" in os.environ
+    return 0 if quiet else runs.REQUEUE_EXIT_CODE
 
 
 def _prepare(config: RunConfig, device: torch.device) -> Job:

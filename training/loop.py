@@ -139,8 +139,9 @@ def training_loop(
                     telemetry.message(f"{error} Written again from the training state.")
                     save_weights(path, weights, config, data, info)
 
-    def write_state(progress_info: dict[str, Any]) -> None:
-        payload = dict(
+    def whole_state(progress_info: dict[str, Any]) -> dict[str, Any]:
+        """Return what :func:`write_state` writes, without a copy of the weights. Collective."""
+        return dict(
             net=network.state_dict(),
             ema=ema.network.state_dict(),
             ema_profiles=profiles.state_dict(),
@@ -148,6 +149,8 @@ def training_loop(
             stats=stats.state_dict(),
             progress=progress_info,
         )
+
+    def write_state(payload: dict[str, Any]) -> None:
         if rank == 0:
             path = checkpoint.state_path(run_dir, cur_nimg)
             checkpoint.save_state(path, payload, config)
@@ -157,14 +160,22 @@ def training_loop(
     generator = family.generator(config, ema.network, codec, device)
     watch = Watch(config)
 
-    def attempt(what: str, make: Callable[..., bool | None]) -> bool:
+    def attempt(what: str, make: Callable[..., None]) -> bool:
         """Return False if a stop cut ``make`` short; what is not finite is told, not made."""
         try:
-            return make(generator, outputs, cur_nimg) is not False
+            with stop_signal.at_once():
+                make(generator, outputs, cur_nimg)
+        except distributed.StopRequested:
+            return False
         except NotFiniteError as error:
             if telemetry is not None:
                 telemetry.message(f"No {what} at kimg {format_kimg(cur_nimg / 1000)}. {error}")
-            return True
+        return True
+
+    def show_and_score(pictures_due: bool, metrics_due: bool) -> bool:
+        """Return False if a stop cut that short. Collective."""
+        shown = not pictures_due or attempt("pictures", evaluator.save_pictures)
+        return shown and (not metrics_due or attempt("scores", evaluator.score))
 
     # Train.
     total_nimg = config.total_nimg
@@ -173,8 +184,12 @@ def training_loop(
         telemetry.message(
             f"Complete at kimg {format_kimg(cur_nimg / 1000)}; a larger --kimg would go on."
         )
-    if resume_state is not None and resume_state["progress"]["metrics_due"]:
-        stop = not attempt("scores", evaluator.score)
+    stop_signal.defer()
+    if resume_state is not None:
+        # A stop may have come before the pictures and scores of the state's tick.
+        made, pictures = resume_state["progress"], checkpoint.pictures_path(run_dir, cur_nimg)
+        lacking = made["snapshot"] and distributed.on_main(lambda: not pictures.is_file())
+        stop = not show_and_score(lacking, made["metrics_due"])
     tick_start_sec, maintenance_sec = time.time(), time.time() - start_sec
     timed_nimg = cur_nimg
     tick_end_nimg = tick_start_nimg + config.tick_nimg
@@ -261,7 +276,7 @@ def training_loop(
                 "this limit."
             )
 
-        # Save pictures, the snapshots, then the state: a state implies its snapshots.
+        # Save the snapshots, then the state, which implies them, then what a stop may cut short.
         regular = tick_ends and config.snapshot_is_due(cur_tick, tick_start_nimg, cur_nimg)
         snap_due = metrics_due = done or regular
         dump_due = tick_ends and cur_tick % logging.dump == 0 if logging.dump else regular
@@ -280,21 +295,23 @@ def training_loop(
             data_hash=data.content_hash,
             snapshot=snapshot_path(run_dir, cur_nimg).name if snap_due else None,
         )
-        if snap_due:
-            attempt("pictures", evaluator.save_pictures)
-            if rank == 0:
-                for path, weights, info in snapshots(progress_info):
-                    save_weights(path, weights, config, data, info)
-        if dump_due or done or stop:
-            write_state(progress_info)
-        if metrics_due and not stop and not attempt("scores", evaluator.score):
+        if snap_due and rank == 0:
+            for path, weights, info in snapshots(progress_info):
+                save_weights(path, weights, config, data, info)
+        state_due = dump_due or done or stop
+        state = whole_state(progress_info) if state_due or snap_due or metrics_due else None
+        if state_due:
+            write_state(state)
+        if not stop and not show_and_score(snap_due, metrics_due):
             stop = True
-            write_state(progress_info)
+            if not state_due:
+                write_state(state)
         maintenance_sec = time.time() - tick_end_sec
         tick_start_sec, timed_nimg = time.time(), cur_nimg
         bar = _tick_bar(cur_tick, cur_nimg, tick_start_nimg, config.tick_nimg, rank)
     bar.close()
-    distributed.barrier()
+    if not stop_signal.cut:
+        distributed.barrier()
     if telemetry is not None:
         if stop:
             telemetry.message(

@@ -14,13 +14,13 @@ from PIL.Image import Image
 from data.features.dataset import FeatureDataset
 from dnnlib.text import format_kimg
 from dnnlib.typed import parse_json
-from evaluation.in_loop.images import fakes_path, is_recorded
+from evaluation.in_loop.images import is_recorded
 from sampling.features import FeatureGenerator
 from torch_utils import distributed
 from torch_utils.fingerprints import weights_hash
 from torch_utils.pictures import mixed_grid, save_image
 from torch_utils.rng import mix
-from training.checkpoint import count_name, snapshot_path
+from training.checkpoint import count_name, pictures_path, snapshot_path
 from training.config import RunConfig, TrainingConfig
 from training.ema import describe_average
 from training.family import Outputs
@@ -60,20 +60,20 @@ class FeatureEvaluator:
         found = collections.ChainMap(*distributed.gather_objects(rows))
         if distributed.is_main():
             picture = mixed_grid([found[index] for index in chosen])
-            save_image(picture, fakes_path(outputs.run_dir, cur_nimg))
+            save_image(picture, pictures_path(outputs.run_dir, cur_nimg))
 
-    def score(self, generator: FeatureGenerator, outputs: Outputs, cur_nimg: int) -> bool:
+    def score(self, generator: FeatureGenerator, outputs: Outputs, cur_nimg: int) -> None:
         for name in self._config.logging.metrics:
             if is_recorded(outputs, name, cur_nimg) or self._evaluate is None:
                 continue
-            if outputs.stop_signal.agreed():
-                return False
+            outputs.stop_signal.check()
             generator = dataclasses.replace(generator, trained_nimg=cur_nimg)
             rows, pictures = self._evaluate((name,), generator)
             if outputs.telemetry is not None:
                 facts = weights_facts(generator, self._config.training)
-                _record([dict(row, **facts) for row in rows], pictures, outputs, cur_nimg)
-        return True
+                rows = [dict(row, **facts) for row in rows]
+                with outputs.stop_signal.deferred():
+                    _record(rows, pictures, outputs, cur_nimg)
 
 
 def _record(

@@ -1,8 +1,6 @@
 """Pictures and scores of a run's averaged weights while it trains."""
 
-import itertools
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +11,7 @@ from sampling.grids import GRID_SEEDS, save_fakes
 from sampling.images import ImageGenerator, generate_for_rank, passport, seed_range
 from torch_utils import distributed
 from torch_utils.distributed import StopSignal
-from training.checkpoint import count_name, snapshot_path
+from training.checkpoint import pictures_path, snapshot_path
 from training.config import RunConfig
 from training.family import Outputs
 from training.telemetry import metric_is_recorded
@@ -39,25 +37,21 @@ class ImageEvaluator:
         save_fakes(
             generator,
             self._counts,
-            fakes_path(outputs.run_dir, cur_nimg),
+            pictures_path(outputs.run_dir, cur_nimg),
             self._config.logging.sample_batch,
             GRID_SEEDS * self._config.logging.num_sample_batches,
         )
 
-    def score(self, generator: ImageGenerator, outputs: Outputs, cur_nimg: int) -> bool:
+    def score(self, generator: ImageGenerator, outputs: Outputs, cur_nimg: int) -> None:
         names = self._config.logging.metrics
         missing = tuple(name for name in names if not is_recorded(outputs, name, cur_nimg))
         if not missing or self._evaluate is None:
-            return True
-        try:
-            rows = self._evaluate(missing, self._make_generate(generator, outputs.stop_signal))
-        except _InterruptedError:
-            return False
+            return
+        rows = self._evaluate(missing, self._make_generate(generator, outputs.stop_signal))
         protocol = passport(generator, self._config.training, self._counts)
         for row in rows:
             row.update(seeds=seed_range(0, row["num_images"]), **protocol)
         record(rows, outputs, cur_nimg)
-        return True
 
     def _make_generate(self, generator: ImageGenerator, stop: StopSignal) -> GenerateFn:
         batch = self._config.logging.sample_batch
@@ -67,23 +61,13 @@ class ImageEvaluator:
             with progress(
                 total=len(indices), label="Metrics", disable=hidden, transient=True
             ) as bar:
-                images = generate_for_rank(
+                for made in generate_for_rank(
                     generator, indices, batch=batch, class_counts=self._counts, on_batch=bar.update
-                )
-                # Ranks differ by up to one batch, but must ask for signals equally often.
-                num_batches = -(-len(indices) // (distributed.world_size() * batch))
-                for _, made in itertools.zip_longest(range(num_batches), images):
-                    if stop.agreed():
-                        raise _InterruptedError
-                    if made is not None:
-                        yield made
+                ):
+                    stop.check()
+                    yield made
 
         return generate
-
-
-def fakes_path(run_dir: Path, cur_nimg: int) -> Path:
-    """Return the file of a run's samples after ``cur_nimg`` images."""
-    return run_dir / f"fakes-{count_name(cur_nimg)}.png"
 
 
 def is_recorded(outputs: Outputs, name: str, cur_nimg: int) -> bool:
@@ -96,12 +80,11 @@ def record(rows: list[dict[str, Any]], outputs: Outputs, cur_nimg: int) -> None:
     if outputs.telemetry is None:
         return
     snapshot = snapshot_path(outputs.run_dir, cur_nimg).name
-    for row in rows:
-        row = dict(row, kimg=cur_nimg / 1000, snapshot=snapshot)
-        outputs.telemetry.record_metric(row, cur_nimg)
-        values = ", ".join(f"{name} {value:.4f}" for name, value in row["values"].items())
-        outputs.telemetry.message(f"{row['metric']}: {values} at kimg {format_kimg(row['kimg'])}")
-
-
-class _InterruptedError(Exception):
-    """A signal came while images were generated for a metric."""
+    with outputs.stop_signal.deferred():  # All rows in all files and curves, or none.
+        for row in rows:
+            row = dict(row, kimg=cur_nimg / 1000, snapshot=snapshot)
+            outputs.telemetry.record_metric(row, cur_nimg)
+            values = ", ".join(f"{name} {value:.4f}" for name, value in row["values"].items())
+            outputs.telemetry.message(
+                f"{row['metric']}: {values} at kimg {format_kimg(row['kimg'])}"
+            )

@@ -5,10 +5,11 @@ from collections.abc import Callable
 
 from data.fewshot.episodes import Episodes
 from dnnlib.errors import NotFiniteError
-from evaluation.in_loop.images import EvaluateFn, ImageEvaluator, fakes_path, is_recorded, record
+from evaluation.in_loop.images import EvaluateFn, ImageEvaluator, is_recorded, record
 from sampling.grids import GRID_SEEDS, save_episodes
 from sampling.images import ImageGenerator
 from sampling.supports import SupportGenerator
+from training.checkpoint import pictures_path
 from training.config import RunConfig
 from training.family import Outputs
 
@@ -36,11 +37,11 @@ class SetEvaluator(ImageEvaluator):
         save_episodes(
             SupportGenerator.of(generator, self._shown),
             GRID_SEEDS * logging.num_sample_batches,
-            fakes_path(outputs.run_dir, cur_nimg),
+            pictures_path(outputs.run_dir, cur_nimg),
             logging.sample_batch,
         )
 
-    def score(self, generator: ImageGenerator, outputs: Outputs, cur_nimg: int) -> bool:
+    def score(self, generator: ImageGenerator, outputs: Outputs, cur_nimg: int) -> None:
         if self._validation_loss is not None and not is_recorded(outputs, "val_loss", cur_nimg):
             loss = self._validation_loss(generator)
             if not math.isfinite(loss):
@@ -49,4 +50,4 @@ class SetEvaluator(ImageEvaluator):
             record([row], outputs, cur_nimg)
         if self._scored is not None:
             generator = SupportGenerator.of(generator, self._scored)
-        return super().score(generator, outputs, cur_nimg)
+        super().score(generator, outputs, cur_nimg)
