@@ -300,12 +300,15 @@ def run(command: click.Command) -> None:
 
 
 def _is_ours(error: Exception) -> bool:
-    """Return whether the project raised an error, here or in a data loader process."""
-    project = Path(__file__).resolve().parent.parent
+    """Return whether the project or its user's own family raised an error, and no library.
+
+    It may have been raised here or in a data loader process.
+    """
     frame = traceback.extract_tb(error.__traceback__)[-1]
     source = sys.modules.get(type(error).__module__)
     files = {frame.filename, getattr(source, "__file__", None)} - {None}
     # Names such as <string> are of no file, whatever the current folder.
     found = [Path(file).resolve() for file in files if Path(file).is_file()]
-    inside = [path.relative_to(project) for path in found if path.is_relative_to(project)]
-    return any("site-packages" not in path.parts for path in inside)
+    standard = Path(contextlib.__file__).resolve().parent
+    ours = [path for path in found if not path.is_relative_to(standard)]
+    return any("site-packages" not in path.parts for path in ours)

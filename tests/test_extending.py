@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def extensions(folder):
     """Import them; the registries are as before at the end."""
-    registries = (SAMPLERS, METRICS, ARCHITECTURES, family._FAMILIES, PRESETS._added)
+    registries = (SAMPLERS, METRICS, ARCHITECTURES, family._FAMILIES, PRESETS.data)
     before = [dict(registry) for registry in registries]
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
