@@ -85,8 +85,8 @@ def command(config: AnyConfig, given: SourceOptions, options: CalcOptions) -> No
         raise click.UsageError(problem)
     source, device = given.open(config, shuffled=True)
     real = None if options.ref is None else RealImages(options.ref)
-    num_blocks, shape = options.noise_band or 1, None if real is None else real.image_shape
-    warnings = check_images(specs, source, shape, options.num_images, num_blocks)
+    num_blocks = options.noise_band or 1
+    warnings = check_images(specs, source, real, options.num_images, num_blocks)
     has_classes = source.labels(range(1)) is not None and (real is None or real.knows_classes())
     if is_given("per_class") and options.per_class and not has_classes:
         raise click.UsageError("--per-class: the images or the reference have no class labels.")

@@ -10,6 +10,7 @@ import torch
 from data.images.dataset import ImageDataset, open_images
 from data.loader import iterate_images
 from dnnlib.progress import progress
+from dnnlib.text import join_names
 from metrics.detectors import ImageShape
 from metrics.statistics import Batch
 from sampling.images import (
@@ -35,6 +36,7 @@ class ImageSource(Protocol):
     """Images with indices, each a function of its index alone."""
 
     image_shape: ImageShape
+    formats: str  # Of their files, such as ``png``.
     num_images: int | None  # None without end.
     class_names: tuple[str, ...]  # Empty without any.
 
@@ -65,7 +67,7 @@ class FileImages:
         if self._shuffled:
             np.random.default_rng(_ORDER_SEED).shuffle(self._order)
         self._number = np.argsort(self._order)
-        self.image_shape = shape_of(self.dataset)
+        self.image_shape, self.formats = shape_of(self.dataset), formats_of(self.dataset)
         self.num_images = len(self.dataset)
         self.class_names = tuple(self.dataset.class_names)
 
@@ -84,6 +86,7 @@ class FileImages:
             images_hash=self.dataset.content_hash,
             first_image=indices.start,
             image_order="shuffled" if self._shuffled else "as stored",
+            image_formats=self.formats,
             packages=package_versions(),
         )
 
@@ -95,6 +98,7 @@ class SnapshotImages:
     """
 
     num_images = None
+    formats = "png"  # As no file has compressed them.
 
     def __init__(
         self,
@@ -188,6 +192,13 @@ def read_images(
     """Yield this rank's share of the images, or of those with ``indices``, under a progress bar."""
     ranks = dict(rank=distributed.rank(), world_size=distributed.world_size())
     return iterate_images(dataset, **ranks, batch_size=batch, indices=indices, label=label)
+
+
+def formats_of(dataset: ImageDataset) -> str:
+    """Return the file formats of a dataset's images, such as ``jpeg`` or ``jpeg and png``."""
+    suffixes = {name.rpartition(".")[2].lower() for name in dataset.archive.names}
+    found = {"jpeg" if suffix == "jpg" else suffix for suffix in suffixes}
+    return join_names(sorted(found)) if found else "npz"
 
 
 def shape_of(images: Any) -> ImageShape:

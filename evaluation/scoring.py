@@ -11,7 +11,7 @@ import torch
 from data.images.dataset import ImageDataset, open_images
 from dnnlib.errors import refusal
 from dnnlib.files import fetch
-from evaluation.images import ImageSource, read_images, shape_of, size_text
+from evaluation.images import ImageSource, formats_of, read_images, shape_of, size_text
 from metrics.detectors import Detector, DetectorOutput, ImageShape, get_detector
 from metrics.metric import MetricSpec, needed_outputs
 from metrics.reference import References, load_references
@@ -56,6 +56,9 @@ def dataset_references(
         num_images=len(dataset),
         source=dataset.name,
     )
+    images = (*shape_of(dataset), formats_of(dataset))
+    for output, reference in references.items():
+        references[output] = dataclasses.replace(reference, images=images)
     if dataset.labels is None:
         return references
     labels, names = dataset.labels[vector_subset(len(dataset))], tuple(dataset.class_names)
@@ -73,21 +76,28 @@ class RealImages:
             EDM2. A file of statistics may be a URL. Or a dataset that is open.
 
     Attributes:
-        image_shape: C, H, W; None if only statistics are known.
+        image_shape: C, H, W; None where statistics do not tell.
+        formats: File formats of the images, such as ``png``; None where statistics do not tell.
     """
 
     def __init__(self, location: str | ImageDataset) -> None:
         self._dataset, self._statistics = None, None
         if not isinstance(location, str):
             self._dataset = location
-            self.image_shape = shape_of(location)
+            self.image_shape, self.formats = shape_of(location), formats_of(location)
             return
         path, arrays = distributed.on_main(lambda: _fetch_arrays(location))
         if arrays is None or "arr_0" in arrays:
             self._dataset = open_images(path)
         if arrays is not None and (self._dataset is None or "mu" in arrays):
             self._statistics = load_references(location)
-        self.image_shape = None if self._dataset is None else shape_of(self._dataset)
+        self.image_shape, self.formats = None, None
+        if self._dataset is not None:
+            self.image_shape, self.formats = shape_of(self._dataset), formats_of(self._dataset)
+        for found in (self._statistics or {}).values():
+            if self.image_shape is None and found.images is not None:
+                *shape, self.formats = found.images
+                self.image_shape = tuple(shape)
 
     def knows_classes(self) -> bool:
         """Return whether numbers per class can be had."""
@@ -129,12 +139,19 @@ def _fetch_arrays(location: str) -> tuple[str, tuple[str, ...] | None]:
 def check_images(
     metrics: Sequence[MetricSpec],
     source: ImageSource,
-    real_shape: ImageShape | None,
+    real: RealImages | None,
     num_images: int | None,
     num_blocks: int,
 ) -> list[str]:
     """Return warnings about the use of ``source``; raise ValueError if it cannot be scored."""
     warnings: list[str] = []
+    real_shape = None if real is None else real.image_shape
+    formats = None if real is None else real.formats
+    if formats is not None and ("jpeg" in formats) != ("jpeg" in source.formats):
+        warnings.append(
+            f"the images are {source.formats} and the reference is {formats}: traces of JPEG "
+            "compression count as a difference"
+        )
     if real_shape is not None and real_shape != source.image_shape:
         (channels, *size), (real_channels, *real_size) = source.image_shape, real_shape
         if channels != real_channels:

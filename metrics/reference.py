@@ -37,6 +37,8 @@ class Reference:
     count: int | None = None
     detector_hash: str | None = None  # Identity of what made the outputs.
     dataset_hash: str | None = None  # Content hash of the images.
+    # Channels, height, width and file formats of the images, such as (3, 32, 32, "png").
+    images: tuple[int, int, int, str] | None = None
     source: str = ""  # Where this comes from, for people.
     class_names: tuple[str, ...] = ()  # Of the classes that ``labels`` counts; may be empty.
     # Vectors of other images than those behind mu and sigma, as ADM's files have.
@@ -94,8 +96,8 @@ _KINDS = ("mu", "sigma", "vectors")
 _INCEPTION = DetectorOutput("inception")
 # Names of the arrays in a file that are those of EDM and ADM, so that their programs read it too.
 _PUBLISHED = {_INCEPTION: "{}", DetectorOutput("inception", "spatial"): "{}_s"}
-_SHARED = ("count", "dataset_hash", "class_names")
-_UNKNOWN = dict(detector_hashes={}, count=None, dataset_hash=None, class_names=())
+_SHARED = ("count", "dataset_hash", "class_names", "images")
+_UNKNOWN = dict(detector_hashes={}, count=None, dataset_hash=None, class_names=(), images=None)
 
 
 def _array_name(output: DetectorOutput, kind: str) -> str:
@@ -134,6 +136,11 @@ def read_references(path: str | os.PathLike) -> References:
         count, names = description["count"], tuple(description["class_names"])
         if not (count is None or (isinstance(count, int) and not isinstance(count, bool))):
             raise ValueError(f"its count is {count!r}")
+        images = description["images"]
+        if images is not None and not (
+            isinstance(images, list) and [type(value) for value in images] == [int, int, int, str]
+        ):
+            raise ValueError(f"its description of the images is {images!r}")
         if not isinstance(description["dataset_hash"], str | None):
             raise ValueError(f"its dataset hash is {description['dataset_hash']!r}")
     # What a damaged or foreign file makes NumPy and zipfile raise has no common base.
@@ -156,6 +163,7 @@ def read_references(path: str | os.PathLike) -> References:
             count=count,
             detector_hash=hashes.get(str(output)),
             dataset_hash=description["dataset_hash"],
+            images=None if images is None else tuple(images),
             source=str(path),
             class_names=names,
         )

@@ -174,6 +174,9 @@ def _row(
     if reference is not None:
         row.update(reference=reference.source, reference_hash=reference.hash)
         row["reference_count"] = reference.count
+        if reference.images is not None:
+            channels, height, width, formats = reference.images
+            row["reference_images"] = f"{width}x{height}x{channels}, {formats}"
         if metric.needs == "vectors":
             row["reference_vectors"] = reference.num_vectors
     return dict(

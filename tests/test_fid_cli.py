@@ -529,16 +529,19 @@ def test_images_of_another_size_are_scored_by_a_network_with_a_warning(
     assert "the images are 16x16 and the reference is 8x8" in row["warnings"]
 
 
-def test_statistics_of_another_detector_are_refused(base, data, generated, tmp_path):
+def test_statistics_of_another_detector_are_refused(inception, data, generated, tmp_path):
     path = tmp_path / "ref.npz"
     np.savez(path, mu=np.zeros(2048), sigma=np.eye(2048))
     args = ["calc", f"--images={generated}", "--metrics=fd_pixels", f"--ref={path}"]
     message = helpers.fail(fid, *args, "--num-images=12")
     assert "holds no moments of pixels/features" in message
-    larger = helpers.toy_data(base, 16)
-    helpers.succeed(fid, "ref", f"--data={larger}", f"--dest={path}", "--metrics=fd_pixels")
+    options = ("--metrics=fid10k_full", f"--inception={inception}")
+    other = "--inception-input=pytorch-fid"
+    path.unlink()
+    helpers.succeed(fid, "ref", f"--data={data}", f"--dest={path}", *options, other)
+    args = ["calc", f"--images={generated}", f"--ref={path}", *options, "--num-images=12"]
     message = helpers.fail(fid, *args)
-    assert "were made by another detector 'pixels'" in message
+    assert "were made by another detector 'inception'" in message
     assert "compute them anew with `fid.py ref`" in message
     ref = ["ref", f"--data={data}", f"--dest={path}"]
     assert "Did you mean 'fd_pixels'?" in helpers.fail(fid, *ref, "--metrics=fd_pixel")
@@ -636,3 +639,33 @@ def test_no_command_overwrites_an_input_or_a_file_that_it_did_not_make(base, tmp
 def test_an_empty_path_as_of_an_unset_variable_is_refused(base):
     network = f"--network={helpers.trained_snapshot(base)}"
     assert "names nothing" in helpers.fail(generate, network, "--outdir=", "--num=1")
+
+
+def test_statistics_know_size_channels_and_formats_of_what_they_were_made_of(base, tmp_path):
+    """Images of other channels are refused, of other sizes and of JPEGs told, as with images."""
+    statistics = tmp_path / "ref.npz"
+    options = ("--metrics=kid_pixels",)
+    helpers.succeed(
+        fid, "ref", f"--data={helpers.toy_data(base)}", f"--dest={statistics}", *options
+    )
+    (reference,) = read_references(statistics).values()
+    assert reference.images == (3, 8, 8, "png")
+    rng = np.random.default_rng(0)
+
+    def folder(name, *shape, suffix="png"):
+        (tmp_path / name).mkdir()
+        for index in range(6):
+            pixels = rng.integers(0, 255, shape, dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{index}.{suffix}")
+        return f"--images={tmp_path / name}"
+
+    calc = ("calc", f"--ref={statistics}", "--num-images=6", *options)
+    assert "1 channel(s) and the reference has 3" in helpers.fail(fid, *calc, folder("grey", 8, 8))
+    assert "equal sizes" in helpers.fail(fid, *calc, folder("large", 16, 16, 3))
+    output = helpers.succeed(fid, *calc, folder("jpeg", 8, 8, 3, suffix="jpg")).output
+    assert "the images are jpeg and the reference is png" in output
+    rows = tmp_path / "rows.json"
+    helpers.succeed(fid, *calc, folder("png", 8, 8, 3), f"--json={rows}")
+    (row,) = json.loads(rows.read_text())["rows"]
+    assert (row["reference_images"], row["image_formats"]) == ("8x8x3, png", "png")
+    assert not any("JPEG" in text for text in row["warnings"])
