@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import importlib
 import json
+import os
 import re
 from pathlib import Path
 from unittest import mock
@@ -81,4 +82,5 @@ def _default(option, ctx):
         return str(value)
     record = option.get_help_record(ctx)
     shown = re.search(r"\[default: (\S+)\]$", record[1]) if record else None
-    return shown[1] if shown else None
+    # A run knows the absolute path of its data, which was relative to its folder at first.
+    return shown[1].removeprefix(f"{os.getcwd()}/") if shown else None

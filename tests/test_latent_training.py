@@ -27,7 +27,7 @@ from families.latent import FAMILY
 from models import build_network
 from torch_utils import rng
 from torch_utils.pictures import read_image, to_uint8
-from training.checkpoint import load_snapshot, load_state
+from training.checkpoint import find_snapshots, load_snapshot, load_state
 from training.family import GeneratorOptions
 from training.objective import Objective
 
@@ -77,7 +77,7 @@ def trained(latents, tmp_path_factory):
 
 
 def snapshot_of(run_dir):
-    return max(run_dir.glob("network-snapshot-??????.pkl"))
+    return find_snapshots(run_dir)[0]
 
 
 def test_two_processes_train_as_one_and_their_snapshot_samples_and_scores(
