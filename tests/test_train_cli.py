@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import re
 import shlex
 import sys
@@ -126,7 +127,7 @@ def test_the_seed_commands_work_as_typed(command, preset, batch, lr, steps, monk
     words = shlex.split(command.replace("\\\n", " "))  # As a shell joins the lines.
     config, description = dry_run(*words[words.index("train.py") + 1 :])
     expected = to_dict(PRESETS[preset].run)
-    expected["data"]["data"] = f"./datasets/{preset}.zip"
+    expected["data"]["data"] = os.path.abspath(f"datasets/{preset}.zip")
     expected["training"]["batch_gpu"] = batch // 4
     expected["training"]["label_drop"] = 0.0  # Without labels.
     expected["logging"]["metrics"] = ["fid10k_full"]
@@ -136,7 +137,7 @@ def test_the_seed_commands_work_as_typed(command, preset, batch, lr, steps, monk
     assert config["training"]["lr"] == lr
     assert f"{batch} images per optimizer step = {batch // 4} per pass x 1" in description
     assert f"200,000.0 kimg = {steps} optimizer steps" in description
-    assert f"./datasets/{preset}.zip is not there" in description
+    assert f"/datasets/{preset}.zip is not there" in description
     assert list(tmp_path.iterdir()) == []
 
 
@@ -147,7 +148,7 @@ def test_the_seed_s_command_for_imagenet_works_as_typed(monkeypatch, tmp_path):
     config, description = dry_run(*words[words.index("train.py") + 1 :])
     expected = to_dict(PRESETS["imagenet256-d30"].run)
     expected["preset"] = "imagenet256"
-    expected["data"]["data"] = "./datasets/imagenet256.zip"
+    expected["data"]["data"] = os.path.abspath("datasets/imagenet256.zip")
     expected["training"].update(batch_gpu=32, kimg=1_000_000, label_drop=0.1)
     expected["training"].update(precision="fp32", compile=False)  # Without a GPU.
     expected["guidance"]["cfg_scale"] = 4.6
@@ -156,7 +157,7 @@ def test_the_seed_s_command_for_imagenet_works_as_typed(monkeypatch, tmp_path):
     assert re.search(r"parameters +600,906,752", description)
     assert "256 images per optimizer step = 32 per pass x 1 pass(es) x 8 rank(s)" in description
     assert "1,000,000.0 kimg = 3,906,250 optimizer steps" in description
-    assert "./datasets/imagenet256.zip is not there" in description
+    assert "/datasets/imagenet256.zip is not there" in description
     assert list(tmp_path.iterdir()) == []
 
 
