@@ -97,6 +97,9 @@ class LazyGroup(click.Group):
         super().__init__(*args, **kwargs)
         self._package, self.summaries = package, summaries
 
+    def get_help_option_names(self, ctx: click.Context) -> list[str]:
+        return ["-h", "--help"]  # Whatever the context: click keeps the first option that it made.
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.summaries)
 

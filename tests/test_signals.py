@@ -120,7 +120,8 @@ def test_a_signal_cuts_a_score_short_which_is_made_up_for(
 def test_a_stop_in_the_pictures_leaves_a_state_and_they_are_made_up_for(
     one_cpu_thread, restored_handlers, digits_zip, tmp_path, monkeypatch, number
 ):
-    signal.signal(number, signal.default_int_handler)  # A shell may have it ignored.
+    for each in (number, signal.SIGINT):  # A shell may have them ignored.
+        signal.signal(each, signal.default_int_handler)
     args = (f"--outdir={tmp_path}", f"--data={digits_zip}", *TINY, "--iters=3", "--tick=0")
     args += ("--snap=1", "--dump=2", "--workers=0", "--steps=9")
     num_late = 0
