@@ -376,15 +376,18 @@ def _open_target(dest: Path) -> Iterator[_FilesTarget | _SamplesTarget]:
 
 
 def _can_be_replaced(folder: Path) -> bool:
-    """Return whether another folder can take the place of an empty one: no mount point can, and the
-    current folder should not."""
+    """Return whether another folder can take the place of an empty one.
+
+    That of a mount point none can, and that of the current folder none should.
+    """
     if folder == Path.cwd():
         return False
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-        probe = Path(temporary, "probe")
-        probe.mkdir(mode=stat.S_IMODE(folder.stat().st_mode))
-        try:
+    try:
+        # Beside a mount point nothing may be written at all, as for a user of a container.
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+            probe = Path(temporary, "probe")
+            probe.mkdir(mode=stat.S_IMODE(folder.stat().st_mode))
             os.rename(probe, folder)
-        except OSError:
-            return False
+    except OSError:
+        return False
     return True
