@@ -381,6 +381,16 @@ class Family(Protocol):
         """
         ...
 
+    # A benchmark, without data.
+
+    def example_run(self, run: RunConfig, num_classes: int) -> RunConfig:
+        """Return ``run`` as fitted to data of that many classes, or of a usual number for 0."""
+        ...
+
+    def unprompted(self, generator: Any) -> Any:
+        """Return ``generator`` with whatever it makes images from made up."""
+        ...
+
 
 _FAMILIES: dict[str, Callable[[], Family]] = {}
 # Files from before runs named their family have that of their model alone.
