@@ -120,7 +120,8 @@ def main(config: GenerateConfig, options: GenerateOptions, asked: Asked) -> None
     seeds = options.seed_list()
     snapshot = cached_snapshot(options.network)
     family = families.of(snapshot.config)
-    requests = family.requests(snapshot, asked)
+    given = click.get_current_context().meta["given"]
+    requests = family.requests(snapshot, dataclasses.replace(asked, given=given))
     todo = places(options.outdir, requests, seeds, options.subdirs)
     check_target("--outdir", options.outdir, is_folder=True)
     if options.grid is not None:

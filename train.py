@@ -106,7 +106,7 @@ def main(config: RunConfig, options: TrainOptions) -> int:
         if options.data_dir is not None or options.dataset is not None:
             config = with_named_data(config, given, options.data_dir, options.dataset)
         config = with_absolute_data(config)
-        start.check()
+        start.check(given)
     config = families.of(config).check(config, given)
     if config.logging.wandb and not options.dry_run:
         import_wandb()
@@ -116,7 +116,7 @@ def main(config: RunConfig, options: TrainOptions) -> int:
         print_plan(config, num_classes)
         return 0
     with usage_errors():
-        start.check_folder(config.data.data)
+        start.check_run(config)
     return launch(config, start)
 
 

@@ -71,6 +71,7 @@ _FSDM_DIGITS = SetRun(
     sets=SetConfig(
         **dict(train_classes=("0-7",), test_classes=("8", "9"), held_out=20),
         **dict(class_transforms="dihedral", skip_transforms=("6:2",), hybrids=0.4),
+        rules_for=tuple("0123456789"),
         context_drop=0.1,
     ),
     training=TrainingConfig(

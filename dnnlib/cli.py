@@ -9,7 +9,9 @@ import contextlib
 import dataclasses
 import errno
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 import typing
@@ -264,8 +266,13 @@ def run(command: click.Command) -> None:
 
     A ValueError raised by this project is a user's error and becomes one sentence, printed once a
     node under torchrun; so does an error of a file or disk. Another error raised by a library keeps
-    its traceback.
+    its traceback. SIGTERM and SIGHUP end a command that does not handle them with 128 + number.
     """
+    with _heeding_stops():
+        _run(command)
+
+
+def _run(command: click.Command) -> None:
     quiet = os.environ.get("LOCAL_RANK", "0") not in ("0", "")
     try:
         sys.exit(command.main(standalone_mode=False) or 0)
@@ -294,9 +301,43 @@ def run(command: click.Command) -> None:
         click.echo(f"Error: {message}", err=True)
         launcher.record_error(message)
         sys.exit(1)
+    except _Stopped as stop:
+        click.echo(f"Stopped by {stop}.", err=True)
+        sys.exit(128 + stop.number)
     except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted.", err=True)
         sys.exit(130)
+
+
+class _Stopped(BaseException):  # Nobody who catches errors means this.
+    """A signal asked for the end of a command that has no handler of its own."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+@contextlib.contextmanager
+def _heeding_stops() -> Iterator[None]:
+    """Have SIGTERM and SIGHUP end a command as Ctrl-C does: half-written files are removed."""
+    pid, previous = os.getpid(), {}
+
+    def stop(number: int, frame: object) -> None:
+        if os.getpid() != pid:  # A worker's.
+            os._exit(128 + number)
+        signal.signal(number, signal.SIG_IGN)
+        raise _Stopped(number)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) == signal.SIG_DFL:
+                previous[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            if signal.getsignal(number) is stop:  # After a stop, further ones are ignored.
+                signal.signal(number, handler)
 
 
 def _is_ours(error: Exception) -> bool:

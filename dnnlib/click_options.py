@@ -32,12 +32,12 @@ def param(*names: str, default: Any = None, **settings: Any) -> Any:
 
 
 def takes(kind: type, name: str = "options") -> Callable[[Callable], Callable]:
-    """Return a decorator that gives a command an option for each field of the dataclass ``kind``.
+    """Return a decorator that gives a command an option for each :func:`param` of a dataclass.
 
     The command receives them together, as a ``kind`` under ``name``. Works on functions, below
     ``click.command``; the options of an upper decorator come first in ``--help``.
     """
-    fields = dataclasses.fields(kind)
+    fields = [field for field in dataclasses.fields(kind) if "settings" in field.metadata]
     hints = typing.get_type_hints(kind)
 
     def decorate(function: Callable) -> Callable:

@@ -20,6 +20,7 @@ from families.image import (
     refuse_reference,
     run_to_sample,
     unconditional,
+    with_architecture,
 )
 from models import Network
 from torch_utils import distributed
@@ -31,7 +32,6 @@ from training.transfer import Transfer, transfer_weights
 
 # What a model without patches lacks.
 _PATCH_PARAMETERS = ("conditioner.dino_patch_proj.*", "conditioner.null_dino_patch_token")
-_MIN_SHARE = 0.9
 _LR_FACTOR = 0.5
 _BIAS_STEPS = 2000
 _VISUAL_ALONE = "never dropped without the other in training"
@@ -70,6 +70,8 @@ class FeatureFamily:
         changes = dict(ema_rampup=None, lr=run.training.lr * _LR_FACTOR)
         changes = {name: value for name, value in changes.items() if name not in given}
         had_patches = getattr(source.model, "use_dino_patches", False)
+        # A model may get patches that the other had not.
+        run = with_architecture(run, source, {*given, "use_dino_patches"})
         if "patch_bias_kimg" not in given and run.model.use_dino_patches and not had_patches:
             run = run.changed("features", patch_bias_kimg=_BIAS_STEPS * run.training.batch / 1000)
         return run.changed("training", **changes)
@@ -143,8 +145,8 @@ class FeatureFamily:
             notes.append("Its features were normalised by the statistics of other data.")
 
         def check(found: Transfer) -> None:
-            allowed = run.features.transfer_allow
-            found.refuse_differences(allowed, _PATCH_PARAMETERS, _MIN_SHARE)
+            allowed = run.training.transfer_allow
+            found.refuse_differences(allowed, _PATCH_PARAMETERS)
 
         return transfer_weights(network, snapshot, check=check, notes=notes)
 
@@ -263,6 +265,12 @@ def _fit_to_features(run: FeatureRun, data: TrainingData) -> FeatureRun:
     record = data.record
     if not data.num_images:
         raise ValueError(f"--data: {run.data.data} holds no image to train on.")
+    limit = run.features.text_lengths[-1]
+    cut = data.longer_text(limit) if limit < record.text["max_tokens"] else None
+    if cut is not None:
+        but = f"the text of {cut[0]} has {cut[1]} tokens, and would be cut"
+        remedy = f"add a length, such as {record.text['max_tokens']}"
+        raise refusal("--text-lengths", limit, but=but, remedy=remedy)
     edge = run.model.patch_size * record.vae["downsampling"]
     for bucket in data.buckets:
         if bucket.width % edge or bucket.height % edge:

@@ -1,6 +1,7 @@
 """Models of images in pixels, class-conditional or not: DiffiT's U-shaped network."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, ClassVar
 
@@ -54,6 +55,7 @@ class ImageFamily:
         return run
 
     def settle_in(self, run: ImageRun, source: RunConfig, given: Collection[str]) -> ImageRun:
+        run = with_architecture(run, source, given)
         # The weights are good from the start: the average need not forget its first steps.
         return run if "ema_rampup" in given else run.changed("training", ema_rampup=None)
 
@@ -72,8 +74,8 @@ class ImageFamily:
             channels, num_classes = data.img_channels, data.num_classes
         run = self._with_label_drop(run, num_classes)
         self.check_guidance(run, num_classes)
+        check_levels(run)
         precond = make_precond(run.precond)
-        sampling_sigmas(run.sampling, precond)  # Raises if the network knows no such levels.
         return run.changed(
             "model",
             img_channels=channels,
@@ -144,7 +146,10 @@ class ImageFamily:
     def start_from(
         self, run: ImageRun, network: Network, snapshot: Snapshot, data: DataSummary
     ) -> Transfer:
-        return transfer_weights(network, snapshot)
+        def check(found: Transfer) -> None:
+            found.refuse_poor_match(run.training.transfer_allow)
+
+        return transfer_weights(network, snapshot, check=check)
 
     def generator(
         self, run: ImageRun, network: Network, codec: Codec, device: torch.device
@@ -207,6 +212,7 @@ class ImageFamily:
         else:
             guide = cached_snapshot(options.guide)
             check_guide(snapshot, guide, run.guidance)
+        check_levels(run)
         codec = self.snapshot_codec(snapshot, options.vae, device)
         generator = self.generator(run, snapshot.build(device), codec, device)
         if guide is None:
@@ -260,11 +266,45 @@ def objective_settings(run: RunConfig) -> dict[str, Any]:
     )
 
 
+def check_levels(run: RunConfig) -> None:
+    """Raise ValueError if the network knows none of the noise levels that are asked for.
+
+    Or if the sampler visits none of those to which guidance or churn is limited.
+    """
+    levels = sampling_sigmas(run.sampling, make_precond(run.precond))[:-1]
+    sampling, limits = run.sampling, []
+    if run.guidance.cfg_interval is not None:
+        limits.append(("--cfg-interval", run.guidance.cfg_interval))
+    if sampling.s_churn > 0:
+        limits.append(("--s-min and --s-max", (sampling.s_min, sampling.s_max or math.inf)))
+    for option, (low, high) in limits:
+        if not any(low <= level <= high for level in levels):
+            but = (
+                f"the sampler visits no noise level there, only {levels[-1]:.4g} to {levels[0]:.4g}"
+            )
+            raise refusal(option, f"{low:g} to {high:g}", but=but, remedy="choose others")
+
+
 def run_to_sample(run: RunConfig, options: GeneratorOptions) -> RunConfig:
     """Return the run of a snapshot sampled as ``options`` say where they do."""
     sampling, guidance = options.sampling or run.sampling, options.guidance or run.guidance
     run = dataclasses.replace(run, sampling=sampling, guidance=guidance)
     return run.changed("training", precision=options.precision or run.training.precision)
+
+
+def with_architecture(run: RunConfig, source: RunConfig, kept: Collection[str]) -> RunConfig:
+    """Return ``run`` with the model settings of ``source``, but for the fields ``kept``.
+
+    What the data decide, and dropout, which has no weights, stay too, as does all of a model of
+    another kind.
+    """
+    if type(source.model) is not type(run.model):
+        return run
+    fields = [f for f in dataclasses.fields(run.model) if f.name not in (*kept, "dropout")]
+    of_weights = [
+        f.name for f in fields if f.metadata["exposed"] and f.metadata["affects"] == "result"
+    ]
+    return run.changed("model", **{name: getattr(source.model, name) for name in of_weights})
 
 
 def with_path(run: RunConfig, path: str | None) -> RunConfig:

@@ -58,6 +58,11 @@ class SetFamily(ImageFamily):
             if not run.sets.compute_fid:
                 del metrics["fewshot_fid"]
             run = run.changed("logging", metrics=tuple(metrics))
+        lists = {"train_classes", "test_classes"}
+        if run.sets.class_transforms != "none":
+            lists.add("skip_transforms")
+        if lists <= given:
+            run = run.changed("sets", rules_for=())
         check_metrics(run, given, of_supports=True)
         refuse_reference(run, "set-conditioned models", "images of their unseen classes")
         return run

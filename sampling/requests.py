@@ -93,6 +93,19 @@ class PromptRequests:
         for name, option in (("text", "prompt"), ("visual", "reference")):
             if getattr(asked, name) is not None and not getattr(asked, option):
                 raise ValueError(f"--{name} encodes --{option}; give that too.")
+        if not is_stored:
+            self._check_guidance()
+
+    def _check_guidance(self) -> None:
+        """Raise ValueError for guidance by a condition that is not asked for."""
+        text, visual = bool(self.asked.prompt), self.asked.reference is not None
+        both = ("--prompt and --reference", text and visual)
+        settings = dict(text_scale=("--prompt", text), visual_scale=("--reference", visual))
+        settings |= dict(guidance_form=both, joint_scale=both)
+        for setting, (needed, is_there) in settings.items():
+            if setting in self.asked.given and not is_there:
+                option = setting.replace("_", "-")
+                raise ValueError(f"--{option} has no effect without {needed}; leave it out.")
 
     @property
     def num_parts(self) -> int:
@@ -162,6 +175,9 @@ def encode_requests(snapshot: Snapshot, device: torch.device, asked: Asked) -> l
     requests = []
     for row, prompt in enumerate(prompts):
         own = hidden[row, mask[row]].cpu().numpy()
+        if len(own) > features.text_lengths[-1]:
+            but = f"{prompt!r} has {len(own)} tokens, and the model was trained on texts of up to"
+            raise refusal("--prompt", but=f"{but} {features.text_lengths[-1]}", remedy="shorten it")
         padded, valid = pad_texts([own], features.text_lengths)
         cond = dict(shared, text=torch.from_numpy(padded), text_mask=torch.from_numpy(valid))
         requests.append(Request(prompt, cond, size, dict(facts, prompt=prompt)))

@@ -97,3 +97,33 @@ def test_a_process_in_its_start_up_ends_with_its_launcher():
     shell = f'{sys.executable} -c "{ORPHAN}"; echo $?'
     found = subprocess.run(["sh", "-c", shell], capture_output=True, check=True, **settings)
     assert found.stdout == "1\n"
+
+
+SLOW_WRITE = """
+import click, sys, time
+from dnnlib.cli import run
+from dnnlib.files import atomic_write
+
+@click.command()
+@click.argument("path")
+def command(path):
+    with atomic_write(path) as file:
+        file.write(b"half")
+        print("writing", flush=True)
+        time.sleep(30)
+
+run(command)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_any_command_at_once_and_without_half_written_files(tmp_path, number):
+    command = [sys.executable, "-c", SLOW_WRITE, str(tmp_path / "target")]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+    assert process.stdout.readline() == "writing\n"
+    process.send_signal(number)
+    _, error = process.communicate(timeout=2)
+    assert error == f"Stopped by {number.name}.\n"
+    assert process.returncode == 128 + number
+    assert not list(tmp_path.iterdir())

@@ -301,6 +301,7 @@ def test_transfer_reports_what_it_loaded_and_what_not(finished, digits_zip, tmp_
     # Two blocks instead of one, no augmentation labels, another attention window.
     args = (f"--outdir={outdir}", f"--data={digits_zip}", *TINY, "--num-blocks=2", "--window=8")
     args += ("--workers=0", "--lr-rampup=1", f"--transfer={snapshot}", "--resume=auto")
+    args += ("--transfer-allow=*",)
     output = succeed(train_script, *args, "--iters=1").output
     report = re.search(
         r"Transfer from (.*): (\d+) of (\d+) tensors loaded, [\d.]+% of the parameters.\n"

@@ -890,7 +890,7 @@ def test_detectors_of_the_metrics_compute_as_the_options_say(base, tmp_path, mon
 def test_a_run_starts_from_another_and_reports_which_weights_it_took(base, tmp_path):
     snapshot = helpers.trained_snapshot(base)
     result = helpers.train_tiny(
-        tmp_path, helpers.toy_data(base), f"--transfer={snapshot}", "--lr=0", "--iters=1"
+        tmp_path, helpers.toy_data(base), f"--transfer={snapshot}", "--lr=1e-12", "--iters=1"
     )
     assert "Unexpected (not used): conditioner" in result.output
     there = load_snapshot(snapshot).state_dict

@@ -49,7 +49,7 @@ class TrainingConfig(Config):
         help="The same per rank and pass; --batch is reached by accumulation.",
         affects="speed",
     )
-    lr: float = option(1e-3, min=0, help="Learning rate.")
+    lr: float = option(1e-3, min=1e-12, help="Learning rate.")
     weight_decay: float = option(
         0.0, min=0, help="Decoupled weight decay of matrices and kernels (AdamW); 0 is Adam."
     )
@@ -88,7 +88,7 @@ class TrainingConfig(Config):
         help="Relative stds of further weight averages, with power-function profiles, such as "
         "0.05,0.10, from which any other is made after training (python -m training.posthoc_ema).",
     )
-    loss_scaling: float = option(1.0, min=0, help="Constant factor of the loss.")
+    loss_scaling: float = option(1.0, min=1e-12, help="Constant factor of the loss.")
     skip_limit: int = option(
         100, min=1, help="Stop after this many non-finite gradients in a row.", affects="speed"
     )
@@ -104,6 +104,12 @@ class TrainingConfig(Config):
     tf32: bool = option(False, help="Allow TF32 matrix products on NVIDIA GPUs.", affects="speed")
     cudnn_benchmark: bool = option(
         True, name="bench", help="Let cuDNN time its algorithms.", affects="speed"
+    )
+    transfer_allow: tuple[str, ...] = option(
+        (),
+        help="With --transfer: patterns of parameters that may be missing, unexpected or of "
+        "another shape, such as 'backbone.head.*'.",
+        affects="speed",
     )
     augment: AugmentConfig = AugmentConfig()
 

@@ -179,7 +179,10 @@ class GeneratorOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What the options of generate.py ask for, as typed; None or empty where nothing was."""
+    """What the options of generate.py ask for, as typed; None or empty where nothing was.
+
+    ``given`` names the typed settings of sampling and guidance.
+    """
 
     classes: str | None = param(
         "--class", help="Classes that seeds take in turn, by name or number: cat or 7 or 0-9."
@@ -208,6 +211,7 @@ class Asked:
     visual: str | None = param(
         help="Visual encoder for --reference.  [default: where it was when features were made]"
     )
+    given: Collection[str] = ()
 
     def refuse(self, names: Sequence[str], reason: str) -> None:
         """Raise ValueError, for ``reason``, if one of the options ``names`` was given."""
@@ -425,6 +429,10 @@ def restore_run(values: Mapping[str, Any]) -> RunConfig:
     Raises ValueError for settings that are unknown or out of range.
     """
     values = dict(values)
+    if "transfer_allow" in values.get("features", {}):
+        features = dict(values["features"])
+        values["training"] = dict(values["training"], transfer_allow=features.pop("transfer_allow"))
+        values["features"] = features
     if "family" not in values:
         values = {name: value for name, value in values.items() if value is not None}
         if "dual_guidance" in values:

@@ -48,11 +48,6 @@ class FeatureConfig(Config):
         help="Let patches that are new to a model in slowly: a bias of attention to them rises "
         "from -ln(number) - 4 to 0 over so many kimg; 0: none.",
     )
-    transfer_allow: tuple[str, ...] = option(
-        (),
-        help="With --transfer: patterns of parameters that may be missing, unexpected or of "
-        "another shape, such as 'backbone.head.*'.",
-    )
     streaming: bool = option(
         False,
         help="Read shards from begin to end through webdataset; --data may then be an address "

@@ -43,8 +43,13 @@ class Start:
         """Whether a particular run is continued."""
         return self.resume not in (None, "auto")
 
-    def check(self) -> None:
-        """Raise ValueError for options that exclude each other or name what is not there."""
+    def check(self, given: Collection[str]) -> None:
+        """Raise ValueError for options that exclude each other or name what is not there.
+
+        ``given`` names the fields of the configuration that were typed.
+        """
+        if self.transfer is None and "transfer_allow" in given:
+            raise ValueError("--transfer-allow has no effect without --transfer; leave it out.")
         if self.continues and self.transfer is not None:
             raise ValueError("Give --resume or --transfer, not both.")
         if self.transfer is not None and not self.transfer.is_file():
@@ -54,10 +59,18 @@ class Start:
         if self.outdir is not None:
             check_target("--outdir", self.outdir, is_folder=True)
 
-    def check_folder(self, data: str | None) -> None:
-        """Raise ValueError if there is nothing to train on, or no folder for the run."""
-        if not data:
+    def check_run(self, config: RunConfig) -> None:
+        """Raise ValueError if there is nothing to train on, or no folder for the run.
+
+        And if the ranks that a launcher starts cannot share a batch.
+        """
+        location = config.data.data
+        if not location:
             raise ValueError("Give the training data with --data (see dataset_tool.py).")
+        if not is_address(location) and not Path(location).exists():
+            but = f"{location} does not exist"
+            raise refusal("--data", but=but, remedy="say where the data are")
+        accumulation_rounds(config.training, launcher.number("WORLD_SIZE", 1))
         if not self.continues:
             if self.outdir is None:
                 raise ValueError("Give the folder for runs with --outdir.")
@@ -74,7 +87,12 @@ class Start:
         if self.transfer is None:
             return config
         source, _ = read_header(self.transfer)
-        return family_of(config).settle_in(config, source, given)
+        settled = family_of(config).settle_in(config, source, given)
+        before, after = to_dict(config.model), to_dict(settled.model)
+        taken = [f"{name}={after[name]}" for name in after if after[name] != before[name]]
+        if taken and launcher.number("RANK") == 0:
+            print(f"Model as in {self.transfer}: {', '.join(taken)}.", file=sys.stderr, flush=True)
+        return settled
 
 
 def print_plan(config: RunConfig, usual_num_classes: int) -> None:
@@ -99,7 +117,7 @@ def print_plan(config: RunConfig, usual_num_classes: int) -> None:
 
 def launch(config: RunConfig, start: Start) -> int:
     """Train, and return the exit code: 0, or REQUEUE_EXIT_CODE after a stop that was asked for."""
-    run_dir, finished = None, False
+    run_dir, is_new, finished = None, False, False
     with distributed.StopSignal() as stop_signal, contextlib.ExitStack() as held:
         try:
             # Until the first step, and in what can be made again, a stop loses nothing.
@@ -131,6 +149,10 @@ def launch(config: RunConfig, start: Start) -> int:
                 finished = training_loop(
                     job, run_dir, resume_state=state, transfer=weights, stop_signal=stop_signal
                 )
+        except Exception:
+            if is_new and run_dir is not None and distributed.is_main():
+                runs.remove_unless_begun(run_dir)
+            raise
         except distributed.StopRequested:
             where = "" if run_dir is None else f"; continue with --resume={run_dir}"
             distributed.print0(f"Stopped by {stop_signal.name_received()} before a step{where}")
@@ -148,11 +170,8 @@ def launch(config: RunConfig, start: Start) -> int:
 
 def _prepare(config: RunConfig, device: torch.device) -> Job:
     """Open the data and whatever the run needs besides, and fit the run to them. Collective."""
-    accumulation_rounds(config.training, distributed.world_size())
     attention_backend(config.model, device)
-    family, location = family_of(config), config.data.data
-    if not is_address(location) and not Path(location).exists():
-        raise refusal("--data", but=f"{location} does not exist", remedy="say where the data are")
+    family = family_of(config)
     data = family.open_data(config)
     config = fit_to_device(family.fit(config, data), device.type)
     config, codec = family.open_codec(config, data, device)

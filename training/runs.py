@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,8 @@ from training.family import TrainingData
 
 REQUEUE_FILE = "requeue"
 REQUEUE_EXIT_CODE = 85
-_RUN_FILES = (
-    *("training-state-*.pt", "network-snapshot-*.pkl", "fakes-*.png", "reals.png"),
-    *("stats.jsonl", "metric-*.jsonl", "training_options.json", REQUEUE_FILE),
-)
+_MADE = ("training-state-*.pt", "network-snapshot-*.pkl", "stats.jsonl", "metric-*.jsonl")
+_RUN_FILES = (*_MADE, "fakes-*.png", "reals.png", "training_options.json", REQUEUE_FILE)
 
 
 def describe(run: RunConfig, data: TrainingData, desc: str | None) -> str:
@@ -53,6 +52,13 @@ def make_run_dir(outdir: Path, desc: str) -> Path:
                 return run_dir
 
     return distributed.on_main(make)
+
+
+def remove_unless_begun(run_dir: Path) -> None:
+    """Remove a run folder in which nothing is that training made."""
+    made = itertools.chain.from_iterable(run_dir.glob(name) for name in _MADE)
+    if not any(path.stat().st_size for path in made):
+        shutil.rmtree(run_dir)
 
 
 def _number(path: Path) -> re.Match | None:

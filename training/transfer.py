@@ -12,6 +12,7 @@ from training.checkpoint import Snapshot
 
 REPORT_FILE = "warm-start.json"
 _WRAPPERS = ("module.", "_orig_mod.")
+_MIN_SHARE = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,32 +48,41 @@ class Transfer:
         """Write ``warm-start.json``."""
         write_json(run_dir / REPORT_FILE, dataclasses.asdict(self))
 
-    def refuse_differences(
-        self, allowed: Sequence[str], optional: Sequence[str], min_share: float
-    ) -> None:
+    def refuse_differences(self, allowed: Sequence[str], optional: Sequence[str]) -> None:
         """Raise ValueError for a tensor that is missing, unexpected or of another shape.
 
-        Args:
-            allowed: Patterns of names that may be any of these.
-            optional: Patterns of names that may be missing.
-            min_share: The least share of the parameters that must be loaded.
+        Patterns of names that may be any of these are ``allowed``; those that may be missing are
+        ``optional``. Less than 90% of the parameters are refused in any case.
         """
         for what, names, patterns in (
             ("missing", self.missing, (*allowed, *optional)),
             ("unexpected", self.unexpected, allowed),
             ("of another shape", self.mismatched, allowed),
         ):
-            left = [n for n in names if not any(fnmatch.fnmatchcase(n, p) for p in patterns)]
+            left = _unmatched(names, patterns)
             if left:
-                more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-                but = f"{left[0]}{more} of {self.source} would be {what}"
+                but = f"{left[0]}{_more(left)} of {self.source} would be {what}"
                 allow = f"allow it with --transfer-allow='{left[0]}'"
                 remedy = f"give a snapshot of the same model, or {allow}"
                 raise refusal("--transfer", but=but, remedy=remedy)
-        if self.share < min_share:
+        if self.share < _MIN_SHARE:
             gives = f"{self.source} gives only {self.share:.0%} of the parameters of this model"
-            needs = f"at least {min_share:.0%} are needed for a warm start"
+            needs = f"at least {_MIN_SHARE:.0%} are needed for a warm start"
             raise ValueError(f"--transfer: {gives}; {needs}.")
+
+    def refuse_poor_match(self, allowed: Sequence[str]) -> None:
+        """Raise ValueError for less than 90% of the parameters, unless all others are ``allowed``.
+
+        ``allowed`` are patterns of names.
+        """
+        left = _unmatched((*self.missing, *self.mismatched), allowed)
+        if self.share >= _MIN_SHARE or (allowed and not left):
+            return
+        but = f"{self.source} gives {self.share:.0%} of the parameters of this model"
+        lacks = f" and lacks {left[0]}{_more(left)}" if left else ""
+        remedy = "leave out the options that change the model, choose the preset of the snapshot, "
+        allow = "or allow the rest to start anew with --transfer-allow='*'"
+        raise refusal("--transfer", but=but + lacks, remedy=remedy + allow)
 
 
 def transfer_weights(
@@ -106,6 +116,14 @@ def transfer_weights(
         raise ValueError(f"--transfer: {snapshot.path} shares no weights with this model.")
     network.load_state_dict({name: given[name] for name in loaded}, strict=False)
     return found
+
+
+def _unmatched(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    return [n for n in names if not any(fnmatch.fnmatchcase(n, p) for p in patterns)]
+
+
+def _more(names: Sequence[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
 def _stripped(name: str) -> str:

@@ -128,6 +128,17 @@ class FeatureDataset(Dataset):
         """Return channels, height and width of the latents of a bucket."""
         return self._shapes[bucket]
 
+    def longer_text(self, limit: int) -> tuple[str, int] | None:
+        """Return name and number of tokens of an item with more than ``limit``; None without."""
+        for first, manifest in zip(self.firsts, self._manifests, strict=False):
+            # The mask has a byte for each token, or for each that there is room for.
+            for row in np.flatnonzero(manifest.size["t5m.npy"] > limit):
+                index = int(first) + int(row)
+                num_tokens = int(from_npy(self._read(index, "t5m.npy")).sum())
+                if num_tokens > limit:
+                    return self.ids[index], num_tokens
+        return None
+
     def facts(self, index: int) -> dict[str, Any]:
         """Return what an item's json says: caption, source, crop and more."""
         return parse_json(self._read(index, "json"))

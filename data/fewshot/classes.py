@@ -29,6 +29,12 @@ class SetConfig(Config):
     )
     val_classes: tuple[str, ...] = option((), help="Classes kept for validation.")
     test_classes: tuple[str, ...] = option((), help="Unseen classes, on which a run is scored.")
+    rules_for: tuple[str, ...] = option(
+        (),
+        exposed=False,
+        affects="speed",
+        help="Names of the only classes that a preset's lists of classes are meant for; none: any.",
+    )
     split_fractions: tuple[float, float, float] | None = option(
         None,
         min=0,
@@ -108,8 +114,12 @@ def split_classes(config: SetConfig, dataset: ImageDataset) -> ClassSplit:
 
     By explicit lists; else by fractions; else as the dataset says; else by fractions of 0.6, 0.2
     and 0.2. Classes without images belong to none. Raises ValueError for a class that does not
-    exist or is in two lists, or if none is left to train on.
+    exist or is in two lists, if none is left to train on, or if a preset's lists are for others.
     """
+    if config.rules_for and config.rules_for != tuple(dataset.class_names):
+        but = f"the preset has rules for the classes {', '.join(config.rules_for)}, which"
+        remedy = "state yours with --train-classes, --test-classes and --skip-transforms (or none)"
+        raise refusal("--data", but=f"{but} {dataset.path} has not", remedy=remedy)
     counts = np.bincount(dataset.labels, minlength=dataset.num_classes)
     lists = [getattr(config, f"{name}_classes") for name in CLASS_SPLITS]
     if any(lists):

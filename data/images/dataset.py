@@ -72,7 +72,8 @@ def open_images(path: str | os.PathLike, *, use_labels: bool | None = None) -> "
 class LabelledDataset(Dataset):
     """Images in some form, read by index, with their class labels if they have any.
 
-    A subclass reads batches by ``__getitems__``.
+    A subclass reads batches by ``__getitems__``, and sets ``path`` first. Raises ValueError for a
+    ``max_size`` above the number of images.
     """
 
     path: Path  # Where the data are.
@@ -83,6 +84,9 @@ class LabelledDataset(Dataset):
     class_names: list[str]  # Also of classes without images; empty without labels.
 
     def __init__(self, num_stored: int, max_size: int | None, seed: int) -> None:
+        if (max_size or 0) > num_stored:
+            but = f"{self.path} holds {num_stored} images"
+            raise refusal("--max-size", max_size, but=but, remedy="leave it out to take all")
         self.class_names = []
         self._num_stored = num_stored
         self._indices = np.arange(num_stored)
