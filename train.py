@@ -17,7 +17,7 @@ from dnnlib.config import Config
 from dnnlib.text import join_names
 from training import runs
 from training.config import RunConfig, with_absolute_data, with_named_data, with_one_of_each
-from training.launch import Start, launch, print_plan
+from training.launch import Start, launch, print_plan, verify
 from training.telemetry import import_wandb
 
 EXAMPLES = """
@@ -31,6 +31,10 @@ EXAMPLES = """
 
   # What would run, without data:
   python train.py --preset=ffhq64 --dry-run
+
+  # Whether a run with these options would resume exactly on this machine:
+  torchrun --standalone --nproc_per_node=2 train.py --data=demo-out/digits.zip \\
+      --preset=digits --verify-resume
 
   # Continue after a stop:
   python train.py --resume=runs/00000-cifar10-uncond-cifar10-ranks4-batch512-bf16
@@ -51,6 +55,10 @@ class TrainOptions:
     resume: str | None = param(help="Run folder or state file to continue, or auto.")
     transfer: Path | None = param(help="Snapshot whose weights the run starts from.")
     dry_run: bool = param("-n", "--dry-run", help="Print what would run, and stop.")
+    verify_resume: bool = param(
+        help="Train a few steps twice, once with a stop and a resume in between, say whether both "
+        "are equal bit for bit, and stop."
+    )
 
 
 def base_config(args: Sequence[str]) -> RunConfig | None:
@@ -98,9 +106,8 @@ def main(config: RunConfig, options: TrainOptions) -> int:
     """
     # Cheap checks first: nothing is opened or started before they pass.
     given = click.get_current_context().meta["given"]
-    start = Start(
-        outdir=options.outdir, resume=options.resume, transfer=options.transfer, desc=options.desc
-    )
+    names = [field.name for field in dataclasses.fields(Start)]
+    start = Start(**{name: getattr(options, name) for name in names})
     with usage_errors():
         config = with_one_of_each(config, given)
         if options.data_dir is not None or options.dataset is not None:
@@ -117,7 +124,7 @@ def main(config: RunConfig, options: TrainOptions) -> int:
         return 0
     with usage_errors():
         start.check_run(config)
-    return launch(config, start)
+    return verify(config, start) if options.verify_resume else launch(config, start)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ class Start:
     resume: str | None = None  # Run folder or state file to continue, or ``auto``.
     transfer: Path | None = None  # Snapshot whose weights the run starts from.
     desc: str | None = None  # Text to add to the name of the run folder.
+    verify_resume: bool = False  # Only try whether a run resumes exactly.
 
     @property
     def continues(self) -> bool:
@@ -71,6 +72,10 @@ class Start:
             but = f"{location} does not exist"
             raise refusal("--data", but=but, remedy="say where the data are")
         accumulation_rounds(config.training, launcher.number("WORLD_SIZE", 1))
+        if self.verify_resume:
+            if self.resume is not None:
+                raise ValueError("--verify-resume stops and resumes by itself; leave --resume out.")
+            return
         if not self.continues:
             if self.outdir is None:
                 raise ValueError("Give the folder for runs with --outdir.")
@@ -166,6 +171,17 @@ def launch(config: RunConfig, start: Start) -> int:
     # All ranks know. To torchrun another code is a failure, which it tells at length.
     quiet = finished or "TORCHELASTIC_RUN_ID" in os.environ
     return 0 if quiet else runs.REQUEUE_EXIT_CODE
+
+
+def verify(config: RunConfig, start: Start) -> int:
+    """Try on a few steps whether a stop and a resume leave no trace; return 0 if so, else 1."""
+    from training.verify_resume import shortened, verify_resume
+
+    job = _prepare(shortened(config), distributed.init())
+    snapshot = None if start.transfer is None else load_snapshot(start.transfer)
+    equal = verify_resume(job, snapshot)
+    distributed.shutdown()
+    return 0 if equal else 1
 
 
 def _prepare(config: RunConfig, device: torch.device) -> Job:
