@@ -57,8 +57,9 @@ def typed(hint: Any, value: Any, name: str = "") -> Any:
     """Return a value read from JSON as a type, after every value in it is checked.
 
     Args:
-        hint: A dataclass, a TypedDict (keys that it does not name stay, unchecked), a dict, a list,
-            a tuple of a fixed length, int, float, str or bool; each of them also ``| None``.
+        hint: A dataclass, whose defaults stand for missing keys, a TypedDict (keys that it does
+            not name stay, unchecked), a dict, a list, a tuple of a fixed length, int, float, str
+            or bool; each of them also ``| None``.
         name: What errors call the value.
 
     Raises ValueError with the first difference: ``buckets[1].num is 'x'``.
@@ -88,11 +89,13 @@ def _is_scalar(hint: Any, value: Any) -> bool:
 
 def _typed_object(hint: Any, value: dict[str, Any], name: str) -> Any:
     is_class = dataclasses.is_dataclass(hint)
-    fields = [field.name for field in dataclasses.fields(hint)] if is_class else None
+    fields = {f.name: f.default for f in dataclasses.fields(hint)} if is_class else {}
     hints = typing.get_type_hints(hint)
     found = {}
     for key in fields or hints:
         path = f"{name}.{key}" if name else key
+        if key not in value and fields.get(key, dataclasses.MISSING) is not dataclasses.MISSING:
+            continue
         if key not in value:
             raise ValueError(f"{path} is missing")
         found[key] = typed(hints[key], value[key], path)

@@ -1,6 +1,7 @@
 """Scores of images against real ones: detectors, references and rows for a list of metrics."""
 
 import dataclasses
+import functools
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -229,7 +230,8 @@ def score_images(
         )
         for row in rows:
             row["warnings"] = warnings + row["warnings"]
-            row.update(source.passport(range(start, start + row["num_images"])))
+            images = range(start, start + row["num_images"])
+            row.update(distributed.on_main(functools.partial(source.passport, images)))
         return rows
 
     blocks = [score_block(block * max(counts)) for block in range(num_blocks)]

@@ -205,7 +205,7 @@ def test_a_killed_encoding_goes_on_with_what_is_missing(base, tmp_path, written)
     assert "encoding is not finished" in fail(dataset_tool, "info", dest)
     assert "encoding is not finished" in run_tool("verify", dest)[1]
     assert "2 of 4 shards existed already" in again(base, dest, *OPTIONS)
-    assert written == ["shard-00002.npy", "shard-00003.npy", "labels.npy"]
+    assert written == ["shard-00002.npy", "shard-00003.npy", "crc32.npy", "labels.npy"]
     assert content(dest) == content(base / "latents")
     assert not list(dest.glob(".*.tmp"))
 
@@ -225,7 +225,7 @@ def test_an_encoding_stopped_before_its_record_needs_the_record_alone(base, tmp_
     assert not (dest / "latents.json").exists()
     written.clear()
     assert "4 of 4 shards existed already" in again(base, dest, *OPTIONS)
-    assert written == ["labels.npy"]
+    assert written == ["crc32.npy", "labels.npy"]
     assert content(dest) == content(base / "latents")
 
 
@@ -260,7 +260,7 @@ def _shorten(path):
 def test_a_damaged_archive_is_repaired(base, copied, written, change, remade):
     change(copied)
     again(base, copied, *OPTIONS)
-    assert written == [*remade, "labels.npy"]
+    assert written == [*remade, "crc32.npy", "labels.npy"]
     assert content(copied) == content(base / "latents")
 
 

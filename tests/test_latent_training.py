@@ -244,7 +244,7 @@ def test_an_autoencoder_that_moved_is_named_and_another_is_refused(vae, trained,
         ("--data=LATENTS --cfg-scale=2 --cfg-channels=5", ["--cfg-channels: got 5", "4 channels"]),
         (
             "--data=LATENTS --metrics=fd_pixels --metrics-ref=LATENTS",
-            ["holds no images", "latents.json"],
+            ["holds no images", "encoding.json"],
         ),
         ("--data=LATENTS --no-cond --label-drop=0 --cfg-scale=2", ["unconditional", "--cfg-scale"]),
         ("--data=LATENTS --augment=0.1", ["--augment: got 0.1, but latents", "--hflip"]),

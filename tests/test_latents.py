@@ -12,8 +12,9 @@ from latent_files import encode, tiny_autoencoder, tiny_images, tiny_latents
 from safetensors.torch import load_file, save_file
 
 from data.images.dataset import ImageDataset, MirroredImages
+from data.images.decode import ImageError
 from data.latents.dataset import LatentDataset
-from data.latents.record import is_latent_archive
+from data.latents.record import is_latent_archive, verify_latents
 from data.loader import make_loader
 from data.samplers import PositionSampler
 from encoders import autoencoder as autoencoder_module
@@ -301,7 +302,7 @@ def test_the_content_hash_follows_all_that_training_sees(base, copied, tmp_path)
     def digest(path=archive, **options):
         return LatentDataset(path, **options).content_hash
 
-    assert digest(copied) == digest(max_size=99) == digest(use_labels=False) == digest()
+    assert digest(copied) == digest(max_size=37) == digest(use_labels=False) == digest()
     encode(base / "images.npz", tmp_path / "mean", base / "vae", "--mean-only", "--hflip")
     hashes = {
         digest(),
@@ -400,6 +401,11 @@ def _shorten(path):
             lambda f: np.save(f / "labels.npy", np.zeros(37, np.int64)),
             "labels.npy: damaged, not the labels",
         ),
+        (lambda f: (f / "crc32.npy").unlink(), "crc32.npy: cannot be read .No such file"),
+        (
+            lambda f: np.save(f / "crc32.npy", np.zeros((37, 2), np.uint32)),
+            "crc32.npy: damaged, not the checksums",
+        ),
     ],
 )
 def test_a_file_that_is_wrong_is_one_sentence(copied, change, message):
@@ -423,6 +429,26 @@ def test_a_file_that_is_cut_short_while_in_use_is_one_sentence(copied):
     loader = make_loader(data, [[37 + 9]], num_workers=1, device=torch.device("cpu"))
     with pytest.raises(ValueError, match=r"^\S+shard-00000.npy: ends in the middle of row 9; .*$"):
         next(iter(loader))
+
+
+def test_a_flipped_byte_is_an_error_in_the_batch_that_has_it(copied):
+    data, shard = LatentDataset(copied, hflip=True), copied / "shard-00000.npy"
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 1
+    shard.write_bytes(content)
+    data.__getitems__([8, 9])
+    with pytest.raises(ImageError, match=r"shard-00000.npy: row 9 differs from its checksum"):
+        data.__getitems__([37 + 9])
+
+
+def test_latents_of_earlier_versions_have_no_checksums_of_rows_and_are_read(copied):
+    record = json.loads((copied / "latents.json").read_text())
+    del record["checksums_sha256"]
+    (copied / "latents.json").write_text(json.dumps(record))
+    (copied / "crc32.npy").unlink()
+    data = LatentDataset(copied)
+    assert len(data.__getitems__([0, 36])[0]) == 2
+    assert verify_latents(copied) == []
 
 
 # Mirror images of pixels.

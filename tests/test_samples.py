@@ -451,3 +451,13 @@ def test_nothing_but_the_arrays_of_images_is_opened(tmp_path):
         tmp_path / "samples.npz", arr_0=random_pixels(2, 8, 8, 3), mu=np.array([{}], object)
     )
     assert len(SampleArchive(path)) == 2
+
+
+def test_a_flipped_byte_is_noticed_where_the_identity_of_samples_is_asked_for(tmp_path):
+    path = save_samples(tmp_path / "samples.npz", random_pixels(40, 8, 8, 3))
+    assert open_images(path).content_hash.startswith("v2-")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"samples.npz: arr_0 cannot be read \(Bad CRC-32"):
+        _ = open_images(path).content_hash

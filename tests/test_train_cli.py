@@ -41,6 +41,7 @@ from models.diffit import DiffiT
 from sampling.images import ImageGenerator
 from training.checkpoint import find_snapshots, load_snapshot, load_state
 from training.config import fit_to_device
+from training.feature_objective import FeatureObjective
 from training.objective import Objective
 
 
@@ -396,7 +397,6 @@ CASES = {
     "drop-all": [Case("1", "net", beside="FEATURES --drop-all=0 --text-only=0 --visual-only=0")],
     "text-only": [Case("1", "net", beside="FEATURES --drop-all=0 --text-only=0 --visual-only=0")],
     "visual-only": [Case("1", "net", beside="FEATURES --drop-all=0 --text-only=0 --visual-only=0")],
-    "text-lengths": [Case("2", "net", beside="FEATURES")],
     "patch-bias-kimg": [Case("1", "net", beside="FEATURES")],
     "streaming": [Case("True", "net", beside="FEATURES")],
     "time-shift": [unseen("3", "fakes", beside="FEATURES")],
@@ -438,6 +438,7 @@ SHOWN_BY = {
         "test_latent_models_train_with_the_autoencoder_that_the_options_describe",
     ),
     "metrics-ref": "test_metrics_compare_with_what_metrics_ref_names",
+    "text-lengths": "test_texts_are_padded_to_the_lengths_given_and_are_never_cut",
     "transfer-allow": "test_a_warm_start_is_strict_but_for_patches_and_what_is_allowed",
     **dict.fromkeys(
         ("num-reconstructions", "num-swaps", "num-edits", "num-text-only", "num-divergence"),
@@ -692,6 +693,28 @@ def test_turned_classes_are_classes_unless_skipped(base, tmp_path):
         counts.append(len(load_snapshot(max(run_dir.glob("*.pkl"))).data.class_names))
     assert len(set(nets)) == 4
     assert counts == [2, 8, 16, 5]
+
+
+def test_texts_are_padded_to_the_lengths_given_and_are_never_cut(base, tmp_path, monkeypatch):
+    data, tiny, seen = tiny_features(base / "features"), helpers.TINY_FEATURES, []
+    words = (f"--outdir={tmp_path}", f"--data={data}", *tiny, "--text-lengths=2")
+    message = helpers.fail(train, *words)
+    assert "--text-lengths: got 2, but the text of" in message
+    assert "tokens, and would be cut; add a length, such as" in message
+
+    prepare = FeatureObjective.prepare
+
+    def noted(self, batch, cond, *args):
+        seen.append(cond["text"].shape[1])
+        return prepare(self, batch, cond, *args)
+
+    monkeypatch.setattr(FeatureObjective, "prepare", noted)
+    run_dir = helpers.train_tiny(tmp_path, data, "--text-lengths=16", tiny=tiny).run_dir
+    assert set(seen) == {16}
+    snapshot, long = max(run_dir.glob("network*.pkl")), " ".join(["red"] * 20)
+    words = (f"--network={snapshot}", f"--outdir={tmp_path / 'out'}", "--num=1")
+    message = helpers.fail(generate, *words, f"--prompt={long}")
+    assert "tokens, and the model was trained on texts of up to 16" in message
 
 
 def test_a_warm_start_is_strict_but_for_patches_and_what_is_allowed(base, tmp_path):

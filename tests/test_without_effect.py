@@ -71,18 +71,6 @@ def test_guidance_by_a_condition_that_is_not_given_is_refused(base, features, op
     assert sentence in fail(generate, *words)
 
 
-def test_texts_that_would_be_cut_are_refused_in_training_and_sampling(base, features):
-    words = (f"--outdir={base}", f"--data={features}", *TINY_FEATURES, "--text-lengths=2")
-    message = fail(train, *words)
-    assert "--text-lengths: got 2, but the text of" in message
-    assert "tokens, and would be cut; add a length, such as" in message
-    short = [*TINY_FEATURES, "--text-lengths=16"]
-    snapshot = max(train_tiny(base / "short", features, tiny=short).run_dir.glob("network*.pkl"))
-    long = " ".join(["red"] * 20)
-    words = (f"--network={snapshot}", f"--outdir={base / 'out'}", "--num=1", f"--prompt={long}")
-    assert "tokens, and the model was trained on texts of up to 16" in fail(generate, *words)
-
-
 def test_more_images_than_there_are_cannot_be_asked_for(base):
     words = (f"--outdir={base}", f"--data={toy_data(base)}", *TINY)
     assert "holds 42 images; leave it out to take all" in fail(train, *words, "--max-size=43")

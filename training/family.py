@@ -429,7 +429,7 @@ def restore_run(values: Mapping[str, Any]) -> RunConfig:
     Raises ValueError for settings that are unknown or out of range.
     """
     values = dict(values)
-    if "transfer_allow" in values.get("features", {}):
+    if "transfer_allow" in (values.get("features") or {}):
         features = dict(values["features"])
         values["training"] = dict(values["training"], transfer_allow=features.pop("transfer_allow"))
         values["features"] = features

@@ -15,6 +15,7 @@ from data.images.identity import VERSION
 from data.images.members import LOCAL_HEADER, ZIP_METHODS, Archive, local_header_length
 from dnnlib.errors import refusal
 from dnnlib.files import OpenFiles
+from dnnlib.progress import progress
 
 _AGAIN = "save or copy the file again"
 
@@ -95,6 +96,12 @@ class SampleArchive(Archive):
         return None
 
     def fingerprint(self) -> str:
+        # The checksums of the file stand for its arrays, which therefore have to be right.
+        label = f"Checksums of {self.path.name}"
+        look = dict(label=label, unit="B", transient=True)
+        with progress(total=self.num_array_bytes, **look) as bar:
+            for problem in self.check(bar.update):
+                raise ValueError(problem)
         return VERSION + self.old_fingerprint()
 
     def old_fingerprint(self) -> str:

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 
 from data.images.dataset import Cond, LabelledDataset
 from data.images.decode import ImageError
-from data.latents.record import check_latent_shard, read_archive_labels, read_record
+from data.latents.record import check_latent_shard, read_archive_labels, read_checksums, read_record
 from dnnlib.errors import refusal
 from dnnlib.files import OpenFiles
 
@@ -82,6 +83,7 @@ class LatentDataset(LabelledDataset):
             check_latent_shard(file, (size, *self._row_shape))
             for file, size in zip(self._files, sizes, strict=True)
         ]
+        self._crcs = read_checksums(self.path, record)
         self._firsts = np.cumsum([0, *sizes])  # The first image of each shard.
         self._open = OpenFiles()
 
@@ -136,3 +138,6 @@ class LatentDataset(LabelledDataset):
         if num_bytes != target.nbytes:
             remedy = "dataset_tool.py verify lists every such file"
             raise ImageError(f"{file}: ends in the middle of row {row}; {remedy}.")
+        if self._crcs is not None and zlib.crc32(target) != self._crcs[image, variant]:
+            remedy = "dataset_tool.py verify lists every such file"
+            raise ImageError(f"{file}: row {row} differs from its checksum; {remedy}.")

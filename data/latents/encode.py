@@ -14,16 +14,19 @@ from torch.utils.data import DataLoader
 
 from data.images.dataset import ImageDataset, collate
 from data.latents.record import (
+    CHECKSUMS_FILE,
     CLAIM_FILE,
     FORMAT_VERSION,
     LABELS_FILE,
     RECORD_FILE,
     LatentRecord,
     check_latent_shard,
+    checksums_of_shard,
     is_latent_archive,
     is_latent_folder,
     latent_shard_name,
     read_archive_labels,
+    read_checksums,
     read_record,
 )
 from data.loader import init_worker
@@ -187,6 +190,7 @@ def _is_right(dest: Path, record: LatentRecord, plan: LatentRecord, dataset: Ima
         return False
     try:
         labels = read_archive_labels(dest, record)
+        read_checksums(dest, record)
     except ValueError:
         return False
     return labels is None or np.array_equal(labels, dataset.labels)
@@ -271,18 +275,28 @@ def _write_array(path: Path, values: np.ndarray) -> None:
 
 
 def _finish(dest: Path, plan: LatentRecord, dataset: ImageDataset) -> LatentRecord:
-    """Hash all shards, then write labels and record. Collective."""
-    files = [dest / shard["file"] for shard in plan.shards]
-    hashes = map_of_ranks(sha256_of_file, files, 1, "Hashing", "file")
+    """Hash all shards and rows, then write checksums, labels and record. Collective."""
+    variants = plan.row_shape[0]
+
+    def measure(shard: dict[str, Any]) -> tuple[str, np.ndarray]:
+        return checksums_of_shard(dest / shard["file"], shard["num_images"], variants)
+
+    measured = map_of_ranks(measure, plan.shards, 1, "Hashing", "file")
 
     def write() -> LatentRecord:
-        labels_sha256 = None
+        arrays = {CHECKSUMS_FILE: np.concatenate([crcs for _, crcs in measured])}
         if dataset.labels is not None:
-            _write_array(dest / LABELS_FILE, dataset.labels.astype(np.int64))
-            labels_sha256 = sha256_of_file(dest / LABELS_FILE)
-        pairs = zip(plan.shards, hashes, strict=True)
-        shards = [dict(shard, sha256=sha256) for shard, sha256 in pairs]
-        record = dataclasses.replace(plan, shards=shards, labels_sha256=labels_sha256)
+            arrays[LABELS_FILE] = dataset.labels.astype(np.int64)
+        hashes = {}
+        for name, values in arrays.items():
+            _write_array(dest / name, values)
+            hashes[name] = sha256_of_file(dest / name)
+        record = dataclasses.replace(
+            plan,
+            shards=[dict(s, sha256=own) for s, (own, _) in zip(plan.shards, measured, strict=True)],
+            labels_sha256=hashes.get(LABELS_FILE),
+            checksums_sha256=hashes[CHECKSUMS_FILE],
+        )
         write_json(dest / RECORD_FILE, record.to_dict())
         return record
 

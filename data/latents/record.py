@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import os
+import zlib
 from pathlib import Path
 from typing import Any, Self, TypedDict
 
@@ -19,6 +20,7 @@ FORMAT_VERSION = 1
 RECORD_FILE = "latents.json"
 CLAIM_FILE = "encoding.json"  # There from the beginning of an encoding on.
 LABELS_FILE = "labels.npy"
+CHECKSUMS_FILE = "crc32.npy"
 KINDS = ("mean-std", "mean")
 _AGAIN = "start the same dataset_tool.py encode again, which makes what is missing"
 _ROWS_AT_ONCE = 256
@@ -55,6 +57,7 @@ class LatentRecord:
     shard_size: int
     shards: list[ShardFacts]
     packages: dict[str, str]
+    checksums_sha256: str | None = None  # Of the checksums of rows; earlier versions wrote none.
 
     def checked(self) -> Self:
         """Return this; raises ValueError if the values of a finished archive do not agree."""
@@ -145,20 +148,44 @@ def read_archive_labels(path: Path, record: LatentRecord) -> np.ndarray | None:
     """
     if record.class_names is None:
         return None
-    file = path / LABELS_FILE
-    try:
-        labels = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        raise ValueError(f"{file}: cannot be read ({reason}); {_AGAIN}.") from None
-    is_right = labels.shape == (record.num_images,) and labels.dtype == np.int64
-    if not is_right or sha256_of_file(file) != record.labels_sha256:
-        raise ValueError(f"{file}: damaged, not the labels that the record names; {_AGAIN}.")
+    file, shape = path / LABELS_FILE, (record.num_images,)
+    labels = _read_array(file, "labels", np.int64, shape, record.labels_sha256)
     if labels.min() < 0 or labels.max() >= len(record.class_names):
         found = f"has labels from {labels.min()} to {labels.max()}"
         known = f"the record names {len(record.class_names)} classes"
         raise ValueError(f"{file}: {found}, but {known}; {_AGAIN}.")
     return labels
+
+
+def read_checksums(path: Path, record: LatentRecord) -> np.ndarray | None:
+    """Return the CRC-32 of each image's latents and of its twin's, uint32 [N, V]; None without any.
+
+    Raises ValueError if they are missing or damaged.
+    """
+    if record.checksums_sha256 is None:
+        return None
+    file, shape = path / CHECKSUMS_FILE, (record.num_images, record.row_shape[0])
+    return _read_array(file, "checksums", np.uint32, shape, record.checksums_sha256)
+
+
+def _read_array(
+    file: Path, what: str, dtype: type, shape: tuple[int, ...], sha256: str
+) -> np.ndarray:
+    try:
+        values = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise ValueError(f"{file}: cannot be read ({reason}); {_AGAIN}.") from None
+    if (values.shape, values.dtype) != (shape, dtype) or sha256_of_file(file) != sha256:
+        raise ValueError(f"{file}: damaged, not the {what} that the record names; {_AGAIN}.")
+    return values
+
+
+def checksums_of_shard(path: Path, rows: int, variants: int) -> tuple[str, np.ndarray]:
+    """Return the SHA-256 of a shard and the CRC-32s of its rows, uint32 [rows, variants]."""
+    values = np.load(path, mmap_mode="r").reshape(rows * variants, -1)
+    crcs = [zlib.crc32(row) for row in values]
+    return sha256_of_file(path), np.array(crcs, np.uint32).reshape(rows, variants)
 
 
 def verify_latents(path: str | os.PathLike, *, num_workers: int | None = None) -> list[str]:
@@ -172,10 +199,11 @@ def verify_latents(path: str | os.PathLike, *, num_workers: int | None = None) -
         record = read_record(folder)
     except ValueError as error:
         return [str(error)]
-    try:
-        read_archive_labels(folder, record)
-    except ValueError as error:
-        problems.append(str(error))
+    for read in (read_archive_labels, read_checksums):
+        try:
+            read(folder, record)
+        except ValueError as error:
+            problems.append(str(error))
     inspect = functools.partial(_inspect_shard, folder=folder, record=record)
     results = process_map(inspect, record.shards, num_workers=num_workers, chunk_size=1)
     with progress(total=record.num_images, label=f"Verifying {folder}") as bar:
