@@ -31,6 +31,7 @@ def command(data: str) -> None:
 
 
 def _image_lines(data: str) -> Iterator[str]:
+    from data.images.archive import count_line, left_out
     from data.images.dataset import ImageDataset
 
     dataset = ImageDataset(data)
@@ -38,6 +39,7 @@ def _image_lines(data: str) -> Iterator[str]:
     yield f"images        {len(dataset)}"
     yield f"resolution    {dataset.resolution}x{dataset.resolution}"
     yield f"channels      {dataset.img_channels}"
+    yield f"files         {count_line(len(dataset), left_out(dataset.archive))}"
     yield f"size          {format_count(dataset.archive.num_bytes, 'B')}"
     yield f"content hash  {dataset.content_hash}"
     splits = ImageDataset(data, use_labels=None).class_splits

@@ -16,9 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from helpers import succeed
 from image_files import convert, make_folder, make_zip, random_image
 from PIL import Image
 
+import dataset_tool
 from data.images import identity
 from data.images.codec import PixelCodec
 from data.images.dataset import DatasetConfig, ImageDataset, MirroredImages, open_dataset
@@ -539,3 +541,16 @@ def test_a_signal_for_the_main_process_is_still_its_own(data):
     finally:
         signal.signal(signal.SIGUSR1, previous)
     assert received
+
+
+def test_what_a_reader_leaves_out_is_counted_and_told_once(tmp_path, capsys):
+    for name in ("a.png", "b.png", "c.heic", "d.HEIC", "LICENSE", "dataset.json"):
+        if name.endswith("png"):
+            Image.new("L", (8, 8)).save(tmp_path / name)
+        else:
+            (tmp_path / name).write_text("{}")
+    for _ in range(2):
+        ImageDataset(tmp_path)
+    line = "2 taken, 3 left out (2 .heic, 1 without extension)."
+    assert capsys.readouterr().err == f"{tmp_path}: {line}\n"
+    assert f"files         {line}" in succeed(dataset_tool, "info", tmp_path).output

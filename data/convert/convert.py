@@ -16,6 +16,7 @@ from typing import IO
 import numpy as np
 from PIL import Image
 
+from data.images.archive import count_line
 from data.images.decode import decode_image, encode_png
 from data.images.members import Member
 from data.images.transforms import Size, apply_transform
@@ -92,9 +93,7 @@ class Summary:
     @property
     def count_line(self) -> str:
         """A sentence that says how many files were taken, and how many not, and why."""
-        why = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items())
-        total = sum(self.left_out.values())
-        return f"{self.num_images} taken, {total} left out{f' ({why})' if why else ''}."
+        return count_line(self.num_images, self.left_out)
 
 
 def convert_images(

@@ -1,7 +1,6 @@
 """Opens what ``dataset_tool.py convert`` reads: folders, zips, samples, CIFAR, MNIST and digits."""
 
 import dataclasses
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from data.convert.cifar_mnist import MNIST_PREFIXES, find_idx, open_cifar, open_
 from data.convert.convert import Source, array_source
 from data.convert.fewshot_sources import find_fewshot_files, read_fewshot
 from data.convert.labelling import BY_ITSELF, LabelChoice, label_images
-from data.images.archive import open_archive
+from data.images.archive import left_out, open_archive
 from data.images.labels import read_labels
 from data.images.samples import SampleArchive
 from dnnlib.errors import refusal
@@ -100,16 +99,9 @@ def open_image_files(
     source: str, choice: LabelChoice = BY_ITSELF, skip_broken: bool = False
 ) -> Source:
     """Return the images of a folder or zip, labelled as :func:`label_images` says."""
-    archive = open_archive(source, skip_unreadable=skip_broken)
+    archive = open_archive(source, skip_unreadable=skip_broken, tell=False)
     found = label_images(archive, choice)
-    left_out = Counter(
-        Path(name).suffix.lower() or "without extension"
-        for name in archive.others
-        if name.rpartition("/")[2] != "dataset.json"
-    )
     unreadable = getattr(archive, "unreadable", [])
-    if unreadable:
-        left_out["folder(s) that cannot be read"] = len(unreadable)
     return Source(
         str(source),
         len(archive),
@@ -120,7 +112,7 @@ def open_image_files(
         found.class_splits,
         (*unreadable, *found.notes),
         found.origin,
-        left_out,
+        left_out(archive),
     )
 
 

@@ -3,7 +3,10 @@
 import functools
 import hashlib
 import os
+import sys
 import zipfile
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +15,12 @@ from data.images.decode import is_image_name
 from data.images.identity import checksums, identity_of_files
 from data.images.members import ZIP_METHODS, Archive, Member
 from data.images.samples import SampleArchive
+from dnnlib import launcher
 from dnnlib.errors import refusal
 from dnnlib.files import OpenFiles
 from dnnlib.text import join_names
+
+_told: set[Path] = set()
 
 
 class ZipArchive(Archive):
@@ -132,8 +138,31 @@ def is_hidden(name: str) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
-def open_archive(path: str | os.PathLike, *, skip_unreadable: bool = False) -> Archive:
+def left_out(archive: Archive) -> Counter[str]:
+    """Return how many files of an archive are not taken for images, by the reason."""
+    found = Counter(
+        Path(name).suffix.lower() or "without extension"
+        for name in archive.others
+        if name.rpartition("/")[2] != "dataset.json"
+    )
+    if num_unreadable := len(getattr(archive, "unreadable", [])):
+        found["folder(s) that cannot be read"] = num_unreadable
+    return found
+
+
+def count_line(num_taken: int, left: Mapping[str, int]) -> str:
+    """Return a sentence that says how many files were taken, and how many not, and why."""
+    found = sorted(left.items(), key=lambda item: -item[1])
+    why = ", ".join(f"{count} {reason}" for reason, count in found)
+    return f"{num_taken} taken, {sum(left.values())} left out{f' ({why})' if why else ''}."
+
+
+def open_archive(
+    path: str | os.PathLike, *, skip_unreadable: bool = False, tell: bool = True
+) -> Archive:
     """Return the images of a folder, a zip or (by the ending ``.npz``) a sample archive.
+
+    What is left out is told once for each path, if ``tell`` says so.
 
     Raises ValueError if there is no such path, if it is none of these, if it holds no images, or,
     without ``skip_unreadable``, if a folder inside cannot be read.
@@ -151,4 +180,8 @@ def open_archive(path: str | os.PathLike, *, skip_unreadable: bool = False) -> A
         others = sorted(file.name for file in path.glob("[!.]*")) if path.is_dir() else []
         found = f", but {join_names(others[:3])}" if others else ""
         raise ValueError(f"{path}: holds no images (.png, .jpg, .webp, ...){found}.")
+    if tell and path not in _told and (left := left_out(archive)):
+        _told.add(path)
+        if launcher.number("RANK") == 0:
+            print(f"{path}: {count_line(len(archive), left)}", file=sys.stderr, flush=True)
     return archive
