@@ -13,7 +13,7 @@ from data.images.identity import checksums, identity_of_files
 from data.images.members import ZIP_METHODS, Archive, Member
 from data.images.samples import SampleArchive
 from dnnlib.errors import refusal
-from dnnlib.files import OpenFiles
+from dnnlib.files import OpenFiles, check_source
 from dnnlib.text import join_names
 
 
@@ -139,8 +139,7 @@ def open_archive(path: str | os.PathLike, *, skip_unreadable: bool = False) -> A
     without ``skip_unreadable``, if a folder inside cannot be read.
     """
     path = Path(path)
-    if not path.exists():
-        raise ValueError(f"{path}: no such file or folder.")
+    check_source(path)
     kind = SampleArchive if path.suffix.lower() == ".npz" else ZipArchive
     archive: Archive = (FolderArchive if path.is_dir() else kind)(path)
     unreadable = getattr(archive, "unreadable", [])
