@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
@@ -80,9 +81,10 @@ def check_target(
     path = Path(path)
     if not is_folder and path.is_dir():
         raise ValueError(f"{option}: {path} is a folder; give the name of a file.")
-    if path.exists() and not (path.is_file() or path.is_dir()):
+    if os.path.lexists(path) and not (path.is_file() or path.is_dir()):
         # A rename would put a file in its place.
-        raise ValueError(f"{option}: {path} is a pipe, socket or device; give the name of a file.")
+        problem = "is a pipe, socket, device, or a link that leads nowhere"
+        raise ValueError(f"{option}: {path} {problem}; choose another name.")
     if not is_folder and path.exists() and is_ours is not None:
         try:
             recognised = is_ours(path)
@@ -118,6 +120,8 @@ def check_source(path: str | os.PathLike, *, where: str = "", folder: bool = Tru
         problem = "is a pipe, socket or device; copy what it holds to a file"
     elif path.is_symlink():
         problem = "is a link that leads nowhere"
+    elif re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):  # A path has no two slashes.
+        problem = "is an address; download the file, and give its path"
     raise ValueError(f"{label}: {problem}.")
 
 
@@ -128,6 +132,12 @@ def regular_file(path: str, flags: int) -> int:
         return descriptor
     os.close(descriptor)
     raise OSError(errno.EINVAL, "is no regular file", path)
+
+
+def read_file(path: str | os.PathLike) -> bytes:
+    """Return the content of a file; raises OSError also for a pipe, a socket or a device."""
+    with open(path, "rb", opener=regular_file) as file:
+        return file.read()
 
 
 def lock_folder(folder: Path, problem: str) -> contextlib.AbstractContextManager:

@@ -37,15 +37,15 @@ def bad_files(shared_dir):
 
 def entries(folder):
     """Return every path below a folder with the time of its last change."""
-    found = (os.path.join(top, name) for top, *names in os.walk(folder) for name in sum(names, []))
-    return {path: os.lstat(path).st_mtime_ns for path in found}
+    paths = (p for p in folder.rglob("*") if p.name != ".lock")
+    return {
+        path: path.lstat().st_mtime_ns for path in paths if path.is_symlink() or not path.is_dir()
+    }
 
 
 def parse(command):
     """Return the variables, the script and the arguments of a command line."""
-    words = [
-        os.fsdecode(word.encode().replace(b"<FF>", b"\xff")) for word in shlex.split(command)
-    ]
+    words = [os.fsdecode(word.encode().replace(b"<FF>", b"\xff")) for word in shlex.split(command)]
     variables = {}
     while re.match(r"[A-Z_]+=", words[0]):
         name, _, variables[name] = words.pop(0).partition("=")

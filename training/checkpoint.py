@@ -225,6 +225,8 @@ def _load(path: Path, expected: str, what: str, *, header_only: bool = False) ->
         # attribute for a folder without content. It never compresses.
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()
+            if not any(part.filename.endswith("/data.pkl") for part in parts):
+                raise ValueError(f"{path}: is a zip of other files, not {what}.")
             strange = [part.filename for part in parts if part.external_attr or part.compress_type]
             if strange:
                 stored = f"{strange[0]} is stored otherwise"
