@@ -21,7 +21,7 @@ from sampling.images import GenerateConfig, cached_snapshot
 from sampling.outputs import claim_outdir, make_images, places
 from torch_utils import distributed
 from torch_utils.misc import allow_tf32
-from torch_utils.pictures import is_our_image, read_image, save_image
+from torch_utils.pictures import check_picture_target, read_image, save_image
 from training.family import Asked, GeneratorOptions
 
 EXAMPLES = """
@@ -63,10 +63,12 @@ class GenerateOptions:
         max=MAX_LISTED,
         help="Short for --seeds=0-(N-1) (under torchrun use --num-images: it parses --num itself).",
     )
-    batch: int = param(default=64, min=1, help="Images per rank and pass.")
+    batch: int = param(default=64, min=1, max=1_000_000, help="Images per rank and pass.")
     subdirs: bool = param(help="Make a subfolder for every 1,000 seeds.")
     grid: Path | None = param(help="File for one picture of all images.")
-    columns: int = param(default=10, min=1, help="Images, or supports, in a row of --grid.")
+    columns: int = param(
+        default=10, min=1, max=1_000, help="Images, or supports, in a row of --grid."
+    )
     guide: str | None = param(help="Second snapshot, to guide away from with weight --cfg-scale.")
     tf32: bool = param(help="Allow TF32 matrix products on NVIDIA GPUs.")
     vae: str | None = param(
@@ -77,9 +79,14 @@ class GenerateOptions:
     )
 
     def seed_list(self) -> list[int]:
-        """Return all seeds; raises UsageError if they are given twice."""
+        """Return all seeds; raises UsageError for some given twice."""
         if self.num is None:
-            return parse_ranges("--seeds", self.seeds)
+            seeds = parse_ranges("--seeds", self.seeds)
+            if len(set(seeds)) < len(seeds):
+                raise click.UsageError(
+                    "--seeds names a seed twice; an image is called by its seed."
+                )
+            return seeds
         if is_given("seeds"):
             raise click.UsageError("Give --seeds or --num, not both.")
         return list(range(self.num))
@@ -125,7 +132,7 @@ def main(config: GenerateConfig, options: GenerateOptions, asked: Asked) -> None
     todo = places(options.outdir, requests, seeds, options.subdirs)
     check_target("--outdir", options.outdir, is_folder=True)
     if options.grid is not None:
-        check_target("--grid", options.grid, is_ours=is_our_image)
+        check_picture_target("--grid", options.grid)
         if options.grid.absolute() in {place.path.absolute() for place in todo}:
             raise click.UsageError(f"--grid: {options.grid} is the file of one of the images.")
 

@@ -8,7 +8,7 @@ import click
 import families
 from configs.latent_diffit import PRESETS
 from dnnlib.cli import run
-from dnnlib.click_options import param, takes
+from dnnlib.click_options import TextType, param, takes
 from dnnlib.files import check_target, fetch, sha256_of_file
 from encoders.autoencoder import AUTOENCODER
 from metrics.weights import read_safetensors
@@ -27,7 +27,7 @@ class ImportOptions:
 
 
 @click.command(context_settings=dict(help_option_names=["-h", "--help"]))
-@click.argument("weights", metavar="WEIGHTS.safetensors")
+@click.argument("weights", metavar="WEIGHTS.safetensors", type=TextType())
 @takes(ImportOptions)
 def main(weights: str, options: ImportOptions) -> None:
     """Read WEIGHTS, a path or URL of the official state dict in safetensors, and write a snapshot.

@@ -88,7 +88,7 @@ def option_elsewhere(name: str, config: Config | None) -> str | None:
         owner
         for owner, preset in PRESETS.items()
         for option in settings(preset.run)
-        if name in (option.name, *option.field.metadata["aliases"])
+        if name in (option.name, *option.aliases)
     ]
     if not owners or not isinstance(config, RunConfig):
         from commands.synonyms import used_here

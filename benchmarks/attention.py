@@ -19,7 +19,7 @@ from torch_utils import distributed
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionOptions(NetworkOptions):
-    calls: int = param(default=3, min=1, help="Number of calls in a turn.")
+    calls: int = param(default=3, min=1, max=1_000_000, help="Number of calls in a turn.")
 
 
 @click.command()

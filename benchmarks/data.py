@@ -30,8 +30,8 @@ _CPU = torch.device("cpu")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadingOptions(DataOptions):
-    batch: int | None = param(min=1, help=f"{BATCH_HELP}  [default: the preset's]")
-    batches: int = param(default=8, min=1, help="Number of batches in a turn.")
+    batch: int | None = param(min=1, max=1_000_000, help=f"{BATCH_HELP}  [default: the preset's]")
+    batches: int = param(default=8, min=1, max=1_000_000, help="Number of batches in a turn.")
 
 
 @click.command()

@@ -203,6 +203,7 @@ class Options:
     rounds: int = param(
         default=7,
         min=1,
+        max=10_000,
         help="Number of rounds in which all that is compared has a turn; medians count.",
     )
 
@@ -221,4 +222,4 @@ class NetworkOptions(Options):
     """What a measurement of a network without training has."""
 
     precision: str = param(default="fp32", choices=("bf16", "fp32"), help=PRECISION_HELP)
-    batch: int = param(default=16, min=1, help=BATCH_HELP)
+    batch: int = param(default=16, min=1, max=1_000_000, help=BATCH_HELP)

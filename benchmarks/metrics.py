@@ -27,9 +27,11 @@ class MetricsOptions(DataOptions):
     precision: str = param(
         default="fp32,bf16", help="Arithmetic of the detector, separated by commas."
     )
-    batch: int = param(default=64, min=1, help=BATCH_HELP)
-    images: int = param(default=512, min=1, help="Number of images in a turn.")
-    features: int = param(default=2048, min=2, help="Dimensions of the Fréchet distance.")
+    batch: int = param(default=64, min=1, max=1_000_000, help=BATCH_HELP)
+    images: int = param(default=512, min=1, max=10_000_000, help="Number of images in a turn.")
+    features: int = param(
+        default=2048, min=2, max=16_384, help="Dimensions of the Fréchet distance."
+    )
 
 
 @click.command()

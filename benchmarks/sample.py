@@ -19,7 +19,9 @@ from torch_utils import distributed
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleOptions(NetworkOptions):
-    steps: int | None = param(min=1, help="Number of sampling steps.  [default: the preset's]")
+    steps: int | None = param(
+        min=1, max=1_000_000, help="Number of sampling steps.  [default: the preset's]"
+    )
 
 
 @click.command()

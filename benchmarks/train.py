@@ -46,8 +46,10 @@ _FIRST_NIMG = 50_000_000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainOptions(DataOptions):
-    batch_gpu: int = param(default=16, min=1, help=BATCH_HELP)
-    steps: int | None = param(min=1, help="Number of steps in a turn.  [default: 1, on a GPU 20]")
+    batch_gpu: int = param(default=16, min=1, max=100_000, help=BATCH_HELP)
+    steps: int | None = param(
+        min=1, max=1_000_000, help="Number of steps in a turn.  [default: 1, on a GPU 20]"
+    )
     precision: str = param(default="both", choices=("fp32", "bf16", "both"), help=PRECISION_HELP)
     compile: bool = param(
         "--compile/--no-compile", default=False, help="Compile this code's network."
@@ -56,7 +58,7 @@ class TrainOptions(DataOptions):
         "--tf32/--no-tf32", default=False, help="Use TF32 products on both sides in fp32."
     )
     workers: int | None = param(
-        min=0, help="Number of loader processes of each side.  [default: the preset's]"
+        min=0, max=1_024, help="Number of loader processes of each side.  [default: the preset's]"
     )
 
 

@@ -50,7 +50,7 @@ class CalcOptions:
         help=f"Metrics to compute, separated by commas: {metric_names(of_supports=False)}.",
     )
     num_images: int | None = param(
-        min=2, help="Number of images to score.  [default: that of each metric]"
+        min=2, max=10_000_000, help="Number of images to score.  [default: that of each metric]"
     )
     per_class: bool = param(
         "--per-class/--no-per-class",
@@ -59,6 +59,7 @@ class CalcOptions:
     )
     noise_band: int | None = param(
         min=2,
+        max=1_000,
         metavar="BLOCKS",
         help="Score this many disjoint blocks of seeds, and report the spread of the scores.",
     )

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import click
 
+from dnnlib.click_options import PathType
 from metrics.rows import compare_rows, read_rows
 
 
 @click.command(context_settings=dict(help_option_names=["-h", "--help"]))
-@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("files", nargs=-1, required=True, type=PathType())
 @click.option("--anyway", is_flag=True, help="Print rows of different protocols side by side.")
 def command(files: tuple[Path, ...], anyway: bool) -> None:
     """Print score rows (.jsonl of a run, .json of calc) side by side.

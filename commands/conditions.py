@@ -14,9 +14,11 @@ from dnnlib.files import atomic_write
 class ConditionsOptions:
     network: str = param(required=True, help="Snapshot of a model with conditions.")
     data: str | None = param(help="Images with their conditions.  [default: those of the training]")
-    num: int = param(default=64, min=2, help="Number of images to denoise.")
-    batch: int = param(default=16, min=1, help="Number of images that are denoised at a time.")
-    seed: int = param(default=0, help="Seed of the noise.")
+    num: int = param(default=64, min=2, max=1_000_000, help="Number of images to denoise.")
+    batch: int = param(
+        default=16, min=1, max=1_000_000, help="Number of images that are denoised at a time."
+    )
+    seed: int = param(default=0, min=0, max=2**32 - 1, help="Seed of the noise.")
     out: Path | None = param(help="Picture of the report to write (.png).")
     jsonl: Path | None = param(help="File to write the rows of the report to, one a line.")
 

@@ -39,7 +39,7 @@ class ConvertOptions:
         choices=TRANSFORMS,
         help="How to make images square.  [default: only square ones are accepted]",
     )
-    max_images: int | None = param(min=1, help="Use only the first N images.")
+    max_images: int | None = param(min=1, max=1_000_000_000, help="Use only the first N images.")
     skip_broken: bool = param(help="Leave out broken images instead of failing.")
     labels: str | None = param(
         metavar="folders|none|FILE",
@@ -48,6 +48,7 @@ class ConvertOptions:
     )
     label_level: int | None = param(
         min=1,
+        max=100,
         help="Which folder in a file's path is its class, counted from --source.  [default: the "
         "first that does not hold everything]",
     )
@@ -59,7 +60,7 @@ class ConvertOptions:
         help="Divide the classes of CIFAR-100 for few-shot learning, and take all its images.",
     )
     workers: int | None = param(
-        min=1, help="Number of processes that decode images.  [default: one per core]"
+        min=1, max=1_024, help="Number of processes that decode images.  [default: one per core]"
     )
 
 

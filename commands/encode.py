@@ -20,8 +20,10 @@ class EncodeOptions:
     )
     hflip: bool = param(help="Add the latents of the mirror images.")
     mean_only: bool = param(help="Leave out the standard deviations.")
-    batch: int = param(default=64, min=1, help="Number of images that a rank encodes at a time.")
-    shard_size: int = param(default=4096, min=1, help="Number of images in a file.")
+    batch: int = param(
+        default=64, min=1, max=1_000_000, help="Number of images that a rank encodes at a time."
+    )
+    shard_size: int = param(default=4096, min=1, max=1_000_000, help="Number of images in a file.")
     precision: str = param(
         default="fp32",
         choices=("fp32", "bf16"),
@@ -29,6 +31,7 @@ class EncodeOptions:
     )
     workers: int | None = param(
         min=0,
+        max=1_024,
         help="Number of decoding processes per rank; 0: the rank decodes.  [default: up to 8, as "
         "cores allow]",
     )

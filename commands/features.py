@@ -38,6 +38,7 @@ class FeaturesOptions:
     shard_size: int = param(
         default=64,
         min=1,
+        max=1_000_000,
         help="Number of samples in a shard, of about 11 MB each at the default sizes.",
     )
     validation_share: float = param(
@@ -48,18 +49,22 @@ class FeaturesOptions:
         help="Share of each bucket to keep for validation, at least one image of two; 0: none.",
     )
     batch: int = param(
-        default=8, min=1, help="Number of images, or captions, that a rank encodes at a time."
+        default=8,
+        min=1,
+        max=1_000_000,
+        help="Number of images, or captions, that a rank encodes at a time.",
     )
     precision: str = param(
         default="fp32",
         choices=("fp32", "bf16"),
         help="Arithmetic of the encoders; bf16 is faster and rounds features to 3 digits.",
     )
-    max_images: int | None = param(min=1, help="Use only the first N images.")
+    max_images: int | None = param(min=1, max=1_000_000_000, help="Use only the first N images.")
     skip_broken: bool = param(help="Leave out broken images instead of failing.")
     overwrite: bool = param(help="Make everything again.")
     workers: int | None = param(
         min=1,
+        max=1_024,
         help="Number of threads per rank that decode and write.  [default: up to 16, as cores "
         "allow]",
     )

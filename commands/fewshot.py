@@ -47,16 +47,18 @@ class FewShotOptions:
     )
     num_images: int | None = param(
         min=2,
+        max=10_000_000,
         help="Number of images to generate.  [default: 10,000, or as many as there are real ones]",
     )
     episodes_per_class: int | None = param(
         min=1,
+        max=1_000_000,
         help="Number of supports of each class.  [default: as many as use a fifth of its images, "
         "up to 20]",
     )
-    seed: int = param(default=0, help="Seed of the first generated image.")
+    seed: int = param(default=0, min=0, max=2**32 - 1, help="Seed of the first generated image.")
     precision: str | None = param(choices=PRECISIONS, help=PRECISION_HELP)
-    batch: int = param(default=64, min=1, help=BATCH_HELP)
+    batch: int = param(default=64, min=1, max=1_000_000, help=BATCH_HELP)
     outdir: Path | None = param(help="Folder for a picture of each protocol.")
     json: Path | None = param(help="File to write the score rows to.")
 

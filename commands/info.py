@@ -8,11 +8,12 @@ import numpy as np
 
 from data.images.labels import CLASS_SPLITS, read_labels
 from data.latents.record import is_latent_folder
+from dnnlib.click_options import TextType
 from dnnlib.text import format_count
 
 
 @click.command(no_args_is_help=True)
-@click.argument("data", metavar="ZIP|DIR|NPZ")
+@click.argument("data", metavar="ZIP|DIR|NPZ", type=TextType())
 def command(data: str) -> None:
     """Print size, classes and content hash of a dataset, or the record of latents or features.
 

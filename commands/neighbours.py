@@ -27,12 +27,16 @@ class NeighboursOptions:
         help="Detector whose outputs are compared to measure distances.",
     )
     num_images: int | None = param(
-        min=1, help="Number of generated images.  [default: 1000, or all of --images]"
+        min=1,
+        max=10_000_000,
+        help="Number of generated images.  [default: 1000, or all of --images]",
     )
     neighbours: int = param(
-        default=4, min=1, help="Number of training images shown beside each generated one."
+        default=4, min=1, max=100, help="Number of training images shown beside each generated one."
     )
-    rows: int = param(default=16, min=1, help="Number of generated images in the picture.")
+    rows: int = param(
+        default=16, min=1, max=1_000, help="Number of generated images in the picture."
+    )
     outdir: Path = param(required=True, help="Folder for the report.")
 
 

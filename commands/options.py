@@ -20,7 +20,7 @@ from metrics.reference import read_references
 from metrics.rows import read_rows
 from torch_utils import distributed
 from torch_utils.misc import allow_tf32
-from torch_utils.pictures import is_our_image
+from torch_utils.pictures import check_picture_target
 from training.config import DetectorConfig
 
 AnyConfig = ScoreConfig | DetectorConfig
@@ -44,8 +44,8 @@ class SourceOptions:
         help="Autoencoder of a latent model.  [default: where it was in training]"
     )
     tf32: bool = param(help=TF32_HELP)
-    seed: int = param(default=0, help="Seed of the first generated image.")
-    batch: int = param(default=64, min=1, help=BATCH_HELP)
+    seed: int = param(default=0, min=0, max=2**32 - 1, help="Seed of the first generated image.")
+    batch: int = param(default=64, min=1, max=1_000_000, help=BATCH_HELP)
     precision: str | None = param(choices=PRECISIONS, help=PRECISION_HELP)
 
     def open(
@@ -135,8 +135,10 @@ def check_targets(**targets: Path | None) -> None:
 
     ``outdir`` is a folder, the others are files.
     """
-    is_ours = dict(json=read_rows, jsonl=read_rows, dest=read_references, out=is_our_image)
+    is_ours = dict(json=read_rows, jsonl=read_rows, dest=read_references)
     for name, path in targets.items():
-        if path is not None:
+        if path is not None and name == "out":
+            check_picture_target("--out", path)
+        elif path is not None:
             kind = dict(is_folder=True) if name == "outdir" else dict(is_ours=is_ours[name])
             check_target(f"--{name}", path, **kind)

@@ -7,7 +7,7 @@ import click
 
 import families  # noqa: F401 (registers them)
 from dnnlib.cli import ConfigCommand, run
-from dnnlib.click_options import param, takes
+from dnnlib.click_options import PathType, param, takes
 from dnnlib.errors import refusal
 from dnnlib.files import check_target
 from training.posthoc_ema import POOR_FIT, make_averages, parse_stds, read_profiles, until
@@ -27,7 +27,9 @@ EXAMPLES = """
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PosthocOptions:
     stds: str = param("--std", required=True, help="Relative stds to make, such as 0.07,0.15.")
-    kimg: int | None = param(min=0, help="Kimg at which the averages end.  [default: the last]")
+    kimg: int | None = param(
+        min=0, max=1_000_000_000, help="Kimg at which the averages end.  [default: the last]"
+    )
     outdir: Path | None = param(help="Folder for the averages.  [default: RUN_DIR]")
     snapshots: str = param(
         default="*", help="File names of the snapshots to use, with wildcards, separated by commas."
@@ -35,7 +37,7 @@ class PosthocOptions:
 
 
 @click.command(cls=ConfigCommand, base=lambda args: None, examples=EXAMPLES)
-@click.argument("run_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("run_dir", type=PathType(exists=True, file_okay=False))
 @takes(PosthocOptions)
 def main(config: None, run_dir: Path, options: PosthocOptions) -> None:
     """Make averages of a run's weights with other widths than it was trained with.

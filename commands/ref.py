@@ -24,7 +24,7 @@ class RefOptions:
         default="fid50k_full",
         help="Metrics to prepare for, separated by commas; what they need is kept.",
     )
-    batch: int = param(default=64, min=1, help=BATCH_HELP)
+    batch: int = param(default=64, min=1, max=1_000_000, help=BATCH_HELP)
 
 
 @score_command(base=lambda args: DetectorConfig())

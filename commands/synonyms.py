@@ -71,6 +71,21 @@ _SAMPLE = {
 
 
 def used_here(name: str, *, training: bool = False) -> str | None:
-    """Return a sentence with the name used here for an option of another program, or None."""
+    """Return a sentence with the name used here for an option of another program, or None.
+
+    For a command that is not ``training``, an option of train.py is one of another program.
+    """
     here = (_TRAIN if training else _SAMPLE).get(name) or _SHARED.get(name)
-    return None if here is None else f"--{name}: here it is {here}."
+    if here is not None:
+        return f"--{name}: here it is {here}."
+    return None if training else _of_training(name)
+
+
+def _of_training(name: str) -> str | None:
+    from configs import PRESETS
+    from dnnlib.cli import settings
+
+    for preset, chosen in PRESETS.items():
+        if any(name in (own.name, *own.aliases) for own in settings(chosen.run)):
+            return f"--{name}: an option of train.py --preset={preset}, which is not one of these."
+    return None

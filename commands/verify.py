@@ -5,14 +5,16 @@ from collections.abc import Sequence
 
 import click
 
-from dnnlib.click_options import param, takes
+from dnnlib.click_options import TextType, param, takes
 
 _NUM_SAMPLES = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VerifyOptions:
-    workers: int | None = param(min=1, help="Number of processes, or threads, that decode.")
+    workers: int | None = param(
+        min=1, max=1_024, help="Number of processes, or threads, that decode."
+    )
     source: str | None = param(
         metavar="DIR|ZIP", help="Images that a folder of features was made from, to compare with."
     )
@@ -21,12 +23,14 @@ class VerifyOptions:
         help="Visual encoder, to encode some images of a folder of features again with.",
     )
     samples: int | None = param(
-        min=1, help=f"Number of images per bucket that --visual encodes.  [default: {_NUM_SAMPLES}]"
+        min=1,
+        max=1_000_000,
+        help=f"Number of images per bucket that --visual encodes.  [default: {_NUM_SAMPLES}]",
     )
 
 
 @click.command(no_args_is_help=True)
-@click.argument("data", metavar="ZIP|DIR|NPZ")
+@click.argument("data", metavar="ZIP|DIR|NPZ", type=TextType())
 @takes(VerifyOptions)
 def command(data: str, options: VerifyOptions) -> None:
     """Decode every image of a dataset, check sizes, labels and checksums, and list all problems.

@@ -39,7 +39,11 @@ class GuidanceConfig(Config):
         help="Exponent of power-cosine; larger keeps guidance for lower noise.",
     )
     cfg_channels: int | None = option(
-        None, min=1, **_IF_GUIDED, help="Guide only the first so many channels; none: all."
+        None,
+        min=1,
+        max=65_536,
+        **_IF_GUIDED,
+        help="Guide only the first so many channels; none: all.",
     )
     cfg_interval: tuple[float, float] | None = option(
         None,

@@ -32,7 +32,11 @@ class PrecondConfig(Config):
         help="Parametrization of the denoiser, with its noise density and loss weight.",
     )
     diffusion_steps: int = option(
-        1000, min=25, requires={"precond": ("ddpm",)}, help="Timesteps of the linear schedule."
+        1000,
+        min=25,
+        max=1_000_000,
+        requires={"precond": ("ddpm",)},
+        help="Timesteps of the linear schedule.",
     )
     learned_variance: bool = option(
         False,

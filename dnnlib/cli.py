@@ -24,6 +24,8 @@ from click.core import ParameterSource
 
 from dnnlib import launcher
 from dnnlib.config import Config, accepted_values, option_name, split_optional
+from dnnlib.errors import NOTHING_NAMED, refusal
+from dnnlib.text import number_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +41,10 @@ class Setting:
     @property
     def name(self) -> str:
         return option_name(self.field)
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        return self.field.metadata["aliases"]
 
     @property
     def is_bool(self) -> bool:
@@ -104,6 +110,10 @@ class FieldType(click.ParamType):
     def _parse(self, text: str) -> Any:
         if self.element is bool:
             return _BOOLS[text.lower()]
+        if self.element is str and not text:
+            raise ValueError(text)
+        if self.element in (int, float):
+            number_text(text)
         if self.element is int:
             with contextlib.suppress(ValueError):
                 return int(text)
@@ -120,7 +130,7 @@ class ConfigOption(click.Option):
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         metadata = setting.field.metadata
-        names = [f"--{name}" for name in (option_name(setting.field), *metadata["aliases"])]
+        names = [f"--{name}" for name in (setting.name, *setting.aliases)]
         # A flag may stand bare or with a value: --cond, --cond=True, --no-cond.
         settings = dict(is_flag=False, flag_value="True") if setting.is_bool else {}
         settings["help"] = f"{metadata['help']} [default: {show_value(setting.value)}]"
@@ -199,13 +209,18 @@ def _normalise(arg: str) -> str:
 
 
 def raw_value(args: Sequence[str], name: str) -> str | None:
-    """Return the last value of ``--name`` in unparsed arguments, or None."""
+    """Return the last value of ``--name`` in unparsed arguments, or None.
+
+    Raises ValueError for an empty one, as of an unset variable.
+    """
     value = None
     for position, arg in enumerate(args):
         if arg == f"--{name}" and position + 1 < len(args):
             value = args[position + 1]
         elif arg.startswith(f"--{name}="):
             value = arg.partition("=")[2]
+    if value is not None and not value.strip():
+        raise refusal(f"--{name}", repr(value), but=NOTHING_NAMED)
     return value
 
 

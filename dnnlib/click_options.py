@@ -7,6 +7,7 @@ and other options of a single command.
 import dataclasses
 import functools
 import importlib
+import math
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 import click
 
 from dnnlib.config import split_optional
+from dnnlib.errors import NOTHING_NAMED
+from dnnlib.text import number_text
 
 
 def param(*names: str, default: Any = None, **settings: Any) -> Any:
@@ -26,7 +29,7 @@ def param(*names: str, default: Any = None, **settings: Any) -> Any:
         names: Option names with their dashes; by default the field name with hyphens.
         default: Default value, shown by ``--help`` unless it is None or False.
         settings: ``help`` and what else :class:`click.Option` takes; ``min`` and ``max`` bound a
-            number, ``choices`` are the accepted strings.
+            number, ``choices`` are the accepted strings, ``may_be_empty`` allows an empty one.
     """
     return dataclasses.field(default=default, metadata=dict(names=names, settings=settings))
 
@@ -58,31 +61,65 @@ def _click_option(field: dataclasses.Field, hint: Any) -> Callable[[Callable], C
     names = field.metadata["names"] or (f"--{field.name.replace('_', '-')}",)
     hint, _ = split_optional(hint)
     limits = {name: settings.pop(name) for name in ("min", "max", "max_open") if name in settings}
+    may_be_empty = settings.pop("may_be_empty", False)
     if "choices" in settings:
         settings["type"] = click.Choice(list(settings.pop("choices")))
-    elif limits:
-        settings["type"] = (click.IntRange if hint is int else click.FloatRange)(**limits)
+    elif hint in (int, float):
+        settings["type"] = (IntType if hint is int else FloatType)(**limits)
     elif hint is Path:
         settings["type"] = PathType()
     elif hint is bool and "/" not in names[0]:
         settings["is_flag"] = True
-    elif hint is int and field.default is None:
-        settings["type"] = int
+    elif hint is not bool and not may_be_empty:
+        settings["type"] = TextType()
     if field.default is not None:
         settings |= dict(default=field.default, show_default=field.default is not False)
     return click.option(*names, field.name, **settings)
 
 
-class PathType(click.Path):
-    """A path as a pathlib.Path; an empty one, as of an unset variable, is refused."""
+class IntType(click.IntRange):
+    """An integer in the digits 0 to 9, in a range."""
 
-    def __init__(self) -> None:
-        super().__init__(path_type=Path)
+    def convert(self, value: Any, param: Any, ctx: click.Context | None) -> int:
+        return super().convert(_number(self, value, param, ctx), param, ctx)
+
+
+class FloatType(click.FloatRange):
+    """A number in the digits 0 to 9, in a range; neither infinite nor nan."""
+
+    def convert(self, value: Any, param: Any, ctx: click.Context | None) -> float:
+        number = super().convert(_number(self, value, param, ctx), param, ctx)
+        return number if math.isfinite(number) else self.fail(f"got {value!r}.", param, ctx)
+
+
+def _number(kind: click.ParamType, value: Any, param: Any, ctx: click.Context | None) -> Any:
+    try:
+        return number_text(value) if isinstance(value, str) else value
+    except ValueError:
+        return kind.fail(f"{value!r} is not a valid number.", param, ctx)
+
+
+class TextType(click.types.StringParamType):
+    """A text that is not empty or blank, as that of an unset variable would be."""
+
+    def convert(self, value: Any, param: Any, ctx: click.Context | None) -> str:
+        return super().convert(_named(self, value, param, ctx), param, ctx)
+
+
+class PathType(click.Path):
+    """A path as a pathlib.Path; ``settings`` are those of :class:`click.Path`."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(path_type=Path, **settings)
 
     def convert(self, value: Any, param: Any, ctx: click.Context | None) -> Path:
-        if value == "":
-            self.fail("names nothing; perhaps a variable is not set.", param, ctx)
-        return super().convert(value, param, ctx)
+        return super().convert(_named(self, value, param, ctx), param, ctx)
+
+
+def _named(kind: click.ParamType, value: Any, param: Any, ctx: click.Context | None) -> Any:
+    if isinstance(value, str) and not value.strip():
+        kind.fail(f"got {value!r}, but {NOTHING_NAMED}.", param, ctx)
+    return value
 
 
 class LazyGroup(click.Group):

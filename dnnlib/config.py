@@ -102,12 +102,16 @@ def accepted_values(field: dataclasses.Field, hint: Any) -> str:
             text = f"{count}{text} separated by commas"
         low, high = meta.get("min"), meta.get("max")
         if low is not None and high is not None:
-            text += f" from {low:g} to {high:g}"
+            text += f" from {_bound(low)} to {_bound(high)}"
         elif low is not None:
-            text += f" of at least {low:g}"
+            text += f" of at least {_bound(low)}"
         elif high is not None:
-            text += f" of at most {high:g}"
+            text += f" of at most {_bound(high)}"
     return text + (", or none" if optional else "")
+
+
+def _bound(number: float) -> str:
+    return f"{number:,}" if isinstance(number, int) else f"{number:g}"
 
 
 def split_optional(hint: Any) -> tuple[Any, bool]:
@@ -218,6 +222,8 @@ def from_dict(config_type: type[Config], values: Mapping[str, Any]) -> Any:
     """
     values = dict(values)
     family = values.pop("family", None)
+    if not isinstance(family, str | None):
+        raise ValueError(f"The family of a {config_type.__name__} is {family!r}, no name")
     if family is not None:
         config_type = family_class(config_type, family)
     hints = typing.get_type_hints(config_type)
@@ -228,7 +234,12 @@ def from_dict(config_type: type[Config], values: Mapping[str, Any]) -> Any:
             remedy = f"the file may come from a newer version.{did_you_mean(name, names)}"
             raise ValueError(f"{problem}; {remedy}")
         base, _ = split_optional(hints[name])
-        if isinstance(value, Mapping):
+        is_section = isinstance(base, type) and issubclass(base, Config)
+        if is_section and not isinstance(value, Mapping):
+            raise ValueError(
+                f"Setting {name!r} of a {config_type.__name__} is {value!r}, no object"
+            )
+        if is_section:
             values[name] = from_dict(base, value)
         elif isinstance(value, list):
             values[name] = tuple(value)

@@ -3,6 +3,8 @@
 from typing import Any
 
 _NOTHING = object()
+# Why an empty text is refused.
+NOTHING_NAMED = "it names nothing; perhaps a variable is not set"
 
 
 def refusal(

@@ -7,6 +7,8 @@ import functools
 import hashlib
 import json
 import os
+import re
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -79,6 +81,10 @@ def check_target(
     path = Path(path)
     if not is_folder and path.is_dir():
         raise ValueError(f"{option}: {path} is a folder; give the name of a file.")
+    if os.path.lexists(path) and not (path.is_file() or path.is_dir()):
+        # A rename would put a file in its place.
+        problem = "is a pipe, socket, device, or a link that leads nowhere"
+        raise ValueError(f"{option}: {path} {problem}; choose another name.")
     if not is_folder and path.exists() and is_ours is not None:
         try:
             recognised = is_ours(path)
@@ -96,6 +102,42 @@ def check_target(
             if not os.access(folder, os.W_OK):
                 raise ValueError(f"{option}: {path} cannot be written: no permission in {folder}.")
             return
+
+
+def check_source(path: str | os.PathLike, *, where: str = "", folder: bool = True) -> None:
+    """Raise ValueError unless ``path`` is a file or, with ``folder``, perhaps a folder.
+
+    Pipes, sockets and devices are neither: reading them may never end. ``where`` is the option that
+    named the path.
+    """
+    path, label = Path(path), f"{where}: {path}" if where else str(path)
+    if path.is_file() or (folder and path.is_dir()):
+        return
+    problem = "no such file or folder" if folder else "no such file"
+    if path.is_dir():
+        problem = "is a folder; give a file"
+    elif path.exists():
+        problem = "is a pipe, socket or device; copy what it holds to a file"
+    elif path.is_symlink():
+        problem = "is a link that leads nowhere"
+    elif re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):  # A path has no two slashes.
+        problem = "is an address; download the file, and give its path"
+    raise ValueError(f"{label}: {problem}.")
+
+
+def regular_file(path: str, flags: int) -> int:
+    """Return a descriptor of a file, as an ``opener`` of :func:`open`; OSError for a pipe's."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK)  # Else a pipe waits for its writer.
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "is no regular file", path)
+
+
+def read_file(path: str | os.PathLike) -> bytes:
+    """Return the content of a file; raises OSError also for a pipe, a socket or a device."""
+    with open(path, "rb", opener=regular_file) as file:
+        return file.read()
 
 
 def lock_folder(folder: Path, problem: str) -> contextlib.AbstractContextManager:
@@ -146,8 +188,7 @@ def fetch(location: str, sha256: str | None = None) -> Path:
         label = f"{path} (cached copy of {location}; delete it to try again)"
     else:
         path = label = Path(location)
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file.")
+        check_source(path, folder=False)
     if sha256 is not None:
         with open(path, "rb") as file:
             _verify(file, sha256, label)

@@ -44,6 +44,16 @@ def is_number(text: str) -> bool:
     return text.isascii() and text.isdecimal() and len(text) <= 18
 
 
+def number_text(text: str) -> str:
+    """Return a text that is to be a number; ValueError if it is none as people type numbers.
+
+    Python reads other digits than 0 to 9, and underscores among them, too.
+    """
+    if not text.isascii() or "_" in text:
+        raise ValueError(text)
+    return text
+
+
 def by_number(name: str) -> tuple[bool, int, str]:
     """Return the key that sorts names which are numbers by size, before all others by letters."""
     return not is_number(name), int(name) if is_number(name) else 0, name

@@ -13,7 +13,7 @@ import torch
 
 from dnnlib import safe_pickle
 from dnnlib.errors import refusal
-from dnnlib.files import atomic_write, fetch
+from dnnlib.files import atomic_write, check_source, fetch
 from dnnlib.typed import parse_json
 from metrics.detectors import Detector, DetectorOutput
 from torch_utils import distributed
@@ -127,8 +127,7 @@ def read_references(path: str | os.PathLike) -> References:
     Raises ValueError for a file that is damaged or has none of these.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file.")
+    check_source(path, folder=False)
     read = _read_pickle if path.suffix == ".pkl" else _read_npz
     try:
         arrays, description = read(path)

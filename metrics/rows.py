@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dnnlib.errors import refusal
+from dnnlib.files import check_source
 from dnnlib.typed import parse_json
 
 # What a comparison is about, as opposed to the protocol that ought to agree. Software versions are
@@ -26,6 +27,7 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
     that names the line which is no score row.
     """
     path = Path(path)
+    check_source(path, folder=False)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -34,13 +34,15 @@ class ModelConfig(Config):
     family_modules: ClassVar[dict[str, str]] = ARCHITECTURES
     title: ClassVar[str] = "Model options"
 
-    resolution: int = option(32, min=1, help="Height and width of the images in pixels.")
-    img_channels: int = option(3, min=1, help="Channels of the images.", exposed=False)
+    resolution: int = option(
+        32, min=1, max=16_384, help="Height and width of the images in pixels."
+    )
+    img_channels: int = option(3, min=1, max=1_024, help="Channels of the images.", exposed=False)
     num_classes: int = option(
-        0, min=0, help="Classes of the labels; 0 is unconditional.", exposed=False
+        0, min=0, max=1_000_000, help="Classes of the labels; 0 is unconditional.", exposed=False
     )
     augment_dim: int = option(
-        0, min=0, help="Augmentation labels that the network is given.", exposed=False
+        0, min=0, max=1_024, help="Augmentation labels that the network is given.", exposed=False
     )
     learned_variance: bool = option(
         False, help="The output has a second half, the variance of a step.", exposed=False
@@ -102,8 +104,10 @@ class LatentModelConfig(ModelConfig):
         "images in --data: encode them while training.",
         affects="speed",
     )
-    latent_channels: int = option(4, min=1, help="Channels of the latents.")
-    latent_downsampling: int = option(8, min=1, help="Edge of an image over that of its latents.")
+    latent_channels: int = option(4, min=1, max=1_024, help="Channels of the latents.")
+    latent_downsampling: int = option(
+        8, min=1, max=1_024, help="Edge of an image over that of its latents."
+    )
     vae_hash: str | None = option(
         None, help="Identity of the autoencoder's weights and settings.", exposed=False
     )

@@ -29,16 +29,23 @@ class DiffiTConfig(ModelConfig):
     family: ClassVar[str] = "diffit"
     title: ClassVar[str] = "Model options (DiffiT)"
 
-    num_stages: int = option(3, min=1, help="Resolutions of the U-Net, each half the one before.")
-    num_blocks: tuple[int, ...] = option(
-        (2,), min=1, help="Residual blocks per stage: one number for all stages, or one for each."
+    num_stages: int = option(
+        3, min=1, max=16, help="Resolutions of the U-Net, each half the one before."
     )
-    base_dim: int = option(128, min=1, help="Width of the first stage.")
-    hidden_dim: int = option(256, min=1, help="Width of the other stages.")
-    num_heads: int = option(4, min=1, help="Attention heads; divides the widths.")
-    window: int = option(4, min=1, help="Edge of an attention window, cut to the stage's grid.")
-    time_dim: int = option(512, min=1, help="Width of the time token.")
-    mlp_ratio: float = option(4.0, min=0.01, help="Hidden width of an MLP over its width.")
+    num_blocks: tuple[int, ...] = option(
+        (2,),
+        min=1,
+        max=1_000,
+        help="Residual blocks per stage: one number for all stages, or one for each.",
+    )
+    base_dim: int = option(128, min=1, max=65_536, help="Width of the first stage.")
+    hidden_dim: int = option(256, min=1, max=65_536, help="Width of the other stages.")
+    num_heads: int = option(4, min=1, max=1_024, help="Attention heads; divides the widths.")
+    window: int = option(
+        4, min=1, max=1_024, help="Edge of an attention window, cut to the stage's grid."
+    )
+    time_dim: int = option(512, min=1, max=65_536, help="Width of the time token.")
+    mlp_ratio: float = option(4.0, min=0.01, max=100, help="Hidden width of an MLP over its width.")
     dropout: float = option(0.0, min=0, max=0.99, help="Dropout before each block's convolution.")
     skip: str = option(
         "stage",

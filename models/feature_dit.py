@@ -30,7 +30,7 @@ class FeatureDiTConfig(LatentModelConfig):
     title: ClassVar[str] = "Model options (feature-conditioned DiT)"
 
     resolution: int = option(
-        1024, min=1, help="Square root of the usual number of pixels.", exposed=False
+        1024, min=1, max=16_384, help="Square root of the usual number of pixels.", exposed=False
     )
     attention: str = inherited(
         LatentModelConfig, "attention", "sdpa", choices=("sdpa",), exposed=False
@@ -39,11 +39,15 @@ class FeatureDiTConfig(LatentModelConfig):
     vae: str | None = inherited(LatentModelConfig, "vae", exposed=False)
     latent_channels: int = inherited(LatentModelConfig, "latent_channels", 16, exposed=False)
     latent_downsampling: int = inherited(LatentModelConfig, "latent_downsampling", exposed=False)
-    hidden_dim: int = option(384, min=4, aliases=("hidden-size",), help="Width of the tokens.")
-    num_blocks: int = option(12, min=1, aliases=("depth",), help="Blocks of the DiT.")
-    num_heads: int = option(6, min=1, help="Attention heads; divides the width.")
-    patch_size: int = option(2, min=1, help="Edge of the square of latents that is a token.")
-    mlp_ratio: float = option(4.0, min=0.01, help="Hidden width of an MLP over its width.")
+    hidden_dim: int = option(
+        384, min=4, max=65_536, aliases=("hidden-size",), help="Width of the tokens."
+    )
+    num_blocks: int = option(12, min=1, max=1_000, aliases=("depth",), help="Blocks of the DiT.")
+    num_heads: int = option(6, min=1, max=1_024, help="Attention heads; divides the width.")
+    patch_size: int = option(
+        2, min=1, max=1_024, help="Edge of the square of latents that is a token."
+    )
+    mlp_ratio: float = option(4.0, min=0.01, max=100, help="Hidden width of an MLP over its width.")
     use_dino_patches: bool = option(
         True, help="Attend to the patch features; off: to text and CLS token alone."
     )
@@ -54,15 +58,21 @@ class FeatureDiTConfig(LatentModelConfig):
     )
     gates: bool = option(False, help="Gate every branch of a block, from zero (adaLN-Zero).")
     cls_token_time: bool = option(False, help="Add the time to the CLS token of the context.")
-    text_dim: int = option(4096, min=1, help="Width of the text features.", exposed=False)
-    visual_dim: int = option(1024, min=1, help="Width of the visual features.", exposed=False)
+    text_dim: int = option(
+        4096, min=1, max=65_536, help="Width of the text features.", exposed=False
+    )
+    visual_dim: int = option(
+        1024, min=1, max=65_536, help="Width of the visual features.", exposed=False
+    )
     visual_patch_size: int = option(
-        16, min=1, help="Edge in pixels of a visual patch.", exposed=False
+        16, min=1, max=1_024, help="Edge in pixels of a visual patch.", exposed=False
     )
     buckets: tuple[str, ...] = option(
         (), help="Sizes of the images, as WIDTHxHEIGHT.", exposed=False
     )
-    max_text_tokens: int = option(512, min=1, help="Tokens of the longest text.", exposed=False)
+    max_text_tokens: int = option(
+        512, min=1, max=65_536, help="Tokens of the longest text.", exposed=False
+    )
     visual: str | None = option(None, help="Visual encoder.", exposed=False, affects="speed")
     visual_hash: str | None = option(None, help="Identity of the visual encoder.", exposed=False)
     text: str | None = option(None, help="Text encoder.", exposed=False, affects="speed")

@@ -26,12 +26,16 @@ class LatentDiffiTConfig(ScaledLatentConfig):
     title: ClassVar[str] = "Model options (latent DiffiT)"
 
     resolution: int = inherited(ScaledLatentConfig, "resolution", 256)
-    num_blocks: int = option(28, min=1, help="Transformer blocks.")
-    hidden_dim: int = option(1152, min=4, help="Width of tokens and time token.")
-    num_heads: int = option(16, min=1, help="Attention heads; divides the width.")
-    patch_size: int = option(2, min=1, help="Edge of the square of latents that is a token.")
-    base_dim: int = option(128, min=1, help="Frequencies of the noise level's sinusoids.")
-    mlp_ratio: float = option(4.0, min=0.01, help="Hidden width of an MLP over its width.")
+    num_blocks: int = option(28, min=1, max=1_000, help="Transformer blocks.")
+    hidden_dim: int = option(1152, min=4, max=65_536, help="Width of tokens and time token.")
+    num_heads: int = option(16, min=1, max=1_024, help="Attention heads; divides the width.")
+    patch_size: int = option(
+        2, min=1, max=1_024, help="Edge of the square of latents that is a token."
+    )
+    base_dim: int = option(
+        128, min=1, max=65_536, help="Frequencies of the noise level's sinusoids."
+    )
+    mlp_ratio: float = option(4.0, min=0.01, max=100, help="Hidden width of an MLP over its width.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -32,15 +32,22 @@ class SetDiTConfig(ModelConfig):
     resolution: int = inherited(ModelConfig, "resolution", aliases=("image-size",))
     attention: str = inherited(ModelConfig, "attention", "sdpa", choices=("sdpa",), exposed=False)
     sample_size: int = option(
-        6, min=1, help="Images in a set; with leave-one-out each is made from the others."
+        6,
+        min=1,
+        max=1_000,
+        help="Images in a set; with leave-one-out each is made from the others.",
     )
-    patch_size: int = option(2, min=1, help="Edge of the square of pixels that is a token.")
+    patch_size: int = option(
+        2, min=1, max=1_024, help="Edge of the square of pixels that is a token."
+    )
     hidden_dim: int = option(
-        450, min=1, aliases=("hidden-size",), help="Width of the tokens of the DiT."
+        450, min=1, max=65_536, aliases=("hidden-size",), help="Width of the tokens of the DiT."
     )
-    num_blocks: int = option(6, min=1, aliases=("depth",), help="Blocks of the DiT.")
-    num_heads: int = option(9, min=1, help="Attention heads of the DiT; divides its width.")
-    mlp_ratio: float = option(3.0, min=0.01, help="Hidden width of an MLP over its width.")
+    num_blocks: int = option(6, min=1, max=1_000, aliases=("depth",), help="Blocks of the DiT.")
+    num_heads: int = option(
+        9, min=1, max=1_024, help="Attention heads of the DiT; divides its width."
+    )
+    mlp_ratio: float = option(3.0, min=0.01, max=100, help="Hidden width of an MLP over its width.")
     mode_conditioning: str = option(
         "film",
         choices=("film", "lag"),
@@ -48,14 +55,18 @@ class SetDiTConfig(ModelConfig):
         "attend to tokens.",
     )
     context_channels: int | None = option(
-        None, min=1, help="Width of the context; none: that of the encoder."
+        None, min=1, max=65_536, help="Width of the context; none: that of the encoder."
     )
     context_proj: bool = option(
         False, help="Project the encoder's result to --context-channels, if they differ."
     )
     use_context_layernorm: bool = option(True, help="Normalise the context in the DiT.")
     cross_attn_layers: tuple[int, ...] = option(
-        (), min=0, **_LAG, help="Blocks that attend to the context, counted from 0; none: all."
+        (),
+        min=0,
+        max=1_000,
+        **_LAG,
+        help="Blocks that attend to the context, counted from 0; none: all.",
     )
     gate: str = option(
         "adaln",
@@ -66,10 +77,13 @@ class SetDiTConfig(ModelConfig):
     context_pool_size: int | None = option(
         None,
         min=1,
+        max=1_024,
         **_LAG,
         help="Average the context's tokens down to this many, a square number; none: keep all.",
     )
-    hdim: int | None = option(None, min=1, help="Width of the encoder; none: that of the DiT.")
+    hdim: int | None = option(
+        None, min=1, max=65_536, help="Width of the encoder; none: that of the DiT."
+    )
     encoder_mode: str = option(
         "vit_set",
         choices=("vit", "vit_set"),
@@ -81,11 +95,11 @@ class SetDiTConfig(ModelConfig):
         requires={"encoder_mode": ("vit_set",)},
         help="How the images of a set make one token: side by side, or by their mean.",
     )
-    encoder_depth: int = option(6, min=0, help="Blocks of the encoder.")
-    encoder_heads: int = option(8, min=1, help="Attention heads of the encoder.")
-    encoder_dim_head: int = option(56, min=1, help="Width of a head of the encoder.")
+    encoder_depth: int = option(6, min=0, max=1_000, help="Blocks of the encoder.")
+    encoder_heads: int = option(8, min=1, max=1_024, help="Attention heads of the encoder.")
+    encoder_dim_head: int = option(56, min=1, max=65_536, help="Width of a head of the encoder.")
     encoder_mlp_ratio: float = option(
-        1.0, min=0.01, help="Hidden width of the encoder's MLPs over its width."
+        1.0, min=0.01, max=100, help="Hidden width of the encoder's MLPs over its width."
     )
     encoder_dropout: float = option(0.0, min=0, max=0.99, help="Dropout in the encoder.")
     encoder_pool: str = option(

@@ -18,6 +18,7 @@ from data.images.decode import decode_image
 from diffusion.guidance import branch_weights
 from diffusion.samplers import num_evaluations
 from dnnlib.errors import refusal
+from dnnlib.files import read_file
 from encoders.text import load_text_encoder
 from encoders.visual import load_visual_encoder
 from models.feature_dit import FeatureDiTConfig
@@ -219,7 +220,7 @@ def stored_requests(snapshot: Snapshot, folder: str, ids: Sequence[str]) -> list
 
 def _open_image(path: Path):
     try:
-        return decode_image(path.read_bytes())
+        return decode_image(read_file(path))
     except OSError as error:
         raise ValueError(f"--reference: {path} cannot be read ({error.strerror}).") from None
     except ValueError as error:

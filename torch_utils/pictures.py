@@ -8,8 +8,8 @@ import PIL.Image
 import PIL.PngImagePlugin
 import torch
 
-from dnnlib.errors import NotFiniteError
-from dnnlib.files import atomic_write
+from dnnlib.errors import NotFiniteError, refusal
+from dnnlib.files import atomic_write, check_target
 
 _GAP = 2
 _BACKGROUND = 40
@@ -97,6 +97,13 @@ def save_image(image: PIL.Image.Image, path: str | Path) -> None:
     mark.add_text("Software", _SOFTWARE)
     with atomic_write(path) as file:
         image.save(file, format="PNG", pnginfo=mark)
+
+
+def check_picture_target(option: str, path: Path) -> None:
+    """Raise ValueError if :func:`save_image` could not, or should not, write the file ``path``."""
+    if path.suffix.lower() != ".png":
+        raise refusal(option, path, but="the picture is a PNG", remedy="end the name with .png")
+    check_target(option, path, is_ours=is_our_image)
 
 
 def is_our_image(path: Path) -> bool:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dnnlib.config import Config, to_dict
-from dnnlib.files import atomic_write
+from dnnlib.files import atomic_write, check_source
 from models import Network, build_network
 from torch_utils.fingerprints import package_versions, weights_hash
 from training.config import RunConfig
@@ -219,13 +219,14 @@ def _save(path: Path, file_format: str, config: Config, payload: dict[str, Any])
 def _load(path: Path, expected: str, what: str, *, header_only: bool = False) -> dict[str, Any]:
     if path.is_dir():
         raise ValueError(f"{path}: is a folder, not {what}; give a file in it.")
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file.")
+    check_source(path, folder=False)
     try:
         # PyTorch does not verify the archive's checksums by itself, and takes a part with a stray
         # attribute for a folder without content. It never compresses.
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()
+            if not any(part.filename.endswith("/data.pkl") for part in parts):
+                raise ValueError(f"{path}: is a zip of other files, not {what}.")
             strange = [part.filename for part in parts if part.external_attr or part.compress_type]
             if strange:
                 stored = f"{strange[0]} is stored otherwise"

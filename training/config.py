@@ -29,10 +29,11 @@ class TrainingConfig(Config):
 
     title: ClassVar[str] = "Training options"
 
-    kimg: float = option(200_000.0, min=0, help="Training duration in kimg.", **_DURATION)
+    kimg: float = option(200_000.0, min=0, max=1e9, help="Training duration in kimg.", **_DURATION)
     iters: int | None = option(
         None,
         min=1,
+        max=1_000_000_000,
         aliases=("max-steps",),
         help="Duration in optimizer steps, instead of --kimg.",
         **_DURATION,
@@ -40,12 +41,14 @@ class TrainingConfig(Config):
     batch: int = option(
         512,
         min=1,
+        max=1_000_000,
         aliases=("batch-size",),
         help="Images per optimizer step, over all ranks; sets, where a model is trained on sets.",
     )
     batch_gpu: int | None = option(
         None,
         min=1,
+        max=100_000,
         help="The same per rank and pass; --batch is reached by accumulation.",
         affects="speed",
     )
@@ -56,7 +59,9 @@ class TrainingConfig(Config):
     beta2: float = option(
         0.999, min=0, max=0.9999, help="Decay of Adam's average of squared gradients."
     )
-    lr_rampup: float = option(10_000.0, min=0, help="Linear learning-rate warm-up in kimg.")
+    lr_rampup: float = option(
+        10_000.0, min=0, max=1e9, help="Linear learning-rate warm-up in kimg."
+    )
     lr_schedule: str = option(
         "constant",
         choices=("constant", "cosine"),
@@ -77,7 +82,7 @@ class TrainingConfig(Config):
         max=1,
         help="Probability of training without the label, for guidance; none: 0.1 with labels.",
     )
-    ema_kimg: float = option(500.0, min=0, help="Half-life of the weight average in kimg.")
+    ema_kimg: float = option(500.0, min=0, max=1e9, help="Half-life of the weight average in kimg.")
     ema_rampup: float | None = option(
         0.05, min=0, help="Limit the half-life to this share of the images so far; none: no limit."
     )
@@ -90,9 +95,18 @@ class TrainingConfig(Config):
     )
     loss_scaling: float = option(1.0, min=1e-12, help="Constant factor of the loss.")
     skip_limit: int = option(
-        100, min=1, help="Stop after this many non-finite gradients in a row.", affects="speed"
+        100,
+        min=1,
+        max=1_000_000,
+        help="Stop after this many non-finite gradients in a row.",
+        affects="speed",
     )
-    seed: int = option(0, help="Seed of the initial weights, data order, noise and augmentation.")
+    seed: int = option(
+        0,
+        min=-(2**63),
+        max=2**63 - 1,
+        help="Seed of the initial weights, data order, noise and augmentation.",
+    )
     precision: str = option(
         "fp32",
         choices=("auto", "fp32", "bf16", "fp16"),
@@ -138,21 +152,32 @@ class LoggingConfig(Config):
     title: ClassVar[str] = "Progress, snapshots and metrics"
     affects: ClassVar[str] = "speed"
 
-    tick: float = option(50.0, min=0, help="Kimg between two console lines.")
+    tick: float = option(50.0, min=0, max=1e9, help="Kimg between two console lines.")
     log_interval: int | None = option(
-        None, min=1, help="Optimizer steps between two console lines, instead of --tick."
+        None,
+        min=1,
+        max=1_000_000_000,
+        help="Optimizer steps between two console lines, instead of --tick.",
     )
-    snap: int = option(50, min=1, help="Ticks between two snapshots and image grids.")
+    snap: int = option(
+        50, min=1, max=1_000_000, help="Ticks between two snapshots and image grids."
+    )
     save_interval: int | None = option(
         None,
         min=1,
+        max=1_000_000_000,
         help="Optimizer steps between two snapshots and image grids, instead of --snap; rounded up "
         "to the end of a tick.",
     )
     dump: int | None = option(
-        None, min=1, help="Ticks between two training states; none: one with every snapshot."
+        None,
+        min=1,
+        max=1_000_000,
+        help="Ticks between two training states; none: one with every snapshot.",
     )
-    keep_states: int = option(2, min=1, help="Number of training states kept, newest last.")
+    keep_states: int = option(
+        2, min=1, max=1_000_000, help="Number of training states kept, newest last."
+    )
     metrics: tuple[str, ...] = option(
         (), help="Metrics computed with the averaged weights, such as fid10k_full,fid50k_full."
     )
@@ -165,14 +190,20 @@ class LoggingConfig(Config):
     metrics_ticks: int | None = option(
         None,
         min=1,
+        max=1_000_000,
         unless={"metrics": ((),)},
         help="Ticks between two evaluations of --metrics; none: with every snapshot.",
     )
-    sample_batch: int = option(64, min=1, help="Images per rank and pass when sampling.")
-    num_sample_batches: int = option(
-        1, min=1, help="Batches of 64 images in the picture that is made with every snapshot."
+    sample_batch: int = option(
+        64, min=1, max=100_000, help="Images per rank and pass when sampling."
     )
-    workers: int = option(1, min=0, help="Data loader processes per rank.")
+    num_sample_batches: int = option(
+        1,
+        min=1,
+        max=1_000,
+        help="Batches of 64 images in the picture that is made with every snapshot.",
+    )
+    workers: int = option(1, min=0, max=1_024, help="Data loader processes per rank.")
     wandb: bool = option(False, aliases=("use-wandb",), help="Log to Weights & Biases as well.")
     wandb_project: str = option(
         "setdiffit",

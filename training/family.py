@@ -190,7 +190,9 @@ class Asked:
     support: tuple[str, ...] = param(
         multiple=True, help="Support images: a file, folder or zip; repeatable."
     )
-    episodes: int | None = param(min=1, help="Number of support sets to draw from --split.")
+    episodes: int | None = param(
+        min=1, max=1_000_000, help="Number of support sets to draw from --split."
+    )
     split: str | None = param(
         choices=("seen", "unseen", "val"),
         help="Classes that --episodes come from.  [default: unseen]",
@@ -198,7 +200,7 @@ class Asked:
     data: str | None = param(
         help="Dataset that --episodes come from.  [default: where it was in training]"
     )
-    prompt: tuple[str, ...] = param(multiple=True, help="Prompt; repeatable.")
+    prompt: tuple[str, ...] = param(multiple=True, may_be_empty=True, help="Prompt; repeatable.")
     reference: Path | None = param(help="Reference image for style and layout.")
     bucket: str | None = param(
         help="Size of the images, such as 1216x832.  [default: nearest to --reference]"

@@ -40,11 +40,15 @@ class FeatureConfig(Config):
         0.05, min=0, max=1, help="Probability of training on CLS token and patches, without text."
     )
     text_lengths: tuple[int, ...] = option(
-        (128, 256, 384, 512), min=1, help="Lengths to which the texts of a batch are padded."
+        (128, 256, 384, 512),
+        min=1,
+        max=65_536,
+        help="Lengths to which the texts of a batch are padded.",
     )
     patch_bias_kimg: float = option(
         0.0,
         min=0,
+        max=1e9,
         help="Let patches that are new to a model in slowly: a bias of attention to them rises "
         "from -ln(number) - 4 to 0 over so many kimg; 0: none.",
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dnnlib.config import identity
+from dnnlib.errors import refusal
 from dnnlib.typed import parse_json
 from torch_utils import distributed
 from training import family
@@ -31,12 +32,16 @@ def describe(run: RunConfig, data: TrainingData, desc: str | None) -> str:
 
 def resume_paths(resume: str) -> tuple[Path, Path | None]:
     """Return ``(run folder, state file or None)`` for ``--resume=RUN_DIR|FILE``."""
-    path = Path(resume)
+    path, accepted = Path(resume), "a run folder, a state file (.pt), or auto"
     if path.is_dir():
         return path, None
-    if path.is_file():
-        return path.parent, path
-    raise ValueError(f"--resume: {path} does not exist; give a run folder, a state file, or auto.")
+    if not path.is_file():
+        but = "it is no file" if path.exists() else "it does not exist"
+        raise refusal("--resume", path, but=but, accepted=accepted)
+    if path.suffix != ".pt":
+        but = "it is none"
+        raise refusal("--resume", path, but=but, accepted=accepted)
+    return path.parent, path
 
 
 def make_run_dir(outdir: Path, desc: str) -> Path:
@@ -76,6 +81,8 @@ def read_start(
     path = run_dir / "training_options.json"
     try:
         options = parse_json(path.read_text(encoding="utf-8"))
+        if not isinstance(options, dict) or not isinstance(options.get("config"), dict):
+            raise ValueError("it holds no configuration")
         config = with_absolute_data(family.restore_run(options["config"]))
         return config, options.get("origin")
     except FileNotFoundError:

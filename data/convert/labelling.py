@@ -12,6 +12,7 @@ import numpy as np
 from data.images.labels import labels_of_metadata, read_class_splits
 from data.images.members import Archive, parse_metadata
 from dnnlib.errors import refusal
+from dnnlib.files import read_file
 from dnnlib.text import by_number, is_number, join_names
 
 _SPLITS = frozenset(
@@ -166,7 +167,7 @@ def _from_metadata(archive: Archive, root: str) -> Labelling:
 def _from_file(archive: Archive, location: str) -> Labelling:
     """Return labels of a file in the layout of dataset.json, or of lines ``name,class``."""
     try:
-        content = Path(location).read_bytes()
+        content = read_file(location)
         text = content.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no UTF-8 text"

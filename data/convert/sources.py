@@ -14,6 +14,7 @@ from data.images.archive import left_out, open_archive
 from data.images.labels import read_labels
 from data.images.samples import SampleArchive
 from dnnlib.errors import refusal
+from dnnlib.files import check_source
 
 _ACCEPTED = (
     "a folder of images, a zip of one, an .npz of samples in ADM's layout, cifar-10-python.tar.gz, "
@@ -84,6 +85,7 @@ def _opener_of(source: str) -> Callable[[str], Source]:
         if source == "digits":
             return open_digits
         raise refusal("--source", source, but="it does not exist", accepted=_ACCEPTED)
+    check_source(path, where="--source")
     if find_fewshot_files(path) is not None:
         return open_fewshot
     if path.is_dir() or path.suffix.lower() == ".zip":

@@ -42,9 +42,14 @@ class SetConfig(Config):
         help="Shares of classes for training, validation and test, chosen by --split-seed; none: "
         "the data's own split, or 0.6,0.2,0.2 without one.",
     )
-    split_seed: int = option(0, help="Seed of the choice of classes and of held-out images.")
+    split_seed: int = option(
+        0, min=-(2**63), max=2**63 - 1, help="Seed of the choice of classes and of held-out images."
+    )
     held_out: int = option(
-        100, min=0, help="Images of each class trained on that are kept for scores."
+        100,
+        min=0,
+        max=1_000_000_000,
+        help="Images of each class trained on that are kept for scores.",
     )
     class_transforms: str = option(
         "none",
@@ -66,7 +71,10 @@ class SetConfig(Config):
         "another, the same two throughout the set.",
     )
     min_sample_size: int | None = option(
-        None, min=1, help="Draw sets of this many to --sample-size images; none: full sets."
+        None,
+        min=1,
+        max=1_000,
+        help="Draw sets of this many to --sample-size images; none: full sets.",
     )
     context_drop: float = option(
         0.0, min=0, max=1, help="Probability of training without the set, for guidance."
@@ -74,6 +82,7 @@ class SetConfig(Config):
     num_eval_batches: int = option(
         0,
         min=0,
+        max=1_000_000,
         help="Batches of sets of validation classes whose loss is measured with every snapshot.",
         affects="speed",
     )
@@ -81,7 +90,11 @@ class SetConfig(Config):
         False, help="Compute fewshot_fid, as --metrics=fewshot_fid does.", affects="speed"
     )
     fid_num_samples: int = option(
-        10_000, min=2, help="Images that the fewshot metrics generate, at most.", affects="speed"
+        10_000,
+        min=2,
+        max=10_000_000,
+        help="Images that the fewshot metrics generate, at most.",
+        affects="speed",
     )
     diagnostics: bool = option(
         True,
@@ -90,7 +103,10 @@ class SetConfig(Config):
     )
     kl_weight: float = option(1.0, min=0, help="Weight of a variational context's divergence.")
     kl_rampup: float = option(
-        1920.0, min=0, help="Linear warm-up of that weight, in kimg (10,000 steps of 32 sets)."
+        1920.0,
+        min=0,
+        max=1e9,
+        help="Linear warm-up of that weight, in kimg (10,000 steps of 32 sets).",
     )
     kl_scale: str = option(
         "dimensions",

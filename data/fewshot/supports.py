@@ -11,6 +11,7 @@ from data.images.archive import open_archive
 from data.images.decode import decode_image
 from data.images.transforms import apply_transform
 from dnnlib.errors import refusal
+from dnnlib.files import check_source
 from models.set_dit import SetDiTConfig
 
 
@@ -40,9 +41,7 @@ def read_support(locations: Sequence[str], model: SetDiTConfig) -> Episodes:
 
 def _read(path: Path, model: SetDiTConfig) -> Iterator[torch.Tensor]:
     """Yield the images of a file, folder or zip, uint8 [C, H, W]."""
-    if not path.exists():
-        remedy = "give images, or folders or zips of them"
-        raise refusal("--support", but=f"{path} does not exist", remedy=remedy)
+    check_source(path, where="--support")
     if path.is_dir() or path.suffix.lower() == ".zip":
         archive = open_archive(path)
         files = [(archive.label(i), archive.member(i).read) for i in range(len(archive))]

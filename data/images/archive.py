@@ -17,7 +17,7 @@ from data.images.members import ZIP_METHODS, Archive, Member
 from data.images.samples import SampleArchive
 from dnnlib import launcher
 from dnnlib.errors import refusal
-from dnnlib.files import OpenFiles
+from dnnlib.files import OpenFiles, check_source
 from dnnlib.text import join_names
 
 _told: set[Path] = set()
@@ -168,8 +168,7 @@ def open_archive(
     without ``skip_unreadable``, if a folder inside cannot be read.
     """
     path = Path(path)
-    if not path.exists():
-        raise ValueError(f"{path}: no such file or folder.")
+    check_source(path)
     kind = SampleArchive if path.suffix.lower() == ".npz" else ZipArchive
     archive: Archive = (FolderArchive if path.is_dir() else kind)(path)
     unreadable = getattr(archive, "unreadable", [])

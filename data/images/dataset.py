@@ -35,7 +35,9 @@ class DatasetConfig(Config):
 
     data: str | None = option(None, help="Zip or folder of images, from dataset_tool.py convert.")
     cond: bool = option(False, help="Condition the model on the class labels of the data.")
-    max_size: int | None = option(None, min=1, help="Train on a random subset of this many images.")
+    max_size: int | None = option(
+        None, min=1, max=1_000_000_000, help="Train on a random subset of this many images."
+    )
     hflip: bool = option(
         False,
         help="Train on every image and on its mirror image; in a set, each drawn image is mirrored "

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dnnlib.files import atomic_write, cache_dir
+from dnnlib.files import atomic_write, cache_dir, regular_file
 from dnnlib.parallel import num_usable_cores, thread_map
 from dnnlib.progress import progress
 
@@ -72,7 +72,7 @@ def _stat(path: Path) -> tuple[int, int, int, int]:
 
 def _crc(path: Path) -> int:
     crc = 0
-    with open(path, "rb", buffering=0) as file:
+    with open(path, "rb", buffering=0, opener=regular_file) as file:
         while chunk := file.read(_CHUNK_BYTES):
             crc = zlib.crc32(chunk, crc)
     return crc

@@ -14,6 +14,7 @@ import numpy as np
 
 from data.images.decode import decode_image
 from dnnlib.errors import refusal
+from dnnlib.files import read_file
 from dnnlib.typed import parse_json
 
 _KEYS = ("labels", "class_names", "class_splits", "captions")  # Of a dataset.json.
@@ -39,7 +40,7 @@ class Member:
         """
         try:
             if self.offset < 0:
-                return Path(self.path).read_bytes()
+                return read_file(self.path)
             descriptor = _cached_descriptor(self.path) if file is None else file.fileno()
             return self._read_from_zip(descriptor)
         except OSError as error:

@@ -29,17 +29,25 @@ class ValidationConfig(Config):
         TESTS, choices=TESTS, exposed=False, help="Tests, in this order."
     )
     num_reconstructions: int = option(
-        25, min=1, help="Images that are made again from their own text and reference."
+        25, min=1, max=100_000, help="Images that are made again from their own text and reference."
     )
     num_swaps: int = option(
-        5, min=1, help="Pairs of one size of which one image gets the other's reference."
+        5,
+        min=1,
+        max=100_000,
+        help="Pairs of one size of which one image gets the other's reference.",
     )
-    num_edits: int = option(5, min=1, help="Images with words of their text replaced.")
-    num_text_only: int = option(20, min=1, help="Images that are made from their text alone.")
+    num_edits: int = option(5, min=1, max=100_000, help="Images with words of their text replaced.")
+    num_text_only: int = option(
+        20, min=1, max=100_000, help="Images that are made from their text alone."
+    )
     num_divergence: int = option(
-        5, min=1, help="Images that are made with the text's guidance, and with the reference's."
+        5,
+        min=1,
+        max=100_000,
+        help="Images that are made with the text's guidance, and with the reference's.",
     )
-    num_shown: int = option(4, min=1, help="Rows of the picture that each test makes.")
+    num_shown: int = option(4, min=1, max=1_000, help="Rows of the picture that each test makes.")
     lpips_net: str = option(
         "alex", choices=("alex", "vgg"), help="Backbone of LPIPS, the distance of images."
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from data.images.members import Archive
 from dnnlib.errors import refusal
+from dnnlib.files import read_file
 from dnnlib.typed import parse_json
 
 METADATA = "metadata"
@@ -83,7 +84,7 @@ def _from_metadata(archive: Archive, key: str) -> dict[str, str]:
 
 def _from_jsonl(location: str, keys: Sequence[str]) -> dict[str, str]:
     try:
-        data = Path(location).read_bytes()
+        data = read_file(location)
     except OSError as error:
         problem = f"{location} cannot be read ({error.strerror})"
         remedy = f"give a .jsonl file, a folder of text files, or {METADATA}"
