@@ -13,7 +13,7 @@ import click
 import families
 from diffusion.denoiser import AUTOCAST_DTYPES
 from dnnlib.cli import ConfigCommand, is_given, raw_value, run
-from dnnlib.click_options import param, takes
+from dnnlib.click_options import output_rules, overwrites, param, takes
 from dnnlib.config import Config
 from dnnlib.files import check_target
 from dnnlib.text import MAX_LISTED, parse_ranges
@@ -109,6 +109,7 @@ def option_elsewhere(name: str, config: Config | None) -> str | None:
 @click.command(cls=ConfigCommand, base=base_config, elsewhere=option_elsewhere, examples=EXAMPLES)
 @takes(GenerateOptions)
 @takes(Asked, "asked")
+@overwrites
 def main(config: GenerateConfig, options: GenerateOptions, asked: Asked) -> None:
     """Generate one image per seed. An image depends on its seed, its class and the options below,
     not on the batch size or the number of processes. Images that exist are kept, so that an
@@ -132,7 +133,7 @@ def main(config: GenerateConfig, options: GenerateOptions, asked: Asked) -> None
     todo = places(options.outdir, requests, seeds, options.subdirs)
     check_target("--outdir", options.outdir, is_folder=True)
     if options.grid is not None:
-        check_picture_target("--grid", options.grid)
+        check_picture_target("--grid", options.grid, **output_rules("grid"))
         if options.grid.absolute() in {place.path.absolute() for place in todo}:
             raise click.UsageError(f"--grid: {options.grid} is the file of one of the images.")
 

@@ -8,7 +8,7 @@ import click
 import families
 from configs.latent_diffit import PRESETS
 from dnnlib.cli import run
-from dnnlib.click_options import TextType, param, takes
+from dnnlib.click_options import TextType, output_rules, overwrites, param, takes
 from dnnlib.files import check_target, fetch, sha256_of_file
 from encoders.autoencoder import AUTOENCODER
 from metrics.weights import read_safetensors
@@ -29,6 +29,7 @@ class ImportOptions:
 @click.command(context_settings=dict(help_option_names=["-h", "--help"]))
 @click.argument("weights", metavar="WEIGHTS.safetensors", type=TextType())
 @takes(ImportOptions)
+@overwrites
 def main(weights: str, options: ImportOptions) -> None:
     """Read WEIGHTS, a path or URL of the official state dict in safetensors, and write a snapshot.
 
@@ -41,7 +42,7 @@ def main(weights: str, options: ImportOptions) -> None:
       python generate.py --network=network.pkl --outdir=out --seeds=0-15 --class=207 --grid=out.png
     """
     preset, out, vae = options.preset, options.out, options.vae
-    check_target("--out", out, is_ours=read_header)
+    check_target("--out", out, is_ours=read_header, **output_rules("out"))
     AUTOENCODER.check_location(vae)
     path = fetch(weights)
     chosen = PRESETS[preset]

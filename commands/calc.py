@@ -15,7 +15,7 @@ from commands.options import (
     used_detectors,
 )
 from dnnlib.cli import is_given
-from dnnlib.click_options import param, takes
+from dnnlib.click_options import overwrites, param, takes
 from dnnlib.files import write_json
 from evaluation.scoring import (
     RealImages,
@@ -69,6 +69,7 @@ class CalcOptions:
 @score_command(examples=EXAMPLES)
 @takes(SourceOptions, "given")
 @takes(CalcOptions)
+@overwrites
 def command(config: AnyConfig, given: SourceOptions, options: CalcOptions) -> None:
     """Score the images of a snapshot, folder, zip or .npz against real ones.
 

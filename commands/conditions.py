@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from dnnlib.click_options import param, takes
+from dnnlib.click_options import overwrites, param, takes
 from dnnlib.files import atomic_write
 
 
@@ -25,6 +25,7 @@ class ConditionsOptions:
 
 @click.command(context_settings=dict(help_option_names=["-h", "--help"]))
 @takes(ConditionsOptions)
+@overwrites
 def command(options: ConditionsOptions) -> None:
     """Measure the effect of each condition: class, support, or text, CLS token and patches.
 

@@ -1,8 +1,7 @@
 """dataset_tool.py convert: a dataset from images of many kinds."""
 
 import dataclasses
-import signal
-import sys
+from pathlib import Path
 
 import click
 
@@ -13,6 +12,7 @@ from data.convert.labelling import LabelChoice
 from data.convert.sources import open_source
 from data.images.transforms import TRANSFORMS, parse_resolution
 from dnnlib.click_options import param, takes
+from dnnlib.files import check_target
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,7 @@ class ConvertOptions:
     )
     max_images: int | None = param(min=1, max=1_000_000_000, help="Use only the first N images.")
     skip_broken: bool = param(help="Leave out broken images instead of failing.")
+    overwrite: bool = param(help="Replace an existing file; a folder that is not empty stays.")
     labels: str | None = param(
         metavar="folders|none|FILE",
         help="Labels of a folder or zip of images: from its folders, none, or from a .json file as "
@@ -94,14 +95,15 @@ def command(options: ConvertOptions) -> None:
       python dataset_tool.py convert --source=out/ --dest=samples.npz
       python dataset_tool.py convert --source=samples.npz --dest=samples.zip
     """
-    # A request to stop cleans up; what SIGKILL leaves is a hidden .NAME.*.tmp beside --dest.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    # A stop cleans up; what SIGKILL leaves is a hidden .NAME.*.tmp beside --dest.
     choice = LabelChoice(options.labels, options.label_level)
     parts = (options.split, options.class_split)
+    inputs = dict(source=options.source, labels=options.labels or "")
+    check_target("--dest", options.dest, is_folder=Path(options.dest).is_dir(), inputs=inputs)
     source = open_source(options.source, *parts, choice, options.skip_broken)
     click.echo(source.label_line)
     size = parse_resolution(options.resolution, options.transform)
-    same = ("transform", "max_images", "skip_broken")
+    same = ("transform", "max_images", "skip_broken", "overwrite")
     settings = {name: getattr(options, name) for name in same}
     settings |= dict(size=size, num_workers=options.workers)
     summary = conversion.convert_images(source, options.dest, **settings)

@@ -20,7 +20,7 @@ from commands.options import (
 from data.fewshot.episodes import PROTOCOLS
 from data.images.dataset import open_images
 from dnnlib.cli import usage_errors
-from dnnlib.click_options import param, takes
+from dnnlib.click_options import overwrites, param, takes
 from dnnlib.files import write_json
 from evaluation.fewshot import FewShotTest, describe_fewshot, score_fewshot
 from evaluation.images import Making, ScoreConfig
@@ -65,6 +65,7 @@ class FewShotOptions:
 
 @score_command()
 @takes(FewShotOptions)
+@overwrites
 def command(config: ScoreConfig, options: FewShotOptions) -> None:
     """Score images that a set-conditioned model makes from supports, against images of their class.
 

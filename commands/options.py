@@ -12,7 +12,7 @@ import families  # noqa: F401 (registers them)
 from commands.synonyms import used_here
 from diffusion.denoiser import AUTOCAST_DTYPES
 from dnnlib.cli import ConfigCommand, is_given, raw_value
-from dnnlib.click_options import param
+from dnnlib.click_options import output_rules, param
 from dnnlib.files import check_target
 from evaluation.images import ImageSource, Making, ScoreConfig, open_image_source
 from metrics.metric import METRICS, MetricSpec, get_metrics
@@ -138,7 +138,7 @@ def check_targets(**targets: Path | None) -> None:
     is_ours = dict(json=read_rows, jsonl=read_rows, dest=read_references)
     for name, path in targets.items():
         if path is not None and name == "out":
-            check_picture_target("--out", path)
+            check_picture_target("--out", path, **output_rules(name))
         elif path is not None:
             kind = dict(is_folder=True) if name == "outdir" else dict(is_ours=is_ours[name])
-            check_target(f"--{name}", path, **kind)
+            check_target(f"--{name}", path, **kind, **output_rules(name))

@@ -7,7 +7,7 @@ import click
 
 from commands.options import BATCH_HELP, check_targets, parse_metrics, score_command, used_detectors
 from data.images.dataset import open_images
-from dnnlib.click_options import param, takes
+from dnnlib.click_options import overwrites, param, takes
 from evaluation.images import shape_of
 from evaluation.scoring import dataset_references, make_detectors
 from metrics.metric import needed_outputs
@@ -29,6 +29,7 @@ class RefOptions:
 
 @score_command(base=lambda args: DetectorConfig())
 @takes(RefOptions)
+@overwrites
 def command(config: DetectorConfig, options: RefOptions) -> None:
     """Write reference statistics or vectors of real images, so that later scores start at once.
 

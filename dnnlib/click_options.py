@@ -56,6 +56,28 @@ def takes(kind: type, name: str = "options") -> Callable[[Callable], Callable]:
     return decorate
 
 
+def overwrites(function: Callable) -> Callable:
+    """Give a command the option --overwrite, which :func:`output_rules` knows of."""
+
+    def note(ctx: click.Context, _: Any, value: bool) -> None:
+        ctx.meta["overwrite"] = value
+
+    text = "Replace an output file that this command did not make."
+    settings = dict(is_flag=True, expose_value=False, callback=note, help=text)
+    return click.option("--overwrite", **settings)(function)
+
+
+def output_rules(name: str) -> dict[str, Any]:
+    """Return what :func:`dnnlib.files.check_target` has to know for the output of an option.
+
+    Whether --overwrite was typed, and what the other options of the running command name.
+    """
+    ctx = click.get_current_context()
+    named = {other: value for other, value in ctx.params.items() if isinstance(value, str | Path)}
+    named.pop(name, None)
+    return dict(overwrite=ctx.meta.get("overwrite", False), inputs=named)
+
+
 def _click_option(field: dataclasses.Field, hint: Any) -> Callable[[Callable], Callable]:
     settings = dict(field.metadata["settings"])
     names = field.metadata["names"] or (f"--{field.name.replace('_', '-')}",)

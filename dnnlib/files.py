@@ -10,8 +10,9 @@ import os
 import re
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 from urllib.parse import urlparse
 
@@ -72,11 +73,14 @@ def check_target(
     *,
     is_folder: bool = False,
     is_ours: Callable[[Path], Any] | None = None,
+    overwrite: bool = False,
+    inputs: Mapping[str, str | os.PathLike] = MappingProxyType({}),
 ) -> None:
     """Raise ValueError if nothing could, or should, be written to the file or folder ``path``.
 
     A file that is there may be replaced only if ``is_ours`` recognises it as a result of the same
-    kind: it then returns a true value and raises no ValueError.
+    kind (it then returns a true value and raises no ValueError), or with ``overwrite``; and never
+    if it is one of ``inputs``, which are what other options name.
     """
     path = Path(path)
     if not is_folder and path.is_dir():
@@ -85,7 +89,10 @@ def check_target(
         # A rename would put a file in its place.
         problem = "is a pipe, socket, device, or a link that leads nowhere"
         raise ValueError(f"{option}: {path} {problem}; choose another name.")
-    if not is_folder and path.exists() and is_ours is not None:
+    for other, source in inputs.items():
+        if not is_folder and path.exists() and os.path.exists(source) and path.samefile(source):
+            raise ValueError(f"{option}: {path} is what --{other} names; choose another name.")
+    if not is_folder and path.exists() and is_ours is not None and not overwrite:
         try:
             recognised = is_ours(path)
         except ValueError:
@@ -93,7 +100,7 @@ def check_target(
         if not recognised:
             raise ValueError(
                 f"{option}: {path} exists and was not made by this command; choose another name, "
-                "or delete it."
+                "or replace it with --overwrite."
             )
     for folder in [path, *path.parents] if is_folder else path.absolute().parents:
         if folder.exists():

@@ -19,6 +19,7 @@ from PIL import Image
 
 from data.convert import convert as conversion
 from data.convert.convert import Source
+from data.images.dataset import ImageDataset
 from dnnlib.parallel import process_map
 
 ROOT = Path(__file__).parent.parent
@@ -162,6 +163,12 @@ def test_a_target_that_exists_is_left_alone(tmp_path, name):
     assert code == 1
     assert "exists already" in output
     assert (tmp_path / name).read_text() == "mine"
+    assert convert(source, tmp_path / name, "--overwrite")[0] == 0
+    assert len(ImageDataset(tmp_path / name)) == 1
+    code, output = convert(tmp_path / name, tmp_path / name, "--overwrite")
+    assert code == 1
+    assert "is what --source names" in output
+    assert len(ImageDataset(tmp_path / name)) == 1
 
 
 # Pixels.

@@ -621,7 +621,9 @@ def test_no_command_overwrites_an_input_or_a_file_that_it_did_not_make(base, tmp
     np.savez(data, np.zeros((8, 4, 4, 3), np.uint8))
     before = data.read_bytes()
     options = (f"--data={data}", "--metrics=fd_pixels")
-    assert "was not made by" in helpers.fail(fid, "ref", *options, f"--dest={data}")
+    for more in ((), ("--overwrite",)):
+        message = helpers.fail(fid, "ref", *options, f"--dest={data}", *more)
+        assert "is what --data names; choose another name" in message
     assert data.read_bytes() == before
     for _ in range(2):  # What the command made it makes again.
         helpers.succeed(fid, "ref", *options, f"--dest={tmp_path / 'ref.npz'}")
@@ -632,8 +634,22 @@ def test_no_command_overwrites_an_input_or_a_file_that_it_did_not_make(base, tmp
     options = (network, f"--outdir={tmp_path / 'out'}", "--num=1", "--steps=1")
     assert "was not made by" in helpers.fail(generate, *options, f"--grid={photo}")
     assert photo.read_bytes() == before
+    helpers.succeed(generate, *options, f"--grid={photo}", "--overwrite")
+    assert photo.read_bytes() != before
+    scores = tmp_path / "scores.json"
+    scores.write_text("mine")
+    options = (f"--images={data}", f"--ref={data}", "--metrics=fd_pixels", f"--json={scores}")
+    assert "replace it with --overwrite" in helpers.fail(fid, "calc", *options)
+    assert scores.read_text() == "mine"
     for _ in range(2):
-        helpers.succeed(generate, *options, f"--grid={tmp_path / 'grid.png'}")
+        helpers.succeed(
+            generate,
+            network,
+            f"--outdir={tmp_path / 'out'}",
+            "--num=1",
+            "--steps=1",
+            f"--grid={tmp_path / 'grid.png'}",
+        )
 
 
 def test_an_empty_path_as_of_an_unset_variable_is_refused(base):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -99,11 +100,14 @@ def save_image(image: PIL.Image.Image, path: str | Path) -> None:
         image.save(file, format="PNG", pnginfo=mark)
 
 
-def check_picture_target(option: str, path: Path) -> None:
-    """Raise ValueError if :func:`save_image` could not, or should not, write the file ``path``."""
+def check_picture_target(option: str, path: Path, **rules: Any) -> None:
+    """Raise ValueError if :func:`save_image` could not, or should not, write the file ``path``.
+
+    ``rules`` are further arguments of :func:`dnnlib.files.check_target`.
+    """
     if path.suffix.lower() != ".png":
         raise refusal(option, path, but="the picture is a PNG", remedy="end the name with .png")
-    check_target(option, path, is_ours=is_our_image)
+    check_target(option, path, is_ours=is_our_image, **rules)
 
 
 def is_our_image(path: Path) -> bool:

@@ -104,6 +104,7 @@ def convert_images(
     transform: str | None = None,
     max_images: int | None = None,
     skip_broken: bool = False,
+    overwrite: bool = False,
     num_workers: int | None = None,
 ) -> Summary:
     """Write the images of ``source`` to a zip, folder or .npz in the layout of docs/formats.md.
@@ -118,6 +119,7 @@ def convert_images(
         transform: One of TRANSFORMS; without it images must be square and are resized.
         max_images: Use only the first so many images of the source.
         skip_broken: Leave out images that cannot be read instead of failing.
+        overwrite: Replace a file of the name ``dest``.
         num_workers: By default one per core.
 
     Raises ValueError if images are broken (all of them are listed), if their sizes do not fit, if
@@ -128,8 +130,10 @@ def convert_images(
     if kind in _NO_DATASET:
         raise refusal("--dest", dest, accepted="a name ending in .zip or .npz, or a folder")
     is_folder = dest.is_dir() and kind not in (".zip", ".npz")
-    if dest.exists() and not (is_folder and not any(dest.iterdir())):
-        raise ValueError(f"--dest: {dest} exists already; delete it or choose another name.")
+    is_free = is_folder and not any(dest.iterdir())
+    if dest.exists() and not is_free and not (overwrite and dest.is_file()):
+        remedy = "" if dest.is_dir() else ", or replace it with --overwrite"
+        raise ValueError(f"--dest: {dest} exists already; choose another name{remedy}.")
     num_images = min(source.num_images, max_images or source.num_images)
     if num_images == 0:
         raise ValueError(f"{source.name}: holds no images.")
