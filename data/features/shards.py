@@ -24,6 +24,7 @@ Members = Mapping[str, bytes]  # The data of a sample's members by key.
 
 _BLOCK = tarfile.BLOCKSIZE
 _UNUSABLE = -1  # In place of a checksum: a description that can be written again, and must be.
+_MAX_ATTEMPTS = 100
 
 # The shapes that arrays of one bucket have, by key; None for a length that may be any. That of the
 # mask, of one dimension, is the largest that it may be.
@@ -46,9 +47,12 @@ def to_npy(array: np.ndarray) -> bytes:
 
 def from_npy(data: bytes) -> np.ndarray:
     """Return the array in the bytes of an ``.npy`` file; raises ValueError if it is damaged."""
-    stream = io.BytesIO(data)
     try:
-        return np.lib.format.read_array(stream, allow_pickle=False)
+        for _ in range(_MAX_ATTEMPTS):
+            # Threads that parse headers at once can disturb each other (CPython issue 106905).
+            with contextlib.suppress(SystemError):
+                return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+        raise ValueError("its header cannot be parsed")
     # What a damaged header makes of the text that should describe an array.
     except (
         *(ValueError, EOFError, SyntaxError, TypeError),
