@@ -5,6 +5,8 @@ from numpy.typing import ArrayLike
 
 Vectors = ArrayLike | torch.Tensor
 
+_PART_WIDTH = 1024
+
 
 def check_vectors(
     first: Vectors, second: Vectors, at_least: int = 1
@@ -17,3 +19,25 @@ def check_vectors(
         expected = f"[N, D] and [M, D] with at least {at_least} rows each"
         raise ValueError(f"Got {got}; expected {expected}.")
     return first, second
+
+
+def as_floats(vectors: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Return vectors on ``device`` in float32, or in float64 if that is what they are."""
+    dtype = torch.float64 if vectors.dtype == torch.float64 else torch.float32
+    return vectors.to(device, dtype)
+
+
+def products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return the products of all pairs of rows, float64 [N, M].
+
+    Those of float32 are multiplied in float32, and parts of 1,024 values are added in float64. The
+    error of a product is then at most 6.2e-5 |x| |y| (Higham, "Accuracy and stability of numerical
+    algorithms", section 3.1), and in the mean over many pairs far below.
+    """
+    if torch.float64 in (x.dtype, y.dtype):
+        return x.double() @ y.double().T
+    total = None
+    for part_x, part_y in zip(x.split(_PART_WIDTH, 1), y.split(_PART_WIDTH, 1), strict=True):
+        part = part_x @ part_y.T
+        total = part.double() if total is None else total.add_(part)
+    return total

@@ -78,6 +78,31 @@ class TestKernelDistance:
         with pytest.raises(ValueError, match=r"\[90, 6\] .* \[70, 5\]"):
             kernel_distance(real, fake[:, :5])
 
+    @pytest.mark.parametrize("num", [300, 700])
+    def test_of_float32_is_that_of_float64_within_a_share_of_the_mean_kernel(
+        self, num, small_blocks
+    ):
+        """In both ways to the sums: from all pairs, and subset by subset."""
+        rng = np.random.default_rng(0)
+        scales = rng.gamma(1, 0.3, 2048)  # Positive and skewed, as a detector's outputs are.
+        real, fake = (
+            np.abs(rng.standard_normal((num, 2048)) * scales * width).astype(np.float32)
+            for width in (1, 1.01)
+        )
+        settings = dict(num_subsets=5, subset_size=150)
+        found = kernel_distance(real, fake, **settings)
+        real, fake = real.astype(np.float64), fake.astype(np.float64)
+        expected = kernel_distance(real, fake, **settings)
+        mean_kernel = ((fake @ real.T / 2048 + 1) ** 3).mean()
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-7 * mean_kernel)
+
+    def test_is_the_same_from_all_pairs_and_subset_by_subset(self, small_blocks, monkeypatch):
+        real, fake = two_sets()
+        settings = dict(num_subsets=4, subset_size=50)
+        expected = kernel_distance(real, fake, **settings)
+        monkeypatch.setattr(mmd, "_sums_from_all", mmd._sums_one_by_one)
+        np.testing.assert_allclose(kernel_distance(real, fake, **settings), expected, rtol=1e-10)
+
 
 class TestRbfMmd:
     def test_is_its_definition(self, small_blocks):
@@ -243,6 +268,21 @@ class TestPrecisionRecall:
         with pytest.raises(ValueError, match="more than 3 images of either kind; got 3"):
             precision_recall(real, fake[:3])
 
+    @pytest.mark.parametrize("dim", [64, 5000])
+    def test_of_float32_are_those_of_float64(self, dim, small_blocks, monkeypatch):
+        """Also where the bound on float32 leaves almost everything open."""
+        rng = np.random.default_rng(3)
+        basis = rng.standard_normal((4, dim))
+        real, fake = (
+            (rng.standard_normal((num, 4)) @ basis + 50).astype(np.float32) for num in (90, 70)
+        )
+        for more in (0, 1e-2, 10.0):
+            monkeypatch.setattr(manifold, "_TINY", more)
+            for function in (precision_recall, density_coverage):
+                expected = function(real.astype(np.float64), fake.astype(np.float64))
+                assert function(real, fake) == expected
+                assert 0 < min(expected) < 1
+
 
 class TestDensityCoverage:
     def test_is_its_definition(self, small_blocks):
@@ -305,12 +345,18 @@ ALL = {
 class TestInputs:
     @pytest.mark.parametrize("dtype", [np.float32, np.float64])
     def test_of_equal_values_give_equal_results(self, function, dtype):
-        """Arrays or tensors, float32 or its values in float64: the computation is in float64."""
+        """Arrays or tensors, float32 or its values in float64.
+
+        Means of kernels of float32 are those of float64 but for their last digits; whatever counts
+        and compares is equal.
+        """
         real, fake = (x.astype(np.float32) for x in two_sets(shift=0.8))
         expected = function(real.astype(np.float64), fake.astype(np.float64), device="cpu")
         arrays = real.astype(dtype), fake.astype(dtype)
-        np.testing.assert_array_equal(function(*arrays), expected)
-        np.testing.assert_array_equal(function(*map(torch.from_numpy, arrays)), expected)
+        found = function(*arrays)
+        is_mean = function in (ALL["kernel_distance"], rbf_mmd)
+        np.testing.assert_allclose(found, expected, rtol=1e-7 if is_mean else 0)
+        np.testing.assert_array_equal(function(*map(torch.from_numpy, arrays)), found)
 
     @pytest.mark.gpu
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
