@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import errno
 import os
+import re
 import sys
 import time
 import traceback
@@ -278,8 +279,8 @@ def run(command: click.Command) -> None:
     """Run a script's command and exit with its result as the exit code.
 
     A ValueError raised by this project is a user's error and becomes one sentence, printed once a
-    node under torchrun; so does an error of a file or disk. Another error raised by a library keeps
-    its traceback.
+    node under torchrun; so does an error of a file or disk, or want of memory. Another error
+    raised by a library keeps its traceback.
     """
     quiet = os.environ.get("LOCAL_RANK", "0") not in ("0", "")
     try:
@@ -309,9 +310,24 @@ def run(command: click.Command) -> None:
         click.echo(f"Error: {message}", err=True)
         launcher.record_error(message)
         sys.exit(1)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        found = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
+        wanted = f" for {found[1]}" if found else ""
+        message = f"Not enough memory{wanted}; use a smaller batch, or a smaller model."
+        click.echo(f"Error: {message}", err=True)
+        launcher.record_error(message)
+        sys.exit(1)
     except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted.", err=True)
         sys.exit(130)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Return whether memory was refused, by Python, by the system or by a GPU (through PyTorch)."""
+    is_gpu = type(error).__name__ == "OutOfMemoryError"
+    return isinstance(error, MemoryError) or is_gpu or "t allocate memory" in str(error)
 
 
 def _is_ours(error: Exception) -> bool:
