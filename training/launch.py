@@ -113,6 +113,7 @@ def launch(config: RunConfig, start: Start) -> int:
                 if is_new:
                     desc = runs.describe(job.config, job.data, start.desc)
                     run_dir = runs.make_run_dir(start.outdir, desc)
+                    held.enter_context(runs.kept_if_begun(run_dir))
                 busy = f"{run_dir}: another process is training here"
                 with distributed.together():
                     if distributed.is_main():

@@ -3,7 +3,8 @@
 import contextlib
 import itertools
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,18 @@ def make_run_dir(outdir: Path, desc: str) -> Path:
                 return run_dir
 
     return distributed.on_main(make)
+
+
+@contextlib.contextmanager
+def kept_if_begun(run_dir: Path) -> Iterator[None]:
+    """Remove a new run folder if the block raises ValueError while nothing but options is in it."""
+    try:
+        yield
+    except ValueError:
+        names = {path.name for path in run_dir.iterdir()} if run_dir.is_dir() else set()
+        if distributed.is_main() and names <= {"training_options.json", ".lock"}:
+            shutil.rmtree(run_dir)
+        raise
 
 
 def _number(path: Path) -> re.Match | None:
