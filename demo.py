@@ -11,6 +11,7 @@ import click
 
 from dnnlib.cli import run
 from dnnlib.click_options import param, takes
+from dnnlib.files import check_target
 from dnnlib.text import format_time
 
 
@@ -39,6 +40,7 @@ def main(options: DemoOptions, train_args: tuple[str, ...]) -> int:
     sets, features = options.sets, options.features
     if options.latent + sets + features > 1:
         raise click.UsageError("Give one of --latent, --sets and --features.")
+    check_target("--outdir", options.outdir, is_folder=True)
     start = time.time()
     what, minutes = "photographs" if features else "digits", "8 to 10" if sets else "2 to 5"
     click.echo(

@@ -9,7 +9,8 @@ import families
 from configs.latent_diffit import PRESETS
 from dnnlib.cli import run
 from dnnlib.click_options import TextType, output_rules, overwrites, param, takes
-from dnnlib.files import check_target, fetch, sha256_of_file
+from dnnlib.downloads import fetch
+from dnnlib.files import check_target, sha256_of_file
 from encoders.autoencoder import AUTOENCODER
 from metrics.weights import read_safetensors
 from models.published import network_of_published

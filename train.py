@@ -14,7 +14,7 @@ from configs.presets import PRESET_OF_RESOLUTION, PRESETS, get_preset, preset_of
 from dnnlib.cli import ConfigCommand, raw_value, run, settings, usage_errors
 from dnnlib.click_options import param, takes
 from dnnlib.config import Config
-from dnnlib.text import join_names
+from dnnlib.text import is_number, join_names
 from training import runs
 from training.config import RunConfig, with_absolute_data, with_named_data, with_one_of_each
 from training.launch import Start, launch, print_plan, verify
@@ -72,7 +72,7 @@ def base_config(args: Sequence[str]) -> RunConfig | None:
         report = print if dnnlib.launcher.number("RANK") == 0 else lambda text: None
         return runs.read_start(runs.resume_paths(resume)[0], report)[0]
     if preset is None and resolution is not None:
-        if not resolution.isdigit() or int(resolution) not in PRESET_OF_RESOLUTION:
+        if not is_number(resolution) or int(resolution) not in PRESET_OF_RESOLUTION:
             known = join_names(f"{r} ({p})" for r, p in PRESET_OF_RESOLUTION.items())
             problem = f"--resolution: no preset for {resolution}; there is one for {known}."
             raise ValueError(f"{problem} Choose with --preset: {', '.join(PRESETS)}.")
@@ -94,7 +94,10 @@ def option_elsewhere(name: str, config: Config | None) -> str | None:
         from commands.synonyms import used_here
 
         return used_here(name, training=True)
-    return f"--{name}: preset {config.preset} has no such option; {join_names(owners)} has."
+    if len(owners) > 3:
+        owners = [*owners[:3], f"{len(owners) - 3} more"]
+    have = f"{join_names(owners)} {'have' if len(owners) > 1 else 'has'}"
+    return f"--{name}: preset {config.preset} has no such option; {have}."
 
 
 @click.command(cls=ConfigCommand, base=base_config, elsewhere=option_elsewhere, examples=EXAMPLES)

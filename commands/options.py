@@ -11,13 +11,14 @@ import torch
 import families  # noqa: F401 (registers them)
 from commands.synonyms import used_here
 from diffusion.denoiser import AUTOCAST_DTYPES
-from dnnlib.cli import ConfigCommand, is_given, raw_value
+from dnnlib.cli import ConfigCommand, is_given, raw_value, settings
 from dnnlib.click_options import output_rules, param
 from dnnlib.files import check_target
 from evaluation.images import ImageSource, Making, ScoreConfig, open_image_source
 from metrics.metric import METRICS, MetricSpec, get_metrics
 from metrics.reference import read_references
 from metrics.rows import read_rows
+from sampling.images import GenerateConfig
 from torch_utils import distributed
 from torch_utils.misc import allow_tf32
 from torch_utils.pictures import check_picture_target
@@ -28,6 +29,7 @@ AnyConfig = ScoreConfig | DetectorConfig
 BATCH_HELP = "Number of images that each rank processes at a time."
 PRECISION_HELP = "Arithmetic of the network.  [default: as in training]"
 PRECISIONS = tuple(AUTOCAST_DTYPES)
+_OF_SNAPSHOTS = ("seed", "precision", "guide", "vae", "tf32")
 TF32_HELP = "Allow TF32 matrix products on NVIDIA GPUs."
 
 
@@ -57,7 +59,7 @@ class SourceOptions:
         """
         if (self.network is None) == (self.images is None):
             raise click.UsageError("Give either --network or --images.")
-        for name in ("seed", "precision", "guide", "vae", "tf32"):
+        for name in _OF_SNAPSHOTS:
             if self.images is not None and is_given(name):
                 raise click.UsageError(option_elsewhere(name, config))
         device = distributed.init()
@@ -79,20 +81,22 @@ def base_config(args: Sequence[str]) -> AnyConfig:
 
 def option_elsewhere(name: str, config: AnyConfig | None) -> str | None:
     """Return a sentence for a sampling option without a snapshot, or one of another program."""
-    if (here := used_here(name)) is not None:
-        return here
-    if isinstance(config, DetectorConfig):
+    if isinstance(config, DetectorConfig) and name in _of_sampling():
         return f"--{name} describes sampling and needs --network; images are scored as they are."
-    return None
+    return used_here(name)
 
 
-def score_command(**settings: Any) -> Callable[[Callable], click.Command]:
+def _of_sampling() -> set[str]:
+    return {*_OF_SNAPSHOTS, *(own.name for own in settings(GenerateConfig()))}
+
+
+def score_command(**given: Any) -> Callable[[Callable], click.Command]:
     """Return the decorator of a command with the options of detectors and sampling.
 
-    ``settings`` are those of :class:`ConfigCommand`.
+    ``given`` is what :class:`ConfigCommand` takes.
     """
-    settings = dict(base=base_config, elsewhere=option_elsewhere) | settings
-    return click.command(cls=ConfigCommand, **settings)
+    own = dict(base=base_config, elsewhere=option_elsewhere)
+    return click.command(cls=ConfigCommand, **own | given)
 
 
 def parse_metrics(text: str, *, of_supports: bool = False) -> list[MetricSpec]:

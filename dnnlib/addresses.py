@@ -13,7 +13,8 @@ _PACKAGES = dict(
     http="aiohttp", https="aiohttp", s3="s3fs", gs="gcsfs", az="adlfs", hf="huggingface_hub"
 )
 _BUFFER_BYTES = 1 << 20
-_TIMEOUT_SEC = 60
+_TIMEOUT_SEC = 30
+_MIN_BYTES_PER_SEC = 1000
 _WAITS_SEC = (1, 3, 10)  # Before each further attempt at what may pass by itself.
 _PASSING_STATUS = (408, 425, 429, 500, 502, 503, 504)
 _HEADERS = {"Accept-Encoding": "identity"}  # Files must come as they are stored.
@@ -61,10 +62,12 @@ def read_range(address: str, start: int, size: int) -> bytes:
     return data if len(data) <= size else data[start : start + size]
 
 
-def download(address: str, file: BinaryIO, callback: Any) -> None:
-    """Write the file at an address into ``file``; ``callback``, of fsspec, follows the progress.
+def download(address: str, file: BinaryIO, callback: Any, max_bytes: int) -> None:
+    """Write the file at an http(s) address into ``file``; ``callback``, of fsspec, follows.
 
-    Raises AddressError.
+    A server that stays silent, or sends less than 1 kB a second, is given up after 30 s, four times
+    over at most: within about two minutes. Redirects stay within http(s), and an https address is
+    never redirected to http. Raises AddressError, also for more than ``max_bytes``.
     """
     store = _open_store(address)
 
@@ -72,9 +75,36 @@ def download(address: str, file: BinaryIO, callback: Any) -> None:
         file.seek(0)
         file.truncate()
         callback.absolute_update(0)
-        store.get_file(address, file, callback=callback)
+        with store.open(address, block_size=0, size=1, headers=_HEADERS) as source:
+            _check_response(address, source.r, max_bytes)
+            started, size, declared = time.monotonic(), 0, source.r.content_length
+            callback.set_size(declared)
+            while data := source.read(_BUFFER_BYTES):
+                size += len(data)
+                elapsed = time.monotonic() - started
+                if size > max_bytes:
+                    raise _too_large(address, max_bytes)
+                if elapsed > _TIMEOUT_SEC and size < _MIN_BYTES_PER_SEC * elapsed:
+                    raise TimeoutError
+                file.write(data)
+                callback.relative_update(len(data))
+            if declared not in (None, size):
+                raise EOFError
 
     _persist(address, attempt)
+
+
+def _check_response(address: str, response: Any, max_bytes: int) -> None:
+    """Raise AddressError for a redirect from https to http, or more bytes than are accepted."""
+    steps = [*(step.url for step in response.history), response.url]
+    if address.lower().startswith("https:") and any(step.scheme != "https" for step in steps):
+        raise AddressError(f"{_split(address)[0]}: refused, because it redirects to plain http.")
+    if (response.content_length or 0) > max_bytes:
+        raise _too_large(address, max_bytes)
+
+
+def _too_large(address: str, max_bytes: int) -> AddressError:
+    return AddressError(f"{_split(address)[0]}: refused, because it has over {max_bytes:,} bytes.")
 
 
 class _Stream(io.RawIOBase):
@@ -142,7 +172,7 @@ def _open_store(address: str) -> Any:
         if _is_http(address):
             from aiohttp import ClientTimeout
 
-            timeout = ClientTimeout(total=None, sock_connect=_TIMEOUT_SEC, sock_read=_TIMEOUT_SEC)
+            timeout = ClientTimeout(total=None, connect=_TIMEOUT_SEC, sock_read=_TIMEOUT_SEC)
             settings |= dict(headers=_HEADERS, client_kwargs=dict(trust_env=True, timeout=timeout))
         return fsspec.filesystem(scheme, **settings)
     except ImportError:
@@ -158,19 +188,36 @@ def _persist(address: str, action: Callable[[], Any]) -> Any:
     for wait in (*_WAITS_SEC, None):
         try:
             return action()
+        except AddressError:
+            raise
         except Exception as error:  # The packages raise many kinds of their own.
             status = getattr(error, "status", None)
-            reason = getattr(error, "strerror", None) or type(error).__name__
-            if status is not None:
-                reason = f"{status} {getattr(error, 'message', '')}".strip()
-            elif isinstance(error, FileNotFoundError):
-                reason = "not found"
-            lasts = isinstance(error, FileNotFoundError | PermissionError)
+            name = type(error).__name__
+            lasts = isinstance(error, FileNotFoundError | PermissionError) or "Url" in name
             if wait is None or lasts or status not in (None, *_PASSING_STATUS):
                 # Not the error's own text: it may hold the signature of an address.
-                raise AddressError(f"{_split(address)[0]}: cannot be read ({reason}).") from None
+                where = f"{_split(address)[0]}: cannot be read"
+                raise AddressError(f"{where} ({_reason(error)}).") from None
         time.sleep(wait)
     raise AssertionError
+
+
+def _reason(error: Exception) -> str:
+    name, status = type(error).__name__, getattr(error, "status", None)
+    if name == "TooManyRedirects":
+        return "it redirects too often"
+    if status is not None:
+        # A broken server's text goes on with what it sent.
+        return f"{status} {getattr(error, 'message', '')}".partition("\n")[0].strip(" :")[:80]
+    if isinstance(error, FileNotFoundError):
+        return "not found"
+    if isinstance(error, TimeoutError):
+        return f"the server was silent or too slow for {_TIMEOUT_SEC} s"
+    if isinstance(error, EOFError) or name == "ClientPayloadError":
+        return "the connection ended before the file"
+    if "RedirectClient" in name:
+        return "it redirects to an address that is not http or https"
+    return getattr(error, "strerror", None) or name
 
 
 def _is_http(address: str) -> bool:

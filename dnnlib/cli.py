@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import errno
 import os
+import re
 import signal
 import sys
 import threading
@@ -280,8 +281,9 @@ def run(command: click.Command) -> None:
     """Run a script's command and exit with its result as the exit code.
 
     A ValueError raised by this project is a user's error and becomes one sentence, printed once a
-    node under torchrun; so does an error of a file or disk. Another error raised by a library keeps
-    its traceback. SIGTERM and SIGHUP end a command that does not handle them with 128 + number.
+    node under torchrun; so does an error of a file or disk, or want of memory. Another error
+    raised by a library keeps its traceback. SIGTERM and SIGHUP end a command that does not handle
+    them with 128 + number.
     """
     with _heeding_stops():
         _run(command)
@@ -322,6 +324,21 @@ def _run(command: click.Command) -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted.", err=True)
         sys.exit(130)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        found = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
+        wanted = f" for {found[1]}" if found else ""
+        message = f"Not enough memory{wanted}; use a smaller batch, or a smaller model."
+        click.echo(f"Error: {message}", err=True)
+        launcher.record_error(message)
+        sys.exit(1)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Return whether memory was refused, by Python, by the system or by a GPU (through PyTorch)."""
+    texts = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
 
 
 class _Stopped(BaseException):  # Nobody who catches errors means this.

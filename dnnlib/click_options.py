@@ -102,12 +102,16 @@ def _click_option(field: dataclasses.Field, hint: Any) -> Callable[[Callable], C
 class IntType(click.IntRange):
     """An integer in the digits 0 to 9, in a range."""
 
+    name = "integer"
+
     def convert(self, value: Any, param: Any, ctx: click.Context | None) -> int:
         return super().convert(_number(self, value, param, ctx), param, ctx)
 
 
 class FloatType(click.FloatRange):
     """A number in the digits 0 to 9, in a range; neither infinite nor nan."""
+
+    name = "number"
 
     def convert(self, value: Any, param: Any, ctx: click.Context | None) -> float:
         number = super().convert(_number(self, value, param, ctx), param, ctx)

@@ -152,7 +152,8 @@ def _check_value(config: Config, field: dataclasses.Field, hint: Any) -> None:
         for element in (value if isinstance(value, tuple) else (value,))
     )
     if not valid:
-        text = f"--{option_name(field)}: got {value!r}; accepted: {accepted_values(field, hint)}."
+        got = ",".join(map(str, value)) if isinstance(value, tuple) else repr(value)
+        text = f"--{option_name(field)}: got {got}; accepted: {accepted_values(field, hint)}."
         near = did_you_mean(value, choices) if choices and isinstance(value, str) else ""
         raise ValueError(text + near)
 

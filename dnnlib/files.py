@@ -14,10 +14,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any
-from urllib.parse import urlparse
-
-from dnnlib.addresses import AddressError, download
-from dnnlib.progress import progress
 
 
 @contextlib.contextmanager
@@ -176,54 +172,6 @@ def sha256_of_file(path: str | os.PathLike) -> str:
     """Return the SHA-256 of a file as hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def fetch(location: str, sha256: str | None = None) -> Path:
-    """Return a local path for a file named by a path or an http(s) URL.
-
-    A URL is downloaded once into :func:`cache_dir`; ``sha256`` (all or the first digits) is
-    verified before the file takes its place there. Raises ValueError for a missing file, a failed
-    download or a wrong checksum.
-    """
-    if urlparse(str(location)).scheme in ("http", "https"):
-        name = Path(urlparse(location).path).name
-        key = hashlib.sha256(location.encode()).hexdigest()[:16]
-        path = cache_dir() / "downloads" / f"{key}-{name}"
-        if not path.is_file():
-            _download(location, path, sha256)
-            return path
-        label = f"{path} (cached copy of {location}; delete it to try again)"
-    else:
-        path = label = Path(location)
-        check_source(path, folder=False)
-    if sha256 is not None:
-        with open(path, "rb") as file:
-            _verify(file, sha256, label)
-    return path
-
-
-def _verify(file: IO[bytes], sha256: str, label: Any) -> None:
-    found = hashlib.file_digest(file, "sha256").hexdigest()
-    if not found.startswith(sha256.lower()):
-        raise ValueError(f"{label}: SHA-256 is {found[:16]}..., expected {sha256[:16]}...")
-
-
-def _download(url: str, target: Path, sha256: str | None) -> None:
-    from fsspec.callbacks import TqdmCallback
-
-    shown = dict(label=f"Downloading {target.name}", unit="B")
-    with (
-        atomic_write(target, "w+b") as file,
-        TqdmCallback(tqdm_cls=progress, tqdm_kwargs=shown) as callback,
-    ):
-        try:
-            download(url, file, callback)
-        except AddressError as error:
-            remedy = f"download it elsewhere and give its local path, or place it at {target}"
-            raise ValueError(f"{str(error).rstrip('.')}; {remedy}.") from None
-        if sha256 is not None:
-            file.seek(0)
-            _verify(file, sha256, url)
 
 
 class OpenFiles:

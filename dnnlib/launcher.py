@@ -22,6 +22,7 @@ _SCHEDULERS = {
     "OMPI_COMM_WORLD_SIZE": "mpirun",
     "PMI_SIZE": "mpiexec",
 }
+_LARGEST = {"MASTER_PORT": 65_535}
 _START = "torchrun --standalone --nproc_per_node=NUM_GPUS ..."
 _PR_SET_PDEATHSIG = 1
 
@@ -31,11 +32,11 @@ def number(name: str, default: int = 0) -> int:
     text = os.environ.get(name)
     if text is None:
         return default
-    if not (text.isascii() and text.isdigit()):
+    lowest, highest = int(name in ("WORLD_SIZE", *_SCHEDULERS)), _LARGEST.get(name, 10**6)
+    if not (text.isascii() and text.isdigit() and lowest <= int(text[:9]) <= highest):
         remedy = f"unset {name} for a single process, or start with {_START}"
-        raise refusal(
-            f"environment variable {name}", repr(text), accepted="a number", remedy=remedy
-        )
+        accepted = f"a number from {lowest} to {highest}"
+        raise refusal(f"environment variable {name}", repr(text), accepted=accepted, remedy=remedy)
     return int(text)
 
 
@@ -56,6 +57,10 @@ def joins_others() -> bool:
         but = f"is set in the environment, but {', '.join(missing)} is not"
         remedy = f"start with {_START}, or unset WORLD_SIZE for a single process"
         raise refusal(f"WORLD_SIZE={number('WORLD_SIZE')}", but=but, remedy=remedy)
+    if number("RANK") > 0:
+        remedy = f"start with {_START}, or unset RANK for a single process"
+        but = f"is set in the environment, but {', '.join(missing)} is not"
+        raise refusal(f"RANK={number('RANK')}", but=but, remedy=remedy)
     for name, starter in _SCHEDULERS.items():
         if "WORLD_SIZE" not in os.environ and number(name, 1) > 1:
             but = f"{starter} started {number(name)} processes, which would each do the whole work"

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from data.images.dataset import ImageDataset, open_images
+from dnnlib.downloads import fetch
 from dnnlib.errors import refusal
-from dnnlib.files import fetch
 from evaluation.images import ImageSource, formats_of, read_images, shape_of, size_text
 from metrics.detectors import Detector, DetectorOutput, ImageShape, get_detector
 from metrics.metric import MetricSpec, needed_outputs

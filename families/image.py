@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -99,6 +100,8 @@ class ImageFamily:
             but = f"the model denoises {channels} channels"
             remedy = "give at most as many, or none for all"
             raise refusal("--cfg-channels", guidance.cfg_channels, but=but, remedy=remedy)
+        if guidance.cfg_interval is not None:
+            check_interval(guidance.cfg_interval, run)
         problem = None if guidance.cfg_scale == 1.0 else self._unguided(run, num_classes)
         if problem is not None:
             remedy = f"train with {problem[1]}, or set --cfg-scale=1"
@@ -258,6 +261,15 @@ class ImageFamily:
         return generator
 
 
+def check_interval(interval: tuple[float, float], run: RunConfig) -> None:
+    """Raise ValueError if no step of a run's sampling has a noise level in an interval."""
+    low, high = interval
+    levels = sampling_sigmas(run.sampling, make_precond(run.precond))
+    if not any(low < sigma <= high for sigma in levels):
+        but = f"sampling has no noise level there; it starts at {max(levels):g}"
+        raise refusal("--cfg-interval", f"{low:g},{high:g}", but=but)
+
+
 def objective_settings(run: RunConfig) -> dict[str, Any]:
     """Return the arguments that every objective has beside network, precond and codec."""
     return dict(
@@ -332,15 +344,19 @@ def open_images_of(run: RunConfig, **settings: Any) -> ImageDataset:
     """Return the images that a run's ``--data`` names.
 
     ``settings`` are further ones of open_dataset. Raises ValueError, which says so if there are
-    latents or features in place of images.
+    latents or features in place of images, or an archive that is to be converted.
     """
     try:
         return open_dataset(run.data, seed=run.training.seed, **settings)
     except ValueError:
+        from data.convert.sources import unconverted
         from data.features.record import is_feature_folder
         from data.latents.record import is_latent_folder
 
         path = run.data.data
+        if path is not None and (command := unconverted(Path(path))) is not None:
+            remedy = f"run {command}, and give --data={command.rpartition('=')[2]}"
+            raise refusal("--data", but=f"{path} is to be converted first", remedy=remedy) from None
         for what, is_what, does, other in (
             ("features", is_feature_folder, "does not train on them", "a preset such as nanodit"),
             ("latents", is_latent_folder, "trains on pixels", "a preset of latent models"),

@@ -323,6 +323,7 @@ def read_weights(weights: str | None = None) -> dict[str, torch.Tensor]:
         network="Inception",
         sha256=None if weights else WEIGHTS_SHA256,
         expected=f"Expected a state dict in the layout of {WEIGHTS_URL.rpartition('/')[2]}.",
-        remedy=f"A local copy can be named by ${WEIGHTS_VARIABLE}.",
+        remedy=f"Name a local copy with ${WEIGHTS_VARIABLE}, or choose kid_pixels or fd_pixels, "
+        "which need no download.",
         left_out=r"\.num_batches_tracked$",
     )

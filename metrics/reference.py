@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from dnnlib import safe_pickle
+from dnnlib.downloads import fetch
 from dnnlib.errors import refusal
-from dnnlib.files import atomic_write, check_source, fetch
+from dnnlib.files import atomic_write, check_source
 from dnnlib.typed import parse_json
 from metrics.detectors import Detector, DetectorOutput
 from torch_utils import distributed

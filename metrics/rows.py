@@ -31,7 +31,8 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as a file of score rows: {error}.") from error
+        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise ValueError(f"{path}: cannot be read as a file of score rows: {reason}.") from error
     whole = _parsed("\n".join(lines))
     if isinstance(whole, dict) and isinstance(whole.get("rows"), list):
         found = whole["rows"]

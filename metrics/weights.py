@@ -7,8 +7,10 @@ from pathlib import Path
 
 import torch
 
+from dnnlib.downloads import fetch
 from dnnlib.errors import refusal
-from dnnlib.files import fetch
+
+_MAX_BYTES = 2 << 30  # Of the weights of one network; VGG16's are half a gigabyte.
 
 
 def load_weights(
@@ -36,7 +38,7 @@ def load_weights(
     (nothing in it is executed), and other names or shapes.
     """
     try:
-        path = fetch(location, sha256=sha256)
+        path = fetch(location, sha256=sha256, max_bytes=_MAX_BYTES)
     except ValueError as error:
         raise ValueError(f"{network} needs its weights: {error} {remedy}") from error
     found = _read_tensors(path, expected)

@@ -18,7 +18,7 @@ _PREFIXES = {
 }
 _POSITIONS = "pos_embed"
 _INDEX = "attn.relative_position_index"
-_MAX_LISTED = 12
+_MAX_LISTED = 4
 
 
 def published_shapes(config: LatentDiffiTConfig) -> dict[str, tuple[int, ...]]:

@@ -162,7 +162,11 @@ def encode_requests(snapshot: Snapshot, device: torch.device, asked: Asked) -> l
     if reference is not None:
         location = asked.visual or model.visual
         encoder = load_visual_encoder(location, device, expected_hash=model.visual_hash)
-        image, _ = fit_image(_open_image(reference), size)
+        image = _open_image(reference)
+        try:
+            image, _ = fit_image(image, size)
+        except ValueError as error:
+            raise refusal("--reference", but=f"{reference} {error}") from None
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
         shared["cls"], shared["patches"] = (value.cpu() for value in encoder.encode(pixels))
         facts["reference"] = hashlib.sha256(reference.read_bytes()).hexdigest()

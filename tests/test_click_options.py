@@ -3,15 +3,24 @@
 import dataclasses
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import click
 import pytest
 from helpers import ROOT
 
+import benchmark
 import dataset_tool
+import demo
 import fid
+import generate
+import import_weights
+import train
+from configs import PRESETS
+from dnnlib.cli import settings
 from dnnlib.click_options import param, takes
+from dnnlib.config import split_optional
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,3 +128,51 @@ sys.exit("torch" in sys.modules)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Usage: " in done.stdout
+
+
+def options_of_every_command():
+    """Yield the name of a command and each option that its dataclasses and arguments declare."""
+    for script in (benchmark, dataset_tool, demo, fid, generate, import_weights, train):
+        commands = {"": script.main}
+        if isinstance(script.main, click.Group):
+            context = click.Context(script.main)
+            names = script.main.summaries
+            commands = {name: script.main.get_command(context, name) for name in names}
+        for name, command in commands.items():
+            for option in command.params:
+                yield f"{script.__name__} {name} {option.opts[0]}", option.type
+
+
+def test_every_integer_of_a_command_has_bounds():
+    unbounded = [
+        name
+        for name, kind in options_of_every_command()
+        if isinstance(kind, click.types.IntParamType) and None in (kind.min, kind.max)
+    ]
+    assert unbounded == []
+
+
+def test_every_integer_of_a_preset_has_bounds():
+    unbounded = set()
+    for preset in PRESETS.values():
+        for setting in settings(preset.run):
+            hint, _ = split_optional(setting.hint)
+            numbers = typing.get_args(hint) or (hint,)
+            bounds = [setting.field.metadata[name] for name in ("min", "max")]
+            if int in numbers and None in bounds:
+                unbounded.add(setting.name)
+    assert unbounded == set()
+
+
+@pytest.mark.parametrize("text", ["", " ", "٣", "1_0", "1e400", "0x10"])
+def test_numbers_are_in_the_digits_that_people_type(text):
+    for option in ("--num", "--share"):
+        with pytest.raises(click.UsageError, match=r"not a valid|not in the range"):
+            parse("--source=a", f"{option}={text}")
+
+
+@pytest.mark.parametrize("option", ["--source", "--dest-dir"])
+def test_a_blank_text_or_path_names_nothing(option):
+    for text in ("", " ", "\t"):
+        with pytest.raises(click.UsageError, match="names nothing; perhaps a variable is not set"):
+            parse("--source=a", f"{option}={text}")

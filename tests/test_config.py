@@ -95,7 +95,7 @@ def test_a_bare_flag_does_not_swallow_the_next_option():
         (["--num-heads=0"], ["--num-heads", "0", "an integer from 1 to 64"]),
         (["--num-heads=x"], ["--num-heads", "'x'", "an integer"]),
         (["--num-heads=1.5"], ["--num-heads", "'1.5'"]),
-        (["--blocks=2,0"], ["--blocks", "(2, 0)", "of at least 1"]),
+        (["--blocks=2,0"], ["--blocks", "2,0", "of at least 1"]),
         (["--mode=fanci"], ["--mode", "'fanci'", "plain, fancy", "Did you mean 'fancy'?"]),
         (["--cond=maybe"], ["--cond", "'maybe'", "True or False"]),
         (["--num-head=2"], ["--num-head", "--num-heads"]),

@@ -31,7 +31,7 @@ from data.loader import make_loader
 from data.samplers import BucketSampler
 from dnnlib import addresses
 from dnnlib.addresses import AddressError, open_address, read_range, under
-from dnnlib.files import fetch
+from dnnlib.downloads import fetch
 from encoders.autoencoder import load_autoencoder
 
 LENGTHS = (4, 8, 16)

@@ -19,11 +19,11 @@ from helpers import ROOT
 
 from dnnlib import progress as progress_module
 from dnnlib import safe_pickle
+from dnnlib.downloads import fetch
 from dnnlib.files import (
     OpenFiles,
     atomic_write,
     check_target,
-    fetch,
     lock_folder,
     sha256_of_file,
     write_json,

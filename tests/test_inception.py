@@ -312,7 +312,7 @@ class TestWeights:
     def test_come_from_the_environment_or_the_published_address(self, checkpoint, monkeypatch):
         asked = []
 
-        def fetch(location, sha256=None):
+        def fetch(location, sha256=None, **bounds):
             asked.append((location, sha256))
             return checkpoint
 
@@ -327,7 +327,7 @@ class TestWeights:
         assert asked[-1] == ("/some/where.pth", None)
 
     def test_that_cannot_be_downloaded_say_what_to_do(self, monkeypatch):
-        def fetch(location, sha256=None):
+        def fetch(location, sha256=None, **bounds):
             raise ValueError(f"Could not download {location}.")
 
         monkeypatch.setattr("metrics.weights.fetch", fetch)

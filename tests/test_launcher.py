@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from unittest import mock
 
 import click
 import pytest
@@ -127,3 +128,32 @@ def test_a_signal_ends_any_command_at_once_and_without_half_written_files(tmp_pa
     assert error == f"Stopped by {number.name}.\n"
     assert process.returncode == 128 + number
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "wanted"),
+    [
+        (MemoryError(), "Not enough memory; use a smaller batch"),
+        (
+            RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has ...\nmore"),
+            "Not enough memory for 20.00 GiB; use",
+        ),
+        (
+            RuntimeError(
+                "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."
+            ),
+            "Not enough memory for 8 bytes; use",
+        ),
+    ],
+)
+def test_want_of_memory_is_one_sentence(error, wanted, capsys):
+    @click.command()
+    def command():
+        raise error
+
+    with pytest.raises(SystemExit) as stop, mock.patch.object(sys, "argv", ["x"]):
+        cli.run(command)
+    assert stop.value.code == 1
+    message = capsys.readouterr().err
+    assert message.startswith(f"Error: {wanted}")
+    assert message.count("\n") == 1

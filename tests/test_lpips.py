@@ -240,7 +240,7 @@ class TestWeights:
     def test_come_from_the_environment_or_the_published_addresses(self, files, monkeypatch):
         asked = []
 
-        def fetch(location, sha256=None):
+        def fetch(location, sha256=None, **bounds):
             asked.append((location, sha256))
             return Path(files["vgg"]["lpips/weights" in location or "linear" in location])
 
@@ -257,7 +257,7 @@ class TestWeights:
         assert asked[2:] == [("/some/backbone.pth", None), ("/some/linear.pth", None)]
 
     def test_that_cannot_be_downloaded_say_what_to_do(self, monkeypatch):
-        def fetch(location, sha256=None):
+        def fetch(location, sha256=None, **bounds):
             raise ValueError(f"Could not download {location}.")
 
         monkeypatch.setattr("metrics.weights.fetch", fetch)

@@ -17,7 +17,7 @@ from dnnlib import launcher
 from dnnlib.addresses import is_address
 from dnnlib.config import to_dict
 from dnnlib.errors import refusal
-from dnnlib.files import atomic_write, check_target, lock_folder, write_json
+from dnnlib.files import atomic_write, check_source, check_target, lock_folder, write_json
 from models import attention_backend
 from torch_utils import distributed
 from torch_utils.fingerprints import package_versions
@@ -53,8 +53,8 @@ class Start:
             raise ValueError("--transfer-allow has no effect without --transfer; leave it out.")
         if self.continues and self.transfer is not None:
             raise ValueError("Give --resume or --transfer, not both.")
-        if self.transfer is not None and not self.transfer.is_file():
-            raise ValueError(f"--transfer: {self.transfer}: no such file.")
+        if self.transfer is not None:
+            check_source(self.transfer, where="--transfer", folder=False)
         if self.desc is not None and not re.fullmatch(r"[\w.,=+-]+", self.desc):
             raise refusal("--desc", repr(self.desc), accepted="letters, digits and . , = + - _")
         if self.outdir is not None:

@@ -14,6 +14,7 @@ from data.convert.convert import Source, array_source
 from data.convert.fewshot_sources import cifar_splits
 from dnnlib import safe_pickle
 from dnnlib.errors import refusal
+from dnnlib.files import read_file
 
 SPLITS = ("train", "test", "all")
 _CIFAR_FILES = {
@@ -39,9 +40,10 @@ MNIST_PREFIXES = {"train": "train", "test": "t10k"}
 def open_cifar(path: Path, split: str = "train", class_split: str | None = None) -> Source:
     """Return the images of an official CIFAR-10 or CIFAR-100 python archive (fine labels).
 
+    ``path`` is the archive, or the folder that it unpacks to.
     ``class_split`` divides the classes of CIFAR-100, as ``fc100`` or ``cifar-fs`` do.
     """
-    contents = _read_tar(path)
+    contents = _read_folder(path) if path.is_dir() else _read_tar(path)
     kind = "cifar-10" if "batches.meta" in contents else "cifar-100"
     if class_split is not None and kind != "cifar-100":
         problem = f"{path} is CIFAR-10, which has no such splits"
@@ -83,11 +85,26 @@ def _damaged(path: Path, problem: str) -> ValueError:
     return refusal(path, but=problem, remedy=_CIFAR_DAMAGED)
 
 
+def is_cifar_folder(path: Path) -> bool:
+    """Return whether a path is a folder as the archives of CIFAR unpack to."""
+    kinds = _CIFAR_FILES.values()
+    return any(
+        all((path / name).is_file() for name in (files["meta"], *files["test"])) for files in kinds
+    )
+
+
+def _wanted() -> set[str]:
+    kinds = _CIFAR_FILES.values()
+    return {name for files in kinds for name in (*files["train"], *files["test"], files["meta"])}
+
+
+def _read_folder(path: Path) -> dict[str, bytes]:
+    return {name: read_file(path / name) for name in _wanted() if (path / name).is_file()}
+
+
 def _read_tar(path: Path) -> dict[str, bytes]:
     """Return the regular files of a CIFAR archive by the last part of their name."""
-    kinds = _CIFAR_FILES.values()
-    wanted = {name for files in kinds for name in (*files["train"], *files["test"], files["meta"])}
-    contents = {}
+    contents, wanted = {}, _wanted()
     try:
         with tarfile.open(path) as file:
             for member in file:
@@ -141,6 +158,11 @@ def open_mnist(path: str | Path, split: str = "train") -> Source:
     all_labels = np.concatenate(labels)
     class_names = [str(index) for index in range(int(all_labels.max(initial=9)) + 1)]
     return array_source(str(path), np.concatenate(images), all_labels, class_names)
+
+
+def is_mnist_folder(path: Path) -> bool:
+    """Return whether a path is a folder with the images of a split of MNIST or a relative."""
+    return path.is_dir() and any(find_idx(path, p, "images") for p in MNIST_PREFIXES.values())
 
 
 def find_idx(folder: Path, prefix: str, kind: str) -> Path | None:

@@ -21,7 +21,7 @@ from data.images.decode import decode_image, encode_png
 from data.images.members import Member
 from data.images.transforms import Size, apply_transform
 from dnnlib.errors import refusal
-from dnnlib.files import atomic_write
+from dnnlib.files import atomic_write, check_target
 from dnnlib.parallel import process_map
 from dnnlib.progress import progress
 
@@ -134,6 +134,7 @@ def convert_images(
     if dest.exists() and not is_free and not (overwrite and dest.is_file()):
         remedy = "" if dest.is_dir() else ", or replace it with --overwrite"
         raise ValueError(f"--dest: {dest} exists already; choose another name{remedy}.")
+    check_target("--dest", dest, is_folder=is_folder or kind not in (".zip", ".npz"))
     num_images = min(source.num_images, max_images or source.num_images)
     if num_images == 0:
         raise ValueError(f"{source.name}: holds no images.")

@@ -1,27 +1,36 @@
 """Opens what ``dataset_tool.py convert`` reads: folders, zips, samples, CIFAR, MNIST and digits."""
 
 import dataclasses
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from data.convert.cifar_mnist import MNIST_PREFIXES, find_idx, open_cifar, open_mnist
+from data.convert.cifar_mnist import (
+    is_cifar_folder,
+    is_mnist_folder,
+    open_cifar,
+    open_mnist,
+)
 from data.convert.convert import Source, array_source
 from data.convert.fewshot_sources import find_fewshot_files, read_fewshot
 from data.convert.labelling import BY_ITSELF, LabelChoice, label_images
 from data.images.archive import left_out, open_archive
 from data.images.labels import read_labels
 from data.images.samples import SampleArchive
+from dnnlib.addresses import is_address
 from dnnlib.errors import refusal
 from dnnlib.files import check_source
 
 _ACCEPTED = (
     "a folder of images, a zip of one, an .npz of samples in ADM's layout, cifar-10-python.tar.gz, "
-    "cifar-100-python.tar.gz, train-images-idx3-ubyte[.gz] or its folder, the pickles of FC100, "
-    "CIFAR-FS or miniImageNet or their folder, a folder of Omniglot's train_small.npz and "
-    "test_small.npz, or digits"
+    "cifar-100-python.tar.gz or their folders, train-images-idx3-ubyte[.gz] or its folder, the "
+    "pickles of FC100, CIFAR-FS or miniImageNet or their folder, a folder of Omniglot's "
+    "train_small.npz and test_small.npz, or digits"
 )
+# Where below a folder other programs put what they download.
+_BELOW = ("", "cifar-10-batches-py", "cifar-100-python", "raw", "MNIST/raw")
 
 
 def open_source(
@@ -47,23 +56,40 @@ def open_source(
     return _open(source, split, class_split, choice, skip_broken)
 
 
+def unconverted(path: Path) -> str | None:
+    """Return the command that converts an official archive or its folder; None for other paths."""
+    is_archive = path.is_file() and ("-ubyte" in path.name or _is_tar(path))
+    places = [path] if is_archive else [path / name for name in _BELOW]
+    for place in places:
+        if is_archive or is_cifar_folder(place) or is_mnist_folder(place):
+            name = place.parent.name if place.name == "raw" else place.name.partition(".")[0]
+            dest = f"datasets/{name}.zip"
+            return (
+                f"python dataset_tool.py convert --source={shlex.quote(str(place))} --dest={dest}"
+            )
+    return None
+
+
+def _is_tar(path: Path) -> bool:
+    return path.name.endswith((".tar.gz", ".tgz", ".tar"))
+
+
 def _open(
     source: str, split: str | None, class_split: str | None, choice: LabelChoice, skip_broken: bool
 ) -> Source:
     path = Path(source)
-    is_tar = path.is_file() and path.name.endswith((".tar.gz", ".tgz", ".tar"))
-    if class_split is not None and path.exists() and not is_tar:
+    is_tar = path.is_file() and _is_tar(path)
+    is_cifar = is_tar or is_cifar_folder(path)
+    if class_split is not None and path.exists() and not is_cifar:
         problem = f"{source} is no CIFAR-100 archive"
         raise refusal("--class-split", class_split, but=problem, remedy="leave it out")
-    is_mnist = path.is_dir() and any(
-        find_idx(path, kind, "images") for kind in MNIST_PREFIXES.values()
-    )
-    opener = None if is_tar or is_mnist else _opener_of(source)
+    is_mnist = is_mnist_folder(path)
+    opener = None if is_cifar or is_mnist else _opener_of(source)
     if choice and choice.labels != "none" and opener is not open_image_files:
         problem = f"{source} has labels of its own"
         remedy = "leave it out, or give --labels=none"
         raise refusal("--labels", choice.labels or "folders", but=problem, remedy=remedy)
-    if is_tar:
+    if is_cifar:
         if class_split is not None and split not in (None, "all"):
             problem = f"--class-split={class_split} divides the classes of all images"
             raise refusal("--split", split, but=problem, remedy="leave it out")
@@ -84,6 +110,9 @@ def _opener_of(source: str) -> Callable[[str], Source]:
     if not path.exists():
         if source == "digits":
             return open_digits
+        if is_address(source):
+            remedy = "download the file, and give its path"
+            raise refusal("--source", source, but="it is an address", remedy=remedy)
         raise refusal("--source", source, but="it does not exist", accepted=_ACCEPTED)
     check_source(path, where="--source")
     if find_fewshot_files(path) is not None:

@@ -26,6 +26,7 @@ KEYS_OF = {
 }
 KEYS = ("json", *(key for feature in FEATURES for key in KEYS_OF[feature]))
 STATISTICS = ("vae", "cls", "patches")
+_MAX_JSON_BYTES = 1 << 30
 AGAIN = "start the same dataset_tool.py features again, which makes what is missing"
 
 # The types of nested values.
@@ -160,9 +161,11 @@ def read_json(file: Path | str, expected_format: str, parse: Callable[[dict[str,
     """
     try:
         with open_address(file) if is_address(file) else open(file, "rb") as stream:
-            content = stream.read()
+            content = stream.read(_MAX_JSON_BYTES + 1)
     except AddressError as error:
         remedy = "give the address of a folder made by dataset_tool.py features"
         raise ValueError(f"{str(error).rstrip('.')}; {remedy}.") from None
+    if len(content) > _MAX_JSON_BYTES:
+        raise ValueError(f"{file}: has over {_MAX_JSON_BYTES:,} bytes, so it is no such file.")
     written = JsonFormat(expected_format, FORMAT_VERSION, "dataset_tool.py features", AGAIN)
     return written.parse(content, file, parse)

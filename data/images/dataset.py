@@ -6,6 +6,7 @@ import functools
 import hashlib
 import math
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +25,6 @@ from dnnlib.errors import refusal
 
 Cond = dict[str, torch.Tensor]
 PREVIEW_COLUMNS = 8
-_CONVERT = "convert it with dataset_tool.py convert"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -213,21 +213,28 @@ class ImageDataset(LabelledDataset):
             elif use_labels:
                 problem = "has no class labels (in dataset.json, or arr_1 of an .npz), which --cond"
                 remedy = "which takes them from folder names, or train without --cond"
-                raise refusal(self.path, but=f"{problem} needs", remedy=f"{_CONVERT}, {remedy}")
+                raise refusal(
+                    self.path, but=f"{problem} needs", remedy=f"{self._convert()}, {remedy}"
+                )
         self._cache = None
         if cache:
             shape = (len(self), self.img_channels, self.resolution, self.resolution)
             self._cache = SharedCache(shape, self.path)
+
+    def _convert(self, options: str = "") -> str:
+        """Return the remedy that makes fit data of these, as a command."""
+        paths = f"--source={shlex.quote(str(self.path))} --dest=converted.zip"
+        return f"convert it with python dataset_tool.py convert {paths} {options}".rstrip()
 
     def _check_first_image(self, resolution: int | None, channels: int | None) -> None:
         height, width = self._pixels_shape[:2]
         problem = f"is {width}x{height}"
         if height != width:
             problem += ", but training and scores need square images"
-            remedy = f"{_CONVERT} --resolution=N --transform=center-crop"
+            remedy = self._convert("--resolution=N --transform=center-crop")
         elif resolution not in (None, width):
             problem += f", but resolution {resolution} is asked for"
-            remedy = f"{_CONVERT} --resolution={resolution}, or give --resolution={width}"
+            remedy = f"{self._convert(f'--resolution={resolution}')}, or give --resolution={width}"
         elif channels not in (None, self.img_channels):
             problem = f"has {self.img_channels} channel(s), but {channels} are asked for"
             remedy = "use data of the same kind (grayscale 1, RGB 3)"

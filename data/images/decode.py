@@ -73,7 +73,8 @@ def decode_image(data: bytes, *, exact: bool = False) -> Image.Image:
     except Image.UnidentifiedImageError:
         raise ValueError("not an image of a known format") from None
     except Exception as error:  # A damaged file can fail in any way inside a decoder.
-        told = isinstance(error, OSError | SyntaxError | ValueError) and str(error)
+        known = isinstance(error, OSError | SyntaxError | ValueError) and not error.__cause__
+        told = str(error) if known else ""
         raise ValueError(told or "damaged, or only part of an image") from None
     return image
 

@@ -8,6 +8,7 @@ from PIL import Image
 from dnnlib.errors import refusal
 
 Size = tuple[int, int]  # Width, height.
+_MAX_SIDE = 16_384
 
 
 def center_crop(image: Image.Image, size: Size) -> Image.Image:
@@ -68,11 +69,13 @@ def parse_resolution(text: str | None, transform: str | None) -> Size | None:
         if transform is not None:
             raise ValueError(f"--transform={transform} needs a size; give --resolution=N too.")
         return None
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip().lower())
+    match = re.fullmatch(r"([0-9]{1,5})(?:x([0-9]{1,5}))?", text.strip().lower())
     width, height = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     wide = "--transform=center-crop-wide"
-    if min(width, height) < 1:
-        accepted = f"a number of pixels such as 64, or WIDTHxHEIGHT such as 512x384 for {wide}"
+    if not 1 <= min(width, height) <= max(width, height) <= _MAX_SIDE:
+        accepted = (
+            f"a number of pixels up to {_MAX_SIDE}, or WIDTHxHEIGHT such as 512x384 for {wide}"
+        )
         raise refusal("--resolution", repr(text), accepted=accepted)
     if transform == "center-crop-wide":
         height = height if match[2] else max(round(width * 3 / 4), 1)
