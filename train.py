@@ -17,7 +17,7 @@ from dnnlib.config import Config
 from dnnlib.text import is_number, join_names
 from training import runs
 from training.config import RunConfig, with_absolute_data, with_named_data, with_one_of_each
-from training.launch import Start, launch, print_plan, verify
+from training.launch import Start, check_here, launch, print_plan, verify
 from training.telemetry import import_wandb
 
 EXAMPLES = """
@@ -127,6 +127,7 @@ def main(config: RunConfig, options: TrainOptions) -> int:
         return 0
     with usage_errors():
         start.check_run(config)
+    check_here(config)
     return verify(config, start) if options.verify_resume else launch(config, start)
 
 

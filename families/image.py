@@ -100,8 +100,6 @@ class ImageFamily:
             but = f"the model denoises {channels} channels"
             remedy = "give at most as many, or none for all"
             raise refusal("--cfg-channels", guidance.cfg_channels, but=but, remedy=remedy)
-        if guidance.cfg_interval is not None:
-            check_interval(guidance.cfg_interval, run)
         problem = None if guidance.cfg_scale == 1.0 else self._unguided(run, num_classes)
         if problem is not None:
             remedy = f"train with {problem[1]}, or set --cfg-scale=1"
@@ -259,15 +257,6 @@ class ImageFamily:
 
     def unprompted(self, generator: ImageGenerator) -> ImageGenerator:
         return generator
-
-
-def check_interval(interval: tuple[float, float], run: RunConfig) -> None:
-    """Raise ValueError if no step of a run's sampling has a noise level in an interval."""
-    low, high = interval
-    levels = sampling_sigmas(run.sampling, make_precond(run.precond))
-    if not any(low < sigma <= high for sigma in levels):
-        but = f"sampling has no noise level there; it starts at {max(levels):g}"
-        raise refusal("--cfg-interval", f"{low:g},{high:g}", but=but)
 
 
 def objective_settings(run: RunConfig) -> dict[str, Any]:

@@ -61,17 +61,9 @@ class Start:
             check_target("--outdir", self.outdir, is_folder=True)
 
     def check_run(self, config: RunConfig) -> None:
-        """Raise ValueError if there is nothing to train on, or no folder for the run.
-
-        And if the ranks that a launcher starts cannot share a batch.
-        """
-        location = config.data.data
-        if not location:
+        """Raise ValueError if there is nothing to train on, or no folder for the run."""
+        if not config.data.data:
             raise ValueError("Give the training data with --data (see dataset_tool.py).")
-        if not is_address(location) and not Path(location).exists():
-            but = f"{location} does not exist"
-            raise refusal("--data", but=but, remedy="say where the data are")
-        accumulation_rounds(config.training, launcher.number("WORLD_SIZE", 1))
         if self.verify_resume:
             if self.resume is not None:
                 raise ValueError("--verify-resume stops and resumes by itself; leave --resume out.")
@@ -98,6 +90,17 @@ class Start:
         if taken and launcher.number("RANK") == 0:
             print(f"Model as in {self.transfer}: {', '.join(taken)}.", file=sys.stderr, flush=True)
         return settled
+
+
+def check_here(config: RunConfig) -> None:
+    """Raise ValueError if the data are not there, or if the ranks cannot share a batch.
+
+    On every rank alike, and before they meet.
+    """
+    location = config.data.data
+    if not is_address(location) and not Path(location).exists():
+        raise refusal("--data", but=f"{location} does not exist", remedy="say where the data are")
+    accumulation_rounds(config.training, launcher.number("WORLD_SIZE", 1))
 
 
 def print_plan(config: RunConfig, usual_num_classes: int) -> None:
