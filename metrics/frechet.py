@@ -1,6 +1,7 @@
 """The Fréchet distance between two Gaussians, without any general matrix square root."""
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 
 from metrics.vectors import check_vectors
@@ -75,15 +76,16 @@ def _trace_of_root(sigma1: np.ndarray, sigma2: np.ndarray) -> float:
     the sum of the singular values of R1^T R2. The first takes half the time. The second is needed
     if some of those eigenvalues drown in rounding, because their roots would not.
     """
-    try:
-        # A third of the time of eigenvectors, where no eigenvalue is zero.
-        root1 = np.linalg.cholesky(sigma1)
-    except np.linalg.LinAlgError:
-        root1 = _factor(sigma1)
+    # A third of the time of eigenvectors, where no eigenvalue is zero. PyTorch's LAPACK takes less
+    # than half the time of NumPy's.
+    factor, failed = torch.linalg.cholesky_ex(torch.from_numpy(sigma1))
+    root1 = torch.from_numpy(_factor(sigma1)) if failed else factor
     if root1.shape[1] == 0:
         return 0.0
-    product = root1.T @ sigma2 @ root1
-    eigenvalues = np.linalg.eigvalsh((product + product.T) / 2)
+    product = root1.T @ torch.from_numpy(sigma2) @ root1
+    # Of the lower triangle alone: the product is symmetric but for rounding.
+    eigenvalues = torch.linalg.eigvalsh(product).numpy()
+    root1 = root1.numpy()
     if eigenvalues[0] > _rounding(eigenvalues):
         return float(np.sqrt(eigenvalues).sum())
     root2 = _factor(sigma2)

@@ -161,7 +161,7 @@ def test_a_stack_normalises_over_what_is_present_and_scales_up_the_rest():
                 expected += linear.weight[:, column] * value * 4 / mask[b].sum()
             torch.testing.assert_close(out[b, place], expected)
     # The same without a mask, and with all four images: an ordinary layer norm.
-    assert torch.equal(tokeniser(patches[1:], None), out[1:])
+    torch.testing.assert_close(tokeniser(patches[1:], None), out[1:], rtol=1e-12, atol=1e-12)
     full = torch.randn(1, 4, 2, 3, dtype=torch.float64)
     torch.testing.assert_close(
         tokeniser(full, None), tokeniser(full, torch.ones(1, 4, dtype=torch.bool))
