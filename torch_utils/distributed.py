@@ -17,18 +17,21 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dnnlib import launcher
 from dnnlib.errors import refusal
+from torch_utils.meeting import Heartbeat, meet
 
 T = TypeVar("T")
 _MEETING_MINUTES = 5
 _cpu_group: dist.ProcessGroup | None = None
+_heartbeat: Heartbeat | None = None
 
 
-def init() -> torch.device:
+def init(hang_limit: float = 5.0) -> torch.device:
     """Join the process group that torchrun describes, and return this rank's device.
 
     Uses NCCL and ``cuda:LOCAL_RANK`` if there are GPUs, gloo and the CPU otherwise. A plain
     ``python`` run forms no group. Raises ValueError if a node starts more ranks than it has GPUs,
-    and if the other processes that the environment announces do not come.
+    and if the other processes that the environment announces do not come. If one of them gives no
+    sign of life for ``hang_limit`` minutes later on, this process ends; 0 watches for none.
     """
     global _cpu_group
     joins_others = launcher.joins_others()
@@ -49,7 +52,7 @@ def init() -> torch.device:
         # not reach the session of a rank.
         launcher.die_with_launcher(signal.SIGKILL)
         settings = dict(timeout=timedelta(hours=1))
-        settings["store"], settings["rank"], settings["world_size"] = _meet()
+        settings["store"], settings["rank"], settings["world_size"] = _meet(hang_limit)
         if device.type == "cuda":
             dist.init_process_group("nccl", device_id=device, **settings)
         else:
@@ -59,26 +62,40 @@ def init() -> torch.device:
     return device
 
 
-def _meet() -> tuple[Any, int, int]:
-    """Return the store by which the processes find each other, this one's rank, their number."""
+def _meet(hang_limit: float) -> tuple[Any, int, int]:
+    """Return a store of the processes that start together, this one's rank, their number."""
+    global _heartbeat
     num, address = launcher.number("WORLD_SIZE"), os.environ["MASTER_ADDR"]
-    where = f"{address}:{os.environ['MASTER_PORT']}"
+    port, limit = launcher.number("MASTER_PORT"), timedelta(minutes=_MEETING_MINUTES)
+    where = f"{address}:{port}"
     if "TORCHELASTIC_RUN_ID" not in os.environ and num > 1:
         waiting = f"Process {launcher.number('RANK') + 1} of {num} waits for the others at {where}"
         print(f"{waiting}, for {_MEETING_MINUTES} minutes.", file=sys.stderr, flush=True)
     try:
-        met = next(dist.rendezvous("env://", timeout=timedelta(minutes=_MEETING_MINUTES)))
-    except RuntimeError as error:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
+        # A connection of its own: calls of the other one may wait, and block it.
+        own = dist.TCPStore(address, port, wait_for_workers=False, timeout=limit)
+        name = meet(own, rank, world_size, limit.total_seconds())
+    except (RuntimeError, TimeoutError) as error:
         but = f"not all of {num} processes came to {where} ({str(error).splitlines()[0]})"
         remedy = "start them all with torchrun, or unset WORLD_SIZE for a single process"
         raise refusal("WORLD_SIZE", but=but, remedy=remedy) from error
-    met[0].set_timeout(timedelta(hours=1))
-    return met
+    if hang_limit and world_size > 1:
+        # Torchrun's, unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 asks for one of rank 0.
+        of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        host = f"{'torchrun' if of_agent else 'rank 0'} at {where}"
+        limits = dict(limit_sec=60 * hang_limit, host=host)
+        _heartbeat = Heartbeat(own, name, rank, world_size, **limits)
+    store.set_timeout(timedelta(hours=1))
+    return dist.PrefixStore(name, store), rank, world_size
 
 
 def shutdown() -> None:
     """Leave the process group, if there is one."""
-    global _cpu_group
+    global _cpu_group, _heartbeat
+    if _heartbeat is not None:
+        _heartbeat.stop()
+        _heartbeat = None
     if dist.is_initialized():
         dist.destroy_process_group()
     _cpu_group = None

@@ -104,7 +104,7 @@ def launch(config: RunConfig, start: Start) -> int:
         try:
             # Until the first step, and in what can be made again, a stop loses nothing.
             with stop_signal.at_once():
-                job = _prepare(config, distributed.init())
+                job = _prepare(config, distributed.init(config.logging.hang_limit))
                 # Find or make the run folder.
                 snapshot = None if start.transfer is None else load_snapshot(start.transfer)
                 origin = runs.origin_of(snapshot, start.desc)
