@@ -41,7 +41,7 @@ def meet_all(store, ranks, world_size, timeout_sec=10):
 
     def attend(rank):
         try:
-            found[rank] = meet(store, rank, world_size, timeout_sec)
+            found[rank] = meet(store, rank, world_size, time.monotonic() + timeout_sec)
         except TimeoutError as error:
             found[rank] = str(error)
 

@@ -27,8 +27,8 @@ def test_a_killed_agent_joins_again_with_the_same_command(
     torchrun = (
         *("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"),
         *("--rdzv-id=test", "--local-addr=127.0.0.1", "--max-restarts=3"),
-        # How soon a lost agent is missed; 15 seconds by default.
-        *("--rdzv-conf=keep_alive_interval=1", "--monitor-interval=0.1"),
+        # A lost agent is missed after 8 seconds here, 15 by default.
+        "--rdzv-conf=keep_alive_interval=1,keep_alive_max_attempt=8",
     )
     command = (f"--outdir={tmp_path}", *FULL, "--workers=0", "--resume=auto")
 

@@ -1,10 +1,10 @@
 """Processes started by torchrun, or a single one: the only importer of torch.distributed."""
 
 import contextlib
-import errno
 import os
 import pickle
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dnnlib import launcher
 from dnnlib.errors import refusal
+from dnnlib.streams import Stream
 from torch_utils.meeting import Heartbeat, meet
 
 T = TypeVar("T")
@@ -66,28 +67,45 @@ def _meet(hang_limit: float) -> tuple[Any, int, int]:
     """Return a store of the processes that start together, this one's rank, their number."""
     global _heartbeat
     num, address = launcher.number("WORLD_SIZE"), os.environ["MASTER_ADDR"]
-    port, limit = launcher.number("MASTER_PORT"), timedelta(minutes=_MEETING_MINUTES)
+    port = launcher.number("MASTER_PORT")
     where = f"{address}:{port}"
     if "TORCHELASTIC_RUN_ID" not in os.environ and num > 1:
         waiting = f"Process {launcher.number('RANK') + 1} of {num} waits for the others at {where}"
         print(f"{waiting}, for {_MEETING_MINUTES} minutes.", file=sys.stderr, flush=True)
+    # Torchrun has the store, unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 asks for one of rank 0.
+    of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    rank, deadline = launcher.number("RANK"), time.monotonic() + 60 * _MEETING_MINUTES
     try:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
+        store = _connect(address, port, deadline, is_host=rank == 0 and not of_agent)
         # A connection of its own: calls of the other one may wait, and block it.
-        own = dist.TCPStore(address, port, wait_for_workers=False, timeout=limit)
-        name = meet(own, rank, world_size, limit.total_seconds())
-    except (RuntimeError, TimeoutError) as error:
+        own = _connect(address, port, deadline)
+        name = meet(own, rank, num, deadline)
+    except (RuntimeError, OSError) as error:  # TimeoutError is one of the latter.
         but = f"not all of {num} processes came to {where} ({str(error).splitlines()[0]})"
         remedy = "start them all with torchrun, or unset WORLD_SIZE for a single process"
         raise refusal("WORLD_SIZE", but=but, remedy=remedy) from error
-    if hang_limit and world_size > 1:
-        # Torchrun's, unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 asks for one of rank 0.
-        of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if hang_limit and num > 1:
         host = f"{'torchrun' if of_agent else 'rank 0'} at {where}"
-        limits = dict(limit_sec=60 * hang_limit, host=host)
-        _heartbeat = Heartbeat(own, name, rank, world_size, **limits)
+        _heartbeat = Heartbeat(own, name, rank, num, limit_sec=60 * hang_limit, host=host)
     store.set_timeout(timedelta(hours=1))
-    return dist.PrefixStore(name, store), rank, world_size
+    return dist.PrefixStore(name, store), rank, num
+
+
+def _connect(address: str, port: int, deadline: float, *, is_host: bool = False) -> Any:
+    """Return a connection to the store at an address, or hold it; OSError if nobody does."""
+    while not is_host:
+        # Not by the store's own attempts, in which no signal is heard.
+        try:
+            socket.create_connection((address, port), timeout=1).close()
+            break
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+    settings = dict(multi_tenant=True, wait_for_workers=False)
+    return dist.TCPStore(
+        address, port, is_master=is_host, timeout=timedelta(minutes=_MEETING_MINUTES), **settings
+    )
 
 
 def shutdown() -> None:
@@ -276,32 +294,6 @@ class StopRequested(BaseException):  # Nobody who catches errors means this.
     """A signal asked for the end, where nothing is lost by ending at once."""
 
 
-class _Stream:
-    """An output stream whose reader may go: what is written after that is dropped."""
-
-    def __init__(self, stream: Any, on_closed: Callable[[], None]) -> None:
-        self._stream, self._on_closed = stream, on_closed
-
-    def write(self, text: str) -> int:
-        return self._attempt(lambda: self._stream.write(text)) or 0
-
-    def flush(self) -> None:
-        self._attempt(self._stream.flush)
-
-    def _attempt(self, action: Callable[[], Any]) -> Any:
-        try:
-            return action()
-        except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):  # The latter of a closed terminal.
-                raise
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), self._stream.fileno())
-        self._on_closed()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
 class StopSignal:
     """Turns a signal, or the end of who reads the output, into a stop of all ranks.
 
@@ -336,7 +328,7 @@ class StopSignal:
             if not (kept and signal.getsignal(number) == signal.SIG_IGN):
                 self._previous[number] = signal.signal(number, self._receive)
         self._streams = sys.stdout, sys.stderr
-        sys.stdout, sys.stderr = (_Stream(stream, self._hang_up) for stream in self._streams)
+        sys.stdout, sys.stderr = (Stream(stream, self._hang_up) for stream in self._streams)
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -19,7 +19,7 @@ _MAX_INTERVAL_SEC = 10.0
 _VERDICT, _LEFT = "ended: ", " left"
 
 
-def meet(store: Any, rank: int, world_size: int, timeout_sec: float) -> str:
+def meet(store: Any, rank: int, world_size: int, deadline: float) -> str:
     """Return a new name that the processes share which start together now, and no others.
 
     After a restart torchrun's store still holds what the processes before have written: where they
@@ -27,9 +27,9 @@ def meet(store: Any, rank: int, world_size: int, timeout_sec: float) -> str:
     repeats to it together with the name, until each has shown that it knows the name. The latter
     is its first sign of life, see :class:`Heartbeat`.
 
-    Raises TimeoutError naming the ranks that did not come, or that rank 0 did not answer.
+    Raises TimeoutError at ``deadline``, a time of ``time.monotonic``; it names the ranks that did
+    not come, or says that rank 0 did not answer.
     """
-    deadline = time.monotonic() + timeout_sec
     name = word = uuid.uuid4().hex
     if rank > 0:
         store.set(f"hello/{rank}", word)

@@ -28,6 +28,9 @@ from training.family import of as family_of
 from training.loop import Job, training_loop
 from training.report import describe_run
 
+# A killed process gives its memory back, which takes a while, before it leaves the run folder.
+_LOCK_PATIENCE_SEC = 10.0
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Start:
@@ -113,10 +116,9 @@ def launch(config: RunConfig, start: Start) -> int:
                 if is_new:
                     desc = runs.describe(job.config, job.data, start.desc)
                     run_dir = runs.make_run_dir(start.outdir, desc)
-                busy = f"{run_dir}: another process is training here"
                 with distributed.together():
                     if distributed.is_main():
-                        held.enter_context(lock_folder(run_dir, busy))
+                        held.enter_context(_lock(run_dir))
                 state = None
                 if not is_new:
                     distributed.on_main(lambda: runs.clear_leftovers(run_dir))
@@ -144,6 +146,18 @@ def launch(config: RunConfig, start: Start) -> int:
     # All ranks know. To torchrun another code is a failure, which it tells at length.
     quiet = finished or "TORCHELASTIC_RUN_ID" in os.environ
     return 0 if quiet else runs.REQUEUE_EXIT_CODE
+
+
+def _lock(run_dir: Path) -> contextlib.AbstractContextManager:
+    """Return the lock of a run folder, after a while if its holder is about to end."""
+    deadline = time.monotonic() + _LOCK_PATIENCE_SEC
+    while True:
+        try:
+            return lock_folder(run_dir, f"{run_dir}: another process is training here")
+        except ValueError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.1)
 
 
 def _prepare(config: RunConfig, device: torch.device) -> Job:
