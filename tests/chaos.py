@@ -317,6 +317,7 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=300, help="Number of kills.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of what is killed, and when.")
+    parser.add_argument("--per-run", type=int, default=12, help="Most kills of one run.")
     parser.add_argument("--kinds", default=",".join(chaos_runs.KINDS), help="Kinds of models.")
     parser.add_argument("--ranks", default="1,2", help="Numbers of ranks.")
     parser.add_argument(
@@ -352,7 +353,7 @@ def main():
     places = [(kind, int(ranks)) for kind in chaos.kinds for ranks in options.ranks.split(",")]
     while len(kills) < options.kills:
         kind, ranks = places[chaos.num_runs % len(places)]
-        num_kills = min(chaos.generator.randint(3, 9), options.kills - len(kills))
+        num_kills = min(chaos.generator.randint(1, options.per_run), options.kills - len(kills))
         try:
             chaos.disturb(kind, ranks, num_kills)
         except (ChaosError, TimeoutError) as error:
