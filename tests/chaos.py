@@ -147,9 +147,9 @@ def check_readable(run_dir):
 
 
 def rows_of(path):
-    """Return the rows of a JSONL file without what is about time and machine."""
+    """Return the rows of a JSONL file without what is about times and machines."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    about = ("Timing/", "Resources/", "timestamp", "seconds")
+    about = ("Timing/", "Resources/", "timestamp", "seconds", "packages")
     return [{k: v for k, v in row.items() if not k.startswith(about)} for row in rows]
 
 
@@ -157,6 +157,7 @@ def content_of(path):
     """Return what a state or a snapshot holds, without what is about time and place."""
     content = torch.load(path, weights_only=True)
     del content["progress"]["elapsed_sec"]
+    content.pop("packages", None)  # Those that the process has imported.
     return content
 
 

@@ -8,8 +8,9 @@ import time
 import pytest
 from training_runs import ROOT
 
-from torch_utils import meeting
-from torch_utils.meeting import Heartbeat, meet
+from torch_utils import heartbeat
+from torch_utils.heartbeat import Heartbeat
+from torch_utils.meeting import meet
 
 
 class Store:
@@ -84,7 +85,7 @@ def ended(monkeypatch):
         raise SystemExit  # Ends the thread that stands for the process.
 
     monkeypatch.setattr(os, "_exit", stop)
-    monkeypatch.setattr(meeting.launcher, "record_error", messages.append)
+    monkeypatch.setattr(heartbeat.launcher, "record_error", messages.append)
     return messages
 
 
@@ -130,6 +131,24 @@ def test_ranks_that_fall_silent_are_named_to_all(ended, start_hearts):
     assert len(set(ended)) == 1
     assert "from rank 2 (on " in ended[0]
     assert ", rank 3 (on " in ended[0]
+    assert "rank 1" not in ended[0]
+
+
+def test_a_rank_that_lives_but_keeps_the_others_waiting_is_named(ended, start_hearts, monkeypatch):
+    monkeypatch.setattr(heartbeat, "STALL_SEC", 0.8)
+    hearts = start_hearts(Store(), 3)
+    for _ in range(30):  # All go on, one slower than the others.
+        time.sleep(0.05)
+        for heart in hearts[:2]:
+            heart.moves += 2
+        hearts[2].moves += 1
+    assert ended == []
+    time.sleep(0.2)
+    for heart in hearts[:2]:
+        heart.moves += 100
+    wait_for(lambda: len(ended) == 3)
+    assert len(set(ended)) == 1
+    assert "have waited 0.0133333 minutes for rank 2 (on " in ended[0]
     assert "rank 1" not in ended[0]
 
 

@@ -18,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from dnnlib import launcher
 from dnnlib.errors import refusal
 from dnnlib.streams import Stream
-from torch_utils.meeting import Heartbeat, meet
+from torch_utils.heartbeat import Heartbeat
+from torch_utils.meeting import meet
 
 T = TypeVar("T")
 _MEETING_MINUTES = 5
@@ -140,14 +141,22 @@ def print0(*args: Any, **kwargs: Any) -> None:
         print(*args, **kwargs, flush=True)
 
 
+def _move() -> None:
+    """Count what every rank does, so that one that does not is known."""
+    if _heartbeat is not None:
+        _heartbeat.moves += 1
+
+
 def barrier() -> None:
     """Wait until every rank has arrived."""
+    _move()
     if world_size() > 1:
         dist.barrier(group=_cpu_group)
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Return ``tensor`` summed in place over ranks. CPU tensors go over gloo."""
+    _move()
     if world_size() > 1:
         dist.all_reduce(tensor, group=_cpu_group if tensor.device.type == "cpu" else None)
     return tensor
@@ -157,6 +166,7 @@ def broadcast_object(value: Any) -> Any:
     """Return rank 0's ``value`` (a small plain object) on every rank."""
     if world_size() == 1:
         return value
+    _move()
     box = [value]
     dist.broadcast_object_list(box, src=0, group=_cpu_group)
     return box[0]
@@ -166,6 +176,7 @@ def gather_objects(value: Any) -> list[Any]:
     """Return every rank's (small) ``value`` in rank order, on every rank. Collective."""
     if world_size() == 1:
         return [value]
+    _move()
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value, group=_cpu_group)
     return values
@@ -285,6 +296,7 @@ def wrap(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
 
 def no_sync(module: torch.nn.Module, skip: bool) -> contextlib.AbstractContextManager:
     """Return a context in which backward passes leave gradients unreduced if ``skip``."""
+    _move()  # This rank has its data.
     if skip and isinstance(module, DistributedDataParallel):
         return module.no_sync()
     return contextlib.nullcontext()
@@ -395,6 +407,7 @@ class StopSignal:
         """Return True on every rank at the same call once any rank got a signal. Collective."""
         if world_size() == 1:
             return self.received is not None
+        _move()
         if self._work is not None:
             self._work.wait()
             self._stop = bool(self._sum)
