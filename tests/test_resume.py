@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import psutil
@@ -30,6 +31,7 @@ from training_runs import (
 import train as train_script
 from data.convert.convert import convert_images
 from data.convert.sources import open_source
+from training import launch
 from training.checkpoint import (
     find_profiles,
     find_snapshots,
@@ -227,7 +229,9 @@ def test_without_its_options_a_run_goes_on_by_those_in_its_state(
     assert f"{options_file}: cannot be read" in fail(train_script, f"--resume={finished}")
 
 
-def test_other_data_are_reported_and_another_process_is_kept_out(finished, digits_zip, tmp_path):
+def test_other_data_are_reported_and_another_process_is_kept_out(
+    finished, digits_zip, tmp_path, monkeypatch
+):
     other = tmp_path / "other.zip"
     convert_images(open_source("digits"), other, max_images=150, num_workers=1)
     result = succeed(train_script, f"--resume={finished}", f"--data={other}", "--kimg=0.064")
@@ -239,10 +243,13 @@ def test_other_data_are_reported_and_another_process_is_kept_out(finished, digit
         command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
         assert process.stdout.readline() == "held\n"
-        message = fail(train_script, f"--resume={finished}")
+        with monkeypatch.context() as patch:
+            patch.setattr(launch, "_LOCK_PATIENCE_SEC", 0.3)
+            message = fail(train_script, f"--resume={finished}")
         assert "another process is training here" in message
-        process.communicate("")
-    succeed(train_script, f"--resume={finished}")
+        # Another one that ends in time is waited for.
+        threading.Timer(0.5, process.kill).start()
+        succeed(train_script, f"--resume={finished}")
 
 
 def test_a_state_with_any_damage_is_named_or_loads_as_it_was(finished, tmp_path):

@@ -1,10 +1,10 @@
 """Processes started by torchrun, or a single one: the only importer of torch.distributed."""
 
 import contextlib
-import errno
 import os
 import pickle
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,18 +17,23 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dnnlib import launcher
 from dnnlib.errors import refusal
+from dnnlib.streams import Stream
+from torch_utils.heartbeat import Heartbeat
+from torch_utils.meeting import meet
 
 T = TypeVar("T")
 _MEETING_MINUTES = 5
 _cpu_group: dist.ProcessGroup | None = None
+_heartbeat: Heartbeat | None = None
 
 
-def init() -> torch.device:
+def init(hang_limit: float = 5.0) -> torch.device:
     """Join the process group that torchrun describes, and return this rank's device.
 
     Uses NCCL and ``cuda:LOCAL_RANK`` if there are GPUs, gloo and the CPU otherwise. A plain
     ``python`` run forms no group. Raises ValueError if a node starts more ranks than it has GPUs,
-    and if the other processes that the environment announces do not come.
+    and if the other processes that the environment announces do not come. If one of them gives no
+    sign of life for ``hang_limit`` minutes later on, this process ends; 0 watches for none.
     """
     global _cpu_group
     joins_others = launcher.joins_others()
@@ -49,7 +54,7 @@ def init() -> torch.device:
         # not reach the session of a rank.
         launcher.die_with_launcher(signal.SIGKILL)
         settings = dict(timeout=timedelta(hours=1))
-        settings["store"], settings["rank"], settings["world_size"] = _meet()
+        settings["store"], settings["rank"], settings["world_size"] = _meet(hang_limit)
         if device.type == "cuda":
             dist.init_process_group("nccl", device_id=device, **settings)
         else:
@@ -59,26 +64,57 @@ def init() -> torch.device:
     return device
 
 
-def _meet() -> tuple[Any, int, int]:
-    """Return the store by which the processes find each other, this one's rank, their number."""
+def _meet(hang_limit: float) -> tuple[Any, int, int]:
+    """Return a store of the processes that start together, this one's rank, their number."""
+    global _heartbeat
     num, address = launcher.number("WORLD_SIZE"), os.environ["MASTER_ADDR"]
-    where = f"{address}:{os.environ['MASTER_PORT']}"
+    port = launcher.number("MASTER_PORT")
+    where = f"{address}:{port}"
     if "TORCHELASTIC_RUN_ID" not in os.environ and num > 1:
         waiting = f"Process {launcher.number('RANK') + 1} of {num} waits for the others at {where}"
         print(f"{waiting}, for {_MEETING_MINUTES} minutes.", file=sys.stderr, flush=True)
+    # Torchrun has the store, unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 asks for one of rank 0.
+    of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    rank, deadline = launcher.number("RANK"), time.monotonic() + 60 * _MEETING_MINUTES
     try:
-        met = next(dist.rendezvous("env://", timeout=timedelta(minutes=_MEETING_MINUTES)))
-    except RuntimeError as error:
+        store = _connect(address, port, deadline, is_host=rank == 0 and not of_agent)
+        # A connection of its own: calls of the other one may wait, and block it.
+        own = _connect(address, port, deadline)
+        name = meet(own, rank, num, deadline)
+    except (RuntimeError, OSError) as error:  # TimeoutError is one of the latter.
         but = f"not all of {num} processes came to {where} ({str(error).splitlines()[0]})"
         remedy = "start them all with torchrun, or unset WORLD_SIZE for a single process"
         raise refusal("WORLD_SIZE", but=but, remedy=remedy) from error
-    met[0].set_timeout(timedelta(hours=1))
-    return met
+    if hang_limit and num > 1:
+        host = f"{'torchrun' if of_agent else 'rank 0'} at {where}"
+        _heartbeat = Heartbeat(own, name, rank, num, limit_sec=60 * hang_limit, host=host)
+    store.set_timeout(timedelta(hours=1))
+    return dist.PrefixStore(name, store), rank, num
+
+
+def _connect(address: str, port: int, deadline: float, *, is_host: bool = False) -> Any:
+    """Return a connection to the store at an address, or hold it; OSError if nobody does."""
+    while not is_host:
+        # Not by the store's own attempts, in which no signal is heard.
+        try:
+            socket.create_connection((address, port), timeout=1).close()
+            break
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+    settings = dict(multi_tenant=True, wait_for_workers=False)
+    return dist.TCPStore(
+        address, port, is_master=is_host, timeout=timedelta(minutes=_MEETING_MINUTES), **settings
+    )
 
 
 def shutdown() -> None:
     """Leave the process group, if there is one."""
-    global _cpu_group
+    global _cpu_group, _heartbeat
+    if _heartbeat is not None:
+        _heartbeat.stop()
+        _heartbeat = None
     if dist.is_initialized():
         dist.destroy_process_group()
     _cpu_group = None
@@ -105,14 +141,22 @@ def print0(*args: Any, **kwargs: Any) -> None:
         print(*args, **kwargs, flush=True)
 
 
+def _move() -> None:
+    """Count what every rank does, so that one that does not is known."""
+    if _heartbeat is not None:
+        _heartbeat.moves += 1
+
+
 def barrier() -> None:
     """Wait until every rank has arrived."""
+    _move()
     if world_size() > 1:
         dist.barrier(group=_cpu_group)
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Return ``tensor`` summed in place over ranks. CPU tensors go over gloo."""
+    _move()
     if world_size() > 1:
         dist.all_reduce(tensor, group=_cpu_group if tensor.device.type == "cpu" else None)
     return tensor
@@ -122,6 +166,7 @@ def broadcast_object(value: Any) -> Any:
     """Return rank 0's ``value`` (a small plain object) on every rank."""
     if world_size() == 1:
         return value
+    _move()
     box = [value]
     dist.broadcast_object_list(box, src=0, group=_cpu_group)
     return box[0]
@@ -131,6 +176,7 @@ def gather_objects(value: Any) -> list[Any]:
     """Return every rank's (small) ``value`` in rank order, on every rank. Collective."""
     if world_size() == 1:
         return [value]
+    _move()
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value, group=_cpu_group)
     return values
@@ -250,6 +296,7 @@ def wrap(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
 
 def no_sync(module: torch.nn.Module, skip: bool) -> contextlib.AbstractContextManager:
     """Return a context in which backward passes leave gradients unreduced if ``skip``."""
+    _move()  # This rank has its data.
     if skip and isinstance(module, DistributedDataParallel):
         return module.no_sync()
     return contextlib.nullcontext()
@@ -257,32 +304,6 @@ def no_sync(module: torch.nn.Module, skip: bool) -> contextlib.AbstractContextMa
 
 class StopRequested(BaseException):  # Nobody who catches errors means this.
     """A signal asked for the end, where nothing is lost by ending at once."""
-
-
-class _Stream:
-    """An output stream whose reader may go: what is written after that is dropped."""
-
-    def __init__(self, stream: Any, on_closed: Callable[[], None]) -> None:
-        self._stream, self._on_closed = stream, on_closed
-
-    def write(self, text: str) -> int:
-        return self._attempt(lambda: self._stream.write(text)) or 0
-
-    def flush(self) -> None:
-        self._attempt(self._stream.flush)
-
-    def _attempt(self, action: Callable[[], Any]) -> Any:
-        try:
-            return action()
-        except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):  # The latter of a closed terminal.
-                raise
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), self._stream.fileno())
-        self._on_closed()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
 
 
 class StopSignal:
@@ -319,7 +340,7 @@ class StopSignal:
             if not (kept and signal.getsignal(number) == signal.SIG_IGN):
                 self._previous[number] = signal.signal(number, self._receive)
         self._streams = sys.stdout, sys.stderr
-        sys.stdout, sys.stderr = (_Stream(stream, self._hang_up) for stream in self._streams)
+        sys.stdout, sys.stderr = (Stream(stream, self._hang_up) for stream in self._streams)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -386,6 +407,7 @@ class StopSignal:
         """Return True on every rank at the same call once any rank got a signal. Collective."""
         if world_size() == 1:
             return self.received is not None
+        _move()
         if self._work is not None:
             self._work.wait()
             self._stop = bool(self._sum)

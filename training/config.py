@@ -204,6 +204,12 @@ class LoggingConfig(Config):
         help="Batches of 64 images in the picture that is made with every snapshot.",
     )
     workers: int = option(1, min=0, max=1_024, help="Data loader processes per rank.")
+    hang_limit: float = option(
+        5.0,
+        min=0,
+        help="Minutes without a sign of life from a rank after which the run ends and names it; "
+        "0: never.",
+    )
     wandb: bool = option(False, aliases=("use-wandb",), help="Log to Weights & Biases as well.")
     wandb_project: str = option(
         "setdiffit",

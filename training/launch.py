@@ -28,6 +28,9 @@ from training.family import of as family_of
 from training.loop import Job, training_loop
 from training.report import describe_run
 
+# A killed process gives its memory back, which takes a while, before it leaves the run folder.
+_LOCK_PATIENCE_SEC = 10.0
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Start:
@@ -130,7 +133,7 @@ def launch(config: RunConfig, start: Start) -> int:
         try:
             # Until the first step, and in what can be made again, a stop loses nothing.
             with stop_signal.at_once():
-                job = _prepare(config, distributed.init())
+                job = _prepare(config, distributed.init(config.logging.hang_limit))
                 # Find or make the run folder.
                 snapshot = None if start.transfer is None else load_snapshot(start.transfer)
                 origin = runs.origin_of(snapshot, start.desc)
@@ -139,10 +142,9 @@ def launch(config: RunConfig, start: Start) -> int:
                 if is_new:
                     desc = runs.describe(job.config, job.data, start.desc)
                     run_dir = runs.make_run_dir(start.outdir, desc)
-                busy = f"{run_dir}: another process is training here"
                 with distributed.together():
                     if distributed.is_main():
-                        held.enter_context(lock_folder(run_dir, busy))
+                        held.enter_context(_lock(run_dir))
                 state = None
                 if not is_new:
                     distributed.on_main(lambda: runs.clear_leftovers(run_dir))
@@ -180,11 +182,23 @@ def verify(config: RunConfig, start: Start) -> int:
     """Try on a few steps whether a stop and a resume leave no trace; return 0 if so, else 1."""
     from training.verify_resume import shortened, verify_resume
 
-    job = _prepare(shortened(config), distributed.init())
+    job = _prepare(shortened(config), distributed.init(config.logging.hang_limit))
     snapshot = None if start.transfer is None else load_snapshot(start.transfer)
     equal = verify_resume(job, snapshot)
     distributed.shutdown()
     return 0 if equal else 1
+
+
+def _lock(run_dir: Path) -> contextlib.AbstractContextManager:
+    """Return the lock of a run folder, after a while if its holder is about to end."""
+    deadline = time.monotonic() + _LOCK_PATIENCE_SEC
+    while True:
+        try:
+            return lock_folder(run_dir, f"{run_dir}: another process is training here")
+        except ValueError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.1)
 
 
 def _prepare(config: RunConfig, device: torch.device) -> Job:

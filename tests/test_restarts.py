@@ -1,0 +1,44 @@
+"""Runs that torchrun starts again by itself after one of their processes was killed."""
+
+import socket
+
+from training_runs import FULL, assert_same_run, num_rows, only_run
+
+
+def test_torchrun_restarts_a_run_of_which_one_worker_was_killed(train, uninterrupted, tmp_path):
+    command = (f"--outdir={tmp_path}", *FULL, "--workers=0", "--resume=auto")
+    torchrun = ("--standalone", "--max-restarts=3", "--monitor-interval=0.1")
+    process = train(*command, ranks=2, torchrun=torchrun)
+    process.wait_until(lambda: num_rows(tmp_path) >= 3)
+    process.processes()[2].kill()
+    output = process.finish()
+    assert output.count("Resuming from") == 1
+    assert "Connection refused" not in output  # Of the addresses of those before.
+    assert_same_run(only_run(tmp_path), uninterrupted(ranks=2))
+
+
+def test_a_killed_agent_joins_again_with_the_same_command(
+    train, uninterrupted, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # See docs/reliability.md.
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torchrun = (
+        *("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"),
+        *("--rdzv-id=test", "--local-addr=127.0.0.1", "--max-restarts=3"),
+        # A lost agent is missed after 8 seconds here, 15 by default.
+        "--rdzv-conf=keep_alive_interval=1,keep_alive_max_attempt=8",
+    )
+    command = (f"--outdir={tmp_path}", *FULL, "--workers=0", "--resume=auto")
+
+    def start():
+        return train(*command, ranks=1, torchrun=torchrun)
+
+    # The rendezvous lives in the first.
+    first, second = start(), start()
+    first.wait_until(lambda: num_rows(tmp_path) >= 3)
+    second.kill()
+    outputs = [process.finish() for process in (start(), first)]
+    assert "".join(outputs).count("Resuming from") == 1
+    assert_same_run(only_run(tmp_path), uninterrupted(ranks=2))

@@ -1,0 +1,155 @@
+"""Signs of life: ranks that are stopped or lost are named, long before a collective gives up."""
+
+import atexit
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from dnnlib import launcher
+
+_MAX_INTERVAL_SEC = 10.0
+STALL_SEC = 55 * 60.0  # Less than the hour that a collective operation waits.
+_VERDICT = "ended: "
+
+
+def beat_key(name: str, rank: int) -> str:
+    """Return under which key of the store a rank gives signs of life; ``name`` is of all ranks."""
+    return f"{name}/alive/{rank}"
+
+
+def beat(count: int | str = 0, moves: int = 0) -> str:
+    """Return a sign of life: this machine, a number that changes, and how far the rank has come."""
+    return f"{socket.gethostname()} {count} {moves}"
+
+
+class Heartbeat:
+    """Ends this process, with a sentence, once another rank gives no sign of life any more.
+
+    A thread of each rank counts in the store. Rank 0 reads all counts, the others that of rank 0,
+    and a count that stands still in as many readings as fit into ``limit_sec`` is that of a process
+    that is stopped or cannot be reached. Rank 0 tells the others of it. Readings are counted, and
+    not time, because all processes may have been stopped for a while and go on.
+
+    A process that waits, computes or is stuck in a library goes on counting, as long as Python's
+    threads run: no time that pictures, scores or the compilation take is too long. But the others
+    give up an operation of all ranks after an hour. Shortly before that, rank 0 names who is behind
+    by the number of ``moves``, which count the same things in the same order on every rank.
+
+    Args:
+        store: A connection to the store that nobody else uses, as a call may never return.
+        name: What the ranks agreed on in :mod:`torch_utils.meeting`.
+        host: Who holds the store, and where, for the message.
+    """
+
+    def __init__(
+        self, store: Any, name: str, rank: int, world_size: int, *, limit_sec: float, host: str
+    ) -> None:
+        self.moves = 0
+        self._store, self._name, self._rank, self._host = store, name, rank, host
+        self._watched = range(world_size) if rank == 0 else range(1)
+        self._interval = min(limit_sec / 10, _MAX_INTERVAL_SEC)
+        self._limit = f"{limit_sec / 60:g} minutes"
+        self._max_silent = max(round(limit_sec / self._interval), 1)
+        self._rounds = 0
+        self._stop = threading.Event()
+        works = (self._talk, self._watch_store)
+        self._threads = [threading.Thread(target=work, daemon=True) for work in works]
+        for thread in self._threads:
+            thread.start()
+        atexit.register(self.stop)
+
+    def stop(self) -> None:
+        """Watch no longer, and let the others know that this process leaves."""
+        atexit.unregister(self.stop)
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(timeout=1)
+
+    def _talk(self) -> None:
+        own = beat_key(self._name, self._rank)
+        keys = [beat_key(self._name, other) for other in self._watched]
+        silent, behind = _Stillness(len(keys)), _Stillness(len(keys))
+        try:
+            while not self._stop.is_set():
+                self._rounds += 1
+                self._store.set(own, beat(self._rounds, self.moves))
+                found = [value.decode() for value in self._store.multi_get(keys)]
+                if found[0].startswith(_VERDICT):
+                    self._end(found[0].removeprefix(_VERDICT))
+                hosts, counts, moves = zip(*(text.split(" ") for text in found), strict=True)
+                there = [count != "left" for count in counts]
+                silent.read(counts, there)
+                furthest = max(map(int, moves))
+                behind.read(
+                    moves, [n and int(m) < furthest for n, m in zip(there, moves, strict=True)]
+                )
+                self._judge(silent, behind, hosts)
+                self._stop.wait(self._interval)
+            self._store.set(own, beat("left", self.moves))
+        except RuntimeError:
+            # The store has gone, and with it the process that holds it: what needs that fails.
+            self._stop.set()
+
+    def _judge(self, silent: "_Stillness", behind: "_Stillness", hosts: Sequence[str]) -> None:
+        """End this process, and on rank 0 the others, if a rank is silent or far behind."""
+        if late := silent.late(self._max_silent):
+            what, why = f"No sign of life for {self._limit} from", "stopped, or not to be reached"
+        elif late := behind.late(round(STALL_SEC / self._interval)):
+            what = f"The others have waited {STALL_SEC / 60:g} minutes for"
+            why = "it lives, but is stuck, perhaps in reading data"
+        else:
+            return
+        names = ", ".join(f"rank {self._watched[i]} (on {hosts[i]})" for i in late)
+        remedy = "start again, with --resume=auto if it is a training run"
+        message = f"{what} {names}: {why}. This ends all ranks; {remedy}."
+        if self._rank == 0:
+            self._store.set(beat_key(self._name, 0), _VERDICT + message)
+            time.sleep(2 * self._interval)
+        self._end(message)
+
+    def _watch_store(self) -> None:
+        """End this process if the store does not answer, which :meth:`_talk` waits for."""
+        silent, rounds = 0, 0
+        while not self._stop.wait(self._interval):
+            silent, rounds = silent + 1 if self._rounds == rounds else 0, self._rounds
+            if silent > self._max_silent:
+                self._end(
+                    f"No sign of life for {self._limit} from {self._host}, through which the "
+                    "processes of this run find each other: stopped, or not to be reached. This "
+                    "ends this rank; start again, with --resume=auto if it is a training run."
+                )
+
+    def _end(self, message: str) -> None:
+        if self._stop.is_set():
+            return
+        launcher.record_error(message)
+        print(f"Error: {message}", file=sys.stderr, flush=True)
+        os._exit(1)  # The main thread may wait for the silent rank, and hears of nothing.
+
+
+class _Stillness:
+    """Of several values, in how many readings in a row each has not changed."""
+
+    def __init__(self, num: int) -> None:
+        self._values: Sequence[Any] = [None] * num
+        self._counts = [0] * num
+
+    def read(self, values: Sequence[Any], watched: Sequence[bool]) -> None:
+        """Take a reading; values that are not watched now count as changed."""
+        for i, (before, now) in enumerate(zip(self._values, values, strict=True)):
+            self._counts[i] = self._counts[i] + 1 if watched[i] and before == now else 0
+        self._values = values
+
+    def late(self, limit: int) -> list[int]:
+        """Return the positions of values that have not changed in ``limit`` readings.
+
+        If there are some, those that will probably be in the next ones are among them: what is lost
+        with a machine falls silent together.
+        """
+        if max(self._counts) < limit:
+            return []
+        return [i for i, count in enumerate(self._counts) if count >= limit - 2]
