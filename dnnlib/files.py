@@ -170,7 +170,7 @@ def cache_dir() -> Path:
 
 def sha256_of_file(path: str | os.PathLike) -> str:
     """Return the SHA-256 of a file as hexadecimal digits."""
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=regular_file) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

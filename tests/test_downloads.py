@@ -9,8 +9,9 @@ import pytest
 from helpers import call
 
 import fid
+from data.features import record
 from dnnlib import addresses, downloads
-from dnnlib.addresses import AddressError
+from dnnlib.addresses import AddressError, open_address, read_range
 from dnnlib.downloads import fetch
 from dnnlib.files import sha256_of_file
 from metrics.inception import read_weights
@@ -147,6 +148,27 @@ def test_a_server_that_does_not_deliver_is_given_up(name, server, tmp_path, monk
         fetch(f"{server.url}/{name}.pth")
     assert time.monotonic() - started < 5  # Two attempts.
     assert cached(tmp_path) == []
+
+
+def read_all(address):
+    with open_address(address) as stream:
+        return stream.read()
+
+
+@pytest.mark.parametrize("read", [read_all, lambda address: read_range(address, 0, 10)])
+def test_what_is_read_in_place_stays_within_http_too_and_does_not_hang(read, server, monkeypatch):
+    assert read(f"{server.url}/moved.tar")[:10] == CONTENT[:10]
+    with pytest.raises(AddressError, match="redirects to an address that is not http"):
+        read(f"{server.url}/to_file.tar")
+    monkeypatch.setattr(addresses, "_TIMEOUT_SEC", 0.3)
+    with pytest.raises(AddressError, match="silent or too slow"):
+        read(f"{server.url}/silent.tar")
+
+
+def test_a_description_without_end_is_not_read_to_its_end(server, monkeypatch):
+    monkeypatch.setattr(record, "_MAX_JSON_BYTES", 100_000)
+    with pytest.raises(ValueError, match="has over 100,000 bytes"):
+        record.read_json(f"{server.url}/endless.json", record.FORMAT, dict)
 
 
 def test_an_https_address_does_not_fall_back_to_http():

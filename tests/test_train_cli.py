@@ -991,7 +991,7 @@ DATA = "--outdir=OUT --data=TOY"
         (f"TINY {DATA} --kimg=1", ["--kimg or --iters, not both"]),
         ("--preset=digits --resume=x --transfer=x", ["--resume or --transfer, not both"]),
         (f"--preset=digits {DATA} --resume=absent", ["--resume: absent does not exist"]),
-        ("--preset=digits --data=TOY --resume=TOY", ["toy.zip: not a training state"]),
+        ("--preset=digits --data=TOY --resume=TOY", ["toy.zip is not a training state"]),
         ("--resume=.", [".: not a run folder (no training_options.json)"]),
         (
             f"TINY {DATA} --batch=10 --batch-gpu=4",
@@ -1009,7 +1009,7 @@ DATA = "--outdir=OUT --data=TOY"
             ["--inception has no effect with --metrics=fd_pixels"],
         ),
         (f"TINY {DATA} --clip=a", ["--clip has no effect with --metrics=none"]),
-        ("--preset=digits --batch=0", ["--batch: got 0", "an integer of at least 1"]),
+        ("--preset=digits --batch=0", ["--batch: got 0", "an integer from 1 to 1,000,000"]),
         ("--preset=digits --batch=inf", ["--batch", "'inf'", "an integer"]),
         ("--preset=digits --kimg=inf", ["--kimg: got inf", "a number"]),
         ("--preset=digits --lr=nan", ["--lr: got nan", "a number"]),

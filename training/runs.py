@@ -31,16 +31,18 @@ def describe(run: RunConfig, data: TrainingData, desc: str | None) -> str:
 
 
 def resume_paths(resume: str) -> tuple[Path, Path | None]:
-    """Return ``(run folder, state file or None)`` for ``--resume=RUN_DIR|FILE``."""
+    """Return ``(run folder, state file or None)`` for ``--resume=RUN_DIR|FILE``.
+
+    Raises ValueError if there is neither.
+    """
     path, accepted = Path(resume), "a run folder, a state file (.pt), or auto"
     if path.is_dir():
         return path, None
     if not path.is_file():
-        but = "it is no file" if path.exists() else "it does not exist"
-        raise refusal("--resume", path, but=but, accepted=accepted)
+        but = f"{path} {'is no file' if path.exists() else 'does not exist'}"
+        raise refusal("--resume", but=but, accepted=accepted)
     if path.suffix != ".pt":
-        but = "it is none"
-        raise refusal("--resume", path, but=but, accepted=accepted)
+        raise refusal("--resume", but=f"{path} is not a training state", accepted=accepted)
     return path.parent, path
 
 

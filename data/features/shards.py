@@ -17,7 +17,7 @@ import numpy as np
 
 from data.features.manifests import Manifest, empty_columns
 from data.features.record import FEATURES, KEYS, KEYS_OF, STATISTICS
-from dnnlib.files import atomic_write, sha256_of_file
+from dnnlib.files import atomic_write, regular_file, sha256_of_file
 from dnnlib.typed import parse_json, typed
 
 Members = Mapping[str, bytes]  # The data of a sample's members by key.
@@ -249,7 +249,7 @@ def check_shard(
     problems = []
     fingerprint = {feature: list(column) for feature, column in index.fingerprint.items()}
     crc32 = {**index.crc32, "json": index.crc32["json"].copy()}
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=regular_file) as file:
         for row, name in enumerate(index.ids):
             members: dict[str, bytes] = {}
             for feature, keys in dict(json=("json",), **KEYS_OF).items():
@@ -285,7 +285,7 @@ def recover_index(path: Path, split: str, bucket: str) -> Manifest:
     """
     columns = empty_columns()
     places: dict[str, dict[str, tarfile.TarInfo]] = collections.defaultdict(dict)
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=regular_file) as file:
         # What was found before the damage counts.
         with contextlib.suppress(tarfile.TarError), tarfile.open(fileobj=file, mode="r:") as tar:
             for info in tar:

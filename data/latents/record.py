@@ -10,7 +10,7 @@ from typing import Any, Self, TypedDict
 
 import numpy as np
 
-from dnnlib.files import sha256_of_file
+from dnnlib.files import regular_file, sha256_of_file
 from dnnlib.parallel import process_map
 from dnnlib.progress import progress
 from dnnlib.typed import JsonFormat, typed
@@ -123,7 +123,7 @@ def check_latent_shard(path: Path, shape: tuple[int, ...]) -> int:
     Raises ValueError if the file is not a whole float16 array of ``shape``.
     """
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=regular_file) as file:
             np.lib.format.read_magic(file)
             found, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
             start, size = file.tell(), os.fstat(file.fileno()).st_size
