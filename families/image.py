@@ -19,7 +19,6 @@ from diffusion.samplers import sampling_sigmas
 from dnnlib.errors import refusal
 from models import Network
 from sampling.images import ImageGenerator, cached_snapshot, check_guide
-from sampling.outputs import ClassRequests, parse_classes
 from training.checkpoint import DataSummary, Snapshot
 from training.config import RunConfig
 from training.family import Asked, Codec, Evaluator, GeneratorOptions, Part, Steps, TrainingData
@@ -221,7 +220,9 @@ class ImageFamily:
         network, sha256 = guide.build(device), guide.sha256
         return dataclasses.replace(generator, guide=network, guide_hash=sha256)
 
-    def requests(self, snapshot: Snapshot, asked: Asked) -> ClassRequests:
+    def requests(self, snapshot: Snapshot, asked: Asked) -> Any:
+        from sampling.outputs import ClassRequests, parse_classes
+
         asked.refuse(*NOT_SETS)
         asked.refuse(*NOT_FEATURES)
         return ClassRequests(parse_classes(asked.classes, snapshot.data.class_names))

@@ -18,13 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 from dnnlib import launcher
 from dnnlib.errors import refusal
 from dnnlib.streams import Stream
-from torch_utils.heartbeat import Heartbeat
-from torch_utils.meeting import meet
 
 T = TypeVar("T")
 _MEETING_MINUTES = 5
 _cpu_group: dist.ProcessGroup | None = None
-_heartbeat: Heartbeat | None = None
+_heartbeat: Any = None  # A torch_utils.heartbeat.Heartbeat, where there are other processes.
 
 
 def init(hang_limit: float = 5.0) -> torch.device:
@@ -66,6 +64,9 @@ def init(hang_limit: float = 5.0) -> torch.device:
 
 def _meet(hang_limit: float) -> tuple[Any, int, int]:
     """Return a store of the processes that start together, this one's rank, their number."""
+    from torch_utils.heartbeat import Heartbeat
+    from torch_utils.meeting import meet
+
     global _heartbeat
     num, address = launcher.number("WORLD_SIZE"), os.environ["MASTER_ADDR"]
     port = launcher.number("MASTER_PORT")

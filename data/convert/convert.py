@@ -130,15 +130,14 @@ def convert_images(
     if kind in _NO_DATASET:
         raise refusal("--dest", dest, accepted="a name ending in .zip or .npz, or a folder")
     is_folder = dest.is_dir() and kind not in (".zip", ".npz")
-    is_free = is_folder and not any(dest.iterdir())
-    if dest.exists() and not is_free and not (overwrite and dest.is_file()):
+    is_free = (overwrite and dest.is_file()) or (is_folder and not any(dest.iterdir()))
+    if dest.exists() and not is_free:
         remedy = "" if dest.is_dir() else ", or replace it with --overwrite"
         raise ValueError(f"--dest: {dest} exists already; choose another name{remedy}.")
     check_target("--dest", dest, is_folder=is_folder or kind not in (".zip", ".npz"))
     num_images = min(source.num_images, max_images or source.num_images)
     if num_images == 0:
         raise ValueError(f"{source.name}: holds no images.")
-
     encode = Image.Image.tobytes if kind == ".npz" else encode_png
     settings = dict(size=size, transform=transform, encode=encode)
     for to_rgb in (kind == ".npz", True):
