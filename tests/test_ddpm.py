@@ -76,7 +76,7 @@ def test_the_linear_schedule_is_ddpm_s():
 
 
 def test_too_few_steps_for_the_schedule_are_refused():
-    with pytest.raises(ValueError, match=r"--diffusion-steps: got 20; .* at least 25"):
+    with pytest.raises(ValueError, match=r"--diffusion-steps: got 20; .* from 25"):
         PrecondConfig(precond="ddpm", diffusion_steps=20)
 
 

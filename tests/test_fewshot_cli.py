@@ -160,7 +160,7 @@ def test_the_command_of_depth_6_works_as_typed():
         ("--augment=0.1", "sets cannot be augmented"),
         ("--context-channels=12", "but the encoder has --hdim 450; make them equal"),
         ("--gate=none", "--gate has an effect only with --mode-conditioning=lag"),
-        ("--diffusion-steps=20", "at least 25"),
+        ("--diffusion-steps=20", "from 25 to"),
         ("--sample-size=1", "leaves nothing to learn from"),
     ],
 )
@@ -332,7 +332,7 @@ def test_episodes_are_equal_on_two_ranks(base, tmp_path):
     [
         ("", "This model makes images from a support: give --support=IMAGES, or --episodes=N"),
         ("--support=x --episodes=2", "This model makes images from a support"),
-        ("--support=missing.png", "--support: missing.png does not exist"),
+        ("--support=missing.png", "--support: missing.png: no such file"),
         ("--class=0 --episodes=1", "--class: this model makes images from a support"),
         ("--support=x --split=seen", "--split: applies to --episodes alone; leave it out"),
         ("--episodes=1 --split=val", "The run has no val classes"),

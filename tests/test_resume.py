@@ -190,7 +190,7 @@ def test_unfit_resume_requests_are_refused_with_a_sentence(finished, digits_zip,
     snapshot = find_snapshots(finished)[0]
     assert "does not exist" in fail(train_script, f"--resume={tmp_path / 'nowhere'}")
     assert "not a run folder" in fail(train_script, f"--resume={tmp_path}")
-    assert f"{snapshot}: not a training state" in fail(train_script, f"--resume={snapshot}")
+    assert f"{snapshot} is not a training state" in fail(train_script, f"--resume={snapshot}")
     message = fail(train_script, f"--resume={newest}", "--base-dim=32")
     assert "base_dim 16 there, 32 here" in message
     for stds, shown in (("none", "none"), ("0.05", "0.05"), ("0.05,0.1,0.15", "0.05,0.1,0.15")):

@@ -223,7 +223,7 @@ def test_what_has_no_effect_or_is_unknown_is_refused(feature_base, snapshot, tmp
     command = ("validate", f"--network={snapshot}", f"--outdir={tmp_path / 'report'}")
     for options, words in (
         (("--tests=swaps",), "--tests: got swaps, but a feature-conditioned model"),
-        (("--tests=",), "--tests: there is nothing to do"),
+        (("--tests=,",), "--tests: there is nothing to do"),
         (("--tests=swap", "--num-edits=3"), "--num-edits has no effect with --tests=swap"),
         (("--tests=swap", "--visual=x"), "--visual: only the test reconstruction encodes"),
         (("--tests=swap", "--cfg-scale=2"), "--cfg-scale"),
