@@ -5,16 +5,15 @@ import functools
 import statistics
 
 import click
-import numpy as np
 import torch
 
+from benchmarks.distances import benchmark_distances
 from benchmarks.kinds import BATCH_HELP, DataOptions, dataset_of, describe_items, run_on_pixels
-from benchmarks.measure import describe_device, interleave, median_ratio, seconds_of, table
+from benchmarks.measure import describe_device, interleave, seconds_of, table
 from data.images.dataset import ImageDataset
 from data.loader import iterate_images
 from dnnlib.click_options import param, takes
 from metrics.detectors import DetectorOutput
-from metrics.frechet import frechet_distance
 from metrics.inception import Inception, InceptionDetector
 from metrics.statistics import collect_outputs
 from torch_utils import distributed
@@ -30,14 +29,17 @@ class MetricsOptions(DataOptions):
     batch: int = param(default=64, min=1, max=1_000_000, help=BATCH_HELP)
     images: int = param(default=512, min=1, max=10_000_000, help="Number of images in a turn.")
     features: int = param(
-        default=2048, min=2, max=16_384, help="Dimensions of the Fréchet distance."
+        default=2048, min=2, max=16_384, help="Dimensions of the vectors that distances are of."
+    )
+    vectors: int = param(
+        default=4000, min=10, max=1_000_000, help="Number of vectors of KID, precision and recall."
     )
 
 
 @click.command()
 @takes(MetricsOptions)
 def command(options: MetricsOptions) -> None:
-    """Time the extraction of Inception outputs, and the Fréchet distance against sqrtm.
+    """Time the extraction of Inception outputs, and distances against other ways to them.
 
     "Detector alone" sees images that are in memory already; "from files" decodes them as well, and
     should be as fast as the slower of the two. Weights are random.
@@ -52,7 +54,8 @@ def command(options: MetricsOptions) -> None:
     with dataset_of(config, options.data) as dataset:
         click.echo(f"{options.images} of {describe_items(config, dataset)}, batch {options.batch}")
         click.echo(benchmark_extraction(dataset, device, options))
-    click.echo(benchmark_frechet(options.features, min(options.rounds, 3)))
+    rounds = min(options.rounds, 3)
+    click.echo(benchmark_distances(options.features, options.vectors, rounds))
 
 
 def benchmark_extraction(
@@ -89,50 +92,3 @@ def benchmark_extraction(
     for name, seconds in interleave(turns, options.rounds, warm_up=True).items():
         rows.append([name, f"{num_images / statistics.median(seconds):.1f}"])
     return table(rows)
-
-
-def benchmark_frechet(num_features: int, num_rounds: int) -> str:
-    """Return the time of the Fréchet distance beside that with ``scipy.linalg.sqrtm``.
-
-    The covariances are those of twice as many random vectors as they have dimensions, with a
-    decaying spectrum, as a detector's have.
-    """
-    try:
-        from scipy.linalg import sqrtm
-    except ModuleNotFoundError:
-        needed = "This comparison needs SciPy, which is not installed: pip install scipy."
-        raise ValueError(needed) from None
-    rng = np.random.default_rng(0)
-    basis = np.linalg.qr(rng.standard_normal((num_features, num_features)))[0]
-    scales = np.arange(1, num_features + 1) ** -0.5
-
-    def moments(shift: float, stretch: float) -> tuple[np.ndarray, np.ndarray]:
-        samples = rng.standard_normal((2 * num_features, num_features)) * scales**stretch
-        samples = samples @ basis.T + shift * rng.standard_normal(num_features)
-        return samples.mean(0), np.cov(samples, rowvar=False)
-
-    (mu1, sigma1), (mu2, sigma2) = moments(0.0, 1.0), moments(0.02, 1.1)
-
-    def general() -> float:
-        trace = np.trace(sigma1 + sigma2 - 2 * np.real(sqrtm(sigma1 @ sigma2)))
-        return float(np.sum((mu1 - mu2) ** 2) + trace)
-
-    functions = {
-        "this code": lambda: frechet_distance(mu1, sigma1, mu2, sigma2),
-        "scipy.linalg.sqrtm": general,
-    }
-    values: dict[str, float] = {}
-
-    def turn(name: str) -> float:
-        return seconds_of(lambda: values.update({name: functions[name]()}), torch.device("cpu"))
-
-    times = interleave({name: functools.partial(turn, name) for name in functions}, num_rounds)
-    rows = [["", "s", "distance"]]
-    for name, seconds in times.items():
-        rows.append([name, f"{statistics.median(seconds):.2f}", f"{values[name]:.6f}"])
-    own, other = functions
-    return (
-        f"{table(rows)}\nThe Fréchet distance at {num_features} dimensions is "
-        f"{median_ratio(times[other], times[own]):.1f} times as fast as with sqrtm; the two differ "
-        f"by {abs(values[own] - values[other]):.1e}."
-    )

@@ -20,9 +20,9 @@ import benchmark as script
 import families
 from benchmarks import kinds, measure
 from benchmarks import train as train_benchmark
+from benchmarks.distances import benchmark_distances
 from benchmarks.kinds import make_pictures
 from benchmarks.measure import Clock, interleave, median_ratio, peak_growth
-from benchmarks.metrics import benchmark_frechet
 from benchmarks.plain import PlainTMSA, build_plain_network, plain_attention
 from benchmarks.train import PARTS, PlainTrainingSteps, TrainingSteps
 from configs import get_preset
@@ -485,21 +485,31 @@ def test_memory_does_not_grow_with_ticks(synthetic, tmp_path):
 
 
 class TestMetrics:
-    def test_both_ways_to_the_frechet_distance_agree(self):
-        text = benchmark_frechet(num_features=40, num_rounds=1)
-        rows = [line.split() for line in text.splitlines()]
-        own, general = float(rows[1][-1]), float(rows[2][-1])
-        assert own == pytest.approx(general, abs=1e-5)
-        assert own > 0.01
-        assert float(re.search(r"differ by (\S+)\.$", text)[1]) < 1e-6
+    def test_all_ways_to_a_distance_agree(self):
+        text = benchmark_distances(40, 60, num_rounds=1)
+        rows = [line.rsplit(maxsplit=5) for line in text.splitlines()]
+        apart = {row[0].strip(): float(row[-1]) for row in rows if row[-1] != "by"}
+        assert list(apart)[1:3] == [
+            "scipy.linalg.sqrtm",
+            "a Cholesky factor, scipy.linalg.eigvalsh",
+        ]
+        assert max(list(apart.values())[:3]) < 1e-6
+        assert apart["plain NumPy, float32"] < 1e-4
+        assert apart["scikit-learn"] == 0
 
     def test_every_way_of_extraction_is_timed(self, synthetic):
         output = succeed(
-            script, "metrics", f"--data={synthetic}", "--images=3", "--rounds=1", "--features=8"
+            script,
+            "metrics",
+            f"--data={synthetic}",
+            "--images=3",
+            "--rounds=1",
+            "--features=8",
+            "--vectors=20",
         ).output
         for name in ("decoding alone", "detector alone, float32", "from files, bfloat16"):
             assert re.search(rf"{name} +[\d.]+", output)
-        assert "times as fast as with sqrtm" in " ".join(output.split())
+        assert "Precision and recall of 20 vectors" in output
         assert "accepted: fp32, bf16" in fail(script, "metrics", "--precision=fp8")
 
 
