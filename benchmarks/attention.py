@@ -13,7 +13,7 @@ from benchmarks.measure import interleave, seconds_of, table
 from benchmarks.plain import plain_attention
 from diffusion.denoiser import AUTOCAST_DTYPES
 from dnnlib.click_options import param, takes
-from models.layers import attend, choose_attention
+from models.attention import attend, choose_attention
 from torch_utils import distributed
 
 
@@ -32,7 +32,9 @@ def command(options: AttentionOptions) -> None:
     device = distributed.init()
     config = measured_preset(options.preset).run
     click.echo(f"{describe_run(config, device)}\nbatch {options.batch}, {options.precision}")
-    attentions = {name: functools.partial(attend, attention=name) for name in ("sdpa", "flex")}
+    attentions = {
+        name: functools.partial(attend, attention=name) for name in ("sdpa", "explicit", "flex")
+    }
     attentions["plain"] = plain_attention
     notes = []
     try:

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from models.attention import choose_attention
 from models.config import ARCHITECTURES, LatentModelConfig, ModelConfig, ScaledLatentConfig
 from models.context import Context
-from models.layers import choose_attention
 
 __all__ = [
     "ARCHITECTURES",
@@ -76,7 +76,7 @@ def build_network(config: ModelConfig) -> Network:
 
 
 def attention_backend(config: ModelConfig, device: torch.device | str) -> str:
-    """Return the attention kernels, ``sdpa`` or ``flex``, that training on ``device`` uses.
+    """Return the way to attention, see models/attention.py, that training on ``device`` takes.
 
     Raises ValueError if the configured ones cannot be trained there.
     """

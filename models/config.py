@@ -49,7 +49,7 @@ class ModelConfig(Config):
     )
     attention: str = option(
         "auto",
-        choices=("auto", "sdpa", "flex"),
+        choices=("auto", "sdpa", "flex", "explicit"),
         help="Attention kernels; auto chooses by device.",
         affects="speed",
     )

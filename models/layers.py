@@ -4,35 +4,15 @@ Images inside DiffiT's blocks are channels-last, [B, H, W, C]: every position is
 tokens are a sequence, [B, L, C].
 """
 
-import functools
 import math
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from dnnlib.errors import refusal
-
-# What "auto" means, by device type; SDPA where nothing is listed. On CPUs flex attention has no
-# backward pass, and forward it took 3 to 15 times as long (torch 2.13, windows of 16 tokens); on
-# GPUs the two are not compared yet.
-AUTO_ATTENTION: dict[str, str] = {"cpu": "sdpa", "cuda": "sdpa"}
-
-
-def choose_attention(attention: str, device: torch.device, needs_grad: bool) -> str:
-    """Return the kernels, ``sdpa`` or ``flex``, that a device gets where ``auto`` or one is asked.
-
-    Raises ValueError for flex attention with gradients on a CPU.
-    """
-    if attention == "auto":
-        return AUTO_ATTENTION.get(device.type, "sdpa")
-    if attention == "flex" and device.type == "cpu" and needs_grad:
-        got = "flex, which cannot be trained on a CPU"
-        raise refusal("--attention", got, remedy="use --attention=sdpa, or a GPU")
-    return attention
+from models.attention import attend
 
 
 def window_partition(x: Tensor, window: int) -> Tensor:
@@ -71,34 +51,6 @@ def relative_position_index(window: int) -> Tensor:
     y, x = position.repeat_interleave(window), position.repeat(window)
     dy, dx = y[:, None] - y, x[:, None] - x
     return (dy + window - 1) * (2 * window - 1) + dx + window - 1
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, attention: str = "auto") -> Tensor:
-    """Return softmax(q k^T / sqrt(d) + bias) v (DiffiT, arXiv 2312.02139, Eq. 6).
-
-    Args:
-        q, k, v: [N, heads, L, d].
-        bias: [heads, L, L], added after the scaling; the same for all N.
-        attention: ``auto``, ``sdpa`` or ``flex``; see :func:`choose_attention`.
-
-    Returns [N, heads, L, d].
-    """
-    backend = choose_attention(attention, q.device, q.requires_grad)
-    bias = bias.to(q.dtype)
-    if backend == "sdpa":
-        # Four dimensions: the fused CPU kernel takes no others.
-        return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
-
-    def add_bias(score: Tensor, _: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return score + bias[head, query, key]
-
-    fused = q.device.type != "cpu" and not torch.compiler.is_compiling()
-    return (_compiled_flex_attention() if fused else flex_attention)(q, k, v, score_mod=add_bias)
-
-
-@functools.cache
-def _compiled_flex_attention():
-    return torch.compile(flex_attention)
 
 
 class TMSA(nn.Module):

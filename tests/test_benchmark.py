@@ -395,10 +395,10 @@ def test_loading_is_compared_with_bare_decoding(small_presets):
 
 def test_attention_is_timed_per_stage_and_backend(small_presets):
     output = succeed(script, "attention", "--batch=2", "--rounds=1", "--calls=1").output
-    assert "sdpa, ms  plain, ms" in output
+    assert "sdpa, ms  explicit, ms  plain, ms" in output
     assert "0: 8x8x16" in output
     assert "Flex attention has no backward pass on a CPU." in output
-    assert "--attention=auto means sdpa on this device." in output
+    assert "--attention=auto means explicit on this device." in output
 
 
 def test_an_unknown_preset_is_answered_with_the_nearest():

@@ -1,15 +1,15 @@
+import functools
 import itertools
 
 import pytest
 import torch
 from torch.nn import functional
 
+from models.attention import ATTENTION, attend, choose_attention
 from models.layers import (
     TMSA,
     PositionalEmbedding,
     UpsampleConv,
-    attend,
-    choose_attention,
     group_norm,
     relative_position_index,
     window_partition,
@@ -158,14 +158,46 @@ def test_flex_attention_gives_the_bias_the_same_gradient():
     cotangent = torch.randn_like(q)
     grads = [
         torch.autograd.grad(attend(q, k, v, bias, kind), bias, cotangent)[0]
-        for kind in ("sdpa", "flex")
+        for kind in ("sdpa", "flex", "explicit")
     ]
-    torch.testing.assert_close(*grads)
+    torch.testing.assert_close(grads[1], grads[0])
+    torch.testing.assert_close(grads[2], grads[0])
+
+
+def test_explicit_attention_has_the_gradients_of_its_values():
+    inputs = [torch.randn(3, 2, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    bias = torch.randn(2, 5, 5, dtype=torch.float64, requires_grad=True)
+    explicit = functools.partial(attend, attention="explicit")
+    assert torch.autograd.gradcheck(explicit, (*inputs, bias))
+    torch.testing.assert_close(explicit(*inputs, bias), attend(*inputs, bias, "sdpa"))
+
+
+@pytest.mark.parametrize("length", [16, 64])
+def test_explicit_attention_in_bf16_is_as_exact_as_bf16_allows(length):
+    """Its error beside float64 is that of sdpa, whose CPU kernels compute in fp32, but for 2x."""
+    q, k, v = torch.randn(3, 8, 2, length, 16)
+    bias, cotangent = torch.randn(2, length, length), torch.randn(8, 2, length, 16)
+
+    def run(kind, dtype):
+        leaves = [value.to(dtype).requires_grad_() for value in (q, k, v)]
+        own = bias.double() if dtype == torch.float64 else bias.clone()
+        leaves.append(own.requires_grad_())
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            out = attend(*leaves, kind)
+        assert out.dtype == dtype
+        return [out, *torch.autograd.grad(out, leaves, cotangent.to(dtype))]
+
+    true = run("sdpa", torch.float64)
+    for expected, fused, own in zip(
+        true, run("sdpa", torch.bfloat16), run("explicit", torch.bfloat16), strict=True
+    ):
+        errors = [(found - expected).abs().mean() for found in (fused, own)]
+        assert errors[1] < 2 * errors[0]
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("kind", ["sdpa", "flex"])
+@pytest.mark.parametrize("kind", ["sdpa", "flex", "explicit"])
 def test_attention_on_a_gpu_equals_the_cpu_in_forward_and_gradients(kind):
     q, k, v = torch.randn(3, 6, 4, 64, 32)
     inputs = [q, k, v, torch.randn(4, 64, 64)]
@@ -181,11 +213,11 @@ def test_attention_on_a_gpu_equals_the_cpu_in_forward_and_gradients(kind):
 
 def test_auto_names_a_backend_on_every_device_and_flex_cannot_train_on_a_cpu():
     for device in ("cpu", "cuda", "meta"):
-        assert choose_attention("auto", torch.device(device), True) in ("sdpa", "flex")
+        assert choose_attention("auto", torch.device(device), True) in ATTENTION[1:]
     assert choose_attention("flex", CPU, needs_grad=False) == "flex"
-    with pytest.raises(ValueError, match="--attention=sdpa"):
+    with pytest.raises(ValueError, match="--attention=explicit"):
         choose_attention("flex", CPU, needs_grad=True)
-    with pytest.raises(ValueError, match="--attention=sdpa"):
+    with pytest.raises(ValueError, match="--attention=explicit"):
         make_tmsa(attention="flex")(torch.zeros(1, 2, 2, 8).double(), torch.zeros(1, 6).double())
 
 
