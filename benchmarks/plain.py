@@ -34,7 +34,7 @@ def build_plain_network(config: ModelConfig) -> Network:
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """Return softmax(q k^T / sqrt(d) + bias) v of q, k, v [N, heads, L, d], bias [heads, L, L]."""
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias.to(q.dtype)
     return scores.softmax(dim=-1) @ v
 
 

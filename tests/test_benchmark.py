@@ -393,8 +393,10 @@ def test_loading_is_compared_with_bare_decoding(small_presets):
         assert cells(output, row)[1].endswith("%")
 
 
-def test_attention_is_timed_per_stage_and_backend(small_presets):
-    output = succeed(script, "attention", "--batch=2", "--rounds=1", "--calls=1").output
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_attention_is_timed_per_stage_and_backend(small_presets, precision):
+    short = ("--batch=2", "--rounds=1", "--calls=1")
+    output = succeed(script, "attention", f"--precision={precision}", *short).output
     assert "sdpa, ms  explicit, ms  plain, ms" in output
     assert "0: 8x8x16" in output
     assert "Flex attention has no backward pass on a CPU." in output
