@@ -1,0 +1,81 @@
+"""Compiled runs have one graph for each shape of input, without breaks, and compile no more."""
+
+import functools
+from unittest import mock
+
+import pytest
+import torch
+from feature_files import tiny_features
+from helpers import TINY, TINY_FEATURES, TINY_LATENT, TINY_SETS, toy_data, train_tiny
+from latent_files import tiny_latents
+
+from models import Network
+from training import loop
+
+pytestmark = pytest.mark.usefixtures("one_cpu_thread")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tmp_path_factory.mktemp("graphs")
+
+
+class Counter:
+    """A backend of torch.compile that runs graphs as they are, and counts them."""
+
+    def __init__(self):
+        self.num_graphs = 0
+
+    def __call__(self, graph, example_inputs):
+        self.num_graphs += 1
+        return graph.forward
+
+
+EVERYTHING = ("--cond", "--label-drop=0.3", "--augment=0.2", "--dropout=0.1")
+KINDS = {
+    # Data, options, and graphs of a shape: of the backbone and, where there is one, the set encoder,
+    # whose context is also looked at without gradients at the end of a tick.
+    "image": (toy_data, [*TINY, *EVERYTHING], 1),
+    "checkpointing": (toy_data, [*TINY, "--checkpointing"], 1),
+    "latent": (tiny_latents, [*TINY_LATENT, "--label-drop=0.3"], 1),
+    "sets": (toy_data, [*TINY_SETS, "--context-drop=0.3"], 4),
+    "features": (tiny_features, TINY_FEATURES, 1),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_has_one_graph_for_each_shape_and_compiles_no_more(base, tmp_path, kind):
+    data, tiny, num_graphs = KINDS[kind]
+    backend, shapes, counts = Counter(), [], []
+    compile_parts, read = Network.compile_parts, loop.GuardedAdam.read_counters
+
+    def compile_whole(self, num_shapes=1):
+        shapes.append(num_shapes)
+        # A break of the graph would be an error.
+        make = torch.nn.Module.compile
+        whole = functools.partialmethod(make, fullgraph=True)
+        with mock.patch.object(torch.nn.Module, "compile", whole):
+            compile_parts(self, num_shapes, backend)
+
+    def note(self):
+        counts.append(backend.num_graphs)
+        return read(self)
+
+    torch._dynamo.reset()
+    with (
+        mock.patch.object(Network, "compile_parts", compile_whole),
+        mock.patch.object(loop.GuardedAdam, "read_counters", note),
+        torch._dynamo.config.patch(error_on_recompile=False),
+    ):
+        # Accumulation rounds, ticks, pictures with snapshots.
+        options = (
+            "--compile=True",
+            "--iters=6",
+            "--batch=4",
+            "--batch-gpu=2",
+            "--tick=0",
+            "--snap=2",
+        )
+        train_tiny(tmp_path, data(base), *options, tiny=tiny)
+    assert counts == [counts[0]] * 6
+    assert counts[0] == num_graphs * shapes[0]
