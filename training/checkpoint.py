@@ -188,8 +188,8 @@ def _newest_first(run_dir: Path, pattern: str) -> list[Path]:
 def prune_states(run_dir: Path, latest: Path, keep: int, *, later_ones: bool = True) -> None:
     """Delete all training states of a run folder but ``latest`` and the ``keep - 1`` before it.
 
-    Those after it are damaged, or were left behind when the run went back to an earlier one; without
-    ``later_ones`` they stay.
+    Those after it are damaged, or were left behind when the run went back to an earlier one. They
+    stay without ``later_ones``.
     """
     states = find_states(run_dir)
     position = states.index(latest)
