@@ -1,5 +1,6 @@
 """Errors in an input, in one form: where, what was given, what is accepted, how to go on."""
 
+import pickle
 from typing import Any
 
 _NOTHING = object()
@@ -23,3 +24,12 @@ def refusal(
 
 class NotFiniteError(ValueError):
     """Values that are infinite or no numbers, where an image or a score was to be made of them."""
+
+
+def transportable(error: Exception) -> Exception:
+    """Return ``error``, or its text as a ValueError if it cannot be sent to other processes."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # Whatever keeps it from travelling, its text can.
+        return ValueError(f"{type(error).__name__}: {error}")
+    return error

@@ -200,12 +200,9 @@ def draw_moment(generator, reference, cold):
         return Moment(generator.uniform(0, reference.seconds[cold]))
     stage = generator.choice([name for name in chaos_runs.STAGES[1:] if reference.spans[name]])
     spans = reference.spans[stage]
-    delay = (
-        generator.uniform(0, 1.1 * max(spans))
-        if stage != "start"
-        else generator.uniform(0, spans[0])
-    )
-    return Moment(delay, stage, generator.randint(1, max(len(spans) // 2, 1)))
+    longest = spans[0] if stage == "start" else 1.1 * max(spans)
+    number = generator.randint(1, max(len(spans) // 2, 1))
+    return Moment(generator.uniform(0, longest), stage, number)
 
 
 def wait_for(moment, run):
@@ -219,6 +216,8 @@ def wait_for(moment, run):
             begin = run.seconds if entered == moment.number else None
         if begin is not None and run.seconds >= begin + moment.delay:
             return True
+        if run.seconds > chaos_runs.DEADLINE_SEC:
+            raise TimeoutError(f"a run does not end ({run.log})")
         time.sleep(0.0005)
     return False
 
@@ -253,13 +252,8 @@ class Chaos:
     """The runs and the kills of one call."""
 
     def __init__(self, base, seed, kinds, report):
-        self.base, self.generator, self.kinds, self.report = (
-            base,
-            random.Random(seed),
-            kinds,
-            report,
-        )
-        self.kills, self.num_runs = [], 0
+        self.base, self.generator = base, random.Random(seed)
+        self.kinds, self.report, self.num_runs = kinds, report, 0
         each = {1: ["process"], 2: ["rank", "all", "launcher"]}
         self.targets = {ranks: itertools.cycle(targets) for ranks, targets in each.items()}
 
@@ -323,7 +317,7 @@ def parse_arguments():
     parser.add_argument("--ranks", default="1,2", help="Numbers of ranks.")
     parser.add_argument(
         "--record",
-        type=Path,
+        type=lambda text: Path(text).absolute(),
         help="File to which kills are appended; the table is of all that it holds.",
     )
     parser.add_argument("--base", type=Path, help="Folder for the runs, kept after a failure.")

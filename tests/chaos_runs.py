@@ -7,6 +7,7 @@ and tells through shared memory in which stage each rank is.
 import contextlib
 import importlib
 import mmap
+import multiprocessing.synchronize
 import os
 import signal
 import subprocess
@@ -192,6 +193,11 @@ def _run_agent(args, order, num_ranks):
 
 
 def _run_rank_of_agent(args, order):
+    # As in a process of torchrun's that is not forked: none of its handlers, and no wait for a word
+    # of torchrun at the end, which would wait for a process that was killed in there.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+    multiprocessing.synchronize.Event.wait = lambda event, timeout=None: True
     try:
         _run_rank(args, order)
     except SystemExit as stop:

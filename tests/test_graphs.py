@@ -33,7 +33,7 @@ class Counter:
 
 EVERYTHING = ("--cond", "--label-drop=0.3", "--augment=0.2", "--dropout=0.1")
 KINDS = {
-    # Data, options, and graphs of a shape: of the backbone and, where there is one, the set encoder,
+    # Data, options, and graphs of a shape: of the backbone and of a set encoder, if there is one,
     # whose context is also looked at without gradients at the end of a tick.
     "image": (toy_data, [*TINY, *EVERYTHING], 1),
     "checkpointing": (toy_data, [*TINY, "--checkpointing"], 1),

@@ -6,9 +6,12 @@ import threading
 import time
 
 import pytest
-from training_runs import ROOT
+import torch
+from helpers import succeed
+from training_runs import ROOT, TINY
 
-from torch_utils import heartbeat
+import train as train_script
+from torch_utils import distributed, heartbeat
 from torch_utils.heartbeat import Heartbeat
 from torch_utils.meeting import meet
 
@@ -137,18 +140,19 @@ def test_ranks_that_fall_silent_are_named_to_all(ended, start_hearts):
 def test_a_rank_that_lives_but_keeps_the_others_waiting_is_named(ended, start_hearts, monkeypatch):
     monkeypatch.setattr(heartbeat, "STALL_SEC", 0.8)
     hearts = start_hearts(Store(), 3)
-    for _ in range(30):  # All go on, one slower than the others.
-        time.sleep(0.05)
-        for heart in hearts[:2]:
-            heart.moves += 2
-        hearts[2].moves += 1
+    for step in range(30):  # All go on, one slower than the others.
+        for heart in hearts[:2] if step % 3 else hearts:
+            with heart.together():
+                time.sleep(0.02)
+    for heart in hearts[:2]:  # Nobody waits for what is not there yet.
+        with heart.together():
+            pass
+    time.sleep(1.5)
     assert ended == []
-    time.sleep(0.2)
-    for heart in hearts[:2]:
-        heart.moves += 100
-    wait_for(lambda: len(ended) == 3)
+    with hearts[0].together(), hearts[1].together():
+        wait_for(lambda: len(ended) == 3)
     assert len(set(ended)) == 1
-    assert "have waited 0.0133333 minutes for rank 2 (on " in ended[0]
+    assert "Others have waited 0.0133333 minutes for rank 2 (on " in ended[0]
     assert "rank 1" not in ended[0]
 
 
@@ -182,6 +186,19 @@ def test_nobody_is_accused_when_the_store_ends_with_its_process(ended, start_hea
     time.sleep(1)
     assert ended == []
     assert all(heart._stop.is_set() for heart in hearts)
+
+
+def test_a_run_watches_with_the_limit_of_its_option(
+    one_cpu_thread, digits_zip, tmp_path, monkeypatch
+):
+    limits = []
+    monkeypatch.setattr(
+        distributed, "init", lambda limit: limits.append(limit) or torch.device("cpu")
+    )
+    args = (f"--outdir={tmp_path}", f"--data={digits_zip}", *TINY, "--iters=1", "--workers=0")
+    succeed(train_script, *args, "--hang-limit=2")
+    succeed(train_script, *args)
+    assert limits == [2, 5]
 
 
 HANG = """

@@ -119,6 +119,8 @@ def test_resuming_a_finished_run_changes_nothing_but_makes_up_for_a_missing_scor
     scores = finished / "metric-fd_pixels.jsonl"
     *kept, last = scores.read_text().splitlines(keepends=True)
     scores.write_text("".join(kept) + last[:40])  # As a kill in the middle of the row leaves it.
+    superfluous = finished / "training-state-000002.pt"  # And one between two states.
+    shutil.copy(find_states(finished)[1], superfluous)
 
     output = succeed(train_script, *options(finished, digits_zip), "--resume=auto").output
     assert "Complete at kimg 4.0" in output
@@ -129,6 +131,7 @@ def test_resuming_a_finished_run_changes_nothing_but_makes_up_for_a_missing_scor
 
     output = succeed(train_script, *options(finished, digits_zip), "--resume=auto").output
     assert "fd_pixels" not in output
+    assert not superfluous.exists()
     assert len(read_rows(scores)) == len(kept) + 1
 
 

@@ -3,7 +3,10 @@
 import os
 import re
 import signal
+import socket
 import sys
+import threading
+import time
 
 import pytest
 from helpers import call, succeed
@@ -160,6 +163,27 @@ def test_a_stop_before_the_first_step_ends_a_start(
     assert result.code == 85
     assert "Stopped by SIGTERM before a step" in result.output
     assert (only_run(tmp_path) / "requeue").is_file()
+
+
+def test_a_stop_is_heard_while_others_are_waited_for(
+    one_cpu_thread, restored_handlers, digits_zip, tmp_path, monkeypatch
+):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    args = (f"--outdir={tmp_path}", f"--data={digits_zip}", *TINY, "--iters=1")
+    for rank in (1, 0):  # The latter holds the store, which the former does not find.
+        monkeypatch.setenv("RANK", str(rank))
+        timer = threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM))
+        timer.start()
+        began = time.monotonic()
+        assert call(train_script, *args).code == 85
+        assert time.monotonic() - began < 10
+        timer.cancel()
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def test_a_stop_that_all_ranks_agreed_on_is_no_failure_to_torchrun(

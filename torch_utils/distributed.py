@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import pickle
 import signal
 import socket
 import sys
@@ -16,8 +15,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from dnnlib import launcher
-from dnnlib.errors import refusal
+from dnnlib.errors import refusal, transportable
 from dnnlib.streams import Stream
+from torch_utils.misc import map_tensors
 
 T = TypeVar("T")
 _MEETING_MINUTES = 5
@@ -142,24 +142,23 @@ def print0(*args: Any, **kwargs: Any) -> None:
         print(*args, **kwargs, flush=True)
 
 
-def _move() -> None:
-    """Count what every rank does, so that one that does not is known."""
-    if _heartbeat is not None:
-        _heartbeat.moves += 1
+def _together() -> contextlib.AbstractContextManager:
+    """Return a context for what all ranks do, so that one that does not come to it is known."""
+    return contextlib.nullcontext() if _heartbeat is None else _heartbeat.together()
 
 
 def barrier() -> None:
     """Wait until every rank has arrived."""
-    _move()
     if world_size() > 1:
-        dist.barrier(group=_cpu_group)
+        with _together():
+            dist.barrier(group=_cpu_group)
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Return ``tensor`` summed in place over ranks. CPU tensors go over gloo."""
-    _move()
     if world_size() > 1:
-        dist.all_reduce(tensor, group=_cpu_group if tensor.device.type == "cpu" else None)
+        with _together():
+            dist.all_reduce(tensor, group=_cpu_group if tensor.device.type == "cpu" else None)
     return tensor
 
 
@@ -167,9 +166,9 @@ def broadcast_object(value: Any) -> Any:
     """Return rank 0's ``value`` (a small plain object) on every rank."""
     if world_size() == 1:
         return value
-    _move()
     box = [value]
-    dist.broadcast_object_list(box, src=0, group=_cpu_group)
+    with _together():
+        dist.broadcast_object_list(box, src=0, group=_cpu_group)
     return box[0]
 
 
@@ -177,9 +176,9 @@ def gather_objects(value: Any) -> list[Any]:
     """Return every rank's (small) ``value`` in rank order, on every rank. Collective."""
     if world_size() == 1:
         return [value]
-    _move()
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value, group=_cpu_group)
+    with _together():
+        dist.all_gather_object(values, value, group=_cpu_group)
     return values
 
 
@@ -215,7 +214,7 @@ def on_main(function: Callable[[], T], broadcast: Callable[[T], T] = broadcast_o
         try:
             result = function()
         except Exception as caught:
-            error = _transportable(caught)
+            error = transportable(caught)
     error = broadcast_object(error)
     if error is not None:
         raise error
@@ -230,7 +229,7 @@ def together() -> Iterator[None]:
         yield
     except Exception as caught:
         error = caught
-    for found in gather_objects(None if error is None else _transportable(error)):
+    for found in gather_objects(None if error is None else transportable(error)):
         if found is not None:
             raise error or found
 
@@ -238,15 +237,6 @@ def together() -> Iterator[None]:
 def on_main_tree(function: Callable[[], T]) -> T:
     """Like :func:`on_main` for nested dicts, lists and tuples of tensors, of any size."""
     return on_main(function, _broadcast_tree)
-
-
-def _transportable(error: Exception) -> Exception:
-    """Return ``error``, or its text as a ValueError if it cannot be sent to other ranks."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # Whatever keeps it from travelling, its text can.
-        return ValueError(f"{type(error).__name__}: {error}")
-    return error
 
 
 def _broadcast_tree(tree: Any) -> Any:
@@ -267,18 +257,7 @@ def _broadcast_tree(tree: Any) -> Any:
         dist.broadcast(tensor, src=0, group=_cpu_group)
         return tensor
 
-    return _map_tensors(fill, broadcast_object(_map_tensors(strip, tree) if is_main() else None))
-
-
-def _map_tensors(function: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> Any:
-    """Return nested dicts, lists and tuples with another tensor in the place of each."""
-    if isinstance(tree, torch.Tensor):
-        return function(tree)
-    if isinstance(tree, dict):
-        return {key: _map_tensors(function, child) for key, child in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)(_map_tensors(function, child) for child in tree)
-    return tree
+    return map_tensors(fill, broadcast_object(map_tensors(strip, tree) if is_main() else None))
 
 
 def wrap(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
@@ -295,12 +274,12 @@ def wrap(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     return wrapped
 
 
-def no_sync(module: torch.nn.Module, skip: bool) -> contextlib.AbstractContextManager:
-    """Return a context in which backward passes leave gradients unreduced if ``skip``."""
-    _move()  # This rank has its data.
-    if skip and isinstance(module, DistributedDataParallel):
-        return module.no_sync()
-    return contextlib.nullcontext()
+@contextlib.contextmanager
+def no_sync(module: torch.nn.Module, skip: bool) -> Iterator[None]:
+    """Within it, which is all of a pass but its data, leave gradients unreduced if ``skip``."""
+    leaves = skip and isinstance(module, DistributedDataParallel)
+    with _together(), module.no_sync() if leaves else contextlib.nullcontext():
+        yield
 
 
 class StopRequested(BaseException):  # Nobody who catches errors means this.
@@ -408,9 +387,9 @@ class StopSignal:
         """Return True on every rank at the same call once any rank got a signal. Collective."""
         if world_size() == 1:
             return self.received is not None
-        _move()
         if self._work is not None:
-            self._work.wait()
+            with _together():
+                self._work.wait()
             self._stop = bool(self._sum)
         self._sum = torch.tensor(int(self.received is not None), dtype=torch.int32)
         self._work = dist.all_reduce(self._sum, group=_cpu_group, async_op=True)

@@ -1,12 +1,13 @@
 """Signs of life: ranks that are stopped or lost are named, long before a collective gives up."""
 
 import atexit
+import contextlib
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dnnlib import launcher
@@ -21,9 +22,9 @@ def beat_key(name: str, rank: int) -> str:
     return f"{name}/alive/{rank}"
 
 
-def beat(count: int | str = 0, moves: int = 0) -> str:
-    """Return a sign of life: this machine, a number that changes, and how far the rank has come."""
-    return f"{socket.gethostname()} {count} {moves}"
+def beat(count: int | str = 0, moves: int = 0, waits: bool = False) -> str:
+    """Return a sign of life: this machine, a number that changes, how far it is, if it waits."""
+    return f"{socket.gethostname()} {count} {moves} {int(waits)}"
 
 
 class Heartbeat:
@@ -36,8 +37,8 @@ class Heartbeat:
 
     A process that waits, computes or is stuck in a library goes on counting, as long as Python's
     threads run: no time that pictures, scores or the compilation take is too long. But the others
-    give up an operation of all ranks after an hour. Shortly before that, rank 0 names who is behind
-    by the number of ``moves``, which count the same things in the same order on every rank.
+    give up an operation of all ranks after an hour. Shortly before that, rank 0 names who has come
+    less far than one that waits. That is known from what the main threads do :meth:`together`.
 
     Args:
         store: A connection to the store that nobody else uses, as a call may never return.
@@ -48,7 +49,7 @@ class Heartbeat:
     def __init__(
         self, store: Any, name: str, rank: int, world_size: int, *, limit_sec: float, host: str
     ) -> None:
-        self.moves = 0
+        self._moves, self._waits = 0, False
         self._store, self._name, self._rank, self._host = store, name, rank, host
         self._watched = range(world_size) if rank == 0 else range(1)
         self._interval = min(limit_sec / 10, _MAX_INTERVAL_SEC)
@@ -62,6 +63,16 @@ class Heartbeat:
             thread.start()
         atexit.register(self.stop)
 
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Count a block that all ranks come to in the same order, and may wait in for others."""
+        self._moves += 1
+        self._waits = True
+        try:
+            yield
+        finally:
+            self._waits = False
+
     def stop(self) -> None:
         """Watch no longer, and let the others know that this process leaves."""
         atexit.unregister(self.stop)
@@ -72,34 +83,40 @@ class Heartbeat:
     def _talk(self) -> None:
         own = beat_key(self._name, self._rank)
         keys = [beat_key(self._name, other) for other in self._watched]
-        silent, behind = _Stillness(len(keys)), _Stillness(len(keys))
+        silent, waiting, behind = (_Stillness(len(keys)) for _ in range(3))
         try:
             while not self._stop.is_set():
                 self._rounds += 1
-                self._store.set(own, beat(self._rounds, self.moves))
+                self._store.set(own, beat(self._rounds, self._moves, self._waits))
                 found = [value.decode() for value in self._store.multi_get(keys)]
                 if found[0].startswith(_VERDICT):
-                    self._end(found[0].removeprefix(_VERDICT))
-                hosts, counts, moves = zip(*(text.split(" ") for text in found), strict=True)
-                there = [count != "left" for count in counts]
-                silent.read(counts, there)
-                furthest = max(map(int, moves))
-                behind.read(
-                    moves, [n and int(m) < furthest for n, m in zip(there, moves, strict=True)]
-                )
-                self._judge(silent, behind, hosts)
+                    return self._end(found[0].removeprefix(_VERDICT))
+                hosts, counts, moves, waits = zip(*map(str.split, found), strict=True)
+                silent.read(counts, [count != "left" for count in counts])
+                moves, waits = [int(number) for number in moves], [wait == "1" for wait in waits]
+                waiting.read(moves, waits)
+                furthest = max((n for n, wait in zip(moves, waits, strict=True) if wait), default=0)
+                behind.read(moves, [number < furthest for number in moves])
+                self._judge(silent, waiting, behind, hosts)
                 self._stop.wait(self._interval)
-            self._store.set(own, beat("left", self.moves))
+            self._store.set(own, beat("left", self._moves))
         except RuntimeError:
             # The store has gone, and with it the process that holds it: what needs that fails.
             self._stop.set()
 
-    def _judge(self, silent: "_Stillness", behind: "_Stillness", hosts: Sequence[str]) -> None:
-        """End this process, and on rank 0 the others, if a rank is silent or far behind."""
+    def _judge(
+        self,
+        silent: "_Stillness",
+        waiting: "_Stillness",
+        behind: "_Stillness",
+        hosts: Sequence[str],
+    ) -> None:
+        """End this process, and on rank 0 the others, if a rank is silent or long waited for."""
+        stall = round(STALL_SEC / self._interval)
         if late := silent.late(self._max_silent):
             what, why = f"No sign of life for {self._limit} from", "stopped, or not to be reached"
-        elif late := behind.late(round(STALL_SEC / self._interval)):
-            what = f"The others have waited {STALL_SEC / 60:g} minutes for"
+        elif waiting.late(stall) and (late := behind.late(stall)):
+            what = f"Others have waited {STALL_SEC / 60:g} minutes for"
             why = "it lives, but is stuck, perhaps in reading data"
         else:
             return

@@ -185,14 +185,15 @@ def _newest_first(run_dir: Path, pattern: str) -> list[Path]:
     return [path for *_, path in sorted(found, reverse=True)]
 
 
-def prune_states(run_dir: Path, latest: Path, keep: int) -> None:
+def prune_states(run_dir: Path, latest: Path, keep: int, *, later_ones: bool = True) -> None:
     """Delete all training states of a run folder but ``latest`` and the ``keep - 1`` before it.
 
-    Those after it are damaged, or were left behind when the run went back to an earlier one.
+    Those after it are damaged, or were left behind when the run went back to an earlier one. They
+    stay without ``later_ones``.
     """
     states = find_states(run_dir)
     position = states.index(latest)
-    for path in states[:position] + states[position + keep :]:
+    for path in states[: position * later_ones] + states[position + keep :]:
         path.unlink()
 
 

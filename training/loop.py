@@ -184,6 +184,10 @@ def training_loop(
         telemetry.message(
             f"Complete at kimg {format_kimg(cur_nimg / 1000)}; a larger --kimg would go on."
         )
+        # A kill may have come between the last state and this.
+        last = checkpoint.state_path(run_dir, cur_nimg)
+        if last.is_file():
+            checkpoint.prune_states(run_dir, last, logging.keep_states, later_ones=False)
     stop_signal.defer()
     if resume_state is not None:
         # A stop may have come before the pictures and scores of the state's tick.
