@@ -35,8 +35,14 @@ def test_a_killed_agent_joins_again_with_the_same_command(
     def start():
         return train(*command, ranks=1, torchrun=torchrun)
 
-    # The rendezvous lives in the first.
-    first, second = start(), start()
+    def listens():
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
+    # The first holds the rendezvous, as the one on HOST does: it is the first at the port.
+    first = start()
+    first.wait_until(listens)
+    second = start()
     first.wait_until(lambda: num_rows(tmp_path) >= 3)
     second.kill()
     outputs = [process.finish() for process in (start(), first)]
