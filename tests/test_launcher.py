@@ -101,7 +101,7 @@ def test_a_process_in_its_start_up_ends_with_its_launcher():
 
 
 SLOW_WRITE = """
-import click, sys, time
+import click, signal, sys, time
 from dnnlib.cli import run
 from dnnlib.files import atomic_write
 
@@ -113,6 +113,7 @@ def command(path):
         print("writing", flush=True)
         time.sleep(30)
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # A shell in the background may have it ignored.
 run(command)
 """
 

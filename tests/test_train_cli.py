@@ -253,7 +253,7 @@ def unseen(value, changes, beside=""):
 
 CASES = {
     "resolution": [Case("16", "net fakes", data_size=16)],
-    "attention": [unseen("sdpa", "options")],
+    "attention": [Case("sdpa", "options net")],  # The last digits.
     "checkpointing": [unseen("True", "checkpoints")],
     "num-stages": [Case("1", "net")],
     "num-blocks": [Case("1,2", "net")],
@@ -437,6 +437,7 @@ SHOWN_BY = {
         ("vae", "latent-channels", "latent-downsampling"),
         "test_latent_models_train_with_the_autoencoder_that_the_options_describe",
     ),
+    "hang-limit": "test_ranks_are_watched_with_the_hang_limit",
     "metrics-ref": "test_metrics_compare_with_what_metrics_ref_names",
     "text-lengths": "test_texts_are_padded_to_the_lengths_given_and_are_never_cut",
     "transfer-allow": "test_a_warm_start_is_strict_but_for_patches_and_what_is_allowed",
@@ -460,7 +461,7 @@ DEFAULTS = {
     "inception-input": {"tensorflow", "pytorch-fid"},
     "detector-precision": {"fp32", "bf16"},
     "lpips-net": {"alex", "vgg"},
-    "attention": {"auto", "flex"},
+    "attention": {"auto", "flex", "explicit"},
     "skip": {"stage"},
     "precond": {"edm"},
     "precision": {"fp32", "auto"},
@@ -693,6 +694,14 @@ def test_turned_classes_are_classes_unless_skipped(base, tmp_path):
         counts.append(len(load_snapshot(max(run_dir.glob("*.pkl"))).data.class_names))
     assert len(set(nets)) == 4
     assert counts == [2, 8, 16, 5]
+
+
+def test_ranks_are_watched_with_the_hang_limit(base, tmp_path, monkeypatch):
+    seen = []
+    init = lambda limit: seen.append(limit) or torch.device("cpu")  # noqa: E731
+    monkeypatch.setattr(training.launch.distributed, "init", init)
+    helpers.train_tiny(tmp_path, helpers.toy_data(base), "--iters=1", "--hang-limit=7")
+    assert seen == [7]
 
 
 def test_texts_are_padded_to_the_lengths_given_and_are_never_cut(base, tmp_path, monkeypatch):
