@@ -109,7 +109,7 @@ def _blocks_of_pairs(rows: _Set, points: _Set) -> Iterator[tuple[slice, slice, t
         own = slice(first, first + len(x))
         for start, y in _blocks(points.unit, _COLUMNS):
             part = slice(start, start + len(y))
-            squared = (rows.sizes[own, None] + points.sizes[part]).to(x.dtype)
+            squared = rows.sizes[own, None].to(x.dtype) + points.sizes[part].to(x.dtype)
             if x.shape[1] <= _MAX_WIDTH:
                 squared.addmm_(x, y.T, alpha=-2)
             else:
