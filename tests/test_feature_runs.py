@@ -370,12 +370,12 @@ def test_an_item_is_always_shown_with_the_same_noise():
 
 
 def test_two_processes_make_the_same_images_as_one(data, snapshot_file, tmp_path):
-    from helpers import torchrun
+    from helpers import on_ranks
 
     ids = FeatureDataset(data).ids
     options = (f"--network={snapshot_file}", f"--features={data}", f"--id={ids[0]},{ids[-1]}")
     options = (*options, "--seeds=0-2", "--batch=2")
-    torchrun(2, "generate.py", *options, f"--outdir={tmp_path / 'two'}")
+    on_ranks(2, "generate.py", *options, f"--outdir={tmp_path / 'two'}")
     succeed(generate_script, *options, f"--outdir={tmp_path / 'one'}")
     files = sorted(p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("0*.png"))
     assert len(files) == 6

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 from feature_files import BUCKETS, content, made, prepare, tiny_encoders
-from helpers import ROOT, fail, quiet_environment, torchrun
+from helpers import ROOT, fail, on_ranks, quiet_environment
 
 import dataset_tool
 from data.features.preparation.stage import Stage
@@ -96,6 +96,6 @@ def test_two_ranks_write_the_bytes_of_one_also_when_only_one_shard_is_missing(
     feature_base, tmp_path
 ):
     (tmp_path / "twice.py").write_text(TWICE)
-    torchrun(2, tmp_path / "twice.py", ROOT, ROOT / "tests", feature_base, tmp_path / "two")
+    on_ranks(2, tmp_path / "twice.py", ROOT, ROOT / "tests", feature_base, tmp_path / "two")
     assert content(tmp_path / "two") == content(feature_base / "features")
     assert not [path for path in os.listdir(tmp_path / "two") if path in (".staged", ".old")]
