@@ -1,8 +1,10 @@
 """Scripts run in this process, toy images, and one tiny trained snapshot for command-line tests."""
 
 import contextlib
+import functools
 import io
 import signal
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -13,7 +15,7 @@ import numpy as np
 import torch
 from image_files import convert
 from PIL import Image
-from warm_start import ROOT, WarmRanks, quiet_environment
+from warm_start import ROOT, WarmProcess, WarmRanks, quiet_environment
 
 import dnnlib.cli
 
@@ -142,18 +144,25 @@ def train_tiny(outdir, data, *args, tiny=TINY):
     return result
 
 
-def on_ranks(num_ranks, script, *args):
-    """Run a script on several ranks, as under torchrun; return what it printed."""
+def run_warm(script, *args, ranks=None):
+    """Run a script in a process of its own, or in several; return what subprocess.run does."""
+    start = WarmProcess if ranks is None else functools.partial(WarmRanks, ranks)
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in ("output", "error")]
-        ranks = WarmRanks(num_ranks, [ROOT / script, *args], quiet_environment(), *files)
+        process = start([ROOT / script, *args], quiet_environment(), *files)
         try:
-            code = ranks.wait(240)
+            code = process.wait(240)
         finally:
-            ranks.send_signal(signal.SIGKILL)
-        output, error = (file.read_text(errors="replace") for file in files)
-    assert code == 0, output + error
-    return output
+            process.send_signal(signal.SIGKILL)
+        texts = [file.read_text(errors="replace") for file in files]
+    return subprocess.CompletedProcess([str(script), *args], code, *texts)
+
+
+def on_ranks(num_ranks, script, *args):
+    """Run a script on several ranks, as under torchrun; return what it printed."""
+    done = run_warm(script, *args, ranks=num_ranks)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def toy_images(folder, per_class=14, size=8):

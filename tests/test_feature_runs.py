@@ -130,7 +130,7 @@ def test_losses_depend_on_neither_ranks_nor_accumulation(data, tmp_path):
     def train(name, *options, ranks=None):
         args = (f"--outdir={tmp_path / name}", f"--data={data}", *STEPS, *options)
         env = environment(tmp_path / "cache")
-        return TrainProcess(args, env, tmp_path / f"{name}.log", ranks=ranks)
+        return TrainProcess(args, env, tmp_path / f"{name}.log", ranks=ranks, warm=True)
 
     two = train("two", "--batch-gpu=2", "--workers=1", ranks=2)
     succeed(train_script, f"--outdir={tmp_path / 'one'}", f"--data={data}", *STEPS)
@@ -153,6 +153,7 @@ def test_a_run_that_was_killed_and_resumed_equals_the_uninterrupted_one(data, tm
         (f"--outdir={tmp_path / 'killed'}", *args, "--workers=1"),
         environment(tmp_path / "cache"),
         tmp_path / "log",
+        warm=True,
     )
     killed.wait_until(lambda: num_rows(tmp_path / "killed") >= 4)
     killed.send(signal.SIGKILL)

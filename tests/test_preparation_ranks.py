@@ -2,11 +2,9 @@
 
 import os
 import signal
-import subprocess
-import sys
 
 from feature_files import BUCKETS, content, made, prepare, tiny_encoders
-from helpers import ROOT, fail, on_ranks, quiet_environment
+from helpers import ROOT, fail, on_ranks, run_warm
 
 import dataset_tool
 from data.features.preparation.stage import Stage
@@ -46,14 +44,8 @@ def command(base, dest):
 
 def test_a_killed_preparation_goes_on_and_makes_nothing_twice(feature_base, tmp_path):
     dest = tmp_path / "out"
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, ROOT, *command(feature_base, dest)],
-        cwd=tmp_path,
-        env=quiet_environment(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    (tmp_path / "killed.py").write_text(KILLED)
+    killed = run_warm(tmp_path / "killed.py", ROOT, *command(feature_base, dest))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert len([path for path in dest.rglob(".*.tmp") if ".tar" in path.name]) == 1
     assert "is not finished" in fail(dataset_tool, "info", dest)

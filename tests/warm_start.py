@@ -17,12 +17,13 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# Libraries that take seconds to load, which those need that a test has loaded before.
-ON_DEMAND = ("diffusers", "transformers", "safetensors", "webdataset", "sklearn", "scipy")
-POLL_SEC = 0.01
-LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# Libraries that take seconds to load: a fork has them, and modules of the project, from the start
+# if the test process has them.
+_LIBRARIES = ("diffusers", "transformers", "safetensors", "webdataset", "sklearn", "scipy")
+_POLL_SEC = 0.01
+_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # What a run of a script loads, some of it as late as in the first step of an optimizer.
-LOADED = (
+_LOADED = (
     *("torch", "torch._dynamo", "torch.distributed", "torch.nn.parallel"),
     *("train", "generate", "fid", "dataset_tool", "families.image", "training.loop"),
 )
@@ -33,7 +34,7 @@ def quiet_environment(**changes):
     kept = {
         name: value
         for name, value in os.environ.items()
-        if name not in LAUNCHER and not name.startswith(("TORCHELASTIC_", "SLURM_"))
+        if name not in _LAUNCHER and not name.startswith(("TORCHELASTIC_", "SLURM_"))
     }
     return {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **changes}
 
@@ -44,8 +45,7 @@ class WarmProcess:
     def __init__(self, command, env, stdout, stderr=None):
         self.returncode = None
         words, files = [str(word) for word in command], [str(stdout), str(stderr or stdout)]
-        modules = [name for name in sys.modules if name.partition(".")[0] in ON_DEMAND]
-        self.pid = _ask(dict(command=words, env=env, files=files, modules=modules))
+        self.pid = _ask(dict(command=words, env=env, files=files, modules=_modules_here()))
 
     def poll(self):
         if self.returncode is None:
@@ -103,8 +103,15 @@ def _wait(process, timeout):
     while (code := process.poll()) is None:
         if time.monotonic() > deadline:
             raise subprocess.TimeoutExpired(f"process {process}", timeout)
-        time.sleep(POLL_SEC)
+        time.sleep(_POLL_SEC)
     return code
+
+
+def _modules_here():
+    """Return the names of the modules of _LIBRARIES and of the project that are loaded here."""
+    ours = [path.stem for path in ROOT.iterdir() if path.suffix == ".py" or path.is_dir()]
+    tops = {*_LIBRARIES, *ours} - {"tests"}
+    return [name for name in sys.modules if name.partition(".")[0] in tops]
 
 
 _server = None
@@ -191,7 +198,7 @@ def _become(request):
 
 def _main():
     sys.path.insert(1, str(ROOT))
-    for name in LOADED:
+    for name in _LOADED:
         importlib.import_module(name)
     request = _serve(socket.socket(fileno=int(sys.argv[1])))
     if request is None:
