@@ -81,7 +81,7 @@ def start_process(digits_zip, shared_dir, tmp_path_factory):
 
 @pytest.fixture
 def train(start_process):
-    """``train(*options, ranks=None, torchrun=...)`` starts a process, ended with the test."""
+    """``train(*options, **settings of TrainProcess)`` starts a process, ended with the test."""
     started = []
 
     def start(*args, **kwargs):
@@ -101,7 +101,7 @@ def uninterrupted(start_process, shared_dir):
         outdir = shared_dir / f"uninterrupted-{ranks}"
         with made_once(outdir) as missing:
             if missing:
-                start_process(f"--outdir={outdir}", *FULL, ranks=ranks).finish()
+                start_process(f"--outdir={outdir}", *FULL, ranks=ranks, warm=True).finish()
         return only_run(outdir)
 
     return make

@@ -1,10 +1,12 @@
 """Scripts run in this process, toy images, and one tiny trained snapshot for command-line tests."""
 
 import contextlib
+import functools
 import io
-import os
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -13,10 +15,10 @@ import numpy as np
 import torch
 from image_files import convert
 from PIL import Image
+from warm_start import ROOT, WarmProcess, WarmRanks, quiet_environment
 
 import dnnlib.cli
 
-ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # Test processes run side by side, and the networks are tiny.
 
 CLASS_NAMES = ["bar", "dot", "ring"]
@@ -142,19 +144,23 @@ def train_tiny(outdir, data, *args, tiny=TINY):
     return result
 
 
-def quiet_environment(**changes):
-    """Return this process's environment for another one: one thread, no GPU, no launcher."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    return {**environment, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **changes}
+def run_warm(script, *args, ranks=None):
+    """Run a script in a process of its own, or in several; return what subprocess.run does."""
+    start = WarmProcess if ranks is None else functools.partial(WarmRanks, ranks)
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / name for name in ("output", "error")]
+        process = start([ROOT / script, *args], quiet_environment(), *files)
+        try:
+            code = process.wait(240)
+        finally:
+            process.send_signal(signal.SIGKILL)
+        texts = [file.read_text(errors="replace") for file in files]
+    return subprocess.CompletedProcess([str(script), *args], code, *texts)
 
 
-def torchrun(num_ranks, script, *args):
-    """Run a script under torchrun on several ranks; return what it printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={num_ranks}", str(ROOT / script), *map(str, args)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=quiet_environment(), capture_output=True, text=True, timeout=120
-    )
+def on_ranks(num_ranks, script, *args):
+    """Run a script on several ranks, as under torchrun; return what it printed."""
+    done = run_warm(script, *args, ranks=num_ranks)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, call, fail, quiet_environment, succeed, torchrun
+from helpers import ROOT, call, fail, on_ranks, run_warm, succeed
 from image_files import make_folder, run_tool
 from latent_files import encode, tiny_autoencoder, tiny_images, tiny_latents
 from safetensors.torch import load_file, save_file
@@ -163,7 +163,7 @@ distributed.shutdown()
 def test_two_ranks_write_the_bytes_of_one_also_when_only_one_shard_is_missing(base, tmp_path):
     (tmp_path / "twice.py").write_text(TWICE)
     paths = (ROOT, base / "images.npz", base / "vae", tmp_path / "two")
-    torchrun(2, tmp_path / "twice.py", *paths)
+    on_ranks(2, tmp_path / "twice.py", *paths)
     assert content(tmp_path / "two") == content(base / "latents")
 
 
@@ -191,14 +191,8 @@ dataset_tool.main()
 
 def test_a_killed_encoding_goes_on_with_what_is_missing(base, tmp_path, written):
     dest = tmp_path / "out"
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, *command(base, dest, *OPTIONS)],
-        cwd=ROOT,
-        env=quiet_environment(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    (tmp_path / "killed.py").write_text(KILLED)
+    killed = run_warm(tmp_path / "killed.py", *command(base, dest, *OPTIONS))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (dest / "latents.json").exists()
     assert len(list(dest.glob(".shard-*.tmp"))) == 1

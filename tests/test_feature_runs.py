@@ -130,7 +130,7 @@ def test_losses_depend_on_neither_ranks_nor_accumulation(data, tmp_path):
     def train(name, *options, ranks=None):
         args = (f"--outdir={tmp_path / name}", f"--data={data}", *STEPS, *options)
         env = environment(tmp_path / "cache")
-        return TrainProcess(args, env, tmp_path / f"{name}.log", ranks=ranks)
+        return TrainProcess(args, env, tmp_path / f"{name}.log", ranks=ranks, warm=True)
 
     two = train("two", "--batch-gpu=2", "--workers=1", ranks=2)
     succeed(train_script, f"--outdir={tmp_path / 'one'}", f"--data={data}", *STEPS)
@@ -153,6 +153,7 @@ def test_a_run_that_was_killed_and_resumed_equals_the_uninterrupted_one(data, tm
         (f"--outdir={tmp_path / 'killed'}", *args, "--workers=1"),
         environment(tmp_path / "cache"),
         tmp_path / "log",
+        warm=True,
     )
     killed.wait_until(lambda: num_rows(tmp_path / "killed") >= 4)
     killed.send(signal.SIGKILL)
@@ -370,12 +371,12 @@ def test_an_item_is_always_shown_with_the_same_noise():
 
 
 def test_two_processes_make_the_same_images_as_one(data, snapshot_file, tmp_path):
-    from helpers import torchrun
+    from helpers import on_ranks
 
     ids = FeatureDataset(data).ids
     options = (f"--network={snapshot_file}", f"--features={data}", f"--id={ids[0]},{ids[-1]}")
     options = (*options, "--seeds=0-2", "--batch=2")
-    torchrun(2, "generate.py", *options, f"--outdir={tmp_path / 'two'}")
+    on_ranks(2, "generate.py", *options, f"--outdir={tmp_path / 'two'}")
     succeed(generate_script, *options, f"--outdir={tmp_path / 'one'}")
     files = sorted(p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("0*.png"))
     assert len(files) == 6

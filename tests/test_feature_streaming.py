@@ -17,7 +17,7 @@ import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry as registry
-from helpers import fail, succeed, torchrun
+from helpers import fail, on_ranks, succeed
 from latent_files import tiny_autoencoder
 from streamed_files import SHARDS, npy, store, write_features
 from training_runs import only_run, per_tick
@@ -382,7 +382,7 @@ def test_two_ranks_train_from_a_store_and_go_on(tmp_path):
     options += " --steps=2 --workers=1 --streaming"
     with store(root) as server:
         settings = (f"--data={server.address}", *options.split(), "--iters=3")
-        output = torchrun(2, "train.py", f"--outdir={tmp_path / 'runs'}", *settings)
+        output = on_ranks(2, "train.py", f"--outdir={tmp_path / 'runs'}", *settings)
         assert StreamedFeatures.notice in output
         run_dir = only_run(tmp_path / "runs")
         result = succeed(train_script, f"--resume={run_dir}", "--iters=5")

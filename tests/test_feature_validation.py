@@ -485,7 +485,7 @@ def test_rows_and_pictures_do_not_depend_on_the_number_of_ranks(tmp_path):
     script = tmp_path / "ranks.py"
     paths, files = [str(helpers.ROOT), str(helpers.ROOT / "tests")], helpers.random_lpips(tmp_path)
     script.write_text(RANKS_SCRIPT.format(paths=paths, hash=LPIPS.load("alex", files).hash))
-    helpers.torchrun(2, script, tmp_path / "two.npz", *files)
+    helpers.on_ranks(2, script, tmp_path / "two.npz", *files)
     rows, pictures = run(FakeGenerator(noise=20), num_shown=3)
     with np.load(tmp_path / "two.npz", allow_pickle=False) as found:
         two = json.loads(str(found["rows"]))

@@ -201,7 +201,7 @@ def test_one_process_and_two_learn_the_same(base, tmp_path):
     options += ["--num-eval-batches=2", "--min-sample-size=2"]
     for ranks, extra in ((1, []), (2, []), (1, ["--batch-gpu=2"])):
         outdir = tmp_path / f"{len(losses)}"
-        helpers.torchrun(
+        helpers.on_ranks(
             ranks, "train.py", f"--outdir={outdir}", f"--data={data}", *options, *extra
         )
         (run_dir,) = outdir.iterdir()
@@ -322,7 +322,7 @@ def test_episodes_are_equal_on_two_ranks(base, tmp_path):
     network = helpers.set_snapshot(base)
     args = (f"--network={network}", "--episodes=2", "--num-images=3")
     helpers.succeed(generate, *args, f"--outdir={tmp_path / 'one'}")
-    helpers.torchrun(2, "generate.py", *args, f"--outdir={tmp_path / 'two'}")
+    helpers.on_ranks(2, "generate.py", *args, f"--outdir={tmp_path / 'two'}")
     for folder in ("0000", "0001"):
         assert read_all(tmp_path / "one" / folder) == read_all(tmp_path / "two" / folder)
 
@@ -436,7 +436,7 @@ def test_few_shot_scores_are_equal_on_two_ranks(base, tmp_path):
     network = helpers.set_snapshot(base)
     args = ("fewshot", f"--network={network}", "--metrics=fewshot_fd_pixels", "--num-images=9")
     helpers.succeed(fid, *args, f"--json={tmp_path / 'one.json'}")
-    helpers.torchrun(2, "fid.py", *args, f"--json={tmp_path / 'two.json'}")
+    helpers.on_ranks(2, "fid.py", *args, f"--json={tmp_path / 'two.json'}")
     one, two = (json.loads((tmp_path / f"{n}.json").read_text())["rows"] for n in ("one", "two"))
     for first, second in zip(one, two, strict=True):
         assert first["value"] == pytest.approx(second["value"], rel=1e-6)

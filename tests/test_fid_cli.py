@@ -129,7 +129,7 @@ def test_two_ranks_give_the_same_score_as_one(data, network, tmp_path, monkeypat
     # One image at a time, so that every pixel is the same and only the statistics are shared.
     args = [f"--network={network}", f"--ref={data}", "--num-images=24", "--batch=1"]
     path = tmp_path / "two.json"
-    output = helpers.torchrun(2, "fid.py", "calc", *args, "--metrics=fd_pixels", f"--json={path}")
+    output = helpers.on_ranks(2, "fid.py", "calc", *args, "--metrics=fd_pixels", f"--json={path}")
     assert output.count("(24 images)") == 1
     (two,) = json.loads(path.read_text())["rows"]
     monkeypatch.setenv("SETDIFFIT_CACHE", str(tmp_path / "another"))  # The reference made anew.

@@ -72,7 +72,7 @@ def test_an_image_does_not_depend_on_the_other_seeds(network, tmp_path):
 
 def test_two_ranks_make_the_same_images_and_one_grid(network, tmp_path):
     args = [f"--network={network}", "--seeds=0-6", "--sampler=ddpm", "--batch=2"]
-    output = helpers.torchrun(
+    output = helpers.on_ranks(
         2, "generate.py", *args, f"--outdir={tmp_path / 'two'}", f"--grid={tmp_path / 'grid.png'}"
     )
     assert output.count("7 images in") == 1

@@ -85,7 +85,7 @@ def test_two_processes_train_as_one_and_their_snapshot_samples_and_scores(
 ):
     reference = (f"--metrics-ref={images}", "--metrics=fd_pixels", "--hflip")
     arguments = (f"--outdir={tmp_path / 'runs'}", f"--data={latents}", *TINY, *reference)
-    helpers.torchrun(2, "train.py", *arguments)
+    helpers.on_ranks(2, "train.py", *arguments)
     (run_dir,) = (tmp_path / "runs").iterdir()
     np.testing.assert_allclose(losses(run_dir), losses(trained), rtol=1e-5)
     score = json.loads((run_dir / "metric-fd_pixels.jsonl").read_text().splitlines()[-1])

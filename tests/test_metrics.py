@@ -4,8 +4,6 @@ import dataclasses
 import json
 import os
 import pickle
-import subprocess
-import sys
 import types
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from helpers import on_ranks
 
 from metrics import reference_cache
 from metrics.detectors import DETECTORS, DetectorOutput, PixelDetector, get_detector
@@ -967,24 +966,14 @@ distributed.shutdown()
 """
 
 
-def test_two_processes_one_of_them_without_images_agree_with_one(tmp_path):
+def test_two_processes_one_of_them_without_images_agree_with_one(tmp_path, monkeypatch):
     reals, fakes = random_images(0, 70), random_images(1, 90, 20, 200)
     np.savez(tmp_path / "images.npz", reals=reals.numpy(), fakes=fakes.numpy())
     np.savez(tmp_path / "images-reference.npz", mu=np.arange(9.0), sigma=np.eye(9))
     (tmp_path / "script.py").write_text(TWO_PROCESSES)
-    environment = dict(
-        os.environ,
-        PYTHONPATH=str(Path(__file__).resolve().parents[1]),
-        OMP_NUM_THREADS="1",
-        SETDIFFIT_CACHE=str(tmp_path / "shared-cache"),
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run(
-        [*command, str(tmp_path / "script.py"), str(tmp_path)],
-        env=environment,
-        check=True,
-        timeout=120,
-    )
+    with monkeypatch.context() as patch:
+        patch.setenv("SETDIFFIT_CACHE", str(tmp_path / "shared-cache"))
+        on_ranks(2, tmp_path / "script.py", tmp_path)
     first, second = (json.loads((tmp_path / f"result-{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
     assert "absent.npz: no such file" in first["error"]

@@ -2,11 +2,9 @@
 
 import os
 import signal
-import subprocess
-import sys
 
 from feature_files import BUCKETS, content, made, prepare, tiny_encoders
-from helpers import ROOT, fail, quiet_environment, torchrun
+from helpers import ROOT, fail, on_ranks, run_warm
 
 import dataset_tool
 from data.features.preparation.stage import Stage
@@ -46,14 +44,8 @@ def command(base, dest):
 
 def test_a_killed_preparation_goes_on_and_makes_nothing_twice(feature_base, tmp_path):
     dest = tmp_path / "out"
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, ROOT, *command(feature_base, dest)],
-        cwd=tmp_path,
-        env=quiet_environment(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    (tmp_path / "killed.py").write_text(KILLED)
+    killed = run_warm(tmp_path / "killed.py", ROOT, *command(feature_base, dest))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert len([path for path in dest.rglob(".*.tmp") if ".tar" in path.name]) == 1
     assert "is not finished" in fail(dataset_tool, "info", dest)
@@ -96,6 +88,6 @@ def test_two_ranks_write_the_bytes_of_one_also_when_only_one_shard_is_missing(
     feature_base, tmp_path
 ):
     (tmp_path / "twice.py").write_text(TWICE)
-    torchrun(2, tmp_path / "twice.py", ROOT, ROOT / "tests", feature_base, tmp_path / "two")
+    on_ranks(2, tmp_path / "twice.py", ROOT, ROOT / "tests", feature_base, tmp_path / "two")
     assert content(tmp_path / "two") == content(feature_base / "features")
     assert not [path for path in os.listdir(tmp_path / "two") if path in (".staged", ".old")]

@@ -64,7 +64,7 @@ def test_losses_depend_on_neither_ranks_nor_launchers_nor_accumulation(train, di
     def options(name, batch_gpu):
         return (f"--outdir={tmp_path / name}", *TEN_STEPS, f"--batch-gpu={batch_gpu}")
 
-    output = train(*options("two", 8), ranks=2).finish()
+    output = train(*options("two", 8), ranks=2, warm=True).finish()
     assert "8 per pass x 2 pass(es) x 2 rank(s)" in output
     both = [train(*options("agents", 4), ranks=1, torchrun=agents) for _ in range(2)]
     output = "".join(process.finish() for process in both)
@@ -151,7 +151,8 @@ def test_ranks_skip_together_and_stop_together_at_the_limit(
     script = tmp_path / "faulty.py"
     script.write_text(RANK_SCRIPT.format(paths=[str(ROOT), str(ROOT / "tests")]))
     args = (*FAULTY, "--iters=8", "--skip-limit=2")
-    output = train(f"--outdir={tmp_path / 'two'}", *args, ranks=2, script=script).finish(None)
+    process = train(f"--outdir={tmp_path / 'two'}", *args, ranks=2, script=script, warm=True)
+    output = process.finish(None)
     message = "Error: 2 gradients in a row were not finite (at kimg 0."
     assert message in output
     assert "--skip-limit=2 set this limit" in output

@@ -47,7 +47,7 @@ def test_a_run_killed_twice_equals_the_uninterrupted_one(train, uninterrupted, t
     first.wait_until(lambda: list(tmp_path.glob("*/training_options.json")))
     time.sleep(random.uniform(0, 0.5))
     first.kill()
-    second = train(*command)
+    second = train(*command, warm=True)
     second.wait_until(lambda: num_rows(tmp_path) >= 3)
     time.sleep(random.uniform(0, 0.1))
     second.kill()
@@ -56,7 +56,7 @@ def test_a_run_killed_twice_equals_the_uninterrupted_one(train, uninterrupted, t
     half_written = run_dir / ".training-state-000001.pt.k3x.tmp"
     half_written.write_bytes(b"half")
 
-    output = train(*command).finish()
+    output = train(*command, warm=True).finish()
     assert f"Resuming from {run_dir}/training-state-" in output
     assert "tick 0 " not in output
     assert not half_written.exists()
@@ -81,7 +81,7 @@ def test_two_ranks_killed_with_their_launcher_equal_the_uninterrupted_run(
     run_dir = only_run(tmp_path)
     assert 0 < final_state(run_dir)["progress"]["cur_nimg"] < 4000
 
-    output = train(*command, ranks=2).finish()
+    output = train(*command, ranks=2, warm=True).finish()
     assert output.count("Resuming from") == 1
     assert_same_run(run_dir, uninterrupted(ranks=2))
 

@@ -38,8 +38,8 @@ def test_a_signalled_run_stops_with_a_state_and_equals_the_uninterrupted_one(
     command = (f"--outdir={tmp_path}", *FULL, "--workers=1", "--resume=auto")
     torchrun = ("--standalone", "--signals-to-handle=SIGTERM,SIGUSR1")
 
-    def start():
-        return train(*command, ranks=ranks, torchrun=torchrun)
+    def start(warm=False):
+        return train(*command, ranks=ranks, torchrun=torchrun, warm=warm)
 
     def expect_stop(process, number):
         run_dir = only_run(tmp_path)
@@ -67,12 +67,12 @@ def test_a_signalled_run_stops_with_a_state_and_equals_the_uninterrupted_one(
     # The first state is followed by the first score, which the signal cuts short.
     first.wait_until(lambda: list(tmp_path.glob("*/training-state-*.pt")))
     run_dir = expect_stop(first, signal.SIGTERM)
-    second = start()
+    second = start(warm=ranks is None)
     second.wait_until(lambda: num_rows(tmp_path) >= 4)
     assert expect_stop(second, signal.SIGUSR1) == run_dir
     assert "tick 0 " not in second.output
 
-    start().finish()
+    start(warm=True).finish()
     assert not (run_dir / "requeue").exists()
     assert_same_run(run_dir, uninterrupted(ranks))
 
@@ -233,6 +233,6 @@ distributed.shutdown()
 def test_ranks_agree_on_the_step_at_which_a_signal_to_one_of_them_stops_all(train, tmp_path):
     script = tmp_path / "agreement.py"
     script.write_text(AGREEMENT.format(root=str(ROOT)))
-    output = train(ranks=2, script=script).finish()
+    output = train(ranks=2, script=script, warm=True).finish()
     expected = "<rank 0 at 11: a signal to another rank><rank 1 at 11: SIGTERM>"
     assert set(re.findall("<rank.*>", output)) == {expected}

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import subprocess
 import sys
 from pathlib import Path
 
@@ -348,16 +347,8 @@ distributed.shutdown()
 
 def test_every_rank_gets_the_weights_that_rank_0_reads(dinov2_folder, clip_folder, tmp_path):
     (tmp_path / "script.py").write_text(TWO_PROCESSES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "script.py"), str(dinov2_folder), str(clip_folder)],
-        env=helpers.quiet_environment(PYTHONPATH=str(helpers.ROOT)),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    output = helpers.on_ranks(2, tmp_path / "script.py", dinov2_folder, clip_folder)
+    lines = output.splitlines()
     assert len(lines) == 4
     assert len(set(lines)) == 2
 

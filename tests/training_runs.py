@@ -1,19 +1,18 @@
 """For tests: training runs of a tiny model in processes of their own, and what they leave."""
 
 import contextlib
+import functools
 import json
-import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import torch
+from warm_start import ROOT, WarmProcess, WarmRanks, quiet_environment
 
 from training.checkpoint import find_snapshots, find_states, load_state
 
-ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT_SEC = 240  # Of anything that takes seconds on an idle machine.
 
 # A model small enough for 10 ms a step, samples that cost two evaluations.
@@ -45,33 +44,36 @@ FULL = (
 
 
 def environment(cache):
-    """Return this process's environment for a training process: no launcher, one thread, CPU."""
-    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in launcher and not name.startswith(("TORCHELASTIC_", "SLURM_"))
-    }
-    return {
-        **kept,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "SETDIFFIT_CACHE": str(cache),
-        "PYTHONUNBUFFERED": "1",
-    }
+    """Return the environment of a training process."""
+    return quiet_environment(SETDIFFIT_CACHE=str(cache), PYTHONUNBUFFERED="1")
 
 
 class TrainProcess:
-    """``train.py`` started by python (``ranks`` is None) or by torchrun."""
+    """``train.py`` started by python (``ranks`` is None) or by torchrun.
+
+    With ``warm`` it is forked from a process that has loaded it, and nobody watches over ranks.
+    """
 
     def __init__(
-        self, args, env, log, ranks=None, torchrun=("--standalone",), script=ROOT / "train.py"
+        self,
+        args,
+        env,
+        log,
+        ranks=None,
+        torchrun=("--standalone",),
+        script=ROOT / "train.py",
+        warm=False,
     ):
+        self._log = log
+        log.touch()
+        if warm:
+            forked = WarmProcess if ranks is None else functools.partial(WarmRanks, ranks)
+            self._process = forked([script, *args], env, log)
+            return
         command = [sys.executable]
         if ranks is not None:
             command += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", *torchrun]
         command += [str(script), *map(str, args)]
-        self._log = log
         with open(log, "w") as file:
             self._process = subprocess.Popen(
                 command,
@@ -94,8 +96,9 @@ class TrainProcess:
         """Return this process and all that descend from it, while it runs."""
         if self._process.poll() is not None:
             return []
-        top = psutil.Process(self.pid)
-        return [top, *top.children(recursive=True)]
+        started = getattr(self._process, "ranks", [self._process])
+        tops = [psutil.Process(found.pid) for found in started if found.returncode is None]
+        return [*tops, *(child for top in tops for child in top.children(recursive=True))]
 
     def finish(self, code=0):
         """Wait for the end, require an exit code (or any failure for None), return the output."""
