@@ -282,7 +282,7 @@ def test_classes_that_the_model_does_not_have_are_refused(trained, tmp_path):
 def test_guidance_makes_digits_more_like_their_class(tmp_path):
     data, vae = tmp_path / "digits.zip", tmp_path / "vae"
     succeed(dataset_tool, "convert", "--source=digits", f"--dest={data}")
-    assert train_autoencoder(data, vae, num_steps=300, batch=64) < 0.06
+    assert train_autoencoder(data, vae, num_steps=300, batch=16) < 0.06
     latents = tmp_path / "latents"
     arguments = (f"--source={data}", f"--dest={latents}", f"--vae={vae}")
     succeed(dataset_tool, "encode", *arguments)
