@@ -17,7 +17,8 @@ from dnnlib.click_options import output_rules, overwrites, param, takes
 from dnnlib.config import Config
 from dnnlib.files import check_target
 from dnnlib.text import MAX_LISTED, parse_ranges
-from sampling.images import GenerateConfig, cached_snapshot
+from sampling.config import GenerateConfig
+from sampling.images import cached_snapshot
 from sampling.outputs import claim_outdir, make_images, places
 from torch_utils import distributed
 from torch_utils.misc import allow_tf32

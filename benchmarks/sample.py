@@ -11,7 +11,7 @@ import families
 from benchmarks.kinds import NetworkOptions, describe_run, measured_preset
 from benchmarks.measure import interleave, median_ratio, seconds_of, table
 from data.images.codec import PixelCodec
-from diffusion.guidance import GuidanceConfig
+from diffusion.config import GuidanceConfig
 from dnnlib.click_options import param, takes
 from models import build_network
 from torch_utils import distributed

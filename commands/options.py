@@ -18,7 +18,7 @@ from evaluation.images import ImageSource, Making, ScoreConfig, open_image_sourc
 from metrics.metric import METRICS, MetricSpec, get_metrics
 from metrics.reference import read_references
 from metrics.rows import read_rows
-from sampling.images import GenerateConfig
+from sampling.config import GenerateConfig
 from torch_utils import distributed
 from torch_utils.misc import allow_tf32
 from torch_utils.pictures import check_picture_target

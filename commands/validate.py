@@ -20,7 +20,7 @@ from commands.options import (
 )
 from data.features.dataset import FeatureDataset
 from data.features.record import SPLITS
-from diffusion.guidance import DualGuidanceConfig
+from diffusion.config import DualGuidanceConfig
 from dnnlib.cli import raw_value
 from dnnlib.click_options import param, takes
 from dnnlib.files import write_json
@@ -28,7 +28,8 @@ from evaluation.in_loop.features import describe_row, weights_facts
 from evaluation.validation.config import TESTS, ValidationConfig
 from evaluation.validation.networks import check_used, chosen_tests, load_networks
 from evaluation.validation.validate import validate
-from sampling.images import GenerateConfig, cached_snapshot
+from sampling.config import GenerateConfig
+from sampling.images import cached_snapshot
 from sampling.requests import check_encoders
 from torch_utils import distributed
 from torch_utils.misc import allow_tf32

@@ -13,8 +13,8 @@ from dnnlib.progress import progress
 from dnnlib.text import join_names
 from metrics.detectors import ImageShape
 from metrics.statistics import Batch
+from sampling.config import GenerateConfig
 from sampling.images import (
-    GenerateConfig,
     ImageGenerator,
     cached_snapshot,
     generate_for_rank,

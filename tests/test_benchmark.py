@@ -31,10 +31,11 @@ from evaluation.in_loop.images import ImageEvaluator
 from evaluation.scoring import RealImages, make_evaluate
 from metrics.metric import get_metrics
 from models import build_network
-from models.diffit import DiffiTConfig, ResBlock
-from models.latent_diffit import LatentDiffiTConfig
+from models.architectures.diffit import DiffiTConfig
+from models.architectures.latent_diffit import LatentDiffiTConfig
+from models.architectures.set_dit import SetDiTConfig
+from models.diffit import ResBlock
 from models.layers import TMSA, UpsampleConv
-from models.set_dit import SetDiTConfig
 from torch_utils.distributed import StopSignal
 from torch_utils.misc import count_parameters, peak_flops
 from training.loop import Job, training_loop
