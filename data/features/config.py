@@ -6,6 +6,8 @@ from typing import ClassVar
 from dnnlib.config import Config, option
 from dnnlib.errors import refusal
 
+SPLITS = ("train", "validation")  # Parts of a feature folder.
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FeatureConfig(Config):

@@ -5,6 +5,9 @@ from typing import ClassVar
 
 from dnnlib.config import Config, option
 
+# Classes that supports are drawn from: trained on, kept for tests, and kept for validation.
+PROTOCOLS = ("seen", "unseen", "val")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SetConfig(Config):
