@@ -1,6 +1,5 @@
 """benchmark.py attention: what attention costs by each way of computing it."""
 
-import dataclasses
 import functools
 import statistics
 from collections.abc import Callable
@@ -8,27 +7,17 @@ from collections.abc import Callable
 import click
 import torch
 
-from benchmarks.kinds import NetworkOptions, attention_stages, describe_run, measured_preset
+from benchmarks.kinds import attention_stages, describe_run, measured_preset
 from benchmarks.measure import interleave, seconds_of, table
+from benchmarks.options import AttentionOptions
 from benchmarks.plain import plain_attention
 from diffusion.denoiser import AUTOCAST_DTYPES
-from dnnlib.click_options import param, takes
 from models.attention import attend, choose_attention
 from torch_utils import distributed
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AttentionOptions(NetworkOptions):
-    calls: int = param(default=3, min=1, max=1_000_000, help="Number of calls in a turn.")
-
-
-@click.command()
-@takes(AttentionOptions)
-def command(options: AttentionOptions) -> None:
-    """Time the ways to compute attention, forward and backward, at a preset's shapes.
-
-    Rows are the stages of the model with their windows; the last row is all blocks of the network.
-    """
+def measure(options: AttentionOptions) -> None:
+    """Print the table of ``benchmark.py attention``."""
     device = distributed.init()
     config = measured_preset(options.preset).run
     click.echo(f"{describe_run(config, device)}\nbatch {options.batch}, {options.precision}")

@@ -13,10 +13,10 @@ from PIL import Image
 
 import families
 from benchmarks.measure import describe_device
-from configs.presets import PRESETS, Preset, get_preset
+from benchmarks.options import MEASURED
+from configs.presets import Preset, get_preset
 from data.convert.convert import Source, convert_images
 from data.latents.record import LABELS_FILE, RECORD_FILE, LatentRecord, latent_shard_name
-from dnnlib.click_options import param
 from dnnlib.errors import refusal
 from dnnlib.files import sha256_of_file, write_json
 from dnnlib.text import format_count
@@ -26,8 +26,6 @@ from training.family import TrainingData
 from training.report import forward_flops, num_parameters
 
 NUM_SYNTHETIC_IMAGES = 2048
-BATCH_HELP = "Number of images in a batch."
-PRECISION_HELP = "Arithmetic to measure."
 
 
 def measured_preset(name: str) -> Preset:
@@ -192,34 +190,3 @@ _KINDS = {
     "latent": _Kind(_make_latents, _describe_latents, _copy_latents, _one_stage),
     "sets": dataclasses.replace(_PICTURES, stages=_one_stage),
 }
-MEASURED = [name for name, preset in PRESETS.items() if _KINDS.get(preset.run.family)]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """What every measurement has."""
-
-    preset: str = param(default="cifar10", help=f"Model to measure: {', '.join(MEASURED)}.")
-    rounds: int = param(
-        default=7,
-        min=1,
-        max=10_000,
-        help="Number of rounds in which all that is compared has a turn; medians count.",
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataOptions(Options):
-    """What a measurement that reads images has."""
-
-    data: str | None = param(
-        help="Zip or folder made by dataset_tool.py.  [default: synthetic pictures]"
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NetworkOptions(Options):
-    """What a measurement of a network without training has."""
-
-    precision: str = param(default="fp32", choices=("bf16", "fp32"), help=PRECISION_HELP)
-    batch: int = param(default=16, min=1, max=1_000_000, help=BATCH_HELP)

@@ -8,30 +8,17 @@ import click
 import torch
 
 import families
-from benchmarks.kinds import NetworkOptions, describe_run, measured_preset
+from benchmarks.kinds import describe_run, measured_preset
 from benchmarks.measure import interleave, median_ratio, seconds_of, table
+from benchmarks.options import SampleOptions
 from data.images.codec import PixelCodec
 from diffusion.config import GuidanceConfig
-from dnnlib.click_options import param, takes
 from models import build_network
 from torch_utils import distributed
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SampleOptions(NetworkOptions):
-    steps: int | None = param(
-        min=1, max=1_000_000, help="Number of sampling steps.  [default: the preset's]"
-    )
-
-
-@click.command()
-@takes(SampleOptions)
-def command(options: SampleOptions) -> None:
-    """Time sampling, and guidance against one doubled batch, with random weights.
-
-    Guidance evaluates the network on a doubled batch; it is compared with sampling twice as many
-    images without it. Latents are timed without their decoding.
-    """
+def measure(options: SampleOptions) -> None:
+    """Print the table of ``benchmark.py sample``."""
     device, batch = distributed.init(), options.batch
     preset = measured_preset(options.preset)
     family = families.of(preset.run)

@@ -1,6 +1,5 @@
 """benchmark.py train: what a training step costs, beside a plain one."""
 
-import dataclasses
 import functools
 import statistics
 
@@ -9,9 +8,6 @@ import torch
 
 import families
 from benchmarks.kinds import (
-    BATCH_HELP,
-    PRECISION_HELP,
-    DataOptions,
     dataset_of,
     describe_run,
     measured_preset,
@@ -25,9 +21,9 @@ from benchmarks.measure import (
     table,
     tensor_bytes,
 )
+from benchmarks.options import TrainOptions
 from benchmarks.plain import build_plain_network
 from data.loader import make_loader
-from dnnlib.click_options import param, takes
 from models import build_network
 from torch_utils import distributed, rng
 from torch_utils.misc import allow_tf32, peak_flops
@@ -44,32 +40,8 @@ _BASELINE = "baseline fp32"
 _FIRST_NIMG = 50_000_000
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainOptions(DataOptions):
-    batch_gpu: int = param(default=16, min=1, max=100_000, help=BATCH_HELP)
-    steps: int | None = param(
-        min=1, max=1_000_000, help="Number of steps in a turn.  [default: 1, on a GPU 20]"
-    )
-    precision: str = param(default="both", choices=("fp32", "bf16", "both"), help=PRECISION_HELP)
-    compile: bool = param(
-        "--compile/--no-compile", default=False, help="Compile this code's network."
-    )
-    tf32: bool = param(
-        "--tf32/--no-tf32", default=False, help="Use TF32 products on both sides in fp32."
-    )
-    workers: int | None = param(
-        min=0, max=1_024, help="Number of loader processes of each side.  [default: the preset's]"
-    )
-
-
-@click.command()
-@takes(TrainOptions)
-def command(options: TrainOptions) -> None:
-    """Time training steps of this code and of a plain baseline of the same network.
-
-    The baseline has attention as batched matrix products, contiguous NCHW images, eager fp32, an
-    Adam and a weight average that go parameter by parameter; data and augmentation are the same.
-    """
+def measure(options: TrainOptions) -> None:
+    """Print the table of ``benchmark.py train``."""
     device, batch = distributed.init(), options.batch_gpu
     same = dict(compile=options.compile, tf32=options.tf32)
     config = measured_preset(options.preset).run
