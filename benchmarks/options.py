@@ -7,9 +7,9 @@ from dnnlib.click_options import param
 
 BATCH_HELP = "Number of images in a batch."
 PRECISION_HELP = "Arithmetic to measure."
-# Families of whose models something is measured; benchmarks/kinds.py says what.
-_FAMILIES = ("image", "latent", "sets")
-MEASURED = [name for name, preset in PRESETS.items() if preset.run.family in _FAMILIES]
+# What models are measured on, by their family; benchmarks/kinds.py makes it.
+_DATA = {"image": "pictures", "latent": "latents", "sets": "pictures"}
+MEASURED = [name for name, preset in PRESETS.items() if _DATA.get(preset.run.family)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
