@@ -76,6 +76,8 @@ def _latent_lines(data: str) -> Iterator[str]:
 
 
 def _class_lines(labels: "np.ndarray | None", class_names: list[str]) -> Iterator[str]:
+    import numpy as np
+
     yield f"classes       {len(class_names) if class_names else 'none (no labels)'}"
     if class_names:
         yield "\nindex   images  name"

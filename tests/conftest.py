@@ -11,7 +11,7 @@ from training_runs import FULL, TrainProcess, environment, only_run
 
 from data.convert.convert import convert_images
 from data.convert.sources import open_source
-from metrics import metric
+from metrics import frechet
 from metrics.frechet import frechet_distance
 
 
@@ -34,7 +34,7 @@ def few_features(monkeypatch):
         moments = mu1[first], sigma1[first, first], mu2[first], sigma2[first, first]
         return frechet_distance(*moments)
 
-    monkeypatch.setattr(metric, "frechet_distance", of_some)
+    monkeypatch.setattr(frechet, "frechet_distance", of_some)
 
 
 @pytest.fixture(scope="session")

@@ -136,7 +136,7 @@ def options_of_every_command():
         commands = {"": script.main}
         if isinstance(script.main, click.Group):
             context = click.Context(script.main)
-            names = script.main.summaries
+            names = script.main.list_commands(context)
             commands = {name: script.main.get_command(context, name) for name in names}
         for name, command in commands.items():
             for option in command.params:

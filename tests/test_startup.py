@@ -51,7 +51,8 @@ def test_help_of_every_command_loads_nothing_that_it_does_not_need():
 
 def test_wrong_options_are_refused_before_torch_is_loaded():
     for command, (code, modules) in zip(WRONG, loaded(WRONG, HEAVY), strict=True):
-        assert code != 0 and modules == [], command
+        assert code != 0, command
+        assert modules == [], command
 
 
 def test_modules_that_are_loaded_are_noticed():
