@@ -73,6 +73,10 @@ class GenerateOptions:
     precision: str | None = param(
         choices=PRECISIONS, help="Arithmetic of the network.  [default: as in training]"
     )
+    cpu_matmul: str | None = param(
+        choices=("auto", "mkl", "onednn"),
+        help="What multiplies float32 matrices on CPUs.  [default: as in training]",
+    )
 
     def seed_list(self) -> list[int]:
         """Return all seeds; raises UsageError for some given twice."""
@@ -141,7 +145,8 @@ def main(config: GenerateConfig, options: GenerateOptions, asked: Asked) -> None
 
     device = distributed.init()
     allow_tf32(options.tf32)
-    settings = {name: getattr(options, name) for name in ("precision", "guide", "vae")}
+    names = ("precision", "cpu_matmul", "guide", "vae")
+    settings = {name: getattr(options, name) for name in names}
     protocol = GeneratorOptions(sampling=config.sampling, guidance=config.guidance, **settings)
     generator = requests.bind(family.load(snapshot, device, protocol), device)
     # Images of another protocol in the same folder would pass for this one's.

@@ -8,6 +8,8 @@ import click
 import families
 from commands.options import (
     BATCH_HELP,
+    CPU_MATMUL,
+    CPU_MATMUL_HELP,
     PRECISION_HELP,
     PRECISIONS,
     check_targets,
@@ -53,6 +55,7 @@ class FewShotOptions:
     )
     seed: int = param(default=0, min=0, max=2**32 - 1, help="Seed of the first generated image.")
     precision: str | None = param(choices=PRECISIONS, help=PRECISION_HELP)
+    cpu_matmul: str | None = param(choices=CPU_MATMUL, help=CPU_MATMUL_HELP)
     batch: int = param(default=64, min=1, max=1_000_000, help=BATCH_HELP)
     outdir: Path | None = param(help="Folder for a picture of each protocol.")
     json: Path | None = param(help="File to write the score rows to.")
@@ -98,7 +101,9 @@ def command(config: ScoreConfig, options: FewShotOptions) -> None:
     same = ("num_images", "episodes_per_class", "outdir")
     settings = {name: getattr(options, name) for name in same}
     test = FewShotTest(protocols=protocols, dataset=dataset, transfer=transfer, **settings)
-    making = Making(first_seed=options.seed, batch=options.batch, precision=options.precision)
+    names = ("batch", "precision", "cpu_matmul")
+    own = {name: getattr(options, name) for name in names}
+    making = Making(first_seed=options.seed, **own)
     rows = []
     for found in score_fewshot(snapshot, config, specs, device, test, making):
         distributed.print0(describe_fewshot(found))

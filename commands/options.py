@@ -28,8 +28,10 @@ AnyConfig = ScoreConfig | DetectorConfig
 
 BATCH_HELP = "Number of images that each rank processes at a time."
 PRECISION_HELP = "Arithmetic of the network.  [default: as in training]"
-_OF_SNAPSHOTS = ("seed", "precision", "guide", "vae", "tf32")
+_OF_SNAPSHOTS = ("seed", "precision", "guide", "vae", "tf32", "cpu_matmul")
 TF32_HELP = "Allow TF32 matrix products on NVIDIA GPUs."
+CPU_MATMUL = ("auto", "mkl", "onednn")
+CPU_MATMUL_HELP = "What multiplies float32 matrices on CPUs.  [default: as in training]"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,7 @@ class SourceOptions:
     seed: int = param(default=0, min=0, max=2**32 - 1, help="Seed of the first generated image.")
     batch: int = param(default=64, min=1, max=1_000_000, help=BATCH_HELP)
     precision: str | None = param(choices=PRECISIONS, help=PRECISION_HELP)
+    cpu_matmul: str | None = param(choices=CPU_MATMUL, help=CPU_MATMUL_HELP)
 
     def open(
         self, config: AnyConfig, *, shuffled: bool = False
@@ -67,7 +70,8 @@ class SourceOptions:
 
         device = distributed.init()
         allow_tf32(self.tf32)
-        same = {name: getattr(self, name) for name in ("batch", "precision", "guide", "vae")}
+        names = ("batch", "precision", "cpu_matmul", "guide", "vae")
+        same = {name: getattr(self, name) for name in names}
         making = Making(first_seed=self.seed, **same)
         location, protocol = self.images or self.network, config if self.network else None
         source = open_image_source(location, protocol, device, making, shuffled=shuffled)

@@ -8,6 +8,8 @@ import click
 
 import families
 from commands.options import (
+    CPU_MATMUL,
+    CPU_MATMUL_HELP,
     PRECISION_HELP,
     PRECISIONS,
     TF32_HELP,
@@ -72,6 +74,7 @@ class ValidateOptions:
     text: str | None = param(help="Text encoder.  [default: where it was in training]")
     precision: str | None = param(choices=PRECISIONS, help=PRECISION_HELP)
     tf32: bool = param(help=TF32_HELP)
+    cpu_matmul: str | None = param(choices=CPU_MATMUL, help=CPU_MATMUL_HELP)
     outdir: Path = param(required=True, help="Folder for score rows and pictures.")
 
 
@@ -135,7 +138,8 @@ def _validate_snapshot(
     dataset = FeatureDataset(location, options.split, text_lengths=lengths)
     check_encoders(snapshot.config.model, dataset, "--data")
     protocol = dict(sampling=config.sampling, guidance=config.guidance)
-    protocol |= dict(precision=options.precision, vae=options.vae)
+    names = ("precision", "cpu_matmul", "vae")
+    protocol |= {name: getattr(options, name) for name in names}
     family, settings = families.of(snapshot.config), GeneratorOptions(**protocol)
     generator = family.load(snapshot, device, settings)
     encoders = dict(visual=options.visual, text=options.text)

@@ -1,7 +1,7 @@
 """The denoiser D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) (EDM, arXiv 2206.00364, Eq. 7)."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -75,3 +75,25 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.Abst
     if dtype is None:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype)
+
+
+@contextlib.contextmanager
+def casts_kept(*networks: torch.nn.Module) -> Iterator[None]:
+    """Keep what autocast makes of weights until the block ends, so that they are cast once.
+
+    Left alone, autocast casts them anew in every pass, and twice where a weight is used twice if it
+    cannot be trained. Weights must not change inside the block. ``networks`` are those whose
+    weights cannot be trained.
+    """
+    frozen = [p for own in networks for p in own.parameters() if not p.requires_grad]
+    torch.autocast_increment_nesting()
+    try:
+        # Autocast keeps the casts of weights that can be trained, and of no others.
+        for param in frozen:
+            param.requires_grad_(True)
+        yield
+    finally:
+        for param in frozen:
+            param.requires_grad_(False)
+        if torch.autocast_decrement_nesting() == 0:
+            torch.clear_autocast_cache()

@@ -144,6 +144,7 @@ class Making:
     first_seed: int = 0
     batch: int = 64  # Images per rank and pass; also of images that come from files.
     precision: str | None = None  # Arithmetic of the network; None: as in training.
+    cpu_matmul: str | None = None  # What multiplies float32 matrices on a CPU; None likewise.
     guide: str | None = None  # Second snapshot, to guide away from.
     vae: str | None = None  # Autoencoder of a latent model, if not where it was in training.
 
@@ -151,7 +152,8 @@ class Making:
         self, snapshot: Snapshot, config: GenerateConfig, device: torch.device
     ) -> ImageGenerator:
         """Return what makes the images of ``snapshot`` under the protocol ``config``."""
-        own = dict(precision=self.precision, guide=self.guide, vae=self.vae)
+        names = ("precision", "cpu_matmul", "guide", "vae")
+        own = {name: getattr(self, name) for name in names}
         options = GeneratorOptions(sampling=config.sampling, guidance=config.guidance, **own)
         return family_of(snapshot.config).load(snapshot, device, options)
 

@@ -189,7 +189,7 @@ class FeatureFamily:
     def load(self, snapshot: Snapshot, device: torch.device, options: GeneratorOptions) -> Any:
         if options.guide is not None:
             raise ValueError("--guide: this model is guided by --text-scale and --visual-scale.")
-        run = run_to_sample(snapshot.config, options)
+        run = run_to_sample(snapshot, options, device)
         codec = _make_codec(run, snapshot.data.features["statistics"], device, options.vae)
         generator = self.generator(run, snapshot.build(device), codec, device)
         return dataclasses.replace(generator, trained_nimg=snapshot.progress["cur_nimg"])

@@ -19,6 +19,7 @@ from dnnlib.errors import refusal
 from families.runs import ImageRun
 from models.network import Network
 from sampling.images import ImageGenerator, cached_snapshot, check_guide
+from torch_utils import cpu_matmul
 from training.checkpoint import DataSummary, Snapshot
 from training.config import RunConfig
 from training.family import Asked, Codec, Evaluator, GeneratorOptions, Part, Steps, TrainingData
@@ -197,7 +198,7 @@ class ImageFamily:
     def load(
         self, snapshot: Snapshot, device: torch.device, options: GeneratorOptions
     ) -> ImageGenerator:
-        run, guide = run_to_sample(snapshot.config, options), None
+        run, guide = run_to_sample(snapshot, options, device), None
         if options.guide is None:
             self.check_guidance(run, run.model.num_classes)
         else:
@@ -278,8 +279,15 @@ def check_levels(run: RunConfig) -> None:
             raise refusal(option, f"{low:g} to {high:g}", but=but, remedy="choose others")
 
 
-def run_to_sample(run: RunConfig, options: GeneratorOptions) -> RunConfig:
-    """Return the run of a snapshot sampled as ``options`` say where they do."""
+def run_to_sample(snapshot: Snapshot, options: GeneratorOptions, device: torch.device) -> RunConfig:
+    """Return the run of a snapshot sampled as ``options`` say where they do. Collective.
+
+    Float32 matrices are multiplied as in training, where that is not told otherwise.
+    """
+    run, stored = snapshot.config, None
+    if options.cpu_matmul is None and run.training.cpu_matmul != "auto":
+        stored = run.training.cpu_matmul
+    cpu_matmul.agree(options.cpu_matmul or "auto", stored, device)
     sampling, guidance = options.sampling or run.sampling, options.guidance or run.guidance
     run = dataclasses.replace(run, sampling=sampling, guidance=guidance)
     return run.changed("training", precision=options.precision or run.training.precision)

@@ -1,4 +1,4 @@
-"""Attention with a bias that is learned, by the kernels that are fastest on a device."""
+"""Attention by the kernels that are fastest for a device, a type and a number of tokens."""
 
 import functools
 from typing import Any
@@ -9,18 +9,19 @@ from torch.nn import functional
 from torch.nn.attention.flex_attention import flex_attention
 
 from dnnlib.errors import refusal
+from torch_utils import cpu_matmul
 
-# What "auto" means, by device type; SDPA where nothing is listed. On CPUs SDPA has no fused kernel
-# for a bias that needs a gradient, and computes bf16 in fp32: explicitly takes 0.9 to 1 of its time
-# in fp32 and 0.3 to 1 in bf16, and 0.3 to 0.75 without gradients (`benchmark.py attention`; windows
-# of 16 to 1,024 tokens). Flex attention has no backward pass there. On GPUs the ways are not
-# compared yet.
+# What "auto" means for a learned bias, by device type; SDPA where nothing is listed. On GPUs the
+# ways are not compared yet.
 AUTO_ATTENTION: dict[str, str] = {"cpu": "explicit", "cuda": "sdpa"}
 ATTENTION = ("auto", "sdpa", "flex", "explicit")
+# Beyond, the scores of one image and head outgrow the caches of a CPU, and SDPA, which never holds
+# them all, is faster.
+_MAX_EXPLICIT_TOKENS = 512
 
 
 def choose_attention(attention: str, device: torch.device, needs_grad: bool) -> str:
-    """Return which of :data:`ATTENTION` a device gets where ``auto`` or one of them is asked.
+    """Return which of :data:`ATTENTION` a learned bias gets where ``auto`` or one is asked.
 
     Raises ValueError for flex attention with gradients on a CPU.
     """
@@ -32,29 +33,68 @@ def choose_attention(attention: str, device: torch.device, needs_grad: bool) -> 
     return attention
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, attention: str = "auto") -> Tensor:
-    """Return softmax(q k^T / sqrt(d) + bias) v (DiffiT, arXiv 2312.02139, Eq. 6).
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    attention: str = "auto",
+    scale: float | None = None,
+) -> Tensor:
+    """Return softmax(scale q k^T + bias) v (DiffiT, arXiv 2312.02139, Eq. 6).
 
     Args:
-        q, k, v: [N, heads, L, d].
-        bias: [heads, L, L], added after the scaling; the same for all N.
+        q: [N, heads, L, d].
+        k, v: [N, heads, M, d].
+        bias: Added after the scaling, or bool, true where a key may be seen; it broadcasts to
+            [N, heads, L, M]. Flex attention takes [heads, L, M].
         attention: One of :data:`ATTENTION`; see :func:`choose_attention`.
+        scale: d^-0.5 by default.
 
     Returns [N, heads, L, d].
     """
-    backend = choose_attention(attention, q.device, q.requires_grad)
+    if attention == "auto":
+        backend = _auto(q, k, bias)
+    else:
+        backend = choose_attention(attention, q.device, q.requires_grad)
     if backend == "explicit" and not torch.compiler.is_compiling():
-        return _Explicit.apply(q, k, v, bias)
-    bias = bias.to(q.dtype)
-    if backend != "flex":
-        # Four dimensions: the fused CPU kernel takes no others.
-        return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
+        if bias is not None and bias.dtype == torch.bool:
+            bias = torch.zeros_like(bias, dtype=q.dtype).masked_fill_(~bias, -torch.inf)
+        return _Explicit.apply(q, k, v, bias, q.shape[-1] ** -0.5 if scale is None else scale)
+    if bias is not None and bias.dtype != torch.bool:
+        bias = bias.to(q.dtype)
+    if backend == "flex":
+        return _flex(q, k, v, bias, scale)
+    if bias is not None and bias.ndim < 4:
+        bias = bias[None]  # Four dimensions: the fused CPU kernel takes no others.
+    return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
 
+
+def _auto(q: Tensor, k: Tensor, bias: Tensor | None) -> str:
+    """Return the fastest way for these tensors, as `benchmark.py attention` measures it.
+
+    On CPUs SDPA has no fused kernel for a bias that needs a gradient and computes it in fp32: of
+    its time the explicit form takes 0.9 to 1 in fp32, 0.3 to 1 in bf16, and 0.3 to 0.75 without
+    gradients (16 to 1,024 tokens). Without a bias SDPA is faster, but for two cases up to 512
+    tokens: gradients in bf16 (0.1 to 0.5 of its time), and fp32 products by oneDNN (0.1 to 0.4),
+    which SDPA would prepare anew for each of its small blocks.
+    """
+    if q.device.type != "cpu" or (bias is not None and bias.dtype != torch.bool):
+        return choose_attention("auto", q.device, q.requires_grad)
+    if max(q.shape[-2], k.shape[-2]) > _MAX_EXPLICIT_TOKENS:
+        return "sdpa"
+    if q.dtype == torch.float32:
+        return "explicit" if cpu_matmul.in_use() == "onednn" else "sdpa"
+    return "explicit" if q.requires_grad and q.dtype != torch.float64 else "sdpa"
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float | None) -> Tensor:
     def add_bias(score: Tensor, _: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return score + bias[head, query, key]
 
     fused = q.device.type != "cpu" and not torch.compiler.is_compiling()
-    return (_compiled_flex_attention() if fused else flex_attention)(q, k, v, score_mod=add_bias)
+    function = _compiled_flex_attention() if fused else flex_attention
+    return function(q, k, v, score_mod=add_bias, scale=scale)
 
 
 @functools.cache
@@ -65,28 +105,45 @@ def _compiled_flex_attention():
 class _Explicit(torch.autograd.Function):
     """:func:`attend` as two batched products and a softmax, which keeps the weights alone.
 
-    With P = softmax(S) and dP = dO V^T, dS = P (dP - sum_j P dP), from which dQ = dS K / sqrt(d),
-    dK = dS^T Q / sqrt(d), dV = P^T dO, and the gradient of the bias is the sum of dS over N.
+    With P = softmax(S) and dP = dO V^T, dS = P (dP - sum_j P dP), from which dQ = scale dS K,
+    dK = scale dS^T Q, dV = P^T dO, and the gradient of the bias is dS, summed where it broadcasts.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        ctx.scale, ctx.bias_dtype = q.shape[-1] ** -0.5, bias.dtype
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
+    ) -> Tensor:
+        ctx.scale = scale
+        ctx.bias_like = None if bias is None else (bias.shape, bias.dtype)
         # Copied once: every product of parts of a larger tensor would copy them again.
-        q, k, v = q * ctx.scale, k.contiguous(), v.contiguous()
+        q, k, v = q * scale, k.contiguous(), v.contiguous()
         with torch.autocast(q.device.type, enabled=False):
-            scores = (q @ k.transpose(-1, -2)).add_(bias.to(q.dtype))
+            scores = q @ k.transpose(-1, -2)
+            if bias is not None:
+                scores.add_(bias.to(q.dtype))
             weights = scores.softmax(dim=-1)
             ctx.save_for_backward(q, k, v, weights)
             return weights @ v
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        q, k, v, weights = ctx.saved_tensors  # q / sqrt(d), as the scores are of.
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, weights = ctx.saved_tensors  # scale q, as the scores are of.
         grad = grad.contiguous()
         of_v = weights.transpose(-1, -2) @ grad
         of_weights = grad @ v.transpose(-1, -2)
         of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
         of_q = (of_scores @ k).mul_(ctx.scale)
         of_k = of_scores.transpose(-1, -2) @ q
-        return of_q, of_k, of_v, of_scores.sum(dim=0, dtype=ctx.bias_dtype)
+        of_bias = None
+        if ctx.needs_input_grad[3]:
+            shape, dtype = ctx.bias_like
+            of_bias = _sum_to(of_scores, shape, dtype)
+        return of_q, of_k, of_v, of_bias, None
+
+
+def _sum_to(value: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Return ``value`` summed, in ``dtype``, over the dimensions in which ``shape`` broadcasts."""
+    aligned = (1,) * (value.ndim - len(shape)) + tuple(shape)
+    dims = [i for i, (own, size) in enumerate(zip(aligned, value.shape, strict=True)) if own < size]
+    value = value.sum(dim=dims, keepdim=True, dtype=dtype) if dims else value.to(dtype)
+    return value.reshape(shape)

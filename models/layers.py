@@ -113,7 +113,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return attended tokens [B, L, C] of tokens x [B, L, C]."""
         q, k, v = split_heads(self.qkv(x), self.head_dim).chunk(3, dim=1)
-        return self.proj(merge_heads(functional.scaled_dot_product_attention(q, k, v)))
+        return self.proj(merge_heads(attend(q, k, v)))
 
 
 class CrossAttention(nn.Module):
@@ -135,10 +135,8 @@ class CrossAttention(nn.Module):
         q = split_heads(self.q(x), self.head_dim)
         k, v = split_heads(self.kv(context), self.head_dim).chunk(2, dim=1)
         if mask is not None:
-            mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
             mask = mask[:, None, None, :].expand(-1, -1, q.shape[2], -1)
-        y = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.proj(merge_heads(y))
+        return self.proj(merge_heads(attend(q, k, v, mask)))
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:

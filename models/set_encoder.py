@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.architectures.set_dit import SetDiTConfig
+from models.attention import attend
 from models.layers import PositionalEmbedding, draw_linear_layers, merge_heads, split_heads
 
 PATCH_OFFSET = 2
@@ -68,8 +69,7 @@ class EncoderAttention(nn.Module):
         scale = None
         if self.log_temperature is not None:
             q, scale = q * self.log_temperature.exp().to(q.dtype), 1.0
-        y = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-        return self.proj(merge_heads(y))
+        return self.proj(merge_heads(attend(q, k, v, mask, scale=scale)))
 
 
 class EncoderBlock(nn.Module):

@@ -11,7 +11,7 @@ from data.features.codec import FeatureCodec
 from data.features.config import FeatureConfig
 from data.images.dataset import Cond
 from diffusion.config import DualGuidanceConfig, SamplingConfig
-from diffusion.denoiser import autocast
+from diffusion.denoiser import autocast, casts_kept
 from diffusion.flow import Velocity, sample_flow
 from diffusion.guidance import BRANCHES, branch_weights, weighted_branches
 from diffusion.samplers import num_evaluations
@@ -77,7 +77,8 @@ class FeatureGenerator:
         contexts, weights = self._branches(cond, len(seeds), bucket, guidance or self.guidance)
         velocity = Velocity(self.network, self.autocast_dtype)
         guided = weighted_branches(velocity, contexts, weights)
-        return sample_flow(guided, noise, self.sampling)
+        with casts_kept(self.network):
+            return sample_flow(guided, noise, self.sampling)
 
     def _branches(
         self, cond: Cond, num: int, bucket: Bucket, guidance: DualGuidanceConfig

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from diffusion.config import GuidanceConfig, SamplingConfig
-from diffusion.denoiser import Denoiser
+from diffusion.denoiser import Denoiser, casts_kept
 from diffusion.guidance import autoguidance, classifier_free
 from diffusion.precond import Precond
 from diffusion.samplers import num_evaluations, reads_variance, sample
@@ -17,7 +17,7 @@ from dnnlib.config import to_dict
 from models import ModelConfig
 from models.context import Context
 from models.network import Network
-from torch_utils import distributed
+from torch_utils import cpu_matmul, distributed
 from torch_utils.fingerprints import package_versions, weights_hash
 from torch_utils.rng import SeededNoise
 from training.checkpoint import Snapshot, load_snapshot
@@ -66,7 +66,9 @@ class ImageGenerator:
         if self.guide is not None:
             guide = self._conditional(self.guide, chosen, len(seeds))
             denoise = autoguidance(denoise, guide, self.guidance, self.precond)
-        return self.codec.decode(sample(denoise, latents, self.sampling, self.precond, noise))
+        with casts_kept(*(own for own in (self.network, self.guide) if own is not None)):
+            images = sample(denoise, latents, self.sampling, self.precond, noise)
+        return self.codec.decode(images)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -131,6 +133,8 @@ def decoding_facts(codec: Codec, autocast_dtype: torch.dtype | None) -> dict[str
         rounding="uint8, clip(127.5 x + 128)",
         tf32=torch.backends.cuda.matmul.allow_tf32,
         precision=str(autocast_dtype or torch.float32).removeprefix("torch."),
+        # Rows and folders of before know of MKL alone.
+        **({} if cpu_matmul.in_use() == "mkl" else dict(cpu_matmul=cpu_matmul.in_use())),
     )
 
 

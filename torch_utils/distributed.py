@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dnnlib import launcher
 from dnnlib.errors import refusal, transportable
 from dnnlib.streams import Stream
-from torch_utils.misc import map_tensors
+from torch_utils.misc import keep_freed_memory, map_tensors
 
 T = TypeVar("T")
 _MEETING_MINUTES = 5
@@ -47,6 +47,8 @@ def init(hang_limit: float = 5.0) -> torch.device:
             raise ValueError(f"Local rank {local_rank} {problem}. {remedy}")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     if joins_others and not dist.is_initialized():
         # So that this rank does not train beside its successor: a kill of torchrun's group does
         # not reach the session of a rank.

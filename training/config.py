@@ -117,6 +117,13 @@ class TrainingConfig(Config):
         False, help="Compile the network with torch.compile; none: on GPUs.", affects="speed"
     )
     tf32: bool = option(False, help="Allow TF32 matrix products on NVIDIA GPUs.", affects="speed")
+    cpu_matmul: str = option(
+        "auto",
+        choices=("auto", "mkl", "onednn"),
+        help="What multiplies float32 matrices on CPUs; auto: oneDNN on CPUs of AMD with AVX-512, "
+        "MKL on others. With onednn a CPU gives up AMX, if it has that.",
+        affects="speed",
+    )
     cudnn_benchmark: bool = option(
         True, name="bench", help="Let cuDNN time its algorithms.", affects="speed"
     )

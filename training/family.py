@@ -170,6 +170,7 @@ class GeneratorOptions:
     Attributes:
         sampling, guidance: The sampler's settings, and the guidance of the family's kind.
         precision: Arithmetic of the network.
+        cpu_matmul: What multiplies float32 matrices on a CPU.
         guide: Snapshot whose errors are extrapolated away from (autoguidance).
         vae: Where the autoencoder is now.
     """
@@ -177,6 +178,7 @@ class GeneratorOptions:
     sampling: SamplingConfig | None = None
     guidance: Config | None = None
     precision: str | None = None
+    cpu_matmul: str | None = None
     guide: str | None = None
     vae: str | None = None
 

@@ -19,7 +19,7 @@ from dnnlib.config import to_dict
 from dnnlib.errors import refusal
 from dnnlib.files import atomic_write, check_source, check_target, lock_folder, write_json
 from models import attention_backend
-from torch_utils import distributed
+from torch_utils import cpu_matmul, distributed
 from torch_utils.fingerprints import package_versions
 from training import runs
 from training.checkpoint import load_snapshot, read_header
@@ -121,6 +121,9 @@ def print_plan(config: RunConfig, usual_num_classes: int) -> None:
     world_size = launcher.number("WORLD_SIZE", 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = fit_to_device(config, device.type)
+    if config.training.cpu_matmul == "auto":
+        backend = cpu_matmul.best() if device.type == "cpu" else "mkl"
+        config = config.changed("training", cpu_matmul=backend)
     description = describe_run(config, world_size, device)
     if launcher.number("RANK") == 0:
         print(f"{json.dumps(to_dict(config), indent=2)}\n{description}{note}")
@@ -151,6 +154,7 @@ def launch(config: RunConfig, start: Start) -> int:
                     state = runs.load_resume_state(
                         run_dir, exact_state, job.config, job.data, distributed.print0
                     )
+                job = _with_cpu_matmul(job, state)
                 if distributed.is_main():
                     if start.continues:
                         _, origin = runs.read_start(run_dir, lambda text: None)
@@ -184,7 +188,7 @@ def verify(config: RunConfig, start: Start) -> int:
 
     job = _prepare(shortened(config), distributed.init(config.logging.hang_limit))
     snapshot = None if start.transfer is None else load_snapshot(start.transfer)
-    equal = verify_resume(job, snapshot)
+    equal = verify_resume(_with_cpu_matmul(job, None), snapshot)
     distributed.shutdown()
     return 0 if equal else 1
 
@@ -210,6 +214,20 @@ def _prepare(config: RunConfig, device: torch.device) -> Job:
     config, codec = family.open_codec(config, data, device)
     evaluator = family.evaluator(config, data, device)
     return Job(config=config, data=data, codec=codec, evaluator=evaluator, device=device)
+
+
+def _with_cpu_matmul(job: Job, state: dict[str, Any] | None) -> Job:
+    """Settle what multiplies float32 matrices, as in a state that is continued. Collective."""
+    asked, stored = job.config.training.cpu_matmul, None
+    if state is not None:
+        stored = state["config"]["training"].get("cpu_matmul", "mkl")
+    backend = cpu_matmul.agree(asked, stored, job.device)
+    if stored is not None and asked not in ("auto", stored):
+        distributed.print0(
+            f"--cpu-matmul: {stored} in the run so far, {backend} from now on: what follows "
+            "differs in the last bits from a run that was never interrupted."
+        )
+    return dataclasses.replace(job, config=job.config.changed("training", cpu_matmul=backend))
 
 
 def _find_run(job: Job, start: Start, origin: dict[str, Any]) -> tuple[Path | None, Path | None]:

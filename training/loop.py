@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from data.loader import make_loader
+from diffusion.denoiser import casts_kept
 from dnnlib.errors import NotFiniteError
 from dnnlib.progress import progress
 from dnnlib.text import format_kimg
@@ -206,17 +207,18 @@ def training_loop(
 
         # Accumulate gradients.
         optimizer.zero_grad()
-        for round_idx in range(num_rounds):
-            rows = draws.rows(round_idx * batch_gpu, (round_idx + 1) * batch_gpu)
-            images, cond = objective.prepare(*next(batches), rows, device)
-            with distributed.no_sync(loss_function, skip=round_idx < num_rounds - 1):
-                loss = loss_function(images, cond, rows)
-                # Summed over pixels, averaged over the global batch (DDP averages over ranks).
-                total = loss.sum() * (training.loss_scaling * world_size / step_nimg)
-                if optimizer.loss_scale is not None:
-                    total = total * optimizer.loss_scale
-                total.backward()
-            objective.report(stats, loss, rows)
+        with casts_kept():
+            for round_idx in range(num_rounds):
+                rows = draws.rows(round_idx * batch_gpu, (round_idx + 1) * batch_gpu)
+                images, cond = objective.prepare(*next(batches), rows, device)
+                with distributed.no_sync(loss_function, skip=round_idx < num_rounds - 1):
+                    loss = loss_function(images, cond, rows)
+                    # Summed over pixels, averaged over the global batch (DDP averages over ranks).
+                    total = loss.sum() * (training.loss_scaling * world_size / step_nimg)
+                    if optimizer.loss_scale is not None:
+                        total = total * optimizer.loss_scale
+                    total.backward()
+                objective.report(stats, loss, rows)
 
         # At the end of a tick, look at what the step did.
         done = cur_nimg + step_nimg >= total_nimg

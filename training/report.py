@@ -53,6 +53,7 @@ def describe_run(config: RunConfig, world_size: int, device: torch.device) -> st
         "duration": f"{duration} kimg = {steps:,} optimizer steps",
         "precision": training.precision + (", compiled" if training.compile else ""),
         "attention": attention_backend(model, device),
+        **({"cpu matmul": training.cpu_matmul} if device.type == "cpu" else {}),
         "device": str(device),
     }
     rows.update(family.of(config).describe(config))
