@@ -59,6 +59,11 @@ class FeaturesOptions:
         choices=("fp32", "bf16"),
         help="Arithmetic of the encoders; bf16 is faster and rounds features to 3 digits.",
     )
+    feature_bits: str = param(
+        default="16",
+        choices=("16", "8"),
+        help="Bits of each value of the visual encoder's patch features; 8 halves their size.",
+    )
     max_images: int | None = param(min=1, max=1_000_000_000, help="Use only the first N images.")
     skip_broken: bool = param(help="Leave out broken images instead of failing.")
     overwrite: bool = param(help="Make everything again.")
@@ -107,6 +112,7 @@ def command(options: FeaturesOptions) -> None:
         buckets=DEFAULT_BUCKETS if options.buckets is None else parse_buckets(options.buckets),
         batch_size=options.batch,
         num_threads=options.workers,
+        feature_bits=int(options.feature_bits),
         **{name: getattr(options, name) for name in same},
     )
     device = distributed.init()

@@ -1,13 +1,14 @@
 """Where generated images go, and which class each is of."""
 
+from __future__ import annotations
+
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from PIL.Image import Image
 
 from data.resumable import claim
 from dnnlib.progress import progress
@@ -15,6 +16,9 @@ from dnnlib.text import parse_ranges
 from torch_utils import distributed
 from torch_utils.pictures import image_grid, save_image, to_pil
 from training.family import Generator, Requests
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 def parse_classes(text: str | None, class_names: Sequence[str]) -> tuple[int, ...]:

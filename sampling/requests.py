@@ -1,14 +1,15 @@
 """What images are asked for: by a text, by a reference image, or by stored features."""
 
+from __future__ import annotations
+
 import dataclasses
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL.Image import Image
 
 from data.features.buckets import Bucket, fit_image, nearest_bucket, parse_buckets
 from data.features.dataset import FeatureDataset, pad_texts
@@ -26,6 +27,9 @@ from sampling.features import FeatureGenerator
 from torch_utils.pictures import mixed_grid
 from training.checkpoint import Snapshot
 from training.family import Asked
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @dataclasses.dataclass(frozen=True)

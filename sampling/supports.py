@@ -1,11 +1,12 @@
 """Images from sets of support images."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL.Image import Image
 
 from data.fewshot.episodes import Episodes
 from diffusion.denoiser import autocast
@@ -13,6 +14,9 @@ from models.context import Context
 from models.network import Network
 from sampling.images import ImageGenerator
 from torch_utils.pictures import support_picture
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _ENCODED_AT_ONCE = 64
 
@@ -28,7 +32,7 @@ class SupportGenerator(ImageGenerator):
     encoded: dict[Any, Context] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, generator: ImageGenerator, episodes: Episodes) -> "SupportGenerator":
+    def of(cls, generator: ImageGenerator, episodes: Episodes) -> SupportGenerator:
         """Return ``generator`` with the supports of ``episodes``."""
         fields = dataclasses.fields(ImageGenerator)
         return cls(**{f.name: getattr(generator, f.name) for f in fields}, episodes=episodes)

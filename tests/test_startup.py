@@ -19,6 +19,15 @@ COMMANDS = [
     *(["benchmark", name, "--help"] for name in ("train", "sample", "data", "attention")),
     ["benchmark", "metrics", "--help"],
 ]
+# What a dry run has no use for: libraries of images, charts, scores, texts and remote files.
+UNUSED = (
+    *("scipy", "matplotlib", "sklearn", "pandas", "tensorboard", "transformers", "diffusers"),
+    *("tokenizers", "safetensors", "huggingface_hub", "fsspec", "metrics.inception"),
+)
+DRY_RUNS = [
+    ["train", f"--preset={name}", "--dry-run"]
+    for name in ("digits", "digits-latent", "fsdm-digits")
+]
 WRONG = [["train", "--preset=digits", "--no-such-option=1"], ["train", "--preset=none"]]
 
 # Runs each command in turn, and prints its exit code and which modules of a list are loaded then.
@@ -53,6 +62,13 @@ def test_wrong_options_are_refused_before_torch_is_loaded():
     for command, (code, modules) in zip(WRONG, loaded(WRONG, HEAVY), strict=True):
         assert code != 0, command
         assert modules == [], command
+
+
+def test_dry_runs_load_no_library_that_they_have_no_use_for():
+    unused = ("PIL", *UNUSED)
+    for command, (code, modules) in zip(DRY_RUNS, loaded(DRY_RUNS, unused), strict=True):
+        assert (code, modules) == (0, []), command
+    assert loaded([["train", "--preset=nanodit-tiny", "--dry-run"]], UNUSED) == [[0, []]]
 
 
 def test_modules_that_are_loaded_are_noticed():

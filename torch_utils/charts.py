@@ -1,9 +1,13 @@
 """Charts drawn by matplotlib, without its global state."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import PIL.Image
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 _DPI = 100
 
@@ -30,5 +34,7 @@ def new_figure(width: int, height: int) -> Any:
 
 def picture_of(figure: Any) -> PIL.Image.Image:
     """Return a figure of :func:`new_figure` as an RGB picture."""
+    import PIL.Image
+
     figure.canvas.draw()
     return PIL.Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy())

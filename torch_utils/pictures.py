@@ -1,16 +1,20 @@
 """Grids of images as people look at them: enlarged, with gaps, written atomically."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import PIL.Image
-import PIL.PngImagePlugin
 import torch
 
 from dnnlib.errors import NotFiniteError, refusal
 from dnnlib.files import atomic_write, check_target
+
+if TYPE_CHECKING:
+    import PIL.Image
+    import PIL.PngImagePlugin
 
 _GAP = 2
 _BACKGROUND = 40
@@ -26,6 +30,8 @@ def image_grid(images: torch.Tensor, columns: int) -> PIL.Image.Image:
 
     Small images are enlarged by a whole factor without smoothing, to at least 48 pixels a side.
     """
+    import PIL.Image
+
     num, channels, height, width = images.shape
     rows = -(-num // columns)
     factor = max(1, -(-_MIN_TILE // max(height, width)))
@@ -47,6 +53,8 @@ def mixed_grid(
     Every image is scaled to ``height``, or to be as wide as twice that, but never enlarged beyond a
     whole factor.
     """
+    import PIL.Image
+
     rows = [[fit_tile(image, height) for image in row] for row in rows]
     tall = [max(tile.height for tile in row) + _GAP for row in rows]
     wide = [sum(tile.width + _GAP for tile in row) + _GAP for row in rows]
@@ -63,6 +71,8 @@ def mixed_grid(
 
 def fit_tile(image: torch.Tensor | PIL.Image.Image, height: int = 256) -> PIL.Image.Image:
     """Return a picture scaled as :func:`mixed_grid` does, which leaves the result as it is."""
+    import PIL.Image
+
     image = to_pil(image) if isinstance(image, torch.Tensor) else image
     scale = min(height / image.height, 2 * height / image.width)
     resampling = PIL.Image.Resampling.NEAREST if scale >= 1 else PIL.Image.Resampling.LANCZOS
@@ -79,6 +89,8 @@ def support_picture(
     Every support is a block: its images in the first row, then a gap, then the samples, as many to
     a row (at least five). ``bands`` blocks stand side by side, then the next ones below.
     """
+    import PIL.Image
+
     num, size = len(supports), max(supports.shape[1], min(samples.shape[1], _MIN_COLUMNS))
     blocks = []
     for support, made in zip(supports, samples, strict=True):
@@ -94,6 +106,8 @@ def support_picture(
 
 def save_image(image: PIL.Image.Image, path: str | Path) -> None:
     """Write ``image`` as a PNG file, whole or not at all, that :func:`is_our_image` knows again."""
+    import PIL.PngImagePlugin
+
     mark = PIL.PngImagePlugin.PngInfo()
     mark.add_text("Software", _SOFTWARE)
     with atomic_write(path) as file:
@@ -112,6 +126,8 @@ def check_picture_target(option: str, path: Path, **rules: Any) -> None:
 
 def is_our_image(path: Path) -> bool:
     """Return whether a file was written by :func:`save_image`."""
+    import PIL.Image
+
     try:
         with PIL.Image.open(path) as image:
             return image.info.get("Software") == _SOFTWARE
@@ -121,12 +137,16 @@ def is_our_image(path: Path) -> bool:
 
 def to_pil(image: torch.Tensor) -> PIL.Image.Image:
     """Return one uint8 image [C, H, W] (C 1 or 3) as a picture."""
+    import PIL.Image
+
     array = image.permute(1, 2, 0).cpu().numpy()
     return PIL.Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
 
 
 def read_image(path: str | Path) -> torch.Tensor:
     """Return the picture in a file as a uint8 image [C, H, W]; raises ValueError if it has none."""
+    import PIL.Image
+
     try:
         array = np.asarray(PIL.Image.open(path))
     except OSError as error:

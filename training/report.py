@@ -1,14 +1,14 @@
 """What a run is, in words: the text of --dry-run and the first lines of a run."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import torch
 
 from dnnlib.text import format_count
-from models import attention_backend, build_network
+from models import ModelConfig, attention_backend, build_network
 from torch_utils.misc import count_flops, count_parameters
-from torch_utils.pictures import image_grid, mixed_grid, save_image
 from training import family
 from training.config import RunConfig, accumulation_rounds
 from training.family import Codec, TrainingData
@@ -17,20 +17,29 @@ _NUM_REALS = 64
 _MAX_TILE = 512  # Larger images are scaled down in a picture of many.
 
 
-def forward_flops(config: RunConfig) -> int:
-    """Return the floating-point operations of one network evaluation on one image."""
+@functools.lru_cache(maxsize=4)
+def _cost(model: ModelConfig) -> tuple[int, int]:
+    """Return the parameters of a network, and the operations of its evaluation on one image.
+
+    Nothing is allocated. The result is kept, because a run needs it twice.
+    """
     # Flex attention knows no meta device; it does the same arithmetic.
-    model = dataclasses.replace(config.model, attention="sdpa")
+    model = dataclasses.replace(model, attention="sdpa")
     with torch.device("meta"):
         network = build_network(model).eval()
-        x, cond = torch.empty(1, *model.input_shape), model.example_cond()
-        return count_flops(lambda: network(x, torch.zeros(1), network.context(cond, num=1)))
+        x, c_noise, cond = torch.empty(1, *model.input_shape), torch.zeros(1), model.example_cond()
+        flops = count_flops(lambda: network(x, c_noise, network.context(cond, num=1)))
+    return count_parameters(network), flops
+
+
+def forward_flops(config: RunConfig) -> int:
+    """Return the floating-point operations of one network evaluation on one image."""
+    return _cost(config.model)[1]
 
 
 def num_parameters(config: RunConfig) -> int:
-    """Return the parameter count of the run's network, without allocating it."""
-    with torch.device("meta"):
-        return count_parameters(build_network(config.model))
+    """Return the parameter count of the run's network."""
+    return _cost(config.model)[0]
 
 
 def describe_run(config: RunConfig, world_size: int, device: torch.device) -> str:
@@ -72,6 +81,8 @@ def describe_run(config: RunConfig, world_size: int, device: torch.device) -> st
 
 def save_reals(data: TrainingData, codec: Codec, path: Path) -> None:
     """Write a picture of about 64 training images, in the rows in which the data give them."""
+    from torch_utils.pictures import image_grid, mixed_grid, save_image
+
     rows = data.preview(_NUM_REALS)
     if len({item.shape for row in rows for item in row}) == 1:
         images = torch.cat([codec.pictures(torch.stack(row)).cpu() for row in rows])

@@ -1,14 +1,17 @@
 """Aspect-ratio buckets: a few sizes that images of any shape are brought to by one crop each."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any, Self
-
-from PIL import Image
+from typing import TYPE_CHECKING, Any, Self
 
 from dnnlib.errors import refusal
 from encoders.visual import num_patches
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _MULTIPLE = 16  # Of the sides: latents are an eighth of them, and have patches of two.
 _MAX_SIDE = 16_384
@@ -146,6 +149,8 @@ def fit_image(image: Image.Image, bucket: Bucket) -> tuple[Image.Image, Crop]:
     Resized antialiased and bicubic as a whole, then cut in the middle, see :func:`plan_crop`.
     Grayscale becomes three equal channels.
     """
+    from PIL import Image
+
     crop = plan_crop(*image.size, bucket)
     image = image.convert("RGB")
     if crop.resized != image.size:

@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 
 from data.features.buckets import Bucket
 from data.features.manifests import Manifest, read_manifest
-from data.features.record import read_feature_record
+from data.features.quantised import as_float16, bits_of
+from data.features.record import PATCHES, read_feature_record
 from data.features.shards import from_npy
 from data.images.dataset import PREVIEW_COLUMNS, Cond, evenly_spaced, rows_of
 from data.images.decode import ImageError
@@ -176,7 +177,7 @@ class FeatureDataset(Dataset):
         for row, item in enumerate(items):
             _read_array(item, "vae.npy", latents[row])
             _read_array(item, "dinov3.npy", cls[row])
-            _read_array(item, "dinov3_patches.npy", patches[row])
+            _read_patches(item, self.record.feature_bits, patches[row])
             texts.append(_read_text(item, self.record.text["dim"]))
         text, mask = pad_texts(texts, self.text_lengths)
         arrays = dict(text=text, text_mask=mask, cls=cls, patches=patches)
@@ -212,7 +213,22 @@ class FeatureDataset(Dataset):
 
 
 def _read_array(item: _Item, key: str, target: np.ndarray) -> None:
-    array = _array(item, key)
+    _fill(target, _array(item, key), item, key)
+
+
+def _read_patches(item: _Item, bits: int, target: np.ndarray) -> None:
+    array = _array(item, PATCHES)
+    try:
+        found, array = bits_of(array), as_float16(array)
+    except ValueError as error:
+        raise ImageError(f"{item[0]}: {PATCHES} is damaged ({error}).") from None
+    if found != bits:
+        but = f"{PATCHES} is in {found} bits, not the {bits} of the record"
+        raise ImageError(f"{item[0]}: {but}; {LISTED} image.")
+    _fill(target, array, item, PATCHES)
+
+
+def _fill(target: np.ndarray, array: np.ndarray, item: _Item, key: str) -> None:
     if array.shape != target.shape or array.dtype != np.float16:
         found = f"{key} is {array.dtype} of {list(array.shape)}"
         wanted = f"float16 of {list(target.shape)}"

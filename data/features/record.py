@@ -1,13 +1,15 @@
 """Layout of a feature folder, and the record of what it holds (docs/formats.md)."""
 
 import dataclasses
+import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
 from data.features.buckets import Bucket
 from data.features.config import SPLITS
+from data.features.quantised import BITS
 from dnnlib.addresses import AddressError, is_address, open_address, under
 from dnnlib.typed import JsonFormat, typed
 
@@ -15,13 +17,15 @@ T = TypeVar("T")
 
 FORMAT = "setdiffit-features"
 FORMAT_VERSION = 1
+_EIGHT_BIT_VERSION = 2  # Of the record of a folder whose patches are in 8 bits.
 RECORD_FILE = "features.json"  # Written last.
 CLAIM_FILE = "preparing.json"  # There from the beginning of a preparation on.
 FEATURES = ("vae", "visual", "text")
+PATCHES = "dinov3_patches.npy"
 # The members that each feature has in a sample, in the order of a shard.
 KEYS_OF = {
     "vae": ("vae.npy",),
-    "visual": ("dinov3.npy", "dinov3_patches.npy"),
+    "visual": ("dinov3.npy", PATCHES),
     "text": ("t5h.npy", "t5m.npy"),
 }
 KEYS = ("json", *(key for feature in FEATURES for key in KEYS_OF[feature]))
@@ -108,6 +112,8 @@ class FeatureRecord:
                 raise ValueError(f"bucket {bucket.name} has {bucket.num} samples")
         if not self.buckets or self.shard_size < 1:
             raise ValueError(f"{len(self.buckets)} buckets, shard_size {self.shard_size}")
+        if self.feature_bits not in BITS:
+            raise ValueError(f"the bits of visual are {self.feature_bits!r}")
         if not self.vae["scale"]:
             raise ValueError("the scale of vae is 0")
         for name, length in zip(STATISTICS, (channels, dim, dim), strict=True):
@@ -117,11 +123,25 @@ class FeatureRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of ``features.json``."""
-        return dict(format=FORMAT, version=FORMAT_VERSION, **dataclasses.asdict(self))
+        version = FORMAT_VERSION if self.feature_bits == 16 else _EIGHT_BIT_VERSION
+        return dict(format=FORMAT, version=version, **dataclasses.asdict(self))
+
+    @property
+    def feature_bits(self) -> int:
+        """Bits of each value of the stored patch features: 16 or 8."""
+        return bits_of_facts(self.visual)
 
     def num_samples(self, split: str) -> int:
         """Return the number of samples of a split, all buckets together."""
         return sum(bucket.num[split] for bucket in self.buckets)
+
+
+def bits_of_facts(visual: Mapping[str, Any]) -> Any:
+    """Return the bits of patch features that facts of a visual encoder state.
+
+    Those in 16 bits state nothing, as before there were others.
+    """
+    return visual.get("bits", 16)
 
 
 def is_feature_folder(path: str | os.PathLike) -> bool:
@@ -150,11 +170,19 @@ def read_feature_record(path: str | os.PathLike) -> FeatureRecord:
         if is_feature_folder(path):
             raise ValueError(f"{Path(path)}: its preparation is not finished; {AGAIN}.")
         raise ValueError(f"{path}: not a folder of features made by dataset_tool.py features.")
-    return read_json(file, FORMAT, lambda values: typed(FeatureRecord, values))
+    parse = functools.partial(typed, FeatureRecord)
+    return read_json(file, FORMAT, parse, newest=_EIGHT_BIT_VERSION)
 
 
-def read_json(file: Path | str, expected_format: str, parse: Callable[[dict[str, Any]], T]) -> T:
+def read_json(
+    file: Path | str,
+    expected_format: str,
+    parse: Callable[[dict[str, Any]], T],
+    newest: int = FORMAT_VERSION,
+) -> T:
     """Return what ``parse`` makes of the object in a JSON file of a format, perhaps at an address.
+
+    ``newest`` is the highest version of the format that is read.
 
     Raises ValueError, one sentence, if the file is of another format or version, or damaged:
     no JSON, or values at which ``parse`` raises ValueError or OverflowError.
@@ -167,5 +195,5 @@ def read_json(file: Path | str, expected_format: str, parse: Callable[[dict[str,
         raise ValueError(f"{str(error).rstrip('.')}; {remedy}.") from None
     if len(content) > _MAX_JSON_BYTES:
         raise ValueError(f"{file}: has over {_MAX_JSON_BYTES:,} bytes, so it is no such file.")
-    written = JsonFormat(expected_format, FORMAT_VERSION, "dataset_tool.py features", AGAIN)
+    written = JsonFormat(expected_format, newest, "dataset_tool.py features", AGAIN)
     return written.parse(content, file, parse)

@@ -16,7 +16,8 @@ from typing import Any, BinaryIO, TypedDict
 import numpy as np
 
 from data.features.manifests import Manifest, empty_columns
-from data.features.record import FEATURES, KEYS, KEYS_OF, STATISTICS
+from data.features.quantised import as_float16
+from data.features.record import FEATURES, KEYS, KEYS_OF, PATCHES, STATISTICS
 from dnnlib.files import atomic_write, regular_file, sha256_of_file
 from dnnlib.typed import parse_json, typed
 
@@ -27,12 +28,13 @@ _UNUSABLE = -1  # In place of a checksum: a description that can be written agai
 _MAX_ATTEMPTS = 100
 
 # The shapes that arrays of one bucket have, by key; None for a length that may be any. That of the
-# mask, of one dimension, is the largest that it may be.
+# mask, of one dimension, is the largest that it may be; that of patches, in however many bits, is
+# that of their values.
 Shapes = Mapping[str, tuple[int | None, ...]]
 _ANY: Shapes = {
     "vae.npy": (None, None, None),
     "dinov3.npy": (None,),
-    "dinov3_patches.npy": (None, None),
+    PATCHES: (None, None),
     "t5h.npy": (None, None),
     "t5m.npy": (None,),
 }
@@ -71,7 +73,8 @@ def check_feature(feature: str, members: Members, shapes: Shapes) -> None:
         if key not in members:
             raise ValueError(f"{key} is missing")
         try:
-            array = arrays[key] = from_npy(members[key])
+            array = from_npy(members[key])
+            array = arrays[key] = as_float16(array) if key == PATCHES else array
         except ValueError as error:
             raise ValueError(f"{key} is damaged ({error})") from None
         dtype = np.dtype(bool if key == "t5m.npy" else np.float16)
@@ -138,7 +141,7 @@ class Tally:
         rows = dict(
             vae=latent.reshape(len(latent), -1).T,
             cls=from_npy(members["dinov3.npy"])[None],
-            patches=from_npy(members["dinov3_patches.npy"]),
+            patches=as_float16(from_npy(members[PATCHES])),
         )
         for name in STATISTICS:
             self.moments[name] = merge_moments(self.moments[name], moments_of(rows[name]))

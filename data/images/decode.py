@@ -1,9 +1,12 @@
 """Decodes image files to upright 8-bit grayscale or RGB pixels."""
 
-import io
+from __future__ import annotations
 
-from PIL import ExifTags, Image, ImageOps
-from PIL.PngImagePlugin import PngImageFile
+import io
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
@@ -14,6 +17,7 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _TOO_DEEP = "has more than 8 bits per channel ({}); convert it to 8 bits first"
 _MAX_PIXELS = 1 << 28  # 16384x16384: more is no photograph, but a file that fills the memory.
+_TIFF_BITS_PER_SAMPLE = 258  # The number of the tag.
 _DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 
 
@@ -49,6 +53,9 @@ def decode_image(data: bytes, *, exact: bool = False) -> Image.Image:
     refused: always for 16-bit grayscale and floating-point images, whose range a conversion to 8
     bits would have to guess.
     """
+    from PIL import Image, ImageOps
+    from PIL.PngImagePlugin import PngImageFile
+
     try:
         if data.startswith(_PNG_SIGNATURE):
             image = PngImageFile(io.BytesIO(data))
@@ -84,7 +91,7 @@ def _has_deep_channels(image: Image.Image, data: bytes) -> bool:
     if image.format == "PNG":
         return data[24] > 8
     if image.format == "TIFF":
-        return max(image.tag_v2.get(ExifTags.Base.BitsPerSample, (1,))) > 8
+        return max(image.tag_v2.get(_TIFF_BITS_PER_SAMPLE, (1,))) > 8
     return False
 
 
@@ -104,6 +111,8 @@ def _check_exact(image: Image.Image) -> None:
 
 
 def _to_plain_mode(image: Image.Image) -> Image.Image:
+    from PIL import Image
+
     if image.mode in _DEEP_MODES:
         raise UnfitImageError(_TOO_DEEP.format(f"mode {image.mode}"))
     if _is_transparent(image):
@@ -120,6 +129,8 @@ def encode_png(image: Image.Image) -> bytes:
 
     It is stored uncompressed, as EDM's are: about a third larger, and decoded in half the time.
     """
+    from PIL import Image
+
     buffer = io.BytesIO()
     clean = Image.new(image.mode, image.size)
     clean.paste(image)

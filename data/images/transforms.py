@@ -1,12 +1,16 @@
 """Brings images of any size to the square of a training dataset."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable
-
-from PIL import Image
+from typing import TYPE_CHECKING
 
 from data.convert.choices import TRANSFORMS
 from dnnlib.errors import refusal
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Size = tuple[int, int]  # Width, height.
 _MAX_SIDE = 16_384
@@ -14,6 +18,8 @@ _MAX_SIDE = 16_384
 
 def center_crop(image: Image.Image, size: Size) -> Image.Image:
     """Return the largest central part with the proportions of ``size``, resized to it (Lanczos)."""
+    from PIL import Image
+
     width, height = image.size
     crop_w = min(width, max(round(height * size[0] / size[1]), 1))
     crop_h = min(height, max(round(width * size[1] / size[0]), 1))
@@ -23,6 +29,8 @@ def center_crop(image: Image.Image, size: Size) -> Image.Image:
 
 def center_crop_wide(image: Image.Image, size: Size) -> Image.Image:
     """Return :func:`center_crop` between black bars, as a square as wide as ``size``."""
+    from PIL import Image
+
     width, height = size
     canvas = Image.new(image.mode, (width, width))
     canvas.paste(center_crop(image, size), (0, (width - height) // 2))
@@ -35,6 +43,8 @@ def center_crop_dhariwal(image: Image.Image, size: Size) -> Image.Image:
     The image is halved by averaging while its short side is at least twice the target, then
     resized by a bicubic filter, then cropped.
     """
+    from PIL import Image
+
     target = size[0]
     while min(image.size) >= 2 * target:
         halved = (image.width // 2, image.height // 2)
@@ -53,6 +63,8 @@ _TRANSFORMS: dict[str, Callable[[Image.Image, Size], Image.Image]] = dict(
 
 def apply_transform(image: Image.Image, size: Size, transform: str | None) -> Image.Image:
     """Return an image brought to ``size`` by one of TRANSFORMS, or resized (Lanczos) without."""
+    from PIL import Image
+
     if transform is not None:
         return _TRANSFORMS[transform](image, size)
     return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)

@@ -16,7 +16,8 @@ import torch
 from data.features.buckets import Bucket, fit_image
 from data.features.preparation.plan import Key, Plan, PlannedImage
 from data.features.preparation.stage import Stage
-from data.features.record import KEYS_OF
+from data.features.quantised import quantise
+from data.features.record import KEYS_OF, PATCHES, bits_of_facts
 from data.features.shards import to_npy
 from data.images.decode import decode_image
 from data.images.members import Archive
@@ -130,7 +131,10 @@ class FeatureEncoder:
                 values = dict(zip(KEYS_OF[feature], encoder.encode(images), strict=True))
         halves = {k: self._to_float16(value, batch, feature) for k, value in values.items()}
         for row, image in enumerate(batch):
-            self._put(image, feature, {key: value[row] for key, value in halves.items()})
+            arrays = {key: value[row] for key, value in halves.items()}
+            if feature == "visual" and bits_of_facts(self.plan.encoders["visual"]) == 8:
+                arrays[PATCHES] = quantise(arrays[PATCHES])
+            self._put(image, feature, arrays)
 
     def _new_writer(self) -> BackgroundWriter:
         return BackgroundWriter(self.num_threads, 4 * self.num_threads)

@@ -12,8 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from data.features.buckets import Bucket, Crop, nearest_bucket, parse_buckets, plan_crop
+from data.features.config import SPLITS
 from data.features.manifests import shard_name
-from data.features.record import AGAIN, CLAIM_FILE, FEATURES, SPLITS, bucket_folder
+from data.features.record import (
+    AGAIN,
+    CLAIM_FILE,
+    FEATURES,
+    PATCHES,
+    bits_of_facts,
+    bucket_folder,
+    read_feature_record,
+)
 from data.features.shards import Shapes
 from data.images.decode import decode_image
 from data.images.members import Archive
@@ -103,7 +112,7 @@ class Plan:
         if visual:
             rows, columns = size.grid(visual["patch_size"])
             shapes["dinov3.npy"] = (visual["dim"],)
-            shapes["dinov3_patches.npy"] = (rows * columns, visual["dim"])
+            shapes[PATCHES] = (rows * columns, visual["dim"])
         if text:
             shapes["t5h.npy"], shapes["t5m.npy"] = (None, text["dim"]), (text["max_tokens"],)
         return shapes
@@ -113,7 +122,7 @@ class Plan:
 
         Of the autoencoder and the visual encoder: the image's bytes and its crop; of the text
         encoder: the caption. Of all: weights and settings, precision, type and shape, and a
-        version.
+        version; of patches also their bits, unless these are 16.
         """
         facts, crop, shapes = self.encoders[feature], image.crop, self.shapes(image.bucket)
         made_from: dict[str, Any] = dict(
@@ -129,10 +138,12 @@ class Plan:
             made_from.update(
                 source=image.sha256,
                 crop=[*crop.source, *crop.resized, crop.left, crop.top, *crop.bucket],
-                shape=shapes["vae.npy" if feature == "vae" else "dinov3_patches.npy"],
+                shape=shapes["vae.npy" if feature == "vae" else PATCHES],
             )
         if feature == "visual":
             made_from.update({name: facts[name] for name in ("patch_size", "num_registers")})
+            if bits_of_facts(facts) != 16:
+                made_from.update(bits=bits_of_facts(facts))
         text = json.dumps(made_from, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:_FINGERPRINT_DIGITS]
 
@@ -273,6 +284,16 @@ def read_claim(folder: Path) -> tuple[Encoders, tuple[Bucket, ...]]:
         return facts, parse_buckets(",".join(claim["buckets"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: cannot be read ({error}); {AGAIN}.") from None
+
+
+def bits_there(folder: Path) -> int | None:
+    """Return the bits of the patch features in a folder, or planned for it; None without any."""
+    with contextlib.suppress(ValueError):
+        return read_feature_record(folder).feature_bits
+    with contextlib.suppress(ValueError):
+        visual = read_claim(folder)[0]["visual"]
+        return None if visual is None else bits_of_facts(visual)
+    return None
 
 
 def read_images(folder: Path) -> list[PlannedImage]:

@@ -18,6 +18,7 @@ from data.features.preparation.encode import FeatureEncoder
 from data.features.preparation.plan import (
     Plan,
     PlannedImage,
+    bits_there,
     read_images,
     scan_images,
     with_splits,
@@ -57,6 +58,7 @@ class Preparation:
     validation_share: float = 0.02
     shard_size: int = 64
     precision: str = "fp32"
+    feature_bits: int = 16  # Of the patch features.
     max_images: int | None = None
     skip_broken: bool = False
     only: str | None = None
@@ -119,7 +121,7 @@ def prepare(
             buckets=preparation.buckets,
             validation_share=preparation.validation_share,
             shard_size=preparation.shard_size,
-            encoders={feature: encoder.facts() for feature, encoder in encoders.items()},
+            encoders=_facts_of(encoders, preparation.feature_bits),
         )
         sizes = preparation.batch_size, num_threads
         encoder = FeatureEncoder(plan, archive, encoders, Stage(dest), *sizes)
@@ -195,8 +197,31 @@ def _check_options(
             raise ValueError(f"--{feature}: has no effect with --only={only}.")
         if location is not None:
             _ENCODERS[feature][0].check_location(str(location))
+    _check_bits(dest, preparation)
     if not 0 <= share < 1:
         raise refusal("--validation-share", f"{share:g}", accepted="0 to less than 1")
+
+
+def _check_bits(dest: Path, preparation: Preparation) -> None:
+    """Raise ValueError if patches in different bits would come together in a folder."""
+    bits, only = preparation.feature_bits, preparation.only
+    if only not in (None, "visual"):
+        if bits != 16:
+            raise ValueError(f"--feature-bits: has no effect with --only={only}.")
+        return
+    there = bits_there(dest)
+    if there not in (None, bits) and not preparation.overwrite:
+        but = f"{dest} has patch features in {there} bits"
+        remedy = f"give --feature-bits={there}, another --dest, or --overwrite to make all again"
+        raise refusal("--feature-bits", bits, but=but, remedy=remedy)
+
+
+def _facts_of(encoders: Mapping[str, Any], feature_bits: int) -> dict[str, dict[str, Any]]:
+    """Return the facts of encoders; those of the visual one state bits that are not 16."""
+    facts = {feature: dict(encoder.facts()) for feature, encoder in encoders.items()}
+    if "visual" in facts and feature_bits != 16:
+        facts["visual"]["bits"] = feature_bits
+    return facts
 
 
 def _open(source: str | os.PathLike, preparation: Preparation) -> tuple[Archive, dict[str, str]]:

@@ -39,6 +39,7 @@ def describe_folder(path: str | os.PathLike) -> Iterator[str]:
     vae, visual, text = record.vae, record.visual, record.text
     where = [f"{part['location']}, hash {part['hash']}" for part in (vae, visual, text)]
     registers = f"{visual['num_registers']} registers, {visual['dim']} channels"
+    registers += "" if record.feature_bits == 16 else f" in {record.feature_bits} bits"
     packages = ", ".join(f"{name} {version}" for name, version in record.packages.items())
     yield f"samples       {counts}"
     yield f"size          {format_count(num_bytes, 'B')} in {len(shards)} shard(s)"

@@ -18,9 +18,11 @@ from data.features.manifests import MANIFEST_FILE, Manifest, read_manifest
 from data.features.preparation.pack import find_shards, hash_of_shards, known_index, statistics_of
 from data.features.preparation.plan import Plan, PlannedImage, read_claim, read_images
 from data.features.preparation.stage import Stage
+from data.features.quantised import as_float16
 from data.features.record import (
     AGAIN,
     FEATURES,
+    PATCHES,
     SPLITS,
     FeatureRecord,
     bucket_folder,
@@ -35,7 +37,6 @@ from dnnlib.parallel import num_usable_cores
 from encoders.visual import VisualEncoder, load_visual_encoder
 
 STATES = ("ok", "missing", "stale", "corrupt")
-PATCHES = "dinov3_patches.npy"
 MAX_SHIFT = 8  # Rows of patches by which stored and new ones are compared.
 MIN_COSINE = 0.99
 _COSINE_TOLERANCE = 1e-4  # What rounding may add to a mean cosine.
@@ -301,7 +302,7 @@ class Verification:
                 fresh = encoder.encode(pixels)[1][0].cpu()
                 with open(path, "rb") as file:
                     data = read_member(file, self.indexes[path], row, PATCHES)
-                stored = torch.from_numpy(from_npy(data).astype(np.float32))
+                stored = torch.from_numpy(as_float16(from_npy(data)).astype(np.float32))
                 problem = misalignment(stored, fresh)
                 if problem is not None:
                     where = f"{path}: {image.id} ({image.file}): patches are misaligned"
