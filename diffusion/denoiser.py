@@ -83,7 +83,7 @@ def casts_kept(*networks: torch.nn.Module) -> Iterator[None]:
 
     Left alone, autocast casts them anew in every pass, and twice where a weight is used twice if it
     cannot be trained. Weights must not change inside the block. ``networks`` are those whose
-    weights cannot be trained.
+    weights cannot be trained. In torch's inference mode, which keeps no casts, nothing changes.
     """
     frozen = [p for own in networks for p in own.parameters() if not p.requires_grad]
     torch.autocast_increment_nesting()

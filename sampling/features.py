@@ -42,7 +42,7 @@ class FeatureGenerator:
     trained_nimg: int
     autocast_dtype: torch.dtype | None = None
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(
         self,
         seeds: Sequence[int],
@@ -62,7 +62,7 @@ class FeatureGenerator:
         """
         return self.codec.decode(self.sample_latents(seeds, cond, bucket, guidance=guidance))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def sample_latents(
         self,
         seeds: Sequence[int],

@@ -48,7 +48,7 @@ class ImageGenerator:
     guide: Network | None = None
     guide_hash: str | None = None
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(self, seeds: Sequence[int], labels: Sequence[int] | None = None) -> torch.Tensor:
         """Return uint8 images [N, C, H, W], one per seed, on the device.
 

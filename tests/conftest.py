@@ -54,6 +54,14 @@ def own_cache(shared_dir):
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def products_by_mkl():
+    """Tests compute alike on all CPUs; test_cpu_matmul has the other backend."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SETDIFFIT_CPU_MATMUL", "mkl")
+        yield
+
+
 @contextlib.contextmanager
 def made_once(path):
     """Yield whether ``path`` must still be made; test processes wait here for one another."""

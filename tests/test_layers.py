@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from models import attention as attention_module
 from models.attention import ATTENTION, attend, choose_attention
 from models.layers import (
     TMSA,
@@ -266,3 +267,43 @@ def test_the_positional_embedding_has_sines_first_and_both_end_frequencies():
 )
 def test_group_norm_takes_the_most_groups_that_divide(channels, groups):
     assert group_norm(channels).num_groups == groups
+
+
+@pytest.mark.parametrize("kind", ["none", "keys", "scores"])
+def test_explicit_attention_takes_masks_and_any_number_of_keys(kind):
+    q = torch.randn(3, 2, 5, 4, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(3, 2, 7, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    inputs, bias = [q, k, v], None
+    if kind == "keys":
+        bias = torch.rand(3, 1, 1, 7) > 0.3
+        bias[..., 0] = True
+    elif kind == "scores":
+        bias = torch.randn(3, 1, 1, 7, dtype=torch.float64, requires_grad=True)
+        inputs.append(bias)
+    results = []
+    for attention in ("explicit", "sdpa"):
+        own = bias if kind == "none" else bias.expand(-1, -1, 5, -1)
+        out = attend(q, k, v, own, attention, scale=0.7)
+        results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    torch.testing.assert_close(*results)
+
+
+def test_gradients_in_bf16_and_products_by_onednn_are_made_explicitly(monkeypatch):
+    made = []
+    monkeypatch.setattr(attention_module._Explicit, "apply", lambda *args: made.append(args))
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: None)
+
+    def is_explicit(length, dtype, grad, backend="mkl"):
+        monkeypatch.setattr(attention_module.cpu_matmul, "in_use", lambda: backend)
+        made.clear()
+        q = torch.zeros(1, 1, length, 4, dtype=dtype, requires_grad=grad)
+        attend(q, q, q)
+        return bool(made)
+
+    half, full = torch.bfloat16, torch.float32
+    assert is_explicit(64, half, grad=True)
+    assert not is_explicit(64, half, grad=False)
+    assert not is_explicit(1024, half, grad=True)
+    assert not is_explicit(64, full, grad=True)
+    assert is_explicit(64, full, grad=True, backend="onednn")
+    assert not is_explicit(1024, full, grad=True, backend="onednn")

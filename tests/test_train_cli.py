@@ -16,6 +16,7 @@ from unittest import mock
 import click
 import helpers
 import pytest
+import test_cpu_matmul
 import torch
 from feature_files import tiny_features
 from latent_files import tiny_autoencoder
@@ -131,6 +132,7 @@ def test_the_seed_commands_work_as_typed(command, preset, batch, lr, steps, monk
     expected["data"]["data"] = os.path.abspath(f"datasets/{preset}.zip")
     expected["training"]["batch_gpu"] = batch // 4
     expected["training"]["label_drop"] = 0.0  # Without labels.
+    expected["training"]["cpu_matmul"] = "mkl"
     expected["logging"]["metrics"] = ["fid10k_full"]
     expected["logging"]["metrics_ticks"] = 50 if preset == "cifar10" else None
     expected["model"]["augment_dim"] = 9
@@ -151,7 +153,8 @@ def test_the_seed_s_command_for_imagenet_works_as_typed(monkeypatch, tmp_path):
     expected["preset"] = "imagenet256"
     expected["data"]["data"] = os.path.abspath("datasets/imagenet256.zip")
     expected["training"].update(batch_gpu=32, kimg=1_000_000, label_drop=0.1)
-    expected["training"].update(precision="fp32", compile=False)  # Without a GPU.
+    # Without a GPU.
+    expected["training"].update(precision="fp32", compile=False, cpu_matmul="mkl")
     expected["guidance"]["cfg_scale"] = 4.6
     expected["logging"].update(metrics=["fid50k_full"], metrics_ticks=100)
     assert config == expected
@@ -449,6 +452,7 @@ SHOWN_BY = {
         ("num-shown", "lpips-net", "lpips-weights"),
         "test_validation_is_of_as_many_images_and_by_the_networks_that_the_options_say",
     ),
+    "cpu-matmul": "test_what_multiplies_is_kept_in_states_snapshots_and_protocols",
     "skip-limit": "test_skip_limit_stops_a_run_whose_gradients_stay_non_finite",
     "inception": "test_detectors_of_the_metrics_come_from_where_the_options_say",
     "dinov2": "test_detectors_of_the_metrics_come_from_where_the_options_say",
@@ -465,6 +469,7 @@ DEFAULTS = {
     "skip": {"stage"},
     "precond": {"edm"},
     "precision": {"fp32", "auto"},
+    "cpu-matmul": {"auto", "mkl", "onednn"},
     "class-transforms": {"none", "rotations", "dihedral"},
     "sampler": {"heun"},
     "sigma-grid": {"karras", "time"},
@@ -479,7 +484,8 @@ def all_settings():
 def test_every_option_and_every_choice_of_it_has_a_test():
     found = all_settings()
     assert set(found) == set(CASES) | set(SHOWN_BY)
-    assert all(callable(globals()[name]) for name in SHOWN_BY.values())
+    known = globals() | vars(test_cpu_matmul)
+    assert all(callable(known[name]) for name in SHOWN_BY.values())
     for name, setting in found.items():
         choices = set(setting.field.metadata["choices"] or ())
         tried = {case.value for case in CASES.get(name, [])} | DEFAULTS.get(name, set())

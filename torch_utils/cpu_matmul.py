@@ -18,6 +18,7 @@ from torch_utils import distributed
 
 BACKENDS = ("mkl", "onednn")
 _CPUINFO = Path("/proc/cpuinfo")
+_DEFAULT_VARIABLE = "SETDIFFIT_CPU_MATMUL"
 _ISA_VARIABLE = "ONEDNN_MAX_CPU_ISA"
 # The largest error of a product of two 256x256 matrices, relative to its largest value: 1e-6 in
 # float32 by any order of the sums, 2e-3 where factors are rounded to bfloat16.
@@ -30,13 +31,16 @@ def in_use() -> str:
     return _in_use
 
 
-@functools.cache
 def best() -> str:
     """Return the faster of :data:`BACKENDS` for this model of CPU: what ``auto`` means.
 
     By a table, never by a measurement, so that it is the same in every run: oneDNN on CPUs of AMD
-    that have AVX-512 and no AMX, MKL on all others.
+    that have AVX-512 and no AMX, MKL on all others. The environment variable SETDIFFIT_CPU_MATMUL
+    names one of them where another is wanted by default.
     """
+    wanted = os.environ.get(_DEFAULT_VARIABLE)
+    if wanted in BACKENDS:
+        return wanted
     vendor, flags = _cpu()
     is_faster = vendor == "AuthenticAMD" and "avx512f" in flags and "amx_tile" not in flags
     return "onednn" if is_faster and torch.backends.mkldnn.is_available() else "mkl"

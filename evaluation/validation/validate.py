@@ -127,7 +127,7 @@ def _share(
     mine = range(distributed.rank(), len(items), distributed.world_size())
     found: dict[int, Outcome] = {}
     bar = progress(total=len(mine), label=label, disable=not distributed.is_main(), transient=True)
-    with distributed.together(), bar, torch.inference_mode():
+    with distributed.together(), bar, torch.no_grad():
         for place in mine:
             found[place] = test.run(bench, items[place], place in shown)
             bar.update(1)
