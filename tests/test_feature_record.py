@@ -45,7 +45,7 @@ def test_what_is_written_is_what_was_read(features):
     ("keys", "value", "problem"),
     [
         (("format",), "other", "not written by dataset_tool.py features"),
-        (("version",), 2, "has format version 2"),
+        (("version",), 3, "has format version 3"),
         (("statistics", "cls"), None, "statistics.cls is missing"),
         (("statistics", "vae", "std", 3), -1.0, "statistics of vae are not those of 16 channels"),
         (("statistics", "vae", "mean", 0), float("nan"), "statistics.vae.mean[0] is nan"),
