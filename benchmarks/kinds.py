@@ -3,10 +3,12 @@
 import dataclasses
 import io
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import click
 import numpy as np
 import torch
 from PIL import Image
@@ -16,6 +18,7 @@ from benchmarks.measure import describe_device
 from configs.presets import PRESETS, Preset, get_preset
 from data.convert.convert import Source, convert_images
 from data.latents.record import LABELS_FILE, RECORD_FILE, LatentRecord, latent_shard_name
+from dnnlib.cli import ConfigCommand, raw_value
 from dnnlib.click_options import param
 from dnnlib.errors import refusal
 from dnnlib.files import sha256_of_file, write_json
@@ -26,6 +29,7 @@ from training.family import TrainingData
 from training.report import forward_flops, num_parameters
 
 NUM_SYNTHETIC_IMAGES = 2048
+DEFAULT_PRESET = "cifar10"
 BATCH_HELP = "Number of images in a batch."
 PRECISION_HELP = "Arithmetic to measure."
 
@@ -37,6 +41,46 @@ def measured_preset(name: str) -> Preset:
         got = f"{name}, of which nothing is measured yet"
         raise refusal("--preset", got, accepted=", ".join(MEASURED))
     return preset
+
+
+def measured_run(name: str, model: ModelConfig) -> RunConfig:
+    """Return the run of a preset with another model in the place of its own."""
+    return dataclasses.replace(measured_preset(name).run, model=model)
+
+
+def model_command(function: Callable) -> click.Command:
+    """Return a command that also has the options of the model of its --preset, as train.py has.
+
+    Its function receives the model as ``config``.
+    """
+
+    def model_of(args: Sequence[str]) -> ModelConfig:
+        return measured_preset(raw_value(args, "preset") or DEFAULT_PRESET).run.model
+
+    return click.command(cls=ConfigCommand, base=model_of)(function)
+
+
+def listed(option: str, text: str, accepted: Collection[str]) -> tuple[str, ...]:
+    """Return the names in a text, separated by commas; raises ValueError for any other."""
+    names = tuple(name.strip() for name in text.split(","))
+    for name in names:
+        if name not in accepted:
+            raise refusal(option, repr(name), accepted=", ".join(accepted))
+    return names
+
+
+def dit_size(config: RunConfig) -> dict[str, Any]:
+    """Return the arguments of diffusers' DiTTransformer2DModel for a network of the same size.
+
+    Raises ValueError for a model that is no transformer of one width on a grid of tokens.
+    """
+    size = _KINDS[config.family].dit_size
+    if size is None:
+        known = [n for n in MEASURED if _KINDS[PRESETS[n].run.family].dit_size is not None]
+        but = f"{config.preset} is not built like the DiT of diffusers, which is one stack of "
+        but += "blocks of one width on a grid of latents, with a class as its condition"
+        raise refusal("--against", "diffusers", but=but, accepted=", ".join(known))
+    return size(config.model)
 
 
 def run_on_pixels(name: str) -> RunConfig:
@@ -165,6 +209,22 @@ def _copy_latents(dataset: TrainingData, num_images: int) -> tuple[str, Callable
     return "memory map alone", lambda: [array[row, 0].copy() for array, row in read]
 
 
+def _dit_size_of_latents(model: ModelConfig) -> dict[str, Any]:
+    if model.mlp_ratio != 4:
+        but = "the MLPs of the DiT of diffusers are four times as wide as its tokens"
+        raise refusal("--mlp-ratio", f"{model.mlp_ratio:g}", but=but)
+    return dict(
+        num_attention_heads=model.num_heads,
+        attention_head_dim=model.hidden_dim // model.num_heads,
+        in_channels=model.input_shape[0],
+        out_channels=model.out_channels,
+        num_layers=model.num_blocks,
+        sample_size=model.input_shape[1],
+        patch_size=model.patch_size,
+        num_embeds_ada_norm=max(model.num_classes, 1),
+    )
+
+
 def _stages_of_levels(model: ModelConfig) -> list[tuple[int, int, int, int]]:
     # All stages but the last have as many blocks again in the decoder.
     counts = [2 * count for count in model.blocks_per_stage[:-1]] + [model.blocks_per_stage[-1]]
@@ -183,13 +243,16 @@ class _Kind:
     describe: Callable[[TrainingData], str]
     bare_reading: Callable[[TrainingData, int], tuple[str, Callable[[], None]]]
     stages: Callable[[ModelConfig], list[tuple[int, int, int, int]]]
+    dit_size: Callable[[ModelConfig], dict[str, Any]] | None = None
 
 
 _PICTURES = _Kind(make_pictures, _describe_pictures, _decode_pictures, _stages_of_levels)
 # There is no plain network yet to compare feature-conditioned models with.
 _KINDS = {
     "image": _PICTURES,
-    "latent": _Kind(_make_latents, _describe_latents, _copy_latents, _one_stage),
+    "latent": _Kind(
+        _make_latents, _describe_latents, _copy_latents, _one_stage, _dit_size_of_latents
+    ),
     "sets": dataclasses.replace(_PICTURES, stages=_one_stage),
 }
 MEASURED = [name for name, preset in PRESETS.items() if _KINDS.get(preset.run.family)]
@@ -199,7 +262,7 @@ MEASURED = [name for name, preset in PRESETS.items() if _KINDS.get(preset.run.fa
 class Options:
     """What every measurement has."""
 
-    preset: str = param(default="cifar10", help=f"Model to measure: {', '.join(MEASURED)}.")
+    preset: str = param(default=DEFAULT_PRESET, help=f"Model to measure: {', '.join(MEASURED)}.")
     rounds: int = param(
         default=7,
         min=1,
