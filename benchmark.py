@@ -2,21 +2,20 @@
 
 import click
 
-from dnnlib.cli import run
-from dnnlib.click_options import LazyGroup
-
-
-@click.group(
-    cls=LazyGroup,
-    package="benchmarks",
-    summaries={
-        "train": "Time training steps of this code and of a plain baseline.",
-        "sample": "Time sampling, and guidance against one doubled batch.",
-        "data": "Time the loader against bare decoding in one process.",
-        "attention": "Time the ways to compute attention at a preset's shapes.",
-        "metrics": "Time the extraction of Inception outputs, and the Fréchet distance.",
-    },
+from benchmarks.options import (
+    AttentionOptions,
+    LoadingOptions,
+    MetricsOptions,
+    SampleOptions,
+    TrainOptions,
+    measured_model,
 )
+from dnnlib.cli import ConfigCommand, run
+from dnnlib.click_options import takes
+from models import ModelConfig
+
+
+@click.group(context_settings=dict(help_option_names=["-h", "--help"]))
 def main() -> None:
     """Measure what this machine makes of this code. Nothing else should run meanwhile.
 
@@ -30,6 +29,73 @@ def main() -> None:
       python benchmark.py attention --preset=cifar10
       python benchmark.py metrics --preset=cifar10
     """
+
+
+@main.command(cls=ConfigCommand, base=measured_model)
+@takes(TrainOptions)
+def train(config: ModelConfig, options: TrainOptions) -> None:
+    """Time training steps of this code and of others with the same network or one of its size.
+
+    The plain baseline has attention as batched matrix products, contiguous NCHW images, eager fp32,
+    an Adam and a weight average that go parameter by parameter. --against=diffusers is a DiT of the
+    package diffusers of the same width, depth, heads and tokens in its usual loop, in the same
+    precisions. Data and augmentation are the same on all sides.
+    """
+    from benchmarks.train import measure
+
+    measure(config, options)
+
+
+@main.command(cls=ConfigCommand, base=measured_model)
+@takes(SampleOptions)
+def sample(config: ModelConfig, options: SampleOptions) -> None:
+    """Time sampling, and guidance against one doubled batch, with random weights.
+
+    Guidance evaluates the network on a doubled batch; it is compared with sampling twice as many
+    images without it. Latents are timed without their decoding. --against=diffusers is a DiT of the
+    package diffusers of the same width, depth, heads and tokens under its own scheduler.
+    """
+    from benchmarks.sample import measure
+
+    measure(config, options)
+
+
+@main.command()
+@takes(LoadingOptions)
+def data(options: LoadingOptions) -> None:
+    """Time the loader against decoding the same files with Pillow in one process.
+
+    For latents, against copying them out of memory-mapped files.
+    """
+    from benchmarks.data import measure
+
+    measure(options)
+
+
+@main.command(cls=ConfigCommand, base=measured_model)
+@takes(AttentionOptions)
+def attention(config: ModelConfig, options: AttentionOptions) -> None:
+    """Time the ways to compute attention, forward and backward, at a preset's shapes.
+
+    Rows are the stages of the model with their windows, and medians of wall time; below, what all
+    blocks of the network take.
+    """
+    from benchmarks.attention import measure
+
+    measure(config, options)
+
+
+@main.command()
+@takes(MetricsOptions)
+def metrics(options: MetricsOptions) -> None:
+    """Time the extraction of Inception outputs, and distances against other ways to them.
+
+    "Detector alone" sees images that are in memory already; "from files" decodes them as well, and
+    should be as fast as the slower of the two. Weights are random.
+    """
+    from benchmarks.metrics import measure
+
+    measure(options)
 
 
 if __name__ == "__main__":

@@ -11,17 +11,13 @@ from pathlib import Path
 import click
 
 import families
-from diffusion.denoiser import AUTOCAST_DTYPES
+from diffusion.config import PRECISIONS
 from dnnlib.cli import ConfigCommand, is_given, raw_value, run
 from dnnlib.click_options import output_rules, overwrites, param, takes
 from dnnlib.config import Config
 from dnnlib.files import check_target
 from dnnlib.text import MAX_LISTED, parse_ranges
-from sampling.images import GenerateConfig, cached_snapshot
-from sampling.outputs import claim_outdir, make_images, places
-from torch_utils import distributed
-from torch_utils.misc import allow_tf32
-from torch_utils.pictures import check_picture_target, read_image, save_image
+from sampling.config import GenerateConfig
 from training.family import Asked, GeneratorOptions
 
 EXAMPLES = """
@@ -75,7 +71,7 @@ class GenerateOptions:
         help="Autoencoder of a latent model.  [default: where it was in training]"
     )
     precision: str | None = param(
-        choices=tuple(AUTOCAST_DTYPES), help="Arithmetic of the network.  [default: as in training]"
+        choices=PRECISIONS, help="Arithmetic of the network.  [default: as in training]"
     )
 
     def seed_list(self) -> list[int]:
@@ -126,6 +122,12 @@ def main(config: GenerateConfig, options: GenerateOptions, asked: Asked) -> None
     if options.grid is None and is_given("columns"):
         raise click.UsageError("--columns arranges the picture of --grid; give that too.")
     seeds = options.seed_list()
+    from sampling.images import cached_snapshot
+    from sampling.outputs import claim_outdir, make_images, places
+    from torch_utils import distributed
+    from torch_utils.misc import allow_tf32
+    from torch_utils.pictures import check_picture_target, read_image, save_image
+
     snapshot = cached_snapshot(options.network)
     family = families.of(snapshot.config)
     given = click.get_current_context().meta["given"]

@@ -9,12 +9,7 @@ import families
 from configs.latent_diffit import PRESETS
 from dnnlib.cli import run
 from dnnlib.click_options import TextType, output_rules, overwrites, param, takes
-from dnnlib.downloads import fetch
 from dnnlib.files import check_target, sha256_of_file
-from encoders.autoencoder import AUTOENCODER
-from metrics.weights import read_safetensors
-from models.published import network_of_published
-from training.checkpoint import DataSummary, read_header, save_weights
 
 # The autoencoder of whose latents the published weights are.
 PUBLISHED_VAE = "stabilityai/sd-vae-ft-ema"
@@ -43,6 +38,12 @@ def main(weights: str, options: ImportOptions) -> None:
       python generate.py --network=network.pkl --outdir=out --seeds=0-15 --class=207 --grid=out.png
     """
     preset, out, vae = options.preset, options.out, options.vae
+    from dnnlib.downloads import fetch
+    from encoders.autoencoder import AUTOENCODER
+    from metrics.weights import read_safetensors
+    from models.published import network_of_published
+    from training.checkpoint import DataSummary, read_header, save_weights
+
     check_target("--out", out, is_ours=read_header, **output_rules("out"))
     AUTOENCODER.check_location(vae)
     path = fetch(weights)

@@ -15,10 +15,7 @@ from dnnlib.cli import ConfigCommand, raw_value, run, settings, usage_errors
 from dnnlib.click_options import param, takes
 from dnnlib.config import Config
 from dnnlib.text import is_number, join_names
-from training import runs
 from training.config import RunConfig, with_absolute_data, with_named_data, with_one_of_each
-from training.launch import Start, check_here, launch, print_plan, verify
-from training.telemetry import import_wandb
 
 EXAMPLES = """
   # Try it on a CPU with the digits that `make demo` prepares:
@@ -69,6 +66,8 @@ def base_config(args: Sequence[str]) -> RunConfig | None:
         preset = preset_of_model(preset, raw_value(args, "mode-conditioning"))
     resolution = raw_value(args, "resolution")
     if preset is None and resume not in (None, "auto"):
+        from training import runs
+
         report = print if dnnlib.launcher.number("RANK") == 0 else lambda text: None
         return runs.read_start(runs.resume_paths(resume)[0], report)[0]
     if preset is None and resolution is not None:
@@ -107,7 +106,10 @@ def main(config: RunConfig, options: TrainOptions) -> int:
 
     Options below show the values of the chosen preset: try --preset=ffhq64 --help.
     """
-    # Cheap checks first: nothing is opened or started before they pass.
+    # From here on torch is needed. Cheap checks still come first: nothing is opened or started
+    # before they pass.
+    from training.launch import Start, check_here, launch, print_plan, verify
+
     given = click.get_current_context().meta["given"]
     names = [field.name for field in dataclasses.fields(Start)]
     start = Start(**{name: getattr(options, name) for name in names})
@@ -119,6 +121,8 @@ def main(config: RunConfig, options: TrainOptions) -> int:
         start.check(given)
     config = families.of(config).check(config, given)
     if config.logging.wandb and not options.dry_run:
+        from training.telemetry import import_wandb
+
         import_wandb()
     config = start.settle_in(config, given)
     if options.dry_run:

@@ -1,19 +1,12 @@
 """benchmark.py attention: what attention costs by each way of computing it."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 
 import click
 import torch
 
-from benchmarks.kinds import (
-    NetworkOptions,
-    attention_stages,
-    describe_run,
-    measured_run,
-    model_command,
-)
+from benchmarks.kinds import attention_stages, describe_run
 from benchmarks.measure import (
     Spent,
     interleave,
@@ -22,27 +15,16 @@ from benchmarks.measure import (
     table,
     time_cells,
 )
+from benchmarks.options import AttentionOptions, measured_run
 from benchmarks.plain import plain_attention
 from diffusion.denoiser import AUTOCAST_DTYPES
-from dnnlib.click_options import param, takes
 from models import ModelConfig
 from models.attention import attend, choose_attention
 from torch_utils import distributed
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AttentionOptions(NetworkOptions):
-    calls: int = param(default=3, min=1, max=1_000_000, help="Number of calls in a turn.")
-
-
-@model_command
-@takes(AttentionOptions)
-def command(config: ModelConfig, options: AttentionOptions) -> None:
-    """Time the ways to compute attention, forward and backward, at a preset's shapes.
-
-    Rows are the stages of the model with their windows, and medians of wall time; below, what all
-    blocks of the network take.
-    """
+def measure(config: ModelConfig, options: AttentionOptions) -> None:
+    """Print the table of ``benchmark.py attention``."""
     device = distributed.init()
     config = measured_run(options.preset, config)
     click.echo(f"{describe_run(config, device)}\nbatch {options.batch}, {options.precision}")

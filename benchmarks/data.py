@@ -1,6 +1,5 @@
 """benchmark.py data: what loading costs, beside bare decoding and bare reading of latents."""
 
-import dataclasses
 import time
 from collections.abc import Callable
 
@@ -8,14 +7,7 @@ import click
 import torch
 
 import families
-from benchmarks.kinds import (
-    BATCH_HELP,
-    DataOptions,
-    bare_reading,
-    dataset_of,
-    describe_items,
-    measured_preset,
-)
+from benchmarks.kinds import bare_reading, dataset_of, describe_items
 from benchmarks.measure import (
     TIME_COLUMNS,
     Spent,
@@ -28,8 +20,8 @@ from benchmarks.measure import (
     time_cells,
     walls,
 )
+from benchmarks.options import LoadingOptions, measured_preset
 from data.loader import make_loader
-from dnnlib.click_options import param, takes
 from training.config import RunConfig
 from training.family import Part, TrainingData
 
@@ -38,19 +30,8 @@ _NUM_AHEAD = 5
 _CPU = torch.device("cpu")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoadingOptions(DataOptions):
-    batch: int | None = param(min=1, max=1_000_000, help=f"{BATCH_HELP}  [default: the preset's]")
-    batches: int = param(default=8, min=1, max=1_000_000, help="Number of batches in a turn.")
-
-
-@click.command()
-@takes(LoadingOptions)
-def command(options: LoadingOptions) -> None:
-    """Time the loader against decoding the same files with Pillow in one process.
-
-    For latents, against copying them out of memory-mapped files.
-    """
+def measure(options: LoadingOptions) -> None:
+    """Print the table of ``benchmark.py data``."""
     config = measured_preset(options.preset).run
     batch = options.batch or config.training.batch
     config, num_images = config.changed("training", batch=batch), batch * options.batches

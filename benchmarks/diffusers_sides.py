@@ -16,7 +16,7 @@ from diffusion.denoiser import AUTOCAST_DTYPES
 from dnnlib.errors import refusal
 from encoders.loading import quiet
 from torch_utils import rng
-from torch_utils.misc import count_flops
+from torch_utils.misc import count_flops, count_parameters
 from training.config import RunConfig
 from training.family import Codec
 
@@ -122,8 +122,10 @@ def _labels(cond: Cond, steps: Tensor) -> Tensor:
     return cond["label"] if "label" in cond else torch.zeros_like(steps)
 
 
-def make_sampler(config: RunConfig, device: torch.device) -> tuple[str, Callable[[int], Tensor]]:
-    """Return a sampling loop of diffusers with guidance: its name, and images of their number.
+def make_sampler(
+    config: RunConfig, device: torch.device
+) -> tuple[str, Callable[[int], Tensor], int]:
+    """Return a guided sampling loop of diffusers: name, images by number, number of parameters.
 
     The scheduler is that of DDPM where a run samples by it, and that of DDIM otherwise; its steps
     are the run's, each one evaluation of a doubled batch.
@@ -147,4 +149,4 @@ def make_sampler(config: RunConfig, device: torch.device) -> tuple[str, Callable
             x = scheduler.step(without + scale * (given - without), step, x).prev_sample
         return x
 
-    return f"diffusers, {kind}", sample
+    return f"diffusers, {kind}", sample, count_parameters(network)

@@ -3,23 +3,21 @@
 import dataclasses
 import io
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import torch
 from PIL import Image
 
 import families
 from benchmarks.measure import describe_device
-from configs.presets import PRESETS, Preset, get_preset
+from benchmarks.options import MEASURED, measured_preset
+from configs.presets import PRESETS
 from data.convert.convert import Source, convert_images
 from data.latents.record import LABELS_FILE, RECORD_FILE, LatentRecord, latent_shard_name
-from dnnlib.cli import ConfigCommand, raw_value
-from dnnlib.click_options import param
 from dnnlib.errors import refusal
 from dnnlib.files import sha256_of_file, write_json
 from dnnlib.text import format_count
@@ -29,44 +27,6 @@ from training.family import TrainingData
 from training.report import forward_flops, num_parameters
 
 NUM_SYNTHETIC_IMAGES = 2048
-DEFAULT_PRESET = "cifar10"
-BATCH_HELP = "Number of images in a batch."
-PRECISION_HELP = "Arithmetic to measure."
-
-
-def measured_preset(name: str) -> Preset:
-    """Return a preset that can be measured; raises ValueError for any other."""
-    preset = get_preset(name)
-    if name not in MEASURED:
-        got = f"{name}, of which nothing is measured yet"
-        raise refusal("--preset", got, accepted=", ".join(MEASURED))
-    return preset
-
-
-def measured_run(name: str, model: ModelConfig) -> RunConfig:
-    """Return the run of a preset with another model in the place of its own."""
-    return dataclasses.replace(measured_preset(name).run, model=model)
-
-
-def model_command(function: Callable) -> click.Command:
-    """Return a command that also has the options of the model of its --preset, as train.py has.
-
-    Its function receives the model as ``config``.
-    """
-
-    def model_of(args: Sequence[str]) -> ModelConfig:
-        return measured_preset(raw_value(args, "preset") or DEFAULT_PRESET).run.model
-
-    return click.command(cls=ConfigCommand, base=model_of)(function)
-
-
-def listed(option: str, text: str, accepted: Collection[str]) -> tuple[str, ...]:
-    """Return the names in a text, separated by commas; raises ValueError for any other."""
-    names = tuple(name.strip() for name in text.split(","))
-    for name in names:
-        if name not in accepted:
-            raise refusal(option, repr(name), accepted=", ".join(accepted))
-    return names
 
 
 def dit_size(config: RunConfig) -> dict[str, Any]:
@@ -255,34 +215,3 @@ _KINDS = {
     ),
     "sets": dataclasses.replace(_PICTURES, stages=_one_stage),
 }
-MEASURED = [name for name, preset in PRESETS.items() if _KINDS.get(preset.run.family)]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """What every measurement has."""
-
-    preset: str = param(default=DEFAULT_PRESET, help=f"Model to measure: {', '.join(MEASURED)}.")
-    rounds: int = param(
-        default=7,
-        min=1,
-        max=10_000,
-        help="Number of rounds in which all that is compared has a turn; medians count.",
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataOptions(Options):
-    """What a measurement that reads images has."""
-
-    data: str | None = param(
-        help="Zip or folder made by dataset_tool.py.  [default: synthetic pictures]"
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NetworkOptions(Options):
-    """What a measurement of a network without training has."""
-
-    precision: str = param(default="fp32", choices=("bf16", "fp32"), help=PRECISION_HELP)
-    batch: int = param(default=16, min=1, max=1_000_000, help=BATCH_HELP)

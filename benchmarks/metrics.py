@@ -1,20 +1,12 @@
 """benchmark.py metrics: what scoring costs."""
 
-import dataclasses
 import functools
 
 import click
 import torch
 
 from benchmarks.distances import benchmark_distances
-from benchmarks.kinds import (
-    BATCH_HELP,
-    DataOptions,
-    dataset_of,
-    describe_items,
-    listed,
-    run_on_pixels,
-)
+from benchmarks.kinds import dataset_of, describe_items, run_on_pixels
 from benchmarks.measure import (
     TIME_COLUMNS,
     describe_device,
@@ -24,9 +16,9 @@ from benchmarks.measure import (
     table,
     time_cells,
 )
+from benchmarks.options import MetricsOptions, listed
 from data.images.dataset import ImageDataset
 from data.loader import iterate_images
-from dnnlib.click_options import param, takes
 from metrics.detectors import DetectorOutput
 from metrics.inception import Inception, InceptionDetector
 from metrics.statistics import collect_outputs
@@ -35,29 +27,8 @@ from torch_utils import distributed
 _PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MetricsOptions(DataOptions):
-    precision: str = param(
-        default="fp32,bf16", help="Arithmetic of the detector, separated by commas."
-    )
-    batch: int = param(default=64, min=1, max=1_000_000, help=BATCH_HELP)
-    images: int = param(default=512, min=1, max=10_000_000, help="Number of images in a turn.")
-    features: int = param(
-        default=2048, min=2, max=16_384, help="Dimensions of the vectors that distances are of."
-    )
-    vectors: int = param(
-        default=4000, min=10, max=1_000_000, help="Number of vectors of KID, precision and recall."
-    )
-
-
-@click.command()
-@takes(MetricsOptions)
-def command(options: MetricsOptions) -> None:
-    """Time the extraction of Inception outputs, and distances against other ways to them.
-
-    "Detector alone" sees images that are in memory already; "from files" decodes them as well, and
-    should be as fast as the slower of the two. Weights are random.
-    """
+def measure(options: MetricsOptions) -> None:
+    """Print the table of ``benchmark.py metrics``."""
     listed("--precision", options.precision, _PRECISIONS)
     device = distributed.init()
     click.echo(describe_device(device))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from models import ModelConfig, Network, build_network
+from models import ModelConfig, build_network
 from models.context import Context
 from models.diffit import ResBlock
 from models.layers import (
@@ -20,6 +20,7 @@ from models.layers import (
     merge_heads,
     split_heads,
 )
+from models.network import Network
 from models.set_conditioner import SetConditioner
 from models.set_encoder import EncoderAttention
 

@@ -1,20 +1,14 @@
 """benchmark.py sample: what sampling costs without and with guidance, and with other code."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import click
 import torch
 
 import families
-from benchmarks.kinds import (
-    NetworkOptions,
-    describe_run,
-    listed,
-    measured_preset,
-    measured_run,
-    model_command,
-)
+from benchmarks.kinds import describe_run
 from benchmarks.measure import (
     TIME_COLUMNS,
     Spent,
@@ -26,37 +20,20 @@ from benchmarks.measure import (
     time_cells,
     walls,
 )
+from benchmarks.options import SampleOptions, listed, measured_preset, measured_run
 from benchmarks.plain import build_plain_network
 from data.images.codec import PixelCodec
 from diffusion.guidance import GuidanceConfig
-from dnnlib.click_options import param, takes
 from models import ModelConfig, build_network
 from torch_utils import distributed
+from torch_utils.misc import count_parameters
 from training.config import RunConfig
 
 _CFG_SCALE = 1.5
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SampleOptions(NetworkOptions):
-    against: str | None = param(
-        help="What to compare guided sampling with: plain (a network without fast parts), "
-        "diffusers or plain,diffusers."
-    )
-    steps: int | None = param(
-        min=1, max=1_000_000, help="Number of sampling steps.  [default: the preset's]"
-    )
-
-
-@model_command
-@takes(SampleOptions)
-def command(config: ModelConfig, options: SampleOptions) -> None:
-    """Time sampling, and guidance against one doubled batch, with random weights.
-
-    Guidance evaluates the network on a doubled batch; it is compared with sampling twice as many
-    images without it. Latents are timed without their decoding. --against=diffusers is a DiT of the
-    package diffusers of the same width, depth, heads and tokens under its own scheduler.
-    """
+def measure(config: ModelConfig, options: SampleOptions) -> None:
+    """Print the table of ``benchmark.py sample``."""
     others = () if options.against is None else _others(options.against)
     device, batch = distributed.init(), options.batch
     run = measured_run(options.preset, config)
@@ -75,14 +52,17 @@ def command(config: ModelConfig, options: SampleOptions) -> None:
         plain: _turn_of(run, network, device, (batch, 1.0)),
         guided: _turn_of(run, network, device, (batch, _CFG_SCALE)),
         doubled: _turn_of(run, network, device, (2 * batch, 1.0)),
-        **_turns_of_others(others, run, device, batch),
     }
+    sizes = dict.fromkeys(turns, count_parameters(network))
+    for name, (turn, num_params) in _turns_of_others(others, run, device, batch).items():
+        turns[name], sizes[name] = turn, num_params
     times = interleave(turns, options.rounds, warm_up=True)
-    rows = [["", *TIME_COLUMNS, "images/s", "speed, guided = 1"]]
+    rows = [["", *TIME_COLUMNS, "images/s", "speed, guided = 1", "parameters, M"]]
     for name, spent in times.items():
         num = 2 * batch if name == doubled else batch
         speed = median_ratio(walls(times[guided]), walls(spent)) * num / batch
-        rows.append([name, *time_cells(spent), f"{num / median_wall(spent):.2f}", f"{speed:.2f}"])
+        cells = [f"{num / median_wall(spent):.2f}", f"{speed:.2f}", f"{sizes[name] / 1e6:.2f}"]
+        rows.append([name, *time_cells(spent), *cells])
     sampling = run.sampling
     click.echo(f"{sampling.sampler}, {sampling.steps} steps, {options.precision}\n{table(rows)}")
     ratio = median_ratio(walls(times[guided]), walls(times[doubled]))
@@ -108,17 +88,19 @@ def _turn_of(
 
 def _turns_of_others(
     others: tuple[str, ...], config: RunConfig, device: torch.device, batch: int
-) -> dict[str, Callable[[], Spent]]:
-    """Return what this code's guided sampling is compared with."""
+) -> dict[str, tuple[Callable[[], Spent], int]]:
+    """Return what guided sampling is compared with: what times it, and its network's parameters."""
     turns = {}
     if "plain" in others:
         network = build_plain_network(config.model)
         name = f"batch {batch}, guided, plain network"
-        turns[name] = _turn_of(config, network, device, (batch, _CFG_SCALE))
+        turn = _turn_of(config, network, device, (batch, _CFG_SCALE))
+        turns[name] = turn, count_parameters(network)
     if "diffusers" in others:
         from benchmarks.diffusers_sides import make_sampler
 
         guided = dataclasses.replace(config, guidance=GuidanceConfig(cfg_scale=_CFG_SCALE))
-        name, sample = make_sampler(guided, device)
-        turns[f"batch {batch}, guided, {name}"] = lambda: spent_by(lambda: sample(batch), device)
+        name, sample, num_params = make_sampler(guided, device)
+        turn = functools.partial(spent_by, lambda: sample(batch), device)
+        turns[f"batch {batch}, guided, {name}"] = turn, num_params
     return turns

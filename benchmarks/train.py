@@ -1,6 +1,5 @@
 """benchmark.py train: what a training step costs, beside a plain one and that of diffusers."""
 
-import dataclasses
 import functools
 import statistics
 
@@ -8,16 +7,7 @@ import click
 import torch
 
 import families
-from benchmarks.kinds import (
-    BATCH_HELP,
-    PRECISION_HELP,
-    DataOptions,
-    dataset_of,
-    describe_run,
-    listed,
-    measured_run,
-    model_command,
-)
+from benchmarks.kinds import dataset_of, describe_run
 from benchmarks.measure import (
     device_name,
     interleave,
@@ -27,8 +17,8 @@ from benchmarks.measure import (
     time_cells,
     walls,
 )
+from benchmarks.options import TrainOptions, listed, measured_run
 from benchmarks.steps import PARTS, PlainTrainingSteps, TrainingSteps
-from dnnlib.click_options import param, takes
 from models import ModelConfig
 from torch_utils import distributed
 from torch_utils.misc import allow_tf32, count_parameters, peak_flops
@@ -38,37 +28,8 @@ from training.family import TrainingData
 _OWN = "this code"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainOptions(DataOptions):
-    against: str = param(
-        default="plain", help="What to compare with: plain, diffusers or plain,diffusers."
-    )
-    batch_gpu: int = param(default=16, min=1, max=100_000, help=BATCH_HELP)
-    steps: int | None = param(
-        min=1, max=1_000_000, help="Number of steps in a turn.  [default: 1, on a GPU 20]"
-    )
-    precision: str = param(default="both", choices=("fp32", "bf16", "both"), help=PRECISION_HELP)
-    compile: bool = param(
-        "--compile/--no-compile", default=False, help="Compile this code's network."
-    )
-    tf32: bool = param(
-        "--tf32/--no-tf32", default=False, help="Use TF32 products on all sides in fp32."
-    )
-    workers: int | None = param(
-        min=0, max=1_024, help="Number of loader processes of each side.  [default: the preset's]"
-    )
-
-
-@model_command
-@takes(TrainOptions)
-def command(config: ModelConfig, options: TrainOptions) -> None:
-    """Time training steps of this code and of others with the same network or one of its size.
-
-    The plain baseline has attention as batched matrix products, contiguous NCHW images, eager fp32,
-    an Adam and a weight average that go parameter by parameter. --against=diffusers is a DiT of the
-    package diffusers of the same width, depth, heads and tokens in its usual loop, in the same
-    precisions. Data and augmentation are the same on all sides.
-    """
+def measure(config: ModelConfig, options: TrainOptions) -> None:
+    """Print the table of ``benchmark.py train``."""
     others = listed("--against", options.against, ("plain", "diffusers"))
     device, batch = distributed.init(), options.batch_gpu
     same = dict(compile=options.compile, tf32=options.tf32)

@@ -17,15 +17,7 @@ from commands.options import (
 from dnnlib.cli import is_given
 from dnnlib.click_options import overwrites, param, takes
 from dnnlib.files import write_json
-from evaluation.scoring import (
-    RealImages,
-    check_images,
-    describe_score,
-    make_detectors,
-    score_images,
-)
 from metrics.metric import needed_outputs
-from torch_utils import distributed
 
 EXAMPLES = """
   # Score a snapshot, generating on the fly, against the data that it was trained on:
@@ -85,23 +77,26 @@ def command(config: AnyConfig, given: SourceOptions, options: CalcOptions) -> No
     if options.ref is not None and not compared:
         problem = f"--ref has no effect with --metrics={options.metrics}; leave it out."
         raise click.UsageError(problem)
+    from evaluation import scoring
+    from torch_utils import distributed
+
     source, device = given.open(config, shuffled=True)
-    real = None if options.ref is None else RealImages(options.ref)
+    real = None if options.ref is None else scoring.RealImages(options.ref)
     num_blocks = options.noise_band or 1
-    warnings = check_images(specs, source, real, options.num_images, num_blocks)
+    warnings = scoring.check_images(specs, source, real, options.num_images, num_blocks)
     has_classes = source.labels(range(1)) is not None and (real is None or real.knows_classes())
     if is_given("per_class") and options.per_class and not has_classes:
         raise click.UsageError("--per-class: the images or the reference have no class labels.")
     per_class = options.per_class and has_classes
-    detectors = make_detectors(names, detector_config, source.image_shape, device)
+    detectors = scoring.make_detectors(names, detector_config, source.image_shape, device)
     needs = needed_outputs(specs, of_reference=True, per_class=per_class)
     references = {} if real is None else real.references(needs, detectors, device, given.batch)
     settings = dict(num_images=options.num_images, per_class=per_class, num_blocks=num_blocks)
-    rows = score_images(specs, source, references, detectors, device, **settings)
+    rows = scoring.score_images(specs, source, references, detectors, device, **settings)
     rows = [{**row, "warnings": warnings + row["warnings"]} for row in rows]
     if distributed.is_main():
         for row in rows:
-            print(describe_score(row))
+            print(scoring.describe_score(row))
         if options.json is not None:
             write_json(options.json, {"rows": rows})
     distributed.shutdown()

@@ -5,12 +5,7 @@ from pathlib import Path
 
 import click
 
-from data.convert import convert as conversion
-from data.convert.cifar_mnist import SPLITS
-from data.convert.fewshot_sources import CIFAR_SPLITS
-from data.convert.labelling import LabelChoice
-from data.convert.sources import open_source
-from data.images.transforms import TRANSFORMS, parse_resolution
+from data.convert.choices import CIFAR_SPLITS, SPLITS, TRANSFORMS
 from dnnlib.click_options import param, takes
 from dnnlib.files import check_target
 
@@ -95,6 +90,11 @@ def command(options: ConvertOptions) -> None:
       python dataset_tool.py convert --source=out/ --dest=samples.npz
       python dataset_tool.py convert --source=samples.npz --dest=samples.zip
     """
+    from data.convert import convert as conversion
+    from data.convert.labelling import LabelChoice
+    from data.convert.sources import open_source
+    from data.images.transforms import parse_resolution
+
     # A stop cleans up; what SIGKILL leaves is a hidden .NAME.*.tmp beside --dest.
     choice = LabelChoice(options.labels, options.label_level)
     parts = (options.split, options.class_split)

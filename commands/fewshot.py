@@ -17,16 +17,11 @@ from commands.options import (
     split_names,
     used_detectors,
 )
-from data.fewshot.episodes import PROTOCOLS
-from data.images.dataset import open_images
+from data.fewshot.config import PROTOCOLS
 from dnnlib.cli import usage_errors
 from dnnlib.click_options import overwrites, param, takes
 from dnnlib.files import write_json
-from evaluation.fewshot import FewShotTest, describe_fewshot, score_fewshot
-from evaluation.images import Making, ScoreConfig
-from families.sets import open_data_of
-from sampling.images import cached_snapshot
-from torch_utils import distributed
+from evaluation.config import ScoreConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,6 +81,13 @@ def command(config: ScoreConfig, options: FewShotOptions) -> None:
     check_targets(json=options.json, outdir=options.outdir)
     names = {spec.output.detector for spec in specs}
     used_detectors(config, names, f"--metrics={options.metrics}")
+    from data.images.dataset import open_images
+    from evaluation.fewshot import FewShotTest, describe_fewshot, score_fewshot
+    from evaluation.images import Making
+    from families.sets import open_data_of
+    from sampling.images import cached_snapshot
+    from torch_utils import distributed
+
     snapshot = cached_snapshot(options.network)
     with usage_errors():
         families.expect(snapshot, "sets", "was not trained on sets of images")

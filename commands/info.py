@@ -2,14 +2,15 @@
 
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import click
-import numpy as np
 
-from data.images.labels import CLASS_SPLITS, read_labels
-from data.latents.record import is_latent_folder
 from dnnlib.click_options import TextType
 from dnnlib.text import format_count
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @click.command(no_args_is_help=True)
@@ -20,6 +21,7 @@ def command(data: str) -> None:
     Example: python dataset_tool.py info datasets/cifar10.zip
     """
     from data.features.record import is_feature_folder
+    from data.latents.record import is_latent_folder
 
     if is_feature_folder(data):
         from data.features.preparation.report import describe_folder
@@ -34,6 +36,7 @@ def command(data: str) -> None:
 def _image_lines(data: str) -> Iterator[str]:
     from data.images.archive import count_line, left_out
     from data.images.dataset import ImageDataset
+    from data.images.labels import CLASS_SPLITS, read_labels
 
     dataset = ImageDataset(data)
     labels, class_names = read_labels(dataset.archive) or (None, [])
@@ -72,7 +75,7 @@ def _latent_lines(data: str) -> Iterator[str]:
     yield from _class_lines(dataset.labels, dataset.class_names)
 
 
-def _class_lines(labels: np.ndarray | None, class_names: list[str]) -> Iterator[str]:
+def _class_lines(labels: "np.ndarray | None", class_names: list[str]) -> Iterator[str]:
     yield f"classes       {len(class_names) if class_names else 'none (no labels)'}"
     if class_names:
         yield "\nindex   images  name"

@@ -4,12 +4,8 @@ import dataclasses
 from pathlib import Path
 
 from commands.options import AnyConfig, SourceOptions, check_targets, score_command, used_detectors
-from data.images.dataset import open_images
 from dnnlib.click_options import param, takes
-from evaluation.neighbours import check_neighbours, find_neighbours, write_report
-from evaluation.scoring import make_detectors
 from metrics.detectors import DETECTORS
-from torch_utils import distributed
 
 _NUM_GENERATED = 1000
 
@@ -54,6 +50,11 @@ def command(config: AnyConfig, given: SourceOptions, options: NeighboursOptions)
     name, k = options.detector, options.neighbours
     detector_config = used_detectors(config, [name], f"--detector={name}")
     check_targets(outdir=options.outdir)
+    from data.images.dataset import open_images
+    from evaluation.neighbours import check_neighbours, find_neighbours, write_report
+    from evaluation.scoring import make_detectors
+    from torch_utils import distributed
+
     source, device = given.open(config)
     dataset = open_images(options.data)
     unseen = None if options.held_out is None else open_images(options.held_out)

@@ -3,32 +3,31 @@
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
 
 import families  # noqa: F401 (registers them)
 from commands.synonyms import used_here
-from diffusion.denoiser import AUTOCAST_DTYPES
+from diffusion.config import PRECISIONS
 from dnnlib.cli import ConfigCommand, is_given, raw_value, settings
 from dnnlib.click_options import output_rules, param
 from dnnlib.files import check_target
-from evaluation.images import ImageSource, Making, ScoreConfig, open_image_source
+from evaluation.config import ScoreConfig
 from metrics.metric import METRICS, MetricSpec, get_metrics
-from metrics.reference import read_references
 from metrics.rows import read_rows
-from sampling.images import GenerateConfig
-from torch_utils import distributed
-from torch_utils.misc import allow_tf32
-from torch_utils.pictures import check_picture_target
+from sampling.config import GenerateConfig
 from training.config import DetectorConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from evaluation.images import ImageSource
 
 AnyConfig = ScoreConfig | DetectorConfig
 
 BATCH_HELP = "Number of images that each rank processes at a time."
 PRECISION_HELP = "Arithmetic of the network.  [default: as in training]"
-PRECISIONS = tuple(AUTOCAST_DTYPES)
 _OF_SNAPSHOTS = ("seed", "precision", "guide", "vae", "tf32")
 TF32_HELP = "Allow TF32 matrix products on NVIDIA GPUs."
 
@@ -52,7 +51,7 @@ class SourceOptions:
 
     def open(
         self, config: AnyConfig, *, shuffled: bool = False
-    ) -> tuple[ImageSource, torch.device]:
+    ) -> "tuple[ImageSource, torch.device]":
         """Start the processes, and return the images and this rank's device.
 
         Raises UsageError unless one source of images is given, with options that it has.
@@ -62,6 +61,10 @@ class SourceOptions:
         for name in _OF_SNAPSHOTS:
             if self.images is not None and is_given(name):
                 raise click.UsageError(option_elsewhere(name, config))
+        from evaluation.images import Making, open_image_source
+        from torch_utils import distributed
+        from torch_utils.misc import allow_tf32
+
         device = distributed.init()
         allow_tf32(self.tf32)
         same = {name: getattr(self, name) for name in ("batch", "precision", "guide", "vae")}
@@ -139,6 +142,9 @@ def check_targets(**targets: Path | None) -> None:
 
     ``outdir`` is a folder, the others are files.
     """
+    from metrics.reference import read_references
+    from torch_utils.pictures import check_picture_target
+
     is_ours = dict(json=read_rows, jsonl=read_rows, dest=read_references)
     for name, path in targets.items():
         if path is not None and name == "out":

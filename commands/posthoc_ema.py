@@ -10,7 +10,6 @@ from dnnlib.cli import ConfigCommand, run
 from dnnlib.click_options import PathType, param, takes
 from dnnlib.errors import refusal
 from dnnlib.files import check_target
-from training.posthoc_ema import POOR_FIT, make_averages, parse_stds, read_profiles, until
 
 EXAMPLES = """
   # Averages of two other widths at the end of a run, beside its snapshots:
@@ -47,6 +46,8 @@ def main(config: None, run_dir: Path, options: PosthocOptions) -> None:
     relative to that time: 0.05 is a short one, 0.25 is nearly uniform. Results are snapshots for
     generate.py and fid.py, network-snapshot-KIMG-STD-posthoc.pkl.
     """
+    from training.posthoc_ema import POOR_FIT, make_averages, parse_stds, read_profiles, until
+
     outdir = options.outdir or run_dir
     stds = parse_stds(options.stds)
     check_target("--outdir", outdir, is_folder=True)

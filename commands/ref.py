@@ -6,13 +6,8 @@ from pathlib import Path
 import click
 
 from commands.options import BATCH_HELP, check_targets, parse_metrics, score_command, used_detectors
-from data.images.dataset import open_images
 from dnnlib.click_options import overwrites, param, takes
-from evaluation.images import shape_of
-from evaluation.scoring import dataset_references, make_detectors
 from metrics.metric import needed_outputs
-from metrics.reference import save_references
-from torch_utils import distributed
 from training.config import DetectorConfig
 
 
@@ -44,6 +39,12 @@ def command(config: DetectorConfig, options: RefOptions) -> None:
         raise click.UsageError(f"--metrics: {metrics} compares with no real images.")
     names = {feature.detector for feature in needs}
     used_detectors(config, names, f"--metrics={metrics}")
+    from data.images.dataset import open_images
+    from evaluation.images import shape_of
+    from evaluation.scoring import dataset_references, make_detectors
+    from metrics.reference import save_references
+    from torch_utils import distributed
+
     device = distributed.init()
     dataset = open_images(options.data)
     detectors = make_detectors(names, config, shape_of(dataset), device)

@@ -2,11 +2,9 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
-from PIL.Image import Image
 
 import families
 from commands.options import (
@@ -18,22 +16,18 @@ from commands.options import (
     score_command,
     split_names,
 )
-from data.features.dataset import FeatureDataset
-from data.features.record import SPLITS
-from diffusion.guidance import DualGuidanceConfig
+from data.features.config import SPLITS
+from diffusion.config import DualGuidanceConfig
 from dnnlib.cli import raw_value
 from dnnlib.click_options import param, takes
 from dnnlib.files import write_json
-from evaluation.in_loop.features import describe_row, weights_facts
 from evaluation.validation.config import TESTS, ValidationConfig
-from evaluation.validation.networks import check_used, chosen_tests, load_networks
-from evaluation.validation.validate import validate
-from sampling.images import GenerateConfig, cached_snapshot
-from sampling.requests import check_encoders
-from torch_utils import distributed
-from torch_utils.misc import allow_tf32
-from torch_utils.pictures import save_image
+from sampling.config import GenerateConfig
 from training.family import GeneratorOptions
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
 
 # The test for which an encoder is loaded.
 _ENCODES = dict(visual="reconstruction", text="text_edit")
@@ -53,6 +47,8 @@ class ValidateConfig(GenerateConfig):
         """
         if path is None:
             return cls(guidance=DualGuidanceConfig())
+        from sampling.images import cached_snapshot
+
         snapshot = cached_snapshot(path)
         families.expect(snapshot, "features", "was not trained on text and visual features")
         found = super().of_snapshot(path)
@@ -91,6 +87,12 @@ def command(config: ValidateConfig, options: ValidateOptions) -> None:
 
     Example: python fid.py validate --network=network.pkl --data=photos-features --outdir=report
     """
+    from evaluation.in_loop.features import describe_row
+    from evaluation.validation.networks import check_used, chosen_tests
+    from torch_utils import distributed
+    from torch_utils.misc import allow_tf32
+    from torch_utils.pictures import save_image
+
     chosen = chosen_tests(split_names(options.tests), option="--tests", prefix="")
     if not chosen:
         raise click.UsageError("--tests: there is nothing to do; name some.")
@@ -114,12 +116,19 @@ def command(config: ValidateConfig, options: ValidateOptions) -> None:
 
 
 def _validate_snapshot(
-    config: ValidateConfig, options: ValidateOptions, device: torch.device
-) -> tuple[list[dict[str, Any]], dict[str, Image]]:
+    config: ValidateConfig, options: ValidateOptions, device: "torch.device"
+) -> "tuple[list[dict[str, Any]], dict[str, Image]]":
     """Return the rows of all tests of a snapshot, and pictures on rank 0. Collective.
 
     Raises ValueError for features that are not the model's.
     """
+    from data.features.dataset import FeatureDataset
+    from evaluation.in_loop.features import weights_facts
+    from evaluation.validation.networks import load_networks
+    from evaluation.validation.validate import validate
+    from sampling.images import cached_snapshot
+    from sampling.requests import check_encoders
+
     snapshot = cached_snapshot(options.network)
     location = options.data or snapshot.data.features["path"]
     lengths = snapshot.config.features.text_lengths

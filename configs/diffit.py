@@ -3,11 +3,10 @@
 import dataclasses
 
 from configs.presets import Preset
-from data.images.augment import AugmentConfig
-from data.images.dataset import DatasetConfig
-from diffusion.samplers import SamplingConfig
-from families.image import ImageRun
-from models.diffit import DiffiTConfig
+from data.images.config import AugmentConfig, DatasetConfig
+from diffusion.config import SamplingConfig
+from families.runs import ImageRun
+from models.architectures.diffit import DiffiTConfig
 from training.config import LoggingConfig, TrainingConfig
 
 # Widths and stages: DiffiT (arXiv 2312.02139), Appendix H.1 and Table S.2; windows: Appendix I.1;

@@ -4,11 +4,10 @@ import dataclasses
 from typing import Any
 
 from configs.presets import Preset
-from data.images.augment import AugmentConfig
-from diffusion.precond import PrecondConfig
-from diffusion.samplers import SamplingConfig
-from families.features import FeatureRun
-from models.feature_dit import FeatureDiTConfig
+from data.images.config import AugmentConfig
+from diffusion.config import PrecondConfig, SamplingConfig
+from families.runs import FeatureRun
+from models.architectures.feature_dit import FeatureDiTConfig
 from training.config import LoggingConfig, TrainingConfig
 
 # Width, blocks and heads of NanoDiT as the project's first users ran it.

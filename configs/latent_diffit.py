@@ -1,13 +1,10 @@
 """Latent DiffiT models."""
 
 from configs.presets import Preset, half_life_kimg
-from data.images.augment import AugmentConfig
-from data.images.dataset import DatasetConfig
-from diffusion.guidance import GuidanceConfig
-from diffusion.precond import PrecondConfig
-from diffusion.samplers import SamplingConfig
-from families.latent import LatentRun
-from models.latent_diffit import LatentDiffiTConfig
+from data.images.config import AugmentConfig, DatasetConfig
+from diffusion.config import GuidanceConfig, PrecondConfig, SamplingConfig
+from families.runs import LatentRun
+from models.architectures.latent_diffit import LatentDiffiTConfig
 from training.config import LoggingConfig, TrainingConfig
 
 _IMAGENET_CLASSES = 1000

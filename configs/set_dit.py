@@ -3,13 +3,11 @@
 import dataclasses
 
 from configs.presets import Preset, half_life_kimg
-from data.fewshot.classes import SetConfig
-from data.images.augment import AugmentConfig
-from data.images.dataset import DatasetConfig
-from diffusion.precond import PrecondConfig
-from diffusion.samplers import SamplingConfig
-from families.sets import SetRun
-from models.set_dit import SetDiTConfig
+from data.fewshot.config import SetConfig
+from data.images.config import AugmentConfig, DatasetConfig
+from diffusion.config import PrecondConfig, SamplingConfig
+from families.runs import SetRun
+from models.architectures.set_dit import SetDiTConfig
 from training.config import LoggingConfig, TrainingConfig
 
 # Widths, depths and heads as the project's first users ran them on CIFAR-100; sets of six images,

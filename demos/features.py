@@ -10,7 +10,7 @@ from data.features.dataset import FeatureDataset
 from demos.patches import check_patches, mean_loss
 from demos.photographs import write_encoders, write_photographs
 from demos.steps import execute, generate, heading, train_model
-from diffusion.guidance import DualGuidanceConfig
+from diffusion.config import DualGuidanceConfig
 from training.checkpoint import load_snapshot
 from training.family import GeneratorOptions
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusion.config import SamplingConfig
 from diffusion.denoiser import autocast
-from diffusion.samplers import Callback, Levels, SamplingConfig, Watched, steps_of
+from diffusion.samplers import Callback, Levels, Watched, steps_of
 
 VelocityFn = Callable[[Tensor, float], Tensor]
 

@@ -1,90 +1,16 @@
 """Guidance: from denoisers to one denoiser that a sampler calls as ``denoise(x, sigma)``."""
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffusion.config import DualGuidanceConfig, GuidanceConfig
 from diffusion.precond import Precond
-from dnnlib.config import Config, option
-from dnnlib.errors import refusal
 
 Denoise = Callable[[Tensor, float], Tensor]
-_IF_GUIDED: dict[str, Any] = dict(unless={"cfg_scale": (1.0,)})
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GuidanceConfig(Config):
-    """Strength of guidance as a function of the noise level; none by default."""
-
-    title: ClassVar[str] = "Guidance"
-    affects: ClassVar[str] = "speed"
-
-    cfg_scale: float = option(
-        1.0, min=0, help="Guidance scale: 1 is none, above 1 extrapolates, 0 ignores the condition."
-    )
-    cfg_schedule: str = option(
-        "constant",
-        choices=("constant", "power-cosine"),
-        **_IF_GUIDED,
-        help="Course of the scale; power-cosine rises from 1 at the highest noise to the scale.",
-    )
-    cfg_power: float = option(
-        4.0,
-        min=0,
-        requires={"cfg_schedule": ("power-cosine",)},
-        help="Exponent of power-cosine; larger keeps guidance for lower noise.",
-    )
-    cfg_channels: int | None = option(
-        None,
-        min=1,
-        max=65_536,
-        **_IF_GUIDED,
-        help="Guide only the first so many channels; none: all.",
-    )
-    cfg_interval: tuple[float, float] | None = option(
-        None,
-        min=0,
-        **_IF_GUIDED,
-        help="Guide only above the first and up to the second noise level sigma.",
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.cfg_interval is not None and self.cfg_interval[0] >= self.cfg_interval[1]:
-            low, high = self.cfg_interval
-            accepted = "two noise levels, the lower one first"
-            raise refusal("--cfg-interval", f"{low:g},{high:g}", accepted=accepted)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DualGuidanceConfig(Config):
-    """Strength of guidance by two conditions, a text and an image."""
-
-    title: ClassVar[str] = "Guidance"
-    affects: ClassVar[str] = "speed"
-
-    text_scale: float = option(
-        3.0, min=0, help="Guidance scale of the text; 1 is none, 0 ignores it."
-    )
-    visual_scale: float = option(
-        2.5, min=0, help="Guidance scale of the reference image; 1 is none, 0 ignores it."
-    )
-    guidance_form: str = option(
-        "nested",
-        choices=("nested", "seed", "joint"),
-        help="How the two are combined. nested: towards the image, then on towards the text; seed: "
-        "towards each alone; joint: as seed, with a third scale for both together.",
-    )
-    joint_scale: float = option(
-        1.0,
-        min=0,
-        requires={"guidance_form": ("joint",)},
-        help="Scale of what text and image do together beyond what each does.",
-    )
 
 
 # Which conditions a branch of dual guidance has: (text, image).

@@ -6,71 +6,17 @@ Eq. 7). The rows of EDM's Table 1 are one class each; another parametrization is
 
 import abc
 import bisect
-import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion.config import PrecondConfig
 from diffusion.schedules import cosine_sigmas, linear_sigmas
-from dnnlib.config import Config, option
 
 Scalings = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PrecondConfig(Config):
-    """Parametrization of the denoiser and its training noise; defaults are EDM's."""
-
-    title: ClassVar[str] = "Preconditioning"
-
-    precond: str = option(
-        "edm",
-        choices=("edm", "vp", "ve", "iddpm", "ddpm", "flow"),
-        help="Parametrization of the denoiser, with its noise density and loss weight.",
-    )
-    diffusion_steps: int = option(
-        1000,
-        min=25,
-        max=1_000_000,
-        requires={"precond": ("ddpm",)},
-        help="Timesteps of the linear schedule.",
-    )
-    learned_variance: bool = option(
-        False,
-        requires={"precond": ("ddpm",)},
-        help="Learn the variance of ancestral steps as a second output.",
-    )
-    sigma_data: float = option(
-        0.5, min=1e-3, requires={"precond": ("edm",)}, help="Standard deviation of the data."
-    )
-    P_mean: float = option(
-        -1.2, name="p-mean", requires={"precond": ("edm",)}, help="Mean of ln(sigma) in training."
-    )
-    P_std: float = option(
-        1.2,
-        min=0,
-        name="p-std",
-        requires={"precond": ("edm",)},
-        help="Standard deviation of ln(sigma) in training.",
-    )
-    logit_mean: float = option(
-        0.0, requires={"precond": ("flow",)}, help="Mean of ln(t / (1 - t)) in training."
-    )
-    logit_std: float = option(
-        1.0,
-        min=0,
-        requires={"precond": ("flow",)},
-        help="Standard deviation of ln(t / (1 - t)) in training.",
-    )
-    flow_shift: float = option(
-        1.0,
-        min=1e-3,
-        requires={"precond": ("flow",)},
-        help="Shift s of the times in training, s t / (1 + (s - 1) t); above 1: more noise.",
-    )
 
 
 class Precond(abc.ABC):

@@ -10,14 +10,14 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from diffusion.config import SAMPLERS, SamplingConfig
 from diffusion.precond import Precond, TablePrecond
 from diffusion.schedules import posterior_variances, sigma_grid
-from dnnlib.config import Config, option
 from dnnlib.errors import NotFiniteError, refusal
 
 Denoise = Callable[[Tensor, float], Tensor]
@@ -47,86 +47,6 @@ class Sampler(NamedTuple):
     run: Callable[..., Tensor]
     options: Callable[["SamplingConfig", Precond], dict[str, Any]] = lambda config, precond: {}
     order: int = 1
-
-
-SAMPLERS: dict[str, Sampler] = {}  # By the name that --sampler gives them; filled below.
-
-# Rules that several options share.
-_RANGE: dict[str, Any] = dict(min=1e-8, unless={"grid": ("timesteps", "time")})
-_CHURNED: dict[str, Any] = dict(min=0, requires={"sampler": ("heun",)}, unless={"s_churn": (0.0,)})
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingConfig(Config):
-    """Sampler and noise levels; defaults are EDM's for 32x32 images."""
-
-    title: ClassVar[str] = "Sampling"
-    affects: ClassVar[str] = "speed"
-
-    sampler: str = option("heun", choices=SAMPLERS, help="Sampler that goes from noise to images.")
-    steps: int = option(18, min=1, max=100_000, help="Number of sampling steps.")
-    grid: str = option(
-        "karras",
-        choices=("karras", "linear", "vp", "ve", "iddpm", "timesteps", "time"),
-        name="sigma-grid",
-        help="Spacing of the noise levels; timesteps: evenly among those of ddpm or iddpm; time: "
-        "evenly in the time of a flow, from noise at 1 to 0.",
-    )
-    sigma_min: float = option(
-        0.002, **_RANGE, help="Lowest noise level before 0; the network's own limit still holds."
-    )
-    sigma_max: float = option(
-        80.0, **_RANGE, help="Highest noise level; the network's own limit still holds."
-    )
-    rho: float = option(
-        7.0, min=1, requires={"grid": ("karras",)}, help="Exponent of the noise levels."
-    )
-    time_shift: float = option(
-        1.0,
-        min=1e-3,
-        requires={"grid": ("time",)},
-        help="Shift s of the times, s t / (1 + (s - 1) t); above 1: longer at high noise.",
-    )
-    s_churn: float = option(
-        0.0,
-        min=0,
-        requires={"sampler": ("heun",)},
-        unless={"grid": ("time",)},
-        help="Stochasticity, spread over the steps; 0 is deterministic.",
-    )
-    s_min: float = option(0.0, **_CHURNED, help="Lowest noise level that is churned.")
-    s_max: float | None = option(
-        None, **_CHURNED, help="Highest noise level that is churned; none: no limit."
-    )
-    s_noise: float = option(1.0, **_CHURNED, help="Standard deviation of churned noise.")
-    variance: str = option(
-        "small",
-        choices=("small", "large"),
-        requires={"sampler": ("ddpm",)},
-        help="Variance of an ancestral step: DDPM's smaller or larger one. A learned variance "
-        "replaces it.",
-    )
-    clip_denoised: bool = option(
-        False,
-        unless={"grid": ("time",)},
-        help="Clip the denoised image to [-1, 1] at every step; for models of pixels.",
-    )
-    eta: float = option(
-        0.0,
-        min=0,
-        max=1,
-        requires={"sampler": ("ddim",)},
-        help="Stochasticity: 0 is deterministic, 1 is ancestral.",
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.sigma_min >= self.sigma_max:
-            accepted = f"a number below --sigma-max, which is {self.sigma_max:g}"
-            raise refusal("--sigma-min", f"{self.sigma_min:g}", accepted=accepted)
-        if self.grid == "time" and self.sampler not in ("heun", "euler", "dpmpp_2m"):
-            got = f"{self.sampler}, which --sigma-grid=time has not"
-            raise refusal("--sampler", got, accepted="heun, euler or dpmpp_2m")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,8 @@ from data.fewshot.episodes import Episodes, episodes_of_dataset, episodes_of_run
 from data.fewshot.sets import SetDataset
 from data.images.dataset import ImageDataset
 from dnnlib.errors import refusal
-from evaluation.images import Making, ScoreConfig, SnapshotImages, shape_of, size_text
+from evaluation.config import ScoreConfig
+from evaluation.images import Making, SnapshotImages, shape_of, size_text
 from evaluation.scoring import RealImages, describe_score, make_detectors, score_images
 from metrics.detectors import ImageShape
 from metrics.metric import MetricSpec, needed_outputs

@@ -11,10 +11,11 @@ from data.images.dataset import ImageDataset, open_images
 from data.loader import iterate_images
 from dnnlib.progress import progress
 from dnnlib.text import join_names
+from evaluation.config import ScoreConfig
 from metrics.detectors import ImageShape
 from metrics.statistics import Batch
+from sampling.config import GenerateConfig
 from sampling.images import (
-    GenerateConfig,
     ImageGenerator,
     cached_snapshot,
     generate_for_rank,
@@ -25,7 +26,6 @@ from sampling.images import (
 from torch_utils import distributed
 from torch_utils.fingerprints import package_versions
 from training.checkpoint import Snapshot
-from training.config import DetectorConfig
 from training.family import GeneratorOptions
 from training.family import of as family_of
 
@@ -135,13 +135,6 @@ class SnapshotImages:
             seeds=seed_range(self._first_seed + indices.start, len(indices)),
             **passport(self._generator, snapshot.config.training, self._counts, snapshot.progress),
         )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ScoreConfig(GenerateConfig):
-    """How the images of a snapshot are made and seen."""
-
-    detectors: DetectorConfig = DetectorConfig()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

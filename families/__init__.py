@@ -6,9 +6,12 @@ about its kind of model.
 
 import functools
 import importlib
+from typing import TYPE_CHECKING
 
-from training.checkpoint import Snapshot
 from training.family import Family, named, of, register, restore_run
+
+if TYPE_CHECKING:
+    from training.checkpoint import Snapshot
 
 __all__ = ["Family", "expect", "named", "of", "register", "restore_run"]
 
@@ -22,7 +25,7 @@ for _name in ("image", "latent", "sets", "features"):
     register(_name, functools.partial(_load, _name))
 
 
-def expect(snapshot: Snapshot, name: str, problem: str) -> Family:
+def expect(snapshot: "Snapshot", name: str, problem: str) -> Family:
     """Return the family ``name`` for one of its snapshots; raises ValueError for any other."""
     if snapshot.config.family != name:
         raise ValueError(f"--network: {snapshot.path} {problem}.")

@@ -8,11 +8,9 @@ import numpy as np
 import torch
 
 from diffusion.denoiser import AUTOCAST_DTYPES
-from diffusion.guidance import DualGuidanceConfig
 from diffusion.precond import make_precond
 from dnnlib.addresses import is_address
 from dnnlib.errors import refusal
-from evaluation.validation.config import ValidationConfig
 from families.image import (
     NOT_SETS,
     objective_settings,
@@ -22,12 +20,13 @@ from families.image import (
     unconditional,
     with_architecture,
 )
-from models import Network
+from families.runs import FeatureRun
+from models.network import Network
 from torch_utils import distributed
 from training.checkpoint import DataSummary, Snapshot
 from training.config import RunConfig
 from training.family import Asked, Codec, Evaluator, GeneratorOptions, Part, Steps, TrainingData
-from training.feature_objective import FeatureConfig, FeatureObjective
+from training.feature_objective import FeatureObjective
 from training.transfer import Transfer, transfer_weights
 
 # What a model without patches lacks.
@@ -35,17 +34,6 @@ _PATCH_PARAMETERS = ("conditioner.dino_patch_proj.*", "conditioner.null_dino_pat
 _LR_FACTOR = 0.5
 _BIAS_STEPS = 2000
 _VISUAL_ALONE = "never dropped without the other in training"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FeatureRun(RunConfig):
-    """A run on stored latents with features of captioned images."""
-
-    family: ClassVar[str] = "features"
-
-    guidance: DualGuidanceConfig = DualGuidanceConfig()
-    features: FeatureConfig = FeatureConfig()
-    validation: ValidationConfig = ValidationConfig()
 
 
 class FeatureFamily:

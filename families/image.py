@@ -13,11 +13,11 @@ from data.images.codec import PixelCodec
 from data.images.dataset import ImageDataset, MirroredImages, open_dataset
 from data.samplers import PositionSampler
 from diffusion.denoiser import AUTOCAST_DTYPES
-from diffusion.guidance import GuidanceConfig
 from diffusion.precond import make_precond
 from diffusion.samplers import sampling_sigmas
 from dnnlib.errors import refusal
-from models import Network
+from families.runs import ImageRun
+from models.network import Network
 from sampling.images import ImageGenerator, cached_snapshot, check_guide
 from training.checkpoint import DataSummary, Snapshot
 from training.config import RunConfig
@@ -31,15 +31,6 @@ _OF_SETS = ("support", "episodes", "split", "data")
 _OF_FEATURES = ("prompt", "reference", "bucket", "features", "ids", "text", "visual")
 NOT_SETS = (_OF_SETS, "this model was not trained on sets of images")
 NOT_FEATURES = (_OF_FEATURES, "this model was not trained on features")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ImageRun(RunConfig):
-    """A run of a model that makes images of a class, or of none."""
-
-    family: ClassVar[str] = "image"
-
-    guidance: GuidanceConfig = GuidanceConfig()
 
 
 class ImageFamily:

@@ -1,8 +1,7 @@
 """Models of an autoencoder's latents, class-conditional or not: latent DiffiT."""
 
-import dataclasses
 from collections.abc import Collection
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -13,22 +12,15 @@ from data.latents.record import is_latent_folder, read_record
 from encoders.autoencoder import AUTOENCODER, Autoencoder, load_autoencoder
 from families.image import (
     ImageFamily,
-    ImageRun,
     check_resolution,
     open_images_of,
     refuse_augmentation,
     with_path,
 )
+from families.runs import LatentRun
 from models import LatentModelConfig, ScaledLatentConfig
 from training.checkpoint import Snapshot
 from training.family import Codec, TrainingData
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LatentRun(ImageRun):
-    """A run on latents, read from an archive of them or encoded while training."""
-
-    family: ClassVar[str] = "latent"
 
 
 class LatentFamily(ImageFamily):

@@ -4,12 +4,11 @@ import dataclasses
 import functools
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 
-from data.fewshot.classes import SetConfig
 from data.fewshot.episodes import Episodes, episodes_of_run
 from data.fewshot.sets import SetDataset
 from data.fewshot.supports import read_support
@@ -18,7 +17,6 @@ from dnnlib.errors import refusal
 from families.image import (
     NOT_FEATURES,
     ImageFamily,
-    ImageRun,
     check_metrics,
     check_resolution,
     objective_settings,
@@ -28,23 +26,16 @@ from families.image import (
     with_path,
     without_augmentation,
 )
-from models import Network, build_network
-from models.set_dit import SetDiTConfig
+from families.runs import SetRun
+from models import build_network
+from models.architectures.set_dit import SetDiTConfig
+from models.network import Network
 from sampling.images import ImageGenerator
 from sampling.supports import SupportGenerator, SupportRequests
 from torch_utils.misc import count_parameters
 from training.checkpoint import Snapshot
 from training.family import Asked, Codec, Evaluator, TrainingData
 from training.set_objective import SetObjective, validation_loss
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SetRun(ImageRun):
-    """A run on sets of images, each image made from a context of its set."""
-
-    family: ClassVar[str] = "sets"
-
-    sets: SetConfig = SetConfig()
 
 
 class SetFamily(ImageFamily):

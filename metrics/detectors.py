@@ -1,13 +1,16 @@
 """Detectors: what turns images into the vectors that distributions are compared by."""
 
+from __future__ import annotations
+
 import hashlib
 import math
 from collections.abc import Collection, Mapping
-from typing import NamedTuple, Protocol
-
-import torch
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from dnnlib.config import unknown
+
+if TYPE_CHECKING:
+    import torch
 
 ImageShape = tuple[int, int, int]  # C, H, W
 
@@ -22,7 +25,7 @@ class DetectorOutput(NamedTuple):
         return f"{self.detector}/{self.name}"
 
     @classmethod
-    def parse(cls, text: str) -> "DetectorOutput":
+    def parse(cls, text: str) -> DetectorOutput:
         """Return the output that was written as text."""
         return cls(*text.split("/", 1))
 
@@ -62,6 +65,8 @@ class PixelDetector:
         self, images: torch.Tensor, outputs: Collection[str] = ("features",)
     ) -> dict[str, torch.Tensor]:
         """Return the pixels of uint8 images [N, C, H, W] as float32 [N, C * H * W] in [0, 1]."""
+        import torch
+
         assert set(outputs) <= set(self.outputs)
         if images.dtype != torch.uint8 or images.shape[1:] != self.image_shape:
             got = f"{images.dtype} images of shape {list(images.shape[1:])}"

@@ -1,19 +1,22 @@
-"""The metrics by name: what each looks at, how it compares, and how many images it takes."""
+"""The metrics by name: what each looks at, how it compares, and how many images it takes.
+
+How one is computed is imported when it is: names and descriptions are options of commands.
+"""
+
+from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any
-
-import numpy as np
-import torch
+from typing import TYPE_CHECKING, Any
 
 from dnnlib.config import unknown
 from metrics.detectors import DetectorOutput
-from metrics.frechet import frechet_distance, frechet_distance_of_samples
-from metrics.inception_score import inception_score
-from metrics.manifold import density_coverage, precision_recall
-from metrics.mmd import kernel_distance, rbf_mmd
-from metrics.reference import Reference
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from metrics.reference import Reference
 
 Values = dict[str, float]
 _NUM_SPLITS = 10
@@ -62,6 +65,8 @@ class MetricSpec:
 
 def _frechet(name: str) -> dict[str, Any]:
     def compute(it: Comparison) -> Values:
+        from metrics.frechet import frechet_distance, frechet_distance_of_samples
+
         if it.fake_moments is None or it.real_moments is None:
             return {name: frechet_distance_of_samples(it.fake, it.real)}
         return {name: frechet_distance(*it.fake_moments, *it.real_moments)}
@@ -69,17 +74,48 @@ def _frechet(name: str) -> dict[str, Any]:
     return dict(needs="moments", compute=compute)
 
 
-def _vectors(names: tuple[str, ...], function: Callable, **settings: Any) -> dict[str, Any]:
-    """Return a measure of real and generated vectors; ``names`` are those of its results."""
+def _vectors(
+    names: tuple[str, ...], load: Callable[[], Callable], **settings: Any
+) -> dict[str, Any]:
+    """Return a measure of real and generated vectors; ``names`` are those of its results.
+
+    ``load`` returns the function that computes them.
+    """
 
     def compute(it: Comparison) -> Values:
-        found = function(it.real, it.fake, **settings, device=it.device)
+        found = load()(it.real, it.fake, **settings, device=it.device)
         return dict(zip(names, found if isinstance(found, tuple) else [found], strict=True))
 
     return dict(needs="vectors", compute=compute)
 
 
+def _kernel_distance() -> Callable:
+    from metrics.mmd import kernel_distance
+
+    return kernel_distance
+
+
+def _rbf_mmd() -> Callable:
+    from metrics.mmd import rbf_mmd
+
+    return rbf_mmd
+
+
+def _precision_recall() -> Callable:
+    from metrics.manifold import precision_recall
+
+    return precision_recall
+
+
+def _density_coverage() -> Callable:
+    from metrics.manifold import density_coverage
+
+    return density_coverage
+
+
 def _inception_score(it: Comparison) -> Values:
+    from metrics.inception_score import inception_score
+
     mean, std = inception_score(it.fake, num_splits=_NUM_SPLITS)
     return {"is": mean, "is_std": std}
 
@@ -99,12 +135,12 @@ CLIP, PIXELS = DetectorOutput("clip"), DetectorOutput("pixels")
 
 FID, SFID = _frechet("fid"), _frechet("sfid")
 FD_DINOV2, FD_PIXELS = _frechet("fd_dinov2"), _frechet("fd_pixels")
-KID = _vectors(("kid", "kid_std"), kernel_distance, subset_size=_SUBSET_SIZE)
+KID = _vectors(("kid", "kid_std"), _kernel_distance, subset_size=_SUBSET_SIZE)
 KID["subset_size"] = _SUBSET_SIZE
 IS = dict(needs="vectors", compute=_inception_score, at_least=_NUM_SPLITS, has_reference=False)
-PR = dict(_vectors(("precision", "recall"), precision_recall, k=3), at_least=4)
-DC = dict(_vectors(("density", "coverage"), density_coverage, k=5), at_least=6)
-CMMD = _vectors(("cmmd",), rbf_mmd)
+PR = dict(_vectors(("precision", "recall"), _precision_recall, k=3), at_least=4)
+DC = dict(_vectors(("density", "coverage"), _density_coverage, k=5), at_least=6)
+CMMD = _vectors(("cmmd",), _rbf_mmd)
 
 # Names are StyleGAN's: number of images, neighbours, ``full`` dataset.
 _TABLE = (

@@ -1,83 +1,45 @@
 """Networks: a backbone and the conditioner that prepares its context.
 
-An architecture is a module of its own, imported when a configuration of it is made or loaded.
+Configurations are made without torch. The network of one, and its architecture's module, are
+imported when it is built.
 """
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
-
-from models.attention import choose_attention
 from models.config import ARCHITECTURES, LatentModelConfig, ModelConfig, ScaledLatentConfig
-from models.context import Context
+
+if TYPE_CHECKING:
+    import torch
+
+    from models.network import Network
 
 __all__ = [
     "ARCHITECTURES",
-    "Context",
     "LatentModelConfig",
     "ModelConfig",
-    "Network",
     "ScaledLatentConfig",
     "attention_backend",
     "build_network",
 ]
 
 
-class Network(nn.Module):
-    """The raw network F(x, c_noise, context) of a configuration, with its conditioner."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.backbone = config.make_backbone()
-        self.conditioner = config.make_conditioner(self.backbone.context_dim)
-
-    def compile_parts(self, num_shapes: int = 1, backend: str | Callable = "inductor") -> None:
-        """Compile what is run at every step, for each of ``num_shapes`` shapes of inputs."""
-        # Beyond the limit, further shapes would silently run without compilation.
-        limits, graphs = torch._dynamo.config, num_shapes + 1
-        limits.recompile_limit = max(limits.recompile_limit, graphs)
-        total = max(limits.accumulated_recompile_limit, 4 * graphs)
-        limits.accumulated_recompile_limit = total
-        self.backbone.compile(backend=backend, dynamic=False if num_shapes > 1 else None)
-        self.conditioner.compile_parts(backend)
-
-    def check(self, cond: dict[str, Tensor]) -> None:
-        """Raise ValueError if conditions are missing or out of range; reads them, so on the CPU."""
-        self.conditioner.check(cond)
-
-    def context(
-        self, cond: dict[str, Tensor], drop: Tensor | None = None, num: int | None = None
-    ) -> Context:
-        """Return the context of a batch of N images.
-
-        Args:
-            cond: Named conditions: ``label`` [N] int64 class indices, ``augment`` [N, 9] labels of
-                the augmentation (zeros if absent). Those of sets: see
-                :class:`~models.set_conditioner.SetConditioner`.
-            drop: [N] bool, true where the condition is replaced by the learned null condition;
-                none by default.
-            num: N, needed where ``cond`` is empty.
-        """
-        return self.conditioner(cond, drop, num)
-
-    def forward(self, x: Tensor, c_noise: Tensor, context: Context) -> Tensor:
-        """Return F [N, C_out, H, W] of inputs x [N, C, H, W], noise levels c_noise [N], context."""
-        return self.backbone(x, c_noise, self.conditioner.resolve(context, c_noise))
-
-
-def build_network(config: ModelConfig) -> Network:
+def build_network(config: ModelConfig) -> "Network":
     """Return the network of a configuration, with initial weights from torch's global generator.
 
     Constants are not part of its state: a network made on the meta device has no values for them.
     """
+    from models.network import Network
+
     return Network(config)
 
 
-def attention_backend(config: ModelConfig, device: torch.device | str) -> str:
+def attention_backend(config: ModelConfig, device: "torch.device | str") -> str:
     """Return the way to attention, see models/attention.py, that training on ``device`` takes.
 
     Raises ValueError if the configured ones cannot be trained there.
     """
+    import torch
+
+    from models.attention import choose_attention
+
     return choose_attention(config.attention, torch.device(device), needs_grad=True)

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 # Architectures by the name under which snapshots keep them, and the modules that define them. A
 # module is imported when its architecture is needed.
 ARCHITECTURES: dict[str, str] = {
-    "diffit": "models.diffit",
-    "latent-diffit": "models.latent_diffit",
-    "set-dit": "models.set_dit",
-    "feature-dit": "models.feature_dit",
+    "diffit": "models.architectures.diffit",
+    "latent-diffit": "models.architectures.latent_diffit",
+    "set-dit": "models.architectures.set_dit",
+    "feature-dit": "models.architectures.feature_dit",
 }
 
 

@@ -3,104 +3,17 @@
 Hatamizadeh et al., DiffiT: Diffusion Vision Transformers for Image Generation (arXiv 2312.02139).
 """
 
-import dataclasses
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dnnlib.config import option
-from dnnlib.errors import refusal
 from models import layers
-from models.conditioners import ClassConditioner, Conditioner
-from models.config import ModelConfig, check_divides
+from models.architectures.diffit import DiffiTConfig
 from models.context import Context
 
 # Width of the noise level's sinusoids and of the class and augmentation vectors added to them, as
 # in EDM's DDPM++ (arXiv 2206.00364).
 EMBEDDING_DIM = 128
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DiffiTConfig(ModelConfig):
-    """Architecture of :class:`DiffiT`. Stages go from full resolution down, each half the last."""
-
-    family: ClassVar[str] = "diffit"
-    title: ClassVar[str] = "Model options (DiffiT)"
-
-    num_stages: int = option(
-        3, min=1, max=16, help="Resolutions of the U-Net, each half the one before."
-    )
-    num_blocks: tuple[int, ...] = option(
-        (2,),
-        min=1,
-        max=1_000,
-        help="Residual blocks per stage: one number for all stages, or one for each.",
-    )
-    base_dim: int = option(128, min=1, max=65_536, help="Width of the first stage.")
-    hidden_dim: int = option(256, min=1, max=65_536, help="Width of the other stages.")
-    num_heads: int = option(4, min=1, max=1_024, help="Attention heads; divides the widths.")
-    window: int = option(
-        4, min=1, max=1_024, help="Edge of an attention window, cut to the stage's grid."
-    )
-    time_dim: int = option(512, min=1, max=65_536, help="Width of the time token.")
-    mlp_ratio: float = option(4.0, min=0.01, max=100, help="Hidden width of an MLP over its width.")
-    dropout: float = option(0.0, min=0, max=0.99, help="Dropout before each block's convolution.")
-    skip: str = option(
-        "stage",
-        choices=("stage", "block"),
-        help="Encoder outputs that the decoder gets: each stage's last, or every block's.",
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if len(self.num_blocks) not in (1, self.num_stages):
-            given = ",".join(map(str, self.num_blocks))
-            remedy = f"give one number for all of them, or {self.num_stages}"
-            raise refusal(
-                "--num-blocks", given, but=f"there are {self.num_stages} stages", remedy=remedy
-            )
-        reduction = 2 ** (self.num_stages - 1)
-        if self.resolution % reduction:
-            times = f"{self.num_stages} stages cannot halve {self.num_stages - 1} times"
-            remedy = f"use a multiple of {reduction}, or another --num-stages"
-            raise refusal("--resolution", f"{self.resolution}, which {times}", remedy=remedy)
-        for grid, window in zip(self.grids, self.windows, strict=True):
-            if grid % window:
-                got = f"{self.window}, which does not divide the {grid}x{grid} grid of a stage"
-                grids = f"every stage's grid ({', '.join(map(str, self.grids))})"
-                remedy = f"use a number that divides {grids} or is at least as large"
-                raise refusal("--window", got, remedy=remedy)
-        check_divides(self, "num_heads", "base_dim")
-        if self.num_stages > 1:
-            check_divides(self, "num_heads", "hidden_dim")
-
-    def make_backbone(self) -> nn.Module:
-        return DiffiT(self)
-
-    def make_conditioner(self, dim: int) -> Conditioner:
-        return ClassConditioner(self.num_classes, self.augment_dim, dim)
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Width of each stage."""
-        return (self.base_dim,) + (self.hidden_dim,) * (self.num_stages - 1)
-
-    @property
-    def grids(self) -> tuple[int, ...]:
-        """Height and width of each stage's grid of tokens."""
-        return tuple(self.resolution >> stage for stage in range(self.num_stages))
-
-    @property
-    def windows(self) -> tuple[int, ...]:
-        """Edge of each stage's attention windows; one as large as the grid is global attention."""
-        return tuple(min(self.window, grid) for grid in self.grids)
-
-    @property
-    def blocks_per_stage(self) -> tuple[int, ...]:
-        """Number of residual blocks of each stage, the same in encoder and decoder."""
-        return self.num_blocks * (self.num_stages // len(self.num_blocks))
 
 
 class ResBlock(nn.Module):

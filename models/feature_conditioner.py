@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.architectures.feature_dit import FeatureDiTConfig
 from models.conditioners import Conditioner
 from models.context import Context
-from models.feature_dit import FeatureDiTConfig
 from models.layers import draw_linear_layers, lattice_embedding
 
 # Columns of ``drop``.

@@ -5,124 +5,16 @@ tokens, the CLS token of a visual encoder and its patch tokens. It takes latents
 width, so that one network serves all aspect ratios.
 """
 
-import dataclasses
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dnnlib.config import inherited, option
 from models import layers
-from models.conditioners import Conditioner
-from models.config import LatentModelConfig, check_divides, check_sinusoid_width
+from models.architectures.feature_dit import FeatureDiTConfig
 from models.context import Context
 
 _NUM_SINUSOIDS = 256
 _MAX_CACHED_GRIDS = 64
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FeatureDiTConfig(LatentModelConfig):
-    """Architecture of :class:`FeatureDiT`, and what the data say of its conditions."""
-
-    family: ClassVar[str] = "feature-dit"
-    title: ClassVar[str] = "Model options (feature-conditioned DiT)"
-
-    resolution: int = option(
-        1024, min=1, max=16_384, help="Square root of the usual number of pixels.", exposed=False
-    )
-    attention: str = inherited(
-        LatentModelConfig, "attention", "sdpa", choices=("sdpa",), exposed=False
-    )
-    # What the data were made with decides these.
-    vae: str | None = inherited(LatentModelConfig, "vae", exposed=False)
-    latent_channels: int = inherited(LatentModelConfig, "latent_channels", 16, exposed=False)
-    latent_downsampling: int = inherited(LatentModelConfig, "latent_downsampling", exposed=False)
-    hidden_dim: int = option(
-        384, min=4, max=65_536, aliases=("hidden-size",), help="Width of the tokens."
-    )
-    num_blocks: int = option(12, min=1, max=1_000, aliases=("depth",), help="Blocks of the DiT.")
-    num_heads: int = option(6, min=1, max=1_024, help="Attention heads; divides the width.")
-    patch_size: int = option(
-        2, min=1, max=1_024, help="Edge of the square of latents that is a token."
-    )
-    mlp_ratio: float = option(4.0, min=0.01, max=100, help="Hidden width of an MLP over its width.")
-    use_dino_patches: bool = option(
-        True, help="Attend to the patch features; off: to text and CLS token alone."
-    )
-    patch_pos: bool = option(
-        True,
-        requires={"use_dino_patches": (True,)},
-        help="Add to patch features where in the image they are.",
-    )
-    gates: bool = option(False, help="Gate every branch of a block, from zero (adaLN-Zero).")
-    cls_token_time: bool = option(False, help="Add the time to the CLS token of the context.")
-    text_dim: int = option(
-        4096, min=1, max=65_536, help="Width of the text features.", exposed=False
-    )
-    visual_dim: int = option(
-        1024, min=1, max=65_536, help="Width of the visual features.", exposed=False
-    )
-    visual_patch_size: int = option(
-        16, min=1, max=1_024, help="Edge in pixels of a visual patch.", exposed=False
-    )
-    buckets: tuple[str, ...] = option(
-        (), help="Sizes of the images, as WIDTHxHEIGHT.", exposed=False
-    )
-    max_text_tokens: int = option(
-        512, min=1, max=65_536, help="Tokens of the longest text.", exposed=False
-    )
-    visual: str | None = option(None, help="Visual encoder.", exposed=False, affects="speed")
-    visual_hash: str | None = option(None, help="Identity of the visual encoder.", exposed=False)
-    text: str | None = option(None, help="Text encoder.", exposed=False, affects="speed")
-    text_hash: str | None = option(None, help="Identity of the text encoder.", exposed=False)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_sinusoid_width(self.hidden_dim)
-        check_divides(self, "num_heads", "hidden_dim")
-        latents = f"the latents of {self.resolution}x{self.resolution} images"
-        check_divides(self, "patch_size", self.input_shape[1], latents)
-
-    @property
-    def encoder_hashes(self) -> dict[str, str | None]:
-        return {"vae": self.vae_hash, "visual": self.visual_hash, "text": self.text_hash}
-
-    def example_cond(self) -> dict[str, Tensor]:
-        rows, columns = self.patch_grid(self.resolution, self.resolution)
-        return dict(
-            text=torch.empty(1, self.max_text_tokens, self.text_dim),
-            cls=torch.empty(1, self.visual_dim),
-            patches=torch.empty(1, rows * columns, self.visual_dim),
-            size=torch.tensor([self.resolution, self.resolution], device="cpu"),
-        )
-
-    def make_backbone(self) -> nn.Module:
-        return FeatureDiT(self)
-
-    def make_conditioner(self, dim: int) -> Conditioner:
-        from models.feature_conditioner import FeatureConditioner  # It imports this module.
-
-        return FeatureConditioner(self, dim)
-
-    @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the latents of a square image."""
-        return self.latent_shape(self.resolution, self.resolution)
-
-    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
-        """Return channels, height and width of the latents of an image of that size in pixels."""
-        factor = self.latent_downsampling
-        return self.latent_channels, height // factor, width // factor
-
-    def patch_grid(self, width: int, height: int) -> tuple[int, int]:
-        """Return rows and columns of the visual patches of an image of that size in pixels.
-
-        The encoder sees each side at the nearest multiple of its patches, half upwards.
-        """
-        edge = self.visual_patch_size
-        return (2 * height + edge) // (2 * edge), (2 * width + edge) // (2 * edge)
 
 
 class ContextBlock(nn.Module):

@@ -4,9 +4,10 @@ from collections.abc import Mapping
 
 import torch
 
-from models import Network, build_network
-from models.latent_diffit import LatentDiffiTConfig
+from models import build_network
+from models.architectures.latent_diffit import LatentDiffiTConfig
 from models.layers import relative_position_index
+from models.network import Network
 
 # Published prefixes, and ours. Names inside a block are the same.
 _PREFIXES = {

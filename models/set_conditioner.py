@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from models.architectures.set_dit import SetDiTConfig
 from models.conditioners import ClassTable, Conditioner
 from models.context import Context
-from models.set_dit import SetDiTConfig
 from models.set_encoder import SetEncoder, leave_one_out_index
 
 _MAX_LOG_VARIANCE = 10.0

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from models.architectures.set_dit import SetDiTConfig
 from models.layers import PositionalEmbedding, draw_linear_layers, merge_heads, split_heads
-from models.set_dit import SetDiTConfig
 
 PATCH_OFFSET = 2
 _SPT_SHIFTS = ((-1, -1), (-1, 1), (1, -1), (1, 1))

@@ -8,17 +8,20 @@ import torch
 
 from data.features.buckets import Bucket
 from data.features.codec import FeatureCodec
+from data.features.config import FeatureConfig
 from data.images.dataset import Cond
+from diffusion.config import DualGuidanceConfig, SamplingConfig
 from diffusion.denoiser import autocast
 from diffusion.flow import Velocity, sample_flow
-from diffusion.guidance import BRANCHES, DualGuidanceConfig, branch_weights, weighted_branches
-from diffusion.samplers import SamplingConfig, num_evaluations
+from diffusion.guidance import BRANCHES, branch_weights, weighted_branches
+from diffusion.samplers import num_evaluations
 from dnnlib.config import to_dict
-from models import Context, Network
-from models.feature_dit import FeatureDiTConfig
+from models.architectures.feature_dit import FeatureDiTConfig
+from models.context import Context
+from models.network import Network
 from sampling.images import decoding_facts
 from torch_utils.rng import SeededNoise
-from training.feature_objective import FeatureConfig, patch_bias
+from training.feature_objective import patch_bias
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

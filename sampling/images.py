@@ -3,17 +3,20 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 
+from diffusion.config import GuidanceConfig, SamplingConfig
 from diffusion.denoiser import Denoiser
-from diffusion.guidance import GuidanceConfig, autoguidance, classifier_free
+from diffusion.guidance import autoguidance, classifier_free
 from diffusion.precond import Precond
-from diffusion.samplers import SamplingConfig, num_evaluations, reads_variance, sample
-from dnnlib.config import Config, to_dict
-from models import Context, ModelConfig, Network
+from diffusion.samplers import num_evaluations, reads_variance, sample
+from dnnlib.config import to_dict
+from models import ModelConfig
+from models.context import Context
+from models.network import Network
 from torch_utils import distributed
 from torch_utils.fingerprints import package_versions, weights_hash
 from torch_utils.rng import SeededNoise
@@ -23,25 +26,6 @@ from training.ema import describe_average
 from training.family import Codec
 
 cached_snapshot = functools.lru_cache(maxsize=2)(load_snapshot)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateConfig(Config):
-    """A sampling protocol, as the options of generate.py and fid.py.
-
-    ``guidance`` is of the kind that the snapshot's family has.
-    """
-
-    sampling: SamplingConfig = SamplingConfig()
-    guidance: Config = GuidanceConfig()
-
-    @classmethod
-    def of_snapshot(cls, path: str | None) -> Self:
-        """Return the protocol that a snapshot brings along; the defaults without one."""
-        if path is None:
-            return cls()
-        config = cached_snapshot(path).config
-        return cls(sampling=config.sampling, guidance=config.guidance)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from dnnlib.errors import refusal
 from dnnlib.files import read_file
 from encoders.text import load_text_encoder
 from encoders.visual import load_visual_encoder
-from models.feature_dit import FeatureDiTConfig
+from models.architectures.feature_dit import FeatureDiTConfig
 from sampling.features import FeatureGenerator
 from torch_utils.pictures import mixed_grid
 from training.checkpoint import Snapshot

@@ -9,7 +9,8 @@ from PIL.Image import Image
 
 from data.fewshot.episodes import Episodes
 from diffusion.denoiser import autocast
-from models import Context, Network
+from models.context import Context
+from models.network import Network
 from sampling.images import ImageGenerator
 from torch_utils.pictures import support_picture
 

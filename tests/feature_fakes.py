@@ -7,7 +7,7 @@ import torch
 
 from data.features.buckets import Bucket
 from data.features.dataset import pad_texts
-from diffusion.guidance import DualGuidanceConfig
+from diffusion.config import DualGuidanceConfig
 
 COLOURS = dict(red=(90, 0, 0), blue=(0, 0, 90), green=(0, 90, 0), purple=(60, 0, 60))
 BUCKETS = (Bucket(64, 64), Bucket(96, 48), Bucket(48, 96))

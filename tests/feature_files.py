@@ -13,8 +13,9 @@ from latent_files import tiny_autoencoder
 from PIL import Image
 
 import dataset_tool
+from data.features.config import SPLITS
 from data.features.manifests import Manifest, read_manifest
-from data.features.record import KEYS, SPLITS
+from data.features.record import KEYS
 from data.features.shards import Tally, from_npy, write_shard
 
 BUCKETS = "128x128,160x96,96x160"

@@ -5,7 +5,7 @@ import dataclasses
 import torch
 
 from models import build_network
-from models.set_dit import SetDiTConfig
+from models.architectures.set_dit import SetDiTConfig
 
 NUM, CHANNELS, SIZE = 4, 2, 8  # Images in a set; their channels; their height and width.
 

@@ -10,12 +10,12 @@ import torch
 from data.images.augment import (
     NUM_LABELS,
     SYM6,
-    AugmentConfig,
     AugmentPipe,
     augment_labels,
     make_augment_pipe,
     warp,
 )
+from data.images.config import AugmentConfig
 
 COLUMNS = ["flip_x", "flip_y", "scale", "angle", "stretch", "direction", "shift_x", "shift_y"]
 OFF = dict(flip_x=0, flip_y=0, scale=0, rotate=0, stretch=0, shift=0)

@@ -23,7 +23,8 @@ from PIL import Image
 import dataset_tool
 from data.images import identity
 from data.images.codec import PixelCodec
-from data.images.dataset import DatasetConfig, ImageDataset, MirroredImages, open_dataset
+from data.images.config import DatasetConfig
+from data.images.dataset import ImageDataset, MirroredImages, open_dataset
 from data.images.decode import ImageError, UnfitImageError, decode_image
 from data.loader import iterate_images, make_loader
 from data.samplers import PositionSampler

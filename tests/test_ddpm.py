@@ -9,20 +9,14 @@ import torch
 from scipy import stats
 from torch.distributions import Normal, kl_divergence
 
+from diffusion.config import GuidanceConfig, PrecondConfig, SamplingConfig
 from diffusion.denoiser import Denoiser
-from diffusion.guidance import GuidanceConfig, autoguidance, classifier_free, guidance_scale
+from diffusion.guidance import autoguidance, classifier_free, guidance_scale
 from diffusion.losses import denoising_loss, hybrid_loss
-from diffusion.precond import EDMPrecond, PrecondConfig, make_precond
-from diffusion.samplers import (
-    SamplingConfig,
-    ddpm,
-    num_evaluations,
-    reads_variance,
-    sample,
-    sampling_sigmas,
-)
+from diffusion.precond import EDMPrecond, make_precond
+from diffusion.samplers import ddpm, num_evaluations, reads_variance, sample, sampling_sigmas
 from diffusion.schedules import linear_sigmas, posterior_variances
-from models import Context
+from models.context import Context
 
 MEAN, STD = 0.3, 0.5
 PRECOND = make_precond(PrecondConfig(precond="ddpm", learned_variance=True))

@@ -5,8 +5,9 @@ import torch
 from torch.nn import functional
 
 from dnnlib.config import from_dict, to_dict
-from models import Context, ModelConfig, attention_backend, build_network
-from models.diffit import DiffiTConfig
+from models import ModelConfig, attention_backend, build_network
+from models.architectures.diffit import DiffiTConfig
+from models.context import Context
 from models.layers import TMSA
 
 TINY = DiffiTConfig(

@@ -15,8 +15,9 @@ import fid
 import generate
 import train
 from configs.presets import PRESETS
+from diffusion.config import SamplingConfig
 from diffusion.precond import EDMPrecond
-from diffusion.samplers import SAMPLERS, SamplingConfig, num_evaluations, sample
+from diffusion.samplers import SAMPLERS, num_evaluations, sample
 from metrics.metric import METRICS
 from models import ARCHITECTURES
 from training import family

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from models import build_network
-from models.feature_dit import FeatureDiTConfig
+from models.architectures.feature_dit import FeatureDiTConfig
 from torch_utils.misc import count_parameters
 
 TINY = FeatureDiTConfig(

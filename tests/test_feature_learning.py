@@ -13,7 +13,7 @@ import train as train_script
 from data.features.dataset import FeatureDataset
 from demos.patches import check_patches, mean_loss, other_of_bucket
 from demos.photographs import write_encoders, write_photographs
-from diffusion.guidance import DualGuidanceConfig
+from diffusion.config import DualGuidanceConfig
 from training.checkpoint import find_snapshots, load_snapshot
 from training.family import GeneratorOptions
 

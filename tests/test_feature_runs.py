@@ -25,8 +25,8 @@ from data.features.buckets import Bucket
 from data.features.codec import FeatureStatistics
 from data.features.dataset import FeatureDataset
 from data.features.manifests import read_manifest
+from diffusion.config import DualGuidanceConfig
 from diffusion.flow import flow_times
-from diffusion.guidance import DualGuidanceConfig
 from encoders.autoencoder import load_autoencoder
 from evaluation.in_loop.features import seed_of_item
 from sampling.requests import RequestGenerator, encode_requests, stored_requests

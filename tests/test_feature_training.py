@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from data.features.codec import FeatureCodec
+from data.features.config import FeatureConfig
 from data.features.dataset import pad_texts
 from data.samplers import BucketSampler
 from diffusion.precond import FlowPrecond
 from models import build_network
-from models.feature_dit import FeatureDiTConfig
+from models.architectures.feature_dit import FeatureDiTConfig
 from torch_utils.rng import Step
 from torch_utils.stats import StatsCollector
 from training.config import TrainingConfig
 from training.feature_objective import (
-    FeatureConfig,
     FeatureObjective,
     drop_of_uniform,
     patch_bias,

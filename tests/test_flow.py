@@ -5,12 +5,13 @@ import dataclasses
 import pytest
 import torch
 
+from diffusion.config import DualGuidanceConfig, PrecondConfig, SamplingConfig
 from diffusion.denoiser import Denoiser
 from diffusion.flow import FLOW_SAMPLERS, Velocity, flow_times, sample_flow
-from diffusion.guidance import DualGuidanceConfig, branch_weights, weighted_branches
+from diffusion.guidance import branch_weights, weighted_branches
 from diffusion.losses import denoising_loss, velocity_loss
-from diffusion.precond import FlowPrecond, PrecondConfig, make_precond
-from diffusion.samplers import SamplingConfig, dpmpp_2m, euler, heun, sampling_sigmas
+from diffusion.precond import FlowPrecond, make_precond
+from diffusion.samplers import dpmpp_2m, euler, heun, sampling_sigmas
 
 MEAN, STD = 0.7, 0.4
 

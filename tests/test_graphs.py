@@ -9,7 +9,7 @@ from feature_files import tiny_features
 from helpers import TINY, TINY_FEATURES, TINY_LATENT, TINY_SETS, toy_data, train_tiny
 from latent_files import tiny_latents
 
-from models import Network
+from models.network import Network
 from training import loop
 
 pytestmark = pytest.mark.usefixtures("one_cpu_thread")

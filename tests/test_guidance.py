@@ -6,9 +6,10 @@ import math
 import pytest
 import torch
 
-from diffusion.guidance import GuidanceConfig, autoguidance, classifier_free, guidance_scale
+from diffusion.config import GuidanceConfig, SamplingConfig
+from diffusion.guidance import autoguidance, classifier_free, guidance_scale
 from diffusion.precond import EDMPrecond, TablePrecond, VPPrecond
-from diffusion.samplers import SamplingConfig, num_evaluations, sample
+from diffusion.samplers import num_evaluations, sample
 from diffusion.schedules import cosine_sigmas
 
 

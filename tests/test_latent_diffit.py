@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 import generate
 import import_weights
 from configs import get_diffit_config, get_preset
-from models import Context, build_network
-from models.latent_diffit import LatentDiffiTConfig
+from models import build_network
+from models.architectures.latent_diffit import LatentDiffiTConfig
+from models.context import Context
 from models.layers import position_embedding
 from models.published import network_of_published, published_shapes
 from torch_utils.misc import count_flops, count_parameters

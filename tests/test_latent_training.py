@@ -21,7 +21,8 @@ from configs import get_preset
 from data.latents.codec import LatentCodec
 from data.latents.dataset import LatentDataset
 from demos.digits import class_agreement, train_autoencoder
-from diffusion.precond import PrecondConfig, make_precond
+from diffusion.config import PrecondConfig
+from diffusion.precond import make_precond
 from encoders.autoencoder import Autoencoder, load_autoencoder
 from families.latent import FAMILY
 from models import build_network

@@ -10,9 +10,10 @@ from helpers import TINY_SETS, fail, train_tiny
 
 import fid
 import generate
+from diffusion.config import SamplingConfig
 from diffusion.flow import sample_flow
 from diffusion.precond import EDMPrecond
-from diffusion.samplers import SAMPLERS, SamplingConfig, sample
+from diffusion.samplers import SAMPLERS, sample
 from dnnlib.errors import NotFiniteError
 from torch_utils.pictures import to_uint8
 from training import loop

@@ -6,16 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from diffusion.config import PrecondConfig
 from diffusion.denoiser import Denoiser
 from diffusion.losses import denoising_loss
-from diffusion.precond import (
-    EDMPrecond,
-    PrecondConfig,
-    TablePrecond,
-    VEPrecond,
-    VPPrecond,
-    make_precond,
-)
+from diffusion.precond import EDMPrecond, TablePrecond, VEPrecond, VPPrecond, make_precond
 from diffusion.schedules import cosine_sigmas
 from dnnlib.config import from_dict, to_dict
 

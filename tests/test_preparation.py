@@ -30,9 +30,10 @@ from safetensors.torch import load_file, save_file
 import dataset_tool
 from data.features import shards as feature_shards
 from data.features.buckets import fit_image, parse_buckets
+from data.features.config import SPLITS
 from data.features.manifests import read_manifest
 from data.features.preparation.encode import FeatureEncoder
-from data.features.record import KEYS, SPLITS, read_feature_record
+from data.features.record import KEYS, read_feature_record
 from data.images.decode import decode_image
 from encoders.autoencoder import load_autoencoder
 from encoders.text import load_text_encoder

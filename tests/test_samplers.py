@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from diffusion.config import SamplingConfig
 from diffusion.precond import EDMPrecond, TablePrecond, VEPrecond, VPPrecond
 from diffusion.samplers import (
     SAMPLERS,
     Churn,
-    SamplingConfig,
     ddim,
     ddpm,
     dpmpp_2m,

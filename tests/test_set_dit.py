@@ -9,9 +9,9 @@ from set_networks import ENCODERS, NUM, TINY, build, build_active, random_images
 
 from configs.set_dit import MODELS
 from models import build_network
+from models.architectures.set_dit import SetDiTConfig
 from models.layers import PositionalEmbedding, position_embedding
 from models.set_conditioner import SetContext
-from models.set_dit import SetDiTConfig
 from torch_utils.misc import count_parameters
 
 P, H, D = TINY.grid**2, TINY.hidden_dim, TINY.encoder_dim

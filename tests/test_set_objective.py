@@ -7,13 +7,14 @@ import pytest
 import torch
 from set_networks import TINY, build_active
 
-from data.fewshot.classes import SetConfig
+from data.fewshot.config import SetConfig
 from data.images.codec import PixelCodec
+from diffusion.config import PrecondConfig, SamplingConfig
 from diffusion.denoiser import Denoiser
 from diffusion.losses import denoising_loss
-from diffusion.precond import PrecondConfig, make_precond
-from diffusion.samplers import SamplingConfig, sample
-from families.sets import SetRun
+from diffusion.precond import make_precond
+from diffusion.samplers import sample
+from families.runs import SetRun
 from models import build_network
 from torch_utils.rng import Step
 from training.optimizer import GuardedAdam

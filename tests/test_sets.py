@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from data.fewshot.classes import SetConfig, split_classes, transform_images
+from data.fewshot.classes import split_classes, transform_images
+from data.fewshot.config import SetConfig
 from data.fewshot.episodes import draw_episodes, episodes_of_dataset, episodes_of_run
 from data.fewshot.sets import SetDataset
 from data.images.dataset import ImageDataset

@@ -34,7 +34,7 @@ from commands import synonyms
 from configs import PRESETS
 from dnnlib.cli import settings
 from dnnlib.config import option, to_dict
-from families.image import ImageRun
+from families.runs import ImageRun
 from metrics.metric import get_metrics
 from models.config import ModelConfig
 from models.diffit import DiffiT

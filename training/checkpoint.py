@@ -20,11 +20,11 @@ from torch import Tensor
 
 from dnnlib.config import Config, to_dict
 from dnnlib.files import atomic_write, check_source
-from models import Network, build_network
+from models import build_network
+from models.network import Network
 from torch_utils.fingerprints import package_versions, weights_hash
-from training.config import RunConfig
+from training.config import RunConfig, std_name
 from training.family import TrainingData, restore_run
-from training.power_ema import std_name
 
 FORMAT_VERSION = 2  # 1: the configuration did not name the family of its model.
 _SNAPSHOT_FORMAT = "setdiffit-snapshot"

@@ -6,15 +6,16 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from data.images.augment import AugmentConfig
-from data.images.dataset import DatasetConfig
-from diffusion.precond import PrecondConfig
-from diffusion.samplers import SamplingConfig
+from data.images.config import AugmentConfig, DatasetConfig
+from diffusion.config import PrecondConfig, SamplingConfig
 from dnnlib.addresses import is_address
 from dnnlib.config import Config, option
 from dnnlib.errors import refusal
 from models.config import ModelConfig
-from training.power_ema import MAX_STD, MIN_STD, std_name
+
+# Relative stds of weight averages. Names of files show three decimals; 1 / sqrt(12) = 0.2887 weighs
+# all times equally.
+MIN_STD, MAX_STD = 0.001, 0.288
 
 _DURATION: dict[str, Any] = dict(affects={"lr_schedule": ("cosine",)})
 
@@ -383,3 +384,8 @@ def accumulation_rounds(training: TrainingConfig, world_size: int) -> tuple[int,
         remedy = f"use a divisor of {per_rank}, such as {nearest}, or {other}"
         raise refusal("--batch-gpu", batch_gpu, but=but, remedy=remedy)
     return batch_gpu, per_rank // batch_gpu
+
+
+def std_name(std: float) -> str:
+    """Return a profile's std as names of files have it."""
+    return f"{std:.3f}"

@@ -5,22 +5,26 @@ the commands ask :func:`of` for the family of a run, and never what kind of mode
 snapshot they handle. docs/extending.md adds a family step by step.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from PIL.Image import Image
-
-from data.images.dataset import Cond
-from diffusion.samplers import SamplingConfig
 from dnnlib.click_options import param
 from dnnlib.config import Config, from_dict
-from models import Network
-from torch_utils import distributed, rng
-from torch_utils.stats import StatsCollector
-from training.config import RunConfig
+
+if TYPE_CHECKING:  # The contract is known, and options with it, before torch is needed.
+    import torch
+    from PIL.Image import Image
+
+    from data.images.dataset import Cond
+    from diffusion.config import SamplingConfig
+    from models.network import Network
+    from torch_utils import distributed, rng
+    from torch_utils.stats import StatsCollector
+    from training.config import RunConfig
 
 
 class TrainingData(Protocol):

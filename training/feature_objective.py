@@ -4,71 +4,23 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from data.features.buckets import Bucket, parse_buckets
+from data.features.config import FeatureConfig
 from data.images.dataset import Cond
 from diffusion.flow import Velocity
 from diffusion.losses import velocity_loss
 from diffusion.precond import FlowPrecond
-from dnnlib.config import Config, option
-from dnnlib.errors import refusal
 from dnnlib.progress import progress
 from torch_utils import distributed, rng
 from torch_utils.stats import StatsCollector
 from training.objective import Draws, Objective, gradient_norms
 
 _NUM_TIME_BINS = 4
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FeatureConfig(Config):
-    """Dropout of the conditions, padding of the text, and the start of added patches."""
-
-    title: ClassVar[str] = "Features and their dropout"
-
-    drop_all: float = option(
-        0.10, min=0, max=1, help="Probability of training without any condition."
-    )
-    text_only: float = option(
-        0.30, min=0, max=1, help="Probability of training on the text alone, without CLS, patches."
-    )
-    visual_only: float = option(
-        0.05, min=0, max=1, help="Probability of training on CLS token and patches, without text."
-    )
-    text_lengths: tuple[int, ...] = option(
-        (128, 256, 384, 512),
-        min=1,
-        max=65_536,
-        help="Lengths to which the texts of a batch are padded.",
-    )
-    patch_bias_kimg: float = option(
-        0.0,
-        min=0,
-        max=1e9,
-        help="Let patches that are new to a model in slowly: a bias of attention to them rises "
-        "from -ln(number) - 4 to 0 over so many kimg; 0: none.",
-    )
-    streaming: bool = option(
-        False,
-        help="Read shards from begin to end through webdataset; --data may then be an address "
-        "(http, https, s3 or gs) of a folder. Shuffled approximately, and resumed so.",
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        total = self.drop_all + self.text_only + self.visual_only
-        if total > 1 + 1e-9:
-            but = f"they add up to {total:g}, but exclude each other"
-            remedy = "make them at most 1 together"
-            raise refusal("--drop-all, --text-only and --visual-only", but=but, remedy=remedy)
-        if not self.text_lengths or list(self.text_lengths) != sorted(set(self.text_lengths)):
-            got = ",".join(map(str, self.text_lengths)) or "none"
-            accepted = "rising numbers of tokens, such as 128,256,384,512"
-            raise refusal("--text-lengths", got, accepted=accepted)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,8 @@ from data.images.dataset import Cond
 from diffusion.denoiser import Denoiser
 from diffusion.losses import denoising_loss, hybrid_loss
 from diffusion.precond import Precond
-from models import Context, Network
+from models.context import Context
+from models.network import Network
 from torch_utils import rng
 from torch_utils.stats import StatsCollector
 from training.family import Codec

@@ -27,8 +27,8 @@ from training.checkpoint import (
     read_header,
     save_weights,
 )
-from training.config import RunConfig
-from training.power_ema import MAX_STD, MIN_STD, posthoc_coefficients, std_name
+from training.config import MAX_STD, MIN_STD, RunConfig, std_name
+from training.power_ema import posthoc_coefficients
 
 POOR_FIT = 0.05
 

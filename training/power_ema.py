@@ -11,8 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-# Names of files show three decimals. A std of 1 / sqrt(12) = 0.2887 weighs all times equally.
-MIN_STD, MAX_STD = 0.001, 0.288
+from training.config import MAX_STD, MIN_STD
 
 
 def power_gamma(std: float) -> float:
@@ -78,8 +77,3 @@ def _inner_products(
     exponent = np.where(t_a < t_b, gamma_b, -gamma_a)
     ratio = (t_a / t_b) ** exponent / np.maximum(t_a, t_b)
     return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * ratio
-
-
-def std_name(std: float) -> str:
-    """Return a profile's std as names of files have it."""
-    return f"{std:.3f}"

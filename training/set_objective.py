@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.fewshot.classes import SetConfig
+from data.fewshot.config import SetConfig
 from data.fewshot.sets import SetDataset
 from data.images.dataset import Cond
 from diffusion.denoiser import autocast

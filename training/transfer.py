@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dnnlib.errors import refusal
 from dnnlib.files import write_json
-from models import Network
+from models.network import Network
 from training.checkpoint import Snapshot
 
 REPORT_FILE = "warm-start.json"

@@ -16,7 +16,6 @@ from dnnlib import safe_pickle
 from dnnlib.errors import refusal
 from dnnlib.files import read_file
 
-SPLITS = ("train", "test", "all")
 _CIFAR_FILES = {
     "cifar-10": {
         "train": [f"data_batch_{number}" for number in range(1, 6)],

@@ -29,7 +29,6 @@ _CIFAR_FS = {
     "test": "whale poppy rose sweet_pepper telephone bed table wardrobe leopard plain chimpanzee "
     "fox snail worm baby man woman bicycle pickup_truck rocket",
 }
-CIFAR_SPLITS = ("fc100", "cifar-fs")
 _PICKLES = (".pickle", ".pkl")
 _OMNIGLOT = {"train": "train_small.npz", "test": "test_small.npz"}
 # One training class of so many becomes a validation class: 97 of Omniglot's 964.

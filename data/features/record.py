@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
 from data.features.buckets import Bucket
+from data.features.config import SPLITS
 from dnnlib.addresses import AddressError, is_address, open_address, under
 from dnnlib.typed import JsonFormat, typed
 
@@ -16,7 +17,6 @@ FORMAT = "setdiffit-features"
 FORMAT_VERSION = 1
 RECORD_FILE = "features.json"  # Written last.
 CLAIM_FILE = "preparing.json"  # There from the beginning of a preparation on.
-SPLITS = ("train", "validation")
 FEATURES = ("vae", "visual", "text")
 # The members that each feature has in a sample, in the order of a shard.
 KEYS_OF = {

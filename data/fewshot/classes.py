@@ -3,117 +3,18 @@
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import ClassVar
 
 import numpy as np
 import torch
 
+from data.fewshot.config import SetConfig
 from data.images.dataset import ImageDataset
 from data.images.labels import CLASS_SPLITS
-from dnnlib.config import Config, option
 from dnnlib.errors import refusal
 from dnnlib.text import parse_ranges
 
 _SPLIT_SEED = 1
 NUM_TRANSFORMS = 8
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SetConfig(Config):
-    """Which classes and images sets are made of, and how their context is trained."""
-
-    title: ClassVar[str] = "Sets and their context"
-
-    train_classes: tuple[str, ...] = option(
-        (), help="Classes to train on, by name or index (0-7); none: see --split-fractions."
-    )
-    val_classes: tuple[str, ...] = option((), help="Classes kept for validation.")
-    test_classes: tuple[str, ...] = option((), help="Unseen classes, on which a run is scored.")
-    rules_for: tuple[str, ...] = option(
-        (),
-        exposed=False,
-        affects="speed",
-        help="Names of the only classes that a preset's lists of classes are meant for; none: any.",
-    )
-    split_fractions: tuple[float, float, float] | None = option(
-        None,
-        min=0,
-        max=1,
-        help="Shares of classes for training, validation and test, chosen by --split-seed; none: "
-        "the data's own split, or 0.6,0.2,0.2 without one.",
-    )
-    split_seed: int = option(
-        0, min=-(2**63), max=2**63 - 1, help="Seed of the choice of classes and of held-out images."
-    )
-    held_out: int = option(
-        100,
-        min=0,
-        max=1_000_000_000,
-        help="Images of each class trained on that are kept for scores.",
-    )
-    class_transforms: str = option(
-        "none",
-        choices=("none", "rotations", "dihedral"),
-        help="Make each turn (rotations), or turn and mirror image (dihedral), of a class another "
-        "class to train on.",
-    )
-    skip_transforms: tuple[str, ...] = option(
-        (),
-        unless={"class_transforms": ("none",)},
-        help="Transformed classes to leave out, such as 6:2 for class 6 turned twice; 4 to 7 are "
-        "the mirror images.",
-    )
-    hybrids: float = option(
-        0.0,
-        min=0,
-        max=1,
-        help="Share of sets of hybrid classes: half of each image is of one class and half of "
-        "another, the same two throughout the set.",
-    )
-    min_sample_size: int | None = option(
-        None,
-        min=1,
-        max=1_000,
-        help="Draw sets of this many to --sample-size images; none: full sets.",
-    )
-    context_drop: float = option(
-        0.0, min=0, max=1, help="Probability of training without the set, for guidance."
-    )
-    num_eval_batches: int = option(
-        0,
-        min=0,
-        max=1_000_000,
-        help="Batches of sets of validation classes whose loss is measured with every snapshot.",
-        affects="speed",
-    )
-    compute_fid: bool = option(
-        False, help="Compute fewshot_fid, as --metrics=fewshot_fid does.", affects="speed"
-    )
-    fid_num_samples: int = option(
-        10_000,
-        min=2,
-        max=10_000_000,
-        help="Images that the fewshot metrics generate, at most.",
-        affects="speed",
-    )
-    diagnostics: bool = option(
-        True,
-        help="Log statistics of the context and gradients every tick, under debug/.",
-        affects="speed",
-    )
-    kl_weight: float = option(1.0, min=0, help="Weight of a variational context's divergence.")
-    kl_rampup: float = option(
-        1920.0,
-        min=0,
-        max=1e9,
-        help="Linear warm-up of that weight, in kimg (10,000 steps of 32 sets).",
-    )
-    kl_scale: str = option(
-        "dimensions",
-        choices=("dimensions", "elbo"),
-        help="Divergence per dimension of the context, or its weight in a bound in bits per "
-        "dimension of the image (the other part stays the training loss).",
-    )
 
 
 @dataclasses.dataclass(frozen=True)

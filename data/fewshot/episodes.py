@@ -11,7 +11,6 @@ import torch
 from data.fewshot.sets import SetDataset
 from data.images.dataset import ImageDataset
 
-PROTOCOLS = ("seen", "unseen", "val")
 _SEED = 3
 _MAX_EPISODES = 20
 # Supports take at most this share of a class; the rest are the reals that scores compare with.

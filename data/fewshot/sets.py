@@ -8,13 +8,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from data.fewshot.classes import (
-    SetConfig,
-    parse_transforms,
-    split_classes,
-    transform_images,
-    transforms_of,
-)
+from data.fewshot.classes import parse_transforms, split_classes, transform_images, transforms_of
+from data.fewshot.config import SetConfig
 from data.images.dataset import Cond, ImageDataset
 from dnnlib.errors import refusal
 from torch_utils.rng import STREAM_DATA

@@ -12,7 +12,7 @@ from data.images.decode import decode_image
 from data.images.transforms import apply_transform
 from dnnlib.errors import refusal
 from dnnlib.files import check_source
-from models.set_dit import SetDiTConfig
+from models.architectures.set_dit import SetDiTConfig
 
 
 def read_support(locations: Sequence[str], model: SetDiTConfig) -> Episodes:

@@ -5,15 +5,13 @@ arXiv 2206.00364), Appendix F.2. The network is told what was done to each image
 labels, asked for plain images at sampling.
 """
 
-import dataclasses
 import functools
 import math
-from typing import ClassVar
 
 import numpy as np
 import torch
 
-from dnnlib.config import Config, option
+from data.images.config import AugmentConfig
 
 NUM_LABELS = 9
 
@@ -25,20 +23,6 @@ SYM6 = (
 )
 # Position of the filter among its own taps, and so of an upsampled pixel among fine samples.
 _CENTROID = float(np.dot(np.arange(len(SYM6)), SYM6) / np.sum(SYM6))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AugmentConfig(Config):
-    """How often training images are augmented."""
-
-    title: ClassVar[str] = "Augmentation"
-
-    augment: float = option(
-        0.12,
-        min=0,
-        max=1,
-        help="Probability of each augmentation; horizontal flips always occur. 0: none, no flips.",
-    )
 
 
 # Multipliers of the probability of each transformation.

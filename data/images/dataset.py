@@ -1,7 +1,6 @@
 """Images of a zip, folder or .npz with their class labels, as training and metrics read them."""
 
 import copy
-import dataclasses
 import functools
 import hashlib
 import math
@@ -10,42 +9,21 @@ import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from data.images.archive import open_archive
+from data.images.config import DatasetConfig
 from data.images.decode import ImageError, UnfitImageError
 from data.images.identity import VERSION
 from data.images.labels import read_class_splits, read_labels
-from dnnlib.config import Config, option
 from dnnlib.errors import refusal
 
 Cond = dict[str, torch.Tensor]
 PREVIEW_COLUMNS = 8
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DatasetConfig(Config):
-    """Which images a run trains on."""
-
-    title: ClassVar[str] = "Data"
-
-    data: str | None = option(None, help="Zip or folder of images, from dataset_tool.py convert.")
-    cond: bool = option(False, help="Condition the model on the class labels of the data.")
-    max_size: int | None = option(
-        None, min=1, max=1_000_000_000, help="Train on a random subset of this many images."
-    )
-    hflip: bool = option(
-        False,
-        help="Train on every image and on its mirror image; in a set, each drawn image is mirrored "
-        "with probability 1/2.",
-    )
-    cache: bool = option(
-        False, help="Keep decoded images in memory, shared by a rank's workers.", affects="speed"
-    )
 
 
 def open_dataset(

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from PIL import Image
 
+from data.convert.choices import TRANSFORMS
 from dnnlib.errors import refusal
 
 Size = tuple[int, int]  # Width, height.
@@ -45,17 +46,15 @@ def center_crop_dhariwal(image: Image.Image, size: Size) -> Image.Image:
     return image.crop((x, y, x + target, y + target))
 
 
-TRANSFORMS: dict[str, Callable[[Image.Image, Size], Image.Image]] = {
-    "center-crop": center_crop,
-    "center-crop-wide": center_crop_wide,
-    "center-crop-dhariwal": center_crop_dhariwal,
-}
+_TRANSFORMS: dict[str, Callable[[Image.Image, Size], Image.Image]] = dict(
+    zip(TRANSFORMS, (center_crop, center_crop_wide, center_crop_dhariwal), strict=True)
+)
 
 
 def apply_transform(image: Image.Image, size: Size, transform: str | None) -> Image.Image:
     """Return an image brought to ``size`` by one of TRANSFORMS, or resized (Lanczos) without."""
     if transform is not None:
-        return TRANSFORMS[transform](image, size)
+        return _TRANSFORMS[transform](image, size)
     return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
 
 

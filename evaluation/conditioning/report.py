@@ -14,8 +14,8 @@ from diffusion.denoiser import AUTOCAST_DTYPES, Denoiser, autocast
 from diffusion.precond import Precond, make_precond
 from dnnlib.progress import progress
 from evaluation.conditioning.panel import Condition, Group, Panel, derangement
-from models import Network
 from models.attention_probe import AttentionMass, record_attention
+from models.network import Network
 from torch_utils.fingerprints import package_versions
 from torch_utils.rng import SeededNoise
 from training.checkpoint import Snapshot

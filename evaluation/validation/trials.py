@@ -17,7 +17,7 @@ import torch
 
 from data.features.dataset import FeatureDataset, pad_texts
 from data.images.dataset import Cond
-from diffusion.guidance import DualGuidanceConfig
+from diffusion.config import DualGuidanceConfig
 from encoders.text import TextEncoder
 from encoders.visual import VisualEncoder
 from evaluation.in_loop.features import seed_of_item

@@ -1,0 +1,135 @@
+"""The options of benchmark.py, known before what measures is loaded."""
+
+import dataclasses
+from collections.abc import Collection, Sequence
+
+from configs.presets import PRESETS, Preset, get_preset
+from dnnlib.cli import raw_value, usage_errors
+from dnnlib.click_options import param
+from dnnlib.errors import refusal
+from models import ModelConfig
+from training.config import RunConfig
+
+DEFAULT_PRESET = "cifar10"
+BATCH_HELP = "Number of images in a batch."
+PRECISION_HELP = "Arithmetic to measure."
+# What models are measured on, by their family; benchmarks/kinds.py makes it.
+_DATA = {"image": "pictures", "latent": "latents", "sets": "pictures"}
+MEASURED = [name for name, preset in PRESETS.items() if _DATA.get(preset.run.family)]
+
+
+def measured_preset(name: str) -> Preset:
+    """Return a preset that can be measured; raises ValueError for any other."""
+    preset = get_preset(name)
+    if name not in MEASURED:
+        got = f"{name}, of which nothing is measured yet"
+        raise refusal("--preset", got, accepted=", ".join(MEASURED))
+    return preset
+
+
+def measured_model(args: Sequence[str]) -> ModelConfig:
+    """Return the model of the preset that unparsed arguments name, as a base of its options."""
+    return measured_preset(raw_value(args, "preset") or DEFAULT_PRESET).run.model
+
+
+def measured_run(name: str, model: ModelConfig) -> RunConfig:
+    """Return the run of a preset with another model in the place of its own."""
+    return dataclasses.replace(measured_preset(name).run, model=model)
+
+
+def listed(option: str, text: str, accepted: Collection[str]) -> tuple[str, ...]:
+    """Return the names in an option, separated by commas; refuses any other."""
+    names = tuple(name.strip() for name in text.split(","))
+    for name in names:
+        if name not in accepted:
+            with usage_errors():
+                raise refusal(option, repr(name), accepted=", ".join(accepted))
+    return names
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What every measurement has."""
+
+    preset: str = param(default=DEFAULT_PRESET, help=f"Model to measure: {', '.join(MEASURED)}.")
+    rounds: int = param(
+        default=7,
+        min=1,
+        max=10_000,
+        help="Number of rounds in which all that is compared has a turn; medians count.",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataOptions(Options):
+    """What a measurement that reads images has."""
+
+    data: str | None = param(
+        help="Zip or folder made by dataset_tool.py.  [default: synthetic pictures]"
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NetworkOptions(Options):
+    """What a measurement of a network without training has."""
+
+    precision: str = param(default="fp32", choices=("bf16", "fp32"), help=PRECISION_HELP)
+    batch: int = param(default=16, min=1, max=1_000_000, help=BATCH_HELP)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainOptions(DataOptions):
+    against: str = param(
+        default="plain", help="What to compare with: plain, diffusers or plain,diffusers."
+    )
+    batch_gpu: int = param(default=16, min=1, max=100_000, help=BATCH_HELP)
+    steps: int | None = param(
+        min=1, max=1_000_000, help="Number of steps in a turn.  [default: 1, on a GPU 20]"
+    )
+    precision: str = param(default="both", choices=("fp32", "bf16", "both"), help=PRECISION_HELP)
+    compile: bool = param(
+        "--compile/--no-compile", default=False, help="Compile this code's network."
+    )
+    tf32: bool = param(
+        "--tf32/--no-tf32", default=False, help="Use TF32 products on all sides in fp32."
+    )
+    workers: int | None = param(
+        min=0, max=1_024, help="Number of loader processes of each side.  [default: the preset's]"
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleOptions(NetworkOptions):
+    against: str | None = param(
+        help="What to compare guided sampling with: plain (a network without fast parts), "
+        "diffusers or plain,diffusers."
+    )
+    steps: int | None = param(
+        min=1, max=1_000_000, help="Number of sampling steps.  [default: the preset's]"
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadingOptions(DataOptions):
+    batch: int | None = param(min=1, max=1_000_000, help=f"{BATCH_HELP}  [default: the preset's]")
+    batches: int = param(default=8, min=1, max=1_000_000, help="Number of batches in a turn.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionOptions(NetworkOptions):
+    calls: int = param(default=3, min=1, max=1_000_000, help="Number of calls in a turn.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MetricsOptions(DataOptions):
+    precision: str = param(
+        default="fp32,bf16", help="Arithmetic of the detector, separated by commas."
+    )
+    batch: int = param(default=64, min=1, max=1_000_000, help=BATCH_HELP)
+    images: int = param(default=512, min=1, max=10_000_000, help="Number of images in a turn.")
+    features: int = param(
+        default=2048, min=2, max=16_384, help="Dimensions of the vectors that distances are of."
+    )
+    vectors: int = param(
+        default=4000, min=10, max=1_000_000, help="Number of vectors of KID, precision and recall."
+    )

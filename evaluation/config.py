@@ -1,0 +1,13 @@
+"""How images are scored, as options of fid.py."""
+
+import dataclasses
+
+from sampling.config import GenerateConfig
+from training.config import DetectorConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreConfig(GenerateConfig):
+    """How the images of a snapshot are made and seen."""
+
+    detectors: DetectorConfig = DetectorConfig()

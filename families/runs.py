@@ -1,0 +1,49 @@
+"""The run of each kind of model: its sections, and the values that they start from.
+
+Beside the families, because options and presets are known before anything of a family is loaded.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+from data.features.config import FeatureConfig
+from data.fewshot.config import SetConfig
+from diffusion.config import DualGuidanceConfig, GuidanceConfig
+from evaluation.validation.config import ValidationConfig
+from training.config import RunConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageRun(RunConfig):
+    """A run of a model that makes images of a class, or of none."""
+
+    family: ClassVar[str] = "image"
+
+    guidance: GuidanceConfig = GuidanceConfig()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentRun(ImageRun):
+    """A run on latents, read from an archive of them or encoded while training."""
+
+    family: ClassVar[str] = "latent"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SetRun(ImageRun):
+    """A run on sets of images, each image made from a context of its set."""
+
+    family: ClassVar[str] = "sets"
+
+    sets: SetConfig = SetConfig()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FeatureRun(RunConfig):
+    """A run on stored latents with features of captioned images."""
+
+    family: ClassVar[str] = "features"
+
+    guidance: DualGuidanceConfig = DualGuidanceConfig()
+    features: FeatureConfig = FeatureConfig()
+    validation: ValidationConfig = ValidationConfig()

@@ -1,0 +1,1 @@
+"""The settings of each network, without the network, which is made when it is asked for."""
