@@ -4,6 +4,7 @@ import click
 
 from benchmarks.options import (
     AttentionOptions,
+    GpuOptions,
     LoadingOptions,
     MetricsOptions,
     SampleOptions,
@@ -28,6 +29,7 @@ def main() -> None:
       python benchmark.py data --preset=cifar10
       python benchmark.py attention --preset=cifar10
       python benchmark.py metrics --preset=cifar10
+      python benchmark.py gpu --out=gpu.json
     """
 
 
@@ -94,6 +96,20 @@ def metrics(options: MetricsOptions) -> None:
     should be as fast as the slower of the two. Weights are random.
     """
     from benchmarks.metrics import measure
+
+    measure(options)
+
+
+@main.command()
+@takes(GpuOptions)
+def gpu(options: GpuOptions) -> None:
+    """Measure one GPU on made-up data: matrix products, attention, training, sampling and more.
+
+    Takes 18 minutes at most. Each part has a time of its own and says what it left out. Results of
+    parts that were measured before stay in the file; the table has its name with .md. At the end
+    are the defaults that the measurements speak against.
+    """
+    from benchmarks.gpu import measure
 
     measure(options)
 

@@ -59,11 +59,14 @@ def describe_run(config: RunConfig, device: torch.device) -> str:
 
 
 @contextmanager
-def dataset_of(config: RunConfig, data: str | None) -> Iterator[TrainingData]:
+def dataset_of(
+    config: RunConfig, data: str | None, num_images: int | None = None
+) -> Iterator[TrainingData]:
     """Open ``data``, or pictures (or latents) made for the occasion in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         if data is None:
-            data = str(_KINDS[config.family].make(Path(folder), config.model, NUM_SYNTHETIC_IMAGES))
+            num_images = num_images or NUM_SYNTHETIC_IMAGES
+            data = str(_KINDS[config.family].make(Path(folder), config.model, num_images))
             config = config.changed("data", hflip=config.data.hflip and data.endswith(".zip"))
         config = config.changed("data", data=data, cache=False)
         yield families.of(config).open_data(config)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
 from configs.presets import PRESETS, Preset, get_preset
 from dnnlib.cli import raw_value, usage_errors
@@ -16,6 +17,9 @@ PRECISION_HELP = "Arithmetic to measure."
 # What models are measured on, by their family; benchmarks/kinds.py makes it.
 _DATA = {"image": "pictures", "latent": "latents", "sets": "pictures"}
 MEASURED = [name for name, preset in PRESETS.items() if _DATA.get(preset.run.family)]
+
+# The parts of benchmark.py gpu and the seconds that each may take.
+GPU_PARTS = dict(gemm=60, attention=180, train=480, sample=150, metrics=90, loading=120)
 
 
 def measured_preset(name: str) -> Preset:
@@ -133,3 +137,10 @@ class MetricsOptions(DataOptions):
     vectors: int = param(
         default=4000, min=10, max=1_000_000, help="Number of vectors of KID, precision and recall."
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GpuOptions:
+    out: Path = param(required=True, help="JSON file of the results; a table is written beside it.")
+    part: str | None = param(choices=tuple(GPU_PARTS), help="Measure this part alone.")
+    dry_run: bool = param(default=False, help="Try everything on the CPU, at tiny sizes.")

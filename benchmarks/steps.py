@@ -37,18 +37,25 @@ class TrainingSteps:
     rank.
     """
 
+    compile_backend = "inductor"
+
     def __init__(self, config: RunConfig, dataset: TrainingData, device: torch.device) -> None:
-        training, family = config.training, families.of(config)
-        self.config, self.device = config, device
+        self.config, self.device, self._dataset = config, device, dataset
         self._cur_nimg = _FIRST_NIMG
-        part = Part(rank=0, world_size=1, batch_gpu=training.batch)
-        sampler = family.steps(config, dataset, self._cur_nimg, part).sampler
-        workers = config.logging.workers
-        self._batches = iter(make_loader(dataset, sampler, num_workers=workers, device=device))
-        torch.manual_seed(training.seed)
+        torch.manual_seed(config.training.seed)
         self._build()
-        codec = family.encoder_codec(config, dataset, device)
-        self._objective = self._make_objective(codec)
+        self._codec = families.of(config).encoder_codec(config, dataset, device)
+        self.resize(config.training.batch)
+
+    def resize(self, batch: int) -> None:
+        """Make batches of that size from the next step on."""
+        self.config = config = self.config.changed("training", batch=batch, batch_gpu=batch)
+        part = Part(rank=0, world_size=1, batch_gpu=batch)
+        sampler = families.of(config).steps(config, self._dataset, self._cur_nimg, part).sampler
+        workers = config.logging.workers
+        loader = make_loader(self._dataset, sampler, num_workers=workers, device=self.device)
+        self._batches = iter(loader)
+        self._objective = self._make_objective(self._codec)
 
     def _make_objective(self, codec: Codec) -> Any:
         """Return what draws, prepares and computes the loss of a batch."""
@@ -69,7 +76,7 @@ class TrainingSteps:
         self.average = list(self._ema.network.parameters())
         self._stats = StatsCollector()
         if training.compile:
-            self.network.compile_parts()
+            self.network.compile_parts(backend=self.compile_backend)
 
     def step(self, clock: Clock) -> None:
         """Make one optimizer step, calling ``clock.mark`` at the end of each of PARTS."""
@@ -103,6 +110,15 @@ class TrainingSteps:
         self._ema.update(beta, self._optimizer.skipped)
         step_nimg = self.config.step_nimg
         self._profiles.update(self._cur_nimg + step_nimg, step_nimg)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a training state holds of network, averages and optimizer."""
+        return dict(
+            net=self.network.state_dict(),
+            ema=self._ema.network.state_dict(),
+            ema_profiles=self._profiles.state_dict(),
+            optimizer=self._optimizer.state_dict(),
+        )
 
     def peak_memory(self, num_steps: int) -> str:
         """Make ``num_steps`` steps, and return the peak memory of one more in MiB."""
