@@ -63,7 +63,6 @@ def _sampling(
         handle = network.register_forward_pre_hook(lambda _, args: inputs.append(args))
         generator.generate(range(batch))
         handle.remove()
-        whole = session.seconds_per_call(lambda: generator.generate(range(batch)))
 
         @torch.inference_mode()
         def bare() -> None:
@@ -71,8 +70,10 @@ def _sampling(
                 for args in inputs:
                     network(*args)
 
-        share = session.seconds_per_call(bare) / whole
-        return dict(images_per_sec=batch / whole, evaluations=len(inputs), share=share)
+        calls = dict(whole=lambda: generator.generate(range(batch)), bare=bare)
+        seconds = session.seconds_of_each(calls)
+        rate, share = batch / seconds["whole"], seconds["bare"] / seconds["whole"]
+        return dict(images_per_sec=rate, evaluations=len(inputs), share=share)
 
     return measure
 
@@ -103,10 +104,8 @@ def _detect(session: Session, precision: str) -> dict[str, float]:
             for _ in range(-(-num // _CHUNK)):
                 network(x, ("features",))
 
-    whole, alone = (
-        session.seconds_per_call(lambda: detector(images)),
-        session.seconds_per_call(bare),
-    )
+    seconds = session.seconds_of_each(dict(whole=lambda: detector(images), bare=bare))
+    whole, alone = seconds["whole"], seconds["bare"]
     return dict(images_per_sec=num / whole, bare_per_sec=num / alone, share=alone / whole)
 
 

@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from benchmarks.measure import spent_by
+from benchmarks.measure import interleave, spent_by
 
 Value = TypeVar("Value")
 
+OUT_OF_MEMORY = "out of memory"
 # Below this there is no point in trying anything.
 _LEAST_SEC = 5.0
 
@@ -82,33 +83,46 @@ class Session:
                 return function()
         except _TooSlow:
             self.left_out.append(f"{name}: took longer than {limit:.0f} s")
-        except torch.OutOfMemoryError:
-            self.left_out.append(f"{name}: out of memory")
         except Exception as error:
             # Kernels and compilers fail in many ways; what else there is to measure goes on.
             lines = str(error).strip().splitlines() or [""]
-            self.left_out.append(f"{name}: {type(error).__name__}: {lines[0][:200]}")
+            reason = f"{type(error).__name__}: {lines[0][:200]}"
+            self.left_out.append(f"{name}: {OUT_OF_MEMORY if is_out_of_memory(error) else reason}")
         finally:
             free_memory()
         return None
 
     def seconds_per_call(self, function: Callable[[], Any]) -> float:
         """Return the median time of a call, over five turns of about 0.2 s after a warm-up."""
+        return self.seconds_of_each({"": function})[""]
+
+    def seconds_of_each(self, functions: dict[str, Callable[[], Any]]) -> dict[str, float]:
+        """Return the median time of a call of each function, timed in turn."""
+        turns = {name: self._turn_of(function) for name, function in functions.items()}
+        times = interleave(turns, self.pick(5, 1))
+        return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+    def _turn_of(self, function: Callable[[], Any]) -> Callable[[], float]:
         function()
         once = spent_by(function, self.device).wall
         num = self.pick(max(1, min(100, round(0.2 / max(once, 1e-6)))), 1)
 
-        def turn() -> None:
+        def calls() -> None:
             for _ in range(num):
                 function()
 
-        walls = [spent_by(turn, self.device).wall for _ in range(self.pick(5, 1))]
-        return statistics.median(walls) / num
+        return lambda: spent_by(calls, self.device).wall / num
 
     @property
     def compile_backend(self) -> str:
         """The backend of torch.compile: without generated kernels in a dry run."""
         return self.pick("inductor", "eager")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether the device refused memory, to PyTorch or to one of NVIDIA's libraries."""
+    texts = (OUT_OF_MEMORY, "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 
 def free_memory() -> None:

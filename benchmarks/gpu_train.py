@@ -2,13 +2,14 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 import families
-from benchmarks.gpu_session import Session, free_memory
+from benchmarks.gpu_session import OUT_OF_MEMORY, Session, free_memory, is_out_of_memory
 from benchmarks.kinds import dataset_of
 from benchmarks.measure import Clock
 from benchmarks.options import MEASURED
@@ -30,13 +31,15 @@ _ARITHMETIC = {
     "tf32": dict(precision="fp32", tf32=True),
     "fp32": dict(precision="fp32", tf32=False),
 }
-# Arithmetic and whether compiled, the likeliest to be the fastest first.
+_PLAIN = ("plain", "fp32", False)
+# Side, arithmetic and whether compiled: first what matters most, then what completes the picture.
 _VARIANTS = [
-    *(("bf16", True), ("bf16", False), ("tf32", True), ("tf32", False)),
-    *(("fp32", True), ("fp32", False)),
+    *(("own", "bf16", True), ("own", "bf16", False), _PLAIN),
+    *(("own", "fp32", False), ("own", "tf32", False)),
 ]
-_OTHER_VARIANTS = _VARIANTS[:2]
-_VARIANT_SEC = 120  # Of which the compilation takes most.
+_LATER_VARIANTS = [("own", "tf32", True), ("own", "fp32", True)]
+_VARIANT_SEC = 150  # Of which the compilation takes most.
+_BATCH_SEC = 60
 _MAX_BATCH = 1024
 
 
@@ -61,62 +64,68 @@ def defaults_of_presets() -> dict[str, dict[str, Any]]:
 
 def measure_train(session: Session) -> dict[str, Any]:
     """Return what a step of each preset costs, the most important presets and variants first."""
-    rows, others = [], [name for name in MEASURED if name not in FIRST]
-    for name in session.pick(FIRST, _TINY):
-        rows += _measure_preset(session, name, _VARIANTS, with_plain=True)
-    for name in session.pick(others, []):
-        rows += _measure_preset(session, name, _OTHER_VARIANTS, with_plain=False)
-    for name in session.pick([name for name in PRESETS if name not in MEASURED], []):
-        session.left_out.append(f"{name}: there are no made-up data of features")
+    first = session.pick(FIRST, _TINY)
+    plan = [(name, _VARIANTS) for name in first]
+    if not session.tiny:
+        plan += [(name, _LATER_VARIANTS) for name in first]
+        plan += [(name, _few_variants(name)) for name in MEASURED if name not in FIRST]
+        for name in [name for name in PRESETS if name not in MEASURED]:
+            session.left_out.append(f"{name}: there are no made-up data of features")
+    rows, batches = [], {}
+    for name, variants in plan:
+        rows += _measure_preset(session, name, variants, batches)
     return dict(rows=rows)
 
 
+def _few_variants(name: str) -> list[tuple[str, str, bool]]:
+    """Return the fastest arithmetic, compiled and not, and the default of a preset."""
+    default = defaults_of_presets()[name]
+    now = ("own", default["arithmetic"], default["compiled"])
+    return list(dict.fromkeys([("own", "bf16", True), now, ("own", "bf16", False)]))
+
+
 def _measure_preset(
-    session: Session, name: str, variants: list[tuple[str, bool]], *, with_plain: bool
+    session: Session, name: str, variants: list[tuple[str, str, bool]], batches: dict[str, int]
 ) -> list[dict[str, Any]]:
+    """Return the rows of variants; ``batches`` keeps the batch found for each preset."""
     rows = []
-    opened = contextlib.ExitStack()
-    with opened:
-        run = gpu_run(name, session)
+    with contextlib.ExitStack() as opened:
+        run, num_images = gpu_run(name, session), session.pick(2048, 32)
         dataset = session.attempt(
-            f"{name}, data", lambda: opened.enter_context(dataset_of(run, None, _images(session)))
+            f"{name}, data", lambda: opened.enter_context(dataset_of(run, None, num_images))
         )
         if dataset is None:
             return rows
         run = families.of(run).fit(run, dataset)
-        batch = session.attempt(f"{name}, batch", lambda: find_batch(session, run, dataset), 60)
-        if batch is None:
-            return rows
-        chosen = [("own", arithmetic, compiled) for arithmetic, compiled in variants]
-        if with_plain:
-            chosen.insert(2, ("plain", "fp32", False))
-        for side, arithmetic, compiled in chosen:
-            row = _measure_variant(session, (run, dataset), (side, arithmetic, compiled), batch)
+        if name not in batches:
+            find = functools.partial(_find_batch, session, run, dataset, batches)
+            session.attempt(f"{name}, batch", find, _BATCH_SEC)
+        for variant in variants if name in batches else ():
+            row = _measure_variant(session, (run, dataset), variant, batches[name])
             rows += [row] if row else []
     return rows
 
 
-def _images(session: Session) -> int:
-    return session.pick(2048, 32)
+def _find_batch(
+    session: Session, run: RunConfig, dataset: TrainingData, batches: dict[str, int]
+) -> None:
+    """Note the largest power of two of images that a step in bf16 has memory for.
 
-
-def find_batch(session: Session, run: RunConfig, dataset: TrainingData) -> int | None:
-    """Return the largest power of two of images that a step in bf16 has memory for.
-
-    No more than the preset's batch, which is that of all GPUs, and than 1,024.
+    No more than the preset's batch, which is that of all GPUs, and than 1,024. What was found
+    before the time was over counts.
     """
     cap = session.pick(min(run.training.batch, _MAX_BATCH), 2)
-    run = run.changed("logging", workers=0)
-    batch, fits = 1, None
+    run, batch = run.changed("logging", workers=0), 1
     with _steps(session, run, dataset, ("own", "bf16", False)) as steps:
         while batch <= cap:
             try:
                 steps.resize(batch)
                 steps.time(1)
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 break
-            fits, batch = batch, 2 * batch
-    return fits
+            batches[run.preset], batch = batch, 2 * batch
 
 
 @contextlib.contextmanager
@@ -160,7 +169,7 @@ def _measure_variant(
         if row is not None:
             same = dict(preset=run.preset, side=side, arithmetic=arithmetic, compiled=compiled)
             return {**same, "batch": batch, **row}
-        if not any("out of memory" in note for note in session.left_out[noted:]):
+        if not any(OUT_OF_MEMORY in note for note in session.left_out[noted:]):
             return None
         batch //= 2
     return None
