@@ -4,13 +4,16 @@ import click
 
 from benchmarks.options import (
     AttentionOptions,
+    GpuOptions,
     LoadingOptions,
     MetricsOptions,
     SampleOptions,
     TrainOptions,
+    measured_model,
 )
-from dnnlib.cli import run
+from dnnlib.cli import ConfigCommand, run
 from dnnlib.click_options import takes
+from models import ModelConfig
 
 
 @click.group(context_settings=dict(help_option_names=["-h", "--help"]))
@@ -26,33 +29,37 @@ def main() -> None:
       python benchmark.py data --preset=cifar10
       python benchmark.py attention --preset=cifar10
       python benchmark.py metrics --preset=cifar10
+      python benchmark.py gpu --out=gpu.json
     """
 
 
-@main.command()
+@main.command(cls=ConfigCommand, base=measured_model)
 @takes(TrainOptions)
-def train(options: TrainOptions) -> None:
-    """Time training steps of this code and of a plain baseline of the same network.
+def train(config: ModelConfig, options: TrainOptions) -> None:
+    """Time training steps of this code and of others with the same network or one of its size.
 
-    The baseline has attention as batched matrix products, contiguous NCHW images, eager fp32, an
-    Adam and a weight average that go parameter by parameter; data and augmentation are the same.
+    The plain baseline has attention as batched matrix products, contiguous NCHW images, eager fp32,
+    an Adam and a weight average that go parameter by parameter. --against=diffusers is a DiT of the
+    package diffusers of the same width, depth, heads and tokens in its usual loop, in the same
+    precisions. Data and augmentation are the same on all sides.
     """
     from benchmarks.train import measure
 
-    measure(options)
+    measure(config, options)
 
 
-@main.command()
+@main.command(cls=ConfigCommand, base=measured_model)
 @takes(SampleOptions)
-def sample(options: SampleOptions) -> None:
+def sample(config: ModelConfig, options: SampleOptions) -> None:
     """Time sampling, and guidance against one doubled batch, with random weights.
 
     Guidance evaluates the network on a doubled batch; it is compared with sampling twice as many
-    images without it. Latents are timed without their decoding.
+    images without it. Latents are timed without their decoding. --against=diffusers is a DiT of the
+    package diffusers of the same width, depth, heads and tokens under its own scheduler.
     """
     from benchmarks.sample import measure
 
-    measure(options)
+    measure(config, options)
 
 
 @main.command()
@@ -67,16 +74,17 @@ def data(options: LoadingOptions) -> None:
     measure(options)
 
 
-@main.command()
+@main.command(cls=ConfigCommand, base=measured_model)
 @takes(AttentionOptions)
-def attention(options: AttentionOptions) -> None:
+def attention(config: ModelConfig, options: AttentionOptions) -> None:
     """Time the ways to compute attention, forward and backward, at a preset's shapes.
 
-    Rows are the stages of the model with their windows; the last row is all blocks of the network.
+    Rows are the stages of the model with their windows, and medians of wall time; below, what all
+    blocks of the network take.
     """
     from benchmarks.attention import measure
 
-    measure(options)
+    measure(config, options)
 
 
 @main.command()
@@ -88,6 +96,20 @@ def metrics(options: MetricsOptions) -> None:
     should be as fast as the slower of the two. Weights are random.
     """
     from benchmarks.metrics import measure
+
+    measure(options)
+
+
+@main.command()
+@takes(GpuOptions)
+def gpu(options: GpuOptions) -> None:
+    """Measure one GPU on made-up data: matrix products, attention, training, sampling and more.
+
+    Takes 18 minutes at most. Each part has a time of its own and says what it left out. Results of
+    parts that were measured before stay in the file; the table has its name with .md. At the end
+    are the defaults that the measurements speak against.
+    """
+    from benchmarks.gpu import measure
 
     measure(options)
 

@@ -1,14 +1,22 @@
 """Distances between sets of vectors against other ways to them: Fréchet, KID, precision, recall."""
 
 import functools
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
-from benchmarks.measure import interleave, median_ratio, table
+from benchmarks.measure import (
+    TIME_COLUMNS,
+    Spent,
+    interleave,
+    median_ratio,
+    spent_by,
+    table,
+    time_cells,
+    walls,
+)
 from metrics.frechet import frechet_distance
 from metrics.manifold import precision_recall
 from metrics.mmd import kernel_distance
@@ -38,21 +46,19 @@ def _compare(title: str, sides: dict[str, Callable[[], Any]], num_rounds: int) -
     """Return a table of the sides' times, with ratios to this code's and differences from it."""
     values: dict[str, Any] = {}
 
-    def turn(name: str) -> tuple[float, float]:
-        wall, cpu = time.perf_counter(), time.process_time()
+    def compute(name: str) -> None:
         values[name] = np.asarray(sides[name]())
-        return time.perf_counter() - wall, time.process_time() - cpu
 
-    turns = {name: functools.partial(turn, name) for name in sides}
-    times = {
-        name: list(zip(*own, strict=True)) for name, own in interleave(turns, num_rounds).items()
-    }
-    rows = [[title, "s", "CPU s", "CPU s at least", "CPU ratio", "differs by"]]
-    for name, (wall, cpu) in times.items():
+    def turn(name: str) -> Spent:
+        return spent_by(functools.partial(compute, name), torch.device("cpu"))
+
+    times = interleave({name: functools.partial(turn, name) for name in sides}, num_rounds)
+    rows = [[title, *TIME_COLUMNS, "wall ratio", "CPU ratio", "differs by"]]
+    for name, turns in times.items():
+        ratios = [median_ratio(walls(turns), walls(times[_OWN]))]
+        ratios.append(median_ratio(*([turn.cpu for turn in times[n]] for n in (name, _OWN))))
         apart = np.abs(values[name] - values[_OWN]).max()
-        ratio = f"{median_ratio(cpu, times[_OWN][1]):.2f}"
-        seconds = [f"{statistics.median(wall):.2f}", f"{statistics.median(cpu):.2f}"]
-        rows.append([name, *seconds, f"{min(cpu):.2f}", ratio, f"{apart:.1e}"])
+        rows.append([name, *time_cells(turns), *(f"{r:.2f}" for r in ratios), f"{apart:.1e}"])
     return table(rows)
 
 

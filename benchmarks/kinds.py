@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +14,8 @@ from PIL import Image
 
 import families
 from benchmarks.measure import describe_device
-from benchmarks.options import MEASURED
-from configs.presets import Preset, get_preset
+from benchmarks.options import MEASURED, measured_preset
+from configs.presets import PRESETS
 from data.convert.convert import Source, convert_images
 from data.latents.record import LABELS_FILE, RECORD_FILE, LatentRecord, latent_shard_name
 from dnnlib.errors import refusal
@@ -28,13 +29,18 @@ from training.report import forward_flops, num_parameters
 NUM_SYNTHETIC_IMAGES = 2048
 
 
-def measured_preset(name: str) -> Preset:
-    """Return a preset that can be measured; raises ValueError for any other."""
-    preset = get_preset(name)
-    if name not in MEASURED:
-        got = f"{name}, of which nothing is measured yet"
-        raise refusal("--preset", got, accepted=", ".join(MEASURED))
-    return preset
+def dit_size(config: RunConfig) -> dict[str, Any]:
+    """Return the arguments of diffusers' DiTTransformer2DModel for a network of the same size.
+
+    Raises ValueError for a model that is no transformer of one width on a grid of tokens.
+    """
+    size = _KINDS[config.family].dit_size
+    if size is None:
+        known = [n for n in MEASURED if _KINDS[PRESETS[n].run.family].dit_size is not None]
+        but = f"{config.preset} is not built like the DiT of diffusers, which is one stack of "
+        but += "blocks of one width on a grid of latents, with a class as its condition"
+        raise refusal("--against", "diffusers", but=but, accepted=", ".join(known))
+    return size(config.model)
 
 
 def run_on_pixels(name: str) -> RunConfig:
@@ -53,11 +59,14 @@ def describe_run(config: RunConfig, device: torch.device) -> str:
 
 
 @contextmanager
-def dataset_of(config: RunConfig, data: str | None) -> Iterator[TrainingData]:
+def dataset_of(
+    config: RunConfig, data: str | None, num_images: int | None = None
+) -> Iterator[TrainingData]:
     """Open ``data``, or pictures (or latents) made for the occasion in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         if data is None:
-            data = str(_KINDS[config.family].make(Path(folder), config.model, NUM_SYNTHETIC_IMAGES))
+            num_images = num_images or NUM_SYNTHETIC_IMAGES
+            data = str(_KINDS[config.family].make(Path(folder), config.model, num_images))
             config = config.changed("data", hflip=config.data.hflip and data.endswith(".zip"))
         config = config.changed("data", data=data, cache=False)
         yield families.of(config).open_data(config)
@@ -163,6 +172,22 @@ def _copy_latents(dataset: TrainingData, num_images: int) -> tuple[str, Callable
     return "memory map alone", lambda: [array[row, 0].copy() for array, row in read]
 
 
+def _dit_size_of_latents(model: ModelConfig) -> dict[str, Any]:
+    if model.mlp_ratio != 4:
+        but = "the MLPs of the DiT of diffusers are four times as wide as its tokens"
+        raise refusal("--mlp-ratio", f"{model.mlp_ratio:g}", but=but)
+    return dict(
+        num_attention_heads=model.num_heads,
+        attention_head_dim=model.hidden_dim // model.num_heads,
+        in_channels=model.input_shape[0],
+        out_channels=model.out_channels,
+        num_layers=model.num_blocks,
+        sample_size=model.input_shape[1],
+        patch_size=model.patch_size,
+        num_embeds_ada_norm=max(model.num_classes, 1),
+    )
+
+
 def _stages_of_levels(model: ModelConfig) -> list[tuple[int, int, int, int]]:
     # All stages but the last have as many blocks again in the decoder.
     counts = [2 * count for count in model.blocks_per_stage[:-1]] + [model.blocks_per_stage[-1]]
@@ -181,12 +206,15 @@ class _Kind:
     describe: Callable[[TrainingData], str]
     bare_reading: Callable[[TrainingData, int], tuple[str, Callable[[], None]]]
     stages: Callable[[ModelConfig], list[tuple[int, int, int, int]]]
+    dit_size: Callable[[ModelConfig], dict[str, Any]] | None = None
 
 
 _PICTURES = _Kind(make_pictures, _describe_pictures, _decode_pictures, _stages_of_levels)
 # There is no plain network yet to compare feature-conditioned models with.
 _KINDS = {
     "image": _PICTURES,
-    "latent": _Kind(_make_latents, _describe_latents, _copy_latents, _one_stage),
+    "latent": _Kind(
+        _make_latents, _describe_latents, _copy_latents, _one_stage, _dit_size_of_latents
+    ),
     "sets": dataclasses.replace(_PICTURES, stages=_one_stage),
 }

@@ -1,21 +1,24 @@
 """Clocks, memory, device facts and tables of the benchmarks."""
 
 import ctypes
+import os
 import platform
 import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import psutil
 import torch
 
 from dnnlib.parallel import num_usable_cores
 
 Value = TypeVar("Value")
 
-
+# Columns of what turns take: the median of each, and the least.
+TIME_COLUMNS = ("wall, s", "at least", "CPU, s", "at least")
 _BF16_FLAGS = {"AVX512-BF16": "avx512_bf16", "AMX": "amx_bf16"}
 
 
@@ -27,15 +30,18 @@ def device_name(device: torch.device) -> str:
 
 
 def describe_device(device: torch.device) -> str:
-    """Return the hardware and the PyTorch version in one line."""
+    """Return hardware, cores, PyTorch's version and threads, and what else runs, in one line."""
+    name, software = device_name(device), f"torch {torch.__version__}"
     if device.type == "cuda":
-        return f"{device_name(device)}; torch {torch.__version__}, CUDA {torch.version.cuda}"
-    flags = _field("/proc/cpuinfo", "flags").split()
-    has = [f"{name}: {'yes' if flag in flags else 'no'}" for name, flag in _BF16_FLAGS.items()]
-    return (
-        f"{device_name(device)}, {num_usable_cores()} cores ({', '.join(has)}); torch "
-        f"{torch.__version__}, {torch.get_num_threads()} threads"
-    )
+        software += f", CUDA {torch.version.cuda}"
+    else:
+        flags = _field("/proc/cpuinfo", "flags").split()
+        has = [f"{name}: {'yes' if flag in flags else 'no'}" for name, flag in _BF16_FLAGS.items()]
+        name += f" ({', '.join(has)})"
+    # The mean number of processes that wanted a core during the last minute.
+    load = f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "unknown"
+    threads = f"{torch.get_num_threads()} threads"
+    return f"{name}; {num_usable_cores()} cores; {software}; {threads}; load {load}"
 
 
 def _field(path: str, name: str) -> str:
@@ -81,13 +87,44 @@ class Clock:
         return result
 
 
-def seconds_of(function: Callable[[], Any], device: torch.device) -> float:
-    """Return how long a call takes until the device has finished it."""
-    clock = Clock(device)
+class Spent(NamedTuple):
+    """What a call took: seconds that passed, and seconds of all cores, loader processes' too."""
+
+    wall: float
+    cpu: float
+
+
+class CpuClock:
+    """Counts the processor time of this process and its children from its making on."""
+
+    def __init__(self) -> None:
+        self._children = _children_seconds()
+        self._own = time.process_time()
+
+    def seconds(self) -> float:
+        own = time.process_time() - self._own  # First: asking for the children takes a while.
+        return own + max(_children_seconds() - self._children, 0.0)
+
+
+def _children_seconds() -> float:
+    times = psutil.Process().cpu_times()
+    seconds = getattr(times, "children_user", 0.0) + getattr(times, "children_system", 0.0)
+    for child in psutil.Process().children(recursive=True):
+        try:
+            times = child.cpu_times()
+        except psutil.NoSuchProcess:
+            continue
+        seconds += times.user + times.system
+    return seconds
+
+
+def spent_by(function: Callable[[], Any], device: torch.device) -> Spent:
+    """Return what a call takes until the device has finished it."""
+    clock, cpu = Clock(device), CpuClock()
     clock.start()
     function()
     clock.mark("call")
-    return clock.seconds()["call"]
+    return Spent(clock.seconds()["call"], cpu.seconds())
 
 
 def interleave(
@@ -110,6 +147,23 @@ def interleave(
 def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
     """Return the median of the ratios within each round."""
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
+
+
+def walls(turns: Sequence[Spent]) -> list[float]:
+    """Return the seconds that passed in each turn."""
+    return [turn.wall for turn in turns]
+
+
+def median_wall(turns: Sequence[Spent]) -> float:
+    return statistics.median(walls(turns))
+
+
+def time_cells(turns: Sequence[Spent], scale: float = 1.0) -> list[str]:
+    """Return the cells of :data:`TIME_COLUMNS`, each multiplied by ``scale``."""
+    cells = []
+    for values in (walls(turns), [turn.cpu for turn in turns]):
+        cells += [f"{scale * kind(values):.4g}" for kind in (statistics.median, min)]
+    return cells
 
 
 def tensor_bytes(value: Any) -> int:

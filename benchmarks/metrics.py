@@ -1,15 +1,22 @@
 """benchmark.py metrics: what scoring costs."""
 
 import functools
-import statistics
 
 import click
 import torch
 
 from benchmarks.distances import benchmark_distances
 from benchmarks.kinds import dataset_of, describe_items, run_on_pixels
-from benchmarks.measure import describe_device, interleave, seconds_of, table
-from benchmarks.options import MetricsOptions
+from benchmarks.measure import (
+    TIME_COLUMNS,
+    describe_device,
+    interleave,
+    median_wall,
+    spent_by,
+    table,
+    time_cells,
+)
+from benchmarks.options import MetricsOptions, listed
 from data.images.dataset import ImageDataset
 from data.loader import iterate_images
 from metrics.detectors import DetectorOutput
@@ -22,10 +29,7 @@ _PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
 
 def measure(options: MetricsOptions) -> None:
     """Print the table of ``benchmark.py metrics``."""
-    unknown = set(options.precision.split(",")) - set(_PRECISIONS)
-    if unknown:
-        accepted = ", ".join(_PRECISIONS)
-        raise click.UsageError(f"--precision: got {unknown.pop()!r}; accepted: {accepted}.")
+    listed("--precision", options.precision, _PRECISIONS)
     device = distributed.init()
     click.echo(describe_device(device))
     config = run_on_pixels(options.preset)
@@ -60,13 +64,13 @@ def benchmark_extraction(
         collect_outputs(found, {output: ("moments",)}, batches(label="Extracting"), device)
 
     calls = {"decoding alone": decode}
-    for name in options.precision.split(","):
+    for name in listed("--precision", options.precision, _PRECISIONS):
         precision = _PRECISIONS[name]
         detector = InceptionDetector(Inception(), device, precision=precision)
         calls[f"detector alone, {precision}"] = functools.partial(alone, detector)
         calls[f"from files, {precision}"] = functools.partial(from_files, detector)
-    turns = {name: functools.partial(seconds_of, call, device) for name, call in calls.items()}
-    rows = [["", "images/s"]]
-    for name, seconds in interleave(turns, options.rounds, warm_up=True).items():
-        rows.append([name, f"{num_images / statistics.median(seconds):.1f}"])
+    turns = {name: functools.partial(spent_by, call, device) for name, call in calls.items()}
+    rows = [["", *TIME_COLUMNS, "images/s"]]
+    for name, spent in interleave(turns, options.rounds, warm_up=True).items():
+        rows.append([name, *time_cells(spent), f"{num_images / median_wall(spent):.1f}"])
     return table(rows)

@@ -1,22 +1,61 @@
 """The options of benchmark.py, known before what measures is loaded."""
 
 import dataclasses
+from collections.abc import Collection, Sequence
+from pathlib import Path
 
-from configs.presets import PRESETS
+from configs.presets import PRESETS, Preset, get_preset
+from dnnlib.cli import raw_value, usage_errors
 from dnnlib.click_options import param
+from dnnlib.errors import refusal
+from models import ModelConfig
+from training.config import RunConfig
 
+DEFAULT_PRESET = "cifar10"
 BATCH_HELP = "Number of images in a batch."
 PRECISION_HELP = "Arithmetic to measure."
 # What models are measured on, by their family; benchmarks/kinds.py makes it.
 _DATA = {"image": "pictures", "latent": "latents", "sets": "pictures"}
 MEASURED = [name for name, preset in PRESETS.items() if _DATA.get(preset.run.family)]
 
+# The parts of benchmark.py gpu and the seconds that each may take.
+GPU_PARTS = dict(gemm=60, attention=180, train=480, sample=150, metrics=90, loading=120)
+
+
+def measured_preset(name: str) -> Preset:
+    """Return a preset that can be measured; raises ValueError for any other."""
+    preset = get_preset(name)
+    if name not in MEASURED:
+        got = f"{name}, of which nothing is measured yet"
+        raise refusal("--preset", got, accepted=", ".join(MEASURED))
+    return preset
+
+
+def measured_model(args: Sequence[str]) -> ModelConfig:
+    """Return the model of the preset that unparsed arguments name, as a base of its options."""
+    return measured_preset(raw_value(args, "preset") or DEFAULT_PRESET).run.model
+
+
+def measured_run(name: str, model: ModelConfig) -> RunConfig:
+    """Return the run of a preset with another model in the place of its own."""
+    return dataclasses.replace(measured_preset(name).run, model=model)
+
+
+def listed(option: str, text: str, accepted: Collection[str]) -> tuple[str, ...]:
+    """Return the names in an option, separated by commas; refuses any other."""
+    names = tuple(name.strip() for name in text.split(","))
+    for name in names:
+        if name not in accepted:
+            with usage_errors():
+                raise refusal(option, repr(name), accepted=", ".join(accepted))
+    return names
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """What every measurement has."""
 
-    preset: str = param(default="cifar10", help=f"Model to measure: {', '.join(MEASURED)}.")
+    preset: str = param(default=DEFAULT_PRESET, help=f"Model to measure: {', '.join(MEASURED)}.")
     rounds: int = param(
         default=7,
         min=1,
@@ -44,6 +83,9 @@ class NetworkOptions(Options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainOptions(DataOptions):
+    against: str = param(
+        default="plain", help="What to compare with: plain, diffusers or plain,diffusers."
+    )
     batch_gpu: int = param(default=16, min=1, max=100_000, help=BATCH_HELP)
     steps: int | None = param(
         min=1, max=1_000_000, help="Number of steps in a turn.  [default: 1, on a GPU 20]"
@@ -53,7 +95,7 @@ class TrainOptions(DataOptions):
         "--compile/--no-compile", default=False, help="Compile this code's network."
     )
     tf32: bool = param(
-        "--tf32/--no-tf32", default=False, help="Use TF32 products on both sides in fp32."
+        "--tf32/--no-tf32", default=False, help="Use TF32 products on all sides in fp32."
     )
     workers: int | None = param(
         min=0, max=1_024, help="Number of loader processes of each side.  [default: the preset's]"
@@ -62,6 +104,10 @@ class TrainOptions(DataOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleOptions(NetworkOptions):
+    against: str | None = param(
+        help="What to compare guided sampling with: plain (a network without fast parts), "
+        "diffusers or plain,diffusers."
+    )
     steps: int | None = param(
         min=1, max=1_000_000, help="Number of sampling steps.  [default: the preset's]"
     )
@@ -91,3 +137,10 @@ class MetricsOptions(DataOptions):
     vectors: int = param(
         default=4000, min=10, max=1_000_000, help="Number of vectors of KID, precision and recall."
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GpuOptions:
+    out: Path = param(required=True, help="JSON file of the results; a table is written beside it.")
+    part: str | None = param(choices=tuple(GPU_PARTS), help="Measure this part alone.")
+    dry_run: bool = param(default=False, help="Try everything on the CPU, at tiny sizes.")

@@ -1,52 +1,106 @@
-"""benchmark.py sample: what sampling costs without and with guidance."""
+"""benchmark.py sample: what sampling costs without and with guidance, and with other code."""
 
 import dataclasses
-import statistics
+import functools
 from collections.abc import Callable
 
 import click
 import torch
 
 import families
-from benchmarks.kinds import describe_run, measured_preset
-from benchmarks.measure import interleave, median_ratio, seconds_of, table
-from benchmarks.options import SampleOptions
+from benchmarks.kinds import describe_run
+from benchmarks.measure import (
+    TIME_COLUMNS,
+    Spent,
+    interleave,
+    median_ratio,
+    median_wall,
+    spent_by,
+    table,
+    time_cells,
+    walls,
+)
+from benchmarks.options import SampleOptions, listed, measured_preset, measured_run
+from benchmarks.plain import build_plain_network
 from data.images.codec import PixelCodec
-from diffusion.config import GuidanceConfig
-from models import build_network
+from diffusion.guidance import GuidanceConfig
+from models import ModelConfig, build_network
 from torch_utils import distributed
+from torch_utils.misc import count_parameters
+from training.config import RunConfig
+
+_CFG_SCALE = 1.5
 
 
-def measure(options: SampleOptions) -> None:
+def measure(config: ModelConfig, options: SampleOptions) -> None:
     """Print the table of ``benchmark.py sample``."""
+    others = () if options.against is None else _others(options.against)
     device, batch = distributed.init(), options.batch
-    preset = measured_preset(options.preset)
-    family = families.of(preset.run)
-    config = family.example_run(preset.run, preset.num_classes)
+    run = measured_run(options.preset, config)
+    run = families.of(run).example_run(run, measured_preset(options.preset).num_classes)
     if options.steps is not None:
-        config = config.changed("sampling", steps=options.steps)
-    config = config.changed("training", precision=options.precision)
-    click.echo(describe_run(config, device))
-    torch.manual_seed(config.training.seed)
-    network = build_network(config.model).eval().requires_grad_(False).to(device)
+        run = run.changed("sampling", steps=options.steps)
+    run = run.changed("training", precision=options.precision)
+    if "diffusers" in others:
+        from benchmarks.diffusers_sides import check_diffusers
 
-    def turn_of(num: int, cfg_scale: float) -> Callable[[], float]:
-        run = dataclasses.replace(config, guidance=GuidanceConfig(cfg_scale=cfg_scale))
-        generator = family.unprompted(family.generator(run, network, PixelCodec(), device))
-        return lambda: seconds_of(lambda: generator.generate(range(num)), device)
-
+        check_diffusers(run)
+    click.echo(describe_run(run, device))
     plain, guided, doubled = f"batch {batch}", f"batch {batch}, guided", f"batch {2 * batch}"
+    network = build_network(run.model)
     turns = {
-        plain: turn_of(batch, 1.0),
-        guided: turn_of(batch, 1.5),
-        doubled: turn_of(2 * batch, 1.0),
+        plain: _turn_of(run, network, device, (batch, 1.0)),
+        guided: _turn_of(run, network, device, (batch, _CFG_SCALE)),
+        doubled: _turn_of(run, network, device, (2 * batch, 1.0)),
     }
+    sizes = dict.fromkeys(turns, count_parameters(network))
+    for name, (turn, num_params) in _turns_of_others(others, run, device, batch).items():
+        turns[name], sizes[name] = turn, num_params
     times = interleave(turns, options.rounds, warm_up=True)
-    rows = [["", "s a batch", "images/s"]]
-    for name, num in ((plain, batch), (guided, batch), (doubled, 2 * batch)):
-        seconds = statistics.median(times[name])
-        rows.append([name, f"{seconds:.3f}", f"{num / seconds:.2f}"])
-    sampling = config.sampling
+    rows = [["", *TIME_COLUMNS, "images/s", "speed, guided = 1", "parameters, M"]]
+    for name, spent in times.items():
+        num = 2 * batch if name == doubled else batch
+        speed = median_ratio(walls(times[guided]), walls(spent)) * num / batch
+        cells = [f"{num / median_wall(spent):.2f}", f"{speed:.2f}", f"{sizes[name] / 1e6:.2f}"]
+        rows.append([name, *time_cells(spent), *cells])
+    sampling = run.sampling
     click.echo(f"{sampling.sampler}, {sampling.steps} steps, {options.precision}\n{table(rows)}")
-    ratio = median_ratio(times[guided], times[doubled])
+    ratio = median_ratio(walls(times[guided]), walls(times[doubled]))
     click.echo(f"Guidance costs {ratio:.3f} times one doubled batch.")
+
+
+def _others(text: str) -> tuple[str, ...]:
+    return listed("--against", text, ("plain", "diffusers"))
+
+
+def _turn_of(
+    config: RunConfig, network: torch.nn.Module, device: torch.device, request: tuple[int, float]
+) -> Callable[[], Spent]:
+    """Return a function that times sampling of so many images with so much guidance."""
+    torch.manual_seed(config.training.seed)
+    num, cfg_scale = request
+    network = network.eval().requires_grad_(False).to(device)
+    run = dataclasses.replace(config, guidance=GuidanceConfig(cfg_scale=cfg_scale))
+    family = families.of(config)
+    generator = family.unprompted(family.generator(run, network, PixelCodec(), device))
+    return lambda: spent_by(lambda: generator.generate(range(num)), device)
+
+
+def _turns_of_others(
+    others: tuple[str, ...], config: RunConfig, device: torch.device, batch: int
+) -> dict[str, tuple[Callable[[], Spent], int]]:
+    """Return what guided sampling is compared with: what times it, and its network's parameters."""
+    turns = {}
+    if "plain" in others:
+        network = build_plain_network(config.model)
+        name = f"batch {batch}, guided, plain network"
+        turn = _turn_of(config, network, device, (batch, _CFG_SCALE))
+        turns[name] = turn, count_parameters(network)
+    if "diffusers" in others:
+        from benchmarks.diffusers_sides import make_sampler
+
+        guided = dataclasses.replace(config, guidance=GuidanceConfig(cfg_scale=_CFG_SCALE))
+        name, sample, num_params = make_sampler(guided, device)
+        turn = functools.partial(spent_by, lambda: sample(batch), device)
+        turns[f"batch {batch}, guided, {name}"] = turn, num_params
+    return turns

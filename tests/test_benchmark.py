@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import io
 import re
+import subprocess
 import sys
 import tracemalloc
 import zipfile
@@ -18,13 +19,13 @@ from PIL import Image
 
 import benchmark as script
 import families
-from benchmarks import kinds, measure
+from benchmarks import kinds, measure, options, steps
 from benchmarks import train as train_benchmark
 from benchmarks.distances import benchmark_distances
 from benchmarks.kinds import make_pictures
 from benchmarks.measure import Clock, interleave, median_ratio, peak_growth
 from benchmarks.plain import PlainTMSA, build_plain_network, plain_attention
-from benchmarks.train import PARTS, PlainTrainingSteps, TrainingSteps
+from benchmarks.steps import PARTS, PlainTrainingSteps, TrainingSteps
 from configs import get_preset
 from data.images.dataset import ImageDataset
 from evaluation.in_loop.images import ImageEvaluator
@@ -237,6 +238,28 @@ def test_turns_interleave_forwards_and_backwards():
     assert results == dict(a=[1, 6, 7], b=[2, 5, 8], c=[3, 4, 9])
 
 
+def test_processor_time_is_that_of_this_process_and_its_children():
+    def work(num):
+        for _ in range(num):
+            torch.randn(64, 64) @ torch.randn(64, 64)
+
+    spent = measure.spent_by(lambda: work(300), CPU)
+    assert 0 < spent.cpu < 1.2 * spent.wall + 0.01
+    burn = "import time\nwhile time.process_time() < 0.3: pass"
+    spent = measure.spent_by(lambda: subprocess.run([sys.executable, "-c", burn]), CPU)
+    assert 0.25 < spent.cpu < 3  # The system counts in hundredths.
+
+
+def test_cells_of_times_are_medians_and_minima():
+    turns = [measure.Spent(*values) for values in ((3.0, 5.0), (1.0, 4.0), (2.0, 9.0))]
+    assert measure.time_cells(turns, 10) == ["20", "10", "50", "40"]
+
+
+def test_the_first_line_says_what_machine_it_is_and_how_busy():
+    line = measure.describe_device(CPU)
+    assert re.search(r"\d+ cores; torch [\d.]+.*; \d+ threads; load [\d.]+$", line)
+
+
 def test_the_ratio_is_taken_within_rounds():
     # One round in which the machine was ten times as slow changes nothing.
     assert median_ratio([3.0, 30.0, 3.0], [2.0, 20.0, 2.0]) == 1.5
@@ -305,7 +328,7 @@ def small_presets(monkeypatch, synthetic):
     def preset(name):
         return SimpleNamespace(run=tiny_run(dataset), num_classes=10)
 
-    monkeypatch.setattr(kinds, "get_preset", preset)
+    monkeypatch.setattr(options, "get_preset", preset)
     monkeypatch.setattr(kinds, "NUM_SYNTHETIC_IMAGES", 64)
 
 
@@ -315,7 +338,7 @@ def small_latent_presets(monkeypatch):
     run = get_preset("digits-latent").run
     model = dataclasses.replace(run.model, num_blocks=1, hidden_dim=16, num_heads=2)
     preset = SimpleNamespace(run=dataclasses.replace(run, model=model), num_classes=10)
-    monkeypatch.setattr(kinds, "get_preset", lambda name: preset)
+    monkeypatch.setattr(options, "get_preset", lambda name: preset)
     monkeypatch.setattr(kinds, "NUM_SYNTHETIC_IMAGES", 64)
 
 
@@ -349,12 +372,12 @@ def test_training_is_compared_in_fp32_and_bf16_and_never_compiled_unasked(
 def test_utilisation_is_the_share_of_the_peak_of_a_known_device(small_presets, monkeypatch):
     # One GFLOP an image and pass makes three per training step and image.
     monkeypatch.setattr(train_benchmark, "device_name", lambda device: "NVIDIA A100-SXM4-80GB")
-    monkeypatch.setattr(train_benchmark, "forward_flops", lambda config: 1e12)
+    monkeypatch.setattr(steps, "forward_flops", lambda config: 1e12)
     output = succeed(script, "train", "--batch-gpu=4", "--rounds=1").output
-    step = [float(cell) / 1000 for cell in cells(output, "step, ms")]
+    seconds = [float(cell) / 1000 for cell in cells(output, "step, ms")]
     found = [float(cell.rstrip("%")) for cell in cells(output, "model-FLOPs utilisation")]
     peaks = [19.5, 19.5, 312]
-    expected = [100 * 12 / s / peak for s, peak in zip(step, peaks, strict=True)]
+    expected = [100 * 12 / s / peak for s, peak in zip(seconds, peaks, strict=True)]
     assert found == pytest.approx(expected, rel=0.05)
 
 
@@ -363,11 +386,11 @@ def test_latent_presets_are_measured_on_latents(small_latent_presets):
     assert len(cells(output, "speed")) == 3
     output = succeed(script, "data", "--batch=16", "--batches=2", "--rounds=1").output
     assert "latents of 4x4x4" in output
-    assert cells(output, "memory map alone")[1] == "100%"
+    assert cells(output, "memory map alone")[-1] == "100%"
     output = succeed(script, "attention", "--batch=2", "--rounds=1", "--calls=1").output
     assert "0: 4x4x16" in output
     output = succeed(script, "sample", "--batch=2", "--steps=2", "--rounds=1").output
-    assert float(cells(output, "batch 2, guided")[1]) > 0
+    assert float(cells(output, "batch 2, guided")[4]) > 0
     assert "give one of images" in fail(script, "metrics")
 
 
@@ -383,15 +406,15 @@ def test_training_takes_the_users_data(small_presets, synthetic):
 
 def test_sampling_tells_what_guidance_costs(small_presets):
     output = succeed(script, "sample", "--batch=2", "--steps=2", "--rounds=1").output
-    assert float(cells(output, "batch 2, guided")[1]) > 0
+    assert float(cells(output, "batch 2, guided")[4]) > 0
     assert re.search(r"Guidance costs \d\.\d+ times one doubled batch", output)
 
 
 def test_loading_is_compared_with_bare_decoding(small_presets):
     output = succeed(script, "data", "--batch=16", "--batches=2", "--rounds=1").output
-    assert cells(output, "Pillow alone")[1] == "100%"
+    assert cells(output, "Pillow alone")[-1] == "100%"
     for row in ("loader, no workers", "loader, 1 worker ", "loader, 2 workers"):
-        assert cells(output, row)[1].endswith("%")
+        assert cells(output, row)[-1].endswith("%")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -406,8 +429,61 @@ def test_attention_is_timed_per_stage_and_backend(small_presets, precision):
 
 def test_an_unknown_preset_is_answered_with_the_nearest():
     result = call(script, "train", "--preset=cifar")
-    assert result.code == 1
+    assert result.code == 2
     assert "cifar10" in result.error
+
+
+def test_options_of_the_model_change_what_is_measured(small_latent_presets):
+    short = ("--batch-gpu=2", "--rounds=1", "--precision=fp32")
+    counts = []
+    for change in ((), ("--num-blocks=2",)):
+        output = succeed(script, "train", *short, *change).output
+        counts.append(int(re.search(r"([\d,]+) parameters", output)[1].replace(",", "")))
+    assert counts[0] < counts[1] < 2 * counts[0]
+    message = fail(script, "train", "--num-blcks=2")
+    assert "--num-blocks" in message
+
+
+def test_training_and_sampling_are_compared_with_diffusers(small_latent_presets):
+    pytest.importorskip("diffusers")
+    both = ("--against=plain,diffusers", "--rounds=1")
+    output = succeed(script, "train", *both, "--batch-gpu=2").output
+    head = "baseline fp32  diffusers fp32  diffusers bf16  this code fp32  this code bf16"
+    assert head in output
+    step = [float(cell) for cell in cells(output, "step, ms")]
+    ratios = [float(cell) for cell in cells(output, "speed, diffusers fp32 = 1")]
+    assert ratios == pytest.approx([step[1] / ms for ms in step], abs=0.1)
+    assert len(set(cells(output, "parameters, M"))) <= 2
+    output = succeed(script, "sample", *both, "--batch=2", "--steps=2").output
+    for name in ("plain network", "diffusers, DDPM"):
+        assert float(cells(output, f"batch 2, guided, {name}")[-2]) > 0
+
+
+def test_the_dit_of_diffusers_has_the_size_of_the_model():
+    pytest.importorskip("diffusers")
+    from benchmarks.diffusers_sides import build_dit
+
+    run = get_preset("imagenet256-s").run
+    with torch.device("meta"):
+        network = build_dit(run)
+    assert len(network.transformer_blocks) == run.model.num_blocks
+    assert network.pos_embed.proj.weight.shape == (384, 4, 2, 2)
+    # Each block has a conditioning of its own beside the three quarters that both have.
+    sizes = [
+        count_parameters(block.attn1) + count_parameters(block.ff)
+        for block in network.transformer_blocks
+    ]
+    assert sizes == [12 * 384**2 + 9 * 384] * 12
+
+
+def test_comparisons_with_diffusers_say_what_is_missing(monkeypatch):
+    message = fail(script, "train", "--against=diffusers")
+    assert "cifar10 is not built like the DiT of diffusers" in message
+    assert "imagenet256-s" in message
+    assert "accepted: plain, diffusers" in fail(script, "sample", "--against=timm")
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    message = fail(script, "train", "--preset=digits-latent", "--against=diffusers")
+    assert "package diffusers is not installed; pip install diffusers" in message
 
 
 @pytest.mark.compiled
@@ -490,7 +566,7 @@ def test_memory_does_not_grow_with_ticks(synthetic, tmp_path):
 class TestMetrics:
     def test_all_ways_to_a_distance_agree(self):
         text = benchmark_distances(40, 60, num_rounds=1)
-        rows = [line.rsplit(maxsplit=5) for line in text.splitlines()]
+        rows = [line.rsplit(maxsplit=7) for line in text.splitlines()]
         apart = {row[0].strip(): float(row[-1]) for row in rows if row[-1] != "by"}
         assert list(apart)[1:3] == [
             "scipy.linalg.sqrtm",
