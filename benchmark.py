@@ -67,7 +67,9 @@ def sample(config: ModelConfig, options: SampleOptions) -> None:
 def data(options: LoadingOptions) -> None:
     """Time the loader against decoding the same files with Pillow in one process.
 
-    For latents, against copying them out of memory-mapped files.
+    For latents, against copying them out of memory-mapped files. Without --data, below that is what
+    a plain Dataset and DataLoader takes that opens a file for each item: of 32x32 and 256x256
+    pictures and of latents.
     """
     from benchmarks.data import measure
 

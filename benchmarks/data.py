@@ -1,13 +1,24 @@
 """benchmark.py data: what loading costs, beside bare decoding and bare reading of latents."""
 
+import dataclasses
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import click
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 import families
-from benchmarks.kinds import bare_reading, dataset_of, describe_items
+from benchmarks import kinds
+from benchmarks.kinds import (
+    bare_reading,
+    dataset_of,
+    describe_items,
+    plain_dataset,
+)
 from benchmarks.measure import (
     TIME_COLUMNS,
     Spent,
@@ -27,6 +38,12 @@ from training.family import Part, TrainingData
 
 # Batches that a loader process makes ahead, and more.
 _NUM_AHEAD = 5
+# Preset, resolution of its pictures, how many of them, and how many times as fast as plain loading.
+_BESIDE_PLAIN = (
+    ("cifar10", 32, 2048, 2.0),
+    ("cifar10", 256, 256, 1.2),
+    ("imagenet256", None, 2048, 9.9),
+)
 _CPU = torch.device("cpu")
 
 
@@ -49,6 +66,39 @@ def measure(options: LoadingOptions) -> None:
         rate = num_images / median_wall(turns)
         rows.append([name, *time_cells(turns), f"{rate:.0f}", f"{share:.0%}"])
     click.echo(table(rows))
+    if options.data is None:
+        click.echo(f"\n{_beside_plain(options)}")
+
+
+def _beside_plain(options: LoadingOptions) -> str:
+    """Return what loading costs beside a plain dataset and DataLoader, both without workers."""
+    rows = [["", "plain, images/s", "this code, images/s", "speed, plain = 1", "goal"]]
+    for preset, resolution, num_images, goal in _BESIDE_PLAIN:
+        run = measured_preset(preset).run
+        if resolution is not None:
+            run = dataclasses.replace(
+                run, model=dataclasses.replace(run.model, resolution=resolution)
+            )
+        num_images = min(num_images, kinds.NUM_SYNTHETIC_IMAGES)
+        batch = min(options.batch or 64, num_images)
+        run = run.changed("data", hflip=False).changed("training", batch=batch)
+        with dataset_of(run, None, num_images) as dataset, tempfile.TemporaryDirectory() as folder:
+            plain = plain_dataset(run, dataset, Path(folder))
+            turns = dict(
+                plain=_turn(_endless(plain, batch), 0, options.batches),
+                own=_loading_turn(run, dataset, 0, options.batches),
+            )
+            times = interleave(turns, options.rounds, warm_up=True)
+            name = describe_items(run, dataset)
+        rates = [f"{batch * options.batches / median_wall(turn):.0f}" for turn in times.values()]
+        ratio = median_ratio(walls(times["plain"]), walls(times["own"]))
+        rows.append([name, *rates, f"{ratio:.2f}", f"{goal:.1f}"])
+    return table(rows)
+
+
+def _endless(dataset: Dataset, batch: int) -> Iterator[Any]:
+    while True:
+        yield from DataLoader(dataset, batch_size=batch, shuffle=True, drop_last=True)
 
 
 def _loading_turn(
@@ -57,6 +107,11 @@ def _loading_turn(
     part = Part(rank=0, world_size=1, batch_gpu=config.training.batch)
     sampler = families.of(config).steps(config, dataset, 0, part).sampler
     batches = iter(make_loader(dataset, sampler, num_workers=num_workers, device=_CPU))
+    return _turn(batches, num_workers, num_batches)
+
+
+def _turn(batches: Iterator[Any], num_workers: int, num_batches: int) -> Callable[[], Spent]:
+    """Return a function that times so many batches."""
 
     def load(num_batches: int) -> None:
         for _ in range(num_batches):

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import Dataset
 
 import families
 from benchmarks.measure import describe_device
 from benchmarks.options import MEASURED, measured_preset
+from benchmarks.plain_data import PlainLatents, PlainPictures
 from configs.presets import PRESETS
 from data.convert.convert import Source, convert_images
 from data.latents.record import LABELS_FILE, RECORD_FILE, LatentRecord, latent_shard_name
@@ -86,6 +88,11 @@ def bare_reading(
     its memory-mapped file.
     """
     return _KINDS[config.family].bare_reading(dataset, num_images)
+
+
+def plain_dataset(config: RunConfig, dataset: TrainingData, folder: Path) -> Dataset:
+    """Return a plain dataset of the same items, each in a file of its own in a folder."""
+    return _KINDS[config.family].plain_data(dataset, folder)
 
 
 def attention_stages(config: RunConfig) -> list[tuple[int, int, int, int]]:
@@ -206,15 +213,23 @@ class _Kind:
     describe: Callable[[TrainingData], str]
     bare_reading: Callable[[TrainingData, int], tuple[str, Callable[[], None]]]
     stages: Callable[[ModelConfig], list[tuple[int, int, int, int]]]
+    plain_data: Callable[[TrainingData, Path], Dataset]
     dit_size: Callable[[ModelConfig], dict[str, Any]] | None = None
 
 
-_PICTURES = _Kind(make_pictures, _describe_pictures, _decode_pictures, _stages_of_levels)
+_PICTURES = _Kind(
+    make_pictures, _describe_pictures, _decode_pictures, _stages_of_levels, PlainPictures
+)
 # There is no plain network yet to compare feature-conditioned models with.
 _KINDS = {
     "image": _PICTURES,
     "latent": _Kind(
-        _make_latents, _describe_latents, _copy_latents, _one_stage, _dit_size_of_latents
+        _make_latents,
+        _describe_latents,
+        _copy_latents,
+        _one_stage,
+        PlainLatents,
+        _dit_size_of_latents,
     ),
     "sets": dataclasses.replace(_PICTURES, stages=_one_stage),
 }

@@ -413,6 +413,7 @@ def test_sampling_tells_what_guidance_costs(small_presets):
 def test_loading_is_compared_with_bare_decoding(small_presets):
     output = succeed(script, "data", "--batch=16", "--batches=2", "--rounds=1").output
     assert cells(output, "Pillow alone")[-1] == "100%"
+    assert float(cells(output, "256x256x1 images")[-2]) > 0
     for row in ("loader, no workers", "loader, 1 worker ", "loader, 2 workers"):
         assert cells(output, row)[-1].endswith("%")
 
