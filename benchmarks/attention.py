@@ -20,12 +20,13 @@ from benchmarks.plain import plain_attention
 from diffusion.denoiser import AUTOCAST_DTYPES
 from models import ModelConfig
 from models.attention import attend, choose_attention
-from torch_utils import distributed
+from torch_utils import cpu_matmul, distributed
 
 
 def measure(config: ModelConfig, options: AttentionOptions) -> None:
     """Print the table of ``benchmark.py attention``."""
     device = distributed.init()
+    cpu_matmul.agree(options.cpu_matmul, None, device)
     config = measured_run(options.preset, config)
     click.echo(f"{describe_run(config, device)}\nbatch {options.batch}, {options.precision}")
     attentions = {

@@ -14,6 +14,7 @@ import psutil
 import torch
 
 from dnnlib.parallel import num_usable_cores
+from torch_utils import cpu_matmul
 
 Value = TypeVar("Value")
 
@@ -41,6 +42,8 @@ def describe_device(device: torch.device) -> str:
     # The mean number of processes that wanted a core during the last minute.
     load = f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "unknown"
     threads = f"{torch.get_num_threads()} threads"
+    if device.type == "cpu":
+        threads += f", float32 matrices by {cpu_matmul.in_use()}"
     return f"{name}; {num_usable_cores()} cores; {software}; {threads}; load {load}"
 
 

@@ -79,6 +79,11 @@ class NetworkOptions(Options):
 
     precision: str = param(default="fp32", choices=("bf16", "fp32"), help=PRECISION_HELP)
     batch: int = param(default=16, min=1, max=1_000_000, help=BATCH_HELP)
+    cpu_matmul: str = param(
+        default="auto",
+        choices=("auto", "mkl", "onednn"),
+        help="What multiplies float32 matrices on CPUs, for all sides.",
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,6 +101,11 @@ class TrainOptions(DataOptions):
     )
     tf32: bool = param(
         "--tf32/--no-tf32", default=False, help="Use TF32 products on all sides in fp32."
+    )
+    cpu_matmul: str = param(
+        default="auto",
+        choices=("auto", "mkl", "onednn"),
+        help="What multiplies float32 matrices on CPUs, for all sides.",
     )
     workers: int | None = param(
         min=0, max=1_024, help="Number of loader processes of each side.  [default: the preset's]"

@@ -25,7 +25,7 @@ from benchmarks.plain import build_plain_network
 from data.images.codec import PixelCodec
 from diffusion.guidance import GuidanceConfig
 from models import ModelConfig, build_network
-from torch_utils import distributed
+from torch_utils import cpu_matmul, distributed
 from torch_utils.misc import count_parameters
 from training.config import RunConfig
 
@@ -36,6 +36,7 @@ def measure(config: ModelConfig, options: SampleOptions) -> None:
     """Print the table of ``benchmark.py sample``."""
     others = () if options.against is None else _others(options.against)
     device, batch = distributed.init(), options.batch
+    cpu_matmul.agree(options.cpu_matmul, None, device)
     run = measured_run(options.preset, config)
     run = families.of(run).example_run(run, measured_preset(options.preset).num_classes)
     if options.steps is not None:

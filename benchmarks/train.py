@@ -20,7 +20,7 @@ from benchmarks.measure import (
 from benchmarks.options import TrainOptions, listed, measured_run
 from benchmarks.steps import PARTS, PlainTrainingSteps, TrainingSteps
 from models import ModelConfig
-from torch_utils import distributed
+from torch_utils import cpu_matmul, distributed
 from torch_utils.misc import allow_tf32, count_parameters, peak_flops
 from training.config import RunConfig
 from training.family import TrainingData
@@ -32,6 +32,7 @@ def measure(config: ModelConfig, options: TrainOptions) -> None:
     """Print the table of ``benchmark.py train``."""
     others = listed("--against", options.against, ("plain", "diffusers"))
     device, batch = distributed.init(), options.batch_gpu
+    cpu_matmul.agree(options.cpu_matmul, None, device)
     same = dict(compile=options.compile, tf32=options.tf32)
     run = measured_run(options.preset, config)
     run = run.changed("training", batch=batch, batch_gpu=batch, **same)

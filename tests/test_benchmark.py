@@ -257,7 +257,9 @@ def test_cells_of_times_are_medians_and_minima():
 
 def test_the_first_line_says_what_machine_it_is_and_how_busy():
     line = measure.describe_device(CPU)
-    assert re.search(r"\d+ cores; torch [\d.]+.*; \d+ threads; load [\d.]+$", line)
+    assert re.search(
+        r"\d+ cores; torch [\d.]+.*; \d+ threads, float32 matrices by mkl; load [\d.]+$", line
+    )
 
 
 def test_the_ratio_is_taken_within_rounds():
