@@ -32,13 +32,13 @@ def measure(config: ModelConfig, options: AttentionOptions) -> None:
     attentions = {
         name: functools.partial(attend, attention=name) for name in ("sdpa", "explicit", "flex")
     }
-    attentions["plain"] = plain_attention
-    notes = []
-    try:
-        choose_attention("flex", device, needs_grad=True)
-    except ValueError:
+    attentions["plain"], notes = plain_attention, []
+    if not options.bias:
+        attentions = {name: attentions[name] for name in ("sdpa", "explicit")}
+        attentions["auto"] = attend
+    elif device.type == "cpu":
         del attentions["flex"]
-        notes.append(f"Flex attention has no backward pass on a {device.type.upper()}.")
+        notes.append("Flex attention has no backward pass on a CPU.")
     rows = [["stage", "windows", "tokens", "blocks", *(f"{n}, ms" for n in attentions), "fastest"]]
     totals = {name: [Spent(0.0, 0.0)] * options.rounds for name in attentions}
     for stage, (grid, window, width, num_blocks) in enumerate(attention_stages(config)):
@@ -58,8 +58,9 @@ def measure(config: ModelConfig, options: AttentionOptions) -> None:
         rows.append([*sizes, *cells, min(seconds, key=seconds.get)])
     summary = [["all blocks", "wall, ms", "at least", "CPU, ms", "at least"]]
     summary += [[name, *time_cells(spent, 1000)] for name, spent in totals.items()]
-    chosen = choose_attention("auto", device, needs_grad=True)
-    notes.append(f"--attention=auto means {chosen} on this device.")
+    if options.bias:
+        chosen = choose_attention("auto", device, needs_grad=True)
+        notes.append(f"--attention=auto means {chosen} on this device.")
     click.echo("\n".join([table(rows), table(summary), *notes]))
 
 
@@ -73,7 +74,8 @@ def _calls(
     # Three parts of one tensor, as the network has them.
     qkv = make(num_windows, 3 * heads, length, head_dim, dtype=dtype)
     inputs = [part.requires_grad_() for part in qkv.chunk(3, dim=1)]
-    inputs.append(make(heads, length, length, requires_grad=True))
+    if options.bias:
+        inputs.append(make(heads, length, length, requires_grad=True))
     grad = make(shape, dtype=dtype)
 
     def turn_of(attention: Callable[..., torch.Tensor]) -> Callable[[], Spent]:

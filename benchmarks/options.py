@@ -132,6 +132,12 @@ class LoadingOptions(DataOptions):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionOptions(NetworkOptions):
     calls: int = param(default=3, min=1, max=1_000_000, help="Number of calls in a turn.")
+    bias: bool = param(
+        "--bias/--no-bias",
+        default=True,
+        help="Add a learned bias to the scores, as DiffiT does; set- and feature-conditioned "
+        "models have none.",
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -428,6 +428,8 @@ def test_attention_is_timed_per_stage_and_backend(small_presets, precision):
     assert "0: 8x8x16" in output
     assert "Flex attention has no backward pass on a CPU." in output
     assert "--attention=auto means explicit on this device." in output
+    output = succeed(script, "attention", f"--precision={precision}", "--no-bias", *short).output
+    assert "sdpa, ms  explicit, ms  auto, ms" in output
 
 
 def test_an_unknown_preset_is_answered_with_the_nearest():
