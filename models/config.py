@@ -1,6 +1,7 @@
 """What every model's configuration has in common."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar
 
 from dnnlib.config import Config, option
@@ -66,6 +67,10 @@ class ModelConfig(Config):
     def make_conditioner(self, dim: int) -> "Conditioner":
         """Return the conditioner that makes contexts of width ``dim`` for the backbone."""
         raise NotImplementedError
+
+    def compiled_parts(self, backbone: "nn.Module") -> Iterable["nn.Module"]:
+        """Return what of a backbone torch.compile takes by itself: equal blocks, or all of it."""
+        return (backbone,)
 
     def example_cond(self) -> "dict[str, torch.Tensor]":
         """Return conditions of one image, [1, ...] each, on the current default device."""

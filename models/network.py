@@ -25,8 +25,15 @@ class Network(nn.Module):
         limits.recompile_limit = max(limits.recompile_limit, graphs)
         total = max(limits.accumulated_recompile_limit, 4 * graphs)
         limits.accumulated_recompile_limit = total
-        self.backbone.compile(backend=backend, dynamic=False if num_shapes > 1 else None)
+        # Blocks that are equal share one graph, which is compiled once.
+        for part in self.config.compiled_parts(self.backbone):
+            part.compile(backend=backend, dynamic=False if num_shapes > 1 else None)
         self.conditioner.compile_parts(backend)
+
+    @staticmethod
+    def compile_seconds() -> float:
+        """Return how long torch.compile has worked in this process."""
+        return torch._dynamo.utils.calculate_time_spent()["total_wall_time"]
 
     def check(self, cond: dict[str, Tensor]) -> None:
         """Raise ValueError if conditions are missing or out of range; reads them, so on the CPU."""

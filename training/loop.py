@@ -159,7 +159,7 @@ def training_loop(
 
     evaluator, outputs = job.evaluator, Outputs(run_dir, telemetry, stop_signal)
     generator = family.generator(config, ema.network, codec, device)
-    watch = Watch(config)
+    watch, was_compiled = Watch(config), False
 
     def attempt(what: str, make: Callable[..., None]) -> bool:
         """Return False if a stop cut ``make`` short; what is not finite is told, not made."""
@@ -272,6 +272,9 @@ def training_loop(
             if telemetry is not None:
                 telemetry.record(fields, cur_nimg)
                 telemetry.message(tick_line(fields, total_nimg, num_skipped))
+                if training.compile and not was_compiled:
+                    telemetry.message(f"Compiled in {network.compile_seconds():.1f} seconds.")
+                    was_compiled = True
                 for warning in watch.warnings(fields, cur_nimg // step_nimg):
                     telemetry.message(warning)
         if skipped_in_a_row >= training.skip_limit:

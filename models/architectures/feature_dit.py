@@ -1,6 +1,7 @@
 """Settings of NanoDiT, the latent DiT that is conditioned on text and visual features."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar
 
 from dnnlib.config import inherited, option
@@ -94,6 +95,9 @@ class FeatureDiTConfig(LatentModelConfig):
         from models.feature_dit import FeatureDiT
 
         return FeatureDiT(self)
+
+    def compiled_parts(self, backbone: "nn.Module") -> Iterable["nn.Module"]:
+        return backbone.blocks
 
     def make_conditioner(self, dim: int) -> "Conditioner":
         from models.feature_conditioner import FeatureConditioner

@@ -1,6 +1,7 @@
 """Settings of latent DiffiT."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar
 
 from dnnlib.config import inherited, option
@@ -43,6 +44,9 @@ class LatentDiffiTConfig(ScaledLatentConfig):
         from models.latent_diffit import LatentDiffiT
 
         return LatentDiffiT(self)
+
+    def compiled_parts(self, backbone: "nn.Module") -> Iterable["nn.Module"]:
+        return backbone.blocks
 
     def make_conditioner(self, dim: int) -> "Conditioner":
         from models.conditioners import ClassTable

@@ -1,6 +1,7 @@
 """Settings of the DiT that is conditioned on sets, and of the encoder of its sets."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dnnlib.config import inherited, option
@@ -161,6 +162,9 @@ class SetDiTConfig(ModelConfig):
         from models.set_dit import SetDiT
 
         return SetDiT(self)
+
+    def compiled_parts(self, backbone: "nn.Module") -> Iterable["nn.Module"]:
+        return backbone.blocks
 
     def make_conditioner(self, dim: int) -> "Conditioner":
         from models.set_conditioner import SetConditioner
