@@ -77,6 +77,9 @@ class GenerateOptions:
         choices=("auto", "mkl", "onednn"),
         help="What multiplies float32 matrices on CPUs.  [default: as in training]",
     )
+    compile: bool = param(
+        "--compile/--no-compile", default=False, help="Compile the network with torch.compile."
+    )
 
     def seed_list(self) -> list[int]:
         """Return all seeds; raises UsageError for some given twice."""
@@ -145,7 +148,7 @@ def main(config: GenerateConfig, options: GenerateOptions, asked: Asked) -> None
 
     device = distributed.init()
     allow_tf32(options.tf32)
-    names = ("precision", "cpu_matmul", "guide", "vae")
+    names = ("precision", "cpu_matmul", "compile", "guide", "vae")
     settings = {name: getattr(options, name) for name in names}
     protocol = GeneratorOptions(sampling=config.sampling, guidance=config.guidance, **settings)
     generator = requests.bind(family.load(snapshot, device, protocol), device)

@@ -56,6 +56,9 @@ class FewShotOptions:
     seed: int = param(default=0, min=0, max=2**32 - 1, help="Seed of the first generated image.")
     precision: str | None = param(choices=PRECISIONS, help=PRECISION_HELP)
     cpu_matmul: str | None = param(choices=CPU_MATMUL, help=CPU_MATMUL_HELP)
+    compile: bool = param(
+        "--compile/--no-compile", default=False, help="Compile the network with torch.compile."
+    )
     batch: int = param(default=64, min=1, max=1_000_000, help=BATCH_HELP)
     outdir: Path | None = param(help="Folder for a picture of each protocol.")
     json: Path | None = param(help="File to write the score rows to.")
@@ -101,7 +104,7 @@ def command(config: ScoreConfig, options: FewShotOptions) -> None:
     same = ("num_images", "episodes_per_class", "outdir")
     settings = {name: getattr(options, name) for name in same}
     test = FewShotTest(protocols=protocols, dataset=dataset, transfer=transfer, **settings)
-    names = ("batch", "precision", "cpu_matmul")
+    names = ("batch", "precision", "cpu_matmul", "compile")
     own = {name: getattr(options, name) for name in names}
     making = Making(first_seed=options.seed, **own)
     rows = []

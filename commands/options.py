@@ -28,7 +28,7 @@ AnyConfig = ScoreConfig | DetectorConfig
 
 BATCH_HELP = "Number of images that each rank processes at a time."
 PRECISION_HELP = "Arithmetic of the network.  [default: as in training]"
-_OF_SNAPSHOTS = ("seed", "precision", "guide", "vae", "tf32", "cpu_matmul")
+_OF_SNAPSHOTS = ("seed", "precision", "guide", "vae", "tf32", "cpu_matmul", "compile")
 TF32_HELP = "Allow TF32 matrix products on NVIDIA GPUs."
 CPU_MATMUL = ("auto", "mkl", "onednn")
 CPU_MATMUL_HELP = "What multiplies float32 matrices on CPUs.  [default: as in training]"
@@ -51,6 +51,9 @@ class SourceOptions:
     batch: int = param(default=64, min=1, max=1_000_000, help=BATCH_HELP)
     precision: str | None = param(choices=PRECISIONS, help=PRECISION_HELP)
     cpu_matmul: str | None = param(choices=CPU_MATMUL, help=CPU_MATMUL_HELP)
+    compile: bool = param(
+        "--compile/--no-compile", default=False, help="Compile the network with torch.compile."
+    )
 
     def open(
         self, config: AnyConfig, *, shuffled: bool = False
@@ -70,7 +73,7 @@ class SourceOptions:
 
         device = distributed.init()
         allow_tf32(self.tf32)
-        names = ("batch", "precision", "cpu_matmul", "guide", "vae")
+        names = ("batch", "precision", "cpu_matmul", "compile", "guide", "vae")
         same = {name: getattr(self, name) for name in names}
         making = Making(first_seed=self.seed, **same)
         location, protocol = self.images or self.network, config if self.network else None

@@ -75,6 +75,9 @@ class ValidateOptions:
     precision: str | None = param(choices=PRECISIONS, help=PRECISION_HELP)
     tf32: bool = param(help=TF32_HELP)
     cpu_matmul: str | None = param(choices=CPU_MATMUL, help=CPU_MATMUL_HELP)
+    compile: bool = param(
+        "--compile/--no-compile", default=False, help="Compile the network with torch.compile."
+    )
     outdir: Path = param(required=True, help="Folder for score rows and pictures.")
 
 
@@ -138,7 +141,7 @@ def _validate_snapshot(
     dataset = FeatureDataset(location, options.split, text_lengths=lengths)
     check_encoders(snapshot.config.model, dataset, "--data")
     protocol = dict(sampling=config.sampling, guidance=config.guidance)
-    names = ("precision", "cpu_matmul", "vae")
+    names = ("precision", "cpu_matmul", "compile", "vae")
     protocol |= {name: getattr(options, name) for name in names}
     family, settings = families.of(snapshot.config), GeneratorOptions(**protocol)
     generator = family.load(snapshot, device, settings)

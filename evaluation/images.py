@@ -145,6 +145,7 @@ class Making:
     batch: int = 64  # Images per rank and pass; also of images that come from files.
     precision: str | None = None  # Arithmetic of the network; None: as in training.
     cpu_matmul: str | None = None  # What multiplies float32 matrices on a CPU; None likewise.
+    compile: bool = False  # Whether networks are compiled.
     guide: str | None = None  # Second snapshot, to guide away from.
     vae: str | None = None  # Autoencoder of a latent model, if not where it was in training.
 
@@ -152,7 +153,7 @@ class Making:
         self, snapshot: Snapshot, config: GenerateConfig, device: torch.device
     ) -> ImageGenerator:
         """Return what makes the images of ``snapshot`` under the protocol ``config``."""
-        names = ("precision", "cpu_matmul", "guide", "vae")
+        names = ("precision", "cpu_matmul", "compile", "guide", "vae")
         own = {name: getattr(self, name) for name in names}
         options = GeneratorOptions(sampling=config.sampling, guidance=config.guidance, **own)
         return family_of(snapshot.config).load(snapshot, device, options)

@@ -191,7 +191,7 @@ class FeatureFamily:
             raise ValueError("--guide: this model is guided by --text-scale and --visual-scale.")
         run = run_to_sample(snapshot, options, device)
         codec = _make_codec(run, snapshot.data.features["statistics"], device, options.vae)
-        generator = self.generator(run, snapshot.build(device), codec, device)
+        generator = self.generator(run, options.build(snapshot, device), codec, device)
         return dataclasses.replace(generator, trained_nimg=snapshot.progress["cur_nimg"])
 
     def requests(self, snapshot: Snapshot, asked: Asked) -> Any:

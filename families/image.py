@@ -206,10 +206,10 @@ class ImageFamily:
             check_guide(snapshot, guide, run.guidance)
         check_levels(run)
         codec = self.snapshot_codec(snapshot, options.vae, device)
-        generator = self.generator(run, snapshot.build(device), codec, device)
+        generator = self.generator(run, options.build(snapshot, device), codec, device)
         if guide is None:
             return generator
-        network, sha256 = guide.build(device), guide.sha256
+        network, sha256 = options.build(guide, device), guide.sha256
         return dataclasses.replace(generator, guide=network, guide_hash=sha256)
 
     def requests(self, snapshot: Snapshot, asked: Asked) -> Any:

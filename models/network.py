@@ -17,6 +17,7 @@ class Network(nn.Module):
         self.config = config
         self.backbone = config.make_backbone()
         self.conditioner = config.make_conditioner(self.backbone.context_dim)
+        self.is_compiled = False
 
     def compile_parts(self, num_shapes: int = 1, backend: str | Callable = "inductor") -> None:
         """Compile what is run at every step, for each of ``num_shapes`` shapes of inputs."""
@@ -29,6 +30,7 @@ class Network(nn.Module):
         for part in self.config.compiled_parts(self.backbone):
             part.compile(backend=backend, dynamic=False if num_shapes > 1 else None)
         self.conditioner.compile_parts(backend)
+        self.is_compiled = True
 
     @staticmethod
     def compile_seconds() -> float:

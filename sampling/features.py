@@ -113,5 +113,5 @@ class FeatureGenerator:
             sampling=to_dict(self.sampling),
             nfe=num_evaluations(self.sampling) * num_branches,
             guidance=to_dict(self.guidance),
-            **decoding_facts(self.codec, self.autocast_dtype),
+            **decoding_facts(self.codec, self.network, self.autocast_dtype),
         )

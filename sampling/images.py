@@ -122,18 +122,21 @@ class ImageGenerator:
             nfe=num_evaluations(self.sampling, self.precond),
             guidance=to_dict(self.guidance),
             guide_hash=self.guide_hash,
-            **decoding_facts(self.codec, self.autocast_dtype),
+            **decoding_facts(self.codec, self.network, self.autocast_dtype),
         )
 
 
-def decoding_facts(codec: Codec, autocast_dtype: torch.dtype | None) -> dict[str, Any]:
+def decoding_facts(
+    codec: Codec, network: Network, autocast_dtype: torch.dtype | None
+) -> dict[str, Any]:
     """Return what a score row states of the arithmetic and of the way to uint8 images."""
     return dict(
         **codec.facts(),
         rounding="uint8, clip(127.5 x + 128)",
         tf32=torch.backends.cuda.matmul.allow_tf32,
         precision=str(autocast_dtype or torch.float32).removeprefix("torch."),
-        # Rows and folders of before know of MKL alone.
+        # Rows and folders of before know of neither another library nor of compiled networks.
+        **(dict(compiled=True) if network.is_compiled else {}),
         **({} if cpu_matmul.in_use() == "mkl" else dict(cpu_matmul=cpu_matmul.in_use())),
     )
 

@@ -6,9 +6,20 @@ from unittest import mock
 import pytest
 import torch
 from feature_files import tiny_features
-from helpers import TINY, TINY_FEATURES, TINY_LATENT, TINY_SETS, toy_data, train_tiny
+from helpers import (
+    TINY,
+    TINY_FEATURES,
+    TINY_LATENT,
+    TINY_SETS,
+    read_pixels,
+    succeed,
+    toy_data,
+    train_tiny,
+    trained_snapshot,
+)
 from latent_files import tiny_latents
 
+import generate
 from models.network import Network
 from training import loop
 
@@ -80,3 +91,24 @@ def test_a_run_has_one_graph_for_each_shape_and_compiles_no_more(base, tmp_path,
         text = train_tiny(tmp_path, data(base), *options, tiny=tiny).output
     assert counts == [num_graphs] * 6
     assert text.count("Compiled in ") == 1
+
+
+@pytest.mark.parametrize("scale", ["1", "2"])
+def test_sampling_has_one_graph_for_all_steps_with_and_without_guidance(base, tmp_path, scale):
+    snapshot = trained_snapshot(base)
+    options = [f"--network={snapshot}", "--num=3", "--batch=3", "--steps=4", f"--cfg-scale={scale}"]
+    backend, compile_parts = Counter(), Network.compile_parts
+    torch._dynamo.reset()
+    whole = functools.partialmethod(torch.nn.Module.compile, fullgraph=True)
+    with (
+        mock.patch.object(Network, "compile_parts", lambda own: compile_parts(own, 1, backend)),
+        mock.patch.object(torch.nn.Module, "compile", whole),
+    ):
+        succeed(generate, *options, "--compile", f"--outdir={tmp_path / 'compiled'}")
+    assert backend.num_graphs == 1
+    succeed(generate, *options, f"--outdir={tmp_path / 'plain'}")
+    for path in sorted((tmp_path / "plain").glob("*.png")):
+        pixels, plain = (read_pixels(own) for own in (tmp_path / "compiled" / path.name, path))
+        assert abs(pixels.astype(int) - plain.astype(int)).max() <= 1
+    assert '"compiled": true' in (tmp_path / "compiled" / "generation.json").read_text()
+    assert "compiled" not in (tmp_path / "plain" / "generation.json").read_text()

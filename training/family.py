@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # The contract is known, and options with it, before torch is
     from models.network import Network
     from torch_utils import distributed, rng
     from torch_utils.stats import StatsCollector
+    from training.checkpoint import Snapshot
     from training.config import RunConfig
 
 
@@ -171,6 +172,7 @@ class GeneratorOptions:
         sampling, guidance: The sampler's settings, and the guidance of the family's kind.
         precision: Arithmetic of the network.
         cpu_matmul: What multiplies float32 matrices on a CPU.
+        compile: Whether networks are compiled with torch.compile.
         guide: Snapshot whose errors are extrapolated away from (autoguidance).
         vae: Where the autoencoder is now.
     """
@@ -179,8 +181,16 @@ class GeneratorOptions:
     guidance: Config | None = None
     precision: str | None = None
     cpu_matmul: str | None = None
+    compile: bool = False
     guide: str | None = None
     vae: str | None = None
+
+    def build(self, snapshot: Snapshot, device: torch.device) -> Network:
+        """Return the network of a snapshot, compiled if that is asked for."""
+        network = snapshot.build(device)
+        if self.compile:
+            network.compile_parts()
+        return network
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
