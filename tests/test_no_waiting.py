@@ -1,9 +1,11 @@
 """Between two ticks the host never waits for the device: no step reads a value back."""
 
 import collections
+import gc
 from unittest import mock
 
 import pytest
+import torch
 from feature_files import tiny_features
 from helpers import TINY, TINY_FEATURES, TINY_LATENT, TINY_SETS, toy_data, train_tiny
 from latent_files import tiny_latents
@@ -73,6 +75,44 @@ def test_no_step_of_any_kind_of_model_reads_a_value_back(base, tmp_path, kind, o
         train_tiny(tmp_path, data(base), *options, *steps, tiny=tiny)
     assert watch.num_steps == STEPS
     assert not watch.found
+
+
+def bytes_at_ticks(tmp_path, data, tiny):
+    """Return how many bytes of tensors live at the end of each tick of a run."""
+    sizes, read = [], GuardedAdam.read_counters
+
+    def measure(self):
+        gc.collect()
+        found = [own for own in gc.get_objects() if type(own) in (torch.Tensor, torch.nn.Parameter)]
+        storages = {own.untyped_storage().data_ptr(): own.untyped_storage() for own in found}
+        sizes.append(sum(own.nbytes() for own in storages.values()))
+        return read(self)
+
+    with mock.patch.object(GuardedAdam, "read_counters", measure):
+        options = (f"--iters={STEPS}", "--tick=0", "--snap=100", "--batch=4")
+        train_tiny(tmp_path, data, *options, tiny=tiny)
+    return sizes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_memory_grows_with_ticks(base, tmp_path, kind):
+    data, tiny = KINDS[kind]
+    sizes = bytes_at_ticks(tmp_path, data(base), tiny)
+    assert len(sizes) == STEPS
+    # Batches of features differ in size, and are all small beside the network.
+    assert max(sizes[2:]) <= 1.1 * sizes[1]
+
+
+def test_memory_that_grows_is_noticed(base, tmp_path, monkeypatch):
+    kept, report = [], Objective.report
+
+    def keep(self, stats, loss, draws):
+        kept.append(torch.zeros(10_000))
+        report(self, stats, loss, draws)
+
+    monkeypatch.setattr(Objective, "report", keep)
+    sizes = bytes_at_ticks(tmp_path, toy_data(base), TINY)
+    assert sizes[-1] >= sizes[1] + 3 * 40_000
 
 
 def test_a_planted_read_back_is_found(base, tmp_path, monkeypatch):
