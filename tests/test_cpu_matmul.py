@@ -1,5 +1,6 @@
 """What multiplies float32 matrices on CPUs: which is chosen, that it is exact, where it is kept."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion.denoiser import autocast, casts_kept
 from torch_utils import cpu_matmul
+from training import loop
 from training.checkpoint import find_states, load_snapshot, load_state
 
 ROOT = Path(__file__).parents[1]
@@ -120,3 +122,26 @@ def test_weights_are_cast_once_and_nothing_else_changes(frozen):
         layer.weight.zero_()  # And no cast outlives the block.
     with autocast(CPU, torch.bfloat16):
         assert torch.equal(layer(x), layer.bias.to(torch.bfloat16).expand(3, 5))
+
+
+@pytest.mark.parametrize("extra", ["--checkpointing", "--clip-grad=1"])
+def test_a_run_in_bf16_is_the_same_whether_casts_are_kept_or_not(extra, tmp_path, monkeypatch):
+    options = ("--precision=bf16", "--batch-gpu=2", "--iters=3", extra)
+    data, states = helpers.toy_data(tmp_path), []
+    for name in ("kept", "anew"):
+        if name == "anew":
+            monkeypatch.setattr(loop, "casts_kept", contextlib.nullcontext)
+        run_dir = helpers.train_tiny(tmp_path / name, data, *options).run_dir
+        states.append(load_state(find_states(run_dir)[0]))
+    for own in ("net", "ema", "optimizer"):
+        torch.testing.assert_close(states[0][own], states[1][own], rtol=0, atol=0)
+
+
+def test_two_ranks_that_keep_casts_compute_what_one_does(tmp_path):
+    data, states = helpers.toy_data(tmp_path), []
+    for num_ranks in (1, 2):
+        options = [*helpers.TINY, f"--data={data}", "--precision=bf16", "--batch-gpu=2"]
+        helpers.on_ranks(num_ranks, "train.py", *options, f"--outdir={tmp_path / str(num_ranks)}")
+        (run_dir,) = (tmp_path / str(num_ranks)).iterdir()
+        states.append(load_state(find_states(run_dir)[0]))
+    torch.testing.assert_close(states[0]["net"], states[1]["net"], rtol=1e-3, atol=2e-3)
