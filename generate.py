@@ -18,6 +18,7 @@ from dnnlib.config import Config
 from dnnlib.files import check_target
 from dnnlib.text import MAX_LISTED, parse_ranges
 from sampling.config import GenerateConfig
+from training.config import CPU_MATMUL
 from training.family import Asked, GeneratorOptions
 
 EXAMPLES = """
@@ -74,7 +75,7 @@ class GenerateOptions:
         choices=PRECISIONS, help="Arithmetic of the network.  [default: as in training]"
     )
     cpu_matmul: str | None = param(
-        choices=("auto", "mkl", "onednn"),
+        choices=CPU_MATMUL,
         help="What multiplies float32 matrices on CPUs.  [default: as in training]",
     )
     compile: bool = param(

@@ -9,7 +9,7 @@ from dnnlib.cli import raw_value, usage_errors
 from dnnlib.click_options import param
 from dnnlib.errors import refusal
 from models import ModelConfig
-from training.config import RunConfig
+from training.config import CPU_MATMUL, RunConfig
 
 DEFAULT_PRESET = "cifar10"
 BATCH_HELP = "Number of images in a batch."
@@ -81,7 +81,7 @@ class NetworkOptions(Options):
     batch: int = param(default=16, min=1, max=1_000_000, help=BATCH_HELP)
     cpu_matmul: str = param(
         default="auto",
-        choices=("auto", "mkl", "onednn"),
+        choices=CPU_MATMUL,
         help="What multiplies float32 matrices on CPUs, for all sides.",
     )
 
@@ -104,7 +104,7 @@ class TrainOptions(DataOptions):
     )
     cpu_matmul: str = param(
         default="auto",
-        choices=("auto", "mkl", "onednn"),
+        choices=CPU_MATMUL,
         help="What multiplies float32 matrices on CPUs, for all sides.",
     )
     workers: int | None = param(

@@ -8,7 +8,6 @@ import click
 import families
 from commands.options import (
     BATCH_HELP,
-    CPU_MATMUL,
     CPU_MATMUL_HELP,
     PRECISION_HELP,
     PRECISIONS,
@@ -24,6 +23,7 @@ from dnnlib.cli import usage_errors
 from dnnlib.click_options import overwrites, param, takes
 from dnnlib.files import write_json
 from evaluation.config import ScoreConfig
+from training.config import CPU_MATMUL
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

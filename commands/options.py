@@ -17,7 +17,7 @@ from evaluation.config import ScoreConfig
 from metrics.metric import METRICS, MetricSpec, get_metrics
 from metrics.rows import read_rows
 from sampling.config import GenerateConfig
-from training.config import DetectorConfig
+from training.config import CPU_MATMUL, DetectorConfig
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,6 @@ BATCH_HELP = "Number of images that each rank processes at a time."
 PRECISION_HELP = "Arithmetic of the network.  [default: as in training]"
 _OF_SNAPSHOTS = ("seed", "precision", "guide", "vae", "tf32", "cpu_matmul", "compile")
 TF32_HELP = "Allow TF32 matrix products on NVIDIA GPUs."
-CPU_MATMUL = ("auto", "mkl", "onednn")
 CPU_MATMUL_HELP = "What multiplies float32 matrices on CPUs.  [default: as in training]"
 
 

@@ -8,7 +8,6 @@ import click
 
 import families
 from commands.options import (
-    CPU_MATMUL,
     CPU_MATMUL_HELP,
     PRECISION_HELP,
     PRECISIONS,
@@ -25,6 +24,7 @@ from dnnlib.click_options import param, takes
 from dnnlib.files import write_json
 from evaluation.validation.config import TESTS, ValidationConfig
 from sampling.config import GenerateConfig
+from training.config import CPU_MATMUL
 from training.family import GeneratorOptions
 
 if TYPE_CHECKING:

@@ -20,6 +20,10 @@ MIN_STD, MAX_STD = 0.001, 0.288
 _DURATION: dict[str, Any] = dict(affects={"lr_schedule": ("cosine",)})
 
 
+# What --cpu-matmul accepts, in training and wherever a network is sampled.
+CPU_MATMUL = ("auto", "mkl", "onednn")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig(Config):
     """Optimization: what happens between two images counts of the loop.
@@ -119,7 +123,7 @@ class TrainingConfig(Config):
     tf32: bool = option(False, help="Allow TF32 matrix products on NVIDIA GPUs.", affects="speed")
     cpu_matmul: str = option(
         "auto",
-        choices=("auto", "mkl", "onednn"),
+        choices=CPU_MATMUL,
         help="What multiplies float32 matrices on CPUs; auto: oneDNN on CPUs of AMD with AVX-512, "
         "MKL on others. With onednn a CPU gives up AMX, if it has that.",
         affects="speed",
