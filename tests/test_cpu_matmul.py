@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import families  # noqa: F401 (registers them)
 from diffusion.denoiser import autocast, casts_kept
 from torch_utils import cpu_matmul
 from training import loop
