@@ -1,7 +1,7 @@
 """The denoiser D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) (EDM, arXiv 2206.00364, Eq. 7)."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -71,29 +71,13 @@ class Denoiser:
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
-    """Return a context in which matrix products are made in ``dtype``; None leaves them alone."""
-    if dtype is None:
+    """Return a context in which matrix products are made in ``dtype``; None leaves them alone.
+
+    Where they are already, it does nothing: a sampler enters it once for all its steps.
+    """
+    kind = device.type
+    if dtype is None or (
+        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == dtype
+    ):
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype)
-
-
-@contextlib.contextmanager
-def casts_kept(*networks: torch.nn.Module) -> Iterator[None]:
-    """Keep what autocast makes of weights until the block ends, so that they are cast once.
-
-    Left alone, autocast casts them anew in every pass, and twice where a weight is used twice if it
-    cannot be trained. Weights must not change inside the block. ``networks`` are those whose
-    weights cannot be trained. In torch's inference mode, which keeps no casts, nothing changes.
-    """
-    frozen = [p for own in networks for p in own.parameters() if not p.requires_grad]
-    torch.autocast_increment_nesting()
-    try:
-        # Autocast keeps the casts of weights that can be trained, and of no others.
-        for param in frozen:
-            param.requires_grad_(True)
-        yield
-    finally:
-        for param in frozen:
-            param.requires_grad_(False)
-        if torch.autocast_decrement_nesting() == 0:
-            torch.clear_autocast_cache()

@@ -60,7 +60,8 @@ def weighted_branches(
         contexts: One per branch, for the same images; ``concat`` joins them along the batch.
         weights: As many, which add up to 1.
     """
-    joined = contexts[0].concat(*contexts[1:]) if len(contexts) > 1 else contexts[0]
+    num_branches = len(contexts)
+    joined = contexts[0].concat(*contexts[1:]) if num_branches > 1 else contexts[0]
     at_once = True
 
     def guided(x: Tensor, level: float) -> Tensor:
@@ -68,14 +69,16 @@ def weighted_branches(
         parts = None
         if at_once:
             try:
-                repeated = x.repeat(len(contexts), 1, 1, 1)
-                parts = estimate(repeated, level, joined).chunk(len(contexts))
+                repeated = x.repeat(num_branches, 1, 1, 1)
+                parts = estimate(repeated, level, joined).chunk(num_branches)
             except torch.OutOfMemoryError:
-                if len(contexts) == 1:
+                if num_branches == 1:
                     raise
                 at_once = False
         if parts is None:
-            parts = [estimate(x, level, context) for context in contexts]
+            starts = range(0, num_branches * len(x), len(x))
+            rows = [slice(start, start + len(x)) for start in starts]
+            parts = [estimate(x, level, joined.index(own)) for own in rows]
         return sum(weight * part for weight, part in zip(weights, parts, strict=True))
 
     return guided
@@ -117,12 +120,13 @@ def classifier_free(
         config: Scale, schedule and interval.
         precond: Preconditioner of ``denoise``, whose noise levels the schedule follows.
     """
-    both = None if config.cfg_scale == 1 else context.concat(null_context)
+    both = context if config.cfg_scale == 1 else context.concat(null_context)
+    del null_context  # The one that both are in is enough to hold.
 
     def guided(x: Tensor, sigma: float) -> Tensor:
         scale = guidance_scale(config, sigma, precond)
         if scale == 1:
-            return denoise(x, sigma, context)
+            return denoise(x, sigma, both.index(slice(0, len(x))))
         conditional, null = denoise(torch.cat([x, x]), sigma, both).chunk(2)
         return _extrapolate(null, conditional, scale, config.cfg_channels or x.shape[1])
 

@@ -1,5 +1,6 @@
 """Attention by the kernels that are fastest for a device, a type and a number of tokens."""
 
+import contextlib
 import functools
 from typing import Any
 
@@ -117,11 +118,11 @@ class _Explicit(torch.autograd.Function):
         ctx.bias_like = None if bias is None else (bias.shape, bias.dtype)
         # Copied once: every product of parts of a larger tensor would copy them again.
         q, k, v = q * scale, k.contiguous(), v.contiguous()
-        with torch.autocast(q.device.type, enabled=False):
+        with _in_own_type(q):
             scores = q @ k.transpose(-1, -2)
             if bias is not None:
                 scores.add_(bias.to(q.dtype))
-            weights = scores.softmax(dim=-1)
+            weights = torch._softmax(scores, -1, False)  # Which autocast leaves alone.
             ctx.save_for_backward(q, k, v, weights)
             return weights @ v
 
@@ -139,6 +140,14 @@ class _Explicit(torch.autograd.Function):
             shape, dtype = ctx.bias_like
             of_bias = _sum_to(of_scores, shape, dtype)
         return of_q, of_k, of_v, of_bias, None
+
+
+def _in_own_type(q: Tensor) -> contextlib.AbstractContextManager:
+    """Return a context in which products are made in the type of ``q``, whatever autocast says."""
+    kind = q.device.type
+    if not torch.is_autocast_enabled(kind) or torch.get_autocast_dtype(kind) == q.dtype:
+        return contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 def _sum_to(value: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -21,6 +21,9 @@ class Context:
     # [N, L], true where a token takes part; or float32, added to the scores of attention to it.
     mask: Tensor | None = None
     label: Tensor | None = None  # [N, D], an embedding of the class beside that of something else
+    # [N, layers, 2 heads, M, d], keys and values that layers make of the tokens, where many passes
+    # take them.
+    keys_values: Tensor | None = None
 
     def concat(self, *others: Self) -> Self:
         """Return the contexts of several batches, in order, as one batch.

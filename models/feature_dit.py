@@ -5,6 +5,8 @@ tokens, the CLS token of a visual encoder and its patch tokens. It takes latents
 width, so that one network serves all aspect ratios.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -36,8 +38,18 @@ class ContextBlock(nn.Module):
         self._num_vectors = 9 if gates else 6
         self.modulation = nn.Linear(dim, self._num_vectors * dim)
 
-    def forward(self, x: Tensor, c: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
-        """Return tokens [N, L, C] of x [N, L, C], vectors c [N, C] and a context [N, M, C]."""
+    def forward(
+        self,
+        x: Tensor,
+        c: Tensor,
+        context: Tensor,
+        mask: Tensor | None,
+        keys_values: Tensor | None = None,
+    ) -> Tensor:
+        """Return tokens [N, L, C] of x [N, L, C], vectors c [N, C] and a context [N, M, C].
+
+        ``keys_values`` [N, 2 heads, M, d] are those of the context, if they are known.
+        """
         vectors = self.modulation(functional.silu(c)).chunk(self._num_vectors, dim=1)
         shifts, scales, gates = vectors[:3], vectors[3:6], vectors[6:]
 
@@ -48,7 +60,7 @@ class ContextBlock(nn.Module):
             return gates[branch][:, None] * y if gates else y
 
         x = x + gated(0, self.attn(modulated(0)))
-        x = x + gated(1, self.cross(modulated(1), context, mask))
+        x = x + gated(1, self.cross(modulated(1), context, mask, keys_values))
         return x + gated(2, self.mlp(modulated(2)))
 
 
@@ -107,11 +119,24 @@ class FeatureDiT(nn.Module):
         grid = (x.shape[2] // self.config.patch_size, x.shape[3] // self.config.patch_size)
         x = self.patch_embedding(x).flatten(2).transpose(1, 2)  #       [N, L, C]
         x = x + self.positions(grid, x.device)
-        for block in self.blocks:
-            x = layers.run_block(self, block, x, c, tokens, context.mask)
+        kept: Sequence[Tensor | None] = [None] * len(self.blocks)
+        if context.keys_values is not None:
+            kept = context.keys_values.unbind(1)
+        for block, keys_values in zip(self.blocks, kept, strict=True):
+            x = layers.run_block(self, block, x, c, tokens, context.mask, keys_values)
         x = self.head(self.head_norm(x)).unflatten(1, grid)  #          [N, h, w, p p C_out]
         x = layers.unpatchify(x, self.config.patch_size)  #             [N, C_out, H, W]
         return x + self.refine(x)
+
+    def prepare(self, context: Context) -> Context:
+        """Return a context with the keys and values of its tokens, for many times.
+
+        It is as it was where its tokens depend on the time.
+        """
+        if self.config.cls_token_time:
+            return context
+        attentions = [block.cross for block in self.blocks]
+        return layers.with_keys_values(context, context.tokens, attentions)
 
     def positions(self, grid: tuple[int, int], device: torch.device) -> Tensor:
         """Return sinusoids [rows * columns, hidden_dim] of the tokens of a grid, float32."""

@@ -4,7 +4,9 @@ Images inside DiffiT's blocks are channels-last, [B, H, W, C]: every position is
 tokens are a sequence, [B, L, C].
 """
 
+import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -13,6 +15,10 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from models.attention import attend
+from models.context import Context
+from torch_utils import reuse
+
+_MAX_KEPT_BYTES = 2**30
 
 
 def window_partition(x: Tensor, window: int) -> Tensor:
@@ -80,8 +86,16 @@ class TMSA(nn.Module):
         self.register_buffer("relative_position_index", index, persistent=False)
         self.proj = nn.Linear(dim, dim)
 
-    def bias(self) -> Tensor:
-        """Return the relative position bias [heads, window**2, window**2]."""
+    def bias(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the relative position bias [heads, window**2, window**2].
+
+        Where weights are fixed it is made once, and of the type ``dtype`` that attention takes.
+        """
+        if torch.is_grad_enabled():
+            return self._make_bias()
+        return reuse.once((self, dtype), lambda: self._make_bias().to(dtype))
+
+    def _make_bias(self) -> Tensor:
         # Gathered head by head: its backward pass, an addition by index, is several times faster
         # on large windows than that of rows.
         index = self.relative_position_index
@@ -96,7 +110,7 @@ class TMSA(nn.Module):
         qkv = qkv.unflatten(-1, (-1, self.head_dim))  #                 [B, H, W, 3 heads, d]
         qkv = window_partition(qkv, self.window)  #                     [B windows, 3 heads, w w, d]
         q, k, v = qkv.chunk(3, dim=1)  #                                [B windows, heads, w w, d]
-        y = attend(q, k, v, self.bias(), self.attention)
+        y = attend(q, k, v, self.bias(q.dtype), self.attention)
         y = window_unpartition(y, self.window, H, W)  #                 [B, H, W, heads, d]
         return self.proj(y.flatten(3))  #                               [B, H, W, C]
 
@@ -126,17 +140,50 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(context_dim, 2 * dim, bias=bias)
         self.proj = nn.Linear(dim, dim, bias=bias)
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+    def keys_values(self, context: Tensor) -> Tensor:
+        """Return [B, 2 heads, M, head_dim], keys and then values, of a context [B, M, c]."""
+        return split_heads(self.kv(context), self.head_dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor,
+        mask: Tensor | None = None,
+        keys_values: Tensor | None = None,
+    ) -> Tensor:
         """Return [B, L, C] of tokens x [B, L, C] and a context [B, M, context_dim].
 
         ``mask`` [B, M] is bool, true where a token takes part, or is added to the scores of each
-        token. Without one the fastest kernels can be used.
+        token. Without one the fastest kernels can be used. ``keys_values`` are those of the
+        context, if they are known.
         """
         q = split_heads(self.q(x), self.head_dim)
-        k, v = split_heads(self.kv(context), self.head_dim).chunk(2, dim=1)
+        if keys_values is None:
+            keys_values = self.keys_values(context)
+        k, v = keys_values.chunk(2, dim=1)
         if mask is not None:
             mask = mask[:, None, None, :].expand(-1, -1, q.shape[2], -1)
         return self.proj(merge_heads(attend(q, k, v, mask)))
+
+
+def with_keys_values(
+    context: Context, tokens: Tensor, attentions: Sequence[CrossAttention]
+) -> Context:
+    """Return a context with the keys and values that layers make of its ``tokens`` [N, M, c].
+
+    It is as it was if they would take more than 1 GiB.
+    """
+    if not attentions:
+        return context
+    first, *others = (attention.keys_values for attention in attentions)
+    sample = first(tokens)
+    if sample.nbytes * len(attentions) > _MAX_KEPT_BYTES:
+        return context
+    kept = sample.new_empty(len(sample), len(attentions), *sample.shape[1:])
+    kept[:, 0] = sample
+    for index, keys_values in enumerate(others, start=1):
+        kept[:, index] = keys_values(tokens)
+    return dataclasses.replace(context, keys_values=kept)
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:

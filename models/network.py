@@ -56,6 +56,13 @@ class Network(nn.Module):
         """
         return self.conditioner(cond, drop, num)
 
+    def prepare(self, context: Context) -> Context:
+        """Return a context for many noise levels: what depends on it alone is computed now.
+
+        The weights must not change while it is used.
+        """
+        return self.backbone.prepare(context)
+
     def forward(self, x: Tensor, c_noise: Tensor, context: Context) -> Tensor:
         """Return F [N, C_out, H, W] of inputs x [N, C, H, W], noise levels c_noise [N], context."""
         return self.backbone(x, c_noise, self.conditioner.resolve(context, c_noise))

@@ -49,14 +49,20 @@ class GatedBlock(nn.Module):
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
-    def forward(self, x: Tensor, u: Tensor, context: Tensor | None) -> Tensor:
-        """Return tokens [N, L, h] of tokens x [N, L, h], vectors u [N, h], context [N, M, c]."""
+    def forward(
+        self, x: Tensor, u: Tensor, context: Tensor | None, keys_values: Tensor | None = None
+    ) -> Tensor:
+        """Return tokens [N, L, h] of tokens x [N, L, h], vectors u [N, h], context [N, M, c].
+
+        ``keys_values`` [N, 2 heads, M, d] are those of the context, if they are known.
+        """
         parts = self.modulation(functional.silu(u)).chunk(self._num_vectors, dim=1)
         scale, shift, gate = parts[:3]
         x = x + gate[:, None] * self.attn(layers.modulate(self.norm(x), scale, shift))
         if self.cross is not None:
             scale, shift = parts[6:8]
-            y = self.cross(layers.modulate(self.norm(x), scale, shift), context)
+            y = layers.modulate(self.norm(x), scale, shift)
+            y = self.cross(y, context, keys_values=keys_values)
             if len(parts) == 9:
                 y = parts[8][:, None] * y
             elif self.gate is not None:
@@ -139,12 +145,26 @@ class SetDiT(nn.Module):
 
         x = self.patch_embedding(x).flatten(2).transpose(1, 2)  #       [N, L, h]
         x = x + self.position_embedding
-        for block in self.blocks:
-            x = layers.run_block(self, block, x, u, tokens)
+        for block, keys_values in zip(self.blocks, self._keys_values(context), strict=True):
+            x = layers.run_block(self, block, x, u, tokens, keys_values)
         scale, shift = self.head_modulation(functional.silu(u)).chunk(2, dim=1)
         x = self.head(layers.modulate(self.head_norm(x), scale, shift))  # [N, L, p p C_out]
         x = x.unflatten(1, (self.config.grid, -1))  #                   [N, g, g, p p C_out]
         return layers.unpatchify(x, self.config.patch_size)  #          [N, C_out, H, W]
+
+    def prepare(self, context: Context) -> Context:
+        """Return a context with the keys and values of its tokens, for many noise levels."""
+        if context.tokens is None:
+            return context
+        attentions = [block.cross for block in self.blocks if block.cross is not None]
+        return layers.with_keys_values(context, self.context_norm(context.tokens), attentions)
+
+    def _keys_values(self, context: Context) -> list[Tensor | None]:
+        """Return what a context has of keys and values for each block, or None."""
+        if context.keys_values is None:
+            return [None] * len(self.blocks)
+        kept = iter(context.keys_values.unbind(1))
+        return [None if block.cross is None else next(kept) for block in self.blocks]
 
     def _check(self, x: Tensor, context: Context) -> None:
         config = self.config

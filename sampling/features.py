@@ -11,7 +11,7 @@ from data.features.codec import FeatureCodec
 from data.features.config import FeatureConfig
 from data.images.dataset import Cond
 from diffusion.config import DualGuidanceConfig, SamplingConfig
-from diffusion.denoiser import autocast, casts_kept
+from diffusion.denoiser import autocast
 from diffusion.flow import Velocity, sample_flow
 from diffusion.guidance import BRANCHES, branch_weights, weighted_branches
 from diffusion.samplers import num_evaluations
@@ -20,6 +20,7 @@ from models.architectures.feature_dit import FeatureDiTConfig
 from models.context import Context
 from models.network import Network
 from sampling.images import decoding_facts
+from torch_utils.reuse import fixed_weights
 from torch_utils.rng import SeededNoise
 from training.feature_objective import patch_bias
 
@@ -77,7 +78,7 @@ class FeatureGenerator:
         contexts, weights = self._branches(cond, len(seeds), bucket, guidance or self.guidance)
         velocity = Velocity(self.network, self.autocast_dtype)
         guided = weighted_branches(velocity, contexts, weights)
-        with casts_kept(self.network):
+        with fixed_weights(self.network), autocast(self.device, self.autocast_dtype):
             return sample_flow(guided, noise, self.sampling)
 
     def _branches(
@@ -103,7 +104,8 @@ class FeatureGenerator:
                 row = [not with_text, not with_visual, not with_visual]
                 drop = torch.tensor(row, device=self.device).expand(num, 3)
             with autocast(self.device, self.autocast_dtype):
-                contexts.append(self.network.context(cond, drop, num=num))
+                context = self.network.context(cond, drop, num=num)
+                contexts.append(self.network.prepare(context))
         return contexts, list(weights.values())
 
     def protocol(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from diffusion.config import GuidanceConfig, SamplingConfig
-from diffusion.denoiser import Denoiser, casts_kept
+from diffusion.denoiser import Denoiser, autocast
 from diffusion.guidance import autoguidance, classifier_free
 from diffusion.precond import Precond
 from diffusion.samplers import num_evaluations, reads_variance, sample
@@ -19,6 +19,7 @@ from models.context import Context
 from models.network import Network
 from torch_utils import cpu_matmul, distributed
 from torch_utils.fingerprints import package_versions, weights_hash
+from torch_utils.reuse import fixed_weights
 from torch_utils.rng import SeededNoise
 from training.checkpoint import Snapshot, load_snapshot
 from training.config import TrainingConfig
@@ -66,7 +67,8 @@ class ImageGenerator:
         if self.guide is not None:
             guide = self._conditional(self.guide, chosen, len(seeds))
             denoise = autoguidance(denoise, guide, self.guidance, self.precond)
-        with casts_kept(*(own for own in (self.network, self.guide) if own is not None)):
+        networks = [own for own in (self.network, self.guide) if own is not None]
+        with fixed_weights(*networks), autocast(self.device, self.autocast_dtype):
             images = sample(denoise, latents, self.sampling, self.precond, noise)
         return self.codec.decode(images)
 
@@ -92,11 +94,18 @@ class ImageGenerator:
         drop = torch.ones(num, dtype=torch.bool, device=self.device) if dropped else None
         return network.context(cond, drop, num=num)
 
+    def _prepared(
+        self, network: Network, chosen: torch.Tensor | None, num: int, *, dropped: bool = False
+    ) -> Context:
+        """Return :meth:`_context` as a sampler's many steps take it."""
+        with autocast(self.device, self.autocast_dtype):
+            return network.prepare(self._context(network, chosen, num, dropped=dropped))
+
     def _conditional(
         self, network: Network, chosen: torch.Tensor | None, num: int
     ) -> Callable[[torch.Tensor, float], torch.Tensor]:
         denoiser = self._denoiser(network)
-        context = self._context(network, chosen, num)
+        context = self._prepared(network, chosen, num)
         return lambda x, sigma: denoiser(x, sigma, context)
 
     def _guided(
@@ -106,8 +115,8 @@ class ImageGenerator:
             return self._conditional(network, chosen, num)
         return classifier_free(
             self._denoiser(network),
-            self._context(network, chosen, num),
-            self._context(network, chosen, num, dropped=True),
+            self._prepared(network, chosen, num),
+            self._prepared(network, chosen, num, dropped=True),
             self.guidance,
             self.precond,
         )

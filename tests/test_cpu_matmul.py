@@ -12,8 +12,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import families  # noqa: F401 (registers them)
-from diffusion.denoiser import autocast, casts_kept
+from diffusion.denoiser import autocast
 from torch_utils import cpu_matmul
+from torch_utils.reuse import fixed_weights
 from training import loop
 from training.checkpoint import find_states, load_snapshot, load_state
 
@@ -114,7 +115,7 @@ def test_weights_are_cast_once_and_nothing_else_changes(frozen):
 
     with torch.set_grad_enabled(not frozen):
         expected = list(passes())
-        with _CountCasts() as count, casts_kept(layer):
+        with _CountCasts() as count, fixed_weights(layer):
             found = list(passes())
     assert count.num == 1
     assert all(map(torch.equal, found, expected))
@@ -131,7 +132,7 @@ def test_a_run_in_bf16_is_the_same_whether_casts_are_kept_or_not(extra, tmp_path
     data, states = helpers.toy_data(tmp_path), []
     for name in ("kept", "anew"):
         if name == "anew":
-            monkeypatch.setattr(loop, "casts_kept", contextlib.nullcontext)
+            monkeypatch.setattr(loop, "fixed_weights", contextlib.nullcontext)
         run_dir = helpers.train_tiny(tmp_path / name, data, *options).run_dir
         states.append(load_state(find_states(run_dir)[0]))
     for own in ("net", "ema", "optimizer"):

@@ -176,6 +176,9 @@ class Rows:
     def concat(self, *others):
         return Rows(torch.cat([self.values, *(other.values for other in others)]))
 
+    def index(self, rows):
+        return Rows(self.values[rows])
+
 
 U, T, D, F = 1.0, 10.0, 100.0, 1000.0
 ESTIMATES = dict(none=U, text=T, visual=D, both=F)

@@ -24,6 +24,9 @@ class Shift:
         self.joined.append(len(others))
         return Shift(torch.cat([self.vector, *(other.vector for other in others)]))
 
+    def index(self, rows):
+        return Shift(self.vector[rows])
+
 
 class Recorder:
     """A denoiser sigma x + context that records the batch of every evaluation."""

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from data.loader import make_loader
-from diffusion.denoiser import casts_kept
 from dnnlib.errors import NotFiniteError
 from dnnlib.progress import progress
 from dnnlib.text import format_kimg
 from models import build_network
 from torch_utils import distributed, rng
 from torch_utils.misc import allow_tf32
+from torch_utils.reuse import fixed_weights
 from torch_utils.stats import StatsCollector
 from training import checkpoint
 from training.checkpoint import Snapshot, save_weights, snapshot_path
@@ -207,7 +207,7 @@ def training_loop(
 
         # Accumulate gradients.
         optimizer.zero_grad()
-        with casts_kept():
+        with fixed_weights():
             for round_idx in range(num_rounds):
                 rows = draws.rows(round_idx * batch_gpu, (round_idx + 1) * batch_gpu)
                 images, cond = objective.prepare(*next(batches), rows, device)
