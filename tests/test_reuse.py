@@ -9,11 +9,12 @@ import test_feature_dit as feature_networks
 import torch
 from helpers import TINY_SETS, succeed, toy_data, train_tiny, trained_snapshot
 from set_networks import build_active, random_images
+from torch.nn import functional
 
 import generate
 from models import layers
 from models.context import Context
-from torch_utils import reuse
+from torch_utils import cpu_matmul, reuse
 
 
 @pytest.fixture(scope="module")
@@ -140,3 +141,26 @@ def test_sampling_from_supports_makes_keys_and_values_once(base, tmp_path):
         options = [f"--network={snapshot}", "--seeds=0-1", f"--outdir={tmp_path / 'out'}"]
         succeed(generate, *options, "--episodes=1", "--cfg-scale=2", "--steps=6")
     assert len(calls) == 2  # One layer, with the support and without.
+
+
+@pytest.mark.parametrize("is_autocast", [True, False])
+def test_a_layer_and_its_gelu_are_one_call_where_onednn_multiplies(is_autocast):
+    if not cpu_matmul.is_by_onednn(torch.bfloat16):
+        pytest.skip("oneDNN does not multiply bfloat16 on this CPU")
+    layer = torch.nn.Linear(24, 40)
+    x = torch.randn(2, 5, 24)
+    expected = functional.gelu(layer(x).double(), approximate="tanh").float()
+    if not is_autocast:
+        layer, x = layer.to(torch.bfloat16), x.to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+        plain = layers.linear_gelu(layer, x)
+        with torch.no_grad(), mock.patch.object(functional, "gelu", side_effect=AssertionError):
+            fused = layers.linear_gelu(layer, x)
+    assert fused.dtype == plain.dtype == torch.bfloat16
+    assert plain.grad_fn is not None
+    for found in (plain, fused):
+        torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)
+    # Where MKL multiplies, it stays as it is.
+    with torch.no_grad():
+        exact = layers.linear_gelu(layer.float(), x.float())
+    torch.testing.assert_close(exact, expected, rtol=0.02, atol=0.02)

@@ -31,6 +31,18 @@ def in_use() -> str:
     return _in_use
 
 
+def is_by_onednn(dtype: torch.dtype) -> bool:
+    """Return whether oneDNN multiplies matrices of a type on this CPU."""
+    if dtype == torch.bfloat16:
+        return torch.backends.mkldnn.is_available() and _has_bfloat16()
+    return dtype == torch.float32 and _in_use == "onednn"
+
+
+@functools.cache
+def _has_bfloat16() -> bool:
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def best() -> str:
     """Return the faster of :data:`BACKENDS` for this model of CPU: what ``auto`` means.
 
