@@ -50,7 +50,7 @@ class TrainOptions:
     )
     desc: str | None = param(help="Text to add to the name of the run folder.")
     resume: str | None = param(help="Run folder or state file to continue, or auto.")
-    transfer: Path | None = param(help="Snapshot whose weights the run starts from.")
+    transfer: str | None = param(help="Snapshot whose weights the run starts from.")
     dry_run: bool = param("-n", "--dry-run", help="Print what would run, and stop.")
     verify_resume: bool = param(
         help="Train a few steps twice, once with a stop and a resume in between, say whether both "

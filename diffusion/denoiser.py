@@ -53,14 +53,14 @@ class Denoiser:
         """
         x = x.to(torch.float32)
         if isinstance(sigma, Tensor):
-            sigma = sigma.to(torch.float32).reshape(-1, 1, 1, 1).expand(len(x), 1, 1, 1)
+            sigma = sigma.to(torch.float32).reshape(-1, 1, 1, 1).expand(x.shape[0], 1, 1, 1)
         else:
-            sigma = torch.full([len(x), 1, 1, 1], sigma, dtype=torch.float32, device=x.device)
+            sigma = torch.full([x.shape[0], 1, 1, 1], sigma, dtype=torch.float32, device=x.device)
         c_skip, c_out, c_in, c_noise = self.precond.scalings(sigma)
         with autocast(x.device, self.autocast_dtype):
             raw = self.network(c_in * x, c_noise.flatten(), context)
         channels = x.shape[1] * (2 if self.precond.learned_variance else 1)
-        assert raw.shape == (len(x), channels, *x.shape[2:]), (
+        assert raw.shape == (x.shape[0], channels, *x.shape[2:]), (
             f"network returned {tuple(raw.shape)} for {tuple(x.shape)}"
         )
         raw = raw.to(torch.float32)

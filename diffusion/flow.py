@@ -44,7 +44,7 @@ class Velocity:
         """
         z = z.to(torch.float32)
         if not isinstance(t, Tensor):
-            t = torch.full([len(z)], t, dtype=torch.float32, device=z.device)
+            t = torch.full([z.shape[0]], t, dtype=torch.float32, device=z.device)
         with autocast(z.device, self.autocast_dtype):
             return self.network(z, t.to(torch.float32), context).to(torch.float32)
 

@@ -198,10 +198,12 @@ class TablePrecond(Precond):
 
     def _levels(self, device: torch.device) -> Tensor:
         # Moved once per device: a copy in every step would wait for the device.
-        if device not in self._on_device:
-            values = torch.tensor(self._ascending, dtype=torch.float32, device=device)
+        if device in self._on_device:
+            return self._on_device[device]
+        values = torch.tensor(self._ascending, dtype=torch.float32, device=device)
+        if not torch.compiler.is_compiling():  # What a trace makes is not there after it.
             self._on_device[device] = values
-        return self._on_device[device]
+        return values
 
     def _timestep(self, sigma: float) -> int:
         after = bisect.bisect_left(self._ascending, sigma)

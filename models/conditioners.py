@@ -89,7 +89,7 @@ class ClassConditioner(Conditioner):
         if self.augment_dim > 0:
             augment = cond.get("augment")
             if augment is None:
-                num = len(parts[0]) if parts else num
+                num = parts[0].shape[0] if parts else num
                 if num is None:
                     raise ValueError("Without conditions the number of images is needed.")
                 augment = self.augment.weight.new_zeros(num, self.augment_dim)

@@ -27,7 +27,7 @@ class FeatureConditioner(Conditioner):
       a mask all are. Without text, it counts as dropped.
     - ``cls`` [N, visual_dim] and ``patches`` [N, P, visual_dim] of the grid ``patch_grid``;
       without them they count as dropped. Where ``patches`` are absent, ``size`` says for which
-      images: (width, height) in pixels, int64 [2] on the CPU.
+      images: (width, height) in pixels, two numbers or int64 [2] on the CPU.
     - ``patch_bias`` [N], added to the scores of attention to patches (0 if absent).
     """
 
@@ -74,7 +74,7 @@ class FeatureConditioner(Conditioner):
         ``drop`` [N, 3] is true where text, CLS token or patches are replaced by their nulls.
         """
         given = [cond[name] for name in CONDITIONS if name in cond]
-        num = len(given[0]) if given else num
+        num = given[0].shape[0] if given else num
         device = self.null_text.device
         drops = [None] * 3 if drop is None else list(drop.unbind(1))
         dropped = dict(zip(CONDITIONS, drops, strict=True))
@@ -109,7 +109,8 @@ class FeatureConditioner(Conditioner):
     def _patches(self, cond: dict[str, Tensor], drop: Tensor | None, num: int) -> Tensor:
         if "size" not in cond:
             raise ValueError("The size of the images is needed where patches take part.")
-        width, height = cond["size"].tolist()
+        size = cond["size"]
+        width, height = size.tolist() if isinstance(size, Tensor) else size
         grid, patches = self.config.patch_grid(width, height), cond.get("patches")
         count = grid[0] * grid[1]
         if patches is None:
@@ -128,15 +129,17 @@ class FeatureConditioner(Conditioner):
         """Return sinusoids of the patches' centres, in the coordinates of the DiT's tokens."""
         device = self.null_text.device
         key = (width, height, device)
-        if key not in self._positions:
-            edge = self.config.latent_downsampling * self.config.patch_size
-            axes = []
-            sides = zip((height, width), self.config.patch_grid(width, height), strict=True)
-            for side, count in sides:
-                centres = (torch.arange(count, device=device) + 0.5) * (side / count)
-                axes.append(centres / edge - 0.5)
-            self._positions[key] = lattice_embedding(self.dino_proj.out_features, *axes)
-        return self._positions[key]
+        if key in self._positions:
+            return self._positions[key]
+        edge = self.config.latent_downsampling * self.config.patch_size
+        axes = []
+        for side, count in zip((height, width), self.config.patch_grid(width, height), strict=True):
+            centres = (torch.arange(count, device=device) + 0.5) * (side / count)
+            axes.append(centres / edge - 0.5)
+        positions = lattice_embedding(self.dino_proj.out_features, *axes)
+        if not torch.compiler.is_compiling():  # What a trace makes is not there after it.
+            self._positions[key] = positions
+        return positions
 
 
 def _or_null(value: Tensor | None, null: Tensor, drop: Tensor | None, num: int) -> Tensor:

@@ -172,8 +172,8 @@ class FeatureDiT(nn.Module):
                 f"{patch}, not {'x'.join(map(str, x.shape[1:]))}."
             )
         num_others = context.tokens.shape[1] - self._num_patches(x) - 1
-        if len(context.tokens) != len(x) or num_others < 1:
+        if context.tokens.shape[0] != x.shape[0] or num_others < 1:
             raise ValueError(
-                f"A context of {list(context.tokens.shape[:2])} tokens does not fit {len(x)} "
+                f"A context of {list(context.tokens.shape[:2])} tokens does not fit {x.shape[0]} "
                 f"latents of {x.shape[2]}x{x.shape[3]}, which have {self._num_patches(x)} patches."
             )

@@ -99,18 +99,18 @@ class SetConditioner(Conditioner):
                 )
             tokens, set_mask = self._tokens_of_sets(images, mask)
         if drop is None:
-            drop = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+            drop = torch.zeros(images.shape[0], dtype=torch.bool, device=images.device)
         label = None
         if self.num_classes:
             label = cond.get("label")
             if label is None:
-                label = torch.full([len(images)], self.num_classes, device=drop.device)
+                label = torch.full([images.shape[0]], self.num_classes, device=drop.device)
             label = self.table({"label": label}, drop).vector.repeat_interleave(repeats, dim=0)
         drop = drop.repeat_interleave(repeats)
         if set_mask is not None:
             drop = drop | ~set_mask.any(1)
-        assert len(tokens) == repeats * len(images), (
-            f"there are tokens of {len(tokens)} sets, not {repeats} for each of {len(images)}"
+        assert tokens.shape[0] == repeats * images.shape[0], (
+            f"there are tokens of {tokens.shape[0]} sets, not {repeats} for each of {images.shape[0]}"
         )
         context = SetContext(label=label, set_tokens=tokens, set_mask=set_mask, set_drop=drop)
         c_noise = cond.get("c_noise")
@@ -149,7 +149,7 @@ class SetConditioner(Conditioner):
         vector, tokens = self.encoder(
             context.set_tokens, c_noise, context.set_mask, with_tokens=not is_film
         )
-        self._check(vector, tokens, len(context.set_tokens))
+        self._check(vector, tokens, context.set_tokens.shape[0])
         kl = None
         if self.is_variational:
             mean, log_variance = self.posterior(vector).float().chunk(2, dim=-1)

@@ -170,14 +170,14 @@ class SetDiT(nn.Module):
         config = self.config
         layers.check_input(x, config.input_shape, "images")
         part, name = context.tokens, "tokens [N, M, D]"
-        expected = [len(x), config.num_context_tokens, config.context_dim]
+        expected = [x.shape[0], config.num_context_tokens, config.context_dim]
         if config.mode_conditioning == "film":
-            part, name, expected = context.vector, "vector [N, D]", [len(x), config.context_dim]
+            part, name, expected = context.vector, "vector [N, D]", [x.shape[0], config.context_dim]
         if part is None or part.ndim != len(expected):
             found = "none" if part is None else f"shape {list(part.shape)}"
             raise ValueError(f"This model needs the context's {name}; there is {found}.")
         if list(part.shape) != expected:
             raise ValueError(
                 f"The context has shape {list(part.shape)}, but this model needs {expected} for "
-                f"{len(x)} images."
+                f"{x.shape[0]} images."
             )

@@ -245,7 +245,7 @@ class SetEncoder(nn.Module):
 
         Raises ValueError if an encoder ``with_time`` is not told the noise level.
         """
-        batch, count = len(tokens), 1 if self.is_set_mode else tokens.shape[1]
+        batch, count = tokens.shape[0], 1 if self.is_set_mode else tokens.shape[1]
         x = tokens if self.is_set_mode else tokens.flatten(1, 2)  #     [B, k P, d]
         time = self._time_token(batch, c_noise, x)
         x = torch.cat([self.cls.expand(batch, -1, -1), time, x], dim=1)

@@ -21,12 +21,13 @@ from torch_utils import cpu_matmul, distributed
 from torch_utils.fingerprints import package_versions, weights_hash
 from torch_utils.reuse import fixed_weights
 from torch_utils.rng import SeededNoise
-from training.checkpoint import Snapshot, load_snapshot
+from training.checkpoint import Snapshot
 from training.config import TrainingConfig
 from training.ema import describe_average
 from training.family import Codec
+from training.portable import open_snapshot
 
-cached_snapshot = functools.lru_cache(maxsize=2)(load_snapshot)
+cached_snapshot = functools.lru_cache(maxsize=2)(open_snapshot)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from models import attention_backend
 from torch_utils import cpu_matmul, distributed
 from torch_utils.fingerprints import package_versions
 from training import runs
-from training.checkpoint import load_snapshot, read_header
+from training.portable import open_header, open_snapshot
 from training.config import RunConfig, accumulation_rounds, fit_to_device
 from training.family import of as family_of
 from training.loop import Job, training_loop
@@ -38,7 +38,7 @@ class Start:
 
     outdir: Path | None = None  # Where run folders are made.
     resume: str | None = None  # Run folder or state file to continue, or ``auto``.
-    transfer: Path | None = None  # Snapshot whose weights the run starts from.
+    transfer: str | None = None  # Snapshot whose weights the run starts from.
     desc: str | None = None  # Text to add to the name of the run folder.
     verify_resume: bool = False  # Only try whether a run resumes exactly.
 
@@ -56,8 +56,8 @@ class Start:
             raise ValueError("--transfer-allow has no effect without --transfer; leave it out.")
         if self.continues and self.transfer is not None:
             raise ValueError("Give --resume or --transfer, not both.")
-        if self.transfer is not None:
-            check_source(self.transfer, where="--transfer", folder=False)
+        if self.transfer is not None and not is_address(self.transfer):
+            check_source(self.transfer, where="--transfer")
         if self.desc is not None and not re.fullmatch(r"[\w.,=+-]+", self.desc):
             raise refusal("--desc", repr(self.desc), accepted="letters, digits and . , = + - _")
         if self.outdir is not None:
@@ -86,7 +86,7 @@ class Start:
         """Return ``config`` with what suits a start from other weights, but for what was typed."""
         if self.transfer is None:
             return config
-        source, _ = read_header(self.transfer)
+        source, _ = open_header(self.transfer)
         settled = family_of(config).settle_in(config, source, given)
         before, after = to_dict(config.model), to_dict(settled.model)
         taken = [f"{name}={after[name]}" for name in after if after[name] != before[name]]
@@ -138,7 +138,7 @@ def launch(config: RunConfig, start: Start) -> int:
             with stop_signal.at_once():
                 job = _prepare(config, distributed.init(config.logging.hang_limit))
                 # Find or make the run folder.
-                snapshot = None if start.transfer is None else load_snapshot(start.transfer)
+                snapshot = None if start.transfer is None else open_snapshot(start.transfer)
                 origin = runs.origin_of(snapshot, start.desc)
                 run_dir, exact_state = _find_run(job, start, origin)
                 is_new = run_dir is None
@@ -187,7 +187,7 @@ def verify(config: RunConfig, start: Start) -> int:
     from training.verify_resume import shortened, verify_resume
 
     job = _prepare(shortened(config), distributed.init(config.logging.hang_limit))
-    snapshot = None if start.transfer is None else load_snapshot(start.transfer)
+    snapshot = None if start.transfer is None else open_snapshot(start.transfer)
     equal = verify_resume(_with_cpu_matmul(job, None), snapshot)
     distributed.shutdown()
     return 0 if equal else 1

@@ -1,0 +1,130 @@
+"""The model card of an exported snapshot: what it is, what it was trained on, and its scores."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dnnlib.config import to_dict
+from dnnlib.text import format_kimg
+from metrics.rows import read_rows
+from torch_utils.misc import count_parameters
+from training.checkpoint import Snapshot
+from training.family import of as family_of
+
+_TAGS = ("setdiffit", "diffusion", "diffusion-transformer")
+_PROTOCOL = ("nfe", "num_images", "seeds", "labels", "precision", "detector", "preprocessing")
+
+
+def scores_of(snapshot: Snapshot, folder: Path) -> list[dict[str, Any]]:
+    """Return the last score row of each metric in a run folder that is of a snapshot's weights.
+
+    Files that are no score rows are passed over.
+    """
+    found = {}
+    for path in sorted(folder.glob("metric-*.jsonl")):
+        try:
+            rows = read_rows(path)
+        except ValueError:
+            continue
+        own = [row for row in rows if row.get("snapshot_hash") == snapshot.sha256]
+        found.update({str(row["metric"]): row for row in own})
+    return list(found.values())
+
+
+def model_card(
+    snapshot: Snapshot, rows: Sequence[Mapping[str, Any]], *, name: str, picture: str | None = None
+) -> str:
+    """Return a model card in Markdown, with the metadata that the Hugging Face hub reads.
+
+    Args:
+        snapshot: What is described.
+        rows: Its score rows.
+        name: Of the model.
+        picture: File of samples beside the card.
+    """
+    config, data = snapshot.config, snapshot.data
+    network = snapshot.build()
+    shape = "x".join(map(str, config.model.input_shape))
+    facts = {
+        "Architecture": f"{config.model.family}, preset `{config.preset}`",
+        "Parameters": f"{count_parameters(network):,}",
+        "Denoises": f"{shape} (channels, height, width)",
+        "Training data": f"{data.name}, {data.num_images:,} images of {data.resolution} pixels",
+        "Identity of the data": f"`{data.content_hash[:16]}`",
+        "Weights": f"`{snapshot.sha256[:16]}` (SHA-256 of names, shapes and values)",
+        **family_of(config).describe(config),
+    }
+    if data.class_names:
+        facts["Classes"] = _listed(data.class_names)
+    if "cur_nimg" in snapshot.progress:
+        facts["Trained for"] = f"{format_kimg(snapshot.progress['cur_nimg'] / 1000)} kimg"
+    parts = [_metadata(name, data.name, rows), f"# {_plain(name)}"]
+    if picture is not None:
+        parts.append(f"![Samples]({picture})")
+    parts += [_table(("", ""), [(_plain(k), _plain(v)) for k, v in facts.items()])]
+    parts.append("## Scores")
+    if rows:
+        values = [
+            (_plain(row["metric"]), f"{row['value']:.4g}", f"{row.get('num_images', 0):,}")
+            for row in rows
+            if isinstance(row.get("value"), int | float)
+        ]
+        parts.append(_table(("metric", "value", "images"), values))
+        parts.append("How they were computed; compare them with others alone if this agrees:")
+        own = {key: rows[0][key] for key in _PROTOCOL if key in rows[0]}
+        for section in ("sampling", "guidance"):
+            own.update(rows[0].get(section) or {})
+        parts.append(_table(("", ""), [(_plain(k), _plain(v)) for k, v in own.items()]))
+    else:
+        parts.append("No scores of these weights are known.")
+    parts += ["## Use", _USE.format(name=name)]
+    settings = json.dumps(to_dict(config), indent=2)
+    parts += ["## Configuration", f"```json\n{settings}\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+_USE = """```python
+import setdiffit
+
+model = setdiffit.load("hf://{name}")
+print(model)
+images = model.generate(seeds=range(4))
+```
+
+or `python generate.py --network=hf://{name} --outdir=out --seeds=0-63 --grid=out.png`"""
+
+
+def _metadata(name: str, data: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the card's header; JSON is YAML, so that no text of a file can break it."""
+    results = [
+        dict(
+            task=dict(type="unconditional-image-generation", name="Image generation"),
+            dataset=dict(type="image-folder", name=data),
+            metrics=[dict(type=str(row["metric"]), value=row["value"], name=str(row["metric"]))],
+        )
+        for row in rows
+        if isinstance(row.get("value"), int | float)
+    ]
+    header: dict[str, Any] = dict(library_name="setdiffit", tags=list(_TAGS))
+    if results:
+        header["model-index"] = [dict(name=name.rpartition("/")[2], results=results)]
+    lines = [f"{key}: {json.dumps(value)}" for key, value in header.items()]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heading, ["---"] * len(heading), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _plain(value: Any) -> str:
+    """Return a value as text that neither ends a cell of a table nor is taken for HTML."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    text = " ".join(text.split())
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("![", "!\\[")
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:20])
+    return f"{len(names)}: {shown}" + (", ..." if len(names) > 20 else "")
