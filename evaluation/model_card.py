@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from dnnlib.config import to_dict
+from dnnlib.files import atomic_write
 from dnnlib.text import format_kimg
 from metrics.rows import read_rows
 from torch_utils.misc import count_parameters
-from training.checkpoint import Snapshot
+from training.checkpoint import Snapshot, pictures_path
 from training.family import of as family_of
+from training.portable import save_portable
 
+_PICTURE = "samples.png"
 _TAGS = ("setdiffit", "diffusion", "diffusion-transformer")
 _PROTOCOL = ("nfe", "num_images", "seeds", "labels", "precision", "detector", "preprocessing")
 
@@ -32,18 +35,43 @@ def scores_of(snapshot: Snapshot, folder: Path) -> list[dict[str, Any]]:
     return list(found.values())
 
 
+def write_export(snapshot: Snapshot, folder: Path, *, location: str) -> None:
+    """Write a snapshot's weights, configuration and model card into a folder.
+
+    Scores and samples are those beside the snapshot, if there are any of it. ``location`` is by
+    what users will name the export.
+    """
+    rows = scores_of(snapshot, snapshot.path.parent)
+    picture = None
+    if "cur_nimg" in snapshot.progress:
+        made = pictures_path(snapshot.path.parent, snapshot.progress["cur_nimg"])
+        picture = made if made.is_file() else None
+    text = model_card(snapshot, rows, location=location, picture=picture and _PICTURE)
+    if picture is not None:
+        with atomic_write(folder / _PICTURE) as file:
+            file.write(picture.read_bytes())
+    with atomic_write(folder / "README.md", "w", encoding="utf-8") as file:
+        file.write(text)
+    save_portable(snapshot, folder)
+
+
 def model_card(
-    snapshot: Snapshot, rows: Sequence[Mapping[str, Any]], *, name: str, picture: str | None = None
+    snapshot: Snapshot,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    location: str,
+    picture: str | None = None,
 ) -> str:
     """Return a model card in Markdown, with the metadata that the Hugging Face hub reads.
 
     Args:
         snapshot: What is described.
         rows: Its score rows.
-        name: Of the model.
+        location: By what users name it, such as ``hf://ORG/NAME``; its end is the model's name.
         picture: File of samples beside the card.
     """
     config, data = snapshot.config, snapshot.data
+    name = Path(location).name
     network = snapshot.build()
     shape = "x".join(map(str, config.model.input_shape))
     facts = {
@@ -66,9 +94,9 @@ def model_card(
     parts.append("## Scores")
     if rows:
         values = [
-            (_plain(row["metric"]), f"{row['value']:.4g}", f"{row.get('num_images', 0):,}")
+            (_plain(name), f"{value:.4g}", f"{row.get('num_images', 0):,}")
             for row in rows
-            if isinstance(row.get("value"), int | float)
+            for name, value in _values(row).items()
         ]
         parts.append(_table(("metric", "value", "images"), values))
         parts.append("How they were computed; compare them with others alone if this agrees:")
@@ -78,7 +106,7 @@ def model_card(
         parts.append(_table(("", ""), [(_plain(k), _plain(v)) for k, v in own.items()]))
     else:
         parts.append("No scores of these weights are known.")
-    parts += ["## Use", _USE.format(name=name)]
+    parts += ["## Use", _USE.format(location=location)]
     settings = json.dumps(to_dict(config), indent=2)
     parts += ["## Configuration", f"```json\n{settings}\n```"]
     return "\n\n".join(parts) + "\n"
@@ -87,12 +115,12 @@ def model_card(
 _USE = """```python
 import setdiffit
 
-model = setdiffit.load("hf://{name}")
+model = setdiffit.load("{location}")
 print(model)
 images = model.generate(seeds=range(4))
 ```
 
-or `python generate.py --network=hf://{name} --outdir=out --seeds=0-63 --grid=out.png`"""
+or `python generate.py --network={location} --outdir=out --seeds=0-63 --grid=out.png`"""
 
 
 def _metadata(name: str, data: str, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -101,16 +129,21 @@ def _metadata(name: str, data: str, rows: Sequence[Mapping[str, Any]]) -> str:
         dict(
             task=dict(type="unconditional-image-generation", name="Image generation"),
             dataset=dict(type="image-folder", name=data),
-            metrics=[dict(type=str(row["metric"]), value=row["value"], name=str(row["metric"]))],
+            metrics=[dict(type=key, name=key, value=value) for key, value in _values(row).items()],
         )
         for row in rows
-        if isinstance(row.get("value"), int | float)
     ]
     header: dict[str, Any] = dict(library_name="setdiffit", tags=list(_TAGS))
     if results:
-        header["model-index"] = [dict(name=name.rpartition("/")[2], results=results)]
+        header["model-index"] = [dict(name=name, results=results)]
     lines = [f"{key}: {json.dumps(value)}" for key, value in header.items()]
     return "\n".join(["---", *lines, "---"])
+
+
+def _values(row: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers of a score row by name."""
+    found = row.get("values") or {str(row["metric"]): row.get("value")}
+    return {str(name): value for name, value in found.items() if isinstance(value, int | float)}
 
 
 def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

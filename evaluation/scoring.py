@@ -276,6 +276,33 @@ def describe_score(row: Mapping[str, Any], num_classes_shown: int = 20) -> str:
     return "\n".join(lines)
 
 
+def score_generator(
+    metrics: Sequence[MetricSpec],
+    source: ImageSource,
+    ref: str | None,
+    device: torch.device,
+    num_images: int | None = None,
+    batch: int = 64,
+) -> list[dict[str, Any]]:
+    """Return one row per metric of ``source`` against the images or statistics at ``ref``.
+
+    With the detectors' usual settings. Raises ValueError for a metric that lacks its reference,
+    and for a reference that none of them has a use for.
+    """
+    compared = [spec.name for spec in metrics if spec.has_reference]
+    if bool(compared) != (ref is not None):
+        but = f"{compared[0]} compares with real images" if compared else "no metric uses it"
+        raise refusal("ref", but=but, remedy="give them" if compared else "leave it out")
+    real = None if ref is None else RealImages(ref)
+    warnings = check_images(metrics, source, real, num_images, 1)
+    names = sorted({spec.output.detector for spec in metrics})
+    detectors = make_detectors(names, DetectorConfig(), source.image_shape, device)
+    needs = needed_outputs(metrics, of_reference=True, per_class=False)
+    references = {} if real is None else real.references(needs, detectors, device, batch)
+    rows = score_images(metrics, source, references, detectors, device, num_images=num_images)
+    return [{**row, "warnings": warnings + row["warnings"]} for row in rows]
+
+
 def make_evaluate(
     metrics: Sequence[MetricSpec],
     config: DetectorConfig,

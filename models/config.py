@@ -72,8 +72,11 @@ class ModelConfig(Config):
         """Return what of a backbone torch.compile takes by itself: equal blocks, or all of it."""
         return (backbone,)
 
-    def example_cond(self) -> "dict[str, torch.Tensor]":
-        """Return conditions of one image, [1, ...] each, on the current default device."""
+    def example_cond(self, size: tuple[int, int] | None = None) -> "dict[str, torch.Tensor]":
+        """Return conditions of one image, [1, ...] each, on the current default device.
+
+        ``size`` is one of :attr:`image_sizes`; by default that of the resolution.
+        """
         import torch
 
         return {"label": torch.zeros(1, dtype=torch.int64)} if self.num_classes else {}
@@ -82,6 +85,15 @@ class ModelConfig(Config):
     def input_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of what the network denoises."""
         return self.img_channels, self.resolution, self.resolution
+
+    @property
+    def image_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Width and height in pixels of the images that the model makes."""
+        return ((self.resolution, self.resolution),)
+
+    def shape_of(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """Return channels, height and width of what the network denoises for an image size."""
+        return self.input_shape
 
     @property
     def encoder_hashes(self) -> dict[str, str | None]:

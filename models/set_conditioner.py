@@ -109,9 +109,8 @@ class SetConditioner(Conditioner):
         drop = drop.repeat_interleave(repeats)
         if set_mask is not None:
             drop = drop | ~set_mask.any(1)
-        assert tokens.shape[0] == repeats * images.shape[0], (
-            f"there are tokens of {tokens.shape[0]} sets, not {repeats} for each of {images.shape[0]}"
-        )
+        found, num = tokens.shape[0], repeats * images.shape[0]
+        assert found == num, f"there are tokens of {found} sets, not of {num}"
         context = SetContext(label=label, set_tokens=tokens, set_mask=set_mask, set_drop=drop)
         c_noise = cond.get("c_noise")
         if self.encoder.with_time and c_noise is None:

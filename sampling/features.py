@@ -1,7 +1,7 @@
 """Images from text and visual features: one seed an image, whatever else is made with it."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -73,13 +73,26 @@ class FeatureGenerator:
         guidance: DualGuidanceConfig | None = None,
     ) -> torch.Tensor:
         """Return normalised latents [N, c, h, w], float64; arguments are :meth:`generate`'s."""
-        shape = self.model.latent_shape(*bucket.size)
-        noise = SeededNoise(seeds, self.device).randn(shape)
-        contexts, weights = self._branches(cond, len(seeds), bucket, guidance or self.guidance)
-        velocity = Velocity(self.network, self.autocast_dtype)
-        guided = weighted_branches(velocity, contexts, weights)
+        noise = SeededNoise(seeds, self.device).randn(self.model.latent_shape(*bucket.size))
+        guided = self._guided(cond, len(seeds), bucket, guidance or self.guidance)
         with fixed_weights(self.network), autocast(self.device, self.autocast_dtype):
             return sample_flow(guided, noise, self.sampling)
+
+    @torch.no_grad()
+    def denoise(self, x: torch.Tensor, sigma: float, cond: Cond, bucket: Bucket) -> torch.Tensor:
+        """Return the guided estimate of x0 [N, c, h, w], float32, of x = x0 + sigma n.
+
+        Flow matching knows x as z = x / (1 + sigma), at the time t = sigma / (1 + sigma).
+        """
+        z, t = x / (1 + sigma), sigma / (1 + sigma)
+        return z - t * self._guided(cond, len(x), bucket, self.guidance)(z, t)
+
+    def _guided(
+        self, cond: Cond, num: int, bucket: Bucket, guidance: DualGuidanceConfig
+    ) -> Callable[[torch.Tensor, float], torch.Tensor]:
+        contexts, weights = self._branches(cond, num, bucket, guidance)
+        velocity = Velocity(self.network, self.autocast_dtype)
+        return weighted_branches(velocity, contexts, weights)
 
     def _branches(
         self, cond: Cond, num: int, bucket: Bucket, guidance: DualGuidanceConfig

@@ -64,14 +64,28 @@ class ImageGenerator:
         if self.num_classes:
             drawn = noise.randint(self.num_classes)
             chosen = drawn if labels is None else torch.as_tensor(labels).to(self.device)
-        denoise = self._guided(self.network, chosen, len(seeds))
-        if self.guide is not None:
-            guide = self._conditional(self.guide, chosen, len(seeds))
-            denoise = autoguidance(denoise, guide, self.guidance, self.precond)
+        denoise = self._estimate(chosen, len(seeds))
         networks = [own for own in (self.network, self.guide) if own is not None]
         with fixed_weights(*networks), autocast(self.device, self.autocast_dtype):
             images = sample(denoise, latents, self.sampling, self.precond, noise)
         return self.codec.decode(images)
+
+    @torch.no_grad()
+    def denoise(
+        self, x: torch.Tensor, sigma: float, labels: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """Return the guided estimate of x0 [N, C, h, w], float32, of noisy x at a noise level.
+
+        ``labels`` are as for :meth:`generate`; without them, images are unconditional.
+        """
+        if labels is None and self.num_classes:
+            nothing = torch.zeros(len(x), dtype=torch.int64, device=self.device)
+            context = self._prepared(self.network, nothing, len(x), dropped=True)
+            estimate = self._denoiser(self.network)(x, sigma, context)
+        else:
+            chosen = None if labels is None else torch.as_tensor(labels).to(self.device)
+            estimate = self._estimate(chosen, len(x))(x, sigma)
+        return estimate[:, : x.shape[1]].to(torch.float32)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -109,10 +123,16 @@ class ImageGenerator:
         context = self._prepared(network, chosen, num)
         return lambda x, sigma: denoiser(x, sigma, context)
 
-    def _guided(
-        self, network: Network, chosen: torch.Tensor | None, num: int
+    def _estimate(
+        self, chosen: torch.Tensor | None, num: int
     ) -> Callable[[torch.Tensor, float], torch.Tensor]:
-        if self.guide is not None or self.guidance.cfg_scale == 1.0 or chosen is None:
+        """Return the guided denoiser of ``num`` images of the ``chosen`` classes [num]."""
+        network = self.network
+        if self.guide is not None:
+            guide = self._conditional(self.guide, chosen, num)
+            main = self._conditional(network, chosen, num)
+            return autoguidance(main, guide, self.guidance, self.precond)
+        if self.guidance.cfg_scale == 1.0 or chosen is None:
             return self._conditional(network, chosen, num)
         return classifier_free(
             self._denoiser(network),

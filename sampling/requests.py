@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,13 @@ class Request:
     bucket: Bucket
     facts: dict[str, Any]
 
+    def repeated(self, num: int) -> Cond:
+        """Return the conditions of ``num`` such images."""
+        return {
+            name: value if name == "size" else value.expand(num, *value.shape[1:])
+            for name, value in self.cond.items()
+        }
+
 
 @dataclasses.dataclass(frozen=True)
 class RequestGenerator:
@@ -52,16 +59,23 @@ class RequestGenerator:
     def generate(self, seeds: Sequence[int], labels: Sequence[int]) -> list[torch.Tensor]:
         """Return uint8 images [3, H, W], one per seed, of the requests of those numbers."""
         images: dict[int, torch.Tensor] = {}
-        for label in dict.fromkeys(labels):
-            request = self.requests[label]
-            rows = [row for row, own in enumerate(labels) if own == label]
-            cond = {
-                name: value if name == "size" else value.expand(len(rows), *value.shape[1:])
-                for name, value in request.cond.items()
-            }
-            made = self.generator.generate([seeds[row] for row in rows], cond, request.bucket)
+        for request, rows in self._by_request(labels):
+            own = [seeds[row] for row in rows]
+            made = self.generator.generate(own, request.repeated(len(rows)), request.bucket)
             images.update(zip(rows, made.cpu(), strict=True))
         return [images[row] for row in range(len(seeds))]
+
+    def denoise(self, x: torch.Tensor, sigma: float, labels: Sequence[int]) -> torch.Tensor:
+        """Return the guided estimate of x0 of noisy x [N, c, h, w], of those requests."""
+        estimate = torch.empty_like(x)
+        for request, rows in self._by_request(labels):
+            cond = request.repeated(len(rows))
+            estimate[rows] = self.generator.denoise(x[rows], sigma, cond, request.bucket)
+        return estimate
+
+    def _by_request(self, labels: Sequence[int]) -> Iterator[tuple[Request, list[int]]]:
+        for label in dict.fromkeys(labels):
+            yield self.requests[label], [row for row, own in enumerate(labels) if own == label]
 
     def protocol(self) -> dict[str, Any]:
         """Return how the images are made, and of what."""

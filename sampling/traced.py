@@ -1,6 +1,6 @@
 """The denoiser of a snapshot as a program of torch.export, which runs without this project."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,42 +16,43 @@ from training.checkpoint import Snapshot
 _MAX_BATCH = 65_536
 
 
+Size = tuple[int, int]
+
+
 class TraceableDenoiser(nn.Module):
-    """``forward(x, sigma, cond) -> x0 estimate``, in float32, for one size of images.
+    """``forward(x, sigma, cond) -> x0 estimate``, in float32, for images of one size.
 
     Args:
         network: The network, in evaluation mode.
         snapshot: Which it is of.
-        size: Width and height in pixels; for a model that has more than one.
+        size: One of the image sizes of its model.
     """
 
-    def __init__(self, network: Network, snapshot: Snapshot, size: Sequence[int] | None) -> None:
+    def __init__(self, network: Network, snapshot: Snapshot, size: Size) -> None:
         super().__init__()
         self.network, self._size = network, size
+        self._takes_size = "size" in snapshot.config.model.example_cond()
         self._denoiser = Denoiser(network, make_precond(snapshot.config.precond))
 
     def forward(self, x: Tensor, sigma: Tensor, cond: dict[str, Tensor]) -> Tensor:
         """Return [N, C, h, w] of noisy x [N, C, h, w], noise levels [N] and named conditions."""
         given: dict[str, Any] = dict(cond)
-        if self._size is not None:
+        if self._takes_size:
             given["size"] = self._size
         return self._denoiser(x, sigma, self.network.context(given, num=x.shape[0]))
 
 
 def example_inputs(
-    snapshot: Snapshot, num: int, size: Sequence[int] | None = None
+    snapshot: Snapshot, num: int, size: Size
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Return random inputs (x, sigma, cond) of ``num`` images for a snapshot's denoiser."""
     model = snapshot.config.model
-    cond = {name: value for name, value in model.example_cond().items() if name != "size"}
-    shape: Sequence[int] = model.input_shape
-    if size is not None:
-        shape = model.latent_shape(*size)
-        rows, columns = model.patch_grid(*size)
-        if "patches" in cond:
-            cond["patches"] = cond["patches"][:, :1].expand(-1, rows * columns, -1)
-    made = {name: _random_like(value, num) for name, value in cond.items()}
-    return torch.randn(num, *shape), torch.linspace(0.5, 2, num), made
+    cond = {
+        name: _random_like(value, num)
+        for name, value in model.example_cond(size).items()
+        if name != "size"
+    }
+    return torch.randn(num, *model.shape_of(size)), torch.linspace(0.5, 2, num), cond
 
 
 def _random_like(value: Tensor, num: int) -> Tensor:
@@ -61,12 +62,10 @@ def _random_like(value: Tensor, num: int) -> Tensor:
 
 
 @torch.no_grad()
-def trace_denoiser(
-    snapshot: Snapshot, size: Sequence[int] | None = None
-) -> torch.export.ExportedProgram:
+def trace_denoiser(snapshot: Snapshot, size: Size) -> torch.export.ExportedProgram:
     """Return the program of a snapshot's denoiser, for batches of any number of images.
 
-    ``size`` is the width and height of a feature-conditioned model's images.
+    ``size`` is one of the image sizes of its model.
     """
     module = TraceableDenoiser(snapshot.build(), snapshot, size)
     x, sigma, cond = example_inputs(snapshot, 2, size)
@@ -75,7 +74,9 @@ def trace_denoiser(
     return torch.export.export(module, (x, sigma, cond), dynamic_shapes=shapes)
 
 
-def save_program(program: torch.export.ExportedProgram, path: Path, about: Mapping[str, str]):
+def save_program(
+    program: torch.export.ExportedProgram, path: Path, about: Mapping[str, str]
+) -> None:
     """Write a program to a ``.pt2`` file, atomically, with texts about it beside the graph."""
     with atomic_write(path) as file:
         torch.export.save(program, file, extra_files=dict(about))

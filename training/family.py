@@ -80,6 +80,10 @@ class Codec(Protocol):
         """
         ...
 
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        """Return what the network denoises, float32 [N, c, h, w], of uint8 images [N, C, H, W]."""
+        ...
+
     def decode(self, x: torch.Tensor) -> torch.Tensor:
         """Return uint8 images [N, C, H, W] of what the network makes."""
         ...
@@ -157,6 +161,12 @@ class Generator(Protocol):
 
         ``labels`` number what each image is made from: a class, a support, a prompt.
         """
+        ...
+
+    def denoise(
+        self, x: torch.Tensor, sigma: float, labels: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """Return the guided estimate of x0, float32, of noisy x [N, C, h, w] at a noise level."""
         ...
 
     def protocol(self) -> dict[str, Any]:

@@ -22,10 +22,10 @@ from models import attention_backend
 from torch_utils import cpu_matmul, distributed
 from torch_utils.fingerprints import package_versions
 from training import runs
-from training.portable import open_header, open_snapshot
 from training.config import RunConfig, accumulation_rounds, fit_to_device
 from training.family import of as family_of
 from training.loop import Job, training_loop
+from training.portable import open_header, open_snapshot
 from training.report import describe_run
 
 # A killed process gives its memory back, which takes a while, before it leaves the run folder.

@@ -32,6 +32,7 @@ from training.family import restore_run
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _HUB = "hf://"
+_LOG_IN = "check the name, and log in with `hf auth login` where that is needed"
 _CONFIG_FORMAT = JsonFormat(
     name="setdiffit-weights", version=FORMAT_VERSION, command="export.py", remedy="export it again"
 )
@@ -160,10 +161,34 @@ def _from_hub(location: str) -> Path:
             name, revision=revision, allow_patterns=[WEIGHTS, CONFIG], etag_timeout=30
         )
     except Exception as error:  # The package raises those of several others.
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        remedy = "look whether the name is right, and log in with `hf auth login` if it is private"
-        raise refusal(location, but=f"cannot be had from the hub ({reason})", remedy=remedy) from None
+        but = f"cannot be had from the hub ({_reason(error)})"
+        raise refusal(location, but=but, remedy=_LOG_IN) from None
     return Path(folder)
+
+
+def push(folder: Path, name: str, *, private: bool = False) -> str:
+    """Upload an export to the repository ``ORG/NAME`` of the hub; return where it is.
+
+    Raises ValueError if the hub refuses it.
+    """
+    name, revision = split_hub_name(name)
+    hub = import_hub("--push")
+    try:
+        api = hub.HfApi()
+        api.create_repo(name, private=private, exist_ok=True)
+        files = [WEIGHTS, CONFIG, "README.md", "samples.png"]
+        result = api.upload_folder(
+            repo_id=name, folder_path=folder, allow_patterns=files, revision=revision
+        )
+    except Exception as error:  # The package raises those of several others.
+        raise refusal(
+            "--push", name, but=f"the hub refused it ({_reason(error)})", remedy=_LOG_IN
+        ) from None
+    return str(result.commit_url)
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def import_hub(where: str) -> Any:

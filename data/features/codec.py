@@ -86,6 +86,11 @@ class FeatureCodec:
         """Return conditions with normalised visual features, all features in float32."""
         return self._statistics.normalise_features(cond)
 
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        """Return normalised latents [N, c, h, w], their means, of uint8 images [N, 3, H, W]."""
+        channels = self._autoencoder.latent_channels
+        return self._statistics.normalise(self._autoencoder.moments(images)[:, :channels])
+
     def decode(self, x: torch.Tensor) -> torch.Tensor:
         """Return uint8 images [N, 3, H, W] of normalised latents [N, c, h, w]."""
         return self.pictures(self._statistics.denormalise(x))

@@ -35,6 +35,9 @@ class PixelCodec:
             cond = {**cond, "augment": labels}
         return images, cond
 
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        return self.encode(images, {}, None)[0]
+
     def decode(self, x: torch.Tensor) -> torch.Tensor:
         return to_uint8(x)
 

@@ -52,6 +52,10 @@ class LatentCodec:
         moments = self._autoencoder.moments(batch) if self._from_images else batch
         return self._normalise(moments, drawn), cond
 
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        """Return normalised latents [N, c, h, w], their means, of uint8 images [N, C, H, W]."""
+        return self._normalise(self._autoencoder.moments(images), None)
+
     def decode(self, x: torch.Tensor) -> torch.Tensor:
         """Return uint8 images [N, C, H, W] of normalised latents [N, c, h, w]."""
         return to_uint8(self._autoencoder.decode(x.to(torch.float32)))

@@ -80,15 +80,16 @@ class FeatureDiTConfig(LatentModelConfig):
     def encoder_hashes(self) -> dict[str, str | None]:
         return {"vae": self.vae_hash, "visual": self.visual_hash, "text": self.text_hash}
 
-    def example_cond(self) -> "dict[str, Tensor]":
+    def example_cond(self, size: tuple[int, int] | None = None) -> "dict[str, Tensor]":
         import torch
 
-        rows, columns = self.patch_grid(self.resolution, self.resolution)
+        size = size or (self.resolution, self.resolution)
+        rows, columns = self.patch_grid(*size)
         return dict(
             text=torch.empty(1, self.max_text_tokens, self.text_dim),
             cls=torch.empty(1, self.visual_dim),
             patches=torch.empty(1, rows * columns, self.visual_dim),
-            size=torch.tensor([self.resolution, self.resolution], device="cpu"),
+            size=torch.tensor(size, device="cpu"),
         )
 
     def make_backbone(self) -> "nn.Module":
@@ -103,6 +104,14 @@ class FeatureDiTConfig(LatentModelConfig):
         from models.feature_conditioner import FeatureConditioner
 
         return FeatureConditioner(self, dim)
+
+    @property
+    def image_sizes(self) -> tuple[tuple[int, int], ...]:
+        sizes = tuple(tuple(map(int, name.split("x"))) for name in self.buckets)
+        return sizes or super().image_sizes
+
+    def shape_of(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        return self.latent_shape(*size)
 
     @property
     def input_shape(self) -> tuple[int, int, int]:

@@ -152,7 +152,7 @@ class SetDiTConfig(ModelConfig):
             accepted = f"{', '.join(map(str, sizes))} for a grid of {self.grid}x{self.grid} tokens"
             raise refusal("--context-pool-size", self.context_pool_size, accepted=accepted)
 
-    def example_cond(self) -> "dict[str, Tensor]":
+    def example_cond(self, size: tuple[int, int] | None = None) -> "dict[str, Tensor]":
         import torch
 
         support = torch.empty(1, self.context_size, *self.input_shape)

@@ -1,0 +1,315 @@
+"""The Python interface: load a snapshot, ask what it can do, sample, denoise, encode and score.
+
+    import setdiffit
+
+    model = setdiffit.load("runs/00000-digits")
+    images = model.generate(seeds=range(16), classes="3", cfg_scale=1.5)
+    images[0].save("three.png")
+
+docs/python.md shows every call, and examples/quickstart.ipynb runs them.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+import families  # noqa: F401 (registers them)
+from dnnlib.config import Config, unknown
+from dnnlib.errors import refusal
+from torch_utils.pictures import to_pil
+from training.checkpoint import Snapshot
+from training.family import Asked, GeneratorOptions
+from training.family import of as family_of
+from training.portable import open_snapshot
+
+__all__ = ["Model", "load"]
+
+Picture = str | os.PathLike | Image.Image | Tensor
+_OPTIONS = ("precision", "compile", "guide", "vae", "cpu_matmul")
+
+
+def load(
+    location: str | os.PathLike, device: str | torch.device | None = None, **options: Any
+) -> "Model":
+    """Return the model of a snapshot.
+
+    Args:
+        location: A snapshot, run folder, export or URL, or ``hf://ORG/NAME``.
+        device: Where it computes; by default the GPU, if there is one.
+        options: ``precision`` (fp32, bf16, fp16), ``compile``, ``guide`` (a second snapshot for
+            autoguidance), ``vae`` (where the autoencoder is now) and ``cpu_matmul``.
+
+    Raises ValueError, one sentence, for what cannot be read and for an option that is unknown.
+    """
+    for name in options:
+        if name not in _OPTIONS:
+            raise unknown("option", name, _OPTIONS)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Model(open_snapshot(location), torch.device(device), options)
+
+
+class Model:
+    """A trained network with all that sampling and scoring need; :func:`load` makes it.
+
+    Attributes:
+        snapshot: Configuration, data, progress and weights, see training/checkpoint.py.
+        device: Where it computes.
+    """
+
+    def __init__(self, snapshot: Snapshot, device: torch.device, options: dict[str, Any]) -> None:
+        self.snapshot, self.device = snapshot, device
+        self._family = family_of(snapshot.config)
+        self._networks: dict[str, Any] = {}
+        self._load = functools.lru_cache(4)(self._load_generator)
+        self._options = options
+
+    # What it can do.
+
+    @property
+    def kind(self) -> str:
+        """Name of the family: image, latent, sets or features."""
+        return self.snapshot.config.family
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes that it makes images of; empty for none."""
+        return tuple(self.snapshot.data.class_names)
+
+    @property
+    def image_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Width and height in pixels of the images that it makes."""
+        return self.snapshot.config.model.image_sizes
+
+    @property
+    def inputs(self) -> dict[str, tuple[int, ...]]:
+        """Shapes by name of what the network is given for one image, beside x and sigma."""
+        cond = self.snapshot.config.model.example_cond()
+        return {name: tuple(value.shape[1:]) for name, value in cond.items() if name != "size"}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings of sampling and guidance that :meth:`generate` takes, with their values."""
+        config = self.snapshot.config
+        return {
+            field.name: getattr(section, field.name)
+            for section in (config.sampling, config.guidance)
+            for field in dataclasses.fields(section)
+        }
+
+    def __repr__(self) -> str:
+        config, sizes = self.snapshot.config, ", ".join(f"{w}x{h}" for w, h in self.image_sizes)
+        lines = [f"{self.kind} model of preset {config.preset}, images of {sizes} pixels"]
+        if self.classes:
+            lines.append(f"classes: {', '.join(self.classes[:10])} ({len(self.classes)})")
+        lines += [f"{name}: {text}" for name, text in self._family.describe(config).items()]
+        lines.append(", ".join(f"{name}={value}" for name, value in self.settings.items()))
+        return "\n  ".join(lines)
+
+    # Images.
+
+    def generate(
+        self,
+        seeds: int | Sequence[int] = 16,
+        *,
+        classes: str | int | Sequence[int] | None = None,
+        support: Picture | Sequence[Picture] | None = None,
+        prompt: str | Sequence[str] | None = None,
+        reference: Picture | None = None,
+        size: str | None = None,
+        output: str = "pil",
+        batch: int = 64,
+        **settings: Any,
+    ) -> list[Any]:
+        """Return one image a seed; with several prompts, those of the first come first.
+
+        Args:
+            seeds: How many images (seeds 0, 1, ...), or the seed of each.
+            classes: For a class-conditional model, classes that seeds take in turn: names, numbers
+                and ranges such as ``"cat,3,5-7"``. By default each seed draws its own.
+            support: For a set-conditioned model, images that the new ones are to be like: files,
+                folders, PIL images, or tensors uint8 [C, H, W].
+            prompt, reference, size: For a feature-conditioned model, the text, the image for style
+                and layout, and the size, such as ``"1216x832"``.
+            output: ``"pil"``, or ``"tensor"`` for uint8 [C, H, W] on the device.
+            batch: Images at once. It changes no image.
+            settings: Of sampling and guidance, such as ``steps=10`` or ``cfg_scale=2``; see
+                :attr:`settings`.
+
+        Raises ValueError, one sentence, for what the model does not take.
+        """
+        if output not in ("pil", "tensor"):
+            raise refusal("output", repr(output), accepted="'pil', 'tensor'")
+        seeds = list(range(seeds)) if isinstance(seeds, int) else [int(seed) for seed in seeds]
+        asked = dict(classes=classes, support=support, prompt=prompt)
+        with self._bound(dict(asked, reference=reference, size=size), settings) as (
+            generator,
+            asks,
+        ):
+            wanted = [
+                (seed, asks.label(part, seed)) for part in range(asks.num_parts) for seed in seeds
+            ]
+            images: list[Tensor] = []
+            for start in range(0, len(wanted), batch):
+                own, labels = zip(*wanted[start : start + batch], strict=True)
+                images += generator.generate(own, None if None in labels else labels)
+        return images if output == "tensor" else [to_pil(image) for image in images]
+
+    def denoise(
+        self,
+        x: Tensor,
+        sigma: float | Tensor,
+        *,
+        classes: str | int | Sequence[int] | None = None,
+        support: Picture | Sequence[Picture] | None = None,
+        prompt: str | Sequence[str] | None = None,
+        reference: Picture | None = None,
+        size: str | None = None,
+        **settings: Any,
+    ) -> Tensor:
+        """Return the estimate of x0 [N, C, h, w], float32, of noisy x = x0 + sigma n.
+
+        Args:
+            x: [N, C, h, w], in the space of :meth:`encode`.
+            sigma: Noise level, one number.
+            classes, support, prompt, reference, size: As for :meth:`generate`; image i takes the
+                i-th class in turn, and the first prompt. Without classes, a class-conditional model
+                gives its unconditional estimate, without guidance.
+            settings: Of guidance, which acts as in sampling.
+        """
+        asked = dict(classes=classes, support=support, prompt=prompt)
+        with self._bound(dict(asked, reference=reference, size=size), settings) as (
+            generator,
+            asks,
+        ):
+            labels = [asks.label(0, row) for row in range(len(x))]
+            if self.classes and None in labels and not self.snapshot.config.training.label_drop:
+                but = "this model has learned no unconditional estimate"
+                raise refusal("classes", but=but, remedy="name some")
+            x = x.to(self.device, torch.float32)
+            return generator.denoise(x, float(sigma), None if None in labels else labels)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Return what the network denoises, float32 [N, C, h, w], of uint8 images [N, C, H, W]."""
+        return self._load(*self._sections()).codec.encode_images(images.to(self.device))
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Return uint8 images [N, C, H, W] of what the network denoises."""
+        return self._load(*self._sections()).codec.decode(x.to(self.device))
+
+    def score(
+        self,
+        metrics: str | Sequence[str],
+        ref: str | os.PathLike | None = None,
+        *,
+        num_images: int | None = None,
+        first_seed: int = 0,
+        batch: int = 64,
+        **settings: Any,
+    ) -> list[dict[str, Any]]:
+        """Return the score row of each metric, as ``fid.py calc`` writes them.
+
+        Args:
+            metrics: Names such as ``"fid50k_full"``, in a list or separated by commas.
+            ref: Real images, or their statistics, which most metrics compare with.
+            num_images: How many images to make; by default as many as each metric wants.
+            first_seed: Seed of the first image.
+            batch: Images at once.
+            settings: Of sampling and guidance.
+
+        Raises ValueError, one sentence, for what the model or the metric does not take.
+        """
+        from evaluation.scoring import score_generator
+        from metrics.metric import get_metrics
+
+        names = metrics.split(",") if isinstance(metrics, str) else list(metrics)
+        source = self._family.images(
+            self.snapshot, lambda: self._generator(settings), first_seed, batch
+        )
+        location = None if ref is None else os.fspath(ref)
+        specs = get_metrics(names)
+        return score_generator(specs, source, location, self.device, num_images, batch)
+
+    # How.
+
+    @contextlib.contextmanager
+    def _bound(self, asked: dict[str, Any], settings: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+        """Give the generator for what is asked for, and what that is."""
+        with tempfile.TemporaryDirectory() as folder:
+            given = _as_typed(asked, Path(folder))
+            requests = self._family.requests(
+                self.snapshot, dataclasses.replace(given, given=tuple(settings))
+            )
+            yield requests.bind(self._generator(settings), self.device), requests
+
+    def _generator(self, settings: dict[str, Any]) -> Any:
+        for name in settings:
+            if name not in self.settings:
+                raise unknown("setting", name, sorted(self.settings))
+        return self._load(*(_changed(section, settings) for section in self._sections()))
+
+    def _sections(self) -> tuple[Config, Config]:
+        return self.snapshot.config.sampling, self.snapshot.config.guidance
+
+    def _load_generator(self, sampling: Config, guidance: Config) -> Any:
+        own = dict(sampling=sampling, guidance=guidance, **self._options)
+        return self._family.load(self.snapshot, self.device, _Kept(networks=self._networks, **own))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Kept(GeneratorOptions):
+    """Options under which a network is built once, whatever the other settings are."""
+
+    networks: dict[str, Any]
+
+    def build(self, snapshot: Snapshot, device: torch.device) -> Any:
+        if snapshot.sha256 not in self.networks:
+            self.networks[snapshot.sha256] = super().build(snapshot, device)
+        return self.networks[snapshot.sha256]
+
+
+def _changed(section: Config, settings: dict[str, Any]) -> Config:
+    names = {field.name for field in dataclasses.fields(section)}
+    own = {name: value for name, value in settings.items() if name in names}
+    return dataclasses.replace(section, **own)
+
+
+def _as_typed(asked: dict[str, Any], folder: Path) -> Asked:
+    """Return what is asked for as the options of generate.py have it; pictures go to ``folder``."""
+    classes, support = asked["classes"], asked["support"]
+    if classes is not None and not isinstance(classes, str):
+        classes = ",".join(map(str, [classes] if isinstance(classes, int) else classes))
+    if support is None:
+        support = []
+    elif isinstance(support, Picture) and not (isinstance(support, Tensor) and support.ndim == 4):
+        support = [support]
+    files = [_file_of(picture, folder / f"{row:06d}.png") for row, picture in enumerate(support)]
+    prompt, reference = asked["prompt"], asked["reference"]
+    prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt or ())
+    if reference is not None:
+        reference = Path(_file_of(reference, folder / "reference.png"))
+    return Asked(
+        classes=classes,
+        support=tuple(files),
+        prompt=prompts,
+        reference=reference,
+        bucket=asked["size"],
+    )
+
+
+def _file_of(picture: Picture, path: Path) -> str:
+    """Return the file of a picture, which is written to ``path`` if it is in memory."""
+    if isinstance(picture, str | os.PathLike):
+        return os.fspath(picture)
+    image = to_pil(picture) if isinstance(picture, Tensor) else picture
+    image.save(path)
+    return str(path)
