@@ -163,6 +163,8 @@ def _from_hub(location: str) -> Path:
     except Exception as error:  # The package raises those of several others.
         but = f"cannot be had from the hub ({_reason(error)})"
         raise refusal(location, but=but, remedy=_LOG_IN) from None
+    if not (Path(folder) / WEIGHTS).is_file():
+        raise refusal(location, but=f"holds no {WEIGHTS}, which export.py --push uploads")
     return Path(folder)
 
 
