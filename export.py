@@ -66,7 +66,10 @@ def main(options: ExportOptions) -> None:
         accepted = f"a file that ends in {suffix}"
         raise refusal("--dest", options.dest, accepted=accepted)
     from training.checkpoint import read_header, save_weights
-    from training.portable import open_snapshot
+    from training.portable import open_snapshot, split_hub_name
+
+    if options.push is not None:
+        split_hub_name(options.push)
 
     is_ours = read_header if options.format == "snapshot" else None
     rules = {} if is_folder else output_rules("dest")

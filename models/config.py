@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from models.conditioners import Conditioner
+    from models.context import Context
 
 # Architectures by the name under which snapshots keep them, and the modules that define them. A
 # module is imported when its architecture is needed.
@@ -71,6 +72,10 @@ class ModelConfig(Config):
     def compiled_parts(self, backbone: "nn.Module") -> Iterable["nn.Module"]:
         """Return what of a backbone torch.compile takes by itself: equal blocks, or all of it."""
         return (backbone,)
+
+    def prepared(self, backbone: "nn.Module", context: "Context") -> "Context":
+        """Return a context for many noise levels, with what a backbone makes of it alone."""
+        return context
 
     def example_cond(self, size: tuple[int, int] | None = None) -> "dict[str, torch.Tensor]":
         """Return conditions of one image, [1, ...] each, on the current default device.

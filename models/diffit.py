@@ -119,10 +119,6 @@ class DiffiT(nn.Module):
                 # Attention starts without a preference for distances, up to little noise.
                 nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
 
-    def prepare(self, context: Context) -> Context:
-        """Return the context as it is: nothing else is made of it alone."""
-        return context
-
     def forward(self, x: Tensor, c_noise: Tensor, context: Context) -> Tensor:
         """Return F [N, out_channels, H, W].
 

@@ -57,10 +57,6 @@ class LatentDiffiT(nn.Module):
         # The first estimate is c_skip x.
         nn.init.zeros_(self.head.weight)
 
-    def prepare(self, context: Context) -> Context:
-        """Return the context as it is: nothing else is made of it alone."""
-        return context
-
     def forward(self, x: Tensor, c_noise: Tensor, context: Context) -> Tensor:
         """Return F [N, out_channels, H, W].
 

@@ -61,7 +61,7 @@ class Network(nn.Module):
 
         The weights must not change while it is used.
         """
-        return self.backbone.prepare(context)
+        return self.config.prepared(self.backbone, context)
 
     def forward(self, x: Tensor, c_noise: Tensor, context: Context) -> Tensor:
         """Return F [N, C_out, H, W] of inputs x [N, C, H, W], noise levels c_noise [N], context."""

@@ -103,7 +103,8 @@ def test_the_table_has_hundreds_of_rows_of_every_command():
     commands = [command for rows in SECTIONS.values() for *_, command in rows]
     assert len(commands) == len(set(commands)) >= 300
     called = {parse(command)[1] for command in commands}
-    assert called == {path.stem for path in ROOT.glob("*.py")} | {"posthoc_ema"}
+    programs = {path.stem for path in ROOT.glob("*.py")} - {"setdiffit"}
+    assert called == programs | {"posthoc_ema"}
     for script in ("fid", "dataset_tool", "benchmark"):
         main = importlib.import_module(script).main
         for name in main.list_commands(click.Context(main)):

@@ -15,7 +15,7 @@ from typing import Any
 from dnnlib.config import to_dict
 from dnnlib.downloads import fetch
 from dnnlib.errors import refusal
-from dnnlib.files import atomic_write
+from dnnlib.files import atomic_write, check_source
 from dnnlib.typed import JsonFormat
 from metrics.weights import read_safetensors
 from torch_utils.fingerprints import weights_hash
@@ -86,6 +86,7 @@ def load_portable(location: Path) -> Snapshot:
 
 def _read_config(location: Path) -> tuple[Path, RunConfig, dict[str, Any]]:
     """Return the folder of an export, its run, and what else its configuration holds."""
+    check_source(location)
     folder = location if location.is_dir() else location.parent
     path = folder / CONFIG
     if not path.is_file():
@@ -148,7 +149,7 @@ def split_hub_name(location: str) -> tuple[str, str | None]:
     """
     match = re.fullmatch(r"(?:hf://)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", location)
     if match is None:
-        raise refusal(location, but="is no repository of the hub", accepted="ORG/NAME")
+        raise refusal(location, but="it is no repository of the hub", accepted="ORG/NAME")
     return match[1], match[2]
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from models.conditioners import Conditioner
+    from models.context import Context
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,6 +100,9 @@ class FeatureDiTConfig(LatentModelConfig):
 
     def compiled_parts(self, backbone: "nn.Module") -> Iterable["nn.Module"]:
         return backbone.blocks
+
+    def prepared(self, backbone: "nn.Module", context: "Context") -> "Context":
+        return backbone.prepare(context)
 
     def make_conditioner(self, dim: int) -> "Conditioner":
         from models.feature_conditioner import FeatureConditioner

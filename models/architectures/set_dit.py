@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from models.conditioners import Conditioner
+    from models.context import Context
 
 _LAG: dict[str, Any] = dict(requires={"mode_conditioning": ("lag",)})
 
@@ -165,6 +166,9 @@ class SetDiTConfig(ModelConfig):
 
     def compiled_parts(self, backbone: "nn.Module") -> Iterable["nn.Module"]:
         return backbone.blocks
+
+    def prepared(self, backbone: "nn.Module", context: "Context") -> "Context":
+        return backbone.prepare(context)
 
     def make_conditioner(self, dim: int) -> "Conditioner":
         from models.set_conditioner import SetConditioner
