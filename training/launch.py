@@ -249,6 +249,7 @@ def _write_start(
     config, world_size = job.config, distributed.world_size()
     facts = dict(command=sys.argv, world_size=world_size, device=str(job.device), origin=origin)
     about = dict(
+        total_kimg=config.total_nimg / 1000,
         data=dict(name=job.data.name, num_images=job.data.num_images),
         description=run_facts(config, world_size, job.device),
         changes=None if preset is None else changes_from(preset, config),
