@@ -9,6 +9,7 @@ from training.run_report.markup import Html, details, table, tag
 
 _NUM_ROWS = 12  # Of the table of a chart.
 _MAX_COLUMNS = 12
+_OF_TEXT = ("note", "band", "y")  # What is no business of the script.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Chart:
         names: Of bars, what stands below each group.
         percent: Whether numbers are shares.
         note: A sentence below the chart.
-        band: What the shaded range around a line is, in words.
+        band: What the range around a line or bar is, in words.
     """
 
     title: str
@@ -65,14 +66,16 @@ class Canvas:
         """Return a chart: its place, for the script to fill, and its table."""
         number = len(self.content["charts"])
         lines = [self._line(index, line) for index, line in enumerate(chart.lines)]
-        fields = {field.name: getattr(chart, field.name) for field in dataclasses.fields(chart)}
-        del fields["note"]
+        own = (field.name for field in dataclasses.fields(chart) if field.name not in _OF_TEXT)
+        fields = {name: getattr(chart, name) for name in own}
         self.content["charts"].append({**fields, "lines": lines})
+        has_band = any(line.curve.low is not None for line in chart.lines)
+        note = chart.note or (f"Shaded or marked: {chart.band}." if has_band else None)
         return tag(
             "figure",
-            tag("figcaption", tag("h3", chart.title)),
+            tag("figcaption", tag("h3", chart.title, chart.y and f" ({chart.y})")),
             tag("div", class_="plot"),
-            tag("p", chart.note, class_="note") if chart.note else None,
+            note and tag("p", note, class_="note"),
             details("Values", _values(chart), class_="values"),
             class_="chart",
             data_chart=number,

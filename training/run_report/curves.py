@@ -7,6 +7,7 @@ from training.run_report.charts import Chart, Line
 from training.run_report.files import Run
 from training.run_report.history import Curve
 from training.run_report.levels import Levels, kinds_of, range_of
+from training.run_report.markup import join, tag
 from training.run_report.scores import Score, better
 
 
@@ -19,6 +20,7 @@ class Topic(NamedTuple):
     log: bool = False
 
 
+_STEEP = 10
 TRAINING = (
     Topic("Loss", {"Loss/loss": "loss"}, log=True),
     Topic("Gradient norm", {"Loss/grad_norm": "gradient norm"}, log=True),
@@ -115,8 +117,15 @@ def score_charts(runs: Sequence[Run]) -> list[Chart]:
         shown = next(score for run in runs for score in run.scores.get(key, ()))
         direction = better(key[1])
         title = shown.title + (f" ({direction} is better)" if direction else "")
-        charts.append(Chart(title, lines, note=_band_note(reasons), band="one standard deviation"))
+        look = dict(log=_is_steep(lines), band="one standard deviation")
+        charts.append(Chart(title, lines, note=_band_note(reasons), **look))
     return [chart for chart in charts if chart.lines]
+
+
+def _is_steep(lines: Sequence[Line]) -> bool:
+    """Return whether values differ so much that one axis shows them by their logarithms only."""
+    values = [y for line in lines for y in line.curve.y if y is not None]
+    return bool(values) and min(values) > 0 and max(values) > _STEEP * min(values)
 
 
 def _score_lines(name: str, scores: Sequence[Score], colour: int | None) -> list[Line]:
@@ -141,11 +150,14 @@ def _score_curve(scores: Sequence[Score]) -> Curve:
     return Curve(x, y, *ends)
 
 
-def _band_note(reasons: Sequence[str]) -> str:
+def _band_note(reasons: Sequence[str]) -> Any:
     if not reasons:
-        return (
-            "How much this varies from seed to seed is not known. Score a snapshot with "
-            "--noise-band=3 and --json in the run folder to see it here (see What comes next)."
+        return join(
+            "How much this varies from seed to seed is not known. Score a snapshot with ",
+            tag("code", "--noise-band=3"),
+            " and ",
+            tag("code", "--json"),
+            " in the run folder to see it here (see What comes next).",
         )
     found = "; ".join(dict.fromkeys(reasons))
     return f"The band is one standard deviation to either side: {found}."

@@ -2,9 +2,11 @@
 
 import dataclasses
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from dnnlib.errors import refusal
 from dnnlib.text import format_kimg
 from training.run_report import notices
 from training.run_report.conditions import ConditionsReport, read_conditions
@@ -77,6 +79,24 @@ class Run:
 def is_run(run_dir: Path) -> bool:
     """Return whether a folder is that of a run."""
     return any((run_dir / name).is_file() for name in (OPTIONS_FILE, STATS_FILE))
+
+
+def find_runs(paths: Iterable[Path]) -> list[Path]:
+    """Return run folders: those of ``paths``, and in place of others those in them, by name.
+
+    Raises ValueError for a path that is no run folder and holds none.
+    """
+    found: dict[Path, None] = {}
+    for path in paths:
+        inner = [path] if is_run(path) else []
+        if not inner and path.is_dir():
+            inner = sorted(child for child in path.iterdir() if is_run(child))
+        if not inner:
+            names = f"neither {OPTIONS_FILE} nor {STATS_FILE}"
+            but = f"has {names}, and no folder in it has" if path.is_dir() else "is no folder"
+            raise refusal(path, but=but, remedy="give the folder of a training run")
+        found |= dict.fromkeys(inner)
+    return list(found)
 
 
 def read_run(run_dir: Path, history: History | None = None) -> Run:

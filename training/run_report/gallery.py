@@ -6,6 +6,8 @@ from training.run_report.files import Run
 from training.run_report.markup import Html, section, tag
 from training.run_report.pictures import Picture
 
+_TRAINING_IMAGES = "Training images"
+
 
 def samples_section(run: Run, pictures: dict[str, list[Picture]]) -> Html:
     """Return the pictures of a run: a slider through each series, with real images beside."""
@@ -20,18 +22,13 @@ def figures_of(run: Run, pictures: dict[str, list[Picture]]) -> list[Html]:
     series = {name: own for name, own in pictures.items() if name != "reals" and own}
     found = []
     for name, own in series.items():
-        title = "Samples" if name == "fakes" else name.replace("_", " ").capitalize()
+        title = "Generated images" if name == "fakes" else name.replace("_", " ").capitalize()
         num = len(run.pictures.get(name, own))
         note = f"{len(own)} of {num} pictures, evenly by log(kimg)." if num > len(own) else None
         found.append(_slider(title, own, reals if name == "fakes" else [], note))
     if reals and "fakes" not in series:
-        found.append(
-            tag(
-                "figure",
-                tag("figcaption", tag("h3", "Training images")),
-                _image(reals[0], "Training images"),
-            )
-        )
+        head = tag("figcaption", tag("h3", _TRAINING_IMAGES))
+        found.append(tag("figure", head, _image(reals[0], _TRAINING_IMAGES), class_="grids"))
     return found
 
 
@@ -42,19 +39,17 @@ def _slider(title: str, pictures: list[Picture], reals: list[Picture], note: str
         _image(picture, f"{title} at {caption}", hidden=index < last, data_caption=caption)
         for index, (picture, caption) in enumerate(zip(pictures, captions, strict=True))
     ]
-    slider = tag(
-        "input", type="range", min=0, max=last, step=1, value=last, aria_label=f"{title}: snapshot"
-    )
+    label = f"{title}: snapshot"
+    slider = tag("input", type="range", min=0, max=last, step=1, value=last, aria_label=label)
     stepper = tag("div", slider, tag("output", captions[-1]), class_="stepper", hidden=True)
-    caption = tag("figcaption", tag("h3", title), note and tag("p", note, class_="note"))
+    head = tag("figcaption", tag("h3", title), note and tag("p", note, class_="note"))
+    made = tag("div", tag("p", captions[-1], class_="note caption"), images, class_="stack")
     beside = [
-        tag("div", tag("p", "Training images", class_="note"), _image(real, "Training images"))
+        tag("div", tag("p", _TRAINING_IMAGES, class_="note"), _image(real, _TRAINING_IMAGES))
         for real in reals[:1]
     ]
-    stack = tag(
-        "div", stepper if last else tag("p", captions[0], class_="note"), images, class_="stack"
-    )
-    return tag("figure", caption, stack, beside, class_="grids")
+    pair = tag("div", made, beside, class_="pair")
+    return tag("figure", head, stepper if last else None, pair, class_="grids")
 
 
 def _caption(picture: Picture) -> str:

@@ -56,13 +56,17 @@ def embedded_json(name: str, content: Any) -> Html:
 def table(
     heading: Iterable[Any], rows: Iterable[Iterable[Any]], *, label: str, class_: str | None = None
 ) -> Html:
-    """Return a table with a heading and a first column of headings; it scrolls by itself."""
+    """Return a table with a first column of headings; it scrolls by itself.
+
+    ``heading`` is that of its columns; empty for none.
+    """
     body = []
     for row in rows:
         first, *rest = row
         body.append(tag("tr", tag("th", first, scope="row"), [tag("td", cell) for cell in rest]))
-    head = tag("tr", [tag("th", cell, scope="col") for cell in heading])
-    inner = tag("table", tag("thead", head), tag("tbody", body), class_=class_)
+    cells = [tag("th", cell, scope="col") for cell in heading]
+    head = tag("thead", tag("tr", cells)) if cells else None
+    inner = tag("table", head, tag("tbody", body), class_=class_)
     return tag("div", inner, class_="scroll", role="region", aria_label=label, tabindex=0)
 
 

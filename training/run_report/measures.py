@@ -90,11 +90,15 @@ def others_section(runs: list[Run], canvas: Canvas) -> Html | None:
 def conditions_section(run: Run, canvas: Canvas) -> Html:
     """Return what each condition does to output and loss, and how attention is split."""
     if not run.conditions:
-        text = (
-            "How much each condition matters has not been measured. Run fid.py conditions with "
-            "--jsonl in the run folder (see What comes next) to see it here."
+        text = tag(
+            "p",
+            "How much each condition matters has not been measured. Run ",
+            tag("code", "fid.py conditions"),
+            " with ",
+            tag("code", "--jsonl"),
+            " in the run folder (see What comes next) to see it here.",
         )
-        return section("conditions", "Effect of conditions", tag("p", text))
+        return section("conditions", "Effect of conditions", text)
     newest, *older = run.conditions
     parts = [tag("p", _report_title(newest)), canvas.figures(_effect_charts(newest))]
     parts += [_effects_table(newest)]

@@ -363,7 +363,7 @@
         if (!line.x.length || x < line.x[0] || x > line.x[line.x.length - 1]) continue;
         const i = nearest(line.x, x);
         if (line.y[i] === null) continue;
-        let text = `${line.name} ${format(line.y[i], this.chart.percent)}`;
+        let text = `${line.name} = ${format(line.y[i], this.chart.percent)}`;
         if (Number.isFinite(line.low?.[i]) && line.low[i] !== line.high[i]) {
           const ends = [line.low[i], line.high[i]].map((end) => format(end, this.chart.percent));
           text += ` (${ends.join(" to ")})`;
@@ -371,7 +371,7 @@
         parts.push(text);
       }
       const place = this.isBars ? this.chart.names[x] : `${this.chart.x} ${format(x)}`;
-      return `${place}: ${parts.join(", ") || "no value"}`;
+      return `${place}: ${parts.join("; ") || "no value"}`;
     }
 
     onKey(event) {
@@ -469,11 +469,12 @@
   for (const figure of document.querySelectorAll(".grids")) {
     const pictures = [...figure.querySelectorAll(".stack img")], slider = figure.querySelector("input");
     if (!slider) continue;
-    const output = figure.querySelector("output");
+    const output = figure.querySelector("output"), note = figure.querySelector(".caption");
     const show = () => {
       const index = Number(slider.value);
       pictures.forEach((picture, i) => (picture.hidden = i !== index));
-      output.textContent = pictures[index].dataset.caption;
+      note.textContent = pictures[index].dataset.caption;
+      output.textContent = `${index + 1} of ${pictures.length}`;
       slider.setAttribute("aria-valuetext", pictures[index].dataset.caption);
     };
     slider.addEventListener("input", show);
@@ -482,7 +483,7 @@
   }
 
   for (const button of document.querySelectorAll("button.copy")) {
-    const command = button.parentElement.querySelector("code");
+    const command = button.closest(".step").querySelector("code");
     button.hidden = false;
     button.addEventListener("click", async () => {
       try {

@@ -14,6 +14,7 @@ from training.run_report.markup import Html, embedded_json, join, tag
 from training.run_report.pictures import Picture
 
 GENERATOR = "SetDiffiT report"
+_SHORT = dict(levels="Noise levels", others="Other", next="What comes next")
 Pictures = dict[str, list[Picture]]
 
 
@@ -60,8 +61,8 @@ def _page(
     title: str, head: Html, sections: Sequence[Html | None], canvas: Canvas, footer: str
 ) -> str:
     sections = [part for part in sections if part is not None]
-    links = [re.search(r'id="([\w-]+)-title">(.*?)</h2>', part) for part in sections]
-    items = [tag("li", tag("a", Html(link[2]), href=f"#{link[1]}")) for link in links]
+    names = [re.match(r'<section id="([\w-]+)"', part)[1] for part in sections]
+    items = [tag("li", tag("a", _SHORT.get(n, n.capitalize()), href=f"#{n}")) for n in names]
     style, script = Html(_asset("page.css")), Html(_asset("page.js"))
     policy = (
         f"default-src 'none'; img-src data:; style-src {_hash(style)}; "

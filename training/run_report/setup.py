@@ -11,6 +11,8 @@ from training.run_report.files import Run
 from training.run_report.markup import Html, details, section, show, table, tag
 from training.run_report.rows import flat, read_object
 
+_LONG_COMMAND = 80  # Characters.
+
 
 def configuration_section(run: Run) -> Html:
     """Return what the run is: in words, against its preset, in full, and where it runs."""
@@ -18,7 +20,7 @@ def configuration_section(run: Run) -> Html:
     description = options.get("description")
     facts = {"data": options.get("data"), **(description if isinstance(description, dict) else {})}
     rows = [(name, _fact(value)) for name, value in facts.items() if value is not None]
-    parts = [table(["", ""], rows, label="The run in words")] if rows else []
+    parts = [table([], rows, label="The run in words")] if rows else []
     parts += [tag("h3", "Difference from the preset"), _changes(run)]
     if run.settings:
         full = table(
@@ -37,7 +39,7 @@ def configuration_section(run: Run) -> Html:
 def _fact(value: Any) -> str:
     if isinstance(value, dict):
         count = value.get("num_images")
-        images = f", {format_count(count)} images" if type(count) is int else ""
+        images = f", {count:,} images" if type(count) is int else ""
         return f"{show(value.get('name'))}{images}"
     return show(value)
 
@@ -75,34 +77,34 @@ def _environment(run: Run) -> Html:
     rows += [
         (f"Start: {name}", show(value)) for name, value in flat(warm) if not isinstance(value, list)
     ]
-    return table(["", ""], rows, label="Command and environment")
+    return table([], rows, label="Command and environment")
 
 
 def next_section(run: Run) -> Html:
     """Return commands that go on from here: resume, sample, score."""
-    steps = [(title, command) for title, command in next_steps(run)]
     shown = [
         tag(
             "div",
-            tag("h3", title),
-            tag(
-                "div",
-                tag("pre", tag("code", command), tabindex=0),
-                tag(
-                    "button",
-                    "Copy",
-                    type="button",
-                    class_="small copy",
-                    hidden=True,
-                    aria_label=f"Copy the command: {title}",
-                ),
-                class_="command",
-            ),
+            tag("div", tag("h3", title), _copy_button(title), class_="step-head"),
+            tag("pre", tag("code", _folded(command)), tabindex=0, aria_label=f"Command: {title}"),
             class_="step",
         )
-        for title, command in steps
+        for title, command in next_steps(run)
     ]
     return section("next", "What comes next", shown)
+
+
+def _copy_button(title: str) -> Html:
+    label = f"Copy the command: {title}"
+    look = dict(type="button", class_="small copy", aria_label=label)
+    return tag("button", "Copy", hidden=True, **look)
+
+
+def _folded(command: str) -> str:
+    """Return a command as a shell takes it, over several lines if it is long."""
+    if len(command) <= _LONG_COMMAND:
+        return command
+    return re.sub(r" (?=--[a-z])", " \\\\\n    ", command)
 
 
 def next_steps(run: Run) -> Iterator[tuple[str, str]]:
