@@ -70,7 +70,8 @@ class Canvas:
         fields = {name: getattr(chart, name) for name in own}
         self.content["charts"].append({**fields, "lines": lines})
         has_band = any(line.curve.low is not None for line in chart.lines)
-        note = chart.note or (f"Shaded or marked: {chart.band}." if has_band else None)
+        marks = "Shaded" if chart.kind == "line" else "Whiskers"
+        note = chart.note or (f"{marks}: {chart.band}." if has_band else None)
         return tag(
             "figure",
             tag("figcaption", tag("h3", chart.title, chart.y and f" ({chart.y})")),

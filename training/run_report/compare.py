@@ -14,13 +14,21 @@ from training.run_report.scores import best
 _MAX_METRICS = 6  # Columns of the table of runs.
 
 
-def with_own_names(runs: Sequence[Run]) -> list[Run]:
-    """Return runs of which no two have one name: those that would are called by their paths."""
-    names = [run.name for run in runs]
-    return [
-        run if names.count(run.name) == 1 else dataclasses.replace(run, title=str(run.run_dir))
-        for run in runs
+def with_short_names(runs: Sequence[Run]) -> list[Run]:
+    """Return runs whose names are what tells them apart: without the words that all have.
+
+    Runs whose names would be equal then are called by their whole names, or by their paths.
+    """
+    words = [run.name.split("-") for run in runs]
+    common = set(words[0]).intersection(*words[1:])
+    short = ["-".join(word for word in own if word not in common) for own in words]
+    names = [
+        short if all(short) else [run.name for run in runs],
+        [run.name for run in runs],
+        [str(run.run_dir) for run in runs],
     ]
+    chosen = next((own for own in names if len(set(own)) == len(own)), names[-1])
+    return [dataclasses.replace(run, title=name) for run, name in zip(runs, chosen, strict=True)]
 
 
 def header(runs: Sequence[Run]) -> Html:
@@ -28,7 +36,7 @@ def header(runs: Sequence[Run]) -> Html:
     return join(
         tag("p", "Comparison", class_="kicker"),
         tag("h1", f"{len(runs)} training runs"),
-        tag("p", ", ".join(run.name for run in runs), class_="status"),
+        tag("p", f"{', '.join(run.name for run in runs)}.", class_="status"),
     )
 
 
@@ -36,7 +44,7 @@ def runs_section(runs: Sequence[Run]) -> Html:
     """Return a table of the runs: how far they are, and their best scores."""
     keys = list(dict.fromkeys(key for run in runs for key in run.scores))[:_MAX_METRICS]
     titles = [metric if metric == name else f"{metric}: {name}" for metric, name in keys]
-    heading = ["Run", "Preset", "kimg", "Loss", "Images/s", "Time", "Skipped", *titles]
+    heading = ["Run", "Folder", "Preset", "kimg", "Loss", "Images/s", "Time", "Skipped", *titles]
     rows = [[*_figures(run), *(_score(run, key) for key in keys)] for run in runs]
     note = tag("p", "Scores are the best during the run, with what they vary by chance.")
     return section("runs", "Runs", table(heading, rows, label="Runs"), note if keys else None)
@@ -48,6 +56,7 @@ def _figures(run: Run) -> list[str]:
     seconds, skipped = last("Timing/total_sec"), last("Loss/skipped_steps")
     return [
         run.name,
+        str(run.run_dir),
         show(run.settings.get("preset", "unknown")),
         format_kimg(run.kimg) + ("" if total is None else f" of {format_kimg(total)}"),
         "-" if loss is None else f"{loss:.4g}",

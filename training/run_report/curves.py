@@ -95,12 +95,13 @@ def level_charts(runs: Sequence[Run]) -> list[Chart]:
                 lines.append(Line(title, levels.profile(tick), True))
         axis = kind.axis
         charts.append(Chart(f"Loss by {axis}", over_kimg, log=True))
+        lines = [line for line in lines if line.curve.x]
         charts.append(Chart(f"Loss over {axis}", lines, x=axis, log=True, log_x=kind.is_log))
     if len(runs) > 1:
         ranges = {n: range_of(n) for run in runs for n in run.history.names if range_of(n)}
         titles = {name: f"Loss, {found.text}" for name, found in ranges.items()}
         charts += [over_runs(title, runs, name, log=True) for name, title in titles.items()]
-    return [chart for chart in charts if any(line.curve.x for line in chart.lines)]
+    return [chart for chart in charts if chart.lines]
 
 
 def score_charts(runs: Sequence[Run]) -> list[Chart]:
@@ -118,7 +119,7 @@ def score_charts(runs: Sequence[Run]) -> list[Chart]:
         direction = better(key[1])
         title = shown.title + (f" ({direction} is better)" if direction else "")
         look = dict(log=_is_steep(lines), band="one standard deviation")
-        charts.append(Chart(title, lines, note=_band_note(reasons), **look))
+        charts.append(Chart(title, lines, note=_band_note(key[0], reasons), **look))
     return [chart for chart in charts if chart.lines]
 
 
@@ -150,7 +151,9 @@ def _score_curve(scores: Sequence[Score]) -> Curve:
     return Curve(x, y, *ends)
 
 
-def _band_note(reasons: Sequence[str]) -> Any:
+def _band_note(metric: str, reasons: Sequence[str]) -> Any:
+    if not reasons and metric.startswith("val"):  # Of no seeds that could be others.
+        return "How much this varies by chance is not known."
     if not reasons:
         return join(
             "How much this varies from seed to seed is not known. Score a snapshot with ",

@@ -13,10 +13,10 @@ from training.run_report.conditions import ConditionsReport, read_conditions
 from training.run_report.history import History
 from training.run_report.notices import Notice
 from training.run_report.pictures import Source, find_pictures
-from training.run_report.rows import flat, is_finite, kimg_of_name, read_object
+from training.run_report.rows import flat, is_finite, kimg_of_name, read_object, read_rows
 from training.run_report.scores import Score, read_score_rows, scores_of
 
-OPTIONS_FILE, STATS_FILE = "training_options.json", "stats.jsonl"
+OPTIONS_FILE, STATS_FILE, WATCH_FILE = "training_options.json", "stats.jsonl", "watch.jsonl"
 _SNAPSHOT = re.compile(r"network-snapshot-\d+(?:\.\d{3})?\.pkl")
 _STATE = re.compile(r"training-state-\d+(?:\.\d{3})?\.pt")
 
@@ -108,9 +108,10 @@ def read_run(run_dir: Path, history: History | None = None) -> Run:
     history = history or History(run_dir / STATS_FILE)
     history.read()
     rows, num_damaged = read_score_rows(run_dir)
+    watched, damaged = read_rows(run_dir / WATCH_FILE)
     found = [
-        *notices.watch_notices(run_dir),
-        *notices.history_notices(history, num_damaged),
+        *notices.watch_notices(watched),
+        *notices.history_notices(history, num_damaged + damaged),
         *notices.log_notices(run_dir),
         *notices.score_notices(rows),
     ]

@@ -10,7 +10,7 @@ import numpy as np
 
 from dnnlib.text import format_kimg
 from training.run_report.history import History
-from training.run_report.rows import is_finite, read_rows, read_text
+from training.run_report.rows import is_finite, read_text
 
 LEVELS = ("error", "warning", "info")  # From the worst.
 _NAMES_OF_LEVELS = {"critical": "error", "fatal": "error", "warn": "warning", "note": "info"}
@@ -48,10 +48,10 @@ class Notice:
     kimg: float | None = None
 
 
-def watch_notices(run_dir: Path) -> list[Notice]:
-    """Return the lines of ``watch.jsonl``; what a line lacks stays empty."""
+def watch_notices(rows: Iterable[Mapping[str, Any]]) -> list[Notice]:
+    """Return the rows of ``watch.jsonl``; what one lacks stays empty."""
     found = []
-    for row in read_rows(run_dir / "watch.jsonl")[0]:
+    for row in rows:
         texts = {key: _text(row.get(key)) for key in ("name", "message", "remedy", "level")}
         level = texts["level"].lower()
         level = _NAMES_OF_LEVELS.get(level, level)

@@ -149,7 +149,7 @@
       for (const [key, value] of Object.entries(attributes)) this.area.setAttribute(key, value);
       this.readout = html("p", { class: "readout", "aria-hidden": "true" });
       this.area.after(this.readout);
-      if (this.lines.length > 1) this.buildLegend();
+      if (this.lines.length > 1 || data.shared) this.buildLegend();
       this.area.addEventListener("keydown", (event) => this.onKey(event));
       this.area.addEventListener("pointermove", (event) => this.onMove(event));
       this.area.addEventListener("pointerdown", (event) => this.onDown(event));
@@ -205,7 +205,7 @@
       const ticks = logY ? logTicks : linearTicks;
       const yTicks = ticks(y0, y1, this.height / 42);
       const labels = yTicks.map((tick) => format(tick, this.chart.percent));
-      const left = Math.max(...labels.map((label) => label.length), 2) * 6.9 + 10;
+      const left = Math.max(...labels.map((label) => label.length), 2) * 7.4 + 12;
       const box = { left, right: this.width - 10, top: 8, bottom: this.height - 36 };
       this.box = box;
       this.sx = scale(x0, x1, box.left, box.right, logX);

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dnnlib.files import atomic_write
-from training.run_report.compare import with_own_names
+from training.run_report.compare import with_short_names
 from training.run_report.files import STATS_FILE, Run, read_run
 from training.run_report.history import History
 from training.run_report.page import comparison_page, run_page
@@ -46,7 +46,8 @@ class RunReport:
 def write_report(run_dirs: Sequence[Path], path: Path) -> None:
     """Write the report of one run, or the comparison of several, to ``path``."""
     start_sec = time.perf_counter()
-    runs = with_own_names([read_run(run_dir) for run_dir in run_dirs])
+    runs = [read_run(run_dir) for run_dir in run_dirs]
+    runs = with_short_names(runs) if len(runs) > 1 else runs
     albums = [Album(run_dir / REPORT_FILE) for run_dir in run_dirs]
     _write(path, runs, albums, start_sec, None)
 
