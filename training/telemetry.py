@@ -78,8 +78,8 @@ class Telemetry:
         except Exception as error:  # Whatever it is, a report never ends a run.
             if not self._report_failed:
                 self.message(
-                    f"Warning: report.html cannot be written ({error}): find the reason with "
-                    f"`python fid.py report {self._run_dir}`; training goes on."
+                    f"Warning: the report cannot be written ({error}); training goes on: find the "
+                    f"reason with `python fid.py report {self._run_dir}`."
                 )
             self._report_failed = True
 

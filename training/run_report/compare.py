@@ -4,11 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 
 from dnnlib.text import format_kimg, format_time
-from training.run_report import gallery, measures, overview
+from training.run_report import measures, overview
 from training.run_report.charts import Canvas
 from training.run_report.files import Run
 from training.run_report.markup import Html, details, join, section, show, table, tag
-from training.run_report.pictures import Picture
 from training.run_report.scores import best
 
 _MAX_METRICS = 6  # Columns of the table of runs.
@@ -88,18 +87,6 @@ def differences_section(runs: Sequence[Run]) -> Html:
     return section("differences", "Differences", table(heading, rows, label="Differences"))
 
 
-def samples_section(
-    runs: Sequence[Run], pictures: Sequence[dict[str, list[Picture]]]
-) -> Html | None:
-    """Return the pictures of each run, one below the other."""
-    parts = []
-    for run, own in zip(runs, pictures, strict=True):
-        figures = gallery.figures_of(run, own)
-        if figures:
-            parts.append(details(run.name, figures, open_=True))
-    return section("samples", "Samples", parts) if parts else None
-
-
 def warnings_section(runs: Sequence[Run]) -> Html:
     """Return the warnings of each run."""
     parts = [
@@ -109,17 +96,15 @@ def warnings_section(runs: Sequence[Run]) -> Html:
     return section("warnings", "Warnings", parts)
 
 
-def body(
-    runs: Sequence[Run], canvas: Canvas, pictures: Sequence[dict[str, list[Picture]]]
-) -> list[Html | None]:
-    """Return the sections of the page."""
+def sections(runs: Sequence[Run], canvas: Canvas, samples: Html) -> list[Html | None]:
+    """Return the sections of the page, of which one holds ``samples``."""
     runs = list(runs)
     return [
         runs_section(runs),
         measures.training_section(runs, canvas),
         measures.levels_section(runs, canvas),
         measures.scores_section(runs, canvas),
-        samples_section(runs, pictures),
+        section("samples", "Samples", samples),
         differences_section(runs),
         warnings_section(runs),
         measures.others_section(runs, canvas),

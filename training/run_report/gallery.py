@@ -1,19 +1,29 @@
 """Pictures on a page: a slider through those of each series, with real images beside."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from training.run_report.files import Run
-from training.run_report.markup import Html, section, tag
+from training.run_report.markup import Html, details, join, tag
 from training.run_report.pictures import Picture
 
 _TRAINING_IMAGES = "Training images"
 
 
-def samples_section(run: Run, pictures: dict[str, list[Picture]]) -> Html:
+def samples(run: Run, pictures: dict[str, list[Picture]]) -> Html:
     """Return the pictures of a run: a slider through each series, with real images beside."""
     shown = figures_of(run, pictures)
-    text = "No picture is there yet; one is made with every snapshot."
-    return section("samples", "Samples", shown or tag("p", text))
+    return join(shown or tag("p", "No picture is there yet; one is made with every snapshot."))
+
+
+def samples_of_all(runs: Sequence[Run], pictures: Sequence[dict[str, list[Picture]]]) -> Html:
+    """Return the pictures of several runs, one below the other."""
+    parts = [
+        details(run.name, figures_of(run, own), open_=True)
+        for run, own in zip(runs, pictures, strict=True)
+        if any(own.values())
+    ]
+    return join(parts or tag("p", "No picture is there yet."))
 
 
 def figures_of(run: Run, pictures: dict[str, list[Picture]]) -> list[Html]:
@@ -63,7 +73,7 @@ def _image(picture: Picture, alt: str, **attributes: Any) -> Html:
         "img",
         data_source=picture.name,
         data_stamp=picture.stamp,
-        src=picture.address,
+        src=Html(picture.address),  # Nothing to escape, and long.
         alt=alt,
         **attributes,
     )

@@ -42,7 +42,7 @@ class Range(NamedTuple):
 
     @property
     def text(self) -> str:
-        if self.high >= _LARGEST:
+        if self.high > _LARGEST:
             return f"{self.kind.symbol} above {self.low:g}"
         if self.low == 0:
             return f"{self.kind.symbol} below {self.high:g}"
@@ -52,9 +52,12 @@ class Range(NamedTuple):
 def range_of(name: str) -> Range | None:
     """Return the noise levels that a statistic is of; None for one of all of them."""
     found = _NAME.fullmatch(name)
-    if not found or not float(found[2]) < _LARGEST:
+    if found is None:
         return None
-    return Range(Kind(found[1]), float(found[2]), float(found[3]))
+    kind, low, high = Kind(found[1]), float(found[2]), float(found[3])
+    if low > _LARGEST or (high > _LARGEST and not kind.is_log):
+        return None
+    return Range(kind, low, high)
 
 
 def kinds_of(history: History) -> list[Kind]:
@@ -101,11 +104,11 @@ class Levels:
         ranges = list(self.ranges.values())
         if not all(found.kind.is_log for found in ranges):
             return [(found.low + found.high) / 2 for found in ranges]
-        inner = [r.high / r.low for r in ranges if r.low > 0 and r.high < _LARGEST]
+        inner = [r.high / r.low for r in ranges if r.low > 0 and r.high <= _LARGEST]
         width = float(np.mean(inner)) if inner else 2.0
         found = []
         for one in ranges:
-            high = one.high if one.high < _LARGEST else max(one.low, 1e-3) * width
+            high = one.high if one.high <= _LARGEST else max(one.low, 1e-3) * width
             low = one.low if one.low > 0 else high / width
             found.append(float(f"{low**0.5 * high**0.5:.4g}"))
         return found

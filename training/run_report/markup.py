@@ -15,8 +15,8 @@ class Html(str):
 def tag(name: str, /, *children: Any, **attributes: Any) -> Html:
     """Return an element. A child is text, HTML, None for nothing, or several of them in turn.
 
-    Attributes are named as in HTML, with ``_`` for a hyphen and ``class_`` for class. True is one
-    without value; None and False leave it out.
+    Attributes are named as in HTML, with ``_`` for a hyphen and ``class_`` for class. Values are
+    escaped as children are. True is one without value; None and False leave it out.
     """
     words = [name]
     for key, value in attributes.items():
@@ -24,7 +24,8 @@ def tag(name: str, /, *children: Any, **attributes: Any) -> Html:
         if value is True:
             words.append(key)
         elif value is not None and value is not False:
-            words.append(f'{key}="{html.escape(str(value))}"')
+            text = value if isinstance(value, Html) else html.escape(str(value))
+            words.append(f'{key}="{text}"')
     start = f"<{' '.join(words)}>"
     return Html(start if name in _VOID else f"{start}{join(*children)}</{name}>")
 

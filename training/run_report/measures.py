@@ -103,8 +103,7 @@ def conditions_section(run: Run, canvas: Canvas) -> Html:
     parts = [tag("p", _report_title(newest)), canvas.figures(_effect_charts(newest))]
     parts += [_effects_table(newest)]
     if newest.attention:
-        figure = canvas.figures([_attention_chart(newest)])
-        parts += [tag("h3", "Attention split", id="attention"), figure]
+        parts.append(canvas.figures([_attention_chart(newest)]))
     for report in older:
         parts.append(details(_report_title(report), _effects_table(report)))
     return section("conditions", "Effect of conditions", parts)
@@ -185,4 +184,4 @@ def _attention_chart(report: ConditionsReport) -> Chart:
     ]
     layers = [str(index) for index in range(len(report.attention))]
     look = dict(kind="stack", x="layer", names=layers, percent=True)
-    return Chart("Share of attention by layer", lines, **look)
+    return Chart("Attention split by layer", lines, **look)

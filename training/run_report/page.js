@@ -370,7 +370,7 @@
         }
         parts.push(text);
       }
-      const place = this.isBars ? this.chart.names[x] : `${this.chart.x} ${format(x)}`;
+      const place = `${this.chart.x} ${this.isBars ? this.chart.names[x] : format(x)}`;
       return `${place}: ${parts.join("; ") || "no value"}`;
     }
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from training.run_report import compare, gallery, measures, overview, setup
 from training.run_report.charts import Canvas
 from training.run_report.files import Run
-from training.run_report.markup import Html, embedded_json, join, tag
+from training.run_report.markup import Html, embedded_json, join, section, tag
 from training.run_report.pictures import Picture
 
 GENERATOR = "SetDiffiT report"
 _SHORT = dict(levels="Noise levels", others="Other", next="What comes next")
-Pictures = dict[str, list[Picture]]
+_SAMPLES, _FOOTER = Html("<!--samples-->"), Html("<!--footer-->")
 
 
 @functools.cache
@@ -29,12 +29,42 @@ def is_page(path: Path) -> bool:
         return f'content="{GENERATOR}"'.encode() in file.read(1000)
 
 
-def run_page(run: Run, pictures: Pictures, footer: str) -> str:
-    """Return the page about one run."""
-    canvas = Canvas()
-    sections = [
+class Draft:
+    """A page without pictures, whose size tells how much room they have."""
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self._runs, canvas = runs, Canvas()
+        if len(runs) == 1:
+            head = join(overview.header(runs[0]), overview.tiles(runs[0]))
+            parts, title = _sections(runs[0], canvas), runs[0].name
+        else:
+            canvas.content["shared"] = True  # A run that is hidden in one chart is hidden in all.
+            head, title = compare.header(runs), f"Comparison of {len(runs)} runs"
+            parts = compare.sections(runs, canvas, _SAMPLES)
+        self._text = _page(title, head, parts, canvas)
+        self.num_bytes = len(_encoded(self._text))
+
+    def finish(self, pictures: Sequence[dict[str, list[Picture]]], footer: str) -> bytes:
+        """Return the whole page, with the pictures of each run."""
+        if len(self._runs) == 1:
+            samples = gallery.samples(self._runs[0], pictures[0])
+        else:
+            samples = gallery.samples_of_all(self._runs, pictures)
+        # No text of a file can look like the marks, as it is escaped.
+        for mark, content in ((_SAMPLES, samples), (_FOOTER, join(footer))):
+            before, _, after = self._text.partition(mark)
+            self._text = f"{before}{content}{after}"
+        return _encoded(self._text)
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", errors="replace")  # As of a lone surrogate in a JSON text.
+
+
+def _sections(run: Run, canvas: Canvas) -> list[Html | None]:
+    return [
         overview.warnings_section(run),
-        gallery.samples_section(run, pictures),
+        section("samples", "Samples", _SAMPLES),
         measures.training_section([run], canvas),
         measures.levels_section([run], canvas),
         measures.scores_section([run], canvas),
@@ -44,24 +74,11 @@ def run_page(run: Run, pictures: Pictures, footer: str) -> str:
         setup.next_section(run),
         setup.files_section(run),
     ]
-    head = join(overview.header(run), overview.tiles(run))
-    return _page(run.name, head, sections, canvas, footer)
 
 
-def comparison_page(runs: Sequence[Run], pictures: Sequence[Pictures], footer: str) -> str:
-    """Return the page about several runs."""
-    canvas = Canvas()
-    canvas.content["shared"] = True  # A run that is hidden in one chart is hidden in all.
-    sections = compare.body(runs, canvas, pictures)
-    title = f"Comparison of {len(runs)} runs"
-    return _page(title, compare.header(runs), sections, canvas, footer)
-
-
-def _page(
-    title: str, head: Html, sections: Sequence[Html | None], canvas: Canvas, footer: str
-) -> str:
-    sections = [part for part in sections if part is not None]
-    names = [re.match(r'<section id="([\w-]+)"', part)[1] for part in sections]
+def _page(title: str, head: Html, parts: Sequence[Html | None], canvas: Canvas) -> str:
+    parts = [part for part in parts if part is not None]
+    names = [re.match(r'<section id="([\w-]+)"', part)[1] for part in parts]
     items = [tag("li", tag("a", _SHORT.get(n, n.capitalize()), href=f"#{n}")) for n in names]
     style, script = Html(_asset("page.css")), Html(_asset("page.js"))
     policy = (
@@ -82,8 +99,8 @@ def _page(
         tag("a", "Skip to the content", href="#content", class_="skip"),
         tag("header", head),
         tag("nav", tag("ul", items), aria_label="Sections"),
-        tag("main", sections, id="content", tabindex=-1),
-        tag("footer", tag("p", footer)),
+        tag("main", parts, id="content", tabindex=-1),
+        tag("footer", tag("p", _FOOTER)),
         embedded_json("data", canvas.content),
         tag("script", script),
     )

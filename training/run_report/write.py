@@ -9,15 +9,13 @@ from dnnlib.files import atomic_write
 from training.run_report.compare import with_short_names
 from training.run_report.files import STATS_FILE, Run, read_run
 from training.run_report.history import History
-from training.run_report.page import comparison_page, run_page
-from training.run_report.pictures import Album, Picture
+from training.run_report.page import Draft
+from training.run_report.pictures import Album
 
 REPORT_FILE = "report.html"
 MAX_BYTES = 20_000_000
 _MARGIN = 50_000  # For what pictures add to the page besides themselves.
-_MAX_NEW = 4  # Pictures that a training run waits for at a time.
-
-Pictures = dict[str, list[Picture]]
+_MAX_NEW = 2  # Pictures that a training run waits for at a time.
 
 
 class RunReport:
@@ -59,21 +57,13 @@ def _write(
     start_sec: float,
     max_new: int | None,
 ) -> None:
-    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-
-    def page(pictures: Sequence[Pictures]) -> bytes:
-        took = time.perf_counter() - start_sec
-        footer = f"Written {now} by SetDiffiT in {took:.2f} seconds, from the files of the run."
-        if len(runs) == 1:
-            text = run_page(runs[0], pictures[0], footer)
-        else:
-            text = comparison_page(runs, pictures, footer)
-        return text.encode("utf-8", errors="replace")  # As of a lone surrogate in a JSON text.
-
-    left = (MAX_BYTES - _MARGIN - len(page([{} for _ in runs]))) // len(runs)
+    draft = Draft(runs)
+    left = max(MAX_BYTES - draft.num_bytes - _MARGIN, 0) // len(runs)
     pictures = [
-        album.fit(run.pictures, max(left, 0), max_new)
-        for run, album in zip(runs, albums, strict=True)
+        album.fit(run.pictures, left, max_new) for run, album in zip(runs, albums, strict=True)
     ]
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    took = time.perf_counter() - start_sec
+    footer = f"Written {now} by SetDiffiT in {took:.2f} seconds, from the files of the run."
     with atomic_write(path) as file:
-        file.write(page(pictures))
+        file.write(draft.finish(pictures, footer))
