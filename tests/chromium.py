@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import time
 
+import pytest
+
 TIMEOUT_SEC = 60.0
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 _OPTIONS = (
@@ -22,6 +24,17 @@ KEYS = {"ArrowLeft": 37, "ArrowRight": 39, "Home": 36, "End": 35, "Tab": 9, "Ent
 def find_chromium():
     """Return the path of the program; None if it is not installed."""
     return next(filter(None, map(shutil.which, _NAMES)), None)
+
+
+def require_chromium():
+    """Return the path of the program; without it the test fails under CI, and skips elsewhere."""
+    program = find_chromium()
+    if program is None:
+        problem = "Chromium is not installed (apt-get install chromium)"
+        if os.environ.get("CI"):
+            pytest.fail(problem)
+        pytest.skip(problem)
+    return program
 
 
 class Browser:

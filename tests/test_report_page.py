@@ -2,10 +2,9 @@
 
 import io
 import json
-import os
 
 import pytest
-from chromium import Browser, find_chromium
+from chromium import Browser, require_chromium
 from PIL import Image
 from report_runs import make_run, write_rows
 
@@ -16,13 +15,7 @@ SIZES = [(width, dark) for width in (1200, 360) for dark in (False, True)]
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    program = find_chromium()
-    if program is None:
-        problem = "Chromium is not installed (apt-get install chromium)"
-        if os.environ.get("CI"):
-            pytest.fail(problem)
-        pytest.skip(problem)
-    found = Browser(program, tmp_path_factory.mktemp("chromium"))
+    found = Browser(require_chromium(), tmp_path_factory.mktemp("chromium"))
     yield found
     found.close()
 
@@ -71,6 +64,16 @@ def test_pages_fit_the_window_and_have_no_errors(browser, report, comparison, wi
         assert page.run("document.querySelectorAll('.plot svg path.line').length") > 10
         assert page.problems == []
         assert page.requests == [path.as_uri()]
+
+
+def test_without_chromium_these_tests_fail_under_ci_and_skip_elsewhere(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match="Chromium is not installed"):
+        require_chromium()
+    monkeypatch.delenv("CI")
+    with pytest.raises(pytest.skip.Exception, match="apt-get install chromium"):
+        require_chromium()
 
 
 def test_a_page_that_is_wrong_is_noticed(browser, report, tmp_path):

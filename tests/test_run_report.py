@@ -417,6 +417,15 @@ def test_pictures_that_do_not_fit_are_reduced_or_left_out(tmp_path):
             assert found[-1].name == "fakes-000005.png"
 
 
+def test_a_small_last_picture_does_not_mislead_about_the_others(tmp_path):
+    run_dir = make_run(tmp_path / "run", snapshots=())
+    noise_pictures(run_dir, 8, 1500)
+    Image.new("RGB", (16, 16)).save(run_dir / "fakes-000009.png")
+    found = Album().fit(find_pictures(run_dir), 5_000_000)["fakes"]
+    assert sum(picture.num_bytes for picture in found) <= 5_000_000
+    assert (found[0].name, found[-1].name) == ("fakes-000001.png", "fakes-000009.png")
+
+
 def test_pictures_are_encoded_once(tmp_path, monkeypatch):
     run_dir, made = make_run(tmp_path / "run"), []
     encode = pictures_module.encode
