@@ -17,6 +17,7 @@ from dnnlib.click_options import LazyGroup
         "fewshot": "Score images that a set-conditioned model makes from supports.",
         "validate": "Test a feature-conditioned model on held-out images.",
         "conditions": "Measure the effect of each condition of a model.",
+        "report": "Show a training run, or several beside each other, on one page.",
     },
 )
 def main() -> None:
@@ -27,7 +28,8 @@ def main() -> None:
       python fid.py ref --data=datasets/cifar10.zip --dest=cifar10.npz
       python fid.py calc --network=network.pkl --ref=cifar10.npz --metrics=fid50k_full
       python fid.py compare runs/00000-a/metric-fid50k_full.jsonl score.json
-      python fid.py neighbours --network=network.pkl --data=datasets/cifar10.zip --outdir=report
+      python fid.py neighbours --network=network.pkl --data=datasets/cifar10.zip --outdir=copies
+      python fid.py report runs/00000-a runs/00001-b --out=comparison.html
 
     Each command explains its options and shows examples: python fid.py calc --help
     """

@@ -132,7 +132,10 @@ def main(config: RunConfig, options: TrainOptions) -> int:
     with usage_errors():
         start.check_run(config)
     check_here(config)
-    return verify(config, start) if options.verify_resume else launch(config, start)
+    if options.verify_resume:
+        return verify(config, start)
+    known = config.preset in PRESETS  # A run may be continued whose preset is gone.
+    return launch(config, start, PRESETS[config.preset].run if known else None)
 
 
 if __name__ == "__main__":

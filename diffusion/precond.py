@@ -7,6 +7,7 @@ Eq. 7). The rows of EDM's Table 1 are one class each; another parametrization is
 import abc
 import bisect
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from diffusion.config import PrecondConfig
 from diffusion.schedules import cosine_sigmas, linear_sigmas
 
 Scalings = tuple[Tensor, Tensor, Tensor, Tensor]
+_NUM_DRAWS = 20_000
 
 
 class Precond(abc.ABC):
@@ -56,6 +58,15 @@ class Precond(abc.ABC):
     def round_sigma(self, sigma: float) -> float:
         """Return the nearest noise level that the network was trained for."""
         return sigma
+
+    def training_levels(self, shares: Sequence[float]) -> list[float]:
+        """Return the noise levels that these shares of those in training do not exceed.
+
+        They are the quantiles of 20,000 draws that are always the same.
+        """
+        drawn = self.draw_sigma(_NUM_DRAWS, torch.Generator().manual_seed(0), "cpu")
+        levels = torch.quantile(drawn.double(), torch.tensor(shares, dtype=torch.float64))
+        return [self.round_sigma(level) for level in levels.tolist()]
 
     def noise_fraction(self, sigma: float) -> float:
         """Return how far along its noise levels ``sigma`` is: 0 for the lowest, 1 for the highest.

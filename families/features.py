@@ -20,6 +20,7 @@ from families.image import (
     unconditional,
     with_architecture,
 )
+from families.next_steps import CONDITIONS_STEP, generate_step
 from families.runs import FeatureRun
 from models.network import Network
 from torch_utils import distributed
@@ -179,6 +180,15 @@ class FeatureFamily:
             f"{patches} of {model.visual_dim}",
             "dropout": f"nothing given {features.drop_all:.0%}, text alone "
             f"{features.text_only:.0%}, image alone {features.visual_only:.0%}, both {both:.0%}",
+        }
+
+    def next_steps(self, run: FeatureRun) -> dict[str, str]:
+        request = '--prompt="A RED HOUSE" --reference=IMAGE.jpg --num=16'
+        validate = "python fid.py validate --network={network} --outdir={run}/validation"
+        return {
+            **generate_step("Generate from a text and a reference image", request),
+            "Test it on held-out images": validate,
+            **CONDITIONS_STEP,
         }
 
     def describe_data(self, data: TrainingData) -> list[str]:

@@ -16,6 +16,7 @@ from diffusion.denoiser import AUTOCAST_DTYPES
 from diffusion.precond import make_precond
 from diffusion.samplers import sampling_sigmas
 from dnnlib.errors import refusal
+from families.next_steps import image_steps
 from families.runs import ImageRun
 from models.network import Network
 from sampling.images import ImageGenerator, cached_snapshot, check_guide
@@ -192,6 +193,9 @@ class ImageFamily:
 
     def describe_data(self, data: TrainingData) -> list[str]:
         return ["cond" if data.num_classes else "uncond"]
+
+    def next_steps(self, run: ImageRun) -> dict[str, str]:
+        return image_steps(run, run.data.data)
 
     # A snapshot.
 

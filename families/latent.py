@@ -17,6 +17,7 @@ from families.image import (
     refuse_augmentation,
     with_path,
 )
+from families.next_steps import image_steps
 from families.runs import LatentRun
 from models import LatentModelConfig, ScaledLatentConfig
 from training.checkpoint import Snapshot
@@ -98,6 +99,11 @@ class LatentFamily(ImageFamily):
         scale = "" if model.latent_scale is None else f", scale {model.latent_scale:g}"
         shape = "x".join(map(str, model.input_shape))
         return {"latents": f"{shape} of {model.vae or 'the autoencoder in --data'}{scale}"}
+
+    def next_steps(self, run: LatentRun) -> dict[str, str]:
+        location = run.data.data
+        has_images = location is not None and not is_latent_folder(location)
+        return image_steps(run, location if has_images else None)
 
 
 def _fit_to_latents(run: LatentRun, data: LatentDataset) -> LatentRun:

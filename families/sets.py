@@ -26,6 +26,7 @@ from families.image import (
     with_path,
     without_augmentation,
 )
+from families.next_steps import CONDITIONS_STEP, generate_step, is_for_inception
 from families.runs import SetRun
 from models import build_network
 from models.architectures.set_dit import SetDiTConfig
@@ -126,6 +127,16 @@ class SetFamily(ImageFamily):
 
     def describe(self, run: SetRun) -> dict[str, str]:
         return _describe(run)
+
+    def next_steps(self, run: SetRun) -> dict[str, str]:
+        request = "--episodes=10 --split=unseen --num=16"
+        metrics = "" if is_for_inception(run) else " --metrics=fewshot_fd_pixels"
+        score = f"python fid.py fewshot --network={{network}}{metrics} --outdir={{run}}/fewshot"
+        return {
+            **generate_step("Generate from supports of unseen classes", request),
+            "Score images of seen and unseen classes": score,
+            **CONDITIONS_STEP,
+        }
 
     # A snapshot.
 

@@ -32,7 +32,6 @@ from evaluation.conditioning.report import (
     CHANGES,
     QUANTILES,
     describe_report,
-    noise_levels,
     report_conditions,
 )
 from models.attention_probe import attention_shares, record_attention
@@ -90,7 +89,7 @@ def test_no_image_gets_a_condition_of_its_own_kind_where_that_can_be(change):
 )
 def test_noise_levels_are_quantiles_of_those_in_training(precond):
     drawn = precond.draw_sigma(10_000, torch.Generator().manual_seed(5), "cpu")
-    for quantile, level in zip(QUANTILES, noise_levels(precond), strict=True):
+    for quantile, level in zip(QUANTILES, precond.training_levels(QUANTILES), strict=True):
         assert (drawn <= level).float().mean() == pytest.approx(quantile, abs=0.03)
 
 
@@ -119,7 +118,7 @@ def test_changes_are_those_of_a_computation_by_hand(base):
     (group,) = panel.groups
     report = report_conditions(snapshot, panel, CPU)
     precond, network = make_precond(snapshot.config.precond), snapshot.build()
-    sigma = noise_levels(precond)[2]
+    sigma = precond.training_levels(QUANTILES)[2]
     noise = SeededNoise(range(6)).randn(group.inputs.shape[1:])
     denoise = Denoiser(network, precond)
     labels, source = group.cond["label"], derangement(group.kinds, "shuffled")[0]

@@ -13,7 +13,7 @@ COMMANDS = [
     *(["train", f"--preset={name}", "--help"] for name in ("digits", "digits-latent")),
     *(["train", f"--preset={name}", "--help"] for name in ("fsdm-digits", "nanodit")),
     *(["fid", name, "--help"] for name in ("calc", "ref", "neighbours", "fewshot", "validate")),
-    *(["fid", name, "--help"] for name in ("conditions", "compare")),
+    *(["fid", name, "--help"] for name in ("conditions", "compare", "report")),
     *(["dataset_tool", name, "--help"] for name in ("convert", "encode", "features")),
     *(["dataset_tool", name, "--help"] for name in ("verify", "info")),
     *(["benchmark", name, "--help"] for name in ("train", "sample", "data", "attention")),
@@ -69,6 +69,15 @@ def test_dry_runs_load_no_library_that_they_have_no_use_for():
     for command, (code, modules) in zip(DRY_RUNS, loaded(DRY_RUNS, unused), strict=True):
         assert (code, modules) == (0, []), command
     assert loaded([["train", "--preset=nanodit-tiny", "--dry-run"]], UNUSED) == [[0, []]]
+
+
+def test_a_report_is_written_without_torch(tmp_path):
+    from report_runs import make_run
+
+    run_dir = make_run(tmp_path / "run")
+    libraries = [name for name in HEAVY if name not in ("numpy", "PIL")]
+    assert loaded([["fid", "report", str(run_dir)]], libraries) == [[0, []]]
+    assert (run_dir / "report.html").is_file()
 
 
 def test_modules_that_are_loaded_are_noticed():

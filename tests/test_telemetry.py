@@ -26,6 +26,11 @@ from training.telemetry import (
     utilisation_stats,
 )
 
+# Fifths of the noise levels of EDM's training, exp(N(-1.2, 1.2)).
+LEVELS = [
+    f"Loss/sigma_{ends}" for ends in ("0-0.11", "0.11-0.22", "0.22-0.4", "0.4-0.81", "0.81-inf")
+]
+
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
@@ -62,6 +67,7 @@ def test_every_tick_has_a_row_of_nested_statistics(run):
         "Loss/grad_norm",
         "Loss/learning_rate",
         "Loss/skipped_steps",
+        *LEVELS,
         "Progress/tick",
         "Progress/kimg",
         "Timing/total_sec",
@@ -90,6 +96,34 @@ def test_every_tick_has_a_row_of_nested_statistics(run):
         assert 0.05 < row["Resources/cpu_mem_gb"]["mean"] < 100
     totals = [row["Timing/total_sec"]["mean"] for row in rows]
     assert totals == sorted(totals)
+
+
+def test_the_loss_is_told_by_noise_level(run):
+    for row in strict_rows(run.run_dir / "stats.jsonl"):
+        found = [row[name] for name in LEVELS]
+        assert sum(level["num"] for level in found) == 8
+        total = sum(level["num"] * (level["mean"] or 0) for level in found)
+        assert total / 8 == pytest.approx(row["Loss/loss"]["mean"])
+
+
+def test_losses_are_told_by_the_noise_levels_that_they_are_of(base):
+    from diffusion.precond import EDMPrecond
+    from torch_utils.stats import StatsCollector
+    from training.objective import Draws, Objective
+
+    objective, stats = Objective(torch.nn.Identity(), EDMPrecond(), None), StatsCollector()
+    sigma = torch.tensor([0.05, 0.15, 0.1, 5.0])
+    losses = torch.tensor([1.0, 2.0, 3.0, math.nan])[:, None, None, None].expand(4, 1, 2, 2)
+    # The same levels for two images each, as of sets.
+    draws = Draws(sigma=sigma[:2], noise=None, drop=None, codec=None)
+    objective.report(stats, losses[[0, 2, 1, 1]], draws)
+    objective.report(stats, losses, Draws(sigma=sigma, noise=None, drop=None, codec=None))
+    found = {name: stat for name, stat in stats.collect().items() if "sigma" in name}
+    assert list(found) == sorted(LEVELS)
+    assert [found[name]["num"] for name in LEVELS] == [4, 3, 0, 0, 0]
+    assert [found[name]["mean"] for name in LEVELS[:2]] == pytest.approx([2.0, 2.0])
+    assert found[LEVELS[0]]["std"] == pytest.approx(1.0)
+    assert math.isnan(found[LEVELS[4]]["mean"])
 
 
 def test_the_console_shows_a_line_a_tick_and_the_log_keeps_it(run):

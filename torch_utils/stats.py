@@ -1,6 +1,7 @@
 """Training statistics: accumulated on the device, summed over ranks once a tick."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -25,7 +26,20 @@ class StatsCollector:
         value = torch.as_tensor(value).detach().flatten().to(torch.float32)
         finite = value.isfinite() if rows is None else value.isfinite() & rows.flatten()
         value = torch.where(finite, value, 0.0)
-        moments = torch.stack([finite.sum(), value.sum(), value.square().sum()]).to(torch.float64)
+        self._add(name, torch.stack([finite.sum(), value.sum(), value.square().sum()]))
+
+    def report_groups(self, names: Sequence[str], value: torch.Tensor, group: torch.Tensor) -> None:
+        """Add every finite element of ``value`` [N] to the name at its place in ``group`` [N]."""
+        value = value.detach().to(torch.float32)
+        numbers = torch.arange(len(names), device=value.device)
+        member = value.isfinite() & (group == numbers[:, None])  #      [K, N]
+        value = torch.where(member, value, 0.0)
+        sums = torch.stack([member.sum(1), value.sum(1), value.square().sum(1)], dim=1)
+        for name, moments in zip(names, sums, strict=True):
+            self._add(name, moments)
+
+    def _add(self, name: str, moments: torch.Tensor) -> None:
+        moments = moments.to(torch.float64)
         if name in self._moments:
             moments += self._moments[name].to(moments.device)
         self._moments[name] = moments

@@ -385,6 +385,13 @@ class Family(Protocol):
         """Return words for a run folder's name, such as ``cond``."""
         ...
 
+    def next_steps(self, run: RunConfig) -> dict[str, str]:
+        """Return the commands that sample and judge a snapshot of the run, by what they do.
+
+        In them ``{network}`` stands for the snapshot and ``{run}`` for the run folder.
+        """
+        ...
+
     # A snapshot.
 
     def load(self, snapshot: Any, device: torch.device, options: GeneratorOptions) -> Any:

@@ -21,6 +21,10 @@ from torch_utils.stats import StatsCollector
 from training.objective import Draws, Objective, gradient_norms
 
 _NUM_TIME_BINS = 4
+_TIME_NAMES = [
+    f"Flow/loss_t{i / _NUM_TIME_BINS:.2f}-{(i + 1) / _NUM_TIME_BINS:.2f}"
+    for i in range(_NUM_TIME_BINS)
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,17 +107,14 @@ class FeatureObjective(Objective):
         For the best predictor of data of unit variance, mean squares of velocity and loss add up to
         2, whatever the time.
         """
-        super().report(stats, loss, draws)
+        stats.report("Loss/loss", loss)
         losses = loss.detach().mean(dim=(1, 2, 3))
         stats.report("Flow/velocity_rms", self._last_rms)
         for name, rows in rows_of_categories(draws.drop).items():
             stats.report(f"Flow/loss_{name}", losses, rows)
             stats.report(f"Flow/share_{name}", rows)
         t = self._precond.time(draws.sigma)
-        for index in range(_NUM_TIME_BINS):
-            low, high = index / _NUM_TIME_BINS, (index + 1) / _NUM_TIME_BINS
-            rows = (t >= low) & (t < high)
-            stats.report(f"Flow/loss_t{low:.2f}-{high:.2f}", losses, rows)
+        stats.report_groups(_TIME_NAMES, losses, (t * _NUM_TIME_BINS).to(torch.int64))
 
     @torch.no_grad()
     def diagnose(

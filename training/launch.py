@@ -26,7 +26,7 @@ from training.config import RunConfig, accumulation_rounds, fit_to_device
 from training.family import of as family_of
 from training.loop import Job, training_loop
 from training.portable import open_header, open_snapshot
-from training.report import describe_run
+from training.report import changes_from, describe_run, run_facts
 
 # A killed process gives its memory back, which takes a while, before it leaves the run folder.
 _LOCK_PATIENCE_SEC = 10.0
@@ -129,8 +129,11 @@ def print_plan(config: RunConfig, usual_num_classes: int) -> None:
         print(f"{json.dumps(to_dict(config), indent=2)}\n{description}{note}")
 
 
-def launch(config: RunConfig, start: Start) -> int:
-    """Train, and return the exit code: 0, or REQUEUE_EXIT_CODE after a stop that was asked for."""
+def launch(config: RunConfig, start: Start, preset: RunConfig | None = None) -> int:
+    """Train, and return the exit code: 0, or REQUEUE_EXIT_CODE after a stop that was asked for.
+
+    ``preset`` is the run's preset without its changes, which the run's report tells.
+    """
     run_dir, is_new, finished = None, False, False
     with distributed.StopSignal() as stop_signal, contextlib.ExitStack() as held:
         try:
@@ -158,7 +161,7 @@ def launch(config: RunConfig, start: Start) -> int:
                 if distributed.is_main():
                     if start.continues:
                         _, origin = runs.read_start(run_dir, lambda text: None)
-                    _write_start(job, run_dir, origin)
+                    _write_start(job, run_dir, origin, preset)
                 weights = snapshot if state is None else None
                 finished = training_loop(
                     job, run_dir, resume_state=state, transfer=weights, stop_signal=stop_signal
@@ -240,10 +243,19 @@ def _find_run(job: Job, start: Start, origin: dict[str, Any]) -> tuple[Path | No
     return distributed.on_main(lambda: runs.find_same_run(*found)), None
 
 
-def _write_start(job: Job, run_dir: Path, origin: dict[str, Any] | None) -> None:
-    world_size = distributed.world_size()
+def _write_start(
+    job: Job, run_dir: Path, origin: dict[str, Any] | None, preset: RunConfig | None
+) -> None:
+    config, world_size = job.config, distributed.world_size()
     facts = dict(command=sys.argv, world_size=world_size, device=str(job.device), origin=origin)
-    options = {"config": to_dict(job.config), **facts, "packages": package_versions()}
+    about = dict(
+        total_kimg=config.total_nimg / 1000,
+        data=dict(name=job.data.name, num_images=job.data.num_images),
+        description=run_facts(config, world_size, job.device),
+        changes=None if preset is None else changes_from(preset, config),
+        next_steps=family_of(config).next_steps(config),
+    )
+    options = {"config": to_dict(config), **facts, "packages": package_versions(), **about}
     write_json(run_dir / "training_options.json", options)
     print(f"Training on {job.data.name}: {job.data.num_images} images. Writing to {run_dir}")
-    print(describe_run(job.config, world_size, job.device), flush=True)
+    print(describe_run(config, world_size, job.device), flush=True)

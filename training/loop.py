@@ -176,7 +176,10 @@ def training_loop(
     def show_and_score(pictures_due: bool, metrics_due: bool) -> bool:
         """Return False if a stop cut that short. Collective."""
         shown = not pictures_due or attempt("pictures", evaluator.save_pictures)
-        return shown and (not metrics_due or attempt("scores", evaluator.score))
+        whole = shown and (not metrics_due or attempt("scores", evaluator.score))
+        if whole and (pictures_due or metrics_due) and telemetry is not None:
+            telemetry.write_report()
+        return whole
 
     # Train.
     total_nimg = config.total_nimg

@@ -1,6 +1,8 @@
 """From a batch to the loss: the module that DDP wraps."""
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
@@ -16,6 +18,8 @@ from models.network import Network
 from torch_utils import rng
 from torch_utils.stats import StatsCollector
 from training.family import Codec
+
+_NUM_LEVELS = 5  # Ranges of noise levels, each with as many images in training.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +64,11 @@ class Objective(torch.nn.Module):
         self._codec, self._label_drop = codec, label_drop
         with_variance = precond.learned_variance
         self._denoise = Denoiser(network, precond, autocast_dtype, with_variance=with_variance)
+        # Bounds of the ranges of noise levels whose losses are told apart; they may coincide.
+        levels = precond.training_levels([i / _NUM_LEVELS for i in range(1, _NUM_LEVELS)])
+        self._bounds = sorted(set(levels))
+        ends = [f"{bound:.2g}" for bound in (0.0, *self._bounds, math.inf)]
+        self._level_names = [f"Loss/sigma_{a}-{b}" for a, b in itertools.pairwise(ends)]
 
     def draw(self, step: rng.Step) -> Draws:
         """Return the draws of a step's global batch [N], a function of (seed, position) alone.
@@ -99,6 +108,13 @@ class Objective(torch.nn.Module):
     def report(self, stats: StatsCollector, loss: Tensor, draws: Draws) -> None:
         """Add the ``loss`` that :meth:`forward` just returned to the statistics of the tick."""
         stats.report("Loss/loss", loss)
+        self._report_by_noise(stats, loss.detach().mean(dim=(1, 2, 3)), draws.sigma)
+
+    def _report_by_noise(self, stats: StatsCollector, losses: Tensor, sigma: Tensor) -> None:
+        """Add losses [M] by the range of their noise levels [N], each of M / N rows in turn."""
+        sigma = sigma.repeat_interleave(len(losses) // len(sigma))
+        level = torch.stack([sigma > bound for bound in self._bounds]).sum(dim=0)
+        stats.report_groups(self._level_names, losses, level)
 
     def diagnose(
         self, images: Tensor, cond: Cond, draws: Draws, loss_scale: Tensor | None = None

@@ -1,11 +1,15 @@
-"""What a run is, in words: the text of --dry-run and the first lines of a run."""
+"""What a run is, in words: the text of --dry-run, the first lines of a run, and of its report."""
 
 import dataclasses
 import functools
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from dnnlib.cli import settings
+from dnnlib.config import to_dict
 from dnnlib.text import format_count
 from models import ModelConfig, attention_backend, build_network
 from torch_utils.misc import count_flops, count_parameters
@@ -44,6 +48,12 @@ def num_parameters(config: RunConfig) -> int:
 
 def describe_run(config: RunConfig, world_size: int, device: torch.device) -> str:
     """Return the size of a run in a few lines: model, cost, batch, steps, backends."""
+    rows = run_facts(config, world_size, device)
+    return "\n".join(f"  {name:<13} {value}" for name, value in rows.items())
+
+
+def run_facts(config: RunConfig, world_size: int, device: torch.device) -> dict[str, str]:
+    """Return the rows of :func:`describe_run` by name."""
     model, training = config.model, config.training
     batch_gpu, rounds = accumulation_rounds(training, world_size)
     steps = -(-config.total_nimg // config.step_nimg)
@@ -76,7 +86,31 @@ def describe_run(config: RunConfig, world_size: int, device: torch.device) -> st
             "names count whole ones: of those in the same kimg the last stays (see --tick, --snap, "
             "--dump)"
         )
-    return "\n".join(f"  {name:<13} {value}" for name, value in rows.items())
+    return rows
+
+
+def changes_from(preset: RunConfig, config: RunConfig) -> list[dict[str, Any]]:
+    """Return the settings in which a run differs from a preset, as plain values for JSON.
+
+    Each has its ``setting``, such as ``training.batch``, its values in ``preset`` and ``run`` (None
+    where only the other has it), and ``option``, its name on the command line; None for what the
+    data or the model decide.
+    """
+    own, usual = dict(_flat(to_dict(config))), dict(_flat(to_dict(preset)))
+    options = {".".join(found.path): f"--{found.name}" for found in settings(config)}
+    return [
+        dict(setting=name, preset=usual.get(name), run=own.get(name), option=options.get(name))
+        for name in {**usual, **own}
+        if name != "preset" and own.get(name) != usual.get(name)
+    ]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def save_reals(data: TrainingData, codec: Codec, path: Path) -> None:

@@ -16,11 +16,13 @@ from training import family
 from training.checkpoint import Snapshot, find_states, load_state
 from training.config import RunConfig, with_absolute_data
 from training.family import TrainingData
+from training.run_report.write import REPORT_FILE
 
 REQUEUE_FILE = "requeue"
 REQUEUE_EXIT_CODE = 85
 _MADE = ("training-state-*.pt", "network-snapshot-*.pkl", "stats.jsonl", "metric-*.jsonl")
-_RUN_FILES = (*_MADE, "fakes-*.png", "reals.png", "training_options.json", REQUEUE_FILE)
+_SHOWN = ("fakes-*.png", "reals.png", REPORT_FILE)
+_RUN_FILES = (*_MADE, *_SHOWN, "training_options.json", REQUEUE_FILE)
 
 
 def describe(run: RunConfig, data: TrainingData, desc: str | None) -> str:

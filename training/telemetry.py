@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: console, log.txt, stats.jsonl, TensorBoard, Weights & Biases."""
+"""Where the numbers of a run go: console, log.txt, stats.jsonl, report.html, TensorBoard, W&B."""
 
 import contextlib
 import hashlib
@@ -16,6 +16,7 @@ from dnnlib.text import format_kimg, format_time, join_names
 from dnnlib.typed import parse_json
 from torch_utils.misc import peak_flops
 from training.config import LoggingConfig, TrainingConfig
+from training.run_report.write import RunReport
 
 _WANDB_TIMEOUT_SEC = 30.0
 Stats = dict[str, dict[str, float]]
@@ -30,6 +31,8 @@ class Telemetry:
         self._log = open(run_dir / "log.txt", "a", encoding="utf-8")
         self._stats = open(run_dir / "stats.jsonl", "a", encoding="utf-8")
         self._tensorboard = _tensorboard_writer(run_dir, cur_nimg + 1)
+        self._report: RunReport | None = None
+        self._report_failed = False
         self._wandb = None
         if logging.wandb:
             try:
@@ -66,6 +69,19 @@ class Telemetry:
         found = several if len(values) > 1 else {f"Metrics/{name}": row["value"]}
         # What could not be measured is no point of a curve.
         self._scalars({key: v for key, v in found.items() if v is not None}, cur_nimg)
+
+    def write_report(self) -> None:
+        """Write ``report.html``, which shows the run so far; a problem with it ends nothing."""
+        try:
+            self._report = self._report or RunReport(self._run_dir)
+            self._report.write()
+        except Exception as error:  # Whatever it is, a report never ends a run.
+            if not self._report_failed:
+                self.message(
+                    f"Warning: the report cannot be written ({error}); training goes on: find the "
+                    f"reason with `python fid.py report {self._run_dir}`."
+                )
+            self._report_failed = True
 
     def _scalars(self, values: dict[str, float], cur_nimg: int) -> None:
         if self._tensorboard is not None:

@@ -11,7 +11,7 @@ import torch
 
 from data.images.dataset import Cond
 from diffusion.denoiser import AUTOCAST_DTYPES, Denoiser, autocast
-from diffusion.precond import Precond, make_precond
+from diffusion.precond import make_precond
 from dnnlib.progress import progress
 from evaluation.conditioning.panel import Condition, Group, Panel, derangement
 from models.attention_probe import AttentionMass, record_attention
@@ -22,7 +22,6 @@ from training.checkpoint import Snapshot
 
 CHANGES = ("dropped", "shuffled", "swapped")
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
-_NUM_DRAWS = 20_000
 ALL_LEVELS = "all"  # The noise level of rows that average over all of them.
 
 
@@ -62,7 +61,7 @@ def report_conditions(
     """
     network, precond = snapshot.build(device), make_precond(snapshot.config.precond)
     dtype = AUTOCAST_DTYPES[snapshot.config.training.precision]
-    sigmas = noise_levels(precond)
+    sigmas = precond.training_levels(QUANTILES)
     found: dict[tuple[str, str], _Changes] = defaultdict(lambda: defaultdict(list))
     masses: list[AttentionMass] = []
     total = len(panel.groups) * len(sigmas)
@@ -95,13 +94,6 @@ def report_conditions(
     attention = _mean_attention(masses)
     reason = None if attention else "no attention to text, CLS token and patches in this model"
     return Report(rows, attention, reason)
-
-
-def noise_levels(precond: Precond) -> list[float]:
-    """Return the quantiles QUANTILES of the noise levels that a network is trained at."""
-    drawn = precond.draw_sigma(_NUM_DRAWS, torch.Generator().manual_seed(0), "cpu")
-    levels = torch.quantile(drawn.double(), torch.tensor(QUANTILES, dtype=torch.float64))
-    return [precond.round_sigma(level) for level in levels.tolist()]
 
 
 # By noise level, of each group's images [3, n]: change of the output, loss, loss before.

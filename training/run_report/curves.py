@@ -1,0 +1,166 @@
+"""Which curves of which runs are drawn together: charts of one run, or of several beside them."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from training.run_report.charts import Chart, Line
+from training.run_report.files import Run
+from training.run_report.history import Curve
+from training.run_report.levels import Levels, kinds_of, range_of
+from training.run_report.markup import join, tag
+from training.run_report.scores import Score, better
+
+
+class Topic(NamedTuple):
+    """Statistics that one chart shows, with their names there."""
+
+    title: str
+    names: dict[str, str]
+    unit: str = ""
+    log: bool = False
+
+
+_STEEP = 10
+TRAINING = (
+    Topic("Loss", {"Loss/loss": "loss"}, log=True),
+    Topic("Gradient norm", {"Loss/grad_norm": "gradient norm"}, log=True),
+    Topic("Learning rate", {"Loss/learning_rate": "learning rate"}),
+    Topic("Speed", {"Timing/images_per_sec": "images/s"}, "images/s"),
+    Topic(
+        "Memory",
+        {
+            "Resources/cpu_mem_gb": "main memory",
+            "Resources/peak_gpu_mem_gb": "GPU, peak in use",
+            "Resources/peak_gpu_mem_reserved_gb": "GPU, peak reserved",
+        },
+        "GiB",
+    ),
+    Topic("Skipped steps", {"Loss/skipped_steps": "skipped steps"}, "in all"),
+)
+_SHOWN = {name for topic in TRAINING for name in topic.names} | {"Progress/kimg"}
+
+
+def topic_charts(runs: Sequence[Run], topics: Iterable[Topic] = TRAINING) -> list[Chart]:
+    """Return a chart for every topic that a run has statistics of, and all runs have lines in it.
+
+    Of several runs every statistic has a chart of its own, with a line for each run.
+    """
+    charts = []
+    for topic in topics:
+        if len(runs) == 1:
+            own = runs[0].history
+            present = [name for name in topic.names if own.last(name) is not None]
+            lines = [Line(topic.names[name], own.curve(name)) for name in present]
+            charts.append(Chart(topic.title, lines, y=topic.unit, log=topic.log))
+            continue
+        for name, shown in topic.names.items():
+            title = topic.title if len(topic.names) == 1 else f"{topic.title}: {shown}"
+            charts.append(over_runs(title, runs, name, y=topic.unit, log=topic.log))
+    return [chart for chart in charts if chart.lines]
+
+
+def over_runs(title: str, runs: Sequence[Run], name: str, **look: Any) -> Chart:
+    """Return a chart of one statistic, with a line for every run that has it."""
+    lines = [
+        Line(run.name, run.history.curve(name), colour=number)
+        for number, run in enumerate(runs)
+        if run.history.last(name) is not None
+    ]
+    return Chart(title, lines, **look)
+
+
+def other_charts(runs: Sequence[Run], most: int = 150) -> list[Chart]:
+    """Return charts of all statistics that no other part of the page shows, at most so many."""
+    names = dict.fromkeys(name for run in runs for name in run.history.names)
+    rest = [name for name in names if name not in _SHOWN and not range_of(name)]
+    charts = [over_runs(name, runs, name) for name in sorted(rest)[:most]]
+    return [chart for chart in charts if chart.lines]
+
+
+def level_charts(runs: Sequence[Run]) -> list[Chart]:
+    """Return the loss by noise level: over kimg, and over the levels themselves."""
+    charts = []
+    for kind in dict.fromkeys(kind for run in runs for kind in kinds_of(run.history)):
+        over_kimg, lines = [], []
+        for number, run in enumerate(runs):
+            levels = Levels.of(run.history, kind)
+            last = len(run.history.kimg) - 1
+            if len(runs) > 1:
+                lines.append(Line(run.name, levels.profile(last), True, number))
+                continue
+            names = levels.texts()
+            over_kimg = [Line(names[n], run.history.curve(n)) for n in names]
+            for tick in levels.some_ticks():
+                title = f"kimg {run.history.kimg[tick]:.4g}"
+                lines.append(Line(title, levels.profile(tick), True))
+        axis = kind.axis
+        charts.append(Chart(f"Loss by {axis}", over_kimg, log=True))
+        lines = [line for line in lines if line.curve.x]
+        charts.append(Chart(f"Loss over {axis}", lines, x=axis, log=True, log_x=kind.is_log))
+    if len(runs) > 1:
+        ranges = {n: range_of(n) for run in runs for n in run.history.names if range_of(n)}
+        titles = {name: f"Loss, {found.text}" for name, found in ranges.items()}
+        charts += [over_runs(title, runs, name, log=True) for name, title in titles.items()]
+    return [chart for chart in charts if chart.lines]
+
+
+def score_charts(runs: Sequence[Run]) -> list[Chart]:
+    """Return a chart for every value of every metric, with the noise band of each."""
+    keys = dict.fromkeys(key for run in runs for key in run.scores)
+    charts = []
+    for key in keys:
+        lines, reasons = [], []
+        for number, run in enumerate(runs):
+            own = run.scores.get(key, [])
+            name = run.name if len(runs) > 1 else key[1]
+            lines += _score_lines(name, own, number if len(runs) > 1 else None)
+            reasons += [score.error_from for score in own if score.error is not None]
+        shown = next(score for run in runs for score in run.scores.get(key, ()))
+        direction = better(key[1])
+        title = shown.title + (f" ({direction} is better)" if direction else "")
+        look = dict(log=_is_steep(lines), band="one standard deviation")
+        charts.append(Chart(title, lines, note=_band_note(key[0], reasons), **look))
+    return [chart for chart in charts if chart.lines]
+
+
+def _is_steep(lines: Sequence[Line]) -> bool:
+    """Return whether values differ so much that one axis shows them by their logarithms only."""
+    values = [y for line in lines for y in line.curve.y if y is not None]
+    return bool(values) and min(values) > 0 and max(values) > _STEEP * min(values)
+
+
+def _score_lines(name: str, scores: Sequence[Score], colour: int | None) -> list[Line]:
+    """Return a line of what a run recorded, and one for each file of further scores."""
+    sources: dict[str, list[Score]] = {}
+    for score in scores:
+        if score.kimg is not None:
+            sources.setdefault("" if score.is_in_run else score.source, []).append(score)
+    return [
+        Line(", ".join(filter(None, (name, source))), _score_curve(own), True, colour)
+        for source, own in sources.items()
+    ]
+
+
+def _score_curve(scores: Sequence[Score]) -> Curve:
+    x, y = [score.kimg for score in scores], [score.value for score in scores]
+    if all(score.error is None for score in scores):
+        return Curve(x, y)
+    ends = [
+        [None if s.error is None else s.value + sign * s.error for s in scores] for sign in (-1, 1)
+    ]
+    return Curve(x, y, *ends)
+
+
+def _band_note(metric: str, reasons: Sequence[str]) -> Any:
+    if not reasons and metric.startswith("val"):  # Of no seeds that could be others.
+        return "How much this varies by chance is not known."
+    if not reasons:
+        return join(
+            "How much this varies from seed to seed is not known. Score a snapshot with ",
+            tag("code", "--noise-band=3"),
+            " and ",
+            tag("code", "--json"),
+            " in the run folder to see it here (see What comes next).",
+        )
+    found = "; ".join(dict.fromkeys(reasons))
+    return f"The band is one standard deviation to either side: {found}."

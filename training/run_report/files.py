@@ -1,0 +1,134 @@
+"""A run, read from the files in its folder and from nothing else."""
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from dnnlib.errors import refusal
+from dnnlib.text import format_kimg
+from training.run_report import notices
+from training.run_report.conditions import ConditionsReport, read_conditions
+from training.run_report.history import History
+from training.run_report.notices import Notice
+from training.run_report.pictures import Source, find_pictures
+from training.run_report.rows import flat, is_finite, kimg_of_name, read_object, read_rows
+from training.run_report.scores import Score, read_score_rows, scores_of
+
+OPTIONS_FILE, STATS_FILE, WATCH_FILE = "training_options.json", "stats.jsonl", "watch.jsonl"
+_SNAPSHOT = re.compile(r"network-snapshot-\d+(?:\.\d{3})?\.pkl")
+_STATE = re.compile(r"training-state-\d+(?:\.\d{3})?\.pt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What the files of a run say of it.
+
+    Attributes:
+        options: The content of ``training_options.json``; empty if it cannot be read.
+        settings: Its configuration by name, such as ``training.batch``.
+        scores: By metric and value.
+        snapshots, states: Files of the run, the newest last.
+    """
+
+    run_dir: Path
+    options: dict[str, Any]
+    settings: dict[str, Any]
+    history: History
+    scores: dict[tuple[str, str], list[Score]]
+    notices: list[tuple[Notice, int]]
+    pictures: dict[str, list[Source]]
+    conditions: list[ConditionsReport]
+    snapshots: list[Path]
+    states: list[Path]
+    title: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What a page calls the run: its folder, or ``title`` if there is one."""
+        return self.title or self.run_dir.resolve().name
+
+    @property
+    def kimg(self) -> float:
+        """Kimg of the newest tick."""
+        return self.history.kimg[-1] if len(self.history.kimg) else 0.0
+
+    @property
+    def total_kimg(self) -> float | None:
+        """Kimg after which the run ends; None if that is unknown."""
+        found = self.options.get("total_kimg", self.settings.get("training.kimg"))
+        return float(found) if is_finite(found) and found > 0 else None
+
+    @property
+    def is_complete(self) -> bool:
+        return self.total_kimg is not None and self.kimg >= self.total_kimg - 1e-9
+
+    @property
+    def status(self) -> str:
+        """How far the run is, in words."""
+        if not len(self.history.kimg):
+            return "No tick is recorded yet."
+        if self.is_complete:
+            return f"Complete at kimg {format_kimg(self.kimg)}."
+        end = "" if self.total_kimg is None else f" of {format_kimg(self.total_kimg)}"
+        why = " Stopped by a signal." if (self.run_dir / "requeue").is_file() else ""
+        return f"At kimg {format_kimg(self.kimg)}{end}.{why}"
+
+
+def is_run(run_dir: Path) -> bool:
+    """Return whether a folder is that of a run."""
+    return any((run_dir / name).is_file() for name in (OPTIONS_FILE, STATS_FILE))
+
+
+def find_runs(paths: Iterable[Path]) -> list[Path]:
+    """Return run folders: those of ``paths``, and in place of others those in them, by name.
+
+    Raises ValueError for a path that is no run folder and holds none.
+    """
+    found: dict[Path, None] = {}
+    for path in paths:
+        inner = [path] if is_run(path) else []
+        if not inner and path.is_dir():
+            inner = sorted(child for child in path.iterdir() if is_run(child))
+        if not inner:
+            names = f"neither {OPTIONS_FILE} nor {STATS_FILE}"
+            but = f"has {names}, and no folder in it has" if path.is_dir() else "is no folder"
+            raise refusal(path, but=but, remedy="give the folder of a training run")
+        found |= dict.fromkeys(inner)
+    return list(found)
+
+
+def read_run(run_dir: Path, history: History | None = None) -> Run:
+    """Return what the files of a run say; ``history`` is what was read of its curves before.
+
+    Nothing that is missing or damaged there is an error.
+    """
+    options = read_object(run_dir / OPTIONS_FILE)
+    history = history or History(run_dir / STATS_FILE)
+    history.read()
+    rows, num_damaged = read_score_rows(run_dir)
+    watched, damaged = read_rows(run_dir / WATCH_FILE)
+    found = [
+        *notices.watch_notices(watched),
+        *notices.history_notices(history, num_damaged + damaged),
+        *notices.log_notices(run_dir),
+        *notices.score_notices(rows),
+    ]
+    return Run(
+        run_dir=run_dir,
+        options=options,
+        settings=dict(flat(options.get("config"))),
+        history=history,
+        scores=scores_of(rows),
+        notices=notices.merged(found),
+        pictures=find_pictures(run_dir),
+        conditions=read_conditions(run_dir),
+        snapshots=_by_kimg(run_dir, _SNAPSHOT),
+        states=_by_kimg(run_dir, _STATE),
+    )
+
+
+def _by_kimg(run_dir: Path, pattern: re.Pattern) -> list[Path]:
+    found = [path for path in run_dir.glob("*-*") if pattern.fullmatch(path.name)]
+    return sorted(found, key=lambda path: kimg_of_name(path.name))

@@ -1,0 +1,139 @@
+"""The curves in ``stats.jsonl``: read on as a run writes them, and thinned to be drawn."""
+
+import math
+from array import array
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dnnlib.typed import parse_json
+
+_MAX_BUCKETS = 660  # Of three numbers each: mean, least, greatest.
+_MAX_CURVES = 1_000
+
+
+class Curve(NamedTuple):
+    """Points of a curve: where, the mean there, and the range where a point stands for several."""
+
+    x: list[float]
+    y: list[float | None]
+    low: list[float | None] | None = None
+    high: list[float | None] | None = None
+
+
+class History:
+    """The statistics of a run, tick by tick. :meth:`read` adds what has been written since.
+
+    A row that cannot be read is left out and counted. Where kimg goes back, as after a kill, the
+    later rows replace those at and after theirs.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._forget()
+
+    def _forget(self) -> None:
+        self._offset = self.num_damaged = 0
+        self.kimg, self.timestamps = array("d"), array("d")
+        self._means: dict[str, array] = {}
+
+    def read(self) -> None:
+        """Add the rows that were completed since the last call."""
+        try:
+            with open(self._path, "rb") as file:
+                if file.seek(0, 2) < self._offset:  # Another start has dropped rows.
+                    self._forget()
+                file.seek(self._offset)
+                text = file.read()
+        except OSError:
+            return
+        whole = text.rpartition(b"\n")[0]  # The last row may be half-written.
+        if whole:
+            self._offset += len(whole) + 1
+        for line in whole.splitlines():
+            if line.strip():
+                self._add(line)
+
+    def _add(self, line: bytes) -> None:
+        try:
+            row = parse_json(line.decode("utf-8", errors="replace"))
+            kimg = number(row["Progress/kimg"]["mean"])
+            if not 0 <= kimg < math.inf:
+                raise ValueError(kimg)
+        except (ValueError, KeyError, TypeError):
+            self.num_damaged += 1
+            return
+        while self.kimg and self.kimg[-1] >= kimg:
+            for column in (self.kimg, self.timestamps, *self._means.values()):
+                column.pop()
+        num_rows = len(self.kimg)
+        self.kimg.append(kimg)
+        self.timestamps.append(number(row.get("timestamp")))
+        for name, mean in _means_of(row):
+            if name not in self._means and len(self._means) < _MAX_CURVES:
+                self._means[name] = array("d", [math.nan]) * num_rows
+            if name in self._means:
+                self._means[name].append(mean)
+        for column in self._means.values():
+            if len(column) == num_rows:
+                column.append(math.nan)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the statistics, in the order in which they appeared."""
+        return list(self._means)
+
+    def values(self, name: str) -> np.ndarray:
+        """Return the means of a statistic, float64 [ticks]; NaN where there is none."""
+        if name not in self._means:
+            return np.full(len(self.kimg), np.nan)
+        return np.array(self._means[name])
+
+    def last(self, name: str) -> float | None:
+        """Return the newest finite mean of a statistic; None without any."""
+        return next((v for v in reversed(self._means.get(name, ())) if math.isfinite(v)), None)
+
+    def curve(self, name: str) -> Curve:
+        """Return a statistic over kimg as a curve of at most about 2,000 numbers."""
+        return thin(np.array(self.kimg), self.values(name))
+
+
+def thin(x: np.ndarray, y: np.ndarray, max_buckets: int = _MAX_BUCKETS) -> Curve:
+    """Return a curve of at most ``max_buckets`` points, the first and last as they are.
+
+    Each stands for as many points of ``x`` and ``y`` [N]: their mean, least and greatest. What is
+    not finite counts for nothing; a point without any other is None.
+    """
+    if len(x) <= max_buckets:
+        return Curve(_rounded(x), _rounded(y))
+    starts = np.linspace(1, len(x) - 1, max_buckets - 1).round().astype(int)
+    starts = np.unique([0, *starts])
+    counts = np.diff([*starts, len(x)])
+    finite = np.isfinite(y)
+    nums = np.add.reduceat(finite, starts, dtype=int)
+    with np.errstate(invalid="ignore", over="ignore"):
+        mean = np.add.reduceat(np.where(finite, y, 0.0), starts) / np.where(nums, nums, np.nan)
+    low = np.minimum.reduceat(np.where(finite, y, np.inf), starts)
+    high = np.maximum.reduceat(np.where(finite, y, -np.inf), starts)
+    return Curve(_rounded(np.add.reduceat(x, starts) / counts), *map(_rounded, (mean, low, high)))
+
+
+def _rounded(values: np.ndarray) -> list[float | None]:
+    """Return numbers with as many digits as a chart shows; None for what is not finite."""
+    return [float(f"{value:.6g}") if math.isfinite(value) else None for value in values.tolist()]
+
+
+def _means_of(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, stat in row.items():
+        if isinstance(stat, dict) and "mean" in stat:
+            yield name, number(stat["mean"])
+
+
+def number(value: Any) -> float:
+    """Return a number read from JSON as a float; NaN for anything else."""
+    try:
+        return float(value) if type(value) in (int, float) else math.nan
+    except OverflowError:
+        return math.nan

@@ -1,0 +1,114 @@
+"""Losses by noise level, as the names of statistics tell them: ``Loss/sigma_0.1-0.2``."""
+
+import dataclasses
+import math
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from training.run_report.history import Curve, History
+
+_NUMBER = r"\d+(?:\.\d+)?(?:e[+-]?\d+)?"
+_LARGEST = 1e9  # Of noise levels that mean anything.
+_NAME = re.compile(rf"(.*(?:sigma_|_t))({_NUMBER})-({_NUMBER}|inf)")
+
+
+class Kind(NamedTuple):
+    """Statistics whose names begin alike, one for each range of noise levels."""
+
+    start: str
+
+    @property
+    def is_log(self) -> bool:
+        """Whether levels are standard deviations; else they are times from 0 to 1."""
+        return self.start.endswith("sigma_")
+
+    @property
+    def symbol(self) -> str:
+        return "sigma" if self.is_log else "t"
+
+    @property
+    def axis(self) -> str:
+        return "noise level sigma" if self.is_log else "time t of the flow"
+
+
+class Range(NamedTuple):
+    """The noise levels of one statistic."""
+
+    kind: Kind
+    low: float
+    high: float
+
+    @property
+    def text(self) -> str:
+        if self.high > _LARGEST:
+            return f"{self.kind.symbol} above {self.low:g}"
+        if self.low == 0:
+            return f"{self.kind.symbol} below {self.high:g}"
+        return f"{self.kind.symbol} {self.low:g} to {self.high:g}"
+
+
+def range_of(name: str) -> Range | None:
+    """Return the noise levels that a statistic is of; None for one of all of them."""
+    found = _NAME.fullmatch(name)
+    if found is None:
+        return None
+    kind, low, high = Kind(found[1]), float(found[2]), float(found[3])
+    if low > _LARGEST or (high > _LARGEST and not kind.is_log):
+        return None
+    return Range(kind, low, high)
+
+
+def kinds_of(history: History) -> list[Kind]:
+    """Return the kinds of losses by noise level that a run has."""
+    ranges = filter(None, map(range_of, history.names))
+    return list(dict.fromkeys(found.kind for found in ranges))
+
+
+@dataclasses.dataclass(frozen=True)
+class Levels:
+    """The losses of a run by noise level, of one kind."""
+
+    history: History
+    ranges: dict[str, Range]  # By statistic, from the lowest.
+
+    @classmethod
+    def of(cls, history: History, kind: Kind) -> "Levels":
+        found = {name: range_of(name) for name in history.names}
+        own = {name: r for name, r in found.items() if r is not None and r.kind == kind}
+        return cls(history, dict(sorted(own.items(), key=lambda item: item[1][1:])))
+
+    def texts(self) -> dict[str, str]:
+        """Return what each statistic that has a value is called."""
+        return {n: r.text for n, r in self.ranges.items() if self.history.last(n) is not None}
+
+    def profile(self, tick: int) -> Curve:
+        """Return the loss over the noise level in a tick."""
+        if tick < 0:
+            return Curve([], [])
+        values = [self.history.values(name)[tick] for name in self.ranges]
+        y = [float(f"{value:.6g}") if math.isfinite(value) else None for value in values]
+        return Curve(self._centres(), y)
+
+    def some_ticks(self) -> list[int]:
+        """Return the first and the last tick, and two between."""
+        kimg = np.array(self.history.kimg)
+        if not len(kimg):
+            return []
+        wanted = kimg[-1] * np.array([0.1, 0.33, 1.0])
+        return sorted({0, *np.searchsorted(kimg, wanted).clip(max=len(kimg) - 1).tolist()})
+
+    def _centres(self) -> list[float]:
+        """Return where ranges lie on an axis; open ones as if as wide as the others."""
+        ranges = list(self.ranges.values())
+        if not all(found.kind.is_log for found in ranges):
+            return [(found.low + found.high) / 2 for found in ranges]
+        inner = [r.high / r.low for r in ranges if r.low > 0 and r.high <= _LARGEST]
+        width = float(np.mean(inner)) if inner else 2.0
+        found = []
+        for one in ranges:
+            high = one.high if one.high <= _LARGEST else max(one.low, 1e-3) * width
+            low = one.low if one.low > 0 else high / width
+            found.append(float(f"{low**0.5 * high**0.5:.4g}"))
+        return found
