@@ -17,6 +17,7 @@ import click
 import helpers
 import pytest
 import test_cpu_matmul
+import test_respacing
 import torch
 from feature_files import tiny_features
 from latent_files import tiny_autoencoder
@@ -452,6 +453,7 @@ SHOWN_BY = {
         ("num-shown", "lpips-net", "lpips-weights"),
         "test_validation_is_of_as_many_images_and_by_the_networks_that_the_options_say",
     ),
+    "respacing": "test_pictures_of_a_run_and_images_of_its_snapshot_visit_the_timesteps_named",
     "cpu-matmul": "test_what_multiplies_is_kept_in_states_snapshots_and_protocols",
     "skip-limit": "test_skip_limit_stops_a_run_whose_gradients_stay_non_finite",
     "inception": "test_detectors_of_the_metrics_come_from_where_the_options_say",
@@ -484,7 +486,7 @@ def all_settings():
 def test_every_option_and_every_choice_of_it_has_a_test():
     found = all_settings()
     assert set(found) == set(CASES) | set(SHOWN_BY)
-    known = globals() | vars(test_cpu_matmul)
+    known = globals() | vars(test_cpu_matmul) | vars(test_respacing)
     assert all(callable(known[name]) for name in SHOWN_BY.values())
     for name, setting in found.items():
         choices = set(setting.field.metadata["choices"] or ())
