@@ -39,7 +39,7 @@ class PrecondConfig(Config):
     )
     learned_variance: bool = option(
         False,
-        requires={"precond": ("ddpm",)},
+        requires={"precond": ("ddpm", "iddpm")},
         help="Learn the variance of ancestral steps as a second output.",
     )
     sigma_data: float = option(

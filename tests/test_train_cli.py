@@ -274,7 +274,10 @@ CASES = {
     "logit-std": [Case("0.3", "net", beside="FEATURES")],
     "flow-shift": [Case("3", "net", beside="FEATURES")],
     "diffusion-steps": [Case("50", "net", beside="--precond=ddpm")],
-    "learned-variance": [Case("True", "net", beside="--precond=ddpm")],
+    "learned-variance": [
+        Case("True", "net", beside="--precond=ddpm"),
+        Case("True", "net fakes", beside="--precond=iddpm --sampler=ddpm --sigma-grid=timesteps"),
+    ],
     "sigma-data": [Case("0.4", "net")],
     "p-mean": [Case("-1", "net")],
     "p-std": [Case("1", "net")],
