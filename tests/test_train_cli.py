@@ -365,7 +365,9 @@ CASES = {
     "encoder-dim-head": [Case("6", "net", beside="SETS")],
     "encoder-mlp-ratio": [Case("3", "net", beside="SETS")],
     "encoder-dropout": [Case("0.5", "net", beside="SETS --iters=5")],
-    "encoder-pool": [Case(name, "net", beside="SETS --iters=5") for name in ("cls", "sum")]
+    "encoder-pool": [
+        Case(name, "net", beside="SETS --iters=5") for name in ("cls", "sum", "mean-all")
+    ]
     + [Case("mean", "net", beside="SETS --iters=5 --encoder-pool=cls")],
     "encoder-time": [Case("True", "net", beside="SETS")],
     "spt-shifts": [Case("True", "net", beside="SETS")],
