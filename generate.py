@@ -29,6 +29,9 @@ EXAMPLES = """
   # Ten images of each of ten classes, more alike to their class:
   python generate.py --network=network.pkl --outdir=out --seeds=0-99 --class=0-9 --cfg-scale=1.5
 
+  # DDIM as published code spaces it, at timesteps 980, 960, ..., 0 of a model of 1,000:
+  python generate.py --network=network.pkl --outdir=out --sampler=ddim --respacing=ddim50
+
   # A set-conditioned model: 64 images like those in a folder, and a picture of both:
   python generate.py --network=network.pkl --outdir=out --support=my-images --num=64 --grid=out.png
 

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, ClassVar
 
+from diffusion import respacing
 from dnnlib.config import Config, option
 from dnnlib.errors import refusal
 
@@ -38,7 +39,7 @@ class PrecondConfig(Config):
     )
     learned_variance: bool = option(
         False,
-        requires={"precond": ("ddpm",)},
+        requires={"precond": ("ddpm", "iddpm")},
         help="Learn the variance of ancestral steps as a second output.",
     )
     sigma_data: float = option(
@@ -73,19 +74,36 @@ class PrecondConfig(Config):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig(Config):
-    """Sampler and noise levels; defaults are EDM's for 32x32 images."""
+    """Sampler and noise levels; defaults are EDM's for 32x32 images.
+
+    With ``respacing``, ``steps`` is the number of timesteps that it names.
+    """
 
     title: ClassVar[str] = "Sampling"
     affects: ClassVar[str] = "speed"
 
     sampler: str = option("heun", choices=SAMPLERS, help="Sampler that goes from noise to images.")
-    steps: int = option(18, min=1, max=100_000, help="Number of sampling steps.")
+    steps: int = option(
+        18,
+        min=1,
+        max=100_000,
+        requires={"respacing": (None,)},
+        help="Number of sampling steps.",
+    )
     grid: str = option(
         "karras",
         choices=("karras", "linear", "vp", "ve", "iddpm", "timesteps", "time"),
         name="sigma-grid",
         help="Spacing of the noise levels; timesteps: evenly among those of ddpm or iddpm; time: "
         "evenly in the time of a flow, from noise at 1 to 0.",
+    )
+    respacing: str | None = option(
+        None,
+        aliases=("timestep-respacing",),
+        requires={"grid": ("timesteps",)},
+        help="Timesteps to visit, as published samplers name them, in place of --steps. ddim50: "
+        "every 20th of 1,000, from 980 down to 0; 250: so many, spread evenly; 10,10,5: so many of "
+        "each third, the lowest noise first.",
     )
     sigma_min: float = option(
         0.002, **_RANGE, help="Lowest noise level before 0; the network's own limit still holds."
@@ -136,6 +154,8 @@ class SamplingConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.respacing is not None:
+            object.__setattr__(self, "steps", respacing.num_steps(self.respacing))
         if self.sigma_min >= self.sigma_max:
             accepted = f"a number below --sigma-max, which is {self.sigma_max:g}"
             raise refusal("--sigma-min", f"{self.sigma_min:g}", accepted=accepted)

@@ -264,5 +264,5 @@ def make_precond(config: PrecondConfig) -> Precond:
     if config.precond == "ddpm":
         return TablePrecond(linear_sigmas(config.diffusion_steps), config.learned_variance)
     if config.precond == "iddpm":
-        return TablePrecond(cosine_sigmas())
+        return TablePrecond(cosine_sigmas(), config.learned_variance)
     return dict(vp=VPPrecond, ve=VEPrecond)[config.precond]()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from diffusion.config import SAMPLERS, SamplingConfig
 from diffusion.precond import Precond, TablePrecond
+from diffusion.respacing import respaced
 from diffusion.schedules import posterior_variances, sigma_grid
 from dnnlib.errors import NotFiniteError, refusal
 
@@ -252,13 +253,14 @@ def sampling_sigmas(config: SamplingConfig, precond: Precond) -> list[float]:
     that rounding makes equal are visited once, so there can be fewer than ``config.steps`` + 1.
 
     ``timesteps`` takes the levels of the network's own table at the timesteps round(i (T - 1) /
-    (N - 1)), as published respacing does.
+    (N - 1)), or at those that ``config.respacing`` names.
 
     Raises ValueError if the network knows no range of noise levels inside the configured one, or
-    has no table of at least ``config.steps`` levels where one is needed.
+    has no table of at least ``config.steps`` levels where one is needed, or not the timesteps that
+    are named.
     """
     if config.grid == "timesteps":
-        return _timestep_sigmas(config.steps, precond)
+        return _timestep_sigmas(config, precond)
     if config.grid == "time":
         got = "time, which is for feature-conditioned models"
         raise refusal("--sigma-grid", got, remedy="give --sigma-grid=karras")
@@ -274,17 +276,22 @@ def sampling_sigmas(config: SamplingConfig, precond: Precond) -> list[float]:
     return [sigma for sigma, _ in itertools.groupby(map(precond.round_sigma, sigmas))]
 
 
-def _timestep_sigmas(num_steps: int, precond: Precond) -> list[float]:
+def _timestep_sigmas(config: SamplingConfig, precond: Precond) -> list[float]:
     if not isinstance(precond, TablePrecond):
         but = "this network was trained at all noise levels of a range"
         remedy = "give --sigma-grid=karras, or train with --precond=ddpm or iddpm"
         raise refusal("--sigma-grid", "timesteps", but=but, remedy=remedy)
-    last = precond.num_timesteps - 1
+    last, num_steps = precond.num_timesteps - 1, config.steps
     if num_steps > precond.num_timesteps:
         but = f"this network knows {precond.num_timesteps} timesteps"
-        raise refusal("--steps", num_steps, but=but, remedy="take at most as many")
+        option, got = (
+            ("--respacing", config.respacing) if config.respacing else ("--steps", num_steps)
+        )
+        raise refusal(option, got, but=but, remedy="take at most as many")
     timesteps = [last]
-    if num_steps > 1:
+    if config.respacing is not None:
+        timesteps = respaced(config.respacing, precond.num_timesteps)
+    elif num_steps > 1:
         timesteps = [round(i * last / (num_steps - 1)) for i in range(num_steps)]
     return [*(precond.level(timestep) for timestep in reversed(timesteps)), 0.0]
 

@@ -251,7 +251,9 @@ def _without_effect(fields: dict[str, dataclasses.Field], name: str, config: Con
     option, metadata = option_name(fields[name]), fields[name].metadata
     for other, values in metadata.get("requires", {}).items():
         if getattr(config, other) not in values:
-            accepted = " or ".join(f"--{option_name(fields[other])}={v}" for v in values)
+            accepted = " or ".join(
+                f"--{option_name(fields[other])}={show_value(value)}" for value in values
+            )
             found = show_value(getattr(config, other))
             return f"--{option} has an effect only with {accepted}; this run has {found}."
     for other, values in metadata.get("unless", {}).items():

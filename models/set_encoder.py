@@ -147,6 +147,9 @@ class SetEncoder(nn.Module):
       images' tokens, which does not depend on their order or number. With ``spt_shifts``, an image
       comes with four diagonal shifts of it (arXiv 2112.13492).
 
+    The vector is made of the tokens as ``encoder_pool`` says. ``mean-all`` is the pool ``mean`` of
+    few-shot diffusion models: over CLS, TIME and the patches of all images present alike.
+
     The TIME token holds the noise level if the encoder depends on it, and is zero otherwise.
     """
 
@@ -252,13 +255,21 @@ class SetEncoder(nn.Module):
         # Equal images give equal tokens: positions are tiled, image by image.
         tiled = self.positions[:, PATCH_OFFSET:].repeat(1, count, 1)
         x = x + torch.cat([self.positions[:, :PATCH_OFFSET], tiled], dim=1)
-        x = self._transform(self.dropout(x), self._attention_mask(x, mask))
+        keys = self._keys(mask)
+        x = self._transform(self.dropout(x), self._attention_mask(keys))
+        of_all = _mean_of_present(x, keys) if self.pool == "mean-all" else None  # [B, d]
         if not self.is_set_mode:
             x = self._average(x, count, mask)
             if self._second_pass:
                 x = self._transform(x, None)
+                of_all = x.mean(1)
         patches = x[:, PATCH_OFFSET:]  #                                [B, P, d]
-        pooled = {"cls": x[:, 0], "mean": patches.mean(1), "sum": patches.sum(1)}[self.pool]
+        pooled = {
+            "cls": x[:, 0],
+            "mean": patches.mean(1),
+            "sum": patches.sum(1),
+            "mean-all": of_all,
+        }[self.pool]
         return self.head(pooled), self.head(patches) if with_tokens else None
 
     def _patches(self, images: Tensor) -> Tensor:
@@ -273,14 +284,18 @@ class SetEncoder(nn.Module):
             raise ValueError("This set encoder depends on the noise level, which was not given.")
         return self.time_mlp(self.time_sinusoids(c_noise))[:, None].to(x.dtype)
 
-    def _attention_mask(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+    def _keys(self, mask: Tensor | None) -> Tensor | None:
+        """Return which tokens are of images that are present [B, L]; None for all."""
+        if mask is None or self.is_set_mode:
+            return None
+        return functional.pad(
+            mask.repeat_interleave(self.num_patches, dim=1), (PATCH_OFFSET, 0), value=True
+        )
+
+    def _attention_mask(self, keys: Tensor | None) -> Tensor | None:
         if self.is_set_mode:
             return self.off_diagonal
-        if mask is None:
-            return None
-        keys = mask.repeat_interleave(self.num_patches, dim=1)
-        keys = functional.pad(keys, (PATCH_OFFSET, 0), value=True)
-        return keys[:, None, None]  #                                   [B, 1, 1, L]
+        return None if keys is None else keys[:, None, None]  #         [B, 1, 1, L]
 
     def _transform(self, x: Tensor, mask: Tensor | None) -> Tensor:
         for block in self.blocks:
@@ -295,10 +310,10 @@ class SetEncoder(nn.Module):
 
 
 def _mean_of_present(tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the mean [B, P, d] of the tokens [B, k, P, d] of the images that are present."""
+    """Return the mean [B, ...] of tokens [B, k, ...] over those of k that are present."""
     if mask is None:
         return tokens.mean(1)
-    weight = mask[:, :, None, None].to(tokens.dtype)
+    weight = mask.view(*mask.shape, *[1] * (tokens.ndim - 2)).to(tokens.dtype)
     return (tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 

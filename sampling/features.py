@@ -19,7 +19,7 @@ from dnnlib.config import to_dict
 from models.architectures.feature_dit import FeatureDiTConfig
 from models.context import Context
 from models.network import Network
-from sampling.images import decoding_facts
+from sampling.images import decoding_facts, sampling_facts
 from torch_utils.reuse import fixed_weights
 from torch_utils.rng import SeededNoise
 from training.feature_objective import patch_bias
@@ -125,7 +125,7 @@ class FeatureGenerator:
         """Return what a score row says of the sampling: sampler, evaluations, guidance."""
         num_branches = len(branch_weights(self.guidance))
         return dict(
-            sampling=to_dict(self.sampling),
+            sampling=sampling_facts(self.sampling),
             nfe=num_evaluations(self.sampling) * num_branches,
             guidance=to_dict(self.guidance),
             **decoding_facts(self.codec, self.network, self.autocast_dtype),

@@ -144,7 +144,7 @@ class ImageGenerator:
 
     def protocol(self) -> dict[str, Any]:
         """Return what a score row says of the sampling: sampler, evaluations, guidance."""
-        sampling = to_dict(self.sampling)
+        sampling = sampling_facts(self.sampling)
         if reads_variance(self.sampling, self.precond):
             sampling["variance"] = "learned"
         return dict(
@@ -154,6 +154,13 @@ class ImageGenerator:
             guide_hash=self.guide_hash,
             **decoding_facts(self.codec, self.network, self.autocast_dtype),
         )
+
+
+def sampling_facts(config: SamplingConfig) -> dict[str, Any]:
+    """Return what a score row states of the sampler and its noise levels."""
+    facts = to_dict(config)
+    # Rows and folders of before know of no subsets of timesteps.
+    return {k: v for k, v in facts.items() if (k, v) != ("respacing", None)}
 
 
 def decoding_facts(

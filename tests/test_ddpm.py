@@ -1,4 +1,4 @@
-"""DDPM with a learned variance, against the closed forms of Gaussian data."""
+"""DDPM and iDDPM with a learned variance, against the closed forms of Gaussian data."""
 
 import itertools
 import math
@@ -245,16 +245,52 @@ def test_other_samplers_reach_the_exact_solution_on_the_same_network(sampler, st
     assert (x - exact).abs().max() < tolerance
 
 
+@pytest.mark.parametrize("num_steps", [10, 250])
+def test_ancestral_samples_of_iddpm_with_the_true_variance_are_exact(num_steps):
+    precond = learned("iddpm")
+    config = SamplingConfig(sampler="ddpm", grid="timesteps", steps=num_steps)
+    assert reads_variance(config, precond)
+    below = dict(itertools.pairwise(sampling_sigmas(config, precond)))
+
+    def network(x, c_noise, context):
+        # Below the highest levels float32 holds less than what the estimate adds to the noise.
+        sigma = precond.level(int(c_noise[0]))
+        noisy = x.double() * math.sqrt(sigma**2 + 1)
+        eps = (noisy - MEAN) * sigma / (sigma**2 + STD**2)
+        told = exact_fraction(sigma, below[sigma]) if below[sigma] > 0 else 0.5
+        return torch.cat([eps, torch.full_like(eps, 2 * told - 1)], dim=1)
+
+    denoiser = Denoiser(network, precond, with_variance=True)
+    x = sample(denoiser, randn(4000, 1, 2, 2), config, precond, Noise())
+    assert x.mean().item() == pytest.approx(MEAN, abs=5 * STD / math.sqrt(x.numel()))
+    assert x.std().item() == pytest.approx(STD, rel=5 / math.sqrt(2 * x.numel()))
+
+
 # The loss.
 
 
-def loss_of(timestep, images, noise, eps, v):
+def cosine_alpha_bar():
+    """iDDPM's schedule (arXiv 2102.09672, Eq. 17), whose betas are clipped at 0.999."""
+    f = [math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(1001)]
+    return np.cumprod([1 - min(1 - f[t + 1] / f[t], 0.999) for t in range(1000)])
+
+
+ALPHA_BAR = dict(ddpm=np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)), iddpm=cosine_alpha_bar())
+BOTH = pytest.mark.parametrize("name", ALPHA_BAR)
+
+
+def learned(name, **settings):
+    return make_precond(PrecondConfig(precond=name, learned_variance=True, **settings))
+
+
+def loss_of(name, timestep, images, noise, eps, v):
     """Return the hybrid loss for a network that returns ``eps`` and ``v``."""
-    sigma = torch.full([len(images)], PRECOND.level(timestep))
+    precond = learned(name)
+    sigma = torch.full([len(images)], precond.level(timestep))
     denoiser = Denoiser(
-        lambda x, c_noise, context: torch.cat([eps, v], dim=1), PRECOND, with_variance=True
+        lambda x, c_noise, context: torch.cat([eps, v], dim=1), precond, with_variance=True
     )
-    return hybrid_loss(denoiser, images, sigma, noise, None, PRECOND)
+    return hybrid_loss(denoiser, images, sigma, noise, None, precond)
 
 
 def draws(num=6, seed=0):
@@ -262,11 +298,11 @@ def draws(num=6, seed=0):
     return images.clamp(-0.9, 0.9), noise, eps, v.clamp(-1, 1)
 
 
+@BOTH
 @pytest.mark.parametrize("timestep", [1, 2, 50, 500, 999])
-def test_the_bound_is_the_divergence_of_two_normal_distributions(timestep):
+def test_the_bound_is_the_divergence_of_two_normal_distributions(name, timestep):
     images, noise, eps, v = draws()
-    alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
-    before, bar = alpha_bar[[timestep - 1, timestep]]
+    before, bar = ALPHA_BAR[name][[timestep - 1, timestep]]
     beta = 1 - bar / before
     x_t = math.sqrt(bar) * images.double() + math.sqrt(1 - bar) * noise.double()
     estimate = (x_t - math.sqrt(1 - bar) * eps.double()) / math.sqrt(bar)
@@ -283,45 +319,44 @@ def test_the_bound_is_the_divergence_of_two_normal_distributions(timestep):
         Normal(posterior_mean(estimate), variance.sqrt()),
     )
     expected = (eps - noise).square() + divergence / math.log(2)
-    found = loss_of(timestep, images, noise, eps, v).double()
+    found = loss_of(name, timestep, images, noise, eps, v).double()
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
 
 
-def test_at_the_lowest_level_the_bound_is_the_likelihood_of_8_bit_values():
+@BOTH
+def test_at_the_lowest_level_the_bound_is_the_likelihood_of_8_bit_values(name):
     images, noise, eps, v = draws()
     images = (images * 127.5).round() / 127.5
     images[0, 0, 0, 0], images[0, 0, 0, 1] = -1.0, 1.0
-    sigma = PRECOND.level(0)
+    sigma, alpha_bar = learned(name).level(0), ALPHA_BAR[name]
     estimate = images + sigma * (noise - eps)
-    alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
-    beta = 1 - alpha_bar[1] / alpha_bar[0]
+    first, beta = 1 - alpha_bar[0], 1 - alpha_bar[1] / alpha_bar[0]
     tilde = beta * (1 - alpha_bar[0]) / (1 - alpha_bar[1])
     fraction = ((v + 1) / 2).double()
-    std = torch.exp(0.5 * (fraction * math.log(1e-4) + (1 - fraction) * math.log(tilde)))
+    std = torch.exp(0.5 * (fraction * math.log(first) + (1 - fraction) * math.log(tilde)))
     distribution = stats.norm(estimate.double().numpy(), std.numpy())
     values = images.double().numpy()
     upper, lower = distribution.cdf(values + 1 / 255), distribution.cdf(values - 1 / 255)
     upper[values > 0.999], lower[values < -0.999] = 1, 0
     bits = -np.log2(np.maximum(upper - lower, 1e-12))
     expected = (eps - noise).square().double().numpy() + bits
-    found = loss_of(0, images, noise, eps, v).double().numpy()
+    found = loss_of(name, 0, images, noise, eps, v).double().numpy()
     assert found == pytest.approx(expected, rel=5e-3, abs=5e-3)
 
 
+@BOTH
 @pytest.mark.parametrize("timestep", [0, 1, 300])
-def test_the_bound_trains_the_variance_and_never_the_mean(timestep):
+def test_the_bound_trains_the_variance_and_never_the_mean(name, timestep):
     images, noise, eps, v = draws()
     eps.requires_grad_(), v.requires_grad_()
-    loss_of(timestep, images, noise, eps, v).sum().backward()
+    loss_of(name, timestep, images, noise, eps, v).sum().backward()
     torch.testing.assert_close(eps.grad, 2 * (eps - noise).detach(), rtol=1e-3, atol=1e-3)
     assert (v.grad != 0).all()
 
 
-@pytest.mark.parametrize("num_steps", [50, 1000])
-def test_the_bound_of_exact_estimates_is_the_closed_form_of_gaussian_data(num_steps):
-    precond = make_precond(
-        PrecondConfig(precond="ddpm", learned_variance=True, diffusion_steps=num_steps)
-    )
+@pytest.mark.parametrize(("name", "num_steps"), [("ddpm", 50), ("ddpm", 1000), ("iddpm", 1000)])
+def test_the_bound_of_exact_estimates_is_the_closed_form_of_gaussian_data(name, num_steps):
+    precond = learned(name, diffusion_steps=num_steps)
     images = MEAN + STD * randn(5000, 1, 4, 4, dtype=torch.float32)
     found, expected = 0.0, 0.0
     for timestep in range(1, num_steps, max(num_steps // 20, 1)):

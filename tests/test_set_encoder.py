@@ -89,6 +89,61 @@ def test_outputs_of_vit_are_averaged_over_images_place_by_place(second_pass):
     assert out[0, :, 0].tolist() == [150.0 + place for place in range(P)]
 
 
+def test_the_mean_of_all_tokens_counts_cls_and_time_and_every_patch_of_images_present():
+    encoder = bare_encoder(build(encoder_mode="vit", encoder_pool="mean-all"))
+    torch.nn.init.zeros_(encoder.positions)
+    torch.nn.init.constant_(encoder.cls, 1000.0)
+    number = 100.0 * torch.arange(3)[:, None] + torch.arange(P)
+    tokens = number[None, :, :, None].expand(1, 3, P, D).clone()
+    vector, _ = encoder(tokens)
+    total = 1000 + 0 + sum(100 * image + place for image in range(3) for place in range(P))
+    torch.testing.assert_close(vector, torch.full([1, D], total / (2 + 3 * P)))
+    # An absent image counts for nothing, whatever is in its place.
+    tokens[:, 1] = 1e4
+    vector, _ = encoder(tokens, mask=torch.tensor([[True, False, True]]))
+    total = 1000 + 0 + sum(100 * image + place for image in (0, 2) for place in range(P))
+    torch.testing.assert_close(vector, torch.full([1, D], total / (2 + 2 * P)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(), dict(encoder_mode="vit", second_pass=True), dict(encoder_tokenizer="per_sample_mean")],
+    ids=["stack", "second pass", "per sample mean"],
+)
+def test_the_mean_of_all_tokens_is_over_those_of_the_last_pass(changes):
+    encoder = build_active(encoder_pool="mean-all", **changes).conditioner.encoder
+    left = []
+    encoder.blocks[-1].register_forward_hook(lambda *args: left.append(args[2]))
+    vector, _ = encoder(encoder.tokenise(random_images(2, 3)))
+    assert left[-1].shape == (2, P + 2, D)
+    torch.testing.assert_close(vector, encoder.head(left[-1].sum(1) / (P + 2)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(encoder_mode="vit"),
+        dict(encoder_mode="vit", second_pass=True),
+        dict(encoder_tokenizer="per_sample_mean"),
+    ],
+    ids=["vit", "second pass", "per sample mean"],
+)
+def test_the_mean_of_all_tokens_depends_on_no_order_of_the_images(changes):
+    encoder = build_active(encoder_pool="mean-all", **changes).conditioner.encoder
+    images = random_images(2, 4)
+    vector, _ = encoder(encoder.tokenise(images))
+    for order in ([1, 0, 2, 3], [3, 1, 0, 2]):
+        other, _ = encoder(encoder.tokenise(images[:, order]))
+        torch.testing.assert_close(other, vector, rtol=1e-4, atol=1e-5)
+    # Three of four images, the fourth masked: the same as three.
+    mask = torch.tensor([[True, True, False, True]]).expand(2, -1)
+    garbage = torch.where(mask[:, :, None, None, None], images, 1e3)
+    masked, _ = encoder(encoder.tokenise(garbage, mask), mask=mask)
+    three, _ = encoder(encoder.tokenise(images[:, [0, 1, 3]]))
+    torch.testing.assert_close(masked, three, rtol=1e-4, atol=1e-5)
+    assert (three - vector).abs().max() > 1e-3
+
+
 def test_a_second_pass_runs_the_blocks_again_over_the_average():
     network = build_active(encoder_mode="vit", second_pass=True)
     encoder = network.conditioner.encoder

@@ -17,6 +17,7 @@ import click
 import helpers
 import pytest
 import test_cpu_matmul
+import test_respacing
 import torch
 from feature_files import tiny_features
 from latent_files import tiny_autoencoder
@@ -273,7 +274,10 @@ CASES = {
     "logit-std": [Case("0.3", "net", beside="FEATURES")],
     "flow-shift": [Case("3", "net", beside="FEATURES")],
     "diffusion-steps": [Case("50", "net", beside="--precond=ddpm")],
-    "learned-variance": [Case("True", "net", beside="--precond=ddpm")],
+    "learned-variance": [
+        Case("True", "net", beside="--precond=ddpm"),
+        Case("True", "net fakes", beside="--precond=iddpm --sampler=ddpm --sigma-grid=timesteps"),
+    ],
     "sigma-data": [Case("0.4", "net")],
     "p-mean": [Case("-1", "net")],
     "p-std": [Case("1", "net")],
@@ -361,7 +365,9 @@ CASES = {
     "encoder-dim-head": [Case("6", "net", beside="SETS")],
     "encoder-mlp-ratio": [Case("3", "net", beside="SETS")],
     "encoder-dropout": [Case("0.5", "net", beside="SETS --iters=5")],
-    "encoder-pool": [Case(name, "net", beside="SETS --iters=5") for name in ("cls", "sum")]
+    "encoder-pool": [
+        Case(name, "net", beside="SETS --iters=5") for name in ("cls", "sum", "mean-all")
+    ]
     + [Case("mean", "net", beside="SETS --iters=5 --encoder-pool=cls")],
     "encoder-time": [Case("True", "net", beside="SETS")],
     "spt-shifts": [Case("True", "net", beside="SETS")],
@@ -452,6 +458,7 @@ SHOWN_BY = {
         ("num-shown", "lpips-net", "lpips-weights"),
         "test_validation_is_of_as_many_images_and_by_the_networks_that_the_options_say",
     ),
+    "respacing": "test_pictures_of_a_run_and_images_of_its_snapshot_visit_the_timesteps_named",
     "cpu-matmul": "test_what_multiplies_is_kept_in_states_snapshots_and_protocols",
     "skip-limit": "test_skip_limit_stops_a_run_whose_gradients_stay_non_finite",
     "inception": "test_detectors_of_the_metrics_come_from_where_the_options_say",
@@ -484,7 +491,7 @@ def all_settings():
 def test_every_option_and_every_choice_of_it_has_a_test():
     found = all_settings()
     assert set(found) == set(CASES) | set(SHOWN_BY)
-    known = globals() | vars(test_cpu_matmul)
+    known = globals() | vars(test_cpu_matmul) | vars(test_respacing)
     assert all(callable(known[name]) for name in SHOWN_BY.values())
     for name, setting in found.items():
         choices = set(setting.field.metadata["choices"] or ())

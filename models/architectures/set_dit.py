@@ -99,8 +99,9 @@ class SetDiTConfig(ModelConfig):
     encoder_dropout: float = option(0.0, min=0, max=0.99, help="Dropout in the encoder.")
     encoder_pool: str = option(
         "cls",
-        choices=("cls", "mean", "sum"),
-        help="What becomes the set's vector: the CLS token, or the mean or sum of the patches.",
+        choices=("cls", "mean", "sum", "mean-all"),
+        help="What becomes the set's vector: the CLS token, the mean or sum of the patches, or the "
+        "mean of all tokens, which few-shot diffusion models call mean.",
     )
     encoder_time: bool = option(
         False, help="Give the encoder the noise level; it then runs at every sampling step."
