@@ -10,10 +10,13 @@ from pathlib import Path
 import click
 
 import families
+from commands.config_file import read_config_file, with_config_file
+from commands.prepare import prepare_data
 from configs.presets import PRESET_OF_RESOLUTION, PRESETS, get_preset, preset_of_model
 from dnnlib.cli import ConfigCommand, raw_value, run, settings, usage_errors
 from dnnlib.click_options import param, takes
 from dnnlib.config import Config
+from dnnlib.errors import refusal
 from dnnlib.text import is_number, join_names
 from training.config import RunConfig, with_absolute_data, with_named_data, with_one_of_each
 
@@ -42,11 +45,19 @@ EXAMPLES = """
 class TrainOptions:
     """Where a run goes and what it starts from."""
 
-    outdir: Path | None = param(help="Folder in which run folders are made.")
+    outdir: Path | None = param(help="Folder in which run folders are made.  [default: runs]")
+    config_file: Path | None = param(
+        "--config",
+        help="File of options in JSON or YAML, or the training_options.json of a run; what is "
+        "typed counts more.",
+    )
     preset: str | None = param("--preset", "--model", help=f"What to train: {', '.join(PRESETS)}.")
     data_dir: Path | None = param(help="Folder of datasets, one of which --dataset names.")
     dataset: str | None = param(
         help="Name of a zip or folder in --data-dir: --data=DATA_DIR/NAME.zip."
+    )
+    prepare: bool = param(
+        help="Convert the official archive of --dataset that lies in --data-dir, if need be."
     )
     desc: str | None = param(help="Text to add to the name of the run folder.")
     resume: str | None = param(help="Run folder or state file to continue, or auto.")
@@ -62,6 +73,14 @@ def base_config(args: Sequence[str]) -> RunConfig | None:
     """Return the configuration that the raw arguments start from: a preset's or a run's."""
     preset = raw_value(args, "preset") or raw_value(args, "model")
     resume = raw_value(args, "resume")
+    path = raw_value(args, "config")
+    whole = None if path is None else read_config_file(path)[0]
+    if whole is not None:
+        for name, value in (("preset", preset), ("resume", resume)):
+            if value is not None and value != whole.preset:
+                but = f"{path} holds the whole configuration of a run"
+                raise refusal(f"--{name}", value, but=but, remedy="give one of them")
+        return whole
     if preset is not None:
         preset = preset_of_model(preset, raw_value(args, "mode-conditioning"))
     resolution = raw_value(args, "resolution")
@@ -99,7 +118,18 @@ def option_elsewhere(name: str, config: Config | None) -> str | None:
     return f"--{name}: preset {config.preset} has no such option; {have}."
 
 
-@click.command(cls=ConfigCommand, base=base_config, elsewhere=option_elsewhere, examples=EXAMPLES)
+def expanded(args: Sequence[str]) -> list[str]:
+    """Return the raw arguments with those of --config before them."""
+    return with_config_file(args, raw_value(args, "config"))
+
+
+@click.command(
+    cls=ConfigCommand,
+    base=base_config,
+    elsewhere=option_elsewhere,
+    expand=expanded,
+    examples=EXAMPLES,
+)
 @takes(TrainOptions)
 def main(config: RunConfig, options: TrainOptions) -> int:
     """Train the diffusion transformer of a preset on a dataset made by dataset_tool.py.
@@ -113,10 +143,17 @@ def main(config: RunConfig, options: TrainOptions) -> int:
     given = click.get_current_context().meta["given"]
     names = [field.name for field in dataclasses.fields(Start)]
     start = Start(**{name: getattr(options, name) for name in names})
+    if start.outdir is None and not start.continues:
+        start = dataclasses.replace(start, outdir=Path("runs"))
     with usage_errors():
         config = with_one_of_each(config, given)
         if options.data_dir is not None or options.dataset is not None:
             config = with_named_data(config, given, options.data_dir, options.dataset)
+            named = options.data_dir, options.dataset, Path(config.data.data)
+            if not options.dry_run:
+                prepare_data(*named, convert=options.prepare)
+        elif options.prepare:
+            raise refusal("--prepare", but="converts what --data-dir and --dataset name")
         config = with_absolute_data(config)
         start.check(given)
     config = families.of(config).check(config, given)

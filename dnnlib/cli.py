@@ -146,6 +146,7 @@ class ConfigCommand(click.Command):
             options. Called once per invocation, before parsing.
         elsewhere: Maps an unknown option name (without dashes) to a sentence that says where it
             exists, or None.
+        expand: Maps the raw arguments to those that are parsed.
         examples: Runnable commands shown at the end of ``--help``.
     """
 
@@ -154,6 +155,7 @@ class ConfigCommand(click.Command):
         *args: Any,
         base: Callable[[Sequence[str]], Config | None],
         elsewhere: Callable[[str, Config | None], str | None] = lambda name, config: None,
+        expand: Callable[[list[str]], list[str]] = list,
         examples: str = "",
         **kwargs: Any,
     ) -> None:
@@ -161,10 +163,12 @@ class ConfigCommand(click.Command):
         super().__init__(*args, **kwargs)
         self._fixed = list(self.params)
         self._base, self._elsewhere, self._examples = base, elsewhere, examples
+        self._expand = expand
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         args = ["--help" if arg == "-h" else _normalise(arg) for arg in args]
         with usage_errors(ctx):
+            args = [_normalise(arg) for arg in self._expand(args)]
             config = self._base(args)
         options = [] if config is None else [ConfigOption(setting) for setting in settings(config)]
         bools = {f"--no-{name[2:]}": name for o in options if o.setting.is_bool for name in o.opts}

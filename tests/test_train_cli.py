@@ -990,7 +990,6 @@ DATA = "--outdir=OUT --data=TOY"
         ("--preset=digits --metrics=fid10k", ["'fid10k'", "Did you mean 'fid10k_full'?"]),
         ("--preset=digits --precond=ed", ["'ed'", "one of edm, vp", "Did you mean 'edm'?"]),
         ("--preset=digits --outdir=x", ["--data", "dataset_tool.py"]),
-        ("--preset=digits --data=TOY", ["--outdir"]),
         ("--preset=digits --outdir=OUT --data=absent.zip", ["absent.zip"]),
         (
             "--resolution=48",

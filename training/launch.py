@@ -36,7 +36,7 @@ _LOCK_PATIENCE_SEC = 10.0
 class Start:
     """Where a run goes, and what it starts from or continues."""
 
-    outdir: Path | None = None  # Where run folders are made.
+    outdir: Path | None = None  # Where run folders are made; needed for a new run.
     resume: str | None = None  # Run folder or state file to continue, or ``auto``.
     transfer: str | None = None  # Snapshot whose weights the run starts from.
     desc: str | None = None  # Text to add to the name of the run folder.
@@ -72,8 +72,6 @@ class Start:
                 raise ValueError("--verify-resume stops and resumes by itself; leave --resume out.")
             return
         if not self.continues:
-            if self.outdir is None:
-                raise ValueError("Give the folder for runs with --outdir.")
             return
         run_dir, _ = runs.resume_paths(self.resume)
         if self.desc is not None:

@@ -1,0 +1,83 @@
+"""``--config=FILE`` of train.py: options, or a run's whole configuration, from a file."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dnnlib.errors import refusal
+from dnnlib.files import read_file
+from dnnlib.typed import parse_json
+from training.config import RunConfig
+from training.family import restore_run
+
+_YAML = (".yaml", ".yml")
+
+
+def read_config_file(path: str) -> tuple[RunConfig | None, list[str]]:
+    """Return the run that a file holds, or None and the options that it names, as if typed.
+
+    A file is JSON or YAML: the ``training_options.json`` of a run, or one object of option names,
+    with hyphens or underscores, and values. Lists are joined by commas. Nothing in a file is
+    executed. Raises ValueError, one sentence, for anything else.
+    """
+    content = _parse(path)
+    if isinstance(content.get("config"), Mapping):  # A run's training_options.json.
+        try:
+            return restore_run(content["config"]), []
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"--config: {path}: {error}") from error
+    return None, [f"--{_name(path, name)}={_text(path, name, content[name])}" for name in content]
+
+
+def _parse(path: str) -> Mapping[str, Any]:
+    is_yaml = Path(path).suffix.lower() in _YAML
+    try:
+        text = read_file(path).decode()
+        content = _parse_yaml(path, text) if is_yaml else parse_json(text)
+    except OSError as error:
+        raise ValueError(f"--config: {path} cannot be read ({error.strerror}).") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"--config: {path} is no text file.") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"--config: {path} is no valid JSON ({error}).") from None
+    if not isinstance(content, Mapping):
+        but = f"{path} holds no option names with values"
+        raise refusal("--config", but=but, remedy='write {"preset": "cifar10", "lr": 0.0001}')
+    return content
+
+
+def _parse_yaml(path: str, text: str) -> Any:
+    try:
+        import yaml
+    except ModuleNotFoundError:
+        but = f"reading {path} needs the package pyyaml, which is not installed"
+        raise refusal("--config", but=but, remedy="pip install pyyaml, or write JSON") from None
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--config: {path} is no valid YAML ({reason}).") from None
+
+
+def _name(path: str, name: Any) -> str:
+    option = str(name).lstrip("-").replace("_", "-")
+    if option in ("config", "help", "h"):
+        raise refusal("--config", but=f"{path} names --{option}", remedy="leave it out there")
+    return option
+
+
+def _text(path: str, name: Any, value: Any) -> str:
+    if isinstance(value, Mapping) or value == []:
+        but = f"{path} gives {name} the value {value!r}, which is no option's"
+        raise refusal("--config", but=but, remedy="name options without sections, as in --help")
+    if isinstance(value, list | tuple):
+        return ",".join(_text(path, name, item) for item in value)
+    return "none" if value is None else str(value)
+
+
+def with_config_file(args: Sequence[str], path: str | None) -> list[str]:
+    """Return arguments with the options of a file before them, so that those typed come last."""
+    if path is None:
+        return list(args)
+    return [*read_config_file(path)[1], *args]

@@ -1,0 +1,67 @@
+"""``--prepare`` of train.py: official archives become the dataset that --dataset names."""
+
+import re
+import shlex
+import time
+from pathlib import Path
+
+from dnnlib import launcher
+from dnnlib.errors import refusal
+
+_POLL_SEC = 1.0
+
+
+def official_archive(data_dir: Path, dataset: str) -> Path | None:
+    """Return the official archive, or its folder, of a dataset such as ``cifar100``; None if none.
+
+    It lies in ``data_dir``, or is it, or lies in a folder of the dataset's name.
+    """
+    from data.convert.sources import unconverted
+
+    wanted = _letters(dataset.removesuffix(".zip"))
+    for folder in (data_dir, data_dir / dataset.removesuffix(".zip")):
+        if not folder.is_dir():
+            continue
+        inside = sorted(path for path in folder.iterdir() if wanted in _letters(path.name))
+        for path in [*inside, folder]:
+            fits = wanted in _letters(path.name) and not path.name.endswith(".zip")
+            if fits and unconverted(path) is not None:
+                return path
+    return None
+
+
+def _letters(name: str) -> str:
+    """Return a name without punctuation and case, and CIFAR's names without their ending."""
+    return re.sub(r"[^a-z0-9]", "", name.lower()).replace("python", "")
+
+
+def prepare_data(data_dir: Path, dataset: str, path: Path, *, convert: bool) -> None:
+    """See to it that ``path`` is there if an official archive lies in ``data_dir``.
+
+    With ``convert`` rank 0 converts the archive and the others wait; without it, ValueError names
+    the command. Nothing happens where there is no archive.
+    """
+    if path.exists():
+        return
+    if launcher.number("RANK") != 0 and convert:
+        _wait_for(path)
+        return
+    source = official_archive(data_dir, dataset)
+    if source is None:
+        return
+    if not convert:
+        command = f"python dataset_tool.py convert --source={shlex.quote(str(source))}"
+        but = f"{source} is to be converted first"
+        remedy = f"add --prepare, or run {command} --dest={shlex.quote(str(path))}"
+        raise refusal("--dataset", but=but, remedy=remedy)
+    from data.convert.convert import convert_images
+    from data.convert.sources import open_source
+
+    print(f"Converting {source} to {path}.", flush=True)
+    convert_images(open_source(str(source)), path)
+
+
+def _wait_for(path: Path) -> None:
+    """Wait until rank 0 has made a file; should that fail, the launcher ends this process."""
+    while not path.exists():
+        time.sleep(_POLL_SEC)
