@@ -1,0 +1,108 @@
+"""The job files in examples/: what they call exists, and means what it says."""
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import helpers
+import pytest
+import yaml
+
+import train
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def kubernetes_args():
+    (container,) = _pod()["containers"]
+    return container["args"]
+
+
+def _pod():
+    job = yaml.safe_load((EXAMPLES / "kubernetes.yaml").read_text())
+    return job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
+
+
+def slurm_args():
+    text = (EXAMPLES / "slurm.sh").read_text().replace("\\\n", " ")
+    (line,) = re.findall(r"torchrun (.+) \|\| failed", text)
+    return shlex.split(line.replace("$OUTDIR", "runs/ffhq64"))
+
+
+def docker_args():
+    text = (EXAMPLES / "Dockerfile").read_text()
+    (line,) = re.findall(r"setdiffit (train\.py .+)", text)
+    return shlex.split(line)
+
+
+@pytest.mark.parametrize("args", [kubernetes_args, slurm_args, docker_args])
+def test_the_training_commands_would_run(args):
+    own = args()
+    own = own[own.index("train.py") + 1 :]
+    assert "--resume=auto" in own
+    output = helpers.succeed(train, *own, "--dry-run").output
+    assert "parameters" in output
+
+
+def test_torchrun_takes_the_options_that_it_is_given():
+    from torch.distributed.run import get_args_parser
+
+    for args in (kubernetes_args(), slurm_args()):
+        own = [re.sub(r"\$\{?\w+\}?", "1", arg) for arg in args[: args.index("train.py")]]
+        parsed = get_args_parser().parse_args([*own, "train.py"])
+        assert "SIGUSR1" in parsed.signals_to_handle
+        assert parsed.nproc_per_node == "8"
+
+
+def test_volumes_of_the_pod_are_those_that_it_mounts():
+    pod = _pod()
+    mounted = {mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
+    assert mounted == {volume["name"] for volume in pod["volumes"]}
+    limit = pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]
+    assert f"--nproc_per_node={limit}" in kubernetes_args()
+
+
+def test_the_docker_image_copies_what_is_there():
+    lines = (EXAMPLES / "Dockerfile").read_text().splitlines()
+    for line in lines:
+        for name in line.split()[1:-1] if line.startswith("COPY") else ():
+            assert (EXAMPLES.parent / name).exists()
+
+
+_PROGRAMS = {
+    # As the scheduler's and torch's programs, in the folder that the job runs in.
+    "scontrol": 'if [ "$1" = show ]; then echo node1; echo node2; else echo "$@" >> calls; fi',
+    "srun": """echo "srun $@" >> calls
+[ -n "$REQUEUE" ] && touch runs/ffhq64/00000-x/requeue
+exit $CODE""",
+}
+
+
+@pytest.mark.parametrize(
+    ("code", "wants_to_go_on", "expected"), [(1, True, 0), (1, False, 1), (0, False, 0)]
+)
+def test_a_job_that_was_stopped_is_queued_again(tmp_path, code, wants_to_go_on, expected):
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").touch()
+    run_dir = tmp_path / "runs" / "ffhq64" / "00000-x"
+    run_dir.mkdir(parents=True)
+    (run_dir / "requeue").touch()  # Of the job before.
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name, text in _PROGRAMS.items():
+        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (programs / name).chmod(0o755)
+    own = dict(SLURM_JOB_ID="17", SLURM_NNODES="2", SLURM_CPUS_PER_TASK="4")
+    own.update(
+        SLURM_JOB_NODELIST="node[1-2]", CODE=str(code), REQUEUE="1" if wants_to_go_on else ""
+    )
+    own["PATH"] = f"{programs}:{os.environ['PATH']}"
+    found = subprocess.run(
+        ["bash", EXAMPLES / "slurm.sh"], cwd=tmp_path, env={**os.environ, **own}, timeout=30
+    )
+    assert found.returncode == expected
+    calls = (tmp_path / "calls").read_text()
+    assert "--rdzv_endpoint=node1:29500" in calls
+    assert ("requeue 17" in calls) == wants_to_go_on
