@@ -1,12 +1,11 @@
 """Fixtures shared by tests that start training processes."""
 
-import contextlib
-import fcntl
 import itertools
 import os
 
 import pytest
 import torch
+from sharing import SHARED_VARIABLE, made_once
 from training_runs import FULL, TrainProcess, environment, only_run
 
 from data.convert.convert import convert_images
@@ -51,6 +50,7 @@ def own_cache(shared_dir):
     """Downloads and derived data of the tests stay out of the user's cache folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SETDIFFIT_CACHE", str(shared_dir / "cache"))
+        patch.setenv(SHARED_VARIABLE, str(shared_dir))
         yield
 
 
@@ -60,16 +60,6 @@ def products_by_mkl():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SETDIFFIT_CPU_MATMUL", "mkl")
         yield
-
-
-@contextlib.contextmanager
-def made_once(path):
-    """Yield whether ``path`` must still be made; test processes wait here for one another."""
-    done = path.with_name(f"{path.name}.done")
-    with open(f"{path}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield not done.exists()
-        done.touch()
 
 
 @pytest.fixture(scope="session")

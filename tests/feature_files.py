@@ -11,6 +11,7 @@ import torch
 from helpers import succeed
 from latent_files import tiny_autoencoder
 from PIL import Image
+from sharing import place_copy
 
 import dataset_tool
 from data.features.config import SPLITS
@@ -154,12 +155,22 @@ def tiny_features(base, *options, name="features"):
     two samples a shard, and validation samples of every bucket.
     """
     dest = base / name
-    if not dest.is_dir():
-        pictures = base / "pictures"
-        if not pictures.is_dir():
-            write_pictures(pictures)
-        prepare(pictures, dest, tiny_encoders(base), "--shard-size=2", *options)
+    if dest.is_dir():
+        return dest
+    if not options and name == "features":
+        place_copy(base, "tiny-features", _prepare_features)
+        return dest
+    pictures = base / "pictures"
+    if not pictures.is_dir():
+        write_pictures(pictures)
+    prepare(pictures, dest, tiny_encoders(base), "--shard-size=2", *options)
     return dest
+
+
+def _prepare_features(folder):
+    write_pictures(folder / "pictures")
+    encoders = tiny_encoders(folder)
+    prepare(folder / "pictures", folder / "features", encoders, "--shard-size=2")
 
 
 def sample_arrays(folder, manifest, row):

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from image_files import convert
 from PIL import Image
+from sharing import place_copy
 from warm_start import ROOT, WarmProcess, WarmRanks, quiet_environment
 
 import dnnlib.cli
@@ -196,10 +197,14 @@ def trained_run(base):
     """
     runs = base / "trained"
     if not runs.is_dir():
-        options = "--cond --label-drop=0.2 --iters=70 --batch=32 --tick=100 --ema-kimg=0.2"
-        train_tiny(runs, toy_data(base), *options.split(), "--steps=4")
+        place_copy(base, "trained-image", _train_image)
     (run_dir,) = runs.iterdir()
     return run_dir
+
+
+def _train_image(folder):
+    options = "--cond --label-drop=0.2 --iters=70 --batch=32 --tick=100 --ema-kimg=0.2"
+    train_tiny(folder / "trained", toy_data(folder), *options.split(), "--steps=4")
 
 
 def trained_snapshot(base):
@@ -224,9 +229,13 @@ def set_snapshot(base):
     """Return a snapshot of a model of sets that has learned for a moment, made once per folder."""
     runs = base / "sets"
     if not runs.is_dir():
-        options = "--context-drop=0.2 --iters=60 --batch=8 --tick=100 --ema-kimg=0.2 --steps=4"
-        train_tiny(runs, toy_data(base), *options.split(), tiny=TINY_SETS)
+        place_copy(base, "trained-sets", _train_sets)
     return max(runs.glob("*/network-snapshot-*.pkl"))
+
+
+def _train_sets(folder):
+    options = "--context-drop=0.2 --iters=60 --batch=8 --tick=100 --ema-kimg=0.2 --steps=4"
+    train_tiny(folder / "sets", toy_data(folder), *options.split(), tiny=TINY_SETS)
 
 
 def read_pixels(path):

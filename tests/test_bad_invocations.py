@@ -11,8 +11,8 @@ from pathlib import Path
 import click
 import pytest
 from bad_files import make_bad_files
-from conftest import made_once
 from helpers import ROOT, call
+from sharing import made_once
 
 from dnnlib import addresses
 
