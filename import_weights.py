@@ -1,62 +1,184 @@
-"""Turn published weights of latent DiffiT into a snapshot for generate.py and fid.py."""
+"""Turn weights that other code published into a snapshot for generate.py and fid.py."""
 
 import dataclasses
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import families
-from configs.latent_diffit import PRESETS
-from dnnlib.cli import run
+from configs.presets import PRESETS, PUBLISHED
+from diffusion.config import GuidanceConfig, PrecondConfig, SamplingConfig
+from dnnlib.cli import ConfigCommand, raw_value, run, show_value
 from dnnlib.click_options import TextType, output_rules, overwrites, param, takes
+from dnnlib.config import Config
+from dnnlib.errors import refusal
 from dnnlib.files import check_target, sha256_of_file
+from models.config import ModelConfig
+from training.config import RunConfig, with_absolute_data
 
-# The autoencoder of whose latents the published weights are.
+if TYPE_CHECKING:
+    from models.published.layout import Layout
+    from training.checkpoint import DataSummary
+
+# The autoencoder of whose latents the published weights of latent DiffiT are.
 PUBLISHED_VAE = "stabilityai/sd-vae-ft-ema"
+_DEFAULT = "imagenet256"
+# Where a training state keeps its weights: averages first.
+_PARTS = ("ema.ema_params", "ema_params", "ema", "model", "params")
+
+EXAMPLES = """
+  # Latent DiffiT:
+  python import_weights.py diffit_256.safetensors --preset=imagenet256 --out=network.pkl
+  python generate.py --network=network.pkl --outdir=out --seeds=0-15 --class=207 --grid=out.png
+
+  # Few-shot diffusion models (the JAX code, exported as docs/sets.md tells), of another depth:
+  python import_weights.py fsdm.safetensors --preset=fsdm-cifar100-film --num-blocks=12 \\
+      --out=fsdm.pkl
+  python generate.py --network=fsdm.pkl --outdir=out --support=my-images --num=16 --grid=out.png
+
+  # NanoDiT, with a folder of features that dataset_tool.py made with the same encoders:
+  python import_weights.py checkpoint.pt --preset=nanodit --data=datasets/features --out=nanodit.pkl
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImportConfig(Config):
+    """What of a preset's run weights may be of, and how they are sampled by default."""
+
+    model: ModelConfig
+    precond: PrecondConfig
+    sampling: SamplingConfig
+    guidance: Config = GuidanceConfig()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImportOptions:
-    preset: str = param(required=True, choices=PRESETS, help="The model that the weights are of.")
+    preset: str = param(required=True, choices=PUBLISHED, help="The model that the weights are of.")
     out: Path = param(required=True, help="Snapshot to write.")
-    vae: str = param(default=PUBLISHED_VAE, help="Autoencoder to decode with.")
+    data: str | None = param(
+        help="Folder of features made with the encoders of the weights, for NanoDiT: it has the "
+        "sizes of the images, and the statistics that normalise them."
+    )
 
 
-@click.command(context_settings=dict(help_option_names=["-h", "--help"]))
-@click.argument("weights", metavar="WEIGHTS.safetensors", type=TextType())
+def base_config(args: Sequence[str]) -> ImportConfig:
+    """Return the model and protocol of the preset named in the raw arguments."""
+    name = raw_value(args, "preset")
+    chosen = PRESETS[name if name in PUBLISHED else _DEFAULT].run
+    names = [field.name for field in dataclasses.fields(ImportConfig)]
+    config = ImportConfig(**{name: getattr(chosen, name) for name in names})
+    if name in (None, *(own for own in PUBLISHED if own.startswith("imagenet"))):
+        model = dataclasses.replace(config.model, vae=PUBLISHED_VAE)
+        config = dataclasses.replace(config, model=model)
+    return config
+
+
+@click.command(cls=ConfigCommand, base=base_config, examples=EXAMPLES)
+@click.argument("weights", metavar="WEIGHTS", type=TextType())
 @takes(ImportOptions)
 @overwrites
-def main(weights: str, options: ImportOptions) -> None:
-    """Read WEIGHTS, a path or URL of the official state dict in safetensors, and write a snapshot.
+def main(weights: str, config: ImportConfig, options: ImportOptions) -> None:
+    """Read WEIGHTS, a path or URL, and write a snapshot.
 
-    Every name and shape must be that of the preset's model. The snapshot carries the preset's
-    sampling and guidance, which generate.py and fid.py then use by default.
-
-    \b
-    Examples:
-      python import_weights.py diffit_256.safetensors --preset=imagenet256 --out=network.pkl
-      python generate.py --network=network.pkl --outdir=out --seeds=0-15 --class=207 --grid=out.png
+    WEIGHTS is a safetensors or a file of torch.save, with the names of latent DiffiT's official
+    state dict, of the JAX code of few-shot diffusion models, or of NanoDiT's own code. Every name
+    and shape must be that of the preset's model, which the options below change. Of a training
+    state, the averaged weights are taken. The snapshot carries the preset's sampling and guidance,
+    which generate.py and fid.py then use by default.
     """
-    preset, out, vae = options.preset, options.out, options.vae
     from dnnlib.downloads import fetch
     from encoders.autoencoder import AUTOENCODER
-    from metrics.weights import read_safetensors
-    from models.published import network_of_published
-    from training.checkpoint import DataSummary, read_header, save_weights
+    from metrics.weights import read_checkpoint
+    from models.published import layouts
+    from models.published.layout import network_of_published
+    from training.checkpoint import read_header, save_weights
 
-    check_target("--out", out, is_ours=read_header, **output_rules("out"))
-    AUTOENCODER.check_location(vae)
+    check_target("--out", options.out, is_ours=read_header, **output_rules("out"))
+    given = click.get_current_context().meta["given"]
+    if "vae" in given and config.model.vae is not None:
+        AUTOENCODER.check_location(config.model.vae)
+    layout = layouts()[config.model.family]
+    if layout.needs_data != (options.data is not None):
+        raise _data_refusal(layout, options)
     path = fetch(weights)
-    chosen = PRESETS[preset]
-    config = families.of(chosen.run).fit(chosen.run, None, chosen.num_classes)
-    # The published samples were made in float32.
-    config = config.changed("training", precision="fp32", compile=False).changed("model", vae=vae)
-    tensors = read_safetensors(path, "It ought to be the official state dict.")
+    tensors = read_checkpoint(path, "It ought to hold the published weights.", _PARTS)
     try:
-        network = network_of_published(tensors, config.model)
+        _check_layout(tensors, layout)
+        tensors = {layout.rename(name): tensor for name, tensor in tensors.items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        fitted, data = _fit(config, options, layout.settings(shapes), given)
+        network = network_of_published(layout, tensors, fitted.model)
     except ValueError as error:
-        raise ValueError(f"{path} with --preset={preset}: {error}") from error
-    data = DataSummary(
+        raise ValueError(f"{path} with --preset={options.preset}: {error}") from error
+    if data is None:
+        data = _published_data(fitted, path)
+    progress = dict(imported_from=path.name, cur_nimg=0)
+    save_weights(options.out, network.state_dict(), fitted, data, progress)
+    decoder = "" if fitted.model.encoder_hashes == {} else f", {fitted.model.vae} as autoencoder"
+    click.echo(f"{options.out}: {options.preset} with the weights of {path.name}{decoder}.")
+
+
+def _data_refusal(layout: "Layout", options: ImportOptions) -> ValueError:
+    if layout.needs_data:
+        but = f"weights of {layout.title} tell neither sizes nor statistics"
+        remedy = "give a folder that dataset_tool.py features made with the same encoders"
+        return refusal("--data is missing", but=but, remedy=remedy)
+    but = f"weights of {layout.title} need no data"
+    return refusal("--data", options.data, but=but, remedy="leave it out")
+
+
+def _check_layout(names: Collection[str], layout: "Layout") -> None:
+    """Raise ValueError for names that are those of other code."""
+    from models.published import layouts
+    from models.published.layout import layout_of
+
+    known = layouts()
+    family = layout_of(names, known)
+    if family is not None and known[family] is not layout:
+        theirs = known[family]
+        presets = [n for n in PUBLISHED if known[PRESETS[n].run.model.family] is theirs]
+        names = f"the names are those of {theirs.title}"
+        raise ValueError(f"{names}; choose one of its presets: {', '.join(presets)}.")
+    if family is None and any(name.startswith("generative_model.") for name in names):
+        raise ValueError(
+            "the weights are of few-shot diffusion models in PyTorch, whose generative model is a "
+            "U-Net, which no model here is."
+        )
+
+
+def _fit(
+    config: ImportConfig, options: ImportOptions, settings: dict[str, Any], given: Collection[str]
+) -> tuple[RunConfig, "DataSummary | None"]:
+    """Return the run of the weights, and what is known of the data; None without --data."""
+    from training.checkpoint import summarise
+
+    chosen = PRESETS[options.preset]
+    fitted = dataclasses.replace(chosen.run, **vars(config))
+    # What is computed is what the weights were made for, whatever the preset trains.
+    for name, value in settings.items():
+        own = getattr(fitted.model, name)
+        if name in given and own != value:
+            option = f"--{name.replace('_', '-')}"
+            but = f"the weights are of a model with {show_value(value)}"
+            raise refusal(option, show_value(own), but=but, remedy="leave it out")
+    fitted = fitted.changed("model", **settings)
+    # The published samples were made in float32.
+    fitted = fitted.changed("training", precision="fp32", compile=False)
+    family, data = families.of(fitted), None
+    if options.data is not None:
+        fitted = with_absolute_data(fitted.changed("data", data=options.data))
+        data = family.open_data(fitted)
+    num_classes = chosen.num_classes if fitted.data.cond else 0
+    fitted = family.fit(fitted, data, num_classes)
+    return fitted, None if data is None else summarise(data)
+
+
+def _published_data(config: RunConfig, path: Path) -> "DataSummary":
+    from training.checkpoint import DataSummary
+
+    return DataSummary(
         name="published",
         resolution=config.model.resolution,
         img_channels=config.model.img_channels,
@@ -64,9 +186,6 @@ def main(weights: str, options: ImportOptions) -> None:
         content_hash=sha256_of_file(path),
         class_names=tuple(map(str, range(config.model.num_classes))),
     )
-    progress = dict(imported_from=path.name)
-    save_weights(out, network.state_dict(), config, data, progress)
-    click.echo(f"{out}: {preset} with the weights of {path.name}, {vae} as autoencoder.")
 
 
 if __name__ == "__main__":

@@ -44,6 +44,9 @@ _NAMES = {
 }
 PRESETS = _Presets({name: file for file, names in _NAMES.items() for name in names})
 
+# Those of whose models other code publishes weights.
+PUBLISHED = tuple(name for file, names in _NAMES.items() if file != "diffit" for name in names)
+
 # What --resolution alone means.
 PRESET_OF_RESOLUTION = {32: "cifar10", 64: "ffhq64", 256: "imagenet256", 512: "imagenet512"}
 

@@ -2,8 +2,9 @@
 
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -55,14 +56,51 @@ def load_weights(
     return {name: value.to(torch.float32) for name, value in found.items()}
 
 
-def _read_tensors(path: Path, expected: str) -> dict[str, torch.Tensor]:
+def read_checkpoint(
+    path: Path, expected: str, parts: Sequence[str] = ()
+) -> dict[str, torch.Tensor]:
+    """Return the tensors by name of a file: a safetensors, or one that ``torch.save`` wrote.
+
+    Names within dictionaries are joined by dots. Of a training state, which holds several sets of
+    weights, the first of ``parts`` that is there is returned, without its name: of ``ema``, what
+    is called ``ema.``. Raises ValueError for a file without tensors, or with anything but plain
+    data; nothing in it is executed.
+    """
     if path.suffix == ".safetensors":
-        return read_safetensors(path, expected)
+        found = read_safetensors(path, expected)
+    else:
+        found = dict(_named_tensors(_load(path, expected)))
+    for part in parts:
+        inside = {
+            n.removeprefix(f"{part}."): t for n, t in found.items() if n.startswith(f"{part}.")
+        }
+        if inside:
+            return inside
+    if not found:
+        raise ValueError(f"{path}: holds no names with tensors. {expected}")
+    return found
+
+
+def _named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(value, torch.Tensor):
+        yield name, value.detach()
+    elif isinstance(value, Mapping):
+        for key, child in value.items():
+            yield from _named_tensors(child, f"{name}.{key}" if name else str(key))
+
+
+def _load(path: Path, expected: str) -> Any:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     # What a damaged or hostile file makes the unpickler raise has no common base.
     except Exception as error:
         raise ValueError(f"{path}: {_refusal(path, error)}. {expected}") from error
+
+
+def _read_tensors(path: Path, expected: str) -> dict[str, torch.Tensor]:
+    if path.suffix == ".safetensors":
+        return read_safetensors(path, expected)
+    state = _load(path, expected)
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
     ):

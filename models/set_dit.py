@@ -25,6 +25,7 @@ class GatedBlock(nn.Module):
         context_dim: Width of the context's tokens; None without cross-attention.
         gate: What scales the cross-attention: ``adaln``, ``scalar`` (tanh of one number, which
             begins at 0) or ``none``.
+        norm_vector: Whether the vector is normalised first.
     """
 
     def __init__(
@@ -34,9 +35,11 @@ class GatedBlock(nn.Module):
         mlp_ratio: float,
         context_dim: int | None = None,
         gate: str = "adaln",
+        norm_vector: bool = False,
     ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.vector_norm = nn.LayerNorm(dim, eps=1e-6, bias=False) if norm_vector else nn.Identity()
         self.attn = layers.SelfAttention(dim, num_heads)
         self.mlp = layers.MLP(dim, int(dim * mlp_ratio))
         self.cross: layers.CrossAttention | None = None
@@ -56,7 +59,8 @@ class GatedBlock(nn.Module):
 
         ``keys_values`` [N, 2 heads, M, d] are those of the context, if they are known.
         """
-        parts = self.modulation(functional.silu(u)).chunk(self._num_vectors, dim=1)
+        u = functional.silu(self.vector_norm(u))
+        parts = self.modulation(u).chunk(self._num_vectors, dim=1)
         scale, shift, gate = parts[:3]
         x = x + gate[:, None] * self.attn(layers.modulate(self.norm(x), scale, shift))
         if self.cross is not None:
@@ -93,14 +97,18 @@ class SetDiT(nn.Module):
         self.noise_mlp = nn.Sequential(
             nn.Linear(_NUM_SINUSOIDS, dim), nn.SiLU(), nn.Linear(dim, dim)
         )
+        is_film = config.mode_conditioning == "film"
+        # The JAX code normalises the sum of noise level and context instead, in every block.
+        norms_sum = config.use_context_layernorm and config.is_like_jax and is_film
         self.context_norm = nn.Identity()
-        if config.use_context_layernorm:
+        if config.use_context_layernorm and not norms_sum:
             self.context_norm = nn.LayerNorm(config.context_dim, eps=1e-6, bias=False)
-        if config.mode_conditioning == "film":
+        if is_film:
             self.join = nn.Linear(dim + config.context_dim, dim)
         contexts = dict.fromkeys(config.context_layers, config.context_dim)
+        sizes = (dim, config.num_heads, config.mlp_ratio)
         self.blocks = nn.ModuleList(
-            GatedBlock(dim, config.num_heads, config.mlp_ratio, contexts.get(index), config.gate)
+            GatedBlock(*sizes, contexts.get(index), config.gate, norms_sum)
             for index in range(config.num_blocks)
         )
         self.head_norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)

@@ -79,12 +79,13 @@ class EncoderBlock(nn.Module):
         super().__init__()
         dim, dropout = config.encoder_dim, config.encoder_dropout
         mlp_dim = int(dim * config.encoder_mlp_ratio)
-        self.norm1 = nn.LayerNorm(dim)
+        eps, gelu = (1e-6, "tanh") if config.is_like_jax else (1e-5, "none")
+        self.norm1 = nn.LayerNorm(dim, eps)
         heads, locality = config.encoder_heads, config.encoder_mode == "vit_set"
         self.attn = EncoderAttention(dim, heads, config.encoder_dim_head, locality=locality)
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim, eps)
         self.mlp = nn.Sequential(
-            nn.Linear(dim, mlp_dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(mlp_dim, dim)
+            nn.Linear(dim, mlp_dim), nn.GELU(gelu), nn.Dropout(dropout), nn.Linear(mlp_dim, dim)
         )
         self.dropout = nn.Dropout(dropout)
 
@@ -101,10 +102,10 @@ class StackTokeniser(nn.Module):
     scaled by set_size / present.
     """
 
-    def __init__(self, patch_dim: int, set_size: int, dim: int) -> None:
+    def __init__(self, patch_dim: int, set_size: int, dim: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.set_size = set_size
-        self.norm = nn.LayerNorm(patch_dim * set_size)
+        self.norm = nn.LayerNorm(patch_dim * set_size, eps)
         self.linear = nn.Linear(patch_dim * set_size, dim)
 
     def forward(self, patches: Tensor, mask: Tensor | None) -> Tensor:
@@ -151,6 +152,10 @@ class SetEncoder(nn.Module):
     few-shot diffusion models: over CLS, TIME and the patches of all images present alike.
 
     The TIME token holds the noise level if the encoder depends on it, and is zero otherwise.
+
+    ``like`` fsdm-jax: sets are filled up to ``sample_size`` with zeros, which are grey images that
+    count as the others do (so the place of the image that is left out too); lag's tokens have no
+    head; GELU is that of tanh, and normalisation adds 1e-6.
     """
 
     def __init__(self, config: SetDiTConfig) -> None:
@@ -161,11 +166,14 @@ class SetEncoder(nn.Module):
         self.is_set_mode = config.encoder_mode == "vit_set"
         self.stacks = config.stacks_images
         self._spt_shifts, self._second_pass = config.spt_shifts, config.second_pass
+        # Places that are filled with zeros; 0 where sets may be of any size.
+        self._filled, eps = (config.num_places, 1e-6) if config.is_like_jax else (0, 1e-5)
         patch_dim = patch_size**2 * config.img_channels * (5 if config.spt_shifts else 1)
         if self.stacks:
-            self.tokeniser = StackTokeniser(patch_dim, config.context_size, dim)
+            self.tokeniser = StackTokeniser(patch_dim, config.num_places, dim, eps)
         elif self.is_set_mode:
-            self.tokeniser = nn.Sequential(nn.LayerNorm(patch_dim), nn.Linear(patch_dim, dim))
+            norm = nn.LayerNorm(patch_dim, eps)
+            self.tokeniser = nn.Sequential(norm, nn.Linear(patch_dim, dim))
         else:
             self.tokeniser = nn.Linear(patch_dim, dim)
         self.cls = nn.Parameter(torch.empty(1, 1, dim))
@@ -184,7 +192,9 @@ class SetEncoder(nn.Module):
         self.dropout = nn.Dropout(config.encoder_dropout)
         self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.encoder_depth))
         # Decay of the output would shrink the context to nothing.
-        self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim))
+        self.head: nn.Module = nn.Sequential(nn.LayerNorm(dim, eps), nn.Linear(dim, dim))
+        if config.is_like_jax and config.mode_conditioning == "lag":
+            self.head = nn.Identity()
         for parameter in self.head.parameters():
             parameter.spares_decay = True
         self.initialize()
@@ -202,7 +212,11 @@ class SetEncoder(nn.Module):
         ``mask`` [B, k] is true where an image is present; every set has one. The tokens of a set
         are [B, P, dim]; those of ``vit`` are of each image, [B, k, P, dim].
         """
-        patches = self._patches(_without_absent(images, mask))
+        images = _without_absent(images, mask)
+        if self._filled:
+            missing = max(self._filled - images.shape[1], 0)
+            images, mask = functional.pad(images, (0, 0, 0, 0, 0, 0, 0, missing)), None
+        patches = self._patches(images)
         if self.stacks:
             return self.tokeniser(patches, mask)
         tokens = self.tokeniser(patches)  #                             [B, k, P, d]
@@ -215,6 +229,9 @@ class SetEncoder(nn.Module):
         is cut and, where its token is its own, embedded once.
         """
         others = leave_one_out_index(images.shape[1], images.device)
+        if self._filled:
+            present = None if mask is None else mask[:, others].flatten(0, 1)
+            return self.tokenise(images[:, others].flatten(0, 1), present)
         patches = self._patches(_without_absent(images, mask))  #       [b, n, P, F]
         if self.stacks:
             present = None if mask is None else mask[:, others].flatten(0, 1)

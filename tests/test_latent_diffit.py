@@ -16,7 +16,8 @@ from models import build_network
 from models.architectures.latent_diffit import LatentDiffiTConfig
 from models.context import Context
 from models.layers import position_embedding
-from models.published import network_of_published, published_shapes
+from models.published.latent_diffit import LAYOUT
+from models.published.layout import network_of_published, published_shapes
 from torch_utils.misc import count_flops, count_parameters
 from torch_utils.pictures import read_image
 from training.checkpoint import load_snapshot
@@ -42,7 +43,7 @@ def published_weights(config, seed=0, with_indices=True):
     """Random weights under the published names, with the constants that they come with."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, shape in published_shapes(config).items():
+    for name, shape in published_shapes(LAYOUT, config).items():
         tensors[name] = torch.randn(shape, generator=generator) * 0.3
     # By hand, from the description alone: columns first, sine then cosine.
     grid, quarter = config.grid, config.hidden_dim // 4
@@ -155,7 +156,7 @@ def test_presets_have_the_published_sizes(name, with_positions, trainable):
 
 def test_the_published_layout_has_346_tensors_at_depth_28():
     config = get_diffit_config("imagenet256")
-    shapes = published_shapes(config)
+    shapes = published_shapes(LAYOUT, config)
     assert len(shapes) == 346
     indices = [name for name in shapes if name.endswith("relative_position_index")]
     assert len(indices) == 28
@@ -169,7 +170,7 @@ def test_the_published_layout_has_346_tensors_at_depth_28():
     assert shapes["t_embedder.mlp.0.weight"] == (1152, 256)
     assert shapes["blocks.3.mlp.fc1.bias"] == (4608,)
     assert shapes["final_layer.linear.weight"] == (32, 1152)
-    large = published_shapes(get_diffit_config("imagenet512"))
+    large = published_shapes(LAYOUT, get_diffit_config("imagenet512"))
     assert large["blocks.0.attn.relative_position_bias_table"] == (3969, 16)
 
 
@@ -202,7 +203,7 @@ def test_smaller_relatives_have_dit_s_widths(name, depth, width, heads):
 @pytest.mark.parametrize("with_indices", [True, False])
 def test_published_weights_compute_the_described_function(with_indices):
     tensors = published_weights(TINY, with_indices=with_indices)
-    network = network_of_published(tensors, TINY).eval()
+    network = network_of_published(LAYOUT, tensors, TINY).eval()
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(3, 4, 8, 8, generator=generator)
     timestep, label = torch.tensor([0.0, 17.0, 999.0]), torch.tensor([0, 4, 2])
@@ -343,7 +344,7 @@ def test_constants_that_differ_are_refused(name, message):
     tensors = published_weights(TINY)
     tensors[name] = tensors[name].flip(1).contiguous()
     with pytest.raises(ValueError, match=message):
-        network_of_published(tensors, TINY)
+        network_of_published(LAYOUT, tensors, TINY)
 
 
 def test_a_file_that_is_no_safetensors_gets_a_sentence(tmp_path, tiny_preset):

@@ -345,6 +345,10 @@ CASES = {
         Case("12", "net", beside="SETS --hdim=20 --context-proj --context-channels=16")
     ],
     "use-context-layernorm": [Case("False", "net", beside="SETS")],
+    "like": [
+        Case("fsdm-jax", "net", beside="SETS"),
+        Case("paper", "net", beside="SETS --like=fsdm-jax"),
+    ],
     "cross-attn-layers": [Case("1", "net", beside="SETS --mode-conditioning=lag --num-blocks=2")],
     "gate": [
         Case(name, "net", beside="SETS --mode-conditioning=lag") for name in ("scalar", "none")

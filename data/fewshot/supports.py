@@ -25,8 +25,8 @@ def read_support(locations: Sequence[str], model: SetDiTConfig) -> Episodes:
     images = [image for location in locations for image in _read(Path(location), model)]
     if not images:
         raise ValueError(f"--support: {', '.join(locations)} holds no images.")
-    if model.stacks_images and len(images) > model.context_size:
-        problem = f"this model's encoder stacks at most {model.context_size}"
+    if model.stacks_images and len(images) > model.num_places:
+        problem = f"this model's encoder stacks at most {model.num_places}"
         raise refusal("--support", f"{len(images)} images", but=problem, remedy="give fewer")
     one_class = dict(classes=np.zeros(1, np.int64), class_names=("support",), counts=(1,))
     return Episodes(

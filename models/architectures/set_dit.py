@@ -116,6 +116,13 @@ class SetDiTConfig(ModelConfig):
         requires={"encoder_mode": ("vit",)},
         help="Run the encoder's blocks again over the mean of the images.",
     )
+    like: str = option(
+        "paper",
+        choices=("paper", "fsdm-jax"),
+        help="Whose arithmetic. fsdm-jax: that of the JAX code of few-shot diffusion models, for "
+        "its weights, which differs in what the encoder makes of sets that are not full, in its "
+        "GELU, in the tokens of lag, and in what film normalises.",
+    )
     leave_one_out: bool = option(
         True, help="Make each image of a set from the others; off: from all, itself among them."
     )
@@ -141,6 +148,11 @@ class SetDiTConfig(ModelConfig):
         if self.context_dim == self.encoder_dim and self.context_proj:
             but = f"--context-channels and --hdim are both {self.encoder_dim}"
             raise refusal("--context-proj has no effect", but=but, remedy="leave it out")
+        if self.is_like_jax and self.encoder_mode != "vit_set":
+            remedy = "give --encoder-mode=vit_set"
+            raise refusal(
+                "--like", f"fsdm-jax with --encoder-mode={self.encoder_mode}", remedy=remedy
+            )
         pools_cls = self.mode_conditioning == "film" and self.encoder_pool == "cls"
         if pools_cls and self.encoder_depth == 0:
             got = "0, with which the CLS token sees no image"
@@ -195,6 +207,16 @@ class SetDiTConfig(ModelConfig):
     def context_size(self) -> int:
         """Images that the encoder sees in training."""
         return self.sample_size - self.leave_one_out
+
+    @property
+    def is_like_jax(self) -> bool:
+        """Whether the arithmetic is that of the JAX code."""
+        return self.like == "fsdm-jax"
+
+    @property
+    def num_places(self) -> int:
+        """Images that an encoder which stacks them has places for."""
+        return self.sample_size if self.is_like_jax else self.context_size
 
     @property
     def stacks_images(self) -> bool:

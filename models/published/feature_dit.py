@@ -1,0 +1,59 @@
+"""The layout in which NanoDiT's own code names its tensors."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from models.architectures.feature_dit import FeatureDiTConfig
+from models.published.layout import Layout, Shape, Source, both, reordered, same
+
+# Published layers with a bias, and ours.
+_LAYERS = {
+    "x_embedder.proj": "backbone.patch_embedding",
+    "t_embedder.mlp.0": "backbone.noise_mlp.0",
+    "t_embedder.mlp.2": "backbone.noise_mlp.2",
+    "dino_proj": "conditioner.dino_proj",
+    "dino_patch_proj": "conditioner.dino_patch_proj",
+    "text_proj": "conditioner.text_proj",
+    "final_proj": "backbone.head",
+    "output_conv": "backbone.refine",
+}
+_NULLS = ("null_dino", "null_dino_patch_token", "null_text")
+# The same of a block, all without a bias.
+_BLOCK = {
+    "attn.qkv": "attn.qkv",
+    "attn.proj": "attn.proj",
+    "cross_attn.q": "cross.q",
+    "cross_attn.kv": "cross.kv",
+    "cross_attn.proj": "cross.proj",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+_MODULATION = "adaLN_modulation.1"
+# Published: shift and scale of self-attention, then those of cross-attention, then those of the
+# MLP. Ours: the three shifts, then the three scales.
+_ROWS = (0, 2, 4, 1, 3, 5)
+
+
+class FeatureDiTLayout(Layout):
+    """NanoDiT with patch tokens: no gates, no positions of patches, the time in the CLS token."""
+
+    title = "NanoDiT"
+    marker = "null_dino_patch_token"
+    needs_data = True  # Sizes, widths, encoders, and the statistics that normalise.
+
+    def settings(self, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+        return dict(use_dino_patches=True, patch_pos=False, cls_token_time=True, gates=False)
+
+    def sources(self, config: FeatureDiTConfig) -> list[Source]:
+        found = [source for name, own in _LAYERS.items() for source in both(own, name)]
+        found += [same(f"conditioner.{name}", name) for name in _NULLS]
+        for index in range(config.num_blocks):
+            published, own = f"blocks.{index}", f"backbone.blocks.{index}"
+            for name, layer in _BLOCK.items():
+                found.append(same(f"{own}.{layer}.weight", f"{published}.{name}.weight"))
+            for source in both(f"{own}.modulation", f"{published}.{_MODULATION}"):
+                found.append(reordered(source, _ROWS))
+        return found
+
+
+LAYOUT = FeatureDiTLayout()
