@@ -315,6 +315,8 @@ def test_a_forward_pass_under_bf16_autocast_stays_near_fp32(changes, way):
         dict(mode_conditioning="lag", gate="scalar", context_pool_size=4, num_classes=3),
         dict(mode_conditioning="lag", gate="none", cross_attn_layers=(1,), encoder_time=True),
         dict(mode_conditioning="lag", encoder_mode="vit", second_pass=True, encoder_pool="mean"),
+        dict(like="fsdm-jax", encoder_pool="mean-all"),
+        dict(like="fsdm-jax", mode_conditioning="lag", gate="none"),
     ],
 )
 @pytest.mark.parametrize("drop", [None, [True, False], [True, True]])
