@@ -83,9 +83,13 @@ class PlainSelfAttention(SelfAttention):
 
 
 class PlainCrossAttention(CrossAttention):
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Tensor, mask: None = None, keys_values: Tensor | None = None
+    ) -> Tensor:
         q = split_heads(self.q(x), self.head_dim)
-        k, v = split_heads(self.kv(context), self.head_dim).chunk(2, dim=1)
+        if keys_values is None:
+            keys_values = self.keys_values(context)
+        k, v = keys_values.chunk(2, dim=1)
         return self.proj(_attend(q, k, v, self.head_dim**-0.5))
 
 

@@ -60,18 +60,22 @@ def attention_shares(
     x: Tensor,
     context: Tensor,
     mask: Tensor | None = None,
+    keys_values: Tensor | None = None,
     *,
     lengths: list[int],
 ) -> Tensor:
     """Return the shares [N, segments] of attention of tokens x [N, L, C] to parts of a context.
 
     Args:
-        module: The attention; ``context`` [N, M, c] and ``mask`` [N, M] are its arguments.
+        module: The attention; ``context`` [N, M, c], ``mask`` [N, M] and ``keys_values``
+            [N, 2 heads, M, d] are its arguments.
         lengths: Numbers of tokens of the parts, which add up to M.
     """
     assert sum(lengths) == context.shape[1], f"parts of {lengths}, a context of {context.shape[1]}"
     q = split_heads(module.q(x), module.head_dim).float()
-    k = split_heads(module.kv(context), module.head_dim).chunk(2, dim=1)[0].float()
+    if keys_values is None:
+        keys_values = module.keys_values(context)
+    k = keys_values.chunk(2, dim=1)[0].float()
     bias = 0.0
     if mask is not None:
         if mask.dtype == torch.bool:

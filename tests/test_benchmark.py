@@ -40,6 +40,7 @@ from models.layers import TMSA, UpsampleConv
 from torch_utils.distributed import StopSignal
 from torch_utils.misc import count_parameters, peak_flops
 from training.loop import Job, training_loop
+from training.run_report.write import RunReport
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -541,7 +542,9 @@ class MemoryProbe:
         assert growth["resident"] < 3 * MIB, growth
 
 
-def test_memory_does_not_grow_with_ticks(synthetic, tmp_path):
+def test_memory_does_not_grow_with_ticks(synthetic, tmp_path, monkeypatch):
+    # A report keeps the pictures that it shows, up to 20 MB of them.
+    monkeypatch.setattr(RunReport, "write", lambda self: None)
     dataset = ImageDataset(synthetic, use_labels=True)
     run = tiny_run(dataset, batch=32, kimg=30 * 0.064, label_drop=0.1)
     logging = dataclasses.replace(

@@ -30,7 +30,8 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def models(base):
     """A model of every kind, by its kind."""
-    latents, features = tiny_latents(base), tiny_features(base)
+    # Each kind in its own folder: their encoders have the same names.
+    latents, features = tiny_latents(base / "l0"), tiny_features(base / "f0")
     drop = "--label-drop=0.3"
     runs = dict(
         latent=helpers.train_tiny(base / "l", latents, drop, tiny=helpers.TINY_LATENT).run_dir,
