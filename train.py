@@ -157,10 +157,17 @@ def main(config: RunConfig, options: TrainOptions) -> int:
         config = with_absolute_data(config)
         start.check(given)
     config = families.of(config).check(config, given)
-    if config.logging.wandb and not options.dry_run:
-        from training.telemetry import import_wandb
+    boards = set(config.logging.boards)
+    if "wandb_project" in given and not boards & {"wandb", "trackio"}:
+        text = "Warning: --wandb-project has no effect without --board=wandb or trackio."
+        click.echo(text, err=True)
+    if not options.dry_run:
+        from training.boards import import_board
 
-        import_wandb()
+        for board in config.logging.boards:
+            # By default there is one if there is its package.
+            if board != "tensorboard" or "board" in given:
+                import_board(board)
     config = start.settle_in(config, given)
     if options.dry_run:
         num_classes = get_preset(config.preset).num_classes if config.data.cond else 0

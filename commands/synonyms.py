@@ -50,7 +50,7 @@ _TRAIN = {
     "global-seed": "--seed",
     "class-dropout-prob": "--label-drop",
     "gradient-checkpointing": "--checkpointing",
-    "report-to": "--wandb",
+    "report-to": "--board",
 }
 _SAMPLE = {
     "net": "--network",

@@ -1,5 +1,6 @@
 """What a run writes and says: stats.jsonl, log.txt, event files, Weights & Biases, tick lines."""
 
+import io
 import json
 import math
 import sys
@@ -9,15 +10,15 @@ from unittest import mock
 import helpers
 import pytest
 import torch
+from PIL import Image
 
-import training.telemetry
 from configs import get_preset
+from training.boards import import_board
 from training.config import LoggingConfig, TrainingConfig
 from training.report import forward_flops
 from training.runs import read_start
 from training.telemetry import (
     Telemetry,
-    import_wandb,
     memory_stats,
     metric_is_recorded,
     scalar,
@@ -174,8 +175,7 @@ def test_without_tensorboard_a_run_says_so_and_goes_on(tmp_path, monkeypatch, ca
 
 @pytest.fixture
 def telemetry(tmp_path, monkeypatch):
-    monkeypatch.setattr(training.telemetry, "_tensorboard_writer", lambda *args: mock.MagicMock())
-    made = Telemetry(tmp_path, LoggingConfig(), get_preset("digits").run, 0)
+    made = Telemetry(tmp_path, LoggingConfig(board=()), get_preset("digits").run, 0)
     yield made
     made.close()
 
@@ -302,9 +302,8 @@ def test_memory_is_that_of_this_process(monkeypatch):
 @pytest.fixture
 def wandb(monkeypatch):
     module = types.ModuleType("wandb")
-    module.init, module.Settings = mock.MagicMock(), mock.MagicMock()
+    module.init, module.Settings, module.Image = (mock.MagicMock() for _ in range(3))
     monkeypatch.setitem(sys.modules, "wandb", module)
-    monkeypatch.setattr(training.telemetry, "_tensorboard_writer", lambda *args: mock.MagicMock())
     return module.init
 
 
@@ -312,7 +311,7 @@ def test_weights_and_biases_get_the_configuration_and_every_number(wandb, tmp_pa
     run_dir = tmp_path / "00003-toy"
     run_dir.mkdir()
     config = get_preset("digits").run
-    logging = LoggingConfig(wandb=True, wandb_project="mine")
+    logging = LoggingConfig(board=("wandb",), wandb_project="mine")
     ids = []
     for _ in range(2):
         telemetry = Telemetry(run_dir, logging, config, 0)
@@ -342,7 +341,7 @@ def test_weights_and_biases_get_the_configuration_and_every_number(wandb, tmp_pa
 
 
 def test_a_logging_service_that_fails_does_not_end_the_run(wandb, tmp_path, capsys):
-    logging, config = LoggingConfig(wandb=True), get_preset("digits").run
+    logging, config = LoggingConfig(board=(), wandb=True), get_preset("digits").run
     wandb.return_value.log.side_effect = ConnectionError("no route to host")
     telemetry = Telemetry(tmp_path, logging, config, 0)
     for _ in range(2):
@@ -357,7 +356,82 @@ def test_a_logging_service_that_fails_does_not_end_the_run(wandb, tmp_path, caps
     assert "cannot be used (api_key not configured (no-tty)): training" in capsys.readouterr().out
 
 
-def test_without_the_package_wandb_names_the_command(monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match=r"--wandb needs the package wandb: pip install wandb"):
-        import_wandb()
+def picture_in(folder, name):
+    Image.new("RGB", (6, 4), (255, 128, 0)).save(folder / name)
+    return folder / name
+
+
+def test_pictures_go_to_weights_and_biases_with_their_step(wandb, tmp_path):
+    telemetry = Telemetry(tmp_path, LoggingConfig(board=("wandb",)), get_preset("digits").run, 0)
+    path = picture_in(tmp_path, "fakes-000003.png")
+    telemetry.pictures([path], 3000)
+    image = sys.modules["wandb"].Image
+    image.assert_called_once_with(str(path))
+    wandb.return_value.log.assert_called_once_with(
+        {"Pictures/fakes": image.return_value, "images": 3000, "kimg": 3.0}
+    )
+    telemetry.close()
+
+
+def test_pictures_are_in_event_files_as_they_are(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    telemetry = Telemetry(tmp_path, LoggingConfig(), get_preset("digits").run, 0)
+    paths = [picture_in(tmp_path, name) for name in ("reals.png", "validation-swap-000003.png")]
+    telemetry.pictures(paths, 3000)
+    telemetry.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert set(events.Tags()["images"]) == {"Pictures/reals", "Pictures/validation-swap"}
+    (event,) = events.Images("Pictures/validation-swap")
+    assert (event.step, event.width, event.height) == (3000, 6, 4)
+    with Image.open(io.BytesIO(event.encoded_image_string)) as image:
+        assert image.convert("RGB").getpixel((0, 0)) == (255, 128, 0)
+
+
+def test_trackio_gets_numbers_and_pictures_by_images(tmp_path, monkeypatch):
+    module = mock.MagicMock()
+    monkeypatch.setitem(sys.modules, "trackio", module)
+    logging = LoggingConfig(board=("trackio",), wandb_project="mine")
+    names = []
+    for _ in range(2):
+        telemetry = Telemetry(tmp_path, logging, get_preset("digits").run, 0)
+        telemetry.record({"Loss/loss": scalar(0.5)}, 2500)
+        telemetry.pictures([picture_in(tmp_path, "fakes-000002.png")], 2500)
+        telemetry.close()
+        options = module.init.call_args.kwargs
+        names.append(options["name"])
+        assert (options["project"], options["resume"]) == ("mine", "allow")
+        assert options["config"]["preset"] == "digits"
+        at = {"images": 2500, "kimg": 2.5}
+        assert module.log.call_args_list == [
+            mock.call({"Loss/loss": 0.5, **at}, step=2500),
+            mock.call({"Pictures/fakes": module.Image.return_value, **at}, step=2500),
+        ]
+        module.finish.assert_called_once()
+        module.reset_mock()
+    assert names[0] == names[1]
+
+
+def test_boards_are_those_that_are_named_and_wandb_has_a_flag_of_its_own():
+    assert LoggingConfig().boards == ("tensorboard",)
+    assert LoggingConfig(wandb=True).boards == ("tensorboard", "wandb")
+    assert LoggingConfig(board=("wandb", "trackio"), wandb=True).boards == ("wandb", "trackio")
+    with pytest.raises(ValueError, match="accepted"):
+        LoggingConfig(board=("visdom",))
+
+
+def test_a_run_shows_its_pictures_on_its_boards(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run.run_dir)).Reload()
+    steps = {tag: [event.step for event in events.Images(tag)] for tag in events.Tags()["images"]}
+    assert steps["Pictures/reals"] == [0]
+    assert len(steps["Pictures/fakes"]) == len(list(run.run_dir.glob("fakes-*.png")))
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_without_its_package_a_board_names_the_command(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)
+    expected = rf"--board={name} needs the package {name}: pip install {name}"
+    with pytest.raises(ValueError, match=expected):
+        import_board(name)

@@ -157,6 +157,10 @@ class TrainingConfig(Config):
         return "bf16"
 
 
+# See training/boards.py.
+BOARDS = ("tensorboard", "wandb", "trackio")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoggingConfig(Config):
     """What a run writes, how often, and what it measures on the way."""
@@ -222,13 +226,24 @@ class LoggingConfig(Config):
         help="Minutes without a sign of life from a rank after which the run ends and names it; "
         "0: never.",
     )
-    wandb: bool = option(False, aliases=("use-wandb",), help="Log to Weights & Biases as well.")
+    board: tuple[str, ...] = option(
+        ("tensorboard",),
+        choices=BOARDS,
+        help="Boards that show curves and pictures, separated by commas; none: the run folder "
+        "alone.",
+    )
+    wandb: bool = option(
+        False, aliases=("use-wandb",), help="Short for wandb in --board, beside the others."
+    )
     wandb_project: str = option(
         "setdiffit",
-        requires={"wandb": (True,)},
-        harmless=True,
-        help="Weights & Biases project.",
+        help="Project of the boards wandb and trackio.",
     )
+
+    @property
+    def boards(self) -> tuple[str, ...]:
+        """All boards that are asked for, each once."""
+        return tuple(dict.fromkeys((*self.board, *(("wandb",) if self.wandb else ()))))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

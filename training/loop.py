@@ -131,6 +131,7 @@ def training_loop(
         telemetry = Telemetry(run_dir, logging, config, cur_nimg)
         if cur_nimg == 0:
             save_reals(job.data, codec, run_dir / "reals.png")
+            telemetry.pictures([run_dir / "reals.png"], cur_nimg)
         elif resume_state["progress"]["snapshot"] is not None:
             # A state implies its snapshots.
             for path, weights, info in snapshots(resume_state["progress"]):
@@ -178,6 +179,8 @@ def training_loop(
         shown = not pictures_due or attempt("pictures", evaluator.save_pictures)
         whole = shown and (not metrics_due or attempt("scores", evaluator.score))
         if whole and (pictures_due or metrics_due) and telemetry is not None:
+            made = run_dir.glob(f"*-{checkpoint.count_name(cur_nimg)}.png")
+            telemetry.pictures(made, cur_nimg)
             telemetry.write_report()
         return whole
 

@@ -1,24 +1,24 @@
-"""Where the numbers of a run go: console, log.txt, stats.jsonl, report.html, TensorBoard, W&B."""
+"""Where the numbers of a run go: console, log.txt, stats.jsonl, report.html, boards."""
 
 import contextlib
-import hashlib
 import json
 import math
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dnnlib.config import Config, to_dict
+from dnnlib.config import Config
 from dnnlib.files import atomic_write
 from dnnlib.text import format_kimg, format_time, join_names
 from dnnlib.typed import parse_json
 from torch_utils.misc import peak_flops
+from training.boards import Board, open_board, problem_with
 from training.config import LoggingConfig, TrainingConfig
 from training.run_report.write import RunReport
 
-_WANDB_TIMEOUT_SEC = 30.0
 Stats = dict[str, dict[str, float]]
 
 
@@ -30,17 +30,14 @@ class Telemetry:
         trim_rows(run_dir, cur_nimg)
         self._log = open(run_dir / "log.txt", "a", encoding="utf-8")
         self._stats = open(run_dir / "stats.jsonl", "a", encoding="utf-8")
-        self._tensorboard = _tensorboard_writer(run_dir, cur_nimg + 1)
         self._report: RunReport | None = None
         self._report_failed = False
-        self._wandb = None
-        if logging.wandb:
+        self._boards: list[Board] = []
+        for name in logging.boards:
             try:
-                self._wandb = _wandb_run(run_dir, logging, config)
-            except Exception as error:  # Whatever it is, a logging service never ends a run.
-                self.message(_wandb_problem(error))
-        if self._tensorboard is None:
-            self.message("TensorBoard is not installed: no event files (pip install tensorboard).")
+                self._boards.append(open_board(name, run_dir, logging, config, cur_nimg))
+            except Exception as error:  # Whatever it is, a board never ends a run.
+                self.message(problem_with(name, error))
 
     def message(self, text: str) -> None:
         """Print a line and append it to log.txt."""
@@ -84,26 +81,29 @@ class Telemetry:
             self._report_failed = True
 
     def _scalars(self, values: dict[str, float], cur_nimg: int) -> None:
-        if self._tensorboard is not None:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, global_step=cur_nimg)
-            self._tensorboard.flush()
-        if self._wandb is not None:
+        self._on_boards(lambda board: board.scalars(values, cur_nimg))
+
+    def pictures(self, paths: Iterable[Path], cur_nimg: int) -> None:
+        """Show pictures of the run folder, such as ``fakes-000154.png``, on the boards."""
+        for path in sorted(paths):
+            name = f"Pictures/{path.stem.rpartition('-')[0] or path.stem}"
+            self._on_boards(lambda board, name=name, path=path: board.picture(name, path, cur_nimg))
+
+    def _on_boards(self, show: Callable[[Board], None]) -> None:
+        for board in list(self._boards):
             try:
-                self._wandb.log({**values, "images": cur_nimg, "kimg": cur_nimg / 1000})
-            except Exception as error:  # Whatever it is, a logging service never ends a run.
-                self._wandb = None
-                self.message(_wandb_problem(error))
+                show(board)
+            except Exception as error:  # Whatever it is, a board never ends a run.
+                self._boards.remove(board)
+                self.message(problem_with(board.name, error))
 
     def close(self) -> None:
         """Flush and close every sink."""
         self._log.close()
         self._stats.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
+        for board in self._boards:
             with contextlib.suppress(Exception):
-                self._wandb.finish()
+                board.close()
 
 
 def scalar(value: float) -> dict[str, float]:
@@ -170,50 +170,6 @@ def _row_kimg(line: str) -> float:
         return float(row["Progress/kimg"]["mean"] if "Progress/kimg" in row else row["kimg"])
     except (ValueError, KeyError, TypeError):
         return math.inf
-
-
-def _tensorboard_writer(run_dir: Path, first_step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    # TensorBoard hides what a killed run wrote from that step on.
-    return SummaryWriter(run_dir, purge_step=first_step)
-
-
-def _wandb_run(run_dir: Path, logging: LoggingConfig, config: Config) -> Any:
-    wandb = import_wandb()
-    # The folder identifies the run, so that a resumed run continues its own record.
-    path_hash = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]
-    run = wandb.init(
-        settings=wandb.Settings(init_timeout=_WANDB_TIMEOUT_SEC),
-        project=logging.wandb_project,
-        id=f"{run_dir.name[:5]}-{path_hash}",
-        name=run_dir.name,
-        dir=run_dir,
-        config=to_dict(config),
-        resume="allow",
-    )
-    run.define_metric("images")
-    run.define_metric("*", step_metric="images")
-    return run
-
-
-def _wandb_problem(error: Exception) -> str:
-    return (
-        f"Weights & Biases cannot be used ({str(error).rstrip('.')}): training goes on without it. "
-        "Log in with `wandb login`, or set WANDB_MODE=offline to keep the curves in the run folder."
-    )
-
-
-def import_wandb() -> Any:
-    """Return the wandb module; raises ValueError with the install command if it is missing."""
-    try:
-        import wandb
-    except ImportError as error:
-        remedy = "pip install wandb (or leave --wandb out)"
-        raise ValueError(f"--wandb needs the package wandb: {remedy}.") from error
-    return wandb
 
 
 def utilisation_stats(

@@ -1,0 +1,140 @@
+"""Boards that show a run's curves and pictures: TensorBoard, Weights & Biases, trackio."""
+
+import hashlib
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from dnnlib.config import Config, to_dict
+from training.config import LoggingConfig
+
+_WANDB_TIMEOUT_SEC = 30.0
+
+
+class Board(Protocol):
+    """Where numbers and pictures of one run are shown; the axis of all is the number of images."""
+
+    name: str
+
+    def scalars(self, values: Mapping[str, float], cur_nimg: int) -> None:
+        """Show numbers by name."""
+
+    def picture(self, name: str, path: Path, cur_nimg: int) -> None:
+        """Show the picture in a file."""
+
+    def close(self) -> None:
+        """Send what is left."""
+
+
+def open_board(
+    name: str, run_dir: Path, logging: LoggingConfig, config: Config, cur_nimg: int
+) -> Board:
+    """Return a board for a run that begins, or goes on, at ``cur_nimg`` images.
+
+    Raises ValueError if its package is missing, and whatever the package raises.
+    """
+    if name == "tensorboard":
+        return _TensorBoard(run_dir, cur_nimg)
+    kind = dict(wandb=_WandB, trackio=_Trackio)[name]
+    return kind(run_dir, logging.wandb_project, to_dict(config))
+
+
+def import_board(name: str) -> Any:
+    """Return the module of a board; raises ValueError with the install command without one."""
+    try:
+        return importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
+    except ImportError as error:
+        remedy = f"pip install {name} (or leave {name} out)"
+        raise ValueError(f"--board={name} needs the package {name}: {remedy}.") from error
+
+
+def problem_with(name: str, error: Exception) -> str:
+    """Return a sentence about a board that failed, with what to do about it."""
+    what = {"wandb": "Weights & Biases"}.get(name, name)
+    remedy = ""
+    if name == "wandb":
+        remedy = (
+            " Log in with `wandb login`, or set WANDB_MODE=offline to keep the curves in the run "
+            "folder."
+        )
+    return f"{what} cannot be used ({str(error).rstrip('.')}): training goes on without it.{remedy}"
+
+
+def _run_id(run_dir: Path) -> str:
+    """Return a name that a folder's run has wherever it is continued, and no other run has."""
+    path_hash = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]
+    return f"{run_dir.name[:5]}-{path_hash}"
+
+
+class _TensorBoard:
+    name = "tensorboard"
+
+    def __init__(self, run_dir: Path, cur_nimg: int) -> None:
+        # TensorBoard hides what a killed run wrote from that step on.
+        module = import_board(self.name)
+        self._writer = module.SummaryWriter(run_dir, purge_step=cur_nimg + 1)
+
+    def scalars(self, values: Mapping[str, float], cur_nimg: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, global_step=cur_nimg)
+        self._writer.flush()
+
+    def picture(self, name: str, path: Path, cur_nimg: int) -> None:
+        from PIL import Image
+
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        self._writer.add_image(name, pixels, global_step=cur_nimg, dataformats="HWC")
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WandB:
+    name = "wandb"
+
+    def __init__(self, run_dir: Path, project: str, config: dict[str, Any]) -> None:
+        self._module = import_board(self.name)
+        # The folder identifies the run, so that a resumed run continues its own record.
+        self._run = self._module.init(
+            settings=self._module.Settings(init_timeout=_WANDB_TIMEOUT_SEC),
+            project=project,
+            id=_run_id(run_dir),
+            name=run_dir.name,
+            dir=run_dir,
+            config=config,
+            resume="allow",
+        )
+        self._run.define_metric("images")
+        self._run.define_metric("*", step_metric="images")
+
+    def scalars(self, values: Mapping[str, float], cur_nimg: int) -> None:
+        self._run.log({**values, "images": cur_nimg, "kimg": cur_nimg / 1000})
+
+    def picture(self, name: str, path: Path, cur_nimg: int) -> None:
+        self.scalars({name: self._module.Image(str(path))}, cur_nimg)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _Trackio:
+    name = "trackio"
+
+    def __init__(self, run_dir: Path, project: str, config: dict[str, Any]) -> None:
+        self._module = import_board(self.name)
+        name = f"{run_dir.name}-{_run_id(run_dir)[-8:]}"
+        self._module.init(project=project, name=name, config=config, resume="allow")
+
+    def scalars(self, values: Mapping[str, float], cur_nimg: int) -> None:
+        self._module.log({**values, "images": cur_nimg, "kimg": cur_nimg / 1000}, step=cur_nimg)
+
+    def picture(self, name: str, path: Path, cur_nimg: int) -> None:
+        self.scalars({name: self._module.Image(str(path))}, cur_nimg)
+
+    def close(self) -> None:
+        self._module.finish()
