@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from report_runs import (
 import families
 import fid
 import generate
+import training.boards
 import training.telemetry
 from configs import get_preset
 from training.report import changes_from
@@ -782,7 +784,7 @@ def test_a_report_of_a_resumed_run_goes_on(trained, tmp_path, monkeypatch):
 
     run_dir = tmp_path / trained.run_dir.name
     shutil.copytree(trained.run_dir, run_dir)
-    monkeypatch.setattr(training.telemetry, "_tensorboard_writer", lambda *args: None)
+    monkeypatch.setattr(training.boards, "_TensorBoard", mock.MagicMock())
     succeed(train, f"--resume={run_dir}", "--iters=7")
     reader = Reader((run_dir / "report.html").read_text())
     assert "Complete at kimg 0.06." in reader.text

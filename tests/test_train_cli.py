@@ -29,6 +29,7 @@ import fid
 import generate
 import models.layers
 import train
+import training.boards
 import training.launch
 import training.loop
 import training.telemetry
@@ -321,6 +322,7 @@ CASES = {
     "metrics-ticks": [unseen("1", "scores", beside="--metrics=fd_pixels --tick=0 --iters=3")],
     "sample-batch": [unseen("3", "batches")],
     "workers": [unseen("1", "workers")],
+    "board": [unseen("tensorboard,wandb", "wandb")],
     "wandb": [unseen("True", "wandb")],
     "wandb-project": [unseen("mine", "wandb", beside="--wandb")],
     "sampler": [sampled(name) for name in ("euler", "ddim", "dpmpp_2m", "ddpm")],
@@ -511,7 +513,7 @@ class Spies:
         self.seen = {}
         self.wandb = mock.MagicMock()
         wandb = types.ModuleType("wandb")
-        wandb.init, wandb.Settings = self.wandb, mock.MagicMock()
+        wandb.init, wandb.Settings, wandb.Image = self.wandb, mock.MagicMock(), mock.MagicMock()
         sys.modules["wandb"] = wandb
         stack.callback(sys.modules.pop, "wandb")
         self._watch("passes", Objective, "forward", lambda self, images, *rest: len(images))
@@ -528,7 +530,7 @@ class Spies:
         patch = functools.partial(mock.patch.object, return_value=None)
         for module in (evaluation.in_loop.images, evaluation.in_loop.sets):
             stack.enter_context(mock.patch.object(module, "GRID_SEEDS", 6))
-        stack.enter_context(patch(training.telemetry, "_tensorboard_writer"))
+        stack.enter_context(mock.patch.object(training.boards, "_TensorBoard"))
         stack.enter_context(patch(training.launch, "describe_run"))
 
     def _watch(self, key, owner, name, note):
@@ -1024,7 +1026,7 @@ DATA = "--outdir=OUT --data=TOY"
             f"TINY {DATA} --batch=10 --batch-gpu=4",
             ["--batch-gpu: got 4", "--batch 10", "a divisor of 10", "such as 5"],
         ),
-        (f"TINY {DATA} --wandb", ["--wandb", "pip install wandb"]),
+        (f"TINY {DATA} --wandb", ["--board=wandb", "pip install wandb"]),
         (f"TINY {DATA} --attention=flex", ["flex", "cannot be trained on a CPU"]),
         (f"TINY {DATA} --precond=vp --p-mean=0", ["--p-mean", "only with --precond=edm", "vp"]),
         (f"TINY {DATA} --eta=1", ["--eta", "only with --sampler=ddim", "heun"]),
