@@ -33,6 +33,7 @@ from evaluation.conditioning.report import (
     QUANTILES,
     describe_report,
     report_conditions,
+    signed_percent,
 )
 from models.attention_probe import attention_shares, record_attention
 from torch_utils.pictures import read_image
@@ -194,7 +195,7 @@ def test_sets_are_varied_as_a_whole(base):
     # Of a single unseen class, no set is of another.
     assert rows["support", "shuffled"]["reason"] == "no two images of the panel differ in it"
     assert report.attention == []
-    assert "no attention" in report.reason
+    assert "attention" not in describe_report(report)
 
 
 def test_features_are_varied_one_by_one_over_all_buckets(base, feature_snapshot):
@@ -294,3 +295,10 @@ def test_the_picture_says_what_is_absent(base):
         shown = (pixels[80:] == tuple(bytes.fromhex(colour[1:]))).all(2).sum()
         assert (shown > 50) == any(row["values"] for key, row in rows.items() if key[1] == change)
     assert np.array_equal(pixels, report_picture(report, "title"))
+
+
+@pytest.mark.parametrize(
+    ("share", "text"), [(0.0151, "+1.5%"), (-0.2, "-20.0%"), (-1e-5, "0.0%"), (1e-5, "0.0%")]
+)
+def test_what_rounds_to_nothing_has_no_sign(share, text):
+    assert signed_percent(share) == text

@@ -1,12 +1,12 @@
 """The picture of a conditioning report: bars of each condition's effect, and attention by layer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from evaluation.conditioning.report import ALL_LEVELS, CHANGES, Report
+from evaluation.conditioning.report import ALL_LEVELS, CHANGES, Report, signed_percent
 from torch_utils.charts import new_figure, picture_of
 
 _WIDTH = 1200
@@ -20,23 +20,26 @@ _LEAST_SHOWN = 0.03  # Share of a layer's attention below which its number has n
 def report_picture(report: Report, title: str) -> Image.Image:
     """Return a report as one picture: changes of output and loss side by side, attention below."""
     conditions = list(dict.fromkeys(row["condition"] for row in report.rows))
-    heights = (90 + 66 * len(conditions), 70 + 21 * len(report.attention))
+    heights = [90 + 66 * len(conditions)]
+    if report.attention:
+        heights.append(70 + 21 * len(report.attention))
     figure = new_figure(_WIDTH, 90 + sum(heights))
     figure.suptitle(f"{title}\n{report.rows[0]['panel']}", x=0.01, ha="left", fontsize=13)
-    grid = figure.add_gridspec(2, 2, height_ratios=heights)
+    grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
 
     rows = {
         (row["condition"], row["change"]): row for row in report.rows if row["sigma"] == ALL_LEVELS
     }
     output, loss = (figure.add_subplot(grid[0, column]) for column in range(2))
-    _draw_changes(output, rows, conditions, "output_change", "{:.3f}")
+    _draw_changes(output, rows, conditions, "output_change", "{:.3f}".format)
     output.set_title("Change of the output (1: as images of the panel differ)", fontsize=11)
-    _draw_changes(loss, rows, conditions, "loss_change", "{:+.1%}")
+    _draw_changes(loss, rows, conditions, "loss_change", signed_percent)
     loss.set_title("Relative change of the loss", fontsize=11)
     loss.xaxis.set_major_formatter(lambda value, _: f"{100 * value:+.3g}%" if value else "0%")
     handles, names = output.get_legend_handles_labels()
     figure.legend(handles, names, loc="upper right", ncols=len(names), frameon=False)
-    _draw_attention(figure.add_subplot(grid[1, :]), report)
+    if report.attention:
+        _draw_attention(figure.add_subplot(grid[1, :]), report)
     return picture_of(figure)
 
 
@@ -45,7 +48,7 @@ def _draw_changes(
     rows: dict[tuple[str, str], dict[str, Any]],
     conditions: Sequence[str],
     name: str,
-    text: str,
+    text: Callable[[float], str],
 ) -> None:
     """Draw a bar with its standard error for every condition and change; absent ones say why."""
     for offset, (change, colour) in enumerate(COLOURS.items()):
@@ -55,7 +58,7 @@ def _draw_changes(
             found = row["values"]
             values.append(found[name] if found else 0.0)
             errors.append(found[f"{name}_se"] if found else 0.0)
-            labels.append(text.format(found[name]) if found else row["reason"])
+            labels.append(text(found[name]) if found else row["reason"])
         y = np.arange(len(conditions)) + (offset - 1) * _BAR_HEIGHT
         error_style = dict(elinewidth=1, ecolor="#222222")
         bars = axes.barh(
@@ -73,10 +76,6 @@ def _draw_changes(
 def _draw_attention(axes: Any, report: Report) -> None:
     """Draw a bar of the whole width for each layer, divided as its attention is."""
     axes.set_title("Attention by layer", fontsize=11)
-    if not report.attention:
-        axes.axis("off")
-        axes.text(0.5, 0.5, report.reason, color=_PALE, ha="center", transform=axes.transAxes)
-        return
     y = np.arange(len(report.attention))
     done = np.zeros(len(y))
     for name, colour in zip(report.attention[0], _SEGMENTS, strict=False):

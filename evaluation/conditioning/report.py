@@ -29,12 +29,11 @@ ALL_LEVELS = "all"  # The noise level of rows that average over all of them.
 class Report:
     """Rows of a report, and the attention of each layer to text, CLS token and patches.
 
-    ``attention`` is empty, with a ``reason``, where there is no attention to such a context.
+    ``attention`` is empty where there is no attention to such a context.
     """
 
     rows: list[dict[str, Any]]
     attention: list[dict[str, float]]
-    reason: str | None
 
     def score_rows(self) -> list[dict[str, Any]]:
         """Return all of it as score rows: those of the conditions, and one for each layer."""
@@ -91,9 +90,7 @@ def report_conditions(
         for change in CHANGES:
             parts = found.get((condition.name, change), {})
             rows += _rows(condition, change, parts, sigmas, facts)
-    attention = _mean_attention(masses)
-    reason = None if attention else "no attention to text, CLS token and patches in this model"
-    return Report(rows, attention, reason)
+    return Report(rows, _mean_attention(masses))
 
 
 # By noise level, of each group's images [3, n]: change of the output, loss, loss before.
@@ -210,6 +207,12 @@ def _mean_attention(masses: list[AttentionMass]) -> list[dict[str, float]]:
     ]
 
 
+def signed_percent(share: float) -> str:
+    """Return a share as text such as ``+1.5%``; what rounds to nothing has no sign."""
+    text = f"{share:+.1%}"
+    return text[1:] if text in ("+0.0%", "-0.0%") else text
+
+
 def describe_report(report: Report) -> str:
     """Return a report as a readable table."""
     lines = [f"{'condition':<14} {'change':<9} {'output':>16} {'loss':>18} {'worse for':>10}"]
@@ -221,13 +224,12 @@ def describe_report(report: Report) -> str:
             lines.append(f"{start} absent: {row['reason']}")
             continue
         v = row["values"]
+        loss = signed_percent(v["loss_change"])
         lines.append(
             f"{start} {v['output_change']:8.3f} ± {v['output_change_se']:5.3f} "
-            f"{v['loss_change']:+10.1%} ± {v['loss_change_se']:5.1%} {v['worse_share']:10.0%}"
+            f"{loss:>10} ± {v['loss_change_se']:5.1%} {v['worse_share']:10.0%}"
             + (f"  ({row['note']})" if "note" in row else "")
         )
-    if report.reason is not None:
-        lines.append(f"attention: {report.reason}")
     for index, layer in enumerate(report.attention):
         shares = ", ".join(f"{name} {share:.1%}" for name, share in layer.items())
         lines.append(f"attention of layer {index:<3} {shares}")
