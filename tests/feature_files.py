@@ -157,7 +157,7 @@ def tiny_features(base, *options, name="features"):
     dest = base / name
     if dest.is_dir():
         return dest
-    if not options and name == "features":
+    if not options and name == "features" and not (base / "vae").exists():
         place_copy(base, "tiny-features", _prepare_features)
         return dest
     pictures = base / "pictures"
