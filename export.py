@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,6 +12,9 @@ from dnnlib.cli import is_given, run
 from dnnlib.click_options import output_rules, overwrites, param, takes
 from dnnlib.errors import refusal
 from dnnlib.files import check_target
+
+if TYPE_CHECKING:
+    from training.checkpoint import Snapshot
 
 FORMATS = ("safetensors", "torch-export", "snapshot")
 
@@ -95,7 +99,8 @@ def main(options: ExportOptions) -> None:
         click.echo(push(options.dest, options.push, private=options.private))
 
 
-def _export_program(snapshot, options: ExportOptions) -> None:
+def _export_program(snapshot: "Snapshot", options: ExportOptions) -> None:
+    """Write the program of a snapshot's denoiser for one of its image sizes."""
     from dnnlib.config import to_dict
     from sampling.traced import save_program, trace_denoiser
 

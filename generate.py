@@ -18,8 +18,8 @@ from dnnlib.config import Config
 from dnnlib.files import check_target
 from dnnlib.text import MAX_LISTED, parse_ranges
 from sampling.config import GenerateConfig
+from training.asked import Asked, GeneratorOptions
 from training.config import CPU_MATMUL
-from training.family import Asked, GeneratorOptions
 
 EXAMPLES = """
   # 64 images, one per seed, and one picture of them all:
@@ -152,10 +152,8 @@ def main(config: GenerateConfig, options: GenerateOptions, asked: Asked) -> None
 
     device = distributed.init()
     allow_tf32(options.tf32)
-    names = ("precision", "cpu_matmul", "compile", "guide", "vae")
-    settings = {name: getattr(options, name) for name in names}
-    protocol = GeneratorOptions(sampling=config.sampling, guidance=config.guidance, **settings)
-    generator = requests.bind(family.load(snapshot, device, protocol), device)
+    how = GeneratorOptions.of(options, config)
+    generator = requests.bind(family.load(snapshot, device, how), device)
     # Images of another protocol in the same folder would pass for this one's.
     facts = dict(snapshot=snapshot.sha256, **requests.facts, **generator.protocol())
     distributed.on_main(lambda: claim_outdir(options.outdir, facts))

@@ -26,15 +26,14 @@ import families  # noqa: F401 (registers them)
 from dnnlib.config import Config, unknown
 from dnnlib.errors import refusal
 from torch_utils.pictures import to_pil
+from training.asked import HOW, Asked, GeneratorOptions
 from training.checkpoint import Snapshot
-from training.family import Asked, GeneratorOptions
 from training.family import of as family_of
 from training.portable import open_snapshot
 
 __all__ = ["Model", "load"]
 
 Picture = str | os.PathLike | Image.Image | Tensor
-_OPTIONS = ("precision", "compile", "guide", "vae", "cpu_matmul")
 
 
 def load(
@@ -51,8 +50,8 @@ def load(
     Raises ValueError, one sentence, for what cannot be read and for an option that is unknown.
     """
     for name in options:
-        if name not in _OPTIONS:
-            raise unknown("option", name, _OPTIONS)
+        if name not in HOW:
+            raise unknown("option", name, HOW)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return Model(open_snapshot(location), torch.device(device), options)
@@ -228,16 +227,17 @@ class Model:
 
         Raises ValueError, one sentence, for what the model or the metric does not take.
         """
-        from evaluation.scoring import score_generator
+        from evaluation.scoring import Comparison, RealImages, check_reference
         from metrics.metric import get_metrics
 
-        names = metrics.split(",") if isinstance(metrics, str) else list(metrics)
+        specs = get_metrics(metrics.split(",") if isinstance(metrics, str) else metrics)
+        check_reference(specs, ref, "ref")
+        real = None if ref is None else RealImages(os.fspath(ref))
         source = self._family.images(
             self.snapshot, lambda: self._generator(settings), first_seed, batch
         )
-        location = None if ref is None else os.fspath(ref)
-        specs = get_metrics(names)
-        return score_generator(specs, source, location, self.device, num_images, batch)
+        how = Comparison(metrics=specs, real=real, num_images=num_images, batch=batch)
+        return how.rows(source, self.device)
 
     # How.
 

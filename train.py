@@ -11,14 +11,14 @@ import click
 
 import families
 from commands.config_file import read_config_file, with_config_file
-from commands.prepare import prepare_data
+from commands.prepare import prepare_data, with_named_data
 from configs.presets import PRESET_OF_RESOLUTION, PRESETS, get_preset, preset_of_model
 from dnnlib.cli import ConfigCommand, raw_value, run, settings, usage_errors
 from dnnlib.click_options import param, takes
 from dnnlib.config import Config
 from dnnlib.errors import refusal
 from dnnlib.text import is_number, join_names
-from training.config import RunConfig, with_absolute_data, with_named_data, with_one_of_each
+from training.config import RunConfig, with_absolute_data, with_one_of_each
 
 EXAMPLES = """
   # Try it on a CPU with the digits that `make demo` prepares:

@@ -14,10 +14,9 @@ from commands.options import (
     score_command,
     used_detectors,
 )
-from dnnlib.cli import is_given
+from dnnlib.cli import is_given, usage_errors
 from dnnlib.click_options import overwrites, param, takes
 from dnnlib.files import write_json
-from metrics.metric import needed_outputs
 
 EXAMPLES = """
   # Score a snapshot, generating on the fly, against the data that it was trained on:
@@ -71,29 +70,27 @@ def command(config: AnyConfig, given: SourceOptions, options: CalcOptions) -> No
     specs = parse_metrics(options.metrics)
     names = sorted({spec.output.detector for spec in specs})
     detector_config = used_detectors(config, names, f"--metrics={options.metrics}")
-    compared = [spec.name for spec in specs if spec.has_reference]
-    if compared and options.ref is None:
-        raise click.UsageError(f"--ref: {compared[0]} compares with real images; give them.")
-    if options.ref is not None and not compared:
-        problem = f"--ref has no effect with --metrics={options.metrics}; leave it out."
-        raise click.UsageError(problem)
     from evaluation import scoring
     from torch_utils import distributed
 
+    with usage_errors():
+        scoring.check_reference(specs, options.ref, "--ref")
     source, device = given.open(config, shuffled=True)
     real = None if options.ref is None else scoring.RealImages(options.ref)
-    num_blocks = options.noise_band or 1
-    warnings = scoring.check_images(specs, source, real, options.num_images, num_blocks)
+    comparison = scoring.Comparison(
+        metrics=specs,
+        real=real,
+        detectors=detector_config,
+        num_images=options.num_images,
+        num_blocks=options.noise_band or 1,
+        batch=given.batch,
+    )
+    comparison.check(source)
     has_classes = source.labels(range(1)) is not None and (real is None or real.knows_classes())
     if is_given("per_class") and options.per_class and not has_classes:
         raise click.UsageError("--per-class: the images or the reference have no class labels.")
     per_class = options.per_class and has_classes
-    detectors = scoring.make_detectors(names, detector_config, source.image_shape, device)
-    needs = needed_outputs(specs, of_reference=True, per_class=per_class)
-    references = {} if real is None else real.references(needs, detectors, device, given.batch)
-    settings = dict(num_images=options.num_images, per_class=per_class, num_blocks=num_blocks)
-    rows = scoring.score_images(specs, source, references, detectors, device, **settings)
-    rows = [{**row, "warnings": warnings + row["warnings"]} for row in rows]
+    rows = comparison.rows(source, device, per_class=per_class)
     if distributed.is_main():
         for row in rows:
             print(scoring.describe_score(row))

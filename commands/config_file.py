@@ -1,5 +1,6 @@
 """``--config=FILE`` of train.py: options, or a run's whole configuration, from a file."""
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,8 @@ from training.family import restore_run
 _YAML = (".yaml", ".yml")
 
 
-def read_config_file(path: str) -> tuple[RunConfig | None, list[str]]:
+@functools.cache
+def read_config_file(path: str) -> tuple[RunConfig | None, tuple[str, ...]]:
     """Return the run that a file holds, or None and the options that it names, as if typed.
 
     A file is JSON or YAML: the ``training_options.json`` of a run, or one object of option names,
@@ -24,10 +26,11 @@ def read_config_file(path: str) -> tuple[RunConfig | None, list[str]]:
     content = _parse(path)
     if isinstance(content.get("config"), Mapping):  # A run's training_options.json.
         try:
-            return restore_run(content["config"]), []
+            return restore_run(content["config"]), ()
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"--config: {path}: {error}") from error
-    return None, [f"--{_name(path, name)}={_text(path, name, content[name])}" for name in content]
+    options = (f"--{_name(path, name)}={_text(path, name, content[name])}" for name in content)
+    return None, tuple(options)
 
 
 def _parse(path: str) -> Mapping[str, Any]:

@@ -17,6 +17,7 @@ from evaluation.config import ScoreConfig
 from metrics.metric import METRICS, MetricSpec, get_metrics
 from metrics.rows import read_rows
 from sampling.config import GenerateConfig
+from training.asked import HOW
 from training.config import CPU_MATMUL, DetectorConfig
 
 if TYPE_CHECKING:
@@ -72,8 +73,7 @@ class SourceOptions:
 
         device = distributed.init()
         allow_tf32(self.tf32)
-        names = ("batch", "precision", "cpu_matmul", "compile", "guide", "vae")
-        same = {name: getattr(self, name) for name in names}
+        same = {name: getattr(self, name) for name in ("batch", *HOW)}
         making = Making(first_seed=self.seed, **same)
         location, protocol = self.images or self.network, config if self.network else None
         source = open_image_source(location, protocol, device, making, shuffled=shuffled)

@@ -1,14 +1,29 @@
-"""``--prepare`` of train.py: official archives become the dataset that --dataset names."""
+"""``--data-dir`` and ``--dataset`` of train.py, and ``--prepare``, which converts archives."""
 
+import dataclasses
 import re
 import shlex
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 from dnnlib import launcher
 from dnnlib.errors import refusal
+from training.config import RunConfig
 
 _POLL_SEC = 1.0
+
+
+def with_named_data(
+    config: RunConfig, given: Collection[str], data_dir: Path | None, dataset: str | None
+) -> RunConfig:
+    """Return ``config`` with the data that ``--data-dir`` and ``--dataset`` name together."""
+    if data_dir is None or dataset is None or "data" in given:
+        raise ValueError("Give --data, or --data-dir and --dataset together.")
+    path = data_dir / dataset
+    if not path.exists():
+        path = data_dir / f"{dataset.removesuffix('.zip')}.zip"
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, data=str(path)))
 
 
 def official_archive(data_dir: Path, dataset: str) -> Path | None:

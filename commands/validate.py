@@ -24,8 +24,8 @@ from dnnlib.click_options import param, takes
 from dnnlib.files import write_json
 from evaluation.validation.config import TESTS, ValidationConfig
 from sampling.config import GenerateConfig
+from training.asked import GeneratorOptions
 from training.config import CPU_MATMUL
-from training.family import GeneratorOptions
 
 if TYPE_CHECKING:
     import torch

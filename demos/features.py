@@ -11,8 +11,8 @@ from demos.patches import check_patches, mean_loss
 from demos.photographs import write_encoders, write_photographs
 from demos.steps import execute, generate, heading, train_model
 from diffusion.config import DualGuidanceConfig
+from training.asked import GeneratorOptions
 from training.checkpoint import load_snapshot
-from training.family import GeneratorOptions
 
 KIMG = 8
 PLAIN_GUIDANCE = DualGuidanceConfig(text_scale=1.0, visual_scale=1.0)

@@ -121,7 +121,6 @@ def classifier_free(
         precond: Preconditioner of ``denoise``, whose noise levels the schedule follows.
     """
     both = context if config.cfg_scale == 1 else context.concat(null_context)
-    del null_context  # The one that both are in is enough to hold.
 
     def guided(x: Tensor, sigma: float) -> Tensor:
         scale = guidance_scale(config, sigma, precond)

@@ -25,8 +25,8 @@ from sampling.images import (
 )
 from torch_utils import distributed
 from torch_utils.fingerprints import package_versions
+from training.asked import GeneratorOptions
 from training.checkpoint import Snapshot
-from training.family import GeneratorOptions
 from training.family import of as family_of
 
 _ORDER_SEED = 0
@@ -153,10 +153,8 @@ class Making:
         self, snapshot: Snapshot, config: GenerateConfig, device: torch.device
     ) -> ImageGenerator:
         """Return what makes the images of ``snapshot`` under the protocol ``config``."""
-        names = ("precision", "cpu_matmul", "compile", "guide", "vae")
-        own = {name: getattr(self, name) for name in names}
-        options = GeneratorOptions(sampling=config.sampling, guidance=config.guidance, **own)
-        return family_of(snapshot.config).load(snapshot, device, options)
+        how = GeneratorOptions.of(self, config)
+        return family_of(snapshot.config).load(snapshot, device, how)
 
 
 def open_image_source(

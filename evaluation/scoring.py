@@ -276,31 +276,59 @@ def describe_score(row: Mapping[str, Any], num_classes_shown: int = 20) -> str:
     return "\n".join(lines)
 
 
-def score_generator(
-    metrics: Sequence[MetricSpec],
-    source: ImageSource,
-    ref: str | None,
-    device: torch.device,
-    num_images: int | None = None,
-    batch: int = 64,
-) -> list[dict[str, Any]]:
-    """Return one row per metric of ``source`` against the images or statistics at ``ref``.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """How images are scored: by which metrics, against what, and how many.
 
-    With the detectors' usual settings. Raises ValueError for a metric that lacks its reference,
-    and for a reference that none of them has a use for.
+    Attributes:
+        metrics: What is computed.
+        real: What they compare with; None where none of them does.
+        detectors: Settings of the networks that see the images.
+        num_images: How many; None for as many as each metric wants.
+        num_blocks: Disjoint blocks of so many, for the spread of the scores.
+        batch: Real images at once.
+    """
+
+    metrics: Sequence[MetricSpec]
+    real: RealImages | None = None
+    detectors: DetectorConfig = DetectorConfig()
+    num_images: int | None = None
+    num_blocks: int = 1
+    batch: int = 64
+
+    def check(self, source: ImageSource) -> list[str]:
+        """Return warnings about the use of ``source``; ValueError if it cannot be scored."""
+        return check_images(self.metrics, source, self.real, self.num_images, self.num_blocks)
+
+    def rows(
+        self, source: ImageSource, device: torch.device, *, per_class: bool = False
+    ) -> list[dict[str, Any]]:
+        """Return one row per metric of ``source``, warnings included. Collective."""
+        warnings = self.check(source)
+        names = sorted({spec.output.detector for spec in self.metrics})
+        detectors = make_detectors(names, self.detectors, source.image_shape, device)
+        needs = needed_outputs(self.metrics, of_reference=True, per_class=per_class)
+        real, references = self.real, {}
+        if real is not None:
+            references = real.references(needs, detectors, device, self.batch)
+        settings = dict(num_images=self.num_images, num_blocks=self.num_blocks)
+        rows = score_images(
+            self.metrics, source, references, detectors, device, per_class=per_class, **settings
+        )
+        return [{**row, "warnings": warnings + row["warnings"]} for row in rows]
+
+
+def check_reference(metrics: Sequence[MetricSpec], ref: str | None, where: str) -> None:
+    """Raise ValueError for a metric without its reference, or a reference without a use.
+
+    ``where`` names the reference in the error.
     """
     compared = [spec.name for spec in metrics if spec.has_reference]
-    if bool(compared) != (ref is not None):
-        but = f"{compared[0]} compares with real images" if compared else "no metric uses it"
-        raise refusal("ref", but=but, remedy="give them" if compared else "leave it out")
-    real = None if ref is None else RealImages(ref)
-    warnings = check_images(metrics, source, real, num_images, 1)
-    names = sorted({spec.output.detector for spec in metrics})
-    detectors = make_detectors(names, DetectorConfig(), source.image_shape, device)
-    needs = needed_outputs(metrics, of_reference=True, per_class=False)
-    references = {} if real is None else real.references(needs, detectors, device, batch)
-    rows = score_images(metrics, source, references, detectors, device, num_images=num_images)
-    return [{**row, "warnings": warnings + row["warnings"]} for row in rows]
+    if compared and ref is None:
+        raise ValueError(f"{where}: {compared[0]} compares with real images; give them.")
+    if ref is not None and not compared:
+        names = ",".join(spec.name for spec in metrics)
+        raise ValueError(f"{where} has no effect with --metrics={names}; leave it out.")
 
 
 def make_evaluate(

@@ -12,7 +12,6 @@ from diffusion.precond import make_precond
 from dnnlib.addresses import is_address
 from dnnlib.errors import refusal
 from families.image import (
-    NOT_SETS,
     objective_settings,
     refuse_augmentation,
     refuse_reference,
@@ -24,9 +23,10 @@ from families.next_steps import CONDITIONS_STEP, generate_step
 from families.runs import FeatureRun
 from models.network import Network
 from torch_utils import distributed
+from training.asked import NOT_SETS, Asked, GeneratorOptions
 from training.checkpoint import DataSummary, Snapshot
 from training.config import RunConfig
-from training.family import Asked, Codec, Evaluator, GeneratorOptions, Part, Steps, TrainingData
+from training.family import Codec, Evaluator, Part, Steps, TrainingData
 from training.feature_objective import FeatureObjective
 from training.transfer import Transfer, transfer_weights
 

@@ -21,25 +21,20 @@ from families.runs import ImageRun
 from models.network import Network
 from sampling.images import ImageGenerator, cached_snapshot, check_guide
 from torch_utils import cpu_matmul
+from training.asked import NOT_FEATURES, NOT_SETS, Asked, GeneratorOptions
 from training.checkpoint import DataSummary, Snapshot
 from training.config import RunConfig
-from training.family import Asked, Codec, Evaluator, GeneratorOptions, Part, Steps, TrainingData
+from training.family import Codec, Evaluator, Part, Steps, TrainingData
 from training.objective import Objective
 from training.transfer import Transfer, transfer_weights
 
 _DEFAULT_LABEL_DROP = 0.1  # As in classifier-free guidance's experiments (arXiv 2207.12598).
-# Options of other families' requests, and why they are refused.
-_OF_SETS = ("support", "episodes", "split", "data")
-_OF_FEATURES = ("prompt", "reference", "bucket", "features", "ids", "text", "visual")
-NOT_SETS = (_OF_SETS, "this model was not trained on sets of images")
-NOT_FEATURES = (_OF_FEATURES, "this model was not trained on features")
 
 
 class ImageFamily:
     """Images in pixels. Families that differ in a part of it override that part."""
 
     run: ClassVar[type[RunConfig]] = ImageRun
-    objective_type: ClassVar[type[Objective]] = Objective
 
     # Before anything is opened.
 

@@ -15,7 +15,6 @@ from data.fewshot.supports import read_support
 from diffusion.precond import make_precond
 from dnnlib.errors import refusal
 from families.image import (
-    NOT_FEATURES,
     ImageFamily,
     check_metrics,
     check_resolution,
@@ -34,8 +33,9 @@ from models.network import Network
 from sampling.images import ImageGenerator
 from sampling.supports import SupportGenerator, SupportRequests
 from torch_utils.misc import count_parameters
+from training.asked import NOT_FEATURES, Asked
 from training.checkpoint import Snapshot
-from training.family import Asked, Codec, Evaluator, TrainingData
+from training.family import Codec, Evaluator, TrainingData
 from training.set_objective import SetObjective, validation_loss
 
 

@@ -18,6 +18,7 @@ from models.attention import attend
 from models.context import Context
 from torch_utils import cpu_matmul, reuse
 
+# Keys and values of a context that one batch may keep for all steps of a sampler.
 _MAX_KEPT_BYTES = 2**30
 
 
@@ -86,21 +87,17 @@ class TMSA(nn.Module):
         self.register_buffer("relative_position_index", index, persistent=False)
         self.proj = nn.Linear(dim, dim)
 
-    def bias(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the relative position bias [heads, window**2, window**2].
-
-        Where weights are fixed it is made once, and of the type ``dtype`` that attention takes.
-        """
-        if torch.is_grad_enabled():
-            return self._make_bias()
-        return reuse.once((self, dtype), lambda: self._make_bias().to(dtype))
-
-    def _make_bias(self) -> Tensor:
+    def bias(self) -> Tensor:
+        """Return the relative position bias [heads, window**2, window**2]."""
         # Gathered head by head: its backward pass, an addition by index, is several times faster
         # on large windows than that of rows.
         index = self.relative_position_index
         bias = self.relative_position_bias_table.t().index_select(1, index.flatten())
         return bias.view(-1, *index.shape)
+
+    def _kept_bias(self, dtype: torch.dtype) -> Tensor:
+        """Return :meth:`bias` in a type, made once where weights are fixed."""
+        return reuse.once((self, dtype), lambda: self.bias().to(dtype))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Return attended tokens [B, H, W, C] of tokens x [B, H, W, C] and time tokens t [B, T]."""
@@ -110,7 +107,8 @@ class TMSA(nn.Module):
         qkv = qkv.unflatten(-1, (-1, self.head_dim))  #                 [B, H, W, 3 heads, d]
         qkv = window_partition(qkv, self.window)  #                     [B windows, 3 heads, w w, d]
         q, k, v = qkv.chunk(3, dim=1)  #                                [B windows, heads, w w, d]
-        y = attend(q, k, v, self.bias(q.dtype), self.attention)
+        bias = self.bias() if torch.is_grad_enabled() else self._kept_bias(q.dtype)
+        y = attend(q, k, v, bias, self.attention)
         y = window_unpartition(y, self.window, H, W)  #                 [B, H, W, heads, d]
         return self.proj(y.flatten(3))  #                               [B, H, W, C]
 

@@ -25,8 +25,8 @@ from encoders.visual import load_visual_encoder
 from models.architectures.feature_dit import FeatureDiTConfig
 from sampling.features import FeatureGenerator
 from torch_utils.pictures import mixed_grid
+from training.asked import Asked
 from training.checkpoint import Snapshot
-from training.family import Asked
 
 if TYPE_CHECKING:
     from PIL.Image import Image

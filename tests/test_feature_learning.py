@@ -14,8 +14,8 @@ from data.features.dataset import FeatureDataset
 from demos.patches import check_patches, mean_loss, other_of_bucket
 from demos.photographs import write_encoders, write_photographs
 from diffusion.config import DualGuidanceConfig
+from training.asked import GeneratorOptions
 from training.checkpoint import find_snapshots, load_snapshot
-from training.family import GeneratorOptions
 
 pytestmark = pytest.mark.usefixtures("one_cpu_thread")
 

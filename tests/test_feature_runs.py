@@ -31,8 +31,8 @@ from encoders.autoencoder import load_autoencoder
 from evaluation.in_loop.features import seed_of_item
 from sampling.requests import RequestGenerator, encode_requests, stored_requests
 from torch_utils.pictures import read_image
+from training.asked import Asked, GeneratorOptions
 from training.checkpoint import load_snapshot
-from training.family import Asked, GeneratorOptions
 
 pytestmark = pytest.mark.usefixtures("one_cpu_thread")
 

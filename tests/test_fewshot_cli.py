@@ -19,8 +19,8 @@ import train
 from evaluation.fewshot import EpisodeImages, support_distances
 from families.sets import episodes_of_snapshot, open_data_of
 from sampling.supports import SupportGenerator
+from training.asked import GeneratorOptions
 from training.checkpoint import find_snapshots, load_snapshot, load_state
-from training.family import GeneratorOptions
 
 
 @pytest.fixture(autouse=True)

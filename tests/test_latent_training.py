@@ -28,8 +28,8 @@ from families.latent import FAMILY
 from models import build_network
 from torch_utils import rng
 from torch_utils.pictures import read_image, to_uint8
+from training.asked import GeneratorOptions
 from training.checkpoint import find_snapshots, load_snapshot, load_state
-from training.family import GeneratorOptions
 from training.objective import Objective
 
 LATENT_MODEL = get_preset("digits-latent").run.model

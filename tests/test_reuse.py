@@ -124,7 +124,7 @@ def test_sampling_makes_biases_once_and_enters_autocast_once(base, precision):
         options = [f"--network={trained_snapshot(base)}", "--seeds=0-1", f"--steps={steps}"]
         options += [f"--outdir={base / precision / str(steps)}", "--cfg-scale=2", "--batch=2"]
         with (
-            counted(layers.TMSA, "_make_bias") as biases,
+            counted(layers.TMSA, "bias") as biases,
             counted(torch.autocast, "__enter__") as entries,
         ):
             succeed(generate, *options, f"--precision={precision}")

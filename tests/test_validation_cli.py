@@ -33,8 +33,8 @@ from evaluation.validation.networks import (
 from evaluation.validation.trials import Missing
 from metrics.lpips import WEIGHTS_VARIABLE
 from torch_utils.pictures import read_image
+from training.asked import GeneratorOptions
 from training.checkpoint import load_snapshot
-from training.family import GeneratorOptions
 
 METRICS = "--metrics=" + ",".join(f"validation_{name}" for name in TESTS)
 

@@ -1,5 +1,6 @@
 """Boards that show a run's curves and pictures: TensorBoard, Weights & Biases, trackio."""
 
+import abc
 import hashlib
 import importlib
 from collections.abc import Mapping
@@ -94,11 +95,30 @@ class _TensorBoard:
         self._writer.close()
 
 
-class _WandB:
+class _Service(abc.ABC):
+    """A board that takes numbers and pictures in one call, by the name ``name``."""
+
+    name: str
+
+    def __init__(self) -> None:
+        self._module = import_board(self.name)
+
+    @abc.abstractmethod
+    def _log(self, values: Mapping[str, Any], cur_nimg: int) -> None:
+        """Hand on what is shown of one moment."""
+
+    def scalars(self, values: Mapping[str, Any], cur_nimg: int) -> None:
+        self._log({**values, "images": cur_nimg, "kimg": cur_nimg / 1000}, cur_nimg)
+
+    def picture(self, name: str, path: Path, cur_nimg: int) -> None:
+        self.scalars({name: self._module.Image(str(path))}, cur_nimg)
+
+
+class _WandB(_Service):
     name = "wandb"
 
     def __init__(self, run_dir: Path, project: str, config: dict[str, Any]) -> None:
-        self._module = import_board(self.name)
+        super().__init__()
         # The folder identifies the run, so that a resumed run continues its own record.
         self._run = self._module.init(
             settings=self._module.Settings(init_timeout=_WANDB_TIMEOUT_SEC),
@@ -112,29 +132,23 @@ class _WandB:
         self._run.define_metric("images")
         self._run.define_metric("*", step_metric="images")
 
-    def scalars(self, values: Mapping[str, float], cur_nimg: int) -> None:
-        self._run.log({**values, "images": cur_nimg, "kimg": cur_nimg / 1000})
-
-    def picture(self, name: str, path: Path, cur_nimg: int) -> None:
-        self.scalars({name: self._module.Image(str(path))}, cur_nimg)
+    def _log(self, values: Mapping[str, Any], cur_nimg: int) -> None:
+        self._run.log(values)
 
     def close(self) -> None:
         self._run.finish()
 
 
-class _Trackio:
+class _Trackio(_Service):
     name = "trackio"
 
     def __init__(self, run_dir: Path, project: str, config: dict[str, Any]) -> None:
-        self._module = import_board(self.name)
+        super().__init__()
         name = f"{run_dir.name}-{_run_id(run_dir)[-8:]}"
         self._module.init(project=project, name=name, config=config, resume="allow")
 
-    def scalars(self, values: Mapping[str, float], cur_nimg: int) -> None:
-        self._module.log({**values, "images": cur_nimg, "kimg": cur_nimg / 1000}, step=cur_nimg)
-
-    def picture(self, name: str, path: Path, cur_nimg: int) -> None:
-        self.scalars({name: self._module.Image(str(path))}, cur_nimg)
+    def _log(self, values: Mapping[str, Any], cur_nimg: int) -> None:
+        self._module.log(values, step=cur_nimg)
 
     def close(self) -> None:
         self._module.finish()

@@ -121,15 +121,26 @@ def load_snapshot(path: str | os.PathLike) -> Snapshot:
     """Read a snapshot; raises ValueError with a sentence for a file that is none, or is damaged."""
     path = Path(path)
     with _snapshot_of(path) as payload:
-        config = restore_run(payload["config"])
-        data = {k: tuple(v) if isinstance(v, list) else v for k, v in payload["data"].items()}
-        # Networks compute from float32; a compact snapshot is what they are told to compute.
-        weights = payload["ema"]
-        for name, tensor in weights.items():
-            weights[name] = tensor.float() if tensor.dtype == torch.float16 else tensor
-        kept = dict(progress=payload["progress"], packages=payload["packages"])
-        found = dict(config=config, data=DataSummary(**data), state_dict=weights, **kept)
-        return Snapshot(path=path, sha256=weights_hash(weights), **found)
+        return snapshot_of(path, payload, payload["ema"])
+
+
+def snapshot_of(path: Path, about: Mapping[str, Any], weights: dict[str, Tensor]) -> Snapshot:
+    """Return a snapshot with some weights, and with what a file holds ``about`` them.
+
+    Raises KeyError, TypeError or ValueError for a description that is not of this version.
+    """
+    data = {k: tuple(v) if isinstance(v, list) else v for k, v in about["data"].items()}
+    # Networks compute from float32; a compact snapshot is what they are told to compute.
+    weights = {k: v.float() if v.dtype == torch.float16 else v for k, v in weights.items()}
+    return Snapshot(
+        path=path,
+        sha256=weights_hash(weights),
+        config=restore_run(about["config"]),
+        data=DataSummary(**data),
+        progress=about["progress"],
+        packages=about["packages"],
+        state_dict=weights,
+    )
 
 
 def read_header(path: str | os.PathLike) -> tuple[RunConfig, dict[str, Any]]:

@@ -3,7 +3,6 @@
 import dataclasses
 import os
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from data.images.config import AugmentConfig, DatasetConfig
@@ -157,10 +156,6 @@ class TrainingConfig(Config):
         return "bf16"
 
 
-# See training/boards.py.
-BOARDS = ("tensorboard", "wandb", "trackio")
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoggingConfig(Config):
     """What a run writes, how often, and what it measures on the way."""
@@ -228,7 +223,7 @@ class LoggingConfig(Config):
     )
     board: tuple[str, ...] = option(
         ("tensorboard",),
-        choices=BOARDS,
+        choices=("tensorboard", "wandb", "trackio"),
         help="Boards that show curves and pictures, separated by commas; none: the run folder "
         "alone.",
     )
@@ -359,18 +354,6 @@ def with_one_of_each(config: RunConfig, given: Collection[str]) -> RunConfig:
         values = dataclasses.replace(values, **{step_option: None})
         config = dataclasses.replace(config, **{section: values})
     return config
-
-
-def with_named_data(
-    config: RunConfig, given: Collection[str], data_dir: Path | None, dataset: str | None
-) -> RunConfig:
-    """Return ``config`` with the data that ``--data-dir`` and ``--dataset`` name together."""
-    if data_dir is None or dataset is None or "data" in given:
-        raise ValueError("Give --data, or --data-dir and --dataset together.")
-    path = data_dir / dataset
-    if not path.exists():
-        path = data_dir / f"{dataset.removesuffix('.zip')}.zip"
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, data=str(path)))
 
 
 def with_absolute_data(config: RunConfig) -> RunConfig:

@@ -12,19 +12,17 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from dnnlib.click_options import param
-from dnnlib.config import Config, from_dict
+from dnnlib.config import from_dict
+from training.asked import Asked, GeneratorOptions
 
 if TYPE_CHECKING:  # The contract is known, and options with it, before torch is needed.
     import torch
     from PIL.Image import Image
 
     from data.images.dataset import Cond
-    from diffusion.config import SamplingConfig
     from models.network import Network
     from torch_utils import distributed, rng
     from torch_utils.stats import StatsCollector
-    from training.checkpoint import Snapshot
     from training.config import RunConfig
 
 
@@ -172,81 +170,6 @@ class Generator(Protocol):
     def protocol(self) -> dict[str, Any]:
         """Return what a score row states of the sampling."""
         ...
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GeneratorOptions:
-    """How a snapshot is sampled where that is not as in training.
-
-    Attributes:
-        sampling, guidance: The sampler's settings, and the guidance of the family's kind.
-        precision: Arithmetic of the network.
-        cpu_matmul: What multiplies float32 matrices on a CPU.
-        compile: Whether networks are compiled with torch.compile.
-        guide: Snapshot whose errors are extrapolated away from (autoguidance).
-        vae: Where the autoencoder is now.
-    """
-
-    sampling: SamplingConfig | None = None
-    guidance: Config | None = None
-    precision: str | None = None
-    cpu_matmul: str | None = None
-    compile: bool = False
-    guide: str | None = None
-    vae: str | None = None
-
-    def build(self, snapshot: Snapshot, device: torch.device) -> Network:
-        """Return the network of a snapshot, compiled if that is asked for."""
-        network = snapshot.build(device)
-        if self.compile:
-            network.compile_parts()
-        return network
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What the options of generate.py ask for, as typed; None or empty where nothing was.
-
-    ``given`` names the typed settings of sampling and guidance.
-    """
-
-    classes: str | None = param(
-        "--class", help="Classes that seeds take in turn, by name or number: cat or 7 or 0-9."
-    )
-    support: tuple[str, ...] = param(
-        multiple=True, help="Support images: a file, folder or zip; repeatable."
-    )
-    episodes: int | None = param(
-        min=1, max=1_000_000, help="Number of support sets to draw from --split."
-    )
-    split: str | None = param(
-        choices=("seen", "unseen", "val"),
-        help="Classes that --episodes come from.  [default: unseen]",
-    )
-    data: str | None = param(
-        help="Dataset that --episodes come from.  [default: where it was in training]"
-    )
-    prompt: tuple[str, ...] = param(multiple=True, may_be_empty=True, help="Prompt; repeatable.")
-    reference: Path | None = param(help="Reference image for style and layout.")
-    bucket: str | None = param(
-        help="Size of the images, such as 1216x832.  [default: nearest to --reference]"
-    )
-    features: str | None = param(help="Folder of stored features, in place of a prompt; see --id.")
-    ids: str | None = param("--id", help="Samples of --features to use, such as ID,ID.")
-    text: str | None = param(
-        help="Text encoder for --prompt.  [default: where it was when features were made]"
-    )
-    visual: str | None = param(
-        help="Visual encoder for --reference.  [default: where it was when features were made]"
-    )
-    given: Collection[str] = ()
-
-    def refuse(self, names: Sequence[str], reason: str) -> None:
-        """Raise ValueError, for ``reason``, if one of the options ``names`` was given."""
-        for name in names:
-            if getattr(self, name) not in (None, ()):
-                option = {"classes": "class", "ids": "id"}.get(name, name)
-                raise ValueError(f"--{option}: {reason}.")
 
 
 class Requests(Protocol):

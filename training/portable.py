@@ -18,7 +18,6 @@ from dnnlib.errors import refusal
 from dnnlib.files import atomic_write, check_source
 from dnnlib.typed import JsonFormat
 from metrics.weights import read_safetensors
-from torch_utils.fingerprints import weights_hash
 from training.checkpoint import (
     FORMAT_VERSION,
     DataSummary,
@@ -26,6 +25,7 @@ from training.checkpoint import (
     find_snapshots,
     load_snapshot,
     read_header,
+    snapshot_of,
 )
 from training.config import RunConfig
 from training.family import restore_run
@@ -70,18 +70,13 @@ def load_portable(location: Path) -> Snapshot:
 
     Raises ValueError for files that are missing or damaged, or that are not of one export.
     """
-    folder, config, about = _read_config(location)
+    folder, _, about = _read_config(location)
     weights = read_safetensors(folder / WEIGHTS, "It ought to be an export of export.py.")
-    found = weights_hash(weights)
-    if found != about["weights_hash"]:
+    snapshot = snapshot_of(folder / WEIGHTS, about, weights)
+    if snapshot.sha256 != about["weights_hash"]:
         but = f"its weights are not those that {CONFIG} is of"
         raise refusal(folder / WEIGHTS, but=but, remedy="export the snapshot again")
-    data = {k: tuple(v) if isinstance(v, list) else v for k, v in about["data"].items()}
-    kept = dict(progress=about["progress"], packages=about["packages"])
-    path = folder / WEIGHTS
-    return Snapshot(
-        path=path, sha256=found, config=config, data=DataSummary(**data), state_dict=weights, **kept
-    )
+    return snapshot
 
 
 def _read_config(location: Path) -> tuple[Path, RunConfig, dict[str, Any]]:
