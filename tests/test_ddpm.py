@@ -188,13 +188,13 @@ FRACTIONS = {
 }
 
 
-@pytest.mark.parametrize("num_steps", [10, 250, 1000])
-@pytest.mark.parametrize("kind", FRACTIONS)
-def test_ancestral_samples_have_the_moments_of_the_exact_recursion(kind, num_steps):
-    config = SamplingConfig(sampler="ddpm", grid="timesteps", steps=num_steps)
+def assert_moments_of_the_recursion(config, fraction):
+    """Sample Gaussian data by their exact denoiser, and compare; return the recursion's variance.
+
+    ``fraction`` gives the learned variance of a step; None without one.
+    """
     sigmas = sampling_sigmas(config, PRECOND)
     below = dict(itertools.pairwise(sigmas))
-    fraction = FRACTIONS[kind]
 
     def denoise(x, sigma):
         denoised = (MEAN * sigma**2 + STD**2 * x) / (sigma**2 + STD**2)
@@ -207,6 +207,14 @@ def test_ancestral_samples_have_the_moments_of_the_exact_recursion(kind, num_ste
     mean, variance = recursion(sigmas, fraction)
     assert x.mean().item() == pytest.approx(mean, abs=5 * math.sqrt(variance / x.numel()))
     assert x.var().item() == pytest.approx(variance, rel=5 * math.sqrt(2 / x.numel()))
+    return variance
+
+
+@pytest.mark.parametrize("num_steps", [10, 250, 1000])
+@pytest.mark.parametrize("kind", FRACTIONS)
+def test_ancestral_samples_have_the_moments_of_the_exact_recursion(kind, num_steps):
+    config = SamplingConfig(sampler="ddpm", grid="timesteps", steps=num_steps)
+    assert_moments_of_the_recursion(config, FRACTIONS[kind])
 
 
 @pytest.mark.parametrize("num_steps", [3, 250, 1000])

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 import torch
 from helpers import TINY, fail, succeed, toy_data, train_tiny
-from test_ddpm import MEAN, PRECOND, STD, Noise, exact_fraction, exact_network, randn, recursion
+from test_ddpm import (
+    MEAN,
+    PRECOND,
+    STD,
+    Noise,
+    assert_moments_of_the_recursion,
+    exact_fraction,
+    exact_network,
+    randn,
+)
 
 import generate
 import train
@@ -107,21 +116,7 @@ def test_variances_of_an_ancestral_chain_are_those_of_the_timesteps_kept(name):
 @pytest.mark.parametrize("learned", [False, True])
 def test_samples_over_named_timesteps_have_the_moments_of_the_exact_recursion(name, learned):
     fraction = exact_fraction if learned else None
-    config = named(name, sampler="ddpm")
-    sigmas = sampling_sigmas(config, PRECOND)
-    below = dict(itertools.pairwise(sigmas))
-
-    def denoise(x, sigma):
-        denoised = (MEAN * sigma**2 + STD**2 * x) / (sigma**2 + STD**2)
-        if fraction is None:
-            return denoised
-        told = fraction(sigma, below[sigma]) if below[sigma] > 0 else 0.5
-        return torch.cat([denoised, torch.full_like(x, told)], dim=1)
-
-    x = sample(denoise, randn(4000, 1, 2, 2), config, PRECOND, Noise())
-    mean, variance = recursion(sigmas, fraction)
-    assert x.mean().item() == pytest.approx(mean, abs=5 * math.sqrt(variance / x.numel()))
-    assert x.var().item() == pytest.approx(variance, rel=5 * math.sqrt(2 / x.numel()))
+    variance = assert_moments_of_the_recursion(named(name, sampler="ddpm"), fraction)
     if learned:  # The true variance leaves the distribution of the data, whatever is left out.
         assert variance == pytest.approx(STD**4 / (STD**2 + PRECOND.sigma_min**2), rel=1e-4)
 
