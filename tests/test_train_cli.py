@@ -322,7 +322,7 @@ CASES = {
     "metrics-ticks": [unseen("1", "scores", beside="--metrics=fd_pixels --tick=0 --iters=3")],
     "sample-batch": [unseen("3", "batches")],
     "workers": [unseen("1", "workers")],
-    "board": [unseen("tensorboard,wandb", "wandb")],
+    "board": [unseen("wandb", "wandb"), unseen("trackio", "trackio")],
     "wandb": [unseen("True", "wandb")],
     "wandb-project": [unseen("mine", "wandb", beside="--wandb")],
     "sampler": [sampled(name) for name in ("euler", "ddim", "dpmpp_2m", "ddpm")],
@@ -480,6 +480,7 @@ DEFAULTS = {
     "lpips-net": {"alex", "vgg"},
     "attention": {"auto", "flex", "explicit"},
     "skip": {"stage"},
+    "board": {"tensorboard"},
     "precond": {"edm"},
     "precision": {"fp32", "auto"},
     "cpu-matmul": {"auto", "mkl", "onednn"},
@@ -515,7 +516,9 @@ class Spies:
         wandb = types.ModuleType("wandb")
         wandb.init, wandb.Settings, wandb.Image = self.wandb, mock.MagicMock(), mock.MagicMock()
         sys.modules["wandb"] = wandb
-        stack.callback(sys.modules.pop, "wandb")
+        sys.modules["trackio"] = self.trackio = mock.MagicMock()
+        for name in ("wandb", "trackio"):
+            stack.callback(sys.modules.pop, name)
         self._watch("passes", Objective, "forward", lambda self, images, *rest: len(images))
         self._watch("batches", ImageGenerator, "generate", lambda self, seeds, *rest: len(seeds))
         self._watch("compiled", torch.nn.Module, "compile", lambda module, **kw: type(module))
@@ -600,6 +603,7 @@ def fingerprint(base, args, data_size=8):
         wandb=[
             (call.kwargs["project"], call.kwargs["name"]) for call in spies.wandb.mock_calls[:1]
         ],
+        trackio=[call.kwargs["project"] for call in spies.trackio.init.mock_calls],
         **spies.seen,
     )
 

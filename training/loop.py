@@ -179,7 +179,9 @@ def training_loop(
         shown = not pictures_due or attempt("pictures", evaluator.save_pictures)
         whole = shown and (not metrics_due or attempt("scores", evaluator.score))
         if whole and (pictures_due or metrics_due) and telemetry is not None:
-            made = run_dir.glob(f"*-{checkpoint.count_name(cur_nimg)}.png")
+            # One pattern for all ticks: pathlib keeps those that it has seen.
+            end = f"-{checkpoint.count_name(cur_nimg)}"
+            made = [path for path in run_dir.glob("*.png") if path.stem.endswith(end)]
             telemetry.pictures(made, cur_nimg)
             telemetry.write_report()
         return whole
