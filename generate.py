@@ -32,6 +32,9 @@ EXAMPLES = """
   # DDIM as published code spaces it, at timesteps 980, 960, ..., 0 of a model of 1,000:
   python generate.py --network=network.pkl --outdir=out --sampler=ddim --respacing=ddim50
 
+  # How 16 images come about, step by step, as an animation:
+  python generate.py --network=network.pkl --outdir=out --num=16 --gif=out.gif
+
   # A set-conditioned model: 64 images like those in a folder, and a picture of both:
   python generate.py --network=network.pkl --outdir=out --support=my-images --num=64 --grid=out.png
 
@@ -66,6 +69,7 @@ class GenerateOptions:
     batch: int = param(default=64, min=1, max=1_000_000, help="Images per rank and pass.")
     subdirs: bool = param(help="Make a subfolder for every 1,000 seeds.")
     grid: Path | None = param(help="File for one picture of all images.")
+    gif: Path | None = param(help="File for an animation of how up to 16 images come about.")
     columns: int = param(
         default=10, min=1, max=1_000, help="Images, or supports, in a row of --grid."
     )
@@ -133,7 +137,8 @@ def main(config: GenerateConfig, options: GenerateOptions, asked: Asked) -> None
     if options.grid is None and is_given("columns"):
         raise click.UsageError("--columns arranges the picture of --grid; give that too.")
     seeds = options.seed_list()
-    from sampling.images import cached_snapshot
+    from sampling.animation import animate
+    from sampling.images import cached_snapshot, describe_sampling
     from sampling.outputs import claim_outdir, make_images, places
     from torch_utils import distributed
     from torch_utils.misc import allow_tf32
@@ -149,6 +154,8 @@ def main(config: GenerateConfig, options: GenerateOptions, asked: Asked) -> None
         check_picture_target("--grid", options.grid, **output_rules("grid"))
         if options.grid.absolute() in {place.path.absolute() for place in todo}:
             raise click.UsageError(f"--grid: {options.grid} is the file of one of the images.")
+    if options.gif is not None:
+        check_picture_target("--gif", options.gif, ".gif", **output_rules("gif"))
 
     device = distributed.init()
     allow_tf32(options.tf32)
@@ -160,8 +167,14 @@ def main(config: GenerateConfig, options: GenerateOptions, asked: Asked) -> None
     make_images(generator, todo, options.batch)
     if options.grid is not None and distributed.is_main():
         images = [read_image(place.path) for place in todo]
-        save_image(requests.picture(images, options.columns), options.grid)
+        labels = [place.label for place in todo]
+        heading = describe_sampling(generator.protocol())
+        picture = requests.picture(images, labels, options.columns, heading)
+        save_image(picture, options.grid)
+    if options.gif is not None:
+        distributed.on_main(lambda: animate(generator, requests, todo, options.gif))
     shown = f", all in {options.grid}" if options.grid else ""
+    shown += f", how they come about in {options.gif}" if options.gif else ""
     distributed.print0(f"{len(todo)} images in {options.outdir}{shown}")
     distributed.shutdown()
 

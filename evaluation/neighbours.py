@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
-import PIL.ImageDraw
 import torch
 
 from data.images.dataset import ImageDataset
@@ -22,7 +21,7 @@ from metrics.reference_cache import MAX_VECTORS
 from metrics.statistics import Batch, collect_outputs
 from torch_utils import distributed
 from torch_utils.charts import check_charts, new_figure, picture_of
-from torch_utils.pictures import save_image, to_pil
+from torch_utils.pictures import Titles, image_grid, save_image
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95)
 _HELD_OUT_SEED = 0
@@ -32,10 +31,6 @@ _FEW_HELD_OUT = 100
 _COPY = 1e-3
 _MIN_HELD_OUT = 1000
 _MIN_TILE = 88
-_CAPTION_HEIGHT = 14
-_GAP = 4
-_BACKGROUND = (24, 24, 24)
-_FAKE_COLOR, _REAL_COLOR = (235, 120, 60), (110, 170, 235)
 _CHART_SIZE = (640, 400)
 _NUM_BINS = 50
 
@@ -163,32 +158,17 @@ def neighbours_picture(
     made = dict(collections.ChainMap(*distributed.gather_objects(made)))
     if neighbours is None:
         return None
-    rows = []
+    tiles, captions = [], []
     for index in chosen:
         numbers, distances = neighbours.indices[index], neighbours.distances[index]
         real, _ = data.__getitems__(numbers.tolist())
-        captions = [f"{d:.3g} (#{number})" for d, number in zip(distances, numbers, strict=True)]
-        rows.append([(made[index], f"image {index}"), *zip(real, captions, strict=True)])
-    return _captioned_grid(rows)
-
-
-def _captioned_grid(rows: list[list[tuple[torch.Tensor, str]]]) -> PIL.Image.Image:
-    height, width = rows[0][0][0].shape[1:]
-    factor = max(1, -(-_MIN_TILE // max(height, width)))
-    tile_w, tile_h = width * factor + _GAP, height * factor + _CAPTION_HEIGHT + _GAP
-    size = (tile_w * len(rows[0]) + 3 * _GAP, tile_h * len(rows) + _GAP)
-    canvas = PIL.Image.new("RGB", size, _BACKGROUND)
-    draw = PIL.ImageDraw.Draw(canvas)
-    for y, row in enumerate(rows):
-        for x, (image, caption) in enumerate(row):
-            # The generated image stands apart from its neighbours.
-            left, top = x * tile_w + _GAP + (2 * _GAP if x else 0), y * tile_h + _GAP
-            tile = to_pil(image).convert("RGB")
-            tile = tile.resize((width * factor, height * factor), PIL.Image.Resampling.NEAREST)
-            canvas.paste(tile, (left, top))
-            color = _REAL_COLOR if x else _FAKE_COLOR
-            draw.text((left, top + height * factor), caption, fill=color)
-    return canvas
+        tiles += [made[index], *real]
+        captions += [f"image {index}"]
+        captions += [f"{d:.3g} (#{number})" for d, number in zip(distances, numbers, strict=True)]
+    num_neighbours = neighbours.indices.shape[1]
+    columns = ["Generated", "Nearest", *(f"{n}. nearest" for n in range(2, num_neighbours + 1))]
+    titles = Titles(columns=columns, captions=captions)
+    return image_grid(torch.stack(tiles), 1 + num_neighbours, titles, min_tile=_MIN_TILE)
 
 
 def distances_picture(neighbours: Neighbours) -> PIL.Image.Image:

@@ -157,7 +157,8 @@ class ImageFamily:
         from evaluation.in_loop.images import ImageEvaluator
 
         counts = data.class_counts if data.num_classes else ()
-        return ImageEvaluator(run, counts, self._evaluate(run, data, device))
+        evaluate = self._evaluate(run, data, device)
+        return ImageEvaluator(run, counts, evaluate, data.class_names if counts else ())
 
     def _evaluate(
         self, run: ImageRun, data: TrainingData, device: torch.device
@@ -216,7 +217,8 @@ class ImageFamily:
 
         asked.refuse(*NOT_SETS)
         asked.refuse(*NOT_FEATURES)
-        return ClassRequests(parse_classes(asked.classes, snapshot.data.class_names))
+        names = snapshot.data.class_names
+        return ClassRequests(parse_classes(asked.classes, names), names)
 
     def images(
         self, snapshot: Snapshot, generator: Callable[[], Any], first_seed: int, batch: int

@@ -20,6 +20,7 @@ from models.architectures.feature_dit import FeatureDiTConfig
 from models.context import Context
 from models.network import Network
 from sampling.images import decoding_facts, sampling_facts
+from sampling.trajectory import Frame, Trajectory
 from torch_utils.reuse import fixed_weights
 from torch_utils.rng import SeededNoise
 from training.feature_objective import patch_bias
@@ -64,6 +65,19 @@ class FeatureGenerator:
         return self.codec.decode(self.sample_latents(seeds, cond, bucket, guidance=guidance))
 
     @torch.no_grad()
+    def path(
+        self, seeds: Sequence[int], cond: Cond, bucket: Bucket, num_frames: int
+    ) -> list[Frame]:
+        """Return up to ``num_frames`` of the states on the way to :meth:`generate`'s images.
+
+        The last frame are the images.
+        """
+        trajectory = Trajectory(num_frames - 1)
+        latents = self.sample_latents(seeds, cond, bucket, trajectory=trajectory)
+        frames = trajectory.frames(lambda z, t: self.codec.decode(z))
+        return [*frames, Frame(0.0, list(self.codec.decode(latents).cpu()))]
+
+    @torch.no_grad()
     def sample_latents(
         self,
         seeds: Sequence[int],
@@ -71,12 +85,19 @@ class FeatureGenerator:
         bucket: Bucket,
         *,
         guidance: DualGuidanceConfig | None = None,
+        trajectory: Trajectory | None = None,
     ) -> torch.Tensor:
-        """Return normalised latents [N, c, h, w], float64; arguments are :meth:`generate`'s."""
+        """Return normalised latents [N, c, h, w], float64.
+
+        ``trajectory`` notes the states; the other arguments are :meth:`generate`'s.
+        """
         noise = SeededNoise(seeds, self.device).randn(self.model.latent_shape(*bucket.size))
         guided = self._guided(cond, len(seeds), bucket, guidance or self.guidance)
         with fixed_weights(self.network), autocast(self.device, self.autocast_dtype):
-            return sample_flow(guided, noise, self.sampling)
+            if trajectory is None:
+                return sample_flow(guided, noise, self.sampling)
+            through, callback = trajectory.through(guided), trajectory.end_step
+            return sample_flow(through, noise, self.sampling, callback)
 
     @torch.no_grad()
     def denoise(self, x: torch.Tensor, sigma: float, cond: Cond, bucket: Bucket) -> torch.Tensor:

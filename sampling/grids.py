@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from sampling.images import ImageGenerator, labels_like_data
-from sampling.supports import SupportGenerator
+from sampling.images import ImageGenerator, describe_sampling, labels_like_data
+from sampling.supports import SupportGenerator, episodes_picture
 from torch_utils import distributed
-from torch_utils.pictures import image_grid, save_image, support_picture
+from torch_utils.pictures import class_titles, image_grid, save_image
 
 GRID_SEEDS = 64
 
@@ -19,15 +19,21 @@ def save_fakes(
     path: Path,
     batch: int,
     num_images: int = GRID_SEEDS,
+    class_names: Sequence[str] = (),
 ) -> None:
-    """Write a grid of samples with fixed seeds, made by all ranks together. Collective."""
+    """Write a grid of samples with fixed seeds, made by all ranks together. Collective.
+
+    ``class_counts`` are the shares of a conditional model's classes, whose names are the titles.
+    """
     labels = None
     if class_counts:
         order = labels_like_data(class_counts)
         labels = sorted(int(order[seed % len(order)]) for seed in range(num_images))
     images = generate_together(generator, range(num_images), labels, batch)
     if images is not None:
-        save_image(image_grid(images, columns=8), path)
+        shown = [class_names[label] for label in labels or ()] if class_names else []
+        heading = describe_sampling(generator.protocol())
+        save_image(image_grid(images, 8, class_titles(shown, 8, heading)), path)
 
 
 def save_episodes(generator: SupportGenerator, num_images: int, path: Path, batch: int) -> None:
@@ -38,7 +44,8 @@ def save_episodes(generator: SupportGenerator, num_images: int, path: Path, batc
     images = generate_together(generator, range(len(labels)), labels, batch)
     if images is not None:
         samples = images.unflatten(0, (len(episodes), each))
-        save_image(support_picture(episodes.supports, samples), path)
+        heading = describe_sampling(generator.protocol())
+        save_image(episodes_picture(episodes, samples, heading=heading), path)
 
 
 def generate_together(

@@ -17,6 +17,7 @@ from dnnlib.config import to_dict
 from models import ModelConfig
 from models.context import Context
 from models.network import Network
+from sampling.trajectory import Frame, Trajectory
 from torch_utils import cpu_matmul, distributed
 from torch_utils.fingerprints import package_versions, weights_hash
 from torch_utils.reuse import fixed_weights
@@ -58,6 +59,32 @@ class ImageGenerator:
             seeds: One integer per image, taken modulo 2**32.
             labels: One class index per image; by default each image's seed draws its class.
         """
+        return self.codec.decode(self._sample(seeds, labels))
+
+    @torch.no_grad()
+    def path(
+        self, seeds: Sequence[int], labels: Sequence[int] | None, num_frames: int
+    ) -> list[Frame]:
+        """Return up to ``num_frames`` of the states on the way to :meth:`generate`'s images.
+
+        States are shown scaled to the variance of images; the last frame are the images.
+        """
+        trajectory = Trajectory(num_frames - 1)
+        images = self.codec.decode(self._sample(seeds, labels, trajectory))
+
+        def decode(x: torch.Tensor, sigma: float) -> torch.Tensor:
+            levels = torch.tensor([sigma, self.precond.sigma_min], dtype=torch.float64)
+            scales = self.precond.scalings(levels)[2]
+            return self.codec.decode(x * (scales[0] / scales[1]).item())
+
+        return [*trajectory.frames(decode), Frame(0.0, list(images.cpu()))]
+
+    def _sample(
+        self,
+        seeds: Sequence[int],
+        labels: Sequence[int] | None,
+        trajectory: Trajectory | None = None,
+    ) -> torch.Tensor:
         noise = SeededNoise(seeds, self.device)
         latents = noise.randn(self.model.input_shape)
         chosen = None
@@ -67,8 +94,10 @@ class ImageGenerator:
         denoise = self._estimate(chosen, len(seeds))
         networks = [own for own in (self.network, self.guide) if own is not None]
         with fixed_weights(*networks), autocast(self.device, self.autocast_dtype):
-            images = sample(denoise, latents, self.sampling, self.precond, noise)
-        return self.codec.decode(images)
+            if trajectory is None:
+                return sample(denoise, latents, self.sampling, self.precond, noise)
+            through, callback = trajectory.through(denoise), trajectory.end_step
+            return sample(through, latents, self.sampling, self.precond, noise, callback)
 
     @torch.no_grad()
     def denoise(
@@ -161,6 +190,20 @@ def sampling_facts(config: SamplingConfig) -> dict[str, Any]:
     facts = to_dict(config)
     # Rows and folders of before know of no subsets of timesteps.
     return {k: v for k, v in facts.items() if (k, v) != ("respacing", None)}
+
+
+def describe_sampling(protocol: Mapping[str, Any]) -> str:
+    """Return the sampler, its steps and the guidance of a generator's protocol in one line."""
+    sampling, guidance = protocol["sampling"], protocol["guidance"]
+    scales = {name: value for name, value in guidance.items() if name.endswith("_scale")}
+    if scales.get("cfg_scale") == 1.0:
+        del scales["cfg_scale"]
+    if guidance.get("guidance_form") != "joint":
+        scales.pop("joint_scale", None)
+    parts = [f"{sampling['sampler']}, {sampling['steps']} steps"]
+    names = {name: name.replace("cfg", "guidance").replace("_", " ") for name in scales}
+    parts += [f"{names[name]} {scale:g}" for name, scale in scales.items()]
+    return ", ".join(parts)
 
 
 def decoding_facts(

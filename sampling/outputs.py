@@ -14,7 +14,7 @@ from data.resumable import claim
 from dnnlib.progress import progress
 from dnnlib.text import parse_ranges
 from torch_utils import distributed
-from torch_utils.pictures import image_grid, save_image, to_pil
+from torch_utils.pictures import class_titles, image_grid, save_image, to_pil
 from training.family import Generator, Requests
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class ClassRequests:
     """
 
     classes: tuple[int, ...] = ()
+    class_names: Sequence[str] = ()
     num_parts: ClassVar[int] = 1
     has_folders: ClassVar[bool] = False
 
@@ -55,8 +56,16 @@ class ClassRequests:
     def bind(self, generator: Generator, device: torch.device) -> Generator:
         return generator
 
-    def picture(self, images: Sequence[torch.Tensor], columns: int) -> Image:
-        return image_grid(torch.stack(list(images)), columns)
+    def picture(
+        self,
+        images: Sequence[torch.Tensor],
+        labels: Sequence[int | None],
+        columns: int,
+        heading: str,
+    ) -> Image:
+        names = [] if None in labels else [self.class_names[label] for label in labels]
+        titles = class_titles(names, columns, heading)
+        return image_grid(torch.stack(list(images)), columns, titles)
 
 
 @dataclasses.dataclass(frozen=True)

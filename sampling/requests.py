@@ -24,7 +24,8 @@ from encoders.text import load_text_encoder
 from encoders.visual import load_visual_encoder
 from models.architectures.feature_dit import FeatureDiTConfig
 from sampling.features import FeatureGenerator
-from torch_utils.pictures import mixed_grid
+from sampling.trajectory import Frame
+from torch_utils.pictures import Titles, mixed_grid
 from training.asked import Asked
 from training.checkpoint import Snapshot
 
@@ -64,6 +65,18 @@ class RequestGenerator:
             made = self.generator.generate(own, request.repeated(len(rows)), request.bucket)
             images.update(zip(rows, made.cpu(), strict=True))
         return [images[row] for row in range(len(seeds))]
+
+    def path(self, seeds: Sequence[int], labels: Sequence[int], num_frames: int) -> list[Frame]:
+        """Return frames as :meth:`FeatureGenerator.path` does, of the requests of those numbers."""
+        frames: dict[float, dict[int, torch.Tensor]] = {}
+        for request, rows in self._by_request(labels):
+            own = [seeds[row] for row in rows]
+            cond = request.repeated(len(rows))
+            for frame in self.generator.path(own, cond, request.bucket, num_frames):
+                images = frames.setdefault(frame.level, {})
+                images.update(zip(rows, frame.images, strict=True))
+        order = range(len(seeds))
+        return [Frame(level, [images[row] for row in order]) for level, images in frames.items()]
 
     def denoise(self, x: torch.Tensor, sigma: float, labels: Sequence[int]) -> torch.Tensor:
         """Return the guided estimate of x0 of noisy x [N, c, h, w], of those requests."""
@@ -146,8 +159,23 @@ class PromptRequests:
             requests = encode_requests(self.snapshot, device, asked)
         return RequestGenerator(generator, requests)
 
-    def picture(self, images: Sequence[torch.Tensor], columns: int) -> Image:
-        return mixed_grid([images[row : row + columns] for row in range(0, len(images), columns)])
+    def picture(
+        self, images: Sequence[torch.Tensor], labels: Sequence[int], columns: int, heading: str
+    ) -> Image:
+        asked = self.asked
+        names = asked.prompt if asked.ids is None else asked.ids.split(",")
+        rows: list[Sequence[Any]] = []
+        titles: list[str] = []
+        if asked.reference is not None:
+            bucket = choose_bucket(self.snapshot, asked.bucket, asked.reference)
+            rows.append([fit_image(_open_image(asked.reference), bucket)[0]])
+            titles.append("Reference")
+        for part in dict.fromkeys(labels):
+            own = [image for image, label in zip(images, labels, strict=True) if label == part]
+            lines = [own[start : start + columns] for start in range(0, len(own), columns)]
+            rows += lines
+            titles += [names[part] if names else "", *[""] * (len(lines) - 1)]
+        return mixed_grid(rows, titles=Titles(heading, rows=titles))
 
 
 def choose_bucket(snapshot: Snapshot, text: str | None, reference: Path | None) -> Bucket:

@@ -83,6 +83,17 @@ class SupportRequests:
     def bind(self, generator: ImageGenerator, device: torch.device) -> SupportGenerator:
         return SupportGenerator.of(generator, self.episodes)
 
-    def picture(self, images: Sequence[torch.Tensor], columns: int) -> Image:
-        samples = torch.stack(list(images)).unflatten(0, (len(self.episodes), -1))
-        return support_picture(self.episodes.supports, samples, bands=columns)
+    def picture(
+        self, images: Sequence[torch.Tensor], labels: Sequence[int], columns: int, heading: str
+    ) -> Image:
+        episodes = self.episodes[list(dict.fromkeys(labels))]
+        samples = torch.stack(list(images)).unflatten(0, (len(episodes), -1))
+        return episodes_picture(episodes, samples, columns, heading)
+
+
+def episodes_picture(
+    episodes: Episodes, samples: torch.Tensor, columns: int = 5, heading: str = ""
+) -> Image:
+    """Return the supports above the samples uint8 [S, m, C, H, W] of each, ``columns`` abreast."""
+    names = [episodes.class_names[index] for index in episodes.classes]
+    return support_picture(episodes.supports, samples, columns, names=names, heading=heading)

@@ -105,14 +105,14 @@ def test_the_class_count_comes_from_the_names_or_else_from_the_labels(data):
 def test_a_preview_has_rows_of_images_spread_over_the_data_by_class(data):
     rewrite(data, metadata={"labels": [[f"00000/img{i:08d}.png", i % 2] for i in range(10)]})
     labelled, plain = ImageDataset(data, use_labels=True), ImageDataset(data)
-    assert [len(row) for row in labelled.preview(64)] == [8, 2]
+    assert [len(row) for row in labelled.preview(64).rows] == [8, 2]
     by_class = [*range(0, 10, 2), *range(1, 10, 2)]
-    shown = torch.stack([image for row in labelled.preview(64) for image in row])
+    shown = torch.stack([image for row in labelled.preview(64).rows for image in row])
     assert torch.equal(shown, expected_images(by_class))
-    (row,) = plain.preview(3)
+    (row,) = plain.preview(3).rows
     assert torch.equal(torch.stack(row), expected_images([0, 4, 9]))
     mirrored = MirroredImages(plain)
-    assert torch.equal(torch.stack(mirrored.preview(3)[0]), torch.stack(row))
+    assert torch.equal(torch.stack(mirrored.preview(3).rows[0]), torch.stack(row))
     for dataset in (labelled, plain, mirrored):
         assert dataset.summary() is None
     assert (labelled.class_counts, plain.class_counts) == ([5, 5], [])

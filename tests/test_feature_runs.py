@@ -4,6 +4,7 @@ import dataclasses
 import signal
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from feature_files import photographs, sample_arrays, tiny_encoders, tiny_features
@@ -97,7 +98,7 @@ def test_a_batch_of_several_sizes_is_a_mistake(data):
 
 def test_a_preview_has_raw_latents_of_every_size_in_rows(data):
     dataset = FeatureDataset(data)
-    rows = dataset.preview(10_000)
+    rows = dataset.preview(10_000).rows
     latents = [latent for row in rows for latent in row]
     assert len(latents) == dataset.num_images
     assert {len(row) for row in rows[:-1]} == {8}
@@ -290,13 +291,14 @@ def test_generate_makes_images_of_texts_references_and_stored_features(
     images = {}
     for name, options in calls.items():
         outdir, grid = tmp_path / name, tmp_path / f"{name}.png"
-        output = succeed(
-            generate_script, *common, f"--outdir={outdir}", *options, f"--grid={grid}"
-        ).output
+        pictures = (f"--grid={grid}", f"--gif={tmp_path / name}.gif")
+        output = succeed(generate_script, *common, f"--outdir={outdir}", *options, *pictures).output
         files = sorted(outdir.rglob("0*.png"))
         assert f"{len(files)} images in {outdir}" in output
         images[name] = [tuple(read_image(file).shape) for file in files]
-        assert grid.is_file()
+        with PIL.Image.open(grid) as last, PIL.Image.open(tmp_path / f"{name}.gif") as animation:
+            assert animation.n_frames > 2
+            assert animation.width <= last.width
     first = load_snapshot(snapshot_file).config.model.buckets[0]
     width, height = map(int, first.split("x"))
     assert images["text"] == [(3, height, width)] * 4

@@ -5,6 +5,7 @@ import os
 
 import helpers
 import numpy as np
+import PIL.Image
 import pytest
 
 import generate
@@ -238,10 +239,35 @@ def test_the_grid_shows_all_seeds_enlarged_with_gaps(network, tmp_path):
     grid = tmp_path / "pictures" / "grid.png"
     made = make(network, tmp_path / "out", "--seeds=0-4", f"--grid={grid}", "--columns=3")
     picture = helpers.read_pixels(grid)
-    assert picture.shape == (2 * (48 + 2) + 2, 3 * (48 + 2) + 2, 3)
-    tile = picture[52:100, 52:100]  # Row 1, column 1: seed 4.
+    line = 15  # The first says how they were made.
+    assert picture.shape == (line + 2 * (48 + 2) + 2, 3 * (48 + 2) + 2, 3)
+    tile = picture[line + 52 : line + 100, 52:100]  # Row 1, column 1: seed 4.
     assert np.array_equal(tile[::6, ::6], made["000004.png"])
-    assert (picture[:2] == picture[0, 0]).all()
+    assert (picture[line : line + 2] == picture[0, 0]).all()
+
+
+@pytest.mark.parametrize("sampler", ["heun --s-churn=20 --steps=9", "ddpm --steps=70"])
+def test_the_animation_shows_the_way_from_noise_to_the_images(sampler, network, tmp_path):
+    path = tmp_path / "out.gif"
+    args = ["--seeds=0-19", "--class=1", *f"--sampler={sampler}".split()]
+    made = make(network, tmp_path / "out", *args, f"--gif={path}", f"--grid={tmp_path / 'a.png'}")
+    with PIL.Image.open(path) as animation:
+        frames = []
+        for number in range(animation.n_frames):
+            animation.seek(number)
+            frames.append(np.asarray(animation.convert("RGB")).astype(float))
+        assert animation.info["loop"] == 0
+    steps = int(sampler.split("=")[-1])
+    assert len(frames) == min(steps + 1, 60)
+    assert frames[0].shape == (15 + 4 * 50 + 2, 4 * 50 + 2, 3)
+    tiles = [frame[17:65, 2:50][::6, ::6] for frame in frames]
+    assert np.abs(tiles[-1] - made["000000.png"]).mean() < 8  # Of 256 colours.
+    far = [np.abs(tile - tiles[-1]).mean() for tile in tiles]
+    assert far[0] > 30 > far[-2]
+    assert far[len(far) // 4] > far[-3]
+    again = helpers.fail(generate, f"--network={network}", "--outdir=x", f"--gif={tmp_path / 'g'}")
+    assert "end the name with .gif" in again
+    assert make(network, tmp_path / "out", *args, f"--gif={path}").keys() == made.keys()
 
 
 def test_guidance_changes_the_images_and_a_scale_of_one_does_not(base, network, tmp_path):

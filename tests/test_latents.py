@@ -248,7 +248,7 @@ def test_latents_have_the_surface_of_the_images(base, vae):
     assert data.record.source_hash == pixels.content_hash
     assert data.file_label(25) == f"{base / 'latents'}/shard-00002.npy, row 5"
     assert (data.class_counts, data.summary()) == (pixels.class_counts, None)
-    rows = data.preview(10)
+    rows = data.preview(10).rows
     assert [len(row) for row in rows] == [8, 2]
     order = np.argsort(data.labels, kind="stable")
     assert torch.equal(rows[0][0], data[order[0]][0])

@@ -15,7 +15,6 @@ from data.images.dataset import ImageDataset
 from data.samplers import PositionSampler
 from demos.digits import ClassShare, class_shares
 from evaluation.fewshot import copying, support_distances
-from torch_utils.pictures import support_picture
 
 
 @pytest.fixture(scope="session")
@@ -258,7 +257,7 @@ def test_supports_are_disjoint_from_each_other_and_from_the_reals(images):
 
 def test_a_preview_is_the_first_sets_of_a_run_each_a_row(images):
     sets = make(images, sample_size=3)
-    rows = sets.preview(10)
+    rows = sets.preview(10).rows
     assert [len(row) for row in rows] == [3, 3, 3, 3]
     batch, _ = sets.__getitems__(range(4))
     assert torch.equal(torch.stack([torch.stack(row) for row in rows]), batch)
@@ -323,14 +322,3 @@ def test_the_p_value_is_that_of_the_hypergeometric_distribution():
 
     share = ClassShare(name="x", hits=9, num=40, control_hits=12, control_num=200)
     assert share.p_value == pytest.approx(hypergeom(240, 21, 40).sf(8), rel=1e-9)
-
-
-def test_the_picture_has_supports_above_samples():
-    supports = torch.full((2, 3, 1, 48, 48), 250, dtype=torch.uint8)
-    samples = torch.full((2, 5, 1, 48, 48), 100, dtype=torch.uint8)
-    pixels = np.asarray(support_picture(supports, samples, bands=2))
-    # Five samples to a row, though there are three images in a support.
-    block_w, block_h = 5 * 50 + 2 + 12, (50 + 2) + 6 + (50 + 2) + 12
-    assert pixels.shape == (block_h, 2 * block_w)
-    assert (pixels[6 + 2 : 6 + 50, 8:56] == 250).all()
-    assert (pixels[6 + 52 + 6 + 2 : 6 + 52 + 6 + 50, 8:56] == 100).all()

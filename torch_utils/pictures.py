@@ -1,7 +1,11 @@
-"""Grids of images as people look at them: enlarged, with gaps, written atomically."""
+"""Grids of images as people look at them: enlarged, with gaps and titles, written atomically."""
 
 from __future__ import annotations
 
+import bisect
+import dataclasses
+import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,59 +21,56 @@ if TYPE_CHECKING:
     import PIL.PngImagePlugin
 
 _GAP = 2
+_BLOCK_GAP = 10
 _BACKGROUND = 40
+_DARK = (_BACKGROUND,) * 3
+_INK = 225
 _MIN_TILE = 48
-_BLOCK_GAP = 6
 _MIN_COLUMNS = 5
+_TEXT_SIZE = 11
+_LINE = 15  # Height of a line of text.
+_MAX_MARGIN = 168  # Width of the titles of rows.
+_MARK = "SetDiffiT"
 
-_SOFTWARE = "SetDiffiT"
+if TYPE_CHECKING:
+    Tile = torch.Tensor | PIL.Image.Image
 
 
-def image_grid(images: torch.Tensor, columns: int) -> PIL.Image.Image:
+@dataclasses.dataclass(frozen=True)
+class Titles:
+    """What a picture says of its images. A text that is too long for its place ends in dots."""
+
+    heading: str = ""  # Above all.
+    columns: Sequence[str] = ()  # Above the images of the first row, which are then aligned.
+    rows: Sequence[str] = ()  # Left of each row, in as many lines as it takes.
+    captions: Sequence[str] = ()  # Under each image, row by row.
+
+
+def image_grid(
+    images: torch.Tensor, columns: int, titles: Titles = Titles(), *, min_tile: int = _MIN_TILE
+) -> PIL.Image.Image:
     """Return uint8 images [N, C, H, W] (C 1 or 3) as one picture, ``columns`` to a row.
 
-    Small images are enlarged by a whole factor without smoothing, to at least 48 pixels a side.
+    Small images are enlarged by a whole factor without smoothing, to at least ``min_tile`` pixels a
+    side.
     """
-    import PIL.Image
-
-    num, channels, height, width = images.shape
-    rows = -(-num // columns)
-    factor = max(1, -(-_MIN_TILE // max(height, width)))
+    factor = max(1, -(-min_tile // max(images.shape[2:])))
     tiles = images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    tile_h, tile_w = height * factor + _GAP, width * factor + _GAP
-    shape = (rows * tile_h + _GAP, columns * tile_w + _GAP, channels)
-    canvas = np.full(shape, _BACKGROUND, np.uint8)
-    for index, tile in enumerate(tiles.permute(0, 2, 3, 1).cpu().numpy()):
-        y, x = index // columns * tile_h + _GAP, index % columns * tile_w + _GAP
-        canvas[y : y + tile.shape[0], x : x + tile.shape[1]] = tile
-    return PIL.Image.fromarray(canvas[:, :, 0] if channels == 1 else canvas)
+    return _compose([[to_pil(tile) for tile in row] for row in tiles.split(columns)], titles)
 
 
 def mixed_grid(
-    rows: Sequence[Sequence[torch.Tensor | PIL.Image.Image]], height: int = 256
+    rows: Sequence[Sequence[Tile]], height: int = 256, titles: Titles = Titles()
 ) -> PIL.Image.Image:
     """Return rows of images of any sizes, uint8 [3, H, W] or pictures, as one picture.
 
     Every image is scaled to ``height``, or to be as wide as twice that, but never enlarged beyond a
     whole factor.
     """
-    import PIL.Image
-
-    rows = [[fit_tile(image, height) for image in row] for row in rows]
-    tall = [max(tile.height for tile in row) + _GAP for row in rows]
-    wide = [sum(tile.width + _GAP for tile in row) + _GAP for row in rows]
-    canvas = PIL.Image.new("RGB", (max(wide), sum(tall) + _GAP), (_BACKGROUND,) * 3)
-    top = _GAP
-    for row, band in zip(rows, tall, strict=True):
-        left = _GAP
-        for tile in row:
-            canvas.paste(tile, (left, top))
-            left += tile.width + _GAP
-        top += band
-    return canvas
+    return _compose([[fit_tile(image, height) for image in row] for row in rows], titles)
 
 
-def fit_tile(image: torch.Tensor | PIL.Image.Image, height: int = 256) -> PIL.Image.Image:
+def fit_tile(image: Tile, height: int = 256) -> PIL.Image.Image:
     """Return a picture scaled as :func:`mixed_grid` does, which leaves the result as it is."""
     import PIL.Image
 
@@ -81,27 +82,154 @@ def fit_tile(image: torch.Tensor | PIL.Image.Image, height: int = 256) -> PIL.Im
     return image.resize(size, resampling)
 
 
+def class_titles(names: Sequence[str], columns: int, heading: str = "") -> Titles:
+    """Return titles that say of which class each image is: once for all, a row or a column of one.
+
+    ``names`` are those of the images' classes, in order; empty without any.
+    """
+    if len(set(names)) == 1:
+        return Titles(f"{names[0]} ({heading})" if heading else names[0])
+    rows = [names[start : start + columns] for start in range(0, len(names), columns)]
+    if len(rows) > 1 and all(len(set(row)) == 1 for row in rows):
+        return Titles(heading, rows=[row[0] for row in rows])
+    if len(rows) > 1 and all(row == rows[0][: len(row)] for row in rows):
+        return Titles(heading, columns=rows[0])
+    return Titles(heading, captions=names)
+
+
 def support_picture(
-    supports: torch.Tensor, samples: torch.Tensor, bands: int = 5
+    supports: torch.Tensor,
+    samples: torch.Tensor,
+    bands: int = 5,
+    *,
+    names: Sequence[str] = (),
+    heading: str = "",
 ) -> PIL.Image.Image:
     """Return supports uint8 [S, k, C, H, W] above samples [S, m, C, H, W] made from them.
 
-    Every support is a block: its images in the first row, then a gap, then the samples, as many to
-    a row (at least five). ``bands`` blocks stand side by side, then the next ones below.
+    Every support is a block: its images in the first row, then the samples, as many to a row (at
+    least five). ``bands`` blocks stand side by side, then the next ones below. ``names`` say of
+    which class each support is.
     """
+    size = max(supports.shape[1], min(samples.shape[1], _MIN_COLUMNS))
+    blocks = []
+    for row, (support, made) in enumerate(zip(supports, samples, strict=True)):
+        own = f"Support: {names[row]}" if names else "Support"
+        parts = [image_grid(support, size, Titles(own)), image_grid(made, size, Titles("Samples"))]
+        blocks.append(_paste([[part] for part in parts], gap=0, margin=0))
+    bands = min(bands, len(blocks))
+    rows = [blocks[start : start + bands] for start in range(0, len(blocks), bands)]
+    picture = _paste(rows, gap=_BLOCK_GAP, margin=_BLOCK_GAP)
+    return _compose([[picture]], Titles(heading)) if heading else picture
+
+
+def _paste(rows: Sequence[Sequence[PIL.Image.Image]], *, gap: int, margin: int) -> PIL.Image.Image:
+    """Return pictures beside and below one another on the background."""
+
+    heights = [max(picture.height for picture in row) for row in rows]
+    width = max(sum(picture.width + gap for picture in row) - gap for row in rows)
+    size = (width + 2 * margin, sum(heights) + gap * (len(rows) - 1) + 2 * margin)
+    canvas = _canvas(size, [picture for row in rows for picture in row])
+    top = margin
+    for row, height in zip(rows, heights, strict=True):
+        left = margin
+        for picture in row:
+            canvas.paste(picture, (left, top))
+            left += picture.width + gap
+        top += height + gap
+    return canvas
+
+
+def _canvas(size: tuple[int, int], pictures: Sequence[PIL.Image.Image]) -> PIL.Image.Image:
     import PIL.Image
 
-    num, size = len(supports), max(supports.shape[1], min(samples.shape[1], _MIN_COLUMNS))
-    blocks = []
-    for support, made in zip(supports, samples, strict=True):
-        top, below = np.array(image_grid(support, size)), np.array(image_grid(made, size))
-        gap = np.full((_BLOCK_GAP, *top.shape[1:]), 255, np.uint8)
-        block = np.concatenate([top, gap, below])
-        margins = [(_BLOCK_GAP, _BLOCK_GAP), (_BLOCK_GAP, _BLOCK_GAP), (0, 0)][: block.ndim]
-        blocks.append(np.pad(block, margins, constant_values=255))
-    blocks += [np.full_like(blocks[0], 255)] * (-num % bands if num > bands else 0)
-    rows = [np.concatenate(blocks[i : i + bands], axis=1) for i in range(0, len(blocks), bands)]
-    return PIL.Image.fromarray(np.concatenate(rows))
+    is_gray = all(picture.mode == "L" for picture in pictures)
+    return PIL.Image.new("L" if is_gray else "RGB", size, _BACKGROUND if is_gray else _DARK)
+
+
+def _compose(rows: Sequence[Sequence[PIL.Image.Image]], titles: Titles) -> PIL.Image.Image:
+    """Return rows of tiles, as large as they are shown, with gaps and titles."""
+    writer = _Writer()
+    lefts, width = _places(rows, is_aligned=bool(titles.columns))
+    shift = writer.margin(titles.rows)
+    heights = [max(tile.height for tile in row) for row in rows]
+    below = _LINE if any(titles.captions) else 0
+    top = _GAP + _LINE * (bool(titles.heading) + bool(titles.columns))
+    size = (shift + width, top + sum(height + below + _GAP for height in heights))
+    canvas = _canvas(size, [tile for row in rows for tile in row])
+    writer.begin(canvas)
+    writer.line(titles.heading, (_GAP, 0), size[0] - 2 * _GAP)
+    for title, left, tile in zip(titles.columns, lefts[0], rows[0], strict=False):
+        writer.line(title, (shift + left, top - _GAP - _LINE), tile.width)
+    captions = iter(titles.captions)
+    for number, (row, height) in enumerate(zip(rows, heights, strict=True)):
+        if number < len(titles.rows):
+            writer.block(titles.rows[number], (_GAP, top), shift - 3 * _GAP, height)
+        for left, tile in zip(lefts[number], row, strict=True):
+            canvas.paste(tile, (shift + left, top))
+            writer.line(next(captions, ""), (shift + left, top + height), tile.width)
+        top += height + below + _GAP
+    return canvas
+
+
+def _places(
+    rows: Sequence[Sequence[PIL.Image.Image]], *, is_aligned: bool
+) -> tuple[list[list[int]], int]:
+    """Return where each tile of each row begins, and the width of all."""
+    widths = [[tile.width for tile in row] for row in rows]
+    if is_aligned:
+        widest = [max(column) for column in itertools.zip_longest(*widths, fillvalue=0)]
+        widths = [widest[: len(row)] for row in widths]
+    ends = [list(itertools.accumulate((w + _GAP for w in row), initial=_GAP)) for row in widths]
+    return [row[:-1] for row in ends], max(row[-1] for row in ends)
+
+
+class _Writer:
+    """Writes on a picture, within given widths."""
+
+    def __init__(self) -> None:
+        import PIL.ImageFont
+
+        self._font = PIL.ImageFont.load_default(_TEXT_SIZE)
+
+    def begin(self, canvas: PIL.Image.Image) -> None:
+        import PIL.ImageDraw
+
+        self._draw = PIL.ImageDraw.Draw(canvas)
+        self._ink = _INK if canvas.mode == "L" else (_INK,) * 3
+
+    def margin(self, titles: Sequence[str]) -> int:
+        """Return the width that the titles of rows take; 0 without any."""
+        widest = max((self._font.getlength(" ".join(title.split())) for title in titles), default=0)
+        return min(math.ceil(widest), _MAX_MARGIN) + 3 * _GAP if widest else 0
+
+    def line(self, text: str, place: tuple[int, int], width: int) -> None:
+        text = self._fitted(" ".join(text.split()), width)
+        self._draw.text(place, text, fill=self._ink, font=self._font)
+
+    def block(self, text: str, place: tuple[int, int], width: int, height: int) -> None:
+        """Write a text in lines; the last that there is room for takes what is left."""
+        words, lines = text.split(), []
+        while words and len(lines) < max(height // _LINE, 1):
+            num = len(words)
+            is_last = len(lines) + 1 == max(height // _LINE, 1)
+            while not is_last and num > 1 and self._width(" ".join(words[:num])) > width:
+                num -= 1
+            lines.append(" ".join(words[:num]))
+            words = words[num:]
+        for number, line in enumerate(lines):
+            self.line(line, (place[0], place[1] + number * _LINE), width)
+
+    def _width(self, text: str) -> float:
+        return self._font.getlength(text)
+
+    def _fitted(self, text: str, width: int) -> str:
+        if self._width(text) <= width:
+            return text
+        kept = bisect.bisect_right(
+            range(len(text)), width, key=lambda num: self._width(text[:num].rstrip() + "...")
+        )
+        return text[: kept - 1].rstrip() + "..." if kept > 1 else text[:1]
 
 
 def save_image(image: PIL.Image.Image, path: str | Path) -> None:
@@ -109,28 +237,49 @@ def save_image(image: PIL.Image.Image, path: str | Path) -> None:
     import PIL.PngImagePlugin
 
     mark = PIL.PngImagePlugin.PngInfo()
-    mark.add_text("Software", _SOFTWARE)
+    mark.add_text("Software", _MARK)
     with atomic_write(path) as file:
         image.save(file, format="PNG", pnginfo=mark)
 
 
-def check_picture_target(option: str, path: Path, **rules: Any) -> None:
-    """Raise ValueError if :func:`save_image` could not, or should not, write the file ``path``.
+def save_animation(
+    pictures: Sequence[PIL.Image.Image], path: str | Path, durations_ms: Sequence[int]
+) -> None:
+    """Write pictures of one size as a GIF that repeats, whole or not at all, marked as ours."""
+    import PIL.Image
+
+    dither = PIL.Image.Dither.NONE
+    first, *others = (picture.quantize(dither=dither) for picture in pictures)
+    with atomic_write(path) as file:
+        first.save(
+            file,
+            format="GIF",
+            save_all=True,
+            append_images=others,
+            duration=list(durations_ms),
+            loop=0,
+            comment=_MARK,
+        )
+
+
+def check_picture_target(option: str, path: Path, suffix: str = ".png", **rules: Any) -> None:
+    """Raise ValueError if a picture could not, or should not, be written as the file ``path``.
 
     ``rules`` are further arguments of :func:`dnnlib.files.check_target`.
     """
-    if path.suffix.lower() != ".png":
-        raise refusal(option, path, but="the picture is a PNG", remedy="end the name with .png")
+    if path.suffix.lower() != suffix:
+        what = f"the picture is a {suffix[1:].upper()}"
+        raise refusal(option, path, but=what, remedy=f"end the name with {suffix}")
     check_target(option, path, is_ours=is_our_image, **rules)
 
 
 def is_our_image(path: Path) -> bool:
-    """Return whether a file was written by :func:`save_image`."""
+    """Return whether a file was written by :func:`save_image` or :func:`save_animation`."""
     import PIL.Image
 
     try:
         with PIL.Image.open(path) as image:
-            return image.info.get("Software") == _SOFTWARE
+            return _MARK in (image.info.get("Software"), image.info.get("comment", b"").decode())
     except OSError:
         return False
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # The contract is known, and options with it, before torch is
     from PIL.Image import Image
 
     from data.images.dataset import Cond
+    from data.preview import Preview
     from models.network import Network
     from torch_utils import distributed, rng
     from torch_utils.stats import StatsCollector
@@ -59,8 +60,8 @@ class TrainingData(Protocol):
         """Return what a snapshot keeps of the data besides the attributes above."""
         ...
 
-    def preview(self, num: int) -> list[list[torch.Tensor]]:
-        """Return rows of about ``num`` items as they are stored, for a picture of the data."""
+    def preview(self, num: int) -> Preview:
+        """Return about ``num`` items for a picture of the data."""
         ...
 
 
@@ -161,6 +162,12 @@ class Generator(Protocol):
         """
         ...
 
+    def path(
+        self, seeds: Sequence[int], labels: Sequence[int] | None, num_frames: int
+    ) -> list[Any]:
+        """Return at most ``num_frames`` :class:`sampling.trajectory.Frame`; images are the last."""
+        ...
+
     def denoise(
         self, x: torch.Tensor, sigma: float, labels: Sequence[int] | None = None
     ) -> torch.Tensor:
@@ -193,8 +200,17 @@ class Requests(Protocol):
         """Return ``generator`` for these requests, which are encoded now. Collective."""
         ...
 
-    def picture(self, images: Sequence[torch.Tensor], columns: int) -> Image:
-        """Return one picture of all images, uint8 [C, H, W], of one part after the other."""
+    def picture(
+        self,
+        images: Sequence[torch.Tensor],
+        labels: Sequence[int | None],
+        columns: int,
+        heading: str,
+    ) -> Image:
+        """Return one picture of images, uint8 [C, H, W], of one part after the other.
+
+        ``labels`` say by :meth:`label` what each is made from; every part has equally many.
+        """
         ...
 
 

@@ -117,13 +117,13 @@ def save_reals(data: TrainingData, codec: Codec, path: Path) -> None:
     """Write a picture of about 64 training images, in the rows in which the data give them."""
     from torch_utils.pictures import image_grid, mixed_grid, save_image
 
-    rows = data.preview(_NUM_REALS)
+    rows, titles = data.preview(_NUM_REALS)
     if len({item.shape for row in rows for item in row}) == 1:
         images = torch.cat([codec.pictures(torch.stack(row)).cpu() for row in rows])
         if max(images.shape[2:]) <= _MAX_TILE:
-            save_image(image_grid(images, columns=len(rows[0])), path)
+            save_image(image_grid(images, len(rows[0]), titles), path)
             return
         rows = [list(part) for part in images.split(len(rows[0]))]
     else:
         rows = [[codec.pictures(item[None])[0].cpu() for item in row] for row in rows]
-    save_image(mixed_grid(rows), path)
+    save_image(mixed_grid(rows, titles=titles), path)

@@ -18,13 +18,15 @@ from data.features.manifests import Manifest, read_manifest
 from data.features.quantised import as_float16, bits_of
 from data.features.record import PATCHES, read_feature_record
 from data.features.shards import from_npy
-from data.images.dataset import PREVIEW_COLUMNS, Cond, evenly_spaced, rows_of
+from data.images.dataset import Cond
 from data.images.decode import ImageError
+from data.preview import Preview, evenly_spaced, rows_of
 from data.samplers import BucketSampler
 from dnnlib.addresses import AddressError, is_address, read_range
 from dnnlib.errors import refusal
 from dnnlib.files import OpenFiles
 from dnnlib.typed import parse_json
+from torch_utils.pictures import Titles
 
 # An item: how errors name it, and what returns a member's data by key.
 _Item = tuple[str, Callable[[str], bytes]]
@@ -112,10 +114,11 @@ class FeatureDataset(Dataset):
             path=self.path if is_address(self.path) else str(self.path.resolve()),
         )
 
-    def preview(self, num: int) -> list[list[torch.Tensor]]:
+    def preview(self, num: int) -> Preview:
         """Return rows of up to 8 raw latents, ``num`` of them, spread evenly over the items."""
         chosen = evenly_spaced(num, self.num_images).tolist()
-        return rows_of([self.latents(index) for index in chosen], PREVIEW_COLUMNS)
+        rows = rows_of([self.latents(index) for index in chosen])
+        return Preview(rows, Titles(captions=[self.ids[index] for index in chosen]))
 
     def of_split(self, split: str) -> "FeatureDataset":
         """Return the items of another split of the same folder."""

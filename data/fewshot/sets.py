@@ -11,7 +11,9 @@ from torch.utils.data import Dataset
 from data.fewshot.classes import parse_transforms, split_classes, transform_images, transforms_of
 from data.fewshot.config import SetConfig
 from data.images.dataset import Cond, ImageDataset
+from data.preview import Preview
 from dnnlib.errors import refusal
+from torch_utils.pictures import Titles
 from torch_utils.rng import STREAM_DATA
 
 _HELD_OUT_SEED = 2
@@ -160,10 +162,13 @@ class SetDataset(Dataset):
     def summary(self) -> None:
         """Return nothing: what a snapshot keeps of sets is in the configuration of its run."""
 
-    def preview(self, num: int) -> list[list[torch.Tensor]]:
+    def preview(self, num: int) -> Preview:
         """Return the first sets of a run, a row each, until they have ``num`` images."""
-        batch, _ = self.__getitems__(range(-(-num // self.sample_size)))
-        return [list(images) for images in batch]
+        positions = range(-(-num // self.sample_size))
+        batch, _ = self.__getitems__(positions)
+        drawn = [self.draw(position).labels for position in positions]
+        names = [" and ".join(self.set_classes[label] for label in labels) for labels in drawn]
+        return Preview([list(images) for images in batch], Titles(rows=names))
 
     @property
     def is_ragged(self) -> bool:

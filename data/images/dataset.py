@@ -20,10 +20,11 @@ from data.images.config import DatasetConfig
 from data.images.decode import ImageError, UnfitImageError
 from data.images.identity import VERSION
 from data.images.labels import read_class_splits, read_labels
+from data.preview import PREVIEW_COLUMNS, Preview, evenly_spaced, rows_of
 from dnnlib.errors import refusal
+from torch_utils.pictures import class_titles
 
 Cond = dict[str, torch.Tensor]
-PREVIEW_COLUMNS = 8
 
 
 def open_dataset(
@@ -92,15 +93,16 @@ class LabelledDataset(Dataset):
     def summary(self) -> dict[str, Any] | None:
         """Return what a snapshot keeps of the data beside sizes, counts and names: nothing."""
 
-    def preview(self, num: int) -> list[list[torch.Tensor]]:
+    def preview(self, num: int) -> Preview:
         """Return rows of up to 8 items as they are stored, ``num`` of them if there are so many.
 
         They are spread evenly over the data, sorted by class if they are labelled.
         """
-        classes = np.zeros(self.num_images) if self.labels is None else self.labels
-        order = np.argsort(classes, kind="stable")
-        batch, _ = self.__getitems__(order[evenly_spaced(num, self.num_images)].tolist())
-        return rows_of(batch, PREVIEW_COLUMNS)
+        classes = np.zeros(self.num_images, np.int64) if self.labels is None else self.labels
+        order = np.argsort(classes, kind="stable")[evenly_spaced(num, self.num_images)]
+        batch, _ = self.__getitems__(order.tolist())
+        names = [self.class_names[label] for label in classes[order]] if self.class_names else []
+        return Preview(rows_of(batch), class_titles(names, PREVIEW_COLUMNS))
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, Cond]:
         images, cond = self.__getitems__([index])
@@ -122,16 +124,6 @@ class LabelledDataset(Dataset):
         if self.num_images < self._num_stored:
             digest.update(self._indices.astype("<i8").tobytes())
         return digest.hexdigest()
-
-
-def evenly_spaced(num: int, length: int) -> np.ndarray:
-    """Return up to ``num`` different positions, spread evenly over ``range(length)``, int64."""
-    return np.linspace(0, length - 1, min(num, length)).round().astype(int)
-
-
-def rows_of(items: Sequence[torch.Tensor] | torch.Tensor, columns: int) -> list[list[torch.Tensor]]:
-    """Return items in rows of ``columns``, the last of which may be shorter."""
-    return [list(items[first : first + columns]) for first in range(0, len(items), columns)]
 
 
 class ImageDataset(LabelledDataset):

@@ -16,9 +16,10 @@ from dnnlib.text import format_kimg
 from dnnlib.typed import parse_json
 from evaluation.in_loop.images import is_recorded
 from sampling.features import FeatureGenerator
+from sampling.images import describe_sampling
 from torch_utils import distributed
 from torch_utils.fingerprints import weights_hash
-from torch_utils.pictures import mixed_grid, save_image
+from torch_utils.pictures import Titles, mixed_grid, save_image
 from torch_utils.rng import mix
 from training.checkpoint import count_name, pictures_path, snapshot_path
 from training.config import RunConfig, TrainingConfig
@@ -59,7 +60,11 @@ class FeatureEvaluator:
             rows = {index: show_item(generator, self._shown, index) for index in mine}
         found = collections.ChainMap(*distributed.gather_objects(rows))
         if distributed.is_main():
-            picture = mixed_grid([found[index] for index in chosen])
+            heading = describe_sampling(generator.protocol())
+            columns = ("validation image", "of its features", "of its text alone")
+            names = [self._shown.ids[index] for index in chosen]
+            titles = Titles(heading, columns, names)
+            picture = mixed_grid([found[index] for index in chosen], titles=titles)
             save_image(picture, pictures_path(outputs.run_dir, cur_nimg))
 
     def score(self, generator: FeatureGenerator, outputs: Outputs, cur_nimg: int) -> None:

@@ -24,14 +24,19 @@ class ImageEvaluator:
     """Pictures and scores of models that need no more than a class to make an image.
 
     It is a :class:`training.family.Evaluator`. ``class_counts`` are the training images of each
-    class; empty without any. ``evaluate(metric_names, generate)`` returns score rows; None without
-    metrics.
+    class, ``class_names`` what pictures call it; empty without any. ``evaluate(metric_names,
+    generate)`` returns score rows; None without metrics.
     """
 
     def __init__(
-        self, config: RunConfig, class_counts: Sequence[int], evaluate: EvaluateFn | None
+        self,
+        config: RunConfig,
+        class_counts: Sequence[int],
+        evaluate: EvaluateFn | None,
+        class_names: Sequence[str] = (),
     ) -> None:
         self._config, self._counts, self._evaluate = config, tuple(class_counts), evaluate
+        self._class_names = class_names
 
     def save_pictures(self, generator: ImageGenerator, outputs: Outputs, cur_nimg: int) -> None:
         save_fakes(
@@ -40,6 +45,7 @@ class ImageEvaluator:
             pictures_path(outputs.run_dir, cur_nimg),
             self._config.logging.sample_batch,
             GRID_SEEDS * self._config.logging.num_sample_batches,
+            self._class_names,
         )
 
     def score(self, generator: ImageGenerator, outputs: Outputs, cur_nimg: int) -> None:

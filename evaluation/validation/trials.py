@@ -184,6 +184,7 @@ class FeatureTest:
     run: Callable[[Bench, Sequence[int], bool], Outcome]
     value: str  # The name among its measures of the one that stands for all.
     measures: Measures
+    columns: tuple[str, ...]  # What the pictures of an item are.
     needs: tuple[str, ...] = ()  # Networks without which nothing at all can be made.
     protocol: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # Its constants.
 
@@ -285,6 +286,7 @@ FEATURE_TESTS: dict[str, FeatureTest] = {
         reconstruct,
         "lpips",
         {**_spread_of("lpips"), **_bands(), **_spread_of("layout")},
+        ("image", "of its text and image", "of its text alone"),
     ),
     "swap": FeatureTest(
         choose_pairs,
@@ -295,6 +297,7 @@ FEATURE_TESTS: dict[str, FeatureTest] = {
             lpips_own="lpips_own",
             lpips_reference="lpips_reference",
         ),
+        ("A", "text of A, image of B", "B"),
     ),
     "text_edit": FeatureTest(
         choose_items,
@@ -304,6 +307,7 @@ FEATURE_TESTS: dict[str, FeatureTest] = {
             **_means(share_applied="applied", lpips="lpips"),
             "lpips_control": ("lpips_control", np.max),
         },
+        ("image", "of its text and image", "of its text, edited"),
         needs=("text",),
         protocol=dict(min_effect=MIN_EFFECT, max_control=MAX_CONTROL),
     ),
@@ -315,12 +319,14 @@ FEATURE_TESTS: dict[str, FeatureTest] = {
             **_spread_of("lpips"),
             **_means(lpips_shuffled="lpips_shuffled", share_matched_better="matched_better"),
         },
+        ("image", "of its text alone", "of another text"),
     ),
     "divergence": FeatureTest(
         choose_items,
         diverge,
         "lpips",
         _means(lpips="lpips", share_diverged="diverged"),
+        ("guided by the text", "guided by the image", "by both"),
         protocol=dict(min_divergence=MIN_DIVERGENCE, scales=[[4.0, 0.0], [0.0, 2.0]], form="seed"),
     ),
 }

@@ -30,7 +30,7 @@ from metrics.lpips import LPIPS
 from sampling.features import FeatureGenerator
 from torch_utils import distributed
 from torch_utils.fingerprints import package_versions
-from torch_utils.pictures import mixed_grid
+from torch_utils.pictures import Titles, mixed_grid
 
 
 def validate(
@@ -93,7 +93,9 @@ def _run_test(
     row["seconds"] = round(distributed.broadcast_object(time.monotonic() - start_sec), 3)
     picture = None
     if shown and distributed.is_main():
-        picture = mixed_grid([outcomes[place].images for place in shown])
+        names = [bench.dataset.ids[items[place][0]] for place in shown]
+        titles = Titles(columns=test.columns, rows=names)
+        picture = mixed_grid([outcomes[place].images for place in shown], titles=titles)
     return row, picture
 
 

@@ -1,0 +1,29 @@
+"""Pictures of what data hold: which items they show, in which rows, under which titles."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from torch_utils.pictures import Titles
+
+PREVIEW_COLUMNS = 8
+
+
+class Preview(NamedTuple):
+    """Rows of items as they are stored, and what a picture of them says of each."""
+
+    rows: list[list[torch.Tensor]]
+    titles: Titles
+
+
+def evenly_spaced(num: int, length: int) -> np.ndarray:
+    """Return up to ``num`` different positions, spread evenly over ``range(length)``, int64."""
+    return np.linspace(0, length - 1, min(num, length)).round().astype(int)
+
+
+def rows_of(items: Sequence[torch.Tensor] | torch.Tensor) -> list[list[torch.Tensor]]:
+    """Return items in rows of ``PREVIEW_COLUMNS``, the last of which may be shorter."""
+    starts = range(0, len(items), PREVIEW_COLUMNS)
+    return [list(items[start : start + PREVIEW_COLUMNS]) for start in starts]
