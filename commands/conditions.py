@@ -54,8 +54,17 @@ def command(options: ConditionsOptions) -> None:
     if distributed.world_size() > 1:
         raise ValueError("This report is made by one process; start it without torchrun.")
     snapshot = cached_snapshot(options.network)
-    panel = families.of(snapshot.config).panel(snapshot, options.data, options.num, device)
-    report = report_conditions(snapshot, panel, device, batch=options.batch, seed=options.seed)
+    run = snapshot.config
+    panel = families.of(run).panel(run, options.data, options.num, device)
+    report = report_conditions(
+        snapshot.build(device),
+        run,
+        panel,
+        device,
+        dict(snapshot_hash=snapshot.sha256, network=str(snapshot.path)),
+        batch=options.batch,
+        seed=options.seed,
+    )
     click.echo(f"{report.rows[0]['panel']}\n{describe_report(report)}")
     if options.out is not None:
         title = f"What conditions do in {snapshot.path.name}"

@@ -9,10 +9,10 @@ set -euo pipefail
 source .venv/bin/activate
 OUTDIR=runs/ffhq64 # A folder that only this job uses.
 rm -f "$OUTDIR"/*/requeue
-HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+HOSTS=($(scontrol show hostnames "$SLURM_JOB_NODELIST"))
 # A stop makes torchrun exit with an error; whether the run wants to go on, the file says.
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" torchrun --nnodes="$SLURM_NNODES" --nproc_per_node=8 \
-    --rdzv_backend=c10d --rdzv_endpoint="$HOST:29500" --rdzv_id="$SLURM_JOB_ID" \
+    --rdzv_backend=c10d --rdzv_endpoint="${HOSTS[0]}:29500" --rdzv_id="$SLURM_JOB_ID" \
     --signals-to-handle=SIGTERM,SIGUSR1 \
     train.py --outdir="$OUTDIR" --data=datasets/ffhq64.zip --preset=ffhq64 \
     --precision=bf16 --compile --resume=auto || failed=$?

@@ -20,6 +20,7 @@ from families.image import (
     with_architecture,
 )
 from families.next_steps import CONDITIONS_STEP, generate_step
+from families.reporting import reporting
 from families.runs import FeatureRun
 from models.network import Network
 from torch_utils import distributed
@@ -165,7 +166,7 @@ class FeatureFamily:
         if tests:
             validation = dataclasses.replace(run.validation, tests=tests)
             evaluate = make_validate(validation, data.of_split("validation"), device)
-        return FeatureEvaluator(run, data, evaluate)
+        return reporting(self, run, FeatureEvaluator(run, data, evaluate), device)
 
     def describe(self, run: FeatureRun) -> dict[str, str]:
         model, features = run.model, run.features
@@ -219,10 +220,9 @@ class FeatureFamily:
             "with generate.py, and measure it with fid.py validate or fid.py conditions."
         )
 
-    def panel(self, snapshot: Snapshot, data: str | None, num: int, device: torch.device) -> Any:
+    def panel(self, run: FeatureRun, data: str | None, num: int, device: torch.device) -> Any:
         from evaluation.conditioning.panel import Group, Panel, prepared
 
-        run = snapshot.config
         dataset = self.open_data(run, data)
         codec = self.encoder_codec(run, dataset, device)
         held_out, kind = dataset.of_split("validation"), "validation"

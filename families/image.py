@@ -17,6 +17,7 @@ from diffusion.precond import make_precond
 from diffusion.samplers import sampling_sigmas
 from dnnlib.errors import refusal
 from families.next_steps import image_steps
+from families.reporting import reporting
 from families.runs import ImageRun
 from models.network import Network
 from sampling.images import ImageGenerator, cached_snapshot, check_guide
@@ -158,7 +159,10 @@ class ImageFamily:
 
         counts = data.class_counts if data.num_classes else ()
         evaluate = self._evaluate(run, data, device)
-        return ImageEvaluator(run, counts, evaluate, data.class_names if counts else ())
+        names = data.class_names if counts else ()
+        if run.logging.report_conditions:
+            check_conditions(run)
+        return reporting(self, run, ImageEvaluator(run, counts, evaluate, names), device)
 
     def _evaluate(
         self, run: ImageRun, data: TrainingData, device: torch.device
@@ -227,13 +231,11 @@ class ImageFamily:
 
         return SnapshotImages(generator(), snapshot, first_seed=first_seed, batch=batch)
 
-    def panel(self, snapshot: Snapshot, data: str | None, num: int, device: torch.device) -> Any:
+    def panel(self, run: ImageRun, data: str | None, num: int, device: torch.device) -> Any:
         from evaluation.conditioning.panel import Condition, Group, Panel, in_turn, prepared
 
-        if not snapshot.config.model.num_classes:
-            but = "this model is unconditional; there is nothing to vary"
-            raise refusal(snapshot.path, but=but)
-        run = without_augmentation(snapshot.config, data)
+        check_conditions(run)
+        run = without_augmentation(run, data)
         dataset = self.open_data(run)
         order = in_turn(dataset.labels, num)
         images, cond = dataset.__getitems__(order.tolist())
@@ -251,6 +253,12 @@ class ImageFamily:
 
     def unprompted(self, generator: ImageGenerator) -> ImageGenerator:
         return generator
+
+
+def check_conditions(run: RunConfig) -> None:
+    """Raise ValueError for a model without classes, of which nothing can be reported."""
+    if not run.model.num_classes:
+        raise ValueError("This model is unconditional; there is no condition to vary.")
 
 
 def objective_settings(run: RunConfig) -> dict[str, Any]:

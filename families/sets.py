@@ -26,6 +26,7 @@ from families.image import (
     without_augmentation,
 )
 from families.next_steps import CONDITIONS_STEP, generate_step, is_for_inception
+from families.reporting import reporting
 from families.runs import SetRun
 from models import build_network
 from models.architectures.set_dit import SetDiTConfig
@@ -114,7 +115,8 @@ class SetFamily(ImageFamily):
                 objective = self.objective(run, generator.network, generator.codec)
                 return validation_loss(run, sets, objective)
 
-        return SetEvaluator(run, evaluate, _joined(shown), scored, measure_loss)
+        evaluator = SetEvaluator(run, evaluate, _joined(shown), scored, measure_loss)
+        return reporting(self, run, evaluator, device)
 
     def _metric_specs(self, run: SetRun, specs: Sequence[Any]) -> Sequence[Any]:
         num_images = run.sets.fid_num_samples
@@ -160,10 +162,10 @@ class SetFamily(ImageFamily):
             "or the images that generate.py makes, with --images."
         )
 
-    def panel(self, snapshot: Snapshot, data: str | None, num: int, device: torch.device) -> Any:
+    def panel(self, run: SetRun, data: str | None, num: int, device: torch.device) -> Any:
         from evaluation.conditioning.panel import Condition, Group, Panel, prepared
 
-        run = without_augmentation(snapshot.config, data)
+        run = without_augmentation(run, data)
         dataset = self.open_data(run)
         classes = dataset.split.test or dataset.split.val or dataset.split.train
         held_out = dataset.of_classes(classes)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from feature_files import tiny_features
 from helpers import (
+    TINY,
     TINY_FEATURES,
     TINY_LATENT,
     fail,
@@ -20,9 +21,11 @@ from helpers import (
 from latent_files import tiny_autoencoder
 from test_feature_dit import features as tiny_conditions
 from test_feature_dit import network_of
+from training_runs import assert_same_run
 
 import families
 import fid
+import train
 from diffusion.precond import EDMPrecond, FlowPrecond, TablePrecond
 from diffusion.schedules import linear_sigmas
 from evaluation.conditioning.panel import derangement
@@ -56,7 +59,13 @@ def feature_snapshot(base):
 
 
 def panel_of(snapshot, num, data=None):
-    return families.of(snapshot.config).panel(snapshot, data, num, CPU)
+    return families.of(snapshot.config).panel(snapshot.config, data, num, CPU)
+
+
+def report_on(snapshot, panel, **options):
+    source = dict(snapshot_hash=snapshot.sha256, network=str(snapshot.path))
+    network = snapshot.build(CPU)
+    return report_conditions(network, snapshot.config, panel, CPU, source, **options)
 
 
 def report_of(path, num=8, change=None, data=None, **options):
@@ -64,7 +73,7 @@ def report_of(path, num=8, change=None, data=None, **options):
     snapshot = load_snapshot(path)
     if change is not None:
         change(snapshot.state_dict)
-    return report_conditions(snapshot, panel_of(snapshot, num, data), CPU, **options)
+    return report_on(snapshot, panel_of(snapshot, num, data), **options)
 
 
 def overall(report):
@@ -117,7 +126,7 @@ def test_changes_are_those_of_a_computation_by_hand(base):
     snapshot = load_snapshot(trained_snapshot(base))
     panel = panel_of(snapshot, 6)
     (group,) = panel.groups
-    report = report_conditions(snapshot, panel, CPU)
+    report = report_on(snapshot, panel)
     precond, network = make_precond(snapshot.config.precond), snapshot.build()
     sigma = precond.training_levels(QUANTILES)[2]
     noise = SeededNoise(range(6)).randn(group.inputs.shape[1:])
@@ -184,7 +193,7 @@ def test_images_of_a_latent_model_are_encoded_for_the_panel(base, tmp_path):
     snapshot = load_snapshot(max(run_dir.glob("*.pkl")))
     panel = panel_of(snapshot, 6)
     assert panel.groups[0].inputs.shape[1:] == snapshot.config.model.input_shape
-    assert overall(report_conditions(snapshot, panel, CPU))["class", "shuffled"]["value"] > 0
+    assert overall(report_on(snapshot, panel))["class", "shuffled"]["value"] > 0
 
 
 def test_sets_are_varied_as_a_whole(base):
@@ -281,7 +290,9 @@ def test_the_command_prints_a_table_and_writes_rows_and_a_picture(base, feature_
     arguments = ("conditions", f"--network={trained_snapshot(base)}", f"--data={data}", "--num=6")
     output = succeed(fid, *arguments).output
     assert "class          swapped" in output
-    assert "nothing to vary" in fail(fid, "conditions", f"--network={unconditional_snapshot(base)}")
+    assert "no condition to vary" in fail(
+        fid, "conditions", f"--network={unconditional_snapshot(base)}"
+    )
 
 
 def test_the_picture_says_what_is_absent(base):
@@ -302,3 +313,32 @@ def test_the_picture_says_what_is_absent(base):
 )
 def test_what_rounds_to_nothing_has_no_sign(share, text):
     assert signed_percent(share) == text
+
+
+def test_a_run_reports_on_conditions_as_the_command_does_and_trains_as_without(base, tmp_path):
+    data = toy_data(base)
+    options = ("--cond", "--iters=8", "--batch=8", "--log-interval=4", "--snap=1", "--board=none")
+    run = train_tiny(tmp_path / "with", data, *options, "--report-conditions=8")
+    plain = train_tiny(tmp_path / "plain", data, *options)
+    assert_same_run(run.run_dir, plain.run_dir)
+    snapshots = sorted(run.run_dir.glob("network-snapshot-*.pkl"))
+    assert len(snapshots) == 3
+    for path in snapshots:
+        name = path.stem.replace("network-snapshot", "conditioning")
+        lines = (run.run_dir / f"{name}.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        expected = report_of(path, num=8).rows
+        assert [row["value"] for row in rows] == [row["value"] for row in expected]
+        assert {row["network"] for row in rows} == {str(path)}
+        assert read_image(run.run_dir / f"{name}.png").float().std() > 1
+    assert "changes the output by" in run.output
+    assert "Change of the output" in (run.run_dir / "report.html").read_text()
+    assert "conditioning" not in plain.output
+
+
+def test_a_report_that_would_be_empty_is_refused_before_training(base, tmp_path):
+    data = toy_data(base)
+    arguments = (f"--data={data}", f"--outdir={tmp_path / 'runs'}", *TINY)
+    message = fail(train, *arguments, "--report-conditions=8", "--no-cond", "--label-drop=0")
+    assert "no condition to vary" in message
+    assert not (tmp_path / "runs").exists()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.machinery
 import json
 import math
 import os
@@ -464,6 +465,9 @@ SHOWN_BY = {
         ("num-shown", "lpips-net", "lpips-weights"),
         "test_validation_is_of_as_many_images_and_by_the_networks_that_the_options_say",
     ),
+    "report-conditions": (
+        "test_a_run_reports_on_conditions_as_the_command_does_and_trains_as_without"
+    ),
     "respacing": "test_pictures_of_a_run_and_images_of_its_snapshot_visit_the_timesteps_named",
     "cpu-matmul": "test_what_multiplies_is_kept_in_states_snapshots_and_protocols",
     "skip-limit": "test_skip_limit_stops_a_run_whose_gradients_stay_non_finite",
@@ -514,6 +518,7 @@ class Spies:
         self.seen = {}
         self.wandb = mock.MagicMock()
         wandb = types.ModuleType("wandb")
+        wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)  # Others look for it.
         wandb.init, wandb.Settings, wandb.Image = self.wandb, mock.MagicMock(), mock.MagicMock()
         sys.modules["wandb"] = wandb
         sys.modules["trackio"] = self.trackio = mock.MagicMock()

@@ -214,6 +214,12 @@ class LoggingConfig(Config):
         max=1_000,
         help="Batches of 64 images in the picture that is made with every snapshot.",
     )
+    report_conditions: int = option(
+        0,
+        min=0,
+        max=1_000_000,
+        help="Images of a conditioning report with every snapshot.",
+    )
     workers: int = option(1, min=0, max=1_024, help="Data loader processes per rank.")
     hang_limit: float = option(
         5.0,
@@ -230,10 +236,7 @@ class LoggingConfig(Config):
     wandb: bool = option(
         False, aliases=("use-wandb",), help="Short for wandb in --board, beside the others."
     )
-    wandb_project: str = option(
-        "setdiffit",
-        help="Project of the boards wandb and trackio.",
-    )
+    wandb_project: str = option("setdiffit", help="Project of the boards wandb and trackio.")
 
     @property
     def boards(self) -> tuple[str, ...]:

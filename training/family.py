@@ -352,7 +352,7 @@ class Family(Protocol):
         """Return a codec that encodes ``data`` and need not decode."""
         ...
 
-    def panel(self, snapshot: Any, data: str | None, num: int, device: torch.device) -> Any:
+    def panel(self, run: RunConfig, data: str | None, num: int, device: torch.device) -> Any:
         """Return about ``num`` images with their conditions (``evaluation.conditioning.Panel``).
 
         Raises ValueError for a model without conditions, and for data that do not fit.

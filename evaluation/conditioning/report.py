@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,13 +12,14 @@ import torch
 from data.images.dataset import Cond
 from diffusion.denoiser import AUTOCAST_DTYPES, Denoiser, autocast
 from diffusion.precond import make_precond
+from dnnlib.errors import NotFiniteError
 from dnnlib.progress import progress
 from evaluation.conditioning.panel import Condition, Group, Panel, derangement
 from models.attention_probe import AttentionMass, record_attention
 from models.network import Network
 from torch_utils.fingerprints import package_versions
 from torch_utils.rng import SeededNoise
-from training.checkpoint import Snapshot
+from training.config import RunConfig
 
 CHANGES = ("dropped", "shuffled", "swapped")
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -35,9 +36,14 @@ class Report:
     rows: list[dict[str, Any]]
     attention: list[dict[str, float]]
 
+    def overall(self) -> list[dict[str, Any]]:
+        """Return the rows over all noise levels of what could be measured."""
+        return [r for r in self.rows if r["sigma"] == ALL_LEVELS and r["value"] is not None]
+
     def score_rows(self) -> list[dict[str, Any]]:
         """Return all of it as score rows: those of the conditions, and one for each layer."""
-        head = {k: self.rows[0][k] for k in ("panel", "seed", "snapshot_hash", "network")}
+        first = self.rows[0]
+        head = {k: first[k] for k in ("panel", "seed", "snapshot_hash", "network")}
         layers = [
             dict(metric="conditioning_attention", layer=index, value=None, values=layer, **head)
             for index, layer in enumerate(self.attention)
@@ -46,9 +52,16 @@ class Report:
 
 
 def report_conditions(
-    snapshot: Snapshot, panel: Panel, device: torch.device, *, batch: int = 16, seed: int = 0
+    network: Network,
+    config: RunConfig,
+    panel: Panel,
+    device: torch.device,
+    source: Mapping[str, str],
+    *,
+    batch: int = 16,
+    seed: int = 0,
 ) -> Report:
-    """Return how a model's output and loss depend on each condition of a panel.
+    """Return how the output and loss of a run's network depend on each condition of a panel.
 
     For each of five noise levels (quantiles of those in training) every image is denoised with its
     own conditions and with each of them changed, from the same noise. ``output_change`` is the root
@@ -56,10 +69,11 @@ def report_conditions(
     condition changes as much as images of the panel differ. ``loss_change`` is the relative rise of
     the loss, and ``worse_share`` the share of images whose loss rises. ``se`` are standard errors
     over images.
-    ``seed`` is that of the noise, ``batch`` the number of images at once.
+    ``source`` says in every row where the network is from, ``seed`` is that of the noise, ``batch``
+    the number of images at once. Raises NotFiniteError if the network gives what is not finite.
     """
-    network, precond = snapshot.build(device), make_precond(snapshot.config.precond)
-    dtype = AUTOCAST_DTYPES[snapshot.config.training.precision]
+    precond = make_precond(config.precond)
+    dtype = AUTOCAST_DTYPES[config.training.precision]
     sigmas = precond.training_levels(QUANTILES)
     found: dict[tuple[str, str], _Changes] = defaultdict(lambda: defaultdict(list))
     masses: list[AttentionMass] = []
@@ -82,8 +96,7 @@ def report_conditions(
         metric="conditioning",
         panel=panel.name,
         seed=seed,
-        snapshot_hash=snapshot.sha256,
-        network=str(snapshot.path),
+        **source,
         packages=package_versions(),
     )
     for condition in panel.conditions:
@@ -122,6 +135,8 @@ class _Runs:
             loss = weight * (denoised - images).square().mean(dim=(1, 2, 3))
             parts.append((denoised.cpu(), loss.cpu()))
         denoised, loss = (torch.cat(values) for values in zip(*parts, strict=True))
+        if not loss.isfinite().all():
+            raise NotFiniteError("Denoising gave values that are not finite; try another snapshot.")
         return denoised, loss
 
 

@@ -1,0 +1,18 @@
+"""Reports on conditions while a run trains, for every family."""
+
+import torch
+
+from training.config import RunConfig
+from training.family import Evaluator, Family
+
+
+def reporting(
+    family: Family, run: RunConfig, evaluator: Evaluator, device: torch.device
+) -> Evaluator:
+    """Return ``evaluator``, which then also reports on conditions if the run asks for that."""
+    num = run.logging.report_conditions
+    if not num:
+        return evaluator
+    from evaluation.in_loop.conditions import ConditionsEvaluator
+
+    return ConditionsEvaluator(evaluator, run, lambda: family.panel(run, None, num, device), device)
