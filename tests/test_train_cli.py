@@ -17,6 +17,7 @@ from unittest import mock
 import click
 import helpers
 import pytest
+import test_conditioning
 import test_cpu_matmul
 import test_respacing
 import torch
@@ -502,7 +503,7 @@ def all_settings():
 def test_every_option_and_every_choice_of_it_has_a_test():
     found = all_settings()
     assert set(found) == set(CASES) | set(SHOWN_BY)
-    known = globals() | vars(test_cpu_matmul) | vars(test_respacing)
+    known = globals() | vars(test_conditioning) | vars(test_cpu_matmul) | vars(test_respacing)
     assert all(callable(known[name]) for name in SHOWN_BY.values())
     for name, setting in found.items():
         choices = set(setting.field.metadata["choices"] or ())
