@@ -118,7 +118,7 @@ class FeatureDataset(Dataset):
         """Return rows of up to 8 raw latents, ``num`` of them, spread evenly over the items."""
         chosen = evenly_spaced(num, self.num_images).tolist()
         rows = rows_of([self.latents(index) for index in chosen])
-        return Preview(rows, Titles(captions=[self.ids[index] for index in chosen]))
+        return Preview(rows, Titles(captions=[self.caption(index) for index in chosen]))
 
     def of_split(self, split: str) -> "FeatureDataset":
         """Return the items of another split of the same folder."""

@@ -62,7 +62,7 @@ class FeatureEvaluator:
         if distributed.is_main():
             heading = describe_sampling(generator.protocol())
             columns = ("validation image", "of its features", "of its text alone")
-            names = [self._shown.ids[index] for index in chosen]
+            names = [self._shown.caption(index) for index in chosen]
             titles = Titles(heading, columns, names)
             picture = mixed_grid([found[index] for index in chosen], titles=titles)
             save_image(picture, pictures_path(outputs.run_dir, cur_nimg))

@@ -93,7 +93,7 @@ def _run_test(
     row["seconds"] = round(distributed.broadcast_object(time.monotonic() - start_sec), 3)
     picture = None
     if shown and distributed.is_main():
-        names = [bench.dataset.ids[items[place][0]] for place in shown]
+        names = [bench.dataset.caption(items[place][0]) for place in shown]
         titles = Titles(columns=test.columns, rows=names)
         picture = mixed_grid([outcomes[place].images for place in shown], titles=titles)
     return row, picture
