@@ -36,10 +36,14 @@ def build_network(config: ModelConfig) -> "Network":
 def attention_backend(config: ModelConfig, device: "torch.device | str") -> str:
     """Return the way to attention, see models/attention.py, that training on ``device`` takes.
 
-    Raises ValueError if the configured ones cannot be trained there.
+    Without a learned bias CPUs choose anew for every call, and the text says so. Raises ValueError
+    if the configured ones cannot be trained there.
     """
     import torch
 
     from models.attention import choose_attention
 
-    return choose_attention(config.attention, torch.device(device), needs_grad=True)
+    device = torch.device(device)
+    if not config.has_attention_bias and device.type == "cpu":
+        return "sdpa or explicit, by type and number of tokens"
+    return choose_attention(config.attention, device, needs_grad=True)

@@ -35,6 +35,7 @@ class ModelConfig(Config):
 
     family_modules: ClassVar[dict[str, str]] = ARCHITECTURES
     title: ClassVar[str] = "Model options"
+    has_attention_bias: ClassVar[bool] = True  # Learned by position, beside the products.
 
     resolution: int = option(
         32, min=1, max=16_384, help="Height and width of the images in pixels."

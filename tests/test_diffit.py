@@ -7,6 +7,7 @@ from torch.nn import functional
 from dnnlib.config import from_dict, to_dict
 from models import ModelConfig, attention_backend, build_network
 from models.architectures.diffit import DiffiTConfig
+from models.architectures.set_dit import SetDiTConfig
 from models.context import Context
 from models.layers import TMSA
 
@@ -306,6 +307,8 @@ def test_a_model_computes_the_same_with_flex_attention():
 def test_the_attention_that_auto_chose_can_be_asked_for():
     assert attention_backend(TINY, "cpu") == "explicit"
     assert attention_backend(TINY, torch.device("cuda", 1)) in ("sdpa", "flex")
+    assert "by type and number of tokens" in attention_backend(SetDiTConfig(), "cpu")
+    assert attention_backend(SetDiTConfig(), "cuda") == "sdpa"
     flex = dataclasses.replace(TINY, attention="flex")
     assert attention_backend(flex, "cuda") == "flex"
     with pytest.raises(ValueError, match="cannot be trained on a CPU"):

@@ -1,6 +1,7 @@
 """Compiled runs have one graph for each shape of input, without breaks, and compile no more."""
 
 import functools
+import json
 from unittest import mock
 
 import pytest
@@ -91,6 +92,25 @@ def test_a_run_has_one_graph_for_each_shape_and_compiles_no_more(base, tmp_path,
         text = train_tiny(tmp_path, data(base), *options, tiny=tiny).output
     assert counts == [num_graphs] * 6
     assert text.count("Compiled in ") == 1
+
+
+def test_scores_on_the_way_are_made_by_a_compiled_network(base, tmp_path):
+    backend, compile_parts = Counter(), Network.compile_parts
+    data, tiny, num_graphs = KINDS["image"]
+    options = ("--iters=2", "--batch=4", "--metrics=fd_pixels")
+    torch._dynamo.reset()
+    with mock.patch.object(
+        Network, "compile_parts", lambda own, num_shapes: compile_parts(own, num_shapes, backend)
+    ):
+        compiled = train_tiny(tmp_path / "a", data(base), *options, "--compile=True", tiny=tiny)
+    plain = train_tiny(tmp_path / "b", data(base), *options, tiny=tiny)
+    rows = []
+    for run in (compiled, plain):
+        lines = (run.run_dir / "metric-fd_pixels.jsonl").read_text().splitlines()
+        rows.append(json.loads(lines[-1]))
+    assert backend.num_graphs > num_graphs
+    assert (rows[0].get("compiled"), rows[1].get("compiled")) == (True, None)
+    assert rows[0]["value"] == pytest.approx(rows[1]["value"], rel=1e-3)
 
 
 @pytest.mark.parametrize("scale", ["1", "2"])

@@ -108,6 +108,8 @@ def training_loop(
     objective = family.objective(config, network, codec)
     if training.compile:
         network.compile_parts(objective.num_shapes)
+        if logging.metrics:  # A few pictures alone are made sooner without.
+            ema.network.compile_parts(objective.num_shapes)
     loss_function = distributed.wrap(objective, device)
     if training.compile:
         with distributed.no_sync(loss_function, skip=True):

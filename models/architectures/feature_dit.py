@@ -20,6 +20,7 @@ class FeatureDiTConfig(LatentModelConfig):
 
     family: ClassVar[str] = "feature-dit"
     title: ClassVar[str] = "Model options (feature-conditioned DiT)"
+    has_attention_bias: ClassVar[bool] = False
 
     resolution: int = option(
         1024, min=1, max=16_384, help="Square root of the usual number of pixels.", exposed=False

@@ -23,6 +23,7 @@ class SetDiTConfig(ModelConfig):
 
     family: ClassVar[str] = "set-dit"
     title: ClassVar[str] = "Model options (set-conditioned DiT)"
+    has_attention_bias: ClassVar[bool] = False
 
     resolution: int = inherited(ModelConfig, "resolution", aliases=("image-size",))
     attention: str = inherited(ModelConfig, "attention", "sdpa", choices=("sdpa",), exposed=False)
