@@ -11,6 +11,7 @@ from benchmarks.plain import build_plain_network
 from data.loader import make_loader
 from models import build_network
 from torch_utils import rng
+from torch_utils.parameters import Parameters
 from torch_utils.stats import StatsCollector
 from training.config import RunConfig
 from training.ema import EMA, PowerEMA, ema_beta
@@ -65,14 +66,15 @@ class TrainingSteps:
         """Make the network, its average and their optimizer."""
         training, network = self.config.training, build_network(self.config.model)
         self.network = network.to(memory_format=torch.channels_last).train().to(self.device)
+        parameters = Parameters(self.network)
         self._optimizer = GuardedAdam(
-            self.network.parameters(),
+            parameters,
             beta2=training.beta2,
             weight_decay=training.weight_decay,
             clip_grad=training.clip_grad,
         )
-        self._ema = EMA(self.network)
-        self._profiles = PowerEMA(self.network, training.ema_stds)
+        self._ema = EMA(parameters)
+        self._profiles = PowerEMA(parameters, training.ema_stds)
         self.average = list(self._ema.network.parameters())
         self._stats = StatsCollector()
         if training.compile:

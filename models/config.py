@@ -74,6 +74,10 @@ class ModelConfig(Config):
         """Return what of a backbone torch.compile takes by itself: equal blocks, or all of it."""
         return (backbone,)
 
+    def sharded_parts(self, backbone: "nn.Module") -> Iterable["nn.Module"]:
+        """Return what of a backbone is gathered by itself where it is sharded: its blocks."""
+        return self.compiled_parts(backbone)
+
     def prepared(self, backbone: "nn.Module", context: "Context") -> "Context":
         """Return a context for many noise levels, with what a backbone makes of it alone."""
         return context

@@ -37,7 +37,9 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Return [B, C_out, H, W] of x [B, C_in, H, W], channels last in memory, and t [B, T]."""
-        y = self.conv(self.dropout(functional.silu(self.norm(x))))
+        y = functional.silu(self.norm(x))
+        # Dropout draws in the order of the memory, which depends on the layout of weights before.
+        y = self.conv(self.dropout(y.contiguous(memory_format=torch.channels_last)))
         y = self.block(y.permute(0, 2, 3, 1), t).permute(0, 3, 1, 2)
         return self.shortcut(x) + y
 

@@ -41,7 +41,7 @@ def test_the_chain_runs_from_files_to_a_score_and_says_when_the_result_is_poor(t
     assert "(a) class agreement: " in done.stdout
     grid = outdir / "samples.png"
     assert f"Pictures: {grid}" in done.stdout
-    assert Image.open(grid).size == (10 * 50 + 2, 10 * 50 + 2)
+    assert Image.open(grid).size == (10 * 50 + 2, 2 * 15 + 10 * 50 + 2)
     (run_dir,) = (outdir / "runs").iterdir()
     assert (run_dir / "reals.png").is_file()
     assert list(run_dir.glob("fakes-*.png"))

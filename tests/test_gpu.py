@@ -15,6 +15,7 @@ from data.latents.codec import LatentCodec
 from diffusion.precond import make_precond
 from models import build_network
 from torch_utils import rng
+from torch_utils.parameters import Parameters
 from torch_utils.stats import StatsCollector
 from training.ema import EMA, ema_beta
 from training.feature_objective import FeatureObjective
@@ -46,8 +47,8 @@ def make_step(device, dtype, preset="cifar10"):
         label_drop=0.1,
         autocast_dtype=dtype,
     )
-    optimizer = GuardedAdam(network.parameters(), dynamic_scale=dtype == torch.float16)
-    ema, stats = EMA(network), StatsCollector()
+    optimizer = GuardedAdam(Parameters(network), dynamic_scale=dtype == torch.float16)
+    ema, stats = EMA(Parameters(network)), StatsCollector()
     labels = torch.randint(0, 10, (8,)).pin_memory()
 
     def step(cur_nimg, factor=1.0):
@@ -83,8 +84,8 @@ def make_feature_step(device, dtype):
         autocast_dtype=dtype,
         config=dataclasses.replace(config.features, patch_bias_kimg=1.0),
     )
-    optimizer = GuardedAdam(network.parameters(), dynamic_scale=dtype == torch.float16)
-    ema, stats = EMA(network), StatsCollector()
+    optimizer = GuardedAdam(Parameters(network), dynamic_scale=dtype == torch.float16)
+    ema, stats = EMA(Parameters(network)), StatsCollector()
 
     def step(cur_nimg, factor=1.0):
         width, height = ((128, 128), (160, 96))[cur_nimg // 8 % 2]

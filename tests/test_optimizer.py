@@ -8,6 +8,7 @@ import torch
 
 from configs import PRESETS
 from models import build_network
+from torch_utils.parameters import Parameters
 from training.ema import EMA, ema_beta
 from training.optimizer import GuardedAdam
 
@@ -15,7 +16,7 @@ from training.optimizer import GuardedAdam
 def make(seed=0, **kwargs):
     torch.manual_seed(seed)
     module = torch.nn.Linear(3, 2)
-    return module, GuardedAdam(module.parameters(), **kwargs)
+    return module, GuardedAdam(Parameters(module), **kwargs)
 
 
 def set_grads(module, value):
@@ -56,7 +57,7 @@ def test_weight_decay_shrinks_matrices_and_no_vectors():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_bad_gradient_changes_nothing_but_the_counters(bad):
     module, optimizer = make()
-    ema = EMA(module)
+    ema = EMA(Parameters(module))
     set_grads(module, 0.5)
     optimizer.step(1e-2)
     ema.update(0.9, optimizer.skipped)
@@ -130,7 +131,7 @@ def test_the_decay_of_the_average_matches_its_closed_form():
 def test_the_average_follows_a_geometric_series():
     module = torch.nn.Linear(1, 1, bias=False).requires_grad_(False)
     module.weight.fill_(0.0)
-    ema = EMA(module)
+    ema = EMA(Parameters(module))
     module.weight.fill_(1.0)
     for _ in range(20):
         ema.update(0.9, torch.zeros([]))
@@ -139,7 +140,7 @@ def test_the_average_follows_a_geometric_series():
 
 def test_the_first_step_copies_the_weights():
     module, _ = make()
-    ema = EMA(module)
+    ema = EMA(Parameters(module))
     with torch.no_grad():
         module.weight.add_(0.123)
     ema.update(ema_beta(0, 8, 500, 0.05), torch.zeros([]))
@@ -150,7 +151,7 @@ def test_the_output_of_a_set_encoder_its_positions_and_null_do_not_decay():
     config = dataclasses.replace(PRESETS["fsdm-digits"].run.model, encoder_depth=1)
     network = build_network(config)
     before = {name: value.clone() for name, value in network.named_parameters()}
-    optimizer = GuardedAdam(network.parameters(), weight_decay=0.5)
+    optimizer = GuardedAdam(Parameters(network), weight_decay=0.5)
     for param in network.parameters():
         param.grad = torch.zeros_like(param)
     optimizer.step(0.1)

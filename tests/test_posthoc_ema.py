@@ -14,6 +14,7 @@ import generate
 import train
 from commands import posthoc_ema
 from metrics.rows import read_rows
+from torch_utils.parameters import Parameters
 from training.checkpoint import (
     find_profiles,
     find_snapshots,
@@ -66,7 +67,7 @@ def known_sequence(ema, network, num_steps):
 @pytest.mark.parametrize("std", [0.05, 0.1, 0.25])
 def test_steps_count_by_the_integral_of_their_power(std):
     network = torch.nn.Linear(1, 1, bias=False)
-    ema = PowerEMA(network, (std,))
+    ema = PowerEMA(Parameters(network), (std,))
     values = known_sequence(ema, network, 50)
     power = power_gamma(std) + 1
     edges = (np.arange(51) / 50) ** power
@@ -78,7 +79,7 @@ def test_compact_weights_are_halved_but_for_what_would_overflow():
     network = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
     with torch.no_grad():
         network[0].bias[0] = 1e5
-    compact = PowerEMA(network, (0.1,)).compact(0.1)
+    compact = PowerEMA(Parameters(network), (0.1,)).compact(0.1)
     types = {name: value.dtype for name, value in compact.items()}
     assert types["0.weight"] == types["1.weight"] == torch.float16
     assert types["0.bias"] == types["1.running_var"] == torch.float32

@@ -16,6 +16,7 @@ from diffusion.precond import make_precond
 from diffusion.samplers import sample
 from families.runs import SetRun
 from models import build_network
+from torch_utils.parameters import Parameters
 from torch_utils.rng import Step
 from training.optimizer import GuardedAdam
 from training.set_objective import SetObjective
@@ -263,7 +264,7 @@ def test_the_encoder_has_no_gradient_in_the_first_two_steps():
     torch.manual_seed(0)
     network = build_network(config)
     objective, images = make(config, network=network), batch_of(config)
-    optimizer = GuardedAdam(network.parameters())
+    optimizer = GuardedAdam(Parameters(network))
     norms = []
     for step in range(4):
         optimizer.zero_grad()

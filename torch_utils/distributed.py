@@ -1,6 +1,9 @@
 """Processes started by torchrun, or a single one: the only importer of torch.distributed."""
 
 import contextlib
+import dataclasses
+import functools
+import math
 import os
 import signal
 import socket
@@ -17,10 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 from dnnlib import launcher
 from dnnlib.errors import refusal, transportable
 from dnnlib.streams import Stream
-from torch_utils.misc import keep_freed_memory, map_tensors
+from torch_utils.misc import keep_freed_memory
+from torch_utils.states import Pieces, map_leaves
 
 T = TypeVar("T")
 _MEETING_MINUTES = 5
+_MAX_EAGER = 4096  # Elements of tensors that are sent before anyone asks for them.
 _cpu_group: dist.ProcessGroup | None = None
 _heartbeat: Any = None  # A torch_utils.heartbeat.Heartbeat, where there are other processes.
 
@@ -236,30 +241,49 @@ def together() -> Iterator[None]:
             raise error or found
 
 
-def on_main_tree(function: Callable[[], T]) -> T:
-    """Like :func:`on_main` for nested dicts, lists and tuples of tensors, of any size."""
-    return on_main(function, _broadcast_tree)
+@dataclasses.dataclass(frozen=True)
+class Remote:
+    """A tensor, or :class:`Pieces` of one, that rank 0 has and the others can ask for."""
 
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    source: Any = None  # None but on rank 0.
 
-def _broadcast_tree(tree: Any) -> Any:
-    """Return rank 0's nested dicts and lists of tensors and plain values on every rank.
-
-    Tensors arrive on the CPU. Only rank 0 needs to see the file that the tree came from.
-    """
-    if world_size() == 1:
-        return tree
-    tensors: list[torch.Tensor] = []
-
-    def strip(tensor: torch.Tensor) -> torch.Tensor:
-        tensors.append(tensor.detach().cpu().contiguous())
-        return tensors[-1].to("meta")
-
-    def fill(empty: torch.Tensor) -> torch.Tensor:
-        tensor = tensors.pop(0) if is_main() else torch.empty(empty.shape, dtype=empty.dtype)
-        dist.broadcast(tensor, src=0, group=_cpu_group)
+    def whole(self) -> torch.Tensor:
+        """Return the tensor, on every rank's CPU. Collective."""
+        if self.source is None:
+            tensor = torch.empty(self.shape, dtype=self.dtype)
+        else:
+            tensor = self.source.whole() if isinstance(self.source, Pieces) else self.source
+            tensor = tensor.detach().cpu().contiguous()
+        if world_size() > 1:
+            dist.broadcast(tensor, src=0, group=_cpu_group)
         return tensor
 
-    return map_tensors(fill, broadcast_object(map_tensors(strip, tree) if is_main() else None))
+
+def on_main_tree(function: Callable[[], T], lazily: bool = False) -> T:
+    """Like :func:`on_main` for nested dicts, lists and tuples of tensors, of any size.
+
+    Tensors arrive on the CPU. Only rank 0 needs to see the file that the tree came from. With
+    ``lazily`` large tensors stay there, and every rank has a :class:`Remote` of each.
+    """
+    return on_main(function, functools.partial(_broadcast_tree, lazily=lazily))
+
+
+def _broadcast_tree(tree: Any, lazily: bool) -> Any:
+    sources: list[Any] = []
+
+    def strip(leaf: Any) -> Remote:
+        sources.append(leaf)
+        return Remote(tuple(leaf.shape), leaf.dtype)
+
+    def fill(empty: Remote) -> Any:
+        source = sources.pop(0) if is_main() else None
+        remote = dataclasses.replace(empty, source=source)
+        return remote if lazily and math.prod(empty.shape) > _MAX_EAGER else remote.whole()
+
+    stripped = map_leaves(strip, tree, (torch.Tensor, Pieces)) if is_main() else None
+    return map_leaves(fill, broadcast_object(stripped), (Remote,))
 
 
 def wrap(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:

@@ -69,14 +69,3 @@ def count_flops(function: Callable[[], Any]) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         function()
     return counter.get_total_flops()
-
-
-def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> Any:
-    """Return nested dicts, lists and tuples with another tensor in the place of each."""
-    if isinstance(tree, torch.Tensor):
-        return function(tree)
-    if isinstance(tree, dict):
-        return {key: map_tensors(function, child) for key, child in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)(map_tensors(function, child) for child in tree)
-    return tree

@@ -10,6 +10,7 @@ import dataclasses
 import os
 import pickle
 import re
+import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,16 +20,21 @@ import torch
 from torch import Tensor
 
 from dnnlib.config import Config, to_dict
-from dnnlib.files import atomic_write, check_source
+from dnnlib.files import atomic_write, check_source, read_file, write_json
+from dnnlib.typed import parse_json
 from models import build_network
 from models.network import Network
+from torch_utils import distributed
 from torch_utils.fingerprints import package_versions, weights_hash
+from torch_utils.states import Pieces, map_leaves, put_together, take_apart
 from training.config import RunConfig, std_name
 from training.family import TrainingData, restore_run
 
 FORMAT_VERSION = 2  # 1: the configuration did not name the family of its model.
 _SNAPSHOT_FORMAT = "setdiffit-snapshot"
 _STATE_FORMAT = "setdiffit-training-state"
+_PART_FORMAT = "setdiffit-training-state-part"
+_MANIFEST = "manifest.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,9 +101,14 @@ def profile_path(run_dir: Path, cur_nimg: int, std: float) -> Path:
     return run_dir / f"network-snapshot-{count_name(cur_nimg, 7)}-{std_name(std)}.pkl"
 
 
-def state_path(run_dir: Path, cur_nimg: int) -> Path:
+def state_path(run_dir: Path, cur_nimg: int, *, is_folder: bool = False) -> Path:
     """Return the path of the training state after ``cur_nimg`` training images."""
-    return run_dir / f"training-state-{count_name(cur_nimg)}.pt"
+    return run_dir / f"training-state-{count_name(cur_nimg)}{'' if is_folder else '.pt'}"
+
+
+def is_state_after(path: Path, cur_nimg: int) -> bool:
+    """Return whether a file or folder is the training state after ``cur_nimg`` images."""
+    return path.name.removesuffix(".pt") == state_path(path, cur_nimg, is_folder=True).name
 
 
 def save_weights(
@@ -167,14 +178,86 @@ def save_state(path: Path, payload: dict[str, Any], config: Config) -> None:
     _save(path, _STATE_FORMAT, config, payload)
 
 
-def load_state(path: str | os.PathLike) -> dict[str, Any]:
-    """Read a training state; raises ValueError with a sentence for anything else."""
-    return _load(Path(path), _STATE_FORMAT, "a training state")
+def save_state_in_parts(path: Path, payload: dict[str, Any], config: Config) -> None:
+    """Write a training state as a folder, to which every rank adds its part. Collective.
+
+    The manifest comes last: without it the folder is no state.
+    """
+    tree, own, first_rows = take_apart(payload, writes_rest=distributed.is_main())
+    name = f"part-{distributed.rank():05d}.pt"
+    with distributed.together():
+        if distributed.is_main():
+            (path / _MANIFEST).unlink(missing_ok=True)
+        if own:
+            _save(path / name, _PART_FORMAT, config, dict(tensors=_compact(own)))
+    parts = [part for part in distributed.gather_objects((name, first_rows)) if part[1]]
+    with distributed.together():
+        if distributed.is_main():
+            header = dict(format=_STATE_FORMAT, version=FORMAT_VERSION, config=to_dict(config))
+            write_json(path / _MANIFEST, dict(header, tree=tree, parts=parts))
+
+
+def _compact(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors that keep no more memory than their own: a file holds whole storages."""
+    found = {name: tensor.cpu() for name, tensor in tensors.items()}
+    sizes = {name: t.numel() * t.element_size() for name, t in found.items()}
+    return {
+        name: t if t.untyped_storage().nbytes() == sizes[name] else t.clone()
+        for name, t in found.items()
+    }
+
+
+def load_state(path: str | os.PathLike, *, lazily: bool = False) -> dict[str, Any]:
+    """Read a training state; raises ValueError with a sentence for anything else.
+
+    With ``lazily`` its large tensors stay in their file until they are used, and those in parts are
+    :class:`~torch_utils.states.Pieces`.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return _load(path, _STATE_FORMAT, "a training state", mmap=lazily)
+    try:
+        manifest = parse_json(read_file(path / _MANIFEST).decode())
+        _check_version(path, manifest.get("version"))
+        if manifest["format"] != _STATE_FORMAT:
+            raise ValueError("its manifest is of something else")
+        found: dict[str, list[tuple[int, Tensor]]] = {}
+        for name, first_rows in manifest["parts"]:
+            if not re.fullmatch(r"part-\d{5,}\.pt", name):
+                raise ValueError(f"it names {name!r} as a part")
+            part = _load(path / name, _PART_FORMAT, "a part of a state", mmap=True)["tensors"]
+            for key, first in first_rows.items():
+                found.setdefault(key, []).append((first, part[key]))
+        state = put_together(manifest["tree"], lambda key: found[key])
+        state = dict(state, config=manifest["config"])
+        # Also where nobody reads yet: what is incomplete is found now.
+        map_leaves(lambda pieces: pieces.check(), state, (Pieces,))
+        return state if lazily else map_leaves(lambda leaf: leaf.whole(), state, (Pieces,))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: {Path(error.filename).name} is missing.") from None
+    except (KeyError, TypeError, AttributeError, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a training state, or damaged ({error}).") from error
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(text if str(path) in text else f"{path}: damaged ({text}).") from error
+
+
+def is_state_folder(path: Path) -> bool:
+    """Return whether a path is a training state in parts, and complete."""
+    return path.name.startswith("training-state-") and (path / _MANIFEST).is_file()
+
+
+def remove_incomplete_states(run_dir: Path) -> None:
+    """Delete the parts of states that were never completed."""
+    for path in run_dir.glob("training-state-*"):
+        if path.is_dir() and not is_state_folder(path):
+            shutil.rmtree(path)
 
 
 def find_states(run_dir: Path) -> list[Path]:
     """Return the training states of a run folder, newest first."""
-    return _newest_first(run_dir, rf"training-state-{_COUNT}\.pt")
+    found = _newest_first(run_dir, rf"training-state-{_COUNT}(?:\.pt)?")
+    return [path for path in found if path.suffix == ".pt" or is_state_folder(path)]
 
 
 def find_snapshots(run_dir: Path) -> list[Path]:
@@ -205,7 +288,11 @@ def prune_states(run_dir: Path, latest: Path, keep: int, *, later_ones: bool = T
     states = find_states(run_dir)
     position = states.index(latest)
     for path in states[: position * later_ones] + states[position + keep :]:
-        path.unlink()
+        if path.is_dir():
+            (path / _MANIFEST).unlink()  # First: the rest by itself is no state.
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def summarise(data: TrainingData) -> DataSummary:
@@ -228,7 +315,9 @@ def _save(path: Path, file_format: str, config: Config, payload: dict[str, Any])
         torch.save({**header, **payload}, file)
 
 
-def _load(path: Path, expected: str, what: str, *, header_only: bool = False) -> dict[str, Any]:
+def _load(
+    path: Path, expected: str, what: str, *, header_only: bool = False, mmap: bool = False
+) -> dict[str, Any]:
     if path.is_dir():
         raise ValueError(f"{path}: is a folder, not {what}; give a file in it.")
     check_source(path, folder=False)
@@ -246,7 +335,7 @@ def _load(path: Path, expected: str, what: str, *, header_only: bool = False) ->
             damaged = _test_header(archive) if header_only else archive.testzip()
         if damaged is not None:
             raise ValueError(f"{path}: damaged (checksum of {damaged} does not match).")
-        payload = torch.load(path, map_location="cpu", weights_only=True, mmap=header_only)
+        payload = torch.load(path, map_location="cpu", weights_only=True, mmap=header_only or mmap)
     except zipfile.BadZipFile as error:
         if _is_bare_pickle(path):
             raise ValueError(
@@ -266,11 +355,14 @@ def _load(path: Path, expected: str, what: str, *, header_only: bool = False) ->
         raise ValueError(f"{path}: not {what}, or damaged ({reason}).") from error
     if not isinstance(payload, dict) or payload.get("format") != expected:
         raise ValueError(f"{path}: not {what} of this project.")
-    version = payload.get("version")
+    _check_version(path, payload.get("version"))
+    return payload
+
+
+def _check_version(path: Path, version: Any) -> None:
     if not isinstance(version, int) or version > FORMAT_VERSION:
         but = f"this version of the software reads up to {FORMAT_VERSION}"
         raise ValueError(f"{path}: has format version {version}, but {but}; update the software.")
-    return payload
 
 
 def _test_header(archive: zipfile.ZipFile) -> str | None:

@@ -119,6 +119,21 @@ class TrainingConfig(Config):
     compile: bool | None = option(
         False, help="Compile the network with torch.compile; none: on GPUs.", affects="speed"
     )
+    shard: str = option(
+        "none",
+        choices=("none", "full", "hybrid"),
+        help="Divide weights, gradients, moments and averages among all ranks (full), or among "
+        "groups of them (hybrid), so that larger models fit.",
+        affects="speed",
+    )
+    shard_size: int | None = option(
+        None,
+        min=1,
+        max=1_000_000,
+        requires={"shard": ("hybrid",)},
+        help="Ranks in a group; none: those of a node.",
+        affects="speed",
+    )
     tf32: bool = option(False, help="Allow TF32 matrix products on NVIDIA GPUs.", affects="speed")
     cpu_matmul: str = option(
         "auto",
@@ -376,26 +391,6 @@ def fit_to_device(config: RunConfig, device_type: str) -> RunConfig:
     if training.compile is None:
         training = dataclasses.replace(training, compile=on_gpu)
     return dataclasses.replace(config, training=training)
-
-
-def accumulation_rounds(training: TrainingConfig, world_size: int) -> tuple[int, int]:
-    """Return ``(batch_gpu, rounds)`` with batch = batch_gpu x rounds x world_size.
-
-    Raises ValueError if there is no such division.
-    """
-    if training.batch % world_size:
-        got = f"{training.batch}, which {world_size} ranks cannot share evenly"
-        raise refusal("--batch", got, remedy=f"use a multiple of {world_size}")
-    per_rank = training.batch // world_size
-    batch_gpu = training.batch_gpu or per_rank
-    if per_rank % batch_gpu:
-        divisors = [n for n in range(1, per_rank + 1) if per_rank % n == 0]
-        nearest = min(divisors, key=lambda n: abs(n - batch_gpu))
-        but = f"--batch {training.batch} over {world_size} rank(s) leaves {per_rank} images a rank"
-        other = f"a --batch that is a multiple of {batch_gpu * world_size}"
-        remedy = f"use a divisor of {per_rank}, such as {nearest}, or {other}"
-        raise refusal("--batch-gpu", batch_gpu, but=but, remedy=remedy)
-    return batch_gpu, per_rank // batch_gpu
 
 
 def std_name(std: float) -> str:

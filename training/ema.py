@@ -1,12 +1,13 @@
 """Moving averages of the weights: with a half-life in images, and with power-function profiles."""
 
-import copy
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from torch_utils.parameters import Parameters
 from training.config import TrainingConfig
 from training.power_ema import power_beta, power_gamma
 
@@ -25,12 +26,32 @@ def ema_beta(cur_nimg: int, batch: int, half_life_kimg: float, rampup: float | N
 
 
 class EMA:
-    """A moving average of a network's parameters; buffers are constants and are left alone."""
+    """A moving average of a network's parameters; buffers are constants and are left alone.
 
-    def __init__(self, network: torch.nn.Module) -> None:
-        self.network = copy.deepcopy(network).eval().requires_grad_(False)
-        self._source = list(network.parameters())
-        self._average = list(self.network.parameters())
+    ``network`` has the average as its weights within :meth:`filled`.
+    """
+
+    def __init__(self, parameters: Parameters) -> None:
+        self._parameters, self._source = parameters, parameters.own
+        self.network, self._average = parameters.averaged_network()
+
+    def filled(self) -> AbstractContextManager:
+        """Return a context in which :attr:`network` can be used. Collective."""
+        return self._parameters.filled(self.network, self._average)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a state keeps."""
+        return self._parameters.state_dict(self._average)
+
+    def whole_state_dict(self) -> dict[str, Tensor]:
+        """Return the averaged weights, on rank 0. Collective."""
+        return self._parameters.whole_state_dict(self._average)
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned. Collective."""
+        for name, average in zip(self._parameters.names, self._average, strict=True):
+            self._parameters.unpack(name, state[name], average)
 
     @torch.no_grad()
     def update(self, beta: float, skip: Tensor) -> None:
@@ -59,10 +80,10 @@ class PowerEMA:
     Source: EDM2 (arXiv 2312.02696), Section 3.1; see :mod:`training.power_ema`.
     """
 
-    def __init__(self, network: torch.nn.Module, stds: Sequence[float]) -> None:
+    def __init__(self, parameters: Parameters, stds: Sequence[float]) -> None:
         self.stds = tuple(stds)
-        self._network = network
-        self._names, self._source = zip(*network.named_parameters(), strict=True)
+        self._parameters = parameters
+        self._names, self._source = parameters.names, parameters.own
         self._gammas = {std: power_gamma(std) for std in self.stds}
         self._averages = {
             std: [param.detach().clone() for param in self._source] for std in self.stds
@@ -82,23 +103,28 @@ class PowerEMA:
         """Return the network's state with the averages of one profile in place of its parameters.
 
         They are float16, but for tensors with a value that is too large for it: those stay
-        float32. Buffers are as they are.
+        float32. Buffers are as they are. Collective; only rank 0 has them.
         """
-        averages = zip(self._names, self._averages[std], strict=True)
-        return {**self._network.state_dict(), **{name: _half(value) for name, value in averages}}
+        weights = self._parameters.whole_state_dict(self._averages[std])
+        for name in self._names:
+            weights[name] = None if weights[name] is None else _half(weights[name])
+        return weights
 
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Return the averages by std and name."""
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """Return what a state keeps of the averages, by std and name."""
         return {
-            str(std): dict(zip(self._names, average, strict=True))
+            str(std): {
+                name: self._parameters.pack(name, value)
+                for name, value in zip(self._names, average, strict=True)
+            }
             for std, average in self._averages.items()
         }
 
-    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Restore what :meth:`state_dict` returned, for the same stds."""
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Restore what :meth:`state_dict` returned, for the same stds. Collective."""
         for std, average in self._averages.items():
             for name, value in zip(self._names, average, strict=True):
-                value.copy_(state[str(std)][name])
+                self._parameters.unpack(name, state[str(std)][name], value)
 
 
 def describe_average(training: TrainingConfig, progress: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from models import attention_backend
 from torch_utils import cpu_matmul, distributed
 from torch_utils.fingerprints import package_versions
 from training import runs
-from training.config import RunConfig, accumulation_rounds, fit_to_device
+from training.config import RunConfig, fit_to_device
+from training.division import accumulation_rounds, group_size
 from training.family import of as family_of
 from training.loop import Job, training_loop
 from training.portable import open_header, open_snapshot
@@ -102,6 +103,7 @@ def check_here(config: RunConfig) -> None:
     if not is_address(location) and not Path(location).exists():
         raise refusal("--data", but=f"{location} does not exist", remedy="say where the data are")
     accumulation_rounds(config.training, launcher.number("WORLD_SIZE", 1))
+    group_size(config.training, launcher.number("WORLD_SIZE", 1))
 
 
 def print_plan(config: RunConfig, usual_num_classes: int) -> None:

@@ -9,17 +9,19 @@ from typing import Any
 import torch
 
 from data.loader import make_loader
+from diffusion.denoiser import AUTOCAST_DTYPES
 from dnnlib.errors import NotFiniteError
 from dnnlib.progress import progress
 from dnnlib.text import format_kimg
 from models import build_network
 from torch_utils import distributed, rng
 from torch_utils.misc import allow_tf32
-from torch_utils.reuse import fixed_weights
+from torch_utils.parameters import Parameters
 from torch_utils.stats import StatsCollector
 from training import checkpoint
 from training.checkpoint import Snapshot, save_weights, snapshot_path
-from training.config import RunConfig, accumulation_rounds
+from training.config import RunConfig
+from training.division import accumulation_rounds, group_size
 from training.ema import EMA, PowerEMA, ema_beta
 from training.family import Codec, Evaluator, Outputs, Part, TrainingData
 from training.family import of as family_of
@@ -38,6 +40,25 @@ class Job:
     codec: Codec  # What a batch of them is to the network.
     evaluator: Evaluator  # Makes pictures and scores.
     device: torch.device  # This rank's.
+
+
+def hold_parameters(
+    objective: Any, config: RunConfig, shard_size: int, device: torch.device
+) -> Parameters:
+    """Bring the network of ``objective`` to the device, whole or divided, and return its weights.
+
+    Collective.
+    """
+    network = objective.network
+    if shard_size == 1:
+        objective.to(device)
+        network.to(memory_format=torch.channels_last)
+        return Parameters(network)
+    from torch_utils.sharding import shard
+
+    parts = list(config.model.sharded_parts(network.backbone))
+    dtype = AUTOCAST_DTYPES[config.training.precision]
+    return shard(objective, parts, device, shard_size, dtype)
 
 
 def training_loop(
@@ -74,12 +95,18 @@ def training_loop(
 
     # Build network, loss, weight averages and optimizer.
     torch.manual_seed(rng.mix(training.seed, rng.STREAM_INIT))
-    network = build_network(config.model).train().requires_grad_(True).to(device)
-    network.to(memory_format=torch.channels_last)
-    ema = EMA(network)
-    profiles = PowerEMA(network, training.ema_stds)
+    network = build_network(config.model).train().requires_grad_(True)
+    transferred = None
+    if transfer is not None:
+        transferred = family.start_from(config, network, transfer, data)
+        distributed.print0(transferred)
+    objective = family.objective(config, network, codec)
+    shard_size = group_size(training, world_size)
+    parameters = hold_parameters(objective, config, shard_size, device)
+    ema = EMA(parameters)
+    profiles = PowerEMA(parameters, training.ema_stds)
     optimizer = GuardedAdam(
-        network.parameters(),
+        parameters,
         beta2=training.beta2,
         weight_decay=training.weight_decay,
         clip_grad=training.clip_grad,
@@ -90,27 +117,22 @@ def training_loop(
     cur_nimg = cur_tick = tick_start_nimg = 0
     elapsed_before_sec = 0.0
     stats = StatsCollector()
-    if transfer is not None:
-        report = family.start_from(config, network, transfer, data)
-        ema.network.load_state_dict(network.state_dict())
-        distributed.print0(report)
-        if rank == 0:
-            report.save(run_dir)
+    if transferred is not None and rank == 0:
+        transferred.save(run_dir)
     if resume_state is not None:
-        network.load_state_dict(resume_state["net"])
-        ema.network.load_state_dict(resume_state["ema"])
+        parameters.load(resume_state["net"])
+        ema.load_state_dict(resume_state["ema"])
         profiles.load_state_dict(resume_state.get("ema_profiles", {}))
         optimizer.load_state_dict(resume_state["optimizer"])
         made = resume_state["progress"]
         cur_nimg, cur_tick = made["cur_nimg"], made["cur_tick"]
         tick_start_nimg, elapsed_before_sec = made["tick_start_nimg"], made["elapsed_sec"]
         stats.load_state_dict(resume_state["stats"])
-    objective = family.objective(config, network, codec)
     if training.compile:
         network.compile_parts(objective.num_shapes)
         if logging.metrics:  # A few pictures alone are made sooner without.
             ema.network.compile_parts(objective.num_shapes)
-    loss_function = distributed.wrap(objective, device)
+    loss_function = objective if shard_size > 1 else distributed.wrap(objective, device)
     if training.compile:
         with distributed.no_sync(loss_function, skip=True):
             objective.warm_up(loss_function, batch_gpu, device)
@@ -122,8 +144,8 @@ def training_loop(
     flops_per_image = forward_flops(config)  # The backward pass costs twice as much again.
 
     def snapshots(info: dict[str, Any]) -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
-        """Yield path, weights and progress of each average's snapshot."""
-        yield snapshot_path(run_dir, cur_nimg), ema.network.state_dict(), info
+        """Yield path, weights and progress of each average's snapshot. Collective."""
+        yield snapshot_path(run_dir, cur_nimg), ema.whole_state_dict(), info
         for std in profiles.stds:
             path = checkpoint.profile_path(run_dir, cur_nimg, std)
             yield path, profiles.compact(std), dict(info, ema_std=std)
@@ -134,20 +156,22 @@ def training_loop(
         if cur_nimg == 0:
             save_reals(job.data, codec, run_dir / "reals.png")
             telemetry.pictures([run_dir / "reals.png"], cur_nimg)
-        elif resume_state["progress"]["snapshot"] is not None:
-            # A state implies its snapshots.
-            for path, weights, info in snapshots(resume_state["progress"]):
-                try:
-                    checkpoint.load_snapshot(path)
-                except ValueError as error:
-                    telemetry.message(f"{error} Written again from the training state.")
-                    save_weights(path, weights, config, data, info)
+    if resume_state is not None and resume_state["progress"]["snapshot"] is not None:
+        # A state implies its snapshots.
+        for path, weights, info in snapshots(resume_state["progress"]):
+            if telemetry is None:
+                continue
+            try:
+                checkpoint.load_snapshot(path)
+            except ValueError as error:
+                telemetry.message(f"{error} Written again from the training state.")
+                save_weights(path, weights, config, data, info)
 
     def whole_state(progress_info: dict[str, Any]) -> dict[str, Any]:
         """Return what :func:`write_state` writes, without a copy of the weights. Collective."""
         return dict(
-            net=network.state_dict(),
-            ema=ema.network.state_dict(),
+            net=parameters.state_dict(parameters.own),
+            ema=ema.state_dict(),
             ema_profiles=profiles.state_dict(),
             optimizer=optimizer.state_dict(),
             stats=stats.state_dict(),
@@ -155,9 +179,14 @@ def training_loop(
         )
 
     def write_state(payload: dict[str, Any]) -> None:
-        if rank == 0:
+        if shard_size > 1:
+            path = checkpoint.state_path(run_dir, cur_nimg, is_folder=True)
+            checkpoint.save_state_in_parts(path, payload, config)
+        else:
             path = checkpoint.state_path(run_dir, cur_nimg)
-            checkpoint.save_state(path, payload, config)
+            if rank == 0:
+                checkpoint.save_state(path, payload, config)
+        if rank == 0:
             checkpoint.prune_states(run_dir, path, logging.keep_states)
 
     evaluator, outputs = job.evaluator, Outputs(run_dir, telemetry, stop_signal)
@@ -167,7 +196,7 @@ def training_loop(
     def attempt(what: str, make: Callable[..., None]) -> bool:
         """Return False if a stop cut ``make`` short; what is not finite is told, not made."""
         try:
-            with stop_signal.at_once():
+            with stop_signal.at_once(), ema.filled():
                 make(generator, outputs, cur_nimg)
         except distributed.StopRequested:
             return False
@@ -196,9 +225,9 @@ def training_loop(
             f"Complete at kimg {format_kimg(cur_nimg / 1000)}; a larger --kimg would go on."
         )
         # A kill may have come between the last state and this.
-        last = checkpoint.state_path(run_dir, cur_nimg)
-        if last.is_file():
-            checkpoint.prune_states(run_dir, last, logging.keep_states, later_ones=False)
+        states = checkpoint.find_states(run_dir)
+        if states and checkpoint.is_state_after(states[0], cur_nimg):
+            checkpoint.prune_states(run_dir, states[0], logging.keep_states, later_ones=False)
     stop_signal.defer()
     if resume_state is not None:
         # A stop may have come before the pictures and scores of the state's tick.
@@ -217,7 +246,7 @@ def training_loop(
 
         # Accumulate gradients.
         optimizer.zero_grad()
-        with fixed_weights():
+        with parameters.accumulating():
             for round_idx in range(num_rounds):
                 rows = draws.rows(round_idx * batch_gpu, (round_idx + 1) * batch_gpu)
                 images, cond = objective.prepare(*next(batches), rows, device)
@@ -314,9 +343,10 @@ def training_loop(
             data_hash=data.content_hash,
             snapshot=snapshot_path(run_dir, cur_nimg).name if snap_due else None,
         )
-        if snap_due and rank == 0:
+        if snap_due:
             for path, weights, info in snapshots(progress_info):
-                save_weights(path, weights, config, data, info)
+                if rank == 0:
+                    save_weights(path, weights, config, data, info)
         state_due = dump_due or done or stop
         state = whole_state(progress_info) if state_due or snap_due or metrics_due else None
         if state_due:

@@ -1,9 +1,11 @@
 """From a batch to the loss: the module that DDP wraps."""
 
+import contextlib
 import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Self
 
 import torch
@@ -16,6 +18,7 @@ from diffusion.precond import Precond
 from models.context import Context
 from models.network import Network
 from torch_utils import rng
+from torch_utils.parameters import norm_of_grads
 from torch_utils.stats import StatsCollector
 from training.family import Codec
 
@@ -61,6 +64,8 @@ class Objective(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.network, self._precond = network, precond
+        # Within it, a network that is sharded can be called part by part.
+        self.gathered: Callable[[], AbstractContextManager] = contextlib.nullcontext
         self._codec, self._label_drop = codec, label_drop
         with_variance = precond.learned_variance
         self._denoise = Denoiser(network, precond, autocast_dtype, with_variance=with_variance)
@@ -137,6 +142,6 @@ def gradient_norms(
     for name, module in modules.items():
         grads = [param.grad for param in module.parameters() if param.grad is not None]
         if grads:
-            norm = torch.nn.utils.get_total_norm(grads, foreach=True)
+            norm = norm_of_grads(grads)
             norms[name] = norm if loss_scale is None else norm / loss_scale
     return norms

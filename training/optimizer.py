@@ -1,16 +1,17 @@
 """AdamW that leaves everything as it was when a gradient is not finite, without a host sync."""
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from torch_utils.parameters import Parameters
 from training.config import TrainingConfig
 
 _FP16_INITIAL_SCALE = 2.0**16
 _FP16_GROWTH_INTERVAL = 2000
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def learning_rate(
@@ -48,18 +49,18 @@ class GuardedAdam:
 
     def __init__(
         self,
-        params: Iterable[torch.nn.Parameter],
+        parameters: Parameters,
         *,
         beta2: float = 0.999,
         weight_decay: float = 0.0,
         clip_grad: float | None = None,
         dynamic_scale: bool = False,
     ) -> None:
-        self._params = list(params)
+        self._parameters = parameters
         self._clip_grad = clip_grad
         decayed: list[torch.nn.Parameter] = []
         spared: list[torch.nn.Parameter] = []
-        for p in self._params:
+        for p in parameters.own:
             spares = weight_decay > 0 and (p.ndim <= 1 or getattr(p, "spares_decay", False))
             (spared if spares else decayed).append(p)
         groups: list[dict[str, Any]] = [dict(params=decayed), dict(params=spared, weight_decay=0.0)]
@@ -71,7 +72,10 @@ class GuardedAdam:
             weight_decay=weight_decay,
             fused=True,
         )
-        device = self._params[0].device
+        device = parameters.own[0].device
+        # Adam numbers parameters group by group.
+        names = {id(p): name for name, p in zip(parameters.names, parameters.own, strict=True)}
+        self._names = [names[id(p)] for p in (*decayed, *spared)]
         self.skipped = torch.zeros([], device=device)
         self._counters = torch.zeros(2, dtype=torch.int64, device=device)  # Total, in a row.
         self.loss_scale: Tensor | None = None
@@ -80,12 +84,12 @@ class GuardedAdam:
             self._good_steps = torch.zeros([], dtype=torch.int32, device=device)
 
     def zero_grad(self) -> None:
-        self._adam.zero_grad(set_to_none=True)
+        self._parameters.zero_grad()
 
     def step(self, lr: float) -> Tensor:
         """Update the weights and return the gradient norm before clipping, a scalar tensor."""
-        grads = [param.grad for param in self._params if param.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads, foreach=True)
+        grads = self._parameters.take_grads()
+        norm = self._parameters.norm(grads)
         self.skipped = (~norm.isfinite()).to(torch.float32)
         if self.loss_scale is not None:
             norm = norm / self.loss_scale
@@ -113,17 +117,37 @@ class GuardedAdam:
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain containers and tensors that :meth:`load_state_dict` restores exactly."""
-        state: dict[str, Any] = dict(adam=self._adam.state_dict(), counters=self._counters)
+        adam = self._adam.state_dict()
+        adam["state"] = {
+            index: {
+                key: self._parameters.pack(self._names[index], value) if key in _MOMENTS else value
+                for key, value in own.items()
+            }
+            for index, own in adam["state"].items()
+        }
+        state: dict[str, Any] = dict(adam=adam, counters=self._counters)
         if self.loss_scale is not None:
             state.update(loss_scale=self.loss_scale, good_steps=self._good_steps)
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._adam.load_state_dict(state["adam"])
-        # The fused kernel walks raw memory: the averages must lie as their weights do.
-        for param, averages in self._adam.state.items():
-            for name in ("exp_avg", "exp_avg_sq"):
-                averages[name] = torch.empty_like(param).copy_(averages[name])
+        adam = state["adam"]
+        moments = {
+            index: {key: own.pop(key) for key in _MOMENTS}
+            for index, own in ((i, dict(own)) for i, own in adam["state"].items())
+        }
+        rest = {
+            index: {key: value for key, value in own.items() if key not in _MOMENTS}
+            for index, own in adam["state"].items()
+        }
+        self._adam.load_state_dict(dict(adam, state=rest))
+        params = [param for group in self._adam.param_groups for param in group["params"]]
+        for index, own in moments.items():
+            param = params[index]
+            for key, stored in own.items():
+                # The fused kernel walks raw memory: the averages must lie as their weights do.
+                self._adam.state[param][key] = torch.empty_like(param)
+                self._parameters.unpack(self._names[index], stored, self._adam.state[param][key])
         self._counters.copy_(state["counters"])
         if self.loss_scale is not None and "loss_scale" in state:
             self.loss_scale.copy_(state["loss_scale"])

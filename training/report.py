@@ -14,7 +14,8 @@ from dnnlib.text import format_count
 from models import ModelConfig, attention_backend, build_network
 from torch_utils.misc import count_flops, count_parameters
 from training import family
-from training.config import RunConfig, accumulation_rounds
+from training.config import RunConfig
+from training.division import accumulation_rounds
 from training.family import Codec, TrainingData
 
 _NUM_REALS = 64

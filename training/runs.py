@@ -13,14 +13,21 @@ from dnnlib.errors import refusal
 from dnnlib.typed import parse_json
 from torch_utils import distributed
 from training import family
-from training.checkpoint import Snapshot, find_states, load_state
+from training.checkpoint import (
+    Snapshot,
+    find_states,
+    is_state_folder,
+    load_state,
+    remove_incomplete_states,
+)
 from training.config import RunConfig, with_absolute_data
+from training.division import group_size
 from training.family import TrainingData
 from training.run_report.write import REPORT_FILE
 
 REQUEUE_FILE = "requeue"
 REQUEUE_EXIT_CODE = 85
-_MADE = ("training-state-*.pt", "network-snapshot-*.pkl", "stats.jsonl", "metric-*.jsonl")
+_MADE = ("training-state-*", "network-snapshot-*.pkl", "stats.jsonl", "metric-*.jsonl")
 _SHOWN = ("fakes-*.png", "reals.png", REPORT_FILE)
 _RUN_FILES = (*_MADE, *_SHOWN, "training_options.json", REQUEUE_FILE)
 
@@ -38,6 +45,8 @@ def resume_paths(resume: str) -> tuple[Path, Path | None]:
     Raises ValueError if there is neither.
     """
     path, accepted = Path(resume), "a run folder, a state file (.pt), or auto"
+    if is_state_folder(path):
+        return path.parent, path
     if path.is_dir():
         return path, None
     if not path.is_file():
@@ -113,6 +122,7 @@ def origin_of(transfer: Snapshot | None, desc: str | None) -> dict[str, Any]:
 def clear_leftovers(run_dir: Path) -> None:
     """Remove what an earlier process left: its request to be requeued, half-written files."""
     (run_dir / REQUEUE_FILE).unlink(missing_ok=True)
+    remove_incomplete_states(run_dir)
     for name in _RUN_FILES:
         for path in run_dir.glob(f".{name}.*.tmp"):
             path.unlink()
@@ -153,12 +163,14 @@ def load_resume_state(
     if the state is of another model or holds other averages of the weights.
     """
 
+    is_sharded = group_size(config.training, distributed.world_size()) > 1
+
     def load() -> tuple[dict[str, Any] | None]:
         if exact is not None:
-            return (load_state(exact),)
+            return (load_state(exact, lazily=is_sharded),)
         for path in find_states(run_dir):
             try:
-                state = load_state(path)
+                state = load_state(path, lazily=is_sharded)
             except ValueError as error:
                 report(f"Skipped: {error} Trying the state before it.")
                 continue
@@ -167,7 +179,7 @@ def load_resume_state(
         report(f"{run_dir} holds no readable training state: starting from the beginning.")
         return (None,)
 
-    loaded = distributed.on_main_tree(load)[0]
+    loaded = distributed.on_main_tree(load, is_sharded)[0]
     if loaded is not None:
         saved = with_absolute_data(family.restore_run(loaded["config"]))
         _check_same_model(config, saved, report)

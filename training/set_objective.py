@@ -14,7 +14,8 @@ from diffusion.denoiser import autocast
 from models.set_conditioner import SetContext
 from torch_utils import distributed, rng
 from torch_utils.stats import StatsCollector
-from training.config import RunConfig, accumulation_rounds
+from training.config import RunConfig
+from training.division import accumulation_rounds
 from training.objective import Draws, Objective, gradient_norms
 
 
@@ -125,7 +126,7 @@ class SetObjective(Objective):
             mask = torch.ones(images.shape[:2], dtype=torch.bool, device=images.device)
         was_training = self.network.training
         self.network.eval()
-        try:
+        with self.gathered():
             context = self.context(images, cond, draws)
             tokens = context.tokens if context.vector is None else context.vector[:, None]
             tokens = tokens.to(torch.float32)  #                        [b n, M, d]
@@ -144,8 +145,7 @@ class SetObjective(Objective):
                 own = self._loss_of_sets(images, draws, context)[rows].mean()
                 other = self._loss_of_sets(images, draws, context.index(order))[rows].mean()
                 found["context_gap"] = other - own
-        finally:
-            self.network.train(was_training)
+        self.network.train(was_training)
         return {f"debug/{name}": value for name, value in found.items()}
 
 

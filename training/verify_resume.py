@@ -17,7 +17,8 @@ from dnnlib.typed import parse_json
 from torch_utils import distributed
 from training import runs
 from training.checkpoint import Snapshot, find_states, load_state
-from training.config import RunConfig, accumulation_rounds
+from training.config import RunConfig
+from training.division import accumulation_rounds
 from training.family import Part
 from training.family import of as family_of
 from training.loop import Job, training_loop

@@ -1,6 +1,7 @@
 """Settings of DiffiT in image space."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar
 
 from dnnlib.config import option
@@ -76,6 +77,10 @@ class DiffiTConfig(ModelConfig):
         from models.conditioners import ClassConditioner
 
         return ClassConditioner(self.num_classes, self.augment_dim, dim)
+
+    def sharded_parts(self, backbone: "nn.Module") -> Iterable["nn.Module"]:
+        stages = (*backbone.encoder, *backbone.decoder)
+        return [block for blocks in stages for block in blocks]
 
     @property
     def widths(self) -> tuple[int, ...]:

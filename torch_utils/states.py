@@ -1,0 +1,110 @@
+"""Trees of tensors that several ranks write in parts, and that are put together when read."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Rows of a tensor in a state, as one rank holds them."""
+
+    own: Tensor
+    shape: tuple[int, ...]  # Of the whole tensor.
+    first: int  # Its row that is the first of ``own``.
+    is_written: bool  # Whether this rank writes them: others may hold the same.
+
+
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """A tensor of a state, as its parts lie in files. Nothing is read before :meth:`whole`."""
+
+    shape: tuple[int, ...]
+    pieces: tuple[tuple[int, Tensor], ...]  # Each with its first row.
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.pieces[0][1].dtype
+
+    def check(self) -> None:
+        """Raise ValueError unless the parts are the whole."""
+        row = 0
+        for first, part in self._sorted():
+            if first != row or part.ndim != len(self.shape) or part.shape[1:] != self.shape[1:]:
+                raise ValueError(f"rows {row} to {first} of a tensor are missing")
+            row += len(part) if part.ndim else 0
+        if self.shape and row != self.shape[0]:
+            raise ValueError(f"rows {row} to {self.shape[0]} of a tensor are missing")
+
+    def whole(self) -> Tensor:
+        """Return the tensor."""
+        parts = [part for _, part in self._sorted()]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _sorted(self) -> list[tuple[int, Tensor]]:
+        return sorted(self.pieces, key=lambda piece: (piece[0], len(self.shape) and len(piece[1])))
+
+
+def take_apart(tree: Any, writes_rest: bool) -> tuple[Any, dict[str, Tensor], dict[str, int]]:
+    """Return a tree for JSON, the tensors that this rank writes by key, and their first rows.
+
+    The tree is the same on every rank. Tensors that are no :class:`Part` are written where
+    ``writes_rest``. Accepted are dicts, lists, tuples, tensors and what JSON knows.
+    """
+    own: dict[str, Tensor] = {}
+    first_rows: dict[str, int] = {}
+
+    def encode(node: Any, key: str) -> Any:
+        if isinstance(node, dict):
+            items = [[name, encode(child, f"{key}/{name}")] for name, child in node.items()]
+            return dict(dict=items)
+        if isinstance(node, list | tuple):
+            kind = "list" if isinstance(node, list) else "tuple"
+            return {kind: [encode(child, f"{key}/{i}") for i, child in enumerate(node)]}
+        if isinstance(node, Part):
+            if node.is_written and (node.own.numel() or not node.first):
+                own[key], first_rows[key] = node.own.detach(), node.first
+            return dict(tensor=key, shape=list(node.shape))
+        if isinstance(node, Tensor):
+            if writes_rest:
+                own[key], first_rows[key] = node.detach(), 0
+            return dict(tensor=key, shape=list(node.shape))
+        return dict(value=node)
+
+    return encode(tree, ""), own, first_rows
+
+
+def put_together(tree: Any, find: Callable[[str], list[tuple[int, Tensor]]]) -> Any:
+    """Return the tree that :func:`take_apart` took apart, with :class:`Pieces` as its tensors.
+
+    ``find(key)`` returns the parts of a tensor with their first rows. Raises KeyError, TypeError or
+    ValueError for a tree that is none.
+    """
+    ((kind, node),) = ((k, v) for k, v in tree.items() if k != "shape")
+    if kind == "dict":
+        return {name: put_together(child, find) for name, child in node}
+    if kind in ("list", "tuple"):
+        children = [put_together(child, find) for child in node]
+        return children if kind == "list" else tuple(children)
+    if kind == "tensor":
+        pieces = tuple(find(node))
+        if not pieces:
+            raise ValueError(f"no part holds {node}")
+        return Pieces(tuple(tree["shape"]), pieces)
+    if kind == "value":
+        return node
+    raise ValueError(f"{kind} is no part of a state")
+
+
+def map_leaves(function: Callable[[Any], Any], tree: Any, kinds: tuple[type, ...]) -> Any:
+    """Return nested dicts, lists and tuples with another value in place of each of ``kinds``."""
+    if isinstance(tree, kinds):
+        return function(tree)
+    if isinstance(tree, Mapping):
+        return {key: map_leaves(function, child, kinds) for key, child in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(map_leaves(function, child, kinds) for child in tree)
+    return tree
