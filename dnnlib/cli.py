@@ -335,7 +335,7 @@ def _run(command: click.Command) -> None:
             raise
         found = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
         wanted = f" for {found[1]}" if found else ""
-        message = f"Not enough memory{wanted}; use a smaller batch, or a smaller model."
+        message = f"Not enough memory{wanted}; use a smaller batch or model."
         click.echo(f"Error: {message}", err=True)
         launcher.record_error(message)
         sys.exit(1)

@@ -19,15 +19,26 @@ class Network(nn.Module):
         self.conditioner = config.make_conditioner(self.backbone.context_dim)
         self.is_compiled = False
 
-    def compile_parts(self, num_shapes: int = 1, backend: str | Callable = "inductor") -> None:
-        """Compile what is run at every step, for each of ``num_shapes`` shapes of inputs."""
+    def compile_parts(
+        self,
+        num_shapes: int = 1,
+        backend: str | Callable = "inductor",
+        *,
+        is_sharded: bool = False,
+    ) -> None:
+        """Compile what is run at every step, for each of ``num_shapes`` shapes of inputs.
+
+        Of a sharded network, that is what is gathered by itself.
+        """
         # Beyond the limit, further shapes would silently run without compilation.
         limits, graphs = torch._dynamo.config, num_shapes + 1
         limits.recompile_limit = max(limits.recompile_limit, graphs)
         total = max(limits.accumulated_recompile_limit, 4 * graphs)
         limits.accumulated_recompile_limit = total
         # Blocks that are equal share one graph, which is compiled once.
-        for part in self.config.compiled_parts(self.backbone):
+        config = self.config
+        parts_of = config.sharded_parts if is_sharded else config.compiled_parts
+        for part in parts_of(self.backbone):
             part.compile(backend=backend, dynamic=False if num_shapes > 1 else None)
         self.conditioner.compile_parts(backend)
         self.is_compiled = True

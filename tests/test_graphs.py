@@ -63,7 +63,7 @@ def test_a_run_has_one_graph_for_each_shape_and_compiles_no_more(base, tmp_path,
     backend, counts = Counter(), []
     compile_parts, read = Network.compile_parts, loop.GuardedAdam.read_counters
 
-    def compile_whole(self, num_shapes=1):
+    def compile_whole(self, num_shapes=1, is_sharded=False):
         # A break of the graph would be an error.
         make = torch.nn.Module.compile
         whole = functools.partialmethod(make, fullgraph=True)
@@ -100,7 +100,9 @@ def test_scores_on_the_way_are_made_by_a_compiled_network(base, tmp_path):
     options = ("--iters=2", "--batch=4", "--metrics=fd_pixels")
     torch._dynamo.reset()
     with mock.patch.object(
-        Network, "compile_parts", lambda own, num_shapes: compile_parts(own, num_shapes, backend)
+        Network,
+        "compile_parts",
+        lambda own, num_shapes, **options: compile_parts(own, num_shapes, backend, **options),
     ):
         compiled = train_tiny(tmp_path / "a", data(base), *options, "--compile=True", tiny=tiny)
     plain = train_tiny(tmp_path / "b", data(base), *options, tiny=tiny)

@@ -8,12 +8,14 @@ import pytest
 import torch
 from feature_files import tiny_features
 from helpers import (
+    ROOT,
     TINY,
     TINY_FEATURES,
     TINY_LATENT,
     TINY_SETS,
     fail,
     on_ranks,
+    run_warm,
     succeed,
     toy_data,
 )
@@ -213,3 +215,24 @@ def test_the_size_of_groups_divides_the_ranks():
         group_size(training, 4)
     assert group_size(TrainingConfig(), 4) == 1
     assert group_size(TrainingConfig(shard="full"), 4) == 4
+
+
+def test_a_model_that_does_not_fit_on_one_rank_trains_on_four(base, tmp_path):
+    # 25 million parameters: 500 MB of weights, gradients, moments and average, beside 370 MB.
+    script = tmp_path / "limited.py"
+    script.write_text(
+        "import resource, runpy, sys\n"
+        "resource.setrlimit(resource.RLIMIT_DATA, (820 << 20, 820 << 20))\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        f"sys.argv[0] = {str(ROOT / 'train.py')!r}\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    large = ("--num-blocks=4", "--hidden-dim=640", "--num-heads=8", "--batch=4", "--steps=1")
+    data = f"--data={tiny_latents(base)}"
+    arguments = ("--preset=digits-latent", *large, data, "--iters=1", "--workers=0", "--board=none")
+    whole = run_warm(script, *arguments, f"--outdir={tmp_path / 'none'}", ranks=4)
+    assert whole.returncode != 0
+    assert "Not enough memory" in whole.stdout + whole.stderr
+    on_ranks(4, script, *arguments, f"--outdir={tmp_path / 'full'}", "--shard=full")
+    run_dir = only_run(tmp_path / "full")
+    assert load_snapshot(find_snapshots(run_dir)[0]).progress["cur_nimg"] == 4

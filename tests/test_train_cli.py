@@ -20,6 +20,7 @@ import pytest
 import test_conditioning
 import test_cpu_matmul
 import test_respacing
+import test_sharding
 import torch
 from feature_files import tiny_features
 from latent_files import tiny_autoencoder
@@ -469,6 +470,8 @@ SHOWN_BY = {
     "report-conditions": (
         "test_a_run_reports_on_conditions_as_the_command_does_and_trains_as_without"
     ),
+    "shard": "test_losses_norms_and_weights_are_those_of_whole_weights",
+    "shard-size": "test_groups_of_ranks_hold_a_copy_each",
     "respacing": "test_pictures_of_a_run_and_images_of_its_snapshot_visit_the_timesteps_named",
     "cpu-matmul": "test_what_multiplies_is_kept_in_states_snapshots_and_protocols",
     "skip-limit": "test_skip_limit_stops_a_run_whose_gradients_stay_non_finite",
@@ -486,6 +489,7 @@ DEFAULTS = {
     "attention": {"auto", "flex", "explicit"},
     "skip": {"stage"},
     "board": {"tensorboard"},
+    "shard": {"none", "full", "hybrid"},
     "precond": {"edm"},
     "precision": {"fp32", "auto"},
     "cpu-matmul": {"auto", "mkl", "onednn"},
@@ -503,7 +507,13 @@ def all_settings():
 def test_every_option_and_every_choice_of_it_has_a_test():
     found = all_settings()
     assert set(found) == set(CASES) | set(SHOWN_BY)
-    known = globals() | vars(test_conditioning) | vars(test_cpu_matmul) | vars(test_respacing)
+    known = (
+        globals()
+        | vars(test_conditioning)
+        | vars(test_sharding)
+        | vars(test_cpu_matmul)
+        | vars(test_respacing)
+    )
     assert all(callable(known[name]) for name in SHOWN_BY.values())
     for name, setting in found.items():
         choices = set(setting.field.metadata["choices"] or ())

@@ -43,17 +43,17 @@ def allow_tf32(allowed: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(keeps: bool = True) -> None:
     """Have the C library keep what is freed, in place of giving it back to the system at once.
 
     A step on a CPU frees and asks for the same hundreds of megabytes again; each time the system
-    would hand out pages one by one and fill them with zeros, for 5 to 10% of the step. Does nothing
-    where the C library is not glibc.
+    would hand out pages one by one and fill them with zeros, for 5 to 10% of the step. Without
+    ``keeps`` it gives back what it can. Does nothing where the C library is not glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+        mallopt(_M_MMAP_THRESHOLD, 1 << 30 if keeps else 1 << 20)
+        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1 if keeps else 1 << 20)
 
 
 def count_parameters(module: torch.nn.Module) -> int:

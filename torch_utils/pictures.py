@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from dnnlib.files import atomic_write, check_target
 
 if TYPE_CHECKING:
     import PIL.Image
+    import PIL.ImageFont
     import PIL.PngImagePlugin
 
 _GAP = 2
@@ -184,13 +186,18 @@ def _places(
     return [row[:-1] for row in ends], max(row[-1] for row in ends)
 
 
+@functools.cache
+def _font() -> PIL.ImageFont.FreeTypeFont:
+    import PIL.ImageFont
+
+    return PIL.ImageFont.load_default(_TEXT_SIZE)
+
+
 class _Writer:
     """Writes on a picture, within given widths."""
 
     def __init__(self) -> None:
-        import PIL.ImageFont
-
-        self._font = PIL.ImageFont.load_default(_TEXT_SIZE)
+        self._font = _font()
 
     def begin(self, canvas: PIL.Image.Image) -> None:
         import PIL.ImageDraw

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from torch_utils import distributed
+from torch_utils.misc import keep_freed_memory
 from torch_utils.parameters import Parameters
 from torch_utils.states import Part
 
@@ -34,6 +35,7 @@ def shard(
     ``compute_dtype``; the rest when the objective does, in float32. Gradients are averaged over all
     ranks in float32. Calls of ``objective.gathered()`` return a context in which the rest is whole.
     """
+    keep_freed_memory(False)  # Here memory counts for more than time.
     mesh, network = _make_mesh(device, size), objective.network
     empty = _empty_copy(network)
     # Which parameters spare weight decay, and so on, is noted on objects that are replaced.

@@ -129,7 +129,7 @@ def training_loop(
         tick_start_nimg, elapsed_before_sec = made["tick_start_nimg"], made["elapsed_sec"]
         stats.load_state_dict(resume_state["stats"])
     if training.compile:
-        network.compile_parts(objective.num_shapes)
+        network.compile_parts(objective.num_shapes, is_sharded=shard_size > 1)
         if logging.metrics:  # A few pictures alone are made sooner without.
             ema.network.compile_parts(objective.num_shapes)
     loss_function = objective if shard_size > 1 else distributed.wrap(objective, device)
@@ -347,7 +347,9 @@ def training_loop(
             for path, weights, info in snapshots(progress_info):
                 if rank == 0:
                     save_weights(path, weights, config, data, info)
-        state_due = dump_due or done or stop
+            del weights  # Of a sharded network they are a copy.
+        # Ranks that a stop cuts short one by one could not write a state together.
+        state_due = dump_due or done or stop or (shard_size > 1 and (snap_due or metrics_due))
         state = whole_state(progress_info) if state_due or snap_due or metrics_due else None
         if state_due:
             write_state(state)

@@ -15,7 +15,7 @@ from models import ModelConfig, attention_backend, build_network
 from torch_utils.misc import count_flops, count_parameters
 from training import family
 from training.config import RunConfig
-from training.division import accumulation_rounds
+from training.division import accumulation_rounds, group_size
 from training.family import Codec, TrainingData
 
 _NUM_REALS = 64
@@ -60,6 +60,7 @@ def run_facts(config: RunConfig, world_size: int, device: torch.device) -> dict[
     steps = -(-config.total_nimg // config.step_nimg)
     classes = f"{model.num_classes} classes" if model.num_classes else "unconditional"
     size = f"{model.resolution}x{model.resolution}x{model.img_channels}"
+    size_of_group = group_size(training, world_size)
     num, kimg = model.images_per_row, config.total_nimg / 1000
     duration = f"{kimg:,.1f}" if kimg >= 1 else f"{kimg:.2f}"
     rows_of = "images" if num == 1 else f"sets of {num} images"
@@ -71,6 +72,7 @@ def run_facts(config: RunConfig, world_size: int, device: torch.device) -> dict[
         "batch": f"{training.batch} {rows_of} per optimizer step = {batch_gpu} per pass x "
         f"{rounds} pass(es) x {world_size} rank(s)",
         "duration": f"{duration} kimg = {steps:,} optimizer steps",
+        **({"shards": f"weights divided among {size_of_group} ranks"} if size_of_group > 1 else {}),
         "precision": training.precision + (", compiled" if training.compile else ""),
         "attention": attention_backend(model, device),
         **({"cpu matmul": training.cpu_matmul} if device.type == "cpu" else {}),

@@ -18,7 +18,7 @@ from training.run_report.scores import Score, read_score_rows, scores_of
 
 OPTIONS_FILE, STATS_FILE, WATCH_FILE = "training_options.json", "stats.jsonl", "watch.jsonl"
 _SNAPSHOT = re.compile(r"network-snapshot-\d+(?:\.\d{3})?\.pkl")
-_STATE = re.compile(r"training-state-\d+(?:\.\d{3})?\.pt")
+_STATE = re.compile(r"training-state-\d+(?:\.\d{3})?(?:\.pt)?")
 
 
 @dataclasses.dataclass(frozen=True)
