@@ -89,6 +89,9 @@ def test_losses_norms_and_weights_are_those_of_whole_weights(base, tmp_path, kin
     for name, weights in there.state_dict.items():
         torch.testing.assert_close(own.state_dict[name], weights, rtol=1e-4, atol=1e-5)
     assert (max(sharded.glob("fakes-*.png"))).is_file()
+    report = (sharded / "report.html").read_text()
+    assert find_states(sharded)[0].name in report
+    assert "cannot be written" not in (sharded / "log.txt").read_text()
 
 
 def test_groups_of_ranks_hold_a_copy_each(base, tmp_path):

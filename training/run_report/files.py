@@ -130,5 +130,9 @@ def read_run(run_dir: Path, history: History | None = None) -> Run:
 
 
 def _by_kimg(run_dir: Path, pattern: re.Pattern) -> list[Path]:
-    found = [path for path in run_dir.glob("*-*") if pattern.fullmatch(path.name)]
+    found = [
+        path
+        for path in run_dir.glob("*-*")
+        if pattern.fullmatch(path.name) and (path.is_file() or (path / "manifest.json").is_file())
+    ]
     return sorted(found, key=lambda path: kimg_of_name(path.name))

@@ -10,7 +10,7 @@ from dnnlib.files import read_file
 from dnnlib.typed import parse_json
 
 _MAX_BYTES = 200_000_000  # Of a file of rows; no run writes so much but to stats.jsonl.
-_COUNT = re.compile(r"-(\d+)(?:\.(\d{3}))?(?=[-.])")
+_COUNT = re.compile(r"-(\d+)(?:\.(\d{3}))?(?=[-.]|$)")
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:

@@ -159,6 +159,7 @@ def files_section(run: Run) -> Html:
 
 def _size(path: Path) -> str:
     try:
-        return format_count(path.stat().st_size, "B")
+        files = path.iterdir() if path.is_dir() else (path,)  # A state may lie in parts.
+        return format_count(sum(file.stat().st_size for file in files), "B")
     except OSError:
         return "gone"
