@@ -37,7 +37,7 @@ def shard(
     """
     keep_freed_memory(False)  # Here memory counts for more than time.
     mesh, network = _make_mesh(device, size), objective.network
-    empty = _empty_copy(network)
+    empty = _empty_copy(network).to(device)
     # Which parameters spare weight decay, and so on, is noted on objects that are replaced.
     notes = {name: dict(vars(param)) for name, param in network.named_parameters()}
     policy = MixedPrecisionPolicy(
