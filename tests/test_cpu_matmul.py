@@ -13,9 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import families  # noqa: F401 (registers them)
 from diffusion.denoiser import autocast
-from torch_utils import cpu_matmul
+from torch_utils import cpu_matmul, parameters
 from torch_utils.reuse import fixed_weights
-from training import loop
 from training.checkpoint import find_states, load_snapshot, load_state
 
 ROOT = Path(__file__).parents[1]
@@ -132,7 +131,7 @@ def test_a_run_in_bf16_is_the_same_whether_casts_are_kept_or_not(extra, tmp_path
     data, states = helpers.toy_data(tmp_path), []
     for name in ("kept", "anew"):
         if name == "anew":
-            monkeypatch.setattr(loop, "fixed_weights", contextlib.nullcontext)
+            monkeypatch.setattr(parameters, "fixed_weights", contextlib.nullcontext)
         run_dir = helpers.train_tiny(tmp_path / name, data, *options).run_dir
         states.append(load_state(find_states(run_dir)[0]))
     for own in ("net", "ema", "optimizer"):
