@@ -17,7 +17,7 @@ from diffusion.precond import make_precond
 from diffusion.samplers import sampling_sigmas
 from dnnlib.errors import refusal
 from families.next_steps import image_steps
-from families.reporting import reporting
+from families.reporting import check_conditions, reporting
 from families.runs import ImageRun
 from models.network import Network
 from sampling.images import ImageGenerator, cached_snapshot, check_guide
@@ -253,12 +253,6 @@ class ImageFamily:
 
     def unprompted(self, generator: ImageGenerator) -> ImageGenerator:
         return generator
-
-
-def check_conditions(run: RunConfig) -> None:
-    """Raise ValueError for a model without classes, of which nothing can be reported."""
-    if not run.model.num_classes:
-        raise ValueError("This model is unconditional; there is no condition to vary.")
 
 
 def objective_settings(run: RunConfig) -> dict[str, Any]:

@@ -6,6 +6,12 @@ from training.config import RunConfig
 from training.family import Evaluator, Family
 
 
+def check_conditions(run: RunConfig) -> None:
+    """Raise ValueError for a model without classes, of which nothing can be reported."""
+    if not run.model.num_classes:
+        raise ValueError("This model is unconditional; there is no condition to vary.")
+
+
 def reporting(
     family: Family, run: RunConfig, evaluator: Evaluator, device: torch.device
 ) -> Evaluator:

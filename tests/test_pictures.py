@@ -108,6 +108,6 @@ def test_our_pictures_and_animations_are_known_again(tmp_path):
     pictures = [image_grid(filled(2, value, channels=3), 2) for value in (10, 200)]
     save_image(pictures[0], tmp_path / "a.png")
     save_animation(pictures, tmp_path / "a.gif", [40, 2000])
-    pictures[0].save(tmp_path / "b.gif")
+    pictures[0].save(tmp_path / "b.gif", comment=b"\xff of another")
     known = {path.name: is_our_image(path) for path in tmp_path.iterdir()}
     assert known == {"a.png": True, "a.gif": True, "b.gif": False}

@@ -286,7 +286,8 @@ def is_our_image(path: Path) -> bool:
 
     try:
         with PIL.Image.open(path) as image:
-            return _MARK in (image.info.get("Software"), image.info.get("comment", b"").decode())
+            info = image.info
+            return info.get("Software") == _MARK or info.get("comment") == _MARK.encode()
     except OSError:
         return False
 

@@ -132,22 +132,18 @@ class GuardedAdam:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         adam = state["adam"]
-        moments = {
-            index: {key: own.pop(key) for key in _MOMENTS}
-            for index, own in ((i, dict(own)) for i, own in adam["state"].items())
-        }
         rest = {
             index: {key: value for key, value in own.items() if key not in _MOMENTS}
             for index, own in adam["state"].items()
         }
         self._adam.load_state_dict(dict(adam, state=rest))
         params = [param for group in self._adam.param_groups for param in group["params"]]
-        for index, own in moments.items():
-            param = params[index]
-            for key, stored in own.items():
+        for index, own in adam["state"].items():
+            param, name = params[index], self._names[index]
+            for key in _MOMENTS:
                 # The fused kernel walks raw memory: the averages must lie as their weights do.
                 self._adam.state[param][key] = torch.empty_like(param)
-                self._parameters.unpack(self._names[index], stored, self._adam.state[param][key])
+                self._parameters.unpack(name, own[key], self._adam.state[param][key])
         self._counters.copy_(state["counters"])
         if self.loss_scale is not None and "loss_scale" in state:
             self.loss_scale.copy_(state["loss_scale"])

@@ -42,8 +42,7 @@ class Report:
 
     def score_rows(self) -> list[dict[str, Any]]:
         """Return all of it as score rows: those of the conditions, and one for each layer."""
-        first = self.rows[0]
-        head = {k: first[k] for k in ("panel", "seed", "snapshot_hash", "network")}
+        head = {k: self.rows[0][k] for k in ("panel", "seed", "snapshot_hash", "network")}
         layers = [
             dict(metric="conditioning_attention", layer=index, value=None, values=layer, **head)
             for index, layer in enumerate(self.attention)
