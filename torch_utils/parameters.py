@@ -44,7 +44,7 @@ class Parameters:
 
     def pack(self, name: str, own: Tensor) -> Any:
         """Return what a state keeps of a tensor that lies as the parameter ``name`` does."""
-        return own
+        return own.detach()
 
     def unpack(self, name: str, stored: Any, own: Tensor) -> None:
         """Copy what a state kept into ``own``, as far as this process holds it."""
