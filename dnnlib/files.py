@@ -162,6 +162,18 @@ def lock_folder(folder: Path, problem: str) -> contextlib.AbstractContextManager
     return file
 
 
+def is_locked(path: Path) -> bool:
+    """Return whether another process holds the lock of a file."""
+    try:
+        with open(path, "r+") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return True
+    except OSError:  # It is gone, or the file system has no locks.
+        return False
+    return False
+
+
 def cache_dir() -> Path:
     """Return the folder for downloads and derived data: $SETDIFFIT_CACHE or ~/.cache/setdiffit."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "setdiffit"

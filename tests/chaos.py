@@ -40,7 +40,7 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from training_runs import differences  # noqa: E402
 
-from training.checkpoint import load_snapshot, load_state  # noqa: E402
+from training.checkpoint import find_states, load_snapshot, load_state  # noqa: E402
 
 _COLD_SHARE = 0.15
 
@@ -128,9 +128,10 @@ def read_order(order):
 
 def check_readable(run_dir):
     """Raise ChaosError if a kill left a file that cannot be read."""
+    states = find_states(run_dir)
     for path in run_dir.glob("[!.]*"):
         try:
-            if path.suffix == ".pt":
+            if path in states:
                 load_state(path)
             elif path.suffix == ".pkl":
                 load_snapshot(path)
@@ -155,7 +156,7 @@ def rows_of(path):
 
 def content_of(path):
     """Return what a state or a snapshot holds, without what is about time and place."""
-    content = torch.load(path, weights_only=True)
+    content = load_state(path) if path.is_dir() else torch.load(path, weights_only=True)
     del content["progress"]["elapsed_sec"]
     content.pop("packages", None)  # Those that the process has imported.
     return content
@@ -166,13 +167,13 @@ def check_equal(run_dir, order, reference):
     left = [path.name for path in run_dir.glob(".*") if path.name != ".lock"]
     if left:
         raise ChaosError(f"{run_dir}: left behind: {left}")
-    patterns = ("*.pt", "*.pkl", "*.png", "*.jsonl")
+    patterns = ("training-state-*", "*.pkl", "*.png", "*.jsonl")
     names = [{p.name for n in patterns for p in d.glob(n)} for d in (run_dir, reference.run_dir)]
     if names[0] != names[1]:
         raise ChaosError(f"{run_dir}: other files than the reference: {names[0] ^ names[1]}")
     for name in sorted(names[0]):
         paths = run_dir / name, reference.run_dir / name
-        if name.endswith((".pt", ".pkl")):
+        if name.startswith(("training-state-", "network-snapshot-")):
             wrong = differences(*map(content_of, paths))
         elif name.endswith(".jsonl"):
             wrong = [] if rows_of(paths[0]) == rows_of(paths[1]) else ["rows"]

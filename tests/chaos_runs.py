@@ -115,9 +115,8 @@ def _within(stage, function):
 
 def instrument():
     """Have the processes that this one forks tell their stage, and write down their data."""
-    loop.save_weights = _within("save", loop.save_weights)
-    loop.checkpoint.save_state = _within("save", loop.checkpoint.save_state)
-    loop.checkpoint.prune_states = _within("save", loop.checkpoint.prune_states)
+    loop.Writer.write = _within("save", loop.Writer.write)
+    loop.Writer.finish = _within("save", loop.Writer.finish)
     for owner in (images.ImageEvaluator, sets.SetEvaluator, features.FeatureEvaluator):
         owner.save_pictures = _within("pictures", owner.save_pictures)
         owner.score = _within("scores", owner.score)

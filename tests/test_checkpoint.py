@@ -10,6 +10,7 @@ import random
 import pytest
 import torch
 from PIL import Image
+from state_files import empty_state, write_state_file
 
 from configs import get_preset
 from dnnlib.config import to_dict
@@ -23,12 +24,12 @@ from training.checkpoint import (
     load_snapshot,
     load_state,
     profile_path,
-    prune_states,
-    save_state,
     save_weights,
     snapshot_path,
     state_path,
+    superfluous_states,
 )
+from training.saving.state_folder import remove_incomplete_states
 from training.transfer import transfer_weights
 
 DATA = DataSummary(
@@ -191,7 +192,7 @@ def test_a_file_that_would_execute_code_is_refused_and_not_executed(
         (lambda path: torch.save({"a": 1}, path), ["not a snapshot of this project"]),
         (lambda path: torch.save([1, 2], path), ["not a snapshot of this project"]),
         (
-            lambda path: save_state(path, dict(net={}, ema={}), tiny_config()),
+            lambda path: write_state_file(path, dict(net={}, ema={}), tiny_config()),
             ["not a snapshot of this project"],
         ),
     ],
@@ -283,10 +284,10 @@ def test_a_file_that_ends_early_is_refused(snapshot, tmp_path):
 def test_names_of_less_than_a_kimg_count_images(tmp_path):
     """As a short run on a laptop writes them; names from 1 kimg on are those of before."""
     for nimg in (256, 1024, 64, 2000, 0):
-        save_state(state_path(tmp_path, nimg), dict(net={}), tiny_config())
+        empty_state(state_path(tmp_path, nimg))
     assert [path.name for path in find_states(tmp_path)] == [
-        *("training-state-000002.pt", "training-state-000001.pt", "training-state-000000.256.pt"),
-        *("training-state-000000.064.pt", "training-state-000000.pt"),
+        *("training-state-000002", "training-state-000001", "training-state-000000.256"),
+        *("training-state-000000.064", "training-state-000000"),
     ]
     assert snapshot_path(tmp_path, 256).name == "network-snapshot-000000.256.pkl"
     assert profile_path(tmp_path, 256, 0.05).name == "network-snapshot-0000000.256-0.050.pkl"
@@ -296,18 +297,25 @@ def test_names_of_less_than_a_kimg_count_images(tmp_path):
     assert find_snapshots(tmp_path) == [snapshot_path(tmp_path, 256)]
 
 
-def test_states_are_found_newest_first_and_the_oldest_are_deleted(tmp_path):
-    for kimg in (2, 10, 1):
-        save_state(state_path(tmp_path, kimg * 1000), dict(net={}), tiny_config())
-    (tmp_path / "training-state-latest.pt").touch()
-    (tmp_path / ".training-state-000011.pt.x.tmp").touch()
-    names = [path.name for path in find_states(tmp_path)]
-    assert names == [f"training-state-{kimg:06d}.pt" for kimg in (10, 2, 1)]
-    prune_states(tmp_path, latest=find_states(tmp_path)[0], keep=2)
-    assert [path.name for path in find_states(tmp_path)] == names[:2]
-    prune_states(tmp_path, latest=find_states(tmp_path)[1], keep=2)
-    assert [path.name for path in find_states(tmp_path)] == names[1:2]
-    assert load_state(find_states(tmp_path)[0])["net"] == {}
+def test_states_are_found_newest_first_and_the_oldest_are_superfluous(tmp_path):
+    for kimg in (2, 10):
+        empty_state(state_path(tmp_path, kimg * 1000))
+    for kimg in (1, 3):  # As versions before wrote them.
+        write_state_file(tmp_path / f"training-state-{kimg:06d}.pt", dict(net={}), tiny_config())
+    (tmp_path / "training-state-latest").touch()
+    (tmp_path / "training-state-000011").mkdir()  # Without a manifest.
+    states = find_states(tmp_path)
+    names = ["training-state-000010", "training-state-000003.pt", "training-state-000002"]
+    assert [path.name for path in states] == [*names, "training-state-000001.pt"]
+    assert all(load_state(path)["net"] == {} for path in states)
+    assert superfluous_states(tmp_path, states[0], keep=2) == states[2:]
+    assert superfluous_states(tmp_path, states[1], keep=2) == [states[0], states[3]]
+    assert superfluous_states(tmp_path, states[1], keep=2, later_ones=False) == states[3:]
+    to_come = state_path(tmp_path, 2500)
+    assert superfluous_states(tmp_path, to_come, keep=3) == states[:2]
+    assert superfluous_states(tmp_path, state_path(tmp_path, 3000), keep=1) == states
+    remove_incomplete_states(tmp_path)
+    assert not (tmp_path / "training-state-000011").exists()
 
 
 def test_a_transfer_loads_what_fits_and_names_the_rest(snapshot):

@@ -21,7 +21,7 @@ from diffusion.samplers import SAMPLERS, num_evaluations, sample
 from metrics.metric import METRICS
 from models import ARCHITECTURES
 from training import family
-from training.checkpoint import load_snapshot, load_state
+from training.checkpoint import find_states, load_snapshot, load_state
 
 MODULES = ["toy", "dpm_2", "distance_of_means", "wide_digits"]
 
@@ -81,8 +81,7 @@ def test_a_run_of_the_family_resumes_bit_for_bit(runs, data, tmp_path):
     part = helpers.train_tiny(tmp_path, data, "--iters=30", tiny=TOY).run_dir
     succeed(train, f"--resume={part}", "--iters=60")
     (resumed,), (whole,) = (
-        [load_state(path) for path in sorted(folder.glob("training-state-*"))[-1:]]
-        for folder in (part, runs)
+        [load_state(path) for path in find_states(folder)[:1]] for folder in (part, runs)
     )
     for name, value in whole["net"].items():
         assert torch.equal(value, resumed["net"][name]), name

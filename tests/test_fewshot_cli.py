@@ -20,7 +20,7 @@ from evaluation.fewshot import EpisodeImages, support_distances
 from families.sets import episodes_of_snapshot, open_data_of
 from sampling.supports import SupportGenerator
 from training.asked import GeneratorOptions
-from training.checkpoint import find_snapshots, load_snapshot, load_state
+from training.checkpoint import find_snapshots, find_states, load_snapshot, load_state
 
 
 @pytest.fixture(autouse=True)
@@ -227,7 +227,7 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(base, tmp_path):
         tmp_path / "b", data, *options, "--iters=3", tiny=helpers.TINY_SETS
     ).run_dir
     helpers.succeed(train, f"--resume={part}", "--iters=6")
-    states = [load_state(max(d.glob("training-state-*.pt"))) for d in (whole, part)]
+    states = [load_state(find_states(d)[0]) for d in (whole, part)]
     for name, value in states[0]["net"].items():
         assert torch.equal(value, states[1]["net"][name]), name
 

@@ -29,7 +29,7 @@ from models import build_network
 from torch_utils import rng
 from torch_utils.pictures import read_image, to_uint8
 from training.asked import GeneratorOptions
-from training.checkpoint import find_snapshots, load_snapshot, load_state
+from training.checkpoint import find_snapshots, find_states, load_snapshot, load_state
 from training.objective import Objective
 
 LATENT_MODEL = get_preset("digits-latent").run.model
@@ -69,7 +69,7 @@ def losses(run_dir):
 
 
 def weights(run_dir):
-    return load_state(max(run_dir.glob("training-state-*.pt")))["net"]
+    return load_state(find_states(run_dir)[0])["net"]
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import fail, succeed
+from state_files import as_file
 from training_runs import TINY, only_run
 
 import fid
@@ -79,7 +80,7 @@ def test_compact_weights_are_halved_but_for_what_would_overflow():
     network = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
     with torch.no_grad():
         network[0].bias[0] = 1e5
-    compact = PowerEMA(Parameters(network), (0.1,)).compact(0.1)
+    compact = dict(PowerEMA(Parameters(network), (0.1,)).compact(0.1))
     types = {name: value.dtype for name, value in compact.items()}
     assert types["0.weight"] == types["1.weight"] == torch.float16
     assert types["0.bias"] == types["1.running_var"] == torch.float32
@@ -360,7 +361,7 @@ def test_a_header_with_any_damage_is_named_or_reads_as_it_was(run_dir, tmp_path)
 
 def test_a_run_without_profiles_goes_on_without_and_not_with_them(digits_zip, tmp_path):
     result = helpers.train_tiny(tmp_path, digits_zip, "--iters=1")
-    state = find_states(result.run_dir)[0]
+    state = as_file(find_states(result.run_dir)[0])
     rewrite(state, lambda payload: payload["config"]["training"].pop("ema_stds"))
     message = fail(train, f"--resume={state}", "--iters=2", "--ema-stds=0.1")
     assert "averages of --ema-stds=none, not of 0.1, and none can start in the middle" in message

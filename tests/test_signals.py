@@ -65,7 +65,7 @@ def test_a_signalled_run_stops_with_a_state_and_equals_the_uninterrupted_one(
 
     first = start()
     # The first state is followed by the first score, which the signal cuts short.
-    first.wait_until(lambda: list(tmp_path.glob("*/training-state-*.pt")))
+    first.wait_until(lambda: list(tmp_path.glob("*/training-state-*/manifest.json")))
     run_dir = expect_stop(first, signal.SIGTERM)
     second = start(warm=ranks is None)
     second.wait_until(lambda: num_rows(tmp_path) >= 4)

@@ -45,7 +45,8 @@ from metrics.metric import get_metrics
 from models.config import ModelConfig
 from models.diffit import DiffiT
 from sampling.images import ImageGenerator
-from training.checkpoint import find_snapshots, load_snapshot, load_state
+from torch_utils.saver import Saver
+from training.checkpoint import find_snapshots, find_states, load_snapshot, load_state
 from training.config import fit_to_device
 from training.feature_objective import FeatureObjective
 from training.objective import Objective
@@ -450,6 +451,7 @@ SHOWN_BY = {
     **dict.fromkeys(
         ("compute-fid", "fid-num-samples"), "test_compute_fid_scores_samples_of_unseen_classes"
     ),
+    "save-rate": "test_a_saver_writes_no_faster_than_it_may",
     "keep-states": "test_keep_states_is_the_number_of_states_that_stay",
     **dict.fromkeys(
         ("vae", "latent-channels", "latent-downsampling"),
@@ -543,8 +545,8 @@ class Spies:
         self._watch(
             "workers", training.loop, "make_loader", lambda *a, num_workers, **kw: num_workers
         )
-        self._watch("saved", training.loop, "save_weights", lambda *args: "snapshot")
-        self._watch("saved", training.checkpoint, "save_state", lambda *args: "state")
+        self._watch("saved", Saver, "write_archive", lambda *args: "snapshot")
+        self._watch("saved", Saver, "write_manifest", lambda *args: "state")
         # A few pictures tell as much as 64, and neither of the others tells anything here.
         patch = functools.partial(mock.patch.object, return_value=None)
         for module in (evaluation.in_loop.images, evaluation.in_loop.sets):
@@ -599,7 +601,7 @@ def fingerprint(base, args, data_size=8):
     backends = (torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32)
     torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32 = flags
     torch.backends.cudnn.allow_tf32 = True
-    state = load_state(max(run_dir.glob("training-state-*.pt")))
+    state = load_state(find_states(run_dir)[0])
     rows = [json.loads(line) for line in (run_dir / "stats.jsonl").read_text().splitlines()]
     scores = run_dir / "metric-fd_pixels.jsonl"
     files = {path.name for path in run_dir.iterdir()}
@@ -729,7 +731,7 @@ def test_turned_classes_are_classes_unless_skipped(base, tmp_path):
             *options,
             tiny=[word for word in helpers.TINY_SETS if "transforms" not in word],
         ).run_dir
-        nets.append(hash_tensors(load_state(max(run_dir.glob("*.pt")))["net"]))
+        nets.append(hash_tensors(load_state(find_states(run_dir)[0])["net"]))
         counts.append(len(load_snapshot(max(run_dir.glob("*.pkl"))).data.class_names))
     assert len(set(nets)) == 4
     assert counts == [2, 8, 16, 5]
@@ -895,8 +897,8 @@ def test_keep_states_is_the_number_of_states_that_stay(base, tmp_path):
         run_dir = helpers.train_tiny(
             tmp_path / str(keep), helpers.toy_data(base), *options, f"--keep-states={keep}"
         ).run_dir
-        names = sorted(path.name for path in run_dir.glob("training-state-*.pt"))
-        assert names == [f"training-state-{3 - keep + k + 1:06d}.pt" for k in range(keep)]
+        names = sorted(path.name for path in run_dir.glob("training-state-*"))
+        assert names == [f"training-state-{3 - keep + k + 1:06d}" for k in range(keep)]
         assert len(list(run_dir.glob("network-snapshot-*.pkl"))) == 3
 
 

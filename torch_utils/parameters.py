@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -76,12 +76,14 @@ class Parameters:
         packed = {name: self.pack(name, t) for name, t in zip(self.names, own, strict=True)}
         return {name: packed.get(name, value) for name, value in self.network.state_dict().items()}
 
-    def whole_state_dict(self, own: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Return the same with whole tensors, on rank 0; elsewhere it is of no use."""
-        state = self.network.state_dict()
-        for name, tensor in zip(self.names, own, strict=True):
-            state[name] = self.gather(name, tensor)
-        return state
+    def whole_tensors(self, own: Sequence[Tensor]) -> Iterator[tuple[str, Tensor | None]]:
+        """Yield the same by name, as whole tensors, on rank 0; elsewhere they are None.
+
+        One after another, so that a sharded network is never in memory as a whole.
+        """
+        held = dict(zip(self.names, own, strict=True))
+        for name, value in self.network.state_dict().items():
+            yield name, self.gather(name, held[name]) if name in held else value
 
     def accumulating(self) -> AbstractContextManager:
         """Return a context for the passes of one step, whose weights do not change."""

@@ -1,7 +1,7 @@
 """Trees of tensors that several ranks write in parts, and that are put together when read."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,14 +48,18 @@ class Pieces:
         return sorted(self.pieces, key=lambda piece: (piece[0], len(self.shape) and len(piece[1])))
 
 
-def take_apart(tree: Any, writes_rest: bool) -> tuple[Any, dict[str, Tensor], dict[str, int]]:
-    """Return a tree for JSON, the tensors that this rank writes by key, and their first rows.
+def take_apart(
+    tree: Any, writers: Sequence[int], rank: int
+) -> tuple[Any, dict[str, Tensor], dict[str, int]]:
+    """Return a tree for JSON, the tensors that a rank writes by key, and their first rows.
 
-    The tree is the same on every rank. Tensors that are no :class:`Part` are written where
-    ``writes_rest``. Accepted are dicts, lists, tuples, tensors and what JSON knows.
+    The tree is the same on every rank. Tensors that are no :class:`Part` are the same on all ranks
+    too, and are shared out among ``writers`` by their size. Accepted are dicts, lists, tuples,
+    tensors and what JSON knows.
     """
     own: dict[str, Tensor] = {}
     first_rows: dict[str, int] = {}
+    whole: dict[str, Tensor] = {}
 
     def encode(node: Any, key: str) -> Any:
         if isinstance(node, dict):
@@ -69,12 +73,29 @@ def take_apart(tree: Any, writes_rest: bool) -> tuple[Any, dict[str, Tensor], di
                 own[key], first_rows[key] = node.own.detach(), node.first
             return dict(tensor=key, shape=list(node.shape))
         if isinstance(node, Tensor):
-            if writes_rest:
-                own[key], first_rows[key] = node.detach(), 0
+            whole[key] = node.detach()
             return dict(tensor=key, shape=list(node.shape))
         return dict(value=node)
 
-    return encode(tree, ""), own, first_rows
+    encoded = encode(tree, "")
+    for key, writer in _share_out(whole, writers).items():
+        if writer == rank:
+            own[key], first_rows[key] = whole[key], 0
+    return encoded, own, first_rows
+
+
+def _share_out(tensors: Mapping[str, Tensor], writers: Sequence[int]) -> dict[str, int]:
+    """Return who writes which tensor: the first writer the averages, and all about as much.
+
+    Snapshots hold the averages too, and come from the first writer's copy.
+    """
+    load = dict.fromkeys(writers, 0)
+    found = {}
+    for key in sorted(tensors, key=lambda key: not key.startswith("/ema/")):
+        first = key.startswith("/ema/")
+        found[key] = writer = writers[0] if first else min(load, key=load.get)
+        load[writer] += tensors[key].nbytes
+    return found
 
 
 def put_together(tree: Any, find: Callable[[str], list[tuple[int, Tensor]]]) -> Any:

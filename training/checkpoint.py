@@ -1,7 +1,8 @@
 """Snapshots to sample from and training states to resume from: data only, written atomically.
 
-Both are ``torch.save`` archives of plain containers and tensors and are read with
-``torch.load(weights_only=True)``, so that nothing in a file is ever executed. The layout of both is
+Snapshots, and states of before, are ``torch.save`` archives of plain containers and tensors. They
+are read with ``torch.load(weights_only=True)``. States are folders now: see
+:mod:`training.saving.state_folder`. Nothing in a file is ever executed. The layout of all is
 described in docs/formats.md.
 """
 
@@ -10,9 +11,8 @@ import dataclasses
 import os
 import pickle
 import re
-import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +20,21 @@ import torch
 from torch import Tensor
 
 from dnnlib.config import Config, to_dict
-from dnnlib.files import atomic_write, check_source, read_file, write_json
-from dnnlib.typed import parse_json
+from dnnlib.files import atomic_write, check_source
 from models import build_network
 from models.network import Network
-from torch_utils import distributed
 from torch_utils.fingerprints import package_versions, weights_hash
-from torch_utils.states import Pieces, map_leaves, put_together, take_apart
 from training.config import RunConfig, std_name
 from training.family import TrainingData, restore_run
+from training.saving import state_folder
+from training.saving.state_folder import (
+    FORMAT_VERSION,
+    STATE_FORMAT,
+    check_version,
+    is_state_folder,
+)
 
-FORMAT_VERSION = 2  # 1: the configuration did not name the family of its model.
 _SNAPSHOT_FORMAT = "setdiffit-snapshot"
-_STATE_FORMAT = "setdiffit-training-state"
-_PART_FORMAT = "setdiffit-training-state-part"
-_MANIFEST = "manifest.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,14 +101,26 @@ def profile_path(run_dir: Path, cur_nimg: int, std: float) -> Path:
     return run_dir / f"network-snapshot-{count_name(cur_nimg, 7)}-{std_name(std)}.pkl"
 
 
-def state_path(run_dir: Path, cur_nimg: int, *, is_folder: bool = False) -> Path:
-    """Return the path of the training state after ``cur_nimg`` training images."""
-    return run_dir / f"training-state-{count_name(cur_nimg)}{'' if is_folder else '.pt'}"
+def state_path(run_dir: Path, cur_nimg: int) -> Path:
+    """Return the folder of the training state after ``cur_nimg`` training images."""
+    return run_dir / f"training-state-{count_name(cur_nimg)}"
 
 
 def is_state_after(path: Path, cur_nimg: int) -> bool:
     """Return whether a file or folder is the training state after ``cur_nimg`` images."""
-    return path.name.removesuffix(".pt") == state_path(path, cur_nimg, is_folder=True).name
+    return path.name.removesuffix(".pt") == state_path(path, cur_nimg).name
+
+
+def snapshot_header(config: Config, data: DataSummary, progress: dict[str, Any]) -> dict[str, Any]:
+    """Return what a snapshot holds besides its weights, ``ema``."""
+    return dict(
+        format=_SNAPSHOT_FORMAT,
+        version=FORMAT_VERSION,
+        config=to_dict(config),
+        data=dataclasses.asdict(data),
+        progress=progress,
+        packages=package_versions(),
+    )
 
 
 def save_weights(
@@ -119,13 +131,9 @@ def save_weights(
     progress: dict[str, Any],
 ) -> None:
     """Write the averaged weights of a network and their description to ``path``, atomically."""
-    payload = dict(
-        data=dataclasses.asdict(data),
-        progress=progress,
-        packages=package_versions(),
-        ema={name: tensor.detach().cpu() for name, tensor in state_dict.items()},
-    )
-    _save(path, _SNAPSHOT_FORMAT, config, payload)
+    weights = {name: tensor.detach().cpu() for name, tensor in state_dict.items()}
+    with atomic_write(path) as file:
+        torch.save(dict(snapshot_header(config, data, progress), ema=weights), file)
 
 
 def load_snapshot(path: str | os.PathLike) -> Snapshot:
@@ -133,6 +141,17 @@ def load_snapshot(path: str | os.PathLike) -> Snapshot:
     path = Path(path)
     with _snapshot_of(path) as payload:
         return snapshot_of(path, payload, payload["ema"])
+
+
+def snapshot_problems(paths: Iterable[Path]) -> dict[Path, str]:
+    """Return what is wrong with each of some snapshots that cannot be read."""
+    found = {}
+    for path in paths:
+        try:
+            load_snapshot(path)
+        except ValueError as error:
+            found[path] = str(error)
+    return found
 
 
 def snapshot_of(path: Path, about: Mapping[str, Any], weights: dict[str, Tensor]) -> Snapshot:
@@ -173,85 +192,16 @@ def _snapshot_of(path: Path, *, header_only: bool = False) -> Iterator[dict[str,
         raise ValueError(f"{path}: not a snapshot that this version can read: {error}") from error
 
 
-def save_state(path: Path, payload: dict[str, Any], config: Config) -> None:
-    """Write a training state: ``payload`` holds net, ema, optimizer, stats and progress."""
-    _save(path, _STATE_FORMAT, config, payload)
-
-
-def save_state_in_parts(path: Path, payload: dict[str, Any], config: Config) -> None:
-    """Write a training state as a folder, to which every rank adds its part. Collective.
-
-    The manifest comes last: without it the folder is no state.
-    """
-    tree, own, first_rows = take_apart(payload, writes_rest=distributed.is_main())
-    name = f"part-{distributed.rank():05d}.pt"
-    with distributed.together():
-        if distributed.is_main():
-            (path / _MANIFEST).unlink(missing_ok=True)
-        if own:
-            _save(path / name, _PART_FORMAT, config, dict(tensors=_compact(own)))
-    parts = [part for part in distributed.gather_objects((name, first_rows)) if part[1]]
-    with distributed.together():
-        if distributed.is_main():
-            header = dict(format=_STATE_FORMAT, version=FORMAT_VERSION, config=to_dict(config))
-            write_json(path / _MANIFEST, dict(header, tree=tree, parts=parts))
-
-
-def _compact(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors that keep no more memory than their own: a file holds whole storages."""
-    found = {name: tensor.cpu() for name, tensor in tensors.items()}
-    sizes = {name: t.numel() * t.element_size() for name, t in found.items()}
-    return {
-        name: t if t.untyped_storage().nbytes() == sizes[name] else t.clone()
-        for name, t in found.items()
-    }
-
-
 def load_state(path: str | os.PathLike, *, lazily: bool = False) -> dict[str, Any]:
     """Read a training state; raises ValueError with a sentence for anything else.
 
-    With ``lazily`` its large tensors stay in their file until they are used, and those in parts are
-    :class:`~torch_utils.states.Pieces`.
+    With ``lazily`` its large tensors stay in their file until they are used, and those of a folder
+    are :class:`~torch_utils.states.Pieces`.
     """
     path = Path(path)
-    if not path.is_dir():
-        return _load(path, _STATE_FORMAT, "a training state", mmap=lazily)
-    try:
-        manifest = parse_json(read_file(path / _MANIFEST).decode())
-        _check_version(path, manifest.get("version"))
-        if manifest["format"] != _STATE_FORMAT:
-            raise ValueError("its manifest is of something else")
-        found: dict[str, list[tuple[int, Tensor]]] = {}
-        for name, first_rows in manifest["parts"]:
-            if not re.fullmatch(r"part-\d{5,}\.pt", name):
-                raise ValueError(f"it names {name!r} as a part")
-            part = _load(path / name, _PART_FORMAT, "a part of a state", mmap=True)["tensors"]
-            for key, first in first_rows.items():
-                found.setdefault(key, []).append((first, part[key]))
-        state = put_together(manifest["tree"], lambda key: found[key])
-        state = dict(state, config=manifest["config"])
-        # Also where nobody reads yet: what is incomplete is found now.
-        map_leaves(lambda pieces: pieces.check(), state, (Pieces,))
-        return state if lazily else map_leaves(lambda leaf: leaf.whole(), state, (Pieces,))
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: {Path(error.filename).name} is missing.") from None
-    except (KeyError, TypeError, AttributeError, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a training state, or damaged ({error}).") from error
-    except ValueError as error:
-        text = str(error)
-        raise ValueError(text if str(path) in text else f"{path}: damaged ({text}).") from error
-
-
-def is_state_folder(path: Path) -> bool:
-    """Return whether a path is a training state in parts, and complete."""
-    return path.name.startswith("training-state-") and (path / _MANIFEST).is_file()
-
-
-def remove_incomplete_states(run_dir: Path) -> None:
-    """Delete the parts of states that were never completed."""
-    for path in run_dir.glob("training-state-*"):
-        if path.is_dir() and not is_state_folder(path):
-            shutil.rmtree(path)
+    if path.is_dir():
+        return state_folder.load(path, lazily=lazily)
+    return _load(path, STATE_FORMAT, "a training state", mmap=lazily)
 
 
 def find_states(run_dir: Path) -> list[Path]:
@@ -271,28 +221,29 @@ def find_profiles(run_dir: Path) -> list[Path]:
 
 
 def _newest_first(run_dir: Path, pattern: str) -> list[Path]:
-    found = []
-    for path in run_dir.glob("*"):
-        if match := re.fullmatch(pattern, path.name):
-            kimg, images = match.groups(default="0")
-            found.append((int(kimg), int(images), path))
-    return [path for *_, path in sorted(found, reverse=True)]
+    found = [path for path in run_dir.glob("*") if re.fullmatch(pattern, path.name)]
+    return sorted(found, key=lambda path: (_count_of(path), path.name), reverse=True)
 
 
-def prune_states(run_dir: Path, latest: Path, keep: int, *, later_ones: bool = True) -> None:
-    """Delete all training states of a run folder but ``latest`` and the ``keep - 1`` before it.
+def _count_of(path: Path) -> tuple[int, int]:
+    """Return the kimg and the images in the name of a state or snapshot."""
+    kimg, images = re.match(rf"[a-z-]+-{_COUNT}", path.name).groups(default="0")
+    return int(kimg), int(images)
 
-    Those after it are damaged, or were left behind when the run went back to an earlier one. They
-    stay without ``later_ones``.
+
+def superfluous_states(
+    run_dir: Path, latest: Path, keep: int, *, later_ones: bool = True
+) -> list[Path]:
+    """Return all training states of a run folder but ``latest`` and the ``keep - 1`` before it.
+
+    ``latest`` may be still to come. Those after it are damaged, or were left behind when the run
+    went back to an earlier one. They are none of these without ``later_ones``.
     """
-    states = find_states(run_dir)
-    position = states.index(latest)
-    for path in states[: position * later_ones] + states[position + keep :]:
-        if path.is_dir():
-            (path / _MANIFEST).unlink()  # First: the rest by itself is no state.
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    others = [path for path in find_states(run_dir) if path.name != latest.name]
+    kept = [path for path in others if _count_of(path) < _count_of(latest)][: keep - 1]
+    if not later_ones:
+        kept += [path for path in others if _count_of(path) > _count_of(latest)]
+    return [path for path in others if path not in kept]
 
 
 def summarise(data: TrainingData) -> DataSummary:
@@ -307,12 +258,6 @@ def summarise(data: TrainingData) -> DataSummary:
         class_counts=tuple(data.class_counts) if data.num_classes else (),
         features=data.summary(),
     )
-
-
-def _save(path: Path, file_format: str, config: Config, payload: dict[str, Any]) -> None:
-    header = dict(format=file_format, version=FORMAT_VERSION, config=to_dict(config))
-    with atomic_write(path) as file:
-        torch.save({**header, **payload}, file)
 
 
 def _load(
@@ -355,14 +300,8 @@ def _load(
         raise ValueError(f"{path}: not {what}, or damaged ({reason}).") from error
     if not isinstance(payload, dict) or payload.get("format") != expected:
         raise ValueError(f"{path}: not {what} of this project.")
-    _check_version(path, payload.get("version"))
+    check_version(path, payload.get("version"))
     return payload
-
-
-def _check_version(path: Path, version: Any) -> None:
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        but = f"this version of the software reads up to {FORMAT_VERSION}"
-        raise ValueError(f"{path}: has format version {version}, but {but}; update the software.")
 
 
 def _test_header(archive: zipfile.ZipFile) -> str | None:

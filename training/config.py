@@ -204,6 +204,13 @@ class LoggingConfig(Config):
     keep_states: int = option(
         2, min=1, max=1_000_000, help="Number of training states kept, newest last."
     )
+    save_rate: float | None = option(
+        None,
+        min=1e-6,
+        max=1e6,
+        help="MB a second that each rank writes of states and snapshots at most, so that others "
+        "can use the disk; none: no limit.",
+    )
     metrics: tuple[str, ...] = option(
         (), help="Metrics computed with the averaged weights, such as fid10k_full,fid50k_full."
     )

@@ -1,6 +1,6 @@
 """Moving averages of the weights: with a half-life in images, and with power-function profiles."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -43,9 +43,9 @@ class EMA:
         """Return what a state keeps."""
         return self._parameters.state_dict(self._average)
 
-    def whole_state_dict(self) -> dict[str, Tensor]:
-        """Return the averaged weights, on rank 0. Collective."""
-        return self._parameters.whole_state_dict(self._average)
+    def whole_tensors(self) -> Iterator[tuple[str, Tensor | None]]:
+        """Yield the averaged weights by name, on rank 0; elsewhere None. Collective."""
+        return self._parameters.whole_tensors(self._average)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -99,16 +99,15 @@ class PowerEMA:
             beta = power_beta(self._gammas[std], cur_nimg, batch)
             torch._foreach_lerp_(average, self._source, 1 - beta)
 
-    def compact(self, std: float) -> dict[str, Tensor]:
-        """Return the network's state with the averages of one profile in place of its parameters.
+    def compact(self, std: float) -> Iterator[tuple[str, Tensor | None]]:
+        """Yield the network's state with the averages of one profile in place of its parameters.
 
         They are float16, but for tensors with a value that is too large for it: those stay
-        float32. Buffers are as they are. Collective; only rank 0 has them.
+        float32. Buffers are as they are. Collective where sharded; then only rank 0 has them.
         """
-        weights = self._parameters.whole_state_dict(self._averages[std])
-        for name in self._names:
-            weights[name] = None if weights[name] is None else _half(weights[name])
-        return weights
+        names = set(self._names)
+        for name, value in self._parameters.whole_tensors(self._averages[std]):
+            yield name, _half(value) if name in names and value is not None else value
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """Return what a state keeps of the averages, by std and name."""

@@ -21,6 +21,7 @@ from dnnlib.files import atomic_write, check_source, check_target, lock_folder, 
 from models import attention_backend
 from torch_utils import cpu_matmul, distributed
 from torch_utils.fingerprints import package_versions
+from torch_utils.saver import Saver
 from training import runs
 from training.config import RunConfig, fit_to_device
 from training.division import accumulation_rounds, group_size
@@ -28,6 +29,7 @@ from training.family import of as family_of
 from training.loop import Job, training_loop
 from training.portable import open_header, open_snapshot
 from training.report import changes_from, describe_run, run_facts
+from training.saving.writer import wait_for_savers
 
 # A killed process gives its memory back, which takes a while, before it leaves the run folder.
 _LOCK_PATIENCE_SEC = 10.0
@@ -135,7 +137,11 @@ def launch(config: RunConfig, start: Start, preset: RunConfig | None = None) -> 
     ``preset`` is the run's preset without its changes, which the run's report tells.
     """
     run_dir, is_new, finished = None, False, False
-    with distributed.StopSignal() as stop_signal, contextlib.ExitStack() as held:
+    with (
+        Saver(config.logging.save_rate) as saver,
+        distributed.StopSignal() as stop_signal,
+        contextlib.ExitStack() as held,
+    ):
         try:
             # Until the first step, and in what can be made again, a stop loses nothing.
             with stop_signal.at_once():
@@ -153,6 +159,7 @@ def launch(config: RunConfig, start: Start, preset: RunConfig | None = None) -> 
                         held.enter_context(_lock(run_dir))
                 state = None
                 if not is_new:
+                    distributed.on_main(lambda: wait_for_savers(run_dir, print))
                     distributed.on_main(lambda: runs.clear_leftovers(run_dir))
                     state = runs.load_resume_state(
                         run_dir, exact_state, job.config, job.data, distributed.print0
@@ -163,8 +170,9 @@ def launch(config: RunConfig, start: Start, preset: RunConfig | None = None) -> 
                         _, origin = runs.read_start(run_dir, lambda text: None)
                     _write_start(job, run_dir, origin, preset)
                 weights = snapshot if state is None else None
+                start_from = dict(resume_state=state, transfer=weights)
                 finished = training_loop(
-                    job, run_dir, resume_state=state, transfer=weights, stop_signal=stop_signal
+                    job, run_dir, saver=saver, stop_signal=stop_signal, **start_from
                 )
         except Exception:
             if is_new and run_dir is not None and distributed.is_main():
@@ -176,6 +184,11 @@ def launch(config: RunConfig, start: Start, preset: RunConfig | None = None) -> 
         if not finished and run_dir is not None and distributed.is_main():
             with atomic_write(run_dir / runs.REQUEUE_FILE, "w") as file:
                 file.write(f"{time.time():.0f}\n")
+        if saver.is_busy:
+            distributed.print0(
+                "The state is being written; to end this process does not stop that."
+            )
+        saver.wait()
     if stop_signal.cut:
         # The launcher ends the ranks that have not heard of it.
         return runs.REQUEUE_EXIT_CODE
@@ -189,9 +202,10 @@ def verify(config: RunConfig, start: Start) -> int:
     """Try on a few steps whether a stop and a resume leave no trace; return 0 if so, else 1."""
     from training.verify_resume import shortened, verify_resume
 
-    job = _prepare(shortened(config), distributed.init(config.logging.hang_limit))
-    snapshot = None if start.transfer is None else open_snapshot(start.transfer)
-    equal = verify_resume(_with_cpu_matmul(job, None), snapshot)
+    with Saver() as saver:
+        job = _prepare(shortened(config), distributed.init(config.logging.hang_limit))
+        snapshot = None if start.transfer is None else open_snapshot(start.transfer)
+        equal = verify_resume(_with_cpu_matmul(job, None), saver, snapshot)
     distributed.shutdown()
     return 0 if equal else 1
 

@@ -12,14 +12,16 @@ from data.loader import make_loader
 from diffusion.denoiser import AUTOCAST_DTYPES
 from dnnlib.errors import NotFiniteError
 from dnnlib.progress import progress
+from dnnlib.saver import remove_state
 from dnnlib.text import format_kimg
 from models import build_network
 from torch_utils import distributed, rng
 from torch_utils.misc import allow_tf32
 from torch_utils.parameters import Parameters
+from torch_utils.saver import Saver
 from torch_utils.stats import StatsCollector
 from training import checkpoint
-from training.checkpoint import Snapshot, save_weights, snapshot_path
+from training.checkpoint import Snapshot, snapshot_path
 from training.config import RunConfig
 from training.division import accumulation_rounds, group_size
 from training.ema import EMA, PowerEMA, ema_beta
@@ -27,8 +29,11 @@ from training.family import Codec, Evaluator, Outputs, Part, TrainingData
 from training.family import of as family_of
 from training.optimizer import GuardedAdam, learning_rate
 from training.report import forward_flops, save_reals
+from training.saving.writer import SnapshotParts, Writer
 from training.telemetry import Telemetry, memory_stats, scalar, tick_line, utilisation_stats
 from training.watch import Watch
+
+_LONG_WAIT_SEC = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +70,7 @@ def training_loop(
     job: Job,
     run_dir: Path,
     *,
+    saver: Saver,
     resume_state: dict[str, Any] | None = None,
     transfer: Snapshot | None = None,
     stop_signal: distributed.StopSignal,
@@ -73,7 +79,8 @@ def training_loop(
 
     Args:
         job: What to train.
-        run_dir: An existing folder for everything the run writes (rank 0 writes).
+        run_dir: An existing folder for everything the run writes (rank 0 writes, but for states).
+        saver: Writes states and snapshots.
         resume_state: A training state to continue from, bit for bit on the CPU.
         transfer: A snapshot whose weights start a new run.
         stop_signal: An active handler of signals, on every rank.
@@ -143,32 +150,15 @@ def training_loop(
     batches = iter(loader)
     flops_per_image = forward_flops(config)  # The backward pass costs twice as much again.
 
-    def snapshots(info: dict[str, Any]) -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
+    def snapshots(info: dict[str, Any]) -> Iterator[SnapshotParts]:
         """Yield path, weights and progress of each average's snapshot. Collective."""
-        yield snapshot_path(run_dir, cur_nimg), ema.whole_state_dict(), info
+        yield snapshot_path(run_dir, cur_nimg), ema.whole_tensors(), info
         for std in profiles.stds:
             path = checkpoint.profile_path(run_dir, cur_nimg, std)
             yield path, profiles.compact(std), dict(info, ema_std=std)
 
-    telemetry = None
-    if rank == 0:
-        telemetry = Telemetry(run_dir, logging, config, cur_nimg)
-        if cur_nimg == 0:
-            save_reals(job.data, codec, run_dir / "reals.png")
-            telemetry.pictures([run_dir / "reals.png"], cur_nimg)
-    if resume_state is not None and resume_state["progress"]["snapshot"] is not None:
-        # A state implies its snapshots.
-        for path, weights, info in snapshots(resume_state["progress"]):
-            if telemetry is None:
-                continue
-            try:
-                checkpoint.load_snapshot(path)
-            except ValueError as error:
-                telemetry.message(f"{error} Written again from the training state.")
-                save_weights(path, weights, config, data, info)
-
     def whole_state(progress_info: dict[str, Any]) -> dict[str, Any]:
-        """Return what :func:`write_state` writes, without a copy of the weights. Collective."""
+        """Return what a state holds, without a copy of the weights. Collective."""
         return dict(
             net=parameters.state_dict(parameters.own),
             ema=ema.state_dict(),
@@ -178,16 +168,37 @@ def training_loop(
             progress=progress_info,
         )
 
-    def write_state(payload: dict[str, Any]) -> None:
-        if shard_size > 1:
-            path = checkpoint.state_path(run_dir, cur_nimg, is_folder=True)
-            checkpoint.save_state_in_parts(path, payload, config)
-        else:
-            path = checkpoint.state_path(run_dir, cur_nimg)
-            if rank == 0:
-                checkpoint.save_state(path, payload, config)
-        if rank == 0:
-            checkpoint.prune_states(run_dir, path, logging.keep_states)
+    is_sharded, keep_states = shard_size > 1, logging.keep_states
+    settings = dict(keep_states=keep_states, is_sharded=is_sharded)
+    writer = Writer(saver, run_dir, config, data, **settings)
+    weights = parameters.state_dict(parameters.own)
+    # Adam's two moments come with the first step.
+    writer.reserve([weights] * 3 + [ema.state_dict(), profiles.state_dict()], network, device)
+    del weights
+    telemetry = None
+    if rank == 0:
+        telemetry = Telemetry(run_dir, logging, config, cur_nimg)
+        if cur_nimg == 0:
+            save_reals(job.data, codec, run_dir / "reals.png")
+            telemetry.pictures([run_dir / "reals.png"], cur_nimg)
+    if resume_state is not None and resume_state["progress"]["snapshot"] is not None:
+        # A state implies its snapshots.
+        made = resume_state["progress"]
+        paths = [path for path, *_ in snapshots(made)]
+        problems = distributed.on_main(lambda: checkpoint.snapshot_problems(paths))
+        writer.write(None, [part for part in snapshots(made) if part[0] in problems], cur_nimg)
+        if telemetry is not None:
+            for problem in problems.values():
+                telemetry.message(f"{problem} Written again from the training state.")
+
+    def write(state: dict[str, Any] | None, info: dict[str, Any] | None, **how: Any) -> None:
+        """Write a state, and snapshots if there is ``info`` of them."""
+        waited = writer.write(state, snapshots(info) if info else (), cur_nimg, **how)
+        if telemetry is not None and waited > _LONG_WAIT_SEC:
+            telemetry.message(
+                f"Training stood still for {waited:.0f} seconds, until the last state was written. "
+                "Write states less often with --dump, or to a faster disk."
+            )
 
     evaluator, outputs = job.evaluator, Outputs(run_dir, telemetry, stop_signal)
     generator = family.generator(config, ema.network, codec, device)
@@ -209,6 +220,8 @@ def training_loop(
         """Return False if a stop cut that short. Collective."""
         shown = not pictures_due or attempt("pictures", evaluator.save_pictures)
         whole = shown and (not metrics_due or attempt("scores", evaluator.score))
+        if done:
+            writer.finish()  # The report tells what is there.
         if whole and (pictures_due or metrics_due) and telemetry is not None:
             # One pattern for all ticks: pathlib keeps those that it has seen.
             end = f"-{checkpoint.count_name(cur_nimg)}"
@@ -227,7 +240,9 @@ def training_loop(
         # A kill may have come between the last state and this.
         states = checkpoint.find_states(run_dir)
         if states and checkpoint.is_state_after(states[0], cur_nimg):
-            checkpoint.prune_states(run_dir, states[0], logging.keep_states, later_ones=False)
+            latest = (run_dir, states[0], keep_states)
+            for path in checkpoint.superfluous_states(*latest, later_ones=False):
+                remove_state(path)
     stop_signal.defer()
     if resume_state is not None:
         # A stop may have come before the pictures and scores of the state's tick.
@@ -343,20 +358,16 @@ def training_loop(
             data_hash=data.content_hash,
             snapshot=snapshot_path(run_dir, cur_nimg).name if snap_due else None,
         )
-        if snap_due:
-            for path, weights, info in snapshots(progress_info):
-                if rank == 0:
-                    save_weights(path, weights, config, data, info)
-            del weights  # Of a sharded network they are a copy.
-        # Ranks that a stop cuts short one by one could not write a state together.
-        state_due = dump_due or done or stop or (shard_size > 1 and (snap_due or metrics_due))
+        # Ranks that a stop cuts short one by one could not write a sharded state together.
+        state_due = dump_due or done or stop or (is_sharded and (snap_due or metrics_due))
         state = whole_state(progress_info) if state_due or snap_due or metrics_due else None
-        if state_due:
-            write_state(state)
+        if state_due or snap_due:
+            write(state if state_due else None, progress_info if snap_due else None)
         if not stop and not show_and_score(snap_due, metrics_due):
             stop = True
             if not state_due:
-                write_state(state)
+                write(state, None, alone=True)
+        writer.check()
         maintenance_sec = time.time() - tick_end_sec
         tick_start_sec, timed_nimg = time.time(), cur_nimg
         bar = _tick_bar(cur_tick, cur_nimg, tick_start_nimg, config.tick_nimg, rank)

@@ -13,17 +13,12 @@ from dnnlib.errors import refusal
 from dnnlib.typed import parse_json
 from torch_utils import distributed
 from training import family
-from training.checkpoint import (
-    Snapshot,
-    find_states,
-    is_state_folder,
-    load_state,
-    remove_incomplete_states,
-)
+from training.checkpoint import Snapshot, find_states, load_state
 from training.config import RunConfig, with_absolute_data
 from training.division import group_size
 from training.family import TrainingData
 from training.run_report.write import REPORT_FILE
+from training.saving.state_folder import is_state_folder, remove_incomplete_states
 
 REQUEUE_FILE = "requeue"
 REQUEUE_EXIT_CODE = 85

@@ -15,6 +15,7 @@ import torch
 
 from dnnlib.typed import parse_json
 from torch_utils import distributed
+from torch_utils.saver import Saver
 from training import runs
 from training.checkpoint import Snapshot, find_states, load_state
 from training.config import RunConfig
@@ -75,7 +76,7 @@ def shortened(run: RunConfig) -> RunConfig:
     return run.changed("logging", **quiet, **often)
 
 
-def verify_resume(job: Job, transfer: Snapshot | None = None) -> bool:
+def verify_resume(job: Job, saver: Saver, transfer: Snapshot | None = None) -> bool:
     """Return whether a run of ``job`` that is stopped and resumed equals an uninterrupted one.
 
     ``job`` is of a run that :func:`shortened` made; ``transfer`` holds its first weights, if it
@@ -88,9 +89,9 @@ def verify_resume(job: Job, transfer: Snapshot | None = None) -> bool:
     distributed.print0(f"Training {NUM_STEPS} steps twice on {where}, once with a stop after")
     distributed.print0(f"step {STOP_AFTER} and a resume from the state that it leaves.")
     with _folders("whole", "stopped", "again") as (whole, stopped, again):
-        _train(job, whole, transfer=transfer)
-        _train(job, stopped, transfer=transfer, stop_after=STOP_AFTER)
-        _train(job, stopped, resume=True)
+        _train(job, saver, whole, transfer=transfer)
+        _train(job, saver, stopped, transfer=transfer, stop_after=STOP_AFTER)
+        _train(job, saver, stopped, resume=True)
         found = distributed.on_main(lambda: compare_runs(whole, stopped))
         order = _same_order(job)
         for what, comparison in found.items():
@@ -100,7 +101,7 @@ def verify_resume(job: Job, transfer: Snapshot | None = None) -> bool:
         if equal:
             distributed.print0("A run that is stopped here resumes exactly.")
             return True
-        causes = _train_for_causes(job, again, transfer)
+        causes = _train_for_causes(job, saver, again, transfer)
         repeated = distributed.on_main(lambda: compare_runs(whole, again))
     _explain(repeated, causes, order)
     return False
@@ -135,6 +136,7 @@ def _folders(*names: str) -> Iterator[list[Path]]:
 
 def _train(
     job: Job,
+    saver: Saver,
     run_dir: Path,
     *,
     transfer: Snapshot | None = None,
@@ -146,18 +148,22 @@ def _train(
         if resume:
             known = (run_dir, None, job.config, job.data, distributed.print0)
             state = runs.load_resume_state(*known)
-        stop = _StopAfter(stop_after)
-        training_loop(job, run_dir, resume_state=state, transfer=transfer, stop_signal=stop)
+        start_from = dict(resume_state=state, transfer=transfer)
+        training_loop(job, run_dir, saver=saver, stop_signal=_StopAfter(stop_after), **start_from)
+        saver.wait()
+        distributed.barrier()  # Every rank has written its part.
     gc.collect()
 
 
-def _train_for_causes(job: Job, run_dir: Path, transfer: Snapshot | None) -> list[str]:
+def _train_for_causes(
+    job: Job, saver: Saver, run_dir: Path, transfer: Snapshot | None
+) -> list[str]:
     """Train once more; return what PyTorch says of operations that are not deterministic."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:
-            _train(job, run_dir, transfer=transfer)
+            _train(job, saver, run_dir, transfer=transfer)
         finally:
             torch.use_deterministic_algorithms(False)
     texts = [str(warning.message).partition(". ")[0].splitlines()[0] for warning in caught]

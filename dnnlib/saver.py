@@ -1,0 +1,234 @@
+"""A process that writes files from memory that it shares with another, and outlives it.
+
+:class:`torch_utils.saver.Saver` starts it and tells it over a socket what to write. It loads the
+standard library alone, and knows nothing of tensors. When the other process ends, however that
+ends, this one finishes what it was told, and ends too.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import mmap
+import os
+import queue
+import shutil
+import signal
+import socket
+import struct
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from dnnlib.files import atomic_write, write_json
+
+MANIFEST = "manifest.json"  # Of a state, which is none without it.
+_LENGTH = struct.Struct("<Q")
+_CHUNK = 8 << 20
+_ALIGNMENT = 64  # Of tensors in an archive, which PyTorch maps into memory.
+# No part of a state grows any more: the process that was to write it is gone.
+_STANDSTILL_SEC = 120.0
+_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+Region = Sequence[int]  # Number of a segment of memory, first byte, number of bytes.
+
+
+def send_message(connection: socket.socket, message: Any, descriptor: int | None = None) -> None:
+    """Send plain values, and perhaps an open file, over a local socket."""
+    content = json.dumps(message).encode()
+    connection.sendall(_LENGTH.pack(len(content)) + content)
+    if descriptor is not None:
+        socket.send_fds(connection, [b"\0"], [descriptor])
+
+
+def receive_message(connection: socket.socket) -> Any:
+    """Return the next message; raises EOFError where the other process is gone."""
+    (length,) = _LENGTH.unpack(_receive(connection, _LENGTH.size))
+    return json.loads(_receive(connection, length))
+
+
+def _receive(connection: socket.socket, size: int) -> bytes:
+    content = bytearray()
+    while len(content) < size:
+        received = connection.recv(size - len(content))
+        if not received:
+            raise EOFError
+        content += received
+    return bytes(content)
+
+
+def sidecar_of(path: Path) -> Path:
+    """Return where the checksum of a part lies until the manifest has it."""
+    return path.with_suffix(".json")
+
+
+class SaverProcess:
+    """Does what it is told, in order, and answers each with an error or none."""
+
+    def __init__(self, connection: socket.socket, deadline_sec: float, rate: float | None) -> None:
+        self._connection, self._deadline, self._rate = connection, deadline_sec, rate
+        self._segments: list[mmap.mmap] = []
+        self._jobs: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._lock: IO | None = None
+        self._kinds: dict[str, Callable[..., None]] = dict(
+            lock=self._take_lock, file=self._write_file, archive=self._write_archive
+        )
+        self._kinds["manifest"] = self._complete
+
+    def run(self) -> None:
+        """Work until the other process is gone and nothing is left to do."""
+        threading.Thread(target=self._listen, daemon=True).start()
+        while (job := self._jobs.get()) is not None:
+            kind = job.pop("kind")
+            try:
+                self._kinds[kind](**job)
+                error = None
+            except OSError as caught:
+                error = str(caught)
+            except Exception as caught:
+                error = f"{type(caught).__name__}: {caught}"
+            with contextlib.suppress(OSError):  # Nobody needs the answer any more.
+                send_message(self._connection, error)
+        self._drop_lock()
+
+    def _listen(self) -> None:
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                job = receive_message(self._connection)
+                if job["kind"] == "segment":
+                    _, (descriptor,), *_ = socket.recv_fds(self._connection, 1, 1)
+                    self._segments.append(mmap.mmap(descriptor, 0, prot=mmap.PROT_READ))
+                    os.close(descriptor)
+                else:
+                    self._jobs.put(job)
+        self._jobs.put(None)
+        time.sleep(self._deadline)
+        os._exit(1)
+
+    def _drop_lock(self) -> None:
+        if self._lock is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self._lock.name)
+            self._lock.close()
+
+    def _take_lock(self, path: str) -> None:
+        self._drop_lock()
+        self._lock = open(path, "w")
+        with contextlib.suppress(OSError):  # Some network file systems have no locks.
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def _chunks(self, regions: Sequence[Region]) -> Iterator[memoryview]:
+        """Yield what lies in regions of memory, no faster than it may be written."""
+        began, num_bytes = time.monotonic(), 0
+        for segment, first, size in regions:
+            with memoryview(self._segments[segment]) as content:
+                for start in range(first, first + size, _CHUNK):
+                    chunk = content[start : min(start + _CHUNK, first + size)]
+                    yield chunk
+                    num_bytes += len(chunk)
+                    chunk.release()
+                    if self._rate is not None:
+                        time.sleep(max(began + num_bytes / self._rate - time.monotonic(), 0))
+
+    def _write_file(self, path: str, regions: Sequence[Region], token: str) -> None:
+        """Write regions one after another, then the checksum of all into a file beside it."""
+        digest = hashlib.sha256()
+        with atomic_write(path) as file:
+            for chunk in self._chunks(regions):
+                file.write(chunk)
+                digest.update(chunk)
+        about = dict(token=token, sha256=digest.hexdigest(), size=sum(r[2] for r in regions))
+        write_json(sidecar_of(Path(path)), about)
+
+    def _write_archive(self, path: str, members: Sequence[tuple[str, Region]]) -> None:
+        """Write regions as the members of a zip, as ``torch.save`` would."""
+        with atomic_write(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            for name, region in members:
+                info = zipfile.ZipInfo(name)
+                info.file_size = region[2]
+                header = file.tell() + 30 + len(name.encode()) + 4
+                if region[2] * 1.05 > zipfile.ZIP64_LIMIT:
+                    header += 20
+                padding = -header % _ALIGNMENT
+                info.extra = struct.pack("<2sH", b"FB", padding) + bytes(padding)
+                with archive.open(info, "w") as member:
+                    for chunk in self._chunks([region]):
+                        member.write(chunk)
+                info.external_attr = 0  # Those of a file would be taken for a change.
+
+    def _complete(
+        self,
+        path: str,
+        content: dict[str, Any],
+        parts: Sequence[tuple[str, Any]],
+        token: str,
+        remove: Sequence[str],
+    ) -> None:
+        """Write the manifest once every part is there, then delete what it makes superfluous."""
+        folder = Path(path).parent
+        found = self._wait_for([folder / name for name, _ in parts], token)
+        listed = [
+            dict(name=name, sha256=about["sha256"], size=about["size"], first_rows=first_rows)
+            for (name, first_rows), about in zip(parts, found, strict=True)
+        ]
+        content = dict(content, parts=listed)
+        write_json(path, dict(content, checksum=manifest_checksum(content)))
+        for name, _ in parts:
+            sidecar_of(folder / name).unlink()
+        for old in map(Path, remove):
+            remove_state(old)
+
+    def _wait_for(self, parts: Sequence[Path], token: str) -> list[dict[str, Any]]:
+        """Return what the files beside parts say, which other processes may be writing still."""
+        seen, deadline = None, 0.0
+        while True:
+            found = [_read_sidecar(part) for part in parts]
+            missing = [
+                part.name
+                for part, about in zip(parts, found, strict=True)
+                if about is None or about["token"] != token
+            ]
+            if not missing:
+                return found
+            folder = parts[0].parent
+            sizes = sorted((entry.name, entry.stat().st_size) for entry in os.scandir(folder))
+            now = time.monotonic()
+            if sizes != seen:
+                seen, deadline = sizes, now + _STANDSTILL_SEC
+            elif now > deadline:
+                raise OSError(f"{folder}: {', '.join(missing)} did not come")
+            time.sleep(0.02)
+
+
+def manifest_checksum(content: dict[str, Any]) -> str:
+    """Return the checksum of what a manifest holds besides."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _read_sidecar(part: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(sidecar_of(part).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def remove_state(path: Path) -> None:
+    """Delete a state, which is a file or a folder; the manifest first, as the rest is none."""
+    with contextlib.suppress(FileNotFoundError):
+        if path.is_dir():
+            (path / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def main(descriptor: int, deadline_sec: float, rate: float | None) -> None:
+    """Serve the process at the other end of a socket."""
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    os.nice(5)  # Training goes first.
+    with socket.socket(fileno=descriptor) as connection:
+        SaverProcess(connection, deadline_sec, rate).run()

@@ -1,0 +1,159 @@
+"""A training state as a folder: tensors in parts that ranks write side by side, and a manifest.
+
+Parts are safetensors files. The manifest is JSON, is written last, and has the checksums of all.
+"""
+
+import concurrent.futures
+import json
+import mmap
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dnnlib.files import read_file, sha256_of_file
+from dnnlib.saver import MANIFEST, manifest_checksum, remove_state
+from dnnlib.typed import parse_json
+from torch_utils.saver import memory_order
+from torch_utils.states import Pieces, map_leaves, put_together
+
+FORMAT_VERSION = 2  # 1: the configuration did not name the family of its model.
+STATE_FORMAT = "setdiffit-training-state"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_HEADER_ALIGNMENT = 64
+_MAX_HEADER = 1 << 30
+
+
+def part_name(rank: int) -> str:
+    """Return the name of the file that a rank writes."""
+    return f"part-{rank:05d}.safetensors"
+
+
+def sorted_for_part(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors in the order of their file: large elements first, so that all are aligned."""
+    return dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
+
+
+def part_header(tensors: Mapping[str, Tensor]) -> bytes:
+    """Return what a part begins with: the size of its header, then names, types and places.
+
+    Tensors lie in the file as they do in memory. Where that is not the usual order of dimensions,
+    ``order`` in the metadata names it, and ``shape`` is in that order.
+    """
+    orders = {name: memory_order(tensor) for name, tensor in tensors.items()}
+    unusual = {name: order for name, order in orders.items() if order != sorted(order)}
+    header: dict[str, Any] = {"__metadata__": {"order": json.dumps(unusual)}}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        shape = [tensor.shape[dim] for dim in orders[name]]
+        header[name] = dict(dtype=_NAMES[tensor.dtype], shape=shape, data_offsets=[start, end])
+    text = json.dumps(header).encode()
+    text += b" " * (-(len(text) + 8) % _HEADER_ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def read_part(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a part by name, which stay in the file until they are used.
+
+    Raises ValueError for what is none.
+    """
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > _MAX_HEADER:
+            raise ValueError("its header is too long")
+        header = parse_json(file.read(size).decode())
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    orders = parse_json(header.pop("__metadata__")["order"])
+    found = {}
+    for name, about in header.items():
+        dtype, shape = _DTYPES[about["dtype"]], about["shape"]
+        start, end = about["data_offsets"]
+        count = torch.Size(shape).numel()
+        if (
+            not 0 <= start <= end <= len(content) - 8 - size
+            or end - start != count * dtype.itemsize
+        ):
+            raise ValueError(f"{name} is not where its header says")
+        tensor = torch.empty(shape, dtype=dtype)
+        if count:
+            place = dict(count=count, offset=8 + size + start)
+            tensor = torch.frombuffer(content, dtype=dtype, **place).view(shape)
+        if name in orders:
+            tensor = tensor.permute([orders[name].index(dim) for dim in range(tensor.ndim)])
+        found[name] = tensor
+    return found
+
+
+def load(path: Path, *, lazily: bool) -> dict[str, Any]:
+    """Read a state, of which every checksum is verified first; ValueError for anything else.
+
+    With ``lazily`` its tensors are :class:`~torch_utils.states.Pieces`.
+    """
+    try:
+        manifest = parse_json(read_file(path / MANIFEST).decode())
+        check_version(path, manifest.get("version"))
+        if manifest["format"] != STATE_FORMAT:
+            raise ValueError("its manifest is of something else")
+        if manifest.pop("checksum", None) != manifest_checksum(manifest):
+            raise ValueError(f"checksum of {MANIFEST} does not match")
+        for part in manifest["parts"]:
+            if not re.fullmatch(r"part-\d{5,}\.safetensors", part["name"]):
+                raise ValueError(f"it names {part['name']!r} as a part")
+        files = [path / part["name"] for part in manifest["parts"]]
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            checksums = pool.map(sha256_of_file, files)
+            for file, part, checksum in zip(files, manifest["parts"], checksums, strict=True):
+                if checksum != part["sha256"]:
+                    raise ValueError(f"{file}: damaged (its checksum does not match).")
+        found: dict[str, list[tuple[int, Tensor]]] = {}
+        for file, part in zip(files, manifest["parts"], strict=True):
+            tensors = read_part(file)
+            for key, first in part["first_rows"].items():
+                found.setdefault(key, []).append((first, tensors[key]))
+        state = put_together(manifest["tree"], lambda key: found[key])
+        state = dict(state, config=manifest["config"])
+        # Also where nobody reads yet: what is incomplete is found now.
+        map_leaves(lambda pieces: pieces.check(), state, (Pieces,))
+        return state if lazily else map_leaves(lambda leaf: leaf.whole(), state, (Pieces,))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: {Path(error.filename).name} is missing.") from None
+    except (KeyError, TypeError, AttributeError, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a training state, or damaged ({error}).") from error
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(text if str(path) in text else f"{path}: damaged ({text}).") from error
+
+
+def check_version(path: Path, version: Any) -> None:
+    """Raise ValueError for a file of a later version of the software."""
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        but = f"this version of the software reads up to {FORMAT_VERSION}"
+        raise ValueError(f"{path}: has format version {version}, but {but}; update the software.")
+
+
+def is_state_folder(path: Path) -> bool:
+    """Return whether a path is a training state in parts, and complete."""
+    return path.name.startswith("training-state-") and (path / MANIFEST).is_file()
+
+
+def remove_incomplete_states(run_dir: Path) -> None:
+    """Delete the parts of states that were never completed."""
+    for path in run_dir.glob("training-state-*"):
+        if path.is_dir() and not is_state_folder(path):
+            remove_state(path)

@@ -1,0 +1,175 @@
+"""States and snapshots of a run, written in the background by a process of each rank."""
+
+import collections
+import contextlib
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dnnlib.config import to_dict
+from dnnlib.files import is_locked
+from dnnlib.saver import MANIFEST, remove_state
+from torch_utils import distributed
+from torch_utils.misc import count_parameters
+from torch_utils.saver import DEADLINE_SEC, Saver
+from torch_utils.states import take_apart
+from training.checkpoint import (
+    DataSummary,
+    snapshot_header,
+    state_path,
+    superfluous_states,
+)
+from training.config import RunConfig
+from training.saving.archive import Archive
+from training.saving.state_folder import (
+    FORMAT_VERSION,
+    STATE_FORMAT,
+    part_header,
+    part_name,
+    sorted_for_part,
+)
+
+_PATIENCE_SEC = 60.0
+# Path of a snapshot, its weights one after another, its progress.
+SnapshotParts = tuple[Path, Iterator[tuple[str, Tensor | None]], dict[str, Any]]
+
+
+class Writer:
+    """Copies what is to be written, and leaves the rest to the savers.
+
+    Every rank that sees the run folder writes a part of a state. Making one is collective.
+
+    Args:
+        is_sharded: Whether ranks hold the rows of tensors, and whole ones have to be gathered.
+    """
+
+    def __init__(
+        self,
+        saver: Saver,
+        run_dir: Path,
+        config: RunConfig,
+        data: DataSummary,
+        *,
+        keep_states: int,
+        is_sharded: bool,
+    ) -> None:
+        self._saver, self._run_dir, self._config, self._data = saver, run_dir, config, data
+        self._keep, self._is_sharded = keep_states, is_sharded
+        self._rank = distributed.rank()
+        seeing = _who_sees(run_dir)
+        if is_sharded and len(seeing) < distributed.world_size():
+            missing = sorted(set(range(distributed.world_size())) - set(seeing))
+            raise ValueError(
+                f"{run_dir}: ranks {', '.join(map(str, missing))} do not see it, but each writes "
+                "its part of a state; give an --outdir that all nodes share."
+            )
+        # Of what every rank has as a whole; in sharded runs that is little.
+        self._writers = (0,) if is_sharded else seeing
+        if self._rank in seeing:
+            saver.hold(run_dir / f".saver-{self._rank:05d}.lock")
+
+    def reserve(self, like: Any, network: nn.Module, device: torch.device) -> None:
+        """Prepare memory for states whose tensors are as large as these, and for snapshots."""
+        _, own, _ = take_apart(like, self._writers, self._rank)
+        # Each tensor begins at a multiple of 64 bytes.
+        num_bytes = sum(tensor.nbytes + 64 for tensor in own.values())
+        if self._rank == 0:
+            # Snapshots have the averages of sharded runs as a whole, and those of profiles as half.
+            width = 4 * self._is_sharded + 2 * len(self._config.training.ema_stds)
+            num_bytes += width * count_parameters(network)
+        self._saver.reserve(num_bytes, is_pinned=device.type == "cuda")
+
+    def write(
+        self,
+        state: dict[str, Any] | None,
+        snapshots: Iterable[SnapshotParts],
+        cur_nimg: int,
+        *,
+        alone: bool = False,
+    ) -> float:
+        """Copy a state and snapshots; return the seconds for which the last ones were waited for.
+
+        Collective, unless rank 0 is ``alone``, because the others may have stopped: then it writes
+        all, and ``state`` has to be whole.
+        """
+        if alone and self._rank:
+            return 0.0
+        together = contextlib.nullcontext if alone else distributed.together
+        writers = (0,) if alone else self._writers
+        path, token = state_path(self._run_dir, cur_nimg), secrets.token_hex(8)
+        with together():
+            waited = self._saver.begin()
+            if state is not None and self._rank == 0:
+                remove_state(path)
+        if not alone:
+            token = distributed.broadcast_object(token)
+        part = (part_name(self._rank), {})
+        with together():
+            if state is not None:
+                # First: what snapshots share with it is not copied again.
+                tree, own, first_rows = take_apart(state, writers, self._rank)
+                own, part = sorted_for_part(own), (part_name(self._rank), first_rows)
+                regions = [self._saver.stage(part_header(own))]
+                regions += [self._saver.stage(tensor, keep=True) for tensor in own.values()]
+            for snapshot in snapshots:
+                self._write_snapshot(*snapshot)
+            if part[1]:
+                self._saver.write_file(path / part[0], regions, token)
+        if state is None:
+            return waited
+        # A state is begun once every rank has its copy.
+        parts = [part] if alone else distributed.gather_objects(part)
+        if self._rank == 0:
+            header = dict(format=STATE_FORMAT, version=FORMAT_VERSION)
+            content = dict(header, config=to_dict(self._config), tree=tree)
+            written = [part for part in parts if part[1]]
+            old = superfluous_states(self._run_dir, path, self._keep)
+            self._saver.write_manifest(path / MANIFEST, content, written, token, old)
+        return waited
+
+    def check(self) -> None:
+        """Raise OSError if something could not be written."""
+        self._saver.check()
+
+    def finish(self) -> None:
+        """Wait until all of this rank, and on rank 0 every state, is written."""
+        self._saver.wait()
+
+    def _write_snapshot(
+        self, path: Path, weights: Iterator[tuple[str, Tensor | None]], progress: dict[str, Any]
+    ) -> None:
+        if self._rank == 0:
+            archive = Archive(self._saver.stage)
+            ema = {name: archive.add(tensor) for name, tensor in weights}
+            header = snapshot_header(self._config, self._data, progress)
+            self._saver.write_archive(path, archive.members(dict(header, ema=ema)))
+        elif self._is_sharded:
+            collections.deque(weights, maxlen=0)  # Gathered on rank 0 by all.
+
+
+def _who_sees(run_dir: Path) -> tuple[int, ...]:
+    """Return the ranks on whose machine the run folder is, which rank 0 made. Collective."""
+    found = distributed.gather_objects(run_dir.is_dir())
+    return tuple(rank for rank, sees in enumerate(found) if sees)
+
+
+def wait_for_savers(run_dir: Path, report: Callable[[str], None]) -> None:
+    """Wait for what an earlier process, which may be gone, still writes in a run folder.
+
+    Raises ValueError if that takes longer than a saver may live.
+    """
+    deadline, told = time.monotonic() + DEADLINE_SEC + _PATIENCE_SEC, False
+    for path in sorted(run_dir.glob(".saver-*.lock")):
+        while is_locked(path):
+            if not told:
+                report(f"Waiting for the state that an earlier process still writes to {run_dir}.")
+                told = True
+            if time.monotonic() > deadline:
+                raise ValueError(f"{run_dir}: a process that writes a state does not end.")
+            time.sleep(0.1)
+        path.unlink(missing_ok=True)
