@@ -8,6 +8,7 @@ from benchmarks.options import (
     LoadingOptions,
     MetricsOptions,
     SampleOptions,
+    StateOptions,
     TrainOptions,
     measured_model,
 )
@@ -29,6 +30,7 @@ def main() -> None:
       python benchmark.py data --preset=cifar10
       python benchmark.py attention --preset=cifar10
       python benchmark.py metrics --preset=cifar10
+      python benchmark.py states --preset=imagenet256-s
       python benchmark.py gpu --out=gpu.json
     """
 
@@ -100,6 +102,19 @@ def metrics(options: MetricsOptions) -> None:
     from benchmarks.metrics import measure
 
     measure(options)
+
+
+@main.command(cls=ConfigCommand, base=measured_model)
+@takes(StateOptions)
+def states(config: ModelConfig, options: StateOptions) -> None:
+    """Time how long training stands still when a state is written, against torch.save.
+
+    States are copied, and written by a process of their own: with nothing that limits it, and as if
+    the disk were slow. The first one comes soon after the start of a run.
+    """
+    from benchmarks.states import measure
+
+    measure(config, options)
 
 
 @main.command()

@@ -2,7 +2,6 @@
 
 import dataclasses
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from benchmarks.gpu_session import Session
 from benchmarks.gpu_train import FIRST, gpu_run
 from benchmarks.kinds import dataset_of
 from benchmarks.measure import Clock
+from benchmarks.options import StateOptions
+from benchmarks.states import time_states
 from benchmarks.steps import TrainingSteps
 from data.images.codec import PixelCodec
 from data.loader import make_loader
@@ -23,7 +24,6 @@ from dnnlib.parallel import num_usable_cores
 from metrics.inception import Inception, InceptionDetector
 from metrics.network import arithmetic
 from models import build_network
-from training.checkpoint import save_state
 from training.config import RunConfig
 from training.family import Part
 
@@ -160,7 +160,7 @@ def _write_state(session: Session, preset: str) -> dict[str, float]:
     ):
         steps = TrainingSteps(families.of(run).fit(run, dataset), dataset, session.device)
         steps.time(1)
-        path, start = Path(folder) / "training-state.pt", time.perf_counter()
-        save_state(path, steps.state(), run)
-        seconds, gigabytes = time.perf_counter() - start, path.stat().st_size / 1e9
+        options = StateOptions(rounds=session.pick(3, 1), warm_up=session.pick(5.0, 0.0))
+        found = time_states(run, steps.state(), Path(folder), options, None)
+    seconds, gigabytes = found["stall"], found["gigabytes"]
     return dict(seconds=seconds, gigabytes=gigabytes, sec_per_gb=seconds / gigabytes)

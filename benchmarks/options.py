@@ -156,6 +156,17 @@ class MetricsOptions(DataOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class StateOptions(Options):
+    rate: float = param(
+        default=100.0, min=0.001, max=1e6, help="MB a second of the slow disk of the last rows."
+    )
+    warm_up: float = param(
+        default=5.0, min=0.0, max=3600.0, help="Seconds between the start and the first state."
+    )
+    outdir: Path | None = param(help="Folder on the disk to write to.  [default: a temporary one]")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class GpuOptions:
     out: Path = param(required=True, help="JSON file of the results; a table is written beside it.")
     part: str | None = param(choices=tuple(GPU_PARTS), help="Measure this part alone.")

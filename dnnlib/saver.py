@@ -26,6 +26,7 @@ from typing import IO, Any
 from dnnlib.files import atomic_write, write_json
 
 MANIFEST = "manifest.json"  # Of a state, which is none without it.
+DEADLINE_SEC = 30 * 60.0  # After the end of its process, a saver writes for so long.
 _LENGTH = struct.Struct("<Q")
 _CHUNK = 8 << 20
 _ALIGNMENT = 64  # Of tensors in an archive, which PyTorch maps into memory.

@@ -8,6 +8,7 @@ import psutil
 import pytest
 import safetensors.torch
 import torch
+from helpers import fail, succeed
 from training_runs import FULL, assert_same_run, only_run
 
 from dnnlib import saver as saver_process
@@ -16,9 +17,11 @@ from dnnlib.saver import MANIFEST, SaverProcess, sidecar_of
 from torch_utils import saver as client
 from torch_utils.saver import Saver, memory_order
 from training.checkpoint import find_states
+from training.saving import wait as wait_script
 from training.saving import writer as writing
 from training.saving.archive import Archive
 from training.saving.state_folder import part_header, read_part, sorted_for_part
+from training.saving.wait import lock_path
 from training.saving.writer import Writer
 
 TENSORS = {
@@ -141,6 +144,40 @@ def test_a_manifest_waits_for_parts_until_none_grows(tmp_path, monkeypatch):
     assert process._wait_for(parts, "new") == [{"token": "new"}] * 2
 
 
+def test_the_command_that_waits_ends_when_all_is_written(tmp_path, monkeypatch):
+    run_dir, part = tmp_path / "00000-x", tmp_path / "00000-x" / "part-00000.safetensors"
+    run_dir.mkdir()
+    with Saver(rate=4) as saver:
+        saver.hold(lock_path(run_dir, 0))
+        write_part(saver, part, dict(a=torch.zeros(10**6)))
+        time.sleep(0.3)  # Until it holds the lock, which a run does long before it ends.
+    for folder in (tmp_path, run_dir):
+        result = succeed(wait_script, folder)
+        assert part.is_file()
+        told = "Waiting for the state that an earlier process still writes" in result.output
+        assert told == (folder == tmp_path)
+    monkeypatch.setattr(wait_script, "DEADLINE_SEC", -60.0)
+    with Saver(rate=1e-3) as saver:
+        saver.hold(lock_path(run_dir, 0))
+        saver.wait()
+        assert "a process that writes a state does not end" in fail(wait_script, run_dir)
+
+
+def test_what_is_written_at_once_takes_other_memory(tmp_path):
+    parts = [tmp_path / f"part-0000{number}.safetensors" for number in range(3)]
+    with Saver(rate=8) as saver:
+        saver.begin()
+        write_part(saver, parts[0], dict(a=torch.zeros(10**6)))
+        assert saver.begin(at_once=True) < 0.2
+        write_part(saver, parts[1], dict(a=torch.ones(10**6)))
+        assert saver.begin() > 0.5
+        num_segments = len(saver._segments)
+        write_part(saver, parts[2], dict(a=torch.ones(10**6)))
+        assert len(saver._segments) == num_segments
+        saver.wait()
+    assert [read_part(part)["a"].mean() for part in parts] == [0, 1, 1]
+
+
 def test_ranks_share_the_work_and_those_that_see_no_folder_have_none(tmp_path, monkeypatch):
     monkeypatch.setattr(writing, "_who_sees", lambda run_dir: (0, 2))
     monkeypatch.setattr(writing.distributed, "world_size", lambda: 3)
@@ -153,7 +190,7 @@ def test_ranks_share_the_work_and_those_that_see_no_folder_have_none(tmp_path, m
             writer = Writer(saver, tmp_path, None, None, **settings)
             found[rank] = writing.take_apart(tree, writer._writers, rank)[1].keys()
             saver.wait()
-            assert (tmp_path / f".saver-{rank:05d}.lock").exists() == (rank != 1)
+            assert lock_path(tmp_path, rank).exists() == (rank != 1)
     assert found == {0: {"/ema/a"}, 1: set(), 2: {"/net/a", "/net/b"}}
     with Saver() as saver, pytest.raises(ValueError, match="ranks 1 do not see it"):
         Writer(saver, tmp_path, None, None, keep_states=2, is_sharded=True)

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dnnlib.saver import Region, receive_message, send_message
+from dnnlib.saver import DEADLINE_SEC, Region, receive_message, send_message
 
-DEADLINE_SEC = 30 * 60.0  # After the end of its process, a saver writes for so long.
 _ALIGNMENT = 64
 _SMALLEST_SEGMENT = 4 << 20
 _POPULATE_STEP = 64 << 20
@@ -85,12 +84,17 @@ class Saver:
         if missing > 0:
             self._segments[self._add_segment(missing, is_pinned)].populate()
 
-    def begin(self) -> float:
-        """Wait until all is written, so that memory is free for more; return the seconds."""
+    def begin(self, *, at_once: bool = False) -> float:
+        """Wait until all is written, so that memory is free for more; return the seconds.
+
+        With ``at_once`` wait for nothing: if need be, take new memory.
+        """
         began = time.monotonic()
-        self.wait()
+        if not at_once:
+            self.wait()
+        is_busy = self.is_busy
         for segment in self._segments:
-            segment.used = 0
+            segment.used = len(segment.memory) if is_busy else 0
         self._staged.clear()
         return time.monotonic() - began
 

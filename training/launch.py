@@ -29,7 +29,7 @@ from training.family import of as family_of
 from training.loop import Job, training_loop
 from training.portable import open_header, open_snapshot
 from training.report import changes_from, describe_run, run_facts
-from training.saving.writer import wait_for_savers
+from training.saving.wait import wait_for_savers
 
 # A killed process gives its memory back, which takes a while, before it leaves the run folder.
 _LOCK_PATIENCE_SEC = 10.0

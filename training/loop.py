@@ -362,7 +362,8 @@ def training_loop(
         state_due = dump_due or done or stop or (is_sharded and (snap_due or metrics_due))
         state = whole_state(progress_info) if state_due or snap_due or metrics_due else None
         if state_due or snap_due:
-            write(state if state_due else None, progress_info if snap_due else None)
+            shown = progress_info if snap_due else None
+            write(state if state_due else None, shown, at_once=stop)
         if not stop and not show_and_score(snap_due, metrics_due):
             stop = True
             if not state_due:

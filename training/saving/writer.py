@@ -3,8 +3,7 @@
 import collections
 import contextlib
 import secrets
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from dnnlib.config import to_dict
-from dnnlib.files import is_locked
 from dnnlib.saver import MANIFEST, remove_state
 from torch_utils import distributed
 from torch_utils.misc import count_parameters
-from torch_utils.saver import DEADLINE_SEC, Saver
+from torch_utils.saver import Saver
 from torch_utils.states import take_apart
 from training.checkpoint import (
     DataSummary,
@@ -33,8 +31,8 @@ from training.saving.state_folder import (
     part_name,
     sorted_for_part,
 )
+from training.saving.wait import lock_path
 
-_PATIENCE_SEC = 60.0
 # Path of a snapshot, its weights one after another, its progress.
 SnapshotParts = tuple[Path, Iterator[tuple[str, Tensor | None]], dict[str, Any]]
 
@@ -71,7 +69,7 @@ class Writer:
         # Of what every rank has as a whole; in sharded runs that is little.
         self._writers = (0,) if is_sharded else seeing
         if self._rank in seeing:
-            saver.hold(run_dir / f".saver-{self._rank:05d}.lock")
+            saver.hold(lock_path(run_dir, self._rank))
 
     def reserve(self, like: Any, network: nn.Module, device: torch.device) -> None:
         """Prepare memory for states whose tensors are as large as these, and for snapshots."""
@@ -90,12 +88,14 @@ class Writer:
         snapshots: Iterable[SnapshotParts],
         cur_nimg: int,
         *,
+        at_once: bool = False,
         alone: bool = False,
     ) -> float:
         """Copy a state and snapshots; return the seconds for which the last ones were waited for.
 
-        Collective, unless rank 0 is ``alone``, because the others may have stopped: then it writes
-        all, and ``state`` has to be whole.
+        With ``at_once`` they are not, which takes memory for one more. Collective, unless rank 0 is
+        ``alone``, because the others may have stopped: then it writes all, and ``state`` has to be
+        whole.
         """
         if alone and self._rank:
             return 0.0
@@ -103,7 +103,7 @@ class Writer:
         writers = (0,) if alone else self._writers
         path, token = state_path(self._run_dir, cur_nimg), secrets.token_hex(8)
         with together():
-            waited = self._saver.begin()
+            waited = self._saver.begin(at_once=at_once or alone)
             if state is not None and self._rank == 0:
                 remove_state(path)
         if not alone:
@@ -156,20 +156,3 @@ def _who_sees(run_dir: Path) -> tuple[int, ...]:
     """Return the ranks on whose machine the run folder is, which rank 0 made. Collective."""
     found = distributed.gather_objects(run_dir.is_dir())
     return tuple(rank for rank, sees in enumerate(found) if sees)
-
-
-def wait_for_savers(run_dir: Path, report: Callable[[str], None]) -> None:
-    """Wait for what an earlier process, which may be gone, still writes in a run folder.
-
-    Raises ValueError if that takes longer than a saver may live.
-    """
-    deadline, told = time.monotonic() + DEADLINE_SEC + _PATIENCE_SEC, False
-    for path in sorted(run_dir.glob(".saver-*.lock")):
-        while is_locked(path):
-            if not told:
-                report(f"Waiting for the state that an earlier process still writes to {run_dir}.")
-                told = True
-            if time.monotonic() > deadline:
-                raise ValueError(f"{run_dir}: a process that writes a state does not end.")
-            time.sleep(0.1)
-        path.unlink(missing_ok=True)

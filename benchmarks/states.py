@@ -1,0 +1,108 @@
+"""benchmark.py states: for how long training stands still when a state is written."""
+
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from benchmarks.measure import describe_device, table
+from benchmarks.options import StateOptions, measured_run
+from models import ModelConfig, build_network
+from torch_utils import distributed
+from torch_utils.parameters import Parameters
+from torch_utils.saver import Saver
+from training.checkpoint import DataSummary
+from training.config import RunConfig
+from training.ema import EMA, PowerEMA
+from training.optimizer import GuardedAdam
+from training.saving.writer import Writer
+
+_DATA = DataSummary(name="none", resolution=1, img_channels=1, num_images=1, content_hash="")
+
+
+def measure(config: ModelConfig, options: StateOptions) -> None:
+    """Print the table of ``benchmark.py states``."""
+    device = distributed.init()
+    click.echo(describe_device(device))
+    run = measured_run(options.preset, config)
+    state = make_state(run, device)
+    rows = [["", "seconds", "s/GB", "until it is on disk, s"]]
+    with tempfile.TemporaryDirectory(dir=options.outdir) as folder:
+        plain = [_save_plainly(state, Path(folder)) for _ in range(options.rounds)]
+        ways = [("this code", None), (f"this code, {options.rate:g} MB/s", options.rate)]
+        found = {name: time_states(run, state, Path(folder), options, r) for name, r in ways}
+    gigabytes = found["this code"]["gigabytes"]
+
+    def row(name: str, seconds: float, whole: float) -> list[str]:
+        return [name, f"{seconds:.3f}", f"{seconds / gigabytes:.3f}", f"{whole:.2f}"]
+
+    rows.append(row("torch.save, and fsync", *[statistics.median(plain)] * 2))
+    for name, times in found.items():
+        rows.append(row(f"{name}, the first", times["first"], times["first_whole"]))
+        rows.append(row(name, times["stall"], times["whole"]))
+    click.echo(f"A state of {options.preset}: {gigabytes:.2f} GB. Training stands still for:")
+    click.echo(table(rows))
+    ratio = statistics.median(plain) / found["this code"]["stall"]
+    click.echo(f"torch.save over this code: {ratio:.1f}")
+
+
+def make_state(run: RunConfig, device: torch.device) -> dict[str, Any]:
+    """Return the state of a run after its first step, with gradients of 0."""
+    network = build_network(run.model).to(device, memory_format=torch.channels_last)
+    parameters = Parameters(network)
+    training = run.training
+    optimizer = GuardedAdam(
+        parameters, beta2=training.beta2, weight_decay=0.0, clip_grad=training.clip_grad
+    )
+    for param in parameters.own:
+        param.grad = torch.zeros_like(param)
+    optimizer.step(0.0)
+    return dict(
+        net=parameters.state_dict(parameters.own),
+        ema=EMA(parameters).state_dict(),
+        ema_profiles=PowerEMA(parameters, training.ema_stds).state_dict(),
+        optimizer=optimizer.state_dict(),
+    )
+
+
+def time_states(
+    run: RunConfig, state: dict[str, Any], folder: Path, options: StateOptions, rate: float | None
+) -> dict[str, float]:
+    """Return the seconds for which a state, the first and the median, keeps training waiting.
+
+    ``whole`` counts until it is on disk.
+    """
+    device = state["optimizer"]["counters"].device
+    with Saver(rate) as saver:
+        writer = Writer(saver, folder, run, _DATA, keep_states=1, is_sharded=False)
+        writer.reserve(state, build_network(run.model), device)
+        time.sleep(options.warm_up)  # What a run does until its first state.
+        turns = []
+        for number in range(options.rounds + 1):
+            began = time.perf_counter()
+            writer.write(state, (), 1000 * number)
+            stall = time.perf_counter() - began
+            writer.finish()
+            turns.append((stall, time.perf_counter() - began))
+        (path,) = folder.glob("training-state-*")
+        num_bytes = sum(file.stat().st_size for file in path.iterdir())
+        shutil.rmtree(path)
+    (first, first_whole), *rest = turns
+    stall, whole = map(statistics.median, zip(*rest, strict=True))
+    times = dict(first=first, first_whole=first_whole, stall=stall, whole=whole)
+    return dict(times, gigabytes=num_bytes / 1e9)
+
+
+def _save_plainly(state: dict[str, Any], folder: Path) -> float:
+    began = time.perf_counter()
+    with open(folder / "plain.pt", "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    return time.perf_counter() - began

@@ -1,0 +1,63 @@
+"""Wait until everything of a run is on disk, also after the end of the processes that trained it.
+
+    python -m training.saving.wait runs/00000-x
+
+A job that ends its machine or its container as soon as its command ends calls this after it.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from dnnlib.cli import run
+from dnnlib.files import is_locked
+from dnnlib.saver import DEADLINE_SEC
+
+_PATIENCE_SEC = 60.0
+
+
+def lock_path(run_dir: Path, rank: int) -> Path:
+    """Return the file that the saver of a rank has locked for as long as it lives."""
+    return run_dir / f".saver-{rank:05d}.lock"
+
+
+def wait_for_savers(run_dir: Path, report: Callable[[str], None]) -> None:
+    """Wait for what an earlier process, which may be gone, still writes in a run folder.
+
+    Raises ValueError if that takes longer than a saver may live.
+    """
+    deadline, told = time.monotonic() + DEADLINE_SEC + _PATIENCE_SEC, False
+    for path in sorted(run_dir.glob(".saver-*.lock")):
+        while is_locked(path):
+            if not told:
+                report(f"Waiting for the state that an earlier process still writes to {run_dir}.")
+                told = True
+            if time.monotonic() > deadline:
+                raise ValueError(f"{run_dir}: a process that writes a state does not end.")
+            time.sleep(0.1)
+        path.unlink(missing_ok=True)
+
+
+@click.command(context_settings=dict(help_option_names=["-h", "--help"]))
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
+def main(folders: tuple[Path, ...]) -> None:
+    """Wait until states and snapshots of FOLDERS are written, which are runs or hold runs.
+
+    A state is copied when it is due, and written while training goes on; what was copied when a run
+    was stopped or killed is written after it. Wait for it where the machine or the container goes
+    with the command.
+
+    \b
+    Examples:
+      python -m training.saving.wait runs/00000-x
+      torchrun ... train.py --outdir=runs; python -m training.saving.wait runs
+    """
+    for folder in folders:
+        for run_dir in (folder, *sorted(path for path in folder.glob("*") if path.is_dir())):
+            wait_for_savers(run_dir, click.echo)
+
+
+if __name__ == "__main__":
+    run(main)
