@@ -11,8 +11,10 @@ OUTDIR=runs/ffhq64 # A folder that only this job uses.
 rm -f "$OUTDIR"/*/requeue
 HOSTS=($(scontrol show hostnames "$SLURM_JOB_NODELIST"))
 # A stop makes torchrun exit with an error; whether the run wants to go on, the file says.
-srun --cpus-per-task="$SLURM_CPUS_PER_TASK" torchrun --nnodes="$SLURM_NNODES" --nproc_per_node=8 \
-    --rdzv_backend=c10d --rdzv_endpoint="${HOSTS[0]}:29500" --rdzv_id="$SLURM_JOB_ID" \
+# The step ends when the state of a stop is written.
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" examples/train_and_wait.sh "$OUTDIR" \
+    torchrun --nnodes="$SLURM_NNODES" --nproc_per_node=8 --rdzv_backend=c10d \
+    --rdzv_endpoint="${HOSTS[0]}:29500" --rdzv_id="$SLURM_JOB_ID" \
     --signals-to-handle=SIGTERM,SIGUSR1 \
     train.py --outdir="$OUTDIR" --data=datasets/ffhq64.zip --preset=ffhq64 \
     --precision=bf16 --compile --resume=auto || failed=$?

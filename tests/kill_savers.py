@@ -11,11 +11,13 @@ go on from it, and to end with the files of a run that nobody disturbed, bit for
 import argparse
 import concurrent.futures
 import random
+import re
 import shutil
 import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
@@ -32,6 +34,7 @@ from training_runs import (  # noqa: E402
 from data.convert.convert import convert_images  # noqa: E402
 from data.convert.sources import open_source  # noqa: E402
 from dnnlib.saver import MANIFEST  # noqa: E402
+from dnnlib.text import format_kimg  # noqa: E402
 from training.checkpoint import find_states  # noqa: E402
 
 RANKS = 2
@@ -57,15 +60,15 @@ def disturb(base, reference, number, seconds):
     process.finish(code=None)
     killed = time.monotonic() - stopped
     run_dir = only_run(outdir)
-    # The one of the stop; the one before it may be on its way, too.
-    begun = max(run_dir.glob("training-state-*"), key=lambda path: path.name)
-    assert not (begun / MANIFEST).exists()
+    assert not list(run_dir.glob(f"training-state-*/{MANIFEST}")), "a state is on disk already"
+    (kimg,) = re.findall(r"Stopped by .* at kimg (\S+);", process.output)
     output = train(base, str(number)).finish()
-    assert "Waiting for the state that an earlier process still writes" in output
-    assert f"Resuming from {begun}" in output
+    assert "Waiting for the state that an earlier process still writes" in output, output
+    (used,) = re.findall(r"Resuming from .*/training-state-(\S+)", output)
+    assert format_kimg(float(used)) == kimg, f"{used} is not the state of the stop, {kimg}"
     assert_same_run(run_dir, reference)
     waited = time.monotonic() - stopped
-    return f"{number}: ranks gone after {killed:.0f} s, {begun.name} used, equal ({waited:.0f} s)"
+    return f"{number}: ranks gone after {killed:.0f} s, state {used} used, equal ({waited:.0f} s)"
 
 
 def main():
@@ -86,9 +89,9 @@ def main():
         for job in concurrent.futures.as_completed(jobs):
             try:
                 print(job.result(), flush=True)
-            except AssertionError as error:
+            except AssertionError:
                 failed += 1
-                print(f"FAILED: {error}", flush=True)
+                print(f"FAILED: {traceback.format_exc()}", flush=True)
     print(f"{options.times - failed} of {options.times} states were whole, their runs equal.")
     if not failed:
         shutil.rmtree(base)

@@ -39,6 +39,7 @@ from models.diffit import ResBlock
 from models.layers import TMSA, UpsampleConv
 from torch_utils.distributed import StopSignal
 from torch_utils.misc import count_parameters, peak_flops
+from torch_utils.saver import Saver
 from training.loop import Job, training_loop
 from training.run_report.write import RunReport
 
@@ -565,8 +566,8 @@ def test_memory_does_not_grow_with_ticks(synthetic, tmp_path, monkeypatch):
         run, codec = families.of(run).open_codec(run, dataset, CPU)
         evaluator = ImageEvaluator(run, dataset.class_counts, evaluate_and_note)
         job = Job(config=run, data=dataset, codec=codec, evaluator=evaluator, device=CPU)
-        with StopSignal() as stop_signal:
-            training_loop(job, tmp_path, stop_signal=stop_signal)
+        with StopSignal() as stop_signal, Saver() as saver:
+            training_loop(job, tmp_path, saver=saver, stop_signal=stop_signal)
     assert len(probe.rows) == 31
     probe.assert_flat()
 

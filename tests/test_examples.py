@@ -4,6 +4,8 @@ import os
 import re
 import shlex
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import helpers
@@ -17,7 +19,8 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 def kubernetes_args():
     (container,) = _pod()["containers"]
-    return container["args"]
+    assert container["args"][0] == "torchrun"
+    return container["args"][1:]
 
 
 def _pod():
@@ -66,6 +69,8 @@ def test_volumes_of_the_pod_are_those_that_it_mounts():
 
 def test_the_docker_image_copies_what_is_there():
     lines = (EXAMPLES / "Dockerfile").read_text().splitlines()
+    (command, *_) = _pod()["containers"][0]["command"]
+    assert os.access(EXAMPLES.parent / command, os.X_OK)
     for line in lines:
         for name in line.split()[1:-1] if line.startswith("COPY") else ():
             assert (EXAMPLES.parent / name).exists()
@@ -106,3 +111,40 @@ def test_a_job_that_was_stopped_is_queued_again(tmp_path, code, wants_to_go_on, 
     calls = (tmp_path / "calls").read_text()
     assert "--rdzv_endpoint=node1:29500" in calls
     assert ("requeue 17" in calls) == wants_to_go_on
+
+
+def test_a_container_passes_its_stop_on_and_waits_for_the_state(tmp_path):
+    run_dir = tmp_path / "runs" / "00000-x"
+    run_dir.mkdir(parents=True)
+    command = tmp_path / "torchrun"
+    # It ends at a stop, with its saver still at work.
+    command.write_text(
+        f"#!{sys.executable}\n"
+        "import signal, sys, threading\n"
+        "from pathlib import Path\n"
+        f"sys.path[:0] = [{str(EXAMPLES.parent)!r}]\n"
+        "import torch\n"
+        "from torch_utils.saver import Saver\n"
+        "stop = threading.Event()\n"
+        "signal.signal(signal.SIGTERM, lambda *_: stop.set())\n"
+        "run_dir = Path(sys.argv[1]) / '00000-x'\n"
+        "with Saver(rate=2) as saver:\n"
+        "    saver.hold(run_dir / '.saver-00000.lock'); saver.wait()\n"
+        "    (run_dir / 'begun').touch()\n"
+        "    stop.wait()\n"
+        "    region = saver.stage(torch.zeros(10**6))\n"
+        "    saver.write_file(run_dir / 'part.safetensors', [region], 'token')\n"
+        "sys.exit(7)\n"
+    )
+    command.chmod(0o755)
+    own = {name: value for name, value in os.environ.items() if name != "SLURM_JOB_ID"}
+    own["PATH"] = f"{Path(sys.executable).parent}:{own['PATH']}"
+    script = [EXAMPLES / "train_and_wait.sh", run_dir.parent, command, run_dir.parent]
+    process = subprocess.Popen(["bash", *script], cwd=EXAMPLES.parent, env=own)
+    deadline = time.monotonic() + 60
+    while not (run_dir / "begun").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(60) == 7
+    assert (run_dir / "part.safetensors").is_file()

@@ -206,6 +206,7 @@ def test_a_state_outlives_the_kill_of_all_but_its_saver(train, uninterrupted, tm
     first = train(*command, "--save-rate=0.3", ranks=ranks, warm=ranks is None)
     begun = lambda: list(tmp_path.glob("*/training-state-000001*/.part-*"))  # noqa: E731
     first.wait_until(begun)
+    time.sleep(0.2)  # Until every rank has its copy.
     savers, others = [], []
     for process in first.processes():
         is_saver = "dnnlib.saver" in " ".join(process.cmdline())
