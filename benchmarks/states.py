@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.measure import describe_device, table
 from benchmarks.options import StateOptions, measured_run
+from dnnlib.files import check_target
 from models import ModelConfig, build_network
 from torch_utils import distributed
 from torch_utils.parameters import Parameters
@@ -28,6 +29,9 @@ _DATA = DataSummary(name="none", resolution=1, img_channels=1, num_images=1, con
 
 def measure(config: ModelConfig, options: StateOptions) -> None:
     """Print the table of ``benchmark.py states``."""
+    if options.outdir is not None:
+        check_target("--outdir", options.outdir, is_folder=True)
+        options.outdir.mkdir(parents=True, exist_ok=True)
     device = distributed.init()
     click.echo(describe_device(device))
     run = measured_run(options.preset, config)
@@ -86,7 +90,7 @@ def time_states(
         turns = []
         for number in range(options.rounds + 1):
             began = time.perf_counter()
-            writer.write(state, (), 1000 * number)
+            writer.write(state, (), 1000 * number, is_urgent=lambda: False)
             stall = time.perf_counter() - began
             writer.finish()
             turns.append((stall, time.perf_counter() - began))

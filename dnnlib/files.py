@@ -45,9 +45,13 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb", **kwargs: Any) -> It
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)  # As of a full disk, which the system does not name.
         raise
-    # The new name outlives a power failure, where the file system can promise that.
+    fsync_folder(path.parent)
+
+
+def fsync_folder(path: Path) -> None:
+    """Have the names in a folder outlive a power failure, where the system can promise that."""
     with contextlib.suppress(OSError):
-        folder = os.open(path.parent, os.O_RDONLY)
+        folder = os.open(path, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from dnnlib.files import atomic_write, write_json
+from dnnlib.files import atomic_write, fsync_folder, write_json
 
 MANIFEST = "manifest.json"  # Of a state, which is none without it.
 DEADLINE_SEC = 30 * 60.0  # After the end of its process, a saver writes for so long.
@@ -134,14 +134,14 @@ class SaverProcess:
                     if self._rate is not None:
                         time.sleep(max(began + num_bytes / self._rate - time.monotonic(), 0))
 
-    def _write_file(self, path: str, regions: Sequence[Region], token: str) -> None:
+    def _write_file(self, path: str, regions: Sequence[Region]) -> None:
         """Write regions one after another, then the checksum of all into a file beside it."""
         digest = hashlib.sha256()
         with atomic_write(path) as file:
             for chunk in self._chunks(regions):
                 file.write(chunk)
                 digest.update(chunk)
-        about = dict(token=token, sha256=digest.hexdigest(), size=sum(r[2] for r in regions))
+        about = dict(sha256=digest.hexdigest(), size=sum(region[2] for region in regions))
         write_json(sidecar_of(Path(path)), about)
 
     def _write_archive(self, path: str, members: Sequence[tuple[str, Region]]) -> None:
@@ -163,39 +163,41 @@ class SaverProcess:
     def _complete(
         self,
         path: str,
+        final: str,
         content: dict[str, Any],
         parts: Sequence[tuple[str, Any]],
-        token: str,
         remove: Sequence[str],
     ) -> None:
-        """Write the manifest once every part is there, then delete what it makes superfluous."""
-        folder = Path(path).parent
-        found = self._wait_for([folder / name for name, _ in parts], token)
+        """Write the manifest into a folder once every part is there, and give it its final name.
+
+        Then delete what it makes superfluous.
+        """
+        folder = Path(path)
+        found = self._wait_for([folder / name for name, _ in parts])
         listed = [
             dict(name=name, sha256=about["sha256"], size=about["size"], first_rows=first_rows)
             for (name, first_rows), about in zip(parts, found, strict=True)
         ]
         content = dict(content, parts=listed)
-        write_json(path, dict(content, checksum=manifest_checksum(content)))
         for name, _ in parts:
             sidecar_of(folder / name).unlink()
+        write_json(folder / MANIFEST, dict(content, checksum=manifest_checksum(content)))
+        _replace_folder(folder, Path(final))
         for old in map(Path, remove):
             remove_state(old)
 
-    def _wait_for(self, parts: Sequence[Path], token: str) -> list[dict[str, Any]]:
+    def _wait_for(self, parts: Sequence[Path]) -> list[dict[str, Any]]:
         """Return what the files beside parts say, which other processes may be writing still."""
         seen, deadline = None, 0.0
         while True:
             found = [_read_sidecar(part) for part in parts]
-            missing = [
-                part.name
-                for part, about in zip(parts, found, strict=True)
-                if about is None or about["token"] != token
-            ]
+            pairs = zip(parts, found, strict=True)
+            missing = [part.name for part, about in pairs if about is None]
             if not missing:
                 return found
             folder = parts[0].parent
-            sizes = sorted((entry.name, entry.stat().st_size) for entry in os.scandir(folder))
+            entries = os.scandir(folder) if folder.is_dir() else ()
+            sizes = sorted((entry.name, entry.stat().st_size) for entry in entries)
             now = time.monotonic()
             if sizes != seen:
                 seen, deadline = sizes, now + _STANDSTILL_SEC
@@ -207,6 +209,16 @@ class SaverProcess:
 def manifest_checksum(content: dict[str, Any]) -> str:
     """Return the checksum of what a manifest holds besides."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _replace_folder(folder: Path, final: Path) -> None:
+    """Give a folder another name, and drop one that has it."""
+    old = folder.with_suffix(".old.tmp")
+    with contextlib.suppress(FileNotFoundError):
+        final.rename(old)
+    folder.rename(final)
+    fsync_folder(final.parent)
+    remove_state(old)
 
 
 def _read_sidecar(part: Path) -> dict[str, Any] | None:

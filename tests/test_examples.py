@@ -133,7 +133,7 @@ def test_a_container_passes_its_stop_on_and_waits_for_the_state(tmp_path):
         "    (run_dir / 'begun').touch()\n"
         "    stop.wait()\n"
         "    region = saver.stage(torch.zeros(10**6))\n"
-        "    saver.write_file(run_dir / 'part.safetensors', [region], 'token')\n"
+        "    saver.write_file(run_dir / 'part.safetensors', [region])\n"
         "sys.exit(7)\n"
     )
     command.chmod(0o755)

@@ -2,14 +2,16 @@
 
 import json
 import os
+import shutil
 
 import helpers
 import numpy as np
 import PIL.Image
 import pytest
+from state_files import as_file
 
 import generate
-from training.checkpoint import load_snapshot
+from training.checkpoint import find_states, load_snapshot
 
 
 @pytest.fixture(scope="session")
@@ -212,7 +214,8 @@ def test_network_and_outdir_are_needed_and_a_wrong_network_is_named(base, networ
     assert "--network" in helpers.fail(generate, f"--outdir={tmp_path}")
     assert "--outdir" in helpers.fail(generate, f"--network={network}")
     picture = next(network.parent.glob("fakes-*.png"))
-    state = next(network.parent.glob("training-state-*.pt"))
+    folder = find_states(network.parent)[0]
+    state = as_file(shutil.copytree(folder, tmp_path / "training-state-1"))
     for path, part in (
         (tmp_path / "absent.pkl", "no such file"),
         (picture, "not a snapshot"),

@@ -55,7 +55,7 @@ def test_a_run_killed_twice_equals_the_uninterrupted_one(train, uninterrupted, t
     second.kill()
     run_dir = only_run(tmp_path)
     assert 0 < final_state(run_dir)["progress"]["cur_nimg"] < 4000
-    half_written = run_dir / "training-state-000001.001"
+    half_written = run_dir / ".training-state-000001.0123456789abcdef.tmp"
     half_written.mkdir()
     (half_written / ".part-00000.safetensors.k3x.tmp").write_bytes(b"half")
 

@@ -20,6 +20,7 @@ import pytest
 import test_conditioning
 import test_cpu_matmul
 import test_respacing
+import test_saver
 import test_sharding
 import torch
 from feature_files import tiny_features
@@ -515,6 +516,7 @@ def test_every_option_and_every_choice_of_it_has_a_test():
         | vars(test_sharding)
         | vars(test_cpu_matmul)
         | vars(test_respacing)
+        | vars(test_saver)
     )
     assert all(callable(known[name]) for name in SHOWN_BY.values())
     for name, setting in found.items():

@@ -4,13 +4,14 @@ import contextlib
 import ctypes
 import mmap
 import os
+import select
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,14 +85,14 @@ class Saver:
         if missing > 0:
             self._segments[self._add_segment(missing, is_pinned)].populate()
 
-    def begin(self, *, at_once: bool = False) -> float:
+    def begin(self, is_urgent: Callable[[], bool] = lambda: False) -> float:
         """Wait until all is written, so that memory is free for more; return the seconds.
 
-        With ``at_once`` wait for nothing: if need be, take new memory.
+        As soon as it ``is_urgent``, wait no longer, and take new memory if need be.
         """
         began = time.monotonic()
-        if not at_once:
-            self.wait()
+        while self.is_busy and not is_urgent():
+            select.select([self._connection], [], [], 0.1)
         is_busy = self.is_busy
         for segment in self._segments:
             segment.used = len(segment.memory) if is_busy else 0
@@ -120,9 +121,9 @@ class Saver:
             self._staged[key] = content, region
         return region
 
-    def write_file(self, path: Path, regions: Sequence[Region], token: str) -> None:
-        """Write regions one after another, and a checksum with a ``token`` beside."""
-        self._tell(kind="file", path=str(path.absolute()), regions=regions, token=token)
+    def write_file(self, path: Path, regions: Sequence[Region]) -> None:
+        """Write regions one after another, and their checksum beside."""
+        self._tell(kind="file", path=str(path.absolute()), regions=regions)
 
     def write_archive(self, path: Path, members: Mapping[str, Region]) -> None:
         """Write an archive that ``torch.load`` reads."""
@@ -131,14 +132,17 @@ class Saver:
     def write_manifest(
         self,
         path: Path,
+        final: Path,
         content: Mapping[str, Any],
         parts: Sequence[tuple[str, Any]],
-        token: str,
         remove: Sequence[Path],
     ) -> None:
-        """Write a manifest once all parts with ``token`` are there; then delete ``remove``."""
+        """Write a manifest into a folder once all parts are there, and rename it to ``final``.
+
+        Then delete ``remove``.
+        """
         old = [str(path.absolute()) for path in remove]
-        about = dict(content=content, parts=parts, token=token, remove=old)
+        about = dict(final=str(final.absolute()), content=content, parts=parts, remove=old)
         self._tell(kind="manifest", path=str(path.absolute()), **about)
 
     def check(self) -> None:

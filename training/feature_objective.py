@@ -50,28 +50,42 @@ class FeatureObjective(Objective):
 
     def _shapes(self) -> list[tuple[Bucket, int]]:
         """Return every size of images with every length of texts that occurs with it."""
+        buckets = parse_buckets(",".join(self.network.config.buckets))
+        return list(itertools.product(buckets, self._text_lengths()))
+
+    def _text_lengths(self) -> list[int]:
         model, lengths = self.network.config, self._config.text_lengths
         longest = next((n for n in lengths if n >= model.max_text_tokens), lengths[-1])
-        used = [length for length in lengths if length <= longest]
-        return list(itertools.product(parse_buckets(",".join(model.buckets)), used))
+        return [length for length in lengths if length <= longest]
 
     def warm_up(self, run: Callable[..., Tensor], batch: int, device: torch.device) -> None:
-        model, shapes, is_main = self.network.config, self._shapes(), distributed.is_main()
+        shapes, is_main = self._shapes(), distributed.is_main()
         look = dict(label="Compiling", unit="graph", disable=not is_main, transient=True)
         with progress(total=len(shapes), **look) as bar:
             for bucket, length in shapes:
-                rows, columns = model.patch_grid(*bucket.size)
-                cond = dict(
-                    text=torch.zeros(batch, length, model.text_dim, device=device),
-                    text_mask=torch.ones(batch, length, dtype=torch.bool, device=device),
-                    cls=torch.zeros(batch, model.visual_dim, device=device),
-                    patches=torch.zeros(batch, rows * columns, model.visual_dim, device=device),
-                    size=torch.tensor(bucket.size),
-                )
-                shape = model.latent_shape(*bucket.size)
-                draws = self.draw(rng.Step(0, 0, batch, shape, device))
-                run(torch.zeros(batch, *shape, device=device), cond, draws).sum().backward()
+                images, cond = self._example(bucket.size, length, batch, device)
+                draws = self.draw(rng.Step(0, 0, batch, tuple(images.shape[1:]), device))
+                run(images, cond, draws).sum().backward()
                 bar.update()
+
+    def example(self, batch: int, device: torch.device) -> tuple[Tensor, Cond]:
+        largest = max(self.network.config.image_sizes, key=math.prod)
+        images, cond = self._example(largest, max(self._text_lengths()), batch, device)
+        return images, dict(cond, size=largest)
+
+    def _example(
+        self, size: tuple[int, int], length: int, batch: int, device: torch.device
+    ) -> tuple[Tensor, Cond]:
+        model = self.network.config
+        rows, columns = model.patch_grid(*size)
+        cond = dict(
+            text=torch.zeros(batch, length, model.text_dim, device=device),
+            text_mask=torch.ones(batch, length, dtype=torch.bool, device=device),
+            cls=torch.zeros(batch, model.visual_dim, device=device),
+            patches=torch.zeros(batch, rows * columns, model.visual_dim, device=device),
+            size=torch.tensor(size),
+        )
+        return torch.zeros(batch, *model.latent_shape(*size), device=device), cond
 
     def draw(self, step: rng.Step) -> FeatureDraws:
         draws = super().draw(step)

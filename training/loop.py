@@ -175,6 +175,10 @@ def training_loop(
     # Adam's two moments come with the first step.
     writer.reserve([weights] * 3 + [ema.state_dict(), profiles.state_dict()], network, device)
     del weights
+
+    def is_stopping() -> bool:
+        return stop_signal.received is not None
+
     telemetry = None
     if rank == 0:
         telemetry = Telemetry(run_dir, logging, config, cur_nimg)
@@ -186,14 +190,16 @@ def training_loop(
         made = resume_state["progress"]
         paths = [path for path, *_ in snapshots(made)]
         problems = distributed.on_main(lambda: checkpoint.snapshot_problems(paths))
-        writer.write(None, [part for part in snapshots(made) if part[0] in problems], cur_nimg)
+        lacking = [part for part in snapshots(made) if part[0] in problems]
+        writer.write(None, lacking, cur_nimg, is_urgent=is_stopping)
         if telemetry is not None:
             for problem in problems.values():
                 telemetry.message(f"{problem} Written again from the training state.")
 
     def write(state: dict[str, Any] | None, info: dict[str, Any] | None, **how: Any) -> None:
         """Write a state, and snapshots if there is ``info`` of them."""
-        waited = writer.write(state, snapshots(info) if info else (), cur_nimg, **how)
+        parts = snapshots(info) if info else ()
+        waited = writer.write(state, parts, cur_nimg, is_urgent=is_stopping, **how)
         if telemetry is not None and waited > _LONG_WAIT_SEC:
             telemetry.message(
                 f"Training stood still for {waited:.0f} seconds, until the last state was written. "
@@ -363,7 +369,7 @@ def training_loop(
         state = whole_state(progress_info) if state_due or snap_due or metrics_due else None
         if state_due or snap_due:
             shown = progress_info if snap_due else None
-            write(state if state_due else None, shown, at_once=stop)
+            write(state if state_due else None, shown)
         if not stop and not show_and_score(snap_due, metrics_due):
             stop = True
             if not state_due:

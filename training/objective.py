@@ -110,6 +110,16 @@ class Objective(torch.nn.Module):
     def warm_up(self, run: Callable[..., Tensor], batch: int, device: torch.device) -> None:
         """Do nothing: with a single shape, the first step has the graph made."""
 
+    def example(self, batch: int, device: torch.device) -> tuple[Tensor, Cond]:
+        """Return zeros as images and conditions of ``batch`` rows, of the largest shape there is.
+
+        They are what :meth:`forward` takes, as :meth:`prepare` returns it.
+        """
+        model = self.network.config
+        label = torch.zeros(batch, dtype=torch.int64, device=device)
+        images = torch.zeros(batch, *model.input_shape, device=device)
+        return images, {"label": label} if model.num_classes else {}
+
     def report(self, stats: StatsCollector, loss: Tensor, draws: Draws) -> None:
         """Add the ``loss`` that :meth:`forward` just returned to the statistics of the tick."""
         stats.report("Loss/loss", loss)

@@ -120,7 +120,7 @@ def clear_leftovers(run_dir: Path) -> None:
     remove_incomplete_states(run_dir)
     for name in _RUN_FILES:
         for path in run_dir.glob(f".{name}.*.tmp"):
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def find_same_run(

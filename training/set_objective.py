@@ -52,6 +52,10 @@ class SetObjective(Objective):
             scale = model.sample_size * math.prod(model.input_shape) * steps
         self._kl_factor = config.kl_weight / (math.log(2) * scale)
 
+    def example(self, batch: int, device: torch.device) -> tuple[Tensor, Cond]:
+        images, cond = super().example(batch, device)
+        return images[:, None].expand(-1, self._model.sample_size, -1, -1, -1).clone(), cond
+
     def draw(self, step: rng.Step) -> SetDraws:
         num, batch, device = self._model.sample_size, step.batch, step.device
         draws = super().draw(dataclasses.replace(step, shape=(num, *step.shape)))

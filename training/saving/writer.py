@@ -3,7 +3,7 @@
 import collections
 import contextlib
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from dnnlib.config import to_dict
-from dnnlib.saver import MANIFEST, remove_state
 from torch_utils import distributed
 from torch_utils.misc import count_parameters
 from torch_utils.saver import Saver
@@ -88,28 +87,26 @@ class Writer:
         snapshots: Iterable[SnapshotParts],
         cur_nimg: int,
         *,
-        at_once: bool = False,
+        is_urgent: Callable[[], bool],
         alone: bool = False,
     ) -> float:
         """Copy a state and snapshots; return the seconds for which the last ones were waited for.
 
-        With ``at_once`` they are not, which takes memory for one more. Collective, unless rank 0 is
-        ``alone``, because the others may have stopped: then it writes all, and ``state`` has to be
-        whole.
+        As soon as it ``is_urgent`` they are not, which takes memory for one more. Collective,
+        unless rank 0 is ``alone``, because the others may have stopped: then it writes all, and
+        ``state`` has to be whole.
         """
         if alone and self._rank:
             return 0.0
         together = contextlib.nullcontext if alone else distributed.together
         writers = (0,) if alone else self._writers
         path, token = state_path(self._run_dir, cur_nimg), secrets.token_hex(8)
-        with together():
-            waited = self._saver.begin(at_once=at_once or alone)
-            if state is not None and self._rank == 0:
-                remove_state(path)
         if not alone:
             token = distributed.broadcast_object(token)
+        folder = path.with_name(f".{path.name}.{token}.tmp")
         part = (part_name(self._rank), {})
         with together():
+            waited = self._saver.begin(is_urgent)
             if state is not None:
                 # First: what snapshots share with it is not copied again.
                 tree, own, first_rows = take_apart(state, writers, self._rank)
@@ -119,7 +116,7 @@ class Writer:
             for snapshot in snapshots:
                 self._write_snapshot(*snapshot)
             if part[1]:
-                self._saver.write_file(path / part[0], regions, token)
+                self._saver.write_file(folder / part[0], regions)
         if state is None:
             return waited
         # A state is begun once every rank has its copy.
@@ -129,7 +126,7 @@ class Writer:
             content = dict(header, config=to_dict(self._config), tree=tree)
             written = [part for part in parts if part[1]]
             old = superfluous_states(self._run_dir, path, self._keep)
-            self._saver.write_manifest(path / MANIFEST, content, written, token, old)
+            self._saver.write_manifest(folder, path, content, written, old)
         return waited
 
     def check(self) -> None:
