@@ -42,6 +42,7 @@ class FeatureFamily:
     """Latents of images of several sizes, conditioned on a text and a reference image."""
 
     run: ClassVar[type[RunConfig]] = FeatureRun
+    library_bytes = 75 << 20
 
     # Before anything is opened.
 

@@ -36,6 +36,7 @@ class ImageFamily:
     """Images in pixels. Families that differ in a part of it override that part."""
 
     run: ClassVar[type[RunConfig]] = ImageRun
+    library_bytes = 0
 
     # Before anything is opened.
 

@@ -28,6 +28,7 @@ class LatentFamily(ImageFamily):
     """Latents of images, of which the autoencoder makes pictures."""
 
     run = LatentRun
+    library_bytes = 105 << 20
 
     def check(self, run: LatentRun, given: Collection[str]) -> LatentRun:
         if run.model.vae is not None:

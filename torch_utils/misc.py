@@ -1,9 +1,10 @@
 """Counting what a module holds and computes, and what a device could compute."""
 
+import contextlib
 import ctypes
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -43,17 +44,41 @@ def allow_tf32(allowed: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
-def keep_freed_memory(keeps: bool = True) -> None:
+def keep_freed_memory(keeps: bool = True) -> bool:
     """Have the C library keep what is freed, in place of giving it back to the system at once.
 
     A step on a CPU frees and asks for the same hundreds of megabytes again; each time the system
     would hand out pages one by one and fill them with zeros, for 5 to 10% of the step. Without
-    ``keeps`` it gives back what it can. Does nothing where the C library is not glibc.
+    ``keeps`` it gives back what it can. Returns what was in force. Does nothing where the C library
+    is not glibc.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 1 << 30 if keeps else 1 << 20)
-        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1 if keeps else 1 << 20)
+    global _keeps_freed_memory
+    before, _keeps_freed_memory = _keeps_freed_memory, keeps
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(library, "mallopt"):
+        library.mallopt(_M_MMAP_THRESHOLD, 1 << 30 if keeps else 1 << 20)
+        library.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1 if keeps else 1 << 20)
+    return before
+
+
+_keeps_freed_memory = False
+
+
+@contextlib.contextmanager
+def returning_freed_memory() -> Iterator[None]:
+    """Within it, have the C library give back what is freed, and before it what is free.
+
+    Tensors of other sizes than those of a step would not fit between what steps left, and would
+    take as much memory once more.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: 0)
+    trim(0)
+    before = keep_freed_memory(False)
+    try:
+        yield
+    finally:
+        keep_freed_memory(before)
+        trim(0)
 
 
 def count_parameters(module: torch.nn.Module) -> int:

@@ -249,9 +249,11 @@ class Family(Protocol):
 
     Attributes:
         run: The configuration of its runs, a subclass of RunConfig with ``family`` as its name.
+        library_bytes: Main memory that the libraries of its encoders take in training.
     """
 
     run: type[RunConfig]
+    library_bytes: int
 
     # Before anything is opened.
 

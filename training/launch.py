@@ -126,7 +126,7 @@ def print_plan(config: RunConfig, usual_num_classes: int) -> None:
     if config.training.cpu_matmul == "auto":
         backend = cpu_matmul.best() if device.type == "cpu" else "mkl"
         config = config.changed("training", cpu_matmul=backend)
-    description = describe_run(config, world_size, device)
+    description = describe_run(config, world_size, device, with_forecast=True)
     if launcher.number("RANK") == 0:
         print(f"{json.dumps(to_dict(config), indent=2)}\n{description}{note}")
 

@@ -16,7 +16,7 @@ from dnnlib.saver import remove_state
 from dnnlib.text import format_kimg
 from models import build_network
 from torch_utils import distributed, rng
-from torch_utils.misc import allow_tf32
+from torch_utils.misc import allow_tf32, returning_freed_memory
 from torch_utils.parameters import Parameters
 from torch_utils.saver import Saver
 from torch_utils.stats import StatsCollector
@@ -213,7 +213,7 @@ def training_loop(
     def attempt(what: str, make: Callable[..., None]) -> bool:
         """Return False if a stop cut ``make`` short; what is not finite is told, not made."""
         try:
-            with stop_signal.at_once(), ema.filled():
+            with stop_signal.at_once(), ema.filled(), returning_freed_memory():
                 make(generator, outputs, cur_nimg)
         except distributed.StopRequested:
             return False

@@ -1,47 +1,225 @@
-"""What a run will need: memory of a rank, disk, and traffic between ranks. Nothing is computed."""
+"""What a run will need of memory, disk and network. Nothing of it is computed or allocated."""
 
+import contextlib
 import dataclasses
+import math
+import warnings
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dnnlib.text import format_count
 from models import build_network
 from torch_utils import rng
+from torch_utils.misc import count_parameters
 from torch_utils.parameters import Parameters
 from training import family
 from training.config import RunConfig
+from training.division import accumulation_rounds, group_size
 from training.ema import EMA
 from training.optimizer import GuardedAdam
 
 _CPU = torch.device("cpu")
+# Of tensors on a CPU, beyond their own size: freed memory that the C library keeps, in pieces that
+# are too small for others. Measured: docs/reliability.md.
+_FRAGMENTS = 0.3
+# What a process that trains has loaded besides, in bytes, beyond what one has that only predicts.
+_LATER_LIBRARIES = 35 << 20
+_CUDA_CONTEXT = 500 << 20
+_MIXED = {"bf16": 2, "fp16": 2}
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes that a rank holds at its peak, by kind.
+    """Bytes that a rank holds at most, by kind.
 
     Attributes:
-        activations: What the passes of one step, or of the pictures, need beyond the others.
-        copy: Of what the rank writes of a state; always main memory.
-        libraries: What the process has before it trains; of a GPU's memory, nothing.
+        passes: What forward and backward pass, and the update, need beyond the others; or the
+            pictures, if that is more.
+        gathered: Of a sharded network, what is whole for a while.
+        copy: Of what a rank writes of a state. It is always in main memory.
+        fragments: Freed memory that cannot be used again.
+        libraries: What the process has besides.
     """
 
     weights: int
     gradients: int
     moments: int
     averages: int
-    activations: int
+    passes: int
+    gathered: int
     copy: int
+    fragments: int
     libraries: int
 
-    def total(self, *, with_copy: bool = True) -> int:
-        """Return the sum; without the copy it is that of a GPU."""
-        return sum(vars(self).values()) - (0 if with_copy else self.copy)
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+    def __str__(self) -> str:
+        parts = [f"{kind} {_bytes(size)}" for kind, size in vars(self).items() if size]
+        return f"{_bytes(self.total)} a rank: {', '.join(parts)}"
+
+
+def predict_memory(config: RunConfig, world_size: int, device_type: str) -> Memory:
+    """Return what each rank of a run holds on the device, without detectors and autoencoders.
+
+    On a CPU that is the resident memory of its process; on a GPU, the memory of the GPU.
+    """
+    training, on_cpu = config.training, device_type == "cpu"
+    size, shards = weight_bytes(config), group_size(training, world_size)
+    batch_gpu, _ = accumulation_rounds(training, world_size)
+    num_averages = 1 + len(training.ema_stds)
+    lasting = own = size // shards
+    lasting *= 4 + num_averages
+    gathered = _gathered_bytes(config) if shards > 1 else 0
+    passes, pictures = pass_bytes(config, batch_gpu), picture_bytes(config)
+    fragments, copy, libraries = 0, 0, _CUDA_CONTEXT
+    if on_cpu:
+        fragments = round(_FRAGMENTS * (lasting + gathered + passes))
+        copy = size * (3 + num_averages) // world_size
+        libraries = psutil.Process().memory_info().rss
+        libraries += _LATER_LIBRARIES + family.of(config).library_bytes
+    return Memory(
+        weights=own,
+        gradients=own,
+        moments=2 * own,
+        averages=num_averages * own,
+        passes=max(passes, pictures),
+        gathered=gathered,
+        copy=copy,
+        fragments=fragments,
+        libraries=libraries,
+    )
+
+
+def weight_bytes(config: RunConfig) -> int:
+    """Return the size of a network's parameters in float32."""
+    with torch.device("meta"):
+        return 4 * count_parameters(build_network(config.model))
+
+
+def pass_bytes(config: RunConfig, batch: int) -> int:
+    """Return what a step with a pass of ``batch`` rows needs at most, beyond what lasts.
+
+    The step is made with tensors that have a shape and no content.
+    """
+    network = _meta_network(config).train().requires_grad_(True)
+    objective = family.of(config).objective(config, network, _NoCodec())
+    with _counted() as live:
+        network.to_empty(device=_CPU)
+        parameters = Parameters(network)
+        ema = EMA(parameters)
+        settings = dict(beta2=config.training.beta2, weight_decay=0.0)
+        optimizer = GuardedAdam(parameters, clip_grad=config.training.clip_grad, **settings)
+        images, cond = objective.example(batch, _CPU)
+        shape = tuple(images.shape[-3:])
+        for _ in range(2):  # The first step makes Adam's moments.
+            optimizer.zero_grad()
+            lasting, live.peak = live.now, live.now
+            draws = objective.draw(rng.Step(0, 0, batch, shape, _CPU))
+            with parameters.accumulating():
+                objective(images, cond, draws).sum().backward()
+            optimizer.step(1e-4)
+            ema.update(0.5, optimizer.skipped)
+    return live.peak - lasting - sum(param.nbytes for param in parameters.own)
+
+
+def picture_bytes(config: RunConfig) -> int:
+    """Return what sampling a batch for pictures, without guidance, needs at most."""
+    model, batch = config.model, min(config.logging.sample_batch, 64)
+    network = _meta_network(config).eval().requires_grad_(False)
+    with _counted() as live, torch.no_grad():
+        network.to_empty(device=_CPU)
+        lasting = live.peak = live.now
+        cond = {
+            name: value if name == "size" else value.expand(batch, *value.shape[1:]).clone()
+            for name, value in model.example_cond().items()
+        }
+        cond = {name: model.image_sizes[0] if name == "size" else v for name, v in cond.items()}
+        x, c_noise = torch.zeros(batch, *model.input_shape), torch.zeros(batch)
+        network(x, c_noise, network.context(cond, num=batch))
+    return live.peak - lasting
+
+
+def _gathered_bytes(config: RunConfig) -> int:
+    """Return what is whole at a time of a sharded network: a part and the next, and the rest."""
+    with torch.device("meta"):
+        network = build_network(config.model)
+    sizes = [count_parameters(part) for part in config.model.sharded_parts(network.backbone)]
+    rest, largest = count_parameters(network) - sum(sizes), max(sizes, default=0)
+    width = _MIXED.get(config.training.precision, 4)
+    # Parameters as they compute, and gradients in float32 until they are summed over ranks.
+    return rest * 8 + 2 * largest * (width + 4)
+
+
+def step_traffic(config: RunConfig, world_size: int) -> int:
+    """Return the bytes that each rank sends in an optimizer step, by ring algorithms."""
+    training = config.training
+    size, shards = weight_bytes(config), group_size(training, world_size)
+    _, rounds = accumulation_rounds(training, world_size)
+    groups, width = world_size // shards, _MIXED.get(training.precision, 4)
+    within, between = (shards - 1) / shards, 2 * (groups - 1) / groups
+    # Weights are gathered for the forward and for the backward pass, then gradients are scattered.
+    gathered = size * within * (2 * width / 4 + 1) * rounds
+    return round(gathered + size / shards * between)
+
+
+@dataclasses.dataclass(frozen=True)
+class Disk:
+    """Bytes that a run writes: of a snapshot with its profiles, of a state, and in all."""
+
+    snapshot: int
+    state: int
+    num_snapshots: int
+    num_states: int
+
+    @property
+    def total(self) -> int:
+        return self.num_snapshots * self.snapshot + self.num_states * self.state
+
+    def __str__(self) -> str:
+        files = f"{self.num_snapshots:,} snapshots of {_bytes(self.snapshot)}"
+        files += f" and {self.num_states:,} states of {_bytes(self.state)}"
+        return f"{_bytes(self.total)}: {files}"
+
+
+def predict_disk(config: RunConfig) -> Disk:
+    """Return what a run leaves on disk at its end, without pictures and records."""
+    logging, num_stds = config.logging, len(config.training.ema_stds)
+    size = weight_bytes(config)
+    # The first tick is one step.
+    rest = max(config.total_nimg - config.step_nimg, 0)
+    num_ticks = 1 + math.ceil(rest / max(config.tick_nimg, config.step_nimg))
+    if logging.save_interval is None:
+        num_snapshots = len({*range(0, num_ticks, logging.snap), num_ticks - 1})
+    else:
+        num_snapshots = math.ceil(config.total_nimg / (logging.save_interval * config.step_nimg))
+    num_states = num_ticks // logging.dump + 1 if logging.dump else num_snapshots
+    return Disk(
+        snapshot=size + num_stds * size // 2,
+        state=size * (4 + num_stds),
+        num_snapshots=num_snapshots,
+        num_states=min(num_states, logging.keep_states),
+    )
+
+
+def forecast(config: RunConfig, world_size: int, device: torch.device) -> dict[str, str]:
+    """Return the rows of ``--dry-run`` about what the run needs."""
+    rows = {
+        "memory": str(predict_memory(config, world_size, device.type)),
+        "disk": str(predict_disk(config)),
+    }
+    if world_size > 1:
+        rows["traffic"] = f"{_bytes(step_traffic(config, world_size))} a step from each rank"
+    return rows
 
 
 class _Live(TorchDispatchMode):
@@ -73,39 +251,27 @@ class _Live(TorchDispatchMode):
         self.now -= self._sizes.pop(key)
 
 
+@contextlib.contextmanager
+def _counted() -> Iterator[_Live]:
+    """Within it tensors have no content, and their sizes are counted."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # Of pointers that nobody follows.
+        with FakeTensorMode(allow_non_fake_inputs=True), _Live() as live:
+            yield live
+
+
 class _NoCodec:
     def draw(self, step: rng.Step) -> None:
         """Return nothing, as a codec without random numbers does."""
 
 
-def activation_bytes(config: RunConfig, batch: int) -> int:
-    """Return what a step with a pass of ``batch`` rows needs at most, beyond what lasts.
-
-    The step is made with tensors that have a shape and no content.
-    """
+def _meta_network(config: RunConfig) -> nn.Module:
     model = config.model
-    if model.attention == "flex":  # Knows no such tensors; keeps what SDPA keeps.
-        config = dataclasses.replace(config, model=dataclasses.replace(model, attention="sdpa"))
+    if model.attention == "flex":  # Knows no such tensors; SDPA keeps the same.
+        model = dataclasses.replace(model, attention="sdpa")
     with torch.device("meta"):
-        network = build_network(config.model).train().requires_grad_(True)
-        network.to(memory_format=torch.channels_last)
-    objective = family.of(config).objective(config, network, _NoCodec())
-    with FakeTensorMode(allow_non_fake_inputs=True), _Live() as live:
-        network.to_empty(device=_CPU)
-        parameters = Parameters(network)
-        ema = EMA(parameters)
-        optimizer = GuardedAdam(
-            parameters, beta2=config.training.beta2, weight_decay=0.0, clip_grad=None
-        )
-        images, cond = objective.example(batch, _CPU)
-        shape = tuple(images.shape[-3:])
-        lasting = 0
-        for _ in range(2):  # The first step makes Adam's moments.
-            draws = objective.draw(rng.Step(0, 0, batch, shape, _CPU))
-            optimizer.zero_grad()
-            lasting, live.peak = live.now, live.now
-            objective(images, cond, draws).sum().backward()
-            optimizer.step(1e-4)
-            ema.update(0.5, optimizer.skipped)
-    gradients = sum(param.nbytes for param in parameters.own)
-    return live.peak - lasting - gradients
+        return build_network(model).to(memory_format=torch.channels_last)
+
+
+def _bytes(size: int) -> str:
+    return f"{format_count(size)}B"

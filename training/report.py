@@ -47,9 +47,18 @@ def num_parameters(config: RunConfig) -> int:
     return _cost(config.model)[0]
 
 
-def describe_run(config: RunConfig, world_size: int, device: torch.device) -> str:
-    """Return the size of a run in a few lines: model, cost, batch, steps, backends."""
+def describe_run(
+    config: RunConfig, world_size: int, device: torch.device, *, with_forecast: bool = False
+) -> str:
+    """Return the size of a run in a few lines: model, cost, batch, steps, backends.
+
+    ``with_forecast`` adds memory, disk and traffic, which takes a few seconds.
+    """
     rows = run_facts(config, world_size, device)
+    if with_forecast:
+        from training.memory import forecast
+
+        rows.update(forecast(config, world_size, device))
     return "\n".join(f"  {name:<13} {value}" for name, value in rows.items())
 
 
