@@ -100,7 +100,7 @@ def test_a_saver_writes_no_faster_than_it_may(tmp_path):
         began = time.monotonic()
         assert saver.is_busy
         saver.wait()
-        assert time.monotonic() - began > 2.5
+        assert time.monotonic() - began > 2
         assert not saver.is_busy
 
 
@@ -147,10 +147,11 @@ def test_a_manifest_waits_for_parts_until_none_grows(tmp_path, monkeypatch):
 def test_the_command_that_waits_ends_when_all_is_written(tmp_path, monkeypatch):
     run_dir, part = tmp_path / "00000-x", tmp_path / "00000-x" / "part-00000.safetensors"
     run_dir.mkdir()
-    with Saver(rate=1.5) as saver:
+    with Saver(rate=0.8) as saver:
         saver.hold(lock_path(run_dir, 0))
         write_part(saver, part, dict(a=torch.zeros(10**6)))
-        time.sleep(0.3)  # Until it holds the lock, which a run does long before it ends.
+        while not is_locked(lock_path(run_dir, 0)):  # As a run's is long before it ends.
+            time.sleep(0.05)
     for folder in (tmp_path, run_dir):
         result = succeed(wait_script, folder)
         assert part.is_file()
@@ -165,14 +166,14 @@ def test_the_command_that_waits_ends_when_all_is_written(tmp_path, monkeypatch):
 
 def test_what_is_written_at_once_takes_other_memory(tmp_path):
     parts = [tmp_path / f"part-0000{number}.safetensors" for number in range(3)]
-    with Saver(rate=8) as saver:
+    with Saver(rate=4) as saver:
         saver.begin()
         write_part(saver, parts[0], dict(a=torch.zeros(10**6)))
-        assert saver.begin(lambda: True) < 0.2
+        assert saver.begin(lambda: True) < 0.6
         write_part(saver, parts[1], dict(a=torch.ones(10**6)))
-        assert saver.begin() > 0.5
+        assert saver.begin() > 0.2
         num_segments = len(saver._segments)
-        write_part(saver, parts[2], dict(a=torch.ones(10**6)))
+        write_part(saver, parts[2], dict(a=torch.ones(10**5)))
         assert len(saver._segments) == num_segments
         saver.wait()
     assert [read_part(part)["a"].mean() for part in parts] == [0, 1, 1]
