@@ -11,17 +11,17 @@ from typing import Any
 import click
 import torch
 
+import families
+from benchmarks.kinds import dataset_of
 from benchmarks.measure import describe_device, table
 from benchmarks.options import StateOptions, measured_run
+from benchmarks.steps import TrainingSteps
 from dnnlib.files import check_target
 from models import ModelConfig, build_network
 from torch_utils import distributed
-from torch_utils.parameters import Parameters
 from torch_utils.saver import Saver
 from training.checkpoint import DataSummary
-from training.config import RunConfig
-from training.ema import EMA, PowerEMA
-from training.optimizer import GuardedAdam
+from training.config import RunConfig, fit_to_device
 from training.saving.writer import Writer
 
 _DATA = DataSummary(name="none", resolution=1, img_channels=1, num_images=1, content_hash="")
@@ -35,7 +35,12 @@ def measure(config: ModelConfig, options: StateOptions) -> None:
     device = distributed.init()
     click.echo(describe_device(device))
     run = measured_run(options.preset, config)
-    state = make_state(run, device)
+    run = run.changed("training", batch=1, batch_gpu=1, compile=False)
+    run = fit_to_device(run.changed("logging", workers=0), device.type)
+    with dataset_of(run, None, 32) as dataset:
+        steps = TrainingSteps(families.of(run).fit(run, dataset), dataset, device)
+        steps.time(1)
+    state = steps.state()
     rows = [["", "seconds", "s/GB", "until it is on disk, s"]]
     with tempfile.TemporaryDirectory(dir=options.outdir) as folder:
         plain = [_save_plainly(state, Path(folder)) for _ in range(options.rounds)]
@@ -54,25 +59,6 @@ def measure(config: ModelConfig, options: StateOptions) -> None:
     click.echo(table(rows))
     ratio = statistics.median(plain) / found["this code"]["stall"]
     click.echo(f"torch.save over this code: {ratio:.1f}")
-
-
-def make_state(run: RunConfig, device: torch.device) -> dict[str, Any]:
-    """Return the state of a run after its first step, with gradients of 0."""
-    network = build_network(run.model).to(device, memory_format=torch.channels_last)
-    parameters = Parameters(network)
-    training = run.training
-    optimizer = GuardedAdam(
-        parameters, beta2=training.beta2, weight_decay=0.0, clip_grad=training.clip_grad
-    )
-    for param in parameters.own:
-        param.grad = torch.zeros_like(param)
-    optimizer.step(0.0)
-    return dict(
-        net=parameters.state_dict(parameters.own),
-        ema=EMA(parameters).state_dict(),
-        ema_profiles=PowerEMA(parameters, training.ema_stds).state_dict(),
-        optimizer=optimizer.state_dict(),
-    )
 
 
 def time_states(

@@ -606,3 +606,14 @@ def test_presets_of_which_nothing_is_measured_are_refused():
         message = fail(script, command, "--preset=nanodit")
         assert "--preset: got nanodit, of which nothing is measured yet" in message
         assert "cifar10" in message
+
+
+def test_states_keep_training_waiting_no_longer_on_a_slow_disk(tmp_path):
+    options = ("--preset=digits-latent", "--rounds=1", "--warm-up=0", "--rate=4")
+    output = succeed(script, "states", *options, f"--outdir={tmp_path}").output
+    rows = {line[:30].strip(): line.split()[-3:] for line in output.splitlines()}
+    gigabytes = float(rows["torch.save, and fsync"][0]) / float(rows["torch.save, and fsync"][1])
+    stall, _, whole = map(float, rows["this code, 4 MB/s"])
+    assert whole > 0.8 * gigabytes * 1000 / 4
+    assert stall < whole / 2
+    assert not list(tmp_path.iterdir())

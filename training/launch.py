@@ -184,11 +184,7 @@ def launch(config: RunConfig, start: Start, preset: RunConfig | None = None) -> 
         if not finished and run_dir is not None and distributed.is_main():
             with atomic_write(run_dir / runs.REQUEUE_FILE, "w") as file:
                 file.write(f"{time.time():.0f}\n")
-        if saver.is_busy:
-            distributed.print0(
-                "The state is being written; to end this process does not stop that."
-            )
-        saver.wait()
+        _finish_writing(saver)
     if stop_signal.cut:
         # The launcher ends the ranks that have not heard of it.
         return runs.REQUEUE_EXIT_CODE
@@ -196,6 +192,12 @@ def launch(config: RunConfig, start: Start, preset: RunConfig | None = None) -> 
     # All ranks know. To torchrun another code is a failure, which it tells at length.
     quiet = finished or "TORCHELASTIC_RUN_ID" in os.environ
     return 0 if quiet else runs.REQUEUE_EXIT_CODE
+
+
+def _finish_writing(saver: Saver) -> None:
+    if saver.is_busy:
+        distributed.print0("The state is being written; to end this process does not stop that.")
+    saver.wait()
 
 
 def verify(config: RunConfig, start: Start) -> int:

@@ -25,6 +25,7 @@ from training.config import RunConfig
 from training.division import accumulation_rounds, group_size
 from training.ema import EMA
 from training.optimizer import GuardedAdam
+from training.report import num_parameters
 
 _CPU = torch.device("cpu")
 # Of tensors on a CPU, beyond their own size: freed memory that the C library keeps, in pieces that
@@ -102,8 +103,7 @@ def predict_memory(config: RunConfig, world_size: int, device_type: str) -> Memo
 
 def weight_bytes(config: RunConfig) -> int:
     """Return the size of a network's parameters in float32."""
-    with torch.device("meta"):
-        return 4 * count_parameters(build_network(config.model))
+    return 4 * num_parameters(config)
 
 
 def pass_bytes(config: RunConfig, batch: int) -> int:
