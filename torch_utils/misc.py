@@ -44,21 +44,19 @@ def allow_tf32(allowed: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
-def keep_freed_memory(keeps: bool = True) -> bool:
+def keep_freed_memory(keeps: bool = True) -> None:
     """Have the C library keep what is freed, in place of giving it back to the system at once.
 
     A step on a CPU frees and asks for the same hundreds of megabytes again; each time the system
     would hand out pages one by one and fill them with zeros, for 5 to 10% of the step. Without
-    ``keeps`` it gives back what it can. Returns what was in force. Does nothing where the C library
-    is not glibc.
+    ``keeps`` it gives back what it can. Does nothing where the C library is not glibc.
     """
     global _keeps_freed_memory
-    before, _keeps_freed_memory = _keeps_freed_memory, keeps
+    _keeps_freed_memory = keeps
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(library, "mallopt"):
         library.mallopt(_M_MMAP_THRESHOLD, 1 << 30 if keeps else 1 << 20)
         library.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1 if keeps else 1 << 20)
-    return before
 
 
 _keeps_freed_memory = False
@@ -69,15 +67,18 @@ def returning_freed_memory() -> Iterator[None]:
     """Within it, have the C library give back what is freed, and before it what is free.
 
     Tensors of other sizes than those of a step would not fit between what steps left, and would
-    take as much memory once more.
+    take as much memory once more. Does nothing unless freed memory is kept.
     """
+    if not _keeps_freed_memory:
+        yield
+        return
     trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: 0)
     trim(0)
-    before = keep_freed_memory(False)
+    keep_freed_memory(False)
     try:
         yield
     finally:
-        keep_freed_memory(before)
+        keep_freed_memory()
         trim(0)
 
 
