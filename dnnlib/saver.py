@@ -74,6 +74,7 @@ class SaverProcess:
         self._segments: list[mmap.mmap] = []
         self._jobs: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._lock: IO | None = None
+        self._lock_path = ""
         self._kinds: dict[str, Callable[..., None]] = dict(
             lock=self._take_lock, file=self._write_file, archive=self._write_archive
         )
@@ -112,14 +113,18 @@ class SaverProcess:
     def _drop_lock(self) -> None:
         if self._lock is not None:
             with contextlib.suppress(OSError):
-                os.unlink(self._lock.name)
+                os.unlink(self._lock_path)
             self._lock.close()
 
     def _take_lock(self, path: str) -> None:
         self._drop_lock()
-        self._lock = open(path, "w")
+        hidden = f"{path}.{os.getpid()}.tmp"
+        self._lock = open(hidden, "w")
         with contextlib.suppress(OSError):  # Some network file systems have no locks.
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Nobody finds it before it is locked: who asks whether it is takes the lock for a moment.
+        os.replace(hidden, path)
+        self._lock_path = path
 
     def _chunks(self, regions: Sequence[Region]) -> Iterator[memoryview]:
         """Yield what lies in regions of memory, no faster than it may be written."""
