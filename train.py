@@ -138,7 +138,7 @@ def main(config: RunConfig, options: TrainOptions) -> int:
     """
     # From here on torch is needed. Cheap checks still come first: nothing is opened or started
     # before they pass.
-    from training.launch import Start, check_here, launch, print_plan, verify
+    from training.launch import Start, check_here, check_ranks, launch, print_plan, verify
 
     given = click.get_current_context().meta["given"]
     names = [field.name for field in dataclasses.fields(Start)]
@@ -169,6 +169,7 @@ def main(config: RunConfig, options: TrainOptions) -> int:
             if board != "tensorboard" or "board" in given:
                 import_board(board)
     config = start.settle_in(config, given)
+    check_ranks(config, start)
     if options.dry_run:
         num_classes = get_preset(config.preset).num_classes if config.data.cond else 0
         print_plan(config, num_classes)

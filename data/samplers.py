@@ -7,22 +7,35 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
-from dnnlib.errors import refusal
 from torch_utils.rng import STREAM_BUCKET, STREAM_DATA, epoch_permutation
 
 _NUM_CACHED_EPOCHS = 4
+
+
+def rank_passes(batch: int, batch_gpu: int, rank: int, world_size: int) -> tuple[range, ...]:
+    """Return the rows of a global batch that a rank computes, pass by pass.
+
+    Ranks take contiguous parts, and passes contiguous parts of those, none of more than
+    ``batch_gpu`` rows. All ranks have as many passes. Parts differ by one row at most; with
+    ``batch_gpu=1`` they are empty where the ranks do not divide the batch.
+    """
+    num_passes = -(-batch // (batch_gpu * world_size))
+    return tuple(_split(_split(range(batch), world_size)[rank], num_passes))
+
+
+def _split(rows: range, num: int) -> list[range]:
+    """Return ``num`` parts of some rows, which differ by one row at most."""
+    ends = [rows.start + -(-len(rows) * part // num) for part in range(num + 1)]
+    return [range(start, stop) for start, stop in itertools.pairwise(ends)]
 
 
 class BatchSampler(Sampler[list[int]]):
     """Endless micro-batches of one rank: the order of training on shuffled streams of images.
 
     A stream is an epoch after the other without a gap, each a permutation by (seed, stream, epoch).
-    A step takes the next ``batch_size`` positions of one stream; rank r takes the r-th of
-    ``world_size`` equal parts of them, in rows of ``batch_gpu``. Hence the global batches do not
-    depend on the number of ranks or on ``batch_gpu``, and a run resumes exactly at any
-    ``start_nimg``.
-
-    Raises ValueError if ``batch_size`` is no multiple of ``batch_gpu * world_size``.
+    A step takes the next ``batch_size`` positions of one stream, of which a rank has those of its
+    :func:`rank_passes`. Hence the global batches do not depend on the number of ranks or on
+    ``batch_gpu``, and a run resumes exactly at any ``start_nimg``.
     """
 
     def __init__(
@@ -36,9 +49,6 @@ class BatchSampler(Sampler[list[int]]):
         rank: int,
         world_size: int,
     ) -> None:
-        if batch_size % (batch_gpu * world_size):
-            factors = f"--batch-gpu {batch_gpu} x {world_size} rank(s)"
-            raise refusal("--batch", f"{batch_size}, which is no multiple of {factors}")
         assert start_nimg >= 0
         assert 0 <= rank < world_size
         self._seed, self._start_nimg = seed, start_nimg
@@ -52,11 +62,9 @@ class BatchSampler(Sampler[list[int]]):
         raise NotImplementedError
 
     def _micro_batches(self, first: int) -> Iterator[np.ndarray]:
-        """Yield this rank's positions of the step that starts at ``first``, int64 [batch_gpu]."""
-        per_rank = self._batch_size // self._world_size
-        first += self._rank * per_rank
-        for start in range(first, first + per_rank, self._batch_gpu):
-            yield np.arange(start, start + self._batch_gpu)
+        """Yield this rank's positions of the step that starts at ``first``, int64 [N] a pass."""
+        for rows in rank_passes(self._batch_size, self._batch_gpu, self._rank, self._world_size):
+            yield np.arange(first + rows.start, first + rows.stop)
 
     def _shuffled(self, stream: int, length: int, positions: np.ndarray) -> np.ndarray:
         """Return what is at each position of a stream of ``length`` images, int64 [N]."""

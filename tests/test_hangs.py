@@ -1,6 +1,7 @@
 """Processes that meet, stop or vanish: the others find them, or end and say which one it was."""
 
 import os
+import re
 import signal
 import threading
 import time
@@ -117,6 +118,17 @@ def fall_silent(heart):
     heart._stop.wait = stop
 
 
+def wait_for_text(capsys, part):
+    """Return what was printed once that has a part."""
+    text = ""
+    deadline = time.monotonic() + 10
+    while part not in text:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+        text += capsys.readouterr().err
+    return text
+
+
 def wait_for(condition, seconds=10):
     deadline = time.monotonic() + seconds
     while not condition():
@@ -154,6 +166,25 @@ def test_a_rank_that_lives_but_keeps_the_others_waiting_is_named(ended, start_he
     assert len(set(ended)) == 1
     assert "Others have waited 0.0133333 minutes for rank 2 (on " in ended[0]
     assert "rank 1" not in ended[0]
+
+
+def test_a_rank_for_which_others_wait_is_told_before_it_ends_them(ended, start_hearts, capsys):
+    hearts = start_hearts(Store(), 3)
+    for heart in hearts:
+        heart.finish_step("kimg 7")
+        with heart.together():
+            pass
+    told = "Warning: Others have waited 0.00833333 minutes for rank 2 (on "
+    with hearts[0].together(), hearts[1].together():
+        text = wait_for_text(capsys, told)
+        time.sleep(1)
+        assert told not in capsys.readouterr().err  # Once.
+    assert "rank 2 was after the step that ends at kimg 7 in\n" in text
+    assert " wait_for_text\n" in text.split("rank 2 was")[1]  # Where this thread is.
+    with hearts[0].together(), hearts[1].together(), hearts[2].together():
+        text = wait_for_text(capsys, "Warning: All ranks have been in the same operation")
+    assert "rank 0, rank 1, rank 2 was after" in text
+    assert ended == []
 
 
 def test_a_silent_rank_0_and_a_silent_store_are_named_by_the_others(ended, start_hearts):
@@ -208,6 +239,7 @@ from torch_utils import distributed
 
 distributed.init(hang_limit=0.03)
 distributed.barrier()
+distributed.finish_step("kimg 7")
 print("ready", flush=True)
 while not os.path.exists("{go}"):
     time.sleep(0.05)
@@ -235,5 +267,8 @@ def test_a_stopped_rank_ends_the_run_within_the_limit_and_is_named(train, tmp_pa
     message = "Error: No sign of life for 0.03 minutes from rank 1 (on "
     process.wait_until(lambda: message in process.output)
     assert time.monotonic() - began < 20  # Three seconds on an idle machine.
+    process.wait_until(lambda: "<module>" in process.output)
+    where = process.output.split("rank 1 was after the step that ends at kimg 7 in\n")[1]
+    assert re.match(r"    \S*hang.py:\d+ <module>", where)
     ranks[1].kill()  # As torchrun does 30 seconds later.
     process.finish(None)

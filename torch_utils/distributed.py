@@ -154,6 +154,12 @@ def _together() -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if _heartbeat is None else _heartbeat.together()
 
 
+def finish_step(step: str) -> None:
+    """Note which step this rank has finished, which is told if it falls silent."""
+    if _heartbeat is not None:
+        _heartbeat.finish_step(step)
+
+
 def barrier() -> None:
     """Wait until every rank has arrived."""
     if world_size() > 1:

@@ -2,12 +2,14 @@
 
 import atexit
 import contextlib
+import json
 import os
 import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from dnnlib import launcher
@@ -15,6 +17,8 @@ from dnnlib import launcher
 _MAX_INTERVAL_SEC = 10.0
 STALL_SEC = 55 * 60.0  # Less than the hour that a collective operation waits.
 _VERDICT = "ended: "
+_ROOT = f"{Path(__file__).resolve().parent.parent}{os.sep}"
+_MAX_FRAMES = 12  # Of a stack that is shown.
 
 
 def beat_key(name: str, rank: int) -> str:
@@ -36,9 +40,14 @@ class Heartbeat:
     not time, because all processes may have been stopped for a while and go on.
 
     A process that waits, computes or is stuck in a library goes on counting, as long as Python's
-    threads run: no time that pictures, scores or the compilation take is too long. But the others
-    give up an operation of all ranks after an hour. Shortly before that, rank 0 names who has come
-    less far than one that waits. That is known from what the main threads do :meth:`together`.
+    threads run: no time that pictures, scores or the compilation take is too long. But after
+    ``limit_sec`` in which others waited, rank 0 names who has come less far than one that waits.
+    That is known from what the main threads do :meth:`together`. Where all are in the same
+    operation, it shows where each is. As the others give up an operation of all ranks after an
+    hour, it ends all shortly before that.
+
+    With every sign of life goes what is told of a rank that is named: the last step that it
+    finished, as far as :meth:`finish_step` was told, and where its main thread was.
 
     Args:
         store: A connection to the store that nobody else uses, as a call may never return.
@@ -49,7 +58,8 @@ class Heartbeat:
     def __init__(
         self, store: Any, name: str, rank: int, world_size: int, *, limit_sec: float, host: str
     ) -> None:
-        self._moves, self._waits = 0, False
+        self._moves, self._waits, self._step = 0, False, ""
+        self._told: Sequence[int] = ()  # How far all were when the last stall was told.
         self._store, self._name, self._rank, self._host = store, name, rank, host
         self._watched = range(world_size) if rank == 0 else range(1)
         self._interval = min(limit_sec / 10, _MAX_INTERVAL_SEC)
@@ -73,6 +83,10 @@ class Heartbeat:
         finally:
             self._waits = False
 
+    def finish_step(self, step: str) -> None:
+        """Note which step has ended, as it is to be told."""
+        self._step = step
+
     def stop(self) -> None:
         """Watch no longer, and let the others know that this process leaves."""
         atexit.unregister(self.stop)
@@ -87,6 +101,8 @@ class Heartbeat:
         try:
             while not self._stop.is_set():
                 self._rounds += 1
+                about = dict(step=self._step, stack=_main_stack())
+                self._store.set(_about_key(self._name, self._rank), json.dumps(about))
                 self._store.set(own, beat(self._rounds, self._moves, self._waits))
                 found = [value.decode() for value in self._store.multi_get(keys)]
                 if found[0].startswith(_VERDICT):
@@ -98,6 +114,8 @@ class Heartbeat:
                 furthest = max((n for n, wait in zip(moves, waits, strict=True) if wait), default=0)
                 behind.read(moves, [number < furthest for number in moves])
                 self._judge(silent, waiting, behind, hosts)
+                if self._rank == 0:
+                    self._warn(waiting, behind, hosts, moves)
                 self._stop.wait(self._interval)
             self._store.set(own, beat("left", self._moves))
         except RuntimeError:
@@ -120,13 +138,49 @@ class Heartbeat:
             why = "it lives, but is stuck, perhaps in reading data"
         else:
             return
-        names = ", ".join(f"rank {self._watched[i]} (on {hosts[i]})" for i in late)
         remedy = "start again, with --resume=auto if it is a training run"
-        message = f"{what} {names}: {why}. This ends all ranks; {remedy}."
+        message = f"{what} {self._names(late, hosts)}: {why}. This ends all ranks; {remedy}."
+        message += self._whereabouts(late)
         if self._rank == 0:
             self._store.set(beat_key(self._name, 0), _VERDICT + message)
             time.sleep(2 * self._interval)
         self._end(message)
+
+    def _warn(
+        self,
+        waiting: "_Stillness",
+        behind: "_Stillness",
+        hosts: Sequence[str],
+        moves: Sequence[int],
+    ) -> None:
+        """Say once for whom others have long waited; it may only have a lot to do."""
+        if list(moves) == self._told or len(waiting.late(self._max_silent)) == 0:
+            return
+        late = behind.late(self._max_silent)
+        if late:
+            text = f"Others have waited {self._limit} for {self._names(late, hosts)}."
+        elif len(waiting.late(self._max_silent)) == len(moves):
+            late = range(len(moves))
+            text = f"All ranks have been in the same operation for {self._limit}."
+        else:
+            return
+        self._told = list(moves)
+        print(f"Warning: {text}{self._whereabouts(late)}", file=sys.stderr, flush=True)
+
+    def _names(self, ranks: Sequence[int], hosts: Sequence[str]) -> str:
+        return ", ".join(f"rank {self._watched[i]} (on {hosts[i]})" for i in ranks)
+
+    def _whereabouts(self, ranks: Sequence[int]) -> str:
+        """Return lines that tell where ranks were; those that were in the same place together."""
+        found: dict[str, list[str]] = {}
+        for rank in (self._watched[i] for i in ranks):
+            key = _about_key(self._name, rank)
+            if self._store.check([key]):
+                about = json.loads(self._store.get(key))
+                after = f" after the step that ends at {about['step']}" if about["step"] else ""
+                lines = "".join(f"\n    {line}" for line in about["stack"])
+                found.setdefault(f"{after} in{lines}", []).append(f"rank {rank}")
+        return "".join(f"\n  {', '.join(names)} was{where}" for where, names in found.items())
 
     def _watch_store(self) -> None:
         """End this process if the store does not answer, which :meth:`_talk` waits for."""
@@ -146,6 +200,21 @@ class Heartbeat:
         launcher.record_error(message)
         print(f"Error: {message}", file=sys.stderr, flush=True)
         os._exit(1)  # The main thread may wait for the silent rank, and hears of nothing.
+
+
+def _about_key(name: str, rank: int) -> str:
+    return f"{name}/about/{rank}"
+
+
+def _main_stack() -> list[str]:
+    """Return the functions that the main thread is in, the innermost first."""
+    frame, found = sys._current_frames().get(threading.main_thread().ident), []
+    while frame is not None and len(found) < _MAX_FRAMES:
+        code = frame.f_code
+        place = code.co_filename.removeprefix(_ROOT)
+        found.append(f"{place}:{frame.f_lineno} {code.co_name}")
+        frame = frame.f_back
+    return found
 
 
 class _Stillness:

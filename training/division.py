@@ -1,28 +1,58 @@
 """How a batch, and a model, are divided among ranks."""
 
+from data.samplers import rank_passes
 from dnnlib import launcher
 from dnnlib.errors import refusal
 from training.config import TrainingConfig
 
 
 def accumulation_rounds(training: TrainingConfig, world_size: int) -> tuple[int, int]:
-    """Return ``(batch_gpu, rounds)`` with batch = batch_gpu x rounds x world_size.
+    """Return how many rows a rank has in a pass at most, and in how many passes it does a step."""
+    per_rank = -(-training.batch // world_size)
+    rounds = -(-per_rank // (training.batch_gpu or per_rank))
+    return -(-per_rank // rounds), rounds
 
-    Raises ValueError if there is no such division.
+
+def pass_sizes(training: TrainingConfig, world_size: int) -> list[int]:
+    """Return the numbers of rows of passes that occur on any rank, the largest first."""
+    about = training.batch, accumulation_rounds(training, world_size)[0]
+    ranks = (rank_passes(*about, rank, world_size) for rank in range(world_size))
+    return sorted({len(rows) for passes in ranks for rows in passes}, reverse=True)
+
+
+def check_division(training: TrainingConfig, world_size: int, *, continues: bool) -> None:
+    """Raise ValueError if ranks and passes cannot share a batch.
+
+    A new run asks for equal parts; one that ``continues`` takes the ranks that there are, some of
+    which then have a row more than others.
     """
-    if training.batch % world_size:
-        got = f"{training.batch}, which {world_size} ranks cannot share evenly"
+    batch, batch_gpu = training.batch, training.batch_gpu
+    if batch < world_size:
+        remedy = f"use at least {world_size}, or fewer ranks"
+        raise refusal(
+            "--batch", f"{batch}, of which {world_size} ranks cannot all have a part", remedy=remedy
+        )
+    if continues:
+        if batch_gpu == 1 and batch % world_size:
+            but = f"--batch {batch} over {world_size} ranks leaves one more to some"
+            raise refusal(
+                "--batch-gpu",
+                1,
+                but=but,
+                remedy="use 2, or a number of ranks that divides the batch",
+            )
+        return
+    if batch % world_size:
+        got = f"{batch}, which {world_size} ranks cannot share evenly"
         raise refusal("--batch", got, remedy=f"use a multiple of {world_size}")
-    per_rank = training.batch // world_size
-    batch_gpu = training.batch_gpu or per_rank
-    if per_rank % batch_gpu:
+    per_rank = batch // world_size
+    if batch_gpu is not None and per_rank % batch_gpu:
         divisors = [n for n in range(1, per_rank + 1) if per_rank % n == 0]
         nearest = min(divisors, key=lambda n: abs(n - batch_gpu))
-        but = f"--batch {training.batch} over {world_size} rank(s) leaves {per_rank} images a rank"
+        but = f"--batch {batch} over {world_size} rank(s) leaves {per_rank} images a rank"
         other = f"a --batch that is a multiple of {batch_gpu * world_size}"
         remedy = f"use a divisor of {per_rank}, such as {nearest}, or {other}"
         raise refusal("--batch-gpu", batch_gpu, but=but, remedy=remedy)
-    return batch_gpu, per_rank // batch_gpu
 
 
 def group_size(training: TrainingConfig, world_size: int) -> int:

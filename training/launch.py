@@ -24,7 +24,7 @@ from torch_utils.fingerprints import package_versions
 from torch_utils.saver import Saver
 from training import runs
 from training.config import RunConfig, fit_to_device
-from training.division import accumulation_rounds, group_size
+from training.division import check_division, group_size
 from training.family import of as family_of
 from training.loop import Job, training_loop
 from training.portable import open_header, open_snapshot
@@ -97,15 +97,17 @@ class Start:
 
 
 def check_here(config: RunConfig) -> None:
-    """Raise ValueError if the data are not there, or if the ranks cannot share a batch.
-
-    On every rank alike, and before they meet.
-    """
+    """Raise ValueError if the data are not there; on every rank alike, and before they meet."""
     location = config.data.data
     if not is_address(location) and not Path(location).exists():
         raise refusal("--data", but=f"{location} does not exist", remedy="say where the data are")
-    accumulation_rounds(config.training, launcher.number("WORLD_SIZE", 1))
-    group_size(config.training, launcher.number("WORLD_SIZE", 1))
+
+
+def check_ranks(config: RunConfig, start: Start) -> None:
+    """Raise ValueError if the ranks cannot share a batch or the weights; before they meet."""
+    world_size = launcher.number("WORLD_SIZE", 1)
+    check_division(config.training, world_size, continues=start.resume is not None)
+    group_size(config.training, world_size)
 
 
 def print_plan(config: RunConfig, usual_num_classes: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from data.loader import make_loader
+from data.samplers import rank_passes
 from diffusion.denoiser import AUTOCAST_DTYPES
 from dnnlib.errors import NotFiniteError
 from dnnlib.progress import progress
@@ -23,7 +24,7 @@ from torch_utils.stats import StatsCollector
 from training import checkpoint
 from training.checkpoint import Snapshot, snapshot_path
 from training.config import RunConfig
-from training.division import accumulation_rounds, group_size
+from training.division import accumulation_rounds, group_size, pass_sizes
 from training.ema import EMA, PowerEMA, ema_beta
 from training.family import Codec, Evaluator, Outputs, Part, TrainingData
 from training.family import of as family_of
@@ -92,9 +93,10 @@ def training_loop(
     start_sec = time.time()
     training, logging = config.training, config.logging
     world_size, rank = distributed.world_size(), distributed.rank()
-    batch_gpu, num_rounds = accumulation_rounds(training, world_size)
+    batch_gpu, _ = accumulation_rounds(training, world_size)
     # A row of a batch is an image, or a set of them.
-    per_rank, step_nimg = batch_gpu * num_rounds, config.step_nimg
+    passes = rank_passes(training.batch, batch_gpu, rank, world_size)
+    step_nimg = config.step_nimg
     torch.backends.cudnn.benchmark = training.cudnn_benchmark
     allow_tf32(training.tf32)
 
@@ -136,13 +138,15 @@ def training_loop(
         tick_start_nimg, elapsed_before_sec = made["tick_start_nimg"], made["elapsed_sec"]
         stats.load_state_dict(resume_state["stats"])
     if training.compile:
-        network.compile_parts(objective.num_shapes, is_sharded=shard_size > 1)
+        sizes = pass_sizes(training, world_size)  # Of all ranks, which gather shards together.
+        network.compile_parts(objective.num_shapes * len(sizes), is_sharded=shard_size > 1)
         if logging.metrics:  # A few pictures alone are made sooner without.
             ema.network.compile_parts(objective.num_shapes)
     loss_function = objective if shard_size > 1 else distributed.wrap(objective, device)
     if training.compile:
         with distributed.no_sync(loss_function, skip=True):
-            objective.warm_up(loss_function, batch_gpu, device)
+            for size in sizes:
+                objective.warm_up(loss_function, size, device)
 
     # Prepare data and outputs.
     steps = family.steps(config, job.data, cur_nimg, Part(rank, world_size, batch_gpu))
@@ -260,18 +264,18 @@ def training_loop(
     tick_end_nimg = tick_start_nimg + config.tick_nimg
     bar = _tick_bar(cur_tick, cur_nimg, tick_start_nimg, config.tick_nimg, rank)
     while not (done or stop):
-        # Draw this step's randomness for the global batch, and keep this rank's rows.
+        # Draw this step's randomness for the global batch, of which each pass has its rows.
         step = rng.Step(training.seed, cur_nimg, training.batch, steps.shape_at(cur_nimg), device)
-        draws = objective.draw(step).rows(rank * per_rank, (rank + 1) * per_rank)
+        draws = objective.draw(step)
         torch.manual_seed(rng.mix(training.seed, cur_nimg, rng.STREAM_MODEL, rank))
 
         # Accumulate gradients.
         optimizer.zero_grad()
         with parameters.accumulating():
-            for round_idx in range(num_rounds):
-                rows = draws.rows(round_idx * batch_gpu, (round_idx + 1) * batch_gpu)
+            for part in passes:
+                rows = draws.rows(part.start, part.stop)
                 images, cond = objective.prepare(*next(batches), rows, device)
-                with distributed.no_sync(loss_function, skip=round_idx < num_rounds - 1):
+                with distributed.no_sync(loss_function, skip=part is not passes[-1]):
                     loss = loss_function(images, cond, rows)
                     # Summed over pixels, averaged over the global batch (DDP averages over ranks).
                     total = loss.sum() * (training.loss_scaling * world_size / step_nimg)
@@ -299,6 +303,7 @@ def training_loop(
         # Count, and go on unless a tick ends here.
         cur_nimg += step_nimg
         bar.update(step_nimg)
+        distributed.finish_step(f"kimg {cur_nimg / 1000:g}")
         stop = stop_signal.agreed() and not done
         if not (tick_ends or stop):
             continue

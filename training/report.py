@@ -73,13 +73,15 @@ def run_facts(config: RunConfig, world_size: int, device: torch.device) -> dict[
     num, kimg = model.images_per_row, config.total_nimg / 1000
     duration = f"{kimg:,.1f}" if kimg >= 1 else f"{kimg:.2f}"
     rows_of = "images" if num == 1 else f"sets of {num} images"
+    parts = f"= {batch_gpu} per pass x {rounds} pass(es) x {world_size} rank(s)"
+    if batch_gpu * rounds * world_size != training.batch:
+        parts = f"on {world_size} rank(s), in {rounds} pass(es) of at most {batch_gpu} each"
     rows = {
         "preset": config.preset,
         "model": f"{model.family}, {size}, {classes}",
         "parameters": f"{num_parameters(config):,}",
         "forward cost": f"{format_count(forward_flops(config))}FLOP per image",
-        "batch": f"{training.batch} {rows_of} per optimizer step = {batch_gpu} per pass x "
-        f"{rounds} pass(es) x {world_size} rank(s)",
+        "batch": f"{training.batch} {rows_of} per optimizer step {parts}",
         "duration": f"{duration} kimg = {steps:,} optimizer steps",
         **({"shards": f"weights divided among {size_of_group} ranks"} if size_of_group > 1 else {}),
         "precision": training.precision + (", compiled" if training.compile else ""),

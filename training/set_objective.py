@@ -10,6 +10,7 @@ from torch import Tensor
 from data.fewshot.config import SetConfig
 from data.fewshot.sets import SetDataset
 from data.images.dataset import Cond
+from data.samplers import rank_passes
 from diffusion.denoiser import autocast
 from models.set_conditioner import SetContext
 from torch_utils import distributed, rng
@@ -158,8 +159,8 @@ def validation_loss(config: RunConfig, sets: SetDataset, objective: SetObjective
     """Return the loss of the same ``--num-eval-batches`` batches of ``sets``. Collective."""
     device = next(objective.parameters()).device
     batch, shape = config.training.batch, config.model.input_shape
-    batch_gpu, num_rounds = accumulation_rounds(config.training, distributed.world_size())
-    first = distributed.rank() * batch_gpu * num_rounds
+    ranks = distributed.rank(), distributed.world_size()
+    passes = rank_passes(batch, accumulation_rounds(config.training, ranks[1])[0], *ranks)
     stats = StatsCollector()
     for index in range(config.sets.num_eval_batches):
         step = rng.Step(config.training.seed, index * config.step_nimg, batch, shape, device)
@@ -167,9 +168,9 @@ def validation_loss(config: RunConfig, sets: SetDataset, objective: SetObjective
         draws = dataclasses.replace(
             objective.draw(step), drop=None, context_drop=None, context_noise=None, kl_weight=None
         )
-        for start in range(first, first + batch_gpu * num_rounds, batch_gpu):
-            keys = range(index * batch + start, index * batch + start + batch_gpu)
-            rows = draws.rows(start, start + batch_gpu)
+        for part in passes:
+            keys = range(index * batch + part.start, index * batch + part.stop)
+            rows = draws.rows(part.start, part.stop)
             images, cond = objective.prepare(*sets.__getitems__(keys), rows, device)
             cond.pop("label", None)  # Classes that the model does not know.
             stats.report("loss", objective(images, cond, rows))
