@@ -6,6 +6,7 @@ ends, this one finishes what it was told, and ends too.
 """
 
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -32,6 +33,7 @@ _CHUNK = 8 << 20
 _ALIGNMENT = 64  # Of tensors in an archive, which PyTorch maps into memory.
 # No part of a state grows any more: the process that was to write it is gone.
 _STANDSTILL_SEC = 120.0
+_HERE, _RENAME_EXCHANGE = -100, 2  # Of Linux: paths as they are, and both names stay.
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 Region = Sequence[int]  # Number of a segment of memory, first byte, number of bytes.
@@ -217,13 +219,22 @@ def manifest_checksum(content: dict[str, Any]) -> str:
 
 
 def _replace_folder(folder: Path, final: Path) -> None:
-    """Give a folder another name, and drop one that has it."""
-    old = folder.with_suffix(".old.tmp")
-    with contextlib.suppress(FileNotFoundError):
-        final.rename(old)
-    folder.rename(final)
+    """Give a folder another name, and drop one that has it: at no time has none."""
+    old = folder
+    if not (final.is_dir() and _exchange(folder, final)):
+        old = folder.with_suffix(".old.tmp")
+        with contextlib.suppress(FileNotFoundError):
+            final.rename(old)
+        folder.rename(final)
     fsync_folder(final.parent)
     remove_state(old)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Have two folders swap their names at once; return False where the system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    names = os.fsencode(first), os.fsencode(second)
+    return rename is not None and rename(_HERE, names[0], _HERE, names[1], _RENAME_EXCHANGE) == 0
 
 
 def _read_sidecar(part: Path) -> dict[str, Any] | None:

@@ -33,6 +33,8 @@ from training.saving.wait import wait_for_savers
 
 # A killed process gives its memory back, which takes a while, before it leaves the run folder.
 _LOCK_PATIENCE_SEC = 10.0
+# So much later than another node, at most, one hears that all are to stop.
+_NEWS_SEC = 10.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -181,19 +183,39 @@ def launch(config: RunConfig, start: Start, preset: RunConfig | None = None) -> 
                 runs.remove_unless_begun(run_dir)
             raise
         except distributed.StopRequested:
+            if is_new and run_dir is not None and distributed.is_main():
+                run_dir = runs.remove_unless_described(run_dir)
             where = "" if run_dir is None else f"; continue with --resume={run_dir}"
             distributed.print0(f"Stopped by {stop_signal.name_received()} before a step{where}")
         if not finished and run_dir is not None and distributed.is_main():
             with atomic_write(run_dir / runs.REQUEUE_FILE, "w") as file:
                 file.write(f"{time.time():.0f}\n")
         _finish_writing(saver)
-    if stop_signal.cut:
-        # The launcher ends the ranks that have not heard of it.
+        goes_on = not (finished or stop_signal.cut) and _goes_on_without(stop_signal)
+    if stop_signal.cut or goes_on:
+        # The launcher ends the ranks that have not heard of it, or starts this one again.
         return runs.REQUEUE_EXIT_CODE
     distributed.shutdown()
     # All ranks know. To torchrun another code is a failure, which it tells at length.
     quiet = finished or "TORCHELASTIC_RUN_ID" in os.environ
     return 0 if quiet else runs.REQUEUE_EXIT_CODE
+
+
+def _goes_on_without(stop_signal: distributed.StopSignal) -> bool:
+    """Return whether other nodes alone were asked to stop, so that torchrun is to go on.
+
+    Where one comes, all are stopped, but not at the very same time.
+    """
+    restarts = launcher.number("TORCHELASTIC_MAX_RESTARTS")
+    is_last = launcher.number("TORCHELASTIC_RESTART_COUNT") >= restarts
+    if launcher.number("GROUP_WORLD_SIZE", 1) == 1 or is_last:
+        return False
+    deadline = time.monotonic() + _NEWS_SEC
+    while stop_signal.received is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if stop_signal.received is None:
+        print("Other nodes were asked to stop; torchrun goes on with those that are left.")
+    return stop_signal.received is None
 
 
 def _finish_writing(saver: Saver) -> None:

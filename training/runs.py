@@ -74,6 +74,14 @@ def remove_unless_begun(run_dir: Path) -> None:
         shutil.rmtree(run_dir)
 
 
+def remove_unless_described(run_dir: Path) -> Path | None:
+    """Remove a run folder that does not say yet what runs; return it if it does."""
+    if (run_dir / "training_options.json").is_file():
+        return run_dir
+    shutil.rmtree(run_dir)
+    return None
+
+
 def _number(path: Path) -> re.Match | None:
     return re.match(r"\d+", path.name) if path.is_dir() else None
 
