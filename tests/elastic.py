@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 import zlib
+from datetime import timedelta
 from pathlib import Path
 
 for _name, _value in (
@@ -39,6 +40,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import chaos_runs  # noqa: E402
 import psutil  # noqa: E402
 from helpers import TINY  # noqa: E402
+from torch.distributed import FileStore  # noqa: E402
+from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend  # noqa: E402
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # noqa: E402
 from training_runs import read_rows  # noqa: E402
 
@@ -88,6 +91,7 @@ class Nodes:
             file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(file, 1), os.dup2(file, 2)
             sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
+            c10d_rendezvous_backend._create_file_store = _impatient_file_store
             config = LaunchConfig(
                 min_nodes=1,
                 max_nodes=NUM_NODES,
@@ -172,6 +176,17 @@ class Nodes:
         """Return how many steps the run has recorded."""
         paths = list(self.outdir.glob("*/stats.jsonl"))
         return len(paths[0].read_text().splitlines()) if paths else 0
+
+
+def _impatient_file_store(params):
+    """Open the file by which nodes meet.
+
+    A node that waits for the word of one that was killed while they met does so for 5 minutes. Less
+    here, as they meet most of the time.
+    """
+    store = FileStore(params.endpoint)
+    store.set_timeout(timedelta(seconds=15))
+    return store
 
 
 def command_of(outdir, num_steps):
