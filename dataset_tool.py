@@ -13,6 +13,7 @@ from dnnlib.click_options import LazyGroup
         "convert": "Write a dataset for training or scoring from a source of images.",
         "encode": "Write the latents of a dataset, for latent models.",
         "features": "Write the features of captioned images, for feature-conditioned models.",
+        "index": "Write the index of a tar of images, by which it is read in place.",
         "info": "Print size, classes and content hash of a dataset.",
         "verify": "Check every image of a dataset, and list all problems.",
     },
@@ -28,6 +29,7 @@ def main() -> None:
           --vae=stabilityai/sd-vae-ft-ema
       python dataset_tool.py features --source=photos/ --dest=datasets/photos-features \\
           --vae=models/flux-vae --visual=models/dinov3-vitl16 --text=models/t5-v1_1-xxl
+      python dataset_tool.py index datasets/photos.tar
       python dataset_tool.py info datasets/cifar10.zip
       python dataset_tool.py verify datasets/cifar10.zip
     """

@@ -1,6 +1,5 @@
 """dataset_tool.py info: what a dataset, its latents or features are."""
 
-import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @click.command(no_args_is_help=True)
-@click.argument("data", metavar="ZIP|DIR|NPZ", type=TextType())
+@click.argument("data", metavar="ZIP|DIR|NPZ|TAR", type=TextType())
 def command(data: str) -> None:
     """Print size, classes and content hash of a dataset, or the record of latents or features.
 
@@ -55,10 +54,11 @@ def _image_lines(data: str) -> Iterator[str]:
 
 def _latent_lines(data: str) -> Iterator[str]:
     from data.latents.dataset import LatentDataset
+    from data.latents.record import known_shards
 
     dataset = LatentDataset(data)
     record = dataset.record
-    num_bytes = sum(os.path.getsize(os.path.join(data, s["file"])) for s in record.shards)
+    num_bytes = sum(shard.size for shard in known_shards(data, record).values())
     twins = ", each with its mirror image" if record.mirrored else ""
     kind = "mean and standard deviation" if record.kind == "mean-std" else "mean alone"
     packages = ", ".join(f"{name} {version}" for name, version in record.packages.items())

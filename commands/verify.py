@@ -5,7 +5,9 @@ from collections.abc import Sequence
 
 import click
 
+from dnnlib.addresses import is_address
 from dnnlib.click_options import TextType, param, takes
+from dnnlib.errors import refusal
 
 _NUM_SAMPLES = 4
 
@@ -30,7 +32,7 @@ class VerifyOptions:
 
 
 @click.command(no_args_is_help=True)
-@click.argument("data", metavar="ZIP|DIR|NPZ", type=TextType())
+@click.argument("data", metavar="ZIP|DIR|NPZ|TAR", type=TextType())
 @takes(VerifyOptions)
 def command(data: str, options: VerifyOptions) -> None:
     """Decode every image of a dataset, check sizes, labels and checksums, and list all problems.
@@ -51,6 +53,9 @@ def command(data: str, options: VerifyOptions) -> None:
 
     if options.samples is not None and options.visual is None:
         raise ValueError("--samples: has an effect only with --visual; give both, or neither.")
+    if is_address(data) and is_latent_folder(data):
+        remedy = "verify it on the machine where it is"
+        raise refusal(data, but="a folder at an address cannot be listed", remedy=remedy)
     if is_feature_folder(data):
         problems = _problems_of_features(data, options)
     elif options.source is not None or options.visual is not None:

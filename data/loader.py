@@ -1,11 +1,14 @@
 """Which images a rank reads, as a function of (seed, position in the run), and their loaders."""
 
+import collections
 import contextlib
+import itertools
+import math
 import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -15,28 +18,95 @@ from dnnlib.parallel import num_cores_of_rank
 from dnnlib.progress import progress
 
 _PREFETCH_FACTOR = 4
+# How far ahead remote data are fetched: in bytes, and in batches.
+_AHEAD_BYTES = 256e6
+_MIN_AHEAD, _MAX_AHEAD = 4, 256
 _MIN_IMAGES_FOR_WORKERS = 4096
 _MAX_READERS = 8
 
 
+class TrainingItems(Protocol):
+    """What a loader needs of a dataset."""
+
+    remote_bytes: float  # That an item takes from a server, on average; 0 of local data.
+
+    def prefetch(self, keys: Sequence[Any]) -> None:
+        """Have what ``keys`` are read from fetched in the background."""
+        ...
+
+    def __getitems__(self, keys: Sequence[Any]) -> Any:
+        """Return the batch of ``keys``."""
+        ...
+
+
 def make_loader(
-    dataset: Dataset, sampler: Sampler, *, num_workers: int, device: torch.device
+    dataset: TrainingItems, sampler: Sampler, *, num_workers: int, device: torch.device
 ) -> DataLoader:
     """Return a loader that yields ``dataset.__getitems__(keys)`` for each ``keys`` of ``sampler``.
 
     ``keys`` is whatever the dataset understands, so that a family of models brings its own sampler
     and dataset. ``num_workers`` processes decode ahead (0: this one does), in the sampler's order.
+    What is at an address is fetched in that order, too, before its turn.
     """
-    settings: dict[str, Any] = dict(num_workers=num_workers, pin_memory=device.type == "cuda")
+    settings: dict[str, Any] = dict(pin_memory=device.type == "cuda")
     if num_workers:
         settings |= dict(prefetch_factor=_PREFETCH_FACTOR, persistent_workers=True)
-    return _loader(dataset, sampler, **settings)
+    return _loader(dataset, sampler, num_workers=num_workers, **settings)
 
 
-def _loader(dataset: Dataset, batches: Iterable[Sequence[int]], **settings: Any) -> DataLoader:
+def _loader(
+    dataset: TrainingItems, batches: Iterable[Sequence[Any]], *, num_workers: int, **settings: Any
+) -> DataLoader:
+    if dataset.remote_bytes:
+        batches = _LookAhead(batches, dataset.remote_bytes, 2 * num_workers + _MIN_AHEAD)
+        dataset = _Fetched(dataset)
+    settings["num_workers"] = num_workers
     generator = torch.Generator()  # The global one stays as it is.
     settings |= dict(collate_fn=collate, worker_init_fn=init_worker, generator=generator)
     return DataLoader(dataset, batch_sampler=batches, **settings)
+
+
+class Request(NamedTuple):
+    """The keys of a batch, and those of batches to be fetched now, each of them once."""
+
+    keys: Sequence[Any]
+    soon: Sequence[Sequence[Any]]
+
+
+class _LookAhead:
+    """Batches of keys with those that are to be fetched while they are read: see :class:`Request`.
+
+    Every batch is named ahead once, so far ahead that about 256 MB are on their way, and at least
+    ``least`` batches. Hence each process of a loader has its share of them fetched, whichever
+    process reads them later.
+    """
+
+    def __init__(self, batches: Iterable[Sequence[Any]], bytes_per_key: float, least: int) -> None:
+        self._batches, self._bytes_per_key, self._least = batches, bytes_per_key, least
+
+    def __iter__(self) -> Iterator[Request]:
+        source = iter(self._batches)
+        ahead = collections.deque(itertools.islice(source, 1))
+        named = 0  # How many of those in `ahead`, from the first on, have been named.
+        while ahead:
+            per_batch = max(self._bytes_per_key * len(ahead[0]), 1)
+            wanted = min(max(math.ceil(_AHEAD_BYTES / per_batch), self._least), _MAX_AHEAD)
+            ahead.extend(itertools.islice(source, wanted + 1 - len(ahead)))
+            soon = list(itertools.islice(ahead, named, None))
+            yield Request(ahead.popleft(), soon)
+            named = len(ahead)
+
+
+class _Fetched(Dataset):
+    """A dataset whose remote data are fetched before they are read."""
+
+    def __init__(self, dataset: TrainingItems) -> None:
+        self._dataset = dataset
+
+    def __getitems__(self, request: Request) -> Any:
+        for keys in request.soon:
+            self._dataset.prefetch(keys)
+        return self._dataset.__getitems__(request.keys)
 
 
 def iterate_images(

@@ -10,6 +10,8 @@ from torch.utils.data import Sampler
 from torch_utils.rng import STREAM_BUCKET, STREAM_DATA, epoch_permutation
 
 _NUM_CACHED_EPOCHS = 4
+_IMAGES_PER_GROUP = 1000
+_BY_SHARDS = 1  # Ends the keys of another order than that of all images at once.
 
 
 def rank_passes(batch: int, batch_gpu: int, rank: int, world_size: int) -> tuple[range, ...]:
@@ -152,3 +154,34 @@ class BucketSampler(BatchSampler):
     def _make_permutation(self, stream: int, epoch: int) -> np.ndarray:
         key = [self._seed % 2**64, STREAM_DATA, stream, epoch]
         return np.random.default_rng(key).permutation(self._counts[stream])
+
+
+class ShardSampler(BucketSampler):
+    """As :class:`BucketSampler`, but an epoch of a bucket goes shard by shard.
+
+    Its shards are shuffled and put into groups of about a thousand images, or all there are, and
+    the images of a group are shuffled. So each image comes once in an epoch, the order is the same
+    function of (seed, position) for any number of ranks, and no more than a group is read at a
+    time. Images of one shard stay within a group, whose other shards are others in each epoch.
+
+    ``shard_sizes`` are the images of each shard of each bucket.
+    """
+
+    def __init__(
+        self, counts: Sequence[int], *, shard_sizes: Sequence[Sequence[int]], **settings: int
+    ) -> None:
+        super().__init__(counts, **settings)
+        assert [sum(sizes) for sizes in shard_sizes] == self._counts
+        self._shard_sizes = shard_sizes
+
+    def _make_permutation(self, stream: int, epoch: int) -> np.ndarray:
+        sizes = np.array(self._shard_sizes[stream], np.int64)
+        key = [self._seed % 2**64, STREAM_DATA, stream, epoch, _BY_SHARDS]
+        rng = np.random.default_rng(key)
+        shards = rng.permutation(len(sizes))
+        # As many groups of like size as have a thousand images each, one at least.
+        num_groups = max(int(sizes.sum()) // _IMAGES_PER_GROUP, 1)
+        group = (np.cumsum(sizes[shards]) - 1) * num_groups // sizes.sum()
+        group_of_shard = np.empty(len(sizes), np.int64)
+        group_of_shard[shards] = group
+        return np.lexsort((rng.random(int(sizes.sum())), np.repeat(group_of_shard, sizes)))

@@ -1,10 +1,11 @@
 """Files on web servers and in object stores, read through fsspec."""
 
 import io
+import itertools
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,11 +14,11 @@ _PACKAGES = dict(
     http="aiohttp", https="aiohttp", s3="s3fs", gs="gcsfs", az="adlfs", hf="huggingface_hub"
 )
 _BUFFER_BYTES = 1 << 20
-_TIMEOUT_SEC = 30
+TIMEOUT_SEC = 30
 _MIN_BYTES_PER_SEC = 1000
 _WAITS_SEC = (1, 3, 10)  # Before each further attempt at what may pass by itself.
 _PASSING_STATUS = (408, 425, 429, 500, 502, 503, 504)
-_HEADERS = {"Accept-Encoding": "identity"}  # Files must come as they are stored.
+HEADERS = {"Accept-Encoding": "identity"}  # Files must come as they are stored.
 
 
 class AddressError(ValueError):
@@ -51,17 +52,6 @@ def open_address(address: str) -> BinaryIO:
     return io.BufferedReader(_Stream(address), _BUFFER_BYTES)
 
 
-def read_range(address: str, start: int, size: int) -> bytes:
-    """Return ``size`` bytes of the file at an address from byte ``start`` on; fewer at its end.
-
-    Raises AddressError.
-    """
-    store = _open_store(address)
-    data = _persist(address, lambda: store.cat_file(address, start=start, end=start + size))
-    # A web server that knows no parts answers with the whole file.
-    return data if len(data) <= size else data[start : start + size]
-
-
 def download(address: str, file: BinaryIO, callback: Any, max_bytes: int) -> None:
     """Write the file at an http(s) address into ``file``; ``callback``, of fsspec, follows.
 
@@ -69,14 +59,14 @@ def download(address: str, file: BinaryIO, callback: Any, max_bytes: int) -> Non
     over at most: within about two minutes. Redirects stay within http(s), and an https address is
     never redirected to http. Raises AddressError, also for more than ``max_bytes``.
     """
-    store = _open_store(address)
+    store = open_store(address)
 
     def attempt() -> None:
         file.seek(0)
         file.truncate()
         callback.absolute_update(0)
-        with store.open(address, block_size=0, size=1, headers=_HEADERS) as source:
-            _check_response(address, source.r, max_bytes)
+        with store.open(address, block_size=0, size=1, headers=HEADERS) as source:
+            check_response(address, source.r, max_bytes)
             started, size, declared = time.monotonic(), 0, source.r.content_length
             callback.set_size(declared)
             while data := source.read(_BUFFER_BYTES):
@@ -84,41 +74,43 @@ def download(address: str, file: BinaryIO, callback: Any, max_bytes: int) -> Non
                 elapsed = time.monotonic() - started
                 if size > max_bytes:
                     raise _too_large(address, max_bytes)
-                if elapsed > _TIMEOUT_SEC and size < _MIN_BYTES_PER_SEC * elapsed:
+                if elapsed > TIMEOUT_SEC and size < _MIN_BYTES_PER_SEC * elapsed:
                     raise TimeoutError
                 file.write(data)
                 callback.relative_update(len(data))
             if declared not in (None, size):
                 raise EOFError
 
-    _persist(address, attempt)
+    persist(address, attempt)
 
 
-def _check_response(address: str, response: Any, max_bytes: int) -> None:
+def check_response(address: str, response: Any, max_bytes: int) -> None:
     """Raise AddressError for a redirect from https to http, or more bytes than are accepted."""
     steps = [*(step.url for step in response.history), response.url]
     if address.lower().startswith("https:") and any(step.scheme != "https" for step in steps):
-        raise AddressError(f"{_split(address)[0]}: refused, because it redirects to plain http.")
+        problem = "refused, because it redirects to plain http"
+        raise AddressError(f"{without_query(address)}: {problem}.")
     if (response.content_length or 0) > max_bytes:
         raise _too_large(address, max_bytes)
 
 
 def _too_large(address: str, max_bytes: int) -> AddressError:
-    return AddressError(f"{_split(address)[0]}: refused, because it has over {max_bytes:,} bytes.")
+    problem = f"refused, because it has over {max_bytes:,} bytes"
+    return AddressError(f"{without_query(address)}: {problem}.")
 
 
 class _Stream(io.RawIOBase):
     """Bytes of the file at an address; goes on where a connection broke."""
 
     def __init__(self, address: str) -> None:
-        self._address, self._store = address, _open_store(address)
+        self._address, self._store = address, open_store(address)
         self._position, self._file = 0, None
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: memoryview) -> int:
-        data = _persist(self._address, lambda: self._read(len(buffer)))
+        data = persist(self._address, lambda: self._read(len(buffer)))
         self._position += len(data)
         buffer[: len(data)] = data
         return len(data)
@@ -137,13 +129,13 @@ class _Stream(io.RawIOBase):
             raise
 
     def _connect(self) -> None:
-        if not _is_http(self._address):
+        if not is_http(self._address):
             self._file = self._store.open(self._address)
             self._file.seek(self._position)
             return
         part = {"Range": f"bytes={self._position}-"} if self._position else {}
         # Without a size, even a wrong one, fsspec would first ask the server for it.
-        self._file = self._store.open(self._address, block_size=0, size=1, headers=_HEADERS | part)
+        self._file = self._store.open(self._address, block_size=0, size=1, headers=HEADERS | part)
         # A server that knows no parts begins at the first byte.
         skipped = self._position if self._file.r.status == 206 else 0
         while skipped < self._position:
@@ -158,8 +150,8 @@ class _Stream(io.RawIOBase):
         self._file = None
 
 
-def _open_store(address: str) -> Any:
-    """Return the fsspec file system that reads an address."""
+def open_store(address: str) -> Any:
+    """Return a new fsspec file system that reads an address."""
     scheme = address.partition(":")[0].lower()
     if scheme not in _PACKAGES:
         accepted = ", ".join(f"{name}://" for name in _PACKAGES)
@@ -169,23 +161,26 @@ def _open_store(address: str) -> Any:
     # Not from fsspec's cache: data loaders fork the process and must not share its connections.
     settings: dict[str, Any] = dict(skip_instance_cache=True)
     try:
-        if _is_http(address):
+        if is_http(address):
             from aiohttp import ClientTimeout
 
-            timeout = ClientTimeout(total=None, connect=_TIMEOUT_SEC, sock_read=_TIMEOUT_SEC)
-            settings |= dict(headers=_HEADERS, client_kwargs=dict(trust_env=True, timeout=timeout))
+            timeout = ClientTimeout(total=None, connect=TIMEOUT_SEC, sock_read=TIMEOUT_SEC)
+            settings |= dict(headers=HEADERS, client_kwargs=dict(trust_env=True, timeout=timeout))
         return fsspec.filesystem(scheme, **settings)
     except ImportError:
         package = _PACKAGES[scheme]
         raise AddressError(
-            f"{_split(address)[0]}: is read by the package {package}, which is not installed: "
+            f"{without_query(address)}: is read by the package {package}, which is not installed: "
             f"pip install {package}."
         ) from None
 
 
-def _persist(address: str, action: Callable[[], Any]) -> Any:
-    """Return what ``action`` does, tried again where the fault may pass; raises AddressError."""
-    for wait in (*_WAITS_SEC, None):
+def persist(address: str, action: Callable[[], Any], waits: Iterable[float] | None = None) -> Any:
+    """Return what ``action`` does, tried again where the fault may pass; raises AddressError.
+
+    ``waits`` are the seconds before each further attempt: by default three, 14 s in total.
+    """
+    for wait in (*_WAITS_SEC, None) if waits is None else itertools.chain(waits, [None]):
         try:
             return action()
         except AddressError:
@@ -196,7 +191,7 @@ def _persist(address: str, action: Callable[[], Any]) -> Any:
             lasts = isinstance(error, FileNotFoundError | PermissionError) or "Url" in name
             if wait is None or lasts or status not in (None, *_PASSING_STATUS):
                 # Not the error's own text: it may hold the signature of an address.
-                where = f"{_split(address)[0]}: cannot be read"
+                where = f"{without_query(address)}: cannot be read"
                 raise AddressError(f"{where} ({_reason(error)}).") from None
         time.sleep(wait)
     raise AssertionError
@@ -212,7 +207,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "not found"
     if isinstance(error, TimeoutError):
-        return f"the server was silent or too slow for {_TIMEOUT_SEC} s"
+        return f"the server was silent or too slow for {TIMEOUT_SEC} s"
     if isinstance(error, EOFError) or name == "ClientPayloadError":
         return "the connection ended before the file"
     if "RedirectClient" in name:
@@ -220,9 +215,24 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or name
 
 
-def _is_http(address: str) -> bool:
+def is_http(address: str) -> bool:
     return address.lower().startswith(("http:", "https:"))
 
 
+def without_query(address: str) -> str:
+    """Return an address without what follows ``?``, which may be a signature, as messages name it.
+
+    Addresses of object stores have no such part.
+    """
+    return _split(address)[0]
+
+
+def name_of(location: str | os.PathLike) -> str:
+    """Return the last name in a path or an address, in characters that names of files can have."""
+    if not is_address(location):
+        return Path(location).name
+    return re.sub(r"[^\w.-]+", "-", without_query(str(location)).rstrip("/").rpartition("/")[2])
+
+
 def _split(address: str) -> tuple[str, str, str]:
-    return address.partition("?") if _is_http(address) else (address, "", "")
+    return address.partition("?") if is_http(address) else (address, "", "")

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import fcntl
-import functools
 import hashlib
 import json
 import os
@@ -14,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any
+
+CACHE_VARIABLE = "SETDIFFIT_CACHE"
 
 
 @contextlib.contextmanager
@@ -181,35 +182,13 @@ def is_locked(path: Path) -> bool:
 def cache_dir() -> Path:
     """Return the folder for downloads and derived data: $SETDIFFIT_CACHE or ~/.cache/setdiffit."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "setdiffit"
-    return Path(os.environ.get("SETDIFFIT_CACHE", default))
+    return Path(os.environ.get(CACHE_VARIABLE, default))
 
 
 def sha256_of_file(path: str | os.PathLike) -> str:
     """Return the SHA-256 of a file as hexadecimal digits."""
     with open(path, "rb", opener=regular_file) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class OpenFiles:
-    """Opens files for reading by position, and keeps up to 256 of them open.
-
-    A copy made by pickle, as for a process of a loader, has none open yet. Hold what a call returns
-    while you read it: threads may have opened the file twice, and others may push it out.
-    """
-
-    def __init__(self) -> None:
-        self._open = functools.lru_cache(256)(functools.partial(open, mode="rb", buffering=0))
-
-    def __call__(self, path: str | os.PathLike) -> IO[bytes]:
-        return self._open(path)
-
-    def pread(self, path: str | os.PathLike, size: int, offset: int) -> bytes:
-        """Return up to ``size`` bytes of a file from ``offset`` on."""
-        file = self._open(path)
-        return os.pread(file.fileno(), size, offset)
-
-    def __reduce__(self) -> tuple[type, tuple]:
-        return OpenFiles, ()
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:

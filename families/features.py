@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from data.samplers import BucketSampler, ShardSampler
 from diffusion.denoiser import AUTOCAST_DTYPES
 from diffusion.precond import make_precond
 from dnnlib.addresses import is_address
@@ -23,7 +24,6 @@ from families.next_steps import CONDITIONS_STEP, generate_step
 from families.reporting import reporting
 from families.runs import FeatureRun
 from models.network import Network
-from torch_utils import distributed
 from training.asked import NOT_SETS, Asked, GeneratorOptions
 from training.checkpoint import DataSummary, Snapshot
 from training.config import RunConfig
@@ -77,8 +77,6 @@ class FeatureFamily:
 
         path, data = path or run.data.data, run.data
         is_remote = path is not None and is_address(path)
-        if is_remote and not run.features.streaming:
-            raise ValueError(f"--data: got {path}; add --streaming, which reads addresses.")
         if not is_remote and (path is None or not is_feature_folder(path)):
             wanted = "trains on a folder made by dataset_tool.py features"
             raise refusal("--data", path, remedy=f"preset {run.preset} {wanted}")
@@ -90,10 +88,7 @@ class FeatureFamily:
         ):
             if value:
                 raise ValueError(f"{option} has no effect on features: {reason}.")
-        kind = FeatureDataset
-        if run.features.streaming:
-            from data.features.streaming import StreamedFeatures as kind  # noqa: N813
-        return kind(path, split, text_lengths=run.features.text_lengths)
+        return FeatureDataset(path, split, text_lengths=run.features.text_lengths)
 
     def fit(self, run: FeatureRun, data: TrainingData | None, num_classes: int = 0) -> FeatureRun:
         if data is not None:
@@ -117,10 +112,10 @@ class FeatureFamily:
         return run, _make_codec(run, data.record.statistics, device)
 
     def steps(self, run: FeatureRun, data: TrainingData, start_nimg: int, part: Part) -> Steps:
-        if data.notice is not None:
-            distributed.print0(data.notice)
         batches = dict(seed=run.training.seed, batch_size=run.training.batch, **vars(part))
-        sampler = data.batch_sampler(data.counts, start_nimg=start_nimg, **batches)
+        in_shards = dict(shard_sizes=data.shard_sizes) if run.features.streaming else {}
+        kind = ShardSampler if run.features.streaming else BucketSampler
+        sampler = kind(data.counts, **in_shards, start_nimg=start_nimg, **batches)
         return Steps(sampler, lambda cur_nimg: data.latent_shape(sampler.bucket_at(cur_nimg)))
 
     def objective(self, run: FeatureRun, network: Network, codec: Codec) -> FeatureObjective:

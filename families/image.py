@@ -15,6 +15,7 @@ from data.samplers import PositionSampler
 from diffusion.denoiser import AUTOCAST_DTYPES
 from diffusion.precond import make_precond
 from diffusion.samplers import sampling_sigmas
+from dnnlib.addresses import is_address
 from dnnlib.errors import refusal
 from families.next_steps import image_steps
 from families.reporting import check_conditions, reporting
@@ -342,6 +343,8 @@ def open_images_of(run: RunConfig, **settings: Any) -> ImageDataset:
     try:
         return open_dataset(run.data, seed=run.training.seed, **settings)
     except ValueError:
+        if run.data.data is not None and is_address(run.data.data):
+            raise
         from data.convert.sources import unconverted
         from data.features.record import is_feature_folder
         from data.latents.record import is_latent_folder

@@ -13,6 +13,7 @@ from data.fewshot.episodes import Episodes, episodes_of_run
 from data.fewshot.sets import SetDataset
 from data.fewshot.supports import read_support
 from diffusion.precond import make_precond
+from dnnlib.addresses import is_address
 from dnnlib.errors import refusal
 from families.image import (
     ImageFamily,
@@ -307,7 +308,7 @@ def open_data_of(snapshot: Snapshot, data: str | None = None) -> SetDataset:
     """
     config = snapshot.config
     location = data or config.data.data
-    if location is None or not Path(location).exists():
+    if location is None or not (is_address(location) or Path(location).exists()):
         remedy = f"say where the data are that {snapshot.path} was trained on"
         raise refusal("--data", but=f"{location} does not exist", remedy=remedy)
     dataset = FAMILY.open_data(config.changed("data", data=location, cache=False))

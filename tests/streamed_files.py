@@ -1,13 +1,9 @@
-"""Feature folders of random values in several shards, and a store that serves them, for tests."""
+"""Feature folders of random values in several shards, for tests."""
 
-import contextlib
 import hashlib
-import http.server
 import io
 import json
-import re
 import tarfile
-import threading
 import zlib
 
 import numpy as np
@@ -136,42 +132,3 @@ def write_features(root, *, vae=("nowhere", "0"), shards=SHARDS, num_held_out=2)
     )
     (root / RECORD_FILE).write_text(json.dumps(record.to_dict()))
     return root
-
-
-@contextlib.contextmanager
-def store(root, *, knows_parts=True):
-    """Serve a folder on the loopback address; yield the server, with ``address`` and ``requests``.
-
-    What is in ``server.faults`` comes before files: a status, or the number of bytes after which a
-    connection breaks.
-    """
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            path = root / self.path.partition("?")[0].lstrip("/")
-            asked = self.headers.get("Range") if knows_parts else None
-            server.requests.append((self.path, asked))
-            fault = server.faults.pop(0) if server.faults else None
-            if isinstance(fault, tuple) or not path.is_file():
-                self.send_error(*(fault or (404,)))
-                return
-            data, status = path.read_bytes(), 200
-            if asked is not None:
-                first, last = re.fullmatch(r"bytes=(\d+)-(\d*)", asked).groups()
-                data, status = data[int(first) : int(last or len(data)) + 1], 206
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            with contextlib.suppress(ConnectionError):
-                self.wfile.write(data[:fault])
-
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.requests, server.faults = [], []
-    server.address = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()

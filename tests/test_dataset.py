@@ -470,6 +470,8 @@ def test_a_loader_leaves_the_global_random_numbers_alone(data):
 class Squares(torch.utils.data.Dataset):
     """A dataset with keys of its own kind."""
 
+    remote_bytes = 0
+
     def __getitems__(self, keys):
         return torch.tensor([base**power for base, power in keys]), {}
 
@@ -481,6 +483,8 @@ def test_other_samplers_and_datasets_use_the_same_loader():
 
 class SlowProcesses(torch.utils.data.Dataset):
     """Tells the process that serves each batch, after a while."""
+
+    remote_bytes = 0
 
     def __getitems__(self, keys):
         time.sleep(0.05)

@@ -21,7 +21,6 @@ from dnnlib import progress as progress_module
 from dnnlib import safe_pickle
 from dnnlib.downloads import fetch
 from dnnlib.files import (
-    OpenFiles,
     atomic_write,
     check_target,
     lock_folder,
@@ -29,6 +28,7 @@ from dnnlib.files import (
     write_json,
 )
 from dnnlib.progress import progress
+from dnnlib.remote.files import OpenFiles
 from dnnlib.text import format_count, format_time, join_names
 from metrics.rows import read_rows
 

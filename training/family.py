@@ -37,6 +37,7 @@ class TrainingData(Protocol):
         class_names, class_counts: Of those classes.
         resolution, img_channels: Of the images, in pixels.
         content_hash: Identity of the data.
+        remote_bytes: That an item takes from a server, on average; 0 of data of this machine.
     """
 
     name: str
@@ -47,6 +48,11 @@ class TrainingData(Protocol):
     resolution: int
     img_channels: int
     content_hash: str
+    remote_bytes: float
+
+    def prefetch(self, keys: Sequence[Any]) -> None:
+        """Have what a batch is read from fetched in the background, if it is at an address."""
+        ...
 
     def __getitems__(self, keys: Sequence[Any]) -> tuple[torch.Tensor, Cond]:
         """Return a batch, as stored, and its conditions."""

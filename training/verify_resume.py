@@ -110,7 +110,8 @@ def verify_resume(job: Job, saver: Saver, transfer: Snapshot | None = None) -> b
 def _explain(repeated: dict[str, Comparison], causes: list[str], order: bool) -> None:
     """Print what is to blame for a difference."""
     if not order:
-        distributed.print0("The resumed run read other data: see the notice on reading above.")
+        distributed.print0("The resumed run read other data: its order must depend on seed and")
+        distributed.print0("position alone.")
     worst = max(repeated.values(), key=lambda comparison: comparison.largest)
     if worst.num_different:
         distributed.print0(f"Two uninterrupted runs differ as well: {worst}. So it is not the")

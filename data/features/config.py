@@ -39,8 +39,8 @@ class FeatureConfig(Config):
     )
     streaming: bool = option(
         False,
-        help="Read shards from begin to end through webdataset; --data may then be an address "
-        "(http, https, s3 or gs) of a folder. Shuffled approximately, and resumed so.",
+        help="Shuffle whole shards, then samples among about a thousand, in place of all samples: "
+        "shards are read one after another, which suits disks and stores that are slow to seek.",
     )
 
     def __post_init__(self) -> None:

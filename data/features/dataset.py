@@ -6,8 +6,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,15 +15,14 @@ from torch.utils.data import Dataset
 from data.features.buckets import Bucket
 from data.features.manifests import Manifest, read_manifest
 from data.features.quantised import as_float16, bits_of
-from data.features.record import PATCHES, read_feature_record
+from data.features.record import KEYS, PATCHES, read_feature_record
 from data.features.shards import from_npy
 from data.images.dataset import Cond
 from data.images.decode import ImageError
 from data.preview import Preview, evenly_spaced, rows_of
-from data.samplers import BucketSampler
-from dnnlib.addresses import AddressError, is_address, read_range
+from dnnlib.addresses import AddressError, is_address, without_query
 from dnnlib.errors import refusal
-from dnnlib.files import OpenFiles
+from dnnlib.remote.files import Known, OpenFiles, location_of
 from dnnlib.typed import parse_json
 from torch_utils.pictures import Titles
 
@@ -39,8 +37,7 @@ class FeatureDataset(Dataset):
     Any number of processes may read at once, also from copies made by fork or pickle.
 
     Args:
-        path: Folder made by ``dataset_tool.py features`` (see docs/formats.md), or its address, of
-            which each member of an item is then requested by itself.
+        path: Folder made by ``dataset_tool.py features`` (see docs/formats.md), or its address.
         split: ``train`` or ``validation``.
         text_lengths: Rising lengths to which the texts of a batch are padded: to the first that
             holds the longest of them, and cut at the last.
@@ -49,13 +46,13 @@ class FeatureDataset(Dataset):
         record: All that is known of the folder.
         buckets: Sizes of images of which there are any.
         counts: Number of images of each.
+        shard_sizes: Number of images of each shard of each, in the order of the items.
+        remote_bytes: That an item takes from a server, on average; 0 of a folder of this machine.
         ids: Name of every item.
 
     Raises ValueError, one sentence that names the file, for data that are damaged or incomplete.
     """
 
-    batch_sampler: ClassVar[type[BucketSampler]] = BucketSampler
-    notice: ClassVar[str | None] = None  # What a run says of how it reads the data.
     labels = None
     num_classes = 0
     class_names: tuple[str, ...] = ()
@@ -68,7 +65,7 @@ class FeatureDataset(Dataset):
         *,
         text_lengths: Sequence[int] = (128, 256, 384, 512),
     ) -> None:
-        self.path: Path | str = str(path) if is_address(path) else Path(path)
+        self.path = location_of(path)
         self.split = split
         self.record = read_feature_record(path)
         # What a store calls it may be no name of a file.
@@ -86,12 +83,21 @@ class FeatureDataset(Dataset):
                 names = f"the manifest of {split}/{bucket.name} names {len(manifest)} images"
                 remedy = "run dataset_tool.py features again"
                 raise refusal(self.path, but=f"{names}, but the record {count}", remedy=remedy)
+        self.shard_sizes = [
+            [shard["num_samples"] for shard in manifest.shards] for manifest in self._manifests
+        ]
+        self._files = [manifest.files for manifest in self._manifests]
         self.firsts = np.cumsum([0, *self.counts])  # The first item of each bucket.
         self.ids = [name for manifest in self._manifests for name in manifest.ids]
         self.num_images = len(self.ids)
         self.resolution = round(max((b.width * b.height for b in found), default=0) ** 0.5)
         self.img_channels = 3
-        self._open = OpenFiles()
+        self._open = OpenFiles(_known_shards(self._manifests) if is_address(path) else {})
+        self._spans = [_spans_of(manifest) for manifest in self._manifests]
+        self.remote_bytes = 0.0
+        if is_address(path) and self.num_images:
+            total = sum(int((ends - starts).sum()) for starts, ends in self._spans)
+            self.remote_bytes = total / self.num_images
 
     def __len__(self) -> int:
         return self.num_images
@@ -165,6 +171,19 @@ class FeatureDataset(Dataset):
         assert len(buckets) == 1, f"A batch has images of one size, not of {len(buckets)}."
         return self._batch(buckets.pop(), [self._item(index) for index in indices])
 
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Have what items are read from fetched in the background, if it is at an address."""
+        items = np.asarray(indices, np.int64)
+        buckets = np.searchsorted(self.firsts, items, side="right") - 1
+        for bucket in np.unique(buckets).tolist():
+            rows = items[buckets == bucket] - self.firsts[bucket]
+            starts, ends = self._spans[bucket]
+            shards = self._manifests[bucket].shard[rows]
+            for shard in np.unique(shards).tolist():
+                own = rows[shards == shard]
+                file = self._open(self._files[bucket][shard])
+                file.prefetch(starts[own], ends[own] - starts[own])
+
     def latents(self, index: int) -> torch.Tensor:
         """Return the raw latents of an item, float16 [c, h, w]."""
         target = np.empty(self._shapes[self.bucket_index(index)], np.float16)
@@ -190,29 +209,52 @@ class FeatureDataset(Dataset):
     def _read(self, index: int, key: str) -> bytes:
         bucket = self.bucket_index(index)
         manifest, row = self._manifests[bucket], index - int(self.firsts[bucket])
-        path = manifest.files[manifest.shard[row]]
+        path = self._files[bucket][manifest.shard[row]]
         offset, size = int(manifest.offset[key][row]), int(manifest.size[key][row])
+        crc32 = manifest.crc32[key][row]
         try:
-            if is_address(path):
-                data = read_range(path, offset, size)
-            else:
-                data = self._open.pread(path, size, offset)
+            file = self._open(path)
+            data = file.pread(size, offset)
+            if zlib.crc32(data) != crc32:
+                file.forget(size, offset)  # A power failure may have damaged what is on the disk.
+                data = file.pread(size, offset)
         except AddressError as error:
             raise ImageError(str(error)) from None
         except OSError as error:
             raise ImageError(f"{path}: cannot be read ({error.strerror}).") from None
+        where = without_query(str(path))
         if len(data) != size:
             problem = f"ends in the middle of {self.ids[index]}.{key}"
-            raise ImageError(f"{path}: {problem}; {LISTED} file.")
-        if zlib.crc32(data) != manifest.crc32[key][row]:
+            raise ImageError(f"{where}: {problem}; {LISTED} file.")
+        if zlib.crc32(data) != crc32:
             problem = f"{self.ids[index]}.{key} differs from its checksum"
-            raise ImageError(f"{path}: {problem}; {LISTED} file.")
+            raise ImageError(f"{where}: {problem}; {LISTED} file.")
         return data
 
     def _item(self, index: int) -> _Item:
         bucket = self.buckets[self.bucket_index(index)]
-        label = f"{self.path}/{self.split}/bucket_{bucket.name}: {self.ids[index]}"
-        return label, functools.partial(self._read, index)
+        where = f"{without_query(str(self.path))}/{self.split}/bucket_{bucket.name}"
+        return f"{where}: {self.ids[index]}", functools.partial(self._read, index)
+
+
+def _spans_of(manifest: Manifest) -> tuple[np.ndarray, np.ndarray]:
+    """Return where the members of each sample that training reads begin and end, int64 [N] each.
+
+    In a shard they follow each other.
+    """
+    keys = [key for key in KEYS if key != "json"]
+    starts = np.min([manifest.offset[key] for key in keys], axis=0)
+    return starts, np.max([manifest.offset[key] + manifest.size[key] for key in keys], axis=0)
+
+
+def _known_shards(manifests: Sequence[Manifest]) -> dict[str, Known]:
+    """Return size and checksum of each shard at an address, so that no server is asked for them."""
+    return {
+        file: Known(shard["num_bytes"], shard["sha256"])
+        for manifest in manifests
+        for file, shard in zip(manifest.files, manifest.shards, strict=True)
+        if shard["sha256"]
+    }
 
 
 def _read_array(item: _Item, key: str, target: np.ndarray) -> None:

@@ -10,7 +10,8 @@ from typing import Any, TypedDict, TypeVar
 from data.features.buckets import Bucket
 from data.features.config import SPLITS
 from data.features.quantised import BITS
-from dnnlib.addresses import AddressError, is_address, open_address, under
+from dnnlib.addresses import AddressError, is_address, under
+from dnnlib.remote.files import read_all
 from dnnlib.typed import JsonFormat, typed
 
 T = TypeVar("T")
@@ -188,12 +189,9 @@ def read_json(
     no JSON, or values at which ``parse`` raises ValueError or OverflowError.
     """
     try:
-        with open_address(file) if is_address(file) else open(file, "rb") as stream:
-            content = stream.read(_MAX_JSON_BYTES + 1)
+        content = read_all(file, _MAX_JSON_BYTES)
     except AddressError as error:
         remedy = "give the address of a folder made by dataset_tool.py features"
         raise ValueError(f"{str(error).rstrip('.')}; {remedy}.") from None
-    if len(content) > _MAX_JSON_BYTES:
-        raise ValueError(f"{file}: has over {_MAX_JSON_BYTES:,} bytes, so it is no such file.")
     written = JsonFormat(expected_format, newest, "dataset_tool.py features", AGAIN)
     return written.parse(content, file, parse)

@@ -9,36 +9,36 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-
 from data.images.decode import is_image_name
 from data.images.identity import checksums, identity_of_files
-from data.images.members import ZIP_METHODS, Archive, Member
+from data.images.members import ZIP_METHODS, Archive, Member, PackedArchive, is_hidden
 from data.images.samples import SampleArchive
+from data.images.tars import TarArchive
 from dnnlib import launcher
+from dnnlib.addresses import is_address, name_of
 from dnnlib.errors import refusal
-from dnnlib.files import OpenFiles, check_source
+from dnnlib.files import check_source
+from dnnlib.remote.files import OpenFiles, location_of
 from dnnlib.text import join_names
 
-_told: set[Path] = set()
+_told: set[Path | str] = set()
 
 
-class ZipArchive(Archive):
-    """A zip, read with ``os.pread`` so that the processes and threads that share it do not meet."""
+class ZipArchive(PackedArchive):
+    """A zip, perhaps at an address; its own directory says where its files lie."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path | str) -> None:
+        files = OpenFiles()
         try:
-            with zipfile.ZipFile(path) as file:
+            with files.stream(path) as stream, zipfile.ZipFile(stream) as file:
                 infos = {info.filename: info for info in file.infolist() if not info.is_dir()}
         except zipfile.BadZipFile:
             problem = "not a zip archive, or only part of one"
             remedy = "give a folder of images, a zip or an .npz of samples, or copy the file again"
             raise refusal(path, but=problem, remedy=remedy) from None
-        self.names = sorted(name for name in infos if is_image_name(name) and not is_hidden(name))
-        self.others = sorted(n for n in infos if not is_image_name(n) and not is_hidden(n))
-        others = [name for name in infos if name.endswith(("dataset.json", ".txt"))]
-        for name in self.names + others:
+        lengths = {name: info.file_size for name, info in infos.items()}
+        super().__init__(path, files, {name: _row(infos[name]) for name in infos}, lengths)
+        for name in [*self.names, *self._others]:
             problem = ""
             if infos[name].flag_bits & 1:
                 problem = "is encrypted"
@@ -47,33 +47,6 @@ class ZipArchive(Archive):
             if problem:
                 remedy = "extract the zip and give the folder"
                 raise refusal(f"{path}/{name}", but=problem, remedy=remedy)
-        # A row a file, because objects would fill the memory of large datasets.
-        self._rows = np.array([_row(infos[name]) for name in self.names], np.int64).reshape(-1, 4)
-        self._lengths = np.array([infos[name].file_size for name in self.names], np.int64)
-        self._others = {name: Member(str(path), *_row(infos[name])) for name in others}
-        self.num_bytes = int(self._rows[:, 1].sum())
-        self._open = OpenFiles()
-        self._open(path)
-
-    def member(self, index: int) -> Member:
-        return Member(str(self.path), *self._rows[index].tolist())
-
-    def read(self, index: int) -> bytes:
-        return self.member(index).read(self._open(self.path))
-
-    def read_file(self, name: str) -> bytes | None:
-        member = self._others.get(name)
-        return None if member is None else member.read(self._open(self.path))
-
-    def fingerprint(self) -> str:
-        metadata = self.read_file("dataset.json")
-        return identity_of_files(self.names, self._lengths, self._rows[:, 3], metadata)
-
-    def old_fingerprint(self) -> str:
-        digest = hashlib.sha256("\n".join(self.names).encode())
-        digest.update(self._rows[:, 1].tobytes() + self._rows[:, 3].tobytes())
-        digest.update(self.read_file("dataset.json") or b"")
-        return digest.hexdigest()
 
 
 def _row(info: zipfile.ZipInfo) -> tuple[int, int, int, int]:
@@ -133,11 +106,6 @@ class FolderArchive(Archive):
         return digest.hexdigest()
 
 
-def is_hidden(name: str) -> bool:
-    """Return whether a path has a part that systems hide or add by themselves."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
-
-
 def left_out(archive: Archive) -> Counter[str]:
     """Return how many files of an archive are not taken for images, by the reason."""
     found = Counter(
@@ -160,23 +128,23 @@ def count_line(num_taken: int, left: Mapping[str, int]) -> str:
 def open_archive(
     path: str | os.PathLike, *, skip_unreadable: bool = False, tell: bool = True
 ) -> Archive:
-    """Return the images of a folder, a zip or (by the ending ``.npz``) a sample archive.
+    """Return the images of a folder, a zip, a tar or (by its ending ``.npz``) a sample archive.
 
-    What is left out is told once for each path, if ``tell`` says so.
+    Each but the folder may be an address. What is left out is told once for each path, if ``tell``
+    says so.
 
     Raises ValueError if there is no such path, if it is none of these, if it holds no images, or,
     without ``skip_unreadable``, if a folder inside cannot be read.
     """
-    path = Path(path)
-    check_source(path)
-    kind = SampleArchive if path.suffix.lower() == ".npz" else ZipArchive
-    archive: Archive = (FolderArchive if path.is_dir() else kind)(path)
+    path = location_of(path)
+    archive = _open(path)
     unreadable = getattr(archive, "unreadable", [])
     if unreadable and not skip_unreadable:
         found = f" (and {len(unreadable) - 1} more)" if len(unreadable) > 1 else ""
         raise ValueError(f"{unreadable[0]}{found}; change its permissions, or move it away.")
     if not len(archive):
-        others = sorted(file.name for file in path.glob("[!.]*")) if path.is_dir() else []
+        is_folder = not is_address(path) and path.is_dir()
+        others = sorted(file.name for file in path.glob("[!.]*")) if is_folder else []
         found = f", but {join_names(others[:3])}" if others else ""
         raise ValueError(f"{path}: holds no images (.png, .jpg, .webp, ...){found}.")
     if tell and path not in _told and (left := left_out(archive)):
@@ -184,3 +152,16 @@ def open_archive(
         if launcher.number("RANK") == 0:
             print(f"{path}: {count_line(len(archive), left)}", file=sys.stderr, flush=True)
     return archive
+
+
+def _open(path: Path | str) -> Archive:
+    name = name_of(path).lower()
+    kinds = {".npz": SampleArchive, ".tar": TarArchive, ".zip": ZipArchive}
+    kind = next((kinds[end] for end in kinds if name.endswith(end)), None)
+    if is_address(path):
+        if kind is None:
+            but = "images at an address are those of one file, as a folder cannot be listed there"
+            raise refusal(path, but=but, accepted="a .zip, a .tar with its index, an .npz")
+        return kind(path)
+    check_source(path)
+    return (FolderArchive if path.is_dir() else kind or ZipArchive)(path)

@@ -12,7 +12,9 @@ class DatasetConfig(Config):
 
     title: ClassVar[str] = "Data"
 
-    data: str | None = option(None, help="Zip or folder of images, from dataset_tool.py convert.")
+    data: str | None = option(
+        None, help="Zip or folder, from dataset_tool.py, or its address (https, s3, ...)."
+    )
     cond: bool = option(False, help="Condition the model on the class labels of the data.")
     max_size: int | None = option(
         None, min=1, max=1_000_000_000, help="Train on a random subset of this many images."

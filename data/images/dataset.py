@@ -5,6 +5,7 @@ import functools
 import hashlib
 import math
 import os
+import re
 import shlex
 import shutil
 from collections.abc import Callable, Sequence
@@ -21,7 +22,9 @@ from data.images.decode import ImageError, UnfitImageError
 from data.images.identity import VERSION
 from data.images.labels import read_class_splits, read_labels
 from data.preview import PREVIEW_COLUMNS, Preview, evenly_spaced, rows_of
+from dnnlib.addresses import AddressError, is_address, name_of
 from dnnlib.errors import refusal
+from dnnlib.remote.files import location_of
 from torch_utils.pictures import class_titles
 
 Cond = dict[str, torch.Tensor]
@@ -57,12 +60,13 @@ class LabelledDataset(Dataset):
     ``max_size`` above the number of images.
     """
 
-    path: Path  # Where the data are.
+    path: Path | str  # Where the data are: a path or an address.
     name: str  # What descriptions call them.
     resolution: int  # Height and width of every image.
     img_channels: int
     labels: np.ndarray | None = None  # Class indices, int64 [num_images]; None if not delivered.
     class_names: list[str]  # Also of classes without images; empty without labels.
+    remote_bytes = 0.0  # That an item takes from a server, on average; 0 of local data.
 
     def __init__(self, num_stored: int, max_size: int | None, seed: int) -> None:
         if (max_size or 0) > num_stored:
@@ -92,6 +96,10 @@ class LabelledDataset(Dataset):
 
     def summary(self) -> dict[str, Any] | None:
         """Return what a snapshot keeps of the data beside sizes, counts and names: nothing."""
+
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Have what items are read from fetched in the background, if it is at an address."""
+        raise NotImplementedError
 
     def preview(self, num: int) -> Preview:
         """Return rows of up to 8 items as they are stored, ``num`` of them if there are so many.
@@ -133,8 +141,8 @@ class ImageDataset(LabelledDataset):
     processes and threads may read at once, also from copies made by fork or pickle.
 
     Args:
-        path: Zip or folder, with labels in its ``dataset.json``, or ``.npz`` sample archive (see
-            docs/formats.md).
+        path: Zip, tar or folder, with labels in its ``dataset.json``, or ``.npz`` sample archive
+            (see docs/formats.md). Each but the folder may be at an address.
         resolution: Required height and width; None accepts any.
         channels: Required number of channels, 1 or 3; None accepts either.
         use_labels: Deliver class labels, which the data must have; None delivers them if it does.
@@ -162,11 +170,13 @@ class ImageDataset(LabelledDataset):
         seed: int = 0,
         cache: bool = False,
     ) -> None:
-        self.path = Path(path)
-        self.name = self.path.name.removesuffix(".zip").removesuffix(".npz")
+        self.path = location_of(path)
+        self.name = re.sub(r"\.(zip|npz|tar)$", "", name_of(path))
         self._exact = exact
         self.archive = open_archive(path)
         super().__init__(len(self.archive), max_size, seed)
+        if is_address(path):
+            self.remote_bytes = self.archive.num_bytes / len(self.archive)
 
         # The first image stands for all; the others are compared with it when they are read.
         self._pixels_shape = self._decode(0).shape
@@ -246,6 +256,12 @@ class ImageDataset(LabelledDataset):
         images = self._read(rows) if self._cache is None else self._cache.fetch(rows, self._read)
         return self._with_labels(images, rows)
 
+    def prefetch(self, indices: Sequence[int]) -> None:
+        rows = np.asarray(indices, np.int64)
+        if self._cache is not None:
+            rows = self._cache.missing(rows)
+        self.archive.prefetch(self._indices[rows])
+
     def _read(self, indices: np.ndarray) -> torch.Tensor:
         channels, res = self.img_channels, self.resolution
         images = np.empty((len(indices), *self._pixels_shape), np.uint8)
@@ -265,6 +281,8 @@ class ImageDataset(LabelledDataset):
     def _decode(self, index: int) -> np.ndarray:
         try:
             return self.archive.pixels(int(self._indices[index]), exact=self._exact)
+        except AddressError as error:
+            raise ImageError(str(error)) from None
         except UnfitImageError as error:
             raise ImageError(f"{self.file_label(index)}: {error}.") from None
         except (OSError, ValueError) as error:
@@ -275,7 +293,7 @@ class ImageDataset(LabelledDataset):
 class SharedCache:
     """Decoded images [N, C, H, W] in memory that a rank's processes share, and which are there."""
 
-    def __init__(self, shape: tuple[int, int, int, int], label: Path) -> None:
+    def __init__(self, shape: tuple[int, int, int, int], label: Path | str) -> None:
         # Writing more than the file system holds would kill the process with a bus error.
         if os.path.isdir("/dev/shm"):
             free, needed = shutil.disk_usage("/dev/shm").free, math.prod(shape)
@@ -293,12 +311,16 @@ class SharedCache:
 
         Processes may fill the same entry twice, with the same pixels.
         """
-        wanted = torch.from_numpy(indices)
-        missing = wanted[~self._filled[wanted]]
+        missing = self.missing(indices)
         if len(missing):
-            self._images[missing] = read(missing.numpy())
-            self._filled[missing] = True
-        return self._images[wanted]
+            rows = torch.from_numpy(missing)
+            self._images[rows] = read(missing)
+            self._filled[rows] = True
+        return self._images[torch.from_numpy(indices)]
+
+    def missing(self, indices: np.ndarray) -> np.ndarray:
+        """Return those of the indices whose images are not there yet."""
+        return indices[~self._filled[torch.from_numpy(indices)].numpy()]
 
 
 class MirroredImages(Dataset):
@@ -322,6 +344,9 @@ class MirroredImages(Dataset):
 
     def file_label(self, index: int) -> str:
         return self.images.file_label(index % len(self.images))
+
+    def prefetch(self, indices: Sequence[int]) -> None:
+        self.images.prefetch(np.asarray(indices, np.int64) % len(self.images))
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[torch.Tensor, Cond]:
         mirrored, own = np.divmod(np.asarray(indices, np.int64), len(self.images))

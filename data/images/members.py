@@ -1,31 +1,40 @@
 """Files inside folders and zip archives, read by position."""
 
 import dataclasses
-import functools
-import os
+import hashlib
 import struct
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
-from data.images.decode import decode_image
+from data.images.decode import decode_image, is_image_name
+from data.images.identity import identity_of_files
+from dnnlib.addresses import AddressError, without_query
 from dnnlib.errors import refusal
 from dnnlib.files import read_file
+from dnnlib.remote.files import OpenFile, OpenFiles
 from dnnlib.typed import parse_json
 
 _KEYS = ("labels", "class_names", "class_splits", "captions")  # Of a dataset.json.
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # Signature, ..., length of name, length of extra field.
 _LOCAL_SLACK = 128  # Bytes read beyond header and content, for name and extra fields.
 ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+METADATA_SUFFIXES = ("dataset.json", ".txt")  # Files beside the images that are read.
+BARE = -1  # In the place of a method: the content alone, without a header, as in a tar.
+_FILES = OpenFiles()  # Of members that are read without those of their archive.
 
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """Where the bytes of one file lie; small, and readable in another process."""
+    """Where the bytes of one file lie; small, and readable in another process.
+
+    ``path`` is that of the file, or of the archive that holds it from ``offset`` on; an archive may
+    lie at an address.
+    """
 
     path: str
     offset: int = -1
@@ -33,28 +42,51 @@ class Member:
     method: int = zipfile.ZIP_STORED
     crc: int | None = None
 
-    def read(self, file: IO[bytes] | None = None) -> bytes:
-        """Return the content, from the open zip if it is given.
+    @property
+    def place(self) -> tuple[int, int]:
+        """Offset and number of the bytes in an archive that :meth:`read` needs, or a few more."""
+        if self.method == BARE:
+            return self.offset, self.compressed_size
+        return self.offset, LOCAL_HEADER.size + _LOCAL_SLACK + self.compressed_size
 
-        Raises ValueError with the reason (without the name).
-        """
+    def read(self, files: OpenFiles = _FILES) -> bytes:
+        """Return the content; raises ValueError with the reason (without the name)."""
         try:
             if self.offset < 0:
                 return read_file(self.path)
-            descriptor = _cached_descriptor(self.path) if file is None else file.fileno()
-            return self._read_from_zip(descriptor)
+            file = files(self.path)
+            try:
+                return self._read_from(file)
+            except AddressError:
+                raise
+            except ValueError:
+                # A block on the disk may have been damaged by a power failure.
+                offset, size = self.place
+                file.forget(size, offset)
+                return self._read_from(file)
         except OSError as error:
             raise ValueError(error.strerror or str(error)) from None
 
-    def _read_from_zip(self, descriptor: int) -> bytes:
+    def _read_from(self, file: OpenFile) -> bytes:
+        content = (self._bare if self.method == BARE else self._unzipped)(file)
+        if self.crc is not None and zlib.crc32(content) != self.crc:
+            raise ValueError("its bytes differ from the checksum in the archive")
+        return content
+
+    def _bare(self, file: OpenFile) -> bytes:
+        content = file.pread(self.compressed_size, self.offset)
+        if len(content) < self.compressed_size:
+            raise ValueError("the archive ends in the middle of this file")
+        return content
+
+    def _unzipped(self, file: OpenFile) -> bytes:
         # The local header repeats the name and may have an extra field of its own, so its length is
         # known only after reading it. One read that is a little too long usually suffices.
-        wanted = LOCAL_HEADER.size + _LOCAL_SLACK + self.compressed_size
-        data = os.pread(descriptor, wanted, self.offset)
+        data = file.pread(self.place[1], self.offset)
         start = local_header_length(data)
         end = start + self.compressed_size
         if len(data) < end:
-            data += os.pread(descriptor, end - len(data), self.offset + len(data))
+            data += file.pread(end - len(data), self.offset + len(data))
             if len(data) < end:
                 raise ValueError("the zip archive ends in the middle of this file")
         content = data[start:end]
@@ -63,14 +95,7 @@ class Member:
                 content = zlib.decompress(content, -15)
             except zlib.error as error:
                 raise ValueError(f"its compressed data are damaged ({error})") from None
-        if self.crc is not None and zlib.crc32(content) != self.crc:
-            raise ValueError("its bytes differ from the checksum in the zip")
         return content
-
-
-@functools.lru_cache(maxsize=2)
-def _cached_descriptor(path: str) -> int:
-    return os.open(path, os.O_RDONLY)
 
 
 def local_header_length(data: bytes) -> int:
@@ -81,16 +106,16 @@ def local_header_length(data: bytes) -> int:
 
 
 class Archive:
-    """The image files of a zip or a folder, sorted by name.
+    """The image files of a zip, tar or folder, sorted by name.
 
     Attributes:
-        path: The zip or folder.
+        path: The zip, tar or folder, or the address of a zip or tar.
         names: Names of the image files, relative to the archive and with ``/``.
         num_bytes: Sum of the stored sizes of the image files.
         others: Names of the files that are no images, apart from hidden ones.
     """
 
-    path: Path
+    path: Path | str
     names: list[str]
     others: Sequence[str] = ()
     num_bytes: int
@@ -108,6 +133,9 @@ class Archive:
         Raises ValueError with the reason (without the file's name, see :meth:`label`).
         """
         return self.member(index).read()
+
+    def prefetch(self, indices: np.ndarray) -> None:
+        """Have image files fetched in the background, if the archive is not on this machine."""
 
     def pixels(self, index: int, *, exact: bool = False) -> np.ndarray:
         """Return the image ``index``, uint8 [H, W] or [H, W, 3], decoded by :func:`decode_image`.
@@ -130,13 +158,78 @@ class Archive:
 
     def label(self, index: int) -> str:
         """Return the name of an image file for messages: archive and path inside it."""
-        return f"{self.path}/{self.names[index]}"
+        return f"{without_query(str(self.path))}/{self.names[index]}"
 
     def metadata(self, folder: str = "") -> dict[str, Any]:
         """Return the parsed ``dataset.json`` of the archive, or an empty one if it has none."""
-        data = self.read_file(f"{folder}dataset.json")
-        label = f"{self.path}/{folder}dataset.json"
+        label = f"{without_query(str(self.path))}/{folder}dataset.json"
+        try:
+            data = self.read_file(f"{folder}dataset.json")
+        except AddressError:
+            raise
+        except ValueError as error:
+            raise ValueError(f"{label}: cannot be read ({error}).") from None
         return {} if data is None else parse_metadata(data, label)
+
+
+class PackedArchive(Archive):
+    """The image files of one file, which is read by position.
+
+    Args:
+        path: The file, or its address.
+        files: What reads it.
+        places: Of each member by its name, in any order, what :class:`Member` has beside a path.
+        lengths: Bytes of the content of each.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        files: OpenFiles,
+        places: Mapping[str, tuple[int, int, int, int]],
+        lengths: Mapping[str, int],
+    ) -> None:
+        self.path, self._open = path, files
+        self.names = sorted(name for name in places if is_image_name(name) and not is_hidden(name))
+        self.others = sorted(n for n in places if not is_image_name(n) and not is_hidden(n))
+        # A row a file, because objects would fill the memory of large datasets.
+        rows = [places[name] for name in self.names]
+        self._rows = np.array(rows, np.int64).reshape(-1, 4)
+        self._lengths = np.array([lengths[name] for name in self.names], np.int64)
+        others = [name for name in places if name.endswith(METADATA_SUFFIXES)]
+        self._others = {name: Member(str(path), *places[name]) for name in others}
+        self.num_bytes = int(self._rows[:, 1].sum())
+
+    def member(self, index: int) -> Member:
+        return Member(str(self.path), *self._rows[index].tolist())
+
+    def read(self, index: int) -> bytes:
+        return self.member(index).read(self._open)
+
+    def prefetch(self, indices: np.ndarray) -> None:
+        rows = self._rows[indices]
+        # As Member.place says; what follows a file in a tar does no harm.
+        sizes = rows[:, 1] + LOCAL_HEADER.size + _LOCAL_SLACK
+        self._open(self.path).prefetch(rows[:, 0], sizes)
+
+    def read_file(self, name: str) -> bytes | None:
+        member = self._others.get(name)
+        return None if member is None else member.read(self._open)
+
+    def fingerprint(self) -> str:
+        metadata = self.read_file("dataset.json")
+        return identity_of_files(self.names, self._lengths, self._rows[:, 3], metadata)
+
+    def old_fingerprint(self) -> str:
+        digest = hashlib.sha256("\n".join(self.names).encode())
+        digest.update(self._rows[:, 1].tobytes() + self._rows[:, 3].tobytes())
+        digest.update(self.read_file("dataset.json") or b"")
+        return digest.hexdigest()
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a path has a part that systems hide or add by themselves."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
 def parse_metadata(content: bytes, where: str) -> dict[str, Any]:

@@ -13,9 +13,10 @@ import numpy as np
 
 from data.images.identity import VERSION
 from data.images.members import LOCAL_HEADER, ZIP_METHODS, Archive, local_header_length
+from dnnlib.addresses import AddressError, name_of
 from dnnlib.errors import refusal
-from dnnlib.files import OpenFiles
 from dnnlib.progress import progress
+from dnnlib.remote.files import OpenFiles
 
 _AGAIN = "save or copy the file again"
 
@@ -34,11 +35,11 @@ class SampleArchive(Archive):
     image_size: tuple[int, int]  # Height and width of every image.
     num_array_bytes: int  # Sum of the sizes of the arrays, before compression.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path | str) -> None:
+        self.path, self._open = path, OpenFiles()
         self.names = []
         try:
-            with zipfile.ZipFile(path) as file:
+            with self._open.stream(path) as stream, zipfile.ZipFile(stream) as file:
                 names = {info.filename.removesuffix(".npy"): info for info in file.infolist()}
         except zipfile.BadZipFile:
             problem = "not an .npz, or only part of one; copy the file again"
@@ -50,7 +51,6 @@ class SampleArchive(Archive):
         self._members = {n: names[n] for n in ("arr_0", "arr_1", "class_names") if n in names}
         self.num_bytes = sum(info.compress_size for info in self._members.values())
         self.num_array_bytes = sum(info.file_size for info in self._members.values())
-        self._open = OpenFiles()
         shape, fortran_order, dtype, header_length = self._read_member("arr_0", _array_header)
         self._check_images(shape, dtype)
         info = self._members["arr_0"]
@@ -92,12 +92,17 @@ class SampleArchive(Archive):
     def _whole(self) -> np.ndarray:
         return self.read_array("arr_0").reshape(self._num_images, *self._pixels_shape)
 
+    def prefetch(self, indices: np.ndarray) -> None:
+        if self._start >= 0:
+            size = math.prod(self._pixels_shape)
+            self._open(self.path).prefetch(self._start + indices * size, size)
+
     def read_file(self, name: str) -> bytes | None:
         return None
 
     def fingerprint(self) -> str:
         # The checksums of the file stand for its arrays, which therefore have to be right.
-        label = f"Checksums of {self.path.name}"
+        label = f"Checksums of {name_of(self.path)}"
         look = dict(label=label, unit="B", transient=True)
         with progress(total=self.num_array_bytes, **look) as bar:
             for problem in self.check(bar.update):
@@ -156,8 +161,14 @@ class SampleArchive(Archive):
         try:
             if info.flag_bits & 1 or info.compress_type not in ZIP_METHODS:
                 raise ValueError("it is encrypted, or compressed by a method other than deflate")
-            with zipfile.ZipFile(self.path) as file, file.open(info) as stream:
+            with (
+                self._open.stream(self.path) as whole,
+                zipfile.ZipFile(whole) as file,
+                file.open(info) as stream,
+            ):
                 return read(stream)
+        except AddressError:
+            raise
         except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
             problem = f"{name} cannot be read ({error})"
             raise refusal(self.path, but=problem, remedy=_AGAIN) from None

@@ -2,19 +2,26 @@
 
 import functools
 import json
+import math
 import os
 import zlib
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from data.images.dataset import Cond, LabelledDataset
 from data.images.decode import ImageError
-from data.latents.record import check_latent_shard, read_archive_labels, read_checksums, read_record
+from data.latents.record import (
+    check_latent_shard,
+    known_shards,
+    read_archive_labels,
+    read_checksums,
+    read_record,
+)
+from dnnlib.addresses import AddressError, is_address, name_of, under, without_query
 from dnnlib.errors import refusal
-from dnnlib.files import OpenFiles
+from dnnlib.remote.files import OpenFiles, location_of
 
 
 class LatentDataset(LabelledDataset):
@@ -26,7 +33,7 @@ class LatentDataset(LabelledDataset):
     copies made by fork or pickle.
 
     Args:
-        path: Folder made by ``dataset_tool.py encode`` (see docs/formats.md).
+        path: Folder made by ``dataset_tool.py encode`` (see docs/formats.md), or its address.
         use_labels: Deliver class labels, which the data must have; None delivers them if it does.
         max_size: Keep a random subset of this many images, the same as of the images themselves.
         seed: Seed of that subset.
@@ -52,8 +59,8 @@ class LatentDataset(LabelledDataset):
         seed: int = 0,
         hflip: bool = False,
     ) -> None:
-        self.path = Path(path)
-        self.name = self.path.resolve().name
+        self.path = location_of(path)
+        self.name = name_of(path) if is_address(path) else self.path.resolve().name
         self.record = record = read_record(path)
         self.resolution, self.img_channels = record.resolution, record.img_channels
         self.latent_shape: tuple[int, int, int] = tuple(record.latent_shape)
@@ -78,14 +85,24 @@ class LatentDataset(LabelledDataset):
 
         self._row_shape = record.row_shape
         sizes = [shard["num_images"] for shard in record.shards]
-        self._files = [self.path / shard["file"] for shard in record.shards]
-        self._starts = [
-            check_latent_shard(file, (size, *self._row_shape))
-            for file, size in zip(self._files, sizes, strict=True)
-        ]
+        self._files = [under(self.path, shard["file"]) for shard in record.shards]
+        self._starts = self._open_shards(sizes)
         self._crcs = read_checksums(self.path, record)
         self._firsts = np.cumsum([0, *sizes])  # The first image of each shard.
-        self._open = OpenFiles()
+
+    def _open_shards(self, sizes: Sequence[int]) -> list[int]:
+        """Return where the values of each shard begin, after headers and sizes are checked."""
+        is_remote = is_address(self.path)
+        self._open = OpenFiles(known_shards(self.path, self.record) if is_remote else {})
+        if is_remote:
+            self.remote_bytes = 2 * math.prod(self._row_shape[1:])
+            for file in self._files:
+                self._open(file).prefetch(np.zeros(1, np.int64), 1)
+        reader = self._open if is_remote else None
+        return [
+            check_latent_shard(file, (size, *self._row_shape), reader)
+            for file, size in zip(self._files, sizes, strict=True)
+        ]
 
     def __len__(self) -> int:
         return self.num_images * (1 + self._hflip)
@@ -114,6 +131,15 @@ class LatentDataset(LabelledDataset):
         shard = int(np.searchsorted(self._firsts, image, side="right")) - 1
         return shard, image - int(self._firsts[shard])
 
+    def prefetch(self, indices: Sequence[int]) -> None:
+        variants, own = np.divmod(np.asarray(indices, np.int64), self.num_images)
+        images, size = self._indices[own], 2 * math.prod(self._row_shape[1:])
+        shards = np.searchsorted(self._firsts, images, side="right") - 1
+        rows = (images - self._firsts[shards]) * self._row_shape[0] + variants
+        for shard in np.unique(shards).tolist():
+            file = self._open(self._files[shard])
+            file.prefetch(self._starts[shard] + rows[shards == shard] * size, size)
+
     def __getitems__(self, indices: Sequence[int]) -> tuple[torch.Tensor, Cond]:
         """Return a batch ``(float16 [B, C, h, w], {"label": int64 [B]} or {})``."""
         index_array = np.asarray(indices, np.int64)
@@ -129,15 +155,28 @@ class LatentDataset(LabelledDataset):
     def _read(self, image: int, variant: int, target: np.ndarray) -> None:
         shard, row = self._place(image)
         offset = self._starts[shard] + (row * self._row_shape[0] + variant) * target.nbytes
-        file = self._files[shard]
+        path = self._files[shard]
         try:
-            stream = self._open(file)  # Held while it is read, should others push it out.
-            num_bytes = os.preadv(stream.fileno(), [target], offset)
+            file = self._open(path)
+            num_bytes = file.readinto(target, offset)
+            is_right = self._is_right(target, image, variant)
+            if not is_right:
+                file.forget(target.nbytes, offset)  # A power failure may have damaged a block.
+                num_bytes = file.readinto(target, offset)
+                is_right = self._is_right(target, image, variant)
+        except AddressError as error:
+            raise ImageError(str(error)) from None
         except OSError as error:
-            raise ImageError(f"{file}: row {row} cannot be read ({error.strerror}).") from None
+            raise ImageError(f"{path}: row {row} cannot be read ({error.strerror}).") from None
+        problem = ""
         if num_bytes != target.nbytes:
+            problem = f"ends in the middle of row {row}"
+        elif not is_right:
+            problem = f"row {row} differs from its checksum"
+        if problem:
             remedy = "dataset_tool.py verify lists every such file"
-            raise ImageError(f"{file}: ends in the middle of row {row}; {remedy}.")
-        if self._crcs is not None and zlib.crc32(target) != self._crcs[image, variant]:
-            remedy = "dataset_tool.py verify lists every such file"
-            raise ImageError(f"{file}: row {row} differs from its checksum; {remedy}.")
+            raise ImageError(f"{without_query(str(path))}: {problem}; {remedy}.")
+
+    def _is_right(self, values: np.ndarray, image: int, variant: int) -> bool:
+        """Return whether latents are those of their checksum, if they have one."""
+        return self._crcs is None or zlib.crc32(values) == self._crcs[image, variant]

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import hashlib
+import io
 import math
 import os
 import zlib
@@ -10,9 +12,11 @@ from typing import Any, Self, TypedDict
 
 import numpy as np
 
+from dnnlib.addresses import AddressError, is_address, name_of, under
 from dnnlib.files import regular_file, sha256_of_file
 from dnnlib.parallel import process_map
 from dnnlib.progress import progress
+from dnnlib.remote.files import Known, OpenFiles, read_all
 from dnnlib.typed import JsonFormat, typed
 
 FORMAT = "setdiffit-latents"
@@ -24,6 +28,7 @@ CHECKSUMS_FILE = "crc32.npy"
 KINDS = ("mean-std", "mean")
 _AGAIN = "start the same dataset_tool.py encode again, which makes what is missing"
 _ROWS_AT_ONCE = 256
+_MAX_BYTES = 1 << 32  # Of a record, labels or checksums.
 
 
 class ShardFacts(TypedDict):
@@ -92,13 +97,15 @@ class LatentRecord:
 
 
 def is_latent_archive(path: str | os.PathLike) -> bool:
-    """Return whether a path is a folder of latents, complete."""
+    """Return whether a path is a folder of latents, complete; an address may be, if no file is."""
+    if is_address(path):
+        return not name_of(path).lower().endswith((".zip", ".tar", ".npz"))
     return (Path(path) / RECORD_FILE).is_file()
 
 
 def is_latent_folder(path: str | os.PathLike) -> bool:
     """Return whether a path is a folder of latents, complete or not."""
-    return is_latent_archive(path) or (Path(path) / CLAIM_FILE).is_file()
+    return is_latent_archive(path) or (not is_address(path) and (Path(path) / CLAIM_FILE).is_file())
 
 
 def latent_shard_name(index: int) -> str:
@@ -108,25 +115,49 @@ def latent_shard_name(index: int) -> str:
 
 def read_record(path: str | os.PathLike) -> LatentRecord:
     """Return the record of an archive; raises ValueError if it is damaged or of another version."""
-    folder, file = Path(path), Path(path) / RECORD_FILE
-    if not file.is_file():
-        if is_latent_folder(folder):
-            raise ValueError(f"{folder}: its encoding is not finished; {_AGAIN}.")
-        raise ValueError(f"{folder}: not a folder of latents made by dataset_tool.py encode.")
+    file = under(path, RECORD_FILE)
+    if not (is_address(file) or file.is_file()):
+        if is_latent_folder(path):
+            raise ValueError(f"{path}: its encoding is not finished; {_AGAIN}.")
+        raise ValueError(f"{path}: not a folder of latents made by dataset_tool.py encode.")
+    try:
+        content = read_all(file, _MAX_BYTES)
+    except AddressError as error:
+        remedy = "give the address of a folder made by dataset_tool.py encode"
+        raise ValueError(f"{str(error).rstrip('.')}; {remedy}.") from None
     parse = JsonFormat(FORMAT, FORMAT_VERSION, "dataset_tool.py encode", _AGAIN).parse
-    return parse(file.read_bytes(), file, lambda found: typed(LatentRecord, found).checked())
+    return parse(content, file, lambda found: typed(LatentRecord, found).checked())
 
 
-def check_latent_shard(path: Path, shape: tuple[int, ...]) -> int:
+def known_shards(path: str, record: LatentRecord) -> dict[str, Known]:
+    """Return size and checksum of each shard at an address, so that no server is asked for them."""
+    known = {}
+    for shard in record.shards:
+        shape, header = (shard["num_images"], *record.row_shape), io.BytesIO()
+        facts = dict(descr="<f2", fortran_order=False, shape=shape)
+        np.lib.format.write_array_header_1_0(header, facts)
+        size = header.tell() + 2 * math.prod(shape)
+        known[under(path, shard["file"])] = Known(size, shard["sha256"])
+    return known
+
+
+def check_latent_shard(
+    path: Path | str, shape: tuple[int, ...], files: OpenFiles | None = None
+) -> int:
     """Return where the values of a shard begin, in bytes, after its header and size are checked.
+
+    ``files`` reads shards at an address.
 
     Raises ValueError if the file is not a whole float16 array of ``shape``.
     """
     try:
-        with open(path, "rb", opener=regular_file) as file:
+        local = files is None
+        with open(path, "rb", opener=regular_file) if local else files.stream(path) as file:
             np.lib.format.read_magic(file)
             found, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-            start, size = file.tell(), os.fstat(file.fileno()).st_size
+            start, size = file.tell(), file.seek(0, os.SEEK_END)
+    except AddressError:
+        raise
     except FileNotFoundError:
         raise ValueError(f"{path}: is missing; {_AGAIN}.") from None
     except (OSError, ValueError) as error:
@@ -141,14 +172,14 @@ def check_latent_shard(path: Path, shape: tuple[int, ...]) -> int:
     return start
 
 
-def read_archive_labels(path: Path, record: LatentRecord) -> np.ndarray | None:
+def read_archive_labels(path: Path | str, record: LatentRecord) -> np.ndarray | None:
     """Return the class index of every image, int64 [N]; None if there are no labels.
 
     Raises ValueError if they are missing or damaged.
     """
     if record.class_names is None:
         return None
-    file, shape = path / LABELS_FILE, (record.num_images,)
+    file, shape = under(path, LABELS_FILE), (record.num_images,)
     labels = _read_array(file, "labels", np.int64, shape, record.labels_sha256)
     if labels.min() < 0 or labels.max() >= len(record.class_names):
         found = f"has labels from {labels.min()} to {labels.max()}"
@@ -157,26 +188,30 @@ def read_archive_labels(path: Path, record: LatentRecord) -> np.ndarray | None:
     return labels
 
 
-def read_checksums(path: Path, record: LatentRecord) -> np.ndarray | None:
+def read_checksums(path: Path | str, record: LatentRecord) -> np.ndarray | None:
     """Return the CRC-32 of each image's latents and of its twin's, uint32 [N, V]; None without any.
 
     Raises ValueError if they are missing or damaged.
     """
     if record.checksums_sha256 is None:
         return None
-    file, shape = path / CHECKSUMS_FILE, (record.num_images, record.row_shape[0])
+    file, shape = under(path, CHECKSUMS_FILE), (record.num_images, record.row_shape[0])
     return _read_array(file, "checksums", np.uint32, shape, record.checksums_sha256)
 
 
 def _read_array(
-    file: Path, what: str, dtype: type, shape: tuple[int, ...], sha256: str
+    file: Path | str, what: str, dtype: type, shape: tuple[int, ...], sha256: str
 ) -> np.ndarray:
     try:
-        values = np.load(file, allow_pickle=False)
+        content = read_all(file, _MAX_BYTES)
+        values = np.load(io.BytesIO(content), allow_pickle=False)
+    except AddressError:
+        raise
     except (OSError, ValueError, EOFError) as error:
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise ValueError(f"{file}: cannot be read ({reason}); {_AGAIN}.") from None
-    if (values.shape, values.dtype) != (shape, dtype) or sha256_of_file(file) != sha256:
+    digest = hashlib.sha256(content).hexdigest()
+    if (values.shape, values.dtype) != (shape, dtype) or digest != sha256:
         raise ValueError(f"{file}: damaged, not the {what} that the record names; {_AGAIN}.")
     return values
 

@@ -1,0 +1,27 @@
+"""dataset_tool.py index: what a tar of images needs to be read in place."""
+
+from pathlib import Path
+
+import click
+
+from dnnlib.click_options import TextType
+
+
+@click.command(no_args_is_help=True)
+@click.argument("tar", metavar="TAR", type=TextType())
+def command(tar: str) -> None:
+    """Write the index of a tar of images beside it, so that images are read at their places.
+
+    The tar is read once. Put both files into a folder or an object store, and give the path or the
+    address of the tar as --data. Labels are those of a dataset.json in the tar. A zip needs no
+    index.
+
+    \b
+    Examples:
+      python dataset_tool.py index datasets/photos.tar
+      python train.py --preset=cifar10 --outdir=runs --data=https://HOST/photos.tar
+    """
+    from data.images.tars import write_index
+
+    path, num_images = write_index(Path(tar))
+    click.echo(f"{path}: {num_images} images.")

@@ -1,0 +1,196 @@
+"""A file at an address, read at any place through blocks that are kept on disk."""
+
+import functools
+import io
+import os
+import sys
+import threading
+import time
+
+import numpy as np
+
+from dnnlib.addresses import AddressError, name_of, open_address, without_query
+from dnnlib.progress import progress
+from dnnlib.remote.blocks import BLOCK_BYTES, LIMIT_VARIABLE, Blocks, cache_limit
+from dnnlib.remote.fetching import fetcher, runs
+from dnnlib.remote.files import Known
+from dnnlib.remote.ranges import Answer, NoRangesError, ask, ask_patiently
+from dnnlib.text import format_count
+
+_LOOK_SEC = 0.05
+
+
+class RemoteFile:
+    """The bytes of a file at an address (see dnnlib/addresses.py); safe in threads, forks, copies.
+
+    Blocks are fetched once for all processes of a machine. What may pass by itself is waited for,
+    up to five minutes. A server that gives files only whole has this one copied into the cache.
+
+    Args:
+        known: Size and checksum; without them, the server is asked, at once.
+
+    Attributes:
+        size: Bytes of the file.
+
+    Raises AddressError, also when it is read, one sentence: if the file cannot be read, if its size
+    is not the known one, or if it has changed since it was opened.
+    """
+
+    def __init__(self, address: str, known: Known | None = None) -> None:
+        self.address, self.label = address, without_query(address)
+        self._version, self._is_whole = "", False
+        if known is None:
+            answer = self._ask_first()
+            self._version, self.size = answer.version, answer.size
+            identity = f"{self.label if answer.version else address}\n{answer.version}"
+        else:
+            answer, self.size, identity = None, known.size, f"sha256\n{known.sha256}"
+        self.blocks = Blocks(f"{identity}\n{self.size}", self.size)
+        if answer is not None and answer.data and 0 not in self.blocks:
+            self.blocks.write(0, answer.data[: self.blocks.length(0)])
+            self.blocks.count(self.blocks.length(0))
+
+    def _ask_first(self) -> Answer:
+        try:
+            answer = ask(self.address, 0, BLOCK_BYTES)
+        except NoRangesError as error:
+            self._is_whole, answer = True, error.answer
+        if answer.size is None:
+            raise AddressError(f"{self.label}: its server does not say how large it is.")
+        return answer
+
+    def pread(self, size: int, offset: int) -> bytes:
+        """Return up to ``size`` bytes from ``offset`` on; fewer at the end of the file."""
+        end = min(offset + size, self.size)
+        if offset >= end:
+            return b""
+        first, last = offset // BLOCK_BYTES, (end - 1) // BLOCK_BYTES
+        if last > first:
+            self.prefetch(np.array([offset]), end - offset)
+        pieces = []
+        for number in range(first, last + 1):
+            start = number * BLOCK_BYTES
+            pieces.append(self._read(number, max(offset - start, 0), end - start))
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def readinto(self, target: np.ndarray, offset: int) -> int:
+        """Fill an array with the bytes from ``offset`` on; return how many there were."""
+        data = self.pread(target.nbytes, offset)
+        target.reshape(-1).view(np.uint8)[: len(data)] = np.frombuffer(data, np.uint8)
+        return len(data)
+
+    def prefetch(self, offsets: np.ndarray, sizes: np.ndarray | int) -> None:
+        """Have the bytes at some places fetched: see :class:`~dnnlib.remote.files.OpenFile`."""
+        firsts = offsets // BLOCK_BYTES
+        lasts = np.minimum((offsets + sizes - 1) // BLOCK_BYTES, len(self.blocks) - 1)
+        counts = lasts + 1 - firsts
+        # Each place has its own blocks, one after another.
+        numbers = np.repeat(firsts - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
+        fetcher().want(self, self.blocks.missing(np.unique(numbers)))
+
+    def forget(self, size: int, offset: int) -> None:
+        """Have bytes that proved to be wrong fetched anew when they are next read."""
+        for number in range(offset // BLOCK_BYTES, -(-(offset + size) // BLOCK_BYTES)):
+            self.blocks.forget(number)
+
+    def _read(self, number: int, start: int, end: int) -> bytes:
+        end = min(end, BLOCK_BYTES)
+        while True:
+            file = self.blocks.open(number)
+            if file is not None:
+                return os.pread(file.fileno(), end - start, start)
+            data = fetcher().job(self, number).result(number)
+            if data is not None:
+                return bytes(data[start:end])
+            # Another process has fetched it. Should it have gone again, it is fetched anew.
+
+    def fetch(self, first: int, end: int) -> bytes | None:
+        """Return the blocks from ``first`` to ``end``; None if all are in the cache now."""
+        if not self._is_whole:
+            start, stop = first * BLOCK_BYTES, min(end * BLOCK_BYTES, self.size)
+            try:
+                answer = ask_patiently(self.address, start, stop)
+                self._compare(answer)
+                if len(answer.data) == stop - start:
+                    return answer.data
+                raise self._changed("its size")
+            except NoRangesError as error:
+                self._compare(error.answer)
+                self._is_whole = True
+        self._fetch_whole(range(first, end))
+        return None
+
+    def _compare(self, answer: Answer) -> None:
+        if answer.size not in (None, self.size):
+            raise self._changed(f"{answer.size} bytes instead of {self.size}")
+        self._version = self._version or answer.version
+        if answer.version and answer.version != self._version:
+            raise self._changed("another version")
+
+    def _changed(self, what: str) -> AddressError:
+        return AddressError(
+            f"{self.label}: is not the file that was opened or recorded ({what}); start again, or "
+            "make what names it anew."
+        )
+
+    def _fetch_whole(self, wanted: range) -> None:
+        """Copy the file into the cache, in one thread of one process."""
+        if self.size > cache_limit():
+            limit = f"${LIMIT_VARIABLE} allows {format_count(cache_limit(), 'B')}"
+            raise AddressError(
+                f"{self.label}: its server gives whole files only, and of "
+                f"{format_count(self.size, 'B')} {limit}; raise that, or download the file."
+            )
+        with _whole_lock(os.getpid()):
+            while not self.blocks.lock(len(self.blocks)):
+                time.sleep(_LOOK_SEC)
+            try:
+                if not all(number in self.blocks for number in wanted):
+                    self._copy()
+            finally:
+                self.blocks.unlock(len(self.blocks))
+
+    def _copy(self) -> None:
+        print(f"{self.label}: its server gives whole files only; copying it.", file=sys.stderr)
+        shown = dict(total=self.size, label=f"Copying {name_of(self.address)}", unit="B")
+        with open_address(self.address) as stream, progress(**shown, transient=True) as bar:
+            for run in runs(range(len(self.blocks))):
+                for number in run:
+                    data = stream.read(self.blocks.length(number))
+                    if len(data) != self.blocks.length(number):
+                        raise self._changed("it is shorter")
+                    self.blocks.write(number, data)
+                    bar.update(len(data))
+                self.blocks.count(sum(map(self.blocks.length, run)))
+
+
+@functools.lru_cache(1)
+def _whole_lock(pid: int) -> threading.Lock:
+    """Return the lock of a process, as that of another could be held for ever in a fork."""
+    return threading.Lock()
+
+
+class RemoteStream(io.RawIOBase):
+    """A remote file as a stream that can be read from any place on."""
+
+    def __init__(self, file: RemoteFile) -> None:
+        self._file, self._position = file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._file.size}[whence]
+        if base + offset < 0:
+            raise OSError(22, "Invalid argument")
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: memoryview) -> int:
+        data = self._file.pread(len(buffer), self._position)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)

@@ -1,0 +1,160 @@
+"""Ranges of bytes of files at addresses, read through fsspec."""
+
+import functools
+import os
+import random
+import re
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from dnnlib import addresses
+from dnnlib.addresses import (
+    HEADERS,
+    AddressError,
+    check_response,
+    is_http,
+    open_store,
+    persist,
+    without_query,
+)
+
+PATIENCE_SEC = 300.0  # For which a range is asked for again where the fault may pass.
+_FIRST_WAIT_SEC, _LONGEST_WAIT_SEC = 0.25, 30.0
+_TELL_AFTER_SEC = 10.0
+_MIN_BYTES_PER_SEC = 100_000
+# What stores call the version of a file.
+_VERSION_KEYS = ("ETag", "etag", "md5Hash", "blob_id", "generation", "LastModified", "created")
+_random = random.Random()  # Not the global one, whose numbers are others'.
+_last_told = [-60.0]
+
+
+class Answer(NamedTuple):
+    """A range of a file, and what its server says of the file.
+
+    Attributes:
+        data: None of a server that gives a file whole or not at all.
+        size: Bytes of the whole file; None if that is not known.
+        version: Changes with the content of the file; empty where the server has no such thing.
+    """
+
+    data: bytes | None
+    size: int | None
+    version: str
+
+
+class NoRangesError(Exception):
+    """A server gives a file whole or not at all; ``answer`` is what it says of the file."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__("no ranges")
+        self.answer = answer
+
+
+def ask(address: str, start: int, end: int) -> Answer:
+    """Return bytes ``start`` to ``end`` (exclusive) of the file at an address, fewer at its end.
+
+    As a first question to a server, it gives up within about a minute. Raises AddressError, and
+    NoRangesError.
+    """
+    return _answered(persist(address, lambda: _attempt(address, start, end)))
+
+
+def ask_patiently(address: str, start: int, end: int) -> Answer:
+    """Return what :func:`ask` does, asking again for up to five minutes, ever less often.
+
+    Says so, at most once a minute, where that takes more than moments.
+    """
+    return _answered(persist(address, lambda: _attempt(address, start, end), patience(address)))
+
+
+def patience(address: str) -> Iterator[float]:
+    """Yield the seconds to wait before each further attempt: twice as many each time."""
+    started, wait = time.monotonic(), _FIRST_WAIT_SEC
+    while (elapsed := time.monotonic() - started) < PATIENCE_SEC:
+        if elapsed > _TELL_AFTER_SEC and time.monotonic() > _last_told[0] + 60:
+            _last_told[0] = time.monotonic()
+            text = f"Waiting for {without_query(address)}, for up to {PATIENCE_SEC / 60:g} minutes."
+            print(text, file=sys.stderr, flush=True)
+        # Those that were refused together should not come together again.
+        yield min(wait, max(PATIENCE_SEC - elapsed, 0)) * _random.uniform(0.5, 1)
+        wait = min(2 * wait, _LONGEST_WAIT_SEC)
+
+
+def _answered(answer: Answer) -> Answer:
+    if answer.data is None:
+        raise NoRangesError(answer)
+    return answer
+
+
+def _attempt(address: str, start: int, end: int) -> Answer:
+    store = _store(os.getpid(), address.partition(":")[0].lower())
+    if not is_http(address):
+        return _of_store(store, address, start, end)
+    from aiohttp import ClientTimeout
+    from fsspec.asyn import sync
+
+    limit = addresses.TIMEOUT_SEC
+    total = limit + (end - start) / _MIN_BYTES_PER_SEC
+    timeout = ClientTimeout(total=total, connect=limit, sock_read=limit)
+    return sync(store.loop, _get, store, address, start, end, timeout)
+
+
+@functools.lru_cache(8)
+def _store(pid: int, scheme: str) -> Any:
+    """Return the file system of a scheme, one for each process: forks cannot share connections."""
+    return open_store(f"{scheme}://")
+
+
+def _of_store(store: Any, address: str, start: int, end: int) -> Answer:
+    facts = _facts(os.getpid(), address)
+    if store.async_impl:
+        data = store.cat_file(address, start=start, end=min(end, facts.size))
+    else:
+        # Without a cache of its own, which would read on.
+        with store.open(address, cache_type="none") as file:
+            file.seek(start)
+            data = file.read(end - start)
+    if len(data) != max(min(end, facts.size) - start, 0):
+        raise EOFError
+    return facts._replace(data=data)
+
+
+@functools.lru_cache(4096)
+def _facts(pid: int, address: str) -> Answer:
+    """Return what an object store says of a file, asked once in a process."""
+    info = _store(pid, address.partition(":")[0].lower()).info(address)
+    versions = [str(info[key]) for key in _VERSION_KEYS if info.get(key)]
+    return Answer(b"", int(info["size"]), versions[0] if versions else "")
+
+
+async def _get(store: Any, address: str, start: int, end: int, timeout: Any) -> Answer:
+    session = await store.set_session()
+    headers = HEADERS | {"Range": f"bytes={start}-{end - 1}"}
+    settings = {**store.kwargs, "headers": headers, "timeout": timeout}
+    async with session.get(store.encode_url(address), **settings) as response:
+        check_response(address, response, sys.maxsize)
+        status, length = response.status, response.content_length
+        version = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
+        found = re.fullmatch(
+            r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", response.headers.get("Content-Range", "")
+        )
+        size = int(found[2]) if found and found[2] != "*" else None
+        if status == 404:
+            raise FileNotFoundError(address)
+        if status == 416:  # The file ends before the range.
+            return Answer(b"", size, version)
+        response.raise_for_status()
+        if status != 206:
+            if length is None or length > end:
+                return Answer(None, length, version)
+            data = await response.read()
+            return Answer(data[start:], length, version)
+        if found is None or found[1] != str(start):
+            problem = "its server gives other ranges than were asked for"
+            raise AddressError(f"{without_query(address)}: {problem}.")
+        data = await response.read()
+        if len(data) != (end if size is None else min(end, size)) - start:
+            raise EOFError
+        return Answer(data, size, version)
