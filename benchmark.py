@@ -28,6 +28,7 @@ def main() -> None:
       python benchmark.py train --preset=imagenet256 --batch-gpu=128 --precision=bf16 --compile
       python benchmark.py sample --preset=cifar10 --batch=16 --steps=6
       python benchmark.py data --preset=cifar10
+      python benchmark.py data --delay=20
       python benchmark.py attention --preset=cifar10
       python benchmark.py metrics --preset=cifar10
       python benchmark.py states --preset=imagenet256-s
@@ -69,11 +70,20 @@ def sample(config: ModelConfig, options: SampleOptions) -> None:
 def data(options: LoadingOptions) -> None:
     """Time the loader against decoding the same files with Pillow in one process.
 
+    With --delay, against itself: from a web server that answers late, beside from the disk.
+
     For latents, against copying them out of memory-mapped files. Without --data, below that is what
     a plain Dataset and DataLoader takes that opens a file for each item: of 32x32 and 256x256
     pictures and of latents.
     """
-    from benchmarks.data import measure
+    if options.delay is None:
+        from benchmarks.data import measure
+    else:
+        for option, value in (("--data", options.data), ("--batches", options.batches)):
+            if value is not None:
+                but = "which loads whole epochs of data of its own"
+                raise ValueError(f"{option} has no effect beside --delay, {but}; leave it out.")
+        from benchmarks.remote import measure
 
     measure(options)
 

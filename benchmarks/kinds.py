@@ -126,7 +126,7 @@ def make_pictures(folder: Path, model: ModelConfig, num_images: int) -> Path:
     return folder / "synthetic.zip"
 
 
-def _make_latents(folder: Path, model: ModelConfig, num_images: int) -> Path:
+def make_latents(folder: Path, model: ModelConfig, num_images: int) -> Path:
     """Write an archive of random latents, labelled, of the shape that a model expects."""
     shape = (num_images, 1, 2 * model.latent_channels, *model.input_shape[1:])
     moments = np.random.default_rng(0).standard_normal(shape, np.float32)
@@ -224,7 +224,7 @@ _PICTURES = _Kind(
 _KINDS = {
     "image": _PICTURES,
     "latent": _Kind(
-        _make_latents,
+        make_latents,
         _describe_latents,
         _copy_latents,
         _one_stage,

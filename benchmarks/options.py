@@ -126,7 +126,15 @@ class SampleOptions(NetworkOptions):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadingOptions(DataOptions):
     batch: int | None = param(min=1, max=1_000_000, help=f"{BATCH_HELP}  [default: the preset's]")
-    batches: int = param(default=8, min=1, max=1_000_000, help="Number of batches in a turn.")
+    batches: int | None = param(
+        min=1, max=1_000_000, help="Number of batches in a turn.  [default: 8]"
+    )
+    delay: float | None = param(
+        min=0,
+        max=10_000,
+        help="Time epochs from a web server of this machine that answers so many ms late, beside "
+        "epochs from its disk: images of the preset's size and of 256x256, latents and features.",
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,146 @@
+"""benchmark.py data --delay: loading from a web server that answers late, beside local loading."""
+
+import contextlib
+import dataclasses
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import mock
+
+import click
+import torch
+
+import families
+from benchmarks import web_server
+from benchmarks.feature_data import make_features
+from benchmarks.kinds import make_latents, make_pictures
+from benchmarks.measure import (
+    Spent,
+    describe_device,
+    interleave,
+    median_ratio,
+    median_wall,
+    spent_by,
+    table,
+    walls,
+)
+from benchmarks.options import LoadingOptions, measured_preset
+from configs.presets import PRESETS
+from data.features.buckets import Bucket
+from data.loader import make_loader
+from dnnlib.files import CACHE_VARIABLE
+from dnnlib.parallel import num_usable_cores
+from training.config import RunConfig
+from training.family import Part
+
+GOAL = 0.8
+_CPU = torch.device("cpu")
+_FEATURE_BUCKET = Bucket(1024, 1024)
+# How many images of the preset's size, of 256x256, latents and features an epoch has.
+_NUM_IMAGES = (8192, 1024, 16384, 48)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Data:
+    """Data of a kind, and how they are loaded."""
+
+    name: str
+    run: RunConfig
+    num_images: int
+    batch: int
+    make: Callable[[Path], Path]  # Returns where the data in that folder are.
+
+
+def measure(options: LoadingOptions) -> None:
+    """Print what share of the speed of local loading is that from a server."""
+    click.echo(describe_device(_CPU))
+    told = f"a web server of this machine that answers {options.delay:g} ms late"
+    click.echo(f"Epochs from {told}; the first with an empty cache.")
+    rows = [["", "workers", "local, images/s", "first epoch", "of local", "later", "of local"]]
+    for data in _all_data(options):
+        with tempfile.TemporaryDirectory() as folder:
+            location = str(data.make(Path(folder)))
+            with _served(folder, options.delay / 1000) as address:
+                remote = address + location.removeprefix(folder)
+                for num_workers in (0, max(num_usable_cores() // 2, 1)):
+                    rows.append(_row(data, location, remote, num_workers, options.rounds))
+    click.echo(f"{table(rows)}\nGoal: {GOAL:.0%} of local speed.")
+
+
+def _all_data(options: LoadingOptions) -> list[_Data]:
+    small, latent = measured_preset(options.preset).run, measured_preset("imagenet256").run
+    large = dataclasses.replace(small, model=dataclasses.replace(small.model, resolution=256))
+    found = []
+    *of_images, num_latents, num_features = _NUM_IMAGES
+    for run, num_images in zip((small, large), of_images, strict=True):
+        name = f"{run.model.resolution}x{run.model.resolution} images"
+        make = _maker(make_pictures, run, num_images)
+        found.append(_Data(name, run, num_images, options.batch or 64, make))
+    make = _maker(make_latents, latent, num_latents)
+    found.append(_Data("latents of 256x256", latent, num_latents, options.batch or 64, make))
+
+    def features(folder: Path) -> Path:
+        return make_features(folder, num_features, _FEATURE_BUCKET)
+
+    run = PRESETS["nanodit"].run
+    name = f"features of {_FEATURE_BUCKET.name}"
+    return [*found, _Data(name, run, num_features, options.batch or 8, features)]
+
+
+def _maker(make: Callable[..., Path], run: RunConfig, num_images: int) -> Callable[[Path], Path]:
+    return lambda folder: make(folder, run.model, num_images)
+
+
+@contextlib.contextmanager
+def _served(folder: str, delay_sec: float) -> Iterator[str]:
+    """Serve a folder by another process; yield the address."""
+    command = [sys.executable, web_server.__file__, folder, str(delay_sec)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process.stdout.readline().strip()
+        finally:
+            process.kill()
+
+
+def _row(data: _Data, local: str, remote: str, num_workers: int, num_rounds: int) -> list[str]:
+    with tempfile.TemporaryDirectory() as cache, mock.patch.dict("os.environ") as environment:
+        environment[CACHE_VARIABLE] = cache
+
+        def first() -> Spent:
+            shutil.rmtree(Path(cache, "blocks"), ignore_errors=True)
+            return _epoch(data, remote, num_workers)
+
+        turns = {
+            "local": lambda: _epoch(data, local, num_workers),
+            "first": first,
+            "later": lambda: _epoch(data, remote, num_workers),
+        }
+        times = interleave(turns, num_rounds, warm_up=True)
+    rates = {name: f"{data.num_images / median_wall(spent):.0f}" for name, spent in times.items()}
+    share = {
+        name: f"{median_ratio(walls(times['local']), walls(spent)):.2f}"
+        for name, spent in times.items()
+    }
+    cells = [rates["local"], rates["first"], share["first"], rates["later"], share["later"]]
+    return [data.name, str(num_workers), *cells]
+
+
+def _epoch(data: _Data, location: str, num_workers: int) -> Spent:
+    """Return what it takes to load each image once, in the order of training."""
+    run = data.run.changed("data", data=location, hflip=False, cache=False)
+    run = run.changed("training", batch=data.batch)
+    family = families.of(run)
+    dataset = family.open_data(run)
+    part = Part(rank=0, world_size=1, batch_gpu=data.batch)
+    sampler = family.steps(run, dataset, 0, part).sampler
+    loader = make_loader(dataset, sampler, num_workers=num_workers, device=_CPU)
+
+    def load() -> None:
+        batches = iter(loader)
+        for _ in range(data.num_images // data.batch):
+            next(batches)
+
+    return spent_by(load, _CPU)
