@@ -150,12 +150,18 @@ class _Stream(io.RawIOBase):
         self._file = None
 
 
-def open_store(address: str) -> Any:
-    """Return a new fsspec file system that reads an address."""
+def scheme_of(address: str) -> str:
+    """Return the scheme of an address, such as ``https``; raises AddressError for any other."""
     scheme = address.partition(":")[0].lower()
     if scheme not in _PACKAGES:
         accepted = ", ".join(f"{name}://" for name in _PACKAGES)
         raise AddressError(f"{address}: not an address that can be read; accepted: {accepted}.")
+    return scheme
+
+
+def open_store(address: str) -> Any:
+    """Return a new fsspec file system that reads an address."""
+    scheme = scheme_of(address)
     import fsspec
 
     # Not from fsspec's cache: data loaders fork the process and must not share its connections.

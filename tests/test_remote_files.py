@@ -347,8 +347,11 @@ def test_the_packages_of_stores_read_their_addresses(served, monkeypatch, scheme
 
 def test_no_address_is_a_command(tmp_path):
     for address in (f"pipe:touch {tmp_path}/made", "file:///etc/passwd", "ftp://host/x"):
-        with pytest.raises(AddressError, match="accepted: http://, https://, s3://, gs://, "):
+        with pytest.raises(
+            AddressError, match="accepted: http://, https://, s3://, gs://, "
+        ) as error:
             RemoteFile(address)
+        assert str(error.value).startswith(f"{address}: not an address")
     assert not (tmp_path / "made").exists()
     assert under("s3://a/b?c", "d", "e.tar") == "s3://a/b?c/d/e.tar"
     assert under("https://a/b/?c", "d") == "https://a/b/d?c"

@@ -17,6 +17,7 @@ from dnnlib.addresses import (
     is_http,
     open_store,
     persist,
+    scheme_of,
     without_query,
 )
 
@@ -89,7 +90,7 @@ def _answered(answer: Answer) -> Answer:
 
 
 def _attempt(address: str, start: int, end: int) -> Answer:
-    store = _store(os.getpid(), address.partition(":")[0].lower())
+    store = _store(os.getpid(), scheme_of(address))
     if not is_http(address):
         return _of_store(store, address, start, end)
     from aiohttp import ClientTimeout
@@ -124,7 +125,7 @@ def _of_store(store: Any, address: str, start: int, end: int) -> Answer:
 @functools.lru_cache(4096)
 def _facts(pid: int, address: str) -> Answer:
     """Return what an object store says of a file, asked once in a process."""
-    info = _store(pid, address.partition(":")[0].lower()).info(address)
+    info = _store(pid, scheme_of(address)).info(address)
     versions = [str(info[key]) for key in _VERSION_KEYS if info.get(key)]
     return Answer(b"", int(info["size"]), versions[0] if versions else "")
 
