@@ -10,7 +10,7 @@ from training_runs import FULL, TrainProcess, environment, only_run
 
 from data.convert.convert import convert_images
 from data.convert.sources import open_source
-from metrics import frechet
+from metrics import frechet, inception
 from metrics.frechet import frechet_distance
 
 
@@ -34,6 +34,12 @@ def few_features(monkeypatch):
         return frechet_distance(*moments)
 
     monkeypatch.setattr(frechet, "frechet_distance", of_some)
+
+
+@pytest.fixture
+def small_inception(monkeypatch):
+    """Inception sees 107x107 pixels instead of 299x299, which takes a tenth of the time."""
+    monkeypatch.setattr(inception, "IMAGE_SIZE", 107)
 
 
 @pytest.fixture(scope="session")

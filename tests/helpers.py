@@ -166,6 +166,13 @@ def on_ranks(num_ranks, script, *args):
     return done.stdout
 
 
+def train_on(num_ranks, *args):
+    """Train in this process, or on several ranks; return what was printed."""
+    import train
+
+    return on_ranks(num_ranks, "train.py", *args) if num_ranks > 1 else succeed(train, *args).output
+
+
 def toy_images(folder, per_class=14, size=8):
     """Write RGB images of three classes, one folder a class: a bar, a dot, a ring."""
     rng = np.random.default_rng(0)

@@ -201,9 +201,7 @@ def test_one_process_and_two_learn_the_same(base, tmp_path):
     options += ["--num-eval-batches=2", "--min-sample-size=2"]
     for ranks, extra in ((1, []), (2, []), (1, ["--batch-gpu=2"])):
         outdir = tmp_path / f"{len(losses)}"
-        helpers.on_ranks(
-            ranks, "train.py", f"--outdir={outdir}", f"--data={data}", *options, *extra
-        )
+        helpers.train_on(ranks, f"--outdir={outdir}", f"--data={data}", *options, *extra)
         (run_dir,) = outdir.iterdir()
         rows = [json.loads(line) for line in (run_dir / "stats.jsonl").read_text().splitlines()]
         losses.append([row["Loss/loss"]["mean"] for row in rows])

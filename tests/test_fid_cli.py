@@ -40,8 +40,8 @@ def network(base):
     return helpers.trained_snapshot(base)
 
 
-@pytest.fixture(scope="session")
-def inception(base):
+@pytest.fixture
+def inception(base, small_inception):
     return helpers.random_inception(base)
 
 
