@@ -10,6 +10,7 @@ from training_runs import FULL, TrainProcess, environment, only_run
 
 from data.convert.convert import convert_images
 from data.convert.sources import open_source
+from evaluation.in_loop import images, sets
 from metrics import frechet, inception
 from metrics.frechet import frechet_distance
 
@@ -57,6 +58,23 @@ def own_cache(shared_dir):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SETDIFFIT_CACHE", str(shared_dir / "cache"))
         patch.setenv(SHARED_VARIABLE, str(shared_dir))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_pictures():
+    """Runs in the test process show 16 samples instead of 64."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (images, sets):
+            patch.setattr(module, "GRID_SEEDS", 16)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk():
+    """Nothing that the test process writes is forced onto the disk: no test cuts the power."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
         yield
 
 

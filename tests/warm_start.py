@@ -6,6 +6,7 @@ the start itself, or of a launcher, need the real ones.
 
 import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -26,6 +27,8 @@ _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LOADED = (
     *("torch", "torch._dynamo", "torch.distributed", "torch.nn.parallel"),
     *("train", "generate", "fid", "dataset_tool", "families.image", "training.loop"),
+    *("training.launch", "training.runs", "evaluation.in_loop.images", "torch.nn.attention"),
+    *("torch_utils.heartbeat", "torch_utils.meeting", "torch_utils.sharding"),
 )
 
 
@@ -153,6 +156,15 @@ def _start_server():
     return requests, answers
 
 
+def _rehearse():
+    """Count the operations of a small network: what torch sets up at the first time takes long."""
+    from configs import get_preset
+    from training.report import forward_flops
+
+    for name in ("digits", "digits-latent", "fsdm-digits"):
+        forward_flops(get_preset(name).run)
+
+
 def _serve(connection):
     """Fork at every request; return what a fork is to run, or None at the end of requests."""
     running = set()
@@ -163,6 +175,7 @@ def _serve(connection):
                 for name in request["modules"]:
                     with contextlib.suppress(ImportError):
                         importlib.import_module(name)
+                gc.freeze()  # A collection in the fork would copy the memory of all objects.
                 answer = os.fork()
                 if answer == 0:
                     return request
@@ -200,6 +213,7 @@ def _main():
     sys.path.insert(1, str(ROOT))
     for name in _LOADED:
         importlib.import_module(name)
+    _rehearse()
     request = _serve(socket.socket(fileno=int(sys.argv[1])))
     if request is None:
         return
