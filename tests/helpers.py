@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import json
 import signal
 import subprocess
 import sys
@@ -143,6 +144,19 @@ def train_tiny(outdir, data, *args, tiny=TINY):
     result = succeed(train, f"--outdir={outdir}", f"--data={data}", *tiny, *args)
     (result.run_dir,) = set(outdir.iterdir()) - before
     return result
+
+
+def dry_run(*args):
+    """Return the configuration and the description that ``train.py --dry-run`` prints.
+
+    Memory and disk are left out: to foresee them takes seconds for a large model.
+    """
+    import train
+
+    with mock.patch("training.memory.forecast", return_value={}):
+        output = succeed(train, *args, "--dry-run").output
+    end = output.index("\n}\n") + 2
+    return json.loads(output[:end]), output[end:]
 
 
 def run_warm(script, *args, ranks=None):

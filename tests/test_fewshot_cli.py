@@ -9,6 +9,7 @@ import helpers
 import numpy as np
 import pytest
 import torch
+from helpers import dry_run
 from image_files import convert
 from PIL import Image
 
@@ -78,12 +79,6 @@ DEPTH6_COMMAND = (
     "--max_steps 200000 --diffusion_steps 250 --hidden_size 450 --depth 6 --num_heads 9 "
     "--mlp_ratio 4.0 --compute_fid --fid_num_samples 600"
 )
-
-
-def dry_run(*words):
-    output = helpers.succeed(train, *words, "--dry-run").output
-    end = output.index("\n}\n") + 2
-    return json.loads(output[:end]), output[end:]
 
 
 @pytest.mark.parametrize("hyphens", [False, True])

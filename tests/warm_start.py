@@ -156,15 +156,6 @@ def _start_server():
     return requests, answers
 
 
-def _rehearse():
-    """Count the operations of a small network: what torch sets up at the first time takes long."""
-    from configs import get_preset
-    from training.report import forward_flops
-
-    for name in ("digits", "digits-latent", "fsdm-digits"):
-        forward_flops(get_preset(name).run)
-
-
 def _serve(connection):
     """Fork at every request; return what a fork is to run, or None at the end of requests."""
     running = set()
@@ -213,7 +204,6 @@ def _main():
     sys.path.insert(1, str(ROOT))
     for name in _LOADED:
         importlib.import_module(name)
-    _rehearse()
     request = _serve(socket.socket(fileno=int(sys.argv[1])))
     if request is None:
         return
