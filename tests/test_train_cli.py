@@ -202,9 +202,9 @@ def test_a_dry_run_counts_steps_from_kimg_and_kimg_from_steps():
 def test_a_dry_run_foresees_memory_disk_and_traffic(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     output = helpers.succeed(train, "--preset=digits", "--dry-run").output
-    assert re.search(r"memory +[\d.]+ .B a rank: weights .*, gradients .*, passes ", output)
-    assert re.search(r"disk +[\d.]+ .B", output)
-    assert re.search(r"traffic +[\d.]+ .B a step from each rank", output)
+    assert re.search(r"memory +[\d.]+[kMG]?B a rank: weights .*, gradients .*, passes ", output)
+    assert re.search(r"disk +[\d.]+[kMG]?B", output)
+    assert re.search(r"traffic +[\d.]+[kMG]?B a step from each rank", output)
 
 
 def test_a_dry_run_under_torchrun_is_printed_once(monkeypatch):
