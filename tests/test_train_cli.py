@@ -842,7 +842,7 @@ def test_the_validation_loss_is_that_of_the_classes_named(base, tmp_path):
     assert all(loss > 0 for loss in losses)
 
 
-@pytest.mark.usefixtures("few_features")
+@pytest.mark.usefixtures("few_features", "small_inception")
 def test_compute_fid_scores_samples_of_unseen_classes(base, tmp_path):
     weights = helpers.random_inception(base)
     options = ("--compute-fid", "--fid-num-samples=5", f"--inception={weights}", "--iters=1")
@@ -937,7 +937,7 @@ def test_detectors_of_the_metrics_come_from_where_the_options_say(base, tmp_path
     assert not list(tmp_path.glob("0*"))
 
 
-@pytest.mark.usefixtures("few_features")
+@pytest.mark.usefixtures("few_features", "small_inception")
 def test_detectors_of_the_metrics_compute_as_the_options_say(base, tmp_path, monkeypatch):
     """In-loop scores of any kind come with the detector's convention and arithmetic."""
     monkeypatch.setattr(
