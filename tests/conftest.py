@@ -10,7 +10,8 @@ from training_runs import FULL, TrainProcess, environment, only_run
 
 from data.convert.convert import convert_images
 from data.convert.sources import open_source
-from metrics import frechet
+from evaluation.in_loop import images, sets
+from metrics import frechet, inception
 from metrics.frechet import frechet_distance
 
 
@@ -36,6 +37,12 @@ def few_features(monkeypatch):
     monkeypatch.setattr(frechet, "frechet_distance", of_some)
 
 
+@pytest.fixture
+def small_inception(monkeypatch):
+    """Inception sees 107x107 pixels instead of 299x299, which takes a tenth of the time."""
+    monkeypatch.setattr(inception, "IMAGE_SIZE", 107)
+
+
 @pytest.fixture(scope="session")
 def shared_dir(tmp_path_factory):
     """A folder that all processes of this test session share."""
@@ -51,6 +58,23 @@ def own_cache(shared_dir):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SETDIFFIT_CACHE", str(shared_dir / "cache"))
         patch.setenv(SHARED_VARIABLE, str(shared_dir))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_pictures():
+    """Runs in the test process show 16 samples instead of 64."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (images, sets):
+            patch.setattr(module, "GRID_SEEDS", 16)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk():
+    """Nothing that the test process writes is forced onto the disk: no test cuts the power."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
         yield
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import json
 import signal
 import subprocess
 import sys
@@ -145,6 +146,19 @@ def train_tiny(outdir, data, *args, tiny=TINY):
     return result
 
 
+def dry_run(*args):
+    """Return the configuration and the description that ``train.py --dry-run`` prints.
+
+    Memory and disk are left out: to foresee them takes seconds for a large model.
+    """
+    import train
+
+    with mock.patch("training.memory.forecast", return_value={}):
+        output = succeed(train, *args, "--dry-run").output
+    end = output.index("\n}\n") + 2
+    return json.loads(output[:end]), output[end:]
+
+
 def run_warm(script, *args, ranks=None):
     """Run a script in a process of its own, or in several; return what subprocess.run does."""
     start = WarmProcess if ranks is None else functools.partial(WarmRanks, ranks)
@@ -164,6 +178,13 @@ def on_ranks(num_ranks, script, *args):
     done = run_warm(script, *args, ranks=num_ranks)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def train_on(num_ranks, *args):
+    """Train in this process, or on several ranks; return what was printed."""
+    import train
+
+    return on_ranks(num_ranks, "train.py", *args) if num_ranks > 1 else succeed(train, *args).output
 
 
 def toy_images(folder, per_class=14, size=8):

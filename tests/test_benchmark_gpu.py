@@ -16,6 +16,7 @@ from benchmarks.options import GPU_PARTS, MEASURED
 CPU = torch.device("cpu")
 
 
+@pytest.mark.usefixtures("small_inception")
 def test_a_dry_run_measures_every_part_and_writes_results_and_a_table(tmp_path):
     out = tmp_path / "gpu.json"
     output = succeed(script, "gpu", f"--out={out}", "--dry-run").output

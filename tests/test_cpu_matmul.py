@@ -2,9 +2,6 @@
 
 import contextlib
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import helpers
 import pytest
@@ -17,7 +14,6 @@ from torch_utils import cpu_matmul, parameters
 from torch_utils.reuse import fixed_weights
 from training.checkpoint import find_states, load_snapshot, load_state
 
-ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 
 
@@ -57,10 +53,9 @@ def test_a_gpu_multiplies_by_itself():
 
 
 def python(*args):
-    """Return what a process of its own prints: oneDNN settles on instructions at its first use."""
-    words = [sys.executable, *map(str, args)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    """Return what a new process prints: oneDNN settles on instructions at its first use."""
+    done = helpers.run_warm(*args)
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
@@ -142,7 +137,7 @@ def test_two_ranks_that_keep_casts_compute_what_one_does(tmp_path):
     data, states = helpers.toy_data(tmp_path), []
     for num_ranks in (1, 2):
         options = [*helpers.TINY, f"--data={data}", "--precision=bf16", "--batch-gpu=2"]
-        helpers.on_ranks(num_ranks, "train.py", *options, f"--outdir={tmp_path / str(num_ranks)}")
+        helpers.train_on(num_ranks, *options, f"--outdir={tmp_path / str(num_ranks)}")
         (run_dir,) = (tmp_path / str(num_ranks)).iterdir()
         states.append(load_state(find_states(run_dir)[0]))
     torch.testing.assert_close(states[0]["net"], states[1]["net"], rtol=1e-3, atol=2e-3)

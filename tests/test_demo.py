@@ -3,8 +3,6 @@
 import importlib
 import json
 import re
-import subprocess
-import sys
 
 import click
 import helpers
@@ -16,31 +14,34 @@ from sklearn.datasets import load_digits
 import demo
 import demos.sets
 from demos.digits import class_agreement
-from demos.steps import execute
+from demos.steps import execute, heading
 
 
+@pytest.fixture
+def at_root(monkeypatch):
+    """The commands of a demo start in the project's folder, without GPU."""
+    monkeypatch.chdir(helpers.ROOT)
+    for name, value in helpers.quiet_environment().items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.usefixtures("at_root")
 def test_the_chain_runs_from_files_to_a_score_and_says_when_the_result_is_poor(tmp_path):
     outdir = tmp_path / "out"
     smaller = "--kimg=0.5 --base-dim=16 --hidden-dim=16 --time-dim=32 --sampler=euler --steps=2"
-    done = subprocess.run(
-        [sys.executable, "demo.py", f"--outdir={outdir}", "--", *smaller.split()],
-        cwd=helpers.ROOT,
-        env=helpers.quiet_environment(SETDIFFIT_CACHE=str(tmp_path / "cache")),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "NOT as expected" in done.stdout
+    result = helpers.call(demo, f"--outdir={outdir}", "--", *smaller.split())
+    printed = result.output
+    assert result.code == 1, printed + result.error
+    assert "NOT as expected" in printed
     for title in ("Convert", "Train", "Generate 10 images of each class", "Score", "Result"):
-        assert f"\n== {title}" in done.stdout
+        assert f"\n== {title}" in printed
     # It says beforehand how long it takes, and afterwards what was measured and where to look.
-    assert "minutes" in done.stdout[: done.stdout.index("\n== Convert")]
+    assert "minutes" in printed[: printed.index("\n== Convert")]
     score = json.loads((outdir / "score.json").read_text())["rows"][0]
-    assert f"(b) fd_pixels: {score['value']:.4f} over 1797 images" in done.stdout
-    assert "(a) class agreement: " in done.stdout
+    assert f"(b) fd_pixels: {score['value']:.4f} over 1797 images" in printed
+    assert "(a) class agreement: " in printed
     grid = outdir / "samples.png"
-    assert f"Pictures: {grid}" in done.stdout
+    assert f"Pictures: {grid}" in printed
     assert Image.open(grid).size == (10 * 50 + 2, 2 * 15 + 10 * 50 + 2)
     (run_dir,) = (outdir / "runs").iterdir()
     assert (run_dir / "reals.png").is_file()
@@ -62,8 +63,8 @@ def test_class_agreement_is_high_for_real_digits_and_low_for_wrong_ones():
     assert class_agreement(real_digits(shift=1), asked) < 0.03
 
 
-def test_a_step_that_fails_stops_the_demo(monkeypatch):
-    monkeypatch.chdir(helpers.ROOT)
+@pytest.mark.usefixtures("at_root")
+def test_a_step_that_fails_stops_the_demo():
     with pytest.raises(ValueError, match=r"dataset_tool\.py failed with exit code 2"):
         execute("Convert", "dataset_tool.py", "convert", "--sauce=digits")
 
@@ -86,12 +87,18 @@ def test_every_script_and_subcommand_explains_itself_by_an_example(name):
             assert f"python {' '.join([f'{name}.py', *words])} " in overview + output
 
 
+def execute_warm(title, script, *args):
+    """Do what :func:`execute` does in a process that starts at once."""
+    heading(title)
+    done = helpers.run_warm(script, *args)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_the_demo_of_sets_judges_seen_and_unseen_classes_by_a_classifier(tmp_path, monkeypatch):
+    monkeypatch.setattr(demos.steps, "execute", execute_warm)
     monkeypatch.setattr(demos.sets, "SAMPLES_PER_CLASS", 8)
     monkeypatch.setattr(demos.sets, "MODES", {"lag": ("--encoder-depth=0",)})
-    monkeypatch.chdir(helpers.ROOT)
-    for name, value in helpers.quiet_environment().items():
-        monkeypatch.setenv(name, value)
     outdir = tmp_path / "out"
     smaller = ["--kimg=0.5", "--hidden-dim=16", "--num-heads=2", "--sampler=euler", "--steps=2"]
     result = helpers.call(demo, "--sets", f"--outdir={outdir}", "--", *smaller)

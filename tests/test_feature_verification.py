@@ -20,11 +20,6 @@ from data.features.shards import from_npy, to_npy
 NAME = "128x128"  # The bucket that is damaged: seven samples to train, one to validate.
 
 
-@pytest.fixture(autouse=True)
-def no_waiting_for_the_disk(monkeypatch):
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
-
-
 @pytest.fixture
 def features(feature_base, tmp_path):
     return shutil.copytree(feature_base / "features", tmp_path / "features")

@@ -9,6 +9,7 @@ import helpers
 import numpy as np
 import pytest
 import torch
+from helpers import dry_run
 from image_files import convert
 from PIL import Image
 
@@ -78,12 +79,6 @@ DEPTH6_COMMAND = (
     "--max_steps 200000 --diffusion_steps 250 --hidden_size 450 --depth 6 --num_heads 9 "
     "--mlp_ratio 4.0 --compute_fid --fid_num_samples 600"
 )
-
-
-def dry_run(*words):
-    output = helpers.succeed(train, *words, "--dry-run").output
-    end = output.index("\n}\n") + 2
-    return json.loads(output[:end]), output[end:]
 
 
 @pytest.mark.parametrize("hyphens", [False, True])
@@ -201,9 +196,7 @@ def test_one_process_and_two_learn_the_same(base, tmp_path):
     options += ["--num-eval-batches=2", "--min-sample-size=2"]
     for ranks, extra in ((1, []), (2, []), (1, ["--batch-gpu=2"])):
         outdir = tmp_path / f"{len(losses)}"
-        helpers.on_ranks(
-            ranks, "train.py", f"--outdir={outdir}", f"--data={data}", *options, *extra
-        )
+        helpers.train_on(ranks, f"--outdir={outdir}", f"--data={data}", *options, *extra)
         (run_dir,) = outdir.iterdir()
         rows = [json.loads(line) for line in (run_dir / "stats.jsonl").read_text().splitlines()]
         losses.append([row["Loss/loss"]["mean"] for row in rows])

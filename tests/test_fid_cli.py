@@ -3,7 +3,6 @@
 import json
 import pickle
 import shutil
-import subprocess
 import sys
 import zipfile
 
@@ -40,8 +39,8 @@ def network(base):
     return helpers.trained_snapshot(base)
 
 
-@pytest.fixture(scope="session")
-def inception(base):
+@pytest.fixture
+def inception(base, small_inception):
     return helpers.random_inception(base)
 
 
@@ -307,15 +306,7 @@ def test_an_error_of_one_rank_ends_all_with_one_sentence(data, generated, tmp_pa
     chosen = np.sort(np.random.default_rng(0).permutation(42))[-1]
     (broken / f"{chosen:06d}.png").write_bytes(b"no picture")
     args = ["calc", f"--images={broken}", f"--ref={data}", "--metrics=pr_pixels"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*command, "--nproc_per_node=2", str(helpers.ROOT / "fid.py"), *args, "--num-images=42"],
-        cwd=helpers.ROOT,
-        env=helpers.quiet_environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = helpers.run_warm("fid.py", *args, "--num-images=42", ranks=2)
     assert done.returncode != 0
     assert f"{chosen:06d}.png: cannot be read" in done.stderr
     assert "Connection closed" not in done.stderr

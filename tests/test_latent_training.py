@@ -223,7 +223,9 @@ def test_posterior_noise_is_a_function_of_the_position_in_the_run():
     assert LatentCodec(LATENT_MODEL, None, has_std=False).draw(step) is None
 
 
-def test_an_autoencoder_that_moved_is_named_and_another_is_refused(vae, trained, tmp_path):
+def test_an_autoencoder_that_moved_is_named_and_another_is_refused(
+    vae, trained, tmp_path, monkeypatch
+):
     moved = shutil.copytree(vae, tmp_path / "moved")
     network = f"--network={snapshot_of(trained)}"
     out = (f"--outdir={tmp_path / 'out'}", "--seeds=0-1")
@@ -231,6 +233,8 @@ def test_an_autoencoder_that_moved_is_named_and_another_is_refused(vae, trained,
     other = tiny_autoencoder(tmp_path / "other", scaling_factor=0.7)
     message = fail(generate, network, f"--outdir={tmp_path / 'other-out'}", f"--vae={other}")
     assert str(other) in message
+    # Nobody is asked over the network, which takes half a minute where there is none.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     missing = fail(generate, network, f"--outdir={tmp_path / 'o'}", "--vae=nowhere/vae-folder")
     assert "nowhere/vae-folder" in missing
 

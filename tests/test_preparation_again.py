@@ -40,11 +40,6 @@ NAMES = [bucket.name for bucket in parse_buckets(BUCKETS)]
 OPTIONS = ("--shard-size=2", "--batch=1")  # Of the folder in `feature_base`.
 
 
-@pytest.fixture(autouse=True)
-def no_waiting_for_the_disk(monkeypatch):
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
-
-
 @pytest.fixture
 def encoders(feature_base):
     return tiny_encoders(feature_base)

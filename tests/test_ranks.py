@@ -1,6 +1,4 @@
-"""Steps as functions of (seed, position): ranks, launchers and accumulation change nothing."""
-
-import socket
+"""Steps as functions of (seed, position): ranks and accumulation change nothing."""
 
 import pytest
 import torch
@@ -49,26 +47,12 @@ def final_outputs(run_dir):
         return network(x, torch.linspace(-1, 1, 8), context)
 
 
-def test_losses_depend_on_neither_ranks_nor_launchers_nor_accumulation(train, digits_zip, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    agents = (
-        "--nnodes=2",
-        "--rdzv-backend=c10d",
-        f"--rdzv-endpoint=127.0.0.1:{port}",
-        "--rdzv-id=test",
-        "--local-addr=127.0.0.1",
-    )
-
+def test_losses_depend_on_neither_ranks_nor_accumulation(train, digits_zip, tmp_path):
     def options(name, batch_gpu):
         return (f"--outdir={tmp_path / name}", *TEN_STEPS, f"--batch-gpu={batch_gpu}")
 
     output = train(*options("two", 8), ranks=2, warm=True).finish()
     assert "8 per pass x 2 pass(es) x 2 rank(s)" in output
-    both = [train(*options("agents", 4), ranks=1, torchrun=agents) for _ in range(2)]
-    output = "".join(process.finish() for process in both)
-    assert "4 per pass x 4 pass(es) x 2 rank(s)" in output
     for name, batch_gpu in (("one", 8), ("four", 4)):
         succeed(train_script, *options(name, batch_gpu), f"--data={digits_zip}")
 
@@ -77,7 +61,7 @@ def test_losses_depend_on_neither_ranks_nor_launchers_nor_accumulation(train, di
     assert len(losses) == 10
     assert sum(losses[-3:]) < 0.95 * sum(losses[:3])
     outputs = final_outputs(reference)
-    for name in ("two", "agents", "four"):
+    for name in ("two", "four"):
         run_dir = only_run(tmp_path / name)
         torch.testing.assert_close(
             per_tick(run_dir, "Loss/loss"), losses, rtol=1e-5, atol=0, msg=name

@@ -1,20 +1,8 @@
-"""Runs that torchrun starts again by itself after one of their processes was killed."""
+"""A run that torchrun starts again by itself after one of its agents was killed."""
 
 import socket
 
 from training_runs import FULL, assert_same_run, num_rows, only_run
-
-
-def test_torchrun_restarts_a_run_of_which_one_worker_was_killed(train, uninterrupted, tmp_path):
-    command = (f"--outdir={tmp_path}", *FULL, "--workers=0", "--resume=auto")
-    torchrun = ("--standalone", "--max-restarts=3", "--monitor-interval=0.1")
-    process = train(*command, ranks=2, torchrun=torchrun)
-    process.wait_until(lambda: num_rows(tmp_path) >= 3)
-    process.processes()[2].kill()
-    output = process.finish()
-    assert output.count("Resuming from") == 1
-    assert "Connection refused" not in output  # Of the addresses of those before.
-    assert_same_run(only_run(tmp_path), uninterrupted(ranks=2))
 
 
 def test_a_killed_agent_joins_again_with_the_same_command(

@@ -45,7 +45,7 @@ from training.checkpoint import (
 
 def test_a_run_killed_twice_equals_the_uninterrupted_one(train, uninterrupted, tmp_path):
     command = (f"--outdir={tmp_path}", *FULL, "--workers=1", "--resume=auto")
-    first = train(*command)
+    first = train(*command, warm=True)
     first.wait_until(lambda: list(tmp_path.glob("*/training_options.json")))
     time.sleep(random.uniform(0, 0.5))
     first.kill()

@@ -96,11 +96,11 @@ def test_what_was_kept_is_copied_once(tmp_path):
 
 def test_a_saver_writes_no_faster_than_it_may(tmp_path):
     with Saver(rate=4) as saver:
-        write_part(saver, tmp_path / "part-00000.safetensors", dict(a=torch.zeros(3_000_000)))
+        write_part(saver, tmp_path / "part-00000.safetensors", dict(a=torch.zeros(10**6)))
         began = time.monotonic()
         assert saver.is_busy
         saver.wait()
-        assert time.monotonic() - began > 2
+        assert time.monotonic() - began > 0.6
         assert not saver.is_busy
 
 
@@ -147,7 +147,7 @@ def test_a_manifest_waits_for_parts_until_none_grows(tmp_path, monkeypatch):
 def test_the_command_that_waits_ends_when_all_is_written(tmp_path, monkeypatch):
     run_dir, part = tmp_path / "00000-x", tmp_path / "00000-x" / "part-00000.safetensors"
     run_dir.mkdir()
-    with Saver(rate=0.8) as saver:
+    with Saver(rate=1.6) as saver:
         saver.hold(lock_path(run_dir, 0))
         write_part(saver, part, dict(a=torch.zeros(10**6)))
         while not is_locked(lock_path(run_dir, 0)):  # As a run's is long before it ends.

@@ -24,6 +24,7 @@ import test_saver
 import test_sharding
 import torch
 from feature_files import tiny_features
+from helpers import dry_run
 from latent_files import tiny_autoencoder
 
 import data.images.dataset
@@ -63,13 +64,6 @@ def own_cache(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     return tmp_path_factory.getbasetemp()
-
-
-def dry_run(*args):
-    """Return the resolved configuration and the description that --dry-run prints."""
-    output = helpers.succeed(train, *args, "--dry-run").output
-    end = output.index("\n}\n") + 2
-    return json.loads(output[:end]), output[end:]
 
 
 # The first users' commands, word for word.
@@ -203,6 +197,14 @@ def test_a_dry_run_counts_steps_from_kimg_and_kimg_from_steps():
     for name in ("--iters", "--max-steps"):
         _, by_steps = dry_run("--preset=cifar10", f"{name}=3", "--batch=500")
         assert "1.5 kimg = 3 optimizer steps" in by_steps
+
+
+def test_a_dry_run_foresees_memory_disk_and_traffic(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    output = helpers.succeed(train, "--preset=digits", "--dry-run").output
+    assert re.search(r"memory +[\d.]+[kMG]?B a rank: weights .*, gradients .*, passes ", output)
+    assert re.search(r"disk +[\d.]+[kMG]?B", output)
+    assert re.search(r"traffic +[\d.]+[kMG]?B a step from each rank", output)
 
 
 def test_a_dry_run_under_torchrun_is_printed_once(monkeypatch):
@@ -840,7 +842,7 @@ def test_the_validation_loss_is_that_of_the_classes_named(base, tmp_path):
     assert all(loss > 0 for loss in losses)
 
 
-@pytest.mark.usefixtures("few_features")
+@pytest.mark.usefixtures("few_features", "small_inception")
 def test_compute_fid_scores_samples_of_unseen_classes(base, tmp_path):
     weights = helpers.random_inception(base)
     options = ("--compute-fid", "--fid-num-samples=5", f"--inception={weights}", "--iters=1")
@@ -935,7 +937,7 @@ def test_detectors_of_the_metrics_come_from_where_the_options_say(base, tmp_path
     assert not list(tmp_path.glob("0*"))
 
 
-@pytest.mark.usefixtures("few_features")
+@pytest.mark.usefixtures("few_features", "small_inception")
 def test_detectors_of_the_metrics_compute_as_the_options_say(base, tmp_path, monkeypatch):
     """In-loop scores of any kind come with the detector's convention and arithmetic."""
     monkeypatch.setattr(

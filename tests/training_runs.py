@@ -112,7 +112,7 @@ class TrainProcess:
         while not (value := condition()):
             assert self._process.poll() is None, f"ended early:\n{self.output}"
             assert time.monotonic() < deadline, f"waited too long:\n{self.output}"
-            time.sleep(0.005)
+            time.sleep(0.02)
         return value
 
     def send(self, number):

@@ -6,6 +6,7 @@ the start itself, or of a launcher, need the real ones.
 
 import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -26,6 +27,8 @@ _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LOADED = (
     *("torch", "torch._dynamo", "torch.distributed", "torch.nn.parallel"),
     *("train", "generate", "fid", "dataset_tool", "families.image", "training.loop"),
+    *("training.launch", "training.runs", "evaluation.in_loop.images", "torch.nn.attention"),
+    *("torch_utils.heartbeat", "torch_utils.meeting", "torch_utils.sharding"),
 )
 
 
@@ -163,6 +166,7 @@ def _serve(connection):
                 for name in request["modules"]:
                     with contextlib.suppress(ImportError):
                         importlib.import_module(name)
+                gc.freeze()  # A collection in the fork would copy the memory of all objects.
                 answer = os.fork()
                 if answer == 0:
                     return request
