@@ -264,6 +264,7 @@ def unseen(value, changes, beside=""):
 CASES = {
     "resolution": [Case("16", "net fakes", data_size=16)],
     "attention": [Case("sdpa", "options net")],  # The last digits.
+    "qk-norm": [Case("True", "net")],
     "checkpointing": [unseen("True", "checkpoints")],
     "num-stages": [Case("1", "net")],
     "num-blocks": [Case("1,2", "net")],
