@@ -24,6 +24,7 @@ from families.reporting import reporting
 from families.runs import FeatureRun
 from models.network import Network
 from torch_utils import distributed
+from torch_utils.rng import seed_after
 from training.asked import NOT_SETS, Asked, GeneratorOptions
 from training.checkpoint import DataSummary, Snapshot
 from training.config import RunConfig
@@ -119,7 +120,8 @@ class FeatureFamily:
     def steps(self, run: FeatureRun, data: TrainingData, start_nimg: int, part: Part) -> Steps:
         if data.notice is not None:
             distributed.print0(data.notice)
-        batches = dict(seed=run.training.seed, batch_size=run.training.batch, **vars(part))
+        seed = seed_after(run.training.seed, part.num_rollbacks)
+        batches = dict(seed=seed, batch_size=run.training.batch, **part.share)
         sampler = data.batch_sampler(data.counts, start_nimg=start_nimg, **batches)
         return Steps(sampler, lambda cur_nimg: data.latent_shape(sampler.bucket_at(cur_nimg)))
 
