@@ -220,7 +220,8 @@ def _train(job: Job, run_dir: Path, saver: Saver, **start_from: Any) -> bool:
             asked = error.with_traceback(None)  # Which holds the network.
         start_from["resume_state"] = None
         gc.collect()
-        torch.compiler.reset()  # A later network has graphs of its own, of which there is a limit.
+        if job.config.training.compile:
+            torch.compiler.reset()  # The next network has graphs of its own, and there is a limit.
         saver.wait()
         distributed.barrier()  # Now every part of every state is written.
         add = functools.partial(add_rollback, run_dir, asked, print)

@@ -48,12 +48,15 @@ def first_not_finite(objective: nn.Module, batch: tuple[Any, ...]) -> str | None
     The forward pass is made again with the last ``batch`` (images, conditions, draws) of each rank.
     The weights are those of the step, as a step whose gradients are not finite updates nothing.
     """
-    device = batch[0].device
+    device, network = batch[0].device, objective.network
     found = "the data" if not _are_finite(batch[0]) else None
+    plain = contextlib.nullcontext()
+    if network.is_compiled:  # Compiled code has no modules to look at.
+        plain = torch.compiler.set_stance("force_eager")
     with (
         torch.random.fork_rng([device] if device.type == "cuda" else []),
-        torch.compiler.set_stance("force_eager"),  # Compiled code has no modules to look at.
-        _first_not_finite(objective.network) as modules,
+        plain,
+        _first_not_finite(network) as modules,
     ):
         loss = objective(*batch)
     if found is None and modules:

@@ -22,6 +22,7 @@ class SpikeDetector:
     def __init__(self) -> None:
         self._usual: collections.deque[float] = collections.deque(maxlen=_NUM_USUAL)
         self._in_a_row = 0
+        self._age = 0  # Steps since the first of those in a row.
 
     def first(self, losses: list[float]) -> int | None:
         """Return where in the next ``losses`` a spike begins, None without one.
@@ -30,22 +31,25 @@ class SpikeDetector:
         """
         found = None
         for place, loss in enumerate(losses):
+            self._age += 1
             if not math.isfinite(loss):
                 continue
             is_high = len(self._usual) >= _NUM_KNOWN
             is_high = is_high and loss > FACTOR * statistics.median(self._usual)
             self._in_a_row = self._in_a_row + 1 if is_high else 0
+            if self._in_a_row <= 1:
+                self._age = 0
             if self._in_a_row == NUM_STEPS and found is None:
-                found = place - NUM_STEPS + 1
+                found = place - self._age
             if not is_high or self._in_a_row > NUM_STEPS:
                 self._usual.append(loss)
         return found
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain values that :meth:`load_state_dict` restores."""
-        return dict(usual=list(self._usual), in_a_row=self._in_a_row)
+        return dict(usual=list(self._usual), in_a_row=self._in_a_row, age=self._age)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._usual.clear()
         self._usual.extend(state["usual"])
-        self._in_a_row = state["in_a_row"]
+        self._in_a_row, self._age = state["in_a_row"], state["age"]
