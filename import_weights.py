@@ -156,7 +156,9 @@ def _fit(
 
     chosen = PRESETS[options.preset]
     fitted = dataclasses.replace(chosen.run, **vars(config))
-    # What is computed is what the weights were made for, whatever the preset trains.
+    # What is computed is what the weights were made for, whatever the preset trains. No published
+    # weights have scales of queries and keys.
+    settings = {"qk_norm": False, **settings}
     for name, value in settings.items():
         own = getattr(fitted.model, name)
         if name in given and own != value:

@@ -47,7 +47,8 @@ class PlainTMSA(TMSA):
         qkv = qkv.unflatten(-1, (3, -1, self.head_dim))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  #               [N windows, heads, L, d]
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
-        return self.proj(plain_attention(q, k, v, bias).transpose(1, 2).reshape(x.shape))
+        y = plain_attention(self.q_norm(q), self.k_norm(k), v, bias)
+        return self.proj(y.transpose(1, 2).reshape(x.shape))
 
 
 class PlainResBlock(ResBlock):
@@ -79,14 +80,14 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None =
 class PlainSelfAttention(SelfAttention):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = split_heads(self.qkv(x), self.head_dim).chunk(3, dim=1)
-        return self.proj(_attend(q, k, v, self.head_dim**-0.5))
+        return self.proj(_attend(self.q_norm(q), self.k_norm(k), v, self.head_dim**-0.5))
 
 
 class PlainCrossAttention(CrossAttention):
     def forward(
         self, x: Tensor, context: Tensor, mask: None = None, keys_values: Tensor | None = None
     ) -> Tensor:
-        q = split_heads(self.q(x), self.head_dim)
+        q = self.queries(x)
         if keys_values is None:
             keys_values = self.keys_values(context)
         k, v = keys_values.chunk(2, dim=1)
@@ -96,7 +97,7 @@ class PlainCrossAttention(CrossAttention):
 class PlainEncoderAttention(EncoderAttention):
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         q, k, v = split_heads(self.qkv(x), self.dim_head).chunk(3, dim=1)
-        scale = self.dim_head**-0.5
+        q, k, scale = self.q_norm(q), self.k_norm(k), self.dim_head**-0.5
         if self.log_temperature is not None:
             q, scale = q * self.log_temperature.exp(), 1.0
         return self.proj(_attend(q, k, v, scale, mask))

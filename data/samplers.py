@@ -12,6 +12,7 @@ from torch_utils.rng import STREAM_BUCKET, STREAM_DATA, epoch_permutation
 _NUM_CACHED_EPOCHS = 4
 _IMAGES_PER_GROUP = 1000
 _BY_SHARDS = 1  # Ends the keys of another order than that of all images at once.
+MAX_POSITIONS = 2**40  # More than any run has.
 
 
 def rank_passes(batch: int, batch_gpu: int, rank: int, world_size: int) -> tuple[range, ...]:
@@ -83,13 +84,14 @@ class PositionSampler(BatchSampler):
 
     Position p of a run, counted in images from 0, holds image ``permutation(p // n)[p % n]`` of the
     n = ``dataset_size`` images, and the step at ``cur_nimg`` covers positions [cur_nimg, cur_nimg +
-    batch_size). Without a size, as for sets, which are drawn by position, keys are the positions.
+    batch_size). Without a size, as for sets, which are drawn by position, keys are the positions,
+    counted from ``first_key``.
     """
 
-    def __init__(self, dataset_size: int | None, **settings: int) -> None:
+    def __init__(self, dataset_size: int | None, *, first_key: int = 0, **settings: int) -> None:
         super().__init__(1, **settings)
         assert dataset_size is None or dataset_size > 0
-        self._dataset_size = dataset_size
+        self._dataset_size, self._first_key = dataset_size, first_key
 
     def __iter__(self) -> Iterator[list[int]]:
         for cur_nimg in itertools.count(self._start_nimg, self._batch_size):
@@ -99,7 +101,7 @@ class PositionSampler(BatchSampler):
     def indices(self, positions: np.ndarray) -> np.ndarray:
         """Return the dataset index at each position of the run, int64 [N]."""
         if self._dataset_size is None:
-            return positions
+            return positions + self._first_key
         return self._shuffled(0, self._dataset_size, positions)
 
     def _make_permutation(self, stream: int, epoch: int) -> np.ndarray:

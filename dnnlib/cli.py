@@ -230,7 +230,7 @@ def raw_value(args: Sequence[str], name: str) -> str | None:
 
 
 def replace_settings(config: Config, given: dict[tuple[str, ...], Any]) -> Any:
-    """Return ``config`` with the fields at ``given``'s paths replaced.
+    """Return ``config`` with the fields at ``given``'s paths replaced, and what has to fit them.
 
     Raises ValueError if a value is out of range, or if a given field has no effect beside the
     values of the other fields.
@@ -239,6 +239,7 @@ def replace_settings(config: Config, given: dict[tuple[str, ...], Any]) -> Any:
     for name in dict.fromkeys(path[0] for path in given if len(path) > 1):
         inner = {path[1:]: value for path, value in given.items() if path[0] == name}
         changes[name] = replace_settings(getattr(config, name), inner)
+    changes = _with_divisors(config, changes)
     result = dataclasses.replace(config, **changes)
     fields = {field.name: field for field in dataclasses.fields(config)}
     for name in changes:
@@ -248,6 +249,23 @@ def replace_settings(config: Config, given: dict[tuple[str, ...], Any]) -> Any:
         if problem is not None and launcher.number("RANK") == 0:
             click.echo(f"Warning: {problem}", err=True)
     return result
+
+
+def _with_divisors(config: Config, changes: dict[str, Any]) -> dict[str, Any]:
+    """Return ``changes`` with the nearest divisors of what they have, and say which those are."""
+    found = dict(changes)
+    for field in dataclasses.fields(config):
+        sibling, own = field.metadata.get("divides"), getattr(config, field.name)
+        if sibling not in changes or field.name in changes or changes[sibling] % own == 0:
+            continue
+        # Of two that are as near, the smaller.
+        near = sorted(range(1, 2 * own), key=lambda number: (abs(number - own), number))
+        found[field.name] = next(number for number in near if changes[sibling] % number == 0)
+        if launcher.number("RANK") == 0:
+            names = f"--{option_name(field)}", f"--{sibling.replace('_', '-')} {changes[sibling]}"
+            text = f"{names[0]}: {own} does not divide {names[1]}; {found[field.name]} does and is"
+            click.echo(f"{text} used.", err=True)
+    return found
 
 
 def _without_effect(fields: dict[str, dataclasses.Field], name: str, config: Config) -> str | None:

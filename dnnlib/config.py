@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 Affects = Literal["result", "speed"]
-_RULES: dict[str, Any] = dict.fromkeys(["min", "max", "choices", "name"])
+_RULES: dict[str, Any] = dict.fromkeys(["min", "max", "choices", "name", "divides"])
 _RULES |= dict(aliases=(), requires={}, unless={}, exposed=True, harmless=False)
 
 
@@ -38,6 +38,8 @@ def option(
             field name with hyphens. ``aliases``: further option names. ``requires``: sibling fields
             and the values under which this field has an effect; giving the option while it has none
             is an error. ``unless``: the reverse. ``harmless``: then a warning is enough.
+            ``divides``: a sibling that this field divides; given alone, a sibling that it does not
+            divide makes it the nearest number that does.
             ``exposed``: False for a field that is derived (from the dataset, say) and is no option.
     """
     assert rules.keys() <= _RULES.keys(), f"unknown rules {rules.keys() - _RULES.keys()}"

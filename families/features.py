@@ -24,6 +24,7 @@ from families.next_steps import CONDITIONS_STEP, generate_step
 from families.reporting import reporting
 from families.runs import FeatureRun
 from models.network import Network
+from torch_utils.rng import seed_after
 from training.asked import NOT_SETS, Asked, GeneratorOptions
 from training.checkpoint import DataSummary, Snapshot
 from training.config import RunConfig
@@ -112,7 +113,8 @@ class FeatureFamily:
         return run, _make_codec(run, data.record.statistics, device)
 
     def steps(self, run: FeatureRun, data: TrainingData, start_nimg: int, part: Part) -> Steps:
-        batches = dict(seed=run.training.seed, batch_size=run.training.batch, **vars(part))
+        seed = seed_after(run.training.seed, part.num_rollbacks)
+        batches = dict(seed=seed, batch_size=run.training.batch, **part.share)
         in_shards = dict(shard_sizes=data.shard_sizes) if run.features.streaming else {}
         kind = ShardSampler if run.features.streaming else BucketSampler
         sampler = kind(data.counts, **in_shards, start_nimg=start_nimg, **batches)

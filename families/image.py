@@ -11,7 +11,7 @@ import torch
 from data.images.augment import NUM_LABELS, make_augment_pipe
 from data.images.codec import PixelCodec
 from data.images.dataset import ImageDataset, MirroredImages, open_dataset
-from data.samplers import PositionSampler
+from data.samplers import MAX_POSITIONS, PositionSampler
 from diffusion.denoiser import AUTOCAST_DTYPES
 from diffusion.precond import make_precond
 from diffusion.samplers import sampling_sigmas
@@ -23,6 +23,7 @@ from families.runs import ImageRun
 from models.network import Network
 from sampling.images import ImageGenerator, cached_snapshot, check_guide
 from torch_utils import cpu_matmul
+from torch_utils.rng import seed_after
 from training.asked import NOT_FEATURES, NOT_SETS, Asked, GeneratorOptions
 from training.checkpoint import DataSummary, Snapshot
 from training.config import RunConfig
@@ -119,11 +120,12 @@ class ImageFamily:
     def steps(self, run: ImageRun, data: TrainingData, start_nimg: int, part: Part) -> Steps:
         sampler = PositionSampler(
             self._num_keys(data),
-            seed=run.training.seed,
+            first_key=part.num_rollbacks * MAX_POSITIONS,
+            seed=seed_after(run.training.seed, part.num_rollbacks),
             # A row of a batch is an image, or a set of them.
             start_nimg=start_nimg // run.model.images_per_row,
             batch_size=run.training.batch,
-            **vars(part),
+            **part.share,
         )
         return Steps(sampler, lambda cur_nimg: run.model.input_shape)
 

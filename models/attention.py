@@ -5,7 +5,7 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention.flex_attention import flex_attention
 
@@ -19,6 +19,31 @@ ATTENTION = ("auto", "sdpa", "flex", "explicit")
 # Beyond, the scores of one image and head outgrow the caches of a CPU, and SDPA, which never holds
 # them all, is faster.
 _MAX_EXPLICIT_TOKENS = 512
+
+
+class HeadNorm(nn.Module):
+    """RMS norm of the queries or keys of each head, with a learned scale for each of its numbers.
+
+    Scores then stay bounded however large the weights before them grow (ViT-22B, arXiv 2302.05442,
+    section 2, which normalises with the mean subtracted). Computed in float32 at least.
+    """
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(head_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return normalised x [N, heads, L, d], of the same type."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = self.scale.to(wide.dtype)
+        return functional.rms_norm(wide, x.shape[-1:], scale, eps=1e-6).to(x.dtype)
+
+
+def head_norms(head_dim: int, qk_norm: bool) -> tuple[nn.Module, nn.Module]:
+    """Return what normalises queries and what normalises keys: nothing without ``qk_norm``."""
+    if not qk_norm:
+        return nn.Identity(), nn.Identity()
+    return HeadNorm(head_dim), HeadNorm(head_dim)
 
 
 def choose_attention(attention: str, device: torch.device, needs_grad: bool) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from models.layers import CrossAttention, split_heads
+from models.layers import CrossAttention
 
 _QUERIES_AT_ONCE = 256
 
@@ -72,7 +72,7 @@ def attention_shares(
         lengths: Numbers of tokens of the parts, which add up to M.
     """
     assert sum(lengths) == context.shape[1], f"parts of {lengths}, a context of {context.shape[1]}"
-    q = split_heads(module.q(x), module.head_dim).float()
+    q = module.queries(x).float()
     if keys_values is None:
         keys_values = module.keys_values(context)
     k = keys_values.chunk(2, dim=1)[0].float()

@@ -56,6 +56,11 @@ class ModelConfig(Config):
         help="Attention kernels; auto chooses by device.",
         affects="speed",
     )
+    qk_norm: bool = option(
+        False,
+        help="Normalise the queries and keys of each head, with learned scales, so that scores of "
+        "attention cannot grow until training diverges.",
+    )
     checkpointing: bool = option(
         False,
         help="Recompute activations in the backward pass: less memory, more time.",

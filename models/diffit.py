@@ -63,7 +63,8 @@ class DiffiT(nn.Module):
 
         def make_block(stage: int, in_channels: int) -> ResBlock:
             sizes = (widths[stage], config.time_dim, config.num_heads, config.windows[stage])
-            block = layers.TransformerBlock(*sizes, config.mlp_ratio, config.attention)
+            settings = (config.mlp_ratio, config.attention, config.qk_norm)
+            block = layers.TransformerBlock(*sizes, *settings)
             return ResBlock(in_channels, widths[stage], config.dropout, block)
 
         self.noise_embedding = layers.PositionalEmbedding(EMBEDDING_DIM)

@@ -27,13 +27,16 @@ class ContextBlock(nn.Module):
         num_heads: Number of heads.
         mlp_ratio: Hidden width of the MLP over ``dim``.
         gates: Whether each branch is also multiplied by a vector.
+        qk_norm: Whether queries and keys are normalised.
     """
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, gates: bool) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, mlp_ratio: float, gates: bool, qk_norm: bool
+    ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.attn = layers.SelfAttention(dim, num_heads, bias=False)
-        self.cross = layers.CrossAttention(dim, dim, num_heads, bias=False)
+        self.attn = layers.SelfAttention(dim, num_heads, bias=False, qk_norm=qk_norm)
+        self.cross = layers.CrossAttention(dim, dim, num_heads, bias=False, qk_norm=qk_norm)
         self.mlp = layers.MLP(dim, int(dim * mlp_ratio), bias=False)
         self._num_vectors = 9 if gates else 6
         self.modulation = nn.Linear(dim, self._num_vectors * dim)
@@ -79,7 +82,7 @@ class FeatureDiT(nn.Module):
             nn.Linear(_NUM_SINUSOIDS, dim), nn.SiLU(), nn.Linear(dim, dim)
         )
         self.blocks = nn.ModuleList(
-            ContextBlock(dim, config.num_heads, config.mlp_ratio, config.gates)
+            ContextBlock(dim, config.num_heads, config.mlp_ratio, config.gates, config.qk_norm)
             for _ in range(config.num_blocks)
         )
         self.head_norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)

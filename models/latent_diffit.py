@@ -35,7 +35,7 @@ class LatentDiffiT(nn.Module):
             nn.Linear(2 * config.base_dim, dim), nn.SiLU(), nn.Linear(dim, dim)
         )
         sizes = (dim, dim, config.num_heads, config.grid, config.mlp_ratio, config.attention)
-        blocks = (layers.TransformerBlock(*sizes) for _ in range(config.num_blocks))
+        blocks = (layers.TransformerBlock(*sizes, config.qk_norm) for _ in range(config.num_blocks))
         self.blocks = nn.ModuleList(blocks)
         self.head_norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.head = nn.Linear(dim, patch**2 * config.out_channels)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from models.attention import attend
+from models.attention import attend, head_norms
 from models.context import Context
 from torch_utils import cpu_matmul, reuse
 
@@ -71,16 +71,24 @@ class TMSA(nn.Module):
         dim, time_dim: Width of the tokens, which ``num_heads`` divides, and of the time token.
         window: Edge of a window in tokens.
         attention: See :func:`attend`.
+        qk_norm: See :func:`~models.attention.head_norms`.
     """
 
     def __init__(
-        self, dim: int, time_dim: int, num_heads: int, window: int, attention: str = "auto"
+        self,
+        dim: int,
+        time_dim: int,
+        num_heads: int,
+        window: int,
+        attention: str = "auto",
+        qk_norm: bool = False,
     ) -> None:
         super().__init__()
         self.head_dim = dim // num_heads
         self.window, self.attention = window, attention
         self.qkv = nn.Linear(dim, 3 * dim)
         self.qkv_temb = nn.Linear(time_dim, 3 * dim)
+        self.q_norm, self.k_norm = head_norms(self.head_dim, qk_norm)
         table = torch.zeros((2 * window - 1) ** 2, num_heads)
         self.relative_position_bias_table = nn.Parameter(table)
         index = relative_position_index(window)
@@ -108,7 +116,7 @@ class TMSA(nn.Module):
         qkv = window_partition(qkv, self.window)  #                     [B windows, 3 heads, w w, d]
         q, k, v = qkv.chunk(3, dim=1)  #                                [B windows, heads, w w, d]
         bias = self.bias() if torch.is_grad_enabled() else self._kept_bias(q.dtype)
-        y = attend(q, k, v, bias, self.attention)
+        y = attend(self.q_norm(q), self.k_norm(k), v, bias, self.attention)
         y = window_unpartition(y, self.window, H, W)  #                 [B, H, W, heads, d]
         return self.proj(y.flatten(3))  #                               [B, H, W, C]
 
@@ -116,31 +124,43 @@ class TMSA(nn.Module):
 class SelfAttention(nn.Module):
     """Multi-head self-attention over a sequence of tokens; ``num_heads`` divides ``dim``."""
 
-    def __init__(self, dim: int, num_heads: int, bias: bool = True) -> None:
+    def __init__(self, dim: int, num_heads: int, bias: bool = True, qk_norm: bool = False) -> None:
         super().__init__()
         self.head_dim = dim // num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
+        self.q_norm, self.k_norm = head_norms(self.head_dim, qk_norm)
         self.proj = nn.Linear(dim, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return attended tokens [B, L, C] of tokens x [B, L, C]."""
         q, k, v = split_heads(self.qkv(x), self.head_dim).chunk(3, dim=1)
-        return self.proj(merge_heads(attend(q, k, v)))
+        return self.proj(merge_heads(attend(self.q_norm(q), self.k_norm(k), v)))
 
 
 class CrossAttention(nn.Module):
     """Multi-head attention of tokens to those of a context; ``num_heads`` divides ``dim``."""
 
-    def __init__(self, dim: int, context_dim: int, num_heads: int, bias: bool = True) -> None:
+    def __init__(
+        self, dim: int, context_dim: int, num_heads: int, bias: bool = True, qk_norm: bool = False
+    ) -> None:
         super().__init__()
         self.head_dim = dim // num_heads
         self.q = nn.Linear(dim, dim, bias=bias)
         self.kv = nn.Linear(context_dim, 2 * dim, bias=bias)
+        self.q_norm, self.k_norm = head_norms(self.head_dim, qk_norm)
         self.proj = nn.Linear(dim, dim, bias=bias)
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Return [B, heads, L, head_dim] of tokens x [B, L, C]."""
+        return self.q_norm(split_heads(self.q(x), self.head_dim))
 
     def keys_values(self, context: Tensor) -> Tensor:
         """Return [B, 2 heads, M, head_dim], keys and then values, of a context [B, M, c]."""
-        return split_heads(self.kv(context), self.head_dim)
+        keys_values = split_heads(self.kv(context), self.head_dim)
+        if isinstance(self.k_norm, nn.Identity):
+            return keys_values
+        k, v = keys_values.chunk(2, dim=1)
+        return torch.cat([self.k_norm(k), v], dim=1)
 
     def forward(
         self,
@@ -155,7 +175,7 @@ class CrossAttention(nn.Module):
         token. Without one the fastest kernels can be used. ``keys_values`` are those of the
         context, if they are known.
         """
-        q = split_heads(self.q(x), self.head_dim)
+        q = self.queries(x)
         if keys_values is None:
             keys_values = self.keys_values(context)
         k, v = keys_values.chunk(2, dim=1)
@@ -241,10 +261,11 @@ class TransformerBlock(nn.Module):
         window: int,
         mlp_ratio: float = 4.0,
         attention: str = "auto",
+        qk_norm: bool = False,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.attn = TMSA(dim, time_dim, num_heads, window, attention)
+        self.attn = TMSA(dim, time_dim, num_heads, window, attention, qk_norm)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.mlp = MLP(dim, int(dim * mlp_ratio))
 

@@ -26,6 +26,7 @@ class GatedBlock(nn.Module):
         gate: What scales the cross-attention: ``adaln``, ``scalar`` (tanh of one number, which
             begins at 0) or ``none``.
         norm_vector: Whether the vector is normalised first.
+        qk_norm: Whether queries and keys are normalised.
     """
 
     def __init__(
@@ -36,16 +37,17 @@ class GatedBlock(nn.Module):
         context_dim: int | None = None,
         gate: str = "adaln",
         norm_vector: bool = False,
+        qk_norm: bool = False,
     ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.vector_norm = nn.LayerNorm(dim, eps=1e-6, bias=False) if norm_vector else nn.Identity()
-        self.attn = layers.SelfAttention(dim, num_heads)
+        self.attn = layers.SelfAttention(dim, num_heads, qk_norm=qk_norm)
         self.mlp = layers.MLP(dim, int(dim * mlp_ratio))
         self.cross: layers.CrossAttention | None = None
         self.gate: nn.Parameter | None = None
         if context_dim is not None:
-            self.cross = layers.CrossAttention(dim, context_dim, num_heads)
+            self.cross = layers.CrossAttention(dim, context_dim, num_heads, qk_norm=qk_norm)
             self.gate = nn.Parameter(torch.zeros(1)) if gate == "scalar" else None
         self._num_vectors = 6 if self.cross is None else 9 if gate == "adaln" else 8
         self.modulation = nn.Linear(dim, self._num_vectors * dim)
@@ -107,9 +109,9 @@ class SetDiT(nn.Module):
             self.join = nn.Linear(dim + config.context_dim, dim)
         contexts = dict.fromkeys(config.context_layers, config.context_dim)
         sizes = (dim, config.num_heads, config.mlp_ratio)
+        settings = (config.gate, norms_sum, config.qk_norm)
         self.blocks = nn.ModuleList(
-            GatedBlock(*sizes, contexts.get(index), config.gate, norms_sum)
-            for index in range(config.num_blocks)
+            GatedBlock(*sizes, contexts.get(index), *settings) for index in range(config.num_blocks)
         )
         self.head_norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.head_modulation = nn.Linear(dim, 2 * dim)

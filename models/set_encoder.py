@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.architectures.set_dit import SetDiTConfig
-from models.attention import attend
+from models.attention import attend, head_norms
 from models.layers import PositionalEmbedding, draw_linear_layers, merge_heads, split_heads
 
 PATCH_OFFSET = 2
@@ -51,14 +51,17 @@ class EncoderAttention(nn.Module):
     """Self-attention whose inner width, heads times ``dim_head``, need not be that of the tokens.
 
     With ``locality``, a learned temperature scales the scores and no token attends to itself
-    (arXiv 2112.13492, Eq. 5-6).
+    (arXiv 2112.13492, Eq. 5-6). ``qk_norm`` normalises queries and keys before that.
     """
 
-    def __init__(self, dim: int, num_heads: int, dim_head: int, *, locality: bool) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, dim_head: int, *, locality: bool, qk_norm: bool = False
+    ) -> None:
         super().__init__()
         self.dim_head = dim_head
         self.qkv = nn.Linear(dim, 3 * num_heads * dim_head, bias=False)
         self.proj = nn.Linear(num_heads * dim_head, dim)
+        self.q_norm, self.k_norm = head_norms(dim_head, qk_norm)
         self.log_temperature: nn.Parameter | None = None
         if locality:
             self.log_temperature = nn.Parameter(torch.tensor(-0.5 * math.log(dim_head)))
@@ -66,7 +69,7 @@ class EncoderAttention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Return [B, L, C] of x [B, L, C]; ``mask`` [..., L, L] is true where a key may be seen."""
         q, k, v = split_heads(self.qkv(x), self.dim_head).chunk(3, dim=1)
-        scale = None
+        q, k, scale = self.q_norm(q), self.k_norm(k), None
         if self.log_temperature is not None:
             q, scale = q * self.log_temperature.exp().to(q.dtype), 1.0
         return self.proj(merge_heads(attend(q, k, v, mask, scale=scale)))
@@ -81,8 +84,9 @@ class EncoderBlock(nn.Module):
         mlp_dim = int(dim * config.encoder_mlp_ratio)
         eps, gelu = (1e-6, "tanh") if config.is_like_jax else (1e-5, "none")
         self.norm1 = nn.LayerNorm(dim, eps)
-        heads, locality = config.encoder_heads, config.encoder_mode == "vit_set"
-        self.attn = EncoderAttention(dim, heads, config.encoder_dim_head, locality=locality)
+        settings = dict(locality=config.encoder_mode == "vit_set", qk_norm=config.qk_norm)
+        sizes = (dim, config.encoder_heads, config.encoder_dim_head)
+        self.attn = EncoderAttention(*sizes, **settings)
         self.norm2 = nn.LayerNorm(dim, eps)
         self.mlp = nn.Sequential(
             nn.Linear(dim, mlp_dim), nn.GELU(gelu), nn.Dropout(dropout), nn.Linear(mlp_dim, dim)

@@ -3,11 +3,15 @@
 import dataclasses
 import math
 
+import count_set_parameters
 import pytest
 import torch
+from helpers import ROOT
 from set_networks import ENCODERS, NUM, TINY, build, build_active, random_images, value_of
 
+from configs.presets import PRESETS
 from configs.set_dit import MODELS
+from dnnlib.cli import replace_settings
 from models import build_network
 from models.architectures.set_dit import SetDiTConfig
 from models.layers import PositionalEmbedding, position_embedding
@@ -481,3 +485,34 @@ def test_one_image_is_a_set_where_none_is_left_out():
     one = random_images(2, 1)
     expected = network.context({"support": one}).vector
     assert torch.equal(network.context({"set": one}).vector, expected)
+
+
+def test_the_documentation_counts_modules_as_they_are():
+    text = (ROOT / "docs" / "sets.md").read_text(encoding="utf-8")
+    assert "\n".join(count_set_parameters.table()) in text
+
+
+@pytest.mark.parametrize(
+    ("given", "heads"),
+    [
+        (dict(hidden_dim=512), 8),
+        (dict(hidden_dim=448), 8),
+        (dict(hidden_dim=70), 10),
+        (dict(hidden_dim=45), 9),
+        (dict(hidden_dim=13), 13),
+        (dict(hidden_dim=40), 8),
+        (dict(hidden_dim=512, num_heads=16), 16),
+    ],
+)
+def test_heads_become_the_nearest_number_that_divides_another_width(given, heads, capsys):
+    run = PRESETS["fsdm-depth6"].run
+    found = replace_settings(run, {("model", name): value for name, value in given.items()})
+    assert found.model.num_heads == heads
+    said = f"--num-heads: 9 does not divide --hidden-dim {given['hidden_dim']}; {heads} does and"
+    assert (said in capsys.readouterr().err) == (heads not in (9, 16))
+
+
+def test_a_number_of_heads_that_is_typed_is_never_changed():
+    run = PRESETS["fsdm-depth6"].run
+    with pytest.raises(ValueError, match="--num-heads: got 9, which does not divide"):
+        replace_settings(run, {("model", "hidden_dim"): 512, ("model", "num_heads"): 9})

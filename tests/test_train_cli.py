@@ -20,6 +20,7 @@ import pytest
 import test_conditioning
 import test_cpu_matmul
 import test_respacing
+import test_rollback
 import test_saver
 import test_sharding
 import torch
@@ -266,6 +267,7 @@ def unseen(value, changes, beside=""):
 CASES = {
     "resolution": [Case("16", "net fakes", data_size=16)],
     "attention": [Case("sdpa", "options net")],  # The last digits.
+    "qk-norm": [Case("True", "net")],
     "checkpointing": [unseen("True", "checkpoints")],
     "num-stages": [Case("1", "net")],
     "num-blocks": [Case("1,2", "net")],
@@ -479,6 +481,7 @@ SHOWN_BY = {
     "shard-size": "test_groups_of_ranks_hold_a_copy_each",
     "respacing": "test_pictures_of_a_run_and_images_of_its_snapshot_visit_the_timesteps_named",
     "cpu-matmul": "test_what_multiplies_is_kept_in_states_snapshots_and_protocols",
+    "rollback": "test_a_run_goes_back_no_more_often_than_asked",
     "skip-limit": "test_skip_limit_stops_a_run_whose_gradients_stay_non_finite",
     "inception": "test_detectors_of_the_metrics_come_from_where_the_options_say",
     "dinov2": "test_detectors_of_the_metrics_come_from_where_the_options_say",
@@ -518,6 +521,7 @@ def test_every_option_and_every_choice_of_it_has_a_test():
         | vars(test_sharding)
         | vars(test_cpu_matmul)
         | vars(test_respacing)
+        | vars(test_rollback)
         | vars(test_saver)
     )
     assert all(callable(known[name]) for name in SHOWN_BY.values())

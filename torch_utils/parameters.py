@@ -38,9 +38,16 @@ class Parameters:
         """Put what this process holds of each gradient at ``own``, and return those there are."""
         return [param.grad for param in self.own if param.grad is not None]
 
-    def norm(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Return the norm of whole tensors, of which this process holds ``tensors``."""
-        return torch.nn.utils.get_total_norm(tensors, foreach=True)
+    def norms(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return the norm of each of ``tensors`` [P], as far as this process holds it."""
+        return torch.stack(torch._foreach_norm(list(tensors)))
+
+    def norm(self, tensors: Sequence[Tensor], norms: Tensor) -> Tensor:
+        """Return the norm of whole tensors, of which this process holds ``tensors``.
+
+        ``norms`` are what :meth:`norms` returned.
+        """
+        return torch.linalg.vector_norm(norms)
 
     def pack(self, name: str, own: Tensor) -> Any:
         """Return what a state keeps of a tensor that lies as the parameter ``name`` does."""

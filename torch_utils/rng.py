@@ -9,13 +9,18 @@ import torch
 # Streams of a training step: each kind of randomness has a generator of its own, so that adding
 # a draw to one leaves the others as they were.
 STREAM_DATA, STREAM_NOISE, STREAM_AUGMENT, STREAM_CONDITION, STREAM_MODEL, STREAM_INIT = range(6)
-STREAM_POSTERIOR, STREAM_CONTEXT, STREAM_BUCKET = 6, 7, 8
+STREAM_POSTERIOR, STREAM_CONTEXT, STREAM_BUCKET, STREAM_ROLLBACK = 6, 7, 8, 9
 
 
 def mix(*values: int) -> int:
     """Return a well-mixed 63-bit integer that depends on every one of ``values``."""
     sequence = np.random.SeedSequence([value % 2**64 for value in values])
     return int(sequence.generate_state(1, np.uint64)[0]) >> 1
+
+
+def seed_after(seed: int, num_rollbacks: int) -> int:
+    """Return the seed of the steps that follow so many rollbacks: other data and other noise."""
+    return mix(seed, STREAM_ROLLBACK, num_rollbacks) if num_rollbacks else seed
 
 
 def step_generator(
@@ -29,7 +34,7 @@ def step_generator(
 class Step:
     """One optimizer step, as far as its randomness goes: a function of (seed, position) alone."""
 
-    seed: int  # Of the run.
+    seed: int  # Of the run, and of its rollbacks so far.
     cur_nimg: int  # Training images before the step.
     batch: int  # Rows of the global batch, over all ranks and passes.
     shape: tuple[int, int, int]  # Channels, height and width of what the network denoises.

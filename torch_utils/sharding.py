@@ -102,7 +102,7 @@ class ShardedParameters(Parameters):
                 own.grad = None if grad is None else grad.to_local()
         return super().take_grads()
 
-    def norm(self, tensors: Sequence[Tensor]) -> Tensor:
+    def norm(self, tensors: Sequence[Tensor], norms: Tensor) -> Tensor:
         return total_norm(tensors, self._group)
 
     def averaged_network(self) -> tuple[nn.Module, list[Tensor]]:

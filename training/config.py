@@ -102,8 +102,16 @@ class TrainingConfig(Config):
         100,
         min=1,
         max=1_000_000,
-        help="Stop after this many non-finite gradients in a row.",
+        help="Stop, or go back with --rollback, after this many non-finite gradients in a row.",
         affects="speed",
+    )
+    rollback: int = option(
+        0,
+        min=0,
+        max=1_000,
+        help="Times that a run goes back to its last state, and on with other data, when its loss "
+        "spikes or --skip-limit is reached; 0: never.",
+        affects="speed",  # A run may be continued with another number.
     )
     seed: int = option(
         0,

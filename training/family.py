@@ -138,11 +138,20 @@ class Objective(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """The share of one rank in every global batch: ``batch_gpu`` rows a pass."""
+    """The share of one rank in every global batch: ``batch_gpu`` rows a pass.
+
+    After a rollback, of which there were ``num_rollbacks``, batches are other ones.
+    """
 
     rank: int
     world_size: int
     batch_gpu: int
+    num_rollbacks: int = 0
+
+    @property
+    def share(self) -> dict[str, int]:
+        """What a batch sampler needs to know of the share."""
+        return dict(rank=self.rank, world_size=self.world_size, batch_gpu=self.batch_gpu)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import functools
+import gc
 import json
 import os
 import re
@@ -30,6 +32,7 @@ from training.loop import Job, training_loop
 from training.portable import open_header, open_snapshot
 from training.report import changes_from, describe_run, run_facts
 from training.saving.wait import wait_for_savers
+from training.stability.rollbacks import RollbackRequested, add_rollback, remove_abandoned
 
 # A killed process gives its memory back, which takes a while, before it leaves the run folder.
 _LOCK_PATIENCE_SEC = 10.0
@@ -161,23 +164,17 @@ def launch(config: RunConfig, start: Start, preset: RunConfig | None = None) -> 
                 with distributed.together():
                     if distributed.is_main():
                         held.enter_context(_lock(run_dir))
-                state = None
+                state, num_rollbacks = None, 0
                 if not is_new:
-                    distributed.on_main(lambda: wait_for_savers(run_dir, print))
-                    distributed.on_main(lambda: runs.clear_leftovers(run_dir))
-                    state = runs.load_resume_state(
-                        run_dir, exact_state, job.config, job.data, distributed.print0
-                    )
+                    state, num_rollbacks = _load_state(job, run_dir, exact_state)
                 job = _with_cpu_matmul(job, state)
                 if distributed.is_main():
                     if start.continues:
                         _, origin = runs.read_start(run_dir, lambda text: None)
                     _write_start(job, run_dir, origin, preset)
                 weights = snapshot if state is None else None
-                start_from = dict(resume_state=state, transfer=weights)
-                finished = training_loop(
-                    job, run_dir, saver=saver, stop_signal=stop_signal, **start_from
-                )
+                start_from = dict(resume_state=state, transfer=weights, num_rollbacks=num_rollbacks)
+                finished = _train(job, run_dir, saver, stop_signal=stop_signal, **start_from)
         except Exception:
             if is_new and run_dir is not None and distributed.is_main():
                 runs.remove_unless_begun(run_dir)
@@ -199,6 +196,40 @@ def launch(config: RunConfig, start: Start, preset: RunConfig | None = None) -> 
     # All ranks know. To torchrun another code is a failure, which it tells at length.
     quiet = finished or "TORCHELASTIC_RUN_ID" in os.environ
     return 0 if quiet else runs.REQUEUE_EXIT_CODE
+
+
+def _load_state(job: Job, run_dir: Path, exact: Path | None) -> tuple[dict[str, Any] | None, int]:
+    """Return the state to continue from, if there is one, and the number of rollbacks. Collective.
+
+    ``exact`` is the path of a particular state. It may be of a part that the run has given up.
+    """
+    distributed.on_main(lambda: wait_for_savers(run_dir, print))
+    distributed.on_main(lambda: runs.clear_leftovers(run_dir))
+    is_exact = exact is not None
+    num_rollbacks = distributed.on_main(lambda: remove_abandoned(run_dir, only_count=is_exact))
+    settings = (job.config, job.data, distributed.print0)
+    return runs.load_resume_state(run_dir, exact, *settings), num_rollbacks
+
+
+def _train(job: Job, run_dir: Path, saver: Saver, **start_from: Any) -> bool:
+    """Do what :func:`training_loop` does, and go back as often as it asks to. Collective."""
+    while True:
+        try:
+            return training_loop(job, run_dir, saver=saver, **start_from)
+        except RollbackRequested as error:
+            asked = error.with_traceback(None)  # Which holds the network.
+        start_from["resume_state"] = None
+        gc.collect()
+        if job.config.training.compile:
+            torch.compiler.reset()  # The next network has graphs of its own, and there is a limit.
+        saver.wait()
+        distributed.barrier()  # Now every part of every state is written.
+        add = functools.partial(add_rollback, run_dir, asked, print)
+        start_from["num_rollbacks"] = distributed.on_main(add)
+        settings = (job.config, job.data, distributed.print0)
+        start_from["resume_state"] = runs.load_resume_state(run_dir, None, *settings)
+        if start_from["resume_state"] is not None:
+            start_from["transfer"] = None
 
 
 def _goes_on_without(stop_signal: distributed.StopSignal) -> bool:

@@ -1,6 +1,7 @@
 """The training loop: one function in visible stages."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +32,8 @@ from training.family import of as family_of
 from training.optimizer import GuardedAdam, learning_rate
 from training.report import forward_flops, save_reals
 from training.saving.writer import SnapshotParts, Writer
+from training.stability.locate import first_not_finite
+from training.stability.monitor import Monitor
 from training.telemetry import Telemetry, memory_stats, scalar, tick_line, utilisation_stats
 from training.watch import Watch
 
@@ -74,6 +77,7 @@ def training_loop(
     saver: Saver,
     resume_state: dict[str, Any] | None = None,
     transfer: Snapshot | None = None,
+    num_rollbacks: int = 0,
     stop_signal: distributed.StopSignal,
 ) -> bool:
     """Train until the end, and return True; return False after a signal asked to stop.
@@ -84,9 +88,11 @@ def training_loop(
         saver: Writes states and snapshots.
         resume_state: A training state to continue from, bit for bit on the CPU.
         transfer: A snapshot whose weights start a new run.
+        num_rollbacks: How often the run went back so far.
         stop_signal: An active handler of signals, on every rank.
 
-    Raises FloatingPointError if too many gradients in a row are not finite.
+    Raises FloatingPointError if too many gradients in a row are not finite, and
+    RollbackRequested on every rank where the run may go back instead.
     """
     config, codec, device = job.config, job.codec, job.device
     family = family_of(config)
@@ -94,6 +100,7 @@ def training_loop(
     training, logging = config.training, config.logging
     world_size, rank = distributed.world_size(), distributed.rank()
     batch_gpu, _ = accumulation_rounds(training, world_size)
+    seed = rng.seed_after(training.seed, num_rollbacks)
     # A row of a batch is an image, or a set of them.
     passes = rank_passes(training.batch, batch_gpu, rank, world_size)
     step_nimg = config.step_nimg
@@ -149,7 +156,9 @@ def training_loop(
                 objective.warm_up(loss_function, size, device)
 
     # Prepare data and outputs.
-    steps = family.steps(config, job.data, cur_nimg, Part(rank, world_size, batch_gpu))
+    steps = family.steps(
+        config, job.data, cur_nimg, Part(rank, world_size, batch_gpu, num_rollbacks)
+    )
     loader = make_loader(job.data, steps.sampler, num_workers=logging.workers, device=device)
     batches = iter(loader)
     flops_per_image = forward_flops(config)  # The backward pass costs twice as much again.
@@ -170,6 +179,7 @@ def training_loop(
             optimizer=optimizer.state_dict(),
             stats=stats.state_dict(),
             progress=progress_info,
+            **monitor.state_dict(),
         )
 
     is_sharded, keep_states = shard_size > 1, logging.keep_states
@@ -213,6 +223,7 @@ def training_loop(
     evaluator, outputs = job.evaluator, Outputs(run_dir, telemetry, stop_signal)
     generator = family.generator(config, ema.network, codec, device)
     watch, was_compiled = Watch(config), False
+    monitor = Monitor(config, parameters, num_rollbacks, resume_state)
 
     def attempt(what: str, make: Callable[..., None]) -> bool:
         """Return False if a stop cut ``make`` short; what is not finite is told, not made."""
@@ -265,9 +276,9 @@ def training_loop(
     bar = _tick_bar(cur_tick, cur_nimg, tick_start_nimg, config.tick_nimg, rank)
     while not (done or stop):
         # Draw this step's randomness for the global batch, of which each pass has its rows.
-        step = rng.Step(training.seed, cur_nimg, training.batch, steps.shape_at(cur_nimg), device)
+        step = rng.Step(seed, cur_nimg, training.batch, steps.shape_at(cur_nimg), device)
         draws = objective.draw(step)
-        torch.manual_seed(rng.mix(training.seed, cur_nimg, rng.STREAM_MODEL, rank))
+        torch.manual_seed(rng.mix(seed, cur_nimg, rng.STREAM_MODEL, rank))
 
         # Accumulate gradients.
         optimizer.zero_grad()
@@ -279,6 +290,7 @@ def training_loop(
                     loss = loss_function(images, cond, rows)
                     # Summed over pixels, averaged over the global batch (DDP averages over ranks).
                     total = loss.sum() * (training.loss_scaling * world_size / step_nimg)
+                    monitor.add(total)
                     if optimizer.loss_scale is not None:
                         total = total * optimizer.loss_scale
                     total.backward()
@@ -294,6 +306,7 @@ def training_loop(
         # Update weights and their averages.
         lr = learning_rate(training, cur_nimg, step_nimg, total_nimg)
         grad_norm = optimizer.step(lr)
+        monitor.end_step(optimizer.grad_norms)
         beta = ema_beta(cur_nimg, step_nimg, training.ema_kimg, training.ema_rampup)
         ema.update(beta, optimizer.skipped)
         profiles.update(cur_nimg + step_nimg, step_nimg)
@@ -311,6 +324,7 @@ def training_loop(
         # Read the counters; this is where the host waits for the device.
         bar.close()
         num_skipped, skipped_in_a_row = optimizer.read_counters()
+        monitor.read(cur_nimg)
         tick_end_sec = time.time()
         elapsed_sec = elapsed_before_sec + tick_end_sec - start_sec
 
@@ -342,7 +356,11 @@ def training_loop(
                     was_compiled = True
                 for warning in watch.warnings(fields, cur_nimg // step_nimg):
                     telemetry.message(warning)
-        if skipped_in_a_row >= training.skip_limit:
+            find = functools.partial(first_not_finite, objective, (images, cond, rows))
+            monitor.judge(cur_nimg, skipped_in_a_row, find, telemetry)
+        # A run that a stop cuts short may still go back when it continues.
+        is_last = tick_ends or num_rollbacks >= training.rollback
+        if is_last and skipped_in_a_row >= training.skip_limit:
             raise FloatingPointError(
                 f"{skipped_in_a_row} gradients in a row were not finite (at kimg "
                 f"{format_kimg(cur_nimg / 1000)}). Resume from the last state with a lower --lr, "
@@ -368,6 +386,7 @@ def training_loop(
             metrics_due=metrics_due,
             data_hash=data.content_hash,
             snapshot=snapshot_path(run_dir, cur_nimg).name if snap_due else None,
+            **(dict(rollbacks=num_rollbacks) if num_rollbacks else {}),
         )
         # Ranks that a stop cuts short one by one could not write a sharded state together.
         state_due = dump_due or done or stop or (is_sharded and (snap_due or metrics_due))

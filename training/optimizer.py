@@ -77,6 +77,7 @@ class GuardedAdam:
         names = {id(p): name for name, p in zip(parameters.names, parameters.own, strict=True)}
         self._names = [names[id(p)] for p in (*decayed, *spared)]
         self.skipped = torch.zeros([], device=device)
+        self.grad_norms = torch.zeros(0, device=device)  # Of each gradient; see Parameters.norms.
         self._counters = torch.zeros(2, dtype=torch.int64, device=device)  # Total, in a row.
         self.loss_scale: Tensor | None = None
         if dynamic_scale:
@@ -89,7 +90,8 @@ class GuardedAdam:
     def step(self, lr: float) -> Tensor:
         """Update the weights and return the gradient norm before clipping, a scalar tensor."""
         grads = self._parameters.take_grads()
-        norm = self._parameters.norm(grads)
+        self.grad_norms = self._parameters.norms(grads)
+        norm = self._parameters.norm(grads, self.grad_norms)
         self.skipped = (~norm.isfinite()).to(torch.float32)
         if self.loss_scale is not None:
             norm = norm / self.loss_scale

@@ -19,12 +19,13 @@ from training.division import group_size
 from training.family import TrainingData
 from training.run_report.write import REPORT_FILE
 from training.saving.state_folder import is_state_folder, remove_incomplete_states
+from training.stability.rollbacks import ROLLBACKS_FILE
 
 REQUEUE_FILE = "requeue"
 REQUEUE_EXIT_CODE = 85
 _MADE = ("training-state-*", "network-snapshot-*.pkl", "stats.jsonl", "metric-*.jsonl")
 _SHOWN = ("fakes-*.png", "reals.png", REPORT_FILE)
-_RUN_FILES = (*_MADE, *_SHOWN, "training_options.json", REQUEUE_FILE)
+_RUN_FILES = (*_MADE, *_SHOWN, "training_options.json", ROLLBACKS_FILE, REQUEUE_FILE)
 
 
 def describe(run: RunConfig, data: TrainingData, desc: str | None) -> str:

@@ -70,7 +70,7 @@ class _StopAfter(distributed.StopSignal):
 
 def shortened(run: RunConfig) -> RunConfig:
     """Return ``run`` with a few steps, each with a record of its own, and nothing to score."""
-    run = run.changed("training", iters=NUM_STEPS)
+    run = run.changed("training", iters=NUM_STEPS, rollback=0)
     quiet = dict(metrics=(), metrics_ref=None, metrics_ticks=None, wandb=False, board=())
     often = dict(log_interval=1, snap=NUM_STEPS, save_interval=None, dump=None)
     return run.changed("logging", **quiet, **often)

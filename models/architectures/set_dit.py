@@ -41,7 +41,12 @@ class SetDiTConfig(ModelConfig):
     )
     num_blocks: int = option(6, min=1, max=1_000, aliases=("depth",), help="Blocks of the DiT.")
     num_heads: int = option(
-        9, min=1, max=1_024, help="Attention heads of the DiT; divides its width."
+        9,
+        min=1,
+        max=1_024,
+        divides="hidden_dim",
+        help="Attention heads of the DiT; divides its width. With another --hidden-dim alone, the "
+        "nearest number that does.",
     )
     mlp_ratio: float = option(3.0, min=0.01, max=100, help="Hidden width of an MLP over its width.")
     mode_conditioning: str = option(
