@@ -16,7 +16,7 @@ class Cell:
     """One protocol with one average of the weights.
 
     Attributes:
-        values: Value of each axis by its name; several axes may share a cell's protocol.
+        values: Value of each axis by its name.
         config: How images are made and seen.
         std: Relative standard deviation of the average; None for the snapshot that was given.
     """
@@ -41,7 +41,7 @@ class Grid:
     def without(self, refused: Sequence[int]) -> "Grid":
         """Return the grid without the cells of those numbers, and values that no other has."""
         kept = [cell for number, cell in enumerate(self.cells) if number not in set(refused)]
-        return Grid(_axes_of(kept, self.axes), kept)
+        return _grid(kept, self.axes)
 
     def describe(self) -> str:
         """Return the number of cells and the axes in one line."""
@@ -66,22 +66,23 @@ def make_grid(axes: Axes, stds: Sequence[float]) -> Grid:
         )
     names = {STD_AXIS: stds} if stds else {}
     order = {axes.name(path): values for path, values in axes.values.items()}
-    return Grid(_axes_of(cells, names | order), cells)
+    return _grid(cells, names | order)
 
 
-def _axes_of(cells: Sequence[Cell], order: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-    """Return the values of each axis that cells have, those of the list typed first in its order.
+def _grid(cells: Sequence[Cell], order: Mapping[str, Sequence[Any]]) -> Grid:
+    """Return the grid of cells, whose axes are the settings with several values.
 
-    Axes of a single value are left out.
+    Values are in the order in which they were typed.
     """
-    found = {}
-    for name, typed_first in order.items():
+    axes = {}
+    for name, given in order.items():
         there = dict.fromkeys(cell.values[name] for cell in cells)
-        values = [value for value in typed_first if value in there]
+        values = [value for value in given if value in there]
         values += [value for value in there if value not in values]
         if len(values) > 1:
-            found[name] = values
-    return found
+            axes[name] = values
+    own = [dataclasses.replace(c, values={name: c.values[name] for name in axes}) for c in cells]
+    return Grid(axes, own)
 
 
 def _span(values: Sequence[Any]) -> str:

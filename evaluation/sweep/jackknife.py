@@ -16,7 +16,7 @@ import torch
 from metrics.metric import Comparison, MetricSpec
 from metrics.reference import Reference
 
-NUM_GROUPS = 10
+NUM_GROUPS = 20
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from data.resumable import map_of_ranks, memory_for, progress_of_ranks, share
@@ -21,7 +22,7 @@ from evaluation.sweep.networks import Networks
 from evaluation.sweep.search import Plan
 from evaluation.sweep.store import Store, batches
 from evaluation.sweep.stored import StoredDetector, StoredImages
-from metrics.detectors import Detector
+from metrics.detectors import Detector, DetectorOutput
 from metrics.metric import MetricSpec, needed_outputs
 from metrics.reference import References
 from sampling.images import cached_snapshot
@@ -120,14 +121,21 @@ class Cells:
         sign = -1 if metric.higher_is_better else 1
 
         def score(images: Images) -> Estimate:
-            vectors = self.store.read(self._key(images), metric.output, images.num)
-            found = jackknife(metric, vectors, reference, device)
+            found = jackknife(metric, self.vectors(images), reference, device)
             return Estimate(sign * found.value, sign * found.without)
 
         if metric.needs == "moments":
             return map_of_ranks(score, wanted, 1, "Scoring", "cells")
         # Only rank 0 has the vectors of real images.
         return distributed.on_main(lambda: list(map(score, wanted)))
+
+    def vectors(self, images: Images) -> np.ndarray:
+        """Return what the first metric sees of images that were made, float32 [N, D]."""
+        return self.store.read(self._key(images), self.scoring.metrics[0].output, images.num)
+
+    def labels(self, num: int) -> np.ndarray | None:
+        """Return the classes of the first images of any cell, int64 [num]; None without any."""
+        return self._source(self.grid.cells[0].std).labels(range(num))
 
     def make(self, wanted: Sequence[Images]) -> None:
         """Make the images that are missing, and keep what detectors give for them."""
@@ -178,8 +186,8 @@ class Cells:
             with torch.inference_mode():
                 for name, wanted in self.scoring.outputs().items():
                     found = self.scoring.detectors[name](made, wanted)
-                    outputs |= {f"{name}/{key}": value for key, value in found.items()}
-        arrays = {name: value.to("cpu", torch.float32).numpy() for name, value in outputs.items()}
+                    outputs |= {DetectorOutput(name, key): value for key, value in found.items()}
+        arrays = {own: value.to("cpu", torch.float32).numpy() for own, value in outputs.items()}
         self.store.write(self._key(images), part, arrays)
 
     def _cost(self, source: SnapshotImages, images: Images, part: range) -> int:

@@ -37,14 +37,14 @@ class Plan:
         """Return the plan to end with ``num_images`` a cell, for a share of the grid's images.
 
         The first round takes half of them. The share is exceeded where it does not give four cells
-        all of their images.
+        all of their images, or every cell two for each group of the jackknife.
         """
-        budget = min(
-            max(int(share * num_cells * num_images), 4 * num_images), num_cells * num_images
-        )
-        first = min(max(budget // 2 // num_cells, 2 * NUM_GROUPS), num_images)
-        if budget == num_cells * num_images:
-            first = num_images
+        whole = num_cells * num_images
+        budget = min(max(int(share * whole), 2 * _FINALISTS * num_images), whole)
+        first = num_images
+        if budget < whole:
+            first = min(max(budget // 2 // num_cells, 2 * NUM_GROUPS), num_images)
+            budget = max(budget, num_cells * first + _FINALISTS * (num_images - first))
         counts = [first]
         while counts[-1] < num_images:
             counts.append(min(_GROWTH * counts[-1], num_images))
