@@ -16,7 +16,7 @@ from evaluation.sweep.store import Store
 from metrics.detectors import DetectorOutput
 from metrics.rows import compare_rows, read_rows
 
-AXES = ("--cfg-scale=1:3:1", "--cfg-interval=none/0.5,5", "--steps=2,4")
+AXES = ("--cfg-scale=1:3:1", "--cfg-interval=none/0.001,50", "--steps=2,4")
 OPTIONS = (*AXES, "--metrics=fd_pixels,pr_pixels", "--num-images=120", "--share=0.3", "--batch=20")
 
 
@@ -50,7 +50,7 @@ def outputs_in(folder):
 def test_a_sweep_writes_rows_with_passports_and_a_page(whole):
     folder, output = whole
     # Without guidance, an interval has no effect: 2 x (1 + 2 x 2) cells.
-    assert "10 cells: cfg-scale 1, 2, 3, cfg-interval none, 0.5,5, steps 2, 4" in output
+    assert "10 cells: steps 2, 4, cfg-scale 1, 2, 3, cfg-interval none, 0.001,50" in output
     rows = read_rows(folder / "cells.json")
     assert [row["metric"] for row in rows] == ["fd_pixels", "pr_pixels"] * 10
     protocols = {json.dumps([row["sampling"], row["guidance"]]) for row in rows}
@@ -164,8 +164,8 @@ def test_averages_of_a_run_are_swept(base, tmp_path):
 def test_cells_that_cannot_be_sampled_are_left_out_and_named(args, tmp_path):
     own = ("--cfg-interval=none/70,79", f"--outdir={tmp_path / 'out'}", "--steps=2,4")
     output = helpers.succeed(fid, "sweep", *args, *own, "--sigma-max=60").output
-    assert "4 cells are left out, as cfg-scale=2 cfg-interval=70,79 steps=2" in output
-    assert "6 cells: cfg-scale 1, 2, 3, steps 2, 4" in output
+    assert "4 cells are left out, as steps=2 cfg-scale=2 cfg-interval=70,79" in output
+    assert "6 cells: steps 2, 4, cfg-scale 1, 2, 3" in output
 
 
 def test_a_metric_of_which_more_is_better_is_searched_upwards(args, tmp_path):
