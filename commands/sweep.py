@@ -47,7 +47,7 @@ class SweepOptions:
         "folder of a run with compact snapshots then."
     )
     num_images: int | None = param(
-        min=20,
+        min=40,
         max=10_000_000,
         help="Images of a cell that the last cells are compared by.  [default: that of the first "
         "metric]",

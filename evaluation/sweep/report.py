@@ -39,7 +39,7 @@ def describe_result(result: Result) -> str:
     row = result.winner_rows[0]
     lines = [
         f"Best: {result.winner.cell.name}",
-        f"  {first} {row['value']:.6g} ({found.plan.confidence:.0%} interval {low:.6g} to "
+        f"  {first} {row['value']:.6g} ({100 * found.plan.confidence:g}% interval {low:.6g} to "
         f"{high:.6g}) of {row['num_images']:,} fresh images, seeds {row['seeds']}",
     ]
     others = [f"{name} {result.winner.values[name]:.6g}" for name in result.names[1:]]

@@ -75,7 +75,7 @@ def open_cells(
     num_images = first.image_count(references.get(first.output), wanted.num_images)
     least = max(2 * NUM_GROUPS, *(spec.at_least for spec in wanted.metrics))
     if num_images < least:
-        raise refusal("--num-images", num_images, accepted=f"at least {least} for intervals")
+        raise refusal("--num-images", num_images, accepted=f"at least {least}, for intervals")
     scoring = Scoring(
         metrics=wanted.metrics,
         references=references,
