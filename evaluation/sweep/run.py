@@ -12,7 +12,10 @@ import numpy as np
 import torch
 
 from data.resumable import map_of_ranks, memory_for, progress_of_ranks, share
+from diffusion.precond import make_precond
+from diffusion.samplers import num_evaluations
 from dnnlib.config import to_dict
+from dnnlib.progress import progress
 from evaluation.config import ScoreConfig
 from evaluation.images import Making, SnapshotImages
 from evaluation.scoring import score_images
@@ -100,6 +103,7 @@ class Cells:
         }
         hashes = {str(own.output): own.hash for own in scoring.references.values()}
         how = dict(precision=making.precision, cpu_matmul=making.cpu_matmul, vae=making.vae)
+        how |= dict(compile=making.compile, tf32=torch.backends.cuda.matmul.allow_tf32)
         return {
             "network": self.networks.identity,
             "reference": hashes,
@@ -126,8 +130,17 @@ class Cells:
 
         if metric.needs == "moments":
             return map_of_ranks(score, wanted, 1, "Scoring", "cells")
+
+        def score_all() -> list[Estimate]:
+            found = []
+            with progress(total=len(wanted), label="Scoring", unit="cells") as bar:
+                for images in wanted:
+                    found.append(score(images))
+                    bar.update()
+            return found
+
         # Only rank 0 has the vectors of real images.
-        return distributed.on_main(lambda: list(map(score, wanted)))
+        return distributed.on_main(score_all)
 
     def vectors(self, images: Images) -> np.ndarray:
         """Return what the first metric sees of images that were made, float32 [N, D]."""
@@ -141,16 +154,17 @@ class Cells:
         """Make the images that are missing, and keep what detectors give for them."""
         # Ranks that are ahead write files: one of them says what is missing.
         jobs = distributed.on_main(lambda: self._jobs(wanted))
-        for std, own in jobs.items():
-            source, mine = self._source(std), share(own)
-            costs = [self._cost(source, *job) for job in own]
-            mine_costs = share(costs)
-            label = f"Sampling {len({images for images, _ in own})} cells"
-            bar = progress_of_ranks(sum(costs), max(sum(mine_costs), 1), label, "evaluations")
-            with distributed.together(), bar as on_done:
-                for (images, part), cost in zip(mine, mine_costs, strict=True):
-                    self._make_batch(source, images, part)
-                    on_done(cost)
+        costs = {std: [self._cost(*job) for job in own] for std, own in jobs.items()}
+        total = sum(map(sum, costs.values()))
+        mine = sum(sum(share(own)) for own in costs.values())
+        label = f"Sampling {len(wanted)} cells"
+        with progress_of_ranks(total, max(mine, 1), label, "evaluations") as on_done:
+            for std, own in jobs.items():
+                source = self._source(std)
+                with distributed.together():
+                    for (images, part), cost in zip(share(own), share(costs[std]), strict=True):
+                        self._make_batch(source, images, part)
+                        on_done(cost)
 
     def rows(self, images: Images) -> list[dict[str, Any]]:
         """Return a score row of every metric, with its whole passport."""
@@ -190,12 +204,12 @@ class Cells:
         arrays = {own: value.to("cpu", torch.float32).numpy() for own, value in outputs.items()}
         self.store.write(self._key(images), part, arrays)
 
-    def _cost(self, source: SnapshotImages, images: Images, part: range) -> int:
+    def _cost(self, images: Images, part: range) -> int:
         """Return how often the network is evaluated for a batch."""
-        config = self.grid.cells[images.cell].config
-        protocol = source.sampled_by(config).protocol()
-        is_guided = protocol["guidance"]["cfg_scale"] != 1.0
-        return len(part) * protocol["nfe"] * (1 + is_guided)
+        config, run = self.grid.cells[images.cell].config, self.networks.snapshot.config
+        is_guided = to_dict(config.guidance)["cfg_scale"] != 1.0
+        per_image = num_evaluations(config.sampling, make_precond(run.precond))
+        return len(part) * per_image * (1 + is_guided)
 
     def _key(self, images: Images) -> str:
         """Return the name of the folder with the outputs."""
