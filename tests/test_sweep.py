@@ -1,5 +1,7 @@
 """The search of a sweep, its intervals and its grid, on images of which the best cell is known."""
 
+import functools
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -103,9 +105,10 @@ def test_cells_that_cannot_be_told_apart_are_kept_and_named(reference):
 def test_a_cell_that_is_left_out_for_want_of_images_counts_as_alike():
     rng = np.random.default_rng(0)
     noise = rng.normal(size=(40, NUM_GROUPS))
+    noise -= noise.mean(axis=1, keepdims=True)
 
     def estimate(cells, num):
-        return [Estimate(1e-4 * cell, noise[cell]) for cell in cells]
+        return [Estimate(1e-4 * cell, 1e-4 * cell + noise[cell]) for cell in cells]
 
     plan = Plan.of(40, 4000, 0.1)
     found = search(40, plan, estimate)
@@ -134,6 +137,33 @@ def test_errors_and_values_are_those_of_many_repetitions(reference):
     true = np.mean([own.value for own in found])
     inside = [low <= true <= high for low, high in (own.interval(0.95) for own in found)]
     assert 0.9 <= np.mean(inside) <= 0.99
+
+
+def test_a_score_of_few_images_foretells_that_of_many(reference):
+    rng = np.random.default_rng(1)
+    few, foretold = [], []
+    for _ in range(40):
+        found = jackknife(FRECHET, rng.normal(0, 1.2, (60, DIM)), reference)
+        few.append(found.value)
+        foretold.append(found.at(50).value)
+    many = jackknife(FRECHET, rng.normal(0, 1.2, (3000, DIM)), reference).value
+    assert np.mean(few) > 1.5 * many
+    assert np.mean(foretold) == pytest.approx(many, rel=0.15)
+    assert found.at(1).value == found.value
+
+
+def test_few_images_do_not_favour_cells_whose_images_vary_less(reference):
+    """Those of a cell of less variance are nearer to the real ones as long as there are few."""
+    raw, foretold = [], []
+    for seed in range(20):
+        noise = np.random.default_rng(seed).normal(size=(40, DIM))
+        found = [jackknife(FRECHET, (0.7 + 0.05 * c) * noise, reference) for c in range(12)]
+        raw.append(np.argmin([own.value for own in found]))
+        plan = Plan(counts=(40, NUM_IMAGES), budget=0)
+        first = search(12, plan, lambda cells, num, found=found: [found[cell] for cell in cells])
+        foretold.append(first.rounds[0].best)
+    assert np.mean(foretold) == pytest.approx(6, abs=0.4)  # That one has the real variance.
+    assert np.mean(raw) < 5.5
 
 
 @pytest.mark.parametrize("name", ["fd_pixels", "kid_pixels", "pr_pixels"])

@@ -40,6 +40,16 @@ class Estimate:
         """Return the difference from another cell's, of the same images, and its error."""
         return self.value - other.value, _error(self.without - other.without)
 
+    def at(self, times: float) -> "Estimate":
+        """Return the estimate of the score with ``times`` as many images, to first order.
+
+        What a score of n images is too large by falls as 1 / n: scores without a group show how
+        much it is (Quenouille, "Notes on bias in estimation", 1956; for FID, Chong and Forsyth,
+        arXiv 1911.07023). The error stays that of n images.
+        """
+        bias = (len(self.without) - 1) * (self.without.mean() - self.value)
+        return Estimate(float(self.value - (1 - 1 / times) * bias), self.without)
+
     def interval(self, confidence: float) -> tuple[float, float]:
         """Return the ends of a two-sided interval."""
         half = self.error * t_quantile(1 - (1 - confidence) / 2)

@@ -1,8 +1,9 @@
 """The search for the best cell of a grid: successive halving on paired images, with intervals.
 
 It knows nothing of networks, images or metrics: a function gives it the scores of cells on their
-first images. All cells of a round are compared on the same seeds and at the same number of them,
-as distances depend on that number. Source: Jamieson and Talwalkar, "Non-stochastic best arm
+first images. All cells of a round are compared on the same seeds and at the same number of them.
+A distance depends on that number, and more so where images vary more: cells are compared by what
+their scores would be with all images. Source: Jamieson and Talwalkar, "Non-stochastic best arm
 identification" (arXiv 1502.07943), Algorithm 1, with the number of cells that go on limited by
 intervals too.
 """
@@ -56,7 +57,7 @@ class Round:
     """What was found with ``num_images`` images of each cell.
 
     Attributes:
-        estimates: By cell.
+        estimates: By cell, as with the number of images of the last round.
         best: The cell with the best score.
         alike: Cells that cannot be told apart from it, the best first; it is one of them.
         followed: Those of them that go on to the next round, or came to the end.
@@ -136,7 +137,8 @@ def search(
     cells: Sequence[int] = range(num_cells)
     rounds, left, before = [], plan.budget, 0
     for index, count in enumerate(plan.counts):
-        estimates = dict(zip(cells, estimate(cells, count), strict=True))
+        scores = [own.at(plan.counts[-1] / count) for own in estimate(cells, count)]
+        estimates = dict(zip(cells, scores, strict=True))
         left -= len(cells) * (count - before)
         order = sorted(cells, key=lambda cell: (estimates[cell].value, cell))
         alike = [

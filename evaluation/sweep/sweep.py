@@ -82,18 +82,18 @@ def run_sweep(cells: Cells, plan: Plan, report: Callable[[Round], None]) -> Resu
     (score,) = cells.scores([fresh])
     winner_rows = cells.rows(fresh)
     rows, of_winner = _all_rows(cells, found)
-    values = _values(winner_rows)
+    values, higher = _values(winner_rows), cells.scoring.metrics[0].higher_is_better
+    names = [name for name in values if not is_spread(name)]
     compared = []
     for number, cell in enumerate(cells.grid.cells):
         count, own = found.last_round(number).num_images, _values(rows[number])
         beside = of_winner[count]
         moved = {name: values[name] + own[name] - beside[name] for name in values}
         behind, error = found.behind(number)
+        moved[names[0]] = values[names[0]] + (-behind if higher else behind)
         is_alike = found.is_alike(number)
         compared.append(Compared(cell, count, behind, error, is_alike, moved))
     flat = [row for own in rows for row in own]
-    higher = cells.scoring.metrics[0].higher_is_better
-    names = [name for name in values if not is_spread(name)]
     return Result(cells.grid, found, names, higher, score, winner_rows, flat, compared)
 
 
