@@ -112,9 +112,11 @@ def command(config: Axes, given: SnapshotOptions, options: SweepOptions) -> None
     wanted = Wanted(given.network, stds, specs, options.ref, detectors, options.num_images)
     with open_cells(grid, wanted, making, options.outdir, device) as (cells, num_images):
         plan = cells.plan(num_images, options.share, options.confidence)
-        distributed.print0(f"{cells.grid.describe()}\n{describe_plan(plan, len(cells.grid.cells))}")
-        report = lambda found: distributed.print0(describe_round(found, cells.grid.cells))  # noqa
-        result = run_sweep(cells, plan, report)
+        own = cells.grid.cells
+        distributed.print0(f"{cells.grid.describe()}\n{describe_plan(plan, len(own))}")
+        result = run_sweep(
+            cells, plan, lambda found: distributed.print0(describe_round(found, own))
+        )
         if distributed.is_main():
             network = str(cells.network(result.found.winner))
             scoring = _scoring_options(options, given, config)

@@ -1,6 +1,5 @@
 """The search of a sweep, its intervals and its grid, on images of which the best cell is known."""
 
-
 import numpy as np
 import pytest
 from scipy import stats
