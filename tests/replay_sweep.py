@@ -38,14 +38,13 @@ from training.config import DetectorConfig  # noqa: E402
 
 SCALES = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
 STDS = (0.04, 0.06, 0.09, 0.13, 0.19)
-STEPS = (3, 4, 5, 6, 8, 11, 16)
+STEPS = (2, 3, 4, 5, 6, 8, 10)
 
 
 def make_outputs(args):
     """Return what is known of each cell: outputs [245, N, D], and classes [N], names, reference."""
     axes = {("guidance", "cfg_scale"): SCALES, ("sampling", "steps"): STEPS}
-    if args.sampler:
-        axes["sampling", "sampler"] = (args.sampler,)
+    axes["sampling", "sampler"] = (args.sampler,)
     grid = make_grid(Axes(ScoreConfig.of_snapshot(args.network), axes), STDS)
     metric = get_metric(args.metric)
     wanted = Wanted(args.network, STDS, [metric], args.ref, DetectorConfig(), args.num_images)
@@ -74,8 +73,8 @@ def main():
     parser.add_argument("--ref", required=True, help="real images")
     parser.add_argument("--folder", type=Path, default=Path("sweep-grid"), help="for outputs")
     parser.add_argument("--metric", default="fd_pixels")
-    parser.add_argument("--sampler", default="", help="default: as in training")
-    parser.add_argument("--num-images", type=int, default=2000, help="of each cell")
+    parser.add_argument("--sampler", default="ddim")
+    parser.add_argument("--num-images", type=int, default=800, help="of each cell")
     parser.add_argument("--batch", type=int, default=500)
     parser.add_argument("--share", type=float, default=0.1)
     parser.add_argument("--draws", type=int, default=10)
