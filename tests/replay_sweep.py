@@ -8,7 +8,7 @@ scales, five averages of the weights and seven numbers of steps. The true score 
 all its images. Each draw gives every class of image other seeds out of those that were made, the
 same in all cells, and the search of fid.py sweep runs on them as it would on new ones. The table
 says which cell it ends in, how far its true score is from the best cell's, and what two standard
-errors are. docs/metrics.md has the figures. Start again to continue.
+errors are. docs/sweep.md has the figures. Start again to continue; torchrun shares the images over ranks.
 """
 
 import argparse
@@ -22,7 +22,6 @@ for _name, _value in (("OMP_NUM_THREADS", "1"), ("CUDA_VISIBLE_DEVICES", "")):
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 import numpy as np  # noqa: E402
-import torch  # noqa: E402
 
 import families  # noqa: E402, F401 (registers them)
 from dnnlib.axes import Axes  # noqa: E402
@@ -34,6 +33,7 @@ from evaluation.sweep.run import Images  # noqa: E402
 from evaluation.sweep.search import Plan, search  # noqa: E402
 from evaluation.sweep.start import Wanted, open_cells  # noqa: E402
 from metrics.metric import get_metric  # noqa: E402
+from torch_utils import distributed  # noqa: E402
 from training.config import DetectorConfig  # noqa: E402
 
 SCALES = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
@@ -48,7 +48,7 @@ def make_outputs(args):
     grid = make_grid(Axes(ScoreConfig.of_snapshot(args.network), axes), STDS)
     metric = get_metric(args.metric)
     wanted = Wanted(args.network, STDS, [metric], args.ref, DetectorConfig(), args.num_images)
-    making, device = Making(batch=args.batch), torch.device("cpu")
+    making, device = Making(batch=args.batch), distributed.init()
     with open_cells(grid, wanted, making, args.folder, device) as (cells, num):
         images = [Images(cell, num, 0) for cell in range(len(grid.cells))]
         cells.make(images)
@@ -81,6 +81,8 @@ def main():
     args = parser.parse_args()
 
     vectors, labels, names, metric, reference = make_outputs(args)
+    if not distributed.is_main():
+        return
     num = len(labels)
     true = [jackknife(metric, own, reference) for own in vectors]
     best = min(range(len(true)), key=lambda cell: true[cell].value)
