@@ -1,14 +1,16 @@
 """Replays the search of fid.py sweep on a grid of which all images are known.
 
-    python demo.py --latent -- --ema-stds=0.05,0.10 --snap=1
-    python tests/replay_sweep.py --network=demo-out/runs/00000-x --ref=demo-out/digits.zip
+    python demo.py --latent
+    python train.py --outdir=demo-out/sweep-runs --data=demo-out/digits-latents \\
+        --preset=digits-latent --kimg=100 --ema-stds=0.05,0.10 --tick=10 --snap=1
+    python tests/replay_sweep.py --network=demo-out/sweep-runs/00000-x --ref=demo-out/digits.zip
 
 Makes every image of 245 cells once and keeps what the detector gives for them: seven guidance
 scales, five averages of the weights and seven numbers of steps. The true score of a cell is that of
 all its images. Each draw gives every class of image other seeds out of those that were made, the
 same in all cells, and the search of fid.py sweep runs on them as it would on new ones. The table
 says which cell it ends in, how far its true score is from the best cell's, and what two standard
-errors are. docs/sweep.md has the figures. Start again to continue; torchrun shares the images over ranks.
+errors are. docs/sweep.md has the figures. Start again to continue; torchrun shares images over ranks.
 """
 
 import argparse
