@@ -10,7 +10,7 @@ scales, five averages of the weights and seven numbers of steps. The true score 
 all its images. Each draw gives every class of image other seeds out of those that were made, the
 same in all cells, and the search of fid.py sweep runs on them as it would on new ones. The table
 says which cell it ends in, how far its true score is from the best cell's, and what two standard
-errors are. docs/sweep.md has the figures. Start again to continue; torchrun shares images over ranks.
+errors are. docs/sweep.md has the figures. Start again to continue, on any number of ranks.
 """
 
 import argparse
