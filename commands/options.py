@@ -23,7 +23,7 @@ from training.config import CPU_MATMUL, DetectorConfig
 if TYPE_CHECKING:
     import torch
 
-    from evaluation.images import ImageSource
+    from evaluation.images import ImageSource, Making
 
 AnyConfig = ScoreConfig | DetectorConfig
 
@@ -35,13 +35,10 @@ CPU_MATMUL_HELP = "What multiplies float32 matrices on CPUs.  [default: as in tr
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SourceOptions:
-    """The images that a command looks at: those of files, or those that a snapshot makes."""
+class SnapshotOptions:
+    """How a snapshot makes the images that a command looks at, beside its sampling protocol."""
 
     network: str | None = param(help="Snapshot to generate images with.")
-    images: str | None = param(
-        help="Folder, zip or .npz of generated images, in place of --network."
-    )
     guide: str | None = param(help="Second snapshot, to guide away from with --cfg-scale.")
     vae: str | None = param(
         help="Autoencoder of a latent model.  [default: where it was in training]"
@@ -53,6 +50,26 @@ class SourceOptions:
     cpu_matmul: str | None = param(choices=CPU_MATMUL, help=CPU_MATMUL_HELP)
     compile: bool = param(
         "--compile/--no-compile", default=False, help="Compile the network with torch.compile."
+    )
+
+    def start(self) -> "tuple[Making, torch.device]":
+        """Start the processes, and return how images are made and this rank's device."""
+        from evaluation.images import Making
+        from torch_utils import distributed
+        from torch_utils.misc import allow_tf32
+
+        device = distributed.init()
+        allow_tf32(self.tf32)
+        same = {name: getattr(self, name) for name in ("batch", *HOW)}
+        return Making(first_seed=self.seed, **same), device
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceOptions(SnapshotOptions):
+    """The images that a command looks at: those of files, or those that a snapshot makes."""
+
+    images: str | None = param(
+        help="Folder, zip or .npz of generated images, in place of --network."
     )
 
     def open(
@@ -67,14 +84,9 @@ class SourceOptions:
         for name in _OF_SNAPSHOTS:
             if self.images is not None and is_given(name):
                 raise click.UsageError(option_elsewhere(name, config))
-        from evaluation.images import Making, open_image_source
-        from torch_utils import distributed
-        from torch_utils.misc import allow_tf32
+        from evaluation.images import open_image_source
 
-        device = distributed.init()
-        allow_tf32(self.tf32)
-        same = {name: getattr(self, name) for name in ("batch", *HOW)}
-        making = Making(first_seed=self.seed, **same)
+        making, device = self.start()
         location, protocol = self.images or self.network, config if self.network else None
         source = open_image_source(location, protocol, device, making, shuffled=shuffled)
         return source, device
@@ -102,10 +114,10 @@ def _of_sampling() -> set[str]:
 def score_command(**given: Any) -> Callable[[Callable], click.Command]:
     """Return the decorator of a command with the options of detectors and sampling.
 
-    ``given`` is what :class:`ConfigCommand` takes.
+    ``given`` is what :class:`ConfigCommand` takes, and ``cls`` for a class that derives from it.
     """
-    own = dict(base=base_config, elsewhere=option_elsewhere)
-    return click.command(cls=ConfigCommand, **own | given)
+    own = dict(cls=ConfigCommand, base=base_config, elsewhere=option_elsewhere)
+    return click.command(**own | given)
 
 
 def parse_metrics(text: str, *, of_supports: bool = False) -> list[MetricSpec]:

@@ -29,20 +29,22 @@ IsSame = Callable[[str, Any], bool]
 _LOOK_AHEAD = 4  # Items per thread.
 
 
-def check_folder(dest: Path, what: str, is_ours: Callable[[Path], bool]) -> None:
-    """Raise ValueError if ``--dest`` cannot be, or is not, a folder of ``what`` (``latents``)."""
-    check_target("--dest", dest, is_folder=True)
+def check_folder(
+    dest: Path, what: str, is_ours: Callable[[Path], bool], option: str = "--dest"
+) -> None:
+    """Raise ValueError if ``option`` cannot be, or is not, a folder of ``what`` (``latents``)."""
+    check_target(option, dest, is_folder=True)
     if dest.suffix.lower() in (".zip", ".npz", ".npy", ".tar"):
-        raise ValueError(f"--dest: got {dest}; {what} are written to a folder, give its name.")
+        raise ValueError(f"{option}: got {dest}; {what} are written to a folder, give its name.")
     others = dest.is_dir() and any(not path.name.startswith(".") for path in dest.iterdir())
     if others and not is_ours(dest):
         remedy = "delete it or choose another name"
-        raise refusal("--dest", but=f"{dest} holds other files and no {what}", remedy=remedy)
+        raise refusal(option, but=f"{dest} holds other files and no {what}", remedy=remedy)
 
 
 @contextlib.contextmanager
-def locked(dest: Path, verb: str) -> Iterator[None]:
-    """Keep other processes out of ``--dest`` during the block, and delete what killed writes left.
+def locked(dest: Path, verb: str, option: str = "--dest") -> Iterator[None]:
+    """Keep other processes out of a folder during the block, and delete what killed writes left.
 
     Collective; rank 0 holds the lock for all. Raises ValueError, which says with ``verb`` what
     another process is doing there.
@@ -51,7 +53,7 @@ def locked(dest: Path, verb: str) -> Iterator[None]:
 
         def lock() -> None:
             dest.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(lock_folder(dest, f"--dest: another process is {verb} {dest}"))
+            stack.enter_context(lock_folder(dest, f"{option}: another process is {verb} {dest}"))
             for leftover in dest.rglob(".*.tmp"):
                 leftover.unlink()
 

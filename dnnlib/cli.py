@@ -170,7 +170,7 @@ class ConfigCommand(click.Command):
         with usage_errors(ctx):
             args = [_normalise(arg) for arg in self._expand(args)]
             config = self._base(args)
-        options = [] if config is None else [ConfigOption(setting) for setting in settings(config)]
+        options = [] if config is None else list(map(self.make_option, settings(config)))
         bools = {f"--no-{name[2:]}": name for o in options if o.setting.is_bool for name in o.opts}
         args = [f"{bools[arg]}=False" if arg in bools else arg for arg in args]
         names = [name for param in self._fixed + options for name in param.opts]
@@ -187,9 +187,15 @@ class ConfigCommand(click.Command):
             if ctx.get_parameter_source(param.name) is ParameterSource.COMMANDLINE:
                 given[param.setting.path] = value
         with usage_errors(ctx):
-            ctx.params["config"] = None if config is None else replace_settings(config, given)
+            ctx.params["config"] = None if config is None else self.settle(config, given)
         ctx.meta["given"] = {path[-1] for path in given}
         return rest
+
+    def make_option(self, setting: Setting) -> ConfigOption:
+        return ConfigOption(setting)
+
+    def settle(self, config: Config, given: dict[tuple[str, ...], Any]) -> Any:
+        return replace_settings(config, given)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
@@ -243,7 +249,7 @@ def replace_settings(config: Config, given: dict[tuple[str, ...], Any]) -> Any:
     result = dataclasses.replace(config, **changes)
     fields = {field.name: field for field in dataclasses.fields(config)}
     for name in changes:
-        problem = _without_effect(fields, name, result)
+        problem = without_effect(fields, name, result)
         if problem is not None and not fields[name].metadata["harmless"]:
             raise ValueError(problem)
         if problem is not None and launcher.number("RANK") == 0:
@@ -268,7 +274,7 @@ def _with_divisors(config: Config, changes: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _without_effect(fields: dict[str, dataclasses.Field], name: str, config: Config) -> str | None:
+def without_effect(fields: dict[str, dataclasses.Field], name: str, config: Config) -> str | None:
     """Return a sentence for a setting that other settings of its section deprive of effect."""
     option, metadata = option_name(fields[name]), fields[name].metadata
     for other, values in metadata.get("requires", {}).items():

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -122,6 +122,27 @@ class SnapshotImages:
             options["on_batch"] = bar.update
             yield from generate_for_rank(self._generator, indices, **options)
 
+    def make(self, indices: range) -> torch.Tensor:
+        """Return all the images [N, C, H, W], uint8 on the device, made by this rank alone."""
+        labels = self.labels(indices)
+        seeds = [self._first_seed + index for index in indices]
+        return self._generator.generate(seeds, None if labels is None else labels.tolist())
+
+    def sampled_by(self, config: GenerateConfig, first_seed: int | None = None) -> Self:
+        """Return the images of the same networks under another protocol, or of other seeds."""
+        protocol = dict(sampling=config.sampling, guidance=config.guidance)
+        return SnapshotImages(
+            dataclasses.replace(self._generator, **protocol),
+            self._snapshot,
+            first_seed=self._first_seed if first_seed is None else first_seed,
+            batch=self._batch,
+            class_counts=self._counts,
+        )
+
+    def protocol(self) -> dict[str, Any]:
+        """Return what a score row states of the sampling."""
+        return self._generator.protocol()
+
     def labels(self, indices: range) -> np.ndarray | None:
         if not (self._generator.num_classes and sum(self._counts)):
             return None
@@ -129,11 +150,12 @@ class SnapshotImages:
         return labels[np.arange(indices.start, indices.stop) % len(labels)]
 
     def passport(self, indices: range) -> dict[str, Any]:
-        snapshot = self._snapshot
+        snapshot, training = self._snapshot, self._snapshot.config.training
+        known = (snapshot.progress, snapshot.sha256)
         return dict(
             network=str(snapshot.path),
             seeds=seed_range(self._first_seed + indices.start, len(indices)),
-            **passport(self._generator, snapshot.config.training, self._counts, snapshot.progress),
+            **passport(self._generator, training, self._counts, *known),
         )
 
 

@@ -16,13 +16,13 @@ from families.image import (
     objective_settings,
     refuse_augmentation,
     refuse_reference,
-    run_to_sample,
     unconditional,
     with_architecture,
 )
 from families.next_steps import CONDITIONS_STEP, generate_step
 from families.reporting import reporting
 from families.runs import FeatureRun
+from families.sampled import run_to_sample
 from models.network import Network
 from torch_utils.rng import seed_after
 from training.asked import NOT_SETS, Asked, GeneratorOptions
@@ -196,12 +196,15 @@ class FeatureFamily:
     # A snapshot.
 
     def load(self, snapshot: Snapshot, device: torch.device, options: GeneratorOptions) -> Any:
-        if options.guide is not None:
-            raise ValueError("--guide: this model is guided by --text-scale and --visual-scale.")
+        self.check_sampling(snapshot, options)
         run = run_to_sample(snapshot, options, device)
         codec = _make_codec(run, snapshot.data.features["statistics"], device, options.vae)
         generator = self.generator(run, options.build(snapshot, device), codec, device)
         return dataclasses.replace(generator, trained_nimg=snapshot.progress["cur_nimg"])
+
+    def check_sampling(self, snapshot: Snapshot, options: GeneratorOptions) -> None:
+        if options.guide is not None:
+            raise ValueError("--guide: this model is guided by --text-scale and --visual-scale.")
 
     def requests(self, snapshot: Snapshot, asked: Asked) -> Any:
         from sampling.requests import PromptRequests

@@ -1,7 +1,6 @@
 """Models of images in pixels, class-conditional or not: DiffiT's U-shaped network."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,15 +13,14 @@ from data.images.dataset import ImageDataset, MirroredImages, open_dataset
 from data.samplers import MAX_POSITIONS, PositionSampler
 from diffusion.denoiser import AUTOCAST_DTYPES
 from diffusion.precond import make_precond
-from diffusion.samplers import sampling_sigmas
 from dnnlib.addresses import is_address
 from dnnlib.errors import refusal
 from families.next_steps import image_steps
 from families.reporting import check_conditions, reporting
 from families.runs import ImageRun
+from families.sampled import check_levels, run_to_sample, sampled_run
 from models.network import Network
 from sampling.images import ImageGenerator, cached_snapshot, check_guide
-from torch_utils import cpu_matmul
 from torch_utils.rng import seed_after
 from training.asked import NOT_FEATURES, NOT_SETS, Asked, GeneratorOptions
 from training.checkpoint import DataSummary, Snapshot
@@ -206,19 +204,23 @@ class ImageFamily:
     def load(
         self, snapshot: Snapshot, device: torch.device, options: GeneratorOptions
     ) -> ImageGenerator:
-        run, guide = run_to_sample(snapshot, options, device), None
+        run = run_to_sample(snapshot, options, device)
+        self.check_sampling(snapshot, options)
+        codec = self.snapshot_codec(snapshot, options.vae, device)
+        generator = self.generator(run, options.build(snapshot, device), codec, device)
+        if options.guide is None:
+            return generator
+        guide = cached_snapshot(options.guide)
+        network, sha256 = options.build(guide, device), guide.sha256
+        return dataclasses.replace(generator, guide=network, guide_hash=sha256)
+
+    def check_sampling(self, snapshot: Snapshot, options: GeneratorOptions) -> None:
+        run = sampled_run(snapshot, options)
         if options.guide is None:
             self.check_guidance(run, run.model.num_classes)
         else:
-            guide = cached_snapshot(options.guide)
-            check_guide(snapshot, guide, run.guidance)
+            check_guide(snapshot, cached_snapshot(options.guide), run.guidance)
         check_levels(run)
-        codec = self.snapshot_codec(snapshot, options.vae, device)
-        generator = self.generator(run, options.build(snapshot, device), codec, device)
-        if guide is None:
-            return generator
-        network, sha256 = options.build(guide, device), guide.sha256
-        return dataclasses.replace(generator, guide=network, guide_hash=sha256)
 
     def requests(self, snapshot: Snapshot, asked: Asked) -> Any:
         from sampling.outputs import ClassRequests, parse_classes
@@ -265,39 +267,6 @@ def objective_settings(run: RunConfig) -> dict[str, Any]:
         label_drop=run.training.label_drop or 0.0,
         autocast_dtype=AUTOCAST_DTYPES[run.training.precision],
     )
-
-
-def check_levels(run: RunConfig) -> None:
-    """Raise ValueError if the network knows none of the noise levels that are asked for.
-
-    Or if the sampler visits none of those to which guidance or churn is limited.
-    """
-    levels = sampling_sigmas(run.sampling, make_precond(run.precond))[:-1]
-    sampling, limits = run.sampling, []
-    if run.guidance.cfg_interval is not None:
-        limits.append(("--cfg-interval", run.guidance.cfg_interval))
-    if sampling.s_churn > 0:
-        limits.append(("--s-min and --s-max", (sampling.s_min, sampling.s_max or math.inf)))
-    for option, (low, high) in limits:
-        if not any(low <= level <= high for level in levels):
-            but = (
-                f"the sampler visits no noise level there, only {levels[-1]:.4g} to {levels[0]:.4g}"
-            )
-            raise refusal(option, f"{low:g} to {high:g}", but=but, remedy="choose others")
-
-
-def run_to_sample(snapshot: Snapshot, options: GeneratorOptions, device: torch.device) -> RunConfig:
-    """Return the run of a snapshot sampled as ``options`` say where they do. Collective.
-
-    Float32 matrices are multiplied as in training, where that is not told otherwise.
-    """
-    run, stored = snapshot.config, None
-    if options.cpu_matmul is None and run.training.cpu_matmul != "auto":
-        stored = run.training.cpu_matmul
-    cpu_matmul.agree(options.cpu_matmul or "auto", stored, device)
-    sampling, guidance = options.sampling or run.sampling, options.guidance or run.guidance
-    run = dataclasses.replace(run, sampling=sampling, guidance=guidance)
-    return run.changed("training", precision=options.precision or run.training.precision)
 
 
 def with_architecture(run: RunConfig, source: RunConfig, kept: Collection[str]) -> RunConfig:

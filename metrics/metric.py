@@ -50,6 +50,7 @@ class MetricSpec:
     at_least: int = 2  # The fewest images with which it means anything.
     subset_size: int | None = None  # Images in each random subset that it draws, if it draws any.
     has_reference: bool = True  # Whether real images are compared with.
+    higher_is_better: bool = False  # Of the headline.
     at_most_dataset: bool = False  # Generate no more images than the reference has.
     of_supports: bool = False  # Of images made from supports of a class, against that class.
     description: str  # One line for ``--help``.
@@ -140,6 +141,8 @@ KID["subset_size"] = _SUBSET_SIZE
 IS = dict(needs="vectors", compute=_inception_score, at_least=_NUM_SPLITS, has_reference=False)
 PR = dict(_vectors(("precision", "recall"), _precision_recall, k=3), at_least=4)
 DC = dict(_vectors(("density", "coverage"), _density_coverage, k=5), at_least=6)
+for _measure in (IS, PR, DC):
+    _measure["higher_is_better"] = True
 CMMD = _vectors(("cmmd",), _rbf_mmd)
 
 # Names are StyleGAN's: number of images, neighbours, ``full`` dataset.

@@ -242,14 +242,16 @@ def passport(
     training: TrainingConfig,
     class_counts: Sequence[int],
     progress: Mapping[str, Any] | None = None,
+    snapshot_hash: str | None = None,
 ) -> dict[str, Any]:
     """Return how the images of :func:`generate_for_rank` are made, for a score row.
 
-    ``training`` and the ``progress`` of a snapshot tell which average the weights are.
+    ``training`` and the ``progress`` of a snapshot tell which average the weights are, of which
+    ``snapshot_hash`` is the identity, where it is known.
     """
     labels = "as in the training data" if class_counts else "drawn by each seed"
     return dict(
-        snapshot_hash=weights_hash(generator.network.state_dict()),
+        snapshot_hash=snapshot_hash or weights_hash(generator.network.state_dict()),
         ema=describe_average(training, progress or {}),
         labels=labels if generator.num_classes else "none",
         **generator.protocol(),

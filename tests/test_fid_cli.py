@@ -608,6 +608,7 @@ def test_help_of_every_subcommand_shows_what_to_type(network):
             "[default: 18]",
             "fid.py calc --images=",
         ],
+        "sweep": ["--ema-std", "Guidance:", "[float,...]", "fid.py sweep --network="],
         "compare": ["FILES", "--anyway", "fid.py compare "],
     }.items():
         text = " ".join(helpers.succeed(fid, name, "--help").output.split())

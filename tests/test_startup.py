@@ -13,7 +13,7 @@ COMMANDS = [
     *(["train", f"--preset={name}", "--help"] for name in ("digits", "digits-latent")),
     *(["train", f"--preset={name}", "--help"] for name in ("fsdm-digits", "nanodit")),
     *(["fid", name, "--help"] for name in ("calc", "ref", "neighbours", "fewshot", "validate")),
-    *(["fid", name, "--help"] for name in ("conditions", "compare", "report")),
+    *(["fid", name, "--help"] for name in ("conditions", "compare", "report", "sweep")),
     *(["dataset_tool", name, "--help"] for name in ("convert", "encode", "features")),
     *(["dataset_tool", name, "--help"] for name in ("verify", "info")),
     *(["benchmark", name, "--help"] for name in ("train", "sample", "data", "attention")),

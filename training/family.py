@@ -354,6 +354,10 @@ class Family(Protocol):
         """Return the generator of a snapshot. Raises ValueError for what it cannot give."""
         ...
 
+    def check_sampling(self, snapshot: Any, options: GeneratorOptions) -> None:
+        """Raise ValueError for a protocol under which a snapshot cannot be sampled."""
+        ...
+
     def requests(self, snapshot: Any, asked: Asked) -> Requests:
         """Return what images are made from; raises ValueError for what the model does not take."""
         ...

@@ -126,7 +126,7 @@ def weighted_sums(
     return sums, snapshot
 
 
-def parse_stds(text: str) -> list[float]:
+def parse_stds(text: str, option: str = "--std") -> list[float]:
     """Return the relative stds of a list such as ``0.07,0.15``; raises ValueError otherwise."""
     try:
         stds = [float(part) for part in text.split(",")]
@@ -134,9 +134,11 @@ def parse_stds(text: str) -> list[float]:
         stds = []
     if not stds or not all(MIN_STD <= std <= MAX_STD for std in stds):
         accepted = f"numbers from {MIN_STD} to {MAX_STD}, separated by commas"
-        raise refusal("--std", repr(text), accepted=accepted)
+        raise refusal(option, repr(text), accepted=accepted)
     if len(set(map(std_name, stds))) < len(stds):
-        raise ValueError(f"--std: got {text!r}, of which two agree in their first three decimals.")
+        raise ValueError(
+            f"{option}: got {text!r}, of which two agree in their first three decimals."
+        )
     return stds
 
 

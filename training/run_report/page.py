@@ -41,7 +41,7 @@ class Draft:
             canvas.content["shared"] = True  # A run that is hidden in one chart is hidden in all.
             head, title = compare.header(runs), f"Comparison of {len(runs)} runs"
             parts = compare.sections(runs, canvas, _SAMPLES)
-        self._text = _page(title, head, parts, canvas)
+        self._text = document(title, head, parts, canvas)
         self.num_bytes = len(_encoded(self._text))
 
     def finish(self, pictures: Sequence[dict[str, list[Picture]]], footer: str) -> bytes:
@@ -76,7 +76,16 @@ def _sections(run: Run, canvas: Canvas) -> list[Html | None]:
     ]
 
 
-def _page(title: str, head: Html, parts: Sequence[Html | None], canvas: Canvas) -> str:
+def document(
+    title: str,
+    head: Html,
+    parts: Sequence[Html | None],
+    canvas: Canvas,
+    *,
+    footer: Html = _FOOTER,
+    generator: str = GENERATOR,
+) -> str:
+    """Return a page of sections, with the charts of ``canvas``, as one text."""
     parts = [part for part in parts if part is not None]
     names = [re.match(r'<section id="([\w-]+)"', part)[1] for part in parts]
     items = [tag("li", tag("a", _SHORT.get(n, n.capitalize()), href=f"#{n}")) for n in names]
@@ -88,7 +97,7 @@ def _page(title: str, head: Html, parts: Sequence[Html | None], canvas: Canvas) 
     top = tag(
         "head",
         tag("meta", charset="utf-8"),
-        tag("meta", name="generator", content=GENERATOR),
+        tag("meta", name="generator", content=generator),
         tag("meta", http_equiv="Content-Security-Policy", content=policy),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("title", title),
@@ -100,7 +109,7 @@ def _page(title: str, head: Html, parts: Sequence[Html | None], canvas: Canvas) 
         tag("header", head),
         tag("nav", tag("ul", items), aria_label="Sections"),
         tag("main", parts, id="content", tabindex=-1),
-        tag("footer", tag("p", _FOOTER)),
+        tag("footer", tag("p", footer)),
         embedded_json("data", canvas.content),
         tag("script", script),
     )

@@ -53,6 +53,11 @@ def better(name: str) -> str | None:
     return "higher" if name in _HIGHER else "lower" if name in _LOWER else None
 
 
+def is_spread(name: str) -> bool:
+    """Return whether a value is the spread of another one."""
+    return name.endswith(_SPREADS)
+
+
 def best(scores: Iterable[Score]) -> Score | None:
     """Return the best of the scores of one value during a run; None where that is unknown."""
     found = [score for score in scores if score.is_in_run]
@@ -115,7 +120,7 @@ def _scores_of_row(source: str, row: Mapping[str, Any]) -> Iterable[Score]:
         known = (kimg_of_name(Path(n).name) for n in names if isinstance(n, str))
         kimg = next((k for k in known if k is not None), None)
     for name, value in values.items():
-        if not is_finite(value) or str(name).endswith(_SPREADS):
+        if not is_finite(value) or is_spread(str(name)):
             continue
         error, error_from = _error(row, values, name, value)
         num = row.get("num_images", row.get("num"))

@@ -1,0 +1,158 @@
+"""fid.py sweep: which guidance, which steps, which average of the weights."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from commands.options import (
+    SnapshotOptions,
+    base_config,
+    metric_names,
+    parse_metrics,
+    score_command,
+    used_detectors,
+)
+from dnnlib.axes import Axes, AxesCommand, expand_ranges, options_of, typed
+from dnnlib.cli import usage_errors
+from dnnlib.click_options import param, takes
+from evaluation.config import ScoreConfig
+
+EXAMPLES = """
+  # Guidance and the number of steps of a snapshot, 100 cells:
+  torchrun --standalone --nproc_per_node=8 fid.py sweep --network=network.pkl \\
+      --ref=datasets/cifar10.zip --metrics=fid50k_full,pr50k3_full --outdir=sweep \\
+      --cfg-scale=1:3:0.25 --cfg-interval=none/0.3,5 --steps=9,12,18,24,32
+
+  # Which average of a run that was trained with --ema-stds=0.05,0.10, and which guidance:
+  python fid.py sweep --network=runs/00000-x --ref=datasets/cifar10.zip --metrics=fid10k_full \\
+      --outdir=sweep --ema-std=0.03:0.20:0.01 --cfg-scale=1:2:0.1
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepOptions:
+    ref: str | None = param(
+        help="Real images, or their statistics: .npz, .pkl in EDM2's layout, path or URL."
+    )
+    metrics: str = param(
+        required=True,
+        help="Metrics to compute, separated by commas; the first one chooses: "
+        f"{metric_names(of_supports=False)}.",
+    )
+    ema_std: str | None = param(
+        help="Relative stds of averages to compare, such as 0.05:0.20:0.01. --network is the "
+        "folder of a run with compact snapshots then."
+    )
+    num_images: int | None = param(
+        min=40,
+        max=10_000_000,
+        help="Images of a cell that the last cells are compared by.  [default: that of the first "
+        "metric]",
+    )
+    share: float = param(
+        default=0.1, min=0.001, max=1, help="Share of the whole grid's images to make, at most."
+    )
+    confidence: float = param(
+        default=0.95,
+        min=0.5,
+        max=0.999,
+        help="Confidence of the intervals, and that no cell is left out by chance.",
+    )
+    outdir: Path = param(
+        required=True, help="Folder for outputs, averages and results; start again to continue."
+    )
+
+
+def _base(args: Sequence[str]) -> Any:
+    if "--help" not in args and not any(arg.startswith("--network") for arg in args):
+        return ScoreConfig()  # The command says what is missing.
+    return base_config(args)
+
+
+@score_command(cls=AxesCommand, axes=("sampling", "guidance"), base=_base, examples=EXAMPLES)
+@takes(SnapshotOptions, "given")
+@takes(SweepOptions)
+def command(config: Axes, given: SnapshotOptions, options: SweepOptions) -> None:
+    """Search for the best guidance, sampler and average of the weights.
+
+    Options of sampling and guidance take several values: a list, 9,18,32; a range with a step,
+    1:4:0.25; pairs separated by slashes, none/0.3,5. All combinations are the cells of a grid.
+    Every cell makes images of the same seeds, few at first. Cells that are worse than the best one
+    by more than chance are left out, as are the worst of the others when images run short, and
+    what is left is compared on twice as many. The winner is scored on fresh seeds.
+
+    Writes into --outdir: report.html (heat maps, trade-offs), winner.json and cells.json (score
+    rows), and what the detectors gave for every image, with which an interrupted or extended sweep
+    goes on.
+    """
+    if given.network is None:
+        raise click.UsageError("Give --network: a snapshot, or the folder of a run.")
+    specs = parse_metrics(options.metrics)
+    names = sorted({spec.output.detector for spec in specs})
+    detectors = used_detectors(config.base, names, f"--metrics={options.metrics}")
+    with usage_errors():
+        stds = [] if options.ema_std is None else _stds(options.ema_std)
+    from evaluation.scoring import check_reference
+    from evaluation.sweep.grid import make_grid
+    from evaluation.sweep.report import commands, describe_plan, describe_result, describe_round
+    from evaluation.sweep.start import Wanted, open_cells
+    from evaluation.sweep.store import Store
+    from evaluation.sweep.sweep import run_sweep
+    from evaluation.sweep.write import write_results
+    from torch_utils import distributed
+
+    with usage_errors():
+        check_reference(specs, options.ref, "--ref")
+        grid = make_grid(config, stds)
+    Store(options.outdir).check()
+    making, device = given.start()
+    wanted = Wanted(given.network, stds, specs, options.ref, detectors, options.num_images)
+    with open_cells(grid, wanted, making, options.outdir, device) as (cells, num_images):
+        plan = cells.plan(num_images, options.share, options.confidence)
+        own = cells.grid.cells
+        distributed.print0(f"{cells.grid.describe()}\n{describe_plan(plan, len(own))}")
+        result = run_sweep(
+            cells, plan, lambda found: distributed.print0(describe_round(found, own))
+        )
+        if distributed.is_main():
+            network = str(cells.network(result.found.winner))
+            scoring = _scoring_options(options, given, config)
+            texts = commands(result, config.base, network, _how_options(given), scoring)
+            write_results(options.outdir, result, texts)
+            print(f"\n{describe_result(result)}\n")
+            for what, text in texts.items():
+                print(f"To {what}:\n  {text}")
+    distributed.shutdown()
+
+
+def _stds(text: str) -> list[float]:
+    from training.posthoc_ema import parse_stds
+
+    try:
+        return parse_stds(expand_ranges(text), "--ema-std")
+    except ValueError as error:
+        if str(error).startswith("--ema-std"):
+            raise
+        raise ValueError(
+            f"--ema-std: got the range {str(error)!r}; give START:STOP:STEP."
+        ) from None
+
+
+def _how_options(given: SnapshotOptions) -> list[str]:
+    """Return the options that say how a snapshot makes images, as typed."""
+    names = ("guide", "vae", "tf32", "precision", "cpu_matmul", "compile")
+    typed_ones = {name: getattr(given, name) for name in names}
+    options = {name.replace("_", "-"): value for name, value in typed_ones.items() if value}
+    return [
+        f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()
+    ]
+
+
+def _scoring_options(options: SweepOptions, given: SnapshotOptions, config: Axes) -> list[str]:
+    """Return the options of fid.py calc that say what images are scored by."""
+    found = [] if options.ref is None else [f"--ref={options.ref}"]
+    found += [f"--metrics={options.metrics}", f"--batch={typed(given.batch)}"]
+    return found + options_of(config.base, ScoreConfig(), ("detectors",))

@@ -1,0 +1,189 @@
+"""Options that take several values, and the configurations that their combinations are."""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+import click
+
+from dnnlib.cli import (
+    ConfigCommand,
+    ConfigOption,
+    FieldType,
+    Setting,
+    show_value,
+    without_effect,
+)
+from dnnlib.config import Config, option_name
+from dnnlib.text import number_text
+
+MAX_VALUES = 1_000  # Of one axis.
+Path = tuple[str, str]  # Names of a section and of a field in it.
+
+
+def expand_ranges(text: str) -> str:
+    """Return a list with each range START:STOP:STEP replaced by its numbers: ``1:2:0.5,4``.
+
+    A range includes its end where the steps lead there. Raises ValueError for one that is none.
+    """
+    return ",".join(itertools.chain.from_iterable(map(_numbers, text.split(","))))
+
+
+def _numbers(text: str) -> Sequence[str]:
+    if ":" not in text:
+        return [text]
+    try:
+        start, stop, step = (Decimal(number_text(part.strip())) for part in text.split(":"))
+        num = int((stop - start) / step) + 1 if step > 0 else 0
+    except (ValueError, InvalidOperation, OverflowError):
+        num = 0
+    if not 0 < num <= MAX_VALUES:
+        raise ValueError(text)
+    return [f"{start + step * index:f}" for index in range(num)]
+
+
+class AxisType(FieldType):
+    """Parses one value of a field or several.
+
+    They are separated by commas, and those that may hold commas themselves by slashes.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        choices = setting.field.metadata.get("choices")
+        self._separator = "/" if self.is_tuple or (self.element is str and not choices) else ","
+        self._has_ranges = not self.is_tuple and self.element in (int, float)
+        self.name += "/..." if self._separator == "/" else ",..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            text = expand_ranges(value) if self._has_ranges else value
+        except ValueError as error:
+            accepted = "START:STOP:STEP with a STEP above 0 and up to 1,000 values, such as 1:4:0.5"
+            self.fail(f"got the range {str(error)!r}; accepted: {accepted}.", param, ctx)
+        convert = super().convert
+        values = [convert(part, param, ctx) for part in text.split(self._separator)]
+        if len(set(values)) < len(values):
+            self.fail(f"got {value!r}, which holds a value twice.", param, ctx)
+        return tuple(values)
+
+
+class AxisOption(ConfigOption):
+    """An option of one setting that takes several values."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.type = AxisType(setting)
+
+
+class AxesCommand(ConfigCommand):
+    """A command that gets, as ``config``, the :class:`Axes` of what was typed.
+
+    Options of the sections ``axes`` of the configuration take several values.
+    """
+
+    def __init__(self, *args: Any, axes: Sequence[str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._axes = axes
+
+    def make_option(self, setting: Setting) -> ConfigOption:
+        return (
+            AxisOption(setting) if setting.path[0] in self._axes else super().make_option(setting)
+        )
+
+    def settle(self, config: Config, given: dict[tuple[str, ...], Any]) -> Any:
+        lists = {path: values for path, values in given.items() if path[0] in self._axes}
+        others = {path: value for path, value in given.items() if path not in lists}
+        return Axes(super().settle(config, others), lists)
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """A configuration, and the values that some of its settings take in turn."""
+
+    base: Config
+    values: Mapping[Path, Sequence[Any]]
+
+    def configs(self) -> dict[Config, dict[str, Any]]:
+        """Return every combination once, with its values by the names of the options.
+
+        A setting that the others deprive of effect keeps its value of the base. Raises ValueError
+        for values out of range, and for a setting without effect in all combinations.
+        """
+        found: dict[Config, dict[str, Any]] = {}
+        problems: dict[Path, str] = {}
+        effective: set[Path] = set()
+        for values in itertools.product(*self.values.values()):
+            chosen = dict(zip(self.values, values, strict=True))
+            while True:
+                config = self._with(chosen)
+                idle = _without_effect(config, chosen)
+                if not idle:
+                    break
+                problems |= idle
+                chosen = {path: value for path, value in chosen.items() if path not in idle}
+            effective |= chosen.keys()
+            own = {self.name(path): _at(config, path) for path in self.values}
+            found.setdefault(config, own)
+        for path, problem in problems.items():
+            if path not in effective:
+                raise ValueError(problem)
+        return found
+
+    def name(self, path: Path) -> str:
+        """Return the name of the option of a setting, without the dashes."""
+        return option_name(_fields(getattr(self.base, path[0]))[path[1]])
+
+    def _with(self, chosen: Mapping[Path, Any]) -> Config:
+        sections: dict[str, dict[str, Any]] = {}
+        for (section, name), value in chosen.items():
+            sections.setdefault(section, {})[name] = value
+        changed = {
+            section: dataclasses.replace(getattr(self.base, section), **own)
+            for section, own in sections.items()
+        }
+        return dataclasses.replace(self.base, **changed)
+
+
+def _fields(section: Config) -> dict[str, dataclasses.Field]:
+    return {field.name: field for field in dataclasses.fields(section)}
+
+
+def _at(config: Config, path: Path) -> Any:
+    return getattr(getattr(config, path[0]), path[1])
+
+
+def _without_effect(config: Config, chosen: Mapping[Path, Any]) -> dict[Path, str]:
+    """Return those of the chosen settings that have no effect, with the sentences that say so."""
+    found = {}
+    for section, name in chosen:
+        own = getattr(config, section)
+        problem = without_effect(_fields(own), name, own)
+        if problem is not None:
+            found[section, name] = problem
+    return found
+
+
+def typed(value: Any) -> str:
+    """Return a value as it is to be typed to be the same to the last digit."""
+    if isinstance(value, tuple):
+        return ",".join(map(typed, value)) or "none"
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
+    return show_value(value)
+
+
+def options_of(config: Config, base: Config, sections: Sequence[str]) -> list[str]:
+    """Return the options that make of ``base`` the sections of ``config``, as they are typed."""
+    options = []
+    for section in sections:
+        own, other = getattr(config, section), getattr(base, section)
+        for name, field in _fields(own).items():
+            changed = getattr(own, name) != getattr(other, name)
+            if changed and without_effect(_fields(own), name, own) is None:
+                options.append(f"--{option_name(field)}={typed(getattr(own, name))}")
+    return options

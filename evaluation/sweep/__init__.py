@@ -1,0 +1,1 @@
+"""Which sampling protocol, and which average of the weights, scores best."""

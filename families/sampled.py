@@ -1,0 +1,53 @@
+"""The run of a snapshot as it is to be sampled, and whether its network can be."""
+
+import dataclasses
+import math
+
+import torch
+
+from diffusion.precond import make_precond
+from diffusion.samplers import sampling_sigmas
+from dnnlib.errors import refusal
+from torch_utils import cpu_matmul
+from training.asked import GeneratorOptions
+from training.checkpoint import Snapshot
+from training.config import RunConfig
+
+
+def check_levels(run: RunConfig) -> None:
+    """Raise ValueError if the network knows none of the noise levels that are asked for.
+
+    Or if the sampler visits none of those to which guidance or churn is limited.
+    """
+    levels = sampling_sigmas(run.sampling, make_precond(run.precond))[:-1]
+    sampling, limits = run.sampling, []
+    if run.guidance.cfg_interval is not None:
+        limits.append(("--cfg-interval", run.guidance.cfg_interval))
+    if sampling.s_churn > 0:
+        limits.append(("--s-min and --s-max", (sampling.s_min, sampling.s_max or math.inf)))
+    for option, (low, high) in limits:
+        if not any(low <= level <= high for level in levels):
+            but = (
+                f"the sampler visits no noise level there, only {levels[-1]:.4g} to {levels[0]:.4g}"
+            )
+            raise refusal(option, f"{low:g} to {high:g}", but=but, remedy="choose others")
+
+
+def run_to_sample(snapshot: Snapshot, options: GeneratorOptions, device: torch.device) -> RunConfig:
+    """Return the run of a snapshot sampled as ``options`` say where they do. Collective.
+
+    Float32 matrices are multiplied as in training, where that is not told otherwise.
+    """
+    run, stored = snapshot.config, None
+    if options.cpu_matmul is None and run.training.cpu_matmul != "auto":
+        stored = run.training.cpu_matmul
+    cpu_matmul.agree(options.cpu_matmul or "auto", stored, device)
+    return sampled_run(snapshot, options)
+
+
+def sampled_run(snapshot: Snapshot, options: GeneratorOptions) -> RunConfig:
+    """Return the run of a snapshot with the protocol and arithmetic that are asked for."""
+    run = snapshot.config
+    sampling, guidance = options.sampling or run.sampling, options.guidance or run.guidance
+    run = dataclasses.replace(run, sampling=sampling, guidance=guidance)
+    return run.changed("training", precision=options.precision or run.training.precision)
