@@ -12,7 +12,7 @@ from torch_utils import rng
 from torch_utils.parameters import Parameters
 from training.config import fit_to_device
 from training.ema import EMA
-from training.memory import (
+from training.resources.memory import (
     pass_bytes,
     predict_disk,
     predict_memory,

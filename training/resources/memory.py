@@ -33,7 +33,7 @@ _CPU = torch.device("cpu")
 _FRAGMENTS = 0.3
 # What a process that trains has loaded besides, in bytes, beyond what one has that only predicts.
 _LATER_LIBRARIES = 35 << 20
-_CUDA_CONTEXT = 500 << 20
+CUDA_CONTEXT = 500 << 20  # What a process takes of a GPU's memory before it allocates any.
 _MIXED = {"bf16": 2, "fp16": 2}
 
 
@@ -82,7 +82,7 @@ def predict_memory(config: RunConfig, world_size: int, device_type: str) -> Memo
     lasting *= 4 + num_averages
     gathered = _gathered_bytes(config) if shards > 1 else 0
     passes, pictures = pass_bytes(config, batch_gpu), picture_bytes(config)
-    fragments, copy, libraries = 0, 0, _CUDA_CONTEXT
+    fragments, copy, libraries = 0, 0, CUDA_CONTEXT
     if on_cpu:
         fragments = round(_FRAGMENTS * (lasting + gathered + passes))
         copy = size * (3 + num_averages) // world_size
