@@ -12,6 +12,7 @@ from torch_utils import rng
 from torch_utils.parameters import Parameters
 from training.config import fit_to_device
 from training.ema import EMA
+from training.optimizer import GuardedAdam
 from training.resources.memory import (
     pass_bytes,
     predict_disk,
@@ -19,7 +20,6 @@ from training.resources.memory import (
     step_traffic,
     weight_bytes,
 )
-from training.optimizer import GuardedAdam
 from training.runs import read_start
 
 

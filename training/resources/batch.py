@@ -1,8 +1,6 @@
 """``--batch-gpu=auto``: the largest batch that a rank holds at once."""
 
 import bisect
-import dataclasses
-import functools
 from collections.abc import Callable
 
 import psutil
@@ -25,15 +23,16 @@ _RESERVE = 0.1
 def settle_batch(
     config: RunConfig, world_size: int, device: torch.device, report: Callable[[str], None]
 ) -> RunConfig:
-    """Return ``config``, which has ``--batch-gpu=auto``, with that decided for the memory of this device.
+    """Return ``config`` with its ``--batch-gpu=auto`` decided for the memory of this device.
 
     It becomes the largest divisor of a rank's share of the batch that fits on every rank, by
     prediction, with a tenth of the memory in reserve. Collective. Raises ValueError if not even one
     row fits.
     """
     capacity = min(distributed.gather_objects(memory_of_rank(device)))
-    search = _Search(config, world_size, device.type, capacity)
-    found, needed = distributed.on_main(search.largest)
+    found, needed = distributed.on_main(
+        lambda: largest_batch(config, world_size, device.type, capacity)
+    )
     report(
         f"--batch-gpu=auto: {found} per pass, for which a rank needs {_bytes(needed)} of "
         f"{_bytes(capacity)}, with {_RESERVE:.0%} in reserve."
@@ -52,8 +51,8 @@ def still_fits(config: RunConfig, world_size: int, device: torch.device) -> bool
         return False
     batch_gpu, _ = accumulation_rounds(config.training, world_size)
     capacity = min(distributed.gather_objects(memory_of_rank(device)))
-    search = _Search(config, world_size, device.type, capacity)
-    return distributed.on_main(lambda: search.needed(batch_gpu) <= capacity)
+    sizes = batch_gpu, world_size, device.type
+    return distributed.on_main(lambda: _needed(config, *sizes) <= capacity)
 
 
 def memory_of_rank(device: torch.device) -> int:
@@ -68,50 +67,45 @@ def memory_of_rank(device: torch.device) -> int:
     return psutil.Process().memory_info().rss + shared
 
 
-@dataclasses.dataclass(frozen=True)
-class _Search:
-    """A run whose batch a rank is sought, and the memory of a rank, in bytes."""
+def largest_batch(
+    config: RunConfig, world_size: int, device_type: str, capacity: int
+) -> tuple[int, int]:
+    """Return the largest batch per pass that fits in ``capacity``, and the bytes it needs.
 
-    config: RunConfig
-    world_size: int
-    device_type: str
-    capacity: int
+    Raises ValueError if there is none.
+    """
+    sizes, needed = divisors(rows_per_rank(config.training, world_size)), {}
 
-    def needed(self, batch_gpu: int) -> int:
-        """Return the bytes that a rank needs with so many rows a pass."""
-        config = self.config.changed("training", batch_gpu=batch_gpu)
-        return predict_memory(config, self.world_size, self.device_type).total
+    def exceeds(size: int) -> bool:
+        needed[size] = _needed(config, size, world_size, device_type)
+        return needed[size] > (1 - _RESERVE) * capacity
 
-    def largest(self) -> tuple[int, int]:
-        """Return the largest batch that fits, and the bytes that a rank needs with it.
+    # What lasts is the same for all of them, and passes grow with their rows.
+    fitting = bisect.bisect_left(sizes, True, key=exceeds)
+    if not fitting:
+        raise _refusal(config, world_size, needed[sizes[0]], capacity)
+    return sizes[fitting - 1], needed[sizes[fitting - 1]]
 
-        Raises ValueError if there is none.
-        """
-        sizes = divisors(rows_per_rank(self.config.training, self.world_size))
-        allowed = (1 - _RESERVE) * self.capacity
-        needed = functools.cache(self.needed)
-        # What lasts is the same for all of them, and passes grow with their rows.
-        fitting = bisect.bisect_left(sizes, True, key=lambda size: needed(size) > allowed)
-        if not fitting:
-            raise self._refusal(needed(sizes[0]))
-        found = sizes[fitting - 1]
-        return found, needed(found)
 
-    def _refusal(self, needed: int) -> ValueError:
-        but = f"a pass of 1 takes {_bytes(needed)} a rank, and of {_bytes(self.capacity)} there must be "
-        but += f"{_RESERVE:.0%} in reserve"
-        remedies = []
-        if self.config.training.shard == "none" and self.world_size > 1:
-            remedies.append("divide the weights with --shard=full")
-        elif self.world_size == 1:
-            remedies.append("train on several ranks with --shard=full")
-        else:
-            remedies.append("train on more ranks")
-        if not self.config.model.checkpointing:
-            remedies.append("add --checkpointing")
-        remedies.append("choose a smaller model")
-        remedy = f"{', '.join(remedies[:-1])} or {remedies[-1]}"
-        return refusal("--batch-gpu", "auto", but=but, remedy=remedy)
+def _needed(config: RunConfig, batch_gpu: int, world_size: int, device_type: str) -> int:
+    config = config.changed("training", batch_gpu=batch_gpu)
+    return predict_memory(config, world_size, device_type).total
+
+
+def _refusal(config: RunConfig, world_size: int, needed: int, capacity: int) -> ValueError:
+    but = f"a pass of 1 takes {_bytes(needed)} a rank, which has {_bytes(capacity)}, "
+    but += f"{_RESERVE:.0%} of it in reserve"
+    remedies = []
+    if config.training.shard == "none":
+        where = "on several ranks " if world_size == 1 else ""
+        remedies.append(f"divide the weights {where}with --shard=full")
+    else:
+        remedies.append("train on more ranks")
+    if not config.model.checkpointing:
+        remedies.append("add --checkpointing")
+    remedies.append("choose a smaller model")
+    remedy = f"{', '.join(remedies[:-1])} or {remedies[-1]}"
+    return refusal("--batch-gpu", "auto", but=but, remedy=remedy)
 
 
 def _bytes(size: int) -> str:
