@@ -197,8 +197,10 @@ def _stops_table(all_facts: Iterable[Facts], gpu: Gpu) -> str:
         why, change = why_it_stops(facts, gpu, with_fixed_batch)
         later, change_later = why_it_stops(facts, gpu, with_growing_batch)
         rows.append(
-            [f"`{facts.preset}`", f"{facts.batch}", f"{fixed:,}", why, change]
-            + [f"{growing:,}" if later else f"{growing:,} or more", later, change_later]
+            [
+                *(f"`{facts.preset}`", f"{facts.batch}", f"{fixed:,}", why, change),
+                *(f"{growing:,}" if later else f"{growing:,} or more", later, change_later),
+            ]
         )
     head = ["preset", "batch", "GPUs", "what ends it", "what to change"]
     return table([*head, "GPUs with growing batch", "what ends it", "what to change"], rows)
@@ -275,8 +277,10 @@ def _sensitivity_table(all_facts: Iterable[Facts], h100: Gpu, a100: Gpu) -> str:
 
 def _gpus_table() -> str:
     rows = [
-        [gpu.name, f"{gpu.flops / 1e12:g}", f"{gpu.memory_rate / 1e12:g}"]
-        + [f"{gpu.nvlink_rate / 1e9:g}", f"{gpu.network_rate / 1e9:g}", gpu.source]
+        [
+            *(gpu.name, f"{gpu.flops / 1e12:g}", f"{gpu.memory_rate / 1e12:g}"),
+            *(f"{gpu.nvlink_rate / 1e9:g}", f"{gpu.network_rate / 1e9:g}", gpu.source),
+        ]
         for gpu in GPUS.values()
     ]
     head = ["GPU", "bf16, TFLOP/s", "its memory, TB/s", "NVLink, GB/s", "network, GB/s"]
