@@ -301,6 +301,10 @@ def _with_batch_before(job: Job, state: dict[str, Any] | None) -> Job:
 
     config = job.config.changed("training", batch_gpu=stored)
     if not still_fits(config, distributed.world_size(), job.device):
+        distributed.print0(
+            f"--batch-gpu=auto: {stored} per pass in the run so far do not fit here: what follows "
+            "differs in the last bits from a run that was never interrupted."
+        )
         return job
     distributed.print0(f"--batch-gpu=auto: {stored} per pass, as in the run so far.")
     evaluator = family_of(config).evaluator(config, job.data, job.device)

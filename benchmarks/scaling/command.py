@@ -14,6 +14,7 @@ from benchmarks.scaling.host import HOST_FILE, read_measured
 from benchmarks.scaling.measure import measure
 from benchmarks.scaling.page import PAGE, PICTURE, breakdown, page, series
 from configs.presets import get_preset
+from dnnlib.cli import usage_errors
 from dnnlib.files import atomic_write, write_json
 from dnnlib.progress import progress
 from torch_utils.charts import check_charts
@@ -25,7 +26,8 @@ def show(options: ScalingOptions) -> None:
     """Do what the options of ``benchmark.py scaling`` ask for."""
     if options.write:
         check_charts("--write")
-    get_preset(options.preset)
+    with usage_errors():
+        get_preset(options.preset)
     if options.measure:
         measure(HOST_FILE)
     if options.write:
