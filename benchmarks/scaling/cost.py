@@ -201,7 +201,7 @@ class Reliability:
     Attributes:
         failures_per_hour: Of any of the GPUs.
         stall: Seconds for which training stands still for a state.
-        interval: The best number of seconds between two states.
+        interval: Seconds between two states.
         lost: Share of the time that states, repeated steps and restarts take.
     """
 
@@ -211,8 +211,8 @@ class Reliability:
     lost: float
 
 
-def reliability(facts: Facts, num_gpus: int) -> Reliability:
-    """Return what states cost, with the best interval between them.
+def reliability(facts: Facts, num_gpus: int, interval: float | None = None) -> Reliability:
+    """Return what states cost, at an interval between them in seconds, or at the best one.
 
     sqrt(2 x stall x time between failures) (Young 1974, doi 10.1145/361147.361115), but no less
     than a state takes to be written. A failure repeats half an interval and what the last state
@@ -222,7 +222,8 @@ def reliability(facts: Facts, num_gpus: int) -> Reliability:
     between = HOURS_BETWEEN_FAILURES * 3600 / num_gpus
     stall = STALL_SEC_PER_GB * facts.state_bytes / 1e9 / nodes
     writing = facts.state_bytes / nodes / WRITE_RATE
-    interval = max(math.sqrt(2 * stall * between), writing)
+    if interval is None:
+        interval = max(math.sqrt(2 * stall * between), writing)
     lost = stall / interval + (interval / 2 + writing + RESTART_SEC) / between
     return Reliability(3600 / between, stall, interval, lost)
 
@@ -236,14 +237,12 @@ def images_per_second(
     return images / step(facts, gpu, plan, utilisation).total * (1 - lost)
 
 
-def efficiency(facts: Facts, gpu: Gpu, plan: Plan, utilisation: float = UTILISATION) -> float:
-    """Return the images a second of a GPU, relative to one that trains alone in such passes.
-
-    That one has the whole batch of the preset.
-    """
-    alone = Plan(1, facts.batch, facts.batch_gpu)
-    own = images_per_second(facts, gpu, plan, utilisation) / plan.num_gpus
-    return own / images_per_second(facts, gpu, alone, utilisation)
+def efficiency(
+    facts: Facts, gpu: Gpu, plan: Plan, alone: Plan, utilisation: float = UTILISATION
+) -> float:
+    """Return the images a second of a GPU, relative to those of one that trains ``alone``."""
+    own, one = (images_per_second(facts, gpu, p, utilisation) for p in (plan, alone))
+    return own / plan.num_gpus / one
 
 
 def with_fixed_batch(facts: Facts, num_gpus: int, shard: str = "none") -> Plan | None:

@@ -35,7 +35,7 @@ _CAUSES = {
     "stragglers": ("waiting for the slowest", "slower GPUs found and replaced"),
 }
 _NO_ROWS = ("no more rows", "a larger `--batch`")
-_FAILURES = ("failures", "states of their own on faster disks")
+_FAILURES = ("failures", "states more often")
 
 Planner = Callable[[Facts, int], Plan | None]
 
@@ -58,8 +58,8 @@ def series(facts: Mapping[str, Facts]) -> dict[str, dict[str, list[tuple[int, fl
 
 
 def _line(facts: Facts, gpu: Gpu, planner: Planner) -> list[tuple[int, float]]:
-    plans = [(num, planner(facts, num)) for num in NUMBERS]
-    return [(num, efficiency(facts, gpu, plan)) for num, plan in plans if plan is not None]
+    alone, plans = planner(facts, 1), [(num, planner(facts, num)) for num in NUMBERS]
+    return [(num, efficiency(facts, gpu, plan, alone)) for num, plan in plans if plan is not None]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -165,27 +165,30 @@ def last_good(
     facts: Facts, gpu: Gpu, planner: Planner, utilisation: float = hardware.UTILISATION
 ) -> int:
     """Return the most GPUs up to which efficiency is never below the goal."""
-    last = 1
+    last, alone = 1, planner(facts, 1)
     for num in NUMBERS:
         plan = planner(facts, num)
-        if plan is None or efficiency(facts, gpu, plan, utilisation) < GOAL:
+        if plan is None or efficiency(facts, gpu, plan, alone, utilisation) < GOAL:
             return last
         last = num
     return last
 
 
 def why_it_stops(facts: Facts, gpu: Gpu, planner: Planner) -> tuple[str, str]:
-    """Return what takes most of the step beyond the last good number, and what to change."""
+    """Return what takes most time more beyond the last good number, and what to change."""
     num = 2 * last_good(facts, gpu, planner)
     if num > NUMBERS[-1]:
         return "", ""
-    plan = planner(facts, num)
+    plan, alone = planner(facts, num), planner(facts, 1)
     if plan is None:
         return _NO_ROWS
-    took = step(facts, gpu, plan)
-    costs = {name: getattr(took, name) for name in _CAUSES}
+    took, took_alone = step(facts, gpu, plan), step(facts, gpu, alone)
+    costs = {
+        cause: getattr(took, cause) / plan.rows - getattr(took_alone, cause) / alone.rows
+        for cause in _CAUSES
+    }
     largest = max(costs, key=costs.__getitem__)
-    if reliability(facts, num).lost * took.total > costs[largest]:
+    if reliability(facts, num).lost * took.total / plan.rows > costs[largest]:
         return _FAILURES
     return _CAUSES[largest]
 
@@ -208,7 +211,7 @@ def _stops_table(all_facts: Iterable[Facts], gpu: Gpu) -> str:
 
 def breakdown(facts: Facts, gpu: Gpu, planner: Planner) -> str:
     """Return a table of what the steps of a preset are made of, by number of GPUs."""
-    rows = []
+    rows, alone = [], planner(facts, 1)
     for num in NUMBERS:
         plan = planner(facts, num)
         if plan is None:
@@ -219,7 +222,7 @@ def breakdown(facts: Facts, gpu: Gpu, planner: Planner) -> str:
             [f"{num:,}", f"{plan.rows:g}"]
             + [f"{1e3 * seconds:.1f}" for seconds in (*vars(took).values(), took.total)]
             + [f"{lost:.2%}", f"{images_per_second(facts, gpu, plan):,.0f}"]
-            + [f"{efficiency(facts, gpu, plan):.0%}"]
+            + [f"{efficiency(facts, gpu, plan, alone):.0%}"]
         )
     head = ["GPUs", "rows each", "rows, ms", "launches, ms", "update, ms", "traffic, ms"]
     head += ["stragglers, ms", "step, ms", "lost to failures", "images/s", "efficiency"]
@@ -229,13 +232,11 @@ def breakdown(facts: Facts, gpu: Gpu, planner: Planner) -> str:
 def _sharding_table(all_facts: Iterable[Facts], gpu: Gpu) -> str:
     numbers, rows = (8, 64, 512, 4096), []
     for facts in all_facts:
-        cells = [f"`{facts.preset}`"]
+        cells, alone = [f"`{facts.preset}`"], with_growing_batch(facts, 1)
         for num in numbers:
-            shares = [
-                f"{100 * efficiency(facts, gpu, with_growing_batch(facts, num, shard)):.0f}"
-                for shard in ("none", "full", "hybrid")
-            ]
-            cells.append(", ".join(shares))
+            plans = (with_growing_batch(facts, num, shard) for shard in ("none", "full", "hybrid"))
+            shares = [efficiency(facts, gpu, plan, alone) for plan in plans]
+            cells.append(", ".join(f"{100 * share:.0f}" for share in shares))
         rows.append(cells)
     return table(["preset", *(f"{num:,} GPUs" for num in numbers)], rows)
 
@@ -255,8 +256,8 @@ def _failures_table(all_facts: Iterable[Facts]) -> str:
     for facts in all_facts:
         cells = [f"`{facts.preset}`"]
         for num in numbers:
-            found = reliability(facts, num)
-            cells.append(f"{_duration(found.interval)} ({found.lost:.1%})")
+            best, hourly = reliability(facts, num), reliability(facts, num, 3600)
+            cells.append(f"{_duration(best.interval)} ({best.lost:.2%}, {hourly.lost:.2%})")
         rows.append(cells)
     per_hour = [f"{reliability(facts, num).failures_per_hour:.2g}" for num in numbers]
     return table(
