@@ -16,6 +16,19 @@ def rows_per_rank(training: TrainingConfig, world_size: int) -> int:
     return -(-training.batch // world_size)
 
 
+def possible_passes(training: TrainingConfig, world_size: int) -> list[int]:
+    """Return the --batch-gpu that ranks can have, the smallest first.
+
+    Equal shares are divided evenly. Others can have any number of passes, but none of one row, as
+    some ranks would have a pass more.
+    """
+    per_rank = rows_per_rank(training, world_size)
+    if training.batch % world_size == 0:
+        return divisors(per_rank)
+    sizes = {-(-per_rank // rounds) for rounds in range(1, per_rank + 1)}
+    return sorted(sizes - {1}) or [per_rank]
+
+
 def accumulation_rounds(training: TrainingConfig, world_size: int) -> tuple[int, int]:
     """Return how many rows a rank has in a pass at most, and in how many passes it does a step.
 

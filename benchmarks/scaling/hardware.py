@@ -3,23 +3,24 @@
 import dataclasses
 
 GPUS_PER_NODE = 8
-# Of links and of the peak of matrix products, what training makes of them.
+# Of links and of the peak of matrix products, what training makes of them. Assumed; Llama 3 reports
+# 38 to 43% of the peak (arXiv 2407.21783, Table 4).
 LINK_SHARE = 0.8
 UTILISATION = 0.4
-# Seconds for which the host is busy with an operator of a compiled network.
+# Seconds for which the host is busy with an operator of a compiled network. Assumed.
 OPERATOR_SEC = 4e-6
-# Spread of the time that one GPU takes for the same step, relative to its mean.
+# Spread of the time that one GPU takes for the same step, relative to its mean. Assumed.
 STEP_SPREAD = 0.01
-# Latencies of NCCL in seconds, as its own choice of algorithms assumes them (protocol Simple): a
-# call, a step over NVLink, a step over the network. NVIDIA/nccl, src/graph/tuning.cc.
-CALL_SEC, NVLINK_STEP_SEC, NETWORK_STEP_SEC = 8.4e-6, 4e-6, 14e-6
+# Latencies in seconds that NCCL itself assumes of its rings (protocol Simple) when it chooses among
+# algorithms, here for its trees, too: a call, a step over NVLink, a step over the network.
+# NVIDIA/nccl, src/graph/tuning.cc, commit b647562: baseLat and hwLat.
+CALL_SEC, NVLINK_STEP_SEC, NETWORK_STEP_SEC = 8.4e-6, 3.4e-6, 14e-6
 # Bytes of gradients that DistributedDataParallel sums at a time.
 BUCKET_BYTES = 25 << 20
 # 419 unexpected interruptions of 16,384 H100 in 54 days: Llama 3, arXiv 2407.21783.
 HOURS_BETWEEN_FAILURES = 16_384 * 54 * 24 / 419
-WRITE_RATE = 1e9  # Bytes of a state that a node writes a second.
-# From a failure to the first step after it.
-RESTART_SEC = 180.0
+WRITE_RATE = 1e9  # Bytes of a state that a node writes a second. Assumed.
+RESTART_SEC = 180.0  # From a failure to the first step after it. Assumed.
 
 
 @dataclasses.dataclass(frozen=True)

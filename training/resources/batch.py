@@ -12,7 +12,7 @@ from dnnlib.memory import available_memory
 from dnnlib.text import format_count
 from torch_utils import distributed
 from training.config import RunConfig
-from training.division import accumulation_rounds, check_division, divisors, rows_per_rank
+from training.division import accumulation_rounds, check_division, possible_passes
 from training.resources.memory import CUDA_CONTEXT, predict_memory
 
 # Of a rank's memory, for what a prediction does not know: workspaces of libraries, detectors, other
@@ -25,9 +25,9 @@ def settle_batch(
 ) -> RunConfig:
     """Return ``config`` with its ``--batch-gpu=auto`` decided for the memory of this device.
 
-    It becomes the largest divisor of a rank's share of the batch that fits on every rank, by
-    prediction, with a tenth of the memory in reserve. Collective. Raises ValueError if not even one
-    row fits.
+    It becomes the largest part of a rank's share of the batch that fits on every rank, by
+    prediction, with a tenth of the memory in reserve. Collective. Raises ValueError if not even the
+    smallest fits.
     """
     capacity = min(distributed.gather_objects(memory_of_rank(device)))
     found, needed = distributed.on_main(
@@ -74,7 +74,7 @@ def largest_batch(
 
     Raises ValueError if there is none.
     """
-    sizes, needed = divisors(rows_per_rank(config.training, world_size)), {}
+    sizes, needed = possible_passes(config.training, world_size), {}
 
     def exceeds(size: int) -> bool:
         needed[size] = _needed(config, size, world_size, device_type)
@@ -93,7 +93,7 @@ def _needed(config: RunConfig, batch_gpu: int, world_size: int, device_type: str
 
 
 def _refusal(config: RunConfig, world_size: int, needed: int, capacity: int) -> ValueError:
-    but = f"a pass of 1 takes {_bytes(needed)} a rank, which has {_bytes(capacity)}, "
+    but = f"the smallest pass takes {_bytes(needed)} a rank, which has {_bytes(capacity)}, "
     but += f"{_RESERVE:.0%} of it in reserve"
     remedies = []
     if config.training.shard == "none":

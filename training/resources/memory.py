@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import warnings
 import weakref
@@ -16,7 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dnnlib.text import format_count
-from models import build_network
+from models import ModelConfig, build_network
 from torch_utils import rng
 from torch_utils.misc import count_parameters
 from torch_utils.parameters import Parameters
@@ -109,9 +110,16 @@ def weight_bytes(config: RunConfig) -> int:
 def pass_bytes(config: RunConfig, batch: int) -> int:
     """Return what a step with a pass of ``batch`` rows needs at most, beyond what lasts.
 
-    The step is made with tensors that have a shape and no content.
+    The step is made with tensors that have a shape and no content, once for runs that differ in how
+    they share the batch.
     """
-    network = _meta_network(config).train().requires_grad_(True)
+    shared = dict(batch=batch, batch_gpu=None, shard="none", shard_size=None)
+    return _pass_bytes(config.changed("training", **shared), batch)
+
+
+@functools.lru_cache(maxsize=64)
+def _pass_bytes(config: RunConfig, batch: int) -> int:
+    network = _meta_network(config.model).train().requires_grad_(True)
     objective = family.of(config).objective(config, network, _NoCodec())
     with _counted() as live:
         network.to_empty(device=_CPU)
@@ -120,22 +128,27 @@ def pass_bytes(config: RunConfig, batch: int) -> int:
         settings = dict(beta2=config.training.beta2, weight_decay=0.0)
         optimizer = GuardedAdam(parameters, clip_grad=config.training.clip_grad, **settings)
         images, cond = objective.example(batch, _CPU)
-        shape = tuple(images.shape[-3:])
-        for _ in range(2):  # The first step makes Adam's moments.
-            optimizer.zero_grad()
-            lasting, live.peak = live.now, live.now
-            draws = objective.draw(rng.Step(0, 0, batch, shape, _CPU))
-            with parameters.accumulating():
-                objective(images, cond, draws).sum().backward()
-            optimizer.step(1e-4)
-            ema.update(0.5, optimizer.skipped)
+        for param in parameters.own:
+            param.grad = torch.zeros_like(param)
+        optimizer.step(1e-4)  # The first step makes Adam's moments.
+        optimizer.zero_grad()
+        lasting = live.peak = live.now
+        draws = objective.draw(rng.Step(0, 0, batch, tuple(images.shape[-3:]), _CPU))
+        with parameters.accumulating():
+            objective(images, cond, draws).sum().backward()
+        optimizer.step(1e-4)
+        ema.update(0.5, optimizer.skipped)
     return live.peak - lasting - sum(param.nbytes for param in parameters.own)
 
 
 def picture_bytes(config: RunConfig) -> int:
     """Return what sampling a batch for pictures, without guidance, needs at most."""
-    model, batch = config.model, min(config.logging.sample_batch, 64)
-    network = _meta_network(config).eval().requires_grad_(False)
+    return _picture_bytes(config.model, min(config.logging.sample_batch, 64))
+
+
+@functools.lru_cache(maxsize=4)
+def _picture_bytes(model: ModelConfig, batch: int) -> int:
+    network = _meta_network(model).eval().requires_grad_(False)
     with _counted() as live, torch.no_grad():
         network.to_empty(device=_CPU)
         lasting = live.peak = live.now
@@ -265,8 +278,7 @@ class _NoCodec:
         """Return nothing, as a codec without random numbers does."""
 
 
-def _meta_network(config: RunConfig) -> nn.Module:
-    model = config.model
+def _meta_network(model: ModelConfig) -> nn.Module:
     if model.attention == "flex":  # Knows no such tensors; SDPA keeps the same.
         model = dataclasses.replace(model, attention="sdpa")
     with torch.device("meta"):
