@@ -1,5 +1,6 @@
 """--batch-gpu=auto: what memory holds, agreed on by all ranks, kept by a resume."""
 
+import dataclasses
 import json
 
 import helpers
@@ -9,6 +10,7 @@ from training_runs import only_run
 
 import train
 from dnnlib.memory import available_memory, group_rooms
+from training.division import possible_passes
 from training.resources import batch as auto_batch
 from training.resources.memory import predict_memory
 from training.runs import read_start
@@ -27,11 +29,15 @@ def base(tmp_path_factory):
     return tmp_path_factory.getbasetemp()
 
 
-def limit(monkeypatch, megabytes):
-    """Let this process have so many megabytes beyond what it has, and the reserve."""
+def limit(monkeypatch, rows):
+    """Let this process have memory for passes of so many rows, and half as many again."""
+    run = train.get_preset("digits").run.changed("training", batch=512, batch_gpu=max(rows, 1))
+    run = train.families.of(run).fit(run, None, 10)
 
     def memory(device):
-        return round((psutil.Process().memory_info().rss + megabytes * 1e6) / 0.9)
+        needed = predict_memory(run, 1, "cpu")
+        free = 0.65 * needed.passes if rows else -50e6  # Fragments count, too.
+        return round((needed.total + free) / 0.9)
 
     monkeypatch.setattr(auto_batch, "memory_of_rank", memory)
 
@@ -42,7 +48,7 @@ def batch_gpu_of(run_dir):
 
 def test_as_many_rows_as_fit_are_taken_and_a_resume_keeps_them(base, tmp_path, monkeypatch):
     data, auto = helpers.toy_data(base), "--batch-gpu=auto"
-    limit(monkeypatch, 350)
+    limit(monkeypatch, 256)
     whole = helpers.train_tiny(tmp_path, data, auto, tiny=DIGITS)
     assert batch_gpu_of(whole.run_dir) == 256
     assert "--batch-gpu=auto: 256 per pass, for which a rank needs" in whole.output
@@ -50,27 +56,27 @@ def test_as_many_rows_as_fit_are_taken_and_a_resume_keeps_them(base, tmp_path, m
     options = json.loads((whole.run_dir / "training_options.json").read_text())
     assert options["config"]["training"]["batch_gpu"] == 256
     # With more memory a new run takes more, and the one that goes on does not.
-    limit(monkeypatch, 5000)
+    limit(monkeypatch, 512)
     arguments = (*DIGITS, f"--data={data}", f"--outdir={tmp_path}", "--resume=auto", auto)
     output = helpers.succeed(train, *arguments, "--iters=2").output
     assert "256 per pass, as in the run so far" in output
     assert batch_gpu_of(whole.run_dir) == 256
     # With less, it goes on with less.
-    limit(monkeypatch, 180)
+    limit(monkeypatch, 64)
     output = helpers.succeed(train, *arguments, "--iters=3").output
     assert "256 per pass in the run so far do not fit here" in output
-    assert batch_gpu_of(whole.run_dir) < 256
+    assert batch_gpu_of(whole.run_dir) == 64
 
 
 def test_a_dry_run_shows_what_auto_takes_and_what_it_needs(monkeypatch):
-    limit(monkeypatch, 350)
+    limit(monkeypatch, 256)
     output = helpers.succeed(train, *DIGITS, "--batch-gpu=auto", "--dry-run").output
     assert '"batch_gpu": 256' in output
     assert "--batch-gpu=auto: 256 per pass" in output
 
 
 def test_what_does_not_fit_is_refused_with_what_to_change(base, monkeypatch):
-    limit(monkeypatch, 20)
+    limit(monkeypatch, 0)
     arguments = (*DIGITS, f"--data={helpers.toy_data(base)}", "--batch-gpu=auto", "--outdir=none")
     message = helpers.fail(train, *arguments)
     assert "--batch-gpu: got auto, but the smallest pass takes" in message
@@ -89,7 +95,7 @@ def test_all_ranks_take_what_fits_on_the_smallest(base, tmp_path):
         "import os, psutil, runpy, sys\n"
         f"sys.path.insert(0, {str(helpers.ROOT)!r})\n"
         "from training.resources import batch\n"
-        "room = 10e9 if os.environ['RANK'] == '0' else 200e6\n"
+        "room = 10e9 if os.environ['RANK'] == '0' else 250e6\n"
         "rss = psutil.Process().memory_info().rss\n"
         "batch.memory_of_rank = lambda device: round((rss + room) / 0.9)\n"
         f"sys.argv[0] = {str(helpers.ROOT / 'train.py')!r}\n"
@@ -97,10 +103,14 @@ def test_all_ranks_take_what_fits_on_the_smallest(base, tmp_path):
     )
     where = (f"--data={helpers.toy_data(base)}", f"--outdir={tmp_path / 'runs'}")
     helpers.on_ranks(2, script, *DIGITS, *where, "--batch-gpu=auto")
-    assert batch_gpu_of(only_run(tmp_path / "runs")) == 128
+    assert batch_gpu_of(only_run(tmp_path / "runs")) < 256
 
 
-def test_uneven_shares_are_not_divided_into_passes_of_one(monkeypatch):
+def test_uneven_shares_are_not_divided_into_passes_of_one():
+    training = train.get_preset("digits").run.training
+    thirteen = dataclasses.replace(training, batch=13)
+    assert possible_passes(thirteen, 2) == [2, 3, 4, 7]
+    assert possible_passes(thirteen, 1) == [1, 13]
     run = train.get_preset("digits").run.changed("training", batch=15, batch_gpu="auto")
     capacity = predict_memory(run.changed("training", batch_gpu=2), 2, "cuda").total / 0.9
     run = train.families.of(run).fit(run, None, 10)

@@ -36,7 +36,7 @@ class Facts:
         averages: Number of averages of the weights.
         batch: Rows of an optimizer step.
         batch_gpu: Rows of a pass that an 80 GB GPU holds, of its eighth of the batch.
-        memory: Bytes that a GPU holds with those, by way of training and number of GPUs.
+        memory: Bytes that each GPU of a node holds with those, by ``shard``.
         state_bytes: Size of a training state.
     """
 

@@ -21,8 +21,7 @@ from training.resources.memory import predict_disk, predict_memory
 FACTS_FILE = Path(__file__).with_name("presets.json")
 # All but those that are made for CPUs.
 LARGE = [name for name in PRESETS if "digits" not in name and name != "nanodit-tiny"]
-# Of predicted memory: GPUs and --shard.
-_PLACES = {"8, none": (8, "none"), "8, full": (8, "full"), "64, full": (64, "full")}
+_SHARDS = ("none", "full")  # Of which memory is predicted, on the GPUs of a node.
 
 
 def read_facts() -> dict[str, Facts]:
@@ -40,9 +39,9 @@ def facts_of(name: str) -> Facts:
     with torch.device("meta"):
         parts = list(run.model.sharded_parts(build_network(run.model).backbone))
     memory = {}
-    for place, (num_gpus, shard) in _PLACES.items():
-        there = run.changed("training", shard=shard, batch=batch_gpu * num_gpus)
-        memory[place] = predict_memory(there, num_gpus, "cuda").total
+    for shard in _SHARDS:
+        there = run.changed("training", shard=shard, batch=batch_gpu * GPUS_PER_NODE)
+        memory[shard] = predict_memory(there, GPUS_PER_NODE, "cuda").total
     return Facts(
         preset=name,
         parameters=num_parameters(run),

@@ -29,7 +29,7 @@ _PRESET, _WIDTHS = "digits", dict(base_dim=96, hidden_dim=288)
 BATCH = 64
 # Of one process, for what a row takes.
 _OTHER_BATCHES = (16, 32)
-_STEPS_PER_TICK, _NUM_TICKS = 5, 9
+_STEPS_PER_TICK, _NUM_TICKS = 3, 8
 
 
 def measure(path: Path) -> Measured:

@@ -247,8 +247,8 @@ def _memory_table(all_facts: Iterable[Facts]) -> str:
         + [_size(size) for size in (*f.memory.values(), f.state_bytes)]
         for f in all_facts
     ]
-    head = ["preset", "parameters", "rows a pass", "8 GPUs, `none`", "8 GPUs, `full`"]
-    return table([*head, "64 GPUs, `full`", "state"], rows)
+    head = ["preset", "parameters", "rows a pass", "`--shard=none`", "`--shard=full`", "state"]
+    return table(head, rows)
 
 
 def _failures_table(all_facts: Iterable[Facts]) -> str:
