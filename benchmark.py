@@ -8,6 +8,7 @@ from benchmarks.options import (
     LoadingOptions,
     MetricsOptions,
     SampleOptions,
+    ScalingOptions,
     StateOptions,
     TrainOptions,
     measured_model,
@@ -33,6 +34,7 @@ def main() -> None:
       python benchmark.py metrics --preset=cifar10
       python benchmark.py states --preset=imagenet256-s
       python benchmark.py gpu --out=gpu.json
+      python benchmark.py scaling --preset=imagenet256 --gpu=h100
     """
 
 
@@ -139,6 +141,19 @@ def gpu(options: GpuOptions) -> None:
     from benchmarks.gpu import measure
 
     measure(options)
+
+
+@main.command()
+@takes(ScalingOptions)
+def scaling(options: ScalingOptions) -> None:
+    """Predict the step, its parts and the loss to failures, from 1 to 4,096 GPUs.
+
+    Nothing is measured without --measure: the model and its assumptions are in docs/scaling.md. The
+    first table shares the preset's batch among all GPUs; in the second, each has an eighth of it.
+    """
+    from benchmarks.scaling.command import show
+
+    show(options)
 
 
 if __name__ == "__main__":

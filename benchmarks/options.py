@@ -179,3 +179,15 @@ class GpuOptions:
     out: Path = param(required=True, help="JSON file of the results; a table is written beside it.")
     part: str | None = param(choices=tuple(GPU_PARTS), help="Measure this part alone.")
     dry_run: bool = param(default=False, help="Try everything on the CPU, at tiny sizes.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScalingOptions:
+    preset: str = param(default="imagenet256", help=f"Model to predict: {', '.join(PRESETS)}.")
+    gpu: str = param(default="h100", choices=("a100", "h100"), help="GPU to predict for.")
+    measure: bool = param(
+        default=False,
+        help="Measure 1, 2, 4 and 8 processes of this host, which takes some minutes, and keep "
+        "that for the page.",
+    )
+    write: bool = param(default=False, help="Compute docs/scaling.md again, with its picture.")

@@ -24,7 +24,7 @@ import click
 from click.core import ParameterSource
 
 from dnnlib import launcher
-from dnnlib.config import Config, accepted_values, option_name, split_optional
+from dnnlib.config import Config, accepted_values, option_name, split_optional, split_words
 from dnnlib.errors import NOTHING_NAMED, refusal
 from dnnlib.text import number_text
 
@@ -82,6 +82,7 @@ class FieldType(click.ParamType):
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         base, self.optional = split_optional(setting.hint)
+        base, self.words = split_words(base)
         self.is_tuple = typing.get_origin(base) is tuple
         self.element = typing.get_args(base)[0] if self.is_tuple else base
         choices = setting.field.metadata.get("choices")
@@ -89,7 +90,8 @@ class FieldType(click.ParamType):
             self.name = "|".join(choices)
         else:
             names = {int: "int", float: "float", bool: "bool"}
-            self.name = names.get(self.element, "text") + (",..." if self.is_tuple else "")
+            kind = names.get(self.element, "text") + (",..." if self.is_tuple else "")
+            self.name = "|".join([kind, *self.words])
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
         return f"[{self.name}]"
@@ -100,6 +102,8 @@ class FieldType(click.ParamType):
         text = value.strip()
         if text.lower() == "none" and (self.optional or self.is_tuple):
             return None if self.optional else ()
+        if text.lower() in self.words:
+            return text.lower()
         try:
             if self.is_tuple:
                 return tuple(map(self._parse, filter(None, map(str.strip, text.split(",")))))

@@ -6,8 +6,10 @@ and the metadata of a snapshot.
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import math
+import operator
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -89,6 +91,7 @@ def accepted_values(field: dataclasses.Field, hint: Any) -> str:
     """Return a phrase that says which values a field accepts, for messages."""
     meta = field.metadata
     base, optional = split_optional(hint)
+    base, words = split_words(base)
     if meta.get("choices"):
         text = "one of " + ", ".join(meta["choices"])
     else:
@@ -109,7 +112,8 @@ def accepted_values(field: dataclasses.Field, hint: Any) -> str:
             text += f" of at least {_bound(low)}"
         elif high is not None:
             text += f" of at most {_bound(high)}"
-    return text + (", or none" if optional else "")
+    others = [*words, *(["none"] if optional else [])]
+    return ", ".join([text, *others[:-1], *(f"or {other}" for other in others[-1:])])
 
 
 def _bound(number: float) -> str:
@@ -118,11 +122,24 @@ def _bound(number: float) -> str:
 
 def split_optional(hint: Any) -> tuple[Any, bool]:
     """Return ``(T, True)`` for ``T | None`` and ``(hint, False)`` for anything else."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        args = [arg for arg in typing.get_args(hint) if arg is not type(None)]
-        if len(args) == 1:
-            return args[0], True
-    return hint, False
+    kinds = _alternatives(hint)
+    others = [kind for kind in kinds if kind is not type(None)]
+    return functools.reduce(operator.or_, others), len(others) < len(kinds)
+
+
+def split_words(hint: Any) -> tuple[Any, tuple[str, ...]]:
+    """Return ``(T, words)`` for ``T | Literal[words]`` and ``(hint, ())`` for anything else."""
+    kinds = _alternatives(hint)
+    literals = [kind for kind in kinds if typing.get_origin(kind) is Literal]
+    if len(literals) != 1 or len(kinds) != 2:
+        return hint, ()
+    (base,) = [kind for kind in kinds if kind is not literals[0]]
+    return base, typing.get_args(literals[0])
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if is_union else (hint,)
 
 
 def has_type(value: Any, hint: Any) -> bool:
@@ -144,7 +161,8 @@ def has_type(value: Any, hint: Any) -> bool:
 def _check_value(config: Config, field: dataclasses.Field, hint: Any) -> None:
     value = getattr(config, field.name)
     base, optional = split_optional(hint)
-    if value is None and optional:
+    base, words = split_words(base)
+    if (value is None and optional) or value in words:
         return
     choices, low, high = (field.metadata.get(name) for name in ("choices", "min", "max"))
     valid = has_type(value, base) and all(

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import operator
-from typing import ClassVar, TypedDict
+from typing import ClassVar, Literal, TypedDict
 
 import click
 import pytest
@@ -23,6 +23,7 @@ class Inner(Config):
     cond: bool = option(False, help="Conditional.")
     blocks: tuple[int, ...] = option((2,), min=1, help="Blocks.")
     interval: tuple[float, float] | None = option(None, help="Interval.")
+    rows: int | Literal["auto", "all"] | None = option(None, min=1, help="Rows.")
     mode: str = option("plain", choices=("plain", "fancy"), help="Mode.")
     strength: float = option(1.0, help="Strength.", requires={"mode": ("fancy",)}, aliases=("st",))
 
@@ -75,6 +76,9 @@ def invoke(*args):
         (["--interval=0.5,2"], "interval", (0.5, 2.0)),
         (["--interval=none"], "interval", None),
         (["--mode=fancy", "--st=2"], "strength", 2.0),
+        (["--rows=7"], "rows", 7),
+        (["--rows=Auto"], "rows", "auto"),
+        (["--rows=7", "--rows=none"], "rows", None),
     ],
 )
 def test_an_option_reaches_its_field(args, field, value):
@@ -96,6 +100,8 @@ def test_a_bare_flag_does_not_swallow_the_next_option():
         (["--num-heads=x"], ["--num-heads", "'x'", "an integer"]),
         (["--num-heads=1.5"], ["--num-heads", "'1.5'"]),
         (["--blocks=2,0"], ["--blocks", "2,0", "of at least 1"]),
+        (["--rows=some"], ["--rows", "'some'", "an integer of at least 1, auto, all, or none"]),
+        (["--rows=0"], ["--rows", "got 0", "an integer of at least 1, auto, all, or none"]),
         (["--mode=fanci"], ["--mode", "'fanci'", "plain, fancy", "Did you mean 'fancy'?"]),
         (["--cond=maybe"], ["--cond", "'maybe'", "True or False"]),
         (["--num-head=2"], ["--num-head", "--num-heads"]),

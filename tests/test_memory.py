@@ -1,66 +1,20 @@
 """What a run needs of memory, disk and network, against what runs take and closed forms."""
 
+import dataclasses
+
 import helpers
 import pytest
-import torch
-from torch.profiler import ProfilerActivity, profile
+from peak_memory import measured_peak, run_of
 
-import families
-from configs import get_preset
 from models import build_network
-from torch_utils import rng
-from torch_utils.parameters import Parameters
-from training.config import fit_to_device
-from training.ema import EMA
-from training.memory import (
+from training.resources.memory import (
     pass_bytes,
     predict_disk,
     predict_memory,
     step_traffic,
     weight_bytes,
 )
-from training.optimizer import GuardedAdam
 from training.runs import read_start
-
-
-def run_of(preset, **training):
-    run = get_preset(preset).run.changed("training", **training)
-    return fit_to_device(families.of(run).fit(run, None, 10), "cpu")
-
-
-def measured_peak(run, batch):
-    """Return what PyTorch's allocator hands out at most in the second of two steps."""
-    network = build_network(run.model).train().requires_grad_(True)
-    network.to(memory_format=torch.channels_last)
-    objective = families.of(run).objective(run, network, NoCodec())
-    parameters = Parameters(network)
-    ema = EMA(parameters)
-    optimizer = GuardedAdam(parameters, beta2=0.999, weight_decay=0.0, clip_grad=None)
-    cpu = torch.device("cpu")
-    images, cond = objective.example(batch, cpu)
-
-    def step():
-        optimizer.zero_grad()
-        draws = objective.draw(rng.Step(0, 0, batch, tuple(images.shape[-3:]), cpu))
-        objective(images, cond, draws).sum().backward()
-        optimizer.step(1e-4)
-        ema.update(0.5, optimizer.skipped)
-
-    step()
-    optimizer.zero_grad()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        step()
-    now = peak = 0
-    for event in found.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
-    return peak - sum(param.nbytes for param in parameters.own)
-
-
-class NoCodec:
-    def draw(self, step):
-        return None
 
 
 @pytest.mark.parametrize(
@@ -76,6 +30,17 @@ class NoCodec:
 def test_passes_take_what_is_predicted(preset, batch):
     run = run_of(preset, batch=batch)
     assert pass_bytes(run, batch) == pytest.approx(measured_peak(run, batch), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("preset", "batch", "changes"),
+    [("digits", 32, {}), ("digits-latent", 32, dict(hidden_dim=256))],
+)
+def test_sharded_passes_and_what_they_gather_take_what_is_predicted(preset, batch, changes):
+    output = helpers.on_ranks(2, "tests/peak_memory.py", preset, batch, repr(changes))
+    run = run_of(preset, batch=batch, shard="full")
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, **changes))
+    assert pass_bytes(run, batch // 2, 2) == pytest.approx(int(output.split()[-1]), rel=0.1)
 
 
 def test_the_memory_of_weights_is_divided_by_sharding():

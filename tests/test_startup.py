@@ -17,7 +17,7 @@ COMMANDS = [
     *(["dataset_tool", name, "--help"] for name in ("convert", "encode", "features")),
     *(["dataset_tool", name, "--help"] for name in ("verify", "info")),
     *(["benchmark", name, "--help"] for name in ("train", "sample", "data", "attention")),
-    *(["benchmark", name, "--help"] for name in ("metrics", "gpu")),
+    *(["benchmark", name, "--help"] for name in ("metrics", "gpu", "scaling")),
 ]
 # What a dry run has no use for: libraries of images, charts, scores, texts and remote files.
 UNUSED = (

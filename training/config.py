@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Collection
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from data.images.config import AugmentConfig, DatasetConfig
 from diffusion.config import PrecondConfig, SamplingConfig
@@ -49,11 +49,12 @@ class TrainingConfig(Config):
         aliases=("batch-size",),
         help="Images per optimizer step, over all ranks; sets, where a model is trained on sets.",
     )
-    batch_gpu: int | None = option(
+    batch_gpu: int | Literal["auto"] | None = option(
         None,
         min=1,
         max=100_000,
-        help="The same per rank and pass; --batch is reached by accumulation.",
+        help="The same per rank and pass; --batch is reached by accumulation. auto: as many as "
+        "memory holds; none: all of a rank.",
         affects="speed",
     )
     lr: float = option(1e-3, min=1e-12, help="Learning rate.")

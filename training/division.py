@@ -6,9 +6,36 @@ from dnnlib.errors import refusal
 from training.config import TrainingConfig
 
 
+def divisors(number: int) -> list[int]:
+    """Return the divisors of a positive number, the smallest first."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def rows_per_rank(training: TrainingConfig, world_size: int) -> int:
+    """Return the number of rows of a batch that a rank has at most."""
+    return -(-training.batch // world_size)
+
+
+def possible_passes(training: TrainingConfig, world_size: int) -> list[int]:
+    """Return the --batch-gpu that ranks can have, the smallest first.
+
+    Equal shares are divided evenly. Others can have any number of passes, but none of one row, as
+    some ranks would have a pass more.
+    """
+    per_rank = rows_per_rank(training, world_size)
+    if training.batch % world_size == 0:
+        return divisors(per_rank)
+    sizes = {-(-per_rank // rounds) for rounds in range(1, per_rank + 1)}
+    return sorted(sizes - {1}) or [per_rank]
+
+
 def accumulation_rounds(training: TrainingConfig, world_size: int) -> tuple[int, int]:
-    """Return how many rows a rank has in a pass at most, and in how many passes it does a step."""
-    per_rank = -(-training.batch // world_size)
+    """Return how many rows a rank has in a pass at most, and in how many passes it does a step.
+
+    ``--batch-gpu=auto`` must be decided.
+    """
+    assert training.batch_gpu != "auto"
+    per_rank = rows_per_rank(training, world_size)
     rounds = -(-per_rank // (training.batch_gpu or per_rank))
     return -(-per_rank // rounds), rounds
 
@@ -46,9 +73,8 @@ def check_division(training: TrainingConfig, world_size: int, *, continues: bool
         got = f"{batch}, which {world_size} ranks cannot share evenly"
         raise refusal("--batch", got, remedy=f"use a multiple of {world_size}")
     per_rank = batch // world_size
-    if batch_gpu is not None and per_rank % batch_gpu:
-        divisors = [n for n in range(1, per_rank + 1) if per_rank % n == 0]
-        nearest = min(divisors, key=lambda n: abs(n - batch_gpu))
+    if batch_gpu not in (None, "auto") and per_rank % batch_gpu:
+        nearest = min(divisors(per_rank), key=lambda n: abs(n - batch_gpu))
         but = f"--batch {batch} over {world_size} rank(s) leaves {per_rank} images a rank"
         other = f"a --batch that is a multiple of {batch_gpu * world_size}"
         remedy = f"use a divisor of {per_rank}, such as {nearest}, or {other}"
@@ -66,7 +92,7 @@ def group_size(training: TrainingConfig, world_size: int) -> int:
         return world_size
     size = training.shard_size or min(launcher.number("LOCAL_WORLD_SIZE", 1), world_size)
     if world_size % size:
-        divisors = [str(n) for n in range(1, world_size + 1) if world_size % n == 0]
         got = f"{size}, which does not divide {world_size} rank(s)"
-        raise refusal("--shard-size", got, remedy=f"use one of {', '.join(divisors)}")
+        sizes = ", ".join(map(str, divisors(world_size)))
+        raise refusal("--shard-size", got, remedy=f"use one of {sizes}")
     return size

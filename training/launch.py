@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -126,16 +126,18 @@ def print_plan(config: RunConfig, usual_num_classes: int) -> None:
     else:
         config = family.fit(config, None, usual_num_classes)
         if location:
-            note = f"\n{location} is not there: assuming the preset's usual data."
+            note = f"{location} is not there: assuming the preset's usual data."
     world_size = launcher.number("WORLD_SIZE", 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = fit_to_device(config, device.type)
     if config.training.cpu_matmul == "auto":
         backend = cpu_matmul.best() if device.type == "cpu" else "mkl"
         config = config.changed("training", cpu_matmul=backend)
+    notes = [note] if note else []
+    config = _with_batch(config, world_size, device, notes.append)
     description = describe_run(config, world_size, device, with_forecast=True)
     if launcher.number("RANK") == 0:
-        print(f"{json.dumps(to_dict(config), indent=2)}\n{description}{note}")
+        print("\n".join([json.dumps(to_dict(config), indent=2), description, *notes]))
 
 
 def launch(config: RunConfig, start: Start, preset: RunConfig | None = None) -> int:
@@ -168,6 +170,8 @@ def launch(config: RunConfig, start: Start, preset: RunConfig | None = None) -> 
                 if not is_new:
                     state, num_rollbacks = _load_state(job, run_dir, exact_state)
                 job = _with_cpu_matmul(job, state)
+                if config.training.batch_gpu == "auto":
+                    job = _with_batch_before(job, state)
                 if distributed.is_main():
                     if start.continues:
                         _, origin = runs.read_start(run_dir, lambda text: None)
@@ -286,6 +290,7 @@ def _prepare(config: RunConfig, device: torch.device) -> Job:
     data = family.open_data(config)
     config = fit_to_device(family.fit(config, data), device.type)
     config, codec = family.open_codec(config, data, device)
+    config = _with_batch(config, distributed.world_size(), device, distributed.print0)
     evaluator = family.evaluator(config, data, device)
     return Job(config=config, data=data, codec=codec, evaluator=evaluator, device=device)
 
@@ -302,6 +307,39 @@ def _with_cpu_matmul(job: Job, state: dict[str, Any] | None) -> Job:
             "differs in the last bits from a run that was never interrupted."
         )
     return dataclasses.replace(job, config=job.config.changed("training", cpu_matmul=backend))
+
+
+def _with_batch(
+    config: RunConfig, world_size: int, device: torch.device, report: Callable[[str], None]
+) -> RunConfig:
+    """Return ``config`` with ``--batch-gpu=auto`` decided, and report it. Collective."""
+    if config.training.batch_gpu != "auto":
+        return config
+    from training.resources.batch import settle_batch
+
+    return settle_batch(config, world_size, device, report)
+
+
+def _with_batch_before(job: Job, state: dict[str, Any] | None) -> Job:
+    """Go on with the --batch-gpu of a state that is continued, if that fits. Collective.
+
+    Sums over other passes would differ in the last bits.
+    """
+    stored = None if state is None else state["config"]["training"].get("batch_gpu")
+    if stored in (None, job.config.training.batch_gpu):
+        return job
+    from training.resources.batch import still_fits
+
+    config = job.config.changed("training", batch_gpu=stored)
+    if not still_fits(config, distributed.world_size(), job.device):
+        distributed.print0(
+            f"--batch-gpu=auto: {stored} per pass in the run so far do not fit here: what follows "
+            "differs in the last bits from a run that was never interrupted."
+        )
+        return job
+    distributed.print0(f"--batch-gpu=auto: {stored} per pass, as in the run so far.")
+    evaluator = family_of(config).evaluator(config, job.data, job.device)
+    return dataclasses.replace(job, config=config, evaluator=evaluator)
 
 
 def _find_run(job: Job, start: Start, origin: dict[str, Any]) -> tuple[Path | None, Path | None]:

@@ -56,7 +56,7 @@ def describe_run(
     """
     rows = run_facts(config, world_size, device)
     if with_forecast:
-        from training.memory import forecast
+        from training.resources.memory import forecast
 
         rows.update(forecast(config, world_size, device))
     return "\n".join(f"  {name:<13} {value}" for name, value in rows.items())

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import warnings
 import weakref
@@ -16,9 +17,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dnnlib.text import format_count
-from models import build_network
+from models import ModelConfig, build_network
 from torch_utils import rng
-from torch_utils.misc import count_parameters
 from torch_utils.parameters import Parameters
 from training import family
 from training.config import RunConfig
@@ -26,6 +26,7 @@ from training.division import accumulation_rounds, group_size
 from training.ema import EMA
 from training.optimizer import GuardedAdam
 from training.report import num_parameters
+from training.resources.gathering import Gathering
 
 _CPU = torch.device("cpu")
 # Of tensors on a CPU, beyond their own size: freed memory that the C library keeps, in pieces that
@@ -33,7 +34,7 @@ _CPU = torch.device("cpu")
 _FRAGMENTS = 0.3
 # What a process that trains has loaded besides, in bytes, beyond what one has that only predicts.
 _LATER_LIBRARIES = 35 << 20
-_CUDA_CONTEXT = 500 << 20
+CUDA_CONTEXT = 500 << 20  # What a process takes of a GPU's memory before it allocates any.
 _MIXED = {"bf16": 2, "fp16": 2}
 
 
@@ -44,7 +45,7 @@ class Memory:
     Attributes:
         passes: What forward and backward pass, and the update, need beyond the others; or the
             pictures, if that is more.
-        gathered: Of a sharded network, what is whole for a while.
+        gathered: What they need besides where the network is sharded, and is whole for a while.
         copy: Of what a rank writes of a state. It is always in main memory.
         fragments: Freed memory that cannot be used again.
         libraries: What the process has besides.
@@ -80,9 +81,12 @@ def predict_memory(config: RunConfig, world_size: int, device_type: str) -> Memo
     num_averages = 1 + len(training.ema_stds)
     lasting = own = size // shards
     lasting *= 4 + num_averages
-    gathered = _gathered_bytes(config) if shards > 1 else 0
-    passes, pictures = pass_bytes(config, batch_gpu), picture_bytes(config)
-    fragments, copy, libraries = 0, 0, _CUDA_CONTEXT
+    pictures = picture_bytes(config)
+    passes, gathered = max(pass_bytes(config, batch_gpu), pictures), 0
+    if shards > 1:
+        # For pictures, an average of the weights is whole.
+        gathered = max(pass_bytes(config, batch_gpu, shards), pictures + size) - passes
+    fragments, copy, libraries = 0, 0, CUDA_CONTEXT
     if on_cpu:
         fragments = round(_FRAGMENTS * (lasting + gathered + passes))
         copy = size * (3 + num_averages) // world_size
@@ -93,7 +97,7 @@ def predict_memory(config: RunConfig, world_size: int, device_type: str) -> Memo
         gradients=own,
         moments=2 * own,
         averages=num_averages * own,
-        passes=max(passes, pictures),
+        passes=passes,
         gathered=gathered,
         copy=copy,
         fragments=fragments,
@@ -106,12 +110,19 @@ def weight_bytes(config: RunConfig) -> int:
     return 4 * num_parameters(config)
 
 
-def pass_bytes(config: RunConfig, batch: int) -> int:
+def pass_bytes(config: RunConfig, batch: int, num_shards: int = 1) -> int:
     """Return what a step with a pass of ``batch`` rows needs at most, beyond what lasts.
 
-    The step is made with tensors that have a shape and no content.
+    So many ranks share the weights. The step is made with tensors that have a shape and no content,
+    once for runs that differ in how they share the batch.
     """
-    network = _meta_network(config).train().requires_grad_(True)
+    shared = dict(batch=batch, batch_gpu=None, shard="none", shard_size=None)
+    return _pass_bytes(config.changed("training", **shared), batch, num_shards)
+
+
+@functools.lru_cache(maxsize=64)
+def _pass_bytes(config: RunConfig, batch: int, num_shards: int) -> int:
+    network = _meta_network(config.model).train().requires_grad_(True)
     objective = family.of(config).objective(config, network, _NoCodec())
     with _counted() as live:
         network.to_empty(device=_CPU)
@@ -120,22 +131,33 @@ def pass_bytes(config: RunConfig, batch: int) -> int:
         settings = dict(beta2=config.training.beta2, weight_decay=0.0)
         optimizer = GuardedAdam(parameters, clip_grad=config.training.clip_grad, **settings)
         images, cond = objective.example(batch, _CPU)
-        shape = tuple(images.shape[-3:])
-        for _ in range(2):  # The first step makes Adam's moments.
-            optimizer.zero_grad()
-            lasting, live.peak = live.now, live.now
-            draws = objective.draw(rng.Step(0, 0, batch, shape, _CPU))
-            with parameters.accumulating():
-                objective(images, cond, draws).sum().backward()
-            optimizer.step(1e-4)
-            ema.update(0.5, optimizer.skipped)
-    return live.peak - lasting - sum(param.nbytes for param in parameters.own)
+        for param in parameters.own:
+            param.grad = torch.zeros_like(param)
+        optimizer.step(1e-4)  # The first step makes Adam's moments.
+        optimizer.zero_grad()
+        passes = parameters.accumulating()
+        lasting = live.peak = live.now
+        if num_shards > 1:
+            parts, passes = config.model.sharded_parts(network.backbone), contextlib.nullcontext()
+            width = _MIXED.get(config.training.precision, 4)
+            gathering = Gathering(network, list(parts), num_shards, width)
+            gathering.begin()
+        draws = objective.draw(rng.Step(0, 0, batch, tuple(images.shape[-3:]), _CPU))
+        with passes:
+            objective(images, cond, draws).sum().backward()
+        optimizer.step(1e-4)
+        ema.update(0.5, optimizer.skipped)
+    return live.peak - lasting - weight_bytes(config) // num_shards
 
 
 def picture_bytes(config: RunConfig) -> int:
     """Return what sampling a batch for pictures, without guidance, needs at most."""
-    model, batch = config.model, min(config.logging.sample_batch, 64)
-    network = _meta_network(config).eval().requires_grad_(False)
+    return _picture_bytes(config.model, min(config.logging.sample_batch, 64))
+
+
+@functools.lru_cache(maxsize=4)
+def _picture_bytes(model: ModelConfig, batch: int) -> int:
+    network = _meta_network(model).eval().requires_grad_(False)
     with _counted() as live, torch.no_grad():
         network.to_empty(device=_CPU)
         lasting = live.peak = live.now
@@ -147,17 +169,6 @@ def picture_bytes(config: RunConfig) -> int:
         x, c_noise = torch.zeros(batch, *model.input_shape), torch.zeros(batch)
         network(x, c_noise, network.context(cond, num=batch))
     return live.peak - lasting
-
-
-def _gathered_bytes(config: RunConfig) -> int:
-    """Return what is whole at a time of a sharded network: a part and the next, and the rest."""
-    with torch.device("meta"):
-        network = build_network(config.model)
-    sizes = [count_parameters(part) for part in config.model.sharded_parts(network.backbone)]
-    rest, largest = count_parameters(network) - sum(sizes), max(sizes, default=0)
-    width = _MIXED.get(config.training.precision, 4)
-    # Parameters as they compute, and gradients in float32 until they are summed over ranks.
-    return rest * 8 + 2 * largest * (width + 4)
 
 
 def step_traffic(config: RunConfig, world_size: int) -> int:
@@ -265,8 +276,7 @@ class _NoCodec:
         """Return nothing, as a codec without random numbers does."""
 
 
-def _meta_network(config: RunConfig) -> nn.Module:
-    model = config.model
+def _meta_network(model: ModelConfig) -> nn.Module:
     if model.attention == "flex":  # Knows no such tensors; SDPA keeps the same.
         model = dataclasses.replace(model, attention="sdpa")
     with torch.device("meta"):

@@ -1,0 +1,1 @@
+"""What training costs on any number of GPUs, on paper, and what this host shows of it."""

@@ -1,0 +1,1 @@
+"""What a run needs of memory, disk and network, and what fits."""
