@@ -269,6 +269,13 @@ class Family(Protocol):
         """Return ``run`` with what suits a start from the weights of a run of ``source``."""
         ...
 
+    def distil(self, run: RunConfig, source: RunConfig, given: Collection[str]) -> RunConfig:
+        """Return ``run`` as one of students of the network of a run of ``source``.
+
+        Raises ValueError for settings that a student cannot have.
+        """
+        ...
+
     # A training run.
 
     def open_data(

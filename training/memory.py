@@ -22,6 +22,8 @@ from torch_utils.misc import count_parameters
 from torch_utils.parameters import Parameters
 from training import family
 from training.config import RunConfig
+from training.distillation.course import course_of
+from training.distillation.stages import stages_of
 from training.division import accumulation_rounds, group_size
 from training.ema import EMA
 from training.optimizer import GuardedAdam
@@ -77,7 +79,7 @@ def predict_memory(config: RunConfig, world_size: int, device_type: str) -> Memo
     training, on_cpu = config.training, device_type == "cpu"
     size, shards = weight_bytes(config), group_size(training, world_size)
     batch_gpu, _ = accumulation_rounds(training, world_size)
-    num_averages = 1 + len(training.ema_stds)
+    num_averages = num_copies(config)
     lasting = own = size // shards
     lasting *= 4 + num_averages
     gathered = _gathered_bytes(config) if shards > 1 else 0
@@ -101,6 +103,11 @@ def predict_memory(config: RunConfig, world_size: int, device_type: str) -> Memo
     )
 
 
+def num_copies(config: RunConfig) -> int:
+    """Return how many more weights than the trained ones a run holds: averages, and a teacher."""
+    return 1 + len(config.training.ema_stds) + config.distillation.is_on
+
+
 def weight_bytes(config: RunConfig) -> int:
     """Return the size of a network's parameters in float32."""
     return 4 * num_parameters(config)
@@ -112,11 +119,15 @@ def pass_bytes(config: RunConfig, batch: int) -> int:
     The step is made with tensors that have a shape and no content.
     """
     network = _meta_network(config).train().requires_grad_(True)
-    objective = family.of(config).objective(config, network, _NoCodec())
+    own, codec = family.of(config), _NoCodec()
+    objective = own.objective(config, network, codec)
     with _counted() as live:
         network.to_empty(device=_CPU)
         parameters = Parameters(network)
         ema = EMA(parameters)
+        objective = course_of(
+            config, objective, parameters, lambda other: own.objective(config, other, codec)
+        ).objective
         settings = dict(beta2=config.training.beta2, weight_decay=0.0)
         optimizer = GuardedAdam(parameters, clip_grad=config.training.clip_grad, **settings)
         images, cond = objective.example(batch, _CPU)
@@ -194,6 +205,7 @@ class Disk:
 def predict_disk(config: RunConfig) -> Disk:
     """Return what a run leaves on disk at its end, without pictures and records."""
     logging, num_stds = config.logging, len(config.training.ema_stds)
+    num_stages = len(stages_of(config))
     size = weight_bytes(config)
     # The first tick is one step.
     rest = max(config.total_nimg - config.step_nimg, 0)
@@ -202,10 +214,11 @@ def predict_disk(config: RunConfig) -> Disk:
         num_snapshots = len({*range(0, num_ticks, logging.snap), num_ticks - 1})
     else:
         num_snapshots = math.ceil(config.total_nimg / (logging.save_interval * config.step_nimg))
+    num_snapshots += num_stages - 1  # At the end of each stage, whatever the tick.
     num_states = num_ticks // logging.dump + 1 if logging.dump else num_snapshots
     return Disk(
         snapshot=size + num_stds * size // 2,
-        state=size * (4 + num_stds),
+        state=size * (3 + num_copies(config)),
         num_snapshots=num_snapshots,
         num_states=min(num_states, logging.keep_states),
     )

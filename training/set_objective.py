@@ -101,8 +101,14 @@ class SetObjective(Objective):
         return loss
 
     def _loss_of_sets(self, images: Tensor, draws: SetDraws, context: SetContext) -> Tensor:
-        sigma = draws.sigma.repeat_interleave(images.shape[1])
-        return self._loss(images.flatten(0, 1), sigma, draws.noise.flatten(0, 1), context)
+        sigma, noise = draws.sigma.repeat_interleave(images.shape[1]), draws.noise.flatten(0, 1)
+        return self._loss(images.flatten(0, 1), sigma, noise, context, draws.target)
+
+    def branches(self, guidance: Any, draws: SetDraws) -> list[SetDraws]:
+        if guidance.cfg_scale == 1:
+            return [draws]
+        dropped = torch.ones_like(draws.step, dtype=torch.bool)
+        return [draws, dataclasses.replace(draws, context_drop=dropped)]
 
     @torch.no_grad()
     def diagnose(
