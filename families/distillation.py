@@ -73,16 +73,17 @@ def _student_sampling(
 ) -> SamplingConfig:
     """Return how the first student is sampled, on the noise levels of its teacher or typed ones."""
     is_student, changes = source.distillation.is_on, {}
-    for name, value, there in _changes(run.sampling, source.sampling):
+    for field in dataclasses.fields(run.sampling):
+        name, value = field.name, getattr(run.sampling, field.name)
         if name not in given:
             continue
-        if name not in _GRID:
-            but = "students are sampled by Euler's method in --distill-steps"
-            raise refusal(_option(run, "sampling", name), value, but=but, remedy="leave it out")
-        if is_student and name != "clip_denoised":
-            but = f"the teacher is a student of the noise levels that {there} gives"
-            raise refusal(_option(run, "sampling", name), value, but=but, remedy="leave it out")
-        changes[name] = value
+        but, there = "students are sampled by Euler's method in --distill-steps", source.sampling
+        if name in _GRID[:-1] and is_student and getattr(there, name) != value:
+            but = "the teacher is a student itself, of other noise levels"
+        elif name in _GRID:
+            changes[name] = value
+            continue
+        raise refusal(f"--{option_name(field)}", value, but=but, remedy="leave it out")
     grid_steps = source.sampling.grid_steps if is_student else 2 * steps[0]
     if changes.get("grid", source.sampling.grid) == "time":
         grid_steps = None  # A flow's N steps visit every second time of its 2 N.

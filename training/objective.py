@@ -186,6 +186,10 @@ class Objective(torch.nn.Module):
         """Return the x0 estimate [M, C, H, W], float32, of noisy images."""
         return self._denoise(x, level, context)[:, : x.shape[1]]
 
+    def of_student(self, draws: Draws) -> Draws:
+        """Return the draws of a student, whose context is as in sampling."""
+        return draws
+
     def branches(self, guidance: Any, draws: Draws) -> list[Draws]:
         """Return the draws under which a guided estimate needs the context: K, of the same rows."""
         if guidance.cfg_scale == 1:

@@ -86,7 +86,7 @@ class DistillationObjective(torch.nn.Module):
 
     def _at(self, draws: Draws, step: Tensor) -> Draws:
         sigma = self.student.sigma_of(self._levels[2 * step])
-        return dataclasses.replace(draws, step=step, sigma=sigma)
+        return dataclasses.replace(self.student.of_student(draws), step=step, sigma=sigma)
 
     def prepare(
         self, images: Tensor, cond: Cond, draws: Draws, device: torch.device
