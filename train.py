@@ -83,11 +83,11 @@ def base_config(args: Sequence[str]) -> RunConfig | None:
     preset = raw_value(args, "preset") or raw_value(args, "model")
     resume = raw_value(args, "resume")
     distill, path = raw_value(args, "distill"), raw_value(args, "config")
-    if distill is not None:
-        return read_teacher(distill, preset)
     whole = None if path is None else read_config_file(path)[0]
+    if whole is None and distill is not None:
+        return read_teacher(distill, preset)
     if whole is not None:
-        for name, value in (("preset", preset), ("resume", resume)):
+        for name, value in (("preset", preset), ("resume", resume), ("distill", distill)):
             if value is not None and value != whole.preset:
                 but = f"{path} holds the whole configuration of a run"
                 raise refusal(f"--{name}", value, but=but, remedy="give one of them")

@@ -88,8 +88,10 @@ def with_config_file(args: Sequence[str], path: str | None) -> list[str]:
 
 
 def read_teacher(distill: str, preset: str | None) -> RunConfig:
-    """Return the configuration of a teacher, from which that of its students starts.
+    """Return the run of a teacher with what is usual for students, which theirs starts from.
 
+    As in arXiv 2202.00512 the learning rate of each stage falls to 0, there linearly. Students
+    learn with their condition alone, and the average of their weights is good from the start.
     Raises ValueError for another preset than the teacher's.
     """
     from training.portable import open_header
@@ -100,4 +102,5 @@ def read_teacher(distill: str, preset: str | None) -> RunConfig:
     if preset not in (None, config.preset):
         but = f"the teacher is of preset {config.preset}, and so are its students"
         raise refusal("--preset", preset, but=but, remedy="leave it out")
-    return config
+    usual = dict(lr_schedule="cosine", label_drop=0.0, ema_rampup=None, ema_stds=())
+    return config.changed("training", **usual)

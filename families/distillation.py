@@ -11,6 +11,8 @@ from training.config import RunConfig
 from training.distillation.config import DEFAULT_STEPS
 from training.distillation.stages import num_optimizer_steps
 
+# Of the model, what has no weights, or says where something is.
+_FREE = ("attention", "checkpointing", "dropout", "vae")
 # Of the sampling, what a student may have otherwise than its teacher.
 _GRID = ("grid", "sigma_min", "sigma_max", "rho", "time_shift", "clip_denoised")
 
@@ -18,13 +20,11 @@ _GRID = ("grid", "sigma_min", "sigma_max", "rho", "time_shift", "clip_denoised")
 def as_student(run: RunConfig, source: RunConfig, given: Collection[str]) -> RunConfig:
     """Return a run of students of ``source``'s network; ``given`` names the fields that were typed.
 
-    Each stage is trained as a run from other weights is, under a learning rate that falls as in
-    arXiv 2202.00512 (there linearly, here as ``--lr-schedule`` does) unless another is typed.
     Raises ValueError for settings that a student cannot have.
     """
     for section in ("model", "precond"):
         for name, value, there in _changes(getattr(run, section), getattr(source, section)):
-            if name in given:
+            if name in given and name not in _FREE:
                 but = f"a student has the network of its teacher, with {there}"
                 raise refusal(_option(run, section, name), value, but=but, remedy="leave it out")
     run = dataclasses.replace(run, precond=source.precond)
@@ -37,11 +37,9 @@ def as_student(run: RunConfig, source: RunConfig, given: Collection[str]) -> Run
         sampling=_student_sampling(run, source, steps, given),
         guidance=_no_guidance(run, source, given),
     )
-    usual = dict(ema_rampup=None, lr_schedule="cosine", label_drop=0.0, ema_stds=())
-    if run.training.ema_stds and "ema_stds" in given:
+    if run.training.ema_stds:
         but = "profiles of a run would mix its students"
         raise refusal("--ema-stds", but=but, remedy="leave it out; every stage has an average")
-    run = run.changed("training", **{k: v for k, v in usual.items() if k not in given})
     total = num_optimizer_steps(run)
     if total < len(steps):
         but = f"the run has {total} optimizer steps"
