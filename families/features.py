@@ -135,7 +135,10 @@ class FeatureFamily:
         self, run: FeatureRun, network: Network, snapshot: Snapshot, data: DataSummary
     ) -> Transfer:
         there = (snapshot.data.features or {}).get("statistics")
-        notes = []
+        notes, length = [], 1000 * snapshot.config.features.patch_bias_kimg
+        if run.distillation.is_on and snapshot.progress["cur_nimg"] < length:
+            but = f"{snapshot.path} has not let its patches in yet (--patch-bias-kimg)"
+            raise refusal("--distill", but=but, remedy="give a later snapshot of its run")
         if there is not None and there != data.features["statistics"]:
             notes.append("Its features were normalised by the statistics of other data.")
 

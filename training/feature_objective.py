@@ -147,9 +147,11 @@ class FeatureObjective(Objective):
         found = []
         for name in branch_weights(guidance):
             with_text, with_visual = BRANCHES[name]
-            row = [not with_text, not with_visual, not with_visual]
-            drop = draws.drop | torch.tensor(row, device=draws.drop.device)
-            found.append(dataclasses.replace(draws, drop=drop))
+            lost = (not with_text, not with_visual, not with_visual)
+            drop = [
+                own | all_rows for own, all_rows in zip(draws.drop.unbind(1), lost, strict=True)
+            ]
+            found.append(dataclasses.replace(draws, drop=torch.stack(drop, dim=1)))
         return found
 
     def branch_table(self, guidance: Any, levels: Sequence[float]) -> Tensor:
@@ -184,7 +186,8 @@ class FeatureObjective(Objective):
             stats.report(f"Flow/loss_{name}", losses, rows)
             stats.report(f"Flow/share_{name}", rows)
         t = self._precond.time(draws.sigma)
-        stats.report_groups(_TIME_NAMES, losses, (t * _NUM_TIME_BINS).to(torch.int64))
+        bins = (t * _NUM_TIME_BINS).to(torch.int64).clamp(max=_NUM_TIME_BINS - 1)
+        stats.report_groups(_TIME_NAMES, losses, bins)
 
     @torch.no_grad()
     def diagnose(
