@@ -147,7 +147,7 @@ def test_a_distillation_killed_before_and_after_a_boundary_equals_the_uninterrup
     teacher = train(f"--outdir={tmp_path / 'teacher'}", *tiny, "--kimg=0.2", warm=True)
     teacher.finish()
     snapshot = find_snapshots(only_run(tmp_path / "teacher"))[0]
-    options = (f"--distill={snapshot}", "--distill-steps=4,2,1", "--kimg=4", "--tick=0.4")
+    options = (f"--distill={snapshot}", "--distill-steps=4,2,1", "--kimg=2", "--tick=0.2")
     options += ("--dump=1", "--snap=2", "--dropout=0.1", "--lr-rampup=0.5", "--resume=auto")
     train(f"--outdir={tmp_path / 'whole'}", *options, warm=True).finish()
     command = (f"--outdir={tmp_path / 'killed'}", *options)
