@@ -1,7 +1,6 @@
 """Demonstration of set-conditioned DiT: digits of classes that it was never trained on."""
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -31,9 +30,8 @@ def demo_sets(outdir: Path, train_args: tuple[str, ...]) -> bool:
         dataset = open_data_of(load_snapshot(network), str(data))
         predictions = {}
         for split in ("seen", "unseen"):
-            guided = (f"--cfg-scale={GUIDANCE}",)
             grid = outdir / f"sets-{mode}-{split}.png"
-            predictions.update(predict_classes(outdir, network, dataset, split, grid, guided))
+            predictions.update(predict_classes(outdir, network, dataset, split, grid))
         shares = class_shares(predictions, dataset.images.class_names)
         num_seen = len(dataset.split.train)
         seen = [dataclasses.astuple(found)[1:] for found in shares[:num_seen]]
@@ -57,23 +55,18 @@ def demo_sets(outdir: Path, train_args: tuple[str, ...]) -> bool:
 
 
 def predict_classes(
-    outdir: Path,
-    network: Path,
-    dataset: SetDataset,
-    split: str,
-    grid: Path,
-    sampling: Sequence[str] = (),
+    outdir: Path, network: Path, dataset: SetDataset, split: str, grid: Path
 ) -> dict[int, np.ndarray]:
     """Make images of every class of a split, and return what a classifier takes them for.
 
-    Some of them are shown in the picture ``grid``. ``sampling`` are further options of generate.py.
+    Some of them are shown in the picture ``grid``.
     """
     size = dataset.sample_size - 1
     classes = list(dataset.held_out) if split == "seen" else list(dataset.split.test)
     num_supports = 10 if split == "unseen" else min(map(len, dataset.held_out.values())) // size
     num_images = -(-SAMPLES_PER_CLASS // num_supports)
     folder = outdir / f"{network.parent.name}-{split}"
-    common = (f"--data={dataset.path}", f"--split={split}", *sampling)
+    common = (f"--data={dataset.path}", f"--split={split}", f"--cfg-scale={GUIDANCE}")
     supports = f"{num_supports} supports of {len(classes)} classes"
     title = f"Make {num_images} images from each of {supports}"
     args = (f"--episodes={num_supports * len(classes)}", f"--num={num_images}", "--batch=500")
