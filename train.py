@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 import families
-from commands.config_file import read_config_file, with_config_file
+from commands.config_file import read_config_file, read_teacher, with_config_file
 from commands.prepare import prepare_data, with_named_data
 from configs.presets import PRESET_OF_RESOLUTION, PRESETS, get_preset, preset_of_model
 from dnnlib.cli import ConfigCommand, raw_value, run, settings, usage_errors
@@ -35,6 +35,11 @@ EXAMPLES = """
   # Whether a run with these options would resume exactly on this machine:
   torchrun --standalone --nproc_per_node=2 train.py --data=demo-out/digits.zip \\
       --preset=digits --verify-resume
+
+  # Students of a model that sample in 16, 8, 4, 2 and 1 steps, of which each takes guidance of 2
+  # over from its teacher:
+  python train.py --outdir=runs --distill=runs/00000-x/network-snapshot-000154.pkl \\
+      --distill-steps=16,8,4,2,1 --distill-cfg-scale=2
 
   # Continue after a stop:
   python train.py --resume=runs/00000-cifar10-uncond-cifar10-ranks4-batch512-bf16
@@ -62,6 +67,10 @@ class TrainOptions:
     desc: str | None = param(help="Text to add to the name of the run folder.")
     resume: str | None = param(help="Run folder or state file to continue, or auto.")
     transfer: str | None = param(help="Snapshot whose weights the run starts from.")
+    distill: str | None = param(
+        help="Snapshot of a teacher: train students that sample in half as many steps, stage by "
+        "stage. The run is the teacher's, but for what is typed."
+    )
     dry_run: bool = param("-n", "--dry-run", help="Print what would run, and stop.")
     verify_resume: bool = param(
         help="Train a few steps twice, once with a stop and a resume in between, say whether both "
@@ -73,10 +82,12 @@ def base_config(args: Sequence[str]) -> RunConfig | None:
     """Return the configuration that the raw arguments start from: a preset's or a run's."""
     preset = raw_value(args, "preset") or raw_value(args, "model")
     resume = raw_value(args, "resume")
-    path = raw_value(args, "config")
+    distill, path = raw_value(args, "distill"), raw_value(args, "config")
     whole = None if path is None else read_config_file(path)[0]
+    if whole is None and distill is not None:
+        return read_teacher(distill, preset)
     if whole is not None:
-        for name, value in (("preset", preset), ("resume", resume)):
+        for name, value in (("preset", preset), ("resume", resume), ("distill", distill)):
             if value is not None and value != whole.preset:
                 but = f"{path} holds the whole configuration of a run"
                 raise refusal(f"--{name}", value, but=but, remedy="give one of them")

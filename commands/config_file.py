@@ -1,4 +1,4 @@
-"""``--config=FILE`` of train.py: options, or a run's whole configuration, from a file."""
+"""Where a run's configuration comes from, if from a file: ``--config=FILE``, ``--distill=FILE``."""
 
 import functools
 import json
@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dnnlib.addresses import is_address
 from dnnlib.errors import refusal
-from dnnlib.files import read_file
+from dnnlib.files import check_source, read_file
 from dnnlib.typed import parse_json
 from training.config import RunConfig
 from training.family import restore_run
@@ -84,3 +85,22 @@ def with_config_file(args: Sequence[str], path: str | None) -> list[str]:
     if path is None:
         return list(args)
     return [*read_config_file(path)[1], *args]
+
+
+def read_teacher(distill: str, preset: str | None) -> RunConfig:
+    """Return the run of a teacher with what is usual for students, which theirs starts from.
+
+    As in arXiv 2202.00512 the learning rate of each stage falls to 0, there linearly. Students
+    learn with their condition alone, and the average of their weights is good from the start.
+    Raises ValueError for another preset than the teacher's.
+    """
+    from training.portable import open_header
+
+    if not is_address(distill):
+        check_source(distill, where="--distill")
+    config, _ = open_header(distill)
+    if preset not in (None, config.preset):
+        but = f"the teacher is of preset {config.preset}, and so are its students"
+        raise refusal("--preset", preset, but=but, remedy="leave it out")
+    usual = dict(lr_schedule="cosine", label_drop=0.0, ema_rampup=None, ema_stds=())
+    return config.changed("training", **usual)

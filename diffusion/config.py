@@ -1,7 +1,7 @@
 """Preconditioning, sampling and guidance as settings of a run, known without torch."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from diffusion import respacing
 from dnnlib.config import Config, option
@@ -105,6 +105,15 @@ class SamplingConfig(Config):
         "every 20th of 1,000, from 980 down to 0; 250: so many, spread evenly; 10,10,5: so many of "
         "each third, the lowest noise first.",
     )
+    grid_steps: int | None = option(
+        None,
+        min=1,
+        max=100_000,
+        requires={"respacing": (None,)},
+        unless={"grid": ("time",)},
+        help="Steps of the grid of which --steps visits every k-th noise level, as students of a "
+        "distillation do; none: --steps.",
+    )
     sigma_min: float = option(
         0.002, **_RANGE, help="Lowest noise level before 0; the network's own limit still holds."
     )
@@ -162,6 +171,9 @@ class SamplingConfig(Config):
         if self.grid == "time" and self.sampler not in ("heun", "euler", "dpmpp_2m"):
             got = f"{self.sampler}, which --sigma-grid=time has not"
             raise refusal("--sampler", got, accepted="heun, euler or dpmpp_2m")
+        if self.grid_steps is not None and self.grid_steps % self.steps:
+            but = f"--grid-steps={self.grid_steps} is no multiple of it"
+            raise refusal("--steps", self.steps, but=but, remedy="give a divisor")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -207,6 +219,10 @@ class GuidanceConfig(Config):
             accepted = "two noise levels, the lower one first"
             raise refusal("--cfg-interval", f"{low:g},{high:g}", accepted=accepted)
 
+    def switched_off(self) -> Self:
+        """Return the settings under which estimates are the network's own."""
+        return dataclasses.replace(self, cfg_scale=1.0)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DualGuidanceConfig(Config):
@@ -233,3 +249,7 @@ class DualGuidanceConfig(Config):
         requires={"guidance_form": ("joint",)},
         help="Scale of what text and image do together beyond what each does.",
     )
+
+    def switched_off(self) -> Self:
+        """Return the settings under which estimates are the network's own."""
+        return dataclasses.replace(self, guidance_form="nested", text_scale=1.0, visual_scale=1.0)

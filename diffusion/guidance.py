@@ -48,7 +48,7 @@ def branch_weights(
 def weighted_branches(
     estimate: Callable[[Tensor, float, Any], Tensor],
     contexts: Sequence[Any],
-    weights: Sequence[float],
+    weights: Sequence[float | Tensor],
 ) -> Denoise:
     """Return the function (x, level) -> sum of weight_k estimate(x, level, context_k).
 
@@ -58,7 +58,7 @@ def weighted_branches(
     Args:
         estimate: ``(x, level, context) -> estimate``, of x0 or of a velocity.
         contexts: One per branch, for the same images; ``concat`` joins them along the batch.
-        weights: As many, which add up to 1.
+        weights: As many, which add up to 1; numbers, or tensors that broadcast with x.
     """
     num_branches = len(contexts)
     joined = contexts[0].concat(*contexts[1:]) if num_branches > 1 else contexts[0]

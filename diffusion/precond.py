@@ -167,8 +167,8 @@ class FlowPrecond(Precond):
 
     @staticmethod
     def time(sigma: Tensor) -> Tensor:
-        """Return the time t in [0, 1) of a noise level."""
-        return sigma / (1 + sigma)
+        """Return the time t in [0, 1] of a noise level; an infinite one is that of pure noise."""
+        return torch.where(sigma.isinf(), 1.0, sigma / (1 + sigma))
 
     def scalings(self, sigma: Tensor) -> Scalings:
         t = self.time(sigma)

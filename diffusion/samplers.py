@@ -250,7 +250,8 @@ def sampling_sigmas(config: SamplingConfig, precond: Precond) -> list[float]:
     """Return the noise levels that :func:`sample` visits, descending to 0.
 
     The range is limited to the network's, the levels are rounded to those it knows, and levels
-    that rounding makes equal are visited once, so there can be fewer than ``config.steps`` + 1.
+    that rounding makes equal are visited once, so there can be fewer than ``config.steps`` + 1. Of
+    a grid of ``config.grid_steps`` they are every k-th, from the highest to 0.
 
     ``timesteps`` takes the levels of the network's own table at the timesteps round(i (T - 1) /
     (N - 1)), or at those that ``config.respacing`` names.
@@ -272,7 +273,9 @@ def sampling_sigmas(config: SamplingConfig, precond: Precond) -> list[float]:
             f"noise levels of this network, {precond.sigma_min:.4g} to {precond.sigma_max:.4g}; "
             "choose a range that overlaps."
         )
-    sigmas = sigma_grid(config.grid, config.steps, sigma_min, sigma_max, config.rho)
+    num_steps = config.grid_steps or config.steps
+    sigmas = sigma_grid(config.grid, num_steps, sigma_min, sigma_max, config.rho)
+    sigmas = sigmas[:: num_steps // config.steps]
     return [sigma for sigma, _ in itertools.groupby(map(precond.round_sigma, sigmas))]
 
 
@@ -281,19 +284,19 @@ def _timestep_sigmas(config: SamplingConfig, precond: Precond) -> list[float]:
         but = "this network was trained at all noise levels of a range"
         remedy = "give --sigma-grid=karras, or train with --precond=ddpm or iddpm"
         raise refusal("--sigma-grid", "timesteps", but=but, remedy=remedy)
-    last, num_steps = precond.num_timesteps - 1, config.steps
+    last, num_steps = precond.num_timesteps - 1, config.grid_steps or config.steps
     if num_steps > precond.num_timesteps:
         but = f"this network knows {precond.num_timesteps} timesteps"
-        option, got = (
-            ("--respacing", config.respacing) if config.respacing else ("--steps", num_steps)
-        )
+        named = "--steps" if config.grid_steps is None else "--grid-steps"
+        option, got = ("--respacing", config.respacing) if config.respacing else (named, num_steps)
         raise refusal(option, got, but=but, remedy="take at most as many")
     timesteps = [last]
     if config.respacing is not None:
         timesteps = respaced(config.respacing, precond.num_timesteps)
     elif num_steps > 1:
         timesteps = [round(i * last / (num_steps - 1)) for i in range(num_steps)]
-    return [*(precond.level(timestep) for timestep in reversed(timesteps)), 0.0]
+    levels = [*(precond.level(timestep) for timestep in reversed(timesteps)), 0.0]
+    return levels[:: num_steps // config.steps]
 
 
 def reads_variance(config: SamplingConfig, precond: Precond) -> bool:

@@ -12,11 +12,10 @@ from diffusion.denoiser import AUTOCAST_DTYPES
 from diffusion.precond import make_precond
 from dnnlib.addresses import is_address
 from dnnlib.errors import refusal
+from families.checks import refuse_augmentation, refuse_reference, unconditional
+from families.distillation import as_student
 from families.image import (
     objective_settings,
-    refuse_augmentation,
-    refuse_reference,
-    unconditional,
     with_architecture,
 )
 from families.next_steps import CONDITIONS_STEP, generate_step
@@ -67,6 +66,11 @@ class FeatureFamily:
         if "patch_bias_kimg" not in given and run.model.use_dino_patches and not had_patches:
             run = run.changed("features", patch_bias_kimg=_BIAS_STEPS * run.training.batch / 1000)
         return run.changed("training", **changes)
+
+    def distil(self, run: FeatureRun, source: RunConfig, given: Collection[str]) -> FeatureRun:
+        run = as_student(run, source, given)
+        # The teacher has let its patches in.
+        return run if "patch_bias_kimg" in given else run.changed("features", patch_bias_kimg=0.0)
 
     # A training run.
 
@@ -128,11 +132,16 @@ class FeatureFamily:
         self, run: FeatureRun, network: Network, snapshot: Snapshot, data: DataSummary
     ) -> Transfer:
         there = (snapshot.data.features or {}).get("statistics")
-        notes = []
+        notes, length = [], 1000 * snapshot.config.features.patch_bias_kimg
+        if run.distillation.is_on and snapshot.progress["cur_nimg"] < length:
+            but = f"{snapshot.path} has not let its patches in yet (--patch-bias-kimg)"
+            raise refusal("--distill", but=but, remedy="give a later snapshot of its run")
         if there is not None and there != data.features["statistics"]:
             notes.append("Its features were normalised by the statistics of other data.")
 
         def check(found: Transfer) -> None:
+            if run.distillation.is_on:
+                found.refuse_any_difference()
             allowed = run.training.transfer_allow
             found.refuse_differences(allowed, _PATCH_PARAMETERS)
 

@@ -15,6 +15,8 @@ from diffusion.denoiser import AUTOCAST_DTYPES
 from diffusion.precond import make_precond
 from dnnlib.addresses import is_address
 from dnnlib.errors import refusal
+from families.checks import check_metrics, unconditional
+from families.distillation import as_student
 from families.next_steps import image_steps
 from families.reporting import check_conditions, reporting
 from families.runs import ImageRun
@@ -48,6 +50,15 @@ class ImageFamily:
         run = with_architecture(run, source, given)
         # The weights are good from the start: the average need not forget its first steps.
         return run if "ema_rampup" in given else run.changed("training", ema_rampup=None)
+
+    def distil(self, run: ImageRun, source: RunConfig, given: Collection[str]) -> ImageRun:
+        run = as_student(run, source, given)
+        scale = run.distillation.distill_cfg_scale
+        problem = None if scale == 1.0 else self._unguided(source, source.model.num_classes)
+        if problem is not None:
+            but = f"the teacher {problem[0]}"
+            raise refusal("--distill-cfg-scale", scale, but=but, remedy="leave it out")
+        return run
 
     # A training run.
 
@@ -138,6 +149,8 @@ class ImageFamily:
         self, run: ImageRun, network: Network, snapshot: Snapshot, data: DataSummary
     ) -> Transfer:
         def check(found: Transfer) -> None:
+            if run.distillation.is_on:
+                found.refuse_any_difference()
             found.refuse_poor_match(run.training.transfer_allow)
 
         return transfer_weights(network, snapshot, check=check)
@@ -332,46 +345,6 @@ def open_images_of(run: RunConfig, **settings: Any) -> ImageDataset:
                 but = f"{path} holds {what}, but preset {run.preset} {does}"
                 raise refusal("--data", but=but, remedy=f"give images, or {other}") from None
         raise
-
-
-def refuse_augmentation(run: RunConfig, what: str) -> None:
-    """Raise ValueError if ``what`` is to be augmented, which only pixels can be."""
-    augment = run.training.augment.augment
-    if augment > 0:
-        but, remedy = f"{what} cannot be augmented", "set --augment=0 (--hflip mirrors images)"
-        raise refusal("--augment", f"{augment:g}", but=but, remedy=remedy)
-
-
-def refuse_reference(run: RunConfig, models: str, real: str) -> None:
-    """Raise ValueError for ``--metrics-ref`` of ``models`` that are compared with ``real``."""
-    if run.logging.metrics_ref is not None:
-        but = f"has no effect on {models}, which are compared with {real}; leave it out"
-        raise ValueError(f"--metrics-ref {but}.")
-
-
-def unconditional(label_drop: float) -> ValueError:
-    """Return the error for dropped labels of a model that has none."""
-    but, remedy = "the model is unconditional", "add --cond, or set --label-drop=0"
-    return refusal("--label-drop", label_drop, but=but, remedy=remedy)
-
-
-def check_metrics(run: RunConfig, given: Collection[str], *, of_supports: bool) -> None:
-    """Raise ValueError for metrics of another kind of model, and for detectors of none of them.
-
-    A metric is ``of_supports`` or not, as the model's images are; ``given`` names the fields that
-    were typed.
-    """
-    names, detectors = run.logging.metrics, set()
-    if names:
-        from metrics.metric import METRICS, get_metrics
-
-        for spec in get_metrics(names):
-            if spec.of_supports != of_supports:
-                known = [name for name, s in METRICS.items() if s.of_supports == of_supports]
-                but = f"preset {run.preset} is {'' if of_supports else 'not '}trained on sets"
-                raise refusal("--metrics", spec.name, but=but, accepted=", ".join(known))
-            detectors.add(spec.output.detector)
-    run.detectors.check_used(given, detectors, f"--metrics={','.join(names) or 'none'}")
 
 
 FAMILY = ImageFamily()

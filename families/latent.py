@@ -10,11 +10,11 @@ from data.latents.codec import LatentCodec
 from data.latents.dataset import LatentDataset
 from data.latents.record import is_latent_folder, read_record
 from encoders.autoencoder import AUTOENCODER, Autoencoder, load_autoencoder
+from families.checks import refuse_augmentation
 from families.image import (
     ImageFamily,
     check_resolution,
     open_images_of,
-    refuse_augmentation,
     with_path,
 )
 from families.next_steps import image_steps

@@ -11,6 +11,7 @@ from data.fewshot.config import SetConfig
 from diffusion.config import DualGuidanceConfig, GuidanceConfig
 from evaluation.validation.config import ValidationConfig
 from training.config import RunConfig
+from training.distillation.config import ClassDistillationConfig, DualDistillationConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,7 @@ class ImageRun(RunConfig):
     family: ClassVar[str] = "image"
 
     guidance: GuidanceConfig = GuidanceConfig()
+    distillation: ClassDistillationConfig = ClassDistillationConfig()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,5 +47,6 @@ class FeatureRun(RunConfig):
     family: ClassVar[str] = "features"
 
     guidance: DualGuidanceConfig = DualGuidanceConfig()
+    distillation: DualDistillationConfig = DualDistillationConfig()
     features: FeatureConfig = FeatureConfig()
     validation: ValidationConfig = ValidationConfig()

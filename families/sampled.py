@@ -8,6 +8,7 @@ import torch
 from diffusion.precond import make_precond
 from diffusion.samplers import sampling_sigmas
 from dnnlib.errors import refusal
+from families.distillation import check_student
 from torch_utils import cpu_matmul
 from training.asked import GeneratorOptions
 from training.checkpoint import Snapshot
@@ -49,5 +50,7 @@ def sampled_run(snapshot: Snapshot, options: GeneratorOptions) -> RunConfig:
     """Return the run of a snapshot with the protocol and arithmetic that are asked for."""
     run = snapshot.config
     sampling, guidance = options.sampling or run.sampling, options.guidance or run.guidance
+    if run.distillation.is_on:
+        check_student(run, sampling, guidance, str(snapshot.path))
     run = dataclasses.replace(run, sampling=sampling, guidance=guidance)
     return run.changed("training", precision=options.precision or run.training.precision)

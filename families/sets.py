@@ -15,14 +15,12 @@ from data.fewshot.supports import read_support
 from diffusion.precond import make_precond
 from dnnlib.addresses import is_address
 from dnnlib.errors import refusal
+from families.checks import check_metrics, refuse_augmentation, refuse_reference
 from families.image import (
     ImageFamily,
-    check_metrics,
     check_resolution,
     objective_settings,
     open_images_of,
-    refuse_augmentation,
-    refuse_reference,
     with_path,
     without_augmentation,
 )
@@ -37,6 +35,7 @@ from sampling.supports import SupportGenerator, SupportRequests
 from torch_utils.misc import count_parameters
 from training.asked import NOT_FEATURES, Asked
 from training.checkpoint import Snapshot
+from training.config import RunConfig
 from training.family import Codec, Evaluator, TrainingData
 from training.set_objective import SetObjective, validation_loss
 
@@ -60,6 +59,10 @@ class SetFamily(ImageFamily):
         check_metrics(run, given, of_supports=True)
         refuse_reference(run, "set-conditioned models", "images of their unseen classes")
         return run
+
+    def distil(self, run: SetRun, source: RunConfig, given: Collection[str]) -> SetRun:
+        run = super().distil(run, source, given)
+        return run if "context_drop" in given else run.changed("sets", context_drop=0.0)
 
     def open_data(self, run: SetRun, path: str | None = None, split: str = "train") -> SetDataset:
         run = with_path(run, path)

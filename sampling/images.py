@@ -188,8 +188,8 @@ class ImageGenerator:
 def sampling_facts(config: SamplingConfig) -> dict[str, Any]:
     """Return what a score row states of the sampler and its noise levels."""
     facts = to_dict(config)
-    # Rows and folders of before know of no subsets of timesteps.
-    return {k: v for k, v in facts.items() if (k, v) != ("respacing", None)}
+    # Rows and folders of before know of no subsets of timesteps or of noise levels.
+    return {k: v for k, v in facts.items() if v is not None or k not in ("respacing", "grid_steps")}
 
 
 def describe_sampling(protocol: Mapping[str, Any]) -> str:

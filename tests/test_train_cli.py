@@ -19,6 +19,7 @@ import helpers
 import pytest
 import test_conditioning
 import test_cpu_matmul
+import test_distillation_runs
 import test_respacing
 import test_rollback
 import test_saver
@@ -336,6 +337,7 @@ CASES = {
     "wandb-project": [unseen("mine", "wandb", beside="--wandb")],
     "sampler": [sampled(name) for name in ("euler", "ddim", "dpmpp_2m", "ddpm")],
     "steps": [sampled("3")],
+    "grid-steps": [sampled("8")],
     "sigma-grid": [sampled(name) for name in ("linear", "vp", "ve", "iddpm")]
     + [Case("timesteps", "fakes", keeps="net ema", beside="--precond=ddpm --iters=1")],
     "patch-size": [Case("2", "net", beside="LATENT"), Case("4", "net", beside="SETS")],
@@ -477,6 +479,13 @@ SHOWN_BY = {
     "report-conditions": (
         "test_a_run_reports_on_conditions_as_the_command_does_and_trains_as_without"
     ),
+    **dict.fromkeys(
+        (
+            *("distill-steps", "distill-cfg-scale"),
+            *("distill-text-scale", "distill-visual-scale"),
+        ),
+        "test_students_of_every_kind_are_sampled_as_they_were_trained",
+    ),
     "shard": "test_losses_norms_and_weights_are_those_of_whole_weights",
     "shard-size": "test_groups_of_ranks_hold_a_copy_each",
     "respacing": "test_pictures_of_a_run_and_images_of_its_snapshot_visit_the_timesteps_named",
@@ -518,6 +527,7 @@ def test_every_option_and_every_choice_of_it_has_a_test():
     known = (
         globals()
         | vars(test_conditioning)
+        | vars(test_distillation_runs)
         | vars(test_sharding)
         | vars(test_cpu_matmul)
         | vars(test_respacing)

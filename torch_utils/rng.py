@@ -9,7 +9,7 @@ import torch
 # Streams of a training step: each kind of randomness has a generator of its own, so that adding
 # a draw to one leaves the others as they were.
 STREAM_DATA, STREAM_NOISE, STREAM_AUGMENT, STREAM_CONDITION, STREAM_MODEL, STREAM_INIT = range(6)
-STREAM_POSTERIOR, STREAM_CONTEXT, STREAM_BUCKET, STREAM_ROLLBACK = 6, 7, 8, 9
+STREAM_POSTERIOR, STREAM_CONTEXT, STREAM_BUCKET, STREAM_ROLLBACK, STREAM_LEVEL = range(6, 11)
 
 
 def mix(*values: int) -> int:

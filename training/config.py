@@ -11,6 +11,7 @@ from dnnlib.addresses import is_address
 from dnnlib.config import Config, option
 from dnnlib.errors import refusal
 from models.config import ModelConfig
+from training.distillation.config import DistillationConfig
 
 # Relative stds of weight averages. Names of files show three decimals; 1 / sqrt(12) = 0.2887 weighs
 # all times equally.
@@ -336,6 +337,7 @@ class RunConfig(Config):
     detectors: DetectorConfig = DetectorConfig()
     sampling: SamplingConfig = SamplingConfig()
     guidance: Config
+    distillation: DistillationConfig = DistillationConfig()
 
     def changed(self, section: str, **values: Any) -> Self:
         """Return the run with other values in one of its sections, such as ``training``."""

@@ -1,9 +1,15 @@
 """How a batch, and a model, are divided among ranks."""
 
+from typing import Any
+
+import torch
+
 from data.samplers import rank_passes
+from diffusion.denoiser import AUTOCAST_DTYPES
 from dnnlib import launcher
 from dnnlib.errors import refusal
-from training.config import TrainingConfig
+from torch_utils.parameters import Parameters
+from training.config import RunConfig, TrainingConfig
 
 
 def divisors(number: int) -> list[int]:
@@ -96,3 +102,22 @@ def group_size(training: TrainingConfig, world_size: int) -> int:
         sizes = ", ".join(map(str, divisors(world_size)))
         raise refusal("--shard-size", got, remedy=f"use one of {sizes}")
     return size
+
+
+def hold_parameters(
+    objective: Any, config: RunConfig, shard_size: int, device: torch.device
+) -> Parameters:
+    """Bring the network of ``objective`` to the device, whole or divided, and return its weights.
+
+    Collective.
+    """
+    network = objective.network
+    if shard_size == 1:
+        objective.to(device)
+        network.to(memory_format=torch.channels_last)
+        return Parameters(network)
+    from torch_utils.sharding import shard
+
+    parts = list(config.model.sharded_parts(network.backbone))
+    dtype = AUTOCAST_DTYPES[config.training.precision]
+    return shard(objective, parts, device, shard_size, dtype)

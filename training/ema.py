@@ -25,33 +25,38 @@ def ema_beta(cur_nimg: int, batch: int, half_life_kimg: float, rampup: float | N
     return 0.5 ** (batch / max(half_life, 1e-8))
 
 
-class EMA:
-    """A moving average of a network's parameters; buffers are constants and are left alone.
+class WeightCopy:
+    """Other weights of a network, which begin with its own; buffers are constants, left alone.
 
-    ``network`` has the average as its weights within :meth:`filled`.
+    ``network`` has them as its parameters within :meth:`filled`. ``own`` is what this process holds
+    of each.
     """
 
     def __init__(self, parameters: Parameters) -> None:
-        self._parameters, self._source = parameters, parameters.own
-        self.network, self._average = parameters.averaged_network()
+        self._parameters = parameters
+        self.network, self.own = parameters.averaged_network()
 
     def filled(self) -> AbstractContextManager:
         """Return a context in which :attr:`network` can be used. Collective."""
-        return self._parameters.filled(self.network, self._average)
+        return self._parameters.filled(self.network, self.own)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a state keeps."""
-        return self._parameters.state_dict(self._average)
+        return self._parameters.state_dict(self.own)
 
     def whole_tensors(self) -> Iterator[tuple[str, Tensor | None]]:
-        """Yield the averaged weights by name, on rank 0; elsewhere None. Collective."""
-        return self._parameters.whole_tensors(self._average)
+        """Yield the weights by name, on rank 0; elsewhere None. Collective."""
+        return self._parameters.whole_tensors(self.own)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned. Collective."""
-        for name, average in zip(self._parameters.names, self._average, strict=True):
-            self._parameters.unpack(name, state[name], average)
+        for name, own in zip(self._parameters.names, self.own, strict=True):
+            self._parameters.unpack(name, state[name], own)
+
+
+class EMA(WeightCopy):
+    """A moving average of a network's parameters."""
 
     @torch.no_grad()
     def update(self, beta: float, skip: Tensor) -> None:
@@ -59,7 +64,7 @@ class EMA:
 
         ``skip`` is a float32 scalar on the weights' device; it is never read by the host.
         """
-        average, source = self._average, self._source
+        average, source = self.own, self._parameters.own
         # A beta of 0 means the first step: the average equals the weights, skipped or not.
         if beta == 0.0:
             torch._foreach_copy_(average, source)

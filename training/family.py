@@ -103,7 +103,10 @@ class Codec(Protocol):
 
 
 class Objective(Protocol):
-    """A ``torch.nn.Module`` from a batch to its loss, which DDP wraps."""
+    """A ``torch.nn.Module`` from a batch to its loss, which DDP wraps.
+
+    One of a model that can be distilled also has what :class:`training.objective.Objective` does.
+    """
 
     num_shapes: int  # Shapes of inputs that occur; a compiled network has a graph for each.
 
@@ -282,6 +285,13 @@ class Family(Protocol):
 
     def settle_in(self, run: RunConfig, source: RunConfig, given: Collection[str]) -> RunConfig:
         """Return ``run`` with what suits a start from the weights of a run of ``source``."""
+        ...
+
+    def distil(self, run: RunConfig, source: RunConfig, given: Collection[str]) -> RunConfig:
+        """Return ``run`` as one of students of the network of a run of ``source``.
+
+        Raises ValueError for settings that a student cannot have.
+        """
         ...
 
     # A training run.

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +12,14 @@ from torch import Tensor
 from data.features.buckets import Bucket, parse_buckets
 from data.features.config import FeatureConfig
 from data.images.dataset import Cond
-from diffusion.flow import Velocity
+from diffusion.config import SamplingConfig
+from diffusion.distillation import distillation_loss
+from diffusion.flow import Velocity, flow_times
+from diffusion.guidance import BRANCHES, branch_weights
 from diffusion.losses import velocity_loss
 from diffusion.precond import FlowPrecond
 from dnnlib.progress import progress
+from models.context import Context
 from torch_utils import distributed, rng
 from torch_utils.stats import StatsCollector
 from training.objective import Draws, Objective, gradient_norms
@@ -107,13 +111,67 @@ class FeatureObjective(Objective):
 
     def forward(self, images: Tensor, cond: Cond, draws: FeatureDraws) -> Tensor:
         """Return the loss of every element [N, c, h, w] of latents [N, c, h, w]."""
-        if draws.patch_bias is not None:
-            cond = {**cond, "patch_bias": draws.patch_bias}
-        context = self.network.context(cond, draws.drop, num=len(images))
+        context = self.context(images, cond, draws)
         t = self._precond.time(draws.sigma)
-        loss, velocity = velocity_loss(self._velocity, images, t, draws.noise, context)
+        if draws.target is None:
+            loss, velocity = velocity_loss(self._velocity, images, t, draws.noise, context)
+        else:
+            t = t.reshape(-1, 1, 1, 1)
+            z = self.noisy(images, t, draws.noise)
+            velocity = self._velocity(z, t.flatten(), context)
+            loss = distillation_loss(z - t * velocity, draws.target, self.snr(t))
         self._last_rms = velocity.detach().square().mean(dim=(1, 2, 3)).sqrt()
         return loss
+
+    def context(self, images: Tensor, cond: Cond, draws: FeatureDraws) -> Context:
+        if draws.patch_bias is not None:
+            cond = {**cond, "patch_bias": draws.patch_bias}
+        return self.network.context(cond, draws.drop, num=len(images))
+
+    def levels(self, sampling: SamplingConfig) -> list[float]:
+        return flow_times(sampling.steps, sampling.time_shift)
+
+    def sigma_of(self, level: Tensor) -> Tensor:
+        return level / (1 - level)
+
+    def noisy(self, images: Tensor, level: Tensor, noise: Tensor) -> Tensor:
+        return torch.lerp(images, noise, level)
+
+    def snr(self, level: Tensor) -> Tensor:
+        return (1 / level - 1).square()
+
+    def estimate(self, x: Tensor, level: Tensor, context: Context) -> Tensor:
+        return x - level * self._velocity(x, level.flatten(), context)
+
+    def branches(self, guidance: Any, draws: FeatureDraws) -> list[FeatureDraws]:
+        found = []
+        for name in branch_weights(guidance):
+            with_text, with_visual = BRANCHES[name]
+            lost = (not with_text, not with_visual, not with_visual)
+            drop = [
+                own | all_rows for own, all_rows in zip(draws.drop.unbind(1), lost, strict=True)
+            ]
+            found.append(dataclasses.replace(draws, drop=torch.stack(drop, dim=1)))
+        return found
+
+    def branch_table(self, guidance: Any, levels: Sequence[float]) -> Tensor:
+        """Return the weights of the branches for rows that have neither, text, image, or both.
+
+        A branch without a condition that a row lacks anyway is, for it, the one with less.
+        """
+        names = list(branch_weights(guidance))
+        table = torch.zeros(4, len(names), 1)
+        for row, (has_text, has_visual) in enumerate(itertools.product((False, True), repeat=2)):
+            seen = [(BRANCHES[n][0] and has_text, BRANCHES[n][1] and has_visual) for n in names]
+            for name, weight in branch_weights(
+                guidance, has_text=has_text, has_visual=has_visual
+            ).items():
+                table[row, seen.index(BRANCHES[name])] = weight
+        return table
+
+    def branch_rows(self, draws: FeatureDraws, index: Tensor) -> Tensor:
+        has_text, has_visual = ~draws.drop[:, 0], ~draws.drop[:, 1]
+        return 2 * has_text.to(torch.int64) + has_visual
 
     def report(self, stats: StatsCollector, loss: Tensor, draws: FeatureDraws) -> None:
         """Add the loss of a pass, also by category and time, and the size of the velocities.
@@ -128,7 +186,8 @@ class FeatureObjective(Objective):
             stats.report(f"Flow/loss_{name}", losses, rows)
             stats.report(f"Flow/share_{name}", rows)
         t = self._precond.time(draws.sigma)
-        stats.report_groups(_TIME_NAMES, losses, (t * _NUM_TIME_BINS).to(torch.int64))
+        bins = (t * _NUM_TIME_BINS).to(torch.int64).clamp(max=_NUM_TIME_BINS - 1)
+        stats.report_groups(_TIME_NAMES, losses, bins)
 
     @torch.no_grad()
     def diagnose(

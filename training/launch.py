@@ -47,8 +47,14 @@ class Start:
     outdir: Path | None = None  # Where run folders are made; needed for a new run.
     resume: str | None = None  # Run folder or state file to continue, or ``auto``.
     transfer: str | None = None  # Snapshot whose weights the run starts from.
+    distill: str | None = None  # Snapshot of the teacher, whose weights the first student has.
     desc: str | None = None  # Text to add to the name of the run folder.
     verify_resume: bool = False  # Only try whether a run resumes exactly.
+
+    @property
+    def source(self) -> str | None:
+        """Snapshot whose weights the run starts from, for whatever reason."""
+        return self.distill if self.transfer is None else self.transfer
 
     @property
     def continues(self) -> bool:
@@ -62,10 +68,20 @@ class Start:
         """
         if self.transfer is None and "transfer_allow" in given:
             raise ValueError("--transfer-allow has no effect without --transfer; leave it out.")
-        if self.continues and self.transfer is not None:
-            raise ValueError("Give --resume or --transfer, not both.")
-        if self.transfer is not None and not is_address(self.transfer):
-            check_source(self.transfer, where="--transfer")
+        if self.distill is None and not self.continues:
+            for name in sorted(given):
+                if name.startswith("distill_"):
+                    option = name.replace("_", "-")
+                    raise ValueError(f"--{option} has no effect without --distill; leave it out.")
+        if self.distill is not None and self.transfer is not None:
+            raise ValueError("Give --transfer or --distill, not both.")
+        for option, location in (("--transfer", self.transfer), ("--distill", self.distill)):
+            if location is None:
+                continue
+            if self.continues:
+                raise ValueError(f"Give --resume or {option}, not both.")
+            if not is_address(location):
+                check_source(location, where=option)
         if self.desc is not None and not re.fullmatch(r"[\w.,=+-]+", self.desc):
             raise refusal("--desc", repr(self.desc), accepted="letters, digits and . , = + - _")
         if self.outdir is not None:
@@ -90,9 +106,11 @@ class Start:
 
     def settle_in(self, config: RunConfig, given: Collection[str]) -> RunConfig:
         """Return ``config`` with what suits a start from other weights, but for what was typed."""
-        if self.transfer is None:
+        if self.source is None:
             return config
-        source, _ = open_header(self.transfer)
+        source, _ = open_header(self.source)
+        if self.distill is not None:
+            return family_of(config).distil(config, source, given)
         settled = family_of(config).settle_in(config, source, given)
         before, after = to_dict(config.model), to_dict(settled.model)
         taken = [f"{name}={after[name]}" for name in after if after[name] != before[name]]
@@ -156,7 +174,7 @@ def launch(config: RunConfig, start: Start, preset: RunConfig | None = None) -> 
             with stop_signal.at_once():
                 job = _prepare(config, distributed.init(config.logging.hang_limit))
                 # Find or make the run folder.
-                snapshot = None if start.transfer is None else open_snapshot(start.transfer)
+                snapshot = None if start.source is None else open_snapshot(start.source)
                 origin = runs.origin_of(snapshot, start.desc)
                 run_dir, exact_state = _find_run(job, start, origin)
                 is_new = run_dir is None
@@ -177,6 +195,9 @@ def launch(config: RunConfig, start: Start, preset: RunConfig | None = None) -> 
                         _, origin = runs.read_start(run_dir, lambda text: None)
                     _write_start(job, run_dir, origin, preset)
                 weights = snapshot if state is None else None
+                if state is None and weights is None and job.config.distillation.is_on:
+                    but = f"there is no training state in {run_dir} to take the teacher from"
+                    raise refusal("--resume", but=but, remedy="start again with --distill")
                 start_from = dict(resume_state=state, transfer=weights, num_rollbacks=num_rollbacks)
                 finished = _train(job, run_dir, saver, stop_signal=stop_signal, **start_from)
         except Exception:
@@ -265,7 +286,7 @@ def verify(config: RunConfig, start: Start) -> int:
 
     with Saver() as saver:
         job = _prepare(shortened(config), distributed.init(config.logging.hang_limit))
-        snapshot = None if start.transfer is None else open_snapshot(start.transfer)
+        snapshot = None if start.source is None else open_snapshot(start.source)
         equal = verify_resume(_with_cpu_matmul(job, None), saver, snapshot)
     distributed.shutdown()
     return 0 if equal else 1

@@ -11,7 +11,6 @@ import torch
 
 from data.loader import make_loader
 from data.samplers import rank_passes
-from diffusion.denoiser import AUTOCAST_DTYPES
 from dnnlib.errors import NotFiniteError
 from dnnlib.progress import progress
 from dnnlib.saver import remove_state
@@ -19,13 +18,13 @@ from dnnlib.text import format_kimg
 from models import build_network
 from torch_utils import distributed, rng
 from torch_utils.misc import allow_tf32, returning_freed_memory
-from torch_utils.parameters import Parameters
 from torch_utils.saver import Saver
 from torch_utils.stats import StatsCollector
 from training import checkpoint
 from training.checkpoint import Snapshot, snapshot_path
 from training.config import RunConfig
-from training.division import accumulation_rounds, group_size, pass_sizes
+from training.distillation.course import course_of
+from training.division import accumulation_rounds, group_size, hold_parameters, pass_sizes
 from training.ema import EMA, PowerEMA, ema_beta
 from training.family import Codec, Evaluator, Outputs, Part, TrainingData
 from training.family import of as family_of
@@ -49,25 +48,6 @@ class Job:
     codec: Codec  # What a batch of them is to the network.
     evaluator: Evaluator  # Makes pictures and scores.
     device: torch.device  # This rank's.
-
-
-def hold_parameters(
-    objective: Any, config: RunConfig, shard_size: int, device: torch.device
-) -> Parameters:
-    """Bring the network of ``objective`` to the device, whole or divided, and return its weights.
-
-    Collective.
-    """
-    network = objective.network
-    if shard_size == 1:
-        objective.to(device)
-        network.to(memory_format=torch.channels_last)
-        return Parameters(network)
-    from torch_utils.sharding import shard
-
-    parts = list(config.model.sharded_parts(network.backbone))
-    dtype = AUTOCAST_DTYPES[config.training.precision]
-    return shard(objective, parts, device, shard_size, dtype)
 
 
 def training_loop(
@@ -129,6 +109,12 @@ def training_loop(
         dynamic_scale=training.precision == "fp16",
     )
 
+    # A distillation has stages, and its objective a teacher.
+    course = course_of(
+        config, objective, parameters, lambda other: family.objective(config, other, codec)
+    )
+    objective = course.objective
+
     # Restore a state, or start from another run's weights.
     cur_nimg = cur_tick = tick_start_nimg = 0
     elapsed_before_sec = 0.0
@@ -144,9 +130,12 @@ def training_loop(
         cur_nimg, cur_tick = made["cur_nimg"], made["cur_tick"]
         tick_start_nimg, elapsed_before_sec = made["tick_start_nimg"], made["elapsed_sec"]
         stats.load_state_dict(resume_state["stats"])
+        course.load_state_dict(resume_state)
     if training.compile:
         sizes = pass_sizes(training, world_size)  # Of all ranks, which gather shards together.
-        network.compile_parts(objective.num_shapes * len(sizes), is_sharded=shard_size > 1)
+        num_graphs = objective.num_shapes * len(sizes)
+        network.compile_parts(num_graphs, is_sharded=shard_size > 1)
+        course.compile_parts(num_graphs)
         if logging.metrics:  # A few pictures alone are made sooner without.
             ema.network.compile_parts(objective.num_shapes)
     loss_function = objective if shard_size > 1 else distributed.wrap(objective, device)
@@ -165,10 +154,10 @@ def training_loop(
 
     def snapshots(info: dict[str, Any]) -> Iterator[SnapshotParts]:
         """Yield path, weights and progress of each average's snapshot. Collective."""
-        yield snapshot_path(run_dir, cur_nimg), ema.whole_tensors(), info
+        yield snapshot_path(run_dir, cur_nimg), ema.whole_tensors(), course.sampled, info
         for std in profiles.stds:
             path = checkpoint.profile_path(run_dir, cur_nimg, std)
-            yield path, profiles.compact(std), dict(info, ema_std=std)
+            yield path, profiles.compact(std), config, dict(info, ema_std=std)
 
     def whole_state(progress_info: dict[str, Any]) -> dict[str, Any]:
         """Return what a state holds, without a copy of the weights. Collective."""
@@ -180,6 +169,7 @@ def training_loop(
             stats=stats.state_dict(),
             progress=progress_info,
             **monitor.state_dict(),
+            **course.state_dict(),
         )
 
     is_sharded, keep_states = shard_size > 1, logging.keep_states
@@ -187,8 +177,9 @@ def training_loop(
     writer = Writer(saver, run_dir, config, data, **settings)
     weights = parameters.state_dict(parameters.own)
     # Adam's two moments come with the first step.
-    writer.reserve([weights] * 3 + [ema.state_dict(), profiles.state_dict()], network, device)
-    del weights
+    averages = [ema.state_dict(), profiles.state_dict(), course.state_dict()]
+    writer.reserve([weights] * 3 + averages, network, device)
+    del weights, averages
 
     def is_stopping() -> bool:
         return stop_signal.received is not None
@@ -221,7 +212,6 @@ def training_loop(
             )
 
     evaluator, outputs = job.evaluator, Outputs(run_dir, telemetry, stop_signal)
-    generator = family.generator(config, ema.network, codec, device)
     watch, was_compiled = Watch(config), False
     monitor = Monitor(config, parameters, num_rollbacks, resume_state)
 
@@ -229,6 +219,7 @@ def training_loop(
         """Return False if a stop cut ``make`` short; what is not finite is told, not made."""
         try:
             with stop_signal.at_once(), ema.filled(), returning_freed_memory():
+                generator = family.generator(course.sampled, ema.network, codec, device)
                 make(generator, outputs, cur_nimg)
         except distributed.StopRequested:
             return False
@@ -255,9 +246,8 @@ def training_loop(
     total_nimg = config.total_nimg
     done, stop = cur_nimg >= total_nimg, False
     if done and telemetry is not None:
-        telemetry.message(
-            f"Complete at kimg {format_kimg(cur_nimg / 1000)}; a larger --kimg would go on."
-        )
+        more = "" if config.distillation.is_on else "; a larger --kimg would go on"
+        telemetry.message(f"Complete at kimg {format_kimg(cur_nimg / 1000)}{more}.")
         # A kill may have come between the last state and this.
         states = checkpoint.find_states(run_dir)
         if states and checkpoint.is_state_after(states[0], cur_nimg):
@@ -275,6 +265,10 @@ def training_loop(
     tick_end_nimg = tick_start_nimg + config.tick_nimg
     bar = _tick_bar(cur_tick, cur_nimg, tick_start_nimg, config.tick_nimg, rank)
     while not (done or stop):
+        begun = course.begin(cur_nimg, ema, optimizer)
+        if begun and telemetry is not None:
+            telemetry.message(begun)
+
         # Draw this step's randomness for the global batch, of which each pass has its rows.
         step = rng.Step(seed, cur_nimg, training.batch, steps.shape_at(cur_nimg), device)
         draws = objective.draw(step)
@@ -298,16 +292,18 @@ def training_loop(
 
         # At the end of a tick, look at what the step did.
         done = cur_nimg + step_nimg >= total_nimg
-        tick_ends = done or cur_tick == 0 or cur_nimg + step_nimg >= tick_end_nimg
+        stage_ends = cur_nimg + step_nimg >= course.stage.end_nimg
+        tick_ends = stage_ends or cur_tick == 0 or cur_nimg + step_nimg >= tick_end_nimg
         if tick_ends:
             for name, value in objective.diagnose(images, cond, rows, optimizer.loss_scale).items():
                 stats.report(name, value)
 
         # Update weights and their averages.
-        lr = learning_rate(training, cur_nimg, step_nimg, total_nimg)
+        stage_nimg = cur_nimg - course.stage.start_nimg
+        lr = learning_rate(training, stage_nimg, step_nimg, course.stage.num_images)
         grad_norm = optimizer.step(lr)
         monitor.end_step(optimizer.grad_norms)
-        beta = ema_beta(cur_nimg, step_nimg, training.ema_kimg, training.ema_rampup)
+        beta = ema_beta(stage_nimg, step_nimg, training.ema_kimg, training.ema_rampup)
         ema.update(beta, optimizer.skipped)
         profiles.update(cur_nimg + step_nimg, step_nimg)
         stats.report("Loss/grad_norm", grad_norm)
@@ -370,7 +366,7 @@ def training_loop(
 
         # Save the snapshots, then the state, which implies them, then what a stop may cut short.
         regular = tick_ends and config.snapshot_is_due(cur_tick, tick_start_nimg, cur_nimg)
-        snap_due = metrics_due = done or regular
+        snap_due = metrics_due = regular = regular or stage_ends
         dump_due = tick_ends and cur_tick % logging.dump == 0 if logging.dump else regular
         if logging.metrics_ticks is not None:
             metrics_due = done or (tick_ends and cur_tick % logging.metrics_ticks == 0)

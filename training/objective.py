@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Self
 
@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from data.images.dataset import Cond
+from diffusion.config import SamplingConfig
 from diffusion.denoiser import Denoiser
+from diffusion.distillation import distillation_loss, guidance_table
 from diffusion.losses import denoising_loss, hybrid_loss
 from diffusion.precond import Precond
+from diffusion.samplers import sampling_sigmas
 from models.context import Context
 from models.network import Network
 from torch_utils import rng
@@ -33,6 +36,9 @@ class Draws:
     noise: Tensor  # [N, C, H, W], standard normal
     drop: Tensor | None  # [N] or [N, K] bool, true where the condition (of K) is dropped
     codec: Any  # [N, ...], what the codec encodes with; None where nothing is random
+    # Of a student: [N] int64, its sampling step, and the x0 to estimate, one for each image.
+    step: Tensor | None = None
+    target: Tensor | None = None
 
     def rows(self, start: int, stop: int) -> Self:
         """Return the draws of rows ``start`` to ``stop``."""
@@ -100,8 +106,12 @@ class Objective(torch.nn.Module):
 
     def forward(self, images: Tensor, cond: Cond, draws: Draws) -> Tensor:
         """Return the loss of every element [N, C, H, W] of prepared images and conditions."""
-        context = self.network.context(cond, draws.drop, num=len(images))
-        return self._loss(images, draws.sigma, draws.noise, context)
+        context = self.context(images, cond, draws)
+        return self._loss(images, draws.sigma, draws.noise, context, draws.target)
+
+    def context(self, images: Tensor, cond: Cond, draws: Draws) -> Context:
+        """Return the context of every image of a prepared batch."""
+        return self.network.context(cond, draws.drop, num=len(images))
 
     @property
     def num_shapes(self) -> int:
@@ -137,11 +147,66 @@ class Objective(torch.nn.Module):
         """Return nothing to tell of a batch as :meth:`forward` takes it, and of its gradients."""
         return {}
 
-    def _loss(self, images: Tensor, sigma: Tensor, noise: Tensor, context: Context) -> Tensor:
+    def _loss(
+        self,
+        images: Tensor,
+        sigma: Tensor,
+        noise: Tensor,
+        context: Context,
+        target: Tensor | None = None,
+    ) -> Tensor:
+        if target is not None:
+            level = sigma.reshape(-1, 1, 1, 1)
+            estimate = self.estimate(self.noisy(images, level, noise), level, context)
+            return distillation_loss(estimate, target, self.snr(level))
         batch = (self._denoise, images, sigma, noise, context)
         if self._precond.learned_variance:
             return hybrid_loss(*batch, self._precond)
         return denoising_loss(*batch, self._precond.weight)
+
+    # What distillation asks, of student and teacher: see training/distillation/objective.py.
+
+    def levels(self, sampling: SamplingConfig) -> list[float]:
+        """Return the levels that a sampler visits, descending to 0: sigma, or times of a flow."""
+        return sampling_sigmas(sampling, self._precond)
+
+    def sigma_of(self, level: Tensor) -> Tensor:
+        """Return the noise level sigma of a level; infinity for pure noise."""
+        return level
+
+    def noisy(self, images: Tensor, level: Tensor, noise: Tensor) -> Tensor:
+        """Return images [M, C, H, W] with noise at levels [M, 1, 1, 1], as a sampler has them."""
+        return images + level * noise
+
+    def snr(self, level: Tensor) -> Tensor:
+        """Return the ratio of signal to noise, squared, of images of unit variance at a level."""
+        return level**-2
+
+    def estimate(self, x: Tensor, level: Tensor, context: Context) -> Tensor:
+        """Return the x0 estimate [M, C, H, W], float32, of noisy images."""
+        return self._denoise(x, level, context)[:, : x.shape[1]]
+
+    def of_student(self, draws: Draws) -> Draws:
+        """Return the draws of a student, whose context is as in sampling."""
+        return draws
+
+    def branches(self, guidance: Any, draws: Draws) -> list[Draws]:
+        """Return the draws under which a guided estimate needs the context: K, of the same rows."""
+        if guidance.cfg_scale == 1:
+            return [draws]
+        dropped = torch.ones_like(draws.step, dtype=torch.bool)
+        return [draws, dataclasses.replace(draws, drop=dropped)]
+
+    def branch_table(self, guidance: Any, levels: Sequence[float]) -> Tensor:
+        """Return the weights of the K branches [R, K, C or 1]; :meth:`branch_rows` says of which.
+
+        ``levels`` are those that the teacher visits before 0.
+        """
+        return guidance_table(guidance, levels, self._precond, self.network.config.input_shape[0])
+
+    def branch_rows(self, draws: Draws, index: Tensor) -> Tensor:
+        """Return the row [N] of the table for rows of a batch at the levels of ``index`` [N]."""
+        return index
 
 
 def gradient_norms(

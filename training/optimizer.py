@@ -87,6 +87,10 @@ class GuardedAdam:
     def zero_grad(self) -> None:
         self._parameters.zero_grad()
 
+    def forget(self) -> None:
+        """Begin anew with the moments; counters and the loss scale go on."""
+        self._adam.state.clear()
+
     def step(self, lr: float) -> Tensor:
         """Update the weights and return the gradient norm before clipping, a scalar tensor."""
         grads = self._parameters.take_grads()

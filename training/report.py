@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from dnnlib.cli import settings
-from dnnlib.config import to_dict
+from dnnlib.config import Config, to_dict
 from dnnlib.text import format_count
 from models import ModelConfig, attention_backend, build_network
 from torch_utils.misc import count_flops, count_parameters
 from training import family
 from training.config import RunConfig
+from training.distillation.stages import stages_of
 from training.division import accumulation_rounds, group_size
 from training.family import Codec, TrainingData
 
@@ -89,6 +90,14 @@ def run_facts(config: RunConfig, world_size: int, device: torch.device) -> dict[
         **({"cpu matmul": training.cpu_matmul} if device.type == "cpu" else {}),
         "device": str(device),
     }
+    if config.distillation.is_on:
+        stages = stages_of(config)
+        students = ", ".join(str(stage.steps) for stage in stages)
+        shortest = stages[0].num_images // config.step_nimg
+        rows["distillation"] = (
+            f"students of {students} sampling steps, of {shortest:,} optimizer steps or one more "
+            f"each; teacher guided by {_scales(config.distillation.guidance)}"
+        )
     rows.update(family.of(config).describe(config))
     logging = config.logging
     kimg_per_snapshot = config.tick_nimg * min(logging.snap, logging.dump or logging.snap) / 1000
@@ -101,6 +110,11 @@ def run_facts(config: RunConfig, world_size: int, device: torch.device) -> dict[
             "--dump)"
         )
     return rows
+
+
+def _scales(guidance: Config) -> str:
+    values = to_dict(guidance)
+    return ", ".join(f"{name} {values[name]:g}" for name in values if name.endswith("_scale"))
 
 
 def changes_from(preset: RunConfig, config: RunConfig) -> list[dict[str, Any]]:

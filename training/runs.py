@@ -15,6 +15,7 @@ from torch_utils import distributed
 from training import family
 from training.checkpoint import Snapshot, find_states, load_state
 from training.config import RunConfig, with_absolute_data
+from training.distillation.stages import stages_of
 from training.division import group_size
 from training.family import TrainingData
 from training.run_report.write import REPORT_FILE
@@ -213,5 +214,13 @@ def _check_same_model(config: RunConfig, saved: RunConfig, report: Callable[[str
             "and none can start in the middle of a run; leave --ema-stds as it was, or start a "
             "new run."
         )
+    if config.distillation.is_on or saved.distillation.is_on:
+        stages, stages_there = stages_of(config), stages_of(saved)
+        if (config.distillation, stages) != (saved.distillation, stages_there):
+            raise ValueError(
+                "--resume: the stages of a distillation follow from its duration, --batch and "
+                "--distill options, which cannot change in the middle of it; leave them as they "
+                "were, or start a new run."
+            )
     if changed:
         report(f"This continues a run with other settings: {'; '.join(listed.values())}.")

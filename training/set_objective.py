@@ -80,7 +80,8 @@ class SetObjective(Objective):
             cond["label"] = torch.where(draws.drop, self._model.num_classes, cond["label"])
         if draws.context_noise is not None:
             cond["context_noise"] = draws.context_noise
-        if self._model.encoder_time:
+        # That of a student waits for the noise level: its teacher has it at two.
+        if self._model.encoder_time and draws.step is None:
             cond["c_noise"] = self._precond.scalings(draws.sigma)[3]
         with autocast(images.device, self._denoise.autocast_dtype):
             return self.network.context(cond, draws.context_drop)
@@ -101,8 +102,18 @@ class SetObjective(Objective):
         return loss
 
     def _loss_of_sets(self, images: Tensor, draws: SetDraws, context: SetContext) -> Tensor:
-        sigma = draws.sigma.repeat_interleave(images.shape[1])
-        return self._loss(images.flatten(0, 1), sigma, draws.noise.flatten(0, 1), context)
+        sigma, noise = draws.sigma.repeat_interleave(images.shape[1]), draws.noise.flatten(0, 1)
+        return self._loss(images.flatten(0, 1), sigma, noise, context, draws.target)
+
+    def of_student(self, draws: SetDraws) -> SetDraws:
+        """Return the draws with the mean of drawn contexts, which is what images are made from."""
+        return dataclasses.replace(draws, context_noise=None, kl_weight=None)
+
+    def branches(self, guidance: Any, draws: SetDraws) -> list[SetDraws]:
+        if guidance.cfg_scale == 1:
+            return [draws]
+        dropped = torch.ones_like(draws.step, dtype=torch.bool)
+        return [draws, dataclasses.replace(draws, context_drop=dropped)]
 
     @torch.no_grad()
     def diagnose(

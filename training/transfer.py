@@ -70,6 +70,14 @@ class Transfer:
             needs = f"at least {_MIN_SHARE:.0%} are needed for a warm start"
             raise ValueError(f"--transfer: {gives}; {needs}.")
 
+    def refuse_any_difference(self) -> None:
+        """Raise ValueError for a teacher whose network is not that of its student."""
+        left = (*self.missing, *self.mismatched, *self.unexpected)
+        if left:
+            but = f"{self.source} has another network than these data need: {left[0]}{_more(left)}"
+            remedy = "give data of the same classes and size as the teacher's"
+            raise refusal("--distill", but=but, remedy=remedy)
+
     def refuse_poor_match(self, allowed: Sequence[str]) -> None:
         """Raise ValueError for less than 90% of the parameters, unless all others are ``allowed``.
 

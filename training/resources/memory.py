@@ -22,6 +22,8 @@ from torch_utils import rng
 from torch_utils.parameters import Parameters
 from training import family
 from training.config import RunConfig
+from training.distillation.course import course_of
+from training.distillation.stages import stages_of
 from training.division import accumulation_rounds, group_size
 from training.ema import EMA
 from training.optimizer import GuardedAdam
@@ -78,7 +80,7 @@ def predict_memory(config: RunConfig, world_size: int, device_type: str) -> Memo
     training, on_cpu = config.training, device_type == "cpu"
     size, shards = weight_bytes(config), group_size(training, world_size)
     batch_gpu, _ = accumulation_rounds(training, world_size)
-    num_averages = 1 + len(training.ema_stds)
+    num_averages = num_copies(config)
     lasting = own = size // shards
     lasting *= 4 + num_averages
     pictures = picture_bytes(config)
@@ -105,6 +107,11 @@ def predict_memory(config: RunConfig, world_size: int, device_type: str) -> Memo
     )
 
 
+def num_copies(config: RunConfig) -> int:
+    """Return how many more weights than the trained ones a run holds: averages, and a teacher."""
+    return 1 + len(config.training.ema_stds) + config.distillation.is_on
+
+
 def weight_bytes(config: RunConfig) -> int:
     """Return the size of a network's parameters in float32."""
     return 4 * num_parameters(config)
@@ -123,11 +130,15 @@ def pass_bytes(config: RunConfig, batch: int, num_shards: int = 1) -> int:
 @functools.lru_cache(maxsize=64)
 def _pass_bytes(config: RunConfig, batch: int, num_shards: int) -> int:
     network = _meta_network(config.model).train().requires_grad_(True)
-    objective = family.of(config).objective(config, network, _NoCodec())
+    own, codec = family.of(config), _NoCodec()
+    objective = own.objective(config, network, codec)
     with _counted() as live:
         network.to_empty(device=_CPU)
         parameters = Parameters(network)
         ema = EMA(parameters)
+        objective = course_of(
+            config, objective, parameters, lambda other: own.objective(config, other, codec)
+        ).objective
         settings = dict(beta2=config.training.beta2, weight_decay=0.0)
         optimizer = GuardedAdam(parameters, clip_grad=config.training.clip_grad, **settings)
         images, cond = objective.example(batch, _CPU)
@@ -205,6 +216,7 @@ class Disk:
 def predict_disk(config: RunConfig) -> Disk:
     """Return what a run leaves on disk at its end, without pictures and records."""
     logging, num_stds = config.logging, len(config.training.ema_stds)
+    num_stages = len(stages_of(config))
     size = weight_bytes(config)
     # The first tick is one step.
     rest = max(config.total_nimg - config.step_nimg, 0)
@@ -213,10 +225,11 @@ def predict_disk(config: RunConfig) -> Disk:
         num_snapshots = len({*range(0, num_ticks, logging.snap), num_ticks - 1})
     else:
         num_snapshots = math.ceil(config.total_nimg / (logging.save_interval * config.step_nimg))
+    num_snapshots += num_stages - 1  # At the end of each stage, whatever the tick.
     num_states = num_ticks // logging.dump + 1 if logging.dump else num_snapshots
     return Disk(
         snapshot=size + num_stds * size // 2,
-        state=size * (4 + num_stds),
+        state=size * (3 + num_copies(config)),
         num_snapshots=num_snapshots,
         num_states=min(num_states, logging.keep_states),
     )

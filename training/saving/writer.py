@@ -32,8 +32,8 @@ from training.saving.state_folder import (
 )
 from training.saving.wait import lock_path
 
-# Path of a snapshot, its weights one after another, its progress.
-SnapshotParts = tuple[Path, Iterator[tuple[str, Tensor | None]], dict[str, Any]]
+# Path of a snapshot, its weights one after another, the run as it is sampled, its progress.
+SnapshotParts = tuple[Path, Iterator[tuple[str, Tensor | None]], RunConfig, dict[str, Any]]
 
 
 class Writer:
@@ -138,12 +138,16 @@ class Writer:
         self._saver.wait()
 
     def _write_snapshot(
-        self, path: Path, weights: Iterator[tuple[str, Tensor | None]], progress: dict[str, Any]
+        self,
+        path: Path,
+        weights: Iterator[tuple[str, Tensor | None]],
+        config: RunConfig,
+        progress: dict[str, Any],
     ) -> None:
         if self._rank == 0:
             archive = Archive(self._saver.stage)
             ema = {name: archive.add(tensor) for name, tensor in weights}
-            header = snapshot_header(self._config, self._data, progress)
+            header = snapshot_header(config, self._data, progress)
             self._saver.write_archive(path, archive.members(dict(header, ema=ema)))
         elif self._is_sharded:
             collections.deque(weights, maxlen=0)  # Gathered on rank 0 by all.

@@ -1,0 +1,46 @@
+"""What several families refuse of a run."""
+
+from collections.abc import Collection
+
+from dnnlib.errors import refusal
+from training.config import RunConfig
+
+
+def refuse_augmentation(run: RunConfig, what: str) -> None:
+    """Raise ValueError if ``what`` is to be augmented, which only pixels can be."""
+    augment = run.training.augment.augment
+    if augment > 0:
+        but, remedy = f"{what} cannot be augmented", "set --augment=0 (--hflip mirrors images)"
+        raise refusal("--augment", f"{augment:g}", but=but, remedy=remedy)
+
+
+def refuse_reference(run: RunConfig, models: str, real: str) -> None:
+    """Raise ValueError for ``--metrics-ref`` of ``models`` that are compared with ``real``."""
+    if run.logging.metrics_ref is not None:
+        but = f"has no effect on {models}, which are compared with {real}; leave it out"
+        raise ValueError(f"--metrics-ref {but}.")
+
+
+def unconditional(label_drop: float) -> ValueError:
+    """Return the error for dropped labels of a model that has none."""
+    but, remedy = "the model is unconditional", "add --cond, or set --label-drop=0"
+    return refusal("--label-drop", label_drop, but=but, remedy=remedy)
+
+
+def check_metrics(run: RunConfig, given: Collection[str], *, of_supports: bool) -> None:
+    """Raise ValueError for metrics of another kind of model, and for detectors of none of them.
+
+    A metric is ``of_supports`` or not, as the model's images are; ``given`` names the fields that
+    were typed.
+    """
+    names, detectors = run.logging.metrics, set()
+    if names:
+        from metrics.metric import METRICS, get_metrics
+
+        for spec in get_metrics(names):
+            if spec.of_supports != of_supports:
+                known = [name for name, s in METRICS.items() if s.of_supports == of_supports]
+                but = f"preset {run.preset} is {'' if of_supports else 'not '}trained on sets"
+                raise refusal("--metrics", spec.name, but=but, accepted=", ".join(known))
+            detectors.add(spec.output.detector)
+    run.detectors.check_used(given, detectors, f"--metrics={','.join(names) or 'none'}")
