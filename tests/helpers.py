@@ -153,7 +153,7 @@ def dry_run(*args):
     """
     import train
 
-    with mock.patch("training.memory.forecast", return_value={}):
+    with mock.patch("training.resources.memory.forecast", return_value={}):
         output = succeed(train, *args, "--dry-run").output
     end = output.index("\n}\n") + 2
     return json.loads(output[:end]), output[end:]

@@ -101,6 +101,9 @@ def planted(kill_at=None, **faults):
 if __name__ == "__main__":
     import dnnlib.cli
     import train
+    from evaluation.in_loop import images
+
+    images.GRID_SEEDS = 16  # As in the runs that it is compared with: see conftest.py.
 
     place = next(i for i, text in enumerate(sys.argv) if text.startswith("--faults="))
     found = json.loads(sys.argv.pop(place).partition("=")[2])
