@@ -26,11 +26,9 @@ SETTINGS = (
 PLAIN = DualGuidanceConfig(text_scale=1.0, visual_scale=1.0)
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Eight crops of photographs in two buckets, with features of random encoders."""
-    base = tmp_path_factory.mktemp("photographs")
-    write_photographs(base / "images", num=8, sizes=((96, 96), (128, 64)))
+def crops(base, num):
+    """Return a folder of crops of photographs in two buckets, with features of random encoders."""
+    write_photographs(base / "images", num=num, sizes=((96, 96), (128, 64)))
     encoders = write_encoders(base / "encoders", vae_steps=0)
     succeed(
         dataset_tool,
@@ -38,6 +36,11 @@ def data(tmp_path_factory):
         *("--buckets=96x96,128x64", "--validation-share=0", *encoders),
     )
     return base / "features"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return crops(tmp_path_factory.mktemp("photographs"), num=8)
 
 
 def train(outdir, data, *options):
@@ -66,16 +69,17 @@ def test_eight_crops_are_learned_by_their_patches_and_texts(data, tmp_path):
     assert check.own.mean() < 0.8 * check.swapped.mean()
 
 
-def test_patches_can_be_added_to_a_model_that_was_trained_without(data, tmp_path):
+def test_patches_can_be_added_to_a_model_that_was_trained_without(tmp_path):
+    data = crops(tmp_path, num=16)
     small = ("--num-blocks=2", "--hidden-dim=64")
     base_dir, base = train(
         *(tmp_path / "base", data, *small),
-        *("--kimg=0.8", "--tick=0.4", "--no-use-dino-patches"),
+        *("--kimg=1.6", "--tick=0.8", "--no-use-dino-patches"),
     )
-    options = (f"--transfer={base}", "--kimg=0.6", "--tick=0.1", "--lr-rampup=0.1")
-    options = (*small, *options, "--patch-bias-kimg=0.1")
+    options = (f"--transfer={base}", "--kimg=1.2", "--tick=0.2", "--lr-rampup=0.1")
+    options = (*small, *options, "--patch-bias-kimg=0.2")
     run_dir, warm = train(tmp_path / "warm", data, *options)
-    succeed(train_script, f"--resume={base_dir}", "--kimg=1.4")
+    succeed(train_script, f"--resume={base_dir}", "--kimg=2.8")
     dataset = FeatureDataset(data, text_lengths=(8,))
     losses = {
         name: mean_loss(load_snapshot(path), dataset)
