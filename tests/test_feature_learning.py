@@ -26,9 +26,11 @@ SETTINGS = (
 PLAIN = DualGuidanceConfig(text_scale=1.0, visual_scale=1.0)
 
 
-def crops(base, num):
-    """Return a folder of crops of photographs in two buckets, with features of random encoders."""
-    write_photographs(base / "images", num=num, sizes=((96, 96), (128, 64)))
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Sixteen crops of photographs in two buckets, with features of random encoders."""
+    base = tmp_path_factory.mktemp("photographs")
+    write_photographs(base / "images", sizes=((96, 96), (128, 64)))
     encoders = write_encoders(base / "encoders", vae_steps=0)
     succeed(
         dataset_tool,
@@ -38,25 +40,20 @@ def crops(base, num):
     return base / "features"
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return crops(tmp_path_factory.mktemp("photographs"), num=8)
-
-
 def train(outdir, data, *options):
     succeed(train_script, f"--outdir={outdir}", f"--data={data}", *SETTINGS, *options)
     run_dir = only_run(outdir)
     return run_dir, find_snapshots(run_dir)[0]
 
 
-def test_eight_crops_are_learned_by_their_patches_and_texts(data, tmp_path):
-    run_dir, network = train(tmp_path, data, "--kimg=2.4", "--tick=0.3")
+def test_sixteen_crops_are_learned_by_their_patches_and_texts(data, tmp_path):
+    run_dir, network = train(tmp_path, data, "--kimg=4.8", "--tick=0.6")
     losses = per_tick(run_dir, "Loss/loss")
     assert losses[0] == pytest.approx(2, abs=0.15)
     assert losses[-1] < 0.3 * losses[0]
 
     snapshot, dataset = load_snapshot(network), FeatureDataset(data, text_lengths=(8,))
-    assert dataset.counts == [4, 4]
+    assert dataset.counts == [8, 8]
     loss = mean_loss(snapshot, dataset)
     assert loss < 0.5
     for name in ("text", "patches"):
@@ -69,8 +66,7 @@ def test_eight_crops_are_learned_by_their_patches_and_texts(data, tmp_path):
     assert check.own.mean() < 0.8 * check.swapped.mean()
 
 
-def test_patches_can_be_added_to_a_model_that_was_trained_without(tmp_path):
-    data = crops(tmp_path, num=16)
+def test_patches_can_be_added_to_a_model_that_was_trained_without(data, tmp_path):
     small = ("--num-blocks=2", "--hidden-dim=64")
     base_dir, base = train(
         *(tmp_path / "base", data, *small),
@@ -100,7 +96,7 @@ def test_patches_can_be_added_to_a_model_that_was_trained_without(tmp_path):
 def test_every_image_has_another_of_its_bucket(data):
     dataset = FeatureDataset(data)
     others = other_of_bucket(dataset)
-    assert sorted(others) == list(range(8))
+    assert sorted(others) == list(range(16))
     assert all(
         own != other and dataset.bucket_index(own) == dataset.bucket_index(other)
         for own, other in enumerate(others)
