@@ -41,6 +41,8 @@ def few_features(monkeypatch):
 def small_inception(monkeypatch):
     """Inception sees 107x107 pixels instead of 299x299, which takes a tenth of the time."""
     monkeypatch.setattr(inception, "IMAGE_SIZE", 107)
+    smaller = dict(inception.InceptionDetector.outputs, spatial=5 * 5 * 7)
+    monkeypatch.setattr(inception.InceptionDetector, "outputs", smaller)
 
 
 @pytest.fixture(scope="session")

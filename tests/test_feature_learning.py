@@ -28,9 +28,9 @@ PLAIN = DualGuidanceConfig(text_scale=1.0, visual_scale=1.0)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Eight crops of photographs in two buckets, with features of random encoders."""
+    """Sixteen crops of photographs in two buckets, with features of random encoders."""
     base = tmp_path_factory.mktemp("photographs")
-    write_photographs(base / "images", num=8, sizes=((96, 96), (128, 64)))
+    write_photographs(base / "images", sizes=((96, 96), (128, 64)))
     encoders = write_encoders(base / "encoders", vae_steps=0)
     succeed(
         dataset_tool,
@@ -46,14 +46,14 @@ def train(outdir, data, *options):
     return run_dir, find_snapshots(run_dir)[0]
 
 
-def test_eight_crops_are_learned_by_their_patches_and_texts(data, tmp_path):
-    run_dir, network = train(tmp_path, data, "--kimg=2.4", "--tick=0.3")
+def test_sixteen_crops_are_learned_by_their_patches_and_texts(data, tmp_path):
+    run_dir, network = train(tmp_path, data, "--kimg=4.8", "--tick=0.6")
     losses = per_tick(run_dir, "Loss/loss")
     assert losses[0] == pytest.approx(2, abs=0.15)
     assert losses[-1] < 0.3 * losses[0]
 
     snapshot, dataset = load_snapshot(network), FeatureDataset(data, text_lengths=(8,))
-    assert dataset.counts == [4, 4]
+    assert dataset.counts == [8, 8]
     loss = mean_loss(snapshot, dataset)
     assert loss < 0.5
     for name in ("text", "patches"):
@@ -70,12 +70,12 @@ def test_patches_can_be_added_to_a_model_that_was_trained_without(data, tmp_path
     small = ("--num-blocks=2", "--hidden-dim=64")
     base_dir, base = train(
         *(tmp_path / "base", data, *small),
-        *("--kimg=0.8", "--tick=0.4", "--no-use-dino-patches"),
+        *("--kimg=1.6", "--tick=0.8", "--no-use-dino-patches"),
     )
-    options = (f"--transfer={base}", "--kimg=0.6", "--tick=0.1", "--lr-rampup=0.1")
-    options = (*small, *options, "--patch-bias-kimg=0.1")
+    options = (f"--transfer={base}", "--kimg=1.2", "--tick=0.2", "--lr-rampup=0.1")
+    options = (*small, *options, "--patch-bias-kimg=0.2")
     run_dir, warm = train(tmp_path / "warm", data, *options)
-    succeed(train_script, f"--resume={base_dir}", "--kimg=1.4")
+    succeed(train_script, f"--resume={base_dir}", "--kimg=2.8")
     dataset = FeatureDataset(data, text_lengths=(8,))
     losses = {
         name: mean_loss(load_snapshot(path), dataset)
@@ -96,7 +96,7 @@ def test_patches_can_be_added_to_a_model_that_was_trained_without(data, tmp_path
 def test_every_image_has_another_of_its_bucket(data):
     dataset = FeatureDataset(data)
     others = other_of_bucket(dataset)
-    assert sorted(others) == list(range(8))
+    assert sorted(others) == list(range(16))
     assert all(
         own != other and dataset.bucket_index(own) == dataset.bucket_index(other)
         for own, other in enumerate(others)
