@@ -24,7 +24,6 @@ from benchmarks.measure import (
     median_ratio,
     median_wall,
     spent_by,
-    table,
     walls,
 )
 from benchmarks.options import LoadingOptions, measured_preset
@@ -59,15 +58,20 @@ def measure(options: LoadingOptions) -> None:
     click.echo(describe_device(_CPU))
     told = f"a web server of this machine that answers {options.delay:g} ms late"
     click.echo(f"Epochs from {told}; the first with an empty cache.")
-    rows = [["", "workers", "local, images/s", "first epoch", "of local", "later", "of local"]]
-    for data in _all_data(options):
+    header = ["", "workers", "local, images/s", "first epoch", "of local", "later", "of local"]
+    kinds, counts = _all_data(options), (0, max(num_usable_cores() // 2, 1))
+    width = max(len(data.name) for data in kinds)
+    click.echo("  ".join([header[0].ljust(width), *header[1:]]))
+    for data in kinds:  # A row as soon as it is known: all take minutes.
         with tempfile.TemporaryDirectory() as folder:
             location = str(data.make(Path(folder)))
             with _served(folder, options.delay / 1000) as address:
                 remote = address + location.removeprefix(folder)
-                for num_workers in (0, max(num_usable_cores() // 2, 1)):
-                    rows.append(_row(data, location, remote, num_workers, options.rounds))
-    click.echo(f"{table(rows)}\nGoal: {GOAL:.0%} of local speed.")
+                for num_workers in counts:
+                    cells = _row(data, location, remote, num_workers, options.rounds)
+                    padded = [c.rjust(len(h)) for c, h in zip(cells, header[1:], strict=True)]
+                    click.echo("  ".join([data.name.ljust(width), *padded]))
+    click.echo(f"Goal: {GOAL:.0%} of local speed.")
 
 
 def _all_data(options: LoadingOptions) -> list[_Data]:
@@ -125,7 +129,7 @@ def _row(data: _Data, local: str, remote: str, num_workers: int, num_rounds: int
         for name, spent in times.items()
     }
     cells = [rates["local"], rates["first"], share["first"], rates["later"], share["later"]]
-    return [data.name, str(num_workers), *cells]
+    return [str(num_workers), *cells]
 
 
 def _epoch(data: _Data, location: str, num_workers: int) -> Spent:
