@@ -80,6 +80,7 @@ def main():
     parser.add_argument("--batch", type=int, default=500)
     parser.add_argument("--share", type=float, default=0.1)
     parser.add_argument("--draws", type=int, default=10)
+    parser.add_argument("--unpaired", action="store_true", help="other seeds in every cell")
     args = parser.parse_args()
 
     vectors, labels, names, metric, reference = make_outputs(args)
@@ -98,10 +99,12 @@ def main():
     print("|---|---|---|---|---|---|---|")
     plan, num_right = Plan.of(len(names), num, args.share), 0
     for seed in range(args.draws):
-        order = draw_order(labels, seed)
+        cells = len(names) if args.unpaired else 1
+        orders = [draw_order(labels, seed * len(names) + cell) for cell in range(cells)]
 
-        def estimate(cells, count, order=order):
-            return [jackknife(metric, vectors[c][order[:count]], reference) for c in cells]
+        def estimate(cells, count, orders=orders):
+            firsts = [vectors[c][orders[c % len(orders)][:count]] for c in cells]
+            return [jackknife(metric, own, reference) for own in firsts]
 
         found = search(len(names), plan, estimate)
         own = true[found.winner]
