@@ -11,7 +11,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 import numpy as np
 from PIL import Image
@@ -30,13 +30,23 @@ _NUM_SHOWN = 8
 _NO_DATASET = (".tar", ".gz", ".tgz", ".7z", ".rar", ".png", ".jpg", ".jpeg", ".npy")
 
 
+class Drawing(Protocol):
+    """An image that is computed where it is converted, in another process."""
+
+    def pixels(self) -> np.ndarray:
+        """Return the image, uint8 [H, W] or [H, W, 3]."""
+
+
+Item = Member | np.ndarray | Drawing  # A file, uint8 [H, W] or [H, W, 3], or what makes that.
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """Images to convert, in order."""
 
     name: str  # What the user called them.
     num_images: int
-    item: Callable[[int], Member | np.ndarray]  # File, or uint8 [H, W] or [H, W, 3], of an index.
+    item: Callable[[int], Item]  # The image of an index.
     image_name: Callable[[int], str]  # Of an index, for messages.
     labels: Sequence[int] | None = None  # Class index of every image.
     class_names: Sequence[str] | None = None
@@ -172,7 +182,7 @@ class _Converted:
 
 
 def _convert_one(
-    item: Member | np.ndarray,
+    item: Item,
     *,
     size: Size | None,
     transform: str | None,
@@ -181,7 +191,7 @@ def _convert_one(
 ) -> _Converted:
     """Return one image ready to be written. Runs in another process."""
     try:
-        image = Image.fromarray(item) if isinstance(item, np.ndarray) else decode_image(item.read())
+        image = _image_of(item)
     except ValueError as error:
         return _Converted(error=str(error))
     if size is not None and (transform is not None or image.width == image.height):
@@ -192,6 +202,12 @@ def _convert_one(
     if to_rgb:
         image = image.convert("RGB")
     return _Converted(encode(image), image.size, num_channels)
+
+
+def _image_of(item: Item) -> Image.Image:
+    if isinstance(item, Member):
+        return decode_image(item.read())
+    return Image.fromarray(item if isinstance(item, np.ndarray) else item.pixels())
 
 
 class _MixedChannels(Exception):  # noqa: N818
