@@ -170,6 +170,7 @@ def open_glyphs(name: str, split: str = "train", size: Size | None = None) -> So
     )
 
 
+@functools.cache
 def find_letters() -> Letters:
     """Return the letters that at least MIN_FACES faces draw, each differently.
 
