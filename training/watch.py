@@ -14,7 +14,7 @@ _VANISHING = 0.5  # Of the gradient of the next block, for each of at least thre
 
 _REMEDIES = {
     "context": "the context is near zero and is not being used: raise the learning rate (--lr=2e-4 "
-    "instead of 1e-4), begin with a stronger modulation, or pre-train the encoder",
+    "instead of 1e-4), or begin with a context that has an effect (--warm-start-adaln)",
     "encoder": "the encoder's gradient is far below the DiT's, so that the encoder hardly learns: "
     "raise the learning rate, or lower the number of blocks of the DiT",
     "layers": "the gradient falls exponentially from block to block and vanishes: use fewer blocks "

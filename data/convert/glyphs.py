@@ -46,7 +46,7 @@ _FILLED = 0.86  # Share of the image's edge that the longer side of the letter t
 _SUPERSAMPLING = 4
 _COMPARED_SIZE = 16  # Letters are compared at this size, whatever is written.
 # Root mean square difference of pixels in 0..1, over the faces that two letters share, up to which
-# they count as one: a Latin, a Greek and a Cyrillic A, or letters that differ by size alone.
+# they count as one, such as a Latin, a Greek and a Cyrillic A.
 _ALIKE = 0.08
 _SAME = 0.01  # The same of two faces of a letter.
 _MAX_TURN, _MAX_SHEAR, _MAX_SHRINK, _MAX_SHIFT = 0.08, 0.10, 0.12, 0.05

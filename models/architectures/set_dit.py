@@ -75,6 +75,11 @@ class SetDiTConfig(ModelConfig):
         **_LAG,
         help="What scales the context's part: the noise level, one learned number, or nothing.",
     )
+    warm_start_adaln: bool = option(
+        False,
+        help="Begin with a context that has an effect. film: small modulations instead of none; "
+        "lag: cross-attention with gates of 0.1 instead of 0.",
+    )
     context_pool_size: int | None = option(
         None,
         min=1,
@@ -159,6 +164,9 @@ class SetDiTConfig(ModelConfig):
             raise refusal(
                 "--like", f"fsdm-jax with --encoder-mode={self.encoder_mode}", remedy=remedy
             )
+        if self.warm_start_adaln and self.mode_conditioning == "lag" and self.gate == "none":
+            but = "with --gate=none the context has its full effect from the start"
+            raise refusal("--warm-start-adaln", but=but, remedy="leave it out")
         pools_cls = self.mode_conditioning == "film" and self.encoder_pool == "cls"
         if pools_cls and self.encoder_depth == 0:
             got = "0, with which the CLS token sees no image"
