@@ -139,7 +139,7 @@ def _picture(made: dict[str, MadeImages], images: ImageDataset, others: ImageDat
     columns = ["support", *[""] * (size - 1)]
     for mode in made:
         columns += [mode, *[""] * (shown - 1)]
-    columns += ["other faces", *[""] * (num_real - 1)]
+    columns += ["real", *[""] * (num_real - 1)]
     names = [images.class_names[first.episodes.classes[row]] for row in rows]
     titles = Titles(columns=columns, rows=[*names, "no support"])
     return image_grid(torch.cat(tiles), len(columns), titles)
