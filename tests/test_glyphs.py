@@ -13,7 +13,7 @@ from image_files import convert, read_target
 
 import demo
 import demos.glyphs
-from data.convert.convert import Source, convert_images
+from data.convert.convert import convert_images
 from data.convert.glyphs import (
     DRAWINGS,
     FACES,
@@ -22,6 +22,7 @@ from data.convert.glyphs import (
     find_letters,
     open_glyphs,
 )
+from data.convert.source import Source
 from data.convert.sources import Selection, open_source
 from data.fewshot.episodes import episodes_of_dataset
 from data.images.dataset import ImageDataset

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data.convert.convert import Source
+from data.convert.source import Source
 from data.images.transforms import Size
 from dnnlib.errors import refusal
 from dnnlib.progress import progress

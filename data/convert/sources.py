@@ -13,10 +13,10 @@ from data.convert.cifar_mnist import (
     open_cifar,
     open_mnist,
 )
-from data.convert.convert import Source, array_source
 from data.convert.fewshot_sources import find_fewshot_files, read_fewshot
 from data.convert.glyphs import open_glyphs
 from data.convert.labelling import BY_ITSELF, LabelChoice, label_images
+from data.convert.source import Source, array_source
 from data.images.archive import left_out, open_archive
 from data.images.labels import read_labels
 from data.images.samples import SampleArchive
