@@ -91,7 +91,7 @@ def _open(source: str, selection: Selection) -> Source:
     path = Path(source)
     is_tar = path.is_file() and _is_tar(path)
     is_cifar = is_tar or is_cifar_folder(path)
-    if class_split is not None and path.exists() and not is_cifar:
+    if class_split is not None and (path.exists() or source in _BUNDLED) and not is_cifar:
         problem = f"{source} is no CIFAR-100 archive"
         raise refusal("--class-split", class_split, but=problem, remedy="leave it out")
     is_mnist = is_mnist_folder(path)
