@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from data.convert.glyphs import HELD_OUT_SCRIPTS, script_words
@@ -121,7 +122,9 @@ def _script(letter: str) -> str:
     return script.capitalize()
 
 
-def _picture(made: dict[str, MadeImages], images: ImageDataset, others: ImageDataset):
+def _picture(
+    made: dict[str, MadeImages], images: ImageDataset, others: ImageDataset
+) -> Image.Image:
     """Return a row for some letters: the support, images from it, and real ones of other faces."""
     first = next(iter(made.values()))
     num = len(first.samples)
