@@ -15,7 +15,7 @@ from demos.steps import minimise
 from evaluation.fewshot import support_distances
 
 _BATCH = 128
-_NUM_STEPS = 1200
+_NUM_STEPS = 800
 
 
 @dataclasses.dataclass(frozen=True)

@@ -137,6 +137,9 @@ class SetDiTConfig(ModelConfig):
     leave_one_out: bool = option(
         True, help="Make each image of a set from the others; off: from all, itself among them."
     )
+    reconstructs: bool = option(
+        False, help="The context predicts images, in the encoder's pre-training.", exposed=False
+    )
     mode_context: str = option(
         "deterministic",
         choices=("deterministic", "variational"),
@@ -245,9 +248,14 @@ class SetDiTConfig(ModelConfig):
         return self.cross_attn_layers or tuple(range(self.num_blocks))
 
     @property
+    def context_grid(self) -> int:
+        """Height and width of the grid of tokens that ``lag`` attends to."""
+        return self.grid if self.context_pool_size is None else round(self.context_pool_size**0.5)
+
+    @property
     def num_context_tokens(self) -> int:
         """Tokens per image that ``lag`` attends to."""
-        return (self.context_pool_size or self.grid**2) + (self.mode_context == "variational")
+        return self.context_grid**2 + (self.mode_context == "variational")
 
     @property
     def images_per_row(self) -> int:
