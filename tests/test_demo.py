@@ -87,14 +87,6 @@ def test_every_script_and_subcommand_explains_itself_by_an_example(name):
             assert f"python {' '.join([f'{name}.py', *words])} " in overview + output
 
 
-def execute_warm(title, script, *args):
-    """Do what :func:`execute` does in a process that starts at once."""
-    heading(title)
-    done = helpers.run_warm(script, *args)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_the_demo_of_set_digits_judges_seen_and_unseen_classes_by_a_classifier(
     tmp_path, monkeypatch
 ):

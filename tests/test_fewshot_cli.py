@@ -128,23 +128,6 @@ def test_the_start_report_names_conditioning_shapes_and_sizes():
     assert sum(sizes) == int(rows["parameters"].replace(",", ""))
 
 
-@pytest.mark.parametrize(
-    ("words", "num_heads"),
-    [
-        ("--hidden_size 512", 8),  # Of the seeds: the preset's 9 does not divide it.
-        ("--hidden_size 450", 9),
-        ("--hidden-size=440", 10),
-        ("--hidden-size=512 --num-heads=16", 16),
-    ],
-)
-def test_a_width_alone_takes_the_nearest_number_of_heads_that_divides_it(words, num_heads):
-    result = helpers.succeed(train, "--preset=fsdm-depth6", *words.split(), "--dry-run")
-    config = json.loads(result.output[: result.output.index("\n}\n") + 2])
-    assert config["model"]["num_heads"] == num_heads
-    said = f"--num-heads: {num_heads}, the number nearest to 9 that divides --hidden-dim"
-    assert (said in result.error) == ("num-heads" not in words and num_heads != 9)
-
-
 def test_the_command_of_depth_6_works_as_typed():
     config, text = dry_run(*shlex.split(DEPTH6_COMMAND))
     model = config["model"]
