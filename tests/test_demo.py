@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 import demo
 import demos.sets
 from demos.digits import class_agreement
-from demos.steps import execute, heading
+from demos.steps import execute
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_every_script_and_subcommand_explains_itself_by_an_example(name):
 def test_the_demo_of_set_digits_judges_seen_and_unseen_classes_by_a_classifier(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(demos.steps, "execute", execute_warm)
+    monkeypatch.setattr(demos.steps, "execute", helpers.execute_warm)
     monkeypatch.setattr(demos.sets, "SAMPLES_PER_CLASS", 8)
     monkeypatch.setattr(demos.sets, "MODES", {"lag": ("--encoder-depth=0",)})
     outdir = tmp_path / "out"

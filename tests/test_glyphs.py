@@ -13,6 +13,7 @@ from image_files import convert, read_target
 
 import demo
 import demos.glyphs
+import demos.steps
 from data.convert.convert import convert_images
 from data.convert.glyphs import (
     DRAWINGS,
@@ -212,9 +213,7 @@ def test_copies_of_a_support_are_near_it_and_other_faces_are_not(few_letters):
 def test_the_demo_of_sets_judges_letters_of_scripts_never_seen(few_letters, monkeypatch):
     monkeypatch.setattr(demos.glyphs, "MODES", {"lag": ("--encoder-depth=0",)})
     monkeypatch.setattr(demos.glyphs, "train_judge", lambda *a: train_judge(*a, num_steps=30))
-    monkeypatch.chdir(helpers.ROOT)
-    for name, value in helpers.quiet_environment().items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(demos.steps, "execute", helpers.execute_warm)
     smaller = ["--kimg=0.5", "--hidden-dim=16", "--num-heads=2", "--sampler=euler", "--steps=2"]
     result = helpers.call(demo, "--sets", f"--outdir={few_letters}", "--", *smaller)
     assert result.code == 1, result.output + result.error
