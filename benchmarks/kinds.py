@@ -18,7 +18,8 @@ from benchmarks.measure import describe_device
 from benchmarks.options import MEASURED, measured_preset
 from benchmarks.plain_data import PlainLatents, PlainPictures
 from configs.presets import PRESETS
-from data.convert.convert import Source, convert_images
+from data.convert.convert import convert_images
+from data.convert.source import Source
 from data.latents.record import LABELS_FILE, RECORD_FILE, LatentRecord, latent_shard_name
 from dnnlib.errors import refusal
 from dnnlib.files import sha256_of_file, write_json

@@ -14,11 +14,11 @@ from dnnlib.files import check_target
 class ConvertOptions:
     source: str = param(
         required=True,
-        metavar="PATH|digits",
+        metavar="PATH|digits|glyphs",
         help="Folder or zip of images, .npz of samples in ADM's layout, CIFAR-10/100 python "
         "archive, MNIST idx file or folder, pickles of FC100, CIFAR-FS or miniImageNet, folder of "
         "Omniglot's train_small.npz and test_small.npz; or digits: the handwritten digits of "
-        "scikit-learn.",
+        "scikit-learn; or glyphs: letters in the fonts of matplotlib.",
     )
     dest: str = param(
         required=True,
@@ -28,7 +28,7 @@ class ConvertOptions:
     resolution: str | None = param(
         metavar="N|WxH",
         help="Size of the result.  WxH is for center-crop-wide, where N alone means 4:3.  "
-        "[default: that of the images, which must be square and of one size]",
+        "[default: that of the images, which must be square and of one size; 28 for glyphs]",
     )
     transform: str | None = param(
         choices=TRANSFORMS,
@@ -49,7 +49,9 @@ class ConvertOptions:
         "first that does not hold everything]",
     )
     split: str | None = param(
-        choices=SPLITS, help="Part of a CIFAR archive or MNIST folder to take.  [default: train]"
+        choices=SPLITS,
+        help="Part of a CIFAR archive or MNIST folder to take, or of the fonts of glyphs.  "
+        "[default: train]",
     )
     class_split: str | None = param(
         choices=CIFAR_SPLITS,
@@ -86,23 +88,27 @@ def command(options: ConvertOptions) -> None:
           --dest=datasets/fc100.zip
       # miniImageNet from a folder of its three pickles, at 32x32
       python dataset_tool.py convert --source=mini-imagenet --dest=datasets/mini.zip --resolution=32
+      # Letters of every script that matplotlib's fonts have, in 16 faces, at 16x16
+      python dataset_tool.py convert --source=glyphs --dest=datasets/glyphs.zip --resolution=16
       # Generated images as a sample archive for ADM's evaluator, and one made into a zip
       python dataset_tool.py convert --source=out/ --dest=samples.npz
       python dataset_tool.py convert --source=samples.npz --dest=samples.zip
     """
     from data.convert import convert as conversion
     from data.convert.labelling import LabelChoice
-    from data.convert.sources import open_source
+    from data.convert.sources import Selection, open_source
     from data.images.transforms import parse_resolution
 
     # A stop cleans up; what SIGKILL leaves is a hidden .NAME.*.tmp beside --dest.
     choice = LabelChoice(options.labels, options.label_level)
-    parts = (options.split, options.class_split)
     inputs = dict(source=options.source, labels=options.labels or "")
     check_target("--dest", options.dest, is_folder=Path(options.dest).is_dir(), inputs=inputs)
-    source = open_source(options.source, *parts, choice, options.skip_broken)
-    click.echo(source.label_line)
     size = parse_resolution(options.resolution, options.transform)
+    same = ("split", "class_split", "skip_broken")
+    selected = {name: getattr(options, name) for name in same}
+    selected |= dict(choice=choice, size=size)
+    source = open_source(options.source, Selection(**selected))
+    click.echo(source.label_line)
     same = ("transform", "max_images", "skip_broken", "overwrite")
     settings = {name: getattr(options, name) for name in same}
     settings |= dict(size=size, num_workers=options.workers)

@@ -39,6 +39,7 @@ _NAMES = {
     "set_dit": (
         *("fsdm-cifar100-film", "fsdm-cifar100-lag", "fsdm-depth6", "fsdm-depth12"),
         *("fsdm-option-a", "fsdm-option-b", "fsdm-option-c", "fsdm-digits"),
+        "fsdm-glyphs",
     ),
     "feature_dit": ("nanodit", "nanodit-768", "nanodit-tiny"),
 }

@@ -7,7 +7,7 @@ import click
 import numpy as np
 
 from demos.digits import class_agreement, train_autoencoder
-from demos.steps import convert_digits, execute, generate, heading, train_model
+from demos.steps import convert, execute, generate, heading, train_model
 from torch_utils.pictures import read_image
 
 MIN_CLASS_AGREEMENT = 0.90
@@ -18,7 +18,7 @@ GUIDANCE = 2.5
 
 def demo_pixels(outdir: Path, train_args: tuple[str, ...]) -> bool:
     """Train, sample and score DiffiT on pixels; return whether the result is as expected."""
-    data = convert_digits(outdir)
+    data = convert(outdir, "digits")
     args = (f"--data={data}", "--preset=digits", "--metrics=fd_pixels", *train_args)
     run_dir, network = train_model(outdir, *args)
     # Each run has folders of its own, so that nothing of an earlier one is taken for its images.
@@ -44,7 +44,7 @@ def demo_pixels(outdir: Path, train_args: tuple[str, ...]) -> bool:
 
 def demo_latents(outdir: Path, train_args: tuple[str, ...]) -> bool:
     """Train latent DiffiT, sample without and with guidance; return whether guidance helps."""
-    data = convert_digits(outdir)
+    data = convert(outdir, "digits")
     latents = encode_digits(outdir, data)
     args = (f"--data={latents}", "--preset=digits-latent", "--metrics=fd_pixels")
     run_dir, network = train_model(outdir, *args, f"--metrics-ref={data}", *train_args)

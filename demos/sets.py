@@ -8,7 +8,7 @@ import numpy as np
 
 from data.fewshot.sets import SetDataset
 from demos.digits import class_shares, set_classifier
-from demos.steps import convert_digits, generate, heading, train_model
+from demos.steps import convert, generate, heading, train_model
 from families.sets import open_data_of
 from torch_utils.pictures import read_image
 from training.checkpoint import load_snapshot
@@ -22,7 +22,7 @@ MIN_SEEN_SHARE, MAX_SEEN_CONTROL = 0.60, 0.20
 
 def demo_sets(outdir: Path, train_args: tuple[str, ...]) -> bool:
     """Train on sets of the digits 0 to 7, make others too; return whether seen ones are good."""
-    data = convert_digits(outdir)
+    data = convert(outdir, "digits")
     passed, report = True, []
     for mode, options in MODES.items():
         preset = ("--preset=fsdm-digits", f"--mode-conditioning={mode}", *options)

@@ -41,11 +41,12 @@ def execute(title: str, script: str, *args: str) -> str:
     return printed
 
 
-def convert_digits(outdir: Path) -> Path:
-    """Return the dataset of digits, made if it is not there."""
-    data = outdir / "digits.zip"
+def convert(outdir: Path, source: str, *args: str, name: str = "") -> Path:
+    """Return the dataset ``name`` (or ``source``) in a folder, converted if it is not there."""
+    data = outdir / f"{name or source}.zip"
     if not data.exists():
-        execute("Convert", "dataset_tool.py", "convert", "--source=digits", f"--dest={data}")
+        args = ("convert", f"--source={source}", f"--dest={data}", *args)
+        execute("Convert", "dataset_tool.py", *args)
     return data
 
 
@@ -72,10 +73,13 @@ def small_autoencoder(block_out_channels: tuple[int, ...], **settings: Any) -> t
 
 
 def minimise(
-    loss: Callable[[], torch.Tensor], optimizer: torch.optim.Optimizer, num_steps: int
+    loss: Callable[[], torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    num_steps: int,
+    label: str = "Autoencoder",
 ) -> None:
-    """Make steps of an autoencoder's training, with a learning rate that falls to 0 as a cosine."""
-    with progress(total=num_steps, label="Autoencoder", unit="step") as bar:
+    """Make steps of a small training, with a learning rate that falls to 0 as a cosine."""
+    with progress(total=num_steps, label=label, unit="step") as bar:
         for step in range(num_steps):
             value = loss()
             for group in optimizer.param_groups:

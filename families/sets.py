@@ -83,7 +83,9 @@ class SetFamily(ImageFamily):
             _check_classes(run, data)
         run = super().fit(run, data, num_classes)
         refuse_augmentation(run, "sets")
-        return run
+        # A model that was pre-trained keeps what it was pre-trained with.
+        reconstructs = run.model.reconstructs or run.sets.pretrain_encoder > 0
+        return run.changed("model", reconstructs=reconstructs)
 
     def _unguided(self, run: SetRun, num_classes: int) -> tuple[str, str] | None:
         if run.sets.context_drop:

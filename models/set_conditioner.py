@@ -10,6 +10,7 @@ from torch.nn import functional
 from models.architectures.set_dit import SetDiTConfig
 from models.conditioners import ClassTable, Conditioner
 from models.context import Context
+from models.layers import unpatchify
 from models.set_encoder import SetEncoder, leave_one_out_index
 
 _MAX_LOG_VARIANCE = 10.0
@@ -20,6 +21,7 @@ class SetContext(Context):
     """The context of images that each are to resemble a set."""
 
     kl: Tensor | None = None  # [N], divergence of a drawn context from its prior, in nats
+    prediction: Tensor | None = None  # [N, C, H, W] in [-1, 1], of the images that it is for
     # Of an encoder that waits for the noise level: tokens [N, ...] of each set, which images it
     # has [N, k], and whether it is dropped [N].
     set_tokens: Tensor | None = None
@@ -59,6 +61,10 @@ class SetConditioner(Conditioner):
         self.projection = nn.Identity()
         if config.context_proj:
             self.projection = nn.Linear(width, config.context_dim)
+        if config.reconstructs:
+            is_film = config.mode_conditioning == "film"
+            self.edge = config.resolution // (1 if is_film else config.context_grid)
+            self.reconstruction = nn.Linear(config.context_dim, config.img_channels * self.edge**2)
         # Not zeros, whose normalisation in the DiT would be as steep as can be.
         self.null = nn.Parameter(0.02 * torch.randn(config.context_dim))
         self.null.spares_decay = True
@@ -161,16 +167,29 @@ class SetConditioner(Conditioner):
                 vector = mean + (0.5 * log_variance).exp() * noise
         if is_film:
             vector = self.projection(vector)
+            guess = self._predict(vector[:, None])
             vector = torch.where(context.set_drop[:, None], self.null.to(vector.dtype), vector)
-            return SetContext(vector=vector, label=context.label, kl=kl)
+            return SetContext(vector=vector, label=context.label, kl=kl, prediction=guess)
         if config.context_pool_size is not None:
             tokens = _pool_grid(tokens, config.grid, config.context_pool_size)
         if self.is_variational:
             # What is drawn joins the tokens and replaces none of them.
             tokens = torch.cat([tokens, vector.to(tokens.dtype)[:, None]], dim=1)
         tokens = self.projection(tokens)
+        guess = self._predict(tokens[:, : config.context_grid**2])
         tokens = torch.where(context.set_drop[:, None, None], self.null.to(tokens.dtype), tokens)
-        return SetContext(tokens=tokens, label=context.label, kl=kl)
+        return SetContext(tokens=tokens, label=context.label, kl=kl, prediction=guess)
+
+    def _predict(self, tokens: Tensor) -> Tensor | None:
+        """Return the images [N, C, H, W] that a square grid of tokens [N, M, d] is a sign of.
+
+        In training alone, and of a conditioner that is pre-trained by that.
+        """
+        if not (self.config.reconstructs and self.training):
+            return None
+        patches = self.reconstruction(tokens)  #                        [N, M, e e C]
+        grid = patches.unflatten(1, (round(patches.shape[1] ** 0.5), -1))
+        return unpatchify(grid, self.edge)
 
     def _check(self, vector: Tensor, tokens: Tensor | None, num: int) -> None:
         """Assert the shapes of what the encoder returned for ``num`` sets."""

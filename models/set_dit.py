@@ -13,6 +13,9 @@ from models.architectures.set_dit import SetDiTConfig
 from models.context import Context
 
 _NUM_SINUSOIDS = 256
+# Of a context that has an effect from the start: the deviation that DiT draws its embeddings with,
+# and the gate of cross-attention.
+_WARM_STD, _WARM_GATE = 0.02, 0.1
 
 
 class GatedBlock(nn.Module):
@@ -129,6 +132,22 @@ class SetDiT(nn.Module):
         modulations = [block.modulation for block in self.blocks]
         for layer in (*modulations, self.head_modulation, self.head):
             nn.init.zeros_(layer.weight)
+        if self.config.warm_start_adaln:
+            self._warm_start()
+
+    def _warm_start(self) -> None:
+        """Let the context have a small effect, so that the encoder has a gradient at once.
+
+        With blocks that begin as identities it has none before the modulations have grown.
+        """
+        for block in self.blocks:
+            if self.config.mode_conditioning == "film":
+                nn.init.normal_(block.modulation.weight, std=_WARM_STD)
+            elif block.gate is not None:
+                nn.init.constant_(block.gate, _WARM_GATE)
+            elif block.cross is not None:
+                # The last of the nine vectors scales the cross-attention.
+                nn.init.constant_(block.modulation.bias.chunk(9)[8], _WARM_GATE)
 
     def forward(self, x: Tensor, c_noise: Tensor, context: Context) -> Tensor:
         """Return F [N, out_channels, H, W].

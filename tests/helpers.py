@@ -173,6 +173,16 @@ def run_warm(script, *args, ranks=None):
     return subprocess.CompletedProcess([str(script), *args], code, *texts)
 
 
+def execute_warm(title, script, *args):
+    """Do what ``demos.steps.execute`` does in a process that starts at once."""
+    from demos.steps import heading
+
+    heading(title)
+    done = run_warm(script, *args)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def on_ranks(num_ranks, script, *args):
     """Run a script on several ranks, as under torchrun; return what it printed."""
     done = run_warm(script, *args, ranks=num_ranks)

@@ -18,7 +18,7 @@ from image_files import convert, make_folder, make_zip, random_image, read_targe
 from PIL import Image
 
 from data.convert import convert as conversion
-from data.convert.convert import Source
+from data.convert.source import Source
 from data.images.dataset import ImageDataset
 from dnnlib.parallel import process_map
 

@@ -169,10 +169,13 @@ def test_the_first_estimate_is_nothing_and_the_first_gradient_reaches_the_head(w
         (dict(mode_conditioning="lag"), False),
         (dict(mode_conditioning="lag", gate="scalar"), False),
         (dict(mode_conditioning="lag", gate="none"), True),
+        (dict(warm_start_adaln=True), True),
+        (dict(mode_conditioning="lag", warm_start_adaln=True), True),
+        (dict(mode_conditioning="lag", gate="scalar", warm_start_adaln=True), True),
     ],
-    ids=["film", "adaln", "scalar", "none"],
+    ids=["film", "adaln", "scalar", "none", "warm film", "warm adaln", "warm scalar"],
 )
-def test_the_context_acts_from_the_first_step_only_without_a_gate(changes, acts):
+def test_the_context_acts_from_the_first_step_only_without_a_gate_or_if_asked_to(changes, acts):
     network = build(**changes)
     torch.nn.init.normal_(network.backbone.head.weight)
     context = random_context(network.config, 2)

@@ -400,3 +400,54 @@ def test_in_half_precision_too_an_image_leaves_no_trace_in_its_own_context():
         objective.context(x, {}, draws).vector.unflatten(0, (3, 3))[:, 1] for x in (images, other)
     ]
     torch.testing.assert_close(rows[0], rows[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(), dict(mode_conditioning="lag"), dict(mode_conditioning="lag", context_pool_size=1)],
+    ids=["film", "lag", "pooled"],
+)
+def test_at_first_the_encoder_alone_learns_to_predict_each_image_from_the_others(changes):
+    config = tiny(reconstructs=True, **changes)
+    objective, images = make(config, pretrain_encoder=1.0), batch_of(config)
+    network = objective.network
+    plain = make(config, network=network)
+    first, later = (draw(objective, config, cur_nimg=nimg) for nimg in (999, 1000))
+    # Before 1 kimg, DiT and noise have no part in the loss; the null context has none at all.
+    error = objective(images, {}, first)
+    prediction = objective.context(images, {}, first).prediction
+    assert prediction.shape == images.flatten(0, 1).shape
+    torch.testing.assert_close(error, (prediction - images.flatten(0, 1)).square())
+    error.mean().backward()
+    norms = {name: param.grad.norm() for name, param in network.named_parameters()}
+    assert all(norm == 0 for name, norm in norms.items() if name.startswith("backbone."))
+    assert norms["conditioner.reconstruction.weight"] > 0
+    assert sum(norm for name, norm in norms.items() if ".encoder." in name) > 0
+    # Each image is predicted from the others.
+    changed = images.clone()
+    changed[0, 0] += 1
+    moved = (objective.context(changed, {}, first).prediction - prediction).unflatten(0, (3, -1))
+    assert moved[0, 0].abs().max() < 1e-5 < moved[0, 1].abs().max()
+    assert moved[1:].abs().max() == 0
+    # From 1 kimg on, the loss is what it is without pre-training.
+    network.zero_grad()
+    loss = objective(images, {}, later)
+    torch.testing.assert_close(loss, plain(images, {}, draw(plain, config, cur_nimg=1000)))
+    loss.mean().backward()
+    assert network.conditioner.reconstruction.weight.grad.norm() == 0
+    assert network.backbone.head.weight.grad.norm() > 0
+
+
+def test_pre_training_lowers_the_error_of_the_prediction():
+    config = tiny(reconstructs=True)
+    objective = make(config, pretrain_encoder=1e6)
+    images = batch_of(config)[:, :1].expand(-1, config.sample_size, -1, -1, -1)
+    optimizer = torch.optim.Adam(objective.parameters(), lr=3e-3)
+    errors = []
+    for step in range(40):
+        error = objective(images, {}, draw(objective, config, cur_nimg=step)).mean()
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+        errors.append(error.item())
+    assert errors[-1] < 0.5 * errors[0]

@@ -367,6 +367,8 @@ CASES = {
         Case(name, "net", beside="SETS --mode-conditioning=lag") for name in ("scalar", "none")
     ]
     + [Case("adaln", "net", beside="SETS --mode-conditioning=lag --gate=none")],
+    "pretrain-encoder": [Case("1", "net", beside="SETS")],
+    "warm-start-adaln": [Case("True", "net", beside="SETS")],
     "context-pool-size": [Case("4", "net", beside="SETS --mode-conditioning=lag --iters=4")],
     "hdim": [Case("12", "net", beside="SETS")],
     "encoder-mode": [

@@ -193,6 +193,17 @@ def _font() -> PIL.ImageFont.FreeTypeFont:
     return PIL.ImageFont.load_default(_TEXT_SIZE)
 
 
+@functools.cache
+def _character(character: str) -> str:
+    """Return a character that the font has, and of any other its code, as ``U+0531``."""
+    own, missing = (bytes(_font().getmask(text)) for text in (character, "\uffff"))
+    return character if character.isspace() or own != missing else f"U+{ord(character):04X}"
+
+
+def _shown(text: str) -> str:
+    return " ".join("".join(map(_character, text)).split())
+
+
 class _Writer:
     """Writes on a picture, within given widths."""
 
@@ -207,16 +218,16 @@ class _Writer:
 
     def margin(self, titles: Sequence[str]) -> int:
         """Return the width that the titles of rows take; 0 without any."""
-        widest = max((self._font.getlength(" ".join(title.split())) for title in titles), default=0)
+        widest = max((self._width(_shown(title)) for title in titles), default=0)
         return min(math.ceil(widest), _MAX_MARGIN) + 3 * _GAP if widest else 0
 
     def line(self, text: str, place: tuple[int, int], width: int) -> None:
-        text = self._fitted(" ".join(text.split()), width)
+        text = self._fitted(_shown(text), width)
         self._draw.text(place, text, fill=self._ink, font=self._font)
 
     def block(self, text: str, place: tuple[int, int], width: int, height: int) -> None:
         """Write a text in lines; the last that there is room for takes what is left."""
-        words, lines = text.split(), []
+        words, lines = _shown(text).split(), []
         while words and len(lines) < max(height // _LINE, 1):
             num = len(words)
             is_last = len(lines) + 1 == max(height // _LINE, 1)

@@ -27,6 +27,7 @@ class SetDraws(Draws):
     context_drop: Tensor | None = None  # [b] bool, true where the set is dropped
     context_noise: Tensor | None = None  # [b, n, D], standard normal, of a drawn context
     kl_weight: Tensor | None = None  # [b], of the divergence of a drawn context
+    pretrains: Tensor | None = None  # [b] bool, true while the encoder is trained alone
 
 
 class SetObjective(Objective):
@@ -71,6 +72,9 @@ class SetObjective(Objective):
             length = self._config.kl_rampup * 1000
             warm_up = min(step.cur_nimg / length, 1.0) if length > 0 else 1.0
             changes["kl_weight"] = torch.full([batch], self._kl_factor * warm_up, device=device)
+        if self._config.pretrain_encoder > 0:
+            is_first = step.cur_nimg < self._config.pretrain_encoder * 1000
+            changes["pretrains"] = torch.full([batch], is_first, device=device)
         return SetDraws(**vars(draws), **changes)
 
     def context(self, images: Tensor, cond: Cond, draws: SetDraws) -> SetContext:
@@ -96,6 +100,11 @@ class SetObjective(Objective):
         if context.kl is not None and draws.kl_weight is not None:
             weight = draws.kl_weight.repeat_interleave(images.shape[1])
             loss = loss + (weight * context.kl)[:, None, None, None]
+        if draws.pretrains is not None and context.prediction is not None:
+            # Both are in the graph of every step, so that each parameter has a gradient.
+            error = (context.prediction - images.flatten(0, 1)).square()
+            pretrains = draws.pretrains.repeat_interleave(images.shape[1])
+            loss = torch.where(pretrains[:, None, None, None], error, loss)
         if mask is not None:
             weight = mask / mask.sum(1, keepdim=True).clamp(min=1) * mask.shape[1]
             loss = loss * weight.flatten()[:, None, None, None]

@@ -14,7 +14,8 @@ _VANISHING = 0.5  # Of the gradient of the next block, for each of at least thre
 
 _REMEDIES = {
     "context": "the context is near zero and is not being used: raise the learning rate (--lr=2e-4 "
-    "instead of 1e-4), begin with a stronger modulation, or pre-train the encoder",
+    "instead of 1e-4), begin with a context that has an effect (--warm-start-adaln), or pre-train "
+    "the encoder (--pretrain-encoder=50)",
     "encoder": "the encoder's gradient is far below the DiT's, so that the encoder hardly learns: "
     "raise the learning rate, or lower the number of blocks of the DiT",
     "layers": "the gradient falls exponentially from block to block and vanishes: use fewer blocks "
@@ -51,7 +52,7 @@ class Watch:
     def _vanishes(self, mean: dict[str, float]) -> bool:
         names = [f"debug/dit_layer_{i}_grad_norm" for i in range(self._model.num_blocks)]
         norms = [mean[name] for name in names if name in mean]
-        if len(norms) < 3:
+        if len(norms) < 3 or not any(norms):  # As while the encoder is trained alone.
             return False
         ratios = [low / max(high, 1e-30) for low, high in itertools.pairwise(norms)]
         backward = all(ratio < _VANISHING for ratio in ratios)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.convert.convert import Source, array_source
 from data.convert.fewshot_sources import cifar_splits
+from data.convert.source import Source, array_source
 from dnnlib import safe_pickle
 from dnnlib.errors import refusal
 from dnnlib.files import read_file

@@ -9,13 +9,14 @@ import shutil
 import stat
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 from PIL import Image
 
+from data.convert.source import Item, Source
 from data.images.archive import count_line
 from data.images.decode import decode_image, encode_png
 from data.images.members import Member
@@ -26,56 +27,7 @@ from dnnlib.parallel import process_map
 from dnnlib.progress import progress
 
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # The same for every file, so that equal input gives equal bytes.
-_NUM_SHOWN = 8
 _NO_DATASET = (".tar", ".gz", ".tgz", ".7z", ".rar", ".png", ".jpg", ".jpeg", ".npy")
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Images to convert, in order."""
-
-    name: str  # What the user called them.
-    num_images: int
-    item: Callable[[int], Member | np.ndarray]  # File, or uint8 [H, W] or [H, W, 3], of an index.
-    image_name: Callable[[int], str]  # Of an index, for messages.
-    labels: Sequence[int] | None = None  # Class index of every image.
-    class_names: Sequence[str] | None = None
-    class_splits: Mapping[str, Sequence[int]] | None = None  # Class indices.
-    notes: tuple[str, ...] = ()  # Sentences that the user should read.
-    origin: str = "the source"  # Where the labels come from, or why there are none.
-    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)  # How many, by why.
-
-    @property
-    def label_line(self) -> str:
-        """A sentence that says which labels were found."""
-        if self.labels is None:
-            return f"No labels: {self.origin}."
-        num = len(self.class_names)
-        shown = ", ".join(self.class_names[:_NUM_SHOWN]) + (", ..." if num > _NUM_SHOWN else "")
-        kinds = "1 class" if num == 1 else f"{num} classes"
-        return f"Labels: {kinds} from {self.origin}: {shown}."
-
-
-def array_source(
-    name: str,
-    images: np.ndarray,
-    labels: np.ndarray,
-    class_names: Sequence[str],
-    class_splits: Mapping[str, Sequence[int]] | None = None,
-) -> Source:
-    """Return images uint8 [N, H, W] or [N, H, W, 3] with a label each as a source.
-
-    Raises ValueError unless every image has a label of a class.
-    """
-    labels = np.asarray(labels, np.int64)
-    if labels.shape != images.shape[:1]:
-        raise ValueError(f"{name}: holds {len(images)} images but {labels.size} labels.")
-    if len(labels) and not 0 <= labels.min() <= labels.max() < len(class_names):
-        bad = int(np.flatnonzero((labels < 0) | (labels >= len(class_names)))[0])
-        problem = f"has label {labels[bad]}, beyond the {len(class_names)} classes"
-        raise ValueError(f"{name}: image {bad} {problem}.")
-    described = (name, len(images), images.__getitem__, lambda index: f"{name}, image {index}")
-    return Source(*described, labels, list(class_names), class_splits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +124,7 @@ class _Converted:
 
 
 def _convert_one(
-    item: Member | np.ndarray,
+    item: Item,
     *,
     size: Size | None,
     transform: str | None,
@@ -181,7 +133,7 @@ def _convert_one(
 ) -> _Converted:
     """Return one image ready to be written. Runs in another process."""
     try:
-        image = Image.fromarray(item) if isinstance(item, np.ndarray) else decode_image(item.read())
+        image = _image_of(item)
     except ValueError as error:
         return _Converted(error=str(error))
     if size is not None and (transform is not None or image.width == image.height):
@@ -192,6 +144,12 @@ def _convert_one(
     if to_rgb:
         image = image.convert("RGB")
     return _Converted(encode(image), image.size, num_channels)
+
+
+def _image_of(item: Item) -> Image.Image:
+    if isinstance(item, Member):
+        return decode_image(item.read())
+    return Image.fromarray(item if isinstance(item, np.ndarray) else item.pixels())
 
 
 class _MixedChannels(Exception):  # noqa: N818

@@ -1,4 +1,4 @@
-"""Opens what ``dataset_tool.py convert`` reads: folders, zips, samples, CIFAR, MNIST and digits."""
+"""Opens what ``dataset_tool.py convert`` reads: folders, zips, samples, CIFAR, digits and more."""
 
 import dataclasses
 import shlex
@@ -13,12 +13,14 @@ from data.convert.cifar_mnist import (
     open_cifar,
     open_mnist,
 )
-from data.convert.convert import Source, array_source
 from data.convert.fewshot_sources import find_fewshot_files, read_fewshot
+from data.convert.glyphs import open_glyphs
 from data.convert.labelling import BY_ITSELF, LabelChoice, label_images
+from data.convert.source import Source, array_source
 from data.images.archive import left_out, open_archive
 from data.images.labels import read_labels
 from data.images.samples import SampleArchive
+from data.images.transforms import Size
 from dnnlib.addresses import is_address
 from dnnlib.errors import refusal
 from dnnlib.files import check_source
@@ -27,33 +29,43 @@ _ACCEPTED = (
     "a folder of images, a zip of one, an .npz of samples in ADM's layout, cifar-10-python.tar.gz, "
     "cifar-100-python.tar.gz or their folders, train-images-idx3-ubyte[.gz] or its folder, the "
     "pickles of FC100, CIFAR-FS or miniImageNet or their folder, a folder of Omniglot's "
-    "train_small.npz and test_small.npz, or digits"
+    "train_small.npz and test_small.npz, digits, or glyphs"
 )
 # Where below a folder other programs put what they download.
 _BELOW = ("", "cifar-10-batches-py", "cifar-100-python", "raw", "MNIST/raw")
 
 
-def open_source(
-    source: str,
-    split: str | None = None,
-    class_split: str | None = None,
-    choice: LabelChoice = BY_ITSELF,
-    skip_broken: bool = False,
-) -> Source:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which images of a source are wanted, and how those are made that are drawn.
+
+    Args:
+        split: train, test or all (train by default), for CIFAR archives, MNIST folders and glyphs;
+            an error elsewhere.
+        class_split: fc100 or cifar-fs, for CIFAR-100.
+        choice: Which labels the images get.
+        skip_broken: Leave out folders that cannot be read.
+        size: Width and height of the result, at which glyphs are drawn.
+    """
+
+    split: str | None = None
+    class_split: str | None = None
+    choice: LabelChoice = BY_ITSELF
+    skip_broken: bool = False
+    size: Size | None = None
+
+
+def open_source(source: str, selection: Selection = Selection()) -> Source:
     """Return the images that ``--source`` names.
 
-    ``choice`` says which labels they get, and with ``skip_broken`` folders that cannot be read are
-    left out.
-
-    ``split`` (train, test or all; train by default) is for CIFAR archives and MNIST folders, and
-    an error elsewhere; ``class_split`` (fc100 or cifar-fs) is for CIFAR-100. Raises ValueError for
-    anything that is none of these, or is damaged.
+    Raises ValueError for anything that is no source of images, or is damaged, and for a selection
+    that it does not allow.
     """
-    if choice.labels == "none":
-        found = _open(source, split, class_split, LabelChoice("none"), skip_broken)
+    found = _open(source, selection)
+    if selection.choice.labels == "none":
         bare = dict(labels=None, class_names=None, class_splits=None)
         return dataclasses.replace(found, **bare, origin="--labels=none")
-    return _open(source, split, class_split, choice, skip_broken)
+    return found
 
 
 def unconverted(path: Path) -> str | None:
@@ -74,13 +86,12 @@ def _is_tar(path: Path) -> bool:
     return path.name.endswith((".tar.gz", ".tgz", ".tar"))
 
 
-def _open(
-    source: str, split: str | None, class_split: str | None, choice: LabelChoice, skip_broken: bool
-) -> Source:
+def _open(source: str, selection: Selection) -> Source:
+    split, class_split, choice = selection.split, selection.class_split, selection.choice
     path = Path(source)
     is_tar = path.is_file() and _is_tar(path)
     is_cifar = is_tar or is_cifar_folder(path)
-    if class_split is not None and path.exists() and not is_cifar:
+    if class_split is not None and (path.exists() or source in _BUNDLED) and not is_cifar:
         problem = f"{source} is no CIFAR-100 archive"
         raise refusal("--class-split", class_split, but=problem, remedy="leave it out")
     is_mnist = is_mnist_folder(path)
@@ -96,20 +107,22 @@ def _open(
         return open_cifar(path, split or ("all" if class_split else "train"), class_split)
     if is_mnist:
         return open_mnist(path, split or "train")
+    if opener is open_glyphs:
+        return open_glyphs(source, split or "train", selection.size)
     if split is not None:
-        remedy = "leave it out (it is for CIFAR archives and folders of MNIST files)"
+        remedy = "leave it out (it is for CIFAR archives, folders of MNIST files and glyphs)"
         raise refusal("--split", split, but=f"{source} has no splits", remedy=remedy)
     if opener is open_image_files:
-        return open_image_files(source, choice, skip_broken)
+        return open_image_files(source, choice, selection.skip_broken)
     return opener(source)
 
 
-def _opener_of(source: str) -> Callable[[str], Source]:
-    """Return what opens a source whose images have no splits; raises ValueError if nothing does."""
+def _opener_of(source: str) -> Callable[..., Source]:
+    """Return what opens a source, other than CIFAR's; raises ValueError if nothing does."""
     path = Path(source)
     if not path.exists():
-        if source == "digits":
-            return open_digits
+        if source in _BUNDLED:
+            return _BUNDLED[source]
         if is_address(source):
             remedy = "download the file, and give its path"
             raise refusal("--source", source, but="it is an address", remedy=remedy)
@@ -180,3 +193,7 @@ def open_fewshot(source: str) -> Source:
     path = Path(source)
     images, labels, class_names, splits = read_fewshot(find_fewshot_files(path))
     return array_source(source, images, labels, class_names, splits)
+
+
+# Sources that packages bring with them.
+_BUNDLED: dict[str, Callable[..., Source]] = {"digits": open_digits, "glyphs": open_glyphs}

@@ -70,6 +70,13 @@ class SetConfig(Config):
     context_drop: float = option(
         0.0, min=0, max=1, help="Probability of training without the set, for guidance."
     )
+    pretrain_encoder: float = option(
+        0.0,
+        min=0,
+        max=1e9,
+        help="Train the encoder alone for this many kimg at first: a linear layer has to predict "
+        "each image from its context.",
+    )
     num_eval_batches: int = option(
         0,
         min=0,

@@ -75,6 +75,11 @@ class SetDiTConfig(ModelConfig):
         **_LAG,
         help="What scales the context's part: the noise level, one learned number, or nothing.",
     )
+    warm_start_adaln: bool = option(
+        False,
+        help="Begin with a context that has an effect. film: small modulations instead of none; "
+        "lag: cross-attention with gates of 0.1 instead of 0.",
+    )
     context_pool_size: int | None = option(
         None,
         min=1,
@@ -132,6 +137,9 @@ class SetDiTConfig(ModelConfig):
     leave_one_out: bool = option(
         True, help="Make each image of a set from the others; off: from all, itself among them."
     )
+    reconstructs: bool = option(
+        False, help="The context predicts images, in the encoder's pre-training.", exposed=False
+    )
     mode_context: str = option(
         "deterministic",
         choices=("deterministic", "variational"),
@@ -159,6 +167,9 @@ class SetDiTConfig(ModelConfig):
             raise refusal(
                 "--like", f"fsdm-jax with --encoder-mode={self.encoder_mode}", remedy=remedy
             )
+        if self.warm_start_adaln and self.mode_conditioning == "lag" and self.gate == "none":
+            but = "with --gate=none the context has its full effect from the start"
+            raise refusal("--warm-start-adaln", but=but, remedy="leave it out")
         pools_cls = self.mode_conditioning == "film" and self.encoder_pool == "cls"
         if pools_cls and self.encoder_depth == 0:
             got = "0, with which the CLS token sees no image"
@@ -237,9 +248,14 @@ class SetDiTConfig(ModelConfig):
         return self.cross_attn_layers or tuple(range(self.num_blocks))
 
     @property
+    def context_grid(self) -> int:
+        """Height and width of the grid of tokens that ``lag`` attends to."""
+        return self.grid if self.context_pool_size is None else round(self.context_pool_size**0.5)
+
+    @property
     def num_context_tokens(self) -> int:
         """Tokens per image that ``lag`` attends to."""
-        return (self.context_pool_size or self.grid**2) + (self.mode_context == "variational")
+        return self.context_grid**2 + (self.mode_context == "variational")
 
     @property
     def images_per_row(self) -> int:
