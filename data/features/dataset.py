@@ -122,7 +122,7 @@ class FeatureDataset(Dataset):
         ]
         num_images = sum(map(len, manifests))
         every = np.concatenate([*held_out, np.zeros(0, bool)])
-        check_split(every, self._share, f"the {num_images} images of {self.path}")
+        check_split(every, self._share, f"the {num_images} images of {self.name}")
         wanted = self.split == "validation"
         return [own.of_rows(rows == wanted) for own, rows in zip(manifests, held_out, strict=True)]
 

@@ -119,7 +119,7 @@ class LabelledDataset(Dataset):
         Raises ValueError if those are none or all of them.
         """
         held_out = is_held_out(*(column[self._indices] for column in self._checksums()), share)
-        check_split(held_out, share, f"the {self.num_images} images of {self.path}")
+        check_split(held_out, share, f"the {self.num_images} images of {self.name}")
         return held_out
 
     def hold_out(self, share: float) -> Self:
