@@ -98,8 +98,8 @@ class FeatureFamily:
         dataset = FeatureDataset(path, split, **settings, validation_share=data.validation_share)
         num = dataset.record.num_samples("validation")
         if data.validation_share and num:
-            but = f"{dataset.name} has a validation split of {num} images, on which the loss is measured"
-            remedy = "leave it out"
+            but = f"{dataset.name} has a validation split of {num} images already"
+            remedy = "leave it out; the loss is measured on that"
             raise refusal("--validation-share", data.validation_share, but=but, remedy=remedy)
         return dataset
 
