@@ -137,8 +137,11 @@ def _validate_snapshot(
 
     snapshot = cached_snapshot(options.network)
     location = options.data or snapshot.data.features["path"]
-    lengths = snapshot.config.features.text_lengths
-    dataset = FeatureDataset(location, options.split, text_lengths=lengths)
+    settings = dict(
+        text_lengths=snapshot.config.features.text_lengths,
+        validation_share=snapshot.config.data.validation_share,
+    )
+    dataset = FeatureDataset(location, options.split, **settings)
     check_encoders(snapshot.config.model, dataset, "--data")
     protocol = dict(sampling=config.sampling, guidance=config.guidance)
     names = ("precision", "cpu_matmul", "compile", "vae")

@@ -337,11 +337,13 @@ def make_evaluate(
     real: RealImages | None,
     model: ModelConfig,
     device: torch.device,
+    parts: tuple[ImageDataset, ImageDataset] | None = None,
 ) -> Callable[[tuple[str, ...], Callable], list[dict[str, Any]]]:
     """Return the function by which the training loop scores a model's images against real ones.
 
-    Detectors and references are made now, so that a missing one stops the run before it starts
-    and not hours later. Collective.
+    With ``parts``, images trained on and images held out, there are rows of both beside those of
+    the metrics; see :class:`evaluation.held_out.HeldOutScores`. Detectors and references are made
+    now, so that a missing one stops the run before it starts and not hours later. Collective.
     """
     names = sorted({metric.output.detector for metric in metrics})
     found = None if real is None else real.image_shape
@@ -352,10 +354,15 @@ def make_evaluate(
     detectors = make_detectors(names, config, expected, device)
     needs = needed_outputs(metrics, of_reference=True)
     references = {} if real is None else real.references(needs, detectors, device)
-    by_name = {metric.name: metric for metric in metrics}
+    by_name, further = {metric.name: metric for metric in metrics}, None
+    if parts is not None:
+        from evaluation.held_out import HeldOutScores
+
+        further = HeldOutScores(metrics, *parts, detectors, device)
 
     def evaluate(wanted: tuple[str, ...], generate: Callable) -> list[dict[str, Any]]:
         chosen = [by_name[name] for name in wanted]
-        return score(chosen, generate, references, detectors, device)
+        rows = score(chosen, generate, references, detectors, device)
+        return rows if further is None else rows + further.rows(wanted, generate)
 
     return evaluate

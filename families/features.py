@@ -30,6 +30,7 @@ from training.config import RunConfig
 from training.family import Codec, Evaluator, Part, Steps, TrainingData
 from training.feature_objective import FeatureObjective
 from training.transfer import Transfer, transfer_weights
+from training.validation.examples import NUM_IMAGES, Examples, Row, num_repeats, spread
 
 # What a model without patches lacks.
 _PATCH_PARAMETERS = ("conditioner.dino_patch_proj.*", "conditioner.null_dino_patch_token")
@@ -93,7 +94,14 @@ class FeatureFamily:
         ):
             if value:
                 raise ValueError(f"{option} has no effect on features: {reason}.")
-        return FeatureDataset(path, split, text_lengths=run.features.text_lengths)
+        settings = dict(text_lengths=run.features.text_lengths)
+        dataset = FeatureDataset(path, split, **settings, validation_share=data.validation_share)
+        num = dataset.record.num_samples("validation")
+        if data.validation_share and num:
+            but = f"{dataset.name} has a validation split of {num} images already"
+            remedy = "leave it out; the loss is measured on that"
+            raise refusal("--validation-share", data.validation_share, but=but, remedy=remedy)
+        return dataset
 
     def fit(self, run: FeatureRun, data: TrainingData | None, num_classes: int = 0) -> FeatureRun:
         if data is not None:
@@ -127,6 +135,23 @@ class FeatureFamily:
     def objective(self, run: FeatureRun, network: Network, codec: Codec) -> FeatureObjective:
         precond, settings = make_precond(run.precond), objective_settings(run)
         return FeatureObjective(network, precond, codec, config=run.features, **settings)
+
+    def validation(self, run: FeatureRun, data: TrainingData) -> Examples | None:
+        held_out, rows = data.of_split("validation"), []
+        is_many = len(held_out) > NUM_IMAGES
+        repeats = num_repeats(len(held_out)) if len(held_out) else 0
+        for bucket, size in enumerate(held_out.buckets):
+            if size not in data.buckets:
+                continue
+            own, other = held_out.counts[bucket], data.buckets.index(size)
+            # In proportion, each at least once.
+            num = max(NUM_IMAGES * own // len(held_out), 1) if is_many else own * repeats
+            starts = (held_out.firsts[bucket], data.firsts[other])
+            places = [spread(num, own), spread(num, data.counts[other])]
+            pairs = zip(*places, strict=True)
+            shape = held_out.latent_shape(bucket)
+            rows += [Row(shape, int(starts[0]) + a, int(starts[1]) + b) for a, b in pairs]
+        return Examples(held_out, data, tuple(rows)) if rows else None
 
     def start_from(
         self, run: FeatureRun, network: Network, snapshot: Snapshot, data: DataSummary

@@ -30,6 +30,7 @@ from training.config import RunConfig
 from training.family import Codec, Evaluator, Part, Steps, TrainingData
 from training.objective import Objective
 from training.transfer import Transfer, transfer_weights
+from training.validation.examples import Examples, examples_of_images
 
 _DEFAULT_LABEL_DROP = 0.1  # As in classifier-free guidance's experiments (arXiv 2207.12598).
 
@@ -145,6 +146,12 @@ class ImageFamily:
     def objective(self, run: ImageRun, network: Network, codec: Codec) -> Objective:
         return Objective(network, make_precond(run.precond), codec, **objective_settings(run))
 
+    def validation(self, run: ImageRun, data: TrainingData) -> Examples | None:
+        held_out, shape = data.validation_part, run.model.input_shape
+        if held_out is None:
+            return None
+        return examples_of_images(held_out, data, shape, data.num_images)
+
     def start_from(
         self, run: ImageRun, network: Network, snapshot: Snapshot, data: DataSummary
     ) -> Transfer:
@@ -190,10 +197,13 @@ class ImageFamily:
 
         specs = self._metric_specs(run, get_metrics(run.logging.metrics))
         real, compared = None, [spec.name for spec in specs if spec.has_reference]
+        location, parts = run.logging.metrics_ref, None
         if compared:
-            location = run.logging.metrics_ref
-            real = RealImages(location or self._real_images(run, data, compared[0]))
-        return make_evaluate(specs, run.detectors, real, run.model, device)
+            images = location or self._real_images(run, data, compared[0])
+            real = RealImages(images)
+            if location is None and images.validation_part is not None:
+                parts = images, images.validation_part
+        return make_evaluate(specs, run.detectors, real, run.model, device, parts)
 
     def _metric_specs(self, run: ImageRun, specs: Sequence[Any]) -> Sequence[Any]:
         """Return the run's metrics as it wants them computed."""

@@ -45,7 +45,8 @@ class LatentFamily(ImageFamily):
                 raise ValueError("--cache has no effect on latents, which need no decoding.")
             check_resolution(run, read_record(data.data).resolution)
             settings = dict(use_labels=data.cond, max_size=data.max_size, hflip=data.hflip)
-            return LatentDataset(data.data, seed=run.training.seed, **settings)
+            latents = LatentDataset(data.data, seed=run.training.seed, **settings)
+            return latents.hold_out(data.validation_share) if data.validation_share else latents
         dataset = open_images_of(run)
         if run.model.vae is None:
             raise ValueError(

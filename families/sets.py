@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,9 @@ from training.checkpoint import Snapshot
 from training.config import RunConfig
 from training.family import Codec, Evaluator, TrainingData
 from training.set_objective import SetObjective, validation_loss
+from training.validation.examples import NUM_IMAGES, Examples, Row, num_repeats
+
+_VALIDATION_SEED = 0
 
 
 class SetFamily(ImageFamily):
@@ -51,6 +55,8 @@ class SetFamily(ImageFamily):
             if not run.sets.compute_fid:
                 del metrics["fewshot_fid"]
             run = run.changed("logging", metrics=tuple(metrics))
+        if run.data.validation_share and "held_out" in given:
+            raise ValueError("Give --validation-share or --held-out, not both.")
         lists = {"train_classes", "test_classes"}
         if run.sets.class_transforms != "none":
             lists.add("skip_transforms")
@@ -66,7 +72,9 @@ class SetFamily(ImageFamily):
 
     def open_data(self, run: SetRun, path: str | None = None, split: str = "train") -> SetDataset:
         run = with_path(run, path)
-        images = open_images_of(run, use_labels=None)
+        # Of the classes trained on alone images are held out: the others have a use as a whole.
+        whole = run.changed("data", validation_share=0.0)
+        images = open_images_of(whole, use_labels=None)
         check_resolution(run, images.resolution)
         return SetDataset(
             images,
@@ -75,6 +83,7 @@ class SetFamily(ImageFamily):
             seed=run.training.seed,
             use_labels=run.data.cond,
             hflip=run.data.hflip,
+            validation_share=run.data.validation_share,
         )
 
     def fit(self, run: SetRun, data: TrainingData | None, num_classes: int = 0) -> SetRun:
@@ -99,6 +108,21 @@ class SetFamily(ImageFamily):
     def objective(self, run: SetRun, network: Network, codec: Codec) -> SetObjective:
         settings = objective_settings(run)
         return SetObjective(network, make_precond(run.precond), codec, config=run.sets, **settings)
+
+    def validation(self, run: SetRun, data: SetDataset) -> Examples | None:
+        num_held_out = sum(len(rows) for rows in data.held_out.values() if len(rows) > 1)
+        if not num_held_out:
+            return None
+        sides = [data.plain(held_out=held_out, seed=_VALIDATION_SEED) for held_out in (True, False)]
+        num_images = min(num_held_out * num_repeats(num_held_out), NUM_IMAGES)
+        num, rows = max(num_images // run.model.sample_size, 1), []
+        for place in itertools.count():
+            drawn = sides[0].draw(place)
+            if drawn.rows.size > 1:  # Of a class with held-out images.
+                name = data.set_classes[drawn.labels[0]]
+                rows.append(Row(run.model.input_shape, place, place, name))
+            if len(rows) == num:
+                return Examples(*sides, tuple(rows))
 
     def evaluator(self, run: SetRun, data: SetDataset, device: torch.device) -> Evaluator:
         from evaluation.in_loop.sets import SetEvaluator

@@ -46,7 +46,7 @@ KINDS = {
     "image": (
         *(*TINY, *_SCHEDULE, *_SCORES, "--data=images.zip", "--cond", "--label-drop=0.2"),
         *("--num-stages=1", "--base-dim=8", "--time-dim=8", "--hflip"),
-        *("--augment=0.3", "--dropout=0.1", "--ema-stds=0.05"),
+        *("--augment=0.3", "--dropout=0.1", "--ema-stds=0.05", "--validation-share=0.2"),
     ),
     "latent": (
         *(*TINY_LATENT, *_SCHEDULE, *_SCORES, "--metrics-ref=images.zip"),

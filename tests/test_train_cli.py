@@ -343,6 +343,20 @@ CASES = {
     "patch-size": [Case("2", "net", beside="LATENT"), Case("4", "net", beside="SETS")],
     "log-interval": [unseen("1", "ticks", beside="--iters=3")],
     "save-interval": [unseen("2", "saved", beside="--tick=0 --iters=5")],
+    "validation-share": [
+        Case("0.3", "net files"),
+        Case("0.3", "net", beside="LATENT"),
+    ],
+    "validation-ticks": [
+        unseen("1", "validations", beside="--validation-share=0.3 --tick=0 --iters=3")
+    ],
+    "early-stop": [
+        Case(
+            "2",
+            "num_images",
+            beside="--validation-share=0.3 --tick=0 --snap=1 --iters=4 --lr=1e-12",
+        )
+    ],
     "num-sample-batches": [unseen("2", "fakes")],
     "variance": [
         sampled("large", "--sampler=ddpm"),
@@ -633,6 +647,7 @@ def fingerprint(base, args, data_size=8):
         gradients=rows[0]["Loss/grad_norm"]["mean"],
         num_images=state["progress"]["cur_nimg"],
         ticks=len(rows),
+        validations=sum("Validation/loss" in row for row in rows),
         debug=[name for name in rows[0] if name.startswith("debug/")],
         scores=len(scores.read_text().splitlines()) if scores.is_file() else 0,
         files=files,

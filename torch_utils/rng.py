@@ -10,6 +10,7 @@ import torch
 # a draw to one leaves the others as they were.
 STREAM_DATA, STREAM_NOISE, STREAM_AUGMENT, STREAM_CONDITION, STREAM_MODEL, STREAM_INIT = range(6)
 STREAM_POSTERIOR, STREAM_CONTEXT, STREAM_BUCKET, STREAM_ROLLBACK, STREAM_LEVEL = range(6, 11)
+STREAM_VALIDATION = 11
 
 
 def mix(*values: int) -> int:

@@ -237,6 +237,19 @@ class LoggingConfig(Config):
         unless={"metrics": ((),)},
         help="Ticks between two evaluations of --metrics; none: with every snapshot.",
     )
+    validation_ticks: int | None = option(
+        None,
+        min=1,
+        max=1_000_000,
+        help="Ticks between two measurements of the validation loss; none: with every snapshot.",
+    )
+    early_stop: int = option(
+        0,
+        min=0,
+        max=1_000_000,
+        help="End the run after this many validations in which the loss on held-out images has "
+        "not fallen by more than chance; 0: never.",
+    )
     sample_batch: int = option(
         64, min=1, max=100_000, help="Images per rank and pass when sampling."
     )

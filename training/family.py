@@ -326,6 +326,13 @@ class Family(Protocol):
         """Return the :class:`Objective` of ``network``."""
         ...
 
+    def validation(self, run: RunConfig, data: TrainingData) -> Any:
+        """Return on what the validation loss is measured; None where nothing is held out.
+
+        That is a :class:`training.validation.examples.Examples`.
+        """
+        ...
+
     def start_from(self, run: RunConfig, network: Network, snapshot: Any, data: Any) -> Any:
         """Copy a snapshot's weights; return the :class:`~training.transfer.Transfer`.
 

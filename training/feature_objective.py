@@ -26,8 +26,7 @@ from training.objective import Draws, Objective, gradient_norms
 
 _NUM_TIME_BINS = 4
 _TIME_NAMES = [
-    f"Flow/loss_t{i / _NUM_TIME_BINS:.2f}-{(i + 1) / _NUM_TIME_BINS:.2f}"
-    for i in range(_NUM_TIME_BINS)
+    f"loss_t{i / _NUM_TIME_BINS:.2f}-{(i + 1) / _NUM_TIME_BINS:.2f}" for i in range(_NUM_TIME_BINS)
 ]
 
 
@@ -47,6 +46,7 @@ class FeatureObjective(Objective):
         self._config = config
         self._velocity = Velocity(self.network, self._denoise.autocast_dtype)
         self._last_rms: Tensor | None = None
+        self.level_names = _TIME_NAMES
 
     @property
     def num_shapes(self) -> int:
@@ -96,10 +96,29 @@ class FeatureObjective(Objective):
         generator = step.generator(rng.STREAM_CONDITION)
         uniform = torch.rand(step.batch, generator=generator, device=step.device)
         drop = drop_of_uniform(self._config, uniform)
-        bias = patch_bias(self._config, self.network.config, step.cur_nimg, step.shape)
+        return self._with_bias(dataclasses.replace(draws, drop=drop), step.cur_nimg)
+
+    def fixed_draws(self, sigma: Tensor, noise: Tensor, cur_nimg: int) -> FeatureDraws:
+        return self._with_bias(super().fixed_draws(sigma, noise, cur_nimg), cur_nimg)
+
+    def _with_bias(self, draws: Draws, cur_nimg: int) -> FeatureDraws:
+        noise = draws.noise
+        bias = patch_bias(self._config, self.network.config, cur_nimg, tuple(noise.shape[1:]))
         if bias is not None:
-            bias = torch.full([step.batch], bias, device=step.device)
-        return FeatureDraws(**{**vars(draws), "drop": drop}, patch_bias=bias)
+            bias = torch.full([len(noise)], bias, device=noise.device)
+        return FeatureDraws(**vars(draws), patch_bias=bias)
+
+    def reduced(self, draws: FeatureDraws) -> dict[str, FeatureDraws]:
+        config, found = self._config, {}
+        for name, share, left_out in (
+            ("without_both", config.drop_all, (True, True, True)),
+            ("without_image", config.text_only, (False, True, True)),
+            ("without_text", config.visual_only, (True, False, False)),
+        ):
+            if share:
+                drop = torch.tensor(left_out, device=draws.sigma.device).expand(len(draws.sigma), 3)
+                found[name] = dataclasses.replace(draws, drop=drop)
+        return found
 
     def prepare(
         self, images: Tensor, cond: Cond, draws: FeatureDraws, device: torch.device
@@ -185,9 +204,12 @@ class FeatureObjective(Objective):
         for name, rows in rows_of_categories(draws.drop).items():
             stats.report(f"Flow/loss_{name}", losses, rows)
             stats.report(f"Flow/share_{name}", rows)
-        t = self._precond.time(draws.sigma)
-        bins = (t * _NUM_TIME_BINS).to(torch.int64).clamp(max=_NUM_TIME_BINS - 1)
-        stats.report_groups(_TIME_NAMES, losses, bins)
+        names = [f"Flow/{name}" for name in self.level_names]
+        stats.report_groups(names, losses, self.level_of(draws.sigma))
+
+    def level_of(self, sigma: Tensor) -> Tensor:
+        bins = (self._precond.time(sigma) * _NUM_TIME_BINS).to(torch.int64)
+        return bins.clamp(max=_NUM_TIME_BINS - 1)
 
     @torch.no_grad()
     def diagnose(

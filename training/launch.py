@@ -312,8 +312,17 @@ def _prepare(config: RunConfig, device: torch.device) -> Job:
     config = fit_to_device(family.fit(config, data), device.type)
     config, codec = family.open_codec(config, data, device)
     config = _with_batch(config, distributed.world_size(), device, distributed.print0)
+    examples = None if config.distillation.is_on else family.validation(config, data)
+    if examples is None and (config.logging.early_stop or config.logging.validation_ticks):
+        option = "--early-stop" if config.logging.early_stop else "--validation-ticks"
+        but, remedy = "no images are held out to validate on", "give --validation-share=0.1"
+        if config.distillation.is_on:
+            but, remedy = "students are measured by their scores, not by a loss", "leave it out"
+        raise refusal(option, but=but, remedy=remedy)
     evaluator = family.evaluator(config, data, device)
-    return Job(config=config, data=data, codec=codec, evaluator=evaluator, device=device)
+    return Job(
+        config=config, data=data, codec=codec, examples=examples, evaluator=evaluator, device=device
+    )
 
 
 def _with_cpu_matmul(job: Job, state: dict[str, Any] | None) -> Job:
@@ -387,5 +396,10 @@ def _write_start(
     )
     options = {"config": to_dict(config), **facts, "packages": package_versions(), **about}
     write_json(run_dir / "training_options.json", options)
-    print(f"Training on {job.data.name}: {job.data.num_images} images. Writing to {run_dir}")
+    held_out = ""
+    if job.examples is not None:
+        what = "images" if config.model.images_per_row == 1 else "sets"
+        held_out = f"; the validation loss is of {job.examples.num_items} other {what}"
+    what = f"{job.data.name}: {job.data.num_images} images{held_out}"
+    print(f"Training on {what}. Writing to {run_dir}")
     print(describe_run(config, world_size, job.device), flush=True)

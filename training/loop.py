@@ -34,6 +34,8 @@ from training.saving.writer import SnapshotParts, Writer
 from training.stability.locate import first_not_finite
 from training.stability.monitor import Monitor
 from training.telemetry import Telemetry, memory_stats, scalar, tick_line, utilisation_stats
+from training.validation.examples import Examples
+from training.validation.validator import Validator
 from training.watch import Watch
 
 _LONG_WAIT_SEC = 1.0
@@ -48,6 +50,7 @@ class Job:
     codec: Codec  # What a batch of them is to the network.
     evaluator: Evaluator  # Makes pictures and scores.
     device: torch.device  # This rank's.
+    examples: Examples | None = None  # What the validation loss is measured on, if on any.
 
 
 def training_loop(
@@ -101,6 +104,7 @@ def training_loop(
     parameters = hold_parameters(objective, config, shard_size, device)
     ema = EMA(parameters)
     profiles = PowerEMA(parameters, training.ema_stds)
+    validator = Validator(job, family, ema, data.content_hash)
     optimizer = GuardedAdam(
         parameters,
         beta2=training.beta2,
@@ -130,6 +134,7 @@ def training_loop(
         cur_nimg, cur_tick = made["cur_nimg"], made["cur_tick"]
         tick_start_nimg, elapsed_before_sec = made["tick_start_nimg"], made["elapsed_sec"]
         stats.load_state_dict(resume_state["stats"])
+        validator.load_state_dict(resume_state)
         course.load_state_dict(resume_state)
     if training.compile:
         sizes = pass_sizes(training, world_size)  # Of all ranks, which gather shards together.
@@ -168,6 +173,7 @@ def training_loop(
             optimizer=optimizer.state_dict(),
             stats=stats.state_dict(),
             progress=progress_info,
+            **validator.state_dict(),
             **monitor.state_dict(),
             **course.state_dict(),
         )
@@ -244,10 +250,11 @@ def training_loop(
 
     # Train.
     total_nimg = config.total_nimg
-    done, stop = cur_nimg >= total_nimg, False
+    done, stop = cur_nimg >= total_nimg or validator.is_over, False
     if done and telemetry is not None:
         more = "" if config.distillation.is_on else "; a larger --kimg would go on"
-        telemetry.message(f"Complete at kimg {format_kimg(cur_nimg / 1000)}{more}.")
+        complete = f"Complete at kimg {format_kimg(cur_nimg / 1000)}{more}."
+        telemetry.message(complete if cur_nimg >= total_nimg else validator.verdict(cur_nimg))
         # A kill may have come between the last state and this.
         states = checkpoint.find_states(run_dir)
         if states and checkpoint.is_state_after(states[0], cur_nimg):
@@ -324,6 +331,13 @@ def training_loop(
         tick_end_sec = time.time()
         elapsed_sec = elapsed_before_sec + tick_end_sec - start_sec
 
+        # Measure the loss on held-out images, which may end the run.
+        validated = {}
+        if tick_ends:
+            validated = validator.at_tick(cur_tick, tick_start_nimg, cur_nimg, done)
+            done = done or validator.is_over
+            stage_ends = stage_ends or done
+
         # Record statistics. Those of a tick that a signal cuts short go into the state.
         if tick_ends:
             tick_kimg = (cur_nimg - timed_nimg) / 1000
@@ -342,6 +356,7 @@ def training_loop(
                     "Timing/maintenance_sec": scalar(maintenance_sec),
                     **utilisation_stats(flops / sec_per_tick / world_size, device, training),
                     **memory_stats(device),
+                    **validated,
                 }
             )
             if telemetry is not None:
@@ -350,8 +365,8 @@ def training_loop(
                 if training.compile and not was_compiled:
                     telemetry.message(f"Compiled in {network.compile_seconds():.1f} seconds.")
                     was_compiled = True
-                for warning in watch.warnings(fields, cur_nimg // step_nimg):
-                    telemetry.message(warning)
+                for text in (*validator.messages, *watch.warnings(fields, cur_nimg // step_nimg)):
+                    telemetry.message(text)
             find = functools.partial(first_not_finite, objective, (images, cond, rows))
             monitor.judge(cur_nimg, skipped_in_a_row, find, telemetry)
         # A run that a stop cuts short may still go back when it continues.

@@ -79,7 +79,8 @@ class Objective(torch.nn.Module):
         levels = precond.training_levels([i / _NUM_LEVELS for i in range(1, _NUM_LEVELS)])
         self._bounds = sorted(set(levels))
         ends = [f"{bound:.2g}" for bound in (0.0, *self._bounds, math.inf)]
-        self._level_names = [f"Loss/sigma_{a}-{b}" for a, b in itertools.pairwise(ends)]
+        # Of each range, a name without the group of statistics that it belongs to.
+        self.level_names = [f"sigma_{a}-{b}" for a, b in itertools.pairwise(ends)]
 
     def draw(self, step: rng.Step) -> Draws:
         """Return the draws of a step's global batch [N], a function of (seed, position) alone.
@@ -95,6 +96,30 @@ class Objective(torch.nn.Module):
             generator = step.generator(rng.STREAM_CONDITION)
             drop = torch.rand(batch, generator=generator, device=device) < self._label_drop
         return Draws(sigma=sigma, noise=noise, drop=drop, codec=self._codec.draw(step))
+
+    # What the validation loss asks: see training/validation/losses.py.
+
+    def training_levels(self, shares: Sequence[float]) -> list[float]:
+        """Return the noise levels that these shares of those in training do not exceed."""
+        return self._precond.training_levels(shares)
+
+    def row_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the noise of a row whose images have a ``shape``."""
+        return shape
+
+    def fixed_draws(self, sigma: Tensor, noise: Tensor, cur_nimg: int) -> Draws:
+        """Return draws of given noise [N, *row_shape] with which nothing else is random.
+
+        No condition is dropped and nothing is augmented. ``cur_nimg`` is the position in the run.
+        """
+        return Draws(sigma=sigma, noise=noise, drop=None, codec=None)
+
+    def reduced(self, draws: Draws) -> dict[str, Draws]:
+        """Return fixed draws without what training leaves out at times, by what is left out."""
+        if not self._label_drop:
+            return {}
+        drop = torch.ones_like(draws.sigma, dtype=torch.bool)
+        return {"without_class": dataclasses.replace(draws, drop=drop)}
 
     def prepare(
         self, images: Tensor, cond: Cond, draws: Draws, device: torch.device
@@ -137,9 +162,12 @@ class Objective(torch.nn.Module):
 
     def _report_by_noise(self, stats: StatsCollector, losses: Tensor, sigma: Tensor) -> None:
         """Add losses [M] by the range of their noise levels [N], each of M / N rows in turn."""
-        sigma = sigma.repeat_interleave(len(losses) // len(sigma))
-        level = torch.stack([sigma > bound for bound in self._bounds]).sum(dim=0)
-        stats.report_groups(self._level_names, losses, level)
+        level = self.level_of(sigma.repeat_interleave(len(losses) // len(sigma)))
+        stats.report_groups([f"Loss/{name}" for name in self.level_names], losses, level)
+
+    def level_of(self, sigma: Tensor) -> Tensor:
+        """Return the range in ``level_names`` of each noise level, int64 with its shape [N]."""
+        return torch.stack([sigma > bound for bound in self._bounds]).sum(dim=0)
 
     def diagnose(
         self, images: Tensor, cond: Cond, draws: Draws, loss_scale: Tensor | None = None

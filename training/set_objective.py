@@ -60,7 +60,7 @@ class SetObjective(Objective):
 
     def draw(self, step: rng.Step) -> SetDraws:
         num, batch, device = self._model.sample_size, step.batch, step.device
-        draws = super().draw(dataclasses.replace(step, shape=(num, *step.shape)))
+        draws = super().draw(dataclasses.replace(step, shape=self.row_shape(step.shape)))
         generator = step.generator(rng.STREAM_CONTEXT)
         changes = {}
         if self._config.context_drop > 0:
@@ -76,6 +76,20 @@ class SetObjective(Objective):
             is_first = step.cur_nimg < self._config.pretrain_encoder * 1000
             changes["pretrains"] = torch.full([batch], is_first, device=device)
         return SetDraws(**vars(draws), **changes)
+
+    def row_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return self._model.sample_size, *shape
+
+    def fixed_draws(self, sigma: Tensor, noise: Tensor, cur_nimg: int) -> SetDraws:
+        # The mean of a drawn context, whose divergence is no part of the error.
+        return SetDraws(**vars(super().fixed_draws(sigma, noise, cur_nimg)))
+
+    def reduced(self, draws: SetDraws) -> dict[str, SetDraws]:
+        found = super().reduced(draws)
+        if self._config.context_drop:
+            drop = torch.ones_like(draws.sigma, dtype=torch.bool)
+            found["without_set"] = dataclasses.replace(draws, context_drop=drop)
+        return found
 
     def context(self, images: Tensor, cond: Cond, draws: SetDraws) -> SetContext:
         """Return the context [b n] of sets of images [b, n, C, H, W]."""

@@ -1,6 +1,7 @@
 """Latents and features of images of several sizes, and which of them each training step takes."""
 
 import functools
+import hashlib
 import math
 import os
 import re
@@ -15,11 +16,12 @@ from torch.utils.data import Dataset
 from data.features.buckets import Bucket
 from data.features.manifests import Manifest, read_manifest
 from data.features.quantised import as_float16, bits_of
-from data.features.record import KEYS, PATCHES, read_feature_record
+from data.features.record import KEYS, PATCHES, BucketRecord, read_feature_record
 from data.features.shards import from_npy
 from data.images.dataset import Cond
 from data.images.decode import ImageError
 from data.preview import Preview, evenly_spaced, rows_of
+from data.split import check_split, is_held_out
 from dnnlib.addresses import AddressError, is_address, without_query
 from dnnlib.errors import refusal
 from dnnlib.remote.files import Known, OpenFiles, location_of
@@ -41,6 +43,8 @@ class FeatureDataset(Dataset):
         split: ``train`` or ``validation``.
         text_lengths: Rising lengths to which the texts of a batch are padded: to the first that
             holds the longest of them, and cut at the last.
+        validation_share: Of a folder without a validation split, take this share of the images for
+            one, by the contents of their latents.
 
     Attributes:
         record: All that is known of the folder.
@@ -64,6 +68,7 @@ class FeatureDataset(Dataset):
         split: str = "train",
         *,
         text_lengths: Sequence[int] = (128, 256, 384, 512),
+        validation_share: float = 0.0,
     ) -> None:
         self.path = location_of(path)
         self.split = split
@@ -72,19 +77,22 @@ class FeatureDataset(Dataset):
         stored = re.sub(r"[^\w.-]+", "-", self.record.name)
         self.name = stored if is_address(path) else self.path.resolve().name
         self.text_lengths = tuple(text_lengths)
-        found = [b for b in self.record.buckets if b.num[split] > 0]
+        self._share = 0.0 if self.record.num_samples("validation") else validation_share
+        of_folder = "train" if self._share else split
+        found = [b for b in self.record.buckets if b.num[of_folder] > 0]
+        manifests = [self._read_manifest(of_folder, b) for b in found]
+        if self._share:
+            manifests = self._chosen(manifests)
+            found = [b for b, own in zip(found, manifests, strict=True) if len(own)]
+        self._manifests: list[Manifest] = [own for own in manifests if len(own)]
         self.buckets = [Bucket(b.width, b.height) for b in found]
-        self.counts = [b.num[split] for b in found]
+        self.counts = [len(manifest) for manifest in self._manifests]
         self._shapes = [tuple(b.latent_shape) for b in found]
         self._grids = [tuple(b.patch_grid) for b in found]
-        self._manifests: list[Manifest] = [read_manifest(self.path, split, b.name) for b in found]
-        for bucket, manifest, count in zip(self.buckets, self._manifests, self.counts, strict=True):
-            if len(manifest) != count:
-                names = f"the manifest of {split}/{bucket.name} names {len(manifest)} images"
-                remedy = "run dataset_tool.py features again"
-                raise refusal(self.path, but=f"{names}, but the record {count}", remedy=remedy)
+        # Of the images of the split; a shard without any holds nothing to read.
         self.shard_sizes = [
-            [shard["num_samples"] for shard in manifest.shards] for manifest in self._manifests
+            np.unique(manifest.shard, return_counts=True)[1].tolist()
+            for manifest in self._manifests
         ]
         self._files = [manifest.files for manifest in self._manifests]
         self.firsts = np.cumsum([0, *self.counts])  # The first item of each bucket.
@@ -99,13 +107,35 @@ class FeatureDataset(Dataset):
             total = sum(int((ends - starts).sum()) for starts, ends in self._spans)
             self.remote_bytes = total / self.num_images
 
+    def _read_manifest(self, split: str, bucket: BucketRecord) -> Manifest:
+        manifest, count = read_manifest(self.path, split, bucket.name), bucket.num[split]
+        if len(manifest) != count:
+            names = f"the manifest of {split}/{bucket.name} names {len(manifest)} images"
+            remedy = "run dataset_tool.py features again"
+            raise refusal(self.path, but=f"{names}, but the record {count}", remedy=remedy)
+        return manifest
+
+    def _chosen(self, manifests: Sequence[Manifest]) -> list[Manifest]:
+        """Return of the manifests of all images those of the split, which may be empty."""
+        held_out = [
+            is_held_out(own.size["vae.npy"], own.crc32["vae.npy"], self._share) for own in manifests
+        ]
+        num_images = sum(map(len, manifests))
+        every = np.concatenate([*held_out, np.zeros(0, bool)])
+        check_split(every, self._share, f"the {num_images} images of {self.name}")
+        wanted = self.split == "validation"
+        return [own.of_rows(rows == wanted) for own, rows in zip(manifests, held_out, strict=True)]
+
     def __len__(self) -> int:
         return self.num_images
 
     @property
     def content_hash(self) -> str:
-        """Identity of all shards."""
-        return self.record.content_hash
+        """Identity of all shards, and of what is held out of them."""
+        stored = self.record.content_hash
+        if not self._share:
+            return stored
+        return hashlib.sha256(f"{stored} without {self._share!r}".encode()).hexdigest()
 
     def is_same_as(self, content_hash: str) -> bool:
         """Return whether an identity is that of the data."""
@@ -128,7 +158,8 @@ class FeatureDataset(Dataset):
 
     def of_split(self, split: str) -> "FeatureDataset":
         """Return the items of another split of the same folder."""
-        return FeatureDataset(self.path, split, text_lengths=self.text_lengths)
+        settings = dict(text_lengths=self.text_lengths, validation_share=self._share)
+        return FeatureDataset(self.path, split, **settings)
 
     def bucket_index(self, index: int) -> int:
         """Return the position in ``buckets`` of an item's size."""

@@ -120,6 +120,17 @@ class Manifest:
         columns["shard"] = columns["shard"] - number
         return dataclasses.replace(self, shards=[self.shards[number]], **columns)
 
+    def of_rows(self, rows: np.ndarray) -> "Manifest":
+        """Return the manifest of some of the samples, int64 or bool, in the same shards."""
+        chosen = np.arange(len(self))[rows]
+
+        def take(column: Any) -> Any:
+            if isinstance(column, np.ndarray):
+                return column[chosen]
+            return [column[row] for row in chosen.tolist()]
+
+        return dataclasses.replace(self, **_map(self._columns(), take))
+
     def _columns(self) -> dict[str, Any]:
         names = ("ids", "shard", *_PLACES, "fingerprint", "truncated")
         return {name: getattr(self, name) for name in names}

@@ -1,6 +1,8 @@
 """Sets of images of one class, drawn as a function of (seed, position)."""
 
+import copy
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -53,6 +55,8 @@ class SetDataset(Dataset):
         use_labels: Whether the model is conditioned on the class too.
         hflip: Mirror each drawn image with probability one half.
         classes: Draw sets of all images of these classes instead, as they are.
+        validation_share: Hold out this share of the images, by their contents, in place of
+            ``config.held_out`` of each class.
 
     Raises ValueError if the data have no labels, or if a class keeps no image to train on.
     """
@@ -67,6 +71,7 @@ class SetDataset(Dataset):
         use_labels: bool = False,
         hflip: bool = False,
         classes: Sequence[int] | None = None,
+        validation_share: float = 0.0,
     ) -> None:
         if classes is not None:
             plain = dict(hybrids=0.0, held_out=0, class_transforms="none", skip_transforms=())
@@ -86,22 +91,33 @@ class SetDataset(Dataset):
         self._transforms: list[int] = []
         self.set_classes: list[str] = []  # Names of those trained on, with transformed ones.
         self.held_out: dict[int, np.ndarray] = {}  # Indices kept for scores, by class trained on.
+        by_content = images.held_out_rows(validation_share) if validation_share else None
         for index in self.split.train if classes is None else classes:
-            rng = np.random.default_rng([config.split_seed % 2**64, _HELD_OUT_SEED, index])
-            order = rng.permutation(np.flatnonzero(images.labels == index))
-            self.held_out[index] = np.sort(order[: config.held_out])
-            pool = np.sort(order[config.held_out :])
+            self.held_out[index], pool = self._split_class(index, by_content)
             if len(pool) < 2:
-                held = f"class {images.class_names[index]!r} has {len(order)} images"
-                held += f", of which {config.held_out} are kept for scores" * (config.held_out > 0)
+                num_kept = len(self.held_out[index])
+                held = f"class {images.class_names[index]!r} has {num_kept + len(pool)} images"
+                held += f", of which {num_kept} are kept for scores" * (num_kept > 0)
                 remedy = f"{len(pool)} are left, too few for a set"
-                raise refusal("--held-out", but=held, remedy=remedy)
+                option = "--held-out" if by_content is None else "--validation-share"
+                raise refusal(option, but=held, remedy=remedy)
             for transform in self.transforms_of(index):
                 self._pools.append(pool)
                 self._transforms.append(transform)
                 suffix = f":{transform}" if transform else ""
                 self.set_classes.append(images.class_names[index] + suffix)
         self.class_names = self.set_classes if use_labels else []
+
+    def _split_class(
+        self, index: int, by_content: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return which images of a class are held out, and which are trained on, both ascending."""
+        rows, config = np.flatnonzero(self.images.labels == index), self.config
+        if by_content is not None:
+            return rows[by_content[rows]], rows[~by_content[rows]]
+        rng = np.random.default_rng([config.split_seed % 2**64, _HELD_OUT_SEED, index])
+        order = rng.permutation(rows)
+        return np.sort(order[: config.held_out]), np.sort(order[config.held_out :])
 
     def _check_transforms(self, hflip: bool) -> None:
         """Raise ValueError for transforms left out that are none, or that mirror images undo."""
@@ -121,6 +137,20 @@ class SetDataset(Dataset):
         """Return sets of other classes of the same images."""
         settings = dict(sample_size=self.sample_size, seed=self._seed)
         return SetDataset(self.images, self.config, classes=classes, **settings)
+
+    def plain(self, *, held_out: bool, seed: int) -> "SetDataset":
+        """Return full sets of the classes trained on, as they are: no hybrids, no mirror images.
+
+        They are of the images trained on, or of those ``held_out``. Of both, set p is of one class,
+        by ``seed``. A class of which nothing is held out gives empty sets.
+        """
+        part = copy.copy(self)
+        part.config = dataclasses.replace(self.config, hybrids=0.0, min_sample_size=None)
+        part._seed, part._hflip = seed, False
+        if held_out:
+            pools = ([rows] * len(self.transforms_of(i)) for i, rows in self.held_out.items())
+            part._pools = list(itertools.chain.from_iterable(pools))
+        return part
 
     def __getattr__(self, name: str) -> Any:
         if name == "images":  # Not there yet while a copy is being made.

@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+
 from data.images.decode import is_image_name
 from data.images.identity import checksums, identity_of_files
 from data.images.members import ZIP_METHODS, Archive, Member, PackedArchive, is_hidden
@@ -93,9 +95,12 @@ class FolderArchive(Archive):
         path = self.path / name
         return path.read_bytes() if path.is_file() else None
 
+    def checksums(self) -> tuple[np.ndarray, np.ndarray]:
+        return checksums(self.path, self.names)
+
     def fingerprint(self) -> str:
-        lengths, crcs = checksums(self.path, self.names)
-        return identity_of_files(self.names, lengths, crcs, self.read_file("dataset.json"))
+        metadata = self.read_file("dataset.json")
+        return identity_of_files(self.names, *self.checksums(), metadata)
 
     def old_fingerprint(self) -> str:
         digest = hashlib.sha256()

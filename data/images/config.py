@@ -19,6 +19,13 @@ class DatasetConfig(Config):
     max_size: int | None = option(
         None, min=1, max=1_000_000_000, help="Train on a random subset of this many images."
     )
+    validation_share: float = option(
+        0.0,
+        min=0,
+        max=0.9,
+        help="Share of the images to hold out of training, chosen by their contents, for the "
+        "validation loss and for scores; 0: those that the data or the model hold out anyway.",
+    )
     hflip: bool = option(
         False,
         help="Train on every image and on its mirror image; in a set, each drawn image is mirrored "

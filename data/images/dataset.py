@@ -10,7 +10,7 @@ import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from data.images.decode import ImageError, UnfitImageError
 from data.images.identity import VERSION
 from data.images.labels import read_class_splits, read_labels
 from data.preview import PREVIEW_COLUMNS, Preview, evenly_spaced, rows_of
+from data.split import check_split, is_held_out
 from dnnlib.addresses import AddressError, is_address, name_of
 from dnnlib.errors import refusal
 from dnnlib.remote.files import location_of
@@ -35,13 +36,20 @@ def open_dataset(
 ) -> "ImageDataset":
     """Return the dataset of a configuration; raises ValueError if it has none, or an unfit one.
 
-    It delivers labels if ``config.cond`` says so, or else as ``use_labels`` does; the other
-    ``settings`` are those of :class:`ImageDataset`.
+    With a ``validation_share`` it is the part to train on. It delivers labels if ``config.cond``
+    says so, or else as ``use_labels`` does; the other ``settings`` are those of
+    :class:`ImageDataset`.
     """
     if config.data is None:
         raise ValueError("--data is missing: give a zip or folder made by dataset_tool.py convert.")
-    settings |= dict(max_size=config.max_size, cache=config.cache)
-    return ImageDataset(config.data, use_labels=config.cond or use_labels, **settings)
+    share = config.validation_share
+    settings |= dict(max_size=config.max_size, cache=config.cache and not share)
+    dataset = ImageDataset(config.data, use_labels=config.cond or use_labels, **settings)
+    if share:
+        dataset = dataset.hold_out(share)
+        if config.cache:
+            dataset.keep_decoded()
+    return dataset
 
 
 def open_images(path: str | os.PathLike, *, use_labels: bool | None = None) -> "ImageDataset":
@@ -67,6 +75,7 @@ class LabelledDataset(Dataset):
     labels: np.ndarray | None = None  # Class indices, int64 [num_images]; None if not delivered.
     class_names: list[str]  # Also of classes without images; empty without labels.
     remote_bytes = 0.0  # That an item takes from a server, on average; 0 of local data.
+    validation_part: Self | None = None  # What :meth:`hold_out` held out of these images.
 
     def __init__(self, num_stored: int, max_size: int | None, seed: int) -> None:
         if (max_size or 0) > num_stored:
@@ -93,6 +102,36 @@ class LabelledDataset(Dataset):
         """Number of images of each class; empty without labels."""
         labels = [] if self.labels is None else self.labels
         return np.bincount(labels, minlength=self.num_classes).tolist()
+
+    def subset(self, rows: Sequence[int] | np.ndarray) -> Self:
+        """Return the dataset of some of the images, in the order given, with the same classes."""
+        rows = np.asarray(rows, np.int64)
+        part = copy.copy(self)
+        part.__dict__.pop("content_hash", None)
+        part._indices = self._indices[rows]
+        if self.labels is not None:
+            part.labels = self.labels[rows]
+        return part
+
+    def held_out_rows(self, share: float) -> np.ndarray:
+        """Return which images are held out of training, bool [num_images]; see data/split.py.
+
+        Raises ValueError if those are none or all of them.
+        """
+        held_out = is_held_out(*(column[self._indices] for column in self._checksums()), share)
+        check_split(held_out, share, f"the {self.num_images} images of {self.name}")
+        return held_out
+
+    def hold_out(self, share: float) -> Self:
+        """Return the images to train on, whose ``validation_part`` are the others."""
+        held_out = self.held_out_rows(share)
+        part = self.subset(np.flatnonzero(~held_out))
+        part.validation_part = self.subset(np.flatnonzero(held_out))
+        return part
+
+    def _checksums(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return length and CRC-32 of everything stored, [num_stored]."""
+        raise NotImplementedError
 
     def summary(self) -> dict[str, Any] | None:
         """Return what a snapshot keeps of the data beside sizes, counts and names: nothing."""
@@ -198,8 +237,12 @@ class ImageDataset(LabelledDataset):
                 )
         self._cache = None
         if cache:
-            shape = (len(self), self.img_channels, self.resolution, self.resolution)
-            self._cache = SharedCache(shape, self.path)
+            self.keep_decoded()
+
+    def keep_decoded(self) -> None:
+        """Keep decoded images in shared memory from here on, each from its first use."""
+        shape = (len(self), self.img_channels, self.resolution, self.resolution)
+        self._cache = SharedCache(shape, self.path)
 
     def _convert(self, options: str = "") -> str:
         """Return the remedy that makes fit data of these, as a command."""
@@ -225,15 +268,13 @@ class ImageDataset(LabelledDataset):
     def __len__(self) -> int:
         return self.num_images
 
-    def subset(self, rows: Sequence[int] | np.ndarray) -> "ImageDataset":
-        """Return the dataset of some of the images, in the order given, with the same classes."""
-        rows = np.asarray(rows, np.int64)
-        part = copy.copy(self)
-        part.__dict__.pop("content_hash", None)
-        part._indices, part._cache = self._indices[rows], None
-        if self.labels is not None:
-            part.labels = self.labels[rows]
+    def subset(self, rows: Sequence[int] | np.ndarray) -> Self:
+        part = super().subset(rows)
+        part._cache = None
         return part
+
+    def _checksums(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.archive.checksums()
 
     @functools.cached_property
     def content_hash(self) -> str:

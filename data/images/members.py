@@ -152,6 +152,10 @@ class Archive:
         """Return the identity of the files' names and contents: see :mod:`data.images.identity`."""
         raise NotImplementedError
 
+    def checksums(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return length in bytes, int64 [N], and CRC-32, [N], of the content of every image."""
+        raise NotImplementedError
+
     def old_fingerprint(self) -> str:
         """Return the identity of version 1: of a folder, names, sizes and dates of its files."""
         raise NotImplementedError
@@ -216,9 +220,12 @@ class PackedArchive(Archive):
         member = self._others.get(name)
         return None if member is None else member.read(self._open)
 
+    def checksums(self) -> tuple[np.ndarray, np.ndarray]:
+        return self._lengths, self._rows[:, 3]
+
     def fingerprint(self) -> str:
         metadata = self.read_file("dataset.json")
-        return identity_of_files(self.names, self._lengths, self._rows[:, 3], metadata)
+        return identity_of_files(self.names, *self.checksums(), metadata)
 
     def old_fingerprint(self) -> str:
         digest = hashlib.sha256("\n".join(self.names).encode())

@@ -6,6 +6,7 @@ import math
 import os
 import zlib
 from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 import torch
@@ -106,6 +107,19 @@ class LatentDataset(LabelledDataset):
 
     def __len__(self) -> int:
         return self.num_images * (1 + self._hflip)
+
+    def hold_out(self, share: float) -> Self:
+        part = super().hold_out(share)
+        part.validation_part._hflip = False
+        return part
+
+    def _checksums(self) -> tuple[np.ndarray, np.ndarray]:
+        if self._crcs is None:
+            but = "an earlier version encoded it, without checksums, by which images are held out"
+            remedy = "make it again with dataset_tool.py encode, or leave --validation-share out"
+            raise refusal(self.path, but=but, remedy=remedy)
+        crcs = self._crcs[:, 0]
+        return np.zeros_like(crcs, np.int64), crcs
 
     @functools.cached_property
     def content_hash(self) -> str:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from training.run_report.charts import Chart, Line
 from training.run_report.files import Run
-from training.run_report.history import Curve
+from training.run_report.history import VALIDATION, Curve
 from training.run_report.levels import Levels, kinds_of, range_of
 from training.run_report.markup import join, tag
 from training.run_report.scores import Score, better
@@ -23,6 +23,12 @@ class Topic(NamedTuple):
 _STEEP = 10
 TRAINING = (
     Topic("Loss", {"Loss/loss": "loss"}, log=True),
+    Topic(
+        "Loss of the averaged weights",
+        {"Validation/loss": "held-out images", "Validation/loss_trained": "training images"},
+        log=True,
+    ),
+    Topic("Loss on held-out images above that on training images", {"Validation/gap": "gap"}),
     Topic("Gradient norm", {"Loss/grad_norm": "gradient norm"}, log=True),
     Topic("Learning rate", {"Loss/learning_rate": "learning rate"}),
     Topic("Speed", {"Timing/images_per_sec": "images/s"}, "images/s"),
@@ -50,7 +56,10 @@ def topic_charts(runs: Sequence[Run], topics: Iterable[Topic] = TRAINING) -> lis
         if len(runs) == 1:
             own = runs[0].history
             present = [name for name in topic.names if own.last(name) is not None]
-            lines = [Line(topic.names[name], own.curve(name)) for name in present]
+            lines = [
+                Line(topic.names[name], own.curve(name), name.startswith(VALIDATION))
+                for name in present
+            ]
             charts.append(Chart(topic.title, lines, y=topic.unit, log=topic.log))
             continue
         for name, shown in topic.names.items():
@@ -62,7 +71,7 @@ def topic_charts(runs: Sequence[Run], topics: Iterable[Topic] = TRAINING) -> lis
 def over_runs(title: str, runs: Sequence[Run], name: str, **look: Any) -> Chart:
     """Return a chart of one statistic, with a line for every run that has it."""
     lines = [
-        Line(run.name, run.history.curve(name), colour=number)
+        Line(run.name, run.history.curve(name), name.startswith(VALIDATION), number)
         for number, run in enumerate(runs)
         if run.history.last(name) is not None
     ]
@@ -84,22 +93,22 @@ def level_charts(runs: Sequence[Run]) -> list[Chart]:
         over_kimg, lines = [], []
         for number, run in enumerate(runs):
             levels = Levels.of(run.history, kind)
-            last = len(run.history.kimg) - 1
+            ticks = levels.some_ticks()
             if len(runs) > 1:
-                lines.append(Line(run.name, levels.profile(last), True, number))
+                lines += [Line(run.name, levels.profile(last), True, number) for last in ticks[-1:]]
                 continue
             names = levels.texts()
             over_kimg = [Line(names[n], run.history.curve(n)) for n in names]
-            for tick in levels.some_ticks():
+            for tick in ticks:
                 title = f"kimg {run.history.kimg[tick]:.4g}"
                 lines.append(Line(title, levels.profile(tick), True))
         axis = kind.axis
-        charts.append(Chart(f"Loss by {axis}", over_kimg, log=True))
+        charts.append(Chart(f"{kind.loss} by {axis}", over_kimg, log=True))
         lines = [line for line in lines if line.curve.x]
-        charts.append(Chart(f"Loss over {axis}", lines, x=axis, log=True, log_x=kind.is_log))
+        charts.append(Chart(f"{kind.loss} over {axis}", lines, x=axis, log=True, log_x=kind.is_log))
     if len(runs) > 1:
         ranges = {n: range_of(n) for run in runs for n in run.history.names if range_of(n)}
-        titles = {name: f"Loss, {found.text}" for name, found in ranges.items()}
+        titles = {name: f"{found.kind.loss}, {found.text}" for name, found in ranges.items()}
         charts += [over_runs(title, runs, name, log=True) for name, title in titles.items()]
     return [chart for chart in charts if chart.lines]
 

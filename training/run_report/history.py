@@ -12,6 +12,7 @@ from dnnlib.typed import parse_json
 
 _MAX_BUCKETS = 660  # Of three numbers each: mean, least, greatest.
 _MAX_CURVES = 1_000
+VALIDATION = "Validation/"  # Statistics of ticks at which held-out images were looked at.
 
 
 class Curve(NamedTuple):
@@ -96,8 +97,15 @@ class History:
         return next((v for v in reversed(self._means.get(name, ())) if math.isfinite(v)), None)
 
     def curve(self, name: str) -> Curve:
-        """Return a statistic over kimg as a curve of at most about 2,000 numbers."""
-        return thin(np.array(self.kimg), self.values(name))
+        """Return a statistic over kimg as a curve of at most about 2,000 numbers.
+
+        Of one that is not measured at every tick, it has those at which it was.
+        """
+        kimg, values = np.array(self.kimg), self.values(name)
+        if name.startswith(VALIDATION):
+            measured = np.isfinite(values)
+            kimg, values = kimg[measured], values[measured]
+        return thin(kimg, values)
 
 
 def thin(x: np.ndarray, y: np.ndarray, max_buckets: int = _MAX_BUCKETS) -> Curve:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from training.run_report.history import Curve, History
+from training.run_report.history import VALIDATION, Curve, History
 
 _NUMBER = r"\d+(?:\.\d+)?(?:e[+-]?\d+)?"
 _LARGEST = 1e9  # Of noise levels that mean anything.
@@ -23,6 +23,10 @@ class Kind(NamedTuple):
     def is_log(self) -> bool:
         """Whether levels are standard deviations; else they are times from 0 to 1."""
         return self.start.endswith("sigma_")
+
+    @property
+    def loss(self) -> str:
+        return "Validation loss" if self.start.startswith(VALIDATION) else "Loss"
 
     @property
     def symbol(self) -> str:
@@ -92,12 +96,15 @@ class Levels:
         return Curve(self._centres(), y)
 
     def some_ticks(self) -> list[int]:
-        """Return the first and the last tick, and two between."""
-        kimg = np.array(self.history.kimg)
-        if not len(kimg):
+        """Return the first and the last tick with a value, and two between."""
+        values = np.array([self.history.values(name) for name in self.ranges])
+        ticks = np.flatnonzero(np.isfinite(values).any(axis=0))
+        if not len(ticks):
             return []
+        kimg = np.array(self.history.kimg)[ticks]
         wanted = kimg[-1] * np.array([0.1, 0.33, 1.0])
-        return sorted({0, *np.searchsorted(kimg, wanted).clip(max=len(kimg) - 1).tolist()})
+        places = {0, *np.searchsorted(kimg, wanted).clip(max=len(kimg) - 1).tolist()}
+        return ticks[sorted(places)].tolist()
 
     def _centres(self) -> list[float]:
         """Return where ranges lie on an axis; open ones as if as wide as the others."""

@@ -23,6 +23,7 @@ _LOG_LINES = (
     (r"No (pictures|scores) at kimg .*", "warning", _LOWER_STEPS),
     (r"Stopped by \w+ at kimg .*", "info", ""),
     (r".*Written again from the training state\.", "warning", "Look after the disk."),
+    (r"Stopped early at kimg .*", "info", ""),
     (r"Weights & Biases cannot be used .*", "info", ""),
 )
 # How a warning of a score row begins, and what to do about it.
