@@ -81,8 +81,10 @@ def data(options: LoadingOptions) -> None:
     if options.delay is None:
         from benchmarks.data import measure
     else:
-        for option, value in (("--data", options.data), ("--batches", options.batches)):
-            if value is not None:
+        unused = {"--data": options.data is not None}
+        unused["--batches"] = options.batches != LoadingOptions().batches
+        for option, is_given in unused.items():
+            if is_given:
                 but = "which loads whole epochs of data of its own"
                 raise ValueError(f"{option} has no effect beside --delay, {but}; leave it out.")
         from benchmarks.remote import measure

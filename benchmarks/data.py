@@ -44,13 +44,11 @@ _BESIDE_PLAIN = (
     ("cifar10", 256, 256, 1.2),
     ("imagenet256", None, 2048, 9.9),
 )
-_NUM_BATCHES = 8
 _CPU = torch.device("cpu")
 
 
 def measure(options: LoadingOptions) -> None:
     """Print the table of ``benchmark.py data``."""
-    options = dataclasses.replace(options, batches=options.batches or _NUM_BATCHES)
     config = measured_preset(options.preset).run
     batch = options.batch or config.training.batch
     config, num_images = config.changed("training", batch=batch), batch * options.batches

@@ -126,9 +126,7 @@ class SampleOptions(NetworkOptions):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadingOptions(DataOptions):
     batch: int | None = param(min=1, max=1_000_000, help=f"{BATCH_HELP}  [default: the preset's]")
-    batches: int | None = param(
-        min=1, max=1_000_000, help="Number of batches in a turn.  [default: 8]"
-    )
+    batches: int = param(default=8, min=1, max=1_000_000, help="Number of batches in a turn.")
     delay: float | None = param(
         min=0,
         max=10_000,

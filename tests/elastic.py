@@ -57,7 +57,7 @@ BATCH = 14
 ARGS = (
     *(*TINY, "--data=images.zip", "--cond", "--label-drop=0.2", "--hflip", "--augment=0.3"),
     *("--num-stages=1", "--base-dim=8", "--time-dim=8", "--hidden-dim=8", "--mlp-ratio=1"),
-    *(f"--batch={BATCH}", "--batch-gpu=5", "--tick=0", "--snap=1000", "--dump=4", "--resume=auto"),
+    *(f"--batch={BATCH}", "--batch-gpu=2", "--tick=0", "--snap=1000", "--dump=4", "--resume=auto"),
     *("--sample-batch=4", "--lr=1e-4", "--precision=fp32"),
 )
 

@@ -57,7 +57,7 @@ def check_division(training: TrainingConfig, world_size: int, *, continues: bool
     """Raise ValueError if ranks and passes cannot share a batch.
 
     A new run asks for equal parts; one that ``continues`` takes the ranks that there are, some of
-    which then have a row more than others.
+    which may then have a row more than others.
     """
     batch, batch_gpu = training.batch, training.batch_gpu
     if batch < world_size:
@@ -65,16 +65,12 @@ def check_division(training: TrainingConfig, world_size: int, *, continues: bool
         raise refusal(
             "--batch", f"{batch}, of which {world_size} ranks cannot all have a part", remedy=remedy
         )
+    if continues and batch_gpu == 1 and batch % world_size:
+        but = f"--batch {batch} over {world_size} ranks leaves one more to some"
+        remedy = "use 2, or a number of ranks that divides the batch"
+        raise refusal("--batch-gpu", 1, but=but, remedy=remedy)
     if continues:
-        if batch_gpu == 1 and batch % world_size:
-            but = f"--batch {batch} over {world_size} ranks leaves one more to some"
-            raise refusal(
-                "--batch-gpu",
-                1,
-                but=but,
-                remedy="use 2, or a number of ranks that divides the batch",
-            )
-        return
+        world_size = 1  # Passes have to divide the batch, however many ranks there are today.
     if batch % world_size:
         got = f"{batch}, which {world_size} ranks cannot share evenly"
         raise refusal("--batch", got, remedy=f"use a multiple of {world_size}")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dnnlib import launcher
-from dnnlib.addresses import is_address
+from dnnlib.addresses import AddressError, is_address, scheme_of
 from dnnlib.config import to_dict
 from dnnlib.errors import refusal
 from dnnlib.files import atomic_write, check_source, check_target, lock_folder, write_json
@@ -122,7 +122,12 @@ class Start:
 def check_here(config: RunConfig) -> None:
     """Raise ValueError if the data are not there; on every rank alike, and before they meet."""
     location = config.data.data
-    if not is_address(location) and not Path(location).exists():
+    if is_address(location):
+        try:
+            scheme_of(location)
+        except AddressError as error:
+            raise ValueError(f"--data: {error}") from None
+    elif not Path(location).exists():
         raise refusal("--data", but=f"{location} does not exist", remedy="say where the data are")
 
 
