@@ -1,8 +1,10 @@
 """Runs that go back: what is found, what is written, what comes of it, and kills on the way."""
 
+import functools
 import itertools
 import json
 import shutil
+from types import SimpleNamespace
 
 import helpers
 import numpy as np
@@ -17,8 +19,11 @@ from configs.presets import PRESETS
 from data.samplers import BucketSampler, PositionSampler
 from families import of
 from torch_utils import rng
+from torch_utils.parameters import Parameters
 from training.checkpoint import find_states, load_state, read_header
 from training.family import Part
+from training.stability.locate import first_not_finite
+from training.stability.monitor import Monitor
 from training.stability.spikes import SpikeDetector
 
 pytestmark = pytest.mark.usefixtures("one_cpu_thread")
@@ -235,3 +240,52 @@ def test_what_overflows_in_the_backward_pass_alone_is_named_too(base, tmp_path, 
     with planted(spike={1, 2}):
         output = run(base, tmp_path, "--iters=4", "--clip-grad=1").output
     assert f"from step 2 (kimg 0.01) on: the gradient of {LAYER} is the first" in output
+
+
+@pytest.mark.parametrize("phase", [(0, 0), (0, 1), (480, 0)])
+def test_losses_are_compared_within_a_phase(phase):
+    """Also where a run is continued in between."""
+    run, network, told = PRESETS["digits"].run, torch.nn.Linear(2, 1), []
+    run = run.changed("training", rollback=1, batch=8)
+    network(torch.ones(1, 2)).sum().backward()
+    make = functools.partial(Monitor, run, Parameters(network), 1)
+    telemetry = SimpleNamespace(message=told.append)
+    monitor = make(None)
+    for step in range(75):
+        monitor.add(torch.tensor(1.0 if step < 60 else 50.0))
+        norms = torch.tensor([1.0, 1.0] if step < 60 else [10.0, 20.0])
+        monitor.end_step(norms, (0, 0) if step < 60 else phase)
+        if step in (19, 59, 62, 74):
+            monitor.read(8 * (step + 1))
+            monitor.judge(8 * (step + 1), 0, lambda: None, telemetry)
+            monitor = make(monitor.state_dict())
+    if phase != (0, 0):
+        assert told == []
+    else:
+        assert told == [
+            "Warning: The loss is above 5 times the usual one for 5 steps, from step 61 (kimg 0.48)"
+            " on."
+        ]
+
+
+def test_what_is_looked_at_is_the_network_that_is_trained():
+    """The objective may have others, or keep it within another."""
+
+    class Outer(torch.nn.Module):
+        def __init__(self, network):
+            super().__init__()
+            self.inner = network
+
+        def forward(self, images, cond, draws):
+            return self.inner(images).sum()
+
+    layers = [torch.nn.Linear(2, 2) for _ in range(3)]
+    network = torch.nn.Sequential(*layers)
+    network.is_compiled = False
+    batch = torch.ones(1, 2), {}, None
+    assert first_not_finite(Outer(network), network, batch) is None
+    with torch.no_grad():
+        layers[1].weight.fill_(torch.inf)
+    assert first_not_finite(Outer(network), network, batch) == "the output of 1"
+    batch = torch.full((1, 2), torch.nan), {}, None
+    assert first_not_finite(Outer(network), network, batch) == "the data"
