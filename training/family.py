@@ -110,6 +110,10 @@ class Objective(Protocol):
 
     num_shapes: int  # Shapes of inputs that occur; a compiled network has a graph for each.
 
+    def phase(self, cur_nimg: int) -> int:
+        """Return a number that changes where the loss of the next step is another one."""
+        ...
+
     def warm_up(self, run: Callable[..., torch.Tensor], batch: int, device: torch.device) -> None:
         """Have every graph of a compiled network made, by one pass of ``batch`` rows each."""
         ...

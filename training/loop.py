@@ -309,7 +309,8 @@ def training_loop(
         stage_nimg = cur_nimg - course.stage.start_nimg
         lr = learning_rate(training, stage_nimg, step_nimg, course.stage.num_images)
         grad_norm = optimizer.step(lr)
-        monitor.end_step(optimizer.grad_norms)
+        phase = course.stage.start_nimg, objective.phase(cur_nimg)
+        monitor.end_step(optimizer.grad_norms, phase)
         beta = ema_beta(stage_nimg, step_nimg, training.ema_kimg, training.ema_rampup)
         ema.update(beta, optimizer.skipped)
         profiles.update(cur_nimg + step_nimg, step_nimg)
@@ -367,7 +368,7 @@ def training_loop(
                     was_compiled = True
                 for text in (*validator.messages, *watch.warnings(fields, cur_nimg // step_nimg)):
                     telemetry.message(text)
-            find = functools.partial(first_not_finite, objective, (images, cond, rows))
+            find = functools.partial(first_not_finite, objective, network, (images, cond, rows))
             monitor.judge(cur_nimg, skipped_in_a_row, find, telemetry)
         # A run that a stop cuts short may still go back when it continues.
         is_last = tick_ends or num_rollbacks >= training.rollback

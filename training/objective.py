@@ -138,6 +138,10 @@ class Objective(torch.nn.Module):
         """Return the context of every image of a prepared batch."""
         return self.network.context(cond, draws.drop, num=len(images))
 
+    def phase(self, cur_nimg: int) -> int:
+        """Return a number that changes where the loss of the next step is another one."""
+        return 0
+
     @property
     def num_shapes(self) -> int:
         return 1

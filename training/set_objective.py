@@ -58,6 +58,9 @@ class SetObjective(Objective):
         images, cond = super().example(batch, device)
         return images[:, None].expand(-1, self._model.sample_size, -1, -1, -1).clone(), cond
 
+    def phase(self, cur_nimg: int) -> int:
+        return int(cur_nimg >= self._config.pretrain_encoder * 1000)
+
     def draw(self, step: rng.Step) -> SetDraws:
         num, batch, device = self._model.sample_size, step.batch, step.device
         draws = super().draw(dataclasses.replace(step, shape=self.row_shape(step.shape)))
@@ -73,7 +76,7 @@ class SetObjective(Objective):
             warm_up = min(step.cur_nimg / length, 1.0) if length > 0 else 1.0
             changes["kl_weight"] = torch.full([batch], self._kl_factor * warm_up, device=device)
         if self._config.pretrain_encoder > 0:
-            is_first = step.cur_nimg < self._config.pretrain_encoder * 1000
+            is_first = self.phase(step.cur_nimg) == 0
             changes["pretrains"] = torch.full([batch], is_first, device=device)
         return SetDraws(**vars(draws), **changes)
 

@@ -65,6 +65,9 @@ class DistillationObjective(torch.nn.Module):
 
     # What the loop asks, see training.family.Objective.
 
+    def phase(self, cur_nimg: int) -> int:
+        return self.student.phase(cur_nimg)
+
     @property
     def num_shapes(self) -> int:
         return self.student.num_shapes

@@ -42,13 +42,17 @@ def _are_finite(values: Any) -> bool:
 
 
 @torch.no_grad()
-def first_not_finite(objective: nn.Module, batch: tuple[Any, ...]) -> str | None:
+def first_not_finite(
+    objective: nn.Module, network: nn.Module, batch: tuple[Any, ...]
+) -> str | None:
     """Return where the values of a step first were not finite, None if they are. Collective.
+
+    ``network`` is the part of the objective that is trained, whose modules are looked at.
 
     The forward pass is made again with the last ``batch`` (images, conditions, draws) of each rank.
     The weights are those of the step, as a step whose gradients are not finite updates nothing.
     """
-    device, network = batch[0].device, objective.network
+    device = batch[0].device
     found = "the data" if not _are_finite(batch[0]) else None
     plain = contextlib.nullcontext()
     if network.is_compiled:  # Compiled code has no modules to look at.

@@ -3,6 +3,7 @@
 Steps only add to what lies on the device; everything is read at the end of a tick.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -45,17 +46,20 @@ class Monitor:
         # Images before the first step of a spike that nobody was told of, and the layer.
         self._spike_nimg: int | None = None
         self._spike_layer: str | None = None
+        self._phase: tuple[int, ...] | None = None
         if resume_state is not None and "losses" in resume_state:
-            self._detector.load_state_dict(resume_state["losses"])
-            self._spike_nimg = resume_state["losses"]["spike_nimg"]
-            self._spike_layer = resume_state["losses"]["spike_layer"]
+            known = resume_state["losses"]
+            self._detector.load_state_dict(known)
+            self._spike_nimg, self._spike_layer = known["spike_nimg"], known["spike_layer"]
+            self._phase = tuple(known["phase"])
         self._told_nimg: int | None = None
         self._loss: Tensor | float = 0.0
         self._norms: Tensor | None = None  # Of the gradients of the last step, and usual ones.
         self._usual: Tensor | None = None
         # Of each step since the last tick: its loss, and which gradient has grown most. On the
-        # host, the latter of the last steps before.
+        # host, the latter of the last steps before, and where a phase begins.
         self._losses: list[Tensor] = []
+        self._begins: list[int] = []
         self._grown: list[Tensor] = []
         self._grown_before: list[int] = []
 
@@ -63,8 +67,14 @@ class Monitor:
         """Add the loss of one pass of the step, a scalar."""
         self._loss = self._loss + loss.detach()
 
-    def end_step(self, norms: Tensor) -> None:
-        """Close a step whose gradients have ``norms`` [P], one for each that there is."""
+    def end_step(self, norms: Tensor, phase: tuple[int, ...]) -> None:
+        """Close a step whose gradients have ``norms`` [P], one for each that there is.
+
+        Losses of one ``phase`` are not compared with those of another.
+        """
+        if phase != self._phase:
+            self._begins.append(len(self._losses))
+            self._phase = phase
         self._losses.append(self._loss)
         self._loss, self._norms = 0.0, norms
         if self._usual is None or self._usual.shape != norms.shape:
@@ -85,14 +95,25 @@ class Monitor:
         losses = (distributed.all_reduce_sum(losses) / distributed.world_size()).tolist()
         grown = self._grown_before + torch.stack(self._grown).tolist()
         num_before = len(self._grown_before)
+        place = self._first_spike(losses)
         self._losses, self._grown, self._grown_before = [], [], grown[-NUM_STEPS:]
-        place = self._detector.first(losses)
+        self._begins = []
         if place is None:
             return
         self._spike_nimg = cur_nimg - (len(losses) - place) * self._step_nimg
         # After a resume, the gradients of the steps before are not known.
         if num_before + place >= 0:
             self._spike_layer = self._layer(grown[num_before + place])
+
+    def _first_spike(self, losses: list[float]) -> int | None:
+        """Return where in the losses since the last tick a spike begins, None without one."""
+        found = None
+        for start, end in itertools.pairwise(dict.fromkeys([0, *self._begins, len(losses)])):
+            if start in self._begins:
+                self._detector.forget()
+            place = self._detector.first(losses[start:end])
+            found = start + place if found is None and place is not None else found
+        return found
 
     def judge(
         self,
@@ -156,4 +177,5 @@ class Monitor:
         if not self._training.rollback:
             return {}
         spike = dict(spike_nimg=self._spike_nimg, spike_layer=self._spike_layer)
-        return dict(losses=dict(self._detector.state_dict(), **spike))
+        phase = list(self._phase or ())
+        return dict(losses=dict(self._detector.state_dict(), **spike, phase=phase))

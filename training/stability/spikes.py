@@ -45,6 +45,11 @@ class SpikeDetector:
                 self._usual.append(loss)
         return found
 
+    def forget(self) -> None:
+        """Begin anew, as the loss is another one from here on."""
+        self._usual.clear()
+        self._in_a_row = self._age = 0
+
     def state_dict(self) -> dict[str, Any]:
         """Return plain values that :meth:`load_state_dict` restores."""
         return dict(usual=list(self._usual), in_a_row=self._in_a_row, age=self._age)
