@@ -19,10 +19,8 @@ from dnnlib.text import format_time
 class DemoOptions:
     outdir: Path = param(default="demo-out", help="Folder for data, runs and images.")
     latent: bool = param(help="Train latent DiffiT instead, with guidance.")
-    sets: bool = param(
-        help="Train set-conditioned DiT instead, and make letters of scripts it never saw."
-    )
-    set_digits: bool = param(help="The same with digits: a smaller test, of two unseen classes.")
+    sets: bool = param(help="Train set-conditioned DiT instead, and make digits it never saw.")
+    letters: bool = param(help="The same on letters of fonts, and make scripts it never saw.")
     features: bool = param(help="Train NanoDiT instead, on photographs by text and image.")
 
 
@@ -38,24 +36,24 @@ def main(options: DemoOptions, train_args: tuple[str, ...]) -> int:
       python demo.py -- --kimg=300
       python demo.py --latent
       python demo.py --sets
-      python demo.py --set-digits
+      python demo.py --letters
       python demo.py --features
     """
-    sets, set_digits, features = options.sets, options.set_digits, options.features
-    if options.latent + sets + set_digits + features > 1:
-        raise click.UsageError("Give one of --latent, --sets, --set-digits and --features.")
+    sets, letters, features = options.sets, options.letters, options.features
+    if options.latent + sets + letters + features > 1:
+        raise click.UsageError("Give one of --latent, --sets, --letters and --features.")
     check_target("--outdir", options.outdir, is_folder=True)
     start = time.time()
-    what = "photographs" if features else "letters" if sets else "digits"
-    minutes = "8 to 10" if sets or set_digits else "2 to 5"
+    what = "photographs" if features else "letters" if letters else "digits"
+    minutes = "8 to 10" if sets or letters else "2 to 5"
     click.echo(
         f"This prepares {what}, trains on them, generates images and checks them. It takes "
         f"{minutes} minutes on two CPU cores (less on a GPU)."
     )
     # The modules load PyTorch, which the help does without.
-    if sets:
+    if letters:
         from demos.glyphs import demo_glyphs as demo
-    elif set_digits:
+    elif sets:
         from demos.sets import demo_sets as demo
     elif features:
         from demos.features import demo_features as demo

@@ -31,9 +31,9 @@ MODELS: dict[str, SetDiTConfig] = {
     # Ours too, on 16x16 letters.
     "fsdm-glyphs": SetDiTConfig(
         **dict(resolution=16, img_channels=1, patch_size=4),
-        **dict(hidden_dim=128, num_blocks=4, num_heads=4),
+        **dict(hidden_dim=96, num_blocks=3, num_heads=4),
         **dict(encoder_tokenizer="per_sample_mean", encoder_pool="mean", encoder_depth=1),
-        **dict(encoder_heads=4, encoder_dim_head=32, encoder_mlp_ratio=2.0),
+        **dict(encoder_heads=4, encoder_dim_head=24, encoder_mlp_ratio=2.0),
     ),
 }
 
@@ -92,8 +92,10 @@ _FSDM_GLYPHS = dataclasses.replace(
     preset="fsdm-glyphs",
     model=MODELS["fsdm-glyphs"],
     sets=SetConfig(held_out=6, context_drop=0.1),
-    training=dataclasses.replace(_FSDM_DIGITS.training, kimg=400, lr=1e-3, lr_rampup=20),
-    logging=dataclasses.replace(_FSDM_DIGITS.logging, tick=20),
+    training=dataclasses.replace(
+        _FSDM_DIGITS.training, batch=8, kimg=120, lr=1.5e-3, lr_rampup=5, ema_kimg=5
+    ),
+    logging=dataclasses.replace(_FSDM_DIGITS.logging, tick=10),
 )
 
 PRESETS: dict[str, Preset] = {

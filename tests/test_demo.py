@@ -87,15 +87,13 @@ def test_every_script_and_subcommand_explains_itself_by_an_example(name):
             assert f"python {' '.join([f'{name}.py', *words])} " in overview + output
 
 
-def test_the_demo_of_set_digits_judges_seen_and_unseen_classes_by_a_classifier(
-    tmp_path, monkeypatch
-):
+def test_the_demo_of_sets_judges_seen_and_unseen_classes_by_a_classifier(tmp_path, monkeypatch):
     monkeypatch.setattr(demos.steps, "execute", helpers.execute_warm)
     monkeypatch.setattr(demos.sets, "SAMPLES_PER_CLASS", 8)
     monkeypatch.setattr(demos.sets, "MODES", {"lag": ("--encoder-depth=0",)})
     outdir = tmp_path / "out"
     smaller = ["--kimg=0.5", "--hidden-dim=16", "--num-heads=2", "--sampler=euler", "--steps=2"]
-    result = helpers.call(demo, "--set-digits", f"--outdir={outdir}", "--", *smaller)
+    result = helpers.call(demo, "--sets", f"--outdir={outdir}", "--", *smaller)
     assert result.code == 1, result.output + result.error
     assert "lag: seen classes 0 to 7" in result.output
     for name in ("8", "9"):

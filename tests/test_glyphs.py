@@ -210,12 +210,12 @@ def test_copies_of_a_support_are_near_it_and_other_faces_are_not(few_letters):
     assert "100.0% are nearer than 99% of other faces" in copies.describe()
 
 
-def test_the_demo_of_sets_judges_letters_of_scripts_never_seen(few_letters, monkeypatch):
+def test_the_demo_of_letters_judges_those_of_scripts_never_seen(few_letters, monkeypatch):
     monkeypatch.setattr(demos.glyphs, "MODES", {"lag": ("--encoder-depth=0",)})
     monkeypatch.setattr(demos.glyphs, "train_judge", lambda *a: train_judge(*a, num_steps=30))
     monkeypatch.setattr(demos.steps, "execute", helpers.execute_warm)
     smaller = ["--kimg=0.5", "--hidden-dim=16", "--num-heads=2", "--sampler=euler", "--steps=2"]
-    result = helpers.call(demo, "--sets", f"--outdir={few_letters}", "--", *smaller)
+    result = helpers.call(demo, "--letters", f"--outdir={few_letters}", "--", *smaller)
     assert result.code == 1, result.output + result.error
     assert re.search(r"of 6 letters; .* knows \d+\.\d% of the real ones", result.output)
     for script in ("Armenian", "all"):
