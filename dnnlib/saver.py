@@ -24,15 +24,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from dnnlib.files import atomic_write, fsync_folder, write_json
+from dnnlib.files import atomic_write, fsync_folder, is_locked, write_json
 
 MANIFEST = "manifest.json"  # Of a state, which is none without it.
 DEADLINE_SEC = 30 * 60.0  # After the end of its process, a saver writes for so long.
 _LENGTH = struct.Struct("<Q")
 _CHUNK = 8 << 20
 _ALIGNMENT = 64  # Of tensors in an archive, which PyTorch maps into memory.
-# No part of a state grows any more: the process that was to write it is gone.
-_STANDSTILL_SEC = 120.0
+# No part of a state grows any more: the process that was to write it is gone. The second is for
+# where its lock says so, too.
+_STANDSTILL_SEC, _UNLOCKED_STANDSTILL_SEC = 120.0, 20.0
 _HERE, _RENAME_EXCHANGE = -100, 2  # Of Linux: paths as they are, and both names stay.
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -61,6 +62,16 @@ def _receive(connection: socket.socket, size: int) -> bytes:
             raise EOFError
         content += received
     return bytes(content)
+
+
+def lock_path(run_dir: Path, rank: int) -> Path:
+    """Return the file that the saver of a rank has locked for as long as it lives."""
+    return run_dir / f".saver-{rank:05d}.lock"
+
+
+def lock_of_writer(part: Path) -> Path:
+    """Return the lock of the saver that writes a part, ``part-RANK.*`` of a state of a run."""
+    return lock_path(part.parent.parent, int(part.stem.rpartition("-")[2]))
 
 
 def sidecar_of(path: Path) -> Path:
@@ -195,7 +206,7 @@ class SaverProcess:
 
     def _wait_for(self, parts: Sequence[Path]) -> list[dict[str, Any]]:
         """Return what the files beside parts say, which other processes may be writing still."""
-        seen, deadline = None, 0.0
+        seen, since = None, 0.0
         while True:
             found = [_read_sidecar(part) for part in parts]
             pairs = zip(parts, found, strict=True)
@@ -207,9 +218,11 @@ class SaverProcess:
             sizes = sorted((entry.name, entry.stat().st_size) for entry in entries)
             now = time.monotonic()
             if sizes != seen:
-                seen, deadline = sizes, now + _STANDSTILL_SEC
-            elif now > deadline:
-                raise OSError(f"{folder}: {', '.join(missing)} did not come")
+                seen, since = sizes, now
+            elif now > since + _UNLOCKED_STANDSTILL_SEC:
+                is_alive = any(is_locked(lock_of_writer(folder / name)) for name in missing)
+                if not is_alive or now > since + _STANDSTILL_SEC:
+                    raise OSError(f"{folder}: {', '.join(missing)} did not come")
             time.sleep(0.02)
 
 

@@ -13,7 +13,7 @@ from training_runs import FULL, assert_same_run, only_run
 
 from dnnlib import saver as saver_process
 from dnnlib.files import is_locked
-from dnnlib.saver import MANIFEST, SaverProcess, sidecar_of
+from dnnlib.saver import MANIFEST, SaverProcess, lock_path, sidecar_of
 from torch_utils import saver as client
 from torch_utils.saver import Saver, memory_order
 from training.checkpoint import find_states
@@ -21,7 +21,6 @@ from training.saving import wait as wait_script
 from training.saving import writer as writing
 from training.saving.archive import Archive
 from training.saving.state_folder import part_header, read_part, sorted_for_part
-from training.saving.wait import lock_path
 from training.saving.writer import Writer
 
 TENSORS = {
@@ -133,13 +132,23 @@ def test_a_saver_ends_at_its_deadline_once_nobody_is_there(tmp_path, monkeypatch
 
 
 def test_a_manifest_waits_for_parts_until_none_grows(tmp_path, monkeypatch):
-    monkeypatch.setattr(saver_process, "_STANDSTILL_SEC", 0.3)
+    monkeypatch.setattr(saver_process, "_STANDSTILL_SEC", 1.0)
+    monkeypatch.setattr(saver_process, "_UNLOCKED_STANDSTILL_SEC", 0.2)
     process = SaverProcess(None, 1.0, None)
-    parts = [tmp_path / f"part-0000{rank}.safetensors" for rank in range(2)]
+    folder = tmp_path / "state"
+    folder.mkdir()
+    parts = [folder / f"part-0000{rank}.safetensors" for rank in range(2)]
     sidecar_of(parts[0]).write_text('{"size": 1}')
     sidecar_of(parts[1]).write_text('{"size"')  # Is just being written.
     with pytest.raises(OSError, match=r"part-00001\.safetensors did not come"):
         process._wait_for(parts)
+    with Saver() as saver:  # Of the rank that is waited for: it lives.
+        saver.hold(lock_path(tmp_path, 1))
+        saver.wait()
+        began = time.monotonic()
+        with pytest.raises(OSError, match="did not come"):
+            process._wait_for(parts)
+        assert time.monotonic() - began > 0.9
     sidecar_of(parts[1]).write_text('{"size": 1}')
     assert process._wait_for(parts) == [{"size": 1}] * 2
 

@@ -18,11 +18,6 @@ from dnnlib.saver import DEADLINE_SEC
 _PATIENCE_SEC = 60.0
 
 
-def lock_path(run_dir: Path, rank: int) -> Path:
-    """Return the file that the saver of a rank has locked for as long as it lives."""
-    return run_dir / f".saver-{rank:05d}.lock"
-
-
 def wait_for_savers(run_dir: Path, report: Callable[[str], None]) -> None:
     """Wait for what an earlier process, which may be gone, still writes in a run folder.
 

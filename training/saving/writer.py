@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dnnlib.config import to_dict
+from dnnlib.saver import lock_path
 from torch_utils import distributed
 from torch_utils.misc import count_parameters
 from torch_utils.saver import Saver
@@ -30,7 +31,6 @@ from training.saving.state_folder import (
     part_name,
     sorted_for_part,
 )
-from training.saving.wait import lock_path
 
 # Path of a snapshot, its weights one after another, the run as it is sampled, its progress.
 SnapshotParts = tuple[Path, Iterator[tuple[str, Tensor | None]], RunConfig, dict[str, Any]]
