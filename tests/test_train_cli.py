@@ -344,7 +344,7 @@ CASES = {
     "log-interval": [unseen("1", "ticks", beside="--iters=3")],
     "save-interval": [unseen("2", "saved", beside="--tick=0 --iters=5")],
     "validation-share": [
-        Case("0.3", "net files"),
+        Case("0.3", "net"),
         Case("0.3", "net", beside="LATENT"),
     ],
     "validation-ticks": [
