@@ -133,9 +133,14 @@ def test_a_preset_is_predicted_on_request():
     assert "| 4,096 | 16 |" in tables[1]
 
 
-def test_sums_are_timed_on_real_ranks(tmp_path):
-    file = tmp_path / "sums.json"
-    helpers.on_ranks(2, "benchmarks/scaling/traffic.py", file)
-    rows = json.loads(file.read_text())
-    assert [row["num"] for row in rows] == [2] * len(rows)
-    assert rows[-1]["seconds"] > rows[0]["seconds"] > 0
+def test_steps_and_sums_are_timed_on_real_ranks(tmp_path):
+    file = tmp_path / "times.json"
+    helpers.on_ranks(2, "benchmarks/scaling/ranks.py", file, "4")
+    found = json.loads(file.read_text())
+    assert [(row["num"], row["shard"], row["rows"]) for row in found["steps"]] == [
+        (2, "none", 2),
+        (2, "full", 2),
+    ]
+    assert all(row["seconds"] > 0 for row in found["steps"])
+    assert [row["num"] for row in found["sums"]] == [2] * len(found["sums"])
+    assert found["sums"][-1]["seconds"] > found["sums"][0]["seconds"] > 0
