@@ -65,7 +65,8 @@ def test_sharded_traffic_is_two_gathers_and_a_scatter(facts):
     took = step(own, H100, Plan(8, 1e-6, 1, "full")).traffic
     # In bf16, in bf16 and in float32, each of seven eighths.
     expected = 2 * own.weight_bytes * 7 / 8 / (0.8 * H100.nvlink_rate)
-    assert took == pytest.approx(expected, rel=0.1)
+    expected += 3 * own.parts * (hardware.CALL_SEC + 7 * hardware.NVLINK_STEP_SEC)
+    assert took == pytest.approx(expected, rel=1e-3)
     # On several nodes a group of one of them leaves an eighth to sum over the network.
     one, many = (step(own, H100, Plan(num, 1e-6, 1, "hybrid")).traffic for num in (8, 512))
     between = cost.all_reduce_between(own.weight_bytes / 8, H100, 64)
@@ -117,6 +118,8 @@ def test_a_fit_finds_the_constants_that_times_were_made_with():
 
 def test_the_prediction_on_file_was_made_from_the_points_before(facts):
     measured = read_measured()
+    if measured is None:
+        pytest.skip("no host was measured on a quiet machine yet: benchmark.py scaling --measure")
     before = [time for time in measured.steps if time.num in host.FITTED]
     fitted = host.fit(dataclasses.replace(measured, steps=tuple(before)))
     for shard, seconds in measured.predicted.items():
@@ -133,9 +136,14 @@ def test_a_preset_is_predicted_on_request():
     assert "| 4,096 | 16 |" in tables[1]
 
 
-def test_sums_are_timed_on_real_ranks(tmp_path):
-    file = tmp_path / "sums.json"
-    helpers.on_ranks(2, "benchmarks/scaling/traffic.py", file)
-    rows = json.loads(file.read_text())
-    assert [row["num"] for row in rows] == [2] * len(rows)
-    assert rows[-1]["seconds"] > rows[0]["seconds"] > 0
+def test_steps_and_sums_are_timed_on_real_ranks(tmp_path):
+    file = tmp_path / "times.json"
+    helpers.on_ranks(2, "benchmarks/scaling/ranks.py", file, "4")
+    found = json.loads(file.read_text())
+    assert [(row["num"], row["shard"], row["rows"]) for row in found["steps"]] == [
+        (2, "none", 2),
+        (2, "full", 2),
+    ]
+    assert all(row["seconds"] > 0 for row in found["steps"])
+    assert [row["num"] for row in found["sums"]] == [2] * len(found["sums"])
+    assert found["sums"][-1]["seconds"] > found["sums"][0]["seconds"] > 0

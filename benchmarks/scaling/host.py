@@ -58,8 +58,10 @@ class Measured:
         return [time for time in self.steps if (time.num, time.shard) == (num, shard)]
 
 
-def read_measured(path: Path = HOST_FILE) -> Measured:
-    """Return what a file holds of a host."""
+def read_measured(path: Path = HOST_FILE) -> Measured | None:
+    """Return what a file holds of a host; None if there is no file."""
+    if not path.is_file():
+        return None
     values = json.loads(path.read_text(encoding="utf-8"))
     values["sums"] = tuple(SumTime(**row) for row in values["sums"])
     values["steps"] = tuple(StepTime(**row) for row in values["steps"])
@@ -145,7 +147,8 @@ def fit(measured: Measured) -> Fit:
 
     found = dataclasses.replace(found, slowdown=excess(2))
     over = max(4 / num_cores - 1, 0.0)
-    crowding = (excess(4) - 1) / over if over else 0.0
+    # Others that use the cores meanwhile can make it look negative, which no larger number bears.
+    crowding = max((excess(4) - 1) / over, 0.0) if over else 0.0
     found = dataclasses.replace(found, crowding=crowding)
     rest = [t.seconds - found.step(measured, 2, t.rows, "full") for t in measured.of(2, "full")]
     return dataclasses.replace(found, gathering=statistics.mean(rest) / found.share(2))

@@ -23,7 +23,7 @@ from dnnlib.text import format_count
 
 PAGE = Path("docs/scaling.md")
 PICTURE = Path("docs/images/scaling.png")
-_TEMPLATE = Path(__file__).with_name("page.md")
+_TEMPLATE, _HOST_TEMPLATE = (Path(__file__).with_name(name) for name in ("page.md", "host.md"))
 NUMBERS = tuple(2**power for power in range(13))  # Of GPUs: 1 to 4,096.
 GOAL = 0.8
 _SHOWN = "imagenet256"
@@ -34,16 +34,27 @@ _CAUSES = {
     "traffic": ("sums of gradients", "a larger `--batch`"),
     "stragglers": ("waiting for the slowest", "slower GPUs found and replaced"),
 }
+_NOT_MEASURED = """
+Not measured yet. On a machine that does nothing else, `python benchmark.py scaling --measure`
+times 1, 2, 4 and 8 processes, and `--write` puts here the fit to the first three, what it predicts
+for 8, and the error of that.
+"""
 _NO_ROWS = ("no more rows", "a larger `--batch`")
 _FAILURES = ("failures", "states more often")
 
 Planner = Callable[[Facts, int], Plan | None]
 
 
-def page(measured: Measured, facts: Mapping[str, Facts]) -> str:
-    """Return the text of docs/scaling.md."""
-    template = Template(_TEMPLATE.read_text(encoding="utf-8"))
-    return template.substitute(**_host_values(measured), **_gpu_values(facts))
+def page(measured: Measured | None, facts: Mapping[str, Facts]) -> str:
+    """Return the text of docs/scaling.md, with what a host shows if one was measured."""
+    host = _NOT_MEASURED
+    if measured is not None:
+        host = _filled(_HOST_TEMPLATE, _host_values(measured))
+    return _filled(_TEMPLATE, dict(_gpu_values(facts), host=host.strip()))
+
+
+def _filled(template: Path, values: Mapping[str, str]) -> str:
+    return Template(template.read_text(encoding="utf-8")).substitute(values)
 
 
 def series(facts: Mapping[str, Facts]) -> dict[str, dict[str, list[tuple[int, float]]]]:

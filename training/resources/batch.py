@@ -80,8 +80,10 @@ def largest_batch(
         needed[size] = _needed(config, size, world_size, device_type)
         return needed[size] > (1 - _RESERVE) * capacity
 
-    # What lasts is the same for all of them, and passes grow with their rows.
-    fitting = bisect.bisect_left(sizes, True, key=exceeds)
+    # What lasts is the same for all, and passes grow with their rows. Often the whole share fits.
+    fitting = len(sizes)
+    if exceeds(sizes[-1]):
+        fitting = bisect.bisect_left(sizes[:-1], True, key=exceeds)
     if not fitting:
         raise _refusal(config, world_size, needed[sizes[0]], capacity)
     return sizes[fitting - 1], needed[sizes[fitting - 1]]

@@ -130,7 +130,7 @@ def pass_bytes(config: RunConfig, batch: int, num_shards: int = 1) -> int:
 @functools.lru_cache(maxsize=64)
 def _pass_bytes(config: RunConfig, batch: int, num_shards: int) -> int:
     network = _meta_network(config.model).train().requires_grad_(True)
-    own, codec = family.of(config), _NoCodec()
+    own, codec = family.of(config), NoCodec()
     objective = own.objective(config, network, codec)
     with _counted() as live:
         network.to_empty(device=_CPU)
@@ -284,7 +284,7 @@ def _counted() -> Iterator[_Live]:
             yield live
 
 
-class _NoCodec:
+class NoCodec:
     def draw(self, step: rng.Step) -> None:
         """Return nothing, as a codec without random numbers does."""
 
