@@ -762,7 +762,7 @@ def test_runs_of_other_families_have_reports(base, tmp_path, tiny):
     assert reader.all("img")
     for command in ("fid.py validate",) if tiny is TINY_FEATURES else ("fid.py fewshot",):
         assert command in reader.text
-    assert len(level_charts([read_run(run_dir)])) == 2
+    assert len(level_charts([read_run(run_dir)])) == 4  # Of training and of validation.
     assert topic_charts([read_run(run_dir)])[0].title == "Loss"
 
 
