@@ -34,7 +34,7 @@ def test_passes_take_what_is_predicted(preset, batch):
 
 @pytest.mark.parametrize(
     ("preset", "batch", "changes"),
-    [("digits", 32, {}), ("digits-latent", 32, dict(hidden_dim=256))],
+    [("digits", 32, {}), ("digits-latent", 64, dict(hidden_dim=256))],
 )
 def test_sharded_passes_and_what_they_gather_take_what_is_predicted(preset, batch, changes):
     output = helpers.on_ranks(2, "tests/peak_memory.py", preset, batch, repr(changes))
