@@ -762,8 +762,12 @@ def test_runs_of_other_families_have_reports(base, tmp_path, tiny):
     assert reader.all("img")
     for command in ("fid.py validate",) if tiny is TINY_FEATURES else ("fid.py fewshot",):
         assert command in reader.text
-    assert len(level_charts([read_run(run_dir)])) == 4  # Of training and of validation.
-    assert topic_charts([read_run(run_dir)])[0].title == "Loss"
+    # Of the training loss, and of that on the images that these runs hold out.
+    assert [c.title.partition(" ")[0] for c in level_charts([read_run(run_dir)])] == [
+        *("Loss", "Loss", "Validation", "Validation"),
+    ]
+    titles = [chart.title for chart in topic_charts([read_run(run_dir)])]
+    assert titles[:2] == ["Loss", "Loss of the averaged weights"]
 
 
 def test_a_report_that_fails_is_one_warning_and_ends_nothing(base, tmp_path, monkeypatch):
