@@ -123,7 +123,7 @@ def support_agreement(snapshot: Snapshot, generator: Any, dataset: SetDataset) -
     """Return the share of images, made from held-out images of seen classes, of their class."""
     num_classes = len(dataset.held_out)
     episodes = episodes_of_snapshot(
-        snapshot, "seen", EPISODES_OF_CLASS * num_classes, data=dataset.path
+        snapshot, "seen", EPISODES_OF_CLASS * num_classes, data=str(dataset.path)
     )
     generator, classify = SupportGenerator.of(generator, episodes), set_classifier(dataset)
     num = -(-NUM_CHECKED // len(episodes))
