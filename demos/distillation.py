@@ -19,7 +19,7 @@ import families
 from data.fewshot.sets import SetDataset
 from demos.digits import class_agreement, set_classifier
 from demos.images import NUM_CHECKED, encode_digits
-from demos.steps import convert_digits, heading, train_model
+from demos.steps import convert, heading, train_model
 from dnnlib.cli import run
 from dnnlib.click_options import param, takes
 from dnnlib.files import check_target
@@ -64,7 +64,7 @@ def main(options: DistillationOptions, train_args: tuple[str, ...]) -> None:
     """
     outdir, preset, scale = options.outdir, options.preset, GUIDANCE[options.preset]
     check_target("--outdir", outdir, is_folder=True)
-    images = convert_digits(outdir)
+    images = convert(outdir, "digits")
     data = encode_digits(outdir, images) if preset == "digits-latent" else images
     teacher, run_dir, took = options.network, options.students, ""
     if teacher is None:
@@ -123,7 +123,7 @@ def support_agreement(snapshot: Snapshot, generator: Any, dataset: SetDataset) -
     """Return the share of images, made from held-out images of seen classes, of their class."""
     num_classes = len(dataset.held_out)
     episodes = episodes_of_snapshot(
-        snapshot, "seen", EPISODES_OF_CLASS * num_classes, data=dataset.path
+        snapshot, "seen", EPISODES_OF_CLASS * num_classes, data=str(dataset.path)
     )
     generator, classify = SupportGenerator.of(generator, episodes), set_classifier(dataset)
     num = -(-NUM_CHECKED // len(episodes))

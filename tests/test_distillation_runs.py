@@ -91,6 +91,15 @@ def test_students_of_every_kind_are_sampled_as_they_were_trained(kind, base, tmp
     assert f"--{name}-scale: got 2.0, but" in refused
 
 
+@pytest.mark.parametrize("kind", ["image", "sets"])
+def test_what_students_need_is_told_before_they_are_trained(kind, base):
+    teacher = teacher_of(kind, base)
+    words = (f"--distill={teacher}", *GUIDED[kind], "--distill-steps=2,1", "--iters=4", "--dry-run")
+    output = succeed(train_script, *words).output
+    assert "students of 2, 1 sampling steps, of 2 optimizer steps" in output
+    assert "a rank: weights" in output
+
+
 def test_scores_and_the_python_interface_take_the_steps_of_a_student(base, tmp_path):
     options = ("--iters=2", "--distill-steps=2,1")
     run_dir, _ = distil(tmp_path / "runs", trained_snapshot(base), *options)

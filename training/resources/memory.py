@@ -130,15 +130,14 @@ def pass_bytes(config: RunConfig, batch: int, num_shards: int = 1) -> int:
 @functools.lru_cache(maxsize=64)
 def _pass_bytes(config: RunConfig, batch: int, num_shards: int) -> int:
     network = _meta_network(config.model).train().requires_grad_(True)
-    own, codec = family.of(config), NoCodec()
-    objective = own.objective(config, network, codec)
+    objective = family.of(config).objective(config, network, NoCodec())
     with _counted() as live:
         network.to_empty(device=_CPU)
         parameters = Parameters(network)
         ema = EMA(parameters)
-        objective = course_of(
-            config, objective, parameters, lambda other: own.objective(config, other, codec)
-        ).objective
+        # The student stands for its teacher, whose passes take as much.
+        student = objective
+        objective = course_of(config, student, parameters, lambda other: student).objective
         settings = dict(beta2=config.training.beta2, weight_decay=0.0)
         optimizer = GuardedAdam(parameters, clip_grad=config.training.clip_grad, **settings)
         images, cond = objective.example(batch, _CPU)
