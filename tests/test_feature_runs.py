@@ -262,7 +262,7 @@ def test_pictures_of_a_run_are_of_its_averaged_weights(data, tmp_path, monkeypat
         def update(self, beta, skip, original=original, poison=poison):
             original(self, beta, skip)
             if poison:
-                for parameter in self._source:
+                for parameter in self._parameters.own:
                     parameter.data.add_(100.0)
 
         with monkeypatch.context() as patch:

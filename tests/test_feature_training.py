@@ -104,11 +104,6 @@ def test_another_seed_is_another_order():
     assert take(sampler_of(), 5) != take(sampler_of(seed=4), 5)
 
 
-def test_a_batch_that_ranks_cannot_share_is_refused():
-    with pytest.raises(ValueError, match="--batch: got 9"):
-        sampler_of(batch=9)
-
-
 def test_texts_are_padded_to_the_first_length_that_holds_them_and_cut_at_the_last():
     texts = [np.full((length, 3), length, np.float16) for length in (2, 5)]
     padded, mask = pad_texts(texts, LENGTHS)
