@@ -269,6 +269,20 @@ def test_a_process_that_is_killed_or_stopped_holds_up_no_other(served, monkeypat
         process.join()
 
 
+def test_a_process_that_is_forked_while_bytes_are_counted_keeps_nobody_out(tmp_path):
+    """It has the same opening of the file, and with it the lock."""
+    with open(tmp_path / ".used", "a+b") as file, blocks_module._locked(file):
+        sleeper = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        sleeper.start()
+    counting = threading.Thread(target=blocks_module.make_room, args=(tmp_path, 1), daemon=True)
+    counting.start()
+    counting.join(10)
+    is_kept_out = counting.is_alive()
+    sleeper.kill()
+    sleeper.join()
+    assert not is_kept_out
+
+
 def test_blocks_are_fetched_ahead_and_many_at_once(served):
     file = opened(served)
     served.delay_sec = 0.2

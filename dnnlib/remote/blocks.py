@@ -205,10 +205,7 @@ def make_room(root: Path, num_bytes: int, *, is_full: bool = False) -> None:
     """
     root.mkdir(parents=True, exist_ok=True)
     limit = cache_limit()
-    with open(root / ".used", "a+b", buffering=0) as file:
-        with contextlib.suppress(OSError):  # Some network file systems have no locks.
-            # Unlike lockf's, this kind of lock is one of an opening, not of a process.
-            fcntl.flock(file, fcntl.LOCK_EX)
+    with open(root / ".used", "a+b", buffering=0) as file, _locked(file):
         content = os.pread(file.fileno(), _COUNT.size, 0)
         is_known = len(content) == _COUNT.size
         total = num_bytes + (_COUNT.unpack(content)[0] if is_known else 0)
@@ -217,6 +214,20 @@ def make_room(root: Path, num_bytes: int, *, is_full: bool = False) -> None:
             total = _evict(root, limit, is_full)
         file.truncate(0)
         file.write(_COUNT.pack(total))
+
+
+@contextlib.contextmanager
+def _locked(file: IO[bytes]) -> Iterator[None]:
+    """Keep out other threads and processes; where the file system has no locks, nobody."""
+    with contextlib.suppress(OSError):
+        # Unlike lockf's, this kind of lock is one of an opening, not of a process.
+        fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        # To close the file would not end the lock, if a process that was forked since has it, too.
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _evict(root: Path, limit: int, is_full: bool) -> int:
