@@ -72,7 +72,7 @@ class Nodes:
     def __init__(self, base, name, num_steps):
         self.base, self.name, self.num_steps = base, name, num_steps
         self.outdir, self.found, self.leaving = base / name, {}, set()
-        self.num_started = 0
+        self.num_started = self.meeting = 0
 
     def start(self):
         """Have a node come."""
@@ -81,7 +81,7 @@ class Nodes:
         pid = os.fork()
         if pid == 0:
             self._be_node(log)
-        self.found[pid] = log
+        self.found[pid] = log, self.meeting
 
     def _be_node(self, log):
         code = 1
@@ -97,7 +97,7 @@ class Nodes:
                 max_nodes=NUM_NODES,
                 nproc_per_node=1,
                 rdzv_backend="c10d",
-                rdzv_endpoint=str(self.base / f"{self.name}-rendezvous"),
+                rdzv_endpoint=str(self.base / f"{self.name}-meeting.{self.meeting}"),
                 rdzv_configs=dict(
                     store_type="file",
                     last_call_timeout=1,
@@ -105,7 +105,7 @@ class Nodes:
                     keep_alive_max_attempt=3,
                     timeout=600,
                 ),
-                run_id=self.name,
+                run_id=f"{self.name}.{self.meeting}",
                 local_addr="127.0.0.1",
                 start_method="fork",
                 monitor_interval=0.1,
@@ -125,12 +125,14 @@ class Nodes:
         return list(self.found)
 
     def restart_failed(self):
-        """Start nodes that gave up by themselves again, as a loop around torchrun does."""
+        """Start nodes that gave up by themselves again, as examples/elastic.sh does."""
         failed = 0
         for pid in list(self.found):
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
-                del self.found[pid]
+                log, meeting = self.found.pop(pid)
+                if "RendezvousClosedError" in log.read_text(errors="replace"):
+                    self.meeting = meeting + 1
                 if pid not in self.leaving and os.waitstatus_to_exitcode(status):
                     self.start()
                     failed += 1

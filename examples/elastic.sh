@@ -1,0 +1,31 @@
+#!/bin/bash
+# Train on as many nodes as there are, up to four, each of which may leave and come at any time.
+# Start it on every node: examples/elastic.sh /shared/job-17, a path that all of them see and that
+# is new for each job. docs/reliability.md tells what happens when a node is lost.
+set -uo pipefail
+meeting=$1
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 TORCH_ELASTIC_WORKER_IDENTICAL=1
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+trap 'kill -s TERM "$child" 2> /dev/null; stopping=1' TERM INT
+while true; do
+    number=$(cat "$meeting.number" 2> /dev/null || echo 0)
+    torchrun --nnodes=1:4 --nproc_per_node=8 --max-restarts=1000 --rdzv_backend=c10d \
+        --rdzv_id="$number" --rdzv_endpoint="$meeting.$number" --rdzv-conf=store_type=file \
+        train.py --outdir=runs/ffhq64 --data=datasets/ffhq64.zip --preset=ffhq64 \
+        --precision=bf16 --compile --resume=auto 2> >(tee "$log" >&2) &
+    child=$!
+    wait "$child"
+    code=$?
+    while kill -0 "$child" 2> /dev/null; do # A signal ends a wait.
+        wait "$child"
+        code=$?
+    done
+    [ "$code" -eq 0 ] && break
+    [ -n "${stopping:-}" ] && break
+    # A torchrun that gives up closes the place where the nodes meet, for good: take the next one.
+    grep -q RendezvousClosedError "$log" && echo $((number + 1)) > "$meeting.number"
+    sleep 5
+done
+python -m training.saving.wait runs/ffhq64
+exit "$code"
