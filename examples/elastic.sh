@@ -8,7 +8,8 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 TORCH_ELASTIC_WORKER_IDENTICAL=1
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 trap 'kill -s TERM "$child" 2> /dev/null; stopping=1' TERM INT
-while true; do
+code=1 stopping=
+while [ -z "$stopping" ]; do
     number=$(cat "$meeting.number" 2> /dev/null || echo 0)
     torchrun --nnodes=1:4 --nproc_per_node=8 --max-restarts=1000 --rdzv_backend=c10d \
         --rdzv_id="$number" --rdzv_endpoint="$meeting.$number" --rdzv-conf=store_type=file \
@@ -21,11 +22,10 @@ while true; do
         wait "$child"
         code=$?
     done
-    [ "$code" -eq 0 ] && break
-    [ -n "${stopping:-}" ] && break
+    [ "$code" -eq 0 ] || [ -n "$stopping" ] && break
+    sleep "${PAUSE:-5}"
     # A torchrun that gives up closes the place where the nodes meet, for good: take the next one.
     grep -q RendezvousClosedError "$log" && echo $((number + 1)) > "$meeting.number"
-    sleep 5
 done
 python -m training.saving.wait runs/ffhq64
 exit "$code"

@@ -32,13 +32,19 @@ def slurm_args():
     return shlex.split(line.replace("$OUTDIR", "runs/ffhq64"))
 
 
+def elastic_args():
+    text = (EXAMPLES / "elastic.sh").read_text().replace("\\\n", " ")
+    (line,) = re.findall(r"torchrun (.+) 2> >", text)
+    return shlex.split(line)
+
+
 def docker_args():
     text = (EXAMPLES / "Dockerfile").read_text()
     (line,) = re.findall(r"setdiffit (train\.py .+)", text)
     return shlex.split(line)
 
 
-@pytest.mark.parametrize("args", [kubernetes_args, slurm_args, docker_args])
+@pytest.mark.parametrize("args", [kubernetes_args, slurm_args, elastic_args, docker_args])
 def test_the_training_commands_would_run(args):
     own = args()
     own = own[own.index("train.py") + 1 :]
@@ -55,6 +61,9 @@ def test_torchrun_takes_the_options_that_it_is_given():
         parsed = get_args_parser().parse_args([*own, "train.py"])
         assert "SIGUSR1" in parsed.signals_to_handle
         assert parsed.nproc_per_node == "8"
+    own = [re.sub(r"\$\{?\w+\}?", "1", arg) for arg in elastic_args()]
+    parsed = get_args_parser().parse_args(own[: own.index("train.py") + 1])
+    assert (parsed.nnodes, parsed.rdzv_conf) == ("1:4", "store_type=file")
 
 
 def test_volumes_of_the_pod_are_those_that_it_mounts():
@@ -109,6 +118,30 @@ def test_a_job_that_was_stopped_is_queued_again(tmp_path, code, wants_to_go_on, 
     calls = (tmp_path / "calls").read_text()
     assert "--rdzv_endpoint=node1:29500" in calls
     assert ("requeue 17" in calls) == wants_to_go_on
+
+
+def test_nodes_meet_elsewhere_once_a_place_is_closed_and_start_until_the_run_is_complete(tmp_path):
+    command = tmp_path / "torchrun"
+    command.write_text(
+        """#!/bin/bash
+echo "$@" >> "$CALLS"
+case $(wc -l < "$CALLS") in
+    1) exit 1 ;;
+    2) echo "torch: RendezvousClosedError" >&2; exit 1 ;;
+esac
+"""
+    )
+    command.chmod(0o755)
+    own = dict(os.environ, PAUSE="0.3", CALLS=str(tmp_path / "calls"))
+    own["PATH"] = f"{tmp_path}:{Path(sys.executable).parent}:{own['PATH']}"
+    (tmp_path / "runs" / "ffhq64").mkdir(parents=True)
+    (tmp_path / "training").symlink_to(EXAMPLES.parent / "training")
+    (tmp_path / "dnnlib").symlink_to(EXAMPLES.parent / "dnnlib")
+    script = ["bash", EXAMPLES / "elastic.sh", tmp_path / "job"]
+    assert subprocess.run(script, cwd=tmp_path, env=own, timeout=60).returncode == 0
+    calls = (tmp_path / "calls").read_text().splitlines()
+    places = [re.search(r"--rdzv_id=(\d) --rdzv_endpoint=\S+/job\.(\d) ", call) for call in calls]
+    assert [place.groups() for place in places] == [("0", "0"), ("0", "0"), ("1", "1")]
 
 
 def test_a_container_passes_its_stop_on_and_waits_for_the_state(tmp_path):
