@@ -8,7 +8,7 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 TORCH_ELASTIC_WORKER_IDENTICAL=1
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 trap 'kill -s TERM "$child" 2> /dev/null; stopping=1' TERM INT
-code=1 stopping=
+child= code=1 stopping=
 while [ -z "$stopping" ]; do
     number=$(cat "$meeting.number" 2> /dev/null || echo 0)
     torchrun --nnodes=1:4 --nproc_per_node=8 --max-restarts=1000 --rdzv_backend=c10d \
