@@ -181,6 +181,8 @@ def test_a_rank_for_which_others_wait_is_told_before_it_ends_them(ended, start_h
         assert told not in capsys.readouterr().err  # Once.
     assert "rank 2 was after the step that ends at kimg 7 in\n" in text
     assert " wait_for_text\n" in text.split("rank 2 was")[1]  # Where this thread is.
+    with hearts[2].together():  # Now it has come as far.
+        pass
     with hearts[0].together(), hearts[1].together(), hearts[2].together():
         text = wait_for_text(capsys, "Warning: All ranks have been in the same operation")
     assert "rank 0, rank 1, rank 2 was after" in text
