@@ -200,9 +200,7 @@ def launch(config: RunConfig, start: Start, preset: RunConfig | None = None) -> 
                         _, origin = runs.read_start(run_dir, lambda text: None)
                     _write_start(job, run_dir, origin, preset)
                 weights = snapshot if state is None else None
-                if state is None and weights is None and job.config.distillation.is_on:
-                    but = f"there is no training state in {run_dir} to take the teacher from"
-                    raise refusal("--resume", but=but, remedy="start again with --distill")
+                _check_teacher(job.config, run_dir, state or weights)
                 start_from = dict(resume_state=state, transfer=weights, num_rollbacks=num_rollbacks)
                 finished = _train(job, run_dir, saver, stop_signal=stop_signal, **start_from)
         except Exception:
@@ -215,8 +213,7 @@ def launch(config: RunConfig, start: Start, preset: RunConfig | None = None) -> 
             where = "" if run_dir is None else f"; continue with --resume={run_dir}"
             distributed.print0(f"Stopped by {stop_signal.name_received()} before a step{where}")
         if not finished and run_dir is not None and distributed.is_main():
-            with atomic_write(run_dir / runs.REQUEUE_FILE, "w") as file:
-                file.write(f"{time.time():.0f}\n")
+            _ask_for_more(run_dir)
         _finish_writing(saver)
         goes_on = not (finished or stop_signal.cut) and _goes_on_without(stop_signal)
     if stop_signal.cut or goes_on:
@@ -226,6 +223,13 @@ def launch(config: RunConfig, start: Start, preset: RunConfig | None = None) -> 
     # All ranks know. To torchrun another code is a failure, which it tells at length.
     quiet = finished or "TORCHELASTIC_RUN_ID" in os.environ
     return 0 if quiet else runs.REQUEUE_EXIT_CODE
+
+
+def _check_teacher(config: RunConfig, run_dir: Path, source: Any) -> None:
+    """Raise ValueError for a distillation that has no ``source`` of its teacher's weights."""
+    if source is None and config.distillation.is_on:
+        but = f"there is no training state in {run_dir} to take the teacher from"
+        raise refusal("--resume", but=but, remedy="start again with --distill")
 
 
 def _load_state(job: Job, run_dir: Path, exact: Path | None) -> tuple[dict[str, Any] | None, int]:
@@ -277,6 +281,12 @@ def _goes_on_without(stop_signal: distributed.StopSignal) -> bool:
     if stop_signal.received is None:
         print("Other nodes were asked to stop; torchrun goes on with those that are left.")
     return stop_signal.received is None
+
+
+def _ask_for_more(run_dir: Path) -> None:
+    """Write the file by which a scheduler knows that the run wants to go on."""
+    with atomic_write(run_dir / runs.REQUEUE_FILE, "w") as file:
+        file.write(f"{time.time():.0f}\n")
 
 
 def _finish_writing(saver: Saver) -> None:
