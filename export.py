@@ -80,8 +80,8 @@ def main(options: ExportOptions) -> None:
     check_target("--dest", options.dest, is_folder=is_folder, is_ours=is_ours, **rules)
     snapshot = open_snapshot(options.network)
     if options.format == "snapshot":
-        weights, about = snapshot.state_dict, (snapshot.config, snapshot.data, snapshot.progress)
-        save_weights(options.dest, weights, *about)
+        about = (snapshot.config, snapshot.data, snapshot.progress, snapshot.packages)
+        save_weights(options.dest, snapshot.state_dict, *about)
     elif options.format == "torch-export":
         _export_program(snapshot, options)
     else:

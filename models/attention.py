@@ -83,7 +83,7 @@ def attend(
         backend = _auto(q, k, bias)
     else:
         backend = choose_attention(attention, q.device, q.requires_grad)
-    if backend == "explicit" and not torch.compiler.is_compiling():
+    if backend == "explicit" and not torch.compiler.is_exporting():  # A program has no autograd.
         if bias is not None and bias.dtype == torch.bool:
             bias = torch.zeros_like(bias, dtype=q.dtype).masked_fill_(~bias, -torch.inf)
         return _Explicit.apply(q, k, v, bias, q.shape[-1] ** -0.5 if scale is None else scale)

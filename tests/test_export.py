@@ -18,6 +18,7 @@ from configs import PRESETS
 from evaluation.model_card import model_card
 from models import build_network
 from sampling.traced import TraceableDenoiser, example_inputs, trace_denoiser
+from training import checkpoint
 from training.checkpoint import Snapshot, load_snapshot
 from training.portable import find_snapshot, open_header, open_snapshot, split_hub_name
 
@@ -47,12 +48,14 @@ def same(first, second):
     return all(torch.equal(first.state_dict[n], second.state_dict[n]) for n in first.state_dict)
 
 
-def test_an_export_is_the_snapshot_and_back(base, exported, tmp_path):
+def test_an_export_is_the_snapshot_and_back(base, exported, tmp_path, monkeypatch):
     original = load_snapshot(helpers.trained_snapshot(base))
     assert same(open_snapshot(exported), original)
     assert same(open_snapshot(exported / "model.safetensors"), original)
     assert open_header(exported) == (original.config, original.progress)
     back = tmp_path / "back.pkl"
+    # The versions that trained it stay, whichever export it.
+    monkeypatch.setattr(checkpoint, "package_versions", lambda: dict(torch="another"))
     helpers.succeed(export, f"--network={exported}", f"--dest={back}", "--format=snapshot")
     assert same(load_snapshot(back), original)
 

@@ -129,11 +129,18 @@ def save_weights(
     config: RunConfig,
     data: DataSummary,
     progress: dict[str, Any],
+    packages: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the averaged weights of a network and their description to ``path``, atomically."""
+    """Write the averaged weights of a network and their description to ``path``, atomically.
+
+    ``packages`` are the versions that trained them; those of this process by default.
+    """
     weights = {name: tensor.detach().cpu() for name, tensor in state_dict.items()}
+    header = snapshot_header(config, data, progress)
+    if packages is not None:
+        header["packages"] = dict(packages)
     with atomic_write(path) as file:
-        torch.save(dict(snapshot_header(config, data, progress), ema=weights), file)
+        torch.save(dict(header, ema=weights), file)
 
 
 def load_snapshot(path: str | os.PathLike) -> Snapshot:

@@ -154,7 +154,7 @@ def make_averages(
         path = outdir / f"network-snapshot-{count_name(cur_nimg, 7)}-{std_name(std)}-posthoc.pkl"
         made = dict(stds=sorted(set(in_stds)), num_snapshots=len(profiles), error=error)
         info = dict(last.progress, ema_std=std, posthoc=made)
-        save_weights(path, state_dict, last.config, last.data, info)
+        save_weights(path, state_dict, last.config, last.data, info, last.packages)
         yield path, std, error
 
 
