@@ -232,6 +232,8 @@ def test_warnings_are_those_of_the_watch_the_log_and_the_scores(tmp_path):
         file.write("tick 4     kimg 10.0      loss 0.4\nWarning: the context is not used: x.\n")
         file.write("No pictures at kimg 8.0. Decoding gave values that are not finite.\n")
         file.write("Stopped by SIGTERM at kimg 9.0; continue with --resume=runs/x\n")
+    back = dict(number=1, from_nimg=9000, to_nimg=4000, reason="the loss rose at blocks.2")
+    write_rows(run_dir / "rollbacks.jsonl", [back, dict(number=2)])
     low = "low count: 5 images for 64 dimensions"
     write_rows(run_dir / "metric-b.jsonl", [score_row(8, 1, warnings=[low, 3]), score_row(9, 1)])
     found = read_run(run_dir).notices
@@ -241,11 +243,15 @@ def test_warnings_are_those_of_the_watch_the_log_and_the_scores(tmp_path):
     assert shown["only a name"] == ("warning", "", None, "", 1)
     assert shown["The context is not used."] == ("warning", "X.", 10.0, "", 2)
     assert shown["Stopped by SIGTERM at kimg 9.0; continue with --resume=runs/x"][0] == "info"
+    level, remedy, kimg, *_ = shown[
+        "Went back from kimg 9.0 to kimg 4.0: the loss rose at blocks.2."
+    ]
+    assert (level, kimg, "--lr" in remedy) == ("warning", 9.0, True)
     level, remedy, *_ = shown["Low count: 5 images for 64 dimensions."]
     assert level == "warning"
     assert "Score more images" in remedy
     assert "1 lines of the run's files cannot be read" in " ".join(shown)
-    assert len(shown) == 8
+    assert len(shown) == 9
     assert found[0][0].level == "error"
 
 

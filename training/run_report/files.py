@@ -17,6 +17,7 @@ from training.run_report.rows import flat, is_finite, kimg_of_name, read_object,
 from training.run_report.scores import Score, read_score_rows, scores_of
 
 OPTIONS_FILE, STATS_FILE, WATCH_FILE = "training_options.json", "stats.jsonl", "watch.jsonl"
+ROLLBACKS_FILE = "rollbacks.jsonl"
 _SNAPSHOT = re.compile(r"network-snapshot-\d+(?:\.\d{3})?\.pkl")
 _STATE = re.compile(r"training-state-\d+(?:\.\d{3})?(?:\.pt)?")
 
@@ -109,9 +110,11 @@ def read_run(run_dir: Path, history: History | None = None) -> Run:
     history.read()
     rows, num_damaged = read_score_rows(run_dir)
     watched, damaged = read_rows(run_dir / WATCH_FILE)
+    rollbacks, lost = read_rows(run_dir / ROLLBACKS_FILE)
     found = [
         *notices.watch_notices(watched),
-        *notices.history_notices(history, num_damaged + damaged),
+        *notices.history_notices(history, num_damaged + damaged + lost),
+        *notices.rollback_notices(rollbacks),
         *notices.log_notices(run_dir),
         *notices.score_notices(rows),
     ]

@@ -91,6 +91,17 @@ def log_notices(run_dir: Path) -> Iterator[Notice]:
                     break
 
 
+def rollback_notices(rows: Iterable[Mapping[str, Any]]) -> Iterator[Notice]:
+    """Yield the rows of ``rollbacks.jsonl``: how often the run went back, from where, and why."""
+    for row in rows:
+        places = [row.get(name) for name in ("from_nimg", "to_nimg")]
+        if all(is_finite(place) for place in places):
+            kimg, back = (place / 1000 for place in places)
+            why = _text(row.get("reason"))
+            text = f"Went back from kimg {format_kimg(kimg)} to kimg {format_kimg(back)}: {why}"
+            yield Notice("warning", _sentence(text), _LOWER_STEPS, "rollback", kimg)
+
+
 def score_notices(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[Notice]:
     """Yield the warnings that score rows carry."""
     for _, row in rows:
