@@ -5,6 +5,7 @@ import json
 import torch
 
 from dnnlib.config import to_dict
+from dnnlib.files import sha256_of_file
 from dnnlib.saver import MANIFEST, manifest_checksum, remove_state
 from training.checkpoint import load_state
 
@@ -32,9 +33,15 @@ def edit_manifest(folder, change):
     path.write_text(json.dumps(dict(content, checksum=manifest_checksum(content))))
 
 
-def empty_state(folder):
-    """Make a state in which nothing is."""
+def empty_state(folder, text=None):
+    """Make a state in which nothing is but a part that is empty and tells of a ``text``, if any."""
     folder.mkdir(parents=True)
     about = dict(format="setdiffit-training-state", version=2, config={}, tree={}, parts=[])
+    if text is not None:
+        header = json.dumps({"__metadata__": {"order": "{}", "text": text}}).encode()
+        part = folder / "part-00000.safetensors"
+        part.write_bytes(len(header).to_bytes(8, "little") + header)
+        about["parts"] = [dict(name=part.name, sha256=sha256_of_file(part), first_rows={})]
+        about["config"] = dict(text=text)
     about["tree"] = {"dict": [["net", {"dict": []}]]}
     (folder / MANIFEST).write_text(json.dumps(dict(about, checksum=manifest_checksum(about))))

@@ -9,14 +9,16 @@ import pytest
 import safetensors.torch
 import torch
 from helpers import fail, succeed
+from state_files import empty_state
 from training_runs import FULL, assert_same_run, only_run
 
 from dnnlib import saver as saver_process
-from dnnlib.files import is_locked
+from dnnlib.files import is_locked, sha256_of_file
 from dnnlib.saver import MANIFEST, SaverProcess, lock_path, sidecar_of
 from torch_utils import saver as client
 from torch_utils.saver import Saver, memory_order
 from training.checkpoint import find_states
+from training.saving import state_folder
 from training.saving import wait as wait_script
 from training.saving import writer as writing
 from training.saving.archive import Archive
@@ -171,6 +173,26 @@ def test_the_command_that_waits_ends_when_all_is_written(tmp_path, monkeypatch):
         saver.hold(lock_path(run_dir, 0))
         saver.wait()
         assert "a process that writes a state does not end" in fail(wait_script, run_dir)
+
+
+def test_a_state_that_takes_the_name_of_one_that_is_read_is_read_instead(tmp_path, monkeypatch):
+    place, other = tmp_path / "training-state-000001", tmp_path / "other"
+    empty_state(place, "old")
+    empty_state(other, "new")
+    calls = []
+
+    def checksum(file):
+        calls.append(file)
+        if len(calls) == 1:
+            assert saver_process._exchange(other, place)
+        return sha256_of_file(file)
+
+    monkeypatch.setattr(state_folder, "sha256_of_file", checksum)
+    assert state_folder.load(place, lazily=False)["config"] == dict(text="new")
+    assert len(calls) == 2
+    (place / "part-00000.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="damaged"):
+        state_folder.load(place, lazily=False)
 
 
 def test_what_is_written_at_once_takes_other_memory(tmp_path):

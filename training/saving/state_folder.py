@@ -6,6 +6,7 @@ Parts are safetensors files. The manifest is JSON, is written last, and has the 
 import concurrent.futures
 import json
 import mmap
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -103,8 +104,31 @@ def read_part(path: Path) -> dict[str, Tensor]:
 def load(path: Path, *, lazily: bool) -> dict[str, Any]:
     """Read a state, of which every checksum is verified first; ValueError for anything else.
 
-    With ``lazily`` its tensors are :class:`~torch_utils.states.Pieces`.
+    With ``lazily`` its tensors are :class:`~torch_utils.states.Pieces`. A state that takes the
+    name while this one is read is read instead.
     """
+    while True:
+        before = _identity(path)
+        try:
+            state = _read(path, lazily)
+        except ValueError:
+            if _identity(path) == before:
+                raise
+        else:
+            if _identity(path) == before:
+                return state
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return what tells the folder of a name from others that had or get it; None for none."""
+    try:
+        about = os.stat(path)
+    except OSError:
+        return None
+    return about.st_ino, about.st_mtime_ns
+
+
+def _read(path: Path, lazily: bool) -> dict[str, Any]:
     try:
         manifest = parse_json(read_file(path / MANIFEST).decode())
         check_version(path, manifest.get("version"))
