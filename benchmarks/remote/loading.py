@@ -14,8 +14,6 @@ import click
 import torch
 
 import families
-from benchmarks import web_server
-from benchmarks.feature_data import make_features
 from benchmarks.kinds import make_latents, make_pictures
 from benchmarks.measure import (
     Spent,
@@ -27,11 +25,14 @@ from benchmarks.measure import (
     walls,
 )
 from benchmarks.options import LoadingOptions, measured_preset
+from benchmarks.remote import web_server
+from benchmarks.remote.feature_data import make_features
 from configs.presets import PRESETS
 from data.features.buckets import Bucket
 from data.loader import make_loader
 from dnnlib.files import CACHE_VARIABLE
 from dnnlib.parallel import num_usable_cores
+from dnnlib.remote.blocks import close_blocks
 from training.config import RunConfig
 from training.family import Part
 
@@ -115,6 +116,7 @@ def _row(data: _Data, local: str, remote: str, num_workers: int, num_rounds: int
 
         def first() -> Spent:
             shutil.rmtree(Path(cache, "blocks"), ignore_errors=True)
+            close_blocks()  # Else some could be read although they are deleted.
             return _epoch(data, remote, num_workers)
 
         turns = {

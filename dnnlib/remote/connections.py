@@ -1,0 +1,135 @@
+"""Connections to web servers that are kept, whose answers go straight into memory.
+
+A client of asyncio reads 256 kB at a time and takes Python's lock for each, for which it waits 5 ms
+while a thread decodes images. Here a thread waits for the kernel alone, and takes the lock seldom.
+"""
+
+import functools
+import http.client
+import os
+import ssl
+import threading
+import time
+import urllib.request
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from dnnlib.addresses import HEADERS
+
+_HEADERS = HEADERS | {"User-Agent": "SetDiffiT"}  # Some servers refuse who has no name.
+_MAX_KEPT = 8  # Servers that a thread has connections to.
+_own = threading.local()
+# Servers that redirect, ask for passwords or know no ranges.
+_indirect: set[str] = set()
+
+
+class Reply(NamedTuple):
+    """What a server answered; ``data`` are empty where they are of no use."""
+
+    status: int
+    reason: str | None
+    headers: Mapping[str, str]
+    data: bytes | memoryview
+
+
+def get_range(address: str, start: int, end: int, limit: float, total: float) -> Reply | None:
+    """Return bytes ``start`` to ``end`` (exclusive) of a file; None if this is no way to get them.
+
+    That is so with proxies, redirects, passwords and servers that send a file whole.
+
+    Args:
+        limit: Seconds for which the server may be silent.
+        total: Seconds for everything.
+
+    Raises OSError and http.client.HTTPException; EOFError if the answer ends too early.
+    """
+    from yarl import URL  # Of aiohttp, so that both quote in the same way.
+
+    url = URL(address)
+    server = f"{url.scheme}://{url.host}:{url.port}"
+    if server in _indirect or url.user is not None or _has_proxy(url.scheme, url.host):
+        return None
+    kept = _kept()
+    connection = kept.pop(server, None)
+    deadline = time.monotonic() + total
+    request = url.raw_path_qs, _HEADERS | {"Range": f"bytes={start}-{end - 1}"}
+    if connection is not None:
+        try:
+            reply = _exchange(connection, request, end - start, limit, deadline)
+        except (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError):
+            connection.close()
+            connection = None  # The server had closed it, or does now: the next one tells.
+    if connection is None:
+        kind = http.client.HTTPConnection
+        settings = {}
+        if url.scheme == "https":
+            kind, settings = http.client.HTTPSConnection, dict(context=_context())
+        connection = kind(url.host, url.port, timeout=limit, **settings)
+        reply = _exchange(connection, request, end - start, limit, deadline)
+    is_sized = reply.status == 206 and "Content-Length" in reply.headers
+    if reply.status in (401, 407) or (reply.status < 400 and not is_sized):
+        _indirect.add(server)
+        return None
+    if connection.sock is not None and len(kept) < _MAX_KEPT:
+        kept[server] = connection
+    return reply
+
+
+def _exchange(
+    connection: http.client.HTTPConnection,
+    request: tuple[str, dict[str, str]],
+    size: int,
+    limit: float,
+    deadline: float,
+) -> Reply:
+    try:
+        if connection.sock is not None:
+            connection.sock.settimeout(limit)
+        path, headers = request
+        connection.request("GET", path, headers=headers)
+        with connection.getresponse() as response:
+            data = memoryview(b"")
+            if response.status == 206 and response.length is not None:  # Not in parts.
+                data = _body(response, min(response.length, size), deadline)
+                if len(data) < response.length:
+                    raise EOFError
+            else:
+                connection.close()  # Its text is not read.
+            return Reply(response.status, response.reason, response.headers, data)
+    except BaseException:
+        connection.close()
+        raise
+
+
+def _body(response: http.client.HTTPResponse, size: int, deadline: float) -> memoryview:
+    data = memoryview(np.empty(size, np.uint8))
+    num = 0
+    while num < size:
+        # What came with the headers, and then from the socket as much as there is.
+        read = response.fp.readinto1(data[num:])
+        if not read:
+            raise EOFError
+        num += read
+        if time.monotonic() > deadline:
+            raise TimeoutError
+    return data
+
+
+def _kept() -> dict[str, http.client.HTTPConnection]:
+    """Return the connections of this thread of this process, by server; a fork has none."""
+    if getattr(_own, "pid", 0) != os.getpid():
+        _own.pid, _own.connections = os.getpid(), {}
+    return _own.connections
+
+
+@functools.lru_cache(64)
+def _has_proxy(scheme: str, host: str) -> bool:
+    proxies = urllib.request.getproxies()
+    return bool(proxies.get(scheme) or proxies.get("all")) and not urllib.request.proxy_bypass(host)
+
+
+@functools.lru_cache(1)
+def _context() -> ssl.SSLContext:
+    return ssl.create_default_context()
