@@ -72,7 +72,9 @@ def get_range(address: str, start: int, end: int, limit: float, total: float) ->
     if reply.status in (401, 407) or (reply.status < 400 and not is_sized):
         _indirect.add(server)
         return None
-    if connection.sock is not None and len(kept) < _MAX_KEPT:
+    if connection.sock is not None:
+        if len(kept) == _MAX_KEPT:
+            kept.pop(next(iter(kept))).close()  # The one that was not used for the longest.
         kept[server] = connection
     return reply
 
