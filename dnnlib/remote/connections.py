@@ -4,6 +4,7 @@ A client of asyncio reads 256 kB at a time and takes Python's lock for each, for
 while a thread decodes images. Here a thread waits for the kernel alone, and takes the lock seldom.
 """
 
+import contextlib
 import functools
 import http.client
 import os
@@ -51,23 +52,19 @@ def get_range(address: str, start: int, end: int, limit: float, total: float) ->
     server = f"{url.scheme}://{url.host}:{url.port}"
     if server in _indirect or url.user is not None or _has_proxy(url.scheme, url.host):
         return None
-    kept = _kept()
-    connection = kept.pop(server, None)
-    deadline = time.monotonic() + total
     request = url.raw_path_qs, _HEADERS | {"Range": f"bytes={start}-{end - 1}"}
+    asked = functools.partial(_exchange, request, end - start, limit, time.monotonic() + total)
+    kept, reply = _kept(), None
+    connection = kept.pop(server, None)
     if connection is not None:
-        try:
-            reply = _exchange(connection, request, end - start, limit, deadline)
-        except (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError):
-            connection.close()
-            connection = None  # The server had closed it, or does now: the next one tells.
-    if connection is None:
-        kind = http.client.HTTPConnection
-        settings = {}
-        if url.scheme == "https":
-            kind, settings = http.client.HTTPSConnection, dict(context=_context())
-        connection = kind(url.host, url.port, timeout=limit, **settings)
-        reply = _exchange(connection, request, end - start, limit, deadline)
+        # A server ends what it has not been asked over for a while.
+        with contextlib.suppress(
+            http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError
+        ):
+            reply = asked(connection)
+    if reply is None:
+        connection = _connection(url.scheme, url.host, url.port, limit)
+        reply = asked(connection)
     is_sized = reply.status == 206 and "Content-Length" in reply.headers
     if reply.status in (401, 407) or (reply.status < 400 and not is_sized):
         _indirect.add(server)
@@ -80,12 +77,13 @@ def get_range(address: str, start: int, end: int, limit: float, total: float) ->
 
 
 def _exchange(
-    connection: http.client.HTTPConnection,
     request: tuple[str, dict[str, str]],
     size: int,
     limit: float,
     deadline: float,
+    connection: http.client.HTTPConnection,
 ) -> Reply:
+    """Return what a server answers; the connection is closed unless the answer was read whole."""
     try:
         if connection.sock is not None:
             connection.sock.settimeout(limit)
@@ -117,6 +115,12 @@ def _body(response: http.client.HTTPResponse, size: int, deadline: float) -> mem
         if time.monotonic() > deadline:
             raise TimeoutError
     return data
+
+
+def _connection(scheme: str, host: str, port: int, limit: float) -> http.client.HTTPConnection:
+    if scheme == "https":
+        return http.client.HTTPSConnection(host, port, timeout=limit, context=_context())
+    return http.client.HTTPConnection(host, port, timeout=limit)
 
 
 def _kept() -> dict[str, http.client.HTTPConnection]:
