@@ -79,6 +79,17 @@ def test_names_are_quoted_as_the_package_does(served):
     assert RemoteFile(f"{served.address}/{name}").pread(1000, 0) == DATA[:1000]
 
 
+def test_a_server_may_send_a_file_whole(served):
+    served.knows_parts = False
+    reply = asked(served, 10, 999_999)
+    assert (reply.status, len(reply.data)) == (200, 0)
+    reply = asked(served, 10, len(DATA) + 5)
+    assert (reply.status, bytes(reply.data)) == (200, DATA)
+    known = Known(len(DATA), "abc")
+    file = RemoteFile(f"{served.address}/data.bin", known)
+    assert file.pread(99, 700_000) == DATA[700_000:700_099]
+
+
 def test_an_answer_that_is_silent_slow_or_too_short_is_an_error(served, monkeypatch):
     served.faults = ["stall"]
     with pytest.raises(TimeoutError):
@@ -97,7 +108,7 @@ def test_an_answer_that_is_silent_slow_or_too_short_is_an_error(served, monkeypa
         asked(served, 0, 9999, total=0.2)
 
 
-@pytest.mark.parametrize("way", ["redirect", "proxy", "password", "whole"])
+@pytest.mark.parametrize("way", ["redirect", "proxy", "password"])
 def test_what_is_not_for_a_plain_connection_is_left_to_the_package(served, monkeypatch, way):
     address = f"{served.address}/data.bin"
     known = Known(len(DATA), "abc")
@@ -123,11 +134,9 @@ def test_what_is_not_for_a_plain_connection_is_left_to_the_package(served, monke
         (served.folder / "http:" / "example.com").mkdir(parents=True)
         (served.folder / "data.bin").rename(served.folder / "http:" / "example.com" / "data.bin")
         address = "http://example.com/data.bin"
-    elif way == "password":
+    else:
         address = address.replace("://", "://user:secret@")
         monkeypatch.setattr(connections, "_exchange", None)
-    else:
-        served.knows_parts = False
     assert RemoteFile(address, known).pread(99, 700_000) == DATA[700_000:700_099]
     assert get_range(address, 0, 9, 5.0, 5.0) is None
 

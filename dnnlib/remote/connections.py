@@ -22,7 +22,7 @@ from dnnlib.addresses import HEADERS
 _HEADERS = HEADERS | {"User-Agent": "SetDiffiT"}  # Some servers refuse who has no name.
 _MAX_KEPT = 8  # Servers that a thread has connections to.
 _own = threading.local()
-# Servers that redirect, ask for passwords or know no ranges.
+# Servers that redirect, ask for passwords or do not say how long their answers are.
 _indirect: set[str] = set()
 
 
@@ -38,7 +38,8 @@ class Reply(NamedTuple):
 def get_range(address: str, start: int, end: int, limit: float, total: float) -> Reply | None:
     """Return bytes ``start`` to ``end`` (exclusive) of a file; None if this is no way to get them.
 
-    That is so with proxies, redirects, passwords and servers that send a file whole.
+    That is so with proxies, redirects, passwords and answers of unknown length. A server may send
+    the file from its begin on, with status 200; of one that ends after ``end`` there are no data.
 
     Args:
         limit: Seconds for which the server may be silent.
@@ -53,7 +54,8 @@ def get_range(address: str, start: int, end: int, limit: float, total: float) ->
     if server in _indirect or url.user is not None or _has_proxy(url.scheme, url.host):
         return None
     request = url.raw_path_qs, _HEADERS | {"Range": f"bytes={start}-{end - 1}"}
-    asked = functools.partial(_exchange, request, end - start, limit, time.monotonic() + total)
+    most = {206: end - start, 200: end}
+    asked = functools.partial(_exchange, request, most, limit, time.monotonic() + total)
     kept, reply = _kept(), None
     connection = kept.pop(server, None)
     if connection is not None:
@@ -65,7 +67,7 @@ def get_range(address: str, start: int, end: int, limit: float, total: float) ->
     if reply is None:
         connection = _connection(url.scheme, url.host, url.port, limit)
         reply = asked(connection)
-    is_sized = reply.status == 206 and "Content-Length" in reply.headers
+    is_sized = reply.status in (200, 206) and "Content-Length" in reply.headers
     if reply.status in (401, 407) or (reply.status < 400 and not is_sized):
         _indirect.add(server)
         return None
@@ -78,25 +80,27 @@ def get_range(address: str, start: int, end: int, limit: float, total: float) ->
 
 def _exchange(
     request: tuple[str, dict[str, str]],
-    size: int,
+    most: Mapping[int, int],
     limit: float,
     deadline: float,
     connection: http.client.HTTPConnection,
 ) -> Reply:
-    """Return what a server answers; the connection is closed unless the answer was read whole."""
+    """Return what a server answers; the connection is closed unless that was read whole.
+
+    ``most`` are the bytes that are read of an answer, by its status; of others and longer ones
+    there are no data.
+    """
     try:
         if connection.sock is not None:
             connection.sock.settimeout(limit)
         path, headers = request
         connection.request("GET", path, headers=headers)
         with connection.getresponse() as response:
-            data = memoryview(b"")
-            if response.status == 206 and response.length is not None:  # Not in parts.
-                data = _body(response, min(response.length, size), deadline)
-                if len(data) < response.length:
-                    raise EOFError
+            data, length = memoryview(b""), response.length  # None of an answer in parts.
+            if length is not None and length <= most.get(response.status, -1):
+                data = _body(response, length, deadline)
             else:
-                connection.close()  # Its text is not read.
+                connection.close()
             return Reply(response.status, response.reason, response.headers, data)
     except BaseException:
         connection.close()
