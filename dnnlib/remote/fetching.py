@@ -4,7 +4,6 @@ import collections
 import functools
 import itertools
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,9 +16,6 @@ _BLOCKS_PER_REQUEST = 16  # 4 MB.
 # Jobs that wait their turn become one request where their blocks are neighbours, up to 1 MB: with
 # 20 ms until an answer begins, that is 800 MB/s, and what is wanted first still comes soon.
 _BLOCKS_TOGETHER = 4
-# After which a thread that fetches gets Python's lock from one that computes. With the usual 5 ms,
-# a thread that decodes images keeps those that fetch from their sockets.
-_SWITCH_SEC = 0.0005
 _LOOK_SEC = 0.005  # Between looks at whether another process has fetched a block.
 _MAX_WAIT_SEC = 60.0  # For another process, which may be stopped.
 
@@ -139,7 +135,6 @@ class Fetcher:
         self._queue: collections.deque[Job] = collections.deque()
         self._pending: dict[tuple[str, int], Job] = {}
         self._num_threads = self._num_idle = 0
-        sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_SEC))
 
     def want(self, source: Source, numbers: Iterable[int]) -> None:
         """Have blocks fetched that are not on their way; ``numbers`` rise."""
