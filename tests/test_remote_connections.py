@@ -26,7 +26,7 @@ def own_blocks(tmp_path, monkeypatch):
     monkeypatch.setattr(addresses, "_WAITS_SEC", (0, 0))
     monkeypatch.setattr(ranges, "_FIRST_WAIT_SEC", 0.01)
     monkeypatch.setattr(connections, "_indirect", set())
-    connections._has_proxy.cache_clear()
+    connections._is_plain.cache_clear()
 
 
 @pytest.fixture
@@ -108,8 +108,10 @@ def test_an_answer_that_is_silent_slow_or_too_short_is_an_error(served, monkeypa
         asked(served, 0, 9999, total=0.2)
 
 
-@pytest.mark.parametrize("way", ["redirect", "proxy", "password"])
-def test_what_is_not_for_a_plain_connection_is_left_to_the_package(served, monkeypatch, way):
+@pytest.mark.parametrize("way", ["redirect", "proxy", "password", "netrc"])
+def test_what_is_not_for_a_plain_connection_is_left_to_the_package(
+    served, monkeypatch, tmp_path, way
+):
     address = f"{served.address}/data.bin"
     known = Known(len(DATA), "abc")
     if way == "redirect":
@@ -134,6 +136,10 @@ def test_what_is_not_for_a_plain_connection_is_left_to_the_package(served, monke
         (served.folder / "http:" / "example.com").mkdir(parents=True)
         (served.folder / "data.bin").rename(served.folder / "http:" / "example.com" / "data.bin")
         address = "http://example.com/data.bin"
+    elif way == "netrc":
+        (tmp_path / "netrc").write_text("machine 127.0.0.1 login user password secret\n")
+        monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+        monkeypatch.setattr(connections, "_exchange", None)
     else:
         address = address.replace("://", "://user:secret@")
         monkeypatch.setattr(connections, "_exchange", None)

@@ -7,6 +7,7 @@ while a thread decodes images. Here a thread waits for the kernel alone, and tak
 import contextlib
 import functools
 import http.client
+import netrc
 import os
 import ssl
 import threading
@@ -51,7 +52,7 @@ def get_range(address: str, start: int, end: int, limit: float, total: float) ->
 
     url = URL(address)
     server = f"{url.scheme}://{url.host}:{url.port}"
-    if server in _indirect or url.user is not None or _has_proxy(url.scheme, url.host):
+    if server in _indirect or url.user is not None or not _is_plain(url.scheme, url.host):
         return None
     request = url.raw_path_qs, _HEADERS | {"Range": f"bytes={start}-{end - 1}"}
     most = {206: end - start, 200: end}
@@ -60,9 +61,7 @@ def get_range(address: str, start: int, end: int, limit: float, total: float) ->
     connection = kept.pop(server, None)
     if connection is not None:
         # A server ends what it has not been asked over for a while.
-        with contextlib.suppress(
-            http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError
-        ):
+        with contextlib.suppress(ConnectionError):
             reply = asked(connection)
     if reply is None:
         connection = _connection(url.scheme, url.host, url.port, limit)
@@ -135,9 +134,14 @@ def _kept() -> dict[str, http.client.HTTPConnection]:
 
 
 @functools.lru_cache(64)
-def _has_proxy(scheme: str, host: str) -> bool:
+def _is_plain(scheme: str, host: str) -> bool:
+    """Return whether a server is asked without a proxy and without a password from ``~/.netrc``."""
     proxies = urllib.request.getproxies()
-    return bool(proxies.get(scheme) or proxies.get("all")) and not urllib.request.proxy_bypass(host)
+    if (proxies.get(scheme) or proxies.get("all")) and not urllib.request.proxy_bypass(host):
+        return False
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is None
+    return True
 
 
 @functools.lru_cache(1)
