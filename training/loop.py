@@ -36,7 +36,7 @@ from training.stability.monitor import Monitor
 from training.telemetry import Telemetry, memory_stats, scalar, tick_line, utilisation_stats
 from training.validation.examples import Examples
 from training.validation.validator import Validator
-from training.watch import Watch
+from training.watching.watch import Watch
 
 _LONG_WAIT_SEC = 1.0
 
@@ -99,7 +99,7 @@ def training_loop(
     if transfer is not None:
         transferred = family.start_from(config, network, transfer, data)
         distributed.print0(transferred)
-    objective = family.objective(config, network, codec)
+    objective = denoising = family.objective(config, network, codec)
     shard_size = group_size(training, world_size)
     parameters = hold_parameters(objective, config, shard_size, device)
     ema = EMA(parameters)
@@ -218,7 +218,8 @@ def training_loop(
             )
 
     evaluator, outputs = job.evaluator, Outputs(run_dir, telemetry, stop_signal)
-    watch, was_compiled = Watch(config), False
+    watch = Watch(job, run_dir, denoising, (parameters, ema, optimizer), telemetry)
+    was_compiled = False
     monitor = Monitor(config, parameters, num_rollbacks, resume_state)
 
     def attempt(what: str, make: Callable[..., None]) -> bool:
@@ -304,6 +305,7 @@ def training_loop(
         if tick_ends:
             for name, value in objective.diagnose(images, cond, rows, optimizer.loss_scale).items():
                 stats.report(name, value)
+            watch.begin_step(tick_start_nimg, cur_nimg + step_nimg)
 
         # Update weights and their averages.
         stage_nimg = cur_nimg - course.stage.start_nimg
@@ -344,6 +346,7 @@ def training_loop(
             tick_kimg = (cur_nimg - timed_nimg) / 1000
             sec_per_tick = tick_end_sec - tick_start_sec
             flops = 3 * flops_per_image * tick_kimg * 1000
+            watch.measure(stats, (images, cond, rows), beta, cur_nimg)
             fields = stats.collect()
             fields.update(
                 {
@@ -366,8 +369,9 @@ def training_loop(
                 if training.compile and not was_compiled:
                     telemetry.message(f"Compiled in {network.compile_seconds():.1f} seconds.")
                     was_compiled = True
-                for text in (*validator.messages, *watch.warnings(fields, cur_nimg // step_nimg)):
+                for text in validator.messages:
                     telemetry.message(text)
+                watch.judge(fields, cur_nimg)
             find = functools.partial(first_not_finite, objective, network, (images, cond, rows))
             monitor.judge(cur_nimg, skipped_in_a_row, find, telemetry)
         # A run that a stop cuts short may still go back when it continues.

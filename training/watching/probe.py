@@ -1,0 +1,156 @@
+"""What a network does with a few rows of a batch: activations, attention, and use of its context.
+
+A probe is made at the end of a tick, without gradients, dropout and random numbers.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data.images.dataset import Cond
+from models.attention import observing_attention
+from torch_utils.stats import StatsCollector
+from training.ema import EMA
+
+_NUM_IMAGES = 32  # That a probe looks at on each rank, about.
+_MAX_QUERIES, _MAX_SCORES = 64, 2**20  # Of an attention, whose scores are computed once more.
+
+
+class Blocks:
+    """What the blocks of a network do in a forward pass.
+
+    Attributes:
+        values: Scalars by statistic and block: ``activation`` (root mean square of the output),
+            ``gain`` (that over the input's), ``logit`` (largest absolute score of attention).
+    """
+
+    def __init__(self, network: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        names = {module: name for name, module in network.named_modules()}
+        self._blocks = {block: names[block].removeprefix("backbone.") for block in blocks}
+        self._inside: str | None = None
+        self.values: dict[str, Tensor] = {}
+
+    @contextlib.contextmanager
+    def observed(self) -> Iterator[None]:
+        """Fill :attr:`values` by the pass within the block."""
+        with contextlib.ExitStack() as hooks:
+            hooks.enter_context(observing_attention(self._attends))
+            for block, name in self._blocks.items():
+                hooks.callback(block.register_forward_pre_hook(self._enter(name)).remove)
+                hooks.callback(block.register_forward_hook(self._leave(name)).remove)
+            yield
+
+    def _enter(self, name: str) -> Callable[..., None]:
+        def look(module: nn.Module, args: tuple) -> None:
+            self._inside = name
+
+        return look
+
+    def _leave(self, name: str) -> Callable[..., None]:
+        def look(module: nn.Module, args: tuple, output: Any) -> None:
+            self._inside = None
+            size = _rms(output)
+            self.values[f"activation/{name}"] = size
+            self.values[f"gain/{name}"] = size / _rms(args[0])
+
+        return look
+
+    def _attends(self, q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> None:
+        if self._inside is None:
+            return
+        name = f"logit/{self._inside}"
+        largest = _largest_score(q, k, bias, scale)
+        before = self.values.get(name)
+        self.values[name] = largest if before is None else torch.maximum(before, largest)
+
+
+class Probe:
+    """Looks at what a network and its average make of a batch.
+
+    Args:
+        objective: The family's objective of the network, a
+            :class:`training.objective.Objective`.
+        averaged: The same of the averaged network.
+        ema: The average.
+        blocks: Modules of the network whose outputs are looked at.
+    """
+
+    def __init__(
+        self, objective: Any, averaged: Any, ema: EMA, blocks: Sequence[nn.Module]
+    ) -> None:
+        self._objective, self._averaged, self._ema = objective, averaged, ema
+        self._blocks = list(blocks)
+
+    @torch.no_grad()
+    def look(self, stats: StatsCollector, batch: tuple[Tensor, Cond, Any], cur_nimg: int) -> None:
+        """Report under ``Watch/`` what is made of a prepared batch and its draws. Collective.
+
+        ``loss`` is that of each image without anything dropped, ``context_gap`` by how much it
+        rises when images get the contexts of others, and ``average_gap`` by how much that of the
+        averaged weights is larger.
+        """
+        objective, network = self._objective, self._objective.network
+        images, cond, draws = _some_rows(batch, network.config.images_per_row)
+        draws = objective.fixed_draws(draws.sigma, draws.noise, cur_nimg)
+        was_training = network.training
+        network.eval()
+        blocks = Blocks(network, self._blocks)
+        with _uncompiled(network), objective.gathered():
+            context = objective.context(images, cond, draws)
+            with blocks.observed():
+                own = _by_image(objective.loss_under(images, cond, draws, context))
+            stats.report("Watch/loss", own)
+            if objective.is_conditional:
+                others = torch.arange(len(own), device=own.device)
+                others = context.index(others.roll(network.config.images_per_row))
+                lost = _by_image(objective.loss_under(images, cond, draws, others))
+                stats.report("Watch/context_gap", lost - own)
+        network.train(was_training)
+        for name, value in blocks.values.items():
+            stats.report(f"Watch/{name}", value)
+        with self._ema.filled():
+            averaged = _by_image(self._averaged(images, cond, draws))
+        stats.report("Watch/average_gap", averaged - own)
+
+
+def _some_rows(batch: tuple[Tensor, Cond, Any], images_per_row: int) -> tuple[Tensor, Cond, Any]:
+    """Return the first rows of a batch; what is not one thing a row is the same for all."""
+    images, cond, draws = batch
+    num = len(images)
+    few = min(num, max(_NUM_IMAGES // images_per_row, 2))
+    cond = {name: value[:few] if len(value) == num else value for name, value in cond.items()}
+    return images[:few], cond, draws.rows(0, few)
+
+
+def _by_image(loss: Tensor) -> Tensor:
+    return loss.to(torch.float32).flatten(1).mean(1)
+
+
+def _uncompiled(network: Any) -> contextlib.AbstractContextManager:
+    """Return a context in which modules run as they are: compiled code calls no hooks."""
+    if not network.is_compiled:
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
+def _rms(x: Tensor) -> Tensor:
+    return x.to(torch.float32).square().mean().sqrt()
+
+
+def _largest_score(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Return the largest absolute score of some queries to all keys they may see."""
+    _, heads, length, _ = q.shape
+    step = -(-length // _MAX_QUERIES)
+    rows = max(_MAX_SCORES // (heads * -(-length // step) * k.shape[2]), 1)
+    scores = scale * (q[:rows, :, ::step].float() @ k[:rows].float().transpose(2, 3))
+    if bias is not None:
+        own = bias[:rows] if bias.ndim == 4 and len(bias) == len(q) else bias
+        own = own[..., ::step, :] if own.shape[-2] == length else own
+        if own.dtype == torch.bool:
+            scores = scores.masked_fill(~own, 0.0)
+        else:
+            scores = torch.where(own.isneginf(), 0.0, scores + own)
+    return scores.abs().amax()

@@ -1,0 +1,119 @@
+"""Watches over a run: measures at the end of ticks, and says what is wrong and what to do."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch_utils.stats import StatsCollector
+from training.config import RunConfig
+from training.distillation.stages import num_optimizer_steps, stage_index
+from training.ema import EMA
+from training.family import of as family_of
+from training.optimizer import GuardedAdam
+from training.run_report.rows import read_rows
+from training.telemetry import Stats, Telemetry
+from training.watching.finding import Finding
+from training.watching.probe import Probe
+from training.watching.set_context import SetContextWatcher
+from training.watching.tick import Tick, Watcher
+from training.watching.updates import UpdateMeter
+from training.watching.weights import PrecisionWatcher
+
+_STEPS_BETWEEN = 20  # Of two probes at least, however short ticks are.
+
+
+def watchers_of(config: RunConfig) -> list[Watcher]:
+    """Return what judges the statistics of a run."""
+    model = config.model
+    sets = [SetContextWatcher(model.context_dim, model.num_blocks)] * (model.images_per_row > 1)
+    return [*sets, PrecisionWatcher()]
+
+
+class Judge:
+    """Tells a finding when it appears, and again only after it has gone.
+
+    Args:
+        config: The run.
+        objective: Whose phases the losses belong to.
+        watchers: What judges it.
+    """
+
+    def __init__(self, config: RunConfig, objective: Any, watchers: Sequence[Watcher]) -> None:
+        self._config, self._objective, self._watchers = config, objective, watchers
+        self._known: set[str] = set()
+
+    def fresh(self, stats: Stats, cur_nimg: int) -> list[Finding]:
+        """Return what is new in the statistics of a tick that ends after ``cur_nimg`` images."""
+        config, before = self._config, cur_nimg - self._config.step_nimg
+        phase = stage_index(config, before), self._objective.phase(before)
+        step, num_steps = cur_nimg // config.step_nimg, num_optimizer_steps(config)
+        tick = Tick(step, num_steps, phase, stats)
+        found = [finding for watcher in self._watchers for finding in watcher.look(tick)]
+        fresh = [finding for finding in found if finding.name not in self._known]
+        self._known = {finding.name for finding in found}
+        return fresh
+
+
+class Watch:
+    """The watch over a run; with ``--no-watch`` it does nothing.
+
+    Args:
+        job: What is trained, a :class:`training.loop.Job`.
+        run_dir: The run folder, whose statistics so far are read.
+        objective: The family's, of the network that is trained.
+        trained: Its parameters, their average and what updates them.
+        telemetry: What findings are told to, on rank 0; None elsewhere.
+    """
+
+    def __init__(
+        self,
+        job: Any,
+        run_dir: Path,
+        objective: Any,
+        trained: tuple[Any, EMA, GuardedAdam],
+        telemetry: Telemetry | None,
+    ) -> None:
+        config: RunConfig = job.config
+        self._step_nimg, self._telemetry = config.step_nimg, telemetry
+        self._is_on = config.logging.watch
+        self._begun = False
+        if not self._is_on:
+            return
+        _, ema, _ = trained
+        averaged = family_of(config).objective(config, ema.network, job.codec)
+        blocks = list(config.model.sharded_parts(objective.network.backbone))
+        self._meter, self._probe = UpdateMeter(*trained), Probe(objective, averaged, ema, blocks)
+        if telemetry is not None:
+            self._judge = Judge(config, objective, watchers_of(config))
+            for row in read_rows(run_dir / "stats.jsonl")[0]:
+                nimg = Tick(0, 0, (), row).mean("Progress/kimg")
+                if nimg is not None:
+                    self._judge.fresh(row, round(nimg * 1000))
+
+    def begin_step(self, tick_start_nimg: int, end_nimg: int) -> None:
+        """Get ready to look at the step that ends the tick, after ``end_nimg`` images."""
+        steps = [nimg // self._step_nimg // _STEPS_BETWEEN for nimg in (tick_start_nimg, end_nimg)]
+        self._begun = self._is_on and steps[0] < steps[1]
+        if self._begun:
+            self._meter.begin()
+
+    def measure(
+        self, stats: StatsCollector, batch: tuple[Any, Any, Any], beta: float, cur_nimg: int
+    ) -> None:
+        """Report on the step that ended the tick and on what the network makes of its last batch.
+
+        ``batch`` is prepared, with its draws; ``beta`` is the decay of the average in that step.
+        Collective; synchronises.
+        """
+        if not self._begun:
+            return
+        self._begun = False
+        for name, value in self._meter.measure(beta).items():
+            stats.report(f"Watch/{name}", value)
+        self._probe.look(stats, batch, cur_nimg)
+
+    def judge(self, stats: Stats, cur_nimg: int) -> None:
+        """Tell what the statistics of the tick show, on rank 0."""
+        if self._is_on and self._telemetry is not None:
+            for finding in self._judge.fresh(stats, cur_nimg):
+                self._telemetry.tell(finding, cur_nimg)
