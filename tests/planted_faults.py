@@ -204,8 +204,10 @@ def main():
     cells = [c for c in cells_of(options.clean, options.seeds) if not chosen or c[0] in chosen]
     with concurrent.futures.ThreadPoolExecutor(options.parallel) as pool:
         jobs = [pool.submit(make, folder, cell) for cell in cells]
-        for job in progress(concurrent.futures.as_completed(jobs), total=len(jobs), label="Runs"):
-            job.result()
+        with progress(total=len(jobs), label="Runs", unit="run") as bar:
+            for job in concurrent.futures.as_completed(jobs):
+                job.result()
+                bar.update()
     lines = describe(read_results(folder))
     print("\n".join(lines))
     if options.write:

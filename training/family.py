@@ -257,8 +257,10 @@ class Evaluator(Protocol):
     A stop raises :class:`~torch_utils.distributed.StopRequested` anywhere in them.
     """
 
-    def save_pictures(self, generator: Any, outputs: Outputs, cur_nimg: int) -> None:
-        """Write ``fakes-KIMG.png``."""
+    def save_pictures(
+        self, generator: Any, outputs: Outputs, cur_nimg: int
+    ) -> Sequence[torch.Tensor] | None:
+        """Write ``fakes-KIMG.png``; return the samples, uint8 [C, H, W] each, on rank 0."""
         ...
 
     def score(self, generator: Any, outputs: Outputs, cur_nimg: int) -> None:

@@ -235,10 +235,17 @@ def training_loop(
                 telemetry.message(f"No {what} at kimg {format_kimg(cur_nimg / 1000)}. {error}")
         return True
 
+    def save_pictures(generator: Any, outputs: Outputs, cur_nimg: int) -> None:
+        watch.see(evaluator.save_pictures(generator, outputs, cur_nimg), cur_nimg)
+
+    def score(generator: Any, outputs: Outputs, cur_nimg: int) -> None:
+        evaluator.score(generator, outputs, cur_nimg)
+        watch.see_scores(cur_nimg)
+
     def show_and_score(pictures_due: bool, metrics_due: bool) -> bool:
         """Return False if a stop cut that short. Collective."""
-        shown = not pictures_due or attempt("pictures", evaluator.save_pictures)
-        whole = shown and (not metrics_due or attempt("scores", evaluator.score))
+        shown = not pictures_due or attempt("pictures", save_pictures)
+        whole = shown and (not metrics_due or attempt("scores", score))
         if done:
             writer.finish()  # The report tells what is there.
         if whole and (pictures_due or metrics_due) and telemetry is not None:

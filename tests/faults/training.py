@@ -3,8 +3,8 @@
 import functools
 
 import torch
-from faults import Fault
 
+from faults import Fault
 from models import attention, conditioners, layers
 from torch_utils import rng
 from training import ema, loop, optimizer

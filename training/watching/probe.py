@@ -4,7 +4,7 @@ A probe is made at the end of a tick, without gradients, dropout and random numb
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,11 +12,19 @@ from torch import Tensor, nn
 
 from data.images.dataset import Cond
 from models.attention import observing_attention
+from models.config import ModelConfig
 from torch_utils.stats import StatsCollector
 from training.ema import EMA
 
 _NUM_IMAGES = 32  # That a probe looks at on each rank, about.
 _MAX_QUERIES, _MAX_SCORES = 64, 2**20  # Of an attention, whose scores are computed once more.
+
+
+def named_blocks(config: ModelConfig, backbone: nn.Module) -> dict[str, nn.Module]:
+    """Return the blocks of a backbone by their names in it, in order."""
+    names = {module: name for name, module in backbone.named_modules()}
+    blocks = {names[block]: block for block in config.sharded_parts(backbone)}
+    return {name: block for name, block in blocks.items() if name}
 
 
 class Blocks:
@@ -27,9 +35,8 @@ class Blocks:
             ``gain`` (that over the input's), ``logit`` (largest absolute score of attention).
     """
 
-    def __init__(self, network: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        names = {module: name for name, module in network.named_modules()}
-        self._blocks = {block: names[block].removeprefix("backbone.") for block in blocks}
+    def __init__(self, blocks: Mapping[str, nn.Module]) -> None:
+        self._blocks = blocks
         self._inside: str | None = None
         self.values: dict[str, Tensor] = {}
 
@@ -38,7 +45,7 @@ class Blocks:
         """Fill :attr:`values` by the pass within the block."""
         with contextlib.ExitStack() as hooks:
             hooks.enter_context(observing_attention(self._attends))
-            for block, name in self._blocks.items():
+            for name, block in self._blocks.items():
                 hooks.callback(block.register_forward_pre_hook(self._enter(name)).remove)
                 hooks.callback(block.register_forward_hook(self._leave(name)).remove)
             yield
@@ -75,14 +82,14 @@ class Probe:
             :class:`training.objective.Objective`.
         averaged: The same of the averaged network.
         ema: The average.
-        blocks: Modules of the network whose outputs are looked at.
+        blocks: Modules of the network whose outputs are looked at, by name.
     """
 
     def __init__(
-        self, objective: Any, averaged: Any, ema: EMA, blocks: Sequence[nn.Module]
+        self, objective: Any, averaged: Any, ema: EMA, blocks: Mapping[str, nn.Module]
     ) -> None:
         self._objective, self._averaged, self._ema = objective, averaged, ema
-        self._blocks = list(blocks)
+        self._blocks = blocks
 
     @torch.no_grad()
     def look(self, stats: StatsCollector, batch: tuple[Tensor, Cond, Any], cur_nimg: int) -> None:
@@ -97,7 +104,7 @@ class Probe:
         draws = objective.fixed_draws(draws.sigma, draws.noise, cur_nimg)
         was_training = network.training
         network.eval()
-        blocks = Blocks(network, self._blocks)
+        blocks = Blocks(self._blocks)
         with _uncompiled(network), objective.gathered():
             context = objective.context(images, cond, draws)
             with blocks.observed():

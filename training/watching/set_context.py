@@ -42,9 +42,11 @@ class SetContextWatcher:
         self._smallest = _SMALL_NORM * context_dim**0.5
         self._num_blocks = num_blocks
 
-    def look(self, tick: Tick) -> list[Finding]:
+    def look(self, tick: Tick) -> list[Finding] | None:
         norm = tick.mean("debug/context_norm")
-        if norm is None or tick.step < _FIRST_STEP:
+        if norm is None:
+            return None
+        if tick.step < _FIRST_STEP:
             return []
         encoder, dit = (tick.mean(f"debug/{part}_grad_norm") or 0.0 for part in ("encoder", "dit"))
         holds = {

@@ -24,6 +24,11 @@ class Tick:
     phase: tuple[int, ...]
     stats: Mapping[str, Any]
 
+    @property
+    def is_probed(self) -> bool:
+        """Whether a probe was made at the end of the tick."""
+        return "Watch/loss" in self.stats
+
     def mean(self, name: str) -> float | None:
         """Return the mean of a statistic; None where it is absent or not finite."""
         return self._number(name, "mean")
@@ -57,6 +62,6 @@ class Watcher(Protocol):
     of ``stats.jsonl`` again.
     """
 
-    def look(self, tick: Tick) -> list[Finding]:
-        """Return what is wrong as of this tick."""
+    def look(self, tick: Tick) -> list[Finding] | None:
+        """Return what is wrong as of this tick; None if the tick does not tell."""
         ...

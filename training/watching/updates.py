@@ -24,10 +24,17 @@ class UpdateMeter:
         parameters: Of the network that is trained.
         ema: Its moving average.
         optimizer: What updates the weights.
+        blocks: Names of the blocks of the network.
     """
 
-    def __init__(self, parameters: Any, ema: EMA, optimizer: GuardedAdam) -> None:
+    def __init__(
+        self, parameters: Any, ema: EMA, optimizer: GuardedAdam, blocks: Sequence[str]
+    ) -> None:
         self._own, self._average, self._optimizer = parameters.own, ema.own, optimizer
+        shapes = dict(parameters.network.named_parameters())
+        is_matrix = [shapes[name].ndim > 1 for name in parameters.names]
+        self._is_matrix = torch.tensor(is_matrix)
+        self._branches = _branches(parameters.names, is_matrix, blocks)
         self._before: dict[str, Tensor] | None = None
 
     def begin(self) -> None:
@@ -48,7 +55,23 @@ class UpdateMeter:
         if float(self._optimizer.skipped):
             return {}
         sums = self._sums(before)
-        return _statistics({name: sums[:, place] for place, name in enumerate(_SUMS)}, beta)
+        columns = {name: sums[:, place] for place, name in enumerate(_SUMS)}
+        return {**_statistics(columns, beta), **self._gradients(columns)}
+
+    def _gradients(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """Return, by block, the gradient of the branch of it that has the smallest.
+
+        It is the largest root mean square of the branch's matrices, over the median of those of
+        all matrices.
+        """
+        sizes = (sums["gradient"] / sums["num"].clamp(min=1)).sqrt()
+        usual = float(sizes[self._is_matrix].median())
+        if not usual:
+            return {}
+        return {
+            f"gradient/{block}": min(float(sizes[own].max()) for own in branches) / usual
+            for block, branches in self._branches.items()
+        }
 
     def _sums(self, before: dict[str, Tensor]) -> Tensor:
         """Return the sums [P, S] of :data:`_SUMS`, of whole parameters, on the CPU."""
@@ -84,6 +107,19 @@ class UpdateMeter:
         sizes = torch.tensor([param.numel() for param in own], device=weight.device)
         sums *= (sizes / counts.clamp(min=1))[:, None]
         return distributed.all_reduce_sum(sums).cpu()
+
+
+def _branches(
+    names: Sequence[str], is_matrix: Sequence[bool], blocks: Sequence[str]
+) -> dict[str, list[list[int]]]:
+    """Return the branches of each block, such as attention and MLP: where their matrices are."""
+    found: dict[str, dict[str, list[int]]] = {block: {} for block in blocks}
+    for place, name in enumerate(names):
+        block = next((own for own in blocks if name.startswith(f"backbone.{own}.")), None)
+        if block is not None and is_matrix[place]:
+            *path, layer, _ = name.removeprefix(f"backbone.{block}.").split(".")
+            found[block].setdefault(".".join(path) or layer, []).append(place)
+    return {block: list(branches.values()) for block, branches in found.items() if branches}
 
 
 _SUMS = (

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from torch_utils.stats import StatsCollector
 from training.config import RunConfig
 from training.distillation.stages import num_optimizer_steps, stage_index
@@ -12,8 +14,12 @@ from training.family import of as family_of
 from training.optimizer import GuardedAdam
 from training.run_report.rows import read_rows
 from training.telemetry import Stats, Telemetry
+from training.watching.averages import AverageWatcher
+from training.watching.context import ContextWatcher
 from training.watching.finding import Finding
-from training.watching.probe import Probe
+from training.watching.layers import LayerWatcher
+from training.watching.probe import Probe, named_blocks
+from training.watching.samples import SampleWatch
 from training.watching.set_context import SetContextWatcher
 from training.watching.tick import Tick, Watcher
 from training.watching.updates import UpdateMeter
@@ -26,7 +32,8 @@ def watchers_of(config: RunConfig) -> list[Watcher]:
     """Return what judges the statistics of a run."""
     model = config.model
     sets = [SetContextWatcher(model.context_dim, model.num_blocks)] * (model.images_per_row > 1)
-    return [*sets, PrecisionWatcher()]
+    averages = AverageWatcher(config.training, config.step_nimg)
+    return [*sets, PrecisionWatcher(), averages, LayerWatcher(), ContextWatcher()]
 
 
 class Judge:
@@ -40,7 +47,7 @@ class Judge:
 
     def __init__(self, config: RunConfig, objective: Any, watchers: Sequence[Watcher]) -> None:
         self._config, self._objective, self._watchers = config, objective, watchers
-        self._known: set[str] = set()
+        self._found: dict[Watcher, list[Finding]] = {}
 
     def fresh(self, stats: Stats, cur_nimg: int) -> list[Finding]:
         """Return what is new in the statistics of a tick that ends after ``cur_nimg`` images."""
@@ -48,10 +55,13 @@ class Judge:
         phase = stage_index(config, before), self._objective.phase(before)
         step, num_steps = cur_nimg // config.step_nimg, num_optimizer_steps(config)
         tick = Tick(step, num_steps, phase, stats)
-        found = [finding for watcher in self._watchers for finding in watcher.look(tick)]
-        fresh = [finding for finding in found if finding.name not in self._known]
-        self._known = {finding.name for finding in found}
-        return fresh
+        known = {finding.name for found in self._found.values() for finding in found}
+        for watcher in self._watchers:
+            found = watcher.look(tick)
+            if found is not None:
+                self._found[watcher] = found
+        now = [finding for found in self._found.values() for finding in found]
+        return [finding for finding in now if finding.name not in known]
 
 
 class Watch:
@@ -81,9 +91,11 @@ class Watch:
             return
         _, ema, _ = trained
         averaged = family_of(config).objective(config, ema.network, job.codec)
-        blocks = list(config.model.sharded_parts(objective.network.backbone))
-        self._meter, self._probe = UpdateMeter(*trained), Probe(objective, averaged, ema, blocks)
+        blocks = named_blocks(config.model, objective.network.backbone)
+        self._meter = UpdateMeter(*trained, list(blocks))
+        self._probe = Probe(objective, averaged, ema, blocks)
         if telemetry is not None:
+            self._samples = SampleWatch(job, run_dir, telemetry)
             self._judge = Judge(config, objective, watchers_of(config))
             for row in read_rows(run_dir / "stats.jsonl")[0]:
                 nimg = Tick(0, 0, (), row).mean("Progress/kimg")
@@ -111,6 +123,16 @@ class Watch:
         for name, value in self._meter.measure(beta).items():
             stats.report(f"Watch/{name}", value)
         self._probe.look(stats, batch, cur_nimg)
+
+    def see(self, pictures: Sequence[Tensor] | None, cur_nimg: int) -> None:
+        """Judge the samples of a snapshot, uint8 [C, H, W] each, by their spread, on rank 0."""
+        if self._is_on and self._telemetry is not None and pictures is not None:
+            self._samples.see(pictures, cur_nimg)
+
+    def see_scores(self, cur_nimg: int) -> None:
+        """Judge what detectors saw in the samples that were just scored, on rank 0."""
+        if self._is_on and self._telemetry is not None:
+            self._samples.see_scores(cur_nimg)
 
     def judge(self, stats: Stats, cur_nimg: int) -> None:
         """Tell what the statistics of the tick show, on rank 0."""

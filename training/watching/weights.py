@@ -10,25 +10,27 @@ _MOST_LOST = 0.5
 class PrecisionWatcher:
     """Says when weights have the digits of bfloat16 or float16, or when updates change nothing."""
 
-    def look(self, tick: Tick) -> list[Finding]:
-        found = []
+    def look(self, tick: Tick) -> list[Finding] | None:
+        if not tick.is_probed:
+            return None
         rounded, lost = tick.mean("Watch/rounded_weights"), tick.mean("Watch/lost_updates")
         if rounded is not None and rounded > _MOST_ROUNDED:
-            found.append(
+            return [
                 Finding(
                     name="weights_rounded",
                     message=f"{rounded:.0%} of the weights that a step changed have no more digits "
-                    "than 16-bit numbers, where next to none should: small updates are lost",
+                    "than 16-bit numbers, where next to none should, so that small updates are "
+                    "lost",
                     remedy="keep the weights in float32 and compute in 16 bits by --precision=bf16",
                 )
-            )
-        elif lost is not None and lost > _MOST_LOST:
-            found.append(
+            ]
+        if lost is not None and lost > _MOST_LOST:
+            return [
                 Finding(
                     name="updates_lost",
                     message=f"a step leaves {lost:.0%} of the weights that have a gradient as they "
                     "were, because their updates are smaller than their last digit",
                     remedy="raise the learning rate (--lr), and keep the weights in float32",
                 )
-            )
-        return found
+            ]
+        return []
