@@ -194,14 +194,11 @@ def _row(
 
 def _relative_spread(comparison: Comparison) -> float | None:
     """Return the total variance of the generated side over that of the real one; None if 0."""
-    if comparison.fake_moments is not None and comparison.real_moments is not None:
-        fake, real = (
-            np.trace(own[1]) for own in (comparison.fake_moments, comparison.real_moments)
-        )
+    it = comparison
+    if it.fake_moments is not None and it.real_moments is not None:
+        fake, real = (np.trace(sigma) for _, sigma in (it.fake_moments, it.real_moments))
     else:
-        fake, real = (
-            np.var(own, axis=0, ddof=1).sum() for own in (comparison.fake, comparison.real)
-        )
+        fake, real = (np.var(vectors, axis=0, ddof=1).sum() for vectors in (it.fake, it.real))
     return float(fake / real) if real > 0 else None
 
 

@@ -23,7 +23,8 @@ def save_fakes(
 ) -> torch.Tensor | None:
     """Write a grid of samples with fixed seeds, made by all ranks together. Collective.
 
-    Returns the samples, uint8 [N, C, H, W], on rank 0. ``class_counts`` are the shares of a conditional model's classes, whose names are the titles.
+    ``class_counts`` are the shares of a conditional model's classes, whose names are the titles.
+    Returns the samples, uint8 [N, C, H, W], on rank 0.
     """
     labels = None
     if class_counts:
