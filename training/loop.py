@@ -312,7 +312,7 @@ def training_loop(
         if tick_ends:
             for name, value in objective.diagnose(images, cond, rows, optimizer.loss_scale).items():
                 stats.report(name, value)
-            watch.begin_step(tick_start_nimg, cur_nimg + step_nimg)
+            watch.begin_step((images, cond, rows), tick_start_nimg, cur_nimg)
 
         # Update weights and their averages.
         stage_nimg = cur_nimg - course.stage.start_nimg
@@ -353,7 +353,7 @@ def training_loop(
             tick_kimg = (cur_nimg - timed_nimg) / 1000
             sec_per_tick = tick_end_sec - tick_start_sec
             flops = 3 * flops_per_image * tick_kimg * 1000
-            watch.measure(stats, (images, cond, rows), beta, cur_nimg)
+            watch.measure(stats, beta)
             fields = stats.collect()
             fields.update(
                 {

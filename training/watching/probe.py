@@ -90,37 +90,60 @@ class Probe:
     ) -> None:
         self._objective, self._averaged, self._ema = objective, averaged, ema
         self._blocks = blocks
+        self._kept: tuple[tuple[Tensor, Cond, Any], Tensor] | None = None
 
     @torch.no_grad()
-    def look(self, stats: StatsCollector, batch: tuple[Tensor, Cond, Any], cur_nimg: int) -> None:
-        """Report under ``Watch/`` what is made of a prepared batch and its draws. Collective.
+    def begin(self, batch: tuple[Tensor, Cond, Any], cur_nimg: int) -> None:
+        """Keep a few rows of a prepared batch with its draws, and their loss before the step.
 
-        ``loss`` is that of each image without anything dropped, ``context_gap`` by how much it
-        rises when images get the contexts of others, and ``average_gap`` by how much that of the
-        averaged weights is larger.
+        ``cur_nimg`` counts the images before that step. Collective.
         """
-        objective, network = self._objective, self._objective.network
-        images, cond, draws = _some_rows(batch, network.config.images_per_row)
-        draws = objective.fixed_draws(draws.sigma, draws.noise, cur_nimg)
-        was_training = network.training
-        network.eval()
-        blocks = Blocks(self._blocks)
-        with _uncompiled(network), objective.gathered():
+        images, cond, draws = _some_rows(batch, self._objective.network.config.images_per_row)
+        draws = self._objective.fixed_draws(draws.sigma, draws.noise, cur_nimg)
+        with self._evaluated():
+            context = self._objective.context(images, cond, draws)
+            before = _by_image(self._objective.loss_under(images, cond, draws, context))
+        self._kept = (images, cond, draws), before
+
+    @torch.no_grad()
+    def look(self, stats: StatsCollector) -> None:
+        """Report under ``Watch/`` what is made of the rows kept, after the step. Collective.
+
+        ``loss`` is that of each image without anything dropped; ``step_effect`` by how much the
+        step changed it. ``context_gap`` is by how much it rises when images get the contexts of
+        others, and ``average_gap`` by how much that of the averaged weights is larger.
+        """
+        assert self._kept is not None, "a step was looked at whose begin was not"
+        ((images, cond, draws), before), self._kept = self._kept, None
+        objective, blocks = self._objective, Blocks(self._blocks)
+        with self._evaluated():
             context = objective.context(images, cond, draws)
             with blocks.observed():
                 own = _by_image(objective.loss_under(images, cond, draws, context))
             stats.report("Watch/loss", own)
+            stats.report("Watch/step_effect", own - before)
             if objective.is_conditional:
-                others = torch.arange(len(own), device=own.device)
-                others = context.index(others.roll(network.config.images_per_row))
+                order = torch.arange(len(own), device=own.device)
+                others = context.index(order.roll(objective.network.config.images_per_row))
                 lost = _by_image(objective.loss_under(images, cond, draws, others))
                 stats.report("Watch/context_gap", lost - own)
-        network.train(was_training)
         for name, value in blocks.values.items():
             stats.report(f"Watch/{name}", value)
         with self._ema.filled():
             averaged = _by_image(self._averaged(images, cond, draws))
         stats.report("Watch/average_gap", averaged - own)
+
+    @contextlib.contextmanager
+    def _evaluated(self) -> Iterator[None]:
+        """Within it, the network is whole, not compiled, and without dropout."""
+        network = self._objective.network
+        was_training = network.training
+        network.eval()
+        try:
+            with _uncompiled(network), self._objective.gathered():
+                yield
+        finally:
+            network.train(was_training)
 
 
 def _some_rows(batch: tuple[Tensor, Cond, Any], images_per_row: int) -> tuple[Tensor, Cond, Any]:

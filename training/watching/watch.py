@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from data.images.dataset import Cond
 from torch_utils.stats import StatsCollector
 from training.config import RunConfig
 from training.distillation.stages import num_optimizer_steps, stage_index
@@ -102,27 +103,31 @@ class Watch:
                 if nimg is not None:
                     self._judge.fresh(row, round(nimg * 1000))
 
-    def begin_step(self, tick_start_nimg: int, end_nimg: int) -> None:
-        """Get ready to look at the step that ends the tick, after ``end_nimg`` images."""
+    def begin_step(
+        self, batch: tuple[Tensor, Cond, Any], tick_start_nimg: int, cur_nimg: int
+    ) -> None:
+        """Get ready to look at the step that ends the tick, after ``cur_nimg`` images.
+
+        ``batch`` is the last of the step, prepared, with its draws. Collective.
+        """
+        end_nimg = cur_nimg + self._step_nimg
         steps = [nimg // self._step_nimg // _STEPS_BETWEEN for nimg in (tick_start_nimg, end_nimg)]
         self._begun = self._is_on and steps[0] < steps[1]
         if self._begun:
             self._meter.begin()
+            self._probe.begin(batch, cur_nimg)
 
-    def measure(
-        self, stats: StatsCollector, batch: tuple[Any, Any, Any], beta: float, cur_nimg: int
-    ) -> None:
-        """Report on the step that ended the tick and on what the network makes of its last batch.
+    def measure(self, stats: StatsCollector, beta: float) -> None:
+        """Report on the step that ended the tick, and on what the network makes of its batch.
 
-        ``batch`` is prepared, with its draws; ``beta`` is the decay of the average in that step.
-        Collective; synchronises.
+        ``beta`` is the decay of the average in that step. Collective; synchronises.
         """
         if not self._begun:
             return
         self._begun = False
         for name, value in self._meter.measure(beta).items():
             stats.report(f"Watch/{name}", value)
-        self._probe.look(stats, batch, cur_nimg)
+        self._probe.look(stats)
 
     def see(self, pictures: Sequence[Tensor] | None, cur_nimg: int) -> None:
         """Judge the samples of a snapshot, uint8 [C, H, W] each, by their spread, on rank 0."""
