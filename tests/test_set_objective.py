@@ -308,7 +308,7 @@ def fields(**changes):
 )
 def test_the_log_warns_once_with_a_remedy(changes, reason, remedy):
     config = SetRun(preset="x", model=tiny(num_blocks=3))
-    watcher = SetContextWatcher(config.model.context_dim, config.model.num_blocks)
+    watcher = SetContextWatcher(config.model)
     judge = Judge(config, make(config.model), [watcher])
 
     def told(stats, step):

@@ -2,6 +2,7 @@
 
 import itertools
 
+from models.config import ModelConfig
 from training.watching.finding import Finding
 from training.watching.tick import Tick
 
@@ -34,13 +35,11 @@ class SetContextWatcher:
     """Says when a context is near zero, its encoder gets no gradient, or gradients vanish.
 
     Args:
-        context_dim: Width of the context.
-        num_blocks: Number of blocks of the DiT.
+        model: Settings of the network, of any kind; others have no such diagnostics.
     """
 
-    def __init__(self, context_dim: int, num_blocks: int) -> None:
-        self._smallest = _SMALL_NORM * context_dim**0.5
-        self._num_blocks = num_blocks
+    def __init__(self, model: ModelConfig) -> None:
+        self._model = model
 
     def look(self, tick: Tick) -> list[Finding] | None:
         norm = tick.mean("debug/context_norm")
@@ -50,14 +49,14 @@ class SetContextWatcher:
             return []
         encoder, dit = (tick.mean(f"debug/{part}_grad_norm") or 0.0 for part in ("encoder", "dit"))
         holds = {
-            CONTEXT: norm < self._smallest,
+            CONTEXT: norm < _SMALL_NORM * self._model.context_dim**0.5,
             ENCODER: encoder < _SMALL_ENCODER_GRADIENT * dit,
             LAYERS: self._vanishes(tick),
         }
         return [finding for finding, is_so in holds.items() if is_so]
 
     def _vanishes(self, tick: Tick) -> bool:
-        means = [tick.mean(f"debug/dit_layer_{i}_grad_norm") for i in range(self._num_blocks)]
+        means = [tick.mean(f"debug/dit_layer_{i}_grad_norm") for i in range(self._model.num_blocks)]
         norms = [norm for norm in means if norm is not None]
         if len(norms) < 3 or not any(norms):  # As while the encoder is trained alone.
             return False

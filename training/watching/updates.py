@@ -56,7 +56,11 @@ class UpdateMeter:
             return {}
         sums = self._sums(before)
         columns = {name: sums[:, place] for place, name in enumerate(_SUMS)}
-        return {**_statistics(columns, beta), **self._gradients(columns)}
+        found = {**_statistics(columns, beta), **self._gradients(columns)}
+        if float(columns["moved"].sum()):
+            change, weight = (columns[name][self._is_matrix].sum() for name in ("change", "weight"))
+            found["update_ratio"] = float((change / weight).sqrt())
+        return found
 
     def _gradients(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Return, by block, the gradient of the branch of it that has the smallest.
@@ -135,8 +139,6 @@ def _statistics(sums: dict[str, Tensor], beta: float) -> dict[str, float]:
         norms = (total["gradient"] * total["momentum"]) ** 0.5
         found["gradient_alignment"] = total["product"] / norms
     if total["moved"]:
-        relative = (sums["change"] / sums["weight"])[(sums["weight"] > 0) & (sums["num"] > 1)]
-        found["update_ratio"] = float(relative.sqrt().median()) if len(relative) else 0.0
         found["rounded_weights"] = max(total["bf16"], total["fp16"]) / total["moved"]
         found["lost_updates"] = _ratio(total["lost"], total["due"])
     # Below, the step of the average would be lost in the rounding of float32.

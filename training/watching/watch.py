@@ -31,10 +31,13 @@ _STEPS_BETWEEN = 20  # Of two probes at least, however short ticks are.
 
 def watchers_of(config: RunConfig) -> list[Watcher]:
     """Return what judges the statistics of a run."""
-    model = config.model
-    sets = [SetContextWatcher(model.context_dim, model.num_blocks)] * (model.images_per_row > 1)
-    averages = AverageWatcher(config.training, config.step_nimg)
-    return [*sets, PrecisionWatcher(), averages, LayerWatcher(), ContextWatcher()]
+    return [
+        PrecisionWatcher(),
+        AverageWatcher(config.training, config.step_nimg),
+        LayerWatcher(),
+        ContextWatcher(),
+        SetContextWatcher(config.model),
+    ]
 
 
 class Judge:
