@@ -105,7 +105,8 @@ class Codec(Protocol):
 class Objective(Protocol):
     """A ``torch.nn.Module`` from a batch to its loss, which DDP wraps.
 
-    One of a model that can be distilled also has what :class:`training.objective.Objective` does.
+    One that is validated, watched over (``--watch``) or distilled also has what
+    :class:`training.objective.Objective` does.
     """
 
     num_shapes: int  # Shapes of inputs that occur; a compiled network has a graph for each.

@@ -19,6 +19,7 @@ from training.watching.averages import AverageWatcher
 from training.watching.context import ContextWatcher
 from training.watching.finding import Finding
 from training.watching.layers import LayerWatcher
+from training.watching.learning_rate import LearningRateWatcher
 from training.watching.probe import Probe, named_blocks
 from training.watching.samples import SampleWatch
 from training.watching.set_context import SetContextWatcher
@@ -32,6 +33,7 @@ _STEPS_BETWEEN = 20  # Of two probes at least, however short ticks are.
 def watchers_of(config: RunConfig) -> list[Watcher]:
     """Return what judges the statistics of a run."""
     return [
+        LearningRateWatcher(config),
         PrecisionWatcher(),
         AverageWatcher(config.training, config.step_nimg),
         LayerWatcher(),
