@@ -22,13 +22,14 @@ from training.optimizer import GuardedAdam
 from training.run_report.files import read_run
 from training.telemetry import trim_rows
 from training.watching.averages import AverageWatcher
+from training.watching.context import ContextWatcher
 from training.watching.samples import compared, findings_of
 from training.watching.tick import Tick
 from training.watching.updates import UpdateMeter
 from training.watching.watch import Judge, watchers_of
 
 pytestmark = pytest.mark.usefixtures("one_cpu_thread")
-STEPS = ("--iters=61", "--log-interval=20", "--snap=100", "--board=none")
+STEPS = ("--iters=81", "--log-interval=20", "--snap=100", "--board=none")
 # What faults patch, to be put back.
 PATCHED = (
     (loop, "learning_rate"),
@@ -73,7 +74,7 @@ def test_a_planted_fault_is_named_in_the_run_folder_the_log_and_once_in_the_repo
     found = {row["name"]: row for row in findings(run_dir)}
     assert expected in found
     row = found[expected]
-    assert row["kimg"] <= 0.004 * 61 + 1e-9
+    assert row["kimg"] <= 0.004 * 81 + 1e-9
     line = f"Warning: {row['message']}: {row['remedy']}."
     assert (run_dir / "log.txt").read_text().count(line) == 1
     shown = [(n.name, num) for n, num in read_run(run_dir).notices if n.level == "warning"]
@@ -169,6 +170,55 @@ def test_a_finding_is_told_when_it_appears_and_again_only_after_it_has_gone():
     well, wrong = dict(loss=1.0, average_step=1.0), dict(loss=1.0, average_step=0.0)
     found = judged("digits", [well, wrong, wrong, {}, wrong, well, wrong])
     assert found == [[], ["average_not_updated"], [], [], [], [], ["average_not_updated"]]
+
+
+USUAL = dict(loss=1.0, update_ratio=0.005, gradient_alignment=-0.3, average_step=1.0)
+USUAL |= dict(average_gap=0.02, context_gap=0.1, rounded_weights=0.0, lost_updates=0.01)
+USUAL |= {"activation/a": 5.0, "activation/b": 9.0, "gain/a": 2.0, "gain/b": 1.2}
+USUAL |= {"logit/a": 9.0, "gradient/a": 0.1, "gradient/b": 0.01}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (dict(), []),
+        (dict(update_ratio=0.05), ["learning_rate_high"]),
+        (
+            {"update_ratio": 0.02, "activation/a": 1e4, "activation/b": 1e5},
+            ["learning_rate_high"],
+        ),
+        (dict(update_ratio=0.02), []),
+        (dict(update_ratio=1e-4, gradient_alignment=0.99), ["learning_rate_low"]),
+        (dict(update_ratio=1e-4, gradient_alignment=0.1), []),  # As in fine-tuning.
+        (dict(average_step=3.0), ["average_not_updated"]),
+        (dict(average_gap=0.5), ["average_behind"]),
+        (dict(rounded_weights=0.99), ["weights_rounded"]),
+        (dict(lost_updates=0.8), ["updates_lost"]),
+        ({"gradient/b": 1e-9}, ["layer_dead"]),
+        ({"gain/a": 80.0}, ["layer_exploding"]),
+        ({"logit/a": 900.0}, ["attention_saturated"]),
+    ],
+)
+def test_watchers_see_their_own_fault_and_no_other(changes, expected):
+    found = judged("digits", [{**USUAL, **changes}] * 5)
+    assert [name for names in found for name in names] == expected
+
+
+def test_a_context_is_unused_where_another_makes_no_difference():
+    nothing = dict(num=32, mean=0.0, std=0.0)
+    noise = dict(num=32, mean=1e-4, std=0.1)
+    watcher = ContextWatcher()
+
+    def look(step, gap):
+        stats = {"Watch/context_gap": gap, "Watch/loss": dict(num=32, mean=1.0, std=0.3)}
+        return [own.name for own in watcher.look(Tick(step, 3000, (0,), stats)) or []]
+
+    assert [look(step, nothing) for step in (20, 40, 60, 80)] == [[], [], [], ["context_unused"]]
+    assert look(100, noise) == []  # Too early to tell.
+    found = [look(step, noise) for step in range(1000, 1200, 20)]
+    assert found[-1] == ["context_unused"]
+    found = [look(step, dict(noise, mean=0.05)) for step in range(1200, 1400, 20)]
+    assert found[-1] == []
 
 
 def test_an_average_that_is_still_young_by_its_own_settings_is_not_behind():

@@ -6,9 +6,9 @@ from training.optimizer import learning_rate
 from training.watching.finding import Finding
 from training.watching.tick import Tick
 
-# An update of more than this share of the weights at the beginning of training. The small presets
-# have at most a third of it; see docs/watching.md.
-_LARGEST_UPDATE = 0.03
+# A larger update in one step, as a share of the weights; or one half as large, with which the
+# activations of half the blocks have grown as far.
+_LARGEST_UPDATE, _LARGEST_ACTIVATION = 0.03, 100.0
 _SHORTEST_PATH = 1.0  # Lengths of the weights that they can move in the whole run.
 _ALIGNED = 0.9  # Cosine of gradients: they point the same way, with hardly any noise.
 _NUM_TICKS = 2  # In which this has to be so.
@@ -32,7 +32,10 @@ class LearningRateWatcher:
         update, alignment = tick.mean("Watch/update_ratio"), tick.mean("Watch/gradient_alignment")
         if update is None or alignment is None:
             return None
-        self._num_high = self._num_high + 1 if update > _LARGEST_UPDATE else 0
+        activations = tick.by_block("activation").values()
+        num_large = sum(size > _LARGEST_ACTIVATION for size in activations)
+        largest = _LARGEST_UPDATE / (2 if 2 * num_large >= max(len(activations), 1) else 1)
+        self._num_high = self._num_high + 1 if update > largest else 0
         path = self._path(tick, update)
         is_low = path is not None and path < _SHORTEST_PATH and alignment > _ALIGNED
         self._num_low = self._num_low + 1 if is_low else 0
@@ -41,7 +44,7 @@ class LearningRateWatcher:
                 Finding(
                     name="learning_rate_high",
                     message=f"one step changes the weights by {update:.1%} of their length, where "
-                    f"at most {_LARGEST_UPDATE:.0%} is usual, so that the learning rate is far too "
+                    f"at most {largest:.1%} is usual, so that the learning rate is far too "
                     "high",
                     remedy="lower it (--lr), or raise it more slowly (--lr-rampup)",
                 )
