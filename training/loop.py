@@ -273,7 +273,9 @@ def training_loop(
     if resume_state is not None:
         # A stop may have come before the pictures and scores of the state's tick.
         made, pictures = resume_state["progress"], checkpoint.pictures_path(run_dir, cur_nimg)
-        lacking = made["snapshot"] and distributed.on_main(lambda: not pictures.is_file())
+        lacking = made["snapshot"] and distributed.on_main(
+            lambda: not pictures.is_file() or watch.lacks_samples(cur_nimg)
+        )
         stop = not show_and_score(lacking, made["metrics_due"])
     tick_start_sec, maintenance_sec = time.time(), time.time() - start_sec
     timed_nimg = cur_nimg

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from data.preview import evenly_spaced
+from training.run_report.files import WATCH_FILE
 from training.run_report.rows import is_finite, read_rows
 from training.telemetry import Telemetry, metric_is_recorded
 from training.watching.finding import Finding
@@ -76,7 +77,7 @@ class SampleWatch:
 
     def see(self, pictures: Sequence[Tensor], cur_nimg: int) -> None:
         """Record the spread of samples, uint8 [C, H, W] each, and tell what is new about it."""
-        if metric_is_recorded(self._run_dir, METRIC, cur_nimg):
+        if not self.is_lacking(cur_nimg):
             return
         self._reals = self._reals or self._real_images()
         num = min(len(pictures), len(self._reals))
@@ -85,8 +86,12 @@ class SampleWatch:
         values = compared(pictures, self._reals)
         row = dict(metric=METRIC, value=values["spread"], values=values, num_images=num)
         row["kimg"] = cur_nimg / 1000
-        self._telemetry.record_metric(row, cur_nimg)
         self._tell(row, cur_nimg)
+        self._telemetry.record_metric(row, cur_nimg)
+
+    def is_lacking(self, cur_nimg: int) -> bool:
+        """Return whether the spread of the samples after ``cur_nimg`` images is not recorded."""
+        return not metric_is_recorded(self._run_dir, METRIC, cur_nimg)
 
     def see_scores(self, cur_nimg: int) -> None:
         """Tell what is new about the scores after ``cur_nimg`` images."""
@@ -99,6 +104,9 @@ class SampleWatch:
     def _tell(self, row: Mapping[str, Any], cur_nimg: int) -> None:
         found, metric = findings_of(row), str(row.get("metric"))
         known = set().union(*self._known.values())
+        # A kill may have come after it was told and before that was recorded.
+        rows = read_rows(self._run_dir / WATCH_FILE)[0]
+        known |= {row.get("name") for row in rows if row.get("kimg") == cur_nimg / 1000}
         for finding in found:
             if finding.name not in known:
                 self._telemetry.tell(finding, cur_nimg)

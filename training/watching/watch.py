@@ -139,6 +139,10 @@ class Watch:
         if self._is_on and self._telemetry is not None and pictures is not None:
             self._samples.see(pictures, cur_nimg)
 
+    def lacks_samples(self, cur_nimg: int) -> bool:
+        """Return, on rank 0, whether the samples of a snapshot are still to be judged."""
+        return self._is_on and self._samples.is_lacking(cur_nimg)
+
     def see_scores(self, cur_nimg: int) -> None:
         """Judge what detectors saw in the samples that were just scored, on rank 0."""
         if self._is_on and self._telemetry is not None:
