@@ -1,13 +1,14 @@
 """Plants faults in training runs, and counts which are named, and how often clean runs alarm.
 
     python tests/planted_faults.py --folder=faults --clean=50 --seeds=3
+    python tests/planted_faults.py --folder=faults --statistics
     python tests/planted_faults.py --folder=faults --write
 
 Clean runs of the four small presets have seeds 0, 1, ...: thresholds are set on the first ten, and
 judged on the others. Each fault of tests/faults/ is planted in each of its presets with seeds from
 100 on, and has to be named, by the right name, within the first tenth of the run, where it ends.
-A run has a row in FOLDER/results; those that are there are not made again. --write puts the table
-in docs/watching.md.
+A run has a row in FOLDER/results; those that are there are not made again. --statistics shows what
+the measured values reach; --write puts the table in docs/watching.md.
 """
 
 import argparse
@@ -173,6 +174,63 @@ def describe(rows):
     return lines
 
 
+# Statistics that thresholds are about, by which end of them tells a fault.
+EXTREMES = (
+    ("update_ratio", max),
+    ("update_ratio", min),
+    ("gradient_alignment", max),
+    ("rounded_weights", max),
+    ("lost_updates", max),
+    ("average_step", min),
+    ("average_gap", max),
+    ("context_gap", max),
+    ("activation", max),
+    ("gain", max),
+    ("logit", max),
+    ("gradient", min),
+)
+
+
+def extremes(folder, rows):
+    """Return what the statistics of some runs reach in their second worst tick, by name."""
+    found = {}
+    for row in rows:
+        path = result_path(folder, row["fault"], row["preset"], row["seed"])
+        text = path.with_suffix(".stats.jsonl").read_text()
+        for name, worst in EXTREMES:
+            ticks = []
+            for stats in map(json.loads, text.splitlines()):
+                own = {key: stat["mean"] for key, stat in stats.items() if isinstance(stat, dict)}
+                scale = own["Watch/loss"] if name.endswith("_gap") and "Watch/loss" in own else 1
+                values = [
+                    value / scale
+                    for key, value in own.items()
+                    if value is not None and key.startswith(f"Watch/{name}")
+                ]
+                ticks += [worst(values)] if values else []
+            ordered = sorted(ticks, reverse=worst is max)
+            if len(ordered) > 1:
+                key = f"{worst.__name__} {name}"
+                found[key] = worst(found.get(key, ordered[1]), ordered[1])
+    return found
+
+
+def describe_statistics(folder, rows):
+    """Return a table of the extremes in the clean runs for thresholds, and with each fault."""
+    groups = {}
+    for row in rows:
+        if row["fault"] != "clean" or row["seed"] < NUM_CALIBRATION:
+            groups.setdefault((row["fault"], row["preset"]), []).append(row)
+    names = [f"{worst.__name__} {name}" for name, worst in EXTREMES]
+    lines = [" ".join(["fault, preset".ljust(36), *(name.rjust(22) for name in names)])]
+    for (fault, preset), own in sorted(groups.items()):
+        found = extremes(folder, own)
+        cells = [f"{found[name]:.3g}" if name in found else "-" for name in names]
+        title = f"{fault}, {preset}".ljust(36)
+        lines.append(" ".join([title, *(cell.rjust(22) for cell in cells)]))
+    return lines
+
+
 def write_table(lines):
     path = ROOT / TABLE
     text = path.read_text(encoding="utf-8")
@@ -189,6 +247,7 @@ def main():
     parser.add_argument("--only", default="", help="names of runs to make, separated by commas")
     parser.add_argument("--parallel", type=int, default=2, help="runs at the same time")
     parser.add_argument("--one", nargs=3, help="name, preset and seed of a run to make here")
+    parser.add_argument("--statistics", action="store_true", help="show what thresholds are about")
     parser.add_argument("--write", action="store_true", help=f"put the table into {TABLE}")
     options = parser.parse_args()
     folder = options.folder.resolve()
@@ -198,6 +257,9 @@ def main():
         row = run_one(folder, name, preset, int(seed))
         with atomic_write(result_path(folder, name, preset, seed), "w") as file:
             file.write(json.dumps(row) + "\n")
+        return 0
+    if options.statistics:
+        print("\n".join(describe_statistics(folder, read_results(folder))))
         return 0
     prepare(folder)
     chosen = [own for own in options.only.split(",") if own]
