@@ -205,7 +205,7 @@ def extremes(folder, rows):
                 values = [
                     value / scale
                     for key, value in own.items()
-                    if value is not None and key.startswith(f"Watch/{name}")
+                    if value is not None and f"{key}/".startswith(f"Watch/{name}/")
                 ]
                 ticks += [worst(values)] if values else []
             ordered = sorted(ticks, reverse=worst is max)

@@ -6,7 +6,7 @@ from training.watching.tick import Tick
 _FIRST_STEP = 40  # Layers that begin at zero keep gradients from others in the first steps.
 _DEAD = 1e-7  # Of the usual gradient of a matrix.
 _NUM_TICKS = 2  # In which a block has to be dead.
-_LARGEST_GAIN = 30.0
+_LARGEST_GAIN = 12.0
 _LARGEST_LOGIT = 200.0
 _MOST_NAMED = 3
 
