@@ -29,7 +29,7 @@ from training.watching.updates import UpdateMeter
 from training.watching.watch import Judge, watchers_of
 
 pytestmark = pytest.mark.usefixtures("one_cpu_thread")
-STEPS = ("--iters=81", "--log-interval=20", "--snap=100", "--board=none")
+STEPS = ("--iters=61", "--log-interval=20", "--snap=100", "--board=none")
 # What faults patch, to be put back.
 PATCHED = (
     (loop, "learning_rate"),
@@ -74,7 +74,7 @@ def test_a_planted_fault_is_named_in_the_run_folder_the_log_and_once_in_the_repo
     found = {row["name"]: row for row in findings(run_dir)}
     assert expected in found
     row = found[expected]
-    assert row["kimg"] <= 0.004 * 81 + 1e-9
+    assert row["kimg"] <= 0.004 * 61 + 1e-9
     line = f"Warning: {row['message']}: {row['remedy']}."
     assert (run_dir / "log.txt").read_text().count(line) == 1
     shown = [(n.name, num) for n, num in read_run(run_dir).notices if n.level == "warning"]
@@ -213,7 +213,7 @@ def test_a_context_is_unused_where_another_makes_no_difference():
         stats = {"Watch/context_gap": gap, "Watch/loss": dict(num=32, mean=1.0, std=0.3)}
         return [own.name for own in watcher.look(Tick(step, 3000, (0,), stats)) or []]
 
-    assert [look(step, nothing) for step in (20, 40, 60, 80)] == [[], [], [], ["context_unused"]]
+    assert [look(step, nothing) for step in (20, 40, 60)] == [[], [], ["context_unused"]]
     assert look(100, noise) == []  # Too early to tell.
     found = [look(step, noise) for step in range(1000, 1200, 20)]
     assert found[-1] == ["context_unused"]

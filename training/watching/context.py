@@ -7,7 +7,7 @@ from training.watching.tick import Tick
 
 # Contexts begin without an effect where modulations begin at zero: so many steps are not judged.
 _FIRST_STEP = 40
-_NUM_TICKS = 3  # In which another context makes no difference at all.
+_NUM_TICKS = 2  # In which another context makes no difference at all.
 _NONE = 1e-6  # Of the loss: as little as another context changes by rounding.
 # Later, the mean of so many ticks has to be above a share of the loss, or above chance.
 _NUM_MEAN, _LATER_STEP, _LATER_SHARE = 10, 1000, 0.3
