@@ -129,7 +129,7 @@ class Probe:
                 stats.report("Watch/context_gap", lost - own)
         for name, value in blocks.values.items():
             stats.report(f"Watch/{name}", value)
-        with self._ema.filled():
+        with self._ema.filled(), _uncompiled(self._ema.network):
             averaged = _by_image(self._averaged(images, cond, draws))
         stats.report("Watch/average_gap", averaged - own)
 
@@ -160,7 +160,10 @@ def _by_image(loss: Tensor) -> Tensor:
 
 
 def _uncompiled(network: Any) -> contextlib.AbstractContextManager:
-    """Return a context in which modules run as they are: compiled code calls no hooks."""
+    """Return a context in which modules run as they are.
+
+    Compiled code calls no hooks, and would be compiled anew for so few rows.
+    """
     if not network.is_compiled:
         return contextlib.nullcontext()
     return torch.compiler.set_stance("force_eager")
