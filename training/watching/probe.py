@@ -122,11 +122,14 @@ class Probe:
                 own = _by_image(objective.loss_under(images, cond, draws, context))
             stats.report("Watch/loss", own)
             stats.report("Watch/step_effect", own - before)
-            if objective.is_conditional:
-                order = torch.arange(len(own), device=own.device)
-                others = context.index(order.roll(objective.network.config.images_per_row))
+            if objective.is_conditional and len(images) > 1:
+                num = objective.network.config.images_per_row
+                others = context.index(torch.arange(len(own), device=own.device).roll(num))
                 lost = _by_image(objective.loss_under(images, cond, draws, others))
-                stats.report("Watch/context_gap", lost - own)
+                differs = torch.ones_like(own, dtype=torch.bool)
+                if num == 1:  # Sets are always others; images may be of one class.
+                    differs = _differs_from_last(cond, differs)
+                stats.report("Watch/context_gap", lost - own, differs)
         for name, value in blocks.values.items():
             stats.report(f"Watch/{name}", value)
         with self._ema.filled(), _uncompiled(self._ema.network):
@@ -153,6 +156,17 @@ def _some_rows(batch: tuple[Tensor, Cond, Any], images_per_row: int) -> tuple[Te
     few = min(num, max(_NUM_IMAGES // images_per_row, 2))
     cond = {name: value[:few] if len(value) == num else value for name, value in cond.items()}
     return images[:few], cond, draws.rows(0, few)
+
+
+def _differs_from_last(cond: Cond, default: Tensor) -> Tensor:
+    """Return whether any condition of a row is another than that of the row before, bool [N].
+
+    It is ``default`` [N] without conditions.
+    """
+    own = [value for value in cond.values() if len(value) == len(default)]
+    found = [(value != value.roll(1, dims=0)).flatten(1).any(1) for value in own if value.ndim > 1]
+    found += [value != value.roll(1, dims=0) for value in own if value.ndim == 1]
+    return torch.stack([part.to(default.device) for part in found]).any(0) if found else default
 
 
 def _by_image(loss: Tensor) -> Tensor:
