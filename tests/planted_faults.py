@@ -41,7 +41,7 @@ MARKS = ("<!-- faults: begin -->", "<!-- faults: end -->")
 FIRST_FAULT_SEED = 100
 NUM_CALIBRATION = 10  # Clean runs on which thresholds were set.
 SHARE = 0.1  # Of a run, within which a fault has to be named.
-# What of a preset is trained: at most 90 seconds of one core, with some twenty ticks in a tenth.
+# What of a preset is trained; a tenth of it has at least three ticks.
 COMMON = ("--board=none", "--snap=10", "--log-interval=20")
 RUNS = {
     "digits": ("digits.zip", ()),
