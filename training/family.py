@@ -105,7 +105,8 @@ class Codec(Protocol):
 class Objective(Protocol):
     """A ``torch.nn.Module`` from a batch to its loss, which DDP wraps.
 
-    One of a model that can be distilled also has what :class:`training.objective.Objective` does.
+    One that is validated, watched over (``--watch``) or distilled also has what
+    :class:`training.objective.Objective` does.
     """
 
     num_shapes: int  # Shapes of inputs that occur; a compiled network has a graph for each.
@@ -257,8 +258,10 @@ class Evaluator(Protocol):
     A stop raises :class:`~torch_utils.distributed.StopRequested` anywhere in them.
     """
 
-    def save_pictures(self, generator: Any, outputs: Outputs, cur_nimg: int) -> None:
-        """Write ``fakes-KIMG.png``."""
+    def save_pictures(
+        self, generator: Any, outputs: Outputs, cur_nimg: int
+    ) -> Sequence[torch.Tensor] | None:
+        """Write ``fakes-KIMG.png``; return the samples, uint8 [C, H, W] each, on rank 0."""
         ...
 
     def score(self, generator: Any, outputs: Outputs, cur_nimg: int) -> None:

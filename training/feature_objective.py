@@ -130,7 +130,11 @@ class FeatureObjective(Objective):
 
     def forward(self, images: Tensor, cond: Cond, draws: FeatureDraws) -> Tensor:
         """Return the loss of every element [N, c, h, w] of latents [N, c, h, w]."""
-        context = self.context(images, cond, draws)
+        return self.loss_under(images, cond, draws, self.context(images, cond, draws))
+
+    def loss_under(
+        self, images: Tensor, cond: Cond, draws: FeatureDraws, context: Context
+    ) -> Tensor:
         t = self._precond.time(draws.sigma)
         if draws.target is None:
             loss, velocity = velocity_loss(self._velocity, images, t, draws.noise, context)
@@ -141,6 +145,10 @@ class FeatureObjective(Objective):
             loss = distillation_loss(z - t * velocity, draws.target, self.snr(t))
         self._last_rms = velocity.detach().square().mean(dim=(1, 2, 3)).sqrt()
         return loss
+
+    @property
+    def is_conditional(self) -> bool:
+        return True
 
     def context(self, images: Tensor, cond: Cond, draws: FeatureDraws) -> Context:
         if draws.patch_bias is not None:

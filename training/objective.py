@@ -131,8 +131,16 @@ class Objective(torch.nn.Module):
 
     def forward(self, images: Tensor, cond: Cond, draws: Draws) -> Tensor:
         """Return the loss of every element [N, C, H, W] of prepared images and conditions."""
-        context = self.context(images, cond, draws)
+        return self.loss_under(images, cond, draws, self.context(images, cond, draws))
+
+    def loss_under(self, images: Tensor, cond: Cond, draws: Draws, context: Context) -> Tensor:
+        """Return the same under any context of as many images, such as those of others."""
         return self._loss(images, draws.sigma, draws.noise, context, draws.target)
+
+    @property
+    def is_conditional(self) -> bool:
+        """Whether images are made from something that differs from one to another."""
+        return self.network.config.num_classes > 0
 
     def context(self, images: Tensor, cond: Cond, draws: Draws) -> Context:
         """Return the context of every image of a prepared batch."""

@@ -1,6 +1,7 @@
 """Where the numbers of a run go: console, log.txt, stats.jsonl, report.html, boards."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import time
@@ -17,7 +18,10 @@ from dnnlib.typed import parse_json
 from torch_utils.misc import peak_flops
 from training.boards import Board, open_board, problem_with
 from training.config import LoggingConfig, TrainingConfig
+from training.run_report.files import STATS_FILE, WATCH_FILE
+from training.run_report.notices import line_of
 from training.run_report.write import RunReport
+from training.watching.finding import Finding
 
 Stats = dict[str, dict[str, float]]
 
@@ -44,6 +48,13 @@ class Telemetry:
         print(text, flush=True)
         self._log.write(text + "\n")
         self._log.flush()
+
+    def tell(self, finding: Finding, cur_nimg: int) -> None:
+        """Print a finding and append it to log.txt and watch.jsonl."""
+        row = dict(kimg=cur_nimg / 1000, **dataclasses.asdict(finding))
+        with open(self._run_dir / WATCH_FILE, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        self.message(line_of(row))
 
     def record(self, stats: Stats, cur_nimg: int) -> None:
         """Append the statistics of one tick to every sink."""
@@ -140,7 +151,8 @@ def trim_rows(run_dir: Path, cur_nimg: int) -> None:
     A damaged row is left out too; unless it is the last, which a kill may cut off, it is named.
     """
     limit = cur_nimg / 1000 + 1e-9
-    for path in [run_dir / "stats.jsonl", *run_dir.glob("metric-*.jsonl")]:
+    named = [run_dir / name for name in (STATS_FILE, WATCH_FILE)]
+    for path in [*named, *run_dir.glob("metric-*.jsonl")]:
         if not path.is_file():
             continue
         text = path.read_text(encoding="utf-8", errors="replace")
