@@ -37,6 +37,8 @@ from training.telemetry import Telemetry, memory_stats, scalar, tick_line, utili
 from training.validation.examples import Examples
 from training.validation.validator import Validator
 from training.watch import Watch
+from training.watching.inspection.draws import DrawsWatcher
+from training.watching.inspection.inspect import inspect
 
 _LONG_WAIT_SEC = 1.0
 
@@ -196,6 +198,8 @@ def training_loop(
         if cur_nimg == 0:
             save_reals(job.data, codec, run_dir / "reals.png")
             telemetry.pictures([run_dir / "reals.png"], cur_nimg)
+            for finding in inspect(job):
+                telemetry.message(f"Warning: {finding.message}: {finding.remedy}.")
     if resume_state is not None and resume_state["progress"]["snapshot"] is not None:
         # A state implies its snapshots.
         made = resume_state["progress"]
@@ -219,6 +223,7 @@ def training_loop(
 
     evaluator, outputs = job.evaluator, Outputs(run_dir, telemetry, stop_signal)
     watch, was_compiled = Watch(config), False
+    draws_watcher, told = DrawsWatcher(config, job.data), set()
     monitor = Monitor(config, parameters, num_rollbacks, resume_state)
 
     def attempt(what: str, make: Callable[..., None]) -> bool:
@@ -338,6 +343,7 @@ def training_loop(
             validated = validator.at_tick(cur_tick, tick_start_nimg, cur_nimg, done)
             done = done or validator.is_over
             stage_ends = stage_ends or done
+            findings = draws_watcher.findings(objective, images, cond, rows)
 
         # Record statistics. Those of a tick that a signal cuts short go into the state.
         if tick_ends:
@@ -368,6 +374,10 @@ def training_loop(
                     was_compiled = True
                 for text in (*validator.messages, *watch.warnings(fields, cur_nimg // step_nimg)):
                     telemetry.message(text)
+                for finding in findings:
+                    if finding.name not in told:
+                        telemetry.message(f"Warning: {finding.message}: {finding.remedy}.")
+                told = {finding.name for finding in findings}
             find = functools.partial(first_not_finite, objective, network, (images, cond, rows))
             monitor.judge(cur_nimg, skipped_in_a_row, find, telemetry)
         # A run that a stop cuts short may still go back when it continues.

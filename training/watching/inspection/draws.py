@@ -1,0 +1,159 @@
+"""What each step draws and is given: noise, dropped conditions, and whether conditions differ."""
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from data.images.dataset import Cond
+from torch_utils import distributed
+from training.config import RunConfig
+from training.family import TrainingData
+from training.watching.finding import Finding
+
+_LOG_CHANCE = math.log(1e9)  # How unlikely a draw has to be.
+_MIN_ROWS = 16
+_NUM_VALUES = 8  # Of the noise, by which draws are told apart.
+_CONDITIONS = ("label", "text", "cls", "patches")
+_SAME = 1e-6  # Relative difference of contexts that are the same.
+
+
+class DrawsWatcher:
+    """Looks at the last pass of each tick.
+
+    Every rank has one, as ranks compare what they draw. What rank 0 finds is to be told.
+    """
+
+    def __init__(self, config: RunConfig, data: TrainingData) -> None:
+        counts = list(data.class_counts) if data.num_classes else []
+        # How likely two labels of a batch are the same, at the most.
+        self._most_common = max(counts) / max(sum(counts), 1) if counts else 0.0
+        self._dropped: dict[str, list[int]] = {}
+        self._same: dict[str, tuple[tuple[float, ...], int]] = {}
+        self._last_noise: Any = None
+
+    def findings(self, objective: Any, images: Tensor, cond: Cond, draws: Any) -> list[Finding]:
+        """Return what holds after a tick, of what its last pass had. Collective.
+
+        Args:
+            objective: A :class:`training.family.Objective`.
+            images, cond: A batch as ``objective.prepare`` returns it.
+            draws: Its rows of the draws of the step.
+        """
+        found = self._of_noise(draws)
+        found += self._of_drops(objective.dropped(draws))
+        found += self._of_conditions(cond)
+        contexts = objective.probe(images, cond, draws)
+        inputs = [images, *(cond[name] for name in _CONDITIONS if name in cond)]
+        if all(_differs(values) for values in inputs):
+            found += _of_contexts(contexts)
+        return found
+
+    def _of_noise(self, draws: Any) -> list[Finding]:
+        own = None
+        if len(draws.noise):
+            own = draws.noise[0].flatten()[:_NUM_VALUES].tolist()
+        every = distributed.gather_objects(own)
+        known = [noise for noise in every if noise is not None]
+        repeats, self._last_noise = (
+            self._last_noise is not None and self._last_noise == every,
+            every,
+        )
+        remedy = "draw noise from the generator of rng.Step, for the global batch, and keep the "
+        remedy += "rows of the rank"
+        if len({tuple(noise) for noise in known}) < len(known):
+            message = f"Ranks train on the same noise: of {len(known)} ranks some begin their "
+            message += f"batch with the same numbers ({known[0][0]:.4f}, {known[0][1]:.4f}, ...)"
+            return [Finding(name="noise_equal", message=message, remedy=remedy)]
+        if repeats and known:
+            message = "Steps train on the same noise: two that end a tick begin with the same "
+            message += f"numbers ({known[0][0]:.4f}, {known[0][1]:.4f}, ...)"
+            return [Finding(name="noise_repeats", message=message, remedy=remedy)]
+        return []
+
+    def _of_drops(self, dropped: dict[str, tuple[Tensor, float]]) -> list[Finding]:
+        findings = []
+        for name, (rows, expected) in dropped.items():
+            counts = self._dropped.setdefault(name, [0, 0])
+            counts[0] += int(rows.sum())
+            counts[1] += len(rows)
+            if not is_unlikely(*counts, expected):
+                continue
+            share = counts[0] / counts[1]
+            findings.append(
+                Finding(
+                    name="condition_dropped" if share > expected else "condition_kept",
+                    message=f"The {name} is dropped for {share:.1%} of {counts[1]} rows, where "
+                    f"{expected:.1%} are expected",
+                    remedy="see how the drop of conditions is drawn (Objective.draw): by it the "
+                    "model learns both with and without its condition",
+                )
+            )
+        return findings
+
+    def _of_conditions(self, cond: Cond) -> list[Finding]:
+        """Return findings on conditions that are the same for all rows seen so far."""
+        findings = []
+        for name in _CONDITIONS:
+            values = cond.get(name)
+            if values is None or not len(values) or (name == "label" and not self._most_common):
+                continue
+            first, num = _fingerprint(values[0]), 0
+            if not _differs(values):
+                before, num = self._same.get(name, (first, 0))
+                num = len(values) + num * (first == before)
+            self._same[name] = first, num
+            # Many rows of a common class are no wonder.
+            chance = -num * math.log(self._most_common) if name == "label" else math.inf
+            if num < _MIN_ROWS or chance < _LOG_CHANCE:
+                continue
+            what = "zero" if not values.any() else "the same"
+            findings.append(
+                Finding(
+                    name="condition_constant",
+                    message=f"The condition {name!r} is {what} in all of {num} rows that the "
+                    "network got, where rows should differ",
+                    remedy="see what the data hold and deliver (TrainingData.__getitems__), and "
+                    "what the codec makes of it",
+                )
+            )
+        return findings
+
+
+def is_unlikely(num_hits: int, num: int, expected: float) -> bool:
+    """Return whether so many hits of ``num`` have a chance below 1e-9, by Chernoff's bound."""
+    if num == 0:
+        return False
+    share, divergence = num_hits / num, 0.0
+    for part, likely in ((share, expected), (1 - share, 1 - expected)):
+        if part > 0:
+            divergence += math.inf if likely <= 0 else part * math.log(part / likely)
+    return num * divergence > _LOG_CHANCE
+
+
+def _differs(values: Tensor) -> bool:
+    return bool((values != values[:1]).any())
+
+
+def _fingerprint(values: Tensor) -> tuple[float, ...]:
+    return tuple(values.flatten()[:_NUM_VALUES].tolist())
+
+
+def _of_contexts(contexts: dict[str, Tensor]) -> list[Finding]:
+    findings = []
+    for name, value in contexts.items():
+        if len(value) < 2:
+            continue
+        difference = (value - value[:1]).abs().max()
+        if difference > _SAME * value.abs().max():
+            continue
+        findings.append(
+            Finding(
+                name="condition_dropped",
+                message=f"The {name} does not reach the network: its context is the same for all "
+                f"{len(value)} rows of a batch with nothing dropped, although their conditions "
+                "differ",
+                remedy="see what the conditioner makes of its conditions (Network.context)",
+            )
+        )
+    return findings
