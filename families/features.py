@@ -141,8 +141,8 @@ class FeatureFamily:
         self, run: FeatureRun, data: TrainingData, codec: Codec, device: torch.device, number: int
     ) -> Sample:
         batches = features_to_inspect(run, data, codec, device, number)
-        settings = dict(std=1.0, std_from="latents", visual=("cls", "patches"))
-        return Sample(batches=batches, **settings)
+        visual = ("cls", "patches") if run.model.use_dino_patches else ("cls",)
+        return Sample(batches=batches, std=1.0, std_from="latents", visual=visual)
 
     def objective(self, run: FeatureRun, network: Network, codec: Codec) -> FeatureObjective:
         precond, settings = make_precond(run.precond), objective_settings(run)

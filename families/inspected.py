@@ -22,13 +22,13 @@ _NUM_WITHOUT_PATCHES = 96  # Images whose texts and CLS tokens are seen, at leas
 def images_to_inspect(
     family: Family, run: RunConfig, data: TrainingData, number: int
 ) -> tuple[torch.Tensor, Cond]:
-    """Return a few images as they are stored, with their labels; others for each ``number``."""
-    num = num_items(data.__getitems__([0])[0].nbytes)
+    """Return a few images as they are stored, with their labels."""
+    num = num_items(data.__getitems__([0])[0].nbytes, number)
     if data.remote_bytes:
         # Those of the first steps, which are fetched anyway.
         whole = Part(rank=0, world_size=1, batch_gpu=run.training.batch)
         keys = itertools.chain.from_iterable(family.steps(run, data, 0, whole).sampler)
-        rows = list(itertools.islice(keys, number * num, (number + 1) * num))
+        rows = list(itertools.islice(keys, num))
         data.prefetch(rows)
     elif data.labels is None:
         rows = random_rows(num, data.num_images, run.training.seed, number).tolist()
@@ -41,7 +41,7 @@ def features_to_inspect(
     run: RunConfig, data: Any, codec: Codec, device: torch.device, number: int
 ) -> tuple[Batch, ...]:
     """Return a few images of the largest buckets, most of them without patches."""
-    batches, num = [], num_items(data.__getitems__([0])[1]["patches"].nbytes)
+    batches, num = [], num_items(data.__getitems__([0])[1]["patches"].nbytes, number)
     # More of what is small, of data on this machine.
     several = num if data.remote_bytes else max(num, _NUM_WITHOUT_PATCHES)
     order = sorted(range(len(data.counts)), key=lambda bucket: -data.counts[bucket])
@@ -59,6 +59,7 @@ def features_to_inspect(
             given = {name: value.to(device) for name, value in cond.items() if name != "size"}
             x, given = codec.encode(latents.to(device), given, None)
             given = {name: value.cpu() for name, value in given.items()}
-            grid = data.patch_grid(bucket) if with_patches else None
+            is_used = with_patches and run.model.use_dino_patches
+            grid = data.patch_grid(bucket) if is_used else None
             batches.append(Batch(stored=latents, x=x.cpu(), cond=given, grid=grid))
     return tuple(batches)

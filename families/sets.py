@@ -131,9 +131,8 @@ class SetFamily(ImageFamily):
     def inspected(
         self, run: SetRun, data: SetDataset, codec: Codec, device: torch.device, number: int
     ) -> Sample:
-        num = max(num_items(data.__getitems__([0])[0].nbytes // data.sample_size), 2)
-        num_sets = -(-num // data.sample_size)
-        keys = range(number * num_sets, (number + 1) * num_sets)
+        num = num_items(data.__getitems__([0])[0].nbytes // data.sample_size, number)
+        keys = range(-(-num // data.sample_size))
         if data.remote_bytes:
             data.prefetch(keys)
         sets, facts = data.__getitems__(keys)

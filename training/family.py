@@ -342,10 +342,10 @@ class Family(Protocol):
     def inspected(
         self, run: RunConfig, data: TrainingData, codec: Codec, device: torch.device, number: int
     ) -> Any:
-        """Return a small sample, of a few MB, that shows what is wrong with the data.
+        """Return a small sample that shows what is wrong with the data; a larger one as number 1.
 
-        It is a :class:`training.watching.inspection.sample.Sample`, a function of the seed of the
-        run and ``number``, and independent for each number.
+        It is a :class:`training.watching.inspection.sample.Sample`, of at most 16 MB as stored, and
+        a function of the seed of the run and the number.
         """
         ...
 

@@ -23,8 +23,8 @@ def closeness(batches: Sequence[np.ndarray]) -> tuple[float, float]:
     for places in batches:
         ranks = np.unique(places, return_inverse=True)[1].astype(np.float64)
         totals[0] += np.abs(np.diff(ranks)).sum()
-        for index in range(1, len(totals)):
-            totals[index] += np.abs(np.diff(rng.permutation(ranks))).sum()
+        others = rng.permuted(np.tile(ranks, (_NUM_PERMUTATIONS, 1)), axis=1)
+        totals[1:] += np.abs(np.diff(others, axis=1)).sum(1)
     spread, mean = totals[1:].std(), totals[1:].mean()
     if spread == 0:
         return 0.0, 1.0

@@ -26,8 +26,8 @@ _TITLES = "the titles of reals.png show which image has which"
 def find_unrelated(draw: Callable[[int], Sample]) -> list[Finding]:
     """Return findings on labels, sets and captions that say nothing about their images.
 
-    ``draw(number)`` returns samples, each independent of the others. A second one is asked only
-    where the first shows no relation; both have to.
+    ``draw(0)`` and ``draw(1)`` return samples. The second, which is larger, is asked only where the
+    first shows no relation; both have to.
     """
     findings = []
     for test in (labels_relation, captions_relation):

@@ -7,9 +7,9 @@ import torch
 
 from data.images.dataset import Cond
 
-_NUM_ITEMS = 512
-_BYTES = 4 << 20  # What a sample may take, decoded; of large images there are fewer.
-_FEWEST = 16
+# Of the first sample, which shows most relations, and of the second, which confirms that one lacks.
+_NUM_ITEMS = (200, 512)
+_BYTES = 16 << 20  # What a sample may take, decoded; of large images there are fewer.
 _NUM_CLASSES = 10
 _SEED = 99
 
@@ -52,9 +52,12 @@ class Sample:
     visual: tuple[str, ...] = ()
 
 
-def num_items(bytes_each: int) -> int:
-    """Return how many items of a size are inspected: 512, or what 4 MB hold, and 16 at least."""
-    return min(_NUM_ITEMS, max(_BYTES // max(bytes_each, 1), _FEWEST))
+def num_items(bytes_each: int, number: int) -> int:
+    """Return how many items of a size a sample has: some hundreds, or what 16 MB hold.
+
+    ``number`` is that of the sample: 0 or 1.
+    """
+    return min(_NUM_ITEMS[number], max(_BYTES // max(bytes_each, 1), 2))
 
 
 def random_rows(num: int, length: int, *seed: int) -> np.ndarray:
