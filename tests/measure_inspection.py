@@ -10,25 +10,29 @@ first step, and then at the end of ten ticks of one step. OUTDIR holds the data 
 import argparse
 import dataclasses
 import multiprocessing
+import sys
 import time
 from pathlib import Path
 
 import torch
-from faults.data import ALL, FAULTS
 
-from configs.presets import get_preset
-from data.features.config import FeatureConfig
-from demos.images import encode_digits
-from demos.photographs import write_encoders, write_photographs
-from demos.steps import convert, execute
-from models import build_network
-from torch_utils import rng
-from training.config import fit_to_device
-from training.family import Part
-from training.family import of as family_of
-from training.loop import Job
-from training.watching.inspection.draws import DrawsWatcher
-from training.watching.inspection.inspect import inspect
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+
+from faults.data import ALL, FAULTS  # noqa: E402
+
+from configs.presets import get_preset  # noqa: E402
+from data.features.config import FeatureConfig  # noqa: E402
+from demos.images import encode_digits  # noqa: E402
+from demos.photographs import write_encoders, write_photographs  # noqa: E402
+from demos.steps import convert, execute  # noqa: E402
+from models import build_network  # noqa: E402
+from torch_utils import rng  # noqa: E402
+from training.config import fit_to_device  # noqa: E402
+from training.family import Part  # noqa: E402
+from training.family import of as family_of  # noqa: E402
+from training.loop import Job  # noqa: E402
+from training.watching.inspection.draws import DrawsWatcher  # noqa: E402
+from training.watching.inspection.inspect import inspect  # noqa: E402
 
 _NUM_TICKS = 10
 _NUM_PHOTOGRAPHS = 72  # As many as have captions of their own.
