@@ -132,10 +132,13 @@ class SetFamily(ImageFamily):
         self, run: SetRun, data: SetDataset, codec: Codec, device: torch.device, number: int
     ) -> Sample:
         num = num_items(data.__getitems__([0])[0].nbytes // data.sample_size, number)
-        keys = range(-(-num // data.sample_size))
+        keys, shown = range(-(-num // data.sample_size)), data
         if data.remote_bytes:
-            data.prefetch(keys)
-        sets, facts = data.__getitems__(keys)
+            data.prefetch(keys)  # They are the first to be trained on.
+        else:
+            # Images turned alike, or of two halves, are alike whatever they show.
+            shown = data.of_classes(data.split.train)
+        sets, facts = shown.__getitems__(keys)
         there = facts.get("mask", torch.ones(sets.shape[:2], dtype=torch.bool))
         stored, groups = sets[there], there.nonzero()[:, 0]
         x, _ = codec.encode(stored.to(device), {}, None)

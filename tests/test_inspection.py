@@ -276,7 +276,7 @@ def test_noise_that_repeats_is_named():
 def test_faults_of_digits_are_named_and_clean_data_are_silent(preset, digits_zip):
     named = {}
     for fault in [None, *(f for f in FAULTS if preset in f.presets and f.ranks == 1)]:
-        _, before, ticks = measure(preset, digits_zip, 0, fault)
+        _, before, ticks = measure(fault, preset, digits_zip, 0, 4)
         found = {*names_of(before), *names_of(itertools.chain.from_iterable(ticks))}
         named["" if fault is None else fault.name] = found
         assert fault is None or fault.expects in found, fault.name

@@ -72,28 +72,30 @@ class DrawsWatcher:
         return []
 
     def _of_drops(self, dropped: dict[str, tuple[Tensor, float]]) -> list[Finding]:
-        findings = []
+        wrong: dict[str, list[str]] = {}
         for name, (rows, expected) in dropped.items():
             counts = self._dropped.setdefault(name, [0, 0])
             counts[0] += int(rows.sum())
             counts[1] += len(rows)
-            if not is_unlikely(*counts, expected):
-                continue
-            share = counts[0] / counts[1]
-            findings.append(
-                Finding(
-                    name="condition_dropped" if share > expected else "condition_kept",
-                    message=f"The {name} is dropped for {share:.1%} of {counts[1]} rows, where "
-                    f"{expected:.1%} are expected",
-                    remedy="see how the drop of conditions is drawn (Objective.draw): by it the "
-                    "model learns both with and without its condition",
-                )
+            if is_unlikely(*counts, expected):
+                share = counts[0] / counts[1]
+                kind = "condition_dropped" if share > expected else "condition_kept"
+                text = f"{share:.1%} without {name} (expected {expected:.1%})"
+                wrong.setdefault(kind, []).append(text)
+        return [
+            Finding(
+                name=kind,
+                message="Conditions are not dropped as often as they should be: of "
+                f"{max(num for _, num in self._dropped.values())} rows, {', '.join(texts)}",
+                remedy="see how the drop of conditions is drawn (Objective.draw): by it the model "
+                "learns both with and without its condition",
             )
-        return findings
+            for kind, texts in wrong.items()
+        ]
 
     def _of_conditions(self, cond: Cond) -> list[Finding]:
         """Return findings on conditions that are the same for all rows seen so far."""
-        findings = []
+        constant, most = [], 0
         for name in _CONDITIONS:
             values = cond.get(name)
             if values is None or not len(values) or (name == "label" and not self._most_common):
@@ -105,19 +107,20 @@ class DrawsWatcher:
             self._same[name] = first, num
             # Many rows of a common class are no wonder.
             chance = -num * math.log(self._most_common) if name == "label" else math.inf
-            if num < _MIN_ROWS or chance < _LOG_CHANCE:
-                continue
-            what = "zero" if not values.any() else "the same"
-            findings.append(
-                Finding(
-                    name="condition_constant",
-                    message=f"The condition {name!r} is {what} in all of {num} rows that the "
-                    "network got, where rows should differ",
-                    remedy="see what the data hold and deliver (TrainingData.__getitems__), and "
-                    "what the codec makes of it",
-                )
+            if num >= _MIN_ROWS and chance >= _LOG_CHANCE:
+                constant.append(f"{name} is {'the same' if values.any() else 'zero'}")
+                most = max(most, num)
+        if not constant:
+            return []
+        return [
+            Finding(
+                name="condition_constant",
+                message="Conditions are constant where rows should differ: in all of "
+                f"{most} rows that the network got, {' and '.join(constant)}",
+                remedy="see what the data hold and deliver (TrainingData.__getitems__), and what "
+                "the codec makes of it",
             )
-        return findings
+        ]
 
 
 def is_unlikely(num_hits: int, num: int, expected: float) -> bool:
@@ -140,20 +143,19 @@ def _fingerprint(values: Tensor) -> tuple[float, ...]:
 
 
 def _of_contexts(contexts: dict[str, Tensor]) -> list[Finding]:
-    findings = []
-    for name, value in contexts.items():
-        if len(value) < 2:
-            continue
-        difference = (value - value[:1]).abs().max()
-        if difference > _SAME * value.abs().max():
-            continue
-        findings.append(
-            Finding(
-                name="condition_dropped",
-                message=f"The {name} does not reach the network: its context is the same for all "
-                f"{len(value)} rows of a batch with nothing dropped, although their conditions "
-                "differ",
-                remedy="see what the conditioner makes of its conditions (Network.context)",
-            )
+    lost = [
+        name
+        for name, value in contexts.items()
+        if len(value) > 1 and (value - value[:1]).abs().max() <= _SAME * value.abs().max()
+    ]
+    if not lost:
+        return []
+    num = len(contexts[lost[0]])
+    return [
+        Finding(
+            name="condition_dropped",
+            message=f"Nothing of {' and '.join(lost)} reaches the network: with nothing dropped, "
+            f"its context is the same for all {num} rows of a batch, whose conditions differ",
+            remedy="see what the conditioner makes of its conditions (Network.context)",
         )
-    return findings
+    ]
