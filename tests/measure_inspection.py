@@ -130,7 +130,7 @@ def crops_of_places(num: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     for label in labels.tolist():
         photograph, place = photographs[label % 2], label // 2
         edge = int(rng.integers(60, 200))
-        middle = (60 + 80 * place, 210) + rng.normal(0, 60, 2)
+        middle = rng.normal((60 + 80 * place, 210), 60)
         left, top = (
             int(np.clip(at - edge / 2, 0, side - edge - 1))
             for at, side in zip(middle, photograph.shape[1::-1], strict=True)
