@@ -9,6 +9,7 @@ from data.images.dataset import Cond
 from training.config import RunConfig
 from training.family import Codec, Family, Part, TrainingData
 from training.watching.inspection.sample import (
+    NUM_ITEMS,
     Batch,
     num_items,
     random_rows,
@@ -23,17 +24,19 @@ def images_to_inspect(
     family: Family, run: RunConfig, data: TrainingData, number: int
 ) -> tuple[torch.Tensor, Cond]:
     """Return a few images as they are stored, with their labels."""
-    num = num_items(data.__getitems__([0])[0].nbytes, number)
+    num, seed = NUM_ITEMS[number], (run.training.seed, number)
     if data.remote_bytes:
         # Those of the first steps, which are fetched anyway.
         whole = Part(rank=0, world_size=1, batch_gpu=run.training.batch)
         keys = itertools.chain.from_iterable(family.steps(run, data, 0, whole).sampler)
         rows = list(itertools.islice(keys, num))
-        data.prefetch(rows)
     elif data.labels is None:
-        rows = random_rows(num, data.num_images, run.training.seed, number).tolist()
+        rows = random_rows(num, data.num_images, *seed).tolist()
     else:
-        rows = rows_of_few_classes(data.labels, num, run.training.seed, number).tolist()
+        rows = rows_of_few_classes(data.labels, num, *seed).tolist()
+    rows = rows[: num_items(data.__getitems__(rows[:1])[0].nbytes, number)]
+    if data.remote_bytes:
+        data.prefetch(rows)
     return data.__getitems__(rows)
 
 

@@ -33,35 +33,33 @@ def find_unrelated(draw: Callable[[int], Sample]) -> list[Finding]:
     for test in (labels_relation, captions_relation):
         found = _twice(test, draw)
         if found is not None:
-            findings.append(_describe(test, draw(0), *found))
+            findings.append(_describe(test, draw(1), found))
     return findings
 
 
 def _twice(
     test: Callable[[Sample, int], Relation | None], draw: Callable[[int], Sample]
-) -> tuple[Relation, Relation] | None:
-    """Return the relations of two samples if neither has any; else None."""
-    relations = []
+) -> Relation | None:
+    """Return what a test found in the second sample if neither shows a relation; else None."""
+    found = None
     for number in range(2):
         found = test(draw(number), number)
         if found is None or found.p <= _P:
             return None
-        relations.append(found)
-    return relations[0], relations[1]
+    return found
 
 
-def _describe(test: Callable, sample: Sample, first: Relation, second: Relation) -> Finding:
-    p = min(first.p, second.p)
+def _describe(test: Callable, sample: Sample, found: Relation) -> Finding:
     if test is captions_relation:
         return Finding(
             name="captions_shuffled",
-            message=f"Texts say nothing about their images: of {first.num} images, those that look "
-            f"alike have texts no more alike than any (permutation test, p = {p:.2g})",
+            message=f"Texts say nothing about their images: of {found.num} images, those that look "
+            f"alike have texts no more alike than any (permutation test, p = {found.p:.2g})",
             remedy="see whether the captions of a few images fit them, and prepare the features "
             "again with dataset_tool.py features if they do not",
         )
-    shares = f"{first.measured:.1%} of the nearest neighbours of {first.num} images"
-    chance = f"{first.expected:.1%} by chance (permutation test, p = {p:.2g})"
+    shares = f"{found.measured:.1%} of the nearest neighbours of {found.num} images"
+    chance = f"{found.expected:.1%} by chance (permutation test, p = {found.p:.2g})"
     if sample.groups_name == "sets":
         return Finding(
             name="labels_shuffled",

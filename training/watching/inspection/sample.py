@@ -8,7 +8,7 @@ import torch
 from data.images.dataset import Cond
 
 # Of the first sample, which shows most relations, and of the second, which confirms that one lacks.
-_NUM_ITEMS = (200, 512)
+NUM_ITEMS = (200, 512)
 _BYTES = 16 << 20  # What a sample may take, decoded; of large images there are fewer.
 _NUM_CLASSES = 10
 _SEED = 99
@@ -53,11 +53,8 @@ class Sample:
 
 
 def num_items(bytes_each: int, number: int) -> int:
-    """Return how many items of a size a sample has: some hundreds, or what 16 MB hold.
-
-    ``number`` is that of the sample: 0 or 1.
-    """
-    return min(_NUM_ITEMS[number], max(_BYTES // max(bytes_each, 1), 2))
+    """Return how many items of a size sample 0 or 1 has: some hundreds, or what 16 MB hold."""
+    return min(NUM_ITEMS[number], max(_BYTES // max(bytes_each, 1), 2))
 
 
 def random_rows(num: int, length: int, *seed: int) -> np.ndarray:
