@@ -303,7 +303,10 @@ def test_a_run_says_what_is_wrong_and_goes_on(name, ranks, train, tmp_path):
     train(*args, script=script, warm=True, ranks=ranks).finish()
     log = (only_run(tmp_path / "runs") / "log.txt").read_text()
     warnings = [line for line in log.splitlines() if "Warning: " in line]
-    words = {"shuffle_labels": "Labels say nothing", "share_noise": "Ranks train on the same noise"}
+    words = {
+        "shuffle_labels": "Labels say nothing",
+        "share_noise": "ranks, of which there are 2, have the same",
+    }
     assert [words[name] in line for line in warnings] == [True]
 
 

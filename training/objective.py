@@ -144,7 +144,7 @@ class Objective(torch.nn.Module):
         """Return which rows lose each condition, bool [N], and the probability of it."""
         if not self._label_drop:
             return {}
-        return {"class": (none_dropped_if_none(draws.drop, draws), self._label_drop)}
+        return {"class": (rows_dropped(draws.drop, draws), self._label_drop)}
 
     @torch.no_grad()
     def probe(self, images: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
@@ -271,8 +271,8 @@ class Objective(torch.nn.Module):
         return index
 
 
-def none_dropped_if_none(drop: Tensor | None, draws: Draws) -> Tensor:
-    """Return ``drop``, or that no row of ``draws`` is dropped: bool [N]."""
+def rows_dropped(drop: Tensor | None, draws: Draws) -> Tensor:
+    """Return ``drop``, bool [N]; where it is None, no row of ``draws`` is dropped."""
     return torch.zeros_like(draws.sigma, dtype=torch.bool) if drop is None else drop
 
 

@@ -17,7 +17,7 @@ from torch_utils import distributed, rng
 from torch_utils.stats import StatsCollector
 from training.config import RunConfig
 from training.division import accumulation_rounds
-from training.objective import Draws, Objective, gradient_norms, none_dropped_if_none
+from training.objective import Draws, Objective, gradient_norms, rows_dropped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ class SetObjective(Objective):
     def dropped(self, draws: SetDraws) -> dict[str, tuple[Tensor, float]]:
         found = super().dropped(draws)
         if self._config.context_drop:
-            rows = none_dropped_if_none(draws.context_drop, draws)
+            rows = rows_dropped(draws.context_drop, draws)
             found["set"] = rows, self._config.context_drop
         return found
 

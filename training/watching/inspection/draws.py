@@ -30,7 +30,7 @@ class DrawsWatcher:
         self._most_common = max(counts) / max(sum(counts), 1) if counts else 0.0
         self._dropped: dict[str, list[int]] = {}
         self._same: dict[str, tuple[tuple[float, ...], int]] = {}
-        self._last_noise: Any = None
+        self._last_noise: list[tuple[float, ...]] = []
 
     def findings(self, objective: Any, images: Tensor, cond: Cond, draws: Any) -> list[Finding]:
         """Return what holds after a tick, of what its last pass had. Collective.
@@ -50,26 +50,25 @@ class DrawsWatcher:
         return found
 
     def _of_noise(self, draws: Any) -> list[Finding]:
-        own = None
-        if len(draws.noise):
-            own = draws.noise[0].flatten()[:_NUM_VALUES].tolist()
-        every = distributed.gather_objects(own)
-        known = [noise for noise in every if noise is not None]
-        repeats, self._last_noise = (
-            self._last_noise is not None and self._last_noise == every,
-            every,
-        )
-        remedy = "draw noise from the generator of rng.Step, for the global batch, and keep the "
-        remedy += "rows of the rank"
-        if len({tuple(noise) for noise in known}) < len(known):
-            message = f"Ranks train on the same noise: of {len(known)} ranks some begin their "
-            message += f"batch with the same numbers ({known[0][0]:.4f}, {known[0][1]:.4f}, ...)"
-            return [Finding(name="noise_equal", message=message, remedy=remedy)]
-        if repeats and known:
-            message = "Steps train on the same noise: two that end a tick begin with the same "
-            message += f"numbers ({known[0][0]:.4f}, {known[0][1]:.4f}, ...)"
-            return [Finding(name="noise_repeats", message=message, remedy=remedy)]
-        return []
+        # Where ranks do not divide a batch, a pass may have no row.
+        own = _fingerprint(draws.noise[0]) if len(draws.noise) else None
+        noise = [values for values in distributed.gather_objects(own) if values is not None]
+        before, self._last_noise = self._last_noise, noise
+        if len(set(noise)) < len(noise):
+            name, who = "noise_equal", f"ranks, of which there are {len(noise)}, have"
+        elif noise and noise == before:
+            name, who = "noise_repeats", "the last steps of two ticks have"
+        else:
+            return []
+        first = ", ".join(f"{value:.4f}" for value in noise[0][:3])
+        return [
+            Finding(
+                name=name,
+                message=f"Noise is drawn again: {who} the same ({first}, ...)",
+                remedy="draw noise from the generator of rng.Step, for the global batch, and keep "
+                "the rows of the rank",
+            )
+        ]
 
     def _of_drops(self, dropped: dict[str, tuple[Tensor, float]]) -> list[Finding]:
         wrong: dict[str, list[str]] = {}
@@ -106,8 +105,8 @@ class DrawsWatcher:
                 num = len(values) + num * (first == before)
             self._same[name] = first, num
             # Many rows of a common class are no wonder.
-            chance = -num * math.log(self._most_common) if name == "label" else math.inf
-            if num >= _MIN_ROWS and chance >= _LOG_CHANCE:
+            surprise = -(num - 1) * math.log(self._most_common) if name == "label" else math.inf
+            if num >= _MIN_ROWS and surprise >= _LOG_CHANCE:
                 constant.append(f"{name} is {'the same' if values.any() else 'zero'}")
                 most = max(most, num)
         if not constant:

@@ -19,7 +19,7 @@ def find_shifted_patches(sample: Sample) -> list[Finding]:
     errors = [
         shift_errors(batch.x, batch.cond["patches"], batch.grid)
         for batch in sample.batches
-        if batch.grid is not None and min(batch.grid) >= 4 and len(batch.x) >= 2
+        if batch.grid is not None and _can_tell(batch.x, batch.grid)
     ]
     if sum(map(len, errors)) < _MIN_IMAGES:
         return []
@@ -48,6 +48,12 @@ def find_shifted_patches(sample: Sample) -> list[Finding]:
     ]
 
 
+def _can_tell(x: Tensor, grid: tuple[int, int]) -> bool:
+    """Return whether there are two images, places with neighbours, and a latent for each patch."""
+    is_fine = all(side >= count for side, count in zip(x.shape[-2:], grid, strict=True))
+    return len(x) > 1 and min(grid) >= 4 and is_fine
+
+
 def shift_errors(x: Tensor, patches: Tensor, grid: tuple[int, int]) -> Tensor:
     """Return how badly patches explain latents, by shift: [N, 9], relative to no explanation.
 
@@ -63,11 +69,8 @@ def shift_errors(x: Tensor, patches: Tensor, grid: tuple[int, int]) -> Tensor:
     target = target / target.square().mean().sqrt().clamp(min=1e-6)
     values = values / values.square().mean().sqrt().clamp(min=1e-6)
     rows, columns = grid
-    # Places whose neighbours have all their neighbours.
-    inner = (
-        target[:, :, 2 : rows - 2, 2 : columns - 2] if min(grid) > 6 else target[:, :, 1:-1, 1:-1]
-    )
-    edge = (rows - inner.shape[2]) // 2
+    edge = 2 if min(grid) > 6 else 1  # At best, neighbours have all their neighbours, too.
+    inner = target[:, :, edge : rows - edge, edge : columns - edge]
     found = []
     for down, right in SHIFTS:
         top, left = edge + down, edge + right
