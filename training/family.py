@@ -16,6 +16,7 @@ from dnnlib.config import from_dict
 from training.asked import Asked, GeneratorOptions
 
 if TYPE_CHECKING:  # The contract is known, and options with it, before torch is needed.
+    import numpy as np
     import torch
     from PIL.Image import Image
 
@@ -141,6 +142,14 @@ class Objective(Protocol):
         self, x: torch.Tensor, cond: Cond, draws: Any, loss_scale: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
         """Return what else to record of the last pass of a tick, and of its gradients."""
+        ...
+
+    def dropped(self, draws: Any) -> dict[str, tuple[torch.Tensor, float]]:
+        """Return which rows lose each condition, bool [N], and the probability of it."""
+        ...
+
+    def probe(self, x: torch.Tensor, cond: Cond, draws: Any) -> dict[str, torch.Tensor]:
+        """Return what the network gets of each condition, [N, ...], if nothing is dropped."""
         ...
 
 
@@ -327,6 +336,20 @@ class Family(Protocol):
 
     def steps(self, run: RunConfig, data: TrainingData, start_nimg: int, part: Part) -> Steps:
         """Return what a rank reads from ``start_nimg`` images on."""
+        ...
+
+    def places(self, data: TrainingData, keys: Sequence[Any]) -> np.ndarray:
+        """Return where in the data the first image of each key lies, int64 [N]."""
+        ...
+
+    def inspected(
+        self, run: RunConfig, data: TrainingData, codec: Codec, device: torch.device, number: int
+    ) -> Any:
+        """Return a small sample that shows what is wrong with the data; a larger one as number 1.
+
+        It is a :class:`training.watching.inspection.sample.Sample`, of at most 16 MB as stored, and
+        a function of the seed of the run and the number.
+        """
         ...
 
     def objective(self, run: RunConfig, network: Network, codec: Codec) -> Any:

@@ -155,6 +155,27 @@ class FeatureObjective(Objective):
             cond = {**cond, "patch_bias": draws.patch_bias}
         return self.network.context(cond, draws.drop, num=len(images))
 
+    def dropped(self, draws: FeatureDraws) -> dict[str, tuple[Tensor, float]]:
+        config = self._config
+        no_text, no_visual = (
+            config.drop_all + config.visual_only,
+            config.drop_all + config.text_only,
+        )
+        drop = draws.drop
+        if drop is None:
+            drop = torch.zeros(len(draws.sigma), 3, dtype=torch.bool, device=draws.sigma.device)
+        return {
+            "text": (drop[:, 0], no_text),
+            "CLS token": (drop[:, 1], no_visual),
+            "patches": (drop[:, 2], no_visual),
+        }
+
+    def _parts(self, context: Context, cond: Cond) -> dict[str, Tensor]:
+        num_text = cond["text"].shape[1]
+        text, cls, patches = context.tokens.tensor_split([num_text, num_text + 1], dim=1)
+        parts = {"text": text, "CLS token": cls, "patches": patches}
+        return {name: part for name, part in parts.items() if part.shape[1]}
+
     def levels(self, sampling: SamplingConfig) -> list[float]:
         return flow_times(sampling.steps, sampling.time_shift)
 

@@ -218,7 +218,8 @@ def training_loop(
             )
 
     evaluator, outputs = job.evaluator, Outputs(run_dir, telemetry, stop_signal)
-    watch = Watch(job, run_dir, denoising, (parameters, ema, optimizer), telemetry)
+    trained = (parameters, ema, optimizer)
+    watch = Watch(job, run_dir, denoising, trained, cur_nimg, telemetry)
     was_compiled = False
     monitor = Monitor(config, parameters, num_rollbacks, resume_state)
 

@@ -17,7 +17,7 @@ from torch_utils import distributed, rng
 from torch_utils.stats import StatsCollector
 from training.config import RunConfig
 from training.division import accumulation_rounds
-from training.objective import Draws, Objective, gradient_norms
+from training.objective import Draws, Objective, gradient_norms, rows_dropped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +93,27 @@ class SetObjective(Objective):
             drop = torch.ones_like(draws.sigma, dtype=torch.bool)
             found["without_set"] = dataclasses.replace(draws, context_drop=drop)
         return found
+
+    def dropped(self, draws: SetDraws) -> dict[str, tuple[Tensor, float]]:
+        found = super().dropped(draws)
+        if self._config.context_drop:
+            rows = rows_dropped(draws.context_drop, draws)
+            found["set"] = rows, self._config.context_drop
+        return found
+
+    def _undropped(self, draws: SetDraws) -> SetDraws:
+        changes = {
+            name: torch.zeros_like(getattr(draws, name))
+            for name in ("context_drop", "context_noise")
+            if getattr(draws, name) is not None
+        }
+        return dataclasses.replace(super()._undropped(draws), **changes)
+
+    def _parts(self, context: SetContext, cond: Cond) -> dict[str, Tensor]:
+        given = context.tokens if context.vector is None else context.vector
+        parts = dict(set=given)
+        parts["class"] = context.label
+        return {name: part for name, part in parts.items() if part is not None}
 
     def context(self, images: Tensor, cond: Cond, draws: SetDraws) -> SetContext:
         """Return the context [b n] of sets of images [b, n, C, H, W]."""

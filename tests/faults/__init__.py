@@ -14,6 +14,7 @@ class Fault:
         expects: The name of the finding that says so.
         plant: Puts it into this process, before training starts.
         options: Further options of train.py that it needs.
+        ranks: Number of processes that it needs.
     """
 
     name: str
@@ -21,3 +22,4 @@ class Fault:
     expects: str
     plant: Callable[[], None]
     options: tuple[str, ...] = ()
+    ranks: int = 1

@@ -18,6 +18,8 @@ from training.telemetry import Stats, Telemetry
 from training.watching.averages import AverageWatcher
 from training.watching.context import ContextWatcher
 from training.watching.finding import Finding
+from training.watching.inspection.draws import DrawsWatcher
+from training.watching.inspection.inspect import inspect
 from training.watching.layers import LayerWatcher
 from training.watching.learning_rate import LearningRateWatcher
 from training.watching.probe import Probe, named_blocks
@@ -53,10 +55,13 @@ class Judge:
 
     def __init__(self, config: RunConfig, objective: Any, watchers: Sequence[Watcher]) -> None:
         self._config, self._objective, self._watchers = config, objective, watchers
-        self._found: dict[Watcher, list[Finding]] = {}
+        self._found: dict[Watcher | None, list[Finding]] = {}
 
-    def fresh(self, stats: Stats, cur_nimg: int) -> list[Finding]:
-        """Return what is new in the statistics of a tick that ends after ``cur_nimg`` images."""
+    def fresh(self, stats: Stats, cur_nimg: int, drawn: Sequence[Finding] = ()) -> list[Finding]:
+        """Return what is new in the statistics of a tick that ends after ``cur_nimg`` images.
+
+        ``drawn`` is what holds of the draws of its last step.
+        """
         config, before = self._config, cur_nimg - self._config.step_nimg
         phase = stage_index(config, before), self._objective.phase(before)
         step, num_steps = cur_nimg // config.step_nimg, num_optimizer_steps(config)
@@ -66,6 +71,7 @@ class Judge:
             found = watcher.look(tick)
             if found is not None:
                 self._found[watcher] = found
+        self._found[None] = list(drawn)
         now = [finding for found in self._found.values() for finding in found]
         return [finding for finding in now if finding.name not in known]
 
@@ -78,6 +84,7 @@ class Watch:
         run_dir: The run folder, whose statistics so far are read.
         objective: The family's, of the network that is trained.
         trained: Its parameters, their average and what updates them.
+        cur_nimg: Images so far; before the first, the data are inspected.
         telemetry: What findings are told to, on rank 0; None elsewhere.
     """
 
@@ -87,6 +94,7 @@ class Watch:
         run_dir: Path,
         objective: Any,
         trained: tuple[Any, EMA, GuardedAdam],
+        cur_nimg: int,
         telemetry: Telemetry | None,
     ) -> None:
         config: RunConfig = job.config
@@ -100,9 +108,13 @@ class Watch:
         blocks = named_blocks(config.model, objective.network.backbone)
         self._meter = UpdateMeter(*trained, list(blocks))
         self._probe = Probe(objective, averaged, ema, blocks)
+        self._objective, self._draws = objective, DrawsWatcher(config, job.data)
+        self._drawn: list[Finding] = []
         if telemetry is not None:
             self._samples = SampleWatch(job, run_dir, telemetry)
             self._judge = Judge(config, objective, watchers_of(config))
+            for finding in inspect(job) if cur_nimg == 0 else ():
+                telemetry.tell(finding, cur_nimg)
             for row in read_rows(run_dir / "stats.jsonl")[0]:
                 nimg = Tick(0, 0, (), row).mean("Progress/kimg")
                 if nimg is not None:
@@ -115,6 +127,8 @@ class Watch:
 
         ``batch`` is the last of the step, prepared, with its draws. Collective.
         """
+        if self._is_on:
+            self._drawn = self._draws.findings(self._objective, *batch)
         end_nimg = cur_nimg + self._step_nimg
         steps = [nimg // self._step_nimg // _STEPS_BETWEEN for nimg in (tick_start_nimg, end_nimg)]
         self._begun = self._is_on and steps[0] < steps[1]
@@ -151,5 +165,5 @@ class Watch:
     def judge(self, stats: Stats, cur_nimg: int) -> None:
         """Tell what the statistics of the tick show, on rank 0."""
         if self._is_on and self._telemetry is not None:
-            for finding in self._judge.fresh(stats, cur_nimg):
+            for finding in self._judge.fresh(stats, cur_nimg, self._drawn):
                 self._telemetry.tell(finding, cur_nimg)
