@@ -101,6 +101,7 @@ class Watch:
         self._step_nimg, self._telemetry = config.step_nimg, telemetry
         self._is_on = config.logging.watch
         self._begun = False
+        self._batch: tuple[Tensor, Cond, Any] | None = None
         if not self._is_on:
             return
         _, ema, _ = trained
@@ -127,8 +128,7 @@ class Watch:
 
         ``batch`` is the last of the step, prepared, with its draws. Collective.
         """
-        if self._is_on:
-            self._drawn = self._draws.findings(self._objective, *batch)
+        self._batch = batch
         end_nimg = cur_nimg + self._step_nimg
         steps = [nimg // self._step_nimg // _STEPS_BETWEEN for nimg in (tick_start_nimg, end_nimg)]
         self._begun = self._is_on and steps[0] < steps[1]
@@ -141,6 +141,10 @@ class Watch:
 
         ``beta`` is the decay of the average in that step. Collective; synchronises.
         """
+        if not self._is_on:
+            return
+        self._drawn = self._draws.findings(self._objective, *self._batch)
+        self._batch = None
         if not self._begun:
             return
         self._begun = False
