@@ -33,6 +33,7 @@ from training.portable import open_header, open_snapshot
 from training.report import changes_from, describe_run, run_facts
 from training.saving.wait import wait_for_savers
 from training.stability.rollbacks import RollbackRequested, add_rollback, remove_abandoned
+from training.watching.reference import place_reference
 
 # A killed process gives its memory back, which takes a while, before it leaves the run folder.
 _LOCK_PATIENCE_SEC = 10.0
@@ -163,10 +164,16 @@ def print_plan(config: RunConfig, usual_num_classes: int) -> None:
         print("\n".join([json.dumps(to_dict(config), indent=2), description, *notes]))
 
 
-def launch(config: RunConfig, start: Start, preset: RunConfig | None = None) -> int:
+def launch(
+    config: RunConfig,
+    start: Start,
+    preset: RunConfig | None = None,
+    reference: Path | None = None,
+) -> int:
     """Train, and return the exit code: 0, or REQUEUE_EXIT_CODE after a stop that was asked for.
 
-    ``preset`` is the run's preset without its changes, which the run's report tells.
+    ``preset`` is the run's preset without its changes, which the run's report tells; ``reference``
+    is the file of its reference curves.
     """
     run_dir, is_new, finished = None, False, False
     with (
@@ -199,6 +206,7 @@ def launch(config: RunConfig, start: Start, preset: RunConfig | None = None) -> 
                     if start.continues:
                         _, origin = runs.read_start(run_dir, lambda text: None)
                     _write_start(job, run_dir, origin, preset)
+                    print(place_reference(run_dir, job.config, reference), end="", flush=True)
                 weights = snapshot if state is None else None
                 _check_teacher(job.config, run_dir, state or weights)
                 start_from = dict(resume_state=state, transfer=weights, num_rollbacks=num_rollbacks)
@@ -404,7 +412,12 @@ def _write_start(
     facts = dict(command=sys.argv, world_size=world_size, device=str(job.device), origin=origin)
     about = dict(
         total_kimg=config.total_nimg / 1000,
-        data=dict(name=job.data.name, num_images=job.data.num_images),
+        data=dict(
+            name=job.data.name,
+            num_images=job.data.num_images,
+            content_hash=job.data.content_hash,
+            class_names=list(job.data.class_names) if job.data.num_classes else None,
+        ),
         description=run_facts(config, world_size, job.device),
         changes=None if preset is None else changes_from(preset, config),
         next_steps=family_of(config).next_steps(config),

@@ -37,6 +37,7 @@ from training.telemetry import Telemetry, memory_stats, scalar, tick_line, utili
 from training.validation.examples import Examples
 from training.validation.validator import Validator
 from training.watch import Watch
+from training.watching.reference import ReferenceWatch
 
 _LONG_WAIT_SEC = 1.0
 
@@ -219,6 +220,7 @@ def training_loop(
 
     evaluator, outputs = job.evaluator, Outputs(run_dir, telemetry, stop_signal)
     watch, was_compiled = Watch(config), False
+    reference_watch = ReferenceWatch(run_dir)
     monitor = Monitor(config, parameters, num_rollbacks, resume_state)
 
     def attempt(what: str, make: Callable[..., None]) -> bool:
@@ -245,6 +247,8 @@ def training_loop(
             end = f"-{checkpoint.count_name(cur_nimg)}"
             made = [path for path in run_dir.glob("*.png") if path.stem.endswith(end)]
             telemetry.pictures(made, cur_nimg)
+            for finding in reference_watch.findings():
+                telemetry.tell(finding, cur_nimg)
             telemetry.write_report()
         return whole
 

@@ -1,6 +1,7 @@
 """Where the numbers of a run go: console, log.txt, stats.jsonl, report.html, boards."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import time
@@ -18,6 +19,7 @@ from torch_utils.misc import peak_flops
 from training.boards import Board, open_board, problem_with
 from training.config import LoggingConfig, TrainingConfig
 from training.run_report.write import RunReport
+from training.watching.finding import Finding
 
 Stats = dict[str, dict[str, float]]
 
@@ -66,6 +68,13 @@ class Telemetry:
         found = several if len(values) > 1 else {f"Metrics/{name}": row["value"]}
         # What could not be measured is no point of a curve.
         self._scalars({key: v for key, v in found.items() if v is not None}, cur_nimg)
+
+    def tell(self, finding: Finding, cur_nimg: int) -> None:
+        """Print a finding, and append it to log.txt and ``watch.jsonl``."""
+        self.message(f"Warning: {finding.message}: {finding.remedy}.")
+        row = dict(kimg=cur_nimg / 1000, **dataclasses.asdict(finding))
+        with open(self._run_dir / "watch.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
     def write_report(self) -> None:
         """Write ``report.html``, which shows the run so far; a problem with it ends nothing."""
@@ -140,7 +149,8 @@ def trim_rows(run_dir: Path, cur_nimg: int) -> None:
     A damaged row is left out too; unless it is the last, which a kill may cut off, it is named.
     """
     limit = cur_nimg / 1000 + 1e-9
-    for path in [run_dir / "stats.jsonl", *run_dir.glob("metric-*.jsonl")]:
+    others = [run_dir / "stats.jsonl", run_dir / "watch.jsonl"]
+    for path in [*others, *run_dir.glob("metric-*.jsonl")]:
         if not path.is_file():
             continue
         text = path.read_text(encoding="utf-8", errors="replace")
