@@ -44,6 +44,7 @@ def command(options: CheckOptions, run: Path) -> int:
     """
     import families  # noqa: F401 (registers them)
     from configs.reference import reference_of
+    from dnnlib.errors import refusal
     from training.reference_curves.judge import judge, reasons
     from training.reference_curves.make import data_facts
     from training.reference_curves.settings import compare_settings, deciding_settings
@@ -56,7 +57,9 @@ def command(options: CheckOptions, run: Path) -> int:
 
         check_picture_target("--out", options.out, **output_rules("out"))
         check_charts("--out")
-    (run_dir,) = find_runs([run])[:1]
+    run_dir, *more = find_runs([run])
+    if more:
+        raise refusal("RUN", but=f"{run} holds {len(more) + 1} runs", remedy="give one of them")
     found = read_run(run_dir)
     config, _ = read_start(run_dir, click.echo)
     reference = reference_of(options.against or config.preset, given=options.against)

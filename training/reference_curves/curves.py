@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from metrics.rows import protocol_of
-from training.run_report.history import VALIDATION, History
+from training.reference_curves.titles import GRADIENT, LOSS, VALIDATION
+from training.run_report import history as statistics
+from training.run_report.history import History
 from training.run_report.levels import range_of
 from training.run_report.scores import IN_RUN, better, read_score_rows, scores_of
 
-_WINDOWS = ("Loss/loss", "Loss/grad_norm")
-_POINTS = ("Validation/loss",)
+_WINDOWS, _POINTS = (LOSS, GRADIENT), (VALIDATION,)
 _SAME_POINT = 0.05  # Scores are of equally many images if kimg differs by less than this share.
 _AS_WIDE = 1.05  # Ticks are as wide as others if they are wider by less.
 
@@ -51,7 +52,7 @@ def _of_statistic(history: History, name: str) -> Series | None:
         measured = np.isfinite(values) & (np.arange(len(values)) > 0)
         kimg, values = kimg[measured], values[measured]
         kind, start = "point", 0.0
-    elif name in _WINDOWS or (level is not None and not name.startswith(VALIDATION)):
+    elif name in _WINDOWS or (level is not None and not name.startswith(statistics.VALIDATION)):
         kind, start = "window", float(kimg[0]) if len(kimg) else 0.0
         kimg, values = kimg[1:], values[1:]
     else:

@@ -10,17 +10,11 @@ from dnnlib.text import format_kimg, join_names
 from training.reference_curves.curves import Aligned, Series, align, curves_of
 from training.reference_curves.reference import Curve, Reference
 from training.reference_curves.settings import Comparison
+from training.reference_curves.titles import GRADIENT, LOSS, VALIDATION, title_of
 from training.run_report.history import History
 from training.run_report.levels import range_of
 
 _MAX_NAMED = 3  # Curves that a sentence names beside the first.
-# What curves are, by how their names begin; the order is that in which they are told of.
-_LOSS, _VALIDATION, _GRADIENT = "Loss/loss", "Validation/loss", "Loss/grad_norm"
-_STATISTICS = {
-    _LOSS: "the loss",
-    _VALIDATION: "the validation loss",
-    _GRADIENT: "the gradient norm",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +211,7 @@ def departure_of(placed: Placed) -> Departure | None:
 
 def _by_meaning(departures: Sequence[Departure]) -> list[Departure]:
     """Return departures in the order in which to tell of them: lasting ones, and losses, first."""
-    order = [_LOSS, _VALIDATION, _GRADIENT]
+    order = [LOSS, VALIDATION, GRADIENT]
 
     def rank(found: Departure) -> tuple[bool, int, float]:
         place = order.index(found.name) if found.name in order else len(order)
@@ -226,37 +220,26 @@ def _by_meaning(departures: Sequence[Departure]) -> list[Departure]:
     return sorted(departures, key=rank)
 
 
-def title_of(name: str) -> str:
-    """Return what a curve is called in a sentence."""
-    if name in _STATISTICS:
-        return _STATISTICS[name]
-    level = range_of(name)
-    if level is not None:
-        return f"the loss at {level.text}"
-    metric, _, value = name.partition("/")
-    return metric if metric == value else f"{metric} ({value})"
-
-
 def reasons(departure: Departure, others: Mapping[str, int]) -> str:
     """Return likely reasons for a departure, and where to look.
 
     ``others`` are the sides, 1 or -1, on which other curves lie outside, by name.
     """
     name, above = departure.name, departure.side > 0
-    if name == _GRADIENT:
-        if above and others.get(_LOSS, 0) > 0:
+    if name == GRADIENT:
+        if above and others.get(LOSS, 0) > 0:
             return "the learning rate is too high, or training is becoming unstable: lower --lr"
         return (
             "look for a change of the loss's scale, of --batch, of initial weights or of layers; "
             "the norm alone, with a normal loss, does no harm"
         )
-    if name == _VALIDATION and others.get(_LOSS, 0) <= 0:
+    if name == VALIDATION and others.get(LOSS, 0) <= 0:
         return (
             "the model overfits, or other images are held out: compare with the training loss"
             if above
             else "held-out images may be among those trained on: check --validation-share"
         )
-    if name in (_LOSS, _VALIDATION) or range_of(name) is not None:
+    if name in (LOSS, VALIDATION) or range_of(name) is not None:
         if above:
             return (
                 "the learning rate, the order or the labels of the data, or the code of loss and "

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from torch_utils.charts import new_figure, picture_of
-from training.reference_curves.judge import Placed, Verdict, title_of
+from training.reference_curves.judge import Placed, Verdict
+from training.reference_curves.titles import title_of
 
 if TYPE_CHECKING:
     import PIL.Image
