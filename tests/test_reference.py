@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import call, fail, succeed, toy_data, train_tiny
+from helpers import ROOT, call, fail, succeed, toy_data, train_tiny
 from PIL import Image
 from reference_runs import SIGMAS, write_run, write_seeds
 from scipy import stats
@@ -234,6 +236,38 @@ def test_the_file_of_a_preset_is_what_its_seeds_say(preset):
     others = [n for n in own if not n.startswith((*made_of_data, "training.ema", "training.kimg"))]
     assert {n: found.settings.get(n) for n in others} == {n: own[n] for n in others}
     assert reference_path(preset).stat().st_size < 100_000
+
+
+def test_the_script_trains_every_seed_and_goes_on_after_a_stop(tmp_path):
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "python").write_text(
+        """#!/bin/sh
+echo "$@" >> calls
+case "$2" in --outdir=*) mkdir -p "${2#--outdir=}/00000-x"; test "$3" != "$BROKEN" ;; esac
+"""
+    )
+    (programs / "python").chmod(0o755)
+    env = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}
+    script = [
+        ROOT / "examples/reference.sh",
+        "mine.json",
+        "3",
+        "2",
+        "--preset=digits",
+        "--desc=a b",
+    ]
+    for broken, code in (("--seed=1", 1), ("", 0)):
+        (tmp_path / "calls").unlink(missing_ok=True)
+        found = subprocess.run(script, cwd=tmp_path, env={**env, "BROKEN": broken}, timeout=30)
+        assert (found.returncode != 0) == bool(code)
+        calls = (tmp_path / "calls").read_text().splitlines()
+        for seed in range(3):
+            folder = f"--outdir=mine.json.runs/seed-{seed}"
+            own = f"train.py {folder} --seed={seed} --resume=auto --preset=digits --desc=a b"
+            assert sum(own in call for call in calls) == 1
+        runs = " ".join(f"mine.json.runs/seed-{seed}/00000-x" for seed in range(3))
+        assert any(f"fid.py curves {runs} --out=mine.json" in call for call in calls) == (not code)
 
 
 # A run that is compared as it trains.

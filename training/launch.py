@@ -31,7 +31,6 @@ from training.family import of as family_of
 from training.loop import Job, training_loop
 from training.portable import open_header, open_snapshot
 from training.report import changes_from, describe_run, run_facts
-from training.resources.outlook import foresee
 from training.saving.wait import wait_for_savers
 from training.stability.rollbacks import RollbackRequested, add_rollback, remove_abandoned
 from training.watching.reference import place_reference
@@ -208,7 +207,6 @@ def launch(
                         _, origin = runs.read_start(run_dir, lambda text: None)
                     _write_start(job, run_dir, origin, preset)
                     print(place_reference(run_dir, job.config, reference), end="", flush=True)
-                    foresee(job.config, run_dir, job.device)
                 weights = snapshot if state is None else None
                 _check_teacher(job.config, run_dir, state or weights)
                 start_from = dict(resume_state=state, transfer=weights, num_rollbacks=num_rollbacks)

@@ -14,21 +14,14 @@ import torch
 from dnnlib.files import write_json
 from dnnlib.text import format_count, format_kimg, format_time
 from dnnlib.typed import typed
-from torch_utils import distributed
 from training.config import RunConfig
-from training.resources.memory import (
-    CUDA_CONTEXT,
-    count_snapshots,
-    count_ticks,
-    predict_disk,
-    predict_memory,
-)
+from training.resources.memory import CUDA_CONTEXT, count_snapshots, count_ticks, predict_disk
+from training.resources.memory_process import MemoryProcess
 from training.run_report.files import PREDICTION_FILE, STATS_FILE
 from training.run_report.history import History
 from training.run_report.rows import read_object
 
-# To foresee memory takes about a second, by a step without content. Shorter runs do without.
-_MIN_STEPS = 1000
+_LONG_SEC = 120.0  # Of a run for which memory is foreseen, which takes a processor for seconds.
 _REST = "the rest"  # Of what comes after a tick: files and validation.
 _WARM_UP, _PROBED = 2, 10  # Steps of a tick before the probe, and in it.
 
@@ -60,19 +53,6 @@ class Prediction:
             return None
         share = (cur_nimg - self.probe_nimg) / max(self.total_nimg - self.probe_nimg, 1)
         return self.probe_sec + min(share, 1.0) * (self.total_sec - self.probe_sec)
-
-
-def foresee(config: RunConfig, run_dir: Path, device: torch.device) -> None:
-    """Write what a run will take of memory and disk into its folder, unless that is known.
-
-    Memory is that of a process that has opened its data and made no network yet.
-    """
-    if _read(config, run_dir) is None:
-        memory = None
-        if config.total_nimg >= _MIN_STEPS * config.step_nimg:
-            memory = predict_memory(config, distributed.world_size(), device.type).total
-        found = Prediction(config.total_nimg, predict_disk(config).total, memory)
-        write_json(run_dir / PREDICTION_FILE, dataclasses.asdict(found))
 
 
 def _read(config: RunConfig, run_dir: Path) -> Prediction | None:
@@ -111,11 +91,17 @@ class Outlook:
         self._is_probing = telemetry is not None and cur_nimg < config.total_nimg
         self._has_trained = False
         self._costs: dict[str, float] = {}  # Seconds, the most of each kind of event so far.
-        self._prediction = None if telemetry is None else _read(config, run_dir)
-        if self._prediction is not None and cur_nimg == 0:
-            memory, disk = self._prediction.memory, self._prediction.disk
-            text = "" if memory is None else f"memory {_bytes(memory)} a rank, "
-            telemetry.message(f"Predicted: {text}disk {_bytes(disk)}.")
+        self._memory: MemoryProcess | None = None
+        if telemetry is None:
+            return
+        self._prediction = _read(config, run_dir)
+        if self._prediction is None and self._is_probing:
+            self._keep(Prediction(config.total_nimg, predict_disk(config).total))
+            telemetry.message(f"Predicted: disk {_bytes(self._prediction.disk)}.")
+
+    def _keep(self, prediction: Prediction) -> None:
+        self._prediction = prediction
+        write_json(self._run_dir / PREDICTION_FILE, dataclasses.asdict(prediction))
 
     @contextlib.contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -153,6 +139,11 @@ class Outlook:
             if self._num_in_ticks >= _PROBED * self._config.step_nimg:
                 self._tell(self._num_in_ticks / self._sec_in_ticks, cur_nimg)
         self._num_steps = 0
+        found = None if self._memory is None else self._memory.poll()
+        if found is not None:
+            self._memory = None
+            self._keep(dataclasses.replace(self._prediction, memory=found))
+            self._telemetry.message(f"Predicted: memory {_bytes(found)} a rank.")
 
     def _now(self) -> Any:
         if self._device.type != "cuda":
@@ -181,12 +172,11 @@ class Outlook:
             f"{format_time(left)} until the end at kimg "
             f"{format_kimg(self._config.total_nimg / 1000)}{with_what}."
         )
-        if self._prediction is not None and self._prediction.images_per_sec is None:
+        if self._prediction.images_per_sec is None:
             speed = dict(images_per_sec=images_per_sec, probe_nimg=cur_nimg, probe_sec=elapsed)
-            self._prediction = dataclasses.replace(
-                self._prediction, total_sec=elapsed + left, **speed
-            )
-            write_json(self._run_dir / PREDICTION_FILE, dataclasses.asdict(self._prediction))
+            self._keep(dataclasses.replace(self._prediction, total_sec=elapsed + left, **speed))
+        if self._prediction.memory is None and left >= _LONG_SEC:
+            self._memory = MemoryProcess(self._run_dir)
 
     def _cost_of_events(self, cur_nimg: int) -> tuple[float, str]:
         """Return the seconds of snapshots, pictures and scores to come, as the last ones took."""
@@ -208,8 +198,10 @@ class Outlook:
 
     def finish(self, cur_nimg: int) -> None:
         """Say what was foreseen and what it was, after ``cur_nimg`` images."""
-        if not self._has_trained or self._prediction is None:
+        if self._telemetry is None or not self._has_trained:
             return
+        if self._memory is not None:
+            self._memory.close()
         rows = compare(self._prediction, self._config, self._run_dir, self._device, cur_nimg)
         elapsed = time.time() - self._start_sec
         foreseen = self._prediction.seconds_until(cur_nimg)
