@@ -61,14 +61,14 @@ def command(options: CheckOptions, run: Path) -> int:
     if more:
         raise refusal("RUN", but=f"{run} holds {len(more) + 1} runs", remedy="give one of them")
     found = read_run(run_dir)
-    config, _ = read_start(run_dir, click.echo)
+    config, origin = read_start(run_dir, click.echo)
     reference = reference_of(options.against or config.preset, given=options.against)
     for line in _published(reference, found):
         click.echo(line)
     if not reference.curves:
         click.echo(f"There are no reference curves of preset {reference.preset}.")
         return 1
-    own = deciding_settings(config), data_facts(found.options)
+    own = deciding_settings(config, origin), data_facts(found.options)
     comparison = compare_settings(own[0], reference.settings, own[1], reference.data)
     for note in comparison.notes:
         click.echo(f"Note: {note}.")
@@ -83,6 +83,8 @@ def command(options: CheckOptions, run: Path) -> int:
         click.echo(f"Warning: {text}.")
     verdict = judge(run_dir, found.history, reference, comparison)
     click.echo(str(verdict))
+    if found.kimg > 1.001 * reference.kimg:
+        click.echo(f"What follows kimg {reference.kimg:g} is not judged: the reference ends there.")
     sides = {one.name: one.side for one in verdict.departures}
     for one in verdict.departures[:3]:
         click.echo(f"  {one.title} {one.where}: {reasons(one, sides)}.")

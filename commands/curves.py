@@ -46,8 +46,8 @@ def command(options: CurvesOptions, runs: tuple[Path, ...]) -> None:
 
     check_target("--out", options.out, is_ours=is_reference, **output_rules("out"))
     found = [read_run(run_dir) for run_dir in find_runs(runs)]
-    configs = [read_start(run.run_dir, click.echo)[0] for run in found]
-    reference = make_reference(found, configs, coverage=options.coverage, note=options.note)
+    starts = [read_start(run.run_dir, click.echo) for run in found]
+    reference = make_reference(found, starts, coverage=options.coverage, note=options.note)
     write_reference(options.out, reference)
     left = reference.left_out
     click.echo(

@@ -206,7 +206,8 @@ def launch(
                     if start.continues:
                         _, origin = runs.read_start(run_dir, lambda text: None)
                     _write_start(job, run_dir, origin, preset)
-                    print(place_reference(run_dir, job.config, reference), end="", flush=True)
+                    where = (run_dir, job.config, origin, reference)
+                    print(place_reference(*where), end="", flush=True)
                 weights = snapshot if state is None else None
                 _check_teacher(job.config, run_dir, state or weights)
                 start_from = dict(resume_state=state, transfer=weights, num_rollbacks=num_rollbacks)

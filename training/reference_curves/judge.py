@@ -102,18 +102,12 @@ class Verdict:
         if not self.placed:
             why = self.left_out[0] if self.left_out else "no tick after the first is recorded yet"
             return f"Nothing to compare yet: {why}."
-        band = (
-            f"the {'band' if len(self.placed) == 1 else 'bands'} of {reference.num_runs} runs of "
-        )
-        band += f"preset {reference.preset}"
-        until = f"up to kimg {format_kimg(self.kimg)}"
+        seeds = f"{reference.num_runs} runs of preset {reference.preset}"
         if not self.departures:
-            which = (
-                f"all {len(self.placed)} curves lie"
-                if len(self.placed) > 1
-                else (f"{title_of(self.placed[0].name)} lies")
-            )
-            return f"Normal: {until}, {which} in {band}."
+            which = f"all {len(self.placed)} curves lie in the bands"
+            if len(self.placed) == 1:
+                which = f"{title_of(self.placed[0].name)} lies in the band"
+            return f"Normal: up to kimg {format_kimg(self.kimg)}, {which} of {seeds}."
         first, *others = self.departures
         text = f"Not normal: {first.title} {first.where}"
         if others:
@@ -121,9 +115,8 @@ class Verdict:
             if len(others) > _MAX_NAMED:
                 shown.append(f"{len(others) - _MAX_NAMED} more")
             text += f"; outside as well: {join_names(shown)}"
-        return f"{text}. The bands are those of {reference.num_runs} runs of preset " + (
-            f"{reference.preset}, and hold {reference.coverage:.0%} of further ones altogether."
-        )
+        hold = f"hold {reference.coverage:.0%} of further ones altogether"
+        return f"{text}. The bands are those of {seeds}, and {hold}."
 
 
 def judge(

@@ -12,7 +12,7 @@ from dnnlib.text import join_names
 from training.config import RunConfig
 from training.reference_curves.bands import tolerance_band
 from training.reference_curves.curves import Series, curves_of
-from training.reference_curves.reference import Curve, LeftOut, Published, Reference
+from training.reference_curves.reference import Curve, LeftOut, Reference
 from training.reference_curves.settings import DataFacts, compare_settings, deciding_settings
 from training.run_report.files import Run
 
@@ -22,23 +22,25 @@ COVERAGE = 0.99
 
 def make_reference(
     runs: Sequence[Run],
-    configs: Sequence[RunConfig],
+    starts: Sequence[tuple[RunConfig, Mapping[str, Any] | None]],
     *,
     coverage: float = COVERAGE,
-    published: Sequence[Published] = (),
     note: str = "",
 ) -> Reference:
     """Return the reference curves of runs that differ in their seeds alone.
 
-    ``configs`` are the runs' own. Curves that some run lacks are left out. Raises ValueError if the
-    runs differ otherwise, were recorded at other points, or are too few.
+    ``starts`` are the configurations and the origins of the runs. Curves that some run lacks are
+    left out. Raises ValueError if the runs differ otherwise, were recorded at other points, or are
+    too few.
     """
     if len(runs) < MIN_RUNS:
         raise ValueError(f"Give at least {MIN_RUNS} runs, better five; got {len(runs)}.")
+    configs = [config for config, _ in starts]
     _check_seeds(runs, configs)
-    settings, data = deciding_settings(configs[0]), data_facts(runs[0].options)
-    for run, config in zip(runs[1:], configs[1:], strict=True):
-        found = compare_settings(deciding_settings(config), settings, data_facts(run.options), data)
+    settings, data = deciding_settings(*starts[0]), data_facts(runs[0].options)
+    for run, start in zip(runs[1:], starts[1:], strict=True):
+        own = deciding_settings(*start)
+        found = compare_settings(own, settings, data_facts(run.options), data)
         if found.differences or found.notes or not found.same_average:
             why = (*found.differences, *found.notes, "its weights are averaged otherwise")[0]
             but = f"{run.run_dir} is no run like {runs[0].run_dir}: {why}"
@@ -59,7 +61,7 @@ def make_reference(
         coverage=coverage,
         left_out=leave_one_out(columns, coverage),
         curves=curves,
-        published=list(published),
+        published=[],
         command=_command_of(runs[0].options),
         packages=_texts(runs[0].options.get("packages")),
         note=note,

@@ -13,6 +13,7 @@ from training.config import RunConfig
 _FREE = ("training.seed", "training.ema_stds", "data.data")
 # What is made anew wherever data are prepared, and is never equal to the last digit.
 _MADE_ANEW = ("model.vae_hash", "model.visual_hash", "model.text_hash", "model.latent_scale")
+_FIRST_WEIGHTS = "transfer"  # Hash of the weights that a run starts from, if it does.
 _AVERAGE = ("training.ema_kimg", "training.ema_rampup")
 # Why curves of two runs differ where a setting does, by how its name begins; the first counts.
 _REASONS = (
@@ -28,6 +29,7 @@ _REASONS = (
     ("training.", "each step is another one"),
     ("model.", "it is another network"),
     ("data", "other data have another loss"),
+    (_FIRST_WEIGHTS, "it begins with what another run has learned"),
     ("distillation.", "students learn from a teacher, not from data"),
     ("", "the task is another one"),
 )
@@ -59,9 +61,13 @@ class Comparison:
     same_average: bool = True
 
 
-def deciding_settings(config: RunConfig) -> dict[str, str]:
-    """Return the settings that the curves of a run depend on, but for its data, as JSON texts."""
+def deciding_settings(config: RunConfig, origin: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """Return the settings that the curves of a run depend on, but for its data, as JSON texts.
+
+    ``origin`` is what ``training_options.json`` says of its first weights.
+    """
     found = {name: value for name, value in identity(config).items() if name not in _FREE}
+    found[_FIRST_WEIGHTS] = (origin or {}).get("transfer")
     return {name: json.dumps(_plain(value)) for name, value in found.items()}
 
 

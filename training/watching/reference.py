@@ -1,6 +1,8 @@
 """Tells when a run leaves the bands of its reference curves."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from training.config import RunConfig
 from training.reference_curves.judge import judge, reasons
@@ -15,15 +17,18 @@ from training.watching.finding import Finding
 _NAME = "outside_reference"
 
 
-def place_reference(run_dir: Path, config: RunConfig, path: Path | None) -> str:
+def place_reference(
+    run_dir: Path, config: RunConfig, origin: Mapping[str, Any] | None, path: Path | None
+) -> str:
     """Copy reference curves into the folder of a run that can be compared with them; say so.
 
-    ``path`` is the file of the run's preset, if that has one. Of a run that is continued with other
+    ``origin`` is what the run knows of its first weights, and ``path`` the file of its preset, if
+    that has one. Of a run that is continued with other
     settings, so that it cannot be compared any more, the copy is removed.
     """
     reference = None if path is None else read_reference(path)
-    if reference is not None and reference.curves and not config.distillation.is_on:
-        own = deciding_settings(config), data_facts(read_object(run_dir / OPTIONS_FILE))
+    if reference is not None and reference.curves:
+        own = deciding_settings(config, origin), data_facts(read_object(run_dir / OPTIONS_FILE))
         found = compare_settings(own[0], reference.settings, own[1], reference.data)
         if not found.differences:
             write_reference(run_dir / RUN_FILE, reference)
