@@ -13,7 +13,7 @@ import families
 from commands.config_file import read_config_file, read_teacher, with_config_file
 from commands.prepare import prepare_data, with_named_data
 from configs.presets import PRESET_OF_RESOLUTION, PRESETS, get_preset, preset_of_model
-from configs.reference import reference_path
+from configs.reference import find_reference
 from dnnlib.cli import ConfigCommand, raw_value, run, settings, usage_errors
 from dnnlib.click_options import param, takes
 from dnnlib.config import Config
@@ -193,7 +193,7 @@ def main(config: RunConfig, options: TrainOptions) -> int:
         return verify(config, start)
     if config.preset not in PRESETS:  # A run may be continued whose preset is gone.
         return launch(config, start)
-    return launch(config, start, PRESETS[config.preset].run, reference_path(config.preset))
+    return launch(config, start, PRESETS[config.preset].run, find_reference(config.preset))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ from training.reference_curves.make import leave_one_out
 from training.reference_curves.reference import read_reference, write_reference
 from training.reference_curves.settings import deciding_settings
 from training.run_report.history import History
-from training.watching.reference import ReferenceWatch
+from training.runs import read_start
+from training.watching.reference import ReferenceWatch, place_reference
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +288,7 @@ def test_a_run_that_leaves_its_bands_says_so_once(tmp_path, monkeypatch):
     assert re.search(r"Predicted and actual: disk .*images/s .*duration", log)
     path = tmp_path / "tiny.json"
     succeed(fid, "curves", *runs, f"--out={path}")
-    monkeypatch.setattr(train, "reference_path", lambda preset: path)
+    monkeypatch.setattr(train, "find_reference", lambda preset: read_reference(path))
     normal = train_tiny(tmp_path / "normal", data, "--seed=3", tiny=LESS)
     assert "Compared with the reference curves of 3 seeds up to kimg 1.3" in normal.output
     assert not (normal.run_dir / "watch.jsonl").exists()
@@ -319,6 +320,16 @@ def test_a_run_that_leaves_its_bands_says_so_once(tmp_path, monkeypatch):
     history.read()
     assert not judge(wrong.run_dir, history, read_reference(path)).is_normal
     assert again.name == row["name"]
+    # Scores of weights that are averaged otherwise are left out of the copy.
+    found = read_reference(path)
+    points = dataclasses.replace(found.curves["Loss/loss"], kind="point")
+    with_score = dataclasses.replace(found, curves=found.curves | {"a/a": points})
+    config, origin = read_start(normal.run_dir, print)
+    for ema_kimg, num in ((config.training.ema_kimg, 1), (3.0, 0)):
+        changed = config.changed("training", ema_kimg=ema_kimg)
+        assert "Compared" in place_reference(normal.run_dir, changed, origin, with_score)
+        kept = read_reference(normal.run_dir / "reference.json").curves
+        assert len(kept) == len(found.curves) + num
     # With other settings it cannot be compared.
     other = train_tiny(tmp_path / "other", data, "--lr=0.1", tiny=LESS)
     assert not Path(other.run_dir / "reference.json").exists()

@@ -30,6 +30,7 @@ from training.division import check_division, group_size
 from training.family import of as family_of
 from training.loop import Job, training_loop
 from training.portable import open_header, open_snapshot
+from training.reference_curves.reference import Reference
 from training.report import changes_from, describe_run, run_facts
 from training.saving.wait import wait_for_savers
 from training.stability.rollbacks import RollbackRequested, add_rollback, remove_abandoned
@@ -168,12 +169,12 @@ def launch(
     config: RunConfig,
     start: Start,
     preset: RunConfig | None = None,
-    reference: Path | None = None,
+    reference: Reference | None = None,
 ) -> int:
     """Train, and return the exit code: 0, or REQUEUE_EXIT_CODE after a stop that was asked for.
 
     ``preset`` is the run's preset without its changes, which the run's report tells; ``reference``
-    is the file of its reference curves.
+    has the curves that the run is compared with, if it can be.
     """
     run_dir, is_new, finished = None, False, False
     with (

@@ -16,6 +16,12 @@ def reference_path(preset: str) -> Path | None:
     return path if preset in PRESETS and path.is_file() else None
 
 
+def find_reference(preset: str) -> Reference | None:
+    """Return the reference of a preset; None if it has none. Raises ValueError if it is damaged."""
+    path = reference_path(preset)
+    return None if path is None else read_reference(path)
+
+
 def reference_of(name: str, given: str | None = None) -> Reference:
     """Return the reference of a preset, or that in a file.
 

@@ -1,5 +1,6 @@
 """Tells when a run leaves the bands of its reference curves."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from training.config import RunConfig
 from training.reference_curves.judge import judge, reasons
 from training.reference_curves.make import data_facts
-from training.reference_curves.reference import RUN_FILE, read_reference, write_reference
+from training.reference_curves.reference import RUN_FILE, Reference, read_reference, write_reference
 from training.reference_curves.settings import compare_settings, deciding_settings
 from training.run_report.files import OPTIONS_FILE, STATS_FILE, WATCH_FILE
 from training.run_report.history import History
@@ -18,19 +19,23 @@ _NAME = "outside_reference"
 
 
 def place_reference(
-    run_dir: Path, config: RunConfig, origin: Mapping[str, Any] | None, path: Path | None
+    run_dir: Path,
+    config: RunConfig,
+    origin: Mapping[str, Any] | None,
+    reference: Reference | None,
 ) -> str:
-    """Copy reference curves into the folder of a run that can be compared with them; say so.
+    """Write reference curves into the folder of a run that can be compared with them; say so.
 
-    ``origin`` is what the run knows of its first weights, and ``path`` the file of its preset, if
-    that has one. Of a run that is continued with other
+    ``origin`` is what the run knows of its first weights. Of a run that is continued with other
     settings, so that it cannot be compared any more, the copy is removed.
     """
-    reference = None if path is None else read_reference(path)
     if reference is not None and reference.curves:
         own = deciding_settings(config, origin), data_facts(read_object(run_dir / OPTIONS_FILE))
         found = compare_settings(own[0], reference.settings, own[1], reference.data)
         if not found.differences:
+            if not found.same_average:  # Which validation and scores are of.
+                curves = {k: own for k, own in reference.curves.items() if own.kind == "window"}
+                reference = dataclasses.replace(reference, curves=curves)
             write_reference(run_dir / RUN_FILE, reference)
             notes = f" ({'; '.join(found.notes)})" if found.notes else ""
             curves = f"the reference curves of {reference.num_runs} seeds"
