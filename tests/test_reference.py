@@ -27,6 +27,7 @@ from training.reference_curves.reference import read_reference, write_reference
 from training.reference_curves.settings import deciding_settings
 from training.run_report.history import History
 from training.runs import read_start
+from training.telemetry import trim_rows
 from training.watching.reference import ReferenceWatch, place_reference
 
 
@@ -313,8 +314,13 @@ def test_a_run_that_leaves_its_bands_says_so_once(tmp_path, monkeypatch):
     assert "below its band since kimg" in row["message"]
     assert wrong.output.count("Warning: ") == 1
     assert ReferenceWatch(wrong.run_dir).findings() == []
-    # Had it been killed before it was told, a resumed run would tell it.
-    (wrong.run_dir / "watch.jsonl").unlink()
+    # Had it been killed before the next state, a resumed run would tell it again.
+    trim_rows(wrong.run_dir, round(row["kimg"] * 1000))
+    assert ReferenceWatch(wrong.run_dir).findings() == []
+    (wrong.run_dir / "stats.jsonl").rename(tmp_path / "stats.jsonl")
+    trim_rows(wrong.run_dir, round(row["kimg"] * 1000) - 32)
+    assert (wrong.run_dir / "watch.jsonl").read_text() == ""
+    (tmp_path / "stats.jsonl").rename(wrong.run_dir / "stats.jsonl")
     (again,) = ReferenceWatch(wrong.run_dir).findings()
     history = History(wrong.run_dir / "stats.jsonl")
     history.read()
