@@ -147,6 +147,9 @@ def next_steps(run: Run) -> Iterator[tuple[str, str]]:
     if isinstance(stds, list) and stds and run.snapshots:
         command = f"python -m training.posthoc_ema {folder} --std=0.05,0.10,0.15"
         yield "Make averages of other lengths", f"{command} --outdir={folder}/averages"
+    if run.reference is not None:
+        picture = f"--out={folder}/check.png"
+        yield "See it inside the bands of other seeds", f"python fid.py check {folder} {picture}"
     yield (
         "Compare it with another run",
         f"python fid.py report {folder} OTHER_RUN --out=comparison.html",

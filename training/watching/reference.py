@@ -38,8 +38,8 @@ def place_reference(
                 reference = dataclasses.replace(reference, curves=curves)
             write_reference(run_dir / RUN_FILE, reference)
             notes = f" ({'; '.join(found.notes)})" if found.notes else ""
-            curves = f"the reference curves of {reference.num_runs} seeds"
-            return f"Compared with {curves} up to kimg {reference.kimg:g}{notes}.\n"
+            what = f"the reference curves of {reference.num_runs} seeds"
+            return f"Compared with {what} up to kimg {reference.kimg:g}{notes}.\n"
     (run_dir / RUN_FILE).unlink(missing_ok=True)
     return ""
 
