@@ -42,10 +42,21 @@ class Log(list):
         self.append(text)
 
 
+class Answer:
+    """In place of a process that foresees memory: the second time it is asked, it knows."""
+
+    def __init__(self, run_dir):
+        self.answers = [None, 500_000_000]
+
+    def poll(self):
+        return self.answers.pop(0)
+
+
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(module, "MemoryProcess", Answer)
     return clock
 
 
@@ -98,25 +109,14 @@ def test_short_ticks_are_put_together_for_a_probe(tmp_path, clock):
     nimg = train_for(outlook, clock, 1, 30.0, 0)
     outlook.tick(128, 30.0, nimg, 1.0)
     for _ in range(4):
-        assert not log
+        assert not log[1:]
         nimg = train_for(outlook, clock, 3, 2.0, nimg)
         outlook.tick(3 * 128, 6.0, nimg, 1.0)
         clock.add(1)
-    assert log[0].startswith("Predicted after 10 steps: 64 images/s")
-
-
-class Answer:
-    """In place of a process that foresees memory: the second time it is asked, it knows."""
-
-    def __init__(self, run_dir):
-        self.answers = [None, 500_000_000]
-
-    def poll(self):
-        return self.answers.pop(0)
+    assert log[1].startswith("Predicted after 10 steps: 64 images/s")
 
 
 def test_memory_is_told_when_it_is_known_of_long_runs_alone(tmp_path, clock, monkeypatch):
-    monkeypatch.setattr(module, "MemoryProcess", Answer)
     log = Log()
     outlook = start(tmp_path, log)
     nimg = train_for(outlook, clock, 12, 0.5, 0)

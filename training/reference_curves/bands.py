@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-_NEIGHBOURS = 6  # A variance is shared by up to one in so many points to either side.
+_NEIGHBOURS = 3  # A variance is shared by up to one in so many points to either side.
 _GRID = 40_001  # Of the numeric integral over Student's density.
 
 

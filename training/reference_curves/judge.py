@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from dnnlib.text import format_kimg, join_names
+from training.reference_curves.bands import tolerance_band
 from training.reference_curves.curves import Aligned, Series, align, curves_of
 from training.reference_curves.reference import Curve, Reference
 from training.reference_curves.settings import Comparison
@@ -134,7 +135,7 @@ def judge(
         if reason:
             left_out.append(reason)
             continue
-        found = place(name, own[name], curve)
+        found = place(name, own[name], reference)
         if len(found.kimg):
             placed.append(found)
     departures = [found for one in placed if (found := departure_of(one)) is not None]
@@ -160,8 +161,12 @@ def _not_judged(
     return None
 
 
-def place(name: str, own: Series, curve: Curve) -> Placed:
-    """Return a run's curve beside its reference, at the points that both have."""
+def place(name: str, own: Series, reference: Reference) -> Placed:
+    """Return a run's curve beside its reference, at the points that both have.
+
+    Where the run's ticks are longer, seeds vary less in them, and the band is that of their means.
+    """
+    curve = reference.curves[name]
     found: Aligned = align(own, curve.kind, curve.start, np.array(curve.kimg))
     widths = np.diff(np.concatenate([[curve.start], curve.kimg]))
 
@@ -170,8 +175,14 @@ def place(name: str, own: Series, curve: Curve) -> Placed:
             [np.average(column[a : b + 1], weights=widths[a : b + 1]) for a, b in found.groups]
         )
 
-    ends = (average(column) for column in (curve.low, curve.mean, curve.high))
-    return Placed(name, found.kimg, found.values, *ends)
+    low, mean, high = (average(column) for column in (curve.low, curve.mean, curve.high))
+    if any(first < last for first, last in found.groups):
+        values = np.stack([average(column) for column in curve.values])
+        num_points = sum(len(one.kimg) for one in reference.curves.values())
+        band = tolerance_band(values, reference.coverage, num_points)
+        if np.log(band.high / band.low).mean() < np.log(high / low).mean():
+            low, mean, high = band.low, band.mean, band.high
+    return Placed(name, found.kimg, found.values, low, mean, high)
 
 
 def departure_of(placed: Placed) -> Departure | None:
