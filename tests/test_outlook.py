@@ -86,8 +86,8 @@ def test_the_probe_leaves_out_the_first_steps_and_counts_what_comes_between(tmp_
     nimg = train_for(outlook, clock, 2, 5.0, nimg)
     nimg = train_for(outlook, clock, 10, 0.5, nimg)
     left = (154_000 - nimg) / 256 + 2 * 11  # Snapshots at kimg 80 and 154.
-    text = "Predicted after 10 steps: 256 images/s, 10m 17s until the end at kimg 154.0, with 2 "
-    text += "times pictures in 8s and 2 times scores in 12s."
+    text = "Predicted after 10 steps: 256 images/s, 10m 17s until the end at kimg 154.0, with "
+    text += "pictures in 8s and scores in 12s."
     assert log[1:] == [text]
     found = Prediction(**json.loads((tmp_path / "prediction.json").read_text()))
     assert (found.images_per_sec, found.probe_nimg, found.probe_sec) == (256, nimg, 56)

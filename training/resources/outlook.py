@@ -193,7 +193,7 @@ class Outlook:
             seconds = num * self._costs.get(what, 0.0)
             total += seconds
             if seconds >= 0.5 and what != _REST:
-                words.append(f"{num} times {what} in {format_time(seconds)}")
+                words.append(f"{what} in {format_time(seconds)}")
         return total, " and ".join(words)
 
     def finish(self, cur_nimg: int) -> None:
