@@ -150,7 +150,7 @@ def main(config: RunConfig, options: TrainOptions) -> int:
     """
     # From here on torch is needed. Cheap checks still come first: nothing is opened or started
     # before they pass.
-    from training.launch import Start, check_here, check_ranks, launch, print_plan, verify
+    from training.launch import Start, Usual, check_here, check_ranks, launch, print_plan, verify
 
     given = click.get_current_context().meta["given"]
     names = [field.name for field in dataclasses.fields(Start)]
@@ -193,7 +193,8 @@ def main(config: RunConfig, options: TrainOptions) -> int:
         return verify(config, start)
     if config.preset not in PRESETS:  # A run may be continued whose preset is gone.
         return launch(config, start)
-    return launch(config, start, PRESETS[config.preset].run, find_reference(config.preset))
+    usual = Usual(PRESETS[config.preset].run, find_reference(config.preset))
+    return launch(config, start, usual)
 
 
 if __name__ == "__main__":

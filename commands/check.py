@@ -11,6 +11,7 @@ from dnnlib.click_options import PathType, output_rules, overwrites, param, take
 if TYPE_CHECKING:
     from training.reference_curves.judge import Verdict
     from training.reference_curves.reference import Reference
+    from training.reference_curves.settings import Comparison
     from training.run_report.files import Run
 
 
@@ -45,7 +46,7 @@ def command(options: CheckOptions, run: Path) -> int:
     import families  # noqa: F401 (registers them)
     from configs.reference import reference_of
     from dnnlib.errors import refusal
-    from training.reference_curves.judge import judge, reasons
+    from training.reference_curves.judge import judge
     from training.reference_curves.make import data_facts
     from training.reference_curves.settings import compare_settings, deciding_settings
     from training.run_report.files import find_runs, read_run
@@ -70,29 +71,43 @@ def command(options: CheckOptions, run: Path) -> int:
         return 1
     own = deciding_settings(config, origin), data_facts(found.options)
     comparison = compare_settings(own[0], reference.settings, own[1], reference.data)
+    _tell_differences(comparison, reference.preset, options.anyway)
+    if comparison.differences and not options.anyway:
+        return 1
+    verdict = judge(run_dir, found.history, reference, comparison)
+    _tell(verdict, found.kimg)
+    if options.out is not None:
+        _draw(verdict, options.out, found.name)
+    return 0 if verdict.is_normal else 1
+
+
+def _tell_differences(comparison: "Comparison", preset: str, anyway: bool) -> None:
     for note in comparison.notes:
         click.echo(f"Note: {note}.")
-    if comparison.differences and not options.anyway:
+    if comparison.differences and not anyway:
         what = "\n".join(f"  {text}" for text in comparison.differences)
         click.echo(
-            f"Not comparable with the reference curves of preset {reference.preset}:\n{what}\n"
+            f"Not comparable with the reference curves of preset {preset}:\n{what}\n"
             "To compare it all the same, add --anyway."
         )
-        return 1
+        return
     for text in comparison.differences:
         click.echo(f"Warning: {text}.")
-    verdict = judge(run_dir, found.history, reference, comparison)
+
+
+def _tell(verdict: "Verdict", kimg: float) -> None:
+    """Print a verdict, and what goes with it, on a run that has come to ``kimg``."""
+    from training.reference_curves.judge import reasons
+
     click.echo(str(verdict))
-    if found.kimg > 1.001 * reference.kimg:
-        click.echo(f"What follows kimg {reference.kimg:g} is not judged: the reference ends there.")
+    end = verdict.reference.kimg
+    if kimg > 1.001 * end:
+        click.echo(f"What follows kimg {end:g} is not judged: the reference ends there.")
     sides = {one.name: one.side for one in verdict.departures}
     for one in verdict.departures[:3]:
         click.echo(f"  {one.title} {one.where}: {reasons(one, sides)}.")
     for text in verdict.left_out:
         click.echo(f"Not compared: {text}.")
-    if options.out is not None:
-        _draw(verdict, options.out, found.name)
-    return 0 if verdict.is_normal else 1
 
 
 def _published(reference: "Reference", run: "Run") -> list[str]:

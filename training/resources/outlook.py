@@ -101,7 +101,8 @@ class Outlook:
 
     def _keep(self, prediction: Prediction) -> None:
         self._prediction = prediction
-        write_json(self._run_dir / PREDICTION_FILE, dataclasses.asdict(prediction))
+        with contextlib.suppress(OSError):  # What is foreseen never ends a run.
+            write_json(self._run_dir / PREDICTION_FILE, dataclasses.asdict(prediction))
 
     @contextlib.contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -221,10 +222,8 @@ def compare(
     rows = {}
     if prediction.memory is not None:
         rows["memory"] = prediction.memory, _peak_memory(history, device)
-    so_far = config
-    if cur_nimg < config.total_nimg:
-        so_far = config.changed("training", kimg=cur_nimg / 1000, iters=None)
-    rows["disk"] = predict_disk(so_far).total, _size_of_files(run_dir)
+    if cur_nimg >= config.total_nimg:  # At a stop, the last state is still being written.
+        rows["disk"] = predict_disk(config).total, _size_of_files(run_dir)
     nimg = 1000 * sum(b - a for a, b in zip(history.kimg, history.kimg[1:], strict=False))
     seconds = float(history.values("Timing/sec_per_tick")[1:].sum())
     if nimg > 0 and seconds > 0 and prediction.images_per_sec is not None:

@@ -59,8 +59,17 @@ class ReferenceWatch:
         """Return that the run is outside, unless that was told since it left its bands."""
         if self._reference is None:
             return []
+        try:
+            return self._judged(self._reference)
+        except Exception as error:  # Whatever it is, a comparison never ends a run.
+            self._reference = None
+            message = f"the run cannot be compared with its reference curves ({error})"
+            remedy = f"find the reason with python fid.py check {self._run_dir}"
+            return [Finding(name="reference_curves", message=message, remedy=remedy, level="info")]
+
+    def _judged(self, reference: Reference) -> list[Finding]:
         self._history.read()
-        verdict = judge(self._run_dir, self._history, self._reference)
+        verdict = judge(self._run_dir, self._history, reference)
         lasting = [found for found in verdict.departures if found.lasts]
         if not lasting:
             return []
