@@ -11,7 +11,7 @@ from training.reference_curves.bands import tolerance_band
 from training.reference_curves.curves import Aligned, Series, align, curves_of
 from training.reference_curves.reference import Curve, Reference
 from training.reference_curves.settings import Comparison
-from training.reference_curves.titles import GRADIENT, LOSS, VALIDATION, title_of
+from training.reference_curves.titles import GRADIENT, LOSS, VALIDATION, order_of, title_of
 from training.run_report.history import History
 from training.run_report.levels import range_of
 
@@ -215,11 +215,9 @@ def departure_of(placed: Placed) -> Departure | None:
 
 def _by_meaning(departures: Sequence[Departure]) -> list[Departure]:
     """Return departures in the order in which to tell of them: lasting ones, and losses, first."""
-    order = [LOSS, VALIDATION, GRADIENT]
 
-    def rank(found: Departure) -> tuple[bool, int, float]:
-        place = order.index(found.name) if found.name in order else len(order)
-        return not found.lasts, place, found.since
+    def rank(found: Departure) -> tuple[bool, tuple[int, float], float]:
+        return not found.lasts, order_of(found.name), found.since
 
     return sorted(departures, key=rank)
 

@@ -14,6 +14,7 @@ from training.reference_curves.bands import tolerance_band
 from training.reference_curves.curves import Series, curves_of
 from training.reference_curves.reference import Curve, LeftOut, Reference
 from training.reference_curves.settings import DataFacts, compare_settings, deciding_settings
+from training.reference_curves.titles import order_of
 from training.run_report.files import Run
 
 MIN_RUNS = 3  # Fewer say next to nothing of how much runs vary.
@@ -115,7 +116,7 @@ def common_curves(runs: Sequence[Mapping[str, Series]]) -> dict[str, list[Series
     Raises ValueError if runs were recorded at other points.
     """
     found = {}
-    for name, first in runs[0].items():
+    for name, first in sorted(runs[0].items(), key=lambda item: order_of(item[0])):
         own = [run[name] for run in runs if name in run]
         length = min(len(one.kimg) for one in own)
         if len(own) < len(runs) or length < (2 if first.kind == "window" else 1):

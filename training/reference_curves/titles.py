@@ -15,3 +15,12 @@ def title_of(name: str) -> str:
         return f"the loss at {level.text}"
     metric, _, value = name.partition("/")
     return metric if metric == value else f"{metric} ({value})"
+
+
+def order_of(name: str) -> tuple[int, float]:
+    """Return the key by which curves are sorted: losses, gradient norm, noise levels, scores."""
+    first = (LOSS, VALIDATION, GRADIENT)
+    if name in first:
+        return first.index(name), 0.0
+    level = range_of(name)
+    return (4, 0.0) if level is None else (3, level.low)
