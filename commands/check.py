@@ -24,7 +24,7 @@ class CheckOptions:
     anyway: bool = param(help="Compare a run of other settings, too.")
 
 
-@click.command(context_settings=dict(help_option_names=["-h", "--help"]), no_args_is_help=True)
+@click.command(context_settings=dict(help_option_names=["-h", "--help"]))
 @click.argument("run", metavar="RUN", type=PathType())
 @takes(CheckOptions)
 @overwrites

@@ -21,7 +21,7 @@ class CurvesOptions:
     note: str = param(default="", may_be_empty=True, help="A sentence to keep in the file.")
 
 
-@click.command(context_settings=dict(help_option_names=["-h", "--help"]), no_args_is_help=True)
+@click.command(context_settings=dict(help_option_names=["-h", "--help"]))
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=PathType())
 @takes(CurvesOptions)
 @overwrites
