@@ -87,7 +87,7 @@ def data(options: LoadingOptions) -> None:
             if is_given:
                 but = "which loads whole epochs of data of its own"
                 raise ValueError(f"{option} has no effect beside --delay, {but}; leave it out.")
-        from benchmarks.remote import measure
+        from benchmarks.remote.loading import measure
 
     measure(options)
 

@@ -97,6 +97,18 @@ class _LookAhead:
             named = len(ahead)
 
 
+def growing(batches: Sequence[Sequence[Any]]) -> Iterator[list[Any]]:
+    """Yield the keys of one batch, one, two, four and so on.
+
+    What is needed first is so asked for first, and what lies side by side later on together.
+    """
+    first, num = 0, 1
+    while first < len(batches):
+        yield list(itertools.chain.from_iterable(batches[first : first + num]))
+        first += num
+        num = first
+
+
 class _Fetched(Dataset):
     """A dataset whose remote data are fetched before they are read."""
 
@@ -104,7 +116,7 @@ class _Fetched(Dataset):
         self._dataset = dataset
 
     def __getitems__(self, request: Request) -> Any:
-        for keys in request.soon:
+        for keys in growing(request.soon):
             self._dataset.prefetch(keys)
         return self._dataset.__getitems__(request.keys)
 

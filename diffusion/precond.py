@@ -27,6 +27,7 @@ class Precond(abc.ABC):
     Attributes:
         sigma_min, sigma_max: Noise levels between which the network may be asked.
         noise_range: Range over whose logarithm :meth:`noise_fraction` is measured by default.
+        sigma_data: Standard deviation of the data that it is for; None if it asks for none.
         learned_variance: Whether the network's output has a second half, which gives the variance
             of an ancestral step.
     """
@@ -34,6 +35,7 @@ class Precond(abc.ABC):
     sigma_min: float
     sigma_max: float
     noise_range: tuple[float, float]
+    sigma_data: float | None = None
     learned_variance = False
 
     @abc.abstractmethod

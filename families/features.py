@@ -1,7 +1,7 @@
 """Feature-conditioned models: NanoDiT, flow matching on latents with text and visual features."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,6 +18,7 @@ from families.image import (
     objective_settings,
     with_architecture,
 )
+from families.inspected import features_to_inspect
 from families.next_steps import CONDITIONS_STEP, generate_step
 from families.reporting import reporting
 from families.runs import FeatureRun
@@ -31,6 +32,7 @@ from training.family import Codec, Evaluator, Part, Steps, TrainingData
 from training.feature_objective import FeatureObjective
 from training.transfer import Transfer, transfer_weights
 from training.validation.examples import NUM_IMAGES, Examples, Row, num_repeats, spread
+from training.watching.inspection.sample import Sample
 
 # What a model without patches lacks.
 _PATCH_PARAMETERS = ("conditioner.dino_patch_proj.*", "conditioner.null_dino_patch_token")
@@ -131,6 +133,16 @@ class FeatureFamily:
         kind = ShardSampler if run.features.streaming else BucketSampler
         sampler = kind(data.counts, **in_shards, start_nimg=start_nimg, **batches)
         return Steps(sampler, lambda cur_nimg: data.latent_shape(sampler.bucket_at(cur_nimg)))
+
+    def places(self, data: TrainingData, keys: Sequence[int]) -> np.ndarray:
+        return np.asarray(keys)
+
+    def inspected(
+        self, run: FeatureRun, data: TrainingData, codec: Codec, device: torch.device, number: int
+    ) -> Sample:
+        batches = features_to_inspect(run, data, codec, device, number)
+        visual = ("cls", "patches") if run.model.use_dino_patches else ("cls",)
+        return Sample(batches=batches, std=1.0, std_from="latents", visual=visual)
 
     def objective(self, run: FeatureRun, network: Network, codec: Codec) -> FeatureObjective:
         precond, settings = make_precond(run.precond), objective_settings(run)

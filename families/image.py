@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from data.images.augment import NUM_LABELS, make_augment_pipe
@@ -17,6 +18,7 @@ from dnnlib.addresses import is_address
 from dnnlib.errors import refusal
 from families.checks import check_metrics, unconditional
 from families.distillation import as_student
+from families.inspected import images_to_inspect
 from families.next_steps import image_steps
 from families.reporting import check_conditions, reporting
 from families.runs import ImageRun
@@ -31,6 +33,7 @@ from training.family import Codec, Evaluator, Part, Steps, TrainingData
 from training.objective import Objective
 from training.transfer import Transfer, transfer_weights
 from training.validation.examples import Examples, examples_of_images
+from training.watching.inspection.sample import Batch, Sample
 
 _DEFAULT_LABEL_DROP = 0.1  # As in classifier-free guidance's experiments (arXiv 2207.12598).
 
@@ -142,6 +145,25 @@ class ImageFamily:
     def _num_keys(self, data: TrainingData) -> int | None:
         """Return how many rows there are; None where every position in the run makes its own."""
         return len(data)
+
+    def places(self, data: TrainingData, keys: Sequence[int]) -> np.ndarray:
+        return np.asarray(keys) % data.num_images  # Mirror images follow all others.
+
+    def inspected(
+        self, run: ImageRun, data: TrainingData, codec: Codec, device: torch.device, number: int
+    ) -> Sample:
+        stored, cond = images_to_inspect(self, run, data, number)
+        x, _ = codec.encode(stored[: self._num_encoded(data)].to(device), {}, None)
+        batch = Batch(stored=stored, x=x.cpu(), cond=cond, groups=cond.get("label"))
+        return Sample(batches=(batch,), **self._expected_std(run))
+
+    def _num_encoded(self, data: TrainingData) -> int | None:
+        """Return of how many images the network's input is inspected; None for all of them."""
+        return None
+
+    def _expected_std(self, run: ImageRun) -> dict[str, Any]:
+        """Return the standard deviation that a model expects, as arguments of Sample."""
+        return dict(std=make_precond(run.precond).sigma_data)
 
     def objective(self, run: ImageRun, network: Network, codec: Codec) -> Objective:
         return Objective(network, make_precond(run.precond), codec, **objective_settings(run))

@@ -23,6 +23,8 @@ from models import LatentModelConfig, ScaledLatentConfig
 from training.checkpoint import Snapshot
 from training.family import Codec, TrainingData
 
+_NUM_ENCODED = 16  # Images that an autoencoder encodes for an inspection, which takes a while.
+
 
 class LatentFamily(ImageFamily):
     """Latents of images, of which the autoencoder makes pictures."""
@@ -95,6 +97,13 @@ class LatentFamily(ImageFamily):
                 "images that they were made of, or their statistics, with --metrics-ref."
             )
         return super()._real_images(run, data, metric)
+
+    def _num_encoded(self, data: TrainingData) -> int | None:
+        return None if isinstance(data, LatentDataset) else _NUM_ENCODED
+
+    def _expected_std(self, run: LatentRun) -> dict[str, Any]:
+        expected = super()._expected_std(run)
+        return dict(std=1.0, std_from="latents") if expected["std"] is None else expected
 
     def describe(self, run: LatentRun) -> dict[str, str]:
         model = run.model

@@ -40,6 +40,7 @@ from training.config import RunConfig
 from training.family import Codec, Evaluator, TrainingData
 from training.set_objective import SetObjective, validation_loss
 from training.validation.examples import NUM_IMAGES, Examples, Row, num_repeats
+from training.watching.inspection.sample import Batch, Sample, num_items
 
 _VALIDATION_SEED = 0
 
@@ -123,6 +124,26 @@ class SetFamily(ImageFamily):
                 rows.append(Row(run.model.input_shape, place, place, name))
             if len(rows) == num:
                 return Examples(*sides, tuple(rows))
+
+    def places(self, data: SetDataset, keys: Sequence[int]) -> np.ndarray:
+        return np.array([data.draw(key).rows.flat[0] for key in keys])
+
+    def inspected(
+        self, run: SetRun, data: SetDataset, codec: Codec, device: torch.device, number: int
+    ) -> Sample:
+        num = num_items(data.__getitems__([0])[0].nbytes // data.sample_size, number)
+        keys, shown = range(-(-num // data.sample_size)), data
+        if data.remote_bytes:
+            data.prefetch(keys)  # They are the first to be trained on.
+        else:
+            # Images turned alike, or of two halves, are alike whatever they show.
+            shown = data.of_classes(data.split.train)
+        sets, facts = shown.__getitems__(keys)
+        there = facts.get("mask", torch.ones(sets.shape[:2], dtype=torch.bool))
+        stored, groups = sets[there], there.nonzero()[:, 0]
+        x, _ = codec.encode(stored.to(device), {}, None)
+        batch = Batch(stored=stored, x=x.cpu(), cond={}, groups=groups)
+        return Sample(batches=(batch,), groups_name="sets", **self._expected_std(run))
 
     def evaluator(self, run: SetRun, data: SetDataset, device: torch.device) -> Evaluator:
         from evaluation.in_loop.sets import SetEvaluator

@@ -15,7 +15,7 @@ from dnnlib.typed import parse_json
 SUBJECT_FIELDS = frozenset(
     {"source", "metric", "value", "values", "per_class", "noise_band", "seconds", "timestamp"}
     | {"snapshot", "snapshot_hash", "network", "kimg", "images", "images_hash", "reference"}
-    | {"warnings", "packages", "per_item", "missing", "reason"}
+    | {"warnings", "packages", "per_item", "missing", "reason", "spread"}
 )
 _FIRST_COLUMNS = ("source", "snapshot", "network", "images", "kimg")
 

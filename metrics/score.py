@@ -168,6 +168,8 @@ def _row(
             f"{metric.output} with --detector-precision=fp32."
         )
     row = dict(metric=metric.name, value=next(iter(values.values())), values=values)
+    if reference is not None:
+        row["spread"] = _relative_spread(comparison)
     if classes is not None:
         per_class = _per_class(plan, found.vectors.array, *classes, device)
         row.update(dict(per_class=per_class) if per_class else {})
@@ -188,6 +190,16 @@ def _row(
         detector_precision=detector.precision,
         warnings=plan.warnings,
     )
+
+
+def _relative_spread(comparison: Comparison) -> float | None:
+    """Return the total variance of the generated side over that of the real one; None if 0."""
+    it = comparison
+    if it.fake_moments is not None and it.real_moments is not None:
+        fake, real = (np.trace(sigma) for _, sigma in (it.fake_moments, it.real_moments))
+    else:
+        fake, real = (np.var(vectors, axis=0, ddof=1).sum() for vectors in (it.fake, it.real))
+    return float(fake / real) if real > 0 else None
 
 
 def _per_class(

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ ATTENTION = ("auto", "sdpa", "flex", "explicit")
 # Beyond, the scores of one image and head outgrow the caches of a CPU, and SDPA, which never holds
 # them all, is faster.
 _MAX_EXPLICIT_TOKENS = 512
+# What looks at queries, keys, bias and scale of every attention; None outside of
+# :func:`observing_attention`.
+_look: Callable[[Tensor, Tensor, Tensor | None, float], None] | None = None
 
 
 class HeadNorm(nn.Module):
@@ -59,6 +63,19 @@ def choose_attention(attention: str, device: torch.device, needs_grad: bool) -> 
     return attention
 
 
+@contextlib.contextmanager
+def observing_attention(
+    look: Callable[[Tensor, Tensor, Tensor | None, float], None],
+) -> Iterator[None]:
+    """Within it, call ``look(q, k, bias, scale)`` with what every :func:`attend` gets."""
+    global _look
+    before, _look = _look, look
+    try:
+        yield
+    finally:
+        _look = before
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -79,6 +96,8 @@ def attend(
 
     Returns [N, heads, L, d].
     """
+    if _look is not None:
+        _look(q, k, bias, q.shape[-1] ** -0.5 if scale is None else scale)
     if attention == "auto":
         backend = _auto(q, k, bias)
     else:

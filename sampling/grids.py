@@ -20,10 +20,11 @@ def save_fakes(
     batch: int,
     num_images: int = GRID_SEEDS,
     class_names: Sequence[str] = (),
-) -> None:
+) -> torch.Tensor | None:
     """Write a grid of samples with fixed seeds, made by all ranks together. Collective.
 
     ``class_counts`` are the shares of a conditional model's classes, whose names are the titles.
+    Returns the samples, uint8 [N, C, H, W], on rank 0.
     """
     labels = None
     if class_counts:
@@ -34,10 +35,16 @@ def save_fakes(
         shown = [class_names[label] for label in labels or ()] if class_names else []
         heading = describe_sampling(generator.protocol())
         save_image(image_grid(images, 8, class_titles(shown, 8, heading)), path)
+    return images
 
 
-def save_episodes(generator: SupportGenerator, num_images: int, path: Path, batch: int) -> None:
-    """Write the supports above samples of each, ``num_images`` in all. Collective."""
+def save_episodes(
+    generator: SupportGenerator, num_images: int, path: Path, batch: int
+) -> torch.Tensor | None:
+    """Write the supports above samples of each, ``num_images`` in all. Collective.
+
+    Returns the samples, uint8 [N, C, H, W], on rank 0.
+    """
     episodes = generator.episodes
     each = max(num_images // len(episodes), 1)
     labels = [row for row in range(len(episodes)) for _ in range(each)]
@@ -46,6 +53,7 @@ def save_episodes(generator: SupportGenerator, num_images: int, path: Path, batc
         samples = images.unflatten(0, (len(episodes), each))
         heading = describe_sampling(generator.protocol())
         save_image(episodes_picture(episodes, samples, heading=heading), path)
+    return images
 
 
 def generate_together(

@@ -5,7 +5,7 @@ import socket
 import struct
 import threading
 
-from benchmarks.web_server import FileHandler, FileServer
+from benchmarks.remote.web_server import FileHandler, FileServer
 
 
 class Handler(FileHandler):

@@ -23,8 +23,15 @@ from latent_files import tiny_latents
 import generate
 from models.network import Network
 from training import loop
+from training.watching import watch as watch_module
 
 pytestmark = pytest.mark.usefixtures("one_cpu_thread")
+
+
+@pytest.fixture(autouse=True)
+def always_probed(monkeypatch):
+    """Every tick is looked at, however few steps it has."""
+    monkeypatch.setattr(watch_module, "_STEPS_BETWEEN", 1)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training import loop
 from training.objective import Objective
 from training.optimizer import GuardedAdam
+from training.watching import watch as watch_module
 
 pytestmark = pytest.mark.usefixtures("one_cpu_thread")
 
@@ -35,6 +36,12 @@ class Watch(TorchDispatchMode):
         if self.armed and name.startswith(READ_BACKS):
             self.found[name] += 1
         return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture(autouse=True)
+def always_probed(monkeypatch):
+    """Every tick is looked at, however few steps it has."""
+    monkeypatch.setattr(watch_module, "_STEPS_BETWEEN", 1)
 
 
 @pytest.fixture(scope="module")

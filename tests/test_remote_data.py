@@ -26,7 +26,7 @@ from training_runs import (
 )
 
 import benchmark
-import benchmarks.remote
+import benchmarks.remote.loading
 import dataset_tool
 import train as train_script
 from data.features.buckets import Bucket
@@ -37,7 +37,7 @@ from data.images.archive import open_archive
 from data.images.dataset import ImageDataset, MirroredImages
 from data.images.decode import ImageError
 from data.latents.dataset import LatentDataset
-from data.loader import _LookAhead, make_loader
+from data.loader import _LookAhead, growing, make_loader
 from data.samplers import BucketSampler, PositionSampler, ShardSampler
 from dnnlib import addresses
 from dnnlib.remote import blocks, ranges
@@ -189,6 +189,9 @@ def test_every_batch_is_named_ahead_once(monkeypatch):
     assert [request.soon for request in requests[1:7]] == [[batch] for batch in batches[6:]]
     assert not any(request.soon for request in requests[7:])
     assert len(next(iter(_LookAhead(iter(batches), 1e6, 3))).soon) == 4
+    groups = [list(range(2)), [2, 3], [4, 5, 6, 7], list(range(8, 16)), list(range(16, 24))]
+    assert list(growing(batches)) == groups
+    assert list(growing([])) == []
     endless = iter(_LookAhead(itertools.repeat([1]), 1, 3))
     assert len(next(endless).soon) == 51
 
@@ -273,13 +276,13 @@ def test_what_cannot_be_read_is_said_before_training(served, tmp_path):
 
 
 def test_loading_from_a_server_is_measured_beside_local_loading(monkeypatch):
-    monkeypatch.setattr(benchmarks.remote, "_NUM_IMAGES", (64, 8, 64, 8))
-    monkeypatch.setattr(benchmarks.remote, "_FEATURE_BUCKET", Bucket(64, 64))
+    monkeypatch.setattr(benchmarks.remote.loading, "_NUM_IMAGES", (64, 8, 64, 8))
+    monkeypatch.setattr(benchmarks.remote.loading, "_FEATURE_BUCKET", Bucket(64, 64))
     options = ("--preset=cifar10", "--delay=1", "--rounds=1", "--batch=8")
     output = succeed(benchmark, "data", *options).output
     for name in ("32x32 images", "256x256 images", "latents of 256x256", "features of 64x64"):
         found = re.findall(
-            rf"^{name} +([01]) +\d+ +\d+ +(\d+\.\d\d) +\d+ +\d+\.\d\d$", output, re.M
+            rf"^{name} +([01]) +\d+ +\d+( +\d+\.\d\d){{3}} +\d+ +\d+\.\d\d$", output, re.M
         )
         assert [workers for workers, _ in found] == ["0", "1"]
     assert "Goal: 80% of local speed." in output

@@ -30,6 +30,7 @@ import generate
 import training.boards
 import training.telemetry
 from configs import get_preset
+from training.config import LoggingConfig
 from training.report import changes_from
 from training.run_report import pictures as pictures_module
 from training.run_report.compare import with_short_names
@@ -40,6 +41,8 @@ from training.run_report.pictures import Album, Source, choose, find_pictures
 from training.run_report.scores import best
 from training.run_report.setup import next_steps
 from training.run_report.write import MAX_BYTES, RunReport, write_report
+from training.telemetry import Telemetry
+from training.watching import set_context
 
 EVIL = "</script></style>--><img src=x onerror=alert(1)>\"'&\u2028\ud800\x00"
 
@@ -255,14 +258,18 @@ def test_warnings_are_those_of_the_watch_the_log_and_the_scores(tmp_path):
     assert found[0][0].level == "error"
 
 
-def test_what_the_watch_of_a_run_says_is_taken_for_a_warning_with_its_remedy(tmp_path):
-    from training.watch import _REMEDIES
-
+def test_what_the_watch_of_a_run_says_is_shown_once_with_its_remedy(tmp_path):
     run_dir = make_run(tmp_path / "run", snapshots=())
-    (run_dir / "log.txt").write_text("".join(f"Warning: {t}.\n" for t in _REMEDIES.values()))
-    found = read_run(run_dir).notices
-    assert len(found) == len(_REMEDIES)
-    assert all(notice.remedy and notice.level == "warning" for notice, _ in found)
+    found = [set_context.CONTEXT, set_context.ENCODER, set_context.LAYERS]
+    telemetry = Telemetry(run_dir, LoggingConfig(board=()), None, 1_000_000)
+    for finding in found:
+        telemetry.tell(finding, 8_000)
+    telemetry.close()
+    notices = read_run(run_dir).notices
+    assert {(n.name, n.level, n.kimg, num) for n, num in notices} == {
+        (finding.name, "warning", 8.0, 1) for finding in found
+    }
+    assert all(notice.remedy for notice, _ in notices)
 
 
 # Scores.

@@ -20,7 +20,8 @@ from torch_utils.parameters import Parameters
 from torch_utils.rng import Step
 from training.optimizer import GuardedAdam
 from training.set_objective import SetObjective
-from training.watch import Watch
+from training.watching.set_context import SetContextWatcher
+from training.watching.watch import Judge
 
 CPU = torch.device("cpu")
 EDM = make_precond(PrecondConfig())
@@ -306,16 +307,22 @@ def fields(**changes):
     ],
 )
 def test_the_log_warns_once_with_a_remedy(changes, reason, remedy):
-    watch = Watch(SetRun(preset="x", model=tiny(num_blocks=3)))
-    assert watch.warnings(fields(**changes), step=10) == []  # Too early to tell.
-    assert watch.warnings(fields(), step=300) == []
-    (warning,) = watch.warnings(fields(**changes), step=400)
-    assert reason in warning
-    assert remedy in warning
-    assert watch.warnings(fields(**changes), step=500) == []
-    assert watch.warnings(fields(), step=600) == []
-    assert watch.warnings(fields(**changes), step=700) == [warning]
-    assert watch.warnings({}, step=800) == []  # With --no-diagnostics.
+    config = SetRun(preset="x", model=tiny(num_blocks=3))
+    watcher = SetContextWatcher(config.model)
+    judge = Judge(config, make(config.model), [watcher])
+
+    def told(stats, step):
+        return judge.fresh(stats, step * config.step_nimg)
+
+    assert told(fields(**changes), step=10) == []  # Too early to tell.
+    assert told(fields(), step=300) == []
+    (finding,) = told(fields(**changes), step=400)
+    assert reason in finding.message
+    assert remedy in finding.remedy
+    assert told(fields(**changes), step=500) == []
+    assert told(fields(), step=600) == []
+    assert told(fields(**changes), step=700) == [finding]
+    assert told({}, step=800) == []  # With --no-diagnostics.
 
 
 # Ancestral sampling as few-shot models do it.

@@ -24,6 +24,7 @@ import test_respacing
 import test_rollback
 import test_saver
 import test_sharding
+import test_watching
 import torch
 from feature_files import tiny_features
 from helpers import dry_run
@@ -480,6 +481,7 @@ SHOWN_BY = {
         ("vae", "latent-channels", "latent-downsampling"),
         "test_latent_models_train_with_the_autoencoder_that_the_options_describe",
     ),
+    "watch": "test_a_watch_changes_nothing_about_the_training",
     "hang-limit": "test_ranks_are_watched_with_the_hang_limit",
     "metrics-ref": "test_metrics_compare_with_what_metrics_ref_names",
     "text-lengths": "test_texts_are_padded_to_the_lengths_given_and_are_never_cut",
@@ -549,6 +551,7 @@ def test_every_option_and_every_choice_of_it_has_a_test():
         | vars(test_respacing)
         | vars(test_rollback)
         | vars(test_saver)
+        | vars(test_watching)
     )
     assert all(callable(known[name]) for name in SHOWN_BY.values())
     for name, setting in found.items():

@@ -272,6 +272,11 @@ class LoggingConfig(Config):
         help="Minutes without a sign of life from a rank after which the run ends and names it; "
         "0: never.",
     )
+    watch: bool = option(
+        True,
+        help="Warn, with a remedy each, of what goes wrong in training; measured at the end of "
+        "ticks.",
+    )
     board: tuple[str, ...] = option(
         ("tensorboard",),
         choices=("tensorboard", "wandb", "trackio"),

@@ -16,6 +16,7 @@ from dnnlib.config import from_dict
 from training.asked import Asked, GeneratorOptions
 
 if TYPE_CHECKING:  # The contract is known, and options with it, before torch is needed.
+    import numpy as np
     import torch
     from PIL.Image import Image
 
@@ -105,7 +106,8 @@ class Codec(Protocol):
 class Objective(Protocol):
     """A ``torch.nn.Module`` from a batch to its loss, which DDP wraps.
 
-    One of a model that can be distilled also has what :class:`training.objective.Objective` does.
+    One that is validated, watched over (``--watch``) or distilled also has what
+    :class:`training.objective.Objective` does.
     """
 
     num_shapes: int  # Shapes of inputs that occur; a compiled network has a graph for each.
@@ -140,6 +142,14 @@ class Objective(Protocol):
         self, x: torch.Tensor, cond: Cond, draws: Any, loss_scale: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
         """Return what else to record of the last pass of a tick, and of its gradients."""
+        ...
+
+    def dropped(self, draws: Any) -> dict[str, tuple[torch.Tensor, float]]:
+        """Return which rows lose each condition, bool [N], and the probability of it."""
+        ...
+
+    def probe(self, x: torch.Tensor, cond: Cond, draws: Any) -> dict[str, torch.Tensor]:
+        """Return what the network gets of each condition, [N, ...], if nothing is dropped."""
         ...
 
 
@@ -257,8 +267,10 @@ class Evaluator(Protocol):
     A stop raises :class:`~torch_utils.distributed.StopRequested` anywhere in them.
     """
 
-    def save_pictures(self, generator: Any, outputs: Outputs, cur_nimg: int) -> None:
-        """Write ``fakes-KIMG.png``."""
+    def save_pictures(
+        self, generator: Any, outputs: Outputs, cur_nimg: int
+    ) -> Sequence[torch.Tensor] | None:
+        """Write ``fakes-KIMG.png``; return the samples, uint8 [C, H, W] each, on rank 0."""
         ...
 
     def score(self, generator: Any, outputs: Outputs, cur_nimg: int) -> None:
@@ -324,6 +336,20 @@ class Family(Protocol):
 
     def steps(self, run: RunConfig, data: TrainingData, start_nimg: int, part: Part) -> Steps:
         """Return what a rank reads from ``start_nimg`` images on."""
+        ...
+
+    def places(self, data: TrainingData, keys: Sequence[Any]) -> np.ndarray:
+        """Return where in the data the first image of each key lies, int64 [N]."""
+        ...
+
+    def inspected(
+        self, run: RunConfig, data: TrainingData, codec: Codec, device: torch.device, number: int
+    ) -> Any:
+        """Return a small sample that shows what is wrong with the data; a larger one as number 1.
+
+        It is a :class:`training.watching.inspection.sample.Sample`, of at most 16 MB as stored, and
+        a function of the seed of the run and the number.
+        """
         ...
 
     def objective(self, run: RunConfig, network: Network, codec: Codec) -> Any:

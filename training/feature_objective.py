@@ -130,7 +130,11 @@ class FeatureObjective(Objective):
 
     def forward(self, images: Tensor, cond: Cond, draws: FeatureDraws) -> Tensor:
         """Return the loss of every element [N, c, h, w] of latents [N, c, h, w]."""
-        context = self.context(images, cond, draws)
+        return self.loss_under(images, cond, draws, self.context(images, cond, draws))
+
+    def loss_under(
+        self, images: Tensor, cond: Cond, draws: FeatureDraws, context: Context
+    ) -> Tensor:
         t = self._precond.time(draws.sigma)
         if draws.target is None:
             loss, velocity = velocity_loss(self._velocity, images, t, draws.noise, context)
@@ -142,10 +146,35 @@ class FeatureObjective(Objective):
         self._last_rms = velocity.detach().square().mean(dim=(1, 2, 3)).sqrt()
         return loss
 
+    @property
+    def is_conditional(self) -> bool:
+        return True
+
     def context(self, images: Tensor, cond: Cond, draws: FeatureDraws) -> Context:
         if draws.patch_bias is not None:
             cond = {**cond, "patch_bias": draws.patch_bias}
         return self.network.context(cond, draws.drop, num=len(images))
+
+    def dropped(self, draws: FeatureDraws) -> dict[str, tuple[Tensor, float]]:
+        config = self._config
+        no_text, no_visual = (
+            config.drop_all + config.visual_only,
+            config.drop_all + config.text_only,
+        )
+        drop = draws.drop
+        if drop is None:
+            drop = torch.zeros(len(draws.sigma), 3, dtype=torch.bool, device=draws.sigma.device)
+        return {
+            "text": (drop[:, 0], no_text),
+            "CLS token": (drop[:, 1], no_visual),
+            "patches": (drop[:, 2], no_visual),
+        }
+
+    def _parts(self, context: Context, cond: Cond) -> dict[str, Tensor]:
+        num_text = cond["text"].shape[1]
+        text, cls, patches = context.tokens.tensor_split([num_text, num_text + 1], dim=1)
+        parts = {"text": text, "CLS token": cls, "patches": patches}
+        return {name: part for name, part in parts.items() if part.shape[1]}
 
     def levels(self, sampling: SamplingConfig) -> list[float]:
         return flow_times(sampling.steps, sampling.time_shift)

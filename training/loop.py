@@ -37,8 +37,8 @@ from training.stability.monitor import Monitor
 from training.telemetry import Telemetry, memory_stats, scalar, tick_line, utilisation_stats
 from training.validation.examples import Examples
 from training.validation.validator import Validator
-from training.watch import Watch
 from training.watching.reference import ReferenceWatch
+from training.watching.watch import Watch
 
 _LONG_WAIT_SEC = 1.0
 
@@ -101,7 +101,7 @@ def training_loop(
     if transfer is not None:
         transferred = family.start_from(config, network, transfer, data)
         distributed.print0(transferred)
-    objective = family.objective(config, network, codec)
+    objective = denoising = family.objective(config, network, codec)
     shard_size = group_size(training, world_size)
     parameters = hold_parameters(objective, config, shard_size, device)
     ema = EMA(parameters)
@@ -220,7 +220,9 @@ def training_loop(
             )
 
     evaluator, outputs = job.evaluator, Outputs(run_dir, telemetry, stop_signal)
-    watch, was_compiled = Watch(config), False
+    trained = (parameters, ema, optimizer)
+    watch = Watch(job, run_dir, denoising, trained, cur_nimg, telemetry)
+    was_compiled = False
     reference_watch = ReferenceWatch(run_dir)
     since = dict(cur_nimg=cur_nimg, start_sec=start_sec - elapsed_before_sec)
     outlook = Outlook(config, run_dir, device, telemetry, **since)
@@ -244,10 +246,17 @@ def training_loop(
                 telemetry.message(f"No {what} at kimg {format_kimg(cur_nimg / 1000)}. {error}")
         return True
 
+    def save_pictures(generator: Any, outputs: Outputs, cur_nimg: int) -> None:
+        watch.see(evaluator.save_pictures(generator, outputs, cur_nimg), cur_nimg)
+
+    def score(generator: Any, outputs: Outputs, cur_nimg: int) -> None:
+        evaluator.score(generator, outputs, cur_nimg)
+        watch.see_scores(cur_nimg)
+
     def show_and_score(pictures_due: bool, metrics_due: bool) -> bool:
         """Return False if a stop cut that short. Collective."""
-        shown = not pictures_due or attempt("pictures", evaluator.save_pictures)
-        whole = shown and (not metrics_due or attempt("scores", evaluator.score))
+        shown = not pictures_due or attempt("pictures", save_pictures)
+        whole = shown and (not metrics_due or attempt("scores", score))
         if done:
             writer.finish()  # The report tells what is there.
         if whole and (pictures_due or metrics_due) and telemetry is not None:
@@ -255,7 +264,7 @@ def training_loop(
             end = f"-{checkpoint.count_name(cur_nimg)}"
             made = [path for path in run_dir.glob("*.png") if path.stem.endswith(end)]
             telemetry.pictures(made, cur_nimg)
-            for finding in reference_watch.findings():
+            for finding in reference_watch.findings() if logging.watch else ():
                 telemetry.tell(finding, cur_nimg)
             telemetry.write_report()
         return whole
@@ -277,7 +286,9 @@ def training_loop(
     if resume_state is not None:
         # A stop may have come before the pictures and scores of the state's tick.
         made, pictures = resume_state["progress"], checkpoint.pictures_path(run_dir, cur_nimg)
-        lacking = made["snapshot"] and distributed.on_main(lambda: not pictures.is_file())
+        lacking = made["snapshot"] and distributed.on_main(
+            lambda: not pictures.is_file() or watch.lacks_samples(cur_nimg)
+        )
         stop = not show_and_score(lacking, made["metrics_due"])
     tick_start_sec, maintenance_sec = time.time(), time.time() - start_sec
     timed_nimg = cur_nimg
@@ -316,6 +327,7 @@ def training_loop(
         if tick_ends:
             for name, value in objective.diagnose(images, cond, rows, optimizer.loss_scale).items():
                 stats.report(name, value)
+            watch.begin_step((images, cond, rows), tick_start_nimg, cur_nimg)
 
         # Update weights and their averages.
         stage_nimg = cur_nimg - course.stage.start_nimg
@@ -357,6 +369,7 @@ def training_loop(
             tick_kimg = (cur_nimg - timed_nimg) / 1000
             sec_per_tick = tick_end_sec - tick_start_sec
             flops = 3 * flops_per_image * tick_kimg * 1000
+            watch.measure(stats, beta)
             fields = stats.collect()
             fields.update(
                 {
@@ -379,8 +392,9 @@ def training_loop(
                 if training.compile and not was_compiled:
                     telemetry.message(f"Compiled in {network.compile_seconds():.1f} seconds.")
                     was_compiled = True
-                for text in (*validator.messages, *watch.warnings(fields, cur_nimg // step_nimg)):
+                for text in validator.messages:
                     telemetry.message(text)
+                watch.judge(fields, cur_nimg)
             find = functools.partial(first_not_finite, objective, network, (images, cond, rows))
             monitor.judge(cur_nimg, skipped_in_a_row, find, telemetry)
         # A run that a stop cuts short may still go back when it continues.

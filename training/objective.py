@@ -131,12 +131,50 @@ class Objective(torch.nn.Module):
 
     def forward(self, images: Tensor, cond: Cond, draws: Draws) -> Tensor:
         """Return the loss of every element [N, C, H, W] of prepared images and conditions."""
-        context = self.context(images, cond, draws)
+        return self.loss_under(images, cond, draws, self.context(images, cond, draws))
+
+    def loss_under(self, images: Tensor, cond: Cond, draws: Draws, context: Context) -> Tensor:
+        """Return the same under any context of as many images, such as those of others."""
         return self._loss(images, draws.sigma, draws.noise, context, draws.target)
+
+    @property
+    def is_conditional(self) -> bool:
+        """Whether images are made from something that differs from one to another."""
+        return self.network.config.num_classes > 0
 
     def context(self, images: Tensor, cond: Cond, draws: Draws) -> Context:
         """Return the context of every image of a prepared batch."""
         return self.network.context(cond, draws.drop, num=len(images))
+
+    # What the watchers ask: see training/watching/inspection/draws.py.
+
+    def dropped(self, draws: Draws) -> dict[str, tuple[Tensor, float]]:
+        """Return which rows lose each condition, bool [N], and the probability of it."""
+        if not self._label_drop:
+            return {}
+        return {"class": (rows_dropped(draws.drop, draws), self._label_drop)}
+
+    @torch.no_grad()
+    def probe(self, images: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
+        """Return what the network gets of each condition, [N, ...], if nothing is dropped.
+
+        Nothing is random in it or depends on the noise level. Collective for a sharded network.
+        """
+        conditioner, cond = self.network.conditioner, dict(cond)
+        cond.pop("augment", None)
+        was_training = conditioner.training
+        conditioner.eval()
+        with self.gathered():
+            found = self._parts(self.context(images, cond, self._undropped(draws)), cond)
+        conditioner.train(was_training)
+        return found
+
+    def _undropped(self, draws: Draws) -> Draws:
+        drop = None if draws.drop is None else torch.zeros_like(draws.drop)
+        return dataclasses.replace(draws, drop=drop, sigma=draws.sigma[:1].expand(len(draws.sigma)))
+
+    def _parts(self, context: Context, cond: Cond) -> dict[str, Tensor]:
+        return {"class": context.vector} if "label" in cond else {}
 
     def phase(self, cur_nimg: int) -> int:
         """Return a number that changes where the loss of the next step is another one."""
@@ -239,6 +277,11 @@ class Objective(torch.nn.Module):
     def branch_rows(self, draws: Draws, index: Tensor) -> Tensor:
         """Return the row [N] of the table for rows of a batch at the levels of ``index`` [N]."""
         return index
+
+
+def rows_dropped(drop: Tensor | None, draws: Draws) -> Tensor:
+    """Return ``drop``, bool [N]; where it is None, no row of ``draws`` is dropped."""
+    return torch.zeros_like(draws.sigma, dtype=torch.bool) if drop is None else drop
 
 
 def gradient_norms(

@@ -87,6 +87,10 @@ class GuardedAdam:
     def zero_grad(self) -> None:
         self._parameters.zero_grad()
 
+    def momentum(self, param: Tensor) -> Tensor | None:
+        """Return the average of the gradients of a parameter; None before its first step."""
+        return self._adam.state[param].get("exp_avg") if param in self._adam.state else None
+
     def forget(self) -> None:
         """Begin anew with the moments; counters and the loss scale go on."""
         self._adam.state.clear()

@@ -18,6 +18,7 @@ from training.config import RunConfig, with_absolute_data
 from training.distillation.stages import stages_of
 from training.division import group_size
 from training.family import TrainingData
+from training.run_report.files import WATCH_FILE
 from training.run_report.write import REPORT_FILE
 from training.saving.state_folder import is_state_folder, remove_incomplete_states
 from training.stability.rollbacks import ROLLBACKS_FILE
@@ -25,8 +26,8 @@ from training.stability.rollbacks import ROLLBACKS_FILE
 REQUEUE_FILE = "requeue"
 REQUEUE_EXIT_CODE = 85
 _MADE = ("training-state-*", "network-snapshot-*.pkl", "stats.jsonl", "metric-*.jsonl")
-_SHOWN = ("fakes-*.png", "reals.png", REPORT_FILE)
-_RECORDS = ("training_options.json", "prediction.json", "reference.json", "watch.jsonl")
+_SHOWN = ("fakes-*.png", "reals.png", REPORT_FILE, WATCH_FILE)
+_RECORDS = ("training_options.json", "prediction.json", "reference.json")
 _RUN_FILES = (*_MADE, *_SHOWN, *_RECORDS, ROLLBACKS_FILE, REQUEUE_FILE)
 
 

@@ -17,7 +17,7 @@ from torch_utils import distributed, rng
 from torch_utils.stats import StatsCollector
 from training.config import RunConfig
 from training.division import accumulation_rounds
-from training.objective import Draws, Objective, gradient_norms
+from training.objective import Draws, Objective, gradient_norms, rows_dropped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +94,27 @@ class SetObjective(Objective):
             found["without_set"] = dataclasses.replace(draws, context_drop=drop)
         return found
 
+    def dropped(self, draws: SetDraws) -> dict[str, tuple[Tensor, float]]:
+        found = super().dropped(draws)
+        if self._config.context_drop:
+            rows = rows_dropped(draws.context_drop, draws)
+            found["set"] = rows, self._config.context_drop
+        return found
+
+    def _undropped(self, draws: SetDraws) -> SetDraws:
+        changes = {
+            name: torch.zeros_like(getattr(draws, name))
+            for name in ("context_drop", "context_noise")
+            if getattr(draws, name) is not None
+        }
+        return dataclasses.replace(super()._undropped(draws), **changes)
+
+    def _parts(self, context: SetContext, cond: Cond) -> dict[str, Tensor]:
+        given = context.tokens if context.vector is None else context.vector
+        parts = dict(set=given)
+        parts["class"] = context.label
+        return {name: part for name, part in parts.items() if part is not None}
+
     def context(self, images: Tensor, cond: Cond, draws: SetDraws) -> SetContext:
         """Return the context [b n] of sets of images [b, n, C, H, W]."""
         cond = {"set": images, **cond}
@@ -109,9 +130,7 @@ class SetObjective(Objective):
 
     def forward(self, images: Tensor, cond: Cond, draws: SetDraws) -> Tensor:
         """Return the loss of every element [b n, C, H, W] of sets [b, n, C, H, W]."""
-        mask = cond.get("mask")
-        if mask is not None:
-            images = torch.where(mask[..., None, None, None], images, 0.0)
+        images = _present(images, cond)
         context = self.context(images, cond, draws)
         loss = self._loss_of_sets(images, draws, context)
         if context.kl is not None and draws.kl_weight is not None:
@@ -122,10 +141,16 @@ class SetObjective(Objective):
             error = (context.prediction - images.flatten(0, 1)).square()
             pretrains = draws.pretrains.repeat_interleave(images.shape[1])
             loss = torch.where(pretrains[:, None, None, None], error, loss)
-        if mask is not None:
-            weight = mask / mask.sum(1, keepdim=True).clamp(min=1) * mask.shape[1]
-            loss = loss * weight.flatten()[:, None, None, None]
-        return loss
+        return _weighted(loss, cond)
+
+    def loss_under(
+        self, images: Tensor, cond: Cond, draws: SetDraws, context: SetContext
+    ) -> Tensor:
+        return _weighted(self._loss_of_sets(_present(images, cond), draws, context), cond)
+
+    @property
+    def is_conditional(self) -> bool:
+        return True
 
     def _loss_of_sets(self, images: Tensor, draws: SetDraws, context: SetContext) -> Tensor:
         sigma, noise = draws.sigma.repeat_interleave(images.shape[1]), draws.noise.flatten(0, 1)
@@ -189,6 +214,21 @@ class SetObjective(Objective):
                 found["context_gap"] = other - own
         self.network.train(was_training)
         return {f"debug/{name}": value for name, value in found.items()}
+
+
+def _present(images: Tensor, cond: Cond) -> Tensor:
+    """Return sets [b, n, C, H, W] with zeros in the place of absent images."""
+    mask = cond.get("mask")
+    return images if mask is None else torch.where(mask[..., None, None, None], images, 0.0)
+
+
+def _weighted(loss: Tensor, cond: Cond) -> Tensor:
+    """Return losses [b n, C, H, W] of which absent images have none, and sets have equal shares."""
+    mask = cond.get("mask")
+    if mask is None:
+        return loss
+    weight = mask / mask.sum(1, keepdim=True).clamp(min=1) * mask.shape[1]
+    return loss * weight.flatten()[:, None, None, None]
 
 
 @torch.no_grad()

@@ -18,6 +18,8 @@ from dnnlib.typed import parse_json
 from torch_utils.misc import peak_flops
 from training.boards import Board, open_board, problem_with
 from training.config import LoggingConfig, TrainingConfig
+from training.run_report.files import STATS_FILE, WATCH_FILE
+from training.run_report.notices import line_of
 from training.run_report.write import RunReport
 from training.watching.finding import Finding
 
@@ -47,6 +49,13 @@ class Telemetry:
         self._log.write(text + "\n")
         self._log.flush()
 
+    def tell(self, finding: Finding, cur_nimg: int) -> None:
+        """Print a finding and append it to log.txt and watch.jsonl."""
+        row = dict(kimg=cur_nimg / 1000, **dataclasses.asdict(finding))
+        with open(self._run_dir / WATCH_FILE, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        self.message(line_of(row))
+
     def record(self, stats: Stats, cur_nimg: int) -> None:
         """Append the statistics of one tick to every sink."""
         # JSON has no NaN.
@@ -68,13 +77,6 @@ class Telemetry:
         found = several if len(values) > 1 else {f"Metrics/{name}": row["value"]}
         # What could not be measured is no point of a curve.
         self._scalars({key: v for key, v in found.items() if v is not None}, cur_nimg)
-
-    def tell(self, finding: Finding, cur_nimg: int) -> None:
-        """Print a finding, and append it to log.txt and ``watch.jsonl``."""
-        self.message(f"Warning: {finding.message}: {finding.remedy}.")
-        row = dict(kimg=cur_nimg / 1000, **dataclasses.asdict(finding))
-        with open(self._run_dir / "watch.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
 
     def write_report(self) -> None:
         """Write ``report.html``, which shows the run so far; a problem with it ends nothing."""
@@ -149,8 +151,8 @@ def trim_rows(run_dir: Path, cur_nimg: int) -> None:
     A damaged row is left out too; unless it is the last, which a kill may cut off, it is named.
     """
     limit = cur_nimg / 1000 + 1e-9
-    others = [run_dir / "stats.jsonl", run_dir / "watch.jsonl"]
-    for path in [*others, *run_dir.glob("metric-*.jsonl")]:
+    named = [run_dir / name for name in (STATS_FILE, WATCH_FILE)]
+    for path in [*named, *run_dir.glob("metric-*.jsonl")]:
         if not path.is_file():
             continue
         text = path.read_text(encoding="utf-8", errors="replace")

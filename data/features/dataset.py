@@ -169,6 +169,10 @@ class FeatureDataset(Dataset):
         """Return channels, height and width of the latents of a bucket."""
         return self._shapes[bucket]
 
+    def patch_grid(self, bucket: int) -> tuple[int, int]:
+        """Return rows and columns of the patches of a bucket."""
+        return self._grids[bucket]
+
     def longer_text(self, limit: int) -> tuple[str, int] | None:
         """Return name and number of tokens of an item with more than ``limit``; None without."""
         for first, manifest in zip(self.firsts, self._manifests, strict=False):
@@ -192,15 +196,18 @@ class FeatureDataset(Dataset):
         latents, cond = self.__getitems__([index])
         return latents[0], {k: v if k == "size" else v[0] for k, v in cond.items()}
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[torch.Tensor, Cond]:
+    def __getitems__(
+        self, indices: Sequence[int], *, with_patches: bool = True
+    ) -> tuple[torch.Tensor, Cond]:
         """Return a batch of items of one size: raw latents, float16 [B, c, h, w], and conditions.
 
         Conditions are ``text`` [B, L, T] and ``text_mask`` [B, L], ``cls`` [B, D], ``patches``
-        [B, P, D], features in float16, and ``size``: width and height, int64 [2].
+        [B, P, D], features in float16, and ``size``: width and height, int64 [2]. Patches, which
+        are the most of an item, are neither read nor there without ``with_patches``.
         """
         buckets = {self.bucket_index(index) for index in indices}
         assert len(buckets) == 1, f"A batch has images of one size, not of {len(buckets)}."
-        return self._batch(buckets.pop(), [self._item(index) for index in indices])
+        return self._batch(buckets.pop(), [self._item(index) for index in indices], with_patches)
 
     def prefetch(self, indices: Sequence[int]) -> None:
         """Have what items are read from fetched in the background, if it is at an address."""
@@ -221,19 +228,25 @@ class FeatureDataset(Dataset):
         _read_array(self._item(index), "vae.npy", target)
         return torch.from_numpy(target)
 
-    def _batch(self, bucket: int, items: Sequence[_Item]) -> tuple[torch.Tensor, Cond]:
+    def _batch(
+        self, bucket: int, items: Sequence[_Item], with_patches: bool
+    ) -> tuple[torch.Tensor, Cond]:
         batch, dim = len(items), self.record.visual["dim"]
         latents = np.empty((batch, *self._shapes[bucket]), np.float16)
         cls = np.empty((batch, dim), np.float16)
-        patches = np.empty((batch, math.prod(self._grids[bucket]), dim), np.float16)
+        num_patches = math.prod(self._grids[bucket]) if with_patches else 0
+        patches = np.empty((batch, num_patches, dim), np.float16)
         texts = []
         for row, item in enumerate(items):
             _read_array(item, "vae.npy", latents[row])
             _read_array(item, "dinov3.npy", cls[row])
-            _read_patches(item, self.record.feature_bits, patches[row])
+            if with_patches:
+                _read_patches(item, self.record.feature_bits, patches[row])
             texts.append(_read_text(item, self.record.text["dim"]))
         text, mask = pad_texts(texts, self.text_lengths)
-        arrays = dict(text=text, text_mask=mask, cls=cls, patches=patches)
+        arrays = dict(text=text, text_mask=mask, cls=cls)
+        if with_patches:
+            arrays["patches"] = patches
         cond = {name: torch.from_numpy(array) for name, array in arrays.items()}
         return torch.from_numpy(latents), dict(cond, size=torch.tensor(self.buckets[bucket].size))
 

@@ -1,6 +1,7 @@
 """Latents of images with their class labels, as training reads them."""
 
 import functools
+import itertools
 import json
 import math
 import os
@@ -87,7 +88,7 @@ class LatentDataset(LabelledDataset):
         self._row_shape = record.row_shape
         sizes = [shard["num_images"] for shard in record.shards]
         self._files = [under(self.path, shard["file"]) for shard in record.shards]
-        self._starts = self._open_shards(sizes)
+        self._starts = np.array(self._open_shards(sizes), np.int64)
         self._crcs = read_checksums(self.path, record)
         self._firsts = np.cumsum([0, *sizes])  # The first image of each shard.
 
@@ -138,21 +139,22 @@ class LatentDataset(LabelledDataset):
 
     def file_label(self, index: int) -> str:
         """Return the file of a latent and its row there, for messages."""
-        shard, row = self._place(int(self._indices[index % self.num_images]))
-        return f"{self._files[shard]}, row {row}"
-
-    def _place(self, image: int) -> tuple[int, int]:
+        image = int(self._indices[index % self.num_images])
         shard = int(np.searchsorted(self._firsts, image, side="right")) - 1
-        return shard, image - int(self._firsts[shard])
+        return f"{self._files[shard]}, row {image - self._firsts[shard]}"
+
+    def _places(self, images: np.ndarray, variants: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return shard and offset of each latent, int64 [N] both."""
+        shards = np.searchsorted(self._firsts, images, side="right") - 1
+        rows = (images - self._firsts[shards]) * self._row_shape[0] + variants
+        return shards, self._starts[shards] + rows * 2 * math.prod(self._row_shape[1:])
 
     def prefetch(self, indices: Sequence[int]) -> None:
         variants, own = np.divmod(np.asarray(indices, np.int64), self.num_images)
-        images, size = self._indices[own], 2 * math.prod(self._row_shape[1:])
-        shards = np.searchsorted(self._firsts, images, side="right") - 1
-        rows = (images - self._firsts[shards]) * self._row_shape[0] + variants
+        shards, offsets = self._places(self._indices[own], variants)
+        size = 2 * math.prod(self._row_shape[1:])
         for shard in np.unique(shards).tolist():
-            file = self._open(self._files[shard])
-            file.prefetch(self._starts[shard] + rows[shards == shard] * size, size)
+            self._open(self._files[shard]).prefetch(offsets[shards == shard], size)
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[torch.Tensor, Cond]:
         """Return a batch ``(float16 [B, C, h, w], {"label": int64 [B]} or {})``."""
@@ -160,16 +162,16 @@ class LatentDataset(LabelledDataset):
         assert ((index_array >= 0) & (index_array < len(self))).all()
         variants, own = np.divmod(index_array, self.num_images)
         latents = np.empty((len(own), *self._row_shape[1:]), np.float16)
-        # In the order of the files, which a disk reads fastest.
         images = self._indices[own]
-        for position in np.argsort(images, kind="stable").tolist():
-            self._read(int(images[position]), int(variants[position]), latents[position])
+        places = self._places(images, variants)
+        rows = zip(*(array.tolist() for array in (*places, images, variants)), strict=True)
+        # In the order of the files, which a disk reads fastest.
+        for (shard, offset, image, variant), row in sorted(zip(rows, itertools.count())):
+            self._read(shard, offset, image, variant, latents[row])
         return self._with_labels(torch.from_numpy(latents), own)
 
-    def _read(self, image: int, variant: int, target: np.ndarray) -> None:
-        shard, row = self._place(image)
-        offset = self._starts[shard] + (row * self._row_shape[0] + variant) * target.nbytes
-        path = self._files[shard]
+    def _read(self, shard: int, offset: int, image: int, variant: int, target: np.ndarray) -> None:
+        path, row = self._files[shard], image - int(self._firsts[shard])
         try:
             file = self._open(path)
             num_bytes = file.readinto(target, offset)

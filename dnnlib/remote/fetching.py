@@ -13,6 +13,9 @@ from dnnlib.remote.blocks import BLOCK_BYTES, Blocks
 
 NUM_THREADS = 16  # Connections of a process, as most of their time is waiting.
 _BLOCKS_PER_REQUEST = 16  # 4 MB.
+# Jobs that wait their turn become one request where their blocks are neighbours, up to 1 MB: with
+# 20 ms until an answer begins, that is 800 MB/s, and what is wanted first still comes soon.
+_BLOCKS_TOGETHER = 4
 _LOOK_SEC = 0.005  # Between looks at whether another process has fetched a block.
 _MAX_WAIT_SEC = 60.0  # For another process, which may be stopped.
 
@@ -22,7 +25,7 @@ class Source(Protocol):
 
     blocks: Blocks
 
-    def fetch(self, first: int, end: int) -> bytes | None:
+    def fetch(self, first: int, end: int) -> bytes | memoryview | None:
         """Return the bytes of some blocks in a row; None if they now lie in ``blocks``."""
         ...
 
@@ -36,21 +39,30 @@ class Job:
         self._error: Exception | None = None
         self._begun, self._done = threading.Lock(), threading.Event()
 
-    def run(self) -> None:
-        """Fetch the blocks, unless another thread has begun to."""
-        if not self._begun.acquire(blocking=False):
-            return
+    def begin(self) -> bool:
+        """Return whether the caller is the first, who has to :meth:`run` it."""
+        return self._begun.acquire(blocking=False)
+
+    def run(self, others: Sequence["Job"] = ()) -> None:
+        """Fetch the blocks, and those of other jobs of the same file, which follow each other.
+
+        All must have been begun by the caller.
+        """
+        jobs = sorted([self, *others], key=lambda job: job.numbers[0])
         try:
-            self._fetch()
+            self._fetch([number for job in jobs for number in job.numbers])
         except Exception as error:  # For whoever waits; an error of what nobody wants is none.
             self._error = error
         finally:
-            fetcher().forget(self)
-            self._done.set()
+            for job in jobs:
+                job._data, job._error = self._data, self._error
+                fetcher().forget(job)
+                job._done.set()
 
     def result(self, number: int) -> memoryview | None:
         """Return a block; None if another process has put it on the disk. Raises its error."""
-        self.run()
+        if self.begin():
+            self.run()
         self._done.wait()
         if self._error is not None:
             raise self._error
@@ -61,9 +73,9 @@ class Job:
         """The key of the file."""
         return self._source.blocks.key
 
-    def _fetch(self) -> None:
+    def _fetch(self, numbers: Sequence[int]) -> None:
         blocks = self._source.blocks
-        others = self._fetch_free(self.numbers)
+        others = self._fetch_free(numbers)
         deadline = time.monotonic() + _MAX_WAIT_SEC
         while others := [number for number in others if number not in blocks]:
             if time.monotonic() > deadline:
@@ -162,8 +174,24 @@ class Fetcher:
                     self._lock.wait()
                 self._num_idle -= 1
                 job = self._queue.popleft()
-            job.run()
-            del job  # Its blocks need not stay in memory.
+                is_first = job.begin()
+                neighbours = self._neighbours(job) if is_first else []
+            if is_first:
+                job.run(neighbours)
+            del job, neighbours  # Their blocks need not stay in memory.
+
+    def _neighbours(self, job: Job) -> list[Job]:
+        """Return jobs, begun now, whose blocks lie before and after those of ``job``."""
+        found: list[Job] = []
+        first, last = job.numbers[0], job.numbers[-1]
+        for step in (1, -1):
+            while last - first + 1 < _BLOCKS_TOGETHER:
+                other = self._pending.get((job.place, last + 1 if step == 1 else first - 1))
+                if other is None or not other.begin():
+                    break
+                found.append(other)
+                first, last = min(first, other.numbers[0]), max(last, other.numbers[-1])
+        return found
 
 
 def fetcher() -> Fetcher:

@@ -6,12 +6,13 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
 import numpy as np
 
 from dnnlib.addresses import AddressError, name_of, open_address, without_query
 from dnnlib.progress import progress
-from dnnlib.remote.blocks import BLOCK_BYTES, LIMIT_VARIABLE, Blocks, cache_limit
+from dnnlib.remote.blocks import BLOCK_BYTES, LIMIT_VARIABLE, Blocks, OpenBlock, cache_limit
 from dnnlib.remote.fetching import fetcher, runs
 from dnnlib.remote.files import Known
 from dnnlib.remote.ranges import Answer, NoRangesError, ask, ask_patiently
@@ -61,23 +62,42 @@ class RemoteFile:
 
     def pread(self, size: int, offset: int) -> bytes:
         """Return up to ``size`` bytes from ``offset`` on; fewer at the end of the file."""
-        end = min(offset + size, self.size)
-        if offset >= end:
-            return b""
-        first, last = offset // BLOCK_BYTES, (end - 1) // BLOCK_BYTES
-        if last > first:
-            self.prefetch(np.array([offset]), end - offset)
-        pieces = []
-        for number in range(first, last + 1):
-            start = number * BLOCK_BYTES
-            pieces.append(self._read(number, max(offset - start, 0), end - start))
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        pieces = [
+            found[start:stop] if isinstance(found, memoryview) else found.pread(stop - start, start)
+            for found, start, stop in self._pieces(size, offset)
+        ]
+        return b"".join(pieces)
 
     def readinto(self, target: np.ndarray, offset: int) -> int:
         """Fill an array with the bytes from ``offset`` on; return how many there were."""
-        data = self.pread(target.nbytes, offset)
-        target.reshape(-1).view(np.uint8)[: len(data)] = np.frombuffer(data, np.uint8)
-        return len(data)
+        view, num = memoryview(target).cast("B"), 0
+        for found, start, stop in self._pieces(len(view), offset):
+            part = view[num : num + stop - start]
+            if isinstance(found, memoryview):
+                part[:] = found[start:stop]
+            else:
+                found.readinto(part, start)
+            num += len(part)
+        return num
+
+    def _pieces(self, size: int, offset: int) -> Iterator[tuple[OpenBlock | memoryview, int, int]]:
+        """Yield what holds each block of some bytes, and from where to where these lie in it."""
+        end = min(offset + size, self.size)
+        number, start = divmod(offset, BLOCK_BYTES)
+        if end > (number + 1) * BLOCK_BYTES:
+            self.prefetch(np.array([offset]), end - offset)
+        while (left := end - number * BLOCK_BYTES) > start:
+            yield self._block(number), start, min(left, BLOCK_BYTES)
+            number, start = number + 1, 0
+
+    def _block(self, number: int) -> OpenBlock | memoryview:
+        while True:
+            found = self.blocks.open(number)
+            if found is None:
+                found = fetcher().job(self, number).result(number)
+            if found is not None:
+                return found
+            # Another process has fetched it. Should it have gone again, it is fetched anew.
 
     def prefetch(self, offsets: np.ndarray, sizes: np.ndarray | int) -> None:
         """Have the bytes at some places fetched: see :class:`~dnnlib.remote.files.OpenFile`."""
@@ -93,18 +113,7 @@ class RemoteFile:
         for number in range(offset // BLOCK_BYTES, -(-(offset + size) // BLOCK_BYTES)):
             self.blocks.forget(number)
 
-    def _read(self, number: int, start: int, end: int) -> bytes:
-        end = min(end, BLOCK_BYTES)
-        while True:
-            file = self.blocks.open(number)
-            if file is not None:
-                return os.pread(file.fileno(), end - start, start)
-            data = fetcher().job(self, number).result(number)
-            if data is not None:
-                return bytes(data[start:end])
-            # Another process has fetched it. Should it have gone again, it is fetched anew.
-
-    def fetch(self, first: int, end: int) -> bytes | None:
+    def fetch(self, first: int, end: int) -> bytes | memoryview | None:
         """Return the blocks from ``first`` to ``end``; None if all are in the cache now."""
         if not self._is_whole:
             start, stop = first * BLOCK_BYTES, min(end * BLOCK_BYTES, self.size)

@@ -1,4 +1,4 @@
-"""Ranges of bytes of files at addresses, read through fsspec."""
+"""Ranges of bytes of files at addresses, read through fsspec or plain connections."""
 
 import functools
 import os
@@ -20,6 +20,7 @@ from dnnlib.addresses import (
     scheme_of,
     without_query,
 )
+from dnnlib.remote.connections import Reply, get_range
 
 PATIENCE_SEC = 300.0  # For which a range is asked for again where the fault may pass.
 _FIRST_WAIT_SEC, _LONGEST_WAIT_SEC = 0.25, 30.0
@@ -40,9 +41,17 @@ class Answer(NamedTuple):
         version: Changes with the content of the file; empty where the server has no such thing.
     """
 
-    data: bytes | None
+    data: bytes | memoryview | None
     size: int | None
     version: str
+
+
+class StatusError(OSError):
+    """A server's answer that is an error; may pass or not, as its ``status`` says."""
+
+    def __init__(self, status: int, message: str | None) -> None:
+        super().__init__()
+        self.status, self.message = status, message or ""
 
 
 class NoRangesError(Exception):
@@ -59,7 +68,7 @@ def ask(address: str, start: int, end: int) -> Answer:
     As a first question to a server, it gives up within about a minute. Raises AddressError, and
     NoRangesError.
     """
-    return _answered(persist(address, lambda: _attempt(address, start, end)))
+    return _answered(persist(address, lambda: _attempt(address, start, end, is_first=True)))
 
 
 def ask_patiently(address: str, start: int, end: int) -> Answer:
@@ -89,15 +98,19 @@ def _answered(answer: Answer) -> Answer:
     return answer
 
 
-def _attempt(address: str, start: int, end: int) -> Answer:
-    store = _store(os.getpid(), scheme_of(address))
+def _attempt(address: str, start: int, end: int, *, is_first: bool = False) -> Answer:
     if not is_http(address):
-        return _of_store(store, address, start, end)
+        return _of_store(_store(os.getpid(), scheme_of(address)), address, start, end)
+    limit = addresses.TIMEOUT_SEC
+    total = limit + (end - start) / _MIN_BYTES_PER_SEC
+    # What is wrong with an address, its proxy or its passwords is for the package to find out.
+    reply = None if is_first else get_range(address, start, end, limit, total)
+    if reply is not None:
+        return _answer(address, start, end, reply)
     from aiohttp import ClientTimeout
     from fsspec.asyn import sync
 
-    limit = addresses.TIMEOUT_SEC
-    total = limit + (end - start) / _MIN_BYTES_PER_SEC
+    store = _store(os.getpid(), scheme_of(address))
     timeout = ClientTimeout(total=total, connect=limit, sock_read=limit)
     return sync(store.loop, _get, store, address, start, end, timeout)
 
@@ -137,25 +150,31 @@ async def _get(store: Any, address: str, start: int, end: int, timeout: Any) -> 
     async with session.get(store.encode_url(address), **settings) as response:
         check_response(address, response, sys.maxsize)
         status, length = response.status, response.content_length
-        version = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
-        found = re.fullmatch(
-            r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", response.headers.get("Content-Range", "")
-        )
-        size = int(found[2]) if found and found[2] != "*" else None
-        if status == 404:
-            raise FileNotFoundError(address)
-        if status == 416:  # The file ends before the range.
-            return Answer(b"", size, version)
-        response.raise_for_status()
-        if status != 206:
-            if length is None or length > end:
-                return Answer(None, length, version)
-            data = await response.read()
-            return Answer(data[start:], length, version)
-        if found is None or found[1] != str(start):
-            problem = "its server gives other ranges than were asked for"
-            raise AddressError(f"{without_query(address)}: {problem}.")
-        data = await response.read()
-        if len(data) != (end if size is None else min(end, size)) - start:
-            raise EOFError
-        return Answer(data, size, version)
+        is_wanted = status == 206 or (status < 400 and length is not None and length <= end)
+        data = await response.read() if is_wanted else b""
+        reply = Reply(status, response.reason, response.headers, data)
+        return _answer(address, start, end, reply)
+
+
+def _answer(address: str, start: int, end: int, reply: Reply) -> Answer:
+    """Return what a server's reply says; raises what it says is wrong."""
+    status, headers, data = reply.status, reply.headers, reply.data
+    version = headers.get("ETag") or headers.get("Last-Modified") or ""
+    found = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", headers.get("Content-Range", ""))
+    size = int(found[2]) if found and found[2] != "*" else None
+    if status == 404:
+        raise FileNotFoundError(address)
+    if status == 416:  # The file ends before the range.
+        return Answer(b"", size, version)
+    if status >= 400:
+        raise StatusError(status, reply.reason)
+    if status != 206:
+        length = headers.get("Content-Length", "")
+        size = int(length) if length.isdecimal() else None
+        return Answer(None if size is None or size > end else data[start:], size, version)
+    if found is None or found[1] != str(start):
+        problem = "its server gives other ranges than were asked for"
+        raise AddressError(f"{without_query(address)}: {problem}.")
+    if len(data) != (end if size is None else min(end, size)) - start:
+        raise EOFError
+    return Answer(data, size, version)

@@ -1,7 +1,7 @@
 """A report on what each condition does, made while a run trains."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,8 +38,10 @@ class ConditionsEvaluator:
         self._evaluator, self._config, self._device = evaluator, config, device
         self._make_panel, self._panel = make_panel, None
 
-    def save_pictures(self, generator: Any, outputs: Outputs, cur_nimg: int) -> None:
-        self._evaluator.save_pictures(generator, outputs, cur_nimg)
+    def save_pictures(
+        self, generator: Any, outputs: Outputs, cur_nimg: int
+    ) -> Sequence[torch.Tensor] | None:
+        return self._evaluator.save_pictures(generator, outputs, cur_nimg)
 
     def score(self, generator: Any, outputs: Outputs, cur_nimg: int) -> None:
         """Score, and write ``conditioning-KIMG.png`` and ``conditioning-KIMG.jsonl``."""

@@ -50,8 +50,13 @@ class FeatureEvaluator:
         held_out = data.of_split("validation")
         self._shown = held_out if len(held_out) else data
 
-    def save_pictures(self, generator: FeatureGenerator, outputs: Outputs, cur_nimg: int) -> None:
-        """Write ``fakes-KIMG.png``: a row each of image, reconstruction, and text alone."""
+    def save_pictures(
+        self, generator: FeatureGenerator, outputs: Outputs, cur_nimg: int
+    ) -> list[torch.Tensor] | None:
+        """Write ``fakes-KIMG.png``: a row each of image, reconstruction, and text alone.
+
+        Returns the reconstructions, uint8 [C, H, W] each, on rank 0.
+        """
         num = min(_NUM_SHOWN * self._config.logging.num_sample_batches, len(self._shown))
         chosen = np.linspace(0, len(self._shown) - 1, num).round().astype(int).tolist()
         generator = dataclasses.replace(generator, trained_nimg=cur_nimg)
@@ -59,13 +64,16 @@ class FeatureEvaluator:
         with distributed.together():
             rows = {index: show_item(generator, self._shown, index) for index in mine}
         found = collections.ChainMap(*distributed.gather_objects(rows))
-        if distributed.is_main():
-            heading = describe_sampling(generator.protocol())
-            columns = ("validation image", "of its features", "of its text alone")
-            names = [self._shown.caption(index) for index in chosen]
-            titles = Titles(heading, columns, names)
-            picture = mixed_grid([found[index] for index in chosen], titles=titles)
-            save_image(picture, pictures_path(outputs.run_dir, cur_nimg))
+        if not distributed.is_main():
+            return None
+        heading = describe_sampling(generator.protocol())
+        columns = ("validation image", "of its features", "of its text alone")
+        names = [self._shown.caption(index) for index in chosen]
+        picture = mixed_grid(
+            [found[index] for index in chosen], titles=Titles(heading, columns, names)
+        )
+        save_image(picture, pictures_path(outputs.run_dir, cur_nimg))
+        return [found[index][1] for index in chosen]
 
     def score(self, generator: FeatureGenerator, outputs: Outputs, cur_nimg: int) -> None:
         for name in self._config.logging.metrics:

@@ -38,8 +38,10 @@ class ImageEvaluator:
         self._config, self._counts, self._evaluate = config, tuple(class_counts), evaluate
         self._class_names = class_names
 
-    def save_pictures(self, generator: ImageGenerator, outputs: Outputs, cur_nimg: int) -> None:
-        save_fakes(
+    def save_pictures(
+        self, generator: ImageGenerator, outputs: Outputs, cur_nimg: int
+    ) -> torch.Tensor | None:
+        return save_fakes(
             generator,
             self._counts,
             pictures_path(outputs.run_dir, cur_nimg),

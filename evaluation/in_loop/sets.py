@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable
 
+import torch
+
 from data.fewshot.episodes import Episodes
 from dnnlib.errors import NotFiniteError
 from evaluation.in_loop.images import EvaluateFn, ImageEvaluator, is_recorded, record
@@ -32,9 +34,11 @@ class SetEvaluator(ImageEvaluator):
         super().__init__(config, () if scored is None else scored.counts, evaluate)
         self._shown, self._scored, self._validation_loss = shown, scored, validation_loss
 
-    def save_pictures(self, generator: ImageGenerator, outputs: Outputs, cur_nimg: int) -> None:
+    def save_pictures(
+        self, generator: ImageGenerator, outputs: Outputs, cur_nimg: int
+    ) -> torch.Tensor | None:
         logging = self._config.logging
-        save_episodes(
+        return save_episodes(
             SupportGenerator.of(generator, self._shown),
             GRID_SEEDS * logging.num_sample_batches,
             pictures_path(outputs.run_dir, cur_nimg),

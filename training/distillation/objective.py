@@ -134,6 +134,12 @@ class DistillationObjective(torch.nn.Module):
             return guided
         return lambda x, level: guided(x, level).clamp(-1, 1)
 
+    def dropped(self, draws: Draws) -> dict[str, tuple[Tensor, float]]:
+        return self.student.dropped(draws)
+
+    def probe(self, images: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
+        return self.student.probe(images, cond, draws)
+
     def report(self, stats: StatsCollector, loss: Tensor, draws: Draws) -> None:
         self.student.report(stats, loss, draws)
 

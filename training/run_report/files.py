@@ -119,7 +119,7 @@ def read_run(run_dir: Path, history: History | None = None) -> Run:
         *notices.watch_notices(watched),
         *notices.history_notices(history, num_damaged + damaged + lost),
         *notices.rollback_notices(rollbacks),
-        *notices.log_notices(run_dir),
+        *notices.log_notices(run_dir, watched),
         *notices.score_notices(rows),
     ]
     return Run(

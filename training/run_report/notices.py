@@ -49,6 +49,12 @@ class Notice:
     kimg: float | None = None
 
 
+def line_of(row: Mapping[str, Any]) -> str:
+    """Return the line of ``log.txt`` that tells a row of ``watch.jsonl``."""
+    message, remedy = (_text(row.get(key)).rstrip(".") for key in ("message", "remedy"))
+    return f"Warning: {message}: {remedy}."
+
+
 def watch_notices(rows: Iterable[Mapping[str, Any]]) -> list[Notice]:
     """Return the rows of ``watch.jsonl``; what one lacks stays empty."""
     found = []
@@ -56,14 +62,14 @@ def watch_notices(rows: Iterable[Mapping[str, Any]]) -> list[Notice]:
         texts = {key: _text(row.get(key)) for key in ("name", "message", "remedy", "level")}
         level = texts["level"].lower()
         level = _NAMES_OF_LEVELS.get(level, level)
-        message = texts["message"] or texts["name"]
+        message = _sentence(texts["message"]) or texts["name"]
         kimg = row.get("kimg")
         if message:
             found.append(
                 Notice(
                     level=level if level in LEVELS else "warning",
                     message=message,
-                    remedy=texts["remedy"],
+                    remedy=_sentence(texts["remedy"]),
                     name=texts["name"] if message != texts["name"] else "",
                     kimg=kimg if is_finite(kimg) else None,
                 )
@@ -75,12 +81,17 @@ def _text(value: Any) -> str:
     return "" if value is None or isinstance(value, dict | list) else str(value)
 
 
-def log_notices(run_dir: Path) -> Iterator[Notice]:
-    """Yield the warnings and other events of ``log.txt``, with the kimg of the tick before."""
-    kimg = None
+def log_notices(run_dir: Path, watched: Iterable[Mapping[str, Any]] = ()) -> Iterator[Notice]:
+    """Yield the warnings and other events of ``log.txt``, with the kimg of the tick before.
+
+    Those that rows of ``watch.jsonl`` tell too are left out.
+    """
+    kimg, known = None, {line_of(row) for row in watched}
     for line in read_text(run_dir / "log.txt").splitlines():
         if found := re.match(r"tick \d+ +kimg ([\d.]+) ", line):
             kimg = float(found[1])
+        elif line in known:
+            continue
         elif found := re.match(r"Warning: (.*)", line):
             message, _, remedy = found[1].partition(": ")
             yield Notice("warning", _sentence(message), _sentence(remedy), kimg=kimg)

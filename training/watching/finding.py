@@ -1,11 +1,11 @@
-"""What is told of a run that is watched."""
+"""One thing that is wrong with a run, and what to do about it."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing that is wrong with a run, or may be.
+    """What a watcher has to say.
 
     Attributes:
         name: A short fixed identifier, such as ``labels_shuffled``.

@@ -2,20 +2,22 @@
 
 import contextlib
 import dataclasses
+import operator
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import click
+import psutil
 import torch
 
 import families
-from benchmarks import web_server
-from benchmarks.feature_data import make_features
 from benchmarks.kinds import make_latents, make_pictures
 from benchmarks.measure import (
     Spent,
@@ -27,11 +29,14 @@ from benchmarks.measure import (
     walls,
 )
 from benchmarks.options import LoadingOptions, measured_preset
+from benchmarks.remote import web_server
+from benchmarks.remote.feature_data import make_features
 from configs.presets import PRESETS
 from data.features.buckets import Bucket
 from data.loader import make_loader
 from dnnlib.files import CACHE_VARIABLE
 from dnnlib.parallel import num_usable_cores
+from dnnlib.remote.blocks import close_blocks
 from training.config import RunConfig
 from training.family import Part
 
@@ -58,17 +63,18 @@ def measure(options: LoadingOptions) -> None:
     click.echo(describe_device(_CPU))
     told = f"a web server of this machine that answers {options.delay:g} ms late"
     click.echo(f"Epochs from {told}; the first with an empty cache.")
-    header = ["", "workers", "local, images/s", "first epoch", "of local", "later", "of local"]
+    click.echo("CPU: seconds of all cores in the first epoch, of loading and of the server.")
+    header = ["", "workers", "local, images/s", "first epoch", "of local", "CPU", "server's CPU"]
+    header += ["later", "of local"]
     kinds, counts = _all_data(options), (0, max(num_usable_cores() // 2, 1))
     width = max(len(data.name) for data in kinds)
     click.echo("  ".join([header[0].ljust(width), *header[1:]]))
     for data in kinds:  # A row as soon as it is known: all take minutes.
         with tempfile.TemporaryDirectory() as folder:
             location = str(data.make(Path(folder)))
-            with _served(folder, options.delay / 1000) as address:
-                remote = address + location.removeprefix(folder)
+            with _served(folder, options.delay / 1000) as server:
                 for num_workers in counts:
-                    cells = _row(data, location, remote, num_workers, options.rounds)
+                    cells = _row(data, location, folder, server, num_workers, options.rounds)
                     padded = [c.rjust(len(h)) for c, h in zip(cells, header[1:], strict=True)]
                     click.echo("  ".join([data.name.ljust(width), *padded]))
     click.echo(f"Goal: {GOAL:.0%} of local speed.")
@@ -98,24 +104,43 @@ def _maker(make: Callable[..., Path], run: RunConfig, num_images: int) -> Callab
     return lambda folder: make(folder, run.model, num_images)
 
 
+class _Server(NamedTuple):
+    """A process that serves a folder at an address."""
+
+    address: str
+    process: psutil.Process
+
+    def seconds(self) -> float:
+        """Return the processor time that it took so far."""
+        times = self.process.cpu_times()
+        return times.user + times.system
+
+
 @contextlib.contextmanager
-def _served(folder: str, delay_sec: float) -> Iterator[str]:
-    """Serve a folder by another process; yield the address."""
+def _served(folder: str, delay_sec: float) -> Iterator[_Server]:
+    """Serve a folder by another process."""
     command = [sys.executable, web_server.__file__, folder, str(delay_sec)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
-            yield process.stdout.readline().strip()
+            yield _Server(process.stdout.readline().strip(), psutil.Process(process.pid))
         finally:
             process.kill()
 
 
-def _row(data: _Data, local: str, remote: str, num_workers: int, num_rounds: int) -> list[str]:
+def _row(
+    data: _Data, local: str, folder: str, server: _Server, num_workers: int, num_rounds: int
+) -> list[str]:
+    remote, of_server = server.address + local.removeprefix(folder), []
     with tempfile.TemporaryDirectory() as cache, mock.patch.dict("os.environ") as environment:
         environment[CACHE_VARIABLE] = cache
 
         def first() -> Spent:
             shutil.rmtree(Path(cache, "blocks"), ignore_errors=True)
-            return _epoch(data, remote, num_workers)
+            close_blocks()  # Else some could be read although they are deleted.
+            before = server.seconds()
+            spent = _epoch(data, remote, num_workers)
+            of_server.append(server.seconds() - before)
+            return spent
 
         turns = {
             "local": lambda: _epoch(data, local, num_workers),
@@ -128,7 +153,11 @@ def _row(data: _Data, local: str, remote: str, num_workers: int, num_rounds: int
         name: f"{median_ratio(walls(times['local']), walls(spent)):.2f}"
         for name, spent in times.items()
     }
-    cells = [rates["local"], rates["first"], share["first"], rates["later"], share["later"]]
+    # All of this process's children are counted, the server too; the first turn is to warm up.
+    of_all, of_server = [spent.cpu for spent in times["first"]], of_server[1:]
+    loading = statistics.median(map(operator.sub, of_all, of_server))
+    cpu = [f"{seconds:.2f}" for seconds in (loading, statistics.median(of_server))]
+    cells = [rates["local"], rates["first"], share["first"], *cpu, rates["later"], share["later"]]
     return [str(num_workers), *cells]
 
 

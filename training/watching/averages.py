@@ -1,0 +1,63 @@
+"""Whether the average of the weights follows them, and is as good as they are."""
+
+from training.config import TrainingConfig
+from training.watching.finding import Finding
+from training.watching.tick import Tick
+
+_LEAST_STEP, _MOST_STEP = 0.5, 2.0  # Of what the average of weights should move in a step.
+_MOST_BEHIND = 0.25  # Of the loss, by which that of the average may be larger.
+_NUM_ERRORS = 4.0  # Standard errors that this has to be above zero.
+_HALF_LIVES = 4  # After which an average no longer remembers where it began: 1/16 of it is left.
+
+
+class AverageWatcher:
+    """Says when an average does not move as it should, or stays behind the weights.
+
+    Args:
+        training: The run's settings of its average.
+        step_nimg: Images in an optimizer step.
+    """
+
+    def __init__(self, training: TrainingConfig, step_nimg: int) -> None:
+        self._training, self._step_nimg = training, step_nimg
+
+    def look(self, tick: Tick) -> list[Finding] | None:
+        if not tick.is_probed:
+            return None
+        step = tick.mean("Watch/average_step")
+        if step is not None and not _LEAST_STEP <= step <= _MOST_STEP:
+            return [
+                Finding(
+                    name="average_not_updated",
+                    message=f"in a step the averaged weights moved {step:.3g} times as far as the "
+                    "distance to the weights and --ema-kimg ask for, instead of once",
+                    remedy="look at what updates the average: snapshots and pictures are made with "
+                    "it, and not with the weights that are trained",
+                )
+            ]
+        return self._behind(tick)
+
+    def _behind(self, tick: Tick) -> list[Finding]:
+        gap, error = tick.mean("Watch/average_gap"), tick.standard_error("Watch/average_gap")
+        loss = tick.mean("Watch/loss")
+        if gap is None or error is None or not loss or self._will_catch_up(tick):
+            return []
+        if gap <= max(_MOST_BEHIND * abs(loss), _NUM_ERRORS * error):
+            return []
+        return [
+            Finding(
+                name="average_behind",
+                message=f"the loss of the averaged weights is {gap / abs(loss):.0%} above that of "
+                f"the weights, where at most {_MOST_BEHIND:.0%} is usual",
+                remedy="shorten the average (--ema-kimg), or limit it while the run is young "
+                "(--ema-rampup=0.05)",
+            )
+        ]
+
+    def _will_catch_up(self, tick: Tick) -> bool:
+        """Return whether the average is as young as its settings ask for, and the run goes on."""
+        training = self._training
+        if training.ema_rampup is not None:
+            return False
+        steps = _HALF_LIVES * training.ema_kimg * 1000 / self._step_nimg
+        return tick.step < steps < tick.num_steps

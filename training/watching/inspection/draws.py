@@ -1,0 +1,160 @@
+"""What each step draws and is given: noise, dropped conditions, and whether conditions differ."""
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from data.images.dataset import Cond
+from torch_utils import distributed
+from training.config import RunConfig
+from training.family import TrainingData
+from training.watching.finding import Finding
+
+_LOG_CHANCE = math.log(1e9)  # How unlikely a draw has to be.
+_MIN_ROWS = 16
+_NUM_VALUES = 8  # Of the noise, by which draws are told apart.
+_CONDITIONS = ("label", "text", "cls", "patches")
+_SAME = 1e-6  # Relative difference of contexts that are the same.
+
+
+class DrawsWatcher:
+    """Looks at the last pass of each tick.
+
+    Every rank has one, as ranks compare what they draw. What rank 0 finds is to be told.
+    """
+
+    def __init__(self, config: RunConfig, data: TrainingData) -> None:
+        counts = list(data.class_counts) if data.num_classes else []
+        # How likely two labels of a batch are the same, at the most.
+        self._most_common = max(counts) / max(sum(counts), 1) if counts else 0.0
+        self._dropped: dict[str, list[int]] = {}
+        self._same: dict[str, tuple[tuple[float, ...], int]] = {}
+        self._last_noise: list[tuple[float, ...]] = []
+
+    def findings(self, objective: Any, images: Tensor, cond: Cond, draws: Any) -> list[Finding]:
+        """Return what holds after a tick, of what its last pass had. Collective.
+
+        Args:
+            objective: A :class:`training.family.Objective`.
+            images, cond: A batch as ``objective.prepare`` returns it.
+            draws: Its rows of the draws of the step.
+        """
+        found = self._of_noise(draws)
+        found += self._of_drops(objective.dropped(draws))
+        found += self._of_conditions(cond)
+        contexts = objective.probe(images, cond, draws)
+        inputs = [images, *(cond[name] for name in _CONDITIONS if name in cond)]
+        if all(_differs(values) for values in inputs):
+            found += _of_contexts(contexts)
+        return found
+
+    def _of_noise(self, draws: Any) -> list[Finding]:
+        # Where ranks do not divide a batch, a pass may have no row.
+        own = _fingerprint(draws.noise[0]) if len(draws.noise) else None
+        noise = [values for values in distributed.gather_objects(own) if values is not None]
+        before, self._last_noise = self._last_noise, noise
+        if len(set(noise)) < len(noise):
+            name, who = "noise_equal", f"ranks, of which there are {len(noise)}, have"
+        elif noise and noise == before:
+            name, who = "noise_repeats", "the last steps of two ticks have"
+        else:
+            return []
+        first = ", ".join(f"{value:.4f}" for value in noise[0][:3])
+        return [
+            Finding(
+                name=name,
+                message=f"Noise is drawn again: {who} the same ({first}, ...)",
+                remedy="draw noise from the generator of rng.Step, for the global batch, and keep "
+                "the rows of the rank",
+            )
+        ]
+
+    def _of_drops(self, dropped: dict[str, tuple[Tensor, float]]) -> list[Finding]:
+        wrong: dict[str, list[str]] = {}
+        for name, (rows, expected) in dropped.items():
+            counts = self._dropped.setdefault(name, [0, 0])
+            counts[0] += int(rows.sum())
+            counts[1] += len(rows)
+            if is_unlikely(*counts, expected):
+                share = counts[0] / counts[1]
+                kind = "condition_dropped" if share > expected else "condition_kept"
+                text = f"{share:.1%} without {name} (expected {expected:.1%})"
+                wrong.setdefault(kind, []).append(text)
+        return [
+            Finding(
+                name=kind,
+                message="Conditions are not dropped as often as they should be: of "
+                f"{max(num for _, num in self._dropped.values())} rows, {', '.join(texts)}",
+                remedy="see how the drop of conditions is drawn (Objective.draw): by it the model "
+                "learns both with and without its condition",
+            )
+            for kind, texts in wrong.items()
+        ]
+
+    def _of_conditions(self, cond: Cond) -> list[Finding]:
+        """Return findings on conditions that are the same for all rows seen so far."""
+        constant, most = [], 0
+        for name in _CONDITIONS:
+            values = cond.get(name)
+            if values is None or not len(values) or (name == "label" and not self._most_common):
+                continue
+            first, num = _fingerprint(values[0]), 0
+            if not _differs(values):
+                before, num = self._same.get(name, (first, 0))
+                num = len(values) + num * (first == before)
+            self._same[name] = first, num
+            # Many rows of a common class are no wonder.
+            surprise = -(num - 1) * math.log(self._most_common) if name == "label" else math.inf
+            if num >= _MIN_ROWS and surprise >= _LOG_CHANCE:
+                constant.append(f"{name} is {'the same' if values.any() else 'zero'}")
+                most = max(most, num)
+        if not constant:
+            return []
+        return [
+            Finding(
+                name="condition_constant",
+                message="Conditions are constant where rows should differ: in all of "
+                f"{most} rows that the network got, {' and '.join(constant)}",
+                remedy="see what the data hold and deliver (TrainingData.__getitems__), and what "
+                "the codec makes of it",
+            )
+        ]
+
+
+def is_unlikely(num_hits: int, num: int, expected: float) -> bool:
+    """Return whether so many hits of ``num`` have a chance below 1e-9, by Chernoff's bound."""
+    if num == 0:
+        return False
+    share, divergence = num_hits / num, 0.0
+    for part, likely in ((share, expected), (1 - share, 1 - expected)):
+        if part > 0:
+            divergence += math.inf if likely <= 0 else part * math.log(part / likely)
+    return num * divergence > _LOG_CHANCE
+
+
+def _differs(values: Tensor) -> bool:
+    return bool((values != values[:1]).any())
+
+
+def _fingerprint(values: Tensor) -> tuple[float, ...]:
+    return tuple(values.flatten()[:_NUM_VALUES].tolist())
+
+
+def _of_contexts(contexts: dict[str, Tensor]) -> list[Finding]:
+    lost = [
+        name
+        for name, value in contexts.items()
+        if len(value) > 1 and (value - value[:1]).abs().max() <= _SAME * value.abs().max()
+    ]
+    if not lost:
+        return []
+    num = len(contexts[lost[0]])
+    return [
+        Finding(
+            name="condition_dropped",
+            message=f"Nothing of {' and '.join(lost)} reaches the network: with nothing dropped, "
+            f"its context is the same for all {num} rows of a batch, whose conditions differ",
+            remedy="see what the conditioner makes of its conditions (Network.context)",
+        )
+    ]

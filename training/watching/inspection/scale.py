@@ -1,0 +1,101 @@
+"""Whether data have the standard deviation that the model expects."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from training.watching.finding import Finding
+from training.watching.inspection.sample import Sample
+
+# How far the standard deviation may be from what is expected, as a factor. Data differ: pixels of
+# photographs have about 0.5, of handwritten digits 0.75.
+_TOLERANCE = dict(sigma_data=1.75, latents=2.0, visual=1.75)
+_MIN_ITEMS = 8
+_STANDARD_ERRORS = 4.0  # Of the measurement, beside the tolerance: 1 in 30,000 by chance.
+
+
+def measured_std(parts: list[Tensor]) -> tuple[float, float]:
+    """Return the standard deviation of values about the mean of their channel, and its error.
+
+    Each part is [N, C, ...], such as the images of one size. The error is that of the logarithm,
+    from one item to the next.
+    """
+    num = sum(part[:, 0].numel() for part in parts)
+    mean = sum(part.transpose(0, 1).flatten(1).sum(1, dtype=torch.float64) for part in parts) / num
+    squares = []
+    for part in parts:
+        centre = mean.to(part.dtype).reshape(1, -1, *[1] * (part.ndim - 2))
+        squares.append((part - centre).square().flatten(1).mean(1, dtype=torch.float64))
+    each = torch.cat(squares)
+    variance = float(each.mean())
+    if variance == 0 or len(each) < 2:
+        return 0.0, math.inf
+    relative = float(each.std() / len(each) ** 0.5) / variance
+    return variance**0.5, relative / 2
+
+
+def is_far(parts: list[Tensor], expected: float, tolerance: float) -> float | None:
+    """Return the standard deviation of values if it is surely far from ``expected``; else None."""
+    if sum(map(len, parts)) < _MIN_ITEMS:
+        return None
+    std, error = measured_std(parts)
+    if std == 0:  # Constant data are of no scale.
+        return None
+    distance = abs(math.log(std / expected)) - _STANDARD_ERRORS * error
+    return std if distance > math.log(tolerance) else None
+
+
+def find_wrong_scale(sample: Sample) -> list[Finding]:
+    """Return findings on data, latents and features of another scale than the model expects."""
+    findings = []
+    if sample.std is not None:
+        parts = [batch.x for batch in sample.batches]
+        std = is_far(parts, sample.std, _TOLERANCE[sample.std_from])
+        if std is not None:
+            findings.append(
+                _of_sigma_data(std, sample) if sample.std_from == "sigma_data" else _of_latents(std)
+            )
+    for name in sample.visual:
+        # Positions first, so that the channels are those of the features.
+        parts = [
+            batch.cond[name].flatten(1, -2).mT if batch.cond[name].ndim > 2 else batch.cond[name]
+            for batch in sample.batches
+            if name in batch.cond
+        ]
+        std = is_far(parts, 1.0, _TOLERANCE["visual"])
+        if std is not None:
+            findings.append(_of_features(std, name))
+    return findings
+
+
+def _of_sigma_data(std: float, sample: Sample) -> Finding:
+    return Finding(
+        name="sigma_data_wrong",
+        message=f"The data have a standard deviation of {std:.3g}, but --sigma-data is "
+        f"{sample.std:g}",
+        remedy=f"start again with --sigma-data={std:.2g}, or see whether the data are what they "
+        "should be",
+    )
+
+
+def _of_latents(std: float) -> Finding:
+    return Finding(
+        name="latents_scale",
+        message=f"Normalised latents have a standard deviation of {std:.3g}, where the model "
+        "expects about 1",
+        remedy="see whether the data are of the autoencoder that their record names, and encode "
+        "them again; an autoencoder's scaling_factor should be 1 over the standard deviation of "
+        "its latents",
+    )
+
+
+def _of_features(std: float, name: str) -> Finding:
+    what = {"cls": "CLS tokens", "patches": "patches"}[name]
+    return Finding(
+        name="features_scale",
+        message=f"Normalised features of {what} have a standard deviation of {std:.3g}, where the "
+        "statistics of the record promise 1",
+        remedy="prepare the features again with dataset_tool.py features, or see with "
+        "dataset_tool.py verify whether they are damaged",
+    )

@@ -1,0 +1,36 @@
+"""Whether weights are kept in enough digits for their updates."""
+
+from training.watching.finding import Finding
+from training.watching.tick import Tick
+
+_MOST_ROUNDED = 0.9  # Of weights of float32, one in 65,536 is as short by chance.
+_MOST_LOST = 0.5
+
+
+class PrecisionWatcher:
+    """Says when weights have the digits of bfloat16 or float16, or when updates change nothing."""
+
+    def look(self, tick: Tick) -> list[Finding] | None:
+        if not tick.is_probed:
+            return None
+        rounded, lost = tick.mean("Watch/rounded_weights"), tick.mean("Watch/lost_updates")
+        if rounded is not None and rounded > _MOST_ROUNDED:
+            return [
+                Finding(
+                    name="weights_rounded",
+                    message=f"{rounded:.0%} of the weights that a step changed have no more digits "
+                    "than 16-bit numbers, where next to none should, so that small updates are "
+                    "lost",
+                    remedy="keep the weights in float32 and compute in 16 bits by --precision=bf16",
+                )
+            ]
+        if lost is not None and lost > _MOST_LOST:
+            return [
+                Finding(
+                    name="updates_lost",
+                    message=f"a step leaves {lost:.0%} of the weights that have a gradient as they "
+                    "were, because their updates are smaller than their last digit",
+                    remedy="raise the learning rate (--lr), and keep the weights in float32",
+                )
+            ]
+        return []
