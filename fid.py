@@ -18,6 +18,8 @@ from dnnlib.click_options import LazyGroup
         "fewshot": "Score images that a set-conditioned model makes from supports.",
         "validate": "Test a feature-conditioned model on held-out images.",
         "conditions": "Measure the effect of each condition of a model.",
+        "curves": "Write what is normal for a configuration, from runs of several seeds.",
+        "check": "Say whether a run is normal.",
         "report": "Show a training run, or several beside each other, on one page.",
     },
 )
@@ -33,6 +35,7 @@ def main() -> None:
       python fid.py compare runs/00000-a/metric-fid50k_full.jsonl score.json
       python fid.py neighbours --network=network.pkl --data=datasets/cifar10.zip --outdir=copies
       python fid.py report runs/00000-a runs/00001-b --out=comparison.html
+      python fid.py check runs/00000-a
 
     Each command explains its options and shows examples: python fid.py calc --help
     """

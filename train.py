@@ -13,6 +13,7 @@ import families
 from commands.config_file import read_config_file, read_teacher, with_config_file
 from commands.prepare import prepare_data, with_named_data
 from configs.presets import PRESET_OF_RESOLUTION, PRESETS, get_preset, preset_of_model
+from configs.reference import find_reference
 from dnnlib.cli import ConfigCommand, raw_value, run, settings, usage_errors
 from dnnlib.click_options import param, takes
 from dnnlib.config import Config
@@ -149,7 +150,7 @@ def main(config: RunConfig, options: TrainOptions) -> int:
     """
     # From here on torch is needed. Cheap checks still come first: nothing is opened or started
     # before they pass.
-    from training.launch import Start, check_here, check_ranks, launch, print_plan, verify
+    from training.launch import Start, Usual, check_here, check_ranks, launch, print_plan, verify
 
     given = click.get_current_context().meta["given"]
     names = [field.name for field in dataclasses.fields(Start)]
@@ -190,8 +191,10 @@ def main(config: RunConfig, options: TrainOptions) -> int:
     check_here(config)
     if options.verify_resume:
         return verify(config, start)
-    known = config.preset in PRESETS  # A run may be continued whose preset is gone.
-    return launch(config, start, PRESETS[config.preset].run if known else None)
+    if config.preset not in PRESETS:  # A run may be continued whose preset is gone.
+        return launch(config, start)
+    usual = Usual(PRESETS[config.preset].run, find_reference(config.preset))
+    return launch(config, start, usual)
 
 
 if __name__ == "__main__":

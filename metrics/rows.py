@@ -96,6 +96,11 @@ def differing_fields(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [name for name in names if len({row.get(name, "-") for row in flat}) > 1]
 
 
+def protocol_of(row: Mapping[str, Any]) -> dict[str, str]:
+    """Return the protocol fields of a row as texts, by dotted name."""
+    return {name: text for name, text in _flat(row).items() if _is_protocol(name)}
+
+
 def _is_protocol(name: str) -> bool:
     return name.partition(".")[0] not in SUBJECT_FIELDS
 

@@ -30,9 +30,11 @@ from training.division import check_division, group_size
 from training.family import of as family_of
 from training.loop import Job, training_loop
 from training.portable import open_header, open_snapshot
+from training.reference_curves.reference import Reference
 from training.report import changes_from, describe_run, run_facts
 from training.saving.wait import wait_for_savers
 from training.stability.rollbacks import RollbackRequested, add_rollback, remove_abandoned
+from training.watching.reference import place_reference
 
 # A killed process gives its memory back, which takes a while, before it leaves the run folder.
 _LOCK_PATIENCE_SEC = 10.0
@@ -163,10 +165,18 @@ def print_plan(config: RunConfig, usual_num_classes: int) -> None:
         print("\n".join([json.dumps(to_dict(config), indent=2), description, *notes]))
 
 
-def launch(config: RunConfig, start: Start, preset: RunConfig | None = None) -> int:
+@dataclasses.dataclass(frozen=True)
+class Usual:
+    """The preset of a run without the run's changes, and curves of runs of it; None if unknown."""
+
+    run: RunConfig | None = None
+    reference: Reference | None = None
+
+
+def launch(config: RunConfig, start: Start, usual: Usual = Usual()) -> int:
     """Train, and return the exit code: 0, or REQUEUE_EXIT_CODE after a stop that was asked for.
 
-    ``preset`` is the run's preset without its changes, which the run's report tells.
+    The run's report tells how it differs from what is ``usual``.
     """
     run_dir, is_new, finished = None, False, False
     with (
@@ -198,7 +208,7 @@ def launch(config: RunConfig, start: Start, preset: RunConfig | None = None) -> 
                 if distributed.is_main():
                     if start.continues:
                         _, origin = runs.read_start(run_dir, lambda text: None)
-                    _write_start(job, run_dir, origin, preset)
+                    _write_start(job, run_dir, origin, usual)
                 weights = snapshot if state is None else None
                 _check_teacher(job.config, run_dir, state or weights)
                 start_from = dict(resume_state=state, transfer=weights, num_rollbacks=num_rollbacks)
@@ -397,16 +407,19 @@ def _find_run(job: Job, start: Start, origin: dict[str, Any]) -> tuple[Path | No
     return distributed.on_main(lambda: runs.find_same_run(*found)), None
 
 
-def _write_start(
-    job: Job, run_dir: Path, origin: dict[str, Any] | None, preset: RunConfig | None
-) -> None:
+def _write_start(job: Job, run_dir: Path, origin: dict[str, Any] | None, usual: Usual) -> None:
     config, world_size = job.config, distributed.world_size()
     facts = dict(command=sys.argv, world_size=world_size, device=str(job.device), origin=origin)
     about = dict(
         total_kimg=config.total_nimg / 1000,
-        data=dict(name=job.data.name, num_images=job.data.num_images),
+        data=dict(
+            name=job.data.name,
+            num_images=job.data.num_images,
+            content_hash=job.data.content_hash,
+            class_names=list(job.data.class_names) if job.data.num_classes else None,
+        ),
         description=run_facts(config, world_size, job.device),
-        changes=None if preset is None else changes_from(preset, config),
+        changes=None if usual.run is None else changes_from(usual.run, config),
         next_steps=family_of(config).next_steps(config),
     )
     options = {"config": to_dict(config), **facts, "packages": package_versions(), **about}
@@ -418,3 +431,4 @@ def _write_start(
     what = f"{job.data.name}: {job.data.num_images} images{held_out}"
     print(f"Training on {what}. Writing to {run_dir}")
     print(describe_run(config, world_size, job.device), flush=True)
+    print(place_reference(run_dir, config, origin, usual.reference), end="", flush=True)

@@ -30,12 +30,14 @@ from training.family import Codec, Evaluator, Outputs, Part, TrainingData
 from training.family import of as family_of
 from training.optimizer import GuardedAdam, learning_rate
 from training.report import forward_flops, save_reals
+from training.resources.outlook import Outlook
 from training.saving.writer import SnapshotParts, Writer
 from training.stability.locate import first_not_finite
 from training.stability.monitor import Monitor
 from training.telemetry import Telemetry, memory_stats, scalar, tick_line, utilisation_stats
 from training.validation.examples import Examples
 from training.validation.validator import Validator
+from training.watching.reference import ReferenceWatch
 from training.watching.watch import Watch
 
 _LONG_WAIT_SEC = 1.0
@@ -221,12 +223,20 @@ def training_loop(
     trained = (parameters, ema, optimizer)
     watch = Watch(job, run_dir, denoising, trained, cur_nimg, telemetry)
     was_compiled = False
+    reference_watch = ReferenceWatch(run_dir)
+    since = dict(cur_nimg=cur_nimg, start_sec=start_sec - elapsed_before_sec)
+    outlook = Outlook(config, run_dir, device, telemetry, **since)
     monitor = Monitor(config, parameters, num_rollbacks, resume_state)
 
     def attempt(what: str, make: Callable[..., None]) -> bool:
         """Return False if a stop cut ``make`` short; what is not finite is told, not made."""
         try:
-            with stop_signal.at_once(), ema.filled(), returning_freed_memory():
+            with (
+                outlook.timed(what),
+                stop_signal.at_once(),
+                ema.filled(),
+                returning_freed_memory(),
+            ):
                 generator = family.generator(course.sampled, ema.network, codec, device)
                 make(generator, outputs, cur_nimg)
         except distributed.StopRequested:
@@ -254,6 +264,8 @@ def training_loop(
             end = f"-{checkpoint.count_name(cur_nimg)}"
             made = [path for path in run_dir.glob("*.png") if path.stem.endswith(end)]
             telemetry.pictures(made, cur_nimg)
+            for finding in reference_watch.findings() if logging.watch else ():
+                telemetry.tell(finding, cur_nimg)
             telemetry.write_report()
         return whole
 
@@ -332,6 +344,7 @@ def training_loop(
         # Count, and go on unless a tick ends here.
         cur_nimg += step_nimg
         bar.update(step_nimg)
+        outlook.step(cur_nimg)
         distributed.finish_step(f"kimg {cur_nimg / 1000:g}")
         stop = stop_signal.agreed() and not done
         if not (tick_ends or stop):
@@ -426,6 +439,8 @@ def training_loop(
                 write(state, None, alone=True)
         writer.check()
         maintenance_sec = time.time() - tick_end_sec
+        if tick_ends:
+            outlook.tick(cur_nimg - timed_nimg, sec_per_tick, cur_nimg, maintenance_sec)
         tick_start_sec, timed_nimg = time.time(), cur_nimg
         bar = _tick_bar(cur_tick, cur_nimg, tick_start_nimg, config.tick_nimg, rank)
     bar.close()
@@ -437,6 +452,7 @@ def training_loop(
                 f"Stopped by {stop_signal.name_received()} at kimg "
                 f"{format_kimg(cur_nimg / 1000)}; continue with --resume={run_dir}"
             )
+        outlook.finish(cur_nimg)
         telemetry.close()
     return not stop
 

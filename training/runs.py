@@ -27,7 +27,8 @@ REQUEUE_FILE = "requeue"
 REQUEUE_EXIT_CODE = 85
 _MADE = ("training-state-*", "network-snapshot-*.pkl", "stats.jsonl", "metric-*.jsonl")
 _SHOWN = ("fakes-*.png", "reals.png", REPORT_FILE, WATCH_FILE)
-_RUN_FILES = (*_MADE, *_SHOWN, "training_options.json", ROLLBACKS_FILE, REQUEUE_FILE)
+_RECORDS = ("training_options.json", "prediction.json", "reference.json")
+_RUN_FILES = (*_MADE, *_SHOWN, *_RECORDS, ROLLBACKS_FILE, REQUEUE_FILE)
 
 
 def describe(run: RunConfig, data: TrainingData, desc: str | None) -> str:

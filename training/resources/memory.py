@@ -215,23 +215,30 @@ class Disk:
 def predict_disk(config: RunConfig) -> Disk:
     """Return what a run leaves on disk at its end, without pictures and records."""
     logging, num_stds = config.logging, len(config.training.ema_stds)
-    num_stages = len(stages_of(config))
-    size = weight_bytes(config)
-    # The first tick is one step.
-    rest = max(config.total_nimg - config.step_nimg, 0)
-    num_ticks = 1 + math.ceil(rest / max(config.tick_nimg, config.step_nimg))
-    if logging.save_interval is None:
-        num_snapshots = len({*range(0, num_ticks, logging.snap), num_ticks - 1})
-    else:
-        num_snapshots = math.ceil(config.total_nimg / (logging.save_interval * config.step_nimg))
-    num_snapshots += num_stages - 1  # At the end of each stage, whatever the tick.
-    num_states = num_ticks // logging.dump + 1 if logging.dump else num_snapshots
+    size, num_snapshots = weight_bytes(config), count_snapshots(config)
+    num_states = count_ticks(config) // logging.dump + 1 if logging.dump else num_snapshots
     return Disk(
         snapshot=size + num_stds * size // 2,
         state=size * (3 + num_copies(config)),
         num_snapshots=num_snapshots,
         num_states=min(num_states, logging.keep_states),
     )
+
+
+def count_ticks(config: RunConfig) -> int:
+    """Return the ticks of a run, of which the first is one step."""
+    rest = max(config.total_nimg - config.step_nimg, 0)
+    return 1 + math.ceil(rest / max(config.tick_nimg, config.step_nimg))
+
+
+def count_snapshots(config: RunConfig) -> int:
+    """Return the snapshots of a run, those of the ends of its stages among them."""
+    logging, num_ticks = config.logging, count_ticks(config)
+    if logging.save_interval is None:
+        num_snapshots = len({*range(0, num_ticks, logging.snap), num_ticks - 1})
+    else:
+        num_snapshots = math.ceil(config.total_nimg / (logging.save_interval * config.step_nimg))
+    return num_snapshots + len(stages_of(config)) - 1
 
 
 def forecast(config: RunConfig, world_size: int, device: torch.device) -> dict[str, str]:

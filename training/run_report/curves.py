@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from training.reference_curves.titles import title_of
 from training.run_report.charts import Chart, Line
 from training.run_report.files import Run
 from training.run_report.history import VALIDATION, Curve
@@ -21,6 +22,7 @@ class Topic(NamedTuple):
 
 
 _STEEP = 10
+_BAND_COLOUR = 7  # Grey.
 TRAINING = (
     Topic("Loss", {"Loss/loss": "loss"}, log=True),
     Topic(
@@ -60,12 +62,37 @@ def topic_charts(runs: Sequence[Run], topics: Iterable[Topic] = TRAINING) -> lis
                 Line(topic.names[name], own.curve(name), name.startswith(VALIDATION))
                 for name in present
             ]
-            charts.append(Chart(topic.title, lines, y=topic.unit, log=topic.log))
+            lines += reference_lines(runs[0], present)
+            look = dict(y=topic.unit, log=topic.log, note=band_note(runs[0], present))
+            charts.append(Chart(topic.title, lines, **look))
             continue
         for name, shown in topic.names.items():
             title = topic.title if len(topic.names) == 1 else f"{topic.title}: {shown}"
             charts.append(over_runs(title, runs, name, y=topic.unit, log=topic.log))
     return [chart for chart in charts if chart.lines]
+
+
+def reference_lines(run: Run, names: Sequence[str]) -> list[Line]:
+    """Return the bands of the reference of a run for those of its statistics that have one."""
+    curves = {} if run.reference is None else run.reference.curves
+    found = []
+    for name in names:
+        if name in curves:
+            own = curves[name]
+            title = "band of other seeds" if len(names) == 1 else f"band of {title_of(name)}"
+            band = Curve(own.kimg, list(own.mean), list(own.low), list(own.high))
+            found.append(Line(title, band, own.kind == "point", _BAND_COLOUR))
+    return found
+
+
+def band_note(run: Run, names: Sequence[str]) -> str | None:
+    """Return what the shaded band of a chart with :func:`reference_lines` is; None without one."""
+    if not reference_lines(run, names):
+        return None
+    return (
+        f"Shaded: where {run.reference.num_runs} other seeds of this preset lie; "
+        f"{run.reference.coverage:.0%} of runs stay inside all bands."
+    )
 
 
 def over_runs(title: str, runs: Sequence[Run], name: str, **look: Any) -> Chart:

@@ -8,6 +8,7 @@ from typing import Any
 
 from dnnlib.errors import refusal
 from dnnlib.text import format_kimg
+from training.reference_curves.reference import RUN_FILE, Reference, read_reference
 from training.run_report import notices
 from training.run_report.conditions import ConditionsReport, read_conditions
 from training.run_report.history import History
@@ -18,6 +19,7 @@ from training.run_report.scores import Score, read_score_rows, scores_of
 
 OPTIONS_FILE, STATS_FILE, WATCH_FILE = "training_options.json", "stats.jsonl", "watch.jsonl"
 ROLLBACKS_FILE = "rollbacks.jsonl"
+PREDICTION_FILE = "prediction.json"
 _SNAPSHOT = re.compile(r"network-snapshot-\d+(?:\.\d{3})?\.pkl")
 _STATE = re.compile(r"training-state-\d+(?:\.\d{3})?(?:\.pt)?")
 
@@ -31,6 +33,7 @@ class Run:
         settings: Its configuration by name, such as ``training.batch``.
         scores: By metric and value.
         snapshots, states: Files of the run, the newest last.
+        reference: The curves that it is compared with, if it is.
     """
 
     run_dir: Path
@@ -43,6 +46,7 @@ class Run:
     conditions: list[ConditionsReport]
     snapshots: list[Path]
     states: list[Path]
+    reference: Reference | None = None
     title: str | None = None
 
     @property
@@ -129,7 +133,17 @@ def read_run(run_dir: Path, history: History | None = None) -> Run:
         conditions=read_conditions(run_dir),
         snapshots=_by_kimg(run_dir, _SNAPSHOT),
         states=_by_kimg(run_dir, _STATE),
+        reference=_reference_of(run_dir),
     )
+
+
+def _reference_of(run_dir: Path) -> Reference | None:
+    """Return the reference curves in the folder of a run; None if there are none to be read."""
+    path = run_dir / RUN_FILE
+    try:
+        return read_reference(path) if path.is_file() else None
+    except ValueError:
+        return None
 
 
 def _by_kimg(run_dir: Path, pattern: re.Pattern) -> list[Path]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from dnnlib.text import format_kimg
+from training.reference_curves.judge import judge
 from training.run_report.charts import Canvas, Chart, Line
 from training.run_report.conditions import ConditionsReport
 from training.run_report.curves import level_charts, other_charts, score_charts, topic_charts
@@ -35,7 +36,15 @@ CHART_HELP = tag(
 def training_section(runs: list[Run], canvas: Canvas) -> Html:
     """Return the curves of training."""
     figures = canvas.figures(topic_charts(runs)) or tag("p", "No tick is recorded yet.")
-    return section("training", "Training", TOOLBAR, figures, CHART_HELP)
+    verdict = _verdict(runs[0]) if len(runs) == 1 else None
+    return section("training", "Training", verdict, TOOLBAR, figures, CHART_HELP)
+
+
+def _verdict(run: Run) -> Html | None:
+    """Return the sentence that says whether a run lies where other seeds do."""
+    if run.reference is None:
+        return None
+    return tag("p", str(judge(run.run_dir, run.history, run.reference)))
 
 
 def levels_section(runs: list[Run], canvas: Canvas) -> Html | None:

@@ -15,7 +15,7 @@ _LOWER = {"fid", "sfid", "kid", "cmmd", "fd_dinov2", "fd_pixels", "val_loss", "l
 _SHARES = {"precision": "num_images", "recall": "reference_count", "coverage": "reference_count"}
 _SPREADS = ("_std", "_se")
 _MEDIAN_FACTOR = (math.pi / 2) ** 0.5
-_IN_RUN = "during the run"
+IN_RUN = "during the run"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Score:
 
     @property
     def is_in_run(self) -> bool:
-        return self.source == _IN_RUN
+        return self.source == IN_RUN
 
     @property
     def title(self) -> str:
@@ -77,7 +77,7 @@ def read_score_rows(run_dir: Path) -> tuple[list[tuple[str, dict[str, Any]]], in
     for path in sorted(run_dir.glob("metric-*.jsonl")):
         rows, damaged = read_rows(path)
         num_damaged += damaged
-        found += [(_IN_RUN, row) for row in rows if _is_score_row(row)]
+        found += [(IN_RUN, row) for row in rows if _is_score_row(row)]
     for path in sorted(run_dir.glob("*.json")):
         rows = read_object(path).get("rows")
         if isinstance(rows, list):

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dnnlib.text import format_count
-from training.run_report.files import Run
+from dnnlib.text import format_count, format_time
+from training.run_report.files import PREDICTION_FILE, Run
 from training.run_report.markup import Html, details, section, show, table, tag
-from training.run_report.rows import flat, read_object
+from training.run_report.rows import flat, is_finite, read_object
 
 _LONG_COMMAND = 80  # Characters.
 
@@ -19,6 +19,7 @@ def configuration_section(run: Run) -> Html:
     options = run.options
     description = options.get("description")
     facts = {"data": options.get("data"), **(description if isinstance(description, dict) else {})}
+    facts["predicted"] = _predicted(read_object(run.run_dir / PREDICTION_FILE))
     rows = [(name, _fact(value)) for name, value in facts.items() if value is not None]
     parts = [table([], rows, label="The run in words")] if rows else []
     parts += [tag("h3", "Difference from the preset"), _changes(run)]
@@ -34,6 +35,18 @@ def configuration_section(run: Run) -> Html:
         parts.append(details("The whole configuration", tag("p", search, hidden=True), full))
     parts.append(details("Command and environment", _environment(run)))
     return section("configuration", "Configuration", parts)
+
+
+def _predicted(found: dict[str, Any]) -> str | None:
+    """Return what was foreseen when the run began, in words; None if nothing was."""
+    show = {
+        "memory": lambda v: f"{format_count(v, 'B')} of memory a rank",
+        "disk": lambda v: f"{format_count(v, 'B')} of disk",
+        "images_per_sec": lambda v: f"{v:,.4g} images/s",
+        "total_sec": lambda v: f"{format_time(v)} in all",
+    }
+    texts = [text(found[name]) for name, text in show.items() if is_finite(found.get(name))]
+    return ", ".join(texts) or None
 
 
 def _fact(value: Any) -> str:
@@ -134,6 +147,9 @@ def next_steps(run: Run) -> Iterator[tuple[str, str]]:
     if isinstance(stds, list) and stds and run.snapshots:
         command = f"python -m training.posthoc_ema {folder} --std=0.05,0.10,0.15"
         yield "Make averages of other lengths", f"{command} --outdir={folder}/averages"
+    if run.reference is not None:
+        picture = f"--out={folder}/check.png"
+        yield "See it inside the bands of other seeds", f"python fid.py check {folder} {picture}"
     yield (
         "Compare it with another run",
         f"python fid.py report {folder} OTHER_RUN --out=comparison.html",

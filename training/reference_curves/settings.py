@@ -1,0 +1,131 @@
+"""Which settings curves depend on, and what keeps two runs from being compared."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from dnnlib.config import identity
+from training.config import RunConfig
+
+# What the seeds of a reference differ in, and what curves of training do not depend on: where the
+# data are, and averages of the weights.
+_FREE = ("training.seed", "training.ema_stds", "data.data")
+# What is made anew wherever data are prepared, and is never equal to the last digit.
+_MADE_ANEW = ("model.vae_hash", "model.visual_hash", "model.text_hash", "model.latent_scale")
+_FIRST_WEIGHTS = "transfer"  # Hash of the weights that a run starts from, if it does.
+_AVERAGE = ("training.ema_kimg", "training.ema_rampup")
+# Why curves of two runs differ where a setting does, by how its name begins; the first counts.
+_REASONS = (
+    ("precond.", "the loss is another quantity, or of other noise levels"),
+    ("training.loss_scaling", "the gradient norm is in other units"),
+    (
+        "training.batch",
+        "a step takes other gradients, so that as many images teach it less or more",
+    ),
+    ("training.lr", "it learns at another pace"),
+    ("training.kimg", "the learning rate falls over another duration"),
+    ("training.iters", "the learning rate falls over another duration"),
+    ("training.", "each step is another one"),
+    ("model.", "it is another network"),
+    ("data", "other data have another loss"),
+    (_FIRST_WEIGHTS, "it begins with what another run has learned"),
+    ("distillation.", "students learn from a teacher, not from data"),
+    ("", "the task is another one"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataFacts:
+    """What tells data apart; None or 0 where that is not known."""
+
+    name: str | None = None
+    num_images: int | None = None
+    content_hash: str | None = None
+    class_names: list[str] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """How the settings of a run differ from those of the reference.
+
+    Attributes:
+        differences: Sentences, one for each difference that makes curves incomparable.
+        notes: What differs and changes curves little.
+        same_average: Whether the averaged weights, of which validation and scores are, are made
+            alike.
+    """
+
+    differences: list[str]
+    notes: list[str]
+    same_average: bool = True
+
+
+def deciding_settings(config: RunConfig, origin: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """Return the settings that the curves of a run depend on, but for its data, as JSON texts.
+
+    ``origin`` is what ``training_options.json`` says of its first weights.
+    """
+    found = {name: value for name, value in identity(config).items() if name not in _FREE}
+    found[_FIRST_WEIGHTS] = (origin or {}).get("transfer")
+    return {name: json.dumps(_plain(value)) for name, value in found.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Return a value without the difference between 154 and 154.0, which a command line makes."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def compare_settings(
+    own: Mapping[str, str], reference: Mapping[str, str], data: DataFacts, data_there: DataFacts
+) -> Comparison:
+    """Return how a run differs from a reference; both as of :func:`deciding_settings`."""
+    changed = [n for n in {**reference, **own} if own.get(n) != reference.get(n)]
+    differences = [
+        f"{name} is {_short(own.get(name))} here and {_short(reference.get(name))} there: "
+        f"{_reason(name)}"
+        for name in changed
+        if name not in (*_MADE_ANEW, *_AVERAGE, "training.precision")
+    ]
+    notes = []
+    if "training.precision" in changed:
+        here, there = (_short(side.get("training.precision")) for side in (own, reference))
+        notes.append(f"precision is {here} here and {there} there")
+    anew = [name.partition(".")[2] for name in changed if name in _MADE_ANEW]
+    if anew:
+        notes.append(f"encoders were made anew ({', '.join(anew)})")
+    found = _compare_data(data, data_there)
+    if found:
+        (differences if found.is_other else notes).append(found.text)
+    return Comparison(differences, notes, not set(changed) & set(_AVERAGE))
+
+
+@dataclasses.dataclass(frozen=True)
+class _DataDifference:
+    text: str
+    is_other: bool
+
+
+def _compare_data(own: DataFacts, there: DataFacts) -> _DataDifference | None:
+    if own.num_images != there.num_images:
+        text = f"the data hold {own.num_images or 'an unknown number of'} images here and "
+        return _DataDifference(f"{text}{there.num_images} there: {_reason('data')}", True)
+    if own.class_names is not None and own.class_names != there.class_names:
+        text = "the data have other classes here than there"
+        return _DataDifference(f"{text}: {_reason('data')}", True)
+    if own.content_hash != there.content_hash:
+        return _DataDifference("the data are other files, as many as there", False)
+    return None
+
+
+def _reason(name: str) -> str:
+    return next(reason for start, reason in _REASONS if name.startswith(start))
+
+
+def _short(text: str | None) -> str:
+    text = "unset" if text in (None, "null") else text.strip('"')
+    return text if len(text) <= 40 else f"{text[:37]}..."
