@@ -96,7 +96,7 @@ _FSDM_GLYPHS = dataclasses.replace(
     sets=SetConfig(held_out=6, context_drop=0.1, pretrain_encoder=20),
     training=dataclasses.replace(
         _FSDM_DIGITS.training,
-        **dict(batch=16, kimg=380, ema_kimg=5),
+        **dict(batch=16, kimg=240, ema_kimg=5),
         **dict(lr=2e-3, lr_rampup=5, lr_schedule="cosine"),
     ),
     logging=dataclasses.replace(_FSDM_DIGITS.logging, tick=20, snap=10),

@@ -39,7 +39,7 @@ TEACHERS = {"fsdm-digits": ("--kimg=400", "--lr-schedule=cosine", "--lr-rampup=2
 TRAINING = {
     "digits": ("--lr-rampup=2",),
     "digits-latent": ("--lr-rampup=2", "--kimg=300", "--sigma-grid=karras", "--sigma-max=10"),
-    "fsdm-digits": ("--lr-rampup=5", "--kimg=240", "--distill-steps=8,4,2,1"),
+    "fsdm-digits": ("--lr-rampup=5", "--kimg=160", "--distill-steps=8,4,2,1"),
 }
 EPISODES_OF_CLASS = 4  # Seen classes have supports of five held-out images.
 
