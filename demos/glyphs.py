@@ -46,7 +46,7 @@ def demo_glyphs(outdir: Path, train_args: tuple[str, ...]) -> bool:
         preset = ("--preset=fsdm-glyphs", f"--mode-conditioning={mode}", *options)
         _, network = train_model(outdir, f"--data={data}", *preset, *train_args)
         made[mode] = _make_images(outdir, data, network)
-        lines, is_good = _judge_images(mode, made[mode], judge, images, others)
+        lines, is_good = judge_images(mode, made[mode], judge, images, others)
         report += lines
         passed &= is_good
     picture = outdir / "glyphs.png"
@@ -91,7 +91,7 @@ def _read(folder: Path) -> Tensor:
     return torch.stack([read_image(folder / f"{seed:06d}.png") for seed in range(NUM_EACH)])
 
 
-def _judge_images(
+def judge_images(
     mode: str, made: MadeImages, judge: Judge, images: ImageDataset, others: ImageDataset
 ) -> tuple[list[str], bool]:
     """Return lines on classes and copying, and whether both are as expected."""
