@@ -1,5 +1,5 @@
 # make demo: digits from data to score in a few minutes. make demo-sets: the same for a model that
-# makes digits of classes that it has never seen, in under ten. make demo-features: photographs by
+# makes letters of scripts that it has never seen, in under ten. make demo-features: photographs by
 # text and image, in four. make test: all tests. make lint: ruff.
 # Each prepares .venv by itself and is quick when .venv is already right.
 
@@ -14,7 +14,7 @@ demo: $(STAMP)
 	$(BIN)/python demo.py
 
 demo-sets: $(STAMP)
-	$(BIN)/python demo.py --sets
+	$(BIN)/python demo.py --letters
 
 demo-features: $(STAMP)
 	$(BIN)/python demo.py --features

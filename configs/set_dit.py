@@ -30,10 +30,10 @@ MODELS: dict[str, SetDiTConfig] = {
     ),
     # Ours too, on 16x16 letters.
     "fsdm-glyphs": SetDiTConfig(
-        **dict(resolution=16, img_channels=1, patch_size=4),
-        **dict(hidden_dim=96, num_blocks=3, num_heads=4),
+        **dict(resolution=16, img_channels=1, patch_size=8),
+        **dict(hidden_dim=128, num_blocks=3, num_heads=4, warm_start_adaln=True),
         **dict(encoder_tokenizer="per_sample_mean", encoder_pool="mean", encoder_depth=1),
-        **dict(encoder_heads=4, encoder_dim_head=24, encoder_mlp_ratio=2.0),
+        **dict(encoder_heads=4, encoder_dim_head=32, encoder_mlp_ratio=2.0),
     ),
 }
 
@@ -91,11 +91,15 @@ _FSDM_GLYPHS = dataclasses.replace(
     _FSDM_DIGITS,
     preset="fsdm-glyphs",
     model=MODELS["fsdm-glyphs"],
-    sets=SetConfig(held_out=6, context_drop=0.1),
+    # More noise than EDM's: it is at high noise that a letter is decided upon.
+    precond=PrecondConfig(P_mean=-0.4, sigma_data=0.8),
+    sets=SetConfig(held_out=6, context_drop=0.1, pretrain_encoder=20),
     training=dataclasses.replace(
-        _FSDM_DIGITS.training, batch=8, kimg=120, lr=1.5e-3, lr_rampup=5, ema_kimg=5
+        _FSDM_DIGITS.training,
+        **dict(batch=16, kimg=240, ema_kimg=5),
+        **dict(lr=2e-3, lr_rampup=5, lr_schedule="cosine"),
     ),
-    logging=dataclasses.replace(_FSDM_DIGITS.logging, tick=10),
+    logging=dataclasses.replace(_FSDM_DIGITS.logging, tick=20, snap=10),
 )
 
 PRESETS: dict[str, Preset] = {

@@ -210,6 +210,26 @@ def test_copies_of_a_support_are_near_it_and_other_faces_are_not(few_letters):
     assert "100.0% are nearer than 99% of other faces" in copies.describe()
 
 
+def test_real_letters_pass_the_demo_and_those_of_other_supports_and_copies_do_not(few_letters):
+    images, others = datasets_of(few_letters)
+    episodes = episodes_of_dataset(images, support_size=5, num_per_class=1)
+    episodes = episodes[np.flatnonzero(np.isin(episodes.classes, images.class_splits["test"]))]
+    judge = train_judge(others, images.class_splits["test"], num_steps=60)
+    real = [np.flatnonzero(others.labels == index)[:4].tolist() for index in episodes.classes]
+    real = torch.stack([others.__getitems__(rows)[0] for rows in real])
+
+    def passes(mode, samples):
+        made = demos.glyphs.MadeImages(episodes, samples, free=torch.zeros_like(samples[0]))
+        lines, is_good = demos.glyphs.judge_images(mode, made, judge, images, others)
+        assert lines[-2].startswith(f"{mode}: all ")
+        return is_good
+
+    for mode in demos.glyphs.MODES:
+        assert passes(mode, real)
+        assert not passes(mode, real.roll(1, 0))
+        assert not passes(mode, episodes.supports[:, :4])
+
+
 def test_the_demo_of_letters_judges_those_of_scripts_never_seen(few_letters, monkeypatch):
     monkeypatch.setattr(demos.glyphs, "MODES", {"lag": ("--encoder-depth=0",)})
     monkeypatch.setattr(demos.glyphs, "train_judge", lambda *a: train_judge(*a, num_steps=30))
