@@ -7,6 +7,7 @@ import click
 
 from data.convert.choices import CIFAR_SPLITS, SPLITS, TRANSFORMS
 from dnnlib.click_options import param, takes
+from dnnlib.errors import refusal
 from dnnlib.files import check_target
 
 
@@ -34,6 +35,12 @@ class ConvertOptions:
         choices=TRANSFORMS,
         help="How to make images square.  [default: only square ones are accepted]",
     )
+    crops: int | None = param(
+        min=1,
+        max=1_000_000,
+        help="Cut this many squares out of each image of a folder or zip, at random places and of "
+        "15% to 22% of its short side, and resize them to --resolution.",
+    )
     max_images: int | None = param(min=1, max=1_000_000_000, help="Use only the first N images.")
     skip_broken: bool = param(help="Leave out broken images instead of failing.")
     overwrite: bool = param(help="Replace an existing file; a folder that is not empty stays.")
@@ -50,8 +57,8 @@ class ConvertOptions:
     )
     split: str | None = param(
         choices=SPLITS,
-        help="Part of a CIFAR archive or MNIST folder to take, or of the fonts of glyphs.  "
-        "[default: train]",
+        help="Part of a CIFAR archive or MNIST folder to take, of the fonts of glyphs, or, with "
+        "--crops, of each image, a third of which is test.  [default: train]",
     )
     class_split: str | None = param(
         choices=CIFAR_SPLITS,
@@ -90,6 +97,11 @@ def command(options: ConvertOptions) -> None:
       python dataset_tool.py convert --source=mini-imagenet --dest=datasets/mini.zip --resolution=32
       # Letters of every script that matplotlib's fonts have, in 16 faces, at 16x16
       python dataset_tool.py convert --source=glyphs --dest=datasets/glyphs.zip --resolution=16
+      # 2,000 squares out of each photograph, and 1,000 out of the third of it that is left
+      python dataset_tool.py convert --source=photos/ --dest=datasets/photos.zip --resolution=64 \\
+          --crops=2000
+      python dataset_tool.py convert --source=photos/ --dest=datasets/photos-test.zip \\
+          --resolution=64 --crops=1000 --split=test
       # Generated images as a sample archive for ADM's evaluator, and one made into a zip
       python dataset_tool.py convert --source=out/ --dest=samples.npz
       python dataset_tool.py convert --source=samples.npz --dest=samples.zip
@@ -104,14 +116,17 @@ def command(options: ConvertOptions) -> None:
     inputs = dict(source=options.source, labels=options.labels or "")
     check_target("--dest", options.dest, is_folder=Path(options.dest).is_dir(), inputs=inputs)
     size = parse_resolution(options.resolution, options.transform)
-    same = ("split", "class_split", "skip_broken")
+    if options.crops is not None:
+        _check_crops(options)
+    same = ("split", "class_split", "skip_broken", "crops", "max_images")
     selected = {name: getattr(options, name) for name in same}
-    selected |= dict(choice=choice, size=size)
+    selected |= dict(choice=choice, size=size, num_workers=options.workers)
     source = open_source(options.source, Selection(**selected))
     click.echo(source.label_line)
-    same = ("transform", "max_images", "skip_broken", "overwrite")
+    same = ("transform", "skip_broken", "overwrite")
     settings = {name: getattr(options, name) for name in same}
     settings |= dict(size=size, num_workers=options.workers)
+    settings |= dict(max_images=options.max_images if options.crops is None else None)
     summary = conversion.convert_images(source, options.dest, **settings)
     for note in summary.notes:
         click.echo(note)
@@ -122,3 +137,11 @@ def command(options: ConvertOptions) -> None:
     classes = f"{summary.num_classes} classes" if summary.num_classes else "no labels"
     click.echo(f"{options.dest}: {summary.num_images} images of {size}, {classes}.")
     click.echo(summary.count_line)
+
+
+def _check_crops(options: ConvertOptions) -> None:
+    if options.resolution is None:
+        raise ValueError(f"--crops={options.crops} needs a size; give --resolution=N too.")
+    if options.transform is not None:
+        problem = "--crops cuts squares by itself"
+        raise refusal("--transform", options.transform, but=problem, remedy="leave it out")

@@ -31,7 +31,7 @@ class _Presets(collections.UserDict):
 
 
 _NAMES = {
-    "diffit": ("cifar10", "cifar10-l4", "ffhq64", "digits"),
+    "diffit": ("cifar10", "cifar10-l4", "ffhq64", "photos64", "digits"),
     "latent_diffit": (
         *("imagenet256", "imagenet256-d30", "imagenet256-l", "imagenet256-b", "imagenet256-s"),
         *("imagenet512", "imagenet512-d30", "digits-latent"),

@@ -1,5 +1,5 @@
 """What dataset_tool.py convert chooses between, known without the modules that do it."""
 
-SPLITS = ("train", "test", "all")  # Of CIFAR archives, MNIST folders and glyphs.
+SPLITS = ("train", "test", "all")  # Of CIFAR archives, MNIST folders, glyphs and crops.
 CIFAR_SPLITS = ("fc100", "cifar-fs")  # Divisions of CIFAR-100's classes for few-shot learning.
 TRANSFORMS = ("center-crop", "center-crop-wide", "center-crop-dhariwal")

@@ -16,10 +16,9 @@ from typing import IO
 import numpy as np
 from PIL import Image
 
-from data.convert.source import Item, Source
+from data.convert.source import Item, Source, broken_images, image_of
 from data.images.archive import count_line
 from data.images.decode import decode_image, encode_png
-from data.images.members import Member
 from data.images.transforms import Size, apply_transform
 from dnnlib.errors import refusal
 from dnnlib.files import atomic_write, check_target
@@ -133,7 +132,7 @@ def _convert_one(
 ) -> _Converted:
     """Return one image ready to be written. Runs in another process."""
     try:
-        image = _image_of(item)
+        image = image_of(item)
     except ValueError as error:
         return _Converted(error=str(error))
     if size is not None and (transform is not None or image.width == image.height):
@@ -144,12 +143,6 @@ def _convert_one(
     if to_rgb:
         image = image.convert("RGB")
     return _Converted(encode(image), image.size, num_channels)
-
-
-def _image_of(item: Item) -> Image.Image:
-    if isinstance(item, Member):
-        return decode_image(item.read())
-    return Image.fromarray(item if isinstance(item, np.ndarray) else item.pixels())
 
 
 class _MixedChannels(Exception):  # noqa: N818
@@ -207,10 +200,7 @@ class _DatasetWriter:
         """Write the labels; raises ValueError if images were broken or none is left."""
         source = self.source
         if self.broken and not self.skip_broken:
-            problem = f"{len(self.broken)} of {self.num_seen} images cannot be used"
-            remedy = "Repair or remove them, or give --skip-broken"
-            listed = "\n  ".join([f"{source.name}: {problem}:", *self.broken])
-            raise ValueError(f"{listed}\nNothing was written. {remedy}.")
+            raise broken_images(source.name, self.broken, self.num_seen)
         if self.first is None:
             problem = f"no image is left, all {self.num_seen} are broken; the first"
             raise ValueError(f"{source.name}: {problem}: {self.broken[0]}")

@@ -5,7 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
+from PIL import Image
 
+from data.images.decode import decode_image
 from data.images.members import Member
 
 _NUM_SHOWN = 8
@@ -19,6 +21,22 @@ class Drawing(Protocol):
 
 
 Item = Member | np.ndarray | Drawing  # A file, uint8 [H, W] or [H, W, 3], or what makes that.
+
+
+def image_of(item: Item) -> Image.Image:
+    """Return an item decoded or drawn; raises ValueError with the reason for a damaged file."""
+    if isinstance(item, Member):
+        return decode_image(item.read())
+    return Image.fromarray(item if isinstance(item, np.ndarray) else item.pixels())
+
+
+def broken_images(name: str, broken: Sequence[str], num_seen: int) -> ValueError:
+    """Return the error that lists all images of a source that cannot be used."""
+    problem = f"{len(broken)} of {num_seen} images cannot be used"
+    listed = "\n  ".join([f"{name}: {problem}:", *broken])
+    return ValueError(
+        f"{listed}\nNothing was written. Repair or remove them, or give --skip-broken."
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from data.convert.cifar_mnist import (
     open_cifar,
     open_mnist,
 )
+from data.convert.crops import Cropping, crop_images
 from data.convert.fewshot_sources import find_fewshot_files, read_fewshot
 from data.convert.glyphs import open_glyphs
 from data.convert.labelling import BY_ITSELF, LabelChoice, label_images
@@ -40,12 +41,15 @@ class Selection:
     """Which images of a source are wanted, and how those are made that are drawn.
 
     Args:
-        split: train, test or all (train by default), for CIFAR archives, MNIST folders and glyphs;
-            an error elsewhere.
+        split: train, test or all (train by default), for CIFAR archives, MNIST folders, glyphs and
+            crops; an error elsewhere.
         class_split: fc100 or cifar-fs, for CIFAR-100.
         choice: Which labels the images get.
         skip_broken: Leave out folders that cannot be read.
         size: Width and height of the result, at which glyphs are drawn.
+        crops: Number of squares to cut out of each image of a folder or zip; needs ``size``.
+        max_images: Of how many images, the first ones.
+        num_workers: Processes that measure these; by default one per core.
     """
 
     split: str | None = None
@@ -53,6 +57,9 @@ class Selection:
     choice: LabelChoice = BY_ITSELF
     skip_broken: bool = False
     size: Size | None = None
+    crops: int | None = None
+    max_images: int | None = None
+    num_workers: int | None = None
 
 
 def open_source(source: str, selection: Selection = Selection()) -> Source:
@@ -100,6 +107,11 @@ def _open(source: str, selection: Selection) -> Source:
         problem = f"{source} has labels of its own"
         remedy = "leave it out, or give --labels=none"
         raise refusal("--labels", choice.labels or "folders", but=problem, remedy=remedy)
+    if selection.crops is not None:
+        if opener is not open_image_files:
+            problem = f"{source} is no folder or zip of images"
+            raise refusal("--crops", selection.crops, but=problem, remedy="leave it out")
+        return _open_crops(source, selection)
     if is_cifar:
         if class_split is not None and split not in (None, "all"):
             problem = f"--class-split={class_split} divides the classes of all images"
@@ -110,7 +122,7 @@ def _open(source: str, selection: Selection) -> Source:
     if opener is open_glyphs:
         return open_glyphs(source, split or "train", selection.size)
     if split is not None:
-        remedy = "leave it out (it is for CIFAR archives, folders of MNIST files and glyphs)"
+        remedy = "leave it out (it is for CIFAR archives, MNIST folders, glyphs and --crops)"
         raise refusal("--split", split, but=f"{source} has no splits", remedy=remedy)
     if opener is open_image_files:
         return open_image_files(source, choice, selection.skip_broken)
@@ -158,6 +170,20 @@ def open_image_files(
         found.origin,
         left_out(archive),
     )
+
+
+def _open_crops(source: str, selection: Selection) -> Source:
+    skip_broken = selection.skip_broken
+    found = open_image_files(source, selection.choice, skip_broken)
+    if selection.max_images is not None and selection.max_images < found.num_images:
+        beyond = {"beyond --max-images": found.num_images - selection.max_images}
+        found = dataclasses.replace(
+            found, num_images=selection.max_images, left_out={**found.left_out, **beyond}
+        )
+    cropping = Cropping(
+        num=selection.crops, resolution=selection.size[0], split=selection.split or "train"
+    )
+    return crop_images(found, cropping, skip_broken=skip_broken, num_workers=selection.num_workers)
 
 
 def open_samples(source: str) -> Source:
