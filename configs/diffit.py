@@ -54,10 +54,10 @@ _PHOTOS64 = ImageRun(
     model=MODELS["photos64"],
     data=DatasetConfig(hflip=True, cache=True),
     training=TrainingConfig(
-        **dict(batch=4, kimg=48, lr=4e-4, lr_rampup=0.3, lr_schedule="cosine", ema_kimg=2),
+        **dict(batch=4, kimg=27, lr=4e-4, lr_rampup=0.3, lr_schedule="cosine", ema_kimg=1),
         augment=AugmentConfig(augment=0.0),
     ),
-    logging=LoggingConfig(tick=0.8, snap=6, workers=0),
+    logging=LoggingConfig(tick=0.9, snap=3, workers=0),
     sampling=SamplingConfig(sampler="dpmpp_2m", steps=12),
 )
 # Ours: a few CPU minutes on the 8x8 digits of scikit-learn. A mirrored digit is no digit, hence no
