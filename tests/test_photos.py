@@ -78,6 +78,6 @@ def test_the_commands_of_the_page_lead_from_photographs_to_a_model_of_another_fo
 def test_the_preset_is_small_enough_for_a_laptop():
     run = get_preset("photos64").run
     with torch.device("meta"):
-        assert 2e6 < count_parameters(build_network(run.model)) <= 8e6
+        assert count_parameters(build_network(run.model)) <= 8e6
     assert run.model.resolution == 64
     assert run.training.precision == "fp32"  # Which every CPU is fast in.
