@@ -47,8 +47,9 @@ _FFHQ64 = ImageRun(
     training=TrainingConfig(batch=256, lr=2e-4, augment=AugmentConfig(augment=0.15)),
     sampling=SamplingConfig(steps=40),
 )
-# Ours: half an hour of two CPU cores on crops of a few photographs (docs/photos.md). They are
-# mirrored and not augmented: a short run has to spend its steps on plain images.
+# Ours: half an hour of a CPU core on crops of a few photographs (docs/photos.md). Many steps of few
+# images at a low rate, because the U-Net needs thousands of them before it learns details. Images
+# are mirrored and not augmented: a short run has to spend its steps on plain ones.
 _PHOTOS64 = ImageRun(
     preset="photos64",
     model=MODELS["photos64"],

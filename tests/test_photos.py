@@ -22,7 +22,7 @@ from training.checkpoint import find_snapshots
 _SMALL = ("--base-dim=8", "--hidden-dim=16", "--num-heads=2", "--time-dim=16", "--num-blocks=1")
 _TINY = {
     "dataset_tool.py convert": ("--crops=20", "--workers=1"),
-    "train.py": ("--batch=16", "--kimg=0.032", "--tick=0.016", "--snap=1", *_SMALL, "--steps=2"),
+    "train.py": ("--kimg=0.032", "--tick=0.016", "--snap=1", *_SMALL, "--steps=2"),
     "generate.py": ("--steps=2", "--seeds=0-7"),
     "fid.py calc": ("--steps=2", "--num-images=6"),
     "fid.py neighbours": ("--steps=2", "--num-images=8"),
