@@ -44,9 +44,10 @@ class Unstable(image.Objective):
         self._step = None
         layer = network.get_submodule(LAYER)
         layer.register_forward_hook(self._overflow)
-        layer.weight.register_hook(
-            lambda grad: grad * self.grad_factor if self._is(self.spike) else grad
-        )
+        if layer.weight.requires_grad:  # Those of the average do not.
+            layer.weight.register_hook(
+                lambda grad: grad * self.grad_factor if self._is(self.spike) else grad
+            )
 
     def draw(self, step):
         self._step = step

@@ -21,6 +21,10 @@ _FEWEST = 4  # Samples that tell anything.
 _LEAST_SPREAD = 0.05  # Of the mean squared distance of two real images.
 _LEAST_NEAREST = 0.1  # Of the median distance of a real image to the nearest other.
 _LEAST_DETECTED = 0.05  # Of the variance of a detector's outputs for real images.
+# A young network makes the mean of all images. Until it has had time to learn, its samples have
+# only to differ at all, which they do after a few steps.
+_FIRST_STEP, _NONE = 40, 1e-5
+_LATER_STEP, _LATER_SHARE = 1000, 0.1
 
 
 def spread(images: Tensor) -> dict[str, float]:
@@ -73,7 +77,7 @@ class SampleWatch:
         self._reals: list[Tensor] = []
         self._known: dict[str, set[str]] = {}
         for row in (row for path in self._records() for row in read_rows(path)[0]):
-            self._known[str(row.get("metric"))] = {own.name for own in findings_of(row)}
+            self._known[str(row.get("metric"))] = {own.name for own in self._judged(row)}
 
     def see(self, pictures: Sequence[Tensor], cur_nimg: int) -> None:
         """Record the spread of samples, uint8 [C, H, W] each, and tell what is new about it."""
@@ -102,7 +106,7 @@ class SampleWatch:
                     self._tell(row, cur_nimg)
 
     def _tell(self, row: Mapping[str, Any], cur_nimg: int) -> None:
-        found, metric = findings_of(row), str(row.get("metric"))
+        found, metric = self._judged(row), str(row.get("metric"))
         known = set().union(*self._known.values())
         # A kill may have come after it was told and before that was recorded.
         rows = read_rows(self._run_dir / WATCH_FILE)[0]
@@ -111,6 +115,15 @@ class SampleWatch:
             if finding.name not in known:
                 self._telemetry.tell(finding, cur_nimg)
         self._known[metric] = {finding.name for finding in found}
+
+    def _judged(self, row: Mapping[str, Any]) -> list[Finding]:
+        """Return what is to be told of a row, which depends on how long the network has trained."""
+        config, kimg = self._job.config, row.get("kimg")
+        step = kimg * 1000 / config.step_nimg if is_finite(kimg) else 0
+        found = findings_of(row) if step >= _FIRST_STEP else []
+        is_grown = step >= max(_LATER_STEP, _LATER_SHARE * config.total_nimg / config.step_nimg)
+        value = row.get("value" if row.get("metric") == METRIC else "spread")
+        return found if is_grown or (is_finite(value) and value < _NONE) else []
 
     def _records(self) -> list[Path]:
         return sorted(self._run_dir.glob("metric-*.jsonl"))
