@@ -44,12 +44,12 @@ SHARE = 0.1  # Of a run, within which a fault has to be named.
 # What of a preset is trained; a tenth of it has at least three ticks.
 COMMON = ("--board=none", "--snap=10", "--log-interval=20")
 RUNS = {
-    "digits": ("digits.zip", ("--kimg=8", "--batch=16", "--lr-rampup=1", "--ema-kimg=1")),
+    "digits": ("digits.zip", ("--kimg=12", "--batch=16", "--lr-rampup=1", "--ema-kimg=1")),
     "fsdm-digits": ("digits.zip", ("--kimg=96", "--lr-rampup=10", "--ema-kimg=10")),
-    "digits-latent": ("digits-latents", ("--kimg=40", "--ema-kimg=4")),
+    "digits-latent": ("digits-latents", ("--kimg=80", "--ema-kimg=4")),
     "nanodit-tiny": (
-        "photographs/features",
-        ("--kimg=5", "--text-lengths=8", "--ema-kimg=0.3"),
+        "features",
+        ("--kimg=8", "--text-lengths=8", "--ema-kimg=0.3"),
     ),
 }
 
@@ -63,13 +63,10 @@ def all_faults():
 
 def prepare(folder):
     """Make the data of all presets, as far as they are not there."""
-    from demos.features import prepare_features
-    from demos.images import encode_digits
-    from demos.steps import convert
+    from measure_inspection import data_of
 
-    encode_digits(folder, convert(folder, "digits"))
-    photographs = folder / "photographs"
-    prepare_features(photographs / "images", photographs / "features")
+    for preset, (name, _) in RUNS.items():
+        assert data_of(preset, folder) == folder / name
 
 
 def run_one(folder, name, preset, seed):
