@@ -106,6 +106,7 @@ FAULTS = (
     Fault("dead_layer", ALL, "layer_dead", functools.partial(_with_mlp, _kill)),
     Fault("exploding_layer", ALL, "layer_exploding", functools.partial(_with_mlp, _blow_up)),
     Fault("sharp_attention", ALL, "attention_saturated", _sharp_attention),
-    Fault("one_seed", ALL, "samples_collapsed", _one_seed_for_all, ("--snap=1",)),
+    # Pictures of features all have prompts of their own, and differ even so.
+    Fault("one_seed", ALL[:3], "samples_collapsed", _one_seed_for_all, ("--snap=1",)),
     Fault("one_context", ALL, "context_unused", _one_context_for_all),
 )

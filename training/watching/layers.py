@@ -3,7 +3,7 @@
 from training.watching.finding import Finding
 from training.watching.tick import Tick
 
-_FIRST_STEP = 40  # Layers that begin at zero keep gradients from others in the first steps.
+_FIRST_STEP = 20  # Layers that begin at zero keep gradients from others in the first steps.
 _DEAD = 1e-7  # Of the usual gradient of a matrix.
 _NUM_TICKS = 2  # In which a block has to be dead.
 _LARGEST_GAIN = 12.0

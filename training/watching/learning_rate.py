@@ -10,7 +10,7 @@ from training.watching.tick import Tick
 # activations of half the blocks have grown as far.
 _LARGEST_UPDATE, _LARGEST_ACTIVATION = 0.03, 100.0
 _SHORTEST_PATH = 1.0  # Lengths of the weights that they can move in the whole run.
-_ALIGNED = 0.9  # Cosine of gradients: they point the same way, with hardly any noise.
+_ALIGNED = 0.7  # Cosine of gradients: they point the same way, with hardly any noise.
 _NUM_TICKS = 2  # In which this has to be so.
 _NUM_POINTS = 200  # Of a schedule, over which it is averaged.
 

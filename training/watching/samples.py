@@ -122,8 +122,11 @@ class SampleWatch:
         step = kimg * 1000 / config.step_nimg if is_finite(kimg) else 0
         found = findings_of(row) if step >= _FIRST_STEP else []
         is_grown = step >= max(_LATER_STEP, _LATER_SHARE * config.total_nimg / config.step_nimg)
-        value = row.get("value" if row.get("metric") == METRIC else "spread")
-        return found if is_grown or (is_finite(value) and value < _NONE) else []
+        values = [row.get("spread"), *dict(row.get("values") or {}).values()]
+        if row.get("metric") != METRIC:
+            values = values[:1]
+        are_equal = any(is_finite(value) and value < _NONE for value in values)
+        return found if is_grown or are_equal else []
 
     def _records(self) -> list[Path]:
         return sorted(self._run_dir.glob("metric-*.jsonl"))
