@@ -122,16 +122,17 @@ class Probe:
                 own = _by_image(objective.loss_under(images, cond, draws, context))
             stats.report("Watch/loss", own)
             stats.report("Watch/step_effect", own - before)
-            if objective.is_conditional and len(images) > 1:
+            if objective.is_conditional:
                 num = objective.network.config.images_per_row
                 others = context.index(torch.arange(len(own), device=own.device).roll(num))
                 lost = _by_image(objective.loss_under(images, cond, draws, others))
-                differs = torch.ones_like(own, dtype=torch.bool)
+                # Ranks whose passes differ in their rows report the same statistics.
+                differs = torch.full_like(own, len(images) > 1, dtype=torch.bool)
                 if num == 1:  # Sets are always others; images may be of one class.
                     differs = _differs_from_last(cond, differs)
                 stats.report("Watch/context_gap", lost - own, differs)
         for name, value in blocks.values.items():
-            stats.report(f"Watch/{name}", value)
+            stats.report(f"Watch/{name}", value)  # Nothing of a pass without rows, which is NaN.
         with self._ema.filled(), _uncompiled(self._ema.network):
             averaged = _by_image(self._averaged(images, cond, draws))
         stats.report("Watch/average_gap", averaged - own)
@@ -190,6 +191,8 @@ def _rms(x: Tensor) -> Tensor:
 def _largest_score(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """Return the largest absolute score of some queries to all keys they may see."""
     _, heads, length, _ = q.shape
+    if not len(q):
+        return q.new_full((), torch.nan, dtype=torch.float32)
     step = -(-length // _MAX_QUERIES)
     rows = max(_MAX_SCORES // (heads * -(-length // step) * k.shape[2]), 1)
     scores = scale * (q[:rows, :, ::step].float() @ k[:rows].float().transpose(2, 3))
