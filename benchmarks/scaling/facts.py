@@ -20,7 +20,7 @@ from training.resources.memory import predict_disk, predict_memory
 
 FACTS_FILE = Path(__file__).with_name("presets.json")
 # All but those that are made for CPUs.
-_SMALL = ("digits", "glyphs", "tiny")
+_SMALL = ("digits", "glyphs", "photos", "tiny")
 LARGE = [name for name in PRESETS if not any(part in name for part in _SMALL)]
 _SHARDS = ("none", "full")  # Of which memory is predicted, on the GPUs of a node.
 
