@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -9,6 +10,9 @@ from data.convert.choices import CIFAR_SPLITS, SPLITS, TRANSFORMS
 from dnnlib.click_options import param, takes
 from dnnlib.errors import refusal
 from dnnlib.files import check_target
+
+if TYPE_CHECKING:
+    from data.convert.convert import Summary
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,6 +132,11 @@ def command(options: ConvertOptions) -> None:
     settings |= dict(size=size, num_workers=options.workers)
     settings |= dict(max_images=options.max_images if options.crops is None else None)
     summary = conversion.convert_images(source, options.dest, **settings)
+    _tell(summary, options.dest)
+
+
+def _tell(summary: "Summary", dest: str) -> None:
+    """Print what was converted, and what was left out."""
     for note in summary.notes:
         click.echo(note)
     if summary.skipped:
@@ -135,7 +144,7 @@ def command(options: ConvertOptions) -> None:
         click.echo(f"Skipped {len(summary.skipped)} broken image(s).")
     size = f"{summary.resolution}x{summary.resolution}x{summary.img_channels}"
     classes = f"{summary.num_classes} classes" if summary.num_classes else "no labels"
-    click.echo(f"{options.dest}: {summary.num_images} images of {size}, {classes}.")
+    click.echo(f"{dest}: {summary.num_images} images of {size}, {classes}.")
     click.echo(summary.count_line)
 
 
