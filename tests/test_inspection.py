@@ -241,7 +241,7 @@ def watched(cond, data=None, num=32):
     """Return what two ticks find on a batch with given conditions and nothing else to see."""
     data = data or SimpleNamespace(num_classes=2, class_counts=[50, 50])
     watcher, found = DrawsWatcher(None, data), []
-    objective = SimpleNamespace(dropped=lambda draws: {}, probe=lambda *args: {})
+    objective = SimpleNamespace(dropped=lambda draws: {}, contexts=lambda *args: {})
     for _ in range(2):
         draws = SimpleNamespace(noise=torch.randn(num, 1, 4, 4))
         found.append(names_of(watcher.findings(objective, torch.randn(num, 3), cond, draws)))
@@ -263,7 +263,7 @@ def test_equal_conditions_are_named_once_enough_rows_have_them():
 
 def test_noise_that_repeats_is_named():
     watcher = DrawsWatcher(None, SimpleNamespace(num_classes=0, class_counts=[]))
-    objective = SimpleNamespace(dropped=lambda draws: {}, probe=lambda *args: {})
+    objective = SimpleNamespace(dropped=lambda draws: {}, contexts=lambda *args: {})
     draws = SimpleNamespace(noise=torch.randn(4, 1, 4, 4))
     found = [watcher.findings(objective, torch.randn(4, 3), {}, draws) for _ in range(2)]
     assert [names_of(part) for part in found] == [[], ["noise_repeats"]]

@@ -148,7 +148,7 @@ class Objective(Protocol):
         """Return which rows lose each condition, bool [N], and the probability of it."""
         ...
 
-    def probe(self, x: torch.Tensor, cond: Cond, draws: Any) -> dict[str, torch.Tensor]:
+    def contexts(self, x: torch.Tensor, cond: Cond, draws: Any) -> dict[str, torch.Tensor]:
         """Return what the network gets of each condition, [N, ...], if nothing is dropped."""
         ...
 

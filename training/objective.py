@@ -155,23 +155,20 @@ class Objective(torch.nn.Module):
         return {"class": (rows_dropped(draws.drop, draws), self._label_drop)}
 
     @torch.no_grad()
-    def probe(self, images: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
+    def contexts(self, images: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
         """Return what the network gets of each condition, [N, ...], if nothing is dropped.
 
         Nothing is random in it or depends on the noise level. Collective for a sharded network.
         """
         conditioner, cond = self.network.conditioner, dict(cond)
         cond.pop("augment", None)
+        fixed = self.fixed_draws(draws.sigma[:1].expand_as(draws.sigma), draws.noise, 0)
         was_training = conditioner.training
         conditioner.eval()
         with self.gathered():
-            found = self._parts(self.context(images, cond, self._undropped(draws)), cond)
+            found = self._parts(self.context(images, cond, fixed), cond)
         conditioner.train(was_training)
         return found
-
-    def _undropped(self, draws: Draws) -> Draws:
-        drop = None if draws.drop is None else torch.zeros_like(draws.drop)
-        return dataclasses.replace(draws, drop=drop, sigma=draws.sigma[:1].expand(len(draws.sigma)))
 
     def _parts(self, context: Context, cond: Cond) -> dict[str, Tensor]:
         return {"class": context.vector} if "label" in cond else {}

@@ -101,14 +101,6 @@ class SetObjective(Objective):
             found["set"] = rows, self._config.context_drop
         return found
 
-    def _undropped(self, draws: SetDraws) -> SetDraws:
-        changes = {
-            name: torch.zeros_like(getattr(draws, name))
-            for name in ("context_drop", "context_noise")
-            if getattr(draws, name) is not None
-        }
-        return dataclasses.replace(super()._undropped(draws), **changes)
-
     def _parts(self, context: SetContext, cond: Cond) -> dict[str, Tensor]:
         given = context.tokens if context.vector is None else context.vector
         parts = dict(set=given)

@@ -137,8 +137,8 @@ class DistillationObjective(torch.nn.Module):
     def dropped(self, draws: Draws) -> dict[str, tuple[Tensor, float]]:
         return self.student.dropped(draws)
 
-    def probe(self, images: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
-        return self.student.probe(images, cond, draws)
+    def contexts(self, images: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
+        return self.student.contexts(images, cond, draws)
 
     def report(self, stats: StatsCollector, loss: Tensor, draws: Draws) -> None:
         self.student.report(stats, loss, draws)

@@ -43,7 +43,7 @@ class DrawsWatcher:
         found = self._of_noise(draws)
         found += self._of_drops(objective.dropped(draws))
         found += self._of_conditions(cond)
-        contexts = objective.probe(images, cond, draws)
+        contexts = objective.contexts(images, cond, draws)
         inputs = [images, *(cond[name] for name in _CONDITIONS if name in cond)]
         if all(_differs(values) for values in inputs):
             found += _of_contexts(contexts)
