@@ -50,7 +50,8 @@ class DiffiT(nn.Module):
     Encoder stages of residual blocks with stride-2 convolutions between them; the last stage is
     the bottleneck. Decoder stages begin with nearest-neighbour upsampling and a 3x3 convolution,
     and take the encoder's outputs of their resolution by concatenation. Every position is a token;
-    there is no position embedding beside the attention's relative bias.
+    there is no position embedding beside the attention's relative bias. With patches larger than a
+    pixel, which are ours, all pixels of a patch are channels of one position.
     """
 
     # Width of the context's vector, which is added to the embedding of the noise level.
@@ -74,7 +75,9 @@ class DiffiT(nn.Module):
             nn.Linear(config.time_dim, config.time_dim),
             nn.SiLU(),
         )
-        self.tokenizer = nn.Conv2d(config.input_shape[0], widths[0], kernel_size=3, padding=1)
+        per_patch = config.patch_size**2
+        channels = per_patch * config.input_shape[0]
+        self.tokenizer = nn.Conv2d(channels, widths[0], kernel_size=3, padding=1)
 
         self.encoder, self.downsamplers = nn.ModuleList(), nn.ModuleList()
         for stage, width in enumerate(widths):
@@ -96,7 +99,8 @@ class DiffiT(nn.Module):
             self.decoder.append(nn.ModuleList(blocks))
 
         self.head_norm = layers.group_norm(widths[0])
-        self.head = nn.Conv2d(widths[0], config.out_channels, kernel_size=3, padding=1)
+        channels = per_patch * config.out_channels
+        self.head = nn.Conv2d(widths[0], channels, kernel_size=3, padding=1)
         self.initialize()
 
     @torch.no_grad()
@@ -131,9 +135,9 @@ class DiffiT(nn.Module):
             c_noise: [N], the noise level as the preconditioner encodes it.
             context: Its vector [N, 128], if any, is added to the embedding of the noise level.
 
-        Raises ValueError if the stages or windows do not divide H and W.
+        Raises ValueError if the patches, stages or windows do not divide H and W.
         """
-        reduction = 2 ** len(self.downsamplers)
+        reduction, patch = self.config.reduction, self.config.patch_size
         if x.shape[2] % reduction or x.shape[3] % reduction:
             raise ValueError(
                 f"A model of {len(self.encoder)} stages needs images with height and width "
@@ -144,9 +148,11 @@ class DiffiT(nn.Module):
             embedding = embedding + context.vector
         t = self.time_token(embedding)  #                               [N, T]
 
+        if patch > 1:
+            x = functional.pixel_unshuffle(x, patch)  #                 [N, C p p, H / p, W / p]
         # Channels last in memory, so that images turn into tokens and back without a copy.
         x = x.contiguous(memory_format=torch.channels_last)
-        x = self.tokenizer(x)  #                                        [N, base_dim, H, W]
+        x = self.tokenizer(x)  #                                        [N, base_dim, H / p, W / p]
         skips: list[list[Tensor]] = []
         for stage, blocks in enumerate(self.encoder):
             if stage > 0:
@@ -165,5 +171,5 @@ class DiffiT(nn.Module):
                 if outputs:
                     x = torch.cat([x, outputs.pop()], dim=1)
                 x = layers.run_block(self, block, x, t)
-        x = functional.silu(self.head_norm(x))
-        return self.head(x)  #                                          [N, out_channels, H, W]
+        x = self.head(functional.silu(self.head_norm(x)))
+        return functional.pixel_shuffle(x, patch) if patch > 1 else x

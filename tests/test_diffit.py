@@ -158,6 +158,22 @@ def test_the_network_computes_what_the_paper_s_equations_say(skip):
     )
 
 
+def test_with_patches_all_pixels_of_a_patch_are_channels_of_one_position():
+    network = make(patch_size=2, learned_variance=True)
+    x, c_noise, cond = make_inputs(network, num=2)
+    context = network.context(cond)
+    # Channels 4 c + 2 row + column of a position, as the plain network sees them and returns them.
+    patches = torch.stack([x[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)], dim=2).flatten(1, 2)
+    state = network.backbone.state_dict()
+    expected = plain_forward(state, network.config, patches, c_noise, context.vector)
+    expected = expected.unflatten(1, (6, 2, 2)).permute(0, 1, 4, 2, 5, 3).flatten(4).flatten(2, 3)
+    out = network(x, c_noise, context)
+    assert out.shape == (2, 6, 8, 8)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+    with pytest.raises(ValueError, match="divisible by 4, not 6x8"):
+        network(x[:, :, :6], c_noise, context)
+
+
 @pytest.mark.parametrize("skip", ["stage", "block"])
 @pytest.mark.parametrize("num_blocks", [(1,), (2,), (4,), (1, 2, 3)])
 def test_every_depth_and_skip_gives_an_output_of_the_input_size(num_blocks, skip):
@@ -432,6 +448,8 @@ def test_a_model_is_restored_from_plain_containers():
             "--resolution: got 30, which 3 stages .* multiple of 4",
         ),
         (dict(num_stages=5), "--resolution: got 8, which 5 stages"),
+        (dict(patch_size=3), "--patch-size: got 3, which does not divide images of 8x8"),
+        (dict(patch_size=8), "--resolution: got 8, which 2 stages .* 8x8; .* multiple of 16"),
         (dict(resolution=12, window=4), r"--window: got 4, which does not divide the 6x6 .*12, 6"),
         (dict(num_heads=3), "--num-heads: got 3, which does not divide --base-dim 8"),
         (dict(base_dim=15, num_heads=5), "--num-heads: got 5, .* --hidden-dim 12"),

@@ -341,7 +341,11 @@ CASES = {
     "grid-steps": [sampled("8")],
     "sigma-grid": [sampled(name) for name in ("linear", "vp", "ve", "iddpm")]
     + [Case("timesteps", "fakes", keeps="net ema", beside="--precond=ddpm --iters=1")],
-    "patch-size": [Case("2", "net", beside="LATENT"), Case("4", "net", beside="SETS")],
+    "patch-size": [
+        Case("2", "net"),
+        Case("2", "net", beside="LATENT"),
+        Case("4", "net", beside="SETS"),
+    ],
     "log-interval": [unseen("1", "ticks", beside="--iters=3")],
     "save-interval": [unseen("2", "saved", beside="--tick=0 --iters=5")],
     "validation-share": [

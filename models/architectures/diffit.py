@@ -30,6 +30,9 @@ class DiffiTConfig(ModelConfig):
         max=1_000,
         help="Residual blocks per stage: one number for all stages, or one for each.",
     )
+    patch_size: int = option(
+        1, min=1, max=1_024, help="Edge of the square of pixels that is a token of the first stage."
+    )
     base_dim: int = option(128, min=1, max=65_536, help="Width of the first stage.")
     hidden_dim: int = option(256, min=1, max=65_536, help="Width of the other stages.")
     num_heads: int = option(4, min=1, max=1_024, help="Attention heads; divides the widths.")
@@ -53,10 +56,13 @@ class DiffiTConfig(ModelConfig):
             raise refusal(
                 "--num-blocks", given, but=f"there are {self.num_stages} stages", remedy=remedy
             )
-        reduction = 2 ** (self.num_stages - 1)
-        if self.resolution % reduction:
+        images = f"images of {self.resolution}x{self.resolution}"
+        check_divides(self, "patch_size", self.resolution, images)
+        if self.resolution % self.reduction:
             times = f"{self.num_stages} stages cannot halve {self.num_stages - 1} times"
-            remedy = f"use a multiple of {reduction}, or another --num-stages"
+            if self.patch_size > 1:
+                times += f" in patches of {self.patch_size}x{self.patch_size}"
+            remedy = f"use a multiple of {self.reduction}, or another --num-stages"
             raise refusal("--resolution", f"{self.resolution}, which {times}", remedy=remedy)
         for grid, window in zip(self.grids, self.windows, strict=True):
             if grid % window:
@@ -88,9 +94,15 @@ class DiffiTConfig(ModelConfig):
         return (self.base_dim,) + (self.hidden_dim,) * (self.num_stages - 1)
 
     @property
+    def reduction(self) -> int:
+        """Edge, in pixels, of what the last stage has one token of."""
+        return self.patch_size << (self.num_stages - 1)
+
+    @property
     def grids(self) -> tuple[int, ...]:
         """Height and width of each stage's grid of tokens."""
-        return tuple(self.resolution >> stage for stage in range(self.num_stages))
+        edge = self.resolution // self.patch_size
+        return tuple(edge >> stage for stage in range(self.num_stages))
 
     @property
     def windows(self) -> tuple[int, ...]:

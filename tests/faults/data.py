@@ -94,7 +94,8 @@ def scale_visual_features():
 
     def make(normalise):
         def skipped(self, cond):
-            return {**normalise(self, cond), "cls": 8 * normalise(self, cond)["cls"]}
+            found = normalise(self, cond)
+            return {**found, "cls": 8 * found["cls"]} if "cls" in found else found
 
         return skipped
 
