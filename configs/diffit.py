@@ -21,10 +21,11 @@ MODELS: dict[str, DiffiTConfig] = {
     ),
     # Appendix H.1: four residual blocks a stage; I.1: windows of 8.
     "ffhq64": DiffiTConfig(resolution=64, num_stages=4, num_blocks=(4,), window=8, dropout=0.05),
-    # Ours: narrow where images are large, so that a laptop trains it in half an hour.
+    # Ours: one stage of patches with attention over the whole image, so that a laptop trains it in
+    # half an hour. With more stages or blocks it takes longer to learn details (docs/photos.md).
     "photos64": DiffiTConfig(
-        **dict(resolution=64, num_stages=4, num_blocks=(1,), window=8, time_dim=128),
-        **dict(base_dim=32, hidden_dim=64, num_heads=2, mlp_ratio=2.0),
+        **dict(resolution=64, patch_size=4, num_stages=1, num_blocks=(4,), window=16, time_dim=128),
+        **dict(base_dim=128, num_heads=4, mlp_ratio=2.0),
     ),
     # Ours: small enough for a few CPU minutes. 8x8 grey digits of scikit-learn.
     "digits": DiffiTConfig(
@@ -48,17 +49,19 @@ _FFHQ64 = ImageRun(
     sampling=SamplingConfig(steps=40),
 )
 # Ours: half an hour of a CPU core on crops of a few photographs (docs/photos.md). Many steps of few
-# images at a low rate, because the U-Net needs thousands of them before it learns details. Images
-# are mirrored and not augmented: a short run has to spend its steps on plain ones.
+# images: the number of steps decides when details are learned, and the schedule removes the noise
+# of small batches in the end. Images are mirrored and not augmented: a short run has to spend its
+# steps on plain ones.
 _PHOTOS64 = ImageRun(
     preset="photos64",
     model=MODELS["photos64"],
     data=DatasetConfig(hflip=True, cache=True),
     training=TrainingConfig(
-        **dict(batch=4, kimg=27, lr=4e-4, lr_rampup=0.3, lr_schedule="cosine", ema_kimg=1),
+        **dict(batch=4, kimg=66, lr=1e-3, lr_rampup=0.3, lr_schedule="cosine", beta2=0.99),
+        ema_kimg=2,
         augment=AugmentConfig(augment=0.0),
     ),
-    logging=LoggingConfig(tick=0.9, snap=3, workers=0),
+    logging=LoggingConfig(tick=2.2, snap=3, workers=0),
     sampling=SamplingConfig(sampler="dpmpp_2m", steps=12),
 )
 # Ours: a few CPU minutes on the 8x8 digits of scikit-learn. A mirrored digit is no digit, hence no

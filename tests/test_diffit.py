@@ -163,7 +163,8 @@ def test_with_patches_all_pixels_of_a_patch_are_channels_of_one_position():
     x, c_noise, cond = make_inputs(network, num=2)
     context = network.context(cond)
     # Channels 4 c + 2 row + column of a position, as the plain network sees them and returns them.
-    patches = torch.stack([x[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)], dim=2).flatten(1, 2)
+    pixels = [x[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)]
+    patches = torch.stack(pixels, dim=2).flatten(1, 2)
     state = network.backbone.state_dict()
     expected = plain_forward(state, network.config, patches, c_noise, context.vector)
     expected = expected.unflatten(1, (6, 2, 2)).permute(0, 1, 4, 2, 5, 3).flatten(4).flatten(2, 3)

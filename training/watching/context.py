@@ -6,7 +6,7 @@ from training.watching.finding import Finding
 from training.watching.tick import Tick
 
 # Contexts begin without an effect where modulations begin at zero: so many steps are not judged.
-_FIRST_STEP = 40
+_FIRST_STEP = 20
 _NUM_TICKS = 2  # In which another context makes no difference at all.
 _NONE = 1e-6  # Of the loss: as little as another context changes by rounding.
 # Later, the mean of so many ticks has to be above a share of the loss, or above chance.
