@@ -37,9 +37,9 @@ from models.architectures.latent_diffit import LatentDiffiTConfig
 from models.architectures.set_dit import SetDiTConfig
 from models.diffit import ResBlock
 from models.layers import TMSA, UpsampleConv
-from torch_utils.distributed import StopSignal
 from torch_utils.misc import count_parameters, peak_flops
 from torch_utils.saver import Saver
+from torch_utils.stop_signal import StopSignal
 from training.loop import Job, training_loop
 from training.run_report.write import RunReport
 

@@ -26,7 +26,7 @@ import train as train_script
 from diffusion.denoiser import Denoiser
 from dnnlib.text import format_kimg
 from evaluation.in_loop import images as in_loop
-from torch_utils.distributed import StopSignal
+from torch_utils.stop_signal import StopSignal
 from training import launch
 from training.optimizer import GuardedAdam
 
@@ -217,9 +217,10 @@ AGREEMENT = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 from torch_utils import distributed
+from torch_utils.stop_signal import StopSignal
 
 distributed.init()
-with distributed.StopSignal() as stop:
+with StopSignal() as stop:
     for step in range(1000):
         if step == 10 and distributed.rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)

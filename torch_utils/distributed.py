@@ -19,7 +19,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dnnlib import launcher
 from dnnlib.errors import refusal, transportable
-from dnnlib.streams import Stream
 from torch_utils.misc import keep_freed_memory
 from torch_utils.states import Pieces, map_leaves
 
@@ -175,6 +174,20 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+class BackgroundSum:
+    """A sum over all ranks that goes on while they do, on the CPU group. Collective."""
+
+    def __init__(self, value: int) -> None:
+        self._sum = torch.tensor(value, dtype=torch.int32)
+        self._work = dist.all_reduce(self._sum, group=_cpu_group, async_op=True)
+
+    def wait(self) -> int:
+        """Return the sum, once all ranks have given their value."""
+        with _together():
+            self._work.wait()
+        return int(self._sum)
+
+
 def broadcast_object(value: Any) -> Any:
     """Return rank 0's ``value`` (a small plain object) on every rank."""
     if world_size() == 1:
@@ -312,117 +325,3 @@ def no_sync(module: torch.nn.Module, skip: bool) -> Iterator[None]:
     leaves = skip and isinstance(module, DistributedDataParallel)
     with _together(), module.no_sync() if leaves else contextlib.nullcontext():
         yield
-
-
-class StopRequested(BaseException):  # Nobody who catches errors means this.
-    """A signal asked for the end, where nothing is lost by ending at once."""
-
-
-class StopSignal:
-    """Turns a signal, or the end of who reads the output, into a stop of all ranks.
-
-    While a run trains, it stops at a step on which all ranks agree. Each step starts an
-    asynchronous sum of the ranks' flags on the CPU group and reads the sum that the previous step
-    started. Every rank sees the same sums, so every rank stops at the same step, and neither the
-    device nor the step waits for the network.
-
-    Within :meth:`at_once`, where all that matters is in a state on disk or still in memory, a
-    signal raises :class:`StopRequested` between any two instructions, in each rank by itself.
-
-    Once a signal came, further ones are ignored until the process ends, as launcher and scheduler
-    often send one each; only a second Ctrl-C ends the process at once.
-    """
-
-    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self.cut = False  # Whether StopRequested was raised: the ranks are not at the same place.
-        self._at_once = False
-        self._pid = os.getpid()
-        self._stop = False
-        self._work: dist.Work | None = None
-        self._sum = torch.zeros([], dtype=torch.int32)
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignal":
-        for number in self.signals:
-            # nohup and shells that run something in the background ignore these two on purpose.
-            kept = number in (signal.SIGINT, signal.SIGHUP)
-            if not (kept and signal.getsignal(number) == signal.SIG_IGN):
-                self._previous[number] = signal.signal(number, self._receive)
-        self._streams = sys.stdout, sys.stderr
-        sys.stdout, sys.stderr = (Stream(stream, self._hang_up) for stream in self._streams)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        sys.stdout, sys.stderr = self._streams
-        ending = self._stop or self.received is not None
-        for number, handler in self._previous.items():
-            at_end = signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN
-            signal.signal(number, at_end if ending else handler)
-        if self._work is not None and exc[0] is None and not self.cut:
-            self._work.wait()
-
-    def _hang_up(self) -> None:
-        self._receive(signal.SIGPIPE, None)
-
-    def _receive(self, number: int, frame: object) -> None:
-        if self.received is not None or os.getpid() != self._pid:
-            return
-        self.received = number
-        if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
-            os.write(2, b"\nStopping; press Ctrl-C again to end at once.\n")
-        if self._at_once:
-            self.check()
-
-    def check(self) -> None:
-        """Raise StopRequested if this rank got a signal."""
-        if self.received is not None:
-            self.cut = True
-            raise StopRequested
-
-    @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Raise StopRequested as soon as a signal comes, until the end or :meth:`defer`."""
-        self._at_once = True
-        try:
-            self.check()
-            yield
-        except RuntimeError:
-            # Connections break when another rank leaves, of which its launcher tells this one.
-            if self._at_once and world_size() > 1:
-                time.sleep(2)
-            raise
-        finally:
-            self._at_once = False
-
-    @contextlib.contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Within :meth:`at_once`, let a block end whole."""
-        before, self._at_once = self._at_once, False
-        yield
-        self._at_once = before
-        if before:
-            self.check()
-
-    def defer(self) -> None:
-        """From here on, leave it to :meth:`agreed` to hear of signals."""
-        self._at_once = False
-
-    def name_received(self) -> str:
-        """Return the name of the signal, or of the fact that another rank got one."""
-        return signal.Signals(self.received).name if self.received else "a signal to another rank"
-
-    def agreed(self) -> bool:
-        """Return True on every rank at the same call once any rank got a signal. Collective."""
-        if world_size() == 1:
-            return self.received is not None
-        if self._work is not None:
-            with _together():
-                self._work.wait()
-            self._stop = bool(self._sum)
-        self._sum = torch.tensor(int(self.received is not None), dtype=torch.int32)
-        self._work = dist.all_reduce(self._sum, group=_cpu_group, async_op=True)
-        return self._stop

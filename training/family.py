@@ -23,8 +23,9 @@ if TYPE_CHECKING:  # The contract is known, and options with it, before torch is
     from data.images.dataset import Cond
     from data.preview import Preview
     from models.network import Network
-    from torch_utils import distributed, rng
+    from torch_utils import rng
     from torch_utils.stats import StatsCollector
+    from torch_utils.stop_signal import StopSignal
     from training.config import RunConfig
 
 
@@ -258,13 +259,13 @@ class Outputs:
 
     run_dir: Path
     telemetry: Any
-    stop_signal: distributed.StopSignal
+    stop_signal: StopSignal
 
 
 class Evaluator(Protocol):
     """Pictures and scores of a run's averaged weights. Every method is collective.
 
-    A stop raises :class:`~torch_utils.distributed.StopRequested` anywhere in them.
+    A stop raises :class:`~torch_utils.stop_signal.StopRequested` anywhere in them.
     """
 
     def save_pictures(

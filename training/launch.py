@@ -24,6 +24,7 @@ from models import attention_backend
 from torch_utils import cpu_matmul, distributed
 from torch_utils.fingerprints import package_versions
 from torch_utils.saver import Saver
+from torch_utils.stop_signal import StopRequested, StopSignal
 from training import runs
 from training.config import RunConfig, fit_to_device
 from training.division import check_division, group_size
@@ -181,7 +182,7 @@ def launch(config: RunConfig, start: Start, usual: Usual = Usual()) -> int:
     run_dir, is_new, finished = None, False, False
     with (
         Saver(config.logging.save_rate) as saver,
-        distributed.StopSignal() as stop_signal,
+        StopSignal() as stop_signal,
         contextlib.ExitStack() as held,
     ):
         try:
@@ -217,7 +218,7 @@ def launch(config: RunConfig, start: Start, usual: Usual = Usual()) -> int:
             if is_new and run_dir is not None and distributed.is_main():
                 runs.remove_unless_begun(run_dir)
             raise
-        except distributed.StopRequested:
+        except StopRequested:
             if is_new and run_dir is not None and distributed.is_main():
                 run_dir = runs.remove_unless_described(run_dir)
             where = "" if run_dir is None else f"; continue with --resume={run_dir}"
@@ -276,7 +277,7 @@ def _train(job: Job, run_dir: Path, saver: Saver, **start_from: Any) -> bool:
             start_from["transfer"] = None
 
 
-def _goes_on_without(stop_signal: distributed.StopSignal) -> bool:
+def _goes_on_without(stop_signal: StopSignal) -> bool:
     """Return whether other nodes alone were asked to stop, so that torchrun is to go on.
 
     Where one comes, all are stopped, but not at the very same time.

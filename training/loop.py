@@ -20,6 +20,7 @@ from torch_utils import distributed, rng
 from torch_utils.misc import allow_tf32, returning_freed_memory
 from torch_utils.saver import Saver
 from torch_utils.stats import StatsCollector
+from torch_utils.stop_signal import StopRequested, StopSignal
 from training import checkpoint
 from training.checkpoint import Snapshot, snapshot_path
 from training.config import RunConfig
@@ -63,7 +64,7 @@ def training_loop(
     resume_state: dict[str, Any] | None = None,
     transfer: Snapshot | None = None,
     num_rollbacks: int = 0,
-    stop_signal: distributed.StopSignal,
+    stop_signal: StopSignal,
 ) -> bool:
     """Train until the end, and return True; return False after a signal asked to stop.
 
@@ -239,7 +240,7 @@ def training_loop(
             ):
                 generator = family.generator(course.sampled, ema.network, codec, device)
                 make(generator, outputs, cur_nimg)
-        except distributed.StopRequested:
+        except StopRequested:
             return False
         except NotFiniteError as error:
             if telemetry is not None:

@@ -16,6 +16,7 @@ import torch
 from dnnlib.typed import parse_json
 from torch_utils import distributed
 from torch_utils.saver import Saver
+from torch_utils.stop_signal import StopSignal
 from training import runs
 from training.checkpoint import Snapshot, find_states, load_state
 from training.config import RunConfig
@@ -56,7 +57,7 @@ class _NoEvaluator:
         pass
 
 
-class _StopAfter(distributed.StopSignal):
+class _StopAfter(StopSignal):
     """Asks every rank to stop after so many steps, and listens to no signal."""
 
     def __init__(self, num_steps: int | None) -> None:

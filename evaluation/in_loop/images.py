@@ -10,7 +10,7 @@ from dnnlib.text import format_kimg
 from sampling.grids import GRID_SEEDS, save_fakes
 from sampling.images import ImageGenerator, generate_for_rank, passport, seed_range
 from torch_utils import distributed
-from torch_utils.distributed import StopSignal
+from torch_utils.stop_signal import StopSignal
 from training.checkpoint import pictures_path, snapshot_path
 from training.config import RunConfig
 from training.family import Outputs
