@@ -4,7 +4,7 @@ import dataclasses
 
 from configs.presets import Preset
 from data.images.config import AugmentConfig, DatasetConfig
-from diffusion.config import SamplingConfig
+from diffusion.config import PrecondConfig, SamplingConfig
 from families.runs import ImageRun
 from models.architectures.diffit import DiffiTConfig
 from training.config import LoggingConfig, TrainingConfig
@@ -52,10 +52,12 @@ _FFHQ64 = ImageRun(
 # Ours: half an hour of a CPU core on crops of a few photographs (docs/photos.md). Many steps of few
 # images: the number of steps decides when details are learned, and the schedule removes the noise
 # of small batches in the end. Images are mirrored and not augmented: a short run has to spend its
-# steps on plain ones.
+# steps on plain ones. Noise levels are those of EDM2 (arXiv 2312.02696) for 64x64 images: EDM's are
+# seldom so high that the colours of a whole image are decided there.
 _PHOTOS64 = ImageRun(
     preset="photos64",
     model=MODELS["photos64"],
+    precond=PrecondConfig(P_mean=-0.8, P_std=1.6),
     data=DatasetConfig(hflip=True, cache=True),
     training=TrainingConfig(
         **dict(batch=4, kimg=66, lr=1e-3, lr_rampup=0.3, lr_schedule="cosine", beta2=0.99),
