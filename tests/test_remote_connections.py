@@ -147,7 +147,10 @@ def test_what_is_not_for_a_plain_connection_is_left_to_the_package(
     assert get_range(address, 0, 9, 5.0, 5.0) is None
 
 
-def test_jobs_that_wait_become_one_request_with_their_neighbours(served, monkeypatch):
+@pytest.mark.parametrize("num_waiting", [0, 1])
+def test_jobs_become_one_request_with_their_neighbours_unless_somebody_waits(
+    served, monkeypatch, num_waiting
+):
     monkeypatch.setattr(fetching, "NUM_THREADS", 1)
     own = Fetcher()
     monkeypatch.setattr(fetching, "_fetcher", lambda pid: own)
@@ -160,18 +163,21 @@ def test_jobs_that_wait_become_one_request_with_their_neighbours(served, monkeyp
         def fetch(self, first, end):
             entered.set()
             left.wait(10)
-            return bytes(BLOCK_BYTES)
 
     own.want(Gate(), [0])
     assert entered.wait(10)
     for number in (9, 30, 7, 8, 10, 6, 29, 11):
         own.want(file, [number])
+    own._num_waiting = num_waiting
     left.set()
+    deadline = time.monotonic() + 10
+    while (
+        not all(n in file.blocks for n in (*range(6, 12), 29, 30)) and time.monotonic() < deadline
+    ):
+        time.sleep(0.01)
     for first, num in ((6, 6), (29, 2)):
         data = file.pread(num * BLOCK_BYTES, first * BLOCK_BYTES)
         assert data == DATA[first * BLOCK_BYTES : (first + num) * BLOCK_BYTES]
     places = [part for _, part in served.requests]
     sizes = [int(part.split("-")[1]) + 1 - int(part[6:].split("-")[0]) for part in places]
-    assert sum(sizes) == 8 * BLOCK_BYTES
-    assert max(sizes) == 4 * BLOCK_BYTES
-    assert len(sizes) < 8
+    assert sizes == [num * BLOCK_BYTES for num in ([1] * 8 if num_waiting else [6, 2])]

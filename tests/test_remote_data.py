@@ -201,10 +201,10 @@ def test_a_damaged_block_on_the_disk_is_fetched_again(served, tmp_path):
         dataset = KINDS[kind](place(served.address, kind))
         index = len(dataset) - 1
         expected = dataset.__getitems__([index])
-        blocks._open.cache_clear()
-        paths = [path for path in (tmp_path / "cache").rglob("[0-9]*") if path.is_file()]
-        for path in paths:
-            path.write_bytes(bytes(path.stat().st_size))
+        blocks.close_blocks()
+        for path in (tmp_path / "cache").rglob("*.blocks"):
+            marks = path.read_bytes()[:4096]
+            path.write_bytes(marks + bytes(path.stat().st_size - len(marks)))
         assert_equal([dataset.__getitems__([index])], [expected])
 
 

@@ -21,7 +21,7 @@ from dnnlib import addresses
 from dnnlib.addresses import AddressError, open_address, under
 from dnnlib.downloads import fetch
 from dnnlib.remote import blocks as blocks_module
-from dnnlib.remote import fetching, ranges
+from dnnlib.remote import fetching, ranges, room
 from dnnlib.remote.blocks import BLOCK_BYTES
 from dnnlib.remote.file import RemoteFile, RemoteStream
 from dnnlib.remote.files import Known, OpenFiles
@@ -36,6 +36,7 @@ def own_blocks(tmp_path, monkeypatch):
     monkeypatch.setenv("SETDIFFIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(addresses, "_WAITS_SEC", (0, 0))
     monkeypatch.setattr(ranges, "_FIRST_WAIT_SEC", 0.01)
+    monkeypatch.setattr(blocks_module, "_SEGMENT_BLOCKS", 4)
     return tmp_path / "cache" / "blocks"
 
 
@@ -165,7 +166,8 @@ def test_a_recorded_file_is_not_asked_for_its_size_and_is_known_by_its_checksum(
 
 
 def sizes(folder):
-    return [path.stat().st_size for path in folder.rglob("[!.]*") if path.is_file()]
+    """Return what each file takes on the disk, as segments are sparse."""
+    return [512 * path.stat().st_blocks for path in folder.rglob("[!.]*") if path.is_file()]
 
 
 def test_the_cache_is_bounded_and_gives_up_what_was_used_least_recently(
@@ -184,39 +186,68 @@ def test_the_cache_is_bounded_and_gives_up_what_was_used_least_recently(
     for text in ("no", "0", "nan", "-1"):
         monkeypatch.setenv("SETDIFFIT_CACHE_GB", text)
         with pytest.raises(ValueError, match=rf"^\$SETDIFFIT_CACHE_GB: got {text}; accepted: a nu"):
-            blocks_module.cache_limit()
+            room.cache_limit()
 
 
 def test_blocks_that_are_used_stay(served, own_blocks, monkeypatch):
     monkeypatch.setenv("SETDIFFIT_CACHE_GB", "0.0022")
+    monkeypatch.setattr(blocks_module, "_DATE_SEC", 0)
     file = opened(served)
-    for number in range(NUM_BLOCKS):
+    for number in range(4, NUM_BLOCKS):
         file.pread(50, number * BLOCK_BYTES)
-        monkeypatch.setattr(blocks_module, "_DATE_SEC", 0)
-        blocks_module._open.cache_clear()  # As if many other files were read.
+        if number % 2:
+            blocks_module.close_blocks()  # As if many other files were read.
         file.pread(50, 0)
         time.sleep(0.002)
     assert asked_blocks(served)[0] == 1
 
 
+def test_a_cache_that_has_no_room_for_a_block_serves_all_the_same(served, own_blocks, monkeypatch):
+    monkeypatch.setenv("SETDIFFIT_CACHE_GB", "0.0001")
+    file = opened(served)
+    assert file.pread(len(DATA), 0) == DATA
+    assert sum(sizes(own_blocks)) < 100_000
+
+
 def test_what_a_kill_or_a_power_failure_leaves_does_no_harm(served, own_blocks):
     file = opened(served)
     assert file.pread(len(DATA), 0) == DATA
-    blocks_module._open.cache_clear()
-    paths = sorted(path for path in own_blocks.rglob("[!.]*") if path.is_file())
-    assert len(paths) == NUM_BLOCKS
-    for path in paths[:3]:
-        path.write_bytes(path.read_bytes()[:1000])
-    leftover = paths[0].with_name(".123.tmp")
+    assert asked_blocks(served) == dict.fromkeys(range(NUM_BLOCKS), 1)
+    unmarked, lost, empty, *_ = sorted(own_blocks.rglob("[!.]*.blocks"))
+    with open(unmarked, "r+b") as segment:  # Killed between the bytes and their mark.
+        segment.write(b"\0")
+    for path, size in ((lost, 4096 + BLOCK_BYTES), (empty, 0)):
+        before = path.stat().st_size
+        os.truncate(path, size)
+        os.truncate(path, before)
+        os.utime(path, (1, 1))  # From before the machine started.
+    leftover = unmarked.with_name(".123.tmp")
     leftover.write_bytes(b"x" * 99)
+    blocks_module.close_blocks()
     assert file.pread(len(DATA), 0) == DATA
+    assert sorted(asked_blocks(served).values()) == [1] * (NUM_BLOCKS - 9) + [2] * 9
     os.utime(leftover, (1, 1))
-    blocks_module._evict(own_blocks, 10**9, False)
+    room.evict(own_blocks, 10**9)
     assert not leftover.exists()
 
 
+def test_bytes_are_counted_seldom_and_from_the_disk_when_a_process_begins(tmp_path, monkeypatch):
+    def counted():
+        return int.from_bytes((tmp_path / ".used").read_bytes(), "little")
+
+    monkeypatch.setenv("SETDIFFIT_CACHE_GB", "1")
+    (tmp_path / "1.blocks").write_bytes(bytes(1 << 20))
+    room.count(tmp_path, 5)
+    assert counted() == 1 << 20
+    for _ in range(3):
+        room.count(tmp_path, 9_000_000)
+        assert counted() == 1 << 20
+    room.count(tmp_path, 9_000_000)
+    assert counted() == (1 << 20) + 36_000_000
+
+
 def test_a_full_disk_is_one_sentence(served, monkeypatch):
-    def full(path, data):
+    def full(path, place, data):
         raise OSError(28, "No space left on device")
 
     file = opened(served)
@@ -243,7 +274,7 @@ def test_processes_share_blocks_and_each_comes_once(served):
     file = opened(served)
     read_everything(file)  # Threads and connections, which a fork must not use.
     shutil.rmtree(file.blocks._folder)
-    blocks_module._open.cache_clear()
+    blocks_module.close_blocks()
     served.requests.clear()
     served.delay_sec = 0.01
     processes = in_processes(4, read_everything, file)
@@ -271,10 +302,10 @@ def test_a_process_that_is_killed_or_stopped_holds_up_no_other(served, monkeypat
 
 def test_a_process_that_is_forked_while_bytes_are_counted_keeps_nobody_out(tmp_path):
     """It has the same opening of the file, and with it the lock."""
-    with open(tmp_path / ".used", "a+b") as file, blocks_module._locked(file):
+    with open(tmp_path / ".used", "a+b") as file, room._locked(file):
         sleeper = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
         sleeper.start()
-    counting = threading.Thread(target=blocks_module.make_room, args=(tmp_path, 1), daemon=True)
+    counting = threading.Thread(target=room.make_room, args=(tmp_path, 1), daemon=True)
     counting.start()
     counting.join(10)
     is_kept_out = counting.is_alive()

@@ -155,7 +155,8 @@ def _row(
     }
     # All of this process's children are counted, the server too; the first turn is to warm up.
     of_all, of_server = [spent.cpu for spent in times["first"]], of_server[1:]
-    loading = statistics.median(map(operator.sub, of_all, of_server))
+    # The system's counts are right to hundredths.
+    loading = max(statistics.median(map(operator.sub, of_all, of_server)), 0.0)
     cpu = [f"{seconds:.2f}" for seconds in (loading, statistics.median(of_server))]
     cells = [rates["local"], rates["first"], share["first"], *cpu, rates["later"], share["later"]]
     return [str(num_workers), *cells]

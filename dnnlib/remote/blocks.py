@@ -4,12 +4,8 @@ import contextlib
 import fcntl
 import functools
 import hashlib
-import math
 import os
-import struct
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,54 +13,83 @@ import numpy as np
 
 from dnnlib.errors import refusal
 from dnnlib.files import cache_dir
+from dnnlib.remote import room
 
 BLOCK_BYTES = 1 << 18
-LIMIT_VARIABLE = "SETDIFFIT_CACHE_GB"
-_DEFAULT_LIMIT_GB = "100"
-_MAX_OPEN = 256  # What has been deleted takes its room until it is closed.
-_KEPT_SHARE = 0.9  # Of the limit, when the cache is full.
-_BLOCKS_PER_FOLDER = 1024
+# Making a file takes the system about ten times as long as writing a block, so many share one.
+_SEGMENT_BLOCKS = 64
+_HEADER_BYTES = 4096  # Of which as many are used as a segment has blocks; the rest aligns them.
+_MAX_OPEN = 128  # What has been deleted takes its room until it is closed.
 _DATE_SEC = 1  # To which the dates of uses are right.
-_LEFTOVER_SEC = 3600  # Age of a temporary file whose writer has died.
-_COUNT = struct.Struct("<q")
 _never_closed: list[IO[bytes]] = []
 
 
-def cache_limit() -> int:
-    """Return how many bytes all blocks may take: $SETDIFFIT_CACHE_GB, 100 GB by default."""
-    text = os.environ.get(LIMIT_VARIABLE) or _DEFAULT_LIMIT_GB
-    try:
-        limit = float(text)
-    except ValueError:
-        limit = math.nan
-    if not 0 < limit < 1e9:
-        raise refusal(f"${LIMIT_VARIABLE}", text, accepted="a number of GB above 0")
-    return int(limit * 1e9)
+class Segment:
+    """A file of some blocks in a row, open for reading by position.
 
+    It is sparse. Its first bytes are marks, one for each block, written after the block was.
+    """
 
-class OpenBlock:
-    """A file of a block, open for reading by position; without what Python's own files cost."""
-
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, first: int) -> None:
         self._descriptor = -1
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._first, self._shift = first, _HEADER_BYTES - first * BLOCK_BYTES
+        self._marks = b""
+        self._date = 0.0  # On the clock of the process.
 
     def __del__(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
 
-    def stat(self) -> os.stat_result:
-        return os.fstat(self._descriptor)
+    def has(self, first: int, num: int = 1) -> bool:
+        """Return whether blocks are there, the first of them the segment's ``first``."""
+        wanted = b"\1" * num
+        if self._marks[first : first + num] == wanted:
+            return True
+        return self.marks()[first : first + num] == wanted
 
-    def touch(self) -> None:
-        """Set the date to now."""
-        os.utime(self._descriptor)
+    def holds(self, block: int) -> bool:
+        """Return whether a block of the remote file is here."""
+        place = block - self._first
+        return 0 <= place < _SEGMENT_BLOCKS and self.has(place)
+
+    def marks(self) -> bytes:
+        """Return a byte for each block, 1 if it is there; those of the last ones may be missing."""
+        self._marks = os.pread(self._descriptor, _SEGMENT_BLOCKS, 0)
+        return self._marks
 
     def pread(self, size: int, offset: int) -> bytes:
-        return os.pread(self._descriptor, size, offset)
+        """Return bytes from ``offset`` of the remote file on."""
+        return os.pread(self._descriptor, size, offset + self._shift)
 
     def readinto(self, target: memoryview, offset: int) -> int:
-        return os.preadv(self._descriptor, [target], offset)
+        """Fill ``target`` with the bytes from ``offset`` of the remote file on."""
+        return os.preadv(self._descriptor, [target], offset + self._shift)
+
+    def is_current(self) -> bool:
+        """Return False if the file was deleted; note that it is in use. Looks once in a while."""
+        now = time.monotonic()
+        if now < self._date + _DATE_SEC:
+            return True
+        self._date = now
+        stat = os.fstat(self._descriptor)
+        if time.time() > stat.st_atime + _DATE_SEC:
+            with contextlib.suppress(OSError):  # That of another user can be read, too.
+                # The dates of access tell which segments have not been used for long.
+                os.utime(self._descriptor, ns=(time.time_ns(), stat.st_mtime_ns))
+        return stat.st_nlink > 0
+
+    def is_whole(self) -> bool:
+        """Return False if a power failure took bytes of blocks that are marked."""
+        stat = os.fstat(self._descriptor)
+        if stat.st_mtime > _boot_time():
+            return True
+        for number in np.flatnonzero(np.frombuffer(self.marks(), np.uint8)).tolist():
+            start = _HEADER_BYTES + number * BLOCK_BYTES
+            end = min(start + BLOCK_BYTES, stat.st_size)
+            if start >= end or os.lseek(self._descriptor, start, os.SEEK_HOLE) < end:
+                return False
+        return True
 
 
 class Blocks:
@@ -95,11 +120,16 @@ class Blocks:
         """Return the bytes of a block; the last one has fewer."""
         return min(BLOCK_BYTES, self.size - block * BLOCK_BYTES)
 
+    def segment_end(self, offset: int) -> int:
+        """Return where the bytes of the file end that are kept together with one of them."""
+        size = _SEGMENT_BLOCKS * BLOCK_BYTES
+        return (offset // size + 1) * size
+
     def __getstate__(self) -> dict[str, Any]:
         return dict(vars(self), _seen=None)
 
     def __contains__(self, block: int) -> bool:
-        return os.path.exists(_path(self._folder, block))
+        return self.open(block) is not None
 
     def missing(self, numbers: np.ndarray) -> list[int]:
         """Return those of rising numbers whose blocks are not here.
@@ -109,49 +139,79 @@ class Blocks:
         seen = self._seen
         if seen is None:
             seen = self._seen = np.zeros(len(self), bool)
-        unseen = numbers[~seen[numbers]].tolist()
-        missing = [number for number in unseen if number not in self]
-        seen[unseen] = True
-        seen[missing] = False
-        return missing
+        unseen = numbers[~seen[numbers]]
+        for segment in np.unique(unseen // _SEGMENT_BLOCKS).tolist():
+            first = segment * _SEGMENT_BLOCKS
+            found = self._segment(segment)
+            if found is not None:
+                marks = np.frombuffer(found.marks(), np.uint8)[: len(seen) - first]
+                seen[first : first + len(marks)] |= marks == 1
+        return unseen[~seen[unseen]].tolist()
 
-    def open(self, block: int) -> OpenBlock | None:
-        """Return the file of a block, to be read by position; None if it is not there.
+    def open(self, block: int, num: int = 1) -> Segment | None:
+        """Return the segment that holds blocks; None if one is not there or they are of several.
 
         What is open can be read even when its name has gone.
         """
+        segment, first = divmod(block, _SEGMENT_BLOCKS)
+        if first + num > _SEGMENT_BLOCKS:
+            return None
+        found = self._segment(segment)
+        if found is not None and found.has(first, num):
+            return found
+        seen = self._seen
+        if seen is not None and seen[block : block + num].all():
+            self._seen = None
+        return None
+
+    def _segment(self, number: int) -> Segment | None:
         try:
-            return _open(self._folder, block, self.length(block))
+            found = _open(self._folder, number)
+            if not found.is_current():
+                close_blocks()
+                found = _open(self._folder, number)
+            return found
         except FileNotFoundError:
-            seen = self._seen
-            if seen is not None and seen[block]:
-                self._seen = None
             return None
 
-    def write(self, block: int, data: bytes | memoryview) -> None:
-        """Keep the bytes of a block; raises ValueError, one sentence, if the disk is full."""
-        path = _path(self._folder, block)
-        try:
+    def write(self, first: int, data: bytes | memoryview) -> None:
+        """Keep blocks in a row; raises ValueError, one sentence, if the disk is full."""
+        view, num_blocks = memoryview(data), -(-len(data) // BLOCK_BYTES)
+        number, end = first, first + num_blocks
+        while number < end:
+            segment, place = divmod(number, _SEGMENT_BLOCKS)
+            num = min(end - number, _SEGMENT_BLOCKS - place)
+            part = view[(number - first) * BLOCK_BYTES :][: num * BLOCK_BYTES]
+            path = _path(self._folder, segment)
             try:
-                _write(path, data)
-            except OSError:
-                make_room(self.root, len(data), is_full=True)
-                _write(path, data)
-        except OSError as error:
-            but = f"blocks of remote data cannot be kept here ({error.strerror})"
-            remedy = f"make room, lower ${LIMIT_VARIABLE}, or name another folder: $SETDIFFIT_CACHE"
-            raise refusal(self.root, but=but, remedy=remedy) from None
+                try:
+                    _write(path, place, part)
+                except OSError:
+                    room.make_room(self.root, len(part), is_full=True)
+                    close_blocks()
+                    _write(path, place, part)
+            except OSError as error:
+                but = f"blocks of remote data cannot be kept here ({error.strerror})"
+                remedy = f"make room, lower ${room.LIMIT_VARIABLE}, or name another folder: "
+                raise refusal(self.root, but=but, remedy=f"{remedy}$SETDIFFIT_CACHE") from None
+            number += num
 
     def count(self, num_bytes: int) -> None:
         """Add to the bytes of all files' blocks, and delete the oldest ones beyond the limit."""
         with contextlib.suppress(OSError):  # The count is found anew when it is not there.
-            make_room(self.root, num_bytes)
+            if room.count(self.root, num_bytes):
+                close_blocks()
 
     def forget(self, block: int) -> None:
-        """Delete a block whose bytes are wrong."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(_path(self._folder, block))
+        """Have a block whose bytes are wrong count as missing."""
+        segment, place = divmod(block, _SEGMENT_BLOCKS)
+        with (
+            contextlib.suppress(FileNotFoundError),
+            open(_path(self._folder, segment), "r+b", buffering=0) as file,
+        ):
+            os.pwrite(file.fileno(), b"\0", place)
         close_blocks()
+        self._seen = None
 
     def lock(self, block: int, num: int = 1) -> bool:
         """Claim blocks from ``block`` on for this process; return whether no other has any of them.
@@ -181,42 +241,41 @@ def close_blocks() -> None:
     _open.cache_clear()
 
 
-def _path(folder: str, block: int) -> str:
-    return f"{folder}/{block // _BLOCKS_PER_FOLDER}/{block}"
+def _path(folder: str, segment: int) -> str:
+    return f"{folder}/{segment}.blocks"
+
+
+@functools.lru_cache(1)
+def _boot_time() -> float:
+    import psutil
+
+    return psutil.boot_time()
 
 
 @functools.lru_cache(_MAX_OPEN)
-def _open(folder: str, block: int, length: int) -> OpenBlock:
-    path = _path(folder, block)
-    file = OpenBlock(path)
-    stat = file.stat()
-    if stat.st_size != length:  # As a power failure can leave it.
+def _open(folder: str, number: int) -> Segment:
+    path = _path(folder, number)
+    segment = Segment(path, number * _SEGMENT_BLOCKS)
+    if not segment.is_whole():
         os.unlink(path)
         raise FileNotFoundError(path)
-    if time.time() - stat.st_mtime > _DATE_SEC:
-        with contextlib.suppress(OSError):  # That of another user can be read, too.
-            file.touch()  # The dates tell which blocks have not been used for long.
-    return file
+    return segment
 
 
-def _write(path: str, data: bytes | memoryview) -> None:
-    folder, _, name = path.rpartition("/")
-    temporary = f"{folder}/.{name}.{os.getpid()}-{threading.get_ident()}.tmp"
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+def _write(path: str, place: int, data: memoryview) -> None:
+    """Write blocks of a segment, from ``place`` on, and then their marks."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
     try:
-        descriptor = os.open(temporary, flags, 0o666)
+        descriptor = os.open(path, flags, 0o666)
     except FileNotFoundError:
-        os.makedirs(folder, exist_ok=True)
-        descriptor = os.open(temporary, flags, 0o666)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        descriptor = os.open(path, flags, 0o666)
     try:
-        with open(descriptor, "wb", buffering=0) as file:
-            if file.write(data) != len(data):
-                raise OSError(28, "No space left on device")
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+        if os.pwrite(descriptor, data, _HEADER_BYTES + place * BLOCK_BYTES) != len(data):
+            raise OSError(28, "No space left on device")
+        os.pwrite(descriptor, b"\1" * -(-len(data) // BLOCK_BYTES), place)
+    finally:
+        os.close(descriptor)
 
 
 @functools.lru_cache(4)
@@ -226,71 +285,3 @@ def _lock_file(root: Path, pid: int) -> IO[bytes]:
     file = open(root / ".locks", "ab")
     _never_closed.append(file)  # Two threads may open it; to close one would end all locks.
     return file
-
-
-def make_room(root: Path, num_bytes: int, *, is_full: bool = False) -> None:
-    """Count bytes that were written, and delete the oldest blocks beyond the limit of all.
-
-    ``is_full``: the disk has no room for as many, so that at least a tenth has to go.
-    """
-    root.mkdir(parents=True, exist_ok=True)
-    limit = cache_limit()
-    with open(root / ".used", "a+b", buffering=0) as file, _locked(file):
-        content = os.pread(file.fileno(), _COUNT.size, 0)
-        is_known = len(content) == _COUNT.size
-        total = num_bytes + (_COUNT.unpack(content)[0] if is_known else 0)
-        if is_full or not is_known or total > limit:
-            # The count is not that of the disk after a kill, or where people delete files.
-            total = _evict(root, limit, is_full)
-        file.truncate(0)
-        file.write(_COUNT.pack(total))
-
-
-@contextlib.contextmanager
-def _locked(file: IO[bytes]) -> Iterator[None]:
-    """Keep out other threads and processes; where the file system has no locks, nobody."""
-    with contextlib.suppress(OSError):
-        # Unlike lockf's, this kind of lock is one of an opening, not of a process.
-        fcntl.flock(file, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        # To close the file would not end the lock, if a process that was forked since has it, too.
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_UN)
-
-
-def _evict(root: Path, limit: int, is_full: bool) -> int:
-    """Delete the blocks that have not been used for the longest; return the bytes of the rest."""
-    found = sorted(_scan(root))
-    total = sum(size for _, size, _ in found)
-    if is_full:
-        limit = min(limit, total)
-    wanted = total if total <= limit and not is_full else int(_KEPT_SHARE * limit)
-    for _, size, path in found:
-        if total <= wanted:
-            break
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-        total -= size
-    return total
-
-
-def _scan(root: Path) -> Iterator[tuple[int, int, str]]:
-    """Yield date, size and path of each block, and delete what killed writers left."""
-    now = time.time()
-    folders = [str(root)]
-    while folders:
-        with os.scandir(folders.pop()) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(entry.path)
-                    continue
-                try:
-                    stat = entry.stat()
-                    if not entry.name.startswith("."):
-                        yield stat.st_mtime_ns, stat.st_size, entry.path
-                    elif entry.name.endswith(".tmp") and now - stat.st_mtime > _LEFTOVER_SEC:
-                        os.unlink(entry.path)
-                except FileNotFoundError:  # Others delete, too.
-                    continue

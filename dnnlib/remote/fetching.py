@@ -2,20 +2,18 @@
 
 import collections
 import functools
-import itertools
 import os
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
-from dnnlib.remote.blocks import BLOCK_BYTES, Blocks
+from dnnlib.remote.blocks import Blocks, Segment
 
-NUM_THREADS = 16  # Connections of a process, as most of their time is waiting.
-_BLOCKS_PER_REQUEST = 16  # 4 MB.
-# Jobs that wait their turn become one request where their blocks are neighbours, up to 1 MB: with
-# 20 ms until an answer begins, that is 800 MB/s, and what is wanted first still comes soon.
-_BLOCKS_TOGETHER = 4
+NUM_THREADS = 32  # Connections of a process, as most of their time is waiting.
+# 4 MB: with 20 ms until an answer begins, that is up to 6 GB/s. Jobs that wait their turn become
+# one request where their blocks are neighbours.
+_BLOCKS_PER_REQUEST = 16
 _LOOK_SEC = 0.005  # Between looks at whether another process has fetched a block.
 _MAX_WAIT_SEC = 60.0  # For another process, which may be stopped.
 
@@ -25,8 +23,8 @@ class Source(Protocol):
 
     blocks: Blocks
 
-    def fetch(self, first: int, end: int) -> bytes | memoryview | None:
-        """Return the bytes of some blocks in a row; None if they now lie in ``blocks``."""
+    def fetch(self, first: int, end: int) -> Segment | None:
+        """Put some blocks in a row into ``blocks``; return what holds the first, if at hand."""
         ...
 
 
@@ -35,7 +33,7 @@ class Job:
 
     def __init__(self, source: Source, numbers: Sequence[int]) -> None:
         self._source, self.numbers = source, numbers
-        self._data: dict[int, memoryview] = {}
+        self._fetched: Segment | None = None
         self._error: Exception | None = None
         self._begun, self._done = threading.Lock(), threading.Event()
 
@@ -55,18 +53,21 @@ class Job:
             self._error = error
         finally:
             for job in jobs:
-                job._data, job._error = self._data, self._error
+                job._fetched, job._error = self._fetched, self._error
                 fetcher().forget(job)
                 job._done.set()
 
-    def result(self, number: int) -> memoryview | None:
-        """Return a block; None if another process has put it on the disk. Raises its error."""
+    def wait(self) -> Segment | None:
+        """Return what holds some of its blocks, if that is at hand, when it is done.
+
+        The caller does it if nobody has begun. Raises its error.
+        """
         if self.begin():
             self.run()
-        self._done.wait()
+        fetcher().wait_for(self._done)
         if self._error is not None:
             raise self._error
-        return self._data.get(number)
+        return self._fetched
 
     @property
     def place(self) -> str:
@@ -100,16 +101,8 @@ class Job:
         return others
 
     def _take(self, numbers: Sequence[int]) -> None:
-        blocks = self._source.blocks
         for run in runs(numbers):
-            data = self._source.fetch(run[0], run[-1] + 1)
-            if data is None:
-                continue
-            view = memoryview(data)
-            for number, start in zip(run, itertools.count(0, BLOCK_BYTES), strict=False):
-                self._data[number] = view[start : start + BLOCK_BYTES]
-                blocks.write(number, self._data[number])
-            blocks.count(len(data))
+            self._fetched = self._source.fetch(run[0], run[-1] + 1)
 
 
 def runs(numbers: Iterable[int], most: int = _BLOCKS_PER_REQUEST) -> Iterator[list[int]]:
@@ -134,7 +127,7 @@ class Fetcher:
         self._lock = threading.Condition()
         self._queue: collections.deque[Job] = collections.deque()
         self._pending: dict[tuple[str, int], Job] = {}
-        self._num_threads = self._num_idle = 0
+        self._num_threads = self._num_idle = self._num_waiting = 0
 
     def want(self, source: Source, numbers: Iterable[int]) -> None:
         """Have blocks fetched that are not on their way; ``numbers`` rise."""
@@ -155,6 +148,15 @@ class Fetcher:
         with self._lock:
             for number in job.numbers:
                 self._pending.pop((job.place, number), None)
+
+    def wait_for(self, done: threading.Event) -> None:
+        """Wait until a job is done; meanwhile requests stay small, so that it comes soon."""
+        if not done.is_set():
+            with self._lock:
+                self._num_waiting += 1
+            done.wait()
+            with self._lock:
+                self._num_waiting -= 1
 
     def _add(self, job: Job) -> Job:
         self._pending |= {(job.place, number): job for number in job.numbers}
@@ -178,14 +180,15 @@ class Fetcher:
                 neighbours = self._neighbours(job) if is_first else []
             if is_first:
                 job.run(neighbours)
-            del job, neighbours  # Their blocks need not stay in memory.
 
     def _neighbours(self, job: Job) -> list[Job]:
         """Return jobs, begun now, whose blocks lie before and after those of ``job``."""
         found: list[Job] = []
+        if self._num_waiting:
+            return found
         first, last = job.numbers[0], job.numbers[-1]
         for step in (1, -1):
-            while last - first + 1 < _BLOCKS_TOGETHER:
+            while last - first + 1 < _BLOCKS_PER_REQUEST:
                 other = self._pending.get((job.place, last + 1 if step == 1 else first - 1))
                 if other is None or not other.begin():
                     break

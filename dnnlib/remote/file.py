@@ -12,10 +12,11 @@ import numpy as np
 
 from dnnlib.addresses import AddressError, name_of, open_address, without_query
 from dnnlib.progress import progress
-from dnnlib.remote.blocks import BLOCK_BYTES, LIMIT_VARIABLE, Blocks, OpenBlock, cache_limit
+from dnnlib.remote.blocks import BLOCK_BYTES, Blocks, Segment
 from dnnlib.remote.fetching import fetcher, runs
 from dnnlib.remote.files import Known
 from dnnlib.remote.ranges import Answer, NoRangesError, ask, ask_patiently
+from dnnlib.remote.room import LIMIT_VARIABLE, cache_limit
 from dnnlib.text import format_count
 
 _LOOK_SEC = 0.05
@@ -62,42 +63,38 @@ class RemoteFile:
 
     def pread(self, size: int, offset: int) -> bytes:
         """Return up to ``size`` bytes from ``offset`` on; fewer at the end of the file."""
-        pieces = [
-            found[start:stop] if isinstance(found, memoryview) else found.pread(stop - start, start)
-            for found, start, stop in self._pieces(size, offset)
-        ]
-        return b"".join(pieces)
+        pieces = [found.pread(num, start) for found, num, start in self._pieces(size, offset)]
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def readinto(self, target: np.ndarray, offset: int) -> int:
         """Fill an array with the bytes from ``offset`` on; return how many there were."""
-        view, num = memoryview(target).cast("B"), 0
-        for found, start, stop in self._pieces(len(view), offset):
-            part = view[num : num + stop - start]
-            if isinstance(found, memoryview):
-                part[:] = found[start:stop]
-            else:
-                found.readinto(part, start)
-            num += len(part)
-        return num
+        view, done = memoryview(target).cast("B"), 0
+        for found, num, start in self._pieces(len(view), offset):
+            done += found.readinto(view[done : done + num], start)
+        return done
 
-    def _pieces(self, size: int, offset: int) -> Iterator[tuple[OpenBlock | memoryview, int, int]]:
-        """Yield what holds each block of some bytes, and from where to where these lie in it."""
-        end = min(offset + size, self.size)
-        number, start = divmod(offset, BLOCK_BYTES)
-        if end > (number + 1) * BLOCK_BYTES:
-            self.prefetch(np.array([offset]), end - offset)
-        while (left := end - number * BLOCK_BYTES) > start:
-            yield self._block(number), start, min(left, BLOCK_BYTES)
-            number, start = number + 1, 0
-
-    def _block(self, number: int) -> OpenBlock | memoryview:
-        while True:
-            found = self.blocks.open(number)
+    def _pieces(self, size: int, offset: int) -> Iterator[tuple[Segment, int, int]]:
+        """Yield what holds each part of some bytes, how many it has, and where they begin."""
+        end, is_asked = min(offset + size, self.size), False
+        while offset < end:
+            number = offset // BLOCK_BYTES
+            stop = min(self.blocks.segment_end(offset), end)
+            found = self.blocks.open(number, (stop - 1) // BLOCK_BYTES + 1 - number)
             if found is None:
-                found = fetcher().job(self, number).result(number)
-            if found is not None:
-                return found
-            # Another process has fetched it. Should it have gone again, it is fetched anew.
+                if not is_asked and end > (number + 1) * BLOCK_BYTES:
+                    self.prefetch(np.array([offset]), end - offset)
+                is_asked = True
+                found, stop = self._fetched(number), min((number + 1) * BLOCK_BYTES, end)
+            yield found, stop - offset, offset
+            offset = stop
+
+    def _fetched(self, number: int) -> Segment:
+        """Return what holds a block, after it was fetched if it was not there."""
+        while (found := self.blocks.open(number)) is None:
+            fetched = fetcher().job(self, number).wait()
+            if fetched is not None and fetched.holds(number):
+                return fetched
+        return found
 
     def prefetch(self, offsets: np.ndarray, sizes: np.ndarray | int) -> None:
         """Have the bytes at some places fetched: see :class:`~dnnlib.remote.files.OpenFile`."""
@@ -113,16 +110,22 @@ class RemoteFile:
         for number in range(offset // BLOCK_BYTES, -(-(offset + size) // BLOCK_BYTES)):
             self.blocks.forget(number)
 
-    def fetch(self, first: int, end: int) -> bytes | memoryview | None:
-        """Return the blocks from ``first`` to ``end``; None if all are in the cache now."""
+    def fetch(self, first: int, end: int) -> Segment | None:
+        """Have the blocks from ``first`` to ``end`` in the cache; return what holds the first.
+
+        Where the cache has little room, that may be deleted already. None if it is not at hand.
+        """
         if not self._is_whole:
             start, stop = first * BLOCK_BYTES, min(end * BLOCK_BYTES, self.size)
             try:
                 answer = ask_patiently(self.address, start, stop)
                 self._compare(answer)
-                if len(answer.data) == stop - start:
-                    return answer.data
-                raise self._changed("its size")
+                if len(answer.data) != stop - start:
+                    raise self._changed("its size")
+                self.blocks.write(first, answer.data)
+                fetched = self.blocks.open(first)
+                self.blocks.count(stop - start)
+                return fetched
             except NoRangesError as error:
                 self._compare(error.answer)
                 self._is_whole = True
@@ -164,13 +167,13 @@ class RemoteFile:
         shown = dict(total=self.size, label=f"Copying {name_of(self.address)}", unit="B")
         with open_address(self.address) as stream, progress(**shown, transient=True) as bar:
             for run in runs(range(len(self.blocks))):
-                for number in run:
-                    data = stream.read(self.blocks.length(number))
-                    if len(data) != self.blocks.length(number):
-                        raise self._changed("it is shorter")
-                    self.blocks.write(number, data)
-                    bar.update(len(data))
-                self.blocks.count(sum(map(self.blocks.length, run)))
+                size = sum(map(self.blocks.length, run))
+                data = stream.read(size)
+                if len(data) != size:
+                    raise self._changed("it is shorter")
+                self.blocks.write(run[0], data)
+                self.blocks.count(size)
+                bar.update(size)
 
 
 @functools.lru_cache(1)
