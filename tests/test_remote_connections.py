@@ -1,8 +1,11 @@
 """Connections to web servers that are kept: what goes over them, and what does not."""
 
+import contextlib
 import os
+import socket
 import threading
 import time
+from http.client import HTTPException
 
 import numpy as np
 import pytest
@@ -106,6 +109,51 @@ def test_an_answer_that_is_silent_slow_or_too_short_is_an_error(served, monkeypa
     monkeypatch.setattr(Handler, "send_part", trickle)
     with pytest.raises(TimeoutError):
         asked(served, 0, 9999, total=0.2)
+
+
+HEAD = b"HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 0-2/9\r\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "data", "is_kept"),
+    [
+        (HEAD + b"content-length: 3\r\n\r\nabc", b"abc", True),
+        (
+            b"HTTP/1.1 103 Soon\r\nLink: x\r\n\r\n" + HEAD + b"Content-Length:3\r\n\r\nabc",
+            b"abc",
+            True,
+        ),
+        (HEAD + b"Connection: Close\r\nContent-Length: 3\r\n\r\nabc", b"abc", False),
+        (HEAD.replace(b"/1.1", b"/1.0") + b"Content-Length: 3\r\n\r\nabc", b"abc", False),
+        (HEAD + b"Content-Length: 2\r\n\r\nabc", b"", False),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n", None, False),
+        (b"220 mail ready\r\n\r\n", HTTPException, False),
+        (b"HTTP/1.1 206 Partial", EOFError, False),
+        (b"x" * 70_000, HTTPException, False),
+    ],
+)
+def test_answers_are_read_as_servers_may_write_them(answer, data, is_kept):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve_once():
+            connection, _ = listening.accept()
+            with connection, contextlib.suppress(ConnectionError):
+                connection.recv(9999)
+                for part in (answer[:50], answer[50:75], answer[75:]):
+                    connection.sendall(part)
+                    time.sleep(0.01)
+
+        thread = threading.Thread(target=serve_once)
+        thread.start()
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}/file"
+        if isinstance(data, type):
+            with pytest.raises(data):
+                get_range(address, 0, 3, 5.0, 5.0)
+        else:
+            reply = get_range(address, 0, 3, 5.0, 5.0)
+            assert (reply and bytes(reply.data)) == data
+        assert (address.removesuffix("/file") in connections._kept()) == is_kept
+        thread.join()
 
 
 @pytest.mark.parametrize("way", ["redirect", "proxy", "password", "netrc"])

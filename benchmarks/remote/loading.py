@@ -44,7 +44,7 @@ GOAL = 0.8
 _CPU = torch.device("cpu")
 _FEATURE_BUCKET = Bucket(1024, 1024)
 # How many images of the preset's size, of 256x256, latents and features an epoch has.
-_NUM_IMAGES = (8192, 1024, 16384, 48)
+_NUM_IMAGES = (16384, 2048, 32768, 96)
 
 
 @dataclasses.dataclass(frozen=True)
