@@ -23,6 +23,8 @@ from training_runs import (
 )
 
 import train as train_script
+from data.images.dataset import ImageDataset
+from data.images.decode import ImageError
 from diffusion.denoiser import Denoiser
 from dnnlib.text import format_kimg
 from evaluation.in_loop import images as in_loop
@@ -185,6 +187,41 @@ def test_a_stop_is_heard_while_others_are_waited_for(
         assert time.monotonic() - began < 10
         timer.cancel()
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+@pytest.mark.parametrize("fault", ["silence", "error"])
+def test_steps_before_data_that_do_not_come_are_kept(
+    one_cpu_thread, restored_handlers, digits_zip, tmp_path, monkeypatch, fault
+):
+    read = ImageDataset.__getitems__
+
+    def fail(dataset, indices):
+        if any(tmp_path.glob("runs/*")) and num_rows(tmp_path / "runs") == 3:
+            if fault == "error":
+                raise ImageError("digits.zip/7.png: cannot be read (gone).")
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            assert not threading.Event().wait(60)
+        return read(dataset, indices)
+
+    args = (f"--data={digits_zip}", *TINY, "--tick=0", "--iters=6", "--workers=0", "--dump=2")
+    args = (*args, "--resume=auto")
+    broken = (f"--outdir={tmp_path / 'runs'}", *args)
+    began = time.monotonic()
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageDataset, "__getitems__", fail)
+        result = call(train_script, *broken)
+    assert time.monotonic() - began < 30
+    by = "SIGTERM" if fault == "silence" else "the data, as told below,"
+    assert re.search(rf"Stopped by {by} at kimg [\d.]+; continue with --resume=", result.output)
+    assert result.code == (85 if fault == "silence" else 1)
+    assert ("7.png: cannot be read (gone)." in result.error) == (fault == "error")
+    run = only_run(tmp_path / "runs")
+    # The fourth tick waited for its first batch.
+    nimg = final_state(run)["progress"]["cur_nimg"]
+    assert nimg == 4 * final_state(run)["config"]["training"]["batch"]
+    assert call(train_script, *broken).code == 0
+    assert call(train_script, f"--outdir={tmp_path / 'whole'}", *args).code == 0
+    assert_same_run(run, only_run(tmp_path / "whole"))
 
 
 def test_a_stop_that_all_ranks_agreed_on_is_no_failure_to_torchrun(

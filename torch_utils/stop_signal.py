@@ -5,11 +5,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 from dnnlib.streams import Stream
 from torch_utils import distributed
+
+T = TypeVar("T")
 
 
 class StopRequested(BaseException):  # Nobody who catches errors means this.
@@ -107,6 +109,20 @@ class StopSignal:
     def defer(self) -> None:
         """From here on, leave it to :meth:`agreed` to hear of signals."""
         self._at_once = False
+
+    def wait_for(self, make: Callable[[], T]) -> T | None:
+        """Return ``make()``; None if a signal comes before its end and there is one rank alone.
+
+        Several ranks stop where all of them are: they go on waiting.
+        """
+        if distributed.world_size() > 1:
+            return make()
+        try:
+            with self.at_once():
+                return make()
+        except StopRequested:
+            self.cut = False
+            return None
 
     def name_received(self) -> str:
         """Return the name of the signal, or of the fact that another rank got one."""

@@ -190,6 +190,13 @@ def training_loop(
     writer.reserve([weights] * 3 + averages, network, device)
     del weights, averages
 
+    def next_step() -> Any:
+        """Return the first batch of the next step; None if a stop comes before it.
+
+        It may be on a server that does not answer for minutes: the trained steps are kept.
+        """
+        return stop_signal.wait_for(functools.partial(next, batches))
+
     def is_stopping() -> bool:
         return stop_signal.received is not None
 
@@ -291,6 +298,10 @@ def training_loop(
             lambda: not pictures.is_file() or watch.lacks_samples(cur_nimg)
         )
         stop = not show_and_score(lacking, made["metrics_due"])
+    upcoming, failure = None, None
+    if not (done or stop):
+        upcoming = next_step()
+        stop = upcoming is None
     tick_start_sec, maintenance_sec = time.time(), time.time() - start_sec
     timed_nimg = cur_nimg
     tick_end_nimg = tick_start_nimg + config.tick_nimg
@@ -310,7 +321,8 @@ def training_loop(
         with parameters.accumulating():
             for part in passes:
                 rows = draws.rows(part.start, part.stop)
-                images, cond = objective.prepare(*next(batches), rows, device)
+                batch = upcoming if part is passes[0] else next(batches)
+                images, cond = objective.prepare(*batch, rows, device)
                 with distributed.no_sync(loss_function, skip=part is not passes[-1]):
                     loss = loss_function(images, cond, rows)
                     # Summed over pixels, averaged over the global batch (DDP averages over ranks).
@@ -347,7 +359,13 @@ def training_loop(
         bar.update(step_nimg)
         outlook.step(cur_nimg)
         distributed.finish_step(f"kimg {cur_nimg / 1000:g}")
-        stop = stop_signal.agreed() and not done
+        try:
+            upcoming = None if done else next_step()
+        except Exception as error:
+            if world_size > 1:  # The others are in the step already.
+                raise
+            failure = error
+        stop = (stop_signal.agreed() or failure is not None) and not done
         if not (tick_ends or stop):
             continue
 
@@ -449,12 +467,16 @@ def training_loop(
         distributed.barrier()
     if telemetry is not None:
         if stop:
+            by = stop_signal.name_received() if failure is None else "the data, as told below,"
             telemetry.message(
-                f"Stopped by {stop_signal.name_received()} at kimg "
-                f"{format_kimg(cur_nimg / 1000)}; continue with --resume={run_dir}"
+                f"Stopped by {by} at kimg {format_kimg(cur_nimg / 1000)}; "
+                f"continue with --resume={run_dir}"
             )
         outlook.finish(cur_nimg)
         telemetry.close()
+    if failure is not None:
+        writer.finish()
+        raise failure
     return not stop
 
 
