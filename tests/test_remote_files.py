@@ -246,6 +246,17 @@ def test_bytes_are_counted_seldom_and_from_the_disk_when_a_process_begins(tmp_pa
     assert counted() == (1 << 20) + 36_000_000
 
 
+def test_a_file_of_blocks_that_another_process_deletes_is_made_anew_at_once(served):
+    file = opened(served)
+    file.pread(9, 0)
+    shutil.rmtree(file.blocks._folder)
+    assert file.pread(9, 0) == DATA[:9]  # It is still open.
+    for number in (1, 2, 0):
+        assert file.pread(9, number * BLOCK_BYTES) == DATA[number * BLOCK_BYTES :][:9]
+    counts = asked_blocks(served)
+    assert (counts[0], counts[1], counts[2]) == (2, 1, 1)
+
+
 def test_a_full_disk_is_one_sentence(served, monkeypatch):
     def full(path, place, data):
         raise OSError(28, "No space left on device")

@@ -79,6 +79,10 @@ class Segment:
                 os.utime(self._descriptor, ns=(time.time_ns(), stat.st_mtime_ns))
         return stat.st_nlink > 0
 
+    def is_deleted(self) -> bool:
+        """Return whether the file has no name any more."""
+        return os.fstat(self._descriptor).st_nlink == 0
+
     def is_whole(self) -> bool:
         """Return False if a power failure took bytes of blocks that are marked."""
         stat = os.fstat(self._descriptor)
@@ -157,6 +161,9 @@ class Blocks:
         if first + num > _SEGMENT_BLOCKS:
             return None
         found = self._segment(segment)
+        if found is not None and not found.has(first, num) and found.is_deleted():
+            close_blocks()  # Another may have taken its name.
+            found = self._segment(segment)
         if found is not None and found.has(first, num):
             return found
         seen = self._seen
