@@ -94,7 +94,6 @@ class Board:
 
 BOARD = Board()
 _orders = None  # The file of this rank for the data of its steps.
-_position = [0]
 
 
 def _rank():
@@ -120,31 +119,20 @@ def instrument():
     for owner in (images.ImageEvaluator, sets.SetEvaluator, features.FeatureEvaluator):
         owner.save_pictures = _within("pictures", owner.save_pictures)
         owner.score = _within("scores", owner.score)
-    step, train_whole, make_loader, draw = (
-        GuardedAdam.step,
-        launch.training_loop,
-        loop.make_loader,
-        loop.rng.Step,
-    )
+    step, train_whole = GuardedAdam.step, launch.training_loop
 
     def counted_step(*args):
         BOARD.put(_rank(), "tick")
         return step(*args)
 
-    def noted_draw(seed, cur_nimg, *args):
-        _position[0] = cur_nimg
-        return draw(seed, cur_nimg, *args)
-
-    def noted_loader(*args, **kwargs):
-        for batch, cond in make_loader(*args, **kwargs):
-            found = leaves([batch, cond])
-            tensors = [found[key] for key in sorted(found)]
-            checksum = 0
-            for tensor in tensors:
-                checksum = zlib.crc32(torch.as_tensor(tensor).numpy().tobytes(), checksum)
-            _orders.write(f"{_position[0]} {_rank()} {checksum}\n")
-            _orders.flush()
-            yield batch, cond
+    def note(cur_nimg, rows, batch, cond):
+        found = leaves([batch, cond])
+        tensors = [found[key] for key in sorted(found)]
+        checksum = 0
+        for tensor in tensors:
+            checksum = zlib.crc32(torch.as_tensor(tensor).numpy().tobytes(), checksum)
+        _orders.write(f"{cur_nimg} {_rank()} {checksum}\n")
+        _orders.flush()
 
     def whole(*args, **kwargs):
         try:
@@ -155,7 +143,34 @@ def instrument():
                 Path("modules").write_text("\n".join(sys.modules))
 
     GuardedAdam.step, launch.training_loop = counted_step, whole
-    loop.make_loader, loop.rng.Step = noted_loader, noted_draw
+    note_batches(note)
+
+
+def note_batches(note):
+    """Have ``note(cur_nimg, rows, batch, cond)`` called for each batch of each step that begins."""
+    make_loader, draw, passes_of = loop.make_loader, loop.rng.Step, loop.rank_passes
+    position, passes, coming = [0], [()], []
+
+    def noted_draw(seed, cur_nimg, *args):
+        position[0] = cur_nimg
+        while coming:  # The first batch of a step comes before it.
+            note(cur_nimg, *coming.pop())
+        return draw(seed, cur_nimg, *args)
+
+    def noted_passes(*args):
+        passes[0] = passes_of(*args)
+        return passes[0]
+
+    def noted_loader(*args, **kwargs):
+        for number, found in enumerate(make_loader(*args, **kwargs)):
+            number %= len(passes[0])
+            if number:
+                note(position[0], passes[0][number], *found)
+            else:
+                coming[:] = [(passes[0][0], *found)]
+            yield found
+
+    loop.make_loader, loop.rng.Step, loop.rank_passes = noted_loader, noted_draw, noted_passes
 
 
 def learn_modules():

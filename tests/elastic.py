@@ -45,7 +45,6 @@ from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend  # noqa
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # noqa: E402
 from training_runs import read_rows  # noqa: E402
 
-from training import loop  # noqa: E402
 from training.checkpoint import find_states, load_state  # noqa: E402
 
 NUM_NODES = 4
@@ -202,32 +201,15 @@ def _run_rank(args, data):
 
 def note_rows(path):
     """Have this process write down the checksum of each row of each step that it trains on."""
-    file, make_loader, draw, passes_of = (
-        open(path, "a"),
-        loop.make_loader,
-        loop.rng.Step,
-        loop.rank_passes,
-    )
-    position, passes = [0], [()]
+    file = open(path, "a")
 
-    def noted_draw(seed, cur_nimg, *args):
-        position[0] = cur_nimg
-        return draw(seed, cur_nimg, *args)
+    def note(cur_nimg, rows, batch, cond):
+        for row, image, label in zip(rows, batch, cond["label"], strict=True):
+            checksum = zlib.crc32(image.numpy().tobytes() + label.numpy().tobytes())
+            file.write(f"{cur_nimg} {row} {checksum}\n")
+        file.flush()
 
-    def noted_passes(*args):
-        passes[0] = passes_of(*args)
-        return passes[0]
-
-    def noted_loader(*args, **kwargs):
-        for number, (batch, cond) in enumerate(make_loader(*args, **kwargs)):
-            rows = passes[0][number % len(passes[0])]
-            for row, image, label in zip(rows, batch, cond["label"], strict=True):
-                checksum = zlib.crc32(image.numpy().tobytes() + label.numpy().tobytes())
-                file.write(f"{position[0]} {row} {checksum}\n")
-            file.flush()
-            yield batch, cond
-
-    loop.make_loader, loop.rng.Step, loop.rank_passes = noted_loader, noted_draw, noted_passes
+    chaos_runs.note_batches(note)
 
 
 def rows_of(outdir):
