@@ -28,6 +28,7 @@ import dnnlib.cli
 import train
 from dnnlib import launcher
 from evaluation.in_loop import features, images, sets
+from torch_utils import distributed
 from training import launch, loop
 from training.optimizer import GuardedAdam
 
@@ -153,7 +154,7 @@ def note_batches(note):
 
     def noted_draw(seed, cur_nimg, *args):
         position[0] = cur_nimg
-        while coming:  # The first batch of a step comes before it.
+        while coming:
             note(cur_nimg, *coming.pop())
         return draw(seed, cur_nimg, *args)
 
@@ -164,9 +165,9 @@ def note_batches(note):
     def noted_loader(*args, **kwargs):
         for number, found in enumerate(make_loader(*args, **kwargs)):
             number %= len(passes[0])
-            if number:
+            if number or distributed.world_size() > 1:
                 note(position[0], passes[0][number], *found)
-            else:
+            else:  # The first batch of a step of one rank comes before the step.
                 coming[:] = [(passes[0][0], *found)]
             yield found
 

@@ -123,6 +123,7 @@ HEAD = b"HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 0-2/9\r\n"
             b"abc",
             True,
         ),
+        ((HEAD + b"Content-Length: 3\r\n\r\n").replace(b"\r", b"") + b"abc", b"abc", True),
         (HEAD + b"Connection: Close\r\nContent-Length: 3\r\n\r\nabc", b"abc", False),
         (HEAD.replace(b"/1.1", b"/1.0") + b"Content-Length: 3\r\n\r\nabc", b"abc", False),
         (HEAD + b"Content-Length: 2\r\n\r\nabc", b"", False),

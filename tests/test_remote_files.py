@@ -213,19 +213,20 @@ def test_what_a_kill_or_a_power_failure_leaves_does_no_harm(served, own_blocks):
     file = opened(served)
     assert file.pread(len(DATA), 0) == DATA
     assert asked_blocks(served) == dict.fromkeys(range(NUM_BLOCKS), 1)
-    unmarked, lost, empty, *_ = sorted(own_blocks.rglob("[!.]*.blocks"))
+    unmarked, lost, empty, cut, *_ = sorted(own_blocks.rglob("[!.]*.blocks"))
     with open(unmarked, "r+b") as segment:  # Killed between the bytes and their mark.
         segment.write(b"\0")
-    for path, size in ((lost, 4096 + BLOCK_BYTES), (empty, 0)):
+    for path, size in ((lost, 4096 + BLOCK_BYTES), (empty, 0), (cut, 4096 + 3 * BLOCK_BYTES + 9)):
         before = path.stat().st_size
         os.truncate(path, size)
-        os.truncate(path, before)
+        if path != cut:
+            os.truncate(path, before)
         os.utime(path, (1, 1))  # From before the machine started.
     leftover = unmarked.with_name(".123.tmp")
     leftover.write_bytes(b"x" * 99)
     blocks_module.close_blocks()
     assert file.pread(len(DATA), 0) == DATA
-    assert sorted(asked_blocks(served).values()) == [1] * (NUM_BLOCKS - 9) + [2] * 9
+    assert sorted(asked_blocks(served).values()) == [1] * (NUM_BLOCKS - 13) + [2] * 13
     os.utime(leftover, (1, 1))
     room.evict(own_blocks, 10**9)
     assert not leftover.exists()
@@ -237,13 +238,17 @@ def test_bytes_are_counted_seldom_and_from_the_disk_when_a_process_begins(tmp_pa
 
     monkeypatch.setenv("SETDIFFIT_CACHE_GB", "1")
     (tmp_path / "1.blocks").write_bytes(bytes(1 << 20))
-    room.count(tmp_path, 5)
+    assert not room.count(tmp_path, 5)
     assert counted() == 1 << 20
     for _ in range(3):
         room.count(tmp_path, 9_000_000)
         assert counted() == 1 << 20
-    room.count(tmp_path, 9_000_000)
+    assert not room.count(tmp_path, 9_000_000)
     assert counted() == (1 << 20) + 36_000_000
+    monkeypatch.setenv("SETDIFFIT_CACHE_GB", "0.0001")
+    monkeypatch.setattr(room, "_uncounted", {})  # As of a process that begins.
+    assert room.count(tmp_path, 5)
+    assert not (tmp_path / "1.blocks").exists()
 
 
 def test_a_file_of_blocks_that_another_process_deletes_is_made_anew_at_once(served):

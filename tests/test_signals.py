@@ -189,22 +189,25 @@ def test_a_stop_is_heard_while_others_are_waited_for(
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
+@pytest.mark.parametrize("tick", ["0", "100"])
 @pytest.mark.parametrize("fault", ["silence", "error"])
 def test_steps_before_data_that_do_not_come_are_kept(
-    one_cpu_thread, restored_handlers, digits_zip, tmp_path, monkeypatch, fault
+    one_cpu_thread, restored_handlers, digits_zip, tmp_path, monkeypatch, fault, tick
 ):
-    read = ImageDataset.__getitems__
+    read, calls = ImageDataset.__getitems__, []
 
     def fail(dataset, indices):
-        if any(tmp_path.glob("runs/*")) and num_rows(tmp_path / "runs") == 3:
+        if any(tmp_path.glob("runs/*")) and num_rows(tmp_path / "runs"):
+            calls.append(indices)
+        if len(calls) == 3:  # Two steps are done.
             if fault == "error":
                 raise ImageError("digits.zip/7.png: cannot be read (gone).")
             threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
             assert not threading.Event().wait(60)
         return read(dataset, indices)
 
-    args = (f"--data={digits_zip}", *TINY, "--tick=0", "--iters=6", "--workers=0", "--dump=2")
-    args = (*args, "--resume=auto")
+    args = (f"--data={digits_zip}", *TINY, f"--tick={tick}", "--iters=6", "--workers=0")
+    args = (*args, "--dump=2", "--resume=auto")
     broken = (f"--outdir={tmp_path / 'runs'}", *args)
     began = time.monotonic()
     with monkeypatch.context() as patch:
@@ -216,12 +219,20 @@ def test_steps_before_data_that_do_not_come_are_kept(
     assert result.code == (85 if fault == "silence" else 1)
     assert ("7.png: cannot be read (gone)." in result.error) == (fault == "error")
     run = only_run(tmp_path / "runs")
-    # The fourth tick waited for its first batch.
-    nimg = final_state(run)["progress"]["cur_nimg"]
-    assert nimg == 4 * final_state(run)["config"]["training"]["batch"]
+    state = final_state(run)
+    assert state["progress"]["cur_nimg"] == 2 * state["config"]["training"]["batch"]
     assert call(train_script, *broken).code == 0
     assert call(train_script, f"--outdir={tmp_path / 'whole'}", *args).code == 0
     assert_same_run(run, only_run(tmp_path / "whole"))
+
+
+def test_the_end_of_a_pipe_that_another_thread_meets_stops_the_one_that_waits(
+    restored_handlers, monkeypatch
+):
+    with StopSignal() as stop:
+        threading.Timer(0.2, stop._hang_up).start()
+        assert stop.wait_for(lambda: threading.Event().wait(60)) is None
+        assert (stop.name_received(), stop.cut) == ("SIGPIPE", False)
 
 
 def test_a_stop_that_all_ranks_agreed_on_is_no_failure_to_torchrun(

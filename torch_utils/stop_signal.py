@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -38,7 +39,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.received: int | None = None
         self.cut = False  # Whether StopRequested was raised: the ranks are not at the same place.
-        self._at_once = False
+        self._at_once = self._is_pipe = False
         self._pid = os.getpid()
         self._stop = False
         self._asked: distributed.BackgroundSum | None = None
@@ -64,12 +65,16 @@ class StopSignal:
             self._asked.wait()
 
     def _hang_up(self) -> None:
-        self._receive(signal.SIGPIPE, None)
+        if threading.current_thread() is threading.main_thread():
+            self._receive(signal.SIGPIPE, None)
+        elif os.getpid() == self._pid:  # What is raised is for the main thread, as of signals.
+            self._is_pipe = True
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
 
     def _receive(self, number: int, frame: object) -> None:
         if self.received is not None or os.getpid() != self._pid:
             return
-        self.received = number
+        self.received = signal.SIGPIPE if self._is_pipe else number
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
             os.write(2, b"\nStopping; press Ctrl-C again to end at once.\n")

@@ -190,12 +190,22 @@ def training_loop(
     writer.reserve([weights] * 3 + averages, network, device)
     del weights, averages
 
-    def next_step() -> Any:
-        """Return the first batch of the next step; None if a stop comes before it.
+    coming, failure = None, None
 
-        It may be on a server that does not answer for minutes: the trained steps are kept.
+    def next_step() -> bool:
+        """Return whether a step can begin; with one rank, whether its first batch has come.
+
+        That may be on a server that does not answer for minutes. A stop or a failure to read it
+        leaves the steps before, while several ranks are all in the step that it is for.
         """
-        return stop_signal.wait_for(functools.partial(next, batches))
+        nonlocal coming, failure
+        if world_size > 1:
+            return True
+        try:
+            coming = stop_signal.wait_for(functools.partial(next, batches))
+        except Exception as error:
+            failure = error
+        return coming is not None
 
     def is_stopping() -> bool:
         return stop_signal.received is not None
@@ -298,10 +308,8 @@ def training_loop(
             lambda: not pictures.is_file() or watch.lacks_samples(cur_nimg)
         )
         stop = not show_and_score(lacking, made["metrics_due"])
-    upcoming, failure = None, None
     if not (done or stop):
-        upcoming = next_step()
-        stop = upcoming is None
+        stop = not next_step()
     tick_start_sec, maintenance_sec = time.time(), time.time() - start_sec
     timed_nimg = cur_nimg
     tick_end_nimg = tick_start_nimg + config.tick_nimg
@@ -321,7 +329,7 @@ def training_loop(
         with parameters.accumulating():
             for part in passes:
                 rows = draws.rows(part.start, part.stop)
-                batch = upcoming if part is passes[0] else next(batches)
+                batch, coming = next(batches) if coming is None else coming, None
                 images, cond = objective.prepare(*batch, rows, device)
                 with distributed.no_sync(loss_function, skip=part is not passes[-1]):
                     loss = loss_function(images, cond, rows)
@@ -359,15 +367,11 @@ def training_loop(
         bar.update(step_nimg)
         outlook.step(cur_nimg)
         distributed.finish_step(f"kimg {cur_nimg / 1000:g}")
-        try:
-            upcoming = None if done else next_step()
-        except Exception as error:
-            if world_size > 1:  # The others are in the step already.
-                raise
-            failure = error
-        stop = (stop_signal.agreed() or failure is not None) and not done
+        stop = stop_signal.agreed() and not done
         if not (tick_ends or stop):
-            continue
+            if next_step():
+                continue
+            stop = True
 
         # Read the counters; this is where the host waits for the device.
         bar.close()
@@ -456,6 +460,10 @@ def training_loop(
             stop = True
             if not state_due:
                 write(state, None, alone=True)
+        if not (done or stop or next_step()):
+            stop = True
+            if not state_due:
+                write(whole_state(progress_info), None)
         writer.check()
         maintenance_sec = time.time() - tick_end_sec
         if tick_ends:

@@ -19,7 +19,7 @@ BLOCK_BYTES = 1 << 18
 # Making a file takes the system about ten times as long as writing a block, so many share one.
 _SEGMENT_BLOCKS = 64
 _HEADER_BYTES = 4096  # Of which as many are used as a segment has blocks; the rest aligns them.
-_MAX_OPEN = 128  # What has been deleted takes its room until it is closed.
+_MAX_OPEN = 32  # What has been deleted takes its room until it is closed.
 _DATE_SEC = 1  # To which the dates of uses are right.
 _never_closed: list[IO[bytes]] = []
 
@@ -28,12 +28,17 @@ class Segment:
     """A file of some blocks in a row, open for reading by position.
 
     It is sparse. Its first bytes are marks, one for each block, written after the block was.
+
+    Args:
+        first: Number of its first block.
+        end: Bytes of the remote file.
     """
 
-    def __init__(self, path: str, first: int) -> None:
+    def __init__(self, path: str, first: int, end: int) -> None:
         self._descriptor = -1
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._first, self._shift = first, _HEADER_BYTES - first * BLOCK_BYTES
+        self._end = end + self._shift
         self._marks = b""
         self._date = 0.0  # On the clock of the process.
 
@@ -85,13 +90,13 @@ class Segment:
 
     def is_whole(self) -> bool:
         """Return False if a power failure took bytes of blocks that are marked."""
-        stat = os.fstat(self._descriptor)
-        if stat.st_mtime > _boot_time():
+        if os.fstat(self._descriptor).st_mtime > _boot_time():
             return True
+        size = os.lseek(self._descriptor, 0, os.SEEK_END)
         for number in np.flatnonzero(np.frombuffer(self.marks(), np.uint8)).tolist():
             start = _HEADER_BYTES + number * BLOCK_BYTES
-            end = min(start + BLOCK_BYTES, stat.st_size)
-            if start >= end or os.lseek(self._descriptor, start, os.SEEK_HOLE) < end:
+            end = min(start + BLOCK_BYTES, self._end)
+            if size < end or os.lseek(self._descriptor, start, os.SEEK_HOLE) < end:
                 return False
         return True
 
@@ -173,10 +178,10 @@ class Blocks:
 
     def _segment(self, number: int) -> Segment | None:
         try:
-            found = _open(self._folder, number)
+            found = _open(self._folder, number, self.size)
             if not found.is_current():
                 close_blocks()
-                found = _open(self._folder, number)
+                found = _open(self._folder, number, self.size)
             return found
         except FileNotFoundError:
             return None
@@ -260,9 +265,9 @@ def _boot_time() -> float:
 
 
 @functools.lru_cache(_MAX_OPEN)
-def _open(folder: str, number: int) -> Segment:
+def _open(folder: str, number: int, size: int) -> Segment:
     path = _path(folder, number)
-    segment = Segment(path, number * _SEGMENT_BLOCKS)
+    segment = Segment(path, number * _SEGMENT_BLOCKS, size)
     if not segment.is_whole():
         os.unlink(path)
         raise FileNotFoundError(path)

@@ -27,6 +27,7 @@ from dnnlib.addresses import HEADERS
 
 _HEADERS = HEADERS | {"User-Agent": "SetDiffiT"}  # Some servers refuse who has no name.
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) (\d{3})(?: (.*))?")
+_END_OF_HEAD = re.compile(rb"\r?\n\r?\n")
 _MAX_HEAD_BYTES = 1 << 16
 _MAX_KEPT = 8  # Servers that a thread has connections to.
 _own = threading.local()
@@ -123,11 +124,11 @@ def _head(sock: socket.socket, deadline: float) -> tuple[bytes, bytes]:
     """Return what comes before the bytes of an answer, and what came of these with it."""
     received = b""
     while True:
-        head, end, rest = received.partition(b"\r\n\r\n")
-        if end and not re.match(rb"HTTP/1\.1 1\d\d", head):
-            return head, rest
+        end = _END_OF_HEAD.search(received)
+        if end and not re.match(rb"HTTP/1\.1 1\d\d", received):
+            return received[: end.start()], received[end.end() :]
         if end:  # The answer is yet to come.
-            received = rest
+            received = received[end.end() :]
             continue
         if len(received) > _MAX_HEAD_BYTES:
             raise http.client.LineTooLong("header")
@@ -143,7 +144,7 @@ def _parsed(head: bytes) -> tuple[bool, Reply]:
     """Return whether the connection stays, and the answer without its data."""
     from multidict import CIMultiDict  # Of aiohttp.
 
-    first, *lines = head.split(b"\r\n")
+    first, *lines = re.split(rb"\r?\n", head)
     found = _STATUS_LINE.fullmatch(first)
     if found is None:
         raise http.client.BadStatusLine(first.decode("latin-1"))

@@ -154,9 +154,11 @@ class Fetcher:
         if not done.is_set():
             with self._lock:
                 self._num_waiting += 1
-            done.wait()
-            with self._lock:
-                self._num_waiting -= 1
+            try:
+                done.wait()
+            finally:
+                with self._lock:
+                    self._num_waiting -= 1
 
     def _add(self, job: Job) -> Job:
         self._pending |= {(job.place, number): job for number in job.numbers}

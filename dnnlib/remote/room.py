@@ -61,13 +61,14 @@ def make_room(root: Path, num_bytes: int, *, is_known: bool = True, is_full: boo
     with open(root / ".used", "a+b", buffering=0) as file, _locked(file):
         content = os.pread(file.fileno(), _COUNT.size, 0)
         is_known = is_known and len(content) == _COUNT.size
-        total = before = num_bytes + (_COUNT.unpack(content)[0] if is_known else 0)
+        are_deleted = False
+        total = num_bytes + (_COUNT.unpack(content)[0] if is_known else 0)
         if is_full or not is_known or total > limit:
             # The count is not that of the disk after a kill, or where people delete files.
-            total = evict(root, limit, is_full)
+            total, are_deleted = evict(root, limit, is_full)
         file.truncate(0)
         file.write(_COUNT.pack(total))
-    return total < before
+    return are_deleted
 
 
 @contextlib.contextmanager
@@ -84,10 +85,13 @@ def _locked(file: IO[bytes]) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_UN)
 
 
-def evict(root: Path, limit: int, is_full: bool = False) -> int:
-    """Delete the files that have not been used for the longest; return the bytes of the rest."""
+def evict(root: Path, limit: int, is_full: bool = False) -> tuple[int, bool]:
+    """Delete the files that have not been used for the longest.
+
+    Returns the bytes of the rest, and whether any were deleted.
+    """
     found = sorted(_scan(root))
-    total = sum(size for _, size, _ in found)
+    total = before = sum(size for _, size, _ in found)
     if is_full:
         limit = min(limit, total)
     wanted = total if total <= limit and not is_full else int(_KEPT_SHARE * limit)
@@ -97,7 +101,7 @@ def evict(root: Path, limit: int, is_full: bool = False) -> int:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
         total -= size
-    return total
+    return total, total < before
 
 
 def _scan(root: Path) -> Iterator[tuple[int, int, str]]:
