@@ -226,9 +226,7 @@ def test_steps_before_data_that_do_not_come_are_kept(
     assert_same_run(run, only_run(tmp_path / "whole"))
 
 
-def test_the_end_of_a_pipe_that_another_thread_meets_stops_the_one_that_waits(
-    restored_handlers, monkeypatch
-):
+def test_the_end_of_a_pipe_that_another_thread_meets_stops_the_one_that_waits(restored_handlers):
     with StopSignal() as stop:
         threading.Timer(0.2, stop._hang_up).start()
         assert stop.wait_for(lambda: threading.Event().wait(60)) is None

@@ -310,6 +310,8 @@ def training_loop(
         stop = not show_and_score(lacking, made["metrics_due"])
     if not (done or stop):
         stop = not next_step()
+        if failure is not None:
+            raise failure
     tick_start_sec, maintenance_sec = time.time(), time.time() - start_sec
     timed_nimg = cur_nimg
     tick_end_nimg = tick_start_nimg + config.tick_nimg

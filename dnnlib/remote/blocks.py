@@ -82,7 +82,7 @@ class Segment:
             with contextlib.suppress(OSError):  # That of another user can be read, too.
                 # The dates of access tell which segments have not been used for long.
                 os.utime(self._descriptor, ns=(time.time_ns(), stat.st_mtime_ns))
-        return stat.st_nlink > 0
+        return not self.is_deleted()
 
     def is_deleted(self) -> bool:
         """Return whether the file has no name any more."""
@@ -187,7 +187,7 @@ class Blocks:
             return None
 
     def write(self, first: int, data: bytes | memoryview) -> None:
-        """Keep blocks in a row; raises ValueError, one sentence, if the disk is full."""
+        """Keep blocks from ``first`` on; raises ValueError, one sentence, if the disk is full."""
         view, num_blocks = memoryview(data), -(-len(data) // BLOCK_BYTES)
         number, end = first, first + num_blocks
         while number < end:
