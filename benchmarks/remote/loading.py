@@ -29,7 +29,7 @@ from benchmarks.measure import (
     walls,
 )
 from benchmarks.options import LoadingOptions, measured_preset
-from benchmarks.remote import web_server
+from benchmarks.remote import bare_transfer, web_server
 from benchmarks.remote.feature_data import make_features
 from configs.presets import PRESETS
 from data.features.buckets import Bucket
@@ -64,8 +64,10 @@ def measure(options: LoadingOptions) -> None:
     told = f"a web server of this machine that answers {options.delay:g} ms late"
     click.echo(f"Epochs from {told}; the first with an empty cache.")
     click.echo("CPU: seconds of all cores in the first epoch, of loading and of the server.")
+    click.echo("Bare copy: what is left of local speed if meanwhile another process copies the same")
+    click.echo("bytes from the server by sockets alone.")
     header = ["", "workers", "local, images/s", "first epoch", "of local", "CPU", "server's CPU"]
-    header += ["later", "of local"]
+    header += ["later", "of local", "bare copy"]
     kinds, counts = _all_data(options), (0, max(num_usable_cores() // 2, 1))
     width = max(len(data.name) for data in kinds)
     click.echo("  ".join([header[0].ljust(width), *header[1:]]))
@@ -142,10 +144,15 @@ def _row(
             of_server.append(server.seconds() - before)
             return spent
 
+        def beside_bare_copy() -> Spent:
+            with _copier(folder, server, Path(cache, "copy")) as copier:
+                return _epoch(data, local, num_workers, copier)
+
         turns = {
             "local": lambda: _epoch(data, local, num_workers),
             "first": first,
             "later": lambda: _epoch(data, remote, num_workers),
+            "bare copy": beside_bare_copy,
         }
         times = interleave(turns, num_rounds, warm_up=True)
     rates = {name: f"{data.num_images / median_wall(spent):.0f}" for name, spent in times.items()}
@@ -159,11 +166,28 @@ def _row(
     loading = max(statistics.median(map(operator.sub, of_all, of_server)), 0.0)
     cpu = [f"{seconds:.2f}" for seconds in (loading, statistics.median(of_server))]
     cells = [rates["local"], rates["first"], share["first"], *cpu, rates["later"], share["later"]]
+    cells.append(share["bare copy"])
     return [str(num_workers), *cells]
 
 
-def _epoch(data: _Data, location: str, num_workers: int) -> Spent:
-    """Return what it takes to load each image once, in the order of training."""
+@contextlib.contextmanager
+def _copier(folder: str, server: _Server, target: Path) -> Iterator[subprocess.Popen]:
+    """Have another process ready to copy a folder from its server, by nothing but sockets."""
+    command = [sys.executable, bare_transfer.__file__, folder, server.address, str(target)]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, **pipes) as process:
+        process.stdout.readline()
+        yield process
+    target.unlink()
+
+
+def _epoch(
+    data: _Data, location: str, num_workers: int, copier: subprocess.Popen | None = None
+) -> Spent:
+    """Return what it takes to load each image once, in the order of training.
+
+    If there is a ``copier``, it begins with that, and its end is waited for.
+    """
     run = data.run.changed("data", data=location, hflip=False, cache=False)
     run = run.changed("training", batch=data.batch)
     family = families.of(run)
@@ -173,8 +197,12 @@ def _epoch(data: _Data, location: str, num_workers: int) -> Spent:
     loader = make_loader(dataset, sampler, num_workers=num_workers, device=_CPU)
 
     def load() -> None:
+        if copier is not None:
+            print(file=copier.stdin, flush=True)
         batches = iter(loader)
         for _ in range(data.num_images // data.batch):
             next(batches)
+        if copier is not None and copier.wait():
+            raise RuntimeError("The bare copy failed.")
 
     return spent_by(load, _CPU)
