@@ -268,7 +268,7 @@ def test_what_cannot_be_read_is_said_before_training(served, tmp_path):
     served.shutdown()
     served.server_close()
     message = fail(train_script, *image, f"--data={served.address}/toy.zip")
-    assert "toy.zip: cannot be read (Connect call failed" in message
+    assert "toy.zip: cannot be read (Connection refused)" in message
     message = fail(train_script, *features, f"--data=pipe:touch {tmp_path}/made")
     assert "not an address that can be read; accepted: http://" in message
     assert not (tmp_path / "runs").exists()
