@@ -333,6 +333,8 @@ def _run(command: click.Command) -> None:
         if quiet:
             # An error of all ranks is told by the first, and the launcher then ends the others
             # within this time. What is still here has an error of its own.
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_DFL)
             time.sleep(2)
             click.echo(f"On local rank {os.environ['LOCAL_RANK']}:", err=True)
         if not isinstance(error, click.ClickException):

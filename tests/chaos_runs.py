@@ -28,7 +28,6 @@ import dnnlib.cli
 import train
 from dnnlib import launcher
 from evaluation.in_loop import features, images, sets
-from torch_utils import distributed
 from training import launch, loop
 from training.optimizer import GuardedAdam
 
@@ -149,29 +148,24 @@ def instrument():
 
 def note_batches(note):
     """Have ``note(cur_nimg, rows, batch, cond)`` called for each batch of each step that begins."""
-    make_loader, draw, passes_of = loop.make_loader, loop.rng.Step, loop.rank_passes
-    position, passes, coming = [0], [()], []
+    of_pass, draw, passes_of = loop.Batches.of_pass, loop.rng.Step, loop.rank_passes
+    place, passes = [0, 0], []  # Images before the step, passes in it.
 
     def noted_draw(seed, cur_nimg, *args):
-        position[0] = cur_nimg
-        while coming:
-            note(cur_nimg, *coming.pop())
+        place[:] = cur_nimg, 0
         return draw(seed, cur_nimg, *args)
 
     def noted_passes(*args):
-        passes[0] = passes_of(*args)
-        return passes[0]
+        passes[:] = passes_of(*args)
+        return passes
 
-    def noted_loader(*args, **kwargs):
-        for number, found in enumerate(make_loader(*args, **kwargs)):
-            number %= len(passes[0])
-            if number or distributed.world_size() > 1:
-                note(position[0], passes[0][number], *found)
-            else:  # The first batch of a step of one rank comes before the step.
-                coming[:] = [(passes[0][0], *found)]
-            yield found
+    def noted_batch(batches):
+        found, (cur_nimg, number) = of_pass(batches), place
+        place[1] += 1
+        note(cur_nimg, passes[number], *found)
+        return found
 
-    loop.make_loader, loop.rng.Step, loop.rank_passes = noted_loader, noted_draw, noted_passes
+    loop.Batches.of_pass, loop.rng.Step, loop.rank_passes = noted_batch, noted_draw, noted_passes
 
 
 def learn_modules():

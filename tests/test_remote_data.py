@@ -5,7 +5,9 @@ import itertools
 import json
 import re
 import shutil
+import signal
 import tarfile
+import time
 import zipfile
 
 import helpers
@@ -339,3 +341,28 @@ def test_a_run_on_remote_images_that_is_killed_equals_one_on_local_images(
     assert len(per_tick(found, "Loss/loss")) == 12
     for name in ("Loss/loss", "Loss/grad_norm"):
         assert per_tick(found, name) == per_tick(reference, name)
+
+
+@pytest.mark.parametrize("fault", ["stall", (404,)])
+def test_steps_of_two_ranks_before_data_that_do_not_come_are_kept(
+    start_process, digits_zip, shared_dir, tmp_path, fault
+):
+    name, runs = scattered(digits_zip, tmp_path / "served"), tmp_path / "runs"
+    with serve(tmp_path / "served") as server:
+        options = (f"--data={server.address}/{name}", f"--outdir={runs}", *TINY, "--kimg=1000")
+        options = (*options, "--tick=0", "--snap=1000000", "--workers=0", "--no-cache")
+        run = start_process(*options, ranks=2, warm=True)
+        run.wait_until(lambda: num_rows(runs) >= 3)
+        num_requests, server.always = len(server.requests), fault
+        shutil.rmtree(shared_dir / "cache" / "blocks")
+        run.wait_until(lambda: len(server.requests) > num_requests)
+        began = time.monotonic()
+        if fault == "stall":
+            run.send(signal.SIGTERM)
+        output = run.finish(0 if fault == "stall" else 1)
+        assert time.monotonic() - began < 20  # A stall takes longer.
+    by = "SIGTERM" if fault == "stall" else "the data, as told below,"
+    assert re.search(rf"Stopped by {by} at kimg [\d.]+; continue with --resume=", output)
+    assert output.count("digits.tar: cannot be read (not found)") == (fault != "stall")
+    state = final_state(only_run(runs))
+    assert state["progress"]["cur_nimg"] == 64 * num_rows(runs)

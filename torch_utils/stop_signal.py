@@ -116,12 +116,7 @@ class StopSignal:
         self._at_once = False
 
     def wait_for(self, make: Callable[[], T]) -> T | None:
-        """Return ``make()``; None if a signal comes before its end and there is one rank alone.
-
-        Several ranks stop where all of them are: they go on waiting.
-        """
-        if distributed.world_size() > 1:
-            return make()
+        """Return ``make()``; None if a signal comes before its end."""
         try:
             with self.at_once():
                 return make()

@@ -22,6 +22,7 @@ from torch_utils.saver import Saver
 from torch_utils.stats import StatsCollector
 from torch_utils.stop_signal import StopRequested, StopSignal
 from training import checkpoint
+from training.batches import Batches
 from training.checkpoint import Snapshot, snapshot_path
 from training.config import RunConfig
 from training.distillation.course import course_of
@@ -157,7 +158,7 @@ def training_loop(
         config, job.data, cur_nimg, Part(rank, world_size, batch_gpu, num_rollbacks)
     )
     loader = make_loader(job.data, steps.sampler, num_workers=logging.workers, device=device)
-    batches = iter(loader)
+    batches = Batches(loader, len(passes), job.data.remote_bytes > 0, stop_signal)
     flops_per_image = forward_flops(config)  # The backward pass costs twice as much again.
 
     def snapshots(info: dict[str, Any]) -> Iterator[SnapshotParts]:
@@ -189,23 +190,6 @@ def training_loop(
     averages = [ema.state_dict(), profiles.state_dict(), course.state_dict()]
     writer.reserve([weights] * 3 + averages, network, device)
     del weights, averages
-
-    coming, failure = None, None
-
-    def next_step() -> bool:
-        """Return whether a step can begin; with one rank, whether its first batch has come.
-
-        That may be on a server that does not answer for minutes. A stop or a failure to read it
-        leaves the steps before, while several ranks are all in the step that it is for.
-        """
-        nonlocal coming, failure
-        if world_size > 1:
-            return True
-        try:
-            coming = stop_signal.wait_for(functools.partial(next, batches))
-        except Exception as error:
-            failure = error
-        return coming is not None
 
     def is_stopping() -> bool:
         return stop_signal.received is not None
@@ -309,9 +293,9 @@ def training_loop(
         )
         stop = not show_and_score(lacking, made["metrics_due"])
     if not (done or stop):
-        stop = not next_step()
-        if failure is not None:
-            raise failure
+        stop = not batches.await_step()
+        if batches.failure is not None:
+            raise batches.failure
     tick_start_sec, maintenance_sec = time.time(), time.time() - start_sec
     timed_nimg = cur_nimg
     tick_end_nimg = tick_start_nimg + config.tick_nimg
@@ -331,8 +315,7 @@ def training_loop(
         with parameters.accumulating():
             for part in passes:
                 rows = draws.rows(part.start, part.stop)
-                batch, coming = next(batches) if coming is None else coming, None
-                images, cond = objective.prepare(*batch, rows, device)
+                images, cond = objective.prepare(*batches.of_pass(), rows, device)
                 with distributed.no_sync(loss_function, skip=part is not passes[-1]):
                     loss = loss_function(images, cond, rows)
                     # Summed over pixels, averaged over the global batch (DDP averages over ranks).
@@ -371,7 +354,7 @@ def training_loop(
         distributed.finish_step(f"kimg {cur_nimg / 1000:g}")
         stop = stop_signal.agreed() and not done
         if not (tick_ends or stop):
-            if next_step():
+            if batches.await_step():
                 continue
             stop = True
 
@@ -462,7 +445,7 @@ def training_loop(
             stop = True
             if not state_due:
                 write(state, None, alone=True)
-        if not (done or stop or next_step()):
+        if not (done or stop or batches.await_step()):
             stop = True
             if not state_due:
                 write(whole_state(progress_info), None)
@@ -477,16 +460,17 @@ def training_loop(
         distributed.barrier()
     if telemetry is not None:
         if stop:
-            by = stop_signal.name_received() if failure is None else "the data, as told below,"
+            failed = batches.failure is not None
+            by = "the data, as told below," if failed else stop_signal.name_received()
             telemetry.message(
                 f"Stopped by {by} at kimg {format_kimg(cur_nimg / 1000)}; "
                 f"continue with --resume={run_dir}"
             )
         outlook.finish(cur_nimg)
         telemetry.close()
-    if failure is not None:
+    if batches.failure is not None:
         writer.finish()
-        raise failure
+        raise batches.failure
     return not stop
 
 
