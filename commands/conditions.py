@@ -62,6 +62,7 @@ def command(options: ConditionsOptions) -> None:
         panel,
         device,
         dict(snapshot_hash=snapshot.sha256, network=str(snapshot.path)),
+        trained_nimg=snapshot.progress["cur_nimg"],
         batch=options.batch,
         seed=options.seed,
     )

@@ -59,11 +59,19 @@ class FeatureFamily:
         run.detectors.check_used(given, (), choice)
         return run
 
-    def settle_in(self, run: FeatureRun, source: RunConfig, given: Collection[str]) -> FeatureRun:
-        """Return ``run`` with half the learning rate, and new patches let in over 2,000 steps."""
+    def settle_in(
+        self, run: FeatureRun, source: RunConfig, trained_nimg: int, given: Collection[str]
+    ) -> FeatureRun:
+        """Return ``run`` with half the learning rate, and new patches let in over 2,000 steps.
+
+        Patches are new if ``source`` has none, or has not let them in yet.
+        """
         changes = dict(ema_rampup=None, lr=run.training.lr * _LR_FACTOR)
         changes = {name: value for name, value in changes.items() if name not in given}
-        had_patches = getattr(source.model, "use_dino_patches", False)
+        had_patches = (
+            getattr(source.model, "use_dino_patches", False)
+            and trained_nimg >= 1000 * source.features.patch_bias_kimg
+        )
         # A model may get patches that the other had not.
         run = with_architecture(run, source, {*given, "use_dino_patches"})
         if "patch_bias_kimg" not in given and run.model.use_dino_patches and not had_patches:

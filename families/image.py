@@ -50,7 +50,9 @@ class ImageFamily:
         check_metrics(run, given, of_supports=False)
         return run
 
-    def settle_in(self, run: ImageRun, source: RunConfig, given: Collection[str]) -> ImageRun:
+    def settle_in(
+        self, run: ImageRun, source: RunConfig, trained_nimg: int, given: Collection[str]
+    ) -> ImageRun:
         run = with_architecture(run, source, given)
         # The weights are good from the start: the average need not forget its first steps.
         return run if "ema_rampup" in given else run.changed("training", ema_rampup=None)

@@ -50,3 +50,9 @@ class FeatureRun(RunConfig):
     distillation: DualDistillationConfig = DualDistillationConfig()
     features: FeatureConfig = FeatureConfig()
     validation: ValidationConfig = ValidationConfig()
+
+    def cond_after(self, cur_nimg: int, input_shape: tuple[int, ...]) -> dict[str, float]:
+        from training.feature_objective import patch_bias
+
+        bias = patch_bias(self.features, self.model, cur_nimg, input_shape)
+        return {} if bias is None else {"patch_bias": bias}

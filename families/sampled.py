@@ -23,11 +23,14 @@ def check_levels(run: RunConfig) -> None:
     levels = sampling_sigmas(run.sampling, make_precond(run.precond))[:-1]
     sampling, limits = run.sampling, []
     if run.guidance.cfg_interval is not None:
-        limits.append(("--cfg-interval", run.guidance.cfg_interval))
+        low, high = run.guidance.cfg_interval
+        limits.append(("--cfg-interval", low, high, any(low < level <= high for level in levels)))
     if sampling.s_churn > 0:
-        limits.append(("--s-min and --s-max", (sampling.s_min, sampling.s_max or math.inf)))
-    for option, (low, high) in limits:
-        if not any(low <= level <= high for level in levels):
+        low, high = sampling.s_min, math.inf if sampling.s_max is None else sampling.s_max
+        visited = any(low <= level <= high for level in levels)
+        limits.append(("--s-min and --s-max", low, high, visited))
+    for option, low, high, is_visited in limits:
+        if not is_visited:
             but = (
                 f"the sampler visits no noise level there, only {levels[-1]:.4g} to {levels[0]:.4g}"
             )

@@ -31,12 +31,17 @@ class TraceableDenoiser(nn.Module):
     def __init__(self, network: Network, snapshot: Snapshot, size: Size) -> None:
         super().__init__()
         self.network, self._size = network, size
-        self._takes_size = "size" in snapshot.config.model.example_cond()
-        self._denoiser = Denoiser(network, make_precond(snapshot.config.precond))
+        config = snapshot.config
+        self._takes_size = "size" in config.model.example_cond()
+        self._fixed = config.cond_after(
+            snapshot.progress["cur_nimg"], tuple(config.model.shape_of(size))
+        )
+        self._denoiser = Denoiser(network, make_precond(config.precond))
 
     def forward(self, x: Tensor, sigma: Tensor, cond: dict[str, Tensor]) -> Tensor:
         """Return [N, C, h, w] of noisy x [N, C, h, w], noise levels [N] and named conditions."""
         given: dict[str, Any] = dict(cond)
+        given |= {name: x.new_full((x.shape[0],), value) for name, value in self._fixed.items()}
         if self._takes_size:
             given["size"] = self._size
         return self._denoiser(x, sigma, self.network.context(given, num=x.shape[0]))

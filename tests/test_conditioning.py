@@ -1,5 +1,6 @@
 """What conditions do, as the report of them tells it, against networks of which that is known."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -65,7 +66,8 @@ def panel_of(snapshot, num, data=None):
 def report_on(snapshot, panel, **options):
     source = dict(snapshot_hash=snapshot.sha256, network=str(snapshot.path))
     network = snapshot.build(CPU)
-    return report_conditions(network, snapshot.config, panel, CPU, source, **options)
+    run = (network, snapshot.config, panel, CPU, source)
+    return report_conditions(*run, trained_nimg=snapshot.progress["cur_nimg"], **options)
 
 
 def report_of(path, num=8, change=None, data=None, **options):
@@ -219,6 +221,23 @@ def test_features_are_varied_one_by_one_over_all_buckets(base, feature_snapshot)
     for layer in report.attention:
         assert list(layer) == ["text", "CLS", "patches"]
         assert sum(layer.values()) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize(("kimg_so_far", "is_in"), [(0, False), (8, True)])
+def test_patches_that_are_not_let_in_yet_show_no_effect(feature_snapshot, kimg_so_far, is_in):
+    snapshot = load_snapshot(feature_snapshot)
+    snapshot = dataclasses.replace(
+        snapshot,
+        config=snapshot.config.changed("features", patch_bias_kimg=8.0),
+        progress=dict(snapshot.progress, cur_nimg=1000 * kimg_so_far),
+    )
+    report = report_on(snapshot, panel_of(snapshot, 12))
+    for layer in report.attention:
+        assert (layer["patches"] > 0.3) == is_in
+        assert (layer["patches"] < 0.01) != is_in
+    rows = overall(report)
+    small = rows["patches", "dropped"]["value"] < 0.05 * rows["text", "dropped"]["value"]
+    assert small != is_in
 
 
 def test_a_model_that_does_not_look_at_patches_shows_no_effect_of_them(feature_snapshot):

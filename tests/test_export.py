@@ -15,11 +15,14 @@ import export
 import families
 import generate
 from configs import PRESETS
+from diffusion.denoiser import Denoiser
+from diffusion.precond import make_precond
 from evaluation.model_card import model_card
 from models import build_network
 from sampling.traced import TraceableDenoiser, example_inputs, trace_denoiser
 from training import checkpoint
 from training.checkpoint import Snapshot, load_snapshot
+from training.feature_objective import patch_bias
 from training.portable import find_snapshot, open_header, open_snapshot, split_hub_name
 
 pytest.importorskip("safetensors")
@@ -268,7 +271,7 @@ def small_snapshot(preset):
     with torch.no_grad():
         for param in network.parameters():
             param.add_(0.05 * torch.randn_like(param))
-    facts = dict(config=run, data=None, progress={}, packages={}, sha256="")
+    facts = dict(config=run, data=None, progress=dict(cur_nimg=0), packages={}, sha256="")
     return Snapshot(path=Path("made.pkl"), state_dict=network.state_dict(), **facts)
 
 
@@ -291,6 +294,25 @@ def test_the_program_of_every_preset_computes_its_denoiser(preset):
     for num in (1, 3):
         inputs = example_inputs(snapshot, num, size)
         torch.testing.assert_close(program(*inputs), expected(*inputs), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kimg_so_far", [0, 4, 8])
+def test_a_program_lets_patches_in_as_far_as_its_snapshot(kimg_so_far):
+    snapshot = small_snapshot("nanodit-tiny")
+    config = snapshot.config.changed("features", patch_bias_kimg=8.0)
+    progress = dict(cur_nimg=1000 * kimg_so_far)
+    snapshot = dataclasses.replace(snapshot, config=config, progress=progress)
+    size = config.model.image_sizes[0]
+    x, sigma, cond = example_inputs(snapshot, 2, size)
+    bias = torch.full([2], patch_bias(config.features, config.model, 1000 * kimg_so_far, x[0].shape))
+    network = snapshot.build()
+    denoise = Denoiser(network, make_precond(config.precond))
+    expected = denoise(x, sigma, network.context({**cond, "size": size, "patch_bias": bias}, num=2))
+    found = trace_denoiser(snapshot, size).module()(x, sigma, cond)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    without = denoise(x, sigma, network.context({**cond, "size": size}, num=2))
+    assert torch.allclose(found, without, rtol=1e-4, atol=1e-4) == (kimg_so_far == 8)
 
 
 _RUN_ALONE = """

@@ -6,11 +6,13 @@ import math
 import pytest
 import torch
 
+from configs import PRESETS
 from diffusion.config import GuidanceConfig, SamplingConfig
 from diffusion.guidance import autoguidance, classifier_free, guidance_scale
 from diffusion.precond import EDMPrecond, TablePrecond, VPPrecond
 from diffusion.samplers import num_evaluations, sample
 from diffusion.schedules import cosine_sigmas
+from families.sampled import check_levels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,3 +153,23 @@ def test_bad_guidance_options_say_what_is_accepted():
         GuidanceConfig(cfg_schedule="cosine")
     with pytest.raises(ValueError, match="--cfg-interval: got 2,1; accepted: two noise levels"):
         GuidanceConfig(cfg_interval=(2.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "is_known"),
+    [
+        ("guidance", dict(cfg_scale=3.0, cfg_interval=(80.0, 100.0)), False),
+        ("guidance", dict(cfg_scale=3.0, cfg_interval=(79.0, 80.0)), True),
+        ("sampling", dict(s_churn=10.0, s_max=0.0), False),
+        ("sampling", dict(s_churn=10.0, s_min=80.0), True),
+        ("sampling", dict(s_churn=10.0, s_min=81.0), False),
+    ],
+)
+def test_limits_that_no_noise_level_meets_are_refused(section, values, is_known):
+    """The levels are 0.002 to 80; guidance acts above its lower limit, churn also at it."""
+    run = PRESETS["digits"].run.changed("sampling", sampler="heun").changed(section, **values)
+    if is_known:
+        check_levels(run)
+    else:
+        with pytest.raises(ValueError, match="the sampler visits no noise level there"):
+            check_levels(run)

@@ -416,3 +416,6 @@ def test_presets_are_of_models_whose_weights_are_read():
 def test_an_encoder_of_another_kind_cannot_compute_so():
     with pytest.raises(ValueError, match=r"--like: got fsdm-jax with --encoder-mode=vit; give"):
         dataclasses.replace(TINY, like="fsdm-jax", encoder_mode="vit")
+    for pool in ("sum", "mean"):
+        with pytest.raises(ValueError, match=f"--like: got fsdm-jax with --encoder-pool={pool}; "):
+            dataclasses.replace(TINY, like="fsdm-jax", encoder_pool=pool)

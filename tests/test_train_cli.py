@@ -839,6 +839,13 @@ def test_a_warm_start_is_strict_but_for_patches_and_what_is_allowed(base, tmp_pa
     assert config["training"]["lr"] == PRESETS["nanodit-tiny"].run.training.lr / 2
     assert config["features"]["patch_bias_kimg"] == 0
 
+    # A model that has not let its patches in yet begins anew.
+    again = helpers.train_tiny(
+        tmp_path / "again", data, f"--transfer={max(run_dir.glob('*.pkl'))}", tiny=plain
+    ).run_dir
+    config = json.loads((again / "training_options.json").read_text())["config"]
+    assert config["features"]["patch_bias_kimg"] == 2000 * 4 / 1000
+
     # Nothing else may, unless it is allowed.
     arguments = (f"--outdir={tmp_path}", f"--data={data}", *helpers.TINY_FEATURES)
     with_patches = f"--transfer={max(run_dir.glob('*.pkl'))}"

@@ -381,6 +381,13 @@ class RunConfig(Config):
             return self.logging.log_interval * self.step_nimg
         return self.logging.tick * 1000
 
+    def cond_after(self, cur_nimg: int, input_shape: tuple[int, ...]) -> dict[str, float]:
+        """Return conditions that all images have alike after ``cur_nimg`` images of training.
+
+        ``input_shape`` is that of what the network denoises, [C, h, w].
+        """
+        return {}
+
     def snapshot_is_due(self, tick: int, tick_start_nimg: int, cur_nimg: int) -> bool:
         """Return whether the tick that ends now is one with a snapshot."""
         if self.logging.save_interval is None:

@@ -300,8 +300,13 @@ class Family(Protocol):
         """
         ...
 
-    def settle_in(self, run: RunConfig, source: RunConfig, given: Collection[str]) -> RunConfig:
-        """Return ``run`` with what suits a start from the weights of a run of ``source``."""
+    def settle_in(
+        self, run: RunConfig, source: RunConfig, trained_nimg: int, given: Collection[str]
+    ) -> RunConfig:
+        """Return ``run`` with what suits a start from the weights of a run of ``source``.
+
+        These were trained on ``trained_nimg`` images.
+        """
         ...
 
     def distil(self, run: RunConfig, source: RunConfig, given: Collection[str]) -> RunConfig:

@@ -111,10 +111,11 @@ class Start:
         """Return ``config`` with what suits a start from other weights, but for what was typed."""
         if self.source is None:
             return config
-        source, _ = open_header(self.source)
+        source, progress = open_header(self.source)
         if self.distill is not None:
             return family_of(config).distil(config, source, given)
-        settled = family_of(config).settle_in(config, source, given)
+        trained_nimg = progress["cur_nimg"]
+        settled = family_of(config).settle_in(config, source, trained_nimg, given)
         before, after = to_dict(config.model), to_dict(settled.model)
         taken = [f"{name}={after[name]}" for name in after if after[name] != before[name]]
         if taken and launcher.number("RANK") == 0:

@@ -57,6 +57,7 @@ def report_conditions(
     device: torch.device,
     source: Mapping[str, str],
     *,
+    trained_nimg: int,
     batch: int = 16,
     seed: int = 0,
 ) -> Report:
@@ -68,8 +69,8 @@ def report_conditions(
     condition changes as much as images of the panel differ. ``loss_change`` is the relative rise of
     the loss, and ``worse_share`` the share of images whose loss rises. ``se`` are standard errors
     over images.
-    ``source`` says in every row where the network is from, ``seed`` is that of the noise, ``batch``
-    the number of images at once. Raises NotFiniteError if the network gives what is not finite.
+    ``source`` says in every row where the network is from, ``trained_nimg`` is the number of images
+    that it was trained on, ``seed`` that of the noise, ``batch`` the number of images at once. Raises NotFiniteError if the network gives what is not finite.
     """
     precond = make_precond(config.precond)
     dtype = AUTOCAST_DTYPES[config.training.precision]
@@ -80,6 +81,7 @@ def report_conditions(
     bar = progress(total=total, label="Conditions", unit="level", transient=True)
     with torch.inference_mode(), bar:
         for group in panel.groups:
+            group = _as_after(config, trained_nimg, group)
             run = _Runs(Denoiser(network, precond, dtype), group, batch, seed)
             for level, sigma in enumerate(sigmas):
                 with _probe(network, group) as mass:
@@ -103,6 +105,14 @@ def report_conditions(
             parts = found.get((condition.name, change), {})
             rows += _rows(condition, change, parts, sigmas, facts)
     return Report(rows, _mean_attention(masses))
+
+
+def _as_after(config: RunConfig, trained_nimg: int, group: Group) -> Group:
+    """Return a group with the conditions that change in the course of training."""
+    inputs = group.inputs
+    values = config.cond_after(trained_nimg, tuple(inputs.shape[1:]))
+    cond = {name: inputs.new_full((len(inputs),), value) for name, value in values.items()}
+    return dataclasses.replace(group, cond={**group.cond, **cond})
 
 
 # By noise level, of each group's images [3, n]: change of the output, loss, loss before.

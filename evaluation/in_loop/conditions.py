@@ -58,7 +58,8 @@ class ConditionsEvaluator:
         self._panel = self._panel or self._make_panel()
         network, snapshot = generator.network, snapshot_path(outputs.run_dir, cur_nimg)
         source = dict(snapshot_hash=weights_hash(network.state_dict()), network=str(snapshot))
-        report = report_conditions(network, self._config, self._panel, self._device, source)
+        run = (network, self._config, self._panel, self._device, source)
+        report = report_conditions(*run, trained_nimg=cur_nimg)
         kimg = format_kimg(cur_nimg / 1000)
         picture = report_picture(report, f"What conditions do at kimg {kimg}")
         with outputs.stop_signal.deferred():  # The rows say that the report is done: they are last.

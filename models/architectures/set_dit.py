@@ -170,8 +170,11 @@ class SetDiTConfig(ModelConfig):
         if self.warm_start_adaln and self.mode_conditioning == "lag" and self.gate == "none":
             but = "with --gate=none the context has its full effect from the start"
             raise refusal("--warm-start-adaln", but=but, remedy="leave it out")
-        pools_cls = self.mode_conditioning == "film" and self.encoder_pool == "cls"
-        if pools_cls and self.encoder_depth == 0:
+        pool = self.encoder_pool if self.mode_conditioning == "film" else None
+        if self.is_like_jax and pool in ("mean", "sum"):
+            remedy = "give --encoder-pool=mean-all, which is that code's mean, or cls"
+            raise refusal("--like", f"fsdm-jax with --encoder-pool={pool}", remedy=remedy)
+        if pool == "cls" and self.encoder_depth == 0:
             got = "0, with which the CLS token sees no image"
             raise refusal("--encoder-depth", got, remedy="give at least 1, or --encoder-pool=mean")
         chosen = self.cross_attn_layers
