@@ -305,7 +305,9 @@ def test_a_program_lets_patches_in_as_far_as_its_snapshot(kimg_so_far):
     snapshot = dataclasses.replace(snapshot, config=config, progress=progress)
     size = config.model.image_sizes[0]
     x, sigma, cond = example_inputs(snapshot, 2, size)
-    bias = torch.full([2], patch_bias(config.features, config.model, 1000 * kimg_so_far, x[0].shape))
+    bias = torch.full(
+        [2], patch_bias(config.features, config.model, 1000 * kimg_so_far, x[0].shape)
+    )
     network = snapshot.build()
     denoise = Denoiser(network, make_precond(config.precond))
     expected = denoise(x, sigma, network.context({**cond, "size": size, "patch_bias": bias}, num=2))

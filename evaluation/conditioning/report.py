@@ -70,7 +70,8 @@ def report_conditions(
     the loss, and ``worse_share`` the share of images whose loss rises. ``se`` are standard errors
     over images.
     ``source`` says in every row where the network is from, ``trained_nimg`` is the number of images
-    that it was trained on, ``seed`` that of the noise, ``batch`` the number of images at once. Raises NotFiniteError if the network gives what is not finite.
+    that it was trained on, ``seed`` that of the noise, ``batch`` the number of images at once.
+    Raises NotFiniteError if the network gives what is not finite.
     """
     precond = make_precond(config.precond)
     dtype = AUTOCAST_DTYPES[config.training.precision]
