@@ -16,7 +16,7 @@ from dnnlib.cli import ConfigCommand, is_given, raw_value, run
 from dnnlib.click_options import output_rules, overwrites, param, takes
 from dnnlib.config import Config
 from dnnlib.files import check_target
-from dnnlib.text import MAX_LISTED, parse_ranges
+from dnnlib.text import MAX_LISTED, check_seeds, parse_ranges
 from sampling.config import GenerateConfig
 from training.asked import Asked, GeneratorOptions
 from training.config import CPU_MATMUL
@@ -97,6 +97,7 @@ class GenerateOptions:
                 raise click.UsageError(
                     "--seeds names a seed twice; an image is called by its seed."
                 )
+            check_seeds("--seeds", seeds)
             return seeds
         if is_given("seeds"):
             raise click.UsageError("Give --seeds or --num, not both.")
@@ -139,7 +140,7 @@ def main(config: GenerateConfig, options: GenerateOptions, asked: Asked) -> None
     seeds = options.seed_list()
     from sampling.animation import animate
     from sampling.images import cached_snapshot, describe_sampling
-    from sampling.outputs import claim_outdir, make_images, places
+    from sampling.outputs import check_layout, claim_outdir, make_images, places
     from torch_utils import distributed
     from torch_utils.misc import allow_tf32
     from torch_utils.pictures import check_picture_target, read_image, save_image
@@ -150,6 +151,7 @@ def main(config: GenerateConfig, options: GenerateOptions, asked: Asked) -> None
     requests = family.requests(snapshot, dataclasses.replace(asked, given=given))
     todo = places(options.outdir, requests, seeds, options.subdirs)
     check_target("--outdir", options.outdir, is_folder=True)
+    check_layout(places(options.outdir, requests, seeds, not options.subdirs), options.subdirs)
     if options.grid is not None:
         check_picture_target("--grid", options.grid, **output_rules("grid"))
         if options.grid.absolute() in {place.path.absolute() for place in todo}:

@@ -25,6 +25,7 @@ from torch import Tensor
 import families  # noqa: F401 (registers them)
 from dnnlib.config import Config, unknown
 from dnnlib.errors import refusal
+from dnnlib.text import check_seeds
 from torch_utils.pictures import to_pil
 from training.asked import HOW, Asked, GeneratorOptions
 from training.checkpoint import Snapshot
@@ -148,7 +149,9 @@ class Model:
         """
         if output not in ("pil", "tensor"):
             raise refusal("output", repr(output), accepted="'pil', 'tensor'")
-        seeds = list(range(seeds)) if isinstance(seeds, int) else [int(seed) for seed in seeds]
+        seeds = range(seeds) if isinstance(seeds, int) else list(seeds)
+        check_seeds("seeds", seeds)
+        seeds = [int(seed) for seed in seeds]
         asked = dict(classes=classes, support=support, prompt=prompt)
         with self._bound(dict(asked, reference=reference, size=size), settings) as (
             generator,

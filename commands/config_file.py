@@ -1,7 +1,6 @@
 """Where a run's configuration comes from, if from a file: ``--config=FILE``, ``--distill=FILE``."""
 
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 from dnnlib.addresses import is_address
 from dnnlib.errors import refusal
 from dnnlib.files import check_source, read_file
-from dnnlib.typed import parse_json
+from dnnlib.typed import parse_json, unique
 from training.config import RunConfig
 from training.family import restore_run
 
@@ -38,17 +37,22 @@ def _parse(path: str) -> Mapping[str, Any]:
     is_yaml = Path(path).suffix.lower() in _YAML
     try:
         text = read_file(path).decode()
-        content = _parse_yaml(path, text) if is_yaml else parse_json(text)
+        content = _parse_yaml(path, text) if is_yaml else _parse_json(path, text)
     except OSError as error:
         raise ValueError(f"--config: {path} cannot be read ({error.strerror}).") from None
     except UnicodeDecodeError:
         raise ValueError(f"--config: {path} is no text file.") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"--config: {path} is no valid JSON ({error}).") from None
     if not isinstance(content, Mapping):
         but = f"{path} holds no option names with values"
         raise refusal("--config", but=but, remedy='write {"preset": "cifar10", "lr": 0.0001}')
     return content
+
+
+def _parse_json(path: str, text: str) -> Any:
+    try:
+        return parse_json(text, object_pairs_hook=unique)
+    except ValueError as error:
+        raise ValueError(f"--config: {path} is no valid JSON ({error}).") from None
 
 
 def _parse_yaml(path: str, text: str) -> Any:
@@ -57,8 +61,17 @@ def _parse_yaml(path: str, text: str) -> Any:
     except ModuleNotFoundError:
         but = f"reading {path} needs the package pyyaml, which is not installed"
         raise refusal("--config", but=but, remedy="pip install pyyaml, or write JSON") from None
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+            try:
+                unique([(str(key.value), None) for key, _ in node.value])
+            except ValueError as error:
+                raise yaml.YAMLError(error) from None
+            return super().construct_mapping(node, deep)
+
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader)
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"--config: {path} is no valid YAML ({reason}).") from None

@@ -319,6 +319,9 @@ def run(command: click.Command) -> None:
     raised by a library keeps its traceback. SIGTERM and SIGHUP end a command that does not handle
     them with 128 + number.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # It was closed by whoever started this.
+            setattr(sys, name, open(os.devnull, "w"))
     with _heeding_stops():
         _run(command)
 
@@ -347,10 +350,11 @@ def _run(command: click.Command) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         # Of files and disks; others, such as those of connections, keep their traceback.
-        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        is_known = error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not is_known and not (error.errno is None and _is_ours(error)):
             raise
         where = "" if error.filename is None else f"{error.filename}: "
-        message = f"{where}{error.strerror}."
+        message = f"{where}{error.strerror or error}."
         click.echo(f"Error: {message}", err=True)
         launcher.record_error(message)
         sys.exit(1)

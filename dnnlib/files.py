@@ -14,6 +14,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any
 
+from dnnlib.errors import refusal
+
 CACHE_VARIABLE = "SETDIFFIT_CACHE"
 
 
@@ -181,8 +183,14 @@ def is_locked(path: Path) -> bool:
 
 def cache_dir() -> Path:
     """Return the folder for downloads and derived data: $SETDIFFIT_CACHE or ~/.cache/setdiffit."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "setdiffit"
-    return Path(os.environ.get(CACHE_VARIABLE, default))
+    if named := os.environ.get(CACHE_VARIABLE):
+        return Path(named)
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        but = "there is no home folder to keep downloads in"
+        raise refusal("HOME", but=but, remedy=f"set ${CACHE_VARIABLE} to a folder") from None
+    return Path(base, "setdiffit")
 
 
 def sha256_of_file(path: str | os.PathLike) -> str:

@@ -102,9 +102,10 @@ class SaverProcess:
                 self._kinds[kind](**job)
                 error = None
             except OSError as caught:
-                error = str(caught)
+                known = caught.errno, caught.strerror, caught.filename
+                error = [str(caught)] if caught.errno is None else known
             except Exception as caught:
-                error = f"{type(caught).__name__}: {caught}"
+                error = [f"{type(caught).__name__}: {caught}"]
             with contextlib.suppress(OSError):  # Nobody needs the answer any more.
                 send_message(self._connection, error)
         self._drop_lock()

@@ -1,10 +1,13 @@
 """Numbers, durations and lists as people read and type them."""
 
+import operator
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from dnnlib.config import did_you_mean
 from dnnlib.errors import refusal
 
+_MAX_SEED = 2**32 - 1
 MAX_LISTED = 10_000_000  # Integers of one list, which a range names in a few characters.
 
 
@@ -59,6 +62,17 @@ def by_number(name: str) -> tuple[bool, int, str]:
     return not is_number(name), int(name) if is_number(name) else 0, name
 
 
+def check_seeds(where: str, seeds: Iterable[Any]) -> None:
+    """Raise ValueError for a seed of an image that is no integer from 0 to 2^32 - 1."""
+    for seed in seeds:
+        try:
+            is_seed = not isinstance(seed, bool) and 0 <= operator.index(seed) <= _MAX_SEED
+        except TypeError:
+            is_seed = False
+        if not is_seed:
+            raise refusal(where, repr(seed), accepted=f"integers from 0 to {_MAX_SEED:,}")
+
+
 def parse_ranges(
     where: str, parts: str | Sequence[str], names: Sequence[str] | None = None
 ) -> list[int]:
@@ -73,7 +87,11 @@ def parse_ranges(
     numbers = {int(name): i for i, name in enumerate(names or ()) if is_number(name)}
     for part in map(str.strip, parts.split(",") if isinstance(parts, str) else parts):
         if names is not None and part in names:
-            found.append(list(names).index(part))
+            same = [index for index, name in enumerate(names) if name == part]
+            if len(same) > 1:
+                but = f"classes {join_names(map(str, same[:4]))} have that name"
+                raise refusal(where, repr(part), but=but, remedy="give an index, or rename them")
+            found += same
             continue
         low, dash, high = part.partition("-")
         if not is_number(low) or (dash and not is_number(high)):

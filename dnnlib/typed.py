@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +19,15 @@ def parse_json(content: str | bytes, **hooks: Any) -> Any:
         return json.loads(content, **hooks)
     except RecursionError:
         raise ValueError("values are nested too deeply") from None
+
+
+def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of these pairs, as ``object_pairs_hook``; ValueError for a key twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise ValueError(f"{twice!r} is listed twice")
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

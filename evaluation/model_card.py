@@ -50,8 +50,8 @@ def write_export(snapshot: Snapshot, folder: Path, *, location: str) -> None:
     if picture is not None:
         with atomic_write(folder / _PICTURE) as file:
             file.write(picture.read_bytes())
-    with atomic_write(folder / "README.md", "w", encoding="utf-8") as file:
-        file.write(text)
+    with atomic_write(folder / "README.md") as file:
+        file.write(text.encode("utf-8", "replace"))  # Names of files may be no text.
     save_portable(snapshot, folder)
 
 

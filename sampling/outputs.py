@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from data.resumable import claim
+from dnnlib.errors import refusal
 from dnnlib.progress import progress
 from dnnlib.text import parse_ranges
 from torch_utils import distributed
@@ -88,6 +89,14 @@ def places(outdir: Path, requests: Requests, seeds: Sequence[int], subdirs: bool
         folder = folder / f"{seed - seed % 1000:06d}" if subdirs else folder
         found.append(Place(folder / f"{seed:06d}.png", seed, requests.label(part, seed)))
     return found
+
+
+def check_layout(other: Sequence[Place], subdirs: bool) -> None:
+    """Raise ValueError if ``other``, the images by the other choice of ``subdirs``, exist."""
+    found = next((place.path for place in other if place.path.is_file()), None)
+    if found is not None:
+        remedy = f"{'leave out' if subdirs else 'add'} --subdirs, or name another folder"
+        raise refusal("--outdir", but=f"{found} is one of these images already", remedy=remedy)
 
 
 def claim_outdir(outdir: Path, protocol: Mapping[str, Any]) -> None:

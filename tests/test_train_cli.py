@@ -378,8 +378,8 @@ CASES = {
     ],
     "use-context-layernorm": [Case("False", "net", beside="SETS")],
     "like": [
-        Case("fsdm-jax", "net", beside="SETS"),
-        Case("paper", "net", beside="SETS --like=fsdm-jax"),
+        Case("fsdm-jax", "net", beside="SETS --encoder-pool=mean-all"),
+        Case("paper", "net", beside="SETS --encoder-pool=mean-all --like=fsdm-jax"),
     ],
     "cross-attn-layers": [Case("1", "net", beside="SETS --mode-conditioning=lag --num-blocks=2")],
     "gate": [

@@ -173,7 +173,7 @@ class Saver:
             raise OSError(_LOST) from None
         self._num_pending -= 1
         if error is not None:
-            raise OSError(error)
+            raise OSError(*error)
 
     def _tell(self, **job: Any) -> None:
         if self._is_copying:

@@ -43,7 +43,7 @@ def resume_paths(resume: str) -> tuple[Path, Path | None]:
 
     Raises ValueError if there is neither.
     """
-    path, accepted = Path(resume), "a run folder, a state file (.pt), or auto"
+    path, accepted = Path(resume), "a run folder, a state (training-state-KIMG), or auto"
     if is_state_folder(path):
         return path.parent, path
     if path.is_dir():

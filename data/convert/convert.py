@@ -314,7 +314,11 @@ def _open_target(dest: Path) -> Iterator[_FilesTarget | _SamplesTarget]:
         def write(name: str, data: bytes) -> None:
             path = folder / name
             path.parent.mkdir(exist_ok=True)
-            path.write_bytes(data)
+            try:
+                path.write_bytes(data)
+            except OSError as error:
+                error.filename = str(dest)  # Not the hidden one.
+                raise
 
         yield _FilesTarget(write)
         os.sync()

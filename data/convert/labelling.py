@@ -3,13 +3,14 @@
 import collections
 import csv
 import dataclasses
+import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from data.images.labels import labels_of_metadata, read_class_splits
+from data.images.labels import check_class_names, labels_of_metadata, read_class_splits
 from data.images.members import Archive, parse_metadata
 from dnnlib.errors import refusal
 from dnnlib.files import read_file
@@ -18,6 +19,7 @@ from dnnlib.text import by_number, is_number, join_names
 _SPLITS = frozenset(
     ("train", "training", "val", "valid", "validation", "test", "testing", "eval", "dev", "holdout")
 )
+_CSV_HEADER = ["name", "class"]
 _SHARD_DIGITS = 4  # Folders of fewer digits, or without zeros in front, are no likely shards.
 
 
@@ -99,6 +101,7 @@ def _from_folders(archive: Archive, level: int, depths: Sequence[int]) -> Labell
         raise refusal(archive.label(outside), but=problem, remedy=f"{remedy}--labels=none")
     parts = [name.split("/")[level - 1] for name in archive.names]
     class_names = sorted(set(parts), key=by_number)
+    check_class_names(class_names, archive.path)
     numbers = {name: index for index, name in enumerate(class_names)}
     labels = np.array([numbers[part] for part in parts], np.int64)
     notes = ()
@@ -178,22 +181,28 @@ def _from_file(archive: Archive, location: str) -> Labelling:
         if metadata.get("labels") is None:
             raise refusal("--labels", location, but='it has no "labels"')
     else:
-        metadata = _parse_csv(text, location)
+        metadata = _parse_csv(text, location, archive.names)
     labels, class_names = labels_of_metadata(metadata, archive, "", location)
     notes = _notes(metadata["labels"], archive.names, location)
     return Labelling(Path(location).name, labels, class_names, notes=notes)
 
 
-def _parse_csv(text: str, where: str) -> dict[str, list]:
-    rows = []
+def _parse_csv(text: str, where: str, names: Sequence[str]) -> dict[str, list]:
+    rows, reader = [], csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
-        for number, row in enumerate(csv.reader(text.splitlines(), strict=True), start=1):
-            if row and len(row) != 2:
-                problem = f"line {number} has {len(row)} value(s), not a file name and a class"
+        for row in filter(None, reader):
+            values = [part.strip() for part in row]
+            if len(values) != 2:
+                wanted = "not a file name and a class"
+                problem = f"line {reader.line_num} has {len(row)} value(s), {wanted}"
                 raise refusal(where, but=problem)
-            rows += [[part.strip() for part in row]] if row else []
+            if not values[1]:
+                raise refusal(where, but=f"line {reader.line_num} names no class")
+            rows.append(values)
     except csv.Error as error:
         raise refusal(where, but=f"is no .csv file ({error})") from None
+    if rows and [value.lower() for value in rows[0]] == _CSV_HEADER and rows[0][0] not in names:
+        del rows[0]
     class_names = sorted({name for _, name in rows}, key=by_number)
     numbers = {name: index for index, name in enumerate(class_names)}
     return dict(labels=[[name, numbers[kind]] for name, kind in rows], class_names=class_names)

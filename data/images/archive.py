@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import os
+import posixpath
 import sys
 import zipfile
 from collections import Counter
@@ -33,11 +34,14 @@ class ZipArchive(PackedArchive):
         files = OpenFiles()
         try:
             with files.stream(path) as stream, zipfile.ZipFile(stream) as file:
-                infos = {info.filename: info for info in file.infolist() if not info.is_dir()}
+                members = [info for info in file.infolist() if not info.is_dir()]
         except zipfile.BadZipFile:
             problem = "not a zip archive, or only part of one"
             remedy = "give a folder of images, a zip or an .npz of samples, or copy the file again"
             raise refusal(path, but=problem, remedy=remedy) from None
+        infos = {_plain(info.filename): info for info in members}
+        if len(infos) < len(members):
+            raise refusal(path, but="holds a name twice", remedy="pack it again")
         lengths = {name: info.file_size for name, info in infos.items()}
         super().__init__(path, files, {name: _row(infos[name]) for name in infos}, lengths)
         for name in [*self.names, *self._others]:
@@ -49,6 +53,11 @@ class ZipArchive(PackedArchive):
             if problem:
                 remedy = "extract the zip and give the folder"
                 raise refusal(f"{path}/{name}", but=problem, remedy=remedy)
+
+
+def _plain(name: str) -> str:
+    """Return the name of a file without ``.`` and ``..`` where these can be followed."""
+    return posixpath.normpath(name) if "./" in name or "//" in name else name
 
 
 def _row(info: zipfile.ZipInfo) -> tuple[int, int, int, int]:

@@ -139,12 +139,23 @@ def parse_labels(pairs: object, where: str) -> dict[str, int]:
     return result
 
 
+def check_class_names(names: Sequence[str], where: Any) -> None:
+    """Raise ValueError for the name of a class that cannot be written."""
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            but = f"the name of the class {name!r} is no valid text"
+            raise refusal(where, but=but, remedy="rename it") from None
+
+
 def parse_class_names(names: object, where: str) -> list[str] | None:
     """Return the ``class_names`` entry of a ``dataset.json``; raises ValueError if it is none."""
     if names is None:
         return None
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise ValueError(f'{where}: "class_names" must be a list of names, one per class.')
+    check_class_names(names, where)
     return names
 
 

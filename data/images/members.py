@@ -17,7 +17,7 @@ from dnnlib.addresses import AddressError, without_query
 from dnnlib.errors import refusal
 from dnnlib.files import read_file
 from dnnlib.remote.files import OpenFile, OpenFiles
-from dnnlib.typed import parse_json
+from dnnlib.typed import parse_json, unique
 
 _KEYS = ("labels", "class_names", "class_splits", "captions")  # Of a dataset.json.
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # Signature, ..., length of name, length of extra field.
@@ -25,6 +25,7 @@ _LOCAL_SLACK = 128  # Bytes read beyond header and content, for name and extra f
 ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 METADATA_SUFFIXES = ("dataset.json", ".txt")  # Files beside the images that are read.
 BARE = -1  # In the place of a method: the content alone, without a header, as in a tar.
+_MAX_UNPACKED = 1 << 30  # Bytes; no image of the size that is decoded has more.
 _FILES = OpenFiles()  # Of members that are read without those of their archive.
 
 
@@ -92,9 +93,12 @@ class Member:
         content = data[start:end]
         if self.method == zipfile.ZIP_DEFLATED:
             try:
-                content = zlib.decompress(content, -15)
+                unpacker = zlib.decompressobj(-15)
+                content = unpacker.decompress(content, _MAX_UNPACKED)
             except zlib.error as error:
                 raise ValueError(f"its compressed data are damaged ({error})") from None
+            if unpacker.unconsumed_tail:
+                raise ValueError(f"it unpacks to more than {_MAX_UNPACKED >> 30} GiB")
         return content
 
 
@@ -241,14 +245,6 @@ def is_hidden(name: str) -> bool:
 
 def parse_metadata(content: bytes, where: str) -> dict[str, Any]:
     """Return the object in a ``dataset.json``; raises ValueError for anything else."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
-            raise ValueError(f"{twice!r} is listed twice")
-        return found
-
     try:
         metadata = parse_json(content, object_pairs_hook=unique)
     except ValueError as error:
