@@ -314,6 +314,12 @@ def test_a_list_has_a_bound_on_its_length_and_a_number_one_on_its_digits():
         parse_ranges("--seeds", "9" * 5000)
 
 
+def test_a_name_of_several_classes_names_none():
+    with pytest.raises(ValueError, match="--class: got 'b', but classes 1 and 2 have that name"):
+        parse_ranges("--class", "b", ["a", "b", "b"])
+    assert parse_ranges("--class", "0,2", ["a", "b", "b"]) == [0, 2]
+
+
 def test_where_classes_are_called_by_numbers_all_numbers_are_names():
     names = ["1", "2", "10", "cat"]
     assert parse_ranges("--class", "1,2", names) == parse_ranges("--class", "1-2", names) == [0, 1]

@@ -78,6 +78,8 @@ def test_the_options_of_a_run_give_its_configuration_again(plan, tmp_path, prese
         ("a.json", '{"preset": "digits", "training": {"lr": 1}}', "without sections"),
         ("a.json", '{"preset": "digits", "config": "b.json"}', "names --config"),
         ("a.json", "{", "no valid JSON"),
+        ("a.json", '{"kimg": 1, "lr": 1, "kimg": 2}', "no valid JSON ('kimg' is listed twice)"),
+        ("a.yaml", "kimg: 1\nkimg: 2", "no valid YAML ('kimg' is listed twice)"),
         ("a.json", "[1]", "no option names with values"),
         ("a.yaml", "a: [", "no valid YAML"),
         ("a.yaml", "!!python/object/apply:os.system [echo]", "no valid YAML"),

@@ -1,6 +1,7 @@
 """dataset_tool.py: every source, every option, every message, and interruption."""
 
 import errno
+import io
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from PIL import Image
 from data.convert import convert as conversion
 from data.convert.source import Source
 from data.images.dataset import ImageDataset
+from data.images.decode import UnfitImageError, decode_image
 from dnnlib.parallel import process_map
 
 ROOT = Path(__file__).parent.parent
@@ -208,6 +210,25 @@ def test_sixteen_bit_grayscale_is_refused(tmp_path):
     code, output = convert(tmp_path / "in", tmp_path / "out.zip")
     assert code == 1
     assert "deep.png: has more than 8 bits per channel" in output
+
+
+def test_more_than_eight_bits_are_refused_where_scores_need_each_bit(tmp_path):
+    values = np.arange(192, dtype=np.uint16).reshape(8, 8, 3)
+    ppm = b"P6 # a comment of 3 8 8 255\n8 8\n%d\n"
+    decode_image(ppm % 255 + values.astype(np.uint8).tobytes(), exact=True)
+    with pytest.raises(UnfitImageError, match="more than 8 bits per channel"):
+        decode_image(ppm % 65535 + values.astype(">u2").tobytes(), exact=True)
+    for ending in ("JPEG2000", "j2k"):
+        file, options = io.BytesIO(), dict(no_jp2=ending == "j2k")
+        Image.fromarray(values.astype(np.uint8)).save(file, "JPEG2000", **options)
+        data = bytearray(file.getvalue())
+        decode_image(bytes(data), exact=True)
+        # The depths of the three channels, less 1.
+        depths = slice(begin := data.index(b"\xff\x4f\xff\x51") + 42, begin + 9, 3)
+        assert data[depths] == bytes([7, 7, 7])
+        data[depths] = bytes([15, 15, 15])
+        with pytest.raises(UnfitImageError, match="more than 8 bits per channel"):
+            decode_image(bytes(data), exact=True)
 
 
 def test_the_exif_orientation_is_applied(tmp_path):

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -22,6 +23,7 @@ from dnnlib import safe_pickle
 from dnnlib.downloads import fetch
 from dnnlib.files import (
     atomic_write,
+    cache_dir,
     check_target,
     lock_folder,
     sha256_of_file,
@@ -262,3 +264,20 @@ def test_files_kept_open_are_read_by_any_number_of_threads_and_copies(tmp_path):
             many = [path for path in paths for _ in range(3)]
             parts = list(pool.map(opened.pread, many, [2] * 900, [1] * 900))
             assert parts == [path.read_bytes()[1:] for path in many]
+
+
+def test_an_empty_variable_names_no_cache_and_no_home_is_needed_where_one_does(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setenv("SETDIFFIT_CACHE", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", "/home/me")
+    assert cache_dir() == Path("/home/me/.cache/setdiffit")
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(ValueError, match="HOME: there is no home folder"):
+        cache_dir()
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert cache_dir() == Path("/cache/setdiffit")
+    monkeypatch.setenv("SETDIFFIT_CACHE", "/own")
+    assert cache_dir() == Path("/own")

@@ -236,6 +236,21 @@ def test_a_thousand_seeds_share_a_subfolder(network, tmp_path):
     ]
     again = make(network, tmp_path, "--seeds=5,999", "--subdirs")
     assert "000000/000999.png" in again
+    options = (f"--network={network}", "--steps=2", f"--outdir={tmp_path}")
+    message = helpers.fail(generate, *options, "--seeds=0-5")
+    assert "000000/000005.png is one of these images already; add --subdirs" in message
+    make(network, tmp_path, "--seeds=0-4")
+    message = helpers.fail(generate, *options, "--seeds=4", "--subdirs")
+    assert "000004.png is one of these images already; leave out --subdirs" in message
+
+
+def test_seeds_are_those_that_differ(network, tmp_path):
+    for seed in (2**32, "9" * 18):
+        message = helpers.fail(
+            generate, f"--network={network}", f"--outdir={tmp_path}", f"--seeds={seed}"
+        )
+        assert f"--seeds: got {seed}; accepted: integers from 0 to 4,294,967,295" in message
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_grid_shows_all_seeds_enlarged_with_gaps(network, tmp_path):

@@ -15,6 +15,7 @@ from training_runs import ROOT
 
 import train as train_script
 from dnnlib import cli, launcher
+from dnnlib.progress import progress
 
 ALL = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 SET = dict(RANK="1", WORLD_SIZE="2", MASTER_ADDR="here", MASTER_PORT="1", LOCAL_RANK="1")
@@ -158,3 +159,30 @@ def test_want_of_memory_is_one_sentence(error, wanted, capsys):
     message = capsys.readouterr().err
     assert message.startswith(f"Error: {wanted}")
     assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_stream_that_was_closed_takes_what_nobody_reads(monkeypatch, name):
+    @click.command()
+    def command():
+        click.echo("to nobody")
+        with progress(total=1, label="Working") as bar:
+            bar.update(1)
+
+    monkeypatch.setattr(sys, name, None)
+    with pytest.raises(SystemExit) as ended:
+        cli.run(command)
+    assert ended.value.code == 0
+
+
+def test_an_error_of_the_disk_that_has_a_sentence_alone_is_told_by_it(capsys):
+    @click.command()
+    def command():
+        raise OSError("The process that writes was killed")
+
+    with pytest.raises(SystemExit) as ended:
+        cli.run(command)
+    assert (ended.value.code, capsys.readouterr().err) == (
+        1,
+        "Error: The process that writes was killed.\n",
+    )

@@ -64,6 +64,9 @@ def test_every_kind_of_model_is_asked_by_the_same_call(models, kind):
     assert [image.size for image in images] == [model.image_sizes[0]] * 2
     tensors = model.generate(seeds=[5], steps=2, output="tensor", **asked)
     assert tensors[0].dtype == torch.uint8
+    for seed in (-1, 2**32, 0.5, "1", True):
+        with pytest.raises(ValueError, match=r"seeds: got .*; accepted: integers from 0 to 4,294"):
+            model.generate(seeds=[seed], steps=2, **asked)
     # An image depends on its seed alone.
     pixels = np.asarray(images[1].convert("RGB")).astype(int)
     found = tensors[0].permute(1, 2, 0).cpu().numpy().astype(int)

@@ -1,5 +1,6 @@
 """States and snapshots that a process of its own writes: exactly, and whatever is killed."""
 
+import errno
 import os
 import signal
 import time
@@ -109,8 +110,9 @@ def test_what_cannot_be_written_is_an_error_of_the_next_call(tmp_path):
     (tmp_path / "file").touch()
     with Saver() as saver:
         write_part(saver, tmp_path / "file" / "part-00000.safetensors", TENSORS)
-        with pytest.raises(OSError, match=r"File exists: .*/file"):
+        with pytest.raises(OSError, match=r"File exists: .*/file") as caught:
             saver.wait()
+        assert caught.value.errno == errno.EEXIST
         saver.wait()  # Told once.
         write_part(saver, tmp_path / "part-00000.safetensors", TENSORS)
         saver.wait()

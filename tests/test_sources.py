@@ -9,12 +9,17 @@ import pickle
 import re
 import sys
 import tarfile
+import warnings
+import zipfile
 
 import numpy as np
 import pytest
 from image_files import convert, make_folder, make_zip, random_image, read_target
 
 from data.convert.sources import open_source
+from data.images import members
+from data.images.archive import open_archive
+from data.images.labels import parse_class_names, read_labels
 
 # Folders and zips.
 
@@ -532,3 +537,63 @@ def test_a_single_class_folder_is_named_in_a_note(tmp_path):
     folder = make_folder(tmp_path / "images", ["cat/0.png", "cat/1.png"])
     line = open_source(str(folder)).label_line
     assert "No labels: all images are in one folder, cat" in line
+
+
+def test_names_in_a_zip_are_plain_and_none_is_there_twice(tmp_path):
+    image = make_folder(tmp_path / "in", ["a.png"])
+    with zipfile.ZipFile(tmp_path / "dots.zip", "w") as archive:
+        for name in ("./a/1.png", "b//2.png", "c/../d/3.png"):
+            archive.write(image / "a.png", name)
+    assert open_archive(tmp_path / "dots.zip").names == ["a/1.png", "b/2.png", "d/3.png"]
+    for name in ("a.png", "./a.png"):
+        with zipfile.ZipFile(tmp_path / "twice.zip", "w") as archive, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            archive.write(image / "a.png", "a.png")
+            archive.write(image / "a.png", name)
+        code, output = convert(tmp_path / "twice.zip", tmp_path / "out.zip")
+        assert (code, "twice.zip: holds a name twice; pack it again" in output) == (1, True)
+
+
+def test_what_unpacks_to_too_much_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(members, "_MAX_UNPACKED", 1 << 20)
+    with zipfile.ZipFile(tmp_path / "in.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("fits.png", bytes(1 << 20))
+        archive.writestr("more.png", bytes((1 << 20) + 1))
+    archive = open_archive(tmp_path / "in.zip")
+    assert archive.read(0) == bytes(1 << 20)
+    with pytest.raises(ValueError, match="it unpacks to more than"):
+        archive.read(1)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ('name,class\na.png,"red, dark"\nb.png,"b\n1"\n', ["b\n1", "red, dark"]),
+        ("Name, Class\r\na.png,x\r\nb.png,x\u2028y\r\n", ["x", "x\u2028y"]),
+        ("a.png,x\nb.png,\n", "line 2 names no class"),
+        ("a.png,x\nb.png,y,z\n", "line 2 has 3 value(s), not a file name and a class"),
+    ],
+)
+def test_a_csv_file_may_have_a_header_and_quoted_classes_and_none_without_a_name(
+    tmp_path, text, found
+):
+    make_folder(tmp_path / "in", ["a.png", "b.png"])
+    (tmp_path / "labels.csv").write_text(text, newline="")
+    labels = f"--labels={tmp_path / 'labels.csv'}"
+    code, output = convert(tmp_path / "in", tmp_path / "out.zip", labels)
+    if isinstance(found, str):
+        assert (code, found in output) == (1, True)
+        return
+    assert (code, "that are not there" in output) == (0, False)
+    assert read_labels(open_archive(tmp_path / "out.zip"))[1] == found
+
+
+def test_names_of_classes_that_are_no_text_are_explained(tmp_path):
+    for number, name in enumerate((b"x\xff", b"y")):
+        folder = os.path.join(os.fsencode(tmp_path), b"in", name)
+        os.makedirs(folder)
+        random_image(number).save(os.path.join(folder, b"1.png"))
+    code, output = convert(tmp_path / "in", tmp_path / "out.zip")
+    assert (code, r"the name of the class 'x\udcff' is no valid text" in output) == (1, True)
+    with pytest.raises(ValueError, match=r"the name of the class '\\ud800' is no valid text"):
+        parse_class_names(["\ud800"], "dataset.json")
