@@ -61,18 +61,12 @@ def _parse_yaml(path: str, text: str) -> Any:
     except ModuleNotFoundError:
         but = f"reading {path} needs the package pyyaml, which is not installed"
         raise refusal("--config", but=but, remedy="pip install pyyaml, or write JSON") from None
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict:
-            try:
-                unique([(str(key.value), None) for key, _ in node.value])
-            except ValueError as error:
-                raise yaml.YAMLError(error) from None
-            return super().construct_mapping(node, deep)
-
     try:
-        return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
+        root = yaml.compose(text, yaml.SafeLoader)
+        if isinstance(root, yaml.MappingNode):
+            unique([(key.value, None) for key, _ in root.value if isinstance(key.value, str)])
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"--config: {path} is no valid YAML ({reason}).") from None
 

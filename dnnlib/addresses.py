@@ -218,10 +218,9 @@ def _reason(error: Exception) -> str:
         return "the connection ended before the file"
     if "RedirectClient" in name:
         return "it redirects to an address that is not http or https"
-    number = getattr(error, "errno", None) or 0
-    if number > 0:  # asyncio puts addresses in the place of the system's words.
-        return os.strerror(number)
-    return getattr(error, "strerror", None) or name
+    reason = getattr(error, "strerror", None) or name
+    # asyncio puts addresses in the place of the system's words.
+    return os.strerror(error.errno) if reason.startswith("Connect call failed") else reason
 
 
 def is_http(address: str) -> bool:

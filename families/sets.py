@@ -63,6 +63,8 @@ class SetFamily(ImageFamily):
             lists.add("skip_transforms")
         if lists <= given:
             run = run.changed("sets", rules_for=())
+        if "like" in given:
+            run.model.check_like()
         check_metrics(run, given, of_supports=True)
         refuse_reference(run, "set-conditioned models", "images of their unseen classes")
         return run

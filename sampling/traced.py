@@ -34,7 +34,7 @@ class TraceableDenoiser(nn.Module):
         config = snapshot.config
         self._takes_size = "size" in config.model.example_cond()
         self._fixed = config.cond_after(
-            snapshot.progress["cur_nimg"], tuple(config.model.shape_of(size))
+            snapshot.progress.get("cur_nimg", 0), tuple(config.model.shape_of(size))
         )
         self._denoiser = Denoiser(network, make_precond(config.precond))
 

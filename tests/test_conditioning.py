@@ -26,6 +26,7 @@ from training_runs import assert_same_run
 
 import families
 import fid
+import sampling.images
 import train
 from diffusion.precond import EDMPrecond, FlowPrecond, TablePrecond
 from diffusion.schedules import linear_sigmas
@@ -42,6 +43,7 @@ from evaluation.conditioning.report import (
 from models.attention_probe import attention_shares, record_attention
 from torch_utils.pictures import read_image
 from training.checkpoint import load_snapshot
+from training.config import RunConfig
 
 CPU = torch.device("cpu")
 
@@ -240,6 +242,20 @@ def test_patches_that_are_not_let_in_yet_show_no_effect(feature_snapshot, kimg_s
     assert small != is_in
 
 
+@pytest.mark.parametrize("progress", [dict(cur_nimg=3000), {}])
+def test_a_report_on_a_file_is_of_as_far_as_it_was_trained(
+    feature_snapshot, tmp_path, monkeypatch, progress
+):
+    snapshot, counts = load_snapshot(feature_snapshot), []
+    snapshot = dataclasses.replace(snapshot, progress=progress)
+    monkeypatch.setattr(sampling.images, "cached_snapshot", lambda _: snapshot)
+    monkeypatch.setattr(
+        type(snapshot.config), "cond_after", lambda self, nimg, shape: counts.append(nimg) or {}
+    )
+    succeed(fid, "conditions", f"--network={feature_snapshot}", "--num=4")
+    assert set(counts) == {progress.get("cur_nimg", 0)}
+
+
 def test_a_model_that_does_not_look_at_patches_shows_no_effect_of_them(feature_snapshot):
     def blind(state):
         for name in state:
@@ -334,10 +350,16 @@ def test_what_rounds_to_nothing_has_no_sign(share, text):
     assert signed_percent(share) == text
 
 
-def test_a_run_reports_on_conditions_as_the_command_does_and_trains_as_without(base, tmp_path):
-    data = toy_data(base)
+def test_a_run_reports_on_conditions_as_the_command_does_and_trains_as_without(
+    base, tmp_path, monkeypatch
+):
+    data, counts = toy_data(base), []
+    monkeypatch.setattr(
+        RunConfig, "cond_after", lambda self, nimg, shape: counts.append(nimg) or {}
+    )
     options = ("--cond", "--iters=8", "--batch=8", "--log-interval=4", "--snap=1", "--board=none")
     run = train_tiny(tmp_path / "with", data, *options, "--report-conditions=8")
+    assert counts == [8, 32, 64]
     plain = train_tiny(tmp_path / "plain", data, *options)
     assert_same_run(run.run_dir, plain.run_dir)
     snapshots = sorted(run.run_dir.glob("network-snapshot-*.pkl"))

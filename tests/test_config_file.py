@@ -82,6 +82,8 @@ def test_the_options_of_a_run_give_its_configuration_again(plan, tmp_path, prese
         ("a.yaml", "kimg: 1\nkimg: 2", "no valid YAML ('kimg' is listed twice)"),
         ("a.json", "[1]", "no option names with values"),
         ("a.yaml", "a: [", "no valid YAML"),
+        ("a.yaml", "[" * 2000, "no valid YAML"),
+        ("a.yaml", "!!map [1, 2]", "no valid YAML"),
         ("a.yaml", "!!python/object/apply:os.system [echo]", "no valid YAML"),
         ("a.json", '{"config": {"preset": "digits"}}', "--config"),
         ("a.json", '{"config": {"family": "image", "surprise": 1}}', "surprise"),

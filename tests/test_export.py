@@ -271,7 +271,7 @@ def small_snapshot(preset):
     with torch.no_grad():
         for param in network.parameters():
             param.add_(0.05 * torch.randn_like(param))
-    facts = dict(config=run, data=None, progress=dict(cur_nimg=0), packages={}, sha256="")
+    facts = dict(config=run, data=None, progress={}, packages={}, sha256="")
     return Snapshot(path=Path("made.pkl"), state_dict=network.state_dict(), **facts)
 
 

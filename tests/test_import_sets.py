@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 import generate
 import import_weights
+import train
 from configs import get_preset
 from models.architectures.set_dit import SetDiTConfig
 from models.published.layout import network_of_published
@@ -417,5 +418,9 @@ def test_an_encoder_of_another_kind_cannot_compute_so():
     with pytest.raises(ValueError, match=r"--like: got fsdm-jax with --encoder-mode=vit; give"):
         dataclasses.replace(TINY, like="fsdm-jax", encoder_mode="vit")
     for pool in ("sum", "mean"):
+        config = dataclasses.replace(TINY, like="fsdm-jax", encoder_pool=pool)
         with pytest.raises(ValueError, match=f"--like: got fsdm-jax with --encoder-pool={pool}; "):
-            dataclasses.replace(TINY, like="fsdm-jax", encoder_pool=pool)
+            LAYOUT.sources(config)
+        options = ("--preset=fsdm-digits", "--dry-run", "--like=fsdm-jax", f"--encoder-pool={pool}")
+        assert f"--encoder-pool={pool}; give --encoder-pool=mean-all" in fail(train, *options)
+        dataclasses.replace(config, mode_conditioning="lag", gate="none").check_like()

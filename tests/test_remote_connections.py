@@ -76,6 +76,14 @@ def test_a_connection_is_kept_until_the_server_ends_it(served, monkeypatch):
     assert len(opened) == 3
 
 
+def test_a_server_that_does_not_speak_tls_is_told_as_such(served):
+    secure = served.address.replace("http:", "https:") + "/a.bin"
+    with pytest.raises(addresses.AddressError, match=r"a.bin: cannot be read \(\[SSL"):
+        addresses.persist(secure, lambda: get_range(secure, 0, 9, 5, 5), waits=())
+    with pytest.raises(addresses.AddressError, match=r"a.bin: cannot be read \(\[SSL"):
+        addresses.persist(secure, lambda: addresses.open_store(secure).cat_file(secure), waits=())
+
+
 def test_names_are_quoted_as_the_package_does(served):
     name = "a b%2520é.bin"
     assert bytes(asked(served, 0, 1000, name).data) == DATA[:1000]

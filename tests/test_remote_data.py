@@ -343,14 +343,15 @@ def test_a_run_on_remote_images_that_is_killed_equals_one_on_local_images(
         assert per_tick(found, name) == per_tick(reference, name)
 
 
-@pytest.mark.parametrize("fault", ["stall", (404,)])
+@pytest.mark.parametrize(("fault", "batch_gpu"), [("stall", 8), ((404,), 32)])
 def test_steps_of_two_ranks_before_data_that_do_not_come_are_kept(
-    start_process, digits_zip, shared_dir, tmp_path, fault
+    start_process, digits_zip, shared_dir, tmp_path, fault, batch_gpu
 ):
     name, runs = scattered(digits_zip, tmp_path / "served"), tmp_path / "runs"
     with serve(tmp_path / "served") as server:
         options = (f"--data={server.address}/{name}", f"--outdir={runs}", *TINY, "--kimg=1000")
         options = (*options, "--tick=0", "--snap=1000000", "--workers=0", "--no-cache")
+        options = (*options, f"--batch-gpu={batch_gpu}")
         run = start_process(*options, ranks=2, warm=True)
         run.wait_until(lambda: num_rows(runs) >= 3)
         num_requests, server.always = len(server.requests), fault

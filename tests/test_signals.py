@@ -199,7 +199,7 @@ def test_steps_before_data_that_do_not_come_are_kept(
     def fail(dataset, indices):
         if any(tmp_path.glob("runs/*")) and num_rows(tmp_path / "runs"):
             calls.append(indices)
-        if len(calls) == 1 + 2 * num_passes:  # The last batch of the third step.
+        if len(calls) == 2 + num_passes:  # The first batch of the third step.
             if fault == "error":
                 raise ImageError("digits.zip/7.png: cannot be read (gone).")
             threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
@@ -231,6 +231,23 @@ def test_the_end_of_a_pipe_that_another_thread_meets_stops_the_one_that_waits(re
         threading.Timer(0.2, stop._hang_up).start()
         assert stop.wait_for(lambda: threading.Event().wait(60)) is None
         assert (stop.name_received(), stop.cut) == ("SIGPIPE", False)
+
+
+def test_a_stop_that_comes_within_a_finaliser_is_heard_after_it(restored_handlers):
+    class Finalised:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0)  # Python looks for signals here.
+
+    def work():
+        Finalised()
+        return threading.Event().wait(30)
+
+    began = time.monotonic()
+    with StopSignal() as stop:
+        assert stop.wait_for(work) is None
+    assert time.monotonic() - began < 20
+    assert stop.name_received() == "SIGTERM"
 
 
 def test_a_stop_that_all_ranks_agreed_on_is_no_failure_to_torchrun(

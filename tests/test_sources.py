@@ -1,5 +1,6 @@
 """What dataset_tool.py convert reads: folders, zips, CIFAR, MNIST, digits and none of these."""
 
+import dataclasses
 import errno
 import gzip
 import io
@@ -551,7 +552,20 @@ def test_names_in_a_zip_are_plain_and_none_is_there_twice(tmp_path):
             archive.write(image / "a.png", "a.png")
             archive.write(image / "a.png", name)
         code, output = convert(tmp_path / "twice.zip", tmp_path / "out.zip")
-        assert (code, "twice.zip: holds a name twice; pack it again" in output) == (1, True)
+        assert (code, "twice.zip: holds a.png twice; pack it again" in output) == (1, True)
+
+
+def test_files_that_nobody_reads_may_be_there_twice_and_labels_have_plain_names(tmp_path):
+    image = make_folder(tmp_path / "in", ["a.png"]) / "a.png"
+    with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        archive.write(image, "./a.png")
+        for name in ("readme.md", "__MACOSX/._a.png") * 2:
+            archive.write(image, name)
+        archive.writestr("dataset.json", '{"labels": [["./a.png", 0]]}')
+    archive = open_archive(tmp_path / "in.zip")
+    assert archive.names == ["a.png"]
+    assert read_labels(archive)[0].tolist() == [0]
 
 
 def test_what_unpacks_to_too_much_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
@@ -559,10 +573,16 @@ def test_what_unpacks_to_too_much_is_refused_before_it_fills_the_memory(tmp_path
     with zipfile.ZipFile(tmp_path / "in.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("fits.png", bytes(1 << 20))
         archive.writestr("more.png", bytes((1 << 20) + 1))
+        archive.writestr("much.png", bytes(1 << 24))
     archive = open_archive(tmp_path / "in.zip")
     assert archive.read(0) == bytes(1 << 20)
-    with pytest.raises(ValueError, match="it unpacks to more than"):
-        archive.read(1)
+    for index in (1, 2):
+        with pytest.raises(ValueError, match="it unpacks to more than"):
+            archive.read(index)
+    member = archive.member(0)
+    cut = dataclasses.replace(member, compressed_size=member.compressed_size - 9)
+    with pytest.raises(ValueError, match="its compressed data are damaged"):
+        cut.read()
 
 
 @pytest.mark.parametrize(

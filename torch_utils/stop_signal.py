@@ -13,6 +13,7 @@ from dnnlib.streams import Stream
 from torch_utils import distributed
 
 T = TypeVar("T")
+_AGAIN_SEC = 0.01
 
 
 class StopRequested(BaseException):  # Nobody who catches errors means this.
@@ -28,7 +29,8 @@ class StopSignal:
     device nor the step waits for the network.
 
     Within :meth:`at_once`, where all that matters is in a state on disk or still in memory, a
-    signal raises :class:`StopRequested` between any two instructions, in each rank by itself.
+    signal raises :class:`StopRequested` between any two instructions, in each rank by itself. Where
+    that comes to nothing, as Python drops what finalisers raise, it is raised again.
 
     Once a signal came, further ones are ignored until the process ends, as launcher and scheduler
     often send one each; only a second Ctrl-C ends the process at once.
@@ -39,7 +41,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.received: int | None = None
         self.cut = False  # Whether StopRequested was raised: the ranks are not at the same place.
-        self._at_once = self._is_pipe = False
+        self._at_once = self._is_pipe = self._is_lost = False
         self._pid = os.getpid()
         self._stop = False
         self._asked: distributed.BackgroundSum | None = None
@@ -53,10 +55,12 @@ class StopSignal:
                 self._previous[number] = signal.signal(number, self._receive)
         self._streams = sys.stdout, sys.stderr
         sys.stdout, sys.stderr = (Stream(stream, self._hang_up) for stream in self._streams)
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._see_lost
         return self
 
     def __exit__(self, *exc: object) -> None:
         sys.stdout, sys.stderr = self._streams
+        sys.unraisablehook = self._hook
         ending = self._stop or self.received is not None
         for number, handler in self._previous.items():
             at_end = signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN
@@ -71,8 +75,22 @@ class StopSignal:
             self._is_pipe = True
             signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
 
+    def _see_lost(self, found: Any) -> None:
+        if not isinstance(found.exc_value, StopRequested):
+            self._hook(found)
+            return
+        self._is_lost = True
+        # Not at once: what is raised in here is lost, too.
+        arguments = (threading.main_thread().ident, signal.SIGUSR1)
+        threading.Timer(_AGAIN_SEC, signal.pthread_kill, arguments).start()
+
     def _receive(self, number: int, frame: object) -> None:
-        if self.received is not None or os.getpid() != self._pid:
+        if os.getpid() != self._pid:
+            return
+        if self.received is not None:
+            if self._is_lost and self._at_once:
+                self._is_lost = False
+                self.check()
             return
         self.received = signal.SIGPIPE if self._is_pipe else number
         if number == signal.SIGINT:

@@ -114,7 +114,7 @@ class Start:
         source, progress = open_header(self.source)
         if self.distill is not None:
             return family_of(config).distil(config, source, given)
-        trained_nimg = progress["cur_nimg"]
+        trained_nimg = progress.get("cur_nimg", 0)
         settled = family_of(config).settle_in(config, source, trained_nimg, given)
         before, after = to_dict(config.model), to_dict(settled.model)
         taken = [f"{name}={after[name]}" for name in after if after[name] != before[name]]

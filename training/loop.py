@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -158,7 +159,9 @@ def training_loop(
         config, job.data, cur_nimg, Part(rank, world_size, batch_gpu, num_rollbacks)
     )
     loader = make_loader(job.data, steps.sampler, num_workers=logging.workers, device=device)
-    batches = Batches(loader, len(passes), job.data.remote_bytes > 0, stop_signal)
+    num_steps = math.ceil((config.total_nimg - cur_nimg) / step_nimg)
+    is_remote = job.data.remote_bytes > 0
+    batches = Batches(loader, len(passes), num_steps, is_remote, stop_signal)
     flops_per_image = forward_flops(config)  # The backward pass costs twice as much again.
 
     def snapshots(info: dict[str, Any]) -> Iterator[SnapshotParts]:

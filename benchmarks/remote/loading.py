@@ -64,8 +64,8 @@ def measure(options: LoadingOptions) -> None:
     told = f"a web server of this machine that answers {options.delay:g} ms late"
     click.echo(f"Epochs from {told}; the first with an empty cache.")
     click.echo("CPU: seconds of all cores in the first epoch, of loading and of the server.")
-    click.echo("Bare copy: what is left of local speed if meanwhile another process copies the")
-    click.echo("same bytes from the server by sockets alone.")
+    click.echo("Bare copy: the share of local speed until a local epoch has ended and another")
+    click.echo("process has copied the same bytes from the server, by sockets alone.")
     header = ["", "workers", "local, images/s", "first epoch", "of local", "CPU", "server's CPU"]
     header += ["later", "of local", "bare copy"]
     kinds, counts = _all_data(options), (0, max(num_usable_cores() // 2, 1))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from data.images.labels import check_class_names, labels_of_metadata, read_class_splits
-from data.images.members import Archive, parse_metadata
+from data.images.members import Archive, parse_metadata, plain_name
 from dnnlib.errors import refusal
 from dnnlib.files import read_file
 from dnnlib.text import by_number, is_number, join_names
@@ -181,13 +181,13 @@ def _from_file(archive: Archive, location: str) -> Labelling:
         if metadata.get("labels") is None:
             raise refusal("--labels", location, but='it has no "labels"')
     else:
-        metadata = _parse_csv(text, location, archive.names)
+        metadata = _parse_csv(text, location)
     labels, class_names = labels_of_metadata(metadata, archive, "", location)
     notes = _notes(metadata["labels"], archive.names, location)
     return Labelling(Path(location).name, labels, class_names, notes=notes)
 
 
-def _parse_csv(text: str, where: str, names: Sequence[str]) -> dict[str, list]:
+def _parse_csv(text: str, where: str) -> dict[str, list]:
     rows, reader = [], csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         for row in filter(None, reader):
@@ -201,7 +201,7 @@ def _parse_csv(text: str, where: str, names: Sequence[str]) -> dict[str, list]:
             rows.append(values)
     except csv.Error as error:
         raise refusal(where, but=f"is no .csv file ({error})") from None
-    if rows and [value.lower() for value in rows[0]] == _CSV_HEADER and rows[0][0] not in names:
+    if rows and [value.lower() for value in rows[0]] == _CSV_HEADER:
         del rows[0]
     class_names = sorted({name for _, name in rows}, key=by_number)
     numbers = {name: index for index, name in enumerate(class_names)}
@@ -212,7 +212,7 @@ def _notes(pairs: object, names: Sequence[str], where: str) -> tuple[str, ...]:
     """Return sentences on labels of a file that are there twice, or of no image."""
     pairs = pairs.items() if isinstance(pairs, dict) else pairs
     known, listed = set(names), [name for name, _ in pairs]
-    counts = collections.Counter(name.replace("\\", "/") for name in listed)
+    counts = collections.Counter(plain_name(name.replace("\\", "/")) for name in listed)
     notes = []
     twice = [name for name, count in counts.items() if count > 1]
     if twice:

@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import os
-import posixpath
 import sys
 import zipfile
 from collections import Counter
@@ -14,7 +13,16 @@ import numpy as np
 
 from data.images.decode import is_image_name
 from data.images.identity import checksums, identity_of_files
-from data.images.members import ZIP_METHODS, Archive, Member, PackedArchive, is_hidden
+from data.images.members import (
+    ZIP_METHODS,
+    Archive,
+    Member,
+    PackedArchive,
+    holds_twice,
+    is_hidden,
+    is_needed,
+    plain_name,
+)
 from data.images.samples import SampleArchive
 from data.images.tars import TarArchive
 from dnnlib import launcher
@@ -39,9 +47,11 @@ class ZipArchive(PackedArchive):
             problem = "not a zip archive, or only part of one"
             remedy = "give a folder of images, a zip or an .npz of samples, or copy the file again"
             raise refusal(path, but=problem, remedy=remedy) from None
-        infos = {_plain(info.filename): info for info in members}
+        infos = {plain_name(info.filename): info for info in members}
         if len(infos) < len(members):
-            raise refusal(path, but="holds a name twice", remedy="pack it again")
+            needed = list(filter(is_needed, (plain_name(info.filename) for info in members)))
+            if len(set(needed)) < len(needed):
+                raise refusal(path, but=holds_twice(needed), remedy="pack it again")
         lengths = {name: info.file_size for name, info in infos.items()}
         super().__init__(path, files, {name: _row(infos[name]) for name in infos}, lengths)
         for name in [*self.names, *self._others]:
@@ -53,11 +63,6 @@ class ZipArchive(PackedArchive):
             if problem:
                 remedy = "extract the zip and give the folder"
                 raise refusal(f"{path}/{name}", but=problem, remedy=remedy)
-
-
-def _plain(name: str) -> str:
-    """Return the name of a file without ``.`` and ``..`` where these can be followed."""
-    return posixpath.normpath(name) if "./" in name or "//" in name else name
 
 
 def _row(info: zipfile.ZipInfo) -> tuple[int, int, int, int]:

@@ -18,7 +18,7 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _TOO_DEEP = "has more than 8 bits per channel ({}); convert it to 8 bits first"
 _MAX_PIXELS = 1 << 28  # 16384x16384: more is no photograph, but a file that fills the memory.
-_PPM_HEADER_BYTES = 1 << 16  # With comments.
+_PPM_HEADER_BYTES = 1 << 12  # With comments.
 _JPEG2000_BEGIN = b"\xff\x4f\xff\x51"  # SOC and SIZ.
 _TIFF_BITS_PER_SAMPLE = 258  # The number of the tag.
 _DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
@@ -99,7 +99,10 @@ def _has_deep_channels(image: Image.Image, data: bytes) -> bool:
         return int(re.sub(rb"#[^\r\n]*", b"", data[:_PPM_HEADER_BYTES]).split()[3]) > 255
     if image.format == "JPEG2000":
         # SIZ (ISO 15444-1, A.5.1): the depth less 1 and a sign bit, every third byte from 40 on.
-        size = data.index(_JPEG2000_BEGIN) + 2
+        begin = data.find(_JPEG2000_BEGIN)
+        if begin < 0:
+            return False
+        size = begin + 2
         end = size + 2 + int.from_bytes(data[size + 2 : size + 4], "big")
         return any(depth & 0x7F > 7 for depth in data[size + 40 : end : 3])
     return False

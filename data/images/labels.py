@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from data.images.members import Archive
+from data.images.members import Archive, plain_name
 from data.images.samples import SampleArchive
 from dnnlib.errors import refusal
 
@@ -132,7 +132,7 @@ def parse_labels(pairs: object, where: str) -> dict[str, int]:
         if type(label) is not int or not 0 <= label < _MAX_CLASSES:
             problem = f"{name} has label {label!r}; a label is a class index, 0 or larger"
             raise refusal(where, but=problem + f" and below {_MAX_CLASSES:,}")
-        name = name.replace("\\", "/")
+        name = plain_name(name.replace("\\", "/"))
         if result.setdefault(name, label) != label:
             problem = f"{name} is listed twice, with labels {result[name]} and {label}"
             raise refusal(where, but=problem, remedy="keep one of them")

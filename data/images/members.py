@@ -2,10 +2,12 @@
 
 import dataclasses
 import hashlib
+import posixpath
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +99,10 @@ class Member:
                 content = unpacker.decompress(content, _MAX_UNPACKED)
             except zlib.error as error:
                 raise ValueError(f"its compressed data are damaged ({error})") from None
-            if unpacker.unconsumed_tail:
-                raise ValueError(f"it unpacks to more than {_MAX_UNPACKED >> 30} GiB")
+            if not unpacker.eof:
+                if len(content) == _MAX_UNPACKED:
+                    raise ValueError(f"it unpacks to more than {_MAX_UNPACKED >> 30} GiB")
+                raise ValueError("its compressed data are damaged (they end too early)")
         return content
 
 
@@ -241,6 +245,22 @@ class PackedArchive(Archive):
 def is_hidden(name: str) -> bool:
     """Return whether a path has a part that systems hide or add by themselves."""
     return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+
+
+def plain_name(name: str) -> str:
+    """Return the name of a file without ``.`` and ``..`` where these can be followed."""
+    return posixpath.normpath(name) if "./" in name or "//" in name else name
+
+
+def is_needed(name: str) -> bool:
+    """Return whether a file of a zip or tar is read: an image, or what tells of images."""
+    is_read = is_image_name(name) or name.endswith(METADATA_SUFFIXES)
+    return is_read and not is_hidden(name)
+
+
+def holds_twice(names: Iterable[str]) -> str:
+    """Return words for an error on names of which one is there twice."""
+    return f"holds {Counter(names).most_common(1)[0][0]} twice"
 
 
 def parse_metadata(content: bytes, where: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from data.images.decode import is_image_name
-from data.images.members import BARE, METADATA_SUFFIXES, PackedArchive, is_hidden
+from data.images.members import BARE, PackedArchive, holds_twice, is_needed
 from dnnlib.addresses import AddressError, is_address, without_query
 from dnnlib.errors import refusal
 from dnnlib.files import atomic_write, check_source
@@ -72,7 +72,7 @@ def write_index(path: Path) -> tuple[Path, int]:
         with tarfile.open(path, "r:") as tar, progress(**shown) as bar:
             for info in tar:
                 name = posixpath.normpath(info.name)
-                if info.isfile() and _is_needed(name):
+                if info.isfile() and is_needed(name):
                     row = name, info.offset_data, info.size, _crc(tar, info)
                     for column, value in zip(columns.values(), row, strict=True):
                         column.append(value)
@@ -81,7 +81,7 @@ def write_index(path: Path) -> tuple[Path, int]:
         remedy = "pack it again, without compression"
         raise refusal(path, but=f"cannot be read as a tar ({error})", remedy=remedy) from None
     if len(set(columns["name"])) < len(columns["name"]):
-        raise refusal(path, but="holds a name twice", remedy="pack it again")
+        raise refusal(path, but=holds_twice(columns["name"]), remedy="pack it again")
     num_images = sum(map(is_image_name, columns["name"]))
     if not num_images:
         raise ValueError(f"{path}: holds no images (.png, .jpg, .webp, ...).")
@@ -89,11 +89,6 @@ def write_index(path: Path) -> tuple[Path, int]:
     with atomic_write(index_of(path), "w", encoding="utf-8") as file:
         json.dump(written, file)
     return index_of(path), num_images
-
-
-def _is_needed(name: str) -> bool:
-    is_read = is_image_name(name) or name.endswith(METADATA_SUFFIXES)
-    return is_read and not is_hidden(name)
 
 
 def _crc(tar: tarfile.TarFile, info: tarfile.TarInfo) -> int:

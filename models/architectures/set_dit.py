@@ -170,11 +170,8 @@ class SetDiTConfig(ModelConfig):
         if self.warm_start_adaln and self.mode_conditioning == "lag" and self.gate == "none":
             but = "with --gate=none the context has its full effect from the start"
             raise refusal("--warm-start-adaln", but=but, remedy="leave it out")
-        pool = self.encoder_pool if self.mode_conditioning == "film" else None
-        if self.is_like_jax and pool in ("mean", "sum"):
-            remedy = "give --encoder-pool=mean-all, which is that code's mean, or cls"
-            raise refusal("--like", f"fsdm-jax with --encoder-pool={pool}", remedy=remedy)
-        if pool == "cls" and self.encoder_depth == 0:
+        pools_cls = self.mode_conditioning == "film" and self.encoder_pool == "cls"
+        if pools_cls and self.encoder_depth == 0:
             got = "0, with which the CLS token sees no image"
             raise refusal("--encoder-depth", got, remedy="give at least 1, or --encoder-pool=mean")
         chosen = self.cross_attn_layers
@@ -185,6 +182,17 @@ class SetDiTConfig(ModelConfig):
         if self.context_pool_size not in (None, *sizes):
             accepted = f"{', '.join(map(str, sizes))} for a grid of {self.grid}x{self.grid} tokens"
             raise refusal("--context-pool-size", self.context_pool_size, accepted=accepted)
+
+    def check_like(self) -> None:
+        """Raise ValueError if the code that the arithmetic is of has no such pool.
+
+        Earlier versions trained such models.
+        """
+        has_pool = self.encoder_pool in ("cls", "mean-all") or self.mode_conditioning != "film"
+        if self.is_like_jax and not has_pool:
+            got = f"fsdm-jax with --encoder-pool={self.encoder_pool}"
+            remedy = "give --encoder-pool=mean-all, which is that code's mean, or cls"
+            raise refusal("--like", got, remedy=remedy)
 
     def example_cond(self, size: tuple[int, int] | None = None) -> "dict[str, Tensor]":
         import torch

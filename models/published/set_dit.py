@@ -52,6 +52,7 @@ class SetDiTLayout(Layout):
         return {**found, "mode_conditioning": "film", "mode_context": mode}
 
     def sources(self, config: SetDiTConfig) -> list[Source]:
+        config.check_like()
         found = [
             _conv("backbone.patch_embedding.weight", f"{_DIT}.PatchEmbed_0.Conv_0.kernel"),
             same("backbone.patch_embedding.bias", f"{_DIT}.PatchEmbed_0.Conv_0.bias"),
