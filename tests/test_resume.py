@@ -1,7 +1,9 @@
 """Runs that were killed, continued, damaged or transferred, in processes of their own."""
 
+import errno
 import itertools
 import json
+import os
 import random
 import re
 import shutil
@@ -41,6 +43,7 @@ from training.checkpoint import (
     load_snapshot,
     load_state,
 )
+from training.saving import state_folder
 
 
 def test_a_run_killed_twice_equals_the_uninterrupted_one(train, uninterrupted, tmp_path):
@@ -184,6 +187,27 @@ def test_a_run_without_a_readable_state_starts_again_in_its_folder(finished, uni
     succeed(train_script, f"--resume={finished}", "--kimg=4")
     states = [final_state(path) for path in (finished, uninterrupted(ranks=None))]
     assert differences(*[{k: s[k] for k in ("net", "ema", "optimizer")} for s in states]) == []
+
+
+@pytest.mark.parametrize("fault", ["disk", "version"])
+def test_a_state_that_cannot_be_read_now_stays_and_the_run_does_not_go_on(
+    finished, digits_zip, monkeypatch, fault
+):
+    run_dir, newest = finished, find_states(finished)[0]
+    if fault == "disk":
+
+        def fail_to_read(path):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+        monkeypatch.setattr(state_folder, "sha256_of_file", fail_to_read)
+    else:
+        monkeypatch.setattr(state_folder, "FORMAT_VERSION", 1)
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*.safetensors")}
+    message = fail(train_script, f"--resume={run_dir}", "--kimg=9")
+    reason = {"disk": "cannot be read now (Input/output error)", "version": "format version 2"}
+    assert f"{newest}: " in message
+    assert reason[fault] in message
+    assert before == {path: path.stat().st_mtime_ns for path in run_dir.rglob("*.safetensors")}
 
 
 def test_a_missing_or_damaged_snapshot_is_named_and_written_again(finished, digits_zip):

@@ -20,7 +20,7 @@ from training.division import group_size
 from training.family import TrainingData
 from training.run_report.files import WATCH_FILE
 from training.run_report.write import REPORT_FILE
-from training.saving.state_folder import is_state_folder, remove_incomplete_states
+from training.saving.state_folder import IntactError, is_state_folder, remove_incomplete_states
 from training.stability.rollbacks import ROLLBACKS_FILE
 
 REQUEUE_FILE = "requeue"
@@ -166,7 +166,7 @@ def load_resume_state(
     """Return the newest readable training state of a run folder, None without any. Collective.
 
     A damaged file is named through ``report`` and the one before it is used, unless ``exact`` asks
-    for one file. Other settings and data than those of the state are reported. Raises ValueError
+    for one file; one that only cannot be read is an error. Other settings and data than those of the state are reported. Raises ValueError
     if the state is of another model or holds other averages of the weights.
     """
 
@@ -178,6 +178,8 @@ def load_resume_state(
         for path in find_states(run_dir):
             try:
                 state = load_state(path, lazily=is_sharded)
+            except IntactError:
+                raise  # The state before would take its place in the end.
             except ValueError as error:
                 report(f"Skipped: {error} Trying the state before it.")
                 continue

@@ -21,6 +21,7 @@ from dnnlib.typed import parse_json
 from torch_utils.saver import memory_order
 from torch_utils.states import Pieces, map_leaves, put_together
 
+_WRONG = (KeyError, TypeError, AttributeError, UnicodeDecodeError)
 FORMAT_VERSION = 2  # 1: the configuration did not name the family of its model.
 STATE_FORMAT = "setdiffit-training-state"
 _DTYPES = {
@@ -38,6 +39,10 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _HEADER_ALIGNMENT = 64
 _MAX_HEADER = 1 << 30
+
+
+class IntactError(ValueError):
+    """A state cannot be read now or by this version, and is to stay as it is."""
 
 
 def part_name(rank: int) -> str:
@@ -157,8 +162,13 @@ def _read(path: Path, lazily: bool) -> dict[str, Any]:
         return state if lazily else map_leaves(lambda leaf: leaf.whole(), state, (Pieces,))
     except FileNotFoundError as error:
         raise ValueError(f"{path}: {Path(error.filename).name} is missing.") from None
-    except (KeyError, TypeError, AttributeError, OSError, UnicodeDecodeError) as error:
+    except (IsADirectoryError, NotADirectoryError, *_WRONG) as error:
         raise ValueError(f"{path}: not a training state, or damaged ({error}).") from error
+    except OSError as error:
+        why = f"cannot be read now ({error.strerror}), which does not mean that it is damaged"
+        raise IntactError(f"{path}: {why}; nothing was changed.") from error
+    except IntactError:
+        raise
     except ValueError as error:
         text = str(error)
         raise ValueError(text if str(path) in text else f"{path}: damaged ({text}).") from error
@@ -168,7 +178,8 @@ def check_version(path: Path, version: Any) -> None:
     """Raise ValueError for a file of a later version of the software."""
     if not isinstance(version, int) or version > FORMAT_VERSION:
         but = f"this version of the software reads up to {FORMAT_VERSION}"
-        raise ValueError(f"{path}: has format version {version}, but {but}; update the software.")
+        kind = IntactError if isinstance(version, int) else ValueError
+        raise kind(f"{path}: has format version {version}, but {but}; update the software.")
 
 
 def is_state_folder(path: Path) -> bool:
