@@ -166,8 +166,9 @@ def load_resume_state(
     """Return the newest readable training state of a run folder, None without any. Collective.
 
     A damaged file is named through ``report`` and the one before it is used, unless ``exact`` asks
-    for one file; one that only cannot be read is an error. Other settings and data than those of the state are reported. Raises ValueError
-    if the state is of another model or holds other averages of the weights.
+    for one file; one that only cannot be read is an error. Other settings and data than those of
+    the state are reported. Raises ValueError if the state is of another model or holds other
+    averages of the weights.
     """
 
     is_sharded = group_size(config.training, distributed.world_size()) > 1
