@@ -34,7 +34,12 @@ from training.portable import open_header, open_snapshot
 from training.reference_curves.reference import Reference
 from training.report import changes_from, describe_run, run_facts
 from training.saving.wait import wait_for_savers
-from training.stability.rollbacks import RollbackRequested, add_rollback, remove_abandoned
+from training.stability.rollbacks import (
+    ROLLBACKS_FILE,
+    RollbackRequested,
+    add_rollback,
+    remove_abandoned,
+)
 from training.watching.reference import place_reference
 
 # A killed process gives its memory back, which takes a while, before it leaves the run folder.
@@ -254,7 +259,11 @@ def _load_state(job: Job, run_dir: Path, exact: Path | None) -> tuple[dict[str, 
     is_exact = exact is not None
     num_rollbacks = distributed.on_main(lambda: remove_abandoned(run_dir, only_count=is_exact))
     settings = (job.config, job.data, distributed.print0)
-    return runs.load_resume_state(run_dir, exact, *settings), num_rollbacks
+    state = runs.load_resume_state(run_dir, exact, *settings)
+    if state is not None and state["progress"].get("rollbacks", 0) > num_rollbacks:
+        but = "rows are missing, of rollbacks before the state"
+        raise refusal(run_dir / ROLLBACKS_FILE, but=but, remedy="restore it, or start a new run")
+    return state, num_rollbacks
 
 
 def _train(job: Job, run_dir: Path, saver: Saver, **start_from: Any) -> bool:

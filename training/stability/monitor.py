@@ -98,7 +98,8 @@ class Monitor:
         place = self._first_spike(losses)
         self._losses, self._grown, self._grown_before = [], [], grown[-NUM_STEPS:]
         self._begins = []
-        if place is None:
+        # A stop within a tick may have come after its first spike.
+        if place is None or self._spike_nimg is not None:
             return
         self._spike_nimg = cur_nimg - (len(losses) - place) * self._step_nimg
         # After a resume, the gradients of the steps before are not known.
