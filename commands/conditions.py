@@ -62,7 +62,7 @@ def command(options: ConditionsOptions) -> None:
         panel,
         device,
         dict(snapshot_hash=snapshot.sha256, network=str(snapshot.path)),
-        trained_nimg=snapshot.progress.get("cur_nimg", 0),
+        trained_nimg=snapshot.trained_nimg,
         batch=options.batch,
         seed=options.seed,
     )

@@ -8,7 +8,7 @@ from typing import Any
 from dnnlib.addresses import is_address
 from dnnlib.errors import refusal
 from dnnlib.files import check_source, read_file
-from dnnlib.typed import parse_json, unique
+from dnnlib.typed import parse_json, unique_keys
 from training.config import RunConfig
 from training.family import restore_run
 
@@ -50,7 +50,7 @@ def _parse(path: str) -> Mapping[str, Any]:
 
 def _parse_json(path: str, text: str) -> Any:
     try:
-        return parse_json(text, object_pairs_hook=unique)
+        return parse_json(text, object_pairs_hook=unique_keys)
     except ValueError as error:
         raise ValueError(f"--config: {path} is no valid JSON ({error}).") from None
 
@@ -64,7 +64,7 @@ def _parse_yaml(path: str, text: str) -> Any:
     try:
         root = yaml.compose(text, yaml.SafeLoader)
         if isinstance(root, yaml.MappingNode):
-            unique([(key.value, None) for key, _ in root.value if isinstance(key.value, str)])
+            unique_keys([(key.value, None) for key, _ in root.value if isinstance(key.value, str)])
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())

@@ -153,7 +153,7 @@ def _validate_snapshot(
     rows, pictures = validate(generator, dataset, config=config.validation, **vars(networks))
     facts = dict(
         network=str(snapshot.path),
-        kimg=snapshot.progress["cur_nimg"] / 1000,
+        kimg=snapshot.trained_nimg / 1000,
         **weights_facts(generator, snapshot.config.training, snapshot.progress),
     )
     return [dict(row, **facts) for row in rows], pictures

@@ -365,20 +365,26 @@ def _run(command: click.Command) -> None:
         click.echo("Interrupted.", err=True)
         sys.exit(130)
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        message = _want_of_memory(error)
+        if message is None:
             raise
-        found = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
-        wanted = f" for {found[1]}" if found else ""
-        message = f"Not enough memory{wanted}; use a smaller batch or model."
         click.echo(f"Error: {message}", err=True)
         launcher.record_error(message)
         sys.exit(1)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """Return whether memory was refused, by Python, by the system or by a GPU (through PyTorch)."""
+def _want_of_memory(error: Exception) -> str | None:
+    """Return a sentence if Python, the system or a GPU refused memory, or a loader was killed."""
+    text = str(error)
+    if "DataLoader worker" in text and "killed by signal" in text:
+        why = "A process that loads data was killed, perhaps for its memory"
+        return f"{why}; use fewer --workers, and --resume to continue a run."
     texts = ("out of memory", "can't allocate memory")
-    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
+    if not (isinstance(error, MemoryError) or any(known in text for known in texts)):
+        return None
+    found = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", text)
+    wanted = f" for {found[1]}" if found else ""
+    return f"Not enough memory{wanted}; use a smaller batch or model."
 
 
 class _Stopped(BaseException):  # Nobody who catches errors means this.

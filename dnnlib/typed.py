@@ -21,7 +21,7 @@ def parse_json(content: str | bytes, **hooks: Any) -> Any:
         raise ValueError("values are nested too deeply") from None
 
 
-def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """Return the object of these pairs, as ``object_pairs_hook``; ValueError for a key twice."""
     found = dict(pairs)
     if len(found) < len(pairs):

@@ -178,7 +178,7 @@ class FeatureFamily:
     ) -> Transfer:
         there = (snapshot.data.features or {}).get("statistics")
         notes, length = [], 1000 * snapshot.config.features.patch_bias_kimg
-        if run.distillation.is_on and snapshot.progress["cur_nimg"] < length:
+        if run.distillation.is_on and snapshot.trained_nimg < length:
             but = f"{snapshot.path} has not let its patches in yet (--patch-bias-kimg)"
             raise refusal("--distill", but=but, remedy="give a later snapshot of its run")
         if there is not None and there != data.features["statistics"]:
@@ -254,7 +254,7 @@ class FeatureFamily:
         run = run_to_sample(snapshot, options, device)
         codec = _make_codec(run, snapshot.data.features["statistics"], device, options.vae)
         generator = self.generator(run, options.build(snapshot, device), codec, device)
-        return dataclasses.replace(generator, trained_nimg=snapshot.progress["cur_nimg"])
+        return dataclasses.replace(generator, trained_nimg=snapshot.trained_nimg)
 
     def check_sampling(self, snapshot: Snapshot, options: GeneratorOptions) -> None:
         if options.guide is not None:

@@ -33,9 +33,7 @@ class TraceableDenoiser(nn.Module):
         self.network, self._size = network, size
         config = snapshot.config
         self._takes_size = "size" in config.model.example_cond()
-        self._fixed = config.cond_after(
-            snapshot.progress.get("cur_nimg", 0), tuple(config.model.shape_of(size))
-        )
+        self._fixed = config.cond_after(snapshot.trained_nimg, config.model.shape_of(size))
         self._denoiser = Denoiser(network, make_precond(config.precond))
 
     def forward(self, x: Tensor, sigma: Tensor, cond: dict[str, Tensor]) -> Tensor:

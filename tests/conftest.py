@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import signal
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from data.convert.sources import open_source
 from evaluation.in_loop import images, sets
 from metrics import frechet, inception
 from metrics.frechet import frechet_distance
+from torch_utils.stop_signal import StopSignal
 
 
 @pytest.fixture
@@ -23,6 +25,15 @@ def one_cpu_thread(monkeypatch):
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(num_threads)
+
+
+@pytest.fixture
+def restored_handlers():
+    """Signals are left ignored by a run that one has stopped."""
+    handlers = {number: signal.getsignal(number) for number in StopSignal.signals}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

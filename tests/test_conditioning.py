@@ -69,7 +69,7 @@ def report_on(snapshot, panel, **options):
     source = dict(snapshot_hash=snapshot.sha256, network=str(snapshot.path))
     network = snapshot.build(CPU)
     run = (network, snapshot.config, panel, CPU, source)
-    return report_conditions(*run, trained_nimg=snapshot.progress["cur_nimg"], **options)
+    return report_conditions(*run, trained_nimg=snapshot.trained_nimg, **options)
 
 
 def report_of(path, num=8, change=None, data=None, **options):
@@ -359,11 +359,10 @@ def test_a_run_reports_on_conditions_as_the_command_does_and_trains_as_without(
     )
     options = ("--cond", "--iters=8", "--batch=8", "--log-interval=4", "--snap=1", "--board=none")
     run = train_tiny(tmp_path / "with", data, *options, "--report-conditions=8")
-    made = sorted(run.run_dir.glob("network-snapshot-*.pkl"))
-    assert counts == [load_snapshot(path).progress["cur_nimg"] for path in made]
+    snapshots = sorted(run.run_dir.glob("network-snapshot-*.pkl"))
+    assert counts == [load_snapshot(path).trained_nimg for path in snapshots]
     plain = train_tiny(tmp_path / "plain", data, *options)
     assert_same_run(run.run_dir, plain.run_dir)
-    snapshots = sorted(run.run_dir.glob("network-snapshot-*.pkl"))
     assert len(snapshots) == 3
     for path in snapshots:
         name = path.stem.replace("network-snapshot", "conditioning")

@@ -191,9 +191,9 @@ def test_a_run_without_a_readable_state_starts_again_in_its_folder(finished, uni
 
 @pytest.mark.parametrize("fault", ["disk", "version"])
 def test_a_state_that_cannot_be_read_now_stays_and_the_run_does_not_go_on(
-    finished, digits_zip, monkeypatch, fault
+    finished, monkeypatch, fault
 ):
-    run_dir, newest = finished, find_states(finished)[0]
+    newest = find_states(finished)[0]
     if fault == "disk":
 
         def fail_to_read(path):
@@ -202,12 +202,12 @@ def test_a_state_that_cannot_be_read_now_stays_and_the_run_does_not_go_on(
         monkeypatch.setattr(state_folder, "sha256_of_file", fail_to_read)
     else:
         monkeypatch.setattr(state_folder, "FORMAT_VERSION", 1)
-    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*.safetensors")}
-    message = fail(train_script, f"--resume={run_dir}", "--kimg=9")
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
+    message = fail(train_script, f"--resume={finished}", "--kimg=9")
     reason = {"disk": "cannot be read now (Input/output error)", "version": "format version 2"}
     assert f"{newest}: " in message
     assert reason[fault] in message
-    assert before == {path: path.stat().st_mtime_ns for path in run_dir.rglob("*.safetensors")}
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
 
 
 def test_a_missing_or_damaged_snapshot_is_named_and_written_again(finished, digits_zip):

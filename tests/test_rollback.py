@@ -3,7 +3,9 @@
 import functools
 import itertools
 import json
+import os
 import shutil
+import signal
 from types import SimpleNamespace
 
 import helpers
@@ -22,6 +24,7 @@ from torch_utils import rng
 from torch_utils.parameters import Parameters
 from training.checkpoint import find_states, load_state, read_header
 from training.family import Part
+from training.optimizer import GuardedAdam
 from training.stability.locate import first_not_finite
 from training.stability.monitor import Monitor
 from training.stability.spikes import SpikeDetector
@@ -120,6 +123,38 @@ def test_a_kill_on_the_way_leaves_no_trace(undisturbed, base, tmp_path, start_pr
         if code is None:
             assert (only_run(tmp_path) / "rollbacks.jsonl").exists() != kill.startswith("before")
     assert_equal(only_run(tmp_path), reference)
+
+
+@pytest.mark.parametrize(
+    ("tick", "num_before", "overflow", "places"),
+    # A regular state comes between stop and rollback, or none.
+    [(0.016, 6, {6, 7, 8}, [72, 40]), (0.024, 5, {5, 6}, [56, 32])],
+)
+def test_a_stop_by_a_signal_changes_nothing_of_a_later_rollback(
+    restored_handlers, base, tmp_path, monkeypatch, tick, num_before, overflow, places
+):
+    """The stop is within a tick, and the fault begins right after it."""
+    options = (f"--tick={tick}", "--iters=11", "--snap=100", "--keep-states=2")
+    step, num_steps = GuardedAdam.step, []
+
+    def stopped(*args):
+        num_steps.append(None)
+        if len(num_steps) == num_before:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
+
+    with planted(overflow=overflow):
+        run(base, tmp_path / "undisturbed", *options)
+        with monkeypatch.context() as patch:
+            patch.setattr(GuardedAdam, "step", stopped)
+            arguments = (f"--outdir={tmp_path / 'stopped'}", f"--data={toy_data(base)}")
+            assert call(train, *arguments, *RUN, *options).code == 85
+        run_dir = only_run(tmp_path / "stopped")
+        assert final_state(run_dir)["progress"]["cur_nimg"] == 8 * num_before
+        run(base, tmp_path / "stopped", *options)
+    (row,) = read_rows(run_dir / "rollbacks.jsonl")
+    assert [row[name] for name in ("from_nimg", "to_nimg")] == places
+    assert_equal(run_dir, only_run(tmp_path / "undisturbed"))
 
 
 def test_two_ranks_go_back_together(base, tmp_path, start_process):

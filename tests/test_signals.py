@@ -80,15 +80,6 @@ def test_a_signalled_run_stops_with_a_state_and_equals_the_uninterrupted_one(
     assert_same_run(run_dir, uninterrupted(ranks))
 
 
-@pytest.fixture
-def restored_handlers():
-    """Signals are left ignored by a run that one has stopped."""
-    handlers = {number: signal.getsignal(number) for number in StopSignal.signals}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
 def test_a_signal_cuts_a_score_short_which_is_made_up_for(
     one_cpu_thread, restored_handlers, digits_zip, tmp_path, monkeypatch
 ):

@@ -30,7 +30,9 @@ from training.saving import state_folder
 from training.saving.state_folder import (
     FORMAT_VERSION,
     STATE_FORMAT,
+    check_readable,
     check_version,
+    is_of_stop,
     is_state_folder,
 )
 
@@ -64,6 +66,11 @@ class Snapshot:
     packages: dict[str, str]
     state_dict: dict[str, Tensor]
 
+    @property
+    def trained_nimg(self) -> int:
+        """Images that the weights were trained on; 0 where old imports do not say."""
+        return self.progress.get("cur_nimg", 0)
+
     def build(self, device: torch.device | str = "cpu") -> Network:
         """Return the network with the averaged weights, in evaluation mode, on ``device``.
 
@@ -78,6 +85,13 @@ class Snapshot:
 
 
 _COUNT = r"(\d+)(?:\.(\d+))?"  # Kimg, and images where there is less than one.
+
+
+def remove_pictures(run_dir: Path, cur_nimg: int) -> None:
+    """Delete what shows an earlier snapshot, whose name is that of the one that comes now."""
+    count = count_name(cur_nimg)
+    for path in (pictures_path(run_dir, cur_nimg), *run_dir.glob(f"conditioning-{count}.*")):
+        path.unlink(missing_ok=True)
 
 
 def count_name(cur_nimg: int, digits: int = 6) -> str:
@@ -239,15 +253,18 @@ def _count_of(path: Path) -> tuple[int, int]:
 
 
 def superfluous_states(
-    run_dir: Path, latest: Path, keep: int, *, later_ones: bool = True
+    run_dir: Path, latest: Path, keep: int, *, later_ones: bool = True, of_stop: bool = False
 ) -> list[Path]:
     """Return all training states of a run folder but ``latest`` and the ``keep - 1`` before it.
 
-    ``latest`` may be still to come. Those after it are damaged, or were left behind when the run
-    went back to an earlier one. They are none of these without ``later_ones``.
+    ``latest`` may be still to come. States of a stop (:func:`is_of_stop`) take no place: where
+    ``latest`` is one, which ``of_stop`` says, ``keep`` stay before it. Those after ``latest`` are
+    damaged, or were left behind when the run went back to an earlier one. They are none of these
+    without ``later_ones``.
     """
     others = [path for path in find_states(run_dir) if path.name != latest.name]
-    kept = [path for path in others if _count_of(path) < _count_of(latest)][: keep - 1]
+    before = [path for path in others if _count_of(path) < _count_of(latest)]
+    kept = [path for path in before if not is_of_stop(path)][: keep if of_stop else keep - 1]
     if not later_ones:
         kept += [path for path in others if _count_of(path) > _count_of(latest)]
     return [path for path in others if path not in kept]
@@ -303,6 +320,7 @@ def _load(
             "are loaded."
         ) from error
     except (RuntimeError, EOFError, OSError, UnicodeDecodeError) as error:
+        check_readable(path, error)
         reason = str(error).partition("\n")[0].partition(" (Could this")[0]
         raise ValueError(f"{path}: not {what}, or damaged ({reason}).") from error
     if not isinstance(payload, dict) or payload.get("format") != expected:

@@ -10,8 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from data.images.labels import check_class_names, labels_of_metadata, read_class_splits
-from data.images.members import Archive, parse_metadata, plain_name
+from data.images.labels import (
+    check_class_names,
+    labels_of_metadata,
+    listed_name,
+    read_class_splits,
+)
+from data.images.members import Archive, parse_metadata
 from dnnlib.errors import refusal
 from dnnlib.files import read_file
 from dnnlib.text import by_number, is_number, join_names
@@ -212,7 +217,7 @@ def _notes(pairs: object, names: Sequence[str], where: str) -> tuple[str, ...]:
     """Return sentences on labels of a file that are there twice, or of no image."""
     pairs = pairs.items() if isinstance(pairs, dict) else pairs
     known, listed = set(names), [name for name, _ in pairs]
-    counts = collections.Counter(plain_name(name.replace("\\", "/")) for name in listed)
+    counts = collections.Counter(listed_name(name) for name in listed)
     notes = []
     twice = [name for name, count in counts.items() if count > 1]
     if twice:

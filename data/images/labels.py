@@ -132,11 +132,16 @@ def parse_labels(pairs: object, where: str) -> dict[str, int]:
         if type(label) is not int or not 0 <= label < _MAX_CLASSES:
             problem = f"{name} has label {label!r}; a label is a class index, 0 or larger"
             raise refusal(where, but=problem + f" and below {_MAX_CLASSES:,}")
-        name = plain_name(name.replace("\\", "/"))
+        name = listed_name(name)
         if result.setdefault(name, label) != label:
             problem = f"{name} is listed twice, with labels {result[name]} and {label}"
             raise refusal(where, but=problem, remedy="keep one of them")
     return result
+
+
+def listed_name(name: str) -> str:
+    """Return how archives call a file that a list of labels names."""
+    return plain_name(name.replace("\\", "/"))
 
 
 def check_class_names(names: Sequence[str], where: Any) -> None:

@@ -19,7 +19,7 @@ from dnnlib.addresses import AddressError, without_query
 from dnnlib.errors import refusal
 from dnnlib.files import read_file
 from dnnlib.remote.files import OpenFile, OpenFiles
-from dnnlib.typed import parse_json, unique
+from dnnlib.typed import parse_json, unique_keys
 
 _KEYS = ("labels", "class_names", "class_splits", "captions")  # Of a dataset.json.
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # Signature, ..., length of name, length of extra field.
@@ -266,7 +266,7 @@ def holds_twice(names: Iterable[str]) -> str:
 def parse_metadata(content: bytes, where: str) -> dict[str, Any]:
     """Return the object in a ``dataset.json``; raises ValueError for anything else."""
     try:
-        metadata = parse_json(content, object_pairs_hook=unique)
+        metadata = parse_json(content, object_pairs_hook=unique_keys)
     except ValueError as error:
         raise ValueError(f"{where}: not valid JSON ({error}).") from None
     if not isinstance(metadata, dict):

@@ -1,14 +1,13 @@
 """Tars of images, and the index beside one that says where its files lie."""
 
 import json
-import posixpath
 import tarfile
 import zlib
 from pathlib import Path
 from typing import Any, TypedDict
 
 from data.images.decode import is_image_name
-from data.images.members import BARE, PackedArchive, holds_twice, is_needed
+from data.images.members import BARE, PackedArchive, holds_twice, is_needed, plain_name
 from dnnlib.addresses import AddressError, is_address, without_query
 from dnnlib.errors import refusal
 from dnnlib.files import atomic_write, check_source
@@ -71,7 +70,7 @@ def write_index(path: Path) -> tuple[Path, int]:
     try:
         with tarfile.open(path, "r:") as tar, progress(**shown) as bar:
             for info in tar:
-                name = posixpath.normpath(info.name)
+                name = plain_name(info.name)
                 if info.isfile() and is_needed(name):
                     row = name, info.offset_data, info.size, _crc(tar, info)
                     for column, value in zip(columns.values(), row, strict=True):

@@ -4,6 +4,7 @@ Parts are safetensors files. The manifest is JSON, is written last, and has the 
 """
 
 import concurrent.futures
+import errno
 import json
 import mmap
 import os
@@ -21,7 +22,6 @@ from dnnlib.typed import parse_json
 from torch_utils.saver import memory_order
 from torch_utils.states import Pieces, map_leaves, put_together
 
-_WRONG = (KeyError, TypeError, AttributeError, UnicodeDecodeError)
 FORMAT_VERSION = 2  # 1: the configuration did not name the family of its model.
 STATE_FORMAT = "setdiffit-training-state"
 _DTYPES = {
@@ -39,10 +39,19 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _HEADER_ALIGNMENT = 64
 _MAX_HEADER = 1 << 30
+# Of folders in the place of files and of damaged archives; None: no error of the system.
+_OF_CONTENT = (None, errno.EISDIR, errno.ENOTDIR, errno.EINVAL)
 
 
 class IntactError(ValueError):
     """A state cannot be read now or by this version, and is to stay as it is."""
+
+
+def check_readable(path: Path, error: Exception) -> None:
+    """Raise IntactError if ``error`` is one of the disk or of rights, not of the content."""
+    if isinstance(error, OSError) and error.errno not in _OF_CONTENT:
+        but = f"cannot be read now ({error.strerror}), which does not mean that it is damaged"
+        raise IntactError(f"{path}: {but}; nothing was changed.") from error
 
 
 def part_name(rank: int) -> str:
@@ -162,11 +171,9 @@ def _read(path: Path, lazily: bool) -> dict[str, Any]:
         return state if lazily else map_leaves(lambda leaf: leaf.whole(), state, (Pieces,))
     except FileNotFoundError as error:
         raise ValueError(f"{path}: {Path(error.filename).name} is missing.") from None
-    except (IsADirectoryError, NotADirectoryError, *_WRONG) as error:
+    except (KeyError, TypeError, AttributeError, OSError, UnicodeDecodeError) as error:
+        check_readable(path, error)
         raise ValueError(f"{path}: not a training state, or damaged ({error}).") from error
-    except OSError as error:
-        why = f"cannot be read now ({error.strerror}), which does not mean that it is damaged"
-        raise IntactError(f"{path}: {why}; nothing was changed.") from error
     except IntactError:
         raise
     except ValueError as error:
@@ -180,6 +187,14 @@ def check_version(path: Path, version: Any) -> None:
         but = f"this version of the software reads up to {FORMAT_VERSION}"
         kind = IntactError if isinstance(version, int) else ValueError
         raise kind(f"{path}: has format version {version}, but {but}; update the software.")
+
+
+def is_of_stop(path: Path) -> bool:
+    """Return whether a state was written because a run with rollbacks stopped; False if unknown."""
+    try:
+        return parse_json(read_file(path / MANIFEST)).get("of_stop", False) is True
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def is_state_folder(path: Path) -> bool:

@@ -125,7 +125,10 @@ class Writer:
             header = dict(format=STATE_FORMAT, version=FORMAT_VERSION)
             content = dict(header, config=to_dict(self._config), tree=tree)
             written = [part for part in parts if part[1]]
-            old = superfluous_states(self._run_dir, path, self._keep)
+            of_stop = state["progress"].get("of_stop", False)
+            if of_stop:
+                content["of_stop"] = True
+            old = superfluous_states(self._run_dir, path, self._keep, of_stop=of_stop)
             self._saver.write_manifest(folder, path, content, written, old)
         return waited
 

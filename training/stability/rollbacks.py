@@ -69,11 +69,13 @@ def read_rollbacks(run_dir: Path) -> list[Rollback]:
 def add_rollback(run_dir: Path, asked: RollbackRequested, report: Callable[[str], None]) -> int:
     """Write down a rollback to the newest state before the trouble; return how many there are.
 
-    Where no state is as old, it goes to the oldest; without any, to the beginning. What the run
-    made after that state is removed.
+    States of a stop do not count, as a run that was not stopped has none. Where no state is as old,
+    it goes to the oldest; without any, to the beginning. What the run made after that state is
+    removed.
     """
     before = read_rollbacks(run_dir)
-    known = [made["cur_nimg"] for _, made in _states(run_dir)]  # Newest first.
+    regular = [made for _, made in _states(run_dir) if not made.get("of_stop")]
+    known = [made["cur_nimg"] for made in regular]  # Newest first.
     earlier = [nimg for nimg in known if nimg <= asked.first_nimg]
     to_nimg = earlier[0] if earlier else known[-1] if known else 0
     number = len(before) + 1
