@@ -1,11 +1,13 @@
 """Snapshots and training states: what they hold, and what is refused without being executed."""
 
 import dataclasses
+import errno
 import importlib.metadata
 import os
 import pickle
 import platform
 import random
+import zipfile
 
 import pytest
 import torch
@@ -29,7 +31,7 @@ from training.checkpoint import (
     state_path,
     superfluous_states,
 )
-from training.saving.state_folder import remove_incomplete_states
+from training.saving.state_folder import IntactError, remove_incomplete_states
 from training.transfer import transfer_weights
 
 DATA = DataSummary(
@@ -218,6 +220,15 @@ def test_another_kind_of_file_is_refused_by_name(make, parts, tmp_path):
 
 def test_a_snapshot_is_no_training_state(snapshot):
     assert "not a training state of this project" in refusal(load_state, snapshot)
+
+
+def test_a_file_that_the_disk_does_not_give_is_not_called_damaged(snapshot, monkeypatch):
+    def fail_to_read(archive):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", fail_to_read)
+    with pytest.raises(IntactError, match="cannot be read now \\(Input/output error\\)"):
+        load_snapshot(snapshot)
 
 
 def test_a_file_of_a_newer_version_asks_for_an_update(snapshot):

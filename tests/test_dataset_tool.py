@@ -212,6 +212,16 @@ def test_sixteen_bit_grayscale_is_refused(tmp_path):
     assert "deep.png: has more than 8 bits per channel" in output
 
 
+def test_a_full_disk_is_told_with_the_name_of_the_folder(tmp_path, monkeypatch):
+    def write_bytes(path, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    make_folder(tmp_path / "in", ["a.png"])
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    code, output = convert(tmp_path / "in", tmp_path / "out")
+    assert (code, f"Error: {tmp_path / 'out'}: No space left on device." in output) == (1, True)
+
+
 def test_more_than_eight_bits_are_refused_where_scores_need_each_bit(tmp_path):
     values = np.arange(192, dtype=np.uint16).reshape(8, 8, 3)
     ppm = b"P6 # a comment of 3 8 8 255\n8 8\n%d\n"

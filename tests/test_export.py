@@ -17,7 +17,7 @@ import generate
 from configs import PRESETS
 from diffusion.denoiser import Denoiser
 from diffusion.precond import make_precond
-from evaluation.model_card import model_card
+from evaluation.model_card import model_card, write_export
 from models import build_network
 from sampling.traced import TraceableDenoiser, example_inputs, trace_denoiser
 from training import checkpoint
@@ -340,3 +340,9 @@ def test_a_program_runs_without_this_project(base, tmp_path):
     subprocess.run(
         [sys.executable, "-c", _RUN_ALONE, dest, tmp_path / "inputs.pt"], cwd=tmp_path, check=True
     )
+
+
+def test_a_model_card_is_written_where_a_name_is_no_text(base, tmp_path):
+    snapshot = load_snapshot(helpers.trained_snapshot(base))
+    write_export(snapshot, tmp_path, location="q\udcff/name")
+    assert "q?/name" in (tmp_path / "README.md").read_text(encoding="utf-8")

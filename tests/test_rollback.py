@@ -333,3 +333,22 @@ def test_what_is_looked_at_is_the_network_that_is_trained():
     assert first_not_finite(Outer(network), network, batch) == "the output of 1"
     batch = torch.full((1, 2), torch.nan), {}, None
     assert first_not_finite(Outer(network), network, batch) == "the data"
+
+
+def test_the_first_spike_of_a_tick_stays_the_first_across_a_stop_within_it():
+    losses = [1.0 + 0.01 * (step % 3) for step in range(100)]
+    losses[60:66] = losses[80:86] = [9.0] * 6
+    run, places = PRESETS["digits"].run.changed("training", batch=1, rollback=1), []
+    for stop in (None, 70):
+        monitor = Monitor(run, None, 0, None)
+        monitor._layer = str
+        for step, loss in enumerate(losses):
+            monitor.add(torch.tensor(loss))
+            monitor.end_step(torch.ones(1), (0, 0))
+            if step == stop:
+                monitor.read(step + 1)
+                monitor = Monitor(run, None, 0, monitor.state_dict())
+                monitor._layer = str
+        monitor.read(len(losses))
+        places.append(monitor.state_dict()["losses"]["spike_nimg"])
+    assert places == [60, 60]

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 
+import psutil
 import pytest
 from helpers import call, succeed
 from training_runs import (
@@ -111,6 +112,45 @@ def test_a_signal_cuts_a_score_short_which_is_made_up_for(
     assert "tick 0 " not in output
     assert [row["kimg"] for row in read_rows(scores)] == [0.064, 0.128]
     assert not (run_dir / "requeue").exists()
+
+
+def test_pictures_of_an_earlier_snapshot_of_that_name_do_not_pass_for_those_of_the_last(
+    one_cpu_thread, restored_handlers, digits_zip, tmp_path, monkeypatch
+):
+    """Snapshots and states come at kimg 0.512, 1.024, 1.536 and 2.048."""
+    args = (f"--data={digits_zip}", *TINY, "--batch=512", "--iters=4", "--tick=0", "--snap=1")
+    args = (*args, "--dump=1", "--workers=0", "--no-watch", "--resume=auto")
+    succeed(train_script, f"--outdir={tmp_path / 'whole'}", *args)
+    step, num_steps = GuardedAdam.step, []
+
+    def stopped(*args):
+        num_steps.append(None)
+        if len(num_steps) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GuardedAdam, "step", stopped)
+        assert call(train_script, f"--outdir={tmp_path / 'runs'}", *args).code == 85
+    run, whole = only_run(tmp_path / "runs"), only_run(tmp_path / "whole")
+    assert final_state(run)["progress"]["cur_nimg"] == 1536
+    assert not (run / "fakes-000001.png").exists()
+    succeed(train_script, f"--outdir={tmp_path / 'runs'}", *args)
+    assert_same_run(run, whole)
+    for path in whole.glob("fakes-*.png"):
+        assert (run / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_killed_process_that_loads_data_is_told_in_a_sentence(start_process, tmp_path):
+    options = (f"--outdir={tmp_path}", *TINY, "--kimg=1000", "--tick=0", "--snap=1000000")
+    run = start_process(*options, "--workers=1", warm=True)
+    run.wait_until(lambda: num_rows(tmp_path) >= 3)
+    savers = [found for found in run.processes() if "dnnlib.sav" in " ".join(found.cmdline())]
+    (loader,) = {*run.processes()} - {*savers} - {psutil.Process(run.pid)}
+    loader.kill()
+    output = run.finish(1)
+    assert "Error: A process that loads data was killed, perhaps for its memory; use" in output
+    assert "Traceback" not in output
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM])

@@ -13,7 +13,7 @@ from dnnlib.streams import Stream
 from torch_utils import distributed
 
 T = TypeVar("T")
-_AGAIN_SEC = 0.01
+_AGAIN_SEC = 0.01  # Until a stop that came to nothing is raised again.
 
 
 class StopRequested(BaseException):  # Nobody who catches errors means this.
