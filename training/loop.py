@@ -441,22 +441,22 @@ def training_loop(
         # Ranks that a stop cuts short one by one could not write a sharded state together.
         regular_due = dump_due or done or (is_sharded and (snap_due or metrics_due))
         state_due = regular_due or stop
-        of_stop = {} if regular_due or not training.rollback else dict(of_stop=True)
-        state_info = progress_info | of_stop  # No rollback goes to a state of a stop.
-        state = whole_state(state_info) if state_due or snap_due or metrics_due else None
+        # No rollback goes to a state of a stop.
+        kind = dict(of_stop=training.rollback > 0 and not regular_due)
+        state = whole_state(progress_info) if state_due or snap_due or metrics_due else None
         if snap_due and telemetry is not None:
             checkpoint.remove_pictures(run_dir, cur_nimg)
         if state_due or snap_due:
             shown = progress_info if snap_due else None
-            write(state if state_due else None, shown)
+            write(state if state_due else None, shown, **kind)
         if not stop and not show_and_score(snap_due, metrics_due):
             stop = True
             if not state_due:
-                write(state, None, alone=True)
+                write(state, None, alone=True, **kind)
         if not (done or stop or batches.await_step()):
             stop = True
             if not state_due:
-                write(whole_state(state_info), None)
+                write(whole_state(progress_info), None, **kind)
         writer.check()
         maintenance_sec = time.time() - tick_end_sec
         if tick_ends:

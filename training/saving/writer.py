@@ -89,12 +89,13 @@ class Writer:
         *,
         is_urgent: Callable[[], bool],
         alone: bool = False,
+        of_stop: bool = False,
     ) -> float:
         """Copy a state and snapshots; return the seconds for which the last ones were waited for.
 
         As soon as it ``is_urgent`` they are not, which takes memory for one more. Collective,
         unless rank 0 is ``alone``, because the others may have stopped: then it writes all, and
-        ``state`` has to be whole.
+        ``state`` has to be whole. ``of_stop`` marks one that is written only because a run stops.
         """
         if alone and self._rank:
             return 0.0
@@ -125,7 +126,6 @@ class Writer:
             header = dict(format=STATE_FORMAT, version=FORMAT_VERSION)
             content = dict(header, config=to_dict(self._config), tree=tree)
             written = [part for part in parts if part[1]]
-            of_stop = state["progress"].get("of_stop", False)
             if of_stop:
                 content["of_stop"] = True
             old = superfluous_states(self._run_dir, path, self._keep, of_stop=of_stop)

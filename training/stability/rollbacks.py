@@ -23,6 +23,7 @@ from training.checkpoint import (
     load_state,
     read_header,
 )
+from training.saving.state_folder import is_of_stop
 
 ROLLBACKS_FILE = "rollbacks.jsonl"
 
@@ -74,7 +75,7 @@ def add_rollback(run_dir: Path, asked: RollbackRequested, report: Callable[[str]
     removed.
     """
     before = read_rollbacks(run_dir)
-    regular = [made for _, made in _states(run_dir) if not made.get("of_stop")]
+    regular = [made for path, made in _states(run_dir) if not is_of_stop(path)]
     known = [made["cur_nimg"] for made in regular]  # Newest first.
     earlier = [nimg for nimg in known if nimg <= asked.first_nimg]
     to_nimg = earlier[0] if earlier else known[-1] if known else 0
