@@ -376,7 +376,7 @@ def _run(command: click.Command) -> None:
 def _want_of_memory(error: Exception) -> str | None:
     """Return a sentence if Python, the system or a GPU refused memory, or a loader was killed."""
     text = str(error)
-    if "DataLoader worker" in text and "killed by signal" in text:
+    if text.startswith("DataLoader worker (pid"):  # PyTorch's words, by whichever way it noticed.
         why = "A process that loads data was killed, perhaps for its memory"
         return f"{why}; use fewer --workers, and --resume to continue a run."
     texts = ("out of memory", "can't allocate memory")

@@ -169,13 +169,16 @@ def test_a_stream_that_was_closed_takes_what_nobody_reads(monkeypatch, name):
         with progress(total=1, label="Working") as bar:
             bar.update(1)
 
+    monkeypatch.setattr(sys, "argv", ["tool.py"])
     monkeypatch.setattr(sys, name, None)
     with pytest.raises(SystemExit) as ended:
         cli.run(command)
     assert ended.value.code == 0
 
 
-def test_an_error_of_the_disk_that_has_a_sentence_alone_is_told_by_it(capsys):
+def test_an_error_of_the_disk_that_has_a_sentence_alone_is_told_by_it(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tool.py"])
+
     @click.command()
     def command():
         raise OSError("The process that writes was killed")
@@ -186,3 +189,19 @@ def test_an_error_of_the_disk_that_has_a_sentence_alone_is_told_by_it(capsys):
         1,
         "Error: The process that writes was killed.\n",
     )
+
+
+@pytest.mark.parametrize("end", [" 7) is killed by signal: Killed. ", "(s) 7) exited unexpectedly"])
+def test_a_lost_process_of_a_loader_is_a_sentence_by_whichever_way_it_is_noticed(
+    capsys, monkeypatch, end
+):
+    monkeypatch.setattr(sys, "argv", ["tool.py"])
+
+    @click.command()
+    def command():
+        raise RuntimeError(f"DataLoader worker (pid{end}")
+
+    with pytest.raises(SystemExit) as ended:
+        cli.run(command)
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.startswith("Error: A process that loads data was killed")
