@@ -6,8 +6,10 @@ import itertools
 import math
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -157,9 +159,11 @@ def init_worker(worker_id: int) -> None:
     """Prepare a loader process: one thread, and deaf to the signals that stop a run.
 
     Schedulers signal every process of a job. The main process decides when to stop, and needs its
-    batches until then; a SIGTERM that it sends by itself still ends the worker.
+    batches until then; a SIGTERM that it sends by itself still ends the worker. Where a stop finds
+    the main process between asking for a batch and having it, the worker says nothing of that.
     """
     torch.set_num_threads(1)
+    sys.excepthook = _tell_unless_left
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
@@ -167,6 +171,14 @@ def init_worker(worker_id: int) -> None:
         threading.Thread(target=_exit_on_parents_request, args=(os.getppid(),), daemon=True).start()
     else:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _tell_unless_left(
+    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    """Print an error of a thread, such as that which hands out batches, unless the asker left."""
+    if not isinstance(error, EOFError | ConnectionError):
+        sys.__excepthook__(kind, error, traceback)
 
 
 def _exit_on_parents_request(parent: int) -> None:

@@ -6,12 +6,14 @@ import os
 import pickle
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import time
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import resource_sharer
 
 import numpy as np
 import pytest
@@ -508,6 +510,28 @@ def test_workers_outlive_the_signals_that_stop_a_run_and_obey_their_parent():
         worker.terminate()
         worker.join(10)
         assert worker.exitcode == 0
+
+
+class Handles(torch.utils.data.Dataset):
+    """Hands out files the way that PyTorch hands out the memory of tensors."""
+
+    remote_bytes = 0
+
+    def __getitems__(self, keys):
+        return resource_sharer.DupFd(0), {}
+
+
+def test_a_worker_does_not_complain_of_a_stop_between_asking_for_a_batch_and_having_it(capfd):
+    iterator = iter(make_loader(Handles(), make_sampler(), num_workers=1, device=CPU))
+    handle, _ = next(iterator)
+    address, key = handle._id
+    with socket.socket(socket.AF_UNIX) as leaves_at_once:
+        leaves_at_once.connect(address)
+    os.close(handle.detach())  # Served after that.
+    assert not capfd.readouterr().err
+    resource_sharer._resource_sharer.get_connection((address, key + 1000)).close()
+    os.close(next(iterator)[0].detach())
+    assert "KeyError" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("world_size", [1, 3, 12])
