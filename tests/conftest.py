@@ -1,5 +1,6 @@
 """Fixtures shared by tests that start training processes."""
 
+import gc
 import itertools
 import os
 import signal
@@ -15,6 +16,13 @@ from evaluation.in_loop import images, sets
 from metrics import frechet, inception
 from metrics.frechet import frechet_distance
 from torch_utils.stop_signal import StopSignal
+
+
+def pytest_collection_finish(session):
+    """Let collections of garbage pass over what all tests have imported, and come seldom."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -134,6 +135,11 @@ def fail(script, *args):
     assert result.code in (1, 2), result.output + result.error
     assert "Traceback" not in result.error
     return " ".join(result.error.split())
+
+
+def forget_frames(caught):
+    """Free the loader whose worker failed; garbage collection takes 5 seconds to end a worker."""
+    traceback.clear_frames(caught.tb)
 
 
 def train_tiny(outdir, data, *args, tiny=TINY):

@@ -518,7 +518,6 @@ class MemoryProbe:
 
     def __exit__(self, *exc):
         tracemalloc.stop()
-        gc.unfreeze()
 
     def note(self):
         gc.collect()

@@ -18,7 +18,7 @@ from multiprocessing import resource_sharer
 import numpy as np
 import pytest
 import torch
-from helpers import succeed
+from helpers import forget_frames, succeed
 from image_files import convert, make_folder, make_zip, random_image
 from PIL import Image
 
@@ -356,6 +356,7 @@ def test_a_damaged_image_is_one_sentence_also_from_a_worker(data, num_workers):
     loader = make_loader(ImageDataset(data), [[2, 3]], num_workers=num_workers, device=CPU)
     with pytest.raises(ImageError) as caught:
         list(loader)
+    forget_frames(caught)
     message = str(caught.value)
     assert "data.zip/00000/img00000003.png: cannot be read" in message
     assert "\n" not in message

@@ -24,7 +24,7 @@ from training.runs import read_start
         ("digits-latent", 16),
         ("fsdm-digits", 2),
         ("cifar10", 4),
-        ("fsdm-cifar100-film", 2),
+        ("fsdm-cifar100-film", 1),
     ],
 )
 def test_passes_take_what_is_predicted(preset, batch):
