@@ -101,7 +101,8 @@ class TrainingSteps:
         self._cur_nimg += step_nimg
 
     def _backward(self, loss: torch.Tensor) -> None:
-        (loss.sum() * (self.config.training.loss_scaling / self.config.step_nimg)).backward()
+        total = self._objective.total(loss)
+        (total * (self.config.training.loss_scaling / self.config.step_nimg)).backward()
 
     def _update_weights(self, loss: torch.Tensor) -> None:
         self._stats.report("Loss/loss", loss)

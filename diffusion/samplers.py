@@ -250,11 +250,12 @@ def sampling_sigmas(config: SamplingConfig, precond: Precond) -> list[float]:
     """Return the noise levels that :func:`sample` visits, descending to 0.
 
     The range is limited to the network's, the levels are rounded to those it knows, and levels
-    that rounding makes equal are visited once, so there can be fewer than ``config.steps`` + 1. Of
-    a grid of ``config.grid_steps`` they are every k-th, from the highest to 0.
+    that rounding makes equal are visited once, so there can be fewer than ``config.steps`` + 1;
+    with churn they are all visited, as in EDM, since each visit adds noise and removes it. Of a
+    grid of ``config.grid_steps`` they are every k-th, from the highest to 0.
 
-    ``timesteps`` takes the levels of the network's own table at the timesteps round(i (T - 1) /
-    (N - 1)), or at those that ``config.respacing`` names.
+    ``timesteps`` takes the levels of the network's own table at N timesteps from the first to the
+    last (see :func:`diffusion.respacing.respaced`), or at those that ``config.respacing`` names.
 
     Raises ValueError if the network knows no range of noise levels inside the configured one, or
     has no table of at least ``config.steps`` levels where one is needed, or not the timesteps that
@@ -275,8 +276,10 @@ def sampling_sigmas(config: SamplingConfig, precond: Precond) -> list[float]:
         )
     num_steps = config.grid_steps or config.steps
     sigmas = sigma_grid(config.grid, num_steps, sigma_min, sigma_max, config.rho)
-    sigmas = sigmas[:: num_steps // config.steps]
-    return [sigma for sigma, _ in itertools.groupby(map(precond.round_sigma, sigmas))]
+    levels = [precond.round_sigma(sigma) for sigma in sigmas[:: num_steps // config.steps]]
+    if config.sampler == "heun" and config.s_churn > 0:
+        return levels  # Where a level comes again, noise is added and removed again.
+    return [level for level, _ in itertools.groupby(levels)]
 
 
 def _timestep_sigmas(config: SamplingConfig, precond: Precond) -> list[float]:
@@ -294,7 +297,7 @@ def _timestep_sigmas(config: SamplingConfig, precond: Precond) -> list[float]:
     if config.respacing is not None:
         timesteps = respaced(config.respacing, precond.num_timesteps)
     elif num_steps > 1:
-        timesteps = [round(i * last / (num_steps - 1)) for i in range(num_steps)]
+        timesteps = respaced(str(num_steps), precond.num_timesteps)
     levels = [*(precond.level(timestep) for timestep in reversed(timesteps)), 0.0]
     return levels[:: num_steps // config.steps]
 

@@ -34,6 +34,7 @@ from sampling.requests import RequestGenerator, encode_requests, stored_requests
 from torch_utils.pictures import read_image
 from training.asked import Asked, GeneratorOptions
 from training.checkpoint import load_snapshot
+from training.feature_objective import FeatureObjective
 
 pytestmark = pytest.mark.usefixtures("one_cpu_thread")
 
@@ -146,6 +147,30 @@ def test_losses_depend_on_neither_ranks_nor_accumulation(data, tmp_path):
     )
     # Steps of several buckets.
     assert len(set(per_tick(one, "Flow/share_both"))) > 1
+
+
+def test_gradients_are_of_the_mean_over_latents_so_that_sizes_count_alike(
+    data, tmp_path, monkeypatch
+):
+    """NanoDiT clips the gradient of that mean at 1."""
+
+    def first_norm(name):
+        options = ("--iters=1", "--batch=8", "--clip-grad=1e9")
+        return per_tick(
+            train_tiny(tmp_path / name, data, *options, tiny=TINY_FEATURES).run_dir,
+            "Loss/grad_norm",
+        )[0]
+
+    mean = first_norm("mean")
+    seen = []
+
+    def summed(self, loss):
+        seen.append(loss[0].numel())
+        return loss.sum()
+
+    monkeypatch.setattr(FeatureObjective, "total", summed)
+    assert first_norm("sum") == pytest.approx(mean * seen[0], rel=1e-3)
+    assert mean < 5
 
 
 def test_a_run_that_was_killed_and_resumed_equals_the_uninterrupted_one(data, tmp_path):

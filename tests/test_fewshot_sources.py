@@ -11,6 +11,7 @@ import zipfile
 import numpy as np
 import pytest
 from image_files import convert, make_folder, run_tool
+from PIL import Image
 
 from data.convert.fewshot_sources import _CIFAR_FS, _FC100_SUPERCLASSES
 from data.images.dataset import ImageDataset
@@ -196,6 +197,13 @@ def test_mini_imagenet_caches_are_read_and_resized(tmp_path):
     assert dataset.class_names == ["n00", "n01", "n10", "n11", "n20", "n21"]
     assert dataset.labels[:4].tolist() == [1, 0, 1, 0]
     assert dataset.class_splits == {"train": (0, 1), "val": (2, 3), "test": (4, 5)}
+    # By area where they become smaller, as few-shot diffusion models have them.
+    original = Image.fromarray(pixels(4, 84, 84, 3, seed=0)[1])
+    larger = converted(folder, tmp_path / "larger.zip", "--resolution=96")
+    for resized, resampling in ((dataset, "BOX"), (larger, "LANCZOS")):
+        expected = original.resize([resized.resolution] * 2, Image.Resampling[resampling])
+        pixels_there = resized.__getitems__([1])[0][0].permute(1, 2, 0).numpy()
+        np.testing.assert_array_equal(pixels_there, np.asarray(expected))
 
 
 def test_pickles_of_images_by_class_are_read(tmp_path):

@@ -314,6 +314,20 @@ def test_levels_that_rounding_makes_equal_are_visited_once():
     assert len(oracle.sigmas) == num_evaluations(config, IDDPM) == len(sigmas) - 1
 
 
+def test_with_churn_equal_levels_are_all_visited_as_published():
+    """EDM's settings for ADM's network of ImageNet-64: 256 steps, 203 of them with noise."""
+    config = SamplingConfig(steps=256, s_churn=40, s_min=0.05, s_max=50, s_noise=1.003)
+    oracle, noise = Oracle(), CountingNoise()
+    sigmas = sampling_sigmas(config, IDDPM)
+    sample(oracle, latents(), config, IDDPM, noise)
+    assert len(sigmas) == 257
+    assert len(set(sigmas)) < 257
+    assert len(oracle.sigmas) == num_evaluations(config, IDDPM) == 511
+    assert noise.num_draws == 203
+    first = next(i for i, sigma in enumerate(sigmas) if sigma <= 50)
+    assert oracle.sigmas[2 * first] == IDDPM.round_sigma(sigmas[first] * (1 + 40 / 256))
+
+
 def test_a_range_outside_the_networks_is_refused():
     with pytest.raises(ValueError, match=r"--sigma-max 0.01 miss .* 0.02 to 100"):
         sample(Oracle(), latents(), SamplingConfig(sigma_max=0.01), VEPrecond())

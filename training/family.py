@@ -135,6 +135,10 @@ class Objective(Protocol):
         """Return the loss of every element [N, C, h, w]."""
         ...
 
+    def total(self, loss: torch.Tensor) -> torch.Tensor:
+        """Return the sum over rows, a scalar, whose mean over the global batch is minimised."""
+        ...
+
     def report(self, stats: StatsCollector, loss: torch.Tensor, draws: Any) -> None:
         """Add the loss of a pass to the statistics of the tick."""
         ...

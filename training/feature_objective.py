@@ -132,6 +132,13 @@ class FeatureObjective(Objective):
         """Return the loss of every element [N, c, h, w] of latents [N, c, h, w]."""
         return self.loss_under(images, cond, draws, self.context(images, cond, draws))
 
+    def total(self, loss: Tensor) -> Tensor:
+        """Return the sum over rows of the mean over elements, so that images of all sizes count.
+
+        The norm at which gradients are clipped is of this loss, as NanoDiT's.
+        """
+        return loss.mean(dim=(1, 2, 3)).sum()
+
     def loss_under(
         self, images: Tensor, cond: Cond, draws: FeatureDraws, context: Context
     ) -> Tensor:

@@ -321,8 +321,8 @@ def training_loop(
                 images, cond = objective.prepare(*batches.of_pass(), rows, device)
                 with distributed.no_sync(loss_function, skip=part is not passes[-1]):
                     loss = loss_function(images, cond, rows)
-                    # Summed over pixels, averaged over the global batch (DDP averages over ranks).
-                    total = loss.sum() * (training.loss_scaling * world_size / step_nimg)
+                    # Averaged over the global batch (DDP averages over ranks).
+                    total = objective.total(loss) * (training.loss_scaling * world_size / step_nimg)
                     monitor.add(total)
                     if optimizer.loss_scale is not None:
                         total = total * optimizer.loss_scale

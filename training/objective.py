@@ -133,6 +133,10 @@ class Objective(torch.nn.Module):
         """Return the loss of every element [N, C, H, W] of prepared images and conditions."""
         return self.loss_under(images, cond, draws, self.context(images, cond, draws))
 
+    def total(self, loss: Tensor) -> Tensor:
+        """Return the sum of a loss [N, C, H, W] over rows, and over elements as in EDM."""
+        return loss.sum()
+
     def loss_under(self, images: Tensor, cond: Cond, draws: Draws, context: Context) -> Tensor:
         """Return the same under any context of as many images, such as those of others."""
         return self._loss(images, draws.sigma, draws.noise, context, draws.target)

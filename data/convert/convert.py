@@ -90,7 +90,7 @@ def convert_images(
     if num_images == 0:
         raise ValueError(f"{source.name}: holds no images.")
     encode = Image.Image.tobytes if kind == ".npz" else encode_png
-    settings = dict(size=size, transform=transform, encode=encode)
+    settings = dict(size=size, transform=transform, by_area=source.by_area, encode=encode)
     for to_rgb in (kind == ".npz", True):
         convert_one = functools.partial(_convert_one, to_rgb=to_rgb, **settings)
         items = map(source.item, range(num_images))
@@ -127,6 +127,7 @@ def _convert_one(
     *,
     size: Size | None,
     transform: str | None,
+    by_area: bool,
     to_rgb: bool,
     encode: Callable[[Image.Image], bytes],
 ) -> _Converted:
@@ -136,7 +137,7 @@ def _convert_one(
     except ValueError as error:
         return _Converted(error=str(error))
     if size is not None and (transform is not None or image.width == image.height):
-        image = apply_transform(image, size, transform)
+        image = apply_transform(image, size, transform, by_area)
     if image.width != image.height:
         return _Converted(size=image.size)
     num_channels = 1 if image.mode == "L" else 3

@@ -53,6 +53,7 @@ class Source:
     notes: tuple[str, ...] = ()  # Sentences that the user should read.
     origin: str = "the source"  # Where the labels come from, or why there are none.
     left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)  # How many, by why.
+    by_area: bool = False  # Whether what is published of them is of images reduced by area.
 
     @property
     def label_line(self) -> str:

@@ -26,6 +26,7 @@ from dnnlib.addresses import is_address
 from dnnlib.errors import refusal
 from dnnlib.files import check_source
 
+_MINI_IMAGENET_SIDE = 84
 _ACCEPTED = (
     "a folder of images, a zip of one, an .npz of samples in ADM's layout, cifar-10-python.tar.gz, "
     "cifar-100-python.tar.gz or their folders, train-images-idx3-ubyte[.gz] or its folder, the "
@@ -218,7 +219,9 @@ def open_fewshot(source: str) -> Source:
     """Return the images of FC100, CIFAR-FS, miniImageNet or Omniglot, with their class splits."""
     path = Path(source)
     images, labels, class_names, splits = read_fewshot(find_fewshot_files(path))
-    return array_source(source, images, labels, class_names, splits)
+    found = array_source(source, images, labels, class_names, splits)
+    # Few-shot diffusion models reduce miniImageNet to 32x32 by area.
+    return dataclasses.replace(found, by_area=images.shape[1] == _MINI_IMAGENET_SIDE)
 
 
 # Sources that packages bring with them.

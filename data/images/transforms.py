@@ -61,13 +61,22 @@ _TRANSFORMS: dict[str, Callable[[Image.Image, Size], Image.Image]] = dict(
 )
 
 
-def apply_transform(image: Image.Image, size: Size, transform: str | None) -> Image.Image:
-    """Return an image brought to ``size`` by one of TRANSFORMS, or resized (Lanczos) without."""
+def apply_transform(
+    image: Image.Image, size: Size, transform: str | None, by_area: bool = False
+) -> Image.Image:
+    """Return an image brought to ``size`` by one of TRANSFORMS, or resized without.
+
+    The filter then is Lanczos, or with ``by_area`` the mean over the area (box) of images that
+    become smaller.
+    """
     from PIL import Image
 
     if transform is not None:
         return _TRANSFORMS[transform](image, size)
-    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
+    if image.size == size:
+        return image
+    by_area = by_area and size < image.size
+    return image.resize(size, Image.Resampling.BOX if by_area else Image.Resampling.LANCZOS)
 
 
 def parse_resolution(text: str | None, transform: str | None) -> Size | None:

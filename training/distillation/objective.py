@@ -101,6 +101,9 @@ class DistillationObjective(torch.nn.Module):
         draws = dataclasses.replace(draws, target=self.target(images, cond, draws))
         return self.student(images, cond, draws)
 
+    def total(self, loss: Tensor) -> Tensor:
+        return self.student.total(loss)
+
     @torch.no_grad()
     def target(self, images: Tensor, cond: Cond, draws: Draws) -> Tensor:
         """Return the x0 of every image that leads to where two steps of the teacher lead."""
