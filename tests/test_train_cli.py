@@ -31,6 +31,7 @@ from helpers import dry_run
 from latent_files import tiny_autoencoder
 
 import data.images.dataset
+import evaluation.in_loop.features
 import evaluation.in_loop.images
 import evaluation.in_loop.sets
 import fid
@@ -592,6 +593,7 @@ class Spies:
         patch = functools.partial(mock.patch.object, return_value=None)
         for module in (evaluation.in_loop.images, evaluation.in_loop.sets):
             stack.enter_context(mock.patch.object(module, "GRID_SEEDS", 6))
+        stack.enter_context(mock.patch.object(evaluation.in_loop.features, "_NUM_SHOWN", 2))
         stack.enter_context(mock.patch.object(training.boards, "_TensorBoard"))
         stack.enter_context(patch(training.launch, "describe_run"))
 
