@@ -78,6 +78,10 @@ def main(options: ExportOptions) -> None:
     is_ours = read_header if options.format == "snapshot" else None
     rules = {} if is_folder else output_rules("dest")
     check_target("--dest", options.dest, is_folder=is_folder, is_ours=is_ours, **rules)
+    if is_folder:
+        from evaluation.model_card import check_export_folder
+
+        check_export_folder(options.dest, options.network, **output_rules("dest"))
     snapshot = open_snapshot(options.network)
     if options.format == "snapshot":
         about = (snapshot.config, snapshot.data, snapshot.progress, snapshot.packages)

@@ -165,7 +165,7 @@ def main(config: GenerateConfig, options: GenerateOptions, asked: Asked) -> None
     generator = requests.bind(family.load(snapshot, device, how), device)
     # Images of another protocol in the same folder would pass for this one's.
     facts = dict(snapshot=snapshot.sha256, **requests.facts, **generator.protocol())
-    distributed.on_main(lambda: claim_outdir(options.outdir, facts))
+    distributed.on_main(lambda: claim_outdir(options.outdir, facts, todo))
     make_images(generator, todo, options.batch)
     if options.grid is not None and distributed.is_main():
         images = [read_image(place.path) for place in todo]

@@ -17,6 +17,7 @@ from typing import IO, Any
 from dnnlib.errors import refusal
 
 CACHE_VARIABLE = "SETDIFFIT_CACHE"
+_MAX_LINKS = 40  # That a path may go through, as the system has it.
 
 
 @contextlib.contextmanager
@@ -45,10 +46,20 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb", **kwargs: Any) -> It
     except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # As of a full disk, which the system does not name.
+        found = _of_disk(error)
+        if found is not None and found.filename is None:
+            found.filename = str(path)  # As of a full disk, which the system does not name.
+        if found is not None and found is not error:
+            raise found from None
         raise
     fsync_folder(path.parent)
+
+
+def _of_disk(error: BaseException) -> OSError | None:
+    """Return the error of a file, also one behind that of torch.save, which closes its archive."""
+    if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+        return error.__context__
+    return error if isinstance(error, OSError) else None
 
 
 def fsync_folder(path: Path) -> None:
@@ -88,7 +99,8 @@ def check_target(
     path = Path(path)
     if not is_folder and path.is_dir():
         raise ValueError(f"{option}: {path} is a folder; give the name of a file.")
-    if os.path.lexists(path) and not (path.is_file() or path.is_dir()):
+    is_stream = _is_stream(path)
+    if is_stream or (os.path.lexists(path) and not (path.is_file() or path.is_dir())):
         # A rename would put a file in its place.
         problem = "is a pipe, socket, device, or a link that leads nowhere"
         raise ValueError(f"{option}: {path} {problem}; choose another name.")
@@ -112,6 +124,20 @@ def check_target(
             if not os.access(folder, os.W_OK):
                 raise ValueError(f"{option}: {path} cannot be written: no permission in {folder}.")
             return
+
+
+def _is_stream(path: Path) -> bool:
+    """Return whether a path leads to a descriptor of this process, as /dev/stdout does.
+
+    There may be a file behind it, but what is renamed to the path takes the place of the link.
+    """
+    for _ in range(_MAX_LINKS):
+        if path.absolute().parts[1:2] == ("proc",):
+            return True
+        if not path.is_symlink():
+            return False
+        path = path.parent / os.readlink(path)
+    return False
 
 
 def check_source(path: str | os.PathLike, *, where: str = "", folder: bool = True) -> None:

@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from dnnlib.config import to_dict
+from dnnlib.errors import refusal
 from dnnlib.files import atomic_write
 from dnnlib.text import format_kimg
 from metrics.rows import read_rows
 from torch_utils.misc import count_parameters
+from torch_utils.pictures import is_our_image
 from training.checkpoint import Snapshot, pictures_path
 from training.family import of as family_of
-from training.portable import save_portable
+from training.portable import CONFIG, WEIGHTS, find_snapshot, open_header, save_portable
 
 _PICTURE = "samples.png"
 _TAGS = ("setdiffit", "diffusion", "diffusion-transformer")
@@ -33,6 +35,34 @@ def scores_of(snapshot: Snapshot, folder: Path) -> list[dict[str, Any]]:
         own = [row for row in rows if row.get("snapshot_hash") == snapshot.sha256]
         found.update({str(row["metric"]): row for row in own})
     return list(found.values())
+
+
+def check_export_folder(
+    folder: Path, source: str, *, overwrite: bool, inputs: Mapping[str, Any]
+) -> None:
+    """Raise ValueError if an export would replace files of others, or the export it is made of."""
+    there = [name for name in (WEIGHTS, CONFIG, "README.md", _PICTURE) if (folder / name).exists()]
+    if not there:
+        return
+    weights = find_snapshot(source)
+    if folder.samefile(weights if weights.is_dir() else weights.parent):
+        but = f"{folder} is the folder of --network"
+        raise refusal("--dest", but=but, remedy="choose another name")
+    if not (overwrite or _is_export(folder, there)):
+        but = f"{folder} holds {there[0]} and is no export of this command"
+        raise refusal("--dest", but=but, remedy="choose another name, or give --overwrite")
+
+
+def _is_export(folder: Path, there: Sequence[str]) -> bool:
+    """Return whether files are of an export, whole or stopped: pictures and card come first."""
+    if (folder / CONFIG).exists():
+        try:
+            return bool(open_header(folder))
+        except ValueError:
+            return False
+    if (folder / "README.md").is_file():
+        return b'\nlibrary_name: "setdiffit"' in (folder / "README.md").read_bytes()[:200]
+    return there == [_PICTURE] and is_our_image(folder / _PICTURE)
 
 
 def write_export(snapshot: Snapshot, folder: Path, *, location: str) -> None:

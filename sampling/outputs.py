@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
@@ -35,6 +36,18 @@ def parse_classes(text: str | None, class_names: Sequence[str]) -> tuple[int, ..
     return tuple(parse_ranges("--class", text, class_names))
 
 
+def stacked(images: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return images [C, H, W] for a grid as [N, C, H, W]; raises ValueError for several shapes."""
+    shapes = collections.Counter(tuple(image.shape) for image in images)
+    usual = shapes.most_common(1)[0][0]
+    for index, image in enumerate(images):
+        if image.shape != usual:
+            (own, other) = ("x".join(map(str, shape)) for shape in (tuple(image.shape), usual))
+            but = f"image {index} of {len(images)}, counted from 0, is {own}, and most are {other}"
+            raise refusal("--grid", but=but, remedy="remove its file and start again")
+    return torch.stack(list(images))
+
+
 @dataclasses.dataclass(frozen=True)
 class ClassRequests:
     """Classes that seeds take in turn, see :class:`training.family.Requests`.
@@ -66,7 +79,7 @@ class ClassRequests:
     ) -> Image:
         names = [] if None in labels else [self.class_names[label] for label in labels]
         titles = class_titles(names, columns, heading)
-        return image_grid(torch.stack(list(images)), columns, titles)
+        return image_grid(stacked(images), columns, titles)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,9 +112,17 @@ def check_layout(other: Sequence[Place], subdirs: bool) -> None:
         raise refusal("--outdir", but=f"{found} is one of these images already", remedy=remedy)
 
 
-def claim_outdir(outdir: Path, protocol: Mapping[str, Any]) -> None:
-    """Note in ``outdir`` how its images are made; raises ValueError if it holds others."""
-    claim(outdir / "generation.json", protocol, "--outdir", "images")
+def claim_outdir(outdir: Path, protocol: Mapping[str, Any], wanted: Sequence[Place] = ()) -> None:
+    """Note in ``outdir`` how its images are made; raises ValueError if it holds others.
+
+    Without that note, which comes first, none of the ``wanted`` images can be this command's.
+    """
+    file = outdir / "generation.json"
+    found = next((place.path for place in wanted if place.path.is_file()), None)
+    if found is not None and not file.is_file():
+        but = f"{found} is there, and no {file.name} says how it was made"
+        raise refusal("--outdir", but=but, remedy="choose another folder, or remove the image")
+    claim(file, protocol, "--outdir", "images")
 
 
 def make_images(generator: Generator, wanted: Sequence[Place], batch: int) -> None:

@@ -218,6 +218,11 @@ def encode_requests(snapshot: Snapshot, device: torch.device, asked: Asked) -> l
         facts["reference"] = hashlib.sha256(reference.read_bytes()).hexdigest()
     if not prompts:
         return [Request(str(reference), shared, size, facts)]
+    for prompt in prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise refusal("--prompt", ascii(prompt), accepted="text in UTF-8") from None
     encoder = load_text_encoder(asked.text or model.text, device, expected_hash=model.text_hash)
     hidden, mask, num_truncated = encoder.encode(list(prompts))
     if num_truncated:

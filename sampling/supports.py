@@ -13,6 +13,7 @@ from diffusion.denoiser import autocast
 from models.context import Context
 from models.network import Network
 from sampling.images import ImageGenerator
+from sampling.outputs import stacked
 from torch_utils.pictures import support_picture
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class SupportRequests:
         self, images: Sequence[torch.Tensor], labels: Sequence[int], columns: int, heading: str
     ) -> Image:
         episodes = self.episodes[list(dict.fromkeys(labels))]
-        samples = torch.stack(list(images)).unflatten(0, (len(episodes), -1))
+        samples = stacked(images).unflatten(0, (len(episodes), -1))
         return episodes_picture(episodes, samples, columns, heading)
 
 

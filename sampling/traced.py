@@ -1,5 +1,6 @@
 """The denoiser of a snapshot as a program of torch.export, which runs without this project."""
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -81,5 +82,8 @@ def save_program(
     program: torch.export.ExportedProgram, path: Path, about: Mapping[str, str]
 ) -> None:
     """Write a program to a ``.pt2`` file, atomically, with texts about it beside the graph."""
+    # In memory first: PyTorch's writer ends the process where a file refuses its last bytes.
+    content = io.BytesIO()
+    torch.export.save(program, content, extra_files=dict(about))
     with atomic_write(path) as file:
-        torch.export.save(program, file, extra_files=dict(about))
+        file.write(content.getbuffer())

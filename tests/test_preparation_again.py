@@ -34,6 +34,7 @@ from data.features.preparation import pack
 from data.features.preparation.encode import FeatureEncoder
 from data.features.preparation.stage import Stage
 from data.features.record import FEATURES, is_complete
+from encoders.autoencoder import Autoencoder
 
 NUM = NUM_PICTURES
 NAMES = [bucket.name for bucket in parse_buckets(BUCKETS)]
@@ -315,6 +316,41 @@ def test_a_staged_feature_that_is_not_right_is_made_again(feature_base, encoders
 
 
 # Stops.
+
+
+def test_batches_after_a_stop_are_those_without_one(pictures, encoders, tmp_path, monkeypatch):
+    """The last digits of what encoders make of a sample depend on its batch."""
+    options = encoders, "--batch=4", "--shard-size=5", "--workers=1"
+    prepare(pictures, tmp_path / "whole", *options)
+    expected, put, seen = content(tmp_path / "whole"), FeatureEncoder._put, []
+    batches = []
+    encode = Autoencoder.moments
+
+    def noted(self, images):
+        batches.append(images.numpy().tobytes())
+        return encode(self, images)
+
+    monkeypatch.setattr(Autoencoder, "moments", noted)
+    prepare(pictures, tmp_path / "again", *options)
+    usual = {*batches}
+    for stop in (2, 9, 26, 40):
+
+        def stopped(self, *args, last=stop):
+            seen.append(None)
+            if len(seen) > last:
+                raise KeyboardInterrupt
+            put(self, *args)
+
+        out = tmp_path / f"stopped-{stop}"
+        seen.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(FeatureEncoder, "_put", stopped)
+            command = ("features", f"--source={pictures}", f"--dest={out}", f"--buckets={BUCKETS}")
+            assert call(dataset_tool, *command, *encoders, *options[1:]).code == 130
+        batches.clear()
+        prepare(pictures, out, *options)
+        assert {*batches} <= usual
+        assert content(out) == expected
 
 
 def test_a_stop_at_any_write_loses_nothing_that_was_finished(

@@ -61,18 +61,20 @@ class FeatureEncoder:
         """Stage what the samples of shards lack of the plan beside what is ``there``. Collective.
 
         Ranks share the batches of some shards at a time, then these shards, to ``pack`` them: while
-        they encode for some, they write those before. Batches are the same for any number of ranks.
+        they encode for some, they write those before. Batches are the same for any number of ranks
+        and after a stop, as the last digits of what is made depend on them.
         """
         images = list(chain(*shards.values()))
         lacking = {
             image.id: {key[1] for key in self.plan.keys(image) if key not in there}
             for image in images
         }
-        self._encode_captions([image for image in images if "text" in lacking[image.id]])
+        self._encode_captions(images, {own for own in lacking if "text" in lacking[own]})
         batches = {}
         for path, images in shards.items():
             rows = [(image, lacking[image.id] - {"text"}) for image in images]
-            batches[path] = _chunks([row for row in rows if row[1]], self.batch_size)
+            whole = _chunks(rows, self.batch_size)
+            batches[path] = [batch for batch in whole if any(wanted for _, wanted in batch)]
         num_images = self.batch_size * _BATCHES_PER_ROUND
         size = distributed.world_size() * max(num_images // self.plan.shard_size, 1)
         rounds = _chunks(list(shards), size)
@@ -89,10 +91,13 @@ class FeatureEncoder:
             with distributed.together():
                 packer.wait()
 
-    def _encode_captions(self, images: Sequence[PlannedImage]) -> None:
+    def _encode_captions(self, images: Sequence[PlannedImage], wanted: Collection[str]) -> None:
         images = sorted(images, key=lambda i: (len(i.caption), i.id))  # So that few are padded.
-        mine = share(_chunks(images, self.batch_size))
-        bar = progress_of_ranks(len(images), sum(map(len, mine)), "Encoding captions")
+        whole = _chunks(images, self.batch_size)
+        batches = [batch for batch in whole if any(image.id in wanted for image in batch)]
+        mine = share(batches)
+        total, own = (sum(map(len, parts)) for parts in (batches, mine))
+        bar = progress_of_ranks(total, own, "Encoding captions")
         with bar as on_done, distributed.together(), self._new_writer() as self._writer:
             for batch in mine:
                 encoder, captions = self.encoders["text"], [image.caption for image in batch]
@@ -103,25 +108,25 @@ class FeatureEncoder:
                 lengths = mask.sum(dim=1).tolist()
                 for image, row, length, is_cut in zip(batch, rows, lengths, truncated, strict=True):
                     arrays = {"t5h.npy": row[:length], "t5m.npy": np.ones(length, bool)}
-                    self._put(image, "text", arrays, is_cut)
+                    if image.id in wanted:
+                        self._put(image, "text", arrays, is_cut)
                 on_done(len(batch))
 
     def encode_images(self, batches: Sequence[Batch], on_done: Callable[[int], None]) -> None:
-        """Stage latents and visual features of batches, each of one bucket."""
+        """Stage what is wanted of latents and visual features of batches, each of one bucket."""
         images = [image for batch in batches for image, _ in batch]
         num_ahead = (1 + _BATCHES_AHEAD) * self.batch_size
         pixels_of = thread_map(self._pixels, images, self.num_threads, num_ahead)
         with contextlib.closing(pixels_of) as decoded, self._new_writer() as self._writer:
             for batch in batches:
                 pixels = [next(decoded) for _ in batch]
+                x = torch.from_numpy(np.stack(pixels))
                 for feature in ("vae", "visual"):
-                    rows = [i for i, (_, wanted) in enumerate(batch) if feature in wanted]
-                    if rows:
-                        x = torch.from_numpy(np.stack([pixels[i] for i in rows]))
-                        self._encode(feature, [batch[i][0] for i in rows], x)
+                    if any(feature in wanted for _, wanted in batch):
+                        self._encode(feature, batch, x)
                 on_done(len(batch))
 
-    def _encode(self, feature: str, batch: Sequence[PlannedImage], images: torch.Tensor) -> None:
+    def _encode(self, feature: str, batch: Batch, images: torch.Tensor) -> None:
         encoder = self.encoders[feature]
         images = images.to(encoder.device, non_blocking=True)
         with memory_for(len(images), "images"):
@@ -129,8 +134,11 @@ class FeatureEncoder:
                 values = {"vae.npy": encoder.moments(images)[:, : encoder.latent_channels]}
             else:
                 values = dict(zip(KEYS_OF[feature], encoder.encode(images), strict=True))
-        halves = {k: self._to_float16(value, batch, feature) for k, value in values.items()}
-        for row, image in enumerate(batch):
+        planned = [image for image, _ in batch]
+        halves = {k: self._to_float16(value, planned, feature) for k, value in values.items()}
+        for row, (image, wanted) in enumerate(batch):
+            if feature not in wanted:
+                continue
             arrays = {key: value[row] for key, value in halves.items()}
             if feature == "visual" and bits_of_facts(self.plan.encoders["visual"]) == 8:
                 arrays[PATCHES] = quantise(arrays[PATCHES])
