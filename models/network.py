@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from models.config import ModelConfig
 from models.context import Context
 
+_OTHER_SHAPES = 16  # Batches of pictures, scores, validation and probes, and last ones of fewer.
+
 
 class Network(nn.Module):
     """The raw network F(x, c_noise, context) of a configuration, with its conditioner."""
@@ -31,7 +33,7 @@ class Network(nn.Module):
         Of a sharded network, that is what is gathered by itself.
         """
         # Beyond the limit, further shapes would silently run without compilation.
-        limits, graphs = torch._dynamo.config, num_shapes + 1
+        limits, graphs = torch._dynamo.config, num_shapes + _OTHER_SHAPES
         limits.recompile_limit = max(limits.recompile_limit, graphs)
         total = max(limits.accumulated_recompile_limit, 4 * graphs)
         limits.accumulated_recompile_limit = total
@@ -39,7 +41,9 @@ class Network(nn.Module):
         config = self.config
         parts_of = config.sharded_parts if is_sharded else config.compiled_parts
         for part in parts_of(self.backbone):
-            part.compile(backend=backend, dynamic=False if num_shapes > 1 else None)
+            # One graph for any shape would compute other last digits, and be used or not by what
+            # came first: a run that goes on would not equal one that was never stopped.
+            part.compile(backend=backend, dynamic=False)
         self.conditioner.compile_parts(backend)
         self.is_compiled = True
 

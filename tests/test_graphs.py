@@ -21,6 +21,8 @@ from helpers import (
 from latent_files import tiny_latents
 
 import generate
+from configs import get_preset
+from models import build_network
 from models.network import Network
 from training import loop
 from training.watching import watch as watch_module
@@ -43,10 +45,11 @@ class Counter:
     """A backend of torch.compile that runs graphs as they are, and counts them."""
 
     def __init__(self):
-        self.num_graphs = 0
+        self.num_graphs = self.num_dynamic = 0
 
     def __call__(self, graph, example_inputs):
         self.num_graphs += 1
+        self.num_dynamic += any(isinstance(value, torch.SymInt) for value in example_inputs)
         return graph.forward
 
 
@@ -99,6 +102,21 @@ def test_a_run_has_one_graph_for_each_shape_and_compiles_no_more(base, tmp_path,
         text = train_tiny(tmp_path, data(base), *options, tiny=tiny).output
     assert counts == [num_graphs] * 6
     assert text.count("Compiled in ") == 1
+
+
+def test_every_size_of_batches_has_a_graph_of_its_own():
+    """A run that goes on with scores that it had missed has other batches before its first step."""
+    backend = Counter()
+    network = build_network(get_preset("digits").run.model)
+    torch._dynamo.reset()
+    network.compile_parts(backend=backend)
+    for batch in (2, 3, 4):
+        x, c_noise = torch.zeros(batch, *network.config.input_shape), torch.zeros(batch)
+        cond = {name: value.expand(batch) for name, value in network.config.example_cond().items()}
+        with torch.no_grad():
+            network(x, c_noise, network.context(cond, num=batch))
+    assert backend.num_graphs == 3
+    assert backend.num_dynamic == 0
 
 
 def test_scores_on_the_way_are_made_by_a_compiled_network(base, tmp_path):

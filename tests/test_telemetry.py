@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 
 from configs import get_preset
+from evaluation.in_loop.images import is_recorded, record
+from torch_utils.stop_signal import StopSignal
 from training.boards import import_board
 from training.config import LoggingConfig, TrainingConfig
 from training.report import forward_flops
@@ -435,3 +437,43 @@ def test_without_its_package_a_board_names_the_command(name, monkeypatch):
     expected = rf"--board={name} needs the package {name}: pip install {name}"
     with pytest.raises(ValueError, match=expected):
         import_board(name)
+
+
+def test_findings_on_the_data_are_told_once_by_a_run_that_begins_again(tmp_path):
+    path = tmp_path / "watch.jsonl"
+    rows = [dict(kimg=0.0, name="latents_scale"), dict(kimg=0.008, name="layer_dead")]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_text(text)
+    trim_rows(tmp_path, 8)
+    assert path.read_text() == text
+    trim_rows(tmp_path, 0)
+    assert path.read_text() == ""
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 2])
+def test_a_kill_between_the_rows_of_a_score_loses_none(tmp_path, num_rows):
+    names = ["fd_pixels", "fd_pixels_held_out", "copies_pixels"]
+    left = num_rows
+
+    class Killed(Exception):  # noqa: N818
+        pass
+
+    def record_metric(row, cur_nimg):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Killed
+        with open(tmp_path / f"metric-{row['metric']}.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    telemetry = types.SimpleNamespace(record_metric=record_metric, message=lambda text: None)
+    outputs = types.SimpleNamespace(run_dir=tmp_path, telemetry=telemetry, stop_signal=StopSignal())
+    rows = [dict(metric=name, value=1.0, values={name: 1.0}) for name in names]
+    with pytest.raises(Killed):
+        record(rows, outputs, 8)
+    assert not is_recorded(outputs, "fd_pixels", 8)  # So that all are made again.
+    left = 3
+    record(rows, outputs, 8)
+    for name in names:
+        lines = (tmp_path / f"metric-{name}.jsonl").read_text().splitlines()
+        assert [json.loads(line)["kimg"] for line in lines] == [0.008]

@@ -378,7 +378,7 @@ def training_loop(
         # Record statistics. Those of a tick that a signal cuts short go into the state.
         if tick_ends:
             tick_kimg = (cur_nimg - timed_nimg) / 1000
-            sec_per_tick = tick_end_sec - tick_start_sec
+            sec_per_tick = max(tick_end_sec - tick_start_sec, 1e-9)  # Clocks are set.
             flops = 3 * flops_per_image * tick_kimg * 1000
             watch.measure(stats, beta)
             fields = stats.collect()

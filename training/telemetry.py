@@ -160,7 +160,9 @@ def trim_rows(run_dir: Path, cur_nimg: int) -> None:
         damaged = [n for n, line in enumerate(lines[:-1], 1) if math.isinf(_row_kimg(line))]
         if damaged:
             print(f"{path}: line {join_names(map(str, damaged))} cannot be read and is left out.")
-        kept = "".join(line + "\n" for line in lines if _row_kimg(line) <= limit)
+        # Before the first step the data are inspected, and what is found is told again.
+        last = -1.0 if path.name == WATCH_FILE and not cur_nimg else limit
+        kept = "".join(line + "\n" for line in lines if _row_kimg(line) <= last)
         if kept != text:
             with atomic_write(path, "w", encoding="utf-8") as file:
                 file.write(kept)

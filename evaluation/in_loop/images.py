@@ -89,9 +89,12 @@ def record(rows: list[dict[str, Any]], outputs: Outputs, cur_nimg: int) -> None:
         return
     snapshot = snapshot_path(outputs.run_dir, cur_nimg).name
     with outputs.stop_signal.deferred():  # All rows in all files and curves, or none.
+        # Those that were asked for come last: when a kill leaves them out, all are made again.
+        for row in reversed(rows):
+            row.update(kimg=cur_nimg / 1000, snapshot=snapshot)
+            if not metric_is_recorded(outputs.run_dir, row["metric"], cur_nimg):
+                outputs.telemetry.record_metric(row, cur_nimg)
         for row in rows:
-            row = dict(row, kimg=cur_nimg / 1000, snapshot=snapshot)
-            outputs.telemetry.record_metric(row, cur_nimg)
             values = ", ".join(f"{name} {value:.4f}" for name, value in row["values"].items())
             outputs.telemetry.message(
                 f"{row['metric']}: {values} at kimg {format_kimg(row['kimg'])}"
