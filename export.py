@@ -81,7 +81,8 @@ def main(options: ExportOptions) -> None:
     if is_folder:
         from evaluation.model_card import check_export_folder
 
-        check_export_folder(options.dest, options.network, **output_rules("dest"))
+        overwrite = output_rules("dest")["overwrite"]
+        check_export_folder(options.dest, options.network, overwrite)
     snapshot = open_snapshot(options.network)
     if options.format == "snapshot":
         about = (snapshot.config, snapshot.data, snapshot.progress, snapshot.packages)

@@ -37,10 +37,13 @@ def scores_of(snapshot: Snapshot, folder: Path) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def check_export_folder(
-    folder: Path, source: str, *, overwrite: bool, inputs: Mapping[str, Any]
-) -> None:
-    """Raise ValueError if an export would replace files of others, or the export it is made of."""
+def check_export_folder(folder: Path, source: str, overwrite: bool) -> None:
+    """Raise ValueError if an export would replace files of others, or the export it is made of.
+
+    Args:
+        source: What the export is made of, as ``--network`` names it.
+        overwrite: Whether files of others may be replaced.
+    """
     there = [name for name in (WEIGHTS, CONFIG, "README.md", _PICTURE) if (folder / name).exists()]
     if not there:
         return
