@@ -244,7 +244,10 @@ def test_tars_need_their_own_index(folder, tmp_path):
         other.add(tar, "toy.png")
     message = fail(dataset_tool, "index", compressed)
     assert "toy.tgz.tar: cannot be read as a tar" in message
-    assert "holds no images" in fail(dataset_tool, "index", _tar_of(tmp_path / "x.tar", index))
+    empty = _tar_of(tmp_path / "x.tar", index)
+    assert "holds no images" in fail(dataset_tool, "index", empty)
+    (tmp_path / "x.tar.index.json").mkdir()
+    assert "x.tar.index.json is a folder" in fail(dataset_tool, "index", empty)
 
 
 def _tar_of(path, file):

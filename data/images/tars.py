@@ -10,7 +10,7 @@ from data.images.decode import is_image_name
 from data.images.members import BARE, PackedArchive, holds_twice, is_needed, plain_name
 from dnnlib.addresses import AddressError, is_address, without_query
 from dnnlib.errors import refusal
-from dnnlib.files import atomic_write, check_source
+from dnnlib.files import atomic_write, check_source, check_target
 from dnnlib.progress import progress
 from dnnlib.remote.files import OpenFiles, read_all
 from dnnlib.typed import JsonFormat, typed
@@ -64,6 +64,7 @@ def write_index(path: Path) -> tuple[Path, int]:
     Raises ValueError if the file is no tar, is compressed, is damaged, or holds a name twice.
     """
     check_source(path, folder=False)
+    check_target("TAR", index_of(path), overwrite=True)  # Before a long read.
     columns: dict[str, list] = {name: [] for name in _COLUMNS}
     num_bytes = path.stat().st_size
     shown = dict(total=num_bytes, label=f"Reading {path.name}", unit="B")
