@@ -99,8 +99,8 @@ def check_target(
     path = Path(path)
     if not is_folder and path.is_dir():
         raise ValueError(f"{option}: {path} is a folder; give the name of a file.")
-    is_stream = _is_stream(path)
-    if is_stream or (os.path.lexists(path) and not (path.is_file() or path.is_dir())):
+    is_usual = (path.is_file() or path.is_dir()) and not _is_stream(path)
+    if os.path.lexists(path) and not is_usual:
         # A rename would put a file in its place.
         problem = "is a pipe, socket, device, or a link that leads nowhere"
         raise ValueError(f"{option}: {path} {problem}; choose another name.")

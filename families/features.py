@@ -154,7 +154,8 @@ class FeatureFamily:
 
     def objective(self, run: FeatureRun, network: Network, codec: Codec) -> FeatureObjective:
         precond, settings = make_precond(run.precond), objective_settings(run)
-        return FeatureObjective(network, precond, codec, config=run.features, **settings)
+        settings.update(config=run.features, is_summed=run.summed_loss)
+        return FeatureObjective(network, precond, codec, **settings)
 
     def validation(self, run: FeatureRun, data: TrainingData) -> Examples | None:
         held_out, rows = data.of_split("validation"), []

@@ -4,7 +4,7 @@ Beside the families, because options and presets are known before anything of a 
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from data.features.config import FeatureConfig
 from data.fewshot.config import SetConfig
@@ -50,6 +50,11 @@ class FeatureRun(RunConfig):
     distillation: DualDistillationConfig = DualDistillationConfig()
     features: FeatureConfig = FeatureConfig()
     validation: ValidationConfig = ValidationConfig()
+    # The loss is summed over latents, as in runs that began before it was averaged.
+    summed_loss: bool = False
+
+    def as_begun(self, before: Self) -> Self:
+        return dataclasses.replace(self, summed_loss=before.summed_loss)
 
     def cond_after(self, cur_nimg: int, input_shape: tuple[int, ...]) -> dict[str, float]:
         from training.feature_objective import patch_bias

@@ -1,6 +1,7 @@
 """The whole chain of features: shards, training over buckets, resuming, and images."""
 
 import dataclasses
+import shutil
 import signal
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from feature_files import photographs, sample_arrays, tiny_encoders, tiny_features
 from helpers import TINY_FEATURES, fail, succeed, train_tiny
+from state_files import edit_manifest
 from training_runs import (
     TrainProcess,
     assert_same_run,
@@ -171,6 +173,21 @@ def test_gradients_are_of_the_mean_over_latents_so_that_sizes_count_alike(
     monkeypatch.setattr(FeatureObjective, "total", summed)
     assert first_norm("sum") == pytest.approx(mean * seen[0], rel=1e-3)
     assert mean < 5
+
+
+def test_runs_that_began_with_the_sum_over_latents_go_on_with_it(data, tmp_path):
+    """They are told by what their states lack, also where the command line says what to train."""
+    command = (f"--outdir={tmp_path}", f"--data={data}", *STEPS, "--clip-grad=1e9")
+    succeed(train_script, *command)
+    run_dir = only_run(tmp_path)
+    averaged = per_tick(run_dir, "Loss/grad_norm")
+    state, last = sorted(run_dir.glob("training-state-*"))
+    shutil.rmtree(last)
+    edit_manifest(state, lambda content: content["config"].pop("summed_loss"))
+    succeed(train_script, *command, "--resume=auto")
+    summed = per_tick(only_run(tmp_path), "Loss/grad_norm")
+    assert summed[:-1] == averaged[:-1]
+    assert summed[-1] > 100 * averaged[-1]
 
 
 def test_a_run_that_was_killed_and_resumed_equals_the_uninterrupted_one(data, tmp_path):

@@ -381,6 +381,10 @@ class RunConfig(Config):
             return self.logging.log_interval * self.step_nimg
         return self.logging.tick * 1000
 
+    def as_begun(self, before: Self) -> Self:
+        """Return the run with what no option names and a run keeps, as it was ``before``."""
+        return self
+
     def cond_after(self, cur_nimg: int, input_shape: tuple[int, ...]) -> dict[str, float]:
         """Return conditions that all images have alike after ``cur_nimg`` images of training.
 

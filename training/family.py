@@ -491,4 +491,6 @@ def restore_run(values: Mapping[str, Any]) -> RunConfig:
             values["guidance"] = values.pop("dual_guidance")
         model = values["model"]["family"]
         values["family"] = _FAMILY_OF_MODEL.get(model, model)
+    if values["family"] == "features":
+        values.setdefault("summed_loss", True)
     return from_dict(named(values["family"]).run, values)

@@ -38,12 +38,17 @@ class FeatureDraws(Draws):
 
 
 class FeatureObjective(Objective):
-    """The error of the velocity, of latents and features of images of one size."""
+    """The error of the velocity, of latents and features of images of one size.
 
-    def __init__(self, *args: Any, config: FeatureConfig, **kwargs: Any) -> None:
+    ``is_summed`` says that what is minimised is summed over latents, not averaged.
+    """
+
+    def __init__(
+        self, *args: Any, config: FeatureConfig, is_summed: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         assert isinstance(self._precond, FlowPrecond)
-        self._config = config
+        self._config, self._is_summed = config, is_summed
         self._velocity = Velocity(self.network, self._denoise.autocast_dtype)
         self._last_rms: Tensor | None = None
         self.level_names = _TIME_NAMES
@@ -137,7 +142,7 @@ class FeatureObjective(Objective):
 
         The norm at which gradients are clipped is of this loss, as NanoDiT's.
         """
-        return loss.mean(dim=(1, 2, 3)).sum()
+        return loss.sum() if self._is_summed else loss.mean(dim=(1, 2, 3)).sum()
 
     def loss_under(
         self, images: Tensor, cond: Cond, draws: FeatureDraws, context: Context

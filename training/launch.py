@@ -29,6 +29,7 @@ from training import runs
 from training.config import RunConfig, fit_to_device
 from training.division import check_division, group_size
 from training.family import of as family_of
+from training.family import restore_run
 from training.loop import Job, training_loop
 from training.portable import open_header, open_snapshot
 from training.reference_curves.reference import Reference
@@ -209,7 +210,7 @@ def launch(config: RunConfig, start: Start, usual: Usual = Usual()) -> int:
                 state, num_rollbacks = None, 0
                 if not is_new:
                     state, num_rollbacks = _load_state(job, run_dir, exact_state)
-                job = _with_cpu_matmul(job, state)
+                job = _with_cpu_matmul(_as_begun(job, state), state)
                 if config.training.batch_gpu == "auto":
                     job = _with_batch_before(job, state)
                 if distributed.is_main():
@@ -359,6 +360,13 @@ def _prepare(config: RunConfig, device: torch.device) -> Job:
     return Job(
         config=config, data=data, codec=codec, examples=examples, evaluator=evaluator, device=device
     )
+
+
+def _as_begun(job: Job, state: dict[str, Any] | None) -> Job:
+    """Keep what no option names as it is in a state that is continued."""
+    if state is None:
+        return job
+    return dataclasses.replace(job, config=job.config.as_begun(restore_run(state["config"])))
 
 
 def _with_cpu_matmul(job: Job, state: dict[str, Any] | None) -> Job:
