@@ -69,20 +69,13 @@ def main(options: ExportOptions) -> None:
     if suffix is not None and options.dest.suffix != suffix:
         accepted = f"a file that ends in {suffix}"
         raise refusal("--dest", options.dest, accepted=accepted)
-    from training.checkpoint import read_header, save_weights
+    from training.checkpoint import save_weights
     from training.portable import open_snapshot, split_hub_name
 
     if options.push is not None:
         split_hub_name(options.push)
 
-    is_ours = read_header if options.format == "snapshot" else None
-    rules = {} if is_folder else output_rules("dest")
-    check_target("--dest", options.dest, is_folder=is_folder, is_ours=is_ours, **rules)
-    if is_folder:
-        from evaluation.model_card import check_export_folder
-
-        overwrite = output_rules("dest")["overwrite"]
-        check_export_folder(options.dest, options.network, overwrite)
+    _check_dest(options)
     snapshot = open_snapshot(options.network)
     if options.format == "snapshot":
         about = (snapshot.config, snapshot.data, snapshot.progress, snapshot.packages)
@@ -102,6 +95,20 @@ def main(options: ExportOptions) -> None:
         from training.portable import push
 
         click.echo(push(options.dest, options.push, private=options.private))
+
+
+def _check_dest(options: ExportOptions) -> None:
+    """Raise ValueError if the result cannot, or should not, be written where it is asked for."""
+    from evaluation.model_card import check_export_folder
+    from training.checkpoint import read_header
+
+    rules = output_rules("dest")
+    if options.format == "safetensors":
+        check_target("--dest", options.dest, is_folder=True)
+        check_export_folder(options.dest, options.network, rules["overwrite"])
+    else:
+        is_ours = read_header if options.format == "snapshot" else None
+        check_target("--dest", options.dest, is_ours=is_ours, **rules)
 
 
 def _export_program(snapshot: "Snapshot", options: ExportOptions) -> None:

@@ -154,7 +154,7 @@ class FeatureFamily:
 
     def objective(self, run: FeatureRun, network: Network, codec: Codec) -> FeatureObjective:
         precond, settings = make_precond(run.precond), objective_settings(run)
-        settings.update(config=run.features, is_summed=run.summed_loss)
+        settings = dict(settings, config=run.features, is_summed=run.summed_loss)
         return FeatureObjective(network, precond, codec, **settings)
 
     def validation(self, run: FeatureRun, data: TrainingData) -> Examples | None:

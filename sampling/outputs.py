@@ -42,7 +42,7 @@ def stacked(images: Sequence[torch.Tensor]) -> torch.Tensor:
     usual = shapes.most_common(1)[0][0]
     for index, image in enumerate(images):
         if image.shape != usual:
-            (own, other) = ("x".join(map(str, shape)) for shape in (tuple(image.shape), usual))
+            own, other = ("x".join(map(str, shape)) for shape in (tuple(image.shape), usual))
             but = f"image {index} of {len(images)}, counted from 0, is {own}, and most are {other}"
             raise refusal("--grid", but=but, remedy="remove its file and start again")
     return torch.stack(list(images))
@@ -112,7 +112,7 @@ def check_layout(other: Sequence[Place], subdirs: bool) -> None:
         raise refusal("--outdir", but=f"{found} is one of these images already", remedy=remedy)
 
 
-def claim_outdir(outdir: Path, protocol: Mapping[str, Any], wanted: Sequence[Place] = ()) -> None:
+def claim_outdir(outdir: Path, protocol: Mapping[str, Any], wanted: Sequence[Place]) -> None:
     """Note in ``outdir`` how its images are made; raises ValueError if it holds others.
 
     Without that note, which comes first, none of the ``wanted`` images can be this command's.

@@ -138,9 +138,9 @@ class FeatureObjective(Objective):
         return self.loss_under(images, cond, draws, self.context(images, cond, draws))
 
     def total(self, loss: Tensor) -> Tensor:
-        """Return the sum over rows of the mean over elements, so that images of all sizes count.
+        """Return the sum over rows of the mean over the elements of a loss [N, c, h, w], a scalar.
 
-        The norm at which gradients are clipped is of this loss, as NanoDiT's.
+        So images of all sizes count alike, and gradients are clipped by the norm of NanoDiT's loss.
         """
         return loss.sum() if self._is_summed else loss.mean(dim=(1, 2, 3)).sum()
 

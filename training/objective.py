@@ -134,7 +134,7 @@ class Objective(torch.nn.Module):
         return self.loss_under(images, cond, draws, self.context(images, cond, draws))
 
     def total(self, loss: Tensor) -> Tensor:
-        """Return the sum of a loss [N, C, H, W] over rows, and over elements as in EDM."""
+        """Return a loss [N, C, H, W] summed over rows and, as in EDM, over elements: a scalar."""
         return loss.sum()
 
     def loss_under(self, images: Tensor, cond: Cond, draws: Draws, context: Context) -> Tensor:

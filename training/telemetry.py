@@ -148,9 +148,10 @@ def tick_line(fields: dict[str, dict[str, float]], total_nimg: int, num_skipped:
 def trim_rows(run_dir: Path, cur_nimg: int) -> None:
     """Drop the rows that a killed run wrote after its last state; they will be written again.
 
-    A damaged row is left out too; unless it is the last, which a kill may cut off, it is named.
+    A run that begins again writes all of them, those of kimg 0 among them. A damaged row is left
+    out too; unless it is the last, which a kill may cut off, it is named.
     """
-    limit = cur_nimg / 1000 + 1e-9
+    limit = cur_nimg / 1000 + 1e-9 if cur_nimg else -1.0
     named = [run_dir / name for name in (STATS_FILE, WATCH_FILE)]
     for path in [*named, *run_dir.glob("metric-*.jsonl")]:
         if not path.is_file():
@@ -160,9 +161,7 @@ def trim_rows(run_dir: Path, cur_nimg: int) -> None:
         damaged = [n for n, line in enumerate(lines[:-1], 1) if math.isinf(_row_kimg(line))]
         if damaged:
             print(f"{path}: line {join_names(map(str, damaged))} cannot be read and is left out.")
-        # Before the first step the data are inspected, and what is found is told again.
-        last = -1.0 if path.name == WATCH_FILE and not cur_nimg else limit
-        kept = "".join(line + "\n" for line in lines if _row_kimg(line) <= last)
+        kept = "".join(line + "\n" for line in lines if _row_kimg(line) <= limit)
         if kept != text:
             with atomic_write(path, "w", encoding="utf-8") as file:
                 file.write(kept)

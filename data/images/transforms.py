@@ -75,8 +75,9 @@ def apply_transform(
         return _TRANSFORMS[transform](image, size)
     if image.size == size:
         return image
-    by_area = by_area and size < image.size
-    return image.resize(size, Image.Resampling.BOX if by_area else Image.Resampling.LANCZOS)
+    reduces = size[0] < image.width
+    resampling = Image.Resampling.BOX if by_area and reduces else Image.Resampling.LANCZOS
+    return image.resize(size, resampling)
 
 
 def parse_resolution(text: str | None, transform: str | None) -> Size | None:

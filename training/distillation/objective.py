@@ -102,6 +102,7 @@ class DistillationObjective(torch.nn.Module):
         return self.student(images, cond, draws)
 
     def total(self, loss: Tensor) -> Tensor:
+        """Return what the student minimises of a loss [N, C, H, W], a scalar."""
         return self.student.total(loss)
 
     @torch.no_grad()
