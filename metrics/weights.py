@@ -12,6 +12,26 @@ from dnnlib.downloads import fetch
 from dnnlib.errors import refusal
 
 _MAX_BYTES = 2 << 30  # Of the weights of one network; VGG16's are half a gigabyte.
+# What the arrays and numbers of NumPy 1 and 2 are called in pickles.
+_NUMPY_NAMES = (
+    "numpy.ndarray",
+    "numpy.dtype",
+    *(
+        f"numpy.{core}.multiarray.{name}"
+        for core in ("core", "_core")
+        for name in ("_reconstruct", "scalar")
+    ),
+)
+
+
+class _LeftAside:
+    """What a file holds of NumPy, such as the random state beside weights: nothing of it counts."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
 
 
 def load_weights(
@@ -63,8 +83,9 @@ def read_checkpoint(
 
     Names within dictionaries are joined by dots. Of a training state, which holds several sets of
     weights, the first of ``parts`` that is there is returned, without its name: of ``ema``, what
-    is called ``ema.``. Raises ValueError for a file without tensors, or with anything but plain
-    data; nothing in it is executed.
+    is called ``ema.``. Arrays of NumPy, such as the random state in it, are left out. Raises
+    ValueError for a file without tensors, or with anything but plain data; nothing in it is
+    executed.
     """
     if path.suffix == ".safetensors":
         found = read_safetensors(path, expected)
@@ -91,7 +112,8 @@ def _named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tens
 
 def _load(path: Path, expected: str) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([(_LeftAside, name) for name in _NUMPY_NAMES]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     # What a damaged or hostile file makes the unpickler raise has no common base.
     except Exception as error:
         raise ValueError(f"{path}: {_refusal(path, error)}. {expected}") from error

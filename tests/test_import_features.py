@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 from feature_files import tiny_features
@@ -199,6 +201,13 @@ def test_an_imported_snapshot_samples_with_the_data_s_statistics(features, tmp_p
         ema=dict(ema_params=averages, decay=0.9999),
         optimizer=dict(state={0: dict(exp_avg=torch.ones(3))}),
         step=7000,
+        loss=np.float64(0.5),
+        # As its code writes it, so that a run can go on.
+        rng_state=dict(
+            python=random.getstate(),
+            numpy=np.random.RandomState(0).get_state(),
+            torch=torch.get_rng_state(),
+        ),
     )
     torch.save(state, tmp_path / "checkpoint.pt")
     out = tmp_path / "network.pkl"
