@@ -220,15 +220,18 @@ def test_pickles_of_images_by_class_are_read(tmp_path):
     assert dataset.class_splits == {"train": (0, 1), "test": (2,)}
 
 
+@pytest.mark.parametrize("is_flat", [False, True])
 @pytest.mark.parametrize("dtype", [np.uint8, bool, np.float32])
-def test_omniglot_has_validation_classes_of_its_own(dtype, tmp_path):
+def test_omniglot_has_validation_classes_of_its_own_and_is_inverted(dtype, is_flat, tmp_path):
     folder = tmp_path / "omniglot"
     folder.mkdir()
     ink = {
         n: pixels(20, 28, 28, seed=i) > 200 for i, n in enumerate(f"c{i:02d}" for i in range(25))
     }
     scale = 255 if dtype == np.uint8 else 1
-    arrays = {name: (value * scale).astype(dtype) for name, value in ink.items()}
+    arrays = {name: (~value * scale).astype(dtype) for name, value in ink.items()}
+    if is_flat:
+        arrays = {name: array.reshape(20, -1) for name, array in arrays.items()}
     np.savez(folder / "train_small.npz", **{n: a for n, a in arrays.items() if n < "c23"})
     np.savez(folder / "test_small.npz", **{n: a for n, a in arrays.items() if n >= "c23"})
     dataset = converted(folder, tmp_path / "out.zip")

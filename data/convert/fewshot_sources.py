@@ -31,6 +31,7 @@ _CIFAR_FS = {
 }
 _PICKLES = (".pickle", ".pkl")
 _OMNIGLOT = {"train": "train_small.npz", "test": "test_small.npz"}
+_OMNIGLOT_SIDE = 28
 # One training class of so many becomes a validation class: 97 of Omniglot's 964.
 _OMNIGLOT_VAL = 10
 
@@ -204,7 +205,10 @@ def _read_by_class(path: Path, content: dict[str, Any]) -> SplitImages:
 
 
 def _read_omniglot(path: Path) -> SplitImages:
-    """Omniglot: one array [20, 28, 28] a character, light on dark, kept as it is."""
+    """Omniglot: one array [20, 28, 28] or [20, 784] a character, whose values are inverted.
+
+    Few-shot diffusion models train on one minus what the files hold.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in sorted(file.files)}
@@ -212,11 +216,13 @@ def _read_omniglot(path: Path) -> SplitImages:
         raise _damaged(path, f"cannot be read ({error})") from None
     images, labels = [], []
     for name, array in arrays.items():
-        if array.dtype.kind in "bf" and array.ndim == 3:
+        if array.dtype.kind in "bf" and array.ndim in (2, 3) and array.size:
             if not (array.min() >= 0 and array.max() <= 1):
                 raise _damaged(path, f"{name} holds numbers outside 0 to 1")
             array = np.round(array.astype(np.float64) * 255).astype(np.uint8)
-        images.append(_checked_images(path, name, array))
+        if array.ndim == 2 and array.shape[1] == _OMNIGLOT_SIDE**2:
+            array = array.reshape(-1, _OMNIGLOT_SIDE, _OMNIGLOT_SIDE)
+        images.append(255 - _checked_images(path, name, array))
         labels += [name] * len(array)
     return _numbered(np.concatenate(images), labels)
 
