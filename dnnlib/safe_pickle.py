@@ -82,10 +82,24 @@ def _encode_latin1(text: str, encoding: str = "latin1") -> bytes:
     return text.encode("latin1")
 
 
-_RECONSTRUCT = _StandIn(lambda *_: _Array())
+def _from_buffer(data: Any, dtype: Any, shape: Any, order: str, axes: Any = None) -> _Array:
+    """Return an array that is contiguous, or is but for its axes, as protocol 5 has it."""
+    if not isinstance(dtype, _DType) or not isinstance(data, bytes | bytearray):
+        raise _ForbiddenGlobalError("an array of objects")
+    flat = np.frombuffer(data, dtype.dtype)
+    found = _Array()
+    found.array = flat.reshape(shape, order="F" if order == "F" else "C").copy()
+    if order == "K" and axes is not None:
+        found.array = found.array.transpose(axes)
+    return found
+
+
+_RECONSTRUCT, _FROM_BUFFER = _StandIn(lambda *_: _Array()), _StandIn(_from_buffer)
 _ALLOWED = {
     ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
     ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("numpy.core.numeric", "_frombuffer"): _FROM_BUFFER,
+    ("numpy._core.numeric", "_frombuffer"): _FROM_BUFFER,
     ("numpy", "ndarray"): "numpy.ndarray",  # An argument of the above, and nothing to call.
     ("numpy", "dtype"): _StandIn(_DType),
     ("_codecs", "encode"): _StandIn(_encode_latin1),

@@ -185,20 +185,30 @@ class ForgedState:
         return reconstruct, args, (1, (1,), np.dtype("O"), False, [1])
 
 
-@pytest.mark.parametrize("forged", [ForgedArray(), ForgedState()])
+class ForgedBuffer:
+    """Asks for the same by way of what protocol 5 calls."""
+
+    def __reduce__(self):
+        function = np.empty(1).__reduce_ex__(5)[0]
+        return function, (bytes(8), np.dtype("O"), (1,), "C")
+
+
+@pytest.mark.parametrize("forged", [ForgedArray(), ForgedState(), ForgedBuffer()])
 def test_a_pickle_cannot_forge_arrays_of_objects(forged):
     with pytest.raises(ValueError, match=r"not a readable pickle|would run an array of"):
         safe_pickle.load(io.BytesIO(pickle.dumps([forged], protocol=2)))
 
 
-@pytest.mark.parametrize("protocol", [2, 3, 4])
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 @pytest.mark.parametrize("dtype", ["u1", "<i8", ">f4", "?"])
 def test_arrays_and_containers_are_read_as_they_were_written(protocol, dtype):
     array = np.arange(6).reshape(2, 3).astype(dtype)
-    content = {"a": [array, (1.5, None)], "b": np.asfortranarray(array)}
+    turned = np.arange(24).reshape(2, 3, 4).astype(dtype).transpose(1, 0, 2)
+    content = {"a": [array, (1.5, None)], "b": np.asfortranarray(array), "c": turned}
     read = safe_pickle.load(io.BytesIO(pickle.dumps(content, protocol=protocol)))
     np.testing.assert_array_equal(read["a"][0], array)
     np.testing.assert_array_equal(read["b"], array)
+    np.testing.assert_array_equal(read["c"], turned)
     assert read["a"][0].dtype == array.dtype
     assert read["a"][1] == (1.5, None)
 
