@@ -193,7 +193,7 @@ def weights_for(features):
     return nanodit_weights(*dims)
 
 
-def test_an_imported_snapshot_samples_with_the_data_s_statistics(features, tmp_path):
+def test_an_imported_snapshot_samples_with_nanodit_s_normalisation(features, tmp_path):
     tensors = weights_for(features)
     averages = {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()}
     state = dict(
@@ -218,7 +218,14 @@ def test_an_imported_snapshot_samples_with_the_data_s_statistics(features, tmp_p
     model = snapshot.config.model
     assert (model.cls_token_time, model.patch_pos, model.gates) == (True, False, False)
     assert model.buckets == tuple(bucket.name for bucket in data.buckets)
-    assert snapshot.data.features["statistics"] == data.summary()["statistics"]
+    stored = data.summary()["statistics"]["vae"]
+    values = torch.cat([data.latents(i).flatten(1) for i in range(len(data))], dim=1).double()
+    known = {n: (s["mean"], s["std"]) for n, s in snapshot.data.features["statistics"].items()}
+    mean, std = values.mean().item(), values.std(unbiased=False).item()
+    num = len(stored["mean"])
+    assert known["vae"] == ([pytest.approx(mean)] * num, [pytest.approx(std)] * num)
+    assert len(set(stored["mean"])) == len(set(stored["std"])) == num
+    assert known["cls"] == known["patches"] == ([0.0] * model.visual_dim, [1.0] * model.visual_dim)
     assert (model.vae_hash, model.text_hash) == (data.record.vae["hash"], data.record.text["hash"])
     bucket = data.buckets[0]
     _, height, width = model.latent_shape(*bucket.size)

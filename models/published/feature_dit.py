@@ -1,5 +1,6 @@
 """The layout in which NanoDiT's own code names its tensors."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,6 +44,19 @@ class FeatureDiTLayout(Layout):
 
     def settings(self, shapes: Mapping[str, Shape]) -> dict[str, Any]:
         return dict(use_dino_patches=True, patch_pos=False, cls_token_time=True, gates=False)
+
+    def features(self, known: Mapping[str, Any]) -> dict[str, Any]:
+        # That code scales all channels of latents alike, and CLS tokens and patches not at all.
+        statistics = dict(known["statistics"])
+        latents, num = statistics["vae"], len(statistics["vae"]["mean"])
+        mean = math.fsum(latents["mean"]) / num
+        squares = (m**2 + s**2 for m, s in zip(latents["mean"], latents["std"], strict=True))
+        std = math.sqrt(math.fsum(squares) / num - mean**2)
+        statistics["vae"] = dict(latents, mean=[mean] * num, std=[std] * num)
+        for name in ("cls", "patches"):
+            width = len(statistics[name]["mean"])
+            statistics[name] = dict(statistics[name], mean=[0.0] * width, std=[1.0] * width)
+        return dict(known, statistics=statistics)
 
     def sources(self, config: FeatureDiTConfig) -> list[Source]:
         found = [source for name, own in _LAYERS.items() for source in both(own, name)]
