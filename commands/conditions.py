@@ -55,7 +55,8 @@ def command(options: ConditionsOptions) -> None:
         raise ValueError("This report is made by one process; start it without torchrun.")
     snapshot = cached_snapshot(options.network)
     run = snapshot.config
-    panel = families.of(run).panel(run, options.data, options.num, device)
+    known = snapshot.data.features
+    panel = families.of(run).panel(run, options.data, options.num, device, known)
     report = report_conditions(
         snapshot.build(device),
         run,

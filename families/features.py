@@ -276,11 +276,18 @@ class FeatureFamily:
             "with generate.py, and measure it with fid.py validate or fid.py conditions."
         )
 
-    def panel(self, run: FeatureRun, data: str | None, num: int, device: torch.device) -> Any:
+    def panel(
+        self,
+        run: FeatureRun,
+        data: str | None,
+        num: int,
+        device: torch.device,
+        features: Mapping[str, Any] | None = None,
+    ) -> Any:
         from evaluation.conditioning.panel import Group, Panel, prepared
 
         dataset = self.open_data(run, data)
-        codec = self.encoder_codec(run, dataset, device)
+        codec = _encoder_codec(features or dataset.summary(), device)
         held_out, kind = dataset.of_split("validation"), "validation"
         if not len(held_out):
             held_out, kind = dataset, "training"
@@ -300,9 +307,13 @@ class FeatureFamily:
         return Panel(name, _conditions(run), tuple(groups))
 
     def encoder_codec(self, run: FeatureRun, data: TrainingData, device: torch.device) -> Codec:
-        from data.features.codec import FeatureCodec, FeatureStatistics
+        return _encoder_codec(data.summary(), device)
 
-        return FeatureCodec(FeatureStatistics.of(data.record.statistics, device), None)
+
+def _encoder_codec(features: Mapping[str, Any], device: torch.device) -> Codec:
+    from data.features.codec import FeatureCodec, FeatureStatistics
+
+    return FeatureCodec(FeatureStatistics.of(features["statistics"], device), None)
 
 
 def _make_codec(

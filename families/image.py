@@ -1,7 +1,7 @@
 """Models of images in pixels, class-conditional or not: DiffiT's U-shaped network."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -284,7 +284,14 @@ class ImageFamily:
 
         return SnapshotImages(generator(), snapshot, first_seed=first_seed, batch=batch)
 
-    def panel(self, run: ImageRun, data: str | None, num: int, device: torch.device) -> Any:
+    def panel(
+        self,
+        run: ImageRun,
+        data: str | None,
+        num: int,
+        device: torch.device,
+        features: Mapping[str, Any] | None = None,
+    ) -> Any:
         from evaluation.conditioning.panel import Condition, Group, Panel, in_turn, prepared
 
         check_conditions(run)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +215,14 @@ class SetFamily(ImageFamily):
             "or the images that generate.py makes, with --images."
         )
 
-    def panel(self, run: SetRun, data: str | None, num: int, device: torch.device) -> Any:
+    def panel(
+        self,
+        run: SetRun,
+        data: str | None,
+        num: int,
+        device: torch.device,
+        features: Mapping[str, Any] | None = None,
+    ) -> Any:
         from evaluation.conditioning.panel import Condition, Group, Panel, prepared
 
         run = without_augmentation(run, data)

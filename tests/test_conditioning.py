@@ -256,6 +256,28 @@ def test_a_report_on_a_file_is_of_as_far_as_it_was_trained(
     assert set(counts) == {progress.get("cur_nimg", 0)}
 
 
+def test_features_are_normalised_as_in_training_not_by_the_data_s_statistics(
+    feature_snapshot, monkeypatch
+):
+    snapshot, seen = load_snapshot(feature_snapshot), []
+    known = snapshot.data.features
+    other = {n: dict(s, std=[2 * d for d in s["std"]]) for n, s in known["statistics"].items()}
+    data = dataclasses.replace(snapshot.data, features=dict(known, statistics=other))
+    monkeypatch.setattr(
+        sampling.images, "cached_snapshot", lambda _: dataclasses.replace(snapshot, data=data)
+    )
+    make = type(families.of(snapshot.config)).panel
+    monkeypatch.setattr(
+        type(families.of(snapshot.config)),
+        "panel",
+        lambda *args: seen.append(make(*args)) or seen[-1],
+    )
+    succeed(fid, "conditions", f"--network={feature_snapshot}", "--num=4")
+    for plain, group in zip(panel_of(snapshot, 4).groups, seen[0].groups, strict=True):
+        torch.testing.assert_close(2 * group.inputs, plain.inputs)
+        torch.testing.assert_close(2 * group.cond["patches"], plain.cond["patches"])
+
+
 def test_a_model_that_does_not_look_at_patches_shows_no_effect_of_them(feature_snapshot):
     def blind(state):
         for name in state:

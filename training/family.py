@@ -430,10 +430,19 @@ class Family(Protocol):
         """Return a codec that encodes ``data`` and need not decode."""
         ...
 
-    def panel(self, run: RunConfig, data: str | None, num: int, device: torch.device) -> Any:
+    def panel(
+        self,
+        run: RunConfig,
+        data: str | None,
+        num: int,
+        device: torch.device,
+        features: Mapping[str, Any] | None = None,
+    ) -> Any:
         """Return about ``num`` images with their conditions (``evaluation.conditioning.Panel``).
 
-        Raises ValueError for a model without conditions, and for data that do not fit.
+        ``features`` is what a snapshot keeps of those that it was trained on, by whose statistics
+        stored ones are normalised; by default the data's own. Raises ValueError for a model without
+        conditions, and for data that do not fit.
         """
         ...
 
