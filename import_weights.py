@@ -114,7 +114,7 @@ def main(weights: str, config: ImportConfig, options: ImportOptions) -> None:
         raise ValueError(f"{path} with --preset={options.preset}: {error}") from error
     if data is None:
         data = _published_data(fitted, path)
-    elif data.features is not None:
+    else:
         data = dataclasses.replace(data, features=layout.features(data.features))
     progress = dict(imported_from=path.name, cur_nimg=0)
     save_weights(options.out, network.state_dict(), fitted, data, progress)

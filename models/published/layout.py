@@ -75,9 +75,12 @@ class Layout(abc.ABC):
         """Return what is published beside the weights."""
         return {}
 
-    def features(self, known: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what a snapshot keeps of stored features, as the published code takes them."""
-        return dict(known)
+    def features(self, known: Any) -> Any:
+        """Return what a snapshot keeps of stored features, as the published code takes them.
+
+        ``known`` is what it would keep by itself: nothing for a model without features.
+        """
+        return known
 
     def is_unused(self, name: str, config: Any) -> bool:
         """Return whether a tensor is known, and takes no part in what the model computes."""
