@@ -37,7 +37,8 @@ $(STAMP): requirements.txt
 		{ echo "Python 3.11 or newer is needed; name one with make PYTHON=python3.12"; exit 1; }
 	@test ! -L .venv || rm .venv  # What a link leads to belongs to others.
 	$(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	@# Python compiles what it imports; to compile every file at once takes most of a minute.
+	$(BIN)/python -m pip install --quiet --no-compile --requirement requirements.txt
 	@touch $@
 
 clean:
