@@ -115,9 +115,11 @@ class SaverProcess:
             while True:
                 job = receive_message(self._connection)
                 if job["kind"] == "segment":
-                    _, (descriptor,), *_ = socket.recv_fds(self._connection, 1, 1)
-                    self._segments.append(mmap.mmap(descriptor, 0, prot=mmap.PROT_READ))
-                    os.close(descriptor)
+                    _, found, *_ = socket.recv_fds(self._connection, 1, 1)
+                    if not found:  # The other process ended before it could send one.
+                        break
+                    self._segments.append(mmap.mmap(found[0], 0, prot=mmap.PROT_READ))
+                    os.close(found[0])
                 else:
                     self._jobs.put(job)
         self._jobs.put(None)

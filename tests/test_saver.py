@@ -135,6 +135,30 @@ def test_a_saver_ends_at_its_deadline_once_nobody_is_there(tmp_path, monkeypatch
     assert not is_locked(lock)
 
 
+def test_a_saver_ends_with_a_process_that_was_killed_between_a_message_and_its_file(tmp_path):
+    lock = tmp_path / "lock"
+    with Saver() as saver:
+        saver.hold(lock)
+        saver.wait()
+        client.send_message(saver._connection, dict(kind="segment"))
+        saver._connection.close()
+        saver._process.wait(timeout=20)
+    assert not is_locked(lock)
+
+
+def test_a_stop_before_the_process_is_told_leaves_nothing_to_wait_for(tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with Saver() as saver:
+        monkeypatch.setattr(client, "send_message", stop)
+        with pytest.raises(KeyboardInterrupt):
+            saver.hold(tmp_path / "lock")
+        assert not saver.is_busy
+        saver.wait()
+    client._Segment.__new__(client._Segment).__del__()  # Of memory that a stop kept from being.
+
+
 def test_a_manifest_waits_for_parts_until_none_grows(tmp_path, monkeypatch):
     monkeypatch.setattr(saver_process, "_STANDSTILL_SEC", 1.0)
     monkeypatch.setattr(saver_process, "_UNLOCKED_STANDSTILL_SEC", 0.2)

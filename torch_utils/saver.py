@@ -179,12 +179,12 @@ class Saver:
         if self._is_copying:
             torch.cuda.synchronize()
             self._is_copying = False
-        self._num_pending += 1
         try:
             send_message(self._connection, job)
         except OSError:
             self._num_pending = 0
             raise OSError(_LOST) from None
+        self._num_pending += 1  # Now, as a stop may come before: nobody would answer.
 
     def _find_room(self, size: int, is_pinned: bool) -> tuple[int, int]:
         rooms = (i for i, seg in enumerate(self._segments) if seg.used + size <= len(seg.memory))
@@ -212,6 +212,8 @@ _LOST = "The process that writes states and snapshots was killed"
 
 class _Segment:
     """Memory that is shared with the process."""
+
+    descriptor = -1  # Of none yet: a stop may come before there is one.
 
     def __init__(self, size: int, is_pinned: bool) -> None:
         if hasattr(os, "memfd_create"):
