@@ -29,8 +29,9 @@ from data.images.decode import ImageError
 from diffusion.denoiser import Denoiser
 from dnnlib.text import format_kimg
 from evaluation.in_loop import images as in_loop
-from torch_utils.stop_signal import StopSignal
+from torch_utils.stop_signal import StopRequested, StopSignal
 from training import launch
+from training.batches import Batches
 from training.optimizer import GuardedAdam
 
 
@@ -281,6 +282,22 @@ def test_a_stop_that_comes_within_a_finaliser_is_heard_after_it(restored_handler
     assert stop.name_received() == "SIGTERM"
 
 
+def test_a_stop_lets_a_loader_start_whole(restored_handlers):
+    class Loader:
+        is_whole = False
+
+        def __iter__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0)  # Python looks for signals here.
+            self.is_whole = True
+            return iter([1])
+
+    loader = Loader()
+    with StopSignal() as stop, pytest.raises(StopRequested), stop.at_once():
+        Batches(loader, 1, 1, is_remote=False, stop_signal=stop)
+    assert loader.is_whole
+
+
 def test_a_stop_that_all_ranks_agreed_on_is_no_failure_to_torchrun(
     one_cpu_thread, restored_handlers, digits_zip, tmp_path, monkeypatch
 ):
@@ -311,7 +328,7 @@ AGREEMENT = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 from torch_utils import distributed
-from torch_utils.stop_signal import StopSignal
+from torch_utils.stop_signal import StopRequested, StopSignal
 
 distributed.init()
 with StopSignal() as stop:

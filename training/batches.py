@@ -35,7 +35,9 @@ class Batches:
         is_remote: bool,
         stop_signal: StopSignal,
     ) -> None:
-        self._loader, self._stop_signal = iter(loader), stop_signal
+        with stop_signal.deferred():  # An iterator that was half made cannot be dropped.
+            self._loader = iter(loader)
+        self._stop_signal = stop_signal
         self._is_alone, self._is_remote = distributed.world_size() == 1, is_remote
         self._num_ahead = num_passes if is_remote else int(self._is_alone)
         self._num_left = num_passes * num_steps  # Not taken yet.
