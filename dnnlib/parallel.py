@@ -1,18 +1,23 @@
 """An ordered map over processes that keeps only a bounded number of items in flight."""
 
 import collections
+import contextlib
 import itertools
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.process
+import multiprocessing.resource_tracker
 import os
+import queue
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from dnnlib import launcher
+from dnnlib.errors import transportable
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -66,30 +71,110 @@ def process_map(
         return
     iterator = iter(items)
     chunks = iter(lambda: list(itertools.islice(iterator, chunk_size)), [])
-    executor = ProcessPoolExecutor(
-        num_workers,
-        # A fresh interpreter: forking a process that has threads can deadlock.
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_exit_with_parent,
-    )
-
-    def submit(chunk: list[Item]) -> Future:
-        # A process that starts here never sees Ctrl-C, which reaches every process of a terminal.
-        # This process gets it afterwards, and decides what happens.
-        previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            return executor.submit(_apply, function, chunk)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, previous)
-
+    pool = _Pool(function, num_workers)
     try:
-        for results in _in_order(map(submit, chunks), num_workers * _CHUNKS_PER_WORKER):
+        for results in _in_order(map(pool.submit, chunks), num_workers * _CHUNKS_PER_WORKER):
             yield from results
-    except BrokenProcessPool:
-        problem = "A process that decodes images was killed, perhaps for want of memory"
-        raise ValueError(f"{problem}; try fewer with --workers=1.") from None
     finally:
-        executor.shutdown(cancel_futures=True)
+        pool.end()
+
+
+class _Pool:
+    """Processes that apply a function to chunks of items, each with a connection of its own.
+
+    When one is killed, its connection ends, also in the middle of a result. In a queue that all
+    share, as that of :mod:`concurrent.futures`, the others and the reader would wait for the rest.
+    """
+
+    def __init__(self, function: Callable[[Any], Any], num_processes: int) -> None:
+        self._function, self._num_processes = function, num_processes
+        self._threads = ThreadPoolExecutor(num_processes)
+        self._processes: list[multiprocessing.process.BaseProcess] = []
+        self._idle: queue.SimpleQueue[multiprocessing.connection.Connection] = queue.SimpleQueue()
+
+    def submit(self, chunk: list[Any]) -> Future:
+        """Have a chunk worked on as soon as a process is idle."""
+        if len(self._processes) < self._num_processes:
+            self._start()
+        return self._threads.submit(self._call, chunk)
+
+    def end(self) -> None:
+        """End the processes, whatever they are doing."""
+        for process in self._processes:
+            process.terminate()
+        self._threads.shutdown(cancel_futures=True)
+        for process in self._processes:
+            process.join()
+
+    def _start(self) -> None:
+        # A fresh interpreter: forking a process that has threads can deadlock.
+        context = multiprocessing.get_context("spawn")
+        with _starting_processes():
+            # Python's own helper, whose start would unblock signals in the midst of that below.
+            multiprocessing.resource_tracker.ensure_running()
+        with _starting_processes():
+            connection, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs, self._function), daemon=True)
+            process.start()
+            theirs.close()  # Else it would not end with the process.
+            self._processes.append(process)
+            self._idle.put(connection)
+
+    def _call(self, chunk: list[Any]) -> list[Any]:
+        connection = self._idle.get()
+        try:
+            connection.send(chunk)
+            results, error = connection.recv()
+        except (EOFError, OSError):
+            problem = "A process that decodes images was killed, perhaps for want of memory"
+            raise ValueError(f"{problem}; try fewer with --workers=1.") from None
+        finally:
+            self._idle.put(connection)
+        if error is not None:
+            raise error
+        return results
+
+
+def _work(connection: multiprocessing.connection.Connection, function: Callable) -> None:
+    """Be a process of a pool, until the other end of the connection is closed."""
+    _exit_with_parent()
+    with contextlib.suppress(EOFError):
+        while True:
+            connection.send(_apply(function, connection.recv()))
+
+
+def _apply(function: Callable, chunk: list[Any]) -> tuple[list[Any] | None, Exception | None]:
+    try:
+        return [function(item) for item in chunk], None
+    except Exception as error:
+        sent = transportable(error)
+        sent.add_note("".join(traceback.format_exception(error)))
+        return None, sent
+
+
+@contextlib.contextmanager
+def _starting_processes() -> Iterator[None]:
+    """Have no signal come into the start of a process, and processes be deaf to their terminal.
+
+    They never see Ctrl-C or the end of the terminal, which reach every process of it. This one gets
+    them afterwards, and decides what happens. A process whose start was cut short would complain.
+    """
+    held: list[int] = []
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        # A mask is of a thread alone: the signal may come to another, and its handler to this one.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if callable(signal.getsignal(number)):
+                handlers[number] = signal.signal(number, lambda number, frame: held.append(number))
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+        for number in held:
+            signal.raise_signal(number)
 
 
 def _in_order(futures: Iterable[Future], num_ahead: int) -> Iterator[Any]:
@@ -101,10 +186,6 @@ def _in_order(futures: Iterable[Future], num_ahead: int) -> Iterator[Any]:
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
-
-
-def _apply(function: Callable[[Item], Result], chunk: list[Item]) -> list[Result]:
-    return [function(item) for item in chunk]
 
 
 def _exit_with_parent() -> None:

@@ -1,8 +1,10 @@
 """dataset_tool.py: every source, every option, every message, and interruption."""
 
 import errno
+import functools
 import io
 import json
+import operator
 import os
 import signal
 import subprocess
@@ -10,6 +12,7 @@ import sys
 import time
 import tracemalloc
 import zipfile
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -527,14 +530,15 @@ def test_a_killed_conversion_leaves_no_target_and_no_processes(tmp_path, name):
     [
         (signal.SIGINT, "out", False),
         (signal.SIGINT, "out.zip", True),
+        (signal.SIGHUP, "out.zip", False),
         (signal.SIGTERM, "out.zip", False),
         (signal.SIGTERM, "out.npz", False),
     ],
 )
 def test_an_interrupted_conversion_leaves_nothing(tmp_path, number, name, early):
     process = start_long_conversion(tmp_path, tmp_path / name, early)
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)  # Ctrl-C reaches the whole group.
+    if number in (signal.SIGINT, signal.SIGHUP):
+        os.killpg(process.pid, number)  # What a terminal sends reaches the whole group.
     else:
         process.send_signal(number)
     _, errors = process.communicate(timeout=60)
@@ -576,9 +580,25 @@ def kill_this_process(item):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_process_map_explains_a_process_that_was_killed():
+def kill_this_process_within_a_result(item):
+    def send(connection, content):
+        os.write(connection.fileno(), bytes(content)[:-1])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Connection._send = send
+    return item
+
+
+@pytest.mark.parametrize("function", [kill_this_process, kill_this_process_within_a_result])
+def test_process_map_explains_a_process_that_was_killed(function):
     with pytest.raises(ValueError, match="was killed"):
-        list(process_map(kill_this_process, range(3), num_workers=2))
+        list(process_map(function, range(40), num_workers=2))
+
+
+def test_process_map_raises_what_a_process_raised():
+    with pytest.raises(ZeroDivisionError) as caught:
+        list(process_map(functools.partial(operator.floordiv, 1), [1, 0], num_workers=2))
+    assert "in _apply" in caught.value.__notes__[0]
 
 
 # info and verify.
