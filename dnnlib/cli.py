@@ -5,6 +5,7 @@ arguments (by ``--preset``, by a snapshot). The command offers an option per fie
 dataclass, with that configuration's values as defaults.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import errno
@@ -322,8 +323,19 @@ def run(command: click.Command) -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # It was closed by whoever started this.
             setattr(sys, name, open(os.devnull, "w"))
-    with _heeding_stops():
-        _run(command)
+    try:
+        with _heeding_stops():
+            _run(command)
+    finally:
+        atexit.register(_let_ctrl_c_end_at_once)
+
+
+def _let_ctrl_c_end_at_once() -> None:
+    """Have Ctrl-C at the very end print no traceback of what is cleaned up, as all is done."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        with contextlib.suppress(OSError, ValueError):  # Its reader has left, or it was closed.
+            sys.stdout.flush()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _run(command: click.Command) -> None:

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -296,6 +297,21 @@ def test_a_stop_lets_a_loader_start_whole(restored_handlers):
     with StopSignal() as stop, pytest.raises(StopRequested), stop.at_once():
         Batches(loader, 1, 1, is_remote=False, stop_signal=stop)
     assert loader.is_whole
+
+
+INTERRUPTED_AT_THE_END = """
+import atexit, click, os, signal, time
+from dnnlib.cli import run
+signal.signal(signal.SIGINT, signal.default_int_handler)
+atexit.register(lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(1)))
+run(click.command(lambda: print("Done.")))
+"""
+
+
+def test_ctrl_c_when_all_is_done_prints_no_traceback():
+    command = [sys.executable, "-c", INTERRUPTED_AT_THE_END]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "Done.\n", "")
 
 
 def test_a_stop_that_all_ranks_agreed_on_is_no_failure_to_torchrun(
