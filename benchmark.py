@@ -20,12 +20,12 @@ from models import ModelConfig
 
 @click.group(context_settings=dict(help_option_names=["-h", "--help"]))
 def main() -> None:
-    """Measure what this machine makes of this code. Nothing else should run meanwhile.
+    """Measure how fast this code is on this machine. Run nothing else meanwhile.
 
     \b
     Examples:
       python benchmark.py train --preset=cifar10
-      python benchmark.py train --preset=cifar10 --batch-gpu=256 --compile --workers=4   # GPU
+      python benchmark.py train --preset=cifar10 --batch-gpu=256 --compile --workers=4  # GPU
       python benchmark.py train --preset=imagenet256 --batch-gpu=128 --precision=bf16 --compile
       python benchmark.py sample --preset=cifar10 --batch=16 --steps=6
       python benchmark.py data --preset=cifar10
@@ -38,7 +38,11 @@ def main() -> None:
     """
 
 
-@main.command(cls=ConfigCommand, base=measured_model)
+@main.command(
+    cls=ConfigCommand,
+    base=measured_model,
+    short_help="Time training steps of this code and of others.",
+)
 @takes(TrainOptions)
 def train(config: ModelConfig, options: TrainOptions) -> None:
     """Time training steps of this code and of others with the same network or one of its size.
@@ -53,7 +57,9 @@ def train(config: ModelConfig, options: TrainOptions) -> None:
     measure(config, options)
 
 
-@main.command(cls=ConfigCommand, base=measured_model)
+@main.command(
+    cls=ConfigCommand, base=measured_model, short_help="Time sampling, with guidance and without."
+)
 @takes(SampleOptions)
 def sample(config: ModelConfig, options: SampleOptions) -> None:
     """Time sampling, and guidance against one doubled batch, with random weights.
@@ -67,16 +73,17 @@ def sample(config: ModelConfig, options: SampleOptions) -> None:
     measure(config, options)
 
 
-@main.command()
+@main.command(short_help="Time the loader, from the disk or a web server.")
 @takes(LoadingOptions)
 def data(options: LoadingOptions) -> None:
     """Time the loader against decoding the same files with Pillow in one process.
 
-    With --delay, against itself: from a web server that answers late, beside from the disk.
+    Latents are compared with copying them out of memory-mapped files. Without --data, a second
+    table compares the loader with a plain Dataset and DataLoader that opens one file for each item:
+    of 32x32 and 256x256 pictures and of latents.
 
-    For latents, against copying them out of memory-mapped files. Without --data, below that is what
-    a plain Dataset and DataLoader takes that opens a file for each item: of 32x32 and 256x256
-    pictures and of latents.
+    With --delay, the loader is compared with itself: reading from a web server that answers late,
+    and reading from the disk.
     """
     if options.delay is None:
         from benchmarks.data import measure
@@ -92,7 +99,9 @@ def data(options: LoadingOptions) -> None:
     measure(options)
 
 
-@main.command(cls=ConfigCommand, base=measured_model)
+@main.command(
+    cls=ConfigCommand, base=measured_model, short_help="Time the ways to compute attention."
+)
 @takes(AttentionOptions)
 def attention(config: ModelConfig, options: AttentionOptions) -> None:
     """Time the ways to compute attention, forward and backward, at a preset's shapes.
@@ -105,7 +114,7 @@ def attention(config: ModelConfig, options: AttentionOptions) -> None:
     measure(config, options)
 
 
-@main.command()
+@main.command(short_help="Time detectors and distances.")
 @takes(MetricsOptions)
 def metrics(options: MetricsOptions) -> None:
     """Time the extraction of Inception outputs, and distances against other ways to them.
@@ -118,7 +127,11 @@ def metrics(options: MetricsOptions) -> None:
     measure(options)
 
 
-@main.command(cls=ConfigCommand, base=measured_model)
+@main.command(
+    cls=ConfigCommand,
+    base=measured_model,
+    short_help="Time how long training stands still for a state.",
+)
 @takes(StateOptions)
 def states(config: ModelConfig, options: StateOptions) -> None:
     """Time how long training stands still when a state is written, against torch.save.
@@ -131,7 +144,7 @@ def states(config: ModelConfig, options: StateOptions) -> None:
     measure(config, options)
 
 
-@main.command()
+@main.command(short_help="Measure one GPU on made-up data.")
 @takes(GpuOptions)
 def gpu(options: GpuOptions) -> None:
     """Measure one GPU on made-up data: matrix products, attention, training, sampling and more.
@@ -145,7 +158,7 @@ def gpu(options: GpuOptions) -> None:
     measure(options)
 
 
-@main.command()
+@main.command(short_help="Predict training on 1 to 4,096 GPUs.")
 @takes(ScalingOptions)
 def scaling(options: ScalingOptions) -> None:
     """Predict the step, its parts and the loss to failures, from 1 to 4,096 GPUs.

@@ -1,4 +1,4 @@
-"""Turn images into a dataset, its latents or features, describe and check one."""
+"""Make datasets, latents and features out of images; describe and check them."""
 
 import click
 
@@ -19,7 +19,7 @@ from dnnlib.click_options import LazyGroup
     },
 )
 def main() -> None:
-    """Turn images into a dataset, its latents or features, describe and check one.
+    """Make datasets, latents and features out of images; describe and check them.
 
     \b
     Examples:

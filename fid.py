@@ -30,13 +30,14 @@ def main() -> None:
     Examples:
       python fid.py ref --data=datasets/cifar10.zip --dest=cifar10.npz
       python fid.py calc --network=network.pkl --ref=cifar10.npz --metrics=fid50k_full
-      python fid.py sweep --network=network.pkl --ref=cifar10.npz --metrics=fid50k_full \
+      python fid.py sweep --network=network.pkl --ref=cifar10.npz --metrics=fid50k_full \\
           --cfg-scale=1:3:0.25 --steps=9,18,32 --outdir=sweep
       python fid.py compare runs/00000-a/metric-fid50k_full.jsonl score.json
       python fid.py neighbours --network=network.pkl --data=datasets/cifar10.zip --outdir=copies
       python fid.py report runs/00000-a runs/00001-b --out=comparison.html
       python fid.py check runs/00000-a
 
+    \b
     Each command explains its options and shows examples: python fid.py calc --help
     """
 

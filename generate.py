@@ -133,6 +133,8 @@ def main(config: GenerateConfig, options: GenerateOptions, asked: Asked) -> None
 
     A feature-conditioned model makes images from prompts (--prompt), from an image (--reference),
     or from both, in one of the sizes that it was trained on.
+
+    Sampling and guidance default to those of the snapshot, which --network=FILE --help shows.
     """
     # Cheap checks first: nothing is loaded or started before they pass.
     if options.grid is None and is_given("columns"):

@@ -16,6 +16,8 @@ def command(files: tuple[Path, ...], anyway: bool) -> None:
 
     Rows of a metric whose protocols differ are refused, with the fields in which they do.
 
-    Example: python fid.py compare runs/00000-a/metric-fid50k_full.jsonl score.json
+    \b
+    Example:
+      python fid.py compare runs/00000-a/metric-fid50k_full.jsonl score.json
     """
     print(compare_rows([row for path in files for row in read_rows(path)], anyway=anyway))

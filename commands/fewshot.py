@@ -74,7 +74,9 @@ def command(config: ScoreConfig, options: FewShotOptions) -> None:
     trained on. No image is compared with that is in a support. Each class is scored as well. The
     distance to the nearest image of the support reveals copies.
 
-    Example: python fid.py fewshot --network=network.pkl --transfer=mini-imagenet.zip --outdir=out
+    \b
+    Example:
+      python fid.py fewshot --network=network.pkl --transfer=mini-imagenet.zip --outdir=out
     """
     specs = parse_metrics(options.metrics, of_supports=True)
     protocols = split_names(options.protocols)

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 def command(data: str) -> None:
     """Print size, classes and content hash of a dataset, or the record of latents or features.
 
-    Example: python dataset_tool.py info datasets/cifar10.zip
+    \b
+    Example:
+      python dataset_tool.py info datasets/cifar10.zip
     """
     from data.features.record import is_feature_folder
     from data.latents.record import is_latent_folder

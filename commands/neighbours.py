@@ -45,7 +45,9 @@ def command(config: AnyConfig, given: SourceOptions, options: NeighboursOptions)
     Writes neighbours.png (the images nearest to the training data, each with its neighbours and
     their distances), distances.png (how near, against held-out reals) and neighbours.json.
 
-    Example: python fid.py neighbours --network=network.pkl --data=cifar10.zip --outdir=report
+    \b
+    Example:
+      python fid.py neighbours --network=network.pkl --data=cifar10.zip --outdir=report
     """
     name, k = options.detector, options.neighbours
     detector_config = used_detectors(config, [name], f"--detector={name}")

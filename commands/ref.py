@@ -28,7 +28,9 @@ class RefOptions:
 def command(config: DetectorConfig, options: RefOptions) -> None:
     """Write reference statistics or vectors of real images, so that later scores start at once.
 
-    Example: python fid.py ref --data=datasets/cifar10.zip --dest=cifar10.npz
+    \b
+    Example:
+      python fid.py ref --data=datasets/cifar10.zip --dest=cifar10.npz
     """
     dest, metrics = options.dest, options.metrics
     check_targets(dest=dest)

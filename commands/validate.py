@@ -91,7 +91,9 @@ def command(config: ValidateConfig, options: ValidateOptions) -> None:
     text replaced, from their text alone, and guided by either condition. What cannot be measured,
     because weights are missing, is left out with the reason.
 
-    Example: python fid.py validate --network=network.pkl --data=photos-features --outdir=report
+    \b
+    Example:
+      python fid.py validate --network=network.pkl --data=photos-features --outdir=report
     """
     from evaluation.in_loop.features import describe_row
     from evaluation.validation.networks import check_used, chosen_tests

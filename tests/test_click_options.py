@@ -109,6 +109,21 @@ def test_a_group_lists_what_each_of_its_commands_says_of_itself(script):
     assert script.main.get_command(context, "nothing") is None
 
 
+def test_examples_in_a_help_can_be_copied_and_no_summary_is_cut_off():
+    for script in (benchmark, dataset_tool, fid):
+        context = click.Context(script.main, info_name=f"{script.__name__}.py")
+        listed = script.main.get_help(context)
+        assert "..." not in listed.partition("Commands:")[2]
+        names = script.main.list_commands(context)
+        commands = [script.main.get_command(context, name) for name in names]
+        texts = [command.get_help(click.Context(command)) for command in commands]
+        for text in (listed, *texts):
+            assert "Example: " not in text  # A paragraph, whose lines end anywhere.
+            for line in text.splitlines():
+                if line.strip().startswith(("python ", "torchrun ")):
+                    assert "   " not in line.partition("#")[0].strip()  # As by a lost line break.
+
+
 @pytest.mark.parametrize(
     "words",
     [
