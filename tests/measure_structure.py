@@ -233,9 +233,9 @@ def measure_runs(root: Path, base: Path) -> dict[str, str]:
 
 def describe_walk(files: dict[str, str]) -> str:
     """Return the walk of an image model's run as the text of docs/architecture.md."""
-    width = len(str(len(files)))
+    width, column = len(str(len(files))), max(map(len, files))
     rows = [
-        f"{number:{width}}  {path:<34}{function}"
+        f"{number:{width}}  {path:<{column}}  {function}"
         for number, (path, function) in enumerate(files.items(), 1)
     ]
     return "\n".join(["```", *rows, "```"])

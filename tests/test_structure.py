@@ -50,6 +50,11 @@ def plant(root, files):
         (root / name).write_text(text)
 
 
+def test_a_row_of_the_walk_has_a_space_after_the_longest_path():
+    rows = describe_walk({"a.py": "run", "a/very/long/folder/of/a/package/module.py": "f"})
+    assert rows.splitlines()[2].split() == ["2", "a/very/long/folder/of/a/package/module.py", "f"]
+
+
 def test_the_walk_in_the_documentation_is_the_measured_one(digits_zip, tmp_path):
     files = trace_step(ROOT, tmp_path, "image", digits_zip)
     walk = read_walk((ROOT / ARCHITECTURE).read_text(encoding="utf-8"))
