@@ -41,7 +41,7 @@ def _parse(path: str) -> Mapping[str, Any]:
     except OSError as error:
         raise ValueError(f"--config: {path} cannot be read ({error.strerror}).") from None
     except UnicodeDecodeError:
-        raise ValueError(f"--config: {path} is no text file.") from None
+        raise ValueError(f"--config: {path} is not a text file.") from None
     if not isinstance(content, Mapping):
         but = f"{path} holds no option names with values"
         raise refusal("--config", but=but, remedy='write {"preset": "cifar10", "lr": 0.0001}')
@@ -52,7 +52,7 @@ def _parse_json(path: str, text: str) -> Any:
     try:
         return parse_json(text, object_pairs_hook=unique_keys)
     except ValueError as error:
-        raise ValueError(f"--config: {path} is no valid JSON ({error}).") from None
+        raise ValueError(f"--config: {path} is not valid JSON ({error}).") from None
 
 
 def _parse_yaml(path: str, text: str) -> Any:
@@ -68,7 +68,7 @@ def _parse_yaml(path: str, text: str) -> Any:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"--config: {path} is no valid YAML ({reason}).") from None
+        raise ValueError(f"--config: {path} is not valid YAML ({reason}).") from None
 
 
 def _name(path: str, name: Any) -> str:
@@ -80,7 +80,7 @@ def _name(path: str, name: Any) -> str:
 
 def _text(path: str, name: Any, value: Any) -> str:
     if isinstance(value, Mapping) or value == []:
-        but = f"{path} gives {name} the value {value!r}, which is no option's"
+        but = f"{path} gives {name} the value {value!r}, which no option takes"
         raise refusal("--config", but=but, remedy="name options without sections, as in --help")
     if isinstance(value, list | tuple):
         return ",".join(_text(path, name, item) for item in value)

@@ -172,7 +172,7 @@ class SamplingConfig(Config):
             got = f"{self.sampler}, which --sigma-grid=time has not"
             raise refusal("--sampler", got, accepted="heun, euler or dpmpp_2m")
         if self.grid_steps is not None and self.grid_steps % self.steps:
-            but = f"--grid-steps={self.grid_steps} is no multiple of it"
+            but = f"--grid-steps={self.grid_steps} is not a multiple of it"
             raise refusal("--steps", self.steps, but=but, remedy="give a divisor")
 
 

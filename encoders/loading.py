@@ -113,7 +113,7 @@ class Pretrained:
                 return
             problem = f"holds no {self.noun} (no config.json)"
         elif location.count("/") != 1 or location[0] in "./~":
-            problem = "is no folder and no Hugging Face id"
+            problem = "is neither a folder nor a Hugging Face id"
         else:
             return
         raise ValueError(f"{self.option}: {location} {problem}. {self._hint}")
@@ -182,7 +182,7 @@ class Pretrained:
         except Exception as error:
             problem = "cannot be used"
             if not os.path.isdir(location):
-                problem = "is no folder, and cannot be fetched from Hugging Face"
+                problem = "is not a folder, and cannot be fetched from Hugging Face"
             problem += f" ({_reason(error)})"
             raise ValueError(f"{self.option}: {location} {problem}. {self._hint}") from error
 

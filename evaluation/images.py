@@ -60,7 +60,7 @@ class FileImages:
     def __init__(self, path: str, batch: int, shuffled: bool) -> None:
         self._path, self._batch = path, batch
         if path.endswith(".pkl"):
-            raise ValueError(f"--images: {path} is no images; a snapshot is given by --network.")
+            raise ValueError(f"--images: {path} holds no images; give a snapshot with --network.")
         self.dataset = open_images(path)
         self._shuffled = shuffled
         self._order = np.arange(len(self.dataset))

@@ -52,7 +52,7 @@ def check_export_folder(folder: Path, source: str, overwrite: bool) -> None:
         but = f"{folder} is the folder of --network"
         raise refusal("--dest", but=but, remedy="choose another name")
     if not (overwrite or _is_export(folder, there)):
-        but = f"{folder} holds {there[0]} and is no export of this command"
+        but = f"{folder} holds {there[0]} and is not an export of this command"
         raise refusal("--dest", but=but, remedy="choose another name, or give --overwrite")
 
 

@@ -339,7 +339,7 @@ def _fit_to_features(run: FeatureRun, data: TrainingData) -> FeatureRun:
     edge = run.model.patch_size * record.vae["downsampling"]
     for bucket in data.buckets:
         if bucket.width % edge or bucket.height % edge:
-            but = f"sides of {bucket.name} are no multiples of {edge} pixels"
+            but = f"sides of {bucket.name} are not multiples of {edge} pixels"
             remedy = "use --patch-size=2"
             raise refusal("--patch-size", run.model.patch_size, but=but, remedy=remedy)
     return run.changed(

@@ -31,7 +31,7 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise ValueError(f"{path}: cannot be read as a file of score rows: {reason}.") from error
     whole = _parsed("\n".join(lines))
     if isinstance(whole, dict) and isinstance(whole.get("rows"), list):

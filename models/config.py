@@ -147,7 +147,7 @@ class LatentModelConfig(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.resolution % self.latent_downsampling:
-            but = f"it is no multiple of --latent-downsampling {self.latent_downsampling}"
+            but = f"it is not a multiple of --latent-downsampling {self.latent_downsampling}"
             raise refusal("--resolution", self.resolution, but=but, remedy="choose one that is")
 
     @property

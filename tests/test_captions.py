@@ -103,5 +103,5 @@ def test_other_damage_is_one_sentence(source, tmp_path):
     with pytest.raises(ValueError, match=r"a/1\.txt: is not text in UTF-8"):
         read(source)
     (source / "dataset.json").write_text('{"captions": [["a/1.png"]]}')
-    with pytest.raises(ValueError, match="which is no pair of a file name and a caption"):
+    with pytest.raises(ValueError, match="which is not a pair of a file name and a caption"):
         read(source, "metadata")

@@ -142,7 +142,7 @@ def test_hashes_tell_encoders_apart_and_survive_a_copy(base, tmp_path):
 
 def test_what_is_no_encoder_is_one_sentence(base, tmp_path, monkeypatch):
     for location, part in [
-        ("nothing", "is no folder and no Hugging Face id. Give --visual=FOLDER"),
+        ("nothing", "is neither a folder nor a Hugging Face id. Give --visual=FOLDER"),
         (str(tmp_path), "holds no encoder (no config.json)"),
         (str(base / "text"), "it holds a model of type 't5', not dinov3_vit"),
     ]:

@@ -140,7 +140,7 @@ def test_a_class_split_takes_all_images(split, tmp_path):
 def test_other_sources_have_no_class_split_to_choose(tmp_path):
     folder = make_folder(tmp_path / "in", ["a/0.png", "b/0.png"])
     message = refusal(folder, tmp_path / "x.zip", "--class-split=fc100")
-    assert "is no CIFAR-100 archive" in message
+    assert "is not a CIFAR-100 archive" in message
 
 
 def write_labelled(folder, prefix="FC100", byte_keys=False, protocol=2, splits=None):

@@ -462,7 +462,7 @@ def test_what_neighbours_cannot_do_is_refused(args, parts, base, data, generated
             ["needs 20 images in each of 3 blocks", "--num-images=14"],
         ),
         ("--images=GEN --metrics=fd_pixels --per-class", ["--per-class", "no class labels"]),
-        ("--images=NET --metrics=fd_pixels", ["is given by --network"]),
+        ("--images=NET --metrics=fd_pixels", ["give a snapshot with --network"]),
         ("--images=GEN --metrics=is10k --num-images=20", ["--ref has no effect"]),
         ("--images=GEN --metrics=fd_pixels --noise-band=1", ["--noise-band", "1"]),
         ("--images=GEN --metrics=fd_pixels --dinov2=a", ["--dinov2 has no effect with"]),

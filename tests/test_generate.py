@@ -174,6 +174,7 @@ def unconditional(base):
         ("--class=1-7", ["--class: got 1-7", "indices from 0 to 2"]),
         ("--class=2-1", ["--class: got 2-1", "ends before it starts"]),
         ("--class=rin", ["no class 'rin'", "Did you mean 'ring'?"]),
+        ("--class=7up", ["no class '7up'. The first are "]),
         ("--seeds=4-2", ["--seeds: got 4-2", "ends before it starts"]),
         ("--seeds=all", ["--seeds: got 'all'", "0-63,100"]),
         ("--batch=0", ["--batch", "0"]),

@@ -197,11 +197,11 @@ def test_a_folder_around_the_autoencoder_is_named(base, tmp_path):
 
 
 def test_what_is_neither_folder_nor_id_or_cannot_be_fetched_is_one_sentence(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="nothing is no folder and no Hugging Face id"):
+    with pytest.raises(ValueError, match="nothing is neither a folder nor a Hugging Face id"):
         load_autoencoder(tmp_path / "nothing", "cpu")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ValueError, match="nobody/nothing is no folder, and cannot be fetched"):
+    with pytest.raises(ValueError, match="nobody/nothing is not a folder, and cannot be fetched"):
         load_autoencoder("nobody/nothing", "cpu")
 
 

@@ -722,7 +722,8 @@ def test_the_command_writes_a_page_a_run_and_a_comparison(tmp_path):
 
 def test_the_command_refuses_what_is_no_run_and_files_of_others(tmp_path):
     run_dir = make_run(tmp_path / "run", 1, ())
-    assert "is no folder; give the folder of a training run" in fail(fid, "report", tmp_path / "x")
+    message = fail(fid, "report", tmp_path / "x")
+    assert "is not a folder; give the folder of a training run" in message
     (tmp_path / "empty").mkdir()
     message = fail(fid, "report", tmp_path / "empty")
     assert "neither training_options.json nor stats.jsonl" in message

@@ -208,11 +208,11 @@ def test_classes_are_split_by_lists_fractions_or_as_the_data_say(images):
         ),
         (
             dict(class_transforms="rotations", skip_transforms=("bar:5",)),
-            "--skip-transforms: got bar:5, which is no class of this run",
+            "--skip-transforms: got bar:5, which is not a class of this run",
         ),
         (
             dict(class_transforms="rotations", skip_transforms=("ring:1",)),
-            "--skip-transforms: got ring:1, which is no class of this run",
+            "--skip-transforms: got ring:1, which is not a class of this run",
         ),
         (dict(class_transforms="dihedral", hflip=True), "--hflip puts mirror images into classes"),
         (

@@ -90,7 +90,7 @@ def test_a_converted_dataset_converts_to_itself(tmp_path):
         ({"labels": [["a/1.png", 0], ["b/2.png", 1]], "class_names": ["x"]}, "has label 1"),
         ({"labels": [["a/1.png", [0.5]], ["b/2.png", 1]]}, "a label is a class index"),
         ({"labels": [["a/1.png", -1], ["b/2.png", 1]]}, "a label is a class index"),
-        ({"labels": [[0]]}, "is no [file name, class index] pair"),
+        ({"labels": [[0]]}, "is not a [file name, class index] pair"),
         ({"labels": 3}, '"labels" must be a list'),
         ({"labels": [["a/1.png", 0], ["b/2.png", 1]], "class_names": [1, 2]}, "list of names"),
         ([], "expected an object"),
@@ -262,7 +262,7 @@ def test_a_codec_cannot_be_smuggled_into_a_pickle(tmp_path):
     ("replace", "message"),
     [
         ({"data_batch_2": None}, "has no file data_batch_2"),
-        ({"batches.meta": None}, "is no CIFAR-10 or CIFAR-100 python archive"),
+        ({"batches.meta": None}, "is not a CIFAR-10 or CIFAR-100 python archive"),
         ({"data_batch_1": b"\x80\x02}"}, "not a readable pickle"),
         ({"data_batch_1": pickle.dumps([1])}, "holds no dictionary"),
         ({"data_batch_1": pickle.dumps({b"data": [1]})}, "holds no uint8 image data"),
@@ -352,7 +352,7 @@ def test_unfit_mnist_files_are_explained(tmp_path):
     images.write_bytes(whole[:-1])
     assert "should hold 3920 values" in message()
     images.write_bytes(b"PK" + whole)
-    assert "is no idx file" in message()
+    assert "is not an idx file" in message()
     images.write_bytes(b"\x1f\x8b" + whole)
     assert "cannot be read" in message()
     images.write_bytes(whole)
@@ -362,7 +362,7 @@ def test_unfit_mnist_files_are_explained(tmp_path):
     assert "has no labels beside it" in message()
     images.unlink()
     assert "has no train-images-idx3-ubyte" in message()
-    assert "is no file of images" in convert(folder / "t10k-labels-idx1-ubyte", "x.zip")[1]
+    assert "is not a file of images" in convert(folder / "t10k-labels-idx1-ubyte", "x.zip")[1]
 
 
 # Sources and targets that are none.
@@ -614,6 +614,6 @@ def test_names_of_classes_that_are_no_text_are_explained(tmp_path):
         os.makedirs(folder)
         random_image(number).save(os.path.join(folder, b"1.png"))
     code, output = convert(tmp_path / "in", tmp_path / "out.zip")
-    assert (code, r"the name of the class 'x\udcff' is no valid text" in output) == (1, True)
-    with pytest.raises(ValueError, match=r"the name of the class '\\ud800' is no valid text"):
+    assert (code, r"the name of the class 'x\udcff' is not valid text" in output) == (1, True)
+    with pytest.raises(ValueError, match=r"the name of the class '\\ud800' is not valid text"):
         parse_class_names(["\ud800"], "dataset.json")

@@ -246,7 +246,7 @@ class TestBoth:
         with pytest.raises(ValueError, match=rf"--{name}: .* model of type .*--{name}=FOLDER"):
             get_detector(name, "cpu", location=str(other))
         for absent in ("absent", "/absent", "~/absent", "./absent"):
-            with pytest.raises(ValueError, match=rf"--{name}: {absent} is no folder and no Hugg"):
+            with pytest.raises(ValueError, match=rf"--{name}: {absent} is neither a folder nor a"):
                 get_detector(name, "cpu", location=absent)
         with pytest.raises(ValueError, match=rf"--{name}: {tmp_path} holds no detector .no config"):
             get_detector(name, "cpu", location=str(tmp_path))
@@ -294,7 +294,7 @@ class TestBoth:
 
         monkeypatch.setattr(transformers.PretrainedConfig, "get_config_dict", get_config_dict)
         expected = (
-            r"some/where is no folder, and cannot be fetched from Hugging Face "
+            r"some/where is not a folder, and cannot be fetched from Hugging Face "
             rf"\(We could not connect\)\. Give --{name}=FOLDER with [\w. ]+\.$"
         )
         with pytest.raises(ValueError, match=expected):

@@ -117,7 +117,7 @@ def put_together(tree: Any, find: Callable[[str], list[tuple[int, Tensor]]]) -> 
         return Pieces(tuple(tree["shape"]), pieces)
     if kind == "value":
         return node
-    raise ValueError(f"{kind} is no part of a state")
+    raise ValueError(f"{kind} is not part of a state")
 
 
 def map_leaves(function: Callable[[Any], Any], tree: Any, kinds: tuple[type, ...]) -> Any:

@@ -313,7 +313,7 @@ def _ask_for_more(run_dir: Path) -> None:
 
 def _finish_writing(saver: Saver) -> None:
     if saver.is_busy:
-        distributed.print0("The state is being written; to end this process does not stop that.")
+        distributed.print0("The state is being written; ending this process does not stop that.")
     saver.wait()
 
 

@@ -144,7 +144,7 @@ def split_hub_name(location: str) -> tuple[str, str | None]:
     """
     match = re.fullmatch(r"(?:hf://)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", location)
     if match is None:
-        raise refusal(location, but="it is no repository of the hub", accepted="ORG/NAME")
+        raise refusal(location, but="it is not a repository of the hub", accepted="ORG/NAME")
     return match[1], match[2]
 
 

@@ -49,7 +49,7 @@ def resume_paths(resume: str) -> tuple[Path, Path | None]:
     if path.is_dir():
         return path, None
     if not path.is_file():
-        but = f"{path} {'is no file' if path.exists() else 'does not exist'}"
+        but = f"{path} {'is not a file' if path.exists() else 'does not exist'}"
         raise refusal("--resume", but=but, accepted=accepted)
     if path.suffix != ".pt":
         raise refusal("--resume", but=f"{path} is not a training state", accepted=accepted)

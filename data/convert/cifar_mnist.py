@@ -52,7 +52,7 @@ def open_cifar(path: Path, split: str = "train", class_split: str | None = None)
     needed = [name for part in splits for name in files[part]]
     for name in (files["meta"], *needed):
         if name not in contents:
-            problem = f"has no file {name}, so it is no CIFAR-10 or CIFAR-100 python archive"
+            problem = f"has no file {name}, so it is not a CIFAR-10 or CIFAR-100 python archive"
             remedy = f"{_CIFAR_DAMAGED}, or extract another archive and give its folder"
             raise refusal(path, but=problem, remedy=remedy)
     images, labels, superclasses = [], [], []
@@ -142,7 +142,7 @@ def open_mnist(path: str | Path, split: str = "train") -> Source:
         if not kind:
             wanted = f"{prefix.partition('-')[0]}-images-idx3-ubyte[.gz]"
             remedy = f"give {wanted}, beside which the labels are found"
-            raise refusal(image_file, but="is no file of images", remedy=remedy)
+            raise refusal(image_file, but="is not a file of images", remedy=remedy)
         label_file = find_idx(image_file.parent, prefix, "labels")
         if label_file is None:
             remedy = f"put {prefix}-labels-idx1-ubyte[.gz] into the same folder"
@@ -183,7 +183,7 @@ def _read_idx(path: Path, num_dims: int) -> np.ndarray:
     start = 4 + 4 * num_dims
     shape = tuple(np.frombuffer(data[4:start], ">u4").tolist()) if len(data) >= start else ()
     if data[:4] != bytes([0, 0, 8, num_dims]) or not shape:
-        problem = f"is no idx file of unsigned bytes in {num_dims} dimension(s)"
+        problem = f"is not an idx file of unsigned bytes in {num_dims} dimension(s)"
     elif len(data) - start != math.prod(shape):
         problem = f"should hold {math.prod(shape)} values ({shape}) but has {len(data) - start}"
     else:

@@ -181,7 +181,7 @@ def _read_mini_imagenet(path: Path, content: dict[str, Any]) -> SplitImages:
     images = _checked_images(path, "image_data", content["image_data"])
     rows = content["class_dict"]
     if not isinstance(rows, dict):
-        raise _damaged(path, "class_dict is no dictionary")
+        raise _damaged(path, "class_dict is not a dictionary")
     labels: list[str | None] = [None] * len(images)
     for name, indices in rows.items():
         for index in np.asarray(indices).tolist():

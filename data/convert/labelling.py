@@ -178,7 +178,7 @@ def _from_file(archive: Archive, location: str) -> Labelling:
         content = read_file(location)
         text = content.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         accepted = "folders, none, a .json file as dataset.json, or a .csv file of name,class"
         raise refusal("--labels", location, but=reason, accepted=accepted) from None
     if location.lower().endswith(".json"):
@@ -205,7 +205,7 @@ def _parse_csv(text: str, where: str) -> dict[str, list]:
                 raise refusal(where, but=f"line {reader.line_num} names no class")
             rows.append(values)
     except csv.Error as error:
-        raise refusal(where, but=f"is no .csv file ({error})") from None
+        raise refusal(where, but=f"is not a .csv file ({error})") from None
     if rows and [value.lower() for value in rows[0]] == _CSV_HEADER:
         del rows[0]
     class_names = sorted({name for _, name in rows}, key=by_number)

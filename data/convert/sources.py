@@ -100,7 +100,7 @@ def _open(source: str, selection: Selection) -> Source:
     is_tar = path.is_file() and _is_tar(path)
     is_cifar = is_tar or is_cifar_folder(path)
     if class_split is not None and (path.exists() or source in _BUNDLED) and not is_cifar:
-        problem = f"{source} is no CIFAR-100 archive"
+        problem = f"{source} is not a CIFAR-100 archive"
         raise refusal("--class-split", class_split, but=problem, remedy="leave it out")
     is_mnist = is_mnist_folder(path)
     opener = None if is_cifar or is_mnist else _opener_of(source)
@@ -110,7 +110,7 @@ def _open(source: str, selection: Selection) -> Source:
         raise refusal("--labels", choice.labels or "folders", but=problem, remedy=remedy)
     if selection.crops is not None:
         if opener is not open_image_files:
-            problem = f"{source} is no folder or zip of images"
+            problem = f"{source} is not a folder or zip of images"
             raise refusal("--crops", selection.crops, but=problem, remedy="leave it out")
         return _open_crops(source, selection)
     if is_cifar:

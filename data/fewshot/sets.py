@@ -126,7 +126,7 @@ class SetDataset(Dataset):
             names = self.images.class_names
             for index, number in parse_transforms(self.config.skip_transforms, names):
                 if index not in self.split.train or number not in every:
-                    got = f"{names[index]}:{number}, which is no class of this run"
+                    got = f"{names[index]}:{number}, which is not a class of this run"
                     raise refusal("--skip-transforms", got, remedy="leave it out")
         if hflip and len(every) > 4:
             problem = "puts mirror images into classes whose mirror images are classes of their own"

@@ -126,7 +126,7 @@ def parse_labels(pairs: object, where: str) -> dict[str, int]:
     result = {}
     for pair in pairs:
         if not (isinstance(pair, Sequence) and len(pair) == 2 and isinstance(pair[0], str)):
-            problem = f'"labels" holds {pair!r}, which is no [file name, class index] pair'
+            problem = f'"labels" holds {pair!r}, which is not a [file name, class index] pair'
             raise refusal(where, but=problem)
         name, label = pair
         if type(label) is not int or not 0 <= label < _MAX_CLASSES:
@@ -150,7 +150,7 @@ def check_class_names(names: Sequence[str], where: Any) -> None:
         try:
             name.encode()
         except UnicodeEncodeError:
-            but = f"the name of the class {name!r} is no valid text"
+            but = f"the name of the class {name!r} is not valid text"
             raise refusal(where, but=but, remedy="rename it") from None
 
 

@@ -116,7 +116,7 @@ def read_all(location: Path | str, max_bytes: int) -> bytes:
     with stream:
         if stream.seek(0, os.SEEK_END) > max_bytes:
             where = without_query(str(location))
-            raise ValueError(f"{where}: has over {max_bytes:,} bytes, so it is no such file.")
+            raise ValueError(f"{where}: has over {max_bytes:,} bytes, more than such a file has.")
         stream.seek(0)
         return stream.read()
 

@@ -64,7 +64,7 @@ def open_networks(location: str, snapshot: Snapshot, stds: Sequence[float]) -> N
         return Networks(snapshot)
     if not Path(location).is_dir():
         remedy = "name the folder of the run with --network"
-        but = f"averages are made of a run's compact snapshots, and {location} is no folder"
+        but = f"averages are made of a run's compact snapshots, and {location} is not a folder"
         raise refusal("--ema-std", but=but, remedy=remedy)
     profiles = read_profiles(Path(location))
     if len(profiles) < 2:

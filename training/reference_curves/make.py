@@ -44,7 +44,7 @@ def make_reference(
         found = compare_settings(own, settings, data_facts(run.options), data)
         if found.differences or found.notes or not found.same_average:
             why = (*found.differences, *found.notes, "its weights are averaged otherwise")[0]
-            but = f"{run.run_dir} is no run like {runs[0].run_dir}: {why}"
+            but = f"{run.run_dir} is not a run like {runs[0].run_dir}: {why}"
             raise refusal("RUN", but=but, remedy="give runs that differ in --seed alone")
     columns = common_curves([curves_of(run.run_dir, run.history) for run in runs])
     if not columns:

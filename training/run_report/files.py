@@ -98,7 +98,7 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
             inner = sorted(child for child in path.iterdir() if is_run(child))
         if not inner:
             names = f"neither {OPTIONS_FILE} nor {STATS_FILE}"
-            but = f"has {names}, and no folder in it has" if path.is_dir() else "is no folder"
+            but = f"has {names}, and no folder in it has" if path.is_dir() else "is not a folder"
             raise refusal(path, but=but, remedy="give the folder of a training run")
         found |= dict.fromkeys(inner)
     return list(found)

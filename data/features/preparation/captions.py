@@ -76,7 +76,7 @@ def _from_metadata(archive: Archive, key: str) -> dict[str, str]:
     for pair in pairs:
         is_pair = isinstance(pair, list | tuple) and len(pair) == 2
         if not is_pair or not all(isinstance(part, str) for part in pair):
-            problem = f'"{key}" holds {pair!r}, which is no pair of a file name and a caption'
+            problem = f'"{key}" holds {pair!r}, which is not a pair of a file name and a caption'
             raise ValueError(f"{where}: {problem}.")
         _add(captions, *pair, where)
     return captions

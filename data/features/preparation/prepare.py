@@ -256,7 +256,7 @@ def _load_encoders(
         raise refusal("--vae", but=problem, remedy="use another autoencoder")
     for bucket in preparation.buckets if vae is not None else ():
         if any(side % vae.downsampling for side in bucket.size):
-            problem = f"the sides of {bucket.name} are no multiples of {vae.downsampling}"
+            problem = f"the sides of {bucket.name} are not multiples of {vae.downsampling}"
             problem += f", which --vae={vae.location} takes"
             raise refusal("--buckets", but=problem, remedy="give other sizes")
     return encoders
