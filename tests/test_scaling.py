@@ -35,6 +35,8 @@ def test_the_page_is_what_the_code_computes(facts):
 def test_what_the_page_knows_of_presets_is_what_they_are(facts):
     assert list(facts) == LARGE
     assert facts["fsdm-depth6"] == facts_of("fsdm-depth6")
+    # The preset's run, which has no labels, though its data have.
+    assert f"{facts['fsdm-depth6'].parameters:,}" in helpers.dry_run("--preset=fsdm-depth6")[1]
 
 
 def test_one_gpu_has_nothing_to_wait_for(facts):

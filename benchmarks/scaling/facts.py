@@ -71,7 +71,8 @@ def count_operators(model: ModelConfig) -> int:
 
 def _run(name: str) -> RunConfig:
     preset = get_preset(name)
-    run = families.of(preset.run).fit(preset.run, None, preset.num_classes)
+    num_classes = preset.num_classes if preset.run.data.cond else 0
+    run = families.of(preset.run).fit(preset.run, None, num_classes)
     return fit_to_device(run.changed("training", precision="bf16"), "cuda")
 
 
