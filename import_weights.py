@@ -103,7 +103,7 @@ def main(weights: str, config: ImportConfig, options: ImportOptions) -> None:
     if layout.needs_data != (options.data is not None):
         raise _data_refusal(layout, options)
     path = fetch(weights)
-    tensors = read_checkpoint(path, "It ought to hold the published weights.", _PARTS)
+    tensors = read_checkpoint(path, "It should hold the published weights.", _PARTS)
     try:
         _check_layout(tensors, layout)
         tensors = {layout.rename(name): tensor for name, tensor in tensors.items()}

@@ -141,7 +141,7 @@ def read_safetensors(path: Path, expected: str) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: damaged, or no safetensors file. {expected}") from error
+        raise ValueError(f"{path}: damaged, or not a safetensors file. {expected}") from error
 
 
 def _refusal(path: Path, error: Exception) -> str:
@@ -150,4 +150,4 @@ def _refusal(path: Path, error: Exception) -> str:
     if is_pickle and isinstance(error, pickle.UnpicklingError):
         name = re.search(r"GLOBAL (\S+)", str(error))
         return "refused, because reading it would execute code" + (f" ({name[1]})" if name else "")
-    return f"damaged, or no file of tensors ({type(error).__name__})"
+    return f"damaged, or not a file of tensors ({type(error).__name__})"

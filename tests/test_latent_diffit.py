@@ -351,5 +351,5 @@ def test_a_file_that_is_no_safetensors_gets_a_sentence(tmp_path, tiny_preset):
     path = tmp_path / "weights.safetensors"
     path.write_bytes(b"not tensors")
     arguments = ["--preset=imagenet256", f"--out={tmp_path / 'network.pkl'}"]
-    assert "damaged, or no safetensors file" in fail(import_weights, path, *arguments)
+    assert "damaged, or not a safetensors file" in fail(import_weights, path, *arguments)
     assert "no such file" in fail(import_weights, tmp_path / "none.safetensors", *arguments)

@@ -463,7 +463,7 @@ def test_labels_come_from_a_file_of_names_and_classes(tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--labels=absent.csv"], "got absent.csv, but No such file"),
+        (["--labels=absent.csv"], "got absent.csv, but it cannot be read (No such file"),
         (["--labels=none", "--label-level=1"], "has an effect on folders alone"),
         (["--label-level=3"], "has no folder of level 3"),
     ],

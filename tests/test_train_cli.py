@@ -1083,7 +1083,7 @@ DATA = "--outdir=OUT --data=TOY"
             f"--preset=cifar10 {DATA}",
             ["expects 32x32", "toy.zip holds 8x8", "--resolution=8", "convert --resolution=32"],
         ),
-        (f"TINY {DATA}/../toy/ring --cond", ["has no class labels", "--cond"]),
+        (f"TINY {DATA}/../toy/ring --cond", ["has no class labels", "train with --cond=False"]),
         (f"TINY {DATA} --label-drop=0.1", ["--label-drop: got 0.1", "unconditional", "--cond"]),
         (f"TINY {DATA} --cfg-scale=2", ["--cfg-scale: got 2", "unconditional", "--cond"]),
         (

@@ -180,7 +180,9 @@ def _from_file(archive: Archive, location: str) -> Labelling:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         accepted = "folders, none, a .json file as dataset.json, or a .csv file of name,class"
-        raise refusal("--labels", location, but=reason, accepted=accepted) from None
+        raise refusal(
+            "--labels", location, but=f"it cannot be read ({reason})", accepted=accepted
+        ) from None
     if location.lower().endswith(".json"):
         metadata = parse_metadata(content, location)
         if metadata.get("labels") is None:

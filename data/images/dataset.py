@@ -231,7 +231,7 @@ class ImageDataset(LabelledDataset):
                 self.class_splits = read_class_splits(self.archive, len(self.class_names))
             elif use_labels:
                 problem = "has no class labels (in dataset.json, or arr_1 of an .npz), which --cond"
-                remedy = "which takes them from folder names, or train without --cond"
+                remedy = "which takes them from folder names, or train with --cond=False"
                 raise refusal(
                     self.path, but=f"{problem} needs", remedy=f"{self._convert()}, {remedy}"
                 )

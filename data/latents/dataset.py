@@ -82,7 +82,7 @@ class LatentDataset(LabelledDataset):
                 self.labels, self.class_names = labels[self._indices], list(record.class_names)
             elif use_labels:
                 problem = "has no class labels, which --cond needs"
-                remedy = "make it again from images with labels, or train without --cond"
+                remedy = "make it again from images with labels, or train with --cond=False"
                 raise refusal(self.path, but=problem, remedy=remedy)
 
         self._row_shape = record.row_shape

@@ -72,7 +72,7 @@ def _describe(test: Callable, sample: Sample, found: Relation) -> Finding:
         name="labels_shuffled",
         message=f"Labels say nothing about the images: {shares} have the same label, {chance}",
         remedy=f"see whether images and labels fit each other ({_TITLES}); convert the data again "
-        "with the right labels, or train without --cond",
+        "with the right labels, or train with --cond=False",
     )
 
 
