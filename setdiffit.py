@@ -12,6 +12,7 @@ docs/python.md shows every call, and examples/quickstart.ipynb runs them.
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 import families  # noqa: F401 (registers them)
+from diffusion.config import PRECISIONS
 from dnnlib.config import Config, unknown
 from dnnlib.errors import refusal
 from dnnlib.text import check_seeds
@@ -35,6 +37,7 @@ from training.portable import open_snapshot
 __all__ = ["Model", "load"]
 
 Picture = str | os.PathLike | Image.Image | Tensor
+_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")  # Of pictures in memory.
 
 
 def load(
@@ -55,7 +58,16 @@ def load(
             raise unknown("option", name, HOW)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Model(open_snapshot(location), torch.device(device), options)
+    precision = options.get("precision")
+    if precision not in (None, *PRECISIONS):
+        raise refusal("precision", repr(precision), accepted=", ".join(PRECISIONS))
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise refusal("device", repr(device), accepted="cpu, cuda, cuda:1, ...") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise refusal("device", str(device), but="PyTorch finds no GPU", remedy="give cpu")
+    return Model(open_snapshot(location), device, options)
 
 
 class Model:
@@ -121,7 +133,7 @@ class Model:
         self,
         seeds: int | Sequence[int] = 16,
         *,
-        classes: str | int | Sequence[int] | None = None,
+        classes: str | int | Sequence[str | int] | None = None,
         support: Picture | Sequence[Picture] | None = None,
         prompt: str | Sequence[str] | None = None,
         reference: Picture | None = None,
@@ -149,6 +161,8 @@ class Model:
         """
         if output not in ("pil", "tensor"):
             raise refusal("output", repr(output), accepted="'pil', 'tensor'")
+        if isinstance(seeds, float) or seeds is None:
+            raise refusal("seeds", repr(seeds), accepted="a number of images, or a list of seeds")
         seeds = range(seeds) if isinstance(seeds, int) else list(seeds)
         check_seeds("seeds", seeds)
         seeds = [int(seed) for seed in seeds]
@@ -171,7 +185,7 @@ class Model:
         x: Tensor,
         sigma: float | Tensor,
         *,
-        classes: str | int | Sequence[int] | None = None,
+        classes: str | int | Sequence[str | int] | None = None,
         support: Picture | Sequence[Picture] | None = None,
         prompt: str | Sequence[str] | None = None,
         reference: Picture | None = None,
@@ -187,7 +201,14 @@ class Model:
                 i-th class in turn, and the first prompt. Without classes, a class-conditional model
                 gives its unconditional estimate, without guidance.
             settings: Of guidance, which acts as in sampling.
+
+        Raises ValueError, one sentence, for what the model does not take.
         """
+        self._check_shape(
+            "x", x, [self.snapshot.config.model.shape_of(s) for s in self.image_sizes]
+        )
+        if not 0 < float(sigma) < math.inf:
+            raise refusal("sigma", float(sigma), accepted="a number above 0")
         asked = dict(classes=classes, support=support, prompt=prompt)
         with self._bound(dict(asked, reference=reference, size=size), settings) as (
             generator,
@@ -202,10 +223,17 @@ class Model:
 
     def encode(self, images: Tensor) -> Tensor:
         """Return what the network denoises, float32 [N, C, h, w], of uint8 images [N, C, H, W]."""
+        channels = self.snapshot.config.model.img_channels
+        self._check_shape("images", images, [(channels, h, w) for w, h in self.image_sizes])
+        if images.dtype != torch.uint8:
+            raise refusal("images", images.dtype, accepted="torch.uint8")
         return self._load(*self._sections()).codec.encode_images(images.to(self.device))
 
     def decode(self, x: Tensor) -> Tensor:
         """Return uint8 images [N, C, H, W] of what the network denoises."""
+        self._check_shape(
+            "x", x, [self.snapshot.config.model.shape_of(s) for s in self.image_sizes]
+        )
         return self._load(*self._sections()).codec.decode(x.to(self.device))
 
     def score(
@@ -243,6 +271,12 @@ class Model:
         return how.rows(source, self.device)
 
     # How.
+
+    def _check_shape(self, name: str, x: Tensor, shapes: Sequence[tuple[int, int, int]]) -> None:
+        """Raise ValueError unless ``x`` is a batch of one of ``shapes``, [C, H, W]."""
+        if x.ndim != 4 or tuple(x.shape[1:]) not in shapes:
+            accepted = " or ".join(f"[N, {', '.join(map(str, shape))}]" for shape in shapes)
+            raise refusal(name, f"shape {list(x.shape)}", accepted=accepted)
 
     @contextlib.contextmanager
     def _bound(self, asked: dict[str, Any], settings: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
@@ -290,7 +324,9 @@ def _as_typed(asked: dict[str, Any], folder: Path) -> Asked:
     """Return what is asked for as the options of generate.py have it; pictures go to ``folder``."""
     classes, support = asked["classes"], asked["support"]
     if classes is not None and not isinstance(classes, str):
-        classes = ",".join(map(str, [classes] if isinstance(classes, int) else classes))
+        classes = [str(name) for name in ([classes] if isinstance(classes, int) else classes)]
+        if not classes:
+            raise refusal("classes", but="the list is empty", remedy="name some, or leave it out")
     if support is None:
         support = []
     elif isinstance(support, Picture) and not (isinstance(support, Tensor) and support.ndim == 4):
@@ -313,6 +349,12 @@ def _file_of(picture: Picture, path: Path) -> str:
     """Return the file of a picture, which is written to ``path`` if it is in memory."""
     if isinstance(picture, str | os.PathLike):
         return os.fspath(picture)
-    image = to_pil(picture) if isinstance(picture, Tensor) else picture
-    image.save(path)
+    if isinstance(picture, Tensor):
+        if picture.dtype != torch.uint8 or picture.ndim != 3 or len(picture) not in (1, 3):
+            got = f"{picture.dtype} of shape {list(picture.shape)}"
+            raise refusal("A picture", got, accepted="torch.uint8 [C, H, W] of 1 or 3 channels")
+        picture = to_pil(picture)
+    if picture.mode not in _MODES:
+        raise refusal("A picture", f"mode {picture.mode}", accepted=", ".join(_MODES))
+    picture.save(path)
     return str(path)

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-def parse_classes(text: str | None, class_names: Sequence[str]) -> tuple[int, ...]:
-    """Return class indices for names, indices and ranges such as ``cat,3,5-7``.
+def parse_classes(text: str | Sequence[str] | None, class_names: Sequence[str]) -> tuple[int, ...]:
+    """Return class indices for names, indices and ranges such as ``cat,3,5-7``, or a list.
 
     Returns an empty tuple for None: each seed draws its class. Raises ValueError for a class that
     the model does not have.

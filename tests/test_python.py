@@ -1,6 +1,7 @@
 """The Python interface: every kind of model by the same calls."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from PIL import Image
 
 import generate
 import setdiffit
+from sampling.outputs import parse_classes
 
 ROOT = Path(__file__).parents[1]
 
@@ -152,12 +154,25 @@ def test_scores_are_the_rows_of_the_program(base, models):
 
 def test_what_a_model_does_not_take_is_said_in_one_sentence(models, tmp_path):
     image, sets = models["image"], models["sets"]
+    x, picture = torch.zeros(1, 3, 8, 8), Image.new("CMYK", (8, 8))
     for call, text in (
         (lambda: image.generate(1, step=3), "Did you mean 'steps'"),
         (lambda: image.generate(1, prompt="a cat"), "was not trained on features"),
         (lambda: image.generate(1, classes="cat"), "cat"),
         (lambda: image.generate(1, output="jpeg"), "accepted: 'pil', 'tensor'"),
         (lambda: image.generate(1, steps=0), "steps"),
+        (lambda: image.generate(1.5), "seeds: got 1.5"),
+        (lambda: image.generate(1, classes=[]), "the list is empty"),
+        (lambda: image.denoise(x, 0), "sigma: got 0.0; accepted: a number above 0"),
+        (lambda: image.denoise(x, math.nan), "sigma: got nan"),
+        (lambda: image.denoise(x[0], 1), r"x: got shape \[3, 8, 8\]; accepted: \[N, 3, 8, 8\]"),
+        (lambda: image.decode(x[:, :, 1:]), r"x: got shape \[1, 3, 7, 8\]"),
+        (lambda: image.encode(x), "images: got torch.float32; accepted: torch.uint8"),
+        (lambda: image.encode(x[:, :1]), r"images: got shape \[1, 1, 8, 8\]"),
+        (lambda: sets.generate(1, support=[x[0]]), "A picture: got torch.float32 of shape"),
+        (lambda: sets.generate(1, support=[picture]), "A picture: got mode CMYK"),
+        (lambda: setdiffit.load(image.snapshot.path, device="gpu"), "device: got 'gpu'"),
+        (lambda: setdiffit.load(image.snapshot.path, precision="fp8"), "precision: got 'fp8'"),
         (lambda: sets.generate(1), "from a support"),
         (lambda: setdiffit.load(tmp_path), "without a snapshot"),
         (lambda: setdiffit.load(tmp_path / "none.pkl"), "no such file"),
@@ -166,6 +181,14 @@ def test_what_a_model_does_not_take_is_said_in_one_sentence(models, tmp_path):
         with pytest.raises(ValueError, match=text) as error:
             call()
         assert "\n" not in str(error.value)
+
+
+def test_a_list_of_classes_may_hold_names_with_commas():
+    names = ["tench, Tinca tinca", "goldfish"]
+    asked = setdiffit._as_typed(
+        dict(classes=[names[0], 1], support=None, prompt=None, reference=None, size=None), Path()
+    )
+    assert parse_classes(asked.classes, names) == (0, 1)
 
 
 def test_a_network_is_built_once_whatever_the_settings(base):
