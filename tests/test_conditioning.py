@@ -211,6 +211,15 @@ def test_sets_are_varied_as_a_whole(base):
     assert "attention" not in describe_report(report)
 
 
+def test_changes_of_an_image_alone_in_its_size_are_measured_by_its_own_deviation(feature_snapshot):
+    snapshot = load_snapshot(feature_snapshot)
+    panel = panel_of(snapshot, 3)
+    assert [len(group.inputs) for group in panel.groups] == [1, 1, 1]
+    changes = [row["value"] for row in report_on(snapshot, panel).overall()]
+    assert changes
+    assert max(changes) < 10
+
+
 def test_features_are_varied_one_by_one_over_all_buckets(base, feature_snapshot):
     report = report_of(feature_snapshot, num=12)
     rows = overall(report)

@@ -173,7 +173,8 @@ def _compare(
     reference: tuple[torch.Tensor, torch.Tensor], varied: tuple[torch.Tensor, torch.Tensor]
 ) -> np.ndarray:
     (own, own_loss), (other, loss) = reference, varied
-    spread = (own - own.mean(dim=0)).square().mean().sqrt().clamp(min=1e-12)
+    mean = own.mean(dim=0) if len(own) > 1 else own.mean()  # One image differs from none.
+    spread = (own - mean).square().mean().sqrt().clamp(min=1e-12)
     output = (other - own).square().mean(dim=(1, 2, 3)).sqrt() / spread
     return torch.stack([output, loss, own_loss]).numpy()
 
