@@ -268,7 +268,7 @@ def stored_requests(snapshot: Snapshot, folder: str, ids: Sequence[str]) -> list
                 found[name] = Request(name, cond, size, facts)
     missing = [name for name in ids if name not in found]
     if missing:
-        remedy = "dataset_tool.py info lists where its samples are, and their manifests the names"
+        remedy = "images.jsonl in that folder lists the ids"
         raise refusal("--id", but=f"{missing[0]} is not in {folder}", remedy=remedy)
     return [found[name] for name in ids]
 
