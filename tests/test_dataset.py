@@ -9,6 +9,7 @@ import signal
 import socket
 import struct
 import subprocess
+import tarfile
 import time
 import zipfile
 import zlib
@@ -334,6 +335,16 @@ def test_another_shape_is_named_when_it_is_read(data, tmp_path):
         dataset[3]
     with pytest.raises(ImageError, match=r"img00000004\.png: is 8x8 with 1 channel.*all RGB"):
         dataset[4]
+
+
+def test_a_tar_is_to_be_unpacked_before_it_is_converted(tmp_path):
+    random_image(0, 9, 8).save(tmp_path / "a.png")
+    with tarfile.open(tmp_path / "data.tar", "w") as tar:
+        tar.add(tmp_path / "a.png", "a.png")
+    succeed(dataset_tool, "index", tmp_path / "data.tar")
+    remedy = r"unpack it into a folder and convert that with python .* --source=FOLDER"
+    with pytest.raises(ValueError, match=rf"a\.png: is 9x8, .*; {remedy}"):
+        ImageDataset(tmp_path / "data.tar")
 
 
 def test_missing_and_impossible_labels_are_named(data, tmp_path):

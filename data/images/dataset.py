@@ -246,8 +246,11 @@ class ImageDataset(LabelledDataset):
 
     def _convert(self, options: str = "") -> str:
         """Return the remedy that makes fit data of these, as a command."""
-        paths = f"--source={shlex.quote(str(self.path))} --dest=converted.zip"
-        return f"convert it with python dataset_tool.py convert {paths} {options}".rstrip()
+        source, action = shlex.quote(str(self.path)), "convert it"
+        if is_address(self.path) or str(self.path).endswith(".tar"):  # No source of a conversion.
+            source, action = "FOLDER", "unpack it into a folder and convert that"
+        command = f"dataset_tool.py convert --source={source} --dest=converted.zip {options}"
+        return f"{action} with python {command}".rstrip()
 
     def _check_first_image(self, resolution: int | None, channels: int | None) -> None:
         height, width = self._pixels_shape[:2]
