@@ -24,7 +24,7 @@ GPU_PARTS = dict(gemm=60, attention=180, train=480, sample=150, metrics=90, load
 
 def measured_preset(name: str) -> Preset:
     """Return a preset that can be measured; raises ValueError for any other."""
-    preset = get_preset(name)
+    preset = get_preset(name, MEASURED)
     if name not in MEASURED:
         got = f"{name}, of which nothing is measured yet"
         raise refusal("--preset", got, accepted=", ".join(MEASURED))

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import importlib
 import math
+from collections.abc import Collection
 
 import families  # noqa: F401 (registers them)
 from dnnlib.config import did_you_mean
@@ -52,11 +53,11 @@ PUBLISHED = tuple(name for file, names in _NAMES.items() if file != "diffit" for
 PRESET_OF_RESOLUTION = {32: "cifar10", 64: "ffhq64", 256: "imagenet256", 512: "imagenet512"}
 
 
-def get_preset(name: str) -> Preset:
-    """Return a preset; raises ValueError that suggests the nearest name."""
+def get_preset(name: str, accepted: Collection[str] = PRESETS) -> Preset:
+    """Return a preset; raises ValueError that suggests the nearest name of ``accepted``."""
     if name not in PRESETS:
-        near = did_you_mean(name, PRESETS)
-        raise ValueError(f"--preset: got {name!r}; accepted: {', '.join(PRESETS)}.{near}")
+        near = did_you_mean(name, accepted)
+        raise ValueError(f"--preset: got {name!r}; accepted: {', '.join(accepted)}.{near}")
     return PRESETS[name]
 
 

@@ -7,6 +7,10 @@
 set -euo pipefail
 out=$1 seeds=$2 jobs=$3
 shift 3
+if [ "$seeds" -lt 3 ]; then
+    echo "SEEDS: got $seeds; give at least 3, better 5." >&2
+    exit 2
+fi
 here=$(cd "$(dirname "$0")/.." && pwd)
 train() {
     seed=$1 here=$2 out=$3

@@ -605,6 +605,9 @@ def test_presets_of_which_nothing_is_measured_are_refused():
         message = fail(script, command, "--preset=nanodit")
         assert "--preset: got nanodit, of which nothing is measured yet" in message
         assert "cifar10" in message
+        mistyped = fail(script, command, "--preset=nanodot")
+        assert "got 'nanodot'" in mistyped
+        assert "nanodit" not in mistyped
 
 
 def test_states_keep_training_waiting_no_longer_on_a_slow_disk(tmp_path):

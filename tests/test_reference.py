@@ -260,6 +260,9 @@ case "$2" in --outdir=*) mkdir -p "${2#--outdir=}/00000-x"; test "$3" != "$BROKE
         "--preset=digits",
         "--desc=a b",
     ]
+    few = subprocess.run([*script[:2], "2", *script[3:]], cwd=tmp_path, env=env, timeout=30)
+    assert few.returncode == 2
+    assert not (tmp_path / "calls").exists()
     for broken, code in (("--seed=1", 1), ("", 0)):
         (tmp_path / "calls").unlink(missing_ok=True)
         found = subprocess.run(script, cwd=tmp_path, env={**env, "BROKEN": broken}, timeout=30)

@@ -194,6 +194,8 @@ def test_the_command_that_waits_ends_when_all_is_written(tmp_path, monkeypatch):
         assert part.is_file()
         told = "Waiting for the state that an earlier process still writes" in result.output
         assert told == (folder == tmp_path)
+    mistyped = succeed(wait_script, tmp_path / "rums").output
+    assert "rums is not a folder: there is nothing to wait for." in mistyped
     monkeypatch.setattr(wait_script, "DEADLINE_SEC", -60.0)
     with Saver(rate=1e-3) as saver:
         saver.hold(lock_path(run_dir, 0))

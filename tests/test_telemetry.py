@@ -1,5 +1,6 @@
 """What a run writes and says: stats.jsonl, log.txt, event files, Weights & Biases, tick lines."""
 
+import errno
 import io
 import json
 import math
@@ -164,6 +165,20 @@ def test_event_files_hold_the_scalars_by_images(tmp_path):
     for tag, value in (("Loss/loss", 0.5), ("Metrics/fd_pixels", 0.25)):
         (event,) = events.Scalars(tag)
         assert (event.step, event.value) == (3000, value)
+
+
+def test_a_full_disk_is_told_with_the_file_that_is_not_written(telemetry, tmp_path):
+    class Full(io.StringIO):
+        name = "stats.jsonl"
+
+        def flush(self):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with (
+        mock.patch.object(telemetry, "_stats", Full()),
+        pytest.raises(OSError, match=r"No space left on device: 'stats\.jsonl'"),
+    ):
+        telemetry.record({"Loss/loss": scalar(1.0)}, 8)
 
 
 def test_without_tensorboard_a_run_says_so_and_goes_on(tmp_path, monkeypatch, capsys):

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -46,14 +46,13 @@ class Telemetry:
     def message(self, text: str) -> None:
         """Print a line and append it to log.txt."""
         print(text, flush=True)
-        self._log.write(text + "\n")
-        self._log.flush()
+        _append(self._log, text)
 
     def tell(self, finding: Finding, cur_nimg: int) -> None:
         """Print a finding and append it to log.txt and watch.jsonl."""
         row = dict(kimg=cur_nimg / 1000, **dataclasses.asdict(finding))
         with open(self._run_dir / WATCH_FILE, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            _append(file, json.dumps(row))
         self.message(line_of(row))
 
     def record(self, stats: Stats, cur_nimg: int) -> None:
@@ -64,14 +63,13 @@ class Telemetry:
             for name, stat in stats.items()
         }
         row["timestamp"] = time.time()
-        self._stats.write(json.dumps(row) + "\n")
-        self._stats.flush()
+        _append(self._stats, json.dumps(row))
         self._scalars({name: value["mean"] for name, value in stats.items()}, cur_nimg)
 
     def record_metric(self, row: dict[str, Any], cur_nimg: int) -> None:
         """Append one score to ``metric-<name>.jsonl`` and to the other sinks."""
         with open(self._run_dir / f"metric-{row['metric']}.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            _append(file, json.dumps(row))
         name, values = row["metric"], row["values"]
         several = {f"Metrics/{name}/{key}": value for key, value in values.items()}
         found = several if len(values) > 1 else {f"Metrics/{name}": row["value"]}
@@ -120,6 +118,16 @@ class Telemetry:
 def scalar(value: float) -> dict[str, float]:
     """Return one number in the form of a statistic."""
     return dict(num=1, mean=float(value), std=0.0)
+
+
+def _append(file: TextIO, line: str) -> None:
+    """Write a line at once; an error names the file, which that of a full disk does not."""
+    try:
+        file.write(line + "\n")
+        file.flush()
+    except OSError as error:
+        error.filename = error.filename or file.name
+        raise
 
 
 def tick_line(fields: dict[str, dict[str, float]], total_nimg: int, num_skipped: int) -> str:

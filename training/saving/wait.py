@@ -50,6 +50,8 @@ def main(folders: tuple[Path, ...]) -> None:
       torchrun ... train.py --outdir=runs; python -m training.saving.wait runs
     """
     for folder in folders:
+        if not folder.is_dir():
+            click.echo(f"{folder} is not a folder: there is nothing to wait for.")
         for run_dir in (folder, *sorted(path for path in folder.glob("*") if path.is_dir())):
             wait_for_savers(run_dir, click.echo)
 
