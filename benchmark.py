@@ -13,8 +13,9 @@ from benchmarks.options import (
     TrainOptions,
     measured_model,
 )
-from dnnlib.cli import ConfigCommand, run
+from dnnlib.cli import ConfigCommand
 from dnnlib.click_options import takes
+from dnnlib.program import run
 from models import ModelConfig
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import click
 
-from dnnlib.cli import run
 from dnnlib.click_options import param, takes
 from dnnlib.files import check_target
+from dnnlib.program import run
 from dnnlib.text import format_time
 
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import click
 
 import families  # noqa: F401 (registers them)
-from dnnlib.cli import is_given, run
+from dnnlib.cli import is_given
 from dnnlib.click_options import output_rules, overwrites, param, takes
 from dnnlib.errors import refusal
 from dnnlib.files import check_target
+from dnnlib.program import run
 
 if TYPE_CHECKING:
     from training.checkpoint import Snapshot

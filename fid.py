@@ -2,8 +2,8 @@
 
 import click
 
-from dnnlib.cli import run
 from dnnlib.click_options import LazyGroup
+from dnnlib.program import run
 
 
 @click.group(

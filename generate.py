@@ -12,10 +12,11 @@ import click
 
 import families
 from diffusion.config import PRECISIONS
-from dnnlib.cli import ConfigCommand, is_given, raw_value, run
+from dnnlib.cli import ConfigCommand, is_given, raw_value
 from dnnlib.click_options import output_rules, overwrites, param, takes
 from dnnlib.config import Config
 from dnnlib.files import check_target
+from dnnlib.program import run
 from dnnlib.text import MAX_LISTED, check_seeds, parse_ranges
 from sampling.config import GenerateConfig
 from training.asked import Asked, GeneratorOptions

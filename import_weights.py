@@ -10,11 +10,12 @@ import click
 import families
 from configs.presets import PRESETS, PUBLISHED
 from diffusion.config import GuidanceConfig, PrecondConfig, SamplingConfig
-from dnnlib.cli import ConfigCommand, raw_value, run, show_value
+from dnnlib.cli import ConfigCommand, raw_value, show_value
 from dnnlib.click_options import TextType, output_rules, overwrites, param, takes
 from dnnlib.config import Config
 from dnnlib.errors import refusal
 from dnnlib.files import check_target, sha256_of_file
+from dnnlib.program import run
 from models.config import ModelConfig
 from training.config import RunConfig, with_absolute_data
 

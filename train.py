@@ -14,10 +14,11 @@ from commands.config_file import read_config_file, read_teacher, with_config_fil
 from commands.prepare import prepare_data, with_named_data
 from configs.presets import PRESET_OF_RESOLUTION, PRESETS, get_preset, preset_of_model
 from configs.reference import find_reference
-from dnnlib.cli import ConfigCommand, raw_value, run, settings, usage_errors
+from dnnlib.cli import ConfigCommand, raw_value, settings, usage_errors
 from dnnlib.click_options import param, takes
 from dnnlib.config import Config
 from dnnlib.errors import refusal
+from dnnlib.program import run
 from dnnlib.text import is_number, join_names
 from training.config import RunConfig, with_absolute_data, with_one_of_each
 
@@ -150,7 +151,8 @@ def main(config: RunConfig, options: TrainOptions) -> int:
     """
     # From here on torch is needed. Cheap checks still come first: nothing is opened or started
     # before they pass.
-    from training.launch import Start, Usual, check_here, check_ranks, launch, print_plan, verify
+    from training.launch import Usual, launch, print_plan, verify
+    from training.start import Start, check_here, check_ranks
 
     given = click.get_current_context().meta["given"]
     names = [field.name for field in dataclasses.fields(Start)]

@@ -14,11 +14,12 @@ from dnnlib.cli import ConfigCommand, is_given, raw_value, settings
 from dnnlib.click_options import output_rules, param
 from dnnlib.files import check_target
 from evaluation.config import ScoreConfig
+from metrics.config import DetectorConfig
 from metrics.metric import METRICS, MetricSpec, get_metrics
 from metrics.rows import read_rows
 from sampling.config import GenerateConfig
 from training.asked import HOW
-from training.config import CPU_MATMUL, DetectorConfig
+from training.config import CPU_MATMUL
 
 if TYPE_CHECKING:
     import torch

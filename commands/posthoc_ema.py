@@ -6,10 +6,11 @@ from pathlib import Path
 import click
 
 import families  # noqa: F401 (registers them)
-from dnnlib.cli import ConfigCommand, run
+from dnnlib.cli import ConfigCommand
 from dnnlib.click_options import PathType, param, takes
 from dnnlib.errors import refusal
 from dnnlib.files import check_target
+from dnnlib.program import run
 
 EXAMPLES = """
   # Averages of two other widths at the end of a run, beside its snapshots:
@@ -46,7 +47,13 @@ def main(config: None, run_dir: Path, options: PosthocOptions) -> None:
     relative to that time: 0.05 is a short one, 0.25 is nearly uniform. Results are snapshots for
     generate.py and fid.py, network-snapshot-KIMG-STD-posthoc.pkl.
     """
-    from training.posthoc_ema import POOR_FIT, make_averages, parse_stds, read_profiles, until
+    from training.posthoc_ema import (
+        POOR_FIT,
+        make_averages,
+        parse_stds,
+        read_profiles,
+        until,
+    )
 
     outdir = options.outdir or run_dir
     stds = parse_stds(options.stds)

@@ -7,8 +7,8 @@ import click
 
 from commands.options import BATCH_HELP, check_targets, parse_metrics, score_command, used_detectors
 from dnnlib.click_options import overwrites, param, takes
+from metrics.config import DetectorConfig
 from metrics.metric import needed_outputs
-from training.config import DetectorConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,9 +20,9 @@ from data.fewshot.sets import SetDataset
 from demos.digits import class_agreement, set_classifier
 from demos.images import NUM_CHECKED, encode_digits
 from demos.steps import convert, heading, train_model
-from dnnlib.cli import run
 from dnnlib.click_options import param, takes
 from dnnlib.files import check_target
+from dnnlib.program import run
 from evaluation.scoring import Comparison, RealImages
 from families.sets import episodes_of_snapshot, open_data_of
 from metrics.metric import get_metrics

@@ -2,8 +2,8 @@
 
 import dataclasses
 
+from metrics.config import DetectorConfig
 from sampling.config import GenerateConfig
-from training.config import DetectorConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from data.images.dataset import ImageDataset, open_images
 from dnnlib.downloads import fetch
 from dnnlib.errors import refusal
 from evaluation.images import ImageSource, formats_of, read_images, shape_of, size_text
+from metrics.config import DetectorConfig
 from metrics.detectors import Detector, DetectorOutput, ImageShape, get_detector
 from metrics.metric import MetricSpec, needed_outputs
 from metrics.reference import References, load_references
@@ -21,7 +22,6 @@ from metrics.score import score
 from metrics.statistics import Batch
 from models import ModelConfig
 from torch_utils import distributed
-from training.config import DetectorConfig
 
 Needs = Mapping[DetectorOutput, Sequence[str]]
 _STATISTICS_SUFFIXES = (".npz", ".pkl")

@@ -24,7 +24,7 @@ from helpers import TINY, TINY_FEATURES, TINY_LATENT, TINY_SETS
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from training_runs import ROOT, leaves
 
-import dnnlib.cli
+import dnnlib.program
 import train
 from dnnlib import launcher
 from evaluation.in_loop import features, images, sets
@@ -182,7 +182,7 @@ def _run_rank(args, order):
     _orders = open(f"{order}.{_rank()}", "a")
     BOARD.put(_rank(), "start")
     sys.argv = ["train.py", *args]
-    dnnlib.cli.run(train.main)
+    dnnlib.program.run(train.main)
 
 
 def _run_agent(args, order, num_ranks):

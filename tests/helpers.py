@@ -20,7 +20,7 @@ from PIL import Image
 from sharing import place_copy
 from warm_start import ROOT, WarmProcess, WarmRanks, quiet_environment
 
-import dnnlib.cli
+import dnnlib.program
 
 torch.set_num_threads(1)  # Test processes run side by side, and the networks are tiny.
 
@@ -116,7 +116,7 @@ def call(script, *args):
         mock.patch("torch.cuda.is_available", return_value=False),
     ):
         try:
-            dnnlib.cli.run(script.main)
+            dnnlib.program.run(script.main)
         except SystemExit as stop:
             code = stop.code
     return SimpleNamespace(code=code, output=out.getvalue(), error=err.getvalue())

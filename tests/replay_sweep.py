@@ -34,9 +34,9 @@ from evaluation.sweep.jackknife import jackknife  # noqa: E402
 from evaluation.sweep.run import Images  # noqa: E402
 from evaluation.sweep.search import Plan, search  # noqa: E402
 from evaluation.sweep.start import Wanted, open_cells  # noqa: E402
+from metrics.config import DetectorConfig  # noqa: E402
 from metrics.metric import get_metric  # noqa: E402
 from torch_utils import distributed  # noqa: E402
-from training.config import DetectorConfig  # noqa: E402
 
 SCALES = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
 STDS = (0.04, 0.06, 0.09, 0.13, 0.19)

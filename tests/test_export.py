@@ -198,7 +198,7 @@ def test_scores_beside_the_snapshot_are_in_the_card_if_they_are_of_it(base, tmp_
 _PUSH_AND_LOAD = """
 import sys
 import export, setdiffit
-from dnnlib.cli import run
+from dnnlib.program import run
 sys.argv = ["export.py", "--network=" + sys.argv[1], "--dest=" + sys.argv[2], "--push=me/tiny"]
 try:
     run(export.main)

@@ -289,7 +289,7 @@ sys.path[:0] = [{root!r}, {tests!r}]
 from faults.data import FAULTS
 next(fault for fault in FAULTS if fault.name == {name!r}).plant()
 import train
-from dnnlib.cli import run
+from dnnlib.program import run
 run(train.main)
 """
 

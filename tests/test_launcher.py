@@ -14,7 +14,7 @@ from helpers import fail
 from training_runs import ROOT
 
 import train as train_script
-from dnnlib import cli, launcher
+from dnnlib import launcher, program
 from dnnlib.progress import progress
 
 ALL = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -79,7 +79,7 @@ def test_an_error_of_a_library_keeps_its_traceback_in_every_folder(monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["command"])
     with pytest.raises(ValueError, match="nowhere"):
-        cli.run(command)
+        program.run(command)
 
 
 ORPHAN = "import dnnlib.launcher; print('on', flush=True); import time; time.sleep(60)"
@@ -103,7 +103,7 @@ def test_a_process_in_its_start_up_ends_with_its_launcher():
 
 SLOW_WRITE = """
 import click, signal, sys, time
-from dnnlib.cli import run
+from dnnlib.program import run
 from dnnlib.files import atomic_write
 
 @click.command()
@@ -154,7 +154,7 @@ def test_want_of_memory_is_one_sentence(error, wanted, capsys):
         raise error
 
     with pytest.raises(SystemExit) as stop, mock.patch.object(sys, "argv", ["x"]):
-        cli.run(command)
+        program.run(command)
     assert stop.value.code == 1
     message = capsys.readouterr().err
     assert message.startswith(f"Error: {wanted}")
@@ -172,7 +172,7 @@ def test_a_stream_that_was_closed_takes_what_nobody_reads(monkeypatch, name):
     monkeypatch.setattr(sys, "argv", ["tool.py"])
     monkeypatch.setattr(sys, name, None)
     with pytest.raises(SystemExit) as ended:
-        cli.run(command)
+        program.run(command)
     assert ended.value.code == 0
 
 
@@ -184,7 +184,7 @@ def test_an_error_of_the_disk_that_has_a_sentence_alone_is_told_by_it(capsys, mo
         raise OSError("The process that writes was killed")
 
     with pytest.raises(SystemExit) as ended:
-        cli.run(command)
+        program.run(command)
     assert (ended.value.code, capsys.readouterr().err) == (
         1,
         "Error: The process that writes was killed.\n",
@@ -202,6 +202,6 @@ def test_a_lost_process_of_a_loader_is_a_sentence_by_whichever_way_it_is_noticed
         raise RuntimeError(f"DataLoader worker (pid{end}")
 
     with pytest.raises(SystemExit) as ended:
-        cli.run(command)
+        program.run(command)
     assert ended.value.code == 1
     assert capsys.readouterr().err.startswith("Error: A process that loads data was killed")

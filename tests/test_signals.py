@@ -301,7 +301,7 @@ def test_a_stop_lets_a_loader_start_whole(restored_handlers):
 
 INTERRUPTED_AT_THE_END = """
 import atexit, click, os, signal, time
-from dnnlib.cli import run
+from dnnlib.program import run
 signal.signal(signal.SIGINT, signal.default_int_handler)
 atexit.register(lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(1)))
 run(click.command(lambda: print("Done.")))

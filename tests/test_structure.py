@@ -34,7 +34,7 @@ def main():
 """
 TOY = {
     "train.py": TOY_TRAIN,
-    "dnnlib/cli.py": "def run(main):\n    print('noise')\n    main()\n",
+    "dnnlib/program.py": "def run(main):\n    print('noise')\n    main()\n",
     "models/net.py": "def build():\n    return [helper() for _ in range(2)]\ndef helper(): ...\n",
     "models/unused.py": "class Unused:\n    value = 1\n",
     # What defining a module calls is not entered.
@@ -65,11 +65,18 @@ def test_a_trace_ends_with_the_first_step_and_leaves_out_definitions(tmp_path):
     plant(tmp_path / "tree", TOY)
     found = json.loads(run_python(tmp_path / "tree", tmp_path, TRACER, tmp_path / "tree"))
     assert list(found["files"].items()) == [
-        ("dnnlib/cli.py", "run"),
+        ("dnnlib/program.py", "run"),
         ("train.py", "main"),
         ("models/net.py", "build"),
     ]
-    modules = ["dnnlib.cli", "models.late", "models.net", "models.table", "models.unused", "train"]
+    modules = [
+        "dnnlib.program",
+        "models.late",
+        "models.net",
+        "models.table",
+        "models.unused",
+        "train",
+    ]
     assert found["modules"] == modules
 
 

@@ -72,7 +72,7 @@ def main(root: Path, arguments: list[str]) -> None:
     import torch
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
-    import dnnlib.cli
+    import dnnlib.program
     import train
 
     def stop(*_: Any) -> None:
@@ -85,7 +85,7 @@ def main(root: Path, arguments: list[str]) -> None:
         contextlib.suppress(StepDone, SystemExit),
         Entered(root) as entered,
     ):
-        dnnlib.cli.run(train.main)
+        dnnlib.program.run(train.main)
     print(json.dumps(dict(files=entered.files, modules=modules_of(root))))
 
 

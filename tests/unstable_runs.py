@@ -100,7 +100,7 @@ def planted(kill_at=None, **faults):
 
 
 if __name__ == "__main__":
-    import dnnlib.cli
+    import dnnlib.program
     import train
     from evaluation.in_loop import images
 
@@ -109,4 +109,4 @@ if __name__ == "__main__":
     place = next(i for i, text in enumerate(sys.argv) if text.startswith("--faults="))
     found = json.loads(sys.argv.pop(place).partition("=")[2])
     with planted(found.pop("kill", None), **found):
-        dnnlib.cli.run(train.main)
+        dnnlib.program.run(train.main)

@@ -16,12 +16,12 @@ from evaluation.sweep.jackknife import NUM_GROUPS
 from evaluation.sweep.networks import open_networks
 from evaluation.sweep.run import Cells, Scoring, images_of
 from evaluation.sweep.store import Store
+from metrics.config import DetectorConfig
 from metrics.metric import MetricSpec, needed_outputs
 from sampling.images import cached_snapshot
 from torch_utils import distributed
 from training.asked import GeneratorOptions
 from training.checkpoint import Snapshot
-from training.config import DetectorConfig
 from training.family import of as family_of
 
 

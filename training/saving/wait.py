@@ -11,8 +11,8 @@ from pathlib import Path
 
 import click
 
-from dnnlib.cli import run
 from dnnlib.files import is_locked
+from dnnlib.program import run
 from dnnlib.saver import DEADLINE_SEC
 
 _PATIENCE_SEC = 60.0
