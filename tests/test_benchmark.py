@@ -329,7 +329,7 @@ def small_presets(monkeypatch, synthetic):
     """Make every preset a tiny one."""
     dataset = ImageDataset(synthetic, use_labels=True)
 
-    def preset(name):
+    def preset(name, *accepted):
         return SimpleNamespace(run=tiny_run(dataset), num_classes=10)
 
     monkeypatch.setattr(options, "get_preset", preset)
@@ -342,7 +342,7 @@ def small_latent_presets(monkeypatch):
     run = get_preset("digits-latent").run
     model = dataclasses.replace(run.model, num_blocks=1, hidden_dim=16, num_heads=2)
     preset = SimpleNamespace(run=dataclasses.replace(run, model=model), num_classes=10)
-    monkeypatch.setattr(options, "get_preset", lambda name: preset)
+    monkeypatch.setattr(options, "get_preset", lambda name, *accepted: preset)
     monkeypatch.setattr(kinds, "NUM_SYNTHETIC_IMAGES", 64)
 
 

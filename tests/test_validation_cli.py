@@ -170,8 +170,8 @@ class TestNetworks:
     ):
         dataset.record.visual["location"] = str(tmp_path / "gone")
         networks = self.load(dataset, weights, "reconstruction")
-        assert "gone is not a folder" in networks.absent()["visual"]
-        with pytest.raises(ValueError, match="gone is not a folder"):
+        assert "gone is neither a folder nor a Hugging Face id" in networks.absent()["visual"]
+        with pytest.raises(ValueError, match="gone is neither a folder nor a Hugging Face id"):
             self.load(dataset, weights, "reconstruction", visual=str(tmp_path / "gone"))
         with pytest.raises(ValueError, match=r"nothing\.pth: no such file"):
             self.load(dataset, str(tmp_path / "nothing.pth"), "swap")
