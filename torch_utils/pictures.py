@@ -257,7 +257,8 @@ def save_image(image: PIL.Image.Image, path: str | Path) -> None:
     mark = PIL.PngImagePlugin.PngInfo()
     mark.add_text("Software", _MARK)
     with atomic_write(path) as file:
-        image.save(file, format="PNG", pnginfo=mark)
+        # Level 6, the default, takes 1.6 times as long, for files that are 0 to 20% smaller.
+        image.save(file, format="PNG", pnginfo=mark, compress_level=3)
 
 
 def save_animation(

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from dnnlib.config import Config, to_dict
 from training.config import LoggingConfig
 
@@ -85,10 +83,16 @@ class _TensorBoard:
 
     def picture(self, name: str, path: Path, cur_nimg: int) -> None:
         from PIL import Image
+        from tensorboard.compat.proto.summary_pb2 import Summary
 
         with Image.open(path) as image:
-            pixels = np.asarray(image.convert("RGB"))
-        self._writer.add_image(name, pixels, global_step=cur_nimg, dataformats="HWC")
+            width, height = image.size
+        # The file as it is: the writer's own call would decode it and encode it again.
+        shown = Summary.Image(
+            width=width, height=height, colorspace=3, encoded_image_string=path.read_bytes()
+        )
+        summary = Summary(value=[Summary.Value(tag=name, image=shown)])
+        self._writer.file_writer.add_summary(summary, cur_nimg)
         self._writer.flush()
 
     def close(self) -> None:

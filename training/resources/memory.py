@@ -121,9 +121,9 @@ def pass_bytes(config: RunConfig, batch: int, num_shards: int = 1) -> int:
     """Return what a step with a pass of ``batch`` rows needs at most, beyond what lasts.
 
     So many ranks share the weights. The step is made with tensors that have a shape and no content,
-    once for runs that differ in how they share the batch.
+    once for runs that differ in their length and in how they share the batch.
     """
-    shared = dict(batch=batch, batch_gpu=None, shard="none", shard_size=None)
+    shared = dict(batch=batch, batch_gpu=None, shard="none", shard_size=None, iters=None)
     return _pass_bytes(config.changed("training", **shared), batch, num_shards)
 
 
