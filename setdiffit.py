@@ -207,6 +207,9 @@ class Model:
         self._check_shape(
             "x", x, [self.snapshot.config.model.shape_of(s) for s in self.image_sizes]
         )
+        if isinstance(sigma, Tensor) and sigma.numel() != 1:
+            accepted = "one number for all images"
+            raise refusal("sigma", f"shape {list(sigma.shape)}", accepted=accepted)
         if not 0 < float(sigma) < math.inf:
             raise refusal("sigma", float(sigma), accepted="a number above 0")
         asked = dict(classes=classes, support=support, prompt=prompt)
