@@ -165,7 +165,7 @@ def test_what_a_model_does_not_take_is_said_in_one_sentence(models, tmp_path):
         (lambda: image.generate(1, classes=[]), "the list is empty"),
         (lambda: image.denoise(x, 0), "sigma: got 0.0; accepted: a number above 0"),
         (lambda: image.denoise(x, math.nan), "sigma: got nan"),
-        (lambda: image.denoise(x, torch.ones(3)), "sigma: got shape [3]; accepted: one number"),
+        (lambda: image.denoise(x, torch.ones(3)), r"sigma: got shape \[3\]; accepted: one number"),
         (lambda: image.denoise(x[0], 1), r"x: got shape \[3, 8, 8\]; accepted: \[N, 3, 8, 8\]"),
         (lambda: image.decode(x[:, :, 1:]), r"x: got shape \[1, 3, 7, 8\]"),
         (lambda: image.encode(x), "images: got torch.float32; accepted: torch.uint8"),
