@@ -42,16 +42,16 @@ def main() -> None:
 @main.command(
     cls=ConfigCommand,
     base=measured_model,
-    short_help="Time training steps of this code and of others.",
+    short_help="Time training steps against baselines.",
 )
 @takes(TrainOptions)
 def train(config: ModelConfig, options: TrainOptions) -> None:
-    """Time training steps of this code and of others with the same network or one of its size.
+    """Time training steps against baselines with the same network or one of the same size.
 
-    The plain baseline has attention as batched matrix products, contiguous NCHW images, eager fp32,
-    an Adam and a weight average that go parameter by parameter. --against=diffusers is a DiT of the
-    package diffusers of the same width, depth, heads and tokens in its usual loop, in the same
-    precisions. Data and augmentation are the same on all sides.
+    The plain baseline computes attention as batched matrix products, on contiguous NCHW images in
+    eager fp32, and updates Adam and the weight average one parameter at a time. --against=diffusers
+    is a DiT from the diffusers package with the same width, depth, heads and tokens, in its usual
+    training loop and in the same precisions. Data and augmentation are the same on all sides.
     """
     from benchmarks.train import measure
 
@@ -59,15 +59,15 @@ def train(config: ModelConfig, options: TrainOptions) -> None:
 
 
 @main.command(
-    cls=ConfigCommand, base=measured_model, short_help="Time sampling, with guidance and without."
+    cls=ConfigCommand, base=measured_model, short_help="Time sampling with and without guidance."
 )
 @takes(SampleOptions)
 def sample(config: ModelConfig, options: SampleOptions) -> None:
-    """Time sampling, and guidance against one doubled batch, with random weights.
+    """Time sampling and the cost of guidance, with random weights.
 
-    Guidance evaluates the network on a doubled batch; it is compared with sampling twice as many
-    images without it. Latents are timed without their decoding. --against=diffusers is a DiT of the
-    package diffusers of the same width, depth, heads and tokens under its own scheduler.
+    Guidance evaluates the network on a doubled batch, so it is compared with sampling twice as many
+    images without guidance. Decoding of latents is not timed. --against=diffusers is a DiT from the
+    diffusers package with the same width, depth, heads and tokens, under its own scheduler.
     """
     from benchmarks.sample import measure
 
@@ -79,12 +79,11 @@ def sample(config: ModelConfig, options: SampleOptions) -> None:
 def data(options: LoadingOptions) -> None:
     """Time the loader against decoding the same files with Pillow in one process.
 
-    Latents are compared with copying them out of memory-mapped files. Without --data, a second
-    table compares the loader with a plain Dataset and DataLoader that opens one file for each item:
-    of 32x32 and 256x256 pictures and of latents.
+    For latents, the baseline copies them from memory-mapped files. Without --data, a second table
+    compares the loader with a plain Dataset and DataLoader that opens one file per item, for 32x32
+    and 256x256 images and for latents.
 
-    With --delay, the loader is compared with itself: reading from a web server that answers late,
-    and reading from the disk.
+    With --delay, reading from a slow web server is compared with reading from the disk.
     """
     if options.delay is None:
         from benchmarks.data import measure
@@ -101,14 +100,14 @@ def data(options: LoadingOptions) -> None:
 
 
 @main.command(
-    cls=ConfigCommand, base=measured_model, short_help="Time the ways to compute attention."
+    cls=ConfigCommand, base=measured_model, short_help="Time the attention implementations."
 )
 @takes(AttentionOptions)
 def attention(config: ModelConfig, options: AttentionOptions) -> None:
-    """Time the ways to compute attention, forward and backward, at a preset's shapes.
+    """Time the attention implementations, forward and backward, at a preset's shapes.
 
-    Rows are the stages of the model with their windows, and medians of wall time; below, what all
-    blocks of the network take.
+    Each row is a stage of the model with its window; times are medians of wall time. The total for
+    all blocks of the network follows below.
     """
     from benchmarks.attention import measure
 
@@ -118,9 +117,9 @@ def attention(config: ModelConfig, options: AttentionOptions) -> None:
 @main.command(short_help="Time detectors and distances.")
 @takes(MetricsOptions)
 def metrics(options: MetricsOptions) -> None:
-    """Time the extraction of Inception outputs, and distances against other ways to them.
+    """Time Inception extraction, and distances against other ways to compute them.
 
-    "Detector alone" sees images that are in memory already; "from files" decodes them as well, and
+    "Detector alone" runs on images that are already in memory; "from files" also decodes them, and
     should be as fast as the slower of the two. Weights are random.
     """
     from benchmarks.metrics import measure
@@ -131,28 +130,28 @@ def metrics(options: MetricsOptions) -> None:
 @main.command(
     cls=ConfigCommand,
     base=measured_model,
-    short_help="Time how long training stands still for a state.",
+    short_help="Time how long saving a state pauses training.",
 )
 @takes(StateOptions)
 def states(config: ModelConfig, options: StateOptions) -> None:
-    """Time how long training stands still when a state is written, against torch.save.
+    """Time how long writing a state pauses training, against torch.save.
 
-    States are copied, and written by a process of their own: with nothing that limits it, and as if
-    the disk were slow. The first one comes soon after the start of a run.
+    States are copied, then written by a separate process: once without a limit, and once as if the
+    disk were slow. The first state comes soon after the start of a run.
     """
     from benchmarks.states import measure
 
     measure(config, options)
 
 
-@main.command(short_help="Measure one GPU on made-up data.")
+@main.command(short_help="Measure one GPU on synthetic data.")
 @takes(GpuOptions)
 def gpu(options: GpuOptions) -> None:
-    """Measure one GPU on made-up data: matrix products, attention, training, sampling and more.
+    """Measure one GPU on synthetic data: matrix products, attention, training, sampling and more.
 
-    Takes 18 minutes at most. Each part has a time of its own and says what it left out. Results of
-    parts that were measured before stay in the file; the table has its name with .md. At the end
-    are the defaults that the measurements speak against.
+    This takes at most 18 minutes. Each part has its own time limit and reports what it skipped.
+    Earlier results of parts that are not measured again stay in the file; the table is written to
+    the same name with .md. The last lines list the defaults that the measurements argue against.
     """
     from benchmarks.gpu import measure
 
@@ -162,10 +161,11 @@ def gpu(options: GpuOptions) -> None:
 @main.command(short_help="Predict training on 1 to 4,096 GPUs.")
 @takes(ScalingOptions)
 def scaling(options: ScalingOptions) -> None:
-    """Predict the step, its parts and the loss to failures, from 1 to 4,096 GPUs.
+    """Predict the step time, its parts and the time lost to failures, on 1 to 4,096 GPUs.
 
-    Nothing is measured without --measure: the model and its assumptions are in docs/scaling.md. The
-    first table shares the preset's batch among all GPUs; in the second, each has an eighth of it.
+    Nothing is measured without --measure; docs/scaling.md describes the model and its assumptions.
+    The first table divides the preset's batch among all GPUs; in the second, each GPU has an eighth
+    of it.
     """
     from benchmarks.scaling.command import show
 

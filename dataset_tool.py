@@ -13,7 +13,7 @@ from dnnlib.program import run
         "convert": "Write a dataset for training or scoring from a source of images.",
         "encode": "Write the latents of a dataset, for latent models.",
         "features": "Write the features of captioned images, for feature-conditioned models.",
-        "index": "Write the index of a tar of images, by which it is read in place.",
+        "index": "Write the index of a tar of images, so that it can be read in place.",
         "info": "Print size, classes and content hash of a dataset.",
         "verify": "Check every image of a dataset, and list all problems.",
     },

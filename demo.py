@@ -18,10 +18,17 @@ from dnnlib.text import format_time
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DemoOptions:
     outdir: Path = param(default="demo-out", help="Folder for data, runs and images.")
-    latent: bool = param(help="Train latent DiffiT instead, with guidance.")
-    sets: bool = param(help="Train set-conditioned DiT instead, and make digits it never saw.")
-    letters: bool = param(help="The same on letters of fonts, and make scripts it never saw.")
-    features: bool = param(help="Train NanoDiT instead, on photographs by text and image.")
+    latent: bool = param(help="Train latent DiffiT instead, and sample it with guidance.")
+    sets: bool = param(
+        help="Train set-conditioned DiT instead, and generate digits that it never saw."
+    )
+    letters: bool = param(
+        help="Train set-conditioned DiT on letters of fonts, and generate scripts that it never "
+        "saw."
+    )
+    features: bool = param(
+        help="Train NanoDiT instead, on photographs with text and image conditions."
+    )
 
 
 @click.command(context_settings=dict(help_option_names=["-h", "--help"]))
@@ -30,7 +37,7 @@ class DemoOptions:
 def main(options: DemoOptions, train_args: tuple[str, ...]) -> int:
     """Train, sample and score a small class-conditional DiffiT on 1,797 real handwritten digits.
 
-    TRAIN_ARGS go to train.py after those of the demo, as in
+    TRAIN_ARGS are passed to train.py after the demo's own options, as in
 
     \b
       python demo.py -- --kimg=300

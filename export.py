@@ -28,12 +28,12 @@ class ExportOptions:
     )
     format: str = param(default="safetensors", choices=FORMATS, help="What to write.")
     size: str | None = param(
-        help="Size of the images of the program, such as 1216x832.  [default: the model's first]"
+        help="Image size of the exported program, such as 1216x832.  [default: the model's first]"
     )
     push: str | None = param(
         metavar="ORG/NAME", help="Repository of the Hugging Face hub to upload the folder to."
     )
-    private: bool = param(help="Make a new repository of --push private.")
+    private: bool = param(help="Make the repository private if --push creates it.")
 
 
 @click.command(context_settings=dict(help_option_names=["-h", "--help"]))
@@ -43,13 +43,13 @@ def main(options: ExportOptions) -> None:
     """Write a snapshot in a format that other programs read.
 
     safetensors: a folder with the weights, their configuration as JSON, and a model card with
-    samples and the scores that the run folder holds. Every --network of this project takes it, and
-    --push uploads it.
+    samples and the scores that the run folder holds. Every --network option of this project accepts
+    it, and --push uploads it.
 
-    torch-export: the denoiser as a program of torch.export, x0 = program(x, sigma, cond), for
-    batches of any size. It runs without this project.
+    torch-export: the denoiser as a torch.export program, x0 = program(x, sigma, cond), for batches
+    of any size. It runs without this project.
 
-    snapshot: the .pkl file of train.py again.
+    snapshot: a .pkl file, as train.py writes it.
 
     \b
     Examples:

@@ -12,15 +12,15 @@ from dnnlib.program import run
     summaries={
         "ref": "Write reference statistics of real images.",
         "calc": "Score a snapshot, or images in files, against real images.",
-        "sweep": "Search for the best guidance, steps and average of the weights.",
+        "sweep": "Search for the best guidance, steps and weight average.",
         "compare": "Print scores side by side.",
         "neighbours": "Look for copies of training images among generated ones.",
         "fewshot": "Score images that a set-conditioned model makes from supports.",
         "validate": "Test a feature-conditioned model on held-out images.",
         "conditions": "Measure the effect of each condition of a model.",
-        "curves": "Write what is normal for a configuration, from runs of several seeds.",
-        "check": "Say whether a run is normal.",
-        "report": "Show a training run, or several beside each other, on one page.",
+        "curves": "Write what is normal for a configuration, from runs with several seeds.",
+        "check": "Check whether a run is normal.",
+        "report": "Show one training run, or several side by side, on a page.",
     },
 )
 def main() -> None:

@@ -27,13 +27,13 @@ EXAMPLES = """
   python generate.py --network=runs/00000-x/network-snapshot-000154.pkl --outdir=out \\
       --seeds=0-63 --grid=out.png
 
-  # Ten images of each of ten classes, more alike to their class:
+  # Ten images of each of ten classes, more typical of their class:
   python generate.py --network=network.pkl --outdir=out --seeds=0-99 --class=0-9 --cfg-scale=1.5
 
-  # DDIM as published code spaces it, at timesteps 980, 960, ..., 0 of a model of 1,000:
+  # DDIM with the spacing of published code, at timesteps 980, 960, ..., 0 of 1,000:
   python generate.py --network=network.pkl --outdir=out --sampler=ddim --respacing=ddim50
 
-  # How 16 images come about, step by step, as an animation:
+  # An animation of 16 images as they are denoised, step by step:
   python generate.py --network=network.pkl --outdir=out --num=16 --gif=out.gif
 
   # A set-conditioned model: 64 images like those in a folder, and a picture of both:
@@ -47,7 +47,7 @@ EXAMPLES = """
       --prompt="a red house by a lake" --reference=house.jpg --bucket=1216x832 \\
       --text-scale=3 --visual-scale=2.5
 
-  # 50,000 images on eight GPUs, a thousand to a folder; start again to continue:
+  # 50,000 images on eight GPUs, 1,000 per folder; run it again to continue:
   torchrun --standalone --nproc_per_node=8 generate.py --network=network.pkl --outdir=out \\
       --seeds=0-49999 --subdirs --batch=256
 """
@@ -70,7 +70,7 @@ class GenerateOptions:
     batch: int = param(default=64, min=1, max=1_000_000, help="Images per rank and pass.")
     subdirs: bool = param(help="Make a subfolder for every 1,000 seeds.")
     grid: Path | None = param(help="File for one picture of all images.")
-    gif: Path | None = param(help="File for an animation of how up to 16 images come about.")
+    gif: Path | None = param(help="File for an animation of up to 16 images as they are denoised.")
     columns: int = param(
         default=10, min=1, max=1_000, help="Images, or supports, in a row of --grid."
     )
@@ -84,7 +84,7 @@ class GenerateOptions:
     )
     cpu_matmul: str | None = param(
         choices=CPU_MATMUL,
-        help="What multiplies float32 matrices on CPUs.  [default: as in training]",
+        help="Library for float32 matrix products on CPUs.  [default: as in training]",
     )
     compile: bool = param(
         "--compile/--no-compile", default=False, help="Compile the network with torch.compile."
@@ -125,17 +125,18 @@ def option_elsewhere(name: str, config: Config | None) -> str | None:
 @overwrites
 def main(config: GenerateConfig, options: GenerateOptions, asked: Asked) -> None:
     """Generate one image per seed. An image depends on its seed, its class and the options below,
-    not on the batch size or the number of processes. Images that exist are kept, so that an
-    interrupted job goes on when it is started again.
+    not on the batch size or the number of processes. Existing images are kept, so an interrupted
+    job continues when you run it again.
 
-    A set-conditioned model makes images like those of a support, which --support or --episodes
-    gives. With --episodes every support has a folder of its own, and the picture of --grid shows
-    each support above its images.
+    A set-conditioned model generates images like those in a support, which you give with --support
+    or --episodes. With --episodes every support gets its own folder, and the picture of --grid
+    shows each support above its images.
 
-    A feature-conditioned model makes images from prompts (--prompt), from an image (--reference),
-    or from both, in one of the sizes that it was trained on.
+    A feature-conditioned model generates images from prompts (--prompt), from an image
+    (--reference), or from both, in one of the sizes that it was trained on.
 
-    Sampling and guidance default to those of the snapshot, which --network=FILE --help shows.
+    Sampling and guidance options default to the snapshot's values, which --network=FILE --help
+    shows.
     """
     # Cheap checks first: nothing is loaded or started before they pass.
     if options.grid is None and is_given("columns"):

@@ -34,7 +34,7 @@ EXAMPLES = """
   python import_weights.py diffit_256.safetensors --preset=imagenet256 --out=network.pkl
   python generate.py --network=network.pkl --outdir=out --seeds=0-15 --class=207 --grid=out.png
 
-  # Few-shot diffusion models (the JAX code, exported as docs/sets.md tells), of another depth:
+  # Few-shot diffusion models (JAX code, exported as docs/sets.md describes), with another depth:
   python import_weights.py fsdm.safetensors --preset=fsdm-cifar100-film --num-blocks=12 \\
       --out=fsdm.pkl
   python generate.py --network=fsdm.pkl --outdir=out --support=my-images --num=16 --grid=out.png
@@ -56,11 +56,13 @@ class ImportConfig(Config):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImportOptions:
-    preset: str = param(required=True, choices=PUBLISHED, help="The model that the weights are of.")
+    preset: str = param(
+        required=True, choices=PUBLISHED, help="Preset of the model to which the weights belong."
+    )
     out: Path = param(required=True, help="Snapshot to write.")
     data: str | None = param(
-        help="Folder of features made with the encoders of the weights, for NanoDiT: it has the "
-        "sizes of the images, and the statistics that normalise them."
+        help="For NanoDiT, a folder of features made with the same encoders. It provides the "
+        "image sizes, and the statistics that normalise the features."
     )
 
 
@@ -83,11 +85,11 @@ def base_config(args: Sequence[str]) -> ImportConfig:
 def main(weights: str, config: ImportConfig, options: ImportOptions) -> None:
     """Read WEIGHTS, a path or URL, and write a snapshot.
 
-    WEIGHTS is a safetensors or a file of torch.save, with the names of latent DiffiT's official
+    WEIGHTS is a safetensors or torch.save file with the parameter names of latent DiffiT's official
     state dict, of the JAX code of few-shot diffusion models, or of NanoDiT's own code. Every name
-    and shape must be that of the preset's model, which the options below change. Of a training
-    state, the averaged weights are taken. The snapshot carries the preset's sampling and guidance,
-    which generate.py and fid.py then use by default.
+    and shape must match the preset's model, which you can change with the options below. From a
+    training state, the averaged weights are taken. The snapshot stores the preset's sampling and
+    guidance settings, which generate.py and fid.py then use by default.
     """
     from dnnlib.downloads import fetch
     from encoders.autoencoder import AUTOENCODER

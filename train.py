@@ -26,20 +26,20 @@ EXAMPLES = """
   # Try it on a CPU with the digits that `make demo` prepares:
   python train.py --outdir=runs --data=demo-out/digits.zip --preset=digits
 
-  # CIFAR-10 on four GPUs, with FID on the way:
+  # CIFAR-10 on four GPUs, with FID during training:
   torchrun --standalone --nproc_per_node=4 train.py --outdir=runs \\
       --data=datasets/cifar10.zip --preset=cifar10 --precision=bf16 --compile \\
       --metrics=fid10k_full
 
-  # What would run, without data:
+  # Show what would run; no data needed:
   python train.py --preset=ffhq64 --dry-run
 
-  # Whether a run with these options would resume exactly on this machine:
+  # Check whether a run with these options would resume exactly on this machine:
   torchrun --standalone --nproc_per_node=2 train.py --data=demo-out/digits.zip \\
       --preset=digits --verify-resume
 
-  # Students of a model that sample in 16, 8, 4, 2 and 1 steps, of which each takes guidance of 2
-  # over from its teacher:
+  # Distil a model into students that sample in 16, 8, 4, 2 and 1 steps, with a guidance scale of 2
+  # built in:
   python train.py --outdir=runs --distill=runs/00000-x/network-snapshot-000154.pkl \\
       --distill-steps=16,8,4,2,1 --distill-cfg-scale=2
 
@@ -52,31 +52,31 @@ EXAMPLES = """
 class TrainOptions:
     """Where a run goes and what it starts from."""
 
-    outdir: Path | None = param(help="Folder in which run folders are made.  [default: runs]")
+    outdir: Path | None = param(help="Folder in which run folders are created.  [default: runs]")
     config_file: Path | None = param(
         "--config",
-        help="File of options in JSON or YAML, or the training_options.json of a run; what is "
-        "typed counts more.",
+        help="File of options in JSON or YAML, or the training_options.json of a run; the command "
+        "line takes precedence.",
     )
     preset: str | None = param("--preset", "--model", help=f"What to train: {', '.join(PRESETS)}.")
-    data_dir: Path | None = param(help="Folder of datasets, one of which --dataset names.")
+    data_dir: Path | None = param(help="Folder of datasets; --dataset names one of them.")
     dataset: str | None = param(
         help="Name of a zip or folder in --data-dir: --data=DATA_DIR/NAME.zip."
     )
     prepare: bool = param(
-        help="Convert the official archive of --dataset that lies in --data-dir, if need be."
+        help="If needed, first convert the official archive of --dataset in --data-dir."
     )
     desc: str | None = param(help="Text to add to the name of the run folder.")
     resume: str | None = param(help="Run folder or state file to continue, or auto.")
     transfer: str | None = param(help="Snapshot whose weights the run starts from.")
     distill: str | None = param(
         help="Snapshot of a teacher: train students that sample in half as many steps, stage by "
-        "stage. The run is the teacher's, but for what is typed."
+        "stage. The run takes the teacher's options, except for the ones you give."
     )
-    dry_run: bool = param("-n", "--dry-run", help="Print what would run, and stop.")
+    dry_run: bool = param("-n", "--dry-run", help="Print what would run, and exit.")
     verify_resume: bool = param(
-        help="Train a few steps twice, once with a stop and a resume in between, say whether both "
-        "are equal bit for bit, and stop."
+        help="Train a few steps twice, once with a stop and a resume in between, report whether "
+        "the results are equal bit for bit, and exit."
     )
 
 
@@ -147,7 +147,7 @@ def expanded(args: Sequence[str]) -> list[str]:
 def main(config: RunConfig, options: TrainOptions) -> int:
     """Train the diffusion transformer of a preset on a dataset made by dataset_tool.py.
 
-    Options below show the values of the chosen preset: try --preset=ffhq64 --help.
+    The defaults below are those of the chosen preset: try --preset=ffhq64 --help.
     """
     # From here on torch is needed. Cheap checks still come first: nothing is opened or started
     # before they pass.

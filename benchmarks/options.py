@@ -60,7 +60,7 @@ class Options:
         default=7,
         min=1,
         max=10_000,
-        help="Number of rounds in which all that is compared has a turn; medians count.",
+        help="Number of rounds, in each of which every side has a turn; medians are reported.",
     )
 
 
@@ -93,14 +93,14 @@ class TrainOptions(DataOptions):
     )
     batch_gpu: int = param(default=16, min=1, max=100_000, help=BATCH_HELP)
     steps: int | None = param(
-        min=1, max=1_000_000, help="Number of steps in a turn.  [default: 1, on a GPU 20]"
+        min=1, max=1_000_000, help="Number of steps in a turn.  [default: 1; 20 on a GPU]"
     )
     precision: str = param(default="both", choices=("fp32", "bf16", "both"), help=PRECISION_HELP)
     compile: bool = param(
         "--compile/--no-compile", default=False, help="Compile this code's network."
     )
     tf32: bool = param(
-        "--tf32/--no-tf32", default=False, help="Use TF32 products on all sides in fp32."
+        "--tf32/--no-tf32", default=False, help="Allow TF32 matrix products on all sides in fp32."
     )
     cpu_matmul: str = param(
         default="auto",
@@ -108,14 +108,14 @@ class TrainOptions(DataOptions):
         help="What multiplies float32 matrices on CPUs, for all sides.",
     )
     workers: int | None = param(
-        min=0, max=1_024, help="Number of loader processes of each side.  [default: the preset's]"
+        min=0, max=1_024, help="Number of loader processes on each side.  [default: the preset's]"
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleOptions(NetworkOptions):
     against: str | None = param(
-        help="What to compare guided sampling with: plain (a network without fast parts), "
+        help="What to compare guided sampling with: plain (the network without its fast parts), "
         "diffusers or plain,diffusers."
     )
     steps: int | None = param(
@@ -130,8 +130,9 @@ class LoadingOptions(DataOptions):
     delay: float | None = param(
         min=0,
         max=10_000,
-        help="Time epochs from a web server of this machine that answers so many ms late, beside "
-        "epochs from its disk: images of the preset's size and of 256x256, latents and features.",
+        help="Time epochs read from a local web server that delays every answer by this many ms, "
+        "against epochs read from the disk: images of the preset's size and of 256x256, latents "
+        "and features.",
     )
 
 
@@ -149,27 +150,32 @@ class AttentionOptions(NetworkOptions):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MetricsOptions(DataOptions):
     precision: str = param(
-        default="fp32,bf16", help="Arithmetic of the detector, separated by commas."
+        default="fp32,bf16", help="Precisions of the detector to time, separated by commas."
     )
     batch: int = param(default=64, min=1, max=1_000_000, help=BATCH_HELP)
     images: int = param(default=512, min=1, max=10_000_000, help="Number of images in a turn.")
     features: int = param(
-        default=2048, min=2, max=16_384, help="Dimensions of the vectors that distances are of."
+        default=2048,
+        min=2,
+        max=16_384,
+        help="Dimensions of the vectors between which distances are computed.",
     )
     vectors: int = param(
-        default=4000, min=10, max=1_000_000, help="Number of vectors of KID, precision and recall."
+        default=4000, min=10, max=1_000_000, help="Number of vectors for KID, precision and recall."
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StateOptions(Options):
     rate: float = param(
-        default=100.0, min=0.001, max=1e6, help="MB a second of the slow disk of the last rows."
+        default=100.0, min=0.001, max=1e6, help="Speed in MB/s of the slow disk in the last rows."
     )
     warm_up: float = param(
         default=5.0, min=0.0, max=3600.0, help="Seconds between the start and the first state."
     )
-    outdir: Path | None = param(help="Folder on the disk to write to.  [default: a temporary one]")
+    outdir: Path | None = param(
+        help="Folder to write to, on the disk to measure.  [default: a temporary one]"
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -185,7 +191,7 @@ class ScalingOptions:
     gpu: str = param(default="h100", choices=("a100", "h100"), help="GPU to predict for.")
     measure: bool = param(
         default=False,
-        help="Measure 1, 2, 4 and 8 processes of this host, which takes some minutes, and keep "
-        "that for the page.",
+        help="Measure 1, 2, 4 and 8 processes on this host, which takes a few minutes, and store "
+        "the result for the page.",
     )
-    write: bool = param(default=False, help="Compute docs/scaling.md again, with its picture.")
+    write: bool = param(default=False, help="Regenerate docs/scaling.md and its picture.")

@@ -64,7 +64,7 @@ class CalcOptions:
 def command(config: AnyConfig, given: SourceOptions, options: CalcOptions) -> None:
     """Score the images of a snapshot, folder, zip or .npz against real ones.
 
-    Nothing is written but the rows asked for; a snapshot's images never touch the disk.
+    Only the rows you ask for are written; images generated from a snapshot never touch the disk.
     """
     check_targets(json=options.json)
     specs = parse_metrics(options.metrics)

@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckOptions:
     against: str | None = param(
-        help="Preset, or file of fid.py curves, to compare with.  [default: the run's preset]"
+        help="Preset, or file written by fid.py curves, to compare with.  [default: the run's "
+        "preset]"
     )
-    out: Path | None = param(help="Picture to write, of the run inside the bands (.png).")
-    anyway: bool = param(help="Compare a run of other settings, too.")
+    out: Path | None = param(help="Picture to write of the run against the bands (.png).")
+    anyway: bool = param(help="Compare the run even if its settings differ.")
 
 
 @click.command(context_settings=dict(help_option_names=["-h", "--help"]))
@@ -29,13 +30,13 @@ class CheckOptions:
 @takes(CheckOptions)
 @overwrites
 def command(options: CheckOptions, run: Path) -> int:
-    """Say whether a run is normal: whether its curves lie where those of other seeds do.
+    """Check whether a run is normal, that is, whether its curves lie among those of other seeds.
 
-    RUN is the folder of a run, finished or not; it is judged as far as it goes. The curves that it
-    is compared with are those of its preset, or of --against. A run with another model, batch,
-    learning rate or other data cannot be compared, and is said to be; --anyway compares it all the
-    same. Of large presets there are figures that others have published: they are shown, and decide
-    nothing. The exit code is 0 for a normal run, and 1 for any other. See docs/reference.md.
+    RUN is the folder of a run; an unfinished run is judged on what it has so far. It is compared
+    with the curves of its preset, or of --against. A run with a different model, batch size,
+    learning rate or dataset is reported as not comparable; --anyway compares it regardless. For
+    large presets, published figures are shown but do not affect the verdict. The exit code is 0 for
+    a normal run and 1 for any other. See docs/reference.md.
 
     \b
     Examples:

@@ -10,11 +10,12 @@ from metrics.rows import compare_rows, read_rows
 
 @click.command(context_settings=dict(help_option_names=["-h", "--help"]))
 @click.argument("files", nargs=-1, required=True, type=PathType())
-@click.option("--anyway", is_flag=True, help="Print rows of different protocols side by side.")
+@click.option("--anyway", is_flag=True, help="Print the rows even if their protocols differ.")
 def command(files: tuple[Path, ...], anyway: bool) -> None:
     """Print score rows (.jsonl of a run, .json of calc) side by side.
 
-    Rows of a metric whose protocols differ are refused, with the fields in which they do.
+    Rows of the same metric with different protocols are refused, and the fields that differ are
+    listed.
 
     \b
     Example:

@@ -13,14 +13,14 @@ from dnnlib.files import atomic_write
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConditionsOptions:
     network: str = param(required=True, help="Snapshot of a model with conditions.")
-    data: str | None = param(help="Images with their conditions.  [default: those of the training]")
+    data: str | None = param(help="Images with their conditions.  [default: the training data]")
     num: int = param(default=64, min=2, max=1_000_000, help="Number of images to denoise.")
     batch: int = param(
-        default=16, min=1, max=1_000_000, help="Number of images that are denoised at a time."
+        default=16, min=1, max=1_000_000, help="Number of images to denoise at a time."
     )
     seed: int = param(default=0, min=0, max=2**32 - 1, help="Seed of the noise.")
-    out: Path | None = param(help="Picture of the report to write (.png).")
-    jsonl: Path | None = param(help="File to write the rows of the report to, one a line.")
+    out: Path | None = param(help="File to write the picture of the report to (.png).")
+    jsonl: Path | None = param(help="File to write the rows of the report to, one per line.")
 
 
 @click.command(context_settings=dict(help_option_names=["-h", "--help"]))
@@ -31,8 +31,8 @@ def command(options: ConditionsOptions) -> None:
 
     Held-out images are denoised at five noise levels, with their own conditions and with one of
     them dropped, shuffled or swapped. How much the output and the loss change shows what the model
-    uses; for a feature-conditioned model, so does how its attention is divided. See
-    docs/conditioning.md.
+    uses. For a feature-conditioned model, the report also shows how attention is divided among the
+    conditions. See docs/conditioning.md.
 
     \b
     Example:

@@ -32,7 +32,7 @@ class ConvertOptions:
     )
     resolution: str | None = param(
         metavar="N|WxH",
-        help="Size of the result.  WxH is for center-crop-wide, where N alone means 4:3.  "
+        help="Size of the images to write.  WxH is for center-crop-wide, where N alone means 4:3.  "
         "[default: that of the images, which must be square and of one size; 28 for glyphs]",
     )
     transform: str | None = param(
@@ -42,31 +42,34 @@ class ConvertOptions:
     crops: int | None = param(
         min=1,
         max=1_000_000,
-        help="Cut this many squares out of each image of a folder or zip, at random places and of "
-        "15% to 22% of its short side, and resize them to --resolution.",
+        help="Cut this many squares out of each image of a folder or zip, at random positions and "
+        "with sides of 15% to 22% of its short side, and resize them to --resolution.",
     )
     max_images: int | None = param(min=1, max=1_000_000_000, help="Use only the first N images.")
     skip_broken: bool = param(help="Leave out broken images instead of failing.")
-    overwrite: bool = param(help="Replace an existing file; a folder that is not empty stays.")
+    overwrite: bool = param(
+        help="Replace an existing file. A folder that is not empty is never replaced."
+    )
     labels: str | None = param(
         metavar="folders|none|FILE",
-        help="Labels of a folder or zip of images: from its folders, none, or from a .json file as "
-        "dataset.json or a .csv file of name,class.  [default: dataset.json, or else folders]",
+        help="Labels of a folder or zip of images: from its folders, none, or from a file, which "
+        "is a .json in the layout of dataset.json or a .csv of name,class.  [default: "
+        "dataset.json, or else folders]",
     )
     label_level: int | None = param(
         min=1,
         max=100,
         help="Which folder in a file's path is its class, counted from --source.  [default: the "
-        "first that does not hold everything]",
+        "first that does not hold all images]",
     )
     split: str | None = param(
         choices=SPLITS,
-        help="Part of a CIFAR archive or MNIST folder to take, of the fonts of glyphs, or, with "
+        help="Part to take: of a CIFAR archive or MNIST folder, of the fonts of glyphs or, with "
         "--crops, of each image, a third of which is test.  [default: train]",
     )
     class_split: str | None = param(
         choices=CIFAR_SPLITS,
-        help="Divide the classes of CIFAR-100 for few-shot learning, and take all its images.",
+        help="Split the classes of CIFAR-100 for few-shot learning, and convert all of its images.",
     )
     workers: int | None = param(
         min=1, max=1_024, help="Number of processes that decode images.  [default: one per core]"
@@ -79,9 +82,9 @@ def command(options: ConvertOptions) -> None:
     """Write a dataset for training or scoring from a source of images.
 
     Labels come from the source's dataset.json or, for folders and zips, from the first folder
-    level. Grayscale stays one channel; if any image is RGB, all become RGB; transparency is put on
-    white. In an .npz all images are RGB: grayscale is repeated to three equal channels. The target
-    is either complete or absent, even if the conversion is interrupted.
+    level. Grayscale images keep one channel, but if any image is RGB, all become RGB. Transparent
+    images are composited on white. In an .npz all images are RGB: grayscale is repeated in all
+    three channels. The output is either complete or absent, even if the conversion is interrupted.
 
     \b
     Examples:
@@ -89,24 +92,24 @@ def command(options: ConvertOptions) -> None:
       python dataset_tool.py convert --source=cifar-10-python.tar.gz --dest=datasets/cifar10.zip
       # FFHQ at 64x64, from a folder of larger images
       python dataset_tool.py convert --source=ffhq/ --dest=datasets/ffhq-64x64.zip --resolution=64
-      # ImageNet at 256x256, cropped as by ADM; labels from the class folders
+      # ImageNet at 256x256, cropped as in ADM; labels from the class folders
       python dataset_tool.py convert --source=ILSVRC/train --dest=datasets/imagenet-256.zip \\
           --resolution=256 --transform=center-crop-dhariwal
-      # MNIST; its labels are found beside it
+      # MNIST; the labels are found beside the images
       python dataset_tool.py convert --source=train-images-idx3-ubyte.gz --dest=datasets/mnist.zip
-      # CIFAR-100 with FC100's division into classes to train on, to validate on and unseen ones
+      # CIFAR-100 with FC100's split into training, validation and unseen classes
       python dataset_tool.py convert --source=cifar-100-python.tar.gz --class-split=fc100 \\
           --dest=datasets/fc100.zip
       # miniImageNet from a folder of its three pickles, at 32x32
       python dataset_tool.py convert --source=mini-imagenet --dest=datasets/mini.zip --resolution=32
-      # Letters of every script that matplotlib's fonts have, in 16 faces, at 16x16
+      # Letters of every script in matplotlib's fonts, in 16 faces, at 16x16
       python dataset_tool.py convert --source=glyphs --dest=datasets/glyphs.zip --resolution=16
-      # 2,000 squares out of each photograph, and 1,000 out of the third of it that is left
+      # 2,000 squares out of each photograph, and 1,000 out of the third that is held out as test
       python dataset_tool.py convert --source=photos/ --dest=datasets/photos.zip --resolution=64 \\
           --crops=2000
       python dataset_tool.py convert --source=photos/ --dest=datasets/photos-test.zip \\
           --resolution=64 --crops=1000 --split=test
-      # Generated images as a sample archive for ADM's evaluator, and one made into a zip
+      # Generated images as a sample archive for ADM's evaluator, and such an archive as a zip
       python dataset_tool.py convert --source=out/ --dest=samples.npz
       python dataset_tool.py convert --source=samples.npz --dest=samples.zip
     """

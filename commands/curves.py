@@ -16,9 +16,9 @@ class CurvesOptions:
         default=0.99,
         min=0.5,
         max=0.9999,
-        help="Probability that another seed lies inside all bands, all the way.",
+        help="Probability that another seed stays inside all bands throughout.",
     )
-    note: str = param(default="", may_be_empty=True, help="A sentence to keep in the file.")
+    note: str = param(default="", may_be_empty=True, help="A sentence to store in the file.")
 
 
 @click.command(context_settings=dict(help_option_names=["-h", "--help"]))
@@ -26,12 +26,13 @@ class CurvesOptions:
 @takes(CurvesOptions)
 @overwrites
 def command(options: CurvesOptions, runs: tuple[Path, ...]) -> None:
-    """Write what is normal for a configuration: curves of runs of it, and their bands.
+    """Write what is normal for a configuration: the curves of several runs, and bands around them.
 
     RUN is the folder of a run, or a folder of such folders. The runs differ in --seed alone; five
     or more make good bands. The file holds the training loss, the loss by noise level, the gradient
     norm, the validation loss and the scores, as far as all runs have them. Compare other runs with
-    it by fid.py check --against. examples/reference.sh trains the runs, too. See docs/reference.md.
+    it using fid.py check --against. examples/reference.sh also trains the runs. See
+    docs/reference.md.
 
     \b
     Examples:

@@ -32,8 +32,8 @@ class EncodeOptions:
     workers: int | None = param(
         min=0,
         max=1_024,
-        help="Number of decoding processes per rank; 0: the rank decodes.  [default: up to 8, as "
-        "cores allow]",
+        help="Number of decoding processes per rank; 0: the rank itself decodes.  [default: up to "
+        "8, as cores allow]",
     )
 
 
@@ -42,8 +42,8 @@ class EncodeOptions:
 def command(options: EncodeOptions) -> None:
     """Write the latents of a dataset, which training reads instead of the images.
 
-    Runs on one process, or under torchrun on many GPUs. Started again after a stop, with any
-    number of processes, it makes what is missing. Needs the package diffusers.
+    Runs in one process, or under torchrun on many GPUs. Run it again after an interruption, with
+    any number of processes, to write what is missing. Requires the diffusers package.
 
     \b
     Examples:
@@ -51,7 +51,7 @@ def command(options: EncodeOptions) -> None:
       torchrun --standalone --nproc_per_node=8 dataset_tool.py encode --hflip \\
           --source=datasets/imagenet-256.zip --dest=datasets/imagenet-256-latents \\
           --vae=stabilityai/sd-vae-ft-ema
-      # On one process, with an autoencoder from a folder
+      # In one process, with an autoencoder from a folder
       python dataset_tool.py encode --source=datasets/ffhq-256.zip --dest=datasets/ffhq-latents \\
           --vae=models/sd-vae-ft-ema --batch=16
     """

@@ -66,7 +66,7 @@ class FeaturesOptions:
     )
     max_images: int | None = param(min=1, max=1_000_000_000, help="Use only the first N images.")
     skip_broken: bool = param(help="Leave out broken images instead of failing.")
-    overwrite: bool = param(help="Make everything again.")
+    overwrite: bool = param(help="Recompute everything.")
     workers: int | None = param(
         min=1,
         max=1_024,
@@ -78,12 +78,12 @@ class FeaturesOptions:
 @click.command(no_args_is_help=True)
 @takes(FeaturesOptions)
 def command(options: FeaturesOptions) -> None:
-    """Write what feature-conditioned models learn from: latents, DINOv3 and T5 features.
+    """Write the training data of feature-conditioned models: latents, DINOv3 and T5 features.
 
-    Every image is cropped once, to the size of its bucket; all its features are of that crop. Runs
-    on one process, or under torchrun on many GPUs. Started again after a stop, with any number of
-    processes, or with changed images, captions or encoders, it makes what is missing or no longer
-    right, and nothing else. Needs the packages diffusers and transformers.
+    Every image is cropped once, to the size of its bucket; all of its features are computed from
+    that crop. Runs in one process, or under torchrun on many GPUs. Run it again after an
+    interruption, with any number of processes, or after changing images, captions or encoders: it
+    writes only what is missing or out of date. Requires the packages diffusers and transformers.
 
     \b
     Examples:
@@ -92,7 +92,7 @@ def command(options: FeaturesOptions) -> None:
           --source=photos/ --dest=datasets/photos-features \\
           --vae=models/flux-vae --visual=facebook/dinov3-vitl16-pretrain-lvd1689m \\
           --text=models/t5-v1_1-xxl
-      # Captions in one file, and half the default sizes, on one process
+      # Captions in one file, and half the default sizes, in one process
       python dataset_tool.py features --source=photos.zip --captions=captions.jsonl \\
           --dest=datasets/photos-512 --buckets=512x512,608x416,416x608 \\
           --vae=models/flux-vae --visual=models/dinov3-vitl16 --text=models/t5-v1_1-xxl

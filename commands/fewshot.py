@@ -29,14 +29,14 @@ from training.config import CPU_MATMUL
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FewShotOptions:
     network: str = param(required=True, help="Snapshot of a set-conditioned model.")
-    data: str | None = param(help="Training data.  [default: where they were in training]")
+    data: str | None = param(help="Training data.  [default: where it was in training]")
     transfer: str | None = param(
         help="Another labelled dataset, whose (test) classes are scored as well."
     )
     protocols: str = param(
         default="seen,unseen",
         help=f"Classes to score, separated by commas: {', '.join(PROTOCOLS)}; --transfer adds "
-        "those of another dataset.",
+        "the classes of another dataset.",
     )
     metrics: str = param(
         default="fewshot_kid,fewshot_fid,fewshot_pr",
@@ -50,7 +50,7 @@ class FewShotOptions:
     episodes_per_class: int | None = param(
         min=1,
         max=1_000_000,
-        help="Number of supports of each class.  [default: as many as use a fifth of its images, "
+        help="Number of supports of each class.  [default: enough to use a fifth of its images, "
         "up to 20]",
     )
     seed: int = param(default=0, min=0, max=2**32 - 1, help="Seed of the first generated image.")
@@ -71,8 +71,8 @@ def command(config: ScoreConfig, options: FewShotOptions) -> None:
     """Score images that a set-conditioned model makes from supports, against images of their class.
 
     Seen classes were trained on, but not with the images used here; unseen classes were never
-    trained on. No image is compared with that is in a support. Each class is scored as well. The
-    distance to the nearest image of the support reveals copies.
+    trained on. Images in a support are left out of the comparison. Each class is also scored
+    separately. The distance to the nearest image of the support reveals copies.
 
     \b
     Example:

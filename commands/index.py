@@ -10,11 +10,10 @@ from dnnlib.click_options import TextType
 @click.command(no_args_is_help=True)
 @click.argument("tar", metavar="TAR", type=TextType())
 def command(tar: str) -> None:
-    """Write the index of a tar of images beside it, so that images are read at their places.
+    """Write the index of a tar of images beside it, so that images can be read in place.
 
-    The tar is read once. Put both files into a folder or an object store, and give the path or the
-    address of the tar as --data. Labels are those of a dataset.json in the tar. A zip needs no
-    index.
+    The tar is read once. Put both files into a folder or an object store, and pass the path or URL
+    of the tar as --data. Labels are read from a dataset.json in the tar. A zip needs no index.
 
     \b
     Examples:

@@ -14,8 +14,8 @@ _NUM_GENERATED = 1000
 class NeighboursOptions:
     data: str = param(required=True, help="Folder, zip or .npz of the training images.")
     held_out: str | None = param(
-        help="Real images not trained on, to compare with.  [default: training images, each "
-        "against the others]"
+        help="Real images not used in training, to compare with.  [default: training images, each "
+        "against all other ones]"
     )
     detector: str = param(
         default="inception",
@@ -40,10 +40,11 @@ class NeighboursOptions:
 @takes(SourceOptions, "given")
 @takes(NeighboursOptions)
 def command(config: AnyConfig, given: SourceOptions, options: NeighboursOptions) -> None:
-    """Look for copies: the nearest training images of generated ones, beside held-out reals.
+    """Look for copies: find the training images nearest to generated ones, and to held-out reals.
 
-    Writes neighbours.png (the images nearest to the training data, each with its neighbours and
-    their distances), distances.png (how near, against held-out reals) and neighbours.json.
+    Writes neighbours.png (the generated images nearest to the training data, each with its
+    neighbours and their distances), distances.png (their distances against those of held-out real
+    images) and neighbours.json.
 
     \b
     Example:

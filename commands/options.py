@@ -32,7 +32,7 @@ BATCH_HELP = "Number of images that each rank processes at a time."
 PRECISION_HELP = "Arithmetic of the network.  [default: as in training]"
 _OF_SNAPSHOTS = ("seed", "precision", "guide", "vae", "tf32", "cpu_matmul", "compile")
 TF32_HELP = "Allow TF32 matrix products on NVIDIA GPUs."
-CPU_MATMUL_HELP = "What multiplies float32 matrices on CPUs.  [default: as in training]"
+CPU_MATMUL_HELP = "Library for float32 matrix products on CPUs.  [default: as in training]"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,9 @@ EXAMPLES = """
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PosthocOptions:
-    stds: str = param("--std", required=True, help="Relative stds to make, such as 0.07,0.15.")
+    stds: str = param(
+        "--std", required=True, help="EMA lengths to make, as relative stds such as 0.07,0.15."
+    )
     kimg: int | None = param(
         min=0, max=1_000_000_000, help="Kimg at which the averages end.  [default: the last]"
     )
@@ -40,11 +42,11 @@ class PosthocOptions:
 @click.argument("run_dir", type=PathType(exists=True, file_okay=False))
 @takes(PosthocOptions)
 def main(config: None, run_dir: Path, options: PosthocOptions) -> None:
-    """Make averages of a run's weights with other widths than it was trained with.
+    """Make weight averages of a run at EMA lengths that it did not track in training.
 
     RUN_DIR holds compact snapshots, network-snapshot-KIMG-STD.pkl, as written by a run with
-    --ema-stds=0.05,0.10. A width is the standard deviation of the average over training time,
-    relative to that time: 0.05 is a short one, 0.25 is nearly uniform. Results are snapshots for
+    --ema-stds=0.05,0.10. The EMA length is the standard deviation of the average over training
+    time, relative to that time: 0.05 is short, 0.25 is nearly uniform. Results are snapshots for
     generate.py and fid.py, network-snapshot-KIMG-STD-posthoc.pkl.
     """
     from training.posthoc_ema import (

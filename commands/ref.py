@@ -17,7 +17,7 @@ class RefOptions:
     dest: Path = param(required=True, help="The .npz file to write.")
     metrics: str = param(
         default="fid50k_full",
-        help="Metrics to prepare for, separated by commas; what they need is kept.",
+        help="Metrics to prepare for, separated by commas; the file holds what they need.",
     )
     batch: int = param(default=64, min=1, max=1_000_000, help=BATCH_HELP)
 
@@ -26,7 +26,7 @@ class RefOptions:
 @takes(RefOptions)
 @overwrites
 def command(config: DetectorConfig, options: RefOptions) -> None:
-    """Write reference statistics or vectors of real images, so that later scores start at once.
+    """Write reference statistics or vectors of real images, so that later scoring starts at once.
 
     \b
     Example:

@@ -12,15 +12,17 @@ _COMPARISON_FILE = "comparison.html"
 
 @click.command(context_settings=dict(help_option_names=["-h", "--help"]), no_args_is_help=True)
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=PathType())
-@click.option("--out", type=PathType(), help="File to write, instead of those in the folders.")
+@click.option(
+    "--out", type=PathType(), help="File to write, instead of the pages in the run folders."
+)
 @overwrites
 def command(runs: tuple[Path, ...], out: Path | None) -> None:
-    """Write report.html, which shows a run: curves, samples, scores, warnings, what comes next.
+    """Write report.html, which shows a run: curves, samples, scores, warnings and next steps.
 
-    RUN is the folder of a run, or a folder of such folders. Every run gets its report.html, as it
-    does with every snapshot. Of several runs, comparison.html beside the first one shows the curves
-    over one another and the settings that differ. A page is one file of at most 20 MB, which needs
-    no network. With --out nothing but that file is written.
+    RUN is the folder of a run, or a folder of such folders. Every run gets its own report.html,
+    which training also writes with every snapshot. For several runs, comparison.html beside the
+    first one overlays the curves and lists the settings that differ. A page is one file of at most
+    20 MB, which needs no network. With --out only that file is written.
 
     \b
     Examples:

@@ -43,26 +43,26 @@ class SweepOptions:
         f"{metric_names(of_supports=False)}.",
     )
     ema_std: str | None = param(
-        help="Relative stds of averages to compare, such as 0.05:0.20:0.01. --network is the "
-        "folder of a run with compact snapshots then."
+        help="EMA lengths to compare, as relative stds such as 0.05:0.20:0.01. --network must "
+        "then be the folder of a run with compact snapshots."
     )
     num_images: int | None = param(
         min=40,
         max=10_000_000,
-        help="Images of a cell that the last cells are compared by.  [default: that of the first "
+        help="Number of images per cell in the last comparison.  [default: that of the first "
         "metric]",
     )
     share: float = param(
-        default=0.1, min=0.001, max=1, help="Share of the whole grid's images to make, at most."
+        default=0.1, min=0.001, max=1, help="Largest share of the whole grid's images to generate."
     )
     confidence: float = param(
         default=0.95,
         min=0.5,
         max=0.999,
-        help="Confidence of the intervals, and that no cell is left out by chance.",
+        help="Confidence of the intervals, and that no cell is dropped by chance.",
     )
     outdir: Path = param(
-        required=True, help="Folder for outputs, averages and results; start again to continue."
+        required=True, help="Folder for outputs, averages and results; run again to continue."
     )
 
 
@@ -76,17 +76,18 @@ def _base(args: Sequence[str]) -> Any:
 @takes(SnapshotOptions, "given")
 @takes(SweepOptions)
 def command(config: Axes, given: SnapshotOptions, options: SweepOptions) -> None:
-    """Search for the best guidance, sampler and average of the weights.
+    """Search for the best guidance, sampler and weight average.
 
     Options of sampling and guidance take several values: a list, 9,18,32; a range with a step,
     1:4:0.25; pairs separated by slashes, none/0.3,5. All combinations are the cells of a grid.
-    Every cell makes images of the same seeds, few at first. Cells that are worse than the best one
-    by more than chance are left out, as are the worst of the others when images run short, and
-    what is left is compared on twice as many. The winner is scored on fresh seeds.
+    Every cell generates images from the same seeds, few at first. Cells that are worse than the
+    best one by more than chance are dropped, as are the worst of the rest when the image budget
+    runs short; what remains is compared on twice as many images. The winner is scored on fresh
+    seeds.
 
     Writes into --outdir: report.html (heat maps, trade-offs), winner.json and cells.json (score
-    rows), and what the detectors gave for every image, with which an interrupted or extended sweep
-    goes on.
+    rows), and the detector outputs of every image, from which an interrupted or extended sweep
+    continues.
     """
     if given.network is None:
         raise click.UsageError("Give --network: a snapshot, or the folder of a run.")

@@ -64,7 +64,7 @@ class ValidateOptions:
     split: str = param(
         default="validation",
         choices=SPLITS,
-        help="Part of the images to test on; those of train were seen in training.",
+        help="Part of the images to test on; images in train were seen in training.",
     )
     tests: str = param(
         default=",".join(TESTS), help="Tests to run, separated by commas, in this order."
@@ -86,10 +86,10 @@ class ValidateOptions:
 def command(config: ValidateConfig, options: ValidateOptions) -> None:
     """Test a feature-conditioned model on held-out images: does it use text and reference?
 
-    Writes validation.json and a picture for each test: images made again from their own features
-    (LPIPS, and the cosine of their patch features), with another's reference, with words of their
-    text replaced, from their text alone, and guided by either condition. What cannot be measured,
-    because weights are missing, is left out with the reason.
+    Writes validation.json and a picture for each test: images reconstructed from their own features
+    (scored by LPIPS and the cosine similarity of patch features), with another image's reference,
+    with words of their text replaced, from their text alone, and guided by either condition. Tests
+    whose weights are missing are skipped, and the report gives the reason.
 
     \b
     Example:

@@ -18,11 +18,12 @@ class VerifyOptions:
         min=1, max=1_024, help="Number of processes, or threads, that decode."
     )
     source: str | None = param(
-        metavar="DIR|ZIP", help="Images that a folder of features was made from, to compare with."
+        metavar="DIR|ZIP",
+        help="Images from which a folder of features was made, to check it against.",
     )
     visual: str | None = param(
         metavar="DIR|ID",
-        help="Visual encoder, to encode some images of a folder of features again with.",
+        help="Visual encoder that encodes some images of a folder of features again.",
     )
     samples: int | None = param(
         min=1,
@@ -37,9 +38,9 @@ class VerifyOptions:
 def command(data: str, options: VerifyOptions) -> None:
     """Decode every image of a dataset, check sizes, labels and checksums, and list all problems.
 
-    For latents, the record, labels, checksums and values are checked. For features, each bucket is
-    counted: what is ok, missing, stale and corrupt; with --source and --visual, patches are also
-    checked to lie where the encoder sees them.
+    For latents, the record, labels, checksums and values are checked. For features, the numbers of
+    ok, missing, stale and corrupt samples are printed for each bucket; with --source and --visual,
+    the positions of patch features are also checked against the encoder.
 
     \b
     Examples:

@@ -49,16 +49,16 @@ class DistillationOptions:
     preset: str = param(default="digits", choices=tuple(GUIDANCE), help="What to distil.")
     outdir: Path = param(default="demo-out", help="Folder for data and runs.")
     network: Path | None = param(help="Snapshot of the teacher.  [default: train one]")
-    students: Path | None = param(help="Run folder of its students.  [default: train them]")
+    students: Path | None = param(help="Run folder of the students.  [default: train them]")
 
 
 @click.command(context_settings=dict(help_option_names=["-h", "--help"]))
 @takes(DistillationOptions)
 @click.argument("train_args", nargs=-1, type=click.UNPROCESSED)
 def main(options: DistillationOptions, train_args: tuple[str, ...]) -> None:
-    """Train students of a model of digits, and measure each beside its teacher.
+    """Distil a model of digits into students, and compare each with its teacher.
 
-    TRAIN_ARGS go to the training of the students after those of the demonstration, as in
+    TRAIN_ARGS are passed to the training of the students after the demo's own options, as in
 
     \b
       python -m demos.distillation --preset=digits

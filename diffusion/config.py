@@ -94,16 +94,16 @@ class SamplingConfig(Config):
         "karras",
         choices=("karras", "linear", "vp", "ve", "iddpm", "timesteps", "time"),
         name="sigma-grid",
-        help="Spacing of the noise levels; timesteps: evenly among those of ddpm or iddpm; time: "
-        "evenly in the time of a flow, from noise at 1 to 0.",
+        help="Spacing of the noise levels; timesteps: evenly over the timesteps of ddpm or iddpm; "
+        "time: evenly over the time of a flow, from 1 (noise) to 0.",
     )
     respacing: str | None = option(
         None,
         aliases=("timestep-respacing",),
         requires={"grid": ("timesteps",)},
-        help="Timesteps to visit, as published samplers name them, in place of --steps. ddim50: "
-        "every 20th of 1,000, from 980 down to 0; 250: so many, spread evenly; 10,10,5: so many of "
-        "each third, the lowest noise first.",
+        help="Timesteps to visit, in the notation of published samplers, instead of --steps. "
+        "ddim50: every 20th of 1,000, from 980 down to 0; 250: that many, evenly spaced; 10,10,5: "
+        "that many from each third, lowest noise first.",
     )
     grid_steps: int | None = option(
         None,
@@ -111,8 +111,8 @@ class SamplingConfig(Config):
         max=100_000,
         requires={"respacing": (None,)},
         unless={"grid": ("time",)},
-        help="Steps of the grid of which --steps visits every k-th noise level, as students of a "
-        "distillation do; none: --steps.",
+        help="Number of steps in a finer grid; --steps then visits every k-th of its noise "
+        "levels, as distilled students do. none: --steps.",
     )
     sigma_min: float = option(
         0.002, **_RANGE, help="Lowest noise level before 0; the network's own limit still holds."
@@ -127,7 +127,7 @@ class SamplingConfig(Config):
         1.0,
         min=1e-3,
         requires={"grid": ("time",)},
-        help="Shift s of the times, s t / (1 + (s - 1) t); above 1: longer at high noise.",
+        help="Shift s of the times, s t / (1 + (s - 1) t); above 1: more steps at high noise.",
     )
     s_churn: float = option(
         0.0,
@@ -136,22 +136,24 @@ class SamplingConfig(Config):
         unless={"grid": ("time",)},
         help="Stochasticity, spread over the steps; 0 is deterministic.",
     )
-    s_min: float = option(0.0, **_CHURNED, help="Lowest noise level that is churned.")
+    s_min: float = option(0.0, **_CHURNED, help="Lowest noise level with churn.")
     s_max: float | None = option(
-        None, **_CHURNED, help="Highest noise level that is churned; none: no limit."
+        None, **_CHURNED, help="Highest noise level with churn; none: no limit."
     )
-    s_noise: float = option(1.0, **_CHURNED, help="Standard deviation of churned noise.")
+    s_noise: float = option(
+        1.0, **_CHURNED, help="Standard deviation of the noise that churn adds."
+    )
     variance: str = option(
         "small",
         choices=("small", "large"),
         requires={"sampler": ("ddpm",)},
-        help="Variance of an ancestral step: DDPM's smaller or larger one. A learned variance "
-        "replaces it.",
+        help="Variance of an ancestral step: the smaller or the larger of DDPM's two choices. A "
+        "learned variance replaces it.",
     )
     clip_denoised: bool = option(
         False,
         unless={"grid": ("time",)},
-        help="Clip the denoised image to [-1, 1] at every step; for models of pixels.",
+        help="Clip the denoised image to [-1, 1] at every step; for pixel-space models.",
     )
     eta: float = option(
         0.0,
@@ -190,26 +192,27 @@ class GuidanceConfig(Config):
         "constant",
         choices=("constant", "power-cosine"),
         **_IF_GUIDED,
-        help="Course of the scale; power-cosine rises from 1 at the highest noise to the scale.",
+        help="Schedule of the scale; power-cosine rises from 1 at the highest noise to the full "
+        "scale.",
     )
     cfg_power: float = option(
         4.0,
         min=0,
         requires={"cfg_schedule": ("power-cosine",)},
-        help="Exponent of power-cosine; larger keeps guidance for lower noise.",
+        help="Exponent of power-cosine; a larger one shifts guidance towards lower noise.",
     )
     cfg_channels: int | None = option(
         None,
         min=1,
         max=65_536,
         **_IF_GUIDED,
-        help="Guide only the first so many channels; none: all.",
+        help="Guide only this many channels, counted from the first; none: all.",
     )
     cfg_interval: tuple[float, float] | None = option(
         None,
         min=0,
         **_IF_GUIDED,
-        help="Guide only above the first and up to the second noise level sigma.",
+        help="Guide only at noise levels (sigma) above the first value and up to the second.",
     )
 
     def __post_init__(self) -> None:
@@ -240,14 +243,15 @@ class DualGuidanceConfig(Config):
     guidance_form: str = option(
         "nested",
         choices=("nested", "seed", "joint"),
-        help="How the two are combined. nested: towards the image, then on towards the text; seed: "
-        "towards each alone; joint: as seed, with a third scale for both together.",
+        help="How the two scales are combined. nested: towards the image, then from there towards "
+        "the text; seed: towards each separately; joint: like seed, with a third scale for both "
+        "together.",
     )
     joint_scale: float = option(
         1.0,
         min=0,
         requires={"guidance_form": ("joint",)},
-        help="Scale of what text and image do together beyond what each does.",
+        help="Guidance scale for what text and image do together, beyond what each does alone.",
     )
 
     def switched_off(self) -> Self:

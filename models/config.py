@@ -58,8 +58,8 @@ class ModelConfig(Config):
     )
     qk_norm: bool = option(
         False,
-        help="Normalise the queries and keys of each head, with learned scales, so that scores of "
-        "attention cannot grow until training diverges.",
+        help="Normalise the queries and keys of each head, with learned scales, so that attention "
+        "scores cannot grow until training diverges.",
     )
     checkpointing: bool = option(
         False,
@@ -132,13 +132,13 @@ class LatentModelConfig(ModelConfig):
 
     vae: str | None = option(
         None,
-        help="Autoencoder, a Hugging Face id or folder; none: that of the latents in --data. With "
-        "images in --data: encode them while training.",
+        help="Autoencoder, a Hugging Face id or folder; none: the autoencoder of the latents in "
+        "--data. If --data holds images, they are encoded while training.",
         affects="speed",
     )
     latent_channels: int = option(4, min=1, max=1_024, help="Channels of the latents.")
     latent_downsampling: int = option(
-        8, min=1, max=1_024, help="Edge of an image over that of its latents."
+        8, min=1, max=1_024, help="Ratio of the edge of an image to that of its latents."
     )
     vae_hash: str | None = option(
         None, help="Identity of the autoencoder's weights and settings.", exposed=False

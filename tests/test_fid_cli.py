@@ -384,7 +384,7 @@ def test_neighbours_finds_copies_of_training_images(base, data, generated, tmp_p
     np.testing.assert_allclose(found["distances"], expected, atol=1e-6)
     assert found["num_copies"] == 1
     assert found["distances"][3][0] == 0
-    # Training images, each against the others, stand for held-out ones.
+    # Training images, each against all other ones, stand for held-out ones.
     among = np.linalg.norm(real[:, None] - real[None], axis=2)
     np.fill_diagonal(among, np.inf)
     quantiles = np.quantile(among.min(1), found["quantiles"])

@@ -1181,7 +1181,7 @@ def test_help_shows_the_preset_s_values_in_groups_with_examples():
     text = " ".join(output.split())
     for part in (
         "Learning rate. [default: 0.0002]",
-        "where a model is trained on sets. [default: 256]",
+        "for a model that trains on sets. [default: 256]",
         "[default: 0.05]",
         "--sampler [heun|euler|ddim|dpmpp_2m|ddpm]",
         "python train.py --preset=ffhq64 --dry-run",

@@ -72,7 +72,7 @@ class Asked:
     """
 
     classes: str | None = param(
-        "--class", help="Classes that seeds take in turn, by name or number: cat or 7 or 0-9."
+        "--class", help="Classes through which the seeds cycle, by name or number: cat or 7 or 0-9."
     )
     support: tuple[str, ...] = param(
         multiple=True, help="Support images: a file, folder or zip; repeatable."
@@ -92,7 +92,9 @@ class Asked:
     bucket: str | None = param(
         help="Size of the images, such as 1216x832.  [default: nearest to --reference]"
     )
-    features: str | None = param(help="Folder of stored features, in place of a prompt; see --id.")
+    features: str | None = param(
+        help="Folder of stored features to use instead of a prompt; see --id."
+    )
     ids: str | None = param("--id", help="Samples of --features to use, such as ID,ID.")
     text: str | None = param(
         help="Text encoder for --prompt.  [default: where it was when features were made]"

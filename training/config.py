@@ -49,14 +49,14 @@ class TrainingConfig(Config):
         min=1,
         max=1_000_000,
         aliases=("batch-size",),
-        help="Images per optimizer step, over all ranks; sets, where a model is trained on sets.",
+        help="Images per optimizer step over all ranks, or sets for a model that trains on sets.",
     )
     batch_gpu: int | Literal["auto"] | None = option(
         None,
         min=1,
         max=100_000,
-        help="The same per rank and pass; --batch is reached by accumulation. auto: as many as "
-        "memory holds; none: all of a rank.",
+        help="Images (or sets) per rank and pass; gradients are accumulated up to --batch. auto: "
+        "as many as fit in memory; none: the rank's whole share.",
         affects="speed",
     )
     lr: float = option(1e-3, min=1e-12, help="Learning rate.")
@@ -72,7 +72,7 @@ class TrainingConfig(Config):
     lr_schedule: str = option(
         "constant",
         choices=("constant", "cosine"),
-        help="What follows the warm-up; cosine falls to --lr-final at the end of the run.",
+        help="Schedule after the warm-up; cosine falls to --lr-final at the end of the run.",
     )
     lr_final: float = option(
         1e-6,
@@ -81,7 +81,7 @@ class TrainingConfig(Config):
         help="Learning rate at the end of the run.",
     )
     clip_grad: float | None = option(
-        None, min=1e-6, help="Largest gradient norm; larger is scaled."
+        None, min=1e-6, help="Largest gradient norm; larger gradients are scaled down to it."
     )
     label_drop: float | None = option(
         None,
@@ -97,23 +97,24 @@ class TrainingConfig(Config):
         (),
         min=MIN_STD,
         max=MAX_STD,
-        help="Relative stds of further weight averages, with power-function profiles, such as "
-        "0.05,0.10, from which any other is made after training (python -m training.posthoc_ema).",
+        help="EMA lengths, as relative stds such as 0.05,0.10, of further weight averages with "
+        "power-function profiles, from which python -m training.posthoc_ema makes any other "
+        "length after training.",
     )
     loss_scaling: float = option(1.0, min=1e-12, help="Constant factor of the loss.")
     skip_limit: int = option(
         100,
         min=1,
         max=1_000_000,
-        help="Stop, or go back with --rollback, after this many non-finite gradients in a row.",
+        help="Stop, or roll back with --rollback, after this many non-finite gradients in a row.",
         affects="speed",
     )
     rollback: int = option(
         0,
         min=0,
         max=1_000,
-        help="Times that a run goes back to its last state, and on with other data, when its loss "
-        "spikes or --skip-limit is reached; 0: never.",
+        help="Number of times that a run may return to its last state and continue with other "
+        "data when its loss spikes or --skip-limit is reached; 0: never.",
         affects="speed",  # A run may be continued with another number.
     )
     seed: int = option(
@@ -133,8 +134,8 @@ class TrainingConfig(Config):
     shard: str = option(
         "none",
         choices=("none", "full", "hybrid"),
-        help="Divide weights, gradients, moments and averages among all ranks (full), or among "
-        "groups of them (hybrid), so that larger models fit.",
+        help="Shard weights, gradients, optimizer moments and weight averages over all ranks "
+        "(full), or within groups of ranks (hybrid), so that larger models fit.",
         affects="speed",
     )
     shard_size: int | None = option(
@@ -142,19 +143,22 @@ class TrainingConfig(Config):
         min=1,
         max=1_000_000,
         requires={"shard": ("hybrid",)},
-        help="Ranks in a group; none: those of a node.",
+        help="Ranks in a group; none: all ranks of a node.",
         affects="speed",
     )
     tf32: bool = option(False, help="Allow TF32 matrix products on NVIDIA GPUs.", affects="speed")
     cpu_matmul: str = option(
         "auto",
         choices=CPU_MATMUL,
-        help="What multiplies float32 matrices on CPUs; auto: oneDNN on CPUs of AMD with AVX-512, "
-        "MKL on others. With onednn a CPU gives up AMX, if it has that.",
+        help="Library for float32 matrix products on CPUs; auto: oneDNN on AMD CPUs with AVX-512, "
+        "MKL elsewhere. With onednn, AMX is not used on CPUs that have it.",
         affects="speed",
     )
     cudnn_benchmark: bool = option(
-        True, name="bench", help="Let cuDNN time its algorithms.", affects="speed"
+        True,
+        name="bench",
+        help="Let cuDNN time its algorithms and choose the fastest.",
+        affects="speed",
     )
     transfer_allow: tuple[str, ...] = option(
         (),
@@ -189,7 +193,9 @@ class LoggingConfig(Config):
     title: ClassVar[str] = "Progress, snapshots and metrics"
     affects: ClassVar[str] = "speed"
 
-    tick: float = option(50.0, min=0, max=1e9, help="Kimg between two console lines.")
+    tick: float = option(
+        50.0, min=0, max=1e9, help="Training duration in kimg between two console lines."
+    )
     log_interval: int | None = option(
         None,
         min=1,
@@ -219,8 +225,8 @@ class LoggingConfig(Config):
         None,
         min=1e-6,
         max=1e6,
-        help="MB a second that each rank writes of states and snapshots at most, so that others "
-        "can use the disk; none: no limit.",
+        help="Limit in MB/s at which each rank writes states and snapshots, so that other "
+        "programs can use the disk; none: no limit.",
     )
     metrics: tuple[str, ...] = option(
         (), help="Metrics computed with the averaged weights, such as fid10k_full,fid50k_full."
@@ -228,8 +234,8 @@ class LoggingConfig(Config):
     metrics_ref: str | None = option(
         None,
         unless={"metrics": ((),)},
-        help="What --metrics compare with: images, or statistics (.npz, EDM2's .pkl; URL); none: "
-        "the images in --data.",
+        help="Reference for --metrics: images, or statistics (.npz or EDM2's .pkl), by path or "
+        "URL; none: the images in --data.",
     )
     metrics_ticks: int | None = option(
         None,
@@ -258,13 +264,13 @@ class LoggingConfig(Config):
         1,
         min=1,
         max=1_000,
-        help="Batches of 64 images in the picture that is made with every snapshot.",
+        help="Batches of 64 images in the sample picture of every snapshot.",
     )
     report_conditions: int = option(
         0,
         min=0,
         max=1_000_000,
-        help="Images of a conditioning report with every snapshot.",
+        help="Images in the conditioning report of every snapshot; 0: no report.",
     )
     workers: int = option(1, min=0, max=1_024, help="Data loader processes per rank.")
     hang_limit: float = option(
@@ -275,19 +281,17 @@ class LoggingConfig(Config):
     )
     watch: bool = option(
         True,
-        help="Warn, with a remedy each, of what goes wrong in training; measured at the end of "
-        "ticks.",
+        help="Check training at the end of every tick, and warn of problems with a remedy for "
+        "each.",
     )
     board: tuple[str, ...] = option(
         ("tensorboard",),
         choices=("tensorboard", "wandb", "trackio"),
-        help="Boards that show curves and pictures, separated by commas; none: the run folder "
-        "alone.",
+        help="Boards that show curves and pictures, separated by commas; none: only the run "
+        "folder.",
     )
-    wandb: bool = option(
-        False, aliases=("use-wandb",), help="Short for wandb in --board, beside the others."
-    )
-    wandb_project: str = option("setdiffit", help="Project of the boards wandb and trackio.")
+    wandb: bool = option(False, aliases=("use-wandb",), help="Short for adding wandb to --board.")
+    wandb_project: str = option("setdiffit", help="Project name on the boards wandb and trackio.")
 
     @property
     def boards(self) -> tuple[str, ...]:

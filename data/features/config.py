@@ -19,10 +19,16 @@ class FeatureConfig(Config):
         0.10, min=0, max=1, help="Probability of training without any condition."
     )
     text_only: float = option(
-        0.30, min=0, max=1, help="Probability of training on the text alone, without CLS, patches."
+        0.30,
+        min=0,
+        max=1,
+        help="Probability of training on the text alone, without CLS token and patches.",
     )
     visual_only: float = option(
-        0.05, min=0, max=1, help="Probability of training on CLS token and patches, without text."
+        0.05,
+        min=0,
+        max=1,
+        help="Probability of training on CLS token and patches alone, without text.",
     )
     text_lengths: tuple[int, ...] = option(
         (128, 256, 384, 512),
@@ -34,13 +40,14 @@ class FeatureConfig(Config):
         0.0,
         min=0,
         max=1e9,
-        help="Let patches that are new to a model in slowly: a bias of attention to them rises "
-        "from -ln(number) - 4 to 0 over so many kimg; 0: none.",
+        help="Phase in patches that are new to a model: a bias on the attention to them rises "
+        "from -ln(number) - 4 to 0 over this many kimg; 0: none.",
     )
     streaming: bool = option(
         False,
-        help="Shuffle whole shards, then samples among about a thousand, in place of all samples: "
-        "shards are read one after another, which suits disks and stores that are slow to seek.",
+        help="Shuffle whole shards, then samples within groups of about a thousand, instead of "
+        "all samples at once: shards are read one after another, which suits disks and object "
+        "stores with slow random access.",
     )
 
     def __post_init__(self) -> None:

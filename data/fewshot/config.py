@@ -24,7 +24,7 @@ class SetConfig(Config):
         (),
         exposed=False,
         affects="speed",
-        help="Names of the only classes that a preset's lists of classes are meant for; none: any.",
+        help="Names of the classes for which a preset's lists of classes are meant; none: any.",
     )
     split_fractions: tuple[float, float, float] | None = option(
         None,
@@ -40,26 +40,26 @@ class SetConfig(Config):
         100,
         min=0,
         max=1_000_000_000,
-        help="Images of each class trained on that are kept for scores.",
+        help="Images of each training class that are held out for scores.",
     )
     class_transforms: str = option(
         "none",
         choices=("none", "rotations", "dihedral"),
-        help="Make each turn (rotations), or turn and mirror image (dihedral), of a class another "
-        "class to train on.",
+        help="Train on each rotation (rotations), or each rotation and mirror image (dihedral), "
+        "of a class as another class.",
     )
     skip_transforms: tuple[str, ...] = option(
         (),
         unless={"class_transforms": ("none",)},
-        help="Transformed classes to leave out, such as 6:2 for class 6 turned twice; 4 to 7 are "
-        "the mirror images.",
+        help="Transformed classes to leave out, such as 6:2 for class 6 rotated twice; transforms "
+        "4 to 7 are the mirror images.",
     )
     hybrids: float = option(
         0.0,
         min=0,
         max=1,
-        help="Share of sets of hybrid classes: half of each image is of one class and half of "
-        "another, the same two throughout the set.",
+        help="Share of sets from hybrid classes: half of each image is from one class and half "
+        "from another, the same two throughout the set.",
     )
     min_sample_size: int | None = option(
         None,
@@ -74,14 +74,15 @@ class SetConfig(Config):
         0.0,
         min=0,
         max=1e9,
-        help="Train the encoder alone for this many kimg at first: a linear layer has to predict "
-        "each image from its context.",
+        help="Pre-train the encoder alone for this many kimg: a linear layer predicts each image "
+        "from its context.",
     )
     num_eval_batches: int = option(
         0,
         min=0,
         max=1_000_000,
-        help="Batches of sets of validation classes whose loss is measured with every snapshot.",
+        help="Batches of sets from validation classes on which the loss is measured with every "
+        "snapshot.",
         affects="speed",
     )
     compute_fid: bool = option(
@@ -99,7 +100,9 @@ class SetConfig(Config):
         help="Log statistics of the context and gradients every tick, under debug/.",
         affects="speed",
     )
-    kl_weight: float = option(1.0, min=0, help="Weight of a variational context's divergence.")
+    kl_weight: float = option(
+        1.0, min=0, help="Weight of the KL divergence of a variational context."
+    )
     kl_rampup: float = option(
         1920.0,
         min=0,
@@ -109,6 +112,6 @@ class SetConfig(Config):
     kl_scale: str = option(
         "dimensions",
         choices=("dimensions", "elbo"),
-        help="Divergence per dimension of the context, or its weight in a bound in bits per "
-        "dimension of the image (the other part stays the training loss).",
+        help="How the KL divergence is scaled. dimensions: per dimension of the context; elbo: as "
+        "in a bound in bits per dimension of the image (the other term stays the training loss).",
     )

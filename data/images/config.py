@@ -13,7 +13,7 @@ class DatasetConfig(Config):
     title: ClassVar[str] = "Data"
 
     data: str | None = option(
-        None, help="Zip or folder, from dataset_tool.py, or its address (https, s3, ...)."
+        None, help="Zip or folder from dataset_tool.py, or its URL (https, s3, ...)."
     )
     cond: bool = option(False, help="Condition the model on the class labels of the data.")
     max_size: int | None = option(
@@ -24,7 +24,8 @@ class DatasetConfig(Config):
         min=0,
         max=0.9,
         help="Share of the images to hold out of training, chosen by their contents, for the "
-        "validation loss and for scores; 0: those that the data or the model hold out anyway.",
+        "validation loss and for scores; 0: only the images that the data or the model hold out "
+        "anyway.",
     )
     hflip: bool = option(
         False,
@@ -46,5 +47,6 @@ class AugmentConfig(Config):
         0.12,
         min=0,
         max=1,
-        help="Probability of each augmentation; horizontal flips always occur. 0: none, no flips.",
+        help="Probability of each augmentation; horizontal flips are always on. 0: no "
+        "augmentation and no flips.",
     )

@@ -29,31 +29,35 @@ class ValidationConfig(Config):
         TESTS, choices=TESTS, exposed=False, help="Tests, in this order."
     )
     num_reconstructions: int = option(
-        25, min=1, max=100_000, help="Images that are made again from their own text and reference."
+        25, min=1, max=100_000, help="Images to reconstruct from their own text and reference."
     )
     num_swaps: int = option(
         5,
         min=1,
         max=100_000,
-        help="Pairs of one size of which one image gets the other's reference.",
+        help="Pairs of images of the same size in which one gets the other's reference.",
     )
-    num_edits: int = option(5, min=1, max=100_000, help="Images with words of their text replaced.")
+    num_edits: int = option(
+        5, min=1, max=100_000, help="Images to generate with words of their text replaced."
+    )
     num_text_only: int = option(
-        20, min=1, max=100_000, help="Images that are made from their text alone."
+        20, min=1, max=100_000, help="Images to generate from their text alone."
     )
     num_divergence: int = option(
         5,
         min=1,
         max=100_000,
-        help="Images that are made with the text's guidance, and with the reference's.",
+        help="Images to generate with text guidance, and again with reference guidance.",
     )
-    num_shown: int = option(4, min=1, max=1_000, help="Rows of the picture that each test makes.")
+    num_shown: int = option(4, min=1, max=1_000, help="Rows in the picture of each test.")
     lpips_net: str = option(
-        "alex", choices=("alex", "vgg"), help="Backbone of LPIPS, the distance of images."
+        "alex",
+        choices=("alex", "vgg"),
+        help="Backbone of LPIPS, the perceptual distance between images.",
     )
     lpips_weights: tuple[str, ...] = option(
         (),
-        help="Paths or URLs of LPIPS's weights: BACKBONE,LINEAR or one file of both; none: the "
+        help="Paths or URLs of LPIPS's weights: BACKBONE,LINEAR or one file with both; none: the "
         "published addresses.",
     )
 

@@ -22,7 +22,7 @@ class DiffiTConfig(ModelConfig):
     title: ClassVar[str] = "Model options (DiffiT)"
 
     num_stages: int = option(
-        3, min=1, max=16, help="Resolutions of the U-Net, each half the one before."
+        3, min=1, max=16, help="Resolutions of the U-Net, each half of the previous one."
     )
     num_blocks: tuple[int, ...] = option(
         (2,),
@@ -31,13 +31,16 @@ class DiffiTConfig(ModelConfig):
         help="Residual blocks per stage: one number for all stages, or one for each.",
     )
     patch_size: int = option(
-        1, min=1, max=1_024, help="Edge of the square of pixels that is a token of the first stage."
+        1,
+        min=1,
+        max=1_024,
+        help="Edge in pixels of the square that forms one token of the first stage.",
     )
     base_dim: int = option(128, min=1, max=65_536, help="Width of the first stage.")
     hidden_dim: int = option(256, min=1, max=65_536, help="Width of the other stages.")
     num_heads: int = option(4, min=1, max=1_024, help="Attention heads; divides the widths.")
     window: int = option(
-        4, min=1, max=1_024, help="Edge of an attention window, cut to the stage's grid."
+        4, min=1, max=1_024, help="Edge of an attention window, limited to the stage's grid."
     )
     time_dim: int = option(512, min=1, max=65_536, help="Width of the time token.")
     mlp_ratio: float = option(4.0, min=0.01, max=100, help="Hidden width of an MLP over its width.")
@@ -45,7 +48,8 @@ class DiffiTConfig(ModelConfig):
     skip: str = option(
         "stage",
         choices=("stage", "block"),
-        help="Encoder outputs that the decoder gets: each stage's last, or every block's.",
+        help="Encoder outputs that the decoder receives: the last of each stage, or one from "
+        "every block.",
     )
 
     def __post_init__(self) -> None:

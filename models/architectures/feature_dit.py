@@ -38,18 +38,18 @@ class FeatureDiTConfig(LatentModelConfig):
     num_blocks: int = option(12, min=1, max=1_000, aliases=("depth",), help="Blocks of the DiT.")
     num_heads: int = option(6, min=1, max=1_024, help="Attention heads; divides the width.")
     patch_size: int = option(
-        2, min=1, max=1_024, help="Edge of the square of latents that is a token."
+        2, min=1, max=1_024, help="Edge in latents of the square that forms one token."
     )
     mlp_ratio: float = option(4.0, min=0.01, max=100, help="Hidden width of an MLP over its width.")
     use_dino_patches: bool = option(
-        True, help="Attend to the patch features; off: to text and CLS token alone."
+        True, help="Attend to the patch features; off: attend to text and CLS token alone."
     )
     patch_pos: bool = option(
         True,
         requires={"use_dino_patches": (True,)},
-        help="Add to patch features where in the image they are.",
+        help="Add positional embeddings to the patch features.",
     )
-    gates: bool = option(False, help="Gate every branch of a block, from zero (adaLN-Zero).")
+    gates: bool = option(False, help="Gate every branch of a block, starting at zero (adaLN-Zero).")
     cls_token_time: bool = option(False, help="Add the time to the CLS token of the context.")
     text_dim: int = option(
         4096, min=1, max=65_536, help="Width of the text features.", exposed=False

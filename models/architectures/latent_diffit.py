@@ -25,10 +25,13 @@ class LatentDiffiTConfig(ScaledLatentConfig):
     hidden_dim: int = option(1152, min=4, max=65_536, help="Width of tokens and time token.")
     num_heads: int = option(16, min=1, max=1_024, help="Attention heads; divides the width.")
     patch_size: int = option(
-        2, min=1, max=1_024, help="Edge of the square of latents that is a token."
+        2, min=1, max=1_024, help="Edge in latents of the square that forms one token."
     )
     base_dim: int = option(
-        128, min=1, max=65_536, help="Frequencies of the noise level's sinusoids."
+        128,
+        min=1,
+        max=65_536,
+        help="Number of frequencies in the sinusoidal embedding of the noise level.",
     )
     mlp_ratio: float = option(4.0, min=0.01, max=100, help="Hidden width of an MLP over its width.")
 

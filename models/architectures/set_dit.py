@@ -31,10 +31,10 @@ class SetDiTConfig(ModelConfig):
         6,
         min=1,
         max=1_000,
-        help="Images in a set; with leave-one-out each is made from the others.",
+        help="Images in a set; with leave-one-out, each is conditioned on all other ones.",
     )
     patch_size: int = option(
-        2, min=1, max=1_024, help="Edge of the square of pixels that is a token."
+        2, min=1, max=1_024, help="Edge in pixels of the square that forms one token."
     )
     hidden_dim: int = option(
         450, min=1, max=65_536, aliases=("hidden-size",), help="Width of the tokens of the DiT."
@@ -45,8 +45,8 @@ class SetDiTConfig(ModelConfig):
         min=1,
         max=1_024,
         divides="hidden_dim",
-        help="Attention heads of the DiT; divides its width. With another --hidden-dim alone, the "
-        "nearest number that does.",
+        help="Attention heads of the DiT; divides its width. If you change only --hidden-dim, the "
+        "nearest number that divides it is used.",
     )
     mlp_ratio: float = option(3.0, min=0.01, max=100, help="Hidden width of an MLP over its width.")
     mode_conditioning: str = option(
@@ -59,7 +59,7 @@ class SetDiTConfig(ModelConfig):
         None, min=1, max=65_536, help="Width of the context; none: that of the encoder."
     )
     context_proj: bool = option(
-        False, help="Project the encoder's result to --context-channels, if they differ."
+        False, help="Project the encoder's output to --context-channels if the widths differ."
     )
     use_context_layernorm: bool = option(True, help="Normalise the context in the DiT.")
     cross_attn_layers: tuple[int, ...] = option(
@@ -73,12 +73,13 @@ class SetDiTConfig(ModelConfig):
         "adaln",
         choices=("adaln", "scalar", "none"),
         **_LAG,
-        help="What scales the context's part: the noise level, one learned number, or nothing.",
+        help="What scales the context's contribution: the noise level, one learned number, or "
+        "nothing.",
     )
     warm_start_adaln: bool = option(
         False,
-        help="Begin with a context that has an effect. film: small modulations instead of none; "
-        "lag: cross-attention with gates of 0.1 instead of 0.",
+        help="Start training with a context that already has an effect. film: small modulations "
+        "instead of none; lag: cross-attention with gates of 0.1 instead of 0.",
     )
     context_pool_size: int | None = option(
         None,
@@ -99,7 +100,7 @@ class SetDiTConfig(ModelConfig):
         "stack",
         choices=("stack", "per_sample_mean"),
         requires={"encoder_mode": ("vit_set",)},
-        help="How the images of a set make one token: side by side, or by their mean.",
+        help="How the images of a set form one token: side by side, or by their mean.",
     )
     encoder_depth: int = option(6, min=0, max=1_000, help="Blocks of the encoder.")
     encoder_heads: int = option(8, min=1, max=1_024, help="Attention heads of the encoder.")
@@ -111,16 +112,16 @@ class SetDiTConfig(ModelConfig):
     encoder_pool: str = option(
         "cls",
         choices=("cls", "mean", "sum", "mean-all"),
-        help="What becomes the set's vector: the CLS token, the mean or sum of the patches, or the "
+        help="What the set's vector is: the CLS token, the mean or sum of the patches, or the "
         "mean of all tokens, which few-shot diffusion models call mean.",
     )
     encoder_time: bool = option(
-        False, help="Give the encoder the noise level; it then runs at every sampling step."
+        False, help="Condition the encoder on the noise level; it then runs at every sampling step."
     )
     spt_shifts: bool = option(
         False,
         requires={"encoder_mode": ("vit_set",)},
-        help="Give the encoder each image with four diagonal shifts of it.",
+        help="Give the encoder each image together with four diagonally shifted copies.",
     )
     second_pass: bool = option(
         False,
@@ -130,12 +131,14 @@ class SetDiTConfig(ModelConfig):
     like: str = option(
         "paper",
         choices=("paper", "fsdm-jax"),
-        help="Whose arithmetic. fsdm-jax: that of the JAX code of few-shot diffusion models, for "
-        "its weights, which differs in what the encoder makes of sets that are not full, in its "
-        "GELU, in the tokens of lag, and in what film normalises.",
+        help="Which implementation to reproduce. fsdm-jax: the JAX code of few-shot diffusion "
+        "models, for its weights; it differs in how the encoder treats sets that are not full, in "
+        "its GELU, in the tokens of lag and in what film normalises.",
     )
     leave_one_out: bool = option(
-        True, help="Make each image of a set from the others; off: from all, itself among them."
+        True,
+        help="Condition each image of a set on all other ones; off: on the whole set, "
+        "including itself.",
     )
     reconstructs: bool = option(
         False, help="The context predicts images, in the encoder's pre-training.", exposed=False

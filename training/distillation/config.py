@@ -24,8 +24,9 @@ class DistillationConfig(Config):
         min=1,
         max=50_000,
         help="With --distill: sampling steps of the students, one stage each, such as 16,8,4,2,1; "
-        "each takes one step where the one before, or first the teacher, takes two; none: "
-        f"{','.join(map(str, DEFAULT_STEPS))}, or what is left of it for a student.",
+        "each student takes one step where its teacher takes two; none: "
+        f"{','.join(map(str, DEFAULT_STEPS))}, or the rest of that list if the "
+        "teacher is itself a student.",
     )
 
     def __post_init__(self) -> None:
@@ -69,7 +70,7 @@ class ClassDistillationConfig(DistillationConfig):
         None,
         min=0,
         help="With --distill: guidance scale of the teacher, whose students need no guidance; "
-        "none: as its snapshot is sampled.",
+        "none: the scale in its snapshot.",
     )
     cfg_schedule: str = inherited(GuidanceConfig, "cfg_schedule", exposed=False)
     cfg_power: float = inherited(GuidanceConfig, "cfg_power", exposed=False)
@@ -88,11 +89,14 @@ class DualDistillationConfig(DistillationConfig):
     distill_text_scale: float | None = option(
         None,
         min=0,
-        help="With --distill: guidance scale of the text for the teacher, whose students need no "
-        "guidance; none: as its snapshot is sampled.",
+        help="With --distill: text guidance scale of the teacher, whose students need no "
+        "guidance; none: the scale in its snapshot.",
     )
     distill_visual_scale: float | None = option(
-        None, min=0, help="The same of the reference image."
+        None,
+        min=0,
+        help="With --distill: reference guidance scale of the teacher; none: the scale in its "
+        "snapshot.",
     )
     guidance_form: str = inherited(DualGuidanceConfig, "guidance_form", exposed=False)
     joint_scale: float = inherited(DualGuidanceConfig, "joint_scale", exposed=False)

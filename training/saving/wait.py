@@ -38,11 +38,12 @@ def wait_for_savers(run_dir: Path, report: Callable[[str], None]) -> None:
 @click.command(context_settings=dict(help_option_names=["-h", "--help"]))
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
 def main(folders: tuple[Path, ...]) -> None:
-    """Wait until states and snapshots of FOLDERS are written, which are runs or hold runs.
+    """Wait until the states and snapshots of the runs in FOLDERS are written.
 
-    A state is copied when it is due, and written while training goes on; what was copied when a run
-    was stopped or killed is written after it. Wait for it where the machine or the container goes
-    with the command.
+    FOLDERS are run folders, or folders of run folders. A state is copied when it is due, and
+    written while training continues. If a run is stopped or killed, what was already copied is
+    still written afterwards. Use this command where the machine or container shuts down when the
+    training command ends.
 
     \b
     Examples:
