@@ -29,18 +29,18 @@ GOAL = 0.8
 _SHOWN = "imagenet256"
 _IN_PICTURE = ("cifar10", "ffhq64", "imagenet256", "imagenet256-s", "nanodit", "fsdm-depth6")
 _CAUSES = {
-    "launches": ("starting operators", "a larger `--batch`"),
-    "update": ("the update of the weights", "`--shard=hybrid`, or a larger `--batch`"),
-    "traffic": ("sums of gradients", "a larger `--batch`"),
-    "stragglers": ("waiting for the slowest", "slower GPUs found and replaced"),
+    "launches": ("launching kernels", "a larger `--batch`"),
+    "update": ("the weight update", "`--shard=hybrid`, or a larger `--batch`"),
+    "traffic": ("summing gradients", "a larger `--batch`"),
+    "stragglers": ("waiting for the slowest", "find and replace slow GPUs"),
 }
 _NOT_MEASURED = """
-Not measured yet. On a machine that does nothing else, `python benchmark.py scaling --measure`
-times 1, 2, 4 and 8 processes, and `--write` puts here the fit to the first three, what it predicts
-for 8, and the error of that.
+Not measured yet. On an otherwise idle machine, `python benchmark.py scaling --measure`
+times 1, 2, 4 and 8 processes, and `--write` puts the fit to the first three, its prediction for 8,
+and the error of that prediction here.
 """
-_NO_ROWS = ("no more rows", "a larger `--batch`")
-_FAILURES = ("failures", "states more often")
+_NO_ROWS = ("no rows left", "a larger `--batch`")
+_FAILURES = ("failures", "write states more often")
 
 Planner = Callable[[Facts, int], Plan | None]
 
@@ -216,8 +216,8 @@ def _stops_table(all_facts: Iterable[Facts], gpu: Gpu) -> str:
                 *(f"{growing:,}" if later else f"{growing:,} or more", later, change_later),
             ]
         )
-    head = ["preset", "batch", "GPUs", "what ends it", "what to change"]
-    return table([*head, "GPUs with growing batch", "what ends it", "what to change"], rows)
+    head = ["preset", "batch", "GPUs", "what limits it", "what to change"]
+    return table([*head, "GPUs with growing batch", "what limits it", "what to change"], rows)
 
 
 def breakdown(facts: Facts, gpu: Gpu, planner: Planner) -> str:
@@ -258,7 +258,7 @@ def _memory_table(all_facts: Iterable[Facts]) -> str:
         + [_size(size) for size in (*f.memory.values(), f.state_bytes)]
         for f in all_facts
     ]
-    head = ["preset", "parameters", "rows a pass", "`--shard=none`", "`--shard=full`", "state"]
+    head = ["preset", "parameters", "rows per pass", "`--shard=none`", "`--shard=full`", "state"]
     return table(head, rows)
 
 
@@ -273,7 +273,7 @@ def _failures_table(all_facts: Iterable[Facts]) -> str:
     per_hour = [f"{reliability(facts, num).failures_per_hour:.2g}" for num in numbers]
     return table(
         ["preset", *(f"{num:,} GPUs" for num in numbers)],
-        [["failures an hour", *per_hour], *rows],
+        [["failures per hour", *per_hour], *rows],
     )
 
 
@@ -295,7 +295,7 @@ def _gpus_table() -> str:
         ]
         for gpu in GPUS.values()
     ]
-    head = ["GPU", "bf16, TFLOP/s", "its memory, TB/s", "NVLink, GB/s", "network, GB/s"]
+    head = ["GPU", "bf16, TFLOP/s", "memory, TB/s", "NVLink, GB/s", "network, GB/s"]
     return table([*head, "source"], rows)
 
 
