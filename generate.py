@@ -95,9 +95,7 @@ class GenerateOptions:
         if self.num is None:
             seeds = parse_ranges("--seeds", self.seeds)
             if len(set(seeds)) < len(seeds):
-                raise click.UsageError(
-                    "--seeds names a seed twice; an image is called by its seed."
-                )
+                raise click.UsageError("--seeds names a seed twice; an image is named by its seed.")
             check_seeds("--seeds", seeds)
             return seeds
         if is_given("seeds"):
@@ -180,7 +178,7 @@ def main(config: GenerateConfig, options: GenerateOptions, asked: Asked) -> None
     if options.gif is not None:
         distributed.on_main(lambda: animate(generator, requests, todo, options.gif))
     shown = f", all in {options.grid}" if options.grid else ""
-    shown += f", how they come about in {options.gif}" if options.gif else ""
+    shown += f", how they are denoised in {options.gif}" if options.gif else ""
     distributed.print0(f"{len(todo)} images in {options.outdir}{shown}")
     distributed.shutdown()
 

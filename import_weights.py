@@ -127,7 +127,7 @@ def main(weights: str, config: ImportConfig, options: ImportOptions) -> None:
 
 def _data_refusal(layout: "Layout", options: ImportOptions) -> ValueError:
     if layout.needs_data:
-        but = f"weights of {layout.title} tell neither sizes nor statistics"
+        but = f"weights of {layout.title} contain neither sizes nor statistics"
         remedy = "give a folder that dataset_tool.py features made with the same encoders"
         return refusal("--data is missing", but=but, remedy=remedy)
     but = f"weights of {layout.title} need no data"
@@ -149,7 +149,7 @@ def _check_layout(names: Collection[str], layout: "Layout") -> None:
     if family is None and any(name.startswith("generative_model.") for name in names):
         raise ValueError(
             "the weights are of few-shot diffusion models in PyTorch, whose generative model is a "
-            "U-Net, which no model here is."
+            "U-Net, which no model here has."
         )
 
 

@@ -76,7 +76,7 @@ class Session:
         """Return what a function returns, or None and a note of why there is nothing."""
         limit = min(limit_sec, self.left_sec)
         if limit < _LEAST_SEC:
-            self.left_out.append(f"{name}: the time of this part was over")
+            self.left_out.append(f"{name}: this part ran out of time")
             return None
         try:
             with time_limit(limit):

@@ -70,7 +70,7 @@ def measure_train(session: Session) -> dict[str, Any]:
         plan += [(name, _LATER_VARIANTS) for name in first]
         plan += [(name, _few_variants(name)) for name in MEASURED if name not in FIRST]
         for name in [name for name in PRESETS if name not in MEASURED]:
-            session.left_out.append(f"{name}: there are no made-up data of features")
+            session.left_out.append(f"{name}: there are no synthetic features")
     rows, batches = [], {}
     for name, variants in plan:
         rows += _measure_preset(session, name, variants, batches)

@@ -50,7 +50,7 @@ def run_on_pixels(name: str) -> RunConfig:
     """Return the run of a preset; raises ValueError for one that trains on latents."""
     config = measured_preset(name).run
     if _KINDS[config.family].make is not make_pictures:
-        raise ValueError(f"--preset: {name} is of latents; give one of images.")
+        raise ValueError(f"--preset: {name} trains on latents; choose an image preset.")
     return config
 
 

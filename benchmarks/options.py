@@ -26,7 +26,7 @@ def measured_preset(name: str) -> Preset:
     """Return a preset that can be measured; raises ValueError for any other."""
     preset = get_preset(name, MEASURED)
     if name not in MEASURED:
-        got = f"{name}, of which nothing is measured yet"
+        got = f"{name}, for which there is no benchmark yet"
         raise refusal("--preset", got, accepted=", ".join(MEASURED))
     return preset
 

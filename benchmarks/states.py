@@ -55,7 +55,7 @@ def measure(config: ModelConfig, options: StateOptions) -> None:
     for name, times in found.items():
         rows.append(row(f"{name}, the first", times["first"], times["first_whole"]))
         rows.append(row(name, times["stall"], times["whole"]))
-    click.echo(f"A state of {options.preset}: {gigabytes:.2f} GB. Training stands still for:")
+    click.echo(f"A state of {options.preset}: {gigabytes:.2f} GB. Training pauses for:")
     click.echo(table(rows))
     ratio = statistics.median(plain) / found["this code"]["stall"]
     click.echo(f"torch.save over this code: {ratio:.1f}")

@@ -89,7 +89,7 @@ def _tell_differences(comparison: "Comparison", preset: str, anyway: bool) -> No
         what = "\n".join(f"  {text}" for text in comparison.differences)
         click.echo(
             f"Not comparable with the reference curves of preset {preset}:\n{what}\n"
-            "To compare it all the same, add --anyway."
+            "To compare it regardless, add --anyway."
         )
         return
     for text in comparison.differences:
@@ -103,7 +103,7 @@ def _tell(verdict: "Verdict", kimg: float) -> None:
     click.echo(str(verdict))
     end = verdict.reference.kimg
     if kimg > 1.001 * end:
-        click.echo(f"What follows kimg {end:g} is not judged: the reference ends there.")
+        click.echo(f"What follows kimg {end:g} is not judged, because the reference ends there.")
     sides = {one.name: one.side for one in verdict.departures}
     for one in verdict.departures[:3]:
         click.echo(f"  {one.title} {one.where}: {reasons(one, sides)}.")

@@ -107,7 +107,7 @@ def read_teacher(distill: str, preset: str | None) -> RunConfig:
         check_source(distill, where="--distill")
     config, _ = open_header(distill)
     if preset not in (None, config.preset):
-        but = f"the teacher is of preset {config.preset}, and so are its students"
+        but = f"the teacher is of preset {config.preset}, which its students keep"
         raise refusal("--preset", preset, but=but, remedy="leave it out")
     usual = dict(lr_schedule="cosine", label_drop=0.0, ema_rampup=None, ema_stds=())
     return config.changed("training", **usual)

@@ -54,5 +54,5 @@ def command(options: CurvesOptions, runs: tuple[Path, ...]) -> None:
     click.echo(
         f"{options.out}: {len(reference.curves)} curves of {reference.num_runs} runs of preset "
         f"{reference.preset} up to kimg {reference.kimg:g}; {left.num_inside} of {left.num_runs} "
-        "runs lie in the bands of the others."
+        "runs lie in the bands of the remaining runs."
     )

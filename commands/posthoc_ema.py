@@ -13,13 +13,13 @@ from dnnlib.files import check_target
 from dnnlib.program import run
 
 EXAMPLES = """
-  # Averages of two other widths at the end of a run, beside its snapshots:
+  # Averages of two other EMA lengths at the end of a run, beside its snapshots:
   python -m training.posthoc_ema runs/00000-x --std=0.07,0.15
 
   # A sweep at kimg 100,000 into a folder of its own, to be scored with fid.py:
   python -m training.posthoc_ema runs/00000-x --std=0.06,0.08,0.10,0.12 --kimg=100000 --outdir=sweep
 
-  # From the snapshots of one profile alone:
+  # From the snapshots of one profile only:
   python -m training.posthoc_ema runs/00000-x --std=0.07 --snapshots="*-0.050.pkl"
 """
 
@@ -69,7 +69,7 @@ def main(config: None, run_dir: Path, options: PosthocOptions) -> None:
     for path, std, error in make_averages(profiles, stds, outdir):
         click.echo(f"{path}: std {std:g} from {len(profiles)} snapshots, error {error:.2%}")
         if error > POOR_FIT:
-            poor = f"Warning: no sum of these snapshots is close to std {std:g}"
+            poor = f"Warning: no combination of these snapshots is close to std {std:g}"
             click.echo(f"{poor}; those of more ticks or of nearer stds would be.", err=True)
 
 

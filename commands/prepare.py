@@ -66,7 +66,7 @@ def prepare_data(data_dir: Path, dataset: str, path: Path, *, convert: bool) -> 
         return
     if not convert:
         command = f"python dataset_tool.py convert --source={shlex.quote(str(source))}"
-        but = f"{source} is to be converted first"
+        but = f"{source} has to be converted first"
         remedy = f"add --prepare, or run {command} --dest={shlex.quote(str(path))}"
         raise refusal("--dataset", but=but, remedy=remedy)
     from data.convert.convert import convert_images

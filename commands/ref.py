@@ -38,7 +38,7 @@ def command(config: DetectorConfig, options: RefOptions) -> None:
         raise click.UsageError(f"--dest: got {dest}; the file's name must end with .npz.")
     needs = needed_outputs(parse_metrics(metrics), of_reference=True)
     if not needs:
-        raise click.UsageError(f"--metrics: {metrics} compares with no real images.")
+        raise click.UsageError(f"--metrics: {metrics} does not compare with real images.")
     names = {feature.detector for feature in needs}
     used_detectors(config, names, f"--metrics={metrics}")
     from data.images.dataset import open_images

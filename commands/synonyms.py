@@ -38,7 +38,7 @@ _TRAIN = {
     "grad-clip": "--clip-grad",
     "global-batch-size": "--batch",
     "train-batch-size": "--batch, over all processes",
-    "gradient-accumulation-steps": "--batch-gpu: what is left of --batch is accumulated",
+    "gradient-accumulation-steps": "--batch-gpu; gradients are accumulated up to --batch",
     "ckpt": "--resume (a run) or --transfer (weights)",
     "ckpt-every": "--save-interval",
     "checkpointing-steps": "--save-interval",

@@ -107,7 +107,7 @@ def command(config: ValidateConfig, options: ValidateOptions) -> None:
     check_used(given_settings(), chosen, f"--tests={','.join(chosen)}")
     for name, test in _ENCODES.items():
         if getattr(options, name) is not None and test not in chosen:
-            raise click.UsageError(f"--{name}: only the test {test} encodes anything with it.")
+            raise click.UsageError(f"--{name}: only the test {test} uses it.")
     check_targets(outdir=options.outdir)
     device = distributed.init()
     allow_tf32(options.tf32)

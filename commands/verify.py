@@ -55,12 +55,12 @@ def command(data: str, options: VerifyOptions) -> None:
     if options.samples is not None and options.visual is None:
         raise ValueError("--samples: has an effect only with --visual; give both, or neither.")
     if is_address(data) and is_latent_folder(data):
-        remedy = "verify it on the machine where it is"
+        remedy = "verify it on the machine that holds it"
         raise refusal(data, but="a folder at an address cannot be listed", remedy=remedy)
     if is_feature_folder(data):
         problems = _problems_of_features(data, options)
     elif options.source is not None or options.visual is not None:
-        raise ValueError(f"--source, --visual: are for folders of features, and {data} is none.")
+        raise ValueError(f"--source, --visual: are for folders of features, and {data} is not one.")
     else:
         check = verify_latents if is_latent_folder(data) else verify_images
         problems = check(data, num_workers=options.workers)

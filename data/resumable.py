@@ -70,7 +70,7 @@ def check_claim(
     try:
         there = dict(parse_json(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        problem = f"cannot be read ({error}), so that the {what} beside it may be of any making"
+        problem = f"cannot be read ({error}), so the origin of the {what} beside it is unknown"
         remedy = "choose another folder, or delete that one"
         raise refusal(file, but=problem, remedy=remedy) from None
     check_protocol(file.parent, protocol, there, option, what, is_same)

@@ -171,7 +171,7 @@ class SamplingConfig(Config):
             accepted = f"a number below --sigma-max, which is {self.sigma_max:g}"
             raise refusal("--sigma-min", f"{self.sigma_min:g}", accepted=accepted)
         if self.grid == "time" and self.sampler not in ("heun", "euler", "dpmpp_2m"):
-            got = f"{self.sampler}, which --sigma-grid=time has not"
+            got = f"{self.sampler}, which --sigma-grid=time does not support"
             raise refusal("--sampler", got, accepted="heun, euler or dpmpp_2m")
         if self.grid_steps is not None and self.grid_steps % self.steps:
             but = f"--grid-steps={self.grid_steps} is not a multiple of it"

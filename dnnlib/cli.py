@@ -282,7 +282,7 @@ def without_effect(fields: dict[str, dataclasses.Field], name: str, config: Conf
     for other, values in metadata.get("unless", {}).items():
         if getattr(config, other) in values:
             found = f"--{option_name(fields[other])}={show_value(getattr(config, other))}"
-            remedy = "give another value of that, or leave it out"
+            remedy = "change that value, or leave it out"
             return f"--{option} has no effect with {found}; {remedy}."
     return None
 

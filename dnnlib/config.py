@@ -244,7 +244,7 @@ def from_dict(config_type: type[Config], values: Mapping[str, Any]) -> Any:
     values = dict(values)
     family = values.pop("family", None)
     if not isinstance(family, str | None):
-        raise ValueError(f"The family of a {config_type.__name__} is {family!r}, no name")
+        raise ValueError(f"The family of a {config_type.__name__} is {family!r}, not a name")
     if family is not None:
         config_type = family_class(config_type, family)
     hints = typing.get_type_hints(config_type)
@@ -258,7 +258,7 @@ def from_dict(config_type: type[Config], values: Mapping[str, Any]) -> Any:
         is_section = isinstance(base, type) and issubclass(base, Config)
         if is_section and not isinstance(value, Mapping):
             raise ValueError(
-                f"Setting {name!r} of a {config_type.__name__} is {value!r}, no object"
+                f"Setting {name!r} of a {config_type.__name__} is {value!r}, not an object"
             )
         if is_section:
             values[name] = from_dict(base, value)

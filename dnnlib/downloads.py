@@ -38,7 +38,10 @@ def fetch(location: str, sha256: str | None = None, *, max_bytes: int = MAX_BYTE
         if found == known and found.startswith((sha256 or "").lower()):
             _write_record(record, found)
             return path
-        told = f"Warning: {path} is not what was downloaded from {location}; it is downloaded again"
+        told = (
+            f"Warning: {path} is no longer what was downloaded from {location}; "
+            "it is downloaded again"
+        )
         print(f"{told}.", file=sys.stderr)
     _write_record(record, _download(location, path, sha256, max_bytes))
     return path

@@ -106,7 +106,9 @@ def check_target(
         raise ValueError(f"{option}: {path} {problem}; choose another name.")
     for other, source in inputs.items():
         if not is_folder and path.exists() and os.path.exists(source) and path.samefile(source):
-            raise ValueError(f"{option}: {path} is what --{other} names; choose another name.")
+            raise ValueError(
+                f"{option}: {path} is also the file of --{other}; choose another name."
+            )
     if not is_folder and path.exists() and is_ours is not None and not overwrite:
         try:
             recognised = is_ours(path)
@@ -188,7 +190,7 @@ def lock_folder(folder: Path, problem: str) -> contextlib.AbstractContextManager
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         file.close()
-        raise ValueError(f"{problem}; wait for its end, or stop it.") from None
+        raise ValueError(f"{problem}; wait until it ends, or stop it.") from None
     except OSError:  # Some network file systems have no locks.
         file.close()
         return contextlib.nullcontext()

@@ -126,7 +126,7 @@ class _Pool:
             connection.send(chunk)
             results, error = connection.recv()
         except (EOFError, OSError):
-            problem = "A process that decodes images was killed, perhaps for want of memory"
+            problem = "A process that decodes images was killed, perhaps because memory ran out"
             raise ValueError(f"{problem}; try fewer with --workers=1.") from None
         finally:
             self._idle.put(connection)

@@ -95,7 +95,7 @@ def _want_of_memory(error: Exception) -> str | None:
     """Return a sentence if Python, the system or a GPU refused memory, or a loader was killed."""
     text = str(error)
     if text.startswith("DataLoader worker (pid"):  # PyTorch's words, by whichever way it noticed.
-        why = "A process that loads data was killed, perhaps for its memory"
+        why = "A process that loads data was killed, perhaps because memory ran out"
         return f"{why}; use fewer --workers, and --resume to continue a run."
     texts = ("out of memory", "can't allocate memory")
     if not (isinstance(error, MemoryError) or any(known in text for known in texts)):

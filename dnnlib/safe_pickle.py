@@ -18,7 +18,7 @@ def load(file: IO[bytes]) -> Any:
     try:
         return _with_arrays(_PlainUnpickler(file, encoding="bytes").load(), {})
     except _ForbiddenGlobalError as error:
-        problem = f"it would run {error}, which data never needs, so that nothing of it was read"
+        problem = f"it would run {error}, which data never needs, so nothing of it was read"
         raise ValueError(problem) from None
     except MemoryError:
         raise ValueError("it is damaged: it asks for more memory than there is") from None

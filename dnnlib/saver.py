@@ -225,7 +225,7 @@ class SaverProcess:
             elif now > since + _UNLOCKED_STANDSTILL_SEC:
                 is_alive = any(is_locked(lock_of_writer(folder / name)) for name in missing)
                 if not is_alive or now > since + _STANDSTILL_SEC:
-                    raise OSError(f"{folder}: {', '.join(missing)} did not come")
+                    raise OSError(f"{folder}: {', '.join(missing)} did not arrive")
             time.sleep(0.02)
 
 

@@ -100,7 +100,9 @@ def copying(generated: np.ndarray, episodes: Episodes, images: ImageDataset) -> 
 
 def _check_transfer(images: ImageDataset, shape: ImageShape) -> None:
     if images.labels is None:
-        raise ValueError(f"--transfer: {images.path} has no class labels; supports are of a class.")
+        raise ValueError(
+            f"--transfer: {images.path} has no class labels, and a support needs a class."
+        )
     if shape_of(images) != shape:
         but = f"it holds images of {size_text(images)}, but the model makes {size_text(shape)}"
         remedy = f"convert it with dataset_tool.py convert --resolution={shape[1]}"

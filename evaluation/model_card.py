@@ -132,7 +132,7 @@ def model_card(
             for name, value in _values(row).items()
         ]
         parts.append(_table(("metric", "value", "images"), values))
-        parts.append("How they were computed; compare them with others alone if this agrees:")
+        parts.append("How they were computed. Compare them only with scores for which this agrees:")
         own = {key: rows[0][key] for key in _PROTOCOL if key in rows[0]}
         for section in ("sampling", "guidance"):
             own.update(rows[0].get(section) or {})

@@ -77,7 +77,7 @@ def _student_sampling(
             continue
         but, there = "students are sampled by Euler's method in --distill-steps", source.sampling
         if name in _GRID[:-1] and is_student and getattr(there, name) != value:
-            but = "the teacher is a student itself, of other noise levels"
+            but = "the teacher is itself a student, with other noise levels"
         elif name in _GRID:
             changes[name] = value
             continue

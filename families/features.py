@@ -123,7 +123,7 @@ class FeatureFamily:
             ("--sigma-grid", run.sampling.grid, "time"),
         ):
             if value != wanted:
-                but = f"preset {run.preset} is one of flow matching"
+                but = f"preset {run.preset} uses flow matching"
                 raise refusal(option, value, but=but, remedy=f"give {option}={wanted}")
         refuse_augmentation(run, "latents")
         run = run.changed("training", label_drop=0.0)
@@ -180,7 +180,7 @@ class FeatureFamily:
         there = (snapshot.data.features or {}).get("statistics")
         notes, length = [], 1000 * snapshot.config.features.patch_bias_kimg
         if run.distillation.is_on and snapshot.trained_nimg < length:
-            but = f"{snapshot.path} has not let its patches in yet (--patch-bias-kimg)"
+            but = f"{snapshot.path} has not phased in its patches yet (--patch-bias-kimg)"
             raise refusal("--distill", but=but, remedy="give a later snapshot of its run")
         if there is not None and there != data.features["statistics"]:
             notes.append("Its features were normalised by the statistics of other data.")
@@ -264,7 +264,7 @@ class FeatureFamily:
     def requests(self, snapshot: Snapshot, asked: Asked) -> Any:
         from sampling.requests import PromptRequests
 
-        asked.refuse(("classes",), "this model makes images of texts and reference images")
+        asked.refuse(("classes",), "this model makes images from texts and reference images")
         asked.refuse(*NOT_SETS)
         return PromptRequests(snapshot, asked)
 
@@ -272,7 +272,7 @@ class FeatureFamily:
         self, snapshot: Snapshot, generator: Callable[[], Any], first_seed: int, batch: int
     ) -> Any:
         raise ValueError(
-            f"{snapshot.path}: this model makes images of texts and reference images; sample it "
+            f"{snapshot.path}: this model makes images from texts and reference images; sample it "
             "with generate.py, and measure it with fid.py validate or fid.py conditions."
         )
 
@@ -366,8 +366,8 @@ def _conditions(run: FeatureRun) -> tuple[Any, ...]:
     from models.feature_conditioner import CONDITIONS
 
     features, has_patches = run.features, run.model.use_dino_patches
-    no_text = None if features.drop_all + features.visual_only else "trained with it always there"
-    no_visual = None if features.drop_all + features.text_only else "trained with it always there"
+    no_text = None if features.drop_all + features.visual_only else "trained with it always present"
+    no_visual = None if features.drop_all + features.text_only else "trained with it always present"
     note = _VISUAL_ALONE if has_patches else None
     text, cls, patches = range(len(CONDITIONS))
     conditions = [

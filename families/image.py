@@ -377,7 +377,9 @@ def open_images_of(run: RunConfig, **settings: Any) -> ImageDataset:
         path = run.data.data
         if path is not None and (command := unconverted(Path(path))) is not None:
             remedy = f"run {command}, and give --data={command.rpartition('=')[2]}"
-            raise refusal("--data", but=f"{path} is to be converted first", remedy=remedy) from None
+            raise refusal(
+                "--data", but=f"{path} has to be converted first", remedy=remedy
+            ) from None
         for what, is_what, does, other in (
             ("features", is_feature_folder, "does not train on them", "a preset such as nanodit"),
             ("latents", is_latent_folder, "trains on pixels", "a preset of latent models"),

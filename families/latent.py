@@ -94,7 +94,7 @@ class LatentFamily(ImageFamily):
         if isinstance(data, LatentDataset):
             raise ValueError(
                 f"--metrics: {metric} compares images, but {data.path} holds latents; give the "
-                "images that they were made of, or their statistics, with --metrics-ref."
+                "images that they were made from, or their statistics, with --metrics-ref."
             )
         return super()._real_images(run, data, metric)
 
@@ -131,7 +131,7 @@ def _fit_to_latents(run: LatentRun, data: LatentDataset) -> LatentRun:
     if model.vae is None and model.latent_scale not in (None, data.scale):
         raise ValueError(
             f"--data: {run.data.data} holds latents of scale {data.scale:g}, but preset "
-            f"{run.preset} is of latents of scale {model.latent_scale:g}; encode with the "
+            f"{run.preset} expects latents of scale {model.latent_scale:g}; encode with the "
             f"autoencoder that it is meant for, or give --vae={data.vae} to train on these."
         )
     scaling = dict(latent_scale=data.scale, latent_shift=data.shift)

@@ -76,7 +76,7 @@ class Reference:
         width = detector.outputs[self.output.name]
         found = [len(self.mu)] if self.mu is not None else []
         found += [self.vectors.shape[1]] if self.vectors is not None else []
-        but, remedy = None, "compute them anew with `fid.py ref`"
+        but, remedy = None, "compute them again with `fid.py ref`"
         if self.detector_hash is not None and self.detector_hash != detector.hash:
             other = f"another detector '{self.output.detector}' ({self.detector_hash[:12]})"
             used = f"{detector.hash[:12]}: {detector.preprocessing}, {detector.precision}"
@@ -86,7 +86,7 @@ class Reference:
         if but is not None:
             raise refusal(self.source, but=f"these reference statistics {but}", remedy=remedy)
         if self.detector_hash is None:
-            return [f"{self.source} does not tell which detector made it"]
+            return [f"{self.source} does not record which detector made it"]
         return []
 
 

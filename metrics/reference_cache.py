@@ -149,7 +149,10 @@ def _read_cache(
         if references[output].dataset_hash != content_hash:
             raise ValueError(f"{path}: made from other images.")
     except ValueError as error:
-        print(f"Cached reference statistics cannot be used and are made anew. {error}", flush=True)
+        print(
+            f"Cached reference statistics cannot be used and are computed again. {error}",
+            flush=True,
+        )
         return {}
     return references
 

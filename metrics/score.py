@@ -116,7 +116,7 @@ def _reference_of(metric: MetricSpec, references: References) -> Reference | Non
     if reference is None or metric.needs not in reference.knows:
         source = next((found.source for found in references.values()), "the reference")
         but = f"{source} holds no {metric.needs} of {metric.output}"
-        remedy = f"make it anew with `fid.py ref --metrics={metric.name}`"
+        remedy = f"make it again with `fid.py ref --metrics={metric.name}`"
         remedy = f"give the images themselves as the reference, or {remedy}"
         raise refusal(metric.name, but=but, remedy=remedy)
     return reference

@@ -120,7 +120,7 @@ def claim_outdir(outdir: Path, protocol: Mapping[str, Any], wanted: Sequence[Pla
     file = outdir / "generation.json"
     found = next((place.path for place in wanted if place.path.is_file()), None)
     if found is not None and not file.is_file():
-        but = f"{found} is there, and no {file.name} says how it was made"
+        but = f"{found} is there, and no {file.name} records how it was made"
         raise refusal("--outdir", but=but, remedy="choose another folder, or remove the image")
     claim(file, protocol, "--outdir", "images")
 

@@ -114,7 +114,7 @@ class PromptRequests:
         is_stored = asked.features is not None or asked.ids is not None
         if is_stored == bool(asked.prompt or asked.reference is not None):
             raise ValueError(
-                "This model makes images of a text, of an image, or of both: give --prompt or "
+                "This model makes images from a text, an image, or both: give --prompt or "
                 "--reference, or --features and --id."
             )
         if is_stored:

@@ -63,7 +63,7 @@ def disturb(base, reference, number, seconds):
     assert not list(run_dir.glob(f"training-state-*/{MANIFEST}")), "a state is on disk already"
     (kimg,) = re.findall(r"Stopped by .* at kimg (\S+);", process.output)
     output = train(base, str(number)).finish()
-    assert "Waiting for the state that an earlier process still writes" in output, output
+    assert "Waiting for the state that an earlier process is still writing" in output, output
     (used,) = re.findall(r"Resuming from .*/training-state-(\S+)", output)
     assert format_kimg(float(used)) == kimg, f"{used} is not the state of the stop, {kimg}"
     assert_same_run(run_dir, reference)

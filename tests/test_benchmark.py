@@ -395,7 +395,7 @@ def test_latent_presets_are_measured_on_latents(small_latent_presets):
     assert "0: 4x4x16" in output
     output = succeed(script, "sample", "--batch=2", "--steps=2", "--rounds=1").output
     assert float(cells(output, "batch 2, guided")[4]) > 0
-    assert "give one of images" in fail(script, "metrics")
+    assert "choose an image preset" in fail(script, "metrics")
 
 
 def test_training_takes_the_users_data(small_presets, synthetic):
@@ -603,7 +603,7 @@ class TestMetrics:
 def test_presets_of_which_nothing_is_measured_are_refused():
     for command in ("train", "sample", "data"):
         message = fail(script, command, "--preset=nanodit")
-        assert "--preset: got nanodit, of which nothing is measured yet" in message
+        assert "--preset: got nanodit, for which there is no benchmark yet" in message
         assert "cifar10" in message
         mistyped = fail(script, command, "--preset=nanodot")
         assert "got 'nanodot'" in mistyped

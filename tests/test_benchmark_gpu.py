@@ -99,7 +99,7 @@ def test_attempts_end_in_time_and_say_why_there_is_nothing(monkeypatch):
         "slow: took longer than 0 s",
         "large: out of memory",
         "odd: ZeroDivisionError: division by zero",
-        "late: the time of this part was over",
+        "late: this part ran out of time",
     ]
 
 

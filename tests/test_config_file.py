@@ -138,7 +138,7 @@ def data_dir(tmp_path):
 def test_an_official_archive_is_converted_when_that_is_asked_for(data_dir):
     options = [f"--data-dir={data_dir}", "--dataset=cifar10", f"--outdir={data_dir / 'runs'}"]
     message = helpers.fail(train, *options, *helpers.TINY)
-    assert "cifar-10-python.tar.gz is to be converted first" in message
+    assert "cifar-10-python.tar.gz has to be converted first" in message
     assert "add --prepare, or run python dataset_tool.py convert --source=" in message
     args = [*options, *helpers.TINY, "--resolution=32", "--iters=1", "--cond"]
     output = helpers.succeed(train, *args, "--prepare").output

@@ -112,7 +112,7 @@ def test_an_unlabelled_sample_archive_holds_images_alone(tmp_path):
 def test_grayscale_is_repeated_in_a_sample_archive_and_the_tool_says_so(tmp_path):
     code, output = convert("digits", tmp_path / "out.npz", "--max-images=20")
     assert code == 0
-    assert "Grayscale became RGB" in output
+    assert "Grayscale images became RGB" in output
     convert("digits", tmp_path / "out.zip", "--max-images=20")
     gray = np.stack(read_target(tmp_path / "out.zip")[1])
     with np.load(tmp_path / "out.npz") as file:

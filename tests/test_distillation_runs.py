@@ -144,7 +144,7 @@ def test_a_student_can_be_a_teacher_on_its_own_noise_levels(base, tmp_path):
     assert [(own.steps, own.grid_steps) for own in sampling] == [(1, 8), (2, 8)]
     refused = (f"--distill={student}", f"--outdir={tmp_path}")
     assert "begin with 2" in fail(train_script, *refused, "--distill-steps=4,2")
-    assert "of other noise levels" in fail(train_script, *refused, "--sigma-max=40")
+    assert "with other noise levels" in fail(train_script, *refused, "--sigma-max=40")
     last = find_snapshots(run_dir)[0]
     assert "cannot be halved" in fail(train_script, f"--distill={last}", f"--outdir={tmp_path}")
 

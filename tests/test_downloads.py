@@ -200,7 +200,7 @@ def test_a_poisoned_file_in_the_cache_is_noticed_and_replaced(published, server,
     for content in (CONTENT[:100], b"poison"):
         path.write_bytes(content)
         assert fetch(url, sha256).read_bytes() == CONTENT
-        assert f"{path} is not what was downloaded from {url}" in capsys.readouterr().err
+        assert f"{path} is no longer what was downloaded from {url}" in capsys.readouterr().err
     fetch(url, sha256)
     assert capsys.readouterr().err == ""
 

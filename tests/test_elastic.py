@@ -24,6 +24,8 @@ def test_a_run_that_continues_takes_the_ranks_that_there_are(monkeypatch):
     output = succeed(train, *args, "--resume=auto").output
     assert "64 images per optimizer step on 3 rank(s), in 2 pass(es) of at most 11 each" in output
     message = fail(train, *args, "--resume=auto", "--batch-gpu=1")
-    assert "--batch-gpu: got 1, but --batch 64 over 3 ranks leaves one more to some" in message
+    assert (
+        "--batch-gpu: got 1, but --batch 64 over 3 ranks gives some ranks one row more" in message
+    )
     monkeypatch.setenv("WORLD_SIZE", "65")
-    assert "--batch: got 64, of which 65 ranks cannot all have a part" in fail(train, *args)
+    assert "--batch: got 64, too small for each of 65 ranks to have a part" in fail(train, *args)

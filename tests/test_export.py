@@ -117,7 +117,7 @@ def test_what_is_damaged_or_of_two_exports_gets_a_sentence(exported, tmp_path):
         (folder / "config.json").write_text(json.dumps(about))
 
     assert "model.safetensors" in of(cut)
-    assert "not those that config.json is of" in of(other_weights)
+    assert "its weights do not belong to config.json" in of(other_weights)
     assert "no config.json beside it" in of(no_config)
     assert "not valid JSON" in of(no_json)
     assert "not written by export.py" in of(another_kind)
@@ -239,7 +239,7 @@ def test_a_model_that_was_pushed_is_loaded_from_the_hub(base, tmp_path):
         server.wait()
     assert found.returncode == 0, found.stderr
     assert f"sha {load_snapshot(path).sha256}" in found.stdout
-    assert "hf://me/nothing: cannot be had from the hub (404" in found.stdout
+    assert "hf://me/nothing: cannot be fetched from the hub (404" in found.stdout
     assert "hf://me/empty: holds no model.safetensors" in found.stdout
     there = {path.name for path in (tmp_path / "hub" / "me" / "tiny").iterdir()}
     assert there == {"README.md", "config.json", "model.safetensors", "samples.png"}

@@ -74,7 +74,7 @@ def test_a_damaged_record_is_one_sentence(features, keys, value, problem):
     ("keys", "value", "problem"),
     [
         (("columns", "id", 1), lambda _: 5, "columns.id[1] is 5"),
-        (("columns", "id"), lambda ids: [ids[0], *ids[:-1]], "an id is there twice"),
+        (("columns", "id"), lambda ids: [ids[0], *ids[:-1]], "an id appears twice"),
         (("columns", "shard"), lambda rows: rows[::-1], "rows are not those of the shards"),
         (("columns", "size", "vae.npy"), lambda rows: rows[1:], "vae.npy has 6 rows, not 7"),
         (("columns", "offset", "json", 2), lambda _: 10**9, "a member json lies outside its shard"),

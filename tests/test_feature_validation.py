@@ -397,7 +397,7 @@ class TestEdits:
         dataset = FakeDataset(captions=("something",))
         rows, _ = run(dataset=dataset, tests=("text_edit",))
         assert rows["text_edit"]["warnings"] == [
-            "5 text(s) name nothing known and were put after other words"
+            "5 text(s) contain no word to replace, so words were put before them"
         ]
         assert rows["text_edit"]["value"] == 1  # It says "blue".
 

@@ -105,7 +105,7 @@ def test_missing_shards_manifests_and_strangers_are_found(features):
     assert rows["train", NAME, "vae"] == (5, 2, 0, 0)
     assert f"{manifest.files[0]}: is missing" in output
     assert "shard-000009.tar: is in no manifest" in output
-    assert "is there twice, in train/bucket_128x128 and train/bucket_128x128" in output
+    assert "appears twice, in train/bucket_128x128 and train/bucket_128x128" in output
     assert "validation/bucket_160x96/manifest.json: is missing" in output
 
 
@@ -117,12 +117,12 @@ def test_samples_of_two_splits_or_of_no_image_are_found(features):
     (folder / "manifest.json").write_text(json.dumps(dict(manifest, split="train")))
     code, rows, output = verify(features)
     assert code == 1
-    assert f"{validation.ids[0]} is there twice, in train/bucket_128x128 and validation/" in output
+    assert f"{validation.ids[0]} appears twice, in train/bucket_128x128 and validation/" in output
     assert rows["train", NAME, "vae"][1] == 7
     assert "says 7 samples of train in bucket 128x128, but there are 1" in output
     lines = (features / "images.jsonl").read_text().splitlines(keepends=True)
     (features / "images.jsonl").write_text("".join(lines[1:]))
-    assert "1 sample(s) are of no image that was asked for" in verify(features)[2]
+    assert "1 sample(s) belong to no requested image" in verify(features)[2]
 
 
 def test_what_another_encoder_or_caption_made_is_stale(feature_base, features):
@@ -152,7 +152,7 @@ def test_images_that_are_others_now_make_features_stale(feature_base, features, 
     assert code == 1
     assert sum(rows[s, NAME, "vae"][2] for s in ("train", "validation")) == 2
     assert sum(rows[s, NAME, "text"][2] for s in ("train", "validation")) == 0
-    assert "square/wall.png: is not what features were made of any more" in output
+    assert "square/wall.png: has changed since the features were made" in output
 
 
 @pytest.mark.parametrize("shift", [4, -1, 8])
@@ -225,7 +225,7 @@ def test_a_record_of_other_shards_is_found(features):
     record = json.loads((features / "features.json").read_text())
     record["content_hash"] = "0" * 64
     (features / "features.json").write_text(json.dumps(record))
-    assert "is not of these shards (content_hash)" in verify(features)[2]
+    assert "does not match these shards (content_hash)" in verify(features)[2]
 
 
 @pytest.mark.parametrize("name", ["features.json", "images.jsonl"])

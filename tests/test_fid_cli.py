@@ -225,8 +225,8 @@ def test_published_statistics_are_read_with_a_warning(inception, rings, generate
         assert theirs["value"] == pytest.approx(mine["value"], rel=1e-9)
         assert theirs["value"] > 0
         assert (mine["reference_count"], theirs["reference_count"]) == (14, None)
-        assert any("does not tell which detector" in text for text in theirs["warnings"])
-        assert not any("does not tell" in text for text in mine["warnings"])
+        assert any("does not record which detector" in text for text in theirs["warnings"])
+        assert not any("does not record" in text for text in mine["warnings"])
     # EDM2's files hold the same numbers in a pickle.
     pickled = tmp_path / "edm2.pkl"
     moments = dict(mu=arrays["mu"], sigma=arrays["sigma"])
@@ -543,10 +543,10 @@ def test_statistics_of_another_detector_are_refused(inception, rings, generated,
     args = ["calc", f"--images={generated}", f"--ref={path}", *options, "--num-images=12"]
     message = helpers.fail(fid, *args)
     assert "were made by another detector 'inception'" in message
-    assert "compute them anew with `fid.py ref`" in message
+    assert "compute them again with `fid.py ref`" in message
     ref = ["ref", f"--data={rings}", f"--dest={path}"]
     assert "Did you mean 'fd_pixels'?" in helpers.fail(fid, *ref, "--metrics=fd_pixel")
-    assert "compares with no real images" in helpers.fail(fid, *ref, "--metrics=is50k")
+    assert "does not compare with real images" in helpers.fail(fid, *ref, "--metrics=is50k")
     message = helpers.fail(fid, *ref, "--metrics=fd_pixels", "--inception=a")
     assert "--inception has no effect with --metrics=fd_pixels" in message
 
@@ -625,7 +625,7 @@ def test_no_command_overwrites_an_input_or_a_file_that_it_did_not_make(base, tmp
     options = (f"--data={data}", "--metrics=fd_pixels")
     for more in ((), ("--overwrite",)):
         message = helpers.fail(fid, "ref", *options, f"--dest={data}", *more)
-        assert "is what --data names; choose another name" in message
+        assert "is also the file of --data; choose another name" in message
     assert data.read_bytes() == before
     for _ in range(2):  # What the command made it makes again.
         helpers.succeed(fid, "ref", *options, f"--dest={tmp_path / 'ref.npz'}")

@@ -151,7 +151,7 @@ def test_a_folder_is_locked_until_the_block_ends(tmp_path):
     command = [sys.executable, "-c", attempt, str(tmp_path)]
     with lock_folder(tmp_path, "busy"):
         refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert "ValueError: busy; wait for its end, or stop it." in refused.stderr
+    assert "ValueError: busy; wait until it ends, or stop it." in refused.stderr
     subprocess.run(command, cwd=ROOT, check=True)
 
 

@@ -283,4 +283,4 @@ def test_sizes_and_statistics_are_needed(features, tmp_path):
     save_file(weights_for(features), tmp_path / "nanodit.safetensors")
     out = f"--out={tmp_path / 'network.pkl'}"
     message = fail(import_weights, tmp_path / "nanodit.safetensors", *OPTIONS, out)
-    assert "--data is missing: weights of NanoDiT tell neither sizes nor statistics" in message
+    assert "--data is missing: weights of NanoDiT contain neither sizes nor statistics" in message

@@ -309,7 +309,7 @@ class TestReferences:
         assert found[INCEPTION].detector_hash is None
         detector = types.SimpleNamespace(outputs={"features": 9})
         (warning,) = found[INCEPTION].check_detector(detector)
-        assert "does not tell which detector" in warning
+        assert "does not record which detector" in warning
 
         path = tmp_path / "VIRTUAL_imagenet64_labeled.npz"
         images = np.zeros((4, 8, 8, 3), np.uint8)
@@ -683,7 +683,7 @@ class TestScore:
         assert moments_row["reference_hash"] == alone["reference_hash"]
         assert vectors_row["reference_hash"] == sample.hash
         assert (moments_row["reference_count"], vectors_row["reference_count"]) == (80, 30)
-        assert "does not tell which detector" in moments_row["warnings"][0]
+        assert "does not record which detector" in moments_row["warnings"][0]
         assert vectors_row["warnings"] == []
 
     def test_names_metric_and_reference_where_a_computation_fails(self):

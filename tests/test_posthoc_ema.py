@@ -245,7 +245,7 @@ def test_an_average_can_end_at_an_earlier_snapshot(run_dir, tmp_path):
 def test_too_few_snapshots_for_a_width_are_warned_of(run_dir, tmp_path):
     args = (run_dir, f"--outdir={tmp_path}", "--std=0.25", "--snapshots=*-0000008-*")
     result = succeed(posthoc_ema, *args)
-    assert "Warning: no sum of these snapshots is close to std 0.25" in result.error
+    assert "Warning: no combination of these snapshots is close to std 0.25" in result.error
     succeeded = succeed(posthoc_ema, run_dir, "--std=0.12", f"--outdir={tmp_path}")
     assert "Warning" not in succeeded.error
 
@@ -285,7 +285,7 @@ def test_all_kinds_are_sampled_and_scored_and_say_which_average_they_are(run_cop
         ("RUN --std=0.05,0.289", ["--std: got '0.05,0.289'; accepted"]),
         ("RUN --std=0", ["--std: got '0'"]),
         ("RUN --std=nan", ["--std: got 'nan'"]),
-        ("RUN --std=0.07,0.0701", ["two agree in their first three decimals"]),
+        ("RUN --std=0.07,0.0701", ["two of which agree in their first three decimals"]),
         ("RUN --std=0.1 --kimg=9", ["--kimg: got 9, but the last compact snapshot is of kimg 8."]),
         ("RUN --std=0.1 --snapshots=*7-* --kimg=4", ["--kimg: got 4", "the nearest: 7."]),
         ("RUN --std=0.1 --snapshots=*8-0.050*", ["holds 1 compact snapshots to use"]),

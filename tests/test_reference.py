@@ -166,7 +166,7 @@ def test_runs_of_other_settings_or_data_are_not_compared_unless_asked(reference,
     code, output = check(reference, run_dir)
     assert code == 1
     assert "Not comparable" in output
-    assert "training.lr is 0.004 here and 0.002 there: it learns at another pace" in output
+    assert "training.lr is 0.004 here and 0.002 there: it learns at a different pace" in output
     assert "training.batch is 64 here and 128 there" in output
     assert "ormal:" not in output
     code, output = check(reference, run_dir, "--anyway")
@@ -178,7 +178,7 @@ def test_runs_of_other_settings_or_data_are_not_compared_unless_asked(reference,
     assert code == 0
     assert "Note: the data are other files" in output
     _, output = check(reference, write_run(tmp_path / "ema", 26, ema_kimg=1))
-    assert "Not compared: fd_pixels is of weights that are averaged otherwise" in output
+    assert "Not compared: fd_pixels is of weights that are averaged differently" in output
 
 
 def test_curves_need_runs_that_differ_in_their_seeds_alone(seeds, reference, tmp_path):
@@ -190,7 +190,7 @@ def test_curves_need_runs_that_differ_in_their_seeds_alone(seeds, reference, tmp
     same = write_run(tmp_path / "b" / "same", 1)
     assert "have the same seed, 1" in fail(fid, "curves", *runs, same, out)
     ticks = write_run(tmp_path / "c" / "ticks", 9, tick=4000)
-    assert "measured at other points" in fail(fid, "curves", *runs, ticks, out)
+    assert "measured at different points" in fail(fid, "curves", *runs, ticks, out)
     assert not (tmp_path / "out.json").exists()
 
 

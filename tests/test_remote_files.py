@@ -140,7 +140,9 @@ def test_a_file_that_has_changed_is_noticed(served):
     path = served.folder / "data.bin"
     file = opened(served)
     os.utime(path, (1, 1))  # Another version of the same size.
-    with pytest.raises(AddressError, match=r"not the file that was opened .* \(another version\)"):
+    with pytest.raises(
+        AddressError, match=r"has changed since it was opened .* \(another version\)"
+    ):
         file.pread(1, 600_000)
     file = opened(served)
     path.write_bytes(DATA[:-1])

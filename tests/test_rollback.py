@@ -265,7 +265,7 @@ def test_a_lost_record_of_what_the_state_knows_is_an_error(undisturbed, tmp_path
     run_dir = shutil.copytree(undisturbed[0], tmp_path / "00000-run")
     (run_dir / "rollbacks.jsonl").unlink()
     message = helpers.fail(train, f"--resume={run_dir}", "--iters=40")
-    assert "rollbacks.jsonl: rows are missing, of rollbacks before the state" in message
+    assert "rollbacks.jsonl: rows of rollbacks before the state are missing" in message
 
 
 def test_a_particular_state_of_a_part_given_up_can_be_continued(undisturbed, tmp_path):

@@ -600,11 +600,11 @@ def test_the_configuration_and_its_difference_from_the_preset_are_shown(tmp_path
     assert "407,783" in reader.text
     assert "training.batch128" in reader.text
     (tmp_path / "run/training_options.json").write_text(json.dumps(dict(options_of(), changes=[])))
-    assert "None: the run is preset digits as it is." in page_of(tmp_path / "run")[0].text
+    assert "None: the run uses preset digits unchanged." in page_of(tmp_path / "run")[0].text
     (tmp_path / "run/training_options.json").write_text(
         json.dumps(dict(options_of(), changes=None))
     )
-    assert "do not tell how the run differs" in page_of(tmp_path / "run")[0].text
+    assert "do not say how the run differs" in page_of(tmp_path / "run")[0].text
 
 
 def test_changes_name_options_and_what_the_data_decide():

@@ -168,13 +168,13 @@ def test_a_manifest_waits_for_parts_until_none_grows(tmp_path, monkeypatch):
     parts = [folder / f"part-0000{rank}.safetensors" for rank in range(2)]
     sidecar_of(parts[0]).write_text('{"size": 1}')
     sidecar_of(parts[1]).write_text('{"size"')  # Is just being written.
-    with pytest.raises(OSError, match=r"part-00001\.safetensors did not come"):
+    with pytest.raises(OSError, match=r"part-00001\.safetensors did not arrive"):
         process._wait_for(parts)
     with Saver() as saver:  # Of the rank that is waited for: it lives.
         saver.hold(lock_path(tmp_path, 1))
         saver.wait()
         began = time.monotonic()
-        with pytest.raises(OSError, match="did not come"):
+        with pytest.raises(OSError, match="did not arrive"):
             process._wait_for(parts)
         assert time.monotonic() - began > 0.9
     sidecar_of(parts[1]).write_text('{"size": 1}')
@@ -192,7 +192,7 @@ def test_the_command_that_waits_ends_when_all_is_written(tmp_path, monkeypatch):
     for folder in (tmp_path, run_dir):
         result = succeed(wait_script, folder)
         assert part.is_file()
-        told = "Waiting for the state that an earlier process still writes" in result.output
+        told = "Waiting for the state that an earlier process is still writing" in result.output
         assert told == (folder == tmp_path)
     mistyped = succeed(wait_script, tmp_path / "rums").output
     assert "rums is not a folder: there is nothing to wait for." in mistyped
@@ -200,7 +200,7 @@ def test_the_command_that_waits_ends_when_all_is_written(tmp_path, monkeypatch):
     with Saver(rate=1e-3) as saver:
         saver.hold(lock_path(run_dir, 0))
         saver.wait()
-        assert "a process that writes a state does not end" in fail(wait_script, run_dir)
+        assert "a process that is writing a state has not ended" in fail(wait_script, run_dir)
 
 
 def test_a_state_that_takes_the_name_of_one_that_is_read_is_read_instead(tmp_path, monkeypatch):
@@ -282,7 +282,7 @@ def test_a_state_outlives_the_kill_of_all_but_its_saver(train, uninterrupted, tm
 
     output = train(*command, ranks=ranks, warm=True).finish()
     run_dir = only_run(tmp_path)
-    assert "Waiting for the state that an earlier process still writes" in output
+    assert "Waiting for the state that an earlier process is still writing" in output
     assert f"Resuming from {run_dir / name}" in output
     psutil.wait_procs(savers, timeout=5)
     assert not list(run_dir.glob(".saver-*"))
@@ -291,6 +291,6 @@ def test_a_state_outlives_the_kill_of_all_but_its_saver(train, uninterrupted, tm
 
 def test_a_run_that_is_faster_than_its_disk_says_so(train, tmp_path):
     output = train(f"--outdir={tmp_path}", *SLOW, "--kimg=0.9", warm=True).finish()
-    assert "Training stood still for " in output
+    assert "Training paused for " in output
     assert "Write states less often with --dump" in output
     assert len(find_states(only_run(tmp_path))) == 2

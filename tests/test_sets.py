@@ -230,7 +230,7 @@ def test_fractions_above_one_and_unlabelled_data_are_refused(images):
     with pytest.raises(ValueError, match=r"which sum to 1\.5"):
         split_classes(SetConfig(split_fractions=(0.5, 0.5, 0.5)), images)
     bare = ImageDataset(images.path)
-    with pytest.raises(ValueError, match="has no class labels, which sets are made by"):
+    with pytest.raises(ValueError, match="has no class labels, which sets are formed by"):
         make(bare)
 
 
@@ -276,7 +276,7 @@ def test_protocols_take_their_own_classes_and_images(images):
     assert unseen.labels.tolist() == [2]  # Of no class that the model knows.
     with pytest.raises(ValueError, match="The run has no val classes"):
         episodes_of_run(sets, "val", support_size=2)
-    with pytest.raises(ValueError, match="held no images"):
+    with pytest.raises(ValueError, match="held out no images"):
         episodes_of_run(make(images, held_out=0), "seen", support_size=2)
     every = episodes_of_dataset(images, support_size=2)
     assert len(every) == 3

@@ -151,7 +151,9 @@ def test_a_killed_process_that_loads_data_is_told_in_a_sentence(start_process, t
     (loader,) = {*run.processes()} - {*savers} - {psutil.Process(run.pid)}
     loader.kill()
     output = run.finish(1)
-    assert "Error: A process that loads data was killed, perhaps for its memory; use" in output
+    assert (
+        "Error: A process that loads data was killed, perhaps because memory ran out; use" in output
+    )
     assert "Traceback" not in output
 
 

@@ -383,7 +383,7 @@ def test_a_source_that_is_none_is_explained(tmp_path):
     for source, message in (
         (tmp_path / "absent", "does not exist; accepted"),
         (tmp_path / "empty", "empty: holds no images"),
-        (tmp_path / "notes.txt", "of no known kind; accepted"),
+        (tmp_path / "notes.txt", "its kind is unknown; accepted"),
         (tmp_path / "fake.zip", "fake.zip: not a zip archive"),
     ):
         code, output = convert(source, tmp_path / "out.zip")
@@ -432,7 +432,7 @@ def test_what_is_taken_for_labels_is_printed(tmp_path, names, args, line):
             "splits, .*/in/train, or give --label-level=2",
         ),
         (["train/1.png", "val/2.png"], "look like splits, .* or give --labels=folders if they"),
-        (["00000/img00000000.png", "00001/img00001000.png"], "lost its dataset.json; put that"),
+        (["00000/img00000000.png", "00001/img00001000.png"], "lost its dataset.json; restore it"),
         (["0000/a.png", "0007/b.png"], "'0000' and '0007' look like shards"),
         (["in/sub/a/1.png", "in/sub/b/1.png"], "below the one folder 'sub', .*--label-level=3"),
     ],

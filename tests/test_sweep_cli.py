@@ -158,7 +158,7 @@ def test_averages_of_a_run_are_swept(base, tmp_path):
     assert sorted({row["ema"]["std"] for row in rows}) == [0.05, 0.15, 0.25]
     assert len({row["snapshot_hash"] for row in rows}) == 3
     message = helpers.fail(fid, *args, f"--network={helpers.trained_snapshot(base)}")
-    assert "--ema-std: averages are made of a run's compact snapshots" in message
+    assert "--ema-std: averages are made from a run's compact snapshots" in message
     message = helpers.fail(fid, *args, f"--network={helpers.trained_run(base)}")
     assert "holds 0 compact snapshots, but two are needed" in message
 

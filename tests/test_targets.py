@@ -41,7 +41,7 @@ def test_pictures_of_others_do_not_pass_for_generated_ones(tmp_path):
     out.mkdir()
     (out / "000001.png").write_bytes(b"mine")
     message = fail(generate, f"--network={network}", f"--outdir={out}", "--seeds=0-2")
-    assert "000001.png is there, and no generation.json says how it was made" in message
+    assert "000001.png is there, and no generation.json records how it was made" in message
 
 
 def test_a_picture_of_another_size_is_named_where_a_grid_is_asked_for(tmp_path):

@@ -365,7 +365,7 @@ def test_a_logging_service_that_fails_does_not_end_the_run(wandb, tmp_path, caps
         telemetry.record({"Loss/loss": scalar(0.5)}, 2500)
     telemetry.close()
     output = capsys.readouterr().out
-    assert output.count("cannot be used (no route to host): training goes on without it") == 1
+    assert output.count("cannot be used (no route to host): training continues without it") == 1
     assert "WANDB_MODE=offline" in output
     wandb.side_effect = RuntimeError("api_key not configured (no-tty).")
     telemetry = Telemetry(tmp_path, logging, config, 0)

@@ -145,7 +145,7 @@ def test_the_seed_commands_work_as_typed(command, preset, batch, lr, steps, monk
     assert config["training"]["lr"] == lr
     assert f"{batch} images per optimizer step = {batch // 4} per pass x 1" in description
     assert f"200,000.0 kimg = {steps} optimizer steps" in description
-    assert f"/datasets/{preset}.zip is not there" in description
+    assert f"/datasets/{preset}.zip does not exist" in description
     assert list(tmp_path.iterdir()) == []
 
 
@@ -166,7 +166,7 @@ def test_the_seed_s_command_for_imagenet_works_as_typed(monkeypatch, tmp_path):
     assert re.search(r"parameters +600,906,752", description)
     assert "256 images per optimizer step = 32 per pass x 1 pass(es) x 8 rank(s)" in description
     assert "1,000,000.0 kimg = 3,906,250 optimizer steps" in description
-    assert "/datasets/imagenet256.zip is not there" in description
+    assert "/datasets/imagenet256.zip does not exist" in description
     assert list(tmp_path.iterdir()) == []
 
 

@@ -143,7 +143,7 @@ def test_without_published_weights_the_run_goes_on_and_says_what_is_absent(
     assert "Could not download the weights" in row["reason"]
     row = last_row_of(run_dir, "reconstruction")
     assert row["values"]["layout"] is not None
-    assert "Validation goes without lpips: LPIPS needs its weights" in output
+    assert "Validation continues without lpips: LPIPS needs its weights" in output
 
 
 class TestNetworks:
@@ -209,7 +209,10 @@ class TestNetworks:
 def test_what_has_no_effect_or_is_unknown_is_refused(feature_base, snapshot, tmp_path, shared_dir):
     train = (f"--outdir={tmp_path}", f"--data={feature_base / 'features'}", *TINY_FEATURES)
     for options, words in (
-        (("--metrics=fid10k_full",), "got fid10k_full, but a feature-conditioned model is put to"),
+        (
+            ("--metrics=fid10k_full",),
+            "got fid10k_full, but the tests of a feature-conditioned model",
+        ),
         (("--metrics=validation_swaps",), "Did you mean 'validation_swap'?"),
         (("--num-swaps=3",), "--num-swaps has no effect with --metrics=none"),
         (("--metrics=validation_swap", "--num-edits=3"), "--num-edits has no effect with"),
@@ -222,10 +225,10 @@ def test_what_has_no_effect_or_is_unknown_is_refused(feature_base, snapshot, tmp
     assert list(tmp_path.iterdir()) == []
     command = ("validate", f"--network={snapshot}", f"--outdir={tmp_path / 'report'}")
     for options, words in (
-        (("--tests=swaps",), "--tests: got swaps, but a feature-conditioned model"),
+        (("--tests=swaps",), "--tests: got swaps, but the tests of a feature-conditioned model"),
         (("--tests=,",), "--tests: there is nothing to do"),
         (("--tests=swap", "--num-edits=3"), "--num-edits has no effect with --tests=swap"),
-        (("--tests=swap", "--visual=x"), "--visual: only the test reconstruction encodes"),
+        (("--tests=swap", "--visual=x"), "--visual: only the test reconstruction uses"),
         (("--tests=swap", "--cfg-scale=2"), "--cfg-scale"),
         ((f"--data={tmp_path}",), str(tmp_path)),
     ):

@@ -50,7 +50,7 @@ def test_a_resume_that_forgets_something_is_found(base, monkeypatch):
     result = verify(toy_data(base))
     assert result.code == 1
     assert "differ; the largest difference is" in result.output
-    assert "Two uninterrupted runs are equal: the resume makes the difference." in result.output
+    assert "Two uninterrupted runs are equal, so the resume causes the difference." in result.output
 
 
 def test_a_resume_that_forgets_the_average_alone_is_found(base, monkeypatch):

@@ -78,7 +78,8 @@ def _meet(hang_limit: float) -> tuple[Any, int, int]:
     port = launcher.number("MASTER_PORT")
     where = f"{address}:{port}"
     if "TORCHELASTIC_RUN_ID" not in os.environ and num > 1:
-        waiting = f"Process {launcher.number('RANK') + 1} of {num} waits for the others at {where}"
+        number = launcher.number("RANK") + 1
+        waiting = f"Process {number} of {num} waits for the other processes at {where}"
         print(f"{waiting}, for {_MEETING_MINUTES} minutes.", file=sys.stderr, flush=True)
     # Torchrun has the store, unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 asks for one of rank 0.
     of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -89,7 +90,7 @@ def _meet(hang_limit: float) -> tuple[Any, int, int]:
         own = _connect(address, port, deadline)
         name = meet(own, rank, num, deadline)
     except (RuntimeError, OSError) as error:  # TimeoutError is one of the latter.
-        but = f"not all of {num} processes came to {where} ({str(error).splitlines()[0]})"
+        but = f"not all of {num} processes reached {where} ({str(error).splitlines()[0]})"
         remedy = "start them all with torchrun, or unset WORLD_SIZE for a single process"
         raise refusal("WORLD_SIZE", but=but, remedy=remedy) from error
     if hang_limit and num > 1:

@@ -132,10 +132,10 @@ class Heartbeat:
         """End this process, and on rank 0 the others, if a rank is silent or long waited for."""
         stall = round(STALL_SEC / self._interval)
         if late := silent.late(self._max_silent):
-            what, why = f"No sign of life for {self._limit} from", "stopped, or not to be reached"
+            what, why = f"No sign of life for {self._limit} from", "stopped or unreachable"
         elif waiting.late(stall) and (late := behind.late(stall)):
             what = f"Others have waited {STALL_SEC / 60:g} minutes for"
-            why = "it lives, but is stuck, perhaps in reading data"
+            why = "it is alive but stuck, perhaps while reading data"
         else:
             return
         remedy = "start again, with --resume=auto if it is a training run"
@@ -190,7 +190,7 @@ class Heartbeat:
             if silent > self._max_silent:
                 self._end(
                     f"No sign of life for {self._limit} from {self._host}, through which the "
-                    "processes of this run find each other: stopped, or not to be reached. This "
+                    "processes of this run find each other: stopped or unreachable. This "
                     "ends this rank; start again, with --resume=auto if it is a training run."
                 )
 

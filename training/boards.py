@@ -59,7 +59,9 @@ def problem_with(name: str, error: Exception) -> str:
             " Log in with `wandb login`, or set WANDB_MODE=offline to keep the curves in the run "
             "folder."
         )
-    return f"{what} cannot be used ({str(error).rstrip('.')}): training goes on without it.{remedy}"
+    return (
+        f"{what} cannot be used ({str(error).rstrip('.')}): training continues without it.{remedy}"
+    )
 
 
 def _run_id(run_dir: Path) -> str:

@@ -63,10 +63,12 @@ def check_division(training: TrainingConfig, world_size: int, *, continues: bool
     if batch < world_size:
         remedy = f"use at least {world_size}, or fewer ranks"
         raise refusal(
-            "--batch", f"{batch}, of which {world_size} ranks cannot all have a part", remedy=remedy
+            "--batch",
+            f"{batch}, too small for each of {world_size} ranks to have a part",
+            remedy=remedy,
         )
     if continues and batch_gpu == 1 and batch % world_size:
-        but = f"--batch {batch} over {world_size} ranks leaves one more to some"
+        but = f"--batch {batch} over {world_size} ranks gives some ranks one row more"
         remedy = "use 2, or a number of ranks that divides the batch"
         raise refusal("--batch-gpu", 1, but=but, remedy=remedy)
     if continues:
@@ -77,7 +79,7 @@ def check_division(training: TrainingConfig, world_size: int, *, continues: bool
     per_rank = batch // world_size
     if batch_gpu not in (None, "auto") and per_rank % batch_gpu:
         nearest = min(divisors(per_rank), key=lambda n: abs(n - batch_gpu))
-        but = f"--batch {batch} over {world_size} rank(s) leaves {per_rank} images a rank"
+        but = f"--batch {batch} over {world_size} rank(s) leaves {per_rank} images per rank"
         other = f"a --batch that is a multiple of {batch_gpu * world_size}"
         remedy = f"use a divisor of {per_rank}, such as {nearest}, or {other}"
         raise refusal("--batch-gpu", batch_gpu, but=but, remedy=remedy)

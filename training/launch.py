@@ -59,7 +59,7 @@ def print_plan(config: RunConfig, usual_num_classes: int) -> None:
     else:
         config = family.fit(config, None, usual_num_classes)
         if location:
-            note = f"{location} is not there: assuming the preset's usual data."
+            note = f"{location} does not exist: assuming the preset's usual data."
     world_size = launcher.number("WORLD_SIZE", 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = fit_to_device(config, device.type)
@@ -162,7 +162,7 @@ def _load_state(job: Job, run_dir: Path, exact: Path | None) -> tuple[dict[str, 
     settings = (job.config, job.data, distributed.print0)
     state = runs.load_resume_state(run_dir, exact, *settings)
     if state is not None and state["progress"].get("rollbacks", 0) > num_rollbacks:
-        but = "rows are missing, of rollbacks before the state"
+        but = "rows of rollbacks before the state are missing"
         raise refusal(run_dir / ROLLBACKS_FILE, but=but, remedy="restore it, or start a new run")
     return state, num_rollbacks
 
@@ -201,7 +201,7 @@ def _goes_on_without(stop_signal: StopSignal) -> bool:
     while stop_signal.received is None and time.monotonic() < deadline:
         time.sleep(0.05)
     if stop_signal.received is None:
-        print("Other nodes were asked to stop; torchrun goes on with those that are left.")
+        print("Other nodes were asked to stop; torchrun continues with the remaining nodes.")
     return stop_signal.received is None
 
 

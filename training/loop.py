@@ -220,7 +220,7 @@ def training_loop(
         waited = writer.write(state, parts, cur_nimg, is_urgent=is_stopping, **how)
         if telemetry is not None and waited > _LONG_WAIT_SEC:
             telemetry.message(
-                f"Training stood still for {waited:.0f} seconds, until the last state was written. "
+                f"Training paused for {waited:.0f} seconds, until the last state was written. "
                 "Write states less often with --dump, or to a faster disk."
             )
 
@@ -278,7 +278,7 @@ def training_loop(
     total_nimg = config.total_nimg
     done, stop = cur_nimg >= total_nimg or validator.is_over, False
     if done and telemetry is not None:
-        more = "" if config.distillation.is_on else "; a larger --kimg would go on"
+        more = "" if config.distillation.is_on else "; increase --kimg to continue"
         complete = f"Complete at kimg {format_kimg(cur_nimg / 1000)}{more}."
         telemetry.message(complete if cur_nimg >= total_nimg else validator.verdict(cur_nimg))
         # A kill may have come between the last state and this.

@@ -71,10 +71,10 @@ def load_portable(location: Path) -> Snapshot:
     Raises ValueError for files that are missing or damaged, or that are not of one export.
     """
     folder, _, about = _read_config(location)
-    weights = read_safetensors(folder / WEIGHTS, "It ought to be an export of export.py.")
+    weights = read_safetensors(folder / WEIGHTS, "It should be an export made by export.py.")
     snapshot = snapshot_of(folder / WEIGHTS, about, weights)
     if snapshot.sha256 != about["weights_hash"]:
-        but = f"its weights are not those that {CONFIG} is of"
+        but = f"its weights do not belong to {CONFIG}"
         raise refusal(folder / WEIGHTS, but=but, remedy="export the snapshot again")
     return snapshot
 
@@ -157,7 +157,7 @@ def _from_hub(location: str) -> Path:
             name, revision=revision, allow_patterns=[WEIGHTS, CONFIG], etag_timeout=30
         )
     except Exception as error:  # The package raises those of several others.
-        but = f"cannot be had from the hub ({_reason(error)})"
+        but = f"cannot be fetched from the hub ({_reason(error)})"
         raise refusal(location, but=but, remedy=_LOG_IN) from None
     if not (Path(folder) / WEIGHTS).is_file():
         raise refusal(location, but=f"holds no {WEIGHTS}, which export.py --push uploads")

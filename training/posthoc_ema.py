@@ -56,7 +56,7 @@ def read_profiles(run_dir: Path, patterns: str = "*") -> list[Profile]:
             continue
         config, info = read_header(path)
         if not info.get("cur_nimg") or "ema_std" not in info or "posthoc" in info:
-            raise ValueError(f"{path}: not a compact snapshot, whatever its name says; remove it.")
+            raise ValueError(f"{path}: not a compact snapshot, despite its name; remove it.")
         profiles.append(Profile(path, config, info["cur_nimg"], info["ema_std"]))
         named = _difference(profiles[0].config, config)
         if named is not None:
@@ -137,7 +137,7 @@ def parse_stds(text: str, option: str = "--std") -> list[float]:
         raise refusal(option, repr(text), accepted=accepted)
     if len(set(map(std_name, stds))) < len(stds):
         raise ValueError(
-            f"{option}: got {text!r}, of which two agree in their first three decimals."
+            f"{option}: got {text!r}, two of which agree in their first three decimals."
         )
     return stds
 

@@ -84,8 +84,8 @@ class Telemetry:
         except Exception as error:  # Whatever it is, a report never ends a run.
             if not self._report_failed:
                 self.message(
-                    f"Warning: the report cannot be written ({error}); training goes on: find the "
-                    f"reason with `python fid.py report {self._run_dir}`."
+                    f"Warning: the report cannot be written ({error}); training continues: find "
+                    f"the reason with `python fid.py report {self._run_dir}`."
                 )
             self._report_failed = True
 

@@ -74,7 +74,8 @@ class Transfer:
         """Raise ValueError for a teacher whose network is not that of its student."""
         left = (*self.missing, *self.mismatched, *self.unexpected)
         if left:
-            but = f"{self.source} has another network than these data need: {left[0]}{_more(left)}"
+            first = f"{left[0]}{_more(left)}"
+            but = f"{self.source} has a different network than these data need: {first}"
             remedy = "give data of the same classes and size as the teacher's"
             raise refusal("--distill", but=but, remedy=remedy)
 
@@ -89,7 +90,7 @@ class Transfer:
         but = f"{self.source} gives {self.share:.0%} of the parameters of this model"
         lacks = f" and lacks {left[0]}{_more(left)}" if left else ""
         remedy = "leave out the options that change the model, choose the preset of the snapshot, "
-        allow = "or allow the rest to start anew with --transfer-allow='*'"
+        allow = "or allow the rest to start from scratch with --transfer-allow='*'"
         raise refusal("--transfer", but=but + lacks, remedy=remedy + allow)
 
 

@@ -118,7 +118,7 @@ def _explain(repeated: dict[str, Comparison], causes: list[str], order: bool) ->
         distributed.print0(f"Two uninterrupted runs differ as well: {worst}. So it is not the")
         distributed.print0("resume that makes the difference, but operations that are not exact.")
     else:
-        distributed.print0("Two uninterrupted runs are equal: the resume makes the difference.")
+        distributed.print0("Two uninterrupted runs are equal, so the resume causes the difference.")
     for cause in causes[:_MAX_NAMED]:
         distributed.print0(f"  PyTorch says: {cause}")
 

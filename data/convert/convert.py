@@ -222,13 +222,13 @@ class _DatasetWriter:
         if len(self.channels_seen) > 1:
             yield "The source mixes grayscale and RGB images: all became RGB."
         elif self.to_rgb and 1 in self.channels_seen:
-            yield "Grayscale became RGB of three equal channels, as sample archives hold it."
+            yield "Grayscale images became RGB with equal channels, as sample archives require."
         num_classes = 0 if self.source.labels is None else len(self.source.class_names)
         num_empty = num_classes - len(set(self.labels))
         if num_empty:
             yield f"{num_empty} of {num_classes} classes have no image."
         if self.source.class_splits and not self.target.keeps_splits:
-            yield "The split of the classes is left out: a sample archive has no place for it."
+            yield "The split of the classes is left out, because a sample archive cannot store it."
 
 
 class _FilesTarget:

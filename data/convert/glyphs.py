@@ -162,8 +162,8 @@ def open_glyphs(name: str, split: str = "train", size: Size | None = None) -> So
         letters.splits,
         origin=f"{len(FACES[split])} faces ({split})",
         notes=(
-            f"{letters.num_alike} letters look like another one, which stands for them.",
-            "Classes of scripts that are not to be trained on: "
+            f"{letters.num_alike} letters are left out, because they look like another one.",
+            "Classes of scripts held out of training: "
             + ", ".join(f"{len(letters.splits[s])} for {s}" for s in HELD_OUT_SCRIPTS)
             + ".",
         ),

@@ -85,7 +85,7 @@ def label_images(archive: Archive, choice: LabelChoice) -> Labelling:
             if depth >= level
         ]
         if min(depths) >= level and _in_thousands(archive.names, parts):
-            return Labelling("the folders are shards of 1,000 images each, as those of FFHQ are")
+            return Labelling("the folders are shards of 1,000 images each, as in FFHQ")
         _check_no_guess(archive, level, set(parts), min(depths) > level)
     return _from_folders(archive, level, depths)
 
@@ -129,7 +129,7 @@ def _check_no_guess(archive: Archive, level: int, names: set[str], goes_on: bool
         remedy = ""
         if all(re.fullmatch(r"img\d{8}\.png", name.rpartition("/")[2]) for name in archive.names):
             problem = "looks like a converted dataset that lost its dataset.json"
-            remedy = "put that back, or "
+            remedy = "restore it, or "
     elif len(names) == 1 and goes_on:
         problem = f"all images are below the one folder {shown}, with folders inside"
         remedy = ""

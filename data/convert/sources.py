@@ -149,7 +149,7 @@ def _opener_of(source: str) -> Callable[..., Source]:
         return open_mnist
     if path.suffix.lower() == ".npz":
         return open_samples
-    raise refusal("--source", source, but="it is of no known kind", accepted=_ACCEPTED)
+    raise refusal("--source", source, but="its kind is unknown", accepted=_ACCEPTED)
 
 
 def open_image_files(

@@ -171,7 +171,7 @@ def _check_columns(columns: Mapping[str, Any], shards: Sequence[Mapping[str, Any
             if len(rows) != num:
                 raise ValueError(f"{name} has {len(rows)} rows, not {num}")
     if len(set(columns["id"])) != num:
-        raise ValueError("an id is there twice")
+        raise ValueError("an id appears twice")
     numbers = [i for i, shard in enumerate(shards) for _ in range(shard["num_samples"])]
     if columns["shard"] != numbers:
         raise ValueError("the rows are not those of the shards in order")

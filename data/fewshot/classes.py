@@ -35,8 +35,8 @@ def split_classes(config: SetConfig, dataset: ImageDataset) -> ClassSplit:
     """
     if config.rules_for and config.rules_for != tuple(dataset.class_names):
         but = f"the preset has rules for the classes {', '.join(config.rules_for)}, which"
-        remedy = "state yours with --train-classes, --test-classes and --skip-transforms (or none)"
-        raise refusal("--data", but=f"{but} {dataset.path} has not", remedy=remedy)
+        remedy = "give yours with --train-classes, --test-classes and --skip-transforms (or none)"
+        raise refusal("--data", but=f"{but} {dataset.path} does not have", remedy=remedy)
     counts = np.bincount(dataset.labels, minlength=dataset.num_classes)
     lists = [getattr(config, f"{name}_classes") for name in CLASS_SPLITS]
     if any(lists):

@@ -115,7 +115,7 @@ def episodes_of_run(dataset: SetDataset, protocol: str, **settings: Any) -> Epis
     if split is None:
         pools = dataset.held_out
         if not any(map(len, pools.values())):
-            raise ValueError("The run held no images of its classes out (--held-out=0).")
+            raise ValueError("The run held out no images of its classes (--held-out=0).")
     else:
         pools = _images_by_class(images, getattr(dataset.split, split))
         if not pools:

@@ -79,7 +79,7 @@ class SetDataset(Dataset):
         self.images, self.config, self.sample_size = images, config, sample_size
         self._seed, self._hflip = seed, hflip
         if images.labels is None:
-            problem = "has no class labels, which sets are made by"
+            problem = "has no class labels, which sets are formed by"
             remedy = "convert it with dataset_tool.py convert, which takes them from folder names"
             raise refusal(images.path, but=problem, remedy=remedy)
         if config.min_sample_size is not None and config.min_sample_size > sample_size:

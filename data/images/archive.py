@@ -179,7 +179,9 @@ def _open(path: Path | str) -> Archive:
     kind = next((kinds[end] for end in kinds if name.endswith(end)), None)
     if is_address(path):
         if kind is None:
-            but = "images at an address are those of one file, as a folder cannot be listed there"
+            but = (
+                "images at an address must be in one file, because a folder cannot be listed there"
+            )
             raise refusal(path, but=but, accepted="a .zip, a .tar with its index, an .npz")
         return kind(path)
     check_source(path)

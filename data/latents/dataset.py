@@ -116,7 +116,7 @@ class LatentDataset(LabelledDataset):
 
     def _checksums(self) -> tuple[np.ndarray, np.ndarray]:
         if self._crcs is None:
-            but = "an earlier version encoded it, without checksums, by which images are held out"
+            but = "an earlier version encoded it without checksums, which decide what is held out"
             remedy = "make it again with dataset_tool.py encode, or leave --validation-share out"
             raise refusal(self.path, but=but, remedy=remedy)
         crcs = self._crcs[:, 0]

@@ -141,8 +141,8 @@ class RemoteFile:
 
     def _changed(self, what: str) -> AddressError:
         return AddressError(
-            f"{self.label}: is not the file that was opened or recorded ({what}); start again, or "
-            "make what names it anew."
+            f"{self.label}: has changed since it was opened or recorded ({what}); start "
+            "again, or recreate what refers to it."
         )
 
     def _fetch_whole(self, wanted: range) -> None:

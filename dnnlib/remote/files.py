@@ -116,7 +116,9 @@ def read_all(location: Path | str, max_bytes: int) -> bytes:
     with stream:
         if stream.seek(0, os.SEEK_END) > max_bytes:
             where = without_query(str(location))
-            raise ValueError(f"{where}: has over {max_bytes:,} bytes, more than such a file has.")
+            raise ValueError(
+                f"{where}: has over {max_bytes:,} bytes, more than such a file can have."
+            )
         stream.seek(0)
         return stream.read()
 

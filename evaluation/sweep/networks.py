@@ -52,7 +52,7 @@ class Networks:
             error = read_header(self.path(std, folder))[1]["posthoc"]["error"]
             if error > POOR_FIT:
                 warnings.append(
-                    f"no sum of the run's snapshots is close to --ema-std={std:g} (error "
+                    f"no combination of the run's snapshots is close to --ema-std={std:g} (error "
                     f"{error:.0%}); those of more ticks or of nearer stds would be"
                 )
         return warnings
@@ -64,7 +64,7 @@ def open_networks(location: str, snapshot: Snapshot, stds: Sequence[float]) -> N
         return Networks(snapshot)
     if not Path(location).is_dir():
         remedy = "name the folder of the run with --network"
-        but = f"averages are made of a run's compact snapshots, and {location} is not a folder"
+        but = f"averages are made from a run's compact snapshots, and {location} is not a folder"
         raise refusal("--ema-std", but=but, remedy=remedy)
     profiles = read_profiles(Path(location))
     if len(profiles) < 2:

@@ -18,8 +18,8 @@ _WIDTH, _HEIGHT = 66, 26  # Of a cell of a heat map.
 _MARGIN = 110  # For the values of the axes.
 _STRONGEST = 0.6  # Opacity of the best cell, on which text can still be read.
 _NOTE = (
-    "Values are those of the best cell on fresh images plus the difference from it, each on the "
-    "images that both were compared by."
+    "Each value is that of the best cell on fresh images, plus the difference from it on the "
+    "images on which both were compared."
 )
 
 
@@ -126,7 +126,7 @@ def _charts(result: Result) -> list[Chart]:
         kept = front(result, "recall", "precision")[::-1]
         x, y = ([own.values[key] for own in kept] for key in ("recall", "precision"))
         lines = [Line("precision", Curve(x, y), points=True)]
-        note = "Cells that no other beats in both."
+        note = "Cells that no other cell beats in both."
         charts.append(Chart("Precision against recall", lines, x="recall", note=note))
     return charts
 

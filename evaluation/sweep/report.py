@@ -93,7 +93,7 @@ def _trade_off(result: Result, name: str, values: Sequence[object]) -> list[str]
 
 
 def front(result: Result, first: str, second: str) -> list[Compared]:
-    """Return the cells that no other beats in both values, of which more is better."""
+    """Return the cells that no other cell beats in both values, of which more is better."""
     order = sorted(result.compared, key=lambda own: (-own.values[first], -own.values[second]))
     kept: list[Compared] = []
     for own in order:
@@ -107,7 +107,7 @@ def _front(result: Result) -> list[str]:
         (f"{own.values['precision']:.4f}", f"{own.values['recall']:.4f}", own.cell.name)
         for own in front(result, "precision", "recall")
     ]
-    title = "Precision against recall: cells that no other beats in both"
+    title = "Precision against recall: cells that no other cell beats in both"
     return [title, *_table(("precision", "recall", "cell"), rows)]
 
 

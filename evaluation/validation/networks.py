@@ -121,7 +121,7 @@ def chosen_tests(
     known = [prefix + test for test in TESTS]
     for name in names:
         if name not in known:
-            but = f"a feature-conditioned model is put to the tests {', '.join(known)}"
+            but = f"the tests of a feature-conditioned model are {', '.join(known)}"
             raise ValueError(f"{option}: got {name}, but {but}.{did_you_mean(name, known)}")
     return tuple(name.removeprefix(prefix) for name in dict.fromkeys(names))
 
@@ -145,7 +145,7 @@ def make_validate(
     """
     networks = load_networks(config, dataset, device)
     for name, reason in networks.absent().items():
-        distributed.print0(f"Validation goes without {name}: {reason}.")
+        distributed.print0(f"Validation continues without {name}: {reason}.")
 
     def evaluate(
         names: tuple[str, ...], generator: FeatureGenerator

@@ -207,7 +207,9 @@ def _warnings(name: str, bench: Bench, items: Items, values: dict[str, float | N
     if name == "text_edit":
         plain = sum(edit_caption(bench.dataset.caption(item[0]))[1][0][0] == "+" for item in items)
         if plain:
-            found.append(f"{plain} text(s) name nothing known and were put after other words")
+            found.append(
+                f"{plain} text(s) contain no word to replace, so words were put before them"
+            )
     named = zip(bench.dataset.buckets, bench.dataset.counts, strict=True)
     alone = [bucket.name for bucket, count in named if count == 1]
     if name == "swap" and items and alone:

@@ -45,7 +45,7 @@ class SetDiTLayout(Layout):
         if modulation is not None and modulation[1:] != (6 * modulation[0],):
             raise ValueError(
                 "the weights are of the later form of lag, whose blocks have neither "
-                "self-attention nor the noise level; no model here computes so."
+                "self-attention nor the noise level; no model here works that way."
             )
         is_drawn = any(name.startswith(_POSTERIOR) for name in shapes)
         mode = "variational" if is_drawn else "deterministic"

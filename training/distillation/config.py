@@ -33,7 +33,7 @@ class DistillationConfig(Config):
         super().__post_init__()
         if any(before != 2 * after for before, after in itertools.pairwise(self.distill_steps)):
             got = ",".join(map(str, self.distill_steps))
-            raise refusal("--distill-steps", got, accepted="numbers of which each halves the last")
+            raise refusal("--distill-steps", got, accepted="numbers, each half of the previous one")
 
     @property
     def is_on(self) -> bool:

@@ -151,13 +151,13 @@ def _not_judged(
     if own is None:
         return f"the run has not recorded {title}"
     if curve.kind == "point" and comparison is not None and not comparison.same_average:
-        return f"{title} is of weights that are averaged otherwise (--ema-kimg, --ema-rampup)"
+        return f"{title} is of weights that are averaged differently (--ema-kimg, --ema-rampup)"
     if curve.protocol is not None:
         there = curve.protocol
         names = {**there, **(own.protocol or {})}
         changed = [n for n in names if (own.protocol or {}).get(n) != there.get(n)]
         if changed:
-            return f"{title} is measured otherwise than there ({', '.join(changed[:4])})"
+            return f"{title} is measured differently there ({', '.join(changed[:4])})"
     return None
 
 

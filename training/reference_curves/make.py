@@ -43,7 +43,7 @@ def make_reference(
         own = deciding_settings(*start)
         found = compare_settings(own, settings, data_facts(run.options), data)
         if found.differences or found.notes or not found.same_average:
-            why = (*found.differences, *found.notes, "its weights are averaged otherwise")[0]
+            why = (*found.differences, *found.notes, "its weights are averaged differently")[0]
             but = f"{run.run_dir} is not a run like {runs[0].run_dir}: {why}"
             raise refusal("RUN", but=but, remedy="give runs that differ in --seed alone")
     columns = common_curves([curves_of(run.run_dir, run.history) for run in runs])
@@ -74,7 +74,7 @@ def _check_seeds(runs: Sequence[Run], configs: Sequence[RunConfig]) -> None:
     again = [seed for seed in dict.fromkeys(seeds) if seeds.count(seed) > 1]
     if again:
         own = [str(r.run_dir) for r, seed in zip(runs, seeds, strict=True) if seed == again[0]]
-        but = f"{join_names(own)} have the same seed, {again[0]}, so that one tells nothing new"
+        but = f"{join_names(own)} have the same seed, {again[0]}, so one of them adds nothing"
         raise refusal("RUN", but=but, remedy="give runs of different --seed")
     for run, config in zip(runs, configs, strict=True):
         if config.distillation.is_on:
@@ -124,9 +124,7 @@ def common_curves(runs: Sequence[Mapping[str, Series]]) -> dict[str, list[Series
         for one in own[1:]:
             same = np.allclose(one.kimg[:length], first.kimg[:length], rtol=1e-9)
             if not same or one.start != first.start or one.protocol != first.protocol:
-                but = (
-                    f"{name} was measured at other points, or otherwise, in one run than in others"
-                )
+                but = f"{name} was measured at different points, or differently, in one of the runs"
                 raise refusal("RUN", but=but, remedy="train all with the same --tick and --snap")
         found[name] = [
             Series(one.kind, one.start, one.kimg[:length], one.values[:length], one.protocol)

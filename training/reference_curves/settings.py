@@ -17,21 +17,21 @@ _FIRST_WEIGHTS = "transfer"  # Hash of the weights that a run starts from, if it
 _AVERAGE = ("training.ema_kimg", "training.ema_rampup")
 # Why curves of two runs differ where a setting does, by how its name begins; the first counts.
 _REASONS = (
-    ("precond.", "the loss is another quantity, or of other noise levels"),
+    ("precond.", "the loss is a different quantity, or covers different noise levels"),
     ("training.loss_scaling", "the gradient norm is in other units"),
     (
         "training.batch",
-        "a step takes other gradients, so that as many images teach it less or more",
+        "a step takes different gradients, so the same number of images has a different effect",
     ),
-    ("training.lr", "it learns at another pace"),
-    ("training.kimg", "the learning rate falls over another duration"),
-    ("training.iters", "the learning rate falls over another duration"),
-    ("training.", "each step is another one"),
-    ("model.", "it is another network"),
-    ("data", "other data have another loss"),
-    (_FIRST_WEIGHTS, "it begins with what another run has learned"),
+    ("training.lr", "it learns at a different pace"),
+    ("training.kimg", "the learning rate falls over a different duration"),
+    ("training.iters", "the learning rate falls over a different duration"),
+    ("training.", "each step is different"),
+    ("model.", "it is a different network"),
+    ("data", "different data have a different loss"),
+    (_FIRST_WEIGHTS, "it begins with the weights of another run"),
     ("distillation.", "students learn from a teacher, not from data"),
-    ("", "the task is another one"),
+    ("", "the task is different"),
 )
 
 

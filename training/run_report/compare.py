@@ -45,7 +45,7 @@ def runs_section(runs: Sequence[Run]) -> Html:
     titles = [metric if metric == name else f"{metric}: {name}" for metric, name in keys]
     heading = ["Run", "Folder", "Preset", "kimg", "Loss", "Images/s", "Time", "Skipped", *titles]
     rows = [[*_figures(run), *(_score(run, key) for key in keys)] for run in runs]
-    note = tag("p", "Scores are the best during the run, with what they vary by chance.")
+    note = tag("p", "Scores are the best during the run, with their variation by chance.")
     return section("runs", "Runs", table(heading, rows, label="Runs"), note if keys else None)
 
 

@@ -22,7 +22,7 @@ _LOWER_STEPS = (
 _LOG_LINES = (
     (r"No (pictures|scores) at kimg .*", "warning", _LOWER_STEPS),
     (r"Stopped by \w+ at kimg .*", "info", ""),
-    (r".*Written again from the training state\.", "warning", "Look after the disk."),
+    (r".*Written again from the training state\.", "warning", "Check the disk."),
     (r"Stopped early at kimg .*", "info", ""),
     (r"Weights & Biases cannot be used .*", "info", ""),
 )
@@ -32,8 +32,8 @@ _ROW_REMEDIES = {
     "the images are jpeg": "Compare images of one file format.",
     "the images are": "Compare images of one size and one file format.",
     "the classes have other names": "Give a reference with the classes of the training data.",
-    "the median LPIPS has risen": "Compare the pictures of both snapshots, and go on from the "
-    "better one with a lower --lr.",
+    "the median LPIPS has risen": "Compare the pictures of both snapshots, and continue "
+    "from the better one with a lower --lr.",
     "an unchanged text": "Give the text encoder that the features were made with (--text).",
 }
 

@@ -60,10 +60,10 @@ def _fact(value: Any) -> str:
 def _changes(run: Run) -> Html:
     changes, preset = run.options.get("changes"), show(run.settings.get("preset", "unknown"))
     if not isinstance(changes, list):
-        return tag("p", f"The files do not tell how the run differs from preset {preset}.")
+        return tag("p", f"The files do not say how the run differs from preset {preset}.")
     changes = [change for change in changes if isinstance(change, dict)]
     if not changes:
-        return tag("p", f"None: the run is preset {preset} as it is.")
+        return tag("p", f"None: the run uses preset {preset} unchanged.")
     rows = [
         (
             show(change.get("setting")),

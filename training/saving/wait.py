@@ -27,10 +27,12 @@ def wait_for_savers(run_dir: Path, report: Callable[[str], None]) -> None:
     for path in sorted(run_dir.glob(".saver-*.lock")):
         while is_locked(path):
             if not told:
-                report(f"Waiting for the state that an earlier process still writes to {run_dir}.")
+                report(
+                    f"Waiting for the state that an earlier process is still writing to {run_dir}."
+                )
                 told = True
             if time.monotonic() > deadline:
-                raise ValueError(f"{run_dir}: a process that writes a state does not end.")
+                raise ValueError(f"{run_dir}: a process that is writing a state has not ended.")
             time.sleep(0.1)
         path.unlink(missing_ok=True)
 

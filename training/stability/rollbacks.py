@@ -57,7 +57,7 @@ def read_rollbacks(run_dir: Path) -> list[Rollback]:
             row = parse_json(line)
             numbers = [row[name] for name in ("number", "from_nimg", "to_nimg")]
             if not all(type(number) is int and number >= 0 for number in numbers):
-                raise ValueError("a number is none")
+                raise ValueError("a number is not valid")
             found.append(Rollback(*numbers, reason=str(row["reason"])))
         if [rollback.number for rollback in found] != list(range(1, len(found) + 1)):
             raise ValueError("rows are missing")
@@ -85,7 +85,9 @@ def add_rollback(run_dir: Path, asked: RollbackRequested, report: Callable[[str]
         for rollback in found:
             file.write(json.dumps(dataclasses.asdict(rollback)) + "\n")
     places = [format_kimg(nimg / 1000) for nimg in (asked.cur_nimg, to_nimg)]
-    report(f"Rollback {number}: from kimg {places[0]} to kimg {places[1]}, and on with other data.")
+    report(
+        f"Rollback {number}: from kimg {places[0]} to kimg {places[1]}, continuing with other data."
+    )
     return remove_abandoned(run_dir)
 
 

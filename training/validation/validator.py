@@ -17,7 +17,7 @@ from training.validation.trend import Trend, standard_error
 
 _OVERFITS = (
     "Warning: the validation loss has risen above its best by more than chance, while the loss on "
-    "training images has fallen, so that the model overfits: use an earlier snapshot, train on "
+    "training images has fallen, so the model is overfitting: use an earlier snapshot, train on "
     "more images, with more dropout or augmentation or with a smaller model, or end such runs with "
     "--early-stop."
 )

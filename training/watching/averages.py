@@ -29,10 +29,10 @@ class AverageWatcher:
             return [
                 Finding(
                     name="average_not_updated",
-                    message=f"in a step the averaged weights moved {step:.3g} times as far as the "
-                    "distance to the weights and --ema-kimg ask for, instead of once",
-                    remedy="look at what updates the average: snapshots and pictures are made with "
-                    "it, and not with the weights that are trained",
+                    message=f"in one step the averaged weights moved {step:.3g} times as far as "
+                    "--ema-kimg and their distance to the weights imply, where 1 is expected",
+                    remedy="check the code that updates the average: snapshots and pictures use "
+                    "the average, not the weights that are trained",
                 )
             ]
         return self._behind(tick)

@@ -64,7 +64,7 @@ def _saturated(tick: Tick) -> list[Finding]:
     return [
         Finding(
             name="attention_saturated",
-            message=f"scores of attention in {_listed(logits)} reach {max(logits.values()):.3g}, "
+            message=f"attention scores in {_listed(logits)} reach {max(logits.values()):.3g}, "
             f"where at most {_LARGEST_LOGIT:g} is usual, so that softmax picks single tokens and "
             "hardly learns",
             remedy="normalise queries and keys in a new run (--qk-norm), or lower the learning "

@@ -215,7 +215,7 @@ class Verification:
         for image in itertools.compress(images, found):
             self.changed.add(image.id)
             where = f"{archive.path}/{image.file}"
-            self._add(where, "is not what features were made of any more")
+            self._add(where, "has changed since the features were made")
 
     # Samples.
 
@@ -229,11 +229,11 @@ class Verification:
         for name, places in rows.items():
             if len(places) > 1:
                 where = " and ".join(f"{p.parent.parent.name}/{p.parent.name}" for p, _ in places)
-                self._add(self.folder, f"{name} is there twice, in {where}")
+                self._add(self.folder, f"{name} appears twice, in {where}")
         planned = {image.id for image in self.plan.images}
         others = [name for name in rows if name not in planned]
         if others and planned:
-            what = f"{len(others)} sample(s) are of no image that was asked for, as {others[0]}"
+            what = f"{len(others)} sample(s) belong to no requested image, such as {others[0]}"
             self._add(self.folder, what)
         buckets = [bucket.name for bucket in self.plan.buckets]
         for place in itertools.product(SPLITS, buckets, FEATURES):
@@ -279,7 +279,7 @@ class Verification:
                 says = f"says {num} samples of {split} in bucket {bucket}"
                 self._add(file, f"{says}, but there are {len(manifest)}")
         if hash_of_shards(manifests) != record.content_hash:
-            self._add(file, "is not of these shards (content_hash)")
+            self._add(file, "does not match these shards (content_hash)")
         train = [self.moments.get(f) for m in manifests if m.split == "train" for f in m.files]
         if None in train or not train:
             return  # A problem of a shard, which is known already.

@@ -74,8 +74,7 @@ def _of_sigma_data(std: float, sample: Sample) -> Finding:
         name="sigma_data_wrong",
         message=f"The data have a standard deviation of {std:.3g}, but --sigma-data is "
         f"{sample.std:g}",
-        remedy=f"start again with --sigma-data={std:.2g}, or see whether the data are what they "
-        "should be",
+        remedy=f"start again with --sigma-data={std:.2g}, or check whether the data are correct",
     )
 
 
@@ -84,9 +83,9 @@ def _of_latents(std: float) -> Finding:
         name="latents_scale",
         message=f"Normalised latents have a standard deviation of {std:.3g}, where the model "
         "expects about 1",
-        remedy="see whether the data are of the autoencoder that their record names, and encode "
-        "them again; an autoencoder's scaling_factor should be 1 over the standard deviation of "
-        "its latents",
+        remedy="check whether the data were encoded by the autoencoder that their "
+        "record names, and encode them again; an autoencoder's scaling_factor should be 1 over the "
+        "standard deviation of its latents",
     )
 
 
