@@ -1,1 +1,1 @@
-"""What benchmark.py measures: a module for each command, loaded when it is called."""
+"""The commands of benchmark.py, one module each, imported when it is called."""

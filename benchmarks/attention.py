@@ -1,4 +1,4 @@
-"""benchmark.py attention: what attention costs by each way of computing it."""
+"""benchmark.py attention: the cost of each attention implementation."""
 
 import functools
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""benchmark.py data: what loading costs, beside bare decoding and bare reading of latents."""
+"""benchmark.py data: the cost of loading, against bare decoding and bare reading of latents."""
 
 import dataclasses
 import tempfile

@@ -1,4 +1,4 @@
-"""Distances between sets of vectors against other ways to them: Fréchet, KID, precision, recall."""
+"""Distances of sets of vectors against other implementations: Fréchet, KID, precision, recall."""
 
 import functools
 from collections.abc import Callable, Sequence

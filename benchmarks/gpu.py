@@ -1,4 +1,4 @@
-"""benchmark.py gpu: all that is to be known of one GPU, without data or downloads."""
+"""benchmark.py gpu: everything to measure on one GPU, without data or downloads."""
 
 import time
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Parts of benchmark.py gpu: the peak of matrix products, and the ways to compute attention."""
+"""Parts of benchmark.py gpu: the peak of matrix products, and the attention implementations."""
 
 import functools
 from collections.abc import Callable

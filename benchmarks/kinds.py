@@ -1,4 +1,4 @@
-"""What is measured, and on what data: whatever depends on the kind of model is asked here."""
+"""What is measured and on which data: all that depends on the kind of model."""
 
 import dataclasses
 import io

@@ -1,4 +1,4 @@
-"""The options of benchmark.py, known before what measures is loaded."""
+"""The options of benchmark.py, available before the measuring code is imported."""
 
 import dataclasses
 from collections.abc import Collection, Sequence

@@ -1,4 +1,4 @@
-"""The networks that benchmarks compare with: the same function from the same weights, plainly.
+"""Plain networks that benchmarks compare with: the same function of the same weights.
 
 Attention is two batched matrix products with a softmax between them. In DiffiT, images are
 contiguous [N, C, H, W], windows are cut once per block, an upsampling is followed by its

@@ -1,4 +1,4 @@
-"""Datasets as they are usually written: one file an item, opened when it is asked for."""
+"""Datasets as they are usually written: one file per item, opened on access."""
 
 from pathlib import Path
 

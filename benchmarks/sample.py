@@ -1,4 +1,4 @@
-"""benchmark.py sample: what sampling costs without and with guidance, and with other code."""
+"""benchmark.py sample: the cost of sampling with and without guidance, and in other code."""
 
 import dataclasses
 import functools

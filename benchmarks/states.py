@@ -1,4 +1,4 @@
-"""benchmark.py states: for how long training stands still when a state is written."""
+"""benchmark.py states: how long writing a state pauses training."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Training steps to measure: those of this code, and those of plain code for the same network."""
+"""Training steps to measure: in this code, and in plain code for the same network."""
 
 import functools
 from typing import Any, NamedTuple

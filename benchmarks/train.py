@@ -1,4 +1,4 @@
-"""benchmark.py train: what a training step costs, beside a plain one and that of diffusers."""
+"""benchmark.py train: the cost of a training step, against a plain one and one of diffusers."""
 
 import functools
 import statistics

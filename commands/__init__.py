@@ -1,1 +1,1 @@
-"""What fid.py and dataset_tool.py offer: a module for each command, loaded when it is called."""
+"""The commands of fid.py and dataset_tool.py, one module each, imported when it is called."""

@@ -1,4 +1,4 @@
-"""fid.py conditions: what each condition of a model does."""
+"""fid.py conditions: the effect of each condition of a model."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Where a run's configuration comes from, if from a file: ``--config=FILE``, ``--distill=FILE``."""
+"""Configurations that come from a file: ``--config=FILE``, ``--distill=FILE``."""
 
 import functools
 from collections.abc import Mapping, Sequence

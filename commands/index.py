@@ -1,4 +1,4 @@
-"""dataset_tool.py index: what a tar of images needs to be read in place."""
+"""dataset_tool.py index: the index with which a tar of images is read in place."""
 
 from pathlib import Path
 

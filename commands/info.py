@@ -1,4 +1,4 @@
-"""dataset_tool.py info: what a dataset, its latents or features are."""
+"""dataset_tool.py info: a summary of a dataset, latents or features."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""fid.py neighbours: the nearest training images of generated ones."""
+"""fid.py neighbours: the training images nearest to generated ones."""
 
 import dataclasses
 from pathlib import Path

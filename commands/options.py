@@ -1,4 +1,4 @@
-"""What several commands of fid.py share: their options, and what follows from them."""
+"""Options that several commands of fid.py share, and the code that acts on them."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Sequence

@@ -1,4 +1,4 @@
-"""python -m training.posthoc_ema: averages of the weights that a run did not keep."""
+"""python -m training.posthoc_ema: weight averages that a run did not keep."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""fid.py sweep: which guidance, which steps, which average of the weights."""
+"""fid.py sweep: the best guidance, number of steps and weight average."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Options as EDM, StyleGAN3, DiT, diffusers and others call them, and what they are called here."""
+"""Option names of EDM, StyleGAN3, DiT, diffusers and others, and their names here."""
 
 _SHARED = {
     "ckpt": "--network",

@@ -1,4 +1,4 @@
-"""Pictures of what data hold: which items they show, in which rows, under which titles."""
+"""Preview pictures of data: which items they show, in which rows, with which titles."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Folders that several ranks fill in parts, and that go on where they were stopped.
+"""Folders that several ranks fill in parts, and can continue after a stop.
 
 They have a claim that says what the folder is to become, a lock, parts that appear whole or not at
 all, and ranks that take turns at what is missing.

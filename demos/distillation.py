@@ -1,4 +1,4 @@
-"""How well students of few sampling steps do what their teacher does, on digits.
+"""Compares students of few sampling steps with their teacher, on digits.
 
     python -m demos.distillation --preset=digits
 

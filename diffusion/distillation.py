@@ -1,4 +1,4 @@
-"""Progressive distillation: a student whose one step lands where two of its teacher's do.
+"""Progressive distillation: one step of the student matches two steps of its teacher.
 
 Salimans & Ho (arXiv 2202.00512), Algorithm 2. A level is sigma, with x = x0 + sigma n, or the time
 t of a flow, with z = (1 - t) x0 + t eps: in both, deterministic steps go along (x - x0) / level.

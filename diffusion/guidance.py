@@ -1,4 +1,4 @@
-"""Guidance: from denoisers to one denoiser that a sampler calls as ``denoise(x, sigma)``."""
+"""Guidance: combines denoisers into one that a sampler calls as ``denoise(x, sigma)``."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Subsets of a model's timesteps, named as published samplers name them. Torch is not needed.
+"""Subsets of a model's timesteps, in the notation of published samplers. Needs no torch.
 
 Improved DDPM (arXiv 2102.09672, section 4) and the DDIM runs of guided diffusion (arXiv
 2105.05233) visit such subsets; code published with later models takes the same names.

@@ -1,4 +1,4 @@
-"""Options that take several values, and the configurations that their combinations are."""
+"""Options that take several values, and the configurations that their combinations give."""
 
 import dataclasses
 import itertools

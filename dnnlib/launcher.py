@@ -1,4 +1,4 @@
-"""What the variables of a launcher say about this process, and whether the launcher is still there.
+"""Reads the environment variables of a launcher, and checks whether the launcher still lives.
 
 Importing this module makes a process that torchrun started end with torchrun. Scripts import it
 before everything that takes time, so that a kill during their start-up leaves nobody behind.

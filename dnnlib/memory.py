@@ -1,4 +1,4 @@
-"""How much main memory processes here can still take, by the system and by control groups."""
+"""How much main memory processes can still take, as limited by the system and control groups."""
 
 import re
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""How frozen networks are found and read: Hugging Face ids and folders, tensors alone."""
+"""Finds and reads frozen networks: Hugging Face ids and folders, tensors only."""
 
 import contextlib
 import dataclasses

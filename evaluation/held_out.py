@@ -1,4 +1,4 @@
-"""Scores against images that were not trained on, beside the same against images that were.
+"""Scores against held-out images, and the same scores against training images.
 
 A model that copies its training images has better scores against those than against others of the
 same kind, and its images are nearer to training images than held-out ones are.

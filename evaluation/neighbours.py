@@ -1,4 +1,4 @@
-"""Nearest training images of generated ones: a look for copies (memorisation)."""
+"""Training images nearest to generated ones, to find copies (memorisation)."""
 
 import collections
 import dataclasses

@@ -1,4 +1,4 @@
-"""What several families refuse of a run."""
+"""Checks of a run that several families share."""
 
 from collections.abc import Collection
 

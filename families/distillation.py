@@ -1,4 +1,4 @@
-"""Runs of students: what they take from their teacher, and how they may be sampled."""
+"""Runs of students: what they inherit from their teacher, and how they may be sampled."""
 
 import dataclasses
 from collections.abc import Collection, Iterator

@@ -1,4 +1,4 @@
-"""Commands that sample and judge a snapshot, as the report of a run offers them, by what they do.
+"""Commands that sample and evaluate a snapshot, which the report of a run lists.
 
 In them ``{network}`` stands for the snapshot and ``{run}`` for the run folder.
 """

@@ -1,4 +1,4 @@
-"""Where the networks come from that metrics see images with."""
+"""Where the detector networks of the metrics come from."""
 
 import dataclasses
 from collections.abc import Collection

@@ -1,4 +1,4 @@
-"""Detectors: what turns images into the vectors that distributions are compared by."""
+"""Detectors: they turn images into vectors, whose distributions are compared."""
 
 from __future__ import annotations
 

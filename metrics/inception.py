@@ -1,4 +1,4 @@
-"""The Inception-v3 that published FIDs are measured with, in plain PyTorch.
+"""The Inception-v3 with which published FIDs are measured, in plain PyTorch.
 
 It is the network of TensorFlow's ``inception-2015-12-05`` graph: Szegedy et al., arXiv:1512.00567,
 with 1008 outputs and the deviations of that graph, which are named where they occur. Modules carry

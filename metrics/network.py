@@ -1,4 +1,4 @@
-"""What all detectors share that are neural networks: batches, arithmetic, identity."""
+"""What all neural-network detectors share: batches, arithmetic, identity."""
 
 import contextlib
 import hashlib

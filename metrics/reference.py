@@ -1,4 +1,4 @@
-"""What is known of real images, and the files that keep it, checked when they are read."""
+"""Statistics of real images, and the files that hold them, checked when they are read."""
 
 import dataclasses
 import hashlib

@@ -1,4 +1,4 @@
-"""References computed from images, once: they are cached by the content of the images."""
+"""References computed from images once, and cached by the content of the images."""
 
 import dataclasses
 import functools

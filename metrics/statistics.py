@@ -1,4 +1,4 @@
-"""What detectors give for many images, accumulated batch by batch and over ranks."""
+"""Statistics of detector outputs, accumulated batch by batch and over ranks."""
 
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping

@@ -1,4 +1,4 @@
-"""What functions of two sets of vectors ask of them."""
+"""Checks that functions of two sets of vectors share."""
 
 import torch
 from numpy.typing import ArrayLike

@@ -1,4 +1,4 @@
-"""Attention by the kernels that are fastest for a device, a type and a number of tokens."""
+"""Attention with the fastest kernels for a device, a type and a number of tokens."""
 
 import contextlib
 import functools

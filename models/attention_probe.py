@@ -1,4 +1,4 @@
-"""How the attention to a context divides between parts of it, without changing what it computes."""
+"""How attention is divided among the parts of a context, measured without changing its result."""
 
 import contextlib
 from collections.abc import Iterator, Mapping

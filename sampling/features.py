@@ -1,4 +1,4 @@
-"""Images from text and visual features: one seed an image, whatever else is made with it."""
+"""Images from text and visual features: one seed per image, independent of its batch."""
 
 import dataclasses
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Images from a network: one seed an image, whatever the batch size or the number of ranks."""
+"""Images from a network: one seed per image, independent of batch size and number of ranks."""
 
 import dataclasses
 import functools

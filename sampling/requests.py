@@ -1,4 +1,4 @@
-"""What images are asked for: by a text, by a reference image, or by stored features."""
+"""Requests for images: by a text, by a reference image, or by stored features."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The denoiser of a snapshot as a program of torch.export, which runs without this project."""
+"""The denoiser of a snapshot as a torch.export program, which runs without this project."""
 
 import io
 from collections.abc import Mapping

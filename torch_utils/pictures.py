@@ -1,4 +1,4 @@
-"""Grids of images as people look at them: enlarged, with gaps and titles, written atomically."""
+"""Grids of images for people to look at: enlarged, with gaps and titles, written atomically."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is made of a network's weights, kept while they do not change."""
+"""Values derived from a network's weights, kept until the weights change."""
 
 import contextlib
 from collections.abc import Callable, Iterator

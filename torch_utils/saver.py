@@ -1,4 +1,4 @@
-"""Writing tensors to files while training goes on, and past its end."""
+"""Writes tensors to files while training continues, and after it ends."""
 
 import contextlib
 import ctypes

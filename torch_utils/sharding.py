@@ -1,4 +1,4 @@
-"""Networks whose parameters lie in parts on several ranks (FSDP2, ZeRO-3: arXiv 1910.02054).
+"""Networks whose parameters are sharded over several ranks (FSDP2, ZeRO-3: arXiv 1910.02054).
 
 Parameters, gradients, the optimizer's moments and all averages of the weights are divided by rows
 among the ranks of a group. A part of the network, such as a block, is whole while it computes.

@@ -1,4 +1,4 @@
-"""Trees of tensors that several ranks write in parts, and that are put together when read."""
+"""Trees of tensors that several ranks write in parts, reassembled when they are read."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence

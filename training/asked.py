@@ -1,4 +1,4 @@
-"""What is asked of a snapshot: how it is sampled, and what its images are made from."""
+"""Requests to a snapshot: how it is sampled, and what its images are made from."""
 
 from __future__ import annotations
 

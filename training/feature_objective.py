@@ -1,4 +1,4 @@
-"""The loss of flow matching on features: a velocity, under conditions that are dropped at times."""
+"""The loss of flow matching on features: a velocity, with conditions that are sometimes dropped."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""Snapshots as other programs read them: weights in safetensors, all else as JSON beside them.
+"""Snapshots as other programs read them: weights in safetensors, and the rest as JSON beside them.
 
 A folder has ``model.safetensors`` and ``config.json``, without loss: the network that it gives is
 the snapshot's to the last bit. The same two files make a repository of the Hugging Face hub.

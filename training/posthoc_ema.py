@@ -1,4 +1,4 @@
-"""Put together averages of the weights that a run did not keep, from the compact snapshots it did.
+"""Reconstructs weight averages that a run did not keep, from its compact snapshots.
 
 A run trained with ``--ema-stds`` writes compact snapshots of power-function averages. A weighted
 sum of them is close to the average of any other relative std. Source: EDM2 (Karras et al. 2023,

@@ -1,4 +1,4 @@
-"""What a run is, in words: the text of --dry-run, the first lines of a run, and of its report."""
+"""The description of a run: the text of --dry-run, of its first lines, and of its report."""
 
 import dataclasses
 import functools

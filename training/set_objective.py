@@ -1,4 +1,4 @@
-"""The loss of sets of images, each made from a context of its set, and what the context does."""
+"""The loss of sets of images, each conditioned on its set, and diagnostics of the context."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""Whether a run that is stopped and resumed equals one that is not, tried where it would run."""
+"""Tests whether a run that is stopped and resumed equals one that is not, on this machine."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""benchmark.py data --delay: loading from a web server that answers late, beside local loading."""
+"""benchmark.py data --delay: loading from a slow web server, against local loading."""
 
 import contextlib
 import dataclasses

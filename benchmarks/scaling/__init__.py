@@ -1,1 +1,1 @@
-"""What training costs on any number of GPUs, on paper, and what this host shows of it."""
+"""A cost model of training on any number of GPUs, and measurements on this host that test it."""

@@ -1,4 +1,4 @@
-"""What the cost model has to know of presets, found without a computation, and kept in a file."""
+"""Facts about presets for the cost model, found without running them, and kept in a file."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""What processes on this host show: a model of their steps, fitted at 1, 2 and 4 of them."""
+"""A model of training steps on this host, fitted to 1, 2 and 4 processes."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Reference curves of presets, and figures that others have published of them."""
+"""Reference curves of presets, and published figures for them."""
 
 from pathlib import Path
 

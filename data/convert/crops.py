@@ -1,4 +1,4 @@
-"""Squares cut out of photographs, of which a third of every photograph is held out.
+"""Squares cut out of photographs; a third of every photograph is held out.
 
 A photograph is divided into cells, four along its short side. Every third cell of a row is held
 out, one further to the right in each row than in the row above, so that both parts have their share

@@ -1,4 +1,4 @@
-"""Stored latents and features: what a batch of them is to the network, and back."""
+"""Stored latents and features: conversion of batches for the network, and back."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""How features are read and at times dropped in training, as settings of a run."""
+"""How features are read, and sometimes dropped, in training, as settings of a run."""
 
 import dataclasses
 from typing import ClassVar

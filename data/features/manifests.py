@@ -1,4 +1,4 @@
-"""Manifests: where samples lie in shards, and the fingerprints of what they are made from."""
+"""Manifests: the positions of samples in shards, and the fingerprints of their sources."""
 
 import dataclasses
 import os

@@ -1,4 +1,4 @@
-"""Patch features in 8 bits: for each token integers from -127 to 127 and what one of them is worth.
+"""Patch features in 8 bits: for each token, integers from -127 to 127 and their scale.
 
 An array of them is one member of a sample like any other, so that integers and scales cannot be
 separated. Its dtype, which an ``.npy`` file states, tells it from features in 16 bits.

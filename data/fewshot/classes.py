@@ -1,4 +1,4 @@
-"""Which classes a run is trained on, validated on and tested on, and what is made of them."""
+"""Which classes a run trains, validates and tests on, and the classes derived from them."""
 
 import dataclasses
 import itertools

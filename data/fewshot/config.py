@@ -1,4 +1,4 @@
-"""Which classes and images sets are made of, as settings of a run."""
+"""Which classes and images form sets, as settings of a run."""
 
 import dataclasses
 from typing import ClassVar

@@ -1,4 +1,4 @@
-"""Few-shot episodes: supports, what is asked for with them, and the real images beside them."""
+"""Few-shot episodes: supports, images to generate from them, and real images to compare."""
 
 import dataclasses
 import hashlib

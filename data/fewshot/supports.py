@@ -1,4 +1,4 @@
-"""Supports to generate from: images that a user gives, or those of a run's classes."""
+"""Supports to generate from: a user's images, or images of a run's classes."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path

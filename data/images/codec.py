@@ -1,4 +1,4 @@
-"""Pixels: what a batch of images is to the network, and back."""
+"""Pixels: conversion of batches of images for the network, and back."""
 
 from typing import Any
 

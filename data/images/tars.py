@@ -1,4 +1,4 @@
-"""Tars of images, and the index beside one that says where its files lie."""
+"""Tars of images, and the index beside each, which holds the positions of its files."""
 
 import json
 import tarfile

@@ -1,4 +1,4 @@
-"""Latents of an autoencoder: what a batch of moments or images is to the network, and back."""
+"""Latents of an autoencoder: conversion of moments or images for the network, and back."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Connections to web servers that are kept, whose answers go straight into memory.
+"""Persistent connections to web servers that read answers straight into memory.
 
 A client of asyncio reads 256 kB at a time and takes Python's lock for each, which may take 5 ms
 while a thread decodes images. Here a thread waits for the kernel alone, and takes the lock seldom

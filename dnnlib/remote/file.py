@@ -1,4 +1,4 @@
-"""A file at an address, read at any place through blocks that are kept on disk."""
+"""A remote file with random access, through blocks that are cached on disk."""
 
 import functools
 import io

@@ -1,4 +1,4 @@
-"""Files of this machine and at addresses, read by position in the same way."""
+"""Local and remote files, read by position in the same way."""
 
 import functools
 import io

@@ -1,4 +1,4 @@
-"""Ranges of bytes of files at addresses, read through fsspec or plain connections."""
+"""Byte ranges of remote files, read through fsspec or plain connections."""
 
 import functools
 import os

@@ -1,4 +1,4 @@
-"""The limit of the cache of blocks: what is deleted when all of them take more room."""
+"""The size limit of the block cache, and what is deleted beyond it."""
 
 import contextlib
 import fcntl

@@ -1,4 +1,4 @@
-"""Held-out images with their conditions, and ways to vary these."""
+"""Held-out images with their conditions, and ways to vary the conditions."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What a run on features shows of itself with its averaged weights: pictures, and validation."""
+"""Pictures and validation of a feature-conditioned run, with its averaged weights."""
 
 import collections
 import dataclasses

@@ -1,4 +1,4 @@
-"""The grid of a sweep: its axes, and the cells in which they meet."""
+"""The grid of a sweep: its axes and its cells."""
 
 import dataclasses
 import itertools

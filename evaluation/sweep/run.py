@@ -1,4 +1,4 @@
-"""Images of the cells of a sweep, what detectors give for them, and their scores, over ranks."""
+"""Images, detector outputs and scores of the cells of a sweep, over ranks."""
 
 import dataclasses
 import functools

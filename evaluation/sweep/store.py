@@ -1,4 +1,4 @@
-"""A detector's outputs for the images of each cell, in files, so that a sweep can go on.
+"""A detector's outputs for the images of each cell, in files, so that a sweep can continue.
 
 A file holds the outputs of one batch of images, and appears whole or not at all:
 ``outputs/KEY/START-STOP.npz``. What decides the outputs beside the cell itself is claimed in

@@ -1,4 +1,4 @@
-"""Images that are known by what detectors gave for them, to be scored as others are."""
+"""Images whose detector outputs are stored, scored like any other images."""
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Which tests a feature-conditioned model is put to, and on how many images."""
+"""Which tests a feature-conditioned model takes, and on how many images."""
 
 import dataclasses
 from typing import ClassVar

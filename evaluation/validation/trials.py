@@ -1,4 +1,4 @@
-"""The tests of a feature-conditioned model: what each makes of a held-out image, and measures.
+"""The tests of a feature-conditioned model: what each generates and measures.
 
 Distances are LPIPS, in pixels of uint8 at the image's own size; truth is the image as the
 autoencoder decodes it. Noise is a function of the image's name, so that two images of a test differ

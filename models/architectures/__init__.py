@@ -1,1 +1,1 @@
-"""The settings of each network, without the network, which is made when it is asked for."""
+"""The settings of each network, which can be imported without the network."""

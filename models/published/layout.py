@@ -1,4 +1,4 @@
-"""What published weights are called, and how they become the weights of a network."""
+"""Names of published weights, and how they become the weights of a network."""
 
 import abc
 import dataclasses

@@ -1,4 +1,4 @@
-"""Where a further run lies with a given probability, by a few runs that differ in their seeds.
+"""Bands that hold a further run with a given probability, from a few runs with different seeds.
 
 A curve is positive, and its logarithm at each point is taken for normally distributed over seeds.
 Its variance changes smoothly along the curve, so that neighbouring points share what they know of

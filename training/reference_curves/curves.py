@@ -1,4 +1,4 @@
-"""The curves of a run that are compared with others, and the same at the points of another run."""
+"""The curves of a run that are compared, and their values at the points of another run."""
 
 import dataclasses
 import itertools

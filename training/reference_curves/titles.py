@@ -1,4 +1,4 @@
-"""What curves are called in a sentence."""
+"""Names of curves, for use in a sentence."""
 
 from training.run_report.levels import range_of
 

@@ -1,1 +1,1 @@
-"""What a run needs of memory, disk and network, and what fits."""
+"""How much memory, disk and network a run needs, and what fits."""

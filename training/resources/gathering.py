@@ -1,4 +1,4 @@
-"""What FSDP2 holds whole of a sharded network in a step, for a simulation of its memory."""
+"""Which parts of a sharded network FSDP2 holds whole in a step, for a simulation of its memory."""
 
 import functools
 from collections.abc import Sequence

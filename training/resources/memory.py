@@ -1,4 +1,4 @@
-"""What a run will need of memory, disk and network. Nothing of it is computed or allocated."""
+"""How much memory, disk and network a run will need, found without computing or allocating it."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""Foresees the memory of a run in a process of its own, so that the run itself stays as it is.
+"""Predicts the memory of a run in a separate process, so that the run itself is not affected.
 
 A prediction in the run would stop it for seconds, and load a hundred megabytes of modules that
 training does without.

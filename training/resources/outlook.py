@@ -1,4 +1,4 @@
-"""What a run is foreseen to take, and what it took: memory, disk, images a second, duration."""
+"""What a run is predicted to take, and what it took: memory, disk, images per second, duration."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""Charts of a page: what its script draws, and the same as a table for those who cannot see it."""
+"""Charts of a page: the data that its script draws, and the same as a table for screen readers."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence

@@ -1,4 +1,4 @@
-"""A page about several runs: their curves over one another, and what is different in them."""
+"""A page about several runs: their curves overlaid, and their differences."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The curves in ``stats.jsonl``: read on as a run writes them, and thinned to be drawn."""
+"""The curves in ``stats.jsonl``: read as a run writes them, and thinned for drawing."""
 
 import math
 from array import array

@@ -1,4 +1,4 @@
-"""Losses by noise level, as the names of statistics tell them: ``Loss/sigma_0.1-0.2``."""
+"""Losses by noise level, identified by the names of statistics: ``Loss/sigma_0.1-0.2``."""
 
 import dataclasses
 import math

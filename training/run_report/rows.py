@@ -1,4 +1,4 @@
-"""Rows of JSON in the files of a run, however badly those ended."""
+"""Rows of JSON in the files of a run, even if a file is cut off or damaged."""
 
 import math
 import re

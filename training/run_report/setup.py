@@ -1,4 +1,4 @@
-"""What a run is, where its files are, and the commands that go on from here."""
+"""The settings of a run, its files, and the commands for the next steps."""
 
 import re
 import shlex

@@ -1,4 +1,4 @@
-"""Watches over losses and gradients of every step, and says at a tick what went wrong, and where.
+"""Watches the losses and gradients of every step, and reports at a tick what went wrong and where.
 
 Steps only add to what lies on the device; everything is read at the end of a tick.
 """

@@ -1,4 +1,4 @@
-"""Going back to an earlier state: what is written of it, and what it leaves behind.
+"""Rollbacks to an earlier state: their record, and what they leave behind.
 
 ``rollbacks.jsonl`` in the run folder has a row for each rollback, and is there before the run goes
 on. States and snapshots say how many came before them, so that any later start knows which belong

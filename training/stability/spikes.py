@@ -1,4 +1,4 @@
-"""When a loss has left the usual range, told from the losses of single steps."""
+"""Detects when the loss leaves its usual range, from the losses of single steps."""
 
 import collections
 import math

@@ -1,4 +1,4 @@
-"""On what the validation loss is measured: images held out, each beside one trained on."""
+"""The examples of the validation loss: held-out images, each paired with a training image."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""The loss of each example: at noise levels and with noise that are the same whenever it is asked.
+"""The loss of each example, always at the same noise levels and with the same noise.
 
 Levels are the middles of R equal shares of those in training, so that their mean is that of the
 training loss without its chance. Noise depends on the row alone: two runs, and two ends of one

@@ -1,4 +1,4 @@
-"""What the validation loss does over a run: its best so far, its slope, whether it still falls."""
+"""The trend of the validation loss: its best so far, its slope, and whether it still falls."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""Whether the learning rate is far too high or far too low, told from the size of updates."""
+"""Whether the learning rate is far too high or far too low, judged by the size of updates."""
 
 from training.config import RunConfig
 from training.distillation.stages import stages_of

@@ -1,4 +1,4 @@
-"""Tells when a run leaves the bands of its reference curves."""
+"""Warns when a run leaves the bands of its reference curves."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What an optimizer step does to the weights and to their average, told from a sample of them.
+"""What an optimizer step does to the weights and to their average, measured on a sample of them.
 
 The sample is a few thousand numbers of each parameter, evenly spaced in its memory, the same at
 every tick. Nothing here waits for the device but :meth:`UpdateMeter.measure`, at the end of a tick.

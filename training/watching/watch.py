@@ -1,4 +1,4 @@
-"""Watches over a run: measures at the end of ticks, and says what is wrong and what to do."""
+"""Watches a run: measures at the end of ticks, and reports what is wrong and what to do."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Whether weights are kept in enough digits for their updates."""
+"""Whether weights have enough digits for their updates."""
 
 from training.watching.finding import Finding
 from training.watching.tick import Tick

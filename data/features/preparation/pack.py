@@ -1,4 +1,4 @@
-"""Shards of a feature folder: which are right, what is unpacked from others, and what is packed."""
+"""Packs the shards of a feature folder, and unpacks shards that are out of date."""
 
 import collections
 import contextlib

@@ -1,4 +1,4 @@
-"""What a feature folder is to hold: images, buckets, splits, captions, and fingerprints of all."""
+"""The plan of a feature folder: images, buckets, splits, captions, and their fingerprints."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""Feature folders in words: buckets, encoders, and what a preparation did."""
+"""Feature folders described as text: buckets, encoders, and what a preparation did."""
 
 import itertools
 import os

@@ -1,4 +1,4 @@
-"""Checks a feature folder: what is there, whether it is whole, up to date, and aligned."""
+"""Checks whether a feature folder is complete, intact, up to date and aligned."""
 
 import collections
 import contextlib

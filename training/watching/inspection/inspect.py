@@ -1,4 +1,4 @@
-"""What is known of a run before its first step: from its data, and from their order."""
+"""Inspects the data of a run, and their order, before its first step."""
 
 import functools
 import itertools

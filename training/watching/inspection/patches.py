@@ -1,4 +1,4 @@
-"""Whether patch features lie where the latents show that they do."""
+"""Whether patch features are aligned with the latents."""
 
 import torch
 from torch import Tensor
