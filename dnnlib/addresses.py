@@ -100,7 +100,7 @@ def _too_large(address: str, max_bytes: int) -> AddressError:
 
 
 class _Stream(io.RawIOBase):
-    """Bytes of the file at an address; goes on where a connection broke."""
+    """Bytes of the file at an address; continues where a connection broke."""
 
     def __init__(self, address: str) -> None:
         self._address, self._store = address, open_store(address)

@@ -68,7 +68,7 @@ def overwrites(function: Callable) -> Callable:
 
 
 def output_rules(name: str) -> dict[str, Any]:
-    """Return what :func:`dnnlib.files.check_target` has to know for the output of an option.
+    """Return what :func:`dnnlib.files.check_target` needs to know about an output option.
 
     Whether --overwrite was typed, and what the other options of the running command name.
     """

@@ -11,7 +11,7 @@ NOTHING_NAMED = "it names nothing; perhaps a variable is not set"
 def refusal(
     where: Any, got: Any = _NOTHING, *, accepted: str = "", but: str = "", remedy: str = ""
 ) -> ValueError:
-    """Return the error that tells a user in one sentence what is wrong with an input.
+    """Return an error that says in one sentence what is wrong with an input.
 
     The sentence is ``WHERE: got GOT, but BUT; accepted: ACCEPTED; REMEDY.`` without the parts that
     are empty; without ``got`` it is ``WHERE: BUT; ...``. ``where`` is the option or the file, and

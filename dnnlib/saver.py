@@ -80,7 +80,7 @@ def sidecar_of(path: Path) -> Path:
 
 
 class SaverProcess:
-    """Does what it is told, in order, and answers each with an error or none."""
+    """Executes requests in order, and answers each with an error or none."""
 
     def __init__(self, connection: socket.socket, deadline_sec: float, rate: float | None) -> None:
         self._connection, self._deadline, self._rate = connection, deadline_sec, rate

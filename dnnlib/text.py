@@ -63,7 +63,7 @@ def by_number(name: str) -> tuple[bool, int, str]:
 
 
 def check_seeds(where: str, seeds: Iterable[Any]) -> None:
-    """Raise ValueError for a seed of an image that is no integer from 0 to 2^32 - 1."""
+    """Raise ValueError if the seed of an image is not an integer from 0 to 2^32 - 1."""
     for seed in seeds:
         try:
             is_seed = not isinstance(seed, bool) and 0 <= operator.index(seed) <= _MAX_SEED

@@ -339,7 +339,7 @@ def make_evaluate(
     device: torch.device,
     parts: tuple[ImageDataset, ImageDataset] | None = None,
 ) -> Callable[[tuple[str, ...], Callable], list[dict[str, Any]]]:
-    """Return the function by which the training loop scores a model's images against real ones.
+    """Return the function with which the training loop scores a model's images against real ones.
 
     With ``parts``, images trained on and images held out, there are rows of both beside those of
     the metrics; see :class:`evaluation.held_out.HeldOutScores`. Detectors and references are made

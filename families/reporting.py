@@ -7,7 +7,7 @@ from training.family import Evaluator, Family
 
 
 def check_conditions(run: RunConfig) -> None:
-    """Raise ValueError for a model without classes, of which nothing can be reported."""
+    """Raise ValueError for a model without classes, which has nothing to report."""
     if not run.model.num_classes:
         raise ValueError("This model is unconditional; there is no condition to vary.")
 

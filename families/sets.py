@@ -46,7 +46,7 @@ _VALIDATION_SEED = 0
 
 
 class SetFamily(ImageFamily):
-    """Sets of images of a class, of which supports stand for the class."""
+    """Sets of images of a class, which a support represents."""
 
     run = SetRun
 

@@ -17,7 +17,7 @@ class Conditioner(nn.Module):
     def forward(
         self, cond: dict[str, Tensor], drop: Tensor | None = None, num: int | None = None
     ) -> Context:
-        """Return the context of N images, None in the place of what there is no condition for.
+        """Return the context of N images, with None where a condition is missing.
 
         Args:
             cond: Named conditions, which the subclass describes.

@@ -138,7 +138,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of tokens to those of a context; ``num_heads`` divides ``dim``."""
+    """Multi-head attention from tokens to a context; ``num_heads`` divides ``dim``."""
 
     def __init__(
         self, dim: int, context_dim: int, num_heads: int, bias: bool = True, qk_norm: bool = False

@@ -176,7 +176,7 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class BackgroundSum:
-    """A sum over all ranks that goes on while they do, on the CPU group. Collective."""
+    """A sum over all ranks on the CPU group that runs while they continue. Collective."""
 
     def __init__(self, value: int) -> None:
         self._sum = torch.tensor(value, dtype=torch.int32)

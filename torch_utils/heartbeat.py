@@ -84,11 +84,11 @@ class Heartbeat:
             self._waits = False
 
     def finish_step(self, step: str) -> None:
-        """Note which step has ended, as it is to be told."""
+        """Record which step has ended, in the form in which it is reported."""
         self._step = step
 
     def stop(self) -> None:
-        """Watch no longer, and let the others know that this process leaves."""
+        """Stop watching, and let the other ranks know that this process leaves."""
         atexit.unregister(self.stop)
         self._stop.set()
         for thread in self._threads:

@@ -85,7 +85,7 @@ def fit_tile(image: Tile, height: int = 256) -> PIL.Image.Image:
 
 
 def class_titles(names: Sequence[str], columns: int, heading: str = "") -> Titles:
-    """Return titles that say of which class each image is: once for all, a row or a column of one.
+    """Return titles with the class of each image, or one title where images share a class.
 
     ``names`` are those of the images' classes, in order; empty without any.
     """

@@ -31,7 +31,7 @@ class Board(Protocol):
 def open_board(
     name: str, run_dir: Path, logging: LoggingConfig, config: Config, cur_nimg: int
 ) -> Board:
-    """Return a board for a run that begins, or goes on, at ``cur_nimg`` images.
+    """Return a board for a run that begins, or continues, at ``cur_nimg`` images.
 
     Raises ValueError if its package is missing, and whatever the package raises.
     """

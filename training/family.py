@@ -230,7 +230,7 @@ class Requests(Protocol):
     facts: dict[str, Any]
 
     def label(self, part: int, seed: int) -> int | None:
-        """Return the number by which :meth:`Generator.generate` knows what to make."""
+        """Return the number that tells :meth:`Generator.generate` what to make."""
         ...
 
     def bind(self, generator: Any, device: torch.device) -> Generator:
@@ -332,7 +332,7 @@ class Family(Protocol):
         ...
 
     def fit(self, run: RunConfig, data: TrainingData | None, num_classes: int = 0) -> RunConfig:
-        """Return ``run`` with what the data decide; without data, as of ``num_classes`` classes.
+        """Return ``run`` with what the data decide; without data, as for ``num_classes`` classes.
 
         Raises ValueError if the run asks for what the data cannot give.
         """
@@ -391,7 +391,7 @@ class Family(Protocol):
         ...
 
     def describe(self, run: RunConfig) -> dict[str, str]:
-        """Return rows for the description of a run, besides those of every model."""
+        """Return rows for the description of a run, in addition to the rows of every model."""
         ...
 
     def describe_data(self, data: TrainingData) -> list[str]:
@@ -453,7 +453,7 @@ class Family(Protocol):
         ...
 
     def unprompted(self, generator: Any) -> Any:
-        """Return ``generator`` with whatever it makes images from made up."""
+        """Return ``generator`` with made-up inputs for its images."""
         ...
 
 

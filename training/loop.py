@@ -234,7 +234,7 @@ def training_loop(
     monitor = Monitor(config, parameters, num_rollbacks, resume_state)
 
     def attempt(what: str, make: Callable[..., None]) -> bool:
-        """Return False if a stop cut ``make`` short; what is not finite is told, not made."""
+        """Return False if a stop cut ``make`` short; non-finite values are reported instead."""
         try:
             with (
                 outlook.timed(what),

@@ -138,7 +138,7 @@ class Objective(torch.nn.Module):
         return loss.sum()
 
     def loss_under(self, images: Tensor, cond: Cond, draws: Draws, context: Context) -> Tensor:
-        """Return the same under any context of as many images, such as those of others."""
+        """Return the same under any context of as many images, such as other images' contexts."""
         return self._loss(images, draws.sigma, draws.noise, context, draws.target)
 
     @property

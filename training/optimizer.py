@@ -92,7 +92,7 @@ class GuardedAdam:
         return self._adam.state[param].get("exp_avg") if param in self._adam.state else None
 
     def forget(self) -> None:
-        """Begin anew with the moments; counters and the loss scale go on."""
+        """Reset the moments; counters and the loss scale are kept."""
         self._adam.state.clear()
 
     def step(self, lr: float) -> Tensor:

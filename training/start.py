@@ -31,7 +31,7 @@ class Start:
 
     @property
     def source(self) -> str | None:
-        """Snapshot whose weights the run starts from, for whatever reason."""
+        """Snapshot whose weights the run starts from, for any reason."""
         return self.distill if self.transfer is None else self.transfer
 
     @property

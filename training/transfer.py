@@ -17,7 +17,7 @@ _MIN_SHARE = 0.9
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
-    """What became of every tensor, by name; shapes are those of the model."""
+    """What happened to every tensor, by name; shapes are the model's."""
 
     loaded: tuple[str, ...]
     missing: tuple[str, ...]

@@ -27,7 +27,7 @@ STALL_SEC_PER_GB = 0.2
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What the model has to know of a preset; :mod:`benchmarks.scaling.facts` finds it.
+    """What the cost model needs to know about a preset; :mod:`benchmarks.scaling.facts` finds it.
 
     Attributes:
         flops: Of an evaluation of the network on one image.
@@ -240,7 +240,7 @@ def images_per_second(
 def efficiency(
     facts: Facts, gpu: Gpu, plan: Plan, alone: Plan, utilisation: float = UTILISATION
 ) -> float:
-    """Return the images a second of a GPU, relative to those of one that trains ``alone``."""
+    """Return the throughput of a GPU in images/s, relative to one that trains ``alone``."""
     own, one = (images_per_second(facts, gpu, p, utilisation) for p in (plan, alone))
     return own / plan.num_gpus / one
 

@@ -253,13 +253,13 @@ def plain_name(name: str) -> str:
 
 
 def is_needed(name: str) -> bool:
-    """Return whether a file of a zip or tar is read: an image, or what tells of images."""
+    """Return whether a file of a zip or tar is read: an image, or a file about images."""
     is_read = is_image_name(name) or name.endswith(METADATA_SUFFIXES)
     return is_read and not is_hidden(name)
 
 
 def holds_twice(names: Iterable[str]) -> str:
-    """Return words for an error on names of which one is there twice."""
+    """Return the text of an error about a name that appears twice."""
     return f"holds {Counter(names).most_common(1)[0][0]} twice"
 
 

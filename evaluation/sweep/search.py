@@ -100,7 +100,7 @@ class Found:
         return estimates[cell].minus(estimates[self.winner])
 
     def alike(self) -> list[int]:
-        """Return the other cells that were not told apart from the winner, the best first.
+        """Return the cells that cannot be told apart from the winner, the best first.
 
         Some of them were not followed to the end, as the images did not suffice for all.
         """

@@ -27,7 +27,7 @@ from training.family import of as family_of
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """What is to be swept, and by which metrics.
+    """What to sweep, and with which metrics.
 
     Attributes:
         network: A snapshot, or the folder of a run.

@@ -139,7 +139,7 @@ def check_used(given: Collection[str], tests: Sequence[str], choice: str) -> Non
 def make_validate(
     config: ValidationConfig, dataset: FeatureDataset, device: torch.device
 ) -> ValidateFn:
-    """Return the function by which the training loop puts a model to the tests of ``config``.
+    """Return the function with which the training loop runs the tests of ``config`` on a model.
 
     Networks are loaded now, so that a run says at its start what it cannot measure. Collective.
     """

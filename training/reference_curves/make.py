@@ -155,7 +155,7 @@ def with_bands(columns: Mapping[str, Sequence[Series]], coverage: float) -> dict
 
 
 def leave_one_out(columns: Mapping[str, Sequence[Series]], coverage: float) -> LeftOut | None:
-    """Return how many runs lie in the bands of the others, with all their curves."""
+    """Return how many runs lie in the bands of the remaining runs, with all their curves."""
     num_runs = len(next(iter(columns.values())))
     if num_runs < MIN_RUNS:
         return None

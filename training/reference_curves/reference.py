@@ -58,7 +58,7 @@ class Published:
 
 @dataclasses.dataclass(frozen=True)
 class LeftOut:
-    """How many runs lie in the band of all the others, of how many."""
+    """How many runs, of how many, lie in the band of the remaining ones."""
 
     num_inside: int
     num_runs: int

@@ -14,7 +14,7 @@ _MAX_METRICS = 6  # Columns of the table of runs.
 
 
 def with_short_names(runs: Sequence[Run]) -> list[Run]:
-    """Return runs whose names are what tells them apart: without the words that all have.
+    """Return runs with names that distinguish them: without the words that all names share.
 
     Runs whose names would be equal then are called by their whole names, or by their paths.
     """

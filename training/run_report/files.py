@@ -87,7 +87,7 @@ def is_run(run_dir: Path) -> bool:
 
 
 def find_runs(paths: Iterable[Path]) -> list[Path]:
-    """Return run folders: those of ``paths``, and in place of others those in them, by name.
+    """Return run folders: the ones in ``paths``, and for any other folder the runs in it, by name.
 
     Raises ValueError for a path that is no run folder and holds none.
     """

@@ -50,7 +50,7 @@ class Notice:
 
 
 def line_of(row: Mapping[str, Any]) -> str:
-    """Return the line of ``log.txt`` that tells a row of ``watch.jsonl``."""
+    """Return the line of ``log.txt`` for a row of ``watch.jsonl``."""
     message, remedy = (_text(row.get(key)).rstrip(".") for key in ("message", "remedy"))
     return f"Warning: {message}: {remedy}."
 

@@ -30,7 +30,7 @@ def is_page(path: Path) -> bool:
 
 
 class Draft:
-    """A page without pictures, whose size tells how much room they have."""
+    """A page without pictures, whose size decides how much room they have."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self._runs, canvas = runs, Canvas()

@@ -94,7 +94,7 @@ def _environment(run: Run) -> Html:
 
 
 def next_section(run: Run) -> Html:
-    """Return commands that go on from here: resume, sample, score."""
+    """Return commands for the next steps: resume, sample, score."""
     shown = [
         tag(
             "div",

@@ -56,7 +56,7 @@ class ReferenceWatch:
         self._reference = read_reference(path) if path.is_file() else None
 
     def findings(self) -> list[Finding]:
-        """Return that the run is outside, unless that was told since it left its bands."""
+        """Return that the run is outside its bands, unless that was reported since it left them."""
         if self._reference is None:
             return []
         try:

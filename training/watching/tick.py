@@ -63,5 +63,5 @@ class Watcher(Protocol):
     """
 
     def look(self, tick: Tick) -> list[Finding] | None:
-        """Return what is wrong as of this tick; None if the tick does not tell."""
+        """Return what is wrong at this tick; None if the tick does not show it."""
         ...

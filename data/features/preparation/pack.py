@@ -209,7 +209,7 @@ def pack(path: Path, plan: Plan, images: Sequence[PlannedImage], stage: Stage) -
 
 
 def open_up(folder: Path) -> None:
-    """Delete record and manifests: what the folder holds is told by the indexes from here on."""
+    """Delete record and manifests: from here on, the indexes describe the folder."""
     for path in (folder / RECORD_FILE, *_glob(folder, MANIFEST_FILE)):
         path.unlink(missing_ok=True)
 
