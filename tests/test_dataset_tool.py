@@ -172,7 +172,7 @@ def test_a_target_that_exists_is_left_alone(tmp_path, name):
     assert len(ImageDataset(tmp_path / name)) == 1
     code, output = convert(tmp_path / name, tmp_path / name, "--overwrite")
     assert code == 1
-    assert "is what --source names" in output
+    assert "is also the file of --source" in output
     assert len(ImageDataset(tmp_path / name)) == 1
 
 
