@@ -39,6 +39,9 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import chaos_runs  # noqa: E402
 import psutil  # noqa: E402
+
+# torch imports this late. A stop in the middle of it would leave half of it to all later ranks.
+import torch._dynamo  # noqa: E402, F401
 from helpers import TINY  # noqa: E402
 from torch.distributed import FileStore  # noqa: E402
 from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend  # noqa: E402
