@@ -68,6 +68,7 @@ _SAMPLE = {
     "per-proc-batch-size": "--batch",
     "images-per-prompt": "--num-images",
 }
+_INSTEAD = {"cfg-scale": "Feature-conditioned models have --text-scale and --visual-scale."}
 
 
 def used_here(name: str, *, training: bool = False) -> str | None:
@@ -87,5 +88,6 @@ def _of_training(name: str) -> str | None:
 
     for preset, chosen in PRESETS.items():
         if any(name in (own.name, *own.aliases) for own in settings(chosen.run)):
-            return f"--{name}: an option of train.py --preset={preset}, which is not one of these."
+            told = f"--{name}: an option of train.py --preset={preset}, which is not one of these."
+            return f"{told} {_INSTEAD[name]}" if name in _INSTEAD else told
     return None

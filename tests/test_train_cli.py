@@ -1237,9 +1237,16 @@ def test_an_option_of_another_program_is_answered_with_its_name_here(script, wor
     assert f"{words.split()[-1].partition('=')[0]}: here it is {here}" in message
 
 
+def test_guidance_that_a_model_does_not_have_is_answered_with_its_own():
+    message = synonyms.used_here("cfg-scale")
+    assert "which is not one of these. Feature-conditioned models have --text-scale" in message
+    assert synonyms.used_here("hflip").endswith("which is not one of these.")
+
+
 def test_what_is_called_otherwise_exists_under_the_name_that_is_given():
     names = {f"--{setting.name}" for preset in PRESETS.values() for setting in settings(preset.run)}
     names |= {name for script in (train, generate) for p in script.main.params for name in p.opts}
-    for table in (synonyms._TRAIN, synonyms._SAMPLE, synonyms._SHARED):
+    tables = synonyms._TRAIN, synonyms._SAMPLE, synonyms._SHARED, synonyms._INSTEAD
+    for table in tables:
         for here in table.values():
             assert set(re.findall(r"(?<![\w'])--[a-z]+(?:-[a-z]+)*(?![_\w])", here)) <= names, here
