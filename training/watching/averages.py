@@ -1,21 +1,22 @@
-"""Whether the average of the weights follows them, and is as good as they are."""
+"""Whether the weight average follows the weights, and has as low a loss as they have."""
 
 from training.config import TrainingConfig
 from training.watching.finding import Finding
 from training.watching.tick import Tick
 
-_LEAST_STEP, _MOST_STEP = 0.5, 2.0  # Of what the average of weights should move in a step.
-_MOST_BEHIND = 0.25  # Of the loss, by which that of the average may be larger.
-_NUM_ERRORS = 4.0  # Standard errors that this has to be above zero.
-_HALF_LIVES = 4  # After which an average no longer remembers where it began: 1/16 of it is left.
+# Limits on how far the average moves in a step, relative to the distance its decay implies.
+_LEAST_STEP, _MOST_STEP = 0.5, 2.0
+_MOST_BEHIND = 0.25  # Largest accepted excess of the average's loss, as a share of the loss.
+_NUM_ERRORS = 4.0  # Standard errors by which the excess has to differ from zero.
+_HALF_LIVES = 4  # Until the initial weights hardly matter: they then have a share of 1/16.
 
 
 class AverageWatcher:
-    """Says when an average does not move as it should, or stays behind the weights.
+    """Reports an average that does not move as it should, or that lags behind the weights.
 
     Args:
-        training: The run's settings of its average.
-        step_nimg: Images in an optimizer step.
+        training: Settings of the run, of which those of the average are used.
+        step_nimg: Images per optimizer step.
     """
 
     def __init__(self, training: TrainingConfig, step_nimg: int) -> None:
@@ -55,7 +56,10 @@ class AverageWatcher:
         ]
 
     def _will_catch_up(self, tick: Tick) -> bool:
-        """Return whether the average is as young as its settings ask for, and the run goes on."""
+        """Return whether a fixed half-life explains the lag, and the run is long enough to end it.
+
+        With ``--ema-rampup`` the average has no such lag.
+        """
         training = self._training
         if training.ema_rampup is not None:
             return False

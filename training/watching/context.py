@@ -1,24 +1,25 @@
-"""Whether a network uses what its images are made from: classes, sets, texts, features."""
+"""Whether a network uses its conditioning: classes, sets, texts or features."""
 
 import collections
 
 from training.watching.finding import Finding
 from training.watching.tick import Tick
 
-# Contexts begin without an effect where modulations begin at zero: so many steps are not judged.
+# The first steps are not judged: contexts have no effect while zero-initialised modulations are 0.
 _FIRST_STEP = 20
-_NUM_TICKS = 2  # In which another context makes no difference at all.
-_NONE = 1e-6  # Of the loss: as little as another context changes by rounding.
-# Later, the mean of so many ticks has to be above a share of the loss, or above chance.
+_NUM_TICKS = 2  # Consecutive ticks in which another context makes no difference at all.
+_NONE = 1e-6  # Share of the loss that rounding explains.
+# From step 1,000 and 30% of the run on, the mean difference over 10 ticks is judged too. It is too
+# small below both 0.1% of the loss and 2 standard errors.
 _NUM_MEAN, _LATER_STEP, _LATER_SHARE = 10, 1000, 0.3
 _LITTLE, _NUM_ERRORS = 1e-3, 2.0
 
 
 class ContextWatcher:
-    """Says when images made from the contexts of others have the same loss.
+    """Reports when images have the same loss under the contexts of other images.
 
-    Early in a run, where there is no difference but rounding; after 1,000 steps and 30% of it, also
-    where the difference is below 0.1% of the loss, and no more than chance.
+    Early in a run, that is a difference which rounding explains. After 1,000 steps and 30% of the
+    run, it is also one below 0.1% of the loss that chance explains.
     """
 
     def __init__(self) -> None:

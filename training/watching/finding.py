@@ -1,11 +1,11 @@
-"""One thing that is wrong with a run, and what to do about it."""
+"""A finding: one thing that is wrong with a run, and its remedy."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What a watcher has to say.
+    """One thing that a watcher reports about a run.
 
     Attributes:
         name: A short fixed identifier, such as ``labels_shuffled``.

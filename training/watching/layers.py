@@ -1,18 +1,18 @@
-"""Whether every block of the network learns, and none of them drowns the others."""
+"""Whether every block of the network learns, and none of them explodes or saturates."""
 
 from training.watching.finding import Finding
 from training.watching.tick import Tick
 
-_FIRST_STEP = 20  # Layers that begin at zero keep gradients from others in the first steps.
-_DEAD = 1e-7  # Of the usual gradient of a matrix.
-_NUM_TICKS = 2  # In which a block has to be dead.
+_FIRST_STEP = 20  # In the first steps, zero-initialised layers keep gradients from other layers.
+_DEAD = 1e-7  # Relative to the median gradient of all matrices.
+_NUM_TICKS = 2  # Consecutive ticks in which a block has to be dead.
 _LARGEST_GAIN = 12.0
 _LARGEST_LOGIT = 200.0
 _MOST_NAMED = 3
 
 
 class LayerWatcher:
-    """Says which blocks get no gradient, blow up what they get, or attend to single tokens."""
+    """Reports blocks that get no gradient, amplify their input too much, or saturate softmax."""
 
     def __init__(self) -> None:
         self._num_dead: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""Whether the learning rate is far too high or far too low, judged by the size of updates."""
+"""Whether the learning rate is far too high or too low, judged by the size of updates."""
 
 from training.config import RunConfig
 from training.distillation.stages import stages_of
@@ -6,22 +6,22 @@ from training.optimizer import learning_rate
 from training.watching.finding import Finding
 from training.watching.tick import Tick
 
-# A larger update in one step, as a share of the weights; or one half as large, with which the
-# activations of half the blocks have grown as far.
+# Largest update in one step, as a share of the norm of the weights. The limit is half of that if
+# the activations of at least half the blocks exceed _LARGEST_ACTIVATION.
 _LARGEST_UPDATE, _LARGEST_ACTIVATION = 0.03, 100.0
-_SHORTEST_PATH = 1.0  # Lengths of the weights that they can move in the whole run.
-_ALIGNED = 0.7  # Cosine of gradients: they point the same way, with hardly any noise.
-_NUM_TICKS = 2  # In which this has to be so.
-_NUM_POINTS = 200  # Of a schedule, over which it is averaged.
+_SHORTEST_PATH = 1.0  # Distance in the whole run, relative to the norm of the weights.
+_ALIGNED = 0.7  # Cosine above which gradients have hardly any noise.
+_NUM_TICKS = 2  # Consecutive ticks in which this has to hold.
+_NUM_POINTS = 200  # Points at which a schedule is averaged.
 
 
 class LearningRateWatcher:
-    """Says when updates are too large for the weights, or too small for the steps there are.
+    """Reports updates that are too large for the weights, or too small for the length of the run.
 
-    Too high: a single update is a considerable share of the weights. Too low: with this update in
-    every step, and the schedule of the run, weights would move less than their own length, while
-    gradients still point the same way from step to step. Fine-tuning has small updates, too, but
-    gradients that vary.
+    The rate is too high if a single update is a considerable share of the weights. It is too low if
+    updates like the last one, scaled by the schedule, would move the weights by less than their own
+    norm in the whole run, while gradients still point the same way from step to step. Fine-tuning
+    has small updates too, but its gradients vary.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -62,9 +62,9 @@ class LearningRateWatcher:
         return []
 
     def _path(self, tick: Tick, update: float) -> float | None:
-        """Return how far the weights can move in a stage, in their own lengths; None for no rate.
+        """Return how far the weights can move in a stage, relative to their norm.
 
-        ``update`` is what the last step moved them.
+        ``update`` is how far the last step moved them. None if its learning rate was 0.
         """
         training, step_nimg = self._config.training, self._config.step_nimg
         stage = stages_of(self._config)[tick.phase[0]]

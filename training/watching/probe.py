@@ -1,6 +1,6 @@
-"""What a network does with a few rows of a batch: activations, attention, and use of its context.
+"""Measurements of a network on a few rows of a batch: activations, attention, use of its context.
 
-A probe is made at the end of a tick, without gradients, dropout and random numbers.
+A probe runs at the end of a tick, without gradients, dropout or random numbers.
 """
 
 import contextlib
@@ -16,23 +16,25 @@ from models.config import ModelConfig
 from torch_utils.stats import StatsCollector
 from training.ema import EMA
 
-_NUM_IMAGES = 32  # That a probe looks at on each rank, about.
-_MAX_QUERIES, _MAX_SCORES = 64, 2**20  # Of an attention, whose scores are computed once more.
+_NUM_IMAGES = 32  # Images of a probe on each rank, about.
+# Limits per attention layer, as its scores are computed a second time.
+_MAX_QUERIES, _MAX_SCORES = 64, 2**20
 
 
 def named_blocks(config: ModelConfig, backbone: nn.Module) -> dict[str, nn.Module]:
-    """Return the blocks of a backbone by their names in it, in order."""
+    """Return the blocks of a backbone by their module names, in order."""
     names = {module: name for name, module in backbone.named_modules()}
     blocks = {names[block]: block for block in config.sharded_parts(backbone)}
     return {name: block for name, block in blocks.items() if name}
 
 
 class Blocks:
-    """What the blocks of a network do in a forward pass.
+    """Statistics of the blocks of a network in a forward pass.
 
     Attributes:
-        values: Scalars by statistic and block: ``activation`` (root mean square of the output),
-            ``gain`` (that over the input's), ``logit`` (largest absolute score of attention).
+        values: Scalars, float32, by ``STATISTIC/BLOCK``: ``activation`` (root mean square of the
+            output), ``gain`` (its ratio to that of the input) and ``logit`` (largest absolute
+            attention score).
     """
 
     def __init__(self, blocks: Mapping[str, nn.Module]) -> None:
@@ -42,7 +44,7 @@ class Blocks:
 
     @contextlib.contextmanager
     def observed(self) -> Iterator[None]:
-        """Fill :attr:`values` by the pass within the block."""
+        """Fill :attr:`values` from the forward passes that run in this context."""
         with contextlib.ExitStack() as hooks:
             hooks.enter_context(observing_attention(self._attends))
             for name, block in self._blocks.items():
@@ -75,14 +77,14 @@ class Blocks:
 
 
 class Probe:
-    """Looks at what a network and its average make of a batch.
+    """Evaluates a network and its weight average on a few rows of a batch.
 
     Args:
         objective: The family's objective of the network, a
             :class:`training.objective.Objective`.
-        averaged: The same of the averaged network.
-        ema: The average.
-        blocks: Modules of the network whose outputs are looked at, by name.
+        averaged: The same objective of the averaged network.
+        ema: The weight average.
+        blocks: Modules of the network whose outputs are measured, by name.
     """
 
     def __init__(
@@ -94,9 +96,10 @@ class Probe:
 
     @torch.no_grad()
     def begin(self, batch: tuple[Tensor, Cond, Any], cur_nimg: int) -> None:
-        """Keep a few rows of a prepared batch with its draws, and their loss before the step.
+        """Keep a few rows of a prepared batch with their draws, and their loss before the step.
 
-        ``cur_nimg`` counts the images before that step. Collective.
+        ``batch`` is (images, conditions, draws); ``cur_nimg`` counts the images before the step.
+        Collective.
         """
         images, cond, draws = _some_rows(batch, self._objective.network.config.images_per_row)
         draws = self._objective.fixed_draws(draws.sigma, draws.noise, cur_nimg)
@@ -107,11 +110,11 @@ class Probe:
 
     @torch.no_grad()
     def look(self, stats: StatsCollector) -> None:
-        """Report under ``Watch/`` what is made of the rows kept, after the step. Collective.
+        """Report statistics of the kept rows under ``Watch/``, after the step. Collective.
 
-        ``loss`` is that of each image without anything dropped; ``step_effect`` by how much the
-        step changed it. ``context_gap`` is by how much it rises when images get the contexts of
-        others, and ``average_gap`` by how much that of the averaged weights is larger.
+        ``loss`` is the loss of each image with nothing dropped, ``step_effect`` its change by the
+        step, ``context_gap`` its increase when images get the contexts of other images, and
+        ``average_gap`` its increase with the averaged weights.
         """
         assert self._kept is not None, "a step was looked at whose begin was not"
         ((images, cond, draws), before), self._kept = self._kept, None
@@ -126,20 +129,20 @@ class Probe:
                 num = objective.network.config.images_per_row
                 others = context.index(torch.arange(len(own), device=own.device).roll(num))
                 lost = _by_image(objective.loss_under(images, cond, draws, others))
-                # Ranks whose passes differ in their rows report the same statistics.
+                # A mask, as every rank has to report the same names, however many rows it has.
                 differs = torch.full_like(own, len(images) > 1, dtype=torch.bool)
-                if num == 1:  # Sets are always others; images may be of one class.
+                if num == 1:  # Sets always differ, but neighbouring images may share a class.
                     differs = _differs_from_last(cond, differs)
                 stats.report("Watch/context_gap", lost - own, differs)
         for name, value in blocks.values.items():
-            stats.report(f"Watch/{name}", value)  # Nothing of a pass without rows, which is NaN.
+            stats.report(f"Watch/{name}", value)  # A pass without rows gives NaN, which is ignored.
         with self._ema.filled(), _uncompiled(self._ema.network):
             averaged = _by_image(self._averaged(images, cond, draws))
         stats.report("Watch/average_gap", averaged - own)
 
     @contextlib.contextmanager
     def _evaluated(self) -> Iterator[None]:
-        """Within it, the network is whole, not compiled, and without dropout."""
+        """Keep the network unsharded, uncompiled and without dropout in this context."""
         network = self._objective.network
         was_training = network.training
         network.eval()
@@ -151,7 +154,7 @@ class Probe:
 
 
 def _some_rows(batch: tuple[Tensor, Cond, Any], images_per_row: int) -> tuple[Tensor, Cond, Any]:
-    """Return the first rows of a batch; what is not one thing a row is the same for all."""
+    """Return the first rows of a batch, with the conditions that have one entry per row cut too."""
     images, cond, draws = batch
     num = len(images)
     few = min(num, max(_NUM_IMAGES // images_per_row, 2))
@@ -160,9 +163,9 @@ def _some_rows(batch: tuple[Tensor, Cond, Any], images_per_row: int) -> tuple[Te
 
 
 def _differs_from_last(cond: Cond, default: Tensor) -> Tensor:
-    """Return whether any condition of a row is another than that of the row before, bool [N].
+    """Return whether any condition of a row differs from that of the row before, bool [N].
 
-    It is ``default`` [N] without conditions.
+    Without conditions, return ``default`` [N].
     """
     own = [value for value in cond.values() if len(value) == len(default)]
     found = [(value != value.roll(1, dims=0)).flatten(1).any(1) for value in own if value.ndim > 1]
@@ -175,9 +178,9 @@ def _by_image(loss: Tensor) -> Tensor:
 
 
 def _uncompiled(network: Any) -> contextlib.AbstractContextManager:
-    """Return a context in which modules run as they are.
+    """Return a context in which modules run eagerly.
 
-    Compiled code calls no hooks, and would be compiled anew for so few rows.
+    Compiled code calls no hooks, and would be recompiled for so few rows.
     """
     if not network.is_compiled:
         return contextlib.nullcontext()
@@ -189,7 +192,11 @@ def _rms(x: Tensor) -> Tensor:
 
 
 def _largest_score(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """Return the largest absolute score of some queries to all keys they may see."""
+    """Return the largest absolute attention score of a sample of queries over unmasked keys.
+
+    ``q`` and ``k`` are [N, heads, L, d]; a bool ``bias`` is true where a key is attended to, a
+    float one is added to the scores. The result is NaN for a batch without rows.
+    """
     _, heads, length, _ = q.shape
     if not len(q):
         return q.new_full((), torch.nan, dtype=torch.float32)

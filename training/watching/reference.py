@@ -1,4 +1,4 @@
-"""Warns when a run leaves the bands of its reference curves."""
+"""Warnings when a run leaves the bands of its reference curves."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -24,16 +24,16 @@ def place_reference(
     origin: Mapping[str, Any] | None,
     reference: Reference | None,
 ) -> str:
-    """Write reference curves into the folder of a run that can be compared with them; say so.
+    """Write reference curves into the folder of a run that is comparable, and return a message.
 
-    ``origin`` is what the run knows of its first weights. Of a run that is continued with other
-    settings, so that it cannot be compared any more, the copy is removed.
+    If the run is not comparable, as after a change of settings, any older copy is removed and the
+    message is empty. ``origin`` describes the initial weights of the run.
     """
     if reference is not None and reference.curves:
         own = deciding_settings(config, origin), data_facts(read_object(run_dir / OPTIONS_FILE))
         found = compare_settings(own[0], reference.settings, own[1], reference.data)
         if not found.differences:
-            if not found.same_average:  # Which validation and scores are of.
+            if not found.same_average:  # Validation and scores depend on the weight average.
                 curves = {k: own for k, own in reference.curves.items() if own.kind == "window"}
                 reference = dataclasses.replace(reference, curves=curves)
             write_reference(run_dir / RUN_FILE, reference)
@@ -47,7 +47,7 @@ def place_reference(
 class ReferenceWatch:
     """Compares a run with the ``reference.json`` in its folder, if there is one.
 
-    All that it knows is in the files of the run, so that a run that is resumed tells the same.
+    It keeps all its state in the files of the run, so that a resumed run warns of the same things.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -56,7 +56,10 @@ class ReferenceWatch:
         self._reference = read_reference(path) if path.is_file() else None
 
     def findings(self) -> list[Finding]:
-        """Return that the run is outside its bands, unless that was reported since it left them."""
+        """Return a finding if the run is outside its bands, unless watch.jsonl has it already.
+
+        A comparison that fails is reported once as a finding of level ``info``.
+        """
         if self._reference is None:
             return []
         try:

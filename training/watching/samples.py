@@ -1,4 +1,4 @@
-"""Whether samples differ from one another as real images do, at every snapshot."""
+"""Whether the samples of each snapshot differ from one another as real images do."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,22 +16,24 @@ from training.watching.finding import Finding
 
 METRIC = "sample_spread"
 _NUM_REALS = 64
-_MAX_SIDE = 16  # Pixels of the small pictures that are compared.
-_FEWEST = 4  # Samples that tell anything.
-_LEAST_SPREAD = 0.05  # Of the mean squared distance of two real images.
-_LEAST_NEAREST = 0.1  # Of the median distance of a real image to the nearest other.
-_LEAST_DETECTED = 0.05  # Of the variance of a detector's outputs for real images.
-# A young network makes the mean of all images. Until it has had time to learn, its samples have
-# only to differ at all, which they do after a few steps.
+_MAX_SIDE = 16  # Images are reduced to at most 16x16 pixels before they are compared.
+_FEWEST = 4  # Fewer samples are not judged.
+# Lower limits, each relative to the same statistic of real images: the mean squared distance of two
+# images, the median distance to the nearest other image, and the variance of a detector's outputs.
+_LEAST_SPREAD = 0.05
+_LEAST_NEAREST = 0.1
+_LEAST_DETECTED = 0.05
+# A young network generates the mean of all images. Until it has had time to learn, its samples only
+# have to differ at all, which they do after a few steps.
 _FIRST_STEP, _NONE = 40, 1e-5
 _LATER_STEP, _LATER_SHARE = 1000, 0.1
 
 
 def spread(images: Tensor) -> dict[str, float]:
-    """Return how far small pictures [N, D] are from one another.
+    """Return how far vectors [N, D] lie from one another.
 
-    ``spread`` is the mean squared distance of two of them, ``nearest`` the median distance of one
-    to the nearest other.
+    ``spread`` is the mean squared distance between two of them, ``nearest`` the median distance of
+    one to its nearest neighbour.
     """
     num = len(images)
     distances = torch.cdist(images.double(), images.double())
@@ -41,9 +43,10 @@ def spread(images: Tensor) -> dict[str, float]:
 
 
 def compared(fakes: Sequence[Tensor], reals: Sequence[Tensor]) -> dict[str, float]:
-    """Return the spread of samples over that of as many real images, uint8 [C, H, W] each.
+    """Return each statistic of :func:`spread` for samples, relative to as many real images.
 
-    All become pictures of one size, of at most 16x16 pixels.
+    Images are uint8 [C, H, W] of any size; all are reduced to one square size first, of at most
+    16x16 pixels.
     """
     num = min(len(fakes), len(reals))
     sides = (min(image.shape[1:]) for image in (*fakes, *reals))
@@ -56,20 +59,21 @@ def compared(fakes: Sequence[Tensor], reals: Sequence[Tensor]) -> dict[str, floa
 
 
 def _small(images: Sequence[Tensor], side: int) -> Tensor:
-    """Return images [C, H, W] as vectors [N, C side side] in [0, 1]."""
+    """Return images, uint8 [C, H, W] each, as vectors [N, C * side * side] in [0, 1]."""
     shrunk = [functional.adaptive_avg_pool2d(image.cpu().float(), side) for image in images]
     return torch.stack(shrunk).flatten(1) / 255
 
 
 class SampleWatch:
-    """Compares samples with real images, and what detectors see in both where they are scored.
+    """Compares the spread of samples with that of real images, in pixels and in detector outputs.
 
-    Only rank 0 makes one. The values are recorded as the metric ``sample_spread``.
+    Used on rank 0 only. The pixel values are recorded as the metric ``sample_spread``; those of
+    detector outputs are read from score rows.
 
     Args:
-        job: What is trained, a :class:`training.loop.Job`.
-        run_dir: The run folder, whose records say what was found before.
-        telemetry: What findings are told to.
+        job: The job that is trained, a :class:`training.loop.Job`.
+        run_dir: The run folder, whose records tell what was found before.
+        telemetry: Where findings are reported.
     """
 
     def __init__(self, job: Any, run_dir: Path, telemetry: Telemetry) -> None:
@@ -80,7 +84,7 @@ class SampleWatch:
             self._known[str(row.get("metric"))] = {own.name for own in self._judged(row)}
 
     def see(self, pictures: Sequence[Tensor], cur_nimg: int) -> None:
-        """Record the spread of samples, uint8 [C, H, W] each, and tell what is new about it."""
+        """Record the spread of samples, uint8 [C, H, W] each, and report new findings on it."""
         if not self.is_lacking(cur_nimg):
             return
         self._reals = self._reals or self._real_images()
@@ -98,7 +102,7 @@ class SampleWatch:
         return not metric_is_recorded(self._run_dir, METRIC, cur_nimg)
 
     def see_scores(self, cur_nimg: int) -> None:
-        """Tell what is new about the scores after ``cur_nimg`` images."""
+        """Report new findings on the scores after ``cur_nimg`` images."""
         for path in self._records():
             rows = [row for row in read_rows(path)[0] if row.get("kimg") == cur_nimg / 1000]
             for row in rows:
@@ -108,7 +112,7 @@ class SampleWatch:
     def _tell(self, row: Mapping[str, Any], cur_nimg: int) -> None:
         found, metric = self._judged(row), str(row.get("metric"))
         known = set().union(*self._known.values())
-        # A kill may have come after it was told and before that was recorded.
+        # A killed process may have reported a finding before it recorded the row.
         rows = read_rows(self._run_dir / WATCH_FILE)[0]
         known |= {row.get("name") for row in rows if row.get("kimg") == cur_nimg / 1000}
         for finding in found:
@@ -117,7 +121,10 @@ class SampleWatch:
         self._known[metric] = {finding.name for finding in found}
 
     def _judged(self, row: Mapping[str, Any]) -> list[Finding]:
-        """Return what is to be told of a row, which depends on how long the network has trained."""
+        """Return the findings on a row that count after as many steps as the network has trained.
+
+        Early in a run, only samples that are all equal count.
+        """
         config, kimg = self._job.config, row.get("kimg")
         step = kimg * 1000 / config.step_nimg if is_finite(kimg) else 0
         found = findings_of(row) if step >= _FIRST_STEP else []
@@ -137,7 +144,7 @@ class SampleWatch:
 
 
 def findings_of(row: Mapping[str, Any]) -> list[Finding]:
-    """Return what a score row says of the spread of samples, if it does."""
+    """Return a finding if a row of scores shows that samples are nearly the same."""
     if row.get("metric") == METRIC:
         values = row.get("values")
         values = values if isinstance(values, Mapping) else {}

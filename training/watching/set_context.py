@@ -6,12 +6,12 @@ from models.config import ModelConfig
 from training.watching.finding import Finding
 from training.watching.tick import Tick
 
-# Nothing is said of the first steps: the encoder has no gradient in the first two, since the
-# modulation and the output begin at zero, and little in those after.
+# The first steps are not judged: the encoder has no gradient in the first two, as modulation and
+# output layers are zero-initialised, and little in those that follow.
 _FIRST_STEP = 200
-_SMALL_NORM = 1e-3  # Of the square root of the width, the length of a vector of unit variance.
-_SMALL_ENCODER_GRADIENT = 1e-3  # Of the gradient of the DiT.
-_VANISHING = 0.5  # Of the gradient of the next block, for each of at least three.
+_SMALL_NORM = 1e-3  # Relative to sqrt(width), the norm of a vector of unit variance.
+_SMALL_ENCODER_GRADIENT = 1e-3  # Relative to the gradient of the DiT.
+_VANISHING = 0.5  # Ratio of the gradients of adjacent blocks; all of at least three are below it.
 
 CONTEXT = Finding(
     name="context_near_zero",
@@ -32,10 +32,11 @@ LAYERS = Finding(
 
 
 class SetContextWatcher:
-    """Says when a context is near zero, its encoder gets no gradient, or gradients vanish.
+    """Reports a context near zero, an encoder with hardly any gradient, or vanishing gradients.
 
     Args:
-        model: Settings of the network, of any kind; others have no such diagnostics.
+        model: Settings of the network. Only set-conditioned models have these diagnostics; no other
+            model is judged.
     """
 
     def __init__(self, model: ModelConfig) -> None:
@@ -58,7 +59,7 @@ class SetContextWatcher:
     def _vanishes(self, tick: Tick) -> bool:
         means = [tick.mean(f"debug/dit_layer_{i}_grad_norm") for i in range(self._model.num_blocks)]
         norms = [norm for norm in means if norm is not None]
-        if len(norms) < 3 or not any(norms):  # As while the encoder is trained alone.
+        if len(norms) < 3 or not any(norms):  # All are zero while the encoder is pre-trained.
             return False
         ratios = [low / max(high, 1e-30) for low, high in itertools.pairwise(norms)]
         backward = all(ratio < _VANISHING for ratio in ratios)

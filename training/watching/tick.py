@@ -1,4 +1,4 @@
-"""What a watcher knows of a tick, and how the statistics of ticks are read back."""
+"""The statistics of a tick, and the protocol of the watchers that judge them."""
 
 import dataclasses
 import math
@@ -14,9 +14,9 @@ class Tick:
 
     Attributes:
         step: Optimizer steps so far.
-        num_steps: Those of the whole run.
-        phase: Changes where the loss becomes another one.
-        stats: A row of ``stats.jsonl``: by name ``num``, ``mean`` and ``std``.
+        num_steps: Optimizer steps of the whole run.
+        phase: The stage of the run, and a number that changes when the objective's loss does.
+        stats: A row of ``stats.jsonl``: ``num``, ``mean`` and ``std`` by name.
     """
 
     step: int
@@ -26,20 +26,20 @@ class Tick:
 
     @property
     def is_probed(self) -> bool:
-        """Whether a probe was made at the end of the tick."""
+        """Whether a probe ran at the end of the tick."""
         return "Watch/loss" in self.stats
 
     def mean(self, name: str) -> float | None:
-        """Return the mean of a statistic; None where it is absent or not finite."""
+        """Return the mean of a statistic; None if it is absent or not finite."""
         return self._number(name, "mean")
 
     def standard_error(self, name: str) -> float | None:
-        """Return the standard error of the mean of a statistic; None where it is unknown."""
+        """Return the standard error of the mean of a statistic; None if it is unknown."""
         num, std = self._number(name, "num"), self._number(name, "std")
         return std / math.sqrt(num) if num and std is not None else None
 
     def by_block(self, kind: str) -> dict[str, float]:
-        """Return the means of the statistics ``Watch/KIND/BLOCK`` by block, in their order."""
+        """Return the finite means of the statistics ``Watch/KIND/BLOCK``, by block, in order."""
         prefix = f"Watch/{kind}/"
         means = {
             name.removeprefix(prefix): self.mean(name)
@@ -58,10 +58,10 @@ class Tick:
 class Watcher(Protocol):
     """Judges the statistics of a run, tick by tick.
 
-    What it keeps is a function of the ticks so far alone: a run that continues shows it the rows
-    of ``stats.jsonl`` again.
+    Its state must be a function of the ticks so far alone, because a resumed run replays the rows
+    of ``stats.jsonl``.
     """
 
     def look(self, tick: Tick) -> list[Finding] | None:
-        """Return what is wrong at this tick; None if the tick does not show it."""
+        """Return what is wrong at this tick; None if the tick cannot be judged."""
         ...

@@ -1,7 +1,7 @@
 """What an optimizer step does to the weights and to their average, measured on a sample of them.
 
-The sample is a few thousand numbers of each parameter, evenly spaced in its memory, the same at
-every tick. Nothing here waits for the device but :meth:`UpdateMeter.measure`, at the end of a tick.
+The sample is up to 2,048 elements of each parameter, evenly spaced in its memory and the same at
+every tick. Only :meth:`UpdateMeter.measure`, at the end of a tick, waits for the device.
 """
 
 from collections.abc import Sequence
@@ -14,16 +14,17 @@ from torch_utils import distributed
 from training.ema import EMA
 from training.optimizer import GuardedAdam
 
-_NUM_SAMPLED = 2048  # Of each parameter, at most.
+_NUM_SAMPLED = 2048  # Most elements of each parameter.
 
 
 class UpdateMeter:
-    """Compares weights, average and gradient before and after the last step of a tick.
+    """Compares weights, average and momentum before and after the last step of a tick.
 
     Args:
-        parameters: Of the network that is trained.
-        ema: Its moving average.
-        optimizer: What updates the weights.
+        parameters: Parameters of the network that is trained, a
+            :class:`torch_utils.parameters.Parameters`.
+        ema: Their moving average.
+        optimizer: The optimizer that updates them.
         blocks: Names of the blocks of the network.
     """
 
@@ -38,7 +39,7 @@ class UpdateMeter:
         self._before: dict[str, Tensor] | None = None
 
     def begin(self) -> None:
-        """Keep what the step will change."""
+        """Keep a sample of what the step will change."""
         momentum = [self._optimizer.momentum(param) for param in self._own]
         self._before = dict(weight=_sample(self._own), average=_sample(self._average))
         if all(own is not None for own in momentum):
@@ -47,8 +48,9 @@ class UpdateMeter:
     def measure(self, beta: float) -> dict[str, float]:
         """Return statistics of the step that just ended, equal on all ranks. Collective.
 
-        ``beta`` is the decay of the average in it. What cannot be told is not there: all of it
-        after a step that the optimizer skipped, the change of weights where the learning rate is 0.
+        ``beta`` is the decay of the average in that step. Statistics that cannot be determined are
+        missing: all of them after a step that the optimizer skipped, those of changes if no sampled
+        weight moved, as with a learning rate of 0.
         """
         before, self._before = self._before, None
         assert before is not None, "a step was measured whose begin was not"
@@ -63,10 +65,10 @@ class UpdateMeter:
         return found
 
     def _gradients(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """Return, by block, the gradient of the branch of it that has the smallest.
+        """Return the gradient of the branch of each block whose gradient is the smallest.
 
-        It is the largest root mean square of the branch's matrices, over the median of those of
-        all matrices.
+        The gradient of a branch is the largest root mean square among its matrices, relative to the
+        median over all matrices.
         """
         sizes = (sums["gradient"] / sums["num"].clamp(min=1)).sqrt()
         usual = float(sizes[self._is_matrix].median())
@@ -78,7 +80,10 @@ class UpdateMeter:
         }
 
     def _sums(self, before: dict[str, Tensor]) -> Tensor:
-        """Return the sums [P, S] of :data:`_SUMS`, of whole parameters, on the CPU."""
+        """Return the sums [P, S] named by :data:`_SUMS`, float64 on the CPU.
+
+        The sums over the samples of the P parameters are extrapolated to whole parameters.
+        """
         own = self._own
         weight, average = _sample(own), _sample(self._average)
         gradient = _sample([_like(param.grad, param) for param in own])
@@ -116,7 +121,7 @@ class UpdateMeter:
 def _branches(
     names: Sequence[str], is_matrix: Sequence[bool], blocks: Sequence[str]
 ) -> dict[str, list[list[int]]]:
-    """Return the branches of each block, such as attention and MLP: where their matrices are."""
+    """Return the places of the matrices of each branch of a block, such as attention or MLP."""
     found: dict[str, dict[str, list[int]]] = {block: {} for block in blocks}
     for place, name in enumerate(names):
         block = next((own for own in blocks if name.startswith(f"backbone.{own}.")), None)
@@ -141,7 +146,7 @@ def _statistics(sums: dict[str, Tensor], beta: float) -> dict[str, float]:
     if total["moved"]:
         found["rounded_weights"] = max(total["bf16"], total["fp16"]) / total["moved"]
         found["lost_updates"] = _ratio(total["lost"], total["due"])
-    # Below, the step of the average would be lost in the rounding of float32.
+    # A smaller step of the average would be lost in the rounding of float32.
     expected = (1 - beta) * total["average_gap"] ** 0.5
     if expected > 1e-6 * total["weight"] ** 0.5:
         found["average_step"] = total["average_step"] ** 0.5 / expected
@@ -158,7 +163,7 @@ def _count(tensor: Tensor) -> int:
 
 @torch.no_grad()
 def _sample(tensors: Sequence[Tensor]) -> Tensor:
-    """Return some numbers of each tensor, float32, one after another in the order of its memory."""
+    """Return the sampled elements of all tensors, float32, each tensor's in memory order."""
     parts = []
     for tensor in tensors:
         num = _count(tensor)
@@ -169,7 +174,7 @@ def _sample(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _like(grad: Tensor | None, param: Tensor) -> Tensor:
-    """Return a gradient laid out in memory as its parameter is; zeros where there is none."""
+    """Return a gradient in the memory layout of its parameter; zeros if there is none."""
     if grad is None:
         return torch.zeros_like(param)
     return grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)

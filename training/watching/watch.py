@@ -1,4 +1,4 @@
-"""Watches a run: measures at the end of ticks, and reports what is wrong and what to do."""
+"""The watch over a run: it measures at the end of ticks, and reports faults with their remedies."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,11 +29,11 @@ from training.watching.tick import Tick, Watcher
 from training.watching.updates import UpdateMeter
 from training.watching.weights import PrecisionWatcher
 
-_STEPS_BETWEEN = 20  # Of two probes at least, however short ticks are.
+_STEPS_BETWEEN = 20  # A tick is probed only if it contains a multiple of this number of steps.
 
 
 def watchers_of(config: RunConfig) -> list[Watcher]:
-    """Return what judges the statistics of a run."""
+    """Return the watchers that judge the statistics of a run."""
     return [
         LearningRateWatcher(config),
         PrecisionWatcher(),
@@ -45,12 +45,12 @@ def watchers_of(config: RunConfig) -> list[Watcher]:
 
 
 class Judge:
-    """Tells a finding when it appears, and again only after it has gone.
+    """Returns a finding when it appears, and again only after it has gone.
 
     Args:
-        config: The run.
-        objective: Whose phases the losses belong to.
-        watchers: What judges it.
+        config: Configuration of the run.
+        objective: The objective whose phases tell when the loss becomes a different one.
+        watchers: The watchers that judge the statistics.
     """
 
     def __init__(self, config: RunConfig, objective: Any, watchers: Sequence[Watcher]) -> None:
@@ -58,9 +58,9 @@ class Judge:
         self._found: dict[Watcher | None, list[Finding]] = {}
 
     def fresh(self, stats: Stats, cur_nimg: int, drawn: Sequence[Finding] = ()) -> list[Finding]:
-        """Return what is new in the statistics of a tick that ends after ``cur_nimg`` images.
+        """Return the findings that are new at a tick that ends after ``cur_nimg`` images.
 
-        ``drawn`` is what holds of the draws of its last step.
+        ``drawn`` are the findings on the draws of its last step.
         """
         config, before = self._config, cur_nimg - self._config.step_nimg
         phase = stage_index(config, before), self._objective.phase(before)
@@ -80,12 +80,12 @@ class Watch:
     """The watch over a run; with ``--no-watch`` it does nothing.
 
     Args:
-        job: What is trained, a :class:`training.loop.Job`.
+        job: The job that is trained, a :class:`training.loop.Job`.
         run_dir: The run folder, whose statistics so far are read.
-        objective: The family's, of the network that is trained.
-        trained: Its parameters, their average and what updates them.
-        cur_nimg: Images so far; before the first, the data are inspected.
-        telemetry: What findings are told to, on rank 0; None elsewhere.
+        objective: The family's objective of the network that is trained.
+        trained: The parameters of the network, their average and their optimizer.
+        cur_nimg: Training images so far; at 0, the data are inspected.
+        telemetry: Where findings are reported, on rank 0; None elsewhere.
     """
 
     def __init__(
@@ -124,9 +124,9 @@ class Watch:
     def begin_step(
         self, batch: tuple[Tensor, Cond, Any], tick_start_nimg: int, cur_nimg: int
     ) -> None:
-        """Get ready to look at the step that ends the tick, after ``cur_nimg`` images.
+        """Prepare to measure the step that ends the tick, which begins at ``cur_nimg`` images.
 
-        ``batch`` is the last of the step, prepared, with its draws. Collective.
+        ``batch`` is that of the last pass of the step, prepared, with its draws. Collective.
         """
         self._batch = batch
         end_nimg = cur_nimg + self._step_nimg
@@ -137,7 +137,7 @@ class Watch:
             self._probe.begin(batch, cur_nimg)
 
     def measure(self, stats: StatsCollector, beta: float) -> None:
-        """Report on the step that ended the tick, and on what the network makes of its batch.
+        """Report statistics of the step that ended the tick, and of the network on its batch.
 
         ``beta`` is the decay of the average in that step. Collective; synchronises.
         """
@@ -153,7 +153,7 @@ class Watch:
         self._probe.look(stats)
 
     def see(self, pictures: Sequence[Tensor] | None, cur_nimg: int) -> None:
-        """Judge the samples of a snapshot, uint8 [C, H, W] each, by their spread, on rank 0."""
+        """Judge the spread of the samples of a snapshot, uint8 [C, H, W] each, on rank 0."""
         if self._is_on and self._telemetry is not None and pictures is not None:
             self._samples.see(pictures, cur_nimg)
 
@@ -162,12 +162,12 @@ class Watch:
         return self._is_on and self._samples.is_lacking(cur_nimg)
 
     def see_scores(self, cur_nimg: int) -> None:
-        """Judge what detectors saw in the samples that were just scored, on rank 0."""
+        """Judge the detector outputs of the samples that were just scored, on rank 0."""
         if self._is_on and self._telemetry is not None:
             self._samples.see_scores(cur_nimg)
 
     def judge(self, stats: Stats, cur_nimg: int) -> None:
-        """Tell what the statistics of the tick show, on rank 0."""
+        """Report what the statistics of the tick show, on rank 0."""
         if self._is_on and self._telemetry is not None:
             for finding in self._judge.fresh(stats, cur_nimg, self._drawn):
                 self._telemetry.tell(finding, cur_nimg)

@@ -1,14 +1,14 @@
-"""Whether weights have enough digits for their updates."""
+"""Whether the weights have enough precision for their updates."""
 
 from training.watching.finding import Finding
 from training.watching.tick import Tick
 
-_MOST_ROUNDED = 0.9  # Of weights of float32, one in 65,536 is as short by chance.
+_MOST_ROUNDED = 0.9  # By chance, only one float32 weight in 65,536 is representable in bfloat16.
 _MOST_LOST = 0.5
 
 
 class PrecisionWatcher:
-    """Says when weights have the digits of bfloat16 or float16, or when updates change nothing."""
+    """Reports weights that are rounded to bfloat16 or float16, and updates that change nothing."""
 
     def look(self, tick: Tick) -> list[Finding] | None:
         if not tick.is_probed:

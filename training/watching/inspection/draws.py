@@ -1,4 +1,4 @@
-"""What each step draws and is given: noise, dropped conditions, and whether conditions differ."""
+"""Checks of a step's random draws and inputs: noise, dropped conditions, constant conditions."""
 
 import math
 from typing import Any
@@ -11,34 +11,35 @@ from training.config import RunConfig
 from training.family import TrainingData
 from training.watching.finding import Finding
 
-_LOG_CHANCE = math.log(1e9)  # How unlikely a draw has to be.
+_LOG_CHANCE = math.log(1e9)  # A draw is reported if its probability is below 1e-9.
 _MIN_ROWS = 16
-_NUM_VALUES = 8  # Of the noise, by which draws are told apart.
+_NUM_VALUES = 8  # Leading values of a tensor by which two draws are told apart.
 _CONDITIONS = ("label", "text", "cls", "patches")
-_SAME = 1e-6  # Relative difference of contexts that are the same.
+_SAME = 1e-6  # Relative difference up to which contexts count as equal.
 
 
 class DrawsWatcher:
-    """Looks at the last pass of each tick.
+    """Checks the last pass of each tick.
 
-    Every rank has one, as ranks compare what they draw. What rank 0 finds is to be told.
+    Every rank has a watcher, because ranks compare what they draw; only rank 0's findings are
+    reported.
     """
 
     def __init__(self, config: RunConfig, data: TrainingData) -> None:
         counts = list(data.class_counts) if data.num_classes else []
-        # How likely two labels of a batch are the same, at the most.
+        # Share of the most common class: an upper bound on the chance that two labels are equal.
         self._most_common = max(counts) / max(sum(counts), 1) if counts else 0.0
         self._dropped: dict[str, list[int]] = {}
         self._same: dict[str, tuple[tuple[float, ...], int]] = {}
         self._last_noise: list[tuple[float, ...]] = []
 
     def findings(self, objective: Any, images: Tensor, cond: Cond, draws: Any) -> list[Finding]:
-        """Return what holds after a tick, of what its last pass had. Collective.
+        """Return what is wrong with the draws and conditions of a tick's last pass. Collective.
 
         Args:
             objective: A :class:`training.family.Objective`.
-            images, cond: A batch as ``objective.prepare`` returns it.
-            draws: Its rows of the draws of the step.
+            images, cond: The batch of the pass, as ``objective.prepare`` returns it.
+            draws: The draws of the step for the rows of this batch.
         """
         found = self._of_noise(draws)
         found += self._of_drops(objective.dropped(draws))
@@ -50,7 +51,7 @@ class DrawsWatcher:
         return found
 
     def _of_noise(self, draws: Any) -> list[Finding]:
-        # Where ranks do not divide a batch, a pass may have no row.
+        # If ranks do not share a batch evenly, a pass may have no rows.
         own = _fingerprint(draws.noise[0]) if len(draws.noise) else None
         noise = [values for values in distributed.gather_objects(own) if values is not None]
         before, self._last_noise = self._last_noise, noise
@@ -93,7 +94,7 @@ class DrawsWatcher:
         ]
 
     def _of_conditions(self, cond: Cond) -> list[Finding]:
-        """Return findings on conditions that are the same for all rows seen so far."""
+        """Return a finding if conditions have been equal in all rows for many rows in a row."""
         constant, most = [], 0
         for name in _CONDITIONS:
             values = cond.get(name)
@@ -104,7 +105,7 @@ class DrawsWatcher:
                 before, num = self._same.get(name, (first, 0))
                 num = len(values) + num * (first == before)
             self._same[name] = first, num
-            # Many rows of a common class are no wonder.
+            # Many consecutive rows of a common class can be chance.
             surprise = -(num - 1) * math.log(self._most_common) if name == "label" else math.inf
             if num >= _MIN_ROWS and surprise >= _LOG_CHANCE:
                 constant.append(f"{name} is {'the same' if values.any() else 'zero'}")
@@ -123,7 +124,10 @@ class DrawsWatcher:
 
 
 def is_unlikely(num_hits: int, num: int, expected: float) -> bool:
-    """Return whether so many hits of ``num`` have a chance below 1e-9, by Chernoff's bound."""
+    """Return whether ``num_hits`` in ``num`` trials have a probability below 1e-9.
+
+    The Chernoff bound decides: exp(-num * KL(num_hits / num || expected)).
+    """
     if num == 0:
         return False
     share, divergence = num_hits / num, 0.0

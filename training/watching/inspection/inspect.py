@@ -1,4 +1,4 @@
-"""Inspects the data of a run, and their order, before its first step."""
+"""Inspection of a run's data, and of the order of its batches, before the first step."""
 
 import functools
 import itertools
@@ -18,14 +18,14 @@ from training.watching.inspection.scale import find_wrong_scale
 if TYPE_CHECKING:
     from training.loop import Job
 
-_ORDERED_ROWS = 128  # Of each epoch.
+_ORDERED_ROWS = 128  # Rows of each epoch whose order is judged.
 
 
 def inspect(job: "Job") -> list[Finding]:
     """Return what is likely wrong with the data of a run and with their order.
 
-    It reads some hundreds of images, or 16 MB, which the seed of the run chooses, and takes less
-    than a second. Other ranks need not call it.
+    Reads a few hundred images, at most 16 MB, chosen by the seed of the run, in less than a second.
+    Not collective: one rank may call it alone.
     """
     family = family_of(job.config)
 
@@ -42,7 +42,7 @@ def inspect(job: "Job") -> list[Finding]:
 
 
 def _places_in_order(job: "Job") -> list[np.ndarray]:
-    """Return where the rows of the first steps of two epochs lie in the data."""
+    """Return the places in the data of the rows in the first steps of epochs one and two."""
     config, family = job.config, family_of(job.config)
     batch = config.training.batch
     whole = Part(rank=0, world_size=1, batch_gpu=batch)

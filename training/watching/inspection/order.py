@@ -8,15 +8,15 @@ from training.watching.finding import Finding
 
 _NUM_PERMUTATIONS = 200
 _STANDARD_DEVIATIONS = 7.0
-_MIN_ROWS = 32  # Of all batches together.
+_MIN_ROWS = 32  # In all batches together.
 
 
 def closeness(batches: Sequence[np.ndarray]) -> tuple[float, float]:
-    """Return how much nearer neighbours in a batch are than in random order, and in which share.
+    """Return how much closer in the data consecutive rows of batches are than in random order.
 
-    ``batches`` hold the place in the data of every row, in the order in which they come. The first
-    number is in standard deviations of what permutations of each batch give; the second is the mean
-    distance of neighbours, over that of any two rows of the batch.
+    Each batch holds the place in the data of every row, in order of training. The first number is
+    that difference, in standard deviations over random permutations of each batch. The second is
+    the mean distance of consecutive rows, relative to the mean over the permutations.
     """
     rng = np.random.default_rng(0)
     totals = np.zeros(1 + _NUM_PERMUTATIONS)
@@ -32,7 +32,7 @@ def closeness(batches: Sequence[np.ndarray]) -> tuple[float, float]:
 
 
 def find_unshuffled(batches: Sequence[np.ndarray]) -> list[Finding]:
-    """Return a finding if rows of batches that come one after another lie near in the data."""
+    """Return a finding if consecutive rows of batches lie close to each other in the data."""
     batches = [places for places in batches if len(places) > 2]
     num = sum(map(len, batches))
     if num < _MIN_ROWS:

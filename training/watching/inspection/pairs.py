@@ -15,8 +15,8 @@ from training.watching.inspection.relation import (
 )
 from training.watching.inspection.sample import Batch, Sample
 
-_P = 0.01  # Above it, there is no relation: what a shuffled sample exceeds 99 times of 100.
-# Fewer could hide what is there. Of captions, each of which is another, fewer do.
+_P = 0.01  # A larger p-value shows no relation; that of shuffled data is larger in 99% of cases.
+# With fewer items a relation could go unnoticed. Captions need fewer, as all of them differ.
 _MIN_LABELLED, _MIN_CAPTIONED = 192, 48
 _MIN_OF_A_GROUP = 2
 
@@ -26,8 +26,8 @@ _TITLES = "the titles of reals.png show which image has which"
 def find_unrelated(draw: Callable[[int], Sample]) -> list[Finding]:
     """Return findings on labels, sets and captions that say nothing about their images.
 
-    ``draw(0)`` and ``draw(1)`` return samples. The second, which is larger, is asked only where the
-    first shows no relation; both have to.
+    ``draw(0)`` and ``draw(1)`` return samples. A finding needs both to show no relation; the second
+    and larger one is drawn only if the first shows none.
     """
     findings = []
     for test in (labels_relation, captions_relation):
@@ -40,7 +40,7 @@ def find_unrelated(draw: Callable[[int], Sample]) -> list[Finding]:
 def _twice(
     test: Callable[[Sample, int], Relation | None], draw: Callable[[int], Sample]
 ) -> Relation | None:
-    """Return what a test found in the second sample if neither shows a relation; else None."""
+    """Return the result of a test on the second sample if neither shows a relation, else None."""
     found = None
     for number in range(2):
         found = test(draw(number), number)
@@ -77,7 +77,7 @@ def _describe(test: Callable, sample: Sample, found: Relation) -> Finding:
 
 
 def labels_relation(sample: Sample, number: int) -> Relation | None:
-    """Return how labels, or sets, go with the look of images; None where too few tell."""
+    """Return how strongly labels or sets relate to the look of images; None with too few images."""
     looks, others = [], []
     for batch in sample.batches:
         if batch.groups is None:
@@ -92,13 +92,13 @@ def labels_relation(sample: Sample, number: int) -> Relation | None:
 
 
 def _rows_of_groups(batch: Batch) -> Tensor:
-    """Return the rows of a batch whose group has several of them, bool [N]."""
+    """Return which rows of a batch share their group with another row, bool [N]."""
     _, which, counts = batch.groups.unique(return_inverse=True, return_counts=True)
     return counts[which] >= _MIN_OF_A_GROUP
 
 
 def captions_relation(sample: Sample, number: int) -> Relation | None:
-    """Return how texts go with images; None where there are none, or too few."""
+    """Return how strongly texts relate to images; None if they are all equal, too few or absent."""
     looks, others = [], []
     for batch in sample.batches:
         if "text" not in batch.cond or len(batch.x) < 4:
@@ -115,7 +115,7 @@ def captions_relation(sample: Sample, number: int) -> Relation | None:
 
 
 def mean_of_text(batch: Batch) -> Tensor:
-    """Return the mean feature of the tokens of each text, [N, T]."""
+    """Return the mean feature of the tokens of each text, float32 [N, T], without padding."""
     mask = batch.cond["text_mask"].to(torch.float32)[..., None]
     return (batch.cond["text"] * mask).sum(1) / mask.sum(1).clamp(min=1)
 

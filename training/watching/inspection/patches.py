@@ -7,15 +7,15 @@ from torch.nn import functional
 from training.watching.finding import Finding
 from training.watching.inspection.sample import Sample
 
-_DIM = 48  # To which features are projected.
+_DIM = 48  # Features are projected to this width at random.
 _MIN_IMAGES = 8
-_SHARE = 0.02  # Of the local structure that a shift has to explain better than none does.
+_SHARE = 0.02  # Share of the local structure that a shift has to explain beyond what none explains.
 _STANDARD_ERRORS = 6.0
 SHIFTS = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)]
 
 
 def find_shifted_patches(sample: Sample) -> list[Finding]:
-    """Return a finding if latents are explained by the patches beside their own."""
+    """Return a finding if neighbouring patches explain latents better than their own patches do."""
     errors = [
         shift_errors(batch.x, batch.cond["patches"], batch.grid)
         for batch in sample.batches
@@ -49,17 +49,22 @@ def find_shifted_patches(sample: Sample) -> list[Finding]:
 
 
 def _can_tell(x: Tensor, grid: tuple[int, int]) -> bool:
-    """Return whether there are two images, places with neighbours, and a latent for each patch."""
+    """Return whether there are two images, a grid of 4x4 or more, and a latent for each patch."""
     is_fine = all(side >= count for side, count in zip(x.shape[-2:], grid, strict=True))
     return len(x) > 1 and min(grid) >= 4 and is_fine
 
 
 def shift_errors(x: Tensor, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Return how badly patches explain latents, by shift: [N, 9], relative to no explanation.
+    """Return the share of latents that patches leave unexplained at each of 9 shifts, [N, 9].
 
-    For the shift (down, right) the latents at a place are fitted by the patch so far down and right
-    of it, by ridge regression on the other half of the images. What is explained is the local
-    structure of both: what is left without the mean of the 3x3 places around.
+    For a shift (down, right), the latent at a place is predicted from the patch that lies so far
+    down and right of it, by ridge regression on the other half of the images. Both are reduced to
+    their local structure first: the mean of the 3x3 places around each is subtracted.
+
+    Args:
+        x: Latents [N, C, h, w], at least as large as the grid.
+        patches: Patch features [N, rows * columns, D], row by row.
+        grid: Rows and columns of the patches.
     """
     target = _without_surroundings(functional.adaptive_avg_pool2d(x, grid))
     generator = torch.Generator().manual_seed(0)
@@ -69,7 +74,7 @@ def shift_errors(x: Tensor, patches: Tensor, grid: tuple[int, int]) -> Tensor:
     target = target / target.square().mean().sqrt().clamp(min=1e-6)
     values = values / values.square().mean().sqrt().clamp(min=1e-6)
     rows, columns = grid
-    edge = 2 if min(grid) > 6 else 1  # At best, neighbours have all their neighbours, too.
+    edge = 2 if min(grid) > 6 else 1  # If possible, shifted places have all their neighbours too.
     inner = target[:, :, edge : rows - edge, edge : columns - edge]
     found = []
     for down, right in SHIFTS:
@@ -84,7 +89,10 @@ def _without_surroundings(values: Tensor) -> Tensor:
 
 
 def _held_out_error(values: Tensor, target: Tensor) -> Tensor:
-    """Return the relative error of each image's target [N, c, h, w] by values [N, D, h, w]: [N]."""
+    """Return the relative squared error of targets [N, c, h, w] predicted from values, [N].
+
+    ``values`` are [N, D, h, w]. Each half of the images is predicted by a fit to the other half.
+    """
     given, wanted = (t.permute(0, 2, 3, 1).flatten(1, 2) for t in (values, target))
     errors = torch.empty(len(given))
     for half in range(2):

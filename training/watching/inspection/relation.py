@@ -1,4 +1,4 @@
-"""Whether one thing is related to another: a permutation test on likeness in pairs."""
+"""A permutation test of whether items that are alike in one way are alike in another."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 NUM_PERMUTATIONS = 199
-# So clear after the first permutations, a relation needs no more of them.
+# A relation of 7 standard deviations after 39 permutations needs no more of them.
 _NUM_FIRST, _CLEAR = 39, 7.0
 _NUM_NEIGHBOURS = 5
 _GRID, _CELLS, _ORIENTATIONS = 8, 4, 8
@@ -18,10 +18,10 @@ class Relation:
     """The outcome of a test.
 
     Attributes:
-        p: How often chance gives as strong a relation, 1/200 at the least; 0 where that is clear
-            after a few permutations.
+        p: Probability that chance gives as strong a relation, 1/200 or more; 0 if a few
+            permutations made the relation clear.
         num: Number of items compared.
-        measured, expected: Mean likeness of an item and its 5 nearest neighbours, and of any two.
+        measured, expected: Mean likeness of items to their 5 nearest neighbours, and of any two.
     """
 
     p: float
@@ -31,11 +31,12 @@ class Relation:
 
 
 def appearance(images: Tensor) -> Tensor:
-    """Return the look of images [N, C, H, W] of any kind, float32 [N, D], centred.
+    """Return descriptors of how images look, float32 [N, D], centred.
 
-    One half is the image at 8x8, the other where edges run in which direction, in 4x4 cells: what
-    shows the class of small photographs at all, as in histograms of oriented gradients (Dalal &
-    Triggs, CVPR 2005). Both halves have the same variance.
+    ``images`` are pixels or latents [N, C, H, W] in any range. One half of a descriptor is the
+    image reduced to 8x8. The other is a histogram of edge directions in each of 4x4 cells, as in
+    histograms of oriented gradients (Dalal & Triggs, CVPR 2005), without which the class of small
+    photographs would not show. Both halves have the same variance.
     """
     x = images.to(torch.float32)
     height, width = x.shape[-2:]
@@ -47,7 +48,7 @@ def appearance(images: Tensor) -> Tensor:
 
 
 def _edges(x: Tensor) -> Tensor:
-    """Return histograms of the directions of edges, [N, 8, 4, 4], each image's of unit norm."""
+    """Return histograms of edge directions, [N, 8 * 4 * 4], of unit norm for each image."""
     x = functional.pad(x.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
     across = x[:, :, 1:-1, 2:] - x[:, :, 1:-1, :-2]
     down = x[:, :, 2:, 1:-1] - x[:, :, :-2, 1:-1]
@@ -66,18 +67,21 @@ def _of_unit_variance(values: Tensor) -> Tensor:
 
 
 def standardised(values: Tensor) -> Tensor:
-    """Return features [N, D], centred, of unit mean square length; zeros if they are constant."""
+    """Return values [N, ...] as float32 [N, D], centred and of unit mean squared length.
+
+    Constant values become zeros.
+    """
     return _of_unit_variance(values.to(torch.float32).flatten(1))
 
 
 def likeness(values: Tensor) -> list[Tensor]:
-    """Return who resembles whom by features [N, D], as matrices [N, N] without a diagonal.
+    """Return two matrices [N, N] of how alike items with features [N, D] are, of zero diagonal.
 
-    One is a linear rule, of ridge regression; the other has a 1 for each of the 5 nearest
-    neighbours.
+    The first is the hat matrix of ridge regression. The second is the graph of the 5 nearest
+    neighbours of each item: the mean of its 0/1 adjacency matrix and the transpose.
     """
     gram = values @ values.T
-    ridge = gram.diagonal().mean().clamp(min=1e-12)  # About as much as all features together.
+    ridge = gram.diagonal().mean().clamp(min=1e-12)  # The variance of all features together.
     identity = torch.eye(len(gram))
     linear = torch.linalg.solve(gram + ridge * identity, gram)
     lengths = gram.diagonal()
@@ -91,15 +95,15 @@ def likeness(values: Tensor) -> list[Tensor]:
 def relation(
     looks: list[Tensor], others: list[Tensor], generator: torch.Generator
 ) -> Relation | None:
-    """Return how items that look alike are alike in another way; None if none differ.
+    """Return whether items that look alike are alike in another way too; None if none differ.
+
+    The test statistic is the larger of two, for each of the matrices of :func:`likeness`, in
+    standard deviations over the permutations.
 
     Args:
         looks: Features of the items [N, D], one tensor for each batch of items of one size.
-        others: Likeness of the items of each batch in that other way, [N, N].
-        generator: Draws the permutations, each within its batch.
-
-    The statistic is the larger of two, by a linear rule and by nearest neighbours, each in standard
-    deviations of what permutations give.
+        others: How alike the items of each batch are in the other way, [N, N].
+        generator: Draws the permutations, which stay within a batch.
     """
     pairs = [
         (likeness(look), other.clone().fill_diagonal_(0.0))
@@ -131,7 +135,7 @@ def relation(
 def _statistics(
     pairs: list[tuple[list[Tensor], Tensor]], generator: torch.Generator | None
 ) -> Tensor:
-    """Return how well the likenesses of items agree, [2], in an order drawn by ``generator``."""
+    """Return how well both likenesses agree, [2], with the other one permuted by ``generator``."""
     total = torch.zeros(2, dtype=torch.float64)
     for looks, other in pairs:
         if generator is not None:
@@ -142,7 +146,10 @@ def _statistics(
 
 
 def _deviations(totals: list[Tensor]) -> Tensor:
-    """Return the larger statistic of each order in standard deviations, the first in none."""
+    """Return the larger of both statistics of each order, in standard deviations, [orders].
+
+    The first order, that of the data, does not enter the mean and the deviation.
+    """
     values = torch.stack(totals)
     spread = values[1:].std(0).clamp(min=1e-9)
     return ((values - values[1:].mean(0)) / spread).amax(1)

@@ -7,23 +7,24 @@ import torch
 
 from data.images.dataset import Cond
 
-# Of the first sample, which shows most relations, and of the second, which confirms that one lacks.
+# Items of the first sample, which shows most relations, and of the second, which confirms that
+# there is none.
 NUM_ITEMS = (200, 512)
-_BYTES = 16 << 20  # What a sample may take, decoded; of large images there are fewer.
+_BYTES = 16 << 20  # Most bytes of a decoded sample, which has fewer items if they are large.
 _NUM_CLASSES = 10
 _SEED = 99
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Some items of one size, on the CPU.
+    """Items of one size, on the CPU.
 
     Attributes:
-        stored: What their look is taken from, [N, C, H, W]: pixels or latents as they are stored.
-        x: What the network is to denoise, float32 [M, c, h, w], of the first M of them.
-        cond: Their conditions, encoded.
-        groups: The class of each, or the number of its set, int64 [N]; None without.
-        grid: Rows and columns of its patch features, if they are there.
+        stored: The pixels or latents that are stored, [N, C, H, W], whose look is compared.
+        x: What the network is to denoise, float32 [M, c, h, w], for the first M items.
+        cond: Conditions of the items, encoded.
+        groups: The class of each item, or the number of its set, int64 [N]; None without either.
+        grid: Rows and columns of the patch features; None without any.
     """
 
     stored: torch.Tensor
@@ -35,14 +36,14 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample:
-    """What a family shows of its data, by a fixed draw.
+    """Items of a run's data, in a draw that the seed fixes, and what the model expects of them.
 
     Attributes:
         batches: The items, one batch for each size.
         groups_name: What ``groups`` are: ``labels`` or ``sets``.
-        std: Standard deviation that the model expects of ``x``; None where any will do.
-        std_from: What that comes from: ``sigma_data``, or ``latents`` of unit variance.
-        visual: Names of the conditions that are seen in the image, and normalised.
+        std: Standard deviation that the model expects of ``x``; None if it expects none.
+        std_from: Where ``std`` comes from: ``sigma_data``, or ``latents`` of unit variance.
+        visual: Names of the conditions that are normalised features of the image.
     """
 
     batches: tuple[Batch, ...]
@@ -53,20 +54,20 @@ class Sample:
 
 
 def num_items(bytes_each: int, number: int) -> int:
-    """Return how many items of a size sample 0 or 1 has: some hundreds, or what 16 MB hold."""
+    """Return how many items of ``bytes_each`` sample 0 or 1 has: a few hundred, 16 MB at most."""
     return min(NUM_ITEMS[number], max(_BYTES // max(bytes_each, 1), 2))
 
 
 def random_rows(num: int, length: int, *seed: int) -> np.ndarray:
-    """Return up to ``num`` of ``range(length)``, random by ``seed``, int64."""
+    """Return up to ``num`` distinct numbers of ``range(length)``, random by ``seed``, int64."""
     return _generator(seed).permutation(length)[:num]
 
 
 def rows_of_few_classes(labels: np.ndarray, num: int, *seed: int) -> np.ndarray:
     """Return up to ``num`` rows of up to ten classes, in random order, int64.
 
-    With few classes each has the many images that show what they have in common. Classes of one
-    image are left out, unless there are no others.
+    Few classes leave each of them enough images to show what they have in common. Classes with a
+    single image are left out, unless there are no others.
     """
     generator = _generator(seed)
     classes, counts = np.unique(labels, return_counts=True)

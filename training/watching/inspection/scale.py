@@ -8,18 +8,18 @@ from torch import Tensor
 from training.watching.finding import Finding
 from training.watching.inspection.sample import Sample
 
-# How far the standard deviation may be from what is expected, as a factor. Data differ: pixels of
-# photographs have about 0.5, of handwritten digits 0.75.
+# Factor by which the standard deviation may differ from what is expected. Data differ: it is about
+# 0.5 for pixels of photographs, 0.75 for handwritten digits.
 _TOLERANCE = dict(sigma_data=1.75, latents=2.0, visual=1.75)
 _MIN_ITEMS = 8
-_STANDARD_ERRORS = 4.0  # Of the measurement, beside the tolerance: 1 in 30,000 by chance.
+_STANDARD_ERRORS = 4.0  # Required beyond the tolerance: 1 in 30,000 by chance.
 
 
 def measured_std(parts: list[Tensor]) -> tuple[float, float]:
-    """Return the standard deviation of values about the mean of their channel, and its error.
+    """Return the standard deviation of values about their channel means, and its relative error.
 
-    Each part is [N, C, ...], such as the images of one size. The error is that of the logarithm,
-    from one item to the next.
+    Each part is [N, C, ...], such as the images of one size. The error is the standard error of the
+    logarithm, estimated from the variation among items; it is infinite for constant values.
     """
     num = sum(part[:, 0].numel() for part in parts)
     mean = sum(part.transpose(0, 1).flatten(1).sum(1, dtype=torch.float64) for part in parts) / num
@@ -36,18 +36,21 @@ def measured_std(parts: list[Tensor]) -> tuple[float, float]:
 
 
 def is_far(parts: list[Tensor], expected: float, tolerance: float) -> float | None:
-    """Return the standard deviation of values if it is surely far from ``expected``; else None."""
+    """Return the standard deviation of parts [N, C, ...] if it is far from ``expected``, else None.
+
+    It is far if it differs by more than the factor ``tolerance`` and four standard errors.
+    """
     if sum(map(len, parts)) < _MIN_ITEMS:
         return None
     std, error = measured_std(parts)
-    if std == 0:  # Constant data are of no scale.
+    if std == 0:  # Constant data have no scale.
         return None
     distance = abs(math.log(std / expected)) - _STANDARD_ERRORS * error
     return std if distance > math.log(tolerance) else None
 
 
 def find_wrong_scale(sample: Sample) -> list[Finding]:
-    """Return findings on data, latents and features of another scale than the model expects."""
+    """Return findings on data, latents and features whose scale is not what the model expects."""
     findings = []
     if sample.std is not None:
         parts = [batch.x for batch in sample.batches]
