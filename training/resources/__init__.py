@@ -1,1 +1,1 @@
-"""How much memory, disk and network a run needs, and what fits."""
+"""How much memory, disk, network and time a run needs, and which batch fits."""

@@ -15,19 +15,19 @@ from training.config import RunConfig
 from training.division import accumulation_rounds, check_division, possible_passes
 from training.resources.memory import CUDA_CONTEXT, predict_memory
 
-# Of a rank's memory, for what a prediction does not know: workspaces of libraries, detectors, other
-# processes that begin later.
+# Share of a rank's memory that is left for what a prediction does not include: workspaces of
+# libraries, detectors, processes that start later.
 _RESERVE = 0.1
 
 
 def settle_batch(
     config: RunConfig, world_size: int, device: torch.device, report: Callable[[str], None]
 ) -> RunConfig:
-    """Return ``config`` with its ``--batch-gpu=auto`` decided for the memory of this device.
+    """Return ``config`` with ``--batch-gpu=auto`` replaced by the largest number that fits.
 
-    It becomes the largest part of a rank's share of the batch that fits on every rank, by
-    prediction, with a tenth of the memory in reserve. Collective. Raises ValueError if not even the
-    smallest fits.
+    It is the largest number of rows per pass that is predicted to fit on every rank with a tenth of
+    the memory in reserve; ``report`` gets a message that names it. Collective. Raises ValueError if
+    not even the smallest fits.
     """
     capacity = min(distributed.gather_objects(memory_of_rank(device)))
     found, needed = distributed.on_main(
@@ -41,13 +41,13 @@ def settle_batch(
 
 
 def still_fits(config: RunConfig, world_size: int, device: torch.device) -> bool:
-    """Return whether every rank can hold the decided ``--batch-gpu``, without a reserve.
+    """Return whether the decided ``--batch-gpu`` fits on every rank, without a reserve. Collective.
 
-    Collective.
+    It does not fit if today's number of ranks cannot share the batch.
     """
     try:
         check_division(config.training, world_size, continues=True)
-    except ValueError:  # The ranks are others than before.
+    except ValueError:  # The number of ranks has changed.
         return False
     batch_gpu, _ = accumulation_rounds(config.training, world_size)
     capacity = min(distributed.gather_objects(memory_of_rank(device)))
@@ -56,12 +56,12 @@ def still_fits(config: RunConfig, world_size: int, device: torch.device) -> bool
 
 
 def memory_of_rank(device: torch.device) -> int:
-    """Return the bytes that this rank has or can take: of its GPU, or of main memory.
+    """Return the bytes that this rank holds or can still allocate, on its GPU or in main memory.
 
-    Main memory is shared by the ranks of a node.
+    The ranks of a node share its available main memory equally.
     """
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)  # This makes the context.
+        free, _ = torch.cuda.mem_get_info(device)  # This call creates the CUDA context.
         return free + torch.cuda.memory_reserved(device) + CUDA_CONTEXT
     shared = available_memory() // launcher.number("LOCAL_WORLD_SIZE", 1)
     return psutil.Process().memory_info().rss + shared
@@ -70,9 +70,10 @@ def memory_of_rank(device: torch.device) -> int:
 def largest_batch(
     config: RunConfig, world_size: int, device_type: str, capacity: int
 ) -> tuple[int, int]:
-    """Return the largest batch per pass that fits in ``capacity``, and the bytes it needs.
+    """Return the largest number of rows per pass that fits, and the bytes that a rank then needs.
 
-    Raises ValueError if there is none.
+    ``capacity`` is the memory of a rank in bytes, of which a tenth is kept in reserve. Raises
+    ValueError if not even the smallest number fits.
     """
     sizes, needed = possible_passes(config.training, world_size), {}
 
@@ -80,7 +81,8 @@ def largest_batch(
         needed[size] = _needed(config, size, world_size, device_type)
         return needed[size] > (1 - _RESERVE) * capacity
 
-    # What lasts is the same for all, and passes grow with their rows. Often the whole share fits.
+    # Memory grows with the rows of a pass, so a binary search finds the limit. The largest is tried
+    # first, because often the whole share of a rank fits.
     fitting = len(sizes)
     if exceeds(sizes[-1]):
         fitting = bisect.bisect_left(sizes[:-1], True, key=exceeds)

@@ -1,4 +1,4 @@
-"""Which parts of a sharded network FSDP2 holds whole in a step, for a simulation of its memory."""
+"""Simulation of the buffers that FSDP2 allocates in a step of a sharded network."""
 
 import functools
 from collections.abc import Sequence
@@ -11,15 +11,22 @@ from torch_utils.misc import count_parameters
 
 
 class Gathering:
-    """Tensors as large as those that FSDP2 has beside a rank's part of the weights.
+    """Tensors as large as those that FSDP2 allocates besides a rank's shard of the weights.
 
-    A part of the network is whole while it computes. In the backward pass, the part that follows is
-    received meanwhile. What is received is copied; in the forward pass it stays until the next part
-    is copied, and that of the last part until the step ends. Gradients of a part are whole until
-    all of them are there, and what is sent of them until those of the next are. The rest of the
-    network is whole all the time.
+    A part of the network is whole while it computes; in the backward pass, the part that follows is
+    all-gathered meanwhile. An all-gather fills a buffer, which is copied into the weights. In the
+    forward pass that buffer lives until the next part has been received, that of the last part
+    until the step ends. The gradients of a part are whole until all of them are computed. They are
+    copied into a buffer to be reduced, which lives until the gradients of the next part are
+    complete. Weights outside the parts are whole all the time.
 
-    Only the pass after :meth:`begin` counts. ``width`` is the size of a weight that is received.
+    Only one step, after :meth:`begin`, is simulated.
+
+    Args:
+        network: The whole network.
+        parts: The modules of it that are gathered one at a time.
+        num_shards: Number of ranks that share the weights.
+        width: Bytes of a gathered weight.
     """
 
     def __init__(
@@ -45,7 +52,7 @@ class Gathering:
                 param.register_post_accumulate_grad_hook(collect)
 
     def begin(self) -> None:
-        """Gather the rest of the network."""
+        """Gather the weights outside the parts, which stay whole."""
         self._whole[None] = self._empty(self._rest)
 
     def _empty(self, num: int) -> Tensor:
@@ -62,7 +69,7 @@ class Gathering:
             del self._received[part]
 
     def _before(self, part: nn.Module, args: Any) -> None:
-        if not self._goes_back:  # Not where checkpointing evaluates it again.
+        if not self._goes_back:  # Checkpointing recomputes a part in the backward pass, whole.
             self._receive(part)
             self._last = self._received[part]
             self._make_whole(part)

@@ -1,4 +1,4 @@
-"""How much memory, disk and network a run will need, found without computing or allocating it."""
+"""Predictions of the memory, disk and network that a run needs, without allocating tensors."""
 
 import contextlib
 import dataclasses
@@ -31,26 +31,29 @@ from training.report import num_parameters
 from training.resources.gathering import Gathering
 
 _CPU = torch.device("cpu")
-# Of tensors on a CPU, beyond their own size: freed memory that the C library keeps, in pieces that
-# are too small for others. Measured: docs/reliability.md.
+# Freed memory on a CPU that the C library keeps in pieces too small to be used again, relative to
+# the size of the tensors. Measured: docs/reliability.md.
 _FRAGMENTS = 0.3
-# What a process that trains has loaded besides, in bytes, beyond what one has that only predicts.
+# Bytes of the libraries that a training process loads after the prediction.
 _LATER_LIBRARIES = 35 << 20
-CUDA_CONTEXT = 500 << 20  # What a process takes of a GPU's memory before it allocates any.
-_MIXED = {"bf16": 2, "fp16": 2}
+CUDA_CONTEXT = 500 << 20  # Bytes of GPU memory that a process takes before it allocates any.
+_MIXED = {"bf16": 2, "fp16": 2}  # Bytes of a gathered weight by precision; otherwise 4.
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes that a rank holds at most, by kind.
+    """Peak memory of a rank in bytes, by kind.
 
     Attributes:
-        passes: What forward and backward pass, and the update, need beyond the others; or the
-            pictures, if that is more.
-        gathered: What they need besides where the network is sharded, and is whole for a while.
-        copy: Of what a rank writes of a state. It is always in main memory.
+        weights, gradients, moments, averages: The rank's share of each; a teacher counts as an
+            average.
+        passes: Temporary tensors of the forward pass, the backward pass and the update, or those of
+            sampling pictures, whichever are larger.
+        gathered: What these need in addition if the network is sharded and gathered for a while.
+        copy: A copy of the rank's share of a training state, from which it is written. It is always
+            in main memory, so that it does not count on a GPU.
         fragments: Freed memory that cannot be used again.
-        libraries: What the process has besides.
+        libraries: Everything else in the process; the CUDA context on a GPU.
     """
 
     weights: int
@@ -73,9 +76,9 @@ class Memory:
 
 
 def predict_memory(config: RunConfig, world_size: int, device_type: str) -> Memory:
-    """Return what each rank of a run holds on the device, without detectors and autoencoders.
+    """Return the peak memory of each rank of a run, without detectors and autoencoders.
 
-    On a CPU that is the resident memory of its process; on a GPU, the memory of the GPU.
+    On a CPU it is the resident memory of the process, on a GPU the memory of the GPU.
     """
     training, on_cpu = config.training, device_type == "cpu"
     size, shards = weight_bytes(config), group_size(training, world_size)
@@ -86,7 +89,7 @@ def predict_memory(config: RunConfig, world_size: int, device_type: str) -> Memo
     pictures = picture_bytes(config)
     passes, gathered = max(pass_bytes(config, batch_gpu), pictures), 0
     if shards > 1:
-        # For pictures, an average of the weights is whole.
+        # Pictures are sampled from a weight average, which is gathered whole.
         gathered = max(pass_bytes(config, batch_gpu, shards), pictures + size) - passes
     fragments, copy, libraries = 0, 0, CUDA_CONTEXT
     if on_cpu:
@@ -108,7 +111,7 @@ def predict_memory(config: RunConfig, world_size: int, device_type: str) -> Memo
 
 
 def num_copies(config: RunConfig) -> int:
-    """Return how many more weights than the trained ones a run holds: averages, and a teacher."""
+    """Return how many copies of the weights a run holds besides them: averages and a teacher."""
     return 1 + len(config.training.ema_stds) + config.distillation.is_on
 
 
@@ -118,10 +121,11 @@ def weight_bytes(config: RunConfig) -> int:
 
 
 def pass_bytes(config: RunConfig, batch: int, num_shards: int = 1) -> int:
-    """Return what a step with a pass of ``batch`` rows needs at most, beyond what lasts.
+    """Return the peak bytes of a step with passes of ``batch`` rows, beyond what lasts.
 
-    So many ranks share the weights. The step is made with tensors that have a shape and no content,
-    once for runs that differ in their length and in how they share the batch.
+    ``num_shards`` ranks share the weights; buffers of FSDP2 are included. The step runs on fake
+    tensors, which have a shape but no content. The result is cached for runs that differ only in
+    ``--iters``, in the batch and its division into passes, and in sharding.
     """
     shared = dict(batch=batch, batch_gpu=None, shard="none", shard_size=None, iters=None)
     return _pass_bytes(config.changed("training", **shared), batch, num_shards)
@@ -135,7 +139,7 @@ def _pass_bytes(config: RunConfig, batch: int, num_shards: int) -> int:
         network.to_empty(device=_CPU)
         parameters = Parameters(network)
         ema = EMA(parameters)
-        # The student stands for its teacher, whose passes take as much.
+        # The student stands in for its teacher, whose passes take as much memory.
         student = objective
         objective = course_of(config, student, parameters, lambda other: student).objective
         settings = dict(beta2=config.training.beta2, weight_decay=0.0)
@@ -143,7 +147,7 @@ def _pass_bytes(config: RunConfig, batch: int, num_shards: int) -> int:
         images, cond = objective.example(batch, _CPU)
         for param in parameters.own:
             param.grad = torch.zeros_like(param)
-        optimizer.step(1e-4)  # The first step makes Adam's moments.
+        optimizer.step(1e-4)  # The first step allocates Adam's moments.
         optimizer.zero_grad()
         passes = parameters.accumulating()
         lasting = live.peak = live.now
@@ -161,7 +165,7 @@ def _pass_bytes(config: RunConfig, batch: int, num_shards: int) -> int:
 
 
 def picture_bytes(config: RunConfig) -> int:
-    """Return what sampling a batch for pictures, without guidance, needs at most."""
+    """Return the peak bytes of sampling pictures without guidance, beyond the weights."""
     return _picture_bytes(config.model, min(config.logging.sample_batch, 64))
 
 
@@ -182,20 +186,21 @@ def _picture_bytes(model: ModelConfig, batch: int) -> int:
 
 
 def step_traffic(config: RunConfig, world_size: int) -> int:
-    """Return the bytes that each rank sends in an optimizer step, by ring algorithms."""
+    """Return the bytes that each rank sends in an optimizer step, with ring algorithms."""
     training = config.training
     size, shards = weight_bytes(config), group_size(training, world_size)
     _, rounds = accumulation_rounds(training, world_size)
     groups, width = world_size // shards, _MIXED.get(training.precision, 4)
     within, between = (shards - 1) / shards, 2 * (groups - 1) / groups
-    # Weights are gathered for the forward and for the backward pass, then gradients are scattered.
+    # Weights are all-gathered for the forward and for the backward pass, in the precision of the
+    # passes; gradients are reduce-scattered in float32.
     gathered = size * within * (2 * width / 4 + 1) * rounds
     return round(gathered + size / shards * between)
 
 
 @dataclasses.dataclass(frozen=True)
 class Disk:
-    """Bytes that a run writes: of a snapshot with its profiles, of a state, and in all."""
+    """Disk space of a run: bytes of a snapshot with its EMA profiles and of a state, and counts."""
 
     snapshot: int
     state: int
@@ -213,7 +218,7 @@ class Disk:
 
 
 def predict_disk(config: RunConfig) -> Disk:
-    """Return what a run leaves on disk at its end, without pictures and records."""
+    """Return the disk space that a run takes at its end, without pictures and records."""
     logging, num_stds = config.logging, len(config.training.ema_stds)
     size, num_snapshots = weight_bytes(config), count_snapshots(config)
     num_states = count_ticks(config) // logging.dump + 1 if logging.dump else num_snapshots
@@ -226,13 +231,13 @@ def predict_disk(config: RunConfig) -> Disk:
 
 
 def count_ticks(config: RunConfig) -> int:
-    """Return the ticks of a run, of which the first is one step."""
+    """Return the number of ticks of a run, of which the first is one step."""
     rest = max(config.total_nimg - config.step_nimg, 0)
     return 1 + math.ceil(rest / max(config.tick_nimg, config.step_nimg))
 
 
 def count_snapshots(config: RunConfig) -> int:
-    """Return the snapshots of a run, those of the ends of its stages among them."""
+    """Return the number of snapshots of a run, including those at the ends of its stages."""
     logging, num_ticks = config.logging, count_ticks(config)
     if logging.save_interval is None:
         num_snapshots = len({*range(0, num_ticks, logging.snap), num_ticks - 1})
@@ -242,7 +247,7 @@ def count_snapshots(config: RunConfig) -> int:
 
 
 def forecast(config: RunConfig, world_size: int, device: torch.device) -> dict[str, str]:
-    """Return the rows of ``--dry-run`` about what the run needs."""
+    """Return the rows of ``--dry-run`` about memory, disk and, with several ranks, traffic."""
     rows = {
         "memory": str(predict_memory(config, world_size, device.type)),
         "disk": str(predict_disk(config)),
@@ -253,7 +258,7 @@ def forecast(config: RunConfig, world_size: int, device: torch.device) -> dict[s
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of all tensors that live, and the most that they were."""
+    """Counts the bytes of all live tensor storages (``now``) and their maximum (``peak``)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -283,20 +288,20 @@ class _Live(TorchDispatchMode):
 
 @contextlib.contextmanager
 def _counted() -> Iterator[_Live]:
-    """Within it tensors have no content, and their sizes are counted."""
+    """Make tensors without content in this context, and count their sizes."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # Of pointers that nobody follows.
+        warnings.simplefilter("ignore", UserWarning)  # About data pointers, which are not used.
         with FakeTensorMode(allow_non_fake_inputs=True), _Live() as live:
             yield live
 
 
 class NoCodec:
     def draw(self, step: rng.Step) -> None:
-        """Return nothing, as a codec without random numbers does."""
+        """Return None, like a codec that draws no random numbers."""
 
 
 def _meta_network(model: ModelConfig) -> nn.Module:
-    if model.attention == "flex":  # Knows no such tensors; SDPA keeps the same.
+    if model.attention == "flex":  # It does not accept fake tensors; SDPA keeps the same tensors.
         model = dataclasses.replace(model, attention="sdpa")
     with torch.device("meta"):
         return build_network(model).to(memory_format=torch.channels_last)

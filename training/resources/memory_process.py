@@ -1,7 +1,7 @@
-"""Predicts the memory of a run in a separate process, so that the run itself is not affected.
+"""Prediction of a run's memory in a separate process, so that the run itself is not affected.
 
-A prediction in the run would stop it for seconds, and load a hundred megabytes of modules that
-training does without.
+Within the run, a prediction would take seconds and load a hundred megabytes of modules that
+training does not need.
 """
 
 import os
@@ -13,11 +13,12 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 
 class MemoryProcess:
-    """A process that runs ``families/foresee.py`` on a run folder, and ends with this one."""
+    """A process that runs ``families/foresee.py`` on a run folder, and ends when this one does."""
 
     def __init__(self, run_dir: Path) -> None:
         command = [sys.executable, "-m", "families.foresee", str(run_dir.resolve())]
-        # It has one thread, no device, no signals of this process, and ends when its input does.
+        # One thread and no GPU, so that training is not slowed; a session of its own, so that it
+        # gets no signals of the terminal. It ends when its standard input closes.
         variables = dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         self._process = subprocess.Popen(
@@ -25,7 +26,10 @@ class MemoryProcess:
         )
 
     def poll(self) -> int | None:
-        """Return the bytes that a rank will hold, once; None while, or if, they are not known."""
+        """Return the predicted bytes per rank, once, when they are known; else None.
+
+        They never are if the process fails.
+        """
         if self._process.poll() is None or self._process.stdout.closed:
             return None
         text = self._process.stdout.read()
@@ -33,7 +37,7 @@ class MemoryProcess:
         return int(text) if text.strip().isdigit() else None
 
     def close(self) -> None:
-        """End the process, if it has not ended."""
+        """Kill the process if it still runs, and close its pipes."""
         self._process.kill()
         self._process.wait()
         self._process.stdin.close()

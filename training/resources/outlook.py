@@ -1,4 +1,4 @@
-"""What a run is predicted to take, and what it took: memory, disk, images per second, duration."""
+"""Predicted and actual memory, disk space, images per second and duration of a run."""
 
 import contextlib
 import dataclasses
@@ -21,9 +21,10 @@ from training.run_report.files import PREDICTION_FILE, STATS_FILE
 from training.run_report.history import History
 from training.run_report.rows import read_object
 
-_LONG_SEC = 120.0  # Of a run for which memory is foreseen, which takes a processor for seconds.
-_REST = "the rest"  # Of what comes after a tick: files and validation.
-_WARM_UP, _PROBED = 2, 10  # Steps of a tick before the probe, and in it.
+# Memory is predicted only if at least this is left of a run, as that takes a processor for seconds.
+_LONG_SEC = 120.0
+_REST = "the rest"  # Time between ticks that is not for pictures or scores: files, validation.
+_WARM_UP, _PROBED = 2, 10  # Steps of a tick before and in the speed measurement (the probe).
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +34,11 @@ class Prediction:
     Attributes:
         total_nimg: Images after which the run ends.
         disk: Bytes of snapshots and states at the end.
-        memory: Bytes that a rank holds at most; None where that was not foreseen.
-        images_per_sec: By the probe; None before it.
-        probe_nimg, probe_sec: Images and seconds of training after the probe.
-        total_sec: Seconds of training until the end, without the time between a stop and a resume.
+        memory: Peak bytes of a rank; None if memory was not predicted.
+        images_per_sec: Speed that the probe measured; None before it.
+        probe_nimg, probe_sec: Images and seconds from the start of the run to the end of the probe.
+        total_sec: Seconds from the start of the run to its end, without the time between a stop and
+            a resume; None before the probe.
     """
 
     total_nimg: int
@@ -48,7 +50,10 @@ class Prediction:
     total_sec: float | None = None
 
     def seconds_until(self, cur_nimg: int) -> float | None:
-        """Return the foreseen seconds of training after ``cur_nimg`` images, after the probe."""
+        """Return the predicted seconds from the start of the run to ``cur_nimg`` images.
+
+        None before the end of the probe.
+        """
         if self.total_sec is None or cur_nimg <= self.probe_nimg:
             return None
         share = (cur_nimg - self.probe_nimg) / max(self.total_nimg - self.probe_nimg, 1)
@@ -56,7 +61,7 @@ class Prediction:
 
 
 def _read(config: RunConfig, run_dir: Path) -> Prediction | None:
-    """Return the first prediction of a run; None without one, or if it was of another duration."""
+    """Return the first prediction of a run; None if there is none for the run's present length."""
     try:
         found = typed(Prediction, read_object(run_dir / PREDICTION_FILE))
     except ValueError:
@@ -65,11 +70,11 @@ def _read(config: RunConfig, run_dir: Path) -> Prediction | None:
 
 
 class Outlook:
-    """Foresees how fast a run is and when it ends, and compares all that was foreseen in the end.
+    """Predicts the speed and duration of a run, and at its end compares predictions with facts.
 
-    Rank 0 alone does; ``telemetry`` is None elsewhere. Speed is measured over ten steps, which wait
-    for nothing: on a GPU two events are recorded, and the second is waited for once. A run that is
-    continued keeps its first prediction, in ``prediction.json``.
+    Only rank 0 predicts; ``telemetry`` is None elsewhere. Speed is measured over ten steps without
+    stalling them: on a GPU two events are recorded, and the host waits for the second one, once. A
+    resumed run keeps its first prediction, in ``prediction.json``.
     """
 
     def __init__(
@@ -82,7 +87,11 @@ class Outlook:
         cur_nimg: int,
         start_sec: float,
     ) -> None:
-        """``start_sec`` is when the run would have begun had it never been stopped."""
+        """Read or make the first prediction.
+
+        ``start_sec`` is the time, in seconds since the epoch, at which the run would have started
+        had it never been stopped.
+        """
         self._config, self._run_dir, self._device = config, run_dir, device
         self._telemetry, self._start_sec = telemetry, start_sec
         self._num_steps = self._num_in_ticks = 0
@@ -90,7 +99,7 @@ class Outlook:
         self._mark: Any = None
         self._is_probing = telemetry is not None and cur_nimg < config.total_nimg
         self._has_trained = False
-        self._costs: dict[str, float] = {}  # Seconds, the most of each kind of event so far.
+        self._costs: dict[str, float] = {}  # Longest duration of each kind of event, in seconds.
         self._memory: MemoryProcess | None = None
         if telemetry is None:
             return
@@ -101,12 +110,12 @@ class Outlook:
 
     def _keep(self, prediction: Prediction) -> None:
         self._prediction = prediction
-        with contextlib.suppress(OSError):  # What is foreseen never ends a run.
+        with contextlib.suppress(OSError):  # A prediction never ends a run.
             write_json(self._run_dir / PREDICTION_FILE, dataclasses.asdict(prediction))
 
     @contextlib.contextmanager
     def timed(self, what: str) -> Iterator[None]:
-        """Within it ``what`` is made, such as pictures."""
+        """Time an event of kind ``what``, such as pictures, that runs in this context."""
         start = time.monotonic()
         yield
         self._note(what, time.monotonic() - start)
@@ -127,10 +136,11 @@ class Outlook:
             self._tell(_PROBED * self._config.step_nimg / self._since_mark(), cur_nimg)
 
     def tick(self, tick_nimg: int, sec_per_tick: float, cur_nimg: int, maintenance: float) -> None:
-        """Note how long the images of a tick took, and what came after them.
+        """Note the seconds of a tick of ``tick_nimg`` images, and of the maintenance after it.
 
-        The first tick, a single step, tells nothing of speed. Of ticks that are too short for a
-        probe, several stand for one.
+        If ticks are too short for a probe, speed is measured over several of them; the first tick
+        does not count, because it is a single step. A prediction of memory is reported when it is
+        there.
         """
         self._note(_REST, max(maintenance - self._sec_of_events, 0.0))
         self._sec_of_events = 0.0
@@ -154,7 +164,7 @@ class Outlook:
         return event
 
     def _since_mark(self) -> float:
-        """Return the seconds since the mark; this waits for the device, once in a run."""
+        """Return the seconds since the mark. Waits for the device, but only once per run."""
         now = self._now()
         if self._device.type != "cuda":
             return max(now - self._mark, 1e-9)
@@ -162,7 +172,7 @@ class Outlook:
         return max(self._mark.elapsed_time(now) / 1000, 1e-9)
 
     def _tell(self, images_per_sec: float, cur_nimg: int) -> None:
-        """Say how fast the run is and when it ends; keep it if it is the first time."""
+        """Report the speed and the predicted end of the run; keep the first such prediction."""
         self._is_probing = False
         elapsed = time.time() - self._start_sec
         extra, included = self._cost_of_events(cur_nimg)
@@ -180,10 +190,13 @@ class Outlook:
             self._memory = MemoryProcess(self._run_dir)
 
     def _cost_of_events(self, cur_nimg: int) -> tuple[float, str]:
-        """Return the seconds of snapshots, pictures and scores to come, as the last ones took."""
+        """Return the seconds of the pictures, scores and files to come, and a phrase naming them.
+
+        Each is expected to take as long as the longest of its kind so far.
+        """
         config = self._config
         so_far = config.changed("training", kimg=cur_nimg / 1000, iters=None)
-        # The newest tick counts as one with a snapshot, as if it were the last.
+        # The shortened run counts a snapshot at its last tick, the newest one: hence the 1.
         scores = snapshots = count_snapshots(config) - count_snapshots(so_far) + 1
         if config.logging.metrics_ticks:
             last = count_ticks(config) - 1
@@ -198,7 +211,7 @@ class Outlook:
         return total, " and ".join(words)
 
     def finish(self, cur_nimg: int) -> None:
-        """Say what was foreseen and what it was, after ``cur_nimg`` images."""
+        """Report predicted and actual values after ``cur_nimg`` images, and stop predicting."""
         if self._telemetry is None or not self._has_trained:
             return
         if self._memory is not None:
@@ -216,7 +229,10 @@ class Outlook:
 def compare(
     prediction: Prediction, config: RunConfig, run_dir: Path, device: torch.device, cur_nimg: int
 ) -> dict[str, tuple[float, float]]:
-    """Return the predicted and the actual memory, disk and images/s, after ``cur_nimg`` images."""
+    """Return predicted and actual memory and disk (bytes) and images/s after ``cur_nimg`` images.
+
+    Values that were not predicted, or that cannot be measured yet, are left out.
+    """
     history = History(run_dir / STATS_FILE)
     history.read()
     rows = {}
@@ -232,7 +248,7 @@ def compare(
 
 
 def describe(name: str, foreseen: float, actual: float) -> str:
-    """Return two values and the error of the first in words: ``493MB, 491MB (+0.4%)``."""
+    """Return two values and the error of the first as text: ``493MB, 491MB (+0.4%)``."""
     show = {"duration": format_time, "images/s": "{:,.4g}".format}.get(name, _bytes)
     error = f" ({foreseen / actual - 1:+.1%})" if actual > 0 else ""
     return f"{show(foreseen)}, {show(actual)}{error}"
@@ -243,7 +259,7 @@ def _bytes(size: float) -> str:
 
 
 def _peak_memory(history: History, device: torch.device) -> float:
-    """Return the bytes that rank 0 took at most: of its GPU, or resident in this process."""
+    """Return the peak bytes of rank 0, of its GPU or resident in this process."""
     if device.type == "cuda":
         values = history.values("Resources/peak_gpu_mem_reserved_gb")
         return float(values.max(initial=0.0)) * 2**30 + CUDA_CONTEXT
@@ -252,7 +268,7 @@ def _peak_memory(history: History, device: torch.device) -> float:
 
 
 def _size_of_files(run_dir: Path) -> int:
-    """Return the bytes of the snapshots and states of a run."""
+    """Return the total bytes of the snapshots and states of a run."""
     paths = [*run_dir.glob("network-snapshot-*.pkl"), *run_dir.glob("training-state-*")]
     inner = [file for path in paths for file in (path.iterdir() if path.is_dir() else (path,))]
     return sum(file.stat().st_size for file in inner)
