@@ -1,4 +1,4 @@
-"""``report.html``: one file that shows a run, or several overlaid, from the run's files.
+"""``report.html``: one page that shows a run, or several overlaid, from the files of the runs.
 
-Nothing here needs torch or the network, and no text of a file is ever taken for HTML.
+Nothing here needs torch or the network, and all text from files is escaped.
 """

@@ -1,4 +1,4 @@
-"""Charts of a page: the data that its script draws, and the same as a table for screen readers."""
+"""Charts of a page: data for its script to draw, and the same as a table for screen readers."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -7,9 +7,9 @@ from typing import Any
 from training.run_report.history import Curve
 from training.run_report.markup import Html, details, table, tag
 
-_NUM_ROWS = 12  # Of the table of a chart.
+_NUM_ROWS = 12  # Most rows in the table of a chart.
 _MAX_COLUMNS = 12
-_OF_TEXT = ("note", "band", "y")  # What is no business of the script.
+_OF_TEXT = ("note", "band", "y")  # Fields that become HTML and are not passed to the script.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,22 +19,22 @@ class Line:
     name: str
     curve: Curve
     points: bool = False  # Whether every point is marked.
-    colour: int | None = None  # Number of its colour; by default its place in the chart.
+    colour: int | None = None  # Number of the colour; by default the line's place in the chart.
 
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """What a chart shows.
+    """The contents of a chart.
 
     Attributes:
         kind: ``line``, ``bars`` side by side, or ``stack`` of bars.
-        x: What the horizontal axis is; ``kimg`` axes move together.
-        y: Its unit, if it has any.
-        log, log_x: Whether an axis begins as a logarithmic one.
-        names: Of bars, what stands below each group.
-        percent: Whether numbers are shares.
+        x: Name of the horizontal axis; all ``kimg`` axes of a page zoom together.
+        y: Unit of the vertical axis, if it has any.
+        log, log_x: Whether the vertical or horizontal axis is logarithmic at first.
+        names: Labels below the groups of bars.
+        percent: Whether values are shares, shown in percent.
         note: A sentence below the chart.
-        band: What the range around a line or bar is, in words.
+        band: Meaning of the range around a line or bar, for a note.
     """
 
     title: str
@@ -51,19 +51,19 @@ class Chart:
 
 
 class Canvas:
-    """Collects the charts of a page; :attr:`content` is what the script gets."""
+    """Collects the charts of a page; :attr:`content` is the data for the script."""
 
     def __init__(self) -> None:
         self.content: dict[str, list[Any]] = dict(xs=[], charts=[])
         self._places: dict[tuple[Any, ...], int] = {}
 
     def figures(self, charts: Iterable[Chart]) -> Html | None:
-        """Return charts beside and below each other; None without any."""
+        """Return a grid of charts; None if none of them has a line."""
         found = [self.figure(chart) for chart in charts if chart.lines]
         return tag("div", found, class_="charts") if found else None
 
     def figure(self, chart: Chart) -> Html:
-        """Return a chart: its place, for the script to fill, and its table."""
+        """Return the figure of a chart: an empty plot, which the script fills, and a table."""
         number = len(self.content["charts"])
         lines = [self._line(index, line) for index, line in enumerate(chart.lines)]
         own = (field.name for field in dataclasses.fields(chart) if field.name not in _OF_TEXT)
@@ -84,7 +84,7 @@ class Canvas:
         )
 
     def _line(self, index: int, line: Line) -> dict[str, Any]:
-        key = tuple(line.curve.x)  # Curves of a run have their kimg in common.
+        key = tuple(line.curve.x)  # Curves of a run share their kimg, which is stored once.
         if key not in self._places:
             self._places[key] = len(self.content["xs"])
             self.content["xs"].append(line.curve.x)
@@ -96,7 +96,7 @@ class Canvas:
 
 
 def _values(chart: Chart) -> Html:
-    """Return a chart as a table of about a dozen rows, its ends among them."""
+    """Return a chart as a table of at most 12 rows, including its first and last point."""
     lines = chart.lines[:_MAX_COLUMNS]
     xs = sorted({x for line in lines for x in line.curve.x})
     if len(xs) > _NUM_ROWS:

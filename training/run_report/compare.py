@@ -14,9 +14,9 @@ _MAX_METRICS = 6  # Columns of the table of runs.
 
 
 def with_short_names(runs: Sequence[Run]) -> list[Run]:
-    """Return runs with names that distinguish them: without the words that all names share.
+    """Return runs titled by the words of their names that not all of them share.
 
-    Runs whose names would be equal then are called by their whole names, or by their paths.
+    If these titles are empty or not unique, whole names are used, and otherwise paths.
     """
     words = [run.name.split("-") for run in runs]
     common = set(words[0]).intersection(*words[1:])
@@ -40,7 +40,7 @@ def header(runs: Sequence[Run]) -> Html:
 
 
 def runs_section(runs: Sequence[Run]) -> Html:
-    """Return a table of the runs: how far they are, and their best scores."""
+    """Return a section with a table of the runs: their progress and their best scores."""
     keys = list(dict.fromkeys(key for run in runs for key in run.scores))[:_MAX_METRICS]
     titles = [metric if metric == name else f"{metric}: {name}" for metric, name in keys]
     heading = ["Run", "Folder", "Preset", "kimg", "Loss", "Images/s", "Time", "Skipped", *titles]
@@ -74,7 +74,7 @@ def _score(run: Run, key: tuple[str, str]) -> str:
 
 
 def differences_section(runs: Sequence[Run]) -> Html:
-    """Return the settings in which the runs differ, side by side."""
+    """Return a section with the settings in which the runs differ, side by side."""
     names = dict.fromkeys(name for run in runs for name in run.settings)
     rows = []
     for name in names:
@@ -88,7 +88,7 @@ def differences_section(runs: Sequence[Run]) -> Html:
 
 
 def warnings_section(runs: Sequence[Run]) -> Html:
-    """Return the warnings of each run."""
+    """Return a section with the warnings of each run."""
     parts = [
         details(f"{run.name}: {len(run.notices) or 'none'}", overview.notice_list(run))
         for run in runs
@@ -97,7 +97,7 @@ def warnings_section(runs: Sequence[Run]) -> Html:
 
 
 def sections(runs: Sequence[Run], canvas: Canvas, samples: Html) -> list[Html | None]:
-    """Return the sections of the page, of which one holds ``samples``."""
+    """Return the sections of the page, in order, one of them with ``samples``."""
     runs = list(runs)
     return [
         runs_section(runs),

@@ -6,9 +6,9 @@ from typing import Any
 
 from training.run_report.rows import is_finite, kimg_of_name, read_rows
 
-ALL_LEVELS = "all"  # As the rows call the average over noise levels.
+ALL_LEVELS = "all"  # Value of ``sigma`` in rows that average over noise levels.
 _METRICS = ("conditioning", "conditioning_attention")
-_OTHERS = ("stats.", "watch.", "metric-")  # How the names of files with other rows begin.
+_OTHERS = ("stats.", "watch.", "metric-")  # Prefixes of files with other rows.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,9 +17,9 @@ class Effect:
 
     condition: str
     change: str
-    sigma: float | None  # Noise level; None for all of them together.
+    sigma: float | None  # Noise level; None for the average over all levels.
     values: dict[str, float]  # Empty if there is nothing to measure.
-    reason: str  # Why that is so; or what to know of the numbers.
+    reason: str  # Why nothing was measured, or a note on the values.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,14 +31,14 @@ class ConditionsReport:
     snapshot: str
     kimg: float | None
     effects: list[Effect]
-    attention: list[dict[str, float]]  # Of each layer, the share that each part of a context has.
+    attention: list[dict[str, float]]  # For each layer, the share of each part of the context.
 
     def overall(self) -> list[Effect]:
         return [effect for effect in self.effects if effect.sigma is None]
 
 
 def read_conditions(run_dir: Path) -> list[ConditionsReport]:
-    """Return the reports in further ``.jsonl`` files of a run folder, the newest snapshot first."""
+    """Return the reports in the ``.jsonl`` files of a run folder, the newest snapshot first."""
     found = []
     for path in sorted(run_dir.glob("*.jsonl")):
         if path.name.startswith(_OTHERS):

@@ -1,4 +1,4 @@
-"""Which curves of which runs are drawn together: charts of one run, or of several beside them."""
+"""Which curves are drawn together: charts of one run, or of several overlaid."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from training.run_report.scores import Score, better
 
 
 class Topic(NamedTuple):
-    """Statistics that one chart shows, with their names there."""
+    """Statistics that one chart shows; ``names`` maps each to its name in the legend."""
 
     title: str
     names: dict[str, str]
@@ -21,7 +21,7 @@ class Topic(NamedTuple):
     log: bool = False
 
 
-_STEEP = 10
+_STEEP = 10  # Ratio of the largest to the smallest value beyond which an axis is logarithmic.
 _BAND_COLOUR = 7  # Grey.
 TRAINING = (
     Topic("Loss", {"Loss/loss": "loss"}, log=True),
@@ -49,9 +49,9 @@ _SHOWN = {name for topic in TRAINING for name in topic.names} | {"Progress/kimg"
 
 
 def topic_charts(runs: Sequence[Run], topics: Iterable[Topic] = TRAINING) -> list[Chart]:
-    """Return a chart for every topic that a run has statistics of, and all runs have lines in it.
+    """Return a chart for every topic of which a run has statistics.
 
-    Of several runs every statistic has a chart of its own, with a line for each run.
+    With several runs, every statistic has its own chart, with a line for each run.
     """
     charts = []
     for topic in topics:
@@ -73,7 +73,7 @@ def topic_charts(runs: Sequence[Run], topics: Iterable[Topic] = TRAINING) -> lis
 
 
 def reference_lines(run: Run, names: Sequence[str]) -> list[Line]:
-    """Return the bands of the reference of a run for those of its statistics that have one."""
+    """Return the bands of a run's reference curves for those statistics that have one."""
     curves = {} if run.reference is None else run.reference.curves
     found = []
     for name in names:
@@ -86,7 +86,7 @@ def reference_lines(run: Run, names: Sequence[str]) -> list[Line]:
 
 
 def band_note(run: Run, names: Sequence[str]) -> str | None:
-    """Return what the shaded band of a chart with :func:`reference_lines` is; None without one."""
+    """Return a note on the band of :func:`reference_lines`; None if there is none."""
     if not reference_lines(run, names):
         return None
     return (
@@ -106,7 +106,7 @@ def over_runs(title: str, runs: Sequence[Run], name: str, **look: Any) -> Chart:
 
 
 def other_charts(runs: Sequence[Run], most: int = 150) -> list[Chart]:
-    """Return charts of all statistics that no other part of the page shows, at most so many."""
+    """Return charts of up to ``most`` statistics that no other part of the page shows."""
     names = dict.fromkeys(name for run in runs for name in run.history.names)
     rest = [name for name in names if name not in _SHOWN and not range_of(name)]
     charts = [over_runs(name, runs, name) for name in sorted(rest)[:most]]
@@ -114,7 +114,7 @@ def other_charts(runs: Sequence[Run], most: int = 150) -> list[Chart]:
 
 
 def level_charts(runs: Sequence[Run]) -> list[Chart]:
-    """Return the loss by noise level: over kimg, and over the levels themselves."""
+    """Return charts of the loss by noise level: over kimg, and over the noise level."""
     charts = []
     for kind in dict.fromkeys(kind for run in runs for kind in kinds_of(run.history)):
         over_kimg, lines = [], []
@@ -141,7 +141,7 @@ def level_charts(runs: Sequence[Run]) -> list[Chart]:
 
 
 def score_charts(runs: Sequence[Run]) -> list[Chart]:
-    """Return a chart for every value of every metric, with the noise band of each."""
+    """Return a chart for every value of every metric, with its noise band."""
     keys = dict.fromkeys(key for run in runs for key in run.scores)
     charts = []
     for key in keys:
@@ -160,13 +160,13 @@ def score_charts(runs: Sequence[Run]) -> list[Chart]:
 
 
 def _is_steep(lines: Sequence[Line]) -> bool:
-    """Return whether values differ so much that one axis shows them by their logarithms only."""
+    """Return whether values differ so much that they need a logarithmic axis."""
     values = [y for line in lines for y in line.curve.y if y is not None]
     return bool(values) and min(values) > 0 and max(values) > _STEEP * min(values)
 
 
 def _score_lines(name: str, scores: Sequence[Score], colour: int | None) -> list[Line]:
-    """Return a line of what a run recorded, and one for each file of further scores."""
+    """Return a line of the scores that a run recorded, and one for each file of other scores."""
     sources: dict[str, list[Score]] = {}
     for score in scores:
         if score.kimg is not None:
@@ -188,7 +188,7 @@ def _score_curve(scores: Sequence[Score]) -> Curve:
 
 
 def _band_note(metric: str, reasons: Sequence[str]) -> Any:
-    if not reasons and metric.startswith("val"):  # Of no seeds that could be others.
+    if not reasons and metric.startswith("val"):  # Its seeds are fixed: --noise-band does not help.
         return "How much this varies by chance is not known."
     if not reasons:
         return join(

@@ -1,4 +1,4 @@
-"""A run, read from the files in its folder and from nothing else."""
+"""A run, read from nothing but the files in its folder."""
 
 import dataclasses
 import re
@@ -26,14 +26,18 @@ _STATE = re.compile(r"training-state-\d+(?:\.\d{3})?(?:\.pt)?")
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What the files of a run say of it.
+    """The contents of a run folder.
 
     Attributes:
         options: The content of ``training_options.json``; empty if it cannot be read.
-        settings: Its configuration by name, such as ``training.batch``.
-        scores: By metric and value.
-        snapshots, states: Files of the run, the newest last.
-        reference: The curves that it is compared with, if it is.
+        settings: The configuration by name, such as ``training.batch``.
+        scores: Scores by (metric, name of the value), in the order of kimg.
+        notices: Each notice with the number of times that it was given, the worst first.
+        pictures: The pictures of each series, in the order of kimg.
+        conditions: Reports on conditions, the newest snapshot first.
+        snapshots, states: Paths of snapshots and training states, the newest last.
+        reference: The reference curves that the run is compared with, if any.
+        title: What a page calls the run instead of the name of its folder.
     """
 
     run_dir: Path
@@ -51,7 +55,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """What a page calls the run: its folder, or ``title`` if there is one."""
+        """What a page calls the run: ``title``, or else the name of its folder."""
         return self.title or self.run_dir.resolve().name
 
     @property
@@ -71,7 +75,7 @@ class Run:
 
     @property
     def status(self) -> str:
-        """How far the run is, in words."""
+        """How far the run is, as a sentence."""
         if not len(self.history.kimg):
             return "No tick is recorded yet."
         if self.is_complete:
@@ -87,9 +91,9 @@ def is_run(run_dir: Path) -> bool:
 
 
 def find_runs(paths: Iterable[Path]) -> list[Path]:
-    """Return run folders: the ones in ``paths``, and for any other folder the runs in it, by name.
+    """Return the run folders among ``paths``, and those directly inside the other folders, by name.
 
-    Raises ValueError for a path that is no run folder and holds none.
+    Raises ValueError for a path that is no run folder and contains none.
     """
     found: dict[Path, None] = {}
     for path in paths:
@@ -105,9 +109,9 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
 
 
 def read_run(run_dir: Path, history: History | None = None) -> Run:
-    """Return what the files of a run say; ``history`` is what was read of its curves before.
+    """Return the contents of a run folder; ``history`` holds the curves that were read before.
 
-    Nothing that is missing or damaged there is an error.
+    Missing and damaged files are not errors; lines that cannot be read are counted in a notice.
     """
     options = read_object(run_dir / OPTIONS_FILE)
     history = history or History(run_dir / STATS_FILE)
@@ -138,7 +142,7 @@ def read_run(run_dir: Path, history: History | None = None) -> Run:
 
 
 def _reference_of(run_dir: Path) -> Reference | None:
-    """Return the reference curves in the folder of a run; None if there are none to be read."""
+    """Return the reference curves in the folder of a run; None if it has none that can be read."""
     path = run_dir / RUN_FILE
     try:
         return read_reference(path) if path.is_file() else None

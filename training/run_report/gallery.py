@@ -1,4 +1,4 @@
-"""Pictures on a page: a slider through those of each series, with real images beside."""
+"""Pictures on a page: a slider through each series, with real images beside it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,13 +11,13 @@ _TRAINING_IMAGES = "Training images"
 
 
 def samples(run: Run, pictures: dict[str, list[Picture]]) -> Html:
-    """Return the pictures of a run: a slider through each series, with real images beside."""
+    """Return the figures of a run's pictures, or a sentence if there is none."""
     shown = figures_of(run, pictures)
     return join(shown or tag("p", "No picture is there yet; one is made with every snapshot."))
 
 
 def samples_of_all(runs: Sequence[Run], pictures: Sequence[dict[str, list[Picture]]]) -> Html:
-    """Return the pictures of several runs, one below the other."""
+    """Return the figures of several runs, one run below another, or a sentence if there is none."""
     parts = [
         details(run.name, figures_of(run, own), open_=True)
         for run, own in zip(runs, pictures, strict=True)
@@ -27,7 +27,10 @@ def samples_of_all(runs: Sequence[Run], pictures: Sequence[dict[str, list[Pictur
 
 
 def figures_of(run: Run, pictures: dict[str, list[Picture]]) -> list[Html]:
-    """Return a figure for each series of pictures; of real images alone, if there are no others."""
+    """Return a figure for each series, ``fakes`` with real images beside them.
+
+    Without ``fakes``, the real images have a figure of their own.
+    """
     reals = pictures.get("reals", [])
     series = {name: own for name, own in pictures.items() if name != "reals" and own}
     found = []
@@ -68,12 +71,12 @@ def _caption(picture: Picture) -> str:
 
 
 def _image(picture: Picture, alt: str, **attributes: Any) -> Html:
-    # A later page finds the picture by the first three, see pictures.Album.
+    # pictures.Album finds embedded pictures by the first three attributes, in this order.
     return tag(
         "img",
         data_source=picture.name,
         data_stamp=picture.stamp,
-        src=Html(picture.address),  # Nothing to escape, and long.
+        src=Html(picture.address),  # It is long, and base64 needs no escaping.
         alt=alt,
         **attributes,
     )

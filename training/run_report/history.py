@@ -1,4 +1,4 @@
-"""The curves in ``stats.jsonl``: read as a run writes them, and thinned for drawing."""
+"""The curves in ``stats.jsonl``: read while a run writes them, and thinned for drawing."""
 
 import math
 from array import array
@@ -10,13 +10,16 @@ import numpy as np
 
 from dnnlib.typed import parse_json
 
-_MAX_BUCKETS = 660  # Of three numbers each: mean, least, greatest.
+_MAX_BUCKETS = 660  # Points of a curve, each with three numbers: mean, minimum and maximum.
 _MAX_CURVES = 1_000
-VALIDATION = "Validation/"  # Statistics of ticks at which held-out images were looked at.
+VALIDATION = "Validation/"  # Prefix of statistics that only ticks with a validation have.
 
 
 class Curve(NamedTuple):
-    """Points of a curve: where, the mean there, and the range where a point stands for several."""
+    """Points of a curve; ``low`` and ``high`` are the range around each, if it has one.
+
+    In a thinned curve, a point is the mean of several, with their range.
+    """
 
     x: list[float]
     y: list[float | None]
@@ -25,10 +28,10 @@ class Curve(NamedTuple):
 
 
 class History:
-    """The statistics of a run, tick by tick. :meth:`read` adds what has been written since.
+    """The statistics of a run, tick by tick; :meth:`read` adds the rows written since.
 
-    A row that cannot be read is left out and counted. Where kimg goes back, as after a kill, the
-    later rows replace those at and after theirs.
+    A row that cannot be read is left out and counted. If kimg goes back, as after a kill, a row
+    replaces all earlier rows of the same or higher kimg.
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,7 +47,7 @@ class History:
         """Add the rows that were completed since the last call."""
         try:
             with open(self._path, "rb") as file:
-                if file.seek(0, 2) < self._offset:  # Another start has dropped rows.
+                if file.seek(0, 2) < self._offset:  # A restart has dropped rows.
                     self._forget()
                 file.seek(self._offset)
                 text = file.read()
@@ -87,19 +90,19 @@ class History:
         return list(self._means)
 
     def values(self, name: str) -> np.ndarray:
-        """Return the means of a statistic, float64 [ticks]; NaN where there is none."""
+        """Return the means of a statistic, float64 [ticks]; NaN at ticks without one."""
         if name not in self._means:
             return np.full(len(self.kimg), np.nan)
         return np.array(self._means[name])
 
     def last(self, name: str) -> float | None:
-        """Return the newest finite mean of a statistic; None without any."""
+        """Return the newest finite mean of a statistic; None if there is none."""
         return next((v for v in reversed(self._means.get(name, ())) if math.isfinite(v)), None)
 
     def curve(self, name: str) -> Curve:
-        """Return a statistic over kimg as a curve of at most about 2,000 numbers.
+        """Return a statistic over kimg as a curve of at most 660 points.
 
-        Of one that is not measured at every tick, it has those at which it was.
+        Of validation statistics, only the ticks at which they were measured are included.
         """
         kimg, values = np.array(self.kimg), self.values(name)
         if name.startswith(VALIDATION):
@@ -109,10 +112,10 @@ class History:
 
 
 def thin(x: np.ndarray, y: np.ndarray, max_buckets: int = _MAX_BUCKETS) -> Curve:
-    """Return a curve of at most ``max_buckets`` points, the first and last as they are.
+    """Return a curve of at most ``max_buckets`` points, of which the first and last are unchanged.
 
-    Each stands for as many points of ``x`` and ``y`` [N]: their mean, least and greatest. What is
-    not finite counts for nothing; a point without any other is None.
+    Each other point is the mean of equally many consecutive ones of ``x`` and ``y`` [N], with their
+    minimum and maximum. Values that are not finite are ignored; the mean of no others is None.
     """
     if len(x) <= max_buckets:
         return Curve(_rounded(x), _rounded(y))
@@ -129,7 +132,7 @@ def thin(x: np.ndarray, y: np.ndarray, max_buckets: int = _MAX_BUCKETS) -> Curve
 
 
 def _rounded(values: np.ndarray) -> list[float | None]:
-    """Return numbers with as many digits as a chart shows; None for what is not finite."""
+    """Return numbers rounded to 6 significant digits; None for those that are not finite."""
     return [float(f"{value:.6g}") if math.isfinite(value) else None for value in values.tolist()]
 
 

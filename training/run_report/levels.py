@@ -10,18 +10,18 @@ import numpy as np
 from training.run_report.history import VALIDATION, Curve, History
 
 _NUMBER = r"\d+(?:\.\d+)?(?:e[+-]?\d+)?"
-_LARGEST = 1e9  # Of noise levels that mean anything.
+_LARGEST = 1e9  # A larger noise level stands for infinity.
 _NAME = re.compile(rf"(.*(?:sigma_|_t))({_NUMBER})-({_NUMBER}|inf)")
 
 
 class Kind(NamedTuple):
-    """Statistics whose names begin alike, one for each range of noise levels."""
+    """A group of statistics with a common prefix, one for each range of noise levels."""
 
     start: str
 
     @property
     def is_log(self) -> bool:
-        """Whether levels are standard deviations; else they are times from 0 to 1."""
+        """Whether levels are standard deviations of noise, not times of a flow in [0, 1]."""
         return self.start.endswith("sigma_")
 
     @property
@@ -38,7 +38,7 @@ class Kind(NamedTuple):
 
 
 class Range(NamedTuple):
-    """The noise levels of one statistic."""
+    """The range of noise levels of one statistic."""
 
     kind: Kind
     low: float
@@ -54,7 +54,7 @@ class Range(NamedTuple):
 
 
 def range_of(name: str) -> Range | None:
-    """Return the noise levels that a statistic is of; None for one of all of them."""
+    """Return the range of noise levels in a statistic's name; None if it has none."""
     found = _NAME.fullmatch(name)
     if found is None:
         return None
@@ -75,7 +75,7 @@ class Levels:
     """The losses of a run by noise level, of one kind."""
 
     history: History
-    ranges: dict[str, Range]  # By statistic, from the lowest.
+    ranges: dict[str, Range]  # By statistic, the lowest noise level first.
 
     @classmethod
     def of(cls, history: History, kind: Kind) -> "Levels":
@@ -84,11 +84,11 @@ class Levels:
         return cls(history, dict(sorted(own.items(), key=lambda item: item[1][1:])))
 
     def texts(self) -> dict[str, str]:
-        """Return what each statistic that has a value is called."""
+        """Return the range of each statistic that has a value, as text."""
         return {n: r.text for n, r in self.ranges.items() if self.history.last(n) is not None}
 
     def profile(self, tick: int) -> Curve:
-        """Return the loss over the noise level in a tick."""
+        """Return the loss over the noise level at tick number ``tick``; no points if negative."""
         if tick < 0:
             return Curve([], [])
         values = [self.history.values(name)[tick] for name in self.ranges]
@@ -96,7 +96,7 @@ class Levels:
         return Curve(self._centres(), y)
 
     def some_ticks(self) -> list[int]:
-        """Return the first and the last tick with a value, and two between."""
+        """Return the first and last tick with a value, and those at 10% and 33% of the kimg so far."""
         values = np.array([self.history.values(name) for name in self.ranges])
         ticks = np.flatnonzero(np.isfinite(values).any(axis=0))
         if not len(ticks):
@@ -107,7 +107,10 @@ class Levels:
         return ticks[sorted(places)].tolist()
 
     def _centres(self) -> list[float]:
-        """Return where ranges lie on an axis; open ones as if as wide as the others."""
+        """Return the centres of the ranges, geometric for sigma.
+
+        Open ranges count as wide as the closed ones are on average.
+        """
         ranges = list(self.ranges.values())
         if not all(found.kind.is_log for found in ranges):
             return [(found.low + found.high) / 2 for found in ranges]

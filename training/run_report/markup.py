@@ -1,4 +1,4 @@
-"""HTML made of parts, in which every text is escaped that is not HTML already."""
+"""HTML composed of parts; every text that is not HTML already is escaped."""
 
 import html
 import json
@@ -9,14 +9,14 @@ _VOID = {"img", "input", "meta", "link", "br", "hr"}
 
 
 class Html(str):
-    """Text that is HTML. Whatever else becomes part of a page is escaped."""
+    """Text that is HTML; any other text is escaped when it becomes part of a page."""
 
 
 def tag(name: str, /, *children: Any, **attributes: Any) -> Html:
-    """Return an element. A child is text, HTML, None for nothing, or several of them in turn.
+    """Return an element. A child is text, HTML, None for nothing, or an iterable of children.
 
     Attributes are named as in HTML, with ``_`` for a hyphen and ``class_`` for class. Values are
-    escaped as children are. True is one without value; None and False leave it out.
+    escaped like children. True gives an attribute without a value; None and False leave it out.
     """
     words = [name]
     for key, value in attributes.items():
@@ -31,7 +31,7 @@ def tag(name: str, /, *children: Any, **attributes: Any) -> Html:
 
 
 def join(*children: Any) -> Html:
-    """Return children of :func:`tag` after one another, without an element around them."""
+    """Return children, as :func:`tag` takes them, without an element around them."""
     parts = []
     for child in children:
         if isinstance(child, Html):
@@ -44,9 +44,10 @@ def join(*children: Any) -> Html:
 
 
 def embedded_json(name: str, content: Any) -> Html:
-    """Return a script element with data that a script finds by ``name``.
+    """Return a script element of JSON data, which a script finds by its id ``name``.
 
-    No character of the data can end the element or begin a comment.
+    Characters of the data that could end the element or begin a comment are escaped. Raises
+    ValueError for numbers that are not finite.
     """
     text = json.dumps(content, separators=(",", ":"), allow_nan=False)
     for character in "<>&":
@@ -57,9 +58,9 @@ def embedded_json(name: str, content: Any) -> Html:
 def table(
     heading: Iterable[Any], rows: Iterable[Iterable[Any]], *, label: str, class_: str | None = None
 ) -> Html:
-    """Return a table with a first column of headings; it scrolls by itself.
+    """Return a scrollable table whose first column holds row headings.
 
-    ``heading`` is that of its columns; empty for none.
+    ``heading`` holds the column headings; empty for none.
     """
     body = []
     for row in rows:
@@ -72,18 +73,18 @@ def table(
 
 
 def section(name: str, title: str, *children: Any) -> Html:
-    """Return a section of a page, with its heading, which links can name."""
+    """Return a section of a page with its heading; links refer to it by ``name``."""
     heading = tag("h2", title, id=f"{name}-title")
     return tag("section", heading, *children, id=name, aria_labelledby=f"{name}-title")
 
 
 def details(summary: Any, *children: Any, class_: str | None = None, open_: bool = False) -> Html:
-    """Return what is hidden until its summary is clicked."""
+    """Return content that is hidden until its summary is clicked, or shown if ``open_``."""
     return tag("details", tag("summary", summary), *children, class_=class_, open_=open_)
 
 
 def show(value: Any) -> str:
-    """Return a plain value as people read it; of lists, the elements."""
+    """Return a plain value as readable text; the elements of a list are joined by commas."""
     if value is None:
         return "none"
     if isinstance(value, bool):

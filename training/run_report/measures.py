@@ -1,4 +1,4 @@
-"""Sections with charts: training, noise levels, scores, effect of conditions, all the rest."""
+"""Sections with charts: training, noise levels, scores, effect of conditions, other statistics."""
 
 from collections.abc import Iterator, Sequence
 
@@ -34,21 +34,21 @@ CHART_HELP = tag(
 
 
 def training_section(runs: list[Run], canvas: Canvas) -> Html:
-    """Return the curves of training."""
+    """Return the section with the training curves and, for one run, the verdict on them."""
     figures = canvas.figures(topic_charts(runs)) or tag("p", "No tick is recorded yet.")
     verdict = _verdict(runs[0]) if len(runs) == 1 else None
     return section("training", "Training", verdict, TOOLBAR, figures, CHART_HELP)
 
 
 def _verdict(run: Run) -> Html | None:
-    """Return the sentence that says whether a run lies where other seeds do."""
+    """Return the sentence that says whether a run lies within the bands of other seeds."""
     if run.reference is None:
         return None
     return tag("p", str(judge(run.run_dir, run.history, run.reference)))
 
 
 def levels_section(runs: list[Run], canvas: Canvas) -> Html | None:
-    """Return the loss by noise level; None for runs that recorded none."""
+    """Return the section on the loss by noise level; None for runs that recorded none."""
     figures = canvas.figures(level_charts(runs))
     text = "Each range holds an equal share of the noise levels in training, or of time."
     return figures and section(
@@ -57,7 +57,7 @@ def levels_section(runs: list[Run], canvas: Canvas) -> Html | None:
 
 
 def scores_section(runs: list[Run], canvas: Canvas) -> Html:
-    """Return the scores over kimg with their noise bands, and as a table."""
+    """Return the section with the scores: charts over kimg with noise bands, and a table."""
     figures = canvas.figures(score_charts(runs))
     rows = [row for run in runs for row in _score_rows(run, len(runs) > 1)]
     if not rows:
@@ -88,7 +88,7 @@ def _score_rows(run: Run, with_name: bool) -> Iterator[list[str]]:
 
 
 def others_section(runs: list[Run], canvas: Canvas) -> Html | None:
-    """Return all other statistics, out of sight at first."""
+    """Return the section with all other statistics, folded at first; None if there are none."""
     charts = other_charts(runs)
     if not charts:
         return None
@@ -97,7 +97,7 @@ def others_section(runs: list[Run], canvas: Canvas) -> Html | None:
 
 
 def conditions_section(run: Run, canvas: Canvas) -> Html:
-    """Return what each condition does to output and loss, and how attention is split."""
+    """Return the section on the effect of each condition, and on how attention is split."""
     if not run.conditions:
         text = tag(
             "p",

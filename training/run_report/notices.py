@@ -1,4 +1,4 @@
-"""What a run, or this report, has to say about the run: warnings, each with its remedy."""
+"""Notices about a run: warnings that it gave, or that its files show, each with its remedy."""
 
 import dataclasses
 import re
@@ -12,13 +12,13 @@ from dnnlib.text import format_kimg
 from training.run_report.history import History
 from training.run_report.rows import is_finite, read_text
 
-LEVELS = ("error", "warning", "info")  # From the worst.
+LEVELS = ("error", "warning", "info")  # The worst first.
 _NAMES_OF_LEVELS = {"critical": "error", "fatal": "error", "warn": "warning", "note": "info"}
 _LOWER_STEPS = (
     "Lower the learning rate (--lr), clip gradients (--clip-grad=1), or train with "
     "--precision=bf16."
 )
-# What a log line is that begins with no "Warning:", and what to do about it.
+# Patterns, levels and remedies of log lines that do not begin with "Warning:".
 _LOG_LINES = (
     (r"No (pictures|scores) at kimg .*", "warning", _LOWER_STEPS),
     (r"Stopped by \w+ at kimg .*", "info", ""),
@@ -26,7 +26,7 @@ _LOG_LINES = (
     (r"Stopped early at kimg .*", "info", ""),
     (r"Weights & Biases cannot be used .*", "info", ""),
 )
-# How a warning of a score row begins, and what to do about it.
+# Remedies for the warnings in score rows, by how the warning begins.
 _ROW_REMEDIES = {
     "low count": "Score more images, or compare with scores of equally many only.",
     "the images are jpeg": "Compare images of one file format.",
@@ -40,7 +40,7 @@ _ROW_REMEDIES = {
 
 @dataclasses.dataclass(frozen=True)
 class Notice:
-    """One thing to know, and what to do about it (empty if there is nothing to do)."""
+    """A message about a run, with its remedy (empty if there is nothing to do)."""
 
     level: str
     message: str
@@ -56,7 +56,10 @@ def line_of(row: Mapping[str, Any]) -> str:
 
 
 def watch_notices(rows: Iterable[Mapping[str, Any]]) -> list[Notice]:
-    """Return the rows of ``watch.jsonl``; what one lacks stays empty."""
+    """Return the notices in rows of ``watch.jsonl``; missing fields stay empty.
+
+    Rows with neither a message nor a name are left out.
+    """
     found = []
     for row in rows:
         texts = {key: _text(row.get(key)) for key in ("name", "message", "remedy", "level")}
@@ -82,9 +85,9 @@ def _text(value: Any) -> str:
 
 
 def log_notices(run_dir: Path, watched: Iterable[Mapping[str, Any]] = ()) -> Iterator[Notice]:
-    """Yield the warnings and other events of ``log.txt``, with the kimg of the tick before.
+    """Yield the warnings and other events in ``log.txt``, with the kimg of the tick before.
 
-    Those that rows of ``watch.jsonl`` tell too are left out.
+    Those that are also in ``watched``, the rows of ``watch.jsonl``, are left out.
     """
     kimg, known = None, {line_of(row) for row in watched}
     for line in read_text(run_dir / "log.txt").splitlines():
@@ -103,7 +106,7 @@ def log_notices(run_dir: Path, watched: Iterable[Mapping[str, Any]] = ()) -> Ite
 
 
 def rollback_notices(rows: Iterable[Mapping[str, Any]]) -> Iterator[Notice]:
-    """Yield the rows of ``rollbacks.jsonl``: how often the run went back, from where, and why."""
+    """Yield a notice for each row of ``rollbacks.jsonl``: from where the run went back, and why."""
     for row in rows:
         places = [row.get(name) for name in ("from_nimg", "to_nimg")]
         if all(is_finite(place) for place in places):
@@ -114,7 +117,7 @@ def rollback_notices(rows: Iterable[Mapping[str, Any]]) -> Iterator[Notice]:
 
 
 def score_notices(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[Notice]:
-    """Yield the warnings that score rows carry."""
+    """Yield the warnings in score rows, which come with their sources."""
     for _, row in rows:
         warnings = row.get("warnings")
         for text in warnings if isinstance(warnings, list) else ():
@@ -126,7 +129,10 @@ def score_notices(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[Not
 
 
 def history_notices(history: History, num_damaged: int) -> Iterator[Notice]:
-    """Yield what the curves themselves show: skipped steps, losses that are not finite, gaps."""
+    """Yield notices on skipped steps, losses that are not finite, and damaged lines.
+
+    ``num_damaged`` counts damaged lines in other files.
+    """
     skipped = history.values("Loss/skipped_steps")
     total = np.nanmax(skipped, initial=0)
     if total > 0:
@@ -148,7 +154,8 @@ def history_notices(history: History, num_damaged: int) -> Iterator[Notice]:
 def merged(notices: Iterable[Notice]) -> list[tuple[Notice, int]]:
     """Return notices, the worst first, each with the number of times that it was given.
 
-    Of several with one message the latest stands for all; where one has a remedy it is kept.
+    Of notices whose messages differ only in numbers, the latest stands for all. If it has no
+    remedy, that of an earlier one is kept.
     """
     found: dict[str, tuple[Notice, int]] = {}
     for notice in notices:
@@ -161,12 +168,12 @@ def merged(notices: Iterable[Notice]) -> list[tuple[Notice, int]]:
 
 
 def where(notice: Notice) -> str:
-    """Return where in a run a notice was given, in words; empty if that is unknown."""
+    """Return the kimg at which a notice was given, as text; empty if unknown."""
     return "" if notice.kimg is None else f"at kimg {format_kimg(notice.kimg)}"
 
 
 def _sentence(text: str) -> str:
-    """Return a text as a sentence: a capital at its start, a stop at its end."""
+    """Return a text with a capital at its start and a full stop at its end."""
     text = text.strip()
     stop = "" if text.endswith((".", "?", "!", ")")) else "."
     return f"{text[0].upper()}{text[1:]}{stop}" if text else ""

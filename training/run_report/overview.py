@@ -1,4 +1,4 @@
-"""The head of a page about one run: how far it is, its main figures, and its warnings."""
+"""The head of a page about one run: its progress, main figures and warnings."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from training.run_report.scores import Score, best
 
 
 def header(run: Run) -> Html:
-    """Return the head of a page about one run."""
+    """Return the head of a page about one run: title, status and progress bar."""
     total, preset = run.total_kimg, run.settings.get("preset")
     bar = None
     if total is not None:
@@ -26,7 +26,7 @@ def header(run: Run) -> Html:
 
 
 def tiles(run: Run) -> Html:
-    """Return the figures that a person looks for first."""
+    """Return tiles with the main figures of a run: kimg, loss, time, speed, memory, scores."""
     found = [_tile(name, value, small) for name, value, small in _figures(run)]
     return tag("dl", found, class_="tiles")
 
@@ -73,12 +73,12 @@ def _kimg_text(score: Score) -> str:
 
 
 def warnings_section(run: Run) -> Html:
-    """Return what there is to know about a run, the worst first, with remedies."""
+    """Return the section with the notices of a run, the worst first, with remedies."""
     return section("warnings", "Warnings", notice_list(run))
 
 
 def notice_list(run: Run) -> Html:
-    """Return the notices of a run as a list, or a sentence for none."""
+    """Return the notices of a run as a list, or a paragraph that says there are none."""
     if not run.notices:
         return tag("p", "None.")
     items = []

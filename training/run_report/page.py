@@ -1,4 +1,7 @@
-"""A page as one file: head, sections, style and script, which may load nothing and run no other."""
+"""A page as one file: head, sections, style and script.
+
+Its content security policy lets it load nothing, and run no script but its own.
+"""
 
 import base64
 import functools
@@ -24,13 +27,17 @@ def _asset(name: str) -> str:
 
 
 def is_page(path: Path) -> bool:
-    """Return whether a file is a page of this kind."""
+    """Return whether a file is a page that :class:`Draft` made."""
     with open(path, "rb") as file:
         return f'content="{GENERATOR}"'.encode() in file.read(1000)
 
 
 class Draft:
-    """A page without pictures, whose size decides how much room they have."""
+    """A page without pictures; its size decides how much room is left for them.
+
+    Attributes:
+        num_bytes: Size of the page so far.
+    """
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self._runs, canvas = runs, Canvas()
@@ -45,12 +52,12 @@ class Draft:
         self.num_bytes = len(_encoded(self._text))
 
     def finish(self, pictures: Sequence[dict[str, list[Picture]]], footer: str) -> bytes:
-        """Return the whole page, with the pictures of each run."""
+        """Return the whole page, UTF-8, with the pictures of each run."""
         if len(self._runs) == 1:
             samples = gallery.samples(self._runs[0], pictures[0])
         else:
             samples = gallery.samples_of_all(self._runs, pictures)
-        # No text of a file can look like the marks, as it is escaped.
+        # Text from files is escaped, so that it cannot contain the marks.
         for mark, content in ((_SAMPLES, samples), (_FOOTER, join(footer))):
             before, _, after = self._text.partition(mark)
             self._text = f"{before}{content}{after}"
@@ -58,7 +65,7 @@ class Draft:
 
 
 def _encoded(text: str) -> bytes:
-    return text.encode("utf-8", errors="replace")  # As of a lone surrogate in a JSON text.
+    return text.encode("utf-8", errors="replace")  # JSON text can contain lone surrogates.
 
 
 def _sections(run: Run, canvas: Canvas) -> list[Html | None]:
@@ -85,7 +92,10 @@ def document(
     footer: Html = _FOOTER,
     generator: str = GENERATOR,
 ) -> str:
-    """Return a page of sections, with the charts of ``canvas``, as one text."""
+    """Return the HTML of a page: ``head``, the sections ``parts``, and the charts of ``canvas``.
+
+    Parts that are None are left out; ``generator`` identifies the kind of page.
+    """
     parts = [part for part in parts if part is not None]
     names = [re.match(r'<section id="([\w-]+)"', part)[1] for part in parts]
     items = [tag("li", tag("a", _SHORT.get(n, n.capitalize()), href=f"#{n}")) for n in names]

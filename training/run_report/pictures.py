@@ -12,10 +12,10 @@ from typing import NamedTuple
 from dnnlib.files import read_file
 from training.run_report.rows import kimg_of_name
 
-_COUNTS = (48, 32, 24, 16, 12, 8, 6, 4, 3, 2)  # Pictures of a series, at most.
-_SLOTS = (8, 4, 2, 1)  # Pictures in a doubling of kimg, from the densest choice.
-_AS_IT_IS = 200_000  # Bytes of a PNG that is not worth another encoding.
-_SIZES = (2100, 1400, 900, 500)  # Longest edges in pixels; larger pictures are reduced.
+_COUNTS = (48, 32, 24, 16, 12, 8, 6, 4, 3, 2)  # Limits on the pictures of a series, tried in turn.
+_SLOTS = (8, 4, 2, 1)  # Pictures per doubling of kimg, the densest choice first.
+_AS_IT_IS = 200_000  # A PNG of up to so many bytes is not encoded again.
+_SIZES = (2100, 1400, 900, 500)  # Limits on the longest edge in pixels, tried in turn.
 _SERIES = re.compile(r"((?:fakes|validation_\w+))-\d+(?:\.\d{3})?\.png")
 _EMBEDDED = re.compile(
     rb'data-source="([\w.-]+)" data-stamp="(\d+-\d+-\d+)" '
@@ -25,7 +25,7 @@ _MAX_OLD_PAGE = 64_000_000
 
 
 class Source(NamedTuple):
-    """A picture in a file of a run."""
+    """A picture file of a run."""
 
     path: Path
     kimg: float | None
@@ -35,11 +35,11 @@ class Source(NamedTuple):
 class Picture:
     """A picture as a page embeds it."""
 
-    name: str  # Of its file.
-    stamp: str  # Changes with the file, and with the size to which it was reduced.
+    name: str  # Name of the file.
+    stamp: str  # Changes with the file and with the size to which the picture was reduced.
     kimg: float | None
     mime: str
-    data: str  # In base64.
+    data: str  # Base64.
 
     @property
     def num_bytes(self) -> int:
@@ -53,7 +53,7 @@ class Picture:
 def find_pictures(run_dir: Path) -> dict[str, list[Source]]:
     """Return the pictures of a run folder by series, in the order of kimg, ``fakes`` first.
 
-    Those of ``reals`` are at most one.
+    The series ``reals`` has one picture. Series without pictures are left out.
     """
     found: dict[str, list[Source]] = {"fakes": []}
     reals = run_dir / "reals.png"
@@ -66,10 +66,10 @@ def find_pictures(run_dir: Path) -> dict[str, list[Source]]:
 
 
 def choose(sources: Sequence[Source], most: int) -> list[Source]:
-    """Return at most ``most`` (2 or more) pictures: the first, the last, and evenly by log(kimg).
+    """Return at most ``most`` (2 or more) pictures, evenly by log(kimg), with the first and last.
 
-    A doubling of kimg is divided into slots, of which each keeps its first picture. So the choice
-    stays the same, but for its end, when a run goes on.
+    Each doubling of kimg is divided into slots, and the first picture in a slot is kept. So the
+    choice stays the same, except at its end, as a run goes on.
     """
     if len(sources) <= most:
         return list(sources)
@@ -89,7 +89,7 @@ def choose(sources: Sequence[Source], most: int) -> list[Source]:
 class Album:
     """Encodes pictures, and keeps the results for the next page.
 
-    ``old_page`` is a page of the same run, whose pictures need no encoding again.
+    The pictures embedded in ``old_page``, a page of the same run, are not encoded again.
     """
 
     def __init__(self, old_page: Path | None = None) -> None:
@@ -100,9 +100,9 @@ class Album:
     ) -> dict[str, list[Picture]]:
         """Return pictures of every series that together take at most ``max_bytes`` of a page.
 
-        Where there are too many, series are thinned; where even few are too large, they are
-        reduced. Files that hold no picture are left out. At most ``max_new`` are encoded in this
-        call, the ends of a series first.
+        If there are too many, series are thinned; if even two of each are too large, pictures are
+        reduced. Files that are not pictures are left out. At most ``max_new`` pictures are encoded
+        in this call, the ends of a series first; None is no limit.
         """
         allowance = _Allowance(max_new)
         found: dict[str, list[Picture]] = {}
@@ -117,7 +117,7 @@ class Album:
                 if sum(map(_total, found.values())) <= max_bytes:
                     return self._remember(found)
         left, found = max_bytes, {}
-        for name, own in last.items():  # As many as fit.
+        for name, own in last.items():  # Show the newest picture of as many series as fit.
             fits = _total(own) <= left
             found[name] = own if fits else []
             left -= _total(found[name])
@@ -137,7 +137,7 @@ class Album:
                     if not allowance.take():
                         continue
                     self._known[path.name, stamp] = encode(path, _SIZES[size])
-            except Exception:  # Whatever Pillow raises at a file that a full disk cut off.
+            except Exception:  # Pillow raises many kinds for a file that a full disk cut off.
                 continue
             done[place] = Picture(path.name, stamp, kimg, *self._known[path.name, stamp])
         return [done[place] for place in sorted(done)]
@@ -149,13 +149,13 @@ class Album:
 
 
 class _Allowance:
-    """How many pictures may still be encoded; None is any number."""
+    """Counts how many pictures may still be encoded; None is no limit."""
 
     def __init__(self, num: int | None) -> None:
         self._left = num
 
     def take(self) -> bool:
-        """Return whether there is one left, which is then taken."""
+        """Take one; return whether one was left."""
         if self._left is None:
             return True
         self._left -= 1
@@ -167,9 +167,10 @@ def _total(pictures: Iterable[Picture]) -> int:
 
 
 def encode(path: Path, longest: int) -> tuple[str, str]:
-    """Return media type and base64 text of a picture, reduced to ``longest`` pixels if larger.
+    """Return the media type and base64 text of a PNG, reduced to ``longest`` pixels if larger.
 
-    A small PNG stays as it is. Raises whatever Pillow does for a file that is no picture.
+    A small file stays a PNG, others become JPEG. Raises what Pillow raises for a file that is not a
+    PNG.
     """
     import PIL.Image
 
@@ -186,7 +187,7 @@ def encode(path: Path, longest: int) -> tuple[str, str]:
 
 
 def _embedded(page: Path) -> dict[tuple[str, str], tuple[str, str]]:
-    """Return the pictures in a page of this kind, by name and stamp: media type and text."""
+    """Return media type and base64 text of the pictures embedded in a page, by name and stamp."""
     try:
         if page.stat().st_size > _MAX_OLD_PAGE:
             return {}

@@ -1,4 +1,4 @@
-"""Rows of JSON in the files of a run, even if a file is cut off or damaged."""
+"""Reading the JSON files of a run, even if one is cut off or damaged."""
 
 import math
 import re
@@ -9,12 +9,12 @@ from typing import Any
 from dnnlib.files import read_file
 from dnnlib.typed import parse_json
 
-_MAX_BYTES = 200_000_000  # Of a file of rows; no run writes so much but to stats.jsonl.
+_MAX_BYTES = 200_000_000  # Only stats.jsonl, which is not read here, can become larger in a run.
 _COUNT = re.compile(r"-(\d+)(?:\.(\d{3}))?(?=[-.]|$)")
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Return the JSON objects of a file, one a line, and the number of lines that are none."""
+    """Return the JSON objects of a file, one per line, and the number of other non-empty lines."""
     rows, num_damaged = [], 0
     for line in read_text(path).splitlines():
         try:
@@ -29,7 +29,7 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; an empty one if there is none."""
+    """Return the JSON object in a file; an empty one if it has none or cannot be read."""
     try:
         found = parse_json(read_text(path))
     except ValueError:
@@ -38,7 +38,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a file; an empty one if it cannot be read, or is far too long."""
+    """Return the text of a file; an empty one if it cannot be read or exceeds 200 MB."""
     try:
         if path.stat().st_size > _MAX_BYTES:
             return ""
@@ -48,16 +48,16 @@ def read_text(path: Path) -> str:
 
 
 def kimg_of_name(name: str) -> float | None:
-    """Return what a file's name says of its kimg, as of ``fakes-000008.png``; None for nothing.
+    """Return the kimg in a file name, such as 8 for ``fakes-000008.png``; None if it has none.
 
-    From 1,000 images on, names count whole thousands; below, they hold the images as well.
+    Three decimals, as names of less than 1 kimg have them, count single images.
     """
     found = _COUNT.search(name)
     return int(found[1]) + int(found[2] or 0) / 1000 if found else None
 
 
 def flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the plain values in nested objects, each with its name, such as ``training.batch``."""
+    """Yield the plain values in nested objects by dotted names, such as ``training.batch``."""
     if isinstance(values, dict):
         for name, value in values.items():
             yield from flat(value, f"{prefix}.{name}" if prefix else str(name))
@@ -66,5 +66,5 @@ def flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def is_finite(value: Any) -> bool:
-    """Return whether a value read from JSON is a number that can be drawn."""
+    """Return whether a value read from JSON is a number of magnitude below 1e300, fit to draw."""
     return type(value) in (int, float) and abs(value) < 1e300 and math.isfinite(value)

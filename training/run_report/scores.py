@@ -1,4 +1,4 @@
-"""The scores of a run, recorded by it or in files beside it, and how far they vary by chance."""
+"""The scores of a run, recorded during it or in files beside it, and their variation by chance."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ from typing import Any
 
 from training.run_report.rows import is_finite, kimg_of_name, read_object, read_rows
 
-# Values of which more is better; of those in _LOWER less is. Nothing is said of others.
+# Values that are better if higher, and those that are better if lower; others are not ranked.
 _HIGHER = {"is", "precision", "recall", "density", "coverage"}
 _LOWER = {"fid", "sfid", "kid", "cmmd", "fd_dinov2", "fd_pixels", "val_loss", "lpips_p50"}
 _SHARES = {"precision": "num_images", "recall": "reference_count", "coverage": "reference_count"}
@@ -24,10 +24,11 @@ class Score:
 
     Attributes:
         metric, name: The metric, and which of its values.
-        kimg: Of the snapshot; None if that is not known.
+        kimg: Kimg of the snapshot; None if unknown.
         error: One standard deviation of the value from seed to seed; None if unknown.
-        error_from: Where the error is from, in words.
-        source: ``during the run``, or the file.
+        error_from: How the error was found, in words.
+        num_images: Images that were scored; None if unknown.
+        source: ``during the run``, or the name of the file.
     """
 
     metric: str
@@ -49,17 +50,20 @@ class Score:
 
 
 def better(name: str) -> str | None:
-    """Return ``higher`` or ``lower`` for a value of which that is better; None if unknown."""
+    """Return whether ``higher`` or ``lower`` is better for a value; None if unknown."""
     return "higher" if name in _HIGHER else "lower" if name in _LOWER else None
 
 
 def is_spread(name: str) -> bool:
-    """Return whether a value is the spread of another one."""
+    """Return whether a value is the standard deviation or error of another one."""
     return name.endswith(_SPREADS)
 
 
 def best(scores: Iterable[Score]) -> Score | None:
-    """Return the best of the scores of one value during a run; None where that is unknown."""
+    """Return the best score of one value during a run.
+
+    None if there is no score, or if it is unknown whether higher or lower is better.
+    """
     found = [score for score in scores if score.is_in_run]
     direction = better(found[0].name) if found else None
     if direction is None:
@@ -71,7 +75,7 @@ def best(scores: Iterable[Score]) -> Score | None:
 def read_score_rows(run_dir: Path) -> tuple[list[tuple[str, dict[str, Any]]], int]:
     """Return score rows with their sources, and the number of lines that could not be read.
 
-    The run's own are in ``metric-*.jsonl``; those of ``fid.py`` in ``.json`` files beside them.
+    The run writes its rows to ``metric-*.jsonl``; ``fid.py`` writes others to ``.json`` files.
     """
     found, num_damaged = [], 0
     for path in sorted(run_dir.glob("metric-*.jsonl")):
@@ -90,12 +94,13 @@ def _is_score_row(row: Any) -> bool:
 
 
 def scores_of(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[tuple[str, str], list[Score]]:
-    """Return the scores in rows by metric and value, in the order of kimg, with their errors.
+    """Return the scores in rows by (metric, value), in the order of kimg, with their errors.
 
-    Of several during the run after as many images the last counts. An error is, as far as it is
-    known, that over blocks of seeds (``noise_band``), the spread or the standard error that the row
-    holds, or that of a share of so many images. Where a row has none, that over blocks of another
-    row stands in, in proportion to the value and to 1 / sqrt(images).
+    Of several scores during the run at the same kimg, the last counts. The error is the first of
+    these that is known: the standard deviation over blocks of seeds (``noise_band``), the spread or
+    standard error in the row, the standard error over items, or that of a share of so many images.
+    If a row has none, the one over blocks of another row is used, in proportion to the value and to
+    1 / sqrt(images).
     """
     found: dict[tuple[str, str], dict[Any, Score]] = {}
     for index, (source, row) in enumerate(rows):
@@ -150,9 +155,9 @@ def _error(
 
 
 def _error_over_items(items: Any, value: float) -> float | None:
-    """Return the standard error of a value that is the mean or the median of a column of items.
+    """Return the standard error of a value that is the mean or median of a column of items.
 
-    That of the median is as of normally distributed numbers.
+    For the median, the numbers are taken to be normally distributed. None if no column fits.
     """
     items = [item for item in items if isinstance(item, dict)] if isinstance(items, list) else []
     for column in dict.fromkeys(name for item in items for name in item):
@@ -168,7 +173,10 @@ def _error_over_items(items: Any, value: float) -> float | None:
 
 
 def _with_band_of_others(score: Score, others: Iterable[Score]) -> Score:
-    """Return a score without error with that of the nearest one that was measured."""
+    """Return a score with an error: if it has none, that of the score nearest in kimg, scaled.
+
+    Only errors measured over blocks of seeds are passed on.
+    """
     measured = [s for s in others if s.error_from.startswith("over ") and s.value]
     if score.error is not None or not measured:
         return score

@@ -15,7 +15,7 @@ _LONG_COMMAND = 80  # Characters.
 
 
 def configuration_section(run: Run) -> Html:
-    """Return what the run is: in words, against its preset, in full, and where it runs."""
+    """Return the section on the configuration: facts, changes to the preset, settings, command."""
     options = run.options
     description = options.get("description")
     facts = {"data": options.get("data"), **(description if isinstance(description, dict) else {})}
@@ -38,7 +38,7 @@ def configuration_section(run: Run) -> Html:
 
 
 def _predicted(found: dict[str, Any]) -> str | None:
-    """Return what was foreseen when the run began, in words; None if nothing was."""
+    """Return the contents of ``prediction.json`` as text; None if there are none."""
     show = {
         "memory": lambda v: f"{format_count(v, 'B')} of memory a rank",
         "disk": lambda v: f"{format_count(v, 'B')} of disk",
@@ -94,7 +94,7 @@ def _environment(run: Run) -> Html:
 
 
 def next_section(run: Run) -> Html:
-    """Return commands for the next steps: resume, sample, score."""
+    """Return the section with commands for the next steps, such as to resume, sample and score."""
     shown = [
         tag(
             "div",
@@ -114,14 +114,14 @@ def _copy_button(title: str) -> Html:
 
 
 def _folded(command: str) -> str:
-    """Return a command as a shell takes it, over several lines if it is long."""
+    """Return a shell command, continued over several lines if it is long."""
     if len(command) <= _LONG_COMMAND:
         return command
     return re.sub(r" (?=--[a-z])", " \\\\\n    ", command)
 
 
 def next_steps(run: Run) -> Iterator[tuple[str, str]]:
-    """Yield titles and commands: to continue the run, and what its files offer besides."""
+    """Yield titles and commands: to continue the run, and whatever else its files allow."""
     folder, world_size = shlex.quote(str(run.run_dir)), run.options.get("world_size")
     several = type(world_size) is int and world_size > 1
     start = f"torchrun --standalone --nproc_per_node={world_size}" if several else "python"
@@ -157,7 +157,7 @@ def next_steps(run: Run) -> Iterator[tuple[str, str]]:
 
 
 def files_section(run: Run) -> Html:
-    """Return the snapshots and training states of a run."""
+    """Return the section with the snapshots and training states of a run."""
     rows = [
         (path.name, kind, _size(path))
         for kind, own in (("snapshot", run.snapshots), ("training state", run.states))
@@ -175,7 +175,7 @@ def files_section(run: Run) -> Html:
 
 def _size(path: Path) -> str:
     try:
-        files = path.iterdir() if path.is_dir() else (path,)  # A state may lie in parts.
+        files = path.iterdir() if path.is_dir() else (path,)  # A state can be a folder of parts.
         return format_count(sum(file.stat().st_size for file in files), "B")
     except OSError:
         return "gone"

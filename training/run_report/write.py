@@ -1,4 +1,4 @@
-"""Writes the report of a run, or of several, whole or not at all."""
+"""Writing the report of a run, or of several, atomically."""
 
 import datetime
 import time
@@ -14,14 +14,14 @@ from training.run_report.pictures import Album
 
 REPORT_FILE = "report.html"
 MAX_BYTES = 20_000_000
-_MARGIN = 50_000  # For what pictures add to the page besides themselves.
-_MAX_NEW = 2  # Pictures that a training run waits for at a time.
+_MARGIN = 50_000  # Bytes left for the markup around pictures.
+_MAX_NEW = 2  # Pictures encoded per report during training, which waits for them.
 
 
 class RunReport:
-    """The report of a run that is being trained, written again with every snapshot.
+    """The report of a run that is being trained, rewritten with every snapshot.
 
-    What was read and encoded for one page is kept for the next.
+    Curves that were read and pictures that were encoded are kept for the next report.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -32,7 +32,7 @@ class RunReport:
     def write(self, max_new: int | None = _MAX_NEW) -> Path:
         """Write ``report.html`` into the run folder; return its path.
 
-        At most ``max_new`` pictures are encoded; the others follow with later pages.
+        At most ``max_new`` pictures are encoded; the others follow in later reports.
         """
         start_sec = time.perf_counter()
         run = read_run(self._run_dir, self._history)
