@@ -1,1 +1,1 @@
-"""Scores: images and their references brought together, over training and metrics."""
+"""Scores of generated images against real ones; it builds on training and metrics."""

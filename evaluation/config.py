@@ -1,4 +1,4 @@
-"""How images are scored, as options of fid.py."""
+"""Options of fid.py on how images are generated and scored."""
 
 import dataclasses
 
@@ -8,6 +8,6 @@ from sampling.config import GenerateConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoreConfig(GenerateConfig):
-    """How the images of a snapshot are made and seen."""
+    """The sampling protocol of a snapshot's images, and the detectors that score them."""
 
     detectors: DetectorConfig = DetectorConfig()

@@ -1,4 +1,4 @@
-"""Scores of images made from supports: of classes trained on, unseen ones, and other datasets'."""
+"""Scores of images generated from supports of seen classes, unseen classes or other datasets."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,9 +28,9 @@ _NUM_SHOWN = 10
 
 
 class EpisodeImages(SnapshotImages):
-    """Images made from the supports of episodes, in the proportions of their real images.
+    """Images generated from the supports of episodes, in the proportions of their real images.
 
-    While they are scored, their distance to the nearest image of their support is measured.
+    While they are scored, the distance of each to the nearest image of its support is measured.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class EpisodeImages(SnapshotImages):
         return self._episodes.classes[super().labels(indices)]
 
     def distances(self) -> np.ndarray:
-        """Return the distances of all images so far, on every rank. Collective."""
+        """Return the distances of all images so far, float32 [N], on every rank. Collective."""
         own = torch.cat([torch.empty(0), *self._distances])
         return torch.cat(distributed.gather_objects(own)).numpy()
 
@@ -65,7 +65,8 @@ def support_distances(
 ) -> torch.Tensor:
     """Return the distance [N] of uint8 images [N, C, H, W] to the nearest image of their support.
 
-    It is the root mean square of the difference of pixels in 0..1. ``rows`` [N] are the episodes.
+    The distance is the root mean square difference of pixels in [0, 1]. ``rows`` [N] holds the
+    episode of each image.
     """
     supports = episodes.supports[torch.as_tensor(rows)].to(torch.float32) / 255
     difference = images[:, None].to(torch.float32) / 255 - supports  #  [N, k, C, H, W]
@@ -73,10 +74,11 @@ def support_distances(
 
 
 def copying(generated: np.ndarray, episodes: Episodes, images: ImageDataset) -> dict[str, Any]:
-    """Return how near generated images are to their supports, beside real ones of the same classes.
+    """Return how near generated images are to their supports, compared with real images.
 
-    Real images take the supports of their class in turn. The hundredth of them that is nearest
-    says what is too near: of generated images, more than 1% closer than that are copies.
+    Each real image is compared with the supports of its own class in turn. ``share_nearer`` is the
+    share of generated images that are nearer to their support than 99% of real images are; what
+    exceeds 1% are copies. ``generated`` [N] are distances from :func:`support_distances`.
     """
     real_classes = images.labels[episodes.reals]
     rows = np.empty(len(real_classes), np.int64)
@@ -110,7 +112,7 @@ def _check_transfer(images: ImageDataset, shape: ImageShape) -> None:
 
 
 def describe_fewshot(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the scores of one protocol in words."""
+    """Return the score rows of one protocol as text."""
     first, found = rows[0], rows[0]["copying"]
     lines = [
         f"{first['protocol']}: {first['num_episodes']} supports of {first['support_size']}, "
@@ -127,21 +129,22 @@ def describe_fewshot(rows: Sequence[Mapping[str, Any]]) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FewShotTest:
-    """What images made from supports are compared with, and how many of them."""
+    """What images generated from supports are compared with, and how many there are."""
 
-    protocols: Sequence[str]  # Of ``seen``, ``unseen``, ``val``, ``transfer``.
+    protocols: Sequence[str]  # Any of ``seen``, ``unseen``, ``val``, ``transfer``.
     dataset: SetDataset | None = None  # The training data, for all protocols but ``transfer``.
-    transfer: ImageDataset | None = None
-    num_images: int | None = None  # To generate; by default up to 10,000, as many as real ones.
-    episodes_per_class: int | None = None  # By default as many as use a fifth of it, up to 20.
-    outdir: Path | None = None  # Where a picture of each protocol goes.
+    transfer: ImageDataset | None = None  # The images of protocol ``transfer``.
+    num_images: int | None = None  # To generate; None: as many as real ones, up to 10,000.
+    episodes_per_class: int | None = None  # None: up to 20, from a fifth of the class's images.
+    outdir: Path | None = None  # Folder for a picture of each protocol; None for no pictures.
 
     def draw(
         self, snapshot: Snapshot, image_shape: ImageShape
     ) -> list[tuple[str, ImageDataset, Episodes]]:
         """Return each protocol with its images and the episodes drawn from them.
 
-        Raises ValueError if images do not fit the model, or none is left to compare with.
+        Raises ValueError if images do not fit the model, or if all of them are in supports, so that
+        none is left to compare with.
         """
         model = snapshot.config.model
         size = dict(support_size=model.context_size, num_per_class=self.episodes_per_class)
@@ -171,8 +174,8 @@ def score_fewshot(
 ) -> Iterable[list[dict[str, Any]]]:
     """Yield the score rows of each protocol for a set-conditioned model. Collective.
 
-    ``config`` is the sampling protocol with the detectors. Each row says in ``copying`` how near
-    the images are to their supports.
+    ``config`` holds the sampling protocol and the detectors. ``copying`` in each row tells how near
+    the images are to their supports, see :func:`copying`.
     """
     generator = making.generator(snapshot, config, device)
     batch = making.batch

@@ -1,7 +1,7 @@
-"""Scores against held-out images, and the same scores against training images.
+"""Scores against held-out images, compared with the same scores against training images.
 
-A model that copies its training images has better scores against those than against others of the
-same kind, and its images are nearer to training images than held-out ones are.
+A model that copies its training images scores better against those than against others of the same
+kind, and its images are nearer to training images than held-out ones are.
 """
 
 import functools
@@ -21,21 +21,23 @@ from metrics.reference_cache import MAX_VECTORS
 from metrics.statistics import Batch, collect_outputs
 from torch_utils import distributed
 
-NUM_IMAGES = 1000  # Of each side, at most.
+NUM_IMAGES = 1000  # Most images of each side.
 _NEAREST = 0.01  # Share of held-out images that count as very near to a training image.
 
 GenerateFn = Callable[[range], Iterable[Batch]]
 
 
 class HeldOutScores:
-    """Compares generated images with held-out images, and with as many that were trained on.
+    """Compares generated images with held-out images, and with as many training images.
 
-    Everything about the real images is found out now, or read from the cache. Collective.
+    The constructor computes the detector outputs of the real images, or reads them from the cache.
+    Collective.
 
     Args:
-        metrics: Those with a reference among them are computed.
-        trained, held_out: The images.
-        detectors: Of the metrics, by name.
+        metrics: The metrics of the run. Those that have a reference, and need no more images than
+            there are on each side, are computed.
+        trained, held_out: Training images and held-out images.
+        detectors: The detectors of the metrics, by name.
         device: Where outputs and distances are computed.
     """
 
@@ -59,13 +61,11 @@ class HeldOutScores:
             self._trained = dataset_references(trained, *settings)
 
     def rows(self, names: Iterable[str], generate: GenerateFn) -> list[dict[str, Any]]:
-        """Return further rows for the metrics of those names, on every rank. Collective.
+        """Return further score rows for the metrics called ``names``, on every rank. Collective.
 
-        Each metric has one, ``NAME_held_out``, with its value against either side. Each detector
-        whose features they see has one, ``copies_DETECTOR``: ``nearer`` is the share of pairs of
-        a generated and a held-out image of which the generated one is nearer to its nearest
-        training image (0.5 without copies), ``nearest`` the share of generated images that are
-        nearer to one than 99% of held-out images are (0.01 without copies).
+        There is a row ``NAME_held_out`` for each metric, with its value against either side, and a
+        row ``copies_DETECTOR`` for each detector whose features they use, with the values of
+        :func:`nearness`. Without copies, ``nearer`` is 0.5 and ``nearest`` is 0.01.
         """
         chosen = [metric for metric in self._metrics if metric.name in set(names)]
         needs = {metric.output: ("vectors",) for metric in chosen}
@@ -115,8 +115,8 @@ def nearness(generated: np.ndarray, held_out: np.ndarray) -> dict[str, float]:
     """Return how near generated images are to training images, compared with held-out images.
 
     ``generated`` [N] and ``held_out`` [M] are distances to the nearest training image. ``nearer``
-    is the probability that a generated image is nearer than a held-out one, equal distances
-    counted half; ``nearest`` the share of generated images nearer than 99% of held-out ones.
+    is the probability that a generated image is nearer than a held-out one, where ties count half;
+    ``nearest`` is the share of generated images that are nearer than 99% of held-out ones.
     """
     order = np.sort(held_out)
     above = len(order) - np.searchsorted(order, generated, side="right")

@@ -1,4 +1,4 @@
-"""Images to be scored: those of files, and those that a snapshot makes on the fly."""
+"""Images to be scored: those in files, and those that a snapshot generates on the fly."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,28 +33,28 @@ _ORDER_SEED = 0
 
 
 class ImageSource(Protocol):
-    """Images with indices, each a function of its index alone."""
+    """Numbered images, each a function of its index alone."""
 
     image_shape: ImageShape
-    formats: str  # Of their files, such as ``png``.
-    num_images: int | None  # None without end.
-    class_names: tuple[str, ...]  # Empty without any.
+    formats: str  # File formats of the images, such as ``png``.
+    num_images: int | None  # None if there is no end to them.
+    class_names: tuple[str, ...]  # Empty without classes.
 
     def batches(self, indices: Sequence[int]) -> Iterable[Batch]:
-        """Yield this rank's share of the images with those indices. Collective."""
+        """Yield this rank's share of the images, with their indices. Collective."""
 
     def labels(self, indices: range) -> np.ndarray | None:
-        """Return the class of each image, int64, or None if there are none."""
+        """Return the class of each image, int64 [N]; None if images have no classes."""
 
     def passport(self, indices: range) -> dict[str, Any]:
-        """Return what a score row says of these images."""
+        """Return what a score row states about these images."""
 
 
 class FileImages:
     """The images of a folder, a zip or an ``.npz`` sample archive.
 
-    With ``shuffled`` they are numbered in a fixed random order, as they may be sorted by class: the
-    first few are then a sample of all, and so is each split of the Inception Score.
+    Images may be stored sorted by class. With ``shuffled`` they are numbered in a fixed random
+    order, so that the first few, and each split of the Inception Score, are a sample of all.
     """
 
     def __init__(self, path: str, batch: int, shuffled: bool) -> None:
@@ -92,13 +92,13 @@ class FileImages:
 
 
 class SnapshotImages:
-    """Images that a snapshot makes: number i with seed ``first_seed + i``, without end.
+    """Images that a snapshot generates, image i from seed ``first_seed + i``, without end.
 
     Classes are in the proportions of the training data, or of ``class_counts``.
     """
 
     num_images = None
-    formats = "png"  # As no file has compressed them.
+    formats = "png"  # Generated images have no traces of compression.
 
     def __init__(
         self,
@@ -123,13 +123,13 @@ class SnapshotImages:
             yield from generate_for_rank(self._generator, indices, **options)
 
     def make(self, indices: range) -> torch.Tensor:
-        """Return all the images [N, C, H, W], uint8 on the device, made by this rank alone."""
+        """Return all of these images [N, C, H, W], uint8 on the device. Not collective."""
         labels = self.labels(indices)
         seeds = [self._first_seed + index for index in indices]
         return self._generator.generate(seeds, None if labels is None else labels.tolist())
 
     def sampled_by(self, config: GenerateConfig, first_seed: int | None = None) -> Self:
-        """Return the images of the same networks under another protocol, or of other seeds."""
+        """Return the images of the same networks under another protocol, or from other seeds."""
         protocol = dict(sampling=config.sampling, guidance=config.guidance)
         return SnapshotImages(
             dataclasses.replace(self._generator, **protocol),
@@ -140,7 +140,7 @@ class SnapshotImages:
         )
 
     def protocol(self) -> dict[str, Any]:
-        """Return what a score row states of the sampling."""
+        """Return what a score row states about the sampling."""
         return self._generator.protocol()
 
     def labels(self, indices: range) -> np.ndarray | None:
@@ -161,20 +161,20 @@ class SnapshotImages:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Making:
-    """How a snapshot makes images, beside its sampling protocol."""
+    """How a snapshot generates images, apart from its sampling protocol."""
 
     first_seed: int = 0
-    batch: int = 64  # Images per rank and pass; also of images that come from files.
+    batch: int = 64  # Images per rank and pass, also for images that are read from files.
     precision: str | None = None  # Arithmetic of the network; None: as in training.
-    cpu_matmul: str | None = None  # What multiplies float32 matrices on a CPU; None likewise.
+    cpu_matmul: str | None = None  # Library for float32 matmuls on CPUs; None: as in training.
     compile: bool = False  # Whether networks are compiled.
-    guide: str | None = None  # Second snapshot, to guide away from.
-    vae: str | None = None  # Autoencoder of a latent model, if not where it was in training.
+    guide: str | None = None  # A second snapshot, to guide away from (autoguidance).
+    vae: str | None = None  # Autoencoder of a latent model; None: where it was in training.
 
     def generator(
         self, snapshot: Snapshot, config: GenerateConfig, device: torch.device
     ) -> ImageGenerator:
-        """Return what makes the images of ``snapshot`` under the protocol ``config``."""
+        """Return a generator of the images of ``snapshot`` under the protocol ``config``."""
         how = GeneratorOptions.of(self, config)
         return family_of(snapshot.config).load(snapshot, device, how)
 
@@ -187,10 +187,10 @@ def open_image_source(
     *,
     shuffled: bool = False,
 ) -> ImageSource:
-    """Return the images of a snapshot under the protocol ``config``, or of a file without one.
+    """Return the images of a snapshot under the protocol ``config``, or those in files without one.
 
-    ``location`` is a snapshot, or without ``config`` a folder, zip or ``.npz`` of images; those of
-    folders and zips can be ``shuffled``, numbered in a fixed random order.
+    ``location`` is a snapshot or, if ``config`` is None, a folder, zip or ``.npz`` of images. With
+    ``shuffled``, images in files are numbered in a fixed random order.
     """
     if config is None:
         return FileImages(location, making.batch, shuffled)
@@ -205,7 +205,7 @@ def open_image_source(
 def read_images(
     dataset: ImageDataset, batch: int, label: str, indices: Sequence[int] | None = None
 ) -> Iterator[Batch]:
-    """Yield this rank's share of the images, or of those with ``indices``, under a progress bar."""
+    """Yield this rank's share of a dataset, or of its ``indices``, with a progress bar."""
     ranks = dict(rank=distributed.rank(), world_size=distributed.world_size())
     return iterate_images(dataset, **ranks, batch_size=batch, indices=indices, label=label)
 
@@ -218,11 +218,11 @@ def formats_of(dataset: ImageDataset) -> str:
 
 
 def shape_of(images: Any) -> ImageShape:
-    """Return C, H, W of a dataset or a model configuration."""
+    """Return (C, H, W) of a dataset or a model configuration."""
     return images.img_channels, images.resolution, images.resolution
 
 
 def size_text(images: Any) -> str:
-    """Return a shape, or that of a dataset or a model configuration, as text."""
+    """Return a shape (C, H, W), or that of a dataset or a model configuration, as text."""
     shape = images if isinstance(images, tuple) else shape_of(images)
     return f"{'x'.join(map(str, shape))} (channels, height, width)"

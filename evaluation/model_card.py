@@ -1,4 +1,4 @@
-"""The model card of an exported snapshot: what it is, what it was trained on, and its scores."""
+"""The model card of an exported snapshot: architecture, training data, scores and usage."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -22,9 +22,9 @@ _PROTOCOL = ("nfe", "num_images", "seeds", "labels", "precision", "detector", "p
 
 
 def scores_of(snapshot: Snapshot, folder: Path) -> list[dict[str, Any]]:
-    """Return the last score row of each metric in a run folder that is of a snapshot's weights.
+    """Return the last score row of each metric in a run folder that scores a snapshot's weights.
 
-    Files that are no score rows are passed over.
+    Files that cannot be read as score rows are skipped.
     """
     found = {}
     for path in sorted(folder.glob("metric-*.jsonl")):
@@ -38,11 +38,12 @@ def scores_of(snapshot: Snapshot, folder: Path) -> list[dict[str, Any]]:
 
 
 def check_export_folder(folder: Path, source: str, overwrite: bool) -> None:
-    """Raise ValueError if an export would replace files of others, or the export it is made of.
+    """Raise ValueError if an export would replace foreign files, or the files it is made from.
 
     Args:
-        source: What the export is made of, as ``--network`` names it.
-        overwrite: Whether files of others may be replaced.
+        folder: Where the export is to be written.
+        source: The snapshot or export that it is made from, as ``--network`` names it.
+        overwrite: Whether foreign files may be replaced.
     """
     there = [name for name in (WEIGHTS, CONFIG, "README.md", _PICTURE) if (folder / name).exists()]
     if not there:
@@ -57,7 +58,10 @@ def check_export_folder(folder: Path, source: str, overwrite: bool) -> None:
 
 
 def _is_export(folder: Path, there: Sequence[str]) -> bool:
-    """Return whether files are of an export, whole or stopped: pictures and card come first."""
+    """Return whether files are those of an export.
+
+    An interrupted export counts too: it has the picture, or the picture and the card.
+    """
     if (folder / CONFIG).exists():
         try:
             return bool(open_header(folder))
@@ -71,8 +75,8 @@ def _is_export(folder: Path, there: Sequence[str]) -> bool:
 def write_export(snapshot: Snapshot, folder: Path, *, location: str) -> None:
     """Write a snapshot's weights, configuration and model card into a folder.
 
-    Scores and samples are those beside the snapshot, if there are any of it. ``location`` is by
-    what users will name the export.
+    Scores and a picture of samples are taken from the snapshot's folder, if it has them.
+    ``location`` is the name by which users will load the export.
     """
     rows = scores_of(snapshot, snapshot.path.parent)
     picture = None
@@ -84,7 +88,7 @@ def write_export(snapshot: Snapshot, folder: Path, *, location: str) -> None:
         with atomic_write(folder / _PICTURE) as file:
             file.write(picture.read_bytes())
     with atomic_write(folder / "README.md") as file:
-        file.write(text.encode("utf-8", "replace"))  # Names of files may be no text.
+        file.write(text.encode("utf-8", "replace"))  # File names may contain lone surrogates.
     save_portable(snapshot, folder)
 
 
@@ -98,10 +102,11 @@ def model_card(
     """Return a model card in Markdown, with the metadata that the Hugging Face hub reads.
 
     Args:
-        snapshot: What is described.
-        rows: Its score rows.
-        location: By what users name it, such as ``hf://ORG/NAME``; its end is the model's name.
-        picture: File of samples beside the card.
+        snapshot: The snapshot to describe.
+        rows: Score rows of its weights.
+        location: The name by which users load it, such as ``hf://ORG/NAME``; the last part is the
+            model's name.
+        picture: Name of a picture of samples beside the card; None without one.
     """
     config, data = snapshot.config, snapshot.data
     name = Path(location).name
@@ -157,7 +162,7 @@ or `python generate.py --network={location} --outdir=out --seeds=0-63 --grid=out
 
 
 def _metadata(name: str, data: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the card's header; JSON is YAML, so that no text of a file can break it."""
+    """Return the card's YAML header. Values are JSON, which is YAML that no text can break."""
     results = [
         dict(
             task=dict(type="unconditional-image-generation", name="Image generation"),
@@ -174,7 +179,7 @@ def _metadata(name: str, data: str, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _values(row: Mapping[str, Any]) -> dict[str, float]:
-    """Return the numbers of a score row by name."""
+    """Return the numeric values of a score row by name."""
     found = row.get("values") or {str(row["metric"]): row.get("value")}
     return {str(name): value for name, value in found.items() if isinstance(value, int | float)}
 
@@ -185,7 +190,7 @@ def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _plain(value: Any) -> str:
-    """Return a value as text that neither ends a cell of a table nor is taken for HTML."""
+    """Return a value as one line of text, escaped so that it is no HTML and stays in its cell."""
     text = value if isinstance(value, str) else json.dumps(value)
     text = " ".join(text.split())
     return text.replace("|", "\\|").replace("<", "&lt;").replace("![", "!\\[")

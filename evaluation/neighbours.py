@@ -1,4 +1,4 @@
-"""Training images nearest to generated ones, to find copies (memorisation)."""
+"""Nearest training images of generated images, to find copies (memorisation)."""
 
 import collections
 import dataclasses
@@ -26,8 +26,8 @@ from torch_utils.pictures import Titles, image_grid, save_image
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95)
 _HELD_OUT_SEED = 0
 _FEW_HELD_OUT = 100
-# Share of the median held-out distance below which an image counts as a copy. Features of equal
-# images differ by rounding where their batches differ.
+# An image counts as a copy up to this share of the median held-out distance. It is not 0, because
+# features of equal images differ by rounding if their batches differ.
 _COPY = 1e-3
 _MIN_HELD_OUT = 1000
 _MIN_TILE = 88
@@ -37,16 +37,16 @@ _NUM_BINS = 50
 
 @dataclasses.dataclass(frozen=True)
 class Neighbours:
-    """Nearest training images, on rank 0, by the outputs of a detector."""
+    """Nearest training images of generated images, by the outputs of a detector."""
 
-    distances: np.ndarray  # [N, k], ascending, of each generated image.
-    indices: np.ndarray  # [N, k], of those training images.
-    held_out: np.ndarray  # [M], of each held-out real image to its nearest training image.
-    held_out_source: str  # What the held-out images are.
+    distances: np.ndarray  # [N, k], from each generated image, ascending.
+    indices: np.ndarray  # [N, k], indices of those training images.
+    held_out: np.ndarray  # [M], from each held-out real image to its nearest training image.
+    held_out_source: str  # Description of the held-out images.
     detector: Detector
 
     def summary(self) -> dict[str, Any]:
-        """Return the two distributions of nearest distances by quantiles, and their comparison."""
+        """Return quantiles of the nearest distances of both sides, and a comparison of them."""
         nearest = self.distances[:, 0]
         closer = {
             f"{quantile:g}": float((nearest < np.quantile(self.held_out, quantile)).mean())
@@ -73,7 +73,7 @@ def check_neighbours(
     num_neighbours: int,
     held_out: ImageDataset | None,
 ) -> None:
-    """Raise ValueError for too few images, other shapes, and charts that cannot be drawn."""
+    """Raise ValueError for too few images, differing shapes, and a missing charts package."""
     check_charts("--outdir")
     available = source.num_images
     if available is not None and num_images > available:
@@ -102,15 +102,15 @@ def find_neighbours(
     batch: int,
     held_out: ImageDataset | None = None,
 ) -> Neighbours | None:
-    """Return the nearest training images of the first ``num_images`` images; None but on rank 0.
+    """Return the nearest training images of the first ``num_images`` generated images, on rank 0.
 
-    All of ``data`` is searched. Collective.
+    Other ranks return None. All of ``data`` is searched. Collective.
 
     Args:
         source: Generated images.
-        data: Training images, at least two.
-        held_out: Real images that were not trained on. Without any, each of at least 1,000
-            training images (or all) is compared with all the others, as if it had been held out.
+        data: Training images, more than ``num_neighbours``.
+        held_out: Real images that were not trained on. Without any, at least 1,000 training images
+            (or all) are each compared with all others, as if they had been held out.
     """
     output = DetectorOutput(detector.name)
     needs, detectors = {output: ("vectors",)}, {detector.name: detector}
@@ -144,10 +144,11 @@ def find_neighbours(
 def neighbours_picture(
     neighbours: Neighbours | None, source: ImageSource, data: ImageDataset, num_rows: int
 ) -> PIL.Image.Image | None:
-    """Return generated images beside their neighbours with distances; None but on rank 0.
+    """Return a picture of generated images beside their neighbours, on rank 0, else None.
 
-    A row is a generated image and its training images, nearest first; the rows are the generated
-    images nearest to any training image. Collective: the images are made again.
+    A row shows a generated image and its nearest training images with their distances, nearest
+    first. The rows are those of the ``num_rows`` generated images that are nearest to any training
+    image. Collective, because these images are generated again.
     """
     nearest = np.zeros(0) if neighbours is None else neighbours.distances[:, 0]
     chosen = np.argsort(nearest, kind="stable")[:num_rows].tolist()
@@ -172,7 +173,7 @@ def neighbours_picture(
 
 
 def distances_picture(neighbours: Neighbours) -> PIL.Image.Image:
-    """Return the histograms of the nearest distances of generated and of held-out images."""
+    """Return a picture of the histograms of nearest distances of generated and held-out images."""
     sides = {"generated": neighbours.distances[:, 0], "held out": neighbours.held_out}
     highest = max(float(values.max()) for values in sides.values()) or 1.0
     figure = new_figure(*_CHART_SIZE)
@@ -198,7 +199,7 @@ def distances_picture(neighbours: Neighbours) -> PIL.Image.Image:
 
 
 def describe_neighbours(summary: Mapping[str, Any]) -> str:
-    """Return the summary of :class:`Neighbours` as a small table and one sentence."""
+    """Return the summary of :class:`Neighbours` as a small table with a conclusion."""
     rows = [["quantile", *(f"{100 * q:g}%" for q in summary["quantiles"])]]
     for name in ("generated", "held_out"):
         rows.append([name.replace("_", " "), *(f"{value:.4g}" for value in summary[name])])
@@ -228,7 +229,7 @@ def write_report(
     num_images: int,
     num_rows: int,
 ) -> None:
-    """Write pictures and ``neighbours.json`` into ``outdir``, print the summary. Collective."""
+    """Write pictures and ``neighbours.json`` into ``outdir``, and print a summary. Collective."""
     picture = neighbours_picture(neighbours, source, data, num_rows)
     if neighbours is None:
         return

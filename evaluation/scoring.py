@@ -1,4 +1,4 @@
-"""Scores of images against real ones: detectors, references and rows for a list of metrics."""
+"""Scores of images against real ones: detectors, references and score rows of metrics."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ _STATISTICS_SUFFIXES = (".npz", ".pkl")
 def make_detectors(
     names: Iterable[str], config: DetectorConfig, shape: ImageShape | None, device: torch.device
 ) -> dict[str, Detector]:
-    """Return detectors by name, each with its settings. Collective."""
+    """Return the detectors called ``names``, each with its settings in ``config``. Collective."""
     return {
         name: get_detector(name, device, image_shape=shape, **config.arguments(name))
         for name in dict.fromkeys(names)
@@ -44,9 +44,9 @@ def dataset_references(
     device: torch.device,
     batch: int = 64,
 ) -> References:
-    """Return what is needed of all images of a dataset, from the cache if possible. Collective.
+    """Return the references that ``needs`` asks for, of all images of a dataset. Collective.
 
-    Vectors carry their class if the dataset has labels.
+    They come from the cache if possible. If the dataset has labels, vectors carry their class.
     """
     references = references_for(
         needs,
@@ -70,15 +70,16 @@ def dataset_references(
 
 
 class RealImages:
-    """What metrics compare with: a dataset, or a file of statistics, or both in one file.
+    """The real images that metrics compare with: a dataset, a file of statistics, or both in one.
 
     Args:
-        location: Folder or zip of images; ``.npz`` of this project, of EDM or of ADM; ``.pkl`` of
-            EDM2. A file of statistics may be a URL. Or a dataset that is open.
+        location: An open dataset; a folder or zip of images; an ``.npz`` of this project, of EDM or
+            of ADM; or a ``.pkl`` of EDM2. A file of statistics may be a URL.
 
     Attributes:
-        image_shape: C, H, W; None where statistics do not tell.
-        formats: File formats of the images, such as ``png``; None where statistics do not tell.
+        image_shape: (C, H, W); None if the statistics do not state it.
+        formats: File formats of the images, such as ``png``; None if the statistics do not state
+            them.
     """
 
     def __init__(self, location: str | ImageDataset) -> None:
@@ -101,7 +102,7 @@ class RealImages:
                 self.image_shape = tuple(shape)
 
     def knows_classes(self) -> bool:
-        """Return whether numbers per class can be had."""
+        """Return whether classes are known, as scores per class require."""
         if self._statistics is not None:
             return any(found.labels is not None for found in self._statistics.values())
         return self._dataset.labels is not None
@@ -109,7 +110,10 @@ class RealImages:
     def references(
         self, needs: Needs, detectors: Mapping[str, Detector], device: torch.device, batch: int = 64
     ) -> References:
-        """Return what is known, or can be found out, of these images. Collective."""
+        """Return the stored statistics, and whatever else of ``needs`` images allow to compute.
+
+        Collective.
+        """
         known = dict(self._statistics or {})
         if self._dataset is None:
             return known
@@ -120,14 +124,14 @@ class RealImages:
         missing = {output: kinds for output, kinds in missing.items() if kinds}
         made = dataset_references(self._dataset, missing, detectors, device, batch)
         for output, found in made.items():
-            # ADM's files hold moments of all images and the first 10,000 images themselves.
+            # A file of ADM holds moments of all images, and the first 10,000 images themselves.
             before = known.get(output)
             known[output] = found if before is None else dataclasses.replace(before, sample=found)
         return known
 
 
 def _fetch_arrays(location: str) -> tuple[str, tuple[str, ...] | None]:
-    """Return a local path and the arrays in that file; None if it is a folder or zip of images."""
+    """Return a local path and the names of the arrays in that file; None for folders and zips."""
     if not location.endswith(_STATISTICS_SUFFIXES):
         return location, None
     path = fetch(location)
@@ -144,7 +148,10 @@ def check_images(
     num_images: int | None,
     num_blocks: int,
 ) -> list[str]:
-    """Return warnings about the use of ``source``; raise ValueError if it cannot be scored."""
+    """Return warnings about scoring ``source``. Raises ValueError if it cannot be scored.
+
+    It cannot if it has too few images, or if its shape does not fit that of the real images.
+    """
     warnings: list[str] = []
     real_shape = None if real is None else real.image_shape
     formats = None if real is None else real.formats
@@ -194,10 +201,14 @@ def score_images(
     per_class: bool = False,
     num_blocks: int = 1,
 ) -> list[dict[str, Any]]:
-    """Return one row per metric with its whole passport. Collective.
+    """Return one score row per metric, with all facts on how it was computed. Collective.
 
-    With ``num_blocks`` above 1, as many disjoint blocks of consecutive images (seeds) are scored.
-    A row is then that of the first block, with the spread over all in its ``noise_band``.
+    With ``num_blocks`` above 1, as many disjoint blocks of consecutive images (seeds) are scored. A
+    row is then that of the first block, and ``noise_band`` in it has the spread over all blocks.
+
+    Args:
+        num_images: Images in a block; None for as many as each metric wants.
+        per_class: Whether rows have scores per class, if classes are known.
     """
     counts = [metric.image_count(references.get(metric.output), num_images) for metric in metrics]
     for metric, count in zip(metrics, counts, strict=True):
@@ -241,7 +252,7 @@ def score_images(
 
 
 def _noise_band(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the spread of each value over the blocks; of FIDs, EDM quotes the least of three."""
+    """Return the spread of each value over the blocks; EDM quotes the lowest of three FIDs."""
     band: dict[str, Any] = {}
     for name in rows[0]["values"]:
         values = np.array([row["values"][name] for row in rows])
@@ -253,7 +264,7 @@ def _noise_band(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def describe_score(row: Mapping[str, Any], num_classes_shown: int = 20) -> str:
-    """Return a score row in words: values, spread, warnings, and the numbers of each class."""
+    """Return a score row as text: values, spread, warnings, and the scores of each class."""
     values = ", ".join(f"{name} {value:.6g}" for name, value in row["values"].items())
     if len(row["values"]) == 1:
         values = f"{row['value']:.6g}"
@@ -281,12 +292,12 @@ class Comparison:
     """How images are scored: by which metrics, against what, and how many.
 
     Attributes:
-        metrics: What is computed.
-        real: What they compare with; None where none of them does.
-        detectors: Settings of the networks that see the images.
-        num_images: How many; None for as many as each metric wants.
-        num_blocks: Disjoint blocks of so many, for the spread of the scores.
-        batch: Real images at once.
+        metrics: The metrics to compute.
+        real: The real images that they compare with; None if no metric needs any.
+        detectors: Settings of the detectors.
+        num_images: Images per block; None for as many as each metric wants.
+        num_blocks: Number of disjoint blocks that are scored, for the spread of the scores.
+        batch: Real images per pass of a detector.
     """
 
     metrics: Sequence[MetricSpec]
@@ -297,13 +308,13 @@ class Comparison:
     batch: int = 64
 
     def check(self, source: ImageSource) -> list[str]:
-        """Return warnings about the use of ``source``; ValueError if it cannot be scored."""
+        """Return warnings about scoring ``source``. Raises ValueError if it cannot be scored."""
         return check_images(self.metrics, source, self.real, self.num_images, self.num_blocks)
 
     def rows(
         self, source: ImageSource, device: torch.device, *, per_class: bool = False
     ) -> list[dict[str, Any]]:
-        """Return one row per metric of ``source``, warnings included. Collective."""
+        """Return one score row of ``source`` per metric, with all warnings. Collective."""
         warnings = self.check(source)
         names = sorted({spec.output.detector for spec in self.metrics})
         detectors = make_detectors(names, self.detectors, source.image_shape, device)
@@ -319,9 +330,9 @@ class Comparison:
 
 
 def check_reference(metrics: Sequence[MetricSpec], ref: str | None, where: str) -> None:
-    """Raise ValueError for a metric without its reference, or a reference without a use.
+    """Raise ValueError if a metric lacks its reference, or if no metric uses the reference.
 
-    ``where`` names the reference in the error.
+    ``where`` names the option of the reference in the error.
     """
     compared = [spec.name for spec in metrics if spec.has_reference]
     if compared and ref is None:
@@ -341,9 +352,9 @@ def make_evaluate(
 ) -> Callable[[tuple[str, ...], Callable], list[dict[str, Any]]]:
     """Return the function with which the training loop scores a model's images against real ones.
 
-    With ``parts``, images trained on and images held out, there are rows of both beside those of
-    the metrics; see :class:`evaluation.held_out.HeldOutScores`. Detectors and references are made
-    now, so that a missing one stops the run before it starts and not hours later. Collective.
+    With ``parts`` (training images, held-out images), it also returns the rows of
+    :class:`evaluation.held_out.HeldOutScores`. Detectors and references are loaded here, so that a
+    missing one stops the run before it starts and not hours later. Collective.
     """
     names = sorted({metric.output.detector for metric in metrics})
     found = None if real is None else real.image_shape

@@ -12,29 +12,29 @@ from training.family import Codec
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
-    """One thing that a model is given."""
+    """One condition of a model, such as its text."""
 
     name: str
-    entries: tuple[str, ...]  # Of ``cond``.
-    drop: tuple[int, ...] | None = None  # Columns of ``drop`` that replace it, if that has columns.
+    entries: tuple[str, ...]  # Its entries in ``cond``.
+    drop: tuple[int, ...] | None = None  # Columns of a mask [N, K] that drop it; None: mask is [N].
     reason: str | None = None  # Why it cannot be dropped; None if it can.
-    note: str | None = None  # What to know of its being dropped.
+    note: str | None = None  # A note on the results of dropping it.
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Images of one size: what a network denoises, and its conditions."""
+    """Images of one size, as the network denoises them, with their conditions."""
 
-    inputs: torch.Tensor  # [N, C, H, W].
+    inputs: torch.Tensor  # [N, C, H, W], float32
     cond: Cond
-    kinds: np.ndarray  # [N]; no condition is varied to one of its own kind.
-    # Lengths of the parts of a context that layers attend to, by name; empty without any.
+    kinds: np.ndarray  # [N]; a condition is exchanged only for one of another kind.
+    # Lengths of the parts of the context that layers attend to, by name; empty without any.
     segments: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """Images that a model was not trained on, if there are any, with their conditions."""
+    """Images with their conditions, from held-out data if there are any."""
 
     name: str
     conditions: tuple[Condition, ...]
@@ -42,7 +42,7 @@ class Panel:
 
     @property
     def num_images(self) -> int:
-        """Number of images, of all groups."""
+        """Number of images in all groups."""
         return sum(len(group.inputs) for group in self.groups)
 
 
@@ -51,14 +51,15 @@ def prepared(
 ) -> tuple[torch.Tensor, Cond]:
     """Return a stored batch and its conditions as the network takes them, on ``device``.
 
-    Latents are their means: a draw would be one more thing that varies.
+    Of latents, the mean of the posterior is taken, because a draw would be another source of
+    variation.
     """
     cond = {name: value.to(device) for name, value in cond.items() if name != "size"}
     return codec.encode(batch.to(device), cond, None)
 
 
 def in_turn(labels: np.ndarray, num: int) -> np.ndarray:
-    """Return up to ``num`` indices, one of each class after the other."""
+    """Return up to ``num`` indices that cycle through the classes of ``labels`` [N], int64."""
     places = np.zeros(len(labels), np.int64)
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
@@ -67,9 +68,9 @@ def in_turn(labels: np.ndarray, num: int) -> np.ndarray:
 
 
 def derangement(kinds: Sequence[int] | np.ndarray, change: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return whose condition each row gets, and which rows get one of another kind, bool.
+    """Return the row whose condition each of N rows gets, and which get one of another kind, bool.
 
-    ``shuffled`` goes round through all rows; ``swapped`` exchanges pairs.
+    ``shuffled`` shifts the rows, sorted by kind, cyclically; ``swapped`` exchanges pairs of rows.
     """
     kinds = np.asarray(kinds)
     num = len(kinds)

@@ -10,11 +10,11 @@ from evaluation.conditioning.report import ALL_LEVELS, CHANGES, Report, signed_p
 from torch_utils.charts import new_figure, picture_of
 
 _WIDTH = 1200
-_BAR_HEIGHT = 0.26  # Of the distance between two conditions.
+_BAR_HEIGHT = 0.26  # As a share of the distance between two conditions.
 _PALE = "#828282"
 COLOURS = dict(zip(CHANGES, ("#26547c", "#ef8354", "#ffbe5c"), strict=True))
 _SEGMENTS = ("#56628c", "#d65d4d", "#67a082", "#beaa5a")
-_LEAST_SHOWN = 0.03  # Share of a layer's attention below which its number has no room.
+_LEAST_SHOWN = 0.03  # A bar for a smaller share of a layer's attention has no room for a label.
 
 
 def report_picture(report: Report, title: str) -> Image.Image:
@@ -50,7 +50,10 @@ def _draw_changes(
     name: str,
     text: Callable[[float], str],
 ) -> None:
-    """Draw a bar with its standard error for every condition and change; absent ones say why."""
+    """Draw a bar with its standard error for every condition and change.
+
+    If nothing was measured, the reason is the label.
+    """
     for offset, (change, colour) in enumerate(COLOURS.items()):
         values, errors, labels = [], [], []
         for condition in conditions:
@@ -74,7 +77,7 @@ def _draw_changes(
 
 
 def _draw_attention(axes: Any, report: Report) -> None:
-    """Draw a bar of the whole width for each layer, divided as its attention is."""
+    """Draw a bar of the whole width for each layer, divided like its attention."""
     axes.set_title("Attention by layer", fontsize=11)
     y = np.arange(len(report.attention))
     done = np.zeros(len(y))

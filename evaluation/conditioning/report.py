@@ -1,4 +1,4 @@
-"""What each condition does: how output and loss change when it is dropped, shuffled or swapped."""
+"""The effect of each condition on output and loss when it is dropped, shuffled or swapped."""
 
 import contextlib
 import dataclasses
@@ -22,26 +22,26 @@ from torch_utils.rng import SeededNoise
 from training.config import RunConfig
 
 CHANGES = ("dropped", "shuffled", "swapped")
-QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
-ALL_LEVELS = "all"  # The noise level of rows that average over all of them.
+QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)  # Of the noise levels in training.
+ALL_LEVELS = "all"  # Value of ``sigma`` in rows that average over noise levels.
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
     """Rows of a report, and the attention of each layer to text, CLS token and patches.
 
-    ``attention`` is empty where there is no attention to such a context.
+    ``attention`` holds shares by name; it is empty for models without such a context.
     """
 
     rows: list[dict[str, Any]]
     attention: list[dict[str, float]]
 
     def overall(self) -> list[dict[str, Any]]:
-        """Return the rows over all noise levels of what could be measured."""
+        """Return the rows that average over noise levels, without those that have no value."""
         return [r for r in self.rows if r["sigma"] == ALL_LEVELS and r["value"] is not None]
 
     def score_rows(self) -> list[dict[str, Any]]:
-        """Return all of it as score rows: those of the conditions, and one for each layer."""
+        """Return the report as score rows: those of the conditions, and one for each layer."""
         head = {k: self.rows[0][k] for k in ("panel", "seed", "snapshot_hash", "network")}
         layers = [
             dict(metric="conditioning_attention", layer=index, value=None, values=layer, **head)
@@ -63,15 +63,18 @@ def report_conditions(
 ) -> Report:
     """Return how the output and loss of a run's network depend on each condition of a panel.
 
-    For each of five noise levels (quantiles of those in training) every image is denoised with its
-    own conditions and with each of them changed, from the same noise. ``output_change`` is the root
-    mean square of the difference, over that of the differences between images: 1 means that the
-    condition changes as much as images of the panel differ. ``loss_change`` is the relative rise of
-    the loss, and ``worse_share`` the share of images whose loss rises. ``se`` are standard errors
-    over images.
-    ``source`` says in every row where the network is from, ``trained_nimg`` is the number of images
-    that it was trained on, ``seed`` that of the noise, ``batch`` the number of images at once.
-    Raises NotFiniteError if the network gives what is not finite.
+    At each of five noise levels (quantiles of those in training), every image is denoised with its
+    own conditions and, from the same noise, with each of them changed. ``output_change`` is the
+    root mean square difference of the outputs, relative to the root mean square deviation of the
+    outputs from their mean over images of one size. ``loss_change`` is the relative increase of the
+    loss, and ``worse_share`` the share of images whose loss increases. Keys with ``_se`` are
+    standard errors over images. Raises NotFiniteError if a loss is not finite.
+
+    Args:
+        source: Where the network is from, added to every row.
+        trained_nimg: Number of images that the network was trained on.
+        batch: Number of images per pass.
+        seed: Seed of the noise.
     """
     precond = make_precond(config.precond)
     dtype = AUTOCAST_DTYPES[config.training.precision]
@@ -109,19 +112,19 @@ def report_conditions(
 
 
 def _as_after(config: RunConfig, trained_nimg: int, group: Group) -> Group:
-    """Return a group with the conditions that change in the course of training."""
+    """Return a group with the conditions that depend on training progress added."""
     inputs = group.inputs
     values = config.cond_after(trained_nimg, tuple(inputs.shape[1:]))
     cond = {name: inputs.new_full((len(inputs),), value) for name, value in values.items()}
     return dataclasses.replace(group, cond={**group.cond, **cond})
 
 
-# By noise level, of each group's images [3, n]: change of the output, loss, loss before.
+# By noise level, an array [3, n] for each group: change of the output, loss, loss before.
 _Changes = dict[int, list[np.ndarray]]
 
 
 class _Runs:
-    """Denoises the images of a group from the same noise, under any conditions."""
+    """Denoises the images of a group, always from the same noise, under any conditions."""
 
     def __init__(self, denoise: Denoiser, group: Group, batch: int, seed: int) -> None:
         self._denoise, self._inputs, self._batch = denoise, group.inputs, batch
@@ -131,7 +134,10 @@ class _Runs:
     def __call__(
         self, sigma: float, cond: Cond, drop: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return denoised images [N, C, H, W] and their losses [N], in float32 on the CPU."""
+        """Return denoised images [N, C, H, W] and their losses [N], float32 on the CPU.
+
+        Conditions are dropped where ``drop``, bool [N] or [N, K], is true.
+        """
         denoise, parts = self._denoise, []
         weight = denoise.precond.weight(torch.tensor(sigma)).item()
         for start in range(0, len(self._inputs), self._batch):
@@ -153,7 +159,7 @@ class _Runs:
 def _variations(
     group: Group, condition: Condition
 ) -> Iterator[tuple[str, Cond, torch.Tensor | None, np.ndarray]]:
-    """Yield each change that can be made: conditions, what is dropped, and which rows changed."""
+    """Yield each possible change: its name, conditions, drop mask, and the rows it affects."""
     num, device = len(group.inputs), group.inputs.device
     if condition.reason is None:
         drop = torch.ones(num, dtype=torch.bool, device=device)
@@ -173,7 +179,7 @@ def _compare(
     reference: tuple[torch.Tensor, torch.Tensor], varied: tuple[torch.Tensor, torch.Tensor]
 ) -> np.ndarray:
     (own, own_loss), (other, loss) = reference, varied
-    mean = own.mean(dim=0) if len(own) > 1 else own.mean()  # One image differs from none.
+    mean = own.mean(dim=0) if len(own) > 1 else own.mean()  # A single image equals its mean.
     spread = (own - mean).square().mean().sqrt().clamp(min=1e-12)
     output = (other - own).square().mean(dim=(1, 2, 3)).sqrt() / spread
     return torch.stack([output, loss, own_loss]).numpy()
@@ -186,7 +192,7 @@ def _rows(
     sigmas: list[float],
     facts: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """Return a row of all noise levels together, and one for each."""
+    """Return a row that averages over noise levels, and one for each level."""
     head = dict(facts, condition=condition.name, change=change)
     dropped = change == "dropped"
     if dropped and condition.note is not None:
@@ -218,14 +224,14 @@ def _standard_error(values: np.ndarray) -> float:
 def _probe(
     network: Network, group: Group
 ) -> contextlib.AbstractContextManager[AttentionMass | None]:
-    """Return a recorder of attention to the parts of the context; of nothing without any."""
+    """Return a recorder of attention to the segments of a group; without any, a null context."""
     if not group.segments:
         return contextlib.nullcontext()
     return record_attention(network.backbone, dict(group.segments))
 
 
 def _mean_attention(masses: list[AttentionMass]) -> list[dict[str, float]]:
-    """Return the shares of each layer, averaged over noise levels and sizes of images."""
+    """Return the shares of attention of each layer, averaged over noise levels and groups."""
     layers = [mass.by_layer() for mass in masses]
     return [
         {name: float(np.mean([layer[name] for layer in same])) for name in same[0]}
@@ -234,13 +240,13 @@ def _mean_attention(masses: list[AttentionMass]) -> list[dict[str, float]]:
 
 
 def signed_percent(share: float) -> str:
-    """Return a share as text such as ``+1.5%``; what rounds to nothing has no sign."""
+    """Return a share as text such as ``+1.5%``; zero has no sign."""
     text = f"{share:+.1%}"
     return text[1:] if text in ("+0.0%", "-0.0%") else text
 
 
 def describe_report(report: Report) -> str:
-    """Return a report as a readable table."""
+    """Return a report as a text table."""
     lines = [f"{'condition':<14} {'change':<9} {'output':>16} {'loss':>18} {'worse for':>10}"]
     for row in report.rows:
         if row["sigma"] != ALL_LEVELS:

@@ -1,4 +1,4 @@
-"""A report on what each condition does, made while a run trains."""
+"""Reports on the effect of each condition, made while a run trains."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -21,10 +21,10 @@ from training.family import Evaluator, Outputs
 
 
 class ConditionsEvaluator:
-    """An evaluator that also reports on conditions; a :class:`training.family.Evaluator`.
+    """Adds reports on conditions to an evaluator; a :class:`training.family.Evaluator`.
 
-    ``make_panel`` returns the images to denoise, which are kept. Raises ValueError if the package
-    that draws is missing.
+    ``make_panel`` returns the images to denoise; it is called once. Raises ValueError if the
+    package that draws the picture is missing.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class ConditionsEvaluator:
         report = report_conditions(*run, trained_nimg=cur_nimg)
         kimg = format_kimg(cur_nimg / 1000)
         picture = report_picture(report, f"What conditions do at kimg {kimg}")
-        with outputs.stop_signal.deferred():  # The rows say that the report is done: they are last.
+        with outputs.stop_signal.deferred():  # Rows mark the report as done, so they come last.
             save_image(picture, outputs.run_dir / f"{name}.png")
             with atomic_write(rows_path, "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in report.score_rows())

@@ -26,21 +26,21 @@ from training.config import RunConfig, TrainingConfig
 from training.ema import describe_average
 from training.family import Outputs
 
-# Returns rows and pictures by name of the tests of that name; see evaluation/.
+# Runs the validation tests of the given metric names; returns score rows, and pictures by name.
 ValidateFn = Callable[
     [tuple[str, ...], FeatureGenerator], tuple[list[dict[str, Any]], dict[str, Image]]
 ]
 _NUM_SHOWN = 8
 _MAX_RISE = 1.25
-# What two rows must agree in, so that a rise of one over the other means a worse model.
+# Keys in which two rows must agree for a rise to mean that the model has become worse.
 _SAME_FOR_ALARM = ("metric", "data_hash", "items_hash", "lpips_hash", "sampling", "guidance")
 
 
 class FeatureEvaluator:
     """Pictures and validation of a run's averaged weights; a :class:`training.family.Evaluator`.
 
-    Pictures are of the validation images of ``data``, if there are any. ``evaluate`` does the tests
-    of the run's metrics; None without any.
+    Pictures show the validation images of ``data``, or training images if there are none.
+    ``evaluate`` runs the tests of the run's metrics; None without metrics.
     """
 
     def __init__(
@@ -53,9 +53,9 @@ class FeatureEvaluator:
     def save_pictures(
         self, generator: FeatureGenerator, outputs: Outputs, cur_nimg: int
     ) -> list[torch.Tensor] | None:
-        """Write ``fakes-KIMG.png``: a row each of image, reconstruction, and text alone.
+        """Write ``fakes-KIMG.png`` with a row per item: image, reconstruction, and from text alone.
 
-        Returns the reconstructions, uint8 [C, H, W] each, on rank 0.
+        Returns the reconstructions, uint8 [C, H, W] each, on rank 0, None elsewhere. Collective.
         """
         num = min(_NUM_SHOWN * self._config.logging.num_sample_batches, len(self._shown))
         chosen = np.linspace(0, len(self._shown) - 1, num).round().astype(int).tolist()
@@ -92,7 +92,7 @@ class FeatureEvaluator:
 def _record(
     rows: list[dict[str, Any]], pictures: dict[str, Image], outputs: Outputs, cur_nimg: int
 ) -> None:
-    # A row says that its test is done with: it comes last.
+    # A row marks its test as done, so that it is written after the pictures.
     run_dir, telemetry = outputs.run_dir, outputs.telemetry
     for name, picture in pictures.items():
         save_image(picture, run_dir / f"{name}-{count_name(cur_nimg)}.png")
@@ -110,7 +110,7 @@ def _record(
 def weights_facts(
     generator: FeatureGenerator, training: TrainingConfig, progress: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Return what a row says of the weights: their hash, and which average they are."""
+    """Return what a row states about the weights: their hash, and which average they are."""
     return dict(
         snapshot_hash=weights_hash(generator.network.state_dict()),
         ema=describe_average(training, progress or {}),
@@ -118,17 +118,17 @@ def weights_facts(
 
 
 def describe_row(row: Mapping[str, Any]) -> str:
-    """Return a test's values, and why others are absent, in one line."""
+    """Return a test's values, and the reasons why others are absent, as one line."""
     parts = [", ".join(f"{k} {v:.4f}" for k, v in row["values"].items() if v is not None)]
     parts += [f"absent: {reason}" for reason in dict.fromkeys(row.get("missing", {}).values())]
     return f"{row['metric']}: {'; '.join(filter(None, parts))}"
 
 
 def compare(row: Mapping[str, Any], previous: Mapping[str, Any] | None) -> str | None:
-    """Return a warning if the median LPIPS of a test has risen by more than 25%; None otherwise.
+    """Return a warning if the median LPIPS of a test has risen by more than 25%, else None.
 
     ``previous`` is an earlier row of the same test. Rows of other images, or of images that were
-    made or measured otherwise, tell nothing.
+    generated or measured differently, are not compared.
     """
     if previous is None or any(
         json.dumps(row.get(key)) != json.dumps(previous.get(key)) for key in _SAME_FOR_ALARM
@@ -142,7 +142,7 @@ def compare(row: Mapping[str, Any], previous: Mapping[str, Any] | None) -> str |
 
 
 def last_row(run_dir: Path, metric: str) -> dict[str, Any] | None:
-    """Return the last row of a metric's file; None without any that can be read."""
+    """Return the last readable row in a metric's file of a run folder; None if there is none."""
     path = run_dir / f"metric-{metric}.jsonl"
     if not path.is_file():
         return None
@@ -159,9 +159,10 @@ def last_row(run_dir: Path, metric: str) -> dict[str, Any] | None:
 def show_item(
     generator: FeatureGenerator, dataset: FeatureDataset, index: int
 ) -> list[torch.Tensor]:
-    """Return an image [3, H, W] uint8, what its features give, and what its text alone gives.
+    """Return an image, its reconstruction from all features, and one from its text alone.
 
-    The noise is the item's own, the same whenever it is shown.
+    Each is uint8 [3, H, W] on the CPU. The noise depends on the item's name alone, so that it is
+    the same in every picture.
     """
     latents, cond = dataset.__getitems__([index])
     bucket = dataset.buckets[dataset.bucket_index(index)]
@@ -172,5 +173,5 @@ def show_item(
 
 
 def seed_of_item(name: str) -> int:
-    """Return the seed of the noise with which an item of that name is shown."""
+    """Return the seed of the noise for the item called ``name``, in [0, 2^32)."""
     return mix(*name.encode()) % 2**32

@@ -21,11 +21,11 @@ EvaluateFn = Callable[[tuple[str, ...], GenerateFn], list[dict[str, Any]]]
 
 
 class ImageEvaluator:
-    """Pictures and scores of models that need no more than a class to make an image.
+    """Pictures and scores of models that generate images from at most a class.
 
-    It is a :class:`training.family.Evaluator`. ``class_counts`` are the training images of each
-    class, ``class_names`` what pictures call it; empty without any. ``evaluate(metric_names,
-    generate)`` returns score rows; None without metrics.
+    It is a :class:`training.family.Evaluator`. ``class_counts`` holds the number of training images
+    of each class, ``class_names`` their names in pictures; both may be empty. ``evaluate(
+    metric_names, generate)`` returns score rows; None without metrics.
     """
 
     def __init__(
@@ -79,17 +79,18 @@ class ImageEvaluator:
 
 
 def is_recorded(outputs: Outputs, name: str, cur_nimg: int) -> bool:
-    """Return, on every rank, whether a metric has its row after ``cur_nimg`` images. Collective."""
+    """Return, on every rank, whether a metric was recorded at ``cur_nimg`` images. Collective."""
     return distributed.broadcast_object(metric_is_recorded(outputs.run_dir, name, cur_nimg))
 
 
 def record(rows: list[dict[str, Any]], outputs: Outputs, cur_nimg: int) -> None:
-    """Write score rows, on rank 0, with what they are of."""
+    """Add kimg and snapshot to score rows, and record them. Does nothing except on rank 0."""
     if outputs.telemetry is None:
         return
     snapshot = snapshot_path(outputs.run_dir, cur_nimg).name
-    with outputs.stop_signal.deferred():  # All rows in all files and curves, or none.
-        # Those that were asked for come last: when a kill leaves them out, all are made again.
+    with outputs.stop_signal.deferred():  # A stop leaves all rows in all files, or none.
+        # Rows of requested metrics come first in the list and are written last. If a kill prevents
+        # that, all rows are computed again.
         for row in reversed(rows):
             row.update(kimg=cur_nimg / 1000, snapshot=snapshot)
             if not metric_is_recorded(outputs.run_dir, row["metric"], cur_nimg):

@@ -1,4 +1,4 @@
-"""Pictures and scores of a set-conditioned model while it trains: from supports it never saw."""
+"""Pictures and scores of a set-conditioned model while it trains, from unseen supports."""
 
 import math
 from collections.abc import Callable
@@ -17,10 +17,11 @@ from training.family import Outputs
 
 
 class SetEvaluator(ImageEvaluator):
-    """Pictures of a few episodes, scores of those of unseen classes, and their loss.
+    """Pictures of a few episodes, scores on episodes of unseen classes, and a validation loss.
 
-    Pictures are of the episodes ``shown``, scores of those ``scored``, None without metrics.
-    ``validation_loss`` measures a generator's network on classes not trained on; None for none.
+    Pictures show the episodes ``shown``; scores are on the episodes ``scored``, None without
+    metrics. ``validation_loss`` returns the loss of a generator's network on classes that were not
+    trained on; None to skip it.
     """
 
     def __init__(

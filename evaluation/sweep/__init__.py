@@ -1,1 +1,1 @@
-"""Which sampling protocol, and which average of the weights, scores best."""
+"""The search for the sampling protocol, and the average of the weights, that score best."""

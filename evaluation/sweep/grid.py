@@ -13,12 +13,12 @@ STD_AXIS = "ema-std"
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One protocol with one average of the weights.
+    """One sampling protocol with one average of the weights.
 
     Attributes:
         values: Value of each axis by its name.
-        config: How images are made and seen.
-        std: Relative standard deviation of the average; None for the snapshot that was given.
+        config: Sampling protocol and detectors.
+        std: Relative standard deviation of the average; None for the weights of the snapshot.
     """
 
     values: Mapping[str, Any]
@@ -33,13 +33,13 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """All cells, and the values of every axis in their order."""
+    """The cells of a sweep, and the values of every axis in order."""
 
     axes: Mapping[str, Sequence[Any]]
     cells: Sequence[Cell]
 
     def without(self, refused: Sequence[int]) -> "Grid":
-        """Return the grid without the cells of those numbers, and values that no other has."""
+        """Return the grid without these cells, by number, and the values that only they have."""
         kept = [cell for number, cell in enumerate(self.cells) if number not in set(refused)]
         return _grid(kept, self.axes)
 
@@ -50,9 +50,9 @@ class Grid:
 
 
 def make_grid(axes: Axes, stds: Sequence[float]) -> Grid:
-    """Return the grid of the axes and of averages with those stds; without any, of one snapshot.
+    """Return the grid of the axes and of averages with these stds; without stds, of one snapshot.
 
-    Raises ValueError for fewer than two cells, and for values that cannot be.
+    Raises ValueError for fewer than two cells, and for values that are not accepted.
     """
     configs = axes.configs()
     cells = []
@@ -70,9 +70,9 @@ def make_grid(axes: Axes, stds: Sequence[float]) -> Grid:
 
 
 def _grid(cells: Sequence[Cell], order: Mapping[str, Sequence[Any]]) -> Grid:
-    """Return the grid of cells, whose axes are the settings with several values.
+    """Return the grid of ``cells``. Only settings with several values become axes.
 
-    Values are in the order in which they were typed.
+    Values are in the order of ``order``, in which they were typed.
     """
     axes = {}
     for name, given in order.items():

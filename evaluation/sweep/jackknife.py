@@ -1,8 +1,9 @@
-"""Scores of cells with their errors, from paired images: the delete-a-group jackknife.
+"""Scores of cells with standard errors from paired images, by the delete-a-group jackknife.
 
-Image i of every cell has the same seed. The images fall into groups of consecutive seeds, the same
-in all cells, and a score is taken of all images and without each group in turn. What two cells have
-in common cancels in the differences. Source: Kott, "The delete-a-group jackknife" (2001), Eq. 1.
+Image i of every cell has the same seed. Images are divided into groups of consecutive seeds, the
+same in all cells, and the score is computed for all images and without each group in turn. What two
+cells have in common cancels in the differences of their scores. Source: Kott, "The delete-a-group
+jackknife" (2001), Eq. 1.
 """
 
 import dataclasses
@@ -24,8 +25,8 @@ class Estimate:
     """A score of the first images of a cell.
 
     Attributes:
-        value: Of all of them.
-        without: [NUM_GROUPS], without each group.
+        value: Score of all of these images.
+        without: Scores without each group, [G], NUM_GROUPS by default.
     """
 
     value: float
@@ -33,25 +34,25 @@ class Estimate:
 
     @property
     def error(self) -> float:
-        """One standard error of the value."""
+        """Standard error of the value."""
         return _error(self.without)
 
     def minus(self, other: "Estimate") -> tuple[float, float]:
-        """Return the difference from another cell's, of the same images, and its error."""
+        """Return the difference to another cell's score of the same seeds, and its error."""
         return self.value - other.value, _error(self.without - other.without)
 
     def at(self, times: float) -> "Estimate":
-        """Return the estimate of the score with ``times`` as many images, to first order.
+        """Return the estimated score of ``times`` as many images, to first order.
 
-        What a score of n images is too large by falls as 1 / n: scores without a group show how
-        much it is (Quenouille, "Notes on bias in estimation", 1956; for FID, Chong and Forsyth,
-        arXiv 1911.07023). The error stays that of n images.
+        The bias of a score of n images falls as 1 / n; the scores without a group show how large it
+        is (Quenouille, "Notes on bias in estimation", 1956; for FID, Chong and Forsyth, arXiv
+        1911.07023). The error stays that of n images.
         """
         bias = (len(self.without) - 1) * (self.without.mean() - self.value)
         return Estimate(float(self.value - (1 - 1 / times) * bias), self.without)
 
     def interval(self, confidence: float) -> tuple[float, float]:
-        """Return the ends of a two-sided interval."""
+        """Return the ends of a two-sided interval by Student's t distribution."""
         half = self.error * t_quantile(1 - (1 - confidence) / 2)
         return self.value - half, self.value + half
 
@@ -68,10 +69,10 @@ def jackknife(
     device: torch.device | str = "cpu",
     num_groups: int = NUM_GROUPS,
 ) -> Estimate:
-    """Return the headline of a metric with its error.
+    """Return the first value of a metric with its error.
 
-    ``vectors`` [N, D] are a detector's outputs in the order of the seeds, for at least two images a
-    group.
+    ``vectors`` [N, D] are a detector's outputs in the order of the seeds, for at least two images
+    per group.
     """
     compute = _of_moments if metric.needs == "moments" else _of_vectors
     parts = compute(vectors, reference, num_groups)
@@ -83,7 +84,7 @@ def jackknife(
 
 
 def _groups(num_images: int, num_groups: int) -> Iterator[slice]:
-    """Yield the parts of the range of images, which differ in length by at most one."""
+    """Yield the groups as slices of the images; their lengths differ by at most one."""
     edges = np.arange(num_groups + 1) * num_images // num_groups
     for start, stop in itertools.pairwise(edges.tolist()):
         yield slice(start, stop)
@@ -92,7 +93,7 @@ def _groups(num_images: int, num_groups: int) -> Iterator[slice]:
 def _of_vectors(
     vectors: np.ndarray, reference: Reference | None, num_groups: int
 ) -> Iterator[Comparison]:
-    """Yield all vectors, and those without each group, beside the real ones."""
+    """Yield all vectors, then those without each group, with the real ones to compare."""
     real = None if reference is None else reference.of("vectors").vectors
     yield Comparison(fake=vectors, real=real)
     for own in _groups(len(vectors), num_groups):
@@ -102,11 +103,11 @@ def _of_vectors(
 def _of_moments(
     vectors: np.ndarray, reference: Reference | None, num_groups: int
 ) -> Iterator[Comparison]:
-    """Yield the moments of all vectors, and of those without each group, beside the real ones."""
+    """Yield the moments of all vectors, then of those without each group, with the real ones."""
     real = reference.mu, reference.sigma
     x = vectors.astype(np.float64)
     shift = x.mean(axis=0)
-    x -= shift  # So that no covariance is the difference of two large numbers.
+    x -= shift  # Centred, no covariance is the difference of two large numbers.
     total, second = x.sum(axis=0), x.T @ x
 
     def part(num: int, total: np.ndarray, second: np.ndarray) -> Comparison:
@@ -122,9 +123,10 @@ def _of_moments(
 
 @functools.cache
 def t_quantile(probability: float, num_groups: int = NUM_GROUPS) -> float:
-    """Return a quantile above 1/2 of Student's t distribution with ``num_groups`` - 1 degrees.
+    """Return a quantile of Student's t distribution with v = ``num_groups`` - 1 degrees of freedom.
 
-    With t = sqrt(v) tan(a), the density of a is in proportion to cos(a)^(v - 1).
+    ``probability`` is above 1/2. With t = sqrt(v) tan(a), the density of a is proportional to
+    cos(a)^(v - 1), which is integrated numerically.
     """
     degrees = num_groups - 1
     angles = np.linspace(-np.pi / 2, np.pi / 2, 400_001)

@@ -11,7 +11,7 @@ from training.checkpoint import Snapshot, count_name, load_snapshot, read_header
 from training.config import std_name
 from training.posthoc_ema import POOR_FIT, Profile, make_averages, read_profiles
 
-_MAX_AT_ONCE = 4  # Averages in memory.
+_MAX_AT_ONCE = 4  # Averages in memory at a time.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +19,8 @@ class Networks:
     """One snapshot, or averages of a run's weights with several relative stds.
 
     Attributes:
-        snapshot: The one that was given, or the newest of the run.
-        profiles: Compact snapshots that the averages are made of; empty for the snapshot alone.
+        snapshot: The given snapshot, or the newest of the run.
+        profiles: Compact snapshots from which averages are made; empty for the snapshot alone.
     """
 
     snapshot: Snapshot
@@ -28,7 +28,7 @@ class Networks:
 
     @property
     def identity(self) -> str:
-        """Hexadecimal identity of the weights, or of what the averages are made of."""
+        """Hexadecimal identity of the weights, or of the profiles that averages are made from."""
         if not self.profiles:
             return self.snapshot.sha256
         last = load_snapshot(self.profiles[-1].path).sha256
@@ -36,14 +36,17 @@ class Networks:
         return hashlib.sha256(f"{last} {content}".encode()).hexdigest()
 
     def path(self, std: float | None, folder: Path) -> Path:
-        """Return where the average with a std is, in a folder of averages."""
+        """Return the path of the average with relative std ``std`` in a folder of averages.
+
+        For None, it is the path of the snapshot.
+        """
         if std is None:
             return self.snapshot.path
         count = count_name(self.profiles[-1].cur_nimg, 7)
         return folder / f"network-snapshot-{count}-{std_name(std)}-posthoc.pkl"
 
     def make(self, stds: Sequence[float], folder: Path) -> list[str]:
-        """Write the averages that are not there yet; return warnings about any of them."""
+        """Write the averages that do not exist yet; return warnings about poorly fitted ones."""
         missing = [std for std in stds if not self.path(std, folder).is_file()]
         for start in range(0, len(missing), _MAX_AT_ONCE):
             list(make_averages(self.profiles, missing[start : start + _MAX_AT_ONCE], folder))
@@ -59,7 +62,7 @@ class Networks:
 
 
 def open_networks(location: str, snapshot: Snapshot, stds: Sequence[float]) -> Networks:
-    """Return what ``--network`` names; raises ValueError if averages cannot be made of it."""
+    """Return the networks at ``location``. Raises ValueError if averages cannot be made from it."""
     if not stds:
         return Networks(snapshot)
     if not Path(location).is_dir():

@@ -1,4 +1,4 @@
-"""What a sweep found, as one page: heat maps, trade-offs, and a table of all cells."""
+"""The result of a sweep as one page: heat maps, trade-offs and a table of all cells."""
 
 import itertools
 import math
@@ -14,9 +14,9 @@ from training.run_report.markup import Html, details, join, section, table, tag
 from training.run_report.page import document
 
 GENERATOR = "SetDiffiT sweep"
-_WIDTH, _HEIGHT = 66, 26  # Of a cell of a heat map.
-_MARGIN = 110  # For the values of the axes.
-_STRONGEST = 0.6  # Opacity of the best cell, on which text can still be read.
+_WIDTH, _HEIGHT = 66, 26  # Size of a heat-map tile in pixels.
+_MARGIN = 110  # Width in pixels for the values of the vertical axis.
+_STRONGEST = 0.6  # Opacity of the best tile; text on it can still be read.
 _NOTE = (
     "Each value is that of the best cell on fresh images, plus the difference from it on the "
     "images on which both were compared."
@@ -24,7 +24,7 @@ _NOTE = (
 
 
 def sweep_page(result: Result, commands: Mapping[str, str]) -> str:
-    """Return the page as one text, which needs no network."""
+    """Return the page as HTML that loads nothing; ``commands`` are shown by what they do."""
     canvas = Canvas()
     head = tag("div", tag("h1", f"Sweep of {len(result.compared)} cells"))
     code = [
@@ -42,14 +42,14 @@ def sweep_page(result: Result, commands: Mapping[str, str]) -> str:
 
 
 def _maps(result: Result) -> list[Html]:
-    """Return a heat map for each pair of axes, or for the only axis, of every value."""
+    """Return a heat map for each pair of axes, or for the only axis."""
     axes = list(result.grid.axes)
     pairs = list(itertools.combinations(axes, 2)) or [(axes[0], None)]
     return [_map(result, *pair) for pair in pairs]
 
 
 def _map(result: Result, down: str, across: str | None) -> Html:
-    """Return a heat map: of each pair of values the best cell, by the first metric."""
+    """Return a heat map that shows the best cell, by the first metric, at each pair of values."""
     rows = result.grid.axes[down]
     columns = [None] if across is None else result.grid.axes[across]
     shown: list[Html] = []
@@ -85,7 +85,7 @@ def _map(result: Result, down: str, across: str | None) -> Html:
 
 
 def _scale(result: Result) -> float:
-    """Return the difference from the best that halves a tile's strength."""
+    """Return the difference from the best at which a tile has half the opacity."""
     behind = sorted(own.behind for own in result.compared)
     return max(behind[len(behind) // 4], 1e-12)
 
@@ -107,7 +107,7 @@ def _text(text: str, x: float, y: float, anchor: str = "middle") -> Html:
 
 
 def _charts(result: Result) -> list[Chart]:
-    """Return the first metric against each axis of numbers, and precision against recall."""
+    """Return charts of the first metric against each numeric axis, and of precision over recall."""
     charts = []
     name = result.names[0]
     for axis, values in result.grid.axes.items():
@@ -140,7 +140,7 @@ def _best_at(result: Result, axis: str, value: Any) -> Compared:
 
 
 def _table(result: Result) -> Html:
-    """Return all cells, the best first."""
+    """Return a table of all cells, the winner first and the others from best to worst."""
     heading = ["cell", *result.names, "from the best", "error", "images", "told apart"]
     order = sorted(result.compared, key=lambda own: (own is not result.winner, own.behind))
     return table(heading, [_row(result, own) for own in order], label="Cells", class_="numbers")

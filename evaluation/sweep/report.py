@@ -1,4 +1,4 @@
-"""What a sweep found, as text: rounds, the winner, trade-offs and the commands that make it."""
+"""The result of a sweep as text: rounds, winner, trade-offs, and commands to use the winner."""
 
 import shlex
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ _PROTOCOL = ("sampling", "guidance")
 
 
 def describe_plan(plan: Plan, num_cells: int) -> str:
-    """Return how many images a search takes at most."""
+    """Return a sentence on the most images that a search takes."""
     whole = num_cells * plan.counts[-1]
     return (
         f"At most {plan.budget:,} images ({plan.budget / whole:.1%} of the whole grid's "
@@ -24,7 +24,7 @@ def describe_plan(plan: Plan, num_cells: int) -> str:
 
 
 def describe_round(found: Round, cells: Sequence[Cell]) -> str:
-    """Return how many cells were compared in a round, and how many are left."""
+    """Return a line on the cells that were compared in a round, and on those that go on."""
     return (
         f"{found.num_images:,} images of {len(found.estimates)} cells: best "
         f"{cells[found.best].name}; "
@@ -33,7 +33,7 @@ def describe_round(found: Round, cells: Sequence[Cell]) -> str:
 
 
 def describe_result(result: Result) -> str:
-    """Return the winner with its scores, cells like it, and what it costs to be at other ones."""
+    """Return the winner with its scores, cells as good within chance, and trade-offs by axis."""
     found, first = result.found, result.names[0]
     low, high = result.interval()
     row = result.winner_rows[0]
@@ -65,18 +65,18 @@ def _alike(result: Result) -> list[str]:
 
 
 def _behind(result: Result, own: Compared) -> str:
-    """Return the difference from the winner, as it is in the metric."""
+    """Return the difference from the winner as text, with the sign that it has in the metric."""
     return f"{result.sign * own.behind:+.4g} +- {own.error:.2g} ({own.num_images:,} images)"
 
 
 def best_where(result: Result, fits: Callable[[Compared], bool]) -> Compared | None:
-    """Return the best of the cells that fit."""
+    """Return the best of the cells for which ``fits`` is true; None if there is none."""
     own = [compared for compared in result.compared if fits(compared)]
     return min(own, key=lambda compared: compared.behind, default=None)
 
 
 def _trade_off(result: Result, name: str, values: Sequence[object]) -> list[str]:
-    """Return the best cell at each value of an axis."""
+    """Return a table of the best cell at each value of an axis, as lines."""
     rows = []
     for value in values:
         best = best_where(result, lambda own, value=value: own.cell.values[name] == value)
@@ -93,7 +93,10 @@ def _trade_off(result: Result, name: str, values: Sequence[object]) -> list[str]
 
 
 def front(result: Result, first: str, second: str) -> list[Compared]:
-    """Return the cells that no other cell beats in both values, of which more is better."""
+    """Return the Pareto front: the cells that no other cell beats in both values.
+
+    Higher values are better. The cells are in descending order of ``first``.
+    """
     order = sorted(result.compared, key=lambda own: (-own.values[first], -own.values[second]))
     kept: list[Compared] = []
     for own in order:
@@ -132,13 +135,13 @@ def _describe_images(result: Result) -> str:
 def commands(
     result: Result, base: ScoreConfig, network: str, how: Sequence[str], scoring: Sequence[str]
 ) -> dict[str, str]:
-    """Return the commands that score the winner again, and that make its images.
+    """Return the commands that score the winner again and that generate its images, by purpose.
 
     Args:
-        base: The protocol of its snapshot.
-        network: That snapshot.
-        how: Options of how it makes images, as typed.
-        scoring: Options of what they are scored by.
+        base: The protocol stored in its snapshot, whose options are not repeated.
+        network: Path of that snapshot.
+        how: Options on how images are generated, as typed.
+        scoring: Options on how images are scored, as typed.
     """
     row, config = result.winner_rows[0], result.winner.cell.config
     protocol = options_of(config, base, _PROTOCOL)

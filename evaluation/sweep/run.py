@@ -1,4 +1,4 @@
-"""Images, detector outputs and scores of the cells of a sweep, over ranks."""
+"""Images, detector outputs and scores of the cells of a sweep, divided among ranks."""
 
 import dataclasses
 import functools
@@ -36,7 +36,7 @@ from training.family import of as family_of
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scoring:
-    """How images are scored. The first metric is the one that cells are chosen by."""
+    """How images are scored. Cells are ranked by the first metric."""
 
     metrics: Sequence[MetricSpec]
     references: References
@@ -45,7 +45,7 @@ class Scoring:
     warnings: Sequence[str] = ()
 
     def outputs(self) -> dict[str, list[str]]:
-        """Return the names of the outputs that the metrics see, by detector."""
+        """Return the names of the detector outputs that the metrics use, by detector."""
         found: dict[str, list[str]] = {}
         for output in needed_outputs(self.metrics):
             found.setdefault(output.detector, []).append(output.name)
@@ -57,9 +57,9 @@ class Images:
     """The first images of a cell.
 
     Attributes:
-        cell: Its number.
-        num: How many.
-        first_seed: Seed of the first one.
+        cell: Number of the cell.
+        num: Number of images.
+        first_seed: Seed of the first image.
     """
 
     cell: int
@@ -68,9 +68,9 @@ class Images:
 
 
 class Cells:
-    """The cells of a grid with their images, which are made when they are asked for.
+    """The cells of a grid with their images, which are generated on demand.
 
-    All methods that make or score images are collective.
+    All methods that generate or score images are collective.
     """
 
     def __init__(
@@ -85,15 +85,15 @@ class Cells:
         return self._making.first_seed
 
     def plan(self, num_images: int, share: float, confidence: float) -> Plan:
-        """Return what a search over these cells may spend."""
+        """Return the plan of a search over these cells, see :meth:`Plan.of`."""
         return Plan.of(len(self.grid.cells), num_images, share, confidence)
 
     def network(self, cell: int) -> Path:
-        """Return the snapshot of a cell."""
+        """Return the path of the snapshot of a cell."""
         return self.networks.path(self.grid.cells[cell].std, self.store.folder)
 
     def claim(self) -> dict[str, Any]:
-        """Return what decides the outputs beside the cells, by the names that users know."""
+        """Return what determines detector outputs besides the cell, by names that users know."""
         making, scoring = self._making, self.scoring
         guide = None if making.guide is None else cached_snapshot(making.guide).sha256
         detectors = {
@@ -114,12 +114,12 @@ class Cells:
         }
 
     def estimates(self, cells: Sequence[int], num: int) -> list[Estimate]:
-        """Return the scores of cells on their first images, less being better."""
+        """Return the scores of cells on their first ``num`` images, where lower is better."""
         self.make([Images(cell, num, self.first_seed) for cell in cells])
         return self.scores([Images(cell, num, self.first_seed) for cell in cells])
 
     def scores(self, wanted: Sequence[Images]) -> list[Estimate]:
-        """Return the scores by the first metric, with the sign by which less is better."""
+        """Return the scores by the first metric, negated if higher is better in the metric."""
         metric, device = self.scoring.metrics[0], self.scoring.device
         reference = self.scoring.references.get(metric.output)
         sign = -1 if metric.higher_is_better else 1
@@ -143,16 +143,19 @@ class Cells:
         return distributed.on_main(score_all)
 
     def vectors(self, images: Images) -> np.ndarray:
-        """Return what the first metric sees of images that were made, float32 [N, D]."""
+        """Return the stored detector output that the first metric uses, float32 [N, D]."""
         return self.store.read(self._key(images), self.scoring.metrics[0].output, images.num)
 
     def labels(self, num: int) -> np.ndarray | None:
-        """Return the classes of the first images of any cell, int64 [num]; None without any."""
+        """Return the classes of a cell's first images, int64 [num]; None without classes.
+
+        They are the same for all cells.
+        """
         return self._source(self.grid.cells[0].std).labels(range(num))
 
     def make(self, wanted: Sequence[Images]) -> None:
-        """Make the images that are missing, and keep what detectors give for them."""
-        # Ranks that are ahead write files: one of them says what is missing.
+        """Generate the images that are missing, and store their detector outputs."""
+        # Only rank 0 decides what is missing, as ranks that are ahead already write files.
         jobs = distributed.on_main(lambda: self._jobs(wanted))
         costs = {std: [self._cost(*job) for job in own] for std, own in jobs.items()}
         total = sum(map(sum, costs.values()))
@@ -167,7 +170,7 @@ class Cells:
                         on_done(cost)
 
     def rows(self, images: Images) -> list[dict[str, Any]]:
-        """Return a score row of every metric, with its whole passport."""
+        """Return a score row of every metric, with all facts on how it was computed."""
         cell = self.grid.cells[images.cell]
         source = self._source(cell.std).sampled_by(cell.config, images.first_seed)
         key, scoring = self._key(images), self.scoring
@@ -184,7 +187,7 @@ class Cells:
         return [{**row, "warnings": [*scoring.warnings, *row["warnings"]]} for row in rows]
 
     def _jobs(self, wanted: Sequence[Images]) -> dict[float | None, list[tuple[Images, range]]]:
-        """Return the batches that are to be made, by the average that makes them."""
+        """Return the batches that are to be generated, by the std of the average."""
         jobs: dict[float | None, list[tuple[Images, range]]] = {}
         for images in wanted:
             missing = self.store.missing(self._key(images), images.num)
@@ -205,14 +208,14 @@ class Cells:
         self.store.write(self._key(images), part, arrays)
 
     def _cost(self, images: Images, part: range) -> int:
-        """Return how often the network is evaluated for a batch."""
+        """Return the network evaluations of a batch, summed over its images."""
         config, run = self.grid.cells[images.cell].config, self.networks.snapshot.config
         is_guided = to_dict(config.guidance)["cfg_scale"] != 1.0
         per_image = num_evaluations(config.sampling, make_precond(run.precond))
         return len(part) * per_image * (1 + is_guided)
 
     def _key(self, images: Images) -> str:
-        """Return the name of the folder with the outputs."""
+        """Return the name of the folder with the outputs of a cell's images."""
         cell = self.grid.cells[images.cell]
         own = [cell.std, to_dict(cell.config.sampling), to_dict(cell.config.guidance)]
         name = hashlib.sha256(json.dumps(own).encode()).hexdigest()[:16]
@@ -220,10 +223,10 @@ class Cells:
         return name if is_first else f"{name}-{images.first_seed}"
 
     def _source(self, std: float | None) -> SnapshotImages:
-        """Return the images of an average by the protocol of its first cell."""
+        """Return the images of an average under the protocol of its first cell."""
         if self._last is not None and self._last[0] == std:
             return self._last[1]
-        self._last = None  # One network at a time.
+        self._last = None  # Frees the last network: only one is in memory at a time.
         snapshot = cached_snapshot(str(self.networks.path(std, self.store.folder)))
         config = next(cell.config for cell in self.grid.cells if cell.std == std)
         source = images_of(snapshot, config, self._making, self.scoring.device)
@@ -234,7 +237,10 @@ class Cells:
 def images_of(
     snapshot: Snapshot, config: ScoreConfig, making: Making, device: torch.device
 ) -> SnapshotImages:
-    """Return the images that a snapshot makes; ValueError for one that makes none by itself."""
+    """Return the images that a snapshot generates under a protocol.
+
+    Raises ValueError for a model that generates images only from what it is given, such as prompts.
+    """
 
     def generator() -> Any:
         return making.generator(snapshot, config, device)

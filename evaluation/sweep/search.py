@@ -1,11 +1,12 @@
 """The search for the best cell of a grid: successive halving on paired images, with intervals.
 
-It knows nothing of networks, images or metrics: a function gives it the scores of cells on their
-first images. All cells of a round are compared on the same seeds and at the same number of them.
-A distance depends on that number, and more so where images vary more: cells are compared by what
-their scores would be with all images. Source: Jamieson and Talwalkar, "Non-stochastic best arm
-identification" (arXiv 1502.07943), Algorithm 1, with the number of cells that go on limited by
-intervals too.
+It knows nothing about networks, images or metrics: a function returns the scores of cells on their
+first images. All cells of a round are compared on the same seeds, and on equally many of them. As
+scores such as FID are biased by the number of images, more so if images vary more, cells are
+compared by what their scores are estimated to be with all images.
+
+Source: Jamieson and Talwalkar, "Non-stochastic best arm identification" (arXiv 1502.07943),
+Algorithm 1. Deviation: intervals, too, limit the number of cells that go on to the next round.
 """
 
 import dataclasses
@@ -13,10 +14,10 @@ from collections.abc import Callable, Sequence
 
 from evaluation.sweep.jackknife import NUM_GROUPS, Estimate, t_quantile
 
-# Scores of some cells on as many images each, of which less is better.
+# Returns the scores of cells on the given number of first images each; lower is better.
 Estimates = Callable[[Sequence[int], int], list[Estimate]]
-_GROWTH = 2  # From round to round, of the images of a cell.
-_FINALISTS = 2  # As many can always be compared on all images.
+_GROWTH = 2  # Factor from round to round of the number of images of a cell.
+_FINALISTS = 2  # Images are kept back to compare this many cells on all of theirs.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,8 +26,8 @@ class Plan:
 
     Attributes:
         counts: Images of a cell in each round, ascending.
-        budget: Images of all cells in all rounds, at most.
-        confidence: That no cell of a round is told apart from the best by chance.
+        budget: Most images of all cells in all rounds.
+        confidence: Probability that no cell of a round is told apart from the best by chance.
     """
 
     counts: tuple[int, ...]
@@ -35,10 +36,11 @@ class Plan:
 
     @classmethod
     def of(cls, num_cells: int, num_images: int, share: float, confidence: float = 0.95) -> "Plan":
-        """Return the plan to end with ``num_images`` a cell, for a share of the grid's images.
+        """Return a plan whose last round has ``num_images`` per cell.
 
-        The first round takes half of them. The share is exceeded where it does not give four cells
-        all of their images, or every cell two for each group of the jackknife.
+        The budget is a ``share`` of the images of the whole grid, and the first round takes half of
+        it. The budget is larger if the share is too small to give four cells all their images, and
+        every cell two images for each group of the jackknife.
         """
         whole = num_cells * num_images
         budget = min(max(int(share * whole), 2 * _FINALISTS * num_images), whole)
@@ -54,13 +56,13 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """What was found with ``num_images`` images of each cell.
+    """The result of a round with ``num_images`` images of each cell.
 
     Attributes:
-        estimates: By cell, as with the number of images of the last round.
+        estimates: Estimated scores by cell, as with the number of images of the last round.
         best: The cell with the best score.
-        alike: Cells that cannot be told apart from it, the best first; it is one of them.
-        followed: Those of them that go on to the next round, or came to the end.
+        alike: The cells that cannot be told apart from it, the best first, including itself.
+        followed: Those of them that go on to the next round; in the last round, all of them.
     """
 
     num_images: int
@@ -72,7 +74,7 @@ class Round:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """The end of a search."""
+    """The result of a search."""
 
     plan: Plan
     rounds: tuple[Round, ...]
@@ -83,7 +85,7 @@ class Found:
 
     @property
     def num_images(self) -> int:
-        """Number of images of all cells."""
+        """Number of images of all cells in all rounds."""
         before, total = 0, 0
         for found in self.rounds:
             total += len(found.estimates) * (found.num_images - before)
@@ -95,20 +97,20 @@ class Found:
         return next(found for found in reversed(self.rounds) if cell in found.estimates)
 
     def behind(self, cell: int) -> tuple[float, float]:
-        """Return how much worse a cell is than the winner on the images of both, and the error."""
+        """Return how much worse a cell is than the winner in its last round, and the error."""
         estimates = self.last_round(cell).estimates
         return estimates[cell].minus(estimates[self.winner])
 
     def alike(self) -> list[int]:
-        """Return the cells that cannot be told apart from the winner, the best first.
+        """Return the other cells that cannot be told apart from the winner, the best first.
 
-        Some of them were not followed to the end, as the images did not suffice for all.
+        Some of them may not have been followed to the end, because there were too few images.
         """
         cells = self.rounds[0].estimates.keys() - {self.winner}
         return sorted(filter(self.is_alike, cells), key=self.behind)
 
     def is_alike(self, cell: int) -> bool:
-        """Return whether a cell was not told apart from the winner where both were last in."""
+        """Return whether a cell could not be told apart from the winner in its last round."""
         last = self.last_round(cell)
         return not is_apart(*self.behind(cell), len(last.estimates), self.plan.confidence)
 
@@ -116,7 +118,8 @@ class Found:
 def is_apart(difference: float, error: float, num_cells: int, confidence: float) -> bool:
     """Return whether one of ``num_cells`` is worse than the best by more than chance.
 
-    All comparisons of a round hold together with the ``confidence`` (Bonferroni).
+    ``difference`` and its standard ``error`` are those of the scores. All comparisons of a round
+    hold jointly with the ``confidence`` (Bonferroni correction).
     """
     limit = t_quantile(1 - (1 - confidence) / max(num_cells - 1, 1))
     return difference > limit * error
@@ -128,11 +131,11 @@ def search(
     estimate: Estimates,
     report: Callable[[Round], None] = lambda found: None,
 ) -> Found:
-    """Return what a search over cells 0 to ``num_cells`` - 1 finds; ``report`` hears of each round.
+    """Return the result of a search over cells 0 to ``num_cells`` - 1.
 
-    A round leaves out the cells that are told apart from its best one, and those beyond its share
-    of the images that are left, the worst first. The search ends when all images of a cell were
-    compared, or when no other cell is left.
+    A round drops the cells that are worse than its best one by more than chance and, the worst
+    first, those for which the images left do not suffice. The search ends when cells were compared
+    on all of their images, or when a single one is left. ``report`` is called after each round.
     """
     cells: Sequence[int] = range(num_cells)
     rounds, left, before = [], plan.budget, 0
@@ -161,8 +164,8 @@ def search(
 def _room(counts: Sequence[int], left: int) -> int:
     """Return how many cells can go on from the first of the ``counts`` to the next.
 
-    Every round to come has an equal share of the images that are ``left``, but for those that the
-    finalists need.
+    Of the images that are ``left``, those that the finalists need are kept back; every round to
+    come has an equal share of the others.
     """
     added = counts[1] - counts[0]
     spare = left - _FINALISTS * (counts[-1] - counts[0])

@@ -1,4 +1,4 @@
-"""Opens what a sweep needs: networks, detectors, real images and the folder of outputs."""
+"""Opening what a sweep needs: networks, detectors, real images and the folder of outputs."""
 
 import contextlib
 import dataclasses
@@ -31,10 +31,11 @@ class Wanted:
 
     Attributes:
         network: A snapshot, or the folder of a run.
-        stds: Relative stds of the averages; none for the snapshot.
-        metrics: The first one chooses.
-        ref: Where the real images or their statistics are.
-        num_images: Of the last cells; None for that of the first metric.
+        stds: Relative stds of the averages; empty for the snapshot alone.
+        metrics: The metrics; cells are ranked by the first one.
+        ref: Location of the real images or their statistics; None without any.
+        detectors: Settings of the detectors.
+        num_images: Images of a cell in the last round; None for that of the first metric.
     """
 
     network: str
@@ -49,10 +50,11 @@ class Wanted:
 def open_cells(
     grid: Grid, wanted: Wanted, making: Making, folder: Path, device: torch.device
 ) -> Iterator[tuple[Cells, int]]:
-    """Give the cells that can be sampled, and the number of images for the last ones. Collective.
+    """Yield the cells that can be sampled, and the number of images in the last round. Collective.
 
-    Raises ValueError for a model that makes images of nothing but what it is asked for, for a
-    folder with outputs of another making, and for fewer than two cells that can be sampled.
+    The folder is locked meanwhile. Raises ValueError for a model that generates images only from
+    what it is given, such as prompts; for a folder with outputs that were made differently; for
+    too few images; and for fewer than two cells that can be sampled.
     """
     snapshot = cached_snapshot(wanted.network)
     networks = open_networks(wanted.network, snapshot, wanted.stds)
@@ -94,7 +96,7 @@ def open_cells(
 
 
 def _possible(grid: Grid, snapshot: Snapshot, making: Making) -> Grid:
-    """Return the cells that the model can be sampled by; says which it cannot."""
+    """Return the grid without the cells that the model does not support; warn about these."""
     family, refused = family_of(snapshot.config), {}
     for number, cell in enumerate(grid.cells):
         try:

@@ -1,8 +1,7 @@
-"""A detector's outputs for the images of each cell, in files, so that a sweep can continue.
+"""Files of detector outputs for the images of each cell, from which a sweep can continue.
 
-A file holds the outputs of one batch of images, and appears whole or not at all:
-``outputs/KEY/START-STOP.npz``. What decides the outputs beside the cell itself is claimed in
-``sweep.json``.
+``outputs/KEY/START-STOP.npz`` holds the outputs of one batch of images, and is written atomically.
+``sweep.json`` records what determines the outputs besides the cell itself.
 """
 
 import re
@@ -24,25 +23,25 @@ _NAME = re.compile(r"(\d+)-(\d+)\.npz")
 
 
 class Store:
-    """The outputs in a folder."""
+    """The detector outputs in a folder; a ``key`` names the images of a cell."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def check(self) -> None:
-        """Raise ValueError if the folder cannot be one of outputs."""
+        """Raise ValueError if the folder is not one of a sweep and cannot become one."""
         check_folder(self.folder, _WHAT, lambda path: (path / CLAIM).is_file(), "--outdir")
 
     def check_claim(self, protocol: Mapping[str, Any]) -> None:
-        """Raise ValueError if the folder holds outputs of another making."""
+        """Raise ValueError if the folder holds outputs that were made under another protocol."""
         check_claim(self.folder / CLAIM, protocol, "--outdir", _WHAT)
 
     def claim(self, protocol: Mapping[str, Any]) -> None:
-        """Note what decides the outputs; raises ValueError if the folder holds others."""
+        """Record what determines the outputs. Raises ValueError if the folder holds others."""
         claim(self.folder / CLAIM, protocol, "--outdir", _WHAT)
 
     def missing(self, key: str, stop: int) -> list[range]:
-        """Return the images before ``stop`` without outputs, in ranges."""
+        """Return the images before ``stop`` that have no outputs, as ranges."""
         found, start = [], 0
         for known, _ in self._files(key):
             if start < min(known.start, stop):
@@ -51,14 +50,14 @@ class Store:
         return [*found, range(start, stop)] if start < stop else found
 
     def write(self, key: str, images: range, outputs: Mapping[DetectorOutput, np.ndarray]) -> None:
-        """Keep the outputs, float32 [N, D] each, of N images."""
+        """Store the outputs, float32 [N, D] each, of N images."""
         with atomic_write(self._path(key, images)) as file:
             np.savez(file, **{str(output): vectors for output, vectors in outputs.items()})
 
     def read(self, key: str, output: DetectorOutput, stop: int) -> np.ndarray:
         """Return one output of the images before ``stop``, float32 [stop, D].
 
-        Raises ValueError for a file that is damaged.
+        All of them must have been written. Raises ValueError for a damaged file.
         """
         parts, start = [], 0
         for known, path in self._files(key):
@@ -75,7 +74,7 @@ class Store:
         return self.folder / "outputs" / key / f"{images.start:08d}-{images.stop:08d}.npz"
 
     def _files(self, key: str) -> Iterator[tuple[range, Path]]:
-        """Yield the files of a cell with their images, in the order of these."""
+        """Yield the images in each file of a cell and its path, in the order of the images."""
         folder = self.folder / "outputs" / key
         if folder.is_dir():
             for path in sorted(folder.iterdir()):
@@ -84,7 +83,7 @@ class Store:
 
 
 def batches(images: Sequence[range], batch: int) -> list[range]:
-    """Return ranges of images in parts of at most ``batch``."""
+    """Return ranges of images divided into parts of at most ``batch``."""
     return [
         range(start, min(start + batch, own.stop))
         for own in images

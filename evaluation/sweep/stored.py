@@ -1,4 +1,4 @@
-"""Images whose detector outputs are stored, scored like any other images."""
+"""Images and a detector in their place, to score stored outputs like those of any other images."""
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
@@ -15,9 +15,9 @@ _BATCH = 1024
 
 
 class StoredImages:
-    """The images of a snapshot, of which :meth:`batches` gives the numbers in place of the pixels.
+    """The images of a snapshot; :meth:`batches` yields their numbers in place of pixels.
 
-    They are for :class:`StoredDetector`. Rank 0 has all of them.
+    They are input for :class:`StoredDetector`. Rank 0 yields all of them, other ranks none.
     """
 
     num_images = None
@@ -34,9 +34,9 @@ class StoredImages:
 
 
 class StoredDetector:
-    """A detector that has seen its images before.
+    """A detector that looks its outputs up instead of computing them.
 
-    ``read`` returns an output of all of them, float32 [N, D].
+    ``read(output=...)`` returns a stored output for all images, float32 [N, D].
     """
 
     def __init__(self, detector: Detector, read: Callable[[DetectorOutput], np.ndarray]) -> None:
@@ -45,7 +45,7 @@ class StoredDetector:
         self._read, self._known = read, {}
 
     def __call__(self, images: torch.Tensor, outputs: Collection[str]) -> dict[str, Any]:
-        """Return the outputs of images that are given by their numbers."""
+        """Return the named outputs, float32 [N, D] each, of images given by their numbers [N]."""
         for name in outputs:
             if name not in self._known:
                 vectors = self._read(output=DetectorOutput(self.name, name))

@@ -1,4 +1,4 @@
-"""A whole sweep: the search, the winner on fresh seeds, and how all cells compare with it."""
+"""A whole sweep: the search, the winner's scores on fresh seeds, and all cells compared with it."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -15,15 +15,15 @@ from training.run_report.scores import is_spread
 
 @dataclasses.dataclass(frozen=True)
 class Compared:
-    """A cell beside the winner, by the images that both were last compared on.
+    """A cell compared with the winner, on the images of its last round.
 
     Attributes:
-        cell: What it is.
-        num_images: How many images.
+        cell: The cell.
+        num_images: Number of these images.
         behind: How much worse its first metric is; 0 for the winner.
-        error: One standard error of that.
-        is_alike: Whether it cannot be told apart from the winner.
-        values: All scores, as on the winner's fresh images: the winner's there plus the difference.
+        error: Standard error of ``behind``.
+        is_alike: Whether the cell cannot be told apart from the winner.
+        values: All scores, moved to fresh images: the winner's there plus the difference from it.
     """
 
     cell: Cell
@@ -36,13 +36,14 @@ class Compared:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a sweep found.
+    """The result of a sweep.
 
     Attributes:
-        names: Of the values of all metrics, the one that cells are chosen by first.
-        score: The winner's first metric on fresh seeds, less being better.
+        names: Names of the values of all metrics; cells are ranked by the first.
+        score: The winner's first metric on fresh seeds, where lower is better.
         winner_rows: The winner's score rows on fresh seeds.
-        rows: Score rows of all cells, each on its own images.
+        rows: Score rows of all cells, each on the images of its last round.
+        compared: All cells compared with the winner, in the order of the grid.
     """
 
     grid: Grid
@@ -70,10 +71,10 @@ class Result:
 
 
 def run_sweep(cells: Cells, plan: Plan, report: Callable[[Round], None]) -> Result:
-    """Return what a search by the plan finds; ``report`` hears of each round. Collective.
+    """Return the result of a sweep by ``plan``; ``report`` is called after each round. Collective.
 
-    The winner is scored again with as many images of seeds that no cell was compared on: the best
-    of many scores is better than what it is a score of.
+    The winner is scored again on as many images from seeds that no cell was compared on, because
+    the best of many scores is biased in its favour.
     """
     found = search(len(cells.grid.cells), plan, cells.estimates, report)
     winner, num = found.winner, plan.counts[-1]
@@ -100,7 +101,7 @@ def run_sweep(cells: Cells, plan: Plan, report: Callable[[Round], None]) -> Resu
 def _all_rows(
     cells: Cells, found: Found
 ) -> tuple[list[list[dict[str, Any]]], dict[int, dict[str, float]]]:
-    """Return the rows of each cell on its own images, and the winner's values at each count."""
+    """Return the rows of each cell in its last round, and the winner's values by image count."""
     numbers = range(len(cells.grid.cells))
     of_cells = [
         Images(number, found.last_round(number).num_images, cells.first_seed) for number in numbers
@@ -120,7 +121,7 @@ def _all_rows(
 
 
 def _values(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the values of rows by their names, with that of the metric where two have the same."""
+    """Return the values of rows by name; a name that occurs before gets that of its metric too."""
     found: dict[str, float] = {}
     for row in rows:
         for name, value in row["values"].items():

@@ -11,7 +11,7 @@ WINNER, CELLS, PAGE = "winner.json", "cells.json", "report.html"
 
 
 def write_results(folder: Path, result: Result, commands: Mapping[str, str]) -> None:
-    """Write the rows of the winner and of all cells, and the page, each whole or not at all."""
+    """Write the rows of the winner and of all cells, and the page, each file atomically."""
     write_json(folder / WINNER, {"rows": list(result.winner_rows)})
     write_json(folder / CELLS, {"rows": list(result.rows)})
     with atomic_write(folder / PAGE, "w", encoding="utf-8") as file:

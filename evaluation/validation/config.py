@@ -1,4 +1,4 @@
-"""Which tests a feature-conditioned model takes, and on how many images."""
+"""Which tests a feature-conditioned model is given, and on how many images."""
 
 import dataclasses
 from typing import ClassVar
@@ -6,7 +6,7 @@ from typing import ClassVar
 from dnnlib.config import Config, option
 from dnnlib.errors import refusal
 
-# The tests in their order, and the setting that says on how many images each is done.
+# The tests in order, each with the setting that gives its number of images.
 SIZES = dict(
     reconstruction="num_reconstructions",
     swap="num_swaps",

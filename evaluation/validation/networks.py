@@ -1,4 +1,4 @@
-"""The networks that validation of a feature-conditioned model needs, and its place in a run."""
+"""The networks that measure in the validation of a feature-conditioned model, and their loading."""
 
 import dataclasses
 import os
@@ -25,7 +25,7 @@ _UNNEEDED = Missing("no test needs it")
 
 
 class EncodedTexts:
-    """Texts that were encoded before, in place of the encoder, which may be large."""
+    """Hidden states of texts that were encoded in advance, so that a large encoder can be freed."""
 
     def __init__(self, encoder: TextEncoder, captions: Sequence[str]) -> None:
         self.sha256 = encoder.sha256
@@ -35,7 +35,10 @@ class EncodedTexts:
             self._hidden[caption] = hidden[0, mask[0]].cpu()
 
     def encode(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Return hidden states [N, L, T] and mask [N, L], as a TextEncoder; of cut texts, 0."""
+        """Return hidden states [N, L, T], mask [N, L] and 0 cut texts, like a TextEncoder.
+
+        Raises KeyError for a text that was not encoded in advance.
+        """
         rows = [self._hidden[caption] for caption in captions]
         hidden = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         lengths = torch.tensor([len(row) for row in rows])
@@ -44,14 +47,14 @@ class EncodedTexts:
 
 @dataclasses.dataclass(frozen=True)
 class Networks:
-    """What measures: each is there, or :class:`Missing` for a reason."""
+    """The networks that measure; each may be :class:`Missing`, with a reason."""
 
     lpips: LPIPS | Missing
     visual: VisualEncoder | Missing
     text: TextEncoder | EncodedTexts | Missing
 
     def absent(self) -> dict[str, str]:
-        """Return the reason for each that is needed and missing."""
+        """Return the reason for each network that is needed but missing, by name."""
         return {
             name: network.reason
             for name, network in vars(self).items()
@@ -69,17 +72,16 @@ def load_networks(
 ) -> Networks:
     """Return the networks that the tests of ``config`` need. Collective.
 
-    The texts of edits are encoded at once, and their encoder is not kept.
+    The texts of edits are encoded here, and their encoder is not kept. A network whose location was
+    given raises ValueError if it cannot be loaded; one that is not at its default location becomes
+    :class:`Missing`.
 
     Args:
-        config: Its ``lpips_weights`` or $SETDIFFIT_LPIPS name the weights of LPIPS; without them
+        config: Its ``lpips_weights`` or $SETDIFFIT_LPIPS give the weights of LPIPS; without either,
             the published ones are fetched.
-        dataset: The held-out images; encoders are those that its record names.
+        dataset: The held-out images, whose record names the encoders.
         device: Where to compute.
-        visual, text: Where the encoders are now, if not where they were.
-
-    What was named and cannot be used is an error, ValueError; what is merely not where it usually
-    is, is missing.
+        visual, text: Locations of the encoders, if not those in the record.
     """
 
     def load(is_named: bool, read: Callable[[], Any]) -> Any:
@@ -109,7 +111,7 @@ def load_networks(
 
 
 def texts_of_edits(dataset: FeatureDataset, num: int) -> list[str]:
-    """Return all texts that the test of ``num`` edits encodes."""
+    """Return all texts that the test ``text_edit`` on ``num`` images encodes."""
     own = [dataset.caption(item[0]) for item in choose_items(dataset, num)]
     return own + [edit_caption(caption)[0] for caption in own]
 
@@ -117,7 +119,10 @@ def texts_of_edits(dataset: FeatureDataset, num: int) -> list[str]:
 def chosen_tests(
     names: Sequence[str], *, option: str, prefix: str = METRIC_PREFIX
 ) -> tuple[str, ...]:
-    """Return the tests that an option names; raises ValueError for the name of none."""
+    """Return the tests that ``names`` of an option stand for, each once, without ``prefix``.
+
+    Raises ValueError for a name that is not that of a test.
+    """
     known = [prefix + test for test in TESTS]
     for name in names:
         if name not in known:
@@ -127,7 +132,10 @@ def chosen_tests(
 
 
 def check_used(given: Collection[str], tests: Sequence[str], choice: str) -> None:
-    """Raise ValueError for an option of ``given`` that no test of ``choice`` has."""
+    """Raise ValueError for an option in ``given`` that none of the ``tests`` uses.
+
+    ``choice`` is the option that chose the tests, for the message.
+    """
     owners = {name: (test,) for test, name in SIZES.items()}
     owners |= dict.fromkeys(("num_shown", "lpips_net", "lpips_weights"), TESTS)
     for name, own in owners.items():
@@ -141,7 +149,7 @@ def make_validate(
 ) -> ValidateFn:
     """Return the function with which the training loop runs the tests of ``config`` on a model.
 
-    Networks are loaded now, so that a run says at its start what it cannot measure. Collective.
+    Networks are loaded here, so that a run reports at its start what it cannot measure. Collective.
     """
     networks = load_networks(config, dataset, device)
     for name, reason in networks.absent().items():

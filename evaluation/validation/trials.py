@@ -1,8 +1,8 @@
 """The tests of a feature-conditioned model: what each generates and measures.
 
-Distances are LPIPS, in pixels of uint8 at the image's own size; truth is the image as the
-autoencoder decodes it. Noise is a function of the image's name, so that two images of a test differ
-by their conditions alone, and images of two networks by the networks.
+Distances are LPIPS of uint8 images at their own size. The truth is an image as the autoencoder
+decodes it. Noise is a function of the image's name, so that two images of a test differ only by
+their conditions, and images of two networks only by the networks.
 """
 
 import dataclasses
@@ -27,25 +27,25 @@ from sampling.features import FeatureGenerator
 from torch_utils.pictures import fit_tile, to_pil
 
 TEXT, VISUAL = ("text", "text_mask"), ("cls", "patches")
-# Upper limits of the LPIPS of a reconstruction, by what people find of it.
+# Upper limits of the LPIPS of a reconstruction, by how people judge it.
 BANDS = {"excellent": 0.3, "good": 0.5, "blurry": 0.7, "poor": np.inf}
-MAX_CONTROL = 0.01  # Of encoding an unchanged text again: only rounding is left.
-MIN_EFFECT = 0.05  # From which on an edit is taken to show.
-MIN_DIVERGENCE = 0.1
-# What one condition alone is guided by; ``seed`` is the form in which the other one is left out.
+MAX_CONTROL = 0.01  # Largest LPIPS that rounding explains if an unchanged text is encoded again.
+MIN_EFFECT = 0.05  # LPIPS above which an edit counts as applied.
+MIN_DIVERGENCE = 0.1  # LPIPS above which two images count as different.
+# Guidance by one condition alone; form ``seed`` leaves the other one out.
 TEXT_GUIDANCE = DualGuidanceConfig(text_scale=4.0, visual_scale=0.0, guidance_form="seed")
 VISUAL_GUIDANCE = DualGuidanceConfig(text_scale=0.0, visual_scale=2.0, guidance_form="seed")
 
 
 @dataclasses.dataclass(frozen=True)
 class Missing:
-    """In place of a network that is not there: what depends on it is absent, for this reason."""
+    """Takes the place of a network that is not available; results that need it are left out."""
 
     reason: str
 
 
 class Outcome(NamedTuple):
-    """Of one item: measured values, by name, and pictures to show, as small as they are shown."""
+    """The result of a test on one item: values by name, and pictures reduced to display size."""
 
     values: dict[str, float]
     images: Sequence[PIL.Image.Image] = ()
@@ -62,26 +62,29 @@ class Bench:
     text: TextEncoder | Missing
 
     def item(self, index: int) -> tuple[torch.Tensor, Cond]:
-        """Return the image [1, 3, H, W] uint8 of an item, and its conditions."""
+        """Return the decoded image of an item, uint8 [1, 3, H, W], and its conditions."""
         latents, cond = self.dataset.__getitems__([index])
         return self.generator.codec.pictures(latents), cond
 
     def make(
         self, index: int, cond: Cond, guidance: DualGuidanceConfig | None = None
     ) -> torch.Tensor:
-        """Return an image [1, 3, H, W] uint8 of an item's size, with its noise."""
+        """Return an image generated with an item's size and noise, uint8 [1, 3, H, W]."""
         bucket = self.dataset.buckets[self.dataset.bucket_index(index)]
         seeds = [seed_of_item(self.dataset.ids[index])]
         return self.generator.generate(seeds, cond, bucket, guidance=guidance)
 
     def distances(self, **pairs: tuple[torch.Tensor, torch.Tensor]) -> dict[str, float]:
-        """Return the LPIPS of each pair of images, by its name; nothing without weights."""
+        """Return the LPIPS of each pair of images, by name; nothing if LPIPS is missing."""
         if isinstance(self.lpips, Missing):
             return {}
         return {name: self.lpips.distance(*pair).item() for name, pair in pairs.items()}
 
     def with_texts(self, cond: Cond, captions: Sequence[str]) -> list[Cond]:
-        """Return conditions with the features of other texts, in the format of stored ones."""
+        """Return, for each caption, ``cond`` with the features of that caption as its text.
+
+        They are padded or cut to one of the lengths that the stored features have.
+        """
         hidden, mask, _ = self.text.encode(list(captions))
         found = []
         for row in range(len(captions)):
@@ -92,7 +95,7 @@ class Bench:
 
 
 def only(cond: Cond, names: Sequence[str]) -> Cond:
-    """Return the conditions of these names, and the size."""
+    """Return the conditions with these names, and the size."""
     return {name: value for name, value in cond.items() if name in (*names, "size")}
 
 
@@ -101,9 +104,10 @@ def _row(*images: torch.Tensor) -> list[PIL.Image.Image]:
 
 
 def reconstruct(bench: Bench, item: Sequence[int], shown: bool) -> Outcome:
-    """Make an image from its own conditions: how far is it, and are its parts in their places?
+    """Make an image from its own conditions: how far is it from the truth?
 
-    ``layout`` is the mean cosine of the patch features of both images, place by place.
+    ``lpips`` is that distance, ``layout`` the mean cosine of the patch features of both images at
+    the same places.
     """
     truth, cond = bench.item(item[0])
     made = bench.make(item[0], cond)
@@ -130,9 +134,9 @@ def swap(bench: Bench, item: Sequence[int], shown: bool) -> Outcome:
 
 
 def edit_text(bench: Bench, item: Sequence[int], shown: bool) -> Outcome:
-    """Replace words of an image's text: does the image change?
+    """Make an image again with words of its text replaced: does it change?
 
-    As a control its unchanged text is encoded again, which should change nothing.
+    As a control, the unchanged text is encoded again, which should change nothing.
     """
     truth, cond = bench.item(item[0])
     caption = bench.dataset.caption(item[0])
@@ -145,7 +149,7 @@ def edit_text(bench: Bench, item: Sequence[int], shown: bool) -> Outcome:
 
 
 def text_alone(bench: Bench, item: Sequence[int], shown: bool) -> Outcome:
-    """Make an image from its text alone, and from another's: is its own nearer to the truth?"""
+    """Make an image from its text alone, and from another text: is its own nearer to the truth?"""
     truth, cond = bench.item(item[0])
     _, other = bench.dataset.__getitems__([item[1]])
     matched = bench.make(item[0], only(cond, TEXT))
@@ -157,7 +161,7 @@ def text_alone(bench: Bench, item: Sequence[int], shown: bool) -> Outcome:
 
 
 def diverge(bench: Bench, item: Sequence[int], shown: bool) -> Outcome:
-    """Guide by the text alone and by the reference alone: do two images come of it?"""
+    """Make an image guided by its text alone, and one by its reference alone: do they differ?"""
     _, cond = bench.item(item[0])
     by_text = bench.make(item[0], cond, TEXT_GUIDANCE)
     by_visual = bench.make(item[0], cond, VISUAL_GUIDANCE)
@@ -170,30 +174,30 @@ def diverge(bench: Bench, item: Sequence[int], shown: bool) -> Outcome:
 
 
 Items = list[tuple[int, ...]]
-# Of a value of a test: which measured number it sums up, and how.
+# For each value of a test: the measured number that it summarises over items, and how.
 Measures = Mapping[str, tuple[str, Callable[[np.ndarray], float]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class FeatureTest:
-    """One test."""
+    """A test: how items are chosen, generated and measured."""
 
-    # Returns up to a number of items, each with the item that it is paired with, if there is one.
+    # Returns up to a number of items, each with the item that it is paired with, if any.
     choose: Callable[[FeatureDataset, int], Items]
-    # Makes and measures one item; the last argument tells whether its images are shown.
+    # Generates and measures one item; the last argument tells whether its images are shown.
     run: Callable[[Bench, Sequence[int], bool], Outcome]
-    value: str  # The name among its measures of the one that stands for all.
+    value: str  # The name of the main measure.
     measures: Measures
-    columns: tuple[str, ...]  # What the pictures of an item are.
-    needs: tuple[str, ...] = ()  # Networks without which nothing at all can be made.
-    protocol: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # Its constants.
+    columns: tuple[str, ...]  # Titles of the pictures of an item.
+    needs: tuple[str, ...] = ()  # Networks without which no image can be generated.
+    protocol: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # Constants of the test.
 
 
 def spread(counts: Sequence[int], num: int) -> list[list[int]]:
-    """Return rows of every bucket, ``num`` in all or as many as there are.
+    """Return rows of each bucket, at most ``num`` in all; ``counts`` are the rows that there are.
 
-    Buckets have equal parts as far as they go, and rows lie evenly within a bucket; if there are
-    more buckets than ``num``, those with a row lie evenly among them.
+    Buckets get equal numbers of rows as far as they have them, evenly spaced within a bucket. If
+    there are more buckets than ``num``, evenly spaced buckets get one row each.
     """
     filled = [bucket for bucket, count in enumerate(counts) if count]
     if num < len(filled):
@@ -219,20 +223,20 @@ def _items(dataset: FeatureDataset, num: int, counts: Sequence[int] | None = Non
 
 
 def choose_items(dataset: FeatureDataset, num: int) -> Items:
-    """Return items spread over all buckets."""
+    """Return up to ``num`` items, spread over all buckets."""
     return [(index,) for index in _items(dataset, num)]
 
 
 def choose_pairs(dataset: FeatureDataset, num: int) -> Items:
-    """Return items of buckets of at least two, each with the next of its bucket."""
+    """Return up to ``num`` items of buckets with two or more, each with the next in its bucket."""
     counts = [count if count > 1 else 0 for count in dataset.counts]
     return [(index, _following(dataset, index)[0]) for index in _items(dataset, num, counts)]
 
 
 def choose_other_texts(dataset: FeatureDataset, num: int) -> Items:
-    """Return items spread over all buckets, each with one of another text.
+    """Return up to ``num`` items, spread over all buckets, each with one that has another text.
 
-    That is the next such one of its bucket, if there is one, else the next of all.
+    That is the next such item in its bucket or, if there is none, in the dataset.
     """
     pairs = []
     for index in _items(dataset, num):
@@ -245,14 +249,14 @@ def choose_other_texts(dataset: FeatureDataset, num: int) -> Items:
 
 
 def _following(dataset: FeatureDataset, index: int) -> list[int]:
-    """Return the other items of an item's bucket, beginning with the one after it."""
+    """Return the other items in an item's bucket, cyclically from the one after it."""
     bucket = dataset.bucket_index(index)
     first, count = sum(dataset.counts[:bucket]), dataset.counts[bucket]
     return [first + (index - first + step) % count for step in range(1, count)]
 
 
 def network_of(column: str) -> str:
-    """Return which network gives a measured number."""
+    """Return the name of the network that measures a column of values."""
     return "visual" if column == "layout" else "lpips"
 
 
@@ -261,7 +265,7 @@ def _means(**columns: str) -> Measures:
 
 
 def _spread_of(column: str) -> Measures:
-    """Return mean and quantiles of a column."""
+    """Return the mean and the 10%, 50% and 90% quantiles of a column as measures."""
     percentiles = (10, 50, 90)
     quantiles = {
         f"{column}_p{q}": (column, functools.partial(np.quantile, q=q / 100)) for q in percentiles

@@ -45,23 +45,24 @@ def validate(
 ) -> tuple[list[dict[str, Any]], dict[str, PIL.Image.Image]]:
     """Return a row for each test of ``config``, on every rank, and its picture, on rank 0.
 
-    Collective: ranks share the images, and numbers and pictures do not depend on how many ranks
-    there are. Images are made one by one, whatever their sizes.
+    Collective: the images are divided among ranks, but results do not depend on the number of
+    ranks. Images are generated one at a time.
+
+    A row contains metric, value (the main one), values (all), num and buckets (how many images or
+    pairs, of which sizes), ``per_item`` (the values of each by name), how images were generated and
+    measured, and warnings. Pictures are by name of the metric, with a row per item: [truth, made,
+    from its text alone] for ``reconstruction``, [A, A with B's reference, B] for ``swap``, [truth,
+    made, edited] for ``text_edit``, [truth, own text, another's text] for ``text_only``, and [by
+    text, by reference, by both] for ``divergence``.
 
     Args:
-        generator: Makes the images, see :class:`~sampling.features.FeatureGenerator`.
+        generator: Generates the images, a :class:`~sampling.features.FeatureGenerator`.
         dataset: Held-out images.
         config: Which tests, and on how many images, spread evenly over sizes.
-        lpips, visual, text: The networks that measure. What a missing one would have measured is
-            None in the row, and ``missing`` says why; of the test's ``value``, so does ``reason``.
-            The encoders must be those that the dataset was made with.
-        progress_label: What the progress bar is labelled with.
-
-    A row holds metric, value (the headline), values (all), num and buckets (how many images or
-    pairs, of which sizes), the LPIPS of every one (``per_item``, by name), how images were made and
-    measured, and warnings. Pictures are by name of the metric: of a reconstruction [truth, made,
-    from its text alone], of a swap [A, A with B's reference, B], of an edit [truth, made, edited],
-    of a text [truth, own text, another's], of a divergence [text, reference, both].
+        lpips, visual, text: The networks that measure. Values that need a missing one are None, and
+            ``missing`` in the row gives the reason, as does ``reason`` for the main value. The
+            encoders must be those with which the dataset was made.
+        progress_label: Label of the progress bar.
     """
     bench = Bench(generator=generator, dataset=dataset, lpips=lpips, visual=visual, text=text)
     rows, pictures = [], {}
@@ -100,7 +101,7 @@ def _run_test(
 
 
 def _networks(test: FeatureTest) -> set[str]:
-    """Return what measures the numbers of a test."""
+    """Return the names of the networks that measure the values of a test."""
     return {network_of(column) for column, _ in test.measures.values()}
 
 
@@ -109,7 +110,7 @@ def _has(bench: Bench, name: str) -> bool:
 
 
 def _reason_for_none(name: str, test: FeatureTest, bench: Bench, items: Items) -> str | None:
-    """Return why nothing at all can be made, if so."""
+    """Return the reason why no image of a test can be generated; None if there is none."""
     for needed in test.needs:
         if not _has(bench, needed):
             return getattr(bench, needed).reason
@@ -186,9 +187,9 @@ def _make_row(
 
 
 def _protocol(bench: Bench, test: FeatureTest) -> dict[str, Any]:
-    """Return what a row says of the networks that measured, and of the test's constants."""
+    """Return what a row states about the networks that measured, and the test's constants."""
     found = dict(test.protocol)
-    if _has(bench, "lpips"):  # All tests are measured by it.
+    if _has(bench, "lpips"):  # All tests use it.
         found.update(lpips=bench.lpips.net, lpips_hash=bench.lpips.hash)
     for name in ("visual", "text"):
         if name in _networks(test).union(test.needs) and _has(bench, name):

@@ -1,9 +1,9 @@
-"""Captions with words replaced, so that a model that reads them makes another image."""
+"""Captions with words replaced, so that a model that uses them generates a different image."""
 
 import re
 
-# Of each pair one word takes the place of the other, both ways. The first group that a caption has
-# words of is replaced, all of them at once.
+# The words of a pair replace each other. Of the first group with a word in the caption, all words
+# are replaced.
 _GROUPS = (
     "red/blue green/purple yellow/black white/orange pink/turquoise brown/silver golden/gray "
     "crimson/teal",
@@ -17,11 +17,12 @@ FALLBACK = "At night, in blue light: "
 
 
 def edit_caption(caption: str) -> tuple[str, list[str]]:
-    """Return a caption with words replaced, and the replacements, as ``red -> blue``.
+    """Return a caption with words replaced, and the replacements, such as ``red -> blue``.
 
-    Colours are replaced by other colours; without any, things by other things; without these,
-    circumstances. Where nothing of that is named, the caption is put after :data:`FALLBACK`, at the
-    beginning, because long captions are cut at their end. The result is always another text.
+    Colours are replaced by other colours; if there are none, things by other things; if there are
+    none of these either, circumstances. A caption without any of these words is put after
+    :data:`FALLBACK`, which comes first because long captions are cut at their end. The result
+    always differs from the caption.
     """
     for group in _GROUPS:
         pairs = [pair.split("/") for pair in group.split()]

@@ -96,7 +96,7 @@ class Levels:
         return Curve(self._centres(), y)
 
     def some_ticks(self) -> list[int]:
-        """Return the first and last tick with a value, and those at 10% and 33% of the kimg so far."""
+        """Return the first and last tick with a value, and those at 10% and 33% of kimg so far."""
         values = np.array([self.history.values(name) for name in self.ranges])
         ticks = np.flatnonzero(np.isfinite(values).any(axis=0))
         if not len(ticks):
