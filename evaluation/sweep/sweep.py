@@ -121,7 +121,7 @@ def _all_rows(
 
 
 def _values(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the values of rows by name; a name that occurs before gets that of its metric too."""
+    """Return the values of rows by name, preceded by that of the metric if the name is taken."""
     found: dict[str, float] = {}
     for row in rows:
         for name, value in row["values"].items():

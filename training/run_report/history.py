@@ -114,8 +114,9 @@ class History:
 def thin(x: np.ndarray, y: np.ndarray, max_buckets: int = _MAX_BUCKETS) -> Curve:
     """Return a curve of at most ``max_buckets`` points, of which the first and last are unchanged.
 
-    Each other point is the mean of equally many consecutive ones of ``x`` and ``y`` [N], with their
-    minimum and maximum. Values that are not finite are ignored; the mean of no others is None.
+    Each other point is the mean of about equally many points of ``x`` and ``y`` [N] in succession,
+    with their minimum and maximum. Values that are not finite are ignored; without others, the mean
+    is None.
     """
     if len(x) <= max_buckets:
         return Curve(_rounded(x), _rounded(y))

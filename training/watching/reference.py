@@ -56,7 +56,7 @@ class ReferenceWatch:
         self._reference = read_reference(path) if path.is_file() else None
 
     def findings(self) -> list[Finding]:
-        """Return a finding if the run is outside its bands, unless watch.jsonl has it already.
+        """Return a finding if the run is outside its bands, unless reported since it left them.
 
         A comparison that fails is reported once as a finding of level ``info``.
         """

@@ -11,7 +11,7 @@ from training.watching.tick import Tick
 _FIRST_STEP = 200
 _SMALL_NORM = 1e-3  # Relative to sqrt(width), the norm of a vector of unit variance.
 _SMALL_ENCODER_GRADIENT = 1e-3  # Relative to the gradient of the DiT.
-_VANISHING = 0.5  # Ratio of the gradients of adjacent blocks; all of at least three are below it.
+_VANISHING = 0.5  # Gradients vanish if each of 3 or more blocks has less of its neighbour's.
 
 CONTEXT = Finding(
     name="context_near_zero",

@@ -94,7 +94,7 @@ class DrawsWatcher:
         ]
 
     def _of_conditions(self, cond: Cond) -> list[Finding]:
-        """Return a finding if conditions have been equal in all rows for many rows in a row."""
+        """Return a finding on conditions that have been equal for too many rows in succession."""
         constant, most = [], 0
         for name in _CONDITIONS:
             values = cond.get(name)

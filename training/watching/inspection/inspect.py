@@ -24,8 +24,8 @@ _ORDERED_ROWS = 128  # Rows of each epoch whose order is judged.
 def inspect(job: "Job") -> list[Finding]:
     """Return what is likely wrong with the data of a run and with their order.
 
-    Reads a few hundred images, at most 16 MB, chosen by the seed of the run, in less than a second.
-    Not collective: one rank may call it alone.
+    Reads a few hundred images, at most 16 MB per sample, chosen by the seed of the run, in less
+    than a second. Not collective: one rank may call it alone.
     """
     family = family_of(job.config)
 

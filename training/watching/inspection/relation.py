@@ -75,7 +75,7 @@ def standardised(values: Tensor) -> Tensor:
 
 
 def likeness(values: Tensor) -> list[Tensor]:
-    """Return two matrices [N, N] of how alike items with features [N, D] are, of zero diagonal.
+    """Return two matrices [N, N], with zero diagonals, of how alike items of features [N, D] are.
 
     The first is the hat matrix of ridge regression. The second is the graph of the 5 nearest
     neighbours of each item: the mean of its 0/1 adjacency matrix and the transpose.

@@ -19,7 +19,8 @@ def measured_std(parts: list[Tensor]) -> tuple[float, float]:
     """Return the standard deviation of values about their channel means, and its relative error.
 
     Each part is [N, C, ...], such as the images of one size. The error is the standard error of the
-    logarithm, estimated from the variation among items; it is infinite for constant values.
+    logarithm, estimated from the variation among items. Constant values, or fewer than two items,
+    give 0 and infinity.
     """
     num = sum(part[:, 0].numel() for part in parts)
     mean = sum(part.transpose(0, 1).flatten(1).sum(1, dtype=torch.float64) for part in parts) / num
