@@ -5,7 +5,7 @@ kind, and its images are nearer to training images than held-out ones are.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,13 +18,12 @@ from metrics.detectors import Detector, DetectorOutput
 from metrics.manifold import nearest_neighbours
 from metrics.metric import Comparison, MetricSpec
 from metrics.reference_cache import MAX_VECTORS
-from metrics.statistics import Batch, collect_outputs
+from metrics.score import GenerateFn
+from metrics.statistics import collect_outputs
 from torch_utils import distributed
 
 NUM_IMAGES = 1000  # Most images of each side.
 _NEAREST = 0.01  # Share of held-out images that count as very near to a training image.
-
-GenerateFn = Callable[[range], Iterable[Batch]]
 
 
 class HeldOutScores:

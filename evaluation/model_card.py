@@ -18,7 +18,7 @@ from training.portable import CONFIG, WEIGHTS, find_snapshot, open_header, save_
 
 _PICTURE = "samples.png"
 _TAGS = ("setdiffit", "diffusion", "diffusion-transformer")
-_PROTOCOL = ("nfe", "num_images", "seeds", "labels", "precision", "detector", "preprocessing")
+_PROTOCOL = ("nfe", "seeds", "labels", "precision", "detector", "preprocessing")
 
 
 def scores_of(snapshot: Snapshot, folder: Path) -> list[dict[str, Any]]:
@@ -132,16 +132,13 @@ def model_card(
     parts.append("## Scores")
     if rows:
         values = [
-            (_plain(name), f"{value:.4g}", f"{row.get('num_images', 0):,}")
+            (_plain(name), f"{value:.4g}", _num_images(row))
             for row in rows
             for name, value in _values(row).items()
         ]
         parts.append(_table(("metric", "value", "images"), values))
         parts.append("How they were computed. Compare them only with scores for which this agrees:")
-        own = {key: rows[0][key] for key in _PROTOCOL if key in rows[0]}
-        for section in ("sampling", "guidance"):
-            own.update(rows[0].get(section) or {})
-        parts.append(_table(("", ""), [(_plain(k), _plain(v)) for k, v in own.items()]))
+        parts += _protocols(rows)
     else:
         parts.append("No scores of these weights are known.")
     parts += ["## Use", _USE.format(location=location)]
@@ -176,6 +173,24 @@ def _metadata(name: str, data: str, rows: Sequence[Mapping[str, Any]]) -> str:
         header["model-index"] = [dict(name=name, results=results)]
     lines = [f"{key}: {json.dumps(value)}" for key, value in header.items()]
     return "\n".join(["---", *lines, "---"])
+
+
+def _num_images(row: Mapping[str, Any]) -> str:
+    num = row.get("num_images", row.get("num"))  # As scores and as validation metrics state it.
+    return "" if num is None else f"{num:,}"
+
+
+def _protocols(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a table of each protocol, below the names of the metrics that it applies to."""
+    metrics: dict[str, list[str]] = {}
+    for row in rows:
+        own = {key: row[key] for key in _PROTOCOL if key in row}
+        for section in ("sampling", "guidance"):
+            own.update(row.get(section) or {})
+        lines = [(_plain(key), _plain(value)) for key, value in own.items()]
+        text = _table(("", ""), lines) if lines else "Their rows do not state a protocol."
+        metrics.setdefault(text, []).append(_plain(str(row["metric"])))
+    return [part for text, names in metrics.items() for part in (f"{', '.join(names)}:", text)]
 
 
 def _values(row: Mapping[str, Any]) -> dict[str, float]:

@@ -408,6 +408,13 @@ def test_a_run_reports_on_conditions_as_the_command_does_and_trains_as_without(
     assert "conditioning" not in plain.output
 
 
+def test_a_panel_of_one_image_from_which_nothing_can_be_measured_ends_no_run(base, tmp_path):
+    options = ("--cond", "--label-drop=0", "--iters=1", "--batch=8", "--snap=1", "--board=none")
+    run = train_tiny(tmp_path, toy_data(base), *options, "--report-conditions=1")
+    assert "no change of a condition whose effect could be measured" in run.output
+    assert list(run.run_dir.glob("conditioning-*.jsonl"))
+
+
 def test_a_report_that_would_be_empty_is_refused_before_training(base, tmp_path):
     data = toy_data(base)
     arguments = (f"--data={data}", f"--outdir={tmp_path / 'runs'}", *TINY)

@@ -156,7 +156,8 @@ def test_the_card_has_the_scores_of_these_weights_and_their_protocol(base, expor
         snapshot_hash=snapshot.sha256,
         sampling={"sampler": "heun"},
     )
-    card = model_card(snapshot, [row], location="hf://me/tiny", picture="samples.png")
+    other = dict(metric="validation_text", value=0.5, num=31, snapshot_hash=snapshot.sha256, nfe=9)
+    card = model_card(snapshot, [row, other], location="hf://me/tiny", picture="samples.png")
     header, _, body = card.removeprefix("---\n").partition("\n---\n")
     about = {
         key: json.loads(value)
@@ -166,8 +167,11 @@ def test_the_card_has_the_scores_of_these_weights_and_their_protocol(base, expor
     assert about["model-index"][0]["name"] == "tiny"
     assert about["model-index"][0]["results"][0]["metrics"][0]["value"] == 1.25
     assert "| fid\\|2k &lt;b> | 1.25 | 2,000 |" in body
+    assert "| validation_text | 0.5 | 31 |" in body
     for text in ("| nfe | 7 |", "| sampler | heun |", "# tiny", "![Samples](samples.png)"):
         assert text in body
+    first, second = body.index("fid\\|2k &lt;b>:\n"), body.index("validation_text:\n")
+    assert first < body.index("| nfe | 7 |") < second < body.index("| nfe | 9 |")
     assert 'setdiffit.load("hf://me/tiny")' in body
     assert snapshot.data.name in body
     written = (exported / "README.md").read_text()

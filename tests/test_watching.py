@@ -152,6 +152,13 @@ def test_what_a_step_did_is_told_from_weights_gradients_and_average():
     alignment = torch.nn.functional.cosine_similarity(momentum, grads[2], dim=0)
     assert found["gradient_alignment"] == pytest.approx(float(alignment), rel=1e-4)
     meter.begin()
+    adam.step(1e-30)  # Every update is lost in rounding, which is measured, too.
+    found = meter.measure(0.9)
+    assert (found["lost_updates"], found["update_ratio"]) == (1, 0)
+    meter.begin()
+    adam.step(0.0)
+    assert not {"lost_updates", "update_ratio"} & meter.measure(0.9).keys()
+    meter.begin()
     network[0].weight.grad.fill_(math.nan)
     adam.step(1e-3)
     assert meter.measure(0.9) == {}

@@ -84,6 +84,11 @@ class GuardedAdam:
             self.loss_scale = torch.full([], _FP16_INITIAL_SCALE, device=device)
             self._good_steps = torch.zeros([], dtype=torch.int32, device=device)
 
+    @property
+    def lr(self) -> float:
+        """The learning rate of the last step; 0 before the first."""
+        return self._adam.param_groups[0]["lr"]
+
     def zero_grad(self) -> None:
         self._parameters.zero_grad()
 

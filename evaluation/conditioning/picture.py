@@ -32,7 +32,7 @@ def report_picture(report: Report, title: str) -> Image.Image:
     }
     output, loss = (figure.add_subplot(grid[0, column]) for column in range(2))
     _draw_changes(output, rows, conditions, "output_change", "{:.3f}".format)
-    output.set_title("Change of the output (1: as images of the panel differ)", fontsize=11)
+    output.set_title("Change of the output (1.4: as different as another image)", fontsize=11)
     _draw_changes(loss, rows, conditions, "loss_change", signed_percent)
     loss.set_title("Relative change of the loss", fontsize=11)
     loss.xaxis.set_major_formatter(lambda value, _: f"{100 * value:+.3g}%" if value else "0%")

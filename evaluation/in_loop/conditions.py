@@ -10,7 +10,7 @@ from dnnlib.files import atomic_write
 from dnnlib.text import format_kimg
 from evaluation.conditioning.panel import Panel
 from evaluation.conditioning.picture import report_picture
-from evaluation.conditioning.report import report_conditions
+from evaluation.conditioning.report import Report, report_conditions
 from torch_utils import distributed
 from torch_utils.charts import check_charts
 from torch_utils.fingerprints import weights_hash
@@ -67,7 +67,12 @@ class ConditionsEvaluator:
             with atomic_write(rows_path, "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in report.score_rows())
         if outputs.telemetry is not None:
-            strongest = max(report.overall(), key=lambda row: row["value"])
-            what, effect = f"{strongest['condition']} {strongest['change']}", strongest["value"]
-            text = f"conditioning: {what} changes the output by {effect:.3f} at kimg {kimg}"
-            outputs.telemetry.message(text)
+            outputs.telemetry.message(f"conditioning: {_strongest(report)} at kimg {kimg}")
+
+
+def _strongest(report: Report) -> str:
+    rows = report.overall()
+    if not rows:
+        return "the data show no change of a condition whose effect could be measured"
+    row = max(rows, key=lambda row: row["value"])
+    return f"{row['condition']} {row['change']} changes the output by {row['value']:.3f}"

@@ -7,6 +7,7 @@ import torch
 
 from dnnlib.progress import progress
 from dnnlib.text import format_kimg
+from metrics.score import GenerateFn
 from sampling.grids import GRID_SEEDS, save_fakes
 from sampling.images import ImageGenerator, generate_for_rank, passport, seed_range
 from torch_utils import distributed
@@ -16,7 +17,6 @@ from training.config import RunConfig
 from training.family import Outputs
 from training.telemetry import metric_is_recorded
 
-GenerateFn = Callable[[range], Iterable[tuple[torch.Tensor, torch.Tensor]]]
 EvaluateFn = Callable[[tuple[str, ...], GenerateFn], list[dict[str, Any]]]
 
 

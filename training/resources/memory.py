@@ -176,10 +176,11 @@ def _picture_bytes(model: ModelConfig, batch: int) -> int:
         network.to_empty(device=_CPU)
         lasting = live.peak = live.now
         cond = {
-            name: value if name == "size" else value.expand(batch, *value.shape[1:]).clone()
+            name: model.image_sizes[0]
+            if name == "size"
+            else value.expand(batch, *value.shape[1:]).clone()
             for name, value in model.example_cond().items()
         }
-        cond = {name: model.image_sizes[0] if name == "size" else v for name, v in cond.items()}
         x, c_noise = torch.zeros(batch, *model.input_shape), torch.zeros(batch)
         network(x, c_noise, network.context(cond, num=batch))
     return live.peak - lasting

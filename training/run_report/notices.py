@@ -52,7 +52,8 @@ class Notice:
 def line_of(row: Mapping[str, Any]) -> str:
     """Return the line of ``log.txt`` for a row of ``watch.jsonl``."""
     message, remedy = (_text(row.get(key)).rstrip(".") for key in ("message", "remedy"))
-    return f"Warning: {message}: {remedy}."
+    heading = "Note" if _text(row.get("level")).lower() == "info" else "Warning"
+    return f"{heading}: {message}: {remedy}."
 
 
 def watch_notices(rows: Iterable[Mapping[str, Any]]) -> list[Notice]:

@@ -49,8 +49,8 @@ class UpdateMeter:
         """Return statistics of the step that just ended, equal on all ranks. Collective.
 
         ``beta`` is the decay of the average in that step. Statistics that cannot be determined are
-        missing: all of them after a step that the optimizer skipped, those of changes if no sampled
-        weight moved, as with a learning rate of 0.
+        missing: all of them after a step that the optimizer skipped, those of changes after one
+        with a learning rate of 0.
         """
         before, self._before = self._before, None
         assert before is not None, "a step was measured whose begin was not"
@@ -59,9 +59,10 @@ class UpdateMeter:
         sums = self._sums(before)
         columns = {name: sums[:, place] for place, name in enumerate(_SUMS)}
         found = {**_statistics(columns, beta), **self._gradients(columns)}
-        if float(columns["moved"].sum()):
+        if self._optimizer.lr > 0:
+            found["lost_updates"] = _ratio(columns["lost"].sum(), columns["due"].sum())
             change, weight = (columns[name][self._is_matrix].sum() for name in ("change", "weight"))
-            found["update_ratio"] = float((change / weight).sqrt())
+            found["update_ratio"] = _ratio(change, weight) ** 0.5
         return found
 
     def _gradients(self, sums: dict[str, Tensor]) -> dict[str, float]:
@@ -145,7 +146,6 @@ def _statistics(sums: dict[str, Tensor], beta: float) -> dict[str, float]:
         found["gradient_alignment"] = total["product"] / norms
     if total["moved"]:
         found["rounded_weights"] = max(total["bf16"], total["fp16"]) / total["moved"]
-        found["lost_updates"] = _ratio(total["lost"], total["due"])
     # A smaller step of the average would be lost in the rounding of float32.
     expected = (1 - beta) * total["average_gap"] ** 0.5
     if expected > 1e-6 * total["weight"] ** 0.5:
@@ -153,8 +153,8 @@ def _statistics(sums: dict[str, Tensor], beta: float) -> dict[str, float]:
     return found
 
 
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0
+def _ratio(part: float | Tensor, whole: float | Tensor) -> float:
+    return float(part / whole) if whole else 0.0
 
 
 def _count(tensor: Tensor) -> int:
