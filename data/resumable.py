@@ -44,7 +44,7 @@ def check_folder(
 
 @contextlib.contextmanager
 def locked(dest: Path, verb: str, option: str = "--dest") -> Iterator[None]:
-    """Lock a folder during the block, after deleting the temporary files of killed writers.
+    """Lock a folder during the block, and first delete temporary files that killed writers left.
 
     Collective; rank 0 holds the lock on behalf of all ranks. Raises ValueError if another process
     holds it; ``verb`` says in that message what it is doing there (``encoding into``).
