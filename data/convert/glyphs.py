@@ -108,7 +108,7 @@ def _font(path: Path) -> ImageFont.FreeTypeFont:
 class Letters:
     """Letters to draw: those with enough faces, without look-alikes."""
 
-    faces: dict[str, tuple[Path, ...]]  # Distinct faces by letter.
+    faces: dict[str, tuple[Path, ...]]  # By letter, the faces that draw it differently.
     num_alike: int  # Number of letters left out as look-alikes.
 
     @property

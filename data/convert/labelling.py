@@ -151,7 +151,7 @@ def _in_thousands(names: Sequence[str], folders: Sequence[str]) -> bool:
 
 
 def _check_misplaced(archive: Archive, outer: str) -> None:
-    """Raise ValueError if a dataset.json labels nothing where it lies, or is spelt with capitals."""
+    """Raise ValueError if a dataset.json is spelt with capitals or lies where it labels nothing."""
     found = [name for name in archive.others if name.lower().endswith("dataset.json")]
     for name in found:
         if name.rpartition("/")[2].lower() == "dataset.json":
