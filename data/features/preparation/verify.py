@@ -184,7 +184,7 @@ class Verification:
         return index, problems, None if problems else tally.moments, histogram
 
     def _check_patches(self, bucket: Bucket, visual: Any) -> None:
-        """Add a problem, with a likely cause, for each number of patches other than the bucket's."""
+        """Add a problem, with a likely cause, for each number of patches but the bucket's own."""
         size, num_registers = visual["patch_size"], visual["num_registers"]
         expected = math.prod(bucket.grid(size))
         reasons = {
