@@ -25,7 +25,7 @@ _SPLITS = frozenset(
     ("train", "training", "val", "valid", "validation", "test", "testing", "eval", "dev", "holdout")
 )
 _CSV_HEADER = ["name", "class"]
-_SHARD_DIGITS = 4  # Folders with fewer digits, or without leading zeros, are unlikely shards.
+_SHARD_DIGITS = 4  # Folders with fewer digits, or without leading zeros, are unlikely to be shards.
 
 
 @dataclasses.dataclass(frozen=True)

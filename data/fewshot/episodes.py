@@ -27,8 +27,8 @@ class Episodes:
     class_names: tuple[str, ...]  # Of all classes of that dataset.
     labels: torch.Tensor  # int64 [S], label in a class-conditional model; num_classes: none.
     indices: np.ndarray  # int64 [S, k], of the images in their dataset; -1 for a user's images.
-    # How many images to generate from each support, in proportion: the real images of its class
-    # that are in no support, divided evenly among the class's episodes.
+    # Relative number of images to generate for each episode: the number of real images of its class
+    # that are in no support, divided evenly among the episodes of the class.
     counts: tuple[int, ...]
     reals: np.ndarray  # int64 [R], indices of those real images in their dataset, by class.
     source: str  # Description of the supports for score rows.

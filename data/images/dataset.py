@@ -1,4 +1,4 @@
-"""Images of a zip, folder or .npz with their class labels, as training and metrics read them."""
+"""Datasets of images with class labels, as training and metrics read them from any archive."""
 
 import copy
 import functools

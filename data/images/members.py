@@ -153,7 +153,7 @@ class Archive:
         return np.asarray(decode_image(self.read(index), exact=exact))
 
     def read_file(self, name: str) -> bytes | None:
-        """Return the bytes of any file by its name, or None if there is none."""
+        """Return the bytes of ``dataset.json`` or a text file by its name, or None without it."""
         raise NotImplementedError
 
     def fingerprint(self) -> str:
