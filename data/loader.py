@@ -1,4 +1,4 @@
-"""Which images a rank reads, as a function of (seed, position in the run), and their loaders."""
+"""Data loaders: worker processes, prefetching of remote data, and single passes over a dataset."""
 
 import collections
 import contextlib
@@ -20,7 +20,7 @@ from dnnlib.parallel import num_cores_of_rank
 from dnnlib.progress import progress
 
 _PREFETCH_FACTOR = 4
-# How far ahead remote data are fetched: in bytes, and in batches.
+# How far ahead remote data are fetched, in bytes, and the limits on that in batches.
 _AHEAD_BYTES = 256e6
 _MIN_AHEAD, _MAX_AHEAD = 4, 256
 _MIN_IMAGES_FOR_WORKERS = 4096
@@ -30,10 +30,10 @@ _MAX_READERS = 8
 class TrainingItems(Protocol):
     """What a loader needs of a dataset."""
 
-    remote_bytes: float  # That an item takes from a server, on average; 0 of local data.
+    remote_bytes: float  # Average number of bytes to download per item; 0 for local data.
 
     def prefetch(self, keys: Sequence[Any]) -> None:
-        """Have what ``keys`` are read from fetched in the background."""
+        """Start fetching the remote data of ``keys`` in the background."""
         ...
 
     def __getitems__(self, keys: Sequence[Any]) -> Any:
@@ -46,9 +46,9 @@ def make_loader(
 ) -> DataLoader:
     """Return a loader that yields ``dataset.__getitems__(keys)`` for each ``keys`` of ``sampler``.
 
-    ``keys`` is whatever the dataset understands, so that a family of models brings its own sampler
-    and dataset. ``num_workers`` processes decode ahead (0: this one does), in the sampler's order.
-    What is at an address is fetched in that order, too, before its turn.
+    ``keys`` is whatever the dataset understands, so each family of models can bring its own sampler
+    and dataset. ``num_workers`` processes decode ahead of time, in the sampler's order; with 0 this
+    process decodes. Remote data are fetched ahead of time, in the same order.
     """
     settings: dict[str, Any] = dict(pin_memory=device.type == "cuda")
     if num_workers:
@@ -63,24 +63,24 @@ def _loader(
         batches = _LookAhead(batches, dataset.remote_bytes, 2 * num_workers + _MIN_AHEAD)
         dataset = _Fetched(dataset)
     settings["num_workers"] = num_workers
-    generator = torch.Generator()  # The global one stays as it is.
+    generator = torch.Generator()  # Leaves the state of the global generator unchanged.
     settings |= dict(collate_fn=collate, worker_init_fn=init_worker, generator=generator)
     return DataLoader(dataset, batch_sampler=batches, **settings)
 
 
 class Request(NamedTuple):
-    """The keys of a batch, and those of batches to be fetched now, each of them once."""
+    """The keys of a batch to read, and of the batches to start fetching before that."""
 
     keys: Sequence[Any]
     soon: Sequence[Sequence[Any]]
 
 
 class _LookAhead:
-    """Batches of keys with those that are to be fetched while they are read: see :class:`Request`.
+    """Iterable over batches of keys as :class:`Request`, with the batches to fetch meanwhile.
 
-    Every batch is named ahead once, so far ahead that about 256 MB are on their way, and at least
-    ``least`` batches. Hence each process of a loader has its share of them fetched, whichever
-    process reads them later.
+    Each batch occurs in exactly one ``soon``, early enough to keep about 256 MB in flight: at least
+    ``least`` and at most 256 batches ahead. The worker processes of a loader thus share the
+    fetching evenly, whichever of them reads a batch later.
     """
 
     def __init__(self, batches: Iterable[Sequence[Any]], bytes_per_key: float, least: int) -> None:
@@ -89,7 +89,7 @@ class _LookAhead:
     def __iter__(self) -> Iterator[Request]:
         source = iter(self._batches)
         ahead = collections.deque(itertools.islice(source, 1))
-        named = 0  # How many of those in `ahead`, from the first on, have been named.
+        named = 0  # Number of batches at the front of `ahead` that an earlier request named.
         while ahead:
             per_batch = max(self._bytes_per_key * len(ahead[0]), 1)
             wanted = min(max(math.ceil(_AHEAD_BYTES / per_batch), self._least), _MAX_AHEAD)
@@ -100,9 +100,10 @@ class _LookAhead:
 
 
 def growing(batches: Sequence[Sequence[Any]]) -> Iterator[list[Any]]:
-    """Yield the keys of one batch, one, two, four and so on.
+    """Yield the keys of the first batch, then of the next one, two, four, ... batches, flattened.
 
-    What is needed first is so asked for first, and what lies side by side later on together.
+    The data that are needed first are thus requested first, and adjacent ranges of later batches
+    can be fetched together.
     """
     first, num = 0, 1
     while first < len(batches):
@@ -112,7 +113,7 @@ def growing(batches: Sequence[Sequence[Any]]) -> Iterator[list[Any]]:
 
 
 class _Fetched(Dataset):
-    """A dataset whose remote data are fetched before they are read."""
+    """A dataset of :class:`Request` keys: starts fetching what a request names, then reads."""
 
     def __init__(self, dataset: TrainingItems) -> None:
         self._dataset = dataset
@@ -133,18 +134,19 @@ def iterate_images(
     indices: Sequence[int] | None = None,
     label: str = "Reading images",
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield this rank's share of all images in order, each batch with its indices.
+    """Yield this rank's share of all images in order, each batch preceded by its indices.
 
-    A batch is ``(int64 [N], uint8 [N, C, H, W])``, the last one partial. Shares are contiguous,
-    differ by at most one image and may be empty. ``num_workers`` processes decode ahead, by default
-    as many as the rank's share of the cores allows, up to 8. ``indices`` chooses a part of the
-    dataset; ``label`` names the progress bar with images/s that rank 0 shows.
+    A batch is ``(indices, images)``, int64 [N] and uint8 [N, C, H, W]; the last one may be smaller.
+    Shares are contiguous, differ by at most one image and may be empty. ``num_workers`` processes
+    decode ahead, by default one per core of this rank's share, up to 8; a share below 4,096 images
+    is read without any. ``indices`` selects a part of the dataset. ``label`` is the title of the
+    progress bar on rank 0.
     """
     wanted = range(len(dataset)) if indices is None else indices
     mine = wanted[len(wanted) * rank // world_size : len(wanted) * (rank + 1) // world_size]
     batches = [list(mine[first : first + batch_size]) for first in range(0, len(mine), batch_size)]
     if len(mine) < _MIN_IMAGES_FOR_WORKERS:
-        num_workers = 0  # Processes pay off only for more work than starting them costs.
+        num_workers = 0  # Starting processes would take longer than they save.
     elif num_workers is None:
         num_workers = num_cores_of_rank(_MAX_READERS)
     pinned = torch.cuda.is_available()
@@ -156,11 +158,11 @@ def iterate_images(
 
 
 def init_worker(worker_id: int) -> None:
-    """Prepare a loader process: one thread, and deaf to the signals that stop a run.
+    """Set up a worker process: one thread, and deaf to the signals that stop a run.
 
-    Schedulers signal every process of a job. The main process decides when to stop, and needs its
-    batches until then; a SIGTERM that it sends by itself still ends the worker. Where a stop finds
-    the main process between asking for a batch and having it, the worker says nothing of that.
+    Schedulers signal every process of a job, but the main process decides when to stop and needs
+    batches until then. A SIGTERM that comes from the main process still ends the worker. If the
+    main process stops while it waits for a batch, the worker prints no traceback about it.
     """
     torch.set_num_threads(1)
     sys.excepthook = _tell_unless_left
@@ -176,7 +178,7 @@ def init_worker(worker_id: int) -> None:
 def _tell_unless_left(
     kind: type[BaseException], error: BaseException, traceback: TracebackType | None
 ) -> None:
-    """Print an error of a thread, such as that which hands out batches, unless the asker left."""
+    """Print an uncaught error, unless the main process has closed its end of the connection."""
     if not isinstance(error, EOFError | ConnectionError):
         sys.__excepthook__(kind, error, traceback)
 

@@ -1,4 +1,4 @@
-"""Preview pictures of data: which items they show, in which rows, with which titles."""
+"""Previews of training data: the items that a picture shows, arranged in rows, and its titles."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,14 +12,14 @@ PREVIEW_COLUMNS = 8
 
 
 class Preview(NamedTuple):
-    """Rows of items as they are stored, and what a picture of them says of each."""
+    """Rows of stored items (images or latents, [C, H, W] each), and the titles of their picture."""
 
     rows: list[list[torch.Tensor]]
     titles: Titles
 
 
 def evenly_spaced(num: int, length: int) -> np.ndarray:
-    """Return up to ``num`` different positions, spread evenly over ``range(length)``, int64."""
+    """Return up to ``num`` distinct positions, spread evenly over ``range(length)``, int64 [M]."""
     return np.linspace(0, length - 1, min(num, length)).round().astype(int)
 
 

@@ -1,7 +1,7 @@
-"""Folders that several ranks fill in parts, and can continue after a stop.
+"""Folders that several ranks fill together, and that can be completed after an interruption.
 
-They have a claim that says what the folder is to become, a lock, parts that appear whole or not at
-all, and ranks that take turns at what is missing.
+A claim file states what the folder is to become, a lock keeps other processes out, each part
+appears whole or not at all, and the ranks divide the missing parts among themselves.
 """
 
 import collections
@@ -32,7 +32,7 @@ _LOOK_AHEAD = 4  # Items per thread.
 def check_folder(
     dest: Path, what: str, is_ours: Callable[[Path], bool], option: str = "--dest"
 ) -> None:
-    """Raise ValueError if ``option`` cannot be, or is not, a folder of ``what`` (``latents``)."""
+    """Raise ValueError unless ``dest``, given by ``option``, can be a folder of ``what``."""
     check_target(option, dest, is_folder=True)
     if dest.suffix.lower() in (".zip", ".npz", ".npy", ".tar"):
         raise ValueError(f"{option}: got {dest}; {what} are written to a folder, give its name.")
@@ -44,10 +44,10 @@ def check_folder(
 
 @contextlib.contextmanager
 def locked(dest: Path, verb: str, option: str = "--dest") -> Iterator[None]:
-    """Keep other processes out of a folder during the block, and delete what killed writes left.
+    """Lock a folder during the block, and first delete temporary files that killed writers left.
 
-    Collective; rank 0 holds the lock for all. Raises ValueError, which says with ``verb`` what
-    another process is doing there.
+    Collective; rank 0 holds the lock on behalf of all ranks. Raises ValueError if another process
+    holds it; ``verb`` says in that message what it is doing there (``encoding into``).
     """
     with contextlib.ExitStack() as stack:
 
@@ -64,7 +64,7 @@ def locked(dest: Path, verb: str, option: str = "--dest") -> Iterator[None]:
 def check_claim(
     file: Path, protocol: Mapping[str, Any], option: str, what: str, is_same: IsSame | None = None
 ) -> None:
-    """Raise ValueError if a claim, where there is one, is not of the same making."""
+    """Raise ValueError if a claim file exists and is unreadable or differs from ``protocol``."""
     if not file.is_file():
         return
     try:
@@ -84,12 +84,14 @@ def check_protocol(
     what: str,
     is_same: IsSame | None = None,
 ) -> None:
-    """Raise ValueError, with the names that differ, if a folder holds ``what`` of another making.
+    """Raise ValueError, naming the differences, if ``folder`` holds ``what`` made in another way.
 
     Args:
-        protocol: What two makings must have in common, by the names that users know, plain values.
-        there: The protocol of what the folder holds, which ``option`` names.
-        is_same: Whether a name's value there is that of the protocol; equality by default.
+        protocol: Settings that determine the content, as plain values by the names that users know.
+        there: The protocol by which the content of the folder was made.
+        option: The option that gave the folder.
+        is_same: Called with a name and its value in ``there``; returns whether that value counts
+            as the one in ``protocol``. Equality by default.
     """
     is_same = is_same or (lambda name, value: value == protocol[name])
     names = [name for name in protocol if not is_same(name, there.get(name))]
@@ -100,14 +102,14 @@ def check_protocol(
 
 
 def claim(file: Path, protocol: Mapping[str, Any], option: str, what: str) -> None:
-    """Note how a folder's files are made; raises ValueError if it holds others."""
+    """Write the claim file of a folder; raises ValueError if it was claimed for others."""
     protocol = json.loads(json.dumps(protocol))
     check_claim(file, protocol, option, what)
     write_json(file, protocol)
 
 
 def share(items: Sequence[T]) -> Sequence[T]:
-    """Return this rank's part: ranks take turns."""
+    """Return this rank's share of the items: every ``world_size``-th one, from ``rank`` on."""
     return items[distributed.rank() :: distributed.world_size()]
 
 
@@ -115,9 +117,10 @@ def share(items: Sequence[T]) -> Sequence[T]:
 def progress_of_ranks(
     total: int, own: int, label: str, unit: str = "img"
 ) -> Iterator[Callable[[int], None]]:
-    """Show how far all ranks are with ``total``, supposing that they are as far as this one.
+    """Show the progress of all ranks towards ``total``, extrapolated from that of rank 0.
 
-    Yields what is called with the number of units, of ``own``, that this rank has done since.
+    Yields a function to call with the number of units that this rank has completed since the last
+    call; ``own`` is the number of units that it has in all.
     """
     done = shown = 0
     with progress(total=total, label=label, unit=unit, disable=not distributed.is_main()) as bar:
@@ -134,7 +137,7 @@ def progress_of_ranks(
 def map_of_ranks(
     function: Callable[[T], R], items: Sequence[T], num_threads: int, label: str, unit: str = "img"
 ) -> list[R]:
-    """Return ``function(item)`` of all items, in order; ranks share them. Collective."""
+    """Return ``function(item)`` for all items, in order, computed by all ranks. Collective."""
     mine, found = share(items), []
     bar = progress_of_ranks(len(items), len(mine), label, unit)
     with distributed.together(), bar as on_done:
@@ -146,9 +149,9 @@ def map_of_ranks(
 
 
 class BackgroundWriter:
-    """Runs calls in threads, a bounded number ahead; their errors come up at a later call.
+    """Runs calls in threads, with a bounded number pending; a later method re-raises their errors.
 
-    Use it as a context manager, which waits for all calls at its end.
+    Use it as a context manager: leaving the block waits for all calls, unless it raised an error.
     """
 
     def __init__(self, num_threads: int, num_ahead: int) -> None:
@@ -167,7 +170,7 @@ class BackgroundWriter:
             self._pool.shutdown(cancel_futures=True)
 
     def submit(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """Have a function called; waits where too many calls are pending."""
+        """Schedule a call, then wait until at most ``num_ahead`` calls are pending."""
         self._pending.append(self._pool.submit(function, *args, **kwargs))
         self.wait(self._num_ahead)
 
@@ -179,7 +182,7 @@ class BackgroundWriter:
 
 @contextlib.contextmanager
 def memory_for(count: int, what: str) -> Iterator[None]:
-    """Turn want of memory for a batch into one sentence."""
+    """Turn an out-of-memory error for a batch of ``count`` items into a one-sentence ValueError."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -190,10 +193,10 @@ def memory_for(count: int, what: str) -> Iterator[None]:
 def to_float16(
     values: torch.Tensor, label: Callable[[int], str], what: str, location: str
 ) -> np.ndarray:
-    """Return the values of a batch in float16.
+    """Return the values [N, ...] of a batch in float16, on the CPU.
 
-    Raises ValueError if they are not finite there; ``label`` names the image of a row, ``what``
-    its values, and ``location`` the encoder.
+    Raises ValueError if any of them is not finite in float16. In the message, ``label(row)`` names
+    the image, ``what`` its values, and ``location`` the encoder.
     """
     rows = values.to(torch.float16).cpu()
     bad = ~torch.isfinite(rows).flatten(1).all(dim=1)

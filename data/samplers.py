@@ -1,4 +1,4 @@
-"""Batch samplers: the order of training as a function of (seed, position), shared by ranks."""
+"""Batch samplers: the order of the training data as a function of (seed, position in the run)."""
 
 import functools
 import itertools
@@ -11,34 +11,34 @@ from torch_utils.rng import STREAM_BUCKET, STREAM_DATA, epoch_permutation
 
 _NUM_CACHED_EPOCHS = 4
 _IMAGES_PER_GROUP = 1000
-_BY_SHARDS = 1  # Ends the keys of another order than that of all images at once.
-MAX_POSITIONS = 2**40  # More than any run has.
+_BY_SHARDS = 1  # Appended to the keys of the shard-wise order, to seed it independently.
+MAX_POSITIONS = 2**40  # More positions than any run has.
 
 
 def rank_passes(batch: int, batch_gpu: int, rank: int, world_size: int) -> tuple[range, ...]:
-    """Return the rows of a global batch that a rank computes, pass by pass.
+    """Return the rows of a global batch that a rank computes, one range for each pass.
 
-    Ranks take contiguous parts, and passes contiguous parts of those, none of more than
-    ``batch_gpu`` rows. All ranks have as many passes. Parts differ by one row at most; with
-    ``batch_gpu=1`` they are empty where the ranks do not divide the batch.
+    Each rank takes a contiguous part of the batch, and each pass a contiguous part of that, of at
+    most ``batch_gpu`` rows. All ranks have the same number of passes. Parts differ by one row at
+    most; with ``batch_gpu=1`` some are empty if the number of ranks does not divide the batch.
     """
     num_passes = -(-batch // (batch_gpu * world_size))
     return tuple(_split(_split(range(batch), world_size)[rank], num_passes))
 
 
 def _split(rows: range, num: int) -> list[range]:
-    """Return ``num`` parts of some rows, which differ by one row at most."""
+    """Return ``num`` contiguous parts of some rows, whose lengths differ by one at most."""
     ends = [rows.start + -(-len(rows) * part // num) for part in range(num + 1)]
     return [range(start, stop) for start, stop in itertools.pairwise(ends)]
 
 
 class BatchSampler(Sampler[list[int]]):
-    """Endless micro-batches of one rank: the order of training on shuffled streams of images.
+    """Endless micro-batches of one rank, drawn from shuffled streams of images.
 
-    A stream is an epoch after the other without a gap, each a permutation by (seed, stream, epoch).
-    A step takes the next ``batch_size`` positions of one stream, of which a rank has those of its
-    :func:`rank_passes`. Hence the global batches do not depend on the number of ranks or on
-    ``batch_gpu``, and a run resumes exactly at any ``start_nimg``.
+    A stream is a gapless sequence of epochs, each a permutation determined by (seed, stream,
+    epoch). A step takes the next ``batch_size`` positions of one stream, and each rank those that
+    :func:`rank_passes` gives it. Hence the global batches do not depend on the number of ranks or
+    on ``batch_gpu``, and a run resumes exactly from ``start_nimg``.
     """
 
     def __init__(
@@ -61,16 +61,16 @@ class BatchSampler(Sampler[list[int]]):
         self._permutation = cache(self._make_permutation)
 
     def _make_permutation(self, stream: int, epoch: int) -> np.ndarray:
-        """Return the order of one epoch of a stream, int64 [length of the stream]."""
+        """Return the order of the images in one epoch of a stream, int64 [length of the stream]."""
         raise NotImplementedError
 
     def _micro_batches(self, first: int) -> Iterator[np.ndarray]:
-        """Yield this rank's positions of the step that starts at ``first``, int64 [N] a pass."""
+        """Yield this rank's positions in the step that starts at ``first``, int64 [N] per pass."""
         for rows in rank_passes(self._batch_size, self._batch_gpu, self._rank, self._world_size):
             yield np.arange(first + rows.start, first + rows.stop)
 
     def _shuffled(self, stream: int, length: int, positions: np.ndarray) -> np.ndarray:
-        """Return what is at each position of a stream of ``length`` images, int64 [N]."""
+        """Return the image at each position of a stream of ``length`` images, int64 [N]."""
         epochs, offsets = np.divmod(positions, length)
         result = np.empty(len(positions), np.int64)
         for epoch in np.unique(epochs).tolist():
@@ -80,12 +80,12 @@ class BatchSampler(Sampler[list[int]]):
 
 
 class PositionSampler(BatchSampler):
-    """Micro-batches of a dataset's indices, of one stream.
+    """Micro-batches of dataset indices, from a single stream of all images.
 
     Position p of a run, counted in images from 0, holds image ``permutation(p // n)[p % n]`` of the
     n = ``dataset_size`` images, and the step at ``cur_nimg`` covers positions [cur_nimg, cur_nimg +
-    batch_size). Without a size, as for sets, which are drawn by position, keys are the positions,
-    counted from ``first_key``.
+    batch_size). If ``dataset_size`` is None, as for sets, which are drawn by position, the keys are
+    the positions themselves plus ``first_key``.
     """
 
     def __init__(self, dataset_size: int | None, *, first_key: int = 0, **settings: int) -> None:
@@ -99,7 +99,7 @@ class PositionSampler(BatchSampler):
                 yield self.indices(positions).tolist()
 
     def indices(self, positions: np.ndarray) -> np.ndarray:
-        """Return the dataset index at each position of the run, int64 [N]."""
+        """Return the dataset index, or the key of a set, at each position of the run, int64 [N]."""
         if self._dataset_size is None:
             return positions + self._first_key
         return self._shuffled(0, self._dataset_size, positions)
@@ -109,12 +109,13 @@ class PositionSampler(BatchSampler):
 
 
 class BucketSampler(BatchSampler):
-    """Micro-batches of a dataset's indices, all of a step's images being of one size.
+    """Micro-batches of dataset indices; all images of a step come from one aspect-ratio bucket.
 
-    Step m = cur_nimg / batch_size takes a bucket at random, in proportion to its images: a function
-    of (seed, m), hence the same on every rank and in every round of accumulation. The images of a
-    bucket are a stream of their own. The state of it all is therefore the number of images so far.
-    ``counts`` are the images of each bucket; a dataset's items run bucket by bucket.
+    Step m = cur_nimg / batch_size picks a bucket with probability proportional to its number of
+    images, as a function of (seed, m): all ranks and all accumulation rounds of a step agree on it.
+    The images of each bucket form a stream of their own. The number of images so far is therefore
+    the whole state of the sampler. ``counts`` holds the number of images of each bucket; the
+    dataset's items are ordered by bucket.
     """
 
     def __init__(self, counts: Sequence[int], **settings: int) -> None:
@@ -126,9 +127,9 @@ class BucketSampler(BatchSampler):
         self._schedule = np.empty(0, np.int64)
 
     def buckets(self, num_steps: int) -> np.ndarray:
-        """Return the bucket of each of the first ``num_steps`` steps of a run, int64."""
+        """Return the bucket of each of the first ``num_steps`` steps, int64 [num_steps]."""
         if num_steps > len(self._schedule):
-            # A longer draw begins with the shorter one.
+            # Drawn anew from the start: a longer draw begins with the shorter one.
             key = np.random.SeedSequence([self._seed % 2**64, STREAM_BUCKET])
             uniform = np.random.Generator(np.random.Philox(key)).random(max(2 * num_steps, 1024))
             ends = self._firsts[1:-1] / self._firsts[-1]
@@ -136,7 +137,7 @@ class BucketSampler(BatchSampler):
         return self._schedule[:num_steps]
 
     def bucket_at(self, cur_nimg: int) -> int:
-        """Return the bucket of the step that begins at ``cur_nimg`` images."""
+        """Return the bucket of the step that begins after ``cur_nimg`` images."""
         step = cur_nimg // self._batch_size
         return int(self.buckets(step + 1)[step])
 
@@ -150,7 +151,7 @@ class BucketSampler(BatchSampler):
             cursors[bucket] += self._batch_size
 
     def indices(self, bucket: int, positions: np.ndarray) -> np.ndarray:
-        """Return the dataset's item at each position of a bucket's stream, int64 [N]."""
+        """Return the dataset index at each position of a bucket's stream, int64 [N]."""
         return self._shuffled(bucket, self._counts[bucket], positions) + self._firsts[bucket]
 
     def _make_permutation(self, stream: int, epoch: int) -> np.ndarray:
@@ -159,14 +160,15 @@ class BucketSampler(BatchSampler):
 
 
 class ShardSampler(BucketSampler):
-    """As :class:`BucketSampler`, but an epoch of a bucket goes shard by shard.
+    """A :class:`BucketSampler` that reads few shards at a time, for sequential access.
 
-    Its shards are shuffled and put into groups of about a thousand images, or all there are, and
-    the images of a group are shuffled. So each image comes once in an epoch, the order is the same
-    function of (seed, position) for any number of ranks, and no more than a group is read at a
-    time. Images of one shard stay within a group, whose other shards are others in each epoch.
+    In each epoch of a bucket, its shards are shuffled and divided into groups of about a thousand
+    images (or one group, if there are fewer), and the images of each group are shuffled. Each image
+    still occurs once in an epoch, the order is the same function of (seed, position) for any number
+    of ranks, and only one group is read at a time. The images of a shard always share a group, but
+    the other shards in it differ from epoch to epoch.
 
-    ``shard_sizes`` are the images of each shard of each bucket.
+    ``shard_sizes`` holds the number of images of each shard, for each bucket.
     """
 
     def __init__(
@@ -181,7 +183,7 @@ class ShardSampler(BucketSampler):
         key = [self._seed % 2**64, STREAM_DATA, stream, epoch, _BY_SHARDS]
         rng = np.random.default_rng(key)
         shards = rng.permutation(len(sizes))
-        # As many groups of like size as have a thousand images each, one at least.
+        # Groups of about equal size, of a thousand images or a few more, or a single smaller one.
         num_groups = max(int(sizes.sum()) // _IMAGES_PER_GROUP, 1)
         group = (np.cumsum(sizes[shards]) - 1) * num_groups // sizes.sum()
         group_of_shard = np.empty(len(sizes), np.int64)

@@ -1,6 +1,7 @@
-"""Which images are held out of training: a function of the content of each, and of nothing else.
+"""Which images are held out of training, as a function of the content of each image alone.
 
-Order, names, other images, ranks and seeds change nothing, and equal images lie on one side.
+Their order and names, other images, ranks and seeds have no influence, and identical images always
+fall on the same side.
 """
 
 import numpy as np
@@ -9,10 +10,10 @@ from dnnlib.errors import refusal
 
 
 def is_held_out(lengths: np.ndarray, crcs: np.ndarray, share: float) -> np.ndarray:
-    """Return which contents are held out, bool [N]: each with probability ``share``.
+    """Return which images are held out, bool [N]: each with probability ``share``, in [0, 1].
 
-    A content is its length in bytes, int64 [N], and its CRC-32, uint32 [N]. Both are mixed by
-    SplitMix64 (Steele, Lea & Flood 2014), because a CRC is no random number by itself.
+    An image's content is represented by its length in bytes, int64 [N], and its CRC-32, uint32 [N].
+    SplitMix64 (Steele, Lea & Flood 2014) mixes the two, because a CRC alone is not pseudo-random.
     """
     with np.errstate(over="ignore"):
         key = (np.asarray(lengths).astype(np.uint64) << np.uint64(32)) | np.asarray(crcs, np.uint64)

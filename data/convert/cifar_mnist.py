@@ -1,4 +1,4 @@
-"""Reading the official archives of CIFAR-10, CIFAR-100 and MNIST."""
+"""Reads the official archives of CIFAR-10, CIFAR-100, MNIST and its relatives."""
 
 import dataclasses
 import gzip
@@ -39,8 +39,9 @@ MNIST_PREFIXES = {"train": "train", "test": "t10k"}
 def open_cifar(path: Path, split: str = "train", class_split: str | None = None) -> Source:
     """Return the images of an official CIFAR-10 or CIFAR-100 python archive (fine labels).
 
-    ``path`` is the archive, or the folder that it unpacks to.
-    ``class_split`` divides the classes of CIFAR-100, as ``fc100`` or ``cifar-fs`` do.
+    ``path`` is the archive, or the folder that it unpacks to. ``class_split`` divides the classes
+    of CIFAR-100 for few-shot learning: ``fc100`` or ``cifar-fs``. Raises ValueError for an archive
+    that is incomplete or damaged, and for a ``class_split`` of CIFAR-10.
     """
     contents = _read_folder(path) if path.is_dir() else _read_tar(path)
     kind = "cifar-10" if "batches.meta" in contents else "cifar-100"
@@ -85,7 +86,7 @@ def _damaged(path: Path, problem: str) -> ValueError:
 
 
 def is_cifar_folder(path: Path) -> bool:
-    """Return whether a path is a folder as the archives of CIFAR unpack to."""
+    """Return whether a path is a folder unpacked from a CIFAR archive."""
     kinds = _CIFAR_FILES.values()
     return any(
         all((path / name).is_file() for name in (files["meta"], *files["test"])) for files in kinds
@@ -102,7 +103,7 @@ def _read_folder(path: Path) -> dict[str, bytes]:
 
 
 def _read_tar(path: Path) -> dict[str, bytes]:
-    """Return the regular files of a CIFAR archive by the last part of their name."""
+    """Return the contents of a CIFAR archive's data files by their names without folders."""
     contents, wanted = {}, _wanted()
     try:
         with tarfile.open(path) as file:
@@ -126,7 +127,11 @@ def _read_cifar_pickle(path: Path, name: str, content: bytes) -> dict:
 
 
 def open_mnist(path: str | Path, split: str = "train") -> Source:
-    """Return MNIST or a relative of it, from an idx3 file or the folder of the idx files."""
+    """Return MNIST or a relative of it, from an idx3 file of images or a folder of idx files.
+
+    An idx3 file must have the file of its labels beside it. ``split`` applies only to a folder.
+    Raises ValueError if a file is missing or damaged.
+    """
     path = Path(path)
     image_files = [path]
     if path.is_dir():
@@ -160,12 +165,12 @@ def open_mnist(path: str | Path, split: str = "train") -> Source:
 
 
 def is_mnist_folder(path: Path) -> bool:
-    """Return whether a path is a folder with the images of a split of MNIST or a relative."""
+    """Return whether a path is a folder with the images of any split of MNIST or a relative."""
     return path.is_dir() and any(find_idx(path, p, "images") for p in MNIST_PREFIXES.values())
 
 
 def find_idx(folder: Path, prefix: str, kind: str) -> Path | None:
-    """Return the file of a split's ``images`` or ``labels`` in a folder, or None."""
+    """Return the idx file of a split's ``images`` or ``labels`` in a folder, or None."""
     dims = {"images": 3, "labels": 1}[kind]
     names = (f"{prefix}-{kind}{separator}idx{dims}-ubyte" for separator in "-.")
     paths = (folder / f"{name}{ending}" for name in names for ending in ("", ".gz"))
@@ -173,7 +178,7 @@ def find_idx(folder: Path, prefix: str, kind: str) -> Path | None:
 
 
 def _read_idx(path: Path, num_dims: int) -> np.ndarray:
-    """Return the uint8 array of an idx file, described at http://yann.lecun.com/exdb/mnist/."""
+    """Return the uint8 array of an idx file (format: http://yann.lecun.com/exdb/mnist/)."""
     try:
         data = path.read_bytes()
         if data[:2] == b"\x1f\x8b":

@@ -25,13 +25,13 @@ from dnnlib.files import atomic_write, check_target
 from dnnlib.parallel import process_map
 from dnnlib.progress import progress
 
-_ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # The same for every file, so that equal input gives equal bytes.
+_ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # One time for all files, so that equal input gives equal bytes.
 _NO_DATASET = (".tar", ".gz", ".tgz", ".7z", ".rar", ".png", ".jpg", ".jpeg", ".npy")
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What :func:`convert_images` wrote, left out (``name: reason``) and remarked."""
+    """What :func:`convert_images` wrote, skipped (``name: reason``) and noted."""
 
     num_images: int
     resolution: int
@@ -61,20 +61,20 @@ def convert_images(
     """Write the images of ``source`` to a zip, folder or .npz in the layout of docs/formats.md.
 
     The target appears whole or not at all, and equal sources give equal bytes. If any image is
-    RGB, all become RGB; in an .npz all are.
+    RGB, all become RGB; in an .npz all do in any case.
 
     Args:
         dest: A name ending in .zip or .npz, or a folder that does not exist or is empty.
-        size: Width and height of the result (before center-crop-wide adds its bars); without it
-            every image must have one square size already.
-        transform: One of TRANSFORMS; without it images must be square and are resized.
-        max_images: Use only the first so many images of the source.
+        size: Width and height of the result (before center-crop-wide adds its bars); None requires
+            all images to have the same square size already.
+        transform: One of TRANSFORMS; None requires square images, and resizes them.
+        max_images: Use only this many images of the source, the first ones.
         skip_broken: Leave out images that cannot be read instead of failing.
-        overwrite: Replace a file of the name ``dest``.
-        num_workers: By default one per core.
+        overwrite: Replace an existing file ``dest``.
+        num_workers: Number of processes; by default one per core.
 
     Raises ValueError if images are broken (all of them are listed), if their sizes do not fit, if
-    none is left, or if ``dest`` is taken.
+    none is left, or if ``dest`` exists already.
     """
     dest = Path(dest)
     kind = dest.suffix.lower()
@@ -111,9 +111,9 @@ def convert_images(
 
 @dataclasses.dataclass(frozen=True)
 class _Converted:
-    """One converted image. Without ``data``: ``error`` says why, or else ``size`` is not square.
+    """One converted image; without ``data`` if there is an ``error`` or ``size`` is not square.
 
-    ``num_channels`` is what the source has.
+    ``num_channels`` is that of the image in the source.
     """
 
     data: bytes | None = None
@@ -131,7 +131,7 @@ def _convert_one(
     to_rgb: bool,
     encode: Callable[[Image.Image], bytes],
 ) -> _Converted:
-    """Return one image ready to be written. Runs in another process."""
+    """Return one image, encoded and ready to be written. Runs in another process."""
     try:
         image = image_of(item)
     except ValueError as error:
@@ -147,12 +147,12 @@ def _convert_one(
 
 
 class _MixedChannels(Exception):  # noqa: N818
-    """An RGB image came after grayscale images had been written."""
+    """Raised when an RGB image follows grayscale images that have been written already."""
 
 
 @dataclasses.dataclass
 class _DatasetWriter:
-    """Numbers, checks and writes converted images with their labels."""
+    """Checks converted images, numbers them, and writes them with their labels."""
 
     source: Source
     target: "_FilesTarget | _SamplesTarget"
@@ -182,7 +182,7 @@ class _DatasetWriter:
             rgb = decode_image(image.data).convert("RGB")
             image = dataclasses.replace(image, data=encode_png(rgb))
         if self.broken and not self.skip_broken:
-            return  # Only the list of broken images is of use now.
+            return  # The conversion will fail; only the list of broken images matters.
         self.target.add(self.num_written, image)
         if self.source.labels is not None:
             self.labels.append(int(self.source.labels[index]))
@@ -198,7 +198,7 @@ class _DatasetWriter:
             raise refusal(name, but=problem, remedy=f"give {remedy} to bring all to one size")
 
     def finish(self) -> Summary:
-        """Write the labels; raises ValueError if images were broken or none is left."""
+        """Write the labels, return a summary; ValueError if images were broken or none is left."""
         source = self.source
         if self.broken and not self.skip_broken:
             raise broken_images(source.name, self.broken, self.num_seen)
@@ -232,7 +232,7 @@ class _DatasetWriter:
 
 
 class _FilesTarget:
-    """A zip or folder of PNGs with a ``dataset.json``; ``write`` adds a file to it."""
+    """A zip or folder of PNGs with a ``dataset.json``; ``write(name, data)`` adds a file."""
 
     keeps_splits = True
 
@@ -257,7 +257,7 @@ class _FilesTarget:
 class _SamplesTarget:
     """An uncompressed ``.npz`` of RGB images, as ADM's evaluator reads them.
 
-    The pixels go to the file ``pixels`` until it is known how many there are.
+    The pixels are collected in the file ``pixels``, because the header needs their number.
     """
 
     keeps_splits = False
@@ -293,7 +293,7 @@ def _zip_info(name: str) -> zipfile.ZipInfo:
 
 @contextlib.contextmanager
 def _open_target(dest: Path) -> Iterator[_FilesTarget | _SamplesTarget]:
-    """Give a target which appears when the block ends."""
+    """Yield a target to write to; it appears as ``dest`` when the block ends without an error."""
     hidden = dict(prefix=f".{dest.name}.", suffix=".tmp", dir=dest.parent)
     if dest.suffix.lower() in (".zip", ".npz"):
         with atomic_write(dest) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
@@ -303,12 +303,12 @@ def _open_target(dest: Path) -> Iterator[_FilesTarget | _SamplesTarget]:
                 with tempfile.TemporaryFile(**hidden) as pixels:
                     yield _SamplesTarget(archive, pixels)
         return
-    dest = dest.resolve()  # A link to an empty folder stays a link.
+    dest = dest.resolve()  # Keeps a link to an empty folder a link.
     in_place = dest.is_dir() and not _can_be_replaced(dest)
     dest.parent.mkdir(parents=True, exist_ok=True)
     hidden["dir"] = dest if in_place else dest.parent
     with tempfile.TemporaryDirectory(**hidden) as temporary:
-        # The temporary folder is its owner's alone; one inside it has the usual permissions.
+        # Only its owner may enter the temporary folder; one inside it gets the usual permissions.
         folder = Path(temporary, "dataset")
         folder.mkdir()
 
@@ -318,7 +318,7 @@ def _open_target(dest: Path) -> Iterator[_FilesTarget | _SamplesTarget]:
             try:
                 path.write_bytes(data)
             except OSError as error:
-                error.filename = str(dest)  # Not the hidden one.
+                error.filename = str(dest)  # Instead of the hidden folder.
                 raise
 
         yield _FilesTarget(write)
@@ -326,20 +326,20 @@ def _open_target(dest: Path) -> Iterator[_FilesTarget | _SamplesTarget]:
         if not in_place:
             os.rename(folder, dest)
             return
-        # The description comes last: what has none is no dataset.
+        # dataset.json comes last: without it, the folder is no finished dataset.
         for path in sorted(folder.iterdir(), key=lambda path: path.name == "dataset.json"):
             os.rename(path, dest / path.name)
 
 
 def _can_be_replaced(folder: Path) -> bool:
-    """Return whether another folder can take the place of an empty one.
+    """Return whether an empty folder can be replaced by renaming another folder.
 
-    That of a mount point none can, and that of the current folder none should.
+    A mount point cannot be replaced, and the current folder should not be.
     """
     if folder == Path.cwd():
         return False
     try:
-        # Beside a mount point nothing may be written at all, as for a user of a container.
+        # The folder that holds a mount point may not even be writable, as often in containers.
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
             probe = Path(temporary, "probe")
             probe.mkdir(mode=stat.S_IMODE(folder.stat().st_mode))

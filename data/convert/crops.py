@@ -1,8 +1,8 @@
-"""Squares cut out of photographs; a third of every photograph is held out.
+"""Squares cut out of photographs; about a third of each photograph is held out for ``test``.
 
 A photograph is divided into cells, four along its short side. Every third cell of a row is held
-out, one further to the right in each row than in the row above, so that both parts have their share
-of every row and column. No pixel of ``test`` is in ``train``.
+out, shifted by one cell to the right from each row to the next, so that both parts include some of
+every row and column. No pixel of ``test`` is in ``train``.
 """
 
 import dataclasses
@@ -20,10 +20,10 @@ from dnnlib.parallel import process_map
 from dnnlib.progress import progress
 
 _CELLS = 4  # Along the short side.
-_PERIOD = 3  # One cell of so many is held out.
-_MARGIN = 1 / 16  # Share of a held-out cell along each edge from which nothing is cut.
-# The longest and the shortest edge of a square, as shares of the short side. The longest is what
-# the margins leave of a cell.
+_PERIOD = 3  # One in this many cells is held out.
+_MARGIN = 1 / 16  # Margin inside a held-out cell from which nothing is cut, as a share of its side.
+# The longest and the shortest edge of a square, as shares of the short side. The longest is a cell
+# without its margins.
 _LONGEST, _SHORTEST = (1 - 2 * _MARGIN) / _CELLS, 0.15
 
 Box = tuple[int, int, int, int]  # Left, top, right, bottom.
@@ -31,7 +31,7 @@ Box = tuple[int, int, int, int]  # Left, top, right, bottom.
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cropping:
-    """How many squares are cut out of each photograph, to which size, and where."""
+    """How many squares to cut out of each photograph, at which resolution, and from which part."""
 
     num: int
     resolution: int
@@ -40,7 +40,7 @@ class Cropping:
 
 @dataclasses.dataclass(frozen=True)
 class Crop:
-    """A square of a photograph; small, and cut in another process."""
+    """A square to cut out of a photograph: a small object that other processes can work on."""
 
     photograph: Member
     box: Box
@@ -49,7 +49,7 @@ class Crop:
     def pixels(self) -> np.ndarray:
         """Return the square, resized (Lanczos): uint8 [R, R] or [R, R, 3]."""
         size = (self.resolution, self.resolution)
-        # Cropped first, so that no pixel outside the box has a part in it.
+        # Crop before resizing, so that no pixel outside the box contributes.
         return np.asarray(
             _decoded(self.photograph).crop(self.box).resize(size, Image.Resampling.LANCZOS)
         )
@@ -58,11 +58,11 @@ class Crop:
 def crop_images(
     photographs: Source, cropping: Cropping, *, skip_broken: bool = False, num_workers: int | None
 ) -> Source:
-    """Return squares of every photograph in turn, with its label.
+    """Return a source of squares cut out of each photograph in turn, with the photograph's label.
 
-    Where they are cut is a function of the photograph's size and place in the source, and of the
-    split. Raises ValueError for photographs that cannot be read, or whose squares would have to be
-    enlarged; all of them are listed. ``skip_broken`` leaves them out instead.
+    Their positions are a function of the photograph's size and index in the source, and of the
+    split. Raises ValueError, listing all of them, if photographs cannot be read or are so small
+    that squares would have to be enlarged; ``skip_broken`` leaves these photographs out instead.
     """
     sizes: list[Size | None] = []
     broken: list[str] = []
@@ -100,7 +100,7 @@ def crop_images(
 
 
 def held_out_cells(size: Size) -> list[Box]:
-    """Return the cells of a photograph that no square of ``train`` overlaps."""
+    """Return the cells of a photograph, given its size, that no square of ``train`` overlaps."""
     width, height = size
     columns, rows = (side * _CELLS // min(size) for side in size)
     return [
@@ -115,7 +115,7 @@ def held_out_cells(size: Size) -> list[Box]:
 
 
 def _measure(cropping: Cropping, photograph: Member) -> Size | str:
-    """Return width and height, or why nothing can be cut out. Runs in another process."""
+    """Return width and height, or the reason why no squares can be cut. Runs in another process."""
     try:
         width, height = _decoded(photograph).size
     except ValueError as error:
@@ -126,14 +126,14 @@ def _measure(cropping: Cropping, photograph: Member) -> Size | str:
     return width, height
 
 
-# A process cuts all squares of a photograph before those of the next one.
+# One entry is enough: a process cuts all squares of a photograph before those of the next one.
 @functools.lru_cache(maxsize=1)
 def _decoded(photograph: Member) -> Image.Image:
     return image_of(photograph)
 
 
 def _boxes(size: Size, cropping: Cropping, index: int) -> Iterator[Box]:
-    """Yield where the squares of a photograph lie: positions uniform, edges log-uniform."""
+    """Yield the squares of a photograph: uniform positions, log-uniform edge lengths."""
     rng = np.random.default_rng([index, SPLITS.index(cropping.split)])
     longest = int(min(size) * _LONGEST)
     shortest = min(max(round(min(size) * _SHORTEST), cropping.resolution), longest)

@@ -1,4 +1,4 @@
-"""Opens the datasets of few-shot learning: each class belongs to one split, train, val or test."""
+"""Reads few-shot datasets, each of whose classes belongs to one split: train, val or test."""
 
 import dataclasses
 import itertools
@@ -15,14 +15,14 @@ from dnnlib import safe_pickle
 from dnnlib.errors import refusal
 from dnnlib.text import by_number
 
-# Of the 20 superclasses of CIFAR-100, in their alphabetical order: FC100 (Oreshkin et al., TADAM,
-# arXiv 1805.10123).
+# FC100 (Oreshkin et al., TADAM, arXiv 1805.10123) divides the 20 superclasses of CIFAR-100, here
+# numbered in alphabetical order.
 _FC100_SUPERCLASSES = {
     "train": (1, 2, 3, 4, 5, 6, 9, 10, 15, 17, 18, 19),
     "val": (8, 11, 13, 16),
     "test": (0, 7, 12, 14),
 }
-# CIFAR-FS (Bertinetto et al., arXiv 1805.08136); all other classes are trained on.
+# CIFAR-FS (Bertinetto et al., arXiv 1805.08136); all other classes are for training.
 _CIFAR_FS = {
     "val": "beaver otter flatfish shark lamp television beetle butterfly sea camel cattle crab "
     "crocodile maple_tree motorcycle tractor",
@@ -32,26 +32,26 @@ _CIFAR_FS = {
 _PICKLES = (".pickle", ".pkl")
 _OMNIGLOT = {"train": "train_small.npz", "test": "test_small.npz"}
 _OMNIGLOT_SIDE = 28
-# One training class of so many becomes a validation class: 97 of Omniglot's 964.
+# One in this many training classes becomes a validation class: 97 of Omniglot's 964.
 _OMNIGLOT_VAL = 10
 
 
 @dataclasses.dataclass(frozen=True)
 class SplitImages:
-    """Images of one split's classes: uint8 [M, H, W] or [M, H, W, 3]."""
+    """The images of one split, uint8 [M, H, W] or [M, H, W, 3], and their classes."""
 
     images: np.ndarray
-    labels: np.ndarray  # int64 [M], into class_names
+    labels: np.ndarray  # int64 [M], indices into class_names.
     class_names: Sequence[str]
 
 
 def cifar_splits(
     name: str, class_names: Sequence[str], labels: np.ndarray, superclasses: list[int], path: Path
 ) -> dict[str, list[int]]:
-    """Return the classes of each split of CIFAR-100, ``fc100`` or ``cifar-fs``.
+    """Return the class indices of each split by which ``fc100`` or ``cifar-fs`` divides CIFAR-100.
 
-    Names are those of the fine classes, labels and superclasses those of every image in the archive
-    at ``path``. Raises ValueError if a class has images of several superclasses.
+    ``class_names`` are those of the fine classes; ``labels`` and ``superclasses`` belong to the
+    images of the archive ``path``. Raises ValueError if a class has images of several superclasses.
     """
     if name == "fc100":
         of_class: dict[int, int] = {}
@@ -71,9 +71,10 @@ def cifar_splits(
 
 
 def find_fewshot_files(path: Path) -> dict[str, Path] | None:
-    """Return the file of each split that ``path`` holds or is; None if it is of no such kind.
+    """Return the file of each split of a few-shot dataset in the folder, or at the file, ``path``.
 
-    Raises ValueError if files of several datasets lie side by side.
+    Returns None if there is no such dataset. Raises ValueError if a folder mixes the files of
+    several datasets, or if a pickle's name does not include its split.
     """
     if path.is_file():
         if path.suffix not in _PICKLES:
@@ -97,7 +98,7 @@ def find_fewshot_files(path: Path) -> dict[str, Path] | None:
 
 
 def _split_of(path: Path) -> tuple[str | None, str]:
-    """Return the split that a file's name says, and the rest of the name."""
+    """Return the split in a file's name, or None, and the rest of the name."""
     match = re.fullmatch(r"(.+[-_])(train|val|test)|(train|val|test)(_.+)", path.stem)
     if match is None:
         return None, ""
@@ -107,10 +108,10 @@ def _split_of(path: Path) -> tuple[str | None, str]:
 def read_fewshot(
     files: Mapping[str, Path],
 ) -> tuple[np.ndarray, np.ndarray, list[str], dict[str, list[int]]]:
-    """Return images, labels, class names and class splits of the files of each split.
+    """Return images [N, H, W(, 3)], labels [N], class names and class splits of the given files.
 
-    Classes of the same name in two splits, as where each split is numbered from 0, get the split's
-    name before theirs. Raises ValueError for a file of unknown content.
+    If classes of two splits have the same name, for example because each split counts from 0, all
+    names get the split's name as a prefix. Raises ValueError for a file of unknown content.
     """
     parts = {split: _read_split(files[split]) for split in CLASS_SPLITS if split in files}
     if any(path.suffix == ".npz" for path in files.values()):
@@ -168,7 +169,7 @@ def _damaged(path: Path, problem: str) -> ValueError:
 
 
 def _read_labelled(path: Path, content: dict[str, Any]) -> SplitImages:
-    """FC100 and CIFAR-FS: ``data`` [M, H, W, 3] and ``labels`` [M]."""
+    """Read FC100 and CIFAR-FS: ``data`` [M, H, W, 3] and ``labels`` [M]."""
     images = _checked_images(path, "data", content["data"])
     labels = [_text(label) for label in np.asarray(content["labels"]).tolist()]
     if len(labels) != len(images):
@@ -177,7 +178,7 @@ def _read_labelled(path: Path, content: dict[str, Any]) -> SplitImages:
 
 
 def _read_mini_imagenet(path: Path, content: dict[str, Any]) -> SplitImages:
-    """miniImageNet's caches: ``image_data`` [M, H, W, 3] and ``class_dict`` of rows by class."""
+    """Read miniImageNet: ``image_data`` [M, H, W, 3], and ``class_dict`` with rows by class."""
     images = _checked_images(path, "image_data", content["image_data"])
     rows = content["class_dict"]
     if not isinstance(rows, dict):
@@ -195,7 +196,7 @@ def _read_mini_imagenet(path: Path, content: dict[str, Any]) -> SplitImages:
 
 
 def _read_by_class(path: Path, content: dict[str, Any]) -> SplitImages:
-    """Few-shot diffusion models' files: images [M, H, W, 3] by class."""
+    """Read the files of few-shot diffusion models: images [M, H, W, 3] by class."""
     parts = {name: _checked_images(path, name, value) for name, value in content.items()}
     shapes = {part.shape[1:] for part in parts.values()}
     if len(shapes) > 1:
@@ -205,9 +206,9 @@ def _read_by_class(path: Path, content: dict[str, Any]) -> SplitImages:
 
 
 def _read_omniglot(path: Path) -> SplitImages:
-    """Omniglot: one array [20, 28, 28] or [20, 784] a character, whose values are inverted.
+    """Read Omniglot: one array [20, 28, 28] or [20, 784] per character, and invert its values.
 
-    Few-shot diffusion models train on one minus what the files hold.
+    Few-shot diffusion models train on one minus the values in the files.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -237,7 +238,7 @@ def _checked_images(path: Path, name: str, value: Any) -> np.ndarray:
 
 
 def _numbered(images: np.ndarray, names: Sequence[str]) -> SplitImages:
-    """Return images whose classes are numbered by name; names that are numbers, by size."""
+    """Return images with classes numbered in order of their names, numeric names by value."""
     class_names = sorted(set(names), key=by_number)
     number = {name: index for index, name in enumerate(class_names)}
     return SplitImages(images, np.array([number[name] for name in names]), class_names)

@@ -1,4 +1,4 @@
-"""Letters as the fonts of matplotlib draw them: a class is a letter, its images are its faces."""
+"""Letters drawn in the fonts of matplotlib: each letter is a class, with images in many faces."""
 
 import collections
 import dataclasses
@@ -18,8 +18,8 @@ from data.images.transforms import Size
 from dnnlib.errors import refusal
 from dnnlib.progress import progress
 
-# The text faces of matplotlib. Its other fonts hold symbols, parts of brackets, or a box for every
-# character there is.
+# The text faces of matplotlib. Its other fonts contain symbols, parts of brackets, or the same box
+# for every character.
 TRAIN_FACES = (
     *("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique"),
     *("DejaVuSansMono", "DejaVuSansMono-BoldOblique", "DejaVuSansMono-Oblique"),
@@ -27,34 +27,34 @@ TRAIN_FACES = (
     *("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic"),
     *("cmr10", "cmb10", "cmss10", "cmti10"),
 )
-# One of each design: no image of these faces is trained on.
+# One face of each design; none of their images are trained on.
 TEST_FACES = (
     *("DejaVuSans-BoldOblique", "DejaVuSansMono-Bold", "DejaVuSerif-Italic"),
     *("STIXGeneralBolIta", "cmtt10"),
 )
 FACES = {"train": TRAIN_FACES, "test": TEST_FACES, "all": (*TRAIN_FACES, *TEST_FACES)}
-# Scripts whose letters are never trained on, by their name in Unicode.
+# Scripts whose letters are never trained on, by their Unicode names.
 HELD_OUT_SCRIPTS = {"val": ("LAO",), "test": ("ARMENIAN", "GEORGIAN")}
-MIN_FACES = 8  # A letter of fewer faces is left out.
-DRAWINGS = 2  # Of each face: as it is, and changed a little.
+MIN_FACES = 8  # A letter in fewer faces is left out.
+DRAWINGS = 2  # In each face: one as it is, one slightly distorted.
 RESOLUTION = 28
 
-_CATEGORIES = ("Lu", "Ll", "Lt", "Lo")  # All of Unicode's letters but modifiers.
+_CATEGORIES = ("Lu", "Ll", "Lt", "Lo")  # All Unicode letters except modifiers.
 _MIN_SIZE, _MAX_SIZE = 8, 128
 _FONT_SIZE = 96
-_FILLED = 0.86  # Share of the image's edge that the longer side of the letter takes.
+_FILLED = 0.86  # Longer side of the letter, as a share of the image's edge.
 _SUPERSAMPLING = 4
-_COMPARED_SIZE = 16  # Letters are compared at this size, whatever is written.
-# Root mean square difference of pixels in 0..1, over the faces that two letters share, up to which
-# they count as one, such as a Latin, a Greek and a Cyrillic A.
+_COMPARED_SIZE = 16  # Letters are compared at this size, regardless of the output.
+# Letters whose root mean square difference of pixels in 0..1, averaged over the faces that both
+# have, is smaller count as one: such as the Latin, the Greek and the Cyrillic A.
 _ALIKE = 0.08
-_SAME = 0.01  # The same of two faces of a letter.
+_SAME = 0.01  # The same limit for two faces of one letter.
 _MAX_TURN, _MAX_SHEAR, _MAX_SHRINK, _MAX_SHIFT = 0.08, 0.10, 0.12, 0.05
 
 
 @dataclasses.dataclass(frozen=True)
 class Glyph:
-    """A letter in a face; small, and drawn in another process."""
+    """A letter to draw in a face: a small object that other processes can work on."""
 
     font: Path
     letter: str
@@ -64,9 +64,9 @@ class Glyph:
     def pixels(self) -> np.ndarray:
         """Return the letter, light on dark, uint8 [size, size].
 
-        It is centred and scaled to the same longer side in every face. Drawing 0 is the letter as
-        the face has it; the others are turned, slanted, shrunk and shifted a little, as a function
-        of letter, face and number alone. A blank letter gives a black image.
+        It is centred, and its longer side is scaled to the same length in every face. Drawing 0
+        shows the letter undistorted; others are slightly rotated, slanted, shrunk and shifted, as a
+        function of letter, face and drawing number alone. A blank letter gives a black image.
         """
         font = _font(self.font)
         left, top, right, bottom = font.getbbox(self.letter)
@@ -78,7 +78,7 @@ class Glyph:
         edge = self.size * _SUPERSAMPLING
         scale = max(width, height) / (_FILLED * edge)
         matrix, shift = self._change()
-        matrix = matrix * scale  # From a place in the image to one in the ink, about both centres.
+        matrix = matrix * scale  # From image to ink coordinates, relative to both centres.
         start = np.array([width, height]) / 2 - matrix @ (edge * (0.5 + shift))
         places = (*matrix[0], start[0], *matrix[1], start[1])
         transform = Image.Transform.AFFINE
@@ -86,7 +86,7 @@ class Glyph:
         return np.asarray(image.reduce(_SUPERSAMPLING))
 
     def _change(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the linear map [2, 2] and the shift [2], a share of the edge, of this drawing."""
+        """Return this drawing's linear map [2, 2], and its shift [2] as a share of the edge."""
         if self.drawing == 0:
             return np.eye(2), np.zeros(2)
         seed = [ord(self.letter), zlib.crc32(self.font.stem.encode()), self.drawing]
@@ -100,20 +100,20 @@ class Glyph:
 
 @functools.lru_cache(maxsize=len(FACES["all"]))
 def _font(path: Path) -> ImageFont.FreeTypeFont:
-    # The basic layout, because the other one depends on libraries of the machine.
+    # The basic layout engine, because the other one depends on system libraries.
     return ImageFont.truetype(path, _FONT_SIZE, layout_engine=ImageFont.Layout.BASIC)
 
 
 @dataclasses.dataclass(frozen=True)
 class Letters:
-    """Letters to draw: those of enough faces, without look-alikes."""
+    """Letters to draw: those with enough faces, without look-alikes."""
 
-    faces: dict[str, tuple[Path, ...]]  # Of each letter, those that draw it differently.
-    num_alike: int  # Letters left out because they look like others.
+    faces: dict[str, tuple[Path, ...]]  # By letter, the faces that draw it differently.
+    num_alike: int  # Number of letters left out as look-alikes.
 
     @property
     def splits(self) -> dict[str, list[int]]:
-        """Indices of the letters by what they are for: held-out scripts are never trained on."""
+        """Indices of the letters by split; letters of held-out scripts are never trained on."""
         found: dict[str, list[int]] = {"train": [], "val": [], "test": []}
         for index, letter in enumerate(self.faces):
             found[split_of(letter)].append(index)
@@ -121,7 +121,7 @@ class Letters:
 
 
 def split_of(letter: str) -> str:
-    """Return ``train``, ``val`` or ``test``, by the script of a letter."""
+    """Return the split of a letter by its script: ``train``, ``val`` or ``test``."""
     words = script_words(letter)
     for split, scripts in HELD_OUT_SCRIPTS.items():
         if words & set(scripts):
@@ -130,16 +130,16 @@ def split_of(letter: str) -> str:
 
 
 def script_words(letter: str) -> set[str]:
-    """Return the words of a letter's name in Unicode, one of which is its script."""
+    """Return the words of a letter's Unicode name, one of which is its script."""
     return set(unicodedata.name(letter, "").split())
 
 
 def open_glyphs(name: str, split: str = "train", size: Size | None = None) -> Source:
-    """Return the letters of matplotlib's fonts in order of their code, drawn face by face.
+    """Return the letters of matplotlib's fonts in the order of their codes, drawn face by face.
 
-    ``split`` chooses the faces: ``train``, ``test`` or ``all``. Classes are the same in each, and
-    are named by their letters. Raises ValueError without matplotlib, and for a size that letters
-    are not drawn at.
+    ``split`` chooses the faces: ``train``, ``test`` or ``all``. The classes, named by their
+    letters, are the same for each. Images are as wide and high as ``size[0]``, from 8 to 128, or
+    28. Raises ValueError for another size, or if matplotlib is not installed.
     """
     edge = RESOLUTION if size is None else size[0]
     if not _MIN_SIZE <= edge <= _MAX_SIZE:
@@ -172,9 +172,9 @@ def open_glyphs(name: str, split: str = "train", size: Size | None = None) -> So
 
 @functools.cache
 def find_letters() -> Letters:
-    """Return the letters that at least MIN_FACES faces draw, each differently.
+    """Return the letters that at least MIN_FACES faces draw in distinct ways.
 
-    Of letters that look alike in the faces that they share, the first stands for all. Modifier
+    Of letters that look alike in the faces that they share, only the first is kept. Modifier
     letters, which are small copies of others, are left out.
     """
     fonts = _find_fonts()
@@ -193,11 +193,12 @@ def find_letters() -> Letters:
 
 
 def _different(letters: Sequence[str], fonts: Sequence[Path], images: np.ndarray) -> Letters:
-    """Return the letters that differ, with the faces that do.
+    """Return the letters that differ from one another, each with its faces that differ.
 
-    ``images`` [F, N, D] in 0..1 are what each face draws of each letter; 0 where it draws nothing.
+    ``images``, float32 [F, N, D] in 0..1, holds the pixels of each letter in each face, all 0 where
+    a face lacks the letter.
     """
-    inked = images.any(2)  #  [F, N]
+    inked = images.any(2)  # [F, N]
     alike = _distances(images, inked) < _ALIKE
     faces: dict[str, tuple[Path, ...]] = {}
     kept: list[int] = []
@@ -218,9 +219,10 @@ def _different(letters: Sequence[str], fonts: Sequence[Path], images: np.ndarray
 
 
 def _distances(images: np.ndarray, inked: np.ndarray) -> np.ndarray:
-    """Return the mean distance [N, N] of letters over the faces that draw both; infinite without.
+    """Return distances of letters, float32 [N, N], averaged over the faces that draw both.
 
-    The distance in a face is the root mean square of the difference of pixels.
+    The distance in a face is the root mean square difference of pixels. Letters without a common
+    face have infinite distance.
     """
     total = np.zeros(2 * images.shape[1:2], np.float32)
     shared = np.zeros_like(total)
@@ -234,9 +236,9 @@ def _distances(images: np.ndarray, inked: np.ndarray) -> np.ndarray:
 
 
 def _letters_of(font: Path) -> set[str]:
-    """Return the letters, without modifiers, that a font has glyphs for.
+    """Return the letters, without modifiers, for which a font has glyphs.
 
-    Computer Modern has glyphs of its own order in the places of all but the 26 letters.
+    Of the Computer Modern fonts only ASCII letters count: at other codes they have other glyphs.
     """
     from fontTools.ttLib import TTFont
 
@@ -248,7 +250,7 @@ def _letters_of(font: Path) -> set[str]:
 
 
 def _find_fonts() -> list[Path]:
-    """Return the files of the faces; raises ValueError without them."""
+    """Return the font files of all faces; raises ValueError if any is missing."""
     found = importlib.util.find_spec("matplotlib")
     if found is None:
         problem = "needs matplotlib, which is not installed: pip install matplotlib"

@@ -25,7 +25,7 @@ _SPLITS = frozenset(
     ("train", "training", "val", "valid", "validation", "test", "testing", "eval", "dev", "holdout")
 )
 _CSV_HEADER = ["name", "class"]
-_SHARD_DIGITS = 4  # Folders of fewer digits, or without zeros in front, are no likely shards.
+_SHARD_DIGITS = 4  # Folders with fewer digits, or without leading zeros, are unlikely to be shards.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ BY_ITSELF = LabelChoice()
 
 @dataclasses.dataclass(frozen=True)
 class Labelling:
-    """Labels of images in order, or none, and where they, or their absence, come from."""
+    """Labels of an archive's images, or None, and where they come from or why there are none."""
 
     origin: str
     labels: Sequence[int] | None = None
@@ -59,9 +59,9 @@ class Labelling:
 
 
 def label_images(archive: Archive, choice: LabelChoice) -> Labelling:
-    """Return the labels of a folder or zip: what was chosen, dataset.json, or class folders.
+    """Return the labels of a folder or zip: as chosen, or else from dataset.json or class folders.
 
-    Raises ValueError, with the options to give, where folders can be splits or shards as well.
+    Raises ValueError, naming the options to give, if the folders may be splits or shards instead.
     """
     if choice.labels == "none":
         return Labelling("--labels=none")
@@ -91,7 +91,7 @@ def label_images(archive: Archive, choice: LabelChoice) -> Labelling:
 
 
 def _outer_folder(archive: Archive) -> str:
-    """Return the one folder around everything, with a slash; empty without."""
+    """Return the one folder that contains everything, with a slash; empty if there is none."""
     folder = archive.names[0].partition("/")[0] + "/"
     return folder if all(name.startswith(folder) for name in archive.names) else ""
 
@@ -116,7 +116,7 @@ def _from_folders(archive: Archive, level: int, depths: Sequence[int]) -> Labell
 
 
 def _check_no_guess(archive: Archive, level: int, names: set[str], goes_on: bool) -> None:
-    """Raise ValueError if the folders of a level are likely splits, shards or a mere place."""
+    """Raise ValueError if folders look like splits, shards or a container instead of classes."""
     shown = join_names([repr(name) for name in sorted(names)[:3]])
     problem = ""
     if {name.lower() for name in names} <= _SPLITS:
@@ -140,7 +140,7 @@ def _check_no_guess(archive: Archive, level: int, names: set[str], goes_on: bool
 
 
 def _in_thousands(names: Sequence[str], folders: Sequence[str]) -> bool:
-    """Return whether each file is a number, in the folder of its thousand: 01000/01234.png."""
+    """Return whether all files are numbered, in folders of a thousand each: 01000/01234.png."""
     for name, folder in zip(names, folders, strict=True):
         stem = name.rpartition("/")[2].partition(".")[0]
         if not (is_number(stem) and is_number(folder) and len(folder) >= _SHARD_DIGITS):
@@ -151,7 +151,7 @@ def _in_thousands(names: Sequence[str], folders: Sequence[str]) -> bool:
 
 
 def _check_misplaced(archive: Archive, outer: str) -> None:
-    """Raise ValueError if a dataset.json lies where it labels nothing, or is spelt otherwise."""
+    """Raise ValueError if a dataset.json is spelt with capitals or lies where it labels nothing."""
     found = [name for name in archive.others if name.lower().endswith("dataset.json")]
     for name in found:
         if name.rpartition("/")[2].lower() == "dataset.json":
@@ -173,7 +173,7 @@ def _from_metadata(archive: Archive, root: str) -> Labelling:
 
 
 def _from_file(archive: Archive, location: str) -> Labelling:
-    """Return labels of a file in the layout of dataset.json, or of lines ``name,class``."""
+    """Return labels from a file in the layout of dataset.json, or of lines ``name,class``."""
     try:
         content = read_file(location)
         text = content.decode("utf-8-sig")
@@ -216,7 +216,7 @@ def _parse_csv(text: str, where: str) -> dict[str, list]:
 
 
 def _notes(pairs: object, names: Sequence[str], where: str) -> tuple[str, ...]:
-    """Return sentences on labels of a file that are there twice, or of no image."""
+    """Return sentences about images that a label file lists twice, or that do not exist."""
     pairs = pairs.items() if isinstance(pairs, dict) else pairs
     known, listed = set(names), [name for name, _ in pairs]
     counts = collections.Counter(listed_name(name) for name in listed)

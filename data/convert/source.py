@@ -1,4 +1,4 @@
-"""What a conversion reads: images in order, with labels if there are any."""
+"""The source of a conversion: images in order, with labels if there are any."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -14,24 +14,24 @@ _NUM_SHOWN = 8
 
 
 class Drawing(Protocol):
-    """An image that is computed where it is converted, in another process."""
+    """An image that is computed by the process that converts it."""
 
     def pixels(self) -> np.ndarray:
         """Return the image, uint8 [H, W] or [H, W, 3]."""
 
 
-Item = Member | np.ndarray | Drawing  # A file, uint8 [H, W] or [H, W, 3], or what makes that.
+Item = Member | np.ndarray | Drawing  # A file, uint8 [H, W] or [H, W, 3], or what draws that.
 
 
 def image_of(item: Item) -> Image.Image:
-    """Return an item decoded or drawn; raises ValueError with the reason for a damaged file."""
+    """Return an item, decoded or drawn; raises ValueError with the reason for a damaged file."""
     if isinstance(item, Member):
         return decode_image(item.read())
     return Image.fromarray(item if isinstance(item, np.ndarray) else item.pixels())
 
 
 def broken_images(name: str, broken: Sequence[str], num_seen: int) -> ValueError:
-    """Return the error that lists all images of a source that cannot be used."""
+    """Return the error that lists the unusable images ``broken`` of a source, one per line."""
     problem = f"{len(broken)} of {num_seen} images cannot be used"
     listed = "\n  ".join([f"{name}: {problem}:", *broken])
     return ValueError(
@@ -45,15 +45,15 @@ class Source:
 
     name: str  # What the user called them.
     num_images: int
-    item: Callable[[int], Item]  # The image of an index.
-    image_name: Callable[[int], str]  # Of an index, for messages.
-    labels: Sequence[int] | None = None  # Class index of every image.
+    item: Callable[[int], Item]  # Image by index.
+    image_name: Callable[[int], str]  # Name of an image by index, for messages.
+    labels: Sequence[int] | None = None  # Class index of each image.
     class_names: Sequence[str] | None = None
-    class_splits: Mapping[str, Sequence[int]] | None = None  # Class indices.
+    class_splits: Mapping[str, Sequence[int]] | None = None  # Class indices by split.
     notes: tuple[str, ...] = ()  # Sentences that the user should read.
     origin: str = "the source"  # Where the labels come from, or why there are none.
-    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)  # How many, by why.
-    by_area: bool = False  # Whether what is published of them is of images reduced by area.
+    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)  # Counts by reason.
+    by_area: bool = False  # Whether published results use images reduced by area averaging.
 
     @property
     def label_line(self) -> str:
@@ -73,9 +73,9 @@ def array_source(
     class_names: Sequence[str],
     class_splits: Mapping[str, Sequence[int]] | None = None,
 ) -> Source:
-    """Return images uint8 [N, H, W] or [N, H, W, 3] with a label each as a source.
+    """Return a source of images, uint8 [N, H, W] or [N, H, W, 3], with class indices [N].
 
-    Raises ValueError unless every image has a label of a class.
+    Raises ValueError unless each image has a label, and each label a name in ``class_names``.
     """
     labels = np.asarray(labels, np.int64)
     if labels.shape != images.shape[:1]:

@@ -33,24 +33,24 @@ _ACCEPTED = (
     "pickles of FC100, CIFAR-FS or miniImageNet or their folder, a folder of Omniglot's "
     "train_small.npz and test_small.npz, digits, or glyphs"
 )
-# Where below a folder other programs put what they download.
+# Subfolders in which other programs put what they download.
 _BELOW = ("", "cifar-10-batches-py", "cifar-100-python", "raw", "MNIST/raw")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Which images of a source are wanted, and how those are made that are drawn.
+    """Which images of a source to convert, and how to make those that are drawn or cut out.
 
     Args:
         split: train, test or all (train by default), for CIFAR archives, MNIST folders, glyphs and
             crops; an error elsewhere.
         class_split: fc100 or cifar-fs, for CIFAR-100.
         choice: Which labels the images get.
-        skip_broken: Leave out folders that cannot be read.
+        skip_broken: Leave out folders that cannot be read, and images too broken to be cropped.
         size: Width and height of the result, at which glyphs are drawn.
         crops: Number of squares to cut out of each image of a folder or zip; needs ``size``.
-        max_images: Of how many images, the first ones.
-        num_workers: Processes that measure these; by default one per core.
+        max_images: With ``crops``: cut squares out of only this many images, the first ones.
+        num_workers: With ``crops``: processes that measure the images; by default one per core.
     """
 
     split: str | None = None
@@ -66,8 +66,8 @@ class Selection:
 def open_source(source: str, selection: Selection = Selection()) -> Source:
     """Return the images that ``--source`` names.
 
-    Raises ValueError for anything that is no source of images, or is damaged, and for a selection
-    that it does not allow.
+    Raises ValueError if it is not a source of images, if it is damaged, or if it does not allow
+    the selection.
     """
     found = _open(source, selection)
     if selection.choice.labels == "none":
@@ -131,7 +131,7 @@ def _open(source: str, selection: Selection) -> Source:
 
 
 def _opener_of(source: str) -> Callable[..., Source]:
-    """Return what opens a source, other than CIFAR's; raises ValueError if nothing does."""
+    """Return the function that opens a source other than CIFAR; ValueError if there is none."""
     path = Path(source)
     if not path.exists():
         if source in _BUNDLED:
@@ -155,7 +155,7 @@ def _opener_of(source: str) -> Callable[..., Source]:
 def open_image_files(
     source: str, choice: LabelChoice = BY_ITSELF, skip_broken: bool = False
 ) -> Source:
-    """Return the images of a folder or zip, labelled as :func:`label_images` says."""
+    """Return the images of a folder or zip, labelled by :func:`label_images`."""
     archive = open_archive(source, skip_unreadable=skip_broken, tell=False)
     found = label_images(archive, choice)
     unreadable = getattr(archive, "unreadable", [])
@@ -204,7 +204,7 @@ def open_samples(source: str) -> Source:
 
 
 def open_digits(source: str) -> Source:
-    """Return the 1,797 handwritten digits of scikit-learn, 8x8, their 0..16 scaled to 0..255."""
+    """Return the 1,797 handwritten 8x8 digits of scikit-learn, scaled from 0..16 to 0..255."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -220,9 +220,9 @@ def open_fewshot(source: str) -> Source:
     path = Path(source)
     images, labels, class_names, splits = read_fewshot(find_fewshot_files(path))
     found = array_source(source, images, labels, class_names, splits)
-    # Few-shot diffusion models reduce miniImageNet to 32x32 by area.
+    # Few-shot diffusion models reduce miniImageNet to 32x32 by area averaging.
     return dataclasses.replace(found, by_area=images.shape[1] == _MINI_IMAGENET_SIDE)
 
 
-# Sources that packages bring with them.
+# Sources that installed packages contain.
 _BUNDLED: dict[str, Callable[..., Source]] = {"digits": open_digits, "glyphs": open_glyphs}

@@ -16,9 +16,10 @@ from dnnlib.progress import progress
 def verify_images(path: str | os.PathLike, *, num_workers: int | None = None) -> list[str]:
     """Decode every image of a dataset and return one sentence for each problem found.
 
-    Checks that images are readable, square, of one size and number of channels, that their
-    checksums are right, and that every image has a label of a class and every label an image. In
-    a sample archive, which holds pixels, there is nothing to decode.
+    Checks that images are readable, square, and of one size and number of channels, that their
+    checksums are right, that each image has a valid label, and that each label has an image. Of a
+    sample archive, which holds pixels, it checks the arrays and labels without decoding.
+
     Raises ValueError if ``path`` is no archive of images at all.
     """
     archive = open_archive(path)
@@ -39,7 +40,7 @@ def verify_images(path: str | os.PathLike, *, num_workers: int | None = None) ->
             else:
                 kinds[index] = result
     if kinds:
-        # What most images are is taken as right.
+        # The size and channels of most images count as right.
         usual = Counter(kinds.values()).most_common(1)[0][0]
         width, height, channels = usual
         if width != height:
@@ -64,11 +65,11 @@ def _verify_samples(archive: SampleArchive) -> list[str]:
         read_labels(archive)
     except ValueError as error:
         problems.append(str(error))
-    return list(dict.fromkeys(problems))  # Damaged labels are noticed twice.
+    return list(dict.fromkeys(problems))  # Damaged labels are found twice.
 
 
 def _inspect(member: Member) -> tuple[int, int, int] | str:
-    """Return width, height and number of channels of an image, or why it cannot be used."""
+    """Return width, height and channels of an image, or the reason why it cannot be used."""
     try:
         image = decode_image(member.read())
     except ValueError as error:

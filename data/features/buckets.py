@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: a few sizes that images of any shape are brought to by one crop each."""
+"""Aspect-ratio buckets: a few sizes to one of which each image is resized and cropped."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from encoders.visual import num_patches
 if TYPE_CHECKING:
     from PIL import Image
 
-_MULTIPLE = 16  # Of the sides: latents are an eighth of them, and have patches of two.
+_MULTIPLE = 16  # Of all sides: latents are 8 times smaller and are divided into patches of 2x2.
 _MAX_SIDE = 16_384
-_MAX_SCALE = 2  # Beyond it, an image would be more interpolation than picture.
+_MAX_SCALE = 2  # More enlargement would make an image more interpolation than picture.
 
 
 @dataclasses.dataclass(frozen=True)
 class Bucket:
-    """One size, width and height in pixels, that images are brought to."""
+    """An image size, width and height in pixels, to which images are resized and cropped."""
 
     width: int
     height: int
 
     @classmethod
     def of(cls, name: str) -> Self:
-        """Return the bucket of a name; raises ValueError if it is none."""
+        """Return the bucket with a name such as ``1216x832``; raises ValueError for other texts."""
         width, _, height = name.partition("x")
         return cls(int(width), int(height))
 
     @property
     def name(self) -> str:
-        """Width and height as people write them: ``1216x832``."""
+        """Width and height as text: ``1216x832``."""
         return f"{self.width}x{self.height}"
 
     @property
@@ -42,13 +42,13 @@ class Bucket:
         return self.width, self.height
 
     def latent_size(self, downsampling: int) -> tuple[int, int]:
-        """Return height and width of a latent, of an autoencoder that shrinks so much."""
+        """Return height and width of a latent, for an autoencoder's factor of ``downsampling``."""
         assert self.width % downsampling == 0
         assert self.height % downsampling == 0
         return self.height // downsampling, self.width // downsampling
 
     def grid(self, patch_size: int) -> tuple[int, int]:
-        """Return rows and columns of patches that a visual encoder divides an image into."""
+        """Return the rows and columns of patches of a visual encoder with this patch size."""
         return num_patches(self.height, patch_size), num_patches(self.width, patch_size)
 
 
@@ -58,13 +58,13 @@ DEFAULT_BUCKETS = (Bucket(1024, 1024), *_WIDE, *(Bucket(b.height, b.width) for b
 
 @dataclasses.dataclass(frozen=True)
 class Crop:
-    """How an image was brought to a bucket: resized as a whole, then cut.
+    """How an image is brought to a bucket: resized as a whole, then cropped.
 
     Attributes:
         source: Width and height of the upright image.
-        resized: Width and height that it was resized to.
-        left, top: Where the bucket begins in the resized image, in pixels.
-        bucket: Width and height that are left.
+        resized: Width and height to which it is resized.
+        left, top: Position of the crop in the resized image, in pixels.
+        bucket: Width and height of the crop.
     """
 
     source: tuple[int, int]
@@ -75,14 +75,14 @@ class Crop:
 
     @property
     def box(self) -> tuple[float, float, float, float]:
-        """Left, top, right and bottom of what is left, in pixels of the upright image."""
+        """Left, top, right and bottom of the crop, in pixels of the upright image."""
         x, y = (old / new for old, new in zip(self.source, self.resized, strict=True))
         width, height = self.bucket
         right, bottom = self.left + width, self.top + height
         return self.left * x, self.top * y, right * x, bottom * y
 
     def to_dict(self) -> dict[str, Any]:
-        """Return resized size, offset and box as plain values."""
+        """Return the resized size, the offset of the crop and its box as plain values."""
         return dict(resized=list(self.resized), offset=[self.left, self.top], box=list(self.box))
 
 
@@ -105,11 +105,12 @@ def parse_buckets(text: str) -> tuple[Bucket, ...]:
 
 
 def nearest_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket:
-    """Return the bucket whose shape is nearest: argmin |ln(w/h) - ln(W/H)|.
+    """Return the bucket W x H whose aspect ratio is nearest: argmin |ln(w/h) - ln(W/H)|.
 
-    It is computed in whole numbers, so that a transposed image gets the transposed bucket. Of
-    two that are equally near, the squarer one counts; of two of one shape, the larger one that
-    the image need not be enlarged for; of a bucket and its transpose, the wide one.
+    Ratios are exact fractions, so that a transposed image gets the transposed bucket. Of two
+    buckets that are equally near, the squarer one is chosen; of two of the same shape, the larger
+    one that needs no enlargement, or else the smaller one; of a bucket and its transpose, the wide
+    one.
     """
     assert width > 0
     assert height > 0
@@ -125,10 +126,10 @@ def nearest_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket
 
 
 def plan_crop(width: int, height: int, bucket: Bucket) -> Crop:
-    """Return how an upright image of a size is brought to a bucket.
+    """Return how an upright image w x h is brought to a bucket W x H.
 
-    It is scaled by max(W/w, H/h), to whole pixels upwards, and the middle is kept. Raises
-    ValueError with the reason if it would be enlarged to more than twice its size.
+    It is scaled by max(W/w, H/h), with sides rounded up to whole pixels, and centre-cropped. Raises
+    ValueError with the reason if that would enlarge it by a factor above two.
     """
     new_width, new_height = bucket.size
     if new_width > _MAX_SCALE * width or new_height > _MAX_SCALE * height:
@@ -144,10 +145,10 @@ def plan_crop(width: int, height: int, bucket: Bucket) -> Crop:
 
 
 def fit_image(image: Image.Image, bucket: Bucket) -> tuple[Image.Image, Crop]:
-    """Return an upright image brought to a bucket's size, in mode ``RGB``, and how.
+    """Return an upright image brought to a bucket's size, in mode ``RGB``, and its crop.
 
-    Resized antialiased and bicubic as a whole, then cut in the middle, see :func:`plan_crop`.
-    Grayscale becomes three equal channels.
+    It is resized (bicubic, antialiased) and centre-cropped as :func:`plan_crop` says. Grayscale
+    becomes three equal channels.
     """
     from PIL import Image
 

@@ -1,4 +1,4 @@
-"""Stored latents and features: conversion of batches for the network, and back."""
+"""The codec of feature-conditioned models: normalises stored latents and features."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,9 +16,10 @@ _SMALLEST_STD = 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class FeatureStatistics:
-    """Mean and standard deviation of every channel, of latents, CLS tokens and patches.
+    """Per-channel mean and standard deviation of raw latents, CLS tokens and patches.
 
-    Text features are taken as they are. Tensors are float32, [c] and [D].
+    Tensors are float32, [c] for latents and [D] for CLS tokens and patches. Text features are used
+    without normalisation.
     """
 
     latent_mean: torch.Tensor
@@ -30,23 +31,23 @@ class FeatureStatistics:
 
     @classmethod
     def of(cls, statistics: Mapping[str, Any], device: torch.device | str = "cpu") -> Self:
-        """Return the statistics of a feature folder's record, or of a snapshot trained on one."""
+        """Return the statistics in a feature folder's record, or in a snapshot trained on one."""
         fields = {}
         for name, key in (("latent", "vae"), ("cls", "cls"), ("patches", "patches")):
             for part in ("mean", "std"):
                 values = torch.tensor(statistics[key][part], dtype=torch.float32, device=device)
                 fields[f"{name}_{part}"] = values
-            # A channel without any variation is left at zero.
+            # Keeps a constant channel at zero instead of dividing by zero.
             fields[f"{name}_std"] = fields[f"{name}_std"].clamp(min=_SMALLEST_STD)
         return cls(**fields)
 
     def normalise(self, latents: torch.Tensor) -> torch.Tensor:
-        """Return latents [N, c, h, w] of about zero mean and unit variance, float32."""
+        """Return raw latents [N, c, h, w] normalised to zero mean and unit variance, float32."""
         centred = latents.to(torch.float32) - self.latent_mean[:, None, None]
         return centred / self.latent_std[:, None, None]
 
     def denormalise(self, latents: torch.Tensor) -> torch.Tensor:
-        """Return the autoencoder's raw latents [N, c, h, w] of normalised ones, float32."""
+        """Return the autoencoder's raw latents of normalised ones, float32 [N, c, h, w]."""
         mean, std = self.latent_mean[:, None, None], self.latent_std[:, None, None]
         return latents.to(torch.float32) * std + mean
 
@@ -63,23 +64,23 @@ class FeatureStatistics:
 
 
 class FeatureCodec:
-    """Latents and features, normalised.
+    """Normalises stored latents and features for the network, and decodes latents.
 
     Args:
-        statistics: Of the training data, on the device.
-        autoencoder: Decodes latents; may be None where nothing is decoded.
+        statistics: Statistics of the training data, on the device of the batches.
+        autoencoder: Encodes images and decodes latents; None if neither is needed.
     """
 
     def __init__(self, statistics: FeatureStatistics, autoencoder: Autoencoder | None) -> None:
         self._statistics, self._autoencoder = statistics, autoencoder
 
     def draw(self, step: rng.Step) -> None:
-        """Return nothing: the network sees what is stored."""
+        """Return None: encoding stored latents and features needs no randomness."""
 
     def encode(
         self, latents: torch.Tensor, cond: Cond, drawn: None = None
     ) -> tuple[torch.Tensor, Cond]:
-        """Return latents [N, c, h, w] and conditions, normalised, in float32."""
+        """Return normalised latents [N, c, h, w] and conditions, float32."""
         return self._statistics.normalise(latents), self.encode_cond(cond)
 
     def encode_cond(self, cond: Cond) -> Cond:
@@ -87,19 +88,19 @@ class FeatureCodec:
         return self._statistics.normalise_features(cond)
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
-        """Return normalised latents [N, c, h, w], their means, of uint8 images [N, 3, H, W]."""
+        """Return normalised posterior means [N, c, h, w] of uint8 images [N, 3, H, W]."""
         channels = self._autoencoder.latent_channels
         return self._statistics.normalise(self._autoencoder.moments(images)[:, :channels])
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
-        """Return uint8 images [N, 3, H, W] of normalised latents [N, c, h, w]."""
+        """Return the uint8 images [N, 3, H, W] that normalised latents [N, c, h, w] decode to."""
         return self.pictures(self._statistics.denormalise(x))
 
     def pictures(self, latents: torch.Tensor) -> torch.Tensor:
-        """Return the uint8 images [N, 3, H, W] of stored latents [N, c, h, w]."""
+        """Return the uint8 images [N, 3, H, W] that stored raw latents [N, c, h, w] decode to."""
         raw = latents.to(self._autoencoder.device, torch.float32)
         return to_uint8(self._autoencoder.decode_raw(raw))
 
     def facts(self) -> dict[str, Any]:
-        """Return what a score row says of the decoding."""
+        """Return what a score row records about the decoding."""
         return dict(vae_hash=self._autoencoder.sha256)

@@ -1,4 +1,4 @@
-"""How features are read, and sometimes dropped, in training, as settings of a run."""
+"""How features are read and randomly dropped in training, as settings of a run."""
 
 import dataclasses
 from typing import ClassVar
@@ -11,7 +11,7 @@ SPLITS = ("train", "validation")  # Parts of a feature folder.
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FeatureConfig(Config):
-    """Dropout of the conditions, padding of the text, and the start of added patches."""
+    """Dropout of the conditions, padding of the text, and phase-in of added patches."""
 
     title: ClassVar[str] = "Features and their dropout"
 

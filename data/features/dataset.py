@@ -1,4 +1,4 @@
-"""Latents and features of images of several sizes, and which of them each training step takes."""
+"""The dataset of a feature folder: latents, and text and visual features, of several sizes."""
 
 import functools
 import hashlib
@@ -28,31 +28,31 @@ from dnnlib.remote.files import Known, OpenFiles, location_of
 from dnnlib.typed import parse_json
 from torch_utils.pictures import Titles
 
-# An item: how errors name it, and what returns a member's data by key.
+# An item: its name in error messages, and a function that returns a member's data by key.
 _Item = tuple[str, Callable[[str], bytes]]
 LISTED = "dataset_tool.py verify lists every such"
 
 
 class FeatureDataset(Dataset):
-    """Latents with text and visual features; items run bucket by bucket.
+    """Raw latents with text and visual features; items are ordered by bucket.
 
-    Any number of processes may read at once, also from copies made by fork or pickle.
+    Any number of processes may read at once, including from copies made by fork or pickle.
 
     Args:
         path: Folder made by ``dataset_tool.py features`` (see docs/formats.md), or its address.
         split: ``train`` or ``validation``.
-        text_lengths: Rising lengths to which the texts of a batch are padded: to the first that
-            holds the longest of them, and cut at the last.
-        validation_share: Of a folder without a validation split, take this share of the images for
-            one, by the contents of their latents.
+        text_lengths: Increasing lengths to which texts are padded. A batch uses the first that
+            fits its longest text; texts longer than the last are cut.
+        validation_share: If the folder has no validation split, the share of its images that forms
+            one, chosen by the contents of their latents.
 
     Attributes:
-        record: All that is known of the folder.
-        buckets: Sizes of images of which there are any.
-        counts: Number of images of each.
-        shard_sizes: Number of images of each shard of each, in the order of the items.
-        remote_bytes: That an item takes from a server, on average; 0 of a folder of this machine.
-        ids: Name of every item.
+        record: The folder's record.
+        buckets: Image sizes of which the split has any images.
+        counts: Number of images of each bucket.
+        shard_sizes: Number of images of each shard of each bucket, in the order of the items.
+        remote_bytes: Average number of bytes to download per item; 0 for a local folder.
+        ids: Name of each item.
 
     Raises ValueError, one sentence that names the file, for data that are damaged or incomplete.
     """
@@ -73,7 +73,7 @@ class FeatureDataset(Dataset):
         self.path = location_of(path)
         self.split = split
         self.record = read_feature_record(path)
-        # What a store calls it may be no name of a file.
+        # The name in a remote record may contain characters that file names cannot.
         stored = re.sub(r"[^\w.-]+", "-", self.record.name)
         self.name = stored if is_address(path) else self.path.resolve().name
         self.text_lengths = tuple(text_lengths)
@@ -89,7 +89,7 @@ class FeatureDataset(Dataset):
         self.counts = [len(manifest) for manifest in self._manifests]
         self._shapes = [tuple(b.latent_shape) for b in found]
         self._grids = [tuple(b.patch_grid) for b in found]
-        # Of the images of the split; a shard without any holds nothing to read.
+        # Counts only images of the split; shards without any are left out.
         self.shard_sizes = [
             np.unique(manifest.shard, return_counts=True)[1].tolist()
             for manifest in self._manifests
@@ -116,7 +116,7 @@ class FeatureDataset(Dataset):
         return manifest
 
     def _chosen(self, manifests: Sequence[Manifest]) -> list[Manifest]:
-        """Return of the manifests of all images those of the split, which may be empty."""
+        """Return the rows of the manifests that belong to the split; some may be empty."""
         held_out = [
             is_held_out(own.size["vae.npy"], own.crc32["vae.npy"], self._share) for own in manifests
         ]
@@ -131,7 +131,7 @@ class FeatureDataset(Dataset):
 
     @property
     def content_hash(self) -> str:
-        """Identity of all shards, and of what is held out of them."""
+        """Identity of all shards, and of the share that is held out of them."""
         stored = self.record.content_hash
         if not self._share:
             return stored
@@ -142,7 +142,7 @@ class FeatureDataset(Dataset):
         return content_hash == self.content_hash
 
     def summary(self) -> dict[str, Any]:
-        """Return what a snapshot keeps of the features: buckets, normalisation, source."""
+        """Return what a snapshot keeps of the features: buckets, statistics and location."""
         record = self.record
         return dict(
             buckets={b.name: num for b, num in zip(self.buckets, self.counts, strict=True)},
@@ -151,18 +151,18 @@ class FeatureDataset(Dataset):
         )
 
     def preview(self, num: int) -> Preview:
-        """Return rows of up to 8 raw latents, ``num`` of them, spread evenly over the items."""
+        """Return up to ``num`` raw latents, in rows of up to 8, spread evenly over the items."""
         chosen = evenly_spaced(num, self.num_images).tolist()
         rows = rows_of([self.latents(index) for index in chosen])
         return Preview(rows, Titles(captions=[self.caption(index) for index in chosen]))
 
     def of_split(self, split: str) -> "FeatureDataset":
-        """Return the items of another split of the same folder."""
+        """Return the dataset of another split of the same folder."""
         settings = dict(text_lengths=self.text_lengths, validation_share=self._share)
         return FeatureDataset(self.path, split, **settings)
 
     def bucket_index(self, index: int) -> int:
-        """Return the position in ``buckets`` of an item's size."""
+        """Return the index in ``buckets`` of an item's bucket."""
         return int(np.searchsorted(self.firsts, index, side="right")) - 1
 
     def latent_shape(self, bucket: int) -> tuple[int, int, int]:
@@ -174,9 +174,9 @@ class FeatureDataset(Dataset):
         return self._grids[bucket]
 
     def longer_text(self, limit: int) -> tuple[str, int] | None:
-        """Return name and number of tokens of an item with more than ``limit``; None without."""
+        """Return name and number of tokens of an item with more than ``limit``, or None."""
         for first, manifest in zip(self.firsts, self._manifests, strict=False):
-            # The mask has a byte for each token, or for each that there is room for.
+            # The mask has at least one byte per token, so shorter files need not be read.
             for row in np.flatnonzero(manifest.size["t5m.npy"] > limit):
                 index = int(first) + int(row)
                 num_tokens = int(from_npy(self._read(index, "t5m.npy")).sum())
@@ -185,11 +185,11 @@ class FeatureDataset(Dataset):
         return None
 
     def facts(self, index: int) -> dict[str, Any]:
-        """Return what an item's json says: caption, source, crop and more."""
+        """Return the content of an item's json: caption, source, crop and more."""
         return parse_json(self._read(index, "json"))
 
     def caption(self, index: int) -> str:
-        """Return the text of an item."""
+        """Return the caption of an item."""
         return self.facts(index)["caption"]
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, Cond]:
@@ -199,18 +199,18 @@ class FeatureDataset(Dataset):
     def __getitems__(
         self, indices: Sequence[int], *, with_patches: bool = True
     ) -> tuple[torch.Tensor, Cond]:
-        """Return a batch of items of one size: raw latents, float16 [B, c, h, w], and conditions.
+        """Return a batch of items of one bucket: raw latents, float16 [B, c, h, w], and conditions.
 
-        Conditions are ``text`` [B, L, T] and ``text_mask`` [B, L], ``cls`` [B, D], ``patches``
-        [B, P, D], features in float16, and ``size``: width and height, int64 [2]. Patches, which
-        are the most of an item, are neither read nor there without ``with_patches``.
+        Conditions are ``text`` [B, L, T], ``cls`` [B, D] and ``patches`` [B, P, D] in float16,
+        ``text_mask``, bool [B, L], and ``size``: width and height, int64 [2]. Patches make up most
+        of an item; without ``with_patches`` they are neither read nor delivered.
         """
         buckets = {self.bucket_index(index) for index in indices}
         assert len(buckets) == 1, f"A batch has images of one size, not of {len(buckets)}."
         return self._batch(buckets.pop(), [self._item(index) for index in indices], with_patches)
 
     def prefetch(self, indices: Sequence[int]) -> None:
-        """Have what items are read from fetched in the background, if it is at an address."""
+        """Start fetching the data of some items in the background, if they are remote."""
         items = np.asarray(indices, np.int64)
         buckets = np.searchsorted(self.firsts, items, side="right") - 1
         for bucket in np.unique(buckets).tolist():
@@ -260,7 +260,7 @@ class FeatureDataset(Dataset):
             file = self._open(path)
             data = file.pread(size, offset)
             if zlib.crc32(data) != crc32:
-                file.forget(size, offset)  # A power failure may have damaged what is on the disk.
+                file.forget(size, offset)  # A power failure may have damaged a cached block.
                 data = file.pread(size, offset)
         except AddressError as error:
             raise ImageError(str(error)) from None
@@ -282,9 +282,9 @@ class FeatureDataset(Dataset):
 
 
 def _spans_of(manifest: Manifest) -> tuple[np.ndarray, np.ndarray]:
-    """Return where the members of each sample that training reads begin and end, int64 [N] each.
+    """Return the byte range of each sample that training reads: starts and ends, int64 [N] each.
 
-    In a shard they follow each other.
+    It covers all members except ``json``, which are adjacent in a shard.
     """
     keys = [key for key in KEYS if key != "json"]
     starts = np.min([manifest.offset[key] for key in keys], axis=0)
@@ -292,7 +292,7 @@ def _spans_of(manifest: Manifest) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _known_shards(manifests: Sequence[Manifest]) -> dict[str, Known]:
-    """Return size and checksum of each shard at an address, so that no server is asked for them."""
+    """Return size and checksum of each remote shard, so that no server need be asked for them."""
     return {
         file: Known(shard["num_bytes"], shard["sha256"])
         for manifest in manifests
@@ -343,9 +343,10 @@ def _array(item: _Item, key: str) -> np.ndarray:
 
 
 def pad_texts(texts: Sequence[np.ndarray], lengths: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return texts of [L_i, T] as one array [B, L, T], and where there are tokens, bool [B, L].
+    """Return texts [L_i, T] as one array, float16 [B, L, T], and its mask of tokens, bool [B, L].
 
-    L is the first of the rising ``lengths`` that holds the longest; what is beyond the last is cut.
+    L is the first of the increasing ``lengths`` that fits the longest text, or else the last; texts
+    longer than that are cut.
     """
     longest = max(len(text) for text in texts)
     length = next((n for n in lengths if n >= longest), lengths[-1])

@@ -1,4 +1,4 @@
-"""Manifests: the positions of samples in shards, and the fingerprints of their sources."""
+"""Manifests: where samples lie in shards, and fingerprints of what they were made from."""
 
 import dataclasses
 import os
@@ -44,7 +44,7 @@ def shard_name(index: int) -> str:
 
 
 def empty_columns() -> dict[str, Any]:
-    """Return the columns of a manifest without samples, as lists to append to."""
+    """Return the empty columns of a manifest, as lists to append to."""
     lists: dict[str, Any] = {name: {key: [] for key in KEYS} for name in _PLACES}
     fingerprint: dict[str, list] = {feature: [] for feature in FEATURES}
     return dict(id=[], shard=[], **lists, fingerprint=fingerprint, truncated=[])
@@ -52,17 +52,17 @@ def empty_columns() -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Where the samples of some shards lie, all of one split and bucket; a row for each, in order.
+    """Where the samples of some shards of one split and bucket lie: one row per sample, in order.
 
     Attributes:
         folder: The folder of the shards, or its address.
-        shards: file, num_samples, num_bytes, sha256 and moments of each.
+        shards: file, num_samples, num_bytes, sha256 and moments of each shard.
         ids: Names of the samples.
         shard: Index into ``shards`` of each sample, int64 [N].
-        offset: For each of KEYS, where a member's data begin in the shard, int64 [N].
-        size: For each of KEYS, the bytes of the member's data, int64 [N].
+        offset: For each of KEYS, the offset in bytes of the member's data in its shard, int64 [N].
+        size: For each of KEYS, the size in bytes of the member's data, int64 [N].
         crc32: For each of KEYS, the checksum of the member's data, int64 [N].
-        fingerprint: For each of FEATURES, what it was made from, hexadecimal digits.
+        fingerprint: For each of FEATURES, the hash of what each sample's feature was made from.
         truncated: Whether the caption had more tokens than were kept, bool [N].
     """
 
@@ -80,7 +80,7 @@ class Manifest:
 
     @classmethod
     def of(cls, folder: Path | str, values: Mapping[str, Any]) -> Self:
-        """Return the manifest of JSON values; raises ValueError with what is wrong with them."""
+        """Return the manifest in JSON values; raises ValueError with what is wrong with them."""
         values = typed(_Manifest, values)
         columns = values["columns"]
         _check_columns(columns, values["shards"])
@@ -104,14 +104,14 @@ class Manifest:
 
     @classmethod
     def join(cls, folder: Path | str, split: str, bucket: str, parts: Sequence["Manifest"]) -> Self:
-        """Return the manifest of all shards of manifests of single shards, in order."""
+        """Return one manifest of all shards, from the manifests of single shards, in order."""
         columns = _joined([empty_columns(), *(part.to_dict()["columns"] for part in parts)])
         columns["shard"] = [index for index, part in enumerate(parts) for _ in part.ids]
         shards = [shard for part in parts for shard in part.shards]
         return cls.of(folder, dict(split=split, bucket=bucket, shards=shards, columns=columns))
 
     def of_shard(self, file: str) -> "Manifest | None":
-        """Return the manifest of one of the shards alone, None if there is none of this name."""
+        """Return the manifest of the single shard with this file name, or None without it."""
         number = next((i for i, s in enumerate(self.shards) if s["file"] == file), None)
         if number is None:
             return None
@@ -121,7 +121,7 @@ class Manifest:
         return dataclasses.replace(self, shards=[self.shards[number]], **columns)
 
     def of_rows(self, rows: np.ndarray) -> "Manifest":
-        """Return the manifest of some of the samples, int64 or bool, in the same shards."""
+        """Return the manifest of some samples, with rows chosen by an int64 or bool array."""
         chosen = np.arange(len(self))[rows]
 
         def take(column: Any) -> Any:
@@ -152,19 +152,19 @@ class Manifest:
 
 
 def _map(columns: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
-    """Return columns, some of them in dicts by key, after a change of each."""
+    """Return columns, some of which are dicts of columns, with ``change`` applied to each."""
     return {k: _map(v, change) if isinstance(v, dict) else change(v) for k, v in columns.items()}
 
 
 def _joined(parts: Sequence[Any]) -> Any:
-    """Return lists, or dicts of lists by the same keys, one after another."""
+    """Return the concatenation of lists, or of the lists in dicts with the same keys."""
     if isinstance(parts[0], dict):
         return {key: _joined([part[key] for part in parts]) for key in parts[0]}
     return [value for part in parts for value in part]
 
 
 def _check_columns(columns: Mapping[str, Any], shards: Sequence[Mapping[str, Any]]) -> None:
-    """Raise ValueError, with what is wrong, if columns have not the rows of the shards."""
+    """Raise ValueError, with the reason, if the columns do not fit the samples of the shards."""
     num = len(columns["id"])
     for group, column in columns.items():
         for name, rows in (column if isinstance(column, dict) else {group: column}).items():
@@ -180,7 +180,7 @@ def _check_columns(columns: Mapping[str, Any], shards: Sequence[Mapping[str, Any
 def read_manifest(path: str | os.PathLike, split: str, bucket_name: str) -> Manifest:
     """Return the manifest of a split and bucket of a feature folder, which may be an address.
 
-    Raises ValueError if it is missing, damaged or of another version.
+    Raises ValueError if it is missing, damaged or of a newer version.
     """
     folder = bucket_folder(path, split, bucket_name)
     file = under(folder, MANIFEST_FILE)

@@ -1,7 +1,7 @@
-"""Patch features in 8 bits: for each token, integers from -127 to 127 and their scale.
+"""Patch features in 8 bits: for each token, integers from -127 to 127 and a scale.
 
-An array of them is one member of a sample like any other, so that integers and scales cannot be
-separated. Its dtype, which an ``.npy`` file states, tells it from features in 16 bits.
+Integers and scales form one structured array, stored as one member of a sample, so that they cannot
+be separated. Its dtype, which an ``.npy`` file states, distinguishes it from features in 16 bits.
 """
 
 import numpy as np
@@ -11,11 +11,12 @@ _LARGEST = 127
 
 
 def quantise(patches: np.ndarray) -> np.ndarray:
-    """Return features [P, D] in 8 bits: [P] of ``scale`` and ``values`` [D].
+    """Return features [P, D] in 8 bits: a structured array [P] of ``scale`` and ``values`` [D].
 
-    A token's scale is its largest magnitude / 127, so that each value is off by half of it at most.
-    It is a float32: in float16 its own rounding would be 1/16 of a step at the largest values, and
-    small scales would be subnormal, to save 2 bytes of over 1,000. A token of zeros has scale 0.
+    A token's scale is its largest magnitude / 127, so that each value is off by at most half the
+    scale. The scale is a float32. In float16, its rounding error would shift the largest values by
+    1/16 of a step, and small scales would be subnormal, to save only 2 of over 1,000 bytes. A token
+    of zeros has scale 0.
     """
     values = patches.astype(np.float32)
     scale = np.abs(values).max(axis=1, initial=0) / np.float32(_LARGEST)
@@ -26,19 +27,19 @@ def quantise(patches: np.ndarray) -> np.ndarray:
 
 
 def as_float16(stored: np.ndarray) -> np.ndarray:
-    """Return features as they are computed with, float16 [P, D]; those in 16 bits as they are.
+    """Return 8-bit features as float16 [P, D], and an array without fields unchanged.
 
-    Raises ValueError for an array in neither form.
+    Raises ValueError for a structured array that :func:`quantise` does not make.
     """
     if bits_of(stored) == 16:
         return stored
     values = stored["values"] * stored["scale"][:, None]
-    with np.errstate(over="ignore"):  # Of damaged scales, which give infinite values.
+    with np.errstate(over="ignore"):  # Damaged scales may give infinite values.
         return values.astype(np.float16)
 
 
 def bits_of(stored: np.ndarray) -> int:
-    """Return 8 or 16; raises ValueError for an array with fields that are not those of 8 bits."""
+    """Return 8, or 16 for an array without fields; ValueError for any other structured array."""
     dtype = stored.dtype
     if dtype.names is None:
         return 16

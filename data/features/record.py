@@ -18,12 +18,12 @@ T = TypeVar("T")
 
 FORMAT = "setdiffit-features"
 FORMAT_VERSION = 1
-_EIGHT_BIT_VERSION = 2  # Of the record of a folder whose patches are in 8 bits.
+_EIGHT_BIT_VERSION = 2  # Format version of records whose patches are in 8 bits.
 RECORD_FILE = "features.json"  # Written last.
-CLAIM_FILE = "preparing.json"  # There from the beginning of a preparation on.
+CLAIM_FILE = "preparing.json"  # Written when a preparation begins.
 FEATURES = ("vae", "visual", "text")
 PATCHES = "dinov3_patches.npy"
-# The members that each feature has in a sample, in the order of a shard.
+# The members of a sample that hold each feature, in the order in which shards store them.
 KEYS_OF = {
     "vae": ("vae.npy",),
     "visual": ("dinov3.npy", PATCHES),
@@ -53,9 +53,9 @@ class BucketRecord:
     """One bucket of a feature folder.
 
     Attributes:
-        latent_shape: c, h, w of its latents.
+        latent_shape: Shape (c, h, w) of its latents.
         patch_grid: Rows and columns of its patches.
-        num: Number of samples of each split.
+        num: Number of samples in each split.
     """
 
     name: str
@@ -67,24 +67,25 @@ class BucketRecord:
 
     @property
     def bucket(self) -> Bucket:
-        """Its size, as images are brought to."""
+        """The image size of this bucket."""
         return Bucket(self.width, self.height)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FeatureRecord:
-    """All that is known of a feature folder: the content of ``features.json``.
+    """The record of a feature folder: the content of ``features.json``.
 
     Attributes:
-        name: The name of the images' folder or zip.
-        source_hash: Identity of names, images and captions.
-        buckets: All sizes, those without images included.
-        captions: num_truncated, and what else is known of the captions.
-        statistics: Of ``vae`` (raw latents), ``cls`` and ``patches``, over the training split of
-            all buckets.
+        name: Name of the folder or zip of the images.
+        source_hash: Identity of the images with their names and captions.
+        buckets: All buckets, including those without images.
+        vae, visual, text: Facts about the encoders.
+        captions: ``num_truncated``, the number of captions that were cut.
+        statistics: Per-channel statistics of ``vae`` (raw latents), ``cls`` and ``patches``, over
+            the training split of all buckets.
         content_hash: Identity of all shards.
 
-    Raises ValueError, with what is wrong, for values that do not fit one another.
+    Raises ValueError, with the reason, if values contradict one another.
     """
 
     name: str
@@ -129,7 +130,7 @@ class FeatureRecord:
 
     @property
     def feature_bits(self) -> int:
-        """Bits of each value of the stored patch features: 16 or 8."""
+        """Bits per value of the stored patch features: 16 or 8."""
         return bits_of_facts(self.visual)
 
     def num_samples(self, split: str) -> int:
@@ -138,9 +139,9 @@ class FeatureRecord:
 
 
 def bits_of_facts(visual: Mapping[str, Any]) -> Any:
-    """Return the bits of patch features that facts of a visual encoder state.
+    """Return the bits per value of patch features, from the facts about their visual encoder.
 
-    Those in 16 bits state nothing, as before there were others.
+    Facts without an entry mean 16 bits, as in earlier versions, which had no others.
     """
     return visual.get("bits", 16)
 
@@ -151,12 +152,12 @@ def is_feature_folder(path: str | os.PathLike) -> bool:
 
 
 def is_complete(path: str | os.PathLike) -> bool:
-    """Return whether a path is a folder of features that are all there."""
+    """Return whether a path is a complete folder of features."""
     return (Path(path) / RECORD_FILE).is_file()
 
 
 def bucket_folder(path: str | os.PathLike, split: str, bucket_name: str) -> Path | str:
-    """Return where the shards of one split and bucket lie: an address if ``path`` is one."""
+    """Return the folder of the shards of a split and bucket; an address if ``path`` is one."""
     assert split in SPLITS
     return under(path, split, f"bucket_{bucket_name}")
 
@@ -164,7 +165,7 @@ def bucket_folder(path: str | os.PathLike, split: str, bucket_name: str) -> Path
 def read_feature_record(path: str | os.PathLike) -> FeatureRecord:
     """Return the record of a feature folder, which may be an address (see dnnlib/addresses.py).
 
-    Raises ValueError if there is none, if it is damaged or of another version.
+    Raises ValueError if it is missing, damaged or of a newer version.
     """
     file = under(path, RECORD_FILE)
     if not (is_address(file) or file.is_file()):
@@ -181,12 +182,12 @@ def read_json(
     parse: Callable[[dict[str, Any]], T],
     newest: int = FORMAT_VERSION,
 ) -> T:
-    """Return what ``parse`` makes of the object in a JSON file of a format, perhaps at an address.
+    """Return ``parse(values)`` for the object in a JSON file, local or at an address.
 
-    ``newest`` is the highest version of the format that is read.
+    ``newest`` is the highest version of the format that can be read.
 
-    Raises ValueError, one sentence, if the file is of another format or version, or damaged:
-    no JSON, or values at which ``parse`` raises ValueError or OverflowError.
+    Raises ValueError, one sentence, if the file has another format or a newer version, if it is not
+    JSON, or if ``parse`` raises ValueError or OverflowError.
     """
     try:
         content = read_all(file, _MAX_JSON_BYTES)

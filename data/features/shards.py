@@ -1,4 +1,4 @@
-"""Shards of feature folders: tars of samples whose members are read at their place in the file."""
+"""Shards of feature folders: tars of samples, whose members are read by position."""
 
 import collections
 import contextlib
@@ -24,12 +24,11 @@ from dnnlib.typed import parse_json, typed
 Members = Mapping[str, bytes]  # The data of a sample's members by key.
 
 _BLOCK = tarfile.BLOCKSIZE
-_UNUSABLE = -1  # In place of a checksum: a description that can be written again, and must be.
+_UNUSABLE = -1  # Instead of the checksum of a description that must be written again.
 _MAX_ATTEMPTS = 100
 
-# The shapes that arrays of one bucket have, by key; None for a length that may be any. That of the
-# mask, of one dimension, is the largest that it may be; that of patches, in however many bits, is
-# that of their values.
+# Shapes of the arrays of a bucket, by key; None stands for any length. The length of the mask
+# t5m.npy is the largest allowed. The shape of patches is that of their values, in 8 as in 16 bits.
 Shapes = Mapping[str, tuple[int | None, ...]]
 _ANY: Shapes = {
     "vae.npy": (None, None, None),
@@ -51,11 +50,11 @@ def from_npy(data: bytes) -> np.ndarray:
     """Return the array in the bytes of an ``.npy`` file; raises ValueError if it is damaged."""
     try:
         for _ in range(_MAX_ATTEMPTS):
-            # Threads that parse headers at once can disturb each other (CPython issue 106905).
+            # Parsing headers in several threads at once can fail (CPython issue 106905).
             with contextlib.suppress(SystemError):
                 return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
         raise ValueError("its header cannot be parsed")
-    # What a damaged header makes of the text that should describe an array.
+    # What numpy raises when a damaged header does not describe an array.
     except (
         *(ValueError, EOFError, SyntaxError, TypeError),
         *(MemoryError, OverflowError, tokenize.TokenError),
@@ -64,9 +63,9 @@ def from_npy(data: bytes) -> np.ndarray:
 
 
 def check_feature(feature: str, members: Members, shapes: Shapes) -> None:
-    """Raise ValueError, with the reason, if the members of a sample's feature cannot be used.
+    """Raise ValueError, with the reason, unless a sample has all members of a feature, intact.
 
-    They must be there, have the right types and shapes, and finite values.
+    Members must have the right dtype and shape, and finite values.
     """
     arrays = {}
     for key in KEYS_OF[feature]:
@@ -103,7 +102,7 @@ def check_feature(feature: str, members: Members, shapes: Shapes) -> None:
 
 
 def moments_of(values: np.ndarray) -> dict[str, Any]:
-    """Return count, mean and m2 of rows [N, C] by channel, in float64."""
+    """Return count, mean [C] and summed squared deviations m2 [C] of rows [N, C], in float64."""
     values = values.astype(np.float64)
     mean = values.mean(axis=0)
     values -= mean
@@ -112,7 +111,7 @@ def moments_of(values: np.ndarray) -> dict[str, Any]:
 
 
 def merge_moments(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the moments of two groups of rows together (Chan, Golub and LeVeque, 1979)."""
+    """Return the moments of two groups of rows combined (Chan, Golub and LeVeque, 1979)."""
     if not first["count"] or not second["count"]:
         return dict(first if first["count"] else second)
     count = first["count"] + second["count"]
@@ -128,7 +127,7 @@ def merge_moments(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[s
 
 
 class Tally:
-    """Moments of the statistics of samples that are added one after another."""
+    """Accumulates the moments of latents, CLS tokens and patches over samples."""
 
     def __init__(self) -> None:
         self.moments: dict[str, dict[str, Any]] = {
@@ -147,7 +146,7 @@ class Tally:
             self.moments[name] = merge_moments(self.moments[name], moments_of(rows[name]))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the moments as plain values, exactly."""
+        """Return the moments as plain values, without rounding."""
         return {
             name: {key: np.asarray(value).tolist() for key, value in part.items()}
             for name, part in self.moments.items()
@@ -160,10 +159,11 @@ class Tally:
 def write_shard(
     path: Path, split: str, bucket: str, samples: Iterable[tuple[str, dict[str, Any], Members]]
 ) -> Manifest:
-    """Write a shard, which appears whole or not at all; return the manifest of it alone.
+    """Write a shard, which appears whole or not at all, and return its manifest.
 
-    ``samples`` yields name, the content of the member ``json``, and the data of the others. Equal
-    samples give equal bytes: members come in the order of KEYS, and have no dates or owners.
+    ``samples`` yields the name of each sample, the content of its member ``json``, and the data of
+    its other members. Equal samples give equal bytes: members are in the order of KEYS, without
+    dates and owners.
     """
     columns, tally = empty_columns(), Tally()
     with (
@@ -187,7 +187,7 @@ def _add_row(
     description: Mapping[str, Any],
     places: Mapping[str, tuple[int, bytes]],
 ) -> None:
-    """Add a sample to the columns of its shard; ``places`` are offset and data of its members."""
+    """Add a sample to the columns of its shard; ``places`` has offset and data of each member."""
     columns["id"].append(name)
     columns["shard"].append(0)
     columns["truncated"].append(description["truncated"])
@@ -202,7 +202,7 @@ def _add_row(
 def _index(
     path: Path, split: str, bucket: str, columns: Mapping[str, Any], sha256: str, tally: Tally
 ) -> Manifest:
-    """Return the manifest of a shard alone."""
+    """Return the manifest of a single shard."""
     num, num_bytes = len(columns["id"]), path.stat().st_size
     shard = dict(file=path.name, num_samples=num, num_bytes=num_bytes, sha256=sha256)
     shards = [dict(shard, moments=tally.to_dict())]
@@ -223,9 +223,9 @@ def _header(name: str, key: str, size: int) -> tarfile.TarInfo:
 
 
 def read_member(file: BinaryIO, index: Manifest, row: int, key: str) -> bytes:
-    """Return the data of a member of an open shard, whose manifest is ``index``.
+    """Return the data of a member of an open shard; ``index`` is the shard's manifest.
 
-    Raises ValueError with the reason if they are damaged.
+    Raises ValueError, with the reason, if the member is damaged or lies elsewhere.
     """
     offset, size = int(index.offset[key][row]), int(index.size[key][row])
     data = os.pread(file.fileno(), _BLOCK + size, offset - _BLOCK) if offset >= _BLOCK else b""
@@ -243,11 +243,12 @@ def check_shard(
     shapes: Shapes,
     visit: Callable[[Members], None] = lambda members: None,
 ) -> tuple[Manifest, list[str]]:
-    """Read all of a shard; return its manifest without what cannot be used, and the problems.
+    """Read a whole shard; return its manifest, with damaged features marked, and the problems.
 
-    Members are looked for where ``index`` says. A problem is a sentence's rest, for each sample
-    and feature (or ``json``) that is damaged: that has no fingerprint then, and the shard no
-    ``sha256``. ``visit`` gets the undamaged members of each sample.
+    Members are read where ``index`` says. Each problem is a phrase about a sample and a damaged
+    feature (or ``json``), or about the whole file. In the manifest returned, a damaged feature has
+    an empty fingerprint, a damaged ``json`` no valid checksum, and a shard with problems an empty
+    ``sha256``. ``visit`` is called with the members of each sample that could be read.
     """
     problems = []
     fingerprint = {feature: list(column) for feature, column in index.fingerprint.items()}
@@ -281,15 +282,15 @@ class _Description(TypedDict):
 
 
 def recover_index(path: Path, split: str, bucket: str) -> Manifest:
-    """Return the manifest of a shard of which nothing is known, from the samples in it.
+    """Return a manifest of a shard that has none, reconstructed from its samples.
 
-    Those without a readable description are left out. It has no ``sha256``, and therefore never
-    counts as that of a whole shard.
+    Samples without a readable description are left out. The manifest has an empty ``sha256``, so
+    that it never counts as that of an intact shard.
     """
     columns = empty_columns()
     places: dict[str, dict[str, tarfile.TarInfo]] = collections.defaultdict(dict)
     with open(path, "rb", opener=regular_file) as file:
-        # What was found before the damage counts.
+        # Keep what was found before any damage.
         with contextlib.suppress(tarfile.TarError), tarfile.open(fileobj=file, mode="r:") as tar:
             for info in tar:
                 name, _, key = info.name.partition(".")
@@ -297,7 +298,7 @@ def recover_index(path: Path, split: str, bucket: str) -> Manifest:
 
         def read(info: tarfile.TarInfo | None) -> tuple[int, bytes]:
             if info is None:
-                return 0, b""  # Where no member can be.
+                return 0, b""  # No member can lie there.
             file.seek(info.offset_data)
             return info.offset_data, file.read(info.size)
 

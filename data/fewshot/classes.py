@@ -1,4 +1,4 @@
-"""Which classes a run trains, validates and tests on, and the classes derived from them."""
+"""Which classes a run trains, validates and tests on, and classes made by transforming them."""
 
 import dataclasses
 import itertools
@@ -19,7 +19,7 @@ NUM_TRANSFORMS = 8
 
 @dataclasses.dataclass(frozen=True)
 class ClassSplit:
-    """Disjoint class indices, by what they are for."""
+    """Disjoint class indices to train on, to validate on and to test on."""
 
     train: tuple[int, ...]
     val: tuple[int, ...]
@@ -27,11 +27,12 @@ class ClassSplit:
 
 
 def split_classes(config: SetConfig, dataset: ImageDataset) -> ClassSplit:
-    """Return which classes are trained on, validated on and unseen.
+    """Return which classes are for training, for validation and for testing.
 
-    By explicit lists; else by fractions; else as the dataset says; else by fractions of 0.6, 0.2
-    and 0.2. Classes without images belong to none. Raises ValueError for a class that does not
-    exist or is in two lists, if none is left to train on, or if a preset's lists are for others.
+    The configuration's lists of classes decide, or else its fractions, or else the dataset's own
+    split, or else fractions of 0.6, 0.2 and 0.2. Classes without images are left out. Raises
+    ValueError if a class does not exist or is in two lists, if none is left to train on, or if a
+    preset's lists are meant for other classes.
     """
     if config.rules_for and config.rules_for != tuple(dataset.class_names):
         but = f"the preset has rules for the classes {', '.join(config.rules_for)}, which"
@@ -75,19 +76,23 @@ def _split_by_fractions(config: SetConfig, classes: np.ndarray) -> list[tuple[in
 
 
 def transform_images(images: torch.Tensor, transform: int) -> torch.Tensor:
-    """Return images [..., H, W] turned by ``transform`` % 4 quarters, mirrored first from 4 on."""
+    """Return images [..., H, W] under one of the eight symmetries of a square.
+
+    Transforms 0 to 3 are that many counter-clockwise quarter turns; 4 to 7 flip left to right, then
+    make ``transform`` - 4 quarter turns.
+    """
     if transform >= 4:
         images = images.flip(-1)
     return torch.rot90(images, transform % 4, (-2, -1))
 
 
 def transforms_of(name: str) -> range:
-    """Return the numbers of ``--class-transforms``: quarters of a turn, from 4 on after a flip."""
+    """Return the transforms of ``--class-transforms``, as :func:`transform_images` takes them."""
     return range({"none": 1, "rotations": 4, "dihedral": NUM_TRANSFORMS}[name])
 
 
 def parse_transforms(texts: Sequence[str], names: Sequence[str]) -> set[tuple[int, int]]:
-    """Return (class, transform) of each text such as ``6:2``; raises ValueError for others."""
+    """Return the (class, transform) pairs of texts such as ``6:2``; ValueError for other texts."""
     found = set()
     for text in texts:
         name, colon, transform = text.rpartition(":")

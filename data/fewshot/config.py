@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from dnnlib.config import Config, option
 
-# Classes that supports are drawn from: trained on, kept for tests, and kept for validation.
+# Which classes supports are drawn from: those trained on, for testing, and for validation.
 PROTOCOLS = ("seen", "unseen", "val")
 
 

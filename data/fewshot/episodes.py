@@ -13,24 +13,25 @@ from data.images.dataset import ImageDataset
 
 _SEED = 3
 _MAX_EPISODES = 20
-# Supports take at most this share of a class; the rest are the reals that scores compare with.
+# By default, supports take one image in this many of a class, or one support if the class is small;
+# the other images are the reals that scores compare with.
 _SUPPORT_SHARE = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Episodes:
-    """S supports of k images each, which no two episodes share."""
+    """S supports of k images each; no image is in two supports."""
 
     supports: torch.Tensor  # uint8 [S, k, C, H, W].
     classes: np.ndarray  # int64 [S], class of each support in its dataset.
     class_names: tuple[str, ...]  # Of all classes of that dataset.
-    labels: torch.Tensor  # int64 [S], as a class-conditional model knows the class, or num_classes.
-    indices: np.ndarray  # int64 [S, k], of images in their dataset; -1 for images of files.
-    # Share of each episode in what is generated: as many as there are real images left of its
-    # class, divided among the class's episodes.
+    labels: torch.Tensor  # int64 [S], label in a class-conditional model; num_classes: none.
+    indices: np.ndarray  # int64 [S, k], of the images in their dataset; -1 for a user's images.
+    # Relative number of images to generate for each episode: the number of real images of its class
+    # that are in no support, divided evenly among the episodes of the class.
     counts: tuple[int, ...]
     reals: np.ndarray  # int64 [R], indices of those real images in their dataset, by class.
-    source: str  # What the supports are, for score rows.
+    source: str  # Description of the supports for score rows.
 
     def __len__(self) -> int:
         return len(self.supports)
@@ -41,7 +42,7 @@ class Episodes:
         return dataclasses.replace(self, counts=tuple(self.counts[i] for i in rows), **chosen)
 
     def protocol(self) -> dict[str, Any]:
-        """Return what a score row says of the episodes."""
+        """Return what a score row records about the episodes."""
         digest = hashlib.sha256(self.supports.numpy().tobytes()).hexdigest()[:16]
         size = dict(num_episodes=len(self), support_size=self.supports.shape[1])
         return dict(episodes=self.source, **size, supports_hash=digest)
@@ -58,18 +59,21 @@ def draw_episodes(
     null_label: int = 0,
     seed: int = 0,
 ) -> Episodes:
-    """Return episodes of the classes of ``pools``, which says what images each class has for that.
+    """Return episodes of the classes in ``pools``, with randomly chosen disjoint supports.
 
     Args:
-        images: Where the images are.
-        pools: Indices by class, which ``source`` describes. A class without any has no episodes.
-        support_size: k.
-        num_per_class: Episodes of a class; by default as many, up to 20, as use a fifth of it.
-        known_labels: Label of each class that a class-conditional model knows; the others have
+        images: The dataset of the images.
+        pools: Indices of the images that may be used, int64 [M], by class. Classes without any
+            have no episodes.
+        support_size: Number of images in a support, k.
+        source: Description of the pools, for messages and score rows.
+        num_per_class: Episodes of each class; by default as many, from 1 to 20, as use a fifth of
+            its pool.
+        known_labels: Labels of the classes that a class-conditional model knows; all others get
             ``null_label``.
         seed: Seed of the choice.
 
-    Raises ValueError if a class is too small.
+    Raises ValueError if a class has too few images, or if there are no images at all.
     """
     chosen, classes, labels, counts, reals = [], [], [], [], []
     for index, pool in pools.items():
@@ -106,10 +110,10 @@ def draw_episodes(
 
 
 def episodes_of_run(dataset: SetDataset, protocol: str, **settings: Any) -> Episodes:
-    """Return episodes of a run's data, with ``settings`` of :func:`draw_episodes`.
+    """Return episodes of a run's data; ``settings`` are arguments of :func:`draw_episodes`.
 
-    ``seen``: classes trained on, by their held-out images; ``unseen``: test classes; ``val``:
-    validation classes. Raises ValueError if the run has none of those.
+    The protocol ``seen`` uses the held-out images of the classes trained on, ``unseen`` the test
+    classes, and ``val`` the validation classes. Raises ValueError if the run has none of those.
     """
     images, split = dataset.images, {"unseen": "test", "val": "val"}.get(protocol)
     if split is None:
@@ -126,9 +130,9 @@ def episodes_of_run(dataset: SetDataset, protocol: str, **settings: Any) -> Epis
 
 
 def episodes_of_dataset(images: ImageDataset, **settings: Any) -> Episodes:
-    """Return episodes of another dataset than a run's: of its test classes, or of all without.
+    """Return episodes of a dataset that no run owns: of its test classes, or else of all classes.
 
-    ``settings`` are those of :func:`draw_episodes`.
+    ``settings`` are arguments of :func:`draw_episodes`.
     """
     classes = images.class_splits.get("test")
     source = f"{images.name}, {'test' if classes else 'all'} classes"

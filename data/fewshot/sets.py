@@ -1,4 +1,4 @@
-"""Sets of images of one class, drawn as a function of (seed, position)."""
+"""Sets of images of one class, each drawn as a function of (seed, position)."""
 
 import copy
 import dataclasses
@@ -22,12 +22,12 @@ _HELD_OUT_SEED = 2
 
 
 class DrawnSet(NamedTuple):
-    """What a set is made of: one class, or two halves of each image."""
+    """The m images of a set: all of one class, or each a hybrid with a half from either class."""
 
-    labels: list[int]  # One or two classes, among those trained on
-    rows: np.ndarray  # [1 or 2, m], indices of images
-    mirrored: np.ndarray  # [1 or 2, m], whether each is mirrored
-    half: Callable[[int], tuple] | None  # Index of the second class's half of images of a size
+    labels: list[int]  # One class, or the two of a hybrid, as indices into those trained on.
+    rows: np.ndarray  # int64 [1 or 2, m], indices of the images.
+    mirrored: np.ndarray  # bool [1 or 2, m], whether each is mirrored.
+    half: Callable[[int], tuple] | None  # Image size -> index of the half of the second class.
 
 
 _HALVES: tuple[Callable[[int], tuple], ...] = (
@@ -39,26 +39,27 @@ _HALVES: tuple[Callable[[int], tuple], ...] = (
 
 
 class SetDataset(Dataset):
-    """Sets of one class: item p is ``(uint8 [n, C, H, W], {"label", "mask"})`` of set p of a run.
+    """Sets of n images of one class: item p is ``(uint8 [n, C, H, W], {"label", "mask"})``.
 
-    The class is uniform, and its n images are drawn without replacement in random order, as a
-    function of (seed, p) alone. A class with fewer images gives a smaller set, and so does
-    ``min_sample_size``: ``mask`` [n] is then false for the places left empty, which are black, and
-    is delivered only where that can happen. ``label`` is the index of the class among those trained
-    on; of a hybrid, their number.
+    Set p of a run is a function of (seed, p) alone: its class is drawn uniformly, and its images
+    without replacement, in random order. Sets are smaller if a class has fewer images, or with
+    ``min_sample_size``. Then ``mask``, bool [n], is false for the unused places, whose images are
+    black; it is delivered only if some sets can be smaller. ``label`` is the index of the class
+    among those trained on, or the number of those classes for a hybrid.
 
     Args:
         images: A labelled dataset.
         config: Which of its classes and images are trained on.
-        sample_size: n.
+        sample_size: Number of images in a full set, n.
         seed: Seed of the run.
         use_labels: Whether the model is conditioned on the class too.
-        hflip: Mirror each drawn image with probability one half.
-        classes: Draw sets of all images of these classes instead, as they are.
-        validation_share: Hold out this share of the images, by their contents, in place of
-            ``config.held_out`` of each class.
+        hflip: Mirror each drawn image with probability 1/2.
+        classes: Instead of the classes trained on, draw sets from all images of these classes,
+            without transforms or hybrids.
+        validation_share: Hold out this share of the images, chosen by their contents, instead of
+            ``config.held_out`` images of each class.
 
-    Raises ValueError if the data have no labels, or if a class keeps no image to train on.
+    Raises ValueError if the data have no labels, or if a class keeps fewer than two images.
     """
 
     def __init__(
@@ -85,12 +86,12 @@ class SetDataset(Dataset):
         if config.min_sample_size is not None and config.min_sample_size > sample_size:
             accepted = f"at most --sample-size, which is {sample_size}"
             raise refusal("--min-sample-size", config.min_sample_size, accepted=accepted)
-        self.split = split_classes(config, images)  # Which classes of the images are for what.
+        self.split = split_classes(config, images)  # What each class of the images is for.
         self._check_transforms(hflip)
         self._pools: list[np.ndarray] = []
         self._transforms: list[int] = []
-        self.set_classes: list[str] = []  # Names of those trained on, with transformed ones.
-        self.held_out: dict[int, np.ndarray] = {}  # Indices kept for scores, by class trained on.
+        self.set_classes: list[str] = []  # Names of the classes trained on, transformed too.
+        self.held_out: dict[int, np.ndarray] = {}  # Indices held out for scores, by class.
         by_content = images.held_out_rows(validation_share) if validation_share else None
         for index in self.split.train if classes is None else classes:
             self.held_out[index], pool = self._split_class(index, by_content)
@@ -111,7 +112,7 @@ class SetDataset(Dataset):
     def _split_class(
         self, index: int, by_content: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return which images of a class are held out, and which are trained on, both ascending."""
+        """Return the indices of the images held out and trained on of a class, both ascending."""
         rows, config = np.flatnonzero(self.images.labels == index), self.config
         if by_content is not None:
             return rows[by_content[rows]], rows[~by_content[rows]]
@@ -120,7 +121,7 @@ class SetDataset(Dataset):
         return np.sort(order[: config.held_out]), np.sort(order[config.held_out :])
 
     def _check_transforms(self, hflip: bool) -> None:
-        """Raise ValueError for transforms left out that are none, or that mirror images undo."""
+        """Raise ValueError if ``skip_transforms`` names no class or ``hflip`` would mix classes."""
         every = transforms_of(self.config.class_transforms)
         if len(every) > 1:
             names = self.images.class_names
@@ -134,15 +135,15 @@ class SetDataset(Dataset):
             raise ValueError(f"--hflip {problem} {remedy}.")
 
     def of_classes(self, classes: Sequence[int]) -> "SetDataset":
-        """Return sets of other classes of the same images."""
+        """Return sets of all images of some other classes of the same dataset."""
         settings = dict(sample_size=self.sample_size, seed=self._seed)
         return SetDataset(self.images, self.config, classes=classes, **settings)
 
     def plain(self, *, held_out: bool, seed: int) -> "SetDataset":
-        """Return full sets of the classes trained on, as they are: no hybrids, no mirror images.
+        """Return full sets of the classes trained on, without hybrids and mirror images.
 
-        They are of the images trained on, or of those ``held_out``. Of both, set p is of one class,
-        by ``seed``. A class of which nothing is held out gives empty sets.
+        Their images are those trained on, or those ``held_out``. Set p of both is of the same class
+        if they have the same ``seed``. A class without held-out images gives empty sets.
         """
         part = copy.copy(self)
         part.config = dataclasses.replace(self.config, hybrids=0.0, min_sample_size=None)
@@ -153,7 +154,7 @@ class SetDataset(Dataset):
         return part
 
     def __getattr__(self, name: str) -> Any:
-        if name == "images":  # Not there yet while a copy is being made.
+        if name == "images":  # Not set yet while a copy is made: asking for it would recurse.
             raise AttributeError(name)
         return getattr(self.images, name)
 
@@ -163,25 +164,25 @@ class SetDataset(Dataset):
 
     @property
     def known_labels(self) -> dict[int, int]:
-        """Label, for a class-conditional model, of each class of ``images`` that it knows."""
+        """Label of each class that a class-conditional model knows, by its index in ``images``."""
         names, labels = self.images.class_names, self.class_names
         known = [index for index in self.split.train if names[index] in labels]
         return {index: labels.index(names[index]) for index in known}
 
     @property
     def num_images(self) -> int:
-        """Number of images trained on, each counted once for every transform."""
+        """Number of images trained on, each counted once per transform of its class."""
         return sum(map(len, self._pools))
 
     @property
     def class_counts(self) -> tuple[int, ...]:
-        """Number of images of each class trained on."""
+        """Number of images of each class trained on, transformed classes included."""
         return tuple(map(len, self._pools))
 
     def transforms_of(self, index: int) -> list[int]:
-        """Return the transforms of a class of ``images`` that are classes trained on.
+        """Return the transforms by which a class of ``images`` is trained on as separate classes.
 
-        A class that is not trained on is itself alone, transform 0.
+        A class that is not trained on has only transform 0, the identity.
         """
         every = transforms_of(self.config.class_transforms)
         if index not in self.split.train or len(every) == 1:
@@ -190,10 +191,10 @@ class SetDataset(Dataset):
         return [transform for transform in every if (index, transform) not in skipped]
 
     def summary(self) -> None:
-        """Return nothing: what a snapshot keeps of sets is in the configuration of its run."""
+        """Return None: a snapshot describes sets by the configuration of its run."""
 
     def preview(self, num: int) -> Preview:
-        """Return the first sets of a run, a row each, until they have ``num`` images."""
+        """Return the first sets of a run, one per row: as many as ``num`` images need."""
         positions = range(-(-num // self.sample_size))
         batch, _ = self.__getitems__(positions)
         drawn = [self.draw(position).labels for position in positions]
@@ -207,7 +208,7 @@ class SetDataset(Dataset):
         return self.config.min_sample_size is not None or smallest < self.sample_size
 
     def draw(self, position: int) -> DrawnSet:
-        """Return what the set at a position is made of."""
+        """Return the classes and images of the set at a position of the run."""
         rng = np.random.default_rng([self._seed % 2**64, STREAM_DATA, position])
         labels = [int(rng.integers(len(self._pools)))]
         half = None
@@ -226,16 +227,16 @@ class SetDataset(Dataset):
 
     @property
     def remote_bytes(self) -> float:
-        """Bytes that a set takes from a server, on average; 0 of local data."""
+        """Average number of bytes to download per set; 0 for local data."""
         return self.images.remote_bytes * self.sample_size
 
     def prefetch(self, positions: Sequence[int]) -> None:
-        """Have the images of sets fetched in the background, if they are at an address."""
+        """Start fetching the images of some sets in the background, if they are remote."""
         rows = [row for position in positions for row in self.draw(position).rows.flatten()]
         self.images.prefetch(rows)
 
     def __getitems__(self, positions: Sequence[int]) -> tuple[torch.Tensor, Cond]:
-        """Return a batch ``(uint8 [b, n, C, H, W], {"label": int64 [b], "mask": bool [b, n]})``."""
+        """Return a batch ``(uint8 [B, n, C, H, W], {"label": int64 [B], "mask": bool [B, n]})``."""
         drawn = [self.draw(position) for position in positions]
         pixels, _ = self.images.__getitems__(np.concatenate([d.rows.flatten() for d in drawn]))
         sets = pixels.new_zeros(len(drawn), self.sample_size, *pixels.shape[1:])

@@ -1,4 +1,4 @@
-"""Supports to generate from: a user's images, or images of a run's classes."""
+"""Supports of a user: images from files, folders and zips, to generate from."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,11 +16,11 @@ from models.architectures.set_dit import SetDiTConfig
 
 
 def read_support(locations: Sequence[str], model: SetDiTConfig) -> Episodes:
-    """Return one episode of the images that ``locations`` name: files, folders or zips, in order.
+    """Return one episode whose support is all images in ``locations``: files, folders or zips.
 
-    Images of another size are cropped to a square in the middle and resized, and become grayscale
-    or RGB as the model needs. Raises ValueError if there is none, if one cannot be read, or if the
-    model's encoder cannot take so many.
+    Images of another size are centre-cropped to a square and resized, and all become grayscale or
+    RGB as the model needs. Raises ValueError if there are no images, if one cannot be read, or if
+    there are more than the model's encoder can take.
     """
     images = [image for location in locations for image in _read(Path(location), model)]
     if not images:

@@ -1,4 +1,4 @@
-"""Images of a zip, a folder or a sample archive, by index, for many processes at once."""
+"""Opens zips, folders, tars and sample archives of images, which many processes can read."""
 
 import functools
 import hashlib
@@ -36,7 +36,7 @@ _told: set[Path | str] = set()
 
 
 class ZipArchive(PackedArchive):
-    """A zip, perhaps at an address; its own directory says where its files lie."""
+    """A zip, local or at an address, whose files are located by its central directory."""
 
     def __init__(self, path: Path | str) -> None:
         files = OpenFiles()
@@ -72,8 +72,8 @@ def _row(info: zipfile.ZipInfo) -> tuple[int, int, int, int]:
 class FolderArchive(Archive):
     """A folder, searched recursively; hidden files are left out, links to folders are followed.
 
-    Attributes, beside those of :class:`Archive`:
-        unreadable: A sentence's rest for each folder that cannot be read: its path and why.
+    Attributes, in addition to those of :class:`Archive`:
+        unreadable: ``PATH: cannot be read (REASON)`` for each folder that cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -86,7 +86,7 @@ class FolderArchive(Archive):
             self.unreadable.append(f"{error.filename}: cannot be read ({error.strerror})")
 
         for folder, folders, files in os.walk(path, onerror=note, followlinks=True):
-            # A link back to a folder above would lead round in circles.
+            # A link to a folder further up would cause an endless walk.
             real = os.path.realpath(folder)
             if real in seen:
                 folders.clear()
@@ -126,7 +126,7 @@ class FolderArchive(Archive):
 
 
 def left_out(archive: Archive) -> Counter[str]:
-    """Return how many files of an archive are not taken for images, by the reason."""
+    """Return how many files of an archive are not read as images, by the reason."""
     found = Counter(
         Path(name).suffix.lower() or "without extension"
         for name in archive.others
@@ -147,13 +147,13 @@ def count_line(num_taken: int, left: Mapping[str, int]) -> str:
 def open_archive(
     path: str | os.PathLike, *, skip_unreadable: bool = False, tell: bool = True
 ) -> Archive:
-    """Return the images of a folder, a zip, a tar or (by its ending ``.npz``) a sample archive.
+    """Return the images of a folder, a zip, a tar or (if it ends in ``.npz``) a sample archive.
 
-    Each but the folder may be an address. What is left out is told once for each path, if ``tell``
-    says so.
+    All but the folder may be at an address. With ``tell``, rank 0 prints once for each path how
+    many files are left out, and why.
 
-    Raises ValueError if there is no such path, if it is none of these, if it holds no images, or,
-    without ``skip_unreadable``, if a folder inside cannot be read.
+    Raises ValueError if the path does not exist, is none of these, or holds no images, and, without
+    ``skip_unreadable``, if a folder inside it cannot be read.
     """
     path = location_of(path)
     archive = _open(path)

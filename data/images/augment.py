@@ -1,8 +1,8 @@
 """EDM's augmentation pipeline: random flips and affine maps, reported to the network as labels.
 
 Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models" (EDM,
-arXiv 2206.00364), Appendix F.2. The network is told what was done to each image and, by zero
-labels, asked for plain images at sampling.
+arXiv 2206.00364), Appendix F.2. The labels tell the network how each image was augmented; at
+sampling, all-zero labels ask it for images without augmentation.
 """
 
 import functools
@@ -15,38 +15,39 @@ from data.images.config import AugmentConfig
 
 NUM_LABELS = 9
 
-# Reconstruction low-pass filter of the sym6 wavelet, as PyWavelets has it; its sum is sqrt(2).
+# Reconstruction low-pass filter of the sym6 wavelet, as in PyWavelets; its sum is sqrt(2).
 SYM6 = (
     *(-0.007800708325034148, 0.0017677118642428036, 0.04472490177066578, -0.021060292512300564),
     *(-0.07263752278646252, 0.3379294217276218, 0.787641141030194, 0.4910559419267466),
     *(-0.048311742585633, -0.11799011114819057, 0.0034907120842174702, 0.015404109327027373),
 )
-# Position of the filter among its own taps, and so of an upsampled pixel among fine samples.
+# Centroid of the filter, in taps: the offset of an upsampled pixel among the fine samples.
 _CENTROID = float(np.dot(np.arange(len(SYM6)), SYM6) / np.sum(SYM6))
 
 
-# Multipliers of the probability of each transformation.
+# Multipliers of the probability p of each transformation; that of flip_x makes it certain.
 _MULTIPLIERS = dict(flip_x=1e8, flip_y=1.0, scale=1.0, rotate=1.0, stretch=1.0, shift=1.0)
 
 
 class AugmentPipe:
-    """Augmentation whose transformations occur independently of one another.
+    """Augmentation by transformations that occur independently of one another.
 
-    Each occurs with probability ``p`` times its multiplier, at most 1. A flip that occurs then
-    mirrors half of the images, so that ``flip_x`` mirrors 50% for any positive ``p``.
+    Each transformation is applied to an image with probability ``p`` times its multiplier, at most
+    1. A flip, where applied, mirrors the image with probability 1/2, so that ``flip_x`` mirrors
+    half of all images, whatever ``p`` is.
 
-    What is done to the images is a tensor [N, 8], float32, zero where a transformation is absent:
-    horizontal flip and vertical flip (0 or 1), log2 of the scale / 0.2, rotation angle, log2 of the
-    stretch / 0.2, direction of the stretch, shift right and shift down in units of 0.125 image
-    sizes. Angles are in radians and counter-clockwise as the image is seen.
+    The parameters of N images are a tensor [N, 8], float32, zero where a transformation is absent:
+    horizontal and vertical flip (0 or 1), log2(scale) / 0.2, rotation angle, log2(stretch) / 0.2,
+    direction of the stretch, and shifts to the right and down in units of 0.125 image sizes. Angles
+    are in radians, counter-clockwise as the image is seen.
 
-    Deviation from EDM: positions are measured from the filter's centroid instead of its middle tap,
-    0.2 pixels away, so that rotations are about the exact centre; and reflection goes on beyond
-    one image size, where EDM has black.
+    Deviations from EDM: positions are measured from the filter's centroid instead of its middle
+    tap, 0.2 pixels away, so that rotations are about the exact centre. Reflection continues beyond
+    one image size, where EDM's images are black.
 
     Args:
         p: Probability, in (0, 1].
-        multipliers: Those of ``p`` that are not 1, and for ``flip_x`` not as good as infinite.
+        multipliers: Multipliers of ``p`` by transformation; by default 1, and 1e8 for ``flip_x``.
     """
 
     def __init__(self, p: float, **multipliers: float) -> None:
@@ -58,14 +59,14 @@ class AugmentPipe:
     def draw(
         self, num: int, generator: torch.Generator, device: torch.device | str
     ) -> torch.Tensor:
-        """Return what is done to ``num`` images at random, drawn on the generator's device."""
+        """Return random parameters [num, 8] on ``device``, drawn on the generator's device."""
         kwargs = dict(generator=generator, device=generator.device)
         occurs = torch.rand(len(self._multipliers) + 1, num, **kwargs)
         uniform = torch.rand(4, num, **kwargs)
         normal = torch.randn(4, num, **kwargs)
         flips = (uniform[:2] < 0.5).float()
         angles = (uniform[2:] * 2 - 1) * math.pi
-        turned = torch.where(occurs[-1] < 0.5, angles[1], 0.0)  # else along x
+        turned = torch.where(occurs[-1] < 0.5, angles[1], 0.0)  # Otherwise along x.
         columns = [*flips, normal[0], angles[0], normal[1], turned, normal[2], normal[3]]
         transformation_of = [0, 1, 2, 3, 4, 4, 5, 5]
         values = [
@@ -77,12 +78,12 @@ class AugmentPipe:
     def apply(
         self, images: torch.Tensor, params: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return augmented images [N, C, H, W] and their labels [N, 9].
+        """Return augmented images [N, C, H, W] and their labels [N, 9], float32.
 
         Images, float32 in [-1, 1] with H and W of at least 8, are mirrored, then scaled, rotated,
-        stretched and shifted about their centre, as ``params`` [N, 8] says. One without any of the
-        last four is not resampled and keeps its exact values. Resampling can overshoot the range
-        slightly at edges.
+        stretched and shifted about their centre, by the parameters ``params`` [N, 8]. An image to
+        which none of the last four applies is not resampled and keeps its exact values. Resampling
+        can overshoot the range slightly at edges.
         """
         params = params.to(images.device, non_blocking=True)
         flip_x, flip_y = params[:, :2].bool().reshape(-1, 2, 1, 1, 1).unbind(1)
@@ -94,10 +95,10 @@ class AugmentPipe:
 
 
 def augment_labels(params: torch.Tensor) -> torch.Tensor:
-    """Return the labels of the network [N, 9], float32, in EDM's order.
+    """Return the network's augmentation labels [N, 9], float32, for parameters [N, 8].
 
-    Flip x, flip y, scale, cos(rotation) - 1, sin(rotation), stretch times cos and sin of its
-    direction, shift x, shift y.
+    In EDM's order: flip x, flip y, scale, cos(rotation) - 1, sin(rotation), stretch times the
+    cosine and sine of its direction, shift x, shift y.
     """
     flip_x, flip_y, scale, angle, stretch, direction, shift_x, shift_y = params.unbind(1)
     turn = (angle.cos() - 1, angle.sin())
@@ -106,25 +107,25 @@ def augment_labels(params: torch.Tensor) -> torch.Tensor:
 
 
 def make_augment_pipe(config: AugmentConfig) -> AugmentPipe | None:
-    """Return the pipeline that ``config`` describes, or None if there is no augmentation."""
+    """Return the augmentation that ``config`` describes, or None if there is none."""
     return AugmentPipe(config.augment) if config.augment > 0 else None
 
 
 def warp(images: torch.Tensor, matrix: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
     """Return images resampled under an affine map of positions, at twice the resolution.
 
-    Output position p (x, y in pixels from the image centre) shows the input at ``matrix p +
-    offset``, [N, 2, 2] and [N, 2]. The image [N, C, H, W], float32, H and W of at least 2, is
-    continued by reflection about its outermost pixel centres, upsampled by the sym6 filter,
-    interpolated linearly and brought back by the adjoint of the upsampling, which makes the
-    identity map exact: even shifts of the filter are orthonormal.
+    The output at position p (x, y in pixels from the image centre) is the input at ``matrix @ p +
+    offset``; these are [N, 2, 2] and [N, 2]. Images [N, C, H, W], float32, H and W of at least 2,
+    are extended by reflection about their outermost pixel centres, upsampled by the sym6 filter,
+    interpolated linearly, and downsampled by the adjoint of the upsampling. That makes the identity
+    map exact, because even shifts of the filter are orthonormal.
     """
     height, width = images.shape[2:]
     up_y, down_y, sites_y = _resampling(height, images.device)
     up_x, down_x, sites_x = _resampling(width, images.device)
 
-    # Source of each fine output sample. Sums of products instead of a matrix product, whose
-    # reduced precision on some GPUs (TF32) would move the image.
+    # Source of each fine output sample. These are sums of products, because a matrix product would
+    # move the image by its reduced precision on some GPUs (TF32).
     x, y = sites_x, sites_y[:, None]
     matrix, offset = matrix[..., None, None], offset[..., None, None]
     source_x = matrix[:, 0, 0] * x + matrix[:, 0, 1] * y + offset[:, 0]
@@ -141,9 +142,9 @@ def warp(images: torch.Tensor, matrix: torch.Tensor, offset: torch.Tensor) -> to
 def _inverse_affine(
     values: torch.Tensor, height: int, width: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return matrix [N, 2, 2] and offset [N, 2] from output to input positions in pixels.
+    """Return the matrix [N, 2, 2] and offset [N, 2] from output to input positions in pixels.
 
-    The forward map is p -> stretch(direction) rotate(angle) scale p + shift.
+    They invert the map p -> stretch(direction) rotate(angle) scale p + shift.
     """
     _, _, scale, angle, stretch, direction, shift_x, shift_y = values.unbind(1)
     scale, stretch = (0.2 * scale).exp2(), (0.2 * stretch).exp2()
@@ -173,11 +174,11 @@ def _grid_position(position: torch.Tensor, size: int) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=16)
 def _resampling(size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the resampling of one axis: up [4 size - 3, size], down [size, 2 size + 10], sites.
+    """Return matrices up [4 size - 3, size] and down [size, 2 size + 10] of one axis, and sites.
 
-    ``up`` reflects and upsamples to one period, 4 (size - 1) samples, and repeats the first one
-    at the end. ``down`` filters and decimates the fine output samples, whose positions in pixels
-    from the image centre are ``sites`` [2 size + 10].
+    ``up`` reflects and upsamples to one period of 4 (size - 1) fine samples, and repeats the first
+    of them at the end. ``down`` filters and decimates the fine output samples, which lie at
+    ``sites`` [2 size + 10], in pixels from the image centre. All are float32.
     """
     period = 2 * (size - 1)
     up = np.zeros([2 * period + 1, size])

@@ -1,4 +1,4 @@
-"""Pixels: conversion of batches of images for the network, and back."""
+"""The codec of pixel-space models: images as the network sees them, and back."""
 
 from typing import Any
 
@@ -11,10 +11,13 @@ from torch_utils.pictures import to_uint8
 
 
 class PixelCodec:
-    """Images in [-1, 1], augmented while training: a ``Codec`` of :mod:`training.family`.
+    """Converts images, uint8 [N, C, H, W], to float32 in [-1, 1], and augments them in training.
+
+    It implements ``Codec`` of :mod:`training.family`, which documents the methods.
 
     Args:
-        augment_pipe: Geometric augmentation, if any; its labels [N, 9] join the conditions.
+        augment_pipe: Geometric augmentation; its labels, float32 [N, 9], join the conditions as
+            ``augment``. None: no augmentation.
     """
 
     def __init__(self, augment_pipe: AugmentPipe | None = None) -> None:

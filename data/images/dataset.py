@@ -1,4 +1,4 @@
-"""Images of a zip, folder or .npz with their class labels, as training and metrics read them."""
+"""Datasets of images with class labels, as training and metrics read them from any archive."""
 
 import copy
 import functools
@@ -34,11 +34,11 @@ Cond = dict[str, torch.Tensor]
 def open_dataset(
     config: DatasetConfig, *, use_labels: bool | None = False, **settings: Any
 ) -> "ImageDataset":
-    """Return the dataset of a configuration; raises ValueError if it has none, or an unfit one.
+    """Return the dataset of a configuration, without the images that it holds out for validation.
 
-    With a ``validation_share`` it is the part to train on. It delivers labels if ``config.cond``
-    says so, or else as ``use_labels`` does; the other ``settings`` are those of
-    :class:`ImageDataset`.
+    Labels are delivered if ``config.cond`` is set, and otherwise as ``use_labels`` says. The other
+    ``settings`` are arguments of :class:`ImageDataset`. Raises ValueError if the configuration
+    names no data, or data that do not fit.
     """
     if config.data is None:
         raise ValueError("--data is missing: give a zip or folder made by dataset_tool.py convert.")
@@ -53,29 +53,29 @@ def open_dataset(
 
 
 def open_images(path: str | os.PathLike, *, use_labels: bool | None = None) -> "ImageDataset":
-    """Return the images of a folder, a zip or an ``.npz`` sample archive with unchanged pixels.
+    """Return the images of a folder, zip, tar or ``.npz`` sample archive with unchanged pixels.
 
-    A score must not rest on silent conversions: images with transparency, of more than 8 bits, or
-    in colours other than grayscale, RGB and palettes are refused.
+    A score must not depend on silent conversions. Images with transparency, with more than 8 bits
+    per channel, or in colours other than grayscale, RGB and palettes are therefore refused.
     """
     return ImageDataset(path, use_labels=use_labels, exact=True)
 
 
 class LabelledDataset(Dataset):
-    """Images in some form, read by index, with their class labels if they have any.
+    """Base class of datasets of images or their latents, with optional class labels.
 
-    A subclass reads batches by ``__getitems__``, and sets ``path`` first. Raises ValueError for a
-    ``max_size`` above the number of images.
+    A subclass sets ``path`` before it calls ``__init__``, and reads batches in ``__getitems__``.
+    Raises ValueError if ``max_size`` exceeds the number of images.
     """
 
-    path: Path | str  # Where the data are: a path or an address.
-    name: str  # What descriptions call them.
+    path: Path | str  # Path or address of the data.
+    name: str  # Short name of the data for descriptions.
     resolution: int  # Height and width of every image.
     img_channels: int
     labels: np.ndarray | None = None  # Class indices, int64 [num_images]; None if not delivered.
-    class_names: list[str]  # Also of classes without images; empty without labels.
-    remote_bytes = 0.0  # That an item takes from a server, on average; 0 of local data.
-    validation_part: Self | None = None  # What :meth:`hold_out` held out of these images.
+    class_names: list[str]  # Includes classes without images; empty without labels.
+    remote_bytes = 0.0  # Average number of bytes to download per item; 0 for local data.
+    validation_part: Self | None = None  # The images that :meth:`hold_out` held out of these.
 
     def __init__(self, num_stored: int, max_size: int | None, seed: int) -> None:
         if (max_size or 0) > num_stored:
@@ -90,7 +90,7 @@ class LabelledDataset(Dataset):
 
     @property
     def num_images(self) -> int:
-        """Number of images, after ``max_size``, without mirror images."""
+        """Number of images in use, after ``max_size``, not counting mirror images."""
         return len(self._indices)
 
     @property
@@ -104,7 +104,7 @@ class LabelledDataset(Dataset):
         return np.bincount(labels, minlength=self.num_classes).tolist()
 
     def subset(self, rows: Sequence[int] | np.ndarray) -> Self:
-        """Return the dataset of some of the images, in the order given, with the same classes."""
+        """Return a dataset of the images ``rows``, in the order given, with the same classes."""
         rows = np.asarray(rows, np.int64)
         part = copy.copy(self)
         part.__dict__.pop("content_hash", None)
@@ -116,34 +116,34 @@ class LabelledDataset(Dataset):
     def held_out_rows(self, share: float) -> np.ndarray:
         """Return which images are held out of training, bool [num_images]; see data/split.py.
 
-        Raises ValueError if those are none or all of them.
+        ``share`` is the share to hold out. Raises ValueError if that selects none or all of them.
         """
         held_out = is_held_out(*(column[self._indices] for column in self._checksums()), share)
         check_split(held_out, share, f"the {self.num_images} images of {self.name}")
         return held_out
 
     def hold_out(self, share: float) -> Self:
-        """Return the images to train on, whose ``validation_part`` are the others."""
+        """Return the dataset to train on; its ``validation_part`` is the ``share`` held out."""
         held_out = self.held_out_rows(share)
         part = self.subset(np.flatnonzero(~held_out))
         part.validation_part = self.subset(np.flatnonzero(held_out))
         return part
 
     def _checksums(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return length and CRC-32 of everything stored, [num_stored]."""
+        """Return the length in bytes and the CRC-32 of each stored image, integers [num_stored]."""
         raise NotImplementedError
 
     def summary(self) -> dict[str, Any] | None:
-        """Return what a snapshot keeps of the data beside sizes, counts and names: nothing."""
+        """Return None: a snapshot keeps only the sizes, counts and names of such data."""
 
     def prefetch(self, indices: Sequence[int]) -> None:
-        """Have what items are read from fetched in the background, if it is at an address."""
+        """Start fetching the data of some items in the background, if they are remote."""
         raise NotImplementedError
 
     def preview(self, num: int) -> Preview:
-        """Return rows of up to 8 items as they are stored, ``num`` of them if there are so many.
+        """Return up to ``num`` items as they are stored, in rows of up to 8.
 
-        They are spread evenly over the data, sorted by class if they are labelled.
+        They are spread evenly over the data, in the order of their classes if they are labelled.
         """
         classes = np.zeros(self.num_images, np.int64) if self.labels is None else self.labels
         order = np.argsort(classes, kind="stable")[evenly_spaced(num, self.num_images)]
@@ -156,7 +156,7 @@ class LabelledDataset(Dataset):
         return images[0], {name: values[0] for name, values in cond.items()}
 
     def _with_labels(self, images: torch.Tensor, indices: np.ndarray) -> tuple[torch.Tensor, Cond]:
-        """Return a batch with the labels, if any, of the images ``indices``."""
+        """Return ``images`` with the labels, if any, of the items ``indices``."""
         if self.labels is None:
             return images, {}
         return images, {"label": torch.from_numpy(self.labels[indices])}
@@ -166,7 +166,7 @@ class LabelledDataset(Dataset):
         return content_hash == self.content_hash
 
     def _subset_hash(self, content: str) -> str:
-        """Return the digest of an identity of the whole, to which the subset in use is added."""
+        """Return a hex digest of the identity of all images, ``content``, and the subset in use."""
         digest = hashlib.sha256(content.encode())
         if self.num_images < self._num_stored:
             digest.update(self._indices.astype("<i8").tobytes())
@@ -176,25 +176,25 @@ class LabelledDataset(Dataset):
 class ImageDataset(LabelledDataset):
     """Square images of one size; item ``i`` is ``(uint8 [C, H, W], cond)``.
 
-    ``cond`` is ``{"label": int64 []}`` with ``use_labels`` and empty without. Any number of
-    processes and threads may read at once, also from copies made by fork or pickle.
+    ``cond`` is ``{"label": int64 []}`` if labels are delivered, and empty otherwise. Any number of
+    processes and threads may read at once, including from copies made by fork or pickle.
 
     Args:
-        path: Zip, tar or folder, with labels in its ``dataset.json``, or ``.npz`` sample archive
-            (see docs/formats.md). Each but the folder may be at an address.
+        path: Zip, tar or folder, with any labels in its ``dataset.json``, or ``.npz`` sample
+            archive (see docs/formats.md). All but the folder may be at an address.
         resolution: Required height and width; None accepts any.
         channels: Required number of channels, 1 or 3; None accepts either.
-        use_labels: Deliver class labels, which the data must have; None delivers them if it does.
-        exact: Refuse images whose pixels would have to be changed, as transparent ones.
-        max_size, seed: Keep a random subset of this many images, in the order of the whole.
-        cache: Keep decoded images in shared memory, each from its first use.
+        use_labels: Deliver class labels: True requires them, None delivers them if there are any.
+        exact: Refuse images whose pixels decoding would change, such as transparent ones.
+        max_size, seed: Use a random subset of this many images, in their stored order.
+        cache: Keep decoded images in shared memory from their first use on.
 
-    Attributes, beside those of :class:`LabelledDataset`:
-        archive: Where the images are read.
-        class_splits: Class indices of each split that the data name; empty without.
+    Attributes, in addition to those of :class:`LabelledDataset`:
+        archive: The archive that the images are read from.
+        class_splits: Class indices of each split that the data define; empty if they define none.
 
-    Raises ValueError, one sentence that names the file, for data that do not fit; ImageError (a
-    ValueError) when an image that is damaged or of another size is read.
+    Raises ValueError, one sentence that names the file, for data that do not fit. Reading a damaged
+    image, or one that differs from the first in size or channels, raises ImageError (a ValueError).
     """
 
     def __init__(
@@ -240,14 +240,14 @@ class ImageDataset(LabelledDataset):
             self.keep_decoded()
 
     def keep_decoded(self) -> None:
-        """Keep decoded images in shared memory from here on, each from its first use."""
+        """Keep decoded images in shared memory from now on, each from its first use."""
         shape = (len(self), self.img_channels, self.resolution, self.resolution)
         self._cache = SharedCache(shape, self.path)
 
     def _convert(self, options: str = "") -> str:
-        """Return the remedy that makes fit data of these, as a command."""
+        """Return the remedy for data that do not fit: a command that converts them."""
         source, action = shlex.quote(str(self.path)), "convert it"
-        if is_address(self.path) or str(self.path).endswith(".tar"):  # No source of a conversion.
+        if is_address(self.path) or str(self.path).endswith(".tar"):  # convert reads neither.
             source, action = "FOLDER", "unpack it into a folder and convert that"
         command = f"dataset_tool.py convert --source={source} --dest=converted.zip {options}"
         return f"{action} with python {command}".rstrip()
@@ -281,8 +281,7 @@ class ImageDataset(LabelledDataset):
 
     @functools.cached_property
     def content_hash(self) -> str:
-        """Identity of the images, their labels and the subset in use: equal for a zip and the
-        folder that it is unpacked to. See :mod:`data.images.identity`."""
+        """Identity of images, labels and the subset in use: see :mod:`data.images.identity`."""
         return VERSION + self._subset_hash(self.archive.fingerprint())
 
     def is_same_as(self, content_hash: str) -> bool:
@@ -291,7 +290,7 @@ class ImageDataset(LabelledDataset):
         return content_hash == self._subset_hash(self.archive.old_fingerprint())
 
     def file_label(self, index: int) -> str:
-        """Return archive and name of an image's file, for messages."""
+        """Return the archive and the name of an image's file, for messages."""
         return self.archive.label(int(self._indices[index]))
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[torch.Tensor, Cond]:
@@ -335,7 +334,7 @@ class ImageDataset(LabelledDataset):
 
 
 class SharedCache:
-    """Decoded images [N, C, H, W] in memory that a rank's processes share, and which are there."""
+    """Decoded images, uint8 [N, C, H, W], in memory shared by a rank's processes; filled on use."""
 
     def __init__(self, shape: tuple[int, int, int, int], label: Path | str) -> None:
         # Writing more than the file system holds would kill the process with a bus error.
@@ -351,9 +350,9 @@ class SharedCache:
     def fetch(
         self, indices: np.ndarray, read: Callable[[np.ndarray], torch.Tensor]
     ) -> torch.Tensor:
-        """Return images by index, calling ``read(missing_indices)`` for those not there yet.
+        """Return images by index, calling ``read(missing_indices)`` for those not cached yet.
 
-        Processes may fill the same entry twice, with the same pixels.
+        Two processes may fill the same entry; both write the same pixels.
         """
         missing = self.missing(indices)
         if len(missing):
@@ -363,21 +362,21 @@ class SharedCache:
         return self._images[torch.from_numpy(indices)]
 
     def missing(self, indices: np.ndarray) -> np.ndarray:
-        """Return those of the indices whose images are not there yet."""
+        """Return those of the indices whose images are not cached yet."""
         return indices[~self._filled[torch.from_numpy(indices)].numpy()]
 
 
 class MirroredImages(Dataset):
-    """A dataset twice as long: image ``num_images + i`` is ``i`` flipped left to right.
+    """A dataset twice as long: item ``num_images + i`` is item ``i`` flipped left to right.
 
-    Whatever else is asked of it, ``images`` answers.
+    All other attributes are those of ``images``.
     """
 
     def __init__(self, images: ImageDataset) -> None:
         self.images = images
 
     def __getattr__(self, name: str) -> Any:
-        if name == "images":  # Not there yet while a copy is being made.
+        if name == "images":  # Not set yet while a copy is made: asking for it would recurse.
             raise AttributeError(name)
         return getattr(self.images, name)
 
@@ -401,5 +400,5 @@ class MirroredImages(Dataset):
 
 
 def collate(batch: Any) -> Any:
-    """Return a batch as it is: datasets here deliver whole batches."""
+    """Return a batch unchanged: these datasets deliver whole batches."""
     return batch

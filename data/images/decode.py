@@ -13,19 +13,19 @@ SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k"),
 )
-# Only these decoders are offered a file, whatever its name: some others start programs.
+# Only these decoders may try a file, whatever its name: some of the others start programs.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _TOO_DEEP = "has more than 8 bits per channel ({}); convert it to 8 bits first"
-_MAX_PIXELS = 1 << 28  # 16384x16384: more is no photograph, but a file that fills the memory.
-_PPM_HEADER_BYTES = 1 << 12  # With comments.
+_MAX_PIXELS = 1 << 28  # 16384x16384; a larger file is no photograph and would fill the memory.
+_PPM_HEADER_BYTES = 1 << 12  # Including comments.
 _JPEG2000_BEGIN = b"\xff\x4f\xff\x51"  # SOC and SIZ.
-_TIFF_BITS_PER_SAMPLE = 258  # The number of the tag.
+_TIFF_BITS_PER_SAMPLE = 258  # Tag number.
 _DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 
 
 class ImageError(ValueError):
-    """An image file that cannot be used: one sentence that starts with the file's name.
+    """An image file cannot be used: the message is one sentence that starts with the file's name.
 
     A DataLoader re-raises a worker's exception with the worker's traceback as the message; only
     the sentence at its end is kept.
@@ -36,11 +36,11 @@ class ImageError(ValueError):
 
 
 class UnfitImageError(ValueError):
-    """Why an image that is not damaged cannot be used, and what to do."""
+    """An image is intact but cannot be used: the message gives the reason and a remedy."""
 
 
 def is_image_name(name: str) -> bool:
-    """Return whether a file is an image, by the end of its name."""
+    """Return whether a file is an image, judged by the end of its name."""
     return name.lower().endswith(SUFFIXES)
 
 
@@ -48,13 +48,13 @@ def decode_image(data: bytes, *, exact: bool = False) -> Image.Image:
     """Return the upright image in a file's bytes, in mode ``L`` (grayscale) or ``RGB``.
 
     The EXIF orientation is applied. Transparency is composited on white; palette, CMYK and other
-    colour images become RGB, bilevel ones grayscale; of several frames the first counts. With
-    ``exact``, what would change pixels is refused instead: transparency, colours other than
-    grayscale, RGB and palettes, and more than 8 bits in a PNG or TIFF.
+    colour images become RGB, and bilevel images grayscale. Only the first of several frames is
+    used. With ``exact``, conversions that would change pixels are refused instead: transparency,
+    colours other than grayscale, RGB and palettes, and more than 8 bits per channel.
 
     Raises ValueError with the reason for a damaged file, and UnfitImageError for an image that is
-    refused: always for 16-bit grayscale and floating-point images, whose range a conversion to 8
-    bits would have to guess.
+    refused. Images of more than 2**28 pixels always are, and so are 16-bit grayscale and
+    floating-point images, because a conversion to 8 bits would have to guess their range.
     """
     from PIL import Image, ImageOps
     from PIL.PngImagePlugin import PngImageFile
@@ -90,7 +90,7 @@ def decode_image(data: bytes, *, exact: bool = False) -> Image.Image:
 
 
 def _has_deep_channels(image: Image.Image, data: bytes) -> bool:
-    """Return whether an image, not loaded yet, has RGB channels that Pillow would cut to 8 bits."""
+    """Return whether Pillow would cut the channels of an image that is not loaded yet to 8 bits."""
     if image.format == "PNG":
         return data[24] > 8
     if image.format == "TIFF":
@@ -140,7 +140,8 @@ def _to_plain_mode(image: Image.Image) -> Image.Image:
 def encode_png(image: Image.Image) -> bytes:
     """Return a PNG file of an image in mode ``L`` or ``RGB`` without any metadata.
 
-    It is stored uncompressed, as EDM's are: about a third larger, and decoded in half the time.
+    It is stored uncompressed, as in EDM's datasets: about a third larger, but decoded in half the
+    time.
     """
     from PIL import Image
 

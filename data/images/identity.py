@@ -1,8 +1,8 @@
-"""The identity of data: names, lengths and contents of files, and never their dates.
+"""The identity of a dataset: the names, lengths and contents of its files, but not their dates.
 
-Contents stand for themselves by their CRC-32, which a zip stores beside each file, so that a zip
-and the folder that it is unpacked to are the same data. Files of a folder are read once; what was
-found is kept in the user's cache folder for as long as a file stays as it is.
+A file's content is represented by its CRC-32, which a zip stores for each file, so that a zip and
+the folder that it unpacks to have the same identity. The files of a folder are read once; their
+checksums are kept in the user's cache folder until a file changes.
 """
 
 import contextlib
@@ -20,18 +20,19 @@ from dnnlib.files import atomic_write, cache_dir, regular_file
 from dnnlib.parallel import num_usable_cores, thread_map
 from dnnlib.progress import progress
 
-VERSION = "v2-"  # Identities of version 1, of a folder's dates, have no such mark.
+VERSION = "v2-"  # Prefix of identities. Those of version 1, which used dates, have none.
 _CHUNK_BYTES = 1 << 20
 _MAX_THREADS = 16
 _FILES_AHEAD = 256
-# A file can change again within a tick of the clock of its file system: too new ones are not kept.
+# Checksums of newer files are not cached, as a file can change again within one tick of the clock
+# of its file system.
 _MIN_AGE_NS = 3_000_000_000
 
 
 def identity_of_files(
     names: Sequence[str], sizes: Sequence[int], crcs: Sequence[int], metadata: bytes | None
 ) -> str:
-    """Return the identity of files with these names, lengths in bytes and CRC-32s.
+    """Return the identity of files with the given names, lengths in bytes and CRC-32s.
 
     ``metadata`` is the content of their dataset.json, if there is one.
     """
@@ -42,7 +43,7 @@ def identity_of_files(
 
 
 def checksums(root: Path, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return lengths int64 [N] and CRC-32s uint32 [N] of a folder's files."""
+    """Return the lengths in bytes, int64 [N], and CRC-32s, uint32 [N], of a folder's files."""
     key = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()
     cache = cache_dir() / "checksums" / f"{key}.npz"
     known = _read_cache(cache)
@@ -79,7 +80,7 @@ def _crc(path: Path) -> int:
 
 
 def _read_cache(path: Path) -> dict[tuple[str, int, int, int, int], int]:
-    """Return the CRC-32 of each file that is known, by name, length, dates and inode."""
+    """Return the cached CRC-32s by name, length, dates and inode; empty if there are none."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             names = arrays["names"].tobytes().decode("utf-8", "surrogateescape").split("\0")
@@ -94,5 +95,5 @@ def _write_cache(
 ) -> None:
     kept = "\0".join(name for name, is_kept in zip(names, keep, strict=True) if is_kept)
     blob = np.frombuffer(kept.encode("utf-8", "surrogateescape"), np.uint8)
-    with contextlib.suppress(OSError), atomic_write(path) as file:  # A cache is not needed.
+    with contextlib.suppress(OSError), atomic_write(path) as file:  # The cache is optional.
         np.savez(file, names=blob, stats=stats[keep], crcs=crcs[keep].astype(np.uint32))

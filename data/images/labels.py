@@ -1,4 +1,4 @@
-"""Class labels of an image archive, as ``dataset.json`` or a sample archive holds them."""
+"""Class labels of an image archive, read from ``dataset.json`` or from a sample archive."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from dnnlib.errors import refusal
 
 UNLABELLED = -1
 CLASS_SPLITS = ("train", "val", "test")
-_MAX_CLASSES = 1_000_000  # A larger number is no class index, and names for so many take memory.
+_MAX_CLASSES = 1_000_000  # A larger label is a mistake, and so many class names would take memory.
 
 
 def read_labels(archive: Archive, folder: str = "") -> tuple[np.ndarray, list[str]] | None:
@@ -35,9 +35,9 @@ def read_labels(archive: Archive, folder: str = "") -> tuple[np.ndarray, list[st
 def labels_of_metadata(
     metadata: Mapping[str, Any], archive: Archive, folder: str, where: str
 ) -> tuple[np.ndarray, list[str]]:
-    """Return what :func:`read_labels` does, of a parsed ``dataset.json`` that has labels.
+    """Return the result of :func:`read_labels` for a parsed ``dataset.json`` with labels.
 
-    ``where`` is what errors call it.
+    ``where`` names that file in error messages.
     """
     labels_by_name = parse_labels(metadata["labels"], where)
     class_names = parse_class_names(metadata.get("class_names"), where)
@@ -117,7 +117,8 @@ def _labels_of_samples(archive: SampleArchive) -> tuple[np.ndarray, list[str]] |
 def parse_labels(pairs: object, where: str) -> dict[str, int]:
     """Return the label of each file name in the ``labels`` entry of a ``dataset.json``.
 
-    Raises ValueError unless it is a list of [name, non-negative integer] pairs.
+    Raises ValueError unless it is a list of [file name, class index] pairs, or an object of class
+    indices by file name, and if a name has two labels. ``where`` names the file in messages.
     """
     if isinstance(pairs, dict):
         pairs = list(pairs.items())
@@ -140,12 +141,12 @@ def parse_labels(pairs: object, where: str) -> dict[str, int]:
 
 
 def listed_name(name: str) -> str:
-    """Return how archives call a file that a list of labels names."""
+    """Return a file name from a list of labels in the form in which archives give names."""
     return plain_name(name.replace("\\", "/"))
 
 
 def check_class_names(names: Sequence[str], where: Any) -> None:
-    """Raise ValueError for the name of a class that cannot be written."""
+    """Raise ValueError for a class name that is not valid Unicode text."""
     for name in names:
         try:
             name.encode()
@@ -155,7 +156,7 @@ def check_class_names(names: Sequence[str], where: Any) -> None:
 
 
 def parse_class_names(names: object, where: str) -> list[str] | None:
-    """Return the ``class_names`` entry of a ``dataset.json``; raises ValueError if it is none."""
+    """Return the ``class_names`` of a ``dataset.json``, or None; ValueError unless all are text."""
     if names is None:
         return None
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
@@ -165,5 +166,5 @@ def parse_class_names(names: object, where: str) -> list[str] | None:
 
 
 def more(count: int, noun: str) -> str:
-    """Return `` (and 3 more images)`` for messages that show one of ``count`` cases."""
+    """Return `` (and 3 more images)`` for messages that show one of ``count`` (here 4) cases."""
     return f" (and {count - 1} more {noun}{'s' if count > 2 else ''})" if count > 1 else ""

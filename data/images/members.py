@@ -1,4 +1,4 @@
-"""Files inside folders and zip archives, read by position."""
+"""Files in folders, zips and tars: where each lies, and archives that read them by position."""
 
 import dataclasses
 import hashlib
@@ -25,18 +25,18 @@ _KEYS = ("labels", "class_names", "class_splits", "captions")  # Of a dataset.js
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # Signature, ..., length of name, length of extra field.
 _LOCAL_SLACK = 128  # Bytes read beyond header and content, for name and extra fields.
 ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-METADATA_SUFFIXES = ("dataset.json", ".txt")  # Files beside the images that are read.
-BARE = -1  # In the place of a method: the content alone, without a header, as in a tar.
-_MAX_UNPACKED = 1 << 30  # Bytes; no image of the size that is decoded has more.
-_FILES = OpenFiles()  # Of members that are read without those of their archive.
+METADATA_SUFFIXES = ("dataset.json", ".txt")  # Of the files that are read besides images.
+BARE = -1  # Instead of a compression method: content without a zip header, as in a tar.
+_MAX_UNPACKED = 1 << 30  # Bytes; no image small enough to be decoded has more.
+_FILES = OpenFiles()  # For members that are read without their archive.
 
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """Where the bytes of one file lie; small, and readable in another process.
+    """Where the bytes of one file lie: small, and sufficient to read it in another process.
 
-    ``path`` is that of the file, or of the archive that holds it from ``offset`` on; an archive may
-    lie at an address.
+    ``path`` is the file itself if ``offset`` is negative, and otherwise the archive, or its
+    address, that holds the file from ``offset`` on.
     """
 
     path: str
@@ -47,13 +47,13 @@ class Member:
 
     @property
     def place(self) -> tuple[int, int]:
-        """Offset and number of the bytes in an archive that :meth:`read` needs, or a few more."""
+        """Offset and size in bytes of the range that :meth:`read` needs, or slightly more."""
         if self.method == BARE:
             return self.offset, self.compressed_size
         return self.offset, LOCAL_HEADER.size + _LOCAL_SLACK + self.compressed_size
 
     def read(self, files: OpenFiles = _FILES) -> bytes:
-        """Return the content; raises ValueError with the reason (without the name)."""
+        """Return the content; raises ValueError with the reason, without the file's name."""
         try:
             if self.offset < 0:
                 return read_file(self.path)
@@ -63,7 +63,7 @@ class Member:
             except AddressError:
                 raise
             except ValueError:
-                # A block on the disk may have been damaged by a power failure.
+                # A power failure may have damaged a cached block of a remote file.
                 offset, size = self.place
                 file.forget(size, offset)
                 return self._read_from(file)
@@ -107,7 +107,7 @@ class Member:
 
 
 def local_header_length(data: bytes) -> int:
-    """Return the length of the local header of a file in a zip, of which ``data`` is the begin."""
+    """Return the length of the local header at the start of ``data``; ValueError without one."""
     if len(data) < LOCAL_HEADER.size or data[:4] != b"PK\x03\x04":
         raise ValueError("the zip archive is damaged here")
     return LOCAL_HEADER.size + sum(LOCAL_HEADER.unpack_from(data)[1:])
@@ -120,7 +120,7 @@ class Archive:
         path: The zip, tar or folder, or the address of a zip or tar.
         names: Names of the image files, relative to the archive and with ``/``.
         num_bytes: Sum of the stored sizes of the image files.
-        others: Names of the files that are no images, apart from hidden ones.
+        others: Names of the files that are not images, except hidden ones.
     """
 
     path: Path | str
@@ -132,18 +132,18 @@ class Archive:
         return len(self.names)
 
     def member(self, index: int) -> Member:
-        """Return where the image file ``index`` lies."""
+        """Return the place of the image file ``index``."""
         raise NotImplementedError
 
     def read(self, index: int) -> bytes:
         """Return the bytes of the image file ``index``; safe in threads, forks and copies.
 
-        Raises ValueError with the reason (without the file's name, see :meth:`label`).
+        Raises ValueError with the reason, without the file's name (see :meth:`label`).
         """
         return self.member(index).read()
 
     def prefetch(self, indices: np.ndarray) -> None:
-        """Have image files fetched in the background, if the archive is not on this machine."""
+        """Start fetching image files, int64 [N], in the background, if the archive is remote."""
 
     def pixels(self, index: int, *, exact: bool = False) -> np.ndarray:
         """Return the image ``index``, uint8 [H, W] or [H, W, 3], decoded by :func:`decode_image`.
@@ -153,19 +153,19 @@ class Archive:
         return np.asarray(decode_image(self.read(index), exact=exact))
 
     def read_file(self, name: str) -> bytes | None:
-        """Return the bytes of any file by its name, or None if there is none."""
+        """Return the bytes of ``dataset.json`` or a text file by its name, or None without it."""
         raise NotImplementedError
 
     def fingerprint(self) -> str:
-        """Return the identity of the files' names and contents: see :mod:`data.images.identity`."""
+        """Return the identity of the files, by names and contents: :mod:`data.images.identity`."""
         raise NotImplementedError
 
     def checksums(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return length in bytes, int64 [N], and CRC-32, [N], of the content of every image."""
+        """Return length in bytes and CRC-32 of the content of each image, integers [N] both."""
         raise NotImplementedError
 
     def old_fingerprint(self) -> str:
-        """Return the identity of version 1: of a folder, names, sizes and dates of its files."""
+        """Return the identity by version 1, which used the dates of a folder's files."""
         raise NotImplementedError
 
     def label(self, index: int) -> str:
@@ -173,7 +173,7 @@ class Archive:
         return f"{without_query(str(self.path))}/{self.names[index]}"
 
     def metadata(self, folder: str = "") -> dict[str, Any]:
-        """Return the parsed ``dataset.json`` of the archive, or an empty one if it has none."""
+        """Return the parsed ``dataset.json`` of ``folder``, {} without; ValueError if damaged."""
         label = f"{without_query(str(self.path))}/{folder}dataset.json"
         try:
             data = self.read_file(f"{folder}dataset.json")
@@ -185,13 +185,14 @@ class Archive:
 
 
 class PackedArchive(Archive):
-    """The image files of one file, which is read by position.
+    """The image files packed in a single file, which is read by position.
 
     Args:
-        path: The file, or its address.
-        files: What reads it.
-        places: Of each member by its name, in any order, what :class:`Member` has beside a path.
-        lengths: Bytes of the content of each.
+        path: Path or address of the packed file.
+        files: Reads the packed file.
+        places: (offset, compressed_size, method, crc) of each member, as in :class:`Member`, by its
+            name, in any order.
+        lengths: Length in bytes of the uncompressed content of each member, by its name.
     """
 
     def __init__(
@@ -204,7 +205,7 @@ class PackedArchive(Archive):
         self.path, self._open = path, files
         self.names = sorted(name for name in places if is_image_name(name) and not is_hidden(name))
         self.others = sorted(n for n in places if not is_image_name(n) and not is_hidden(n))
-        # A row a file, because objects would fill the memory of large datasets.
+        # One array row per file: objects for large datasets would take too much memory.
         rows = [places[name] for name in self.names]
         self._rows = np.array(rows, np.int64).reshape(-1, 4)
         self._lengths = np.array([lengths[name] for name in self.names], np.int64)
@@ -220,7 +221,7 @@ class PackedArchive(Archive):
 
     def prefetch(self, indices: np.ndarray) -> None:
         rows = self._rows[indices]
-        # As Member.place says; what follows a file in a tar does no harm.
+        # The ranges of Member.place; the few bytes more of a file in a tar do no harm.
         sizes = rows[:, 1] + LOCAL_HEADER.size + _LOCAL_SLACK
         self._open(self.path).prefetch(rows[:, 0], sizes)
 
@@ -243,23 +244,23 @@ class PackedArchive(Archive):
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a path has a part that systems hide or add by themselves."""
+    """Return whether a part of a path is hidden (``.NAME``) or added by macOS (``__MACOSX``)."""
     return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
 def plain_name(name: str) -> str:
-    """Return the name of a file without ``.`` and ``..`` where these can be followed."""
+    """Return a file's name with ``.``, ``..`` and double slashes resolved as far as possible."""
     return posixpath.normpath(name) if "./" in name or "//" in name else name
 
 
 def is_needed(name: str) -> bool:
-    """Return whether a file of a zip or tar is read: an image, or a file about images."""
+    """Return whether a file of a zip or tar is ever read: as an image, or as metadata of images."""
     is_read = is_image_name(name) or name.endswith(METADATA_SUFFIXES)
     return is_read and not is_hidden(name)
 
 
 def holds_twice(names: Iterable[str]) -> str:
-    """Return the text of an error about a name that appears twice."""
+    """Return the error text for names of which one occurs twice."""
     return f"holds {Counter(names).most_common(1)[0][0]} twice"
 
 

@@ -1,4 +1,4 @@
-"""Arrays of samples in .npz and .npy files, read as if each were a file."""
+"""Sample archives: the images of an .npz in ADM's layout, read one by one."""
 
 import functools
 import hashlib
@@ -25,9 +25,9 @@ class SampleArchive(Archive):
     """The images of an ``.npz`` as ADM writes samples and reference batches (docs/formats.md).
 
     ``arr_0`` holds them, uint8 [N, H, W, 3], [N, H, W, 1] or [N, H, W]; ``arr_1``, if there is
-    one, their class indices [N], and ``class_names`` the names of the classes. Each image is read
-    by itself at its place in the file, unless ``arr_0`` is compressed or in Fortran order: it is
-    then read whole by every process. Nothing is ever unpickled.
+    one, their class indices, integers [N], and ``class_names`` the names of the classes. Each image
+    is read by itself from its position in the file, unless ``arr_0`` is compressed or in Fortran
+    order: every process then reads the whole array into memory. Nothing is ever unpickled.
 
     Raises ValueError if the file is damaged or holds anything else.
     """
@@ -61,7 +61,7 @@ class SampleArchive(Archive):
         if num_bytes != math.prod(shape):
             needed = f"but its shape {list(shape)} needs {math.prod(shape)}"
             raise refusal(path, but=f"arr_0 has {num_bytes} bytes, {needed}", remedy=_AGAIN)
-        # Where the first image lies; -1 if the array must be read whole.
+        # Offset of the first image; -1 if the array must be read as a whole.
         self._start = -1
         if info.compress_type == zipfile.ZIP_STORED and not fortran_order:
             local = self._open.pread(path, LOCAL_HEADER.size, info.header_offset)
@@ -101,7 +101,7 @@ class SampleArchive(Archive):
         return None
 
     def fingerprint(self) -> str:
-        # The checksums of the file stand for its arrays, which therefore have to be right.
+        # The identity rests on the checksums stored in the file, so the arrays must match them.
         label = f"Checksums of {name_of(self.path)}"
         look = dict(label=label, unit="B", transient=True)
         with progress(total=self.num_array_bytes, **look) as bar:
@@ -110,7 +110,7 @@ class SampleArchive(Archive):
         return VERSION + self.old_fingerprint()
 
     def checksums(self) -> tuple[np.ndarray, np.ndarray]:
-        # Of the pixels, as the images of an array are no files.
+        # Of the pixels, because the images of an array are not files.
         every = range(len(self))
         crcs = [zlib.crc32(np.ascontiguousarray(self.pixels(index))) for index in every]
         return np.full(len(self), math.prod(self._pixels_shape)), np.array(crcs)
@@ -122,13 +122,13 @@ class SampleArchive(Archive):
         return digest.hexdigest()
 
     def read_array(self, name: str) -> np.ndarray | None:
-        """Return the array of a name as it is stored, or None if there is none."""
+        """Return an array by its name, as it is stored, or None if there is none."""
         if name not in self._members:
             return None
-        return self._read_member(name, np.lib.format.read_array)  # Which unpickles nothing.
+        return self._read_member(name, np.lib.format.read_array)  # Refuses to unpickle.
 
     def check(self, on_bytes: Callable[[int], None]) -> Iterator[str]:
-        """Yield a sentence for each array whose bytes, told to ``on_bytes``, are damaged."""
+        """Read all arrays, with counts to ``on_bytes``; yield a sentence for each damaged one."""
 
         def read_all(stream: IO[bytes]) -> None:
             while data := stream.read(1 << 20):
@@ -142,7 +142,7 @@ class SampleArchive(Archive):
 
     def _check_images(self, shape: tuple[int, ...], dtype: np.dtype) -> None:
         problem = ""
-        # Three columns are a single image in colour, not many that are 3 pixels wide.
+        # [H, W, 3] is taken for a single image in colour, not for many that are 3 pixels wide.
         is_shape = len(shape) == 3 or (len(shape) == 4 and shape[3] in (1, 3))
         if dtype.hasobject:
             problem = ", Python objects, which are never unpickled; save one uint8 array"
@@ -162,7 +162,7 @@ class SampleArchive(Archive):
             raise refusal(self.path, but=held + problem)
 
     def _read_member(self, name: str, read: Callable[[IO[bytes]], Any]) -> Any:
-        """Return ``read(the stream of an array's file)``; raises ValueError if it is damaged."""
+        """Return ``read(stream)`` for the stream of an array; ValueError if that is damaged."""
         info = self._members[name]
         try:
             if info.flag_bits & 1 or info.compress_type not in ZIP_METHODS:
@@ -181,7 +181,7 @@ class SampleArchive(Archive):
 
 
 def _array_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype, int]:
-    """Return shape, Fortran order, type and the header's length of an array in ``.npy`` format."""
+    """Return shape, Fortran order, dtype and header length in bytes of an ``.npy`` stream."""
     version = np.lib.format.read_magic(stream)
     read_header = getattr(np.lib.format, "read_array_header_{}_{}".format(*version), None)
     if read_header is None:

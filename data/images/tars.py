@@ -1,4 +1,4 @@
-"""Tars of images, and the index beside each, which holds the positions of its files."""
+"""Tars of images, each with an index file beside it that gives the positions of its files."""
 
 import json
 import tarfile
@@ -27,9 +27,9 @@ _Index = TypedDict("_Index", dict(num_bytes=int, **_COLUMNS))
 
 
 class TarArchive(PackedArchive):
-    """A tar, perhaps at an address, with its index beside it (``dataset_tool.py index``).
+    """A tar, local or at an address, with its index beside it (``dataset_tool.py index``).
 
-    Raises ValueError if there is no index, or if it is that of another tar.
+    Raises ValueError if there is no index, or if it belongs to another tar.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -51,7 +51,7 @@ class TarArchive(PackedArchive):
 
 
 def index_of(path: Path | str) -> Path | str:
-    """Return where the index of a tar lies, which may be an address: beside it."""
+    """Return the path or address of a tar's index, which lies beside the tar."""
     if not is_address(path):
         return path.with_name(path.name + SUFFIX)
     base = without_query(path)
@@ -59,12 +59,13 @@ def index_of(path: Path | str) -> Path | str:
 
 
 def write_index(path: Path) -> tuple[Path, int]:
-    """Write the index of a tar beside it, atomically; return it, and the number of its images.
+    """Write the index of a tar beside it, atomically; return its path and the number of images.
 
-    Raises ValueError if the file is no tar, is compressed, is damaged, or holds a name twice.
+    Raises ValueError if the file is not a tar, is compressed or damaged, or holds a name twice or
+    no images.
     """
     check_source(path, folder=False)
-    check_target("TAR", index_of(path), overwrite=True)  # Before a long read.
+    check_target("TAR", index_of(path), overwrite=True)  # Before the long read.
     columns: dict[str, list] = {name: [] for name in _COLUMNS}
     num_bytes = path.stat().st_size
     shown = dict(total=num_bytes, label=f"Reading {path.name}", unit="B")

@@ -1,4 +1,4 @@
-"""Brings images of any size to the square of a training dataset."""
+"""Crops and resizes images of any size to the square size of a training dataset."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def center_crop(image: Image.Image, size: Size) -> Image.Image:
 
 
 def center_crop_wide(image: Image.Image, size: Size) -> Image.Image:
-    """Return :func:`center_crop` between black bars, as a square as wide as ``size``."""
+    """Return :func:`center_crop` with black bars above and below: a square as wide as ``size``."""
     from PIL import Image
 
     width, height = size
@@ -40,8 +40,8 @@ def center_crop_wide(image: Image.Image, size: Size) -> Image.Image:
 def center_crop_dhariwal(image: Image.Image, size: Size) -> Image.Image:
     """Return the central square as ADM prepares ImageNet (Dhariwal & Nichol 2021, 2105.05233).
 
-    The image is halved by averaging while its short side is at least twice the target, then
-    resized by a bicubic filter, then cropped.
+    The image is halved by averaging while its short side is at least twice the target ``size[0]``,
+    then its short side is resized to the target with a bicubic filter, then the centre is cropped.
     """
     from PIL import Image
 
@@ -64,10 +64,10 @@ _TRANSFORMS: dict[str, Callable[[Image.Image, Size], Image.Image]] = dict(
 def apply_transform(
     image: Image.Image, size: Size, transform: str | None, by_area: bool = False
 ) -> Image.Image:
-    """Return an image brought to ``size`` by one of TRANSFORMS, or resized without.
+    """Return an image brought to ``size`` by one of TRANSFORMS; None resizes it without cropping.
 
-    The filter then is Lanczos, or with ``by_area`` the mean over the area (box) of images that
-    become smaller.
+    That resizing uses a Lanczos filter, or with ``by_area`` the mean over each pixel's area (box)
+    if the image becomes smaller.
     """
     from PIL import Image
 
@@ -83,8 +83,8 @@ def apply_transform(
 def parse_resolution(text: str | None, transform: str | None) -> Size | None:
     """Return (width, height) from ``--resolution``: N, or WxH for center-crop-wide.
 
-    A single N means 4:3 for center-crop-wide, as for LSUN Cars. Raises ValueError for anything
-    else, and for a transform without a resolution.
+    For center-crop-wide, a single N is a width with the proportions 4:3, as for LSUN Cars. Raises
+    ValueError for anything else, and for a transform without a resolution.
     """
     if text is None:
         if transform is not None:

@@ -1,4 +1,4 @@
-"""Latents of an autoencoder: conversion of moments or images for the network, and back."""
+"""The codec of latent models: moments or images to normalised latents, and back to images."""
 
 from typing import Any
 
@@ -12,15 +12,14 @@ from torch_utils.pictures import to_uint8
 
 
 class LatentCodec:
-    """Latents drawn from the autoencoder's posterior, anew each time that an image is seen.
+    """Samples latents from the autoencoder's posterior, anew each time an image is seen.
 
     Args:
         model: Channels of the latents and their normalisation.
-        autoencoder: Decodes for pictures, and encodes batches that are still images; may be None
-            where neither is needed.
-        from_images: Whether batches are uint8 images [N, C, H, W], encoded on the fly, or the
+        autoencoder: Decodes latents, and encodes batches of images; None if neither is needed.
+        from_images: Whether batches are uint8 images [N, C, H, W], to be encoded on the fly, or the
             moments that :class:`~data.latents.dataset.LatentDataset` yields.
-        has_std: Whether moments hold the posterior's standard deviation beside its mean.
+        has_std: Whether moments include the posterior's standard deviation, or only its mean.
     """
 
     def __init__(
@@ -36,7 +35,7 @@ class LatentCodec:
         self._is_random = from_images or has_std
 
     def draw(self, step: rng.Step) -> torch.Tensor | None:
-        """Return standard normal numbers [batch, c, h, w] for a step's global batch."""
+        """Return standard normal noise [batch, c, h, w] for the global batch, or None for means."""
         if not self._is_random:
             return None
         generator = step.generator(rng.STREAM_POSTERIOR)
@@ -45,19 +44,19 @@ class LatentCodec:
     def encode(
         self, batch: torch.Tensor, cond: Cond, drawn: torch.Tensor | None
     ) -> tuple[torch.Tensor, Cond]:
-        """Return normalised float32 latents [N, c, h, w], with the conditions.
+        """Return normalised latents, float32 [N, c, h, w], and the unchanged conditions.
 
-        Without ``drawn`` they are the means.
+        With ``drawn`` None, the latents are the posterior's means.
         """
         moments = self._autoencoder.moments(batch) if self._from_images else batch
         return self._normalise(moments, drawn), cond
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
-        """Return normalised latents [N, c, h, w], their means, of uint8 images [N, C, H, W]."""
+        """Return normalised posterior means [N, c, h, w] of uint8 images [N, C, H, W]."""
         return self._normalise(self._autoencoder.moments(images), None)
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
-        """Return uint8 images [N, C, H, W] of normalised latents [N, c, h, w]."""
+        """Return the uint8 images [N, C, H, W] that normalised latents [N, c, h, w] decode to."""
         return to_uint8(self._autoencoder.decode(x.to(torch.float32)))
 
     def pictures(self, batch: torch.Tensor) -> torch.Tensor:
@@ -67,7 +66,7 @@ class LatentCodec:
         return self.decode(self._normalise(batch[:, : self._model.latent_channels], None))
 
     def facts(self) -> dict[str, Any]:
-        """Return what a score row says of the decoding."""
+        """Return what a score row records about the decoding."""
         return dict(vae_hash=self._autoencoder.sha256)
 
     def _normalise(self, moments: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Latents of images with their class labels, as training reads them."""
+"""The dataset of stored latents with their class labels, as training reads them."""
 
 import functools
 import itertools
@@ -27,27 +27,25 @@ from dnnlib.remote.files import OpenFiles, location_of
 
 
 class LatentDataset(LabelledDataset):
-    """Moments of latents; item ``i`` is ``(float16 [C, h, w], cond)``.
+    """Moments of raw latents; item ``i`` is ``(float16 [C, h, w], cond)``.
 
-    C is 2c for means and then standard deviations, or c for means alone (see
+    C is 2c for the means followed by the standard deviations, or c for the means alone (see
     :func:`encoders.autoencoder.normalise`). ``cond`` is ``{"label": int64 []}`` if labels are
-    delivered and empty otherwise. Any number of processes and threads may read at once, also from
-    copies made by fork or pickle.
+    delivered, and empty otherwise. Any number of processes and threads may read at once, including
+    from copies made by fork or pickle.
 
     Args:
         path: Folder made by ``dataset_tool.py encode`` (see docs/formats.md), or its address.
-        use_labels: Deliver class labels, which the data must have; None delivers them if it does.
-        max_size: Keep a random subset of this many images, the same as of the images themselves.
+        use_labels: Deliver class labels: True requires them, None delivers them if there are any.
+        max_size: Use a random subset of this many images, the same as of the images themselves.
         seed: Seed of that subset.
-        hflip: Item ``num_images + i`` is the mirror image of ``i``, which the data must have.
+        hflip: Item ``num_images + i`` is the mirror image of item ``i``; the data must include it.
 
-    Attributes:
-        record: All that is known of the archive.
+    Attributes, in addition to those of :class:`~data.images.dataset.LabelledDataset`:
+        record: The archive's record.
         latent_shape: Shape (c, h, w) of a latent.
         scale, shift: Normalisation of the autoencoder.
         vae, vae_hash: Location and identity of the autoencoder.
-
-    The others are those of :class:`~data.images.dataset.LabelledDataset`.
 
     Raises ValueError, one sentence that names the file, for data that do not fit or are damaged.
     """
@@ -93,7 +91,7 @@ class LatentDataset(LabelledDataset):
         self._firsts = np.cumsum([0, *sizes])  # The first image of each shard.
 
     def _open_shards(self, sizes: Sequence[int]) -> list[int]:
-        """Return where the values of each shard begin, after headers and sizes are checked."""
+        """Return the offset of the values in each shard, after a check of its header and size."""
         is_remote = is_address(self.path)
         self._open = OpenFiles(known_shards(self.path, self.record) if is_remote else {})
         if is_remote:
@@ -124,7 +122,7 @@ class LatentDataset(LabelledDataset):
 
     @functools.cached_property
     def content_hash(self) -> str:
-        """Hexadecimal digits that identify the latents, their labels, the subset and ``hflip``."""
+        """Identity of the latents, their labels, the subset in use and ``hflip``: a hex digest."""
         record = self.record
         content = dict(
             vae=record.vae_hash,
@@ -138,13 +136,13 @@ class LatentDataset(LabelledDataset):
         return self._subset_hash(json.dumps(content, sort_keys=True))
 
     def file_label(self, index: int) -> str:
-        """Return the file of a latent and its row there, for messages."""
+        """Return the file of a latent and its row in it, for messages."""
         image = int(self._indices[index % self.num_images])
         shard = int(np.searchsorted(self._firsts, image, side="right")) - 1
         return f"{self._files[shard]}, row {image - self._firsts[shard]}"
 
     def _places(self, images: np.ndarray, variants: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return shard and offset of each latent, int64 [N] both."""
+        """Return the shard and the offset in bytes of each latent, int64 [N] both."""
         shards = np.searchsorted(self._firsts, images, side="right") - 1
         rows = (images - self._firsts[shards]) * self._row_shape[0] + variants
         return shards, self._starts[shards] + rows * 2 * math.prod(self._row_shape[1:])
@@ -165,7 +163,7 @@ class LatentDataset(LabelledDataset):
         images = self._indices[own]
         places = self._places(images, variants)
         rows = zip(*(array.tolist() for array in (*places, images, variants)), strict=True)
-        # In the order of the files, which a disk reads fastest.
+        # Read in file order, which is fastest on a disk.
         for (shard, offset, image, variant), row in sorted(zip(rows, itertools.count())):
             self._read(shard, offset, image, variant, latents[row])
         return self._with_labels(torch.from_numpy(latents), own)
@@ -194,5 +192,5 @@ class LatentDataset(LabelledDataset):
             raise ImageError(f"{without_query(str(path))}: {problem}; {remedy}.")
 
     def _is_right(self, values: np.ndarray, image: int, variant: int) -> bool:
-        """Return whether latents are those of their checksum, if they have one."""
+        """Return whether latents match their checksum; True if there are no checksums."""
         return self._crcs is None or zlib.crc32(values) == self._crcs[image, variant]

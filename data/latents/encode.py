@@ -1,4 +1,4 @@
-"""Makes a latent archive of an image dataset, on any number of ranks, in resumable parts."""
+"""Encodes an image dataset to a latent archive, on any number of ranks, in resumable parts."""
 
 import contextlib
 import dataclasses
@@ -55,9 +55,9 @@ _PREFETCH_FACTOR = 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Encoding:
-    """How images become latents.
+    """How images are encoded to latents.
 
-    ``batch_size`` and ``num_workers`` decide the speed, everything else what is made.
+    ``batch_size`` and ``num_workers`` affect only the speed; all else determines the result.
     """
 
     hflip: bool = False
@@ -71,15 +71,15 @@ class Encoding:
 def encode(
     source: Path | str, dest: Path | str, vae: str, encoding: Encoding, device: torch.device
 ) -> tuple[LatentRecord, int | None]:
-    """Make the latent archive ``dest`` of an image dataset; return its record. Collective.
+    """Encode an image dataset to the latent archive ``dest``. Collective.
 
-    Ranks take turns at the shards that are missing, so that an encoding that was killed at any
-    moment goes on when it is started again, with any number of ranks. The archive is complete when
-    its record appears. Beside the record, the number of shards made now is returned, None if
-    the archive was complete before.
+    The ranks divide the missing shards among themselves, so an encoding that was killed at any
+    moment continues when it is started again, with any number of ranks. The archive is complete
+    when its record appears. Returns the record and the number of shards made in this call, or None
+    instead of that number if the archive was complete already.
 
     Raises ValueError if the images do not fit the autoencoder, if ``dest`` holds anything else, or
-    if a latent is beyond the range of float16.
+    if a latent exceeds the range of float16.
     """
     dest = Path(dest)
     with distributed.together():
@@ -102,7 +102,7 @@ def encode(
 
 
 def _plan(dataset: ImageDataset, autoencoder: Autoencoder, encoding: Encoding) -> LatentRecord:
-    """Return the record of the archive to be made, without checksums."""
+    """Return the record of the archive to be made, with its hashes still empty."""
     num_images, size = len(dataset), encoding.shard_size
     return LatentRecord(
         num_images=num_images,
@@ -131,7 +131,7 @@ def _plan(dataset: ImageDataset, autoencoder: Autoencoder, encoding: Encoding) -
 
 
 def _protocol(record: LatentRecord) -> dict[str, Any]:
-    """Return what two encodings must have in common to make the same archive, by name."""
+    """Return the settings that determine an archive's content, by the names that users know."""
     return {
         "autoencoder (--vae)": record.vae_hash,
         "images (--source)": record.source_hash,
@@ -145,9 +145,9 @@ def _protocol(record: LatentRecord) -> dict[str, Any]:
 
 
 def _claim(dest: Path, plan: LatentRecord, dataset: ImageDataset) -> list[int] | None:
-    """Take ``dest`` for this encoding; return the shards to be made, None if it is complete.
+    """Claim ``dest`` for this encoding; return the shards to make, or None if it is complete.
 
-    Raises ValueError if it holds another encoding.
+    Raises ValueError if ``dest`` holds another encoding.
     """
     file, protocol = dest / CLAIM_FILE, _protocol(plan)
 
@@ -162,11 +162,11 @@ def _claim(dest: Path, plan: LatentRecord, dataset: ImageDataset) -> list[int] |
         there = _protocol(read_record(dest))
         check_protocol(dest, protocol, there, "--dest", "latents", is_same)
     missing = [i for i in range(len(plan.shards)) if not _is_whole(dest, plan, i)]
-    with contextlib.suppress(ValueError):  # A damaged record tells nothing, as if there were none.
+    with contextlib.suppress(ValueError):  # A damaged record counts as none.
         record = read_record(dest)
         if not missing and _is_right(dest, record, plan, dataset):
             return None
-        # What is left is told from what is damaged as long as the old checksums are there.
+        # Find damaged shards now, while the old record still has their checksums.
         for index, shard in enumerate(record.shards):
             if index not in missing and sha256_of_file(dest / shard["file"]) != shard["sha256"]:
                 missing.append(index)
@@ -185,7 +185,7 @@ def _is_whole(dest: Path, plan: LatentRecord, index: int) -> bool:
 
 
 def _is_right(dest: Path, record: LatentRecord, plan: LatentRecord, dataset: ImageDataset) -> bool:
-    """Return whether a record and its labels are those of the data."""
+    """Return whether record, labels and checksums are intact and fit the data."""
     if (record.num_images, record.class_names) != (plan.num_images, plan.class_names):
         return False
     try:
@@ -204,7 +204,7 @@ def _encode_shards(
     autoencoder: Autoencoder,
     encoding: Encoding,
 ) -> None:
-    """Make this rank's share of the missing shards."""
+    """Encode and write this rank's share of the missing shards."""
     mine = share(missing)
     total, own = (sum(plan.shards[i]["num_images"] for i in part) for part in (missing, mine))
     if not mine:
@@ -231,7 +231,7 @@ def _moments(
     autoencoder: Autoencoder,
     encoding: Encoding,
 ) -> Iterator[np.ndarray]:
-    """Yield the rows of these shards in order, float16 [N, V, C, h, w]; no batch is of two."""
+    """Yield batches of the rows of some shards, float16 [N, V, C, h, w]; none spans two shards."""
     batches = []
     for index in mine:
         first = index * plan.shard_size
@@ -240,7 +240,7 @@ def _moments(
         batches += [images[start : start + size] for start in range(0, len(images), size)]
     num_workers = encoding.num_workers
     if num_workers is None:
-        # Processes pay off only for more work than starting them costs.
+        # For few images, starting processes would take longer than they save.
         is_much = sum(map(len, batches)) >= _MIN_IMAGES_FOR_WORKERS
         num_workers = num_cores_of_rank(_MAX_WORKERS) if is_much else 0
     loader = DataLoader(
@@ -275,7 +275,7 @@ def _write_array(path: Path, values: np.ndarray) -> None:
 
 
 def _finish(dest: Path, plan: LatentRecord, dataset: ImageDataset) -> LatentRecord:
-    """Hash all shards and rows, then write checksums, labels and record. Collective."""
+    """Hash all shards and rows, write checksums and labels, and last the record. Collective."""
     variants = plan.row_shape[0]
 
     def measure(shard: dict[str, Any]) -> tuple[str, np.ndarray]:

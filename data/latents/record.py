@@ -22,17 +22,17 @@ from dnnlib.typed import JsonFormat, typed
 FORMAT = "setdiffit-latents"
 FORMAT_VERSION = 1
 RECORD_FILE = "latents.json"
-CLAIM_FILE = "encoding.json"  # There from the beginning of an encoding on.
+CLAIM_FILE = "encoding.json"  # Written when an encoding begins.
 LABELS_FILE = "labels.npy"
 CHECKSUMS_FILE = "crc32.npy"
 KINDS = ("mean-std", "mean")
 _AGAIN = "start the same dataset_tool.py encode again, which makes what is missing"
 _ROWS_AT_ONCE = 256
-_MAX_BYTES = 1 << 32  # Of a record, labels or checksums.
+_MAX_BYTES = 1 << 32  # Limit for the files of the record, labels and checksums.
 
 
 class ShardFacts(TypedDict):
-    """What a record says of one shard."""
+    """What a record states about one shard."""
 
     file: str
     num_images: int
@@ -41,14 +41,14 @@ class ShardFacts(TypedDict):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LatentRecord:
-    """All that is known of a latent archive: the content of ``latents.json``."""
+    """The record of a latent archive: the content of ``latents.json``."""
 
     num_images: int
-    resolution: int  # Of the images, as img_channels.
+    resolution: int  # Of the images, like img_channels.
     img_channels: int
     latent_shape: list[int]  # c, h, w.
-    kind: str  # One of KINDS: whether standard deviations follow the means.
-    mirrored: bool  # Whether each image has a twin that is flipped left to right.
+    kind: str  # One of KINDS: whether standard deviations are stored after the means.
+    mirrored: bool  # Whether latents of the mirror image of each image are stored too.
     scale: float
     shift: float
     vae: str
@@ -62,10 +62,10 @@ class LatentRecord:
     shard_size: int
     shards: list[ShardFacts]
     packages: dict[str, str]
-    checksums_sha256: str | None = None  # Of the checksums of rows; earlier versions wrote none.
+    checksums_sha256: str | None = None  # Of crc32.npy, which earlier versions did not write.
 
     def checked(self) -> Self:
-        """Return this; raises ValueError if the values of a finished archive do not agree."""
+        """Return this record; raises ValueError if its values contradict one another."""
         for name in ("num_images", "resolution", "img_channels", "shard_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}")
@@ -87,7 +87,7 @@ class LatentRecord:
 
     @property
     def row_shape(self) -> tuple[int, int, int, int]:
-        """The shape [V, C, h, w] of what an archive holds of one image."""
+        """The shape [V, C, h, w] of the moments of one image; V is 2 with mirror images, else 1."""
         channels, height, width = self.latent_shape
         return 1 + self.mirrored, channels * (1 + (self.kind == "mean-std")), height, width
 
@@ -97,7 +97,7 @@ class LatentRecord:
 
 
 def is_latent_archive(path: str | os.PathLike) -> bool:
-    """Return whether a path is a folder of latents, complete; an address may be, if no file is."""
+    """Return whether a path is a complete folder of latents; an address is judged by its name."""
     if is_address(path):
         return not name_of(path).lower().endswith((".zip", ".tar", ".npz"))
     return (Path(path) / RECORD_FILE).is_file()
@@ -114,7 +114,7 @@ def latent_shard_name(index: int) -> str:
 
 
 def read_record(path: str | os.PathLike) -> LatentRecord:
-    """Return the record of an archive; raises ValueError if it is damaged or of another version."""
+    """Return the record of an archive; ValueError if missing, damaged or of a newer version."""
     file = under(path, RECORD_FILE)
     if not (is_address(file) or file.is_file()):
         if is_latent_folder(path):
@@ -130,7 +130,7 @@ def read_record(path: str | os.PathLike) -> LatentRecord:
 
 
 def known_shards(path: str, record: LatentRecord) -> dict[str, Known]:
-    """Return size and checksum of each shard at an address, so that no server is asked for them."""
+    """Return size and checksum of each remote shard, so that no server need be asked for them."""
     known = {}
     for shard in record.shards:
         shape, header = (shard["num_images"], *record.row_shape), io.BytesIO()
@@ -144,11 +144,11 @@ def known_shards(path: str, record: LatentRecord) -> dict[str, Known]:
 def check_latent_shard(
     path: Path | str, shape: tuple[int, ...], files: OpenFiles | None = None
 ) -> int:
-    """Return where the values of a shard begin, in bytes, after its header and size are checked.
+    """Return the offset in bytes of the values in a shard, after a check of its header and size.
 
-    ``files`` reads shards at an address.
+    ``files`` reads a shard at an address; None reads a local file.
 
-    Raises ValueError if the file is not a whole float16 array of ``shape``.
+    Raises ValueError if the file is not a complete float16 array of ``shape``.
     """
     try:
         local = files is None
@@ -173,7 +173,7 @@ def check_latent_shard(
 
 
 def read_archive_labels(path: Path | str, record: LatentRecord) -> np.ndarray | None:
-    """Return the class index of every image, int64 [N]; None if there are no labels.
+    """Return the class index of each image, int64 [N], or None if there are no labels.
 
     Raises ValueError if they are missing or damaged.
     """
@@ -189,9 +189,9 @@ def read_archive_labels(path: Path | str, record: LatentRecord) -> np.ndarray | 
 
 
 def read_checksums(path: Path | str, record: LatentRecord) -> np.ndarray | None:
-    """Return the CRC-32 of each image's latents and of its twin's, uint32 [N, V]; None without any.
+    """Return the CRC-32s of the latents of each image and its mirror image, uint32 [N, V], or None.
 
-    Raises ValueError if they are missing or damaged.
+    Earlier versions stored none. Raises ValueError if they are missing or damaged.
     """
     if record.checksums_sha256 is None:
         return None
@@ -226,8 +226,8 @@ def checksums_of_shard(path: Path, rows: int, variants: int) -> tuple[str, np.nd
 def verify_latents(path: str | os.PathLike, *, num_workers: int | None = None) -> list[str]:
     """Read a whole archive and return one sentence for each problem found.
 
-    Checks the record, the labels, and of every shard its checksum, its size, and that its values
-    are finite and its standard deviations not negative.
+    Checks the record and the files of labels and row checksums. Of each shard it checks size and
+    SHA-256, and that values are finite and standard deviations not negative.
     """
     folder, problems = Path(path), []
     try:

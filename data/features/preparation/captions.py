@@ -18,19 +18,20 @@ _NUM_SHOWN = 3
 def read_captions(
     archive: Archive, names: Sequence[str], location: str | None = None, key: str | None = None
 ) -> dict[str, str]:
-    """Return the captions of images by name, without white space around them.
+    """Return the captions of images by name, stripped of white space at both ends.
 
     Args:
         archive: The folder or zip of the images.
-        names: Names of the images, relative to the archive; other captions are left out, as are
-            empty ones.
+        names: Names of the images, relative to the archive. Captions of other images, and empty
+            captions, are left out.
         location: A ``.jsonl`` file of objects with "file" (or "file_name") and "caption" (or
-            "text"); a folder of text files with the images' names but ``.txt`` at the end; the
-            word ``metadata`` for "captions" in the archive's ``dataset.json``, an object or a list
-            of [name, caption] pairs; or None: text files beside the images.
-        key: Another name for "caption" of the JSONL file, or for "captions" of the metadata.
+            "text"); a folder of text files, named like the images but ending in ``.txt``; the word
+            ``metadata`` for "captions" in the archive's ``dataset.json``, an object or a list of
+            [name, caption] pairs; or None for text files beside the images.
+        key: The key to use instead of "caption" in a JSONL file, or of "captions" in the metadata.
 
-    Raises ValueError, one sentence, if a file is missing or damaged.
+    Raises ValueError, one sentence, if a source of captions is missing or damaged; text files may
+    be missing.
     """
     if location == METADATA:
         captions = _from_metadata(archive, key or "captions")
@@ -50,9 +51,9 @@ def read_captions(
 def require_captions(
     captions: Mapping[str, str], names: Sequence[str], source: Path | str, location: str | None
 ) -> None:
-    """Raise ValueError, one sentence, if an image has no caption.
+    """Raise ValueError, one sentence, if any of the images ``names`` has no caption.
 
-    ``source`` and ``location`` are where images and captions were looked for.
+    ``source`` and ``location`` are where the images and the captions came from.
     """
     missing = [name for name in names if name not in captions]
     if missing:

@@ -1,4 +1,4 @@
-"""Encodes images and captions on this rank, and stages each feature in a file of its own."""
+"""Encodes this rank's share of images and captions, and stages each feature in its own file."""
 
 import collections
 import contextlib
@@ -25,19 +25,19 @@ from data.resumable import BackgroundWriter, memory_for, progress_of_ranks, shar
 from dnnlib.parallel import thread_map
 from torch_utils import distributed
 
-Batch = Sequence[tuple[PlannedImage, Collection[str]]]  # Samples, and what each is without.
+Batch = Sequence[tuple[PlannedImage, Collection[str]]]  # Samples, each with the features it lacks.
 
 _BATCHES_AHEAD = 3
-_BATCHES_PER_ROUND = 32  # Of each rank, between two moments at which shards are packed.
+_BATCHES_PER_ROUND = 32  # Per rank, between two rounds of packing shards.
 
 
 @dataclasses.dataclass
 class FeatureEncoder:
-    """Encodes what samples lack and stages it; decoding and writing go on beside that in threads.
+    """Encodes and stages the features that samples lack, with threads that decode and write.
 
     Attributes:
-        encoders: Those of the features that are to be made, by name.
-        num_made: How many of each feature this rank has staged so far.
+        encoders: Encoders of the features to be made, by the feature's name.
+        num_made: Number of each feature that this rank has staged so far.
     """
 
     plan: Plan
@@ -58,11 +58,12 @@ class FeatureEncoder:
         there: Collection[Key],
         pack: Callable[[Path], None] | None = None,
     ) -> None:
-        """Stage what the samples of shards lack of the plan beside what is ``there``. Collective.
+        """Stage all planned features of the samples of shards that are not ``there``. Collective.
 
-        Ranks share the batches of some shards at a time, then these shards, to ``pack`` them: while
-        they encode for some, they write those before. Batches are the same for any number of ranks
-        and after a stop, as the last digits of what is made depend on them.
+        In each round, the ranks share the batches of several shards, and then these shards, to
+        ``pack`` them in the background while they encode the next round. Batches are the same for
+        any number of ranks and after an interruption, because the last digits of features depend
+        on the batch.
         """
         images = list(chain(*shards.values()))
         lacking = {
@@ -92,7 +93,7 @@ class FeatureEncoder:
                 packer.wait()
 
     def _encode_captions(self, images: Sequence[PlannedImage], wanted: Collection[str]) -> None:
-        images = sorted(images, key=lambda i: (len(i.caption), i.id))  # So that few are padded.
+        images = sorted(images, key=lambda i: (len(i.caption), i.id))  # For little padding.
         whole = _chunks(images, self.batch_size)
         batches = [batch for batch in whole if any(image.id in wanted for image in batch)]
         mine = share(batches)
@@ -113,7 +114,7 @@ class FeatureEncoder:
                 on_done(len(batch))
 
     def encode_images(self, batches: Sequence[Batch], on_done: Callable[[int], None]) -> None:
-        """Stage what is wanted of latents and visual features of batches, each of one bucket."""
+        """Stage the latents and visual features that batches lack; a batch is of one bucket."""
         images = [image for batch in batches for image, _ in batch]
         num_ahead = (1 + _BATCHES_AHEAD) * self.batch_size
         pixels_of = thread_map(self._pixels, images, self.num_threads, num_ahead)
@@ -148,7 +149,7 @@ class FeatureEncoder:
         return BackgroundWriter(self.num_threads, 4 * self.num_threads)
 
     def _pixels(self, image: PlannedImage) -> np.ndarray:
-        """Return the pixels of a sample's crop, uint8 [3, H, W]."""
+        """Return a sample's image, resized and cropped to its bucket, uint8 [3, H, W]."""
         try:
             data = self.archive.read(self._positions[image.file])
             if hashlib.sha256(data).hexdigest() != image.sha256:

@@ -1,4 +1,4 @@
-"""Packs the shards of a feature folder, and unpacks shards that are out of date."""
+"""Packs staged features into shards, unpacks outdated shards, and finishes feature folders."""
 
 import collections
 import contextlib
@@ -44,12 +44,12 @@ from dnnlib.files import atomic_write, write_json
 from torch_utils import distributed
 from torch_utils.fingerprints import package_versions
 
-_OLD_FOLDER = ".old"  # Where earlier versions put shards that were to be replaced.
+_OLD_FOLDER = ".old"  # Earlier versions put shards to be replaced here.
 _ALTERED = "was altered while it was in use; start the same command again"
 
 
 def _glob(folder: Path, pattern: str) -> list[Path]:
-    """Return the files of a pattern in the folders of all buckets, or with ``""`` these folders."""
+    """Return the files that match a pattern in all bucket folders, or for ``""`` these folders."""
     return sorted(p for split in SPLITS for p in (folder / split).glob(f"bucket_*/{pattern}"))
 
 
@@ -58,7 +58,7 @@ def find_shards(folder: Path) -> list[Path]:
     return sorted([*(folder / _OLD_FOLDER).glob("*.tar"), *_glob(folder, "shard-*.tar")])
 
 
-# Indexes beside shards, while a preparation is under way: the manifest of that shard alone.
+# During a preparation, each shard has an index file beside it: the manifest of that shard alone.
 
 
 def _index_file(path: Path) -> Path:
@@ -66,7 +66,7 @@ def _index_file(path: Path) -> Path:
 
 
 def _read_index(path: Path) -> Manifest:
-    """Return the index beside a shard; raises ValueError if there is none."""
+    """Return the index beside a shard; raises ValueError if it is missing or damaged."""
     try:
         return read_json(_index_file(path), FORMAT, lambda found: Manifest.of(path.parent, found))
     except (OSError, ValueError):
@@ -74,15 +74,15 @@ def _read_index(path: Path) -> Manifest:
 
 
 def _is_unchanged(path: Path, index: Manifest) -> bool:
-    """Return whether a shard is as it was when the index beside it was written."""
+    """Return whether a shard is unchanged, by size and date, since its index was written."""
     is_same_size = path.stat().st_size == index.shards[0]["num_bytes"]
     return is_same_size and path.stat().st_mtime_ns <= _index_file(path).stat().st_mtime_ns
 
 
 def known_index(path: Path, manifests: Mapping[Path, Manifest]) -> Manifest:
-    """Return what manifest, index or else the shard itself say of where things lie in a shard.
+    """Return the manifest of a single shard, from its folder's manifest, its index, or itself.
 
-    ``manifests`` are by folder.
+    ``manifests`` holds the manifests that are known, by folder.
     """
     manifest = manifests.get(path.parent)
     index = None if manifest is None else manifest.of_shard(path.name)
@@ -94,18 +94,18 @@ def known_index(path: Path, manifests: Mapping[Path, Manifest]) -> Manifest:
 
 
 def _place(path: Path) -> tuple[str, str]:
-    """Return the split and the name of the bucket whose folder a file lies in."""
+    """Return the split and the bucket's name in whose folder a file lies."""
     return path.parent.parent.name, path.parent.name.partition("_")[2]
 
 
 def look_at_shards(
     folder: Path, plan: Plan, num_threads: int
 ) -> dict[Path, tuple[bool, list[Key]]]:
-    """Return of each shard whether it is as planned, and what it holds of the plan. Collective.
+    """Return whether each shard is as planned, and which planned features it holds. Collective.
 
     A shard that has not changed since its index was written is trusted, unless the folder is
-    complete. Others are read whole. Every shard has an index beside it then, without what cannot
-    be used.
+    complete. All others are read in full. Afterwards each shard has an index beside it, in which
+    damaged features are marked.
     """
     paths, is_whole = distributed.on_main(lambda: (find_shards(folder), is_complete(folder)))
     planned, manifests = plan.shards(folder), {}
@@ -131,7 +131,7 @@ def look_at_shards(
 
 
 def _is_right(plan: Plan, images: Sequence[PlannedImage], index: Manifest) -> bool:
-    """Return whether a shard holds exactly the samples that it should, all whole."""
+    """Return whether a shard holds exactly the planned samples, all of them intact."""
     if not images or not index.shards[0]["sha256"] or index.ids != [image.id for image in images]:
         return False
     for row, image in enumerate(images):
@@ -144,7 +144,7 @@ def _is_right(plan: Plan, images: Sequence[PlannedImage], index: Manifest) -> bo
 
 
 def _wanted_rows(plan: Plan, index: Manifest) -> Iterator[tuple[int, Key]]:
-    """Yield what a shard holds of the plan: row, and sample, feature and fingerprint."""
+    """Yield the row and key of each planned feature that a shard holds intact."""
     for row, name in enumerate(index.ids):
         for feature, wanted in plan.fingerprints.get(name, {}).items():
             if index.fingerprint[feature][row] == wanted:
@@ -152,7 +152,7 @@ def _wanted_rows(plan: Plan, index: Manifest) -> Iterator[tuple[int, Key]]:
 
 
 def staged_keys(plan: Plan, stage: Stage, num_threads: int) -> set[Key]:
-    """Return what is staged of the plan, whole; what is damaged is deleted. Collective."""
+    """Return the planned features that are staged intact; delete damaged ones. Collective."""
     buckets = {image.id: image.bucket for image in plan.images}
     wanted = {key for image in plan.images for key in plan.keys(image)}
     keys = [key for key in distributed.on_main(stage.keys) if key in wanted]
@@ -168,13 +168,13 @@ def staged_keys(plan: Plan, stage: Stage, num_threads: int) -> set[Key]:
 
 
 def unpack(path: Path, plan: Plan, stage: Stage, staged: Collection[Key]) -> list[Key]:
-    """Stage what a shard holds of the plan and is not ``staged``, delete the shard, return what."""
+    """Stage and return the planned features of a shard not in ``staged``; delete the shard."""
     index, done = _read_index(path), []
     with open(path, "rb") as file:
         for row, key in _wanted_rows(plan, index):
             if key in staged:
                 continue
-            with contextlib.suppress(ValueError):  # What is damaged is made again.
+            with contextlib.suppress(ValueError):  # Damaged features are made again.
                 members = {k: read_member(file, index, row, k) for k in KEYS_OF[key[1]]}
                 stage.put(*key, members, key[1] == "text" and bool(index.truncated[row]))
                 done.append(key)
@@ -184,7 +184,7 @@ def unpack(path: Path, plan: Plan, stage: Stage, staged: Collection[Key]) -> lis
 
 
 def pack(path: Path, plan: Plan, images: Sequence[PlannedImage], stage: Stage) -> None:
-    """Write a shard from what is staged, and its index; then nothing of it stays staged."""
+    """Write a shard and its index from staged features, then delete their staged files."""
 
     def samples() -> Iterator[tuple[str, dict[str, Any], Members]]:
         for image in images:
@@ -209,13 +209,13 @@ def pack(path: Path, plan: Plan, images: Sequence[PlannedImage], stage: Stage) -
 
 
 def open_up(folder: Path) -> None:
-    """Delete record and manifests: from here on, the indexes describe the folder."""
+    """Delete record and manifests, so that the indexes beside the shards describe the folder."""
     for path in (folder / RECORD_FILE, *_glob(folder, MANIFEST_FILE)):
         path.unlink(missing_ok=True)
 
 
 def remove_all(folder: Path, stage: Stage) -> None:
-    """Delete everything that a preparation made."""
+    """Delete record, shards and staged features of a feature folder."""
     (folder / RECORD_FILE).unlink(missing_ok=True)
     for path in _glob(folder, ""):
         shutil.rmtree(path)
@@ -224,10 +224,10 @@ def remove_all(folder: Path, stage: Stage) -> None:
 
 
 def finish(folder: Path, plan: Plan, stage: Stage) -> FeatureRecord:
-    """Write manifests and record, from the indexes beside the shards, and tidy up.
+    """Write manifests and record from the indexes beside the shards, then delete temporary files.
 
-    What is there already stays as it is; so does a record that differs by the versions of packages
-    alone.
+    Files that would not change are not written again. A record that would differ only in the
+    versions of packages is kept.
     """
     parts: dict[Path, list[Manifest]] = collections.defaultdict(list)
     for path in plan.shards(folder):
@@ -249,7 +249,7 @@ def finish(folder: Path, plan: Plan, stage: Stage) -> FeatureRecord:
         file.unlink()
     for path in set(_glob(folder, "")) - {manifest.folder for manifest in manifests}:
         (path / MANIFEST_FILE).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # It has files that are not ours.
+        with contextlib.suppress(OSError):  # It contains files that are not ours.
             path.rmdir()
     return record
 
@@ -293,15 +293,16 @@ def _record(plan: Plan, manifests: Sequence[Manifest]) -> FeatureRecord:
 
 
 def hash_of_shards(manifests: Sequence[Manifest]) -> str:
-    """Return the identity of all shards of manifests, in order."""
+    """Return the identity of all shards in the manifests, in order."""
     lines = [f"{m.split} {m.bucket} {s['file']} {s['sha256']}" for m in manifests for s in m.shards]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def statistics_of(moments: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return count, mean and standard deviation by channel, for each of STATISTICS.
+    """Return count, mean [C] and standard deviation [C] for each of STATISTICS, as plain values.
 
-    ``moments`` are those of shards, in order; the deviation's divisor is the count.
+    ``moments`` are those of the shards, in order. The deviation is that of the population (divisor
+    N).
     """
     statistics = {}
     for name in STATISTICS:

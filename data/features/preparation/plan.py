@@ -1,4 +1,4 @@
-"""The plan of a feature folder: images, buckets, splits, captions, and their fingerprints."""
+"""The plan of a feature folder: images, buckets, splits, captions and fingerprints."""
 
 import contextlib
 import dataclasses
@@ -33,20 +33,21 @@ from dnnlib.typed import parse_json, typed
 
 IMAGES_FILE = "images.jsonl"
 CLAIM_FORMAT = "setdiffit-feature-preparation"
-# Raised when what an encoder sees of an image changes, so that features are made again.
+# Increment it whenever what encoders see of an image changes, so that features are made again.
 _PREPROCESSING_VERSION = 1
 _ID_DIGITS = 16
 _FINGERPRINT_DIGITS = 32
 
 Key = tuple[str, str, str]  # Sample, feature and fingerprint.
-Encoders = Mapping[str, Mapping[str, Any] | None]  # The facts of each of FEATURES, if known.
+Encoders = Mapping[str, Mapping[str, Any] | None]  # Facts about each feature's encoder, if known.
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PlannedImage:
-    """One sample to be made, and the image that it is made of; a line of the list of images.
+    """A sample to be made, and the image that it is made from: one line of the list of images.
 
-    ``stamp`` changes when the file does, as far as the file system tells.
+    ``id`` is the sample's name and ``file`` that of the image. ``stamp`` changes with the content
+    of the file, as far as size, dates and inode, or an archive's CRC-32, show that.
     """
 
     id: str
@@ -61,7 +62,7 @@ class PlannedImage:
 
     @property
     def crop(self) -> Crop:
-        """How the image is brought to its bucket."""
+        """How the image is resized and cropped to its bucket."""
         return plan_crop(self.width, self.height, Bucket.of(self.bucket))
 
     @property
@@ -75,9 +76,9 @@ class Plan:
     """What a feature folder is to hold.
 
     Attributes:
-        name: The name of the images' folder or zip.
+        name: Name of the folder or zip of the images.
         images: The samples, ordered by name.
-        encoders: The facts of the encoders that are known.
+        encoders: Facts about the encoders, as far as they are known.
     """
 
     name: str = ""
@@ -89,7 +90,7 @@ class Plan:
 
     @functools.cached_property
     def fingerprints(self) -> dict[str, dict[str, str]]:
-        """Of each sample, by name: the fingerprints of features whose encoder is known."""
+        """For each sample, by name, the fingerprints of all features whose encoder is known."""
         known = [feature for feature in FEATURES if self.encoders.get(feature)]
         return {
             image.id: {feature: self._fingerprint(image, feature) for feature in known}
@@ -97,11 +98,11 @@ class Plan:
         }
 
     def keys(self, image: PlannedImage) -> list[Key]:
-        """Return sample, feature and fingerprint of the features of a sample."""
+        """Return the (sample, feature, fingerprint) keys of a sample's features."""
         return [(image.id, *pair) for pair in self.fingerprints[image.id].items()]
 
     def shapes(self, bucket: str) -> Shapes:
-        """Return the shapes of arrays of a bucket, given its name, as far as they are known."""
+        """Return the shapes of the arrays of a bucket, given its name, as far as they are known."""
         shapes: dict[str, tuple[int | None, ...]] = {}
         size = next((b for b in self.buckets if b.name == bucket), None)
         if size is None:
@@ -118,11 +119,11 @@ class Plan:
         return shapes
 
     def _fingerprint(self, image: PlannedImage, feature: str) -> str:
-        """Return the identity of all that a feature is made from.
+        """Return the hash of everything that a feature is made from.
 
-        Of the autoencoder and the visual encoder: the image's bytes and its crop; of the text
-        encoder: the caption. Of all: weights and settings, precision, type and shape, and a
-        version; of patches also their bits, unless these are 16.
+        For latents and visual features it covers the image's bytes and crop, and for text features
+        the caption. For all it covers the encoder's weights and settings, precision, dtype, shape,
+        and a version; for patches also their bits, unless these are 16.
         """
         facts, crop, shapes = self.encoders[feature], image.crop, self.shapes(image.bucket)
         made_from: dict[str, Any] = dict(
@@ -163,7 +164,7 @@ class Plan:
         )
 
     def shards(self, folder: Path) -> dict[Path, list[PlannedImage]]:
-        """Return the samples of each shard to be made, in order, by the shards' paths."""
+        """Return the samples of each planned shard, in order, by the path of the shard."""
         groups: dict[tuple[str, str], list[PlannedImage]] = defaultdict(list)
         for image in self.images:
             groups[image.split, image.bucket].append(image)
@@ -177,14 +178,14 @@ class Plan:
 
     @property
     def source_hash(self) -> str:
-        """Identity of names, images and captions."""
+        """Identity of the images with their names and captions."""
         digest = hashlib.sha256()
         for image in self.images:
             digest.update(f"{image.file}\n{image.sha256} {image.caption_hash}\n".encode())
         return digest.hexdigest()
 
     def write(self, folder: Path) -> None:
-        """Write the plan to a feature folder; facts of encoders that are not in use stay."""
+        """Write the plan to a feature folder, keeping stored facts about encoders not in use."""
         facts: Encoders = {}
         with contextlib.suppress(ValueError):
             facts, _ = read_claim(folder)
@@ -211,11 +212,12 @@ def scan_images(
     buckets: Sequence[Bucket],
     num_threads: int,
 ) -> list[PlannedImage | str]:
-    """Return a sample, or why there is none, of each of the first images of an archive, in order.
+    """Return a sample for each image ``names`` of an archive, or the reason why it has none.
 
-    Collective: ranks share the images, which are decoded once. Samples have no split yet; their
-    name is the first digits of a hash of the file's. ``known`` has those of an earlier plan, by
-    file, whose images are not read again if their stamp is the same.
+    Collective: the ranks share the images, each of which is decoded once. ``names`` are the first
+    images of the archive. Samples have no split yet; their names are the first digits of the hash
+    of the file name. ``known`` has the samples of an earlier plan, by file; their images are not
+    read again if their stamps are unchanged.
     """
 
     def scan(index: int) -> PlannedImage | str:
@@ -249,10 +251,11 @@ def _stamp(archive: Archive, index: int) -> str:
 
 
 def with_splits(images: Sequence[PlannedImage], validation_share: float) -> list[PlannedImage]:
-    """Return samples with their splits, ordered by name.
+    """Return samples with their splits assigned, ordered by name.
 
-    Of each bucket with two images or more, the share with the lowest names validates, at least one
-    image if the share is not 0, and never all. Raises ValueError if two names are equal.
+    In each bucket with at least two samples, the share of those whose names sort first becomes the
+    validation split: at least one if the share is not 0, and never all. Raises ValueError if two
+    different files have the same sample name.
     """
     by_name: dict[str, PlannedImage] = {}
     for image in images:
@@ -260,7 +263,7 @@ def with_splits(images: Sequence[PlannedImage], validation_share: float) -> list
         if other.file != image.file:
             problem = f"has the same name in the features, {image.id}, as {other.file}"
             raise refusal(image.file, but=problem, remedy="rename one of them")
-    left = {}  # Of each bucket, how many of the next images validate.
+    left = {}  # By bucket: how many more samples go to validation.
     for bucket, num in Counter(image.bucket for image in by_name.values()).items():
         wanted = max(int(validation_share * num + 0.5), 1) if validation_share else 0
         left[bucket] = min(wanted, num - 1)
@@ -276,7 +279,7 @@ def with_splits(images: Sequence[PlannedImage], validation_share: float) -> list
 
 
 def read_claim(folder: Path) -> tuple[Encoders, tuple[Bucket, ...]]:
-    """Return facts of encoders and buckets that a folder was claimed for; ValueError if damaged."""
+    """Return the encoder facts and buckets in the claim of a folder; ValueError if damaged."""
     file = folder / CLAIM_FILE
     try:
         claim = parse_json(file.read_text(encoding="utf-8"))
@@ -287,7 +290,7 @@ def read_claim(folder: Path) -> tuple[Encoders, tuple[Bucket, ...]]:
 
 
 def bits_there(folder: Path) -> int | None:
-    """Return the bits of the patch features in a folder, or planned for it; None without any."""
+    """Return the bits of the patch features that a folder has or plans; None if it has none."""
     with contextlib.suppress(ValueError):
         return read_feature_record(folder).feature_bits
     with contextlib.suppress(ValueError):
@@ -297,7 +300,7 @@ def bits_there(folder: Path) -> int | None:
 
 
 def read_images(folder: Path) -> list[PlannedImage]:
-    """Return the samples that were to be made; ValueError if their list is missing or damaged."""
+    """Return the samples in a folder's list of images; ValueError if it is missing or damaged."""
     file = folder / IMAGES_FILE
     images: list[PlannedImage] = []
     try:
@@ -306,7 +309,7 @@ def read_images(folder: Path) -> list[PlannedImage]:
             raise ValueError("it does not end with a whole line")
         for line in lines:
             image = typed(PlannedImage, parse_json(line))
-            plan_crop(image.width, image.height, Bucket.of(image.bucket))  # Which may refuse.
+            plan_crop(image.width, image.height, Bucket.of(image.bucket))  # May raise ValueError.
             images.append(image)
     except OSError as error:
         raise ValueError(f"{file}: cannot be read ({error.strerror}).") from None

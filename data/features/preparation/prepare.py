@@ -1,4 +1,4 @@
-"""Makes a feature folder of captioned images, on any number of ranks, resumable at any moment."""
+"""Makes a feature folder from captioned images, on any number of ranks, resumable at any time."""
 
 import collections
 import contextlib
@@ -47,9 +47,9 @@ _NUM_BROKEN_SHOWN = 20
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preparation:
-    """How images become features.
+    """How features are made from images.
 
-    ``batch_size`` and ``num_threads`` decide the speed, everything else what is made.
+    ``batch_size`` and ``num_threads`` affect the speed; all else determines the result.
     """
 
     captions: str | None = None
@@ -58,7 +58,7 @@ class Preparation:
     validation_share: float = 0.02
     shard_size: int = 64
     precision: str = "fp32"
-    feature_bits: int = 16  # Of the patch features.
+    feature_bits: int = 16  # Of patch features: 16 or 8.
     max_images: int | None = None
     skip_broken: bool = False
     only: str | None = None
@@ -72,11 +72,11 @@ class Outcome:
     """What a preparation did.
 
     Attributes:
-        record: Of the folder; None if one feature alone was prepared.
-        num_images: Samples that the folder is to hold.
-        num_made: How many of each feature were made now.
-        num_packed: How many shards were written now.
-        skipped: Sentences about images that were left out.
+        record: The folder's record; None if only one feature was prepared.
+        num_images: Number of samples that the folder is to hold.
+        num_made: Number of each feature that this preparation made.
+        num_packed: Number of shards that this preparation wrote.
+        skipped: Sentences about the images that were left out.
     """
 
     record: FeatureRecord | None
@@ -93,19 +93,19 @@ def prepare(
     preparation: Preparation,
     device: torch.device,
 ) -> Outcome:
-    """Make the feature folder ``dest`` of captioned images. Collective.
+    """Make the feature folder ``dest`` from captioned images. Collective.
 
-    What is there already and still right is used again, whatever else has changed: features are
-    told apart by fingerprints of all that they are made from. So a preparation that was killed at
-    any moment goes on when it is started again, with any number of ranks. The folder is complete
+    Existing features that are still valid are used again, whatever else has changed: a fingerprint
+    of everything that a feature is made from identifies it. A preparation that was killed at any
+    moment thus continues when it is started again, with any number of ranks. The folder is complete
     when its record appears.
 
     Args:
         source: Folder or zip of images.
-        locations: Folder or Hugging Face id of the encoder of each of FEATURES.
+        locations: For each of FEATURES, the local folder or Hugging Face id of its encoder.
 
-    Raises ValueError, one sentence, if images, captions and encoders do not fit, or if ``dest``
-    holds anything else.
+    Raises ValueError if images, captions and encoders do not fit together, or if ``dest`` holds
+    anything else.
     """
     dest = Path(dest)
     num_threads = preparation.num_threads or num_cores_of_rank(_MAX_THREADS)
@@ -142,12 +142,12 @@ def prepare(
         )
 
 
-# Nothing that is right is deleted before it is elsewhere: a feature goes from its encoder, or from
-# a shard that is not right any more, to the stage, and from there to its shard.
+# No valid feature is deleted before it is stored elsewhere: it moves from its encoder, or from an
+# outdated shard, to the stage, and from there to its shard.
 
 
 def _stage_missing(folder: Path, encoder: FeatureEncoder) -> None:
-    """Stage what is missing of the plan; shards and record stay as they are. Collective."""
+    """Stage missing features of the plan; leave shards and record unchanged. Collective."""
     plan, num_threads = encoder.plan, encoder.num_threads
     distributed.on_main(lambda: plan.write(folder))
     there = pack.staged_keys(plan, encoder.stage, num_threads)
@@ -157,7 +157,7 @@ def _stage_missing(folder: Path, encoder: FeatureEncoder) -> None:
 
 
 def _make_all(folder: Path, encoder: FeatureEncoder) -> tuple[FeatureRecord, int]:
-    """Make all that is planned; return record and number of shards written. Collective."""
+    """Make everything in the plan; return the record and number of shards written. Collective."""
     plan, stage, num_threads = encoder.plan, encoder.stage, encoder.num_threads
     found = pack.look_at_shards(folder, plan, num_threads)
     right = {path for path, (is_right, _) in found.items() if is_right}
@@ -172,7 +172,7 @@ def _make_all(folder: Path, encoder: FeatureEncoder) -> tuple[FeatureRecord, int
     distributed.on_main(claim)
     there = pack.staged_keys(plan, stage, num_threads)
     unpack = functools.partial(pack.unpack, plan=plan, stage=stage, staged=there)
-    # One at a time, as each of them is there twice for a while.
+    # One at a time, because each of them takes up space twice for a while.
     unpacked = map_of_ranks(unpack, others, 1, "Unpacking shards", "shard")
     there = there.union(*unpacked)
     encoder.encode(missing, there, lambda path: pack.pack(path, plan, missing[path], stage))
@@ -182,7 +182,7 @@ def _make_all(folder: Path, encoder: FeatureEncoder) -> tuple[FeatureRecord, int
 def _check_options(
     dest: Path, locations: Mapping[str, str | None], preparation: Preparation
 ) -> None:
-    """Raise ValueError for what can be known before any work."""
+    """Raise ValueError for what is wrong with the options, before any work begins."""
     check_folder(dest, "features", is_feature_folder)
     only, share = preparation.only, preparation.validation_share
     if preparation.overwrite and only is not None:
@@ -203,7 +203,7 @@ def _check_options(
 
 
 def _check_bits(dest: Path, preparation: Preparation) -> None:
-    """Raise ValueError if patches in different bits would come together in a folder."""
+    """Raise ValueError if a folder would get patch features of different bit widths."""
     bits, only = preparation.feature_bits, preparation.only
     if only not in (None, "visual"):
         if bits != 16:
@@ -217,7 +217,7 @@ def _check_bits(dest: Path, preparation: Preparation) -> None:
 
 
 def _facts_of(encoders: Mapping[str, Any], feature_bits: int) -> dict[str, dict[str, Any]]:
-    """Return the facts of encoders; those of the visual one state bits that are not 16."""
+    """Return the facts about encoders; those of the visual encoder state the bits unless 16."""
     facts = {feature: dict(encoder.facts()) for feature, encoder in encoders.items()}
     if "visual" in facts and feature_bits != 16:
         facts["visual"]["bits"] = feature_bits
@@ -225,7 +225,7 @@ def _facts_of(encoders: Mapping[str, Any], feature_bits: int) -> dict[str, dict[
 
 
 def _open(source: str | os.PathLike, preparation: Preparation) -> tuple[Archive, dict[str, str]]:
-    """Return images and captions; raises ValueError if there are none with names and sizes."""
+    """Return images and captions; ValueError if ``source`` is not a set of image files."""
     if is_feature_folder(source):
         raise ValueError(f"--source: {source} holds features already; give images.")
     archive = open_archive(source)
@@ -234,7 +234,7 @@ def _open(source: str | os.PathLike, preparation: Preparation) -> tuple[Archive,
         raise refusal("--source", but=problem, remedy="give a folder or zip of image files")
     names = archive.names[: preparation.max_images]
     captions = read_captions(archive, names, preparation.captions, preparation.caption_key)
-    # Of those that may yet turn out to be broken, captions are asked for later.
+    # With skip_broken, captions are required later, and only for images that are not broken.
     if preparation.only in (None, "text") and not preparation.skip_broken:
         require_captions(captions, names, archive.path, preparation.captions)
     return archive, captions
@@ -243,7 +243,7 @@ def _open(source: str | os.PathLike, preparation: Preparation) -> tuple[Archive,
 def _load_encoders(
     locations: Mapping[str, str | None], preparation: Preparation, device: torch.device
 ) -> dict[str, Any]:
-    """Return the encoders of the features to be made; raises ValueError if they do not fit."""
+    """Return the encoders by feature; raises ValueError if the autoencoder does not fit."""
     encoders = {
         feature: _ENCODERS[feature][1](str(location), device, precision=preparation.precision)
         for feature, location in locations.items()
@@ -269,9 +269,9 @@ def _plan_images(
     preparation: Preparation,
     num_threads: int,
 ) -> tuple[list[PlannedImage], list[str]]:
-    """Return the samples to be made, and sentences about images that cannot be used. Collective."""
+    """Return the samples to be made, and sentences about unusable images. Collective."""
     known: dict[str, PlannedImage] = {}
-    with contextlib.suppress(ValueError):  # Images are then read again.
+    with contextlib.suppress(ValueError):  # Without a list, all images are read.
         known = {image.file: image for image in read_images(dest)}
     names = archive.names[: preparation.max_images]
     scanned = scan_images(archive, names, known, captions, preparation.buckets, num_threads)

@@ -1,4 +1,4 @@
-"""Feature folders described as text: buckets, encoders, and what a preparation did."""
+"""Text reports about feature folders: buckets, encoders, and what a preparation did."""
 
 import itertools
 import os
@@ -11,7 +11,7 @@ from dnnlib.text import format_count
 
 
 def describe_outcome(dest: str | os.PathLike, outcome: Outcome, only: str | None) -> Iterator[str]:
-    """Yield the lines that tell what a preparation did."""
+    """Yield lines that report what a preparation did; ``only`` is the feature it was limited to."""
     if outcome.skipped:
         yield "Broken:\n  " + "\n  ".join(outcome.skipped)
         yield f"Skipped {len(outcome.skipped)} broken image(s)."
@@ -30,7 +30,7 @@ def describe_outcome(dest: str | os.PathLike, outcome: Outcome, only: str | None
 
 
 def describe_folder(path: str | os.PathLike) -> Iterator[str]:
-    """Yield the lines that describe a complete feature folder; raises ValueError if it is not."""
+    """Yield lines that describe a complete feature folder; raises ValueError for another one."""
     record = read_feature_record(path)
     places = itertools.product(SPLITS, [bucket.name for bucket in record.buckets])
     shards = [shard for place in places for shard in read_manifest(path, *place).shards]
@@ -59,7 +59,7 @@ def describe_folder(path: str | os.PathLike) -> Iterator[str]:
 
 
 def bucket_report(record: FeatureRecord) -> Iterator[str]:
-    """Yield a table: size, latent, patches and number of samples of each bucket."""
+    """Yield a table of the buckets: size, latent, patches, and number of samples in each split."""
     total = max(sum(record.num_samples(split) for split in SPLITS), 1)
     yield "bucket      latent      patches     train  validation   share"
     for bucket in record.buckets:

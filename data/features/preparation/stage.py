@@ -1,4 +1,4 @@
-"""Features between their encoder and their shard: one content-addressed file for each."""
+"""Stages features between encoder and shard: one file each, named by what it was made from."""
 
 import contextlib
 import json
@@ -14,15 +14,15 @@ from dnnlib.typed import parse_json
 
 _FACTS = "fingerprint.json"
 _TIME = (1980, 1, 1, 0, 0, 0)
-# What damaged files make of reading them.
+# What reading a damaged file can raise.
 _DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 class Stage:
-    """A file for each (sample, feature, fingerprint) in a feature folder.
+    """The staged features of a feature folder: one file per (sample, feature, fingerprint).
 
-    What a file was made from is told by its name, so a feature is staged if its file is there, and
-    nothing that is there is ever changed.
+    The name of a file states what it was made from. A feature is therefore staged if its file
+    exists, and files are never modified.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -30,13 +30,13 @@ class Stage:
         self._folder = folder / ".staged"
 
     def file(self, name: str, feature: str, fingerprint: str) -> Path:
-        """Return the file of a sample's feature."""
+        """Return the path of a sample's feature."""
         return self._folder / feature / name[:2] / f"{name}-{fingerprint}.zip"
 
     def put(
         self, name: str, feature: str, fingerprint: str, members: Members, truncated: bool = False
     ) -> None:
-        """Stage a sample's feature, whole or not at all; of texts, also whether they were cut."""
+        """Stage a sample's feature, whole or not at all; ``truncated`` says if its text was cut."""
         facts = json.dumps(dict(fingerprint=fingerprint, truncated=truncated)).encode()
         with (
             atomic_write(self.file(name, feature, fingerprint)) as file,
@@ -48,9 +48,10 @@ class Stage:
     def get(
         self, name: str, feature: str, fingerprint: str, shapes: Shapes
     ) -> tuple[dict[str, bytes], bool] | None:
-        """Return the members of a staged feature and whether its text was cut.
+        """Return the members of a staged feature, and whether its text was cut.
 
-        None if it is not there whole, with finite values of the right shapes.
+        Returns None if the file is missing or damaged, or if its arrays have wrong shapes or values
+        that are not finite.
         """
         with (
             contextlib.suppress(*_DAMAGE),
@@ -63,15 +64,15 @@ class Stage:
         return None
 
     def keys(self) -> list[tuple[str, str, str]]:
-        """Return sample, feature and fingerprint of all files, in order, by their names alone.
+        """Return sample, feature and fingerprint of all files, sorted, from their names alone.
 
-        A file of an earlier version, ID.zip, gets the name of now; the fingerprint is inside.
+        Files of earlier versions, named ID.zip, are renamed; the fingerprint is inside them.
         """
         found = []
         for feature in FEATURES:
             for path in sorted((self._folder / feature).glob("*/[!.]*.zip")):
                 name, _, fingerprint = path.stem.partition("-")
-                if not fingerprint:  # It stays empty if the file is damaged, and of no use then.
+                if not fingerprint:  # If the file is damaged it stays empty, and matches none.
                     with contextlib.suppress(*_DAMAGE), zipfile.ZipFile(path) as archive:
                         fingerprint = str(parse_json(archive.read(_FACTS))["fingerprint"])
                         path.rename(self.file(name, feature, fingerprint))

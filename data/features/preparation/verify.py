@@ -37,10 +37,10 @@ from dnnlib.parallel import num_usable_cores
 from encoders.visual import VisualEncoder, load_visual_encoder
 
 STATES = ("ok", "missing", "stale", "corrupt")
-MAX_SHIFT = 8  # Rows of patches by which stored and new ones are compared.
+MAX_SHIFT = 8  # In rows of the patch array: how far patches are shifted for comparison.
 MIN_COSINE = 0.99
-_COSINE_TOLERANCE = 1e-4  # What rounding may add to a mean cosine.
-_TOLERANCE = 1e-6  # Of statistics.
+_COSINE_TOLERANCE = 1e-4  # By how much rounding may raise a mean cosine.
+_TOLERANCE = 1e-6  # Relative and absolute, for statistics.
 _MAX_THREADS = 8
 
 
@@ -53,16 +53,18 @@ def verify_features(
     num_threads: int | None = None,
     device: torch.device | str = "cpu",
 ) -> "Verification":
-    """Read a whole feature folder and return what is right and what is not.
+    """Read a whole feature folder and return what is intact and what is not. Collective.
 
-    Every member is compared with its checksum, type, shape and range, its fingerprint with what
-    record and list of images say, manifests with shards, and counts, statistics and hashes of the
-    record with what is there.
+    Each member is checked against its checksum, dtype, shape and range, and each fingerprint
+    against the record and the list of images. Manifests are compared with the shards, and counts,
+    statistics and hashes of the record with what is stored.
 
     Args:
-        source: The folder or zip of images, whose bytes are then compared as well.
-        visual: The visual encoder, by which ``num_samples`` of each bucket are encoded again. Their
-            patches must be those that are stored, none shifted, with a mean cosine above 0.99.
+        source: Folder or zip of the images, whose bytes are then compared too.
+        visual: Location of the visual encoder, which encodes ``num_samples`` images of each bucket
+            again. The stored patches must match the new ones unshifted, with a mean cosine
+            similarity above 0.99.
+        num_threads: Threads per rank that read shards; by default one per core, up to 8.
 
     Raises ValueError if ``source`` or ``visual`` cannot be used.
     """
@@ -87,23 +89,23 @@ def verify_features(
 
 
 class Verification:
-    """What is known of a feature folder, and the problems that were found so far.
+    """What is known about a feature folder, and the problems found so far.
 
     Attributes:
-        counts: Number of samples in each of STATES, by split, bucket and feature.
-        patches: Number of samples by their number of patches, by bucket.
-        problems: A sentence for each.
+        counts: Number of samples in each of STATES, by (split, bucket, feature).
+        patches: For each bucket, a histogram of the number of patches of its samples.
+        problems: One sentence for each problem.
     """
 
     def __init__(self, folder: Path, num_threads: int) -> None:
-        """Read record, or claim, list of images and manifests, as far as they are readable."""
+        """Read the record or else the claim, the list of images and the manifests, if readable."""
         self.problems: list[str] = []
         self.counts: dict[tuple[str, str, str], collections.Counter[str]] = {}
         self.patches: dict[str, collections.Counter[int]] = {}
         self.folder, self.num_threads = folder, num_threads
-        self.indexes: dict[Path, Manifest] = {}  # Of each shard, without what is damaged.
-        self.moments: dict[Path, dict[str, Any] | None] = {}  # Of shards without problems.
-        self.changed: set[str] = set()  # Names of samples whose image is another now.
+        self.indexes: dict[Path, Manifest] = {}  # Manifest of each shard, damage marked.
+        self.moments: dict[Path, dict[str, Any] | None] = {}  # None: the shard has problems.
+        self.changed: set[str] = set()  # Names of samples whose image has changed.
         self.record: FeatureRecord | None = self._try(read_feature_record, folder)
         encoders, buckets = {}, ()
         if self.record is not None:
@@ -114,11 +116,11 @@ class Verification:
         images = self._try(read_images, folder) or []
         self.plan = Plan(images=images, buckets=buckets, encoders=encoders)
         places = [(split, bucket.name) for split in SPLITS for bucket in buckets]
-        if self.record is None:  # They are written at the end.
+        if self.record is None:  # Manifests are written at the end of a preparation.
             places = [p for p in places if (bucket_folder(folder, *p) / MANIFEST_FILE).exists()]
         found = {place: self._try(read_manifest, folder, *place) for place in places}
         self.manifests = {place: manifest for place, manifest in found.items() if manifest}
-        # Shards that a manifest names.
+        # The shards that manifests name.
         self.named = {path for manifest in self.manifests.values() for path in manifest.files}
 
     def table(self) -> Iterator[str]:
@@ -133,7 +135,7 @@ class Verification:
             yield f"{bucket:11s} patches: {', '.join(parts) or 'none'}"
 
     def _try(self, read: Any, *args: Any) -> Any:
-        """Return what is read; None, and a problem, where a file is damaged or missing."""
+        """Return ``read(*args)``; if it raises ValueError, note the problem and return None."""
         try:
             return read(*args)
         except ValueError as error:
@@ -167,22 +169,22 @@ class Verification:
     def _check_shard(
         self, path: Path
     ) -> tuple[Manifest, list[str], dict[str, Any] | None, collections.Counter[int]]:
-        """Return index and problems of a shard, its moments if there are none, and patches."""
+        """Return a shard's manifest, problems, moments (None with problems) and patch histogram."""
         known = known_index(path, {m.folder: m for m in self.manifests.values()})
         tally, histogram = Tally(), collections.Counter[int]()
 
         def visit(members: Members) -> None:
-            with contextlib.suppress(KeyError, ValueError):  # Which is a problem already.
+            with contextlib.suppress(KeyError, ValueError):  # Reported by check_shard.
                 histogram[len(from_npy(members[PATCHES]))] += 1
                 tally.add(members)
 
         index, problems = check_shard(path, known, self.plan.shapes(known.bucket), visit)
         if not known.shards[0]["sha256"]:
-            return index, [], None, histogram  # There is nothing that it could be compared with.
+            return index, [], None, histogram  # Reconstructed: nothing to compare with.
         return index, problems, None if problems else tally.moments, histogram
 
     def _check_patches(self, bucket: Bucket, visual: Any) -> None:
-        """Tell what a number of patches may come from that is not the bucket's."""
+        """Add a problem, with a likely cause, for each number of patches but the bucket's own."""
         size, num_registers = visual["patch_size"], visual["num_registers"]
         expected = math.prod(bucket.grid(size))
         reasons = {
@@ -200,7 +202,7 @@ class Verification:
     # The source.
 
     def check_source(self, archive: Archive) -> None:
-        """Note which images are others than those that features were made of."""
+        """Compare the images with those that the features were made from, and note changes."""
         positions = {name: index for index, name in enumerate(archive.names)}
 
         def differs(image: PlannedImage) -> bool:
@@ -220,7 +222,7 @@ class Verification:
     # Samples.
 
     def count(self) -> None:
-        """Count the samples of each feature by state, and look for what is there twice."""
+        """Count the samples of each feature by state; find duplicate and unplanned samples."""
         rows: dict[str, list[tuple[Path, int]]] = collections.defaultdict(list)
         for path, index in self.indexes.items():
             if path.parent.name.startswith("bucket_"):
@@ -282,7 +284,7 @@ class Verification:
             self._add(file, "does not match these shards (content_hash)")
         train = [self.moments.get(f) for m in manifests if m.split == "train" for f in m.files]
         if None in train or not train:
-            return  # A problem of a shard, which is known already.
+            return  # A shard has problems, which are noted already.
         for name, found in statistics_of(train).items():
             said = record.statistics[name]
             near = [np.allclose(found[k], said[k], _TOLERANCE, _TOLERANCE) for k in ("mean", "std")]
@@ -292,7 +294,7 @@ class Verification:
     # Alignment.
 
     def check_alignment(self, archive: Archive, encoder: VisualEncoder, num_samples: int) -> None:
-        """Encode some images of each bucket again and compare their patches."""
+        """Encode some images of each bucket again and compare their patches with those stored."""
         positions = {name: index for index, name in enumerate(archive.names)}
         for bucket in self.plan.buckets:
             for image, path, row in self._choose(bucket, num_samples):
@@ -310,7 +312,7 @@ class Verification:
                     self.problems.append(f"{where}, {problem}; {remedy}.")
 
     def _choose(self, bucket: Bucket, num_samples: int) -> list[tuple[PlannedImage, Path, int]]:
-        """Return samples of a bucket, spread evenly, whose patches and image can be compared."""
+        """Return evenly spaced samples of a bucket whose patches and images can be compared."""
         images = {image.id: image for image in self.plan.images if image.id not in self.changed}
         rows = [
             (images[name], path, row)
@@ -324,9 +326,9 @@ class Verification:
 
 
 def misalignment(stored: torch.Tensor, fresh: torch.Tensor) -> str | None:
-    """Return what is wrong with stored patches [N, D] beside those encoded again, or None.
+    """Return how stored patches [N, D] differ from freshly encoded ones, or None if they match.
 
-    They are compared at every shift of up to MAX_SHIFT rows.
+    Both are compared at all shifts of up to MAX_SHIFT rows, in either direction.
     """
     if stored.shape != fresh.shape:
         return f"{list(stored.shape)} instead of {list(fresh.shape)}"
