@@ -35,7 +35,7 @@ class Detector(Protocol):
 
     name: str
     outputs: Mapping[str, int]  # Length of the vectors of each output, by its name.
-    hash: str  # Of weights, preprocessing and arithmetic; equal hashes mean equal outputs.
+    hash: str  # Covers weights, preprocessing and arithmetic; equal hashes mean equal outputs.
     preprocessing: str  # How images become the network's input: one line, as shown to people.
     precision: str  # Arithmetic of the network, ``float32`` or ``bfloat16``.
 

@@ -208,7 +208,7 @@ def collect_outputs(
         keep: Images whose vectors are kept, as a bool for each image index; None keeps all.
     """
     collected: dict[DetectorOutput, Collected] = {}
-    names: dict[str, list[str]] = {}  # Of outputs, by detector.
+    names: dict[str, list[str]] = {}  # Names of the outputs, by detector.
     for output, wanted in needs.items():
         dim = detectors[output.detector].outputs[output.name]
         collected[output] = Collected(

@@ -1,4 +1,4 @@
-"""What every model's configuration has in common."""
+"""Base classes of the models' configurations, and checks that they share."""
 
 import dataclasses
 from collections.abc import Iterable

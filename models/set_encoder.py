@@ -234,8 +234,9 @@ class SetEncoder(nn.Module):
     def tokenise_others(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the tokens of the n sets X without x_i, for every set X [b, n, C, H, W].
 
-        They equal those of :meth:`tokenise` for the gathered sets, [b n, ...], b-major. Each image
-        is cut into patches once and, unless images are stacked, embedded once.
+        They equal those of :meth:`tokenise` for the gathered sets, [b n, ...], b-major. Unless sets
+        are padded, each image is cut into patches once and, if images are not stacked, embedded
+        once.
         """
         others = leave_one_out_index(images.shape[1], images.device)
         if self._filled:
