@@ -1,4 +1,4 @@
-"""Preconditioning, sampling and guidance as settings of a run, known without torch."""
+"""Settings of preconditioning, sampling and guidance. Needs no torch."""
 
 import dataclasses
 from typing import Any, ClassVar, Self
@@ -7,10 +7,10 @@ from diffusion import respacing
 from dnnlib.config import Config, option
 from dnnlib.errors import refusal
 
-# Arithmetic of a network, once --precision=auto is decided.
+# Values of --precision after auto has been resolved.
 PRECISIONS = ("fp32", "bf16", "fp16")
 
-# Samplers by the name that --sampler gives them; diffusion/samplers.py says how each goes.
+# Samplers by their --sampler names; diffusion/samplers.py fills in the values.
 SAMPLERS: dict[str, Any] = dict.fromkeys(("heun", "euler", "ddim", "dpmpp_2m", "ddpm"))
 
 # Rules that several options share.
@@ -76,7 +76,7 @@ class PrecondConfig(Config):
 class SamplingConfig(Config):
     """Sampler and noise levels; defaults are EDM's for 32x32 images.
 
-    With ``respacing``, ``steps`` is the number of timesteps that it names.
+    With ``respacing``, ``steps`` becomes the number of timesteps that it names.
     """
 
     title: ClassVar[str] = "Sampling"
@@ -223,13 +223,13 @@ class GuidanceConfig(Config):
             raise refusal("--cfg-interval", f"{low:g},{high:g}", accepted=accepted)
 
     def switched_off(self) -> Self:
-        """Return the settings under which estimates are the network's own."""
+        """Return these settings with guidance off: estimates are the network's own."""
         return dataclasses.replace(self, cfg_scale=1.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DualGuidanceConfig(Config):
-    """Strength of guidance by two conditions, a text and an image."""
+    """Strength of guidance by two conditions, a text and a reference image."""
 
     title: ClassVar[str] = "Guidance"
     affects: ClassVar[str] = "speed"
@@ -255,5 +255,5 @@ class DualGuidanceConfig(Config):
     )
 
     def switched_off(self) -> Self:
-        """Return the settings under which estimates are the network's own."""
+        """Return these settings with guidance off: estimates are the network's own."""
         return dataclasses.replace(self, guidance_form="nested", text_scale=1.0, visual_scale=1.0)

@@ -9,24 +9,24 @@ from torch import Tensor
 
 from diffusion.precond import Precond
 
-# Arithmetic of a network, by what --precision calls it; None is its own.
+# Autocast dtype for each value of --precision; None leaves the network in its own.
 AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Denoiser:
-    """The x0 estimate of a raw network under a preconditioner.
+    """The x0 estimate that a raw network gives under a preconditioner.
 
     Scalings and the result are float32; only the network itself runs in ``autocast_dtype``.
 
     Args:
         network: ``F(x [N, C, H, W], c_noise [N], context) -> [N, C, H, W]``, or [N, 2 C, H, W] with
             a learned variance.
-        precond: Its preconditioner.
-        autocast_dtype: Arithmetic of the network (bfloat16, float16), or None for its own.
-        with_variance: Also return the learned variance, which the ``ddpm`` loss and the ``ddpm``
-            sampler read: results are [N, 2 C, H, W], the second half the fraction f by which the
-            logarithm of a step's variance lies between its bounds (0: lowest, 1: highest; Nichol &
-            Dhariwal, arXiv 2102.09672, Eq. 15). Without it, that half of F is left aside.
+        precond: Preconditioner of the network.
+        autocast_dtype: Autocast dtype of the network (bfloat16, float16), or None for its own.
+        with_variance: Also return the learned variance, for the loss that trains it and the
+            ``ddpm`` sampler: results are [N, 2 C, H, W]. The second half is the fraction f that
+            places the logarithm of a step's variance between its bounds (0: lower, 1: upper;
+            Nichol & Dhariwal, arXiv 2102.09672, Eq. 15). Otherwise that half of F is dropped.
     """
 
     def __init__(
@@ -42,14 +42,14 @@ class Denoiser:
         self._with_variance = with_variance
 
     def __call__(self, x: Tensor, sigma: float | Tensor, context: Any = None) -> Tensor:
-        """Return the denoised images [N, C, H, W], float32, without waiting for the device.
+        """Return the denoised images [N, C, H, W], float32, without synchronising with the device.
 
-        With ``with_variance`` the fractions [N, C, H, W] of the variance follow them in channels.
+        With ``with_variance`` the result is [N, 2 C, H, W]: the variance fractions follow.
 
         Args:
-            x: Noisy images [N, C, H, W] of any floating type.
+            x: Noisy images [N, C, H, W] of any floating dtype.
             sigma: Noise level: one number, or a tensor [N] or [N, 1, 1, 1].
-            context: Conditioning, handed on to the network.
+            context: Conditioning, passed on to the network.
         """
         x = x.to(torch.float32)
         if isinstance(sigma, Tensor):
@@ -71,9 +71,9 @@ class Denoiser:
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
-    """Return a context in which matrix products are made in ``dtype``; None leaves them alone.
+    """Return a context manager that autocasts to ``dtype``; None leaves arithmetic as it is.
 
-    Where they are already, it does nothing: a sampler enters it once for all its steps.
+    It does nothing if that autocast is already on, so a sampler can enter it once for all steps.
     """
     kind = device.type
     if dtype is None or (

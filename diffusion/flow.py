@@ -1,8 +1,8 @@
 """Samplers of flow matching, from noise at t = 1 to data at t = 0.
 
-Each is a function ``sampler(velocity, z, times) -> x0`` in which ``velocity(z, t)`` returns the
-estimate of eps - x0 at z = (1 - t) x0 + t eps, ``t`` is a python number and ``times`` descends from
-1 to 0. They never form the noise level sigma = t / (1 - t), which has no end at t = 1.
+Each is a function ``sampler(velocity, z, times) -> x0``. ``velocity(z, t)`` returns the estimate of
+eps - x0 at z = (1 - t) x0 + t eps, where ``t`` is a Python number; ``times`` descends from 1 to 0.
+Samplers never form the noise level sigma = t / (1 - t), which is infinite at t = 1.
 """
 
 import math
@@ -20,11 +20,11 @@ VelocityFn = Callable[[Tensor, float], Tensor]
 
 
 class Velocity:
-    """The velocity of a raw network that predicts it, float32.
+    """The velocity that a raw network predicts, in float32.
 
     Args:
         network: ``F(z [N, C, H, W], t [N], context) -> [N, C, H, W]``.
-        autocast_dtype: Arithmetic of the network (bfloat16, float16), or None for its own.
+        autocast_dtype: Autocast dtype of the network (bfloat16, float16), or None for its own.
     """
 
     def __init__(
@@ -35,12 +35,12 @@ class Velocity:
         self.network, self.autocast_dtype = network, autocast_dtype
 
     def __call__(self, z: Tensor, t: float | Tensor, context: Any = None) -> Tensor:
-        """Return v [N, C, H, W], float32, at one time or at times [N]; never waits for the device.
+        """Return v [N, C, H, W], float32, without synchronising with the device.
 
         Args:
-            z: (1 - t) x0 + t eps [N, C, H, W], of any floating type.
-            t: Time in [0, 1].
-            context: Conditioning, handed on to the network.
+            z: (1 - t) x0 + t eps [N, C, H, W], of any floating dtype.
+            t: Time in [0, 1]: one number, or a tensor [N].
+            context: Conditioning, passed on to the network.
         """
         z = z.to(torch.float32)
         if not isinstance(t, Tensor):
@@ -50,9 +50,9 @@ class Velocity:
 
 
 def flow_times(num_steps: int, shift: float = 1.0) -> list[float]:
-    """Return the num_steps + 1 times s t / (1 + (s - 1) t) of evenly spaced t from 1 to 0.
+    """Return the num_steps + 1 times s t / (1 + (s - 1) t) for evenly spaced t from 1 to 0.
 
-    The shift is that of Esser et al. (arXiv 2403.03206, Eq. 23); 1 is none.
+    The shift s is that of Esser et al. (arXiv 2403.03206, Eq. 23); 1 leaves the times even.
     """
     even = [1 - step / num_steps for step in range(num_steps + 1)]
     return [shift * t / (1 + (shift - 1) * t) for t in even]
@@ -72,7 +72,7 @@ def flow_heun(
 ) -> Tensor:
     """Return x0 by Heun's method in (z, t); the last step, to 0, is an Euler step.
 
-    It is not Heun's method in (x, sigma), which :func:`diffusion.samplers.heun` is.
+    It differs from :func:`diffusion.samplers.heun`, which is Heun's method in (x, sigma).
     """
     for t, t_next in steps_of(times, callback):
         v = velocity(z, t)
@@ -88,8 +88,8 @@ def flow_dpmpp_2m(
 ) -> Tensor:
     """Return x0 by DPM-Solver++(2M) (Lu et al., arXiv 2211.01095, Algorithm 2).
 
-    With alpha = 1 - t and sigma = t. The step from t = 1, the one after it, whose predecessor has
-    no finite length in ln(alpha / sigma), and the last, to 0, are of first order.
+    Here alpha = 1 - t and sigma = t. Three steps are first-order: the one from t = 1; the one after
+    it, because the step before is infinitely long in ln(alpha / sigma); and the last, to 0.
     """
     previous = h_previous = None
     for t, t_next in steps_of(times, callback):
@@ -100,7 +100,7 @@ def flow_dpmpp_2m(
             if previous is not None and math.isfinite(h_previous):
                 target = denoised + (denoised - previous) * (h / (2 * h_previous))
             previous, h_previous = denoised, h
-        # (t' / t) z + (alpha' - alpha t' / t) x0, whose second factor is 1 - t' / t.
+        # (t' / t) z + (alpha' - alpha t' / t) x0, in which the second factor equals 1 - t' / t.
         z = torch.lerp(target, z, t_next / t)
     return z
 
@@ -119,10 +119,10 @@ def sample_flow(
     Args:
         velocity: ``(z, t) -> v``, closed over context and guidance.
         noise: Standard normal [N, C, H, W], which is z at t = 1.
-        config: Sampler, steps and shift; its grid is ``time``.
+        config: Sampler, steps and shift; its grid must be ``time``.
         callback: Called without arguments after every step.
 
-    Raises NotFiniteError, with the step, if the velocity has values that are not finite.
+    Raises NotFiniteError, which names the step, if velocities or samples are not finite.
     """
     assert config.grid == "time"
     times = flow_times(config.steps, config.time_shift)

@@ -1,4 +1,4 @@
-"""Guidance: combines denoisers into one that a sampler calls as ``denoise(x, sigma)``."""
+"""Guidance: combines several estimates into one ``denoise(x, sigma)`` for a sampler."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from diffusion.precond import Precond
 Denoise = Callable[[Tensor, float], Tensor]
 
 
-# Which conditions a branch of dual guidance has: (text, image).
+# The conditions that each branch of dual guidance sees: (text, image).
 BRANCHES: dict[str, tuple[bool, bool]] = dict(
     none=(False, False), text=(True, False), visual=(False, True), both=(True, True)
 )
@@ -22,12 +22,16 @@ BRANCHES: dict[str, tuple[bool, bool]] = dict(
 def branch_weights(
     config: DualGuidanceConfig, *, has_text: bool = True, has_visual: bool = True
 ) -> dict[str, float]:
-    """Return the weight of every branch that takes part, by its name in :data:`BRANCHES`.
+    """Return the nonzero weights of the branches, by their names in :data:`BRANCHES`.
 
-    They add up to 1. With the estimates u (none), T (text), D (visual) and F (both):
-    ``nested`` is u + s_d (D - u) + s_t (F - D) (the order of InstructPix2Pix's Eq. 3, arXiv
-    2211.09800); ``seed`` u + s_t (T - u) + s_d (D - u), which never asks for F; ``joint`` adds
-    s_j (F - T - D + u) to that. With one condition all of them are u + s (T - u) or u + s (D - u).
+    They add up to 1. With the estimates u (none), T (text), D (visual) and F (both), the guided
+    estimate is
+
+        ``nested``: u + s_d (D - u) + s_t (F - D) (as Eq. 3 of InstructPix2Pix, arXiv 2211.09800);
+        ``seed``: u + s_t (T - u) + s_d (D - u), which never evaluates F;
+        ``joint``: that of ``seed`` + s_j (F - T - D + u).
+
+    With one condition, each of them is u + s_t (T - u) or u + s_d (D - u); with none it is u.
     """
     text, visual = config.text_scale, config.visual_scale
     if not (has_text and has_visual):
@@ -50,15 +54,15 @@ def weighted_branches(
     contexts: Sequence[Any],
     weights: Sequence[float | Tensor],
 ) -> Denoise:
-    """Return the function (x, level) -> sum of weight_k estimate(x, level, context_k).
+    """Return the function (x, level) -> sum over k of weight_k estimate(x, level, context_k).
 
-    All branches are evaluated as one batch; if memory does not suffice for that, one by one from
-    then on.
+    All branches are evaluated as one batch. If that runs out of memory, they are evaluated one by
+    one from then on.
 
     Args:
         estimate: ``(x, level, context) -> estimate``, of x0 or of a velocity.
         contexts: One per branch, for the same images; ``concat`` joins them along the batch.
-        weights: As many, which add up to 1; numbers, or tensors that broadcast with x.
+        weights: One per branch, adding up to 1: numbers, or tensors that broadcast with x.
     """
     num_branches = len(contexts)
     joined = contexts[0].concat(*contexts[1:]) if num_branches > 1 else contexts[0]
@@ -87,9 +91,9 @@ def weighted_branches(
 def guidance_scale(config: GuidanceConfig, sigma: float, precond: Precond) -> float:
     """Return the guidance scale at a noise level: 1 where guidance is off.
 
-    The interval is that of Kynkäänniemi et al. (arXiv 2404.07724). ``power-cosine`` is 1 + (scale
-    - 1) (1 - cos(pi (1 - f)^power)) / 2 with f = ``precond.noise_fraction(sigma)``, the schedule of
-    DiffiT's latent model (Hatamizadeh et al., arXiv 2312.02139).
+    Outside ``config.cfg_interval`` it is off (Kynkäänniemi et al., arXiv 2404.07724). The schedule
+    ``power-cosine`` is that of DiffiT's latent model (Hatamizadeh et al., arXiv 2312.02139):
+    1 + (scale - 1) (1 - cos(pi (1 - f)^power)) / 2 with f = ``precond.noise_fraction(sigma)``.
     """
     if config.cfg_interval is not None:
         low, high = config.cfg_interval
@@ -110,14 +114,15 @@ def classifier_free(
 ) -> Denoise:
     """Return the denoiser null + scale (conditional - null) (Ho & Salimans, arXiv 2207.12598).
 
-    Both estimates come from one evaluation of a doubled batch. Where the scale is 1 only the
-    conditional one is evaluated. Channels that are not guided, and a variance, are conditional.
+    Both estimates come from one evaluation of a doubled batch. Where the scale is 1, only the
+    conditional one is evaluated. Channels that are not guided and a learned variance keep their
+    conditional values.
 
     Args:
         denoise: ``(x, sigma, context) -> x0 estimate``.
         context, null_context: With the condition and without it, for the same images;
             ``context.concat(null_context)`` joins them along the batch.
-        config: Scale, schedule and interval.
+        config: Scale, schedule, interval and number of guided channels.
         precond: Preconditioner of ``denoise``, whose noise levels the schedule follows.
     """
     both = context if config.cfg_scale == 1 else context.concat(null_context)
@@ -141,8 +146,9 @@ def autoguidance(
         main: Denoiser of the network whose samples are wanted, closed over its context.
         guide: Denoiser of a smaller or less trained network, with the same condition. It is not
             evaluated where the scale is 1.
-        config: Scale, schedule and interval, used as for :func:`classifier_free`.
-        precond: Preconditioner of ``main``; needed by the power-cosine schedule alone.
+        config: Scale, schedule, interval and number of guided channels, as for
+            :func:`classifier_free`.
+        precond: Preconditioner of ``main``; only the power-cosine schedule needs it.
 
     Raises ValueError for a power-cosine schedule without ``precond``.
     """
@@ -160,9 +166,9 @@ def autoguidance(
 
 
 def _extrapolate(base: Tensor, target: Tensor, scale: float, channels: int) -> Tensor:
-    """Return base + scale (target - base) in the first channels, and the target's others.
+    """Return base + scale (target - base) in the first ``channels``; the others are the target's.
 
-    Among the others is the variance, where a denoiser returns it.
+    A learned variance, if the denoiser returns one, is among the others.
     """
     guided = base[:, :channels] + scale * (target[:, :channels] - base[:, :channels])
     return torch.cat([guided, target[:, channels:]], dim=1)

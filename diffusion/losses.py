@@ -1,4 +1,4 @@
-"""Training objectives: one function each, returning the weighted error of every element."""
+"""Training losses: one function each, which returns the weighted error of every element."""
 
 import math
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def denoising_loss(
         images: Clean images y [N, C, H, W], floating point.
         sigma: Noise levels [N].
         noise: Standard normal n [N, C, H, W].
-        context: Conditioning of the denoiser.
+        context: Conditioning, passed on to the denoiser.
         weight: Loss weight as a function of sigma.
     """
     sigma = sigma.reshape(-1, 1, 1, 1)
@@ -51,7 +51,7 @@ def velocity_loss(
         images: Clean images x0 [N, C, H, W], floating point.
         t: Times [N] in [0, 1].
         noise: Standard normal eps [N, C, H, W].
-        context: Conditioning of the velocity.
+        context: Conditioning, passed on to ``velocity``.
     """
     z = torch.lerp(images, noise, t.reshape(-1, 1, 1, 1))
     estimate = velocity(z, t, context)
@@ -66,34 +66,37 @@ def hybrid_loss(
     context: Any,
     precond: TablePrecond,
 ) -> Tensor:
-    """Return (eps - n)^2 + T / 1000 L_vb per element [N, C, H, W].
+    """Return iDDPM's (eps - n)^2 + T / 1000 L_vb per element [N, C, H, W].
 
-    iDDPM (arXiv 2102.09672), Eq. 14-16. The variational bound's term, in bits, trains the variance
-    alone: its mean is detached. The average of L_vb over T timesteps is the bound divided by T,
-    hence the factor, by which the bound weighs as much for any T: 0.001.
+    Source: arXiv 2102.09672, Eq. 14-16. L_vb is the term of the variational bound at the drawn
+    timestep, in bits. Its mean is detached, so that it trains the variance alone. Averaged over the
+    T timesteps it is the whole bound divided by T; the factor T / 1000 thus gives the bound iDDPM's
+    weight of 0.001 for any T.
 
     Args:
-        denoise: ``(x, sigma [N, 1, 1, 1], context) -> [N, 2 C, H, W]``, a denoiser with variance.
-        images: Clean images y [N, C, H, W], floating point.
-        sigma: Noise levels [N] of the table of ``precond``.
+        denoise: ``(x, sigma [N, 1, 1, 1], context) -> [N, 2 C, H, W]``, a
+            :class:`~diffusion.denoiser.Denoiser` ``with_variance``.
+        images: Clean images y [N, C, H, W] in [-1, 1], floating point.
+        sigma: Noise levels [N], each in the table of ``precond``.
         noise: Standard normal n [N, C, H, W].
-        context: Conditioning of the denoiser.
-        precond: Its preconditioner, for the level below each.
+        context: Conditioning, passed on to the denoiser.
+        precond: Preconditioner of the denoiser; its table gives the next lower level.
     """
     sigma = sigma.reshape(-1, 1, 1, 1)
     denoised, fraction = denoise(images + sigma * noise, sigma, context).chunk(2, dim=1)
     squared_error = ((denoised - images) / sigma).square()
 
-    # q(x_next | x, y) has the mean lerp(y, x, (next / sigma)^2) for x = y + sigma n; the model has
-    # its estimate in the place of y.
+    # For x = y + sigma n, the mean of q(x_next | x, y) is lerp(y, x, (next / sigma)^2). The model's
+    # mean has the estimate in place of y.
     below = precond.level_below(sigma)
-    # At the lowest level the smaller variance is 0; that of the level above stands in for it.
+    # At the lowest level the smaller variance is 0; that of the level above replaces it.
     first = torch.full_like(sigma, precond.level(0))
     second = torch.full_like(sigma, precond.level(min(1, precond.num_timesteps - 1)))
     is_last = below == 0
     lowest, highest = posterior_variances(sigma, below)
     clipped, _ = posterior_variances(second, first)
-    # Of x_t as DDPM scales it, at both levels; where x_next is the image itself, that is all.
+    # DDPM clips the variance of its scaled state x_next / sqrt(1 + next^2). In the step to 0, where
+    # the replacement is used, next is 0 and both scalings agree.
     clipped = clipped / (1 + first**2)
     lowest = torch.where(is_last, clipped, lowest)
     log_variance = torch.lerp(lowest.log(), highest.log(), fraction)
@@ -111,9 +114,10 @@ def hybrid_loss(
 
 
 def _discretised_likelihood(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Return the log probability of 8-bit values in [-1, 1] under a normal distribution, in nats.
+    """Return the log probability, in nats, of 8-bit values in [-1, 1] under N(mean, std^2).
 
-    A value's bin has width 2/255; the first and the last are open (DDPM, arXiv 2006.11239, Eq. 13).
+    Each value has a bin of width 2/255; the first and the last bin extend to infinity (DDPM, arXiv
+    2006.11239, Eq. 13). Elementwise, with the shape of ``images``.
     """
     centred = images - mean
     above = torch.special.ndtr((centred + 1 / 255) / std)

@@ -1,7 +1,8 @@
-"""Preconditioners: how a raw network F makes a denoiser D(x; sigma), and how it is trained.
+"""Preconditioners: they turn a raw network F into a denoiser D(x; sigma) and weight its loss.
 
 D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) with x = x0 + sigma n (EDM, arXiv 2206.00364,
-Eq. 7). The rows of EDM's Table 1 are one class each; another parametrization is another class.
+Eq. 7). There is one class for each column of EDM's Table 1, and one for each parametrization that
+the table lacks.
 """
 
 import abc
@@ -22,14 +23,15 @@ _NUM_DRAWS = 20_000
 
 
 class Precond(abc.ABC):
-    """The scalings of a denoiser, its training distribution and its range of noise levels.
+    """The scalings of a denoiser, the noise levels it is trained at, and the range it accepts.
 
     Attributes:
-        sigma_min, sigma_max: Noise levels between which the network may be asked.
-        noise_range: Range over whose logarithm :meth:`noise_fraction` is measured by default.
-        sigma_data: Standard deviation of the data that it is for; None if it asks for none.
-        learned_variance: Whether the network's output has a second half, which gives the variance
-            of an ancestral step.
+        sigma_min, sigma_max: Range of noise levels at which the network may be evaluated.
+        noise_range: Noise levels between which :meth:`noise_fraction` goes from 0 to 1.
+        sigma_data: Standard deviation of the data that the scalings assume; None if they assume
+            none.
+        learned_variance: Whether the network's output has a second half of channels, which gives
+            the variance of an ancestral step.
     """
 
     sigma_min: float
@@ -45,42 +47,45 @@ class Precond(abc.ABC):
     def draw_sigma(
         self, num: int, generator: torch.Generator, device: torch.device | str
     ) -> Tensor:
-        """Return training noise levels [num], float32 on ``device``, drawn on the generator's."""
+        """Return training noise levels [num], float32: drawn where the generator is, then moved."""
         drawn = self._draw(num, generator=generator, device=generator.device)
         return drawn.to(device, non_blocking=True)
 
     @abc.abstractmethod
     def _draw(self, num: int, **source: Any) -> Tensor:
-        """Return training noise levels [num]; ``source`` says where torch draws from."""
+        """Return training noise levels [num]; ``source`` is the generator and the device."""
 
     def weight(self, sigma: Tensor) -> Tensor:
-        """Return the loss weight of the squared error of D, with the shape of ``sigma``."""
+        """Return the weight of the squared error of D in the loss, with the shape of ``sigma``."""
         return 1 / sigma**2
 
     def round_sigma(self, sigma: float) -> float:
-        """Return the nearest noise level that the network was trained for."""
+        """Return the nearest noise level that the network was trained at."""
         return sigma
 
     def training_levels(self, shares: Sequence[float]) -> list[float]:
-        """Return the noise levels that these shares of those in training do not exceed.
+        """Return the quantiles of the training noise levels at ``shares``, each in [0, 1].
 
-        They are the quantiles of 20,000 draws that are always the same.
+        They are estimated from 20,000 draws with a fixed seed, and rounded by :meth:`round_sigma`.
         """
         drawn = self.draw_sigma(_NUM_DRAWS, torch.Generator().manual_seed(0), "cpu")
         levels = torch.quantile(drawn.double(), torch.tensor(shares, dtype=torch.float64))
         return [self.round_sigma(level) for level in levels.tolist()]
 
     def noise_fraction(self, sigma: float) -> float:
-        """Return how far along its noise levels ``sigma`` is: 0 for the lowest, 1 for the highest.
+        """Return the position of ``sigma`` among the noise levels: 0 for the lowest, 1 at the top.
 
-        Here the position of ln(sigma) within ``noise_range``.
+        By default it is the position of ln(sigma) within ``noise_range``.
         """
         low, high = self.noise_range
         return min(math.log(max(sigma, low) / low) / math.log(high / low), 1.0)
 
 
 class EDMPrecond(Precond):
-    """Unit variance at input and target for data of standard deviation ``sigma_data``."""
+    """EDM's own scalings: input and target have unit variance for data of std ``sigma_data``.
+
+    In training, ln(sigma) is normal with mean ``P_mean`` and standard deviation ``P_std``.
+    """
 
     sigma_min, sigma_max = 0.0, math.inf
     noise_range = (0.002, 80.0)
@@ -101,7 +106,7 @@ class EDMPrecond(Precond):
 
 
 class VPPrecond(Precond):
-    """Variance-preserving SDE (Song et al., arXiv 2011.13456) with t uniform in training."""
+    """Variance-preserving SDE (Song et al., arXiv 2011.13456); t is uniform in training."""
 
     beta_d, beta_min = 19.9, 0.1
     num_timesteps = 1000
@@ -134,7 +139,7 @@ class VPPrecond(Precond):
 
 
 class VEPrecond(Precond):
-    """Variance-exploding SDE (Song et al., arXiv 2011.13456), log-uniform noise in training."""
+    """Variance-exploding SDE (Song et al., arXiv 2011.13456); sigma is log-uniform in training."""
 
     sigma_min, sigma_max = 0.02, 100.0
     noise_range = (0.02, 100.0)
@@ -150,13 +155,13 @@ class VEPrecond(Precond):
 class FlowPrecond(Precond):
     """Velocity prediction of flow matching: F is eps - x0 at z = (1 - t) x0 + t eps.
 
-    Rectified flow (Liu et al., arXiv 2209.03003; Lipman et al., arXiv 2210.02747) in the variables
-    of the others: t = sigma / (1 + sigma) and z = x / (1 + sigma). Times in training are
-    logit-normal and may be shifted (Esser et al., arXiv 2403.03206, section 3.1 and Eq. 23), which
-    is a log-normal sigma times the shift; they stay from 0.001 to 0.999.
+    Rectified flow (Liu et al., arXiv 2209.03003; Lipman et al., arXiv 2210.02747), written in the
+    variables of the other classes: t = sigma / (1 + sigma) and z = x / (1 + sigma). Training times
+    are logit-normal, optionally shifted (Esser et al., arXiv 2403.03206, section 3.1 and Eq. 23),
+    and clamped to [0.001, 0.999]; sigma is then log-normal, multiplied by the shift.
 
     Args:
-        logit_mean, logit_std: Of ln(t / (1 - t)) before the shift.
+        logit_mean, logit_std: Mean and standard deviation of ln(t / (1 - t)) before the shift.
         shift: s in t' = s t / (1 + (s - 1) t).
     """
 
@@ -169,7 +174,7 @@ class FlowPrecond(Precond):
 
     @staticmethod
     def time(sigma: Tensor) -> Tensor:
-        """Return the time t in [0, 1] of a noise level; an infinite one is that of pure noise."""
+        """Return the time t in [0, 1] of a noise level: 1, pure noise, if it is infinite."""
         return torch.where(sigma.isinf(), 1.0, sigma / (1 + sigma))
 
     def scalings(self, sigma: Tensor) -> Scalings:
@@ -182,7 +187,7 @@ class FlowPrecond(Precond):
         return sigma.clamp(self.sigma_min, self.sigma_max)
 
     def weight(self, sigma: Tensor) -> Tensor:
-        # D - x0 is t times the error of the velocity.
+        # D - x0 is -t times the error of the velocity, which is to have weight 1.
         return self.time(sigma) ** -2
 
     def noise_fraction(self, sigma: float) -> float:
@@ -192,11 +197,12 @@ class FlowPrecond(Precond):
 class TablePrecond(Precond):
     """Noise prediction at the levels of a table, indexed by timestep: DDPM and iDDPM.
 
-    Trained with sigma = u_j, j uniform over the positive levels (DDPM, arXiv 2006.11239; iDDPM,
-    arXiv 2102.09672). Between the levels the network gets the timestep M - 1 - j of the nearest.
+    In training, sigma = u_j with j uniform over the positive levels (DDPM, arXiv 2006.11239;
+    iDDPM, arXiv 2102.09672). Timestep M - 1 - j stands for level u_j; at any other noise level the
+    network receives the timestep of the nearest one.
 
     Args:
-        table: Descending noise levels u_0 > ... > u_{M-1} > u_M = 0.
+        table: Descending noise levels u_0 > ... > u_{M-1} > u_M = 0, [M + 1].
         learned_variance: See :class:`Precond`.
     """
 
@@ -210,11 +216,11 @@ class TablePrecond(Precond):
         self.noise_range = (self.sigma_min, self.sigma_max)
 
     def _levels(self, device: torch.device) -> Tensor:
-        # Moved once per device: a copy in every step would wait for the device.
+        # Copied to each device once: a copy in every step would synchronise with the device.
         if device in self._on_device:
             return self._on_device[device]
         values = torch.tensor(self._ascending, dtype=torch.float32, device=device)
-        if not torch.compiler.is_compiling():  # What a trace makes is not there after it.
+        if not torch.compiler.is_compiling():  # Tensors made in a trace do not outlive it.
             self._on_device[device] = values
         return values
 
@@ -237,7 +243,7 @@ class TablePrecond(Precond):
         return (self._levels(sigma.device) - sigma.unsqueeze(-1)).abs().argmin(-1)
 
     def level_below(self, sigma: Tensor) -> Tensor:
-        """Return the next lower level than the nearest one; 0 below the lowest."""
+        """Return the level one below the nearest to ``sigma``; 0 if that is the lowest."""
         below = self.timestep(sigma) - 1
         return torch.where(below < 0, 0.0, self._levels(sigma.device)[below.clamp(min=0)])
 
@@ -253,7 +259,7 @@ class TablePrecond(Precond):
         return self._ascending[self._timestep(sigma)] if sigma > 0 else 0.0
 
     def noise_fraction(self, sigma: float) -> float:
-        # Timestep over M, as published guidance schedules count: 0 at the lowest level.
+        # Timestep over M, the progress that DiffiT's guidance schedule takes: it never reaches 1.
         return self._timestep(sigma) / len(self._ascending)
 
 

@@ -1,9 +1,9 @@
-"""Samplers: from noise to images with a denoiser D(x; sigma).
+"""Samplers: they turn noise into images with a denoiser D(x; sigma).
 
-Each is a function ``sampler(denoise, x, sigmas, noise, **options) -> x0`` in which
-``denoise(x, sigma)`` returns the x0 estimate at a noise level given as a python number, ``x`` is
-the state [N, C, H, W] at ``sigmas[0]`` (float64 from :func:`sample`), ``sigmas`` descends to 0,
-and ``noise.randn_like(x)`` draws for a stochastic sampler. ``callback()`` follows every step.
+Each is a function ``sampler(denoise, x, sigmas, noise, **options) -> x0``. ``denoise(x, sigma)``
+returns the x0 estimate at a noise level, which is a Python number; ``x`` is the state
+[N, C, H, W] at ``sigmas[0]`` (float64 from :func:`sample`); ``sigmas`` descends to 0; stochastic
+samplers draw from ``noise.randn_like(x)``. ``callback()`` is called after every step.
 """
 
 import dataclasses
@@ -30,19 +30,19 @@ class NoiseSource(Protocol):
     """What a stochastic sampler draws from."""
 
     def randn_like(self, x: Tensor) -> Tensor:
-        """Return standard normal numbers with the shape and type of ``x``."""
+        """Return standard normal numbers with the shape, dtype and device of ``x``."""
 
 
 Noise = NoiseSource | None
 
 
 class Sampler(NamedTuple):
-    """A sampler as :func:`sample` knows it.
+    """A sampler, as :func:`sample` calls it.
 
     Attributes:
-        run: The function.
-        options: Its keyword arguments, from the configuration and the network's preconditioner.
-        order: Evaluations of the denoiser in a step, except in the last one, which takes one.
+        run: The sampler function.
+        options: Returns its keyword arguments, given the configuration and the preconditioner.
+        order: Evaluations of the denoiser per step; the last step always takes one.
     """
 
     run: Callable[..., Tensor]
@@ -52,13 +52,13 @@ class Sampler(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Churn:
-    """Noise that is added before a step of :func:`heun` (EDM, Algorithm 2); none by default."""
+    """Noise that :func:`heun` adds before each step (EDM, Algorithm 2); none by default."""
 
     amount: float = 0.0  # S_churn, spread over the steps.
-    low: float = 0.0  # S_min and S_max, the range of noise levels where it is added.
+    low: float = 0.0  # S_min and S_max, the range of noise levels where noise is added.
     high: float = math.inf
     noise_std: float = 1.0  # S_noise.
-    round_sigma: Callable[[float], float] = float  # From a raised level to one of the network.
+    round_sigma: Callable[[float], float] = float  # Rounds a raised level to the network's nearest.
 
 
 def heun(
@@ -72,7 +72,7 @@ def heun(
 ) -> Tensor:
     """Return x0 by Heun's second-order method with optional churn (EDM, Algorithm 2).
 
-    2 N - 1 evaluations in N steps.
+    N steps take 2 N - 1 evaluations of the denoiser.
     """
     gamma = min(churn.amount / (len(sigmas) - 1), math.sqrt(2) - 1)
     for sigma, sigma_next in steps_of(sigmas, callback):
@@ -110,8 +110,9 @@ def ddim(
 ) -> Tensor:
     """Return x0 by DDIM (Song et al., arXiv 2010.02502, Eq. 12 and 16).
 
-    Written for x / sqrt(abar) with sigma^2 = (1 - abar) / abar. At ``eta`` 0 it is deterministic
-    and equals :func:`euler`, at 1 it equals :func:`ddpm`.
+    The paper's equations, rewritten for x / sqrt(abar) and sigma^2 = (1 - abar) / abar. With
+    ``eta`` 0 it is deterministic and equals :func:`euler`; with 1 it equals :func:`ddpm` with the
+    small variance.
     """
     for sigma, sigma_next in steps_of(sigmas, callback):
         denoised = denoise(x, sigma)
@@ -134,11 +135,12 @@ def ddpm(
 ) -> Tensor:
     """Return x0 by ancestral sampling (Ho et al., arXiv 2006.11239, Eq. 6-7).
 
-    Each step draws from the posterior q(x_next | x, x0) of the forward chain with x0 = D(x; sigma),
-    which is the smaller of DDPM's two variances (``variance`` small), with the larger one, or with
-    the learned variance, if ``denoise`` returns its fraction in a second half of channels (iDDPM,
-    arXiv 2102.09672, Eq. 15). The bounds are those of the levels visited, so that leaving levels
-    out recomputes them. The last step adds no noise.
+    Each step draws from a normal distribution with the mean of the forward chain's posterior
+    q(x_next | x, x0) at x0 = D(x; sigma). Its variance is the smaller of DDPM's two, which is the
+    posterior's own (``variance="small"``), or the larger one (``"large"``). A learned variance
+    replaces both, if ``denoise`` returns its fraction as a second half of the channels (iDDPM,
+    arXiv 2102.09672, Eq. 15). Both bounds are computed from the levels that are visited, so they
+    hold for a subset of levels too. The last step adds no noise.
     """
     channels = x.shape[1]
     for sigma, sigma_next in steps_of(sigmas, callback):
@@ -155,7 +157,7 @@ def dpmpp_2m(
 ) -> Tensor:
     """Return x0 by the multistep DPM-Solver++(2M) (Lu et al., arXiv 2211.01095, Algorithm 2).
 
-    The first step and the last one, to 0, are of first order.
+    The first step and the last one, which goes to 0, are first-order.
     """
     previous = h_previous = None
     for sigma, sigma_next in steps_of(sigmas, callback):
@@ -171,19 +173,19 @@ def dpmpp_2m(
 
 
 class Watched:
-    """An estimate of a sampler, watched for values that are not finite.
+    """A denoiser or velocity that remembers the first step with values that are not finite.
 
-    What it sees stays on the device until :meth:`check`, so that no step waits for it.
+    Its record stays on the device until :meth:`check`, so no step synchronises with the device.
 
     Args:
         estimate: ``(x, level) -> estimate``.
-        callback: The sampler's; hand :meth:`end_step` to the sampler in its place.
+        callback: Called after every step; give the sampler :meth:`end_step` in its place.
     """
 
     def __init__(self, estimate: Denoise, callback: Callback = None) -> None:
         self._estimate, self._callback = estimate, callback
         self._step = 1
-        self._first: Tensor | int = 0  # Step of the first such value; 0 for none.
+        self._first: Tensor | int = 0  # First step with a value that is not finite; 0: none yet.
 
     def __call__(self, x: Tensor, level: float) -> Tensor:
         estimate = self._estimate(x, level)
@@ -192,13 +194,13 @@ class Watched:
         return estimate
 
     def end_step(self) -> None:
-        """Count a step."""
+        """Count a step, then call the callback."""
         self._step += 1
         if self._callback is not None:
             self._callback()
 
     def check(self, x: Tensor) -> Tensor:
-        """Return samples ``x``; raises NotFiniteError if there was a value that is not finite."""
+        """Return samples ``x``; raises NotFiniteError if they or any estimate are not finite."""
         first = int(self._first)
         if not first and x.isfinite().all():
             return x
@@ -210,7 +212,7 @@ class Watched:
 
 
 def steps_of(levels: Levels, callback: Callback) -> Iterator[tuple[float, float]]:
-    """Yield each level with the next one; ``callback`` follows every step."""
+    """Yield each level with the next one, and call ``callback`` after every step."""
     for level, level_next in itertools.pairwise(levels):
         yield level, level_next
         if callback is not None:
@@ -249,17 +251,19 @@ SAMPLERS.update(
 def sampling_sigmas(config: SamplingConfig, precond: Precond) -> list[float]:
     """Return the noise levels that :func:`sample` visits, descending to 0.
 
-    The range is limited to the network's, the levels are rounded to those it knows, and levels
-    that rounding makes equal are visited once, so there can be fewer than ``config.steps`` + 1;
-    with churn they are all visited, as in EDM, since each visit adds noise and removes it. Of a
-    grid of ``config.grid_steps`` they are every k-th, from the highest to 0.
+    The configured range is cut to the network's, and levels are rounded to those it was trained
+    at. Levels that rounding makes equal are visited once, so there can be fewer than
+    ``config.steps`` + 1; with churn all are visited, as in EDM, because each visit adds noise and
+    removes it again. With ``config.grid_steps``, every k-th level of that finer grid is taken,
+    from the highest to 0.
 
-    ``timesteps`` takes the levels of the network's own table at N timesteps from the first to the
-    last (see :func:`diffusion.respacing.respaced`), or at those that ``config.respacing`` names.
+    The grid ``timesteps`` takes levels of the network's own table: at N timesteps spread evenly
+    from the first to the last (see :func:`diffusion.respacing.respaced`), or at those that
+    ``config.respacing`` names.
 
-    Raises ValueError if the network knows no range of noise levels inside the configured one, or
-    has no table of at least ``config.steps`` levels where one is needed, or not the timesteps that
-    are named.
+    Raises ValueError if the configured range misses the network's, if the grid is ``timesteps``
+    and the network has no table or too small a one, if the timesteps named do not exist, and for
+    the grid ``time``, which belongs to :mod:`diffusion.flow`.
     """
     if config.grid == "timesteps":
         return _timestep_sigmas(config, precond)
@@ -278,7 +282,7 @@ def sampling_sigmas(config: SamplingConfig, precond: Precond) -> list[float]:
     sigmas = sigma_grid(config.grid, num_steps, sigma_min, sigma_max, config.rho)
     levels = [precond.round_sigma(sigma) for sigma in sigmas[:: num_steps // config.steps]]
     if config.sampler == "heun" and config.s_churn > 0:
-        return levels  # Where a level comes again, noise is added and removed again.
+        return levels  # A repeated level adds noise and removes it once more.
     return [level for level, _ in itertools.groupby(levels)]
 
 
@@ -303,15 +307,15 @@ def _timestep_sigmas(config: SamplingConfig, precond: Precond) -> list[float]:
 
 
 def reads_variance(config: SamplingConfig, precond: Precond) -> bool:
-    """Return whether a sampler takes a denoiser that returns the learned variance too."""
+    """Return whether the sampler needs a denoiser that also returns the learned variance."""
     return config.sampler == "ddpm" and precond.learned_variance
 
 
 def num_evaluations(config: SamplingConfig, precond: Precond | None = None) -> int:
-    """Return how often one image's denoiser is evaluated.
+    """Return the number of denoiser evaluations per image.
 
-    With ``precond`` the count is exact for a network of discrete noise levels too, where steps
-    merge; without it, all ``config.steps`` are counted.
+    With ``precond`` the count is also exact for a network with discrete noise levels, where
+    rounding can merge steps; without it, all ``config.steps`` are counted.
     """
     steps = config.steps
     if precond is not None and config.grid != "time":
@@ -320,7 +324,7 @@ def num_evaluations(config: SamplingConfig, precond: Precond | None = None) -> i
 
 
 def _clipped(denoise: Denoise, channels: int) -> Denoise:
-    """Return a denoiser whose images lie in [-1, 1]; a learned variance stays as it is."""
+    """Return the denoiser with its images clipped to [-1, 1]; a learned variance stays as it is."""
 
     def clipped(x: Tensor, sigma: float) -> Tensor:
         estimate = denoise(x, sigma)
@@ -345,11 +349,11 @@ def sample(
         latents: Standard normal [N, C, H, W].
         config: Sampler, noise levels and their options.
         precond: Preconditioner of the network, for its range and rounding of noise levels.
-        noise: Source of a stochastic sampler's noise; not used by the deterministic ones.
+        noise: Source of a stochastic sampler's noise; deterministic samplers do not use it.
         callback: Called without arguments after every step.
 
-    Raises ValueError if config and preconditioner share no range of noise levels, and
-    NotFiniteError, with the step, if the denoiser returns values that are not finite.
+    Raises ValueError as :func:`sampling_sigmas` does, and NotFiniteError, which names the step, if
+    the denoiser or the samples have values that are not finite.
     """
     sigmas = sampling_sigmas(config, precond)
     if config.clip_denoised:

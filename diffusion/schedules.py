@@ -1,7 +1,7 @@
-"""Noise levels that a sampler visits: descending grids of sigma in float64.
+"""Noise levels that a sampler visits: descending grids of sigma, in float64.
 
-Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models" (EDM,
-arXiv 2206.00364), Table 1. A grid is a function of (num_steps, sigma_min, sigma_max, rho).
+Source: Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models" (EDM,
+arXiv 2206.00364), Table 1.
 """
 
 import math
@@ -17,18 +17,18 @@ Level = TypeVar("Level", float, Tensor)
 def sigma_grid(
     name: str, num_steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0
 ) -> list[float]:
-    """Return the num_steps + 1 noise levels of a grid: descending, the last one 0.
+    """Return the num_steps + 1 noise levels of a grid, descending to 0.
 
     All grids but ``iddpm`` begin at ``sigma_max`` and reach ``sigma_min`` just before 0; a grid of
-    one step is ``[sigma_max, 0]``. ``iddpm`` takes the levels of its own table inside the range.
+    one step is ``[sigma_max, 0]``. ``iddpm`` takes entries of its own table that lie in the range.
 
     Args:
         name: One of :data:`GRIDS`.
         num_steps: Number of steps, at least 1.
         sigma_min, sigma_max: Range, 0 < sigma_min < sigma_max.
-        rho: Exponent of ``karras``; larger means shorter steps near ``sigma_min``.
+        rho: Exponent of ``karras``; a larger one shortens the steps near ``sigma_min``.
 
-    Raises ValueError for a range without ``iddpm`` levels.
+    Raises ValueError if ``iddpm`` has no level in the range.
     """
     assert num_steps >= 1
     assert 0 < sigma_min < sigma_max < math.inf
@@ -55,7 +55,7 @@ def _vp(num_steps: int, sigma_min: float, sigma_max: float, rho: float) -> np.nd
 
 
 def _iddpm(num_steps: int, sigma_min: float, sigma_max: float, rho: float) -> np.ndarray:
-    # Entries of the table from the first at or below sigma_max on; 81 gives the paper's j0 = 8.
+    # The grid begins at the first entry not above sigma_max: EDM's j0, which is 8 for 81.
     table = cosine_sigmas()
     inside = np.flatnonzero((table >= sigma_min) & (table <= sigma_max))
     if inside.size == 0:
@@ -77,11 +77,11 @@ GRIDS: dict[str, Callable[[int, float, float, float], np.ndarray]] = dict(
 
 
 def linear_sigmas(num_levels: int = 1000) -> np.ndarray:
-    """Return the noise levels sigma_{T-1} > ... > sigma_0 > 0 of DDPM's linear schedule [T + 1].
+    """Return the noise levels sigma_{T-1} > ... > sigma_0 of DDPM's linear schedule and 0, [T + 1].
 
-    sigma_t = sqrt((1 - abar_t) / abar_t) with abar_t = prod (1 - beta), beta from 0.1 / T to 20 / T
-    (Ho et al., arXiv 2006.11239, section 4: 1e-4 to 0.02 at T = 1000, in DDPM's words). The last
-    entry is 0.
+    sigma_t = sqrt((1 - abar_t) / abar_t), where abar_t is the product of 1 - beta up to t and beta
+    rises from 0.1 / T to 20 / T: at T = 1000, DDPM's 1e-4 to 0.02 (Ho et al., arXiv 2006.11239,
+    section 4).
     """
     betas = np.linspace(0.1 / num_levels, 20 / num_levels, num_levels, dtype=np.float64)
     abar = np.cumprod(1 - betas)
@@ -104,9 +104,9 @@ def cosine_sigmas(num_levels: int = 1000, c1: float = 0.001, c2: float = 0.008) 
 def posterior_variances(sigma: Level, sigma_next: Level) -> tuple[Level, Level]:
     """Return the smaller and the larger variance of x_next given x, for x = x0 + sigma n.
 
-    DDPM's beta-tilde and beta (arXiv 2006.11239, section 3.2), which are those of x_next scaled by
-    sqrt(abar) = 1 / sqrt(1 + sigma_next^2): the variance for data that are a point, and for data of
-    unit variance.
+    The smaller one is exact if the data are a single point, the larger one if they are normal with
+    unit variance. They are beta-tilde and beta of DDPM (arXiv 2006.11239, section 3.2) times
+    1 + sigma_next^2, because DDPM scales x_next by sqrt(abar) = 1 / sqrt(1 + sigma_next^2).
     """
     difference = sigma**2 - sigma_next**2
     smaller = sigma_next**2 * difference / sigma**2

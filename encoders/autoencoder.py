@@ -1,4 +1,4 @@
-"""The autoencoder of latent models: diffusers' AutoencoderKL with its normalisation."""
+"""The autoencoder of latent models: diffusers' AutoencoderKL, with its normalisation of latents."""
 
 import hashlib
 import json
@@ -14,13 +14,13 @@ from encoders.loading import Device, FrozenEncoder, Pretrained, absolute
 from torch_utils.fingerprints import weights_hash
 
 INPUT_TRANSFORM = "x / 127.5 - 1"
-_MAX_PIXELS = 16 * 256 * 256  # That a network sees at once; bounds the memory of its activations.
-# What the function depends on besides the weights and their shapes.
+_MAX_PIXELS = 16 * 256 * 256  # Per pass of the network; bounds the memory of activations.
+# Settings that the outputs depend on, besides the weights and their shapes.
 _SETTINGS = ("act_fn", "norm_num_groups", "down_block_types", "up_block_types")
 
 
 class _PretrainedAutoencoder(Pretrained):
-    """The autoencoders of ``diffusers``, which names, reads and builds networks differently."""
+    """Reads autoencoders of ``diffusers``, whose configurations and constructors differ."""
 
     def check_location(self, location: str) -> None:
         inner = os.path.join(location, "vae")
@@ -61,16 +61,16 @@ AUTOENCODER = _PretrainedAutoencoder(
 
 
 class Autoencoder(FrozenEncoder):
-    """An AutoencoderKL: images to moments of raw latents, normalised latents to images.
+    """An AutoencoderKL: maps images to moments of raw latents, and normalised latents to images.
 
-    Its networks see at most 16 images of 256x256, or as many pixels of another size, at once, so
-    that memory does not grow with a batch; what an image gives depends on that by rounding alone.
+    It processes as many images at a time as have the pixels of 16 images of 256x256, at least one,
+    so that memory does not grow with the batch. This affects results through rounding alone.
 
     Attributes:
         scale, shift: The normalised latent is (raw - shift) * scale.
-        latent_channels: Channels c of a latent.
-        downsampling: Pixels per latent value, in each direction.
-        img_channels: Channels C of an image.
+        latent_channels: Number c of channels of a latent.
+        downsampling: Ratio of the sides of an image to those of its latent.
+        img_channels: Number C of channels of an image.
     """
 
     described = ("downsampling", "scale", "shift")
@@ -78,7 +78,11 @@ class Autoencoder(FrozenEncoder):
     def __init__(
         self, network: nn.Module, location: str, device: Device, precision: str = "fp32"
     ) -> None:
-        """``network`` is a ``diffusers.AutoencoderKL``; raises ValueError if it does not fit."""
+        """``network`` is a ``diffusers.AutoencoderKL``; raises ValueError if it is not supported.
+
+        That is one that normalises latents per channel, or with more or fewer output than input
+        channels.
+        """
         config = network.config
         _check_config(config, location)
         self.scale = float(config.scaling_factor)
@@ -93,16 +97,16 @@ class Autoencoder(FrozenEncoder):
         super().__init__(network, location, device, precision, sha256)
 
     def facts(self) -> dict[str, Any]:
-        """Return what a record says of it."""
+        """Return the facts that records store, with the number of latent channels."""
         return dict(super().facts(), channels=self.latent_channels)
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """Return the shape [c, h, w] of the latent of a square image."""
+        """Return the shape (c, h, w) of the latent of a square image."""
         side = resolution // self.downsampling
         return self.latent_channels, side, side
 
     def check_images(self, name: str, resolution: int, img_channels: int) -> None:
-        """Raise ValueError if images of this size, called ``name``, cannot be encoded."""
+        """Raise ValueError if images of this size, from the data ``name``, cannot be encoded."""
         takes = f"but the autoencoder {self.location} takes"
         if img_channels != self.img_channels:
             problem = f"holds images of {img_channels} channel(s), {takes} {self.img_channels}"
@@ -117,8 +121,8 @@ class Autoencoder(FrozenEncoder):
     def moments(self, images: Tensor) -> Tensor:
         """Return mean and standard deviation of the raw latents, float32 [N, 2c, h, w].
 
-        ``images`` are uint8 [N, C, H, W] on any device; the result is on the autoencoder's.
-        Nothing here waits for the device.
+        ``images`` are uint8 [N, C, H, W] on any device; the result is on the autoencoder's device.
+        Does not synchronise with the device.
         """
         assert images.dtype == torch.uint8
         assert images.shape[1] == self.img_channels
@@ -134,16 +138,16 @@ class Autoencoder(FrozenEncoder):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Return images [N, C, H, W], float32 of about [-1, 1], of normalised latents [N, c, h, w].
+        """Return images [N, C, H, W] from normalised latents [N, c, h, w].
 
-        They are on the autoencoder's device, and not clipped.
+        They are float32 on the autoencoder's device, about in [-1, 1] but not clipped.
         """
         assert latents.shape[1] == self.latent_channels
         return self.decode_raw(latents.to(self.device, torch.float32) / self.scale + self.shift)
 
     @torch.no_grad()
     def decode_raw(self, raw: Tensor) -> Tensor:
-        """Return images as :meth:`decode` does, of latents [N, c, h, w] that are not normalised."""
+        """Return images like :meth:`decode`, from latents [N, c, h, w] that are not normalised."""
         size = [side * self.downsampling for side in raw.shape[2:]]
         rest = (self.img_channels, *size)
         with self._products():
@@ -156,12 +160,13 @@ class Autoencoder(FrozenEncoder):
 def normalise(
     moments: Tensor, noise: Tensor | None, scale: float, shift: float, channels: int
 ) -> Tensor:
-    """Return the latents that a model sees, (mean + std * noise - shift) * scale, in float32.
+    """Return normalised latents (mean + std * noise - shift) * scale, float32 [N, c, h, w].
 
     Args:
-        moments: [N, 2c, h, w], mean then standard deviation of raw latents, or [N, c, h, w], the
-            mean alone.
-        noise: Standard normal values [N, c, h, w]; None for the mean, which alone takes none.
+        moments: Mean, then standard deviation, of raw latents, [N, 2c, h, w]; or the mean alone,
+            [N, c, h, w].
+        noise: Standard normal values [N, c, h, w], or None to use the mean. It must be None if
+            ``moments`` is the mean alone.
         scale, shift: The autoencoder's normalisation.
         channels: Number c of channels of a latent.
     """
@@ -179,13 +184,15 @@ def load_autoencoder(
 ) -> Autoencoder:
     """Return an autoencoder from a local folder or a Hugging Face id. Collective: rank 0 reads.
 
-    Only tensors in the safetensors format are read, and no code that comes with them.
+    Only tensors in the safetensors format are read, never code that comes with them.
 
     Args:
-        expected_hash: The ``sha256`` it must have, if its latents are in use already.
-        precision: One of PRECISIONS, that of the networks' products.
+        location: Folder or Hugging Face id.
+        device: Device that it runs on.
+        expected_hash: The ``sha256`` that it must have, if latents of it are already in use.
+        precision: Precision of matrix products and convolutions: ``fp32`` or ``bf16``.
 
-    Raises ValueError, one sentence with the remedy, if there is none, or another one.
+    Raises ValueError, with a remedy, if it cannot be read or has another hash.
     """
     location = absolute(location)
     autoencoder = Autoencoder(AUTOENCODER.load(location), location, device, precision)

@@ -1,4 +1,4 @@
-"""Finds and reads frozen networks: Hugging Face ids and folders, tensors only."""
+"""Reads frozen networks from folders and Hugging Face ids: tensors only, never code."""
 
 import contextlib
 import dataclasses
@@ -20,19 +20,19 @@ from torch_utils.fingerprints import weights_hash
 T = TypeVar("T")
 Device = torch.device | str
 PRECISIONS = ("fp32", "bf16")
-# What in a configuration has no influence on what a network computes.
+# Entries of a configuration that have no influence on the network's outputs.
 _BOOKKEEPING = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
 _NO_CONVERSION = "DISABLE_SAFETENSORS_CONVERSION"
 
 
 class FrozenEncoder:
-    """A network that never trains. It computes in float32, or with bfloat16 products.
+    """A network that is never trained, in float32 or under bfloat16 autocast.
 
     Attributes:
-        location: Folder or Hugging Face id that it came from.
-        sha256: Identity of what it computes.
-        device: Where it computes.
-        described: Names of further attributes that :meth:`facts` has.
+        location: Folder or Hugging Face id that it was read from.
+        sha256: Identity of the function that it computes.
+        device: Device that it runs on.
+        described: Names of further attributes that :meth:`facts` includes.
     """
 
     described: tuple[str, ...] = ()
@@ -40,7 +40,7 @@ class FrozenEncoder:
     def __init__(
         self, network: nn.Module, location: str, device: Device, precision: str, sha256: str
     ) -> None:
-        """``precision`` is one of PRECISIONS; raises ValueError for another."""
+        """``precision`` is one of :data:`PRECISIONS`; raises ValueError for any other."""
         if precision not in PRECISIONS:
             raise ValueError(f"Precision {precision!r}; accepted: {', '.join(PRECISIONS)}.")
         self.location = location
@@ -50,19 +50,22 @@ class FrozenEncoder:
         self._network = network.eval().requires_grad_(False).to(self.device)
 
     def facts(self) -> dict[str, Any]:
-        """Return what a record says of it: where it came from, what it is, how it computes."""
+        """Return the facts that records store: location, hash, described attributes, precision."""
         own = {name: getattr(self, name) for name in self.described}
         return dict(location=self.location, hash=self.sha256, **own, precision=self._precision)
 
     def _products(self) -> torch.autocast:
-        """Return the arithmetic to compute in, whatever autocast the caller is in."""
+        """Return the autocast of this network's precision, which overrides the caller's."""
         enabled = self._precision == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def _in_chunks(
         self, function: Callable[[Tensor], Tensor], values: Tensor, size: int, rest: Sequence[int]
     ) -> Tensor:
-        """Return ``function`` of all rows, float32 [N, *rest], ``size`` or one at a time."""
+        """Return ``function(values)``, float32 [N, *rest], computed on ``size`` rows at a time.
+
+        A ``size`` below 1 counts as 1.
+        """
         result = torch.empty((len(values), *rest), dtype=torch.float32, device=self.device)
         size = max(size, 1)
         for first in range(0, len(values), size):
@@ -76,19 +79,19 @@ E = TypeVar("E", bound=FrozenEncoder)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pretrained:
-    """The networks of ``transformers`` that an option names, and how they are read.
+    """The kind of network of ``transformers`` that an option names, and how it is read.
 
     Attributes:
-        option: Option that names a folder or a Hugging Face id.
-        noun: What it names, for messages.
-        makes: What such a network makes, for messages.
-        files: What a folder has to hold, for messages.
+        option: Option whose value is a folder or a Hugging Face id.
+        noun: Name of such a network, for messages.
+        makes: Name of its outputs, for messages.
+        files: Files that a folder must contain, for messages.
         extra: Extra of this project that installs the library.
-        library: Package with the network's class.
+        library: Package that defines the network's class.
         class_name: Name of that class.
-        kinds: Accepted ``model_type`` of ``config.json``.
-        attention: The library's implementation of attention.
-        pickles: Whether weights may be in a pickle, of which only tensors are read.
+        kinds: Accepted values of ``model_type`` in ``config.json``.
+        attention: The library's attention implementation to use.
+        pickles: Whether weights may be in a pickle, from which only tensors are read.
     """
 
     option: str
@@ -107,7 +110,7 @@ class Pretrained:
         return f"Give {self.option}=FOLDER with {self.files}."
 
     def check_location(self, location: str) -> None:
-        """Raise ValueError if there cannot be one; cheap, and blind to what a file holds."""
+        """Raise ValueError if ``location`` cannot hold such a network; cheap, reads no weights."""
         if os.path.isdir(location):
             if os.path.isfile(os.path.join(location, "config.json")):
                 return
@@ -121,8 +124,8 @@ class Pretrained:
     def read(self, location: str) -> nn.Module:
         """Return the network of a folder or Hugging Face id, float32 on the CPU.
 
-        Only tensors are read, and no code that comes with them. Raises ValueError, one sentence
-        with the remedy, if there is none, it is of another kind, or weights are missing.
+        Only tensors are read, never code that comes with them. Raises ValueError, with a remedy, if
+        the location holds no network or one of another kind, and for missing or misshapen weights.
         """
         self.check_location(location)
         with self.using(location) as library:
@@ -133,7 +136,7 @@ class Pretrained:
             network, info = getattr(library, self.class_name).from_pretrained(
                 location, output_loading_info=True, **self._arguments()
             )
-            # Versions before 5 give names alone, later ones names with both shapes.
+            # Versions before 5 list names; later ones list names with both shapes.
             misfits = [k if isinstance(k, str) else k[0] for k in info.get("mismatched_keys", ())]
             problems = {"have other shapes than config.json says": misfits}
             for problem, keys in (problems | {"are missing": info["missing_keys"]}).items():
@@ -143,7 +146,7 @@ class Pretrained:
         return network
 
     def load(self, location: str) -> nn.Module:
-        """Return the network as :meth:`read` does. Collective: rank 0 alone needs the files."""
+        """Return the network of :meth:`read` on every rank. Collective: rank 0 reads the files."""
         box: list[nn.Module] = []
 
         def read() -> dict[str, Any]:
@@ -154,7 +157,7 @@ class Pretrained:
         return box[0] if box else self.rebuild(tree["config"], tree["state"])
 
     def rebuild(self, config: dict[str, Any], state: dict[str, torch.Tensor]) -> nn.Module:
-        """Return the network with these weights; random numbers stay as they are."""
+        """Return a network with this configuration and state; leaves the random state unchanged."""
         network_class = getattr(importlib.import_module(self.library), self.class_name)
         with torch.random.fork_rng(devices=[]), quiet(self.library):
             network = self._build(network_class, config)
@@ -163,9 +166,10 @@ class Pretrained:
 
     @contextlib.contextmanager
     def using(self, location: str) -> Iterator[Any]:
-        """Yield the library, quiet; anything that it raises becomes one sentence.
+        """Yield the library, with its output silenced and its errors turned into a ValueError.
 
-        Initial values that are overwritten do not advance this rank's random numbers.
+        The random state is restored afterwards: initial values that are overwritten do not advance
+        it. Raises ValueError if the library is not installed.
         """
         try:
             library = importlib.import_module(self.library)
@@ -178,7 +182,7 @@ class Pretrained:
         try:
             with quiet(self.library), torch.random.fork_rng(devices=[]):
                 yield library
-        # A missing, damaged or foreign file makes the library raise what has no common base.
+        # The library's errors for a missing, damaged or foreign file have no common base.
         except Exception as error:
             problem = "cannot be used"
             if not os.path.isdir(location):
@@ -187,7 +191,7 @@ class Pretrained:
             raise ValueError(f"{self.option}: {location} {problem}. {self._hint}") from error
 
     def checked(self, encoder: E, expected_hash: str | None) -> E:
-        """Return ``encoder``; raises ValueError if it has another hash than the one expected."""
+        """Return ``encoder``; raises ValueError unless its hash is the one expected, if any is."""
         if expected_hash not in (None, encoder.sha256):
             given = f"{encoder.location} is another {self.noun} ({encoder.sha256[:16]}...)"
             wanted = f"the one whose {self.makes} are in use ({expected_hash[:16]}...)"
@@ -207,7 +211,7 @@ class Pretrained:
             trust_remote_code=False,
             attn_implementation=self.attention,
             dtype=torch.float32,
-            ignore_mismatched_sizes=True,  # They are refused by name.
+            ignore_mismatched_sizes=True,  # :meth:`read` refuses them, with their names.
         )
 
     def _config(self, network: nn.Module) -> dict[str, Any]:
@@ -219,12 +223,15 @@ class Pretrained:
 
 
 def absolute(location: str | os.PathLike) -> str:
-    """Return a folder's absolute path, or a Hugging Face id as it is."""
+    """Return the absolute path of a folder; a Hugging Face id is returned unchanged."""
     return os.path.abspath(location) if os.path.isdir(location) else str(location)
 
 
 def in_turn(read: Callable[[], T]) -> T:
-    """Return what ``read`` gives on this rank; rank 0 fetches what the others find on the disk."""
+    """Return the result of ``read``, called first on rank 0, then on the others. Collective.
+
+    Rank 0 thus downloads the files that the other ranks find on the disk.
+    """
     box = []
     for turn in (True, False):
         with distributed.together():
@@ -234,7 +241,7 @@ def in_turn(read: Callable[[], T]) -> T:
 
 
 def identity(network: nn.Module, *others: str) -> str:
-    """Return a hash of a network of transformers, its configuration and its weights."""
+    """Return a hash of a ``transformers`` network: class, configuration, weights and ``others``."""
     config = {k: v for k, v in network.config.to_dict().items() if k not in _BOOKKEEPING}
     text = json.dumps(config, sort_keys=True, default=str)
     parts = (type(network).__name__, text, weights_hash(network.state_dict()), *others)
@@ -242,7 +249,7 @@ def identity(network: nn.Module, *others: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """Return the first line of a message, with the next one if it announces that."""
+    """Return the first line of an error's message, and the next if the first ends in a colon."""
     first, *others = str(error).strip().split("\n")
     if first.rstrip().endswith(":") and others:
         first = f"{first.strip()} {others[0].strip()}"
@@ -251,7 +258,7 @@ def _reason(error: Exception) -> str:
 
 @contextlib.contextmanager
 def quiet(library: str) -> Iterator[None]:
-    """Keep reports, warnings and progress bars of a library, and of its downloads, off the console.
+    """Silence reports, warnings and progress bars of a library and of its downloads.
 
     ``library`` is ``transformers`` or ``diffusers``.
     """
@@ -270,5 +277,5 @@ def quiet(library: str) -> Iterator[None]:
         before = {k: v for k, v in os.environ.items() if k == _NO_CONVERSION}
         after.callback(os.environ.update, before)
         after.callback(os.environ.pop, _NO_CONVERSION)
-        os.environ[_NO_CONVERSION] = "1"  # Else the library asks the hub to convert pickles.
+        os.environ[_NO_CONVERSION] = "1"  # Otherwise the library asks the hub to convert pickles.
         yield

@@ -1,4 +1,4 @@
-"""T5 text encoders."""
+"""The text encoder, from Hugging Face's transformers: the encoder of a T5."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,18 +16,18 @@ TEXT = Pretrained(
     kinds=("t5",),
     attention="eager",
 )
-MAX_TOKENS = 512  # Of a caption, the end of sequence included.
-_MAX_BATCH_TOKENS = 16 * MAX_TOKENS  # That a network sees at once, padding included.
+MAX_TOKENS = 512  # Most tokens of a caption, including the end of sequence.
+_MAX_BATCH_TOKENS = 16 * MAX_TOKENS  # Per pass of the network, including padding.
 
 
 class TextEncoder(FrozenEncoder):
-    """The encoder half of a T5 with its tokenizer: captions to hidden states (arXiv:1910.10683).
+    """The encoder of a T5 (arXiv:1910.10683) and its tokenizer: maps captions to hidden states.
 
-    In bfloat16, its matrices are stored so too, which halves its memory.
+    With precision ``bf16``, its matrices are also stored in bfloat16, which halves its memory.
 
     Attributes:
-        dim: Channels T of a hidden state.
-        max_tokens: Most tokens of a caption, the end of sequence included.
+        dim: Width T of a hidden state.
+        max_tokens: Most tokens of a caption, including the end of sequence.
     """
 
     described = ("dim", "max_tokens")
@@ -35,9 +35,9 @@ class TextEncoder(FrozenEncoder):
     def __init__(
         self, network: nn.Module, tokenizer: Any, location: str, device: Device, precision: str
     ) -> None:
-        """``network`` is a ``transformers.T5EncoderModel``; raises ValueError if both do not fit.
+        """``network`` is a ``transformers.T5EncoderModel``, ``tokenizer`` its fast tokenizer.
 
-        ``tokenizer`` is a fast tokenizer of transformers.
+        Raises ValueError for a slow tokenizer, or one with more tokens than the network knows.
         """
         num_tokens, num_known = len(tokenizer), network.config.vocab_size
         if not tokenizer.is_fast:
@@ -58,10 +58,10 @@ class TextEncoder(FrozenEncoder):
         super().__init__(network, location, device, precision, sha256)
 
     def tokenize(self, captions: Sequence[str]) -> tuple[list[list[int]], list[bool]]:
-        """Return the tokens of each caption, and whether it had more than are kept.
+        """Return the token ids of each caption, and whether the caption was truncated.
 
-        Of those that had, the last token is the end of sequence, if the tokenizer adds one.
-        Raises ValueError for a caption without any token.
+        A truncated caption still ends in the end of sequence, if the tokenizer adds one. Raises
+        ValueError for a caption without any token.
         """
         if not len(captions):
             return [], []
@@ -79,22 +79,21 @@ class TextEncoder(FrozenEncoder):
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor, int]:
-        """Return hidden states [N, L, T], float32, a mask [N, L] of them, and a number.
+        """Return hidden states [N, L, T], their mask [N, L], and the number of truncated captions.
 
-        L is the largest number of tokens among the captions. The mask is True where there is a
-        token; other hidden states are zero. The number is of the captions that were cut to
-        ``max_tokens``.
+        L is the largest number of tokens in a caption. Hidden states are float32 on the encoder's
+        device. The mask is bool, True where there is a token; elsewhere hidden states are zero.
         """
         rows, truncated = self.tokenize(captions)
         longest = max(map(len, rows), default=0)
-        tokens = torch.zeros((len(rows), 2, longest), dtype=torch.int64)  # Ids, and their mask.
+        tokens = torch.zeros((len(rows), 2, longest), dtype=torch.int64)  # Ids and mask.
         for index, row in enumerate(rows):
             tokens[index, :, : len(row)] = torch.tensor([row, [1] * len(row)])
         tokens = tokens.to(self.device)
 
         def states(tokens: Tensor) -> Tensor:
             ids, mask = tokens.unbind(dim=1)
-            # With bfloat16, sums and norms between the matrices are in float32 all the same.
+            # Even with bfloat16 matrices, sums and norms between them are in float32.
             with self._products():
                 return self._network(input_ids=ids, attention_mask=mask).last_hidden_state
 
@@ -106,7 +105,10 @@ class TextEncoder(FrozenEncoder):
 def load_text_encoder(
     location: str, device: Device, *, expected_hash: str | None = None, precision: str = "fp32"
 ) -> TextEncoder:
-    """Return a text encoder and its tokenizer, as :func:`load_visual_encoder`. Collective."""
+    """Return a text encoder with its tokenizer. Collective: rank 0 reads before the others.
+
+    Arguments and errors are those of :func:`~encoders.visual.load_visual_encoder`.
+    """
     location = absolute(location)
 
     def make() -> TextEncoder:

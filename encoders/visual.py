@@ -1,4 +1,4 @@
-"""The visual encoder, through Hugging Face's transformers: DINOv3."""
+"""The visual encoder, from Hugging Face's transformers: DINOv3."""
 
 import math
 
@@ -8,21 +8,22 @@ from torch import Tensor, nn
 from encoders.loading import Device, FrozenEncoder, Pretrained, absolute, identity, in_turn
 
 VISUAL = Pretrained(option="--visual", class_name="DINOv3ViTModel", kinds=("dinov3_vit",))
-# Channel statistics that visual encoders are trained with, of values in [0, 1].
+# Channel statistics that visual encoders are trained with, for values in [0, 1].
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_MAX_PIXELS = 16 * 1024 * 1024  # That a network sees at once; bounds the memory of activations.
+_MAX_PIXELS = 16 * 1024 * 1024  # Per pass of the network; bounds the memory of activations.
 
 
 class VisualEncoder(FrozenEncoder):
-    """A DINOv3: images to their CLS token and patch tokens, both of one pass.
+    """A DINOv3: maps images to their CLS token and patch tokens in one pass.
 
-    The output of the network is [CLS, registers, patches] (Siméoni et al., arXiv:2508.10104); the
-    registers are left out. It sees at most 16 images of 1024x1024 at once.
+    The network returns [CLS, registers, patches] (Siméoni et al., arXiv:2508.10104); the registers
+    are dropped. It processes as many images at a time as have the pixels of 16 images of 1024x1024,
+    at least one.
 
     Attributes:
-        patch_size: Sides of a patch in pixels.
+        patch_size: Side of a patch in pixels.
         num_registers: Number R of register tokens.
-        dim: Channels D of a token.
+        dim: Width D of a token.
     """
 
     described = ("patch_size", "num_registers", "dim")
@@ -43,9 +44,9 @@ class VisualEncoder(FrozenEncoder):
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return CLS tokens [N, D] and patch tokens [N, rows * columns, D], float32.
 
-        ``images`` are uint8 [N, 3, H, W] of one bucket on any device; the result is on the
-        encoder's. Images are resized to whole patches, never cropped, and rows of patches come one
-        after another.
+        ``images`` are uint8 [N, 3, H, W] on any device; the result is on the encoder's device.
+        Images are resized to a whole number of patches, never cropped. Patches are in row-major
+        order.
         """
         assert images.dtype == torch.uint8
         assert images.shape[1] == 3
@@ -70,9 +71,9 @@ class VisualEncoder(FrozenEncoder):
 
 
 def num_patches(side: int, patch_size: int) -> int:
-    """Return how many patches an encoder divides a side of an image into.
+    """Return the number of patches along a side of an image; both arguments are in pixels.
 
-    The nearest whole number, halves upwards: the image is resized to them, never cropped.
+    It is rounded to the nearest integer, half up: the image is resized to fit, never cropped.
     """
     return (2 * side + patch_size) // (2 * patch_size)
 
@@ -80,16 +81,18 @@ def num_patches(side: int, patch_size: int) -> int:
 def load_visual_encoder(
     location: str, device: Device, *, expected_hash: str | None = None, precision: str = "fp32"
 ) -> VisualEncoder:
-    """Return a visual encoder from a local folder or a Hugging Face id. Collective: every rank
-    reads, the first one before the others.
+    """Return a visual encoder from a local folder or a Hugging Face id. Collective.
 
-    Only tensors in the safetensors format are read, and no code that comes with them.
+    Every rank reads it, rank 0 before the others. Only tensors in the safetensors format are read,
+    never code that comes with them.
 
     Args:
-        expected_hash: The ``sha256`` it must have, if its features are in use already.
-        precision: ``fp32`` or ``bf16``, that of the network's products.
+        location: Folder or Hugging Face id.
+        device: Device that it runs on.
+        expected_hash: The ``sha256`` that it must have, if features of it are already in use.
+        precision: Precision of matrix products and convolutions: ``fp32`` or ``bf16``.
 
-    Raises ValueError, one sentence with the remedy, if there is none, or another one.
+    Raises ValueError, with a remedy, if it cannot be read or has another hash.
     """
     location = absolute(location)
     encoder = in_turn(lambda: VisualEncoder(VISUAL.read(location), location, device, precision))

@@ -1,4 +1,4 @@
-"""Where the detector networks of the metrics come from."""
+"""Settings of the detectors: where their weights come from, and how they are evaluated."""
 
 import dataclasses
 from collections.abc import Collection
@@ -9,7 +9,7 @@ from dnnlib.config import Config, option
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DetectorConfig(Config):
-    """The networks that metrics see images with."""
+    """Weights, input convention and precision of the networks that metrics see images with."""
 
     title: ClassVar[str] = "Detectors of the metrics"
     affects: ClassVar[str] = "speed"
@@ -33,7 +33,10 @@ class DetectorConfig(Config):
     )
 
     def check_used(self, given: Collection[str], detectors: Collection[str], metrics: str) -> None:
-        """Raise ValueError for a field of ``given`` that none of the named detectors has."""
+        """Raise ValueError for a field in ``given`` that affects none of the named ``detectors``.
+
+        The message quotes ``metrics``, the option that chose the detectors.
+        """
         for field in dataclasses.fields(self):
             users = {field.name.removesuffix("_input")}
             if field.name == "detector_precision":

@@ -1,4 +1,4 @@
-"""Detectors: they turn images into vectors, whose distributions are compared."""
+"""Detectors: they map images to vectors, whose distributions the metrics compare."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ImageShape = tuple[int, int, int]  # C, H, W
 
 
 class DetectorOutput(NamedTuple):
-    """One output of one detector: what a metric looks at. As text, ``detector/name``."""
+    """One output of one detector, which metrics compare; written as ``detector/name``."""
 
     detector: str
     name: str = "features"
@@ -26,30 +26,30 @@ class DetectorOutput(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> DetectorOutput:
-        """Return the output that was written as text."""
+        """Return the output that ``text``, of the form ``detector/name``, stands for."""
         return cls(*text.split("/", 1))
 
 
 class Detector(Protocol):
-    """Maps images to vectors and names exactly how."""
+    """Maps images to vectors, and identifies exactly how it does so."""
 
     name: str
-    outputs: Mapping[str, int]  # Length of each output's vectors, by the name of the output.
-    hash: str  # Of weights, preprocessing and arithmetic; equal hashes mean equal outputs.
-    preprocessing: str  # How images become the network's input, in one line for people.
+    outputs: Mapping[str, int]  # Length of the vectors of each output, by its name.
+    hash: str  # Covers weights, preprocessing and arithmetic; equal hashes mean equal outputs.
+    preprocessing: str  # How images become the network's input: one line, as shown to people.
     precision: str  # Arithmetic of the network, ``float32`` or ``bfloat16``.
 
     def __call__(
         self, images: torch.Tensor, outputs: Collection[str] = ("features",)
     ) -> dict[str, torch.Tensor]:
-        """Return float32 [N, D] for each of ``outputs``, of uint8 images [N, C, H, W].
+        """Return float32 vectors [N, D] of uint8 images [N, C, H, W] for each of ``outputs``.
 
-        Each image's values depend on that image alone.
+        The vector of an image depends on that image alone.
         """
 
 
 class PixelDetector:
-    """The pixels themselves, as values in [0, 1]: needs no network, suits small images."""
+    """The pixels themselves, scaled to [0, 1]; needs no network and suits small images."""
 
     name = "pixels"
     precision = "float32"
@@ -64,7 +64,10 @@ class PixelDetector:
     def __call__(
         self, images: torch.Tensor, outputs: Collection[str] = ("features",)
     ) -> dict[str, torch.Tensor]:
-        """Return the pixels of uint8 images [N, C, H, W] as float32 [N, C * H * W] in [0, 1]."""
+        """Return the pixels of uint8 images [N, C, H, W] as float32 [N, C * H * W] in [0, 1].
+
+        Raises ValueError for another dtype, and for shapes other than that of the constructor.
+        """
         import torch
 
         assert set(outputs) <= set(self.outputs)
@@ -91,14 +94,15 @@ def get_detector(
 
     Args:
         name: One of :data:`DETECTORS`.
-        device: Where images will be.
-        image_shape: C, H, W of the images; ``pixels`` needs it.
-        location: Weights instead of the published ones: a path or URL for ``inception``, a local
-            folder or Hugging Face id for ``dinov2`` and ``clip``.
-        convention: Input convention of ``inception``, ``tensorflow`` or ``pytorch-fid``.
-        precision: Arithmetic of a network, ``float32`` or ``bfloat16``.
+        device: Device on which the detector runs and expects its images.
+        image_shape: C, H, W of the images; only ``pixels`` needs it.
+        location: Weights to use instead of the published ones: a path or URL for ``inception``, a
+            local folder or Hugging Face id for ``dinov2`` and ``clip``.
+        convention: Input convention of ``inception``: ``tensorflow`` or ``pytorch-fid``.
+        precision: Arithmetic of the network: ``float32`` or ``bfloat16``.
 
-    Raises ValueError for an unknown name and for weights that cannot be used.
+    Raises ValueError for an unknown name, for weights that cannot be used, and for a ``location``
+    given to ``pixels``.
     """
     if name not in DETECTORS:
         raise unknown("detector", name, DETECTORS)

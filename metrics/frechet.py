@@ -1,4 +1,4 @@
-"""The Fréchet distance between two Gaussians, without any general matrix square root."""
+"""The Fréchet distance between two Gaussians, computed without a general matrix square root."""
 
 import numpy as np
 import torch
@@ -13,21 +13,21 @@ def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: 
         ||mu1 - mu2||^2 + tr(sigma1) + tr(sigma2) - 2 tr((sigma1 sigma2)^(1/2))
 
     The last trace is the sum of the square roots of the eigenvalues of the symmetric matrix
-    sigma1^(1/2) sigma2 sigma1^(1/2), so that no general matrix square root is taken and the result
-    is always real. Directions in which a covariance is zero up to rounding are left out; they
-    arise from fewer samples than dimensions and from constant features.
+    sigma1^(1/2) sigma2 sigma1^(1/2), so no general matrix square root is taken and the result is
+    always real. Directions in which a covariance is zero up to rounding are left out; they arise
+    from having fewer samples than dimensions and from constant values.
 
     Args:
         mu1, mu2: Means [D].
         sigma1, sigma2: Covariances [D, D], symmetric and positive semidefinite up to rounding.
 
     Returns:
-        A number of at least 0 (rounding below zero is returned as 0), computed in float64. The
-        distance of a distribution from itself is 0 to about 1e-14 times tr(sigma).
+        A number >= 0, computed in float64; negative rounding errors are returned as 0. The distance
+        of a distribution from itself is 0 to about 1e-14 times tr(sigma).
 
     Raises ValueError for shapes that do not match, values that are not finite, and a matrix that
-    is no covariance. Source: Dowson and Landau, "The Fréchet distance between multivariate normal
-    distributions" (1982); as a score of images, Heusel et al., arXiv:1706.08500, Eq. 6.
+    is not a covariance. Source: Dowson and Landau, "The Fréchet distance between multivariate
+    normal distributions" (1982); as a score of images, Heusel et al., arXiv:1706.08500, Eq. 6.
     """
     mu1, sigma1 = _checked(mu1, sigma1, "first")
     mu2, sigma2 = _checked(mu2, sigma2, "second")
@@ -41,9 +41,10 @@ def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: 
 def frechet_distance_of_samples(x: ArrayLike, y: ArrayLike) -> float:
     """Return :func:`frechet_distance` of the Gaussians fitted to the rows of x [N, D], y [M, D].
 
-    Covariances have the divisors N - 1 and M - 1. With fewer rows than dimensions no covariance is
-    formed: with centred rows X, Y and R = X^T / sqrt(N - 1), the overlap is the sum of the singular
-    values of X Y^T / sqrt((N - 1) (M - 1)), which is exact where covariances are singular.
+    Covariances have the divisors N - 1 and M - 1. For few rows, N M <= D^2, they are not formed:
+    tr((sigma1 sigma2)^(1/2)) is then the sum of the singular values of
+    X Y^T / sqrt((N - 1) (M - 1)), where X and Y are the centred rows. That is cheaper, and exact
+    even where the covariances are singular.
 
     Raises ValueError for fewer than two rows and for widths that differ.
     """
@@ -72,18 +73,18 @@ def _checked(mu: ArrayLike, sigma: ArrayLike, label: str) -> tuple[np.ndarray, n
 def _trace_of_root(sigma1: np.ndarray, sigma2: np.ndarray) -> float:
     """Return tr((sigma1 sigma2)^(1/2)).
 
-    With sigma = R R^T, it is the sum of the roots of the eigenvalues of R1^T sigma2 R1, and also
-    the sum of the singular values of R1^T R2. The first takes half the time. The second is needed
-    if some of those eigenvalues drown in rounding, because their roots would not.
+    With sigma = R R^T, it is the sum of the square roots of the eigenvalues of R1^T sigma2 R1, and
+    also the sum of the singular values of R1^T R2. The first takes half the time. The second is
+    needed if some of those eigenvalues are lost in rounding: their square roots would not be.
     """
-    # A third of the time of eigenvectors, where no eigenvalue is zero. PyTorch's LAPACK takes less
-    # than half the time of NumPy's.
+    # Cholesky takes a third of the time of an eigendecomposition, but fails if an eigenvalue is
+    # zero. PyTorch's LAPACK takes less than half the time of NumPy's.
     factor, failed = torch.linalg.cholesky_ex(torch.from_numpy(sigma1))
     root1 = torch.from_numpy(_factor(sigma1)) if failed else factor
     if root1.shape[1] == 0:
         return 0.0
     product = root1.T @ torch.from_numpy(sigma2) @ root1
-    # Of the lower triangle alone: the product is symmetric but for rounding.
+    # The product is symmetric up to rounding; eigvalsh reads its lower triangle alone.
     eigenvalues = torch.linalg.eigvalsh(product).numpy()
     root1 = root1.numpy()
     if eigenvalues[0] > _rounding(eigenvalues):
@@ -95,7 +96,7 @@ def _trace_of_root(sigma1: np.ndarray, sigma2: np.ndarray) -> float:
 
 
 def _factor(sigma: np.ndarray) -> np.ndarray:
-    """Return R [D, rank] with sigma = R R^T."""
+    """Return R [D, rank] with sigma = R R^T; ValueError for a clearly negative eigenvalue."""
     eigenvalues, vectors = np.linalg.eigh(sigma)
     if eigenvalues[0] < -1e-3 * max(eigenvalues[-1], 0.0) - 1e-12:
         got = f"the eigenvalue {eigenvalues[0]:.3g} besides {eigenvalues[-1]:.3g}"
@@ -105,5 +106,5 @@ def _factor(sigma: np.ndarray) -> np.ndarray:
 
 
 def _rounding(eigenvalues: np.ndarray) -> float:
-    """Return the size below which ascending ``eigenvalues`` cannot be told from zero."""
+    """Return the size below which ascending ``eigenvalues`` are indistinguishable from zero."""
     return eigenvalues.size * np.finfo(np.float64).eps * max(eigenvalues[-1], 0.0)

@@ -1,8 +1,8 @@
-"""The Inception-v3 with which published FIDs are measured, in plain PyTorch.
+"""The Inception-v3 network that published FIDs are measured with, in plain PyTorch.
 
-It is the network of TensorFlow's ``inception-2015-12-05`` graph: Szegedy et al., arXiv:1512.00567,
-with 1008 outputs and the deviations of that graph, which are named where they occur. Modules carry
-the names of the published checkpoint (those of torchvision's Inception3).
+It is the network of TensorFlow's ``inception-2015-12-05`` graph: that of Szegedy et al.,
+arXiv:1512.00567, with 1008 outputs and the deviations of that graph, which are noted where they
+occur. Modules have the names of the published checkpoint (those of torchvision's Inception3).
 """
 
 import os
@@ -38,14 +38,14 @@ class ConvNorm(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(in_dim, out_dim, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(out_dim, eps=1e-3)
-        self.bn.num_batches_tracked = None  # Counts training steps: no weight.
+        self.bn.num_batches_tracked = None  # A counter of training steps, not a weight.
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.relu(self.bn(self.conv(x)), inplace=True)
 
 
 def _average_pool(x: torch.Tensor) -> torch.Tensor:
-    """3x3 average in which padding does not count, as in TensorFlow (in torchvision it does)."""
+    """3x3 average that leaves padding out of the mean, as TensorFlow does and torchvision not."""
     return nn.functional.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
@@ -58,15 +58,16 @@ def _halving_pool(x: torch.Tensor) -> torch.Tensor:
 
 
 class Block(nn.Module):
-    """Branches of convolutions side by side and a pooled one; their outputs are concatenated.
+    """Parallel branches of convolutions and one of pooling, with concatenated outputs.
 
     Args:
         in_dim: Channels of the input.
-        branches: The steps of each. A step is a convolution, or a list of those that see the same.
-            A convolution is (name, output channels, kernel) and keeps the size; one of stride 2,
-            (name, output channels, kernel, 2), has no padding.
+        branches: The steps of each branch of convolutions. A step is one convolution, or a list of
+            convolutions of the same input, which must come last. A convolution is (name, output
+            channels, kernel), which keeps the size, or (name, output channels, kernel, 2), which
+            has stride 2 and no padding.
         pool: Pooling of the last branch.
-        pool_dim: Output channels of the 1x1 convolution after it; 0 for none.
+        pool_dim: Output channels of the 1x1 convolution after the pooling; 0 for none.
     """
 
     def __init__(
@@ -164,7 +165,7 @@ def block_e(in_dim: int, pool: Callable) -> Block:
 
 
 class Inception(nn.Module):
-    """Inception-v3 up to its global average pool; ``fc`` makes its 1008 logits of the features."""
+    """Inception-v3 up to its global average pool, and ``fc``, which maps that to 1008 logits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -183,19 +184,20 @@ class Inception(nn.Module):
         self.Mixed_6e = block_c(768, mid_dim=192)
         self.Mixed_7a = block_d(768)
         self.Mixed_7b = block_e(1280, _average_pool)
-        # The 2015-12-05 graph pools by the maximum here; 7b, and the paper, by the average.
+        # The 2015-12-05 graph takes the maximum here; Mixed_7b and the paper take the average.
         self.Mixed_7c = block_e(2048, _max_pool)
         self.fc = nn.Linear(2048, 1008)
 
     def forward(
         self, x: torch.Tensor, outputs: Collection[str] = ("features",)
     ) -> dict[str, torch.Tensor]:
-        """Return ``outputs`` of preprocessed images [N, 3, H, W] (H, W of at least 75) in one pass.
+        """Return ``outputs`` of preprocessed images [N, 3, H, W], H and W at least 75, in one pass.
 
-        ``features`` [N, 2048] are the global average pool. ``spatial`` [N, H' W' 7] (2,023 at
-        299x299), for sFID, are the first 7 channels of Mixed_6d's 1x1 branch in the order [H', W',
-        7], as ADM takes them from the tensor ``mixed_6/conv:0`` (Nash et al., arXiv:2103.03841).
-        ``logits`` [N, 1008], for the Inception Score, leave out the bias, as ADM and StyleGAN3 do.
+        ``features`` [N, 2048] is the global average pool. ``spatial`` [N, H' W' 7] (2,023 values at
+        299x299), for sFID, holds the first 7 channels of Mixed_6d's 1x1 branch in the order
+        [H', W', 7], as ADM takes them from the tensor ``mixed_6/conv:0`` (Nash et al.,
+        arXiv:2103.03841). ``logits`` [N, 1008], for the Inception Score, omits the bias, as ADM and
+        StyleGAN3 do.
         """
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # [N, 64, 147, 147]
         x = nn.functional.max_pool2d(x, 3, stride=2)  # [N, 64, 73, 73]
@@ -221,10 +223,10 @@ class Inception(nn.Module):
 
 
 def resize_tensorflow(images: torch.Tensor, size: int) -> torch.Tensor:
-    """Return float32 images [N, C, size, size], resized as TensorFlow 1 resizes bilinearly.
+    """Return float32 images [N, C, size, size], resized by TensorFlow 1's bilinear interpolation.
 
-    Output pixel i takes its value from position i * in / out: neither pixel centres nor corners
-    are aligned, and reduction does not average (``tf.image.resize_bilinear``).
+    As in ``tf.image.resize_bilinear``, output pixel i is interpolated at input position i * in /
+    out: neither pixel centres nor corners are aligned, and there is no antialiasing.
     """
     x = images.to(torch.float32)
     for dim in (3, 2):
@@ -244,7 +246,7 @@ def resize_tensorflow(images: torch.Tensor, size: int) -> torch.Tensor:
 def preprocess_tensorflow(images: torch.Tensor) -> torch.Tensor:
     """Return uint8 images [N, C, H, W] as float32 [N, C, 299, 299] in [-1, 1).
 
-    The convention of the FID of StyleGAN3 and EDM: resize in [0, 255], then (x - 128) / 128.
+    This is the convention of StyleGAN3's and EDM's FID: resize in [0, 255], then (x - 128) / 128.
     """
     return (resize_tensorflow(images, IMAGE_SIZE) - 128) / 128
 
@@ -252,8 +254,8 @@ def preprocess_tensorflow(images: torch.Tensor) -> torch.Tensor:
 def preprocess_pytorch_fid(images: torch.Tensor) -> torch.Tensor:
     """Return uint8 images [N, C, H, W] as float32 [N, C, 299, 299] in [-1, 1].
 
-    The convention of pytorch-fid: pixel centres are aligned in the bilinear resize, without
-    averaging in reduction, then 2 x / 255 - 1.
+    This is the convention of pytorch-fid: bilinear resize with aligned pixel centres and without
+    antialiasing, then 2 x / 255 - 1.
     """
     x = nn.functional.interpolate(
         images.to(torch.float32) / 255, (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear"
@@ -268,7 +270,7 @@ CONVENTIONS = {
 
 
 class InceptionDetector(NetworkDetector):
-    """The outputs of :class:`Inception`, under one of the two published input conventions."""
+    """The outputs of :class:`Inception` with one of the two published input conventions."""
 
     name = "inception"
     outputs = types.MappingProxyType(dict(features=2048, spatial=17 * 17 * 7, logits=1008))
@@ -281,7 +283,7 @@ class InceptionDetector(NetworkDetector):
         convention: str = "tensorflow",
         precision: str = "float32",
     ) -> None:
-        """``convention`` is a key of :data:`CONVENTIONS`; ValueError for any other."""
+        """``convention`` is a key of :data:`CONVENTIONS`; raises ValueError for any other."""
         if convention not in CONVENTIONS:
             raise unknown("Inception input convention", convention, CONVENTIONS)
         self._convert, self.preprocessing = CONVENTIONS[convention]
@@ -292,8 +294,9 @@ class InceptionDetector(NetworkDetector):
     def load(cls, weights: str | None, device: torch.device | str, **settings: str) -> Self:
         """Return the detector with weights from a path or URL. Collective: rank 0 reads them.
 
-        Without ``weights``, $SETDIFFIT_INCEPTION names them; without that, the published file is
-        downloaded once and its checksum verified. ``settings`` are those of the constructor.
+        Without ``weights``, the environment variable SETDIFFIT_INCEPTION names them; if it is not
+        set, the published file is downloaded once and its checksum verified. ``settings`` are the
+        constructor's keyword arguments.
         """
         weights = weights or os.environ.get(WEIGHTS_VARIABLE)
         state = distributed.on_main_tree(lambda: read_weights(weights))
@@ -310,10 +313,11 @@ class InceptionDetector(NetworkDetector):
 
 
 def read_weights(weights: str | None = None) -> dict[str, torch.Tensor]:
-    """Return the checked state dict of an Inception checkpoint, float32 on the CPU.
+    """Return the state dict of an Inception checkpoint, float32 on the CPU.
 
-    ``weights`` is the path or URL of a file in the layout of the published one, which is the
-    default. Raises ValueError as :func:`~metrics.weights.load_weights` does.
+    ``weights`` is the path or URL of a file with the layout of the published one, which is the
+    default; names and shapes are checked. Raises ValueError as
+    :func:`~metrics.weights.load_weights` does.
     """
     with torch.device("meta"):
         wanted = Inception().state_dict()

@@ -11,12 +11,12 @@ def inception_score(
 ) -> tuple[float, float]:
     """Return mean and standard deviation over splits of exp(mean KL(p(y|x) || p(y))).
 
-    Splits are consecutive: split i of N images holds those from i N // num_splits on. The
-    deviation has the divisor ``num_splits``. Computed in float64 on the CPU.
+    ``logits`` are [N, classes] in the order of the images. Splits are consecutive: split i begins
+    at image i N // num_splits. The standard deviation has the divisor ``num_splits``. Values are
+    computed in float64 on the CPU.
 
-    ``logits`` are [N, classes] in the order of the images. Raises ValueError for fewer images than
-    splits. Source: Salimans et al., "Improved techniques for training GANs", arXiv:1606.03498,
-    Section 4.
+    Raises ValueError for fewer images than splits. Source: Salimans et al., "Improved techniques
+    for training GANs", arXiv:1606.03498, Section 4.
     """
     logits = torch.as_tensor(logits)
     num_images = len(logits)

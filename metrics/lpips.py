@@ -1,7 +1,7 @@
 """LPIPS, the perceptual distance of two images (Zhang et al., arXiv:1801.03924), in plain PyTorch.
 
-It is version 0.1 of the published metric ("lin"). Modules carry the names of the two published
-files, torchvision's AlexNet or VGG16 and the linear weights of the package lpips.
+It is version 0.1 of the published metric ("lin"). Modules have the names used in the two published
+files: torchvision's AlexNet or VGG16, and the linear weights of the package lpips.
 """
 
 import math
@@ -19,23 +19,24 @@ from metrics.weights import load_weights
 from torch_utils import distributed
 
 WEIGHTS_VARIABLE = "SETDIFFIT_LPIPS"
-# Mean and standard deviation of the backbones' training data, of values in [-1, 1].
+# Mean and standard deviation of each channel of the backbones' training data, scaled to [-1, 1].
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 _EPS = 1e-10
-_MAX_PIXELS = 2**21  # Of one half of a pass; bounds the memory of the activations.
+_MAX_PIXELS = 2**21  # Per pass, of either side of the pairs; bounds the memory of activations.
 _LINEAR_URL = (
     "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/"
 )
 
 
 class _Layout(NamedTuple):
-    """One backbone: its layers, those after which features are taken, and its published files."""
+    """One backbone: its layers, those whose activations are compared, and its published files."""
 
-    # Output channels (of a 3x3 convolution), with kernel, stride and padding; None for a pooling.
+    # A convolution's output channels, kernel, stride and padding; the output channels alone for a
+    # 3x3 one that keeps the size; None for pooling. A ReLU follows each convolution.
     layers: tuple[tuple[int, int, int, int] | int | None, ...]
-    pool: int  # Window of a pooling, whose stride is 2.
-    taps: tuple[int, ...]
-    min_size: int  # Of a side, so that something is left after the last pooling.
+    pool: int  # Window of the poolings; their stride is 2.
+    taps: tuple[int, ...]  # Positions, in the network's ``features``, of the ReLUs to compare.
+    min_size: int  # Smallest side in pixels for which the last pooling has an output.
     backbone: tuple[str, str]  # Address and SHA-256.
     linear: tuple[str, str]
 
@@ -73,7 +74,7 @@ LAYOUTS = {
 
 
 def _linear(in_dim: int) -> nn.ModuleDict:
-    """One non-negative weight a channel; the first place was dropout's."""
+    """One non-negative weight per channel; the identity takes the place of the original dropout."""
     convolution = nn.Conv2d(in_dim, 1, 1, bias=False)
     return nn.ModuleDict({"model": nn.Sequential(nn.Identity(), convolution)})
 
@@ -106,7 +107,7 @@ class LpipsNetwork(nn.Module):
         for index, layer in enumerate(self.features):
             x = layer(x)
             if index in self._taps:
-                length = x.square().sum(dim=1, keepdim=True).sqrt()  # Over channels, by place.
+                length = x.square().sum(dim=1, keepdim=True).sqrt()  # Over channels, per position.
                 first, second = (x / (length + _EPS)).chunk(2)
                 linear = getattr(self, f"lin{self._taps.index(index)}")["model"]
                 total = total + linear((first - second).square()).mean(dim=(1, 2, 3))
@@ -114,9 +115,10 @@ class LpipsNetwork(nn.Module):
 
 
 class LPIPS:
-    """The perceptual distance with the weights of one backbone, ``net``, in float32.
+    """The perceptual distance with the backbone ``net``, computed in float32.
 
-    The paper's authors recommend ``alex`` as a metric. Equal hashes mean equal distances.
+    The paper's authors recommend ``alex`` as a metric. Equal values of ``hash`` mean equal
+    distances.
     """
 
     def __init__(self, network: LpipsNetwork, net: str, device: torch.device | str) -> None:
@@ -131,13 +133,14 @@ class LPIPS:
     ) -> "LPIPS":
         """Return the distance with weights read by :func:`read_weights`. Collective: rank 0 reads.
 
-        Without ``weights``, $SETDIFFIT_LPIPS names them, two files with a comma between; without
-        that, the published files are downloaded once and their checksums verified.
+        Without ``weights``, the environment variable SETDIFFIT_LPIPS names them, separated by a
+        comma; if it is not set, the published files are downloaded once and their checksums
+        verified.
         """
         named = os.environ.get(WEIGHTS_VARIABLE, "").split(",")
         weights = tuple(weights) or tuple(filter(None, named))
         state = distributed.on_main_tree(lambda: read_weights(net, weights))
-        # Initial values that are overwritten must not advance this rank's random numbers.
+        # The initial values are overwritten; drawing them must not advance the random state.
         with torch.random.fork_rng(devices=[]):
             network = LpipsNetwork(net)
         network.load_state_dict(state)
@@ -145,11 +148,11 @@ class LPIPS:
 
     @torch.inference_mode()
     def distance(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """Return the distances [N], float32, of images ``a`` and ``b``, on its own device.
+        """Return the distances [N], float32 on ``self.device``, between images ``a`` and ``b``.
 
-        Both are [N, 3, H, W], uint8 or floats in [-1, 1], on any device. A pair's distance depends
-        on that pair alone. Raises ValueError for other shapes, or images that are too small for the
-        backbone (31 pixels a side for ``alex``, 16 for ``vgg``).
+        Both are [N, 3, H, W], uint8 or floating point in [-1, 1], on any device. A pair's distance
+        depends on that pair alone. Raises ValueError for other shapes, and for sides shorter than
+        the backbone needs (31 pixels for ``alex``, 16 for ``vgg``).
         """
         smallest = LAYOUTS[self.net].min_size
         if a.shape != b.shape or a.ndim != 4 or a.shape[1] != 3 or min(a.shape[2:]) < smallest:
@@ -173,11 +176,11 @@ class LPIPS:
 
 
 def read_weights(net: str, weights: Sequence[str] = ()) -> dict[str, torch.Tensor]:
-    """Return the checked state dict of :class:`LpipsNetwork`, float32 on the CPU.
+    """Return the state dict of :class:`LpipsNetwork`, float32 on the CPU, names and shapes checked.
 
     ``weights`` are paths or URLs: none for the published files, one for a file with both parts, or
-    two, the backbone's and that of the linear weights. The classifier that torchvision's files hold
-    besides is left out. Raises ValueError for an unknown ``net``, and as
+    two for the backbone and the linear weights. The classifier in torchvision's files is left out.
+    Raises ValueError for an unknown ``net``, for more than two files, and as
     :func:`~metrics.weights.load_weights` does.
     """
     if net not in LAYOUTS:

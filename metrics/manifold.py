@@ -1,12 +1,12 @@
-"""Nearest neighbours in feature space: precision and recall, density and coverage.
+"""Nearest neighbours among vectors: precision and recall, density and coverage.
 
-Distances are Euclidean. Products of float32 vectors are taken in float32, block by block of fixed
-size, which leaves every squared distance within a proven bound. Only the few pairs for which that
-bound leaves open what is nearer, or who lies within a radius, are computed again in float64, so
-that the results depend on nothing but the vectors.
+Distances are Euclidean. They are first computed in float32 (for float32 vectors), in blocks of
+fixed size, with a proven bound on the error of every squared distance. Only the few pairs for which
+that bound leaves open which is nearer, or whether one lies within a radius, are computed again in
+float64. The results thus depend on nothing but the vectors.
 
-The same distance comes out of another computation with other last digits. Distances that differ by
-less than such rounding are therefore equal wherever they are compared with a radius.
+Two computations of the same distance may differ in the last digits. Where a distance is compared
+with a radius, differences within that rounding therefore count as equality.
 """
 
 import dataclasses
@@ -19,27 +19,27 @@ from numpy.typing import ArrayLike
 from metrics.vectors import Vectors, check_vectors
 
 _ROWS, _COLUMNS = 1024, 8192
-_MAX_VALUES = 2**26  # Of a block of vectors.
-_MAX_PAIR_VALUES = 2**22  # Of the pairs whose distances are computed exactly at a time.
-# Bound on the error of |a - b|^2 in float64 relative to |a|^2 + |b|^2; 2e-14 is seen at 12,288
+_MAX_VALUES = 2**26  # Values in a block of vectors.
+_MAX_PAIR_VALUES = 2**22  # Values on either side of the pairs that float64 handles at a time.
+# Bound on the float64 error of |a - b|^2, relative to |a|^2 + |b|^2; 2e-14 was observed with 12,288
 # values.
 _ROUNDING = 1e-13
-_MAX_WIDTH = 4096  # Number of float32 products that are added in float32.
-_TINY = 1e-36  # What underflow can add in float32, relative to the largest value squared.
-_SPARE = 8  # Neighbours kept beyond those asked for, in case the bound leaves their order open.
+_MAX_WIDTH = 4096  # Number of float32 products that are summed in float32.
+_TINY = 1e-36  # Error that float32 underflow can add, relative to the largest value squared.
+_SPARE = 8  # Neighbours kept beyond the k asked for, in case the bound leaves their order open.
 
 
 @dataclasses.dataclass(frozen=True)
 class _Set:
-    """Vectors as they are, and centred and scaled on the device, where distances are taken.
+    """Vectors as given, and a centred and scaled copy on the device that computes distances.
 
-    |a - b|^2 = |a|^2 + |b|^2 - 2 ab loses digits far from the origin, which centring saves.
+    |a - b|^2 = |a|^2 + |b|^2 - 2 a.b loses digits far from the origin, hence the centring.
     """
 
     vectors: torch.Tensor  # [N, D], as given.
     unit: torch.Tensor  # (vectors - center) / scale, float32 or float64 [N, D].
     sizes: torch.Tensor  # Squared lengths of ``unit``, float64 [N].
-    scale: float  # A power of two, the same for sets that are compared.
+    scale: float  # A power of two, equal for sets that are compared with each other.
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -48,18 +48,18 @@ class _Set:
     def rounding(self) -> float:
         """Bound on the error of :func:`_blocks_of_pairs`, relative to the sum of two sizes.
 
-        n float32 products that are added in any order have an error of at most n 2^-24 |a| |b|
-        (Higham, "Accuracy and stability of numerical algorithms", section 3.1). A tenth more leaves
-        room for the rounding of the vectors, of the sum with the sizes, and of the comparison.
+        The sum of n float32 products, in any order, has an error of at most n 2^-24 |a| |b|
+        (Higham, "Accuracy and stability of numerical algorithms", section 3.1). An extra tenth
+        covers the rounding of the vectors, of the sum with the sizes, and of the comparison.
         """
         if self.unit.dtype == torch.float64:
             return _ROUNDING
         return 1.1 * (min(self.unit.shape[1], _MAX_WIDTH) + 16) * 2.0**-24
 
     def errors(self, part: slice, others: "_Set", beside: slice) -> torch.Tensor:
-        """Return a bound on the error of the distances of each vector of ``part``, float64 [N].
+        """Return for each vector in ``part`` a bound on its squared distances' error, float64 [N].
 
-        They are the distances to any of the vectors ``beside`` of the other set.
+        It holds for the distances to all vectors in the slice ``beside`` of ``others``.
         """
         return self.rounding * (self.sizes[part] + others.sizes[beside].max()) + _TINY
 
@@ -67,7 +67,7 @@ class _Set:
 def _prepare(
     first: torch.Tensor, second: torch.Tensor, device: torch.device | str
 ) -> tuple[_Set, _Set]:
-    """Return two sets with the mean of the first as their origin."""
+    """Return both sets, centred on the mean of the first and scaled alike."""
     total = torch.zeros(first.shape[1], dtype=torch.float64, device=first.device)
     for _, block in _blocks(first, _COLUMNS):
         total += block.to(torch.float64).sum(dim=0)
@@ -100,10 +100,10 @@ def _blocks(vectors: torch.Tensor, size: int) -> Iterator[tuple[int, torch.Tenso
 
 
 def _blocks_of_pairs(rows: _Set, points: _Set) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    """Yield slices of rows and points with their squared distances, within :meth:`_Set.errors`.
+    """Yield a slice of rows, one of points, and their squared distances up to :meth:`_Set.errors`.
 
-    Distances are [rows of the block, points of the block], in units of ``scale``. All blocks of the
-    same rows follow each other.
+    Distances are [rows in the slice, points in the slice], in units of ``scale``. Blocks of the
+    same rows are consecutive.
     """
     for first, x in _blocks(rows.unit, _ROWS):
         own = slice(first, first + len(x))
@@ -124,7 +124,7 @@ def _blocks_of_pairs(rows: _Set, points: _Set) -> Iterator[tuple[slice, slice, t
 def _exact(
     rows: _Set, i: torch.Tensor, points: _Set, j: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the squared distances of pairs of vectors in float64, and what is rounding of them."""
+    """Return the squared distances of the pairs (i, j), float64, and bounds on their rounding."""
     squared = torch.empty(len(i), dtype=torch.float64, device=rows.sizes.device)
     step = max(1, _MAX_PAIR_VALUES // rows.vectors.shape[1])
     for start in range(0, len(i), step):
@@ -135,7 +135,7 @@ def _exact(
         difference = pairs[0].sub_(pairs[1]).div_(rows.scale)
         squared[start : start + step] = difference.square_().sum(dim=1)
     slack = _ROUNDING * (rows.sizes[i] + points.sizes[j])
-    # What is left of equal vectors is rounding; float32 features tell no such distances apart.
+    # A distance below its rounding counts as 0: detector outputs in float32 cannot resolve it.
     return squared.masked_fill_(squared < slack, 0), slack
 
 
@@ -149,14 +149,14 @@ def nearest_neighbours(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return distances [N, k], ascending, and indices [N, k] of the k nearest points.
 
-    Of equal distances, the lower index comes first.
+    Of points at equal distances, the one with the lower index comes first.
 
     Args:
-        queries, points: [N, D] and [M, D].
-        k: Number of neighbours, at most M.
+        queries, points: Vectors [N, D] and [M, D].
+        k: Number of neighbours, at most M, or M - 1 with ``own``.
         device: Where distances are computed.
-        own: Index of each query among the points, [N], if they are points themselves: none is
-            its own neighbour then. An exact duplicate is, at distance 0.
+        own: Index of each query among the points, [N], if the queries are points themselves. No
+            query is then its own neighbour, though an exact duplicate of it is, at distance 0.
 
     Raises ValueError for widths that differ and for too few points.
     """
@@ -175,14 +175,15 @@ def _nearest(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return squared distances [N, k] and indices [N, k] of the k nearest points, exactly.
 
-    With ``only_last`` those before the last are in no order, and some of the distances -inf.
+    With ``only_last``, only the k-th neighbour is exact: those before it are in no order, and some
+    of their distances are -inf.
     """
     device, num_others = rows.sizes.device, len(points) - (own is not None)
     num_kept = min(k + _SPARE, num_others)
     found = torch.empty(len(rows), k, dtype=torch.float64, device=device)
     indices = torch.empty(len(rows), k, dtype=torch.int64, device=device)
     for block, values, places in _candidates(rows, points, num_kept, own):
-        # Two distances within the bound of each other are in any order.
+        # Two distances that differ by no more than twice the error may be in the wrong order.
         bound = 2 * rows.errors(block, points, slice(None))[:, None]
         kth = values[:, k - 1 : k]
         unsure = values <= kth + bound
@@ -192,13 +193,13 @@ def _nearest(
             unsure &= values >= kth - bound
         i, column = unsure.nonzero(as_tuple=True)
         exact[i, column], _ = _exact(rows, i + block.start, points, places[i, column])
-        # By distance, then index: a stable sort keeps the order that it meets.
+        # Sort by distance, then by index: the second sort is stable.
         by_index = places.argsort(dim=1)
         order = exact.gather(1, by_index).argsort(dim=1, stable=True)[:, :k]
         chosen = by_index.gather(1, order)
         found[block], indices[block] = exact.gather(1, chosen), places.gather(1, chosen)
         if num_kept < num_others:
-            # Where more are that near than were kept, all are measured.
+            # If even the last one kept is uncertain, a nearer one may have been left out.
             for row in unsure[:, -1].nonzero()[:, 0].tolist():
                 row += block.start
                 alone = None if own is None else int(own[row])
@@ -209,9 +210,9 @@ def _nearest(
 def _candidates(
     rows: _Set, points: _Set, num: int, own: torch.Tensor | None
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """Yield, for blocks of rows, the ``num`` smallest distances within the bound and their places.
+    """Yield slices of rows with the ``num`` smallest approximate squared distances and indices.
 
-    Ascending, float64 and int64 [rows of the block, num].
+    Distances are ascending, float64 [rows in the slice, num]; indices of points are int64 alike.
     """
     best: list[tuple[torch.Tensor, torch.Tensor]] = []
     for block, part, squared in _blocks_of_pairs(rows, points):
@@ -231,7 +232,7 @@ def _candidates(
 def _nearest_of_one(
     rows: _Set, row: int, points: _Set, k: int, own: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what :func:`_nearest` does for a single row, from all its distances in float64."""
+    """Return the result of :func:`_nearest` for one row, from float64 distances to all points."""
     j = torch.arange(len(points), device=rows.sizes.device)
     squared, _ = _exact(rows, torch.full_like(j, row), points, j)
     if own is not None:
@@ -243,11 +244,11 @@ def _nearest_of_one(
 def precision_recall(
     real: Vectors, fake: Vectors, *, k: int = 3, device: torch.device | str = "cpu"
 ) -> tuple[float, float]:
-    """Return the share of generated images among the real ones, and of real among generated.
+    """Return precision and recall: how much of either side lies on the manifold of the other.
 
-    A set's manifold is the union of balls around its vectors, each with the distance to the k-th
-    nearest other vector as radius. Precision is the share of generated vectors on the manifold of
-    the real ones; recall is the reverse.
+    The manifold of a set is the union of balls around its vectors; the radius of each is the
+    distance to its k-th nearest other vector. Precision is the share of generated vectors on the
+    manifold of the real ones, recall the share of real vectors on that of the generated ones.
 
     Vectors are [N, D] and [M, D]; ``device`` is where distances are computed. Raises ValueError
     unless there are more than k vectors of either. Source: Kynkäänniemi et al., "Improved precision
@@ -257,7 +258,7 @@ def precision_recall(
     of_real, of_fake = _squared_radii(x, k), _squared_radii(y, k)
     precise = torch.zeros(len(y), dtype=torch.bool, device=of_real.device)
     recalled = torch.zeros(len(x), dtype=torch.bool, device=of_real.device)
-    # One pass for both: a distance is held against the radius on either side.
+    # One pass computes both: each distance is compared with the radii of its two vectors.
     for rows, part, squared in _blocks_of_pairs(y, x):
         by_real, by_fake = x.errors(part, y, rows), y.errors(rows, x, part)
         for radii, errors, inside, dim in (
@@ -277,11 +278,12 @@ def precision_recall(
 def density_coverage(
     real: Vectors, fake: Vectors, *, k: int = 5, device: torch.device | str = "cpu"
 ) -> tuple[float, float]:
-    """Return how many real neighbourhoods a generated image lies in, and the share of them visited.
+    """Return density and coverage of the real vectors' neighbourhoods by the generated vectors.
 
-    A neighbourhood is the open ball around a real vector that reaches to its k-th nearest other
+    A neighbourhood is the open ball around a real vector that extends to its k-th nearest other
     real vector. Density is the mean number of neighbourhoods that a generated vector lies in,
-    divided by k; it may exceed 1. Coverage is the share of neighbourhoods that hold any.
+    divided by k; it may exceed 1. Coverage is the share of neighbourhoods that contain a generated
+    vector.
 
     Vectors are [N, D] and [M, D]; ``device`` is where distances are computed. Raises ValueError
     unless there are more than k real vectors. Source: Naeem et al., "Reliable fidelity and
@@ -303,7 +305,10 @@ def density_coverage(
 
 
 def _squared_radii(points: _Set, k: int) -> torch.Tensor:
-    """Return the squared distance of each point to its k-th nearest other point, [N]."""
+    """Return the squared distance of each point to its k-th nearest other point, float64 [N].
+
+    Distances are in units of ``points.scale``. Raises ValueError unless there are more than k.
+    """
     if len(points) <= k:
         needs = f"needs more than {k} images of either kind; got {len(points)}"
         raise ValueError(f"The distance to neighbour number {k} {needs}.")

@@ -1,6 +1,7 @@
-"""The metrics by name: what each looks at, how it compares, and how many images it takes.
+"""The metrics by name: what detector output each compares, how, and over how many images.
 
-How one is computed is imported when it is: names and descriptions are options of commands.
+The code that computes a metric is imported only when it runs, because commands need the names and
+descriptions merely for their options.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ _SUBSET_SIZE = 1000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """A detector's output for generated images and for real ones, as a metric sees it on rank 0.
+    """A detector output for generated and for real images, as given to a metric on rank 0.
 
-    It is vectors [N, D] in the order of images, or moments: mean [D] and covariance [D, D].
-    Metrics without a reference have no real side.
+    Either side is vectors [N, D] in the order of the images, or moments: mean [D] and covariance
+    [D, D]. Metrics without a reference have no real side.
     """
 
     fake: np.ndarray | None = None
@@ -40,19 +41,19 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MetricSpec:
-    """What a metric's name stands for."""
+    """Definition of a metric."""
 
     name: str  # On the command line and in score rows.
-    output: DetectorOutput  # What sees the images.
-    needs: str  # What of the output is kept: ``moments`` or ``vectors``.
-    compute: Callable[[Comparison], Values]  # Named values; the first is the headline.
+    output: DetectorOutput  # The detector output that it compares.
+    needs: str  # What is kept of the output: ``moments`` or ``vectors``.
+    compute: Callable[[Comparison], Values]  # Returns named values; the first is the headline.
     num_images: int  # Number of generated images.
-    at_least: int = 2  # The fewest images with which it means anything.
-    subset_size: int | None = None  # Images in each random subset that it draws, if it draws any.
-    has_reference: bool = True  # Whether real images are compared with.
-    higher_is_better: bool = False  # Of the headline.
+    at_least: int = 2  # The fewest images for which it is defined.
+    subset_size: int | None = None  # Images in each random subset, if it draws subsets.
+    has_reference: bool = True  # Whether it compares with real images.
+    higher_is_better: bool = False  # Whether a higher headline value is better.
     at_most_dataset: bool = False  # Generate no more images than the reference has.
-    of_supports: bool = False  # Of images made from supports of a class, against that class.
+    of_supports: bool = False  # Compares images made from supports with real ones of their classes.
     description: str  # One line for ``--help``.
 
     def image_count(self, reference: Reference | None, num_images: int | None = None) -> int:
@@ -78,9 +79,10 @@ def _frechet(name: str) -> dict[str, Any]:
 def _vectors(
     names: tuple[str, ...], load: Callable[[], Callable], **settings: Any
 ) -> dict[str, Any]:
-    """Return a measure of real and generated vectors; ``names`` are those of its results.
+    """Return the fields of a metric that compares real and generated vectors.
 
-    ``load`` returns the function that computes them.
+    ``load`` imports and returns the function that computes it, ``names`` are those of its results,
+    and ``settings`` are passed on to it.
     """
 
     def compute(it: Comparison) -> Values:
@@ -121,7 +123,7 @@ def _inception_score(it: Comparison) -> Values:
     return {"is": mean, "is_std": std}
 
 
-# How the description goes on from what a metric is; {} is the number of images.
+# Endings of the descriptions, one per protocol; {} is the number of images.
 FULL = "; {:,} images against the whole dataset"
 ALONE = "; {:,} images"
 SMALL = " of the pixels in 0..1; min(dataset size, {:,}) images"
@@ -145,7 +147,7 @@ for _measure in (IS, PR, DC):
     _measure["higher_is_better"] = True
 CMMD = _vectors(("cmmd",), _rbf_mmd)
 
-# Names are StyleGAN's: number of images, neighbours, ``full`` dataset.
+# Names follow StyleGAN: number of images, number of neighbours, ``full`` for the whole dataset.
 _TABLE = (
     ("fid10k_full", INCEPTION, FID, 10_000, FULL, "FID"),
     ("fid50k_full", INCEPTION, FID, 50_000, FULL, "FID"),
@@ -191,7 +193,7 @@ METRICS: dict[str, MetricSpec] = {
 
 
 def get_metric(name: str) -> MetricSpec:
-    """Return the metric of that name; raises ValueError with the nearest one for others."""
+    """Return the metric of that name; raises ValueError that suggests the nearest name."""
     if name not in METRICS:
         raise unknown("metric", name, METRICS)
     return METRICS[name]
@@ -205,9 +207,10 @@ def get_metrics(names: Iterable[str]) -> list[MetricSpec]:
 def needed_outputs(
     metrics: Iterable[MetricSpec], *, of_reference: bool = False, per_class: bool = False
 ) -> dict[DetectorOutput, tuple[str, ...]]:
-    """Return what the metrics need to know of each output for the generated or the real images.
+    """Return what the metrics need of each detector output: ``moments``, ``vectors`` or both.
 
-    Numbers per class need the vectors of every output.
+    The needs are those for the generated images or, with ``of_reference``, for the real ones.
+    ``per_class`` adds the vectors of every output, which values per class are computed from.
     """
     needs: dict[DetectorOutput, set[str]] = {}
     for metric in metrics:

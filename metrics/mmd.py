@@ -1,4 +1,4 @@
-"""Squared maximum mean discrepancies between two sets of feature vectors: KID and CMMD."""
+"""Squared maximum mean discrepancies (MMD) between two sets of vectors: KID and CMMD."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ import torch
 
 from metrics.vectors import Vectors, as_floats, check_vectors, products
 
-# Rows of a kernel matrix that are in memory at once. Fixed, so that results do not depend on it.
+# Side of the blocks of a kernel matrix. It is fixed, so that rounding does not depend on memory.
 _BLOCK = 4096
 
 
@@ -22,13 +22,14 @@ def kernel_distance(
 ) -> tuple[float, float]:
     """Return mean and standard deviation over random subsets of the unbiased squared MMD.
 
-    The kernel is cubic, (x . y / D + 1)^3. Each subset draws m = min(N, M, subset_size) vectors of
-    either side without replacement; with S_xx the sum over different vectors, its value is
-    (S_ff + S_rr) / (m (m - 1)) - 2 S_fr / m^2.
+    The kernel is cubic, k(x, y) = (x . y / D + 1)^3. For each subset, m = min(N, M, subset_size)
+    vectors are drawn from either side without replacement. Its value is
+    (S_ff + S_rr) / (m (m - 1)) - 2 S_fr / m^2, where S sums k over pairs; S_ff and S_rr omit the
+    pairs of a vector with itself.
 
     Vectors are [N, D] and [M, D]; equal seeds draw equal subsets. Kernels are computed on
-    ``device``, in float64 from :func:`~metrics.vectors.products`; that leaves an error below 1e-7
-    of the mean kernel. Raises ValueError for fewer than two vectors and for widths that differ.
+    ``device``, in float64 from :func:`~metrics.vectors.products`, with an error below 1e-7 of the
+    mean kernel. Raises ValueError for fewer than two vectors on a side and for widths that differ.
     Source: Bińkowski et al., "Demystifying MMD GANs", arXiv:1801.01401, Section 4; the estimator is
     StyleGAN's.
     """
@@ -40,7 +41,7 @@ def kernel_distance(
         chosen_fake.append(torch.from_numpy(rng.choice(len(fake), size, replace=False)))
         chosen_real.append(torch.from_numpy(rng.choice(len(real), size, replace=False)))
     x, y = as_floats(fake, device), as_floats(real, device)
-    # The sums of all subsets from the kernels of all pairs, where that takes fewer products.
+    # Subsets overlap: the kernels of all pairs, computed once, may be fewer than those per subset.
     num_pairs = len(x) ** 2 / 2 + len(y) ** 2 / 2 + len(x) * len(y)
     sums = _sums_from_all if num_pairs < 2 * num_subsets * size**2 else _sums_one_by_one
     total_ff, total_rr = sums(x, x, chosen_fake, chosen_fake), sums(y, y, chosen_real, chosen_real)
@@ -55,16 +56,16 @@ def _sums_from_all(
     chosen_x: Sequence[torch.Tensor],
     chosen_y: Sequence[torch.Tensor],
 ) -> torch.Tensor:
-    """Return the sum over each subset's pairs, without those of a vector and itself, float64 [S].
+    """Return the kernel sum over the pairs of each subset, float64 [S], without self-pairs.
 
-    With one column of ones and zeros for each subset, they are sums of s^T K t.
+    It is s^T K t with the kernel matrix K and, for each subset, columns s and t of ones and zeros.
     """
     within = x is y
     members_x, members_y = _members(chosen_x, x), _members(chosen_y, y)
     total = torch.zeros(len(chosen_x), dtype=torch.float64, device=x.device)
     for start in range(0, len(x), _BLOCK):
         rows = slice(start, start + _BLOCK)
-        # Within a set only pairs (i, j) from the diagonal on are needed: the others are the same.
+        # Within one set K is symmetric: blocks right of the diagonal ones count twice.
         for first in range(start if within else 0, len(y), _BLOCK):
             columns = slice(first, first + _BLOCK)
             kernel = _cubic(x[rows], y[columns])
@@ -76,7 +77,7 @@ def _sums_from_all(
 
 
 def _members(chosen: Sequence[torch.Tensor], vectors: torch.Tensor) -> torch.Tensor:
-    """Return 1 where a vector is in a subset, else 0: float64 [N, S]."""
+    """Return 1 where a vector is in a subset and 0 elsewhere, float64 [N, S]."""
     members = torch.zeros(len(vectors), len(chosen), dtype=torch.float64)
     for column, rows in enumerate(chosen):
         members[rows, column] = 1
@@ -89,7 +90,7 @@ def _sums_one_by_one(
     chosen_x: Sequence[torch.Tensor],
     chosen_y: Sequence[torch.Tensor],
 ) -> torch.Tensor:
-    """Return what :func:`_sums_from_all` does, from the kernels of each subset."""
+    """Return the sums of :func:`_sums_from_all`, computed from one kernel matrix per subset."""
     sums = []
     for rows, columns in zip(chosen_x, chosen_y, strict=True):
         kernel = _cubic(x[rows.to(x.device)], y[columns.to(y.device)])
@@ -112,20 +113,20 @@ def rbf_mmd(
 ) -> float:
     """Return ``scale`` times the squared MMD with the kernel exp(-|x - y|^2 / (2 sigma^2)).
 
-    It is the biased estimator of least variance, in which each vector also meets itself: the mean
-    kernel within either side, minus twice the mean kernel between them. The defaults make it CMMD,
-    for CLIP embeddings of unit length.
+    It is the biased, minimum-variance estimator, which includes each vector's pair with itself: the
+    mean kernels within the two sides, minus twice the mean kernel between them. With the defaults
+    and CLIP embeddings of unit length it is CMMD.
 
     Vectors are [N, D] and [M, D]; kernels are computed on ``device``, in float64 from
-    :func:`~metrics.vectors.products`. Raises ValueError
-    for empty sets and for widths that differ. Sources: Jayasumana et al., "Rethinking FID",
-    arXiv:2401.09603; Gretton et al., "A kernel two-sample test" (2012), Eq. 5.
+    :func:`~metrics.vectors.products`. Raises ValueError for empty sets and for widths that differ.
+    Sources: Jayasumana et al., "Rethinking FID", arXiv:2401.09603; Gretton et al., "A kernel
+    two-sample test" (2012), Eq. 5.
     """
     real, fake = check_vectors(real, fake)
 
     def mean_kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        # All kernels are near 1 where sigma is large. Their excess over 1 keeps its digits, and
-        # the ones cancel: 1 + 1 - 2.
+        # With a large sigma all kernels are near 1. Summing k - 1 keeps their digits, and the ones
+        # cancel in the end: 1 + 1 - 2.
         total = torch.zeros([], dtype=torch.float64, device=device)
         for rows in x.split(_BLOCK):
             rows = as_floats(rows, device)

@@ -1,4 +1,4 @@
-"""What all neural-network detectors share: batches, arithmetic, identity."""
+"""What all neural-network detectors share: batching, arithmetic and identity."""
 
 import contextlib
 import hashlib
@@ -11,14 +11,17 @@ from metrics.detectors import Detector
 
 
 class NetworkDetector(Detector):
-    """A detector whose outputs are a network's; a subclass prepares images and extracts these."""
+    """A detector that runs a network; subclasses preprocess images and extract the outputs."""
 
-    _max_batch = 64  # Bounds the memory of the activations, whatever batches the caller has.
+    _max_batch = 64  # Bounds the memory of activations, whatever the caller's batch size.
 
     def __init__(
         self, network: nn.Module, device: torch.device | str, identity: str, precision: str
     ) -> None:
-        """``identity`` names network and preprocessing exactly; weights are hashed besides."""
+        """``identity`` names network and preprocessing exactly; it is hashed with the weights.
+
+        Raises ValueError for a ``precision`` other than ``float32`` and ``bfloat16``.
+        """
         if precision not in ("float32", "bfloat16"):
             raise ValueError(f"Precision {precision!r} of a detector; accepted: float32, bfloat16.")
         self.precision = precision
@@ -26,20 +29,20 @@ class NetworkDetector(Detector):
         self._network = network.eval().requires_grad_(False).to(device)
 
     def _preprocess(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the network's input, float32, of uint8 images [N, C, H, W], C being 1 or 3."""
+        """Return the network's input, float32, for uint8 images [N, C, H, W], C being 1 or 3."""
         raise NotImplementedError
 
     def _extract(self, x: torch.Tensor, outputs: Collection[str]) -> dict[str, torch.Tensor]:
-        """Return each of ``outputs`` [N, D] of the network's input."""
+        """Return each of ``outputs`` [N, D] for the network's input ``x``."""
         raise NotImplementedError
 
     @torch.inference_mode()
     def __call__(
         self, images: torch.Tensor, outputs: Collection[str] = ("features",)
     ) -> dict[str, torch.Tensor]:
-        """Return float32 [N, D] for each of ``outputs``, of uint8 images [N, C, H, W], C 1 or 3.
+        """Return float32 vectors [N, D] of uint8 images [N, C, H, W] for each of ``outputs``.
 
-        One channel counts as three equal ones.
+        C is 1 or 3; a single channel is repeated three times. Raises ValueError for other images.
         """
         assert set(outputs) <= set(self.outputs), outputs
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
@@ -64,7 +67,7 @@ class NetworkDetector(Detector):
 
 @contextlib.contextmanager
 def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
-    """Compute in this precision, whatever the training run allows: a score is no place for TF32."""
+    """Compute in this precision without TF32, which a run may allow but would change scores."""
     allowed = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     try:
@@ -75,7 +78,7 @@ def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
 
 
 def network_hash(network: nn.Module, identity: str) -> str:
-    """Return a hexadecimal digest of the weights of a network and of a text."""
+    """Return the hexadecimal SHA-256 of a network's weights and of the text ``identity``."""
     digest = hashlib.sha256(identity.encode())
     for name, value in sorted(network.state_dict().items()):
         digest.update(name.encode())

@@ -22,45 +22,46 @@ from torch_utils import distributed
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reference:
-    """One output of a detector for real images: mean and covariance, vectors, or both.
+    """One detector output for real images: mean and covariance, vectors, or both.
 
-    What is unknown is None.
+    Fields that are not known are None.
     """
 
     output: DetectorOutput
     mu: np.ndarray | None = None  # [D], float64.
     sigma: np.ndarray | None = None  # [D, D], float64, with divisor count - 1.
-    # [M, D], float32, on rank 0 only: of all images or of a fixed choice (reference_cache.py).
+    # [M, D], float32, on rank 0 only: of all images, or of a fixed subset (reference_cache.py).
     vectors: np.ndarray | None = None
     num_vectors: int = 0  # M, on every rank; 0 if unknown.
     labels: np.ndarray | None = None  # Class index of each vector, int64 [M].
-    # Of the images behind mu and sigma, or behind the choice of vectors; EDM's files do not tell.
+    # Number of images behind mu and sigma, or from which the vectors were chosen. EDM's files do
+    # not record it.
     count: int | None = None
-    detector_hash: str | None = None  # Identity of what made the outputs.
+    detector_hash: str | None = None  # Identity of the detector that made the outputs.
     dataset_hash: str | None = None  # Content hash of the images.
     # Channels, height, width and file formats of the images, such as (3, 32, 32, "png").
     images: tuple[int, int, int, str] | None = None
-    source: str = ""  # Where this comes from, for people.
-    class_names: tuple[str, ...] = ()  # Of the classes that ``labels`` counts; may be empty.
-    # Vectors of other images than those behind mu and sigma, as ADM's files have.
+    source: str = ""  # Where this comes from, as shown to people.
+    class_names: tuple[str, ...] = ()  # Of the classes that ``labels`` indexes; may be empty.
+    # Vectors of images other than those behind mu and sigma, as from the samples in ADM's files.
     sample: "Reference | None" = None
 
     def of(self, kind: str) -> "Reference":
-        """Return what is to be used for ``moments`` or ``vectors``: this, or its sample."""
+        """Return the reference to use for ``moments`` or ``vectors``: this one, or its sample."""
         return self.sample if kind == "vectors" and self.sample is not None else self
 
     @property
     def knows(self) -> frozenset[str]:
-        """What a metric may ask of this reference: ``moments``, ``vectors``."""
+        """The kinds of statistics that this reference offers: ``moments``, ``vectors``."""
         there = dict(moments=self.mu is not None, vectors=self.of("vectors").num_vectors > 0)
         return frozenset(name for name, known in there.items() if known)
 
     @property
     def hash(self) -> str:
-        """Hexadecimal identity: of images and detector where known, else of the numbers.
+        """Hexadecimal identity: of images and detector if both are known, else of the statistics.
 
-        The numbers' last bits depend on batch size and ranks; images and detector do not. Only
-        rank 0 has all numbers, so that this is to be asked there.
+        Images and detector are preferred because the last bits of the statistics depend on batch
+        size and number of ranks. Ask on rank 0, which alone has all of the statistics.
         """
         if self.dataset_hash and self.detector_hash:
             text = f"{self.dataset_hash} {self.detector_hash} {self.output.name} {self.count}"
@@ -72,7 +73,7 @@ class Reference:
         return digest.hexdigest()
 
     def check_detector(self, detector: Detector) -> list[str]:
-        """Return warnings about the use with ``detector``; raise ValueError if it is another."""
+        """Return warnings about a use with ``detector``; ValueError if another one made this."""
         width = detector.outputs[self.output.name]
         found = [len(self.mu)] if self.mu is not None else []
         found += [self.vectors.shape[1]] if self.vectors is not None else []
@@ -95,7 +96,7 @@ Arrays = dict[DetectorOutput, dict[str, np.ndarray]]
 
 _KINDS = ("mu", "sigma", "vectors")
 _INCEPTION = DetectorOutput("inception")
-# Names of the arrays in a file that are those of EDM and ADM, so that their programs read it too.
+# These outputs keep the array names of EDM's and ADM's files, so that their programs can read ours.
 _PUBLISHED = {_INCEPTION: "{}", DetectorOutput("inception", "spatial"): "{}_s"}
 _SHARED = ("count", "dataset_hash", "class_names", "images")
 _UNKNOWN = dict(detector_hashes={}, count=None, dataset_hash=None, class_names=(), images=None)
@@ -120,12 +121,12 @@ def save_references(path: str | os.PathLike, references: References) -> None:
 
 
 def read_references(path: str | os.PathLike) -> References:
-    """Return what a file knows of real images; nothing in it is executed.
+    """Return the statistics of real images in a file; nothing in it is executed.
 
     Reads this project's ``.npz`` files; EDM's, with ``mu`` and ``sigma``; ADM's
-    ``VIRTUAL_*.npz``, with ``mu_s`` and ``sigma_s`` besides (the sample images in it are read by
+    ``VIRTUAL_*.npz``, which add ``mu_s`` and ``sigma_s`` (their sample images are read by
     :func:`data.images.dataset.open_images`); and EDM2's ``.pkl``, with ``fid`` and ``fd_dinov2``.
-    Raises ValueError for a file that is damaged or has none of these.
+    Raises ValueError for a file that is damaged or holds none of these.
     """
     path = Path(path)
     check_source(path, folder=False)
@@ -143,7 +144,7 @@ def read_references(path: str | os.PathLike) -> References:
             raise ValueError(f"its description of the images is {images!r}")
         if not isinstance(description["dataset_hash"], str | None):
             raise ValueError(f"its dataset hash is {description['dataset_hash']!r}")
-    # What a damaged or foreign file makes NumPy and zipfile raise has no common base.
+    # The errors that NumPy and zipfile raise for a damaged or foreign file have no common base.
     except Exception as error:
         but = f"damaged, or no file of reference statistics: {error or type(error).__name__}"
         raise refusal(path, but=but) from error
@@ -219,16 +220,20 @@ def _check_arrays(path: Path, output: DetectorOutput, arrays: Mapping[str, np.nd
 
 
 def load_references(location: str) -> References:
-    """Return what a file named by path or URL knows, on every rank; vectors on rank 0 only.
+    """Return the references in a file, on every rank; ``location`` is a path or URL. Collective.
 
-    Collective: rank 0 reads; errors, as of :func:`read_references`, are raised on every rank.
+    Rank 0 reads the file, and it alone has the vectors. Errors are those of
+    :func:`read_references`, raised on every rank.
     """
     references = from_main(lambda: read_references(fetch(location)))
     return {k: dataclasses.replace(found, source=location) for k, found in references.items()}
 
 
 def from_main(function: Callable[[], References]) -> References:
-    """Return rank 0's references on every rank, but their vectors there alone."""
+    """Return rank 0's references on every rank; rank 0 alone has their vectors. Collective.
+
+    ``function`` is called on rank 0 to make them; its errors are raised on every rank.
+    """
     here: References = {}
 
     def describe() -> dict[str, dict[str, Any]]:

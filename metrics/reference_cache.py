@@ -1,4 +1,4 @@
-"""References computed from images once, and cached by the content of the images."""
+"""References that are computed from images once and cached by the images' content hash."""
 
 import dataclasses
 import functools
@@ -18,14 +18,14 @@ from torch_utils import distributed
 
 MAX_VECTORS = 200_000
 _SUBSET_SEED = 0
-# What a reference holds of either kind, and what it holds without.
+# The fields of a reference that hold each kind, with their values when that kind is not known.
 _FIELDS = {"moments": dict(mu=None, sigma=None), "vectors": dict(vectors=None, num_vectors=0)}
 
 
 def vector_subset(count: int) -> np.ndarray:
-    """Return, by image index, whether an image's vectors are kept, bool [count].
+    """Return for each image index whether the image's vectors are kept, bool [count].
 
-    All are, up to :data:`MAX_VECTORS`; of more images, a fixed random choice of as many.
+    Up to :data:`MAX_VECTORS` images, all are kept; of more, a fixed random subset of that size.
     """
     keep = np.ones(count, bool)
     if count > MAX_VECTORS:
@@ -43,11 +43,12 @@ def compute_references(
     dataset_hash: str | None = None,
     source: str = "",
 ) -> References:
-    """Return what detectors give for the images of all ranks, each seen once. Collective.
+    """Return the references computed from the images of all ranks. Collective.
 
-    ``needs``, ``detectors`` and ``batches`` are those of
-    :func:`~metrics.statistics.collect_outputs`, ``dataset_hash`` and ``source`` those of a
-    :class:`Reference`. Raises ValueError unless all ranks together have ``num_images``, 2 or more.
+    ``needs``, ``detectors``, ``batches`` and ``device`` are those of
+    :func:`~metrics.statistics.collect_outputs`; ``dataset_hash`` and ``source`` go into each
+    :class:`Reference`. Raises ValueError for fewer than 2 images, or if the batches of all ranks
+    together do not hold ``num_images``.
     """
     name = source or "The dataset"
     if num_images < 2:
@@ -56,7 +57,7 @@ def compute_references(
     collected = collect_outputs(detectors, needs, batches, device, keep)
 
     references: References = {}
-    # Only rank 0 has the vectors, and every rank must hear if their number is wrong.
+    # Only rank 0 has the vectors, but every rank must learn if their number is wrong.
     with distributed.together():
         for output, found in collected.items():
             known, counts = {}, []
@@ -83,7 +84,7 @@ def compute_references(
 
 
 def cache_path(content_hash: str, output: DetectorOutput, detector_hash: str, kind: str) -> Path:
-    """Return where ``kind``, ``moments`` or ``vectors``, of an output for a dataset is cached."""
+    """Return the cache file of one output of a dataset; ``kind`` is ``moments`` or ``vectors``."""
     key = hashlib.sha256(f"{content_hash} {detector_hash}".encode()).hexdigest()[:32]
     return cache_dir() / "references" / f"{output.detector}-{output.name}-{key}-{kind}.npz"
 
@@ -98,12 +99,12 @@ def references_for(
     num_images: int,
     source: str = "",
 ) -> References:
-    """Return what detectors give for a dataset, from the cache if it was ever seen. Collective.
+    """Return the references of a dataset, from the cache or computed and then cached. Collective.
 
-    Arguments are those of :func:`compute_references`, but ``batches`` is called, at most once, with
-    the indices of the images that are needed; it returns this rank's share of them, with their
-    indices. ``content_hash`` is the identity of the images. A cache file that cannot be used is
-    named on the console and replaced.
+    Arguments are those of :func:`compute_references`, except ``content_hash``, which identifies the
+    images, and ``batches``: it is called at most once, with the indices of the images that are
+    needed, and returns this rank's share of those images with their indices. A cache file that
+    cannot be used is reported on the console and replaced.
     """
     wanted = [(output, kind) for output, kinds in needs.items() for kind in kinds]
     found: dict[tuple[DetectorOutput, str], Reference] = {}

@@ -1,4 +1,4 @@
-"""Score rows as ``metric-<name>.jsonl`` keeps them: reading, and comparing side by side."""
+"""Reads score rows, as in ``metric-<name>.jsonl`` files, and compares them side by side."""
 
 import json
 import os
@@ -10,8 +10,8 @@ from dnnlib.errors import refusal
 from dnnlib.files import check_source
 from dnnlib.typed import parse_json
 
-# What a comparison is about, as opposed to the protocol that ought to agree. Software versions are
-# on record, but two of them are no two protocols.
+# Fields that say what was scored and with what result. All others are the protocol, which must
+# agree for a comparison. Package versions are recorded, but do not count as protocol.
 SUBJECT_FIELDS = frozenset(
     {"source", "metric", "value", "values", "per_class", "noise_band", "seconds", "timestamp"}
     | {"snapshot", "snapshot_hash", "network", "kimg", "images", "images_hash", "reference"}
@@ -21,10 +21,11 @@ _FIRST_COLUMNS = ("source", "snapshot", "network", "images", "kimg")
 
 
 def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Return the rows of a file, each with its ``source`` (file and line).
+    """Return the score rows of a file, each with its ``source``: the file and the row's line.
 
-    The file holds one JSON row a line, or one JSON object with a list ``rows``. Raises ValueError
-    that names the line which is no score row.
+    The file holds one JSON row per line, or one JSON object with a list ``rows``, whose positions
+    then stand for lines. Raises ValueError for a file that cannot be read or holds no score rows,
+    and for a line that is not a score row, which it names.
     """
     path = Path(path)
     check_source(path, folder=False)
@@ -52,7 +53,7 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def _parsed(text: str) -> Any:
-    """Return what a JSON text holds; None if it is none."""
+    """Return the value of a JSON text; None if the text is not valid JSON."""
     try:
         return parse_json(text)
     except ValueError:
@@ -60,11 +61,11 @@ def _parsed(text: str) -> Any:
 
 
 def compare_rows(rows: Sequence[Mapping[str, Any]], *, anyway: bool = False) -> str:
-    """Return a table for each metric in ``rows``.
+    """Return a text with one table for each metric in ``rows``.
 
-    A protocol field that is equal in all rows of a metric is printed once below its table. Raises
-    ValueError, naming the fields and their values, for rows of one metric whose protocols differ,
-    unless ``anyway``; each such field then is a column whose heading starts with ``*``.
+    Protocol fields that are equal in all rows of a metric are listed once below its table. If the
+    protocols of its rows differ, raises ValueError with the differing fields and their values; with
+    ``anyway``, each of those fields becomes a column whose heading starts with ``*`` instead.
     """
     by_metric: dict[str, list[dict[str, str]]] = {}
     for row in rows:
@@ -89,7 +90,8 @@ def _refuse_differences(metric: str, rows: Sequence[Mapping[str, str]]) -> None:
 def differing_fields(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the names of the protocol fields in which rows of one metric differ.
 
-    Fields of nested objects are named like ``sampling.steps``; a missing one differs from a value.
+    Fields of nested objects have dotted names like ``sampling.steps``. A field that only some rows
+    have counts as different.
     """
     flat = [_flat(row) for row in rows]
     names = filter(_is_protocol, dict.fromkeys(name for row in flat for name in row))
@@ -97,7 +99,7 @@ def differing_fields(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def protocol_of(row: Mapping[str, Any]) -> dict[str, str]:
-    """Return the protocol fields of a row as texts, by dotted name."""
+    """Return the protocol fields of a row as text, by dotted name."""
     return {name: text for name, text in _flat(row).items() if _is_protocol(name)}
 
 
@@ -106,7 +108,7 @@ def _is_protocol(name: str) -> bool:
 
 
 def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return a row as text by dotted name."""
+    """Return every field of a row as text, by dotted name."""
     result: dict[str, str] = {}
     for name, value in row.items():
         if isinstance(value, Mapping):
@@ -143,7 +145,7 @@ def _table(metric: str, rows: list[dict[str, str]]) -> str:
         lines.append(f"  not comparable: the rows differ in {', '.join(differing)}")
     for row in rows:
         field = row.get("warnings", "[]")
-        found = _parsed(field)  # A list of texts, or what another program wrote there.
+        found = _parsed(field)  # Other programs may have written something else than a list.
         texts = found if isinstance(found, list) else [field]
         lines += [f"  {row.get('source', metric)}: {text}" for text in texts]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Scores: any number of metrics of generated images, computed in one pass over them."""
+"""Scores of generated images: any number of metrics, computed in one pass over the images."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ GenerateFn = Callable[[range], Iterable[Batch]]
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """A metric, how many images it takes, and what it sees and compares them with."""
+    """A metric with its number of images, its detector, and the reference it compares with."""
 
     metric: MetricSpec
     num_images: int
@@ -43,27 +43,28 @@ def score(
 ) -> list[dict[str, Any]]:
     """Return one row per metric, equal on every rank. Collective.
 
-    No image is generated and none seen by a detector twice: metrics of fewer images use the first
-    ones of those of more. ``generate`` is called with consecutive ranges of indices for that.
+    No image is generated twice or seen by a detector twice: a metric that takes fewer images than
+    another uses the first ones. To this end ``generate`` is called with consecutive index ranges.
 
     Args:
-        metrics: What to compute.
+        metrics: The metrics to compute.
         generate: ``generate(range(start, stop))`` yields this rank's share of the images with those
             indices, in any order and any split over batches and ranks, each with its index. An
             image must depend on its index alone.
-        references: What is known of the real images.
+        references: Statistics of the real images.
         detectors: Detectors on ``device``, by name.
         device: Where outputs, their sums and the metrics are computed.
-        num_images: Number of images instead of that of the metrics.
-        labels: ``labels(n)`` is the class of each of the first n images, int64 [n]. With it, rows
-            also hold the numbers of each class of which the reference knows labelled vectors.
+        num_images: Number of generated images; overrides that of each metric.
+        labels: ``labels(n)`` returns the class of each of the first n images, int64 [n]. With it,
+            rows also hold values per class; a metric with a reference needs labelled vectors in it.
         class_names: Names of the classes.
 
     A row holds metric, value (the headline), values (all), num_images, the detector with its hash,
-    preprocessing and precision, the reference with its hash and count, seconds since the start,
-    and a list of warnings. The caller adds how the images were made. Raises ValueError for a
-    reference that lacks what a metric needs or is of another detector, and for a wrong number of
-    images.
+    preprocessing and precision, the reference with its hash and count, spread (total variance of
+    the generated side over that of the real one), seconds since the start, and a list of warnings.
+    The caller adds how the images were made. Raises ValueError if a reference lacks what a metric
+    needs or comes from another detector, and for a wrong number of images; NotFiniteError for
+    values that are not finite.
     """
     start_sec = time.monotonic()
     plans = [_plan(metric, references, detectors, num_images) for metric in metrics]
@@ -93,7 +94,7 @@ def _plan(
     detectors: Mapping[str, Detector],
     num_images: int | None,
 ) -> _Plan:
-    """Return what is computed for a metric; raises ValueError if it cannot be."""
+    """Return how a metric is computed; raises ValueError if it cannot be."""
     detector = detectors[metric.output.detector]
     reference = _reference_of(metric, references)
     count = metric.image_count(reference, num_images)
@@ -144,7 +145,7 @@ def _count_warnings(
 def _row(
     plan: _Plan, found: Collected, classes: tuple | None, device: torch.device | str
 ) -> dict[str, Any]:
-    """Return the row of a metric, on rank 0; ``classes`` as for :func:`_per_class`."""
+    """Return the row of a metric, on rank 0; ``classes`` are :func:`_per_class`'s labels, names."""
     metric, reference, detector = plan.metric, plan.reference, plan.detector
     if found.count != plan.num_images:
         but = f"needs {plan.num_images} images, but got {found.count}"
@@ -209,9 +210,10 @@ def _per_class(
     names: Sequence[str],
     device: torch.device | str,
 ) -> dict[str, dict[str, float]]:
-    """Return the metric's values and counts for each class that both sides have enough of.
+    """Return the metric's values and counts for each class with enough images on both sides.
 
-    ``labels`` [N] are the classes of the generated images, ``names`` those of all classes.
+    ``vectors`` [N, D] are those of the generated images, ``labels`` [N] their class indices;
+    ``names`` are the names of all classes.
     """
     metric, reference = plan.metric, plan.reference
     if reference is not None:

@@ -1,4 +1,4 @@
-"""Statistics of detector outputs, accumulated batch by batch and over ranks."""
+"""Statistics of detector outputs, accumulated over batches and ranks."""
 
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping
@@ -14,16 +14,15 @@ _MAX_DIM = 4096
 
 
 class OutputMoments:
-    """Count, mean and covariance of a detector's vectors, from sums in float64.
+    """Count, mean and covariance of a detector's vectors, from float64 sums.
 
-    Sums are taken about a shift, the mean of this rank's first batch, so that the covariance does
-    not come from the difference of two large numbers: a constant value gets a variance of 0 to
-    rounding. The result depends on how the images were split into batches and over ranks only
-    through the rounding of float64.
+    Sums are taken about a shift, the mean of this rank's first batch, so that the covariance is not
+    the difference of two large numbers: a constant value gets a variance of 0 up to rounding. The
+    split into batches and over ranks affects the result only through float64 rounding.
     """
 
     def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
-        """``device`` holds the sums; on GPUs every rank must name its own, even without images."""
+        """``device`` holds the sums; on GPUs every rank must pass its own, even without images."""
         if dim > _MAX_DIM:
             raise ValueError(
                 f"The covariance of {dim:,} values would take {8e-9 * dim**2:,.1f} GB and minutes; "
@@ -39,7 +38,7 @@ class OutputMoments:
 
     @torch.inference_mode()
     def append(self, vectors: torch.Tensor) -> None:
-        """Add vectors [N, dim] of N images, on any device. Does not wait for it."""
+        """Add the vectors [N, dim] of N images, on any device, without synchronising with it."""
         assert not self._reduced, "statistics of all ranks take no more vectors"
         if vectors.ndim != 2 or vectors.shape[1] != self.dim:
             got = list(vectors.shape)
@@ -56,15 +55,14 @@ class OutputMoments:
 
     @torch.inference_mode()
     def all_reduce(self) -> None:
-        """Turn the statistics of this rank into those of all ranks. Collective, once."""
+        """Replace this rank's statistics by those of all ranks. Collective; call it once."""
         assert not self._reduced, "these are the statistics of all ranks already"
         total = self._shift * self.count + self._sum
         counted = torch.cat([total, total.new_tensor([self.count])])
         distributed.all_reduce_sum(counted)
         count = round(counted[-1].item())
         mean = counted[:-1] / max(count, 1)
-        # Second moments about the mean of all ranks can be added; those about each rank's own
-        # shift cannot.
+        # Second moments add up over ranks only when taken about the same point: the overall mean.
         offset = mean - self._shift
         cross = torch.outer(offset, self._sum)
         second = self._second - cross - cross.T + self.count * torch.outer(offset, offset)
@@ -73,7 +71,7 @@ class OutputMoments:
         self._reduced = True
 
     def merged(self, other: "OutputMoments") -> "OutputMoments":
-        """Return the statistics of the images of both. Both must be of one rank, or of all.
+        """Return the statistics of both sets of images; either both or neither is all-reduced.
 
         Source: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing
         sample variances" (1979), Eq. 2.1.
@@ -90,13 +88,16 @@ class OutputMoments:
         return result
 
     def mean(self) -> np.ndarray:
-        """Return the mean [dim] in float64. Raises ValueError without images."""
+        """Return the mean [dim], float64; ValueError without images or if it is not finite."""
         if self.count == 0:
             raise ValueError("There are no images to take statistics of.")
         return _finite(self._mean())
 
     def covariance(self) -> np.ndarray:
-        """Return the covariance [dim, dim] in float64, with divisor count - 1, of two or more."""
+        """Return the covariance [dim, dim], float64, with divisor count - 1.
+
+        Raises ValueError for fewer than two images and for values that are not finite.
+        """
         if self.count < 2:
             raise ValueError(f"A covariance needs at least 2 images; got {self.count}.")
         covariance = self._about_mean() / (self.count - 1)
@@ -117,7 +118,7 @@ def _finite(values: torch.Tensor) -> np.ndarray:
 
 
 class OutputVectors:
-    """The vectors of the images of ``keep`` (of all if None); complete on rank 0 once gathered."""
+    """The detector's vectors of the images in ``keep`` (None: all); on rank 0 once gathered."""
 
     def __init__(self, dim: int, keep: np.ndarray | None = None) -> None:
         self.dim = dim
@@ -130,7 +131,7 @@ class OutputVectors:
 
     def append(self, indices: torch.Tensor, vectors: torch.Tensor) -> None:
         """Add the vectors [N, dim], on any device, of the images ``indices`` [N]."""
-        # A batch is fetched from the device once the next one is under way.
+        # Fetch the batch before this one, so that the device always has work queued.
         self._fetch()
         self._last = indices, vectors
 
@@ -146,9 +147,10 @@ class OutputVectors:
         self._vectors.append(vectors)
 
     def gather(self) -> None:
-        """Set ``indices`` [N] and ``array`` [N, dim] of all ranks, in order, on rank 0. Collective.
+        """Set ``indices`` [N] and ``array`` [N, dim] of all ranks on rank 0. Collective.
 
-        Raises ValueError for vectors that are not finite.
+        They are sorted by image index; ``array`` is float32. Raises ValueError for vectors that are
+        not finite.
         """
         self._fetch()
         indices = torch.cat([torch.empty(0, dtype=torch.int64), *self._indices])
@@ -162,7 +164,7 @@ class OutputVectors:
                 assert (np.diff(self.indices) > 0).all(), "an image came twice"
 
     def merged(self, other: "OutputVectors") -> "OutputVectors":
-        """Return the vectors of both, those of ``other`` after these. Both must be gathered."""
+        """Return these vectors followed by those of ``other``. Both must have been gathered."""
         result = OutputVectors(self.dim)
         if self.array is not None:
             result.indices = np.concatenate([self.indices, other.indices])
@@ -172,18 +174,18 @@ class OutputVectors:
 
 @dataclasses.dataclass
 class Collected:
-    """What is known of a detector's output for a set of images: moments, vectors, or both."""
+    """What was kept of one detector output for a set of images: moments, vectors, or both."""
 
     moments: OutputMoments | None = None
     vectors: OutputVectors | None = None
 
     @property
     def count(self) -> int:
-        """Number of images; of vectors, on rank 0 alone."""
+        """Number of images; with vectors alone, only rank 0 knows it."""
         return len(self.vectors.array) if self.moments is None else self.moments.count
 
     def merged(self, other: "Collected") -> "Collected":
-        """Return what both know, of the images of both; they must not overlap."""
+        """Return what both sides kept, for the images of both, which must not overlap."""
         pairs = (self.moments, other.moments), (self.vectors, other.vectors)
         return Collected(*(a.merged(b) if a and b else None for a, b in pairs))
 
@@ -195,18 +197,18 @@ def collect_outputs(
     device: torch.device | str,
     keep: np.ndarray | None = None,
 ) -> dict[DetectorOutput, Collected]:
-    """Return what detectors give for the images of all ranks, each seen once. Collective.
+    """Return the statistics of detector outputs over the images of all ranks. Collective.
 
     Args:
-        detectors: On ``device``, by name; each sees every image once.
+        detectors: Detectors on ``device``, by name; each sees every image once.
         needs: What to keep of each output: ``moments``, ``vectors`` or both.
         batches: This rank's images as ``(indices int64 [N] on the CPU, uint8 [N, C, H, W] on any
             device)``; may be empty.
         device: Where outputs and their sums are computed.
-        keep: Which images' vectors are kept, bool by index; None keeps all.
+        keep: Images whose vectors are kept, as a bool for each image index; None keeps all.
     """
     collected: dict[DetectorOutput, Collected] = {}
-    names: dict[str, list[str]] = {}  # Of outputs, by detector.
+    names: dict[str, list[str]] = {}  # Names of the outputs, by detector.
     for output, wanted in needs.items():
         dim = detectors[output.detector].outputs[output.name]
         collected[output] = Collected(
@@ -217,7 +219,7 @@ def collect_outputs(
     with distributed.together():
         for indices, images in batches:
             images = images.to(device, non_blocking=True)
-            # The generator behind `batches` runs outside of this mode, as without metrics.
+            # Entered per batch, so that the generator behind `batches` runs outside this mode.
             with torch.inference_mode():
                 for detector, wanted in names.items():
                     for name, vectors in detectors[detector](images, wanted).items():

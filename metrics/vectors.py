@@ -1,4 +1,4 @@
-"""Checks that functions of two sets of vectors share."""
+"""Checks and products that the distances between two sets of vectors share."""
 
 import torch
 from numpy.typing import ArrayLike
@@ -11,7 +11,10 @@ _PART_WIDTH = 1024
 def check_vectors(
     first: Vectors, second: Vectors, at_least: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return both as tensors; ValueError unless they are [N, D] and [M, D] with enough rows."""
+    """Return both as tensors; raises ValueError unless they are [N, D] and [M, D].
+
+    Each must have at least ``at_least`` rows.
+    """
     first, second = torch.as_tensor(first), torch.as_tensor(second)
     comparable = first.ndim == second.ndim == 2 and first.shape[1] == second.shape[1]
     if not comparable or min(len(first), len(second)) < at_least:
@@ -22,17 +25,17 @@ def check_vectors(
 
 
 def as_floats(vectors: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """Return vectors on ``device`` in float32, or in float64 if that is what they are."""
+    """Return the vectors on ``device``, as float64 if they already are, else as float32."""
     dtype = torch.float64 if vectors.dtype == torch.float64 else torch.float32
     return vectors.to(device, dtype)
 
 
 def products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Return the products of all pairs of rows, float64 [N, M].
+    """Return the inner products of all pairs of rows of x [N, D] and y [M, D], float64 [N, M].
 
-    Those of float32 are multiplied in float32, and parts of 1,024 values are added in float64. The
-    error of a product is then at most 6.2e-5 |x| |y| (Higham, "Accuracy and stability of numerical
-    algorithms", section 3.1), and in the mean over many pairs far below.
+    float32 vectors are multiplied in float32, in parts of 1,024 values, whose results are added in
+    float64. The error of a product is then at most 6.2e-5 |x| |y| (Higham, "Accuracy and stability
+    of numerical algorithms", section 3.1), and far smaller in the mean over many pairs.
     """
     if torch.float64 in (x.dtype, y.dtype):
         return x.double() @ y.double().T

@@ -1,4 +1,4 @@
-"""Vision transformers as detectors, through Hugging Face's transformers: DINOv2 and CLIP."""
+"""Vision transformers from Hugging Face's transformers as detectors: DINOv2 and CLIP."""
 
 import math
 import types
@@ -12,17 +12,17 @@ from encoders.loading import Pretrained
 from metrics.network import NetworkDetector
 
 DINOV2_SIZE = 224
-# What outputs depend on that the weights do not show.
+# Settings that the outputs depend on and that cannot be seen from the weights.
 _SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads")
-# Where a folder has safetensors, those are read; CLIP's published one has a pickle.
+# Safetensors are preferred, but pickles are allowed, since CLIP is published with one.
 _DETECTOR = dict(noun="detector", files="config.json and weights", extra="detectors", pickles=True)
 
 
 class _VisionTransformer(NetworkDetector):
-    """A transformer that sees images resized to a square, normalised channel by channel.
+    """A transformer whose input is images resized to a square and normalised per channel.
 
-    A subclass says where its networks come from, and the mean and standard deviation of each
-    channel, of values in [0, 1], that they were trained with.
+    A subclass defines where its weights come from, and the mean and standard deviation of each
+    channel, for values in [0, 1], that the network was trained with.
     """
 
     pretrained: Pretrained
@@ -33,7 +33,7 @@ class _VisionTransformer(NetworkDetector):
     def __init__(
         self, network: nn.Module, device: torch.device | str, precision: str, size: int, dim: int
     ) -> None:
-        """``size`` is the side of the network's images, ``dim`` the length of its output."""
+        """``size`` is the side of the input in pixels, ``dim`` the length of the output."""
         self.outputs = types.MappingProxyType({"features": dim})
         self._size = size
         self._mean = torch.tensor(self.mean, device=device)[:, None, None]
@@ -74,7 +74,7 @@ class DinoV2Detector(_VisionTransformer):
     def __init__(
         self, network: nn.Module, device: torch.device | str, precision: str = "float32"
     ) -> None:
-        """``network`` is a ``transformers.Dinov2Model``; its position embeddings are resized."""
+        """``network`` is a ``transformers.Dinov2Model``, whose position embeddings are resized."""
         embeddings = network.embeddings
         grid = DINOV2_SIZE // network.config.patch_size
         embeddings.position_embeddings = nn.Parameter(
@@ -114,11 +114,11 @@ class ClipDetector(_VisionTransformer):
 
 
 def resize_positions(positions: torch.Tensor, grid: int) -> torch.Tensor:
-    """Return position embeddings [1, 1 + n^2, D] for a grid [1, 1 + grid^2, D], the CLS one first.
+    """Return position embeddings [1, 1 + n^2, D] resized to [1, 1 + grid^2, D]; CLS comes first.
 
-    As in DINOv2's own code: bicubic, without averaging, by the scale (grid + 0.1) / n, whose offset
-    once guarded against rounding. transformers resizes to the exact grid instead, which gives
-    slightly different features; a published FD-DINOv2 comes from the former.
+    As in DINOv2's own code, interpolation is bicubic, without antialiasing, and by the scale
+    (grid + 0.1) / n, whose offset once guarded against rounding. transformers resizes to the exact
+    grid instead, which changes the outputs slightly; published FD-DINOv2 scores use DINOv2's code.
     """
     length = math.isqrt(positions.shape[1] - 1)
     if length == grid:

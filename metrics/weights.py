@@ -1,4 +1,4 @@
-"""Files of published weights: read as tensors alone, and checked by name and shape."""
+"""Reads files of published weights: as tensors only, with names and shapes checked."""
 
 import pickle
 import re
@@ -11,8 +11,8 @@ import torch
 from dnnlib.downloads import fetch
 from dnnlib.errors import refusal
 
-_MAX_BYTES = 2 << 30  # Of the weights of one network; VGG16's are half a gigabyte.
-# What the arrays and numbers of NumPy 1 and 2 are called in pickles.
+_MAX_BYTES = 2 << 30  # Largest file of weights to download; VGG16's has half a gigabyte.
+# The names under which pickles refer to arrays and scalars of NumPy 1 and 2.
 _NUMPY_NAMES = (
     "numpy.ndarray",
     "numpy.dtype",
@@ -25,7 +25,7 @@ _NUMPY_NAMES = (
 
 
 class _LeftAside:
-    """What a file holds of NumPy, such as the random state beside weights: nothing of it counts."""
+    """Stands in for NumPy objects in a file, such as a random state, and drops their content."""
 
     def __init__(self, *_: Any) -> None:
         pass
@@ -47,16 +47,16 @@ def load_weights(
     """Return the tensors of a file, float32 on the CPU, with the names and shapes of ``wanted``.
 
     Args:
-        location: Path or URL of a ``.safetensors``, or of a file that ``torch.save`` wrote.
-        wanted: Tensors by name whose shapes the file's are compared with.
-        network, expected: For messages: what the weights are of, and a sentence that says what the
-            file ought to hold.
-        sha256: Checksum that the file must have; None for any.
-        remedy: A sentence that says what to do where the file cannot be had.
-        left_out: Regular expression, found in the names of tensors that do not count.
+        location: Path or URL of a ``.safetensors`` file, or of one that ``torch.save`` wrote.
+        wanted: Tensors by name, whose shapes those in the file must have.
+        network, expected: Name of the network, and a sentence about what the file should hold, for
+            error messages.
+        sha256: Checksum that the file must have; None accepts any.
+        remedy: A sentence for the error message if the file cannot be fetched.
+        left_out: Regular expression; tensors in whose names it is found are ignored.
 
     Raises ValueError for a missing file, a failed download, a file that holds anything but tensors
-    (nothing in it is executed), and other names or shapes.
+    (nothing in it is executed), and names or shapes that differ.
     """
     try:
         path = fetch(location, sha256=sha256, max_bytes=_MAX_BYTES)
@@ -79,11 +79,11 @@ def load_weights(
 def read_checkpoint(
     path: Path, expected: str, parts: Sequence[str] = ()
 ) -> dict[str, torch.Tensor]:
-    """Return the tensors by name of a file: a safetensors, or one that ``torch.save`` wrote.
+    """Return the tensors of a file by name: a safetensors file, or one that ``torch.save`` wrote.
 
-    Names within dictionaries are joined by dots. Of a training state, which holds several sets of
-    weights, the first of ``parts`` that is there is returned, without its name: of ``ema``, what
-    is called ``ema.``. Arrays of NumPy, such as the random state in it, are left out. Raises
+    Names in nested dictionaries are joined by dots. A training state holds several sets of weights:
+    of these, the first of ``parts`` that exists is returned, without its prefix (for ``ema``, the
+    names that begin with ``ema.``). NumPy arrays, such as a random state, are left out. Raises
     ValueError for a file without tensors, or with anything but plain data; nothing in it is
     executed.
     """
@@ -114,7 +114,7 @@ def _load(path: Path, expected: str) -> Any:
     try:
         with torch.serialization.safe_globals([(_LeftAside, name) for name in _NUMPY_NAMES]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    # What a damaged or hostile file makes the unpickler raise has no common base.
+    # The errors that a damaged or hostile file causes in the unpickler have no common base.
     except Exception as error:
         raise ValueError(f"{path}: {_refusal(path, error)}. {expected}") from error
 
@@ -131,7 +131,7 @@ def _read_tensors(path: Path, expected: str) -> dict[str, torch.Tensor]:
 
 
 def read_safetensors(path: Path, expected: str) -> dict[str, torch.Tensor]:
-    """Return the tensors by name of a safetensors file; ValueError for any other."""
+    """Return the tensors of a safetensors file by name; raises ValueError for any other file."""
     try:
         import safetensors
         from safetensors.torch import load_file
@@ -146,7 +146,7 @@ def read_safetensors(path: Path, expected: str) -> dict[str, torch.Tensor]:
 
 def _refusal(path: Path, error: Exception) -> str:
     with open(path, "rb") as file:
-        is_pickle = file.read(1) in (b"\x80", b"P")  # Bare, or in a zip archive.
+        is_pickle = file.read(1) in (b"\x80", b"P")  # A bare pickle, or one in a zip archive.
     if is_pickle and isinstance(error, pickle.UnpicklingError):
         name = re.search(r"GLOBAL (\S+)", str(error))
         return "refused, because reading it would execute code" + (f" ({name[1]})" if name else "")

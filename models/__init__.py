@@ -1,7 +1,6 @@
-"""Networks: a backbone and the conditioner that prepares its context.
+"""Networks: a backbone, and the conditioner that prepares its context.
 
-Configurations are made without torch. The network of one, and its architecture's module, are
-imported when it is built.
+Configurations need no torch: the code of a network is imported only when the network is built.
 """
 
 from typing import TYPE_CHECKING
@@ -26,7 +25,8 @@ __all__ = [
 def build_network(config: ModelConfig) -> "Network":
     """Return the network of a configuration, with initial weights from torch's global generator.
 
-    Constants are not part of its state: a network made on the meta device has no values for them.
+    Its constants are buffers outside the state dict, so loading weights into a network that was
+    made on the meta device leaves them without values.
     """
     from models.network import Network
 
@@ -34,10 +34,10 @@ def build_network(config: ModelConfig) -> "Network":
 
 
 def attention_backend(config: ModelConfig, device: "torch.device | str") -> str:
-    """Return the way to attention, see models/attention.py, that training on ``device`` takes.
+    """Return the attention implementation, of models/attention.py, for training on ``device``.
 
-    Without a learned bias CPUs choose anew for every call, and the text says so. Raises ValueError
-    if the configured ones cannot be trained there.
+    On a CPU and without a learned bias it is chosen for every call, which the returned text says.
+    Raises ValueError if the configured implementation cannot be trained there.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""How attention is divided among the parts of a context, measured without changing its result."""
+"""Measures how attention is divided among the parts of a context, without changing its result."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,10 @@ _QUERIES_AT_ONCE = 256
 
 
 class AttentionMass:
-    """Shares of attention, averaged over heads, queries and images, by layer and segment."""
+    """Shares of attention by layer and segment, averaged over heads, queries and images.
+
+    ``names`` are those of the segments.
+    """
 
     def __init__(self, names: tuple[str, ...], num_layers: int) -> None:
         self.names = names
@@ -20,12 +23,12 @@ class AttentionMass:
         self._counts = [0] * num_layers
 
     def add(self, layer: int, shares: Tensor) -> None:
-        """Add the shares [N, segments] of some images."""
+        """Add the shares [N, segments] of N images in a layer."""
         self._sums[layer] += shares.to(torch.float64).sum(0).cpu()
         self._counts[layer] += len(shares)
 
     def by_layer(self) -> list[dict[str, float]]:
-        """Return the shares of each layer that was run, by the segments' names."""
+        """Return the mean shares, by segment name, of each layer that was run."""
         return [
             dict(zip(self.names, (total / count).tolist(), strict=True))
             for total, count in zip(self._sums, self._counts, strict=True)
@@ -35,11 +38,11 @@ class AttentionMass:
 
 @contextlib.contextmanager
 def record_attention(network: nn.Module, segments: Mapping[str, int]) -> Iterator[AttentionMass]:
-    """Record how every cross-attention of ``network`` divides over its context, while in the block.
+    """Within the block, record how each cross-attention of ``network`` divides over its context.
 
     Args:
-        network: Holds modules :class:`~models.layers.CrossAttention`, the layers in their order.
-        segments: Names of the parts of the context, in order, and their numbers of tokens.
+        network: Contains :class:`~models.layers.CrossAttention` modules, in the order of layers.
+        segments: Number of tokens of each part of the context, by its name, in order.
     """
     layers = [module for module in network.modules() if isinstance(module, CrossAttention)]
     mass = AttentionMass(tuple(segments), len(layers))
@@ -64,12 +67,14 @@ def attention_shares(
     *,
     lengths: list[int],
 ) -> Tensor:
-    """Return the shares [N, segments] of attention of tokens x [N, L, C] to parts of a context.
+    """Return the share of attention that each part of a context receives, float32 [N, segments].
+
+    Shares are averaged over heads and over the tokens x [N, L, C], and add up to 1.
 
     Args:
-        module: The attention; ``context`` [N, M, c], ``mask`` [N, M] and ``keys_values``
-            [N, 2 heads, M, d] are its arguments.
-        lengths: Numbers of tokens of the parts, which add up to M.
+        module: The attention. ``context`` [N, M, c], ``mask`` [N, M] and ``keys_values``
+            [N, 2 heads, M, d] are the arguments of its forward pass.
+        lengths: Number of tokens of each part; they add up to M.
     """
     assert sum(lengths) == context.shape[1], f"parts of {lengths}, a context of {context.shape[1]}"
     q = module.queries(x).float()

@@ -1,4 +1,4 @@
-"""Conditioners: from a batch's named conditions to a :class:`~models.context.Context`."""
+"""Conditioners: they turn a batch's named conditions into a :class:`~models.context.Context`."""
 
 import math
 from collections.abc import Callable
@@ -10,34 +10,34 @@ from models.context import Context
 
 
 class Conditioner(nn.Module):
-    """Base of the conditioners: knows how many classes there are, and checks labels."""
+    """Base class of the conditioners: knows the number of classes, and checks labels."""
 
     num_classes: int
 
     def forward(
         self, cond: dict[str, Tensor], drop: Tensor | None = None, num: int | None = None
     ) -> Context:
-        """Return the context of N images, with None where a condition is missing.
+        """Return the context of N images; fields without a condition are None.
 
         Args:
-            cond: Named conditions, which the subclass describes.
-            drop: Bool, true where a condition is replaced by its learned null; none by default.
-            num: N, needed where ``cond`` does not tell.
+            cond: Named conditions, as the subclass describes them.
+            drop: Bool, true where a condition is replaced by its learned null; by default none is.
+            num: N; needed if ``cond`` does not determine it.
         """
         raise NotImplementedError
 
     def resolve(self, context: Context, c_noise: Tensor) -> Context:
-        """Return the context at noise levels ``c_noise`` [N], where that makes a difference."""
+        """Return the context at noise levels ``c_noise`` [N], on which it may depend."""
         return context
 
     def compile_parts(self, backend: str | Callable) -> None:
-        """Compile with torch.compile what is worth it; by default, nothing."""
+        """Compile the parts that gain from torch.compile; by default none."""
 
     def check(self, cond: dict[str, Tensor]) -> None:
         """Raise ValueError if a condition is missing or out of range.
 
-        It reads the labels, so call it where they are still on the CPU; the forward pass never
-        waits for the device.
+        It reads the labels, so call it while they are still on the CPU; the forward pass does not
+        check them, because that would synchronise with the device.
         """
         if self.num_classes == 0:
             return
@@ -54,12 +54,13 @@ class Conditioner(nn.Module):
 class ClassConditioner(Conditioner):
     """Sums an embedding of the class label and one of the augmentation labels into one vector.
 
-    The vector of class i is sqrt(num_classes) times row i of a weight: EDM's Linear(sqrt(L) onehot)
-    (Karras et al. 2022, arXiv 2206.00364), with its scale and its learning rate. Dropped labels
-    take a learned null vector, which is in the graph of every batch.
+    The embedding of class i is sqrt(num_classes) times row i of a weight. It equals EDM's
+    Linear(sqrt(L) onehot) (Karras et al. 2022, arXiv 2206.00364), and has the same scale and
+    effective learning rate. Dropped labels are replaced by a learned null vector, which is in the
+    graph of every batch.
 
-    Conditions: ``label`` [N] int64 class indices, which a class-conditional model needs, and
-    ``augment`` [N, augment_dim] float; zeros if absent. ``drop`` is [N].
+    Conditions: ``label``, int64 class indices [N], which a class-conditional model needs, and
+    ``augment``, float [N, augment_dim], zeros if absent. ``drop`` is bool [N].
     """
 
     def __init__(self, num_classes: int, augment_dim: int, dim: int) -> None:
@@ -76,7 +77,7 @@ class ClassConditioner(Conditioner):
     def forward(
         self, cond: dict[str, Tensor], drop: Tensor | None = None, num: int | None = None
     ) -> Context:
-        """Return a vector [N, dim]; raises ValueError where a label is needed and missing."""
+        """Return a vector [N, dim]; raises ValueError for missing labels, or an unknown N."""
         parts = []
         if self.num_classes > 0:
             if "label" not in cond:
@@ -100,7 +101,7 @@ class ClassConditioner(Conditioner):
 class ClassTable(Conditioner):
     """An embedding of the class label whose last row is the null label (DiT, arXiv 2212.09748).
 
-    Condition: ``label`` [N] int64, which a class-conditional model needs. ``drop`` is [N].
+    Condition: ``label``, int64 [N], which a class-conditional model needs. ``drop`` is bool [N].
     """
 
     def __init__(self, num_classes: int, dim: int) -> None:
@@ -113,7 +114,7 @@ class ClassTable(Conditioner):
     def forward(
         self, cond: dict[str, Tensor], drop: Tensor | None = None, num: int | None = None
     ) -> Context:
-        """Return a vector [N, dim]; raises ValueError where a label is needed and missing."""
+        """Return a vector [N, dim], or none without classes; ValueError if labels are missing."""
         if self.num_classes == 0:
             return Context()
         if "label" not in cond:

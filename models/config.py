@@ -1,4 +1,4 @@
-"""What every model's configuration has in common."""
+"""Base classes of the models' configurations, and checks that they share."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from models.conditioners import Conditioner
     from models.context import Context
 
-# Architectures by the name under which snapshots keep them, and the modules that define them. A
-# module is imported when its architecture is needed.
+# Modules of the architectures, by the names that snapshots store. A module is imported when its
+# architecture is needed.
 ARCHITECTURES: dict[str, str] = {
     "diffit": "models.architectures.diffit",
     "latent-diffit": "models.architectures.latent_diffit",
@@ -28,14 +28,14 @@ ARCHITECTURES: dict[str, str] = {
 class ModelConfig(Config):
     """Input, output and conditions of a network; a subclass adds its architecture.
 
-    A subclass sets ``family``, the name under which snapshots keep it, and makes the two parts of
-    the network. If its module is one of :data:`ARCHITECTURES`, snapshots load without importing it
-    first.
+    A subclass sets ``family``, the name that snapshots store, and implements
+    :meth:`make_backbone` and :meth:`make_conditioner`. If its module is listed in
+    :data:`ARCHITECTURES`, snapshots load without importing it first.
     """
 
     family_modules: ClassVar[dict[str, str]] = ARCHITECTURES
     title: ClassVar[str] = "Model options"
-    has_attention_bias: ClassVar[bool] = True  # Learned by position, beside the products.
+    has_attention_bias: ClassVar[bool] = True  # A learned bias by position, added to the scores.
 
     resolution: int = option(
         32, min=1, max=16_384, help="Height and width of the images in pixels."
@@ -68,7 +68,7 @@ class ModelConfig(Config):
     )
 
     def make_backbone(self) -> "nn.Module":
-        """Return the backbone F(x, c_noise, context), whose ``context_dim`` is set."""
+        """Return the backbone F(x, c_noise, context), with ``context_dim``, its context's width."""
         raise NotImplementedError
 
     def make_conditioner(self, dim: int) -> "Conditioner":
@@ -76,21 +76,21 @@ class ModelConfig(Config):
         raise NotImplementedError
 
     def compiled_parts(self, backbone: "nn.Module") -> Iterable["nn.Module"]:
-        """Return what of a backbone torch.compile takes by itself: equal blocks, or all of it."""
+        """Return the modules to compile separately: equal blocks, or the whole backbone."""
         return (backbone,)
 
     def sharded_parts(self, backbone: "nn.Module") -> Iterable["nn.Module"]:
-        """Return what of a backbone is gathered by itself where it is sharded: its blocks."""
+        """Return the modules whose weights a sharded network gathers separately: its blocks."""
         return self.compiled_parts(backbone)
 
     def prepared(self, backbone: "nn.Module", context: "Context") -> "Context":
-        """Return a context for many noise levels, with what a backbone makes of it alone."""
+        """Return the context with all that the backbone computes from it alone, for many passes."""
         return context
 
     def example_cond(self, size: tuple[int, int] | None = None) -> "dict[str, torch.Tensor]":
-        """Return conditions of one image, [1, ...] each, on the current default device.
+        """Return the conditions of one image, each [1, ...], on torch's default device.
 
-        ``size`` is one of :attr:`image_sizes`; by default that of the resolution.
+        ``size`` is one of :attr:`image_sizes`, by default a square of the resolution.
         """
         import torch
 
@@ -98,26 +98,29 @@ class ModelConfig(Config):
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of what the network denoises."""
+        """Channels, height and width of the network's input: pixels or latents."""
         return self.img_channels, self.resolution, self.resolution
 
     @property
     def image_sizes(self) -> tuple[tuple[int, int], ...]:
-        """Width and height in pixels of the images that the model makes."""
+        """Width and height in pixels of each size of image that the model generates."""
         return ((self.resolution, self.resolution),)
 
     def shape_of(self, size: tuple[int, int]) -> tuple[int, int, int]:
-        """Return channels, height and width of what the network denoises for an image size."""
+        """Return channels, height and width of the network's input for images of ``size``.
+
+        ``size`` is width and height in pixels.
+        """
         return self.input_shape
 
     @property
     def encoder_hashes(self) -> dict[str, str | None]:
-        """Identities of the frozen networks whose outputs the model sees; None where unknown."""
+        """Hashes of the frozen encoders whose outputs the model sees; None where unknown."""
         return {}
 
     @property
     def images_per_row(self) -> int:
-        """Images in a row of a training batch: several where a row is a set."""
+        """Number of images in one row of a training batch: several if a row is a set."""
         return 1
 
     @property
@@ -162,7 +165,7 @@ class LatentModelConfig(ModelConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScaledLatentConfig(LatentModelConfig):
-    """A network on latents that one scale and shift normalise: z = (encoded - shift) scale."""
+    """A network on latents that a single scale and shift normalise: z = (encoded - shift) scale."""
 
     latent_scale: float | None = option(
         None,
@@ -176,7 +179,10 @@ class ScaledLatentConfig(LatentModelConfig):
 
 
 def check_divides(config: ModelConfig, name: str, size: str | int, what: str = "") -> None:
-    """Raise ValueError unless field ``name`` divides another one, or a size that ``what`` names."""
+    """Raise ValueError unless the field ``name`` divides ``size``.
+
+    ``size`` is the name of another field, or a number that ``what`` describes in the message.
+    """
     if isinstance(size, str):
         size, what = getattr(config, size), f"--{size.replace('_', '-')} {getattr(config, size)}"
     divisor = getattr(config, name)
@@ -186,7 +192,7 @@ def check_divides(config: ModelConfig, name: str, size: str | int, what: str = "
 
 
 def check_sinusoid_width(hidden_dim: int) -> None:
-    """Raise ValueError unless a width has room for the sines and cosines of two axes."""
+    """Raise ValueError unless a width is a multiple of 4: sines and cosines of two axes."""
     if hidden_dim % 4:
         accepted = "a multiple of 4, for the sines and cosines of two axes"
         raise refusal("--hidden-dim", hidden_dim, accepted=accepted)

@@ -1,4 +1,4 @@
-"""What a network is conditioned on, beside the noise level."""
+"""What a network is conditioned on besides the noise level."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,23 +12,23 @@ from torch import Tensor
 class Context:
     """The conditioning of a batch of N images, as every backbone takes it.
 
-    Every field has the batch as its first dimension, or is None where a model has no such input. A
-    conditioner that hands on more has a subclass with further fields of that kind.
+    The first dimension of every field is the batch; a field that a model does not use is None. A
+    conditioner that passes on more returns a subclass with further such fields.
     """
 
     vector: Tensor | None = None  # [N, D], one vector per image
-    tokens: Tensor | None = None  # [N, L, D], a sequence per image
-    # [N, L], true where a token takes part; or float32, added to the scores of attention to it.
+    tokens: Tensor | None = None  # [N, L, D], one sequence per image
+    # [N, L], true where a token may be attended to; or float32, added to the attention scores.
     mask: Tensor | None = None
-    label: Tensor | None = None  # [N, D], an embedding of the class beside that of something else
-    # [N, layers, 2 heads, M, d], keys and values that layers make of the tokens, where many passes
-    # take them.
+    label: Tensor | None = None  # [N, D], embedding of the class, where vector or tokens hold a set
+    # [N, layers, 2 heads, M, d], keys and values of the tokens in each layer, precomputed for many
+    # passes.
     keys_values: Tensor | None = None
 
     def concat(self, *others: Self) -> Self:
-        """Return the contexts of several batches, in order, as one batch.
+        """Return this context and the others, in order, joined along the batch.
 
-        Raises ValueError if a field is present in some of them only.
+        Raises ValueError if a field is present in only some of them.
         """
         contexts = (self, *others)
         fields = {}
@@ -41,7 +41,7 @@ class Context:
         return type(self)(**fields)
 
     def index(self, rows: slice | Tensor) -> Self:
-        """Return the context of some of the images: a slice, or a tensor of indices or bools."""
+        """Return the context of some images, given by a slice or a tensor of indices or bools."""
         return self._map(lambda value: value[rows])
 
     def repeat(self, count: int) -> Self:

@@ -11,16 +11,16 @@ from models import layers
 from models.architectures.diffit import DiffiTConfig
 from models.context import Context
 
-# Width of the noise level's sinusoids and of the class and augmentation vectors added to them, as
-# in EDM's DDPM++ (arXiv 2206.00364).
+# Width of the sinusoids of the noise level, and of the class and augmentation vectors that are
+# added to them, as in EDM's DDPM++ (arXiv 2206.00364).
 EMBEDDING_DIM = 128
 
 
 class ResBlock(nn.Module):
     """x + Block(Conv3x3(Swish(GN x)), t) (arXiv 2312.02139, Eq. 9-10).
 
-    Where the width changes, the shortcut is a 1x1 convolution; the paper does not say. Dropout acts
-    before the 3x3 convolution, where EDM's blocks have it.
+    Where the width changes, the shortcut is a 1x1 convolution, which the paper leaves open. Dropout
+    comes before the 3x3 convolution, as in EDM's blocks.
     """
 
     def __init__(
@@ -36,9 +36,9 @@ class ResBlock(nn.Module):
             self.shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Return [B, C_out, H, W] of x [B, C_in, H, W], channels last in memory, and t [B, T]."""
+        """Return [B, C_out, H, W] from x [B, C_in, H, W], channels last in memory, and t [B, T]."""
         y = functional.silu(self.norm(x))
-        # Dropout draws in the order of the memory, which depends on the layout of weights before.
+        # Dropout draws in memory order, which must not depend on the layout of earlier weights.
         y = self.conv(self.dropout(y.contiguous(memory_format=torch.channels_last)))
         y = self.block(y.permute(0, 2, 3, 1), t).permute(0, 3, 1, 2)
         return self.shortcut(x) + y
@@ -47,14 +47,14 @@ class ResBlock(nn.Module):
 class DiffiT(nn.Module):
     """The raw network F of an image-space DiffiT.
 
-    Encoder stages of residual blocks with stride-2 convolutions between them; the last stage is
+    Encoder stages are residual blocks, with stride-2 convolutions between stages; the last stage is
     the bottleneck. Decoder stages begin with nearest-neighbour upsampling and a 3x3 convolution,
-    and take the encoder's outputs of their resolution by concatenation. Every position is a token;
-    there is no position embedding beside the attention's relative bias. With patches larger than a
-    pixel, which are ours, all pixels of a patch are channels of one position.
+    and concatenate the encoder's outputs of the same resolution. Every position is a token; the
+    only position embedding is the relative bias of attention. Patches larger than a pixel are our
+    addition: all pixels of a patch become channels of one position.
     """
 
-    # Width of the context's vector, which is added to the embedding of the noise level.
+    # Width of the context's vector, which is added to the noise level's embedding.
     context_dim = EMBEDDING_DIM
 
     def __init__(self, config: DiffiTConfig) -> None:
@@ -107,33 +107,33 @@ class DiffiT(nn.Module):
     def initialize(self) -> None:
         """Draw the initial weights from torch's global generator.
 
-        The sources give none for image space; we take those of EDM's DDPM++.
+        The sources specify none for image space; these are those of EDM's DDPM++.
         """
-        # Linear and convolutional weights: uniform by Glorot & Bengio (2010), biases zero.
+        # Weights of linear layers and convolutions: uniform (Glorot & Bengio, 2010); biases zero.
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
-        # Every transformer block starts close to the identity: the last layers of its two branches
-        # are almost zero. So is the network's output, which leaves c_skip x as the first estimate.
+        # Every transformer block starts close to the identity, since the last layers of its two
+        # branches are almost zero. So is the head, which makes c_skip x the first estimate.
         self.head.weight.mul_(1e-5)
         for module in self.modules():
             if isinstance(module, layers.TransformerBlock):
                 module.attn.proj.weight.mul_(1e-5)
                 module.mlp.fc2.weight.mul_(1e-5)
             elif isinstance(module, layers.TMSA):
-                # Attention starts without a preference for distances, up to little noise.
+                # Up to small noise, attention starts without a preference for distances.
                 nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
 
     def forward(self, x: Tensor, c_noise: Tensor, context: Context) -> Tensor:
         """Return F [N, out_channels, H, W].
 
         Args:
-            x: [N, img_channels, H, W], scaled to about unit variance. H and W may differ from the
-                configured resolution where windows divide every stage's grid.
-            c_noise: [N], the noise level as the preconditioner encodes it.
-            context: Its vector [N, 128], if any, is added to the embedding of the noise level.
+            x: Images [N, img_channels, H, W], scaled to about unit variance. H and W may differ
+                from the configured resolution if the windows divide every stage's grid.
+            c_noise: Noise level [N], as the preconditioner encodes it.
+            context: Its vector [N, 128], if any, is added to the noise level's embedding.
 
         Raises ValueError if the patches, stages or windows do not divide H and W.
         """
@@ -150,7 +150,7 @@ class DiffiT(nn.Module):
 
         if patch > 1:
             x = functional.pixel_unshuffle(x, patch)  #                 [N, C p p, H / p, W / p]
-        # Channels last in memory, so that images turn into tokens and back without a copy.
+        # With channels last in memory, images become tokens and back without a copy.
         x = x.contiguous(memory_format=torch.channels_last)
         x = self.tokenizer(x)  #                                        [N, base_dim, H / p, W / p]
         skips: list[list[Tensor]] = []

@@ -1,4 +1,4 @@
-"""Conditions of a feature-conditioned DiT: text, the CLS token and patches of a visual encoder."""
+"""Conditioner of a feature-conditioned DiT: text, CLS token and patches of a visual encoder."""
 
 from typing import Any
 
@@ -15,20 +15,21 @@ CONDITIONS = ("text", "cls", "patches")
 
 
 class FeatureConditioner(Conditioner):
-    """Projects the features of an image and joins them to one context [text, CLS, patches].
+    """Projects the features of an image and joins them into one context, [text, CLS, patches].
 
-    Each kind of feature has a learned null in the place of what is dropped, before projection. It
-    is in the graph of every batch. Dropped text leaves one token to attend to, so that nothing
-    reveals its length.
+    Dropped features are replaced, before projection, by a learned null of their kind, which is in
+    the graph of every batch. Dropped text leaves a single token to attend to, so that its length
+    does not leak.
 
-    Conditions of a batch of N images, all of one size; features are normalised:
+    Conditions of a batch of N images of the same size; features are normalised:
 
-    - ``text`` [N, L, text_dim] and ``text_mask`` [N, L] bool, true where there is a token; without
-      a mask all are. Without text, it counts as dropped.
-    - ``cls`` [N, visual_dim] and ``patches`` [N, P, visual_dim] of the grid ``patch_grid``;
-      without them they count as dropped. Where ``patches`` are absent, ``size`` says for which
-      images: (width, height) in pixels, two numbers or int64 [2] on the CPU.
-    - ``patch_bias`` [N], added to the scores of attention to patches (0 if absent).
+    - ``text`` [N, L, text_dim] and ``text_mask``, bool [N, L], true where there is a token; without
+      the mask, all are tokens. Missing text counts as dropped.
+    - ``cls`` [N, visual_dim] and ``patches`` [N, P, visual_dim], row by row in the grid
+      ``patch_grid``. Either counts as dropped if it is missing.
+    - ``size``: (width, height) of the images in pixels, two numbers or int64 [2] on the CPU. A
+      model that uses patches needs it, even if ``patches`` are missing.
+    - ``patch_bias`` [N], added to the scores of attention to patches; 0 if missing.
     """
 
     num_classes = 0
@@ -55,7 +56,7 @@ class FeatureConditioner(Conditioner):
             null.spares_decay = True
 
     def check(self, cond: dict[str, Tensor]) -> None:
-        """Raise ValueError if there is no condition, or one of another width or number."""
+        """Raise ValueError if there is no condition at all, or one of the wrong width."""
         if not set(CONDITIONS) & set(cond):
             raise ValueError("This model is conditioned on text or images, but none are given.")
         text, visual = self.config.text_dim, self.config.visual_dim
@@ -71,7 +72,8 @@ class FeatureConditioner(Conditioner):
     ) -> Context:
         """Return the context of N images: a vector [N, dim], tokens [N, L + 1 + P, dim], a mask.
 
-        ``drop`` [N, 3] is true where text, CLS token or patches are replaced by their nulls.
+        ``drop``, bool [N, 3], is true where text, CLS token or patches are replaced by their nulls.
+        A model that uses patches raises ValueError without a size, or if it does not fit them.
         """
         given = [cond[name] for name in CONDITIONS if name in cond]
         num = given[0].shape[0] if given else num
@@ -94,7 +96,7 @@ class FeatureConditioner(Conditioner):
         )
 
     def _text(self, cond: dict[str, Tensor], drop: Tensor | None, num: int) -> tuple[Tensor, Any]:
-        """Return the tokens of the text, and their mask or None."""
+        """Return the text tokens [N, L, dim], and their mask [N, L] or None."""
         if "text" not in cond:
             return self.text_proj(self.null_text.expand(num, 1, -1)), None
         text, mask = cond["text"], cond.get("text_mask")
@@ -126,7 +128,7 @@ class FeatureConditioner(Conditioner):
         return tokens + self._positions_of(width, height) if self.config.patch_pos else tokens
 
     def _positions_of(self, width: int, height: int) -> Tensor:
-        """Return sinusoids of the patches' centres, in the coordinates of the DiT's tokens."""
+        """Return sinusoids of the patches' centres, float32 [P, dim], in units of DiT tokens."""
         device = self.null_text.device
         key = (width, height, device)
         if key in self._positions:
@@ -137,13 +139,16 @@ class FeatureConditioner(Conditioner):
             centres = (torch.arange(count, device=device) + 0.5) * (side / count)
             axes.append(centres / edge - 0.5)
         positions = lattice_embedding(self.dino_proj.out_features, *axes)
-        if not torch.compiler.is_compiling():  # What a trace makes is not there after it.
+        if not torch.compiler.is_compiling():  # Tensors made in a trace do not outlive it.
             self._positions[key] = positions
         return positions
 
 
 def _or_null(value: Tensor | None, null: Tensor, drop: Tensor | None, num: int) -> Tensor:
-    """Return ``value`` with the rows of ``drop`` replaced by ``null``, which stays in the graph."""
+    """Return ``value`` [num, ...] with ``null`` in dropped rows; ``null`` is always in the graph.
+
+    Without a value, all rows are ``null``.
+    """
     if value is None:
         return null.expand(num, *null.shape[1:])
     if drop is None:
@@ -154,11 +159,11 @@ def _or_null(value: Tensor | None, null: Tensor, drop: Tensor | None, num: int) 
 def _join_masks(
     masks: list[Tensor | None], lengths: list[int], num: int, device: torch.device
 ) -> Tensor | None:
-    """Return the mask of tokens side by side, [num, sum of lengths].
+    """Return the masks of several parts joined along the tokens, [num, sum of lengths].
 
-    A part is bool [num, L], float32 [num, L] (added to the scores of attention), or None where all
-    its tokens take part. The result is None if all parts are; float32, with -inf where a token is
-    left out, if one of them is float32; else bool.
+    The mask of a part is bool [num, L]; float32 [num, L], added to the attention scores; or None,
+    which lets all its tokens be attended to. The result is None if all masks are; float32, with
+    -inf for bool False, if any is float32; else bool.
     """
     if all(mask is None for mask in masks):
         return None

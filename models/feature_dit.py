@@ -1,8 +1,8 @@
-"""NanoDiT: a latent DiT conditioned on text, on an image's global style and on its aligned patches.
+"""NanoDiT: a latent DiT conditioned on text, and on a visual encoder's CLS token and patches.
 
-DiT (Peebles & Xie, arXiv 2212.09748) without gates, whose blocks attend to one context of text
-tokens, the CLS token of a visual encoder and its patch tokens. It takes latents of any height and
-width, so that one network serves all aspect ratios.
+It is a DiT (Peebles & Xie, arXiv 2212.09748), by default without gates, whose blocks also attend to
+one context of text tokens, CLS token and patch tokens. It takes latents of any height and width, so
+that one network serves all aspect ratios.
 """
 
 from collections.abc import Sequence
@@ -20,13 +20,13 @@ _MAX_CACHED_GRIDS = 64
 
 
 class ContextBlock(nn.Module):
-    """Self-attention, cross-attention and MLP, each with shift and scale from a vector.
+    """Self-attention, cross-attention and MLP, each modulated by a conditioning vector.
 
     Args:
         dim: Width of the tokens, of the vector and of the context.
-        num_heads: Number of heads.
-        mlp_ratio: Hidden width of the MLP over ``dim``.
-        gates: Whether each branch is also multiplied by a vector.
+        num_heads: Number of attention heads.
+        mlp_ratio: Hidden width of the MLP, relative to ``dim``.
+        gates: Whether the output of each branch is also multiplied by a gate.
         qk_norm: Whether queries and keys are normalised.
     """
 
@@ -49,9 +49,10 @@ class ContextBlock(nn.Module):
         mask: Tensor | None,
         keys_values: Tensor | None = None,
     ) -> Tensor:
-        """Return tokens [N, L, C] of x [N, L, C], vectors c [N, C] and a context [N, M, C].
+        """Return tokens [N, L, C] from x [N, L, C], vectors c [N, C] and a context [N, M, C].
 
-        ``keys_values`` [N, 2 heads, M, d] are those of the context, if they are known.
+        ``mask`` [N, M] is that of :class:`~models.layers.CrossAttention`. ``keys_values``
+        [N, 2 heads, M, d] are those of the context, if they have already been computed.
         """
         vectors = self.modulation(functional.silu(c)).chunk(self._num_vectors, dim=1)
         shifts, scales, gates = vectors[:3], vectors[3:6], vectors[6:]
@@ -95,8 +96,8 @@ class FeatureDiT(nn.Module):
     def initialize(self) -> None:
         """Draw the initial weights from torch's global generator."""
         layers.draw_linear_layers(self)
-        # Only then what begins at zero: modulations, and the refinement. The head is small, not
-        # zero: the first velocity is about zero, yet all weights get a gradient at once.
+        # Afterwards, so as not to be overwritten, the modulations and the refinement are zeroed.
+        # The head is small, not zero: the first velocity is about zero, yet gradients pass it.
         for layer in (*(block.modulation for block in self.blocks), self.refine):
             nn.init.zeros_(layer.weight)
         nn.init.normal_(self.head.weight, std=0.1 / self.config.hidden_dim**0.5)
@@ -105,10 +106,9 @@ class FeatureDiT(nn.Module):
         """Return F [N, out_channels, H, W].
 
         Args:
-            x: Latents [N, latent_channels, H, W], of unit variance at every time; H and W are
-                multiples of ``patch_size``.
-            c_noise: [N], the time t in [0, 1].
-            context: What :class:`~models.feature_conditioner.FeatureConditioner` returns.
+            x: Latents z [N, latent_channels, H, W]; H and W are multiples of ``patch_size``.
+            c_noise: Time t in [0, 1], [N].
+            context: The output of :class:`~models.feature_conditioner.FeatureConditioner`.
 
         Raises ValueError if the latents or the context have another shape.
         """
@@ -132,9 +132,9 @@ class FeatureDiT(nn.Module):
         return x + self.refine(x)
 
     def prepare(self, context: Context) -> Context:
-        """Return a context with the keys and values of its tokens, for many times.
+        """Return the context with the keys and values of its tokens, for passes at many times.
 
-        It is as it was where its tokens depend on the time.
+        It is returned unchanged if its tokens depend on the time (``cls_token_time``).
         """
         if self.config.cls_token_time:
             return context
@@ -142,8 +142,11 @@ class FeatureDiT(nn.Module):
         return layers.with_keys_values(context, context.tokens, attentions)
 
     def positions(self, grid: tuple[int, int], device: torch.device) -> Tensor:
-        """Return sinusoids [rows * columns, hidden_dim] of the tokens of a grid, float32."""
-        if torch.compiler.is_compiling():  # A graph is of one grid, and makes them itself.
+        """Return the position sinusoids of a grid, float32 [rows * columns, hidden_dim].
+
+        ``grid`` is the number of rows and of columns.
+        """
+        if torch.compiler.is_compiling():  # A graph is for one grid, and computes its own.
             return self._make_positions(grid, device)
         key = (*grid, device)
         if key not in self._positions:

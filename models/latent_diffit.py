@@ -16,16 +16,16 @@ from models.context import Context
 class LatentDiffiT(nn.Module):
     """The raw network F of a latent DiffiT.
 
-    Patches become tokens, to which fixed sinusoids of their position are added. Every block attends
-    over the whole grid, a window that covers it, with the sum of noise level and class as its time
-    token.
+    Patches become tokens, to which fixed sinusoids of their positions are added. The attention
+    window of every block covers the whole grid. The time token is the sum of the embeddings of
+    noise level and class.
     """
 
     def __init__(self, config: LatentDiffiTConfig) -> None:
         super().__init__()
         self.config = config
         dim, patch = config.hidden_dim, config.patch_size
-        # Width of the context's vector, which is added to the embedding of the noise level.
+        # Width of the context's vector, which is added to the noise level's embedding.
         self.context_dim = dim
         self.patch_embedding = nn.Conv2d(config.input_shape[0], dim, patch, stride=patch)
         positions = layers.position_embedding(dim, config.grid)
@@ -43,8 +43,8 @@ class LatentDiffiT(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Draw the initial weights from torch's global generator: DiT's (arXiv 2212.09748)."""
-        # Linear weights, the patches' among them: uniform by Glorot & Bengio (2010), biases zero.
+        """Draw the initial weights of DiT (arXiv 2212.09748) from torch's global generator."""
+        # Weights of linear layers and of patches: uniform (Glorot & Bengio, 2010); biases zero.
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
@@ -54,16 +54,16 @@ class LatentDiffiT(nn.Module):
         for layer in (self.time_token[0], self.time_token[2]):
             nn.init.normal_(layer.weight, std=0.02)
 
-        # The first estimate is c_skip x.
+        # A zero head makes c_skip x the first estimate.
         nn.init.zeros_(self.head.weight)
 
     def forward(self, x: Tensor, c_noise: Tensor, context: Context) -> Tensor:
         """Return F [N, out_channels, H, W].
 
         Args:
-            x: [N, latent_channels, H, W], scaled to about unit variance.
-            c_noise: [N], the noise level as the preconditioner encodes it, such as a timestep.
-            context: Its vector [N, hidden_dim], if any, is added to that of the noise level.
+            x: Latents [N, latent_channels, H, W], scaled to about unit variance.
+            c_noise: Noise level [N], as the preconditioner encodes it, such as a timestep.
+            context: Its vector [N, hidden_dim], if any, is added to the noise level's embedding.
 
         Raises ValueError if H and W are not those of the configuration.
         """

@@ -1,7 +1,7 @@
 """Layers that the networks share: attention, normalisation, embeddings.
 
-Images inside DiffiT's blocks are channels-last, [B, H, W, C]: every position is a token. Elsewhere
-tokens are a sequence, [B, L, C].
+In DiffiT's blocks every position of an image is a token, in channels-last order [B, H, W, C].
+Elsewhere tokens are a sequence, [B, L, C].
 """
 
 import dataclasses
@@ -18,19 +18,19 @@ from models.attention import attend, head_norms
 from models.context import Context
 from torch_utils import cpu_matmul, reuse
 
-# Keys and values of a context that one batch may keep for all steps of a sampler.
+# Largest size of a context's keys and values that are kept for all steps of a sampler.
 _MAX_KEPT_BYTES = 2**30
 
 
 def window_partition(x: Tensor, window: int) -> Tensor:
-    """Cut a grid of tokens into square windows, and put heads before tokens.
+    """Return a grid of tokens cut into square windows, with heads before tokens.
 
     Args:
         x: [B, H, W, heads, d], with H and W divisible by ``window``.
         window: Edge of a window in tokens.
 
-    Returns [B * H/window * W/window, heads, window**2, d]: images in order, then their windows
-    row by row, then the tokens of a window row by row. Raises ValueError if a window is left over.
+    Returns [B * H/window * W/window, heads, window**2, d]: images in order, then their windows row
+    by row, then the tokens of a window row by row. Raises ValueError if windows do not fit exactly.
     """
     B, H, W, heads, d = x.shape
     if H % window or W % window:
@@ -43,14 +43,14 @@ def window_partition(x: Tensor, window: int) -> Tensor:
 
 
 def window_unpartition(windows: Tensor, window: int, height: int, width: int) -> Tensor:
-    """Undo :func:`window_partition`: return a grid [B, height, width, heads, d] of windows."""
+    """Undo :func:`window_partition`: return the grid [B, height, width, heads, d]."""
     heads, d = windows.shape[1], windows.shape[3]
     x = windows.reshape(-1, height // window, width // window, heads, window, window, d)
     return x.permute(0, 1, 4, 2, 5, 3, 6).reshape(-1, height, width, heads, d)
 
 
 def relative_position_index(window: int) -> Tensor:
-    """Return [window**2, window**2] rows of the bias table, for each query and key.
+    """Return the row of the bias table for each query and key, int64 [window**2, window**2].
 
     The row is (dy + w - 1) (2w - 1) + (dx + w - 1) with (dy, dx) = query - key and w = ``window``.
     """
@@ -63,14 +63,14 @@ def relative_position_index(window: int) -> Tensor:
 class TMSA(nn.Module):
     """Time-dependent multi-head self-attention inside windows (DiffiT, arXiv 2312.02139, Eq. 3-6).
 
-    Queries, keys and values are linear in the token and in the time token together; a relative
-    position bias, shared by all windows, is added to the scores. A window that covers the grid is
-    global attention. Windows are not shifted: the U-Net mixes them.
+    Queries, keys and values are linear functions of the token and the time token together. A
+    relative position bias, which all windows share, is added to the scores. A window that covers
+    the grid makes attention global. Windows are not shifted: the U-Net mixes them.
 
     Args:
-        dim, time_dim: Width of the tokens, which ``num_heads`` divides, and of the time token.
+        dim, time_dim: Widths of the tokens and of the time token; ``num_heads`` divides ``dim``.
         window: Edge of a window in tokens.
-        attention: See :func:`attend`.
+        attention: See :func:`~models.attention.attend`.
         qk_norm: See :func:`~models.attention.head_norms`.
     """
 
@@ -97,20 +97,20 @@ class TMSA(nn.Module):
 
     def bias(self) -> Tensor:
         """Return the relative position bias [heads, window**2, window**2]."""
-        # Gathered head by head: its backward pass, an addition by index, is several times faster
-        # on large windows than that of rows.
+        # Gather per head, not per row of the table: the backward pass, which adds by index, is
+        # several times faster for large windows.
         index = self.relative_position_index
         bias = self.relative_position_bias_table.t().index_select(1, index.flatten())
         return bias.view(-1, *index.shape)
 
     def _kept_bias(self, dtype: torch.dtype) -> Tensor:
-        """Return :meth:`bias` in a type, made once where weights are fixed."""
+        """Return :meth:`bias` in ``dtype``; computed once while the weights are fixed."""
         return reuse.once((self, dtype), lambda: self.bias().to(dtype))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Return attended tokens [B, H, W, C] of tokens x [B, H, W, C] and time tokens t [B, T]."""
+        """Return tokens [B, H, W, C] from tokens x [B, H, W, C] and time tokens t [B, T]."""
         _, H, W, _ = x.shape
-        # Once per image and before the partition, so that each window gets its own image's time.
+        # Add the time before the partition: once per image, and to all windows of that image.
         qkv = self.qkv(x) + self.qkv_temb(t)[:, None, None]  #          [B, H, W, 3 C]
         qkv = qkv.unflatten(-1, (-1, self.head_dim))  #                 [B, H, W, 3 heads, d]
         qkv = window_partition(qkv, self.window)  #                     [B windows, 3 heads, w w, d]
@@ -132,7 +132,7 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(dim, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return attended tokens [B, L, C] of tokens x [B, L, C]."""
+        """Return tokens [B, L, C] from tokens x [B, L, C]."""
         q, k, v = split_heads(self.qkv(x), self.head_dim).chunk(3, dim=1)
         return self.proj(merge_heads(attend(self.q_norm(q), self.k_norm(k), v)))
 
@@ -151,11 +151,11 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(dim, dim, bias=bias)
 
     def queries(self, x: Tensor) -> Tensor:
-        """Return [B, heads, L, head_dim] of tokens x [B, L, C]."""
+        """Return the queries [B, heads, L, head_dim] of tokens x [B, L, C]."""
         return self.q_norm(split_heads(self.q(x), self.head_dim))
 
     def keys_values(self, context: Tensor) -> Tensor:
-        """Return [B, 2 heads, M, head_dim], keys and then values, of a context [B, M, c]."""
+        """Return keys, then values, [B, 2 heads, M, head_dim], of a context [B, M, context_dim]."""
         keys_values = split_heads(self.kv(context), self.head_dim)
         if isinstance(self.k_norm, nn.Identity):
             return keys_values
@@ -169,11 +169,11 @@ class CrossAttention(nn.Module):
         mask: Tensor | None = None,
         keys_values: Tensor | None = None,
     ) -> Tensor:
-        """Return [B, L, C] of tokens x [B, L, C] and a context [B, M, context_dim].
+        """Return tokens [B, L, C] from tokens x [B, L, C] and a context [B, M, context_dim].
 
-        ``mask`` [B, M] is bool, true where a token takes part, or is added to the scores of each
-        token. Without one the fastest kernels can be used. ``keys_values`` are those of the
-        context, if they are known.
+        ``mask`` [B, M] is bool, true where a context token may be attended to, or float, added to
+        the scores; without one, faster kernels can be used. ``keys_values`` are those of the
+        context, if they have already been computed.
         """
         q = self.queries(x)
         if keys_values is None:
@@ -187,9 +187,9 @@ class CrossAttention(nn.Module):
 def with_keys_values(
     context: Context, tokens: Tensor, attentions: Sequence[CrossAttention]
 ) -> Context:
-    """Return a context with the keys and values that layers make of its ``tokens`` [N, M, c].
+    """Return the context with the keys and values that ``attentions`` make of tokens [N, M, c].
 
-    It is as it was if they would take more than 1 GiB.
+    If there are no attentions or the result would exceed 1 GiB, returns the context unchanged.
     """
     if not attentions:
         return context
@@ -205,7 +205,7 @@ def with_keys_values(
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
-    """Return [B, heads, L, head_dim] of [B, L, heads * head_dim]."""
+    """Return x [B, L, heads * head_dim] as [B, heads, L, head_dim]."""
     return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
 
 
@@ -215,12 +215,12 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """Return (1 + scale) x + shift, for x [B, L, C] and one scale and shift [B, C] an image."""
+    """Return (1 + scale) x + shift, for x [B, L, C] and a scale and shift [B, C] per image."""
     return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
 
 
 class MLP(nn.Module):
-    """Linear, GELU (tanh form), Linear, on the last dimension."""
+    """Linear, GELU (tanh approximation), Linear, on the last dimension."""
 
     def __init__(self, dim: int, hidden_dim: int, bias: bool = True) -> None:
         super().__init__()
@@ -232,10 +232,10 @@ class MLP(nn.Module):
 
 
 def linear_gelu(linear: nn.Linear, x: Tensor) -> Tensor:
-    """Return GELU (tanh form) of ``linear(x)``.
+    """Return the GELU (tanh approximation) of ``linear(x)``.
 
-    Where no gradient is needed and oneDNN multiplies on a CPU, one call does both: the tanh of
-    torch's own kernel takes several times as long as a product in bfloat16.
+    On a CPU where oneDNN computes products, and without gradients, a fused call does both: the tanh
+    of torch's own kernel takes several times as long as a product in bfloat16.
     """
     kind = x.device.type
     is_plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or linear.bias is None
@@ -251,7 +251,7 @@ def linear_gelu(linear: nn.Linear, x: Tensor) -> Tensor:
 
 
 class TransformerBlock(nn.Module):
-    """Attention and MLP, each normalised before and added after (arXiv 2312.02139, Eq. 7-8)."""
+    """Pre-norm residual attention and MLP (DiffiT, arXiv 2312.02139, Eq. 7-8)."""
 
     def __init__(
         self,
@@ -270,16 +270,16 @@ class TransformerBlock(nn.Module):
         self.mlp = MLP(dim, int(dim * mlp_ratio))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Return tokens [B, H, W, C] of tokens x [B, H, W, C] and time tokens t [B, T]."""
+        """Return tokens [B, H, W, C] from tokens x [B, H, W, C] and time tokens t [B, T]."""
         x = x + self.attn(self.norm1(x), t)
         return x + self.mlp(self.norm2(x))
 
 
 def run_block(network: nn.Module, block: nn.Module, *inputs: Tensor | None) -> Tensor:
-    """Return ``block(*inputs)``, one block of a network.
+    """Return ``block(*inputs)``, where ``block`` is part of ``network``.
 
     If the network's configuration asks for activation checkpointing, the backward pass recomputes
-    what is inside the block (Chen et al., arXiv 1604.06174).
+    the block's activations (Chen et al., arXiv 1604.06174).
     """
     if network.config.checkpointing and network.training and torch.is_grad_enabled():
         return checkpoint(block, *inputs, use_reentrant=False)
@@ -288,7 +288,7 @@ def run_block(network: nn.Module, block: nn.Module, *inputs: Tensor | None) -> T
 
 @torch.no_grad()
 def draw_linear_layers(network: nn.Module) -> None:
-    """Draw linear weights, those of patches too, as Glorot & Bengio (2010) do; biases are zero."""
+    """Draw weights by Glorot & Bengio (2010), those of patch convolutions too; biases are zero."""
     for module in network.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             nn.init.xavier_uniform_(module.weight.flatten(1))
@@ -297,21 +297,21 @@ def draw_linear_layers(network: nn.Module) -> None:
 
 
 def check_input(x: Tensor, shape: tuple[int, ...], what: str) -> None:
-    """Raise ValueError unless inputs [N, C, H, W], which ``what`` names, are of a shape."""
+    """Raise ValueError unless x [N, C, H, W] has the shape (C, H, W); ``what`` describes x."""
     if x.shape[1:] != shape:
         expected, found = ("x".join(map(str, size)) for size in (shape, x.shape[1:]))
         raise ValueError(f"This model denoises {what} of {expected}, not {found}.")
 
 
 def unpatchify(x: Tensor, patch: int) -> Tensor:
-    """Return images [N, C, h p, w p] of a grid of patches [N, h, w, p p C], p = ``patch``."""
+    """Return images [N, C, h p, w p] from a grid of patches [N, h, w, p p C], p = ``patch``."""
     x = x.unflatten(-1, (patch, patch, -1))  #                          [N, h, w, p, p, C]
     x = x.permute(0, 5, 1, 3, 2, 4)  #                                  [N, C, h, p, w, p]
     return x.flatten(4, 5).flatten(2, 3)  #                             [N, C, h p, w p]
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Return a group norm of min(32, channels / 4) groups, or the next number that divides."""
+    """Return a group norm with min(32, channels / 4) groups, or the next lower divisor."""
     groups = max(1, min(32, channels // 4))
     while channels % groups:
         groups -= 1
@@ -319,13 +319,13 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 class PositionalEmbedding(nn.Module):
-    """Sinusoids of a scalar: [N] becomes [N, dim]. The result is float32 also under autocast.
+    """Sinusoids of a scalar: [N] becomes [N, dim], float32 even under autocast.
 
     Args:
-        dim: Number of sinusoids; where it is odd, the last is 0.
-        like: Frequencies fall geometrically from 1 to 1 / 10,000. That is the last one in EDM
-            (Karras et al. 2022, arXiv 2206.00364), whose networks begin with the sines; in DiT
-            (arXiv 2212.09748), which begins with the cosines, it would be the one after it.
+        dim: Number of sinusoids; if it is odd, the last value is 0.
+        like: Frequencies fall geometrically from 1 towards 1 / 10,000. ``edm`` (Karras et al. 2022,
+            arXiv 2206.00364): sines, then cosines; the last frequency is 1 / 10,000. ``dit`` (arXiv
+            2212.09748): cosines, then sines; the one after the last would be 1 / 10,000.
     """
 
     def __init__(self, dim: int, like: Literal["edm", "dit"] = "edm") -> None:
@@ -345,11 +345,11 @@ class PositionalEmbedding(nn.Module):
 
 
 def position_embedding(dim: int, grid: int) -> Tensor:
-    """Return sinusoids of the position of every token of a square grid [grid, grid, dim], float32.
+    """Return sinusoids of the token positions in a square grid, float32 [grid, grid, dim].
 
     The first half of the width encodes the column, the second the row; each is [sin, cos] of the
-    position times 10000^(-i / (dim / 4)), i = 0 ... dim / 4 - 1 (DiT, arXiv 2212.09748). A width
-    that is no multiple of four takes the first numbers of the next one that is.
+    position times 10000^(-i / (dim / 4)), i = 0 ... dim / 4 - 1 (DiT, arXiv 2212.09748). If ``dim``
+    is not a multiple of four, the embedding is built for the next multiple and then cut.
     """
     axis = _axis_sinusoids(torch.arange(grid, dtype=torch.float64), -(-dim // 4))
     column = axis[None].expand(grid, grid, -1)
@@ -358,13 +358,13 @@ def position_embedding(dim: int, grid: int) -> Tensor:
 
 
 def lattice_embedding(dim: int, rows: Tensor, columns: Tensor) -> Tensor:
-    """Return sinusoids of the points of a lattice [R K, dim], float32, row by row.
+    """Return sinusoids of the points of a lattice, float32 [R K, dim], row by row.
 
-    As in :func:`position_embedding`, for any positions and with the row's half first.
+    They are those of :func:`position_embedding` for arbitrary positions, with the row's half first.
 
     Args:
         dim: Width, a multiple of four.
-        rows, columns: Positions [R] and [K], in tokens.
+        rows, columns: Positions [R] and [K], in units of tokens.
     """
     down, across = (_axis_sinusoids(positions, dim // 4) for positions in (rows, columns))
     down = down[:, None].expand(-1, len(columns), -1)
@@ -373,16 +373,16 @@ def lattice_embedding(dim: int, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def _axis_sinusoids(positions: Tensor, quarter: int) -> Tensor:
-    """Return [sin, cos] of positions [P] at ``quarter`` frequencies [P, 2 quarter], float32."""
+    """Return [sin, cos] of positions [P] at ``quarter`` frequencies, float32 [P, 2 quarter]."""
     exponents = torch.arange(quarter, dtype=torch.float64, device=positions.device) / quarter
     angles = positions.to(torch.float64)[:, None] * 10_000.0**-exponents
     return torch.cat([angles.sin(), angles.cos()], dim=1).to(torch.float32)
 
 
 class UpsampleConv(nn.Conv2d):
-    """Nearest-neighbour upsampling by two and then a 3x3 convolution, computed as one operation.
+    """Nearest-neighbour upsampling by two and then a 3x3 convolution, fused into one operation.
 
-    Neighbouring outputs see the same few inputs, so the pair equals a transposed convolution of
+    Several taps of the kernel see the same input, so the pair equals a transposed convolution of
     stride 2, whose 4x4 kernel is the 3x3 kernel summed over 2x2 boxes: 4/9 of the arithmetic.
     """
 

@@ -1,4 +1,4 @@
-"""A network: a backbone and the conditioner that prepares its context."""
+"""A network: a backbone, and the conditioner that prepares its context."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from models.config import ModelConfig
 from models.context import Context
 
-_OTHER_SHAPES = 16  # Batches of pictures, scores, validation and probes, and last ones of fewer.
+# Graphs to allow beside those of training steps: pictures, scores, validation, probes, and their
+# smaller last batches.
+_OTHER_SHAPES = 16
 
 
 class Network(nn.Module):
@@ -28,32 +30,32 @@ class Network(nn.Module):
         *,
         is_sharded: bool = False,
     ) -> None:
-        """Compile what is run at every step, for each of ``num_shapes`` shapes of inputs.
+        """Compile the parts that run at every step, for ``num_shapes`` different input shapes.
 
-        Of a sharded network, that is what is gathered by itself.
+        In a sharded network they are the modules whose weights are gathered separately.
         """
-        # Beyond the limit, further shapes would silently run without compilation.
+        # Beyond the limit, further shapes would silently run uncompiled.
         limits, graphs = torch._dynamo.config, num_shapes + _OTHER_SHAPES
         limits.recompile_limit = max(limits.recompile_limit, graphs)
         total = max(limits.accumulated_recompile_limit, 4 * graphs)
         limits.accumulated_recompile_limit = total
-        # Blocks that are equal share one graph, which is compiled once.
+        # Equal blocks share one graph, which is compiled once.
         config = self.config
         parts_of = config.sharded_parts if is_sharded else config.compiled_parts
         for part in parts_of(self.backbone):
-            # One graph for any shape would compute other last digits, and be used or not by what
-            # came first: a run that goes on would not equal one that was never stopped.
+            # A graph for dynamic shapes rounds differently, and whether it is used depends on which
+            # shapes came first: a resumed run would not equal an uninterrupted one.
             part.compile(backend=backend, dynamic=False)
         self.conditioner.compile_parts(backend)
         self.is_compiled = True
 
     @staticmethod
     def compile_seconds() -> float:
-        """Return how long torch.compile has worked in this process."""
+        """Return the seconds that torch.compile has taken in this process."""
         return torch._dynamo.utils.calculate_time_spent()["total_wall_time"]
 
     def check(self, cond: dict[str, Tensor]) -> None:
-        """Raise ValueError if conditions are missing or out of range; reads them, so on the CPU."""
+        """Raise ValueError if conditions are missing or out of range; pass them on the CPU."""
         self.conditioner.check(cond)
 
     def context(
@@ -62,22 +64,23 @@ class Network(nn.Module):
         """Return the context of a batch of N images.
 
         Args:
-            cond: Named conditions: ``label`` [N] int64 class indices, ``augment`` [N, 9] labels of
-                the augmentation (zeros if absent). Those of sets: see
-                :class:`~models.set_conditioner.SetConditioner`.
-            drop: [N] bool, true where the condition is replaced by the learned null condition;
-                none by default.
-            num: N, needed where ``cond`` is empty.
+            cond: Named conditions: ``label``, int64 class indices [N]; ``augment``, augmentation
+                labels [N, 9], zeros if absent. For sets and features see
+                :class:`~models.set_conditioner.SetConditioner` and
+                :class:`~models.feature_conditioner.FeatureConditioner`.
+            drop: Bool [N] ([N, 3] for features), true where a condition is replaced by its learned
+                null; by default none is.
+            num: N; needed if ``cond`` is empty.
         """
         return self.conditioner(cond, drop, num)
 
     def prepare(self, context: Context) -> Context:
-        """Return a context for many noise levels: what depends on it alone is computed now.
+        """Return the context with all that depends on it alone computed, for many noise levels.
 
-        The weights must not change while it is used.
+        The weights must not change while it is in use.
         """
         return self.config.prepared(self.backbone, context)
 
     def forward(self, x: Tensor, c_noise: Tensor, context: Context) -> Tensor:
-        """Return F [N, C_out, H, W] of inputs x [N, C, H, W], noise levels c_noise [N], context."""
+        """Return F [N, C_out, H, W] for x [N, C, H, W], noise levels c_noise [N] and a context."""
         return self.backbone(x, c_noise, self.conditioner.resolve(context, c_noise))

@@ -1,4 +1,4 @@
-"""From sets of images, and labels, to a :class:`SetContext`."""
+"""Conditioner of the set-conditioned DiT: sets of images, and labels, become a context."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,12 +18,12 @@ _MAX_LOG_VARIANCE = 10.0
 
 @dataclasses.dataclass(frozen=True)
 class SetContext(Context):
-    """The context of images that each are to resemble a set."""
+    """The context of N images, each of which is conditioned on a set of images."""
 
-    kl: Tensor | None = None  # [N], divergence of a drawn context from its prior, in nats
-    prediction: Tensor | None = None  # [N, C, H, W] in [-1, 1], of the images that it is for
-    # Of an encoder that waits for the noise level: tokens [N, ...] of each set, which images it
-    # has [N, k], and whether it is dropped [N].
+    kl: Tensor | None = None  # [N], KL divergence of a variational context from its prior, in nats
+    prediction: Tensor | None = None  # [N, C, H, W] in [-1, 1], predictions of the target images
+    # While a time-aware encoder waits for the noise level: the tokens of each set [N, ...], which
+    # of its images are present [N, k], and whether it is dropped [N].
     set_tokens: Tensor | None = None
     set_mask: Tensor | None = None
     set_drop: Tensor | None = None
@@ -32,18 +32,19 @@ class SetContext(Context):
 class SetConditioner(Conditioner):
     """Encodes sets of images, and embeds class labels.
 
-    Conditions are either ``set`` [b, n, C, H, W], whose images are to be made: the context of b n
-    images, b-major, each from the others of its set (or, without leave-one-out, from all); or
-    ``support`` [N, k, C, H, W]: one context for each set. Further conditions:
+    The condition is either ``set`` [b, n, C, H, W], for generating these images: it gives N = b n
+    contexts, b-major, one for each image from the other images of its set (without leave-one-out,
+    from all of them); or ``support`` [N, k, C, H, W], which gives one context per set. Images are
+    in [-1, 1]. Further conditions:
 
-    - ``mask`` [b, n] or [N, k] bool, true where an image is present; all are, if it is absent. What
-      is in absent places changes nothing. A set without any image has a learned null context.
-    - ``label`` [b] or [N] int64, for a class-conditional model; num_classes stands for a class that
-      it does not know, and so does the absence of labels.
+    - ``mask``, bool [b, n] or [N, k], true where an image is present; without it, all are. The
+      content of absent places has no effect. A set without any image gets a learned null context.
+    - ``label``, int64 [b] or [N], for a class-conditional model. The value num_classes stands for
+      an unknown class, and so do missing labels.
     - ``context_noise`` [b, n, hdim], standard normal, from which a variational context is drawn;
-      the mean of its distribution is taken without.
-    - ``c_noise`` [b] or [N], for an encoder that depends on the noise level. Without it the context
-      waits, and is encoded by :meth:`resolve`.
+      without it, the context is the mean of its distribution.
+    - ``c_noise`` [b] or [N], for a time-aware encoder. Without it the encoding is put off until
+      :meth:`resolve`.
 
     ``dim`` is the width of a label's embedding.
     """
@@ -65,7 +66,7 @@ class SetConditioner(Conditioner):
             is_film = config.mode_conditioning == "film"
             self.edge = config.resolution // (1 if is_film else config.context_grid)
             self.reconstruction = nn.Linear(config.context_dim, config.img_channels * self.edge**2)
-        # Not zeros, whose normalisation in the DiT would be as steep as can be.
+        # Not zeros: the DiT's normalisation would have its steepest gradient there.
         self.null = nn.Parameter(0.02 * torch.randn(config.context_dim))
         self.null.spares_decay = True
         if self.num_classes > 0:
@@ -75,7 +76,7 @@ class SetConditioner(Conditioner):
         self.encoder.compile(backend=backend)
 
     def check(self, cond: dict[str, Tensor]) -> None:
-        """Raise ValueError if there is no set, or if a label is not from 0 to num_classes."""
+        """Raise ValueError without a set or support, or for a label outside 0 to num_classes."""
         if "set" not in cond and "support" not in cond:
             raise ValueError("This model is conditioned on sets of images, but none is given.")
         if "label" in cond and self.num_classes:
@@ -85,9 +86,10 @@ class SetConditioner(Conditioner):
     def forward(
         self, cond: dict[str, Tensor], drop: Tensor | None = None, num: int | None = None
     ) -> SetContext:
-        """Return the context of N images, where N = b n for conditions ``set``.
+        """Return the context of N images; N = b n for the condition ``set``.
 
-        ``drop`` [b] or [N] is true where set and label are replaced by their nulls.
+        ``drop``, bool [b] or [N], is true where set and label are replaced by their nulls. Raises
+        ValueError for a missing set, and for a ``set`` whose size is not ``sample_size``.
         """
         mask = cond.get("mask")
         if "set" not in cond:
@@ -127,11 +129,11 @@ class SetConditioner(Conditioner):
         return self._encode(context, c_noise, None if noise is None else noise.flatten(0, 1))
 
     def resolve(self, context: SetContext, c_noise: Tensor) -> SetContext:
-        """Return the context, encoded for noise levels ``c_noise`` [N] if it waits for them."""
+        """Return the context, encoded at noise levels ``c_noise`` [N] if that was put off."""
         return context if context.set_tokens is None else self._encode(context, c_noise, None)
 
     def _tokens_of_sets(self, images: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the tokens of the context of every image of sets, and the mask of its images."""
+        """Return for every image of the sets its context's tokens [b n, ...] and mask [b n, k]."""
         num = images.shape[1]
         if self.config.leave_one_out:
             tokens = self.encoder.tokenise_others(images, mask)
@@ -145,9 +147,10 @@ class SetConditioner(Conditioner):
     def _encode(
         self, context: SetContext, c_noise: Tensor | None, noise: Tensor | None
     ) -> SetContext:
-        """Return the context of what waits: a vector (``film``) or tokens (``lag``), and its label.
+        """Return the encoded context: a vector (``film``) or tokens (``lag``), and the label.
 
-        ``c_noise`` is [N]; ``noise`` [N, encoder_dim], without which a drawn context is its mean.
+        ``context`` holds the tokens of the sets. ``c_noise`` is [N]; ``noise`` is
+        [N, encoder_dim], without which a variational context is its mean.
         """
         config = self.config
         is_film = config.mode_conditioning == "film"
@@ -160,7 +163,7 @@ class SetConditioner(Conditioner):
             mean, log_variance = self.posterior(vector).float().chunk(2, dim=-1)
             log_variance = log_variance.clamp(-_MAX_LOG_VARIANCE, _MAX_LOG_VARIANCE)
             kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(-1)
-            # A context that is dropped knows nothing of its set.
+            # A dropped context holds no information on its set.
             kl = torch.where(context.set_drop, 0.0, kl)
             vector = mean
             if noise is not None:
@@ -173,7 +176,7 @@ class SetConditioner(Conditioner):
         if config.context_pool_size is not None:
             tokens = _pool_grid(tokens, config.grid, config.context_pool_size)
         if self.is_variational:
-            # What is drawn joins the tokens and replaces none of them.
+            # The drawn vector is an additional token and replaces none.
             tokens = torch.cat([tokens, vector.to(tokens.dtype)[:, None]], dim=1)
         tokens = self.projection(tokens)
         guess = self._predict(tokens[:, : config.context_grid**2])
@@ -181,9 +184,9 @@ class SetConditioner(Conditioner):
         return SetContext(tokens=tokens, label=context.label, kl=kl, prediction=guess)
 
     def _predict(self, tokens: Tensor) -> Tensor | None:
-        """Return the images [N, C, H, W] that a square grid of tokens [N, M, d] is a sign of.
+        """Return the images [N, C, H, W] predicted from a square grid of tokens [N, M, d].
 
-        In training alone, and of a conditioner that is pre-trained by that.
+        None outside of training, and unless the conditioner is pre-trained by reconstruction.
         """
         if not (self.config.reconstructs and self.training):
             return None
@@ -192,7 +195,7 @@ class SetConditioner(Conditioner):
         return unpatchify(grid, self.edge)
 
     def _check(self, vector: Tensor, tokens: Tensor | None, num: int) -> None:
-        """Assert the shapes of what the encoder returned for ``num`` sets."""
+        """Assert the shapes of the encoder's outputs for ``num`` sets."""
         dim, num_patches = self.config.encoder_dim, self.config.grid**2
         assert vector.shape == (num, dim), f"vector is {list(vector.shape)}, not {[num, dim]}"
         expected = [num, num_patches, dim]
@@ -202,7 +205,7 @@ class SetConditioner(Conditioner):
 
 
 def _pool_grid(tokens: Tensor, grid: int, num: int) -> Tensor:
-    """Return [N, num, d], averages over equal squares of a grid of tokens [N, grid * grid, d]."""
+    """Return the averages [N, num, d] over equal squares of a token grid [N, grid * grid, d]."""
     edge = round(num**0.5)
     x = tokens.unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
     x = functional.avg_pool2d(x, grid // edge)

@@ -1,7 +1,8 @@
-"""DiT conditioned on a set of images: few-shot diffusion.
+"""A DiT conditioned on a set of images, for few-shot generation.
 
-DiT (Peebles & Xie, arXiv 2212.09748) with the context of few-shot diffusion models (Giannone et
-al., arXiv 2205.15463): a vector that modulates every layer, or tokens that every layer attends to.
+It is a DiT (Peebles & Xie, arXiv 2212.09748) with the context of few-shot diffusion models
+(Giannone et al., arXiv 2205.15463): a vector that modulates the blocks, or tokens that blocks
+attend to.
 """
 
 import torch
@@ -13,21 +14,21 @@ from models.architectures.set_dit import SetDiTConfig
 from models.context import Context
 
 _NUM_SINUSOIDS = 256
-# Of a context that has an effect from the start: the deviation that DiT draws its embeddings with,
-# and the gate of cross-attention.
+# With a warm start: standard deviation of the modulation weights, as DiT's embeddings have it, and
+# initial gate of cross-attention.
 _WARM_STD, _WARM_GATE = 0.02, 0.1
 
 
 class GatedBlock(nn.Module):
-    """Self-attention, cross-attention and MLP, with shift, scale and gate from a vector.
+    """Self-attention, cross-attention and MLP, with scale, shift and gate from a vector.
 
     Args:
         dim: Width of the tokens and of the vector.
-        num_heads: Number of heads.
-        mlp_ratio: Hidden width of the MLP over ``dim``.
-        context_dim: Width of the context's tokens; None without cross-attention.
-        gate: What scales the cross-attention: ``adaln``, ``scalar`` (tanh of one number, which
-            begins at 0) or ``none``.
+        num_heads: Number of attention heads.
+        mlp_ratio: Hidden width of the MLP, relative to ``dim``.
+        context_dim: Width of the context's tokens; None for a block without cross-attention.
+        gate: What scales the cross-attention: ``adaln`` (the vector), ``scalar`` (tanh of one
+            learned number, initially 0) or ``none``.
         norm_vector: Whether the vector is normalised first.
         qk_norm: Whether queries and keys are normalised.
     """
@@ -60,9 +61,9 @@ class GatedBlock(nn.Module):
     def forward(
         self, x: Tensor, u: Tensor, context: Tensor | None, keys_values: Tensor | None = None
     ) -> Tensor:
-        """Return tokens [N, L, h] of tokens x [N, L, h], vectors u [N, h], context [N, M, c].
+        """Return tokens [N, L, h] from tokens x [N, L, h], vectors u [N, h], context [N, M, c].
 
-        ``keys_values`` [N, 2 heads, M, d] are those of the context, if they are known.
+        ``keys_values`` [N, 2 heads, M, d] are the context's, if they have already been computed.
         """
         u = functional.silu(self.vector_norm(u))
         parts = self.modulation(u).chunk(self._num_vectors, dim=1)
@@ -84,16 +85,16 @@ class GatedBlock(nn.Module):
 class SetDiT(nn.Module):
     """The raw network F of a set-conditioned DiT.
 
-    ``film``: the noise level's vector and the context's make one that modulates every block, whose
-    modulation begins at zero (adaLN-Zero). ``lag``: the noise level alone modulates, and blocks
-    attend to the context's tokens between self-attention and MLP.
+    ``film``: the embedding of the noise level and the context's vector are joined into one vector
+    that modulates every block. ``lag``: the noise level alone modulates, and blocks attend to the
+    context's tokens between self-attention and MLP. Modulations begin at zero (adaLN-Zero).
     """
 
     def __init__(self, config: SetDiTConfig) -> None:
         super().__init__()
         self.config = config
         dim, patch = config.hidden_dim, config.patch_size
-        # Width of the label's embedding, which is added to that of the noise level.
+        # Width of the label's embedding, which is added to the noise level's.
         self.context_dim = dim
         self.patch_embedding = nn.Conv2d(config.img_channels, dim, patch, stride=patch)
         positions = layers.position_embedding(dim, config.grid).flatten(0, 1)
@@ -103,7 +104,7 @@ class SetDiT(nn.Module):
             nn.Linear(_NUM_SINUSOIDS, dim), nn.SiLU(), nn.Linear(dim, dim)
         )
         is_film = config.mode_conditioning == "film"
-        # The JAX code normalises the sum of noise level and context instead, in every block.
+        # The JAX code instead normalises the sum of noise level and context, in every block.
         norms_sum = config.use_context_layernorm and config.is_like_jax and is_film
         self.context_norm = nn.Identity()
         if config.use_context_layernorm and not norms_sum:
@@ -123,12 +124,12 @@ class SetDiT(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Draw the initial weights from torch's global generator: DiT's (arXiv 2212.09748)."""
+        """Draw the initial weights of DiT (arXiv 2212.09748) from torch's global generator."""
         layers.draw_linear_layers(self)
         for layer in (self.noise_mlp[0], self.noise_mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)
 
-        # Blocks begin as identities, and the first estimate is c_skip x.
+        # Blocks begin as identities, and the zero head makes c_skip x the first estimate.
         modulations = [block.modulation for block in self.blocks]
         for layer in (*modulations, self.head_modulation, self.head):
             nn.init.zeros_(layer.weight)
@@ -136,9 +137,9 @@ class SetDiT(nn.Module):
             self._warm_start()
 
     def _warm_start(self) -> None:
-        """Let the context have a small effect, so that the encoder has a gradient at once.
+        """Give the context a small initial effect, so that the encoder has a gradient at once.
 
-        With blocks that begin as identities it has none before the modulations have grown.
+        With blocks that begin as identities, it has none until the modulations have grown.
         """
         for block in self.blocks:
             if self.config.mode_conditioning == "film":
@@ -153,14 +154,14 @@ class SetDiT(nn.Module):
         """Return F [N, out_channels, H, W].
 
         Args:
-            x: [N, C, H, W], scaled to about unit variance.
-            c_noise: [N], the noise level as the preconditioner encodes it, such as a timestep.
-            context: ``film``: its vector [N, context_dim]. ``lag``: its tokens
-                [N, M, context_dim]. Its label [N, hidden_dim], if any, is added to the embedding of
-                the noise level.
+            x: Images [N, C, H, W], scaled to about unit variance.
+            c_noise: Noise level [N], as the preconditioner encodes it, such as a timestep.
+            context: ``film`` uses its vector [N, context_dim], ``lag`` its tokens
+                [N, M, context_dim]. Its label [N, hidden_dim], if any, is added to the noise
+                level's embedding.
 
-        Raises ValueError if H and W are not those of the configuration, or if the context is of
-        another number of images or of another shape than the mode of conditioning needs.
+        Raises ValueError if H and W are not those of the configuration, or if the part of the
+        context that the mode of conditioning uses is missing or has another shape.
         """
         self._check(x, context)
         e = self.noise_mlp(self.noise_embedding(c_noise))  #            [N, h]
@@ -182,14 +183,14 @@ class SetDiT(nn.Module):
         return layers.unpatchify(x, self.config.patch_size)  #          [N, C_out, H, W]
 
     def prepare(self, context: Context) -> Context:
-        """Return a context with the keys and values of its tokens, for many noise levels."""
+        """Return the context with the keys and values of its tokens, for many noise levels."""
         if context.tokens is None:
             return context
         attentions = [block.cross for block in self.blocks if block.cross is not None]
         return layers.with_keys_values(context, self.context_norm(context.tokens), attentions)
 
     def _keys_values(self, context: Context) -> list[Tensor | None]:
-        """Return what a context has of keys and values for each block, or None."""
+        """Return the precomputed keys and values for each block, None where there are none."""
         if context.keys_values is None:
             return [None] * len(self.blocks)
         kept = iter(context.keys_values.unbind(1))

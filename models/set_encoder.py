@@ -1,10 +1,10 @@
-"""Encoders of a set of images: one vector, and one token per patch position, for the whole set.
+"""Encoders of a set of images: they return one vector, and one token per patch position, per set.
 
-ViT (Dosovitskiy et al., arXiv 2010.11929) and its form for small data, with shifted patch
-tokenisation and locality self-attention (Lee et al., arXiv 2112.13492), as few-shot diffusion
-models use them (Giannone et al., arXiv 2205.15463).
+They are a ViT (Dosovitskiy et al., arXiv 2010.11929), and its variant for small datasets with
+shifted patch tokenisation and locality self-attention (Lee et al., arXiv 2112.13492), as few-shot
+diffusion models use them (Giannone et al., arXiv 2205.15463).
 
-Tokens are always [CLS, TIME, patches]: patches begin at ``PATCH_OFFSET``.
+The order of tokens is always [CLS, TIME, patches]; patches begin at ``PATCH_OFFSET``.
 """
 
 import math
@@ -24,7 +24,7 @@ _SPT_SHIFTS = ((-1, -1), (-1, 1), (1, -1), (1, 1))
 def extract_patches(images: Tensor, patch: int) -> Tensor:
     """Return the patches [..., P, patch * patch * C] of images [..., C, H, W], row by row.
 
-    The numbers of a patch are ordered as (row, column, channel).
+    The values of a patch are in the order (row, column, channel).
     """
     height, width = images.shape[-2:]
     x = images.unflatten(-1, (width // patch, patch)).unflatten(-3, (height // patch, patch))
@@ -33,9 +33,9 @@ def extract_patches(images: Tensor, patch: int) -> Tensor:
 
 
 def shift_images(images: Tensor, patch: int) -> Tensor:
-    """Return images with their four diagonal shifts by half a patch as further channels.
+    """Return images with their four diagonal shifts by half a patch as additional channels.
 
-    [..., C, H, W] becomes [..., 5 C, H, W]; zeros enter at the edges (arXiv 2112.13492, Eq. 3).
+    [..., C, H, W] becomes [..., 5 C, H, W], padded with zeros (arXiv 2112.13492, Eq. 3).
     """
     step = max(patch // 2, 1)
     height, width = images.shape[-2:]
@@ -48,10 +48,11 @@ def shift_images(images: Tensor, patch: int) -> Tensor:
 
 
 class EncoderAttention(nn.Module):
-    """Self-attention whose inner width, heads times ``dim_head``, need not be that of the tokens.
+    """Self-attention whose inner width, heads times ``dim_head``, may differ from that of tokens.
 
-    With ``locality``, a learned temperature scales the scores and no token attends to itself
-    (arXiv 2112.13492, Eq. 5-6). ``qk_norm`` normalises queries and keys before that.
+    With ``locality``, a learned temperature scales the scores; the mask then has to keep tokens
+    from attending to themselves (arXiv 2112.13492, Eq. 5-6). ``qk_norm`` normalises queries and
+    keys before that.
     """
 
     def __init__(
@@ -67,7 +68,11 @@ class EncoderAttention(nn.Module):
             self.log_temperature = nn.Parameter(torch.tensor(-0.5 * math.log(dim_head)))
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Return [B, L, C] of x [B, L, C]; ``mask`` [..., L, L] is true where a key may be seen."""
+        """Return tokens [B, L, C] from x [B, L, C].
+
+        ``mask``, bool, is true where a query may attend to a key; it broadcasts to
+        [B, heads, L, L].
+        """
         q, k, v = split_heads(self.qkv(x), self.dim_head).chunk(3, dim=1)
         q, k, scale = self.q_norm(q), self.k_norm(k), None
         if self.log_temperature is not None:
@@ -76,7 +81,7 @@ class EncoderAttention(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """Attention and MLP, each normalised before, dropped out and added after."""
+    """Pre-norm residual attention and MLP, with dropout on each branch."""
 
     def __init__(self, config: SetDiTConfig) -> None:
         super().__init__()
@@ -99,11 +104,11 @@ class EncoderBlock(nn.Module):
 
 
 class StackTokeniser(nn.Module):
-    """Patches of all images of a set, channels side by side, as one token: depends on their order.
+    """Makes one token of the patches of all images of a set; it depends on the images' order.
 
-    The numbers of a token are ordered (row, column, channel, image). Sets of fewer images than
-    ``set_size``: the normalisation sees those present, absent ones give zeros, and the rest is
-    scaled by set_size / present.
+    The values of a token are in the order (row, column, channel, image). In sets of fewer images
+    than ``set_size``, normalisation takes the statistics of those present, absent ones become
+    zeros, and the others are scaled by set_size / present.
     """
 
     def __init__(self, patch_dim: int, set_size: int, dim: int, eps: float = 1e-5) -> None:
@@ -115,7 +120,7 @@ class StackTokeniser(nn.Module):
     def forward(self, patches: Tensor, mask: Tensor | None) -> Tensor:
         """Return tokens [B, P, dim] of patches [B, k, P, F]; ``mask`` [B, k] is true if present.
 
-        Raises ValueError for more images than ``set_size``.
+        Raises ValueError for sets of more than ``set_size`` images.
         """
         batch, count, _, width = patches.shape
         if count > self.set_size:
@@ -141,25 +146,25 @@ class StackTokeniser(nn.Module):
 
 
 class SetEncoder(nn.Module):
-    """Encodes sets of images into a vector [width] and a grid of tokens [patches, width] each.
+    """Encodes each set of images into a vector [width] and a grid of tokens [patches, width].
 
-    The options ``encoder_*`` of the configuration describe it.
+    Its settings are the configuration's ``encoder_*`` fields:
 
-    - ``vit``: the patches of every image are tokens of one sequence, and outputs are averaged over
-      the images. With ``second_pass``, the transformer runs again over the averaged tokens.
+    - ``vit``: the patches of all images are tokens of one sequence, and the outputs are averaged
+      over the images. With ``second_pass``, the transformer runs again over the averaged tokens.
     - ``vit_set``: one token per patch position, made from all images, and locality self-attention.
       The tokenizer is ``stack`` (:class:`StackTokeniser`) or ``per_sample_mean``, the mean of the
-      images' tokens, which does not depend on their order or number. With ``spt_shifts``, an image
-      comes with four diagonal shifts of it (arXiv 2112.13492).
+      images' tokens, which depends on neither their order nor their number. With ``spt_shifts``,
+      each image is accompanied by four diagonal shifts of it (arXiv 2112.13492).
 
-    The vector is made of the tokens as ``encoder_pool`` says. ``mean-all`` is the pool ``mean`` of
-    few-shot diffusion models: over CLS, TIME and the patches of all images present alike.
+    ``encoder_pool`` determines how the vector is made from the tokens. ``mean-all``, called
+    ``mean`` in few-shot diffusion models, averages CLS, TIME and the patches of all images present.
 
-    The TIME token holds the noise level if the encoder depends on it, and is zero otherwise.
+    The TIME token encodes the noise level if the encoder depends on it, and is zero otherwise.
 
-    ``like`` fsdm-jax: sets are filled up to ``sample_size`` with zeros, which are grey images that
-    count as the others do (so the place of the image that is left out too); lag's tokens have no
-    head; GELU is that of tanh, and normalisation adds 1e-6.
+    With ``like`` set to fsdm-jax, sets are padded to ``sample_size`` with zeros, grey images that
+    count like the others (the image left out leaves such a place, too). Tokens for ``lag`` have no
+    head, GELU is the tanh approximation, and normalisation has an epsilon of 1e-6.
     """
 
     def __init__(self, config: SetDiTConfig) -> None:
@@ -170,7 +175,7 @@ class SetEncoder(nn.Module):
         self.is_set_mode = config.encoder_mode == "vit_set"
         self.stacks = config.stacks_images
         self._spt_shifts, self._second_pass = config.spt_shifts, config.second_pass
-        # Places that are filled with zeros; 0 where sets may be of any size.
+        # The size that sets are padded to with zeros; 0 for no padding.
         self._filled, eps = (config.num_places, 1e-6) if config.is_like_jax else (0, 1e-5)
         patch_dim = patch_size**2 * config.img_channels * (5 if config.spt_shifts else 1)
         if self.stacks:
@@ -195,7 +200,7 @@ class SetEncoder(nn.Module):
             self.register_buffer("off_diagonal", ~diagonal, persistent=False)
         self.dropout = nn.Dropout(config.encoder_dropout)
         self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.encoder_depth))
-        # Decay of the output would shrink the context to nothing.
+        # Weight decay of the head would shrink the context to nothing.
         self.head: nn.Module = nn.Sequential(nn.LayerNorm(dim, eps), nn.Linear(dim, dim))
         if config.is_like_jax and config.mode_conditioning == "lag":
             self.head = nn.Identity()
@@ -211,10 +216,10 @@ class SetEncoder(nn.Module):
         nn.init.normal_(self.positions, std=0.02)
 
     def tokenise(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return what :meth:`forward` takes of sets of images [B, k, C, H, W].
+        """Return the tokens of sets of images [B, k, C, H, W], for :meth:`forward`.
 
-        ``mask`` [B, k] is true where an image is present; every set has one. The tokens of a set
-        are [B, P, dim]; those of ``vit`` are of each image, [B, k, P, dim].
+        ``mask`` [B, k] is true where an image is present. Tokens are [B, P, dim], one grid per set;
+        those of ``vit`` are [B, k, P, dim], one grid per image.
         """
         images = _without_absent(images, mask)
         if self._filled:
@@ -227,10 +232,11 @@ class SetEncoder(nn.Module):
         return _mean_of_present(tokens, mask) if self.is_set_mode else tokens
 
     def tokenise_others(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the tokens of the n sets X without x_i of every set X [b, n, C, H, W].
+        """Return the tokens of the n sets X without x_i, for every set X [b, n, C, H, W].
 
-        They are those of :meth:`tokenise` of the gathered sets, [b n, ...], b-major; every image
-        is cut and, where its token is its own, embedded once.
+        They equal those of :meth:`tokenise` for the gathered sets, [b n, ...], b-major. Unless sets
+        are padded, each image is cut into patches once and, if images are not stacked, embedded
+        once.
         """
         others = leave_one_out_index(images.shape[1], images.device)
         if self._filled:
@@ -244,7 +250,7 @@ class SetEncoder(nn.Module):
         if not self.is_set_mode:
             return tokens[:, others].flatten(0, 1)  #                   [b n, k, P, d]
         if tokens.dtype != torch.float64:
-            # In half precision the image left out would leave its rounding behind.
+            # In half precision, subtracting the image left out would leave its rounding behind.
             tokens = tokens.to(torch.float32)
         count: Tensor | int = others.shape[1]
         if mask is not None:
@@ -260,20 +266,20 @@ class SetEncoder(nn.Module):
         *,
         with_tokens: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the vector [B, dim] and, ``with_tokens``, the tokens [B, P, dim] of sets.
+        """Return the vector [B, dim] and, ``with_tokens``, the tokens [B, P, dim] of B sets.
 
         Args:
-            tokens: As :meth:`tokenise` makes them.
-            c_noise: [B], the noise level, for an encoder ``with_time``.
-            mask: [B, k], which images are present; only ``vit`` needs it now.
+            tokens: The result of :meth:`tokenise` or :meth:`tokenise_others`.
+            c_noise: Noise level [B], for an encoder ``with_time``.
+            mask: Bool [B, k], true where an image is present; here only ``vit`` needs it.
 
-        Raises ValueError if an encoder ``with_time`` is not told the noise level.
+        Raises ValueError if an encoder ``with_time`` gets no noise level.
         """
         batch, count = tokens.shape[0], 1 if self.is_set_mode else tokens.shape[1]
         x = tokens if self.is_set_mode else tokens.flatten(1, 2)  #     [B, k P, d]
         time = self._time_token(batch, c_noise, x)
         x = torch.cat([self.cls.expand(batch, -1, -1), time, x], dim=1)
-        # Equal images give equal tokens: positions are tiled, image by image.
+        # Positions repeat image by image, so that equal images have equal tokens.
         tiled = self.positions[:, PATCH_OFFSET:].repeat(1, count, 1)
         x = x + torch.cat([self.positions[:, :PATCH_OFFSET], tiled], dim=1)
         keys = self._keys(mask)
@@ -306,7 +312,7 @@ class SetEncoder(nn.Module):
         return self.time_mlp(self.time_sinusoids(c_noise))[:, None].to(x.dtype)
 
     def _keys(self, mask: Tensor | None) -> Tensor | None:
-        """Return which tokens are of images that are present [B, L]; None for all."""
+        """Return which tokens belong to images that are present, bool [B, L]; None for all."""
         if mask is None or self.is_set_mode:
             return None
         return functional.pad(
@@ -324,14 +330,14 @@ class SetEncoder(nn.Module):
         return x
 
     def _average(self, x: Tensor, count: int, mask: Tensor | None) -> Tensor:
-        """Return [CLS, TIME, patches averaged over the images present]."""
+        """Return [CLS, TIME, patches averaged over the images present], [B, 2 + P, d]."""
         first, patches = x[:, :PATCH_OFFSET], x[:, PATCH_OFFSET:]
         patches = patches.unflatten(1, (count, -1))  #                  [B, k, P, d]
         return torch.cat([first, _mean_of_present(patches, mask)], dim=1)
 
 
 def _mean_of_present(tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the mean [B, ...] of tokens [B, k, ...] over those of k that are present."""
+    """Return the mean [B, ...] of tokens [B, k, ...] over those present in ``mask`` [B, k]."""
     if mask is None:
         return tokens.mean(1)
     weight = mask.view(*mask.shape, *[1] * (tokens.ndim - 2)).to(tokens.dtype)
@@ -339,12 +345,12 @@ def _mean_of_present(tokens: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _without_absent(images: Tensor, mask: Tensor | None) -> Tensor:
-    """Return images with zeros where none is present, whatever is there."""
+    """Return images with zeros in absent places, whatever they held."""
     return images if mask is None else torch.where(mask[:, :, None, None, None], images, 0.0)
 
 
 def leave_one_out_index(num: int, device: torch.device | str = "cpu") -> Tensor:
-    """Return [num, num - 1], whose row i holds every index but i, in order."""
+    """Return int64 [num, num - 1], whose row i holds every index but i, in order."""
     row = torch.arange(num, device=device)[:, None]
     column = torch.arange(num - 1, device=device)[None]
     return column + (column >= row)

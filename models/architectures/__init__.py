@@ -1,1 +1,1 @@
-"""The settings of each network, which can be imported without the network."""
+"""The settings of each architecture, importable without the code of its network."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiffiTConfig(ModelConfig):
-    """Architecture of :class:`DiffiT`. Stages go from full resolution down, each half the last."""
+    """Architecture of :class:`DiffiT`. Stages start at full resolution; each halves the last."""
 
     family: ClassVar[str] = "diffit"
     title: ClassVar[str] = "Model options (DiffiT)"
@@ -99,7 +99,7 @@ class DiffiTConfig(ModelConfig):
 
     @property
     def reduction(self) -> int:
-        """Edge, in pixels, of what the last stage has one token of."""
+        """Edge in pixels of the square that forms one token of the last stage."""
         return self.patch_size << (self.num_stages - 1)
 
     @property
@@ -110,7 +110,7 @@ class DiffiTConfig(ModelConfig):
 
     @property
     def windows(self) -> tuple[int, ...]:
-        """Edge of each stage's attention windows; one as large as the grid is global attention."""
+        """Edge of each stage's attention windows; one as large as the grid makes it global."""
         return tuple(min(self.window, grid) for grid in self.grids)
 
     @property

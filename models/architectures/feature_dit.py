@@ -1,4 +1,4 @@
-"""Settings of NanoDiT, the latent DiT that is conditioned on text and visual features."""
+"""Settings of NanoDiT, the latent DiT conditioned on text and visual features."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FeatureDiTConfig(LatentModelConfig):
-    """Architecture of :class:`FeatureDiT`, and what the data say of its conditions."""
+    """Architecture of :class:`FeatureDiT`, and the properties of its conditions in the data."""
 
     family: ClassVar[str] = "feature-dit"
     title: ClassVar[str] = "Model options (feature-conditioned DiT)"
@@ -28,7 +28,7 @@ class FeatureDiTConfig(LatentModelConfig):
     attention: str = inherited(
         LatentModelConfig, "attention", "sdpa", choices=("sdpa",), exposed=False
     )
-    # What the data were made with decides these.
+    # These follow from how the data were prepared.
     vae: str | None = inherited(LatentModelConfig, "vae", exposed=False)
     latent_channels: int = inherited(LatentModelConfig, "latent_channels", 16, exposed=False)
     latent_downsampling: int = inherited(LatentModelConfig, "latent_downsampling", exposed=False)
@@ -124,14 +124,14 @@ class FeatureDiTConfig(LatentModelConfig):
         return self.latent_shape(self.resolution, self.resolution)
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
-        """Return channels, height and width of the latents of an image of that size in pixels."""
+        """Return channels, height and width of the latents of an image, whose size is in pixels."""
         factor = self.latent_downsampling
         return self.latent_channels, height // factor, width // factor
 
     def patch_grid(self, width: int, height: int) -> tuple[int, int]:
-        """Return rows and columns of the visual patches of an image of that size in pixels.
+        """Return rows and columns of the visual patches of an image, whose size is in pixels.
 
-        The encoder sees each side at the nearest multiple of its patches, half upwards.
+        The encoder resizes each side to the nearest multiple of its patch size, rounding half up.
         """
         edge = self.visual_patch_size
         return (2 * height + edge) // (2 * edge), (2 * width + edge) // (2 * edge)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LatentDiffiTConfig(ScaledLatentConfig):
-    """Architecture of :class:`LatentDiffiT`; defaults are those of the published 561M model."""
+    """Architecture of :class:`LatentDiffiT`; the defaults give the published 561M model."""
 
     family: ClassVar[str] = "latent-diffit"
     title: ClassVar[str] = "Model options (latent DiffiT)"

@@ -1,4 +1,4 @@
-"""Settings of the DiT that is conditioned on sets, and of the encoder of its sets."""
+"""Settings of the set-conditioned DiT and of its set encoder."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ _LAG: dict[str, Any] = dict(requires={"mode_conditioning": ("lag",)})
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SetDiTConfig(ModelConfig):
-    """Architecture of :class:`SetDiT` and of the encoder of its sets."""
+    """Architecture of :class:`SetDiT` and of its set encoder."""
 
     family: ClassVar[str] = "set-dit"
     title: ClassVar[str] = "Model options (set-conditioned DiT)"
@@ -187,9 +187,9 @@ class SetDiTConfig(ModelConfig):
             raise refusal("--context-pool-size", self.context_pool_size, accepted=accepted)
 
     def check_like(self) -> None:
-        """Raise ValueError if the code that the arithmetic is of has no such pool.
+        """Raise ValueError if the code to reproduce lacks the configured pooling.
 
-        Earlier versions trained such models.
+        It is no check of the constructor, because earlier versions trained such models.
         """
         has_pool = self.encoder_pool in ("cls", "mean-all") or self.mode_conditioning != "film"
         if self.is_like_jax and not has_pool:
@@ -231,32 +231,32 @@ class SetDiTConfig(ModelConfig):
 
     @property
     def context_dim(self) -> int:
-        """Width of the context, as the DiT takes it."""
+        """Width of the context that the DiT receives."""
         return self.context_channels or self.encoder_dim
 
     @property
     def context_size(self) -> int:
-        """Images that the encoder sees in training."""
+        """Number of images per set that the encoder sees in training."""
         return self.sample_size - self.leave_one_out
 
     @property
     def is_like_jax(self) -> bool:
-        """Whether the arithmetic is that of the JAX code."""
+        """Whether the JAX code's arithmetic is reproduced."""
         return self.like == "fsdm-jax"
 
     @property
     def num_places(self) -> int:
-        """Images that an encoder which stacks them has places for."""
+        """Number of images that a stacking encoder has places for."""
         return self.sample_size if self.is_like_jax else self.context_size
 
     @property
     def stacks_images(self) -> bool:
-        """Whether the encoder takes no more images than in training."""
+        """Whether the encoder stacks images, and so accepts no more of them than in training."""
         return self.encoder_mode == "vit_set" and self.encoder_tokenizer == "stack"
 
     @property
     def context_layers(self) -> tuple[int, ...]:
-        """Blocks with cross-attention."""
+        """Indices of the blocks with cross-attention."""
         if self.mode_conditioning == "film":
             return ()
         return self.cross_attn_layers or tuple(range(self.num_blocks))
@@ -268,7 +268,7 @@ class SetDiTConfig(ModelConfig):
 
     @property
     def num_context_tokens(self) -> int:
-        """Tokens per image that ``lag`` attends to."""
+        """Number of context tokens that ``lag`` attends to."""
         return self.context_grid**2 + (self.mode_context == "variational")
 
     @property

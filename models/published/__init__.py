@@ -1,10 +1,10 @@
-"""Weights as other code publishes them: one file per layout of names, found by the family."""
+"""Weights that other code publishes: one file per layout of names, found by the model's family."""
 
 import importlib
 
 from models.published.layout import Layout
 
-# Families of models whose published weights are read, and the modules that say how.
+# Families of models whose published weights can be read, and the modules of their layouts.
 _MODULES = {
     "latent-diffit": "models.published.latent_diffit",
     "set-dit": "models.published.set_dit",
@@ -13,5 +13,5 @@ _MODULES = {
 
 
 def layouts() -> dict[str, Layout]:
-    """Return all layouts by the family of their models."""
+    """Return all layouts, by the family of their models."""
     return {family: importlib.import_module(name).LAYOUT for family, name in _MODULES.items()}

@@ -1,4 +1,4 @@
-"""The layout in which NanoDiT's own code names its tensors."""
+"""The layout of tensor names in NanoDiT's own code."""
 
 import math
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any
 from models.architectures.feature_dit import FeatureDiTConfig
 from models.published.layout import Layout, Shape, Source, both, reordered, same
 
-# Published layers with a bias, and ours.
+# Published names of layers with a bias, and ours.
 _LAYERS = {
     "x_embedder.proj": "backbone.patch_embedding",
     "t_embedder.mlp.0": "backbone.noise_mlp.0",
@@ -19,7 +19,7 @@ _LAYERS = {
     "output_conv": "backbone.refine",
 }
 _NULLS = ("null_dino", "null_dino_patch_token", "null_text")
-# The same of a block, all without a bias.
+# The same for the layers of a block, none of which has a bias.
 _BLOCK = {
     "attn.qkv": "attn.qkv",
     "attn.proj": "attn.proj",
@@ -30,23 +30,23 @@ _BLOCK = {
     "mlp.fc2": "mlp.fc2",
 }
 _MODULATION = "adaLN_modulation.1"
-# Published: shift and scale of self-attention, then those of cross-attention, then those of the
-# MLP. Ours: the three shifts, then the three scales.
+# Published rows: shift and scale of self-attention, of cross-attention and of the MLP. Our rows:
+# the three shifts, then the three scales.
 _ROWS = (0, 2, 4, 1, 3, 5)
 
 
 class FeatureDiTLayout(Layout):
-    """NanoDiT with patch tokens: no gates, no positions of patches, the time in the CLS token."""
+    """NanoDiT with patch tokens, no gates, no patch positions, and the time in the CLS token."""
 
     title = "NanoDiT"
     marker = "null_dino_patch_token"
-    needs_data = True  # Sizes, widths, encoders, and the statistics that normalise.
+    needs_data = True  # For sizes, widths, encoders, and the statistics of normalisation.
 
     def settings(self, shapes: Mapping[str, Shape]) -> dict[str, Any]:
         return dict(use_dino_patches=True, patch_pos=False, cls_token_time=True, gates=False)
 
     def features(self, known: Mapping[str, Any]) -> dict[str, Any]:
-        # That code scales all channels of latents alike, and CLS tokens and patches not at all.
+        # The published code normalises all latent channels alike, and CLS and patches not at all.
         statistics = dict(known["statistics"])
         latents, num = statistics["vae"], len(statistics["vae"]["mean"])
         mean = math.fsum(latents["mean"]) / num

@@ -1,4 +1,4 @@
-"""The layout in which the published weights of latent DiffiT name their tensors."""
+"""The layout of tensor names in the published weights of latent DiffiT."""
 
 import torch
 
@@ -7,7 +7,7 @@ from models.architectures.latent_diffit import LatentDiffiTConfig
 from models.layers import position_embedding, relative_position_index
 from models.published.layout import Constant, Layout, Source, same
 
-# Published prefixes, and ours. Names inside a block are the same.
+# Published prefixes, and ours. Names within a block are equal.
 _PREFIXES = {
     "x_embedder.proj.": "backbone.patch_embedding.",
     "t_embedder.mlp.": "backbone.time_token.",
@@ -18,7 +18,7 @@ _PREFIXES = {
 
 
 class LatentDiffiTLayout(Layout):
-    """346 tensors at depth 28, of which the 28 indices of relative positions may be absent."""
+    """346 tensors at depth 28; the 28 relative position indices among them are optional."""
 
     title = "latent DiffiT"
     marker = "blocks.0.attn.qkv_temb.weight"

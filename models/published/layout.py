@@ -1,4 +1,4 @@
-"""Names of published weights, and how they become the weights of a network."""
+"""Layouts of published weights: their names, and how they become the weights of a network."""
 
 import abc
 import dataclasses
@@ -13,19 +13,19 @@ from models.network import Network
 
 Shape = tuple[int, ...]
 _MAX_LISTED = 5
-# What training code wraps names in.
+# Prefixes that wrappers in training code add to names.
 _WRAPPERS = ("module.", "_orig_mod.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where one tensor of a network comes from.
+    """How one tensor of a network is made from published tensors.
 
     Attributes:
-        own: Its name in the network.
-        names: Published names of what it is made of.
-        shapes: Returns the published shapes for the shape that it has.
-        make: Returns it, from the published tensors.
+        own: Name of the tensor in the network.
+        names: Names of the published tensors that it is made from.
+        shapes: Returns the shapes of the published tensors, given the shape of the network's.
+        make: Returns the tensor, given the published ones.
     """
 
     own: str
@@ -36,20 +36,20 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Constant:
-    """A published tensor that a network here makes itself, and what it must then hold."""
+    """A published tensor that our networks compute themselves, to compare with."""
 
-    value: Tensor
-    problem: str  # What other values are, for a message.
-    is_optional: bool = False
+    value: Tensor  # What the published tensor must hold.
+    problem: str  # What any other values are, for the error message.
+    is_optional: bool = False  # Whether it may be missing.
 
 
 class Layout(abc.ABC):
     """The names of one kind of published weights.
 
     Attributes:
-        title: Of what code the weights are, for messages.
-        marker: A published name that no other layout has.
-        needs_data: Whether a snapshot needs what a folder of training data knows.
+        title: Name of the published code, for messages.
+        marker: A published tensor name that no other layout has.
+        needs_data: Whether making a snapshot also takes a folder of training data.
     """
 
     title: str
@@ -57,45 +57,46 @@ class Layout(abc.ABC):
     needs_data: ClassVar[bool] = False
 
     def rename(self, name: str) -> str:
-        """Return the name in this layout of a file's tensor, without what varies."""
+        """Return the name in this layout of a tensor in a file: without parts that vary."""
         return stripped(name)
 
     def settings(self, shapes: Mapping[str, Shape]) -> dict[str, Any]:
-        """Return the settings of a model that the published code has, or that names tell.
+        """Return the model settings that the published code fixes, or that ``shapes`` reveal.
 
-        Raises ValueError for weights of a form that no model here has.
+        ``shapes`` are the published shapes by name. Raises ValueError for weights of a form that no
+        model here has.
         """
         return {}
 
     @abc.abstractmethod
     def sources(self, config: Any) -> Sequence[Source]:
-        """Return where each tensor of the network of ``config`` comes from."""
+        """Return the source of each tensor of the network of ``config``."""
 
     def constants(self, config: Any) -> dict[str, Constant]:
-        """Return what is published beside the weights."""
+        """Return the tensors that are published besides the weights, by name."""
         return {}
 
     def features(self, known: Any) -> Any:
-        """Return what a snapshot keeps of stored features, as the published code takes them.
+        """Return the facts on stored features that a snapshot keeps, changed to fit these weights.
 
-        ``known`` is what it would keep by itself: nothing for a model without features.
+        ``known`` are those of the training data; there are none for a model without features.
         """
         return known
 
     def is_unused(self, name: str, config: Any) -> bool:
-        """Return whether a tensor is known, and takes no part in what the model computes."""
+        """Return whether a published tensor has no influence on what the model computes."""
         return False
 
 
 def stripped(name: str) -> str:
-    """Return a name without what training code wraps around modules."""
+    """Return a name without the prefixes that wrappers in training code add."""
     for wrapper in _WRAPPERS:
         name = name.removeprefix(wrapper).replace(f".{wrapper}", ".")
     return name
 
 
 def published_shapes(layout: Layout, config: ModelConfig) -> dict[str, Shape]:
-    """Return the shape of every published tensor of a model, optional ones too."""
+    """Return the shape of every published tensor of a model by name, optional ones included."""
     with torch.device("meta"):
         own = build_network(config).state_dict()
     shapes = {}
@@ -111,8 +112,8 @@ def network_of_published(
 ) -> Network:
     """Return a network of ``config`` with published weights, in float32.
 
-    Raises ValueError that lists all missing, unexpected and mismatched names, or if the constants
-    among the tensors are not those of this network.
+    Raises ValueError, which counts missing, unexpected and mismatched names and lists the first of
+    each, or if a constant among the tensors has other values than in this network.
     """
     constants = layout.constants(config)
     tensors = {n: value for n, value in tensors.items() if not layout.is_unused(n, config)}
@@ -155,35 +156,35 @@ def _check_names(
 
 
 def layout_of(names: Collection[str], layouts: Mapping[str, Layout]) -> str | None:
-    """Return the family of whose layout some names are, or None."""
+    """Return the family whose layout has its marker among ``names``; None if no layout has."""
     for family, layout in layouts.items():
         if any(layout.rename(name) == layout.marker for name in names):
             return family
     return None
 
 
-# Sources of the usual kinds.
+# The usual kinds of sources.
 
 
 def same(own: str, name: str) -> Source:
-    """Return the source of a tensor that has only another name."""
+    """Return the source of a tensor that differs in its name alone."""
     return Source(own, (name,), lambda shape: (shape,), lambda value: value)
 
 
 def filled(own: str, make: Callable[[], Tensor]) -> Source:
-    """Return the source of a tensor that is not published."""
+    """Return the source of a tensor that is not published; ``make`` returns its value."""
     return Source(own, (), lambda shape: (), make)
 
 
 def both(own: str, name: str) -> tuple[Source, Source]:
-    """Return the sources of the weight and the bias of a layer that has another name."""
+    """Return the sources of a layer's weight and bias, which differ in their names alone."""
     return same(f"{own}.weight", f"{name}.weight"), same(f"{own}.bias", f"{name}.bias")
 
 
 def reordered(source: Source, order: Sequence[int]) -> Source:
-    """Return a source whose rows are blocks of equal size in another order.
+    """Return ``source`` with its rows, as ``len(order)`` blocks of equal size, in another order.
 
-    Block ``i`` is the published block ``order[i]``.
+    Block ``i`` becomes the published block ``order[i]``.
     """
 
     def make(*tensors: Tensor) -> Tensor:

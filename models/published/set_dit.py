@@ -1,7 +1,7 @@
-"""The layout in which the JAX code of few-shot diffusion models names its tensors.
+"""The layout of tensor names in the JAX code of few-shot diffusion models.
 
-Flax keeps weights as [in, out] (``kernel``), those of attention with heads apart, and calls what
-has no name of its own by its class and a number. Names are those of the tree, joined by dots.
+Flax stores weights as [in, out] (``kernel``), with a separate dimension for the heads of attention,
+and names anonymous modules by class and number. Names here are paths in its tree, joined by dots.
 """
 
 from collections.abc import Mapping
@@ -19,20 +19,20 @@ _BLOCK = f"{_DIT}.DiTBlock_"
 _ATTENTION = "MultiHeadDotProductAttention"
 _HEAD = (f"{_ENCODER}.mlp_norm", f"{_ENCODER}.mlp_dense")
 _POSTERIOR = "posterior."
-# Published: shift, scale and gate of self-attention, then those of the MLP. Ours begin with scale.
+# Published rows: shift, scale and gate of self-attention, then of the MLP. Ours begin with scale.
 _ROWS = (1, 0, 2, 4, 3, 5)
 _HEAD_ROWS = (1, 0)
 
 
 class SetDiTLayout(Layout):
-    """DiT and set encoder of the JAX code, whose encoder always sees the noise level."""
+    """DiT and set encoder of the JAX code; its encoder always depends on the noise level."""
 
     title = "few-shot diffusion models (JAX)"
     marker = f"{_ENCODER}.pos_embedding"
 
     def rename(self, name: str) -> str:
         name = super().rename(name.replace("/", "."))
-        # Collections of flax, and what rematerialised blocks are called.
+        # Remove Flax's collection names, and the prefix of rematerialised blocks.
         return name.replace(".params.", ".").replace("CheckpointDiTBlock_", "DiTBlock_")
 
     def settings(self, shapes: Mapping[str, Shape]) -> dict[str, Any]:
@@ -76,12 +76,12 @@ class SetDiTLayout(Layout):
         return {f"{_DIT}.pos_embed": Constant(positions, problem)}
 
     def is_unused(self, name: str, config: SetDiTConfig) -> bool:
-        # Lag takes tokens as the encoder's blocks leave them; the set's vector is left aside.
+        # Lag uses the tokens as the encoder's blocks return them, and not the set's vector.
         return config.mode_conditioning == "lag" and name.startswith((*_HEAD, _POSTERIOR))
 
 
 def _block(config: SetDiTConfig, index: int) -> list[Source]:
-    """Return the sources of a block of the DiT."""
+    """Return the sources of block ``index`` of the DiT."""
     own, name = f"backbone.blocks.{index}", f"{_BLOCK}{index}"
     heads = config.num_heads
     found = [
@@ -106,7 +106,7 @@ def _block(config: SetDiTConfig, index: int) -> list[Source]:
 
 
 def _encoder(config: SetDiTConfig) -> list[Source]:
-    """Return the sources of the encoder of sets, and of the posterior of its vector."""
+    """Return the sources of the set encoder, and of the posterior of its vector."""
     own = "conditioner.encoder"
     layers = ("norm", "linear") if config.stacks_images else ("0", "1")
     embedding = f"{_ENCODER}.to_patch_embedding"
@@ -138,7 +138,7 @@ def _encoder(config: SetDiTConfig) -> list[Source]:
     return found
 
 
-# Layers of flax.
+# Layers of Flax.
 
 
 def _kernel(own: str, name: str) -> Source:
@@ -162,7 +162,7 @@ def _conv(own: str, name: str) -> Source:
 
 
 def _attention(own: str, name: str, parts: tuple[str, ...], heads: int) -> tuple[Source, Source]:
-    """Return the sources of a linear layer [n h, h] made of n kernels [h, heads, d]."""
+    """Return the sources of a linear layer [n h, h] that joins n kernels [h, heads, d]."""
 
     def shapes(shape: Shape) -> tuple[Shape, ...]:
         width = shape[0] // len(parts)
@@ -190,7 +190,7 @@ def _attention_out(own: str, name: str, heads: int) -> tuple[Source, Source]:
 def _projected(own: str, name: str, projection: str, heads: int) -> tuple[Source, Source]:
     """Return the sources of keys and values [2 h, c] of a context that is projected first.
 
-    Two linear layers after each other are one: W (P c + p) + b = (W P) c + (W p + b).
+    The two consecutive linear layers are one: W (P c + p) + b = (W P) c + (W p + b).
     """
     weights, biases = _attention(own, name, ("key", "value"), heads)
 
@@ -220,7 +220,7 @@ def _projected(own: str, name: str, projection: str, heads: int) -> tuple[Source
 
 
 def _joined(own: str, name: str) -> Source:
-    """Return the source of [h, h + c], which adds a projected context to what comes before it."""
+    """Return the source of a weight [h, h + c] that adds the projected context to the first h."""
 
     def shapes(shape: Shape) -> tuple[Shape, ...]:
         return ((shape[1] - shape[0], shape[0]),)
@@ -232,7 +232,10 @@ def _joined(own: str, name: str) -> Source:
 
 
 def _with_neither_scale_nor_shift(source: Source) -> Source:
-    """Return the source of a modulation [8 h, ...] whose last two of eight parts are zero."""
+    """Return the source of a modulation [8 h, ...] with zeros for the last two of eight parts.
+
+    These are scale and shift before cross-attention, which the JAX code lacks.
+    """
 
     def shapes(shape: Shape) -> tuple[Shape, ...]:
         return source.shapes((shape[0] // 8 * 6, *shape[1:]))
