@@ -1,6 +1,6 @@
-"""The whole chain on real data that needs no download: from files to a score.
+"""Demonstrates the whole chain from files to a score, on real data that needs no download.
 
-Runs the same commands as a user would, shows them, and checks the result.
+It runs the commands that a user would run, shows them, and checks the result.
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ def main(options: DemoOptions, train_args: tuple[str, ...]) -> int:
         f"This prepares {what}, trains on them, generates images and checks them. It takes "
         f"{minutes} minutes on two CPU cores (less on a GPU)."
     )
-    # The modules load PyTorch, which the help does without.
+    # These modules load PyTorch, which --help does not need.
     if letters:
         from demos.glyphs import demo_glyphs as demo
     elif sets:

@@ -99,7 +99,7 @@ def main(options: ExportOptions) -> None:
 
 
 def _check_dest(options: ExportOptions) -> None:
-    """Raise ValueError if the result cannot, or should not, be written where it is asked for."""
+    """Raise ValueError if the result cannot, or should not, be written to --dest."""
     from evaluation.model_card import check_export_folder
     from training.checkpoint import read_header
 
@@ -113,7 +113,7 @@ def _check_dest(options: ExportOptions) -> None:
 
 
 def _export_program(snapshot: "Snapshot", options: ExportOptions) -> None:
-    """Write the program of a snapshot's denoiser for one of its image sizes."""
+    """Write a snapshot's denoiser as a program for one image size. Raises ValueError for others."""
     from dnnlib.config import to_dict
     from sampling.traced import save_program, trace_denoiser
 

@@ -1,4 +1,4 @@
-"""Generate images from a snapshot: one seed an image, on one process or under torchrun."""
+"""Generate images from a snapshot, one per seed, on one process or under torchrun."""
 
 # First, so that a process that torchrun starts also ends with it.
 import dnnlib.launcher  # noqa: F401
@@ -55,7 +55,7 @@ EXAMPLES = """
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateOptions:
-    """Which images to make, where they go, and how the network computes."""
+    """Which images to generate, where to write them, and how the network computes."""
 
     network: str = param(required=True, help="Snapshot written by train.py.")
     outdir: Path = param(required=True, help="Folder for the images.")
@@ -91,7 +91,7 @@ class GenerateOptions:
     )
 
     def seed_list(self) -> list[int]:
-        """Return all seeds; raises UsageError for some given twice."""
+        """Return all seeds; raises UsageError for a repeated seed, or --num beside --seeds."""
         if self.num is None:
             seeds = parse_ranges("--seeds", self.seeds)
             if len(set(seeds)) < len(seeds):
@@ -109,7 +109,7 @@ def base_config(args: Sequence[str]) -> GenerateConfig:
 
 
 def option_elsewhere(name: str, config: Config | None) -> str | None:
-    """Return a sentence for an option of training, or of another program."""
+    """Return what to tell the user about an option of train.py or other software, or None."""
     if name in ("preset", "precond", "resolution"):
         return f"--{name}: the snapshot decides this; generate.py has no such option."
     from commands.synonyms import used_here
@@ -165,7 +165,7 @@ def main(config: GenerateConfig, options: GenerateOptions, asked: Asked) -> None
     allow_tf32(options.tf32)
     how = GeneratorOptions.of(options, config)
     generator = requests.bind(family.load(snapshot, device, how), device)
-    # Images of another protocol in the same folder would pass for this one's.
+    # Images made by another protocol in the same folder would pass for this one's.
     facts = dict(snapshot=snapshot.sha256, **requests.facts, **generator.protocol())
     distributed.on_main(lambda: claim_outdir(options.outdir, facts, todo))
     make_images(generator, todo, options.batch)

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from models.published.layout import Layout
     from training.checkpoint import DataSummary
 
-# The autoencoder of whose latents the published weights of latent DiffiT are.
+# The autoencoder with whose latents the published weights of latent DiffiT were trained.
 PUBLISHED_VAE = "stabilityai/sd-vae-ft-ema"
 _DEFAULT = "imagenet256"
-# Where a training state keeps its weights: averages first.
+# Keys under which a training state may hold its weights, averages first.
 _PARTS = ("ema.ema_params", "ema_params", "ema", "model", "params")
 
 EXAMPLES = """
@@ -46,7 +46,7 @@ EXAMPLES = """
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImportConfig(Config):
-    """What of a preset's run weights may be of, and how they are sampled by default."""
+    """The parts of a preset that may be changed to fit the weights, and the sampling protocol."""
 
     model: ModelConfig
     precond: PrecondConfig
@@ -135,7 +135,7 @@ def _data_refusal(layout: "Layout", options: ImportOptions) -> ValueError:
 
 
 def _check_layout(names: Collection[str], layout: "Layout") -> None:
-    """Raise ValueError for names that are those of other code."""
+    """Raise ValueError if the parameter names belong to the code of another model."""
     from models.published import layouts
     from models.published.layout import layout_of
 
@@ -156,13 +156,18 @@ def _check_layout(names: Collection[str], layout: "Layout") -> None:
 def _fit(
     config: ImportConfig, options: ImportOptions, settings: dict[str, Any], given: Collection[str]
 ) -> tuple[RunConfig, "DataSummary | None"]:
-    """Return the run of the weights, and what is known of the data; None without --data."""
+    """Return the run that the weights belong to, and a summary of --data, or None without it.
+
+    Args:
+        settings: Model settings that the weights imply.
+        given: Names of the fields that were typed.
+    """
     from training.checkpoint import summarise
 
     chosen = PRESETS[options.preset]
     fitted = dataclasses.replace(chosen.run, **vars(config))
-    # What is computed is what the weights were made for, whatever the preset trains. No published
-    # weights have scales of queries and keys.
+    # The model has to compute what the weights were trained for, even if the preset now differs.
+    # No published weights have query-key normalisation.
     settings = {"qk_norm": False, **settings}
     for name, value in settings.items():
         own = getattr(fitted.model, name)
@@ -171,7 +176,7 @@ def _fit(
             but = f"the weights are of a model with {show_value(value)}"
             raise refusal(option, show_value(own), but=but, remedy="leave it out")
     fitted = fitted.changed("model", **settings)
-    # The published samples were made in float32.
+    # The published samples were generated in float32.
     fitted = fitted.changed("training", precision="fp32", compile=False)
     family, data = families.of(fitted), None
     if options.data is not None:

@@ -37,7 +37,7 @@ from training.portable import open_snapshot
 __all__ = ["Model", "load"]
 
 Picture = str | os.PathLike | Image.Image | Tensor
-_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")  # Of pictures in memory.
+_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")  # Accepted for pictures in memory.
 
 
 def load(
@@ -47,11 +47,11 @@ def load(
 
     Args:
         location: A snapshot, run folder, export or URL, or ``hf://ORG/NAME``.
-        device: Where it computes; by default the GPU, if there is one.
+        device: Where the model computes; by default the GPU, if there is one.
         options: ``precision`` (fp32, bf16, fp16), ``compile``, ``guide`` (a second snapshot for
-            autoguidance), ``vae`` (where the autoencoder is now) and ``cpu_matmul``.
+            autoguidance), ``vae`` (new location of the autoencoder) and ``cpu_matmul``.
 
-    Raises ValueError, one sentence, for what cannot be read and for an option that is unknown.
+    Raises ValueError if the snapshot cannot be read, or for an unknown option, value or device.
     """
     for name in options:
         if name not in HOW:
@@ -71,11 +71,11 @@ def load(
 
 
 class Model:
-    """A trained network with all that sampling and scoring need; :func:`load` makes it.
+    """A trained network with everything that sampling and scoring need; see :func:`load`.
 
     Attributes:
-        snapshot: Configuration, data, progress and weights, see training/checkpoint.py.
-        device: Where it computes.
+        snapshot: Configuration, data, progress and weights; see training/checkpoint.py.
+        device: Where the model computes.
     """
 
     def __init__(self, snapshot: Snapshot, device: torch.device, options: dict[str, Any]) -> None:
@@ -94,23 +94,23 @@ class Model:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes that it makes images of; empty for none."""
+        """Names of the classes that the model generates; empty if it has none."""
         return tuple(self.snapshot.data.class_names)
 
     @property
     def image_sizes(self) -> tuple[tuple[int, int], ...]:
-        """Width and height in pixels of the images that it makes."""
+        """Width and height in pixels of each image size that the model generates."""
         return self.snapshot.config.model.image_sizes
 
     @property
     def inputs(self) -> dict[str, tuple[int, ...]]:
-        """Shapes by name of what the network is given for one image, beside x and sigma."""
+        """Shapes, by name, of the network's inputs for one image besides x and sigma."""
         cond = self.snapshot.config.model.example_cond()
         return {name: tuple(value.shape[1:]) for name, value in cond.items() if name != "size"}
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Settings of sampling and guidance that :meth:`generate` takes, with their values."""
+        """Sampling and guidance settings that :meth:`generate` accepts, with their defaults."""
         config = self.snapshot.config
         return {
             field.name: getattr(section, field.name)
@@ -142,22 +142,23 @@ class Model:
         batch: int = 64,
         **settings: Any,
     ) -> list[Any]:
-        """Return one image a seed; with several prompts, those of the first come first.
+        """Return one image per seed; with several prompts, every seed of the first comes first.
 
         Args:
-            seeds: How many images (seeds 0, 1, ...), or the seed of each.
-            classes: For a class-conditional model, classes that seeds take in turn: names, numbers
-                and ranges such as ``"cat,3,5-7"``. By default each seed draws its own.
-            support: For a set-conditioned model, images that the new ones are to be like: files,
-                folders, PIL images, or tensors uint8 [C, H, W].
+            seeds: Number of images (seeds 0, 1, ...), or the seed of each, from 0 to 2^32 - 1.
+            classes: For a class-conditional model, the classes that seeds take in rotation: names,
+                numbers and ranges such as ``"cat,3,5-7"``. By default each seed draws its class.
+            support: For a set-conditioned model, the images that new ones should be like: files,
+                folders, PIL images, or tensors [C, H, W], uint8.
             prompt, reference, size: For a feature-conditioned model, the text, the image for style
                 and layout, and the size, such as ``"1216x832"``.
-            output: ``"pil"``, or ``"tensor"`` for uint8 [C, H, W] on the device.
-            batch: Images at once. It changes no image.
-            settings: Of sampling and guidance, such as ``steps=10`` or ``cfg_scale=2``; see
+            output: ``"pil"``, or ``"tensor"`` for tensors [C, H, W], uint8, on the device (on the
+                CPU for a feature-conditioned model).
+            batch: Number of images generated at once, which does not affect them.
+            settings: Sampling and guidance settings, such as ``steps=10`` or ``cfg_scale=2``; see
                 :attr:`settings`.
 
-        Raises ValueError, one sentence, for what the model does not take.
+        Raises ValueError for arguments and settings that the model does not accept.
         """
         if output not in ("pil", "tensor"):
             raise refusal("output", repr(output), accepted="'pil', 'tensor'")
@@ -192,17 +193,17 @@ class Model:
         size: str | None = None,
         **settings: Any,
     ) -> Tensor:
-        """Return the estimate of x0 [N, C, h, w], float32, of noisy x = x0 + sigma n.
+        """Return the estimate of x0 [N, C, h, w], float32, from noisy x = x0 + sigma n.
 
         Args:
-            x: [N, C, h, w], in the space of :meth:`encode`.
-            sigma: Noise level, one number.
-            classes, support, prompt, reference, size: As for :meth:`generate`; image i takes the
-                i-th class in turn, and the first prompt. Without classes, a class-conditional model
-                gives its unconditional estimate, without guidance.
-            settings: Of guidance, which acts as in sampling.
+            x: [N, C, h, w], floating point, in the space of :meth:`encode`.
+            sigma: Noise level above 0, the same for all images.
+            classes, support, prompt, reference, size: As in :meth:`generate`. Image i takes the
+                i-th class in rotation; all take the first prompt. Without classes, a
+                class-conditional model gives its unconditional estimate, without guidance.
+            settings: Guidance settings, which act as in sampling.
 
-        Raises ValueError, one sentence, for what the model does not take.
+        Raises ValueError for arguments and settings that the model does not accept.
         """
         self._check_shape(
             "x", x, [self.snapshot.config.model.shape_of(s) for s in self.image_sizes]
@@ -225,7 +226,10 @@ class Model:
             return generator.denoise(x, float(sigma), None if None in labels else labels)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Return what the network denoises, float32 [N, C, h, w], of uint8 images [N, C, H, W]."""
+        """Return what the network denoises, [N, c, h, w], float32, for images [N, C, H, W], uint8.
+
+        Those are pixels in [-1, 1], or normalised latents.
+        """
         channels = self.snapshot.config.model.img_channels
         self._check_shape("images", images, [(channels, h, w) for w, h in self.image_sizes])
         if images.dtype != torch.uint8:
@@ -233,7 +237,7 @@ class Model:
         return self._load(*self._sections()).codec.encode_images(images.to(self.device))
 
     def decode(self, x: Tensor) -> Tensor:
-        """Return uint8 images [N, C, H, W] of what the network denoises."""
+        """Return the images [N, C, H, W], uint8, that x [N, c, h, w] stands for."""
         self._check_shape(
             "x", x, [self.snapshot.config.model.shape_of(s) for s in self.image_sizes]
         )
@@ -249,17 +253,17 @@ class Model:
         batch: int = 64,
         **settings: Any,
     ) -> list[dict[str, Any]]:
-        """Return the score row of each metric, as ``fid.py calc`` writes them.
+        """Return the score row of each metric, as ``fid.py calc`` writes it.
 
         Args:
             metrics: Names such as ``"fid50k_full"``, in a list or separated by commas.
-            ref: Real images, or their statistics, which most metrics compare with.
-            num_images: How many images to make; by default as many as each metric wants.
+            ref: Real images or their statistics, which most metrics compare with.
+            num_images: Number of images to generate; by default each metric's own.
             first_seed: Seed of the first image.
-            batch: Images at once.
-            settings: Of sampling and guidance.
+            batch: Number of images generated at once.
+            settings: Sampling and guidance settings.
 
-        Raises ValueError, one sentence, for what the model or the metric does not take.
+        Raises ValueError for arguments that the model or a metric does not accept.
         """
         from evaluation.scoring import Comparison, RealImages, check_reference
         from metrics.metric import get_metrics
@@ -283,7 +287,7 @@ class Model:
 
     @contextlib.contextmanager
     def _bound(self, asked: dict[str, Any], settings: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
-        """Give the generator for what is asked for, and what that is."""
+        """Yield the generator bound to the requests in ``asked``, and those requests."""
         with tempfile.TemporaryDirectory() as folder:
             given = _as_typed(asked, Path(folder))
             requests = self._family.requests(
@@ -307,7 +311,7 @@ class Model:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Kept(GeneratorOptions):
-    """Options under which a network is built once, whatever the other settings are."""
+    """Options that keep each network that they build, whatever the other settings are."""
 
     networks: dict[str, Any]
 
@@ -324,7 +328,7 @@ def _changed(section: Config, settings: dict[str, Any]) -> Config:
 
 
 def _as_typed(asked: dict[str, Any], folder: Path) -> Asked:
-    """Return what is asked for as the options of generate.py have it; pictures go to ``folder``."""
+    """Return arguments as generate.py's options; pictures in memory are written to ``folder``."""
     classes, support = asked["classes"], asked["support"]
     if classes is not None and not isinstance(classes, str):
         classes = [str(name) for name in ([classes] if isinstance(classes, int) else classes)]
@@ -349,7 +353,7 @@ def _as_typed(asked: dict[str, Any], folder: Path) -> Asked:
 
 
 def _file_of(picture: Picture, path: Path) -> str:
-    """Return the file of a picture, which is written to ``path`` if it is in memory."""
+    """Return the path of a picture's file; a picture in memory is written to ``path``."""
     if isinstance(picture, str | os.PathLike):
         return os.fspath(picture)
     if isinstance(picture, Tensor):

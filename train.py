@@ -1,4 +1,4 @@
-"""Train a diffusion transformer, on one process or under torchrun on many."""
+"""Train a diffusion transformer, in one process or in many under torchrun."""
 
 import dnnlib.launcher  # First, so that a process that torchrun starts also ends with it.
 
@@ -81,7 +81,10 @@ class TrainOptions:
 
 
 def base_config(args: Sequence[str]) -> RunConfig | None:
-    """Return the configuration that the raw arguments start from: a preset's or a run's."""
+    """Return the configuration that the raw arguments start from: a preset's or a run's.
+
+    Raises ValueError if they name none, or contradict each other.
+    """
     preset = raw_value(args, "preset") or raw_value(args, "model")
     resume = raw_value(args, "resume")
     distill, path = raw_value(args, "distill"), raw_value(args, "config")
@@ -114,7 +117,7 @@ def base_config(args: Sequence[str]) -> RunConfig | None:
 
 
 def option_elsewhere(name: str, config: Config | None) -> str | None:
-    """Return a sentence saying where an option is, or what it is called here."""
+    """Return which presets have an unknown option, or what it is called here; None if unknown."""
     owners = [
         owner
         for owner, preset in PRESETS.items()
@@ -132,7 +135,7 @@ def option_elsewhere(name: str, config: Config | None) -> str | None:
 
 
 def expanded(args: Sequence[str]) -> list[str]:
-    """Return the raw arguments with those of --config before them."""
+    """Return the raw arguments preceded by those in the file of --config."""
     return with_config_file(args, raw_value(args, "config"))
 
 
@@ -149,7 +152,7 @@ def main(config: RunConfig, options: TrainOptions) -> int:
 
     The defaults below are those of the chosen preset: try --preset=ffhq64 --help.
     """
-    # From here on torch is needed. Cheap checks still come first: nothing is opened or started
+    # torch is needed from here on. Cheap checks still come first: nothing is opened or started
     # before they pass.
     from training.launch import Usual, launch, print_plan, verify
     from training.start import Start, check_here, check_ranks
@@ -179,7 +182,7 @@ def main(config: RunConfig, options: TrainOptions) -> int:
         from training.boards import import_board
 
         for board in config.logging.boards:
-            # By default there is one if there is its package.
+            # TensorBoard is the default, but only if its package is installed.
             if board != "tensorboard" or "board" in given:
                 import_board(board)
     config = start.settle_in(config, given)
@@ -193,7 +196,7 @@ def main(config: RunConfig, options: TrainOptions) -> int:
     check_here(config)
     if options.verify_resume:
         return verify(config, start)
-    if config.preset not in PRESETS:  # A run may be continued whose preset is gone.
+    if config.preset not in PRESETS:  # The preset of a continued run may be gone.
         return launch(config, start)
     usual = Usual(PRESETS[config.preset].run, find_reference(config.preset))
     return launch(config, start, usual)

@@ -1,4 +1,4 @@
-"""DiffiT models in image space."""
+"""Presets of DiffiT in image space."""
 
 import dataclasses
 
@@ -10,12 +10,12 @@ from models.architectures.diffit import DiffiTConfig
 from training.config import LoggingConfig, TrainingConfig
 
 # Widths and stages: DiffiT (arXiv 2312.02139), Appendix H.1 and Table S.2; windows: Appendix I.1;
-# time token of width 512: section 5.1. The paper prints no number of heads for image space; we take
+# time token of width 512: section 5.1. The paper gives no number of heads for image space; ours is
 # 4. Dropout: EDM (arXiv 2206.00364), Table 7.
 MODELS: dict[str, DiffiTConfig] = {
-    # Appendix I.1's reading of CIFAR-10: two residual blocks a stage.
+    # CIFAR-10 according to Appendix I.1: two residual blocks a stage.
     "cifar10": DiffiTConfig(resolution=32, num_stages=3, num_blocks=(2,), window=4, dropout=0.13),
-    # Appendix H.1's reading: four.
+    # According to Appendix H.1: four.
     "cifar10-l4": DiffiTConfig(
         resolution=32, num_stages=3, num_blocks=(4,), window=4, dropout=0.13
     ),
@@ -23,12 +23,12 @@ MODELS: dict[str, DiffiTConfig] = {
     "ffhq64": DiffiTConfig(resolution=64, num_stages=4, num_blocks=(4,), window=8, dropout=0.05),
     # Ours: one stage of patches with attention over the whole image, so that a laptop trains it in
     # half an hour. With more stages or blocks it takes longer to learn details (docs/photos.md).
-    # At its learning rate, scores of attention grow beyond 200 if queries and keys are as they are.
+    # Without query-key normalisation, attention scores grow beyond 200 at its learning rate.
     "photos64": DiffiTConfig(
         **dict(resolution=64, patch_size=4, num_stages=1, num_blocks=(4,), window=16, time_dim=128),
         **dict(base_dim=128, num_heads=4, mlp_ratio=2.0, qk_norm=True),
     ),
-    # Ours: small enough for a few CPU minutes. 8x8 grey digits of scikit-learn.
+    # Ours: small enough to train in a few CPU minutes, for scikit-learn's 8x8 grey digits.
     "digits": DiffiTConfig(
         **dict(resolution=8, img_channels=1, num_classes=10, num_stages=2, num_blocks=(1,)),
         **dict(base_dim=32, hidden_dim=96, num_heads=2, window=4, time_dim=128),
@@ -49,11 +49,11 @@ _FFHQ64 = ImageRun(
     training=TrainingConfig(batch=256, lr=2e-4, augment=AugmentConfig(augment=0.15)),
     sampling=SamplingConfig(steps=40),
 )
-# Ours: half an hour of a CPU core on crops of a few photographs (docs/photos.md). Many steps of few
-# images: the number of steps decides when details are learned, and the schedule removes the noise
-# of small batches in the end. Images are mirrored and not augmented: a short run has to spend its
-# steps on plain ones. Noise levels are those of EDM2 (arXiv 2312.02696) for 64x64 images: EDM's are
-# seldom so high that the colours of a whole image are decided there.
+# Ours: half an hour on one CPU core, on crops of a few photographs (docs/photos.md). Small batches
+# allow many steps: their number determines when details are learned, and the schedule removes the
+# noise of small batches in the end. Images are mirrored but not augmented, because a short run has
+# to spend its steps on plain images. The distribution of noise levels is EDM2's (arXiv 2312.02696)
+# for 64x64 images: EDM's seldom reaches the levels that determine the colours of a whole image.
 _PHOTOS64 = ImageRun(
     preset="photos64",
     model=MODELS["photos64"],
@@ -67,8 +67,8 @@ _PHOTOS64 = ImageRun(
     logging=LoggingConfig(tick=2.2, snap=3, workers=0),
     sampling=SamplingConfig(sampler="dpmpp_2m", steps=12),
 )
-# Ours: a few CPU minutes on the 8x8 digits of scikit-learn. A mirrored digit is no digit, hence no
-# augmentation.
+# Ours: a few CPU minutes on scikit-learn's 8x8 digits, without augmentation, because a mirrored
+# digit is not a digit.
 _DIGITS = ImageRun(
     preset="digits",
     model=MODELS["digits"],

@@ -1,4 +1,4 @@
-"""Feature-conditioned DiT models."""
+"""Presets of feature-conditioned DiT models (NanoDiT)."""
 
 import dataclasses
 from typing import Any
@@ -14,16 +14,16 @@ from training.config import LoggingConfig, TrainingConfig
 MODELS: dict[str, FeatureDiTConfig] = {
     "nanodit": FeatureDiTConfig(hidden_dim=384, num_blocks=12, num_heads=6),
     "nanodit-768": FeatureDiTConfig(hidden_dim=768, num_blocks=18, num_heads=12),
-    # Ours: small enough for a few CPU minutes on small images.
+    # Ours: small enough to train in a few CPU minutes on small images.
     "nanodit-tiny": FeatureDiTConfig(hidden_dim=96, num_blocks=4, num_heads=4),
 }
 
 
 def _nanodit(name: str, **changes: Any) -> FeatureRun:
-    """Return a run of a feature-conditioned DiT; ``changes`` are to its training settings.
+    """Return a run of the feature-conditioned DiT ``name``, with changes to its training settings.
 
-    Flow matching with AdamW as the project's first users ran it: 256 images a step, warm-up over
-    500 steps, a cosine down to 1e-6, gradients clipped at 1; 25 Euler steps.
+    Flow matching with AdamW as the project's first users ran it: 256 images per step, warm-up over
+    500 steps, a cosine schedule down to 1e-6, gradients clipped to norm 1; 25 Euler steps.
     """
     settings = dict(batch=256, kimg=12_800, lr=3e-4, lr_rampup=128, weight_decay=0.03)
     settings.update(beta2=0.95, lr_schedule="cosine", clip_grad=1.0, ema_kimg=500, precision="auto")

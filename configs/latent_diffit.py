@@ -1,4 +1,4 @@
-"""Latent DiffiT models."""
+"""Presets of latent DiffiT."""
 
 from configs.presets import Preset, half_life_kimg
 from data.images.config import AugmentConfig, DatasetConfig
@@ -10,9 +10,9 @@ from training.config import LoggingConfig, TrainingConfig
 _IMAGENET_CLASSES = 1000
 _SOURCE = "DiffiT section 5.2, Appendix H.2 and I.2; DiT"
 
-# Depth 28 is what the published weights have, and what DiffiT's Table 9 counts (arXiv 2312.02139:
-# 561M parameters); Appendix H.2 says 30. Widths, depths and heads of the smaller ones are those of
-# DiT-S/2, B/2 and L/2 (arXiv 2212.09748, Table 1).
+# Depth 28 is that of the published weights and of Table 9 of the DiffiT paper (arXiv 2312.02139,
+# 561M parameters); its Appendix H.2 says 30. Widths, depths and heads of the smaller models are
+# those of DiT-S/2, B/2 and L/2 (arXiv 2212.09748, Table 1).
 _SIZES: dict[str, dict[str, int]] = {
     "": dict(num_blocks=28, hidden_dim=1152, num_heads=16),
     "-d30": dict(num_blocks=30, hidden_dim=1152, num_heads=16),
@@ -26,13 +26,13 @@ MODELS: dict[str, LatentDiffiTConfig] = {
         resolution=resolution,
         num_classes=_IMAGENET_CLASSES,
         learned_variance=True,
-        latent_scale=0.18215,  # Of Stable Diffusion's autoencoders.
+        latent_scale=0.18215,  # That of Stable Diffusion's autoencoders.
         **settings,
     )
     for resolution, sizes in ((256, _SIZES), (512, ("", "-d30")))
     for size, settings in ((size, _SIZES[size]) for size in sizes)
 }
-# Ours: small enough for a few CPU minutes, on latents of 8x8 grey digits.
+# Ours: small enough to train in a few CPU minutes, on latents of 8x8 grey digits.
 MODELS["digits-latent"] = LatentDiffiTConfig(
     **dict(resolution=8, img_channels=1, num_classes=10, latent_channels=4, latent_downsampling=2),
     **dict(num_blocks=3, hidden_dim=64, num_heads=4, patch_size=1, base_dim=32),
@@ -43,10 +43,10 @@ MODELS["digits-latent"] = LatentDiffiTConfig(
 def _imagenet(name: str, *, batch: int, lr: float, guidance: GuidanceConfig) -> LatentRun:
     """Return a run of latent DiffiT on ImageNet.
 
-    Batch, learning rate and a weight average of 0.9999 a step: DiffiT (arXiv 2312.02139), Appendix
-    I.2. It names no optimizer and no duration; AdamW without decay or warm-up and mirrored images
-    are DiT's (arXiv 2212.09748, section 4). Sampling and guidance are those of the published
-    weights: 250 ancestral steps, guidance on the first three channels.
+    Batch, learning rate and an EMA decay of 0.9999 per step come from DiffiT (arXiv 2312.02139),
+    Appendix I.2. The paper names neither optimizer nor duration; AdamW without weight decay or
+    warm-up, and mirrored images, come from DiT (arXiv 2212.09748, section 4). Sampling and guidance
+    are those of the published weights: 250 ancestral steps, guidance on the first three channels.
     """
     return LatentRun(
         preset=name,

@@ -1,4 +1,4 @@
-"""Presets by name. A family's file is imported when one of its presets is asked for."""
+"""Presets by name. The file that defines a preset is imported when the preset is first used."""
 
 import collections
 import dataclasses
@@ -14,15 +14,15 @@ from training.config import RunConfig, TrainingConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preset:
-    """A run's configuration, and what is usually known of its data before it is opened."""
+    """The configuration of a run, and the class count to assume before its data are opened."""
 
     run: RunConfig
-    num_classes: int  # Of the dataset that the preset is named after, used with --cond.
-    source: str
+    num_classes: int  # Of the dataset that the preset is meant for, used with --cond.
+    source: str  # Where the settings come from.
 
 
 class _Presets(collections.UserDict):
-    """Presets by name, each given as the name of its file, which is imported when it is needed."""
+    """Presets by name. Each starts as the name of its file, which is imported on first use."""
 
     def __getitem__(self, name: str) -> Preset:
         preset = super().__getitem__(name)
@@ -46,15 +46,15 @@ _NAMES = {
 }
 PRESETS = _Presets({name: file for file, names in _NAMES.items() for name in names})
 
-# Those of whose models other code publishes weights.
+# Presets of model families for which other code publishes weights.
 PUBLISHED = tuple(name for file, names in _NAMES.items() if file != "diffit" for name in names)
 
-# What --resolution alone means.
+# The preset that --resolution stands for without --preset.
 PRESET_OF_RESOLUTION = {32: "cifar10", 64: "ffhq64", 256: "imagenet256", 512: "imagenet512"}
 
 
 def get_preset(name: str, accepted: Collection[str] = PRESETS) -> Preset:
-    """Return a preset; raises ValueError that suggests the nearest name of ``accepted``."""
+    """Return a preset by name; raises ValueError that suggests one of ``accepted`` otherwise."""
     if name not in PRESETS:
         near = did_you_mean(name, accepted)
         raise ValueError(f"--preset: got {name!r}; accepted: {', '.join(accepted)}.{near}")
@@ -62,9 +62,9 @@ def get_preset(name: str, accepted: Collection[str] = PRESETS) -> Preset:
 
 
 def preset_of_model(name: str, mode_conditioning: str | None = None) -> str:
-    """Return the preset that a name stands for: its own, or that of a model of earlier code.
+    """Return the preset for the name of a model in earlier code, or the name unchanged.
 
-    ``mode_conditioning`` decides between those of few-shot diffusion models.
+    ``mode_conditioning`` selects one of the presets of few-shot diffusion models.
     """
     if name.replace("-", "_") in ("vfsddpm_jax", "vfsddpm"):
         return "fsdm-cifar100-lag" if mode_conditioning == "lag" else "fsdm-depth6"
@@ -86,10 +86,13 @@ def get_diffit_config(name: str) -> ModelConfig:
 
 
 def get_training_config(name: str) -> TrainingConfig:
-    """Return the training settings of a preset, such as ``cifar10``."""
+    """Return the training settings of a preset, such as ``cifar10``.
+
+    Raises ValueError for an unknown name.
+    """
     return get_preset(name).run.training
 
 
 def half_life_kimg(beta: float, batch: int) -> float:
-    """Return the half-life of a weight average whose decay is ``beta`` a step of ``batch``."""
+    """Return the half-life, in kimg, of an EMA with decay ``beta`` per step of ``batch`` images."""
     return batch * math.log(0.5) / math.log(beta) / 1000

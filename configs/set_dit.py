@@ -1,4 +1,4 @@
-"""Set-conditioned DiT models."""
+"""Presets of set-conditioned DiT models."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from models.architectures.set_dit import SetDiTConfig
 from training.config import LoggingConfig, TrainingConfig
 
 # Widths, depths and heads as the project's first users ran them on CIFAR-100; sets of six images,
-# each made from the five others. Context and encoder are as wide as the DiT unless stated.
+# each generated from the other five. Context and encoder are as wide as the DiT unless stated.
 _FILM = SetDiTConfig(hidden_dim=468, num_blocks=6, num_heads=9, hdim=256, mode_conditioning="film")
 MODELS: dict[str, SetDiTConfig] = {
     "fsdm-cifar100-film": _FILM,
@@ -21,7 +21,7 @@ MODELS: dict[str, SetDiTConfig] = {
     "fsdm-option-a": SetDiTConfig(hidden_dim=440, num_blocks=6, num_heads=8),
     "fsdm-option-b": SetDiTConfig(hidden_dim=420, num_blocks=6, num_heads=6),
     "fsdm-option-c": SetDiTConfig(hidden_dim=512, num_blocks=4, num_heads=8, hdim=512),
-    # Ours: small enough for a few CPU minutes, on 8x8 grey digits.
+    # Ours: small enough to train in a few CPU minutes, on 8x8 grey digits.
     "fsdm-digits": SetDiTConfig(
         **dict(resolution=8, img_channels=1, patch_size=4),
         **dict(hidden_dim=96, num_blocks=3, num_heads=4),
@@ -39,12 +39,12 @@ MODELS: dict[str, SetDiTConfig] = {
 
 
 def _fsdm(name: str) -> SetRun:
-    """Return a run of a set-conditioned DiT on CIFAR-100's classes.
+    """Return a run of the set-conditioned DiT ``name`` on the classes of CIFAR-100.
 
-    Batch, learning rate, steps, noise levels and weight average are those of the settings that the
-    project began with (few-shot diffusion models, arXiv 2205.15463, in their published form):
-    32 sets a step, 250 timesteps, epsilon-prediction with the larger variance, x0 clipped, an
-    average of 0.9999 a step.
+    Batch, learning rate, steps, noise levels and weight average are the settings that the project
+    began with (the published code of few-shot diffusion models, arXiv 2205.15463): 32 sets per
+    step, 250 timesteps, epsilon-prediction with the larger variance, x0 clipped, and an EMA decay
+    of 0.9999 per step.
     """
     model = MODELS[name]
     nimg = 32 * model.sample_size
@@ -69,7 +69,8 @@ def _fsdm(name: str) -> SetRun:
 
 _OURS = ("fsdm-digits", "fsdm-glyphs")
 _FSDM = {name: _fsdm(name) for name in MODELS if name not in _OURS}
-# Ours: a few CPU minutes on the digits 0 to 7, with 8 and 9 unseen. A six turned by half is a nine.
+# Ours: a few CPU minutes on the digits 0 to 7, with 8 and 9 unseen. The rotation of a six by half a
+# turn is skipped, because it shows a nine.
 _FSDM_DIGITS = SetRun(
     preset="fsdm-digits",
     model=MODELS["fsdm-digits"],
@@ -91,7 +92,7 @@ _FSDM_GLYPHS = dataclasses.replace(
     _FSDM_DIGITS,
     preset="fsdm-glyphs",
     model=MODELS["fsdm-glyphs"],
-    # More noise than EDM's: it is at high noise that a letter is decided upon.
+    # Higher noise levels than EDM's, as it is there that the identity of a letter is determined.
     precond=PrecondConfig(P_mean=-0.4, sigma_data=0.8),
     sets=SetConfig(held_out=6, context_drop=0.1, pretrain_encoder=20),
     training=dataclasses.replace(

@@ -9,31 +9,31 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-# The schemes accepted, and the package by which fsspec reads each.
+# The accepted schemes, and the package that fsspec needs to read each.
 _PACKAGES = dict(
     http="aiohttp", https="aiohttp", s3="s3fs", gs="gcsfs", az="adlfs", hf="huggingface_hub"
 )
 _BUFFER_BYTES = 1 << 20
 TIMEOUT_SEC = 30
 _MIN_BYTES_PER_SEC = 1000
-_WAITS_SEC = (1, 3, 10)  # Before each further attempt at what may pass by itself.
+_WAITS_SEC = (1, 3, 10)  # Before each further attempt after a fault that may pass.
 _PASSING_STATUS = (408, 425, 429, 500, 502, 503, 504)
 HEADERS = {"Accept-Encoding": "identity"}  # Files must come as they are stored.
 
 
 class AddressError(ValueError):
-    """Why an address cannot be read: one sentence that begins with it."""
+    """Says why an address cannot be read, in one sentence that begins with the address."""
 
 
 def is_address(location: str | os.PathLike) -> bool:
-    """Return whether ``location`` is an address of any kind, accepted or not, and not a path."""
+    """Return whether ``location`` is an address, with an accepted scheme or not, and not a path."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|pipe:", str(location)) is not None
 
 
 def under(folder: str | os.PathLike, *names: str) -> Path | str:
-    """Return where a file in a folder lies; the folder may be an address.
+    """Return the location of a file in a folder, which may be an address.
 
-    What follows ``?`` in an http address, such as the signature of a store, stays at its end.
+    The query of an http address, such as a store's signature, stays at the end.
     """
     if not is_address(folder):
         return Path(folder, *names)
@@ -43,21 +43,22 @@ def under(folder: str | os.PathLike, *names: str) -> Path | str:
 
 
 def open_address(address: str) -> BinaryIO:
-    """Return the file at an address as a stream, to be read from begin to end and closed.
+    """Return the file at an address as a stream to read from start to end, and then to close.
 
-    Where the connection breaks, it is opened again and read on. Because an address may come from
-    a file, a few schemes alone are accepted, no chain of them and no command. Raises AddressError,
-    also while reading.
+    If the connection breaks, it is reopened and reading goes on. Because an address may come from
+    a file, only a few schemes are accepted, without fsspec's chains and commands. Raises
+    AddressError, here and while reading.
     """
     return io.BufferedReader(_Stream(address), _BUFFER_BYTES)
 
 
 def download(address: str, file: BinaryIO, callback: Any, max_bytes: int) -> None:
-    """Write the file at an http(s) address into ``file``; ``callback``, of fsspec, follows.
+    """Write the file at an http(s) address into ``file``, reporting to an fsspec ``callback``.
 
-    A server that stays silent, or sends less than 1 kB a second, is given up after 30 s, four times
-    over at most: within about two minutes. Redirects stay within http(s), and an https address is
-    never redirected to http. Raises AddressError, also for more than ``max_bytes``.
+    An attempt fails after 30 s in which the server is silent or sends less than 1 kB per second.
+    There are at most four attempts, within about two minutes of that. Redirects stay within
+    http(s), and an https address is never redirected to http. Raises AddressError, also if the file
+    has more than ``max_bytes``.
     """
     store = open_store(address)
 
@@ -85,7 +86,7 @@ def download(address: str, file: BinaryIO, callback: Any, max_bytes: int) -> Non
 
 
 def check_response(address: str, response: Any, max_bytes: int) -> None:
-    """Raise AddressError for a redirect from https to http, or more bytes than are accepted."""
+    """Raise AddressError for a redirect from https to http, or for more than ``max_bytes``."""
     steps = [*(step.url for step in response.history), response.url]
     if address.lower().startswith("https:") and any(step.scheme != "https" for step in steps):
         problem = "refused, because it redirects to plain http"
@@ -100,7 +101,7 @@ def _too_large(address: str, max_bytes: int) -> AddressError:
 
 
 class _Stream(io.RawIOBase):
-    """Bytes of the file at an address; continues where a connection broke."""
+    """The bytes of the file at an address; resumes where a connection broke."""
 
     def __init__(self, address: str) -> None:
         self._address, self._store = address, open_store(address)
@@ -134,9 +135,9 @@ class _Stream(io.RawIOBase):
             self._file.seek(self._position)
             return
         part = {"Range": f"bytes={self._position}-"} if self._position else {}
-        # Without a size, even a wrong one, fsspec would first ask the server for it.
+        # Without a size, which may be wrong, fsspec would first ask the server for it.
         self._file = self._store.open(self._address, block_size=0, size=1, headers=HEADERS | part)
-        # A server that knows no parts begins at the first byte.
+        # A server without range requests starts at the first byte.
         skipped = self._position if self._file.r.status == 206 else 0
         while skipped < self._position:
             data = self._file.read(min(self._position - skipped, _BUFFER_BYTES))
@@ -160,7 +161,10 @@ def scheme_of(address: str) -> str:
 
 
 def open_store(address: str) -> Any:
-    """Return a new fsspec file system that reads an address."""
+    """Return a new fsspec file system for the scheme of an address.
+
+    Raises AddressError for an unknown scheme, or if the package that reads it is not installed.
+    """
     scheme = scheme_of(address)
     import fsspec
 
@@ -182,21 +186,22 @@ def open_store(address: str) -> Any:
 
 
 def persist(address: str, action: Callable[[], Any], waits: Iterable[float] | None = None) -> Any:
-    """Return what ``action`` does, tried again where the fault may pass; raises AddressError.
+    """Return the result of ``action``, retrying after faults that may pass.
 
-    ``waits`` are the seconds before each further attempt: by default three, 14 s in total.
+    ``waits`` holds the seconds before each further attempt, by default 1, 3 and 10. Raises
+    AddressError when no attempt is left, or at once for a fault that will not pass.
     """
     for wait in (*_WAITS_SEC, None) if waits is None else itertools.chain(waits, [None]):
         try:
             return action()
         except AddressError:
             raise
-        except Exception as error:  # The packages raise many kinds of their own.
+        except Exception as error:  # The packages raise many types of their own.
             status = getattr(error, "status", None)
             name = type(error).__name__
             lasts = isinstance(error, FileNotFoundError | PermissionError) or "Url" in name
             if wait is None or lasts or status not in (None, *_PASSING_STATUS):
-                # Not the error's own text: it may hold the signature of an address.
+                # Not the error's own text, which may contain the signature of an address.
                 where = f"{without_query(address)}: cannot be read"
                 raise AddressError(f"{where} ({_reason(error)}).") from None
         time.sleep(wait)
@@ -208,7 +213,7 @@ def _reason(error: Exception) -> str:
     if name == "TooManyRedirects":
         return "it redirects too often"
     if status is not None:
-        # A broken server's text goes on with what it sent.
+        # The message for a malformed response continues with what the server sent.
         return f"{status} {getattr(error, 'message', '')}".partition("\n")[0].strip(" :")[:80]
     if isinstance(error, FileNotFoundError):
         return "not found"
@@ -219,7 +224,7 @@ def _reason(error: Exception) -> str:
     if "RedirectClient" in name:
         return "it redirects to an address that is not http or https"
     reason = getattr(error, "strerror", None) or name
-    # asyncio puts addresses in the place of the system's words.
+    # asyncio replaces the system's message by one with addresses.
     return os.strerror(error.errno) if reason.startswith("Connect call failed") else reason
 
 
@@ -228,15 +233,15 @@ def is_http(address: str) -> bool:
 
 
 def without_query(address: str) -> str:
-    """Return an address without what follows ``?``, which may be a signature, as messages name it.
+    """Return an address as messages show it: without its query, which may be a signature.
 
-    Addresses of object stores have no such part.
+    Only http(s) addresses have a query.
     """
     return _split(address)[0]
 
 
 def name_of(location: str | os.PathLike) -> str:
-    """Return the last name in a path or an address, in characters that names of files can have."""
+    """Return the last name in a path, or in an address with characters unfit for files replaced."""
     if not is_address(location):
         return Path(location).name
     return re.sub(r"[^\w.-]+", "-", without_query(str(location)).rstrip("/").rpartition("/")[2])

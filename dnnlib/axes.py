@@ -1,4 +1,4 @@
-"""Options that take several values, and the configurations that their combinations give."""
+"""Options that take several values, and the configurations that their combinations yield."""
 
 import dataclasses
 import itertools
@@ -19,14 +19,15 @@ from dnnlib.cli import (
 from dnnlib.config import Config, option_name
 from dnnlib.text import number_text
 
-MAX_VALUES = 1_000  # Of one axis.
+MAX_VALUES = 1_000  # In one range.
 Path = tuple[str, str]  # Names of a section and of a field in it.
 
 
 def expand_ranges(text: str) -> str:
-    """Return a list with each range START:STOP:STEP replaced by its numbers: ``1:2:0.5,4``.
+    """Return a comma-separated list with each range START:STOP:STEP replaced by its numbers.
 
-    A range includes its end where the steps lead there. Raises ValueError for one that is none.
+    ``1:2:0.5,4`` becomes ``1.0,1.5,2.0,4``; a range includes STOP if the steps reach it. Raises
+    ValueError for a malformed range, or one without numbers or with more than MAX_VALUES.
     """
     return ",".join(itertools.chain.from_iterable(map(_numbers, text.split(","))))
 
@@ -45,9 +46,9 @@ def _numbers(text: str) -> Sequence[str]:
 
 
 class AxisType(FieldType):
-    """Parses one value of a field or several.
+    """Parses one or several values of a field into a tuple.
 
-    They are separated by commas, and those that may hold commas themselves by slashes.
+    Commas separate the values, or slashes if a value may contain commas itself.
     """
 
     def __init__(self, setting: Setting) -> None:
@@ -81,9 +82,10 @@ class AxisOption(ConfigOption):
 
 
 class AxesCommand(ConfigCommand):
-    """A command that gets, as ``config``, the :class:`Axes` of what was typed.
+    """A command whose callback receives the :class:`Axes` that were typed, as ``config``.
 
-    Options of the sections ``axes`` of the configuration take several values.
+    Args:
+        axes: Sections of the configuration whose options take several values.
     """
 
     def __init__(self, *args: Any, axes: Sequence[str], **kwargs: Any) -> None:
@@ -103,16 +105,16 @@ class AxesCommand(ConfigCommand):
 
 @dataclasses.dataclass(frozen=True)
 class Axes:
-    """A configuration, and the values that some of its settings take in turn."""
+    """A base configuration, and the values that some of its settings take in turn."""
 
     base: Config
     values: Mapping[Path, Sequence[Any]]
 
     def configs(self) -> dict[Config, dict[str, Any]]:
-        """Return every combination once, with its values by the names of the options.
+        """Return every distinct combination, with the values of its axes by option name.
 
-        A setting that the others deprive of effect keeps its value of the base. Raises ValueError
-        for values out of range, and for a setting without effect in all combinations.
+        A setting that has no effect in a combination keeps its base value there. Raises ValueError
+        for values out of range, and for a setting that has no effect in any combination.
         """
         found: dict[Config, dict[str, Any]] = {}
         problems: dict[Path, str] = {}
@@ -135,7 +137,7 @@ class Axes:
         return found
 
     def name(self, path: Path) -> str:
-        """Return the name of the option of a setting, without the dashes."""
+        """Return the option name of the setting at ``path``, without the dashes."""
         return option_name(_fields(getattr(self.base, path[0]))[path[1]])
 
     def _with(self, chosen: Mapping[Path, Any]) -> Config:
@@ -158,7 +160,7 @@ def _at(config: Config, path: Path) -> Any:
 
 
 def _without_effect(config: Config, chosen: Mapping[Path, Any]) -> dict[Path, str]:
-    """Return those of the chosen settings that have no effect, with the sentences that say so."""
+    """Return the chosen settings that have no effect, each with the sentence that says why."""
     found = {}
     for section, name in chosen:
         own = getattr(config, section)
@@ -169,7 +171,7 @@ def _without_effect(config: Config, chosen: Mapping[Path, Any]) -> dict[Path, st
 
 
 def typed(value: Any) -> str:
-    """Return a value as it is to be typed to be the same to the last digit."""
+    """Return a value as typed on the command line, with every digit that it takes to restore it."""
     if isinstance(value, tuple):
         return ",".join(map(typed, value)) or "none"
     if isinstance(value, float):
@@ -178,7 +180,7 @@ def typed(value: Any) -> str:
 
 
 def options_of(config: Config, base: Config, sections: Sequence[str]) -> list[str]:
-    """Return the options that make of ``base`` the sections of ``config``, as they are typed."""
+    """Return the options that turn the sections of ``base`` into those of ``config``, as typed."""
     options = []
     for section in sections:
         own, other = getattr(config, section), getattr(base, section)

@@ -55,7 +55,7 @@ def settings(config: Config, path: tuple[str, ...] = ()) -> Iterator[Setting]:
 
 
 def show_value(value: Any) -> str:
-    """Return a field's value as it would be typed on the command line."""
+    """Return a field's value as typed on the command line, floats to six significant digits."""
     if value is None:
         return "none"
     if isinstance(value, tuple):
@@ -134,14 +134,14 @@ class ConfigOption(click.Option):
 
 
 class ConfigCommand(click.Command):
-    """A command whose options follow from a configuration, which its callback gets as ``config``.
+    """A command with one option per field of a configuration, passed to its callback as ``config``.
 
     Args:
-        base: Maps the raw arguments to the base configuration, or None to offer only the fixed
+        base: Maps the raw arguments to the base configuration, or to None to offer only the fixed
             options. Called once per invocation, before parsing.
-        elsewhere: Maps an unknown option name (without dashes) to a sentence that says where it
-            exists, or None.
-        expand: Maps the raw arguments to those that are parsed.
+        elsewhere: Maps the name of an unknown option (without dashes) and the base configuration
+            to a sentence that says where the option exists, or to None.
+        expand: Maps the raw arguments to those that are parsed; called before ``base``.
         examples: Runnable commands shown at the end of ``--help``.
     """
 
@@ -217,7 +217,7 @@ def _normalise(arg: str) -> str:
 def raw_value(args: Sequence[str], name: str) -> str | None:
     """Return the last value of ``--name`` in unparsed arguments, or None.
 
-    Raises ValueError for an empty one, as of an unset variable.
+    Raises ValueError if that value is blank, as it is when a shell variable is unset.
     """
     value = None
     for position, arg in enumerate(args):
@@ -231,10 +231,11 @@ def raw_value(args: Sequence[str], name: str) -> str | None:
 
 
 def replace_settings(config: Config, given: dict[tuple[str, ...], Any]) -> Any:
-    """Return ``config`` with the fields at ``given``'s paths replaced, and what has to fit them.
+    """Return ``config`` with the fields at the paths in ``given`` replaced.
 
-    Raises ValueError if a value is out of range, or if a given field has no effect beside the
-    values of the other fields.
+    A field that has to divide a replaced one becomes its nearest divisor, unless it is given too.
+    Raises ValueError if a value is out of range, or if a given field has no effect with the values
+    of the other fields (one declared ``harmless`` only causes a warning).
     """
     changes = {path[0]: value for path, value in given.items() if len(path) == 1}
     for name in dict.fromkeys(path[0] for path in given if len(path) > 1):
@@ -253,13 +254,16 @@ def replace_settings(config: Config, given: dict[tuple[str, ...], Any]) -> Any:
 
 
 def _with_divisors(config: Config, changes: dict[str, Any]) -> dict[str, Any]:
-    """Return ``changes`` with the nearest divisors of what they have, and say which those are."""
+    """Return ``changes`` plus the fields that must divide a changed one, each adjusted to do so.
+
+    Rank 0 prints every adjustment.
+    """
     found = dict(changes)
     for field in dataclasses.fields(config):
         sibling, own = field.metadata.get("divides"), getattr(config, field.name)
         if sibling not in changes or field.name in changes or changes[sibling] % own == 0:
             continue
-        # Of two that are as near, the smaller.
+        # Of two equally near divisors, the smaller one.
         near = sorted(range(1, 2 * own), key=lambda number: (abs(number - own), number))
         found[field.name] = next(number for number in near if changes[sibling] % number == 0)
         if launcher.number("RANK") == 0:
@@ -270,7 +274,7 @@ def _with_divisors(config: Config, changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_effect(fields: dict[str, dataclasses.Field], name: str, config: Config) -> str | None:
-    """Return a sentence for a setting that other settings of its section deprive of effect."""
+    """Return why the other settings of its section leave ``name`` without effect, or None."""
     option, metadata = option_name(fields[name]), fields[name].metadata
     for other, values in metadata.get("requires", {}).items():
         if getattr(config, other) not in values:

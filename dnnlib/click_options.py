@@ -1,7 +1,7 @@
-"""Options declared as the fields of a dataclass, and groups that load a command when it is used.
+"""Options declared as dataclass fields, and command groups that import a command when it is used.
 
-For what is no configuration of a model or run (:mod:`dnnlib.config`): paths, numbers of images,
-and other options of a single command.
+These options belong to a single command, such as paths and numbers of images; those that configure
+a model or a run are fields of a :class:`dnnlib.config.Config`.
 """
 
 import dataclasses
@@ -21,15 +21,16 @@ from dnnlib.text import number_text
 
 
 def param(*names: str, default: Any = None, **settings: Any) -> Any:
-    """Return a dataclass field that is an option of a command.
+    """Return a dataclass field that becomes an option of a command.
 
-    Its annotation gives the type: a ``bool`` is a flag, a ``Path`` is no string.
+    The annotation of the field gives the type of the option; a ``bool`` becomes a flag.
 
     Args:
         names: Option names with their dashes; by default the field name with hyphens.
         default: Default value, shown by ``--help`` unless it is None or False.
-        settings: ``help`` and what else :class:`click.Option` takes; ``min`` and ``max`` bound a
-            number, ``choices`` are the accepted strings, ``may_be_empty`` allows an empty one.
+        settings: ``help`` and other arguments of :class:`click.Option`. ``min`` and ``max`` bound a
+            number (``max_open`` excludes the upper bound), ``choices`` lists the accepted strings,
+            ``may_be_empty`` allows an empty string.
     """
     return dataclasses.field(default=default, metadata=dict(names=names, settings=settings))
 
@@ -37,8 +38,8 @@ def param(*names: str, default: Any = None, **settings: Any) -> Any:
 def takes(kind: type, name: str = "options") -> Callable[[Callable], Callable]:
     """Return a decorator that gives a command an option for each :func:`param` of a dataclass.
 
-    The command receives them together, as a ``kind`` under ``name``. Works on functions, below
-    ``click.command``; the options of an upper decorator come first in ``--help``.
+    The command receives their values as one ``kind`` in its argument ``name``. The decorator goes
+    below ``click.command``; options of decorators further up come first in ``--help``.
     """
     fields = [field for field in dataclasses.fields(kind) if "settings" in field.metadata]
     hints = typing.get_type_hints(kind)
@@ -57,7 +58,7 @@ def takes(kind: type, name: str = "options") -> Callable[[Callable], Callable]:
 
 
 def overwrites(function: Callable) -> Callable:
-    """Give a command the option --overwrite, which :func:`output_rules` knows of."""
+    """Decorate a command with the option --overwrite, which :func:`output_rules` reads."""
 
     def note(ctx: click.Context, _: Any, value: bool) -> None:
         ctx.meta["overwrite"] = value
@@ -68,9 +69,10 @@ def overwrites(function: Callable) -> Callable:
 
 
 def output_rules(name: str) -> dict[str, Any]:
-    """Return what :func:`dnnlib.files.check_target` needs to know about an output option.
+    """Return the arguments of :func:`dnnlib.files.check_target` for the output option ``name``.
 
-    Whether --overwrite was typed, and what the other options of the running command name.
+    They say whether --overwrite was given, and which paths the other options of the running command
+    name.
     """
     ctx = click.get_current_context()
     named = {other: value for other, value in ctx.params.items() if isinstance(value, str | Path)}
@@ -100,7 +102,7 @@ def _click_option(field: dataclasses.Field, hint: Any) -> Callable[[Callable], C
 
 
 class IntType(click.IntRange):
-    """An integer in the digits 0 to 9, in a range."""
+    """An integer in a range, written in the digits 0 to 9."""
 
     name = "integer"
 
@@ -109,7 +111,7 @@ class IntType(click.IntRange):
 
 
 class FloatType(click.FloatRange):
-    """A number in the digits 0 to 9, in a range; neither infinite nor nan."""
+    """A finite number in a range, written in the digits 0 to 9."""
 
     name = "number"
 
@@ -126,14 +128,14 @@ def _number(kind: click.ParamType, value: Any, param: Any, ctx: click.Context | 
 
 
 class TextType(click.types.StringParamType):
-    """A text that is not empty or blank, as that of an unset variable would be."""
+    """A text that is not blank, as it would be if it came from an unset shell variable."""
 
     def convert(self, value: Any, param: Any, ctx: click.Context | None) -> str:
         return super().convert(_named(self, value, param, ctx), param, ctx)
 
 
 class PathType(click.Path):
-    """A path as a pathlib.Path; ``settings`` are those of :class:`click.Path`."""
+    """A path that is not blank, as a pathlib.Path; takes the settings of :class:`click.Path`."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(path_type=Path, **settings)
@@ -149,10 +151,12 @@ def _named(kind: click.ParamType, value: Any, param: Any, ctx: click.Context | N
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are imported when they are called or explained, and not before.
+    """A group that imports a command only when it is called or its help is shown.
 
-    In ``package``, the module of each command has its name, with the command as ``command``;
-    ``summaries`` says in a sentence what each does, for the help of the group.
+    Args:
+        package: Package with one module per command, named like the command, which holds it as
+            ``command``.
+        summaries: What each command does, by its name: one sentence for the help of the group.
     """
 
     def __init__(self, *args: Any, package: str, summaries: dict[str, str], **kwargs: Any) -> None:
@@ -161,7 +165,7 @@ class LazyGroup(click.Group):
         self._package, self.summaries = package, summaries
 
     def get_help_option_names(self, ctx: click.Context) -> list[str]:
-        return ["-h", "--help"]  # Whatever the context: click keeps the first option that it made.
+        return ["-h", "--help"]  # Not the context's: click keeps the first that it makes.
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.summaries)

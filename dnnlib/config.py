@@ -32,17 +32,18 @@ def option(
     Args:
         default: Default value; without it the field is required.
         help: One line for ``--help``.
-        affects: "speed" if another value leaves the result of a run the same: it changes how
-            fast the run computes, or what it reports. Sibling fields and values, if it affects the
-            result with those alone. See :func:`identity`.
+        affects: "result" if the value can change the result of a run, "speed" if it changes only
+            how fast the run computes or what it reports. A mapping from sibling fields to values
+            if it affects the result only while every sibling has one of its values. See
+            :func:`identity`.
         rules: ``min``, ``max``: inclusive range of a number, or of every element of a tuple.
             ``choices``: accepted strings. ``name``: option name without the dashes, by default the
             field name with hyphens. ``aliases``: further option names. ``requires``: sibling fields
-            and the values under which this field has an effect; giving the option while it has none
-            is an error. ``unless``: the reverse. ``harmless``: then a warning is enough.
-            ``divides``: a sibling that this field divides; given alone, a sibling that it does not
-            divide makes it the nearest number that does.
-            ``exposed``: False for a field that is derived (from the dataset, say) and is no option.
+            and the values with which this field has an effect; giving the option while it has none
+            is an error. ``unless``: the reverse. ``harmless``: True to warn instead of raising.
+            ``divides``: a sibling that this field must divide; if only the sibling is given, this
+            field becomes the nearest number that divides it.
+            ``exposed``: False for a derived field (from the dataset, say) that has no option.
     """
     assert rules.keys() <= _RULES.keys(), f"unknown rules {rules.keys() - _RULES.keys()}"
     metadata = {**_RULES, **rules, "help": help, "affects": affects}
@@ -52,8 +53,8 @@ def option(
 def inherited(base: type["Config"], name: str, default: Any = dataclasses.MISSING, **meta) -> Any:
     """Return the field ``name`` of ``base`` with another default or other metadata.
 
-    The subclass declares it again with the same type; ``meta`` is what differs of the arguments of
-    :func:`option`.
+    A subclass of ``base`` declares the field again with it, with the same type; ``meta`` holds the
+    arguments of :func:`option` that differ.
     """
     field = next(field for field in dataclasses.fields(base) if field.name == name)
     if default is dataclasses.MISSING:
@@ -63,12 +64,12 @@ def inherited(base: type["Config"], name: str, default: Any = dataclasses.MISSIN
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Base of every configuration: frozen, keyword-only, checked when it is made.
+    """Base class of every configuration: frozen, keyword-only, validated on construction.
 
     A subclass that sets ``family`` can be restored by that name through :func:`from_dict` on any
-    of its base classes, which is how a snapshot names its kind of model without naming code. Where
-    the base has that name among its ``family_modules``, the module need not be imported before. One
-    that sets ``affects`` to "speed" has no field that affects the result of a run.
+    of its base classes, which lets a snapshot name its kind of model without naming code. If the
+    base lists the name in ``family_modules``, its module is imported on demand. In a subclass that
+    sets ``affects`` to "speed", no field affects the result of a run.
     """
 
     family: ClassVar[str | None] = None
@@ -88,7 +89,7 @@ def option_name(field: dataclasses.Field) -> str:
 
 
 def accepted_values(field: dataclasses.Field, hint: Any) -> str:
-    """Return a phrase that says which values a field accepts, for messages."""
+    """Return a phrase for messages that says which values a field accepts."""
     meta = field.metadata
     base, optional = split_optional(hint)
     base, words = split_words(base)
@@ -143,7 +144,10 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
 
 
 def has_type(value: Any, hint: Any) -> bool:
-    """Return whether a value is of a type: a class, or a tuple of some; no number is infinite."""
+    """Return whether a value has a type, which is a class or a tuple type.
+
+    An int passes as a float, a bool does not pass as a number, and a float must be finite.
+    """
     if typing.get_origin(hint) is tuple:
         args = typing.get_args(hint)
         if not isinstance(value, tuple):
@@ -181,7 +185,7 @@ def _check_value(config: Config, field: dataclasses.Field, hint: Any) -> None:
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for the nearest of ``choices``, or an empty string.
 
-    One that goes on where ``name`` ends is nearest.
+    A choice that starts with ``name`` counts as nearest.
     """
     choices = list(choices)
     longer = [choice for choice in choices if name and choice.startswith(name)]
@@ -190,14 +194,14 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
 
 
 def unknown(what: str, name: str, choices: Iterable[str]) -> ValueError:
-    """Return the error for a name that is none of ``choices``, with the nearest of these."""
+    """Return the ValueError for a name that is not among ``choices``; it suggests the nearest."""
     choices = list(choices)
     accepted = f"accepted: {', '.join(choices)}.{did_you_mean(name, choices)}"
     return ValueError(f"Unknown {what} {name!r}; {accepted}")
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Return a configuration as plain containers, fit for JSON and for a snapshot."""
+    """Return a configuration as plain containers, ready for JSON or a snapshot."""
     result: dict[str, Any] = {} if config.family is None else {"family": config.family}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -210,16 +214,17 @@ def to_dict(config: Config) -> dict[str, Any]:
 def identity(config: Config) -> dict[str, Any]:
     """Return the settings that decide the result of a run, as ``{"section.field": value}``.
 
-    Two runs with equal identities compute the same. The sections are the fields of ``config`` that
-    are configurations; its other fields do not count. Values are as in :func:`to_dict`, a section
-    within a section is one value, and whatever affects the speed alone is left out at any depth.
+    Two runs with equal identities compute the same result. The sections are the fields of
+    ``config`` that are configurations themselves; its other fields are left out. Values are as in
+    :func:`to_dict`, a section within a section is one value, and fields that affect only the speed
+    are left out at every depth.
     """
     sections = [(name, value) for name, value in vars(config).items() if isinstance(value, Config)]
     return {f"{s}.{name}": value for s, own in sections for name, value in _deciding(own).items()}
 
 
 def _deciding(config: Config) -> dict[str, Any]:
-    """Return :func:`to_dict`'s result without the fields that affect the speed alone."""
+    """Return :func:`to_dict`'s result without the fields that affect only the speed."""
     if config.affects == "speed":
         return {}
     values = to_dict(config)
@@ -237,9 +242,10 @@ def _deciding(config: Config) -> dict[str, Any]:
 
 
 def from_dict(config_type: type[Config], values: Mapping[str, Any]) -> Any:
-    """Restore a configuration from :func:`to_dict`'s result, of older versions too.
+    """Return the configuration that :func:`to_dict` turned into ``values``.
 
-    Raises ValueError for an unknown field or family, or for a value out of range.
+    Fields missing from ``values``, as in files of older versions, take their defaults. Raises
+    ValueError for an unknown field or family, or for a value out of range.
     """
     values = dict(values)
     family = values.pop("family", None)
@@ -268,7 +274,7 @@ def from_dict(config_type: type[Config], values: Mapping[str, Any]) -> Any:
 
 
 def family_class(config_type: type[Config], family: str) -> type[Config]:
-    """Return the subclass of ``config_type`` that is named ``family``, whose module it may import.
+    """Return the subclass of ``config_type`` named ``family``, importing its module if needed.
 
     Raises ValueError for an unknown name.
     """
@@ -283,7 +289,7 @@ def family_class(config_type: type[Config], family: str) -> type[Config]:
 
 
 def _families(config_type: type[Config]) -> dict[str, type[Config]]:
-    """Return the classes with a family's name among ``config_type`` and what derives from it."""
+    """Return ``config_type`` and its subclasses that set ``family``, by that name."""
     found = {} if config_type.family is None else {config_type.family: config_type}
     for derived in config_type.__subclasses__():
         found |= _families(derived)

@@ -1,4 +1,4 @@
-"""Files of web servers, downloaded once into the cache and verified whenever they are used."""
+"""Files from web servers, downloaded once into the cache and verified on every use."""
 
 import hashlib
 import sys
@@ -11,17 +11,17 @@ from dnnlib.errors import refusal
 from dnnlib.files import atomic_write, cache_dir, check_source, sha256_of_file
 from dnnlib.progress import progress
 
-MAX_BYTES = 16 << 30  # More is no file of weights or statistics.
+MAX_BYTES = 16 << 30  # No file of weights or statistics is larger.
 
 
 def fetch(location: str, sha256: str | None = None, *, max_bytes: int = MAX_BYTES) -> Path:
     """Return a local path for a file named by a path or an http(s) URL.
 
-    A URL is downloaded once into :func:`cache_dir`. With ``sha256`` (all or the first digits), the
-    file must have that checksum. Without it, the digest of the first download is kept beside the
-    file, as NAME.sha256. A cached file with another one is told and downloaded again. Raises
-    ValueError for a missing file, a failed download, one of more than ``max_bytes``, or a wrong
-    checksum.
+    A URL is downloaded once into :func:`cache_dir`, and the digest of the download is kept beside
+    the file as NAME.sha256. A cached file with another digest is downloaded again, with a warning.
+    With ``sha256`` (all or the first hexadecimal digits), the file must also have that checksum.
+    Raises ValueError for a missing file, a failed download, one of more than ``max_bytes``, or a
+    wrong checksum.
     """
     if urlparse(str(location)).scheme not in ("http", "https"):
         check_source(location, folder=False)

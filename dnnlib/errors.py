@@ -4,7 +4,7 @@ import pickle
 from typing import Any
 
 _NOTHING = object()
-# Why an empty text is refused.
+# The reason given where an empty text is refused.
 NOTHING_NAMED = "it names nothing; perhaps a variable is not set"
 
 
@@ -14,8 +14,8 @@ def refusal(
     """Return an error that says in one sentence what is wrong with an input.
 
     The sentence is ``WHERE: got GOT, but BUT; accepted: ACCEPTED; REMEDY.`` without the parts that
-    are empty; without ``got`` it is ``WHERE: BUT; ...``. ``where`` is the option or the file, and
-    ``remedy`` an imperative: ``use --batch=64``.
+    are empty; if ``got`` is left out, it starts with ``WHERE: BUT``. ``where`` is the option or
+    file, and ``remedy`` an imperative such as ``use --batch=64``.
     """
     parts = [but] if got is _NOTHING else [f"got {got}, but {but}" if but else f"got {got}"]
     parts += [f"accepted: {accepted}" if accepted else "", remedy]
@@ -23,13 +23,13 @@ def refusal(
 
 
 class NotFiniteError(ValueError):
-    """Values that are infinite or no numbers, where an image or a score was to be made of them."""
+    """Infinite or NaN values where an image or a score needs finite ones."""
 
 
 def transportable(error: Exception) -> Exception:
-    """Return ``error``, or its text as a ValueError if it cannot be sent to other processes."""
+    """Return ``error``, or a ValueError with its type and text if it cannot be pickled."""
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:  # Whatever keeps it from travelling, its text can.
+    except Exception:  # Pickling can fail in any way.
         return ValueError(f"{type(error).__name__}: {error}")
     return error

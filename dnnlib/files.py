@@ -1,4 +1,4 @@
-"""Atomic writes and cached, verified downloads."""
+"""Atomic writes, checks of input and output paths, folder locks and the cache folder."""
 
 import contextlib
 import errno
@@ -17,15 +17,16 @@ from typing import IO, Any
 from dnnlib.errors import refusal
 
 CACHE_VARIABLE = "SETDIFFIT_CACHE"
-_MAX_LINKS = 40  # That a path may go through, as the system has it.
+_MAX_LINKS = 40  # Symbolic links that Linux follows in one path.
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike, mode: str = "wb", **kwargs: Any) -> Iterator[IO]:
     """Open a file that appears under ``path`` whole or not at all.
 
-    The data goes to a temporary file in the same folder, is fsynced and renamed when the block
-    ends without an exception; otherwise the temporary file is removed and ``path`` is untouched.
+    The data goes to a temporary file in the same folder, which is fsynced and renamed if the block
+    ends without an exception; otherwise it is removed, and ``path`` stays untouched. ``kwargs`` are
+    those of :func:`open`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +41,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb", **kwargs: Any) -> It
         # mkstemp creates the file for its owner alone; give it the usual permissions instead.
         umask = os.umask(0)
         os.umask(umask)
-        with contextlib.suppress(OSError):  # Some file systems of other systems have none.
+        with contextlib.suppress(OSError):  # Some foreign file systems have no permissions.
             os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
     except BaseException as error:
@@ -48,7 +49,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb", **kwargs: Any) -> It
             os.unlink(temporary)
         found = _of_disk(error)
         if found is not None and found.filename is None:
-            found.filename = str(path)  # As of a full disk, which the system does not name.
+            found.filename = str(path)  # A full disk comes without one.
         if found is not None and found is not error:
             raise found from None
         raise
@@ -56,14 +57,17 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb", **kwargs: Any) -> It
 
 
 def _of_disk(error: BaseException) -> OSError | None:
-    """Return the error of a file, also one behind that of torch.save, which closes its archive."""
+    """Return the OSError that ``error`` is or hides, or None.
+
+    torch.save hides it behind the RuntimeError of closing its incomplete archive.
+    """
     if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
         return error.__context__
     return error if isinstance(error, OSError) else None
 
 
 def fsync_folder(path: Path) -> None:
-    """Have the names in a folder outlive a power failure, where the system can promise that."""
+    """Make the names in a folder survive a power failure, if the system can ensure that."""
     with contextlib.suppress(OSError):
         folder = os.open(path, os.O_RDONLY)
         try:
@@ -76,7 +80,7 @@ def _fsync(descriptor: int) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Shared folders of virtual machines and CIFS refuse it; a full or failing disk is an error.
+        # Shared folders of virtual machines and CIFS refuse fsync; other errors mean lost data.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EROFS):
             raise
 
@@ -90,18 +94,21 @@ def check_target(
     overwrite: bool = False,
     inputs: Mapping[str, str | os.PathLike] = MappingProxyType({}),
 ) -> None:
-    """Raise ValueError if nothing could, or should, be written to the file or folder ``path``.
+    """Raise ValueError if the file or folder ``path`` cannot, or should not, be written.
 
-    A file that is there may be replaced only if ``is_ours`` recognises it as a result of the same
-    kind (it then returns a true value and raises no ValueError), or with ``overwrite``; and never
-    if it is one of ``inputs``, which are what other options name.
+    Args:
+        option: The option that named ``path``, for error messages.
+        is_ours: Recognises an existing file as a result of the same kind, which may be replaced:
+            it returns a true value and raises no ValueError. None allows replacing any file.
+        overwrite: True to replace a file whatever ``is_ours`` says.
+        inputs: Paths named by other options, by option name; these are never replaced.
     """
     path = Path(path)
     if not is_folder and path.is_dir():
         raise ValueError(f"{option}: {path} is a folder; give the name of a file.")
     is_usual = (path.is_file() or path.is_dir()) and not _is_stream(path)
     if os.path.lexists(path) and not is_usual:
-        # A rename would put a file in its place.
+        # The rename that ends a write would replace it by a file.
         problem = "is a pipe, socket, device, or a link that leads nowhere"
         raise ValueError(f"{option}: {path} {problem}; choose another name.")
     for other, source in inputs.items():
@@ -129,9 +136,9 @@ def check_target(
 
 
 def _is_stream(path: Path) -> bool:
-    """Return whether a path leads to a descriptor of this process, as /dev/stdout does.
+    """Return whether a path leads to a descriptor of a process, as /dev/stdout does.
 
-    There may be a file behind it, but what is renamed to the path takes the place of the link.
+    Even if a file is open there, renaming to the path would replace the link, not that file.
     """
     for _ in range(_MAX_LINKS):
         if path.absolute().parts[1:2] == ("proc",):
@@ -143,10 +150,10 @@ def _is_stream(path: Path) -> bool:
 
 
 def check_source(path: str | os.PathLike, *, where: str = "", folder: bool = True) -> None:
-    """Raise ValueError unless ``path`` is a file or, with ``folder``, perhaps a folder.
+    """Raise ValueError unless ``path`` is a regular file or, if ``folder`` is True, a folder.
 
-    Pipes, sockets and devices are neither: reading them may never end. ``where`` is the option that
-    named the path.
+    Pipes, sockets and devices are refused because reading them may never end. ``where`` is the
+    option that named the path, for the message.
     """
     path, label = Path(path), f"{where}: {path}" if where else str(path)
     if path.is_file() or (folder and path.is_dir()):
@@ -158,14 +165,17 @@ def check_source(path: str | os.PathLike, *, where: str = "", folder: bool = Tru
         problem = "is a pipe, socket or device; copy what it holds to a file"
     elif path.is_symlink():
         problem = "is a link that leads nowhere"
-    elif re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):  # A path has no two slashes.
+    elif re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):  # Path removes the second slash.
         problem = "is an address; download the file, and give its path"
     raise ValueError(f"{label}: {problem}.")
 
 
 def regular_file(path: str, flags: int) -> int:
-    """Return a descriptor of a file, as an ``opener`` of :func:`open`; OSError for a pipe's."""
-    descriptor = os.open(path, flags | os.O_NONBLOCK)  # Else a pipe waits for its writer.
+    """Return a descriptor of a regular file; an ``opener`` for :func:`open`.
+
+    Raises OSError for a pipe, a socket or a device.
+    """
+    descriptor = os.open(path, flags | os.O_NONBLOCK)  # Opening a pipe must not wait for a writer.
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return descriptor
     os.close(descriptor)
@@ -173,20 +183,21 @@ def regular_file(path: str, flags: int) -> int:
 
 
 def read_file(path: str | os.PathLike) -> bytes:
-    """Return the content of a file; raises OSError also for a pipe, a socket or a device."""
+    """Return the content of a file; raises OSError for a pipe, a socket or a device, too."""
     with open(path, "rb", opener=regular_file) as file:
         return file.read()
 
 
 def lock_folder(folder: Path, problem: str) -> contextlib.AbstractContextManager:
-    """Keep other processes from writing into a folder until what is returned is left.
+    """Return a context manager that holds a folder's lock, already taken, until it exits.
 
-    The system ends the lock with this process, however that ends. Where it cannot lock, nothing is.
-    Raises ValueError, a sentence that begins with ``problem``, if another process holds the lock.
+    The system releases the lock when this process ends, however it ends. On file systems without
+    locks, nothing is locked. Raises ValueError, a sentence that begins with ``problem``, if another
+    process holds the lock.
     """
     file = open(folder / ".lock", "w")
     try:
-        # Unlike flock's, this kind of lock is not shared by forked data loaders.
+        # Unlike those of flock, these locks are not inherited by forked data loaders.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         file.close()
@@ -198,19 +209,26 @@ def lock_folder(folder: Path, problem: str) -> contextlib.AbstractContextManager
 
 
 def is_locked(path: Path) -> bool:
-    """Return whether another process holds the lock of a file."""
+    """Return whether another process holds a lock on a file.
+
+    A lock that this process itself holds on the file does not count, and is lost.
+    """
     try:
         with open(path, "r+") as file:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return True
-    except OSError:  # It is gone, or the file system has no locks.
+    except OSError:  # The file has gone, or its file system has no locks.
         return False
     return False
 
 
 def cache_dir() -> Path:
-    """Return the folder for downloads and derived data: $SETDIFFIT_CACHE or ~/.cache/setdiffit."""
+    """Return the folder for downloads and derived data, which need not exist yet.
+
+    That is $SETDIFFIT_CACHE, or else ``setdiffit`` in $XDG_CACHE_HOME, by default ~/.cache. Raises
+    ValueError if there is no home folder.
+    """
     if named := os.environ.get(CACHE_VARIABLE):
         return Path(named)
     try:

@@ -1,7 +1,7 @@
-"""Reads the environment variables of a launcher, and checks whether the launcher still lives.
+"""Reads the environment variables that a launcher sets, and ends this process with the launcher.
 
-Importing this module makes a process that torchrun started end with torchrun. Scripts import it
-before everything that takes time, so that a kill during their start-up leaves nobody behind.
+Importing this module makes a process that torchrun started end when torchrun does. Scripts import
+it before everything that takes time, so that killing torchrun while they start leaves no orphans.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from pathlib import Path
 from dnnlib.errors import refusal
 
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-# Number of processes that started together, where no launcher connects them.
+# Variables with the number of processes that a scheduler started together, and the command for it.
 _SCHEDULERS = {
     "SLURM_STEP_NUM_TASKS": "srun",
     "OMPI_COMM_WORLD_SIZE": "mpirun",
@@ -28,7 +28,10 @@ _PR_SET_PDEATHSIG = 1
 
 
 def number(name: str, default: int = 0) -> int:
-    """Return a variable that a launcher sets, such as RANK; raises ValueError if it is none."""
+    """Return the number in an environment variable such as RANK, or ``default`` if it is not set.
+
+    Raises ValueError if the variable holds anything but a number in its range.
+    """
     text = os.environ.get(name)
     if text is None:
         return default
@@ -41,10 +44,10 @@ def number(name: str, default: int = 0) -> int:
 
 
 def joins_others() -> bool:
-    """Return whether this process is one of several that are to find each other.
+    """Return whether a launcher started this process as a rank of a process group.
 
-    Raises ValueError if the variables say so only in part, or if a scheduler started several
-    processes that know nothing of each other.
+    Raises ValueError if only some of the variables for that are set, or if a scheduler started
+    several processes that would not know of each other.
     """
     missing = [name for name in _NEEDED if not os.environ.get(name)]
     if not missing:
@@ -70,18 +73,21 @@ def joins_others() -> bool:
 
 
 def die_with_launcher(number: signal.Signals) -> None:
-    """Have the kernel send this process a signal when torchrun ends. Ends it if that is gone."""
+    """Ask the kernel to signal this process when torchrun ends; exit at once if it has ended.
+
+    Does nothing in a process that torchrun did not start, or on systems other than Linux.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
-    # It may have gone before. The process that then inherits this one is no Python.
+    # If torchrun ended before the call, the parent is now a process that does not run Python.
     with contextlib.suppress(OSError):
         if "python" not in Path(f"/proc/{os.getppid()}/exe").resolve(strict=True).name:
             os._exit(1)
 
 
 def record_error(message: str) -> None:
-    """Give torchrun the sentence that it prints last, in place of what it makes up itself."""
+    """Pass torchrun a message that its final report shows as the cause of the failure."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""How much main memory processes can still take, as limited by the system and control groups."""
+"""How much main memory processes can still allocate, given the system and control groups."""
 
 import re
 from collections.abc import Iterator
@@ -6,8 +6,8 @@ from pathlib import Path
 
 _GROUPS = Path("/sys/fs/cgroup")
 _OWN_GROUPS = Path("/proc/self/cgroup")
-# Files of a control group: its limit, what it uses, and of that, the files that the system can
-# drop. Of version 2, and of version 1.
+# By version of control groups: the file with the limit, the file with the use, and the line of
+# memory.stat with the part of that use which is file cache that the system can drop.
 _FILES = {
     2: ("memory.max", "memory.current", r"^inactive_file (\d+)$"),
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", r"^total_inactive_file (\d+)$"),
@@ -15,10 +15,10 @@ _FILES = {
 
 
 def available_memory() -> int:
-    """Return the bytes of main memory that processes here can take beyond what they have.
+    """Return how many bytes of main memory processes here can still allocate.
 
-    That is what the system has left, or less, if a control group (of a container, or of a job of a
-    scheduler) sets a limit.
+    That is what the system has available, or less if a control group (of a container or of a
+    scheduler's job) sets a limit.
     """
     import psutil
 
@@ -27,14 +27,17 @@ def available_memory() -> int:
 
 
 def group_rooms(groups: Path, own_groups: Path) -> Iterator[int]:
-    """Yield what each control group that holds this process has left below its limit, in bytes.
+    """Yield how many bytes each control group of this process has left below its limit.
 
-    ``groups`` is where control groups are mounted, ``own_groups`` the file with those of the
-    process. Those above count, too. A container sees its own group as the uppermost one.
+    Parent groups count as well; a container sees its own group as the root.
+
+    Args:
+        groups: Folder where the control groups are mounted.
+        own_groups: File that lists the groups of the process.
     """
     try:
         lines = own_groups.read_text(encoding="utf-8").splitlines()
-    except OSError:  # Not on Linux.
+    except OSError:  # This is not Linux.
         return
     for line in lines:
         number, controllers, path = line.split(":", 2)
@@ -49,13 +52,13 @@ def group_rooms(groups: Path, own_groups: Path) -> Iterator[int]:
 
 
 def _room(folder: Path, limit_file: str, use_file: str, droppable: str) -> int | None:
-    """Return what is left of a group's limit; None if it has none."""
+    """Return how many bytes a group has left; None if it has no limit or cannot be read."""
     try:
         limit = (folder / limit_file).read_text(encoding="utf-8").strip()
         if limit == "max":
             return None
         used = int((folder / use_file).read_text(encoding="utf-8"))
         found = re.search(droppable, (folder / "memory.stat").read_text("utf-8"), re.MULTILINE)
-    except OSError:  # A group that only others can see.
+    except OSError:  # The root group, or one hidden from this container.
         return None
     return int(limit) - used + (int(found[1]) if found else 0)

@@ -1,4 +1,4 @@
-"""An ordered map over processes that keeps only a bounded number of items in flight."""
+"""Ordered maps over threads and processes that keep a bounded number of items in flight."""
 
 import collections
 import contextlib
@@ -26,14 +26,14 @@ _CHUNKS_PER_WORKER = 3
 
 
 def num_usable_cores() -> int:
-    """Return the number of cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def num_cores_of_rank(most: int) -> int:
-    """Return how many cores each rank of this machine has for itself, from 1 to ``most``."""
+    """Return how many CPU cores each rank on this machine has to itself, from 1 to ``most``."""
     ranks_here = launcher.number("LOCAL_WORLD_SIZE", 1)
     return min(max(num_usable_cores() // ranks_here, 1), most)
 
@@ -43,7 +43,7 @@ def thread_map(
 ) -> Iterator[Result]:
     """Yield ``function(item)`` for every item in order, computed in threads.
 
-    At most ``num_ahead`` items are under way or done before their turn.
+    At most ``num_ahead`` items are in progress or waiting for their turn to be yielded.
     """
     executor = ThreadPoolExecutor(num_threads)
     try:
@@ -59,11 +59,12 @@ def process_map(
     num_workers: int | None = None,
     chunk_size: int = 16,
 ) -> Iterator[Result]:
-    """Yield ``function(item)`` for every item in order, computed by all cores.
+    """Yield ``function(item)`` for every item in order, computed in ``num_workers`` processes.
 
+    By default there is one process per usable core; a single worker computes in this process.
     ``function`` must be picklable. ``items`` is consumed only a few chunks ahead of the results,
-    so that neither accumulates in memory. The processes end with the iterator, also when this
-    process is killed.
+    so that neither accumulates in memory. The processes end with the iterator, even if this process
+    is killed. Raises the errors of ``function``, and ValueError if a worker is killed.
     """
     num_workers = num_workers or num_usable_cores()
     if num_workers == 1:
@@ -82,8 +83,9 @@ def process_map(
 class _Pool:
     """Processes that apply a function to chunks of items, each with a connection of its own.
 
-    When one is killed, its connection ends, also in the middle of a result. In a queue that all
-    share, as that of :mod:`concurrent.futures`, the others and the reader would wait for the rest.
+    If one is killed, even halfway through sending a result, its connection closes. With a queue
+    shared by all, as in :mod:`concurrent.futures`, the others and the reader would wait forever for
+    the rest of that result.
     """
 
     def __init__(self, function: Callable[[Any], Any], num_processes: int) -> None:
@@ -93,7 +95,7 @@ class _Pool:
         self._idle: queue.SimpleQueue[multiprocessing.connection.Connection] = queue.SimpleQueue()
 
     def submit(self, chunk: list[Any]) -> Future:
-        """Have a chunk worked on as soon as a process is idle."""
+        """Return a future for a chunk's results; a process works on it as soon as it is idle."""
         if len(self._processes) < self._num_processes:
             self._start()
         return self._threads.submit(self._call, chunk)
@@ -110,13 +112,13 @@ class _Pool:
         # A fresh interpreter: forking a process that has threads can deadlock.
         context = multiprocessing.get_context("spawn")
         with _starting_processes():
-            # Python's own helper, whose start would unblock signals in the midst of that below.
+            # Starting this helper of Python's unblocks signals; below, that would come too early.
             multiprocessing.resource_tracker.ensure_running()
         with _starting_processes():
             connection, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs, self._function), daemon=True)
             process.start()
-            theirs.close()  # Else it would not end with the process.
+            theirs.close()  # So that the connection closes when the process ends.
             self._processes.append(process)
             self._idle.put(connection)
 
@@ -136,7 +138,7 @@ class _Pool:
 
 
 def _work(connection: multiprocessing.connection.Connection, function: Callable) -> None:
-    """Be a process of a pool, until the other end of the connection is closed."""
+    """Serve as a process of a pool until the other end of the connection closes."""
     _exit_with_parent()
     with contextlib.suppress(EOFError):
         while True:
@@ -154,15 +156,17 @@ def _apply(function: Callable, chunk: list[Any]) -> tuple[list[Any] | None, Exce
 
 @contextlib.contextmanager
 def _starting_processes() -> Iterator[None]:
-    """Have no signal come into the start of a process, and processes be deaf to their terminal.
+    """Hold back signals while a process starts, and start it with SIGINT and SIGHUP blocked.
 
-    They never see Ctrl-C or the end of the terminal, which reach every process of it. This one gets
-    them afterwards, and decides what happens. A process whose start was cut short would complain.
+    A terminal sends Ctrl-C and its own end to all of its processes. The new process never sees
+    them; this one handles them once the block ends. A process interrupted during its start would
+    print a traceback.
     """
     held: list[int] = []
     handlers = {}
     if threading.current_thread() is threading.main_thread():
-        # A mask is of a thread alone: the signal may come to another, and its handler to this one.
+        # A signal mask covers one thread. Another thread may receive the signal, and Python then
+        # runs the handler in this one.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if callable(signal.getsignal(number)):
                 handlers[number] = signal.signal(number, lambda number, frame: held.append(number))
@@ -178,7 +182,7 @@ def _starting_processes() -> Iterator[None]:
 
 
 def _in_order(futures: Iterable[Future], num_ahead: int) -> Iterator[Any]:
-    """Yield the results of calls, each submitted when ``futures`` yields it."""
+    """Yield the results of futures in order; taking one from ``futures`` submits its call."""
     pending: collections.deque[Future] = collections.deque()
     for future in futures:
         pending.append(future)

@@ -1,4 +1,4 @@
-"""How every script runs: errors of users become sentences, and signals end it cleanly."""
+"""Runs every script: user errors become one sentence, and signals end the script cleanly."""
 
 import atexit
 import contextlib
@@ -21,10 +21,10 @@ from dnnlib import launcher
 def run(command: click.Command) -> None:
     """Run a script's command and exit with its result as the exit code.
 
-    A ValueError raised by this project is a user's error and becomes one sentence, printed once a
-    node under torchrun; so does an error of a file or disk, or want of memory. Another error
-    raised by a library keeps its traceback. SIGTERM and SIGHUP end a command that does not handle
-    them with 128 + number.
+    A ValueError raised by this project is a user error and is printed as one sentence, once per
+    node under torchrun. So are errors of files and disks, and running out of memory. Other errors
+    raised by libraries keep their traceback. SIGTERM and SIGHUP end a command that does not handle
+    them, with exit code 128 + number.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # It was closed by whoever started this.
@@ -37,9 +37,9 @@ def run(command: click.Command) -> None:
 
 
 def _let_ctrl_c_end_at_once() -> None:
-    """Have Ctrl-C at the very end print no traceback of what is cleaned up, as all is done."""
+    """Keep Ctrl-C during interpreter shutdown, when all work is done, from printing a traceback."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        with contextlib.suppress(OSError, ValueError):  # Its reader has left, or it was closed.
+        with contextlib.suppress(OSError, ValueError):  # The reader has gone, or it was closed.
             sys.stdout.flush()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -52,8 +52,8 @@ def _run(command: click.Command) -> None:
         if not (isinstance(error, click.ClickException) or _is_ours(error)):
             raise
         if quiet:
-            # An error of all ranks is told by the first, and the launcher then ends the others
-            # within this time. What is still here has an error of its own.
+            # The first rank reports an error that all ranks share, and the launcher then ends the
+            # others within this time. A rank that is still running has an error of its own.
             for number in (signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_DFL)
             time.sleep(2)
@@ -64,10 +64,10 @@ def _run(command: click.Command) -> None:
         launcher.record_error(error.format_message())
         sys.exit(error.exit_code)
     except OSError as error:
-        if error.errno == errno.EPIPE and error.filename is None:  # As of `| head`.
+        if error.errno == errno.EPIPE and error.filename is None:  # As with `| head`.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
-        # Of files and disks; others, such as those of connections, keep their traceback.
+        # Errors of files and disks; others, such as those of connections, keep their traceback.
         is_known = error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT)
         if not is_known and not (error.errno is None and _is_ours(error)):
             raise
@@ -92,9 +92,9 @@ def _run(command: click.Command) -> None:
 
 
 def _want_of_memory(error: Exception) -> str | None:
-    """Return a sentence if Python, the system or a GPU refused memory, or a loader was killed."""
+    """Return a message if memory ran out on the host or the GPU or a data loader was killed."""
     text = str(error)
-    if text.startswith("DataLoader worker (pid"):  # PyTorch's words, by whichever way it noticed.
+    if text.startswith("DataLoader worker (pid"):  # All of PyTorch's messages for it start so.
         why = "A process that loads data was killed, perhaps because memory ran out"
         return f"{why}; use fewer --workers, and --resume to continue a run."
     texts = ("out of memory", "can't allocate memory")
@@ -105,8 +105,8 @@ def _want_of_memory(error: Exception) -> str | None:
     return f"Not enough memory{wanted}; use a smaller batch or model."
 
 
-class _Stopped(BaseException):  # Nobody who catches errors means this.
-    """A signal asked for the end of a command that has no handler of its own."""
+class _Stopped(BaseException):  # No Exception, so that handlers of errors let it pass.
+    """A signal asked a command that does not handle it to stop."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -115,11 +115,11 @@ class _Stopped(BaseException):  # Nobody who catches errors means this.
 
 @contextlib.contextmanager
 def _heeding_stops() -> Iterator[None]:
-    """Have SIGTERM and SIGHUP end a command as Ctrl-C does: half-written files are removed."""
+    """Make SIGTERM and SIGHUP end a command as Ctrl-C does, so that partial files are removed."""
     pid, previous = os.getpid(), {}
 
     def stop(number: int, frame: object) -> None:
-        if os.getpid() != pid:  # A worker's.
+        if os.getpid() != pid:  # A forked worker inherited the handler.
             os._exit(128 + number)
         signal.signal(number, signal.SIG_IGN)
         raise _Stopped(number)
@@ -137,14 +137,14 @@ def _heeding_stops() -> Iterator[None]:
 
 
 def _is_ours(error: Exception) -> bool:
-    """Return whether the project or its user's own family raised an error, and no library.
+    """Return whether this project or a user's own family, not a library, raised an error.
 
-    It may have been raised here or in a data loader process.
+    The error may come from this process or a data loader's.
     """
     frame = traceback.extract_tb(error.__traceback__)[-1]
     source = sys.modules.get(type(error).__module__)
     files = {frame.filename, getattr(source, "__file__", None)} - {None}
-    # Names such as <string> are of no file, whatever the current folder.
+    # Names such as <string> belong to no file.
     found = [Path(file).resolve() for file in files if Path(file).is_file()]
     standard = Path(contextlib.__file__).resolve().parent
     ours = [path for path in found if not path.is_relative_to(standard)]

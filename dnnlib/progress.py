@@ -8,7 +8,7 @@ _LINE_INTERVAL_SEC = 30.0
 
 
 class _Bar(tqdm):
-    monitor_interval = 0  # No thread of its own: data loaders fork the process.
+    monitor_interval = 0  # No monitor thread: data loaders fork the process.
 
 
 class _Log:
@@ -36,7 +36,7 @@ def progress(
     On a terminal it is one line, redrawn at most ten times a second, which ``transient`` erases at
     the end. In a log file it is a line every 30 seconds, so that short jobs stay silent. Output
     goes to standard error, which leaves standard output to results. ``disable`` (for ranks other
-    than 0) shows nothing; ``initial`` counts units that were done before.
+    than 0) shows nothing; ``initial`` is the number of units already done.
     """
     settings = dict(total=total, desc=label, disable=disable, initial=initial, leave=not transient)
     if not sys.stderr.isatty():

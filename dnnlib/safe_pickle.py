@@ -11,9 +11,9 @@ def load(file: IO[bytes]) -> Any:
     """Return the content of a pickle made of containers, numbers, text, bytes and NumPy arrays.
 
     Byte strings of Python 2 come back as bytes. No function or class that a pickle names is ever
-    called: those that NumPy's arrays need are played by stand-ins, which check what they are given
-    and only keep it. A pickle that names anything else, or that is damaged, raises ValueError with
-    the reason (without the name of the file, which the caller knows).
+    called: stand-ins replace those that NumPy's arrays need, and only check and keep their
+    arguments. A pickle that names anything else, or that is damaged, raises ValueError with the
+    reason (without the name of the file, which the caller adds).
     """
     try:
         return _with_arrays(_PlainUnpickler(file, encoding="bytes").load(), {})
@@ -35,7 +35,7 @@ def _text(value: Any) -> Any:
 
 
 class _DType:
-    """What a pickle says of an array's numbers: their kind and size, then their byte order."""
+    """Stands in for numpy.dtype: takes the kind and size of numbers, then their byte order."""
 
     def __init__(self, code: str | bytes, *_: Any) -> None:
         code = _text(code)
@@ -52,7 +52,7 @@ class _DType:
 
 
 class _Array:
-    """An array in the making: becomes one from plain bytes, of exactly the stated size."""
+    """Stands in for an array until its state arrives: bytes of exactly the size its shape needs."""
 
     def __setstate__(self, state: tuple) -> None:
         _, shape, dtype, is_fortran, data = state
@@ -63,7 +63,7 @@ class _Array:
 
 
 class _StandIn:
-    """Something callable that a pickle may name and cannot change."""
+    """A callable that a pickle may name but not alter."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
@@ -76,14 +76,14 @@ class _StandIn:
 
 
 def _encode_latin1(text: str, encoding: str = "latin1") -> bytes:
-    # Python 3 writes bytes this way under protocol 2. The real function takes any codec.
+    # Python 3 pickles bytes this way with protocol 2. The real function accepts every codec.
     if encoding not in ("latin1", b"latin1"):
         raise _ForbiddenGlobalError(f"_codecs.encode with codec {encoding!r}")
     return text.encode("latin1")
 
 
 def _from_buffer(data: Any, dtype: Any, shape: Any, order: str, axes: Any = None) -> _Array:
-    """Return an array that is contiguous, or is but for its axes, as protocol 5 has it."""
+    """Return an array that protocol 5 pickled as contiguous, or as contiguous up to a transpose."""
     if not isinstance(dtype, _DType) or not isinstance(data, bytes | bytearray):
         raise _ForbiddenGlobalError("an array of objects")
     flat = np.frombuffer(data, dtype.dtype)
@@ -100,7 +100,7 @@ _ALLOWED = {
     ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
     ("numpy.core.numeric", "_frombuffer"): _FROM_BUFFER,
     ("numpy._core.numeric", "_frombuffer"): _FROM_BUFFER,
-    ("numpy", "ndarray"): "numpy.ndarray",  # An argument of the above, and nothing to call.
+    ("numpy", "ndarray"): "numpy.ndarray",  # Only an argument of _reconstruct.
     ("numpy", "dtype"): _StandIn(_DType),
     ("_codecs", "encode"): _StandIn(_encode_latin1),
 }
@@ -117,7 +117,10 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def _with_arrays(value: Any, seen: dict[int, Any]) -> Any:
-    """Return ``value`` with finished arrays in the place of those in the making."""
+    """Return ``value`` with the arrays of all :class:`_Array` stand-ins in their place.
+
+    Dicts and lists change in place; ``seen`` holds those already visited, by id.
+    """
     if isinstance(value, _Array):
         return value.array
     if isinstance(value, tuple):

@@ -1,8 +1,8 @@
-"""A process that writes files from memory that it shares with another, and outlives it.
+"""A process that writes files from memory shared with a training process, and outlives it.
 
-:class:`torch_utils.saver.Saver` starts it and tells it over a socket what to write. It loads the
-standard library alone, and knows nothing of tensors. When the other process ends, however that
-ends, this one finishes what it was told, and ends too.
+:class:`torch_utils.saver.Saver` starts it and sends it requests over a socket. It loads only the
+standard library and knows nothing of tensors. When the training process ends, however it ends, the
+saver completes the requests that it has received, and then ends too.
 """
 
 import contextlib
@@ -26,22 +26,22 @@ from typing import IO, Any
 
 from dnnlib.files import atomic_write, fsync_folder, is_locked, write_json
 
-MANIFEST = "manifest.json"  # Of a state, which is none without it.
-DEADLINE_SEC = 30 * 60.0  # After the end of its process, a saver writes for so long.
+MANIFEST = "manifest.json"  # Completes a state: a folder without it is not one.
+DEADLINE_SEC = 30 * 60.0  # How long a saver may go on writing after its process has ended.
 _LENGTH = struct.Struct("<Q")
 _CHUNK = 8 << 20
-_ALIGNMENT = 64  # Of tensors in an archive, which PyTorch maps into memory.
-# No part of a state grows any more: the process that was to write it is gone. The second is for
-# where its lock says so, too.
+_ALIGNMENT = 64  # Bytes, of tensors in an archive: PyTorch maps them into memory.
+# A missing part is given up once the folder has not changed for so long. The second applies where
+# no process holds the lock of the part's writer either.
 _STANDSTILL_SEC, _UNLOCKED_STANDSTILL_SEC = 120.0, 20.0
-_HERE, _RENAME_EXCHANGE = -100, 2  # Of Linux: paths as they are, and both names stay.
+_HERE, _RENAME_EXCHANGE = -100, 2  # Linux's AT_FDCWD and RENAME_EXCHANGE, for renameat2.
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
-Region = Sequence[int]  # Number of a segment of memory, first byte, number of bytes.
+Region = Sequence[int]  # Index of a shared memory segment, first byte, number of bytes.
 
 
 def send_message(connection: socket.socket, message: Any, descriptor: int | None = None) -> None:
-    """Send plain values, and perhaps an open file, over a local socket."""
+    """Send a JSON value, and optionally an open file descriptor, over a local socket."""
     content = json.dumps(message).encode()
     connection.sendall(_LENGTH.pack(len(content)) + content)
     if descriptor is not None:
@@ -49,7 +49,7 @@ def send_message(connection: socket.socket, message: Any, descriptor: int | None
 
 
 def receive_message(connection: socket.socket) -> Any:
-    """Return the next message; raises EOFError where the other process is gone."""
+    """Return the next message; raises EOFError if the other process has gone."""
     (length,) = _LENGTH.unpack(_receive(connection, _LENGTH.size))
     return json.loads(_receive(connection, length))
 
@@ -65,22 +65,22 @@ def _receive(connection: socket.socket, size: int) -> bytes:
 
 
 def lock_path(run_dir: Path, rank: int) -> Path:
-    """Return the file that the saver of a rank has locked for as long as it lives."""
+    """Return the path of the file that a rank's saver keeps locked for as long as it lives."""
     return run_dir / f".saver-{rank:05d}.lock"
 
 
 def lock_of_writer(part: Path) -> Path:
-    """Return the lock of the saver that writes a part, ``part-RANK.*`` of a state of a run."""
+    """Return the lock file of the saver that writes ``part``, a state's ``part-RANK.*``."""
     return lock_path(part.parent.parent, int(part.stem.rpartition("-")[2]))
 
 
 def sidecar_of(path: Path) -> Path:
-    """Return where the checksum of a part lies until the manifest has it."""
+    """Return the file that holds a part's checksum and size until the manifest records them."""
     return path.with_suffix(".json")
 
 
 class SaverProcess:
-    """Executes requests in order, and answers each with an error or none."""
+    """Executes requests in order, and answers each with None or a description of its error."""
 
     def __init__(self, connection: socket.socket, deadline_sec: float, rate: float | None) -> None:
         self._connection, self._deadline, self._rate = connection, deadline_sec, rate
@@ -94,7 +94,7 @@ class SaverProcess:
         self._kinds["manifest"] = self._complete
 
     def run(self) -> None:
-        """Work until the other process is gone and nothing is left to do."""
+        """Execute requests until the other process has gone and none is left."""
         threading.Thread(target=self._listen, daemon=True).start()
         while (job := self._jobs.get()) is not None:
             kind = job.pop("kind")
@@ -106,7 +106,7 @@ class SaverProcess:
                 error = [str(caught)] if caught.errno is None else known
             except Exception as caught:
                 error = [f"{type(caught).__name__}: {caught}"]
-            with contextlib.suppress(OSError):  # Nobody needs the answer any more.
+            with contextlib.suppress(OSError):  # The other process has gone.
                 send_message(self._connection, error)
         self._drop_lock()
 
@@ -138,12 +138,12 @@ class SaverProcess:
         self._lock = open(hidden, "w")
         with contextlib.suppress(OSError):  # Some network file systems have no locks.
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Nobody finds it before it is locked: who asks whether it is takes the lock for a moment.
+        # Renamed only once locked: a process that tests the lock takes it for a moment.
         os.replace(hidden, path)
         self._lock_path = path
 
     def _chunks(self, regions: Sequence[Region]) -> Iterator[memoryview]:
-        """Yield what lies in regions of memory, no faster than it may be written."""
+        """Yield the content of memory regions in chunks, no faster than the write rate allows."""
         began, num_bytes = time.monotonic(), 0
         for segment, first, size in regions:
             with memoryview(self._segments[segment]) as content:
@@ -156,7 +156,7 @@ class SaverProcess:
                         time.sleep(max(began + num_bytes / self._rate - time.monotonic(), 0))
 
     def _write_file(self, path: str, regions: Sequence[Region]) -> None:
-        """Write regions one after another, then the checksum of all into a file beside it."""
+        """Write the concatenated regions to ``path``, then their checksum to its sidecar file."""
         digest = hashlib.sha256()
         with atomic_write(path) as file:
             for chunk in self._chunks(regions):
@@ -166,7 +166,7 @@ class SaverProcess:
         write_json(sidecar_of(Path(path)), about)
 
     def _write_archive(self, path: str, members: Sequence[tuple[str, Region]]) -> None:
-        """Write regions as the members of a zip, as ``torch.save`` would."""
+        """Write regions as the members of a zip archive laid out as ``torch.save`` does it."""
         with atomic_write(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             for name, region in members:
                 info = zipfile.ZipInfo(name)
@@ -179,7 +179,7 @@ class SaverProcess:
                 with archive.open(info, "w") as member:
                     for chunk in self._chunks([region]):
                         member.write(chunk)
-                info.external_attr = 0  # Those of a file would be taken for a change.
+                info.external_attr = 0  # A snapshot's check takes file modes for damage.
 
     def _complete(
         self,
@@ -189,9 +189,9 @@ class SaverProcess:
         parts: Sequence[tuple[str, Any]],
         remove: Sequence[str],
     ) -> None:
-        """Write the manifest into a folder once every part is there, and give it its final name.
+        """Once every part of a state exists, write its manifest and rename the folder to ``final``.
 
-        Then delete what it makes superfluous.
+        Then delete the states ``remove``, which it makes superfluous.
         """
         folder = Path(path)
         found = self._wait_for([folder / name for name, _ in parts])
@@ -208,7 +208,10 @@ class SaverProcess:
             remove_state(old)
 
     def _wait_for(self, parts: Sequence[Path]) -> list[dict[str, Any]]:
-        """Return what the files beside parts say, which other processes may be writing still."""
+        """Return the contents of the parts' sidecars, waiting for those still being written.
+
+        Raises OSError if a part has not arrived and its writer seems to have gone.
+        """
         seen, since = None, 0.0
         while True:
             found = [_read_sidecar(part) for part in parts]
@@ -230,12 +233,15 @@ class SaverProcess:
 
 
 def manifest_checksum(content: dict[str, Any]) -> str:
-    """Return the checksum of what a manifest holds besides."""
+    """Return the SHA-256 of a manifest's ``content``, which excludes the checksum itself."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _replace_folder(folder: Path, final: Path) -> None:
-    """Give a folder another name, and drop one that has it: at no time has none."""
+    """Rename ``folder`` to ``final`` and delete what had that name.
+
+    If the system can exchange two names at once, ``final`` never goes missing in between.
+    """
     old = folder
     if not (final.is_dir() and _exchange(folder, final)):
         old = folder.with_suffix(".old.tmp")
@@ -247,7 +253,7 @@ def _replace_folder(folder: Path, final: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Have two folders swap their names at once; return False where the system cannot."""
+    """Swap the names of two folders atomically; return False if the system cannot do so."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
     names = os.fsencode(first), os.fsencode(second)
     return rename is not None and rename(_HERE, names[0], _HERE, names[1], _RENAME_EXCHANGE) == 0
@@ -261,7 +267,10 @@ def _read_sidecar(part: Path) -> dict[str, Any] | None:
 
 
 def remove_state(path: Path) -> None:
-    """Delete a state, which is a file or a folder; the manifest first, as the rest is none."""
+    """Delete a state, a file or a folder; the manifest goes first, so that no partial state counts.
+
+    A state that does not exist is no error.
+    """
     with contextlib.suppress(FileNotFoundError):
         if path.is_dir():
             (path / MANIFEST).unlink(missing_ok=True)
@@ -271,7 +280,12 @@ def remove_state(path: Path) -> None:
 
 
 def main(descriptor: int, deadline_sec: float, rate: float | None) -> None:
-    """Serve the process at the other end of a socket."""
+    """Serve the process at the other end of the socket ``descriptor``.
+
+    Args:
+        deadline_sec: How long to go on writing after that process has ended.
+        rate: Most bytes written per second; None does not limit them.
+    """
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
     os.nice(5)  # Training goes first.

@@ -7,7 +7,12 @@ from typing import Any
 
 
 class Stream:
-    """An output stream whose reader may go: what is written after that is dropped."""
+    """An output stream that drops what is written to it once its reader has gone.
+
+    Args:
+        stream: The stream that is wrapped; it must have a file descriptor.
+        on_closed: Called when a write finds that the reader has gone.
+    """
 
     def __init__(self, stream: Any, on_closed: Callable[[], None]) -> None:
         self._stream, self._on_closed = stream, on_closed
@@ -22,7 +27,7 @@ class Stream:
         try:
             return action()
         except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):  # The latter of a closed terminal.
+            if error.errno not in (errno.EPIPE, errno.EIO):  # EIO: a closed terminal.
                 raise
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), self._stream.fileno())

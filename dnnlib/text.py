@@ -8,7 +8,7 @@ from dnnlib.config import did_you_mean
 from dnnlib.errors import refusal
 
 _MAX_SEED = 2**32 - 1
-MAX_LISTED = 10_000_000  # Integers of one list, which a range names in a few characters.
+MAX_LISTED = 10_000_000  # Integers in one list: a range can ask for too many in a few characters.
 
 
 def format_time(seconds: float) -> str:
@@ -32,7 +32,7 @@ def format_count(number: float, unit: str = "") -> str:
 
 
 def format_kimg(kimg: float) -> str:
-    """Return a number of thousands of images: ``0.26`` below one, ``154.3`` above."""
+    """Return a number of kimg as text, with two decimals below 1 and one above: ``154.3``."""
     return f"{kimg:.2f}" if 0 < kimg < 1 else f"{kimg:.1f}"
 
 
@@ -43,14 +43,14 @@ def join_names(names: Iterable[str]) -> str:
 
 
 def is_number(text: str) -> bool:
-    """Return whether a text is a whole number in decimal digits, of a length that can be meant."""
+    """Return whether a text consists of 1 to 18 ASCII decimal digits."""
     return text.isascii() and text.isdecimal() and len(text) <= 18
 
 
 def number_text(text: str) -> str:
-    """Return a text that is to be a number; ValueError if it is none as people type numbers.
+    """Return ``text`` unchanged; raises ValueError if it has an underscore or is not ASCII.
 
-    Python reads other digits than 0 to 9, and underscores among them, too.
+    Python's own parsers accept underscores between digits, and the digits of other scripts.
     """
     if not text.isascii() or "_" in text:
         raise ValueError(text)
@@ -58,12 +58,12 @@ def number_text(text: str) -> str:
 
 
 def by_number(name: str) -> tuple[bool, int, str]:
-    """Return the key that sorts names which are numbers by size, before all others by letters."""
+    """Return a sort key that puts numeric names first, by value, and then the others by letters."""
     return not is_number(name), int(name) if is_number(name) else 0, name
 
 
 def check_seeds(where: str, seeds: Iterable[Any]) -> None:
-    """Raise ValueError if the seed of an image is not an integer from 0 to 2^32 - 1."""
+    """Raise ValueError if a seed is not an integer from 0 to 2^32 - 1."""
     for seed in seeds:
         try:
             is_seed = not isinstance(seed, bool) and 0 <= operator.index(seed) <= _MAX_SEED
@@ -76,12 +76,16 @@ def check_seeds(where: str, seeds: Iterable[Any]) -> None:
 def parse_ranges(
     where: str, parts: str | Sequence[str], names: Sequence[str] | None = None
 ) -> list[int]:
-    """Return the integers of a list such as ``0-3,7,10-11``, or of its elements, in order.
+    """Return the integers that a list such as ``0-3,7,10-11`` names, in the order given.
 
-    Each of ``names``, those of classes, may stand for its index, and no other index is accepted.
-    Where a class has a number for its name, all numbers are names, so that ``1,2`` and ``1-2`` are
-    the same; a range is of the classes that lie in it, by their numbers.
-    Raises ValueError for anything else, with the option ``where``, and for too many integers.
+    Args:
+        where: The option, for error messages.
+        parts: The list as one text, or its elements.
+        names: Class names. Each may stand for its index, and only their indices are accepted. If
+            any name is a number, all numbers are taken for names, so that ``1,2`` and ``1-2`` mean
+            the same; a range then covers the classes whose numbers lie in it.
+
+    Raises ValueError for any other text, and for more than :data:`MAX_LISTED` integers.
     """
     found: list[int] = []
     numbers = {int(name): i for i, name in enumerate(names or ()) if is_number(name)}

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def parse_json(content: str | bytes, **hooks: Any) -> Any:
-    """Return the value of a JSON text; raises ValueError for any other, or for one too deep."""
+    """Return the value of a JSON text; raises ValueError if it is invalid or nested too deeply."""
     try:
         return json.loads(content, **hooks)
     except RecursionError:
@@ -22,7 +22,7 @@ def parse_json(content: str | bytes, **hooks: Any) -> Any:
 
 
 def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the object of these pairs, as ``object_pairs_hook``; ValueError for a key twice."""
+    """Return pairs as a dict; an ``object_pairs_hook`` that raises ValueError for repeated keys."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
@@ -32,18 +32,18 @@ def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class JsonFormat:
-    """A format of JSON files, whose object has a ``format`` and a ``version``."""
+    """A format of JSON files, each an object with the keys ``format`` and ``version``."""
 
-    name: str  # What ``format`` is.
-    version: int  # The highest version that is read; the first is 1.
+    name: str  # The value of ``format``.
+    version: int  # The highest version that can be read; the lowest is 1.
     command: str  # The command that writes such files.
-    remedy: str  # What to do about a damaged one.
+    remedy: str  # What to do about a damaged file, as an imperative.
 
     def parse(self, content: bytes, file: Path | str, make: Callable[[dict[str, Any]], T]) -> T:
-        """Return what ``make`` does of the object in the content of ``file``.
+        """Return ``make(values)`` for the object that ``content``, read from ``file``, encodes.
 
-        Raises ValueError if the file is of another format or version, or damaged: no JSON, or
-        values at which ``make`` raises ValueError or OverflowError.
+        Raises ValueError if the file has another format or a newer version, or is damaged: not
+        JSON, or values for which ``make`` raises ValueError or OverflowError.
         """
         try:
             values = parse_json(content)
@@ -63,15 +63,15 @@ class JsonFormat:
 
 
 def typed(hint: Any, value: Any, name: str = "") -> Any:
-    """Return a value read from JSON as a type, after every value in it is checked.
+    """Return a value read from JSON as the type ``hint``, after checking it at every depth.
 
     Args:
-        hint: A dataclass, whose defaults stand for missing keys, a TypedDict (keys that it does
-            not name stay, unchecked), a dict, a list, a tuple of a fixed length, int, float, str
-            or bool; each of them also ``| None``.
-        name: What errors call the value.
+        hint: A dataclass (its defaults stand for missing keys, unknown keys are dropped), a
+            TypedDict (unknown keys are kept, unchecked), a dict, a list, a tuple of fixed length,
+            int, float, str or bool; any of these ``| None``.
+        name: What error messages call the value.
 
-    Raises ValueError with the first difference: ``buckets[1].num is 'x'``.
+    Raises ValueError that names the first mismatch, such as ``buckets[1].num is 'x'``.
     """
     hint, is_optional = split_optional(hint)
     origin, inner = typing.get_origin(hint) or hint, typing.get_args(hint)

@@ -1,7 +1,7 @@
-"""The kinds of models. Importing this package registers them; each loads when it is needed.
+"""The kinds of models. Importing this package registers them; each is loaded when it is needed.
 
-Every module here implements the contract of :mod:`training.family` and answers every question
-about its kind of model.
+The modules ``image``, ``latent``, ``sets`` and ``features`` each implement the contract of
+:mod:`training.family` for one kind of model; the others hold what they share.
 """
 
 import functools
@@ -26,7 +26,10 @@ for _name in ("image", "latent", "sets", "features"):
 
 
 def expect(snapshot: "Snapshot", name: str, problem: str) -> Family:
-    """Return the family ``name`` for one of its snapshots; raises ValueError for any other."""
+    """Return the family ``name`` if a snapshot belongs to it; raises ValueError otherwise.
+
+    ``problem`` ends the message, after the path of the snapshot.
+    """
     if snapshot.config.family != name:
         raise ValueError(f"--network: {snapshot.path} {problem}.")
     return named(name)

@@ -7,7 +7,7 @@ from training.config import RunConfig
 
 
 def refuse_augmentation(run: RunConfig, what: str) -> None:
-    """Raise ValueError if ``what`` is to be augmented, which only pixels can be."""
+    """Raise ValueError if the run augments ``what``: only pixels can be augmented."""
     augment = run.training.augment.augment
     if augment > 0:
         but, remedy = f"{what} cannot be augmented", "set --augment=0 (--hflip mirrors images)"
@@ -15,23 +15,24 @@ def refuse_augmentation(run: RunConfig, what: str) -> None:
 
 
 def refuse_reference(run: RunConfig, models: str, real: str) -> None:
-    """Raise ValueError for ``--metrics-ref`` of ``models`` that are compared with ``real``."""
+    """Raise ValueError if --metrics-ref is set for ``models``, which are compared with ``real``."""
     if run.logging.metrics_ref is not None:
         but = f"has no effect on {models}, which are compared with {real}; leave it out"
         raise ValueError(f"--metrics-ref {but}.")
 
 
 def unconditional(label_drop: float) -> ValueError:
-    """Return the error for dropped labels of a model that has none."""
+    """Return the ValueError for label dropout in a model without labels."""
     but, remedy = "the model is unconditional", "add --cond, or set --label-drop=0"
     return refusal("--label-drop", label_drop, but=but, remedy=remedy)
 
 
 def check_metrics(run: RunConfig, given: Collection[str], *, of_supports: bool) -> None:
-    """Raise ValueError for metrics of another kind of model, and for detectors of none of them.
+    """Raise ValueError for metrics of another kind of model, and for detector options without use.
 
-    A metric is ``of_supports`` or not, as the model's images are; ``given`` names the fields that
-    were typed.
+    Args:
+        given: Names of the fields that were typed.
+        of_supports: Whether the model generates from supports, and so needs metrics that do.
     """
     names, detectors = run.logging.metrics, set()
     if names:

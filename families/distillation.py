@@ -1,4 +1,4 @@
-"""Runs of students: what they inherit from their teacher, and how they may be sampled."""
+"""Distillation runs: what students inherit from their teacher, and how they may be sampled."""
 
 import dataclasses
 from collections.abc import Collection, Iterator
@@ -11,16 +11,17 @@ from training.config import RunConfig
 from training.distillation.config import DEFAULT_STEPS
 from training.distillation.stages import num_optimizer_steps
 
-# Of the model, what has no weights, or says where something is.
+# Model settings that a student may change: they have no weights, or only locate a file.
 _FREE = ("attention", "checkpointing", "dropout", "vae")
-# Of the sampling, what a student may have otherwise than its teacher.
+# Sampling settings in which a student may differ from its teacher.
 _GRID = ("grid", "sigma_min", "sigma_max", "rho", "time_shift", "clip_denoised")
 
 
 def as_student(run: RunConfig, source: RunConfig, given: Collection[str]) -> RunConfig:
-    """Return a run of students of ``source``'s network; ``given`` names the fields that were typed.
+    """Return ``run`` as a run that distils the network of the run ``source``.
 
-    Raises ValueError for settings that a student cannot have.
+    ``given`` names the fields that were typed. Raises ValueError for settings that a student cannot
+    have.
     """
     for section in ("model", "precond"):
         for name, value, there in _changes(getattr(run, section), getattr(source, section)):
@@ -48,7 +49,7 @@ def as_student(run: RunConfig, source: RunConfig, given: Collection[str]) -> Run
 
 
 def _student_steps(run: RunConfig, source: RunConfig, given: Collection[str]) -> tuple[int, ...]:
-    """Return the sampling steps of each stage's student."""
+    """Return the number of sampling steps of each stage's student."""
     typed = run.distillation.distill_steps if "distill_steps" in given else ()
     if not source.distillation.is_on:
         return typed or DEFAULT_STEPS
@@ -69,7 +70,7 @@ def _student_steps(run: RunConfig, source: RunConfig, given: Collection[str]) ->
 def _student_sampling(
     run: RunConfig, source: RunConfig, steps: tuple[int, ...], given: Collection[str]
 ) -> SamplingConfig:
-    """Return how the first student is sampled, on the noise levels of its teacher or typed ones."""
+    """Return the sampling settings of the first student, on its teacher's or typed noise levels."""
     is_student, changes = source.distillation.is_on, {}
     for field in dataclasses.fields(run.sampling):
         name, value = field.name, getattr(run.sampling, field.name)
@@ -84,8 +85,8 @@ def _student_sampling(
         raise refusal(f"--{option_name(field)}", value, but=but, remedy="leave it out")
     grid_steps = source.sampling.grid_steps if is_student else 2 * steps[0]
     if changes.get("grid", source.sampling.grid) == "time":
-        grid_steps = None  # A flow's N steps visit every second time of its 2 N.
-    # Euler's method is DDIM without noise, and all that flows have of first order.
+        grid_steps = None  # N flow-matching steps visit every second time of 2 N steps anyway.
+    # Euler's method is DDIM without noise, and the only first-order sampler of flow matching.
     changes |= dict(sampler="euler", steps=steps[0], grid_steps=grid_steps, respacing=None)
     changes |= dict(s_churn=0.0, eta=0.0)
     return dataclasses.replace(source.sampling, **changes)
@@ -102,9 +103,14 @@ def _no_guidance(run: RunConfig, source: RunConfig, given: Collection[str]) -> A
 
 
 def check_student(source: RunConfig, sampling: SamplingConfig, guidance: Config, name: str) -> None:
-    """Raise ValueError if the student of a snapshot ``name`` is sampled as it was not trained for.
+    """Raise ValueError if a student would be sampled in a way that it was not trained for.
 
-    Clipping is free, and so is guidance of a student whose teacher had none.
+    Clipping may change, and so may the guidance of a student whose teacher was not guided.
+
+    Args:
+        source: Run of the student.
+        sampling, guidance: Protocol that is asked for.
+        name: The student's snapshot, for messages.
     """
     trained = source.sampling.steps
     for field, value, there in _changes(sampling, source.sampling):
@@ -119,7 +125,7 @@ def check_student(source: RunConfig, sampling: SamplingConfig, guidance: Config,
 
 
 def _changes(own: Config, there: Config) -> Iterator[tuple[str, Any, str]]:
-    """Yield name and value of each field that differs, and the other value as it is typed."""
+    """Yield each option in which ``own`` differs: its name, its value, and ``there``'s as typed."""
     for field in dataclasses.fields(there):
         value, other = getattr(own, field.name, None), getattr(there, field.name)
         if value != other and field.metadata["exposed"]:

@@ -1,4 +1,4 @@
-"""Feature-conditioned models: NanoDiT, flow matching on latents with text and visual features."""
+"""Feature-conditioned models: NanoDiT, flow matching on latents given text and visual features."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -34,15 +34,15 @@ from training.transfer import Transfer, transfer_weights
 from training.validation.examples import NUM_IMAGES, Examples, Row, num_repeats, spread
 from training.watching.inspection.sample import Sample
 
-# What a model without patches lacks.
+# Parameters that a model without patches lacks.
 _PATCH_PARAMETERS = ("conditioner.dino_patch_proj.*", "conditioner.null_dino_patch_token")
 _LR_FACTOR = 0.5
-_BIAS_STEPS = 2000
+_BIAS_STEPS = 2000  # Optimizer steps over which new patches are phased in.
 _VISUAL_ALONE = "never dropped without the other in training"
 
 
 class FeatureFamily:
-    """Latents of images of several sizes, conditioned on a text and a reference image."""
+    """Latents of images in several sizes, conditioned on text and on a reference image."""
 
     run: ClassVar[type[RunConfig]] = FeatureRun
     library_bytes = 75 << 20
@@ -62,9 +62,9 @@ class FeatureFamily:
     def settle_in(
         self, run: FeatureRun, source: RunConfig, trained_nimg: int, given: Collection[str]
     ) -> FeatureRun:
-        """Return ``run`` with half the learning rate, and new patches let in over 2,000 steps.
+        """Return ``run`` with half the learning rate, and new patches phased in over 2,000 steps.
 
-        Patches are new if ``source`` has none, or has not let them in yet.
+        Patches are new if ``source`` has none, or had not finished phasing them in.
         """
         changes = dict(ema_rampup=None, lr=run.training.lr * _LR_FACTOR)
         changes = {name: value for name, value in changes.items() if name not in given}
@@ -72,7 +72,7 @@ class FeatureFamily:
             getattr(source.model, "use_dino_patches", False)
             and trained_nimg >= 1000 * source.features.patch_bias_kimg
         )
-        # A model may get patches that the other had not.
+        # The run may add patches to a model without them.
         run = with_architecture(run, source, {*given, "use_dino_patches"})
         if "patch_bias_kimg" not in given and run.model.use_dino_patches and not had_patches:
             run = run.changed("features", patch_bias_kimg=_BIAS_STEPS * run.training.batch / 1000)
@@ -80,7 +80,7 @@ class FeatureFamily:
 
     def distil(self, run: FeatureRun, source: RunConfig, given: Collection[str]) -> FeatureRun:
         run = as_student(run, source, given)
-        # The teacher has let its patches in.
+        # The teacher has finished phasing in its patches.
         return run if "patch_bias_kimg" in given else run.changed("features", patch_bias_kimg=0.0)
 
     # A training run.
@@ -165,7 +165,7 @@ class FeatureFamily:
             if size not in data.buckets:
                 continue
             own, other = held_out.counts[bucket], data.buckets.index(size)
-            # In proportion, each at least once.
+            # In proportion to the bucket's images, but at least one.
             num = max(NUM_IMAGES * own // len(held_out), 1) if is_many else own * repeats
             starts = (held_out.firsts[bucket], data.firsts[other])
             places = [spread(num, own), spread(num, data.counts[other])]
@@ -361,7 +361,7 @@ def _fit_to_features(run: FeatureRun, data: TrainingData) -> FeatureRun:
 
 
 def _conditions(run: FeatureRun) -> tuple[Any, ...]:
-    """Return what a model is given, and which of it can be dropped."""
+    """Return the conditions of a model, and why some of them cannot be dropped."""
     from evaluation.conditioning.panel import Condition
     from models.feature_conditioner import CONDITIONS
 

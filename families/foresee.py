@@ -1,4 +1,7 @@
-"""What the process of training.resources.memory_process runs: python -m families.foresee RUN."""
+"""Predicts the memory of a run in a process of its own: python -m families.foresee RUN_DIR.
+
+Started by :mod:`training.resources.memory_process`.
+"""
 
 import os
 import sys
@@ -7,13 +10,13 @@ from pathlib import Path
 
 
 def _end_with_parent() -> None:
-    """End this process when its input ends, as it does with the one that started it."""
+    """End this process when its standard input closes, as it does when the parent process ends."""
     sys.stdin.buffer.read()
     os._exit(1)
 
 
 def main() -> None:
-    """Print the bytes that each rank of a run will hold, by what its folder says of it."""
+    """Print how many bytes each rank will hold, predicted from the options in the run folder."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.nice(19)
     import families  # noqa: F401 (registers them)
@@ -26,7 +29,7 @@ def main() -> None:
     device_type = str(options["device"]).partition(":")[0]
     config = restore_run(options["config"])
     print(predict_memory(config, options["world_size"], device_type).total, flush=True)
-    os._exit(0)  # The thread still reads.
+    os._exit(0)  # The other thread is still reading.
 
 
 if __name__ == "__main__":

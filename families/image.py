@@ -1,4 +1,4 @@
-"""Models of images in pixels, class-conditional or not: DiffiT's U-shaped network."""
+"""Pixel-space models of images, class-conditional or unconditional: DiffiT's U-shaped network."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -35,11 +35,11 @@ from training.transfer import Transfer, transfer_weights
 from training.validation.examples import Examples, examples_of_images
 from training.watching.inspection.sample import Batch, Sample
 
-_DEFAULT_LABEL_DROP = 0.1  # As in classifier-free guidance's experiments (arXiv 2207.12598).
+_DEFAULT_LABEL_DROP = 0.1  # From the paper on classifier-free guidance (arXiv 2207.12598).
 
 
 class ImageFamily:
-    """Images in pixels. Families that differ in a part of it override that part."""
+    """Images in pixel space. Families that differ only in parts derive from it."""
 
     run: ClassVar[type[RunConfig]] = ImageRun
     library_bytes = 0
@@ -54,7 +54,7 @@ class ImageFamily:
         self, run: ImageRun, source: RunConfig, trained_nimg: int, given: Collection[str]
     ) -> ImageRun:
         run = with_architecture(run, source, given)
-        # The weights are good from the start: the average need not forget its first steps.
+        # The weights are good from the start, so the average need not forget its first steps.
         return run if "ema_rampup" in given else run.changed("training", ema_rampup=None)
 
     def distil(self, run: ImageRun, source: RunConfig, given: Collection[str]) -> ImageRun:
@@ -100,7 +100,7 @@ class ImageFamily:
         return run.changed("training", label_drop=label_drop)
 
     def check_guidance(self, run: ImageRun, num_classes: int) -> None:
-        """Raise ValueError if guidance is asked of a model that cannot give it."""
+        """Raise ValueError if the run asks for guidance that its model cannot give."""
         guidance, channels = run.guidance, run.model.input_shape[0]
         if (guidance.cfg_channels or 0) > channels:
             but = f"the model denoises {channels} channels"
@@ -113,7 +113,7 @@ class ImageFamily:
             raise refusal("--cfg-scale", guidance.cfg_scale, but=but, remedy=remedy)
 
     def _unguided(self, run: ImageRun, num_classes: int) -> tuple[str, str] | None:
-        """Return why there is no guidance and what to train with; None where there is."""
+        """Return why a model cannot be guided, and the options to train with; None if it can."""
         if not num_classes:
             return "is unconditional", "--cond and --label-drop=0.1"
         if not run.training.label_drop:
@@ -127,7 +127,11 @@ class ImageFamily:
         return run, self.encoder_codec(run, data, device)
 
     def snapshot_codec(self, snapshot: Snapshot, vae: str | None, device: torch.device) -> Codec:
-        """Return what decodes the images of a snapshot; ``vae`` says where the autoencoder is."""
+        """Return the codec that decodes a snapshot's images.
+
+        ``vae`` is the autoencoder's new location, if it has moved. Raises ValueError if the model
+        has none, or if the file is not the right one.
+        """
         if vae is not None:
             raise ValueError(f"--vae: got {vae}, but this model makes images without one.")
         return PixelCodec()
@@ -137,7 +141,7 @@ class ImageFamily:
             self._num_keys(data),
             first_key=part.num_rollbacks * MAX_POSITIONS,
             seed=seed_after(run.training.seed, part.num_rollbacks),
-            # A row of a batch is an image, or a set of them.
+            # A row of a batch is one image or a set of images.
             start_nimg=start_nimg // run.model.images_per_row,
             batch_size=run.training.batch,
             **part.share,
@@ -145,11 +149,11 @@ class ImageFamily:
         return Steps(sampler, lambda cur_nimg: run.model.input_shape)
 
     def _num_keys(self, data: TrainingData) -> int | None:
-        """Return how many rows there are; None where every position in the run makes its own."""
+        """Return the number of rows in the data; None if each position in the run has its own."""
         return len(data)
 
     def places(self, data: TrainingData, keys: Sequence[int]) -> np.ndarray:
-        return np.asarray(keys) % data.num_images  # Mirror images follow all others.
+        return np.asarray(keys) % data.num_images  # Mirrored images come after all originals.
 
     def inspected(
         self, run: ImageRun, data: TrainingData, codec: Codec, device: torch.device, number: int
@@ -160,11 +164,11 @@ class ImageFamily:
         return Sample(batches=(batch,), **self._expected_std(run))
 
     def _num_encoded(self, data: TrainingData) -> int | None:
-        """Return of how many images the network's input is inspected; None for all of them."""
+        """Return how many of the inspected images are also encoded; None for all of them."""
         return None
 
     def _expected_std(self, run: ImageRun) -> dict[str, Any]:
-        """Return the standard deviation that a model expects, as arguments of Sample."""
+        """Return the standard deviation that a model expects of data, as arguments of Sample."""
         return dict(std=make_precond(run.precond).sigma_data)
 
     def objective(self, run: ImageRun, network: Network, codec: Codec) -> Objective:
@@ -213,7 +217,7 @@ class ImageFamily:
     def _evaluate(
         self, run: ImageRun, data: TrainingData, device: torch.device
     ) -> Callable[..., list[dict[str, Any]]] | None:
-        """Return the function that scores images by the run's metrics; None without any."""
+        """Return the function that scores images with the run's metrics; None if it has none."""
         if not run.logging.metrics:
             return None
         from evaluation.scoring import RealImages, make_evaluate
@@ -230,11 +234,11 @@ class ImageFamily:
         return make_evaluate(specs, run.detectors, real, run.model, device, parts)
 
     def _metric_specs(self, run: ImageRun, specs: Sequence[Any]) -> Sequence[Any]:
-        """Return the run's metrics as it wants them computed."""
+        """Return ``specs``, the run's metrics, with the run's own settings."""
         return specs
 
     def _real_images(self, run: ImageRun, data: TrainingData, metric: str) -> Any:
-        """Return the dataset of images that ``metric`` compares with, which are the data's own."""
+        """Return the dataset of real images for ``metric``: those of the training data."""
         return data.images if isinstance(data, MirroredImages) else data
 
     def describe(self, run: ImageRun) -> dict[str, str]:
@@ -316,7 +320,7 @@ class ImageFamily:
 
 
 def objective_settings(run: RunConfig) -> dict[str, Any]:
-    """Return the arguments that every objective has beside network, precond and codec."""
+    """Return the arguments that all objectives take besides network, precond and codec."""
     return dict(
         label_drop=run.training.label_drop or 0.0,
         autocast_dtype=AUTOCAST_DTYPES[run.training.precision],
@@ -324,10 +328,10 @@ def objective_settings(run: RunConfig) -> dict[str, Any]:
 
 
 def with_architecture(run: RunConfig, source: RunConfig, kept: Collection[str]) -> RunConfig:
-    """Return ``run`` with the model settings of ``source``, but for the fields ``kept``.
+    """Return ``run`` with the model settings of ``source``, except for the fields ``kept``.
 
-    What the data decide, and dropout, which has no weights, stay too, as does all of a model of
-    another kind.
+    Settings that the data determine also stay, and so does dropout, which has no weights. If the
+    models are of different kinds, nothing changes.
     """
     if type(source.model) is not type(run.model):
         return run
@@ -339,17 +343,20 @@ def with_architecture(run: RunConfig, source: RunConfig, kept: Collection[str]) 
 
 
 def with_path(run: RunConfig, path: str | None) -> RunConfig:
-    """Return ``run`` with its data at ``path``, if that is given."""
+    """Return ``run`` with its data at ``path``, or unchanged if that is None."""
     return run if path is None else run.changed("data", data=path)
 
 
 def without_augmentation(run: RunConfig, data: str | None) -> RunConfig:
-    """Return ``run`` with each image of its data once, as it is; ``data`` says where they are."""
+    """Return ``run`` with every image of its data used once, unmirrored and uncached.
+
+    ``data`` is their new location, if they have moved.
+    """
     return with_path(run, data).changed("data", hflip=False, max_size=None, cache=False)
 
 
 def check_resolution(run: RunConfig, resolution: int) -> None:
-    """Raise ValueError if the images of a run's data have another size than its model makes."""
+    """Raise ValueError if ``resolution``, that of the data in pixels, is not that of the model."""
     expected = run.model.resolution
     if resolution != expected:
         raise ValueError(
@@ -362,8 +369,8 @@ def check_resolution(run: RunConfig, resolution: int) -> None:
 def open_images_of(run: RunConfig, **settings: Any) -> ImageDataset:
     """Return the images that a run's ``--data`` names.
 
-    ``settings`` are further ones of open_dataset. Raises ValueError, which says so if there are
-    latents or features in place of images, or an archive that is to be converted.
+    ``settings`` are further arguments of open_dataset. Raises ValueError if they cannot be opened;
+    the message recognises latents, features, and archives that need converting first.
     """
     try:
         return open_dataset(run.data, seed=run.training.seed, **settings)

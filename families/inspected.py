@@ -1,4 +1,4 @@
-"""Which items of a run's data are inspected before its first step."""
+"""The items of a run's data that are inspected before its first step."""
 
 import itertools
 from typing import Any
@@ -16,17 +16,20 @@ from training.watching.inspection.sample import (
     rows_of_few_classes,
 )
 
-_NUM_BUCKETS = 3  # The largest ones.
-_NUM_WITHOUT_PATCHES = 96  # Images whose texts and CLS tokens are seen, at least.
+_NUM_BUCKETS = 3  # Only the largest buckets are inspected.
+_NUM_WITHOUT_PATCHES = 96  # Least number of images whose texts and CLS tokens are inspected.
 
 
 def images_to_inspect(
     family: Family, run: RunConfig, data: TrainingData, number: int
 ) -> tuple[torch.Tensor, Cond]:
-    """Return a few images as they are stored, with their labels."""
+    """Return a few images as stored, uint8 [N, C, H, W] or latents, with their conditions.
+
+    ``number`` is that of the inspection: 0, or 1 for a larger sample.
+    """
     num, seed = NUM_ITEMS[number], (run.training.seed, number)
     if data.remote_bytes:
-        # Those of the first steps, which are fetched anyway.
+        # The images of the first steps, which have to be fetched anyway.
         whole = Part(rank=0, world_size=1, batch_gpu=run.training.batch)
         keys = itertools.chain.from_iterable(family.steps(run, data, 0, whole).sampler)
         rows = list(itertools.islice(keys, num))
@@ -43,9 +46,12 @@ def images_to_inspect(
 def features_to_inspect(
     run: RunConfig, data: Any, codec: Codec, device: torch.device, number: int
 ) -> tuple[Batch, ...]:
-    """Return a few images of the largest buckets, most of them without patches."""
+    """Return a few images from the largest buckets, most of them without patch features.
+
+    ``number`` is that of the inspection: 0, or 1 for a larger sample.
+    """
     batches, num = [], num_items(data.__getitems__([0])[1]["patches"].nbytes, number)
-    # More of what is small, of data on this machine.
+    # Texts and CLS tokens are small, so more of them are read if the data are on this machine.
     several = num if data.remote_bytes else max(num, _NUM_WITHOUT_PATCHES)
     order = sorted(range(len(data.counts)), key=lambda bucket: -data.counts[bucket])
     for bucket in order[:_NUM_BUCKETS]:

@@ -1,4 +1,4 @@
-"""Models of an autoencoder's latents, class-conditional or not: latent DiffiT."""
+"""Models of an autoencoder's latents, class-conditional or unconditional: latent DiffiT."""
 
 from collections.abc import Collection
 from typing import Any
@@ -23,11 +23,11 @@ from models import LatentModelConfig, ScaledLatentConfig
 from training.checkpoint import Snapshot
 from training.family import Codec, TrainingData
 
-_NUM_ENCODED = 16  # Images that an autoencoder encodes for an inspection, which takes a while.
+_NUM_ENCODED = 16  # Images that an inspection encodes: few, as the autoencoder is slow.
 
 
 class LatentFamily(ImageFamily):
-    """Latents of images, of which the autoencoder makes pictures."""
+    """Latents of images, which an autoencoder decodes."""
 
     run = LatentRun
     library_bytes = 105 << 20
@@ -139,7 +139,7 @@ def _fit_to_latents(run: LatentRun, data: LatentDataset) -> LatentRun:
 
 
 def _stored_form(data: TrainingData) -> dict[str, bool]:
-    """Return in which form a batch comes, as arguments of LatentCodec."""
+    """Return the form of a batch, as arguments of LatentCodec."""
     if isinstance(data, LatentDataset):
         return dict(from_images=False, has_std=data.record.kind == "mean-std")
     return dict(from_images=True, has_std=True)
@@ -154,9 +154,9 @@ def _open_autoencoder(
 
 
 def decoder_of(model: LatentModelConfig, vae: str | None, device: torch.device) -> Autoencoder:
-    """Return the autoencoder of a latent model, at ``vae`` if that is not where it was.
+    """Return the autoencoder of a latent model, loaded from ``vae`` if it has moved.
 
-    Raises ValueError if it is not there, or is not the one that the latents are of.
+    Raises ValueError if it is not there, or is not the one that made the latents.
     """
     if vae is None and model.vae is None:
         raise ValueError("--vae is missing: name the autoencoder that decodes the latents.")
@@ -164,7 +164,10 @@ def decoder_of(model: LatentModelConfig, vae: str | None, device: torch.device) 
 
 
 def check_autoencoder(model: ScaledLatentConfig, autoencoder: Autoencoder) -> None:
-    """Raise ValueError if an autoencoder's latents or images are not those of a model."""
+    """Raise ValueError if a model needs other latents or images than an autoencoder's.
+
+    Channels, downsampling, scale and shift have to agree.
+    """
     for what, option, own, there in (
         ("channels of the latents", "--latent-channels", model.latent_channels, "latent_channels"),
         ("downsampling", "--latent-downsampling", model.latent_downsampling, "downsampling"),

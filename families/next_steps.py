@@ -1,6 +1,6 @@
-"""Commands that sample and evaluate a snapshot, which the report of a run lists.
+"""Commands that sample and evaluate a snapshot, as listed in the report of a run.
 
-In them ``{network}`` stands for the snapshot and ``{run}`` for the run folder.
+They contain ``{network}`` for the snapshot and ``{run}`` for the run folder.
 """
 
 import shlex
@@ -11,25 +11,24 @@ CONDITIONS_STEP = {
     "Measure the effect of each condition": "python fid.py conditions --network={network} "
     "--jsonl={run}/conditions.jsonl"
 }
-_LEAST_FOR_INCEPTION = 32  # Edge of images below which it has little to look at.
+_LEAST_FOR_INCEPTION = 32  # Pixels a side; smaller images give Inception little to look at.
 
 
 def is_for_inception(run: RunConfig) -> bool:
-    """Return whether the images of a run are large enough for metrics by Inception."""
+    """Return whether the images of a run are large enough for metrics based on Inception."""
     return run.model.resolution >= _LEAST_FOR_INCEPTION
 
 
 def generate_step(title: str, request: str) -> dict[str, str]:
-    """Return the step that makes images, and a picture of them, of what ``request`` asks for."""
+    """Return the step that generates images and a grid of them, by the options ``request``."""
     command = f"python generate.py --network={{network}} --outdir={{run}}/samples {request}"
     return {title: f"{command} --grid={{run}}/samples.png"}
 
 
 def image_steps(run: RunConfig, data: str | None) -> dict[str, str]:
-    """Return the steps of a model that makes images of a class or of none.
+    """Return the next steps for a class-conditional or unconditional model.
 
-    ``data`` is where the images are that it is trained on. Where that is not known, the commands
-    have IMAGES.zip in its place.
+    ``data`` is the location of its training images; if None, the commands name IMAGES.zip.
     """
     usual = "fid50k_full" if is_for_inception(run) else "fd_pixels"
     metrics = ",".join(run.logging.metrics) or usual

@@ -1,4 +1,4 @@
-"""Reports on conditions while a run trains, for every family."""
+"""Reports on the effect of conditions while a run trains, for every family."""
 
 import torch
 
@@ -7,7 +7,7 @@ from training.family import Evaluator, Family
 
 
 def check_conditions(run: RunConfig) -> None:
-    """Raise ValueError for a model without classes, which has nothing to report."""
+    """Raise ValueError for a model without classes, which has no condition to report on."""
     if not run.model.num_classes:
         raise ValueError("This model is unconditional; there is no condition to vary.")
 
@@ -15,7 +15,7 @@ def check_conditions(run: RunConfig) -> None:
 def reporting(
     family: Family, run: RunConfig, evaluator: Evaluator, device: torch.device
 ) -> Evaluator:
-    """Return ``evaluator``, which then also reports on conditions if the run asks for that."""
+    """Return ``evaluator``, extended to report on conditions if the run asks for that."""
     num = run.logging.report_conditions
     if not num:
         return evaluator

@@ -1,6 +1,7 @@
-"""The run of each kind of model: its sections, and the values that they start from.
+"""The run configuration of each kind of model: its sections and their default values.
 
-Beside the families, because options and presets are known before anything of a family is loaded.
+They are apart from the families, because options and presets must be known before a family is
+loaded.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from training.distillation.config import ClassDistillationConfig, DualDistillati
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageRun(RunConfig):
-    """A run of a model that makes images of a class, or of none."""
+    """A run of a class-conditional or unconditional model of images."""
 
     family: ClassVar[str] = "image"
 
@@ -26,14 +27,14 @@ class ImageRun(RunConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LatentRun(ImageRun):
-    """A run on latents, read from an archive of them or encoded while training."""
+    """A run on latents, read from a folder or encoded from images while training."""
 
     family: ClassVar[str] = "latent"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SetRun(ImageRun):
-    """A run on sets of images, each image made from a context of its set."""
+    """A run on sets of images, which generates each image from a context of its set."""
 
     family: ClassVar[str] = "sets"
 
@@ -42,7 +43,7 @@ class SetRun(ImageRun):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FeatureRun(RunConfig):
-    """A run on stored latents with features of captioned images."""
+    """A run on stored latents and features of captioned images."""
 
     family: ClassVar[str] = "features"
 
@@ -50,7 +51,7 @@ class FeatureRun(RunConfig):
     distillation: DualDistillationConfig = DualDistillationConfig()
     features: FeatureConfig = FeatureConfig()
     validation: ValidationConfig = ValidationConfig()
-    # The loss is summed over latents, as in runs that began before it was averaged.
+    # Sum the loss over a latent's elements, as in runs that began before it was averaged.
     summed_loss: bool = False
 
     def as_begun(self, before: Self) -> Self:

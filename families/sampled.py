@@ -1,4 +1,4 @@
-"""The run of a snapshot as it is to be sampled, and whether its network can be."""
+"""The configuration with which a snapshot is sampled, and checks that its network allows it."""
 
 import dataclasses
 import math
@@ -16,9 +16,9 @@ from training.config import RunConfig
 
 
 def check_levels(run: RunConfig) -> None:
-    """Raise ValueError if the network knows none of the noise levels that are asked for.
+    """Raise ValueError if the network cannot be sampled at the noise levels of ``run``.
 
-    Or if the sampler visits none of those to which guidance or churn is limited.
+    Raises it, too, if the sampler visits no noise level in the range of guidance or churn.
     """
     levels = sampling_sigmas(run.sampling, make_precond(run.precond))[:-1]
     sampling, limits = run.sampling, []
@@ -38,9 +38,9 @@ def check_levels(run: RunConfig) -> None:
 
 
 def run_to_sample(snapshot: Snapshot, options: GeneratorOptions, device: torch.device) -> RunConfig:
-    """Return the run of a snapshot sampled as ``options`` say where they do. Collective.
+    """Return :func:`sampled_run`, after choosing the library for float32 matrices. Collective.
 
-    Float32 matrices are multiplied as in training, where that is not told otherwise.
+    That is the one of training, unless ``options`` or the run's ``auto`` leave it open.
     """
     run, stored = snapshot.config, None
     if options.cpu_matmul is None and run.training.cpu_matmul != "auto":
@@ -50,7 +50,10 @@ def run_to_sample(snapshot: Snapshot, options: GeneratorOptions, device: torch.d
 
 
 def sampled_run(snapshot: Snapshot, options: GeneratorOptions) -> RunConfig:
-    """Return the run of a snapshot with the protocol and arithmetic that are asked for."""
+    """Return a snapshot's run with the sampling, guidance and precision that ``options`` set.
+
+    Raises ValueError for a student that would be sampled in a way it was not trained for.
+    """
     run = snapshot.config
     sampling, guidance = options.sampling or run.sampling, options.guidance or run.guidance
     if run.distillation.is_on:

@@ -1,4 +1,4 @@
-"""Set-conditioned models: DiT that makes more images like the few that it is shown."""
+"""Set-conditioned models: a DiT that generates more images like the few in its support."""
 
 import dataclasses
 import functools
@@ -46,7 +46,7 @@ _VALIDATION_SEED = 0
 
 
 class SetFamily(ImageFamily):
-    """Sets of images of a class, which a support represents."""
+    """Sets of images of one class, which a support stands for."""
 
     run = SetRun
 
@@ -75,7 +75,7 @@ class SetFamily(ImageFamily):
 
     def open_data(self, run: SetRun, path: str | None = None, split: str = "train") -> SetDataset:
         run = with_path(run, path)
-        # Of the classes trained on alone images are held out: the others have a use as a whole.
+        # Only classes trained on hold out images; unseen classes are needed whole.
         whole = run.changed("data", validation_share=0.0)
         images = open_images_of(whole, use_labels=None)
         check_resolution(run, images.resolution)
@@ -95,7 +95,7 @@ class SetFamily(ImageFamily):
             _check_classes(run, data)
         run = super().fit(run, data, num_classes)
         refuse_augmentation(run, "sets")
-        # A model that was pre-trained keeps what it was pre-trained with.
+        # A model keeps the reconstruction layer that its encoder was pre-trained with.
         reconstructs = run.model.reconstructs or run.sets.pretrain_encoder > 0
         return run.changed("model", reconstructs=reconstructs)
 
@@ -106,7 +106,7 @@ class SetFamily(ImageFamily):
         return reason, "--context-drop=0.1"
 
     def _num_keys(self, data: TrainingData) -> None:
-        return None  # Sets are drawn by their position in the run, which therefore is their key.
+        return None  # Sets are drawn by their position in the run, which is their key.
 
     def objective(self, run: SetRun, network: Network, codec: Codec) -> SetObjective:
         settings = objective_settings(run)
@@ -121,7 +121,7 @@ class SetFamily(ImageFamily):
         num, rows = max(num_images // run.model.sample_size, 1), []
         for place in itertools.count():
             drawn = sides[0].draw(place)
-            if drawn.rows.size > 1:  # Of a class with held-out images.
+            if drawn.rows.size > 1:  # Its class has held-out images.
                 name = data.set_classes[drawn.labels[0]]
                 rows.append(Row(run.model.input_shape, place, place, name))
             if len(rows) == num:
@@ -136,9 +136,9 @@ class SetFamily(ImageFamily):
         num = num_items(data.__getitems__([0])[0].nbytes // data.sample_size, number)
         keys, shown = range(-(-num // data.sample_size)), data
         if data.remote_bytes:
-            data.prefetch(keys)  # They are the first to be trained on.
+            data.prefetch(keys)  # Training begins with these.
         else:
-            # Images turned alike, or of two halves, are alike whatever they show.
+            # No derived classes: images rotated or composed in the same way look alike anyway.
             shown = data.of_classes(data.split.train)
         sets, facts = shown.__getitems__(keys)
         there = facts.get("mask", torch.ones(sets.shape[:2], dtype=torch.bool))
@@ -176,7 +176,7 @@ class SetFamily(ImageFamily):
         return [dataclasses.replace(spec, num_images=num_images) for spec in specs]
 
     def _real_images(self, run: SetRun, data: SetDataset, metric: str) -> Any:
-        # Images of unseen classes that are in no support.
+        # The images of unseen classes that belong to no support.
         episodes = episodes_of_run(data, "unseen", support_size=run.model.context_size)
         return data.images.subset(episodes.reals)
 
@@ -243,14 +243,14 @@ class SetFamily(ImageFamily):
         return Panel(name, (Condition("support", tuple(cond), reason=reason),), (group,))
 
     def example_run(self, run: SetRun, num_classes: int) -> SetRun:
-        return self.fit(run, None, 0)  # It is the support that guides.
+        return self.fit(run, None, 0)  # Guidance needs the support, not classes.
 
     def unprompted(self, generator: ImageGenerator) -> SupportGenerator:
         return SupportGenerator.of(generator, _noise_support(generator.model))
 
 
 def _noise_support(model: SetDiTConfig) -> Episodes:
-    """Return one support of noise, as many images as in training."""
+    """Return one support of noise, with as many images as in training."""
     size = model.context_size
     return Episodes(
         supports=torch.randint(256, (1, size, *model.input_shape), dtype=torch.uint8),
@@ -301,7 +301,7 @@ def _describe(run: SetRun) -> dict[str, str]:
 
 
 def _check_classes(run: SetRun, data: SetDataset) -> None:
-    """Raise ValueError if a run has no support for its pictures, or no classes to validate on."""
+    """Raise ValueError if a run's data provide no support to show, or no classes to validate on."""
     if not _kinds_to_show(data, run.model.context_size):
         but = "no class is unseen, and too few images of the classes trained on are held out"
         remedy = "give --test-classes, or a larger --held-out"
@@ -313,7 +313,7 @@ def _check_classes(run: SetRun, data: SetDataset) -> None:
 
 
 def _kinds_to_show(dataset: SetDataset, size: int) -> list[str]:
-    """Return of which kinds of classes, seen and unseen, there are supports of ``size``."""
+    """Return which kinds of classes, seen and unseen, all have ``size`` images for a support."""
     counts = dataset.images.class_counts
     pools = dict(
         seen=[len(pool) for pool in dataset.held_out.values()],
@@ -346,10 +346,15 @@ def _module_sizes(model: SetDiTConfig) -> str:
 def episodes_of_snapshot(
     snapshot: Snapshot, split: str, num: int, *, data: str | None = None, seed: int = 0
 ) -> Episodes:
-    """Return ``num`` episodes of a split of the data of a snapshot, of one class after another.
+    """Return ``num`` episodes from a split of a snapshot's data, cycling through its classes.
 
-    The split is ``seen`` (by held-out images), ``unseen`` or ``val``; ``data`` says where the data
-    are now. Raises ValueError if they are not there, or have no such classes or too few images.
+    Args:
+        split: ``seen`` (held-out images of classes trained on), ``unseen`` or ``val``.
+        data: New location of the data, if they have moved.
+        seed: Seed of the choice of images.
+
+    Raises ValueError if the data are missing or different, or have no such classes or too few
+    images.
     """
     size, dataset = snapshot.config.model.context_size, open_data_of(snapshot, data)
     choose = functools.partial(episodes_of_run, dataset, split, support_size=size, seed=seed)
@@ -361,9 +366,9 @@ def episodes_of_snapshot(
 
 
 def open_data_of(snapshot: Snapshot, data: str | None = None) -> SetDataset:
-    """Return the sets that a snapshot was trained on; ``data`` says where they are now.
+    """Return the sets that a snapshot was trained on, opened at ``data`` if they have moved.
 
-    Raises ValueError if they are not there, or are other data.
+    Raises ValueError if the data are missing or different.
     """
     config = snapshot.config
     location = data or config.data.data

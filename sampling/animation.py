@@ -1,4 +1,4 @@
-"""Animations of the way from noise to images."""
+"""Animations that show how images emerge from noise."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +13,11 @@ _MIN_FRAME_MS, _TOTAL_MS, _END_MS = 40, 4000, 2000
 
 
 def animate(generator: Generator, requests: Requests, wanted: Sequence[Place], path: Path) -> None:
-    """Write how up to 16 images of ``wanted`` come about, as an animated GIF.
+    """Write an animated GIF of how up to 16 images of ``wanted`` emerge from noise.
 
-    The images are of all parts of the request, as far as there are so many, and are made again: a
-    frame shows them as they are before a step of the sampler, the last one as they become.
+    They are spread evenly over the parts (supports or prompts) of the request, of which up to 16
+    are shown, and are generated again. A frame shows the sampler's state before a step, the last
+    one the finished images.
     """
     parts = dict.fromkeys(place.label for place in wanted) if requests.num_parts > 1 else (None,)
     parts, shown = list(parts)[:_MAX_SHOWN], []

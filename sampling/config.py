@@ -1,4 +1,4 @@
-"""How images are sampled, as options of generate.py and fid.py."""
+"""The sampling protocol as options of generate.py and fid.py."""
 
 import dataclasses
 from typing import Self
@@ -9,17 +9,14 @@ from dnnlib.config import Config
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateConfig(Config):
-    """A sampling protocol, as the options of generate.py and fid.py.
-
-    ``guidance`` is of the kind that the snapshot's family has.
-    """
+    """A sampling protocol; ``guidance`` has the type that the snapshot's family uses."""
 
     sampling: SamplingConfig = SamplingConfig()
     guidance: Config = GuidanceConfig()
 
     @classmethod
     def of_snapshot(cls, path: str | None) -> Self:
-        """Return the protocol that a snapshot brings along; the defaults without one."""
+        """Return the protocol stored in the snapshot at ``path``, or the defaults for None."""
         if path is None:
             return cls()
         from sampling.images import cached_snapshot

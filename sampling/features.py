@@ -1,4 +1,4 @@
-"""Images from text and visual features: one seed per image, independent of its batch."""
+"""Images from text and visual features, each determined by its seed and conditions alone."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -28,10 +28,10 @@ from training.feature_objective import patch_bias
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FeatureGenerator:
-    """A feature-conditioned network with its whole sampling protocol.
+    """A feature-conditioned network with its complete sampling protocol.
 
-    ``trained_nimg`` is the number of images that it was trained on, which decides how far added
-    patches have been let in.
+    ``trained_nimg`` is the number of images that it was trained on. It determines the attention
+    bias of patches that are being phased in.
     """
 
     network: Network
@@ -53,14 +53,15 @@ class FeatureGenerator:
         *,
         guidance: DualGuidanceConfig | None = None,
     ) -> torch.Tensor:
-        """Return uint8 images [N, 3, H, W] of a bucket's size, one per seed, on the device.
+        """Return images [N, 3, H, W], uint8, of the bucket's size, one per seed, on the device.
 
         Args:
-            seeds: One integer per image, taken modulo 2**32.
-            cond: Features of N images as :class:`~data.features.dataset.FeatureDataset` gives them.
-                Without ``text`` the image alone acts, without ``cls`` and ``patches`` the text.
+            seeds: One integer per image, taken modulo 2^32.
+            cond: Features of N images as :class:`~data.features.dataset.FeatureDataset` yields
+                them. ``text``, or ``cls`` and ``patches``, may be missing: the images are then
+                conditioned on the other alone.
             bucket: Size of the images.
-            guidance: In place of the generator's own.
+            guidance: Replaces the generator's own.
         """
         return self.codec.decode(self.sample_latents(seeds, cond, bucket, guidance=guidance))
 
@@ -68,9 +69,9 @@ class FeatureGenerator:
     def path(
         self, seeds: Sequence[int], cond: Cond, bucket: Bucket, num_frames: int
     ) -> list[Frame]:
-        """Return up to ``num_frames`` of the states on the way to :meth:`generate`'s images.
+        """Return up to ``num_frames`` frames of the sampler's states, the last with the images.
 
-        The last frame are the images.
+        The arguments are as in :meth:`generate`.
         """
         trajectory = Trajectory(num_frames - 1)
         latents = self.sample_latents(seeds, cond, bucket, trajectory=trajectory)
@@ -87,9 +88,9 @@ class FeatureGenerator:
         guidance: DualGuidanceConfig | None = None,
         trajectory: Trajectory | None = None,
     ) -> torch.Tensor:
-        """Return normalised latents [N, c, h, w], float64.
+        """Return sampled, normalised latents [N, c, h, w], float64.
 
-        ``trajectory`` notes the states; the other arguments are :meth:`generate`'s.
+        ``trajectory`` records the sampler's states; the other arguments are as in :meth:`generate`.
         """
         noise = SeededNoise(seeds, self.device).randn(self.model.latent_shape(*bucket.size))
         guided = self._guided(cond, len(seeds), bucket, guidance or self.guidance)
@@ -101,9 +102,10 @@ class FeatureGenerator:
 
     @torch.no_grad()
     def denoise(self, x: torch.Tensor, sigma: float, cond: Cond, bucket: Bucket) -> torch.Tensor:
-        """Return the guided estimate of x0 [N, c, h, w], float32, of x = x0 + sigma n.
+        """Return the guided estimate of x0 [N, c, h, w], float32, from x = x0 + sigma n, float32.
 
-        Flow matching knows x as z = x / (1 + sigma), at the time t = sigma / (1 + sigma).
+        In flow matching, x corresponds to z = x / (1 + sigma) at time t = sigma / (1 + sigma), and
+        the estimate is z - t v(z, t).
         """
         z, t = x / (1 + sigma), sigma / (1 + sigma)
         return z - t * self._guided(cond, len(x), bucket, self.guidance)(z, t)
@@ -118,7 +120,7 @@ class FeatureGenerator:
     def _branches(
         self, cond: Cond, num: int, bucket: Bucket, guidance: DualGuidanceConfig
     ) -> tuple[list[Context], list[float]]:
-        """Return the contexts of all branches that count, and their weights."""
+        """Return the contexts of the guidance branches with a weight, and those weights."""
         cond = {k: v.to(self.device) for k, v in cond.items() if k != "size"}
         self.network.check(cond)
         cond = self.codec.encode_cond(cond)
@@ -129,7 +131,7 @@ class FeatureGenerator:
             cond["patch_bias"] = torch.full([num], bias, device=self.device)
         has_text, has_visual = "text" in cond, "cls" in cond
         weights = branch_weights(guidance, has_text=has_text, has_visual=has_visual)
-        # What no branch drops needs no mask, and what all drop no tokens.
+        # No mask is needed where nothing is dropped; a condition not given has no tokens anyway.
         contexts = []
         for name in weights:
             with_text, with_visual = BRANCHES[name]
@@ -143,7 +145,7 @@ class FeatureGenerator:
         return contexts, list(weights.values())
 
     def protocol(self) -> dict[str, Any]:
-        """Return what a score row says of the sampling: sampler, evaluations, guidance."""
+        """Return what a score row records about sampling: sampler, evaluations, guidance."""
         num_branches = len(branch_weights(self.guidance))
         return dict(
             sampling=sampling_facts(self.sampling),

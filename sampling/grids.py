@@ -1,4 +1,4 @@
-"""Grids of samples made by all ranks together."""
+"""Grids of samples that all ranks generate together."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,10 +21,15 @@ def save_fakes(
     num_images: int = GRID_SEEDS,
     class_names: Sequence[str] = (),
 ) -> torch.Tensor | None:
-    """Write a grid of samples with fixed seeds, made by all ranks together. Collective.
+    """Write a grid of samples from the seeds 0 to ``num_images`` - 1. Collective.
 
-    ``class_counts`` are the shares of a conditional model's classes, whose names are the titles.
-    Returns the samples, uint8 [N, C, H, W], on rank 0.
+    Args:
+        class_counts: Images per class of the training data, whose proportions the samples follow;
+            empty for an unconditional model.
+        batch: Images that each rank generates at once.
+        class_names: Names of the classes, for the titles.
+
+    Returns the samples [N, C, H, W], uint8, on rank 0, and None elsewhere.
     """
     labels = None
     if class_counts:
@@ -41,9 +46,10 @@ def save_fakes(
 def save_episodes(
     generator: SupportGenerator, num_images: int, path: Path, batch: int
 ) -> torch.Tensor | None:
-    """Write the supports above samples of each, ``num_images`` in all. Collective.
+    """Write a picture of each support above its samples, about ``num_images`` in all. Collective.
 
-    Returns the samples, uint8 [N, C, H, W], on rank 0.
+    Returns the samples [N, C, H, W], uint8, in the order of the supports, on rank 0, and None
+    elsewhere.
     """
     episodes = generator.episodes
     each = max(num_images // len(episodes), 1)
@@ -59,7 +65,11 @@ def save_episodes(
 def generate_together(
     generator: ImageGenerator, seeds: Sequence[int], labels: Sequence[int] | None, batch: int
 ) -> torch.Tensor | None:
-    """Return the images of ``seeds`` in order, on the CPU; None but on rank 0. Collective."""
+    """Return the images [N, C, H, W], uint8, of ``seeds`` in order, on rank 0's CPU. Collective.
+
+    ``labels`` has one class index per seed, or is None. Each rank generates ``batch`` images at
+    once. Other ranks get None.
+    """
     mine = range(distributed.rank(), len(seeds), distributed.world_size())
     made = []
     with distributed.together():

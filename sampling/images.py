@@ -1,4 +1,4 @@
-"""Images from a network: one seed per image, independent of batch size and number of ranks."""
+"""Images from a network, each determined by its seed, whatever the batch size or rank count."""
 
 import dataclasses
 import functools
@@ -33,11 +33,11 @@ cached_snapshot = functools.lru_cache(maxsize=2)(open_snapshot)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageGenerator:
-    """A network with its whole sampling protocol.
+    """A network with its complete sampling protocol.
 
-    ``guide`` is a second network whose errors are extrapolated away from (autoguidance). Guidance
-    by the dropped condition needs a network that was trained with ``label_drop``. ``codec`` decodes
-    what the network makes.
+    ``guide`` is a second network, from whose errors autoguidance extrapolates away. Without it,
+    guidance is classifier-free and needs a network that was trained with ``label_drop``. ``codec``
+    decodes the network's output to images.
     """
 
     network: Network
@@ -53,10 +53,10 @@ class ImageGenerator:
 
     @torch.no_grad()
     def generate(self, seeds: Sequence[int], labels: Sequence[int] | None = None) -> torch.Tensor:
-        """Return uint8 images [N, C, H, W], one per seed, on the device.
+        """Return images [N, C, H, W], uint8, one per seed, on the device.
 
         Args:
-            seeds: One integer per image, taken modulo 2**32.
+            seeds: One integer per image, taken modulo 2^32.
             labels: One class index per image; by default each image's seed draws its class.
         """
         return self.codec.decode(self._sample(seeds, labels))
@@ -65,9 +65,10 @@ class ImageGenerator:
     def path(
         self, seeds: Sequence[int], labels: Sequence[int] | None, num_frames: int
     ) -> list[Frame]:
-        """Return up to ``num_frames`` of the states on the way to :meth:`generate`'s images.
+        """Return up to ``num_frames`` frames of the sampler's states, the last with the images.
 
-        States are shown scaled to the variance of images; the last frame are the images.
+        States are shown scaled to the variance of images. Other arguments are as in
+        :meth:`generate`.
         """
         trajectory = Trajectory(num_frames - 1)
         images = self.codec.decode(self._sample(seeds, labels, trajectory))
@@ -103,9 +104,10 @@ class ImageGenerator:
     def denoise(
         self, x: torch.Tensor, sigma: float, labels: Sequence[int] | None = None
     ) -> torch.Tensor:
-        """Return the guided estimate of x0 [N, C, h, w], float32, of noisy x at a noise level.
+        """Return the guided x0 estimate [N, C, h, w], float32, from noisy x at noise level sigma.
 
-        ``labels`` are as for :meth:`generate`; without them, images are unconditional.
+        ``labels`` has one class index per image. Without them, a class-conditional model gives its
+        unconditional estimate, which is not guided.
         """
         if labels is None and self.num_classes:
             nothing = torch.zeros(len(x), dtype=torch.int64, device=self.device)
@@ -118,7 +120,7 @@ class ImageGenerator:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """C, H, W of the images."""
+        """Shape (C, H, W) of the images."""
         return self.model.img_channels, self.model.resolution, self.model.resolution
 
     @property
@@ -141,7 +143,7 @@ class ImageGenerator:
     def _prepared(
         self, network: Network, chosen: torch.Tensor | None, num: int, *, dropped: bool = False
     ) -> Context:
-        """Return :meth:`_context` as a sampler's many steps take it."""
+        """Return :meth:`_context`, prepared once for the many steps of a sampler."""
         with autocast(self.device, self.autocast_dtype):
             return network.prepare(self._context(network, chosen, num, dropped=dropped))
 
@@ -172,7 +174,7 @@ class ImageGenerator:
         )
 
     def protocol(self) -> dict[str, Any]:
-        """Return what a score row says of the sampling: sampler, evaluations, guidance."""
+        """Return what a score row records about sampling: sampler, evaluations, guidance."""
         sampling = sampling_facts(self.sampling)
         if reads_variance(self.sampling, self.precond):
             sampling["variance"] = "learned"
@@ -186,14 +188,14 @@ class ImageGenerator:
 
 
 def sampling_facts(config: SamplingConfig) -> dict[str, Any]:
-    """Return what a score row states of the sampler and its noise levels."""
+    """Return what a score row records about the sampler and its noise levels."""
     facts = to_dict(config)
-    # Rows and folders of before know of no subsets of timesteps or of noise levels.
+    # Rows and folders of older versions lack these two; left out at None, they still compare equal.
     return {k: v for k, v in facts.items() if v is not None or k not in ("respacing", "grid_steps")}
 
 
 def describe_sampling(protocol: Mapping[str, Any]) -> str:
-    """Return the sampler, its steps and the guidance of a generator's protocol in one line."""
+    """Return one line with the sampler, steps and guidance of a generator's ``protocol()``."""
     sampling, guidance = protocol["sampling"], protocol["guidance"]
     scales = {name: value for name, value in guidance.items() if name.endswith("_scale")}
     if scales.get("cfg_scale") == 1.0:
@@ -209,26 +211,26 @@ def describe_sampling(protocol: Mapping[str, Any]) -> str:
 def decoding_facts(
     codec: Codec, network: Network, autocast_dtype: torch.dtype | None
 ) -> dict[str, Any]:
-    """Return what a score row states of the arithmetic and of the way to uint8 images."""
+    """Return what a score row records about the arithmetic and the conversion to uint8 images."""
     return dict(
         **codec.facts(),
         rounding="uint8, clip(127.5 x + 128)",
         tf32=torch.backends.cuda.matmul.allow_tf32,
         precision=str(autocast_dtype or torch.float32).removeprefix("torch."),
-        # Rows and folders of before know of neither another library nor of compiled networks.
+        # Rows and folders of older versions lack both; without them, the usual case compares equal.
         **(dict(compiled=True) if network.is_compiled else {}),
         **({} if cpu_matmul.in_use() == "mkl" else dict(cpu_matmul=cpu_matmul.in_use())),
     )
 
 
 def check_guide(snapshot: Snapshot, guide: Snapshot, guidance: GuidanceConfig) -> None:
-    """Raise ValueError if ``guide`` makes other images than a snapshot, or has no weight."""
+    """Raise ValueError if ``guide`` does not fit a snapshot, or if the guidance scale is 1."""
     if guidance.cfg_scale == 1.0:
         raise ValueError("--guide has no effect with --cfg-scale=1; give the weight, such as 1.7.")
     same = []
     for config in (snapshot.config, guide.config):
         same.append((config.model.input_shape, config.model.num_classes, config.precond))
-    # That of imported weights is not known.
+    # Imported weights do not record their autoencoder.
     autoencoders = {own.config.model.encoder_hashes.get("vae") for own in (snapshot, guide)}
     if same[0] != same[1] or len(autoencoders - {None}) > 1:
         raise ValueError(
@@ -244,10 +246,13 @@ def passport(
     progress: Mapping[str, Any] | None = None,
     snapshot_hash: str | None = None,
 ) -> dict[str, Any]:
-    """Return how the images of :func:`generate_for_rank` are made, for a score row.
+    """Return what a score row records about how :func:`generate_for_rank` makes its images.
 
-    ``training`` and the ``progress`` of a snapshot tell which average the weights are, of which
-    ``snapshot_hash`` is the identity, where it is known.
+    Args:
+        training: Settings of the run, which tell the kind of weight average.
+        class_counts: Images per class of the training data; empty without classes.
+        progress: Progress of the snapshot, which tells the average's length.
+        snapshot_hash: Hash of the weights; computed if None.
     """
     labels = "as in the training data" if class_counts else "drawn by each seed"
     return dict(
@@ -260,15 +265,20 @@ def passport(
 
 
 def seed_range(first_seed: int, num_images: int) -> str:
-    """Return the seeds of ``num_images`` images as a score row states them, such as ``0-49999``."""
+    """Return the seeds of ``num_images`` images in the form of score rows, such as ``0-49999``."""
     return f"{first_seed}-{first_seed + num_images - 1}"
 
 
 def labels_like_data(class_counts: Sequence[int]) -> np.ndarray:
-    """Return class indices, one per training image, of which any first part is in proportion.
+    """Return class indices, one per training image, in a fixed order that mixes them evenly.
 
-    All of them hold every class exactly as often as the data; the first n hold class c about
-    n * share(c) times. Deterministic.
+    Together they hold every class exactly as often as the data; the first n hold class c about
+    n * share(c) times.
+
+    Args:
+        class_counts: Images per class of the training data.
+
+    Returns int64 [sum(class_counts)].
     """
     labels = np.repeat(np.arange(len(class_counts)), class_counts)
     places = np.concatenate([(np.arange(count) + 0.5) / max(count, 1) for count in class_counts])
@@ -284,12 +294,12 @@ def generate_for_rank(
     class_counts: Sequence[int] = (),
     on_batch: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield this rank's share of the images of ``indices``, each batch with its indices.
+    """Yield this rank's share of the images numbered ``indices``, in batches with their indices.
 
-    A batch is ``(int64 [N] on the CPU, uint8 [N, C, H, W] on the device)``. Image i has seed
-    first_seed + i and, for a conditional model, the i-th class of the data's proportions.
-    ``on_batch`` receives the number of images that all ranks made meanwhile, if they are equally
-    fast.
+    A batch is ``(indices [N], int64, on the CPU; images [N, C, H, W], uint8, on the device)``.
+    Image i has seed first_seed + i and, for a conditional model, entry i of
+    :func:`labels_like_data`, which repeats. ``on_batch`` is called after each batch with the number
+    of images that all ranks have made for it, assuming that they are equally fast.
     """
     labels = None
     if generator.num_classes and sum(class_counts):

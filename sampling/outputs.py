@@ -1,4 +1,4 @@
-"""Where generated images go, and which class each is of."""
+"""Where generated images are written, and the class of each."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 def parse_classes(text: str | Sequence[str] | None, class_names: Sequence[str]) -> tuple[int, ...]:
-    """Return class indices for names, indices and ranges such as ``cat,3,5-7``, or a list.
+    """Return the class indices that a list such as ``cat,3,5-7``, or its elements, names.
 
-    Returns an empty tuple for None: each seed draws its class. Raises ValueError for a class that
-    the model does not have.
+    Returns an empty tuple for None, which lets each seed draw its class. Raises ValueError for a
+    class that the model does not have.
     """
     if text is None:
         return ()
@@ -37,7 +37,7 @@ def parse_classes(text: str | Sequence[str] | None, class_names: Sequence[str]) 
 
 
 def stacked(images: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return images [C, H, W] for a grid as [N, C, H, W]; raises ValueError for several shapes."""
+    """Return images [C, H, W] for a grid as [N, C, H, W]; raises ValueError if shapes differ."""
     shapes = collections.Counter(tuple(image.shape) for image in images)
     usual = shapes.most_common(1)[0][0]
     for index, image in enumerate(images):
@@ -50,9 +50,9 @@ def stacked(images: Sequence[torch.Tensor]) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class ClassRequests:
-    """Classes that seeds take in turn, see :class:`training.family.Requests`.
+    """Classes assigned to seeds in rotation; see :class:`training.family.Requests`.
 
-    Without any, each seed draws its class.
+    If ``classes`` is empty, each seed draws its class.
     """
 
     classes: tuple[int, ...] = ()
@@ -84,7 +84,7 @@ class ClassRequests:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """One image to make: its file, its seed, and the label of what it is made from."""
+    """One image to generate: its file, its seed, and the label of its class, support or prompt."""
 
     path: Path
     seed: int
@@ -92,9 +92,10 @@ class Place:
 
 
 def places(outdir: Path, requests: Requests, seeds: Sequence[int], subdirs: bool) -> list[Place]:
-    """Return every image of ``requests``: of one part after the other, all ``seeds``.
+    """Return the places of all images of ``requests``: every seed of one part after the other.
 
-    A seed's file is ``000123.png``, under ``000000`` with ``subdirs``.
+    The file of seed 123 is ``000123.png``, in a subfolder ``000000`` for each thousand seeds if
+    ``subdirs``, and in a folder ``0000`` for each part if the requests have folders.
     """
     found = []
     for part, seed in itertools.product(range(requests.num_parts), seeds):
@@ -105,7 +106,10 @@ def places(outdir: Path, requests: Requests, seeds: Sequence[int], subdirs: bool
 
 
 def check_layout(other: Sequence[Place], subdirs: bool) -> None:
-    """Raise ValueError if ``other``, the images by the other choice of ``subdirs``, exist."""
+    """Raise ValueError if an image exists where the other choice of ``subdirs`` would put it.
+
+    ``other`` holds the places of the images under that choice.
+    """
     found = next((place.path for place in other if place.path.is_file()), None)
     if found is not None:
         remedy = f"{'leave out' if subdirs else 'add'} --subdirs, or name another folder"
@@ -113,9 +117,10 @@ def check_layout(other: Sequence[Place], subdirs: bool) -> None:
 
 
 def claim_outdir(outdir: Path, protocol: Mapping[str, Any], wanted: Sequence[Place]) -> None:
-    """Note in ``outdir`` how its images are made; raises ValueError if it holds others.
+    """Record in ``outdir`` how its images are made.
 
-    Without that note, which comes first, none of the ``wanted`` images can be this command's.
+    Raises ValueError if the record there differs, or if one of the ``wanted`` images exists without
+    a record: as the record is written first, another program made that image.
     """
     file = outdir / "generation.json"
     found = next((place.path for place in wanted if place.path.is_file()), None)
@@ -126,9 +131,9 @@ def claim_outdir(outdir: Path, protocol: Mapping[str, Any], wanted: Sequence[Pla
 
 
 def make_images(generator: Generator, wanted: Sequence[Place], batch: int) -> None:
-    """Write every image of ``wanted`` that is not there yet, ``batch`` at once on every rank.
+    """Generate and write the images of ``wanted`` that do not exist yet. Collective.
 
-    Collective.
+    Each rank generates ``batch`` images at once.
     """
     todo = [place for place in wanted if not place.path.is_file()]
     todo = distributed.broadcast_object(todo)

@@ -1,4 +1,4 @@
-"""Requests for images: by a text, by a reference image, or by stored features."""
+"""Requests for images: from a text, a reference image, both, or stored features."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """Conditions of one image, [1, ...] each, and its size; ``facts`` say what they are of."""
+    """The conditions of one image, [1, ...] each, and its size.
+
+    ``name`` is for people; ``facts`` records where the conditions come from.
+    """
 
     name: str
     cond: Cond
@@ -43,7 +46,7 @@ class Request:
     facts: dict[str, Any]
 
     def repeated(self, num: int) -> Cond:
-        """Return the conditions of ``num`` such images."""
+        """Return the conditions of ``num`` such images, [num, ...] each; ``size`` is shared."""
         return {
             name: value if name == "size" else value.expand(num, *value.shape[1:])
             for name, value in self.cond.items()
@@ -52,13 +55,13 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class RequestGenerator:
-    """Makes images of requests; the number of a request takes the place of a class."""
+    """Generates images from numbered requests: a label is the index of a request."""
 
     generator: FeatureGenerator
     requests: Sequence[Request]
 
     def generate(self, seeds: Sequence[int], labels: Sequence[int]) -> list[torch.Tensor]:
-        """Return uint8 images [3, H, W], one per seed, of the requests of those numbers."""
+        """Return one image [3, H, W], uint8, per seed, on the CPU, from the requests ``labels``."""
         images: dict[int, torch.Tensor] = {}
         for request, rows in self._by_request(labels):
             own = [seeds[row] for row in rows]
@@ -67,7 +70,7 @@ class RequestGenerator:
         return [images[row] for row in range(len(seeds))]
 
     def path(self, seeds: Sequence[int], labels: Sequence[int], num_frames: int) -> list[Frame]:
-        """Return frames as :meth:`FeatureGenerator.path` does, of the requests of those numbers."""
+        """Return frames as :meth:`FeatureGenerator.path` does, from the requests ``labels``."""
         frames: dict[float, dict[int, torch.Tensor]] = {}
         for request, rows in self._by_request(labels):
             own = [seeds[row] for row in rows]
@@ -79,7 +82,7 @@ class RequestGenerator:
         return [Frame(level, [images[row] for row in order]) for level, images in frames.items()]
 
     def denoise(self, x: torch.Tensor, sigma: float, labels: Sequence[int]) -> torch.Tensor:
-        """Return the guided estimate of x0 of noisy x [N, c, h, w], of those requests."""
+        """Return the guided x0 estimate from noisy x [N, c, h, w], for the requests ``labels``."""
         estimate = torch.empty_like(x)
         for request, rows in self._by_request(labels):
             cond = request.repeated(len(rows))
@@ -91,7 +94,7 @@ class RequestGenerator:
             yield self.requests[label], [row for row, own in enumerate(labels) if own == label]
 
     def protocol(self) -> dict[str, Any]:
-        """Return how the images are made, and of what."""
+        """Return the sampling protocol together with the requests."""
         num_branches = set()
         for cond in (request.cond for request in self.requests):
             given = dict(has_text="text" in cond, has_visual="cls" in cond)
@@ -103,7 +106,10 @@ class RequestGenerator:
 
 @dataclasses.dataclass(frozen=True)
 class PromptRequests:
-    """Prompts, a reference, or stored features, see :class:`training.family.Requests`."""
+    """Prompts, a reference or stored features; see :class:`training.family.Requests`.
+
+    Raises ValueError for options that contradict each other or lack one that they need.
+    """
 
     snapshot: Snapshot
     asked: Asked
@@ -129,7 +135,7 @@ class PromptRequests:
             self._check_guidance()
 
     def _check_guidance(self) -> None:
-        """Raise ValueError for guidance by a condition that is not asked for."""
+        """Raise ValueError for guidance by a condition that is not given."""
         text, visual = bool(self.asked.prompt), self.asked.reference is not None
         both = ("--prompt and --reference", text and visual)
         settings = dict(text_scale=("--prompt", text), visual_scale=("--reference", visual))
@@ -179,9 +185,10 @@ class PromptRequests:
 
 
 def choose_bucket(snapshot: Snapshot, text: str | None, reference: Path | None) -> Bucket:
-    """Return the size of the images: the one asked for, else the reference's, else the first.
+    """Return the size of the images: that named by ``text``, else the nearest to the reference's.
 
-    Raises ValueError if ``text`` names a size that the model was not trained on.
+    With neither, it is the model's first. Raises ValueError if ``text`` names a size that the model
+    was not trained on.
     """
     known = parse_buckets(",".join(snapshot.config.model.buckets))
     if text is not None:
@@ -196,9 +203,9 @@ def choose_bucket(snapshot: Snapshot, text: str | None, reference: Path | None) 
 def encode_requests(snapshot: Snapshot, device: torch.device, asked: Asked) -> list[Request]:
     """Return one request per prompt, with the features of the reference if there is one.
 
-    Without prompts, the reference makes one alone. ``asked.text`` and ``asked.visual`` say where
-    the encoders are now, if not where they were when the features were made. Collective, for the
-    loading.
+    A reference without prompts makes one request. ``asked.text`` and ``asked.visual`` locate the
+    encoders if they have moved since the model was trained. Loading the encoders is collective.
+    Raises ValueError for a prompt that is too long or not UTF-8, and for an unfit reference.
     """
     prompts, reference = asked.prompt, asked.reference
     model, features = snapshot.config.model, snapshot.config.features
@@ -241,7 +248,10 @@ def encode_requests(snapshot: Snapshot, device: torch.device, asked: Asked) -> l
 
 
 def check_encoders(model: FeatureDiTConfig, dataset: FeatureDataset, option: str) -> None:
-    """Raise ValueError if a dataset has the features of other encoders than a model's."""
+    """Raise ValueError if a dataset's features come from other encoders than the model's.
+
+    ``option`` is the option that named the dataset, for the message.
+    """
     for name, expected in model.encoder_hashes.items():
         if expected is not None and getattr(dataset.record, name)["hash"] != expected:
             but = f"{dataset.path} was made with another encoder (--{name}) than the model's"
@@ -250,9 +260,9 @@ def check_encoders(model: FeatureDiTConfig, dataset: FeatureDataset, option: str
 
 
 def stored_requests(snapshot: Snapshot, folder: str, ids: Sequence[str]) -> list[Request]:
-    """Return a request for each sample of a feature folder that ``ids`` names.
+    """Return one request for each of the samples ``ids`` of a feature folder, from any split.
 
-    Raises ValueError for a name that is not there, and for features of other encoders than the
+    Raises ValueError for an id that is not there, and for features from other encoders than the
     model's.
     """
     config, found = snapshot.config, {}

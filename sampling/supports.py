@@ -1,4 +1,4 @@
-"""Images from sets of support images."""
+"""Images generated from support sets."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _ENCODED_AT_ONCE = 64
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SupportGenerator(ImageGenerator):
-    """Generates from supports: the number of an episode takes the place of a class.
+    """Generates images from supports: a label is the index of an episode, not a class.
 
-    Supports are encoded once, when they are first needed; the weights must not change after that.
+    Supports are encoded once, when first needed; the weights must not change after that.
     """
 
     episodes: Episodes
@@ -34,7 +34,7 @@ class SupportGenerator(ImageGenerator):
 
     @classmethod
     def of(cls, generator: ImageGenerator, episodes: Episodes) -> SupportGenerator:
-        """Return ``generator`` with the supports of ``episodes``."""
+        """Return a copy of ``generator`` that generates from the supports of ``episodes``."""
         fields = dataclasses.fields(ImageGenerator)
         return cls(**{f.name: getattr(generator, f.name) for f in fields}, episodes=episodes)
 
@@ -68,7 +68,7 @@ class SupportGenerator(ImageGenerator):
 
 @dataclasses.dataclass(frozen=True)
 class SupportRequests:
-    """Supports to generate from, see :class:`training.family.Requests`."""
+    """Supports to generate from; see :class:`training.family.Requests`."""
 
     episodes: Episodes
     has_folders: bool
@@ -95,6 +95,9 @@ class SupportRequests:
 def episodes_picture(
     episodes: Episodes, samples: torch.Tensor, columns: int = 5, heading: str = ""
 ) -> Image:
-    """Return the supports above the samples uint8 [S, m, C, H, W] of each, ``columns`` abreast."""
+    """Return a picture of each support above its samples, with ``columns`` supports abreast.
+
+    ``samples`` is [S, m, C, H, W], uint8, for S supports.
+    """
     names = [episodes.class_names[index] for index in episodes.classes]
     return support_picture(episodes.supports, samples, columns, names=names, heading=heading)

@@ -1,4 +1,4 @@
-"""The denoiser of a snapshot as a torch.export program, which runs without this project."""
+"""A snapshot's denoiser as a torch.export program, which runs without this project."""
 
 import io
 from collections.abc import Mapping
@@ -21,12 +21,12 @@ Size = tuple[int, int]
 
 
 class TraceableDenoiser(nn.Module):
-    """``forward(x, sigma, cond) -> x0 estimate``, in float32, for images of one size.
+    """``forward(x, sigma, cond) -> x0 estimate``, float32, for images of one size.
 
     Args:
         network: The network, in evaluation mode.
-        snapshot: Which it is of.
-        size: One of the image sizes of its model.
+        snapshot: The snapshot that it was built from.
+        size: One of the image sizes (H, W) of its model.
     """
 
     def __init__(self, network: Network, snapshot: Snapshot, size: Size) -> None:
@@ -38,7 +38,10 @@ class TraceableDenoiser(nn.Module):
         self._denoiser = Denoiser(network, make_precond(config.precond))
 
     def forward(self, x: Tensor, sigma: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        """Return [N, C, h, w] of noisy x [N, C, h, w], noise levels [N] and named conditions."""
+        """Return the x0 estimate [N, C, h, w] from noisy x [N, C, h, w] at noise levels sigma [N].
+
+        ``cond`` holds the conditions [N, ...] by name.
+        """
         given: dict[str, Any] = dict(cond)
         given |= {name: x.new_full((x.shape[0],), value) for name, value in self._fixed.items()}
         if self._takes_size:
@@ -49,7 +52,10 @@ class TraceableDenoiser(nn.Module):
 def example_inputs(
     snapshot: Snapshot, num: int, size: Size
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Return random inputs (x, sigma, cond) of ``num`` images for a snapshot's denoiser."""
+    """Return example inputs (x, sigma, cond) for ``num`` images to a snapshot's denoiser.
+
+    They are x [num, C, h, w], sigma [num], and the conditions [num, ...] by name.
+    """
     model = snapshot.config.model
     cond = {
         name: _random_like(value, num)
@@ -67,7 +73,7 @@ def _random_like(value: Tensor, num: int) -> Tensor:
 
 @torch.no_grad()
 def trace_denoiser(snapshot: Snapshot, size: Size) -> torch.export.ExportedProgram:
-    """Return the program of a snapshot's denoiser, for batches of any number of images.
+    """Return the program of a snapshot's denoiser, for batches of up to 65,536 images.
 
     ``size`` is one of the image sizes of its model.
     """
@@ -81,8 +87,8 @@ def trace_denoiser(snapshot: Snapshot, size: Size) -> torch.export.ExportedProgr
 def save_program(
     program: torch.export.ExportedProgram, path: Path, about: Mapping[str, str]
 ) -> None:
-    """Write a program to a ``.pt2`` file, atomically, with texts about it beside the graph."""
-    # In memory first: PyTorch's writer ends the process where a file refuses its last bytes.
+    """Write a program atomically to a ``.pt2`` file, with the texts ``about`` beside the graph."""
+    # In memory first: PyTorch's writer aborts the process if it cannot write a file's last bytes.
     content = io.BytesIO()
     torch.export.save(program, content, extra_files=dict(about))
     with atomic_write(path) as file:

@@ -13,7 +13,7 @@ _DPI = 100
 
 
 def check_charts(option: str) -> None:
-    """Raise ValueError if matplotlib is missing, before work is done for an option's charts."""
+    """Raise ValueError if matplotlib, which ``option`` needs, is not installed."""
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:
@@ -23,7 +23,7 @@ def check_charts(option: str) -> None:
 
 
 def new_figure(width: int, height: int) -> Any:
-    """Return an empty matplotlib Figure of so many pixels, whose parts find their own places."""
+    """Return an empty matplotlib Figure of the given size in pixels, with automatic layout."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -33,7 +33,7 @@ def new_figure(width: int, height: int) -> Any:
 
 
 def picture_of(figure: Any) -> PIL.Image.Image:
-    """Return a figure of :func:`new_figure` as an RGB picture."""
+    """Return a figure made by :func:`new_figure` as an RGB picture."""
     import PIL.Image
 
     figure.canvas.draw()

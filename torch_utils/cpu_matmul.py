@@ -1,9 +1,9 @@
 """Which library multiplies float32 matrices on a CPU: MKL, or oneDNN where that is faster.
 
-MKL uses AVX-512 on Intel's CPUs alone. On AMD's, oneDNN reaches twice its speed, with all 24 bits:
-torch hands float32 products to oneDNN once it allows it to round them to bfloat16, and a CPU
-without AMX has no instruction by which oneDNN would. On one with AMX it does not round if AMX is
-ruled out before its first use.
+MKL uses AVX-512 only on Intel CPUs. On AMD CPUs oneDNN is twice as fast at full 24-bit precision:
+torch passes float32 products to oneDNN only if oneDNN may round them to bfloat16, but a CPU without
+AMX has no instruction for that. On a CPU with AMX, oneDNN does not round either if AMX is disabled
+before its first use.
 """
 
 import functools
@@ -20,8 +20,8 @@ BACKENDS = ("mkl", "onednn")
 _CPUINFO = Path("/proc/cpuinfo")
 _DEFAULT_VARIABLE = "SETDIFFIT_CPU_MATMUL"
 _ISA_VARIABLE = "ONEDNN_MAX_CPU_ISA"
-# The largest error of a product of two 256x256 matrices, relative to its largest value: 1e-6 in
-# float32 by any order of the sums, 2e-3 where factors are rounded to bfloat16.
+# Bound on the largest error of a product of two 256x256 matrices, relative to its largest value:
+# about 1e-6 in float32, whatever the order of summation, and 2e-3 with factors in bfloat16.
 _MAX_ERROR = 1e-5
 _in_use = "mkl"
 
@@ -32,7 +32,7 @@ def in_use() -> str:
 
 
 def is_by_onednn(dtype: torch.dtype) -> bool:
-    """Return whether oneDNN multiplies matrices of a type on this CPU."""
+    """Return whether oneDNN multiplies matrices of type ``dtype`` on this CPU."""
     if dtype == torch.bfloat16:
         return torch.backends.mkldnn.is_available() and _has_bfloat16()
     return dtype == torch.float32 and _in_use == "onednn"
@@ -44,11 +44,11 @@ def _has_bfloat16() -> bool:
 
 
 def best() -> str:
-    """Return the faster of :data:`BACKENDS` for this model of CPU: what ``auto`` means.
+    """Return the faster of :data:`BACKENDS` for this model of CPU, which is what ``auto`` means.
 
-    By a table, never by a measurement, so that it is the same in every run: oneDNN on CPUs of AMD
-    that have AVX-512 and no AMX, MKL on all others. The environment variable SETDIFFIT_CPU_MATMUL
-    names one of them where another is wanted by default.
+    The choice follows fixed rules, not measurements, so that it is the same in every run: oneDNN on
+    AMD CPUs with AVX-512 and without AMX, MKL on all others. The environment variable
+    SETDIFFIT_CPU_MATMUL overrides it with the backend that it names.
     """
     wanted = os.environ.get(_DEFAULT_VARIABLE)
     if wanted in BACKENDS:
@@ -59,9 +59,9 @@ def best() -> str:
 
 
 def use(backend: str) -> None:
-    """Multiply float32 matrices by one of :data:`BACKENDS` from now on.
+    """Make one of :data:`BACKENDS` multiply float32 matrices from now on.
 
-    Raises ValueError if it is not there, or would round what it multiplies.
+    Raises ValueError if it is not available, or would round the factors to bfloat16.
     """
     problem = _switch(backend)
     if problem is not None:
@@ -69,15 +69,16 @@ def use(backend: str) -> None:
 
 
 def agree(asked: str, stored: str | None, device: torch.device) -> str:
-    """Have all ranks multiply float32 matrices by the same backend, and return it. Collective.
+    """Make all ranks multiply float32 matrices with the same backend, and return it. Collective.
 
     Args:
-        asked: One of :data:`BACKENDS`, or ``auto``: what rank 0 finds best, or what is stored.
-        stored: That of the run or snapshot that this continues, if any. Where it cannot be used,
-            MKL is, and rank 0 says so.
+        asked: One of :data:`BACKENDS`, or ``auto``: the stored one, or else what :func:`best`
+            returns on rank 0.
+        stored: Backend of the run or snapshot that this run continues, if any. If the backend to
+            use is not available then, MKL is used and rank 0 says so.
         device: Where the network computes; on a GPU nothing changes.
 
-    Raises ValueError if what is asked, and not stored, cannot be used.
+    Raises ValueError if a backend is asked for that is not available, and none is stored.
     """
     if device.type != "cpu":
         return "mkl"
@@ -97,7 +98,7 @@ def agree(asked: str, stored: str | None, device: torch.device) -> str:
 
 
 def _switch(backend: str) -> str | None:
-    """Return why a backend cannot be used; then, that is MKL."""
+    """Switch to a backend; return why it cannot be used, in which case MKL is, or None."""
     global _in_use
     if backend == _in_use:
         return None
@@ -110,7 +111,7 @@ def _switch(backend: str) -> str | None:
     if settings is None or not torch.backends.mkldnn.is_available():
         return "is not part of this build of torch"
     if "amx_tile" in _cpu()[1]:
-        os.environ.setdefault(_ISA_VARIABLE, "AVX512_CORE_BF16")  # Read at its first use.
+        os.environ.setdefault(_ISA_VARIABLE, "AVX512_CORE_BF16")  # Read on its first use.
     settings.fp32_precision = "bf16"
     if _relative_error() > _MAX_ERROR:
         settings.fp32_precision = "none"
@@ -120,7 +121,7 @@ def _switch(backend: str) -> str | None:
 
 
 def _relative_error() -> float:
-    """Return the error of a product, relative to its largest value."""
+    """Return the largest error of a 256x256 product, relative to the product's largest value."""
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 256, 256, generator=generator)
     exact = a.double() @ b.double()
@@ -129,7 +130,7 @@ def _relative_error() -> float:
 
 @functools.cache
 def _cpu() -> tuple[str, frozenset[str]]:
-    """Return the vendor of the CPU and what it is capable of; empty where nobody says."""
+    """Return the vendor and the feature flags of the CPU; both empty if they are unknown."""
     try:
         text = _CPUINFO.read_text()
     except OSError:

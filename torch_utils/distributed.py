@@ -24,22 +24,25 @@ from torch_utils.states import Pieces, map_leaves
 
 T = TypeVar("T")
 _MEETING_MINUTES = 5
-_MAX_EAGER = 4096  # Elements of tensors that are sent before anyone asks for them.
+_MAX_EAGER = 4096  # Tensors of up to so many elements are sent at once even if ``lazily``.
 _cpu_group: dist.ProcessGroup | None = None
-_heartbeat: Any = None  # A torch_utils.heartbeat.Heartbeat, where there are other processes.
+_heartbeat: Any = None  # A torch_utils.heartbeat.Heartbeat if there are other processes.
 
 
 def init(hang_limit: float = 5.0) -> torch.device:
     """Join the process group that torchrun describes, and return this rank's device.
 
-    Uses NCCL and ``cuda:LOCAL_RANK`` if there are GPUs, gloo and the CPU otherwise. A plain
-    ``python`` run forms no group. Raises ValueError if a node starts more ranks than it has GPUs,
-    and if the other processes that the environment announces do not come. If one of them gives no
-    sign of life for ``hang_limit`` minutes later on, this process ends; 0 watches for none.
+    Uses NCCL and ``cuda:LOCAL_RANK`` if there are GPUs, gloo and the CPU otherwise, and switches
+    TF32 off. A plain ``python`` run forms no group. Raises ValueError if a node starts more ranks
+    than it has GPUs, or if the other processes that the environment announces do not arrive.
+
+    Args:
+        hang_limit: Minutes without a sign of life from another rank after which this process ends;
+            0 disables the watch.
     """
     global _cpu_group
     joins_others = launcher.joins_others()
-    # Full float32 products everywhere, unless a run asks for less.
+    # Full float32 precision everywhere, unless a run asks for less.
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
     device = torch.device("cpu")
@@ -54,8 +57,8 @@ def init(hang_limit: float = 5.0) -> torch.device:
     else:
         keep_freed_memory()
     if joins_others and not dist.is_initialized():
-        # So that this rank does not train beside its successor: a kill of torchrun's group does
-        # not reach the session of a rank.
+        # Each rank has a session of its own, so killing torchrun's process group does not reach
+        # it, and it would go on training beside its successor.
         launcher.die_with_launcher(signal.SIGKILL)
         settings = dict(timeout=timedelta(hours=1))
         settings["store"], settings["rank"], settings["world_size"] = _meet(hang_limit)
@@ -63,13 +66,13 @@ def init(hang_limit: float = 5.0) -> torch.device:
             dist.init_process_group("nccl", device_id=device, **settings)
         else:
             dist.init_process_group("gloo", **settings)
-        # Signals and Python objects travel over gloo, off the device's path.
+        # Stop flags and Python objects are exchanged over gloo, which does not involve the device.
         _cpu_group = dist.new_group(backend="gloo", timeout=settings["timeout"])
     return device
 
 
 def _meet(hang_limit: float) -> tuple[Any, int, int]:
-    """Return a store of the processes that start together, this one's rank, their number."""
+    """Return the store of the processes that start together, this one's rank and their number."""
     from torch_utils.heartbeat import Heartbeat
     from torch_utils.meeting import meet
 
@@ -81,15 +84,15 @@ def _meet(hang_limit: float) -> tuple[Any, int, int]:
         number = launcher.number("RANK") + 1
         waiting = f"Process {number} of {num} waits for the other processes at {where}"
         print(f"{waiting}, for {_MEETING_MINUTES} minutes.", file=sys.stderr, flush=True)
-    # Torchrun has the store, unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 asks for one of rank 0.
+    # torchrun hosts the store, unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 leaves it to rank 0.
     of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     rank, deadline = launcher.number("RANK"), time.monotonic() + 60 * _MEETING_MINUTES
     try:
         store = _connect(address, port, deadline, is_host=rank == 0 and not of_agent)
-        # A connection of its own: calls of the other one may wait, and block it.
+        # The heartbeat needs its own connection: a waiting call would block it on the other one.
         own = _connect(address, port, deadline)
         name = meet(own, rank, num, deadline)
-    except (RuntimeError, OSError) as error:  # TimeoutError is one of the latter.
+    except (RuntimeError, OSError) as error:  # OSError includes TimeoutError.
         but = f"not all of {num} processes reached {where} ({str(error).splitlines()[0]})"
         remedy = "start them all with torchrun, or unset WORLD_SIZE for a single process"
         raise refusal("WORLD_SIZE", but=but, remedy=remedy) from error
@@ -101,9 +104,12 @@ def _meet(hang_limit: float) -> tuple[Any, int, int]:
 
 
 def _connect(address: str, port: int, deadline: float, *, is_host: bool = False) -> Any:
-    """Return a connection to the store at an address, or hold it; OSError if nobody does."""
+    """Return a connection to the store at an address; ``is_host`` makes this process hold it.
+
+    Raises OSError if no process holds the store there by ``deadline``.
+    """
     while not is_host:
-        # Not by the store's own attempts, in which no signal is heard.
+        # Python cannot handle signals while the store itself tries to connect.
         try:
             socket.create_connection((address, port), timeout=1).close()
             break
@@ -139,7 +145,7 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """Return whether this process is the one that prints and writes files."""
+    """Return whether this process is rank 0, which prints and writes files."""
     return rank() == 0
 
 
@@ -150,12 +156,12 @@ def print0(*args: Any, **kwargs: Any) -> None:
 
 
 def _together() -> contextlib.AbstractContextManager:
-    """Return a context for what all ranks do, so that one that does not come to it is known."""
+    """Return a context for an operation of all ranks, so that a missing rank can be named."""
     return contextlib.nullcontext() if _heartbeat is None else _heartbeat.together()
 
 
 def finish_step(step: str) -> None:
-    """Note which step this rank has finished, which is told if it falls silent."""
+    """Record the step that this rank has finished, for the message if it falls silent."""
     if _heartbeat is not None:
         _heartbeat.finish_step(step)
 
@@ -168,7 +174,7 @@ def barrier() -> None:
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Return ``tensor`` summed in place over ranks. CPU tensors go over gloo."""
+    """Sum ``tensor`` over all ranks in place and return it. CPU tensors use gloo. Collective."""
     if world_size() > 1:
         with _together():
             dist.all_reduce(tensor, group=_cpu_group if tensor.device.type == "cpu" else None)
@@ -176,21 +182,21 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class BackgroundSum:
-    """A sum over all ranks on the CPU group that runs while they continue. Collective."""
+    """A sum of int32 values over all ranks, on the CPU and in the background. Collective."""
 
     def __init__(self, value: int) -> None:
         self._sum = torch.tensor(value, dtype=torch.int32)
         self._work = dist.all_reduce(self._sum, group=_cpu_group, async_op=True)
 
     def wait(self) -> int:
-        """Return the sum, once all ranks have given their value."""
+        """Wait for every rank's value and return the sum."""
         with _together():
             self._work.wait()
         return int(self._sum)
 
 
 def broadcast_object(value: Any) -> Any:
-    """Return rank 0's ``value`` (a small plain object) on every rank."""
+    """Return rank 0's ``value`` (a small picklable object) on every rank. Collective."""
     if world_size() == 1:
         return value
     box = [value]
@@ -232,9 +238,9 @@ def gather_rows(tensor: torch.Tensor) -> torch.Tensor | None:
 
 
 def on_main(function: Callable[[], T], broadcast: Callable[[T], T] = broadcast_object) -> T:
-    """Run ``function`` on rank 0 and return its (small) result on every rank.
+    """Run ``function`` on rank 0 and return its (small) result on every rank. Collective.
 
-    An exception is raised on every rank, so that no rank waits for a failed one.
+    An exception of ``function`` is raised on every rank, so that none waits for a failed one.
     """
     result, error = None, None
     if is_main():
@@ -250,7 +256,10 @@ def on_main(function: Callable[[], T], broadcast: Callable[[T], T] = broadcast_o
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Raise an error of any rank's block on every rank, so that none waits. Collective."""
+    """Raise an error from any rank's block on every rank, so that none waits. Collective.
+
+    A rank whose own block failed raises its own error, the others that of the lowest failed rank.
+    """
     error: Exception | None = None
     try:
         yield
@@ -263,11 +272,11 @@ def together() -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Remote:
-    """A tensor, or :class:`Pieces` of one, that rank 0 has and the others can ask for."""
+    """A tensor that only rank 0 holds until all ranks fetch it with :meth:`whole`."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    source: Any = None  # None but on rank 0.
+    source: Any = None  # The tensor or its Pieces on rank 0, None elsewhere.
 
     def whole(self) -> torch.Tensor:
         """Return the tensor, on every rank's CPU. Collective."""
@@ -282,10 +291,10 @@ class Remote:
 
 
 def on_main_tree(function: Callable[[], T], lazily: bool = False) -> T:
-    """Like :func:`on_main` for nested dicts, lists and tuples of tensors, of any size.
+    """Like :func:`on_main`, for nested dicts, lists and tuples of tensors of any size. Collective.
 
-    Tensors arrive on the CPU. Only rank 0 needs to see the file that the tree came from. With
-    ``lazily`` large tensors stay there, and every rank has a :class:`Remote` of each.
+    Tensors arrive on the CPU. Only rank 0 needs access to the file that the tree comes from. With
+    ``lazily``, every rank gets a :class:`Remote` in place of each large tensor.
     """
     return on_main(function, functools.partial(_broadcast_tree, lazily=lazily))
 
@@ -307,22 +316,23 @@ def _broadcast_tree(tree: Any, lazily: bool) -> Any:
 
 
 def wrap(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """Return ``module`` under DistributedDataParallel, or as it is in a single process.
+    """Return ``module`` wrapped in DistributedDataParallel, or unchanged in a single process.
 
-    Parameters are broadcast from rank 0; buffers are constants and are not synchronised again.
+    Parameters and buffers are broadcast from rank 0. Buffers are constants, so they are not
+    synchronised again.
     """
     if world_size() == 1:
         return module
     ids = [device] if device.type == "cuda" else None
     wrapped = DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
-    # As an attribute, because versions of PyTorch differ in the name of the argument.
+    # Set as an attribute, because the name of the argument differs between PyTorch versions.
     wrapped.broadcast_buffers = False
     return wrapped
 
 
 @contextlib.contextmanager
 def no_sync(module: torch.nn.Module, skip: bool) -> Iterator[None]:
-    """Within it, which is all of a pass but its data, leave gradients unreduced if ``skip``."""
+    """A context for the forward and backward pass; gradients stay unreduced in it if ``skip``."""
     leaves = skip and isinstance(module, DistributedDataParallel)
     with _together(), module.no_sync() if leaves else contextlib.nullcontext():
         yield

@@ -1,4 +1,4 @@
-"""Identities of weights and the versions of packages."""
+"""Hashes of weights, and the versions of packages."""
 
 import hashlib
 import importlib.metadata
@@ -9,16 +9,19 @@ import torch
 
 
 def package_versions(*others: str) -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide what is computed."""
+    """Return the versions of Python and of the packages that can affect results.
+
+    Those are torch, numpy, pillow, transformers if it is loaded, and ``others``.
+    """
     names = ["torch", "numpy", "pillow"]
-    if "transformers" in sys.modules:  # Some detectors are its networks.
+    if "transformers" in sys.modules:  # It provides some detectors.
         names.append("transformers")
     versions = {name: importlib.metadata.version(name) for name in (*names, *others)}
     return dict(python=platform.python_version(), **versions)
 
 
 def weights_hash(state_dict: dict[str, torch.Tensor]) -> str:
-    """Return a hash of names, shapes and weights, which stays equal when a file is rewritten."""
+    """Return the SHA-256 of names, shapes, dtypes and values, whatever file they came from."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state_dict.items()):
         digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}\n".encode())

@@ -1,4 +1,4 @@
-"""Signs of life: ranks that are stopped or lost are named, long before a collective gives up."""
+"""Signs of life, by which stopped or lost ranks are named long before a collective times out."""
 
 import atexit
 import contextlib
@@ -15,51 +15,58 @@ from typing import Any
 from dnnlib import launcher
 
 _MAX_INTERVAL_SEC = 10.0
-STALL_SEC = 55 * 60.0  # Less than the hour that a collective operation waits.
+STALL_SEC = 55 * 60.0  # Less than the timeout of collectives, which is an hour.
 _VERDICT = "ended: "
 _ROOT = f"{Path(__file__).resolve().parent.parent}{os.sep}"
-_MAX_FRAMES = 12  # Of a stack that is shown.
+_MAX_FRAMES = 12  # Shown of a stack.
 
 
 def beat_key(name: str, rank: int) -> str:
-    """Return under which key of the store a rank gives signs of life; ``name`` is of all ranks."""
+    """Return the store's key for a rank's signs of life; ``name`` is that of the whole group."""
     return f"{name}/alive/{rank}"
 
 
 def beat(count: int | str = 0, moves: int = 0, waits: bool = False) -> str:
-    """Return a sign of life: this machine, a number that changes, how far it is, if it waits."""
+    """Return a sign of life, as text for the store.
+
+    Args:
+        count: Changes with every sign of life; "left" when the rank leaves.
+        moves: Number of collective blocks that the rank has entered.
+        waits: Whether it is in such a block, where it may wait for others.
+    """
     return f"{socket.gethostname()} {count} {moves} {int(waits)}"
 
 
 class Heartbeat:
-    """Ends this process, with a sentence, once another rank gives no sign of life any more.
+    """Ends this process with a message once another rank no longer gives signs of life.
 
-    A thread of each rank counts in the store. Rank 0 reads all counts, the others that of rank 0,
-    and a count that stands still in as many readings as fit into ``limit_sec`` is that of a process
-    that is stopped or cannot be reached. Rank 0 tells the others of it. Readings are counted, and
-    not time, because all processes may have been stopped for a while and go on.
+    A thread of each rank increments a count in the store. Rank 0 reads all counts, the other ranks
+    that of rank 0. If a count stays the same for as many readings as fit into ``limit_sec``, its
+    process is stopped or unreachable; rank 0 reports this to the others. Readings are counted
+    instead of time, because all processes may have been suspended for a while and then continue.
 
-    A process that waits, computes or is stuck in a library goes on counting, as long as Python's
-    threads run: no time that pictures, scores or the compilation take is too long. But after
-    ``limit_sec`` in which others waited, rank 0 names who has come less far than one that waits.
-    That is known from what the main threads do :meth:`together`. Where all are in the same
-    operation, it shows where each is. As the others give up an operation of all ranks after an
-    hour, it ends all shortly before that.
+    A process that waits, computes or is stuck in a library goes on counting as long as Python's
+    threads run, so pictures, scores and compilation may take any time. But once others have waited
+    for ``limit_sec``, rank 0 warns, naming the ranks that lag behind a waiting one. It counts the
+    blocks that each main thread has entered :meth:`together` to know. If all ranks are in the same
+    block, the warning shows where each one is. Shortly before the hour after which collectives time
+    out, rank 0 ends all ranks if some are waiting for others.
 
-    With every sign of life goes what is told of a rank that is named: the last step that it
-    finished, as far as :meth:`finish_step` was told, and where its main thread was.
+    Each sign of life comes with what the message says about a rank that is named: the last step
+    recorded by :meth:`finish_step`, and the stack of its main thread.
 
     Args:
-        store: A connection to the store that nobody else uses, as a call may never return.
-        name: What the ranks agreed on in :mod:`torch_utils.meeting`.
-        host: Who holds the store, and where, for the message.
+        store: A connection to the store used by nothing else, as a call may never return.
+        name: Name of the group that :func:`torch_utils.meeting.meet` returned.
+        limit_sec: Seconds without a sign of life that are tolerated.
+        host: Process that holds the store and its address, for the message.
     """
 
     def __init__(
         self, store: Any, name: str, rank: int, world_size: int, *, limit_sec: float, host: str
     ) -> None:
         self._moves, self._waits, self._step = 0, False, ""
-        self._told: Sequence[int] = ()  # How far all were when the last stall was told.
+        self._told: Sequence[int] = ()  # The ranks' moves at the last warning.
         self._store, self._name, self._rank, self._host = store, name, rank, host
         self._watched = range(world_size) if rank == 0 else range(1)
         self._interval = min(limit_sec / 10, _MAX_INTERVAL_SEC)
@@ -75,7 +82,7 @@ class Heartbeat:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Count a block that all ranks come to in the same order, and may wait in for others."""
+        """Count a block that all ranks enter in the same order, and may wait for others in."""
         self._moves += 1
         self._waits = True
         try:
@@ -84,7 +91,7 @@ class Heartbeat:
             self._waits = False
 
     def finish_step(self, step: str) -> None:
-        """Record which step has ended, in the form in which it is reported."""
+        """Record the step that has ended, as text for the message, such as ``kimg 12.5``."""
         self._step = step
 
     def stop(self) -> None:
@@ -119,7 +126,7 @@ class Heartbeat:
                 self._stop.wait(self._interval)
             self._store.set(own, beat("left", self._moves))
         except RuntimeError:
-            # The store has gone, and with it the process that holds it: what needs that fails.
+            # The process that holds the store has ended, so whatever needs the store fails anyway.
             self._stop.set()
 
     def _judge(
@@ -129,7 +136,7 @@ class Heartbeat:
         behind: "_Stillness",
         hosts: Sequence[str],
     ) -> None:
-        """End this process, and on rank 0 the others, if a rank is silent or long waited for."""
+        """End this process, and from rank 0 all others, if a rank is silent or long waited for."""
         stall = round(STALL_SEC / self._interval)
         if late := silent.late(self._max_silent):
             what, why = f"No sign of life for {self._limit} from", "stopped or unreachable"
@@ -153,7 +160,7 @@ class Heartbeat:
         hosts: Sequence[str],
         moves: Sequence[int],
     ) -> None:
-        """Say once for whom others have long waited; it may only have a lot to do."""
+        """Warn once about ranks that others have long waited for; they may merely be busy."""
         if list(moves) == self._told or len(waiting.late(self._max_silent)) == 0:
             return
         late = behind.late(self._max_silent)
@@ -171,7 +178,7 @@ class Heartbeat:
         return ", ".join(f"rank {self._watched[i]} (on {hosts[i]})" for i in ranks)
 
     def _whereabouts(self, ranks: Sequence[int]) -> str:
-        """Return lines that tell where ranks were; those that were in the same place together."""
+        """Return lines that say where ranks were, with those in the same place on one line."""
         found: dict[str, list[str]] = {}
         for rank in (self._watched[i] for i in ranks):
             key = _about_key(self._name, rank)
@@ -183,7 +190,7 @@ class Heartbeat:
         return "".join(f"\n  {', '.join(names)} was{where}" for where, names in found.items())
 
     def _watch_store(self) -> None:
-        """End this process if the store does not answer, which :meth:`_talk` waits for."""
+        """End this process if the store does not answer, so that :meth:`_talk` hangs."""
         silent, rounds = 0, 0
         while not self._stop.wait(self._interval):
             silent, rounds = silent + 1 if self._rounds == rounds else 0, self._rounds
@@ -199,7 +206,7 @@ class Heartbeat:
             return
         launcher.record_error(message)
         print(f"Error: {message}", file=sys.stderr, flush=True)
-        os._exit(1)  # The main thread may wait for the silent rank, and hears of nothing.
+        os._exit(1)  # The main thread may be waiting for the silent rank.
 
 
 def _about_key(name: str, rank: int) -> str:
@@ -207,7 +214,7 @@ def _about_key(name: str, rank: int) -> str:
 
 
 def _main_stack() -> list[str]:
-    """Return the functions that the main thread is in, the innermost first."""
+    """Return the call stack of the main thread, innermost function first."""
     frame, found = sys._current_frames().get(threading.main_thread().ident), []
     while frame is not None and len(found) < _MAX_FRAMES:
         code = frame.f_code
@@ -218,14 +225,14 @@ def _main_stack() -> list[str]:
 
 
 class _Stillness:
-    """Of several values, in how many readings in a row each has not changed."""
+    """Counts, for each of several values, the successive readings in which it has not changed."""
 
     def __init__(self, num: int) -> None:
         self._values: Sequence[Any] = [None] * num
         self._counts = [0] * num
 
     def read(self, values: Sequence[Any], watched: Sequence[bool]) -> None:
-        """Take a reading; values that are not watched now count as changed."""
+        """Take a reading; values not watched in it count as changed."""
         for i, (before, now) in enumerate(zip(self._values, values, strict=True)):
             self._counts[i] = self._counts[i] + 1 if watched[i] and before == now else 0
         self._values = values
@@ -233,8 +240,8 @@ class _Stillness:
     def late(self, limit: int) -> list[int]:
         """Return the positions of values that have not changed in ``limit`` readings.
 
-        If there are some, those that will probably be in the next ones are among them: what is lost
-        with a machine falls silent together.
+        If there are any, values within two readings of the limit are included: the ranks of a lost
+        machine fall silent together, but not in the same reading.
         """
         if max(self._counts) < limit:
             return []

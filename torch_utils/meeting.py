@@ -1,7 +1,7 @@
-"""How processes find out who starts together with them.
+"""How processes agree on which of them start together.
 
-They do so through what ``torch.distributed`` calls a store: keys and values in one process, for all
-to read.
+They use a store of ``torch.distributed``: keys and values held by one process, which all can read
+and write.
 """
 
 import time
@@ -14,15 +14,15 @@ _POLL_SEC = 0.05
 
 
 def meet(store: Any, rank: int, world_size: int, deadline: float) -> str:
-    """Return a new name that the processes share which start together now, and no others.
+    """Return a new name shared by the processes that start together now, and by no others.
 
-    After a restart torchrun's store still holds what the processes before have written: where they
-    listened, and their answers here. So each process comes with a word of its own, which rank 0
-    repeats to it together with the name, until each has shown that it knows the name. The latter
-    is its first sign of life, see :mod:`torch_utils.heartbeat`.
+    After a restart, torchrun's store still holds what earlier processes wrote: the addresses that
+    they listened at, and their answers here. So each process sends a word of its own, which rank 0
+    repeats to it together with the name, until every process has shown that it knows the name. It
+    does so by its first sign of life; see :mod:`torch_utils.heartbeat`.
 
-    Raises TimeoutError at ``deadline``, a time of ``time.monotonic``; it names the ranks that did
-    not come, or says that rank 0 did not answer.
+    Raises TimeoutError after ``deadline``, on the clock of ``time.monotonic``; it names the missing
+    ranks, or says that rank 0 did not answer.
     """
     name = word = uuid.uuid4().hex
     if rank > 0:

@@ -1,4 +1,4 @@
-"""Counting what a module holds and computes, and what a device could compute."""
+"""Parameter and FLOP counts, peak rates of GPUs, TF32, and the memory of the C library."""
 
 import contextlib
 import ctypes
@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-# Dense peaks in TFLOP/s: float32 outside tensor cores, TF32, bfloat16 with float32 sums. Published
-# by NVIDIA in the data sheets of A100, H100, H200, L4 and L40S, which give twice as much where they
-# assume sparsity, and in the white papers of GA102 (RTX 3090) and Ada (RTX 4090). The first pattern
-# found in the device's name counts.
+# Dense peak rates in TFLOP/s: float32 without tensor cores, TF32, bfloat16 with float32 sums.
+# Sources: NVIDIA's data sheets of A100, H100, H200, L4 and L40S, halved where they assume sparsity,
+# and its white papers on GA102 (RTX 3090) and Ada (RTX 4090). The first pattern found in the
+# device's name applies.
 PEAK_TFLOPS: tuple[tuple[str, dict[str, float]], ...] = (
     (r"A100", dict(fp32=19.5, tf32=156.0, bf16=312.0)),
     (r"H100 PCIe", dict(fp32=51.0, tf32=378.0, bf16=756.0)),
@@ -31,7 +31,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def peak_flops(device_name: str, arithmetic: str) -> float | None:
-    """Return the peak of a GPU in FLOP/s for ``fp32``, ``tf32`` or ``bf16``; None if unknown."""
+    """Return a GPU's peak rate in FLOP/s for ``fp32``, ``tf32`` or ``bf16``; None if unknown."""
     for pattern, peaks in PEAK_TFLOPS:
         if re.search(pattern, device_name):
             return peaks[arithmetic] * 1e12
@@ -39,17 +39,18 @@ def peak_flops(device_name: str, arithmetic: str) -> float | None:
 
 
 def allow_tf32(allowed: bool) -> None:
-    """Allow or forbid TF32 products and convolutions of float32 on NVIDIA GPUs."""
+    """Allow or forbid TF32 in matrix products and convolutions of float32 on NVIDIA GPUs."""
     torch.backends.cudnn.allow_tf32 = allowed
     torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 def keep_freed_memory(keeps: bool = True) -> None:
-    """Have the C library keep what is freed, in place of giving it back to the system at once.
+    """Make the C library keep freed memory instead of returning it to the system at once.
 
-    A step on a CPU frees and asks for the same hundreds of megabytes again; each time the system
-    would hand out pages one by one and fill them with zeros, for 5 to 10% of the step. Without
-    ``keeps`` it gives back what it can. Does nothing where the C library is not glibc.
+    A training step on a CPU frees and allocates the same hundreds of megabytes again. If they were
+    returned, the system would map and zero every page anew, which takes 5 to 10% of the step. With
+    ``keeps=False`` freed memory is returned where possible. Does nothing unless the C library is
+    glibc.
     """
     global _keeps_freed_memory
     _keeps_freed_memory = keeps
@@ -64,10 +65,10 @@ _keeps_freed_memory = False
 
 @contextlib.contextmanager
 def returning_freed_memory() -> Iterator[None]:
-    """Within it, have the C library give back what is freed, and before it what is free.
+    """A context in which the C library returns memory: what is free on entry, and what is freed.
 
-    Tensors of other sizes than those of a step would not fit between what steps left, and would
-    take as much memory once more. Does nothing unless freed memory is kept.
+    Tensors of other sizes than a step's do not fit into the gaps that steps leave, and would need
+    as much memory again. Does nothing unless freed memory is kept.
     """
     if not _keeps_freed_memory:
         yield
@@ -83,14 +84,14 @@ def returning_freed_memory() -> Iterator[None]:
 
 
 def count_parameters(module: torch.nn.Module) -> int:
-    """Return the number of parameter values of a module, on any device including meta."""
+    """Return the number of parameter elements of a module, on any device including meta."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def count_flops(function: Callable[[], Any]) -> int:
-    """Return the floating-point operations of matrix products and convolutions in a call.
+    """Return the floating-point operations of all matrix products and convolutions in a call.
 
-    A multiply-add counts as two. Works on the meta device, without computing anything.
+    A multiply-add counts as two. On the meta device nothing is computed. Gradients are disabled.
     """
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         function()

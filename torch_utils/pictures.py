@@ -1,4 +1,4 @@
-"""Grids of images for people to look at: enlarged, with gaps and titles, written atomically."""
+"""Image grids for viewing: enlarged, with gaps and titles, and written atomically."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _INK = 225
 _MIN_TILE = 48
 _MIN_COLUMNS = 5
 _TEXT_SIZE = 11
-_LINE = 15  # Height of a line of text.
-_MAX_MARGIN = 168  # Width of the titles of rows.
+_LINE = 15  # Height of a line of text, in pixels.
+_MAX_MARGIN = 168  # Maximum width of row titles, in pixels.
 _MARK = "SetDiffiT"
 
 if TYPE_CHECKING:
@@ -40,21 +40,21 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Titles:
-    """What a picture says of its images. A text that is too long for its place ends in dots."""
+    """Texts of a picture. A text too long for its place ends in an ellipsis."""
 
-    heading: str = ""  # Above all.
-    columns: Sequence[str] = ()  # Above the images of the first row, which are then aligned.
-    rows: Sequence[str] = ()  # Left of each row, in as many lines as it takes.
-    captions: Sequence[str] = ()  # Under each image, row by row.
+    heading: str = ""  # At the top of the picture.
+    columns: Sequence[str] = ()  # Above the images of the first row; columns are then aligned.
+    rows: Sequence[str] = ()  # To the left of each row, in as many lines as needed.
+    captions: Sequence[str] = ()  # Below each image, row by row.
 
 
 def image_grid(
     images: torch.Tensor, columns: int, titles: Titles = Titles(), *, min_tile: int = _MIN_TILE
 ) -> PIL.Image.Image:
-    """Return uint8 images [N, C, H, W] (C 1 or 3) as one picture, ``columns`` to a row.
+    """Return images [N, C, H, W], uint8, C 1 or 3, as one picture with ``columns`` to a row.
 
-    Small images are enlarged by a whole factor without smoothing, to at least ``min_tile`` pixels a
-    side.
+    Small images are enlarged by a whole factor, without smoothing, until their longer side has at
+    least ``min_tile`` pixels.
     """
     factor = max(1, -(-min_tile // max(images.shape[2:])))
     tiles = images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
@@ -64,16 +64,16 @@ def image_grid(
 def mixed_grid(
     rows: Sequence[Sequence[Tile]], height: int = 256, titles: Titles = Titles()
 ) -> PIL.Image.Image:
-    """Return rows of images of any sizes, uint8 [3, H, W] or pictures, as one picture.
+    """Return rows of images of any size ([C, H, W], uint8, C 1 or 3, or pictures) as one picture.
 
-    Every image is scaled to ``height``, or to be as wide as twice that, but never enlarged beyond a
-    whole factor.
+    Every image is scaled to fit ``height`` and a width of twice that; smaller images are enlarged
+    only by a whole factor.
     """
     return _compose([[fit_tile(image, height) for image in row] for row in rows], titles)
 
 
 def fit_tile(image: Tile, height: int = 256) -> PIL.Image.Image:
-    """Return a picture scaled as :func:`mixed_grid` does, which leaves the result as it is."""
+    """Return a picture scaled as in :func:`mixed_grid`, which leaves such pictures unchanged."""
     import PIL.Image
 
     image = to_pil(image) if isinstance(image, torch.Tensor) else image
@@ -85,9 +85,9 @@ def fit_tile(image: Tile, height: int = 256) -> PIL.Image.Image:
 
 
 def class_titles(names: Sequence[str], columns: int, heading: str = "") -> Titles:
-    """Return titles with the class of each image, or one title where images share a class.
+    """Return titles that name the class of each image, once for images that share a class.
 
-    ``names`` are those of the images' classes, in order; empty without any.
+    ``names`` holds the class name of each image, in order; empty if there are no classes.
     """
     if len(set(names)) == 1:
         return Titles(f"{names[0]} ({heading})" if heading else names[0])
@@ -107,11 +107,15 @@ def support_picture(
     names: Sequence[str] = (),
     heading: str = "",
 ) -> PIL.Image.Image:
-    """Return supports uint8 [S, k, C, H, W] above samples [S, m, C, H, W] made from them.
+    """Return a picture of supports with the samples generated from each below it.
 
-    Every support is a block: its images in the first row, then the samples, as many to a row (at
-    least five). ``bands`` blocks stand side by side, then the next ones below. ``names`` say of
-    which class each support is.
+    Args:
+        supports: [S, k, C, H, W], uint8.
+        samples: [S, m, C, H, W], uint8. A row holds as many as its support (at least five if there
+            are so many).
+        bands: Supports side by side, before the next ones follow below.
+        names: Class name of each support.
+        heading: Title of the picture.
     """
     size = max(supports.shape[1], min(samples.shape[1], _MIN_COLUMNS))
     blocks = []
@@ -126,7 +130,7 @@ def support_picture(
 
 
 def _paste(rows: Sequence[Sequence[PIL.Image.Image]], *, gap: int, margin: int) -> PIL.Image.Image:
-    """Return pictures beside and below one another on the background."""
+    """Return one picture with rows of pictures on the background, ``gap`` pixels apart."""
 
     heights = [max(picture.height for picture in row) for row in rows]
     width = max(sum(picture.width + gap for picture in row) - gap for row in rows)
@@ -150,7 +154,7 @@ def _canvas(size: tuple[int, int], pictures: Sequence[PIL.Image.Image]) -> PIL.I
 
 
 def _compose(rows: Sequence[Sequence[PIL.Image.Image]], titles: Titles) -> PIL.Image.Image:
-    """Return rows of tiles, as large as they are shown, with gaps and titles."""
+    """Return one picture of rows of tiles, at their own size, with gaps and titles."""
     writer = _Writer()
     lefts, width = _places(rows, is_aligned=bool(titles.columns))
     shift = writer.margin(titles.rows)
@@ -177,7 +181,7 @@ def _compose(rows: Sequence[Sequence[PIL.Image.Image]], titles: Titles) -> PIL.I
 def _places(
     rows: Sequence[Sequence[PIL.Image.Image]], *, is_aligned: bool
 ) -> tuple[list[list[int]], int]:
-    """Return where each tile of each row begins, and the width of all."""
+    """Return the left edge of each tile of each row, and the total width, in pixels."""
     widths = [[tile.width for tile in row] for row in rows]
     if is_aligned:
         widest = [max(column) for column in itertools.zip_longest(*widths, fillvalue=0)]
@@ -195,7 +199,7 @@ def _font() -> PIL.ImageFont.FreeTypeFont:
 
 @functools.cache
 def _character(character: str) -> str:
-    """Return a character that the font has, and of any other its code, as ``U+0531``."""
+    """Return a character if the font has it, and else its code point, such as ``U+0531``."""
     own, missing = (bytes(_font().getmask(text)) for text in (character, "\uffff"))
     return character if character.isspace() or own != missing else f"U+{ord(character):04X}"
 
@@ -205,7 +209,7 @@ def _shown(text: str) -> str:
 
 
 class _Writer:
-    """Writes on a picture, within given widths."""
+    """Writes texts on a picture, cut to given widths."""
 
     def __init__(self) -> None:
         self._font = _font()
@@ -217,7 +221,7 @@ class _Writer:
         self._ink = _INK if canvas.mode == "L" else (_INK,) * 3
 
     def margin(self, titles: Sequence[str]) -> int:
-        """Return the width that the titles of rows take; 0 without any."""
+        """Return the width that row titles take, in pixels; 0 if there are none."""
         widest = max((self._width(_shown(title)) for title in titles), default=0)
         return min(math.ceil(widest), _MAX_MARGIN) + 3 * _GAP if widest else 0
 
@@ -226,7 +230,7 @@ class _Writer:
         self._draw.text(place, text, fill=self._ink, font=self._font)
 
     def block(self, text: str, place: tuple[int, int], width: int, height: int) -> None:
-        """Write a text in lines; the last that there is room for takes what is left."""
+        """Write a text in lines that fit ``height``; the last one takes the rest and may be cut."""
         words, lines = _shown(text).split(), []
         while words and len(lines) < max(height // _LINE, 1):
             num = len(words)
@@ -251,20 +255,23 @@ class _Writer:
 
 
 def save_image(image: PIL.Image.Image, path: str | Path) -> None:
-    """Write ``image`` as a PNG file, whole or not at all, that :func:`is_our_image` knows again."""
+    """Write ``image`` atomically as a PNG file that :func:`is_our_image` recognises."""
     import PIL.PngImagePlugin
 
     mark = PIL.PngImagePlugin.PngInfo()
     mark.add_text("Software", _MARK)
     with atomic_write(path) as file:
-        # Level 6, the default, takes 1.6 times as long, for files that are 0 to 20% smaller.
+        # Level 6, the default, takes 1.6 times as long and makes files 0 to 20% smaller.
         image.save(file, format="PNG", pnginfo=mark, compress_level=3)
 
 
 def save_animation(
     pictures: Sequence[PIL.Image.Image], path: str | Path, durations_ms: Sequence[int]
 ) -> None:
-    """Write pictures of one size as a GIF that repeats, whole or not at all, marked as ours."""
+    """Write pictures of one size atomically as a looping GIF that :func:`is_our_image` recognises.
+
+    ``durations_ms`` holds the milliseconds for which each picture is shown.
+    """
     import PIL.Image
 
     dither = PIL.Image.Dither.NONE
@@ -282,7 +289,7 @@ def save_animation(
 
 
 def check_picture_target(option: str, path: Path, suffix: str = ".png", **rules: Any) -> None:
-    """Raise ValueError if a picture could not, or should not, be written as the file ``path``.
+    """Raise ValueError if a picture cannot, or should not, be written to the file ``path``.
 
     ``rules`` are further arguments of :func:`dnnlib.files.check_target`.
     """
@@ -305,7 +312,7 @@ def is_our_image(path: Path) -> bool:
 
 
 def to_pil(image: torch.Tensor) -> PIL.Image.Image:
-    """Return one uint8 image [C, H, W] (C 1 or 3) as a picture."""
+    """Return one image [C, H, W], uint8, C 1 or 3, as a picture."""
     import PIL.Image
 
     array = image.permute(1, 2, 0).cpu().numpy()
@@ -313,7 +320,7 @@ def to_pil(image: torch.Tensor) -> PIL.Image.Image:
 
 
 def read_image(path: str | Path) -> torch.Tensor:
-    """Return the picture in a file as a uint8 image [C, H, W]; raises ValueError if it has none."""
+    """Return the image in a file as [C, H, W], uint8 for 8-bit files; ValueError if unreadable."""
     import PIL.Image
 
     try:
@@ -324,9 +331,9 @@ def read_image(path: str | Path) -> torch.Tensor:
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Return images in [-1, 1] as uint8: clip(127.5 x + 128), as EDM rounds.
+    """Return images in [-1, 1] as uint8: clip(127.5 x + 128, 0, 255), truncated as in EDM.
 
-    Raises NotFiniteError for values that are not finite, of which no image can be made.
+    Raises NotFiniteError if any value is infinite or NaN.
     """
     if not images.isfinite().all():
         raise NotFiniteError(

@@ -6,24 +6,24 @@ from typing import Any
 
 import torch
 
-_kept: dict[Any, Any] | None = None  # None outside of :func:`fixed_weights`.
+_kept: dict[Any, Any] | None = None  # None outside :func:`fixed_weights`.
 
 
 @contextlib.contextmanager
 def fixed_weights(*networks: torch.nn.Module) -> Iterator[None]:
-    """Until the block ends, make once what weights alone decide. They must not change inside it.
+    """A context in which values that depend on weights alone are computed once.
 
-    Autocast then keeps what it casts of weights: left alone it casts them anew in every pass, and
-    twice where a weight is used twice if it cannot be trained. ``networks`` are those whose weights
-    cannot be trained. In torch's inference mode, which keeps no casts, they are cast each time.
-    :func:`once` keeps the rest.
+    The weights must not change in it. Autocast keeps its casts of weights until the block ends;
+    otherwise it would repeat them in every pass, and for frozen weights at every use. ``networks``
+    are those with frozen weights. In torch's inference mode, casts are never kept. :func:`once`
+    keeps other values.
     """
     global _kept
     before, _kept = _kept, {}
     frozen = [p for own in networks for p in own.parameters() if not p.requires_grad]
     torch.autocast_increment_nesting()
     try:
-        # Autocast keeps the casts of weights that can be trained, and of no others.
+        # Autocast keeps only the casts of weights that require gradients.
         for param in frozen:
             param.requires_grad_(True)
         yield
@@ -36,9 +36,9 @@ def fixed_weights(*networks: torch.nn.Module) -> Iterator[None]:
 
 
 def once(key: Any, make: Callable[[], Any]) -> Any:
-    """Return ``make()``, or what it returned for ``key`` before in this :func:`fixed_weights`.
+    """Return ``make()``, computed once per ``key`` within a :func:`fixed_weights` block.
 
-    Nothing is kept that takes part in a gradient, or that a compiled graph makes.
+    Nothing is kept while gradients are enabled, or while a graph is being compiled.
     """
     if _kept is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return make()

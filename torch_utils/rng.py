@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-# Streams of a training step: each kind of randomness has a generator of its own, so that adding
-# a draw to one leaves the others as they were.
+# Streams of a training step: each kind of randomness has its own generator, so that an additional
+# draw from one leaves the others unchanged.
 STREAM_DATA, STREAM_NOISE, STREAM_AUGMENT, STREAM_CONDITION, STREAM_MODEL, STREAM_INIT = range(6)
 STREAM_POSTERIOR, STREAM_CONTEXT, STREAM_BUCKET, STREAM_ROLLBACK, STREAM_LEVEL = range(6, 11)
 STREAM_VALIDATION = 11
@@ -20,22 +20,25 @@ def mix(*values: int) -> int:
 
 
 def seed_after(seed: int, num_rollbacks: int) -> int:
-    """Return the seed of the steps that follow so many rollbacks: other data and other noise."""
+    """Return the seed of the steps after ``num_rollbacks`` rollbacks, for other data and noise."""
     return mix(seed, STREAM_ROLLBACK, num_rollbacks) if num_rollbacks else seed
 
 
 def step_generator(
     seed: int, cur_nimg: int, stream: int, device: torch.device | str = "cpu"
 ) -> torch.Generator:
-    """Return a generator for the global batch at ``cur_nimg``; draw for all and keep your rows."""
+    """Return a generator for the global batch at ``cur_nimg``.
+
+    Every rank draws for the whole global batch and keeps its own rows.
+    """
     return torch.Generator(device).manual_seed(mix(seed, cur_nimg, stream))
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One optimizer step, as far as its randomness goes: a function of (seed, position) alone."""
+    """What the randomness of one optimizer step depends on, whatever the number of ranks."""
 
-    seed: int  # Of the run, and of its rollbacks so far.
+    seed: int  # Seed of the run, after its rollbacks so far.
     cur_nimg: int  # Training images before the step.
     batch: int  # Rows of the global batch, over all ranks and passes.
     shape: tuple[int, int, int]  # Channels, height and width of what the network denoises.
@@ -47,15 +50,19 @@ class Step:
 
 
 def epoch_permutation(seed: int, epoch: int, length: int) -> np.ndarray:
-    """Return a permutation of ``range(length)`` that depends on (seed, epoch) alone."""
+    """Return a permutation of ``range(length)``, int64, that depends only on (seed, epoch)."""
     return np.random.default_rng([seed % 2**64, STREAM_DATA, epoch]).permutation(length)
 
 
 class SeededNoise:
-    """One generator per image, so that an image depends on its own seed alone.
+    """One random generator per image, so that an image depends only on its own seed.
 
-    Numbers are drawn on the CPU, which makes them equal on every device. Each call continues every
-    image's stream: latent first, then class, then the noise of a stochastic sampler.
+    Numbers are drawn on the CPU, so that they are the same for every device. Each call continues
+    every image's stream: initial noise first, then class, then the noise of a stochastic sampler.
+
+    Args:
+        seeds: N seeds, one per image; taken modulo 2^32.
+        device: Where the numbers are returned.
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu") -> None:
@@ -66,7 +73,7 @@ class SeededNoise:
         return len(self._generators)
 
     def randn(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Return standard normal numbers [N, *shape], drawn in float32 on the CPU."""
+        """Return standard normal numbers [N, *shape] of type ``dtype``, drawn in float32."""
         draws = torch.stack([torch.randn(*shape, generator=g) for g in self._generators])
         return draws.to(self.device, dtype)
 
@@ -75,6 +82,6 @@ class SeededNoise:
         return self.randn(x.shape[1:], x.dtype)
 
     def randint(self, high: int) -> torch.Tensor:
-        """Return integers [N] in [0, high)."""
+        """Return integers [N], int64, in [0, high)."""
         draws = [torch.randint(high, [], generator=g) for g in self._generators]
         return torch.stack(draws).to(self.device)

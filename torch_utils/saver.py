@@ -29,16 +29,16 @@ _START += "main(int(sys.argv[2]), float(sys.argv[3]), float(sys.argv[4]) or None
 
 
 class Saver:
-    """Copies tensors once, and has a process of its own write them to files.
+    """Copies tensors to shared memory, from where a separate process writes them to files.
 
-    That process is in a session of its own: a signal to this one, a kill of it or of its launcher
-    do not reach it, and it finishes what it was told to write.
+    The process runs in its own session, so signals to this process, and killing it or its launcher,
+    do not reach the writer, which completes the requests that it has received.
 
-    Usage: :meth:`begin`, :meth:`stage` everything, then say what to write of it. Errors of the
-    process are OSErrors of the next call of :meth:`check`, :meth:`begin` or :meth:`wait`.
+    Usage: call :meth:`begin`, :meth:`stage` everything, then the ``write_`` methods. Errors of the
+    process are raised as OSError by the next :meth:`check`, :meth:`begin` or :meth:`wait`.
 
     Args:
-        rate: MB a second to write at most; None for as many as the disk takes.
+        rate: Most MB (10^6 bytes) to write per second; None does not limit them.
     """
 
     def __init__(self, rate: float | None = None) -> None:
@@ -57,38 +57,41 @@ class Saver:
         self._segments: list[_Segment] = []
         self._staged: dict[tuple, tuple[Tensor, Region]] = {}
         self._num_pending = 0
-        self._is_copying = False  # Whether a device may still be.
+        self._is_copying = False  # Whether copies from a GPU may still be in progress.
 
     def __enter__(self) -> "Saver":
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Leave the process to itself; it ends when its work is done."""
+        """Disconnect from the process, which ends by itself when its work is done."""
         self._connection.close()
         if exc[0] is None and not self._num_pending:
             self._process.wait()
-        self._process.returncode = 0  # It may go on: nobody is to be warned of that.
+        self._process.returncode = 0  # It may still run; without this, Popen warns about that.
 
     @property
     def is_busy(self) -> bool:
-        """Whether something may not be written yet."""
+        """Whether any request may still be unfinished; raises OSError as :meth:`check` does."""
         self.check()
         return self._num_pending > 0
 
     def hold(self, path: Path) -> None:
-        """Have the process lock a file for as long as it lives, and delete it then."""
+        """Make the process lock a file for as long as it lives, and then delete it."""
         self._tell(kind="lock", path=str(path.absolute()))
 
     def reserve(self, num_bytes: int, *, is_pinned: bool = False) -> None:
-        """Prepare memory for so many bytes, in the background; ``is_pinned`` for copies of GPUs."""
+        """Allocate shared memory for ``num_bytes`` in total, and populate it in the background.
+
+        ``is_pinned`` locks its pages, for copies from a GPU.
+        """
         missing = num_bytes - sum(len(segment.memory) for segment in self._segments)
         if missing > 0:
             self._segments[self._add_segment(missing, is_pinned)].populate()
 
     def begin(self, is_urgent: Callable[[], bool] = lambda: False) -> float:
-        """Wait until all is written, so that memory is free for more; return the seconds.
+        """Wait until everything is written, so that its memory can be reused; return the seconds.
 
-        As soon as it ``is_urgent``, wait no longer, and take new memory if need be.
+        Once ``is_urgent`` returns True, the wait ends, and new memory is used where necessary.
         """
         began = time.monotonic()
         while self.is_busy and not is_urgent():
@@ -100,9 +103,9 @@ class Saver:
         return time.monotonic() - began
 
     def stage(self, content: Tensor | bytes, *, keep: bool = False) -> Region:
-        """Copy a tensor, as it lies in memory, or bytes; return where the copy is.
+        """Copy a tensor (in its memory order) or bytes to shared memory; return the region.
 
-        What was kept since :meth:`begin` is not copied again.
+        A tensor staged with ``keep`` since :meth:`begin` is not copied again.
         """
         if isinstance(content, bytes):
             content = torch.frombuffer(bytearray(content), dtype=torch.uint8)
@@ -122,11 +125,11 @@ class Saver:
         return region
 
     def write_file(self, path: Path, regions: Sequence[Region]) -> None:
-        """Write regions one after another, and their checksum beside."""
+        """Have the concatenated regions written to a file, and their checksum beside it."""
         self._tell(kind="file", path=str(path.absolute()), regions=regions)
 
     def write_archive(self, path: Path, members: Mapping[str, Region]) -> None:
-        """Write an archive that ``torch.load`` reads."""
+        """Have the regions written, by member name, as an archive that ``torch.load`` reads."""
         self._tell(kind="archive", path=str(path.absolute()), members=list(members.items()))
 
     def write_manifest(
@@ -137,16 +140,20 @@ class Saver:
         parts: Sequence[tuple[str, Any]],
         remove: Sequence[Path],
     ) -> None:
-        """Write a manifest into a folder once all parts are there, and rename it to ``final``.
+        """Have the folder ``path`` completed by its manifest once all of its parts exist.
 
-        Then delete ``remove``.
+        The folder is then renamed to ``final``, and the states ``remove`` are deleted.
+
+        Args:
+            content: What the manifest holds besides the list of parts.
+            parts: Name of each part of any rank, and the first rows of its tensors.
         """
         old = [str(path.absolute()) for path in remove]
         about = dict(final=str(final.absolute()), content=content, parts=parts, remove=old)
         self._tell(kind="manifest", path=str(path.absolute()), **about)
 
     def check(self) -> None:
-        """Raise OSError if something could not be written; waits for nothing."""
+        """Raise OSError if something could not be written, without waiting."""
         self._connection.setblocking(False)
         try:
             while self._num_pending:
@@ -161,7 +168,7 @@ class Saver:
             self._connection.setblocking(True)
 
     def wait(self) -> None:
-        """Wait until all is written; raises OSError if something could not be."""
+        """Wait until everything is written; raises OSError if something could not be."""
         while self._num_pending:
             self._hear()
 
@@ -184,7 +191,7 @@ class Saver:
         except OSError:
             self._num_pending = 0
             raise OSError(_LOST) from None
-        self._num_pending += 1  # Now, as a stop may come before: nobody would answer.
+        self._num_pending += 1  # Only now: no answer comes if a stop interrupts the sending.
 
     def _find_room(self, size: int, is_pinned: bool) -> tuple[int, int]:
         rooms = (i for i, seg in enumerate(self._segments) if seg.used + size <= len(seg.memory))
@@ -211,9 +218,9 @@ _LOST = "The process that writes states and snapshots was killed"
 
 
 class _Segment:
-    """Memory that is shared with the process."""
+    """Memory shared with the writing process."""
 
-    descriptor = -1  # Of none yet: a stop may come before there is one.
+    descriptor = -1  # For __del__, if a stop interrupts __init__.
 
     def __init__(self, size: int, is_pinned: bool) -> None:
         if hasattr(os, "memfd_create"):
@@ -229,9 +236,9 @@ class _Segment:
             torch.cuda.cudart().cudaHostRegister(self.memory.data_ptr(), size, 0)
 
     def populate(self) -> None:
-        """Have the system hand out all of it now, in the background: that takes longer than copies.
+        """Make the system allocate all of its pages now, in the background.
 
-        Without it the first state would wait for that.
+        That takes longer than copying, and would delay the first state.
         """
         if sys.platform == "linux":
             threading.Thread(target=self._populate, daemon=True).start()
@@ -243,7 +250,7 @@ class _Segment:
             length = min(_POPULATE_STEP, len(self.memory) - first)
             address, size = ctypes.c_void_p(start + first), ctypes.c_size_t(length)
             if madvise(address, size, _MADV_POPULATE_WRITE):
-                return  # Kernels before 5.14 do not know it.
+                return  # Linux before 5.14 does not support it.
 
     def __del__(self) -> None:
         with contextlib.suppress(OSError):
@@ -251,9 +258,10 @@ class _Segment:
 
 
 def memory_order(tensor: Tensor) -> list[int]:
-    """Return the dimensions in the order in which a tensor lies in memory, if it is dense there.
+    """Return a tensor's dimensions in the order of their strides, outermost first.
 
-    For one that is not, such as every second column of another, the usual order.
+    For a tensor that is not dense in memory, such as every second column of another, the usual
+    order.
     """
     usual = list(range(tensor.ndim))
     if tensor.is_contiguous():

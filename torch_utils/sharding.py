@@ -1,7 +1,7 @@
 """Networks whose parameters are sharded over several ranks (FSDP2, ZeRO-3: arXiv 1910.02054).
 
-Parameters, gradients, the optimizer's moments and all averages of the weights are divided by rows
-among the ranks of a group. A part of the network, such as a block, is whole while it computes.
+Parameters, gradients, the optimizer's moments and all weight averages are split by rows among the
+ranks of a group. A part of the network, such as a block, is gathered while it computes.
 """
 
 import contextlib
@@ -29,21 +29,22 @@ def shard(
     size: int,
     compute_dtype: torch.dtype | None,
 ) -> "ShardedParameters":
-    """Divide the parameters of ``objective`` among groups of ``size`` ranks. Collective.
+    """Shard the parameters of ``objective`` over groups of ``size`` ranks each. Collective.
 
-    Each of ``parts`` of its network is gathered by itself, when it computes, in
-    ``compute_dtype``; the rest when the objective does, in float32. Gradients are averaged over all
-    ranks in float32. Calls of ``objective.gathered()`` return a context in which the rest is whole.
+    Each of ``parts``, modules of its network, is gathered separately in ``compute_dtype`` while it
+    computes; all other parameters are gathered in float32 while the objective computes. Gradients
+    are averaged over all ranks in float32. Adds a method ``objective.gathered()``, which returns a
+    context in which those other parameters are whole.
     """
-    keep_freed_memory(False)  # Here memory counts for more than time.
+    keep_freed_memory(False)  # Sharding trades time for memory.
     mesh, network = _make_mesh(device, size), objective.network
     empty = _empty_copy(network).to(device)
-    # Which parameters spare weight decay, and so on, is noted on objects that are replaced.
+    # Attributes of parameters, such as tags for weight decay, are lost when FSDP replaces them.
     notes = {name: dict(vars(param)) for name, param in network.named_parameters()}
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    scalars = {param for param in objective.parameters() if not param.ndim}  # Have no rows.
+    scalars = {param for param in objective.parameters() if not param.ndim}  # Without rows.
     for part in parts:
         fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=scalars)
     fully_shard(objective, mesh=mesh, ignored_params=scalars)
@@ -63,7 +64,13 @@ def shard(
 
 
 class ShardedParameters(Parameters):
-    """Parameters of which this process holds rows; see :class:`Parameters`."""
+    """Parameters of which this process holds some rows; see :class:`Parameters`.
+
+    Args:
+        empty: Copy of the network whose parameters have no elements, for weight averages.
+        mesh: Mesh of ranks, whose last dimension holds one copy of the parameters.
+        notes: Attributes to set on the parameters in ``own``, by parameter name.
+    """
 
     def __init__(
         self,
@@ -76,7 +83,7 @@ class ShardedParameters(Parameters):
         held = dict(network.named_parameters())
         self.names = tuple(held)
         self._sharded = {name: param for name, param in held.items() if isinstance(param, DTensor)}
-        # Plain tensors that share the memory of the network's own: what optimizers are made for.
+        # Plain tensors, which optimizers expect, sharing memory with the network's DTensors.
         self.own = tuple(
             nn.Parameter(p.to_local().detach()) if isinstance(p, DTensor) else p
             for p in held.values()
@@ -87,7 +94,7 @@ class ShardedParameters(Parameters):
 
     @property
     def _group(self) -> dist.ProcessGroup:
-        """The ranks that hold one copy together."""
+        """The ranks that together hold one copy of the parameters."""
         return self._mesh.get_group(self._mesh.ndim - 1)
 
     def zero_grad(self) -> None:
@@ -145,7 +152,7 @@ class ShardedParameters(Parameters):
 
     @contextlib.contextmanager
     def accumulating(self) -> Iterator[None]:
-        # No casts are kept, as they would be of whole parts of the network.
+        # Casts are not kept: they would be as large as the gathered parts of the network.
         yield
         for name, own in zip(self.names, self.own, strict=True):
             if name not in self._sharded and own.grad is not None:
@@ -170,11 +177,11 @@ class ShardedParameters(Parameters):
 
 
 def total_norm(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> Tensor:
-    """Return the norm of tensors of which every rank of a group holds rows. Collective.
+    """Return the joint L2 norm [], float32, of tensors split by rows over a group. Collective.
 
-    Scalars are the same on all ranks, and count once.
+    Scalars are replicated on all ranks and count once.
     """
-    # In float64: the squares of a large norm would be beyond float32.
+    # In float64, as the square of a large norm overflows float32.
     rows = torch.nn.utils.get_total_norm([t for t in tensors if t.ndim], foreach=True)
     total = rows.to(torch.float64).square()
     dist.all_reduce(total, group=group)
@@ -184,7 +191,7 @@ def total_norm(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> Tensor:
 
 
 def norm_of_sharded(grads: Sequence[Tensor]) -> Tensor:
-    """Return the norm of gradients of a sharded network. Collective."""
+    """Return the joint L2 norm [], float32, of a sharded network's gradients. Collective."""
     mesh = next(grad.device_mesh for grad in grads if isinstance(grad, DTensor))
     own = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
     return total_norm(own, mesh.get_group(mesh.ndim - 1))
@@ -199,7 +206,7 @@ def _make_mesh(device: torch.device, size: int) -> DeviceMesh:
 
 
 def _empty_copy(network: nn.Module) -> nn.Module:
-    """Return a network with its own buffers, whose parameters have no elements yet."""
+    """Return a copy of a network, with its own buffers, whose parameters have no elements."""
     memo: dict[int, Any] = {}
     for param in network.parameters():
         memo[id(param)] = nn.Parameter(param.detach().new_empty(0), requires_grad=False)

@@ -1,4 +1,4 @@
-"""Trees of tensors that several ranks write in parts, reassembled when they are read."""
+"""Trees of tensors that several ranks write in parts, and that are reassembled when read."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -10,27 +10,27 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Rows of a tensor in a state, as one rank holds them."""
+    """The rows of a state's tensor that one rank holds."""
 
-    own: Tensor
+    own: Tensor  # [R, ...], possibly with no rows.
     shape: tuple[int, ...]  # Of the whole tensor.
-    first: int  # Its row that is the first of ``own``.
-    is_written: bool  # Whether this rank writes them: others may hold the same.
+    first: int  # Index in the whole tensor of the first row of ``own``.
+    is_written: bool  # Whether this rank writes them, as others may hold the same rows.
 
 
 @dataclasses.dataclass(frozen=True)
 class Pieces:
-    """A tensor of a state, as its parts lie in files. Nothing is read before :meth:`whole`."""
+    """A tensor of a state, in parts that are mapped from files and not read until :meth:`whole`."""
 
-    shape: tuple[int, ...]
-    pieces: tuple[tuple[int, Tensor], ...]  # Each with its first row.
+    shape: tuple[int, ...]  # Of the whole tensor.
+    pieces: tuple[tuple[int, Tensor], ...]  # Each part, after the index of its first row.
 
     @property
     def dtype(self) -> torch.dtype:
         return self.pieces[0][1].dtype
 
     def check(self) -> None:
-        """Raise ValueError unless the parts are the whole."""
+        """Raise ValueError unless the parts make up the whole tensor."""
         row = 0
         for first, part in self._sorted():
             if first != row or part.ndim != len(self.shape) or part.shape[1:] != self.shape[1:]:
@@ -40,7 +40,7 @@ class Pieces:
             raise ValueError(f"rows {row} to {self.shape[0]} of a tensor are missing")
 
     def whole(self) -> Tensor:
-        """Return the tensor."""
+        """Return the whole tensor."""
         parts = [part for _, part in self._sorted()]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
@@ -51,11 +51,11 @@ class Pieces:
 def take_apart(
     tree: Any, writers: Sequence[int], rank: int
 ) -> tuple[Any, dict[str, Tensor], dict[str, int]]:
-    """Return a tree for JSON, the tensors that a rank writes by key, and their first rows.
+    """Return a JSON tree, the tensors that ``rank`` writes by key, and the first row of each.
 
-    The tree is the same on every rank. Tensors that are no :class:`Part` are the same on all ranks
-    too, and are shared out among ``writers`` by their size. Accepted are dicts, lists, tuples,
-    tensors and what JSON knows.
+    The JSON tree is the same on every rank. Tensors that are not a :class:`Part` must be the same
+    on all ranks, and are divided among the ranks ``writers`` by size. ``tree`` may consist of
+    dicts, lists, tuples, tensors and JSON values.
     """
     own: dict[str, Tensor] = {}
     first_rows: dict[str, int] = {}
@@ -85,9 +85,9 @@ def take_apart(
 
 
 def _share_out(tensors: Mapping[str, Tensor], writers: Sequence[int]) -> dict[str, int]:
-    """Return who writes which tensor: the first writer the averages, and all about as much.
+    """Return the rank that writes each tensor: the first for the weight averages, else balanced.
 
-    Snapshots hold the averages too, and come from the first writer's copy.
+    The first writer has a copy of the averages anyway, as it writes the snapshots.
     """
     load = dict.fromkeys(writers, 0)
     found = {}
@@ -99,10 +99,10 @@ def _share_out(tensors: Mapping[str, Tensor], writers: Sequence[int]) -> dict[st
 
 
 def put_together(tree: Any, find: Callable[[str], list[tuple[int, Tensor]]]) -> Any:
-    """Return the tree that :func:`take_apart` took apart, with :class:`Pieces` as its tensors.
+    """Return the tree that :func:`take_apart` encoded, with :class:`Pieces` in place of tensors.
 
-    ``find(key)`` returns the parts of a tensor with their first rows. Raises KeyError, TypeError or
-    ValueError for a tree that is none.
+    ``find(key)`` returns the parts of a tensor, each after the index of its first row. Raises
+    KeyError, TypeError, ValueError or AttributeError if ``tree`` is not such an encoding.
     """
     ((kind, node),) = ((k, v) for k, v in tree.items() if k != "shape")
     if kind == "dict":
@@ -121,7 +121,7 @@ def put_together(tree: Any, find: Callable[[str], list[tuple[int, Tensor]]]) -> 
 
 
 def map_leaves(function: Callable[[Any], Any], tree: Any, kinds: tuple[type, ...]) -> Any:
-    """Return nested dicts, lists and tuples with another value in place of each of ``kinds``."""
+    """Return nested dicts, lists and tuples with ``function`` applied to each leaf of ``kinds``."""
     if isinstance(tree, kinds):
         return function(tree)
     if isinstance(tree, Mapping):

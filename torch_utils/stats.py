@@ -12,8 +12,8 @@ class StatsCollector:
     """Running count, sum and sum of squares of named scalars.
 
     :meth:`report` never waits for the device. :meth:`collect`, called by every rank at the end of a
-    tick, returns ``{name: {num, mean, std}}`` over all ranks and starts anew. Every rank must
-    report the same names between two calls of it.
+    tick, returns ``{name: {num, mean, std}}`` over all ranks and starts over. All ranks must report
+    the same names between two of its calls.
     """
 
     def __init__(self) -> None:
@@ -22,14 +22,19 @@ class StatsCollector:
     def report(
         self, name: str, value: torch.Tensor | float, rows: torch.Tensor | None = None
     ) -> None:
-        """Add every finite element of ``value``, where ``rows`` of the same shape are true."""
+        """Add the finite elements of ``value``, where ``rows``, bool of the same shape, is True."""
         value = torch.as_tensor(value).detach().flatten().to(torch.float32)
         finite = value.isfinite() if rows is None else value.isfinite() & rows.flatten()
         value = torch.where(finite, value, 0.0)
         self._add(name, torch.stack([finite.sum(), value.sum(), value.square().sum()]))
 
     def report_groups(self, names: Sequence[str], value: torch.Tensor, group: torch.Tensor) -> None:
-        """Add every finite element of ``value`` [N] to the name at its place in ``group`` [N]."""
+        """Add every finite ``value[n]`` to the statistic ``names[group[n]]``.
+
+        Args:
+            value: [N], floating point.
+            group: [N], integers; elements outside [0, len(names)) are ignored.
+        """
         value = value.detach().to(torch.float32)
         numbers = torch.arange(len(names), device=value.device)
         member = value.isfinite() & (group == numbers[:, None])  #      [K, N]
@@ -66,5 +71,5 @@ class StatsCollector:
         return dict(zip(names, distributed.all_reduce_sum(stacked).cpu(), strict=True))
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from the sums of all ranks, which rank 0 keeps from here on."""
+        """Continue from sums that :meth:`state_dict` returned; rank 0 holds them for all ranks."""
         self._moments = dict(state) if distributed.is_main() else {}

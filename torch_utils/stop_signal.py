@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop, and the step at which all ranks do."""
+"""Signals that ask a run to stop, and the agreement of all ranks on the step to stop at."""
 
 import contextlib
 import os
@@ -13,34 +13,34 @@ from dnnlib.streams import Stream
 from torch_utils import distributed
 
 T = TypeVar("T")
-_AGAIN_SEC = 0.01  # Until a stop that came to nothing is raised again.
+_AGAIN_SEC = 0.01  # Until a stop that Python discarded is raised again.
 
 
-class StopRequested(BaseException):  # Nobody who catches errors means this.
-    """A signal asked for the end, where nothing is lost by ending at once."""
+class StopRequested(BaseException):  # No Exception, so that handlers of errors let it pass.
+    """A signal asked the run to stop at a point where it loses nothing by stopping at once."""
 
 
 class StopSignal:
-    """Turns a signal, or the end of who reads the output, into a stop of all ranks.
+    """Turns a signal, or the loss of whoever reads the output, into a stop of all ranks.
 
-    While a run trains, it stops at a step on which all ranks agree. Each step starts an
-    asynchronous sum of the ranks' flags on the CPU group and reads the sum that the previous step
-    started. Every rank sees the same sums, so every rank stops at the same step, and neither the
-    device nor the step waits for the network.
+    A training run stops at a step on which all ranks agree. Each step starts an asynchronous sum of
+    the ranks' flags on the CPU group and reads the sum that the previous step started. Every rank
+    sees the same sums, so all stop at the same step, and neither the device nor the step waits for
+    communication.
 
-    Within :meth:`at_once`, where all that matters is in a state on disk or still in memory, a
-    signal raises :class:`StopRequested` between any two instructions, in each rank by itself. Where
-    that comes to nothing, as Python drops what finalisers raise, it is raised again.
+    Within :meth:`at_once`, where everything of value is in a state on disk or still in memory, a
+    signal raises :class:`StopRequested` between any two instructions, in each rank independently.
+    If that has no effect, because Python discards what finalisers raise, it is raised again.
 
-    Once a signal came, further ones are ignored until the process ends, as launcher and scheduler
-    often send one each; only a second Ctrl-C ends the process at once.
+    After the first signal, further ones are ignored until the process ends, as launcher and
+    scheduler often send one each. Only a second Ctrl-C ends the process at once.
     """
 
     signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self.cut = False  # Whether StopRequested was raised: the ranks are not at the same place.
+        self.cut = False  # Whether StopRequested was raised, so that ranks may be out of step.
         self._at_once = self._is_pipe = self._is_lost = False
         self._pid = os.getpid()
         self._stop = False
@@ -49,7 +49,7 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         for number in self.signals:
-            # nohup and shells that run something in the background ignore these two on purpose.
+            # nohup, and shells that run a command in the background, ignore these two on purpose.
             kept = number in (signal.SIGINT, signal.SIGHUP)
             if not (kept and signal.getsignal(number) == signal.SIG_IGN):
                 self._previous[number] = signal.signal(number, self._receive)
@@ -71,7 +71,7 @@ class StopSignal:
     def _hang_up(self) -> None:
         if threading.current_thread() is threading.main_thread():
             self._receive(signal.SIGPIPE, None)
-        elif os.getpid() == self._pid:  # What is raised is for the main thread, as of signals.
+        elif os.getpid() == self._pid:  # Only the main thread may raise it.
             self._is_pipe = True
             signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
 
@@ -80,7 +80,7 @@ class StopSignal:
             self._hook(found)
             return
         self._is_lost = True
-        # Not at once: what is raised in here is lost, too.
+        # Not right here, where Python would discard it again.
         arguments = (threading.main_thread().ident, signal.SIGUSR1)
         threading.Timer(_AGAIN_SEC, signal.pthread_kill, arguments).start()
 
@@ -100,20 +100,20 @@ class StopSignal:
             self.check()
 
     def check(self) -> None:
-        """Raise StopRequested if this rank got a signal."""
+        """Raise StopRequested if this rank has received a signal."""
         if self.received is not None:
             self.cut = True
             raise StopRequested
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Raise StopRequested as soon as a signal comes, until the end or :meth:`defer`."""
+        """Raise StopRequested as soon as a signal arrives, until the end or :meth:`defer`."""
         self._at_once = True
         try:
             self.check()
             yield
         except RuntimeError:
-            # Connections break when another rank leaves, of which its launcher tells this one.
+            # Connections break when another rank leaves; then the launcher's signal follows.
             if self._at_once and distributed.world_size() > 1:
                 time.sleep(2)
             raise
@@ -122,7 +122,7 @@ class StopSignal:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within :meth:`at_once`, let a block end whole."""
+        """Within :meth:`at_once`, hold a stop back until the block has ended."""
         before, self._at_once = self._at_once, False
         yield
         self._at_once = before
@@ -130,11 +130,11 @@ class StopSignal:
             self.check()
 
     def defer(self) -> None:
-        """From here on, leave it to :meth:`agreed` to hear of signals."""
+        """From here on, leave signals to :meth:`agreed`, even within :meth:`at_once`."""
         self._at_once = False
 
     def wait_for(self, make: Callable[[], T]) -> T | None:
-        """Return ``make()``; None if a signal comes before its end."""
+        """Return ``make()``, or None if a signal interrupts it."""
         try:
             with self.at_once():
                 return make()
@@ -143,11 +143,11 @@ class StopSignal:
             return None
 
     def name_received(self) -> str:
-        """Return the name of the signal, or of the fact that another rank got one."""
+        """Return the name of the signal received, or a phrase for another rank's signal."""
         return signal.Signals(self.received).name if self.received else "a signal to another rank"
 
     def agreed(self) -> bool:
-        """Return True on every rank at the same call once any rank got a signal. Collective."""
+        """Return True, on all ranks at the same call, once any rank has a signal. Collective."""
         if distributed.world_size() == 1:
             return self.received is not None
         if self._asked is not None:

@@ -1,4 +1,4 @@
-"""Reference curves of presets, and published figures for them."""
+"""Reference curves of presets, and the figures published for them."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ _FOLDER = Path(__file__).parent
 
 
 def reference_path(preset: str) -> Path | None:
-    """Return the file of a preset; None if it has none."""
+    """Return the reference file of a preset; None if it has none."""
     path = _FOLDER / f"{preset}.json"
     return path if preset in PRESETS and path.is_file() else None
 
@@ -23,9 +23,13 @@ def find_reference(preset: str) -> Reference | None:
 
 
 def reference_of(name: str, given: str | None = None) -> Reference:
-    """Return the reference of a preset, or that in a file.
+    """Return the reference of a preset or, if --against was typed, that in a file.
 
-    ``given`` is what was typed as --against, if anything. Raises ValueError if there is none.
+    Args:
+        name: Preset or file.
+        given: What was typed as --against, if anything.
+
+    Raises ValueError if there is none.
     """
     path = reference_path(name)
     if path is None and given is not None and name not in PRESETS:
@@ -43,5 +47,5 @@ def reference_of(name: str, given: str | None = None) -> Reference:
 
 
 def known() -> list[str]:
-    """Return the presets that have a file."""
+    """Return the names of all presets with a reference file, sorted."""
     return sorted(path.stem for path in _FOLDER.glob("*.json"))

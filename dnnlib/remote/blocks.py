@@ -1,4 +1,4 @@
-"""Blocks of remote files in a bounded cache on disk, which the processes of a machine share."""
+"""Blocks of remote files in a bounded cache on disk, shared by the processes of a machine."""
 
 import contextlib
 import fcntl
@@ -16,22 +16,22 @@ from dnnlib.files import cache_dir
 from dnnlib.remote import room
 
 BLOCK_BYTES = 1 << 18
-# Making a file takes the system about ten times as long as writing a block, so many share one.
+# Creating a file takes about ten times as long as writing a block, so many blocks share a file.
 _SEGMENT_BLOCKS = 64
-_HEADER_BYTES = 4096  # Of which as many are used as a segment has blocks; the rest aligns them.
-_MAX_OPEN = 32  # What has been deleted takes its room until it is closed.
-_DATE_SEC = 1  # To which the dates of uses are right.
+_HEADER_BYTES = 4096  # One mark per block; the rest aligns the blocks.
+_MAX_OPEN = 32  # Few, as a deleted file takes up disk space until it is closed.
+_DATE_SEC = 1  # Precision of the recorded times of use.
 _never_closed: list[IO[bytes]] = []
 
 
 class Segment:
-    """A file of some blocks in a row, open for reading by position.
+    """A cache file of consecutive blocks, open for reading by position.
 
-    It is sparse. Its first bytes are marks, one for each block, written after the block was.
+    It is sparse. It begins with one mark byte per block, which is set once the block is written.
 
     Args:
-        first: Number of its first block.
-        end: Bytes of the remote file.
+        first: Number of its first block in the remote file.
+        end: Size of the remote file in bytes.
     """
 
     def __init__(self, path: str, first: int, end: int) -> None:
@@ -40,56 +40,59 @@ class Segment:
         self._first, self._shift = first, _HEADER_BYTES - first * BLOCK_BYTES
         self._end = end + self._shift
         self._marks = b""
-        self._date = 0.0  # On the clock of the process.
+        self._date = 0.0  # Of the last check of whether it is current, by time.monotonic().
 
     def __del__(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
 
     def has(self, first: int, num: int = 1) -> bool:
-        """Return whether blocks are there, the first of them the segment's ``first``."""
+        """Return whether ``num`` blocks are cached here, from the segment's block ``first`` on."""
         wanted = b"\1" * num
         if self._marks[first : first + num] == wanted:
             return True
         return self.marks()[first : first + num] == wanted
 
     def holds(self, block: int) -> bool:
-        """Return whether a block of the remote file is here."""
+        """Return whether block number ``block`` of the remote file is cached here."""
         place = block - self._first
         return 0 <= place < _SEGMENT_BLOCKS and self.has(place)
 
     def marks(self) -> bytes:
-        """Return a byte for each block, 1 if it is there; those of the last ones may be missing."""
+        """Return a byte per block, 1 if it is cached; trailing ones may be missing from a file."""
         self._marks = os.pread(self._descriptor, _SEGMENT_BLOCKS, 0)
         return self._marks
 
     def pread(self, size: int, offset: int) -> bytes:
-        """Return bytes from ``offset`` of the remote file on."""
+        """Return ``size`` bytes from ``offset`` of the remote file on."""
         return os.pread(self._descriptor, size, offset + self._shift)
 
     def readinto(self, target: memoryview, offset: int) -> int:
-        """Fill ``target`` with the bytes from ``offset`` of the remote file on."""
+        """Fill ``target`` from ``offset`` of the remote file on; return the bytes read."""
         return os.preadv(self._descriptor, [target], offset + self._shift)
 
     def is_current(self) -> bool:
-        """Return False if the file was deleted; note that it is in use. Looks once in a while."""
+        """Return whether the file still has its name, and record that it is in use.
+
+        Within a second of the last check it returns True without looking.
+        """
         now = time.monotonic()
         if now < self._date + _DATE_SEC:
             return True
         self._date = now
         stat = os.fstat(self._descriptor)
         if time.time() > stat.st_atime + _DATE_SEC:
-            with contextlib.suppress(OSError):  # That of another user can be read, too.
-                # The dates of access tell which segments have not been used for long.
+            with contextlib.suppress(OSError):  # The file may belong to another user.
+                # Segments are evicted in the order of their access times.
                 os.utime(self._descriptor, ns=(time.time_ns(), stat.st_mtime_ns))
         return not self.is_deleted()
 
     def is_deleted(self) -> bool:
-        """Return whether the file has no name any more."""
+        """Return whether the file has been deleted."""
         return os.fstat(self._descriptor).st_nlink == 0
 
     def is_whole(self) -> bool:
-        """Return False if a power failure took bytes of blocks that are marked."""
+        """Return False if bytes of a marked block are missing, as after a power failure."""
         if os.fstat(self._descriptor).st_mtime > _boot_time():
             return True
         size = os.lseek(self._descriptor, 0, os.SEEK_END)
@@ -102,15 +105,15 @@ class Segment:
 
 
 class Blocks:
-    """The blocks of one version of a remote file that lie on this disk.
+    """The blocks of one version of a remote file that are cached on this disk.
 
-    A block appears whole or not at all, and may go at any time, when it has not been used for the
-    longest. It is not fsynced, which would take longer than its transfer: after a power failure its
-    bytes may be others, which the checksums of the members of archives show.
+    A block appears whole or not at all, and may vanish at any time, as the cache evicts the blocks
+    least recently used. Blocks are not fsynced, which would take longer than their transfer: after
+    a power failure their bytes may be wrong, which the checksums of archive members reveal.
 
     Args:
-        identity: Of the content of the file.
-        size: Bytes of the file.
+        identity: Text that identifies the content of the file.
+        size: Size of the file in bytes.
     """
 
     def __init__(self, identity: str, size: int) -> None:
@@ -119,18 +122,18 @@ class Blocks:
         self.size, self.key = size, key
         self._folder = str(self.root / key)
         self._seen: np.ndarray | None = None
-        # Where this file's locks lie among those of all.
+        # Position of this file's locks in the lock file that all remote files share.
         self._first_lock = int(key[:9], 16) << 24
 
     def __len__(self) -> int:
         return -(-self.size // BLOCK_BYTES)
 
     def length(self, block: int) -> int:
-        """Return the bytes of a block; the last one has fewer."""
+        """Return the size of a block in bytes; the last one may be smaller."""
         return min(BLOCK_BYTES, self.size - block * BLOCK_BYTES)
 
     def segment_end(self, offset: int) -> int:
-        """Return where the bytes of the file end that are kept together with one of them."""
+        """Return the offset in the file at which the segment that holds ``offset`` ends."""
         size = _SEGMENT_BLOCKS * BLOCK_BYTES
         return (offset // size + 1) * size
 
@@ -141,9 +144,9 @@ class Blocks:
         return self.open(block) is not None
 
     def missing(self, numbers: np.ndarray) -> list[int]:
-        """Return those of rising numbers whose blocks are not here.
+        """Return which of the ascending block ``numbers``, int64 [N], are not cached.
 
-        One that was here before counts as here until :meth:`open` finds that any has gone.
+        A block once seen counts as cached until :meth:`open` finds that one has gone.
         """
         seen = self._seen
         if seen is None:
@@ -158,16 +161,17 @@ class Blocks:
         return unseen[~seen[unseen]].tolist()
 
     def open(self, block: int, num: int = 1) -> Segment | None:
-        """Return the segment that holds blocks; None if one is not there or they are of several.
+        """Return the segment that holds ``num`` blocks from ``block`` on.
 
-        What is open can be read even when its name has gone.
+        None if any of them is not cached, or if they belong to several segments. An open segment
+        can be read even after its file has been deleted.
         """
         segment, first = divmod(block, _SEGMENT_BLOCKS)
         if first + num > _SEGMENT_BLOCKS:
             return None
         found = self._segment(segment)
         if found is not None and not found.has(first, num) and found.is_deleted():
-            close_blocks()  # Another may have taken its name.
+            close_blocks()  # A new file may have taken its name.
             found = self._segment(segment)
         if found is not None and found.has(first, num):
             return found
@@ -187,7 +191,10 @@ class Blocks:
             return None
 
     def write(self, first: int, data: bytes | memoryview) -> None:
-        """Keep blocks from ``first`` on; raises ValueError, one sentence, if the disk is full."""
+        """Cache the blocks in ``data``, numbered from ``first`` on.
+
+        Raises ValueError if they cannot be written, even after older blocks were deleted.
+        """
         view, num_blocks = memoryview(data), -(-len(data) // BLOCK_BYTES)
         number, end = first, first + num_blocks
         while number < end:
@@ -209,13 +216,13 @@ class Blocks:
             number += num
 
     def count(self, num_bytes: int) -> None:
-        """Add to the bytes of all files' blocks, and delete the oldest ones beyond the limit."""
-        with contextlib.suppress(OSError):  # The count is found anew when it is not there.
+        """Add to the total size of the cache, and delete its oldest blocks beyond the limit."""
+        with contextlib.suppress(OSError):  # A missing total is measured again.
             if room.count(self.root, num_bytes):
                 close_blocks()
 
     def forget(self, block: int) -> None:
-        """Have a block whose bytes are wrong count as missing."""
+        """Mark a block, whose bytes are wrong, as missing."""
         segment, place = divmod(block, _SEGMENT_BLOCKS)
         with (
             contextlib.suppress(FileNotFoundError),
@@ -226,10 +233,10 @@ class Blocks:
         self._seen = None
 
     def lock(self, block: int, num: int = 1) -> bool:
-        """Claim blocks from ``block`` on for this process; return whether no other has any of them.
+        """Claim ``num`` blocks from ``block`` on; return False if another process has one of them.
 
-        A claim ends with :meth:`unlock` or with the process, however that ends. Threads of one
-        process do not exclude each other. Where the file system has no locks, all get every block.
+        A claim lasts until :meth:`unlock` or the end of the process, however it ends. It does not
+        exclude other threads of the process. On file systems without locks, every claim succeeds.
         """
         place = self._first_lock + block
         try:
@@ -242,14 +249,14 @@ class Blocks:
         return True
 
     def unlock(self, block: int, num: int = 1) -> None:
-        """Let others have blocks that :meth:`lock` returned True for."""
+        """Release blocks that were claimed with :meth:`lock`."""
         with contextlib.suppress(OSError):
             place = self._first_lock + block
             fcntl.lockf(_lock_file(self.root, os.getpid()), fcntl.LOCK_UN, num, place)
 
 
 def close_blocks() -> None:
-    """Close the files of all blocks, of which some may have been deleted."""
+    """Drop all open segments, as some of their files may have been deleted."""
     _open.cache_clear()
 
 
@@ -275,7 +282,7 @@ def _open(folder: str, number: int, size: int) -> Segment:
 
 
 def _write(path: str, place: int, data: memoryview) -> None:
-    """Write blocks of a segment, from ``place`` on, and then their marks."""
+    """Write blocks of a segment, from its block ``place`` on, and then their marks."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
     try:
         descriptor = os.open(path, flags, 0o666)
@@ -292,8 +299,8 @@ def _write(path: str, place: int, data: memoryview) -> None:
 
 @functools.lru_cache(4)
 def _lock_file(root: Path, pid: int) -> IO[bytes]:
-    """Return the file whose bytes stand for blocks."""
+    """Return the file whose byte ranges are locked to claim blocks."""
     root.mkdir(parents=True, exist_ok=True)
     file = open(root / ".locks", "ab")
-    _never_closed.append(file)  # Two threads may open it; to close one would end all locks.
+    _never_closed.append(file)  # Threads may open it twice; closing one would release all locks.
     return file

@@ -1,9 +1,9 @@
-"""Persistent connections to web servers that read answers straight into memory.
+"""Persistent connections to web servers that read responses straight into memory.
 
-A client of asyncio reads 256 kB at a time and takes Python's lock for each, which may take 5 ms
-while a thread decodes images. Here a thread waits for the kernel alone, and takes the lock seldom
-and for moments: http.client makes the connections alone, as a request through it takes half as much
-time again.
+An asyncio client reads 256 kB at a time and acquires the GIL for each piece, which may take 5 ms
+while another thread decodes images. Here a thread waits only for the kernel, and acquires the GIL
+rarely and briefly. http.client only opens the connections, because a request through it would take
+half as long again.
 """
 
 import contextlib
@@ -25,18 +25,18 @@ import numpy as np
 
 from dnnlib.addresses import HEADERS
 
-_HEADERS = HEADERS | {"User-Agent": "SetDiffiT"}  # Some servers refuse who has no name.
+_HEADERS = HEADERS | {"User-Agent": "SetDiffiT"}  # Some servers refuse requests without one.
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) (\d{3})(?: (.*))?")
 _END_OF_HEAD = re.compile(rb"\r?\n\r?\n")
 _MAX_HEAD_BYTES = 1 << 16
-_MAX_KEPT = 8  # Servers that a thread has connections to.
+_MAX_KEPT = 8  # Servers that one thread keeps connections to.
 _own = threading.local()
-# Servers that redirect, ask for passwords or do not say how long their answers are.
+# Servers that redirect, ask for passwords or omit the length of their responses.
 _indirect: set[str] = set()
 
 
 class Reply(NamedTuple):
-    """What a server answered; ``data`` are empty where they are of no use."""
+    """A server's response; ``data`` is empty if it was not wanted."""
 
     status: int
     reason: str | None
@@ -45,18 +45,18 @@ class Reply(NamedTuple):
 
 
 def get_range(address: str, start: int, end: int, limit: float, total: float) -> Reply | None:
-    """Return bytes ``start`` to ``end`` (exclusive) of a file; None if this is no way to get them.
+    """Return bytes ``start`` to ``end`` (exclusive) of a file, or None if they need another client.
 
-    That is so with proxies, redirects, passwords and answers of unknown length. A server may send
-    the file from its begin on, with status 200; of one that ends after ``end`` there are no data.
+    They do with proxies, redirects, passwords and responses of unknown length. A server may send
+    the whole file instead, with status 200; ``data`` is empty if that is longer than ``end`` bytes.
 
     Args:
         limit: Seconds for which the server may be silent.
-        total: Seconds for everything.
+        total: Seconds for the whole request.
 
-    Raises OSError and http.client.HTTPException; EOFError if the answer ends too early.
+    Raises OSError and http.client.HTTPException; EOFError if the response ends too early.
     """
-    from yarl import URL  # Of aiohttp, so that both quote in the same way.
+    from yarl import URL  # aiohttp uses it, so both quote addresses in the same way.
 
     url = URL(address)
     server = f"{url.scheme}://{url.host}:{url.port}"
@@ -70,7 +70,7 @@ def get_range(address: str, start: int, end: int, limit: float, total: float) ->
     kept, reply = _kept(), None
     connection = kept.pop(server, None)
     if connection is not None:
-        # A server ends what it has not been asked over for a while.
+        # The server closes a connection that has been idle for a while.
         with contextlib.suppress(ConnectionError):
             reply = asked(connection)
     if reply is None:
@@ -82,7 +82,7 @@ def get_range(address: str, start: int, end: int, limit: float, total: float) ->
         return None
     if connection.sock is not None:
         if len(kept) == _MAX_KEPT:
-            kept.pop(next(iter(kept))).close()  # The one that was not used for the longest.
+            kept.pop(next(iter(kept))).close()  # The least recently used one.
         kept[server] = connection
     return reply
 
@@ -94,10 +94,10 @@ def _exchange(
     deadline: float,
     connection: http.client.HTTPConnection,
 ) -> Reply:
-    """Return what a server answers; the connection is closed unless that was read whole.
+    """Return a server's response; the connection is closed unless it was read to its end.
 
-    ``most`` are the bytes that are read of an answer, by its status; of others and longer ones
-    there are no data.
+    ``most`` maps a status to the largest body that is read. With any other status, or if the body
+    is longer, the reply has no data.
     """
     try:
         if connection.sock is None:
@@ -109,7 +109,7 @@ def _exchange(
         is_kept, reply = _parsed(head)
         length = reply.headers.get("Content-Length", "")
         if "Transfer-Encoding" in reply.headers or not length.isdecimal():
-            length = sys.maxsize  # It comes in parts.
+            length = sys.maxsize  # Chunked, or of unknown length.
         if is_wanted := len(rest) <= int(length) <= most.get(reply.status, -1):
             reply = reply._replace(data=_body(sock, rest, int(length), deadline))
         if not (is_wanted and is_kept):
@@ -121,13 +121,13 @@ def _exchange(
 
 
 def _head(sock: socket.socket, deadline: float) -> tuple[bytes, bytes]:
-    """Return what comes before the bytes of an answer, and what came of these with it."""
+    """Return the head of a response, and the part of its body that was received with it."""
     received = b""
     while True:
         end = _END_OF_HEAD.search(received)
         if end and not re.match(rb"HTTP/1\.1 1\d\d", received):
             return received[: end.start()], received[end.end() :]
-        if end:  # The answer is yet to come.
+        if end:  # An interim response: the final one is yet to come.
             received = received[end.end() :]
             continue
         if len(received) > _MAX_HEAD_BYTES:
@@ -141,8 +141,8 @@ def _head(sock: socket.socket, deadline: float) -> tuple[bytes, bytes]:
 
 
 def _parsed(head: bytes) -> tuple[bool, Reply]:
-    """Return whether the connection stays, and the answer without its data."""
-    from multidict import CIMultiDict  # Of aiohttp.
+    """Return whether the server keeps the connection open, and the reply without its data."""
+    from multidict import CIMultiDict  # Comes with aiohttp.
 
     first, *lines = re.split(rb"\r?\n", head)
     found = _STATUS_LINE.fullmatch(first)
@@ -158,7 +158,7 @@ def _parsed(head: bytes) -> tuple[bool, Reply]:
 
 
 def _body(sock: socket.socket, begin: bytes, size: int, deadline: float) -> memoryview:
-    """Return an answer of ``size`` bytes, which begins with those."""
+    """Return a body of ``size`` bytes, of which ``begin`` has been received already."""
     data = memoryview(np.empty(size, np.uint8))
     num = len(begin)
     data[:num] = begin
@@ -179,7 +179,7 @@ def _connection(scheme: str, host: str, port: int, limit: float) -> http.client.
 
 
 def _kept() -> dict[str, http.client.HTTPConnection]:
-    """Return the connections of this thread of this process, by server; a fork has none."""
+    """Return this thread's connections by server; a forked process starts without any."""
     if getattr(_own, "pid", 0) != os.getpid():
         _own.pid, _own.connections = os.getpid(), {}
     return _own.connections
@@ -187,7 +187,7 @@ def _kept() -> dict[str, http.client.HTTPConnection]:
 
 @functools.lru_cache(64)
 def _is_plain(scheme: str, host: str) -> bool:
-    """Return whether a server is asked without a proxy and without a password from ``~/.netrc``."""
+    """Return whether a server needs neither a proxy nor a password from ``~/.netrc``."""
     proxies = urllib.request.getproxies()
     if (proxies.get(scheme) or proxies.get("all")) and not urllib.request.proxy_bypass(host):
         return False

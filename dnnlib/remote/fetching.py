@@ -10,26 +10,29 @@ from typing import Protocol
 
 from dnnlib.remote.blocks import Blocks, Segment
 
-NUM_THREADS = 32  # Connections of a process, as most of their time is waiting.
-# 4 MB: with 20 ms until an answer begins, that is up to 6 GB/s. Jobs that wait their turn become
-# one request where their blocks are neighbours.
+NUM_THREADS = 32  # Connections of a process: they spend most of their time waiting.
+# 4 MB: with 20 ms until a response begins, the threads reach up to 6 GB/s. Queued jobs whose blocks
+# are adjacent become one request.
 _BLOCKS_PER_REQUEST = 16
-_LOOK_SEC = 0.005  # Between looks at whether another process has fetched a block.
-_MAX_WAIT_SEC = 60.0  # For another process, which may be stopped.
+_LOOK_SEC = 0.005  # Between checks of whether another process has fetched a block.
+_MAX_WAIT_SEC = 60.0  # For another process, which may have been suspended.
 
 
 class Source(Protocol):
-    """What blocks are fetched of."""
+    """A remote file whose blocks can be fetched."""
 
     blocks: Blocks
 
     def fetch(self, first: int, end: int) -> Segment | None:
-        """Put some blocks in a row into ``blocks``; return what holds the first, if at hand."""
+        """Put blocks ``first`` to ``end`` (exclusive) into ``blocks``.
+
+        Returns the segment that holds the first one, or None if that is not at hand.
+        """
         ...
 
 
 class Job:
-    """Some blocks in a row that are to be fetched, by a thread or by who wants them first."""
+    """Consecutive blocks to fetch, by a thread or by whoever needs them first."""
 
     def __init__(self, source: Source, numbers: Sequence[int]) -> None:
         self._source, self.numbers = source, numbers
@@ -38,18 +41,18 @@ class Job:
         self._begun, self._done = threading.Lock(), threading.Event()
 
     def begin(self) -> bool:
-        """Return whether the caller is the first, who has to :meth:`run` it."""
+        """Return whether the caller is the first to begin the job, and so has to :meth:`run` it."""
         return self._begun.acquire(blocking=False)
 
     def run(self, others: Sequence["Job"] = ()) -> None:
-        """Fetch the blocks, and those of other jobs of the same file, which follow each other.
+        """Fetch the blocks, together with those of other jobs adjacent to it in the same file.
 
-        All must have been begun by the caller.
+        The caller must have begun all of these jobs.
         """
         jobs = sorted([self, *others], key=lambda job: job.numbers[0])
         try:
             self._fetch([number for job in jobs for number in job.numbers])
-        except Exception as error:  # For whoever waits; an error of what nobody wants is none.
+        except Exception as error:  # Raised in whoever waits; unwanted blocks may fail silently.
             self._error = error
         finally:
             for job in jobs:
@@ -58,9 +61,9 @@ class Job:
                 job._done.set()
 
     def wait(self) -> Segment | None:
-        """Return what holds some of its blocks, if that is at hand, when it is done.
+        """Wait until the job is done; return a segment with some of its blocks, if one is at hand.
 
-        The caller does it if nobody has begun. Raises its error.
+        Runs the job itself if nobody has begun it. Raises the job's error.
         """
         if self.begin():
             self.run()
@@ -71,7 +74,7 @@ class Job:
 
     @property
     def place(self) -> str:
-        """The key of the file."""
+        """Key of the file in the cache."""
         return self._source.blocks.key
 
     def _fetch(self, numbers: Sequence[int]) -> None:
@@ -86,10 +89,10 @@ class Job:
             others = self._fetch_free(others)
 
     def _fetch_free(self, numbers: Sequence[int]) -> list[int]:
-        """Fetch the blocks that no other process fetches just now; return the others."""
+        """Fetch the blocks that no other process is fetching; return the numbers of the others."""
         blocks, others = self._source.blocks, []
         for run in runs(numbers):
-            # Usually no other process has any of them.
+            # Usually no other process has claimed any of them.
             parts = [run] if blocks.lock(run[0], len(run)) else [[n] for n in run if blocks.lock(n)]
             own = [number for part in parts for number in part]
             try:
@@ -106,7 +109,7 @@ class Job:
 
 
 def runs(numbers: Iterable[int], most: int = _BLOCKS_PER_REQUEST) -> Iterator[list[int]]:
-    """Yield rising numbers in groups of at most ``most`` that follow each other."""
+    """Yield ascending numbers in groups of at most ``most`` consecutive ones."""
     run: list[int] = []
     for number in numbers:
         if run and (number != run[-1] + 1 or len(run) == most):
@@ -118,7 +121,7 @@ def runs(numbers: Iterable[int], most: int = _BLOCKS_PER_REQUEST) -> Iterator[li
 
 
 class Fetcher:
-    """The jobs of a process, in the order in which they were asked for, and the threads for them.
+    """The fetching jobs of a process, in the order of their requests, and the threads for them.
 
     The threads end with the process, whatever they are doing.
     """
@@ -130,7 +133,7 @@ class Fetcher:
         self._num_threads = self._num_idle = self._num_waiting = 0
 
     def want(self, source: Source, numbers: Iterable[int]) -> None:
-        """Have blocks fetched that are not on their way; ``numbers`` rise."""
+        """Queue the blocks that no job is fetching yet; ``numbers`` are ascending."""
         key = source.blocks.key
         with self._lock:
             new = [number for number in numbers if (key, number) not in self._pending]
@@ -138,19 +141,19 @@ class Fetcher:
                 self._add(Job(source, run))
 
     def job(self, source: Source, number: int) -> Job:
-        """Return the job that fetches a block, a new one if there is none."""
+        """Return the job that fetches a block, queueing a new one if there is none."""
         with self._lock:
             found = self._pending.get((source.blocks.key, number))
             return self._add(Job(source, [number])) if found is None else found
 
     def forget(self, job: Job) -> None:
-        """Remove a job that is done."""
+        """Remove a finished job."""
         with self._lock:
             for number in job.numbers:
                 self._pending.pop((job.place, number), None)
 
     def wait_for(self, done: threading.Event) -> None:
-        """Wait until a job is done; meanwhile requests stay small, so that it comes soon."""
+        """Wait until a job is done; jobs are not merged meanwhile, so that it is done sooner."""
         if not done.is_set():
             with self._lock:
                 self._num_waiting += 1
@@ -184,7 +187,7 @@ class Fetcher:
                 job.run(neighbours)
 
     def _neighbours(self, job: Job) -> list[Job]:
-        """Return jobs, begun now, whose blocks lie before and after those of ``job``."""
+        """Begin and return the pending jobs whose blocks are adjacent to those of ``job``."""
         found: list[Job] = []
         if self._num_waiting:
             return found
@@ -200,7 +203,7 @@ class Fetcher:
 
 
 def fetcher() -> Fetcher:
-    """Return the fetcher of this process; a fork has one of its own."""
+    """Return the fetcher of this process; a forked process gets its own."""
     return _fetcher(os.getpid())
 
 

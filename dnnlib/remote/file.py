@@ -1,4 +1,4 @@
-"""A remote file with random access, through blocks that are cached on disk."""
+"""A remote file with random access, read through blocks that are cached on disk."""
 
 import functools
 import io
@@ -23,19 +23,19 @@ _LOOK_SEC = 0.05
 
 
 class RemoteFile:
-    """The bytes of a file at an address (see dnnlib/addresses.py); safe in threads, forks, copies.
+    """A file at an address (see dnnlib/addresses.py), safe to use in threads, forks and copies.
 
-    Blocks are fetched once for all processes of a machine. What may pass by itself is waited for,
-    up to five minutes. A server that gives files only whole has this one copied into the cache.
+    Each block is fetched once for all processes of a machine. Faults that may pass are retried for
+    up to five minutes. If the server sends only whole files, this one is copied into the cache.
 
     Args:
-        known: Size and checksum; without them, the server is asked, at once.
+        known: Size and checksum of the file; if None, the server is asked for its size at once.
 
     Attributes:
-        size: Bytes of the file.
+        size: Size of the file in bytes.
 
-    Raises AddressError, also when it is read, one sentence: if the file cannot be read, if its size
-    is not the known one, or if it has changed since it was opened.
+    Raises AddressError, here and on reading, if the file cannot be read, if its size is not the
+    known one, or if it has changed since it was opened.
     """
 
     def __init__(self, address: str, known: Known | None = None) -> None:
@@ -67,14 +67,14 @@ class RemoteFile:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def readinto(self, target: np.ndarray, offset: int) -> int:
-        """Fill an array with the bytes from ``offset`` on; return how many there were."""
+        """Fill an array with the bytes from ``offset`` on; return how many were read."""
         view, done = memoryview(target).cast("B"), 0
         for found, num, start in self._pieces(len(view), offset):
             done += found.readinto(view[done : done + num], start)
         return done
 
     def _pieces(self, size: int, offset: int) -> Iterator[tuple[Segment, int, int]]:
-        """Yield what holds each part of some bytes, how many it has, and where they begin."""
+        """Yield the segment, the number of bytes and the offset of each part of a byte range."""
         end, is_asked = min(offset + size, self.size), False
         while offset < end:
             number = offset // BLOCK_BYTES
@@ -89,7 +89,7 @@ class RemoteFile:
             offset = stop
 
     def _fetched(self, number: int) -> Segment:
-        """Return what holds a block, after it was fetched if it was not there."""
+        """Return the segment that holds a block, fetching the block if it is not cached."""
         while (found := self.blocks.open(number)) is None:
             fetched = fetcher().job(self, number).wait()
             if fetched is not None and fetched.holds(number):
@@ -97,23 +97,24 @@ class RemoteFile:
         return found
 
     def prefetch(self, offsets: np.ndarray, sizes: np.ndarray | int) -> None:
-        """Have the bytes at some places fetched: see :class:`~dnnlib.remote.files.OpenFile`."""
+        """Fetch byte ranges in the background: see :class:`~dnnlib.remote.files.OpenFile`."""
         firsts = offsets // BLOCK_BYTES
         lasts = np.minimum((offsets + sizes - 1) // BLOCK_BYTES, len(self.blocks) - 1)
         counts = lasts + 1 - firsts
-        # Each place has its own blocks, one after another.
+        # The block numbers of every range, concatenated.
         numbers = np.repeat(firsts - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
         fetcher().want(self, self.blocks.missing(np.unique(numbers)))
 
     def forget(self, size: int, offset: int) -> None:
-        """Have bytes that proved to be wrong fetched anew when they are next read."""
+        """Drop the blocks of bytes that proved wrong, so that the next read fetches them again."""
         for number in range(offset // BLOCK_BYTES, -(-(offset + size) // BLOCK_BYTES)):
             self.blocks.forget(number)
 
     def fetch(self, first: int, end: int) -> Segment | None:
-        """Have the blocks from ``first`` to ``end`` in the cache; return what holds the first.
+        """Fetch blocks ``first`` to ``end`` (exclusive) into the cache.
 
-        Where the cache has little room, that may be deleted already. None if it is not at hand.
+        Returns the open segment of the first block, whose file a small cache may have deleted
+        already; None if it is not at hand.
         """
         if not self._is_whole:
             start, stop = first * BLOCK_BYTES, min(end * BLOCK_BYTES, self.size)
@@ -146,7 +147,7 @@ class RemoteFile:
         )
 
     def _fetch_whole(self, wanted: range) -> None:
-        """Copy the file into the cache, in one thread of one process."""
+        """Copy the whole file into the cache, in one thread of one process at a time."""
         if self.size > cache_limit():
             limit = f"${LIMIT_VARIABLE} allows {format_count(cache_limit(), 'B')}"
             raise AddressError(
@@ -178,12 +179,12 @@ class RemoteFile:
 
 @functools.lru_cache(1)
 def _whole_lock(pid: int) -> threading.Lock:
-    """Return the lock of a process, as that of another could be held for ever in a fork."""
+    """Return a lock of this process: a fork could inherit another's in the locked state."""
     return threading.Lock()
 
 
 class RemoteStream(io.RawIOBase):
-    """A remote file as a stream that can be read from any place on."""
+    """A remote file as a seekable binary stream."""
 
     def __init__(self, file: RemoteFile) -> None:
         self._file, self._position = file, 0

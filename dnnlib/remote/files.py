@@ -1,4 +1,4 @@
-"""Local and remote files, read by position in the same way."""
+"""Local and remote files behind one interface for reading by position."""
 
 import functools
 import io
@@ -15,37 +15,39 @@ from dnnlib.files import regular_file
 
 
 class Known(NamedTuple):
-    """What a record says of a remote file, which then need not be asked for."""
+    """Size and checksum of a remote file from a record, so that its server need not be asked."""
 
     size: int
     sha256: str
 
 
 class OpenFile(Protocol):
-    """A file that is open for reading by position."""
+    """A file open for reading by position."""
 
     def pread(self, size: int, offset: int) -> bytes:
         """Return up to ``size`` bytes from ``offset`` on; fewer at the end of the file."""
         ...
 
     def readinto(self, target: np.ndarray, offset: int) -> int:
-        """Fill an array with the bytes from ``offset`` on; return how many there were."""
+        """Fill an array with the bytes from ``offset`` on; return how many were read."""
         ...
 
     def prefetch(self, offsets: np.ndarray, sizes: np.ndarray | int) -> None:
-        """Have the bytes at some places, int64 [N], fetched in the background if they are remote.
+        """Start fetching byte ranges in the background if the file is remote.
 
-        Each place has its size, above 0, or all have the same.
+        Args:
+            offsets: [N], int64, first byte of each range.
+            sizes: [N], int64, bytes of each range, above 0; or one size for all.
         """
         ...
 
     def forget(self, size: int, offset: int) -> None:
-        """Have bytes that proved to be wrong fetched anew, if they are remote."""
+        """Drop cached bytes that proved wrong, so that a remote file fetches them again."""
         ...
 
 
 class LocalFile:
-    """A file of this machine: see :class:`OpenFile`."""
+    """A file on this machine: see :class:`OpenFile`."""
 
     def __init__(self, path: str | os.PathLike) -> None:
         self._file = open(path, "rb", buffering=0)
@@ -66,11 +68,11 @@ class LocalFile:
 class OpenFiles:
     """Opens files for reading by position, and keeps up to 256 of them open.
 
-    A copy made by pickle, as for a process of a loader, has none open yet. Threads may open a file
-    twice. Opening, and reading what is remote, raises OSError and AddressError.
+    A pickled copy, as in a data loader process, starts with none open. Threads may open a file
+    twice. Opening a file, and reading a remote one, raises OSError and AddressError.
 
     Args:
-        known: What is known of remote files, by their address.
+        known: Sizes and checksums of remote files, by address.
     """
 
     def __init__(self, known: Mapping[str, Known] = MappingProxyType({})) -> None:
@@ -85,7 +87,7 @@ class OpenFiles:
         return self._open(path).pread(size, offset)
 
     def stream(self, path: str | os.PathLike) -> BinaryIO:
-        """Return a file as a stream that can be read from any place on, and is to be closed."""
+        """Return a file as a seekable stream, which the caller has to close."""
         if not is_address(path):
             return open(path, "rb")
         from dnnlib.remote.file import RemoteStream
@@ -105,9 +107,9 @@ def _open(known: Mapping[str, Known], path: str | os.PathLike) -> OpenFile:
 
 
 def read_all(location: Path | str, max_bytes: int) -> bytes:
-    """Return the content of a file, perhaps at an address; it has at most ``max_bytes``.
+    """Return the content of a local or remote file of at most ``max_bytes``.
 
-    Raises ValueError for a larger one, OSError, and AddressError.
+    Raises ValueError for a larger file; OSError or AddressError if it cannot be read.
     """
     if is_address(location):
         stream = OpenFiles().stream(location)
@@ -124,5 +126,5 @@ def read_all(location: Path | str, max_bytes: int) -> bytes:
 
 
 def location_of(path: str | os.PathLike) -> Path | str:
-    """Return a path, or an address as it is: ``pathlib`` would take one of its slashes."""
+    """Return a Path, or the text of an address: ``pathlib`` would remove one of its slashes."""
     return str(path) if is_address(path) else Path(path)

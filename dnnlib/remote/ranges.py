@@ -22,23 +22,23 @@ from dnnlib.addresses import (
 )
 from dnnlib.remote.connections import Reply, get_range
 
-PATIENCE_SEC = 300.0  # For which a range is asked for again where the fault may pass.
+PATIENCE_SEC = 300.0  # How long a range is requested again after faults that may pass.
 _FIRST_WAIT_SEC, _LONGEST_WAIT_SEC = 0.25, 30.0
 _TELL_AFTER_SEC = 10.0
 _MIN_BYTES_PER_SEC = 100_000
-# What stores call the version of a file.
+# Keys under which object stores give the version of a file.
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "blob_id", "generation", "LastModified", "created")
-_random = random.Random()  # Not the global one, whose numbers are others'.
+_random = random.Random()  # The global one's draws belong to other code.
 _last_told = [-60.0]
 
 
 class Answer(NamedTuple):
-    """A range of a file, and what its server says of the file.
+    """A range of a file, and what its server says about the file.
 
     Attributes:
-        data: None of a server that gives a file whole or not at all.
-        size: Bytes of the whole file; None if that is not known.
-        version: Changes with the content of the file; empty where the server has no such thing.
+        data: The bytes; None if the server sends only whole files.
+        size: Size of the whole file in bytes; None if unknown.
+        version: Text that changes with the content of the file; empty if the server gives none.
     """
 
     data: bytes | memoryview | None
@@ -47,7 +47,7 @@ class Answer(NamedTuple):
 
 
 class StatusError(OSError):
-    """A server's answer that is an error; may pass or not, as its ``status`` says."""
+    """An error response from a server; its HTTP ``status`` shows whether the fault may pass."""
 
     def __init__(self, status: int, message: str | None) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class StatusError(OSError):
 
 
 class NoRangesError(Exception):
-    """A server gives a file whole or not at all; ``answer`` is what it says of the file."""
+    """A server sends only whole files; ``answer`` holds what it says about this one."""
 
     def __init__(self, answer: Answer) -> None:
         super().__init__("no ranges")
@@ -65,29 +65,29 @@ class NoRangesError(Exception):
 def ask(address: str, start: int, end: int) -> Answer:
     """Return bytes ``start`` to ``end`` (exclusive) of the file at an address, fewer at its end.
 
-    As a first question to a server, it gives up within about a minute. Raises AddressError, and
-    NoRangesError.
+    Meant as the first request to a server: it gives up after four attempts. Raises AddressError,
+    and NoRangesError.
     """
     return _answered(persist(address, lambda: _attempt(address, start, end, is_first=True)))
 
 
 def ask_patiently(address: str, start: int, end: int) -> Answer:
-    """Return what :func:`ask` does, asking again for up to five minutes, ever less often.
+    """Return what :func:`ask` does, but retry for up to five minutes, with growing pauses.
 
-    Says so, at most once a minute, where that takes more than moments.
+    After ten seconds it prints that it is waiting, at most once a minute.
     """
     return _answered(persist(address, lambda: _attempt(address, start, end), patience(address)))
 
 
 def patience(address: str) -> Iterator[float]:
-    """Yield the seconds to wait before each further attempt: twice as many each time."""
+    """Yield the seconds to wait before each further attempt, doubling up to half a minute."""
     started, wait = time.monotonic(), _FIRST_WAIT_SEC
     while (elapsed := time.monotonic() - started) < PATIENCE_SEC:
         if elapsed > _TELL_AFTER_SEC and time.monotonic() > _last_told[0] + 60:
             _last_told[0] = time.monotonic()
             text = f"Waiting for {without_query(address)}, for up to {PATIENCE_SEC / 60:g} minutes."
             print(text, file=sys.stderr, flush=True)
-        # Those that were refused together should not come together again.
+        # Jitter: clients that were refused together should not return together.
         yield min(wait, max(PATIENCE_SEC - elapsed, 0)) * _random.uniform(0.5, 1)
         wait = min(2 * wait, _LONGEST_WAIT_SEC)
 
@@ -103,7 +103,7 @@ def _attempt(address: str, start: int, end: int, *, is_first: bool = False) -> A
         return _of_store(_store(os.getpid(), scheme_of(address)), address, start, end)
     limit = addresses.TIMEOUT_SEC
     total = limit + (end - start) / _MIN_BYTES_PER_SEC
-    # What is wrong with an address, its proxy or its passwords is for the package to find out.
+    # The first request goes through fsspec, which handles faulty addresses, proxies and passwords.
     reply = None if is_first else get_range(address, start, end, limit, total)
     if reply is not None:
         return _answer(address, start, end, reply)
@@ -117,7 +117,7 @@ def _attempt(address: str, start: int, end: int, *, is_first: bool = False) -> A
 
 @functools.lru_cache(8)
 def _store(pid: int, scheme: str) -> Any:
-    """Return the file system of a scheme, one for each process: forks cannot share connections."""
+    """Return the file system of a scheme, one per process: forks cannot share connections."""
     return open_store(f"{scheme}://")
 
 
@@ -126,7 +126,7 @@ def _of_store(store: Any, address: str, start: int, end: int) -> Answer:
     if store.async_impl:
         data = store.cat_file(address, start=start, end=min(end, facts.size))
     else:
-        # Without a cache of its own, which would read on.
+        # Without fsspec's cache, which would read ahead.
         with store.open(address, cache_type="none") as file:
             file.seek(start)
             data = file.read(end - start)
@@ -137,7 +137,7 @@ def _of_store(store: Any, address: str, start: int, end: int) -> Answer:
 
 @functools.lru_cache(4096)
 def _facts(pid: int, address: str) -> Answer:
-    """Return what an object store says of a file, asked once in a process."""
+    """Return what an object store says about a file; a process asks once."""
     info = _store(pid, scheme_of(address)).info(address)
     versions = [str(info[key]) for key in _VERSION_KEYS if info.get(key)]
     return Answer(b"", int(info["size"]), versions[0] if versions else "")
@@ -157,7 +157,7 @@ async def _get(store: Any, address: str, start: int, end: int, timeout: Any) -> 
 
 
 def _answer(address: str, start: int, end: int, reply: Reply) -> Answer:
-    """Return what a server's reply says; raises what it says is wrong."""
+    """Return the answer in a server's reply, or raise the error that it reports."""
     status, headers, data = reply.status, reply.headers, reply.data
     version = headers.get("ETag") or headers.get("Last-Modified") or ""
     found = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", headers.get("Content-Range", ""))

@@ -1,4 +1,4 @@
-"""The size limit of the block cache, and what is deleted beyond it."""
+"""The size limit of the block cache, and the eviction of blocks beyond it."""
 
 import contextlib
 import fcntl
@@ -14,16 +14,20 @@ from dnnlib.errors import refusal
 
 LIMIT_VARIABLE = "SETDIFFIT_CACHE_GB"
 _DEFAULT_LIMIT_GB = "100"
-_KEPT_SHARE = 0.9  # Of the limit, when the cache is full.
-_LEFTOVER_SEC = 3600  # Age of a temporary file whose writer has died.
+_KEPT_SHARE = 0.9  # Of the limit: what eviction leaves.
+_LEFTOVER_SEC = 3600  # A temporary file of this age has lost its writer.
 _COUNT = struct.Struct("<q")
-_COUNTED_BYTES = 64_000_000  # A process counts what it wrote when it is as many, or
-_COUNTED_SHARE = 0.03  # as many of the limit.
+# A process adds what it has written to the shared total once it reaches the lesser of these.
+_COUNTED_BYTES = 64_000_000
+_COUNTED_SHARE = 0.03  # Of the limit.
 _uncounted: dict[Path, int] = {}
 
 
 def cache_limit() -> int:
-    """Return how many bytes all blocks may take: $SETDIFFIT_CACHE_GB, 100 GB by default."""
+    """Return how many bytes all blocks may take: $SETDIFFIT_CACHE_GB, 100 GB by default.
+
+    Raises ValueError if the variable is not a number of GB above 0.
+    """
     text = os.environ.get(LIMIT_VARIABLE) or _DEFAULT_LIMIT_GB
     try:
         limit = float(text)
@@ -35,14 +39,14 @@ def cache_limit() -> int:
 
 
 def count(root: Path, num_bytes: int) -> bool:
-    """Count bytes that were written, and delete the oldest files beyond the limit of all.
+    """Count bytes that were written, and delete the oldest files if the cache exceeds its limit.
 
-    Returns whether files were deleted. What a process has not counted when it ends is found when
-    the next one begins, which looks at the disk.
+    Returns whether files were deleted. A process counts in batches; bytes that it has not counted
+    when it ends are found by the next process, whose first call measures the cache on disk.
     """
     is_first = root not in _uncounted
     num_bytes += _uncounted.get(root, 0)
-    # Threads that come between may lose some: a lock would stay locked in a fork.
+    # Concurrent threads may lose some bytes, but a fork could inherit a lock in the locked state.
     _uncounted[root] = num_bytes
     if not is_first and num_bytes < min(_COUNTED_BYTES, _COUNTED_SHARE * cache_limit()):
         return False
@@ -51,10 +55,14 @@ def count(root: Path, num_bytes: int) -> bool:
 
 
 def make_room(root: Path, num_bytes: int, *, is_known: bool = True, is_full: bool = False) -> bool:
-    """Count bytes at once, and delete the oldest files beyond the limit of all.
+    """Add bytes to the shared total, and delete the oldest files if it exceeds the limit.
 
-    ``is_known``: the count of before holds, where there is one. ``is_full``: the disk has no room
-    for as many, so that at least a tenth has to go. Returns whether files were deleted.
+    Args:
+        is_known: Whether the recorded total, if there is one, can be trusted; otherwise the cache
+            is measured on disk.
+        is_full: Whether the disk is full, so that at least a tenth of the cache has to go.
+
+    Returns whether files were deleted.
     """
     root.mkdir(parents=True, exist_ok=True)
     limit = cache_limit()
@@ -64,7 +72,7 @@ def make_room(root: Path, num_bytes: int, *, is_known: bool = True, is_full: boo
         are_deleted = False
         total = num_bytes + (_COUNT.unpack(content)[0] if is_known else 0)
         if is_full or not is_known or total > limit:
-            # The count is not that of the disk after a kill, or where people delete files.
+            # The recorded total is wrong after a kill, or if someone deleted files.
             total, are_deleted = evict(root, limit, is_full)
         file.truncate(0)
         file.write(_COUNT.pack(total))
@@ -73,22 +81,23 @@ def make_room(root: Path, num_bytes: int, *, is_known: bool = True, is_full: boo
 
 @contextlib.contextmanager
 def _locked(file: IO[bytes]) -> Iterator[None]:
-    """Keep out other threads and processes; where the file system has no locks, nobody."""
+    """Keep out other threads and processes, if the file system has locks."""
     with contextlib.suppress(OSError):
-        # Unlike lockf's, this kind of lock is one of an opening, not of a process.
+        # Unlike those of lockf, these locks belong to an open file, not to the process.
         fcntl.flock(file, fcntl.LOCK_EX)
     try:
         yield
     finally:
-        # To close the file would not end the lock, if a process that was forked since has it, too.
+        # Closing the file would not release the lock if a process forked since has it open, too.
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def evict(root: Path, limit: int, is_full: bool = False) -> tuple[int, bool]:
-    """Delete the files that have not been used for the longest.
+    """Delete the least recently used files, down to 90 % of ``limit`` bytes, if they exceed it.
 
-    Returns the bytes of the rest, and whether any were deleted.
+    With ``is_full``, down to 90 % of what they take if that is less. Returns the bytes that the
+    remaining files take, and whether any were deleted.
     """
     found = sorted(_scan(root))
     total = before = sum(size for _, size, _ in found)
@@ -105,7 +114,7 @@ def evict(root: Path, limit: int, is_full: bool = False) -> tuple[int, bool]:
 
 
 def _scan(root: Path) -> Iterator[tuple[int, int, str]]:
-    """Yield date of use, bytes and path of each file, and delete what killed writers left."""
+    """Yield the access time, bytes on disk and path of each file; delete old temporary files."""
     now = time.time()
     folders = [str(root)]
     while folders:
@@ -120,5 +129,5 @@ def _scan(root: Path) -> Iterator[tuple[int, int, str]]:
                         yield stat.st_atime_ns, 512 * stat.st_blocks, entry.path
                     elif entry.name.endswith(".tmp") and now - stat.st_mtime > _LEFTOVER_SEC:
                         os.unlink(entry.path)
-                except FileNotFoundError:  # Others delete, too.
+                except FileNotFoundError:  # Another process deleted it.
                     continue
