@@ -101,6 +101,7 @@ def main(options: ExportOptions) -> None:
 def _check_dest(options: ExportOptions) -> None:
     """Raise ValueError if the result cannot, or should not, be written to --dest."""
     from evaluation.model_card import check_export_folder
+    from sampling.traced import is_program
     from training.checkpoint import read_header
 
     rules = output_rules("dest")
@@ -108,21 +109,21 @@ def _check_dest(options: ExportOptions) -> None:
         check_target("--dest", options.dest, is_folder=True)
         check_export_folder(options.dest, options.network, rules["overwrite"])
     else:
-        is_ours = read_header if options.format == "snapshot" else None
+        is_ours = read_header if options.format == "snapshot" else is_program
         check_target("--dest", options.dest, is_ours=is_ours, **rules)
 
 
 def _export_program(snapshot: "Snapshot", options: ExportOptions) -> None:
     """Write a snapshot's denoiser as a program for one image size. Raises ValueError for others."""
     from dnnlib.config import to_dict
-    from sampling.traced import save_program, trace_denoiser
+    from sampling.traced import HASH_NAME, save_program, trace_denoiser
 
     sizes = {"x".join(map(str, size)): size for size in snapshot.config.model.image_sizes}
     if options.size is not None and options.size not in sizes:
         raise refusal("--size", options.size, accepted=", ".join(sizes))
     size = sizes[options.size or next(iter(sizes))]
     program = trace_denoiser(snapshot, size)
-    about = {"config.json": json.dumps(to_dict(snapshot.config)), "weights_hash": snapshot.sha256}
+    about = {"config.json": json.dumps(to_dict(snapshot.config)), HASH_NAME: snapshot.sha256}
     save_program(program, options.dest, about)
 
 

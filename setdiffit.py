@@ -166,6 +166,8 @@ class Model:
             raise refusal("seeds", repr(seeds), accepted="a number of images, or a list of seeds")
         seeds = range(seeds) if isinstance(seeds, int) else list(seeds)
         check_seeds("seeds", seeds)
+        if batch < 1:
+            raise refusal("batch", batch, accepted="1 or more")
         seeds = [int(seed) for seed in seeds]
         asked = dict(classes=classes, support=support, prompt=prompt)
         with self._bound(dict(asked, reference=reference, size=size), settings) as (

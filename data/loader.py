@@ -93,7 +93,8 @@ class _LookAhead:
         while ahead:
             per_batch = max(self._bytes_per_key * len(ahead[0]), 1)
             wanted = min(max(math.ceil(_AHEAD_BYTES / per_batch), self._least), _MAX_AHEAD)
-            ahead.extend(itertools.islice(source, wanted + 1 - len(ahead)))
+            # More may be there already: batches differ in size where they are split into passes.
+            ahead.extend(itertools.islice(source, max(wanted + 1 - len(ahead), 0)))
             soon = list(itertools.islice(ahead, named, None))
             yield Request(ahead.popleft(), soon)
             named = len(ahead)

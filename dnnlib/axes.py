@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any
@@ -37,7 +38,7 @@ def _numbers(text: str) -> Sequence[str]:
         return [text]
     try:
         start, stop, step = (Decimal(number_text(part.strip())) for part in text.split(":"))
-        num = int((stop - start) / step) + 1 if step > 0 else 0
+        num = math.floor((stop - start) / step) + 1 if step > 0 else 0
     except (ValueError, InvalidOperation, OverflowError):
         num = 0
     if not 0 < num <= MAX_VALUES:
@@ -170,10 +171,10 @@ def _without_effect(config: Config, chosen: Mapping[Path, Any]) -> dict[Path, st
     return found
 
 
-def typed(value: Any) -> str:
+def value_text(value: Any) -> str:
     """Return a value as typed on the command line, with every digit that it takes to restore it."""
     if isinstance(value, tuple):
-        return ",".join(map(typed, value)) or "none"
+        return ",".join(map(value_text, value)) or "none"
     if isinstance(value, float):
         return str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
     return show_value(value)
@@ -187,5 +188,5 @@ def options_of(config: Config, base: Config, sections: Sequence[str]) -> list[st
         for name, field in _fields(own).items():
             changed = getattr(own, name) != getattr(other, name)
             if changed and without_effect(_fields(own), name, own) is None:
-                options.append(f"--{option_name(field)}={typed(getattr(own, name))}")
+                options.append(f"--{option_name(field)}={value_text(getattr(own, name))}")
     return options

@@ -226,7 +226,9 @@ class SaverProcess:
             if sizes != seen:
                 seen, since = sizes, now
             elif now > since + _UNLOCKED_STANDSTILL_SEC:
-                is_alive = any(is_locked(lock_of_writer(folder / name)) for name in missing)
+                # To test its own lock, a process would release it; its own part was tried already.
+                locks = {str(lock_of_writer(folder / name)) for name in missing}
+                is_alive = any(map(is_locked, map(Path, locks - {self._lock_path})))
                 if not is_alive or now > since + _STANDSTILL_SEC:
                     raise OSError(f"{folder}: {', '.join(missing)} did not arrive")
             time.sleep(0.02)

@@ -100,8 +100,8 @@ def parse_ranges(
         low, dash, high = part.partition("-")
         if not is_number(low) or (dash and not is_number(high)):
             if names is not None:
-                near = did_you_mean(part, names) or f" The first are {join_names(names[:8])}."
-                raise ValueError(f"{where}: no class {part!r}.{near if names else ''}")
+                first = f" The first are {join_names(names[:8])}." if names else ""
+                raise ValueError(f"{where}: no class {part!r}.{did_you_mean(part, names) or first}")
             raise refusal(where, repr(part), accepted="integers and ranges, as 0-63,100")
         first, last = int(low), int(high or low)
         if last < first:

@@ -147,8 +147,13 @@ class PromptRequests:
 
     @property
     def num_parts(self) -> int:
-        ids = self.asked.ids
-        return max(len(self.asked.prompt), 1) if ids is None else len(ids.split(","))
+        return max(len(self._names), 1)
+
+    @property
+    def _names(self) -> Sequence[str]:
+        """The prompts, or the ids of stored conditions."""
+        asked = self.asked
+        return asked.prompt if asked.ids is None else [id.strip() for id in asked.ids.split(",")]
 
     @property
     def has_folders(self) -> bool:
@@ -160,7 +165,7 @@ class PromptRequests:
     def bind(self, generator: FeatureGenerator, device: torch.device) -> RequestGenerator:
         asked = self.asked
         if asked.ids is not None:
-            requests = stored_requests(self.snapshot, asked.features, asked.ids.split(","))
+            requests = stored_requests(self.snapshot, asked.features, self._names)
         else:
             requests = encode_requests(self.snapshot, device, asked)
         return RequestGenerator(generator, requests)
@@ -168,8 +173,7 @@ class PromptRequests:
     def picture(
         self, images: Sequence[torch.Tensor], labels: Sequence[int], columns: int, heading: str
     ) -> Image:
-        asked = self.asked
-        names = asked.prompt if asked.ids is None else asked.ids.split(",")
+        asked, names = self.asked, self._names
         rows: list[Sequence[Any]] = []
         titles: list[str] = []
         if asked.reference is not None:

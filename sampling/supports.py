@@ -45,7 +45,7 @@ class SupportGenerator(ImageGenerator):
     def _context(
         self, network: Network, chosen: torch.Tensor | None, num: int, *, dropped: bool = False
     ) -> Context:
-        key = (id(network), dropped)
+        key = (network, dropped)
         if key not in self.encoded:
             starts = range(0, len(self.episodes), _ENCODED_AT_ONCE)
             first, *others = (self._encode(network, start, dropped) for start in starts)

@@ -1,6 +1,7 @@
 """A snapshot's denoiser as a torch.export program, which runs without this project."""
 
 import io
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from dnnlib.files import atomic_write
 from models.network import Network
 from training.checkpoint import Snapshot
 
+HASH_NAME = "weights_hash"  # Of the text beside the graph by which a program is recognised.
 _MAX_BATCH = 65_536
-
 
 Size = tuple[int, int]
 
@@ -93,3 +94,12 @@ def save_program(
     torch.export.save(program, content, extra_files=dict(about))
     with atomic_write(path) as file:
         file.write(content.getbuffer())
+
+
+def is_program(path: Path) -> bool:
+    """Return whether a file is a program of a snapshot's denoiser."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith(f"/extra/{HASH_NAME}") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False

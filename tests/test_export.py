@@ -19,7 +19,7 @@ from diffusion.denoiser import Denoiser
 from diffusion.precond import make_precond
 from evaluation.model_card import model_card, write_export
 from models import build_network
-from sampling.traced import TraceableDenoiser, example_inputs, trace_denoiser
+from sampling.traced import TraceableDenoiser, example_inputs, is_program, trace_denoiser
 from training import checkpoint
 from training.checkpoint import Snapshot, load_snapshot
 from training.feature_objective import patch_bias
@@ -336,7 +336,11 @@ assert '"preset"' in about["config.json"]
 def test_a_program_runs_without_this_project(base, tmp_path):
     path = helpers.trained_snapshot(base)
     dest = tmp_path / "denoiser.pt2"
-    helpers.succeed(export, f"--network={path}", f"--dest={dest}", "--format=torch-export")
+    arguments = (f"--network={path}", f"--dest={dest}", "--format=torch-export")
+    dest.write_bytes(b"another's")
+    assert "was not made by this command" in helpers.fail(export, *arguments)
+    helpers.succeed(export, *arguments, "--overwrite")
+    assert is_program(dest)
     snapshot = load_snapshot(path)
     inputs = example_inputs(snapshot, 3, (8, 8))
     expected = TraceableDenoiser(snapshot.build(), snapshot, (8, 8))(*inputs)

@@ -329,7 +329,7 @@ def test_generate_makes_images_of_texts_references_and_stored_features(
         "image": (f"--reference={reference}",),
         "both": ("--prompt=red flower", f"--reference={reference}", "--guidance-form=joint"),
         "size": ("--prompt=red flower", "--bucket=96x160"),
-        "stored": (f"--features={data}", f"--id={ids[0]},{ids[-1]}", "--sampler=heun"),
+        "stored": (f"--features={data}", f"--id={ids[0]}, {ids[-1]}", "--sampler=heun"),
     }
     images = {}
     for name, options in calls.items():

@@ -162,6 +162,7 @@ def test_what_a_model_does_not_take_is_said_in_one_sentence(models, tmp_path):
         (lambda: image.generate(1, output="jpeg"), "accepted: 'pil', 'tensor'"),
         (lambda: image.generate(1, steps=0), "steps"),
         (lambda: image.generate(1.5), "seeds: got 1.5"),
+        (lambda: image.generate(1, batch=-1), "batch: got -1; accepted: 1 or more"),
         (lambda: image.generate(1, classes=[]), "the list is empty"),
         (lambda: image.denoise(x, 0), "sigma: got 0.0; accepted: a number above 0"),
         (lambda: image.denoise(x, math.nan), "sigma: got nan"),

@@ -3,6 +3,8 @@
 import errno
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import psutil
@@ -179,6 +181,20 @@ def test_a_manifest_waits_for_parts_until_none_grows(tmp_path, monkeypatch):
         assert time.monotonic() - began > 0.9
     sidecar_of(parts[1]).write_text('{"size": 1}')
     assert process._wait_for(parts) == [{"size": 1}] * 2
+
+
+def test_a_saver_whose_own_part_is_missing_keeps_its_lock(tmp_path, monkeypatch):
+    part = tmp_path / "training-state-000001.tmp" / "part-00000.safetensors"
+    part.parent.mkdir()
+    process = SaverProcess(None, 1.0, None)
+    process._take_lock(str(lock_path(tmp_path, 0)))
+    monkeypatch.setattr(saver_process, "_UNLOCKED_STANDSTILL_SEC", 0.05)
+    with pytest.raises(OSError, match="did not arrive"):
+        process._wait_for([part])
+    code = "import sys; from pathlib import Path; from dnnlib.files import is_locked; "
+    code += "sys.exit(not is_locked(Path(sys.argv[1])))"
+    subprocess.run([sys.executable, "-c", code, lock_path(tmp_path, 0)], check=True)
+    process._drop_lock()
 
 
 def test_the_command_that_waits_ends_when_all_is_written(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Runs that a signal stops: what they leave, and that they continue as if nothing had happened."""
 
+import contextlib
 import os
 import re
 import signal
@@ -299,6 +300,17 @@ def test_a_stop_lets_a_loader_start_whole(restored_handlers):
     with StopSignal() as stop, pytest.raises(StopRequested), stop.at_once():
         Batches(loader, 1, 1, is_remote=False, stop_signal=stop)
     assert loader.is_whole
+
+
+def test_a_stop_is_heard_after_an_error_in_a_block_that_defers_it(restored_handlers):
+    def fail_in_a_block_and_go_on(stop):
+        with contextlib.suppress(KeyError), stop.deferred():
+            raise KeyError
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+
+    with StopSignal() as stop, pytest.raises(StopRequested), stop.at_once():
+        fail_in_a_block_and_go_on(stop)
 
 
 INTERRUPTED_AT_THE_END = """

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dnnlib.axes import Axes, expand_ranges, options_of, typed
+from dnnlib.axes import Axes, expand_ranges, options_of, value_text
 from evaluation.config import ScoreConfig
 from evaluation.sweep.grid import make_grid
 from evaluation.sweep.jackknife import NUM_GROUPS, Estimate, jackknife, t_quantile
@@ -189,8 +189,19 @@ def test_an_estimate_is_the_metric_with_and_without_each_group(name, reference):
 def test_ranges_hold_their_ends_and_round_decimals():
     assert expand_ranges("1:4:0.5") == "1.0,1.5,2.0,2.5,3.0,3.5,4.0"
     assert expand_ranges("0.03:0.06:0.01,0.2") == "0.03,0.04,0.05,0.06,0.2"
+    assert expand_ranges("1:1:0.3") == "1.0"
     assert expand_ranges("1:2:0.3") == "1.0,1.3,1.6,1.9"
-    for wrong in ("1:2", "1:2:0", "2:1:1", "1:2:x", "0:1:1e-9", "1:2:-1", "nan:2:1", "1:inf:1"):
+    for wrong in (
+        "1:2",
+        "1:2:0",
+        "2:1:1",
+        "2:1.6:1",
+        "1:2:x",
+        "0:1:1e-9",
+        "1:2:-1",
+        "nan:2:1",
+        "1:inf:1",
+    ):
         with pytest.raises(ValueError, match=wrong):
             expand_ranges(wrong)
 
@@ -221,7 +232,7 @@ def test_options_give_a_protocol_to_the_last_digit():
     (config,) = Axes(ScoreConfig(), values).configs()
     options = options_of(config, ScoreConfig(), ("sampling", "guidance"))
     assert options == [f"--cfg-scale={1 / 3!r}", f"--cfg-interval={0.1 + 0.2!r},5"]
-    assert (typed(1e-7), typed(None), typed(True)) == ("1e-07", "none", "True")
+    assert (value_text(1e-7), value_text(None), value_text(True)) == ("1e-07", "none", "True")
 
 
 def test_outputs_are_kept_in_parts_and_missing_ones_known(tmp_path):

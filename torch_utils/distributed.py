@@ -224,17 +224,18 @@ def gather_rows(tensor: torch.Tensor) -> torch.Tensor | None:
         return tensor.cpu()
     tensor = tensor.detach().cpu().contiguous()
     sizes = gather_objects(len(tensor))
-    if not is_main():
-        if len(tensor):
-            dist.send(tensor, dst=0, group=_cpu_group)
-        return None
-    rows = tensor.new_empty(sum(sizes), *tensor.shape[1:])
-    for source, part in enumerate(rows.split(sizes)):
-        if source == 0:
-            part.copy_(tensor)
-        elif len(part):
-            dist.recv(part, src=source, group=_cpu_group)
-    return rows
+    with _together():
+        if not is_main():
+            if len(tensor):
+                dist.send(tensor, dst=0, group=_cpu_group)
+            return None
+        rows = tensor.new_empty(sum(sizes), *tensor.shape[1:])
+        for source, part in enumerate(rows.split(sizes)):
+            if source == 0:
+                part.copy_(tensor)
+            elif len(part):
+                dist.recv(part, src=source, group=_cpu_group)
+        return rows
 
 
 def on_main(function: Callable[[], T], broadcast: Callable[[T], T] = broadcast_object) -> T:
@@ -286,7 +287,8 @@ class Remote:
             tensor = self.source.whole() if isinstance(self.source, Pieces) else self.source
             tensor = tensor.detach().cpu().contiguous()
         if world_size() > 1:
-            dist.broadcast(tensor, src=0, group=_cpu_group)
+            with _together():
+                dist.broadcast(tensor, src=0, group=_cpu_group)
         return tensor
 
 

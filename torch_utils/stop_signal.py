@@ -124,8 +124,10 @@ class StopSignal:
     def deferred(self) -> Iterator[None]:
         """Within :meth:`at_once`, hold a stop back until the block has ended."""
         before, self._at_once = self._at_once, False
-        yield
-        self._at_once = before
+        try:
+            yield
+        finally:
+            self._at_once = before
         if before:
             self.check()
 

@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dnnlib.axes import Axes, typed
+from dnnlib.axes import Axes, value_text
 from evaluation.config import ScoreConfig
 
 STD_AXIS = "ema-std"
@@ -28,7 +28,7 @@ class Cell:
     @property
     def name(self) -> str:
         """The values as they are typed, such as ``cfg-scale=1.5 steps=8``."""
-        return " ".join(f"{axis}={typed(value)}" for axis, value in self.values.items())
+        return " ".join(f"{axis}={value_text(value)}" for axis, value in self.values.items())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,5 +86,5 @@ def _grid(cells: Sequence[Cell], order: Mapping[str, Sequence[Any]]) -> Grid:
 
 
 def _span(values: Sequence[Any]) -> str:
-    shown = list(map(typed, values))
+    shown = list(map(value_text, values))
     return ", ".join(shown) if len(shown) <= 4 else f"{shown[0]} ... {shown[-1]} ({len(shown)})"

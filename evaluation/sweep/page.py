@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dnnlib.axes import typed
+from dnnlib.axes import value_text
 from evaluation.sweep.report import best_where, describe_result, front
 from evaluation.sweep.sweep import Compared, Result
 from training.run_report.charts import Canvas, Chart, Line
@@ -55,7 +55,7 @@ def _map(result: Result, down: str, across: str | None) -> Html:
     shown: list[Html] = []
     scale = _scale(result)
     for y, row in enumerate(rows):
-        shown.append(_text(typed(row), _MARGIN - 8, (y + 1.65) * _HEIGHT, "end"))
+        shown.append(_text(value_text(row), _MARGIN - 8, (y + 1.65) * _HEIGHT, "end"))
         for x, column in enumerate(columns):
             best = best_where(
                 result,
@@ -68,7 +68,7 @@ def _map(result: Result, down: str, across: str | None) -> Html:
                 shown += _tile(result, best, x, y + 1, scale)
     for x, column in enumerate(columns):
         if column is not None:
-            shown.append(_text(typed(column), _MARGIN + (x + 0.5) * _WIDTH, 0.65 * _HEIGHT))
+            shown.append(_text(value_text(column), _MARGIN + (x + 0.5) * _WIDTH, 0.65 * _HEIGHT))
     width, height = _MARGIN + len(columns) * _WIDTH, (len(rows) + 1) * _HEIGHT
     title = f"{result.names[0]} by {down}" + (f" (down) and {across} (across)" if across else "")
     picture = tag(

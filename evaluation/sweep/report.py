@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Callable, Sequence
 
-from dnnlib.axes import options_of, typed
+from dnnlib.axes import options_of, value_text
 from dnnlib.text import format_count
 from evaluation.config import ScoreConfig
 from evaluation.sweep.grid import Cell
@@ -81,12 +81,12 @@ def _trade_off(result: Result, name: str, values: Sequence[object]) -> list[str]
     for value in values:
         best = best_where(result, lambda own, value=value: own.cell.values[name] == value)
         shown = " ".join(
-            f"{axis}={typed(own)}"
+            f"{axis}={value_text(own)}"
             for axis, own in best.cell.values.items()
             if axis != name and axis in result.grid.axes
         )
         first = f"{best.values[result.names[0]]:.6g}"
-        rows.append((typed(value), first, _behind(result, best), shown))
+        rows.append((value_text(value), first, _behind(result, best), shown))
     heading = (name, result.names[0], "from the best", "with")
     title = f"The best at each {name} ({result.names[0]} as on the fresh images)"
     return [title, *_table(heading, rows)]
