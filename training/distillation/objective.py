@@ -109,7 +109,7 @@ class DistillationObjective(torch.nn.Module):
     def target(self, images: Tensor, cond: Cond, draws: Draws) -> Tensor:
         """Return the x0 with which one step lands where two of the teacher's do, [M, C, H, W].
 
-        M images are those of all rows, a set being a row of several.
+        M counts the images of all rows; a row of a set-conditioned model is a set of several.
         """
         (teacher,) = self._teacher
         objective, num = teacher.objective, teacher.objective.network.config.images_per_row

@@ -37,7 +37,7 @@ class Examples:
 
     @property
     def groups(self) -> dict[str, np.ndarray]:
-        """Mask of the rows of each class, bool [R]; empty without classes or with more than 32."""
+        """Masks of each class's rows, bool [R] each; empty without classes or for more than 32."""
         names = sorted({row.group for row in self.rows} - {None})
         if len(names) > _MAX_CLASSES:
             return {}
