@@ -22,21 +22,21 @@ _OF_SETS = ("support", "episodes", "split", "data")
 _OF_FEATURES = ("prompt", "reference", "bucket", "features", "ids", "text", "visual")
 NOT_SETS = (_OF_SETS, "this model was not trained on sets of images")
 NOT_FEATURES = (_OF_FEATURES, "this model was not trained on features")
-# Settings of GeneratorOptions besides the protocol.
+# Fields of GeneratorOptions besides sampling and guidance.
 HOW = ("precision", "cpu_matmul", "compile", "guide", "vae")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GeneratorOptions:
-    """How a snapshot is sampled where that is not as in training.
+    """How to sample a snapshot; None means as in its training.
 
     Attributes:
-        sampling, guidance: The sampler's settings, and the guidance of the family's kind.
+        sampling, guidance: Settings of the sampler, and of the family's kind of guidance.
         precision: Arithmetic of the network.
-        cpu_matmul: What multiplies float32 matrices on a CPU.
+        cpu_matmul: Library for float32 matrix products on a CPU.
         compile: Whether networks are compiled with torch.compile.
-        guide: Snapshot whose errors are extrapolated away from (autoguidance).
-        vae: Where the autoencoder is now.
+        guide: Snapshot whose errors are extrapolated away from (autoguidance); None for no guide.
+        vae: Location of the autoencoder.
     """
 
     sampling: SamplingConfig | None = None
@@ -49,9 +49,9 @@ class GeneratorOptions:
 
     @classmethod
     def of(cls, options: Any, config: Any) -> GeneratorOptions:
-        """Return the settings that a command's options of the same names have.
+        """Return the settings that a command's options of the same names hold.
 
-        ``config`` is the protocol, with ``sampling`` and ``guidance``.
+        ``config`` is the sampling protocol, with ``sampling`` and ``guidance``.
         """
         own = {name: getattr(options, name) for name in HOW}
         return cls(**own, sampling=config.sampling, guidance=config.guidance)
@@ -66,9 +66,9 @@ class GeneratorOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What the options of generate.py ask for, as typed; None or empty where nothing was.
+    """What the options of generate.py ask for, as typed; None or empty if not given.
 
-    ``given`` names the typed settings of sampling and guidance.
+    ``given`` has the names of the sampling and guidance settings that were typed.
     """
 
     classes: str | None = param(
@@ -105,7 +105,7 @@ class Asked:
     given: Collection[str] = ()
 
     def refuse(self, names: Sequence[str], reason: str) -> None:
-        """Raise ValueError, for ``reason``, if one of the options ``names`` was given."""
+        """Raise ValueError with ``reason`` if one of the options ``names`` was given."""
         for name in names:
             if getattr(self, name) not in (None, ()):
                 option = {"classes": "class", "ids": "id"}.get(name, name)

@@ -1,4 +1,4 @@
-"""The batches that a rank trains on, fetched before the step that needs them begins."""
+"""The batches that a rank trains on, with those of remote data fetched before their step begins."""
 
 import collections
 from collections.abc import Iterable
@@ -8,23 +8,23 @@ from dnnlib.errors import transportable
 from torch_utils import distributed
 from torch_utils.stop_signal import StopSignal
 
-_STOPPED, _FAILED = 1, 1 << 16  # What ranks add up; there are fewer ranks than the latter.
+_STOPPED, _FAILED = 1, 1 << 16  # Summed over ranks; there are fewer than 1 << 16 of them.
 
 
 class Batches:
-    """The batches of one pass after the other.
+    """The batches of a rank, pass by pass.
 
-    A server may not answer for minutes, or not at all. So where data are at an address, all passes
-    of a step have their batches before it begins, and what stops a rank from getting them leaves
-    the steps before whole; ranks agree on it before each step. Of local data a rank that is alone
-    has the first batch before, and several ranks, which would have to agree, have none.
+    A server may not answer for minutes, or not at all. With remote data, a rank therefore fetches
+    the batches of all passes before a step begins, and the ranks agree before each step that all
+    have them: if one does not, the steps so far are whole. With local data, a single rank fetches
+    the first batch ahead, and several ranks, which would have to agree, fetch none.
 
     Args:
-        loader: Yields the batch of one pass after the other, without end.
-        num_passes: Of a step.
-        num_steps: That remain.
+        loader: Yields the batch of one pass after another, without end.
+        num_passes: Passes per step.
+        num_steps: Steps that remain.
         is_remote: Whether the data are at an address.
-        stop_signal: By which a rank hears of a stop while it waits.
+        stop_signal: Ends the wait for a batch if a signal comes.
     """
 
     def __init__(
@@ -35,21 +35,21 @@ class Batches:
         is_remote: bool,
         stop_signal: StopSignal,
     ) -> None:
-        with stop_signal.deferred():  # An iterator that was half made cannot be dropped.
+        with stop_signal.deferred():  # A half-made iterator cannot be cleaned up.
             self._loader = iter(loader)
         self._stop_signal = stop_signal
         self._is_alone, self._is_remote = distributed.world_size() == 1, is_remote
         self._num_ahead = num_passes if is_remote else int(self._is_alone)
-        self._num_left = num_passes * num_steps  # Not taken yet.
+        self._num_left = num_passes * num_steps  # Batches not taken yet.
         self._ready: collections.deque = collections.deque()
         self._error: Exception | None = None
         self.failure: Exception | None = None
 
     def await_step(self) -> bool:
-        """Return whether a step can begin, on every rank. Collective.
+        """Return whether a step can begin, the same on every rank. Collective.
 
-        It cannot after a signal, or if a rank's data cannot be read, which is every rank's
-        ``failure`` then.
+        It cannot after a signal, or if a rank cannot read its data: then ``failure`` is the error,
+        on every rank.
         """
         self._fetch()
         outcome = 0
@@ -70,11 +70,11 @@ class Batches:
             return next(self._loader)
         batch = self._ready.popleft()
         if self._is_remote:
-            self._fetch()  # One of the next step: else the loader would stand still in this one.
+            self._fetch()  # One of the next step's, or the loader would be idle during this one.
         return batch
 
     def _fetch(self) -> None:
-        """Fetch what is to be ahead, until a signal comes or an error, which is kept."""
+        """Fetch the batches that are due ahead, until a signal or an error, which is kept."""
         try:
             while not self._error and len(self._ready) < min(self._num_ahead, self._num_left):
                 batch = self._stop_signal.wait_for(lambda: next(self._loader))

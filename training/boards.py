@@ -14,7 +14,7 @@ _WANDB_TIMEOUT_SEC = 30.0
 
 
 class Board(Protocol):
-    """Where numbers and pictures of one run are shown; the axis of all is the number of images."""
+    """Where numbers and pictures of one run are shown; the x-axis is the number of images."""
 
     name: str
 
@@ -42,7 +42,7 @@ def open_board(
 
 
 def import_board(name: str) -> Any:
-    """Return the module of a board; raises ValueError with the install command without one."""
+    """Return the module of a board; raises ValueError with the install command if it is missing."""
     try:
         return importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
     except ImportError as error:
@@ -51,7 +51,7 @@ def import_board(name: str) -> Any:
 
 
 def problem_with(name: str, error: Exception) -> str:
-    """Return a sentence about a board that failed, with what to do about it."""
+    """Return a sentence about a board that failed, and what to do about it."""
     what = {"wandb": "Weights & Biases"}.get(name, name)
     remedy = ""
     if name == "wandb":
@@ -65,7 +65,7 @@ def problem_with(name: str, error: Exception) -> str:
 
 
 def _run_id(run_dir: Path) -> str:
-    """Return a name that a folder's run has wherever it is continued, and no other run has."""
+    """Return an id that the run in a folder keeps when it continues, and that no other run has."""
     path_hash = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]
     return f"{run_dir.name[:5]}-{path_hash}"
 
@@ -74,7 +74,7 @@ class _TensorBoard:
     name = "tensorboard"
 
     def __init__(self, run_dir: Path, cur_nimg: int) -> None:
-        # TensorBoard hides what a killed run wrote from that step on.
+        # TensorBoard hides what a killed run wrote at purge_step and later.
         module = import_board(self.name)
         self._writer = module.SummaryWriter(run_dir, purge_step=cur_nimg + 1)
 
@@ -89,7 +89,7 @@ class _TensorBoard:
 
         with Image.open(path) as image:
             width, height = image.size
-        # The file as it is: the writer's own call would decode it and encode it again.
+        # The file is handed on as it is; the writer's own method would decode and re-encode it.
         shown = Summary.Image(
             width=width, height=height, colorspace=3, encoded_image_string=path.read_bytes()
         )
@@ -102,7 +102,7 @@ class _TensorBoard:
 
 
 class _Service(abc.ABC):
-    """A board that takes numbers and pictures in one call, by the name ``name``."""
+    """A board whose package ``name`` takes numbers and pictures in one call."""
 
     name: str
 
@@ -111,7 +111,7 @@ class _Service(abc.ABC):
 
     @abc.abstractmethod
     def _log(self, values: Mapping[str, Any], cur_nimg: int) -> None:
-        """Hand on what is shown of one moment."""
+        """Log everything that is shown for one point of training."""
 
     def scalars(self, values: Mapping[str, Any], cur_nimg: int) -> None:
         self._log({**values, "images": cur_nimg, "kimg": cur_nimg / 1000}, cur_nimg)

@@ -1,9 +1,9 @@
 """Snapshots to sample from and training states to resume from: data only, written atomically.
 
-Snapshots, and states of before, are ``torch.save`` archives of plain containers and tensors. They
-are read with ``torch.load(weights_only=True)``. States are folders now: see
-:mod:`training.saving.state_folder`. Nothing in a file is ever executed. The layout of all is
-described in docs/formats.md.
+Snapshots, and states of older versions, are ``torch.save`` archives of plain containers and
+tensors, read with ``torch.load(weights_only=True)``. States are folders now: see
+:mod:`training.saving.state_folder`. Nothing in a file is ever executed. docs/formats.md describes
+all layouts.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ _SNAPSHOT_FORMAT = "setdiffit-snapshot"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataSummary:
-    """What sampling and scoring need to know of the training data."""
+    """What sampling and scoring need to know about the training data."""
 
     name: str
     resolution: int
@@ -50,13 +50,16 @@ class DataSummary:
     content_hash: str
     class_names: tuple[str, ...] = ()
     class_counts: tuple[int, ...] = ()
-    # Of stored features: buckets, statistics, and where they are.
+    # For stored features: buckets, statistics, and their location.
     features: dict[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """A trained network with all that is needed to sample from it and to score it."""
+    """A trained network with everything that is needed to sample from it and to score it.
+
+    ``sha256`` is the hash of the weights in ``state_dict``, none of which are float16.
+    """
 
     path: Path
     sha256: str
@@ -68,7 +71,7 @@ class Snapshot:
 
     @property
     def trained_nimg(self) -> int:
-        """Images that the weights were trained on; 0 where old imports do not say."""
+        """Number of images that the weights were trained on; 0 in old imports that do not say."""
         return self.progress.get("cur_nimg", 0)
 
     def build(self, device: torch.device | str = "cpu") -> Network:
@@ -84,18 +87,18 @@ class Snapshot:
         return network.eval().requires_grad_(False).to(device)
 
 
-_COUNT = r"(\d+)(?:\.(\d+))?"  # Kimg, and images where there is less than one.
+_COUNT = r"(\d+)(?:\.(\d+))?"  # Kimg in file names; below 1 kimg, the images after a point.
 
 
 def remove_pictures(run_dir: Path, cur_nimg: int) -> None:
-    """Delete what shows an earlier snapshot, whose name is that of the one that comes now."""
+    """Delete pictures of an earlier snapshot that has the same name as the one to be written."""
     count = count_name(cur_nimg)
     for path in (pictures_path(run_dir, cur_nimg), *run_dir.glob(f"conditioning-{count}.*")):
         path.unlink(missing_ok=True)
 
 
 def count_name(cur_nimg: int, digits: int = 6) -> str:
-    """Return how file names state ``cur_nimg`` images: kimg, to three decimals below 1."""
+    """Return how file names state ``cur_nimg`` images: whole kimg, with three decimals below 1."""
     images = f".{cur_nimg:03d}" if 0 < cur_nimg < 1000 else ""
     return f"{cur_nimg // 1000:0{digits}d}{images}"
 
@@ -106,12 +109,12 @@ def snapshot_path(run_dir: Path, cur_nimg: int) -> Path:
 
 
 def pictures_path(run_dir: Path, cur_nimg: int) -> Path:
-    """Return the path of the pictures of samples after ``cur_nimg`` training images."""
+    """Return the path of the picture of samples after ``cur_nimg`` training images."""
     return run_dir / f"fakes-{count_name(cur_nimg)}.png"
 
 
 def profile_path(run_dir: Path, cur_nimg: int, std: float) -> Path:
-    """Return the path of the compact snapshot of one profile after ``cur_nimg`` images."""
+    """Return the path of the compact snapshot of the profile ``std`` after ``cur_nimg`` images."""
     return run_dir / f"network-snapshot-{count_name(cur_nimg, 7)}-{std_name(std)}.pkl"
 
 
@@ -126,7 +129,7 @@ def is_state_after(path: Path, cur_nimg: int) -> bool:
 
 
 def snapshot_header(config: Config, data: DataSummary, progress: dict[str, Any]) -> dict[str, Any]:
-    """Return what a snapshot holds besides its weights, ``ema``."""
+    """Return what a snapshot holds besides its weights, which are under ``ema``."""
     return dict(
         format=_SNAPSHOT_FORMAT,
         version=FORMAT_VERSION,
@@ -147,7 +150,7 @@ def save_weights(
 ) -> None:
     """Write the averaged weights of a network and their description to ``path``, atomically.
 
-    ``packages`` are the versions that trained them; those of this process by default.
+    ``packages`` are the versions that trained them, by default those of this process.
     """
     weights = {name: tensor.detach().cpu() for name, tensor in state_dict.items()}
     header = snapshot_header(config, data, progress)
@@ -158,14 +161,14 @@ def save_weights(
 
 
 def load_snapshot(path: str | os.PathLike) -> Snapshot:
-    """Read a snapshot; raises ValueError with a sentence for a file that is none, or is damaged."""
+    """Return the snapshot in a file; raises ValueError with a sentence for anything else."""
     path = Path(path)
     with _snapshot_of(path) as payload:
         return snapshot_of(path, payload, payload["ema"])
 
 
 def snapshot_problems(paths: Iterable[Path]) -> dict[Path, str]:
-    """Return what is wrong with each of some snapshots that cannot be read."""
+    """Return an error message for each of ``paths`` that cannot be read as a snapshot."""
     found = {}
     for path in paths:
         try:
@@ -176,12 +179,13 @@ def snapshot_problems(paths: Iterable[Path]) -> dict[Path, str]:
 
 
 def snapshot_of(path: Path, about: Mapping[str, Any], weights: dict[str, Tensor]) -> Snapshot:
-    """Return a snapshot with some weights, and with what a file holds ``about`` them.
+    """Return the snapshot of some weights, with the description that a file holds ``about`` them.
 
-    Raises KeyError, TypeError or ValueError for a description that is not of this version.
+    Weights in float16 become float32. Raises KeyError, TypeError or ValueError for a description
+    that is not of this version.
     """
     data = {k: tuple(v) if isinstance(v, list) else v for k, v in about["data"].items()}
-    # Networks compute from float32; a compact snapshot is what they are told to compute.
+    # Networks hold float32 weights; float16 is only how compact snapshots store them.
     weights = {k: v.float() if v.dtype == torch.float16 else v for k, v in weights.items()}
     return Snapshot(
         path=path,
@@ -205,7 +209,7 @@ def read_header(path: str | os.PathLike) -> tuple[RunConfig, dict[str, Any]]:
 
 @contextlib.contextmanager
 def _snapshot_of(path: Path, *, header_only: bool = False) -> Iterator[dict[str, Any]]:
-    """Give what a snapshot holds; whatever the block finds wrong with it is a ValueError."""
+    """Yield what a snapshot holds; what the block finds wrong with it becomes a ValueError."""
     payload = _load(path, _SNAPSHOT_FORMAT, "a snapshot", header_only=header_only)
     try:
         yield payload
@@ -214,10 +218,10 @@ def _snapshot_of(path: Path, *, header_only: bool = False) -> Iterator[dict[str,
 
 
 def load_state(path: str | os.PathLike, *, lazily: bool = False) -> dict[str, Any]:
-    """Read a training state; raises ValueError with a sentence for anything else.
+    """Return the training state at a path; raises ValueError with a sentence for anything else.
 
-    With ``lazily`` its large tensors stay in their file until they are used, and those of a folder
-    are :class:`~torch_utils.states.Pieces`.
+    With ``lazily`` its tensors stay in their files until they are used, and those of a folder are
+    :class:`~torch_utils.states.Pieces`.
     """
     path = Path(path)
     if path.is_dir():
@@ -232,12 +236,12 @@ def find_states(run_dir: Path) -> list[Path]:
 
 
 def find_snapshots(run_dir: Path) -> list[Path]:
-    """Return the snapshots of a run folder with the average of --ema-kimg, newest first."""
+    """Return the snapshots of a run folder that hold the average of --ema-kimg, newest first."""
     return _newest_first(run_dir, rf"network-snapshot-{_COUNT}\.pkl")
 
 
 def find_profiles(run_dir: Path) -> list[Path]:
-    """Return the compact snapshots of a run folder, newest first."""
+    """Return the compact snapshots of a run folder (those of --ema-stds), newest first."""
     return _newest_first(run_dir, rf"network-snapshot-{_COUNT}-0\.\d{{3}}\.pkl")
 
 
@@ -247,7 +251,7 @@ def _newest_first(run_dir: Path, pattern: str) -> list[Path]:
 
 
 def _count_of(path: Path) -> tuple[int, int]:
-    """Return the kimg and the images in the name of a state or snapshot."""
+    """Return the kimg and the images that the name of a state or snapshot states."""
     kimg, images = re.match(rf"[a-z-]+-{_COUNT}", path.name).groups(default="0")
     return int(kimg), int(images)
 
@@ -257,9 +261,9 @@ def superfluous_states(
 ) -> list[Path]:
     """Return all training states of a run folder but ``latest`` and the ``keep - 1`` before it.
 
-    ``latest`` may be still to come. States of a stop (:func:`is_of_stop`) take no place: where
-    ``latest`` is one, which ``of_stop`` says, ``keep`` stay before it. Those after ``latest`` are
-    damaged, or were left behind when the run went back to an earlier one. They are none of these
+    ``latest`` need not exist yet. States of a stop (:func:`is_of_stop`) do not count: if ``latest``
+    is one, as ``of_stop`` says, ``keep`` others stay before it. States after ``latest`` are
+    damaged, or were left behind when the run went back to an earlier one; they are not returned
     without ``later_ones``.
     """
     others = [path for path in find_states(run_dir) if path.name != latest.name]
@@ -291,8 +295,8 @@ def _load(
         raise ValueError(f"{path}: is a folder, not {what}; give a file in it.")
     check_source(path, folder=False)
     try:
-        # PyTorch does not verify the archive's checksums by itself, and takes a part with a stray
-        # attribute for a folder without content. It never compresses.
+        # PyTorch itself does not verify the checksums of an archive, takes an entry with external
+        # attributes for an empty folder, and never compresses.
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()
             if not any(part.filename.endswith("/data.pkl") for part in parts):
@@ -330,7 +334,7 @@ def _load(
 
 
 def _test_header(archive: zipfile.ZipFile) -> str | None:
-    """Return the first damaged part among those that hold no tensor, or None."""
+    """Return the first damaged entry among those that hold no tensor, or None."""
     for name in archive.namelist():
         try:
             if Path(name).parent.name != "data":
@@ -343,6 +347,6 @@ def _test_header(archive: zipfile.ZipFile) -> str | None:
 def _is_bare_pickle(path: Path) -> bool:
     with open(path, "rb") as file:
         start = file.read(2)
-    # Protocols from 2 on begin with their number, older ones with what the first object is.
+    # Protocols from 2 on begin with their number, older ones with an opcode of the first object.
     newer = len(start) == 2 and start[0] == 0x80 and start[1] <= pickle.HIGHEST_PROTOCOL
     return newer or start[:1] in (b"(", b"c", b"]", b"}")

@@ -1,4 +1,4 @@
-"""The configuration of a run: everything that decides what is computed."""
+"""The configuration of a run: everything that determines what is computed."""
 
 import dataclasses
 import os
@@ -14,8 +14,8 @@ from metrics.config import DetectorConfig
 from models.config import ModelConfig
 from training.distillation.config import DistillationConfig
 
-# Relative stds of weight averages. Names of files show three decimals; 1 / sqrt(12) = 0.2887 weighs
-# all times equally.
+# Range of the relative stds of weight averages. File names show three decimals, and the std
+# 1 / sqrt(12) = 0.2887 weighs all times equally.
 MIN_STD, MAX_STD = 0.001, 0.288
 
 _DURATION: dict[str, Any] = dict(affects={"lr_schedule": ("cosine",)})
@@ -27,10 +27,10 @@ CPU_MATMUL = ("auto", "mkl", "onednn")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig(Config):
-    """Optimization: what happens between two images counts of the loop.
+    """Optimization: how long training lasts, and how each step changes the weights.
 
     Defaults are EDM's (Karras et al. 2022, arXiv 2206.00364, Appendix F and its training code).
-    Intervals and durations count images: 1 kimg is 1,000 training images.
+    Intervals and durations are in training images: 1 kimg is 1,000 of them.
     """
 
     title: ClassVar[str] = "Training options"
@@ -115,7 +115,7 @@ class TrainingConfig(Config):
         max=1_000,
         help="Number of times that a run may return to its last state and continue with other "
         "data when its loss spikes or --skip-limit is reached; 0: never.",
-        affects="speed",  # A run may be continued with another number.
+        affects="speed",  # So that a run can be continued with another number.
     )
     seed: int = option(
         0,
@@ -177,9 +177,9 @@ class TrainingConfig(Config):
 
     @property
     def arithmetic(self) -> str:
-        """Arithmetic of matrix products on a GPU: ``fp32``, ``tf32`` or ``bf16`` (as fast as fp16).
+        """Arithmetic of matrix products on a GPU: ``fp32``, ``tf32`` or ``bf16``.
 
-        ``precision`` must be decided, not ``auto``.
+        fp16 counts as bf16, which is as fast. ``precision`` must be decided, not ``auto``.
         """
         if self.precision == "fp32":
             return "tf32" if self.tf32 else "fp32"
@@ -188,7 +188,7 @@ class TrainingConfig(Config):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoggingConfig(Config):
-    """What a run writes, how often, and what it measures on the way."""
+    """What a run writes, how often, and what it measures during training."""
 
     title: ClassVar[str] = "Progress, snapshots and metrics"
     affects: ClassVar[str] = "speed"
@@ -295,16 +295,16 @@ class LoggingConfig(Config):
 
     @property
     def boards(self) -> tuple[str, ...]:
-        """All boards that are asked for, each once."""
+        """All boards of --board and --wandb, each once."""
         return tuple(dict.fromkeys((*self.board, *(("wandb",) if self.wandb else ()))))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig(Config):
-    """A preset with its overrides: the whole of a training run.
+    """A preset with its overrides: the whole configuration of a training run.
 
-    Each family of models has a subclass with its kind of guidance and sections of its own, in
-    ``families/``; ``family`` is the name by which :mod:`training.family` knows them.
+    Each family of models has a subclass in ``families/``, with its kind of guidance and sections of
+    its own, whose ``family`` is the name under which :mod:`training.family` knows it.
     """
 
     preset: str
@@ -325,7 +325,7 @@ class RunConfig(Config):
 
     @property
     def step_nimg(self) -> int:
-        """Number of images in an optimizer step: of a batch of sets, those of all its sets."""
+        """Number of images in an optimizer step; in a batch of sets, those of all its sets."""
         return self.training.batch * self.model.images_per_row
 
     @property
@@ -343,18 +343,18 @@ class RunConfig(Config):
         return self.logging.tick * 1000
 
     def as_begun(self, before: Self) -> Self:
-        """Return the run with what no option names and a run keeps, as it was ``before``."""
+        """Return the run with settings that have no option and must stay, as in ``before``."""
         return self
 
     def cond_after(self, cur_nimg: int, input_shape: tuple[int, ...]) -> dict[str, float]:
-        """Return conditions that all images have alike after ``cur_nimg`` images of training.
+        """Return conditions that are the same for all images after ``cur_nimg`` training images.
 
-        ``input_shape`` is that of what the network denoises, [C, h, w].
+        ``input_shape`` is [C, h, w], the shape of what the network denoises.
         """
         return {}
 
     def snapshot_is_due(self, tick: int, tick_start_nimg: int, cur_nimg: int) -> bool:
-        """Return whether the tick that ends now is one with a snapshot."""
+        """Return whether a snapshot is due at the end of the tick that ends at ``cur_nimg``."""
         if self.logging.save_interval is None:
             return tick % self.logging.snap == 0
         interval = self.logging.save_interval * self.step_nimg
@@ -362,9 +362,9 @@ class RunConfig(Config):
 
 
 def with_one_of_each(config: RunConfig, given: Collection[str]) -> RunConfig:
-    """Return ``config`` with the one of two options that was typed, where one stands for both.
+    """Return ``config`` with overridden --iters, --log-interval and --save-interval unset.
 
-    Raises ValueError if both were.
+    --kimg, --tick and --snap override them; raises ValueError if both of a pair were typed.
     """
     for section, kimg_option, step_option in (
         ("training", "kimg", "iters"),
@@ -383,7 +383,7 @@ def with_one_of_each(config: RunConfig, given: Collection[str]) -> RunConfig:
 
 
 def with_absolute_data(config: RunConfig) -> RunConfig:
-    """Return ``config`` with the path of its data absolute: a run continues from any folder."""
+    """Return ``config`` with an absolute data path, so that it can be continued from any folder."""
     location = config.data.data
     if location is None or is_address(location):
         return config
@@ -402,5 +402,5 @@ def fit_to_device(config: RunConfig, device_type: str) -> RunConfig:
 
 
 def std_name(std: float) -> str:
-    """Return a profile's std as names of files have it."""
+    """Return the relative std of a profile as file names have it, with three decimals."""
     return f"{std:.3f}"

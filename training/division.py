@@ -1,4 +1,4 @@
-"""How a batch, and a model, are divided among ranks."""
+"""How a batch and a model are divided among ranks."""
 
 from typing import Any
 
@@ -13,20 +13,20 @@ from training.config import RunConfig, TrainingConfig
 
 
 def divisors(number: int) -> list[int]:
-    """Return the divisors of a positive number, the smallest first."""
+    """Return the divisors of a positive number, in ascending order."""
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def rows_per_rank(training: TrainingConfig, world_size: int) -> int:
-    """Return the number of rows of a batch that a rank has at most."""
+    """Return the largest number of rows of a batch that a rank has."""
     return -(-training.batch // world_size)
 
 
 def possible_passes(training: TrainingConfig, world_size: int) -> list[int]:
-    """Return the --batch-gpu that ranks can have, the smallest first.
+    """Return the values that --batch-gpu can have, in ascending order.
 
-    Equal shares are divided evenly. Others can have any number of passes, but none of one row, as
-    some ranks would have a pass more.
+    Equal shares of the batch are divided evenly into passes. Unequal ones can have any number of
+    passes, but none of a single row, because some ranks would then need one pass more.
     """
     per_rank = rows_per_rank(training, world_size)
     if training.batch % world_size == 0:
@@ -36,9 +36,9 @@ def possible_passes(training: TrainingConfig, world_size: int) -> list[int]:
 
 
 def accumulation_rounds(training: TrainingConfig, world_size: int) -> tuple[int, int]:
-    """Return how many rows a rank has in a pass at most, and in how many passes it does a step.
+    """Return the largest number of rows in a pass of a rank, and its number of passes in a step.
 
-    ``--batch-gpu=auto`` must be decided.
+    ``batch_gpu`` must be decided, not ``auto``.
     """
     assert training.batch_gpu != "auto"
     per_rank = rows_per_rank(training, world_size)
@@ -47,7 +47,7 @@ def accumulation_rounds(training: TrainingConfig, world_size: int) -> tuple[int,
 
 
 def pass_sizes(training: TrainingConfig, world_size: int) -> list[int]:
-    """Return the numbers of rows of passes that occur on any rank, the largest first."""
+    """Return the different numbers of rows that passes of any rank have, the largest first."""
     about = training.batch, accumulation_rounds(training, world_size)[0]
     ranks = (rank_passes(*about, rank, world_size) for rank in range(world_size))
     return sorted({len(rows) for passes in ranks for rows in passes}, reverse=True)
@@ -56,8 +56,8 @@ def pass_sizes(training: TrainingConfig, world_size: int) -> list[int]:
 def check_division(training: TrainingConfig, world_size: int, *, continues: bool) -> None:
     """Raise ValueError if ranks and passes cannot share a batch.
 
-    A new run asks for equal parts; one that ``continues`` takes the ranks that there are, some of
-    which may then have a row more than others.
+    A new run requires equal parts. A run that ``continues`` takes the ranks that there are, some of
+    which may then have one row more than others.
     """
     batch, batch_gpu = training.batch, training.batch_gpu
     if batch < world_size:
@@ -86,7 +86,7 @@ def check_division(training: TrainingConfig, world_size: int, *, continues: bool
 
 
 def group_size(training: TrainingConfig, world_size: int) -> int:
-    """Return the number of ranks that hold one copy of the weights together; 1 without sharding.
+    """Return the number of ranks that together hold one copy of the weights; 1 without sharding.
 
     Raises ValueError if groups of --shard-size do not divide the ranks.
     """
@@ -105,7 +105,7 @@ def group_size(training: TrainingConfig, world_size: int) -> int:
 def hold_parameters(
     objective: Any, config: RunConfig, shard_size: int, device: torch.device
 ) -> Parameters:
-    """Bring the network of ``objective`` to the device, whole or divided, and return its weights.
+    """Move the network of ``objective`` to the device, whole or sharded; return its parameters.
 
     Collective.
     """

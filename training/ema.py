@@ -26,10 +26,10 @@ def ema_beta(cur_nimg: int, batch: int, half_life_kimg: float, rampup: float | N
 
 
 class WeightCopy:
-    """Other weights of a network, which begin with its own; buffers are constants, left alone.
+    """A second set of a network's weights, which begins as a copy; buffers are constants.
 
-    ``network`` has them as its parameters within :meth:`filled`. ``own`` is what this process holds
-    of each.
+    ``network`` is a copy of the network that has these weights as its parameters within
+    :meth:`filled`. ``own`` is what this process holds of each weight.
     """
 
     def __init__(self, parameters: Parameters) -> None:
@@ -41,11 +41,11 @@ class WeightCopy:
         return self._parameters.filled(self.network, self.own)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a state keeps."""
+        """Return what a training state keeps."""
         return self._parameters.state_dict(self.own)
 
     def whole_tensors(self) -> Iterator[tuple[str, Tensor | None]]:
-        """Yield the weights by name, on rank 0; elsewhere None. Collective."""
+        """Yield the state with these weights by name; sharded: None but on rank 0. Collective."""
         return self._parameters.whole_tensors(self.own)
 
     @torch.no_grad()
@@ -60,18 +60,18 @@ class EMA(WeightCopy):
 
     @torch.no_grad()
     def update(self, beta: float, skip: Tensor) -> None:
-        """Move the average towards the weights by 1 - beta, or by nothing where ``skip`` is 1.
+        """Move the average towards the weights by 1 - ``beta``, or not at all if ``skip`` is 1.
 
-        ``skip`` is a float32 scalar on the weights' device; it is never read by the host.
+        ``skip`` is a float32 scalar on the weights' device; the host never reads it.
         """
         average, source = self.own, self._parameters.own
-        # A beta of 0 means the first step: the average equals the weights, skipped or not.
+        # A beta of 0 marks the first step: the average becomes the weights, skipped or not.
         if beta == 0.0:
             torch._foreach_copy_(average, source)
             return
         weight = (1.0 - skip) * (1.0 - beta)
         if weight.device.type == "cpu":
-            # One pass over the memory instead of three; a GPU would launch a kernel a parameter.
+            # One pass over memory instead of three; a GPU would launch one kernel per parameter.
             torch._foreach_lerp_(average, source, [weight] * len(average))
             return
         step = torch._foreach_sub(source, average)
@@ -98,24 +98,24 @@ class PowerEMA:
     def update(self, cur_nimg: int, batch: int) -> None:
         """Move every average towards the weights after a step that ended at ``cur_nimg`` images.
 
-        A skipped step counts too: a profile weighs the weights by their time, changed or not.
+        Skipped steps count too: a profile weights by time, whether or not the weights changed.
         """
         for std, average in self._averages.items():
             beta = power_beta(self._gammas[std], cur_nimg, batch)
             torch._foreach_lerp_(average, self._source, 1 - beta)
 
     def compact(self, std: float) -> Iterator[tuple[str, Tensor | None]]:
-        """Yield the network's state with the averages of one profile in place of its parameters.
+        """Yield the network's state by name, with the averages of one profile as its parameters.
 
-        They are float16, but for tensors with a value that is too large for it: those stay
-        float32. Buffers are as they are. Collective where sharded; then only rank 0 has them.
+        Averages are float16, except that a tensor with a value too large for it stays float32.
+        Buffers keep their dtype. Collective where sharded; then averages are None but on rank 0.
         """
         names = set(self._names)
         for name, value in self._parameters.whole_tensors(self._averages[std]):
             yield name, _half(value) if name in names and value is not None else value
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """Return what a state keeps of the averages, by std and name."""
+        """Return what a training state keeps of the averages, by std and name."""
         return {
             str(std): {
                 name: self._parameters.pack(name, value)
@@ -132,7 +132,7 @@ class PowerEMA:
 
 
 def describe_average(training: TrainingConfig, progress: Mapping[str, Any]) -> dict[str, Any]:
-    """Return which average a snapshot's weights are, by its ``progress``, for a score row."""
+    """Return which average a snapshot of this ``progress`` holds, as facts for a score row."""
     if "ema_std" not in progress:
         return dict(halflife_kimg=training.ema_kimg, rampup=training.ema_rampup)
     made = {"posthoc": progress["posthoc"]} if "posthoc" in progress else {}

@@ -1,7 +1,7 @@
-"""The contract of a kind of model: all that a run, the sampler and the scores need to know of it.
+"""The contract of a family of models: what training, sampling and scoring need to know about it.
 
 An implementation is one file in ``families/``, registered there by name. The loop, the sampler and
-the commands ask :func:`of` for the family of a run, and never what kind of model, dataset or
+the commands get the family of a run from :func:`of`, and never ask what kind of model, dataset or
 snapshot they handle. docs/extending.md adds a family step by step.
 """
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from dnnlib.config import from_dict
 from training.asked import Asked, GeneratorOptions
 
-if TYPE_CHECKING:  # The contract is known, and options with it, before torch is needed.
+if TYPE_CHECKING:  # Families and their options are known without an import of torch.
     import numpy as np
     import torch
     from PIL.Image import Image
@@ -33,13 +33,13 @@ class TrainingData(Protocol):
     """A dataset, opened by every rank.
 
     Attributes:
-        name: Of the file or folder, for the run folder's name.
+        name: Name of the file or folder, for the run folder's name.
         num_images: Number of images.
-        num_classes: Classes of the labels that are delivered; 0 without any.
-        class_names, class_counts: Of those classes.
-        resolution, img_channels: Of the images, in pixels.
+        num_classes: Number of classes of the labels that are delivered; 0 without labels.
+        class_names, class_counts: Names of those classes, and their numbers of images.
+        resolution, img_channels: Side of the images in pixels, and their number of channels.
         content_hash: Identity of the data.
-        remote_bytes: That an item takes from a server, on average; 0 of data of this machine.
+        remote_bytes: Average number of bytes fetched from a server per item; 0 for local data.
     """
 
     name: str
@@ -53,15 +53,15 @@ class TrainingData(Protocol):
     remote_bytes: float
 
     def prefetch(self, keys: Sequence[Any]) -> None:
-        """Have what a batch is read from fetched in the background, if it is at an address."""
+        """Fetch in the background what the items of ``keys`` are read from, if it is remote."""
         ...
 
     def __getitems__(self, keys: Sequence[Any]) -> tuple[torch.Tensor, Cond]:
-        """Return a batch, as stored, and its conditions."""
+        """Return the items of ``keys`` as a batch, as they are stored, and its conditions."""
         ...
 
     def is_same_as(self, content_hash: str) -> bool:
-        """Return whether an identity is that of the data, by the rule of the identity's version."""
+        """Return whether an identity, of this or an older version, is that of the data."""
         ...
 
     def summary(self) -> dict[str, Any] | None:
@@ -74,7 +74,7 @@ class TrainingData(Protocol):
 
 
 class Codec(Protocol):
-    """What a loader's batch is to the network, and back."""
+    """Turns a loader's batch into what the network denoises, and that into images."""
 
     def draw(self, step: rng.Step) -> Any:
         """Return the random numbers that :meth:`encode` takes for a step's global batch."""
@@ -83,7 +83,7 @@ class Codec(Protocol):
     def encode(self, batch: torch.Tensor, cond: Cond, drawn: Any) -> tuple[torch.Tensor, Cond]:
         """Return what the network denoises, float32 [N, C, h, w], and its conditions.
 
-        With ``drawn`` None nothing is random.
+        Nothing is random if ``drawn`` is None.
         """
         ...
 
@@ -92,37 +92,37 @@ class Codec(Protocol):
         ...
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
-        """Return uint8 images [N, C, H, W] of what the network makes."""
+        """Return what the network generates, [N, c, h, w], as uint8 images [N, C, H, W]."""
         ...
 
     def pictures(self, batch: torch.Tensor) -> torch.Tensor:
-        """Return the uint8 images [N, C, H, W] of a loader's batch."""
+        """Return a loader's batch as uint8 images [N, C, H, W]."""
         ...
 
     def facts(self) -> dict[str, Any]:
-        """Return what a score row states of the decoding."""
+        """Return what a score row states about the decoding."""
         ...
 
 
 class Objective(Protocol):
     """A ``torch.nn.Module`` from a batch to its loss, which DDP wraps.
 
-    One that is validated, watched over (``--watch``) or distilled also has what
-    :class:`training.objective.Objective` does.
+    One that is validated, watched (``--watch``) or distilled also has the other methods of
+    :class:`training.objective.Objective`.
     """
 
-    num_shapes: int  # Shapes of inputs that occur; a compiled network has a graph for each.
+    num_shapes: int  # Number of input shapes; a compiled network has a graph for each.
 
     def phase(self, cur_nimg: int) -> int:
-        """Return a number that changes where the loss of the next step is another one."""
+        """Return a number that changes where the definition of the loss does."""
         ...
 
     def warm_up(self, run: Callable[..., torch.Tensor], batch: int, device: torch.device) -> None:
-        """Have every graph of a compiled network made, by one pass of ``batch`` rows each."""
+        """Make every graph of a compiled network, by one ``run`` of ``batch`` rows for each."""
         ...
 
     def draw(self, step: rng.Step) -> Any:
-        """Return the randomness of a step's global batch; ``.rows(start, stop)`` are a rank's."""
+        """Return the random draws of a step's global batch; ``.rows(start, stop)`` is a part."""
         ...
 
     def prepare(
@@ -136,7 +136,7 @@ class Objective(Protocol):
         ...
 
     def total(self, loss: torch.Tensor) -> torch.Tensor:
-        """Return the sum over rows, a scalar, whose mean over the global batch is minimised."""
+        """Return the sum over images, a scalar, whose mean over the global batch is minimised."""
         ...
 
     def report(self, stats: StatsCollector, loss: torch.Tensor, draws: Any) -> None:
@@ -146,23 +146,23 @@ class Objective(Protocol):
     def diagnose(
         self, x: torch.Tensor, cond: Cond, draws: Any, loss_scale: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
-        """Return what else to record of the last pass of a tick, and of its gradients."""
+        """Return further statistics of the last pass of a tick and of its gradients, by name."""
         ...
 
     def dropped(self, draws: Any) -> dict[str, tuple[torch.Tensor, float]]:
-        """Return which rows lose each condition, bool [N], and the probability of it."""
+        """Return for each condition which rows lose it, bool [N], and the probability of that."""
         ...
 
     def contexts(self, x: torch.Tensor, cond: Cond, draws: Any) -> dict[str, torch.Tensor]:
-        """Return what the network gets of each condition, [N, ...], if nothing is dropped."""
+        """Return what the network receives of each condition, [N, ...], if nothing is dropped."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """The share of one rank in every global batch: ``batch_gpu`` rows a pass.
+    """The share of one rank in every global batch: at most ``batch_gpu`` rows per pass.
 
-    After a rollback, of which there were ``num_rollbacks``, batches are other ones.
+    Every rollback changes the batches that follow; there were ``num_rollbacks`` so far.
     """
 
     rank: int
@@ -172,7 +172,7 @@ class Part:
 
     @property
     def share(self) -> dict[str, int]:
-        """What a batch sampler needs to know of the share."""
+        """The share as arguments of a batch sampler."""
         return dict(rank=self.rank, world_size=self.world_size, batch_gpu=self.batch_gpu)
 
 
@@ -181,8 +181,8 @@ class Steps:
     """What one rank reads.
 
     Attributes:
-        sampler: Yields the keys of one pass after the other, without end.
-        shape_at: Returns the shape [C, h, w] of the step that begins at ``cur_nimg`` images.
+        sampler: Yields the keys of one pass after another, without end.
+        shape_at: Returns the input shape [C, h, w] of the step that begins at ``cur_nimg`` images.
     """
 
     sampler: Iterable[list[Any]]
@@ -190,7 +190,7 @@ class Steps:
 
 
 class Generator(Protocol):
-    """A network with its whole sampling protocol: one seed an image."""
+    """A network with its whole sampling protocol; every image has one seed."""
 
     def generate(self, seeds: Sequence[int], labels: Sequence[int] | None = None) -> Any:
         """Return uint8 images, one per seed: [N, C, H, W], or a list of [C, H, W] of any sizes.
@@ -202,17 +202,17 @@ class Generator(Protocol):
     def path(
         self, seeds: Sequence[int], labels: Sequence[int] | None, num_frames: int
     ) -> list[Any]:
-        """Return at most ``num_frames`` :class:`sampling.trajectory.Frame`; images are the last."""
+        """Return up to ``num_frames`` :class:`sampling.trajectory.Frame`; images are the last."""
         ...
 
     def denoise(
         self, x: torch.Tensor, sigma: float, labels: Sequence[int] | None = None
     ) -> torch.Tensor:
-        """Return the guided estimate of x0, float32, of noisy x [N, C, h, w] at a noise level."""
+        """Return the guided x0 estimate, float32, of noisy ``x`` [N, C, h, w] at a noise level."""
         ...
 
     def protocol(self) -> dict[str, Any]:
-        """Return what a score row states of the sampling."""
+        """Return what a score row states about the sampling."""
         ...
 
 
@@ -220,9 +220,9 @@ class Requests(Protocol):
     """What images are made from: classes, supports or prompts, checked and numbered.
 
     Attributes:
-        num_parts: Number of supports or prompts; each makes an image of every seed.
+        num_parts: Number of supports or prompts, each of which makes an image for every seed.
         has_folders: Whether each of them gets a folder of its own.
-        facts: What the note beside the images states of them.
+        facts: What the note beside the images states about them.
     """
 
     num_parts: int
@@ -234,7 +234,7 @@ class Requests(Protocol):
         ...
 
     def bind(self, generator: Any, device: torch.device) -> Generator:
-        """Return ``generator`` for these requests, which are encoded now. Collective."""
+        """Encode these requests, and return ``generator`` for them. Collective."""
         ...
 
     def picture(
@@ -244,9 +244,9 @@ class Requests(Protocol):
         columns: int,
         heading: str,
     ) -> Image:
-        """Return one picture of images, uint8 [C, H, W], of one part after the other.
+        """Return one picture of images, each uint8 [C, H, W], in the order of their parts.
 
-        ``labels`` say by :meth:`label` what each is made from; every part has equally many.
+        ``labels`` has the :meth:`label` of each image; all parts have equally many images.
         """
         ...
 
@@ -258,7 +258,7 @@ class Outputs:
     Attributes:
         run_dir: The run folder, in which rank 0 writes.
         telemetry: A :class:`~training.telemetry.Telemetry` on rank 0, None elsewhere.
-        stop_signal: By which a rank hears of a stop.
+        stop_signal: Tells a rank of a stop.
     """
 
     run_dir: Path
@@ -269,7 +269,7 @@ class Outputs:
 class Evaluator(Protocol):
     """Pictures and scores of a run's averaged weights. Every method is collective.
 
-    A stop raises :class:`~torch_utils.stop_signal.StopRequested` anywhere in them.
+    A stop raises :class:`~torch_utils.stop_signal.StopRequested` at any point within them.
     """
 
     def save_pictures(
@@ -279,7 +279,7 @@ class Evaluator(Protocol):
         ...
 
     def score(self, generator: Any, outputs: Outputs, cur_nimg: int) -> None:
-        """Record what is not recorded yet."""
+        """Compute and record the scores that are not recorded yet."""
         ...
 
 
@@ -288,7 +288,7 @@ class Family(Protocol):
 
     Attributes:
         run: The configuration of its runs, a subclass of RunConfig with ``family`` as its name.
-        library_bytes: Main memory that the libraries of its encoders take in training.
+        library_bytes: Bytes of main memory that the libraries of its encoders take in training.
     """
 
     run: type[RunConfig]
@@ -297,7 +297,7 @@ class Family(Protocol):
     # Before anything is opened.
 
     def check(self, run: RunConfig, given: Collection[str]) -> RunConfig:
-        """Return ``run`` with the options that stand for others resolved.
+        """Return ``run`` with options that stand for others replaced by those.
 
         ``given`` names the fields that were typed. Raises ValueError for metrics that the model
         does not have and for options without effect.
@@ -307,14 +307,14 @@ class Family(Protocol):
     def settle_in(
         self, run: RunConfig, source: RunConfig, trained_nimg: int, given: Collection[str]
     ) -> RunConfig:
-        """Return ``run`` with what suits a start from the weights of a run of ``source``.
+        """Return ``run`` with settings for a start from the weights of a run of ``source``.
 
-        These were trained on ``trained_nimg`` images.
+        Those weights were trained on ``trained_nimg`` images.
         """
         ...
 
     def distil(self, run: RunConfig, source: RunConfig, given: Collection[str]) -> RunConfig:
-        """Return ``run`` as one of students of the network of a run of ``source``.
+        """Return ``run`` with settings for students of a teacher, trained in a run of ``source``.
 
         Raises ValueError for settings that a student cannot have.
         """
@@ -332,16 +332,16 @@ class Family(Protocol):
         ...
 
     def fit(self, run: RunConfig, data: TrainingData | None, num_classes: int = 0) -> RunConfig:
-        """Return ``run`` with what the data decide; without data, as for ``num_classes`` classes.
+        """Return ``run`` with the settings that its data determine.
 
-        Raises ValueError if the run asks for what the data cannot give.
+        Without data, ``num_classes`` does. Raises ValueError if the data cannot give what is asked.
         """
         ...
 
     def open_codec(
         self, run: RunConfig, data: TrainingData, device: torch.device
     ) -> tuple[RunConfig, Codec]:
-        """Load what encodes and decodes, and return ``run`` with what that decides. Collective."""
+        """Return the codec, loaded, and ``run`` with what that determines. Collective."""
         ...
 
     def steps(self, run: RunConfig, data: TrainingData, start_nimg: int, part: Part) -> Steps:
@@ -349,16 +349,16 @@ class Family(Protocol):
         ...
 
     def places(self, data: TrainingData, keys: Sequence[Any]) -> np.ndarray:
-        """Return where in the data the first image of each key lies, int64 [N]."""
+        """Return the position in the data of the first image of each key, int64 [N]."""
         ...
 
     def inspected(
         self, run: RunConfig, data: TrainingData, codec: Codec, device: torch.device, number: int
     ) -> Any:
-        """Return a small sample that shows what is wrong with the data; a larger one as number 1.
+        """Return a small sample that shows problems of the data; ``number`` 1 is a larger one.
 
-        It is a :class:`training.watching.inspection.sample.Sample`, of at most 16 MB as stored, and
-        a function of the seed of the run and the number.
+        It is a :class:`training.watching.inspection.sample.Sample` of at most 16 MB as stored,
+        which depends only on the seed of the run and ``number``.
         """
         ...
 
@@ -367,14 +367,14 @@ class Family(Protocol):
         ...
 
     def validation(self, run: RunConfig, data: TrainingData) -> Any:
-        """Return on what the validation loss is measured; None where nothing is held out.
+        """Return what the validation loss is measured on; None if nothing is held out.
 
-        That is a :class:`training.validation.examples.Examples`.
+        It is a :class:`training.validation.examples.Examples`.
         """
         ...
 
     def start_from(self, run: RunConfig, network: Network, snapshot: Any, data: Any) -> Any:
-        """Copy a snapshot's weights; return the :class:`~training.transfer.Transfer`.
+        """Load a snapshot's weights in ``network``; return a :class:`~training.transfer.Transfer`.
 
         ``data`` is the summary of the run's data. Raises ValueError if the weights do not fit.
         """
@@ -387,11 +387,11 @@ class Family(Protocol):
         ...
 
     def evaluator(self, run: RunConfig, data: TrainingData, device: torch.device) -> Evaluator:
-        """Return what makes pictures and scores; detectors and references load now. Collective."""
+        """Return what makes pictures and scores; loads detectors and references. Collective."""
         ...
 
     def describe(self, run: RunConfig) -> dict[str, str]:
-        """Return rows for the description of a run, in addition to the rows of every model."""
+        """Return rows for the description of a run, besides those that every model has."""
         ...
 
     def describe_data(self, data: TrainingData) -> list[str]:
@@ -399,7 +399,7 @@ class Family(Protocol):
         ...
 
     def next_steps(self, run: RunConfig) -> dict[str, str]:
-        """Return the commands that sample and judge a snapshot of the run, by what they do.
+        """Return the commands that sample and judge a snapshot of the run, by their purpose.
 
         In them ``{network}`` stands for the snapshot and ``{run}`` for the run folder.
         """
@@ -408,11 +408,11 @@ class Family(Protocol):
     # A snapshot.
 
     def load(self, snapshot: Any, device: torch.device, options: GeneratorOptions) -> Any:
-        """Return the generator of a snapshot. Raises ValueError for what it cannot give."""
+        """Return the generator of a snapshot; raises ValueError for options it does not support."""
         ...
 
     def check_sampling(self, snapshot: Any, options: GeneratorOptions) -> None:
-        """Raise ValueError for a protocol under which a snapshot cannot be sampled."""
+        """Raise ValueError for options with which a snapshot cannot be sampled."""
         ...
 
     def requests(self, snapshot: Any, asked: Asked) -> Requests:
@@ -420,9 +420,9 @@ class Family(Protocol):
         ...
 
     def images(self, snapshot: Any, generator: Callable[[], Any], first_seed: int, batch: int):
-        """Return the images that a snapshot is scored by (an ``evaluation.images.ImageSource``).
+        """Return the images by which a snapshot is scored (an ``evaluation.images.ImageSource``).
 
-        Raises ValueError if it makes none without being asked for something.
+        Raises ValueError if the model makes images only from requests.
         """
         ...
 
@@ -440,16 +440,16 @@ class Family(Protocol):
     ) -> Any:
         """Return about ``num`` images with their conditions (``evaluation.conditioning.Panel``).
 
-        ``features`` is what a snapshot keeps of those that it was trained on, by whose statistics
-        stored ones are normalised; by default the data's own. Raises ValueError for a model without
-        conditions, and for data that do not fit.
+        ``features`` is what a snapshot keeps about the features it was trained on: their statistics
+        normalise the stored ones, by default the data's own do. Raises ValueError for a model
+        without conditions, and for data that do not fit.
         """
         ...
 
     # A benchmark, without data.
 
     def example_run(self, run: RunConfig, num_classes: int) -> RunConfig:
-        """Return ``run`` as fitted to data of that many classes, or of a usual number for 0."""
+        """Return ``run`` fitted to data of so many classes; 0 stands for a usual number."""
         ...
 
     def unprompted(self, generator: Any) -> Any:
@@ -458,7 +458,7 @@ class Family(Protocol):
 
 
 _FAMILIES: dict[str, Callable[[], Family]] = {}
-# Files from before runs named their family have that of their model alone.
+# Files of older versions name only the family of their model.
 _FAMILY_OF_MODEL = {
     "diffit": "image",
     "latent-diffit": "latent",
@@ -485,7 +485,7 @@ def of(run: RunConfig) -> Family:
 
 
 def restore_run(values: Mapping[str, Any]) -> RunConfig:
-    """Return the run of :func:`dnnlib.config.to_dict`'s result, also as older versions wrote it.
+    """Return the run that :func:`dnnlib.config.to_dict` gave, also as older versions wrote it.
 
     Raises ValueError for settings that are unknown or out of range.
     """

@@ -1,4 +1,4 @@
-"""The loss of flow matching on features: a velocity, with conditions that are sometimes dropped."""
+"""The flow-matching loss of feature-conditioned models, whose conditions are dropped at random."""
 
 import dataclasses
 import itertools
@@ -32,15 +32,18 @@ _TIME_NAMES = [
 
 @dataclasses.dataclass(frozen=True)
 class FeatureDraws(Draws):
-    """The random numbers of one optimizer step of a feature-conditioned model."""
+    """The random numbers of one optimizer step of a feature-conditioned model.
 
-    patch_bias: Tensor | None = None  # [N], added to the scores of attention to patches
+    ``drop`` is [N, 3]: text, CLS token, patches.
+    """
+
+    patch_bias: Tensor | None = None  # [N], added to the attention scores of patches
 
 
 class FeatureObjective(Objective):
-    """The error of the velocity, of latents and features of images of one size.
+    """The squared error of the velocity, for batches of latents of one image size.
 
-    ``is_summed`` says that what is minimised is summed over latents, not averaged.
+    With ``is_summed`` the loss to minimise is summed over the elements of latents, not averaged.
     """
 
     def __init__(
@@ -58,7 +61,7 @@ class FeatureObjective(Objective):
         return len(self._shapes())
 
     def _shapes(self) -> list[tuple[Bucket, int]]:
-        """Return every size of images with every length of texts that occurs with it."""
+        """Return every bucket with every padded length of texts: all input shapes that occur."""
         buckets = parse_buckets(",".join(self.network.config.buckets))
         return list(itertools.product(buckets, self._text_lengths()))
 
@@ -134,13 +137,14 @@ class FeatureObjective(Objective):
         return images, {**rest, "size": cond["size"]}
 
     def forward(self, images: Tensor, cond: Cond, draws: FeatureDraws) -> Tensor:
-        """Return the loss of every element [N, c, h, w] of latents [N, c, h, w]."""
+        """Return the loss of every element of latents ``images``, both [N, c, h, w]."""
         return self.loss_under(images, cond, draws, self.context(images, cond, draws))
 
     def total(self, loss: Tensor) -> Tensor:
-        """Return the sum over rows of the mean over the elements of a loss [N, c, h, w], a scalar.
+        """Return the sum over rows of each one's mean loss, or of its total if ``is_summed``.
 
-        So images of all sizes count alike, and gradients are clipped by the norm of NanoDiT's loss.
+        ``loss`` is [N, c, h, w]. With means, images of all sizes count alike, and gradients are
+        clipped by the norm of NanoDiT's loss.
         """
         return loss.sum() if self._is_summed else loss.mean(dim=(1, 2, 3)).sum()
 
@@ -215,9 +219,10 @@ class FeatureObjective(Objective):
         return found
 
     def branch_table(self, guidance: Any, levels: Sequence[float]) -> Tensor:
-        """Return the weights of the branches for rows that have neither, text, image, or both.
+        """Return weights [4, K, 1] of the branches, for rows with neither, image, text, or both.
 
-        A branch without a condition that a row lacks anyway is, for it, the one with less.
+        If a row lacks a condition, branches with and without that condition are the same for it,
+        and the first of them has the weight.
         """
         names = list(branch_weights(guidance))
         table = torch.zeros(4, len(names), 1)
@@ -234,10 +239,10 @@ class FeatureObjective(Objective):
         return 2 * has_text.to(torch.int64) + has_visual
 
     def report(self, stats: StatsCollector, loss: Tensor, draws: FeatureDraws) -> None:
-        """Add the loss of a pass, also by category and time, and the size of the velocities.
+        """Add the loss of a pass, also by category and time, and the RMS of predicted velocities.
 
-        For the best predictor of data of unit variance, mean squares of velocity and loss add up to
-        2, whatever the time.
+        For the best predictor of data of unit variance, the mean square of the velocity and the
+        loss add up to 2 at any time.
         """
         stats.report("Loss/loss", loss)
         losses = loss.detach().mean(dim=(1, 2, 3))
@@ -256,16 +261,17 @@ class FeatureObjective(Objective):
     def diagnose(
         self, images: Tensor, cond: Cond, draws: FeatureDraws, loss_scale: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Return gradient norms of the projections of the features, before clipping."""
+        """Return the gradient norms of the feature projections, before clipping."""
         norms = gradient_norms(dict(self.network.conditioner.named_children()), loss_scale)
         return {f"Flow/grad_norm_{name}": norm for name, norm in norms.items()}
 
 
 def drop_of_uniform(config: FeatureConfig, uniform: Tensor) -> Tensor:
-    """Return which conditions are dropped, [N, 3] bool, by one uniform number each [N].
+    """Return which conditions each row drops, bool [N, 3], from uniform numbers [N] in [0, 1).
 
-    Of the unit interval the first part, ``drop_all``, drops text, CLS token and patches; the next,
-    ``text_only``, CLS token and patches; the next, ``visual_only``, the text; the rest nothing.
+    The first part of the unit interval, of length ``drop_all``, drops text, CLS token and patches;
+    the next, ``text_only``, CLS token and patches; the next, ``visual_only``, the text; the rest
+    nothing.
     """
     visual_from = config.drop_all + config.text_only
     both_from = visual_from + config.visual_only
@@ -275,7 +281,7 @@ def drop_of_uniform(config: FeatureConfig, uniform: Tensor) -> Tensor:
 
 
 def rows_of_categories(drop: Tensor) -> dict[str, Tensor]:
-    """Return which rows [N] of ``drop`` [N, 3] train on nothing, on text, on the image, on both."""
+    """Return masks [N] of the rows of ``drop`` [N, 3] that keep nothing, text, image, or both."""
     no_text, no_visual = drop[:, 0], drop[:, 1]
     return dict(
         none=no_text & no_visual,
@@ -288,11 +294,11 @@ def rows_of_categories(drop: Tensor) -> dict[str, Tensor]:
 def patch_bias(
     config: FeatureConfig, model: Any, cur_nimg: int, input_shape: tuple[int, ...]
 ) -> float | None:
-    """Return what is added to the scores of attention to patches after ``cur_nimg`` images.
+    """Return what is added to the attention scores of patches after ``cur_nimg`` images.
 
-    It rises linearly from -ln(N) - 4, with which all N patches together weigh next to nothing
-    beside a text, to 0 after ``patch_bias_kimg``, and stays there. Returns None where that is 0 or
-    there are no patches: attention then needs no bias.
+    It rises linearly from -ln(N) - 4, at which all N patches together weigh next to nothing beside
+    a text, to 0 after ``patch_bias_kimg``, and stays there. Returns None if ``patch_bias_kimg`` is
+    0 or there are no patches, because attention then needs no bias. ``input_shape`` is [c, h, w].
     """
     length = config.patch_bias_kimg * 1000
     if not model.use_dino_patches or length == 0:

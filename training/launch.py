@@ -42,17 +42,14 @@ from training.stability.rollbacks import (
 from training.start import Start
 from training.watching.reference import place_reference
 
-# A killed process gives its memory back, which takes a while, before it leaves the run folder.
+# A killed process first releases its memory, which takes a while, and then its lock.
 _LOCK_PATIENCE_SEC = 10.0
-# So much later than another node, at most, one hears that all are to stop.
+# If all nodes are to stop, a node hears of it at most so much later than another.
 _NEWS_SEC = 10.0
 
 
 def print_plan(config: RunConfig, usual_num_classes: int) -> None:
-    """Print what would run, fitted to the data if they are there.
-
-    Without them, ``usual_num_classes`` is the number of their classes.
-    """
+    """Print what would run, fitted to the data; without them, to ``usual_num_classes`` classes."""
     family, location, note = family_of(config), config.data.data, ""
     if location and (is_address(location) or Path(location).exists()):
         config = family.fit(config, family.open_data(config))
@@ -75,16 +72,16 @@ def print_plan(config: RunConfig, usual_num_classes: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Usual:
-    """The preset of a run without the run's changes, and curves of runs of it; None if unknown."""
+    """A run's preset without the run's changes, and its reference curves; None if unknown."""
 
     run: RunConfig | None = None
     reference: Reference | None = None
 
 
 def launch(config: RunConfig, start: Start, usual: Usual = Usual()) -> int:
-    """Train, and return the exit code: 0, or REQUEUE_EXIT_CODE after a stop that was asked for.
+    """Train, and return the exit code: 0, or REQUEUE_EXIT_CODE after a requested stop.
 
-    The run's report tells how it differs from what is ``usual``.
+    The run's report shows how the run differs from what is ``usual``.
     """
     run_dir, is_new, finished = None, False, False
     with (
@@ -93,7 +90,7 @@ def launch(config: RunConfig, start: Start, usual: Usual = Usual()) -> int:
         contextlib.ExitStack() as held,
     ):
         try:
-            # Until the first step, and in what can be made again, a stop loses nothing.
+            # A stop before the first step loses nothing; from there on, training_loop defers it.
             with stop_signal.at_once():
                 job = _prepare(config, distributed.init(config.logging.hang_limit))
                 # Find or make the run folder.
@@ -135,16 +132,16 @@ def launch(config: RunConfig, start: Start, usual: Usual = Usual()) -> int:
         _finish_writing(saver)
         goes_on = not (finished or stop_signal.cut) and _goes_on_without(stop_signal)
     if stop_signal.cut or goes_on:
-        # The launcher ends the ranks that have not heard of it, or starts this one again.
+        # The launcher ends the ranks that have not heard of the stop, or starts this one again.
         return runs.REQUEUE_EXIT_CODE
     distributed.shutdown()
-    # All ranks know. To torchrun another code is a failure, which it tells at length.
+    # All ranks have stopped. torchrun reports any other code as a failure, at length.
     quiet = finished or "TORCHELASTIC_RUN_ID" in os.environ
     return 0 if quiet else runs.REQUEUE_EXIT_CODE
 
 
 def _check_teacher(config: RunConfig, run_dir: Path, source: Any) -> None:
-    """Raise ValueError for a distillation that has no ``source`` of its teacher's weights."""
+    """Raise ValueError for a distillation without a ``source`` of its teacher's weights."""
     if source is None and config.distillation.is_on:
         but = f"there is no training state in {run_dir} to take the teacher from"
         raise refusal("--resume", but=but, remedy="start again with --distill")
@@ -153,7 +150,7 @@ def _check_teacher(config: RunConfig, run_dir: Path, source: Any) -> None:
 def _load_state(job: Job, run_dir: Path, exact: Path | None) -> tuple[dict[str, Any] | None, int]:
     """Return the state to continue from, if there is one, and the number of rollbacks. Collective.
 
-    ``exact`` is the path of a particular state. It may be of a part that the run has given up.
+    ``exact`` is the path of a particular state, which may be of an abandoned part of the run.
     """
     distributed.on_main(lambda: wait_for_savers(run_dir, print))
     distributed.on_main(lambda: runs.clear_leftovers(run_dir))
@@ -168,16 +165,16 @@ def _load_state(job: Job, run_dir: Path, exact: Path | None) -> tuple[dict[str, 
 
 
 def _train(job: Job, run_dir: Path, saver: Saver, **start_from: Any) -> bool:
-    """Do what :func:`training_loop` does, and go back as often as it asks to. Collective."""
+    """Run :func:`training_loop`, again after each rollback that it requests. Collective."""
     while True:
         try:
             return training_loop(job, run_dir, saver=saver, **start_from)
         except RollbackRequested as error:
-            asked = error.with_traceback(None)  # Which holds the network.
+            asked = error.with_traceback(None)  # The traceback holds the network.
         start_from["resume_state"] = None
         gc.collect()
         if job.config.training.compile:
-            torch.compiler.reset()  # The next network has graphs of its own, and there is a limit.
+            torch.compiler.reset()  # The next network has its own graphs; their number is limited.
         saver.wait()
         distributed.barrier()  # Now every part of every state is written.
         add = functools.partial(add_rollback, run_dir, asked, print)
@@ -189,9 +186,9 @@ def _train(job: Job, run_dir: Path, saver: Saver, **start_from: Any) -> bool:
 
 
 def _goes_on_without(stop_signal: StopSignal) -> bool:
-    """Return whether other nodes alone were asked to stop, so that torchrun is to go on.
+    """Return whether only other nodes were asked to stop, so that torchrun is to continue.
 
-    Where one comes, all are stopped, but not at the very same time.
+    If a request reaches this node too, it need not come at the very same time.
     """
     restarts = launcher.number("TORCHELASTIC_MAX_RESTARTS")
     is_last = launcher.number("TORCHELASTIC_RESTART_COUNT") >= restarts
@@ -206,7 +203,7 @@ def _goes_on_without(stop_signal: StopSignal) -> bool:
 
 
 def _ask_for_more(run_dir: Path) -> None:
-    """Write the file by which a scheduler knows that the run wants to go on."""
+    """Write the file that tells a scheduler that the run wants to continue."""
     with atomic_write(run_dir / runs.REQUEUE_FILE, "w") as file:
         file.write(f"{time.time():.0f}\n")
 
@@ -218,7 +215,7 @@ def _finish_writing(saver: Saver) -> None:
 
 
 def verify(config: RunConfig, start: Start) -> int:
-    """Try on a few steps whether a stop and a resume leave no trace; return 0 if so, else 1."""
+    """Test on a few steps whether a stop and a resume leave no trace; return 0 if so, else 1."""
     from training.verify_resume import shortened, verify_resume
 
     with Saver() as saver:
@@ -230,7 +227,7 @@ def verify(config: RunConfig, start: Start) -> int:
 
 
 def _lock(run_dir: Path) -> contextlib.AbstractContextManager:
-    """Return the lock of a run folder, after a while if its holder is about to end."""
+    """Return the lock of a run folder; waits up to 10 seconds for another holder to end."""
     deadline = time.monotonic() + _LOCK_PATIENCE_SEC
     while True:
         try:
@@ -242,7 +239,7 @@ def _lock(run_dir: Path) -> contextlib.AbstractContextManager:
 
 
 def _prepare(config: RunConfig, device: torch.device) -> Job:
-    """Open the data and whatever the run needs besides, and fit the run to them. Collective."""
+    """Open the data and everything else that the run needs, and fit the run to them. Collective."""
     attention_backend(config.model, device)
     family = family_of(config)
     data = family.open_data(config)
@@ -263,14 +260,14 @@ def _prepare(config: RunConfig, device: torch.device) -> Job:
 
 
 def _as_begun(job: Job, state: dict[str, Any] | None) -> Job:
-    """Keep what no option names as it is in a state that is continued."""
+    """Return the job with settings that have no option as they are in the state to continue."""
     if state is None:
         return job
     return dataclasses.replace(job, config=job.config.as_begun(restore_run(state["config"])))
 
 
 def _with_cpu_matmul(job: Job, state: dict[str, Any] | None) -> Job:
-    """Settle what multiplies float32 matrices, as in a state that is continued. Collective."""
+    """Decide the library for float32 matrix products, by the state to continue. Collective."""
     asked, stored = job.config.training.cpu_matmul, None
     if state is not None:
         stored = state["config"]["training"].get("cpu_matmul", "mkl")
@@ -295,9 +292,9 @@ def _with_batch(
 
 
 def _with_batch_before(job: Job, state: dict[str, Any] | None) -> Job:
-    """Go on with the --batch-gpu of a state that is continued, if that fits. Collective.
+    """Return the job with the --batch-gpu of the state to continue, if that fits. Collective.
 
-    Sums over other passes would differ in the last bits.
+    Other passes would change sums in the last bits.
     """
     stored = None if state is None else state["config"]["training"].get("batch_gpu")
     if stored in (None, job.config.training.batch_gpu):
@@ -317,7 +314,7 @@ def _with_batch_before(job: Job, state: dict[str, Any] | None) -> Job:
 
 
 def _find_run(job: Job, start: Start, origin: dict[str, Any]) -> tuple[Path | None, Path | None]:
-    """Return the run folder to continue, and the state if it is a particular one. Collective."""
+    """Return the run folder to continue, and the state if a particular one is given. Collective."""
     if start.continues:
         return runs.resume_paths(start.resume)
     if start.resume != "auto":

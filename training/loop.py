@@ -52,10 +52,10 @@ class Job:
 
     config: RunConfig  # The whole run, fitted to data and device.
     data: TrainingData  # Opened by every rank.
-    codec: Codec  # What a batch of them is to the network.
+    codec: Codec  # Turns their batches into what the network denoises.
     evaluator: Evaluator  # Makes pictures and scores.
     device: torch.device  # This rank's.
-    examples: Examples | None = None  # What the validation loss is measured on, if on any.
+    examples: Examples | None = None  # What the validation loss is measured on, if anything.
 
 
 def training_loop(
@@ -72,15 +72,15 @@ def training_loop(
 
     Args:
         job: What to train.
-        run_dir: An existing folder for everything the run writes (rank 0 writes, but for states).
+        run_dir: An existing folder for all that the run writes; only states have several writers.
         saver: Writes states and snapshots.
         resume_state: A training state to continue from, bit for bit on the CPU.
         transfer: A snapshot whose weights start a new run.
-        num_rollbacks: How often the run went back so far.
+        num_rollbacks: Rollbacks of the run so far.
         stop_signal: An active handler of signals, on every rank.
 
-    Raises FloatingPointError if too many gradients in a row are not finite, and
-    RollbackRequested on every rank where the run may go back instead.
+    Raises FloatingPointError if too many gradients in a row are not finite, or, on every rank,
+    RollbackRequested if the run may go back instead.
     """
     config, codec, device = job.config, job.codec, job.device
     family = family_of(config)
@@ -142,11 +142,11 @@ def training_loop(
         validator.load_state_dict(resume_state)
         course.load_state_dict(resume_state)
     if training.compile:
-        sizes = pass_sizes(training, world_size)  # Of all ranks, which gather shards together.
+        sizes = pass_sizes(training, world_size)  # Of all ranks: gathering shards is collective.
         num_graphs = objective.num_shapes * len(sizes)
         network.compile_parts(num_graphs, is_sharded=shard_size > 1)
         course.compile_parts(num_graphs)
-        if logging.metrics:  # A few pictures alone are made sooner without.
+        if logging.metrics:  # A few pictures alone would take less time than compiling.
             ema.network.compile_parts(objective.num_shapes)
     loss_function = objective if shard_size > 1 else distributed.wrap(objective, device)
     if training.compile:
@@ -165,14 +165,14 @@ def training_loop(
     flops_per_image = forward_flops(config)  # The backward pass costs twice as much again.
 
     def snapshots(info: dict[str, Any]) -> Iterator[SnapshotParts]:
-        """Yield path, weights and progress of each average's snapshot. Collective."""
+        """Yield the parts of the snapshot of each weight average. Collective."""
         yield snapshot_path(run_dir, cur_nimg), ema.whole_tensors(), course.sampled, info
         for std in profiles.stds:
             path = checkpoint.profile_path(run_dir, cur_nimg, std)
             yield path, profiles.compact(std), config, dict(info, ema_std=std)
 
     def whole_state(progress_info: dict[str, Any]) -> dict[str, Any]:
-        """Return what a state holds, without a copy of the weights. Collective."""
+        """Return the content of a training state, without copying weights. Collective."""
         return dict(
             net=parameters.state_dict(parameters.own),
             ema=ema.state_dict(),
@@ -189,7 +189,7 @@ def training_loop(
     settings = dict(keep_states=keep_states, is_sharded=is_sharded)
     writer = Writer(saver, run_dir, config, data, **settings)
     weights = parameters.state_dict(parameters.own)
-    # Adam's two moments come with the first step.
+    # Three times the weights: Adam's two moments exist only from the first step on.
     averages = [ema.state_dict(), profiles.state_dict(), course.state_dict()]
     writer.reserve([weights] * 3 + averages, network, device)
     del weights, averages
@@ -204,7 +204,7 @@ def training_loop(
             save_reals(job.data, codec, run_dir / "reals.png")
             telemetry.pictures([run_dir / "reals.png"], cur_nimg)
     if resume_state is not None and resume_state["progress"]["snapshot"] is not None:
-        # A state implies its snapshots.
+        # A state implies its snapshots: any that are missing or damaged are written again.
         made = resume_state["progress"]
         paths = [path for path, *_ in snapshots(made)]
         problems = distributed.on_main(lambda: checkpoint.snapshot_problems(paths))
@@ -215,7 +215,7 @@ def training_loop(
                 telemetry.message(f"{problem} Written again from the training state.")
 
     def write(state: dict[str, Any] | None, info: dict[str, Any] | None, **how: Any) -> None:
-        """Write a state, and snapshots if there is ``info`` of them."""
+        """Write a state, if any, and snapshots if there is ``info`` about them."""
         parts = snapshots(info) if info else ()
         waited = writer.write(state, parts, cur_nimg, is_urgent=is_stopping, **how)
         if telemetry is not None and waited > _LONG_WAIT_SEC:
@@ -234,7 +234,7 @@ def training_loop(
     monitor = Monitor(config, parameters, num_rollbacks, resume_state)
 
     def attempt(what: str, make: Callable[..., None]) -> bool:
-        """Return False if a stop cut ``make`` short; non-finite values are reported instead."""
+        """Run ``make``; return False if a stop cut it short. Reports non-finite samples."""
         try:
             with (
                 outlook.timed(what),
@@ -259,13 +259,13 @@ def training_loop(
         watch.see_scores(cur_nimg)
 
     def show_and_score(pictures_due: bool, metrics_due: bool) -> bool:
-        """Return False if a stop cut that short. Collective."""
+        """Make what is due; return False if a stop cut that short. Collective."""
         shown = not pictures_due or attempt("pictures", save_pictures)
         whole = shown and (not metrics_due or attempt("scores", score))
         if done:
-            writer.finish()  # The report tells what is there.
+            writer.finish()  # The report lists the files that exist.
         if whole and (pictures_due or metrics_due) and telemetry is not None:
-            # One pattern for all ticks: pathlib keeps those that it has seen.
+            # One pattern for all ticks, because pathlib caches every pattern that it sees.
             end = f"-{checkpoint.count_name(cur_nimg)}"
             made = [path for path in run_dir.glob("*.png") if path.stem.endswith(end)]
             telemetry.pictures(made, cur_nimg)
@@ -281,7 +281,7 @@ def training_loop(
         more = "" if config.distillation.is_on else "; increase --kimg to continue"
         complete = f"Complete at kimg {format_kimg(cur_nimg / 1000)}{more}."
         telemetry.message(complete if cur_nimg >= total_nimg else validator.verdict(cur_nimg))
-        # A kill may have come between the last state and this.
+        # A kill may have come after the last state, but before older ones were removed.
         states = checkpoint.find_states(run_dir)
         if states and checkpoint.is_state_after(states[0], cur_nimg):
             latest = (run_dir, states[0], keep_states)
@@ -308,7 +308,7 @@ def training_loop(
         if begun and telemetry is not None:
             telemetry.message(begun)
 
-        # Draw this step's randomness for the global batch, of which each pass has its rows.
+        # Draw this step's randomness for the global batch, of which each pass takes its rows.
         step = rng.Step(seed, cur_nimg, training.batch, steps.shape_at(cur_nimg), device)
         draws = objective.draw(step)
         torch.manual_seed(rng.mix(seed, cur_nimg, rng.STREAM_MODEL, rank))
@@ -378,7 +378,7 @@ def training_loop(
         # Record statistics. Those of a tick that a signal cuts short go into the state.
         if tick_ends:
             tick_kimg = (cur_nimg - timed_nimg) / 1000
-            sec_per_tick = max(tick_end_sec - tick_start_sec, 1e-9)  # Clocks are set.
+            sec_per_tick = max(tick_end_sec - tick_start_sec, 1e-9)  # A clock may be set back.
             flops = 3 * flops_per_image * tick_kimg * 1000
             watch.measure(stats, beta)
             fields = stats.collect()
@@ -438,10 +438,10 @@ def training_loop(
             snapshot=snapshot_path(run_dir, cur_nimg).name if snap_due else None,
             **(dict(rollbacks=num_rollbacks) if num_rollbacks else {}),
         )
-        # Ranks that a stop cuts short one by one could not write a sharded state together.
+        # A stop cuts ranks short one by one: they could not write a sharded state afterwards.
         regular_due = dump_due or done or (is_sharded and (snap_due or metrics_due))
         state_due = regular_due or stop
-        # No rollback goes to a state of a stop.
+        # Rollbacks never go to states that were written only for a stop.
         kind = dict(of_stop=training.rollback > 0 and not regular_due)
         state = whole_state(progress_info) if state_due or snap_due or metrics_due else None
         if snap_due and telemetry is not None:
@@ -483,6 +483,6 @@ def training_loop(
 
 
 def _tick_bar(tick: int, cur_nimg: int, tick_start_nimg: int, tick_nimg: float, rank: int) -> Any:
-    """Return a started progress bar for the images of one tick."""
+    """Return a started progress bar over the images of one tick."""
     look = dict(label=f"tick {tick}", disable=rank != 0, transient=True)
     return progress(total=max(round(tick_nimg), 1), initial=cur_nimg - tick_start_nimg, **look)

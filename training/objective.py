@@ -1,4 +1,4 @@
-"""From a batch to the loss: the module that DDP wraps."""
+"""The denoising loss of a batch: the module that DDP wraps."""
 
 import contextlib
 import dataclasses
@@ -25,18 +25,18 @@ from torch_utils.parameters import norm_of_grads
 from torch_utils.stats import StatsCollector
 from training.family import Codec
 
-_NUM_LEVELS = 5  # Ranges of noise levels, each with as many images in training.
+_NUM_LEVELS = 5  # Ranges of noise levels that are equally frequent in training.
 
 
 @dataclasses.dataclass(frozen=True)
 class Draws:
-    """The random numbers of one optimizer step, for the rows of one rank."""
+    """The random numbers of one optimizer step, for some rows of its global batch."""
 
     sigma: Tensor  # [N], noise level
     noise: Tensor  # [N, C, H, W], standard normal
     drop: Tensor | None  # [N] or [N, K] bool, true where the condition (of K) is dropped
     codec: Any  # [N, ...], what the codec encodes with; None where nothing is random
-    # Of a student: [N] int64, its sampling step, and the x0 to estimate, one for each image.
+    # For a student: its sampling step, [N] int64, and the x0 to estimate for every image.
     step: Tensor | None = None
     target: Tensor | None = None
 
@@ -49,13 +49,13 @@ class Draws:
 class Objective(torch.nn.Module):
     """The denoising loss of a network under a preconditioner.
 
-    It is a :class:`training.family.Objective`, which says what the loop asks of it.
+    It is a :class:`training.family.Objective`, which describes what the loop calls.
 
     Args:
         network: What is trained.
         precond: Its parametrization, noise density and loss weight.
-        codec: What a loader's batch becomes.
-        label_drop: Probability of training without the condition.
+        codec: Encodes a loader's batch.
+        label_drop: Probability of training without the class label.
         autocast_dtype: Arithmetic of the network; None is float32.
     """
 
@@ -70,22 +70,22 @@ class Objective(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.network, self._precond = network, precond
-        # Within it, a network that is sharded can be called part by part.
+        # Makes the context within which parts of a sharded network can be called by themselves.
         self.gathered: Callable[[], AbstractContextManager] = contextlib.nullcontext
         self._codec, self._label_drop = codec, label_drop
         with_variance = precond.learned_variance
         self._denoise = Denoiser(network, precond, autocast_dtype, with_variance=with_variance)
-        # Bounds of the ranges of noise levels whose losses are told apart; they may coincide.
+        # Bounds of the ranges of noise levels whose losses are kept apart. Quantiles may coincide.
         levels = precond.training_levels([i / _NUM_LEVELS for i in range(1, _NUM_LEVELS)])
         self._bounds = sorted(set(levels))
         ends = [f"{bound:.2g}" for bound in (0.0, *self._bounds, math.inf)]
-        # Of each range, a name without the group of statistics that it belongs to.
+        # Names of the ranges, without the group of statistics that they belong to.
         self.level_names = [f"sigma_{a}-{b}" for a, b in itertools.pairwise(ends)]
 
     def draw(self, step: rng.Step) -> Draws:
         """Return the draws of a step's global batch [N], a function of (seed, position) alone.
 
-        Every rank keeps its rows, so that their number and the accumulation change nothing.
+        Each rank keeps its own rows, so the number of ranks and accumulation change nothing.
         """
         batch, device = step.batch, step.device
         generator = step.generator(rng.STREAM_NOISE)
@@ -97,25 +97,26 @@ class Objective(torch.nn.Module):
             drop = torch.rand(batch, generator=generator, device=device) < self._label_drop
         return Draws(sigma=sigma, noise=noise, drop=drop, codec=self._codec.draw(step))
 
-    # What the validation loss asks: see training/validation/losses.py.
+    # For the validation loss: see training/validation/losses.py.
 
     def training_levels(self, shares: Sequence[float]) -> list[float]:
-        """Return the noise levels that these shares of those in training do not exceed."""
+        """Return the quantiles of training's noise levels at probabilities ``shares``."""
         return self._precond.training_levels(shares)
 
     def row_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape of the noise of a row whose images have a ``shape``."""
+        """Return the shape of the noise of a row whose images have ``shape`` [C, h, w]."""
         return shape
 
     def fixed_draws(self, sigma: Tensor, noise: Tensor, cur_nimg: int) -> Draws:
-        """Return draws of given noise [N, *row_shape] with which nothing else is random.
+        """Return draws of given levels [N] and noise [N, *row_shape], with nothing else random.
 
-        No condition is dropped and nothing is augmented. ``cur_nimg`` is the position in the run.
+        No condition is dropped and nothing is augmented. ``cur_nimg`` counts the training images
+        so far.
         """
         return Draws(sigma=sigma, noise=noise, drop=None, codec=None)
 
     def reduced(self, draws: Draws) -> dict[str, Draws]:
-        """Return fixed draws without what training leaves out at times, by what is left out."""
+        """Return fixed draws without each condition that training can drop, by ``without_NAME``."""
         if not self._label_drop:
             return {}
         drop = torch.ones_like(draws.sigma, dtype=torch.bool)
@@ -124,7 +125,7 @@ class Objective(torch.nn.Module):
     def prepare(
         self, images: Tensor, cond: Cond, draws: Draws, device: torch.device
     ) -> tuple[Tensor, Cond]:
-        """Return what :meth:`forward` takes, on ``device``, of a loader's batch."""
+        """Return a loader's batch on ``device``, encoded as :meth:`forward` takes it."""
         images = images.to(device, non_blocking=True)
         cond = {name: value.to(device, non_blocking=True) for name, value in cond.items()}
         return self._codec.encode(images, cond, draws.codec)
@@ -138,31 +139,31 @@ class Objective(torch.nn.Module):
         return loss.sum()
 
     def loss_under(self, images: Tensor, cond: Cond, draws: Draws, context: Context) -> Tensor:
-        """Return the same under any context of as many images, such as other images' contexts."""
+        """Return the denoising loss under any context of these images, such as that of others."""
         return self._loss(images, draws.sigma, draws.noise, context, draws.target)
 
     @property
     def is_conditional(self) -> bool:
-        """Whether images are made from something that differs from one to another."""
+        """Whether images are made from a condition that differs from image to image."""
         return self.network.config.num_classes > 0
 
     def context(self, images: Tensor, cond: Cond, draws: Draws) -> Context:
         """Return the context of every image of a prepared batch."""
         return self.network.context(cond, draws.drop, num=len(images))
 
-    # What the watchers ask: see training/watching/inspection/draws.py.
+    # For the watchers: see training/watching/inspection/draws.py.
 
     def dropped(self, draws: Draws) -> dict[str, tuple[Tensor, float]]:
-        """Return which rows lose each condition, bool [N], and the probability of it."""
+        """Return for each condition which rows lose it, bool [N], and the probability of that."""
         if not self._label_drop:
             return {}
         return {"class": (rows_dropped(draws.drop, draws), self._label_drop)}
 
     @torch.no_grad()
     def contexts(self, images: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
-        """Return what the network gets of each condition, [N, ...], if nothing is dropped.
+        """Return what the network receives of each condition, [N, ...], if nothing is dropped.
 
-        Nothing is random in it or depends on the noise level. Collective for a sharded network.
+        It is not random and does not depend on the noise level. Collective for a sharded network.
         """
         conditioner, cond = self.network.conditioner, dict(cond)
         cond.pop("augment", None)
@@ -178,7 +179,7 @@ class Objective(torch.nn.Module):
         return {"class": context.vector} if "label" in cond else {}
 
     def phase(self, cur_nimg: int) -> int:
-        """Return a number that changes where the loss of the next step is another one."""
+        """Return a number that changes where the definition of the loss does."""
         return 0
 
     @property
@@ -186,12 +187,12 @@ class Objective(torch.nn.Module):
         return 1
 
     def warm_up(self, run: Callable[..., Tensor], batch: int, device: torch.device) -> None:
-        """Do nothing: with a single shape, the first step has the graph made."""
+        """Do nothing: with a single input shape, the first step makes the graph."""
 
     def example(self, batch: int, device: torch.device) -> tuple[Tensor, Cond]:
         """Return zeros as images and conditions of ``batch`` rows, of the largest shape there is.
 
-        They are what :meth:`forward` takes, as :meth:`prepare` returns it.
+        They have the form that :meth:`prepare` returns and :meth:`forward` takes.
         """
         model = self.network.config
         label = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -204,18 +205,18 @@ class Objective(torch.nn.Module):
         self._report_by_noise(stats, loss.detach().mean(dim=(1, 2, 3)), draws.sigma)
 
     def _report_by_noise(self, stats: StatsCollector, losses: Tensor, sigma: Tensor) -> None:
-        """Add losses [M] by the range of their noise levels [N], each of M / N rows in turn."""
+        """Add losses [M] by the range of their noise levels [N], each of M / N losses in a row."""
         level = self.level_of(sigma.repeat_interleave(len(losses) // len(sigma)))
         stats.report_groups([f"Loss/{name}" for name in self.level_names], losses, level)
 
     def level_of(self, sigma: Tensor) -> Tensor:
-        """Return the range in ``level_names`` of each noise level, int64 with its shape [N]."""
+        """Return the index in ``level_names`` of each noise level's range, int64 [N]."""
         return torch.stack([sigma > bound for bound in self._bounds]).sum(dim=0)
 
     def diagnose(
         self, images: Tensor, cond: Cond, draws: Draws, loss_scale: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Return nothing to tell of a batch as :meth:`forward` takes it, and of its gradients."""
+        """Return no further statistics of a batch and its gradients; subclasses have some."""
         return {}
 
     def _loss(
@@ -235,10 +236,10 @@ class Objective(torch.nn.Module):
             return hybrid_loss(*batch, self._precond)
         return denoising_loss(*batch, self._precond.weight)
 
-    # What distillation asks, of student and teacher: see training/distillation/objective.py.
+    # For distillation, of student and teacher: see training/distillation/objective.py.
 
     def levels(self, sampling: SamplingConfig) -> list[float]:
-        """Return the levels that a sampler visits, descending to 0: sigma, or times of a flow."""
+        """Return the levels that a sampler visits, descending to 0: sigmas, or times of a flow."""
         return sampling_sigmas(sampling, self._precond)
 
     def sigma_of(self, level: Tensor) -> Tensor:
@@ -246,49 +247,49 @@ class Objective(torch.nn.Module):
         return level
 
     def noisy(self, images: Tensor, level: Tensor, noise: Tensor) -> Tensor:
-        """Return images [M, C, H, W] with noise at levels [M, 1, 1, 1], as a sampler has them."""
+        """Return images [M, C, H, W] with noise at levels [M, 1, 1, 1], as sampling forms them."""
         return images + level * noise
 
     def snr(self, level: Tensor) -> Tensor:
-        """Return the ratio of signal to noise, squared, of images of unit variance at a level."""
+        """Return the squared signal-to-noise ratio of images of unit variance at a level."""
         return level**-2
 
     def estimate(self, x: Tensor, level: Tensor, context: Context) -> Tensor:
-        """Return the x0 estimate [M, C, H, W], float32, of noisy images."""
+        """Return the x0 estimate of noisy images ``x``, float32, both [M, C, H, W]."""
         return self._denoise(x, level, context)[:, : x.shape[1]]
 
     def of_student(self, draws: Draws) -> Draws:
-        """Return the draws of a student, whose context is as in sampling."""
+        """Return the draws of a student, whose context is made as in sampling."""
         return draws
 
     def branches(self, guidance: Any, draws: Draws) -> list[Draws]:
-        """Return the draws under which a guided estimate needs the context: K, of the same rows."""
+        """Return draws of the same rows for the contexts of the K branches of a guided estimate."""
         if guidance.cfg_scale == 1:
             return [draws]
         dropped = torch.ones_like(draws.step, dtype=torch.bool)
         return [draws, dataclasses.replace(draws, drop=dropped)]
 
     def branch_table(self, guidance: Any, levels: Sequence[float]) -> Tensor:
-        """Return the weights of the K branches [R, K, C or 1]; :meth:`branch_rows` says of which.
+        """Return the weights of the K branches, [R, K, C or 1], in rows for :meth:`branch_rows`.
 
         ``levels`` are those that the teacher visits before 0.
         """
         return guidance_table(guidance, levels, self._precond, self.network.config.input_shape[0])
 
     def branch_rows(self, draws: Draws, index: Tensor) -> Tensor:
-        """Return the row [N] of the table for rows of a batch at the levels of ``index`` [N]."""
+        """Return the table's row for each row of a batch, [N], at the levels of ``index`` [N]."""
         return index
 
 
 def rows_dropped(drop: Tensor | None, draws: Draws) -> Tensor:
-    """Return ``drop``, bool [N]; where it is None, no row of ``draws`` is dropped."""
+    """Return ``drop``, bool [N]; for None, which drops no row of ``draws``, all False."""
     return torch.zeros_like(draws.sigma, dtype=torch.bool) if drop is None else drop
 
 
 def gradient_norms(
     modules: Mapping[str, torch.nn.Module], loss_scale: Tensor | None
 ) -> dict[str, Tensor]:
-    """Return the norm of the gradients of each module that has any, without the loss scale."""
+    """Return the gradient norm of each module with gradients, divided by the loss scale."""
     norms = {}
     for name, module in modules.items():
         grads = [param.grad for param in module.parameters() if param.grad is not None]

@@ -19,9 +19,9 @@ def learning_rate(
 ) -> float:
     """Return the learning rate of the step from ``cur_nimg`` images to ``step_nimg`` more.
 
-    ``constant`` rises from 0 as the images before the step do (EDM, arXiv 2206.00364, Appendix F);
-    ``cosine`` as those after it, and then falls by half a cosine to ``lr_final`` at ``total_nimg``
-    (SGDR, arXiv 1608.03983, Eq. 5, without restarts).
+    In the warm-up, ``constant`` is proportional to the images before the step (EDM, arXiv
+    2206.00364, Appendix F), and ``cosine`` to those after it. Then ``cosine`` falls along half a
+    cosine to ``lr_final`` at ``total_nimg`` (SGDR, arXiv 1608.03983, Eq. 5, without restarts).
     """
     warm_up = training.lr_rampup * 1000
     if training.lr_schedule == "constant":
@@ -37,11 +37,12 @@ class GuardedAdam:
     """Fused AdamW with a device-side guard against non-finite gradients.
 
     Betas are (0.9, ``beta2``), eps is 1e-8 (EDM, arXiv 2206.00364, Table 7). Weight decay is
-    decoupled (Loshchilov & Hutter, arXiv 1711.05101), and spares vectors, such as biases, and
-    parameters with a true attribute ``spares_decay``; at 0 this is Adam.
-    After :meth:`step`, ``skipped`` is 1.0 if the gradients' norm was not finite; weights and
-    optimizer state are then unchanged. Gradients are equal on all ranks, hence so is the flag.
-    Counters stay on the device until :meth:`read_counters`.
+    decoupled (Loshchilov & Hutter, arXiv 1711.05101) and spares vectors, such as biases, and
+    parameters with a true attribute ``spares_decay``; without it this is Adam.
+
+    After :meth:`step`, ``skipped`` is 1.0 if the gradient norm was not finite; weights and moments
+    are then unchanged. The norm is equal on all ranks, and hence so is the flag. Counters stay on
+    the device until :meth:`read_counters`.
 
     With ``dynamic_scale`` (fp16) the loss must be multiplied by :attr:`loss_scale`, which halves
     after a skipped step and doubles after 2,000 good ones.
@@ -77,8 +78,9 @@ class GuardedAdam:
         names = {id(p): name for name, p in zip(parameters.names, parameters.own, strict=True)}
         self._names = [names[id(p)] for p in (*decayed, *spared)]
         self.skipped = torch.zeros([], device=device)
-        self.grad_norms = torch.zeros(0, device=device)  # Of each gradient; see Parameters.norms.
-        self._counters = torch.zeros(2, dtype=torch.int64, device=device)  # Total, in a row.
+        self.grad_norms = torch.zeros(0, device=device)  # [P], of each gradient: Parameters.norms.
+        # Skipped steps: in total, and in a row.
+        self._counters = torch.zeros(2, dtype=torch.int64, device=device)
         self.loss_scale: Tensor | None = None
         if dynamic_scale:
             self.loss_scale = torch.full([], _FP16_INITIAL_SCALE, device=device)
@@ -93,11 +95,11 @@ class GuardedAdam:
         self._parameters.zero_grad()
 
     def momentum(self, param: Tensor) -> Tensor | None:
-        """Return the average of the gradients of a parameter; None before its first step."""
+        """Return Adam's average of a parameter's gradients; None before its first step."""
         return self._adam.state[param].get("exp_avg") if param in self._adam.state else None
 
     def forget(self) -> None:
-        """Reset the moments; counters and the loss scale are kept."""
+        """Reset the moments; counters and the loss scale stay."""
         self._adam.state.clear()
 
     def step(self, lr: float) -> Tensor:
@@ -126,7 +128,7 @@ class GuardedAdam:
         return norm
 
     def read_counters(self) -> tuple[int, int]:
-        """Return the skipped steps so far and those in a row just now. Synchronises."""
+        """Return the number of skipped steps, and of the latest in a row. Synchronises."""
         total, in_a_row = self._counters.tolist()
         return total, in_a_row
 
@@ -156,7 +158,7 @@ class GuardedAdam:
         for index, own in adam["state"].items():
             param, name = params[index], self._names[index]
             for key in _MOMENTS:
-                # The fused kernel walks raw memory: the averages must lie as their weights do.
+                # The fused kernel walks raw memory: moments need the layout of their weights.
                 self._adam.state[param][key] = torch.empty_like(param)
                 self._parameters.unpack(name, own[key], self._adam.state[param][key])
         self._counters.copy_(state["counters"])

@@ -1,7 +1,7 @@
 """Snapshots as other programs read them: weights in safetensors, and the rest as JSON beside them.
 
-A folder has ``model.safetensors`` and ``config.json``, without loss: the network that it gives is
-the snapshot's to the last bit. The same two files make a repository of the Hugging Face hub.
+A folder has ``model.safetensors`` and ``config.json``. Nothing is lost: the network loaded from it
+is the snapshot's to the last bit. The same two files make a repository of the Hugging Face hub.
 """
 
 import dataclasses
@@ -66,9 +66,9 @@ def save_portable(snapshot: Snapshot, folder: Path) -> None:
 
 
 def load_portable(location: Path) -> Snapshot:
-    """Read the snapshot of a folder, or of the ``.safetensors`` file in one.
+    """Return the snapshot exported to a folder, given by its path or its ``.safetensors`` file's.
 
-    Raises ValueError for files that are missing or damaged, or that are not of one export.
+    Raises ValueError for files that are missing or damaged, or that are not of the same export.
     """
     folder, _, about = _read_config(location)
     weights = read_safetensors(folder / WEIGHTS, "It should be an export made by export.py.")
@@ -80,7 +80,7 @@ def load_portable(location: Path) -> Snapshot:
 
 
 def _read_config(location: Path) -> tuple[Path, RunConfig, dict[str, Any]]:
-    """Return the folder of an export, its run, and what else its configuration holds."""
+    """Return the folder of an export, its run, and the content of its ``config.json``."""
     check_source(location)
     folder = location if location.is_dir() else location.parent
     path = folder / CONFIG
@@ -102,11 +102,11 @@ def _read_config(location: Path) -> tuple[Path, RunConfig, dict[str, Any]]:
 
 
 def find_snapshot(location: str | os.PathLike) -> Path:
-    """Return the local file, or folder of an export, that a location names.
+    """Return the local snapshot file or export folder that a location names.
 
-    It is a path, a URL of a snapshot, ``hf://ORG/NAME`` (a repository of the Hugging Face hub that
-    export.py pushed, perhaps with ``@REVISION``) or a run folder, whose newest snapshot counts.
-    Raises ValueError for one that cannot be had.
+    A location is a path, a URL of a snapshot, ``hf://ORG/NAME`` (a repository of the Hugging Face
+    hub that export.py pushed, perhaps with ``@REVISION``) or a run folder, which stands for its
+    newest snapshot. Raises ValueError if it has no snapshot or cannot be fetched.
     """
     location = os.fspath(location)
     if location.startswith(_HUB):
@@ -165,7 +165,7 @@ def _from_hub(location: str) -> Path:
 
 
 def push(folder: Path, name: str, *, private: bool = False) -> str:
-    """Upload an export to the repository ``ORG/NAME`` of the hub; return where it is.
+    """Upload an export to the repository ``ORG/NAME`` of the hub; return the URL of the commit.
 
     Raises ValueError if the hub refuses it.
     """
@@ -190,7 +190,7 @@ def _reason(error: Exception) -> str:
 
 
 def import_hub(where: str) -> Any:
-    """Return the package huggingface_hub; ValueError for ``where`` if it is not installed."""
+    """Return the package huggingface_hub; raises ValueError about ``where`` if it is missing."""
     try:
         import huggingface_hub
     except ModuleNotFoundError:

@@ -44,7 +44,7 @@ class Profile:
 
 
 def read_profiles(run_dir: Path, patterns: str = "*") -> list[Profile]:
-    """Return the compact snapshots of a run folder in the order of training, without weights.
+    """Return the compact snapshots of a run folder in the order of training, weights not read.
 
     ``patterns`` are file names with wildcards, separated by commas. Raises ValueError for a file
     that is damaged, of another run, or no compact snapshot.
@@ -66,21 +66,21 @@ def read_profiles(run_dir: Path, patterns: str = "*") -> list[Profile]:
 
 
 def _difference(first: RunConfig, second: RunConfig) -> str | None:
-    """Return the name of a setting that one run cannot have two values of, None if all agree."""
+    """Return a setting that differs although it is fixed within a run, None if there is none."""
     if first.training.seed != second.training.seed:
         return "seed"
     if first.precond != second.precond:
         return "preconditioner"
-    # A run that continues may change how its network is computed, but no shapes.
+    # A run that continues may change dropout and how its network is computed, but no shapes.
     own, other = identity(first), identity(second)
     names = [n for n in own | other if n.startswith("model.") and n != "model.dropout"]
     return None if all(own.get(name) == other.get(name) for name in names) else "model"
 
 
 def until(profiles: Sequence[Profile], kimg: int | None) -> list[Profile]:
-    """Return those of the profiles up to ``kimg`` (None: all); raises ValueError if none is there.
+    """Return the profiles up to ``kimg`` (None: all); raises ValueError if none is of that kimg.
 
-    Weights after the last snapshot are in none, so that an average can end at snapshots only.
+    No profile holds weights from after the last snapshot, so an average can only end at snapshots.
     """
     if kimg is None:
         return list(profiles)
@@ -99,9 +99,9 @@ def weighted_sums(
 ) -> tuple[list[dict[str, Tensor]], Snapshot]:
     """Return network states with weighted sums of the profiles' parameters, and the last snapshot.
 
-    ``coefficients`` [M, N] have a row for each of the M results, which are float32; the N profiles
-    are read one by one. Buffers, which are constants, are those of the last. Raises ValueError for
-    a file that is damaged or whose weights do not fit its model.
+    ``coefficients`` [M, N] has one row for each of the M resulting states, which are float32. The N
+    profiles are read one by one. Buffers are constants and are taken from the last profile. Raises
+    ValueError for a file that is damaged or whose weights do not fit its model.
     """
     with torch.device("meta"):
         network = build_network(profiles[0].config.model)
@@ -159,5 +159,5 @@ def make_averages(
 
 
 if __name__ == "__main__":
-    # The command has its place among the others, and keeps this name.
+    # The command is in commands/ with the others, and keeps this module's name as well.
     runpy.run_module("commands.posthoc_ema", run_name="__main__")

@@ -20,16 +20,16 @@ from training.division import accumulation_rounds, group_size
 from training.family import Codec, TrainingData
 
 _NUM_REALS = 64
-_MAX_TILE = 512  # Larger images are scaled down in a picture of many.
+_MAX_TILE = 512  # Pixels: larger images are scaled down in a picture of many.
 
 
 @functools.lru_cache(maxsize=4)
 def _cost(model: ModelConfig) -> tuple[int, int]:
-    """Return the parameters of a network, and the operations of its evaluation on one image.
+    """Return a network's number of parameters, and the FLOPs of its evaluation on one image.
 
-    Nothing is allocated. The result is kept, because a run needs it twice.
+    Nothing is allocated. The result is cached, because a run needs it twice.
     """
-    # Flex attention knows no meta device; it does the same arithmetic.
+    # Flex attention does not support the meta device; SDPA does the same arithmetic.
     model = dataclasses.replace(model, attention="sdpa")
     with torch.device("meta"):
         network = build_network(model).eval()
@@ -121,8 +121,8 @@ def changes_from(preset: RunConfig, config: RunConfig) -> list[dict[str, Any]]:
     """Return the settings in which a run differs from a preset, as plain values for JSON.
 
     Each has its ``setting``, such as ``training.batch``, its values in ``preset`` and ``run`` (None
-    where only the other has it), and ``option``, its name on the command line; None for what the
-    data or the model decide.
+    where only the other has it), and ``option``, its name on the command line (None for settings
+    that the data or the model determine).
     """
     own, usual = dict(_flat(to_dict(config))), dict(_flat(to_dict(preset)))
     options = {".".join(found.path): f"--{found.name}" for found in settings(config)}
@@ -142,7 +142,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def save_reals(data: TrainingData, codec: Codec, path: Path) -> None:
-    """Write a picture of about 64 training images, in the rows in which the data give them."""
+    """Write a picture of about 64 training images, in the rows of the data's preview."""
     from torch_utils.pictures import image_grid, mixed_grid, save_image
 
     rows, titles = data.preview(_NUM_REALS)

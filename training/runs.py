@@ -39,9 +39,9 @@ def describe(run: RunConfig, data: TrainingData, desc: str | None) -> str:
 
 
 def resume_paths(resume: str) -> tuple[Path, Path | None]:
-    """Return ``(run folder, state file or None)`` for ``--resume=RUN_DIR|FILE``.
+    """Return ``(run folder, state or None)`` for ``--resume=RUN_DIR`` or ``--resume=STATE``.
 
-    Raises ValueError if there is neither.
+    Raises ValueError if the path is neither.
     """
     path, accepted = Path(resume), "a run folder, a state (training-state-KIMG), or auto"
     if is_state_folder(path):
@@ -57,14 +57,14 @@ def resume_paths(resume: str) -> tuple[Path, Path | None]:
 
 
 def make_run_dir(outdir: Path, desc: str) -> Path:
-    """Return a new folder ``outdir/00000-desc``, one number above the highest there. Collective."""
+    """Make and return a folder ``outdir/00000-desc``, numbered after the last one. Collective."""
 
     def make() -> Path:
         outdir.mkdir(parents=True, exist_ok=True)
         numbers = [int(match.group()) for path in outdir.iterdir() if (match := _number(path))]
         for number in itertools.count(max(numbers, default=-1) + 1):
             run_dir = outdir / f"{number:05d}-{desc}"
-            with contextlib.suppress(FileExistsError):  # Another run that starts now took it.
+            with contextlib.suppress(FileExistsError):  # Taken by another run that starts now.
                 run_dir.mkdir()
                 return run_dir
 
@@ -72,14 +72,14 @@ def make_run_dir(outdir: Path, desc: str) -> Path:
 
 
 def remove_unless_begun(run_dir: Path) -> None:
-    """Remove a run folder in which nothing is that training made."""
+    """Remove a run folder that holds nothing that training made."""
     made = itertools.chain.from_iterable(run_dir.glob(name) for name in _MADE)
     if not any(path.stat().st_size for path in made):
         shutil.rmtree(run_dir)
 
 
 def remove_unless_described(run_dir: Path) -> Path | None:
-    """Remove a run folder that does not say yet what runs; return it if it does."""
+    """Remove a run folder without ``training_options.json``, or return it if it has that."""
     if (run_dir / "training_options.json").is_file():
         return run_dir
     shutil.rmtree(run_dir)
@@ -93,9 +93,9 @@ def _number(path: Path) -> re.Match | None:
 def read_start(
     run_dir: Path, report: Callable[[str], None]
 ) -> tuple[RunConfig, dict[str, Any] | None]:
-    """Return a run's configuration and its origin (see :func:`origin_of`), None if unknown.
+    """Return a run's configuration and its origin (see :func:`origin_of`; None if unknown).
 
-    If ``training_options.json`` is missing or damaged, that is named through ``report`` and the
+    If ``training_options.json`` is missing or damaged, a message to ``report`` says so, and the
     configuration in the newest readable training state is used. Raises ValueError without any.
     """
     path = run_dir / "training_options.json"
@@ -122,12 +122,12 @@ def read_start(
 
 
 def origin_of(transfer: Snapshot | None, desc: str | None) -> dict[str, Any]:
-    """Return what makes a run another one besides its configuration: first weights, description."""
+    """Return what identifies a run besides its configuration: first weights and description."""
     return dict(transfer=None if transfer is None else transfer.sha256, desc=desc)
 
 
 def clear_leftovers(run_dir: Path) -> None:
-    """Remove what an earlier process left: its request to be requeued, half-written files."""
+    """Remove what an earlier process left: its request to be requeued, and half-written files."""
     (run_dir / REQUEUE_FILE).unlink(missing_ok=True)
     remove_incomplete_states(run_dir)
     for name in _RUN_FILES:
@@ -138,9 +138,10 @@ def clear_leftovers(run_dir: Path) -> None:
 def find_same_run(
     outdir: Path, config: RunConfig, origin: dict[str, Any], report: Callable[[str], None]
 ) -> Path | None:
-    """Return the newest run folder in ``outdir`` with the identity of ``config`` and the origin.
+    """Return the newest run folder in ``outdir`` with the same identity and origin, None without.
 
-    Folders that cannot be compared are named through ``report``.
+    A folder of unknown origin counts as the same. Messages to ``report`` name the folders that
+    cannot be compared.
     """
     if not outdir.is_dir():
         return None
@@ -165,10 +166,10 @@ def load_resume_state(
 ) -> dict[str, Any] | None:
     """Return the newest readable training state of a run folder, None without any. Collective.
 
-    A damaged file is named through ``report`` and the one before it is used, unless ``exact`` asks
-    for one file; one that only cannot be read is an error. Other settings and data than those of
-    the state are reported. Raises ValueError if the state is of another model or holds other
-    averages of the weights.
+    A damaged state is reported and the one before it is used, unless ``exact`` asks for a
+    particular state. Differences from the settings and data of the state are reported. Raises
+    ValueError if the state is of another model, holds other averages of the weights or has other
+    stages of a distillation, or if it cannot be read now but may be intact.
     """
 
     is_sharded = group_size(config.training, distributed.world_size()) > 1
@@ -180,7 +181,7 @@ def load_resume_state(
             try:
                 state = load_state(path, lazily=is_sharded)
             except IntactError:
-                raise  # The state before would take its place in the end.
+                raise  # A run from the state before it would in the end replace this state.
             except ValueError as error:
                 report(f"Skipped: {error} Trying the state before it.")
                 continue
@@ -203,7 +204,7 @@ def load_resume_state(
 
 
 def _check_same_model(config: RunConfig, saved: RunConfig, report: Callable[[str], None]) -> None:
-    """Raise ValueError if a saved state is of another model or average; report other changes."""
+    """Raise ValueError if a state has another model, averages or stages; report other changes."""
     own, there = identity(config), identity(saved)
     changed = [name for name in own | there if own.get(name) != there.get(name)]
     listed = {name: f"{name} {there.get(name)} there, {own.get(name)} here" for name in changed}

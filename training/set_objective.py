@@ -1,4 +1,4 @@
-"""The loss of sets of images, each conditioned on its set, and diagnostics of the context."""
+"""The loss of sets of images, each image conditioned on its set, and diagnostics of the context."""
 
 import dataclasses
 import math
@@ -22,20 +22,20 @@ from training.objective import Draws, Objective, gradient_norms, rows_dropped
 
 @dataclasses.dataclass(frozen=True)
 class SetDraws(Draws):
-    """The random numbers of one optimizer step on sets: each has one row a set."""
+    """The random numbers of one optimizer step on sets, with one row per set."""
 
     context_drop: Tensor | None = None  # [b] bool, true where the set is dropped
     context_noise: Tensor | None = None  # [b, n, D], standard normal, of a drawn context
-    kl_weight: Tensor | None = None  # [b], of the divergence of a drawn context
+    kl_weight: Tensor | None = None  # [b], weight of the KL divergence of a drawn context
     pretrains: Tensor | None = None  # [b] bool, true while the encoder is trained alone
 
 
 class SetObjective(Objective):
     """The denoising loss of every image of a set, under the context that its set gives it.
 
-    A row of a batch is a set: images are [b, n, C, H, W], and every draw has one row a set. All
-    images of a set have the same noise level (arXiv 2205.15463, section 3). Absent images cost
-    nothing, and a set weighs as much as another, however many images it has.
+    A row of a batch is a set: images are [b, n, C, H, W], and every draw has one row per set. All
+    images of a set have the same noise level (arXiv 2205.15463, section 3). Absent images have no
+    loss, and all sets have the same weight, however many images they have.
 
     Args:
         config: How the context is trained. The other arguments are those of :class:`Objective`.
@@ -45,11 +45,11 @@ class SetObjective(Objective):
         super().__init__(*args, **kwargs)
         self._config = config
         self._model = model = self.network.config
-        # What a divergence in nats is multiplied by, before its warm-up.
+        # Factor of the KL divergence in nats, which the warm-up reduces at first.
         if config.kl_scale == "dimensions":
             scale = model.encoder_dim * model.sample_size
         else:
-            # Bits per dimension of the image, of one of the steps whose sum is the bound.
+            # Bits per dimension of the images, divided by the timesteps that the bound sums over.
             steps = getattr(self._precond, "num_timesteps", 1)
             scale = model.sample_size * math.prod(model.input_shape) * steps
         self._kl_factor = config.kl_weight / (math.log(2) * scale)
@@ -84,7 +84,7 @@ class SetObjective(Objective):
         return self._model.sample_size, *shape
 
     def fixed_draws(self, sigma: Tensor, noise: Tensor, cur_nimg: int) -> SetDraws:
-        # The mean of a drawn context, whose divergence is no part of the error.
+        # A variational context is its mean, and its divergence is not part of the error.
         return SetDraws(**vars(super().fixed_draws(sigma, noise, cur_nimg)))
 
     def reduced(self, draws: SetDraws) -> dict[str, SetDraws]:
@@ -108,13 +108,13 @@ class SetObjective(Objective):
         return {name: part for name, part in parts.items() if part is not None}
 
     def context(self, images: Tensor, cond: Cond, draws: SetDraws) -> SetContext:
-        """Return the context [b n] of sets of images [b, n, C, H, W]."""
+        """Return the contexts of all b n images of sets [b, n, C, H, W]."""
         cond = {"set": images, **cond}
         if "label" in cond and draws.drop is not None:
             cond["label"] = torch.where(draws.drop, self._model.num_classes, cond["label"])
         if draws.context_noise is not None:
             cond["context_noise"] = draws.context_noise
-        # That of a student waits for the noise level: its teacher has it at two.
+        # With a student, the context waits for its noise level: the teacher needs it at two.
         if self._model.encoder_time and draws.step is None:
             cond["c_noise"] = self._precond.scalings(draws.sigma)[3]
         with autocast(images.device, self._denoise.autocast_dtype):
@@ -129,7 +129,7 @@ class SetObjective(Objective):
             weight = draws.kl_weight.repeat_interleave(images.shape[1])
             loss = loss + (weight * context.kl)[:, None, None, None]
         if draws.pretrains is not None and context.prediction is not None:
-            # Both are in the graph of every step, so that each parameter has a gradient.
+            # Both losses are in the graph of every step, so that every parameter has a gradient.
             error = (context.prediction - images.flatten(0, 1)).square()
             pretrains = draws.pretrains.repeat_interleave(images.shape[1])
             loss = torch.where(pretrains[:, None, None, None], error, loss)
@@ -149,7 +149,7 @@ class SetObjective(Objective):
         return self._loss(images.flatten(0, 1), sigma, noise, context, draws.target)
 
     def of_student(self, draws: SetDraws) -> SetDraws:
-        """Return the draws with the mean of drawn contexts, which is what images are made from."""
+        """Return draws under which a variational context is its mean, as it is in sampling."""
         return dataclasses.replace(draws, context_noise=None, kl_weight=None)
 
     def branches(self, guidance: Any, draws: SetDraws) -> list[SetDraws]:
@@ -164,12 +164,13 @@ class SetObjective(Objective):
     ) -> dict[str, Tensor]:
         """Return statistics of a batch's contexts and of the gradients, under ``debug/`` names.
 
-        ``context_norm``, ``context_mean`` and ``context_max`` are of each vector (its length, mean
-        and largest absolute value); ``context_std`` is over all numbers, and ``context_batch_std``
-        the spread of each number over the sets, zero for a context that is the same for all.
-        ``context_gap`` is by how much the loss rises when every set gets the context of another.
-        The two last need several sets. Contexts are without dropout, noise and absent images.
-        Gradient norms are those before clipping, of the encoder, the DiT, and each block of it.
+        ``context_norm``, ``context_mean`` and ``context_max`` describe each context vector: its L2
+        norm, and the mean and maximum of its absolute values. ``context_std`` is the standard
+        deviation of all elements, ``context_batch_std`` that of an element over sets (0 if all sets
+        have the same context), ``context_gap`` the rise of the loss when every set gets the context
+        of another. The last two need several sets. Contexts are computed without dropout and noise,
+        and absent images do not count. Gradient norms are those of the encoder, the DiT and each
+        block of it, before clipping.
         """
         if not self._config.diagnostics:
             return {}
@@ -179,7 +180,7 @@ class SetObjective(Objective):
         norms = gradient_norms(modules, loss_scale)
         found = {f"{name}_grad_norm": norm for name, norm in norms.items()}
         draws = dataclasses.replace(draws, context_drop=None, context_noise=None)
-        # Means are over the images that are there: the others count for nothing.
+        # Statistics are over the images that are present.
         mask = cond.get("mask")
         if mask is None:
             mask = torch.ones(images.shape[:2], dtype=torch.bool, device=images.device)
@@ -209,13 +210,13 @@ class SetObjective(Objective):
 
 
 def _present(images: Tensor, cond: Cond) -> Tensor:
-    """Return sets [b, n, C, H, W] with zeros in the place of absent images."""
+    """Return sets [b, n, C, H, W] with zeros in place of absent images."""
     mask = cond.get("mask")
     return images if mask is None else torch.where(mask[..., None, None, None], images, 0.0)
 
 
 def _weighted(loss: Tensor, cond: Cond) -> Tensor:
-    """Return losses [b n, C, H, W] of which absent images have none, and sets have equal shares."""
+    """Return losses [b n, C, H, W] weighted 0 for absent images, and equally for all sets."""
     mask = cond.get("mask")
     if mask is None:
         return loss
@@ -225,7 +226,7 @@ def _weighted(loss: Tensor, cond: Cond) -> Tensor:
 
 @torch.no_grad()
 def validation_loss(config: RunConfig, sets: SetDataset, objective: SetObjective) -> float:
-    """Return the loss of the same ``--num-eval-batches`` batches of ``sets``. Collective."""
+    """Return the mean loss of the first ``--num-eval-batches`` batches of ``sets``. Collective."""
     device = next(objective.parameters()).device
     batch, shape = config.training.batch, config.model.input_shape
     ranks = distributed.rank(), distributed.world_size()
@@ -233,7 +234,7 @@ def validation_loss(config: RunConfig, sets: SetDataset, objective: SetObjective
     stats = StatsCollector()
     for index in range(config.sets.num_eval_batches):
         step = rng.Step(config.training.seed, index * config.step_nimg, batch, shape, device)
-        # The mean of a drawn context, whose divergence is no part of the error.
+        # A variational context is its mean, and its divergence is not part of the error.
         draws = dataclasses.replace(
             objective.draw(step), drop=None, context_drop=None, context_noise=None, kl_weight=None
         )
@@ -241,6 +242,6 @@ def validation_loss(config: RunConfig, sets: SetDataset, objective: SetObjective
             keys = range(index * batch + part.start, index * batch + part.stop)
             rows = draws.rows(part.start, part.stop)
             images, cond = objective.prepare(*sets.__getitems__(keys), rows, device)
-            cond.pop("label", None)  # Classes that the model does not know.
+            cond.pop("label", None)  # The model does not know these classes.
             stats.report("loss", objective(images, cond, rows))
     return stats.collect()["loss"]["mean"]

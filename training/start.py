@@ -27,11 +27,11 @@ class Start:
     transfer: str | None = None  # Snapshot whose weights the run starts from.
     distill: str | None = None  # Snapshot of the teacher, whose weights the first student has.
     desc: str | None = None  # Text to add to the name of the run folder.
-    verify_resume: bool = False  # Only try whether a run resumes exactly.
+    verify_resume: bool = False  # Only test whether a run resumes exactly.
 
     @property
     def source(self) -> str | None:
-        """Snapshot whose weights the run starts from, for any reason."""
+        """Snapshot whose weights the run starts from, for transfer or distillation."""
         return self.distill if self.transfer is None else self.transfer
 
     @property
@@ -40,7 +40,7 @@ class Start:
         return self.resume not in (None, "auto")
 
     def check(self, given: Collection[str]) -> None:
-        """Raise ValueError for options that exclude each other or name what is not there.
+        """Raise ValueError for options that exclude each other, do nothing or name missing files.
 
         ``given`` names the fields of the configuration that were typed.
         """
@@ -83,7 +83,7 @@ class Start:
             raise refusal("--outdir", self.outdir, but=but, remedy="leave --outdir out")
 
     def settle_in(self, config: RunConfig, given: Collection[str]) -> RunConfig:
-        """Return ``config`` with what suits a start from other weights, but for what was typed."""
+        """Return ``config`` with settings that suit the weights it starts from, unless typed."""
         if self.source is None:
             return config
         source, progress = open_header(self.source)
@@ -99,7 +99,7 @@ class Start:
 
 
 def check_here(config: RunConfig) -> None:
-    """Raise ValueError if the data are not there; on every rank alike, and before they meet."""
+    """Raise ValueError if the data do not exist; on every rank alike, before they communicate."""
     location = config.data.data
     if is_address(location):
         try:
@@ -111,7 +111,7 @@ def check_here(config: RunConfig) -> None:
 
 
 def check_ranks(config: RunConfig, start: Start) -> None:
-    """Raise ValueError if the ranks cannot share a batch or the weights; before they meet."""
+    """Raise ValueError if the ranks cannot share a batch or weights; before they communicate."""
     world_size = launcher.number("WORLD_SIZE", 1)
     check_division(config.training, world_size, continues=start.resume is not None)
     group_size(config.training, world_size)

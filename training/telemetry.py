@@ -27,7 +27,7 @@ Stats = dict[str, dict[str, float]]
 
 
 class Telemetry:
-    """Writes the outputs of one run from ``cur_nimg`` on; only rank 0 makes one."""
+    """Writes the outputs of one run from ``cur_nimg`` images on; only rank 0 makes one."""
 
     def __init__(self, run_dir: Path, logging: LoggingConfig, config: Config, cur_nimg: int):
         self._run_dir = run_dir
@@ -56,7 +56,7 @@ class Telemetry:
         self.message(line_of(row))
 
     def record(self, stats: Stats, cur_nimg: int) -> None:
-        """Append the statistics of one tick to every sink."""
+        """Append the statistics of one tick to ``stats.jsonl``, and show them on the boards."""
         # JSON has no NaN.
         row: dict[str, Any] = {
             name: {key: value if math.isfinite(value) else None for key, value in stat.items()}
@@ -67,17 +67,17 @@ class Telemetry:
         self._scalars({name: value["mean"] for name, value in stats.items()}, cur_nimg)
 
     def record_metric(self, row: dict[str, Any], cur_nimg: int) -> None:
-        """Append one score to ``metric-<name>.jsonl`` and to the other sinks."""
+        """Append one score row to ``metric-<name>.jsonl``, and show it on the boards."""
         with open(self._run_dir / f"metric-{row['metric']}.jsonl", "a", encoding="utf-8") as file:
             _append(file, json.dumps(row))
         name, values = row["metric"], row["values"]
         several = {f"Metrics/{name}/{key}": value for key, value in values.items()}
         found = several if len(values) > 1 else {f"Metrics/{name}": row["value"]}
-        # What could not be measured is no point of a curve.
+        # Values that could not be measured have no point on a curve.
         self._scalars({key: v for key, v in found.items() if v is not None}, cur_nimg)
 
     def write_report(self) -> None:
-        """Write ``report.html``, which shows the run so far; a problem with it ends nothing."""
+        """Write ``report.html``, which shows the run so far; a failure is only reported."""
         try:
             self._report = self._report or RunReport(self._run_dir)
             self._report.write()
@@ -121,7 +121,7 @@ def scalar(value: float) -> dict[str, float]:
 
 
 def _append(file: TextIO, line: str) -> None:
-    """Write a line at once; an error names the file, which that of a full disk does not."""
+    """Write and flush a line; an OSError names the file, also where the disk is full."""
     try:
         file.write(line + "\n")
         file.flush()
@@ -156,8 +156,8 @@ def tick_line(fields: dict[str, dict[str, float]], total_nimg: int, num_skipped:
 def trim_rows(run_dir: Path, cur_nimg: int) -> None:
     """Drop the rows that a killed run wrote after its last state; they will be written again.
 
-    A run that begins again writes all of them, those of kimg 0 among them. A damaged row is left
-    out too; unless it is the last, which a kill may cut off, it is named.
+    A run that starts over drops all rows, including those of kimg 0. Damaged rows are dropped too;
+    a message names them, except for the last row, which a kill may have cut off.
     """
     limit = cur_nimg / 1000 + 1e-9 if cur_nimg else -1.0
     named = [run_dir / name for name in (STATS_FILE, WATCH_FILE)]
@@ -185,7 +185,7 @@ def metric_is_recorded(run_dir: Path, metric: str, cur_nimg: int) -> bool:
 
 
 def _row_kimg(line: str) -> float:
-    """Return a row's kimg; infinity for a line that a kill cut off."""
+    """Return a row's kimg; infinity for a line that cannot be read."""
     try:
         row = parse_json(line)
         return float(row["Progress/kimg"]["mean"] if "Progress/kimg" in row else row["kimg"])
@@ -198,8 +198,8 @@ def utilisation_stats(
 ) -> Stats:
     """Return the arithmetic rate of one device in TFLOP/s, and its share of a known GPU's peak.
 
-    ``flops_per_sec`` counts the model's arithmetic, not what is recomputed to save memory, so that
-    the share is the model-FLOPs utilisation of PaLM (arXiv 2204.02311, Appendix B).
+    ``flops_per_sec`` counts the model's arithmetic, without recomputation that saves memory, so the
+    share is the model FLOPs utilisation (MFU) of PaLM (arXiv 2204.02311, Appendix B).
     """
     stats = {"Timing/tflops_per_sec": scalar(flops_per_sec / 1e12)}
     if device.type == "cuda":
@@ -210,7 +210,7 @@ def utilisation_stats(
 
 
 def memory_stats(device: torch.device) -> Stats:
-    """Return resident memory of this process and peak GPU memory since the last call, in GiB."""
+    """Return this process's resident memory and peak GPU memory since the last call, in GiB."""
     import psutil
 
     stats = {"Resources/cpu_mem_gb": scalar(psutil.Process().memory_info().rss / 2**30)}

@@ -1,4 +1,4 @@
-"""Starting a run from the weights of a snapshot, with a report of what became of every tensor."""
+"""Starts a run from the weights of a snapshot, and reports what became of every tensor."""
 
 import dataclasses
 import fnmatch
@@ -17,13 +17,13 @@ _MIN_SHARE = 0.9
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
-    """What happened to every tensor, by name; shapes are the model's."""
+    """What became of every tensor of the snapshot and the model, by name."""
 
     loaded: tuple[str, ...]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     mismatched: tuple[str, ...]
-    share: float  # Of the model's parameters that are loaded.
+    share: float  # Share of the model's parameters that are loaded, from 0 to 1.
     source: str
     source_hash: str
     notes: tuple[str, ...] = ()
@@ -51,8 +51,8 @@ class Transfer:
     def refuse_differences(self, allowed: Sequence[str], optional: Sequence[str]) -> None:
         """Raise ValueError for a tensor that is missing, unexpected or of another shape.
 
-        Patterns of names that may be any of these are ``allowed``; those that may be missing are
-        ``optional``. Less than 90% of the parameters are refused in any case.
+        Tensors whose names match patterns in ``allowed`` may be any of these, and those that match
+        ``optional`` may be missing. Less than 90% of the parameters is refused in any case.
         """
         for what, names, patterns in (
             ("missing", self.missing, (*allowed, *optional)),
@@ -71,7 +71,7 @@ class Transfer:
             raise ValueError(f"--transfer: {gives}; {needs}.")
 
     def refuse_any_difference(self) -> None:
-        """Raise ValueError for a teacher whose network is not that of its student."""
+        """Raise ValueError if the teacher's network is not exactly that of its student."""
         left = (*self.missing, *self.mismatched, *self.unexpected)
         if left:
             first = f"{left[0]}{_more(left)}"
@@ -82,7 +82,7 @@ class Transfer:
     def refuse_poor_match(self, allowed: Sequence[str]) -> None:
         """Raise ValueError for less than 90% of the parameters, unless all others are ``allowed``.
 
-        ``allowed`` are patterns of names.
+        ``allowed`` has patterns of names.
         """
         left = _unmatched((*self.missing, *self.mismatched), allowed)
         if self.share >= _MIN_SHARE or (allowed and not left):
@@ -101,10 +101,10 @@ def transfer_weights(
     check: Callable[[Transfer], None] = lambda found: None,
     notes: Sequence[str] = (),
 ) -> Transfer:
-    """Copy every tensor whose name and shape agree, and return a report of all.
+    """Copy every tensor whose name and shape agree, and return a report on all tensors.
 
-    Before anything is copied, ``check`` may refuse what would be. Raises ValueError if nothing
-    agrees. A note is added for each encoder that differs, beside ``notes``.
+    ``check`` gets the report before anything is copied, and may raise. Raises ValueError if no
+    tensor agrees. The report has ``notes``, and a note for each encoder that differs.
     """
     own = network.state_dict()
     given = {_stripped(name): tensor for name, tensor in snapshot.state_dict.items()}
@@ -151,7 +151,7 @@ def _other_encoders(network: Network, snapshot: Snapshot) -> list[str]:
 
 
 def _by_module(names: Sequence[str]) -> list[str]:
-    """Return names with those of one block (three levels deep) as one, such as ``a.b.0.* (12)``."""
+    """Return names, with those of one block (three levels deep) joined, as ``a.b.0.* (12)``."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(".".join(name.split(".")[:3]), []).append(name)

@@ -28,7 +28,7 @@ from training.loop import Job, training_loop
 NUM_STEPS = 6
 STOP_AFTER = 3
 _MAX_NAMED = 8
-_CAUSE = "determin"  # As PyTorch's warnings put it, "nondeterministic" and "a deterministic" alike.
+_CAUSE = "determin"  # In PyTorch's warnings: "nondeterministic" as well as "a deterministic".
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Comparison:
 
 
 class _NoEvaluator:
-    """Makes no pictures and no scores, which leave no trace in the weights."""
+    """Makes no pictures and no scores: they would leave no trace in the weights."""
 
     def save_pictures(self, generator: Any, outputs: Any, cur_nimg: int) -> None:
         pass
@@ -58,7 +58,7 @@ class _NoEvaluator:
 
 
 class _StopAfter(StopSignal):
-    """Asks every rank to stop after so many steps, and listens to no signal."""
+    """Asks every rank to stop after ``num_steps`` steps (None: never), and handles no signals."""
 
     def __init__(self, num_steps: int | None) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class _StopAfter(StopSignal):
 
 
 def shortened(run: RunConfig) -> RunConfig:
-    """Return ``run`` with a few steps, each with a record of its own, and nothing to score."""
+    """Return ``run`` with a few steps, each a tick of its own, and without metrics."""
     run = run.changed("training", iters=NUM_STEPS, rollback=0)
     quiet = dict(metrics=(), metrics_ref=None, metrics_ticks=None, wandb=False, board=())
     often = dict(log_interval=1, snap=NUM_STEPS, save_interval=None, dump=None)
@@ -80,10 +80,10 @@ def shortened(run: RunConfig) -> RunConfig:
 def verify_resume(job: Job, saver: Saver, transfer: Snapshot | None = None) -> bool:
     """Return whether a run of ``job`` that is stopped and resumed equals an uninterrupted one.
 
-    ``job`` is of a run that :func:`shortened` made; ``transfer`` holds its first weights, if it
-    takes them from a snapshot. Prints on rank 0 what is equal and what is not, and for what is not
-    whether two uninterrupted runs differ too, and which operations PyTorch names as the cause.
-    Everything is written to a temporary folder. Collective.
+    ``job`` is of a run that :func:`shortened` made; ``transfer`` is the snapshot that the run
+    starts from, if any. Rank 0 prints what is equal and what is not. If something is not, it also
+    prints whether two uninterrupted runs differ too, and which operations PyTorch names as the
+    cause. Everything is written to a temporary folder. Collective.
     """
     job = dataclasses.replace(job, evaluator=_NoEvaluator())
     where = f"{distributed.world_size()} rank(s), {job.device.type}"
@@ -109,7 +109,7 @@ def verify_resume(job: Job, saver: Saver, transfer: Snapshot | None = None) -> b
 
 
 def _explain(repeated: dict[str, Comparison], causes: list[str], order: bool) -> None:
-    """Print what is to blame for a difference."""
+    """Print the likely cause of a difference."""
     if not order:
         distributed.print0("The resumed run read other data: its order must depend on seed and")
         distributed.print0("position alone.")
@@ -153,14 +153,14 @@ def _train(
         start_from = dict(resume_state=state, transfer=transfer)
         training_loop(job, run_dir, saver=saver, stop_signal=_StopAfter(stop_after), **start_from)
         saver.wait()
-        distributed.barrier()  # Every rank has written its part.
+        distributed.barrier()  # Until every rank has written its part.
     gc.collect()
 
 
 def _train_for_causes(
     job: Job, saver: Saver, run_dir: Path, transfer: Snapshot | None
 ) -> list[str]:
-    """Train once more; return what PyTorch says of operations that are not deterministic."""
+    """Train once more; return PyTorch's warnings about operations that are not deterministic."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -192,7 +192,7 @@ def _losses(run_dir: Path) -> dict[str, float]:
 
 
 def compare(first: Any, second: Any) -> Comparison:
-    """Return how two trees of the same form, of tensors and numbers, compare bit for bit."""
+    """Return how two trees of tensors and numbers, of the same form, compare bit for bit."""
     pairs = dict(_leaves(first)), dict(_leaves(second))
     assert pairs[0].keys() == pairs[1].keys()
     different = {}
@@ -223,7 +223,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _same_order(job: Job) -> bool:
-    """Return whether every rank reads the same from the stop on, resumed or not. Collective."""
+    """Return whether every rank reads the same data after the stop as without. Collective."""
     family, run = family_of(job.config), job.config
     batch_gpu, num_rounds = accumulation_rounds(run.training, distributed.world_size())
     part = Part(distributed.rank(), distributed.world_size(), batch_gpu)

@@ -1,4 +1,4 @@
-"""What a student learns and how its teacher is guided, as settings of a run."""
+"""Settings of a distillation: the students' sampling steps and the teacher's guidance."""
 
 import dataclasses
 import itertools
@@ -9,7 +9,7 @@ from dnnlib.config import Config, inherited, option
 from dnnlib.errors import refusal
 
 DEFAULT_STEPS = (16, 8, 4, 2, 1)
-_PREFIX = "distill_"  # Of the options that are called the same without it.
+_PREFIX = "distill_"  # Of options whose fields in the guidance have the same name without it.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,17 +37,17 @@ class DistillationConfig(Config):
 
     @property
     def is_on(self) -> bool:
-        """Whether a run distils, and its snapshots are students."""
+        """Whether a run distils, so that its snapshots are students."""
         return bool(self.distill_steps)
 
     @property
     def guidance(self) -> Config:
-        """Guidance of the teacher, of the family's kind."""
+        """Guidance of the teacher, a ``guidance_type``."""
         values = {field.name: getattr(self, field.name) for field in self._of_guidance()}
         return self.guidance_type(**{name.removeprefix(_PREFIX): v for name, v in values.items()})
 
     def settled(self, distill_steps: tuple[int, ...], guidance: Config) -> Self:
-        """Return the settings with those steps, and with ``guidance`` but for the typed scales."""
+        """Return the settings with these steps and ``guidance``; scales that were typed stay."""
         values = {
             field.name: getattr(guidance, field.name.removeprefix(_PREFIX))
             for field in self._of_guidance()
@@ -62,7 +62,7 @@ class DistillationConfig(Config):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassDistillationConfig(DistillationConfig):
-    """Distillation of models with one condition; of the guidance the scale alone is an option."""
+    """Distillation of models with one condition; only the scale of its guidance is an option."""
 
     guidance_type: ClassVar[type[Config]] = GuidanceConfig
 
@@ -82,7 +82,7 @@ class ClassDistillationConfig(DistillationConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DualDistillationConfig(DistillationConfig):
-    """Distillation of models with two conditions; of the guidance both scales are options."""
+    """Distillation of models with two conditions; only the scales of its guidance are options."""
 
     guidance_type: ClassVar[type[Config]] = DualGuidanceConfig
 

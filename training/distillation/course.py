@@ -1,4 +1,4 @@
-"""The course of a run: one stage, or those of a distillation, in which students become teachers."""
+"""The course of a run: one stage, or those of a distillation, whose students become teachers."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,12 +16,12 @@ from training.optimizer import GuardedAdam
 
 
 class Course:
-    """A run in one stage.
+    """The course of a run in one stage.
 
     Attributes:
         objective: What is trained.
-        stage: Where in the run we are; learning rate and averages count images from its start.
-        sampled: The run as the network of now is to be sampled.
+        stage: The current stage; learning rate and weight average count images from its start.
+        sampled: The run with the sampling for which the network is trained now.
     """
 
     def __init__(self, config: RunConfig, objective: Any) -> None:
@@ -29,35 +29,35 @@ class Course:
         self.sampled, (self.stage,) = config, stages_of(config)
 
     def begin(self, cur_nimg: int, ema: EMA, optimizer: GuardedAdam) -> str | None:
-        """Enter the stage of the step after ``cur_nimg`` images; return what to say of a new one.
+        """Enter the stage of the step after ``cur_nimg`` images; return a message if it is new.
 
         Collective where weights are sharded.
         """
         return None
 
     def compile_parts(self, num_graphs: int) -> None:
-        """Compile what the objective asks besides the network that is trained."""
+        """Compile the networks that the objective evaluates besides the one that is trained."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a state keeps besides what every state does."""
+        """Return what a training state keeps of the course."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned, from a whole state."""
+        """Restore what :meth:`state_dict` returned; ``state`` is the whole training state."""
 
 
 class Distillation(Course):
-    """A run in which each stage's student learns from the one before, the first from a teacher.
+    """A course in which each student learns from the one before, and the first from a teacher.
 
-    A stage is a run of its own, of which the state keeps the teacher's weights: the student begins
-    with them, with the moments of its optimizer, its learning rate and its average anew. At its end
-    the averaged weights are those of the next teacher.
+    Each stage is like a run of its own. Its student begins with the weights of its teacher, with
+    new optimizer moments, learning-rate schedule and weight average. Its averaged weights at the
+    end are the teacher of the next stage. Training states keep the teacher's weights.
 
     Args:
-        config: The run, fitted to data.
-        student: The family's objective of the network that is trained, whose weights are now the
-            teacher's.
-        parameters: Of that network.
+        config: The run, fitted to its data.
+        student: The family's objective of the trained network, which still has the weights of the
+            first teacher.
+        parameters: Parameters of that network.
         make_objective: Returns the family's objective of another network of the same kind.
     """
 

@@ -1,4 +1,4 @@
-"""The objective of a student: to make one step of every two that its teacher makes."""
+"""The objective of a student: to reach in one sampling step what takes its teacher two."""
 
 import dataclasses
 from collections.abc import Callable
@@ -22,9 +22,9 @@ class Teacher:
     """What a student learns from.
 
     Attributes:
-        objective: Of the same kind as the student's, on the teacher's network.
+        objective: The family's objective of the teacher's network.
         filled: Returns a context within which that network has its weights.
-        guidance: How it is guided, of the family's kind.
+        guidance: Guidance of the teacher, of the family's kind.
     """
 
     objective: Objective
@@ -35,13 +35,13 @@ class Teacher:
 class DistillationObjective(torch.nn.Module):
     """Progressive distillation (Salimans & Ho, arXiv 2202.00512, Algorithm 2).
 
-    It is a :class:`training.family.Objective`, of any kind: those of student and teacher say what
-    a noisy image is, which context it has, and what the guided estimate is made of. A row of a
-    batch is at one of the student's sampling steps, each of which is as likely.
+    It is a :class:`training.family.Objective` for any family: the objectives of student and teacher
+    define noisy images, their contexts and the guided estimate. Each row of a batch is at one of
+    the student's sampling steps, all of which are equally likely.
 
     Args:
         student: The family's objective of the network that is trained.
-        teacher: What it learns from. It is no submodule, so that nobody trains or divides it.
+        teacher: What it learns from; not a submodule, so that it is neither trained nor sharded.
     """
 
     def __init__(self, student: Objective, teacher: Teacher) -> None:
@@ -52,9 +52,9 @@ class DistillationObjective(torch.nn.Module):
         self._levels = self._table = torch.empty(0)
 
     def aim(self, sampling: SamplingConfig, device: torch.device) -> None:
-        """Learn the steps of ``sampling``; the teacher takes two for each of them.
+        """Make the steps of ``sampling`` those to learn; the teacher takes two for each.
 
-        Raises ValueError if the network has too few noise levels for that.
+        Raises ValueError if the network has too few noise levels for the teacher's steps.
         """
         levels = teacher_levels(self.student, sampling)
         (teacher,) = self._teacher
@@ -63,7 +63,7 @@ class DistillationObjective(torch.nn.Module):
         table = teacher.objective.branch_table(teacher.guidance, levels[:-1])
         self._table = table[..., None, None].to(device)
 
-    # What the loop asks, see training.family.Objective.
+    # What the loop calls: see training.family.Objective.
 
     def phase(self, cur_nimg: int) -> int:
         return self.student.phase(cur_nimg)
@@ -82,7 +82,7 @@ class DistillationObjective(torch.nn.Module):
         return self.student.example(batch, device)
 
     def draw(self, step: rng.Step) -> Draws:
-        """Return the draws of a step's global batch [N], with the sampling step of each row."""
+        """Return the draws of a step's global batch [N], a random sampling step for each row."""
         generator, num = step.generator(rng.STREAM_LEVEL), len(self._levels) // 2
         drawn = torch.randint(num, [step.batch], generator=generator, device=generator.device)
         return self._at(self.student.draw(step), drawn.to(step.device))
@@ -97,7 +97,7 @@ class DistillationObjective(torch.nn.Module):
         return self.student.prepare(images, cond, draws, device)
 
     def forward(self, images: Tensor, cond: Cond, draws: Draws) -> Tensor:
-        """Return the loss of every element of prepared images and conditions."""
+        """Return the student's loss of every element of prepared images and conditions."""
         draws = dataclasses.replace(draws, target=self.target(images, cond, draws))
         return self.student(images, cond, draws)
 
@@ -107,7 +107,10 @@ class DistillationObjective(torch.nn.Module):
 
     @torch.no_grad()
     def target(self, images: Tensor, cond: Cond, draws: Draws) -> Tensor:
-        """Return the x0 of every image that leads to where two steps of the teacher lead."""
+        """Return the x0 with which one step lands where two of the teacher's do, [M, C, H, W].
+
+        M counts the images of all rows; a row of a set-conditioned model is a set of several.
+        """
         (teacher,) = self._teacher
         objective, num = teacher.objective, teacher.objective.network.config.images_per_row
         with teacher.filled():
@@ -129,7 +132,10 @@ class DistillationObjective(torch.nn.Module):
     def _guided(
         self, contexts: list[Any], rows: Tensor, num: int
     ) -> Callable[[Tensor, Tensor], Tensor]:
-        """Return the teacher's guided estimate for images with weights of ``rows`` of the table."""
+        """Return the teacher's guided estimate of x0 as a function of images and their levels.
+
+        ``rows`` [N] of the table have the branch weights of each row's ``num`` images.
+        """
         (teacher,) = self._teacher
         weights = self._table[rows].repeat_interleave(num, dim=0).unbind(1)
         estimate = repeating_level(teacher.objective.estimate)
@@ -154,9 +160,9 @@ class DistillationObjective(torch.nn.Module):
 
 
 def teacher_levels(objective: Objective, sampling: SamplingConfig) -> list[float]:
-    """Return the levels that a teacher visits in two steps for each of ``sampling``: 2 N + 1.
+    """Return the 2 N + 1 levels, 0 included, that a teacher visits for N steps of ``sampling``.
 
-    Raises ValueError if some of them coincide, in a network of few noise levels.
+    Raises ValueError if some of them coincide because the network has few noise levels.
     """
     num_steps = 2 * sampling.steps
     levels = objective.levels(dataclasses.replace(sampling, steps=num_steps))

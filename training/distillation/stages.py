@@ -1,4 +1,4 @@
-"""The stages of a run: one, or one for each student of a distillation."""
+"""The stages of a run: a single one, or one for each student of a distillation."""
 
 import dataclasses
 import itertools
@@ -10,7 +10,7 @@ from training.config import RunConfig
 class Stage:
     """A part of a run, from ``start_nimg`` training images to ``end_nimg``.
 
-    ``steps`` are the sampling steps of the student; None in a run that does not distil.
+    ``steps`` is the student's number of sampling steps; None in a run that does not distil.
     """
 
     start_nimg: int
@@ -26,8 +26,8 @@ class Stage:
 def stages_of(config: RunConfig) -> list[Stage]:
     """Return the stages of a run, in order.
 
-    Those of a distillation have as many optimizer steps each; where that does not come out even,
-    the last ones have one more: the fewer sampling steps a student has, the harder it learns.
+    Those of a distillation have equally many optimizer steps. If these do not divide evenly, the
+    last stages have one more: the fewer sampling steps a student has, the harder it is to train.
     """
     students = config.distillation.distill_steps
     if not students:
@@ -39,9 +39,9 @@ def stages_of(config: RunConfig) -> list[Stage]:
 
 
 def stage_index(config: RunConfig, cur_nimg: int) -> int:
-    """Return the number of the stage that the step after ``cur_nimg`` training images is in.
+    """Return the index of the stage that the step after ``cur_nimg`` training images is in.
 
-    At the end of a run it is the last one.
+    At the end of a run it is that of the last stage.
     """
     stages = stages_of(config)
     return sum(stage.end_nimg <= cur_nimg for stage in stages[:-1])
@@ -53,6 +53,6 @@ def num_optimizer_steps(config: RunConfig) -> int:
 
 
 def as_sampled(config: RunConfig, index: int) -> RunConfig:
-    """Return a run with the sampling that its network is trained for in a stage."""
+    """Return the run with the sampling steps for which its network is trained in a stage."""
     steps = stages_of(config)[index].steps
     return config if steps is None else config.changed("sampling", steps=steps)

@@ -1,4 +1,4 @@
-"""The curves of a run that are compared, and their values at the points of another run."""
+"""The curves of a run that can be compared, and their values at the points of a reference."""
 
 import dataclasses
 import itertools
@@ -15,13 +15,13 @@ from training.run_report.levels import range_of
 from training.run_report.scores import IN_RUN, better, read_score_rows, scores_of
 
 _WINDOWS, _POINTS = (LOSS, GRADIENT), (VALIDATION,)
-_SAME_POINT = 0.05  # Scores are of equally many images if kimg differs by less than this share.
-_AS_WIDE = 1.05  # Ticks are as wide as others if they are wider by less.
+_SAME_POINT = 0.05  # Values are of the same point if their kimg differ by less than this share.
+_AS_WIDE = 1.05  # Ticks count as equally wide up to this ratio.
 
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """A curve of one run, see :class:`~training.reference_curves.reference.Curve`."""
+    """A curve of one run; fields as in :class:`~training.reference_curves.reference.Curve`."""
 
     kind: str
     start: float
@@ -33,7 +33,7 @@ class Series:
 def curves_of(run_dir: Path, history: History) -> dict[str, Series]:
     """Return the curves of a run that can be compared, by name.
 
-    They are positive and finite, up to the first value that is not. The first tick, which is a
+    Each ends before its first value that is not positive and finite. The first tick, which is a
     single step, is left out.
     """
     found = {}
@@ -45,7 +45,7 @@ def curves_of(run_dir: Path, history: History) -> dict[str, Series]:
 
 
 def _of_statistic(history: History, name: str) -> Series | None:
-    """Return a curve of ``stats.jsonl``; None for a statistic that is no such curve."""
+    """Return the curve of a statistic in ``stats.jsonl``; None for one that is not compared."""
     kimg, values = np.array(history.kimg), history.values(name)
     level = range_of(name)
     if name in _POINTS:
@@ -68,9 +68,9 @@ def _num_positive(values: np.ndarray) -> int:
 
 
 def _scores(run_dir: Path, history: History) -> dict[str, Series]:
-    """Return the scores that a run recorded after its first tick, of values with a direction."""
+    """Return the scores recorded after the first tick as curves, if lower or higher is better."""
     rows = [row for row in read_score_rows(run_dir)[0] if row[0] == IN_RUN]
-    protocols = {row["metric"]: protocol_of(row) for _, row in rows}  # The newest of each.
+    protocols = {row["metric"]: protocol_of(row) for _, row in rows}  # Of each metric's newest row.
     first, found = min(history.kimg, default=0.0), {}
     for (metric, name), scores in scores_of(rows).items():
         own = [s for s in scores if s.kimg is not None and s.kimg > first]
@@ -88,9 +88,9 @@ class Aligned:
     """Values of a run beside those of a reference, at P points.
 
     Attributes:
-        kimg: [P], where they are.
-        values: [P], of the run.
-        groups: Of each, the first and the last point of the reference that it stands for.
+        kimg: [P], position of each point.
+        values: [P], values of the run.
+        groups: For each point, the first and the last index of the reference's points in it.
     """
 
     kimg: np.ndarray
@@ -99,11 +99,12 @@ class Aligned:
 
 
 def align(own: Series, kind: str, start: float, kimg: np.ndarray) -> Aligned:
-    """Return a run's curve at the points of a reference [T], as far as both go.
+    """Return a run's curve at the points of a reference, ``kimg`` [T], as far as both go.
 
-    Means over ticks are compared with means over the same images: those of shorter ticks are put
-    together, and of longer ones several of the reference are. Where ticks do not end together, the
-    loss in one counts as even. The first of them is left out then, as the loss falls steeply there.
+    Means over ticks are compared with means over the same images. Shorter ticks of the run are
+    merged; for longer ones, several points of the reference form a group. Where ticks do not end at
+    the same images, a curve counts as constant within a tick, and the first interval is left out,
+    because the loss falls steeply there.
     """
     if kind == "point":
         return _align_points(own, kimg)

@@ -1,4 +1,4 @@
-"""Whether a run is normal: where its curves lie in the bands of a reference, in a sentence."""
+"""Judges whether a run is normal: whether its curves lie in the bands of a reference."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from training.reference_curves.titles import GRADIENT, LOSS, VALIDATION, order_o
 from training.run_report.history import History
 from training.run_report.levels import range_of
 
-_MAX_NAMED = 3  # Curves that a sentence names beside the first.
+_MAX_NAMED = 3  # Most curves that a verdict names after the first.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Placed:
     """A curve of a run beside its reference, at P points.
 
     Attributes:
-        low, mean, high: [P], of the reference.
+        low, mean, high: [P], band and mean of the reference.
     """
 
     name: str
@@ -35,19 +35,19 @@ class Placed:
 
     @property
     def side(self) -> np.ndarray:
-        """Of each point 1 above the band, -1 below it and 0 inside, [P]."""
+        """For each point 1 above the band, -1 below it and 0 inside, [P]."""
         return np.where(self.values > self.high, 1, np.where(self.values < self.low, -1, 0))
 
 
 @dataclasses.dataclass(frozen=True)
 class Departure:
-    """That a curve left its band.
+    """A curve's departure from its band: the one that lasts, or else the first.
 
     Attributes:
         side: 1 above, -1 below.
-        since: Kimg of the first point outside: of the departure that lasts, or else of the first.
-        lasts: Whether the newest point is outside, on the same side.
-        kimg, value, low, high: The newest point outside, and the band there.
+        since: Kimg of the departure's first point.
+        lasts: Whether the departure includes the newest point of the curve.
+        kimg, value, low, high: The departure's last point, and the band there.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Departure:
 
     @property
     def where(self) -> str:
-        """Where the curve is and was, in words."""
+        """Where the curve is or was outside, in words."""
         side = "above" if self.side > 0 else "below"
         normal = f"{self.value:.4g} at kimg {format_kimg(self.kimg)}, where {self.low:.4g} to "
         normal += f"{self.high:.4g} is normal"
@@ -78,13 +78,13 @@ class Departure:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What is known of a run beside a reference.
+    """How a run compares with a reference.
 
     Attributes:
-        kimg: As far as the run was judged; 0 if there was nothing to judge.
-        placed: Its curves that were judged.
-        departures: Of those that left their bands, the most telling first.
-        left_out: Sentences: what was not judged, and why.
+        kimg: How far the run was judged; 0 if there was nothing to judge.
+        placed: The curves that were judged.
+        departures: Departures from the bands, the most important first.
+        left_out: Clauses that say which curves were not judged, and why.
     """
 
     reference: Reference
@@ -123,10 +123,10 @@ class Verdict:
 def judge(
     run_dir: Path, history: History, reference: Reference, comparison: Comparison | None = None
 ) -> Verdict:
-    """Return where the curves of a run lie, as far as both go.
+    """Return how the curves of a run lie in the bands of a reference, as far as both go.
 
-    ``history`` is what was read of its ``stats.jsonl``, and ``comparison`` that of the settings;
-    without it they are taken for equal.
+    ``history`` holds what was read of the run's ``stats.jsonl``. ``comparison`` is that of the
+    settings, which count as equal without it.
     """
     own = curves_of(run_dir, history)
     placed, left_out = [], []
@@ -146,7 +146,7 @@ def judge(
 def _not_judged(
     name: str, curve: Curve, own: Series | None, comparison: Comparison | None
 ) -> str | None:
-    """Return why a curve of the reference is not compared; None if it is."""
+    """Return why a curve of the reference is not judged; None if it is."""
     title = title_of(name)
     if own is None:
         return f"the run has not recorded {title}"
@@ -164,7 +164,8 @@ def _not_judged(
 def place(name: str, own: Series, reference: Reference) -> Placed:
     """Return a run's curve beside its reference, at the points that both have.
 
-    Where the run's ticks are longer, seeds vary less in them, and the band is that of their means.
+    Means over longer ticks vary less between seeds. Where the run's ticks are longer than the
+    reference's, the band of such means is used if it is narrower.
     """
     curve = reference.curves[name]
     found: Aligned = align(own, curve.kind, curve.start, np.array(curve.kimg))
@@ -186,7 +187,7 @@ def place(name: str, own: Series, reference: Reference) -> Placed:
 
 
 def departure_of(placed: Placed) -> Departure | None:
-    """Return how a curve left its band, the lasting departure before one that is over."""
+    """Return the departure of a curve that lasts, or else its first one; None without any."""
     side = placed.side
     outside = np.flatnonzero(side)
     if not len(outside):
@@ -214,7 +215,7 @@ def departure_of(placed: Placed) -> Departure | None:
 
 
 def _by_meaning(departures: Sequence[Departure]) -> list[Departure]:
-    """Return departures in the order in which to tell of them: lasting ones, and losses, first."""
+    """Return departures by importance: lasting ones first, and among those losses first."""
 
     def rank(found: Departure) -> tuple[bool, tuple[int, float], float]:
         return not found.lasts, order_of(found.name), found.since
@@ -225,7 +226,7 @@ def _by_meaning(departures: Sequence[Departure]) -> list[Departure]:
 def reasons(departure: Departure, others: Mapping[str, int]) -> str:
     """Return likely reasons for a departure, and where to look.
 
-    ``others`` are the sides, 1 or -1, on which other curves lie outside, by name.
+    ``others`` maps the names of other curves outside their bands to their sides, 1 or -1.
     """
     name, above = departure.name, departure.side > 0
     if name == GRADIENT:

@@ -1,4 +1,4 @@
-"""From runs that differ in their seeds to reference curves."""
+"""Makes reference curves from runs that differ only in their seeds."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from training.reference_curves.settings import DataFacts, compare_settings, deci
 from training.reference_curves.titles import order_of
 from training.run_report.files import Run
 
-MIN_RUNS = 3  # Fewer say next to nothing of how much runs vary.
+MIN_RUNS = 3  # Fewer runs say next to nothing about how much runs vary.
 COVERAGE = 0.99
 
 
@@ -28,11 +28,11 @@ def make_reference(
     coverage: float = COVERAGE,
     note: str = "",
 ) -> Reference:
-    """Return the reference curves of runs that differ in their seeds alone.
+    """Return the reference curves of runs that differ only in their seeds.
 
-    ``starts`` are the configurations and the origins of the runs. Curves that some run lacks are
-    left out. Raises ValueError if the runs differ otherwise, were recorded at other points, or are
-    too few.
+    ``starts`` has the configuration and the origin of each run. Curves that some run lacks are left
+    out. Raises ValueError if runs share a seed, differ otherwise, were recorded at different
+    points, distil, or are too few.
     """
     if len(runs) < MIN_RUNS:
         raise ValueError(f"Give at least {MIN_RUNS} runs, better five; got {len(runs)}.")
@@ -82,7 +82,7 @@ def _check_seeds(runs: Sequence[Run], configs: Sequence[RunConfig]) -> None:
 
 
 def data_facts(options: Mapping[str, Any]) -> DataFacts:
-    """Return what ``training_options.json`` says of the data of a run."""
+    """Return what ``training_options.json`` says about the data of a run."""
     data = options.get("data")
     data = data if isinstance(data, dict) else {}
     names = data.get("class_names")
@@ -111,9 +111,9 @@ def _texts(values: Any) -> dict[str, str]:
 
 
 def common_curves(runs: Sequence[Mapping[str, Series]]) -> dict[str, list[Series]]:
-    """Return the curves that all runs have, cut off where the first of them ends.
+    """Return the curves that all runs have, cut to the shortest run's length.
 
-    Raises ValueError if runs were recorded at other points.
+    Raises ValueError if runs were recorded at different points, or scored differently.
     """
     found = {}
     for name, first in sorted(runs[0].items(), key=lambda item: order_of(item[0])):
@@ -134,7 +134,7 @@ def common_curves(runs: Sequence[Mapping[str, Series]]) -> dict[str, list[Series
 
 
 def with_bands(columns: Mapping[str, Sequence[Series]], coverage: float) -> dict[str, Curve]:
-    """Return curves with bands in which a further run lies altogether with ``coverage``."""
+    """Return curves with bands that contain all of a further run with probability ``coverage``."""
     num_points = sum(len(own[0].kimg) for own in columns.values())
     found = {}
     for name, own in columns.items():
@@ -155,7 +155,10 @@ def with_bands(columns: Mapping[str, Sequence[Series]], coverage: float) -> dict
 
 
 def leave_one_out(columns: Mapping[str, Sequence[Series]], coverage: float) -> LeftOut | None:
-    """Return how many runs lie in the bands of the remaining runs, with all their curves."""
+    """Return how many runs lie, with all their curves, in the bands of the other runs.
+
+    Returns None for fewer than three runs.
+    """
     num_runs = len(next(iter(columns.values())))
     if num_runs < MIN_RUNS:
         return None

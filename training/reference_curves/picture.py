@@ -17,7 +17,7 @@ _WIDTH, _HEIGHT = 460, 320  # Of a panel, in pixels.
 
 
 def draw_verdict(verdict: Verdict, name: str) -> "PIL.Image.Image":
-    """Return a picture with a panel for each curve of the reference, and the run's where it is."""
+    """Return a picture with a panel for each reference curve, and the run's curve if judged."""
     reference = verdict.reference
     placed = {one.name: one for one in verdict.placed}
     columns = min(_COLUMNS, len(reference.curves))

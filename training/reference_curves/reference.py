@@ -1,4 +1,4 @@
-"""A file of reference curves: what it holds, reading and writing it (docs/formats.md)."""
+"""A file of reference curves: what it holds, and how it is read and written (docs/formats.md)."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ from dnnlib.files import atomic_write, check_source, read_file
 from dnnlib.typed import JsonFormat, typed
 from training.reference_curves.settings import DataFacts
 
-RUN_FILE = "reference.json"  # In the folder of a run that is compared with it.
+RUN_FILE = "reference.json"  # In the folder of a run: the reference that it is compared with.
 _FORMAT = JsonFormat(
     "setdiffit-reference-curves",
     1,
@@ -18,7 +18,7 @@ _FORMAT = JsonFormat(
     "make it again with fid.py curves, or take the file from where it came",
 )
 _MAX_BYTES = 20_000_000
-_DIGITS = 5  # Of a number in a file.
+_DIGITS = 5  # Significant digits of a number in a file.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +26,13 @@ class Curve:
     """A curve at T points, with its band.
 
     Attributes:
-        kind: ``window``: each value is the mean since the point before, the first since ``start``;
-            ``point``: what is measured at the point.
+        kind: ``window`` if each value is the mean since the previous point, the first since
+            ``start``; ``point`` if it is measured at the point.
+        start: Kimg at which the first window begins; 0 for points.
         kimg: [T], ascending.
         mean, spread, low, high: [T], see :class:`~training.reference_curves.bands.Band`.
-        values: [S][T], of each run.
-        protocol: Of a score, how it is measured.
+        values: [S][T], values of each run.
+        protocol: How a score is measured; None for statistics.
     """
 
     kind: str
@@ -47,10 +48,10 @@ class Curve:
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A figure that others have published, and which was not measured here."""
+    """A figure that others have published and that was not measured here."""
 
     metric: str
-    name: str  # Which of its values.
+    name: str  # Which of the metric's values.
     value: float
     settings: str
     source: str
@@ -58,7 +59,7 @@ class Published:
 
 @dataclasses.dataclass(frozen=True)
 class LeftOut:
-    """How many runs, of how many, lie in the band of the remaining ones."""
+    """How many of the runs lie in the bands that the other runs give."""
 
     num_inside: int
     num_runs: int
@@ -71,16 +72,17 @@ class Reference:
     Attributes:
         preset: The preset of the runs.
         settings: What the curves depend on, by name; see ``deciding_settings``.
-        data: What they were trained on.
-        kimg: Where the curves end.
-        total_kimg: After which the runs would have ended by themselves.
+        data: What the runs were trained on.
+        kimg: Where the longest curves of means over ticks end.
+        total_kimg: Configured duration of the runs.
         coverage: Probability that a further run lies in all bands, from the first point to the
             last.
+        left_out: Result of judging each run by the bands of the others; None if not tried.
         curves: By name: a statistic of ``stats.jsonl``, or METRIC/VALUE of a score.
-        published: Figures of others.
-        command: What trained the runs.
-        packages: Versions of what they ran with.
-        note: What else is to be known.
+        published: Figures that others have published.
+        command: Command that trained the first run.
+        packages: Versions of the packages that it ran with.
+        note: Further remarks.
     """
 
     preset: str
@@ -99,7 +101,7 @@ class Reference:
 
 
 def read_reference(path: Path, where: str = "") -> Reference:
-    """Return the content of a file; ``where`` is the option that named it.
+    """Return the reference in a file; ``where`` is the option that named the file.
 
     Raises ValueError with one sentence for any other file, or a damaged one.
     """
@@ -129,12 +131,12 @@ def _made(values: dict[str, Any]) -> Reference:
 
 
 def is_reference(path: Path) -> bool:
-    """Return whether a file holds reference curves; raises ValueError if it is damaged."""
+    """Return True for a file of reference curves; raises ValueError for any other file."""
     return bool(read_reference(path))
 
 
 def write_reference(path: Path, reference: Reference) -> None:
-    """Write a file, whole or not at all; each column of a curve is a line."""
+    """Write a reference to a file atomically, with one line per column of a curve."""
     values = dict(format=_FORMAT.name, version=_FORMAT.version, **dataclasses.asdict(reference))
     curves = values.pop("curves")
     text = json.dumps(values, indent=1)[: -len("\n}")]

@@ -1,4 +1,4 @@
-"""Which settings curves depend on, and what keeps two runs from being compared."""
+"""The settings that curves depend on, and the differences that make two runs incomparable."""
 
 import dataclasses
 import json
@@ -8,14 +8,14 @@ from typing import Any
 from dnnlib.config import identity
 from training.config import RunConfig
 
-# What the seeds of a reference differ in, and what curves of training do not depend on: where the
-# data are, and averages of the weights.
+# The seed, in which the runs of a reference differ, and settings on which curves do not depend:
+# further averages of the weights, and where the data are.
 _FREE = ("training.seed", "training.ema_stds", "data.data")
-# What is made anew wherever data are prepared, and is never equal to the last digit.
+# Made anew wherever data are prepared, and never equal to the last digit.
 _MADE_ANEW = ("model.vae_hash", "model.visual_hash", "model.text_hash", "model.latent_scale")
 _FIRST_WEIGHTS = "transfer"  # Hash of the weights that a run starts from, if it does.
 _AVERAGE = ("training.ema_kimg", "training.ema_rampup")
-# Why curves of two runs differ where a setting does, by how its name begins; the first counts.
+# Why curves differ where a setting does, by the beginning of its name; the first match counts.
 _REASONS = (
     ("precond.", "the loss is a different quantity, or covers different noise levels"),
     ("training.loss_scaling", "the gradient norm is in other units"),
@@ -37,7 +37,7 @@ _REASONS = (
 
 @dataclasses.dataclass(frozen=True)
 class DataFacts:
-    """What tells data apart; None or 0 where that is not known."""
+    """What identifies training data; None or 0 where it is not known."""
 
     name: str | None = None
     num_images: int | None = None
@@ -50,10 +50,9 @@ class Comparison:
     """How the settings of a run differ from those of the reference.
 
     Attributes:
-        differences: Sentences, one for each difference that makes curves incomparable.
-        notes: What differs and changes curves little.
-        same_average: Whether the averaged weights, of which validation and scores are, are made
-            alike.
+        differences: One clause for each difference that makes curves incomparable.
+        notes: One clause for each difference that changes curves little.
+        same_average: Whether weights are averaged alike: validation and scores are of averages.
     """
 
     differences: list[str]
@@ -62,9 +61,9 @@ class Comparison:
 
 
 def deciding_settings(config: RunConfig, origin: Mapping[str, Any] | None = None) -> dict[str, str]:
-    """Return the settings that the curves of a run depend on, but for its data, as JSON texts.
+    """Return the settings that a run's curves depend on, except for its data, as JSON by name.
 
-    ``origin`` is what ``training_options.json`` says of its first weights.
+    ``origin`` is what ``training_options.json`` says about the run's first weights.
     """
     found = {name: value for name, value in identity(config).items() if name not in _FREE}
     found[_FIRST_WEIGHTS] = (origin or {}).get("transfer")
@@ -72,7 +71,7 @@ def deciding_settings(config: RunConfig, origin: Mapping[str, Any] | None = None
 
 
 def _plain(value: Any) -> Any:
-    """Return a value without the difference between 154 and 154.0, which a command line makes."""
+    """Return a value in which 154.0 is 154: command lines can give a number either way."""
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -83,7 +82,7 @@ def _plain(value: Any) -> Any:
 def compare_settings(
     own: Mapping[str, str], reference: Mapping[str, str], data: DataFacts, data_there: DataFacts
 ) -> Comparison:
-    """Return how a run differs from a reference; both as of :func:`deciding_settings`."""
+    """Return how a run differs from a reference; settings are :func:`deciding_settings`'s."""
     changed = [n for n in {**reference, **own} if own.get(n) != reference.get(n)]
     differences = [
         f"{name} is {_short(own.get(name))} here and {_short(reference.get(name))} there: "

@@ -1,4 +1,4 @@
-"""Names of curves, for use in a sentence."""
+"""Titles of curves for use in sentences, and the order in which they are shown."""
 
 from training.run_report.levels import range_of
 
@@ -7,7 +7,7 @@ _STATISTICS = {LOSS: "the loss", VALIDATION: "the validation loss", GRADIENT: "t
 
 
 def title_of(name: str) -> str:
-    """Return what a statistic or METRIC/VALUE is called."""
+    """Return what a sentence calls a statistic or METRIC/VALUE, such as ``the loss``."""
     if name in _STATISTICS:
         return _STATISTICS[name]
     level = range_of(name)
@@ -18,7 +18,7 @@ def title_of(name: str) -> str:
 
 
 def order_of(name: str) -> tuple[int, float]:
-    """Return the key by which curves are sorted: losses, gradient norm, noise levels, scores."""
+    """Return a sort key for curves: losses, gradient norm, losses by noise level, scores."""
     first = (LOSS, VALIDATION, GRADIENT)
     if name in first:
         return first.index(name), 0.0

@@ -1,4 +1,4 @@
-"""The members of an archive as ``torch.save`` writes it, with its tensors still elsewhere."""
+"""Builds the members of a ``torch.save`` archive whose tensors already lie elsewhere."""
 
 import collections
 import io
@@ -24,10 +24,10 @@ _STORAGES = {
 
 
 class Archive:
-    """Collects a tree of plain values with tensors in it, for a file that ``torch.load`` reads.
+    """Collects the members of a file that ``torch.load`` reads as a tree of values and tensors.
 
     Args:
-        place: Puts bytes or a tensor somewhere, and returns where that is.
+        place: Copies bytes or a tensor to where the file is written from; returns the copy's place.
     """
 
     def __init__(self, place: Callable[[Any], Any]) -> None:
@@ -35,7 +35,7 @@ class Archive:
         self._storages: list[Any] = []
 
     def add(self, tensor: Tensor) -> Any:
-        """Place a tensor, and return what stands for it in the tree."""
+        """Place a tensor of any dtype in ``_STORAGES``; return its stand-in for the tree."""
         order = memory_order(tensor)
         strides, step = [0] * tensor.ndim, 1
         for dim in reversed(order):
@@ -46,7 +46,7 @@ class Archive:
         return _Tensor(storage, tuple(tensor.shape), tuple(strides))
 
     def members(self, tree: Mapping[str, Any]) -> dict[str, Any]:
-        """Return where each member of the archive is, by its name."""
+        """Return the place of every member of the archive by name; ``tree`` holds stand-ins."""
         content = io.BytesIO()
         _Pickler(content, protocol=2).dump(tree)
         found = {
@@ -58,7 +58,7 @@ class Archive:
 
 
 class _Tensor:
-    """Is read as a tensor whose elements are in another member of the archive."""
+    """Stands for a tensor whose elements are in another member; ``torch.load`` rebuilds it."""
 
     def __init__(self, storage: tuple, shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
         self._about = (_Storage(storage), 0, shape, strides, False, collections.OrderedDict())

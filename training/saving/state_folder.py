@@ -1,6 +1,6 @@
-"""A training state as a folder: tensors in parts that ranks write side by side, and a manifest.
+"""A training state as a folder: tensors in parts that ranks write in parallel, and a manifest.
 
-Parts are safetensors files. The manifest is JSON, is written last, and has the checksums of all.
+Parts are safetensors files. The manifest is JSON; it is written last and has every checksum.
 """
 
 import concurrent.futures
@@ -22,7 +22,7 @@ from dnnlib.typed import parse_json
 from torch_utils.saver import memory_order
 from torch_utils.states import Pieces, map_leaves, put_together
 
-FORMAT_VERSION = 2  # 1: the configuration did not name the family of its model.
+FORMAT_VERSION = 2  # Configurations of version 1 did not name the family of their model.
 STATE_FORMAT = "setdiffit-training-state"
 _DTYPES = {
     "F64": torch.float64,
@@ -39,36 +39,37 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _HEADER_ALIGNMENT = 64
 _MAX_HEADER = 1 << 30
-# Of folders in the place of files and of damaged archives; None: no error of the system.
+# Error numbers that speak of the content: a folder in place of a file, or a damaged archive (None:
+# an OSError that did not come from the operating system).
 _OF_CONTENT = (None, errno.EISDIR, errno.ENOTDIR, errno.EINVAL)
 
 
 class IntactError(ValueError):
-    """A state cannot be read now or by this version, and is to stay as it is."""
+    """A state that cannot be read now, or by this version, but may be intact: it is left alone."""
 
 
 def check_readable(path: Path, error: Exception) -> None:
-    """Raise IntactError if ``error`` is one of the disk or of rights, not of the content."""
+    """Raise IntactError if ``error`` comes from the disk or from access rights, not the content."""
     if isinstance(error, OSError) and error.errno not in _OF_CONTENT:
         but = f"cannot be read now ({error.strerror}), which does not mean that it is damaged"
         raise IntactError(f"{path}: {but}; nothing was changed.") from error
 
 
 def part_name(rank: int) -> str:
-    """Return the name of the file that a rank writes."""
+    """Return the name of the part that a rank writes."""
     return f"part-{rank:05d}.safetensors"
 
 
 def sorted_for_part(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors in the order of their file: large elements first, so that all are aligned."""
+    """Return tensors in the order of a part: the widest dtypes first, so that all are aligned."""
     return dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
 
 
 def part_header(tensors: Mapping[str, Tensor]) -> bytes:
-    """Return what a part begins with: the size of its header, then names, types and places.
+    """Return the beginning of a part: the length of the header, then dtypes, shapes and offsets.
 
-    Tensors lie in the file as they do in memory. Where that is not the usual order of dimensions,
-    ``order`` in the metadata names it, and ``shape`` is in that order.
+    Tensors are written as they lie in memory. Where that permutes the dimensions, as channels_last
+    does, ``order`` in the metadata has the permutation, and ``shape`` is in that order.
     """
     orders = {name: memory_order(tensor) for name, tensor in tensors.items()}
     unusual = {name: order for name, order in orders.items() if order != sorted(order)}
@@ -84,9 +85,9 @@ def part_header(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def read_part(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a part by name, which stay in the file until they are used.
+    """Return the tensors of a part by name, memory-mapped: they are read when they are used.
 
-    Raises ValueError for what is none.
+    Raises ValueError, KeyError, TypeError or AttributeError for a file that is not a part.
     """
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
@@ -116,10 +117,10 @@ def read_part(path: Path) -> dict[str, Tensor]:
 
 
 def load(path: Path, *, lazily: bool) -> dict[str, Any]:
-    """Read a state, of which every checksum is verified first; ValueError for anything else.
+    """Return a state whose checksums all match; raises ValueError for anything else.
 
-    With ``lazily`` its tensors are :class:`~torch_utils.states.Pieces`. A state that takes the
-    name while this one is read is read instead.
+    With ``lazily`` its tensors are :class:`~torch_utils.states.Pieces`. If another state takes the
+    path while this one is being read, that one is read instead.
     """
     while True:
         before = _identity(path)
@@ -134,7 +135,7 @@ def load(path: Path, *, lazily: bool) -> dict[str, Any]:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Return what tells the folder of a name from others that had or get it; None for none."""
+    """Return what tells a folder from others that take its path (inode, mtime); None if absent."""
     try:
         about = os.stat(path)
     except OSError:
@@ -166,7 +167,7 @@ def _read(path: Path, lazily: bool) -> dict[str, Any]:
                 found.setdefault(key, []).append((first, tensors[key]))
         state = put_together(manifest["tree"], lambda key: found[key])
         state = dict(state, config=manifest["config"])
-        # Also where nobody reads yet: what is incomplete is found now.
+        # Lazy tensors are checked as well, so that missing rows are found now and not on use.
         map_leaves(lambda pieces: pieces.check(), state, (Pieces,))
         return state if lazily else map_leaves(lambda leaf: leaf.whole(), state, (Pieces,))
     except FileNotFoundError as error:
@@ -182,7 +183,7 @@ def _read(path: Path, lazily: bool) -> dict[str, Any]:
 
 
 def check_version(path: Path, version: Any) -> None:
-    """Raise ValueError for a file of a later version of the software."""
+    """Raise IntactError for a file of a later format version, ValueError for one without any."""
     if not isinstance(version, int) or version > FORMAT_VERSION:
         but = f"this version of the software reads up to {FORMAT_VERSION}"
         kind = IntactError if isinstance(version, int) else ValueError
@@ -190,7 +191,7 @@ def check_version(path: Path, version: Any) -> None:
 
 
 def is_of_stop(path: Path) -> bool:
-    """Return whether a state was written because a run with rollbacks stopped; False if unknown."""
+    """Return whether a run with --rollback wrote a state only to stop; False if unknown."""
     try:
         return parse_json(read_file(path / MANIFEST)).get("of_stop", False) is True
     except (OSError, ValueError, AttributeError):
@@ -198,12 +199,12 @@ def is_of_stop(path: Path) -> bool:
 
 
 def is_state_folder(path: Path) -> bool:
-    """Return whether a path is a training state in parts, and complete."""
+    """Return whether a path is a complete training state in parts: a folder with a manifest."""
     return path.name.startswith("training-state-") and (path / MANIFEST).is_file()
 
 
 def remove_incomplete_states(run_dir: Path) -> None:
-    """Delete the parts of states that were never completed."""
+    """Delete the folders of states that never got a manifest."""
     for path in run_dir.glob("training-state-*"):
         if path.is_dir() and not is_state_folder(path):
             remove_state(path)

@@ -1,8 +1,8 @@
-"""Wait until everything of a run is on disk, also after the end of the processes that trained it.
+"""Waits until everything of a run is on disk, even after the processes that trained it ended.
 
     python -m training.saving.wait runs/00000-x
 
-A job that ends its machine or its container as soon as its command ends calls this after it.
+A job whose machine or container shuts down as soon as its command ends runs this at the end.
 """
 
 import time
@@ -19,9 +19,9 @@ _PATIENCE_SEC = 60.0
 
 
 def wait_for_savers(run_dir: Path, report: Callable[[str], None]) -> None:
-    """Wait for what an earlier process, which may be gone, still writes in a run folder.
+    """Wait until no saver of an earlier process, which may be gone, writes to a run folder.
 
-    Raises ValueError if that takes longer than a saver may live.
+    Raises ValueError if one of them outlives the time that savers have.
     """
     deadline, told = time.monotonic() + DEADLINE_SEC + _PATIENCE_SEC, False
     for path in sorted(run_dir.glob(".saver-*.lock")):

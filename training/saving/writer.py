@@ -1,4 +1,4 @@
-"""States and snapshots of a run, written in the background by a process of each rank."""
+"""Writes states and snapshots of a run in the background, with one saver process per rank."""
 
 import collections
 import contextlib
@@ -32,17 +32,19 @@ from training.saving.state_folder import (
     sorted_for_part,
 )
 
-# Path of a snapshot, its weights one after another, the run as it is sampled, its progress.
+# Path of a snapshot, its weights one by one, the run as it is sampled, and its progress.
 SnapshotParts = tuple[Path, Iterator[tuple[str, Tensor | None]], RunConfig, dict[str, Any]]
 
 
 class Writer:
-    """Copies what is to be written, and leaves the rest to the savers.
+    """Copies states and snapshots into memory from which the savers write them.
 
-    Every rank that sees the run folder writes a part of a state. Making one is collective.
+    Every rank that sees the run folder writes a part of each state. Construction is collective, and
+    raises ValueError if the run is sharded and a rank does not see the run folder.
 
     Args:
-        is_sharded: Whether ranks hold the rows of tensors, and whole ones have to be gathered.
+        is_sharded: Whether each rank holds some rows of each tensor, so that snapshots are
+            gathered.
     """
 
     def __init__(
@@ -65,18 +67,18 @@ class Writer:
                 f"{run_dir}: ranks {', '.join(map(str, missing))} do not see it, but each writes "
                 "its part of a state; give an --outdir that all nodes share."
             )
-        # Of what every rank has as a whole; in sharded runs that is little.
+        # These ranks write what every rank holds whole; in sharded runs that is little.
         self._writers = (0,) if is_sharded else seeing
         if self._rank in seeing:
             saver.hold(lock_path(run_dir, self._rank))
 
     def reserve(self, like: Any, network: nn.Module, device: torch.device) -> None:
-        """Prepare memory for states whose tensors are as large as these, and for snapshots."""
+        """Reserve memory for states whose tensors are as large as ``like``'s, and for snapshots."""
         _, own, _ = take_apart(like, self._writers, self._rank)
         # Each tensor begins at a multiple of 64 bytes.
         num_bytes = sum(tensor.nbytes + 64 for tensor in own.values())
         if self._rank == 0:
-            # Snapshots have the averages of sharded runs as a whole, and those of profiles as half.
+            # Bytes per parameter: the gathered float32 average of a sharded run, float16 profiles.
             width = 4 * self._is_sharded + 2 * len(self._config.training.ema_stds)
             num_bytes += width * count_parameters(network)
         self._saver.reserve(num_bytes, is_pinned=device.type == "cuda")
@@ -91,11 +93,12 @@ class Writer:
         alone: bool = False,
         of_stop: bool = False,
     ) -> float:
-        """Copy a state and snapshots; return the seconds for which the last ones were waited for.
+        """Copy a state and snapshots for the savers; return the seconds spent waiting before that.
 
-        As soon as it ``is_urgent`` they are not, which takes memory for one more. Collective,
-        unless rank 0 is ``alone``, because the others may have stopped: then it writes all, and
-        ``state`` has to be whole. ``of_stop`` marks one that is written only because a run stops.
+        The wait is for the previous ones to be written. Once ``is_urgent()`` is true it ends, and
+        the copy takes more memory. Collective, unless ``alone``: then rank 0 writes everything,
+        because other ranks may have stopped, and ``state`` has to be whole. ``of_stop`` marks a
+        state that is written only because the run stops.
         """
         if alone and self._rank:
             return 0.0
@@ -109,7 +112,7 @@ class Writer:
         with together():
             waited = self._saver.begin(is_urgent)
             if state is not None:
-                # First: what snapshots share with it is not copied again.
+                # The state comes first: snapshots then share its copies of their tensors.
                 tree, own, first_rows = take_apart(state, writers, self._rank)
                 own, part = sorted_for_part(own), (part_name(self._rank), first_rows)
                 regions = [self._saver.stage(part_header(own))]
@@ -120,7 +123,7 @@ class Writer:
                 self._saver.write_file(folder / part[0], regions)
         if state is None:
             return waited
-        # A state is begun once every rank has its copy.
+        # The manifest is ordered only once every rank has copied its part.
         parts = [part] if alone else distributed.gather_objects(part)
         if self._rank == 0:
             header = dict(format=STATE_FORMAT, version=FORMAT_VERSION)
@@ -137,7 +140,7 @@ class Writer:
         self._saver.check()
 
     def finish(self) -> None:
-        """Wait until all of this rank, and on rank 0 every state, is written."""
+        """Wait until this rank's files are written and, on rank 0, every state is complete."""
         self._saver.wait()
 
     def _write_snapshot(
@@ -153,10 +156,10 @@ class Writer:
             header = snapshot_header(config, self._data, progress)
             self._saver.write_archive(path, archive.members(dict(header, ema=ema)))
         elif self._is_sharded:
-            collections.deque(weights, maxlen=0)  # Gathered on rank 0 by all.
+            collections.deque(weights, maxlen=0)  # Gathering them on rank 0 is collective.
 
 
 def _who_sees(run_dir: Path) -> tuple[int, ...]:
-    """Return the ranks on whose machine the run folder is, which rank 0 made. Collective."""
+    """Return the ranks that see the run folder, which rank 0 made. Collective."""
     found = distributed.gather_objects(run_dir.is_dir())
     return tuple(rank for rank, sees in enumerate(found) if sees)

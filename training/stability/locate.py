@@ -1,4 +1,4 @@
-"""Which layer is the first whose values are not finite."""
+"""Finds the first layer whose values are not finite."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -12,9 +12,10 @@ from torch_utils import distributed
 
 @contextlib.contextmanager
 def _first_not_finite(network: nn.Module) -> Iterator[list[str]]:
-    """Within it, have the names of modules whose outputs are not finite, in the order computed.
+    """Yield a list that gets the name of the first module whose output is not finite, if any.
 
-    A module whose inputs were not finite either stands for the arithmetic of its parent.
+    If the inputs of that module were not finite either, its parent is named: the values come from
+    arithmetic between the parent's children.
     """
     found: list[str] = []
 
@@ -45,17 +46,17 @@ def _are_finite(values: Any) -> bool:
 def first_not_finite(
     objective: nn.Module, network: nn.Module, batch: tuple[Any, ...]
 ) -> str | None:
-    """Return where the values of a step first were not finite, None if they are. Collective.
+    """Return where the values of a step first were not finite, None if all are. Collective.
 
-    ``network`` is the part of the objective that is trained, whose modules are looked at.
+    ``network`` is the part of the objective that is trained; its modules are examined.
 
-    The forward pass is made again with the last ``batch`` (images, conditions, draws) of each rank.
-    The weights are those of the step, as a step whose gradients are not finite updates nothing.
+    The forward pass is repeated on the last ``batch`` (images, conditions, draws) of each rank. The
+    weights are still those of the step, because non-finite gradients update nothing.
     """
     device = batch[0].device
     found = "the data" if not _are_finite(batch[0]) else None
     plain = contextlib.nullcontext()
-    if network.is_compiled:  # Compiled code has no modules to look at.
+    if network.is_compiled:  # Compiled code does not call the hooks of modules.
         plain = torch.compiler.set_stance("force_eager")
     with (
         torch.random.fork_rng([device] if device.type == "cuda" else []),

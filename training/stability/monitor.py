@@ -1,6 +1,6 @@
-"""Watches the losses and gradients of every step, and reports at a tick what went wrong and where.
+"""Watches the loss and gradients of every step, and reports at a tick what went wrong and where.
 
-Steps only add to what lies on the device; everything is read at the end of a tick.
+Steps only collect tensors on the device; the host reads them at the end of a tick.
 """
 
 import itertools
@@ -18,18 +18,18 @@ from training.stability.rollbacks import RollbackRequested
 from training.stability.spikes import FACTOR, NUM_STEPS, SpikeDetector
 from training.telemetry import Telemetry
 
-_SEVERAL = 5  # Gradients in a row that are not finite.
-_FOLLOW = 0.02  # Weight of a step in the usual norm of a gradient.
-_SMALLEST = 1e-3  # Of the largest usual norm: those below count as that large.
+_SEVERAL = 5  # So many steps in a row with non-finite gradients are reported.
+_FOLLOW = 0.02  # Weight of a step in the moving average that is a gradient's usual norm.
+_SMALLEST = 1e-3  # Lower limit of usual norms, as a share of the largest.
 
 
 class Monitor:
-    """The losses of a run, step by step, and where its gradients grow.
+    """Finds loss spikes and non-finite gradients, and where they begin.
 
     Args:
         config: The run.
-        parameters: Of its network.
-        num_rollbacks: How often it went back so far.
+        parameters: Those of its network.
+        num_rollbacks: Rollbacks of the run so far.
         resume_state: The training state that it continues from, if any.
     """
 
@@ -43,7 +43,7 @@ class Monitor:
         self._training, self._step_nimg = config.training, config.step_nimg
         self._parameters, self._num_rollbacks = parameters, num_rollbacks
         self._detector = SpikeDetector()
-        # Images before the first step of a spike that nobody was told of, and the layer.
+        # Of a spike that is not reported yet: the images before its first step, and its layer.
         self._spike_nimg: int | None = None
         self._spike_layer: str | None = None
         self._phase: tuple[int, ...] | None = None
@@ -54,21 +54,22 @@ class Monitor:
             self._phase = tuple(known["phase"])
         self._told_nimg: int | None = None
         self._loss: Tensor | float = 0.0
-        self._norms: Tensor | None = None  # Of the gradients of the last step, and usual ones.
+        # [P] each: norms of the last step's gradients, and their moving averages.
+        self._norms: Tensor | None = None
         self._usual: Tensor | None = None
-        # Of each step since the last tick: its loss, and which gradient has grown most. On the
-        # host, the latter of the last steps before, and where a phase begins.
+        # For each step since the last read: its loss, and the index of the gradient that grew most.
+        # On the host: that index for the last steps before, and the steps at which a phase begins.
         self._losses: list[Tensor] = []
         self._begins: list[int] = []
         self._grown: list[Tensor] = []
         self._grown_before: list[int] = []
 
     def add(self, loss: Tensor) -> None:
-        """Add the loss of one pass of the step, a scalar."""
+        """Add the loss of one pass, a scalar, to that of the step."""
         self._loss = self._loss + loss.detach()
 
     def end_step(self, norms: Tensor, phase: tuple[int, ...]) -> None:
-        """Close a step whose gradients have ``norms`` [P], one for each that there is.
+        """Close a step; ``norms`` [P] are those of the P gradients that exist.
 
         Losses of one ``phase`` are not compared with those of another.
         """
@@ -85,9 +86,9 @@ class Monitor:
         self._usual = self._usual.lerp(follow, _FOLLOW)
 
     def read(self, cur_nimg: int) -> None:
-        """Take in the steps since the last call, which end at ``cur_nimg`` images.
+        """Look for a spike in the steps since the last call, which end at ``cur_nimg`` images.
 
-        Collective; synchronises.
+        Collective; waits for the device.
         """
         if not self._losses:
             return
@@ -98,16 +99,19 @@ class Monitor:
         place = self._first_spike(losses)
         self._losses, self._grown, self._grown_before = [], [], grown[-NUM_STEPS:]
         self._begins = []
-        # A stop within a tick may have come after its first spike.
+        # If a stop cut this tick in two, the part before it may have had the first spike.
         if place is None or self._spike_nimg is not None:
             return
         self._spike_nimg = cur_nimg - (len(losses) - place) * self._step_nimg
-        # After a resume, the gradients of the steps before are not known.
+        # The gradients of steps before a resume are not known.
         if num_before + place >= 0:
             self._spike_layer = self._layer(grown[num_before + place])
 
     def _first_spike(self, losses: list[float]) -> int | None:
-        """Return where in the losses since the last tick a spike begins, None without one."""
+        """Return the index in ``losses`` at which a spike begins, None without one.
+
+        As in :meth:`SpikeDetector.first`, it is negative for a spike that began before them.
+        """
         found = None
         for start, end in itertools.pairwise(dict.fromkeys([0, *self._begins, len(losses)])):
             if start in self._begins:
@@ -123,11 +127,11 @@ class Monitor:
         find: Callable[[], str | None],
         telemetry: Telemetry | None,
     ) -> None:
-        """Tell what is new of what goes wrong, at the end of a tick. Collective.
+        """Report new problems at the end of a tick. Collective.
 
-        ``find`` names where values of the forward pass are not finite, if they are not. Raises
-        RollbackRequested on every rank, with ``telemetry`` closed, if rank 0 says that the run goes
-        back.
+        ``find`` returns where values of the forward pass first are not finite, or None. Raises
+        RollbackRequested on every rank, with ``telemetry`` closed, if rank 0 decides that the run
+        goes back.
         """
         spike_nimg, self._spike_nimg = self._spike_nimg, None
         limit = self._training.skip_limit
@@ -158,13 +162,13 @@ class Monitor:
             raise RollbackRequested(text, cur_nimg, distributed.broadcast_object(first_nimg))
 
     def _last_gradient(self) -> str | None:
-        """Return the last gradient in the network that is not finite: the first computed."""
+        """Return the network's last non-finite gradient, which backpropagation computes first."""
         wrong = (~self._norms.isfinite()).nonzero().flatten().tolist()
         last = max(distributed.gather_objects(max(wrong, default=-1)))
         return None if last < 0 else f"the gradient of {self._layer(last)}"
 
     def _layer(self, index: int) -> str:
-        """Return the layer that has one of the parameters with a gradient."""
+        """Return the name of the layer that has the ``index``-th parameter with a gradient."""
         pairs = zip(self._parameters.names, self._parameters.own, strict=True)
         names = [name for name, own in pairs if own.grad is not None]
         return names[index].rpartition(".")[0]
@@ -174,7 +178,7 @@ class Monitor:
         return f"step {nimg // self._step_nimg + 1} (kimg {format_kimg(nimg / 1000)})"
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what decides later verdicts, as plain values; nothing without --rollback."""
+        """Return what later verdicts depend on, as plain values; nothing without --rollback."""
         if not self._training.rollback:
             return {}
         spike = dict(spike_nimg=self._spike_nimg, spike_layer=self._spike_layer)

@@ -1,8 +1,8 @@
-"""Rollbacks to an earlier state: their record, and what they leave behind.
+"""Rollbacks to an earlier state: their record, and the removal of what they make obsolete.
 
-``rollbacks.jsonl`` in the run folder has a row for each rollback, and is there before the run goes
-on. States and snapshots say how many came before them, so that any later start knows which belong
-to a part of the run that was given up.
+``rollbacks.jsonl`` in the run folder has a row for each rollback, written before the run continues.
+States and snapshots record how many rollbacks preceded them, so that any later start knows which of
+them belong to an abandoned part of the run.
 """
 
 import dataclasses
@@ -28,8 +28,8 @@ from training.saving.state_folder import is_of_stop
 ROLLBACKS_FILE = "rollbacks.jsonl"
 
 
-class RollbackRequested(BaseException):  # Nobody who catches errors means this.
-    """Training is to go back to a state before ``first_nimg`` images, and on with other data."""
+class RollbackRequested(BaseException):  # Not an Exception: handlers of errors let it pass.
+    """Asks to continue from a state of at most ``first_nimg`` images, with other data."""
 
     def __init__(self, reason: str, cur_nimg: int, first_nimg: int) -> None:
         super().__init__(reason)
@@ -38,7 +38,7 @@ class RollbackRequested(BaseException):  # Nobody who catches errors means this.
 
 @dataclasses.dataclass(frozen=True)
 class Rollback:
-    """One rollback of a run: its number, from 1, and the images before and after it."""
+    """One rollback of a run: its number, from 1, and the image counts that it goes from and to."""
 
     number: int
     from_nimg: int
@@ -47,7 +47,7 @@ class Rollback:
 
 
 def read_rollbacks(run_dir: Path) -> list[Rollback]:
-    """Return the rollbacks of a run so far; raises ValueError for a damaged file."""
+    """Return the rollbacks of a run so far, in order; raises ValueError for a damaged file."""
     path = run_dir / ROLLBACKS_FILE
     if not path.exists():
         return []
@@ -68,11 +68,11 @@ def read_rollbacks(run_dir: Path) -> list[Rollback]:
 
 
 def add_rollback(run_dir: Path, asked: RollbackRequested, report: Callable[[str], None]) -> int:
-    """Write down a rollback to the newest state before the trouble; return how many there are.
+    """Record a rollback to the newest state before the problem; return how many there are now.
 
-    States of a stop do not count, as a run that was not stopped has none. Where no state is as old,
-    it goes to the oldest; without any, to the beginning. What the run made after that state is
-    removed.
+    States that were written only for a stop do not count, because an uninterrupted run has none. If
+    no state is old enough, the rollback goes to the oldest; without states, to the beginning. What
+    the run made after that point is removed.
     """
     before = read_rollbacks(run_dir)
     regular = [made for path, made in _states(run_dir) if not is_of_stop(path)]
@@ -92,9 +92,10 @@ def add_rollback(run_dir: Path, asked: RollbackRequested, report: Callable[[str]
 
 
 def remove_abandoned(run_dir: Path, *, only_count: bool = False) -> int:
-    """Remove what was made after the states to which a run went back; return how often it did.
+    """Remove what abandoned parts of a run made; return the number of its rollbacks.
 
-    A kill in between is made up for by the next call. With ``only_count`` nothing is removed.
+    If a kill interrupts the removal, the next call completes it. With ``only_count`` nothing is
+    removed.
     """
     rollbacks = read_rollbacks(run_dir)
     if not rollbacks or only_count:
@@ -108,9 +109,9 @@ def remove_abandoned(run_dir: Path, *, only_count: bool = False) -> int:
         try:
             made = read_header(path)[1]
         except ValueError:
-            continue  # Whoever uses it says what is wrong.
+            continue  # The command that reads it reports the damage.
         if is_abandoned(made):
-            # Pictures cannot tell, and go first.
+            # Pictures do not record their rollbacks: they go before the snapshot that does.
             count = path.stem.removeprefix("network-snapshot-")
             for picture in run_dir.glob(f"*-{count}.png"):
                 picture.unlink()
@@ -122,7 +123,7 @@ def remove_abandoned(run_dir: Path, *, only_count: bool = False) -> int:
 
 
 def _states(run_dir: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Yield the readable states, newest first, and the progress that each holds."""
+    """Yield the readable states, newest first, each with the progress that it records."""
     for path in find_states(run_dir):
         try:
             yield path, load_state(path, lazily=True)["progress"]

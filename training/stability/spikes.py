@@ -1,33 +1,33 @@
-"""Detects when the loss leaves its usual range, from the losses of single steps."""
+"""Detects spikes of the loss, from the losses of single steps."""
 
 import collections
 import math
 import statistics
 from typing import Any
 
-FACTOR = 5.0  # Of the median of the usual losses.
-NUM_STEPS = 5  # So many in a row are a spike; single ones come with unusual batches.
+FACTOR = 5.0  # A loss is high above this multiple of the median of the usual losses.
+NUM_STEPS = 5  # So many high losses in a row are a spike; unusual batches cause single ones.
 _NUM_USUAL = 200
-_NUM_KNOWN = 50  # Nothing is said before so many losses are known.
+_NUM_KNOWN = 50  # No loss counts as high before so many are known.
 
 
 class SpikeDetector:
-    """Finds :data:`NUM_STEPS` losses in a row above :data:`FACTOR` times the usual one.
+    """Finds :data:`NUM_STEPS` losses in a row above :data:`FACTOR` times the usual loss.
 
-    The usual loss is the median of the last 200 that were not above. Losses that are not finite
-    belong to steps that the optimizer skips, and count for nothing. A level that stays becomes
-    the usual one.
+    The usual loss is the median of the last 200 losses that were not high. Non-finite losses belong
+    to steps that the optimizer skips, and are ignored. A high level that persists becomes the usual
+    one.
     """
 
     def __init__(self) -> None:
         self._usual: collections.deque[float] = collections.deque(maxlen=_NUM_USUAL)
         self._in_a_row = 0
-        self._age = 0  # Steps since the first of those in a row.
+        self._age = 0  # Steps since the first of the high losses in a row.
 
     def first(self, losses: list[float]) -> int | None:
-        """Return where in the next ``losses`` a spike begins, None without one.
+        """Return the index in the next ``losses`` at which a spike begins, None without one.
 
-        A spike that began before them is at a negative place.
+        It is negative for a spike whose first loss was passed in an earlier call.
         """
         found = None
         for place, loss in enumerate(losses):
@@ -46,7 +46,7 @@ class SpikeDetector:
         return found
 
     def forget(self) -> None:
-        """Begin anew, as the loss is another one from here on."""
+        """Begin anew, because the losses from here on are not comparable with those before."""
         self._usual.clear()
         self._in_a_row = self._age = 0
 

@@ -8,27 +8,27 @@ import numpy as np
 
 from data.preview import evenly_spaced
 
-NUM_IMAGES = 256  # Held-out images at which the network is evaluated at most, repeated ones too.
-_MAX_REPEATS = 4  # Of each, at other noise levels, where there are fewer.
-_MAX_CLASSES = 32  # Of more, each would have too few images to tell anything.
+NUM_IMAGES = 256  # Most held-out images that are evaluated, repetitions included.
+_MAX_REPEATS = 4  # Most evaluations of one image, at different noise levels, if images are few.
+_MAX_CLASSES = 32  # With more classes, each would have too few images to be informative.
 
 
 class Row(NamedTuple):
-    """Two items, a held-out one and one trained on, that get the same noise."""
+    """A held-out item and a training item that get the same noise."""
 
-    shape: tuple[int, int, int]  # Of what the network denoises: C, h, w.
-    held_out: Any  # The key of each in its dataset.
+    shape: tuple[int, int, int]  # [C, h, w] of what the network denoises.
+    held_out: Any  # Keys of the two items in their datasets.
     trained: Any
-    group: str | None = None  # The class of the held-out item.
+    group: str | None = None  # Class of the held-out item.
 
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """Which items are compared; a row of a set-conditioned model is a set.
+    """The items that are compared: images, or sets of images for a set-conditioned model.
 
     Attributes:
-        held_out, trained: Datasets of the two sides, as they are: nothing about them is random.
-        rows: R of them; rows of one shape lie together.
+        held_out, trained: Datasets of the two sides; reading them involves no randomness.
+        rows: R pairs of items; rows of one shape are adjacent.
     """
 
     held_out: Any
@@ -37,7 +37,7 @@ class Examples:
 
     @property
     def groups(self) -> dict[str, np.ndarray]:
-        """Which rows are of each class, bool [R]; empty for more than 32 classes, or without."""
+        """Masks of each class's rows, bool [R] each; empty without classes or for more than 32."""
         names = sorted({row.group for row in self.rows} - {None})
         if len(names) > _MAX_CLASSES:
             return {}
@@ -49,15 +49,15 @@ class Examples:
         return len({row.held_out for row in self.rows})
 
     def by_item(self, losses: np.ndarray) -> np.ndarray:
-        """Return the mean loss of each held-out item, [I], of those of the rows [R].
+        """Return the mean loss of each held-out item, [I], from the losses of the rows [R].
 
-        Unlike repeated rows of one image, items vary independently.
+        Items are statistically independent, as repeated rows of one image are not.
         """
         _, item = np.unique([row.held_out for row in self.rows], return_inverse=True)
         return np.bincount(item, losses) / np.bincount(item)
 
     def batches(self, size: int) -> Iterator[range]:
-        """Yield the rows of one batch after another, each of one shape and at most ``size``."""
+        """Yield successive batches of rows, each of one shape and of at most ``size`` rows."""
         first = 0
         for row in range(1, len(self.rows) + 1):
             is_end = row == len(self.rows) or self.rows[row].shape != self.rows[first].shape
@@ -67,14 +67,14 @@ class Examples:
 
 
 def num_repeats(num_held_out: int) -> int:
-    """Return how often each of so many held-out images is evaluated, where there are few."""
+    """Return how often each held-out image is evaluated: up to 4 times if there are few."""
     return min(max(NUM_IMAGES // num_held_out, 1), _MAX_REPEATS)
 
 
 def spread(num: int, length: int) -> list[int]:
-    """Return ``num`` positions, spread evenly over ``range(length)``; repeated if there are fewer.
+    """Return ``num`` positions spread evenly over ``range(length)``, repeated if it is shorter.
 
-    A repeated one comes again after all others.
+    Every position comes once before any comes again.
     """
     return np.resize(evenly_spaced(num, length), num).tolist()
 
@@ -82,9 +82,10 @@ def spread(num: int, length: int) -> list[int]:
 def examples_of_images(
     held_out: Any, trained: Any, shape: tuple[int, int, int], num_trained: int
 ) -> Examples:
-    """Return the examples of two datasets of images of one shape, the first ``num_trained`` of one.
+    """Return examples of two datasets whose images have one ``shape``, [C, h, w] once encoded.
 
-    Classes are those of ``held_out.labels`` [N], if there are any.
+    Training images are among the first ``num_trained``. Classes are those of ``held_out.labels``
+    [N], if it has any.
     """
     num_held_out = held_out.num_images
     num = min(num_held_out, NUM_IMAGES) * num_repeats(num_held_out)

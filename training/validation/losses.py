@@ -1,8 +1,8 @@
-"""The loss of each example, always at the same noise levels and with the same noise.
+"""Measures the loss of each example, always at the same noise levels and with the same noise.
 
-Levels are the middles of R equal shares of those in training, so that their mean is that of the
-training loss without its chance. Noise depends on the row alone: two runs, and two ends of one
-run, are compared under the same noise.
+Levels are the medians of R equally probable intervals of the training distribution, so that the
+mean loss estimates the training loss without random draws of levels. Noise depends on the row
+alone: two runs, or two moments of one run, are compared under the same noise.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,21 +19,21 @@ _ORDER_SEED = 0
 
 
 class Losses(NamedTuple):
-    """Losses of R rows, float64 [R] each, equal on every rank."""
+    """Losses of R rows, each float64 [R] and equal on every rank."""
 
     held_out: np.ndarray
     trained: np.ndarray
-    reduced: dict[str, np.ndarray]  # Of held-out rows without a condition, by what is left out.
+    reduced: dict[str, np.ndarray]  # Held-out losses without a condition, by what is left out.
 
 
 class LossMeter:
-    """Measures the losses of examples, each rank some of them.
+    """Measures the losses of examples, whose batches the ranks share.
 
     Args:
-        objective: The loss, of averaged weights; a :class:`training.objective.Objective`.
-        examples: What it is measured on.
-        batch: Rows of a pass at most.
-        device: Of the weights.
+        objective: The :class:`training.objective.Objective` of the averaged weights.
+        examples: What the loss is measured on.
+        batch: Most rows of a pass.
+        device: Device of the weights.
     """
 
     def __init__(
@@ -42,12 +42,12 @@ class LossMeter:
         self._objective, self._examples, self._device = objective, examples, device
         self._batches = list(examples.batches(batch))
         num = len(examples.rows)
-        # No image, and no class, has the lower levels only because it comes first.
+        # In random order, so that no image or class gets the lower levels just by coming first.
         places = np.random.default_rng(_ORDER_SEED).permutation(num)
         levels = objective.training_levels(((places + 0.5) / num).tolist())
         self._sigma = torch.tensor(levels, dtype=torch.float32)
         self.level_names: list[str] = objective.level_names
-        self.level = objective.level_of(self._sigma).numpy()  # [R], index of a name.
+        self.level = objective.level_of(self._sigma).numpy()  # [R], index into level_names.
 
     @torch.no_grad()
     def measure(self, cur_nimg: int) -> Losses:
@@ -59,20 +59,20 @@ class LossMeter:
         for rows in mine:
             for place, losses in enumerate(self._losses(rows, cur_nimg)):
                 found[place, rows.start : rows.stop] = losses.double().cpu()
-        # Sums of one number and zeros, which are exact.
+        # Every element is a sum of one number and zeros, which is exact.
         found = distributed.all_reduce_sum(found.to(self._device)).cpu().numpy()
         held_out, trained, *reduced = found
         return Losses(held_out, trained, dict(zip(names[2:], reduced, strict=True)))
 
     def _prefetch(self, batches: Sequence[range]) -> None:
-        """Have data at an address fetched, all at once rather than batch by batch."""
+        """Fetch this rank's remote data in the background, all at once instead of by batch."""
         own = [self._examples.rows[row] for rows in batches for row in rows]
         if own:
             self._examples.held_out.prefetch([row.held_out for row in own])
             self._examples.trained.prefetch([row.trained for row in own])
 
     def _losses(self, rows: range, cur_nimg: int) -> Iterator[torch.Tensor]:
-        """Yield the losses [N] of some rows: held out, trained on, and without each condition."""
+        """Yield losses [N] of a batch: held-out, training, and held-out without each condition."""
         draws, own = self._draws(rows, cur_nimg), self._examples
         chosen = own.rows[rows.start : rows.stop]
         held_out = self._read(own.held_out, [row.held_out for row in chosen], draws)

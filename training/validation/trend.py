@@ -1,4 +1,4 @@
-"""The trend of the validation loss: its best so far, its slope, and whether it still falls."""
+"""The trend of the validation loss: its best so far, its slope, and signs of overfitting."""
 
 import dataclasses
 import math
@@ -7,32 +7,35 @@ from typing import Any
 import numpy as np
 import torch
 
-_NUM_ERRORS = 2.0  # Standard errors that a difference has to exceed, to be no chance.
-_MIN_POINTS, _MAX_POINTS = 4, 2000  # Of a slope; so many at most are kept.
+_NUM_ERRORS = 2.0  # Standard errors that a difference must exceed to be more than chance.
+_MIN_POINTS, _MAX_POINTS = 4, 2000  # Fewest validations for a slope, and most that are kept.
 
 
 def standard_error(values: np.ndarray) -> float:
-    """Return the standard error of the mean of independent values [N]; NaN of fewer than two."""
+    """Return the standard error of the mean of independent values [N]; NaN for fewer than two."""
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
 def is_beyond_chance(differences: np.ndarray) -> bool:
-    """Return whether the mean of paired differences [N] lies below 0 by two standard errors."""
+    """Return whether the mean of paired differences [N] is over two standard errors below 0.
+
+    A single difference has no standard error; its sign decides.
+    """
     mean, error = float(differences.mean()), standard_error(differences)
     return mean < 0 and not mean >= -_NUM_ERRORS * error
 
 
 @dataclasses.dataclass
 class Trend:
-    """All validations of a run so far.
+    """The validations of a run so far.
 
     Attributes:
-        source: Identity of the examples; losses of others are not compared.
-        points: Images and loss of each validation, of the newest 2,000.
+        source: Identity of the examples; losses of other examples are not comparable.
+        points: Training images and loss of each of the newest 2,000 validations.
         best: Losses of the held-out items, float64 [I], at the best validation.
-        best_nimg: Images at that one.
-        best_trained: Loss on training images then.
-        num_since: Validations since then.
+        best_nimg: Training images at the best validation.
+        best_trained: Loss on training images at the best validation.
+        num_since: Validations since the best.
     """
 
     source: str
@@ -43,10 +46,10 @@ class Trend:
     num_since: int = 0
 
     def add(self, cur_nimg: int, losses: np.ndarray, trained: float) -> None:
-        """Take the losses of the held-out items, [I], and that on training images.
+        """Add a validation: the losses of the held-out items, [I], and that on training images.
 
-        It is the best validation if they are lower than at the best so far by more than chance: the
-        same items under the same noise are compared, one by one.
+        It becomes the best if the losses are lower than the best so far by more than chance. The
+        comparison is paired: the same items under the same noise.
         """
         self.points = [*self.points, (cur_nimg, float(losses.mean()))][-_MAX_POINTS:]
         if not math.isfinite(self.best_loss) or is_beyond_chance(losses - self.best):
@@ -60,18 +63,19 @@ class Trend:
         return math.nan if self.best is None else float(self.best.mean())
 
     def overfits(self, losses: np.ndarray, trained: float) -> bool:
-        """Return whether held-out losses [I] have risen since the best validation, beyond chance.
+        """Return whether held-out losses [I] have risen while the training loss has fallen.
 
-        And the loss on training images has fallen.
+        Both are compared with the best validation; the rise must be more than chance.
         """
         has_risen = self.best is not None and is_beyond_chance(self.best - losses)
         return has_risen and trained < self.best_trained
 
     def slope(self) -> tuple[float, float] | None:
-        """Return the relative change of the loss per doubling of the images, and its error.
+        """Return the relative change of the loss per doubling of the images, with standard error.
 
-        It is the least-squares line of the loss over log2(images), over the validations of the
-        second half of the images so far; None while those are fewer than four.
+        It is the slope of the least-squares line of the loss over log2(images), through the
+        validations in the second half of the images so far, divided by their mean loss. None if
+        those are fewer than four.
         """
         newest = self.points[-1][0] if self.points else 0
         points = [(n, y) for n, y in self.points if n > 0 and 2 * n >= newest and math.isfinite(y)]
@@ -96,7 +100,7 @@ class Trend:
         return dict(found, **{name: getattr(self, name) for name in _PLAIN})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` returned, if that was of the same examples."""
+        """Restore what :meth:`state_dict` returned, unless it is of other examples."""
         if state.get("source") != self.source:
             return
         for name in _PLAIN:

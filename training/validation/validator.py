@@ -1,4 +1,4 @@
-"""The validation loss of a run: measured, compared with the training images', and acted upon."""
+"""Measures the validation loss of a run, compares it with training images, and acts upon it."""
 
 import math
 import time
@@ -24,12 +24,12 @@ _OVERFITS = (
 
 
 class Validator:
-    """Measures the loss on held-out images at ticks of a run; without those it does nothing.
+    """Measures the loss on held-out images at ticks of a run; without such images does nothing.
 
     Args:
-        job: What is trained, with its ``examples``.
-        family: Of the model.
-        ema: The averaged weights, :class:`training.ema.EMA`.
+        job: What is trained, a :class:`training.loop.Job`, with its ``examples``.
+        family: The family of the model.
+        ema: The averaged weights, a :class:`training.ema.EMA`.
         data_hash: Identity of the training data.
     """
 
@@ -37,7 +37,7 @@ class Validator:
         self._config: RunConfig = job.config
         self._ema, self._meter, self._examples = ema, None, job.examples
         self._trend, self.messages = Trend(""), ()
-        self._told = False  # Of overfitting, since that began.
+        self._told = False  # Whether overfitting has been reported since it began.
         if job.examples is None:
             return
         objective = family.objective(job.config, ema.network, job.codec)
@@ -48,14 +48,14 @@ class Validator:
 
     @property
     def is_over(self) -> bool:
-        """Whether the run is to end: no improvement in ``--early-stop`` validations."""
+        """Whether the run is to end: ``--early-stop`` validations brought no improvement."""
         limit = self._config.logging.early_stop
         return limit > 0 and self._trend.num_since >= limit
 
     def at_tick(self, tick: int, tick_start_nimg: int, cur_nimg: int, is_last: bool) -> Stats:
         """Return the statistics of a validation if one is due at the end of a tick. Collective.
 
-        ``messages`` are then what is to be told of it.
+        Sets ``messages`` to the lines to print about it; there are none if it is not due.
         """
         self.messages = ()
         if self._meter is None or not (is_last or self._is_due(tick, tick_start_nimg, cur_nimg)):
@@ -79,13 +79,13 @@ class Validator:
         return self._config.snapshot_is_due(tick, tick_start_nimg, cur_nimg)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a training state keeps, by its name there; nothing without examples."""
+        """Return what a training state keeps, by name; nothing without held-out images."""
         if self._meter is None:
             return {}
         return dict(validation=dict(self._trend.state_dict(), told=self._told))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a training state, which may know of no validation."""
+        """Restore a training state, which may hold no validation."""
         if self._meter is not None and "validation" in state:
             self._trend.load_state_dict(state["validation"])
             self._told = bool(state["validation"].get("told", False))
