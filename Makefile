@@ -1,7 +1,9 @@
-# make demo: digits from data to score in a few minutes. make demo-sets: the same for a model that
-# makes letters of scripts that it has never seen, in under ten. make demo-features: photographs by
-# text and image, in four. make test: all tests. make lint: ruff.
-# Each prepares .venv by itself and is quick when .venv is already right.
+# make demo           DiffiT on digits, from data to score, in a few minutes
+# make demo-sets      set-conditioned DiT on letters of unseen scripts, in under ten minutes
+# make demo-features  photographs from text and image features, in four minutes
+# make test           all tests
+# make lint           ruff
+# Each target prepares .venv first, which is quick if .venv is up to date.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -35,9 +37,9 @@ venv: $(STAMP)
 $(STAMP): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; name one with make PYTHON=python3.12"; exit 1; }
-	@test ! -L .venv || rm .venv  # What a link leads to belongs to others.
+	@test ! -L .venv || rm .venv  # Remove only a link: its target belongs to others.
 	$(PYTHON) -m venv --clear .venv
-	@# Python compiles what it imports; to compile every file at once takes most of a minute.
+	@# Python compiles files on import; compiling all of them now takes most of a minute.
 	$(BIN)/python -m pip install --quiet --no-compile --requirement requirements.txt
 	@touch $@
 

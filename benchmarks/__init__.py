@@ -1,1 +1,1 @@
-"""The commands of benchmark.py, one module each, imported when it is called."""
+"""The commands of benchmark.py, one module each, imported only when the command is called."""

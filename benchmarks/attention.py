@@ -1,4 +1,4 @@
-"""benchmark.py attention: the cost of each attention implementation."""
+"""benchmark.py attention: the time that each attention implementation takes."""
 
 import functools
 from collections.abc import Callable
@@ -67,11 +67,15 @@ def measure(config: ModelConfig, options: AttentionOptions) -> None:
 def _calls(
     shape: tuple[int, int, int, int], options: AttentionOptions, device: torch.device
 ) -> Callable[[Callable[..., torch.Tensor]], Callable[[], Spent]]:
-    """Return a function from a way of computing attention to one that times its calls."""
+    """Return a function that maps an attention implementation to a function that times its calls.
+
+    ``shape`` is [windows, heads, tokens, head_dim]. The times are those of one call, forward and
+    backward.
+    """
     num_windows, heads, length, head_dim = shape
     make = functools.partial(torch.randn, device=device)
     dtype = AUTOCAST_DTYPES[options.precision] or torch.float32
-    # Three parts of one tensor, as the network has them.
+    # Queries, keys and values are views of one tensor, as in the network.
     qkv = make(num_windows, 3 * heads, length, head_dim, dtype=dtype)
     inputs = [part.requires_grad_() for part in qkv.chunk(3, dim=1)]
     if options.bias:

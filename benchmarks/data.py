@@ -1,4 +1,4 @@
-"""benchmark.py data: the cost of loading, against bare decoding and bare reading of latents."""
+"""benchmark.py data: the speed of the loader against bare decoding or copying of the same items."""
 
 import dataclasses
 import tempfile
@@ -36,9 +36,10 @@ from data.loader import make_loader
 from training.config import RunConfig
 from training.family import Part, TrainingData
 
-# Batches that a loader process makes ahead, and more.
+# More batches than a loader process prepares ahead.
 _NUM_AHEAD = 5
-# Preset, resolution of its pictures, how many of them, and how many times as fast as plain loading.
+# Preset, resolution (None: the preset's), number of images, and the goal for the speed relative to
+# plain loading.
 _BESIDE_PLAIN = (
     ("cifar10", 32, 2048, 2.0),
     ("cifar10", 256, 256, 1.2),
@@ -71,7 +72,7 @@ def measure(options: LoadingOptions) -> None:
 
 
 def _beside_plain(options: LoadingOptions) -> str:
-    """Return what loading costs beside a plain dataset and DataLoader, both without workers."""
+    """Return a table that compares loading with a plain Dataset and DataLoader, without workers."""
     rows = [["", "plain, images/s", "this code, images/s", "speed, plain = 1", "goal"]]
     for preset, resolution, num_images, goal in _BESIDE_PLAIN:
         run = measured_preset(preset).run
@@ -111,17 +112,17 @@ def _loading_turn(
 
 
 def _turn(batches: Iterator[Any], num_workers: int, num_batches: int) -> Callable[[], Spent]:
-    """Return a function that times so many batches."""
+    """Return a function that times ``num_batches`` batches of an endless iterator."""
 
     def load(num_batches: int) -> None:
         for _ in range(num_batches):
             next(batches)
 
     def turn() -> Spent:
-        load(_NUM_AHEAD * num_workers)  # Made ahead before this turn.
+        load(_NUM_AHEAD * num_workers)  # Discard batches that were prepared before this turn.
         spent = spent_by(lambda: load(num_batches), _CPU)
         if num_workers:
-            # Let the workers come to rest before the others have their turns.
+            # Wait until the workers' queues are full, so that they do not disturb the next turn.
             time.sleep(_NUM_AHEAD / num_batches * spent.wall)
         return spent
 

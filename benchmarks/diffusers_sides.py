@@ -1,4 +1,4 @@
-"""Training and sampling with a DiT of the package diffusers, as its users write them."""
+"""Training and sampling with the DiT of the diffusers package, written as its users write them."""
 
 import contextlib
 import functools
@@ -22,18 +22,18 @@ from training.family import Codec
 
 
 def check_diffusers(config: RunConfig) -> None:
-    """Raise ValueError if diffusers is missing, or has no network like that of a run."""
+    """Raise ValueError if diffusers is missing, or its DiT cannot match the run's model."""
     dit_size(config)
     _diffusers()
 
 
 def _diffusers() -> Any:
-    """Return the package with what is used of it imported."""
+    """Return the diffusers package, with the parts that this module uses already imported."""
     try:
         with quiet("diffusers"):
             import diffusers
 
-            _ = diffusers.DiTTransformer2DModel  # Its parts are imported when they are asked for.
+            _ = diffusers.DiTTransformer2DModel  # Attributes are imported on first access.
             import diffusers.training_utils
     except ModuleNotFoundError as error:
         raise refusal(
@@ -46,7 +46,7 @@ def _diffusers() -> Any:
 
 
 def build_dit(config: RunConfig) -> torch.nn.Module:
-    """Return the DiT of diffusers with the width, depth, heads and tokens of a run's model."""
+    """Return diffusers' DiT with the width, depth, heads and tokens of a run's model."""
     with quiet("diffusers"):
         return _diffusers().DiTTransformer2DModel(**dit_size(config))
 
@@ -57,7 +57,7 @@ def _autocast(config: RunConfig, device: torch.device) -> contextlib.AbstractCon
 
 
 class DiffusersTrainingSteps(TrainingSteps):
-    """Steps of a DiT of diffusers: its noise schedule and loss, AdamW, clipping and EMAModel."""
+    """Training steps of diffusers' DiT: DDPM noise prediction, AdamW, clipping and EMAModel."""
 
     def _build(self) -> None:
         training = self.config.training
@@ -93,14 +93,14 @@ class DiffusersTrainingSteps(TrainingSteps):
 
 
 class _NoisePrediction:
-    """The mean squared error of the noise, at timesteps drawn uniformly."""
+    """The mean squared error of the predicted noise, at timesteps drawn uniformly."""
 
     def __init__(self, network: torch.nn.Module, codec: Codec, autocast: Callable[[], Any]) -> None:
         self._network, self._codec, self._autocast = network, codec, autocast
         self._scheduler = _diffusers().DDPMScheduler(num_train_timesteps=1000)
 
     def draw(self, step: rng.Step) -> Any:
-        """Return what the codec encodes with; noise and timesteps are drawn with the loss."""
+        """Return the codec's random draws; the loss draws noise and timesteps itself."""
         return self._codec.draw(step)
 
     def prepare(
@@ -125,10 +125,11 @@ def _labels(cond: Cond, steps: Tensor) -> Tensor:
 def make_sampler(
     config: RunConfig, device: torch.device
 ) -> tuple[str, Callable[[int], Tensor], int]:
-    """Return a guided sampling loop of diffusers: name, images by number, number of parameters.
+    """Return guided sampling with diffusers: a name, a sampling function and a parameter count.
 
-    The scheduler is that of DDPM where a run samples by it, and that of DDIM otherwise; its steps
-    are the run's, each one evaluation of a doubled batch.
+    The function maps a number of images to samples [num, *input_shape]. The scheduler is DDPM if
+    the run samples with ``ddpm``, and DDIM otherwise. The number of steps is the run's, and each
+    step evaluates a doubled batch once.
     """
     kind = "DDPM" if config.sampling.sampler == "ddpm" else "DDIM"
     scheduler = getattr(_diffusers(), f"{kind}Scheduler")(clip_sample=False)

@@ -1,4 +1,4 @@
-"""Distances of sets of vectors against other implementations: Fréchet, KID, precision, recall."""
+"""Fréchet distance, KID, precision and recall, timed against other implementations."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -27,9 +27,10 @@ _NEEDS_SCIPY = "This comparison needs SciPy, which is not installed: pip install
 
 
 def benchmark_distances(dim: int, num: int, num_rounds: int) -> str:
-    """Return the times of every distance of vectors of ``dim`` dimensions, ``num`` on either side.
+    """Return a table for each distance between two sets of ``num`` vectors with ``dim`` dimensions.
 
-    Each in turn with the others' ways to it, with how far the results lie apart.
+    A table compares this code with other implementations: their times, and the difference between
+    the results. Raises ValueError if SciPy is missing.
     """
     frechet = _frechet_sides(dim)
     real, fake = _vectors(num, dim, seed=1), _vectors(num, dim, seed=2)
@@ -43,7 +44,7 @@ def benchmark_distances(dim: int, num: int, num_rounds: int) -> str:
 
 
 def _compare(title: str, sides: dict[str, Callable[[], Any]], num_rounds: int) -> str:
-    """Return a table of the sides' times, with ratios to this code's and differences from it."""
+    """Return a table of the sides' times and results, relative to those of this code."""
     values: dict[str, Any] = {}
 
     def compute(name: str) -> None:
@@ -63,7 +64,7 @@ def _compare(title: str, sides: dict[str, Callable[[], Any]], num_rounds: int) -
 
 
 def _vectors(num: int, dim: int, seed: int) -> np.ndarray:
-    """Return vectors like a detector's: positive, with a decaying spectrum, float32 [num, dim]."""
+    """Return vectors like a detector's: float32 [num, dim], >= 0, with a decaying spectrum."""
     directions = np.random.default_rng(0).standard_normal((64, dim))
     rng = np.random.default_rng(seed)
     scales = np.arange(1, 65)[:, None] ** -0.5
@@ -72,7 +73,7 @@ def _vectors(num: int, dim: int, seed: int) -> np.ndarray:
 
 
 def _frechet_sides(dim: int) -> dict[str, Callable[[], float]]:
-    """Return the ways to the Fréchet distance of two covariances of full rank."""
+    """Return implementations of the Fréchet distance, for two covariances of full rank."""
     try:
         from scipy.linalg import cholesky, eigvalsh, sqrtm
     except ModuleNotFoundError:
@@ -101,7 +102,7 @@ def _frechet_sides(dim: int) -> dict[str, Callable[[], float]]:
 
 
 def _kid_sides(real: np.ndarray, fake: np.ndarray) -> dict[str, Callable[[], float]]:
-    """Return the ways to the mean of KID's subsets, with the same subsets."""
+    """Return implementations of the mean KID over subsets; all use the same subsets."""
     size = min(len(real), len(fake), _SUBSET_SIZE)
 
     def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -125,7 +126,7 @@ def _kid_sides(real: np.ndarray, fake: np.ndarray) -> dict[str, Callable[[], flo
 def _neighbour_sides(
     real: np.ndarray, fake: np.ndarray, k: int = 3
 ) -> dict[str, Callable[[], Sequence[float]]]:
-    """Return the ways to precision and recall; that of scikit-learn where it is installed."""
+    """Return implementations of precision and recall; scikit-learn's only if it is installed."""
     sides = {_OWN: lambda: precision_recall(real, fake, k=k)}
     try:
         from sklearn.metrics import pairwise_distances

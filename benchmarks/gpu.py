@@ -1,4 +1,4 @@
-"""benchmark.py gpu: everything to measure on one GPU, without data or downloads."""
+"""benchmark.py gpu: all measurements on one GPU, without data or downloads."""
 
 import time
 from collections.abc import Callable
@@ -29,7 +29,7 @@ _PARTS: dict[str, Callable[[Session], dict[str, Any]]] = {
 
 
 def measure(options: GpuOptions) -> None:
-    """Measure the parts asked for, and write each as soon as it is there."""
+    """Measure the requested parts, and write the results of each as soon as it is finished."""
     out, table = options.out, options.out.with_suffix(".md")
     if table == out:
         remedy = "give the name of a JSON file; the table is written beside it"
@@ -86,7 +86,7 @@ def _measure_part(
 
 
 def _conclude(parts: dict[str, Any], files: tuple[Path, Path]) -> None:
-    """Print goals, the defaults that should change, and where the results are."""
+    """Print the goals, the defaults that should change, and where the results are."""
     for line in goals(parts):
         click.echo(line)
     lines = advice(parts, AUTO_ATTENTION["cuda"], gpu_train.defaults_of_presets())

@@ -12,7 +12,7 @@ from models.attention import attend
 from torch_utils.misc import allow_tf32
 
 _DTYPES = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
-# Squares, and products of tokens with the weights of an MLP.
+# (m, n, k): square products, and products of tokens with the weights of an MLP.
 _PRODUCTS = (
     *((2048, 2048, 2048), (4096, 4096, 4096), (8192, 8192, 8192), (16384, 16384, 16384)),
     *((65536, 1152, 4608), (65536, 4608, 1152), (32768, 4096, 4096)),
@@ -24,7 +24,7 @@ _TOKENS_A_CALL = 65536
 
 
 def measure_gemm(session: Session) -> dict[str, Any]:
-    """Return the rate of each product in each arithmetic, and the best of each in TFLOP/s."""
+    """Return the rate of each product in each arithmetic, and the best rates, in TFLOP/s."""
     rows, best = [], {}
     for arithmetic in _DTYPES:
         for size in session.pick(_PRODUCTS, _TINY_PRODUCTS):
@@ -55,10 +55,10 @@ def _time_product(session: Session, arithmetic: str, size: tuple[int, int, int])
 
 
 def measure_attention(session: Session) -> dict[str, Any]:
-    """Return milliseconds of attention, forward and backward with gradients of the bias.
+    """Return the milliseconds of attention, forward and backward, including the bias gradient.
 
-    ``bias_error`` is how far the gradient of the bias is from that in float64, relative to its
-    largest value.
+    ``bias_error`` is the largest error of the bias gradient, against a computation in float64 and
+    relative to that gradient's largest value.
     """
     rows = []
     for arithmetic in session.pick(("bf16", "tf32"), ("bf16",)):
@@ -75,7 +75,7 @@ def measure_attention(session: Session) -> dict[str, Any]:
 
 
 def _ways(session: Session) -> dict[str, Callable[[], Callable[..., torch.Tensor]]]:
-    """Return what makes each way; its compilation belongs to the attempt."""
+    """Return a factory for each implementation, so that compilation happens within its attempt."""
     sdpa, flex, explicit = (
         functools.partial(attend, attention=name) for name in ("sdpa", "flex", "explicit")
     )
@@ -110,7 +110,7 @@ def _time_attention(
 
 
 def _bias_error(found: torch.Tensor, inputs: list[torch.Tensor], grad: torch.Tensor) -> float:
-    """Return how far a gradient of the bias is from the exact one, a few images at a time."""
+    """Return the relative error of a bias gradient; the exact one is summed over small batches."""
     exact, bias = torch.zeros_like(found, dtype=torch.float64), inputs[3].detach().double()
     bias.requires_grad_()
     for *part, grad_part in zip(*(x.detach().split(4) for x in (*inputs[:3], grad)), strict=True):

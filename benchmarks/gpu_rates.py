@@ -1,4 +1,4 @@
-"""Parts of benchmark.py gpu: sampling, Inception, loading, and writing of training states."""
+"""Parts of benchmark.py gpu: sampling, Inception, loading, and writing training states."""
 
 import dataclasses
 import tempfile
@@ -29,13 +29,14 @@ from training.family import Part
 
 _CFG_SCALE = 1.5
 _DETECTOR = {"bf16": "bfloat16", "fp32": "float32"}
-_CHUNK = 64  # Images that a detector's network sees at once.
+_CHUNK = 64  # Images per evaluation of a detector's network.
 
 
 def measure_sample(session: Session) -> dict[str, Any]:
-    """Return images/s of guided sampling, and the share that the network's forward pass has.
+    """Return the images/s of guided sampling, and the share of time that the network takes.
 
-    The share is the time of as many bare evaluations of the same inputs over that of sampling.
+    The share is the time of bare evaluations of the network on the same inputs, divided by the
+    time of sampling.
     """
     rows = []
     for preset in session.pick(FIRST, ("digits-latent", "digits")):
@@ -79,7 +80,7 @@ def _sampling(
 
 
 def measure_metrics(session: Session) -> dict[str, Any]:
-    """Return images/s of the Inception detector, and of its network alone on ready inputs."""
+    """Return the images/s of the Inception detector, and of its network alone on ready inputs."""
     rows = []
     for precision in ("bf16", "fp32"):
         found = session.attempt(f"Inception, {precision}", lambda p=precision: _detect(session, p))
@@ -110,7 +111,7 @@ def _detect(session: Session, precision: str) -> dict[str, float]:
 
 
 def measure_loading(session: Session) -> dict[str, Any]:
-    """Return images/s of the loader into the device's memory, and the stall of a state."""
+    """Return the images/s of loading into the device's memory, and how long a state stalls."""
     rows = []
     workers = [num for num in (0, 2, 4, 8) if num <= max(num_usable_cores(), 2)]
     for preset in session.pick(FIRST, ("digits-latent", "digits")):
@@ -142,7 +143,7 @@ def _load(session: Session, preset: str, num_workers: int) -> dict[str, float]:
                 num_bytes += images.nbytes
             return num_bytes
 
-        load(1 + 5 * num_workers)  # What is made ahead of the measurement.
+        load(1 + 5 * num_workers)  # Discard batches that were prepared before the measurement.
         clock = Clock(device)
         clock.start()
         num_bytes = load(num)

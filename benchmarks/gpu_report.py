@@ -1,4 +1,4 @@
-"""What benchmark.py gpu writes: results merged into one file, tables, goals and advice."""
+"""The output of benchmark.py gpu: results merged into one file, tables, goals and advice."""
 
 import json
 from collections.abc import Mapping
@@ -8,13 +8,16 @@ from typing import Any
 from dnnlib.errors import refusal
 
 FORMAT = "setdiffit-gpu-benchmark"
-# What a change of a default has to gain.
+# Smallest speed-up for which a default should change.
 _GAIN = 1.05
 _MFU_GOAL, _SPEED_GOAL, _SHARE_GOAL = 0.50, 3.0, 0.95
 
 
 def read_results(path: Path) -> dict[str, Any] | None:
-    """Return the results in a file; None if there is none. Raises ValueError for another file."""
+    """Return the results in a file, or None if it does not exist.
+
+    Raises ValueError if the file holds anything else.
+    """
     if not path.exists():
         return None
     try:
@@ -28,7 +31,7 @@ def read_results(path: Path) -> dict[str, Any] | None:
 
 
 def results_for(path: Path, card: str) -> dict[str, Any]:
-    """Return the results of a card in a file, or new ones; raises ValueError for another card."""
+    """Return a card's results from a file, or empty ones; raises ValueError for another card's."""
     results = read_results(path) or dict(format=FORMAT, card=card, parts={})
     if results["card"] != card:
         but = f"it holds results of {results['card']}, and this is {card}"
@@ -37,7 +40,7 @@ def results_for(path: Path, card: str) -> dict[str, Any]:
 
 
 def merged(results: Mapping[str, Any], name: str, part: Mapping[str, Any]) -> dict[str, Any]:
-    """Return results with one part replaced, and the others as they were."""
+    """Return the results with one part replaced or added."""
     return {**results, "parts": {**results["parts"], name: dict(part)}}
 
 
@@ -45,7 +48,7 @@ def merged(results: Mapping[str, Any], name: str, part: Mapping[str, Any]) -> di
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """Return all parts as tables, with what they left out and the goals."""
+    """Return all parts as Markdown tables, with their left-out measurements and the goals."""
     parts, blocks = results["parts"], [f"# {results['card']}"]
     for name, part in parts.items():
         software = f"torch {part['torch']}, CUDA {part['cuda']}, {part['seconds']:.0f} s"
@@ -141,7 +144,7 @@ _TABLES = {
 
 
 def goals(parts: Mapping[str, Any]) -> list[str]:
-    """Return the goals of what was measured, beside the measurements."""
+    """Return a line for each goal whose measurements exist, with the value and the goal."""
     lines = []
     train = parts.get("train", {}).get("rows", [])
     mfu = [r["mfu"] for r in _own(train, "imagenet256", "bf16", compiled=True) if r["mfu"]]
@@ -178,12 +181,12 @@ def _own(
 def advice(
     parts: Mapping[str, Any], attention: str, presets: Mapping[str, Mapping[str, Any]]
 ) -> list[str]:
-    """Return the defaults that measurements speak against, with the numbers; may be empty.
+    """Return a line for each default that is slower than an alternative, with both numbers.
 
     Args:
-        parts: Results by name of the part.
-        attention: The way to attention that ``auto`` means on a GPU.
-        presets: ``arithmetic`` and ``compiled`` of each preset on a GPU.
+        parts: Results by the name of the part.
+        attention: The attention implementation that ``auto`` means on a GPU.
+        presets: The default ``arithmetic`` and ``compiled`` of each preset on a GPU.
     """
     rows = parts.get("train", {}).get("rows", [])
     lines = _attention_advice(parts.get("attention", {}).get("rows", []), attention)
@@ -214,7 +217,7 @@ def _attention_advice(rows: list[dict[str, Any]], default: str) -> list[str]:
 def _training_advice(
     name: str, rows: list[dict[str, Any]], default: Mapping[str, Any]
 ) -> list[str]:
-    """Return which of arithmetic and compilation should be otherwise for a preset."""
+    """Return the options of arithmetic and compilation that would speed up a preset."""
     rates = {(row["arithmetic"], row["compiled"]): row["images_per_sec"] for row in rows}
     now = (default["arithmetic"], default["compiled"])
     lines = []

@@ -17,17 +17,20 @@ from benchmarks.measure import interleave, spent_by
 Value = TypeVar("Value")
 
 OUT_OF_MEMORY = "out of memory"
-# Below this there is no point in trying anything.
+# An attempt is not worth starting with less time than this.
 _LEAST_SEC = 5.0
 
 
-class _TooSlow(BaseException):  # Nobody who catches errors means this.
-    """The time of an attempt is over."""
+class _TooSlow(BaseException):  # Not an Exception, so that no ``except Exception`` catches it.
+    """The time of an attempt has run out."""
 
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise :class:`_TooSlow` in the block when it takes longer; in the main thread only."""
+    """Raise :class:`_TooSlow` in the block after ``seconds``.
+
+    Has no effect outside the main thread, or where the system has no SIGALRM.
+    """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
         yield
         return
@@ -46,16 +49,17 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 @dataclasses.dataclass
 class Session:
-    """One part on its way: where it runs, how long it may take, what it left out and why.
+    """The state of one part while it is measured: its device, time budget and omissions.
 
-    ``tiny`` replaces all sizes with the smallest. ``found`` holds the parts measured before.
+    ``tiny`` replaces all sizes with the smallest. ``found`` holds the results of parts that were
+    measured before. ``left_out`` lists what was not measured, and why.
     """
 
     device: torch.device
     tiny: bool
     budget_sec: float
     found: dict[str, Any] = dataclasses.field(default_factory=dict)
-    folder: str | None = None  # Where a training state is written; the system's by default.
+    folder: str | None = None  # Parent of the temporary folder for states; None: the system's.
     left_out: list[str] = dataclasses.field(default_factory=list)
     start: float = dataclasses.field(default_factory=time.monotonic)
 
@@ -67,13 +71,13 @@ class Session:
         return self.budget_sec - (time.monotonic() - self.start)
 
     def peak(self, arithmetic: str) -> float | None:
-        """Return the measured peak of matrix products in TFLOP/s; None before part ``gemm``."""
+        """Return the measured peak of matrix products in TFLOP/s; None if ``gemm`` has not run."""
         return self.found.get("gemm", {}).get("best", {}).get(arithmetic)
 
     def attempt(
         self, name: str, function: Callable[[], Value], limit_sec: float = float("inf")
     ) -> Value | None:
-        """Return what a function returns, or None and a note of why there is nothing."""
+        """Return the function's result, or None with the reason appended to ``left_out``."""
         limit = min(limit_sec, self.left_sec)
         if limit < _LEAST_SEC:
             self.left_out.append(f"{name}: this part ran out of time")
@@ -84,7 +88,7 @@ class Session:
         except _TooSlow:
             self.left_out.append(f"{name}: took longer than {limit:.0f} s")
         except Exception as error:
-            # Kernels and compilers fail in many ways; what else there is to measure goes on.
+            # Kernels and compilers fail in many ways; the other measurements should still run.
             lines = str(error).strip().splitlines() or [""]
             reason = f"{type(error).__name__}: {lines[0][:200]}"
             self.left_out.append(f"{name}: {OUT_OF_MEMORY if is_out_of_memory(error) else reason}")
@@ -93,11 +97,11 @@ class Session:
         return None
 
     def seconds_per_call(self, function: Callable[[], Any]) -> float:
-        """Return the median time of a call, over five turns of about 0.2 s after a warm-up."""
+        """Return the median seconds per call, over five turns of about 0.2 s after a warm-up."""
         return self.seconds_of_each({"": function})[""]
 
     def seconds_of_each(self, functions: dict[str, Callable[[], Any]]) -> dict[str, float]:
-        """Return the median time of a call of each function, timed in turn."""
+        """Return the median seconds per call of each function; the functions take turns."""
         turns = {name: self._turn_of(function) for name, function in functions.items()}
         times = interleave(turns, self.pick(5, 1))
         return {name: statistics.median(seconds) for name, seconds in times.items()}
@@ -115,18 +119,18 @@ class Session:
 
     @property
     def compile_backend(self) -> str:
-        """The backend of torch.compile: without generated kernels in a dry run."""
+        """The backend of torch.compile; a dry run uses ``eager``, which generates no kernels."""
         return self.pick("inductor", "eager")
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return whether the device refused memory, to PyTorch or to one of NVIDIA's libraries."""
+    """Return whether PyTorch or one of NVIDIA's libraries failed to allocate device memory."""
     texts = (OUT_OF_MEMORY, "ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 
 def free_memory() -> None:
-    """Give back what a failed or finished attempt held."""
+    """Release the memory and compiled code of a finished or failed attempt."""
     torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():

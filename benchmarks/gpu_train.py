@@ -19,7 +19,7 @@ from torch_utils.misc import allow_tf32
 from training.config import RunConfig, fit_to_device
 from training.family import TrainingData
 
-# The most important ones, in this order; all their variants come before the other presets.
+# The most important presets, in this order; all their variants are measured before other presets.
 FIRST = ("imagenet256", "cifar10")
 _TINY = ("digits-latent", "digits")
 _SMALL = {
@@ -32,19 +32,19 @@ _ARITHMETIC = {
     "fp32": dict(precision="fp32", tf32=False),
 }
 _PLAIN = ("plain", "fp32", False)
-# Side, arithmetic and whether compiled: first what matters most, then what completes the picture.
+# (side, arithmetic, compiled), the most important variants first.
 _VARIANTS = [
     *(("own", "bf16", True), ("own", "bf16", False), _PLAIN),
     *(("own", "fp32", False), ("own", "tf32", False)),
 ]
 _LATER_VARIANTS = [("own", "tf32", True), ("own", "fp32", True)]
-_VARIANT_SEC = 150  # Of which the compilation takes most.
+_VARIANT_SEC = 150  # Compilation takes most of it.
 _BATCH_SEC = 60
 _MAX_BATCH = 1024
 
 
 def gpu_run(name: str, session: Session) -> RunConfig:
-    """Return the run of a preset for a dataset like its own, tiny in a dry run."""
+    """Return the run of a preset as for its own dataset; in a dry run, its network is tiny."""
     preset = get_preset(name)
     run = families.of(preset.run).example_run(preset.run, preset.num_classes)
     if session.tiny:
@@ -54,7 +54,7 @@ def gpu_run(name: str, session: Session) -> RunConfig:
 
 
 def defaults_of_presets() -> dict[str, dict[str, Any]]:
-    """Return arithmetic and compilation of every measured preset on a GPU."""
+    """Return the default ``arithmetic`` and ``compiled`` of every measured preset on a GPU."""
     found = {}
     for name in MEASURED:
         training = fit_to_device(get_preset(name).run, "cuda").training
@@ -63,7 +63,7 @@ def defaults_of_presets() -> dict[str, dict[str, Any]]:
 
 
 def measure_train(session: Session) -> dict[str, Any]:
-    """Return what a step of each preset costs, the most important presets and variants first."""
+    """Return the cost of a step of each preset, the most important presets and variants first."""
     first = session.pick(FIRST, _TINY)
     plan = [(name, _VARIANTS) for name in first]
     if not session.tiny:
@@ -78,7 +78,7 @@ def measure_train(session: Session) -> dict[str, Any]:
 
 
 def _few_variants(name: str) -> list[tuple[str, str, bool]]:
-    """Return the fastest arithmetic, compiled and not, and the default of a preset."""
+    """Return bf16, compiled and eager, and the default variant of a preset, without duplicates."""
     default = defaults_of_presets()[name]
     now = ("own", default["arithmetic"], default["compiled"])
     return list(dict.fromkeys([("own", "bf16", True), now, ("own", "bf16", False)]))
@@ -87,7 +87,7 @@ def _few_variants(name: str) -> list[tuple[str, str, bool]]:
 def _measure_preset(
     session: Session, name: str, variants: list[tuple[str, str, bool]], batches: dict[str, int]
 ) -> list[dict[str, Any]]:
-    """Return the rows of variants; ``batches`` keeps the batch found for each preset."""
+    """Return the rows of the variants; ``batches`` keeps the batch size found for each preset."""
     rows = []
     with contextlib.ExitStack() as opened:
         run, num_images = gpu_run(name, session), session.pick(2048, 32)
@@ -109,10 +109,10 @@ def _measure_preset(
 def _find_batch(
     session: Session, run: RunConfig, dataset: TrainingData, batches: dict[str, int]
 ) -> None:
-    """Note the largest power of two of images that a step in bf16 has memory for.
+    """Store in ``batches`` the largest power of two of images that fits in memory, in eager bf16.
 
-    No more than the preset's batch, which is that of all GPUs, and than 1,024. What was found
-    before the time was over counts.
+    It is at most 1,024 and at most the preset's batch, which is that of all GPUs. If time runs out,
+    the largest batch found so far remains stored.
     """
     cap = session.pick(min(run.training.batch, _MAX_BATCH), 2)
     run, batch = run.changed("logging", workers=0), 1
@@ -132,7 +132,7 @@ def _find_batch(
 def _steps(
     session: Session, run: RunConfig, dataset: TrainingData, variant: tuple[str, str, bool]
 ) -> Iterator[TrainingSteps]:
-    """Make the steps of a variant, and forget them and their settings afterwards."""
+    """Build the training steps of a variant; free their memory and reset TF32 afterwards."""
     side, arithmetic, compiled = variant
     run = run.changed("training", compile=compiled, **_ARITHMETIC[arithmetic])
     torch.backends.cudnn.benchmark = run.training.cudnn_benchmark
@@ -153,7 +153,7 @@ def _measure_variant(
     variant: tuple[str, str, bool],
     batch: int,
 ) -> dict[str, Any] | None:
-    """Return a row; a batch that there is no memory for is halved until there is."""
+    """Return the row of a variant, halving the batch until it fits in memory; None if it fails."""
     run, dataset = measured
     side, arithmetic, compiled = variant
     how = "compiled" if compiled else "eager"

@@ -1,4 +1,4 @@
-"""What is measured and on which data: all that depends on the kind of model."""
+"""The parts of the benchmarks that depend on the model family: data, shapes and baselines."""
 
 import dataclasses
 import io
@@ -35,7 +35,7 @@ NUM_SYNTHETIC_IMAGES = 2048
 def dit_size(config: RunConfig) -> dict[str, Any]:
     """Return the arguments of diffusers' DiTTransformer2DModel for a network of the same size.
 
-    Raises ValueError for a model that is no transformer of one width on a grid of tokens.
+    Raises ValueError unless the model is one stack of blocks of one width on a grid of tokens.
     """
     size = _KINDS[config.family].dit_size
     if size is None:
@@ -55,7 +55,7 @@ def run_on_pixels(name: str) -> RunConfig:
 
 
 def describe_run(config: RunConfig, device: torch.device) -> str:
-    """Return what is measured where, in two lines."""
+    """Return two lines: the device, and the model with its parameters and FLOPs."""
     flops = f"{format_count(forward_flops(config))}FLOP an image forward"
     model = f"{config.preset}: {num_parameters(config):,} parameters, {flops}"
     return f"{describe_device(device)}\n{model}"
@@ -65,7 +65,7 @@ def describe_run(config: RunConfig, device: torch.device) -> str:
 def dataset_of(
     config: RunConfig, data: str | None, num_images: int | None = None
 ) -> Iterator[TrainingData]:
-    """Open ``data``, or pictures (or latents) made for the occasion in a temporary folder."""
+    """Open ``data``; if it is None, open synthetic images or latents in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         if data is None:
             num_images = num_images or NUM_SYNTHETIC_IMAGES
@@ -76,33 +76,33 @@ def dataset_of(
 
 
 def describe_items(config: RunConfig, dataset: TrainingData) -> str:
-    """Return what a run's dataset holds, in a phrase."""
+    """Return a phrase that describes the items of a run's dataset."""
     return _KINDS[config.family].describe(dataset)
 
 
 def bare_reading(
     config: RunConfig, dataset: TrainingData, num_images: int
 ) -> tuple[str, Callable[[], None]]:
-    """Return the name of the least that reading images takes, and the function that does it.
+    """Return the name and the function of the least work that reading ``num_images`` items takes.
 
-    That is decoding the files, already in memory, with Pillow; or, for latents, copying each out of
-    its memory-mapped file.
+    For images, that is decoding files that are already in memory with Pillow; for latents, copying
+    each out of its memory-mapped file.
     """
     return _KINDS[config.family].bare_reading(dataset, num_images)
 
 
 def plain_dataset(config: RunConfig, dataset: TrainingData, folder: Path) -> Dataset:
-    """Return a plain dataset of the same items, each in a file of its own in a folder."""
+    """Return a plain dataset of the same items, with one file per item in ``folder``."""
     return _KINDS[config.family].plain_data(dataset, folder)
 
 
 def attention_stages(config: RunConfig) -> list[tuple[int, int, int, int]]:
-    """Return the grid, window, width and number of attention blocks of each stage of a model."""
+    """Return (grid, window, width, attention blocks) of each stage; edges are in tokens."""
     return _KINDS[config.family].stages(config.model)
 
 
 def make_pictures(folder: Path, model: ModelConfig, num_images: int) -> Path:
-    """Write a zip of pictures in ten classes, about as large as photographs of that size as PNG."""
+    """Write a zip of images in ten classes; its PNGs are about as large as those of photographs."""
     resolution, channels, num_classes = model.resolution, model.img_channels, 10
 
     def picture(index: int) -> np.ndarray:
@@ -128,7 +128,7 @@ def make_pictures(folder: Path, model: ModelConfig, num_images: int) -> Path:
 
 
 def make_latents(folder: Path, model: ModelConfig, num_images: int) -> Path:
-    """Write an archive of random latents, labelled, of the shape that a model expects."""
+    """Write a folder of random, labelled latents with the shape that a model expects."""
     shape = (num_images, 1, 2 * model.latent_channels, *model.input_shape[1:])
     moments = np.random.default_rng(0).standard_normal(shape, np.float32)
     moments /= model.latent_scale or 1
@@ -197,7 +197,7 @@ def _dit_size_of_latents(model: ModelConfig) -> dict[str, Any]:
 
 
 def _stages_of_levels(model: ModelConfig) -> list[tuple[int, int, int, int]]:
-    # All stages but the last have as many blocks again in the decoder.
+    # Every stage but the last, the bottleneck, has the same number of blocks in the decoder.
     counts = [2 * count for count in model.blocks_per_stage[:-1]] + [model.blocks_per_stage[-1]]
     return list(zip(model.grids, model.windows, model.widths, counts, strict=True))
 
@@ -208,9 +208,9 @@ def _one_stage(model: ModelConfig) -> list[tuple[int, int, int, int]]:
 
 @dataclasses.dataclass(frozen=True)
 class _Kind:
-    """What is measured of the models of a family, and on what data."""
+    """How the benchmarks treat the models of one family."""
 
-    make: Callable[[Path, ModelConfig, int], Path]  # Returns where the data in that folder are.
+    make: Callable[[Path, ModelConfig, int], Path]  # Returns the path of the data in the folder.
     describe: Callable[[TrainingData], str]
     bare_reading: Callable[[TrainingData, int], tuple[str, Callable[[], None]]]
     stages: Callable[[ModelConfig], list[tuple[int, int, int, int]]]
@@ -221,7 +221,7 @@ class _Kind:
 _PICTURES = _Kind(
     make_pictures, _describe_pictures, _decode_pictures, _stages_of_levels, PlainPictures
 )
-# There is no plain network yet to compare feature-conditioned models with.
+# Feature-conditioned models are missing: there is no plain network yet to compare them with.
 _KINDS = {
     "image": _PICTURES,
     "latent": _Kind(

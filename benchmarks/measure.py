@@ -18,7 +18,7 @@ from torch_utils import cpu_matmul
 
 Value = TypeVar("Value")
 
-# Columns of what turns take: the median of each, and the least.
+# Columns of the time per turn: median and minimum, of wall time and of processor time.
 TIME_COLUMNS = ("wall, s", "at least", "CPU, s", "at least")
 _BF16_FLAGS = {"AVX512-BF16": "avx512_bf16", "AMX": "amx_bf16"}
 
@@ -31,7 +31,7 @@ def device_name(device: torch.device) -> str:
 
 
 def describe_device(device: torch.device) -> str:
-    """Return hardware, cores, PyTorch's version and threads, and what else runs, in one line."""
+    """Return one line with hardware, cores, PyTorch version, threads and the system's load."""
     name, software = device_name(device), f"torch {torch.__version__}"
     if device.type == "cuda":
         software += f", CUDA {torch.version.cuda}"
@@ -39,7 +39,7 @@ def describe_device(device: torch.device) -> str:
         flags = _field("/proc/cpuinfo", "flags").split()
         has = [f"{name}: {'yes' if flag in flags else 'no'}" for name, flag in _BF16_FLAGS.items()]
         name += f" ({', '.join(has)})"
-    # The mean number of processes that wanted a core during the last minute.
+    # Mean number of runnable processes over the last minute.
     load = f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "unknown"
     threads = f"{torch.get_num_threads()} threads"
     if device.type == "cpu":
@@ -48,16 +48,16 @@ def describe_device(device: torch.device) -> str:
 
 
 def _field(path: str, name: str) -> str:
-    """Return the first value of a name in a file of the system; empty where there is none."""
+    """Return the first value of ``name`` in a /proc file of ``name: value`` lines, or ''."""
     text = Path(path).read_text(encoding="utf-8") if Path(path).is_file() else ""
     found = re.search(rf"^{name}\s*:[ \t]*(.*)$", text, re.MULTILINE)
     return found.group(1) if found else ""
 
 
 class Clock:
-    """Splits time into parts that follow each other: ``start()``, then ``mark(part)`` at each end.
+    """Divides time into consecutive parts: call ``start()``, then ``mark(part)`` as each part ends.
 
-    On a GPU the marks are events in its queue, so that the host runs ahead as it does in training.
+    On a GPU the marks are CUDA events, so that the host runs ahead as it does in training.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -71,7 +71,7 @@ class Clock:
         self.mark("")
 
     def mark(self, part: str) -> None:
-        """End a part that began with the mark before."""
+        """End the part that began at the previous mark; several parts of one name are summed."""
         if self._cuda:
             now = torch.cuda.Event(enable_timing=True)
             now.record()
@@ -80,7 +80,7 @@ class Clock:
         self._marks.append((part, now))
 
     def seconds(self) -> dict[str, float]:
-        """Return the time of each part since :meth:`start`, in order; waits for the device."""
+        """Return the seconds of each part since :meth:`start`, in order; waits for the device."""
         if self._cuda:
             torch.cuda.synchronize()
         result: dict[str, float] = {}
@@ -91,21 +91,21 @@ class Clock:
 
 
 class Spent(NamedTuple):
-    """What a call took: seconds that passed, and seconds of all cores, loader processes' too."""
+    """The seconds that a call took: elapsed, and of processor time including child processes."""
 
     wall: float
     cpu: float
 
 
 class CpuClock:
-    """Counts the processor time of this process and its children from its making on."""
+    """Counts the processor time of this process and its children since it was created."""
 
     def __init__(self) -> None:
         self._children = _children_seconds()
         self._own = time.process_time()
 
     def seconds(self) -> float:
-        own = time.process_time() - self._own  # First: asking for the children takes a while.
+        own = time.process_time() - self._own  # First, because querying the children takes time.
         return own + max(_children_seconds() - self._children, 0.0)
 
 
@@ -122,7 +122,7 @@ def _children_seconds() -> float:
 
 
 def spent_by(function: Callable[[], Any], device: torch.device) -> Spent:
-    """Return what a call takes until the device has finished it."""
+    """Return the time that a call takes, until the device has finished it."""
     clock, cpu = Clock(device), CpuClock()
     clock.start()
     function()
@@ -133,10 +133,10 @@ def spent_by(function: Callable[[], Any], device: torch.device) -> Spent:
 def interleave(
     turns: dict[str, Callable[[], Value]], num_rounds: int, *, warm_up: bool = False
 ) -> dict[str, list[Value]]:
-    """Return the results of calling each function ``num_rounds`` times, in turn.
+    """Return the results of ``num_rounds`` rounds, in each of which every function has one turn.
 
-    Every other round goes backwards, so that drift and noise of the machine affect all alike. With
-    ``warm_up`` there is one more round before, whose results do not count.
+    Every other round runs in reverse order, so that drift and noise of the machine affect all
+    functions alike. ``warm_up`` adds a first round whose results are discarded.
     """
     for turn in turns.values() if warm_up else ():
         turn()
@@ -148,12 +148,12 @@ def interleave(
 
 
 def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
-    """Return the median of the ratios within each round."""
+    """Return the median over rounds of the ratio within each round."""
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
 def walls(turns: Sequence[Spent]) -> list[float]:
-    """Return the seconds that passed in each turn."""
+    """Return the wall time of each turn in seconds."""
     return [turn.wall for turn in turns]
 
 
@@ -162,7 +162,7 @@ def median_wall(turns: Sequence[Spent]) -> float:
 
 
 def time_cells(turns: Sequence[Spent], scale: float = 1.0) -> list[str]:
-    """Return the cells of :data:`TIME_COLUMNS`, each multiplied by ``scale``."""
+    """Return the cells of :data:`TIME_COLUMNS`, with times multiplied by ``scale``."""
     cells = []
     for values in (walls(turns), [turn.cpu for turn in turns]):
         cells += [f"{scale * kind(values):.4g}" for kind in (statistics.median, min)]
@@ -170,7 +170,7 @@ def time_cells(turns: Sequence[Spent], scale: float = 1.0) -> list[str]:
 
 
 def tensor_bytes(value: Any) -> int:
-    """Return the bytes of all tensors in a container of containers."""
+    """Return the bytes of all tensors in nested dicts, lists and tuples."""
     if isinstance(value, torch.Tensor):
         return value.nbytes
     if isinstance(value, dict):
@@ -179,10 +179,10 @@ def tensor_bytes(value: Any) -> int:
 
 
 def peak_growth(function: Callable[[], Any], device: torch.device) -> int | None:
-    """Return how many bytes a call needs at most beyond those in use before it.
+    """Return the peak memory of a call in bytes, beyond the memory in use before it.
 
-    On a GPU it is what PyTorch's allocator hands out, on a CPU resident memory; None where the
-    system does not tell (other than Linux).
+    On a GPU this counts the memory that PyTorch's allocator hands out, on a CPU resident memory.
+    Returns None where the system does not report the latter (only Linux does).
     """
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -193,9 +193,9 @@ def peak_growth(function: Callable[[], Any], device: torch.device) -> int | None
         return torch.cuda.max_memory_allocated(device) - before
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
-        trim(0)  # What was freed before would otherwise be used again, unseen.
+        trim(0)  # Otherwise the call could reuse freed memory, which would not be counted.
     try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # Forget the last peak.
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # Resets the peak, VmHWM.
         before = _resident("VmRSS")
         function()
         return max(_resident("VmHWM") - before, 0)
@@ -208,7 +208,7 @@ def _resident(name: str) -> int:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows of cells as aligned columns, the first to the left and the others right."""
+    """Return rows of cells as aligned text, the first column to the left and the others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *cells in rows:

@@ -1,4 +1,4 @@
-"""The options of benchmark.py, available before the measuring code is imported."""
+"""The options of benchmark.py, which do not import the code that measures."""
 
 import dataclasses
 from collections.abc import Collection, Sequence
@@ -14,11 +14,11 @@ from training.config import CPU_MATMUL, RunConfig
 DEFAULT_PRESET = "cifar10"
 BATCH_HELP = "Number of images in a batch."
 PRECISION_HELP = "Arithmetic to measure."
-# What models are measured on, by their family; benchmarks/kinds.py makes it.
+# The data that each model family is measured on; benchmarks/kinds.py makes them.
 _DATA = {"image": "pictures", "latent": "latents", "sets": "pictures"}
 MEASURED = [name for name, preset in PRESETS.items() if _DATA.get(preset.run.family)]
 
-# The parts of benchmark.py gpu and the seconds that each may take.
+# The parts of benchmark.py gpu, and their time budgets in seconds.
 GPU_PARTS = dict(gemm=60, attention=180, train=480, sample=150, metrics=90, loading=120)
 
 
@@ -32,17 +32,17 @@ def measured_preset(name: str) -> Preset:
 
 
 def measured_model(args: Sequence[str]) -> ModelConfig:
-    """Return the model of the preset that unparsed arguments name, as a base of its options."""
+    """Return the model of the preset named in unparsed arguments, as the base of its options."""
     return measured_preset(raw_value(args, "preset") or DEFAULT_PRESET).run.model
 
 
 def measured_run(name: str, model: ModelConfig) -> RunConfig:
-    """Return the run of a preset with another model in the place of its own."""
+    """Return the run of a preset with its model replaced."""
     return dataclasses.replace(measured_preset(name).run, model=model)
 
 
 def listed(option: str, text: str, accepted: Collection[str]) -> tuple[str, ...]:
-    """Return the names in an option, separated by commas; refuses any other."""
+    """Return the comma-separated names in an option; raises UsageError for one not accepted."""
     names = tuple(name.strip() for name in text.split(","))
     for name in names:
         if name not in accepted:
@@ -53,7 +53,7 @@ def listed(option: str, text: str, accepted: Collection[str]) -> tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What every measurement has."""
+    """The options of every measurement."""
 
     preset: str = param(default=DEFAULT_PRESET, help=f"Model to measure: {', '.join(MEASURED)}.")
     rounds: int = param(
@@ -66,7 +66,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataOptions(Options):
-    """What a measurement that reads images has."""
+    """The options of measurements that read images."""
 
     data: str | None = param(
         help="Zip or folder made by dataset_tool.py.  [default: synthetic pictures]"
@@ -75,7 +75,7 @@ class DataOptions(Options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NetworkOptions(Options):
-    """What a measurement of a network without training has."""
+    """The options of measurements of a network without training."""
 
     precision: str = param(default="fp32", choices=("bf16", "fp32"), help=PRECISION_HELP)
     batch: int = param(default=16, min=1, max=1_000_000, help=BATCH_HELP)

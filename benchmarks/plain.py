@@ -1,8 +1,9 @@
-"""Plain networks that benchmarks compare with: the same function of the same weights.
+"""Plain networks to compare with, which compute the same function of the same weights.
 
 Attention is two batched matrix products with a softmax between them. In DiffiT, images are
-contiguous [N, C, H, W], windows are cut once per block, an upsampling is followed by its
-convolution; bias tables are gathered row by row. Sets are encoded one place after another.
+contiguous [N, C, H, W], each block cuts its windows once, bias tables are gathered row by row, and
+upsampling and its convolution are separate operations. The leave-one-out contexts of a set are
+encoded one after another.
 """
 
 import torch
@@ -26,7 +27,7 @@ from models.set_encoder import EncoderAttention
 
 
 def build_plain_network(config: ModelConfig) -> Network:
-    """Return the network of ``config``, same initial weights included, with the plain parts."""
+    """Return the network of ``config`` with its usual initial weights, but plain parts."""
     network = build_network(config)
     for part in network.modules():
         part.__class__ = _PLAIN.get(type(part), type(part))
@@ -34,14 +35,14 @@ def build_plain_network(config: ModelConfig) -> Network:
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """Return softmax(q k^T / sqrt(d) + bias) v of q, k, v [N, heads, L, d], bias [heads, L, L]."""
+    """Return softmax(q k^T / sqrt(d) + bias) v for q, k, v [N, heads, L, d], bias [heads, L, L]."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias.to(q.dtype)
     return scores.softmax(dim=-1) @ v
 
 
 class PlainTMSA(TMSA):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Return tokens like x [N windows, ..., C], one window a row, for time tokens t [N, T]."""
+        """Return tokens shaped like x [B windows, ..., C], one window per row; t is [B, T]."""
         qkv = self.qkv(x.flatten(1, -2))  #                             [N windows, L, 3 C]
         qkv = qkv + self.qkv_temb(t).repeat_interleave(len(x) // len(t), dim=0)[:, None]
         qkv = qkv.unflatten(-1, (3, -1, self.head_dim))
@@ -53,7 +54,7 @@ class PlainTMSA(TMSA):
 
 class PlainResBlock(ResBlock):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        x = x.contiguous()  # The first one's input is channels last.
+        x = x.contiguous()  # The input of the first block is channels last in memory.
         y = self.conv(self.dropout(functional.silu(self.norm(x))))
         num, dim, height, width = y.shape
         w = self.block.attn.window
@@ -104,7 +105,7 @@ class PlainEncoderAttention(EncoderAttention):
 
 
 class LoopConditioner(SetConditioner):
-    """The same context, made by one call of the encoder for each place in a set."""
+    """A set conditioner that calls the encoder once for each left-out image of a set."""
 
     def forward(
         self, cond: dict[str, Tensor], drop: Tensor | None = None, num: int | None = None

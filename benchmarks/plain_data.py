@@ -1,4 +1,4 @@
-"""Datasets as they are usually written: one file per item, opened on access."""
+"""Datasets as they are usually written, with one file per item that is opened on access."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from data.latents.dataset import LatentDataset
 
 
 class PlainPictures(Dataset):
-    """PNG files of a folder, opened with Pillow."""
+    """Images uint8 [C, H, W] of PNG files, opened with Pillow; labels are the index modulo 10."""
 
     def __init__(self, source: ImageDataset, folder: Path) -> None:
         self._files = [folder / f"{index:06}.png" for index in range(source.num_images)]
@@ -29,7 +29,7 @@ class PlainPictures(Dataset):
 
 
 class PlainLatents(Dataset):
-    """One .npy file a latent."""
+    """Latents float16 [2 C, H, W] of .npy files; labels are the index modulo 10."""
 
     def __init__(self, source: LatentDataset, folder: Path) -> None:
         shards = [np.load(source.path / shard["file"]) for shard in source.record.shards]

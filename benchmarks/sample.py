@@ -1,4 +1,4 @@
-"""benchmark.py sample: the cost of sampling with and without guidance, and in other code."""
+"""benchmark.py sample: the cost of sampling with and without guidance, and of other code."""
 
 import dataclasses
 import functools
@@ -77,7 +77,7 @@ def _others(text: str) -> tuple[str, ...]:
 def _turn_of(
     config: RunConfig, network: torch.nn.Module, device: torch.device, request: tuple[int, float]
 ) -> Callable[[], Spent]:
-    """Return a function that times sampling of so many images with so much guidance."""
+    """Return a function that times sampling; ``request`` is (number of images, cfg_scale)."""
     torch.manual_seed(config.training.seed)
     num, cfg_scale = request
     network = network.eval().requires_grad_(False).to(device)
@@ -90,7 +90,7 @@ def _turn_of(
 def _turns_of_others(
     others: tuple[str, ...], config: RunConfig, device: torch.device, batch: int
 ) -> dict[str, tuple[Callable[[], Spent], int]]:
-    """Return what guided sampling is compared with: what times it, and its network's parameters."""
+    """Return the timing function and parameter count of each other implementation, by name."""
     turns = {}
     if "plain" in others:
         network = build_plain_network(config.model)

@@ -1,4 +1,4 @@
-"""benchmark.py states: how long writing a state pauses training."""
+"""benchmark.py states: how long writing a training state pauses training."""
 
 import os
 import shutil
@@ -64,15 +64,17 @@ def measure(config: ModelConfig, options: StateOptions) -> None:
 def time_states(
     run: RunConfig, state: dict[str, Any], folder: Path, options: StateOptions, rate: float | None
 ) -> dict[str, float]:
-    """Return the seconds for which a state, the first and the median, keeps training waiting.
+    """Return the seconds for which writing a state pauses training.
 
-    ``whole`` counts until it is on disk.
+    ``first`` is the pause of the first state, and ``stall`` the median of the others.
+    ``first_whole`` and ``whole`` are the seconds until the state is on disk. ``gigabytes`` is its
+    size. ``rate`` limits writing to so many MB/s.
     """
     device = state["optimizer"]["counters"].device
     with Saver(rate) as saver:
         writer = Writer(saver, folder, run, _DATA, keep_states=1, is_sharded=False)
         writer.reserve(state, build_network(run.model), device)
-        time.sleep(options.warm_up)  # What a run does until its first state.
+        time.sleep(options.warm_up)  # Stands for the training before the first state.
         turns = []
         for number in range(options.rounds + 1):
             began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Training steps to measure: in this code, and in plain code for the same network."""
+"""Training steps to measure: those of this code, and plain ones for the same network."""
 
 import functools
 from typing import Any, NamedTuple
@@ -20,22 +20,22 @@ from training.optimizer import GuardedAdam
 from training.report import forward_flops
 
 PARTS = ("data", "forward", "backward", "optimizer", "EMA")
-# Far enough into a run for the average to have its full half-life.
+# Far enough into a run for the EMA to have its full half-life.
 _FIRST_NIMG = 50_000_000
 
 
 class Turn(NamedTuple):
-    """What a step takes: the seconds of each of PARTS, and of all together."""
+    """The time of one step: the seconds of each of PARTS, and of the whole step."""
 
     parts: dict[str, float]
     spent: Spent
 
 
 class TrainingSteps:
-    """Optimizer steps made of what the training loop is made of, with marks between their parts.
+    """Optimizer steps built from the parts of the training loop, with clock marks between them.
 
-    A batch is ``config.training.batch`` images, or sets of them; there is no accumulation and one
-    rank.
+    A batch is ``config.training.batch`` images, or sets of images. There is one rank and no
+    gradient accumulation.
     """
 
     compile_backend = "inductor"
@@ -49,7 +49,7 @@ class TrainingSteps:
         self.resize(config.training.batch)
 
     def resize(self, batch: int) -> None:
-        """Make batches of that size from the next step on."""
+        """Use batches of ``batch`` rows from the next step on."""
         self.config = config = self.config.changed("training", batch=batch, batch_gpu=batch)
         part = Part(rank=0, world_size=1, batch_gpu=batch)
         sampler = families.of(config).steps(config, self._dataset, self._cur_nimg, part).sampler
@@ -59,11 +59,11 @@ class TrainingSteps:
         self._objective = self._make_objective(self._codec)
 
     def _make_objective(self, codec: Codec) -> Any:
-        """Return what draws, prepares and computes the loss of a batch."""
+        """Return the objective, which draws for a batch, prepares it and computes its loss."""
         return families.of(self.config).objective(self.config, self.network, codec)
 
     def _build(self) -> None:
-        """Make the network, its average and their optimizer."""
+        """Build the network, its weight averages and the optimizer."""
         training, network = self.config.training, build_network(self.config.model)
         self.network = network.to(memory_format=torch.channels_last).train().to(self.device)
         parameters = Parameters(self.network)
@@ -115,7 +115,7 @@ class TrainingSteps:
         self._profiles.update(self._cur_nimg + step_nimg, step_nimg)
 
     def state(self) -> dict[str, Any]:
-        """Return what a training state holds of network, averages and optimizer."""
+        """Return the entries of a training state for the network, averages and optimizer."""
         return dict(
             net=self.network.state_dict(),
             ema=self._ema.network.state_dict(),
@@ -124,17 +124,17 @@ class TrainingSteps:
         )
 
     def peak_memory(self, num_steps: int) -> str:
-        """Make ``num_steps`` steps, and return the peak memory of one more in MiB."""
+        """Make ``num_steps`` steps, and return the peak memory of one more in MiB, or "unknown"."""
         step = functools.partial(self.step, Clock(self.device))
         for _ in range(num_steps):
             step()
         growth = peak_growth(step, self.device)
-        # What is kept between two steps: weights, average, optimizer.
+        # What stays in memory between steps: weights, their EMA, and the optimizer's state.
         kept = [*self.network.parameters(), *self.average, self._optimizer.state_dict()]
         return "unknown" if growth is None else f"{(tensor_bytes(kept) + growth) / 2**20:.0f}"
 
     def time(self, num_steps: int) -> Turn:
-        """Make ``num_steps`` steps, and return what one of them takes."""
+        """Make ``num_steps`` steps, and return the mean time of one."""
         clock, cpu = Clock(self.device), CpuClock()
         clock.start()
         for _ in range(num_steps):
@@ -148,7 +148,7 @@ class TrainingSteps:
 
 
 class PlainTrainingSteps(TrainingSteps):
-    """The same steps, plainly: other network code, Adam and average one parameter at a time."""
+    """Plain steps: a plain network, with Adam and averages that update one parameter at a time."""
 
     def _build(self) -> None:
         self.network = build_plain_network(self.config.model).train().to(self.device)

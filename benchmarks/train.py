@@ -1,4 +1,4 @@
-"""benchmark.py train: the cost of a training step, against a plain one and one of diffusers."""
+"""benchmark.py train: the cost of a training step, against plain code and diffusers."""
 
 import functools
 import statistics
@@ -54,10 +54,10 @@ def measure(config: ModelConfig, options: TrainOptions) -> None:
 def _build_sides(
     config: RunConfig, dataset: TrainingData, device: torch.device, chosen: tuple[tuple, str]
 ) -> dict[str, TrainingSteps]:
-    """Return what is compared, by name: the sides chosen, in the precisions chosen.
+    """Return the training steps to compare, by name.
 
-    ``config`` is a run fitted to the data; its batch is that of one pass. What this code is
-    compared with is always eager, and the plain baseline always in fp32.
+    ``config`` is a run fitted to the data, whose batch is that of one pass. ``chosen`` is the other
+    sides and the precision. The other sides are always eager, and the plain one always in fp32.
     """
     others, precision = chosen
     precisions = ("fp32", "bf16") if precision == "both" else (precision,)
@@ -83,7 +83,7 @@ def _build_sides(
 def _benchmark_steps(
     sides: dict[str, TrainingSteps], device: torch.device, options: TrainOptions
 ) -> list[list[str]]:
-    """Return rows of what a step of each side costs."""
+    """Return a table with the cost of a step on each side."""
     on_gpu = device.type == "cuda"
     num_steps = options.steps or (20 if on_gpu else 1)
     peaks = [side.peak_memory(5 if on_gpu else 1) for side in sides.values()]
@@ -120,6 +120,6 @@ def _benchmark_steps(
 
 
 def _share(side: TrainingSteps, rate: float) -> str:
-    """Return the share of FLOP/s in the peak of the device."""
+    """Return the FLOP/s ``rate`` as a share of the device's peak, or "unknown"."""
     peak = peak_flops(device_name(side.device), side.config.training.arithmetic)
     return "unknown" if peak is None else f"{100 * rate / peak:.1f}%"

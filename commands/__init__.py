@@ -1,1 +1,1 @@
-"""The commands of fid.py and dataset_tool.py, one module each, imported when it is called."""
+"""Commands of the programs, one module each, imported only when the command is called."""

@@ -97,7 +97,7 @@ def _tell_differences(comparison: "Comparison", preset: str, anyway: bool) -> No
 
 
 def _tell(verdict: "Verdict", kimg: float) -> None:
-    """Print a verdict, and what goes with it, on a run that has come to ``kimg``."""
+    """Print the verdict on a run trained for ``kimg``, with its reasons and omissions."""
     from training.reference_curves.judge import reasons
 
     click.echo(str(verdict))
@@ -112,7 +112,7 @@ def _tell(verdict: "Verdict", kimg: float) -> None:
 
 
 def _published(reference: "Reference", run: "Run") -> list[str]:
-    """Return lines with what others have published, beside the best that the run has."""
+    """Return a line for each published figure, beside the best score of the run."""
     from training.run_report.scores import best
 
     lines = []

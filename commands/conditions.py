@@ -1,4 +1,4 @@
-"""fid.py conditions: the effect of each condition of a model."""
+"""fid.py conditions: the effect of each condition on a model's output."""
 
 import dataclasses
 import json

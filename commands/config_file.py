@@ -1,4 +1,4 @@
-"""Configurations that come from a file: ``--config=FILE``, ``--distill=FILE``."""
+"""Configurations read from a file: ``--config=FILE`` and ``--distill=FILE``."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -17,11 +17,11 @@ _YAML = (".yaml", ".yml")
 
 @functools.cache
 def read_config_file(path: str) -> tuple[RunConfig | None, tuple[str, ...]]:
-    """Return the run that a file holds, or None and the options that it names, as if typed.
+    """Return the run stored in a file, or None and the file's options as command-line arguments.
 
-    A file is JSON or YAML: the ``training_options.json`` of a run, or one object of option names,
-    with hyphens or underscores, and values. Lists are joined by commas. Nothing in a file is
-    executed. Raises ValueError, one sentence, for anything else.
+    The file is JSON or YAML. It is either the ``training_options.json`` of a run, or one object
+    that maps option names, with hyphens or underscores, to values. Lists are joined by commas.
+    Nothing in a file is executed. Raises ValueError with one sentence for anything else.
     """
     content = _parse(path)
     if isinstance(content.get("config"), Mapping):  # A run's training_options.json.
@@ -88,18 +88,19 @@ def _text(path: str, name: Any, value: Any) -> str:
 
 
 def with_config_file(args: Sequence[str], path: str | None) -> list[str]:
-    """Return arguments with the options of a file before them, so that those typed come last."""
+    """Return ``args`` after the options of a file, so that typed options take precedence."""
     if path is None:
         return list(args)
     return [*read_config_file(path)[1], *args]
 
 
 def read_teacher(distill: str, preset: str | None) -> RunConfig:
-    """Return the run of a teacher with what is usual for students, which theirs starts from.
+    """Return the configuration that students start from: their teacher's, with usual changes.
 
-    As in arXiv 2202.00512 the learning rate of each stage falls to 0, there linearly. Students
-    learn with their condition alone, and the average of their weights is good from the start.
-    Raises ValueError for another preset than the teacher's.
+    The learning rate falls to 0 in each stage, as in progressive distillation (arXiv 2202.00512),
+    but as a cosine, not linearly. Students always see their condition, and their EMA needs no
+    ramp-up, because their weights are good from the start. Raises ValueError if ``preset`` is not
+    the teacher's.
     """
     from training.portable import open_header
 

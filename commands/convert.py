@@ -1,4 +1,4 @@
-"""dataset_tool.py convert: a dataset from images of many kinds."""
+"""dataset_tool.py convert: makes a dataset from images in many formats."""
 
 import dataclasses
 from pathlib import Path
@@ -118,7 +118,7 @@ def command(options: ConvertOptions) -> None:
     from data.convert.sources import Selection, open_source
     from data.images.transforms import parse_resolution
 
-    # A stop cleans up; what SIGKILL leaves is a hidden .NAME.*.tmp beside --dest.
+    # An interruption cleans up after itself; SIGKILL leaves a hidden .NAME.*.tmp beside --dest.
     choice = LabelChoice(options.labels, options.label_level)
     inputs = dict(source=options.source, labels=options.labels or "")
     check_target("--dest", options.dest, is_folder=Path(options.dest).is_dir(), inputs=inputs)
@@ -139,7 +139,7 @@ def command(options: ConvertOptions) -> None:
 
 
 def _tell(summary: "Summary", dest: str) -> None:
-    """Print what was converted, and what was left out."""
+    """Print what was converted, and which images were left out."""
     for note in summary.notes:
         click.echo(note)
     if summary.skipped:

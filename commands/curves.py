@@ -1,4 +1,4 @@
-"""fid.py curves: reference curves of runs that differ in their seeds."""
+"""fid.py curves: reference curves from runs that differ only in their seeds."""
 
 import dataclasses
 from pathlib import Path

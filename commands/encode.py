@@ -1,4 +1,4 @@
-"""dataset_tool.py encode: the latents of a dataset."""
+"""dataset_tool.py encode: writes the latents of a dataset."""
 
 import dataclasses
 

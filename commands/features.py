@@ -1,4 +1,4 @@
-"""dataset_tool.py features: latents, DINOv3 and T5 features of captioned images."""
+"""dataset_tool.py features: writes latents, DINOv3 and T5 features of captioned images."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""fid.py fewshot: the scores of images made from supports of a class."""
+"""fid.py fewshot: scores of images generated from supports."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""dataset_tool.py index: the index with which a tar of images is read in place."""
+"""dataset_tool.py index: writes the index of a tar of images, to read them in place."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""python -m training.posthoc_ema: weight averages that a run did not keep."""
+"""python -m training.posthoc_ema: weight averages of EMA lengths that a run did not track."""
 
 import dataclasses
 from pathlib import Path

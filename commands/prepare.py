@@ -1,4 +1,4 @@
-"""``--data-dir`` and ``--dataset`` of train.py, and ``--prepare``, which converts archives."""
+"""The options --data-dir, --dataset and --prepare of train.py."""
 
 import dataclasses
 import re
@@ -17,7 +17,11 @@ _POLL_SEC = 1.0
 def with_named_data(
     config: RunConfig, given: Collection[str], data_dir: Path | None, dataset: str | None
 ) -> RunConfig:
-    """Return ``config`` with the data that ``--data-dir`` and ``--dataset`` name together."""
+    """Return ``config`` with the data named by ``--data-dir`` and ``--dataset``.
+
+    The path is DATA_DIR/DATASET if that exists, and DATA_DIR/DATASET.zip otherwise. Raises
+    ValueError unless both options are given, without ``--data``.
+    """
     if data_dir is None or dataset is None or "data" in given:
         raise ValueError("Give --data, or --data-dir and --dataset together.")
     path = data_dir / dataset
@@ -27,9 +31,9 @@ def with_named_data(
 
 
 def official_archive(data_dir: Path, dataset: str) -> Path | None:
-    """Return the official archive, or its folder, of a dataset such as ``cifar100``; None if none.
+    """Return the official archive or folder of a dataset such as ``cifar100``, or None.
 
-    It lies in ``data_dir``, or is it, or lies in a folder of the dataset's name.
+    It is ``data_dir`` itself, or lies in it or in its subfolder with the dataset's name.
     """
     from data.convert.sources import unconverted
 
@@ -46,15 +50,15 @@ def official_archive(data_dir: Path, dataset: str) -> Path | None:
 
 
 def _letters(name: str) -> str:
-    """Return a name without punctuation and case, and CIFAR's names without their ending."""
+    """Return a name in lower case without punctuation, and without CIFAR's ``python``."""
     return re.sub(r"[^a-z0-9]", "", name.lower()).replace("python", "")
 
 
 def prepare_data(data_dir: Path, dataset: str, path: Path, *, convert: bool) -> None:
-    """See to it that ``path`` is there if an official archive lies in ``data_dir``.
+    """Convert an official archive in ``data_dir`` to ``path`` if ``path`` does not exist.
 
-    With ``convert`` rank 0 converts the archive and the others wait; without it, ValueError names
-    the command. Nothing happens where there is no archive.
+    With ``convert``, rank 0 converts the archive and the other ranks wait for ``path``. Without it,
+    raises ValueError with the command that converts. Rank 0 does nothing if there is no archive.
     """
     if path.exists():
         return
@@ -77,6 +81,6 @@ def prepare_data(data_dir: Path, dataset: str, path: Path, *, convert: bool) -> 
 
 
 def _wait_for(path: Path) -> None:
-    """Wait until rank 0 has made a file; should that fail, the launcher ends this process."""
+    """Wait until rank 0 has written a file; if it fails, the launcher ends this process."""
     while not path.exists():
         time.sleep(_POLL_SEC)

@@ -1,4 +1,4 @@
-"""fid.py ref: what metrics need to know about real images, in a file."""
+"""fid.py ref: stores the reference statistics of real images in a file."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""fid.py report: training runs as pages to look at."""
+"""fid.py report: HTML pages that show training runs."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""fid.py sweep: the best guidance, number of steps and weight average."""
+"""fid.py sweep: finds the best guidance, sampling settings and weight average."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -68,7 +68,7 @@ class SweepOptions:
 
 def _base(args: Sequence[str]) -> Any:
     if "--help" not in args and not any(arg.startswith("--network") for arg in args):
-        return ScoreConfig()  # The command says what is missing.
+        return ScoreConfig()  # The command itself reports that --network is missing.
     return base_config(args)
 
 
@@ -143,7 +143,7 @@ def _stds(text: str) -> list[float]:
 
 
 def _how_options(given: SnapshotOptions) -> list[str]:
-    """Return the options that say how a snapshot makes images, as typed."""
+    """Return the given options for generating images with a snapshot, as arguments."""
     names = ("guide", "vae", "tf32", "precision", "cpu_matmul", "compile")
     typed_ones = {name: getattr(given, name) for name in names}
     options = {name.replace("_", "-"): value for name, value in typed_ones.items() if value}
@@ -153,7 +153,7 @@ def _how_options(given: SnapshotOptions) -> list[str]:
 
 
 def _scoring_options(options: SweepOptions, given: SnapshotOptions, config: Axes) -> list[str]:
-    """Return the options of fid.py calc that say what images are scored by."""
+    """Return the arguments with which fid.py calc scores images as this sweep does."""
     found = [] if options.ref is None else [f"--ref={options.ref}"]
     found += [f"--metrics={options.metrics}", f"--batch={typed(given.batch)}"]
     return found + options_of(config.base, ScoreConfig(), ("detectors",))

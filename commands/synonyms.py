@@ -1,4 +1,4 @@
-"""Option names of EDM, StyleGAN3, DiT, diffusers and others, and their names here."""
+"""Option names of EDM, StyleGAN3, DiT, diffusers and others, and the equivalent options here."""
 
 _SHARED = {
     "ckpt": "--network",
@@ -72,9 +72,9 @@ _INSTEAD = {"cfg-scale": "Feature-conditioned models have --text-scale and --vis
 
 
 def used_here(name: str, *, training: bool = False) -> str | None:
-    """Return a sentence with the name used here for an option of another program, or None.
+    """Return a sentence that names the equivalent of an unknown option, or None.
 
-    For a command that is not ``training``, an option of train.py is one of another program.
+    For commands other than train.py (without ``training``), it also recognises train.py's options.
     """
     here = (_TRAIN if training else _SAMPLE).get(name) or _SHARED.get(name)
     if here is not None:

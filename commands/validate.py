@@ -1,4 +1,4 @@
-"""fid.py validate: tests of a feature-conditioned model on held-out images."""
+"""fid.py validate: tests a feature-conditioned model on held-out images."""
 
 import dataclasses
 from pathlib import Path
@@ -31,21 +31,21 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-# The test for which an encoder is loaded.
+# The only test that uses each encoder.
 _ENCODES = dict(visual="reconstruction", text="text_edit")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ValidateConfig(GenerateConfig):
-    """How the images of a snapshot are made, and the tests that it is put to."""
+    """The sampling protocol of a snapshot, and the settings of the tests."""
 
     validation: ValidationConfig = ValidationConfig()
 
     @classmethod
     def of_snapshot(cls, path: str | None) -> "ValidateConfig":
-        """Return the protocol that a snapshot brings along; the defaults without one.
+        """Return the protocol stored in a snapshot, or the defaults if ``path`` is None.
 
-        Raises ValueError if its model is not feature-conditioned.
+        Raises ValueError if the snapshot's model is not feature-conditioned.
         """
         if path is None:
             return cls(guidance=DualGuidanceConfig())
@@ -126,9 +126,9 @@ def command(config: ValidateConfig, options: ValidateOptions) -> None:
 def _validate_snapshot(
     config: ValidateConfig, options: ValidateOptions, device: "torch.device"
 ) -> "tuple[list[dict[str, Any]], dict[str, Image]]":
-    """Return the rows of all tests of a snapshot, and pictures on rank 0. Collective.
+    """Return the score rows of all tests of a snapshot, and pictures on rank 0. Collective.
 
-    Raises ValueError for features that are not the model's.
+    Raises ValueError if the data's features were made by encoders other than the model's.
     """
     from data.features.dataset import FeatureDataset
     from evaluation.in_loop.features import weights_facts

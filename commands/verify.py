@@ -1,4 +1,4 @@
-"""dataset_tool.py verify: the problems of a dataset, its latents or features."""
+"""dataset_tool.py verify: lists the problems of a dataset, latents or features."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -72,7 +72,7 @@ def command(data: str, options: VerifyOptions) -> None:
 
 
 def _problems_of_features(data: str, options: VerifyOptions) -> Sequence[str]:
-    """Return the problems of a folder of features, after a table of its buckets is printed."""
+    """Print a table of the buckets of a feature folder, and return its problems."""
     from data.features.preparation.verify import verify_features
     from torch_utils import distributed
 

@@ -1,4 +1,4 @@
-"""The digits of scikit-learn as a testbed: an autoencoder of them, and a classifier."""
+"""The digits of scikit-learn as a testbed: classifiers that judge samples, and an autoencoder."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -17,13 +17,13 @@ _KL_WEIGHT = 1e-3
 
 
 def class_agreement(images: np.ndarray, labels: Sequence[int]) -> float:
-    """Return the share of images in which a 3-nearest-neighbour classifier sees the asked class.
-
-    Args:
-        images: uint8 [N, 8, 8] or with further dimensions of one, as generated.
-        labels: [N], the class that each was asked to be of.
+    """Return the share of images that a 3-nearest-neighbour classifier assigns to their class.
 
     The classifier is fitted on the 1,797 real digits.
+
+    Args:
+        images: uint8 [N, 8, 8], or with further dimensions of size one; generated images.
+        labels: [N], the class that each image was generated for.
     """
     from sklearn.datasets import load_digits
     from sklearn.neighbors import KNeighborsClassifier
@@ -35,9 +35,10 @@ def class_agreement(images: np.ndarray, labels: Sequence[int]) -> float:
 
 
 def set_classifier(dataset: SetDataset) -> Callable[[np.ndarray], np.ndarray]:
-    """Return a 3-nearest-neighbour classifier of the real digits and of the classes made of them.
+    """Return a 3-nearest-neighbour classifier of the real digits, and of their transformed classes.
 
-    It takes uint8 images [N, 1, 8, 8], and returns their classes; -1 for turned and mirrored ones.
+    It maps uint8 images [N, 1, 8, 8] to int64 classes [N], with -1 for those of turned or mirrored
+    digits.
     """
     from sklearn.neighbors import KNeighborsClassifier
 
@@ -59,7 +60,10 @@ def set_classifier(dataset: SetDataset) -> Callable[[np.ndarray], np.ndarray]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassShare:
-    """How many images made from supports of a class are of that class, and of others' supports."""
+    """How many images show a class: ``hits`` of ``num`` made from its supports, and a control.
+
+    The control is images made from supports of other classes.
+    """
 
     name: str
     hits: int
@@ -68,7 +72,7 @@ class ClassShare:
     control_num: int
 
     def describe(self) -> str:
-        """Return the shares, and how likely such a difference is by chance, in words."""
+        """Return a phrase with both shares and the p-value of their difference."""
         return (
             f"{self.name} {self.hits / self.num:.1%} of {self.num}, control "
             f"{self.control_hits / self.control_num:.1%} of {self.control_num}, one-sided p "
@@ -77,7 +81,7 @@ class ClassShare:
 
     @property
     def p_value(self) -> float:
-        """Probability of so large a share if the support made no difference (Fisher's test)."""
+        """One-sided p-value of Fisher's exact test: the support makes no difference."""
         pairs = ((self.hits, self.num), (self.control_hits, self.control_num))
         table = [[hits, num - hits] for hits, num in pairs]
         return float(fisher_exact(table, alternative="greater").pvalue)
@@ -86,10 +90,10 @@ class ClassShare:
 def class_shares(
     predictions: Mapping[int, np.ndarray], class_names: Sequence[str]
 ) -> list[ClassShare]:
-    """Return the share of each class, of ``predictions`` for images made from its supports.
+    """Return the share of each class among the images made from its supports.
 
-    The control is the share of the class among images made with the same seeds from supports of
-    all the other classes.
+    ``predictions`` maps each class to the classes predicted for these images. The control is the
+    share of the class among images made with the same seeds from supports of all other classes.
     """
     shares = []
     for index, found in predictions.items():
@@ -105,9 +109,9 @@ def train_autoencoder(
 ) -> float:
     """Train a small AutoencoderKL on a dataset, write it to ``folder``, and return its last error.
 
-    Latents have 4 channels and half the edge of the images. Its ``scaling_factor`` gives them unit
+    Latents have 4 channels and half the edge of the images. The ``scaling_factor`` gives them unit
     variance, as in latent diffusion (Rombach et al., arXiv 2112.10752). The error is the mean
-    square over pixels in [-1, 1].
+    squared error of pixels in [-1, 1] on the last batch.
     """
     dataset = ImageDataset(data)
     torch.manual_seed(seed)

@@ -1,9 +1,9 @@
-"""Compares students of few sampling steps with their teacher, on digits.
+"""Compares distilled students of few sampling steps with their teacher, on digits.
 
     python -m demos.distillation --preset=digits
 
-trains the teacher, unless --network names it, and its students; it makes images with each, and
-writes which share of them a classifier takes for what was asked for.
+trains a teacher (unless --network names one) and its students, generates images with each, and
+prints the share that a classifier assigns to the requested class or support.
 """
 
 import dataclasses
@@ -30,18 +30,18 @@ from sampling.supports import SupportGenerator
 from training.asked import GeneratorOptions
 from training.checkpoint import Snapshot, find_snapshots, load_snapshot
 
-# Scale of the teacher's guidance, as in the other demonstrations; its sampler in 16 steps.
+# The teacher's guidance scale, as in the other demonstrations, and its sampler for 16 steps.
 GUIDANCE = {"digits": 1.0, "digits-latent": 2.5, "fsdm-digits": 2.5}
 SAMPLERS = {"digits": "dpmpp_2m", "digits-latent": "ddim", "fsdm-digits": "dpmpp_2m"}
-# How teachers are trained, where it is not as their preset says, and how students are. The network
-# of digits-latent predicts noise: see docs/distillation.md.
+# Training options besides the preset, for teachers and for students. digits-latent sets the noise
+# levels because its network predicts noise: see docs/distillation.md.
 TEACHERS = {"fsdm-digits": ("--kimg=400", "--lr-schedule=cosine", "--lr-rampup=20")}
 TRAINING = {
     "digits": ("--lr-rampup=2",),
     "digits-latent": ("--lr-rampup=2", "--kimg=300", "--sigma-grid=karras", "--sigma-max=10"),
     "fsdm-digits": ("--lr-rampup=5", "--kimg=160", "--distill-steps=8,4,2,1"),
 }
-EPISODES_OF_CLASS = 4  # Seen classes have supports of five held-out images.
+EPISODES_OF_CLASS = 4  # For seen classes, whose supports are five held-out images.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,10 +101,10 @@ def students_of(run_dir: Path) -> list[Snapshot]:
 def measure(
     snapshot: Snapshot, images: Path, scale: float, **sampling: Any
 ) -> tuple[float, float | None]:
-    """Return the share of images that a classifier takes for what was asked for, and fd_pixels.
+    """Return the share of images that a classifier assigns as requested, and fd_pixels.
 
-    The latter, of models with classes, tells what the share does not: whether images differ as much
-    as real ones.
+    fd_pixels also shows whether the images are as diverse as real ones, which the share does not.
+    It is None for models without classes.
     """
     config = snapshot.config
     how = GeneratorOptions(
@@ -123,7 +123,10 @@ def measure(
 
 
 def support_agreement(snapshot: Snapshot, generator: Any, dataset: SetDataset) -> float:
-    """Return the share of images, made from held-out images of seen classes, of their class."""
+    """Return the share of images that show their support's class, for seen classes.
+
+    The supports are held-out images.
+    """
     num_classes = len(dataset.held_out)
     episodes = episodes_of_snapshot(
         snapshot, "seen", EPISODES_OF_CLASS * num_classes, data=str(dataset.path)

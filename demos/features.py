@@ -1,4 +1,4 @@
-"""Demonstration of NanoDiT: photographs by text, style and layout."""
+"""Demonstration of NanoDiT: photographs conditioned on text, style and layout."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ MAX_LOSS, MIN_PATCH_SHARE = 0.6, 0.90
 
 
 def demo_features(outdir: Path, train_args: tuple[str, ...]) -> bool:
-    """Train on text and image features, first without patches; return whether all are used."""
+    """Train, sample and check NanoDiT, then add patches half-way; return whether checks pass."""
     images, features = outdir / "photographs/images", outdir / "photographs/features"
     prepare_features(images, features)
     settings = (f"--data={features}", "--preset=nanodit-tiny", "--text-lengths=8")
@@ -50,7 +50,7 @@ def demo_features(outdir: Path, train_args: tuple[str, ...]) -> bool:
 
 
 def prepare_features(images: Path, features: Path) -> None:
-    """Write photographs, encoders, and the features of the photographs; what is there is kept."""
+    """Write photographs, encoders, and the features of the photographs, keeping existing files."""
     if not images.exists():
         write_photographs(images)
     heading("Encoders: an autoencoder to train, random ones of texts and images")
@@ -61,7 +61,7 @@ def prepare_features(images: Path, features: Path) -> None:
 
 
 def check_conditions(network: Path, dataset: FeatureDataset) -> bool:
-    """Return whether a model has learned its images, and uses their patches and texts."""
+    """Return whether a model has learned its training images, and uses their patches and texts."""
     heading("Does it use its conditions?")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     snapshot = load_snapshot(network)
@@ -81,7 +81,7 @@ def check_conditions(network: Path, dataset: FeatureDataset) -> bool:
 
 
 def train_with_added_patches(outdir: Path, settings: tuple[str, ...]) -> tuple[Path, Path]:
-    """Train without patches, then on with and without them; return both snapshots."""
+    """Train without patches, then continue with and without them; return both snapshots."""
     half = KIMG / 2
     base_dir, base = train_model(outdir, *settings, "--no-use-dino-patches", f"--kimg={half}")
     transfer = (f"--transfer={base}", f"--kimg={half}", f"--patch-bias-kimg={half / 8}")

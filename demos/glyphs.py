@@ -20,8 +20,8 @@ from torch_utils.pictures import Titles, image_grid, read_image, save_image
 from training.checkpoint import load_snapshot
 
 GUIDANCE = 3.0
-# Tokens of a context without blocks stay what they show, of scripts never seen too; a vector needs
-# a block to hold where in the image its parts are.
+# Without encoder blocks, the context tokens keep what they show, even for unseen scripts. A single
+# vector needs a block, to hold where in the image its parts are.
 MODES = {"film": (), "lag": ("--encoder-depth=0", "--pretrain-encoder=0")}
 NUM_EACH = 8  # Images from each support.
 NUM_SHOWN = 12
@@ -30,7 +30,7 @@ MAX_CONTROL, MIN_RATIO = 0.02, 0.80
 
 
 def demo_glyphs(outdir: Path, train_args: tuple[str, ...]) -> bool:
-    """Train on the letters of most scripts, make those of others; return whether they are good."""
+    """Train on letters of most scripts, generate those of others; return whether checks pass."""
     size = ("--resolution=16",)
     data = convert(outdir, "glyphs", *size)
     others = open_images(convert(outdir, "glyphs", *size, "--split=test", name="glyphs-test"))
@@ -64,15 +64,15 @@ def demo_glyphs(outdir: Path, train_args: tuple[str, ...]) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class MadeImages:
-    """Images from one support of each unseen letter."""
+    """Images generated from one support of each unseen letter, and without a support."""
 
     episodes: Episodes
-    samples: Tensor  # uint8 [S, m, 1, H, W].
+    samples: Tensor  # uint8 [S, m, 1, H, W], m images from each of S supports.
     free: Tensor  # uint8 [m, 1, H, W], with the same seeds and no support.
 
 
 def _make_images(outdir: Path, data: Path, network: Path) -> MadeImages:
-    """Generate images from a support of each unseen letter, and some without a support."""
+    """Generate images from one support of each unseen letter, and some without a support."""
     snapshot = load_snapshot(network)
     num = len(open_data_of(snapshot, str(data)).split.test)
     episodes = episodes_of_snapshot(snapshot, "unseen", num, data=str(data))
@@ -94,11 +94,12 @@ def _read(folder: Path) -> Tensor:
 def judge_images(
     mode: str, made: MadeImages, judge: Judge, images: ImageDataset, others: ImageDataset
 ) -> tuple[list[str], bool]:
-    """Return lines on classes and copying, and whether both are as expected."""
+    """Return report lines on classes and copying, and whether both are as expected."""
     classes = made.episodes.classes
     found = judge.classify(made.samples.flatten(0, 1)).reshape(made.samples.shape[:2])
     free = judge.classify(made.free)
-    # By script: hits, images, and the same of other letters' supports and of none.
+    # For each script, the hits and then the numbers of images, made from the letter's own support,
+    # from other supports, and without one.
     counts: collections.defaultdict[str, np.ndarray] = collections.defaultdict(
         lambda: np.zeros(6, np.int64)
     )
@@ -130,7 +131,7 @@ def _script(letter: str) -> str:
 def _picture(
     made: dict[str, MadeImages], images: ImageDataset, others: ImageDataset
 ) -> Image.Image:
-    """Return a row for some letters: the support, images from it, and real ones of other faces."""
+    """Return a grid with one letter per row: its support, samples, and real ones in other faces."""
     first = next(iter(made.values()))
     num = len(first.samples)
     rows = np.linspace(0, num - 1, min(NUM_SHOWN, num)).round().astype(int)

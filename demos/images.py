@@ -1,4 +1,4 @@
-"""Demonstrations of class-conditional DiffiT on digits: on their pixels, and on latents."""
+"""Demonstrations of class-conditional DiffiT on digits, in pixel space and in latent space."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from torch_utils.pictures import read_image
 
 MIN_CLASS_AGREEMENT = 0.90
 MAX_FD_PIXELS = 0.10
-NUM_CHECKED = 500  # Images, the ten classes in turn.
+NUM_CHECKED = 500  # Number of images to classify; they take the ten classes in turn.
 GUIDANCE = 2.5
 
 
@@ -21,7 +21,7 @@ def demo_pixels(outdir: Path, train_args: tuple[str, ...]) -> bool:
     data = convert(outdir, "digits")
     args = (f"--data={data}", "--preset=digits", "--metrics=fd_pixels", *train_args)
     run_dir, network = train_model(outdir, *args)
-    # Each run has folders of its own, so that nothing of an earlier one is taken for its images.
+    # Each run has its own folders, so that images of an earlier run are not mistaken for its own.
     grid, samples = outdir / "samples.png", outdir / f"samples-{run_dir.name}"
     args = ("--class=0-9", "--batch=250", "--seeds=0-99", f"--grid={grid}")
     generate("Generate 10 images of each class", network, samples, *args)
@@ -63,7 +63,7 @@ def demo_latents(outdir: Path, train_args: tuple[str, ...]) -> bool:
 
 
 def encode_digits(outdir: Path, data: Path) -> Path:
-    """Return the latents of the digits, by an autoencoder that is trained if it is not there."""
+    """Return the folder of the digits' latents; train the autoencoder and encode if missing."""
     vae, latents = outdir / "digits-vae", outdir / "digits-latents"
     if not vae.exists():
         heading("Train an autoencoder of 8x8 digits")
@@ -76,7 +76,7 @@ def encode_digits(outdir: Path, data: Path) -> Path:
 
 
 def check_classes(title: str, network: Path, folder: Path, *args: str) -> float:
-    """Generate images of each class, and return the share that a classifier agrees with."""
+    """Generate images of each class, and return the share that a classifier assigns to it."""
     args = ("--class=0-9", "--batch=250", f"--seeds=0-{NUM_CHECKED - 1}", *args)
     generate(f"Generate {NUM_CHECKED} images {title}", network, folder, *args)
     images = [read_image(folder / f"{seed:06d}.png").numpy() for seed in range(NUM_CHECKED)]

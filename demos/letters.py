@@ -1,4 +1,4 @@
-"""Judging generated letters: which one they are, and whether they copy their support."""
+"""Judging generated letters: whether they are the right letter, and whether they are copies."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -20,14 +20,14 @@ _NUM_STEPS = 800
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-    """A classifier of the letters of some classes."""
+    """A classifier of letters."""
 
     network: nn.Module
-    classes: np.ndarray  # int64 [K], index in the dataset of each class that it knows.
+    classes: np.ndarray  # int64 [K], indices in the dataset of the classes that it knows.
 
     @torch.no_grad()
     def classify(self, images: Tensor) -> np.ndarray:
-        """Return the classes int64 [N] that uint8 images [N, 1, H, W] look most like."""
+        """Return the most likely classes, int64 [N], of uint8 images [N, 1, H, W]."""
         found = [self.network(_floats(part)).argmax(1) for part in images.split(500)]
         return self.classes[torch.cat(found).numpy()]
 
@@ -35,10 +35,10 @@ class Judge:
 def train_judge(
     images: ImageDataset, classes: Sequence[int], *, num_steps: int = _NUM_STEPS, seed: int = 0
 ) -> Judge:
-    """Return a small convolutional network, trained on all images of some classes.
+    """Return a judge: a small convolutional network, trained on all images of some classes.
 
-    It sees each image turned, slanted, resized, moved, and thinner or bolder, so that it knows a
-    letter in faces that it has not seen.
+    Images are augmented by rotation, slant, scale, shift and stroke weight, so that the network
+    generalises to faces that it has not seen.
     """
     classes = np.array(classes)
     rows = np.flatnonzero(np.isin(images.labels, classes))
@@ -80,7 +80,7 @@ def _floats(images: Tensor) -> Tensor:
 
 
 def _changed(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Return images [N, 1, H, W] in 0..1, each changed at random."""
+    """Return images [N, 1, H, W] in [0, 1], each augmented at random."""
     turn, slant, width, height, left, top, weight = (
         2 * torch.rand(7, len(images), generator=generator) - 1
     )
@@ -90,7 +90,8 @@ def _changed(images: Tensor, generator: torch.Generator) -> Tensor:
         torch.stack([matrix, below], dim=1), list(images.shape), align_corners=False
     )
     moved = functional.grid_sample(images, places, align_corners=False)
-    # A third is bolder by up to a pixel and a third is thinner, by the brightest or darkest around.
+    # A third of the images are blended with a 3x3 maximum, which makes strokes bolder by up to a
+    # pixel, and a third with a 3x3 minimum, which makes them thinner.
     weight = weight[:, None, None, None]
     bold = functional.max_pool2d(moved, 3, 1, 1)
     thin = -functional.max_pool2d(-moved, 3, 1, 1)
@@ -100,14 +101,14 @@ def _changed(images: Tensor, generator: torch.Generator) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Copying:
-    """Distances to the nearest image of a support: root mean squares of pixels in 0..1."""
+    """Distances to the nearest image of a support: root mean squares of pixels in [0, 1]."""
 
     generated: np.ndarray  # Of generated images.
-    same_faces: np.ndarray  # Of the support's faces, drawn again: what copies would be like.
-    other_faces: np.ndarray  # Of real images of the class in faces that are in no support.
+    same_faces: np.ndarray  # Of other drawings of the support's faces: what copies would score.
+    other_faces: np.ndarray  # Of real images of the letter in faces that are in no support.
 
     def describe(self) -> str:
-        """Return the medians, and the share of generated images that are too near, in words."""
+        """Return a phrase with the medians, and the share of generated images that are too near."""
         near = np.quantile(self.other_faces, 0.01)
         return (
             f"distance to the support {np.median(self.generated):.3f}, of the letter in other "
@@ -118,23 +119,26 @@ class Copying:
 
     @property
     def ratio(self) -> float:
-        """Distance of generated images over that of other faces: copies are near 0, letters 1."""
+        """Median distance of generated images over that of other faces.
+
+        It is near 0 for copies, and near 1 for new letters.
+        """
         return float(np.median(self.generated) / np.median(self.other_faces))
 
 
 def measure_copying(
     samples: Tensor, episodes: Episodes, images: ImageDataset, others: ImageDataset
 ) -> Copying:
-    """Return how near generated images are to their supports, and what to compare that with.
+    """Return how near generated images are to their supports, with real distances to compare.
 
     Args:
-        samples: uint8 [S, m, 1, H, W], made from the supports of ``episodes``.
-        images: What the supports are from, in the order of ``--source=glyphs``.
+        samples: uint8 [S, m, 1, H, W], m images from each of the S supports of ``episodes``.
+        images: The dataset of the supports, in the order of ``--source=glyphs``.
         others: The same classes in other faces.
     """
     rows = np.arange(len(samples)).repeat(samples.shape[1])
     generated = support_distances(samples.flatten(0, 1), episodes, rows).numpy()
-    # The drawings of a letter in a face lie side by side.
+    # The drawings of a letter in one face have consecutive indices.
     first = episodes.indices // DRAWINGS * DRAWINGS  #  [S, k]
     drawings = (first[:, :, None] + np.arange(DRAWINGS)).reshape(len(first), -1)
     again = [np.setdiff1d(*pair) for pair in zip(drawings, episodes.indices, strict=True)]
@@ -149,7 +153,7 @@ def measure_copying(
 def _distances(
     images: ImageDataset, chosen: Sequence[np.ndarray], episodes: Episodes
 ) -> np.ndarray:
-    """Return the distances of the images chosen for each episode to its support."""
+    """Return the distances to each episode's support of the images chosen for it."""
     found = [
         support_distances(images.__getitems__(rows.tolist())[0], episodes, [episode] * len(rows))
         for episode, rows in enumerate(chosen)

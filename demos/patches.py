@@ -1,4 +1,4 @@
-"""Whether a feature-conditioned model uses its conditions: on images that it was trained on."""
+"""Checks on training images whether a feature-conditioned model uses its conditions."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,21 +16,21 @@ _NUM_DRAWS = 16
 
 
 class PatchCheck(NamedTuple):
-    """Mean squared errors of pixels in [-1, 1], one an image: of its own patches and another's."""
+    """Mean squared errors [N] of pixels in [-1, 1], with own and with swapped patch features."""
 
     own: np.ndarray
     swapped: np.ndarray
 
     @property
     def share(self) -> float:
-        """Share of images whose own patches give the smaller error."""
+        """The share of images whose own patches give the smaller error."""
         return float((self.own < self.swapped).mean())
 
 
 def other_of_bucket(dataset: FeatureDataset) -> list[int]:
-    """Return for every item another one of its bucket: the next, after the last the first.
+    """Return for every item the index of the next one in its bucket, cyclically.
 
-    Raises ValueError for a bucket of a single image.
+    Raises ValueError for a bucket with a single image.
     """
     others = []
     for first, count in zip(dataset.firsts[:-1].tolist(), dataset.counts, strict=True):
@@ -43,10 +43,10 @@ def other_of_bucket(dataset: FeatureDataset) -> list[int]:
 def check_patches(
     generator: FeatureGenerator, dataset: FeatureDataset, num_repeats: int = 1
 ) -> PatchCheck:
-    """Make every image with its own patches and with those of another image, all else the same.
+    """Generate every image with its own patches and with another image's, all else being equal.
 
-    Errors are those to the image as the autoencoder decodes it, averaged over ``num_repeats``
-    draws of noise, which is each image's own.
+    Errors are measured against the image as the autoencoder decodes it, and averaged over
+    ``num_repeats`` noise draws. Both versions of an image start from the same noise.
     """
     others = other_of_bucket(dataset)
     own, swapped = np.zeros(len(dataset)), np.zeros(len(dataset))
@@ -74,10 +74,10 @@ def mean_loss(
     swapped: Sequence[str] = (),
     device: torch.device | str = "cpu",
 ) -> float:
-    """Return the loss of a snapshot on a dataset, with all conditions given.
+    """Return the mean loss of a snapshot on a dataset, without dropping conditions.
 
-    ``swapped`` names conditions (text, cls, patches) that each image gets from another of its
-    bucket. Times and noise are the same at every call.
+    ``swapped`` names the conditions (text, cls, patches) that each image takes from another one in
+    its bucket. Times and noise are the same in every call.
     """
     device = torch.device(device)
     all_given = dict(drop_all=0.0, text_only=0.0, visual_only=0.0)
@@ -89,7 +89,7 @@ def mean_loss(
     total = 0.0
     for first, count in zip(dataset.firsts[:-1].tolist(), dataset.counts, strict=True):
         rows = range(first, first + count)
-        # One batch for both, so that texts are padded alike.
+        # Read own and swapped conditions in one batch, so that texts are padded alike.
         latents, cond = dataset.__getitems__([*rows, *(others[row] for row in rows)])
         parts = {name: value[:count] for name, value in cond.items() if name != "size"}
         for name in (*swapped, *(["text_mask"] if "text" in swapped else [])):

@@ -1,8 +1,8 @@
-"""Small photographs with captions, and encoders of them, for trying features without a download.
+"""Small captioned photographs and small encoders, to try feature conditioning without downloads.
 
-The photographs are crops of the two that scikit-learn brings along, an old temple and a flower. The
-visual and the text encoder are of the published architectures, but small and random: their
-features tell images and texts apart without being learned. The autoencoder is trained.
+The photographs are crops of the two that scikit-learn includes, an old temple and a flower. The
+visual encoder and the text encoder have the published architectures, but are small and randomly
+initialised: even so, their features distinguish images and texts. The autoencoder is trained.
 """
 
 import functools
@@ -19,16 +19,16 @@ _PLACES = ("left", "middle", "right")
 _HEIGHTS = ("top", "centre", "bottom")
 _WORDS = ("the", "of", "near", "far", "wide", "square", *_SUBJECTS, *_PLACES, *_HEIGHTS)
 _KL_WEIGHT = 1e-6
-_CROP = 96  # Edge of what the autoencoder is trained on.
+_CROP = 96  # Edge of the autoencoder's training crops in pixels.
 
 
 def write_photographs(
     folder: Path, num: int = 16, sizes: tuple[tuple[int, int], ...] = ((128, 128), (160, 96))
 ) -> None:
-    """Write ``num`` crops as PNG files of the ``sizes`` in turn, each with a caption beside it.
+    """Write ``num`` crops as PNG files, each with its caption in a .txt file beside it.
 
-    A caption names subject, place, shape and distance, and no two are alike for up to 36 of each
-    size.
+    The crops take the ``sizes`` (width, height) in turn. A caption names distance, shape, subject
+    and position, and is unique among up to 36 crops of each size.
     """
     photographs = _photographs()
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def write_photographs(
 def write_encoders(folder: Path, *, vae_steps: int = 300) -> tuple[str, str, str]:
     """Write an autoencoder, a visual and a text encoder; return the options that name them.
 
-    What is there already is kept.
+    Existing ones are kept.
     """
     write_vae = functools.partial(_write_vae, num_steps=vae_steps)
     writers = dict(vae=write_vae, visual=_write_visual, text=_write_text)
@@ -71,7 +71,7 @@ def _photographs() -> list[Image.Image]:
 
 
 def _write_vae(folder: Path, num_steps: int) -> None:
-    """Train an AutoencoderKL of 8 channels and an eighth of the edge on the photographs."""
+    """Train an AutoencoderKL on the photographs: 8 latent channels, downsampling by 8."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         widths = (16, 32, 48, 48)
@@ -100,7 +100,7 @@ def _random_crop(sources: list[np.ndarray], generator: np.random.Generator) -> t
 
 
 def _write_visual(folder: Path) -> None:
-    """Write a random DINOv3 of two blocks, with patches of 16 pixels and four registers."""
+    """Write a randomly initialised DINOv3 ViT: two blocks, 16x16 patches, four registers."""
     import transformers
 
     sizes = dict(patch_size=16, image_size=128, num_register_tokens=4, hidden_size=64)
@@ -110,14 +110,14 @@ def _write_visual(folder: Path) -> None:
         torch.manual_seed(0)
         network = transformers.DINOv3ViTModel(config)
         for name, value in network.named_parameters():
-            # As they are initialised, features would hardly tell images apart.
+            # With the default initialisation, features would hardly differ between images.
             if value.ndim > 1:
                 torch.nn.init.normal_(value, std=0.02 if "token" in name else 0.1)
     network.save_pretrained(folder)
 
 
 def _write_text(folder: Path) -> None:
-    """Write a random T5 of two blocks, and a tokenizer of the captions' words."""
+    """Write a randomly initialised T5 encoder of two blocks, and a tokenizer for the captions."""
     import tokenizers
     import transformers
 

@@ -14,14 +14,14 @@ from torch_utils.pictures import read_image
 from training.checkpoint import load_snapshot
 
 GUIDANCE = 2.5
-# A context of tokens needs a shallower encoder than a vector does.
+# A context of tokens needs a shallower encoder than a single vector does.
 MODES = {"film": (), "lag": ("--encoder-depth=1",)}
 SAMPLES_PER_CLASS = 400
 MIN_SEEN_SHARE, MAX_SEEN_CONTROL = 0.60, 0.20
 
 
 def demo_sets(outdir: Path, train_args: tuple[str, ...]) -> bool:
-    """Train on sets of the digits 0 to 7, make others too; return whether seen ones are good."""
+    """Train on sets of the digits 0 to 7, generate all ten; return whether seen ones are good."""
     data = convert(outdir, "digits")
     passed, report = True, []
     for mode, options in MODES.items():
@@ -57,9 +57,9 @@ def demo_sets(outdir: Path, train_args: tuple[str, ...]) -> bool:
 def predict_classes(
     outdir: Path, network: Path, dataset: SetDataset, split: str, grid: Path
 ) -> dict[int, np.ndarray]:
-    """Make images of every class of a split, and return what a classifier takes them for.
+    """Generate images of every class of a split, and return their predicted classes by class.
 
-    Some of them are shown in the picture ``grid``.
+    Some of the images are shown in the picture ``grid``.
     """
     size = dataset.sample_size - 1
     classes = list(dataset.held_out) if split == "seen" else list(dataset.split.test)
@@ -71,13 +71,13 @@ def predict_classes(
     title = f"Make {num_images} images from each of {supports}"
     args = (f"--episodes={num_supports * len(classes)}", f"--num={num_images}", "--batch=500")
     generate(title, network, folder, *common, *args)
-    # One support of each class, with the images that it has in that folder.
+    # One support of each class, with the same images as in that folder.
     args = (f"--episodes={len(classes)}", "--num=25", "--columns=4", f"--grid={grid}")
     generate("Show some", network, Path(f"{folder}-shown"), *common, *args)
     classify = set_classifier(dataset)
     found: dict[int, list[np.ndarray]] = {index: [] for index in classes}
     for episode in range(num_supports * len(classes)):
-        # Supports are drawn of one class after another.
+        # Episodes take the classes in turn.
         files = [folder / f"{episode:04d}" / f"{seed:06d}.png" for seed in range(num_images)]
         images = np.stack([read_image(file).numpy() for file in files])
         found[classes[episode % len(classes)]].append(classify(images))

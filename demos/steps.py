@@ -1,4 +1,4 @@
-"""Steps of a demonstration: the commands that a user would run, shown and run; small networks."""
+"""The steps of the demonstrations: showing and running commands, and training small networks."""
 
 import math
 import os
@@ -29,7 +29,7 @@ def execute(title: str, script: str, *args: str) -> str:
     heading(title)
     click.echo(f"$ python {script} {shlex.join(args)}")
     command = [sys.executable, "-u", str(ROOT / script), *args]
-    # Threads that soon stop spinning: several times faster where something else runs beside them.
+    # OpenMP threads that soon stop spinning are several times faster when other programs run too.
     environment = {"GOMP_SPINCOUNT": "20000", **os.environ}
     printed = ""
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
@@ -42,7 +42,7 @@ def execute(title: str, script: str, *args: str) -> str:
 
 
 def convert(outdir: Path, source: str, *args: str, name: str = "") -> Path:
-    """Return the dataset ``name`` (or ``source``) in a folder, converted if it is not there."""
+    """Return the dataset ``name`` (by default ``source``) in a folder; convert it if missing."""
     data = outdir / f"{name or source}.zip"
     if not data.exists():
         args = ("convert", f"--source={source}", f"--dest={data}", *args)
@@ -51,19 +51,19 @@ def convert(outdir: Path, source: str, *args: str, name: str = "") -> Path:
 
 
 def train_model(outdir: Path, *args: str) -> tuple[Path, Path]:
-    """Train, and return the run folder and its last snapshot."""
+    """Train a model, and return the run folder and its last snapshot."""
     printed = execute("Train", "train.py", f"--outdir={outdir / 'runs'}", *args)
     run_dir = Path(re.search(r"Writing to (.+)", printed).group(1).strip())
     return run_dir, find_snapshots(run_dir)[0]
 
 
 def generate(title: str, network: Path, folder: Path, *args: str) -> None:
-    """Generate images into a folder."""
+    """Generate images into a folder with generate.py."""
     execute(title, "generate.py", f"--network={network}", f"--outdir={folder}", *args)
 
 
 def small_autoencoder(block_out_channels: tuple[int, ...], **settings: Any) -> torch.nn.Module:
-    """Return an AutoencoderKL of these widths without attention; needs the package diffusers."""
+    """Return an AutoencoderKL with these block widths and no attention; needs diffusers."""
     from diffusers import AutoencoderKL
 
     kinds = dict(down_block_types="DownEncoderBlock2D", up_block_types="UpDecoderBlock2D")
@@ -78,7 +78,7 @@ def minimise(
     num_steps: int,
     label: str = "Autoencoder",
 ) -> None:
-    """Make steps of a small training, with a learning rate that falls to 0 as a cosine."""
+    """Minimise ``loss()`` for ``num_steps`` steps; the learning rate falls from 2e-3 to 0."""
     with progress(total=num_steps, label=label, unit="step") as bar:
         for step in range(num_steps):
             value = loss()

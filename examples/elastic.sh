@@ -1,7 +1,8 @@
 #!/bin/bash
-# Train on as many nodes as there are, up to four, each of which may leave and come at any time.
-# Start it on every node: examples/elastic.sh /shared/job-17, a path that all of them see and that
-# is new for each job. docs/reliability.md tells what happens when a node is lost.
+# Train on one to four nodes, which may join and leave at any time. Start it on every node:
+#   examples/elastic.sh /shared/job-17
+# The path must be visible to all nodes, and new for each job. docs/reliability.md describes what
+# happens when a node is lost.
 set -uo pipefail
 meeting=$1
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 TORCH_ELASTIC_WORKER_IDENTICAL=1
@@ -18,13 +19,13 @@ while [ -z "$stopping" ]; do
     child=$!
     wait "$child"
     code=$?
-    while kill -0 "$child" 2> /dev/null; do # A signal ends a wait.
+    while kill -0 "$child" 2> /dev/null; do # A signal interrupts wait.
         wait "$child"
         code=$?
     done
     [ "$code" -eq 0 ] || [ -n "$stopping" ] && break
     sleep "${PAUSE:-5}"
-    # A torchrun that gives up closes the place where the nodes meet, for good: take the next one.
+    # When torchrun gives up, it closes the nodes' rendezvous for good, so move on to a new one.
     grep -q RendezvousClosedError "$log" && echo $((number + 1)) > "$meeting.number"
 done
 python -m training.saving.wait runs/ffhq64

@@ -1,9 +1,9 @@
 #!/bin/bash
-# Train a configuration with several seeds, and write what is normal for it:
+# Train a configuration with several seeds, and write its reference curves:
 #   examples/reference.sh OUT.json SEEDS JOBS OPTIONS-OF-TRAIN.PY...
 #   examples/reference.sh mine.json 5 1 --preset=digits --data=demo-out/digits.zip --kimg=100
-# JOBS runs train at a time. After a stop, the same command goes on where it was: runs that are
-# complete stay as they are. They lie in OUT.json.runs, and may be removed afterwards.
+# JOBS runs train at a time. After an interruption, the same command continues: complete runs stay
+# as they are. The runs are in OUT.json.runs, which you can delete afterwards.
 set -euo pipefail
 out=$1 seeds=$2 jobs=$3
 shift 3
@@ -18,7 +18,7 @@ train() {
     python "$here/train.py" --outdir="$out.runs/seed-$seed" --seed="$seed" --resume=auto "$@"
 }
 export -f train
-# xargs ends at once for an exit code of 255, and says less of it.
+# An exit code of 255 would make xargs stop at once, with a less helpful message.
 seq 0 $((seeds - 1)) |
     xargs -P "$jobs" -I %seed% bash -c 'train "$@" || exit 1' train %seed% "$here" "$out" "$@"
 python "$here/fid.py" curves "$out.runs"/seed-*/0* --out="$out"

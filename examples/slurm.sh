@@ -1,7 +1,7 @@
 #!/bin/bash
-# Train on two nodes of eight GPUs each, past the time limit: the job is stopped five minutes before
-# it, saves a state, and goes on from there when it is started again. Submit it in the project's
-# folder: sbatch examples/slurm.sh
+# Train on two nodes of eight GPUs each, for longer than the time limit: five minutes before it, the
+# job saves a state, stops and requeues itself; when it starts again, it continues from that state.
+# Submit it from the project's folder: sbatch examples/slurm.sh
 #SBATCH --job-name=ffhq64 --output=%x-%j.log --open-mode=append
 #SBATCH --nodes=2 --ntasks-per-node=1 --gpus-per-node=8 --cpus-per-task=32
 #SBATCH --time=24:00:00 --signal=USR1@300 --requeue
@@ -10,8 +10,8 @@ source .venv/bin/activate
 OUTDIR=runs/ffhq64 # A folder that only this job uses.
 rm -f "$OUTDIR"/*/requeue
 HOSTS=($(scontrol show hostnames "$SLURM_JOB_NODELIST"))
-# A stop makes torchrun exit with an error; whether the run wants to go on, the file says.
-# The step ends when the state of a stop is written.
+# After a stop, torchrun exits with an error; the file "requeue" says whether to continue.
+# The job step ends only when the last state is written.
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" examples/train_and_wait.sh "$OUTDIR" \
     torchrun --nnodes="$SLURM_NNODES" --nproc_per_node=8 --rdzv_backend=c10d \
     --rdzv_endpoint="${HOSTS[0]}:29500" --rdzv_id="$SLURM_JOB_ID" \

@@ -1,7 +1,7 @@
-"""Copies files from a web server by sockets alone: python bare_transfer.py FOLDER ADDRESS TARGET.
+"""Copies files from a web server using only sockets: python bare_transfer.py FOLDER ADDRESS TARGET.
 
-The files are those of FOLDER, which the server at ADDRESS serves; all their bytes go into the file
-TARGET. It prints a line when it is ready, and begins when it reads one.
+The server at ADDRESS serves the files of FOLDER; all their bytes go into the file TARGET. The
+program prints a line when it is ready, and starts copying when it reads one.
 """
 
 import collections
@@ -19,7 +19,7 @@ REQUEST_BYTES = 1 << 22
 
 
 class Piece(NamedTuple):
-    """Bytes of a file, and where they go."""
+    """A range of bytes of a file, and its offset in the target file."""
 
     path: str
     first: int
@@ -28,7 +28,7 @@ class Piece(NamedTuple):
 
 
 def pieces(folder: Path) -> collections.deque[Piece]:
-    """Return what to ask for, all bytes of the files of a folder."""
+    """Return the pieces to request, which cover all bytes of the files in a folder."""
     found, target = collections.deque(), 0
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         path, size = "/" + quote(file.relative_to(folder).as_posix()), file.stat().st_size
@@ -39,7 +39,7 @@ def pieces(folder: Path) -> collections.deque[Piece]:
 
 
 def copy(wanted: collections.deque[Piece], address: str, target: int) -> None:
-    """Copy pieces, until none is left, into the file that the descriptor ``target`` stands for."""
+    """Copy pieces into the file with descriptor ``target`` until none is left in ``wanted``."""
     server, data = urlsplit(address), memoryview(bytearray(REQUEST_BYTES))
     with (
         socket.create_connection((server.hostname, server.port)) as sock,
@@ -59,7 +59,7 @@ def copy(wanted: collections.deque[Piece], address: str, target: int) -> None:
 
 
 def main(folder: str, address: str, target: str) -> None:
-    """Copy the files of a folder."""
+    """Copy the files of a folder from a server, once a line is read from standard input."""
     wanted = pieces(Path(folder))
     file = os.open(target, os.O_WRONLY | os.O_CREAT)
     print("ready", flush=True)

@@ -1,4 +1,4 @@
-"""Feature folders of random values, for loading to be timed."""
+"""Feature folders with random values, for timing the loader."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ _SAMPLES_PER_SHARD = 16
 
 
 def make_features(folder: Path, num_images: int, bucket: Bucket) -> Path:
-    """Write random features of one bucket, of the widths of FLUX.1's, DINOv3-L's and T5-XXL's."""
+    """Write random features of one bucket, with the widths of FLUX.1, DINOv3-L and T5-XXL."""
     latent = (_CHANNELS, bucket.height // _DOWNSAMPLING, bucket.width // _DOWNSAMPLING)
     grid = bucket.height // _PATCH_SIZE, bucket.width // _PATCH_SIZE
     shapes = {

@@ -43,23 +43,23 @@ from training.family import Part
 GOAL = 0.8
 _CPU = torch.device("cpu")
 _FEATURE_BUCKET = Bucket(1024, 1024)
-# How many images of the preset's size, of 256x256, latents and features an epoch has.
+# Items per epoch: images of the preset's size, images of 256x256, latents and features.
 _NUM_IMAGES = (16384, 2048, 32768, 96)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Data:
-    """Data of a kind, and how they are loaded."""
+    """One kind of data, and how it is loaded."""
 
     name: str
     run: RunConfig
     num_images: int
     batch: int
-    make: Callable[[Path], Path]  # Returns where the data in that folder are.
+    make: Callable[[Path], Path]  # Writes the data into a folder, and returns their path.
 
 
 def measure(options: LoadingOptions) -> None:
-    """Print what share of the speed of local loading is that from a server."""
+    """Print the speed of loading from a server as a share of local loading."""
     click.echo(describe_device(_CPU))
     told = f"a web server of this machine that answers {options.delay:g} ms late"
     click.echo(f"Epochs from {told}; the first with an empty cache.")
@@ -71,7 +71,7 @@ def measure(options: LoadingOptions) -> None:
     kinds, counts = _all_data(options), (0, max(num_usable_cores() // 2, 1))
     width = max(len(data.name) for data in kinds)
     click.echo("  ".join([header[0].ljust(width), *header[1:]]))
-    for data in kinds:  # A row as soon as it is known: all take minutes.
+    for data in kinds:  # Rows are printed as they are measured, because all take minutes.
         with tempfile.TemporaryDirectory() as folder:
             location = str(data.make(Path(folder)))
             with _served(folder, options.delay / 1000) as server:
@@ -113,14 +113,14 @@ class _Server(NamedTuple):
     process: psutil.Process
 
     def seconds(self) -> float:
-        """Return the processor time that it took so far."""
+        """Return the seconds of processor time that the server has used so far."""
         times = self.process.cpu_times()
         return times.user + times.system
 
 
 @contextlib.contextmanager
 def _served(folder: str, delay_sec: float) -> Iterator[_Server]:
-    """Serve a folder by another process."""
+    """Serve a folder from another process, which delays every answer by ``delay_sec``."""
     command = [sys.executable, web_server.__file__, folder, str(delay_sec)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -138,7 +138,7 @@ def _row(
 
         def first() -> Spent:
             shutil.rmtree(Path(cache, "blocks"), ignore_errors=True)
-            close_blocks()  # Else some could be read although they are deleted.
+            close_blocks()  # Deleted blocks could still be read through open files.
             before = server.seconds()
             spent = _epoch(data, remote, num_workers)
             of_server.append(server.seconds() - before)
@@ -160,9 +160,10 @@ def _row(
         name: f"{median_ratio(walls(times['local']), walls(spent)):.2f}"
         for name, spent in times.items()
     }
-    # All of this process's children are counted, the server too; the first turn is to warm up.
+    # ``spent.cpu`` counts all children of this process, so subtract the server. Its first turn was
+    # the warm-up.
     of_all, of_server = [spent.cpu for spent in times["first"]], of_server[1:]
-    # The system's counts are right to hundredths.
+    # The system counts in hundredths of a second, so a difference can be slightly negative.
     loading = max(statistics.median(map(operator.sub, of_all, of_server)), 0.0)
     cpu = [f"{seconds:.2f}" for seconds in (loading, statistics.median(of_server))]
     cells = [rates["local"], rates["first"], share["first"], *cpu, rates["later"], share["later"]]
@@ -172,7 +173,7 @@ def _row(
 
 @contextlib.contextmanager
 def _copier(folder: str, server: _Server, target: Path) -> Iterator[subprocess.Popen]:
-    """Have another process ready to copy a folder from its server, by nothing but sockets."""
+    """Start a process that is ready to copy a folder from its server using only sockets."""
     command = [sys.executable, bare_transfer.__file__, folder, server.address, str(target)]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with subprocess.Popen(command, **pipes) as process:
@@ -184,9 +185,9 @@ def _copier(folder: str, server: _Server, target: Path) -> Iterator[subprocess.P
 def _epoch(
     data: _Data, location: str, num_workers: int, copier: subprocess.Popen | None = None
 ) -> Spent:
-    """Return what it takes to load each image once, in the order of training.
+    """Return the time to load each item once, in the order of training.
 
-    If there is a ``copier``, it begins with that, and its end is waited for.
+    A ``copier`` is started at the same time, and the time includes waiting for it to finish.
     """
     run = data.run.changed("data", data=location, hflip=False, cache=False)
     run = run.changed("training", batch=data.batch)

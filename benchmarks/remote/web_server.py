@@ -1,6 +1,6 @@
-"""A web server for the files of a folder, which answers late: python web_server.py FOLDER DELAY.
+"""A slow web server for the files of a folder: python web_server.py FOLDER DELAY.
 
-It prints its address. DELAY is in seconds, of every answer.
+It prints its address, and delays every answer by DELAY seconds.
 """
 
 import contextlib
@@ -14,13 +14,13 @@ from urllib.parse import unquote
 
 
 class FileHandler(http.server.BaseHTTPRequestHandler):
-    """Answers GET with files of ``server.folder``, whole or in part, ``server.delay_sec`` late."""
+    """Answers GET with all or part of a file in ``server.folder``, after ``server.delay_sec``."""
 
-    protocol_version = "HTTP/1.1"  # Connections stay.
+    protocol_version = "HTTP/1.1"  # Keeps connections open.
 
     def setup(self) -> None:
         super().setup()
-        # A header that is sent alone would else wait for the acknowledgement of the one before.
+        # Otherwise a header that is sent alone waits until the previous packet is acknowledged.
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def do_GET(self) -> None:
@@ -49,12 +49,12 @@ class FileHandler(http.server.BaseHTTPRequestHandler):
             self.send_part(file, first, last + 1 - first)
 
     def asked_range(self, size: int) -> tuple[int, int]:
-        """Return the first and the last byte that are asked for of a file."""
+        """Return the first and the last requested byte of a file of ``size`` bytes."""
         found = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "bytes=0-"))
         return int(found[1]), min(int(found[2] or size), size - 1)
 
     def send_part(self, file, first: int, size: int) -> None:
-        """Send ``size`` bytes of a file from ``first`` on."""
+        """Send ``size`` bytes of a file, starting at offset ``first``."""
         self.connection.sendfile(file, first, size)
 
     def log_message(self, *args: object) -> None:

@@ -1,1 +1,1 @@
-"""A cost model of training on any number of GPUs, and measurements on this host that test it."""
+"""A cost model of training on any number of GPUs, and measurements on a host that test its form."""

@@ -1,4 +1,4 @@
-"""The picture of docs/scaling.md: efficiency against the number of GPUs."""
+"""The chart of docs/scaling.md: efficiency against the number of GPUs."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,7 +7,10 @@ from torch_utils.charts import new_figure, picture_of
 
 
 def efficiency_chart(panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) -> Any:
-    """Return a picture with a panel for each title, of lines by preset: (GPUs, efficiency)."""
+    """Return a picture with one panel per title, and in it a line of (GPUs, efficiency) per preset.
+
+    An efficiency of 1 is drawn as 100%.
+    """
     figure = new_figure(1300, 520)
     axes = figure.subplots(1, len(panels), sharey=True)
     for axis, (title, lines) in zip(axes, panels.items(), strict=True):

@@ -23,7 +23,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 
 def show(options: ScalingOptions) -> None:
-    """Do what the options of ``benchmark.py scaling`` ask for."""
+    """Run ``benchmark.py scaling``: measure this host, write the page, or print predictions."""
     if options.write:
         check_charts("--write")
     with usage_errors():
@@ -42,7 +42,7 @@ def show(options: ScalingOptions) -> None:
 
 
 def _write() -> None:
-    """Find the facts of all large presets, and write them, the page and its picture."""
+    """Compute the facts of all large presets, and write them, the page and its chart."""
     found = {}
     with progress(total=len(LARGE), label="Presets", unit="preset") as bar:
         for name in LARGE:

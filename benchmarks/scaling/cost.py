@@ -1,4 +1,4 @@
-"""The cost model: a step on n GPUs, and what states and failures cost. Pure functions."""
+"""The cost model: the time of a step on n GPUs, and the cost of states and failures."""
 
 import dataclasses
 import math
@@ -20,23 +20,23 @@ from benchmarks.scaling.hardware import (
     Gpu,
 )
 
-# Seconds for which training stands still for each GB that a node copies of a state: the worse of
-# those measured (docs/benchmarks.md, benchmark.py states).
+# Seconds for which training pauses for each GB of a state that a node copies: the worst case
+# measured (docs/benchmarks.md, benchmark.py states).
 STALL_SEC_PER_GB = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What the cost model needs to know about a preset; :mod:`benchmarks.scaling.facts` finds it.
+    """The properties of a preset that the cost model uses; see :mod:`benchmarks.scaling.facts`.
 
     Attributes:
-        flops: Of an evaluation of the network on one image.
-        operators: Of the same that are not views.
-        parts: Number of parts that are gathered by themselves where the network is sharded.
+        flops: FLOPs of one evaluation of the network on one image.
+        operators: Operators of such an evaluation, without views.
+        parts: Number of parts that are gathered separately if the network is sharded.
         averages: Number of averages of the weights.
         batch: Rows of an optimizer step.
-        batch_gpu: Rows of a pass that an 80 GB GPU holds, of its eighth of the batch.
-        memory: Bytes that each GPU of a node holds with those, by ``shard``.
+        batch_gpu: Rows per pass that fit on an 80 GB GPU whose share is an eighth of the batch.
+        memory: Bytes per GPU with ``batch_gpu`` rows per pass, on a node of eight, by ``shard``.
         state_bytes: Size of a training state.
     """
 
@@ -59,9 +59,9 @@ class Facts:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How a step is divided: rows that each GPU has, rows of a pass, GPUs that share the weights.
+    """How a step is divided: the number of GPUs, the rows of each GPU and pass, and the sharding.
 
-    ``shard`` is ``none``, ``full`` or ``hybrid``, with groups of one node.
+    ``shard`` is ``none``, ``full`` or ``hybrid``; hybrid groups are single nodes.
     """
 
     num_gpus: int
@@ -75,21 +75,21 @@ class Plan:
 
     @property
     def group(self) -> int:
-        """Return the number of GPUs that hold the weights together."""
+        """The number of GPUs that share one copy of the weights."""
         sizes = dict(none=1, full=self.num_gpus, hybrid=min(GPUS_PER_NODE, self.num_gpus))
         return sizes[self.shard]
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """Seconds of an optimizer step, by cause.
+    """The seconds of an optimizer step, by cause.
 
     Attributes:
-        rows: What the arithmetic of the rows takes.
-        launches: What passes beyond it because the host starts operators one after another.
+        rows: The arithmetic of the rows.
+        launches: Additional time because the host launches operators one after another.
         update: Reading and writing weights, moments and averages.
-        traffic: What of the communication is not hidden behind the passes.
-        stragglers: Waiting for the slowest.
+        traffic: Communication that is not hidden behind the passes.
+        stragglers: Waiting for the slowest GPU.
     """
 
     rows: float
@@ -104,13 +104,13 @@ class Step:
 
 
 def step(facts: Facts, gpu: Gpu, plan: Plan, utilisation: float = UTILISATION) -> Step:
-    """Return what an optimizer step takes. The backward pass costs twice the forward pass."""
+    """Return the time of an optimizer step, with a backward pass of twice the forward pass."""
     images = plan.rows * facts.images_per_row
     rows = 3 * facts.flops * images / (gpu.flops * utilisation)
     floor = 3 * facts.operators * OPERATOR_SEC * plan.num_passes
     compute = max(rows, floor)
-    # Adam reads weight, gradient and two moments and writes three of them; an average is read,
-    # with the weight, and written.
+    # Adam reads weight, gradient and two moments, and writes all but the gradient. Each average
+    # reads itself and the weight, and writes itself.
     moved = facts.weight_bytes / plan.group * (7 + 3 * facts.averages)
     if plan.shard == "none":
         traffic = _exposed_all_reduce(facts, gpu, plan, compute)
@@ -126,7 +126,10 @@ def step(facts: Facts, gpu: Gpu, plan: Plan, utilisation: float = UTILISATION) -
 
 
 def _exposed_all_reduce(facts: Facts, gpu: Gpu, plan: Plan, compute: float) -> float:
-    """Return the seconds of DDP's sums beyond the backward pass, whose last bucket comes after."""
+    """Return the seconds of DDP's gradient sums that the backward pass does not hide.
+
+    The sum of the last bucket starts only when the backward pass ends.
+    """
     buckets = max(math.ceil(facts.weight_bytes / BUCKET_BYTES), 1)
     bucket = all_reduce(facts.weight_bytes / buckets, gpu, plan.num_gpus)
     backward = 2 / 3 * compute / plan.num_passes
@@ -134,10 +137,10 @@ def _exposed_all_reduce(facts: Facts, gpu: Gpu, plan: Plan, compute: float) -> f
 
 
 def _exposed_gathers(facts: Facts, gpu: Gpu, plan: Plan, compute: float) -> float:
-    """Return the seconds of FSDP's traffic beyond the passes.
+    """Return the seconds of FSDP's traffic that the passes do not hide.
 
-    Each pass gathers every part in bf16, forward and again backward, while the part before it
-    computes, and scatters its gradients in float32. Groups then sum what each holds.
+    Each pass gathers every part in bf16, once forward and once backward, while the previous part
+    computes, and reduce-scatters its gradients in float32. Groups then sum their shards.
     """
     parts, group = facts.parts, plan.group
     if group == 1:
@@ -155,7 +158,7 @@ def _exposed_gathers(facts: Facts, gpu: Gpu, plan: Plan, compute: float) -> floa
 
 
 def all_reduce(num_bytes: float, gpu: Gpu, num: int) -> float:
-    """Return the seconds of a sum over GPUs: a ring's bandwidth, a tree's latency (NCCL)."""
+    """Return the seconds of NCCL's all-reduce, with a ring's bandwidth and a tree's latency."""
     if num == 1:
         return 0.0
     inner, nodes = min(num, GPUS_PER_NODE), math.ceil(num / GPUS_PER_NODE)
@@ -164,18 +167,21 @@ def all_reduce(num_bytes: float, gpu: Gpu, num: int) -> float:
 
 
 def gather_rows(num_bytes: float, gpu: Gpu, num: int) -> float:
-    """Return the seconds of an all-gather or a reduce-scatter of so many bytes, by a ring."""
+    """Return the seconds of a ring all-gather or reduce-scatter of ``num_bytes`` over GPUs."""
     if num == 1:
         return 0.0
     nodes = math.ceil(num / GPUS_PER_NODE)
-    # A ring of one node stays in it; of several, it enters each once.
+    # A ring over several nodes enters each of them once.
     over_network = nodes if nodes > 1 else 0
     latency = max(num - 1 - over_network, 0) * NVLINK_STEP_SEC + over_network * NETWORK_STEP_SEC
     return CALL_SEC + latency + (num - 1) / num * num_bytes / _ring_rate(gpu, num)
 
 
 def all_reduce_between(num_bytes: float, gpu: Gpu, nodes: int) -> float:
-    """Return the seconds of a sum over one GPU of each node, while its neighbours do the same."""
+    """Return the seconds of an all-reduce over one GPU of each node.
+
+    The other GPUs of a node do the same at that time, each over its own network adapter.
+    """
     if nodes == 1:
         return 0.0
     latency = CALL_SEC + 2 * math.log2(nodes) * NETWORK_STEP_SEC
@@ -183,26 +189,26 @@ def all_reduce_between(num_bytes: float, gpu: Gpu, nodes: int) -> float:
 
 
 def _ring_rate(gpu: Gpu, num: int) -> float:
-    """Return the bytes a second that a GPU passes on; each adapter of a node serves a ring."""
+    """Return the bytes/s of a ring; over several nodes, all adapters of a node work in parallel."""
     if num <= GPUS_PER_NODE:
         return LINK_SHARE * gpu.nvlink_rate
     return LINK_SHARE * min(gpu.nvlink_rate, GPUS_PER_NODE * gpu.network_rate)
 
 
 def expected_maximum(num: int) -> float:
-    """Return the expected largest of ``num`` standard normal numbers (Blom 1958), to about 1%."""
+    """Return the expected maximum of ``num`` standard normal variables (Blom 1958), to about 1%."""
     return 0.0 if num == 1 else NormalDist().inv_cdf((num - 0.375) / (num + 0.25))
 
 
 @dataclasses.dataclass(frozen=True)
 class Reliability:
-    """What states and failures cost.
+    """The cost of states and failures.
 
     Attributes:
-        failures_per_hour: Of any of the GPUs.
-        stall: Seconds for which training stands still for a state.
+        failures_per_hour: Failures of all GPUs together.
+        stall: Seconds for which training pauses for a state.
         interval: Seconds between two states.
-        lost: Share of the time that states, repeated steps and restarts take.
+        lost: Share of time lost to states, repeated steps and restarts.
     """
 
     failures_per_hour: float
@@ -212,11 +218,11 @@ class Reliability:
 
 
 def reliability(facts: Facts, num_gpus: int, interval: float | None = None) -> Reliability:
-    """Return what states cost, at an interval between them in seconds, or at the best one.
+    """Return the cost of states and failures at ``interval`` seconds between states.
 
-    sqrt(2 x stall x time between failures) (Young 1974, doi 10.1145/361147.361115), but no less
-    than a state takes to be written. A failure repeats half an interval and what the last state
-    took to be whole.
+    By default the interval is the best one, sqrt(2 x stall x time between failures) (Young 1974,
+    doi 10.1145/361147.361115), but at least the time that a state takes to be written. A failure
+    costs a restart, and repeats half an interval and the time that the last state took to write.
     """
     nodes = math.ceil(num_gpus / GPUS_PER_NODE)
     between = HOURS_BETWEEN_FAILURES * 3600 / num_gpus
@@ -231,7 +237,7 @@ def reliability(facts: Facts, num_gpus: int, interval: float | None = None) -> R
 def images_per_second(
     facts: Facts, gpu: Gpu, plan: Plan, utilisation: float = UTILISATION
 ) -> float:
-    """Return the images a second of all GPUs, with what states and failures cost."""
+    """Return the images/s of all GPUs, after the cost of states and failures."""
     images = plan.num_gpus * plan.rows * facts.images_per_row
     lost = reliability(facts, plan.num_gpus).lost
     return images / step(facts, gpu, plan, utilisation).total * (1 - lost)
@@ -240,13 +246,13 @@ def images_per_second(
 def efficiency(
     facts: Facts, gpu: Gpu, plan: Plan, alone: Plan, utilisation: float = UTILISATION
 ) -> float:
-    """Return the throughput of a GPU in images/s, relative to one that trains ``alone``."""
+    """Return the images/s per GPU, relative to one GPU that trains with the plan ``alone``."""
     own, one = (images_per_second(facts, gpu, p, utilisation) for p in (plan, alone))
     return own / plan.num_gpus / one
 
 
 def with_fixed_batch(facts: Facts, num_gpus: int, shard: str = "none") -> Plan | None:
-    """Return the plan of the preset's own batch; None if the GPUs cannot share it evenly."""
+    """Return the plan that divides the preset's batch among the GPUs; None if it is uneven."""
     if facts.batch % num_gpus:
         return None
     rows = facts.batch // num_gpus

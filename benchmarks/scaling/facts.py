@@ -1,4 +1,4 @@
-"""Facts about presets for the cost model, found without running them, and kept in a file."""
+"""Facts about presets for the cost model, computed without training and stored in a file."""
 
 import dataclasses
 import json
@@ -19,20 +19,20 @@ from training.resources.batch import largest_batch
 from training.resources.memory import predict_disk, predict_memory
 
 FACTS_FILE = Path(__file__).with_name("presets.json")
-# All but those that are made for CPUs.
+# All presets but those made for CPUs.
 _SMALL = ("digits", "glyphs", "photos", "tiny")
 LARGE = [name for name in PRESETS if not any(part in name for part in _SMALL)]
-_SHARDS = ("none", "full")  # Of which memory is predicted, on the GPUs of a node.
+_SHARDS = ("none", "full")  # Memory is predicted for these, on the GPUs of one node.
 
 
 def read_facts() -> dict[str, Facts]:
-    """Return the facts of all large presets, from the file."""
+    """Return the stored facts of all large presets, by name."""
     found = json.loads(FACTS_FILE.read_text(encoding="utf-8"))
     return {name: Facts(**values) for name, values in found.items()}
 
 
 def facts_of(name: str) -> Facts:
-    """Return the facts of a preset, trained in bf16. Takes some seconds."""
+    """Return the facts of a preset that trains in bf16; this takes a few seconds."""
     run, batch = _run(name), get_preset(name).run.training.batch
     share = run.changed("training", batch=batch // GPUS_PER_NODE)
     batch_gpu, _ = largest_batch(share, 1, "cuda", round(GPUS["h100"].memory))
@@ -59,11 +59,11 @@ def facts_of(name: str) -> Facts:
 
 
 def count_operators(model: ModelConfig) -> int:
-    """Return the operators of an evaluation of a network on one image, without views."""
+    """Return the number of operators, without views, that evaluate a network on one image."""
     model = dataclasses.replace(model, attention="sdpa")
     with torch.device("meta"), torch.no_grad(), _Operators() as operators:
         network = build_network(model).eval()
-        operators.number = 0  # Those before made the weights.
+        operators.number = 0  # Discard those that initialised the weights.
         x, c_noise = torch.empty(1, *model.input_shape), torch.zeros(1)
         network(x, c_noise, network.context(model.example_cond(), num=1))
     return operators.number

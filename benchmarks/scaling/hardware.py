@@ -1,25 +1,25 @@
-"""GPUs and the networks between them, as published; nothing here is measured by this project."""
+"""Published figures of GPUs and their networks, and assumptions; nothing here was measured."""
 
 import dataclasses
 
 GPUS_PER_NODE = 8
-# Of links and of the peak of matrix products, what training makes of them. Assumed; Llama 3 reports
-# 38 to 43% of the peak (arXiv 2407.21783, Table 4).
+# Shares that training reaches of a link's bandwidth and of the peak of matrix products. Assumed;
+# Llama 3 reports 38 to 43% of the peak (arXiv 2407.21783, Table 4).
 LINK_SHARE = 0.8
 UTILISATION = 0.4
-# Seconds for which the host is busy with an operator of a compiled network. Assumed.
+# Seconds that the host spends on each operator of a compiled network. Assumed.
 OPERATOR_SEC = 4e-6
-# Spread of the time that one GPU takes for the same step, relative to its mean. Assumed.
+# Standard deviation of a GPU's time for the same step, relative to the mean. Assumed.
 STEP_SPREAD = 0.01
-# Latencies in seconds that NCCL itself assumes of its rings (protocol Simple) when it chooses among
-# algorithms, here for its trees, too: a call, a step over NVLink, a step over the network.
-# NVIDIA/nccl, src/graph/tuning.cc, commit b647562: baseLat and hwLat.
+# Latencies in seconds of a call, a step over NVLink and a step over the network. NCCL assumes them
+# for rings (protocol Simple) when it chooses an algorithm; here trees have the same.
+# Source: NVIDIA/nccl, src/graph/tuning.cc, commit b647562, baseLat and hwLat.
 CALL_SEC, NVLINK_STEP_SEC, NETWORK_STEP_SEC = 8.4e-6, 3.4e-6, 14e-6
 # Bytes of gradients that DistributedDataParallel sums at a time.
 BUCKET_BYTES = 25 << 20
 # 419 unexpected interruptions of 16,384 H100 in 54 days: Llama 3, arXiv 2407.21783.
 HOURS_BETWEEN_FAILURES = 16_384 * 54 * 24 / 419
-WRITE_RATE = 1e9  # Bytes of a state that a node writes a second. Assumed.
+WRITE_RATE = 1e9  # Bytes/s at which a node writes a state. Assumed.
 RESTART_SEC = 180.0  # From a failure to the first step after it. Assumed.
 
 
@@ -28,11 +28,11 @@ class Gpu:
     """A GPU in a node of eight.
 
     Attributes:
-        flops: Peak of matrix products in bf16 without sparsity, FLOP/s.
-        memory: Bytes.
-        memory_rate: Bytes a second between the GPU and its memory.
-        nvlink_rate: Bytes a second that it sends to others of the node.
-        network_rate: Bytes a second that its network adapter sends.
+        flops: Peak FLOP/s of dense matrix products in bf16.
+        memory: Bytes of memory.
+        memory_rate: Bytes/s between the GPU and its memory.
+        nvlink_rate: Bytes/s that it sends to other GPUs of the node.
+        network_rate: Bytes/s that its network adapter sends.
         source: Where the figures are published.
     """
 

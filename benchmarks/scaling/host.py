@@ -1,4 +1,4 @@
-"""A model of training steps on this host, fitted to 1, 2 and 4 processes."""
+"""A model of training steps on this host, fitted to measurements of 1, 2 and 4 processes."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ PREDICTED = 8
 
 @dataclasses.dataclass(frozen=True)
 class StepTime:
-    """The median time of an optimizer step on ``num`` processes with ``rows`` each."""
+    """The median seconds of an optimizer step on ``num`` processes with ``rows`` rows each."""
 
     num: int
     shard: str
@@ -25,7 +25,7 @@ class StepTime:
 
 @dataclasses.dataclass(frozen=True)
 class SumTime:
-    """The median time of a sum of ``num_bytes`` over ``num`` processes."""
+    """The median seconds of an all-reduce of ``num_bytes`` over ``num`` processes."""
 
     num: int
     num_bytes: int
@@ -34,14 +34,14 @@ class SumTime:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What was measured on a host, and what was predicted before the last of it was.
+    """The measurements of a host, and a prediction recorded before the last of them.
 
     Attributes:
-        hardware: CPU, cores and versions.
-        command: The options of the measured run.
-        weight_bytes: Of the measured network.
-        parts: Number of parts that are gathered by themselves.
-        predicted: Seconds by ``shard``, on eight processes, as written down before.
+        hardware: CPU and PyTorch version.
+        command: Options of the measured run.
+        weight_bytes: Size of the measured network's weights.
+        parts: Number of parts that are gathered separately if the network is sharded.
+        predicted: Predicted seconds of a step on eight processes, by ``shard``.
     """
 
     hardware: str
@@ -54,12 +54,12 @@ class Measured:
     predicted: dict[str, float]
 
     def of(self, num: int, shard: str) -> list[StepTime]:
-        """Return what was measured on ``num`` processes."""
+        """Return the step times of ``num`` processes and a ``shard`` mode."""
         return [time for time in self.steps if (time.num, time.shard) == (num, shard)]
 
 
 def read_measured(path: Path = HOST_FILE) -> Measured | None:
-    """Return what a file holds of a host; None if there is no file."""
+    """Return the measurements stored in a file; None if it does not exist."""
     if not path.is_file():
         return None
     values = json.loads(path.read_text(encoding="utf-8"))
@@ -70,19 +70,19 @@ def read_measured(path: Path = HOST_FILE) -> Measured | None:
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """The constants of a host.
+    """The fitted constants of a host.
 
-    A step of n processes with b rows each, on c cores, takes ``share(n) (fixed + b row) + sums``,
-    where ``share(n) = slowdown max(1, n/c) (1 + crowding (n/c - 1))``. Nothing hides the sums,
-    because what sends and adds them is the same cores.
+    A step of n processes with b rows each, on c cores, takes ``share(n) (fixed + b row) + sums``.
+    On several processes, ``share(n) = slowdown max(1, n/c) (1 + crowding max(0, n/c - 1))``; on one
+    it is 1. Nothing hides the sums, because the cores that compute also send and add them.
 
     Attributes:
-        fixed, row: Seconds of a step on one process, and of each of its rows.
-        slowdown: Of each process where all cores are busy.
-        crowding: What each process beyond the cores adds, relative to its own time.
+        fixed, row: Seconds of a step on one process without rows, and of each row.
+        slowdown: Factor by which a process is slower if others keep all cores busy.
+        crowding: Further relative slowdown, per unit by which n/c exceeds 1.
         byte: Seconds for each byte that a process sends.
         message: Seconds for each message.
-        gathering: Seconds that a step of a sharded network takes besides.
+        gathering: Additional seconds of a step of a sharded network.
     """
 
     num_cores: int
@@ -95,41 +95,42 @@ class Fit:
     gathering: float
 
     def share(self, num: int) -> float:
-        """Return how much longer the passes of ``num`` processes take than those of one."""
+        """Return the time of a pass on ``num`` processes, relative to one process."""
         if num == 1:
             return 1.0
         over = max(num / self.num_cores - 1, 0.0)
         return self.slowdown * (1 + over) * (1 + self.crowding * over)
 
     def passes(self, num: int, rows: int) -> float:
-        """Return what passes and update take, without communication."""
+        """Return the seconds of the passes and the update, without communication."""
         return self.share(num) * (self.fixed + rows * self.row)
 
     def traffic(self, num: int, num_bytes: float, num_messages: float) -> float:
-        """Return what it takes that each of ``num`` processes sends so much, on shared cores."""
+        """Return the seconds for each of ``num`` processes to send these bytes and messages."""
         turns = max(num / self.num_cores, 1.0)
         return turns * (num_bytes * self.byte + num_messages * self.message)
 
     def sum(self, num: int, num_bytes: float) -> float:
-        """Return the seconds of a sum over processes, by a ring."""
+        """Return the seconds of a ring all-reduce of ``num_bytes`` over ``num`` processes."""
         return self.traffic(num, 2 * (num - 1) / num * num_bytes, 2 * (num - 1))
 
     def step(self, measured: Measured, num: int, rows: int, shard: str) -> float:
-        """Return the seconds of an optimizer step on ``num`` processes."""
+        """Return the seconds of an optimizer step on ``num`` processes with ``rows`` rows each."""
         passes, size = self.passes(num, rows), measured.weight_bytes
         if shard == "none":
             return passes + self.sum(num, size)
-        # Two gathers and a scatter of each part.
+        # Each part is gathered twice and reduce-scattered once.
         messages = 3 * (num - 1) * measured.parts
         gathered = self.traffic(num, 3 * (num - 1) / num * size, messages)
         return passes + self.share(num) * self.gathering + gathered
 
 
 def fit(measured: Measured) -> Fit:
-    """Return the constants by what was measured at 1, 2 and 4 processes.
+    """Return the constants that fit the measurements of 1, 2 and 4 processes.
 
-    Sums: least squares over sizes, relative. Fixed and row: a line through the batches of one
-    process. The others have an equation each: slowdown at 2, crowding at 4, gathering at 2.
+    ``byte`` and ``message`` minimise the squared relative errors of the sums. ``fixed`` and ``row``
+    are a line through the batches of one process. The others solve one equation each: slowdown and
+    gathering with 2 processes, crowding with 4.
     """
     num_cores = measured.num_cores
     byte, message = _fit_sums([time for time in measured.sums if time.num in FITTED], num_cores)
@@ -138,7 +139,7 @@ def fit(measured: Measured) -> Fit:
     found = Fit(num_cores, fixed, row, 1.0, 0.0, byte, message, 0.0)
 
     def excess(num: int) -> float:
-        """Return how much longer steps take than the constants so far explain."""
+        """Return the mean ratio of the measured passes to those of the constants so far."""
         ratios = []
         for time in measured.of(num, "none"):
             own = time.seconds - found.sum(num, measured.weight_bytes)
@@ -147,7 +148,7 @@ def fit(measured: Measured) -> Fit:
 
     found = dataclasses.replace(found, slowdown=excess(2))
     over = max(4 / num_cores - 1, 0.0)
-    # Others that use the cores meanwhile can make it look negative, which no larger number bears.
+    # Other programs on the cores can make the estimate negative, which would extrapolate badly.
     crowding = max((excess(4) - 1) / over, 0.0) if over else 0.0
     found = dataclasses.replace(found, crowding=crowding)
     rest = [t.seconds - found.step(measured, 2, t.rows, "full") for t in measured.of(2, "full")]
@@ -155,7 +156,7 @@ def fit(measured: Measured) -> Fit:
 
 
 def _fit_sums(times: Sequence[SumTime], num_cores: int) -> tuple[float, float]:
-    """Return seconds for each byte and for each message; errors count relative to the time."""
+    """Return the seconds per byte and per message, by least squares of relative errors."""
     rows = []
     for time in times:
         turns = max(time.num / num_cores, 1.0)

@@ -1,4 +1,4 @@
-"""benchmark.py scaling --measure: steps and sums of 1, 2, 4 and 8 processes of this host."""
+"""benchmark.py scaling --measure: times steps and sums of 1, 2, 4 and 8 processes on this host."""
 
 import dataclasses
 import json
@@ -22,12 +22,15 @@ from torch_utils.misc import count_parameters
 
 _ROOT = Path(__file__).resolve().parents[2]
 BATCH = 64
-# Of one process, for what a row takes.
+# Further batches of one process, to find the time per row.
 _OTHER_BATCHES = (16, 32)
 
 
 def measure(path: Path) -> Measured:
-    """Measure this host into a file, with the prediction for eight processes before the last."""
+    """Measure this host, write the results to a file, and return them.
+
+    The prediction for eight processes is written before these are measured.
+    """
     model = model_config()
     with torch.device("meta"):
         network = build_network(model)
@@ -69,7 +72,7 @@ def _predict(measured: Measured) -> Measured:
 
 
 def _with_times(measured: Measured, num: int) -> Measured:
-    """Return ``measured`` with the steps and sums of ``num`` processes with a thread each."""
+    """Return ``measured`` with the steps and sums of ``num`` processes of one thread added."""
     batches = (*_OTHER_BATCHES, BATCH) if num == 1 else (BATCH,)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "times.json"

@@ -1,4 +1,4 @@
-"""docs/scaling.md: every number of it is computed here, into the text of page.md."""
+"""The page docs/scaling.md: computes its numbers and fills them into the template page.md."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,7 +24,7 @@ from dnnlib.text import format_count
 PAGE = Path("docs/scaling.md")
 PICTURE = Path("docs/images/scaling.png")
 _TEMPLATE, _HOST_TEMPLATE = (Path(__file__).with_name(name) for name in ("page.md", "host.md"))
-NUMBERS = tuple(2**power for power in range(13))  # Of GPUs: 1 to 4,096.
+NUMBERS = tuple(2**power for power in range(13))  # Numbers of GPUs: 1 to 4,096.
 GOAL = 0.8
 _SHOWN = "imagenet256"
 _IN_PICTURE = ("cifar10", "ffhq64", "imagenet256", "imagenet256-s", "nanodit", "fsdm-depth6")
@@ -46,7 +46,7 @@ Planner = Callable[[Facts, int], Plan | None]
 
 
 def page(measured: Measured | None, facts: Mapping[str, Facts]) -> str:
-    """Return the text of docs/scaling.md, with what a host shows if one was measured."""
+    """Return the text of docs/scaling.md, with the measurements of a host if there are any."""
     host = _NOT_MEASURED
     if measured is not None:
         host = _filled(_HOST_TEMPLATE, _host_values(measured))
@@ -58,7 +58,7 @@ def _filled(template: Path, values: Mapping[str, str]) -> str:
 
 
 def series(facts: Mapping[str, Facts]) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """Return the lines of the picture, by panel and preset."""
+    """Return the lines of the chart as (GPUs, efficiency), by panel title and preset."""
     h100, panels = GPUS["h100"], {}
     for title, plan in (
         ("the preset's batch, shared by all GPUs", with_fixed_batch),
@@ -74,7 +74,7 @@ def _line(facts: Facts, gpu: Gpu, planner: Planner) -> list[tuple[int, float]]:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table in Markdown."""
+    """Return a Markdown table."""
     lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
     return "\n".join(lines)
 
@@ -175,7 +175,7 @@ def _percents(facts: Facts, gpu: Gpu, planner: Planner) -> list[str]:
 def last_good(
     facts: Facts, gpu: Gpu, planner: Planner, utilisation: float = hardware.UTILISATION
 ) -> int:
-    """Return the most GPUs up to which efficiency is never below the goal."""
+    """Return the largest of :data:`NUMBERS` up to which efficiency never falls below the goal."""
     last, alone = 1, planner(facts, 1)
     for num in NUMBERS:
         plan = planner(facts, num)
@@ -186,7 +186,10 @@ def last_good(
 
 
 def why_it_stops(facts: Facts, gpu: Gpu, planner: Planner) -> tuple[str, str]:
-    """Return what takes most time more beyond the last good number, and what to change."""
+    """Return the largest added cost at twice the last good number of GPUs, and a remedy.
+
+    Both are empty if every number of GPUs is good.
+    """
     num = 2 * last_good(facts, gpu, planner)
     if num > NUMBERS[-1]:
         return "", ""
@@ -221,7 +224,7 @@ def _stops_table(all_facts: Iterable[Facts], gpu: Gpu) -> str:
 
 
 def breakdown(facts: Facts, gpu: Gpu, planner: Planner) -> str:
-    """Return a table of what the steps of a preset are made of, by number of GPUs."""
+    """Return a table of the time of a preset's step, by cause and number of GPUs."""
     rows, alone = [], planner(facts, 1)
     for num in NUMBERS:
         plan = planner(facts, num)

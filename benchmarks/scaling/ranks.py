@@ -1,4 +1,4 @@
-"""``python -m benchmarks.scaling.ranks FILE BATCH,...`` under torchrun: times of steps and sums."""
+"""``python -m benchmarks.scaling.ranks FILE BATCH,...`` under torchrun: times steps and sums."""
 
 import dataclasses
 import statistics
@@ -23,7 +23,7 @@ from training.optimizer import GuardedAdam
 from training.resources.memory import NoCodec
 
 PRESET = "digits"
-# Wide enough for sums to take a share of the step that can be seen.
+# Wide enough for sums to take a noticeable share of the step.
 WIDTHS = dict(base_dim=96, hidden_dim=288)
 SIZES = (1 << 12, 1 << 16, 1 << 20, 1 << 22, 1 << 24)  # Bytes.
 _NUM_STEPS, _NUM_SUMS = 15, 15
@@ -31,12 +31,15 @@ _CPU = torch.device("cpu")
 
 
 def model_config() -> ModelConfig:
-    """Return the model that is measured."""
+    """Return the measured model: a wider one of the preset."""
     return dataclasses.replace(get_preset(PRESET).run.model, **WIDTHS)
 
 
 def time_steps(batch: int, shard: str) -> StepTime:
-    """Return the median time of optimizer steps on a batch that all ranks share. Collective."""
+    """Return the median time of optimizer steps on a batch that all ranks share. Collective.
+
+    The median is that of the slowest rank.
+    """
     num = distributed.world_size()
     run = get_preset(PRESET).run.changed("training", batch=batch, shard=shard)
     run = dataclasses.replace(families.of(run).fit(run, None, 10), model=model_config())
@@ -50,7 +53,7 @@ def time_steps(batch: int, shard: str) -> StepTime:
 
 
 def _make_step(run: RunConfig, rows: int) -> Callable[[], None]:
-    """Return what makes an optimizer step on so many rows that are always the same."""
+    """Return a function that makes an optimizer step, always on the same ``rows`` rows."""
     network = build_network(run.model).train().requires_grad_(True)
     objective = families.of(run).objective(run, network, NoCodec())
     shard_size = group_size(run.training, distributed.world_size())
@@ -71,7 +74,7 @@ def _make_step(run: RunConfig, rows: int) -> Callable[[], None]:
 
 
 def time_sums() -> list[SumTime]:
-    """Return the median times of sums over all ranks, by size. Collective."""
+    """Return the median times, on the slowest rank, of all-reduces of each size. Collective."""
     found, num = [], distributed.world_size()
     for num_bytes in SIZES:
         tensor, turns = torch.zeros(num_bytes // 4), []
@@ -89,7 +92,7 @@ def _slowest(turns: list[float]) -> float:
 
 
 def main(file: Path, batches: list[int]) -> None:
-    """Time steps on the batches, and sums; on several ranks, sharded steps, too."""
+    """Time steps on the batches and write them to a file; on several ranks, also sums and FSDP."""
     torch.set_num_threads(1)
     distributed.init()
     is_alone = distributed.world_size() == 1
