@@ -19,13 +19,15 @@ def with_named_data(
 ) -> RunConfig:
     """Return ``config`` with the data named by ``--data-dir`` and ``--dataset``.
 
-    The path is DATA_DIR/DATASET if that exists, and DATA_DIR/DATASET.zip otherwise. Raises
-    ValueError unless both options are given, without ``--data``.
+    The path is DATA_DIR/DATASET if that exists and holds no official archive to convert, and
+    DATA_DIR/DATASET.zip otherwise. Raises ValueError unless both options are given, without
+    ``--data``.
     """
     if data_dir is None or dataset is None or "data" in given:
         raise ValueError("Give --data, or --data-dir and --dataset together.")
     path = data_dir / dataset
-    if not path.exists():
+    archive = official_archive(data_dir, dataset) if path.is_dir() else None
+    if not path.exists() or (archive is not None and archive.is_relative_to(path)):
         path = data_dir / f"{dataset.removesuffix('.zip')}.zip"
     return dataclasses.replace(config, data=dataclasses.replace(config.data, data=str(path)))
 
@@ -37,13 +39,14 @@ def official_archive(data_dir: Path, dataset: str) -> Path | None:
     """
     from data.convert.sources import unconverted
 
-    wanted = _letters(dataset.removesuffix(".zip"))
+    # Neither CIFAR-100 for CIFAR-10, nor Fashion-MNIST for MNIST.
+    wanted = re.compile(f"(?<![a-z]){_letters(dataset.removesuffix('.zip'))}(?![0-9])")
     for folder in (data_dir, data_dir / dataset.removesuffix(".zip")):
         if not folder.is_dir():
             continue
-        inside = sorted(path for path in folder.iterdir() if wanted in _letters(path.name))
+        inside = sorted(path for path in folder.iterdir() if wanted.search(_letters(path.name)))
         for path in [*inside, folder]:
-            fits = wanted in _letters(path.name) and not path.name.endswith(".zip")
+            fits = wanted.search(_letters(path.name)) and not path.name.endswith(".zip")
             if fits and unconverted(path) is not None:
                 return path
     return None

@@ -170,3 +170,23 @@ def test_archives_are_found_by_the_usual_names(tmp_path, name, dataset):
     (tmp_path / "other.tar.gz").touch()
     assert prepare.official_archive(tmp_path, dataset) == tmp_path / name
     assert prepare.official_archive(tmp_path, "mnist") is None
+
+
+def test_an_archive_of_a_dataset_with_a_longer_name_is_another_one(tmp_path):
+    (tmp_path / "cifar-100-python.tar.gz").touch()
+    assert prepare.official_archive(tmp_path, "cifar10") is None
+    folder = tmp_path / "FashionMNIST"
+    folder.mkdir()
+    (folder / "train-images-idx3-ubyte.gz").touch()
+    assert prepare.official_archive(tmp_path, "mnist") is None
+    assert prepare.official_archive(tmp_path, "fashion-mnist") == folder
+
+
+def test_a_folder_that_holds_the_archive_is_not_the_data(tmp_path):
+    folder = tmp_path / "cifar10"
+    folder.mkdir()
+    run = PRESETS["cifar10"].run
+    assert prepare.with_named_data(run, (), tmp_path, "cifar10").data.data == str(folder)
+    (folder / "cifar-10-python.tar.gz").touch()
+    converted = prepare.with_named_data(run, (), tmp_path, "cifar10").data.data
+    assert converted == str(tmp_path / "cifar10.zip")

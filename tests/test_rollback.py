@@ -22,7 +22,7 @@ from data.samplers import BucketSampler, PositionSampler
 from families import of
 from torch_utils import rng
 from torch_utils.parameters import Parameters
-from training.checkpoint import find_states, load_state, read_header
+from training.checkpoint import find_snapshots, find_states, load_state, read_header
 from training.family import Part
 from training.optimizer import GuardedAdam
 from training.stability.locate import first_not_finite
@@ -97,8 +97,12 @@ def test_what_follows_a_rollback_is_a_function_of_seed_number_and_position(
     run(base, tmp_path, "--iters=4")
     run_dir = only_run(tmp_path)
     shutil.copy(reference / "rollbacks.jsonl", run_dir)
+    last = find_snapshots(run_dir)[0].stem.removeprefix("network-snapshot-")
+    shown = run_dir / f"conditioning-{last}.jsonl"
+    shown.touch()
     run(base, tmp_path)
     assert_equal(run_dir, reference)
+    assert not shown.exists()
     # Without it, the same steps have other losses, and those before have the same.
     run(base, tmp_path / "without", "--snap=100")
     losses = [per_tick(folder, "Loss/loss") for folder in (only_run(tmp_path / "without"), run_dir)]

@@ -445,6 +445,19 @@ def test_at_first_the_encoder_alone_learns_to_predict_each_image_from_the_others
     assert network.backbone.head.weight.grad.norm() > 0
 
 
+def test_a_network_that_reconstructs_has_all_gradients_when_it_does_not_pre_train():
+    config = tiny(reconstructs=True)
+    for kimg, is_student in ((0.0, False), (1.0, True)):
+        objective = make(config, pretrain_encoder=kimg)
+        draws = draw(objective, config, cur_nimg=0)
+        draws = objective.of_student(draws) if is_student else draws
+        objective(batch_of(config), {}, draws).mean().backward()
+        grads = {name: param.grad for name, param in objective.network.named_parameters()}
+        assert [name for name, grad in grads.items() if grad is None] == []
+        assert grads["conditioner.reconstruction.weight"].norm() == 0
+        assert grads["backbone.head.weight"].norm() > 0
+
+
 def test_pre_training_lowers_the_error_of_the_prediction():
     config = tiny(reconstructs=True)
     objective = make(config, pretrain_encoder=1e6)

@@ -373,6 +373,7 @@ def training_loop(
         if tick_ends:
             validated = validator.at_tick(cur_tick, tick_start_nimg, cur_nimg, done)
             done = done or validator.is_over
+            stop = stop and not done
             stage_ends = stage_ends or done
 
         # Record statistics. Those of a tick that a signal cuts short go into the state.

@@ -112,7 +112,7 @@ def read_start(
     for state_file in find_states(run_dir):
         try:
             config = with_absolute_data(family.restore_run(load_state(state_file)["config"]))
-        except ValueError:
+        except (ValueError, KeyError, TypeError):
             continue
         report(f"{path}: {reason}; the configuration in {state_file.name} is used.")
         return config, None

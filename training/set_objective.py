@@ -75,7 +75,7 @@ class SetObjective(Objective):
             length = self._config.kl_rampup * 1000
             warm_up = min(step.cur_nimg / length, 1.0) if length > 0 else 1.0
             changes["kl_weight"] = torch.full([batch], self._kl_factor * warm_up, device=device)
-        if self._config.pretrain_encoder > 0:
+        if self._model.reconstructs:
             is_first = self.phase(step.cur_nimg) == 0
             changes["pretrains"] = torch.full([batch], is_first, device=device)
         return SetDraws(**vars(draws), **changes)
@@ -149,8 +149,11 @@ class SetObjective(Objective):
         return self._loss(images.flatten(0, 1), sigma, noise, context, draws.target)
 
     def of_student(self, draws: SetDraws) -> SetDraws:
-        """Return draws under which a variational context is its mean, as it is in sampling."""
-        return dataclasses.replace(draws, context_noise=None, kl_weight=None)
+        """Return draws without pre-training, under which a variational context is its mean."""
+        draws = dataclasses.replace(draws, context_noise=None, kl_weight=None)
+        if draws.pretrains is None:
+            return draws
+        return dataclasses.replace(draws, pretrains=torch.zeros_like(draws.pretrains))
 
     def branches(self, guidance: Any, draws: SetDraws) -> list[SetDraws]:
         if guidance.cfg_scale == 1:

@@ -51,6 +51,8 @@ class FileHandler(http.server.BaseHTTPRequestHandler):
     def asked_range(self, size: int) -> tuple[int, int]:
         """Return the first and the last requested byte of a file of ``size`` bytes."""
         found = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "bytes=0-"))
+        if found is None:  # A server may ignore a range.
+            return 0, size - 1
         return int(found[1]), min(int(found[2] or size), size - 1)
 
     def send_part(self, file, first: int, size: int) -> None:

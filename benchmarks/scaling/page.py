@@ -91,7 +91,7 @@ def _host_values(measured: Measured) -> dict[str, str]:
         if note == "predicted":
             predicted = measured.predicted[shard]
             errors.append(abs(predicted / seconds - 1))
-        error = f"{predicted / seconds - 1:+.1%}"
+        error = f"{round(predicted / seconds - 1, 3) + 0.0:+.1%}"  # Never -0.0%.
         return [f"{num}", f"`{shard}`", f"{rows}", *map(_ms, (seconds, predicted)), error, note]
 
     rows = [

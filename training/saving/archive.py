@@ -18,6 +18,8 @@ _STORAGES = {
     torch.bfloat16: torch.BFloat16Storage,
     torch.int64: torch.LongStorage,
     torch.int32: torch.IntStorage,
+    torch.int16: torch.ShortStorage,
+    torch.int8: torch.CharStorage,
     torch.uint8: torch.ByteStorage,
     torch.bool: torch.BoolStorage,
 }

@@ -111,10 +111,11 @@ def remove_abandoned(run_dir: Path, *, only_count: bool = False) -> int:
         except ValueError:
             continue  # The command that reads it reports the damage.
         if is_abandoned(made):
-            # Pictures do not record their rollbacks: they go before the snapshot that does.
+            # What was made of a snapshot does not record its rollbacks: it goes before that does.
             count = path.stem.removeprefix("network-snapshot-")
-            for picture in run_dir.glob(f"*-{count}.png"):
-                picture.unlink()
+            for suffix in ("png", "jsonl"):
+                for shown in run_dir.glob(f"*-{count}.{suffix}"):
+                    shown.unlink()
             path.unlink()
     for path, made in list(_states(run_dir)):
         if is_abandoned(made):
