@@ -26,8 +26,8 @@ from training.stability.rollbacks import ROLLBACKS_FILE
 REQUEUE_FILE = "requeue"
 REQUEUE_EXIT_CODE = 85
 _MADE = ("training-state-*", "network-snapshot-*.pkl", "stats.jsonl", "metric-*.jsonl")
-_SHOWN = ("fakes-*.png", "reals.png", REPORT_FILE, WATCH_FILE)
-_RECORDS = ("training_options.json", "prediction.json", "reference.json")
+_SHOWN = ("*-[0-9]*.png", "conditioning-*.jsonl", "reals.png", REPORT_FILE, WATCH_FILE)
+_RECORDS = ("training_options.json", "prediction.json", "reference.json", "warm-start.json")
 _RUN_FILES = (*_MADE, *_SHOWN, *_RECORDS, ROLLBACKS_FILE, REQUEUE_FILE)
 
 
@@ -127,8 +127,9 @@ def origin_of(transfer: Snapshot | None, desc: str | None) -> dict[str, Any]:
 
 
 def clear_leftovers(run_dir: Path) -> None:
-    """Remove what an earlier process left: its request to be requeued, and half-written files."""
-    (run_dir / REQUEUE_FILE).unlink(missing_ok=True)
+    """Remove the requeue request, half-written files and savers' locks of an earlier process."""
+    for path in (run_dir / REQUEUE_FILE, *run_dir.glob(".saver-*.lock")):
+        path.unlink(missing_ok=True)
     remove_incomplete_states(run_dir)
     for name in _RUN_FILES:
         for path in run_dir.glob(f".{name}.*.tmp"):

@@ -34,7 +34,6 @@ def wait_for_savers(run_dir: Path, report: Callable[[str], None]) -> None:
             if time.monotonic() > deadline:
                 raise ValueError(f"{run_dir}: a process that is writing a state has not ended.")
             time.sleep(0.1)
-        path.unlink(missing_ok=True)
 
 
 @click.command(context_settings=dict(help_option_names=["-h", "--help"]))
