@@ -15,7 +15,7 @@ from commands.options import (
     score_command,
     used_detectors,
 )
-from dnnlib.axes import Axes, AxesCommand, expand_ranges, options_of, typed
+from dnnlib.axes import Axes, AxesCommand, expand_ranges, options_of, value_text
 from dnnlib.cli import usage_errors
 from dnnlib.click_options import param, takes
 from evaluation.config import ScoreConfig
@@ -155,5 +155,5 @@ def _how_options(given: SnapshotOptions) -> list[str]:
 def _scoring_options(options: SweepOptions, given: SnapshotOptions, config: Axes) -> list[str]:
     """Return the arguments with which fid.py calc scores images as this sweep does."""
     found = [] if options.ref is None else [f"--ref={options.ref}"]
-    found += [f"--metrics={options.metrics}", f"--batch={typed(given.batch)}"]
+    found += [f"--metrics={options.metrics}", f"--batch={value_text(given.batch)}"]
     return found + options_of(config.base, ScoreConfig(), ("detectors",))

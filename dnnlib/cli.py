@@ -15,7 +15,14 @@ import click
 from click.core import ParameterSource
 
 from dnnlib import launcher
-from dnnlib.config import Config, accepted_values, option_name, split_optional, split_words
+from dnnlib.config import (
+    Config,
+    accepted_values,
+    field_types,
+    option_name,
+    split_optional,
+    split_words,
+)
 from dnnlib.errors import NOTHING_NAMED, refusal
 from dnnlib.text import number_text
 
@@ -45,7 +52,7 @@ class Setting:
 
 def settings(config: Config, path: tuple[str, ...] = ()) -> Iterator[Setting]:
     """Yield every exposed field of ``config`` and of the configurations nested in it."""
-    hints = typing.get_type_hints(type(config))
+    hints = field_types(type(config))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if isinstance(value, Config):

@@ -8,14 +8,13 @@ import dataclasses
 import functools
 import importlib
 import math
-import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from dnnlib.config import split_optional
+from dnnlib.config import field_types, split_optional
 from dnnlib.errors import NOTHING_NAMED
 from dnnlib.text import number_text
 
@@ -42,7 +41,7 @@ def takes(kind: type, name: str = "options") -> Callable[[Callable], Callable]:
     below ``click.command``; options of decorators further up come first in ``--help``.
     """
     fields = [field for field in dataclasses.fields(kind) if "settings" in field.metadata]
-    hints = typing.get_type_hints(kind)
+    hints = field_types(kind)
 
     def decorate(function: Callable) -> Callable:
         @functools.wraps(function)

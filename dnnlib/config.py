@@ -78,9 +78,15 @@ class Config:
     affects: ClassVar[Affects] = "result"
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
+        hints = field_types(type(self))
         for field in dataclasses.fields(self):
             _check_value(self, field, hints[field.name])
+
+
+@functools.cache
+def field_types(kind: type) -> dict[str, Any]:
+    """Return the types of a class's fields by name; their annotations are evaluated once."""
+    return typing.get_type_hints(kind)
 
 
 def option_name(field: dataclasses.Field) -> str:
@@ -253,7 +259,7 @@ def from_dict(config_type: type[Config], values: Mapping[str, Any]) -> Any:
         raise ValueError(f"The family of a {config_type.__name__} is {family!r}, not a name")
     if family is not None:
         config_type = family_class(config_type, family)
-    hints = typing.get_type_hints(config_type)
+    hints = field_types(config_type)
     names = [field.name for field in dataclasses.fields(config_type)]
     for name, value in values.items():
         if name not in names:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dnnlib.config import has_type, split_optional
+from dnnlib.config import field_types, has_type, split_optional
 from dnnlib.errors import refusal
 
 T = TypeVar("T")
@@ -99,7 +99,7 @@ def _is_scalar(hint: Any, value: Any) -> bool:
 def _typed_object(hint: Any, value: dict[str, Any], name: str) -> Any:
     is_class = dataclasses.is_dataclass(hint)
     fields = {f.name: f.default for f in dataclasses.fields(hint)} if is_class else {}
-    hints = typing.get_type_hints(hint)
+    hints = field_types(hint)
     found = {}
     for key in fields or hints:
         path = f"{name}.{key}" if name else key

@@ -87,7 +87,12 @@ def tiny_encoders(base):
     vae, visual, text = base / "vae", base / "visual", base / "text"
     if not vae.is_dir():
         tiny_autoencoder(
-            vae, latent_channels=16, num_stages=4, scaling_factor=0.3611, shift_factor=0.1159
+            vae,
+            latent_channels=16,
+            num_stages=4,
+            width=4,
+            scaling_factor=0.3611,
+            shift_factor=0.1159,
         )
     if not visual.is_dir():
         tiny_visual(visual)

@@ -1,5 +1,6 @@
 """Hashes of weights, and the versions of packages."""
 
+import functools
 import hashlib
 import importlib.metadata
 import platform
@@ -16,8 +17,11 @@ def package_versions(*others: str) -> dict[str, str]:
     names = ["torch", "numpy", "pillow"]
     if "transformers" in sys.modules:  # It provides some detectors.
         names.append("transformers")
-    versions = {name: importlib.metadata.version(name) for name in (*names, *others)}
+    versions = {name: _version(name) for name in (*names, *others)}
     return dict(python=platform.python_version(), **versions)
+
+
+_version = functools.cache(importlib.metadata.version)  # Which reads files, 5 ms each.
 
 
 def weights_hash(state_dict: dict[str, torch.Tensor]) -> str:
