@@ -382,15 +382,16 @@ class TestReferences:
     def test_with_labels_that_do_not_fit_are_refused(self, tmp_path):
         path = tmp_path / "reference.npz"
         vectors = np.zeros((5, 9), np.float32)
-        for labels in (np.zeros(4, int), np.array(list("abcde"))):
+        four, letters = "has labels of shape .* for 5 vectors", "labels of .* has the type <U1"
+        for labels, message in ((np.zeros(4, int), four), (np.array(list("abcde")), letters)):
             save_references(
                 path, {PIXELS: self.make(vectors=vectors, num_vectors=5, labels=labels)}
             )
-            with pytest.raises(ValueError, match=r"has labels of shape .* for 5 vectors"):
+            with pytest.raises(ValueError, match=message):
                 read_references(path)
         for wrong in (dict(count=True), dict(dataset_hash=7)):
             save_references(path, {PIXELS: self.make(**wrong)})
-            with pytest.raises(ValueError, match=r"reference\.npz: damaged.* its "):
+            with pytest.raises(ValueError, match=r"reference\.npz: damaged.* is (True|7)"):
                 read_references(path)
 
     def test_need_two_images_and_outputs_whose_covariance_fits_in_memory(self):
