@@ -75,15 +75,16 @@ class Reference:
     def check_detector(self, detector: Detector) -> list[str]:
         """Return warnings about a use with ``detector``; ValueError if another one made this."""
         width = detector.outputs[self.output.name]
-        found = [len(self.mu)] if self.mu is not None else []
-        found += [self.vectors.shape[1]] if self.vectors is not None else []
+        widths = {array.shape[-1] for array in (self.mu, self.vectors) if array is not None}
         but, remedy = None, "compute them again with `fid.py ref`"
         if self.detector_hash is not None and self.detector_hash != detector.hash:
             other = f"another detector '{self.output.detector}' ({self.detector_hash[:12]})"
             used = f"{detector.hash[:12]}: {detector.preprocessing}, {detector.precision}"
             but = f"were made by {other} than the one in use ({used})"
-        elif any(number != width for number in found):
-            but = f"have {found[0]} values for {self.output}, but the detector in use has {width}"
+        elif others := widths - {width}:
+            but = (
+                f"have {min(others)} values for {self.output}, but the detector in use has {width}"
+            )
         if but is not None:
             raise refusal(self.source, but=f"these reference statistics {but}", remedy=remedy)
         if self.detector_hash is None:
@@ -219,6 +220,9 @@ def _checked(
         raise refusal(path, but=but, remedy="expected [D] and [D, D]")
     if vectors is not None and len(vectors) != 2:
         raise ValueError(f"{path}: {output} has vectors of shape {vectors}; expected [N, D].")
+    if mu is not None and vectors is not None and vectors[1:] != mu:
+        but = f"{output} has a mean of {mu[0]} values and vectors of {vectors[1]}"
+        raise refusal(path, but=but, remedy="expected as many")
     if labels is not None and labels != vectors[:1]:
         but = f"has labels of shape {labels} for {vectors[0]} vectors of {output}"
         raise refusal(path, but=but, remedy="expected as many")

@@ -355,6 +355,9 @@ class TestReferences:
             self.make(detector_hash="f" * 64).check_detector(PixelDetector(SHAPE))
         with pytest.raises(ValueError, match=r"have 9 values for pixels/features, .* has 16"):
             self.make(detector_hash=None).check_detector(PixelDetector((1, 4, 4)))
+        wide = self.make(vectors=np.zeros((5, 16), np.float32), num_vectors=5)
+        with pytest.raises(ValueError, match=r"have 16 values for pixels/features, .* has 9"):
+            wide.check_detector(PixelDetector(SHAPE))
 
     def test_in_unusable_files_are_refused_by_name(self, tmp_path):
         path = tmp_path / "reference.npz"

@@ -111,6 +111,7 @@ def check(found):
         assert array is None or (array.dtype == dtype and np.isfinite(array).all())
     assert (found.mu is None) == (found.sigma is None)
     assert found.mu is None or found.sigma.shape == found.mu.shape * 2
+    assert found.mu is None or found.vectors is None or found.vectors.shape[1:] == found.mu.shape
     assert found.labels is None or len(found.labels) == len(found.vectors)
     assert found.count is None or found.count >= 2
     assert isinstance(found.detector_hash, str | None)
@@ -120,4 +121,10 @@ def check(found):
 def test_detector_hashes_of_another_type_are_named(tmp_path):
     save_references(tmp_path / "whole.npz", {PIXELS: reference(detector_hash=7)})
     with pytest.raises(ValueError, match=r"whole\.npz: .*detector_hashes\.pixels/features is 7"):
+        read_references(tmp_path / "whole.npz")
+
+
+def test_a_mean_and_vectors_of_different_widths_are_refused(tmp_path):
+    save_references(tmp_path / "whole.npz", {PIXELS: reference(vectors=np.ones((5, 4), "f4"))})
+    with pytest.raises(ValueError, match=r"whole\.npz: .* mean of 3 values and vectors of 4"):
         read_references(tmp_path / "whole.npz")
