@@ -117,6 +117,10 @@ class TestFrechetDistance:
         assert frechet_distance_of_samples(x, x) == pytest.approx(0, abs=1e-10)
         with pytest.raises(ValueError, match=r"\[1, 40\] and .* at least 2 rows"):
             frechet_distance_of_samples(x[:1], y)
+        x[0, 0] = np.nan
+        for pair in ((x, y), (y, x)):
+            with pytest.raises(ValueError, match=f"{num1} vectors have values that are not finite"):
+                frechet_distance_of_samples(*pair)
 
     def test_refuses_mismatched_shapes_values_that_are_not_finite_and_non_covariances(self):
         mu, sigma = np.zeros(3), np.eye(3)
