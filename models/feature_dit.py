@@ -14,9 +14,9 @@ from torch.nn import functional
 from models import layers
 from models.architectures.feature_dit import FeatureDiTConfig
 from models.context import Context
+from torch_utils import reuse
 
 _NUM_SINUSOIDS = 256
-_MAX_CACHED_GRIDS = 64
 
 
 class ContextBlock(nn.Module):
@@ -89,7 +89,7 @@ class FeatureDiT(nn.Module):
         self.head_norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.head = nn.Linear(dim, patch**2 * config.out_channels)
         self.refine = nn.Conv2d(config.out_channels, config.out_channels, 3, padding=1)
-        self._positions: dict[tuple[int, int, torch.device], Tensor] = {}
+        self._positions = reuse.Kept()
         self.initialize()
 
     @torch.no_grad()
@@ -146,18 +146,12 @@ class FeatureDiT(nn.Module):
 
         ``grid`` is the number of rows and of columns.
         """
-        if torch.compiler.is_compiling():  # A graph is for one grid, and computes its own.
-            return self._make_positions(grid, device)
-        key = (*grid, device)
-        if key not in self._positions:
-            if len(self._positions) >= _MAX_CACHED_GRIDS:
-                self._positions.clear()
-            self._positions[key] = self._make_positions(grid, device)
-        return self._positions[key]
 
-    def _make_positions(self, grid: tuple[int, int], device: torch.device) -> Tensor:
-        rows, columns = (torch.arange(side, device=device) for side in grid)
-        return layers.lattice_embedding(self.config.hidden_dim, rows, columns)
+        def make() -> Tensor:
+            rows, columns = (torch.arange(side, device=device) for side in grid)
+            return layers.lattice_embedding(self.config.hidden_dim, rows, columns)
+
+        return self._positions.get((*grid, device), make)
 
     def _num_patches(self, x: Tensor) -> int:
         if not self.config.use_dino_patches:
