@@ -123,13 +123,19 @@ def _array_name(output: DetectorOutput, kind: str) -> str:
 
 
 def save_references(path: str | os.PathLike, references: References) -> None:
-    """Write references of the same images into one ``.npz`` file, atomically."""
-    arrays: dict[str, np.ndarray] = {}
+    """Write references of the same images, in the same order, into one ``.npz`` file, atomically.
+
+    It holds once what is the same for all of them: the labels of vectors, and facts on the images.
+    """
+    first = next(iter(references.values()))
+    shared = {name: getattr(first, name) for name in _SHARED}
+    labels = [found.labels for found in references.values() if found.vectors is not None]
+    arrays = {} if not labels or labels[0] is None else {"labels": labels[0]}
+    assert all(np.array_equal(own, labels[0]) for own in labels), "images in another order"
     for output, reference in references.items():
+        assert shared == {name: getattr(reference, name) for name in _SHARED}, "other images"
         own = {_array_name(output, kind): getattr(reference, kind) for kind in _KINDS}
-        own["labels"] = reference.labels
         arrays.update({name: array for name, array in own.items() if array is not None})
-    shared = {name: getattr(next(iter(references.values())), name) for name in _SHARED}
     hashes = {str(output): reference.detector_hash for output, reference in references.items()}
     description = dict(shared, detector_hashes=hashes)
     with atomic_write(path) as file:

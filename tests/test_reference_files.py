@@ -6,11 +6,14 @@ import pickle
 
 import numpy as np
 import pytest
+from helpers import CLASS_NAMES, toy_data
 
-from metrics.detectors import DetectorOutput
+from data.images.dataset import open_images
+from evaluation.scoring import dataset_references
+from metrics.detectors import DetectorOutput, PixelDetector
 from metrics.reference import Reference, read_references, save_references
 
-PIXELS = DetectorOutput("pixels")
+INCEPTION, PIXELS = DetectorOutput("inception"), DetectorOutput("pixels")
 GAUSSIAN = dict(mu=np.arange(3.0), sigma=np.eye(3))
 TYPES = ("f2", "f4", ">f8", "i8", ">i4", "u1", "?", "c16", "U3", "S3", "M8[s]", "V4")
 SHAPES = ((), (0,), (5,), (0, 3), (3, 0), (5, 3), (5, 4), (4, 4), (5, 3, 1))
@@ -128,3 +131,22 @@ def test_a_mean_and_vectors_of_different_widths_are_refused(tmp_path):
     save_references(tmp_path / "whole.npz", {PIXELS: reference(vectors=np.ones((5, 4), "f4"))})
     with pytest.raises(ValueError, match=r"whole\.npz: .* mean of 3 values and vectors of 4"):
         read_references(tmp_path / "whole.npz")
+
+
+@pytest.mark.parametrize("name", ["labels", "class_names", "dataset_hash"])
+def test_references_of_other_images_are_not_written_into_one_file(name, tmp_path):
+    other = dict(labels=np.arange(5) % 3, class_names=("a", "b"), dataset_hash="c" * 64)
+    references = {PIXELS: reference(), INCEPTION: reference(**{name: other[name]})}
+    with pytest.raises(AssertionError, match="other"):
+        save_references(tmp_path / "whole.npz", references)
+
+
+def test_class_names_are_kept_where_the_first_output_has_no_vectors(tmp_path, monkeypatch):
+    monkeypatch.setenv("SETDIFFIT_CACHE", str(tmp_path / "cache"))
+    needs = {INCEPTION: ("moments",), PIXELS: ("vectors",)}
+    detectors = dict.fromkeys(("inception", "pixels"), PixelDetector((3, 8, 8)))
+    dataset = open_images(toy_data(tmp_path))
+    save_references(tmp_path / "a.npz", dataset_references(dataset, needs, detectors, "cpu"))
+    found = read_references(tmp_path / "a.npz")[PIXELS]
+    assert found.class_names == tuple(CLASS_NAMES)
+    np.testing.assert_array_equal(found.labels, dataset.labels)
