@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from models.architectures.feature_dit import FeatureDiTConfig
 from models.conditioners import Conditioner
 from models.context import Context
-from models.layers import draw_linear_layers, lattice_embedding
+from models.layers import draw_layers, lattice_embedding
 from torch_utils import reuse
 
 # Columns of ``drop``.
@@ -51,7 +51,7 @@ class FeatureConditioner(Conditioner):
     @torch.no_grad()
     def initialize(self) -> None:
         """Draw the initial weights from torch's global generator."""
-        draw_linear_layers(self)
+        draw_layers(self)
         for null in self.parameters(recurse=False):
             nn.init.normal_(null, std=0.02)
             null.spares_decay = True

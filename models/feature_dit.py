@@ -95,7 +95,7 @@ class FeatureDiT(nn.Module):
     @torch.no_grad()
     def initialize(self) -> None:
         """Draw the initial weights from torch's global generator."""
-        layers.draw_linear_layers(self)
+        layers.draw_layers(self)
         # Afterwards, so as not to be overwritten, the modulations and the refinement are zeroed.
         # The head is small, not zero: the first velocity is about zero, yet gradients pass it.
         for layer in (*(block.modulation for block in self.blocks), self.refine):
