@@ -26,19 +26,19 @@ class ContextBlock(nn.Module):
         dim: Width of the tokens, of the vector and of the context.
         num_heads: Number of attention heads.
         mlp_ratio: Hidden width of the MLP, relative to ``dim``.
-        gates: Whether the output of each branch is also multiplied by a gate.
+        has_gates: Whether the output of each branch is also multiplied by a gate.
         qk_norm: Whether queries and keys are normalised.
     """
 
     def __init__(
-        self, dim: int, num_heads: int, mlp_ratio: float, gates: bool, qk_norm: bool
+        self, dim: int, num_heads: int, mlp_ratio: float, has_gates: bool, qk_norm: bool
     ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.attn = layers.SelfAttention(dim, num_heads, bias=False, qk_norm=qk_norm)
         self.cross = layers.CrossAttention(dim, dim, num_heads, bias=False, qk_norm=qk_norm)
         self.mlp = layers.MLP(dim, int(dim * mlp_ratio), bias=False)
-        self._num_vectors = 9 if gates else 6
+        self._num_vectors = 9 if has_gates else 6
         self.modulation = nn.Linear(dim, self._num_vectors * dim)
 
     def forward(
