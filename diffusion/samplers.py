@@ -189,8 +189,8 @@ class Watched:
 
     def __call__(self, x: Tensor, level: float) -> Tensor:
         estimate = self._estimate(x, level)
-        step = torch.where(estimate.isfinite().all(), 0, self._step)
-        self._first = torch.where(self._first == 0, step, self._first) if self._step > 1 else step
+        is_fine = estimate.isfinite().all() | (self._first != 0)
+        self._first = torch.where(is_fine, self._first, self._step)
         return estimate
 
     def end_step(self) -> None:

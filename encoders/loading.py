@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from dnnlib import launcher
 from dnnlib.errors import refusal
 from torch_utils import distributed
 from torch_utils.fingerprints import weights_hash
@@ -228,14 +229,16 @@ def absolute(location: str | os.PathLike) -> str:
 
 
 def in_turn(read: Callable[[], T]) -> T:
-    """Return the result of ``read``, called first on rank 0, then on the others. Collective.
+    """Return the result of ``read``, called on rank 0, then one rank a node, then on all others.
 
-    Rank 0 thus downloads the files that the other ranks find on the disk.
+    Collective. Ranks thus find on the disk of their node, or on one that nodes share, the files
+    that another rank has downloaded.
     """
+    own = 0 if distributed.is_main() else 1 if launcher.number("LOCAL_RANK") == 0 else 2
     box = []
-    for turn in (True, False):
+    for turn in range(3):
         with distributed.together():
-            if distributed.is_main() == turn:
+            if turn == own:
                 box.append(read())
     return box[0]
 

@@ -105,7 +105,7 @@ class TextEncoder(FrozenEncoder):
 def load_text_encoder(
     location: str, device: Device, *, expected_hash: str | None = None, precision: str = "fp32"
 ) -> TextEncoder:
-    """Return a text encoder with its tokenizer. Collective: rank 0 reads before the others.
+    """Return a text encoder with its tokenizer. Collective.
 
     Arguments and errors are those of :func:`~encoders.visual.load_visual_encoder`.
     """

@@ -83,8 +83,8 @@ def load_visual_encoder(
 ) -> VisualEncoder:
     """Return a visual encoder from a local folder or a Hugging Face id. Collective.
 
-    Every rank reads it, rank 0 before the others. Only tensors in the safetensors format are read,
-    never code that comes with them.
+    Every rank reads it, in the order of :func:`~encoders.loading.in_turn`. Only tensors in the
+    safetensors format are read, never code that comes with them.
 
     Args:
         location: Folder or Hugging Face id.

@@ -57,15 +57,12 @@ def dataset_references(
         num_images=len(dataset),
         source=dataset.name,
     )
-    images = (*shape_of(dataset), formats_of(dataset))
+    names, images = tuple(dataset.class_names), (*shape_of(dataset), formats_of(dataset))
+    labels = None if dataset.labels is None else dataset.labels[vector_subset(len(dataset))]
     for output, reference in references.items():
-        references[output] = dataclasses.replace(reference, images=images)
-    if dataset.labels is None:
-        return references
-    labels, names = dataset.labels[vector_subset(len(dataset))], tuple(dataset.class_names)
-    for output, reference in references.items():
-        if reference.num_vectors:
-            references[output] = dataclasses.replace(reference, labels=labels, class_names=names)
+        own = labels if reference.num_vectors else None
+        known = dict(images=images, class_names=names, labels=own)
+        references[output] = dataclasses.replace(reference, **known)
     return references
 
 

@@ -46,7 +46,7 @@ def frechet_distance_of_samples(x: ArrayLike, y: ArrayLike) -> float:
     X Y^T / sqrt((N - 1) (M - 1)), where X and Y are the centred rows. That is cheaper, and exact
     even where the covariances are singular.
 
-    Raises ValueError for fewer than two rows and for widths that differ.
+    Raises ValueError for fewer than two rows, widths that differ, and values that are not finite.
     """
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     check_vectors(x, y, at_least=2)

@@ -3,6 +3,8 @@
 import torch
 from numpy.typing import ArrayLike
 
+from metrics.vectors import check_finite
+
 _BLOCK = 4096
 
 
@@ -15,14 +17,15 @@ def inception_score(
     at image i N // num_splits. The standard deviation has the divisor ``num_splits``. Values are
     computed in float64 on the CPU.
 
-    Raises ValueError for fewer images than splits. Source: Salimans et al., "Improved techniques
-    for training GANs", arXiv:1606.03498, Section 4.
+    Raises ValueError for fewer images than splits and for values that are not finite. Source:
+    Salimans et al., "Improved techniques for training GANs", arXiv:1606.03498, Section 4.
     """
     logits = torch.as_tensor(logits)
     num_images = len(logits)
     if logits.ndim != 2 or num_images < num_splits:
         expected = f"[N, classes] with at least {num_splits} images, one for each split"
         raise ValueError(f"Got logits of shape {list(logits.shape)}; expected {expected}.")
+    check_finite(logits)
     scores = []
     for split in range(num_splits):
         part = logits[split * num_images // num_splits : (split + 1) * num_images // num_splits]
@@ -32,7 +35,7 @@ def inception_score(
         for rows in part.split(_BLOCK):
             log_probabilities = torch.log_softmax(rows.to("cpu", torch.float64), dim=1)
             probabilities = log_probabilities.exp()
-            negentropy += (probabilities * log_probabilities).nan_to_num(nan=0.0).sum()
+            negentropy += (probabilities * log_probabilities).sum()
             marginal += probabilities.sum(0)
         marginal /= len(part)
         divergence = negentropy / len(part) - torch.xlogy(marginal, marginal).sum()

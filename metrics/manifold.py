@@ -158,7 +158,7 @@ def nearest_neighbours(
         own: Index of each query among the points, [N], if the queries are points themselves. No
             query is then its own neighbour, though an exact duplicate of it is, at distance 0.
 
-    Raises ValueError for widths that differ and for too few points.
+    Raises ValueError for widths that differ, too few points, and values that are not finite.
     """
     queries, points = check_vectors(queries, points)
     if k > len(points) - (own is not None):
@@ -251,8 +251,8 @@ def precision_recall(
     manifold of the real ones, recall the share of real vectors on that of the generated ones.
 
     Vectors are [N, D] and [M, D]; ``device`` is where distances are computed. Raises ValueError
-    unless there are more than k vectors of either. Source: Kynkäänniemi et al., "Improved precision
-    and recall metric", arXiv:1904.06991, Eq. 1 and 2.
+    unless all are finite and there are more than k of either. Source: Kynkäänniemi et al.,
+    "Improved precision and recall metric", arXiv:1904.06991, Eq. 1 and 2.
     """
     x, y = _prepare(*check_vectors(real, fake), device)
     of_real, of_fake = _squared_radii(x, k), _squared_radii(y, k)
@@ -286,7 +286,7 @@ def density_coverage(
     vector.
 
     Vectors are [N, D] and [M, D]; ``device`` is where distances are computed. Raises ValueError
-    unless there are more than k real vectors. Source: Naeem et al., "Reliable fidelity and
+    unless all are finite and more than k are real. Source: Naeem et al., "Reliable fidelity and
     diversity metrics for generative models", arXiv:2002.09797, Eq. 3 and 4.
     """
     x, y = _prepare(*check_vectors(real, fake), device)

@@ -29,9 +29,9 @@ def kernel_distance(
 
     Vectors are [N, D] and [M, D]; equal seeds draw equal subsets. Kernels are computed on
     ``device``, in float64 from :func:`~metrics.vectors.products`, with an error below 1e-7 of the
-    mean kernel. Raises ValueError for fewer than two vectors on a side and for widths that differ.
-    Source: Bińkowski et al., "Demystifying MMD GANs", arXiv:1801.01401, Section 4; the estimator is
-    StyleGAN's.
+    mean kernel. Raises ValueError for fewer than two vectors on a side, widths that differ, and
+    values that are not finite. Source: Bińkowski et al., "Demystifying MMD GANs", arXiv:1801.01401,
+    Section 4; the estimator is StyleGAN's.
     """
     real, fake = check_vectors(real, fake, at_least=2)
     size = min(len(real), len(fake), subset_size)
@@ -118,9 +118,9 @@ def rbf_mmd(
     and CLIP embeddings of unit length it is CMMD.
 
     Vectors are [N, D] and [M, D]; kernels are computed on ``device``, in float64 from
-    :func:`~metrics.vectors.products`. Raises ValueError for empty sets and for widths that differ.
-    Sources: Jayasumana et al., "Rethinking FID", arXiv:2401.09603; Gretton et al., "A kernel
-    two-sample test" (2012), Eq. 5.
+    :func:`~metrics.vectors.products`. Raises ValueError for empty sets, widths that differ, and
+    values that are not finite. Sources: Jayasumana et al., "Rethinking FID", arXiv:2401.09603;
+    Gretton et al., "A kernel two-sample test" (2012), Eq. 5.
     """
     real, fake = check_vectors(real, fake)
 

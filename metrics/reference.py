@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from dnnlib import safe_pickle
 from dnnlib.downloads import fetch
 from dnnlib.errors import refusal
 from dnnlib.files import atomic_write, check_source
-from dnnlib.typed import parse_json
+from dnnlib.typed import parse_json, typed
 from metrics.detectors import Detector, DetectorOutput
 from torch_utils import distributed
 
@@ -75,15 +75,16 @@ class Reference:
     def check_detector(self, detector: Detector) -> list[str]:
         """Return warnings about a use with ``detector``; ValueError if another one made this."""
         width = detector.outputs[self.output.name]
-        found = [len(self.mu)] if self.mu is not None else []
-        found += [self.vectors.shape[1]] if self.vectors is not None else []
+        widths = {array.shape[-1] for array in (self.mu, self.vectors) if array is not None}
         but, remedy = None, "compute them again with `fid.py ref`"
         if self.detector_hash is not None and self.detector_hash != detector.hash:
             other = f"another detector '{self.output.detector}' ({self.detector_hash[:12]})"
             used = f"{detector.hash[:12]}: {detector.preprocessing}, {detector.precision}"
             but = f"were made by {other} than the one in use ({used})"
-        elif any(number != width for number in found):
-            but = f"have {found[0]} values for {self.output}, but the detector in use has {width}"
+        elif others := widths - {width}:
+            but = (
+                f"have {min(others)} values for {self.output}, but the detector in use has {width}"
+            )
         if but is not None:
             raise refusal(self.source, but=f"these reference statistics {but}", remedy=remedy)
         if self.detector_hash is None:
@@ -99,7 +100,22 @@ _INCEPTION = DetectorOutput("inception")
 # These outputs keep the array names of EDM's and ADM's files, so that their programs can read ours.
 _PUBLISHED = {_INCEPTION: "{}", DetectorOutput("inception", "spatial"): "{}_s"}
 _SHARED = ("count", "dataset_hash", "class_names", "images")
-_UNKNOWN = dict(detector_hashes={}, count=None, dataset_hash=None, class_names=(), images=None)
+_TYPES = dict(mu=np.float64, sigma=np.float64, vectors=np.float32, labels=np.int64)
+
+
+class _Description(TypedDict):
+    """What a file records besides arrays; all but the hashes is the same for every output."""
+
+    detector_hashes: dict[str, str | None]
+    count: int | None
+    dataset_hash: str | None
+    class_names: list[str]
+    images: tuple[int, int, int, str] | None
+
+
+_UNKNOWN = _Description(
+    detector_hashes={}, count=None, dataset_hash=None, class_names=[], images=None
+)
 
 
 def _array_name(output: DetectorOutput, kind: str) -> str:
@@ -107,13 +123,19 @@ def _array_name(output: DetectorOutput, kind: str) -> str:
 
 
 def save_references(path: str | os.PathLike, references: References) -> None:
-    """Write references of the same images into one ``.npz`` file, atomically."""
-    arrays: dict[str, np.ndarray] = {}
+    """Write references of the same images, in the same order, into one ``.npz`` file, atomically.
+
+    It holds once what is the same for all of them: the labels of vectors, and facts on the images.
+    """
+    first = next(iter(references.values()))
+    shared = {name: getattr(first, name) for name in _SHARED}
+    labels = [found.labels for found in references.values() if found.vectors is not None]
+    arrays = {} if not labels or labels[0] is None else {"labels": labels[0]}
+    assert all(np.array_equal(own, labels[0]) for own in labels), "images in another order"
     for output, reference in references.items():
+        assert shared == {name: getattr(reference, name) for name in _SHARED}, "other images"
         own = {_array_name(output, kind): getattr(reference, kind) for kind in _KINDS}
-        own["labels"] = reference.labels
         arrays.update({name: array for name, array in own.items() if array is not None})
-    shared = {name: getattr(next(iter(references.values())), name) for name in _SHARED}
     hashes = {str(output): reference.detector_hash for output, reference in references.items()}
     description = dict(shared, detector_hashes=hashes)
     with atomic_write(path) as file:
@@ -133,63 +155,50 @@ def read_references(path: str | os.PathLike) -> References:
     read = _read_pickle if path.suffix == ".pkl" else _read_npz
     try:
         arrays, description = read(path)
-        hashes = description["detector_hashes"]
-        count, names = description["count"], tuple(description["class_names"])
-        if not (count is None or (isinstance(count, int) and not isinstance(count, bool))):
-            raise ValueError(f"its count is {count!r}")
-        images = description["images"]
-        if images is not None and not (
-            isinstance(images, list) and [type(value) for value in images] == [int, int, int, str]
-        ):
-            raise ValueError(f"its description of the images is {images!r}")
-        if not isinstance(description["dataset_hash"], str | None):
-            raise ValueError(f"its dataset hash is {description['dataset_hash']!r}")
+        count = description["count"]
+        if count is not None and count < 2:
+            raise ValueError(f"count is {count}")
     # The errors that NumPy and zipfile raise for a damaged or foreign file have no common base.
     except Exception as error:
         but = f"damaged, or no file of reference statistics: {error or type(error).__name__}"
         raise refusal(path, but=but) from error
     references = {}
     for output, found in arrays.items():
-        _check_arrays(path, output, found)
-        vectors = found.get("vectors")
-        labels = None if vectors is None else description.get("labels")
-        if labels is not None and (labels.shape != (len(vectors),) or labels.dtype.kind != "i"):
-            but = f"has labels of shape {list(labels.shape)} for {len(vectors)} vectors of {output}"
-            raise refusal(path, but=but, remedy="expected as many integers")
         references[output] = Reference(
-            **found,
+            **_checked(path, output, found),
             output=output,
-            num_vectors=0 if vectors is None else len(vectors),
-            labels=None if labels is None else labels.astype(np.int64),
+            num_vectors=len(found.get("vectors", ())),
             count=count,
-            detector_hash=hashes.get(str(output)),
+            detector_hash=description["detector_hashes"].get(str(output)),
             dataset_hash=description["dataset_hash"],
-            images=None if images is None else tuple(images),
+            images=description["images"],
             source=str(path),
-            class_names=names,
+            class_names=tuple(description["class_names"]),
         )
     return references
 
 
-def _read_npz(path: Path) -> tuple[Arrays, dict[str, Any]]:
-    description: dict[str, Any] = dict(_UNKNOWN)
+def _read_npz(path: Path) -> tuple[Arrays, _Description]:
+    description = _UNKNOWN
     with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
         if "description" in file.files:
-            description.update(parse_json(str(file["description"])))
+            known = parse_json(str(file["description"]))
+            description = typed(_Description, {**_UNKNOWN, **known})
         outputs = [DetectorOutput.parse(name) for name in description["detector_hashes"]]
         arrays: Arrays = {}
         for output in outputs or list(_PUBLISHED):
-            for kind in _KINDS:
-                if _array_name(output, kind) in file.files:
-                    arrays.setdefault(output, {})[kind] = file[_array_name(output, kind)]
-        if "labels" in file.files:
-            description["labels"] = file["labels"]
+            names = {kind: _array_name(output, kind) for kind in _KINDS}
+            found = {kind: file[name] for kind, name in names.items() if name in file.files}
+            if "vectors" in found and "labels" in file.files:
+                found["labels"] = file["labels"]
+            if found:
+                arrays[output] = found
     if not arrays:
         raise ValueError("it has no arrays 'mu' and 'sigma'")
     return arrays, description
 
 
-def _read_pickle(path: Path) -> tuple[Arrays, dict[str, Any]]:
+def _read_pickle(path: Path) -> tuple[Arrays, _Description]:
     with open(path, "rb") as file:
         content = safe_pickle.load(file)
     if not isinstance(content, dict):
@@ -202,21 +211,38 @@ def _read_pickle(path: Path) -> tuple[Arrays, dict[str, Any]]:
     if not arrays:
         raise ValueError("it has neither 'fid' nor 'fd_dinov2'")
     count = content.get("num_images")
-    return arrays, dict(_UNKNOWN, count=None if count is None else int(count))
+    return arrays, {**_UNKNOWN, "count": None if count is None else int(count)}
 
 
-def _check_arrays(path: Path, output: DetectorOutput, arrays: Mapping[str, np.ndarray]) -> None:
+def _checked(
+    path: Path, output: DetectorOutput, arrays: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Return the arrays in the types of :class:`Reference`; ValueError if they cannot be used."""
     shapes = {kind: list(array.shape) for kind, array in arrays.items()}
-    mu, sigma, vectors = (shapes.get(kind) for kind in _KINDS)
+    mu, sigma, vectors, labels = (shapes.get(kind) for kind in _TYPES)
     is_gaussian = mu is not None and len(mu) == 1 and sigma == mu * 2
     if not is_gaussian and not (mu is None and sigma is None):
         but = f"{output} has a mean of shape {mu} and a covariance of shape {sigma}"
         raise refusal(path, but=but, remedy="expected [D] and [D, D]")
     if vectors is not None and len(vectors) != 2:
         raise ValueError(f"{path}: {output} has vectors of shape {vectors}; expected [N, D].")
-    for array in arrays.values():
-        if array.dtype.kind != "f" or not np.isfinite(array).all():
+    if mu is not None and vectors is not None and vectors[1:] != mu:
+        but = f"{output} has a mean of {mu[0]} values and vectors of {vectors[1]}"
+        raise refusal(path, but=but, remedy="expected as many")
+    if labels is not None and labels != vectors[:1]:
+        but = f"has labels of shape {labels} for {vectors[0]} vectors of {output}"
+        raise refusal(path, but=but, remedy="expected as many")
+    checked = {}
+    for kind, array in arrays.items():
+        expected = np.dtype(_TYPES[kind])
+        if array.dtype.kind != expected.kind:
+            but = f"{kind} of {output} has the type {array.dtype}"
+            raise refusal(path, but=but, remedy=f"expected {expected}")
+        with np.errstate(over="ignore"):
+            checked[kind] = array.astype(expected, copy=False)
+        if not np.isfinite(checked[kind]).all():
             raise ValueError(f"{path}: the reference statistics of {output} are not finite.")
+    return checked
 
 
 def load_references(location: str) -> References:

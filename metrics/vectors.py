@@ -6,12 +6,13 @@ from numpy.typing import ArrayLike
 Vectors = ArrayLike | torch.Tensor
 
 _PART_WIDTH = 1024
+_ROWS = 4096  # Checked at a time, so that little memory is needed.
 
 
 def check_vectors(
     first: Vectors, second: Vectors, at_least: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return both as tensors; raises ValueError unless they are [N, D] and [M, D].
+    """Return both as tensors; raises ValueError unless they are [N, D] and [M, D], and finite.
 
     Each must have at least ``at_least`` rows.
     """
@@ -21,7 +22,15 @@ def check_vectors(
         got = f"vectors of shapes {list(first.shape)} and {list(second.shape)}"
         expected = f"[N, D] and [M, D] with at least {at_least} rows each"
         raise ValueError(f"Got {got}; expected {expected}.")
+    check_finite(first)
+    check_finite(second)
     return first, second
+
+
+def check_finite(vectors: torch.Tensor) -> None:
+    """Raise ValueError if any value of the vectors is infinite or NaN."""
+    if not all(rows.isfinite().all() for rows in vectors.split(_ROWS)):
+        raise ValueError(f"{len(vectors)} vectors have values that are not finite.")
 
 
 def as_floats(vectors: torch.Tensor, device: torch.device | str) -> torch.Tensor:

@@ -55,14 +55,14 @@ def load_weights(
         remedy: A sentence for the error message if the file cannot be fetched.
         left_out: Regular expression; tensors in whose names it is found are ignored.
 
-    Raises ValueError for a missing file, a failed download, a file that holds anything but tensors
-    (nothing in it is executed), and names or shapes that differ.
+    Raises ValueError for a missing file, a failed download, a file without tensors or with anything
+    but plain data (nothing in it is executed), and names or shapes that differ.
     """
     try:
         path = fetch(location, sha256=sha256, max_bytes=_MAX_BYTES)
     except ValueError as error:
         raise ValueError(f"{network} needs its weights: {error} {remedy}") from error
-    found = _read_tensors(path, expected)
+    found = read_checkpoint(path, expected)
     found = {name: value for name, value in found.items() if not re.search(left_out, name)}
     for names, what in ((wanted.keys() - found, "missing"), (found.keys() - wanted, "unknown")):
         if names:
@@ -117,17 +117,6 @@ def _load(path: Path, expected: str) -> Any:
     # The errors that a damaged or hostile file causes in the unpickler have no common base.
     except Exception as error:
         raise ValueError(f"{path}: {_refusal(path, error)}. {expected}") from error
-
-
-def _read_tensors(path: Path, expected: str) -> dict[str, torch.Tensor]:
-    if path.suffix == ".safetensors":
-        return read_safetensors(path, expected)
-    state = _load(path, expected)
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
-    ):
-        raise ValueError(f"{path}: holds no names with tensors. {expected}")
-    return {name: value.detach() for name, value in state.items()}
 
 
 def read_safetensors(path: Path, expected: str) -> dict[str, torch.Tensor]:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from models.architectures.feature_dit import FeatureDiTConfig
 from models.conditioners import Conditioner
 from models.context import Context
-from models.layers import draw_linear_layers, lattice_embedding
+from models.layers import draw_layers, lattice_embedding
+from torch_utils import reuse
 
 # Columns of ``drop``.
 CONDITIONS = ("text", "cls", "patches")
@@ -44,13 +45,13 @@ class FeatureConditioner(Conditioner):
         if config.use_dino_patches:
             self.dino_patch_proj = nn.Linear(config.visual_dim, dim)
             self.null_dino_patch_token = nn.Parameter(torch.empty(1, 1, config.visual_dim))
-        self._positions: dict[tuple[int, int, torch.device], Tensor] = {}
+        self._positions = reuse.Kept()
         self.initialize()
 
     @torch.no_grad()
     def initialize(self) -> None:
         """Draw the initial weights from torch's global generator."""
-        draw_linear_layers(self)
+        draw_layers(self)
         for null in self.parameters(recurse=False):
             nn.init.normal_(null, std=0.02)
             null.spares_decay = True
@@ -130,18 +131,17 @@ class FeatureConditioner(Conditioner):
     def _positions_of(self, width: int, height: int) -> Tensor:
         """Return sinusoids of the patches' centres, float32 [P, dim], in units of DiT tokens."""
         device = self.null_text.device
-        key = (width, height, device)
-        if key in self._positions:
-            return self._positions[key]
-        edge = self.config.latent_downsampling * self.config.patch_size
-        axes = []
-        for side, count in zip((height, width), self.config.patch_grid(width, height), strict=True):
-            centres = (torch.arange(count, device=device) + 0.5) * (side / count)
-            axes.append(centres / edge - 0.5)
-        positions = lattice_embedding(self.dino_proj.out_features, *axes)
-        if not torch.compiler.is_compiling():  # Tensors made in a trace do not outlive it.
-            self._positions[key] = positions
-        return positions
+
+        def make() -> Tensor:
+            edge = self.config.latent_downsampling * self.config.patch_size
+            axes = []
+            counts = self.config.patch_grid(width, height)
+            for side, count in zip((height, width), counts, strict=True):
+                centres = (torch.arange(count, device=device) + 0.5) * (side / count)
+                axes.append(centres / edge - 0.5)
+            return lattice_embedding(self.dino_proj.out_features, *axes)
+
+        return self._positions.get((width, height, device), make)
 
 
 def _or_null(value: Tensor | None, null: Tensor, drop: Tensor | None, num: int) -> Tensor:

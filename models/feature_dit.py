@@ -14,9 +14,9 @@ from torch.nn import functional
 from models import layers
 from models.architectures.feature_dit import FeatureDiTConfig
 from models.context import Context
+from torch_utils import reuse
 
 _NUM_SINUSOIDS = 256
-_MAX_CACHED_GRIDS = 64
 
 
 class ContextBlock(nn.Module):
@@ -26,19 +26,19 @@ class ContextBlock(nn.Module):
         dim: Width of the tokens, of the vector and of the context.
         num_heads: Number of attention heads.
         mlp_ratio: Hidden width of the MLP, relative to ``dim``.
-        gates: Whether the output of each branch is also multiplied by a gate.
+        has_gates: Whether the output of each branch is also multiplied by a gate.
         qk_norm: Whether queries and keys are normalised.
     """
 
     def __init__(
-        self, dim: int, num_heads: int, mlp_ratio: float, gates: bool, qk_norm: bool
+        self, dim: int, num_heads: int, mlp_ratio: float, has_gates: bool, qk_norm: bool
     ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.attn = layers.SelfAttention(dim, num_heads, bias=False, qk_norm=qk_norm)
         self.cross = layers.CrossAttention(dim, dim, num_heads, bias=False, qk_norm=qk_norm)
         self.mlp = layers.MLP(dim, int(dim * mlp_ratio), bias=False)
-        self._num_vectors = 9 if gates else 6
+        self._num_vectors = 9 if has_gates else 6
         self.modulation = nn.Linear(dim, self._num_vectors * dim)
 
     def forward(
@@ -89,13 +89,13 @@ class FeatureDiT(nn.Module):
         self.head_norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.head = nn.Linear(dim, patch**2 * config.out_channels)
         self.refine = nn.Conv2d(config.out_channels, config.out_channels, 3, padding=1)
-        self._positions: dict[tuple[int, int, torch.device], Tensor] = {}
+        self._positions = reuse.Kept()
         self.initialize()
 
     @torch.no_grad()
     def initialize(self) -> None:
         """Draw the initial weights from torch's global generator."""
-        layers.draw_linear_layers(self)
+        layers.draw_layers(self)
         # Afterwards, so as not to be overwritten, the modulations and the refinement are zeroed.
         # The head is small, not zero: the first velocity is about zero, yet gradients pass it.
         for layer in (*(block.modulation for block in self.blocks), self.refine):
@@ -146,18 +146,12 @@ class FeatureDiT(nn.Module):
 
         ``grid`` is the number of rows and of columns.
         """
-        if torch.compiler.is_compiling():  # A graph is for one grid, and computes its own.
-            return self._make_positions(grid, device)
-        key = (*grid, device)
-        if key not in self._positions:
-            if len(self._positions) >= _MAX_CACHED_GRIDS:
-                self._positions.clear()
-            self._positions[key] = self._make_positions(grid, device)
-        return self._positions[key]
 
-    def _make_positions(self, grid: tuple[int, int], device: torch.device) -> Tensor:
-        rows, columns = (torch.arange(side, device=device) for side in grid)
-        return layers.lattice_embedding(self.config.hidden_dim, rows, columns)
+        def make() -> Tensor:
+            rows, columns = (torch.arange(side, device=device) for side in grid)
+            return layers.lattice_embedding(self.config.hidden_dim, rows, columns)
+
+        return self._positions.get((*grid, device), make)
 
     def _num_patches(self, x: Tensor) -> int:
         if not self.config.use_dino_patches:

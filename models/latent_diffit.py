@@ -44,13 +44,7 @@ class LatentDiffiT(nn.Module):
     @torch.no_grad()
     def initialize(self) -> None:
         """Draw the initial weights of DiT (arXiv 2212.09748) from torch's global generator."""
-        # Weights of linear layers and of patches: uniform (Glorot & Bengio, 2010); biases zero.
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                nn.init.xavier_uniform_(module.weight.flatten(1))
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, layers.TMSA):
-                nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
+        layers.draw_layers(self)
         for layer in (self.time_token[0], self.time_token[2]):
             nn.init.normal_(layer.weight, std=0.02)
 

@@ -287,13 +287,15 @@ def run_block(network: nn.Module, block: nn.Module, *inputs: Tensor | None) -> T
 
 
 @torch.no_grad()
-def draw_linear_layers(network: nn.Module) -> None:
-    """Draw weights by Glorot & Bengio (2010), those of patch convolutions too; biases are zero."""
+def draw_layers(network: nn.Module) -> None:
+    """Draw weights by Glorot & Bengio (2010) and tables of TMSA from N(0, 0.02²); biases are 0."""
     for module in network.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             nn.init.xavier_uniform_(module.weight.flatten(1))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+        elif isinstance(module, TMSA):
+            nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
 
 
 def check_input(x: Tensor, shape: tuple[int, ...], what: str) -> None:

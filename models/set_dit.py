@@ -125,7 +125,7 @@ class SetDiT(nn.Module):
     @torch.no_grad()
     def initialize(self) -> None:
         """Draw the initial weights of DiT (arXiv 2212.09748) from torch's global generator."""
-        layers.draw_linear_layers(self)
+        layers.draw_layers(self)
         for layer in (self.noise_mlp[0], self.noise_mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)
 

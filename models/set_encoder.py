@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from models.architectures.set_dit import SetDiTConfig
 from models.attention import attend, head_norms
-from models.layers import PositionalEmbedding, draw_linear_layers, merge_heads, split_heads
+from models.layers import PositionalEmbedding, draw_layers, merge_heads, split_heads
 
 PATCH_OFFSET = 2
 _SPT_SHIFTS = ((-1, -1), (-1, 1), (1, -1), (1, 1))
@@ -211,7 +211,7 @@ class SetEncoder(nn.Module):
     @torch.no_grad()
     def initialize(self) -> None:
         """Draw the initial weights from torch's global generator."""
-        draw_linear_layers(self)
+        draw_layers(self)
         nn.init.normal_(self.cls, std=0.02)
         nn.init.normal_(self.positions, std=0.02)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import weakref
 
 import pytest
 import torch
@@ -123,6 +124,18 @@ def test_patch_positions_are_those_of_the_tokens_at_the_same_places():
     column = coarse._positions_of(64, 64)[1, 16:24]
     expected = [math.sin(2.5 * 10_000 ** (-i / 8)) for i in range(8)]
     assert column.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_positions_of_an_image_size_are_kept_but_not_those_of_every_size_ever_seen():
+    network = network_of(dataclasses.replace(TINY, patch_pos=True))
+    cpu = torch.device("cpu")
+    for positions in (
+        lambda num: network.conditioner._positions_of(16 * num, 16),
+        lambda num: network.backbone.positions((1, num), cpu),
+    ):
+        assert positions(2) is positions(2)
+        made = [weakref.ref(positions(num)) for num in range(1, 100)]
+        assert 0 < sum(reference() is not None for reference in made) <= 64
 
 
 def test_the_first_velocity_is_small_and_the_first_loss_about_two():

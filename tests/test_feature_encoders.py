@@ -1,5 +1,6 @@
 """Visual and text encoders: which tokens they give, sizes, masks, identities and refusals."""
 
+import contextlib
 import shutil
 import sys
 
@@ -10,8 +11,10 @@ from feature_files import photographs, tiny_text, tiny_visual
 from safetensors.torch import load_file, save_file
 
 from data.features.buckets import Bucket, fit_image
+from encoders.loading import in_turn
 from encoders.text import MAX_TOKENS, load_text_encoder
 from encoders.visual import load_visual_encoder
+from torch_utils import distributed
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +29,22 @@ def base(tmp_path_factory):
 def images(bucket, num=2):
     pictures = [fit_image(image, bucket)[0] for image in photographs()[:num]]
     return torch.stack([torch.as_tensor(np.array(p)).permute(2, 0, 1) for p in pictures])
+
+
+@pytest.mark.parametrize(("rank", "local_rank", "turn"), [(0, 0, 1), (1, 1, 3), (8, 0, 2)])
+def test_one_rank_of_every_node_reads_before_the_others(rank, local_rank, turn, monkeypatch):
+    begun = []
+
+    @contextlib.contextmanager
+    def together():
+        begun.append(True)
+        yield
+
+    monkeypatch.setattr(distributed, "rank", lambda: rank)
+    monkeypatch.setattr(distributed, "together", together)
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    assert in_turn(lambda: len(begun)) == turn
+    assert len(begun) == 3
 
 
 def test_cls_and_patches_are_those_of_the_network_without_registers(base):

@@ -358,6 +358,13 @@ class TestInputs:
         np.testing.assert_allclose(found, expected, rtol=1e-7 if is_mean else 0)
         np.testing.assert_array_equal(function(*map(torch.from_numpy, arrays)), found)
 
+    @pytest.mark.parametrize("value", [np.nan, -np.inf])
+    def test_must_be_finite(self, function, value):
+        real, fake = two_sets()
+        real[-1, -1] = value
+        with pytest.raises(ValueError, match="90 vectors have values that are not finite"):
+            function(real, fake)
+
     @pytest.mark.gpu
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
     @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -83,6 +83,19 @@ def test_so_does_a_flow():
         sample_flow(velocity, torch.randn(1, 1, 2, 2), config)
 
 
+def test_the_first_step_is_named_even_if_its_second_evaluation_is_finite():
+    """As of a denoiser that turns NaN into numbers."""
+    calls = []
+
+    def denoise(x, sigma):
+        calls.append(sigma)
+        return torch.full_like(x, torch.nan if len(calls) == 1 else 0.1)
+
+    config = SamplingConfig(sampler="heun", steps=3)
+    with pytest.raises(NotFiniteError, match="first in step 1 of 3"):
+        sample(denoise, torch.randn(1, 1, 2, 2), config, EDMPrecond(), torch)
+
+
 def test_decoding_refuses_them_too():
     with pytest.raises(NotFiniteError):
         to_uint8(torch.tensor([0.0, torch.inf]))

@@ -1,11 +1,12 @@
-"""Values derived from a network's weights, kept until the weights change."""
+"""Values that are computed once: from weights until those change, or a limited number by key."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
 
+_MAX_KEPT = 64
 _kept: dict[Any, Any] | None = None  # None outside :func:`fixed_weights`.
 
 
@@ -45,3 +46,24 @@ def once(key: Any, make: Callable[[], Any]) -> Any:
     if key not in _kept:
         _kept[key] = make()
     return _kept[key]
+
+
+class Kept:
+    """Values by key, computed once each; they are dropped when there would be more than 64."""
+
+    def __init__(self) -> None:
+        self._values: dict[Hashable, Any] = {}
+
+    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """Return ``make()``, computed once per ``key``.
+
+        A graph that is being compiled computes its own value, for tensors made in it do not outlive
+        its tracing.
+        """
+        if torch.compiler.is_compiling():
+            return make()
+        if key not in self._values:
+            if len(self._values) >= _MAX_KEPT:
+                self._values.clear()
+            self._values[key] = make()
+        return self._values[key]
