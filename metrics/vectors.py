@@ -3,6 +3,8 @@
 import torch
 from numpy.typing import ArrayLike
 
+from dnnlib.errors import NotFiniteError
+
 Vectors = ArrayLike | torch.Tensor
 
 _PART_WIDTH = 1024
@@ -28,9 +30,9 @@ def check_vectors(
 
 
 def check_finite(vectors: torch.Tensor) -> None:
-    """Raise ValueError if any value of the vectors is infinite or NaN."""
+    """Raise NotFiniteError if any value of the vectors is infinite or NaN."""
     if not all(rows.isfinite().all() for rows in vectors.split(_ROWS)):
-        raise ValueError(f"{len(vectors)} vectors have values that are not finite.")
+        raise NotFiniteError(f"{len(vectors)} vectors have values that are not finite.")
 
 
 def as_floats(vectors: torch.Tensor, device: torch.device | str) -> torch.Tensor:

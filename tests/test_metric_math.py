@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy.spatial.distance import cdist
 
+from dnnlib.errors import NotFiniteError
 from metrics import inception_score as inception_score_module
 from metrics import manifold, mmd
 from metrics.inception_score import inception_score
@@ -362,7 +363,7 @@ class TestInputs:
     def test_must_be_finite(self, function, value):
         real, fake = two_sets()
         real[-1, -1] = value
-        with pytest.raises(ValueError, match="90 vectors have values that are not finite"):
+        with pytest.raises(NotFiniteError, match="90 vectors have values that are not finite"):
             function(real, fake)
 
     @pytest.mark.gpu
