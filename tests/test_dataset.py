@@ -29,7 +29,7 @@ from data.images.codec import PixelCodec
 from data.images.config import DatasetConfig
 from data.images.dataset import ImageDataset, MirroredImages, open_dataset
 from data.images.decode import ImageError, UnfitImageError, decode_image
-from data.loader import iterate_images, make_loader
+from data.loader import iterate_images, make_loader, read_batches
 from data.samplers import PositionSampler
 from torch_utils.rng import epoch_permutation
 from training.report import save_reals
@@ -563,8 +563,26 @@ def test_ranks_share_all_images_in_order(data, world_size):
     assert torch.equal(images, expected_images(range(10)))
 
 
-def test_iteration_with_workers_gives_the_same_images(data, monkeypatch):
+def test_processes_read_ahead_if_asked_for_or_if_there_are_many_images(monkeypatch):
+    class Readers:
+        remote_bytes = 0.0
+
+        def __getitems__(self, keys):
+            return torch.tensor([os.getpid()] * len(keys)), {}
+
+    def are_others(**settings):
+        batches = read_batches(Readers(), [[0]], **settings)
+        return [pid != os.getpid() for _, pids in batches for pid in pids.tolist()]
+
+    monkeypatch.setattr("data.loader.num_cores_of_rank", lambda most: 1)
+    assert are_others(num_workers=1) == [True]
+    assert are_others() == are_others(num_workers=0) == [False]
     monkeypatch.setattr("data.loader._MIN_IMAGES_FOR_WORKERS", 1)
+    assert are_others() == [True]
+    assert are_others(num_workers=0) == [False]
+
+
+def test_iteration_with_workers_gives_the_same_images(data):
     batches = list(iterate_images(ImageDataset(data), batch_size=3, num_workers=2))
     assert [indices.tolist() for indices, _ in batches] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]]
     assert torch.equal(torch.cat([images for _, images in batches]), expected_images(range(10)))
