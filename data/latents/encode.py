@@ -41,6 +41,7 @@ from data.resumable import (
     share,
     to_float16,
 )
+from dnnlib.addresses import is_address
 from dnnlib.files import atomic_write, sha256_of_file, write_json
 from encoders.autoencoder import INPUT_TRANSFORM, Autoencoder, load_autoencoder
 from torch_utils import distributed
@@ -78,7 +79,7 @@ def encode(
     dest = Path(dest)
     with distributed.together():
         check_folder(dest, "latents", is_latent_folder)
-        if is_latent_folder(source):
+        if not is_address(source) and is_latent_folder(source):
             raise ValueError(f"--source: {source} holds latents already; give a dataset of images.")
         dataset = ImageDataset(source, use_labels=None)
     autoencoder = load_autoencoder(vae, device, precision=encoding.precision)
