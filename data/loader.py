@@ -16,8 +16,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.images.dataset import ImageDataset
+from data.resumable import progress_of_ranks
 from dnnlib.parallel import num_cores_of_rank
-from dnnlib.progress import progress
+from torch_utils import distributed
 
 _PREFETCH_FACTOR = 4
 # How far ahead remote data are fetched, in bytes, and the limits on that in batches.
@@ -160,8 +161,6 @@ def read_batches(
 def iterate_images(
     dataset: ImageDataset,
     *,
-    rank: int = 0,
-    world_size: int = 1,
     batch_size: int = 64,
     num_workers: int | None = None,
     indices: Sequence[int] | None = None,
@@ -175,12 +174,13 @@ def iterate_images(
     progress bar on rank 0.
     """
     wanted = range(len(dataset)) if indices is None else indices
+    rank, world_size = distributed.rank(), distributed.world_size()
     mine = wanted[len(wanted) * rank // world_size : len(wanted) * (rank + 1) // world_size]
     batches = [list(mine[first : first + batch_size]) for first in range(0, len(mine), batch_size)]
-    with progress(total=len(wanted), label=label, disable=rank != 0, transient=True) as bar:
+    with progress_of_ranks(len(wanted), len(mine), label, transient=True) as on_done:
         for batch, images in read_batches(dataset, batches, num_workers):
             yield torch.tensor(batch), images
-            bar.update(len(images) * world_size)
+            on_done(len(images))
 
 
 def init_worker(worker_id: int) -> None:

@@ -31,6 +31,7 @@ from data.images.dataset import ImageDataset, MirroredImages, open_dataset
 from data.images.decode import ImageError, UnfitImageError, decode_image
 from data.loader import iterate_images, make_loader, read_batches
 from data.samplers import PositionSampler
+from torch_utils import distributed
 from torch_utils.rng import epoch_permutation
 from training.report import save_reals
 
@@ -547,12 +548,12 @@ def test_a_worker_does_not_complain_of_a_stop_between_asking_for_a_batch_and_hav
 
 
 @pytest.mark.parametrize("world_size", [1, 3, 12])
-def test_ranks_share_all_images_in_order(data, world_size):
-    dataset = ImageDataset(data)
-    batches = [
-        list(iterate_images(dataset, rank=rank, world_size=world_size, batch_size=4))
-        for rank in range(world_size)
-    ]
+def test_ranks_share_all_images_in_order(data, world_size, monkeypatch):
+    dataset, batches = ImageDataset(data), []
+    monkeypatch.setattr(distributed, "world_size", lambda: world_size)
+    for rank in range(world_size):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        batches.append(list(iterate_images(dataset, batch_size=4)))
     sizes = [sum(len(images) for _, images in part) for part in batches]
     assert max(sizes) - min(sizes) <= 1
     assert all(len(images) <= 4 for part in batches for _, images in part)
