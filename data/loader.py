@@ -15,15 +15,16 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from data.images.dataset import ImageDataset, collate
+from data.images.dataset import ImageDataset
+from data.resumable import progress_of_ranks
 from dnnlib.parallel import num_cores_of_rank
-from dnnlib.progress import progress
+from torch_utils import distributed
 
 _PREFETCH_FACTOR = 4
 # How far ahead remote data are fetched, in bytes, and the limits on that in batches.
 _AHEAD_BYTES = 256e6
 _MIN_AHEAD, _MAX_AHEAD = 4, 256
-_MIN_IMAGES_FOR_WORKERS = 4096
+_MIN_IMAGES_FOR_WORKERS = 1024
 _MAX_READERS = 8
 
 
@@ -50,10 +51,13 @@ def make_loader(
     and dataset. ``num_workers`` processes decode ahead of time, in the sampler's order; with 0 this
     process decodes. Remote data are fetched ahead of time, in the same order.
     """
-    settings: dict[str, Any] = dict(pin_memory=device.type == "cuda")
-    if num_workers:
-        settings |= dict(prefetch_factor=_PREFETCH_FACTOR, persistent_workers=True)
-    return _loader(dataset, sampler, num_workers=num_workers, **settings)
+    return _loader(
+        dataset,
+        sampler,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        persistent_workers=num_workers > 0,
+    )
 
 
 def _loader(
@@ -62,10 +66,21 @@ def _loader(
     if dataset.remote_bytes:
         batches = _LookAhead(batches, dataset.remote_bytes, 2 * num_workers + _MIN_AHEAD)
         dataset = _Fetched(dataset)
-    settings["num_workers"] = num_workers
-    generator = torch.Generator()  # Leaves the state of the global generator unchanged.
-    settings |= dict(collate_fn=collate, worker_init_fn=init_worker, generator=generator)
-    return DataLoader(dataset, batch_sampler=batches, **settings)
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        prefetch_factor=_PREFETCH_FACTOR if num_workers else None,
+        collate_fn=collate,
+        worker_init_fn=init_worker,
+        generator=torch.Generator(),  # Leaves the state of the global generator unchanged.
+        **settings,
+    )
+
+
+def collate(batch: Any) -> Any:
+    """Return a batch unchanged: these datasets deliver whole batches."""
+    return batch
 
 
 class Request(NamedTuple):
@@ -125,11 +140,27 @@ class _Fetched(Dataset):
         return self._dataset.__getitems__(request.keys)
 
 
+def read_batches(
+    dataset: ImageDataset, batches: Sequence[Sequence[int]], num_workers: int | None = None
+) -> Iterator[tuple[Sequence[int], torch.Tensor]]:
+    """Yield each batch of indices with its images, uint8 [N, C, H, W].
+
+    ``num_workers`` processes decode ahead, by default one per core of this rank's share, up to 8,
+    and none for fewer than 1,024 images. Remote data are fetched ahead of time.
+    """
+    if num_workers is None:
+        # For few images, starting processes would take longer than they save.
+        is_much = sum(map(len, batches)) >= _MIN_IMAGES_FOR_WORKERS
+        num_workers = num_cores_of_rank(_MAX_READERS) if is_much else 0
+    pinned = torch.cuda.is_available()
+    loader = _loader(dataset, batches, num_workers=num_workers, pin_memory=pinned)
+    for batch, (images, _) in zip(batches, loader, strict=True):
+        yield batch, images
+
+
 def iterate_images(
     dataset: ImageDataset,
     *,
-    rank: int = 0,
-    world_size: int = 1,
     batch_size: int = 64,
     num_workers: int | None = None,
     indices: Sequence[int] | None = None,
@@ -138,24 +169,18 @@ def iterate_images(
     """Yield this rank's share of all images in order, each batch preceded by its indices.
 
     A batch is ``(indices, images)``, int64 [N] and uint8 [N, C, H, W]; the last one may be smaller.
-    Shares are contiguous, differ by at most one image and may be empty. ``num_workers`` processes
-    decode ahead, by default one per core of this rank's share, up to 8; a share below 4,096 images
-    is read without any. ``indices`` selects a part of the dataset. ``label`` is the title of the
+    Shares are contiguous, differ by at most one image and may be empty. ``num_workers`` is as in
+    :func:`read_batches`. ``indices`` selects a part of the dataset. ``label`` is the title of the
     progress bar on rank 0.
     """
     wanted = range(len(dataset)) if indices is None else indices
+    rank, world_size = distributed.rank(), distributed.world_size()
     mine = wanted[len(wanted) * rank // world_size : len(wanted) * (rank + 1) // world_size]
     batches = [list(mine[first : first + batch_size]) for first in range(0, len(mine), batch_size)]
-    if len(mine) < _MIN_IMAGES_FOR_WORKERS:
-        num_workers = 0  # Starting processes would take longer than they save.
-    elif num_workers is None:
-        num_workers = num_cores_of_rank(_MAX_READERS)
-    pinned = torch.cuda.is_available()
-    loader = _loader(dataset, batches, num_workers=num_workers, pin_memory=pinned)
-    with progress(total=len(wanted), label=label, disable=rank != 0, transient=True) as bar:
-        for batch, (images, _) in zip(batches, loader, strict=True):
+    with progress_of_ranks(len(wanted), len(mine), label, transient=True) as on_done:
+        for batch, images in read_batches(dataset, batches, num_workers):
             yield torch.tensor(batch), images
-            bar.update(len(images) * world_size)
+            on_done(len(images))
 
 
 def init_worker(worker_id: int) -> None:

@@ -115,23 +115,24 @@ def share(items: Sequence[T]) -> Sequence[T]:
 
 @contextlib.contextmanager
 def progress_of_ranks(
-    total: int, own: int, label: str, unit: str = "img"
+    total: int, own: int, label: str, unit: str = "img", *, transient: bool = False
 ) -> Iterator[Callable[[int], None]]:
     """Show the progress of all ranks towards ``total``, extrapolated from that of rank 0.
 
     Yields a function to call with the number of units that this rank has completed since the last
-    call; ``own`` is the number of units that it has in all.
+    call; ``own`` is the number of units that it has in all. The end of the block completes the
+    bar, even if rank 0 had nothing to do.
     """
-    done = shown = 0
-    with progress(total=total, label=label, unit=unit, disable=not distributed.is_main()) as bar:
+    done, look = 0, dict(label=label, unit=unit, transient=transient)
+    with progress(total=total, disable=not distributed.is_main(), **look) as bar:
 
         def on_done(count: int = 1) -> None:
-            nonlocal done, shown
+            nonlocal done
             done += count
-            bar.update(round(done * total / own) - shown)
-            shown = round(done * total / own)
+            bar.update(round(done * total / own) - bar.n)
 
         yield on_done
+        bar.update(total - bar.n)
 
 
 def map_of_ranks(

@@ -9,7 +9,6 @@ import torch
 
 from data.images.dataset import ImageDataset, open_images
 from data.loader import iterate_images
-from dnnlib.progress import progress
 from dnnlib.text import join_names
 from evaluation.config import ScoreConfig
 from metrics.detectors import ImageShape
@@ -23,7 +22,6 @@ from sampling.images import (
     passport,
     seed_range,
 )
-from torch_utils import distributed
 from torch_utils.fingerprints import package_versions
 from training.asked import GeneratorOptions
 from training.checkpoint import Snapshot
@@ -117,10 +115,7 @@ class SnapshotImages:
 
     def batches(self, indices: Sequence[int]) -> Iterable[Batch]:
         options = dict(batch=self._batch, first_seed=self._first_seed, class_counts=self._counts)
-        is_main = distributed.is_main()
-        with progress(total=len(indices), label="Generating", disable=not is_main) as bar:
-            options["on_batch"] = bar.update
-            yield from generate_for_rank(self._generator, indices, **options)
+        return generate_for_rank(self._generator, indices, **options)
 
     def make(self, indices: range) -> torch.Tensor:
         """Return all of these images [N, C, H, W], uint8 on the device. Not collective."""
@@ -206,8 +201,7 @@ def read_images(
     dataset: ImageDataset, batch: int, label: str, indices: Sequence[int] | None = None
 ) -> Iterator[Batch]:
     """Yield this rank's share of a dataset, or of its ``indices``, with a progress bar."""
-    ranks = dict(rank=distributed.rank(), world_size=distributed.world_size())
-    return iterate_images(dataset, **ranks, batch_size=batch, indices=indices, label=label)
+    return iterate_images(dataset, batch_size=batch, indices=indices, label=label)
 
 
 def formats_of(dataset: ImageDataset) -> str:

@@ -123,7 +123,7 @@ class FeatureGenerator:
         """Return the contexts of the guidance branches with a weight, and those weights."""
         cond = {k: v.to(self.device) for k, v in cond.items() if k != "size"}
         self.network.check(cond)
-        cond = self.codec.encode_cond(cond)
+        cond = self.codec.statistics.normalise_features(cond)
         cond["size"] = torch.tensor(bucket.size)
         shape = self.model.latent_shape(*bucket.size)
         bias = patch_bias(self.features, self.model, self.trained_nimg, shape)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from data.resumable import progress_of_ranks, share
 from diffusion.config import GuidanceConfig, SamplingConfig
 from diffusion.denoiser import Denoiser, autocast
 from diffusion.guidance import autoguidance, classifier_free
@@ -18,7 +19,7 @@ from models import ModelConfig
 from models.context import Context
 from models.network import Network
 from sampling.trajectory import Frame, Trajectory
-from torch_utils import cpu_matmul, distributed
+from torch_utils import cpu_matmul
 from torch_utils.fingerprints import package_versions, weights_hash
 from torch_utils.reuse import fixed_weights
 from torch_utils.rng import SeededNoise
@@ -292,22 +293,24 @@ def generate_for_rank(
     batch: int,
     first_seed: int = 0,
     class_counts: Sequence[int] = (),
-    on_batch: Callable[[int], None] | None = None,
+    label: str = "Generating",
+    transient: bool = False,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield this rank's share of the images numbered ``indices``, in batches with their indices.
 
     A batch is ``(indices [N], int64, on the CPU; images [N, C, H, W], uint8, on the device)``.
     Image i has seed first_seed + i and, for a conditional model, entry i of
-    :func:`labels_like_data`, which repeats. ``on_batch`` is called after each batch with the number
-    of images that all ranks have made for it, assuming that they are equally fast.
+    :func:`labels_like_data`, which repeats. ``label`` is the title of the progress bar on rank 0,
+    which ``transient`` erases at the end.
     """
     labels = None
     if generator.num_classes and sum(class_counts):
         labels = labels_like_data(class_counts)
-    mine = indices[distributed.rank() :: distributed.world_size()]
-    for start in range(0, len(mine), batch):
-        rows = mine[start : start + batch]
-        own = None if labels is None else [int(labels[row % len(labels)]) for row in rows]
-        yield torch.tensor(list(rows)), generator.generate([first_seed + row for row in rows], own)
-        if on_batch is not None:
-            on_batch(len(rows) * distributed.world_size())
+    mine = share(indices)
+    with progress_of_ranks(len(indices), len(mine), label, transient=transient) as on_done:
+        for start in range(0, len(mine), batch):
+            rows = mine[start : start + batch]
+            seeds = [first_seed + row for row in rows]
+            own = None if labels is None else [int(labels[row % len(labels)]) for row in rows]
+            yield torch.tensor(list(rows)), generator.generate(seeds, own)
+            on_done(len(rows))

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from data.resumable import claim
+from data.resumable import claim, progress_of_ranks, share
 from dnnlib.errors import refusal
-from dnnlib.progress import progress
 from dnnlib.text import parse_ranges
 from torch_utils import distributed
 from torch_utils.pictures import class_titles, image_grid, save_image, to_pil
@@ -139,14 +138,14 @@ def make_images(generator: Generator, wanted: Sequence[Place], batch: int) -> No
     todo = distributed.broadcast_object(todo)
     if len(todo) < len(wanted):
         distributed.print0(f"{len(wanted) - len(todo)} of {len(wanted)} images exist already.")
-    mine = todo[distributed.rank() :: distributed.world_size()]
-    bar = progress(total=len(todo), label="Generating", disable=not distributed.is_main())
-    with distributed.together(), bar:
+    mine = share(todo)
+    bar = progress_of_ranks(len(todo), len(mine), "Generating")
+    with distributed.together(), bar as on_done:
         for start in range(0, len(mine), batch):
             part = mine[start : start + batch]
             seeds, labels = [place.seed for place in part], [place.label for place in part]
             images = generator.generate(seeds, None if None in labels else labels)
             for place, image in zip(part, images, strict=True):
                 save_image(to_pil(image), place.path)
-            bar.update(min(len(part) * distributed.world_size(), len(todo)))
+            on_done(len(part))
     distributed.barrier()

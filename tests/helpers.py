@@ -15,6 +15,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import tqdm
 from image_files import convert
 from PIL import Image
 from sharing import place_copy
@@ -140,6 +141,18 @@ def fail(script, *args):
 def forget_frames(caught):
     """Free the loader whose worker failed; garbage collection takes 5 seconds to end a worker."""
     traceback.clear_frames(caught.tb)
+
+
+def positions_of_bars(monkeypatch):
+    """Return a list to which every update of a progress bar adds the bar's position."""
+    positions, update = [], tqdm.tqdm.update
+
+    def note(bar, *args):
+        update(bar, *args)
+        positions.append(bar.n)
+
+    monkeypatch.setattr(tqdm.tqdm, "update", note)
+    return positions
 
 
 def train_tiny(outdir, data, *args, tiny=TINY):

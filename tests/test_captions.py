@@ -1,6 +1,7 @@
 """Captions of images: the four places they come from, and what is refused."""
 
 import json
+import zipfile
 
 import pytest
 from image_files import make_folder, make_zip
@@ -43,6 +44,19 @@ def test_captions_are_text_files_beside_images_in_a_folder_or_zip(source, tmp_pa
 
 def test_captions_are_text_files_in_another_folder(source, tmp_path):
     assert read(source, str(write_texts(tmp_path / "texts"))) == EXPECTED
+
+
+def test_no_name_in_an_archive_leads_out_of_the_folder_of_texts(tmp_path):
+    image = make_folder(tmp_path / "images", ["1.png"]) / "1.png"
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (tmp_path / "outside.txt").write_text("no caption")
+    names = [f"{tmp_path}/outside.png", "../outside.png", "a/../../outside.png", "inside.png"]
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for name in names:
+            archive.writestr(name, image.read_bytes())
+    (texts / "inside.txt").write_text("inside")
+    assert read(tmp_path / "images.zip", str(texts)) == {"inside.png": "inside"}
 
 
 def test_captions_are_lines_of_a_file(source, tmp_path):

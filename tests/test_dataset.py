@@ -29,8 +29,9 @@ from data.images.codec import PixelCodec
 from data.images.config import DatasetConfig
 from data.images.dataset import ImageDataset, MirroredImages, open_dataset
 from data.images.decode import ImageError, UnfitImageError, decode_image
-from data.loader import iterate_images, make_loader
+from data.loader import iterate_images, make_loader, read_batches
 from data.samplers import PositionSampler
+from torch_utils import distributed
 from torch_utils.rng import epoch_permutation
 from training.report import save_reals
 
@@ -547,12 +548,12 @@ def test_a_worker_does_not_complain_of_a_stop_between_asking_for_a_batch_and_hav
 
 
 @pytest.mark.parametrize("world_size", [1, 3, 12])
-def test_ranks_share_all_images_in_order(data, world_size):
-    dataset = ImageDataset(data)
-    batches = [
-        list(iterate_images(dataset, rank=rank, world_size=world_size, batch_size=4))
-        for rank in range(world_size)
-    ]
+def test_ranks_share_all_images_in_order(data, world_size, monkeypatch):
+    dataset, batches = ImageDataset(data), []
+    monkeypatch.setattr(distributed, "world_size", lambda: world_size)
+    for rank in range(world_size):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        batches.append(list(iterate_images(dataset, batch_size=4)))
     sizes = [sum(len(images) for _, images in part) for part in batches]
     assert max(sizes) - min(sizes) <= 1
     assert all(len(images) <= 4 for part in batches for _, images in part)
@@ -563,8 +564,26 @@ def test_ranks_share_all_images_in_order(data, world_size):
     assert torch.equal(images, expected_images(range(10)))
 
 
-def test_iteration_with_workers_gives_the_same_images(data, monkeypatch):
+def test_processes_read_ahead_if_asked_for_or_if_there_are_many_images(monkeypatch):
+    class Readers:
+        remote_bytes = 0.0
+
+        def __getitems__(self, keys):
+            return torch.tensor([os.getpid()] * len(keys)), {}
+
+    def are_others(**settings):
+        batches = read_batches(Readers(), [[0]], **settings)
+        return [pid != os.getpid() for _, pids in batches for pid in pids.tolist()]
+
+    monkeypatch.setattr("data.loader.num_cores_of_rank", lambda most: 1)
+    assert are_others(num_workers=1) == [True]
+    assert are_others() == are_others(num_workers=0) == [False]
     monkeypatch.setattr("data.loader._MIN_IMAGES_FOR_WORKERS", 1)
+    assert are_others() == [True]
+    assert are_others(num_workers=0) == [False]
+
+
+def test_iteration_with_workers_gives_the_same_images(data):
     batches = list(iterate_images(ImageDataset(data), batch_size=3, num_workers=2))
     assert [indices.tolist() for indices, _ in batches] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]]
     assert torch.equal(torch.cat([images for _, images in batches]), expected_images(range(10)))

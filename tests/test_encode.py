@@ -289,6 +289,9 @@ def test_images_that_do_not_fit_are_refused_before_work_starts(base, tmp_path):
         source = tiny_images(tmp_path / name, num_images=2, **options)
         assert message in refusal(base, tmp_path / "out", f"--source={source}")
     assert "no such file" in refusal(base, tmp_path / "out", "--source=nothing.zip")
+    assert "https://host/images: images at an address must be in one file" in refusal(
+        base, tmp_path / "out", "--source=https://host/images"
+    )
     assert "latents holds latents already" in refusal(
         base, tmp_path / "out", f"--source={base / 'latents'}"
     )

@@ -8,9 +8,12 @@ import helpers
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 from state_files import as_file
 
 import generate
+from sampling import images as generated
+from sampling import outputs
 from training.checkpoint import find_states, load_snapshot
 
 
@@ -83,6 +86,22 @@ def test_two_ranks_make_the_same_images_and_one_grid(network, tmp_path):
     assert largest_difference(one, two) <= 1
     assert share_equal(one, two) > 0.99
     assert (tmp_path / "grid.png").is_file()
+
+
+def test_progress_of_several_ranks_ends_at_the_number_of_images(tmp_path, monkeypatch):
+    class Black:
+        num_classes = 0
+
+        def generate(self, seeds, labels):
+            return [torch.zeros(1, 8, 8, dtype=torch.uint8) for _ in seeds]
+
+    for module in (outputs, generated):
+        monkeypatch.setattr(module, "share", lambda items: items[::3])  # Four of ten.
+    shown = helpers.positions_of_bars(monkeypatch)
+    list(generated.generate_for_rank(Black(), range(10), batch=3))
+    wanted = [outputs.Place(tmp_path / f"{seed}.png", seed, None) for seed in range(10)]
+    outputs.make_images(Black(), wanted, batch=3)
+    assert shown == 2 * [8, 10, 10]
 
 
 def test_images_that_exist_are_kept_and_missing_ones_are_made(network, tmp_path):

@@ -16,7 +16,7 @@ import pytest
 import torch
 from file_server import serve
 from helpers import fail, succeed
-from latent_files import tiny_latents
+from latent_files import encode, tiny_latents
 from streamed_files import SHARDS, write_features
 from training_runs import (
     TINY,
@@ -200,6 +200,23 @@ def test_every_batch_is_named_ahead_once(monkeypatch):
     assert list(growing([])) == []
     endless = iter(_LookAhead(itertools.repeat([1]), 1, 3))
     assert len(next(endless).soon) == 51
+
+
+def test_images_are_encoded_as_local_ones_and_fetched_ahead(folder, served, tmp_path, monkeypatch):
+    fetched, prefetch = [], ImageDataset.prefetch
+
+    def note(self, indices):
+        fetched.extend(indices)
+        prefetch(self, indices)
+
+    monkeypatch.setattr(ImageDataset, "prefetch", note)
+    sizes = ("--batch=8", "--shard-size=10")  # Batches of 8 and 2 images in turn.
+    for name, base in (("local", folder), ("remote", served.address)):
+        assert not fetched
+        encode(place(base, "toy.zip"), tmp_path / name, folder / "vae", *sizes)
+    assert sorted(fetched) == list(range(42))
+    hashes = {LatentDataset(tmp_path / name).content_hash for name in ("local", "remote")}
+    assert len(hashes) == 1
 
 
 def test_a_damaged_block_on_the_disk_is_fetched_again(served, tmp_path):

@@ -6,6 +6,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from helpers import positions_of_bars
 
 from data.resumable import (
     BackgroundWriter,
@@ -95,13 +96,19 @@ def test_values_that_float16_cannot_hold_and_want_of_memory_are_one_sentence():
 
 
 def test_ranks_take_turns_and_show_how_far_all_are(monkeypatch):
-    shown = []
-    monkeypatch.setattr("tqdm.tqdm.update", lambda bar, count: shown.append(count))
+    shown = positions_of_bars(monkeypatch)
     assert share([1, 2, 3]) == [1, 2, 3]
     with progress_of_ranks(10, 4, "Encoding") as on_done:
         for _ in range(4):
             on_done()
-    assert sum(shown) == 10
+    assert shown == [2, 5, 8, 10, 10]
+
+
+def test_progress_is_complete_at_the_end_if_all_was_done_by_other_ranks(monkeypatch):
+    shown = positions_of_bars(monkeypatch)
+    with progress_of_ranks(10, 0, "Encoding"):
+        assert not shown
+    assert shown == [10]
 
 
 def test_ranks_of_a_machine_share_its_cores(monkeypatch):

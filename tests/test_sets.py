@@ -1,6 +1,7 @@
 """Sets by (seed, position), splits of classes, hybrids and episodes."""
 
 import pickle
+import re
 
 import helpers
 import numpy as np
@@ -224,6 +225,15 @@ def test_classes_are_split_by_lists_fractions_or_as_the_data_say(images):
 def test_what_cannot_be_drawn_is_refused(changes, message, images):
     with pytest.raises(ValueError, match=message):
         make(images, **changes)
+
+
+def test_a_class_of_one_image_is_refused_whatever_is_held_out(images):
+    one_ring = images.subset(np.flatnonzero(np.cumsum(images.labels == 2) < 2))
+    message = f"{images.path}: class 'ring' has fewer than the two images that a set needs"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make(one_ring).of_classes([2])
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make(one_ring, train_classes=("ring",), test_classes=("bar",))
 
 
 def test_fractions_above_one_and_unlabelled_data_are_refused(images):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
 import zipfile
 from unittest import mock
@@ -13,6 +14,7 @@ import pytest
 import torch
 from feature_files import tiny_features
 from latent_files import encode, tiny_autoencoder
+from streamed_files import write_features
 
 import train
 from configs import get_preset
@@ -134,6 +136,15 @@ class TestSplit:
         for part in parts:
             for index, name in enumerate(part.ids):
                 assert part.caption(index) == whole.caption(whole.ids.index(name))
+
+    def test_an_error_in_features_names_the_folder_that_holds_them(self, tmp_path):
+        features = write_features(tmp_path, shards={(64, 64): (8,)}, num_held_out=0)
+        file = features / "features.json"
+        file.write_text(file.read_text().replace("[4, 8, 8]", "[4, 9, 9]"))
+        part = FeatureDataset(features, "validation", validation_share=0.3)
+        where = re.escape(f"{features}/train/bucket_64x64: {part.ids[0]}: vae.npy is float16")
+        with pytest.raises(ValueError, match=where):
+            part[0]
 
     def test_sets_are_of_images_of_one_side(self, base):
         images = ImageDataset(helpers.toy_data(base), use_labels=True)

@@ -80,12 +80,13 @@ def convert_images(
     kind = dest.suffix.lower()
     if kind in _NO_DATASET:
         raise refusal("--dest", dest, accepted="a name ending in .zip or .npz, or a folder")
-    is_folder = dest.is_dir() and kind not in (".zip", ".npz")
-    is_free = (overwrite and dest.is_file()) or (is_folder and not any(dest.iterdir()))
+    is_folder = kind not in (".zip", ".npz")
+    is_empty = is_folder and dest.is_dir() and not any(dest.iterdir())
+    is_free = is_empty or (overwrite and dest.is_file())
     if dest.exists() and not is_free:
         remedy = "" if dest.is_dir() else ", or replace it with --overwrite"
         raise ValueError(f"--dest: {dest} exists already; choose another name{remedy}.")
-    check_target("--dest", dest, is_folder=is_folder or kind not in (".zip", ".npz"))
+    check_target("--dest", dest, is_folder=is_folder)
     num_images = min(source.num_images, max_images or source.num_images)
     if num_images == 0:
         raise ValueError(f"{source.name}: holds no images.")

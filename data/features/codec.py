@@ -72,7 +72,7 @@ class FeatureCodec:
     """
 
     def __init__(self, statistics: FeatureStatistics, autoencoder: Autoencoder | None) -> None:
-        self._statistics, self._autoencoder = statistics, autoencoder
+        self.statistics, self._autoencoder = statistics, autoencoder
 
     def draw(self, step: rng.Step) -> None:
         """Return None: encoding stored latents and features needs no randomness."""
@@ -81,20 +81,16 @@ class FeatureCodec:
         self, latents: torch.Tensor, cond: Cond, drawn: None = None
     ) -> tuple[torch.Tensor, Cond]:
         """Return normalised latents [N, c, h, w] and conditions, float32."""
-        return self._statistics.normalise(latents), self.encode_cond(cond)
-
-    def encode_cond(self, cond: Cond) -> Cond:
-        """Return conditions with normalised visual features, all features in float32."""
-        return self._statistics.normalise_features(cond)
+        return self.statistics.normalise(latents), self.statistics.normalise_features(cond)
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         """Return normalised posterior means [N, c, h, w] of uint8 images [N, 3, H, W]."""
         channels = self._autoencoder.latent_channels
-        return self._statistics.normalise(self._autoencoder.moments(images)[:, :channels])
+        return self.statistics.normalise(self._autoencoder.moments(images)[:, :channels])
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
         """Return the uint8 images [N, 3, H, W] that normalised latents [N, c, h, w] decode to."""
-        return self.pictures(self._statistics.denormalise(x))
+        return self.pictures(self.statistics.denormalise(x))
 
     def pictures(self, latents: torch.Tensor) -> torch.Tensor:
         """Return the uint8 images [N, 3, H, W] that stored raw latents [N, c, h, w] decode to."""

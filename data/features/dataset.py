@@ -276,9 +276,9 @@ class FeatureDataset(Dataset):
         return data
 
     def _item(self, index: int) -> _Item:
-        bucket = self.buckets[self.bucket_index(index)]
-        where = f"{without_query(str(self.path))}/{self.split}/bucket_{bucket.name}"
-        return f"{where}: {self.ids[index]}", functools.partial(self._read, index)
+        folder = self._manifests[self.bucket_index(index)].folder
+        where = f"{without_query(str(folder))}: {self.ids[index]}"
+        return where, functools.partial(self._read, index)
 
 
 def _spans_of(manifest: Manifest) -> tuple[np.ndarray, np.ndarray]:

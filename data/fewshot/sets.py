@@ -95,13 +95,6 @@ class SetDataset(Dataset):
         by_content = images.held_out_rows(validation_share) if validation_share else None
         for index in self.split.train if classes is None else classes:
             self.held_out[index], pool = self._split_class(index, by_content)
-            if len(pool) < 2:
-                num_kept = len(self.held_out[index])
-                held = f"class {images.class_names[index]!r} has {num_kept + len(pool)} images"
-                held += f", of which {num_kept} are kept for scores" * (num_kept > 0)
-                remedy = f"{len(pool)} are left, too few for a set"
-                option = "--held-out" if by_content is None else "--validation-share"
-                raise refusal(option, but=held, remedy=remedy)
             for transform in self.transforms_of(index):
                 self._pools.append(pool)
                 self._transforms.append(transform)
@@ -112,13 +105,27 @@ class SetDataset(Dataset):
     def _split_class(
         self, index: int, by_content: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the indices of the images held out and trained on of a class, both ascending."""
-        rows, config = np.flatnonzero(self.images.labels == index), self.config
-        if by_content is not None:
-            return rows[by_content[rows]], rows[~by_content[rows]]
-        rng = np.random.default_rng([config.split_seed % 2**64, _HELD_OUT_SEED, index])
-        order = rng.permutation(rows)
-        return np.sort(order[: config.held_out]), np.sort(order[config.held_out :])
+        """Return the indices of the images held out and trained on of a class, both ascending.
+
+        Raises ValueError if fewer than two are left to train on.
+        """
+        rows = np.flatnonzero(self.images.labels == index)
+        name = self.images.class_names[index]
+        if len(rows) < 2:
+            but = f"class {name!r} has fewer than the two images that a set needs"
+            raise refusal(self.images.path, but=but, remedy="leave it out, or add images to it")
+        if by_content is None:
+            rng = np.random.default_rng([self.config.split_seed % 2**64, _HELD_OUT_SEED, index])
+            chosen = np.isin(rows, rng.permutation(rows)[: self.config.held_out])
+        else:
+            chosen = by_content[rows]
+        held_out, kept = rows[chosen], rows[~chosen]
+        if len(kept) < 2:
+            option = "--held-out" if by_content is None else "--validation-share"
+            held = f"class {name!r} has {len(rows)} images, of which {len(held_out)} are"
+            remedy = f"{len(kept)} are left, too few for a set, so give a smaller value"
+            raise refusal(option, but=f"{held} kept for scores", remedy=remedy)
+        return held_out, kept
 
     def _check_transforms(self, hflip: bool) -> None:
         """Raise ValueError if ``skip_transforms`` names no class or ``hflip`` would mix classes."""

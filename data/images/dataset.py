@@ -397,8 +397,3 @@ class MirroredImages(Dataset):
         rows = torch.from_numpy(mirrored.astype(bool))
         batch[rows] = batch[rows].flip(-1)
         return batch, cond
-
-
-def collate(batch: Any) -> Any:
-    """Return a batch unchanged: these datasets deliver whole batches."""
-    return batch

@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
-from data.images.dataset import ImageDataset, collate
+from data.images.dataset import ImageDataset
 from data.latents.record import (
     CHECKSUMS_FILE,
     CLAIM_FILE,
@@ -29,7 +28,7 @@ from data.latents.record import (
     read_checksums,
     read_record,
 )
-from data.loader import init_worker
+from data.loader import read_batches
 from data.resumable import (
     BackgroundWriter,
     check_claim,
@@ -42,15 +41,11 @@ from data.resumable import (
     share,
     to_float16,
 )
+from dnnlib.addresses import is_address
 from dnnlib.files import atomic_write, sha256_of_file, write_json
-from dnnlib.parallel import num_cores_of_rank
 from encoders.autoencoder import INPUT_TRANSFORM, Autoencoder, load_autoencoder
 from torch_utils import distributed
 from torch_utils.fingerprints import package_versions
-
-_MIN_IMAGES_FOR_WORKERS = 1024
-_MAX_WORKERS = 8
-_PREFETCH_FACTOR = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,7 +79,7 @@ def encode(
     dest = Path(dest)
     with distributed.together():
         check_folder(dest, "latents", is_latent_folder)
-        if is_latent_folder(source):
+        if not is_address(source) and is_latent_folder(source):
             raise ValueError(f"--source: {source} holds latents already; give a dataset of images.")
         dataset = ImageDataset(source, use_labels=None)
     autoencoder = load_autoencoder(vae, device, precision=encoding.precision)
@@ -238,23 +233,8 @@ def _moments(
         images = range(first, first + plan.shards[index]["num_images"])
         size = encoding.batch_size
         batches += [images[start : start + size] for start in range(0, len(images), size)]
-    num_workers = encoding.num_workers
-    if num_workers is None:
-        # For few images, starting processes would take longer than they save.
-        is_much = sum(map(len, batches)) >= _MIN_IMAGES_FOR_WORKERS
-        num_workers = num_cores_of_rank(_MAX_WORKERS) if is_much else 0
-    loader = DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=num_workers,
-        prefetch_factor=_PREFETCH_FACTOR if num_workers else None,
-        collate_fn=collate,
-        worker_init_fn=init_worker,
-        generator=torch.Generator(),
-        pin_memory=torch.cuda.is_available(),
-    )
     channels = autoencoder.latent_channels * (1 if encoding.mean_only else 2)
-    for batch, (images, _) in zip(batches, loader, strict=True):
+    for batch, images in read_batches(dataset, batches, encoding.num_workers):
         with memory_for(len(images), "images"):
             images = images.to(autoencoder.device, non_blocking=True)
             variants = (images, images.flip(-1)) if encoding.hflip else (images,)

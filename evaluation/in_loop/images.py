@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from dnnlib.progress import progress
 from dnnlib.text import format_kimg
 from metrics.score import GenerateFn
 from sampling.grids import GRID_SEEDS, save_fakes
@@ -65,15 +64,10 @@ class ImageEvaluator:
         batch = self._config.logging.sample_batch
 
         def generate(indices: range) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-            hidden = not distributed.is_main()
-            with progress(
-                total=len(indices), label="Metrics", disable=hidden, transient=True
-            ) as bar:
-                for made in generate_for_rank(
-                    generator, indices, batch=batch, class_counts=self._counts, on_batch=bar.update
-                ):
-                    stop.check()
-                    yield made
+            options = dict(batch=batch, class_counts=self._counts, label="Metrics", transient=True)
+            for made in generate_for_rank(generator, indices, **options):
+                stop.check()
+                yield made
 
         return generate
 

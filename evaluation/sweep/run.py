@@ -161,7 +161,7 @@ class Cells:
         total = sum(map(sum, costs.values()))
         mine = sum(sum(share(own)) for own in costs.values())
         label = f"Sampling {len(wanted)} cells"
-        with progress_of_ranks(total, max(mine, 1), label, "evaluations") as on_done:
+        with progress_of_ranks(total, mine, label, "evaluations") as on_done:
             for std, own in jobs.items():
                 source = self._source(std)
                 with distributed.together():

@@ -43,7 +43,8 @@ def read_captions(
     elif location is None:
         captions = _from_files(names, archive.read_file)
     else:
-        captions = _from_files(names, lambda name: _read(Path(location) / name))
+        # Joined as texts, because the name of an image in an archive may begin with a slash.
+        captions = _from_files(names, lambda name: _read(Path(f"{location}/{name}")))
     found = {name: captions.get(name, "").strip() for name in names}
     return {name: caption for name, caption in found.items() if caption}
 
