@@ -24,7 +24,7 @@ _PREFETCH_FACTOR = 4
 # How far ahead remote data are fetched, in bytes, and the limits on that in batches.
 _AHEAD_BYTES = 256e6
 _MIN_AHEAD, _MAX_AHEAD = 4, 256
-_MIN_IMAGES_FOR_WORKERS = 1024
+_MIN_IMAGES_FOR_WORKERS = 4096
 _MAX_READERS = 8
 
 
@@ -146,7 +146,7 @@ def read_batches(
     """Yield each batch of indices with its images, uint8 [N, C, H, W].
 
     ``num_workers`` processes decode ahead, by default one per core of this rank's share, up to 8,
-    and none for fewer than 1,024 images. Remote data are fetched ahead of time.
+    and none for fewer than 4,096 images. Remote data are fetched ahead of time.
     """
     if num_workers is None:
         # For few images, starting processes would take longer than they save.
