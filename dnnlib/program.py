@@ -17,6 +17,9 @@ import click
 
 from dnnlib import launcher
 
+# The query of an http(s) address, which may be a signature that does not belong into logs.
+_QUERY = re.compile(r"""(https?://[^\s?]+)\?\S*?(?=[:;,.)'"]*(?:\s|$))""")
+
 
 def run(command: click.Command) -> None:
     """Run a script's command and exit with its result as the exit code.
@@ -60,6 +63,7 @@ def _run(command: click.Command) -> None:
             click.echo(f"On local rank {os.environ['LOCAL_RANK']}:", err=True)
         if not isinstance(error, click.ClickException):
             error = click.ClickException(str(error))
+        error.message = _QUERY.sub(r"\1", error.message)
         error.show()
         launcher.record_error(error.format_message())
         sys.exit(error.exit_code)

@@ -71,6 +71,16 @@ def test_torchrun_gets_the_sentence_of_an_error(monkeypatch, tmp_path):
     assert json.loads(path.read_text())["message"] in sentence
 
 
+def test_signatures_of_addresses_are_not_shown(capsys):
+    def fail():
+        raise ValueError("--data: http://a.b/c.zip?sig=x%2Fy&t=1:2: is broken; see http://d/?e=f.")
+
+    with pytest.raises(SystemExit):
+        program.run(click.command(fail))
+    shown = "Error: --data: http://a.b/c.zip: is broken; see http://d/."
+    assert capsys.readouterr().err.strip() == shown
+
+
 def test_an_error_of_a_library_keeps_its_traceback_in_every_folder(monkeypatch):
     @click.command()
     def command():
