@@ -71,7 +71,9 @@ def test_torchrun_gets_the_sentence_of_an_error(monkeypatch, tmp_path):
     assert json.loads(path.read_text())["message"] in sentence
 
 
-def test_signatures_of_addresses_are_not_shown(capsys):
+def test_signatures_of_addresses_are_not_shown(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["program"])
+
     def fail():
         raise ValueError("--data: http://a.b/c.zip?sig=x%2Fy&t=1:2: is broken; see http://d/?e=f.")
 
