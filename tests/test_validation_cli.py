@@ -96,9 +96,9 @@ def test_the_command_finds_what_the_run_found(run_dir, snapshot, weights, tmp_pa
         for key in row.keys() - {"seconds", "snapshot", "kimg", "packages", "values", "per_item"}:
             if key != "value":
                 assert own[key] == row[key], key
-        # Images may differ by one of 255 levels, which moves a cosine by about 3e-6.
+        # Pixels may differ by one of 255 levels, each of which moves a cosine by about 3e-6.
         for key, value in row["values"].items():
-            expected = None if value is None else pytest.approx(value, rel=1e-4, abs=1e-5)
+            expected = None if value is None else pytest.approx(value, rel=1e-4, abs=5e-5)
             assert own["values"][key] == expected, key
         assert row["metric"] in output
         picture = run_dir / f"{row['metric']}-000000.008.png"
