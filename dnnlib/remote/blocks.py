@@ -67,7 +67,7 @@ class Segment:
         """Return ``size`` bytes from ``offset`` of the remote file on."""
         return os.pread(self._descriptor, size, offset + self._shift)
 
-    def readinto(self, target: memoryview, offset: int) -> int:
+    def readinto(self, target: np.ndarray | memoryview, offset: int) -> int:
         """Fill ``target`` from ``offset`` of the remote file on; return the bytes read."""
         return os.preadv(self._descriptor, [target], offset + self._shift)
 
@@ -160,21 +160,32 @@ class Blocks:
                 seen[first : first + len(marks)] |= marks == 1
         return unseen[~seen[unseen]].tolist()
 
+    def is_whole(self) -> bool:
+        """Return whether every block counts as cached: see :meth:`missing`."""
+        return self._seen is not None and bool(self._seen.all())
+
+    def holding(self, size: int, offset: int) -> Segment | None:
+        """Return the segment that holds ``size`` bytes from ``offset`` on, as :meth:`open` does."""
+        first = offset // BLOCK_BYTES
+        return self.open(first, (offset + size - 1) // BLOCK_BYTES + 1 - first)
+
     def open(self, block: int, num: int = 1) -> Segment | None:
         """Return the segment that holds ``num`` blocks from ``block`` on.
 
         None if any of them is not cached, or if they belong to several segments. An open segment
         can be read even after its file has been deleted.
         """
-        segment, first = divmod(block, _SEGMENT_BLOCKS)
+        segment, first = block // _SEGMENT_BLOCKS, block % _SEGMENT_BLOCKS
         if first + num > _SEGMENT_BLOCKS:
             return None
         found = self._segment(segment)
-        if found is not None and not found.has(first, num) and found.is_deleted():
-            close_blocks()  # A new file may have taken its name.
-            found = self._segment(segment)
         if found is not None and found.has(first, num):
             return found
+        if found is not None and found.is_deleted():
+            close_blocks()  # A new file may have taken its name.
+            found = self._segment(segment)
+            if found is not None and found.has(first, num):
+                return found
         seen = self._seen
         if seen is not None and seen[block : block + num].all():
             self._seen = None
