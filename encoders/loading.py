@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dnnlib import launcher
 from dnnlib.errors import refusal
 from torch_utils import distributed
 from torch_utils.fingerprints import weights_hash
@@ -226,21 +225,6 @@ class Pretrained:
 def absolute(location: str | os.PathLike) -> str:
     """Return the absolute path of a folder; a Hugging Face id is returned unchanged."""
     return os.path.abspath(location) if os.path.isdir(location) else str(location)
-
-
-def in_turn(read: Callable[[], T]) -> T:
-    """Return the result of ``read``, called on rank 0, then one rank a node, then on all others.
-
-    Collective. Ranks thus find on the disk of their node, or on one that nodes share, the files
-    that another rank has downloaded.
-    """
-    own = 0 if distributed.is_main() else 1 if launcher.number("LOCAL_RANK") == 0 else 2
-    box = []
-    for turn in range(3):
-        with distributed.together():
-            if turn == own:
-                box.append(read())
-    return box[0]
 
 
 def identity(network: nn.Module, *others: str) -> str:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from dnnlib.errors import refusal
-from encoders.loading import Device, FrozenEncoder, Pretrained, absolute, identity, in_turn
+from encoders.loading import Device, FrozenEncoder, Pretrained, absolute, identity
+from torch_utils.distributed import in_turn
 
 TEXT = Pretrained(
     option="--text",

@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from encoders.loading import Device, FrozenEncoder, Pretrained, absolute, identity, in_turn
+from encoders.loading import Device, FrozenEncoder, Pretrained, absolute, identity
+from torch_utils.distributed import in_turn
 
 VISUAL = Pretrained(option="--visual", class_name="DINOv3ViTModel", kinds=("dinov3_vit",))
 # Channel statistics that visual encoders are trained with, for values in [0, 1].
@@ -83,8 +84,8 @@ def load_visual_encoder(
 ) -> VisualEncoder:
     """Return a visual encoder from a local folder or a Hugging Face id. Collective.
 
-    Every rank reads it, in the order of :func:`~encoders.loading.in_turn`. Only tensors in the
-    safetensors format are read, never code that comes with them.
+    Every rank reads it, in the order of :func:`~torch_utils.distributed.in_turn`. Only tensors in
+    the safetensors format are read, never code that comes with them.
 
     Args:
         location: Folder or Hugging Face id.

@@ -85,7 +85,7 @@ class RealImages:
             self._dataset = location
             self.image_shape, self.formats = shape_of(location), formats_of(location)
             return
-        path, arrays = distributed.on_main(lambda: _fetch_arrays(location))
+        path, arrays = distributed.in_turn(lambda: _fetch_arrays(location))
         if arrays is None or "arr_0" in arrays:
             self._dataset = open_images(path)
         if arrays is not None and (self._dataset is None or "mu" in arrays):

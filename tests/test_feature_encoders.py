@@ -11,7 +11,6 @@ from feature_files import photographs, tiny_text, tiny_visual
 from safetensors.torch import load_file, save_file
 
 from data.features.buckets import Bucket, fit_image
-from encoders.loading import in_turn
 from encoders.text import MAX_TOKENS, load_text_encoder
 from encoders.visual import load_visual_encoder
 from torch_utils import distributed
@@ -43,7 +42,7 @@ def test_one_rank_of_every_node_reads_before_the_others(rank, local_rank, turn, 
     monkeypatch.setattr(distributed, "rank", lambda: rank)
     monkeypatch.setattr(distributed, "together", together)
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
-    assert in_turn(lambda: len(begun)) == turn
+    assert distributed.in_turn(lambda: len(begun)) == turn
     assert len(begun) == 3
 
 

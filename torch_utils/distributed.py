@@ -271,6 +271,21 @@ def together() -> Iterator[None]:
             raise error or found
 
 
+def in_turn(read: Callable[[], T]) -> T:
+    """Return the result of ``read``, called on rank 0, then one rank a node, then on all others.
+
+    Collective. Ranks thus find on the disk of their node, or on one that nodes share, the files
+    that another rank has downloaded.
+    """
+    own = 0 if is_main() else 1 if launcher.number("LOCAL_RANK") == 0 else 2
+    box = []
+    for turn in range(3):
+        with together():
+            if turn == own:
+                box.append(read())
+    return box[0]
+
+
 @dataclasses.dataclass(frozen=True)
 class Remote:
     """A tensor that only rank 0 holds until all ranks fetch it with :meth:`whole`."""
