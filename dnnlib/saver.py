@@ -220,8 +220,7 @@ class SaverProcess:
             if not missing:
                 return found
             folder = parts[0].parent
-            entries = os.scandir(folder) if folder.is_dir() else ()
-            sizes = sorted((entry.name, entry.stat().st_size) for entry in entries)
+            sizes = _sizes(folder)
             now = time.monotonic()
             if sizes != seen:
                 seen, since = sizes, now
@@ -232,6 +231,16 @@ class SaverProcess:
                 if not is_alive or now > since + _STANDSTILL_SEC:
                     raise OSError(f"{folder}: {', '.join(missing)} did not arrive")
             time.sleep(0.02)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Return the sizes of the files in a folder, in which others may write, rename and delete."""
+    found = {}
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):
+                found[entry.name] = entry.stat().st_size
+    return found
 
 
 def manifest_checksum(content: dict[str, Any]) -> str:

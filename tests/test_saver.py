@@ -1,5 +1,6 @@
 """States and snapshots that a process of its own writes: exactly, and whatever is killed."""
 
+import contextlib
 import errno
 import os
 import signal
@@ -181,6 +182,21 @@ def test_a_manifest_waits_for_parts_until_none_grows(tmp_path, monkeypatch):
         assert time.monotonic() - began > 0.9
     sidecar_of(parts[1]).write_text('{"size": 1}')
     assert process._wait_for(parts) == [{"size": 1}] * 2
+
+
+def test_files_that_others_rename_while_a_manifest_waits_are_no_error(tmp_path, monkeypatch):
+    part = tmp_path / "part-00000.safetensors"
+    half_written = tmp_path / ".part-00000.json.abc.tmp"
+    half_written.write_text('{"size": 1}')
+    scan = os.scandir
+
+    def scan_before_the_rename(folder):
+        found = list(scan(folder))
+        half_written.replace(sidecar_of(part))
+        return contextlib.nullcontext(found)
+
+    monkeypatch.setattr(saver_process.os, "scandir", scan_before_the_rename)
+    assert SaverProcess(None, 1.0, None)._wait_for([part]) == [{"size": 1}]
 
 
 def test_a_saver_whose_own_part_is_missing_keeps_its_lock(tmp_path, monkeypatch):
