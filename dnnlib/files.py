@@ -188,6 +188,21 @@ def read_file(path: str | os.PathLike) -> bytes:
         return file.read()
 
 
+def file_sizes(path: Path) -> dict[str, int]:
+    """Return the sizes in bytes of the files in a folder, or of one file, by their names.
+
+    Files that cannot be found, such as those that another process renames meanwhile, are left
+    out.
+    """
+    found, files = {}, [path]
+    with contextlib.suppress(OSError):
+        files = list(path.iterdir()) if path.is_dir() else files
+    for file in files:
+        with contextlib.suppress(OSError):
+            found[file.name] = file.stat().st_size
+    return found
+
+
 def lock_folder(folder: Path, problem: str) -> contextlib.AbstractContextManager:
     """Return a context manager that holds a folder's lock, already taken, until it exits.
 

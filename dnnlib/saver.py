@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from dnnlib.files import atomic_write, fsync_folder, is_locked, write_json
+from dnnlib.files import atomic_write, file_sizes, fsync_folder, is_locked, write_json
 
 MANIFEST = "manifest.json"  # Completes a state: a folder without it is not one.
 DEADLINE_SEC = 30 * 60.0  # How long a saver may go on writing after its process has ended.
@@ -220,7 +220,7 @@ class SaverProcess:
             if not missing:
                 return found
             folder = parts[0].parent
-            sizes = _sizes(folder)
+            sizes = file_sizes(folder)
             now = time.monotonic()
             if sizes != seen:
                 seen, since = sizes, now
@@ -231,16 +231,6 @@ class SaverProcess:
                 if not is_alive or now > since + _STANDSTILL_SEC:
                     raise OSError(f"{folder}: {', '.join(missing)} did not arrive")
             time.sleep(0.02)
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    """Return the sizes of the files in a folder, in which others may write, rename and delete."""
-    found = {}
-    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
-        for entry in entries:
-            with contextlib.suppress(FileNotFoundError):
-                found[entry.name] = entry.stat().st_size
-    return found
 
 
 def manifest_checksum(content: dict[str, Any]) -> str:

@@ -1,12 +1,12 @@
 """States and snapshots that a process of its own writes: exactly, and whatever is killed."""
 
-import contextlib
 import errno
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -188,14 +188,14 @@ def test_files_that_others_rename_while_a_manifest_waits_are_no_error(tmp_path, 
     part = tmp_path / "part-00000.safetensors"
     half_written = tmp_path / ".part-00000.json.abc.tmp"
     half_written.write_text('{"size": 1}')
-    scan = os.scandir
+    list_folder = Path.iterdir
 
-    def scan_before_the_rename(folder):
-        found = list(scan(folder))
+    def list_before_the_rename(folder):
+        found = list(list_folder(folder))
         half_written.replace(sidecar_of(part))
-        return contextlib.nullcontext(found)
+        return found
 
-    monkeypatch.setattr(saver_process.os, "scandir", scan_before_the_rename)
+    monkeypatch.setattr(Path, "iterdir", list_before_the_rename)
     assert SaverProcess(None, 1.0, None)._wait_for([part]) == [{"size": 1}]
 
 

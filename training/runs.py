@@ -10,6 +10,7 @@ from typing import Any
 
 from dnnlib.config import identity
 from dnnlib.errors import refusal
+from dnnlib.files import file_sizes
 from dnnlib.typed import parse_json
 from torch_utils import distributed
 from training import family
@@ -74,7 +75,7 @@ def make_run_dir(outdir: Path, desc: str) -> Path:
 def remove_unless_begun(run_dir: Path) -> None:
     """Remove a run folder that holds nothing that training made."""
     made = itertools.chain.from_iterable(run_dir.glob(name) for name in _MADE)
-    if not any(path.stat().st_size for path in made):
+    if not any(size for path in made for size in file_sizes(path).values()):
         shutil.rmtree(run_dir)
 
 

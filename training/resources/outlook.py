@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dnnlib.files import write_json
+from dnnlib.files import file_sizes, write_json
 from dnnlib.text import format_count, format_kimg, format_time
 from dnnlib.typed import typed
 from training.config import RunConfig
@@ -270,5 +270,4 @@ def _peak_memory(history: History, device: torch.device) -> float:
 def _size_of_files(run_dir: Path) -> int:
     """Return the total bytes of the snapshots and states of a run."""
     paths = [*run_dir.glob("network-snapshot-*.pkl"), *run_dir.glob("training-state-*")]
-    inner = [file for path in paths for file in (path.iterdir() if path.is_dir() else (path,))]
-    return sum(file.stat().st_size for file in inner)
+    return sum(sum(file_sizes(path).values()) for path in paths)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dnnlib.files import file_sizes
 from dnnlib.text import format_count, format_time
 from training.run_report.files import PREDICTION_FILE, Run
 from training.run_report.markup import Html, details, section, show, table, tag
@@ -174,8 +175,5 @@ def files_section(run: Run) -> Html:
 
 
 def _size(path: Path) -> str:
-    try:
-        files = path.iterdir() if path.is_dir() else (path,)  # A state can be a folder of parts.
-        return format_count(sum(file.stat().st_size for file in files), "B")
-    except OSError:
-        return "gone"
+    found = file_sizes(path)  # A state can be a folder of parts.
+    return format_count(sum(found.values()), "B") if found else "gone"
