@@ -78,15 +78,7 @@ def convert_images(
     """
     dest = Path(dest)
     kind = dest.suffix.lower()
-    if kind in _NO_DATASET:
-        raise refusal("--dest", dest, accepted="a name ending in .zip or .npz, or a folder")
-    is_folder = kind not in (".zip", ".npz")
-    is_empty = is_folder and dest.is_dir() and not any(dest.iterdir())
-    is_free = is_empty or (overwrite and dest.is_file())
-    if dest.exists() and not is_free:
-        remedy = "" if dest.is_dir() else ", or replace it with --overwrite"
-        raise ValueError(f"--dest: {dest} exists already; choose another name{remedy}.")
-    check_target("--dest", dest, is_folder=is_folder)
+    _check_dest(dest, kind, overwrite)
     num_images = min(source.num_images, max_images or source.num_images)
     if num_images == 0:
         raise ValueError(f"{source.name}: holds no images.")
@@ -108,6 +100,18 @@ def convert_images(
                 bar.update()
             return writer.finish()
     raise AssertionError
+
+
+def _check_dest(dest: Path, kind: str, overwrite: bool) -> None:
+    if kind in _NO_DATASET:
+        raise refusal("--dest", dest, accepted="a name ending in .zip or .npz, or a folder")
+    is_folder = kind not in (".zip", ".npz")
+    is_empty = is_folder and dest.is_dir() and not any(dest.iterdir())
+    is_free = is_empty or (overwrite and dest.is_file())
+    if dest.exists() and not is_free:
+        remedy = "" if dest.is_dir() else ", or replace it with --overwrite"
+        raise ValueError(f"--dest: {dest} exists already; choose another name{remedy}.")
+    check_target("--dest", dest, is_folder=is_folder)
 
 
 @dataclasses.dataclass(frozen=True)
