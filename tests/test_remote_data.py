@@ -191,8 +191,9 @@ def test_every_batch_is_named_ahead_once(monkeypatch):
     assert [request.soon for request in requests[1:7]] == [[batch] for batch in batches[6:]]
     assert not any(request.soon for request in requests[7:])
     assert len(next(iter(_LookAhead(iter(batches), 1e6, 3))).soon) == 4
-    passes = [[0], [1, 2, 3, 4], [], [5, 6], [7, 8, 9, 10, 11]]  # As of ranks that share unevenly.
-    requests = list(_LookAhead(passes, 25, 1))
+    # Passes of ranks that share unevenly: the second is far larger than the first.
+    passes = [[0], list(range(1, 11)), [], [11, 12], list(range(13, 20))]
+    requests = list(_LookAhead(passes, 5, 1))
     assert [request.keys for request in requests] == passes
     assert [keys for request in requests for keys in request.soon] == passes
     groups = [list(range(2)), [2, 3], [4, 5, 6, 7], list(range(8, 16)), list(range(16, 24))]
